@@ -1,0 +1,57 @@
+# Two commands matter: `make demo` (first table and figure on the embedded model) and `make test`.
+# Both create .venv on first use; later calls install nothing until pyproject.toml or constraints.txt change.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+MODEL ?= scenes-sd3
+DEVICE ?= auto
+PYTEST_ARGS ?=
+
+# Idle OpenMP threads sleep instead of spinning: on a busy machine spinning halves the speed.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test lint format figures notebooks bench install clean
+
+demo: $(VENV)/.stamp
+	$(BIN)/mmdit-probe attention-budget --layers all --model $(MODEL) --device $(DEVICE)
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+figures: $(VENV)/.stamp
+	for script in figures/fig*.py; do $(BIN)/python $$script --model $(MODEL) --device $(DEVICE) || exit 1; done
+
+notebooks: $(VENV)/.stamp-notebooks
+	for notebook in notebooks/*.ipynb; do \
+		$(BIN)/jupyter nbconvert --to notebook --execute --inplace $$notebook || exit 1; done
+
+bench: $(VENV)/.stamp
+	$(BIN)/python benchmarks/overhead.py
+
+install: $(VENV)/.stamp
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and pinned: resolved together with the rest, a resolver may choose another build of several GB.
+$(VENV)/.stamp: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet "$$(grep -E '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/.stamp-notebooks: $(VENV)/.stamp
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[notebooks]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
