@@ -1,0 +1,90 @@
+"""Layer, step and head specifications: the short strings a user types, as tuples of indices.
+
+One grammar for the command line and the library, so that `--layers 0,7-9` and `probe(..., layers="0,7-9")` mean the same.
+
+    >>> layer_indices("7-9,0", 12)
+    (0, 7, 8, 9)
+    >>> step_indices("last-8", 28)      # the paper's "t = 8 of 28": the 8th step from the clean end
+    (20,)
+
+Indices are 0-based; layers are the joint-attention layers in forward order, steps the sampling steps from noise to image.
+This module knows no model: counts are passed in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from mmdit_probe.errors import UserError
+
+Spec = str | int | Iterable[int]
+"""`"all"`, `9`, `"9"`, `"7-11"`, `"0,9"`, `[0, 9]`; for steps also `"last"` and `"last-8"`."""
+
+_RANGE = re.compile(r"(\d+)-(\d+)")
+_LAST = re.compile(r"last(?:-(\d+))?")
+
+
+def layer_indices(spec: Spec, count: int) -> tuple[int, ...]:
+    """Joint-attention layers named by `spec`, sorted, without repetition.
+
+    Args:
+        spec: see `Spec`.
+        count: number of joint-attention layers L of the model.
+
+    Raises:
+        UserError: malformed, empty or out of range; the message names the layers that exist.
+    """
+    return _indices(spec, count, "layer", "all, 9, 7-11 or 0,9")
+
+
+def head_indices(spec: Spec, count: int) -> tuple[int, ...]:
+    """Attention heads named by `spec` (`count` = H), as `layer_indices`."""
+    return _indices(spec, count, "head", "all, 3, 0-3 or 0,5")
+
+
+def step_indices(spec: Spec, count: int) -> tuple[int, ...]:
+    """Sampling steps named by `spec` (`count` = number of steps), sorted, without repetition.
+
+    `last-k` is the k-th step from the clean end, `timesteps[-k]`: with 28 steps, `last-8` is step 20. `last` is `last-1`.
+    """
+    return _indices(spec, count, "step", "all, last-8, 20, 0-4 or 0,20")
+
+
+def _indices(spec: Spec, count: int, kind: str, forms: str) -> tuple[int, ...]:
+    if isinstance(spec, int):
+        parts: list[str] = [str(spec)]
+    elif isinstance(spec, str):
+        if spec.strip().lower() == "all":
+            return tuple(range(count))
+        parts = [part.strip() for part in spec.split(",")]
+    else:
+        parts = [str(index) for index in spec]
+    found: set[int] = set()
+    for part in parts:
+        found.update(_one(part, count, kind, forms))
+    if not found:
+        raise UserError(f"no {kind} is named; expected {forms}")
+    return tuple(sorted(found))
+
+
+def _one(part: str, count: int, kind: str, forms: str) -> Iterable[int]:
+    if re.fullmatch(r"-?\d+", part):
+        return (_existing(int(part), count, kind),)
+    if match := _RANGE.fullmatch(part):
+        first, last = int(match[1]), int(match[2])
+        if first > last:
+            raise UserError(f"{kind} range {part!r} runs backwards; write {last}-{first}")
+        return range(_existing(first, count, kind), _existing(last, count, kind) + 1)
+    if kind == "step" and (match := _LAST.fullmatch(part)):
+        back = int(match[1] or 1)
+        if not 1 <= back <= count:
+            raise UserError(f"step {part!r} does not exist: there are {count} steps, last-1 (or last) to last-{count}")
+        return (count - back,)
+    raise UserError(f"cannot read {part!r} as a {kind}; expected {forms}")
+
+
+def _existing(index: int, count: int, kind: str) -> int:
+    if not 0 <= index < count:
+        raise UserError(f"{kind} {index} does not exist: there are {count} {kind}s, 0 to {count - 1}")
+    return index
