@@ -1,0 +1,52 @@
+"""What goes wrong, in one line for the person who asked.
+
+`UserError` is a request that cannot be met (exit code 2), `RunError` is a failure on the way (exit code 1). The command
+line prints the message and nothing else. A message says what was found, what was expected and what to do:
+
+    >>> from mmdit_probe.errors import unknown
+    >>> print(unknown("class", "hous", ["house", "ring"]))
+    unknown class 'hous': did you mean 'house'? Known: house, ring
+
+This module is not for bugs: those keep their traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ProbeError(Exception):
+    """Base of every error this package raises on purpose. `exit_code` is the process's exit status."""
+
+    exit_code = 1
+
+
+class UserError(ProbeError):
+    """A bad request: an unknown name, an unreadable file, a model that cannot be probed. Exit code 2."""
+
+    exit_code = 2
+
+
+class RunError(ProbeError):
+    """A failure of something that was asked for correctly. Exit code 1."""
+
+    exit_code = 1
+
+
+def unknown(kind: str, found: object, known: Iterable[object], limit: int = 12) -> UserError:
+    """The error for a name that does not exist, with the closest match and the names that do.
+
+    Args:
+        kind: what the name stands for, e.g. "class" or "layer".
+        found: the name that was asked for.
+        known: the names that exist, in the order to print them.
+        limit: at most this many known names are printed.
+
+    Returns: an unraised `UserError`, so that the caller writes `raise unknown(...)`.
+    """
+    names = [str(name) for name in known]
+    close = difflib.get_close_matches(str(found), names, n=1, cutoff=0.5)
+    hint = f" did you mean {close[0]!r}?" if close else ""
+    listed = ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
+    return UserError(f"unknown {kind} {str(found)!r}:{hint} Known: {listed or 'none'}")
