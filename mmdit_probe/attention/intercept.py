@@ -1,0 +1,219 @@
+"""Where attention calls are seen and replaced: one hook per attention module, with an ordered list of handlers.
+
+A `TorchFunctionMode` turns `torch.nn.functional.scaled_dot_product_attention` into a callback for exactly as long as one
+module's forward runs. No processor is rewritten and no global is patched. Handlers have a stage, which orders them however
+they were attached:
+
+    input    changes the call (q, k, v, mask); everything later sees the changed call
+    record   sees one full call with its output; returns nothing
+    output   computes the output instead of the kernel (`proceed` is the next one, at last the kernel)
+
+so a recorder sees one full call even when an edit after it splits the call or changes the values.
+
+    detach = watch(block.attn, recorder, "record")
+    ...
+    detach()
+
+Removal works in any order: a module's hook goes when its last handler goes, and the module's own `forward` comes back. Not
+`diffusers.hooks.HookRegistry`, whose removal is right only last-in first-out.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from mmdit_probe.attention import exact
+from mmdit_probe.attention.call import SDPACall
+
+Stage = Literal["input", "record", "output"]
+_STAGES: tuple[Stage, ...] = ("input", "record", "output")
+Proceed = Callable[..., Any]
+Detach = Callable[[], None]
+
+
+@dataclass
+class ModuleCall:
+    """One forward of a watched attention module: its arguments, and how many attention calls it has made so far."""
+
+    module: nn.Module
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    calls: int = 0
+
+    def argument(self, name: str, position: int) -> Any:
+        """The module's argument of this name, or else the one at this position; None if neither is there."""
+        if name in self.kwargs:
+            return self.kwargs[name]
+        return self.args[position] if position < len(self.args) else None
+
+
+@dataclass
+class Record:
+    """One attention call as a recorder sees it: the call before edits, the output the model goes on with."""
+
+    call: SDPACall
+    output: Tensor
+    module_call: ModuleCall
+    _lse: Tensor | None = field(default=None, repr=False)
+    _lse_known: bool = field(default=False, repr=False)
+
+    @property
+    def lse(self) -> Tensor | None:
+        """Row log-sum-exp [B, H, Nq] of `call`, float32, or None where no kernel gives it. Computed once."""
+        if not self._lse_known:
+            self._lse, self._lse_known = exact.logsumexp(self.call), True
+        return self._lse
+
+
+class Transform(Protocol):
+    """A handler of stage "input"."""
+
+    def __call__(self, call: SDPACall, module_call: ModuleCall) -> SDPACall: ...
+
+
+class Recorder(Protocol):
+    """A handler of stage "record"."""
+
+    def wants(self, module_call: ModuleCall) -> Literal["nothing", "call", "lse"]:
+        """What this recorder needs of the call that is about to run; with "nothing", `record` is not called."""
+        ...
+
+    def record(self, record: Record) -> None: ...
+
+
+class Edit(Protocol):
+    """A handler of stage "output"."""
+
+    def __call__(self, call: SDPACall, module_call: ModuleCall, proceed: Callable[[SDPACall], Tensor]) -> Tensor: ...
+
+
+def watch(module: nn.Module, handler: Transform | Recorder | Edit, stage: Stage) -> Detach:
+    """Let `handler` see (and, by its stage, change) every attention call that `module`'s forward makes.
+
+    Args:
+        module: an attention module; any module whose forward calls `scaled_dot_product_attention`.
+        handler: see `Transform`, `Recorder` and `Edit`.
+        stage: where the handler comes; within a stage, in the order of attachment.
+
+    Returns: a function that takes the handler off again; calling it twice does nothing more.
+    """
+    watcher = module.__dict__.get(_Watcher.ATTRIBUTE)
+    if watcher is None:
+        watcher = _Watcher(module)
+        module.__dict__[_Watcher.ATTRIBUTE] = watcher
+        watcher.detach_forward = interpose(module, "forward", watcher.forward)
+    watcher.handlers[stage].append(handler)
+
+    def detach() -> None:
+        current = watcher.handlers[stage]
+        watcher.handlers[stage] = [other for other in current if other is not handler]
+        if not any(watcher.handlers.values()) and module.__dict__.get(_Watcher.ATTRIBUTE) is watcher:
+            watcher.detach_forward()
+            del module.__dict__[_Watcher.ATTRIBUTE]
+
+    return detach
+
+
+class _Watcher:
+    """The handlers of one attention module, and the forward wrapper that runs them."""
+
+    ATTRIBUTE = "_mmdit_probe_watcher"
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.handlers: dict[Stage, list[Any]] = {stage: [] for stage in _STAGES}
+        self.detach_forward: Detach = lambda: None
+
+    def forward(self, proceed: Proceed, *args: Any, **kwargs: Any) -> Any:
+        with _CatchSDPA(self, ModuleCall(self.module, args, kwargs)):
+            return proceed(*args, **kwargs)
+
+    def run(self, call: SDPACall, module_call: ModuleCall) -> Tensor:
+        for transform in self.handlers["input"]:
+            call = transform(call, module_call)
+        wanted = [(recorder, recorder.wants(module_call)) for recorder in self.handlers["record"]]
+        module_call.calls += 1
+        lse, lse_known = None, False
+        if self.handlers["output"]:
+            output = self._edited(call, module_call, 0)
+        elif any(want == "lse" for _, want in wanted):
+            (output, lse), lse_known = exact.attend(call), True
+        else:
+            output = call.stock()
+        if any(want != "nothing" for _, want in wanted):
+            record = Record(call, output, module_call, lse, lse_known)
+            with torch.no_grad():
+                for recorder, want in wanted:
+                    if want != "nothing":
+                        recorder.record(record)
+        return output
+
+    def _edited(self, call: SDPACall, module_call: ModuleCall, position: int) -> Tensor:
+        edits = self.handlers["output"]
+        if position == len(edits):
+            return call.stock()
+        return edits[position](call, module_call, lambda inner: self._edited(inner, module_call, position + 1))
+
+
+class _CatchSDPA(TorchFunctionMode):
+    def __init__(self, watcher: _Watcher, module_call: ModuleCall) -> None:
+        super().__init__()
+        self.watcher, self.module_call = watcher, module_call
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Inside this method the mode itself is off, so the handlers' own attention calls do not recurse.
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return self.watcher.run(SDPACall.bind(args, kwargs or {}), self.module_call)
+        return func(*args, **(kwargs or {}))
+
+
+def interpose(owner: object, name: str, handler: Callable[..., Any]) -> Detach:
+    """Put `handler(proceed, *args, **kwargs)` around one method of one object, reversibly and in any order of removal.
+
+    Only the instance is touched. The first handler attached is the outermost. When the last one goes, the instance is as
+    it was before; if someone else has wrapped the method meanwhile, the wrapper stays and passes calls through untouched.
+
+    Returns: a function that takes the handler off.
+    """
+    slot = f"_mmdit_probe_{name}"
+    chain: list[Callable[..., Any]] | None = owner.__dict__.get(slot)
+    if chain is None:
+        chain = _install(owner, name, slot)
+    chain.append(handler)
+
+    def detach() -> None:
+        if handler in chain:
+            chain.remove(handler)
+        wrapper = owner.__dict__.get(name)
+        if chain or getattr(wrapper, "_mmdit_probe_chain", None) is not chain:
+            return
+        del owner.__dict__[slot], owner.__dict__[name]
+        if wrapper._mmdit_probe_own is not None:
+            owner.__dict__[name] = wrapper._mmdit_probe_own
+
+    return detach
+
+
+def _install(owner: object, name: str, slot: str) -> list[Callable[..., Any]]:
+    own, original = owner.__dict__.get(name), getattr(owner, name)
+    chain: list[Callable[..., Any]] = []
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        proceed = original
+        for handler in reversed(chain):
+            proceed = functools.partial(handler, proceed)
+        return proceed(*args, **kwargs)
+
+    marks: Any = wrapper
+    marks._mmdit_probe_chain, marks._mmdit_probe_own = chain, own
+    owner.__dict__[slot] = chain
+    owner.__dict__[name] = wrapper
+    return chain
