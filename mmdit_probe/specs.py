@@ -1,14 +1,15 @@
 """Layer, step and head specifications: the short strings a user types, as tuples of indices.
 
-One grammar for the command line and the library, so that `--layers 0,7-9` and `probe(..., layers="0,7-9")` mean the same.
+One grammar for the command line and the library, so that `--layers 0,7-9` and `probe(..., layers="0,7-9")` mean the
+same.
 
     >>> layer_indices("7-9,0", 12)
     (0, 7, 8, 9)
     >>> step_indices("last-8", 28)      # the paper's "t = 8 of 28": the 8th step from the clean end
     (20,)
 
-Indices are 0-based; layers are the joint-attention layers in forward order, steps the sampling steps from noise to image.
-This module knows no model: counts are passed in.
+Indices are 0-based; layers are the joint-attention layers in forward order, steps the sampling steps from noise to
+image. This module knows no model: counts are passed in.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ def head_indices(spec: Spec, count: int) -> tuple[int, ...]:
 def step_indices(spec: Spec, count: int) -> tuple[int, ...]:
     """Sampling steps named by `spec` (`count` = number of steps), sorted, without repetition.
 
-    `last-k` is the k-th step from the clean end, `timesteps[-k]`: with 28 steps, `last-8` is step 20. `last` is `last-1`.
+    `last-k` is the k-th step from the clean end, `timesteps[-k]`: with 28 steps, `last-8` is step 20. `last` is
+    `last-1`.
     """
     return _indices(spec, count, "step", "all, last-8, 20, 0-4 or 0,20")
 

@@ -4,7 +4,8 @@
     >>> float(paper_table("budget_by_layer").i2t_share.mean().round(3))     # arXiv:2509.18096, Fig. 2b, digitised
     0.672
 
-`paper/README.md` tells where each published number comes from and how sure it is. Not here: anything measured with this toolkit.
+`paper/README.md` tells where each published number comes from and how sure it is. Not here: anything measured with
+this toolkit.
 """
 
 from __future__ import annotations

@@ -31,7 +31,8 @@ def resolve(source: str, limit: int | None = None) -> list[str]:
     """The prompts that `source` means: an existing file, else a set name, else the text itself.
 
     Args:
-        source: path of a UTF-8 text file with one prompt per line (blank lines and lines starting with `#` are left out),
+        source: path of a UTF-8 text file with one prompt per line (blank lines and lines starting with `#` are left
+        out),
             one of `SETS`, or a prompt. The empty text is a prompt: the unconditional one.
         limit: keep the first `limit` prompts; for `scenes:` sets also how many to take (default 50).
 

@@ -1,0 +1,96 @@
+"""The attention budget, after Fig. 2b and 2c of arXiv:2509.18096: where each layer's attention goes.
+
+One horizontal stacked bar per layer, layer 0 on top: of image queries (left), of text queries (middle), and of the
+part of the image queries' attention that goes to text, split by what kind of token it lands on (right). Dotted lines:
+uniform attention.
+
+    from mmdit_probe.observe.budget import summarise
+    from mmdit_probe.plots import attention_budget, save
+    save(attention_budget(summarise(table)), "attention_budget")
+
+Not here: any averaging. Numbers come from `mmdit_probe.observe.budget.summarise`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmdit_probe.plots import style
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_KEYS = {"I": (style.IMAGE, "image keys"), "T": (style.TEXT, "text keys"), "O": (style.OTHER, "other keys")}
+
+
+def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFrame | None = None) -> Figure:
+    """The figure.
+
+    Args:
+        summary: one row per layer, from `observe.budget.summarise`: columns `layer`, `I2I`, `I2T`, `I2O`, `T2I`, `T2T`,
+            `T2O`, `<name>_uniform`, `<name>_low`, `<name>_high` and `I2T_<span>`; shares in 0..1.
+        title: a line above the panels, such as the model's name.
+        paper: the published shares by layer (`paper_table("budget_by_layer")`), marked by diamonds.
+
+    Returns: a matplotlib figure with three panels.
+    """
+    spans = [kind for kind in style.SPANS if f"I2T_{kind}" in summary and summary[f"I2T_{kind}_uniform"].max() > 0]
+    with style.context():
+        figure = style.figure(width=7.2, height=max(2.6, 1.2 + 0.16 * len(summary)))
+        image, text, split = figure.subplots(1, 3, sharey=True)
+        _stack(image, summary, [(f"I2{key}", *look) for key, look in _KEYS.items()])
+        image.set_title("image queries: I2I | I2T", loc="left")
+        image.set_ylabel("layer")
+        _stack(text, summary, [(f"T2{key}", *look) for key, look in _KEYS.items()])
+        text.set_title("text queries: T2I | T2T", loc="left")
+        _stack(split, summary, [(f"I2T_{kind}", style.SPANS[kind], style.LABELS.get(kind, kind)) for kind in spans])
+        split.set_title("I2T by kind of text token", loc="left")
+        for axes, name in ((image, "I2I"), (text, "T2I")):
+            _uniform(axes, summary[f"{name}_uniform"].mean())
+            _interval(axes, summary, name)
+            if paper is not None:
+                share = {"I2I": 1 - paper.i2t_share, "T2I": paper.t2i_share}[name]
+                share = share[paper.layer.isin(summary.layer)]
+                axes.plot(share, _rows(summary)[: len(share)], "D", ms=3, mfc="white", mec="black", mew=0.7, ls="",
+                          label="paper")  # fmt: skip
+            axes.set_xlim(0, 1)
+        _uniform(split, summary["I2T_uniform"].mean())
+        split.set_xlim(0, max(0.05, 1.05 * float(summary[["I2T", "I2T_uniform"]].max().max())))
+        for axes in (image, text, split):
+            axes.set_xlabel("share of attention")
+            columns = 3 if axes is split else 2
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16 - 0.9 / len(summary)), ncols=columns,
+                        handlelength=1.0, columnspacing=1.0)  # fmt: skip
+        image.set_yticks(_rows(summary), [str(layer) for layer in summary.layer])
+        image.set_ylim(len(summary) - 0.4, -0.6)
+        if title:
+            figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+    return figure
+
+
+def _stack(axes: Axes, summary: pd.DataFrame, parts: list[tuple[str, str, str]]) -> None:
+    left = summary[parts[0][0]].to_numpy() * 0
+    for name, colour, label in parts:
+        width = summary[name].to_numpy()
+        if name.endswith("O") and width.max() == 0:
+            continue
+        axes.barh(_rows(summary), width, left=left, height=0.8, color=colour, edgecolor="white", lw=0.4, label=label)
+        left = left + width
+
+
+def _interval(axes: Axes, summary: pd.DataFrame, name: str) -> None:
+    low, middle, high = (summary[f"{name}{suffix}"] for suffix in ("_low", "", "_high"))
+    if low.notna().any():
+        axes.errorbar(middle, _rows(summary), xerr=[middle - low, high - middle], fmt="none", ecolor="black",
+                      elinewidth=0.8, capsize=1.5, label="95 % interval")  # fmt: skip
+
+
+def _uniform(axes: Axes, value: float) -> None:
+    axes.axvline(value, color="black", linestyle=":", linewidth=1.0, label="uniform")
+
+
+def _rows(summary: pd.DataFrame) -> range:
+    """Bar positions: layers are drawn without gaps when only some were probed."""
+    return range(len(summary))

@@ -1,0 +1,49 @@
+"""What a number needs beside it to be measured again: versions, machine, time, memory.
+
+    >>> from mmdit_probe.results import environment
+    >>> sorted(environment()["versions"])[:2]
+    ['captum', 'diffusers']
+
+Nothing here imports torch: versions are read from package metadata, and device memory is reported only where a
+program has already set the device up.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from importlib import metadata
+from typing import Any
+
+PACKAGES = (
+    "mmdit-probe", "torch", "diffusers", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy",
+    "pandas", "pyarrow", "scipy", "scikit-learn", "captum", "matplotlib",
+)  # fmt: skip
+
+
+def environment() -> dict[str, Any]:
+    """Python, platform and the versions of the packages that numbers depend on (None: not installed)."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def peak_memory() -> dict[str, int]:
+    """Highest memory use of this process so far, in bytes: resident set, and CUDA allocations where CUDA is in use."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Kibibytes on Linux, bytes on macOS.
+    result = {"resident": peak if sys.platform == "darwin" else peak * 1024}
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        result["cuda"] = int(torch.cuda.max_memory_allocated())
+    return result
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,44 @@
+"""A small attention-mass table whose right answers are known in closed form."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pandas as pd
+
+SPANS = {
+    ("clip", "bos"): 1,
+    ("clip", "word"): 3,
+    ("clip", "eos"): 1,
+    ("clip", "pad"): 3,
+    ("t5", "word"): 4,
+    ("t5", "pad"): 4,
+}
+"""(stream, span kind) -> number of tokens; 16 text tokens in all."""
+
+IMAGE = 48
+BRANCHES = ("uncond", "cond")
+
+
+def budget_table(layers: int = 6, prompts: int = 3, steps: int = 2, heads: int = 2, item: bool = True) -> pd.DataFrame:
+    """Image queries of layer l give (l + 1) / 10 to text, text queries half to image; spread evenly over text tokens.
+
+    Head h and step s shift I2T by +-0.02 and +-0.01 (their means are 0), prompt p by 0.01 p; the unconditional branch
+    gives nothing to text.
+    """
+    text = sum(SPANS.values())
+    total = IMAGE + text
+    rows = []
+    for p, step, branch, layer, head in product(range(prompts), range(steps), BRANCHES, range(layers), range(heads)):
+        shift = 0.02 * (2 * head - heads + 1) + 0.01 * (2 * step - steps + 1) + 0.01 * p
+        to_text = {"image": (layer + 1) / 10 + shift if branch == "cond" else 0.0, "text": 0.5}
+        call = {"item": p, "prompt": f"prompt {p}", "seed": p, "step": step, "sigma": 1.0 - 0.1 * step}
+        for query, n_query in (("image", IMAGE), ("text", text)):
+            cell = {**call, "branch": branch, "layer": layer, "head": head, "query": query, "n_query": n_query}
+            image = {"key": "image", "span": "all", "stream": "", "mass": 1 - to_text[query]}
+            rows.append({**cell, **image, "n_key": IMAGE, "uniform": IMAGE / total})
+            for (stream, span), n_key in SPANS.items():
+                words = {"key": "text", "span": span, "stream": stream, "mass": to_text[query] * n_key / text}
+                rows.append({**cell, **words, "n_key": n_key, "uniform": n_key / total})
+    table = pd.DataFrame(rows)
+    return table if item else table.drop(columns="item")

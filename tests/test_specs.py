@@ -1,0 +1,55 @@
+"""What users may write for layers, steps and heads, and what they are told when it cannot be read."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.specs import head_indices, layer_indices, step_indices
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("all", tuple(range(12))), (" All ", tuple(range(12))), ("9", (9,)), (9, (9,)), ("7-11", (7, 8, 9, 10, 11)),
+        ("0,9", (0, 9)), ("9, 0 ,7-8,8", (0, 7, 8, 9)), ([9, 0], (0, 9)), (range(2), (0, 1)),
+    ],
+)  # fmt: skip
+def test_layers(spec, expected):
+    assert layer_indices(spec, 12) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"), [("last-8", (20,)), ("last", (27,)), ("last-28", (0,)), ("0,last-1", (0, 27))]
+)
+def test_steps_count_back_from_the_clean_end(spec, expected):
+    assert step_indices(spec, 28) == expected
+
+
+@given(st.sets(st.integers(0, 30), min_size=1))
+def test_a_written_list_is_read_back(chosen):
+    assert layer_indices(",".join(map(str, chosen)), 31) == tuple(sorted(chosen)) == layer_indices(chosen, 31)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: layer_indices("12", 12), "layer 12 does not exist: there are 12 layers, 0 to 11"),
+        (lambda: layer_indices(-1, 12), "layer -1 does not exist: there are 12 layers, 0 to 11"),
+        (lambda: layer_indices("7-99999999999", 12), "layer 99999999999 does not exist"),
+        (lambda: layer_indices("9-7", 12), "layer range '9-7' runs backwards; write 7-9"),
+        (lambda: layer_indices("nine", 12), "cannot read 'nine' as a layer; expected all, 9, 7-11 or 0,9"),
+        (lambda: layer_indices("1,,2", 12), "cannot read '' as a layer"),
+        (lambda: layer_indices("last-1", 12), "cannot read 'last-1' as a layer"),
+        (lambda: layer_indices([], 12), "no layer is named"),
+        (lambda: step_indices("last-29", 28), "step 'last-29' does not exist: there are 28 steps"),
+        (lambda: step_indices("last-0", 28), "step 'last-0' does not exist"),
+        (lambda: step_indices("first", 28), "cannot read 'first' as a step; expected all, last-8, 20, 0-4 or 0,20"),
+        (lambda: head_indices("4", 4), "head 4 does not exist: there are 4 heads, 0 to 3"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
