@@ -1,0 +1,335 @@
+"""MMDiT: one loaded model, with the few operations that probing needs, on top of the stock diffusers pipeline.
+
+    model = load("scenes-sd3")
+    text = model.encode_prompt(["a red ring on grass"])
+    latents = model.noise(model.encode_image(image), sigma=0.5, seed=0)
+    velocity = model.denoise(latents, 0.5, text)          # one transformer call: what `probe` observes
+    images = model.generate("a red ring on grass", seed=0)
+
+Rectified flow throughout: x_t = (1 - sigma) x + sigma n, the model predicts the velocity n - x. `model.pipeline` is the stock
+pipeline and stays one; this class copies none of its steps. It is not a trainer: `denoise` keeps no gradients unless asked.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.families import Family, family_of
+from mmdit_probe.models.layout import Layer, find_layers, unwrap
+from mmdit_probe.models.tokens import TokenTable, stream_length, token_tables
+
+
+@dataclass(frozen=True)
+class TextCondition:
+    """Encoded prompts: embeddings [B, T, C] and [B, P], and what each text position is (one table per prompt)."""
+
+    prompt_embeds: Tensor
+    pooled: Tensor
+    tokens: list[TokenTable]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is known of the rows of the next denoising call, row by row; a probe labels its results with it.
+
+    Attributes:
+        tokens: token table per row, or None if the text came as embeddings.
+        prompts: the image's prompt per row (for an unconditional row: the prompt of its image).
+        seeds: noise seed per row; -1 where unknown.
+        branches: "cond", "uncond" or "unknown" per row.
+        sigmas: noise level per row, or None to take it from the timestep.
+        step: sampling step, or None to take it from the scheduler.
+    """
+
+    tokens: list[TokenTable] | None
+    prompts: list[str]
+    seeds: list[int]
+    branches: list[str]
+    sigmas: list[float] | None = None
+    step: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+class MMDiT:
+    """A multi-modal diffusion transformer in its stock pipeline. Made by `load`, or from a pipeline of one's own.
+
+    Attributes:
+        pipeline: the stock diffusers pipeline. transformer, scheduler: its parts.
+        name: what it was loaded as. family: the facts that apply.
+        max_sequence_length: length of the text streams that have no fixed one (SD3: T5's positions). Default: the smaller of
+            the tokenizer's own limit and the family's default.
+        batch: what is known of the denoising call in progress (read by `probe`); None between calls.
+    """
+
+    def __init__(self, pipeline: Any, name: str = "", max_sequence_length: int | None = None) -> None:
+        self.pipeline = pipeline
+        self.name = name or type(pipeline).__name__
+        self.family: Family = family_of(unwrap(pipeline.transformer))
+        self.max_sequence_length = (
+            default_length(pipeline, self.family) if max_sequence_length is None else max_sequence_length
+        )
+        self.batch: Batch | None = None
+
+    @property
+    def transformer(self) -> Any:
+        return self.pipeline.transformer
+
+    @property
+    def scheduler(self) -> Any:
+        return self.pipeline.scheduler
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.transformer.parameters()).dtype
+
+    @property
+    def layers(self) -> list[Layer]:
+        """Joint-attention layers, 0-based, in forward order."""
+        return find_layers(self.family, unwrap(self.transformer))
+
+    @property
+    def heads(self) -> int:
+        """Attention heads H per layer."""
+        return int(self.transformer.config.num_attention_heads)
+
+    @property
+    def text_length(self) -> int:
+        """T, the number of text positions in the joint attention."""
+        streams = self.family.streams
+        return sum(stream_length(self.pipeline, self.family, s, self.max_sequence_length) for s in streams)
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the model was made for."""
+        side = int(self.transformer.config.sample_size) * int(self.pipeline.vae_scale_factor)
+        return side, side
+
+    @property
+    def size_multiple(self) -> int:
+        """Heights and widths must be multiples of this many pixels: one token's side."""
+        return int(self.pipeline.vae_scale_factor) * int(self.transformer.config.patch_size)
+
+    @cached_property
+    def weight_hash(self) -> str:
+        """SHA-256 over the transformer's parameters and buffers: names, dtypes, shapes and bytes. Computed once."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(unwrap(self.transformer).state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def token_tables(self, prompts: str | Sequence[str]) -> list[TokenTable]:
+        """What each text position of these prompts is, without encoding them. `.truncated` names the words cut off."""
+        return token_tables(self.pipeline, self.family, _texts(prompts), self.max_sequence_length)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: str | Sequence[str]) -> TextCondition:
+        """Encode prompts as the stock pipeline does; the empty string is the unconditional text."""
+        texts = _texts(prompts)
+        arguments: dict[str, Any] = {name: None for stream in self.family.streams for name in stream.prompts}
+        arguments[self.family.streams[0].prompts[0]] = texts
+        arguments[self.family.length_argument] = self.max_sequence_length
+        arguments[self.family.guidance_argument] = False
+        encoded = dict(
+            zip(self.family.encoded, self.pipeline.encode_prompt(device=self.device, **arguments), strict=True)
+        )
+        return TextCondition(encoded["text"], encoded["pooled"], self.token_tables(texts))
+
+    @torch.no_grad()
+    def encode_image(self, images: Any) -> Tensor:
+        """Latents [B, C, h, w] float32 of images: the VAE's mean, shifted and scaled as the transformer expects.
+
+        Args:
+            images: a PIL image, a uint8 array [H, W, 3], or a list of either, all of one size.
+
+        Raises:
+            UserError: sizes differ or are no multiple of one token's side.
+        """
+        arrays = [_rgb(image) for image in (images if isinstance(images, list | tuple) else [images])]
+        sizes = sorted({array.shape[:2] for array in arrays})
+        if len(sizes) > 1:
+            raise UserError(f"images of one batch must have one size; found {sizes}")
+        if any(side % self.size_multiple for side in sizes[0]):
+            raise UserError(
+                f"image of {sizes[0][0]} x {sizes[0][1]} pixels: height and width must be multiples of {self.size_multiple}"
+            )
+        vae = self.pipeline.vae
+        pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device, vae.dtype) / 127.5 - 1.0
+        mean = vae.encode(pixels).latent_dist.mode().float()
+        return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> list[Any]:
+        """PIL images of latents [B, C, h, w]."""
+        vae = self.pipeline.vae
+        unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+        pixels = vae.decode(unscaled.to(self.device, vae.dtype), return_dict=False)[0]
+        return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
+
+    def noise(self, latents: Tensor, sigma: float | Sequence[float], seed: int | Sequence[int] = 0) -> Tensor:
+        """Noised latents (1 - sigma) x + sigma n, [B, C, h, w] float32.
+
+        Args:
+            latents: clean latents [B, C, h, w].
+            sigma: noise level in 0..1, one or one per sample.
+            seed: one seed per sample, or an int for seeds seed, seed + 1, ...
+
+        A sample's noise depends on its own seed alone, not on the batch it is in, nor on the device.
+        """
+        draws = [
+            torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(s))
+            for s in _seeds(seed, len(latents))
+        ]
+        levels = torch.tensor(_per_row(sigma, len(latents)), device=latents.device)[:, None, None, None]
+        return (1.0 - levels) * latents.float() + levels * torch.stack(draws).to(latents.device)
+
+    def denoise(
+        self,
+        latents: Tensor,
+        sigma: float | Sequence[float],
+        text: TextCondition,
+        *,
+        seeds: int | Sequence[int] = -1,
+        branch: str = "cond",
+        step: int = 0,
+        grad: bool = False,
+    ) -> Tensor:
+        """One transformer call: the velocity n - x at noised latents, [B, C, h, w] float32.
+
+        Args:
+            latents: noised latents [B, C, h, w].
+            sigma: noise level in 0..1, one or one per sample.
+            text: B prompts, or one for all samples.
+            seeds, branch, step: labels for the tables of a probe; the call itself does not depend on them.
+            grad: keep gradients.
+        """
+        count = len(latents)
+        if len(text) not in (1, count):
+            raise UserError(f"{len(text)} prompts for {count} latents; expected one prompt, or one per sample")
+        repeat = count // len(text)
+        levels = _per_row(sigma, count)
+        tokens = text.tokens * repeat
+        labels = [-1] * count if seeds == -1 else _seeds(seeds, count)
+        batch = Batch(tokens, [table.prompt for table in tokens], labels, [branch] * count, levels, step)
+        inputs = {
+            self.family.image_input: latents.to(self.device, self.dtype),
+            self.family.timestep_input: self.family.timesteps * torch.tensor(levels, device=self.device),
+            self.family.text_input: text.prompt_embeds.to(self.device, self.dtype).repeat(repeat, 1, 1),
+            self.family.pooled_input: text.pooled.to(self.device, self.dtype).repeat(repeat, 1),
+        }
+        with self._labelled(batch), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
+            return self.transformer(**inputs, return_dict=False)[0].float()
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        steps: int = 28,
+        guidance: float = 7.5,
+        seed: int | Sequence[int] = 0,
+        height: int | None = None,
+        width: int | None = None,
+        negative: str = "",
+        max_sequence_length: int | None = None,
+        num_images_per_prompt: int = 1,
+        **options: Any,
+    ) -> Any:
+        """Sample images with the stock pipeline.
+
+        Args:
+            prompts: one prompt or several; they run as one batch.
+            steps: sampling steps. guidance: classifier-free guidance scale; at most 1 runs without it.
+            seed: one per image, or an int for seeds seed, seed + 1, ...; the image depends on its own seed alone.
+            height, width: pixels; the model's own size if None.
+            negative: the unconditional text.
+            max_sequence_length: as the attribute, for this call.
+            num_images_per_prompt: images per prompt, consecutive in the result.
+            options: passed to the pipeline as they are, e.g. `output_type="latent"`.
+
+        Returns: list of PIL images, or what `output_type` asks for.
+        """
+        texts = _texts(prompts)
+        generators = [torch.Generator().manual_seed(s) for s in _seeds(seed, len(texts) * num_images_per_prompt)]
+        arguments: dict[str, Any] = {
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "generator": generators,
+            "height": height,
+            "width": width,
+            "negative_prompt": [negative] * len(texts),
+            "num_images_per_prompt": num_images_per_prompt,
+            self.family.length_argument: (
+                self.max_sequence_length if max_sequence_length is None else max_sequence_length
+            ),
+        }
+        return self.pipeline(texts, **arguments, **options).images
+
+    def sigmas(self, steps: int) -> list[float]:
+        """The noise level at which each of `steps` sampling steps calls the transformer, from noise to image."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(steps)
+        return [float(sigma) for sigma in scheduler.sigmas[:steps]]
+
+    @contextmanager
+    def _labelled(self, batch: Batch) -> Iterator[None]:
+        before, self.batch = self.batch, batch
+        try:
+            yield
+        finally:
+            self.batch = before
+
+
+def default_length(pipeline: Any, family: Family) -> int:
+    """The family's default text length, or less if a tokenizer of such a stream says so."""
+    lengths = [family.default_length]
+    for stream in family.streams:
+        if stream.length != "tokenizer":
+            tokenizers = (getattr(pipeline, name, None) for name in stream.tokenizers)
+            lengths += [int(tokenizer.model_max_length) for tokenizer in tokenizers if tokenizer is not None]
+    return min(lengths)
+
+
+def _texts(prompts: str | Sequence[str]) -> list[str]:
+    return [prompts] if isinstance(prompts, str) else list(prompts)
+
+
+def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(seed, int):
+        return list(range(seed, seed + count))
+    if len(seed) != count:
+        raise UserError(f"{len(seed)} seeds for {count} images; give one per image, or one number to count up from")
+    return [int(s) for s in seed]
+
+
+def _per_row(value: float | Sequence[float], count: int) -> list[float]:
+    rows = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * count
+    if len(rows) != count or not all(0.0 <= row <= 1.0 for row in rows):
+        raise UserError(f"sigma {value!r} for {count} samples: expected one number in 0..1, or one per sample")
+    return rows
+
+
+def _rgb(image: Any) -> np.ndarray:
+    array = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise UserError(f"image of shape {array.shape} and type {array.dtype}: expected uint8 [height, width, 3]")
+    return array
