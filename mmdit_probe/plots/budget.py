@@ -60,9 +60,8 @@ def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFr
         split.set_xlim(0, max(0.05, 1.05 * float(summary[["I2T", "I2T_uniform"]].max().max())))
         for axes in (image, text, split):
             axes.set_xlabel("share of attention")
-            columns = 3 if axes is split else 2
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16 - 0.9 / len(summary)), ncols=columns,
-                        handlelength=1.0, columnspacing=1.0)  # fmt: skip
+        _legend(figure, image, "outside lower left", 3)
+        _legend(figure, split, "outside lower right", 3)
         image.set_yticks(_rows(summary), [str(layer) for layer in summary.layer])
         image.set_ylim(len(summary) - 0.4, -0.6)
         if title:
@@ -88,7 +87,15 @@ def _interval(axes: Axes, summary: pd.DataFrame, name: str) -> None:
 
 
 def _uniform(axes: Axes, value: float) -> None:
-    axes.axvline(value, color="black", linestyle=":", linewidth=1.0, label="uniform")
+    from matplotlib.patheffects import withStroke
+
+    outline = [withStroke(linewidth=2.2, foreground="white")]  # a dark line on a dark bar is lost in print
+    axes.axvline(value, color="black", linestyle=":", linewidth=1.0, label="uniform", path_effects=outline)
+
+
+def _legend(figure: Figure, axes: Axes, place: str, columns: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc=place, ncols=columns, handlelength=1.2, columnspacing=1.2)
 
 
 def _rows(summary: pd.DataFrame) -> range:
