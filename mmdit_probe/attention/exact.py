@@ -189,6 +189,57 @@ def column_sums(call: SDPACall, lse: Tensor, keys: Columns, weights: Tensor) -> 
 
 
 @torch.no_grad()
+def column_maps(
+    call: SDPACall, lse: Tensor, keys: Columns, rows: Columns, groups: Tensor | None = None, head_mean: bool = False
+) -> Tensor:
+    """Attention probabilities of some keys for some queries, summed over groups of keys, streamed over query chunks.
+
+    Args:
+        call: the attention call. lse: [B, H, Nq] from `attend`.
+        keys: the K key positions. rows: the R query positions.
+        groups: [B or 1, K, G] weight of every key in each group; None keeps the keys apart (G = K).
+        head_mean: average over heads.
+
+    Returns: [B, H, R, G] float32, or [B, R, G] with `head_mean`.
+    """
+    batch, heads = call.query.shape[:2]
+    index = torch.arange(call.query.shape[-2], device=call.query.device)[rows]
+    n_keys = torch.arange(call.key.shape[-2], device=call.query.device)[keys].numel()
+    parts = []
+    for start, stop in _chunks(len(index), batch * heads * n_keys):
+        block = columns(call, lse, keys, index[start:stop])
+        if groups is not None:
+            block = block @ groups[:, None].to(block.device)
+        parts.append(block.mean(1) if head_mean else block)
+    return torch.cat(parts, -2)
+
+
+@torch.no_grad()
+def row_maps(
+    call: SDPACall, lse: Tensor, keys: Columns, rows: Columns, weights: Tensor, head_mean: bool = False
+) -> Tensor:
+    """Attention probabilities of some keys, weighted sums over groups of queries, streamed over query chunks.
+
+    Args:
+        call: the attention call. lse: [B, H, Nq] from `attend`.
+        keys: the K key positions. rows: the R query positions.
+        weights: [B or 1, R, G] weight of every query in each sum.
+        head_mean: average over heads.
+
+    Returns: [B, H, K, G] float32, or [B, K, G] with `head_mean`: the transposed block, keys first.
+    """
+    index = torch.arange(call.query.shape[-2], device=call.query.device)[rows]
+    n_keys = torch.arange(call.key.shape[-2], device=call.query.device)[keys].numel()
+    batch, heads = call.query.shape[:2]
+    shape = (batch, n_keys, weights.shape[-1]) if head_mean else (batch, heads, n_keys, weights.shape[-1])
+    out = torch.zeros(shape, device=call.query.device)
+    for start, stop in _chunks(len(index), batch * heads * n_keys):
+        block = columns(call, lse, keys, index[start:stop]).transpose(-1, -2)  # [B, H, K, R]
+        out += block.mean(1) @ weights[:, start:stop] if head_mean else block @ weights[:, None, start:stop]
+    return out
+
+
+@torch.no_grad()
 def group_masses(call: SDPACall, lse: Tensor | None, groups: Tensor, count: int) -> Tensor:
     """Probability per query that falls on each group of keys, [B, H, Nq, G] float32; sums to 1 over G.
 

@@ -130,7 +130,7 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
             name for stream in family.streams if stream.length != "tokenizer" for name in stream.encoders
         )
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype, use_safetensors=True, **left_out)
+        pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **left_out)
     except Exception as error:
         if Path(source).exists():
             raise RunError(f"{source} cannot be loaded: {_first_line(error)}") from error

@@ -1,0 +1,235 @@
+"""The attention budget (arXiv:2509.18096, Fig. 2): sample prompts, or noise real pictures, and measure every layer's masses.
+
+    from mmdit_probe import load
+    from mmdit_probe.observe.budget import attention_budget, summarise
+    table = attention_budget(load("scenes-sd3"), ["a red ring on grass"], layers="all", steps="last-8")
+    print(summarise(table))
+
+The table is long: one row per prompt, step, guidance branch, layer, head and kind of key, with the noise level sigma beside
+the step. `Budget` is the same thing in parts, for programs that write to disk and resume. Not here: which layer grounds
+words; high mass on text may be a sink (see the span kinds).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.observe.summary import summarise
+from mmdit_probe.specs import Spec, head_indices, layer_indices, step_indices
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mmdit_probe.data.images import Picture
+    from mmdit_probe.models.mmdit import MMDiT
+    from mmdit_probe.models.tokens import TokenTable
+
+__all__ = ["Budget", "attention_budget", "summarise"]
+
+Write = Callable[["pd.DataFrame"], None]
+"""Takes the rows of one denoising call."""
+
+
+class Sink(Protocol):
+    """Where items go; `results.TableWriter` is one. `item(k)` is a context that yields an object with `write(rows)`."""
+
+    done: set[int]
+
+    def item(self, index: int) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to measure: a prompt to sample, or a picture with its prompt."""
+
+    index: int
+    prompt: str
+    seed: int
+    picture: Picture | None = None
+
+
+class Budget:
+    """A measurement that is ready to run: checked, with its record, item by item. Use `of_prompts` or `of_pictures`.
+
+    Attributes:
+        request: everything that decides the numbers, as JSON values; equal requests give equal tables.
+        facts: what else a record should say (device, scheduler, sigmas).
+        remarks: one line for each prompt of which some encoder does not see every word.
+    """
+
+    def __init__(self, model: MMDiT, items: Sequence[Item], layers: Spec, heads: Spec, **request: Any) -> None:
+        self.model = model
+        self.items = list(items)
+        self.layers = layer_indices(layers, len(model.layers))
+        self.heads = head_indices(heads, model.heads)
+        self.remarks = [line for table in model.token_tables([item.prompt for item in items]) for line in _unread(table)]
+        self.request: dict[str, Any] = {
+            "model": model.name,
+            "weight_hash": model.weight_hash,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "layers": list(self.layers),
+            "heads": list(self.heads),
+            "text_length": model.text_length,
+            **request,
+            "items": [[item.prompt, item.seed, *([item.picture.name] if item.picture else [])] for item in self.items],
+        }
+        self.facts: dict[str, Any] = {
+            "model": {
+                "id": model.name,
+                "family": model.family.name,
+                "weight_hash": model.weight_hash,
+                "dtype": self.request["dtype"],
+                "layers": len(model.layers),
+                "heads": model.heads,
+                "text_length": model.text_length,
+            },
+            "device": str(model.device),
+            "seed": self.items[0].seed,
+            "capture": {"observer": "AttentionMass", "layers": list(self.layers), "heads": list(self.heads)},
+            "remarks": self.remarks,
+        }
+
+    @classmethod
+    def of_prompts(
+        cls, model: MMDiT, prompts: Sequence[str], *, layers: Spec = "all", heads: Spec = "all", steps: Spec = "all",
+        num_steps: int = 28, guidance: float = 7.5, seed: int = 0, max_sequence_length: int | None = None,
+    ) -> Self:  # fmt: skip
+        """Sample each prompt with the stock pipeline and measure while it runs; prompt k uses seed + k."""
+        if not prompts:
+            raise UserError("no prompt is given; expected one or more")
+        model = _with_length(model, max_sequence_length)
+        chosen = step_indices(steps, num_steps)
+        items = [Item(index, prompt, seed + index) for index, prompt in enumerate(prompts)]
+        budget = cls(model, items, layers, heads, mode="sample", steps=list(chosen), num_steps=num_steps, guidance=guidance)
+        scheduler = model.scheduler
+        budget.facts |= {
+            "scheduler": {"class": type(scheduler).__name__, **dict(scheduler.config)},
+            "sigmas": model.sigmas(num_steps),
+            "steps": list(chosen),
+        }
+        return budget
+
+    @classmethod
+    def of_pictures(
+        cls, model: MMDiT, pictures: Sequence[Picture], prompts: Sequence[str] = (), *, layers: Spec = "all",
+        heads: Spec = "all", sigma: float = 0.515, seed: int = 0, max_sequence_length: int | None = None,
+    ) -> Self:  # fmt: skip
+        """Encode each picture by the VAE, noise it to `sigma` and measure one denoising call; picture k uses seed + k.
+
+        Args:
+            prompts: none (each picture's own caption), one for all, or one per picture.
+        """
+        if not 0.0 <= sigma <= 1.0:
+            raise UserError(f"--sigma {sigma} is no noise level; expected 0 (clean) to 1 (noise)")
+        if not pictures:
+            raise UserError("no picture is given; expected one or more")
+        if len(prompts) not in (0, 1, len(pictures)):
+            raise UserError(
+                f"{len(prompts)} prompts for {len(pictures)} pictures; expected none, one, or one per picture"
+            )
+        model = _with_length(model, max_sequence_length)
+        captions = [picture.prompt for picture in pictures] if not prompts else list(prompts)
+        captions *= len(pictures) // len(captions)
+        pairs = enumerate(zip(captions, pictures, strict=True))
+        items = [Item(index, caption, seed + index, picture) for index, (caption, picture) in pairs]
+        budget = cls(model, items, layers, heads, mode="pictures", sigma=sigma)
+        budget.facts |= {"sigmas": [sigma], "steps": [0]}
+        return budget
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def run(self, sink: Sink, advance: Callable[[], None] = lambda: None) -> None:
+        """Measure the items that `sink` does not hold yet. `advance` is called after each."""
+        for item in self.items:
+            if item.index in sink.done:
+                continue
+            with sink.item(item.index) as rows:
+                self.measure(item, rows.write)
+            advance()
+
+    def measure(self, item: Item, write: Write) -> None:
+        """Measure one item; `write` gets the rows of each denoising call as soon as they are there."""
+        from mmdit_probe.observe.mass import AttentionMass
+        from mmdit_probe.observe.probe import probe
+
+        def labelled(rows: pd.DataFrame) -> None:
+            rows.insert(0, "item", item.index)
+            if item.picture is not None:
+                rows.insert(1, "picture", item.picture.name)
+            write(rows)
+
+        observer = AttentionMass(heads=self.heads, steps=self.request.get("steps"), sink=labelled)
+        with probe(self.model, observer, layers=self.layers):
+            if item.picture is None:
+                self.model.generate(
+                    item.prompt, steps=self.request["num_steps"], guidance=self.request["guidance"], seed=item.seed,
+                    output_type="latent",
+                )  # fmt: skip
+            else:
+                latents = self.model.encode_image(item.picture.open(self.model.default_size))
+                noised = self.model.noise(latents, self.request["sigma"], item.seed)
+                text = self.model.encode_prompt([item.prompt])
+                self.model.denoise(noised, self.request["sigma"], text, seeds=item.seed)
+
+
+def attention_budget(
+    model: MMDiT, prompts: str | Sequence[str], *, layers: Spec = "all", heads: Spec = "all", steps: Spec = "all",
+    num_steps: int = 28, guidance: float = 7.5, seed: int = 0, max_sequence_length: int | None = None,
+    sink: Write | None = None,
+) -> pd.DataFrame | None:  # fmt: skip
+    """Sample prompts and measure where attention goes.
+
+    Args:
+        model: from `load`.
+        prompts: one or more; prompt k is sampled with seed + k.
+        layers, heads, steps: which to keep, as in `mmdit_probe.specs`.
+        num_steps, guidance: of the sampling; guidance at most 1 runs without the unconditional branch.
+        max_sequence_length: T5 positions (model's own if None).
+        sink: called with the rows of each denoising call; nothing is kept in memory then.
+
+    Returns: the table (None with a sink), columns item, prompt, seed, step, sigma, branch, layer, head, query, key, span,
+        stream, mass, n_query, n_key, uniform. Masses of one query modality sum to 1.
+
+    Raises:
+        UserError: a layer, head or step that does not exist, or a prompt with words that no encoder reads.
+    """
+    import pandas as pd
+
+    budget = Budget.of_prompts(
+        model, [prompts] if isinstance(prompts, str) else prompts, layers=layers, heads=heads, steps=steps,
+        num_steps=num_steps, guidance=guidance, seed=seed, max_sequence_length=max_sequence_length,
+    )  # fmt: skip
+    kept: list[pd.DataFrame] = []
+    for item in budget.items:
+        budget.measure(item, sink or kept.append)
+    return pd.concat(kept, ignore_index=True) if sink is None else None
+
+
+def _with_length(model: MMDiT, length: int | None) -> MMDiT:
+    """The same pipeline read with another text length; the caller's model keeps its own."""
+    if length is None or length == model.max_sequence_length:
+        return model
+    return type(model)(model.pipeline, model.name, length)
+
+
+def _unread(table: TokenTable) -> list[str]:
+    """Remarks on words that some encoder cut off.
+
+    Raises:
+        UserError: words that every encoder cut off: nothing about them can be measured.
+    """
+    read = {token.word_index for token in table.tokens}
+    lost = [word for index, word in enumerate(table.words) if index not in read]
+    start = table.prompt if len(table.prompt) <= 40 else f"{table.prompt[:37]}..."
+    if lost:
+        raise UserError(
+            f"prompt {start!r} is longer than the text encoders: {' '.join(lost)!r} fell off; shorten it to the words before"
+        )
+    return [
+        f"prompt {start!r}: {' '.join(words)!r} fell off the end of {stream}; the other encoders read them"
+        for stream, words in table.truncated.items()
+    ]

@@ -1,0 +1,285 @@
+"""probe: watch a model's joint attention while it runs, and leave it as it was.
+
+    with probe(model, AttentionMass(), layers="7-11") as run:       # an MMDiT, a stock pipeline, or a bare transformer
+        model.generate("a cat by the window")
+    run[AttentionMass].table()
+
+With observers only, the model's output is bitwise the stock output. Everything is restored when the context ends, after an
+error too. A selected layer whose attention is never seen raises: an empty result must not look like a result.
+
+Layers are 0-based joint-attention layers in forward order; steps are 0-based sampling steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, Literal, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from mmdit_probe.attention.intercept import Edit, ModuleCall, Record, Stage, Transform, interpose, watch
+from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.models.families import family_of
+from mmdit_probe.models.layout import Layer, attention_layout, find_layers, unwrap
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.models.tokens import TokenTable
+from mmdit_probe.observe.backend import native_attention
+from mmdit_probe.observe.base import DenoisingCall, LayerCall, Observer
+from mmdit_probe.observe.rows import PipelineRows
+from mmdit_probe.specs import Spec, layer_indices, step_indices
+
+Seen = TypeVar("Seen", bound=Observer)
+
+
+class ModelEdit(Protocol):
+    """An intervention that `probe(edits=...)` attaches: its layers, its stage, and a handler for each layer."""
+
+    layers: Spec
+    stage: Stage
+
+    def handler(self, layer: Layer, run: Run) -> Transform | Edit:
+        """The handler for one layer; `run.current` is the denoising call in progress."""
+        ...
+
+
+def probe(
+    target: Any,
+    *observers: Observer,
+    layers: Spec = "all",
+    steps: Spec = "all",
+    edits: ModelEdit | Iterable[ModelEdit] = (),
+    tokens: TokenTable | Sequence[TokenTable] | None = None,
+    branches: Sequence[str] | None = None,
+) -> Run:
+    """A context manager that observes (and edits) joint attention.
+
+    Args:
+        target: an `MMDiT`, a stock diffusers pipeline, or a bare transformer.
+        observers: what to measure, e.g. `AttentionMass()`.
+        layers: "all", 9, "7-11", "0,9" or [0, 9].
+        steps: sampling steps to observe: "all", "last-8", 20, "0,20", ...; the others run at stock cost. Calls of
+            `MMDiT.denoise` are always observed.
+        edits: interventions, each with layers of its own.
+        tokens: token tables for prompts that came as embeddings: one for all rows, or one per row of the batch.
+        branches: for a bare transformer, the branches of a batch in order, e.g. ("uncond", "cond").
+
+    Raises:
+        UserError: not an MM-DiT, unknown layers. RunError (on exit): a selected layer was never seen.
+    """
+    every = [edits] if hasattr(edits, "handler") else list(edits)  # type: ignore[arg-type]
+    return Run(target, observers, layers, steps, every, tokens, branches)
+
+
+class Run:
+    """A probe in progress, and its observers afterwards: `run[AttentionMass]` is the observer of that class."""
+
+    def __init__(
+        self,
+        target: Any,
+        observers: Sequence[Observer],
+        layers: Spec = "all",
+        steps: Spec = "all",
+        edits: Sequence[Any] = (),
+        tokens: TokenTable | Sequence[TokenTable] | None = None,
+        branches: Sequence[str] | None = None,
+    ) -> None:
+        self.model = target if isinstance(target, MMDiT) else None
+        self.pipeline = target.pipeline if isinstance(target, MMDiT) else target if _is_pipeline(target) else None
+        outer = target if self.pipeline is None else self.pipeline.transformer
+        if not isinstance(outer, nn.Module):
+            raise UserError(f"cannot probe {type(target).__name__}: expected an MMDiT, a pipeline or a transformer")
+        self.transformer = unwrap(outer)
+        self.family = family_of(self.transformer)
+        self.all_layers = find_layers(self.family, self.transformer)
+        self.layers = [self.all_layers[index] for index in layer_indices(layers, len(self.all_layers))]
+        self.observers = list(observers)
+        self.edits = list(edits)
+        self.steps = steps
+        self.current: DenoisingCall | None = None
+        self._tokens = tokens
+        self._branches = tuple(branches) if branches is not None else None
+        self._rows = PipelineRows(self.pipeline, self.family) if self.pipeline is not None else None
+        self._signature = inspect.signature(type(self.transformer).forward)
+        self._stack = ExitStack()
+        self._calls = 0
+        self._seen: dict[int, int] = {}
+        self._observing = False
+        self._clock: tuple[int, float] = (-1, float("nan"))
+        if self._scheduler is None and "last" in str(steps):
+            raise UserError(f"steps {steps!r} of a bare transformer: the number of steps is unknown; name the indices")
+
+    def __getitem__(self, kind: type[Seen]) -> Seen:
+        """The observer of a class.
+
+        Raises:
+            UserError: there is none, or more than one.
+        """
+        found = [observer for observer in self.observers if isinstance(observer, kind)]
+        if len(found) != 1:
+            names = ", ".join(type(observer).__name__ for observer in self.observers) or "none"
+            raise UserError(f"{len(found)} observers of class {kind.__name__}; this probe has: {names}")
+        return found[0]
+
+    def __enter__(self) -> Run:
+        with ExitStack() as stack:
+            stack.enter_context(native_attention(self.transformer))
+            if self._rows is not None:
+                for detach in self._rows.attach():
+                    stack.callback(detach)
+            stack.callback(interpose(self.transformer, "forward", self._forward))
+            for layer in self.layers:
+                stack.callback(watch(layer.module, _LayerRecorder(self, layer), "record"))
+            for edit in self.edits:
+                for index in layer_indices(edit.layers, len(self.all_layers)):
+                    layer = self.all_layers[index]
+                    stack.callback(watch(layer.module, edit.handler(layer, self), edit.stage))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        if error is None and self._calls == 0:
+            raise RunError(
+                "no denoising call was made while probing: call the probed model inside the `with` block"
+                f" (watched: {type(self.transformer).__name__})"
+            )
+
+    def _forward(self, proceed: Any, *args: Any, **kwargs: Any) -> Any:
+        """One transformer call: label it, run it, and hand finished rows on."""
+        bound = self._signature.bind_partial(self.transformer, *args, **kwargs).arguments
+        bound = {**bound, **bound.get("kwargs", {})}
+        self.current, self._observing = self._label(bound), True
+        if self._step_given is False:
+            count = len(self._scheduler.timesteps) if self._scheduler is not None else 1 << 30
+            self._observing = self.steps == "all" or self.current.step in step_indices(self.steps, count)
+        self._seen = {}
+        try:
+            result = proceed(*args, **kwargs)
+            self._check_seen(bound.get(self.family.skip_input) or ())
+            if self._observing:
+                for observer in self.observers:
+                    observer.end_call(self.current)
+        except BaseException:
+            for observer in self.observers:
+                observer.abandon_call()
+            raise
+        finally:
+            self.current = None
+        self._calls += 1
+        return result
+
+    @property
+    def _scheduler(self) -> Any:
+        return getattr(self.pipeline, "scheduler", None)
+
+    def _label(self, inputs: dict[str, Any]) -> DenoisingCall:
+        image = inputs[self.family.image_input]
+        rows = int(image.shape[0])
+        batch = self.model.batch if self.model is not None else None
+        if batch is None and self._rows is not None:
+            batch = self._rows.batch(rows)
+        step, sigmas = self._when(inputs.get(self.family.timestep_input), rows)
+        self._step_given = batch is not None and batch.step is not None
+        if batch is not None and batch.step is not None:
+            step = batch.step
+        if batch is not None and batch.sigmas is not None:
+            sigmas = batch.sigmas
+        branches = batch.branches if batch is not None else self._named_branches(rows)
+        if inputs.get(self.family.skip_input) is not None:
+            branches = ["perturbed"] * rows
+        tables: Sequence[TokenTable | None] = () if batch is None or batch.tokens is None else batch.tokens
+        if self._tokens is not None:
+            tables = [self._tokens] * rows if isinstance(self._tokens, TokenTable) else list(self._tokens)
+            length = int(inputs[self.family.text_input].shape[1])
+            if len(tables) != rows or any(table is None or len(table) != length for table in tables):
+                raise UserError(
+                    f"tokens={[len(table) for table in tables if table is not None]} for {rows} rows of {length} text"
+                    " positions: expected one token table, or one per row, of that many positions"
+                )
+        prompts = batch.prompts if batch is not None else [t.prompt if t else "" for t in tables] or [""] * rows
+        return DenoisingCall(
+            number=self._calls,
+            step=step,
+            sigmas=sigmas,
+            prompts=prompts,
+            seeds=batch.seeds if batch is not None else [-1] * rows,
+            branches=branches,
+            grid=self.family.grid(image, self.transformer.config),
+            _tokens=tables,
+        )
+
+    def _named_branches(self, rows: int) -> list[str]:
+        if self._branches is None:
+            return ["unknown"] * rows
+        if rows % len(self._branches):
+            raise UserError(f"{rows} rows cannot be divided into the branches {', '.join(self._branches)}")
+        return [branch for branch in self._branches for _ in range(rows // len(self._branches))]
+
+    def _when(self, timestep: Any, rows: int) -> tuple[int, list[float]]:
+        """Step and sigmas of a call: the scheduler's where the timestep is one of its own, else counted and scaled."""
+        values = torch.as_tensor(timestep).detach().double().cpu().reshape(-1).tolist()
+        values = values * rows if len(values) == 1 else values
+        if self._scheduler is not None and len(set(values)) == 1:
+            known = self._scheduler.timesteps.double().cpu()
+            places = (known == values[0]).nonzero()[:, 0].tolist()
+            if places:
+                later = [place for place in places if place >= (self._scheduler.step_index or 0)]
+                place = (later or places)[0]
+                return place, [float(self._scheduler.sigmas[place])] * rows
+        count, last = self._clock
+        if values[0] != last:
+            self._clock = (count + 1, values[0])
+        return self._clock[0], [value / self.family.timesteps for value in values]
+
+    def _check_seen(self, skipped: Sequence[int]) -> None:
+        for layer in self.layers:
+            if not self._seen.get(layer.index) and layer.index not in skipped:
+                processor = type(getattr(layer.module, "processor", layer.module)).__name__
+                raise RunError(
+                    f"layer {layer.index} ({layer.path}, {processor}) made no scaled_dot_product_attention call: its"
+                    " attention runs in a kernel that hides it (flash-attn, sage, xformers, flex or a sliced/plain"
+                    " processor). Set the model's default attention processor and the native backend, then probe again"
+                )
+
+
+class _LayerRecorder:
+    """Hands one layer's attention calls to the observers of a run."""
+
+    def __init__(self, run: Run, layer: Layer) -> None:
+        self.run, self.layer = run, layer
+
+    def wants(self, module_call: ModuleCall) -> Literal["nothing", "call", "lse"]:
+        run = self.run
+        # No call in progress: gradient checkpointing recomputes a layer in the backward pass.
+        if run.current is None:
+            return "nothing"
+        run._seen[self.layer.index] = run._seen.get(self.layer.index, 0) + 1
+        if not run._observing or not run.observers:
+            return "nothing"
+        return "lse" if any(observer.needs == "lse" for observer in run.observers) else "call"
+
+    def record(self, record: Record) -> None:
+        run = self.run
+        assert run.current is not None
+        names = run.family.attention_inputs.values()
+        inputs = [record.module_call.argument(name, place) for place, name in enumerate(names)]
+        layout = attention_layout(run.family, inputs, run.current.grid)
+        n_query, n_key = record.call.query.shape[-2], record.call.key.shape[-2]
+        if not layout.total == n_query == n_key:
+            raise RunError(
+                f"layer {self.layer.index} ({self.layer.path}) attends from {n_query} to {n_key} tokens; expected"
+                f" {layout.counts['image']} image and {layout.counts['text']} text tokens in one softmax"
+            )
+        seen = LayerCall(self.layer, layout, run.current, record)
+        for observer in run.observers:
+            observer.observe(seen)
+
+
+def _is_pipeline(target: Any) -> bool:
+    return hasattr(target, "transformer") and hasattr(target, "scheduler") and not isinstance(target, nn.Module)
