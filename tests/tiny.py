@@ -1,4 +1,5 @@
-"""Tiny random pipelines for tests: complete `StableDiffusion3Pipeline` directories built from the library's own classes.
+"""Tiny random pipelines for tests: complete `StableDiffusion3Pipeline` directories built from the library's own
+classes.
 
     directory = build(tmp_path, variant="sd3")        # "sd3", "sd35" (dual attention and qk-norm) or "no-t5"
 
@@ -81,7 +82,7 @@ def transformer(variant: str = "sd3", **changes: Any) -> Any:
         options |= {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
     model = SD3Transformer2DModel(**(options | changes))
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             # Attention comes out far from uniform and far from one-hot, so that a wrong probability shows.
             scale = 0.3 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
             parameter.copy_(scale * torch.randn(parameter.shape))

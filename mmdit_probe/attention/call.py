@@ -70,7 +70,8 @@ class SDPACall:
         return _repeat_heads(self.value, self.query.shape[1])
 
     def additive_mask(self, dtype: torch.dtype) -> Tensor | None:
-        """`attn_mask` as an additive bias (0 and -inf for a boolean one), not expanded; the causal mask is not in it."""
+        """`attn_mask` as an additive bias (0 and -inf for a boolean one), not expanded; the causal mask is not in
+        it."""
         if self.attn_mask is None:
             return None
         if self.attn_mask.dtype != torch.bool:

@@ -4,9 +4,9 @@ The kernel that computes the output also computes each row's log-sum-exp, and wi
 
     A[:, keys] = exp(scale * q k_keys^T + bias - lse)
 
-so masses and text maps cost O(N T) time and a few megabytes. q and k are upcast to float32 for those columns: a bfloat16
-matmul would round its *output* logits and lose two digits. Where a kernel gives no lse (MPS, unknown devices), one more
-attention with indicator values gives the masses of key groups.
+so masses and text maps cost O(N T) time and a few megabytes. q and k are upcast to float32 for those columns: a
+bfloat16 matmul would round its *output* logits and lose two digits. Where a kernel gives no lse (MPS, unknown devices),
+one more attention with indicator values gives the masses of key groups.
 
     >>> import torch
     >>> q = torch.randn(1, 2, 6, 16)
@@ -132,7 +132,7 @@ def live_rows(call: SDPACall) -> Tensor | None:
 
 
 @torch.no_grad()
-def columns(call: SDPACall, lse: Tensor, keys: Columns, rows: Columns = slice(None)) -> Tensor:  # noqa: B008
+def columns(call: SDPACall, lse: Tensor, keys: Columns, rows: Columns = slice(None)) -> Tensor:
     """Attention probabilities of some keys for some queries, [B, H, R, K] float32.
 
     Args:
@@ -170,7 +170,7 @@ def column_sums(call: SDPACall, lse: Tensor, keys: Columns, weights: Tensor) -> 
     Returns: [B, H, G, K] float32, sum over queries of weight * probability. At most `CHUNK_ELEMENTS` probabilities
     (and one head's worth of rows) are held at once.
     """
-    batch, heads, n_rows, width = call.query.shape
+    batch, heads, n_rows, _ = call.query.shape
     key = _take(call.expanded_key(), keys)
     out = torch.zeros(batch, heads, weights.shape[-2], key.shape[-2], device=key.device)
     for index in range(batch):

@@ -1,8 +1,8 @@
 """Where attention calls are seen and replaced: one hook per attention module, with an ordered list of handlers.
 
-A `TorchFunctionMode` turns `torch.nn.functional.scaled_dot_product_attention` into a callback for exactly as long as one
-module's forward runs. No processor is rewritten and no global is patched. Handlers have a stage, which orders them however
-they were attached:
+A `TorchFunctionMode` turns `torch.nn.functional.scaled_dot_product_attention` into a callback for exactly as long as
+one module's forward runs. No processor is rewritten and no global is patched. Handlers have a stage, which orders them
+however they were attached:
 
     input    changes the call (q, k, v, mask); everything later sees the changed call
     record   sees one full call with its output; returns nothing
@@ -14,8 +14,8 @@ so a recorder sees one full call even when an edit after it splits the call or c
     ...
     detach()
 
-Removal works in any order: a module's hook goes when its last handler goes, and the module's own `forward` comes back. Not
-`diffusers.hooks.HookRegistry`, whose removal is right only last-in first-out.
+Removal works in any order: a module's hook goes when its last handler goes, and the module's own `forward` comes back.
+Not `diffusers.hooks.HookRegistry`, whose removal is right only last-in first-out.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def watch(module: nn.Module, handler: Transform | Recorder | Edit, stage: Stage)
 
     Returns: a function that takes the handler off again; calling it twice does nothing more.
     """
-    watcher = module.__dict__.get(_Watcher.ATTRIBUTE)
+    watcher: Any = module.__dict__.get(_Watcher.ATTRIBUTE)
     if watcher is None:
         watcher = _Watcher(module)
         module.__dict__[_Watcher.ATTRIBUTE] = watcher
@@ -177,8 +177,9 @@ class _CatchSDPA(TorchFunctionMode):
 def interpose(owner: object, name: str, handler: Callable[..., Any]) -> Detach:
     """Put `handler(proceed, *args, **kwargs)` around one method of one object, reversibly and in any order of removal.
 
-    Only the instance is touched. The first handler attached is the outermost. When the last one goes, the instance is as
-    it was before; if someone else has wrapped the method meanwhile, the wrapper stays and passes calls through untouched.
+    Only the instance is touched. The first handler attached is the outermost. When the last one goes, the instance is
+    as it was before; if someone else has wrapped the method meanwhile, the wrapper stays and passes calls through
+    untouched.
 
     Returns: a function that takes the handler off.
     """
@@ -191,7 +192,7 @@ def interpose(owner: object, name: str, handler: Callable[..., Any]) -> Detach:
     def detach() -> None:
         if handler in chain:
             chain.remove(handler)
-        wrapper = owner.__dict__.get(name)
+        wrapper: Any = owner.__dict__.get(name)
         if chain or getattr(wrapper, "_mmdit_probe_chain", None) is not chain:
             return
         del owner.__dict__[slot], owner.__dict__[name]

@@ -1,7 +1,7 @@
 """One entry per model family, stating facts only: names of inputs, token order, grid rule, text streams.
 
-No behaviour lives here and no family's name appears in another module: the engine reads these facts. A fact's source is the
-diffusers class named in the entry (0.42.1).
+No behaviour lives here and no family's name appears in another module: the engine reads these facts. A fact's source is
+the diffusers class named in the entry (0.42.1).
 
     >>> FAMILIES["sd3"].order
     ('image', 'text')
@@ -22,8 +22,9 @@ from mmdit_probe.errors import UserError
 class TextStream:
     """A run of text positions in the joint order, and where its tokens come from.
 
-    `tokenizers`, `encoders`, `prompts` and `negatives` are parallel: pipeline components, and arguments of the pipeline's
-    `encode_prompt`. Several tokenizers mean that one position carries features of each (concatenated channels).
+    `tokenizers`, `encoders`, `prompts` and `negatives` are parallel: pipeline components, and arguments of the
+    pipeline's `encode_prompt`. Several tokenizers mean that one position carries features of each (concatenated
+    channels).
     """
 
     name: str
@@ -77,8 +78,9 @@ class Family:
         return int(match[1]) if match else None
 
 
-# transformer_sd3.py and pipeline_stable_diffusion_3.py. SD3.5's `attn2` sees image tokens only and does not match `layers`.
-# The attention ignores any text mask: pads are keys. Without its encoder the T5 stream is zeros of the same length.
+# transformer_sd3.py and pipeline_stable_diffusion_3.py. SD3.5's `attn2` sees image tokens only and does not match
+# `layers`. # The attention ignores any text mask: pads are keys. Without its encoder the T5 stream is zeros of the same
+# length.
 SD3 = Family(
     name="sd3",
     transformer="SD3Transformer2DModel",

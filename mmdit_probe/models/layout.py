@@ -4,8 +4,8 @@
     >>> layout.positions("text")
     slice(4, 7, None)
 
-Positions here are joint positions, in the order of the attention call's keys; span kinds of text tokens are the business of
-`models.tokens`.
+Positions here are joint positions, in the order of the attention call's keys; span kinds of text tokens are the
+business of `models.tokens`.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def attention_layout(family: Family, inputs: Sequence[Any], grid: tuple[int, int
     return Layout.from_counts([(kind, counts[kind]) for kind in family.order], grid)
 
 
-def unwrap(transformer: nn.Module) -> nn.Module:
+def unwrap(transformer: Any) -> Any:
     """The diffusers transformer inside wrappers of torch.compile, peft or data parallelism."""
     while True:
         if hasattr(transformer, "_orig_mod"):

@@ -4,7 +4,8 @@
     model = load("path/to/a/pipeline", device="cuda", t5=False)
     model = load("stabilityai/stable-diffusion-3-medium-diffusers")     # gated: accept its licence and log in first
 
-Weights are read from safetensors only. A random-weight twin ("scenes-sd3-random") shares everything with its base but the
+Weights are read from safetensors only. A random-weight twin ("scenes-sd3-random") shares everything with its base but
+the
 transformer, which is built from the same configuration with seeded random weights: the control of every analysis.
 """
 
@@ -38,15 +39,16 @@ def load(
         name_or_path: an embedded model's name, a diffusers pipeline directory, or a hub id ("owner/name").
         device: "cpu", "cuda", "mps", ...; "auto" takes the first there is of cuda, mps, cpu.
         dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on cuda and float32 elsewhere.
-        t5: False leaves out the text streams of the large language encoder: their positions hold zeros, as many as before.
+        t5: False leaves out the text streams of the large language encoder: their positions hold zeros, as many as
+        before.
 
     Raises:
         UserError: no such model, not a pipeline directory, not an MM-DiT, gated, or an unknown device or dtype.
         RunError: the files are there and cannot be read.
     """
     name = os.fspath(name_or_path)
-    where = _device(device)
-    precision = _dtype(dtype, where)
+    where = pick_device(device)
+    precision = pick_dtype(dtype, where)
     source, twin = _source(name)
     index = _pipeline_index(source)
     pipeline, length = _pipeline(source, index, precision, t5)
@@ -72,9 +74,15 @@ def random_twin(transformer: Any, seed: int) -> Any:
     return twin.to(transformer.dtype).eval()
 
 
+def embedded_models() -> list[str]:
+    """Names of the embedded models that `load` takes: pipeline directories and random-weight twins."""
+    found = [(name, assets.path(name)) for name in assets.names()]
+    return [name for name, path in found if path.suffix == ".json" or (path / "model_index.json").is_file()]
+
+
 def _source(name: str) -> tuple[str, dict[str, Any] | None]:
     """The directory or hub id to read, and the description of the random-weight twin if it is one."""
-    if name in assets.names():
+    if name in embedded_models():
         path = assets.path(name)
         if path.suffix != ".json":
             return str(path), None
@@ -84,7 +92,7 @@ def _source(name: str) -> tuple[str, dict[str, Any] | None]:
         return name, None
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name, None
-    raise unknown("model (no embedded model, directory or hub id of this name)", name, assets.names())
+    raise unknown("model (no embedded model, directory or hub id of this name)", name, embedded_models())
 
 
 def _pipeline_index(source: str) -> dict[str, Any]:
@@ -116,7 +124,8 @@ def _pipeline_index(source: str) -> dict[str, Any]:
 
 
 def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) -> tuple[Any, int]:
-    """The stock pipeline, and the length of its text streams without a fixed one (kept when their encoder is left out)."""
+    """The stock pipeline, and the length of its text streams without a fixed one (kept when their encoder is left
+    out)."""
     from diffusers import DiffusionPipeline
 
     family = next(family for family in FAMILIES.values() if family.transformer == index["transformer"][1])
@@ -156,7 +165,7 @@ def _hub_error(source: str, error: Exception) -> UserError:
         return UserError(f"{source} is not on the hub and is no directory here; check the spelling or the access")
     return UserError(
         f"{source} is no directory here and the hub cannot be reached; download it first, or use an embedded model"
-        f" ({', '.join(assets.names()) or 'none installed'})"
+        f" ({', '.join(embedded_models()) or 'none installed'})"
     )
 
 
@@ -164,7 +173,12 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _device(device: str | torch.device) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
+    """The device of this name; "auto" is the first there is of cuda, mps, cpu.
+
+    Raises:
+        UserError: unknown, or not there.
+    """
     if device == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
@@ -179,7 +193,12 @@ def _device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of this name; "auto" is bfloat16 on cuda and float32 elsewhere.
+
+    Raises:
+        UserError: unknown.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":

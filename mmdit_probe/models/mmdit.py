@@ -6,8 +6,9 @@
     velocity = model.denoise(latents, 0.5, text)          # one transformer call: what `probe` observes
     images = model.generate("a red ring on grass", seed=0)
 
-Rectified flow throughout: x_t = (1 - sigma) x + sigma n, the model predicts the velocity n - x. `model.pipeline` is the stock
-pipeline and stays one; this class copies none of its steps. It is not a trainer: `denoise` keeps no gradients unless asked.
+Rectified flow throughout: x_t = (1 - sigma) x + sigma n, the model predicts the velocity n - x. `model.pipeline` is the
+stock pipeline and stays one; this class copies none of its steps. It is not a trainer: `denoise` keeps no gradients
+unless asked.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class MMDiT:
     Attributes:
         pipeline: the stock diffusers pipeline. transformer, scheduler: its parts.
         name: what it was loaded as. family: the facts that apply.
-        max_sequence_length: length of the text streams that have no fixed one (SD3: T5's positions). Default: the smaller of
-            the tokenizer's own limit and the family's default.
+        max_sequence_length: length of the text streams that have no fixed one (SD3: T5's positions). Default: the
+            smaller of the tokenizer's own limit and the family's default.
         batch: what is known of the denoising call in progress (read by `probe`); None between calls.
     """
 
@@ -171,7 +172,7 @@ class MMDiT:
             raise UserError(f"images of one batch must have one size; found {sizes}")
         if any(side % self.size_multiple for side in sizes[0]):
             raise UserError(
-                f"image of {sizes[0][0]} x {sizes[0][1]} pixels: height and width must be multiples of {self.size_multiple}"
+                f"image of {sizes[0][0]} x {sizes[0][1]} pixels: both sides must be multiples of {self.size_multiple}"
             )
         vae = self.pipeline.vae
         pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device, vae.dtype) / 127.5 - 1.0

@@ -1,14 +1,15 @@
 """What each text position is: encoder stream, span kind, word. From the tokenizers, by character offsets.
 
-Text positions follow the joint text order (SD3: CLIP's positions, then T5's). A text mass that is not split by span kind
+Text positions follow the joint text order (SD3: CLIP's positions, then T5's). A text mass that is not split by span
+kind
 cannot be compared between models: much of it may sit on BOS, EOS or pads, which SD3 attends like words.
 
     table = token_tables(pipeline, family, ["a red ring"], max_sequence_length=256)[0]
     table.positions(kind="word", stream="t5")
     table.word_spans("red ring")            # {"clip": [2, 3], "t5": [78, 79, 80]}
 
-Words are the prompt's own (runs of letters and digits, or single signs), so CLIP's and T5's pieces of one word have the same
-word index. Not here: what the pooled embedding carries outside attention.
+Words are the prompt's own (runs of letters and digits, or single signs), so CLIP's and T5's pieces of one word have the
+same word index. Not here: what the pooled embedding carries outside attention.
 """
 
 from __future__ import annotations
@@ -70,9 +71,7 @@ class TokenTable:
         """The prompt's words in order."""
         return [match.group() for match in _WORD.finditer(self.prompt)]
 
-    def positions(
-        self, kind: str | None = None, stream: str | None = None, word: str | int | None = None
-    ) -> list[int]:
+    def positions(self, kind: str | None = None, stream: str | None = None, word: str | int | None = None) -> list[int]:
         """Text positions (0..T-1) that match every given condition.
 
         Args:
@@ -111,7 +110,9 @@ class TokenTable:
             raise unknown("word", phrase, dict.fromkeys(self.words))
         if occurrence is not None:
             if not 0 <= occurrence < len(starts):
-                raise UserError(f"{phrase!r} occurs {len(starts)} times in {self.prompt!r}; got occurrence {occurrence}")
+                raise UserError(
+                    f"{phrase!r} occurs {len(starts)} times in {self.prompt!r}; got occurrence {occurrence}"
+                )
             starts = [starts[occurrence]]
         indices = {start + offset for start in starts for offset in range(len(wanted))}
         spans: dict[str, list[int]] = {}
@@ -119,7 +120,9 @@ class TokenTable:
             if token.word_index in indices:
                 spans.setdefault(token.stream, []).append(position)
         if not spans:
-            raise UserError(f"{phrase!r} fell off the end of every text encoder for the prompt {self.prompt!r}; shorten it")
+            raise UserError(
+                f"{phrase!r} fell off the end of every text encoder for the prompt {self.prompt!r}; shorten it"
+            )
         return spans
 
 
@@ -219,7 +222,8 @@ def _read(tokenizer: Any, text: str, size: int, stream: str) -> tuple[list[Token
 
 
 def _word_at(spans: list[tuple[int, int, str]], start: int, stop: int) -> int:
-    """The word that overlaps [start, stop), else the first one after it: a bare word-start mark belongs to what follows."""
+    """The word that overlaps [start, stop), else the first one after it: a bare word-start mark belongs to what
+    follows."""
     for index, (first, last, _) in enumerate(spans):
         if (first < stop and start < last) or start <= first:
             return index

@@ -1,7 +1,8 @@
 """The attention backend while probing: diffusers' native one, restored afterwards.
 
-Other backends (flash-attn, sage, xformers, flex, hub kernels) bypass `scaled_dot_product_attention` and hide attention from
-the probe. Both the processors' own setting and diffusers' process-wide one are switched and put back, after an error too.
+Other backends (flash-attn, sage, xformers, flex, hub kernels) bypass `scaled_dot_product_attention` and hide attention
+from the probe. Both the processors' own setting and diffusers' process-wide one are switched and put back, after an
+error too.
 
     with native_attention(transformer):
         ...
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -26,7 +28,7 @@ def native_attention(transformer: nn.Module) -> Iterator[None]:
     """
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-    processors = [module.processor for module in transformer.modules() if hasattr(module, "processor")]
+    processors: list[Any] = [module.processor for module in transformer.modules() if hasattr(module, "processor")]
     if any(getattr(holder, "_parallel_config", None) is not None for holder in (transformer, *processors)):
         raise UserError("attention is split over devices (context parallelism); probe on one device instead")
     before = [(processor, processor._attention_backend) for processor in processors if _is_set(processor)]

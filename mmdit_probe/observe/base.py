@@ -1,7 +1,8 @@
-"""What observers are: reducers that see every attention call of the selected layers and keep only numbers of one denoising call.
+"""What observers are: reducers that see every attention call of the selected layers and keep only numbers of one
+denoising call.
 
-A probe calls `observe` once per attention call, `end_call` when the transformer's forward is over. State that outlives a
-denoising call goes to a sink as finished rows, so that it does not grow with prompts or steps.
+A probe calls `observe` once per attention call, `end_call` when the transformer's forward is over. State that outlives
+a denoising call goes to a sink as finished rows, so that it does not grow with prompts or steps.
 
     class Calls(Observer):                        # the smallest observer
         needs = "call"
@@ -60,7 +61,8 @@ class DenoisingCall:
 
 @dataclass
 class LayerCall:
-    """One attention call of one selected layer: q, k, v after norm and rotary embedding, before any edit of the output."""
+    """One attention call of one selected layer: q, k, v after norm and rotary embedding, before any edit of the
+    output."""
 
     layer: Layer
     layout: Layout

@@ -7,7 +7,8 @@
 Maps are columns of the exact attention probabilities: for `queries="image"` (I2T) the value at an image token is that
 query's probability on the word; for `queries="text"` (T2I) it is the word's probability on that image token.
 
-Unlike the other observers this one grows with every call it sees, because maps were asked for by name: choose layers and steps.
+Unlike the other observers this one grows with every call it sees, because maps were asked for by name: choose layers
+and steps.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class TextMaps(Observer):
     """Observer that keeps text maps.
 
     Args:
-        words: None keeps every text position (T' = T); positions (ints) keep those; words or phrases (strings) keep one map
-            each, over all positions of the word in all encoder streams, or in `stream` alone.
+        words: None keeps every text position (T' = T); positions (ints) keep those; words or phrases (strings) keep one
+            map each, over all positions of the word in all encoder streams, or in `stream` alone.
         heads: "mean" averages over heads, "all" keeps them.
         queries: "image" for I2T, the sum over a word's positions; "text" for T2I, the mean over a word's positions.
         stream: encoder stream to read words from; None takes all.

@@ -1,20 +1,23 @@
-"""AttentionMass: how much of its attention each kind of token gives to each kind of token (the paper's attention budget, Fig. 2).
+"""AttentionMass: how much of its attention each kind of token gives to each kind of token (the paper's attention
+budget, Fig. 2).
 
 Per (sample, step, branch, layer, head): the mean over image queries, and over text queries, of the probability on image
-keys, on other keys, and on each text span kind of each encoder stream. Blocks are named query -> key; I2T is the sum of the
-rows with query "image" and key "text". The rows of one query kind sum to 1.
+keys, on other keys, and on each text span kind of each encoder stream. Blocks are named query -> key; I2T is the sum of
+the rows with query "image" and key "text". The rows of one query kind sum to 1.
 
     with probe(model, AttentionMass(), layers="all") as run:
         model.generate("a red ring on grass")
     run[AttentionMass].table().query("query == 'image' and key == 'text'").groupby(["layer", "span"]).mass.mean()
 
-Exact, by columns from the row log-sum-exp (`attention.exact`); the image mass is the complement. Not averaged over heads or
+Exact, by columns from the row log-sum-exp (`attention.exact`); the image mass is the complement. Not averaged over
+heads or
 samples: that is up to the reader of the table.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -41,19 +44,24 @@ class AttentionMass(Observer):
     """Observer of attention masses.
 
     Args:
-        sink: gets the finished rows after every denoising call, `write(columns)`; kept in memory if None.
+        sink: gets the finished rows after every denoising call, layer by layer: an object with `write(columns)` or a
+            function of the columns; kept in memory if None.
         heads: which heads get rows: "all", 3, "0-3", [0, 5].
 
-    Columns: prompt, seed, step, sigma, branch (cond | uncond | unknown), layer, head, query (image | text), key (image |
-    text | other), span (bos | word | eos | pad | template | null | unknown; "all" for image and other keys), stream (clip |
-    t5 | ...; "" for image and other keys), mass (mean over the query tokens), n_query, n_key, uniform (n_key / N, the mass
-    that uniform attention would give). Spans that a prompt does not have get no row; `other` always has one.
+    Columns: prompt, seed, step, sigma, branch (cond | uncond | unknown), layer, head, query (image | text), key (image
+    | text | other), span (bos | word | eos | pad | template | null | unknown; "all" for image and other keys), stream
+    (clip | t5 | ...; "" for image and other keys), mass (mean over the query tokens), n_query, n_key, uniform (n_key /
+    N, the mass that uniform attention would give). Spans that a prompt does not have get no row; `other` always has
+    one.
     """
 
     needs: ClassVar[Literal["call", "lse"]] = "lse"
 
-    def __init__(self, sink: Sink | None = None, heads: Spec = "all") -> None:
-        self.sink: Sink = MemorySink() if sink is None else sink
+    def __init__(
+        self, sink: Sink | Callable[[dict[str, np.ndarray]], object] | None = None, heads: Spec = "all"
+    ) -> None:
+        self.sink: Any = MemorySink() if sink is None else sink
+        self._write = sink if callable(sink) else self.sink.write
         self.heads = heads
         self._seen: dict[int, tuple[Layer, Layout, list[list[Leaf]], Tensor, Tensor]] = {}
 
@@ -65,7 +73,7 @@ class AttentionMass(Observer):
 
     def end_call(self, denoising: DenoisingCall) -> None:
         for index in sorted(self._seen):
-            self.sink.write(self._rows(denoising, *self._seen[index]))
+            self._write(self._rows(denoising, *self._seen[index]))
         self._seen.clear()
 
     def abandon_call(self) -> None:
@@ -113,7 +121,7 @@ class AttentionMass(Observer):
                     "key": np.array([key for key, _, _ in of_row], dtype=object)[leaf],
                     "span": np.array([span for _, span, _ in of_row], dtype=object)[leaf],
                     "stream": np.array([stream for _, _, stream in of_row], dtype=object)[leaf],
-                    "mass": values[row][np.ix_(heads, queries, np.arange(len(of_row)))].ravel(),
+                    "mass": values[row][heads][:, queries, : len(of_row)].ravel(),
                     "n_query": counts[row][queries][query].astype(np.int64),
                     "n_key": n_key,
                     "uniform": n_key / layout.total,
@@ -144,7 +152,7 @@ def attention_masses(
     n_query [B, 2], the queries averaged over (queries with every key masked are left out).
     """
     device = call.query.device
-    batch, heads, n_rows, _ = call.query.shape
+    batch, _, n_rows, _ = call.query.shape
     count = 1 + max(1, *(max(of, default=1) for of in groups))
     of_key = torch.zeros(batch, n_rows, dtype=torch.long)
     of_key[:, layout.labels == 2] = 1

@@ -1,8 +1,9 @@
-"""What the rows of a denoising call are: prompts, token tables, seeds and guidance branches of a running stock pipeline.
+"""What the rows of a denoising call are: prompts, token tables, seeds and guidance branches of a running stock
+pipeline.
 
-The pipeline's own `encode_prompt` and `prepare_latents` are listened to on the instance, for the length of a probe; their
-arguments say which prompt, which negative prompt and which generator every row has, and whether the batch is doubled for
-guidance. Nothing is changed and nothing is patched globally.
+The pipeline's own `encode_prompt` and `prepare_latents` are listened to on the instance, for the length of a probe;
+their arguments say which prompt, which negative prompt and which generator every row has, and whether the batch is
+doubled for guidance. Nothing is changed and nothing is patched globally.
 
 Not here: embeddings that were computed elsewhere. Their text is unknown unless the caller passes token tables.
 """
@@ -51,7 +52,7 @@ class PipelineRows:
         prompts = [prompt for prompt, _ in self._cond]
         tables: dict[str, list[TokenTable | None]] = {
             "cond": [table for _, table in self._cond],
-            "uncond": self._uncond or [None] * count,
+            "uncond": list(self._uncond) or [None] * count,
         }
         branches = self.family.guidance if rows != count else ("cond",)
         return Batch(
