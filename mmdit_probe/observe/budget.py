@@ -1,13 +1,13 @@
-"""The attention budget (arXiv:2509.18096, Fig. 2): sample prompts, or noise real pictures, and measure every layer's masses.
+"""The attention budget (arXiv:2509.18096, Fig. 2): sample prompts, or noise real pictures, and measure the masses.
 
     from mmdit_probe import load
     from mmdit_probe.observe.budget import attention_budget, summarise
     table = attention_budget(load("scenes-sd3"), ["a red ring on grass"], layers="all", steps="last-8")
     print(summarise(table))
 
-The table is long: one row per prompt, step, guidance branch, layer, head and kind of key, with the noise level sigma beside
-the step. `Budget` is the same thing in parts, for programs that write to disk and resume. Not here: which layer grounds
-words; high mass on text may be a sink (see the span kinds).
+The table is long: one row per prompt, step, guidance branch, layer, head and kind of key, with the noise level sigma
+beside the step. `Budget` is the same thing in parts, for programs that write to disk and resume. Not here: which
+layer grounds words; high mass on text may be a sink (see the span kinds).
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+import numpy as np
+
 from mmdit_probe.errors import UserError
+from mmdit_probe.observe.base import MemorySink, Sink
+from mmdit_probe.observe.mass import AttentionMass
+from mmdit_probe.observe.probe import probe
 from mmdit_probe.observe.summary import summarise
 from mmdit_probe.specs import Spec, head_indices, layer_indices, step_indices
 
@@ -29,12 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Budget", "attention_budget", "summarise"]
 
-Write = Callable[["pd.DataFrame"], None]
-"""Takes the rows of one denoising call."""
 
-
-class Sink(Protocol):
-    """Where items go; `results.TableWriter` is one. `item(k)` is a context that yields an object with `write(rows)`."""
+class ItemSink(Protocol):
+    """Where items go; `results.TableWriter` is one. `item(k)` is a context that yields a `Sink`."""
 
     done: set[int]
 
@@ -65,7 +67,9 @@ class Budget:
         self.items = list(items)
         self.layers = layer_indices(layers, len(model.layers))
         self.heads = head_indices(heads, model.heads)
-        self.remarks = [line for table in model.token_tables([item.prompt for item in items]) for line in _unread(table)]
+        self.remarks = [
+            line for table in model.token_tables([item.prompt for item in items]) for line in _unread(table)
+        ]
         self.request: dict[str, Any] = {
             "model": model.name,
             "weight_hash": model.weight_hash,
@@ -103,7 +107,9 @@ class Budget:
         model = _with_length(model, max_sequence_length)
         chosen = step_indices(steps, num_steps)
         items = [Item(index, prompt, seed + index) for index, prompt in enumerate(prompts)]
-        budget = cls(model, items, layers, heads, mode="sample", steps=list(chosen), num_steps=num_steps, guidance=guidance)
+        budget = cls(
+            model, items, layers, heads, mode="sample", steps=list(chosen), num_steps=num_steps, guidance=guidance
+        )
         scheduler = model.scheduler
         budget.facts |= {
             "scheduler": {"class": type(scheduler).__name__, **dict(scheduler.config)},
@@ -142,28 +148,20 @@ class Budget:
     def __len__(self) -> int:
         return len(self.items)
 
-    def run(self, sink: Sink, advance: Callable[[], None] = lambda: None) -> None:
+    def run(self, sink: ItemSink, advance: Callable[[], None] = lambda: None) -> None:
         """Measure the items that `sink` does not hold yet. `advance` is called after each."""
         for item in self.items:
             if item.index in sink.done:
                 continue
             with sink.item(item.index) as rows:
-                self.measure(item, rows.write)
+                self.measure(item, rows)
             advance()
 
-    def measure(self, item: Item, write: Write) -> None:
-        """Measure one item; `write` gets the rows of each denoising call as soon as they are there."""
-        from mmdit_probe.observe.mass import AttentionMass
-        from mmdit_probe.observe.probe import probe
-
-        def labelled(rows: pd.DataFrame) -> None:
-            rows.insert(0, "item", item.index)
-            if item.picture is not None:
-                rows.insert(1, "picture", item.picture.name)
-            write(rows)
-
-        observer = AttentionMass(heads=self.heads, steps=self.request.get("steps"), sink=labelled)
-        with probe(self.model, observer, layers=self.layers):
+    def measure(self, item: Item, sink: Sink) -> None:
+        """Measure one item; `sink` gets the rows of each denoising call as soon as they are there."""
+        labels = {"item": item.index} | ({"picture": item.picture.name} if item.picture else {})
+        observer = AttentionMass(_Labelled(sink, labels), heads=self.heads)
+        with probe(self.model, observer, layers=self.layers, steps=self.request.get("steps", "all")):
             if item.picture is None:
                 self.model.generate(
                     item.prompt, steps=self.request["num_steps"], guidance=self.request["guidance"], seed=item.seed,
@@ -176,10 +174,25 @@ class Budget:
                 self.model.denoise(noised, self.request["sigma"], text, seeds=item.seed)
 
 
+class _Labelled:
+    """A sink that puts constant columns before the rows of another."""
+
+    def __init__(self, sink: Sink, labels: dict[str, int | str]) -> None:
+        self.sink, self.labels = sink, labels
+
+    def write(self, columns: dict[str, np.ndarray]) -> None:
+        count = len(columns["mass"])
+        constant = {
+            name: np.full(count, value, dtype=object if isinstance(value, str) else np.int64)
+            for name, value in self.labels.items()
+        }
+        self.sink.write(constant | columns)
+
+
 def attention_budget(
     model: MMDiT, prompts: str | Sequence[str], *, layers: Spec = "all", heads: Spec = "all", steps: Spec = "all",
     num_steps: int = 28, guidance: float = 7.5, seed: int = 0, max_sequence_length: int | None = None,
-    sink: Write | None = None,
+    sink: Sink | None = None,
 ) -> pd.DataFrame | None:  # fmt: skip
     """Sample prompts and measure where attention goes.
 
@@ -189,24 +202,22 @@ def attention_budget(
         layers, heads, steps: which to keep, as in `mmdit_probe.specs`.
         num_steps, guidance: of the sampling; guidance at most 1 runs without the unconditional branch.
         max_sequence_length: T5 positions (model's own if None).
-        sink: called with the rows of each denoising call; nothing is kept in memory then.
+        sink: gets the rows of each denoising call, `write(columns)`; nothing is kept in memory then.
 
-    Returns: the table (None with a sink), columns item, prompt, seed, step, sigma, branch, layer, head, query, key, span,
-        stream, mass, n_query, n_key, uniform. Masses of one query modality sum to 1.
+    Returns: the table (None with a sink): `item`, the index of the prompt, and the columns of `AttentionMass`. Masses
+    of one query modality sum to 1.
 
     Raises:
         UserError: a layer, head or step that does not exist, or a prompt with words that no encoder reads.
     """
-    import pandas as pd
-
     budget = Budget.of_prompts(
         model, [prompts] if isinstance(prompts, str) else prompts, layers=layers, heads=heads, steps=steps,
         num_steps=num_steps, guidance=guidance, seed=seed, max_sequence_length=max_sequence_length,
     )  # fmt: skip
-    kept: list[pd.DataFrame] = []
+    memory = MemorySink()
     for item in budget.items:
-        budget.measure(item, sink or kept.append)
-    return pd.concat(kept, ignore_index=True) if sink is None else None
+        budget.measure(item, memory if sink is None else sink)
+    return memory.table() if sink is None else None
 
 
 def _with_length(model: MMDiT, length: int | None) -> MMDiT:
@@ -226,9 +237,8 @@ def _unread(table: TokenTable) -> list[str]:
     lost = [word for index, word in enumerate(table.words) if index not in read]
     start = table.prompt if len(table.prompt) <= 40 else f"{table.prompt[:37]}..."
     if lost:
-        raise UserError(
-            f"prompt {start!r} is longer than the text encoders: {' '.join(lost)!r} fell off; shorten it to the words before"
-        )
+        what = f"prompt {start!r} is longer than the text encoders"
+        raise UserError(f"{what}: {' '.join(lost)!r} fell off; shorten it to the words before")
     return [
         f"prompt {start!r}: {' '.join(words)!r} fell off the end of {stream}; the other encoders read them"
         for stream, words in table.truncated.items()

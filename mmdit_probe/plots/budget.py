@@ -13,7 +13,7 @@ Not here: any averaging. Numbers come from `mmdit_probe.observe.budget.summarise
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mmdit_probe.plots import style
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Place = Literal["outside lower left", "outside lower right"]
 _KEYS = {"I": (style.IMAGE, "image keys"), "T": (style.TEXT, "text keys"), "O": (style.OTHER, "other keys")}
 
 
@@ -93,7 +94,7 @@ def _uniform(axes: Axes, value: float) -> None:
     axes.axvline(value, color="black", linestyle=":", linewidth=1.0, label="uniform", path_effects=outline)
 
 
-def _legend(figure: Figure, axes: Axes, place: str, columns: int) -> None:
+def _legend(figure: Figure, axes: Axes, place: Place, columns: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc=place, ncols=columns, handlelength=1.2, columnspacing=1.2)
 

@@ -62,8 +62,8 @@ class RunFolder:
             command: name of the command, the folder's parent.
             request: every option that decides the numbers (JSON values); its hash names the folder.
             out: use this folder instead of `<root>/<command>/<timestamp>-<hash>`.
-            resume: continue the unfinished run of the same request in `out`, or the latest one under `root`. Starts
-                anew if there is none.
+            resume: continue the run of the same request in `out`, or the latest one under `root`; a finished run is
+                opened as it is (`complete`). Starts anew if there is none.
 
         Raises:
             UserError: `out` holds a run already and `resume` is off, or holds a run of another request.
@@ -80,7 +80,7 @@ class RunFolder:
             if old is not None:
                 _same_request(path, old, request)
         else:
-            found = latest_run(command, request, root=root, finished=False) if resume else None
+            found = latest_run(command, request, root=root) if resume else None
             path = found or Path(root) / command / f"{now:%Y%m%d-%H%M%S}-{short_hash(request)}"
             while found is None and path.exists():  # two runs in one second
                 path = path.with_name(path.name + "x")
@@ -133,18 +133,12 @@ def read_record(path: Path | str) -> dict[str, Any] | None:
     return data
 
 
-def latest_run(
-    command: str, request: Mapping[str, Any] | None = None, *, root: Path | str = ROOT, finished: bool = True
-) -> Path | None:
-    """The newest finished (or unfinished) run folder of `command`, of `request` if given. None: no such run."""
-    folder = Path(root) / command
-    if not folder.is_dir():
-        return None
-    for path in sorted(folder.iterdir(), reverse=True):
+def latest_run(command: str, request: Mapping[str, Any], *, root: Path | str = ROOT) -> Path | None:
+    """The newest run folder of this request, finished or not. None: no such run."""
+    wanted = json.loads(json.dumps(dict(request)))
+    for path in sorted((Path(root) / command).glob(f"*-{short_hash(wanted)}*"), reverse=True):
         data = read_record(path)
-        if data is None or (data.get("status") == "finished") != finished:
-            continue
-        if request is None or data["request"] == json.loads(json.dumps(dict(request))):
+        if data is not None and data["request"] == wanted:
             return path
     return None
 

@@ -2,7 +2,7 @@
 
     >>> from mmdit_probe.results import environment
     >>> sorted(environment()["versions"])[:2]
-    ['captum', 'diffusers']
+    ['accelerate', 'captum']
 
 Nothing here imports torch: versions are read from package metadata, and device memory is reported only where a
 program has already set the device up.
@@ -16,8 +16,10 @@ import sys
 from importlib import metadata
 from typing import Any
 
+from mmdit_probe import __version__
+
 PACKAGES = (
-    "mmdit-probe", "torch", "diffusers", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy",
+    "torch", "diffusers", "transformers", "tokenizers", "peft", "accelerate", "safetensors", "numpy",
     "pandas", "pyarrow", "scipy", "scikit-learn", "captum", "matplotlib",
 )  # fmt: skip
 
@@ -27,7 +29,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {"mmdit-probe": __version__, **{name: _version(name) for name in PACKAGES}},
     }
 
 

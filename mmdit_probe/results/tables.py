@@ -1,7 +1,7 @@
 """Tidy tables on disk that grow item by item and survive a kill.
 
-While a command works, each finished item (a prompt, an image) is one small parquet file under `<table>.parts/`; the
-denoising calls of an item are row groups of it. An item counts once its file has been renamed into place, so a killed
+While a command works, each finished item (a prompt, an image) is one small parquet file under `<table>.parts/`; an
+item is written in row groups as its rows come. An item counts once its file has been renamed into place, so a killed
 run loses the item it was at and nothing else. `finish` joins the parts, row group by row group, into
 `<table>.parquet`.
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
+
+ROW_GROUP = 1 << 16
+"""Rows of an item that wait in memory before they are written."""
 
 
 class TableWriter:
@@ -88,7 +91,8 @@ class TableWriter:
                         if writer is None:
                             writer = pq.ParquetWriter(temporary, part.schema_arrow, compression="zstd")
                         # One row group per item: fewer and larger ones than the calls made, so that reading is fast.
-                        writer.write_table(part.read())
+                        rows = part.read()
+                        writer.write_table(rows, row_group_size=rows.num_rows)
             finally:
                 if writer is not None:
                     writer.close()
@@ -105,31 +109,40 @@ class TableWriter:
 
 
 class ItemWriter:
-    """Rows of one item; each `write` is a row group. Columns and types are fixed by the first one."""
+    """Rows of one item, gathered into row groups. Columns and types are fixed by the first write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows = 0
+        self._waiting: list[pa.Table] = []
         self._writer: pq.ParquetWriter | None = None
 
-    def write(self, rows: pd.DataFrame | Mapping[str, Sequence[Any]]) -> None:
+    def write(self, columns: pd.DataFrame | Mapping[str, Any]) -> None:
         """Append rows: a DataFrame, or columns of equal length."""
-        import pyarrow.parquet as pq
-
-        table = _arrow(rows)
-        with _disk(self.path):
-            if self._writer is None:
-                self._writer = pq.ParquetWriter(self.path, table.schema, compression="zstd")
-            self._writer.write_table(table.cast(self._writer.schema))
-        self.rows += table.num_rows
-
-    __call__ = write
+        self._waiting.append(_arrow(columns))
+        self.rows += self._waiting[-1].num_rows
+        if sum(table.num_rows for table in self._waiting) >= ROW_GROUP:
+            self._flush()
 
     def close(self) -> None:
+        self._flush()
         if self._writer is not None:
             with _disk(self.path):
                 self._writer.close()
             self._writer = None
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        if not self._waiting:
+            return
+        rows = pa.concat_tables(self._waiting)
+        self._waiting = []
+        with _disk(self.path):
+            if self._writer is None:
+                self._writer = pq.ParquetWriter(self.path, rows.schema, compression="zstd")
+            self._writer.write_table(rows)
 
 
 def read_table(path: Path | str, columns: list[str] | None = None) -> pd.DataFrame:
@@ -158,11 +171,23 @@ def read_table(path: Path | str, columns: list[str] | None = None) -> pd.DataFra
     return table.to_pandas()
 
 
-def _arrow(rows: pd.DataFrame | Mapping[str, Sequence[Any]]) -> pa.Table:
-    import pandas as pd
+def read_row_groups(path: Path | str, columns: list[str]) -> Iterator[pd.DataFrame]:
+    """The items of a finished table one by one, for tables larger than memory; columns that are absent are left out."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        present = [name for name in columns if name in file.schema_arrow.names]
+        for group in range(file.num_row_groups):
+            yield file.read_row_group(group, columns=present).to_pandas()
+
+
+def _arrow(columns: pd.DataFrame | Mapping[str, Any]) -> pa.Table:
     import pyarrow as pa
 
-    table = pa.Table.from_pandas(rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(rows), preserve_index=False)
+    if isinstance(columns, Mapping):
+        table = pa.table({name: pa.array(column) for name, column in columns.items()})
+    else:
+        table = pa.Table.from_pandas(columns, preserve_index=False)
     fields = []
     for field in table.schema:
         # Categories are an encoding, not a type: parts with different categories must join.

@@ -34,14 +34,16 @@ def test_name_is_time_and_hash_of_the_request(tmp_path):
     assert short_hash({"seed": 0, "layers": "all"}) == short_hash(REQUEST)
 
 
-def test_resume_finds_the_unfinished_run_of_the_same_request(tmp_path):
-    other = RunFolder.open("demo", {"seed": 1}, root=tmp_path)
+def test_resume_finds_the_run_of_the_same_request(tmp_path):
     first = RunFolder.open("demo", REQUEST, root=tmp_path)
-    assert RunFolder.open("demo", REQUEST, root=tmp_path, resume=True).path == first.path
-    first.finish()
-    assert RunFolder.open("demo", REQUEST, root=tmp_path, resume=True).path not in (first.path, other.path)
-    assert latest_run("demo", REQUEST, root=tmp_path) == first.path
-    assert latest_run("nothing", root=tmp_path) is None
+    RunFolder.open("demo", {"seed": 1}, root=tmp_path)
+    again = RunFolder.open("demo", REQUEST, root=tmp_path, resume=True)
+    assert (again.path, again.complete) == (first.path, False)
+    again.finish()
+    finished = RunFolder.open("demo", REQUEST, root=tmp_path, resume=True)
+    assert (finished.path, finished.complete) == (first.path, True)
+    assert RunFolder.open("demo", {"seed": 2}, root=tmp_path, resume=True).path != first.path
+    assert latest_run("nothing", REQUEST, root=tmp_path) is None
 
 
 def test_out_is_never_overwritten(tmp_path):

@@ -1,0 +1,254 @@
+"""What observing the attention budget costs: time and peak memory of a forward, against stock and the explicit softmax.
+
+    python benchmarks/overhead.py                       # all cases; writes benchmarks/results/overhead.{json,md}
+    python benchmarks/overhead.py --case scenes-sd3 --rounds 5 --no-write
+
+Three ways to run the same forward: `stock` (nothing attached), `probe` (AttentionMass on every layer, rows to a sink
+that drops them) and `explicit` (softmax(q k^T) materialised in float32, masses read off it: what is usually done).
+Times are taken in turns within one process, so that a busy machine slows all three alike; ratios are medians of
+per-round ratios. Memory is the peak resident set (CUDA: peak allocation) of a process of its own for each way,
+because a peak never comes down again.
+
+Target on CPU: probe at most 1.05x stock in both. The explicit softmax is reported, not a target.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+WAYS = ("stock", "probe", "explicit")
+TARGET = 1.05
+
+CASES = {
+    "scenes-sd3": "the embedded model, batch of 2 (both guidance branches)",
+    "sd3-medium-2-blocks": "two blocks of SD3-medium size, random weights: 24 heads x 64, 4096 + 333 tokens, batch 1",
+}
+DTYPES = ("float32", "bfloat16")
+
+
+def build(case: str, dtype: str, device: str) -> tuple[Any, Callable[[], Any]]:
+    """What to probe, and the forward to measure."""
+    import torch
+
+    torch.manual_seed(0)
+    kind = getattr(torch, dtype)
+    if case == "scenes-sd3":
+        from mmdit_probe import load
+
+        model = load("scenes-sd3", device=device, dtype=dtype)
+        text = model.encode_prompt(["", "a red ring and a blue house on grass"])
+        config = model.transformer.config
+        latents = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
+        return model, lambda: model.denoise(latents, 0.5, text)
+
+    from diffusers import SD3Transformer2DModel
+
+    # Configuration of stabilityai/stable-diffusion-3-medium-diffusers, two of its 24 layers.
+    transformer = SD3Transformer2DModel(
+        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=64,
+        num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+        pos_embed_max_size=192,
+    ).to(device, kind).eval()  # fmt: skip
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 128, 128, dtype=kind, device=device),
+        "encoder_hidden_states": torch.randn(1, 333, 4096, dtype=kind, device=device),
+        "pooled_projections": torch.randn(1, 2048, dtype=kind, device=device),
+        "timestep": torch.full((1,), 500.0, device=device),
+    }
+
+    @torch.no_grad()
+    def forward() -> Any:
+        return transformer(**inputs, return_dict=False)[0]
+
+    return transformer, forward
+
+
+class Dropped:
+    """A sink that keeps nothing, so that the observer's own cost is measured."""
+
+    def write(self, columns: Any) -> None:
+        del columns
+
+
+@contextlib.contextmanager
+def attached(way: str, target: Any) -> Iterator[None]:
+    """The target with nothing, the probe or the explicit softmax attached."""
+    if way == "stock":
+        yield
+    elif way == "probe":
+        from mmdit_probe import AttentionMass, probe
+
+        with probe(target, AttentionMass(Dropped())):
+            yield
+    else:
+        from mmdit_probe.attention.intercept import watch
+        from mmdit_probe.models.families import family_of
+        from mmdit_probe.models.layout import find_layers
+
+        transformer = getattr(target, "transformer", target)
+        layers = find_layers(family_of(transformer), transformer)
+        detach = [watch(layer.module, explicit_softmax, "output") for layer in layers]
+        try:
+            yield
+        finally:
+            for undo in detach:
+                undo()
+
+
+def explicit_softmax(call: Any, module_call: Any, proceed: Any) -> Any:
+    """Attention with the N x N probabilities in memory; the masses on image and text keys are read off them."""
+    import torch
+
+    from mmdit_probe.attention import reference
+
+    attention = reference.probabilities(call.query, call.key, dtype=torch.float32)
+    images = module_call.argument("hidden_states", 0).shape[1]
+    groups = (torch.arange(call.key.shape[2], device=call.key.device) >= images).long()
+    reference.group_masses(attention, groups, 2)
+    return (attention @ call.value.float()).to(call.value.dtype)
+
+
+def timings(case: str, dtype: str, device: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds per forward, `rounds` for each way, in turns."""
+    target, forward = build(case, dtype, device)
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for turn in range(rounds + 1):
+        for way in WAYS[turn % 3 :] + WAYS[: turn % 3]:
+            with attached(way, target):
+                seconds[way].append(timed(forward, device))
+    return {way: values[1:] for way, values in seconds.items()}  # the first round warms up
+
+
+def timed(forward: Callable[[], Any], device: str) -> float:
+    import torch
+
+    if device.startswith("cuda"):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        forward()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1000
+    begin = time.perf_counter()
+    forward()
+    return time.perf_counter() - begin
+
+
+def peak_of_this_process(case: str, dtype: str, device: str, way: str) -> dict[str, int]:
+    """Peak memory in bytes of three forwards of one way, and what the process held before them."""
+    import torch
+
+    from mmdit_probe.results import peak_memory
+
+    target, forward = build(case, dtype, device)
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    before = peak_memory()
+    with attached(way, target):
+        for _ in range(3):
+            forward()
+    key = "cuda" if device.startswith("cuda") else "resident"
+    return {"before": before[key], "peak": peak_memory()[key]}
+
+
+def memory(case: str, dtype: str, device: str, way: str) -> dict[str, int]:
+    """`peak_of_this_process`, in a new process."""
+    arguments = ["--case", case, "--dtype", dtype, "--device", device, "--worker", way]
+    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(case: str, dtype: str, device: str, rounds: int) -> dict[str, Any]:
+    seconds = timings(case, dtype, device, rounds)
+    bytes_ = {way: memory(case, dtype, device, way) for way in WAYS}
+    row: dict[str, Any] = {"case": case, "dtype": dtype, "device": device, "rounds": rounds}
+    for way in WAYS:
+        ratios = [mine / stock for mine, stock in zip(seconds[way], seconds["stock"], strict=True)]
+        row[way] = {
+            "seconds_median": statistics.median(seconds[way]),
+            "time_ratio_median": statistics.median(ratios),
+            "time_ratio_quartiles": statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else None,
+            "peak_bytes": bytes_[way]["peak"],
+            "peak_bytes_before_forward": bytes_[way]["before"],
+            "peak_ratio": bytes_[way]["peak"] / bytes_["stock"]["peak"],
+        }
+    return row
+
+
+def markdown(report: dict[str, Any]) -> str:
+    lines = [
+        "# Overhead of observing the attention budget",
+        "",
+        "Made by `python benchmarks/overhead.py`.",
+        f"{report['machine']}, torch {report['torch']}, {report['threads']} threads.",
+        "Ratios are against the stock forward of the same run (median over rounds, quartiles in brackets); memory is",
+        f"the peak of a process of its own. Target on CPU: probe at most {TARGET:.2f} in both.",
+        "",
+        "| case | dtype | device | way | s / forward | time ratio | peak MiB | peak ratio |",
+        "|-|-|-|-|-:|-:|-:|-:|",
+    ]
+    for row in report["rows"]:
+        for way in WAYS:
+            cell = row[way]
+            spread = cell["time_ratio_quartiles"]
+            spread = f" [{spread[0]:.3f}, {spread[1]:.3f}]" if spread and way != "stock" else ""
+            time_ratio, mebibytes = f"{cell['time_ratio_median']:.3f}{spread}", f"{cell['peak_bytes'] / 2**20:.0f}"
+            cells = (row["case"], row["dtype"], row["device"], way, f"{cell['seconds_median']:.4f}", time_ratio)
+            lines.append("| " + " | ".join((*cells, mebibytes, f"{cell['peak_ratio']:.3f}")) + " |")
+    lines += ["", *(f"* `{case}`: {text}" for case, text in CASES.items())]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds per case")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    cases, dtypes = options.case or list(CASES), options.dtype or list(DTYPES)
+    if options.worker:
+        print(json.dumps(peak_of_this_process(cases[0], dtypes[0], options.device, options.worker)))
+        return
+
+    import torch
+
+    rows = []
+    for case in cases:
+        for dtype in dtypes:
+            rows.append(measure(case, dtype, options.device, options.rounds))
+            for way in WAYS[1:]:
+                cell = rows[-1][way]
+                print(f"{case} {dtype} {way}: {cell['time_ratio_median']:.3f}x time, {cell['peak_ratio']:.3f}x memory")
+    cuda = options.device.startswith("cuda")
+    name = torch.cuda.get_device_name(options.device) if cuda else platform.machine()
+    report = {
+        "machine": f"{name}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "rows": rows,
+    }
+    if not options.no_write:
+        RESULTS.mkdir(exist_ok=True)
+        stem = RESULTS / ("overhead" if options.device == "cpu" else f"overhead-{options.device.split(':')[0]}")
+        stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+        stem.with_suffix(".md").write_text(markdown(report))
+        print(f"written: {stem}.json, {stem}.md")
+
+
+if __name__ == "__main__":
+    main()

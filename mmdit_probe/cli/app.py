@@ -1,0 +1,110 @@
+"""The `mmdit-probe` command: what exists, and how errors come out.
+
+    mmdit-probe attention-budget --layers all
+    mmdit-probe --help
+
+Importing this module imports neither torch nor any model code: each command imports what it needs when it runs, and
+command groups of other rooms are imported when they are called. Errors are one line on stderr and an exit code, 2 for
+a bad request and 1 for a failure; `--debug` gives the traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import Abort, TyperException
+
+from mmdit_probe import __version__
+from mmdit_probe.cli import attention_budget, doctor, models
+from mmdit_probe.errors import ProbeError
+
+LAZY = {"scenes": ("mmdit_probe.cli.scenes", "The embedded world: look at scenes, train the shipped models.")}
+"""Command groups that are imported when called: name -> (module with a typer `app`, line for the help)."""
+
+
+class LazyGroup(TyperGroup):
+    """A command group that knows names and help lines of groups it has not imported."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *LAZY]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in LAZY:
+            return TyperCommand(cmd_name, help=LAZY[cmd_name][1])
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0] if args else ""
+        if name in LAZY:
+            group = importlib.import_module(LAZY[name][0]).app
+            return name, typer.main.get_group(group), args[1:]
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    name="mmdit-probe",
+    cls=LazyGroup,
+    help="Exact attention probing of multi-modal diffusion transformers. Blocks are named query -> key: "
+    "I2T = image queries, text keys.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("attention-budget")(attention_budget.command)
+app.command("models")(models.command)
+app.command("doctor")(doctor.command)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"mmdit-probe {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code.
+
+    Args:
+        argv: arguments without the program's name; those of the process if None.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug, as_json = "--debug" in arguments, "--json" in arguments
+    try:
+        code = app(args=arguments, prog_name="mmdit-probe", standalone_mode=False)
+    except (ProbeError, TyperException) as error:
+        if debug:
+            raise
+        message = error.format_message() if isinstance(error, TyperException) else str(error)
+        sys.exit(_fail(message, error.exit_code, as_json))
+    except (KeyboardInterrupt, Abort):
+        sys.exit(_fail("interrupted; finished items are kept, continue with --resume", 130, as_json))
+    except Exception as error:
+        if debug:
+            raise
+        reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+        sys.exit(_fail(f"{reason}; run again with --debug for the traceback", 1, as_json))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int, as_json: bool) -> int:
+    line = " ".join(message.split())
+    print(f"error: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": line, "exit_code": code}))
+    return code
