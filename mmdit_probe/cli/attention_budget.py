@@ -183,11 +183,8 @@ def _share(value: float) -> str:
 
 def _title(folder: Any, summary: pd.DataFrame) -> str:
     request = folder.data["request"]
-    where = (
-        f"sigma {request['sigma']}"
-        if "sigma" in request
-        else f"{request['num_steps']} steps, guidance {request['guidance']}"
-    )
+    sampled = f"{request.get('num_steps')} steps, guidance {request.get('guidance')}"
+    where = f"sigma {request['sigma']}" if "sigma" in request else sampled
     return f"{Path(request['model']).name}: {int(summary.prompts.min())} prompts, {where}"
 
 
