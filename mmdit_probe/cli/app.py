@@ -24,6 +24,7 @@ from mmdit_probe import __version__
 from mmdit_probe.cli import attention_budget, doctor, models
 from mmdit_probe.errors import ProbeError
 
+INTERRUPTED = 130
 LAZY = {"scenes": ("mmdit_probe.cli.scenes", "The embedded world: look at scenes, train the shipped models.")}
 """Command groups that are imported when called: name -> (module with a typer `app`, line for the help)."""
 
@@ -93,12 +94,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         message = error.format_message() if isinstance(error, TyperException) else str(error)
         sys.exit(_fail(message, error.exit_code, as_json))
     except (KeyboardInterrupt, Abort):
-        sys.exit(_fail("interrupted; finished items are kept, continue with --resume", 130, as_json))
+        code = INTERRUPTED
     except Exception as error:
         if debug:
             raise
         reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         sys.exit(_fail(f"{reason}; run again with --debug for the traceback", 1, as_json))
+    if code == INTERRUPTED:  # typer turns the key into this code
+        _fail("interrupted; finished items are kept, continue with --resume", INTERRUPTED, as_json)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,0 +1,135 @@
+"""The command line itself: fast help without torch, one-line errors, completion, doctor and models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mmdit_probe import __version__
+from mmdit_probe.cli import app as cli
+from mmdit_probe.errors import RunError
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mmdit_probe", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=120)
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return int(stopped.value.code or 0), captured.out, captured.err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["attention-budget", "--help"], ["models", "--help"], ["--version"]])
+def test_help_needs_no_heavy_import(arguments):
+    heavy = "torch", "diffusers", "transformers", "pandas", "matplotlib", "numpy"
+    script = (
+        "import sys\nfrom mmdit_probe.cli.app import main\n"
+        f"try:\n    main({arguments!r})\nfinally:\n"
+        f"    print(sorted(set({heavy!r}) & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.strip() == "[]"
+
+
+def test_help_is_fast():
+    best = float("inf")
+    for _ in range(3):  # the best of three: the machine may be busy
+        begin = time.perf_counter()
+        assert "attention-budget" in run("--help").stdout
+        best = min(best, time.perf_counter() - begin)
+    assert best < 1.0
+
+
+def test_version(capsys):
+    assert called(capsys, "--version") == (0, f"mmdit-probe {__version__}\n", "")
+
+
+def test_no_arguments_show_the_commands(capsys):
+    code, out, _ = called(capsys)
+    assert code == 0
+    for name in ("attention-budget", "doctor", "models", "scenes"):
+        assert name in out
+
+
+def test_completion_offers_commands_and_their_options():
+    shell = {"_MMDIT_PROBE_COMPLETE": "complete_bash", "COMP_WORDS": "mmdit-probe att", "COMP_CWORD": "1"}
+    script = "from mmdit_probe.cli.app import app; app(prog_name='mmdit-probe')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | shell)
+    assert done.stdout.split() == ["attention-budget"]
+
+
+def test_unknown_command_names_the_closest(capsys):
+    code, _, err = called(capsys, "modles")
+    assert code == 2
+    assert err == "error: No such command 'modles'. Did you mean 'models'?\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (RunError("the disk is full"), 1, "error: the disk is full\n"),
+        (
+            ZeroDivisionError("division by zero"),
+            1,
+            "error: ZeroDivisionError: division by zero; run again with --debug",
+        ),
+        (KeyboardInterrupt(), 130, "error: interrupted; finished items are kept"),
+    ],
+)
+def test_failures_are_one_line(capsys, monkeypatch, error, code, message):
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    found, out, err = called(capsys, "models")
+    assert (found, out) == (code, "")
+    assert err.startswith(message)
+    assert len(err.strip().splitlines()) == 1
+    found, out, _ = called(capsys, "models", "--json")
+    assert json.loads(out)["exit_code"] == code
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    def fail(**_: object) -> None:
+        raise RunError("the disk is full")
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(RunError, match="the disk is full"):
+        cli.main(["models", "--debug"])
+
+
+def test_models_lists_families(capsys):
+    code, out, _ = called(capsys, "models", "--json")
+    assert code == 0
+    document = json.loads(out)
+    assert {"name": "sd3", "transformer": "SD3Transformer2DModel", "order": ["image", "text"]} in document["families"]
+    assert "SD3Transformer2DModel" in called(capsys, "models")[1]
+
+
+def test_doctor_reports_the_kernel_that_runs(capsys):
+    import torch
+
+    code, out, _ = called(capsys, "doctor", "--device", "cpu", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["versions"]["torch"] == torch.__version__
+    kernels = {row["dtype"]: row for row in report["kernels"]}
+    assert kernels["float32"] == {
+        "dtype": "float32", "kernel": "flash", "logsumexp": True, "route": "the kernel's log-sum-exp",
+    }  # fmt: skip
+    assert "log-sum-exp" in called(capsys, "doctor", "--device", "cpu")[1]
+
+
+def test_doctor_refuses_an_unknown_device(capsys):
+    code, _, err = called(capsys, "doctor", "--device", "gpu")
+    assert code == 2
+    assert err.startswith("error: unknown device 'gpu'")
