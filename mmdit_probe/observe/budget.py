@@ -238,8 +238,13 @@ def _unread(table: TokenTable) -> list[str]:
     start = table.prompt if len(table.prompt) <= 40 else f"{table.prompt[:37]}..."
     if lost:
         what = f"prompt {start!r} is longer than the text encoders"
-        raise UserError(f"{what}: {' '.join(lost)!r} fell off; shorten it to the words before")
+        raise UserError(f"{what}: {_some(lost)} fell off; shorten it to the words before")
     return [
-        f"prompt {start!r}: {' '.join(words)!r} fell off the end of {stream}; the other encoders read them"
+        f"prompt {start!r}: {_some(words)} fell off the end of {stream}; the other encoders read them"
         for stream, words in table.truncated.items()
     ]
+
+
+def _some(words: Sequence[str], limit: int = 12) -> str:
+    rest = f" and {len(words) - limit} more words" if len(words) > limit else ""
+    return f"{' '.join(words[:limit])!r}{rest}"

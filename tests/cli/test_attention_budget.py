@@ -169,9 +169,12 @@ def test_no_t5_gives_null_slots_of_the_same_length(budget):
         (["--images", "scenes:test1"], "unknown picture set 'scenes:test1': did you mean 'scenes:test'?"),
         (["--images", "scenes:val", "--limit", "1", "--sigma", "1.5"], "--sigma 1.5 is no noise level; expected 0"),
         (["--limit", "0"], "--limit 0 leaves nothing to do"),
-        (["--num-steps", "0"], "Invalid value for '--num-steps': 0 is not in the range x>=1"),
+        (["--num-steps", "0"], "Invalid value for '--num-steps': Input should be greater than or equal to 1"),
         (["--layer", "3"], "No such option: --layer"),
-        (["--prompts", "a red ring " * 9], "is longer than the text encoders: 'a red ring"),
+        (
+            ["--prompts", "red " * 10 + "ring cat"],
+            "prompt 'red red red red red red red red red r...' is longer than the text encoders: 'ring cat' fell off",
+        ),
     ],
 )
 def test_bad_requests(budget, arguments, message):

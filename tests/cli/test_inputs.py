@@ -34,7 +34,7 @@ def test_pictures_are_cropped_at_the_centre_then_resized():
     wide[:, 10:20] = 255
     fitted = np.asarray(images.fit(Image.fromarray(wide), (20, 20)))
     assert fitted.shape == (20, 20, 3)
-    assert fitted.min() > 250
+    assert fitted.mean() > 240  # squashed, two thirds would be black
 
 
 def test_grey_and_transparent_pictures_become_rgb(tmp_path):
