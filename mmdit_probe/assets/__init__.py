@@ -1,11 +1,4 @@
-"""The checkpoints that ship with the package, by name.
-
-A directory `<name>/` is a complete diffusers pipeline directory; a file `<name>.json` is a random-weight twin of one:
-{"base": "<name of the trained one>", "seed": 0}.
-
-    >>> sorted(names()) == names()
-    True
-"""
+"""The embedded checkpoints, loaded by name. Weights are safetensors; every folder is a stock diffusers or transformers one."""
 
 from __future__ import annotations
 
@@ -17,19 +10,21 @@ _ROOT = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """Names of the embedded models that are installed, sorted."""
-    directories = [entry.parent.name for entry in _ROOT.glob("*/model_index.json")]
-    twins = [entry.stem for entry in _ROOT.glob("*.json")]
-    return sorted(directories + twins)
+    """Names of all embedded assets: folders, and the `*.json` recipes of models derived from them."""
+    return sorted(
+        entry.stem if entry.suffix == ".json" else entry.name
+        for entry in _ROOT.iterdir()
+        if entry.suffix == ".json" or (entry.is_dir() and not entry.name.startswith("_"))
+    )
 
 
 def path(name: str) -> Path:
-    """The pipeline directory of an embedded model, or the JSON file of a random-weight twin.
+    """Where an asset lies: its folder, or the `.json` recipe of a derived model such as "scenes-sd3-random".
 
     Raises:
-        UserError: there is none of this name.
+        UserError: no such asset.
     """
-    if name not in names():
-        raise unknown("embedded model", name, names())
-    directory = _ROOT / name
-    return directory if directory.is_dir() else _ROOT / f"{name}.json"
+    for candidate in (_ROOT / name, _ROOT / f"{name}.json"):
+        if name in names() and candidate.exists():
+            return candidate
+    raise unknown("embedded asset", name, names())

@@ -1,0 +1,105 @@
+"""`mmdit-probe scenes`: look at the embedded world, train the models that ship, and measure them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Resume, Seed
+
+app = typer.Typer(help="The embedded world: look at scenes, train the shipped models.", rich_markup_mode=None)
+
+
+class StageName(StrEnum):
+    """Training stages in their order; "all" runs those that are not finished."""
+
+    PARSER = "parser"
+    VAE = "vae"
+    CLIP = "clip"
+    T5 = "t5"
+    TRANSFORMER = "transformer"
+    EXPORT = "export"
+    ALL = "all"
+
+
+@app.command()
+def show(
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
+    n: Annotated[int, typer.Option("-n", help="How many scenes.", min=1, max=60)] = 12,
+    start: Annotated[int, typer.Option(help="Index of the first scene.", min=0)] = 0,
+    kind: Annotated[str | None, typer.Option(help="Caption kind; a mixture by default.")] = None,
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a contact sheet: scenes with captions, class, instance and part masks (PNG and PDF)."""
+    from mmdit_probe.cli.output import Output
+    from mmdit_probe.plots import save
+    from mmdit_probe.plots.scenes import contact_sheet
+    from mmdit_probe.results import RunFolder
+    from mmdit_probe.scenes import describe, scene
+
+    items = [scene(split, index) for index in range(start, start + n)]
+    texts = [describe(item, kind) for item in items]
+    folder = RunFolder.open("scenes-show", {"split": split, "n": n, "start": start, "kind": kind}, out=out)
+    paths = save(contact_sheet(items, texts), folder.path / "scenes")
+    folder.finish()
+    document = {"run": folder.path, "figures": paths, "captions": texts}
+    lines = [f"{split} {item.index}: {text or '(empty)'}" for item, text in zip(items, texts, strict=True)]
+    Output(quiet=quiet, as_json=as_json, debug=debug).result(document, [*lines, f"written: {paths[0]}"], folder.path)
+
+
+@app.command()
+def train(
+    stage: Annotated[StageName, typer.Option(help="Which stage; a stage needs those before it.")] = StageName.ALL,
+    workdir: Annotated[Path, typer.Option(help="Where pools, checkpoints and curves are kept.")] = Path(".training"),
+    steps: Annotated[int | None, typer.Option(help="Steps of the stage, in place of the recipe's.", min=1)] = None,
+    assets: Annotated[
+        Path | None, typer.Option(help="Where `export` writes; the package's own assets by default.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of from the last checkpoint.")] = False,
+    device: Device = "auto",
+    debug: Debug = False,
+) -> None:
+    """Train what the package ships, stage by stage, resuming exactly; `export` writes the assets."""
+    from mmdit_probe.cli.output import Output
+    from mmdit_probe.embedded.recipe import run_stage
+
+    Output(debug=debug)
+    names = [s for s in StageName if s is not StageName.ALL] if stage is StageName.ALL else [stage]
+    for name in names:
+        run_stage(name.value, workdir, steps=steps, assets=assets, resume=not fresh, device=device)
+
+
+@app.command()
+def score(
+    model: Model = DEFAULT_MODEL,
+    n: Annotated[int, typer.Option("-n", help="Captions per category, and scenes.", min=1)] = 200,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 7.5,
+    num_steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 28,
+    sigma: Annotated[float, typer.Option(help="Noise level at which real scenes are probed.", min=0, max=1)] = 0.5,
+    split: Annotated[str, typer.Option(help="val or test.")] = "val",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Out = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a model that knows the world: what its images show (read by the parser), where its words look."""
+    from mmdit_probe.cli.output import Output
+    from mmdit_probe.cli.session import open_model
+    from mmdit_probe.embedded.report import score_model
+
+    output = Output(quiet=quiet, as_json=as_json, debug=debug)
+    loaded = open_model(model, debug=debug, device=device, dtype=dtype, t5=True)
+    request = {"n": n, "guidance": guidance, "num_steps": num_steps, "sigma": sigma, "split": split, "seed": seed}
+    with output.progress("measurements", total=2) as advance:
+        report = score_model(loaded, request, out=out, resume=resume, advance=advance)
+    output.result(report.document, report.lines, report.path)

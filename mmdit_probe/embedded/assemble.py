@@ -1,0 +1,97 @@
+"""Put the trained parts together as a stock StableDiffusion3Pipeline, in memory or as the folder that ships."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from mmdit_probe.embedded.loop import weights
+from mmdit_probe.embedded.parser import load_trained_parser
+from mmdit_probe.embedded.text import ClipPair, clip_config, load_trained_text
+from mmdit_probe.embedded.tokenizers import clip_tokenizer, t5_tokenizer
+from mmdit_probe.embedded.transformer import SHIFT, load_trained_transformer
+from mmdit_probe.embedded.vae import load_trained_vae
+from mmdit_probe.scenes.world import SIZE, WORLD_VERSION
+
+
+def first_tower(pair: ClipPair) -> CLIPTextModelWithProjection:
+    """The text tower of ``scenes-clip`` as a model of its own."""
+    tower = CLIPTextModelWithProjection(CLIPTextConfig(**clip_config(3, "<|endoftext|>").text_config.to_dict()))
+    wanted = tower.state_dict()
+    tower.load_state_dict({name: tensor for name, tensor in pair.clip.state_dict().items() if name in wanted})
+    return tower.eval().requires_grad_(False)
+
+
+def assemble(workdir: Path, transformer: SD3Transformer2DModel | None = None) -> Any:
+    """The stock pipeline of the parts trained in ``workdir``; ``transformer`` replaces the one trained there."""
+    pair, t5 = load_trained_text(workdir)
+    pair.second.set_attn_implementation("sdpa")
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer or load_trained_transformer(workdir),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        vae=load_trained_vae(workdir),
+        text_encoder=first_tower(pair),
+        tokenizer=clip_tokenizer(),
+        text_encoder_2=pair.second,
+        tokenizer_2=clip_tokenizer("!"),
+        text_encoder_3=t5,
+        tokenizer_3=t5_tokenizer(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def export(workdir: Path, assets: Path) -> None:
+    """Write what ships into ``assets``: scenes-sd3 (float16 weights), scenes-clip, scenes-parser and the training curves.
+
+    The folders are written beside the old ones and moved over them at the end.
+    """
+    fresh = assets / "_fresh"
+    shutil.rmtree(fresh, ignore_errors=True)
+    pipeline = assemble(workdir)
+    pipeline.to(dtype=torch.float16)
+    pipeline.save_pretrained(fresh / "scenes-sd3", safe_serialization=True)
+    pair, _ = load_trained_text(workdir)
+    pair.clip.half().save_pretrained(fresh / "scenes-clip")
+    clip_tokenizer().save_pretrained(fresh / "scenes-clip")
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"height": SIZE, "width": SIZE},
+        "crop_size": {"height": SIZE, "width": SIZE},
+        "do_center_crop": False,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    (fresh / "scenes-clip" / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    (fresh / "scenes-parser").mkdir()
+    state = {name: tensor.half() for name, tensor in weights(load_trained_parser(workdir)).items()}
+    save_file(state, fresh / "scenes-parser" / "model.safetensors", {"world": str(WORLD_VERSION)})
+    for stage, home in (
+        ("parser", "scenes-parser"),
+        ("clip", "scenes-clip"),
+        ("t5", "scenes-sd3"),
+        ("vae", "scenes-sd3"),
+        ("transformer", "scenes-sd3"),
+    ):
+        _copy_curves(workdir / stage / "curves.csv", fresh / home / "training" / f"{stage}.csv")
+    for folder in sorted(fresh.iterdir()):
+        target = assets / folder.name
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
+    fresh.rmdir()
+
+
+def _copy_curves(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with source.open(newline="") as file:
+        rows = list(csv.reader(file))
+    with target.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)

@@ -1,0 +1,74 @@
+"""Rendered training scenes, kept on disk: the data of every training stage.
+
+A pool is a function of (world version, split, size, objects, count) and nothing else; it is a cache that can be deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdit_probe.scenes import KINDS, SIZE, WORLD_VERSION, Scene, describe, scene
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Scenes as arrays.
+
+    Attributes:
+        images: uint8 [n, S, S, 3].
+        classes, colours: uint8 [n, S, S], as in ``Scene``.
+        captions: by scene, by kind (the order of ``KINDS``): every kind of caption of every scene.
+    """
+
+    images: NDArray[np.uint8]
+    classes: NDArray[np.uint8]
+    colours: NDArray[np.uint8]
+    captions: list[list[str]]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+_Row = tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint8], list[str]]
+
+
+def _row(item: Scene) -> _Row:
+    return item.image, item.classes, item.colours, [describe(item, kind) for kind in KINDS]
+
+
+def _render(task: tuple[str, range, int, tuple[int, int]]) -> list[_Row]:
+    split, indices, size, objects = task
+    return [_row(scene(split, i, size=size, objects=objects)) for i in indices]
+
+
+def pool(
+    folder: Path,
+    split: str,
+    count: int,
+    *,
+    size: int = SIZE,
+    objects: tuple[int, int] = (1, 4),
+    workers: int | None = None,
+) -> Pool:
+    """The first ``count`` scenes of a split, rendered once into ``folder`` and read from there afterwards."""
+    name = f"world{WORLD_VERSION}-{split}-{size}px-{objects[0]}to{objects[1]}-{count}"
+    base = folder / name
+    if not base.with_suffix(".json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        chunks = [(split, range(i, min(i + 500, count)), size, objects) for i in range(0, count, 500)]
+        with ProcessPoolExecutor(workers or os.cpu_count()) as executor:
+            rows = [row for chunk in executor.map(_render, chunks) for row in chunk]
+        for part, column in enumerate(("images", "classes", "colours")):
+            np.save(folder / f"{name}-{column}.npy", np.stack([row[part] for row in rows]))
+        partial = base.with_suffix(".partial")
+        partial.write_text(json.dumps([row[3] for row in rows]))
+        partial.rename(base.with_suffix(".json"))
+    arrays = (np.load(folder / f"{name}-{column}.npy", mmap_mode="r") for column in ("images", "classes", "colours"))
+    return Pool(*arrays, json.loads(base.with_suffix(".json").read_text()))  # type: ignore[arg-type]

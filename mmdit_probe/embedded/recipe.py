@@ -1,0 +1,108 @@
+"""The recipe of the embedded model, stage by stage: parser, vae, clip, t5, transformer, export.
+
+mmdit-probe scenes train                  # everything, on two CPU cores about three hours
+mmdit-probe scenes train --stage vae      # one stage; a killed stage resumes exactly
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmdit_probe.embedded.assemble import assemble, export
+from mmdit_probe.embedded.parser import load_trained_parser, train_parser
+from mmdit_probe.embedded.text import train_clip, train_t5
+from mmdit_probe.embedded.transformer import (
+    CURRICULUM,
+    POOLS,
+    AlignedTransformer,
+    Phase,
+    build_transformer,
+    phase_at,
+    train_transformer,
+)
+from mmdit_probe.embedded.vae import train_vae
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.models import MMDiT
+
+STAGES: dict[str, Callable[..., None]] = {
+    "parser": train_parser,
+    "vae": train_vae,
+    "clip": train_clip,
+    "t5": train_t5,
+    "transformer": train_transformer,
+}
+NEEDS = {"vae": ("parser",), "transformer": ("parser", "vae", "clip", "t5")}
+
+
+def run_stage(
+    stage: str,
+    workdir: Path,
+    *,
+    steps: int | None = None,
+    assets: Path | None = None,
+    resume: bool = True,
+    device: str = "auto",
+) -> None:
+    """Train one stage in ``workdir``, or write the assets ("export").
+
+    Args:
+        steps: in place of the recipe's. For the transformer: the length of its last phase, so that a finished run can be
+            continued.
+        assets: where "export" writes; the package's own assets by default.
+
+    Raises:
+        UserError: unknown stage, or one whose predecessors are not trained.
+    """
+    from mmdit_probe.models.load import pick_device
+
+    if stage == "export":
+        _require(workdir, tuple(STAGES))
+        export(workdir, assets or Path(__file__).parent.parent / "assets")
+        return
+    if stage not in STAGES:
+        raise unknown("stage", stage, [*STAGES, "export"])
+    _require(workdir, NEEDS.get(stage, ()))
+    arguments: dict[str, Any] = {"resume": resume, "device": str(pick_device(device))}
+    if stage == "transformer":
+        curriculum = (
+            CURRICULUM if steps is None else (*CURRICULUM[:-1], Phase(CURRICULUM[-1].pool, steps, CURRICULUM[-1].batch))
+        )
+        train_transformer(workdir, curriculum=curriculum, validate=validator(workdir, curriculum), **arguments)
+    else:
+        STAGES[stage](workdir, **arguments | ({"steps": steps} if steps else {}))
+
+
+def _require(workdir: Path, stages: tuple[str, ...]) -> None:
+    missing = [name for name in stages if not (workdir / name / "progress.json").exists()]
+    if missing:
+        raise UserError(
+            f"'{workdir}' holds no trained {', '.join(missing)}: run `mmdit-probe scenes train --stage {missing[0]}` first"
+        )
+
+
+def validator(workdir: Path, curriculum: tuple[Phase, ...]) -> Callable[[AlignedTransformer, int], dict[str, float]]:
+    """What is measured beside the text gain during training: map quality by layer, and the parser's view of samples."""
+    from mmdit_probe.embedded.validate import alignment_of, held_out, map_quality
+    from mmdit_probe.scenes.captions import describe
+
+    parser = load_trained_parser(workdir)
+
+    def validate(model: AlignedTransformer, step: int) -> dict[str, float]:
+        stock = build_transformer()
+        stock.load_state_dict(model.transformer.state_dict())
+        probed = MMDiT(assemble(workdir, stock.eval()), name="training")
+        how = POOLS[phase_at(step - 1, curriculum).pool]
+        items = held_out(48, **how)
+        numbers: dict[str, float] = {}
+        for sigma in (0.5, 0.75):
+            table = map_quality(probed, items, sigma=sigma)
+            means = table[table["head"] == "mean"]
+            numbers |= {f"miou@{sigma}/layer{row.layer}": float(row.miou) for row in means.itertuples()}
+            numbers[f"miou@{sigma}/head"] = float(table["miou"].max())
+        prompts = [describe(item, "colour") for item in items[:32]]
+        scored = alignment_of(probed, parser, prompts, steps=16, guidance=4.0, size=how["size"])
+        return numbers | {name: float(scored[name].mean()) for name in ("facts", "things_right", "grounds_right")}
+
+    return validate

@@ -1,0 +1,138 @@
+"""How good the embedded model is: do its words find their regions, and do its images show what was asked for?
+
+``map_quality`` takes held-out scenes: their latents noised to one level, the bare list of their classes as the prompt, and the
+I2T map of each class word as its score; argmax, upsampled, against the exact mask. ``alignment_by_category`` takes
+held-out captions: images generated with guidance, read back by the parser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmdit_probe.evaluate import confusion, ious, mean_iou
+from mmdit_probe.models import MMDiT
+from mmdit_probe.observe import TextMaps, probe
+from mmdit_probe.scenes.captions import CATEGORIES, captions
+from mmdit_probe.scenes.parser import SceneParser, aligned, alignment, grounds_right, things_right
+from mmdit_probe.scenes.world import CLASSES, Scene, scene
+
+
+def argmax_labels(scores: Tensor, ids: Sequence[int], side: int) -> np.ndarray[Any, Any]:
+    """Label map [S, S] of class scores [K, h, w]: bilinear to ``side``, argmax, class ids."""
+    large = F.interpolate(scores[None].float(), (side, side), mode="bilinear", align_corners=False)[0]
+    return np.asarray(ids)[large.argmax(0).numpy()]
+
+
+def grid_ceiling(items: Sequence[Scene], grid: int) -> float:
+    """Mean IoU when every token knows the share of each class inside it: what no token map of this grid can pass."""
+    matrix = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
+    for item in items:
+        ids = np.unique(item.classes).tolist()
+        one_hot = torch.stack([torch.from_numpy(item.classes == i).float() for i in ids])
+        shares = F.adaptive_avg_pool2d(one_hot, grid)
+        matrix += confusion(item.classes, argmax_labels(shares, ids, item.classes.shape[0]), len(CLASSES))
+    return mean_iou(matrix)
+
+
+def map_quality(
+    model: MMDiT, items: Sequence[Scene], *, sigma: float = 0.5, seed: int = 0, batch: int = 32
+) -> pd.DataFrame:
+    """Quality of the I2T maps of the classes present, by layer, for the head mean and for every head.
+
+    Args:
+        model: any MM-DiT that knows the words of the world.
+        items: scenes of one size.
+        sigma: noise level of the probed latents.
+        seed: noise of scene k is drawn from seed + k.
+
+    Returns:
+        Columns layer, head ("mean" or the index), sigma, n, miou, and one column ``iou_<class>`` per class.
+    """
+    side = items[0].classes.shape[0]
+    matrices: dict[tuple[int, str], np.ndarray[Any, Any]] = {}
+    for start in range(0, len(items), batch):
+        chunk = items[start : start + batch]
+        prompts = [" ".join(item.class_names) for item in chunk]
+        text = model.encode_prompt(prompts)
+        latents = model.noise(model.encode_image([item.image for item in chunk]), sigma, seed + start)
+        with probe(model, TextMaps(heads="all")) as run:
+            model.denoise(latents, sigma, text)
+        for layer in range(len(model.layers)):
+            maps = run[TextMaps].maps(layer)  # [B, H, h, w, T]
+            for item, tokens, sample in zip(chunk, text.tokens, maps, strict=True):
+                spans = [sum(tokens.word_spans(name).values(), []) for name in item.class_names]
+                ids = [CLASSES.index(name) for name in item.class_names]
+                scores = torch.stack([sample[..., span].sum(-1) for span in spans], dim=1)  # [H, K, h, w]
+                for head, of_head in [("mean", scores.mean(0)), *((str(h), s) for h, s in enumerate(scores))]:
+                    labels = argmax_labels(of_head, ids, side)
+                    empty = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
+                    key = (layer, head)
+                    matrices[key] = matrices.get(key, empty) + confusion(item.classes, labels, len(CLASSES))
+    return pd.DataFrame(
+        {"layer": layer, "head": head, "sigma": sigma, "n": len(items), "miou": mean_iou(matrix)}
+        | {f"iou_{name}": value for name, value in zip(CLASSES, ious(matrix), strict=True)}
+        for (layer, head), matrix in matrices.items()
+    )
+
+
+def alignment_of(
+    model: MMDiT,
+    parser: SceneParser,
+    prompts: Sequence[str],
+    *,
+    steps: int = 28,
+    guidance: float = 7.5,
+    seed: int = 0,
+    batch: int = 32,
+    size: int | None = None,
+) -> pd.DataFrame:
+    """Generate one image per prompt and read it back, one row per image.
+
+    Args:
+        seed: image k is drawn from seed + k.
+        size: side in pixels; the model's own if None.
+
+    Returns:
+        Columns caption, seed, facts (share of facts that hold), all_right, things_right, grounds_right.
+    """
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(prompts), batch):
+        chunk = list(prompts[start : start + batch])
+        seeds = list(range(seed + start, seed + start + len(chunk)))
+        images = model.generate(chunk, steps=steps, guidance=guidance, seed=seeds, height=size, width=size)
+        for text, number, reading in zip(chunk, seeds, parser.read(images), strict=True):
+            rows.append(
+                {
+                    "caption": text,
+                    "seed": number,
+                    "facts": alignment(text, reading),
+                    "all_right": aligned(text, reading),
+                    "things_right": things_right(text, reading),
+                    "grounds_right": grounds_right(text, reading),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def alignment_by_category(
+    model: MMDiT, parser: SceneParser, *, n: int = 200, split: str = "val", **how: Any
+) -> pd.DataFrame:
+    """``alignment_of`` for ``n`` held-out captions of every category, with a column ``category`` in front."""
+    parts = []
+    for category in CATEGORIES:
+        part = alignment_of(model, parser, captions(split, n, category, distinct=False), **how)
+        part.insert(0, "category", category)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def held_out(n: int, split: str = "val", **how: Any) -> list[Scene]:
+    """The first ``n`` scenes of a split."""
+    return [scene(split, index, **how) for index in range(n)]

@@ -1,0 +1,208 @@
+"""The scene parser: a small network that reads an image back into classes and colours, and the facts that follow.
+
+It plays the part that detectors and question-answering models play for T2I-CompBench++ (arXiv 2307.06350): whether a
+generated image shows what its caption claims is measured, not guessed.
+
+    >>> from mmdit_probe.scenes import load_parser, scene
+    >>> parser = load_parser()
+    >>> reading = parser.read(scene("val", 0).image)[0]  # doctest: +SKIP
+    >>> alignment("a red ring on grass", reading)        # doctest: +SKIP
+
+It knows this world only; on a photograph its answer means nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor, nn
+
+from mmdit_probe.scenes.captions import RELATION_MARGIN, Facts, holds, parse
+from mmdit_probe.scenes.world import CLASSES, COLOUR_NAMES, STUFF, THINGS
+
+MIN_OBJECT = 0.012
+"""Least area of an object as a share of the image; smaller patches of a thing class are read as noise."""
+MIN_GROUND = 0.04
+"""Least area of a ground or sky as a share of the image."""
+
+
+class _Block(nn.Sequential):
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__(
+            nn.Conv2d(inner, outer, 3, padding=1),
+            nn.GroupNorm(4, outer),
+            nn.SiLU(),
+            nn.Conv2d(outer, outer, 3, padding=1),
+            nn.GroupNorm(4, outer),
+            nn.SiLU(),
+        )
+
+
+class SceneParser(nn.Module):
+    """A U-Net over four scales with two heads per pixel.
+
+    Args:
+        width: channels at full resolution; the coarser scales have 2, 3 and 4 times as many.
+    """
+
+    def __init__(self, width: int = 20) -> None:
+        super().__init__()
+        widths = [width * k for k in (1, 2, 3, 4)]
+        self.down = nn.ModuleList(_Block(i, o) for i, o in zip([3, *widths[:-1]], widths, strict=True))
+        self.up = nn.ModuleList(_Block(widths[k] + widths[k + 1], widths[k]) for k in (2, 1, 0))
+        self.head = nn.Conv2d(width, len(CLASSES) + len(COLOUR_NAMES), 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits [B, 15, S, S] and colour logits [B, 6, S, S] of images [B, 3, S, S] in [-1, 1]; S divisible by 8."""
+        logits = self.head(self._features(images)[0])
+        return logits[:, : len(CLASSES)], logits[:, len(CLASSES) :]
+
+    def features(self, images: Tensor) -> Tensor:
+        """Features at a quarter of the resolution, [B, 3 width, S/4, S/4]: what image tokens are aligned to in training."""
+        return self._features(images)[1]
+
+    def _features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        kept: list[Tensor] = []
+        for k, block in enumerate(self.down):
+            x = block(nn.functional.avg_pool2d(x, 2) if k else x)
+            kept.append(x)
+        quarter = x
+        for k, block in zip((2, 1, 0), self.up, strict=True):
+            x = block(torch.cat([nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"), kept[k]], dim=1))
+            quarter = x if k == 2 else quarter
+        return x, quarter
+
+    @torch.no_grad()
+    def label(self, images: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Class ids and colour ids, each [B, S, S], of images [B, 3, S, S] in [-1, 1]."""
+        classes, colours = self(images.to(next(self.parameters())))
+        return classes.argmax(1).cpu().numpy(), colours.argmax(1).cpu().numpy()
+
+    def read(self, images: Sequence[Image.Image | NDArray[np.uint8]] | NDArray[np.uint8]) -> list[Reading]:
+        """Read images (PIL, or uint8 [S, S, 3], or uint8 [B, S, S, 3]); one reading each."""
+        arrays = [np.asarray(images)] if isinstance(images, np.ndarray) and images.ndim == 3 else images
+        return [read_maps(*maps) for maps in zip(*self.label(to_tensor(arrays)), strict=True)]
+
+
+@dataclass(frozen=True)
+class SeenObject:
+    """A connected patch of one thing class and colour. Centre (x, y) in shares of the side, area in shares of the image."""
+
+    noun: str
+    colour: str
+    centre: tuple[float, float]
+    area: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an image shows: its objects (largest first) and grounds (largest first), and the label maps [S, S] behind them."""
+
+    objects: tuple[SeenObject, ...]
+    grounds: tuple[str, ...]
+    classes: NDArray[np.int64]
+    colours: NDArray[np.int64]
+
+
+def to_tensor(images: Sequence[Image.Image | NDArray[np.uint8]] | NDArray[np.uint8]) -> Tensor:
+    """Images as float32 [B, 3, S, S] in [-1, 1]."""
+    arrays = [np.asarray(i.convert("RGB") if isinstance(i, Image.Image) else i) for i in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def read_maps(classes: NDArray[np.int64], colours: NDArray[np.int64]) -> Reading:
+    """Objects and grounds of label maps [S, S] (class ids and colour ids; the colour of stuff is ignored).
+
+    Objects are the 8-connected patches of one noun and one colour. A patch's colour is decided per connected patch of the
+    noun by majority, unless two colours each fill an object's area: then they are two objects.
+    """
+    pixels = classes.size
+    side = classes.shape[0]
+    seen: list[SeenObject] = []
+    for noun_id, noun in enumerate(THINGS):
+        patches, n = ndimage.label(classes == noun_id, structure=np.ones((3, 3)))
+        for k in range(1, n + 1):
+            patch = patches == k
+            counts = np.bincount(colours[patch], minlength=len(COLOUR_NAMES))
+            for colour_id in np.flatnonzero(counts >= max(MIN_OBJECT * pixels, 0.3 * counts.sum())):
+                ys, xs = np.nonzero(patch & (colours == colour_id))
+                centre = (float(xs.mean() + 0.5) / side, float(ys.mean() + 0.5) / side)
+                seen.append(SeenObject(noun, COLOUR_NAMES[int(colour_id)], centre, len(ys) / pixels))
+    areas = np.bincount(classes.ravel(), minlength=len(CLASSES)) / pixels
+    grounds = [name for name in STUFF if areas[CLASSES.index(name)] >= MIN_GROUND]
+    grounds.sort(key=lambda name: -areas[CLASSES.index(name)])
+    return Reading(tuple(sorted(seen, key=lambda o: -o.area)), tuple(grounds), classes, colours)
+
+
+def check(facts: Facts, reading: Reading, *, exact_counts: bool = True) -> dict[str, bool]:
+    """Each fact of a caption and whether the image shows it.
+
+    Args:
+        facts: what is claimed; a group without a colour takes any colour.
+        reading: what is seen.
+        exact_counts: a group holds with exactly its number of objects (a group of one: with at least one).
+
+    Returns:
+        One entry per group, relation and ground, keyed by its own words.
+    """
+    result: dict[str, bool] = {}
+    matching = [[o for o in reading.objects if o.noun == g.noun and g.colour in (None, o.colour)] for g in facts.groups]
+    for group, found in zip(facts.groups, matching, strict=True):
+        enough = len(found) == group.count if group.count > 1 and exact_counts else len(found) >= group.count
+        result[str(group)] = enough
+    for first, relation, second in facts.relations:
+        result[f"{facts.groups[first]} {relation} {facts.groups[second]}"] = any(
+            holds(relation, a.centre, b.centre, RELATION_MARGIN / 2)
+            for a in matching[first]
+            for b in matching[second]
+            if a is not b
+        )
+    for name in facts.grounds:
+        result[name] = name in reading.grounds
+    return result
+
+
+def alignment(caption: str, reading: Reading) -> float:
+    """Share of the caption's facts that the image shows, in [0, 1]; the empty caption scores 1."""
+    facts = check(parse(caption), reading)
+    return sum(facts.values()) / len(facts) if facts else 1.0
+
+
+def aligned(caption: str, reading: Reading) -> bool:
+    """Whether every fact of the caption holds."""
+    return all(check(parse(caption), reading).values())
+
+
+def things_right(caption: str, reading: Reading) -> bool:
+    """Whether every named object is there in its colour, as often as it is named (more of them do no harm)."""
+    facts = parse(caption)
+    named = Counter({(g.noun, g.colour): g.count for g in facts.groups})
+    return all(
+        sum(o.noun == noun and colour in (None, o.colour) for o in reading.objects) >= n
+        for (noun, colour), n in named.items()
+    )
+
+
+def grounds_right(caption: str, reading: Reading) -> bool:
+    """Whether every named ground is there."""
+    return all(name in reading.grounds for name in parse(caption).grounds)
+
+
+def load_parser(folder: Path | None = None) -> SceneParser:
+    """The trained parser that ships with the package (or one saved in ``folder``), in evaluation mode, on the CPU."""
+    from safetensors.torch import load_file
+
+    from mmdit_probe.assets import path
+
+    parser = SceneParser()
+    state = load_file((folder or path("scenes-parser")) / "model.safetensors")
+    parser.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    return parser.eval().requires_grad_(False)
