@@ -40,12 +40,13 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--run", type=Path, help="run folder of attention-budget")
     parser.add_argument("--fresh", action="store_true", help="measure even if a finished run is there")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
     options = parser.parse_args()
     folder = run_folder(options)
     model = (read_record(folder) or {})["request"]["model"]
     summary = summarise(read_row_groups(folder / f"{TABLE}.parquet", COLUMNS))
     paper = paper_table("budget_by_layer") if PAPER_MODEL in model else None
-    target = OUT / Path(model).name / "fig02_attention_budget"
+    target = options.out / Path(model).name / "fig02_attention_budget"
     title = f"{model}: {int(summary.prompts.min())} prompts"
     for path in save(attention_budget(summary, title=title, paper=paper), target):
         print(path)

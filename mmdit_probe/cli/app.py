@@ -53,11 +53,11 @@ app = typer.Typer(
     cls=LazyGroup,
     help="Exact attention probing of multi-modal diffusion transformers. Blocks are named query -> key: "
     "I2T = image queries, text keys.",
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 app.command("attention-budget")(attention_budget.command)
-app.command("models")(models.command)
+app.add_typer(models.app, name="models")
 app.command("doctor")(doctor.command)
 
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import typer
+
 from mmdit_probe.cli.options import Debug, Json, Quiet
 
+app = typer.Typer(help="Embedded models and supported families.", invoke_without_command=True)
 
-def command(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+
+@app.callback()
+def listing(context: typer.Context, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """List the embedded models and the supported model families."""
+    if context.invoked_subcommand is not None:
+        return
     from rich.table import Table
 
     from mmdit_probe import assets
@@ -14,19 +24,32 @@ def command(as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -
     from mmdit_probe.models.families import FAMILIES
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
-    embedded = [{"name": name, "path": str(assets.path(name))} for name in assets.names()]
+    kinds = {name: describe(assets.path(name)) for name in assets.names()}
+    embedded = [{"name": name, "what": what} for name, what in kinds.items() if what]
     families = [
         {"name": family.name, "transformer": family.transformer, "order": list(family.order)}
         for family in FAMILIES.values()
     ]
-    first = Table(title="embedded models (--model NAME)", title_justify="left")
+    first = Table(title="Embedded models (--model NAME)", title_justify="left")
     first.add_column("name")
-    first.add_column("where")
+    first.add_column("what")
     for entry in embedded:
-        first.add_row(entry["name"], entry["path"])
-    second = Table(title="families (--model DIRECTORY or hub id)", title_justify="left")
+        first.add_row(entry["name"], entry["what"])
+    second = Table(title="Families (--model DIRECTORY or hub id)", title_justify="left")
     for column in ("family", "diffusers transformer", "token order"):
         second.add_column(column)
     for fact in families:
         second.add_row(str(fact["name"]), str(fact["transformer"]), ", ".join(fact["order"]))
     output.result({"embedded": embedded, "families": families}, [first, second])
+
+
+def describe(path: Path) -> str:
+    """What an embedded asset is, from its configuration files; empty if it is no model that can be probed."""
+    if path.suffix == ".json":
+        twin = json.loads(path.read_text(encoding="utf-8"))
+        return f"{twin['base']} with a random transformer (seed {twin['seed']}): the control" if "base" in twin else ""
+    if not (path / "model_index.json").is_file():
+        return ""
+    pipeline = json.loads((path / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    config = json.loads((path / "transformer" / "config.json").read_text(encoding="utf-8"))
+    return f"{pipeline}, {config['num_layers']} layers, {config['num_attention_heads']} heads"

@@ -1,0 +1,54 @@
+"""What the overhead benchmark compares: the explicit softmax computes the same attention, and reports are complete."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from tests import tiny
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "overhead.py"
+
+
+@pytest.fixture(scope="module")
+def overhead() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("overhead", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@torch.no_grad()
+def test_all_ways_compute_the_same_forward(overhead):
+    transformer = tiny.transformer()
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(1, 5, 40),
+        "pooled_projections": torch.randn(1, 24),
+        "timestep": torch.tensor([500.0]),
+    }
+    results = {}
+    for way in overhead.WAYS:
+        with overhead.attached(way, transformer):
+            results[way] = transformer(**inputs, return_dict=False)[0]
+    assert torch.equal(results["probe"], results["stock"])
+    torch.testing.assert_close(results["explicit"], results["stock"], atol=1e-4, rtol=1e-4)
+    assert torch.equal(transformer(**inputs, return_dict=False)[0], results["stock"])
+
+
+def test_report_has_a_row_for_each_way(overhead, monkeypatch):
+    seconds = {"stock": [1.0, 2.0, 4.0], "probe": [1.1, 2.0, 4.0], "explicit": [3.0, 6.0, 12.0]}
+    monkeypatch.setattr(overhead, "timings", lambda *_: seconds)
+    monkeypatch.setattr(overhead, "memory", lambda *a: {"before": 1, "peak": 2**20 * (5 if a[-1] == "explicit" else 1)})
+    row = overhead.measure("scenes-sd3", "float32", "cpu", 3)
+    assert row["probe"]["time_ratio_median"] == 1.0
+    assert row["explicit"]["time_ratio_median"] == 3.0
+    assert row["explicit"]["peak_ratio"] == 5.0
+    text = overhead.markdown({"machine": "m", "torch": "t", "threads": 1, "rows": [row]})
+    assert "| scenes-sd3 | float32 | cpu | explicit | 6.0000 | 3.000 [3.000, 3.000] | 5 | 5.000 |" in text
