@@ -100,6 +100,6 @@ def score(
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     loaded = open_model(model, debug=debug, device=device, dtype=dtype, t5=True)
     request = {"n": n, "guidance": guidance, "num_steps": num_steps, "sigma": sigma, "split": split, "seed": seed}
-    with output.progress("measurements", total=2) as advance:
+    with output.progress("measurements", total=8) as advance:
         report = score_model(loaded, request, out=out, resume=resume, advance=advance)
     output.result(report.document, report.lines, report.path)

@@ -50,7 +50,7 @@ def assemble(workdir: Path, transformer: SD3Transformer2DModel | None = None) ->
 
 
 def export(workdir: Path, assets: Path) -> None:
-    """Write what ships into ``assets``: scenes-sd3 (float16 weights), scenes-clip, scenes-parser and the training curves.
+    """Write what ships into ``assets``: scenes-sd3 (float16), scenes-clip, scenes-parser and the training curves.
 
     The folders are written beside the old ones and moved over them at the end.
     """

@@ -33,7 +33,7 @@ def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.05) -> fl
 
 
 def constant_then_linear(step: int, steps: int, warmup: int, cooldown: float = 0.2, floor: float = 0.02) -> float:
-    """Learning-rate factor: linear warm-up, constant, then linear down to ``floor`` over the last ``cooldown`` share."""
+    """Learning-rate factor: linear warm-up, constant, linear down to ``floor`` over the last ``cooldown`` share."""
     left = (steps - step) / max(1.0, cooldown * steps)
     return min((step + 1) / warmup, 1.0, max(left, floor))
 
@@ -119,11 +119,10 @@ def run(stage: Stage, folder: Path, *, resume: bool = True, log_every: int = 50)
         if done % log_every == 0 or done == stage.steps:
             means = {k: v / seen for k, v in sums.items()}
             pace = (time.perf_counter() - began) / (done - start)
+            left = pace * (stage.steps - done) / 60
             curves.write(done, means)
             text = " ".join(f"{k} {v:.4f}" for k, v in means.items())
-            _console.print(
-                f"{stage.name} {done}/{stage.steps} {text} {pace * 1e3:.0f} ms/step, {pace * (stage.steps - done) / 60:.0f} min left"
-            )
+            _console.print(f"{stage.name} {done}/{stage.steps} {text} {pace * 1e3:.0f} ms/step, {left:.0f} min left")
             sums, seen = {}, 0
         if stage.evaluate is not None and (done % stage.evaluate_every == 0 or done == stage.steps):
             numbers = stage.evaluate(done)

@@ -38,7 +38,7 @@ def batch_of(data: Pool, indices: Tensor, device: torch.device) -> tuple[Tensor,
 def train_parser(
     workdir: Path, *, steps: int = 1500, batch: int = 32, device: str = "cpu", resume: bool = True
 ) -> None:
-    """Train the parser into ``workdir/parser``. Each step sees a batch of full scenes; every fourth one, small canvases."""
+    """Train the parser into ``workdir/parser``. A step sees a batch of full scenes; every fourth, small canvases."""
     where = torch.device(device)
     full = pool(workdir / "pools", "train", 40000)
     small = pool(workdir / "pools", "train", 40000, size=32, objects=(1, 1))

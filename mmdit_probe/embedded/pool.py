@@ -1,6 +1,6 @@
 """Rendered training scenes, kept on disk: the data of every training stage.
 
-A pool is a function of (world version, split, size, objects, count) and nothing else; it is a cache that can be deleted.
+A pool is a function of (world version, split, size, objects, count) and nothing else: a cache that can be deleted.
 """
 
 from __future__ import annotations
@@ -70,5 +70,7 @@ def pool(
         partial = base.with_suffix(".partial")
         partial.write_text(json.dumps([row[3] for row in rows]))
         partial.rename(base.with_suffix(".json"))
-    arrays = (np.load(folder / f"{name}-{column}.npy", mmap_mode="r") for column in ("images", "classes", "colours"))
-    return Pool(*arrays, json.loads(base.with_suffix(".json").read_text()))  # type: ignore[arg-type]
+    images, classes, colours = (
+        np.load(folder / f"{name}-{column}.npy", mmap_mode="r") for column in ("images", "classes", "colours")
+    )
+    return Pool(images, classes, colours, json.loads(base.with_suffix(".json").read_text()))

@@ -24,7 +24,7 @@ from mmdit_probe.embedded.transformer import (
 )
 from mmdit_probe.embedded.vae import train_vae
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.models import MMDiT
+from mmdit_probe.models.mmdit import MMDiT
 
 STAGES: dict[str, Callable[..., None]] = {
     "parser": train_parser,
@@ -48,8 +48,8 @@ def run_stage(
     """Train one stage in ``workdir``, or write the assets ("export").
 
     Args:
-        steps: in place of the recipe's. For the transformer: the length of its last phase, so that a finished run can be
-            continued.
+        steps: in place of the recipe's. For the transformer: the length of its last phase; a longer one continues a
+            finished run.
         assets: where "export" writes; the package's own assets by default.
 
     Raises:
@@ -77,9 +77,8 @@ def run_stage(
 def _require(workdir: Path, stages: tuple[str, ...]) -> None:
     missing = [name for name in stages if not (workdir / name / "progress.json").exists()]
     if missing:
-        raise UserError(
-            f"'{workdir}' holds no trained {', '.join(missing)}: run `mmdit-probe scenes train --stage {missing[0]}` first"
-        )
+        todo = f"run `mmdit-probe scenes train --stage {missing[0]}` first"
+        raise UserError(f"'{workdir}' holds no trained {', '.join(missing)}: {todo}")
 
 
 def validator(workdir: Path, curriculum: tuple[Phase, ...]) -> Callable[[AlignedTransformer, int], dict[str, float]]:
@@ -99,7 +98,10 @@ def validator(workdir: Path, curriculum: tuple[Phase, ...]) -> Callable[[Aligned
         for sigma in (0.5, 0.75):
             table = map_quality(probed, items, sigma=sigma)
             means = table[table["head"] == "mean"]
-            numbers |= {f"miou@{sigma}/layer{row.layer}": float(row.miou) for row in means.itertuples()}
+            numbers |= {
+                f"miou@{sigma}/layer{layer}": float(value)
+                for layer, value in zip(means["layer"], means["miou"], strict=True)
+            }
             numbers[f"miou@{sigma}/head"] = float(table["miou"].max())
         prompts = [describe(item, "colour") for item in items[:32]]
         scored = alignment_of(probed, parser, prompts, steps=16, guidance=4.0, size=how["size"])

@@ -22,7 +22,7 @@ from mmdit_probe.scenes.captions import KINDS
 from mmdit_probe.scenes.world import SIZE
 
 WIDTH = 64
-"""Width of each CLIP text tower and of the shared space; T5 is twice as wide, so that CLIP's two fit without padding."""
+"""Width of each CLIP text tower and of the shared space; T5 is twice as wide, so that both fit without padding."""
 
 _KIND_WEIGHTS = {
     "colour": 4.0,

@@ -8,6 +8,7 @@ letters (T5).
 from __future__ import annotations
 
 import string
+from itertools import pairwise
 
 from transformers import CLIPTokenizer, T5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -58,7 +59,7 @@ def _apply(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
     """Byte-pair encoding of one word: merges in the order of their rank."""
     ranks = {pair: i for i, pair in enumerate(merges)}
     while True:
-        candidates = [(ranks[pair], i) for i, pair in enumerate(zip(pieces, pieces[1:], strict=False)) if pair in ranks]
+        candidates = [(ranks[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in ranks]
         if not candidates:
             return pieces
         _, i = min(candidates)

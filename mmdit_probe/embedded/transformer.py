@@ -7,7 +7,7 @@ The recipe, and where each part comes from:
 * low resolution first: single objects on 32 px canvases (64 tokens), then whole scenes (256 tokens);
 * the pooled text is zero throughout, so all text acts through the joint attention;
 * image tokens in the middle of the network are also asked what the parser reads at their place in the clean image
-  (classes and colours), after REPA (arXiv 2410.06940) with a cross-entropy for the cosine. Attention is never supervised;
+  (classes and colours), after REPA (arXiv 2410.06940), cross-entropy for cosine. Attention is never supervised;
 * Muon for the matrices inside the blocks, AdamW for the rest.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ class AlignedTransformer(nn.Module):
         )
 
     def forward(self, latents: Tensor, text: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocity [B, C, h, w] and alignment logits [B, I, 22]. The velocity is the stock forward's, pooled text zero."""
+        """Velocity [B, C, h, w] and alignment logits [B, I, 22]. The velocity is the stock one, pooled text zero."""
         model = self.transformer
         height, width = latents.shape[-2:]
         hidden = model.pos_embed(latents)
@@ -164,7 +165,7 @@ _TOKENS: dict[str, Any] = {"clip_l": clip_tokenizer(), "clip_g": clip_tokenizer(
 
 @dataclass(frozen=True)
 class Encoded:
-    """A pool as the transformer sees it: latents float16 [n, C, h, w] and the parser's reading float16 [n, 22, h, w]."""
+    """A pool as the transformer sees it: latents float16 [n, C, h, w], the parser's reading float16 [n, 22, h, w]."""
 
     data: Pool
     latents: NDArray[np.float16]
@@ -214,7 +215,8 @@ POOLS: dict[str, dict[str, Any]] = {
     "single": {"size": 32, "objects": (1, 1)},
     "scenes": {"size": SIZE, "objects": (1, 4)},
 }
-CURRICULUM = (Phase("single", 4000, 64), Phase("scenes", 8000, 48))
+HELD_OUT = {"single": 500, "scenes": 1000}
+CURRICULUM = (Phase("single", 2500, 96), Phase("scenes", 4000, 48))
 
 
 def phase_at(step: int, curriculum: tuple[Phase, ...]) -> Phase:
@@ -234,7 +236,8 @@ def draw_sigmas(n: int) -> Tensor:
 
 def optimizers(model: nn.Module, muon_rate: float, adam_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the weight matrices inside the blocks (not those of the modulation), AdamW for everything else."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         inside = "transformer_blocks" in name and parameter.ndim == 2 and "norm1" not in name
         (matrices if inside else rest).append(parameter)
@@ -261,14 +264,12 @@ def train_transformer(
     parser, vae = load_trained_parser(workdir), load_trained_vae(workdir)
     clip, t5 = load_trained_text(workdir)
     encode = TextEncoders(clip.to(where), t5.to(where), where)
-    train = {
-        name: encode_pool(pool(workdir / "pools", "train", 40000, **how), f"train-{name}", workdir, vae, parser, where)
-        for name, how in POOLS.items()
-    }
-    held_out = {
-        name: encode_pool(pool(workdir / "pools", "val", n, **how), f"val-{name}", workdir, vae, parser, where)
-        for n, (name, how) in zip((500, 1000), POOLS.items(), strict=True)
-    }
+
+    @cache
+    def encoded(split: str, count: int, name: str) -> Encoded:
+        data = pool(workdir / "pools", split, count, **POOLS[name])
+        return encode_pool(data, f"{split}-{name}", workdir, vae, parser, where)
+
     torch.manual_seed(0)
     model = AlignedTransformer().to(where)
     model.transformer.set_attn_processor(ExplicitJointAttention())
@@ -278,7 +279,7 @@ def train_transformer(
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         phase = phase_at(step, curriculum)
-        data = train[phase.pool]
+        data = encoded("train", 40000, phase.pool)
         rows = torch.randint(len(data.data), (phase.batch,))
         clean = torch.from_numpy(data.latents[rows.numpy()]).float().to(where)
         reading = torch.from_numpy(data.reading[rows.numpy()]).float().to(where)
@@ -293,10 +294,11 @@ def train_transformer(
         return flow + ALIGN_WEIGHT * align, {"flow": float(flow.detach()), "align": float(align.detach())}
 
     def evaluate(step: int) -> dict[str, float]:
+        name = phase_at(step - 1, curriculum).pool
         averaged = AlignedTransformer().to(where)
         average.copy_to(averaged)
         averaged.eval().requires_grad_(False)
-        numbers = text_gain(averaged, held_out[phase_at(step - 1, curriculum).pool], encode, where)
+        numbers = text_gain(averaged, encoded("val", HELD_OUT[name], name), encode, where)
         return numbers | (validate(averaged, step) if validate else {})
 
     stage = Stage(

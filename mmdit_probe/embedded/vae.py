@@ -87,7 +87,7 @@ def train_vae(workdir: Path, *, steps: int = 3000, batch: int = 32, device: str 
 
 
 def load_trained_vae(workdir: Path) -> AutoencoderKL:
-    """The autoencoder as trained in ``workdir``, with its shift and scale set so that latents have mean 0 and variance 1."""
+    """The autoencoder as trained in ``workdir``; shift and scale are set so that latents have mean 0, variance 1."""
     vae = build_vae()
     vae.load_state_dict(trained_state(workdir / "vae"))
     vae.eval().requires_grad_(False)

@@ -1,8 +1,9 @@
 """How good the embedded model is: do its words find their regions, and do its images show what was asked for?
 
-``map_quality`` takes held-out scenes: their latents noised to one level, the bare list of their classes as the prompt, and the
-I2T map of each class word as its score; argmax, upsampled, against the exact mask. ``alignment_by_category`` takes
-held-out captions: images generated with guidance, read back by the parser.
+``map_quality`` takes held-out scenes,
+their latents noised to one level, the bare list of their classes as the prompt, and the
+I2T map of each class word as its score; argmax, upsampled, against the exact mask. ``alignment_of`` takes captions:
+images generated with guidance, read back by the parser.
 """
 
 from __future__ import annotations
@@ -17,9 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit_probe.evaluate import confusion, ious, mean_iou
-from mmdit_probe.models import MMDiT
+from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe import TextMaps, probe
-from mmdit_probe.scenes.captions import CATEGORIES, captions
 from mmdit_probe.scenes.parser import SceneParser, aligned, alignment, grounds_right, things_right
 from mmdit_probe.scenes.world import CLASSES, Scene, scene
 
@@ -67,7 +67,10 @@ def map_quality(
         for layer in range(len(model.layers)):
             maps = run[TextMaps].maps(layer)  # [B, H, h, w, T]
             for item, tokens, sample in zip(chunk, text.tokens, maps, strict=True):
-                spans = [sum(tokens.word_spans(name).values(), []) for name in item.class_names]
+                spans = [
+                    [p for positions in tokens.word_spans(name).values() for p in positions]
+                    for name in item.class_names
+                ]
                 ids = [CLASSES.index(name) for name in item.class_names]
                 scores = torch.stack([sample[..., span].sum(-1) for span in spans], dim=1)  # [H, K, h, w]
                 for head, of_head in [("mean", scores.mean(0)), *((str(h), s) for h, s in enumerate(scores))]:
@@ -119,18 +122,6 @@ def alignment_of(
                 }
             )
     return pd.DataFrame(rows)
-
-
-def alignment_by_category(
-    model: MMDiT, parser: SceneParser, *, n: int = 200, split: str = "val", **how: Any
-) -> pd.DataFrame:
-    """``alignment_of`` for ``n`` held-out captions of every category, with a column ``category`` in front."""
-    parts = []
-    for category in CATEGORIES:
-        part = alignment_of(model, parser, captions(split, n, category, distinct=False), **how)
-        part.insert(0, "category", category)
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
 
 
 def held_out(n: int, split: str = "val", **how: Any) -> list[Scene]:

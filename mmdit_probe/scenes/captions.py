@@ -75,7 +75,7 @@ class Facts:
 
 
 def holds(relation: str, first: tuple[float, float], second: tuple[float, float], margin: float) -> bool:
-    """Whether ``first`` stands in ``relation`` to ``second``; centres (x, y) and margin in the same unit, y downwards."""
+    """Whether ``first`` stands in ``relation`` to ``second``; centres (x, y) and margin in one unit, y downwards."""
     dx, dy = second[0] - first[0], second[1] - first[1]
     along = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}
     if relation not in along:
@@ -231,7 +231,7 @@ def captions(split: str, n: int, kind: str | None = None, *, distinct: bool = Tr
     Args:
         split: "train", "val" or "test".
         n: how many.
-        kind: one of ``KINDS``, or None for a mixture of all but "empty". Scenes that cannot show the kind are passed over.
+        kind: one of ``KINDS``, None for a mixture of all but "empty". Scenes that cannot show the kind are passed over.
         distinct: leave out repetitions; a kind with few captions (texture has eight) then cannot give many.
 
     Raises:

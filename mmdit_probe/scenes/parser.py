@@ -61,12 +61,12 @@ class SceneParser(nn.Module):
         self.head = nn.Conv2d(width, len(CLASSES) + len(COLOUR_NAMES), 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits [B, 15, S, S] and colour logits [B, 6, S, S] of images [B, 3, S, S] in [-1, 1]; S divisible by 8."""
+        """Class logits [B, 15, S, S], colour logits [B, 6, S, S] of images [B, 3, S, S] in [-1, 1]; 8 divides S."""
         logits = self.head(self._features(images)[0])
         return logits[:, : len(CLASSES)], logits[:, len(CLASSES) :]
 
     def features(self, images: Tensor) -> Tensor:
-        """Features at a quarter of the resolution, [B, 3 width, S/4, S/4]: what image tokens are aligned to in training."""
+        """Features at a quarter of the resolution, [B, 3 width, S/4, S/4]."""
         return self._features(images)[1]
 
     def _features(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +94,7 @@ class SceneParser(nn.Module):
 
 @dataclass(frozen=True)
 class SeenObject:
-    """A connected patch of one thing class and colour. Centre (x, y) in shares of the side, area in shares of the image."""
+    """A connected patch of one thing class and colour. Centre (x, y) as shares of the side, area of the image."""
 
     noun: str
     colour: str
@@ -104,7 +104,7 @@ class SeenObject:
 
 @dataclass(frozen=True)
 class Reading:
-    """What an image shows: its objects (largest first) and grounds (largest first), and the label maps [S, S] behind them."""
+    """What an image shows: objects and grounds (largest first), and the label maps [S, S] behind them."""
 
     objects: tuple[SeenObject, ...]
     grounds: tuple[str, ...]
@@ -121,8 +121,8 @@ def to_tensor(images: Sequence[Image.Image | NDArray[np.uint8]] | NDArray[np.uin
 def read_maps(classes: NDArray[np.int64], colours: NDArray[np.int64]) -> Reading:
     """Objects and grounds of label maps [S, S] (class ids and colour ids; the colour of stuff is ignored).
 
-    Objects are the 8-connected patches of one noun and one colour. A patch's colour is decided per connected patch of the
-    noun by majority, unless two colours each fill an object's area: then they are two objects.
+    Objects are the 8-connected patches of one noun and one colour. A patch's colour is decided per connected patch of
+    the noun by majority, unless two colours each fill an object's area: then they are two objects.
     """
     pixels = classes.size
     side = classes.shape[0]

@@ -1,8 +1,8 @@
 """The scenes world: small images with exact masks, each a pure function of (world version, split, index).
 
 A scene is one to four objects on a ground, or on a ground under the sky. Ten nouns (four of them made of named parts),
-six colours, four grounds and the sky. Each noun has its own fine texture, as a cat has fur, so that a noun predicts local
-appearance and not only an outline. Objects may occlude each other; masks are those of the visible pixels.
+six colours, four grounds and the sky. Each noun has its own fine texture, as a cat has fur, so that a noun predicts
+local appearance and not only an outline. Objects may occlude each other; masks are those of the visible pixels.
 
     >>> from mmdit_probe.scenes import scene
     >>> s = scene("val", 0)

@@ -1,7 +1,7 @@
 """Confusion matrices over a data set, and the scores read from them.
 
-Counts are summed over images before any ratio is taken (the data-set level rule of the segmentation literature); a class
-that occurs neither in the truth nor in the prediction has no IoU and takes no part in the mean.
+Counts are summed over images before any ratio is taken (the data-set level rule of the segmentation literature); a
+class that occurs neither in the truth nor in the prediction has no IoU and takes no part in the mean.
 """
 
 from __future__ import annotations

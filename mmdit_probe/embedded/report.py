@@ -1,0 +1,137 @@
+"""The scores of a model of the scenes world, as a run folder: what its images show and where its words look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mmdit_probe.embedded.validate import alignment_of, grid_ceiling, held_out, map_quality
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.results import RunFolder, TableWriter, read_table
+from mmdit_probe.scenes import CATEGORIES, captions, load_parser, scene
+from mmdit_probe.scenes.parser import aligned, alignment, grounds_right, things_right
+
+COMMAND = "scenes-score"
+SCORES = ("facts", "all_right", "things_right", "grounds_right")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a score run found: the JSON document, the lines for the terminal, the folder."""
+
+    document: dict[str, Any]
+    lines: list[Any]
+    path: Path
+
+
+def score_model(
+    model: MMDiT,
+    request: Mapping[str, Any],
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    advance: Callable[[], None] = lambda: None,
+) -> Report:
+    """Score a model on held-out captions and scenes.
+
+    Args:
+        model: an MM-DiT that knows the words of the world.
+        request: n (captions per category, and scenes), split, guidance, num_steps, sigma, seed.
+        advance: called after every finished item: one per category, one for the parser itself, one for the maps.
+
+    Returns:
+        The report. Its folder holds ``alignment.parquet`` (one row per image) and ``maps.parquet`` (one row per layer
+        and head, as ``map_quality`` gives it).
+    """
+    ask = dict(request)
+    how = {"steps": ask["num_steps"], "guidance": ask["guidance"], "seed": ask["seed"]}
+    folder = RunFolder.open(COMMAND, {"model": model.weight_hash, **ask}, out=out, resume=resume)
+    if not folder.complete:
+        folder.record(model={"id": model.name, "weight_hash": model.weight_hash}, dtype=str(model.dtype))
+        parser = load_parser()
+        with TableWriter(folder.path, "alignment") as writer:
+            for index, category in enumerate((*CATEGORIES, "real")):
+                if index in writer.done:
+                    continue
+                if category == "real":
+                    frame = _of_real_scenes(ask["n"], ask["split"])
+                else:
+                    prompts = captions(ask["split"], ask["n"], category, distinct=False)
+                    frame = alignment_of(model, parser, prompts, **how)
+                with writer.item(index) as item:
+                    item.write(frame.assign(category=category))
+                advance()
+        items = held_out(ask["n"], ask["split"])
+        maps = map_quality(model, items, sigma=ask["sigma"], seed=ask["seed"])
+        maps["ceiling"] = grid_ceiling(items, model.default_size[0] // model.size_multiple)
+        with TableWriter(folder.path, "maps") as writer, writer.item(0) as item:
+            item.write(maps)
+        advance()
+        folder.finish()
+    return _report(folder)
+
+
+def _of_real_scenes(n: int, split: str) -> pd.DataFrame:
+    """The parser's own limit: captions of real scenes, checked against what it reads in those scenes."""
+    parser = load_parser()
+    rows = []
+    for index in range(n):
+        item = scene(split, index)
+        text, reading = item.caption, parser.read(item.image)[0]
+        scores = (
+            alignment(text, reading),
+            aligned(text, reading),
+            things_right(text, reading),
+            grounds_right(text, reading),
+        )
+        rows.append({"caption": text, "seed": index, **dict(zip(SCORES, scores, strict=True))})
+    return pd.DataFrame(rows)
+
+
+def interval(values: Any, draws: int = 2000) -> tuple[float, float, float]:
+    """Mean and 95 % bootstrap interval over a sequence of items (percentiles, fixed seed)."""
+    data = np.asarray(values, float)
+    rng = np.random.default_rng(0)
+    means = data[rng.integers(0, len(data), (draws, len(data)))].mean(1)
+    return float(data.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def _report(folder: RunFolder) -> Report:
+    from rich.table import Table
+
+    images = read_table(folder.path / "alignment.parquet")
+    maps = read_table(folder.path / "maps.parquet")
+    by_category = Table(title="What generated images show, read by the parser; mean [95 % interval over images]")
+    for column in ("caption category", "n", *(s.replace("_", " ") for s in SCORES)):
+        by_category.add_column(column, justify="left" if column == "caption category" else "right")
+    scores: dict[str, Any] = {}
+    for category in (*CATEGORIES, "real"):
+        part = images[images["category"] == category]
+        found = {name: interval(part[name].astype(float)) for name in SCORES}
+        scores[category] = {"n": len(part), **found}
+        label = "parser on real scenes" if category == "real" else category
+        by_category.add_row(label, str(len(part)), *(f"{m:.3f} [{lo:.3f}, {hi:.3f}]" for m, lo, hi in found.values()))
+    means = maps[maps["head"] == "mean"].sort_values("layer")
+    sigma, n, ceiling = (maps[c].iloc[0] for c in ("sigma", "n", "ceiling"))
+    by_layer = Table(
+        title=f"I2T maps of the classes present, argmax, upsampled: mIoU by layer (sigma {sigma}, n {n}, "
+        f"token-grid ceiling {ceiling:.3f})"
+    )
+    for column in ("layer", "head mean", "best head"):
+        by_layer.add_column(column, justify="right")
+    for row in means.itertuples():
+        heads = maps[(maps["layer"] == row.layer) & (maps["head"] != "mean")]
+        best = heads.sort_values("miou").iloc[-1]
+        by_layer.add_row(str(row.layer), f"{row.miou:.3f}", f"{best['miou']:.3f} (head {best['head']})")
+    document = {
+        "run": folder.path,
+        "alignment": scores,
+        "maps": maps[["layer", "head", "sigma", "n", "miou"]].to_dict("records"),
+        "ceiling": float(ceiling),
+    }
+    return Report(document, [by_category, by_layer, f"written: {folder.path}"], folder.path)
