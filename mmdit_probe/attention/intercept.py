@@ -104,8 +104,10 @@ def watch(module: nn.Module, handler: Transform | Recorder | Edit, stage: Stage)
 
     Returns: a function that takes the handler off again; calling it twice does nothing more.
     """
-    watcher: Any = module.__dict__.get(_Watcher.ATTRIBUTE)
-    if watcher is None:
+    watcher: _Watcher
+    if _Watcher.ATTRIBUTE in module.__dict__:
+        watcher = module.__dict__[_Watcher.ATTRIBUTE]
+    else:
         watcher = _Watcher(module)
         module.__dict__[_Watcher.ATTRIBUTE] = watcher
         watcher.detach_forward = interpose(module, "forward", watcher.forward)

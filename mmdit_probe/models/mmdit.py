@@ -56,7 +56,7 @@ class Batch:
         step: sampling step, or None to take it from the scheduler.
     """
 
-    tokens: list[TokenTable] | None
+    tokens: Sequence[TokenTable | None] | None
     prompts: list[str]
     seeds: list[int]
     branches: list[str]

@@ -61,7 +61,7 @@ class AttentionMass(Observer):
         self, sink: Sink | Callable[[dict[str, np.ndarray]], object] | None = None, heads: Spec = "all"
     ) -> None:
         self.sink: Any = MemorySink() if sink is None else sink
-        self._write = sink if callable(sink) else self.sink.write
+        self._write: Callable[[dict[str, np.ndarray]], object] = self.sink if callable(sink) else self.sink.write
         self.heads = heads
         self._seen: dict[int, tuple[Layer, Layout, list[list[Leaf]], Tensor, Tensor]] = {}
 

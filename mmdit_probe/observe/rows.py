@@ -50,7 +50,7 @@ class PipelineRows:
             return None
         seeds = self._seeds if len(self._seeds) == count else [-1] * count
         prompts = [prompt for prompt, _ in self._cond]
-        tables: dict[str, list[TokenTable | None]] = {
+        tables: dict[str, Sequence[TokenTable | None]] = {
             "cond": [table for _, table in self._cond],
             "uncond": list(self._uncond) or [None] * count,
         }
