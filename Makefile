@@ -32,7 +32,7 @@ figures: $(VENV)/.stamp
 	for script in figures/fig*.py; do $(BIN)/python $$script --model $(MODEL) --device $(DEVICE) || exit 1; done
 
 notebooks: $(VENV)/.stamp-notebooks
-	for notebook in notebooks/*.ipynb; do \
+	for notebook in $(wildcard notebooks/*.ipynb); do \
 		$(BIN)/jupyter nbconvert --to notebook --execute --inplace $$notebook || exit 1; done
 
 bench: $(VENV)/.stamp

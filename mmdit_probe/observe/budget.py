@@ -20,7 +20,7 @@ import numpy as np
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.observe.base import MemorySink, Sink
-from mmdit_probe.observe.mass import AttentionMass
+from mmdit_probe.observe.mass import COLUMNS, AttentionMass
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.observe.summary import summarise
 from mmdit_probe.specs import Spec, head_indices, layer_indices, step_indices
@@ -217,7 +217,7 @@ def attention_budget(
     memory = MemorySink()
     for item in budget.items:
         budget.measure(item, memory if sink is None else sink)
-    return memory.table() if sink is None else None
+    return memory.table()[["item", *COLUMNS]] if sink is None else None
 
 
 def _with_length(model: MMDiT, length: int | None) -> MMDiT:

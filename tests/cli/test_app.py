@@ -28,7 +28,9 @@ def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
     return int(stopped.value.code or 0), captured.out, captured.err
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["attention-budget", "--help"], ["models", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["attention-budget", "--help"], ["models", "--help"], ["scenes", "--help"], ["--version"]]
+)
 def test_help_needs_no_heavy_import(arguments):
     heavy = "torch", "diffusers", "transformers", "pandas", "matplotlib", "numpy"
     script = (
