@@ -104,7 +104,7 @@ def run(stage: Stage, folder: Path, *, resume: bool = True, log_every: int = 50)
                 group["lr"] = rate * stage.rate(step)
         loss, numbers = stage.loss(step)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"stage {stage.name}, step {step}: the loss is {float(loss)}")
+            raise FloatingPointError(f"stage {stage.name}, step {step}: the loss is {float(loss.detach())}")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(stage.module.parameters(), stage.clip)
         for optimizer in stage.optimizers:

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from mmdit_probe.evaluate import confusion, ious, mean_iou
 from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.observe import TextMaps, probe
+from mmdit_probe.observe.maps import TextMaps
+from mmdit_probe.observe.probe import probe
 from mmdit_probe.scenes.parser import SceneParser, aligned, alignment, grounds_right, things_right
 from mmdit_probe.scenes.world import CLASSES, Scene, scene
 

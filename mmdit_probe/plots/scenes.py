@@ -35,8 +35,7 @@ def contact_sheet(items: Sequence[Scene], captions: Sequence[str], per_row: int 
             for axis, panel in zip(axes, PANELS, strict=True):
                 axis.imshow(_picture(item, panel), interpolation="nearest")
                 axis.set_axis_off()
-                if grid is grids[0]:
-                    axis.set_title(panel, fontsize=6)
+                axis.set_title(panel, fontsize=5)
         colours = [mpl.patches.Patch(color=_shade(i, len(CLASSES)), label=name) for i, name in enumerate(CLASSES)]
         figure.legend(handles=colours, ncols=len(CLASSES), loc="outside lower center", fontsize=5, handlelength=0.8)
     return figure

@@ -1,9 +1,9 @@
 """Outlines and textures of the scenes world.
 
 An outline is a function of normalised coordinates ``(u, v)`` in ``[-1, 1]`` (v grows downwards) that returns boolean
-masks by part name, later parts drawn over earlier ones. A texture is a function of integer pixel coordinates and a phase
-that returns a brightness factor. Everything is built from comparisons, additions, products and integer remainders of
-float64 and int64 values, so that a scene is identical on every machine; the one table that needs trigonometry (the
+masks by part name, later parts drawn over earlier ones. A texture is a function of integer pixel coordinates and a
+phase that returns a brightness factor. Everything is built from comparisons, additions, products and integer remainders
+of float64 and int64 values, so that a scene is identical on every machine; the one table that needs trigonometry (the
 star's corners) is rounded to six decimals.
 """
 

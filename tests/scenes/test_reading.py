@@ -1,0 +1,73 @@
+"""Reading label maps and checking captions against them, on exact masks; and the trained parser on held-out scenes."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmdit_probe.embedded.parser import disturb
+from mmdit_probe.evaluate import confusion, mean_iou
+from mmdit_probe.scenes import CLASSES, NO_COLOUR, SceneObject, describe, load_parser, scene
+from mmdit_probe.scenes.parser import aligned, alignment, check, parse, read_maps, things_right, to_tensor
+
+SCENES = [scene("test", index) for index in range(100)]
+
+
+def reading_of(item):
+    return read_maps(
+        item.classes.astype(np.int64), np.where(item.colours == NO_COLOUR, 0, item.colours).astype(np.int64)
+    )
+
+
+def test_exact_masks_read_back_as_the_objects():
+    whole = 0
+    for item in SCENES:
+        seen = sorted((o.noun, o.colour) for o in reading_of(item).objects)
+        whole += seen == sorted((o.noun, o.colour) for o in item.objects)
+    assert whole >= 90  # an occluder may cut an object in two
+
+
+def test_true_captions_hold_and_wrong_ones_do_not():
+    right, wrong = 0, 0
+    for item, other in zip(SCENES, SCENES[1:] + SCENES[:1], strict=True):
+        reading = reading_of(item)
+        right += aligned(describe(item, "complex"), reading)
+        wrong += aligned(describe(other, "complex"), reading)
+    assert right >= 88
+    assert wrong <= 3
+
+
+def test_each_kind_of_fact_is_checked():
+    item = next(i for i in SCENES if len(i.objects) == 1)
+    reading = reading_of(item)
+    placed: SceneObject = item.objects[0]
+    other = "red" if placed.colour != "red" else "blue"
+    truth = f"a {placed.colour} {placed.noun} on {item.grounds[0]}"
+    assert aligned(truth, reading) and alignment(truth, reading) == 1
+    assert not things_right(f"a {other} {placed.noun}", reading)
+    assert alignment(f"a {other} {placed.noun} on {item.grounds[0]}", reading) == 0.5
+    assert not aligned(f"two {placed.colour} {placed.noun + ('es' if placed.noun == 'cross' else 's')}", reading)
+    assert check(parse(""), reading) == {} and alignment("", reading) == 1
+
+
+def test_relations_use_the_centres():
+    item = next(i for i in SCENES if describe(i, "2d-spatial").count(" of ") == 1)
+    text, reading = describe(item, "2d-spatial"), reading_of(item)
+    swapped = text.replace("left of", "RIGHT").replace("right of", "left of").replace("RIGHT", "right of")
+    assert aligned(text, reading) and not aligned(swapped, reading)
+
+
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_trained_parser_reaches_95_percent_miou(spoiled):
+    parser = load_parser()
+    images = to_tensor([item.image for item in SCENES])
+    torch.manual_seed(0)
+    found, _ = parser.label(disturb(images) if spoiled else images)
+    truth = np.stack([item.classes for item in SCENES])
+    assert mean_iou(confusion(truth, found, len(CLASSES))) >= 0.95
+
+
+def test_trained_parser_reads_captions_back():
+    parser = load_parser()
+    texts = [item.caption for item in SCENES]
+    readings = parser.read([item.image for item in SCENES])
+    assert np.mean([aligned(text, reading) for text, reading in zip(texts, readings, strict=True)]) >= 0.85
