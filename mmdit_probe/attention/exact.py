@@ -36,7 +36,8 @@ Columns = slice | Tensor
 """A set of token positions: a contiguous slice, or a LongTensor of indices."""
 
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Probabilities held at once, by device: on a CPU 1 MiB of float32, which stays in a core's second-level cache (measured:
+"""Probabilities held at once, by device: on a CPU 1 MiB of float32, which stays in a core's second-level cache
+(measured:
 256 rows x 2 heads x 333 keys is twice as fast as 65 rows x 24 heads); on a GPU enough to fill it."""
 
 _MATH, _FLASH, _EFFICIENT, _CUDNN = 0, 1, 2, 3  # torch's SDPBackend, as `torch._fused_sdp_choice` returns it
@@ -318,14 +319,14 @@ def _block_shape(device: torch.device, rows: int, heads: int, keys: int) -> tupl
 def _products_of(tensor: Tensor) -> Iterator[None]:
     """Let float32 matmuls of upcast bfloat16 values run on bfloat16 units: the products are exact either way.
 
-    Accumulation and result stay float32 (checked: closer to float64 than the plain float32 matmul), and it is three times
-    faster on CPUs that have such units. The switch is process-wide, so it is left alone where another thread might be
-    computing.
+    Accumulation and result stay float32 (checked: closer to float64 than the plain float32 matmul), and it is three
+    times faster on CPUs that have such units. The switch is process-wide, so it is left alone where another thread
+    might be computing.
     """
     if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu" or threading.active_count() > 1:
         yield
         return
-    matmul = torch.backends.mkldnn.matmul
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:

@@ -61,7 +61,6 @@ class AttentionMass(Observer):
         self, sink: Sink | Callable[[dict[str, np.ndarray]], object] | None = None, heads: Spec = "all"
     ) -> None:
         self.sink: Any = MemorySink() if sink is None else sink
-        self._write: Callable[[dict[str, np.ndarray]], object] = self.sink if callable(sink) else self.sink.write
         self.heads = heads
         self._seen: dict[int, tuple[Layer, Layout, list[list[Leaf]], Tensor, Tensor]] = {}
 
@@ -73,7 +72,11 @@ class AttentionMass(Observer):
 
     def end_call(self, denoising: DenoisingCall) -> None:
         for index in sorted(self._seen):
-            self._write(self._rows(denoising, *self._seen[index]))
+            rows = self._rows(denoising, *self._seen[index])
+            if callable(self.sink):
+                self.sink(rows)
+            else:
+                self.sink.write(rows)
         self._seen.clear()
 
     def abandon_call(self) -> None:

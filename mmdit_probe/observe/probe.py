@@ -21,11 +21,11 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import nn
 
-from mmdit_probe.attention.intercept import Edit, ModuleCall, Record, Stage, Transform, interpose, watch
+from mmdit_probe.attention.intercept import Edit, ModuleCall, Record, Stage, Transform, watch
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.families import family_of
 from mmdit_probe.models.layout import Layer, attention_layout, find_layers, unwrap
-from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.models.mmdit import Batch, MMDiT
 from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.backend import native_attention
 from mmdit_probe.observe.base import DenoisingCall, LayerCall, Observer
@@ -92,6 +92,7 @@ class Run:
         outer = target if self.pipeline is None else self.pipeline.transformer
         if not isinstance(outer, nn.Module):
             raise UserError(f"cannot probe {type(target).__name__}: expected an MMDiT, a pipeline or a transformer")
+        self._outer = outer
         self.transformer = unwrap(outer)
         self.family = family_of(self.transformer)
         self.all_layers = find_layers(self.family, self.transformer)
@@ -108,6 +109,7 @@ class Run:
         self._calls = 0
         self._seen: dict[int, int] = {}
         self._observing = False
+        self._skipped: Sequence[int] = ()
         self._clock: tuple[int, float] = (-1, float("nan"))
         if self._scheduler is None and "last" in str(steps):
             raise UserError(f"steps {steps!r} of a bare transformer: the number of steps is unknown; name the indices")
@@ -130,7 +132,10 @@ class Run:
             if self._rows is not None:
                 for detach in self._rows.attach():
                     stack.callback(detach)
-            stack.callback(interpose(self.transformer, "forward", self._forward))
+            # Hooks of the module that is called: they outlive a replaced `forward` (model offload re-wraps it after
+            # every pipeline call), and `always_call` runs the second one after an error too.
+            stack.callback(self._outer.register_forward_pre_hook(self._before, with_kwargs=True).remove)
+            stack.callback(self._outer.register_forward_hook(self._after, with_kwargs=True, always_call=True).remove)
             for layer in self.layers:
                 stack.callback(watch(layer.module, _LayerRecorder(self, layer), "record"))
             for edit in self.edits:
@@ -150,69 +155,75 @@ class Run:
                 f" (watched: {type(self.transformer).__name__})"
             )
 
-    def _forward(self, proceed: Any, *args: Any, **kwargs: Any) -> Any:
-        """One transformer call: label it, run it, and hand finished rows on."""
-        bound = self._signature.bind_partial(self.transformer, *args, **kwargs).arguments
-        bound = {**bound, **bound.get("kwargs", {})}
-        self.current, self._observing = self._label(bound), True
-        if self._step_given is False:
-            count = len(self._scheduler.timesteps) if self._scheduler is not None else 1 << 30
-            self._observing = self.steps == "all" or self.current.step in step_indices(self.steps, count)
-        self._seen = {}
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A transformer call begins: find out what it is."""
+        inputs = self._signature.bind_partial(self.transformer, *args, **kwargs).arguments
+        inputs = {**inputs, **inputs.get("kwargs", {})}
+        self._seen, self._observing, self._skipped = {}, True, inputs.get(self.family.skip_input) or ()
+        self.current = self._label(inputs)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """A transformer call is over: hand finished rows on. `output` is None if the call raised."""
+        denoising, self.current = self.current, None
         try:
-            result = proceed(*args, **kwargs)
-            self._check_seen(bound.get(self.family.skip_input) or ())
+            if denoising is None or output is None:
+                return
+            self._check_seen()
+            self._calls += 1
             if self._observing:
                 for observer in self.observers:
-                    observer.end_call(self.current)
-        except BaseException:
+                    observer.end_call(denoising)
+        finally:
             for observer in self.observers:
                 observer.abandon_call()
-            raise
-        finally:
-            self.current = None
-        self._calls += 1
-        return result
 
     @property
     def _scheduler(self) -> Any:
         return getattr(self.pipeline, "scheduler", None)
 
     def _label(self, inputs: dict[str, Any]) -> DenoisingCall:
-        image = inputs[self.family.image_input]
+        """What is known of the call that begins; says too whether it is to be observed."""
+        image, text = inputs[self.family.image_input], inputs[self.family.text_input]
         rows = int(image.shape[0])
         batch = self.model.batch if self.model is not None else None
         if batch is None and self._rows is not None:
-            batch = self._rows.batch(rows)
+            batch = self._rows.batch(text)
+        if batch is None:
+            batch = Batch(None, [""] * rows, [-1] * rows, self._named_branches(rows))
         step, sigmas = self._when(inputs.get(self.family.timestep_input), rows)
-        self._step_given = batch is not None and batch.step is not None
-        if batch is not None and batch.step is not None:
-            step = batch.step
-        if batch is not None and batch.sigmas is not None:
-            sigmas = batch.sigmas
-        branches = batch.branches if batch is not None else self._named_branches(rows)
-        if inputs.get(self.family.skip_input) is not None:
-            branches = ["perturbed"] * rows
-        tables: Sequence[TokenTable | None] = () if batch is None or batch.tokens is None else batch.tokens
-        if self._tokens is not None:
-            tables = [self._tokens] * rows if isinstance(self._tokens, TokenTable) else list(self._tokens)
-            length = int(inputs[self.family.text_input].shape[1])
-            if len(tables) != rows or any(table is None or len(table) != length for table in tables):
-                raise UserError(
-                    f"tokens={[len(table) for table in tables if table is not None]} for {rows} rows of {length} text"
-                    " positions: expected one token table, or one per row, of that many positions"
-                )
-        prompts = batch.prompts if batch is not None else [t.prompt if t else "" for t in tables] or [""] * rows
+        if batch.step is None:
+            self._observing = self.steps == "all" or step in step_indices(self.steps, self._step_count)
+        tables = self._given_tables(rows, int(text.shape[1])) or list(batch.tokens or ())
+        prompts = [
+            prompt or (table.prompt if table is not None else "")
+            for prompt, table in zip(batch.prompts, tables or [None] * rows, strict=True)
+        ]
         return DenoisingCall(
             number=self._calls,
-            step=step,
-            sigmas=sigmas,
+            step=step if batch.step is None else batch.step,
+            sigmas=sigmas if batch.sigmas is None else batch.sigmas,
             prompts=prompts,
-            seeds=batch.seeds if batch is not None else [-1] * rows,
-            branches=branches,
+            seeds=batch.seeds,
+            branches=["perturbed"] * rows if self._skipped else batch.branches,
             grid=self.family.grid(image, self.transformer.config),
             _tokens=tables,
         )
+
+    def _given_tables(self, rows: int, length: int) -> list[TokenTable | None]:
+        """The caller's token tables, one per row; none if none were given."""
+        if self._tokens is None:
+            return []
+        tables = [self._tokens] * rows if isinstance(self._tokens, TokenTable) else list(self._tokens)
+        if len(tables) != rows or any(len(table) != length for table in tables):
+            raise UserError(
+                f"tokens: {len(tables)} tables of {sorted({len(table) for table in tables})} positions for {rows} rows"
+                f" of {length} text positions; expected one table, or one per row, of that many positions"
+            )
+        return list(tables)
+
+    @property
+    def _step_count(self) -> int:
+        return len(self._scheduler.timesteps) if self._scheduler is not None else 1 << 30
 
     def _named_branches(self, rows: int) -> list[str]:
         if self._branches is None:
@@ -234,12 +245,13 @@ class Run:
                 return place, [float(self._scheduler.sigmas[place])] * rows
         count, last = self._clock
         if values[0] != last:
-            self._clock = (count + 1, values[0])
+            # Sampling runs from noise to image: a rise of the noise level is the start of another image.
+            self._clock = (0 if values[0] > last else count + 1, values[0])
         return self._clock[0], [value / self.family.timesteps for value in values]
 
-    def _check_seen(self, skipped: Sequence[int]) -> None:
+    def _check_seen(self) -> None:
         for layer in self.layers:
-            if not self._seen.get(layer.index) and layer.index not in skipped:
+            if not self._seen.get(layer.index) and layer.index not in self._skipped:
                 processor = type(getattr(layer.module, "processor", layer.module)).__name__
                 raise RunError(
                     f"layer {layer.index} ({layer.path}, {processor}) made no scaled_dot_product_attention call: its"
@@ -256,9 +268,14 @@ class _LayerRecorder:
 
     def wants(self, module_call: ModuleCall) -> Literal["nothing", "call", "lse"]:
         run = self.run
-        # No call in progress: gradient checkpointing recomputes a layer in the backward pass.
         if run.current is None:
-            return "nothing"
+            # Gradient checkpointing recomputes layers in the backward pass; anything else would be lost in silence.
+            if torch._C._current_graph_task_id() != -1:
+                return "nothing"
+            raise RunError(
+                f"layer {self.layer.index} ({self.layer.path}) ran outside the transformer's own call, so its step and"
+                " prompt are unknown: call the probed model or transformer itself, not its forward or its blocks"
+            )
         run._seen[self.layer.index] = run._seen.get(self.layer.index, 0) + 1
         if not run._observing or not run.observers:
             return "nothing"

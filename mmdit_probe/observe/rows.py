@@ -12,14 +12,25 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mmdit_probe.attention.intercept import Detach, interpose
 from mmdit_probe.models.families import Family
 from mmdit_probe.models.mmdit import Batch
 from mmdit_probe.models.tokens import TokenTable, token_tables
+
+
+@dataclass
+class _Branch:
+    """One guidance branch of an `encode_prompt` call: embeddings [rows, T, C], prompt and token table per row."""
+
+    embeddings: Tensor
+    prompts: list[str]
+    tables: Sequence[TokenTable | None]
 
 
 class PipelineRows:
@@ -32,9 +43,7 @@ class PipelineRows:
 
     def __init__(self, pipeline: Any, family: Family) -> None:
         self.pipeline, self.family = pipeline, family
-        self._cond: list[tuple[str, TokenTable | None]] = []
-        self._uncond: list[TokenTable | None] = []
-        self._guided = False
+        self._branches: dict[str, _Branch] = {}
         self._seeds: list[int] = []
 
     def attach(self) -> list[Detach]:
@@ -43,66 +52,73 @@ class PipelineRows:
             interpose(self.pipeline, "prepare_latents", self._on_latents),
         ]
 
-    def batch(self, rows: int) -> Batch | None:
-        """The rows of a transformer call with this many of them; None if they do not fit what was heard."""
-        count = len(self._cond)
-        if count == 0 or rows not in (count, count * len(self.family.guidance)):
-            return None
-        seeds = self._seeds if len(self._seeds) == count else [-1] * count
-        prompts = [prompt for prompt, _ in self._cond]
-        tables: dict[str, Sequence[TokenTable | None]] = {
-            "cond": [table for _, table in self._cond],
-            "uncond": list(self._uncond) or [None] * count,
-        }
-        branches = self.family.guidance if rows != count else ("cond",)
-        return Batch(
-            tokens=[table for branch in branches for table in tables[branch]],
-            prompts=prompts * len(branches),
-            seeds=seeds * len(branches),
-            branches=[branch for branch in branches for _ in range(count)],
-        )
+    def batch(self, text: Tensor) -> Batch | None:
+        """The rows of a transformer call with this text input [B, T, C]; None if it is not what was encoded last.
+
+        The embeddings themselves are compared: a batch of two may be two prompts, or one prompt with and without text.
+        """
+        known = self._branches
+        for branches in (self.family.guidance, *((branch,) for branch in known)):
+            if not all(branch in known for branch in branches):
+                continue
+            expected = [known[branch].embeddings for branch in branches]
+            if len(text) == sum(len(part) for part in expected) and all(
+                torch.equal(rows, part) for rows, part in zip(text.chunk(len(branches)), expected, strict=True)
+            ):
+                count = len(expected[0])
+                seeds = self._seeds if len(self._seeds) == count else [-1] * count
+                return Batch(
+                    tokens=[table for branch in branches for table in known[branch].tables],
+                    prompts=known["cond"].prompts * len(branches),
+                    seeds=seeds * len(branches),
+                    branches=[branch for branch in branches for _ in range(count)],
+                )
+        return None
 
     def _on_encode(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = proceed(*args, **kwargs)
         bound = inspect.signature(type(self.pipeline).encode_prompt).bind(self.pipeline, *args, **kwargs)
         bound.apply_defaults()
         given = bound.arguments
+        encoded = dict(zip(self.family.encoded, result, strict=True))
         copies = int(given.get("num_images_per_prompt") or 1)
-        self._guided = bool(given.get(self.family.guidance_argument))
-        self._seeds = []
         streams = self.family.streams
-        main = given[streams[0].prompts[0]]
-        if main is None:
-            count = len(given["prompt_embeds"])
-            self._cond = [("", None)] * (count * copies if copies > 1 else count)
-        else:
-            count = 1 if isinstance(main, str) else len(main)
-            texts = self._texts([name for s in streams for name in s.prompts], given, count)
-            self._cond = [pair for pair in zip(*self._tables(texts, given), strict=True) for _ in range(copies)]
-        self._uncond = []
-        if self._guided and given.get("negative_prompt_embeds") is None:
-            texts = self._texts([name for s in streams for name in s.negatives], given, count)
-            self._uncond = [table for table in self._tables(texts, given)[1] for _ in range(copies)]
+        names = [name for stream in streams for name in stream.prompts]
+        self._branches, self._seeds = {}, []
+        self._branches["cond"] = self._branch(encoded["text"], names, "prompt_embeds", given, copies)
+        if given.get(self.family.guidance_argument) and encoded["negative text"] is not None:
+            names = [name for stream in streams for name in stream.negatives]
+            self._branches["uncond"] = self._branch(
+                encoded["negative text"], names, "negative_prompt_embeds", given, copies
+            )
         return result
+
+    def _branch(
+        self, embeddings: Tensor, names: Sequence[str], ready_made: str, given: dict[str, Any], copies: int
+    ) -> _Branch:
+        """One branch of an `encode_prompt` call; `ready_made` is the argument that replaces its texts by embeddings."""
+        rows = len(embeddings)
+        if given.get(ready_made) is not None:
+            return _Branch(embeddings, [""] * rows, [None] * rows)
+        columns = []
+        for name in names:
+            # A text that is not given is the first one's; an empty list of texts cannot occur.
+            value = given.get(name) or given.get(names[0]) or ""
+            columns.append([value] * (rows // copies) if isinstance(value, str) else list(value))
+        texts = [list(of_sample) for of_sample in zip(*columns, strict=True)]
+        tables = token_tables(self.pipeline, self.family, texts, given.get(self.family.length_argument))
+        return _Branch(
+            embeddings,
+            [text[0] for text in texts for _ in range(copies)],
+            [table for table in tables for _ in range(copies)],
+        )
 
     def _on_latents(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(type(self.pipeline).prepare_latents).bind(self.pipeline, *args, **kwargs)
         generator = bound.arguments.get("generator")
         # Read before the draw: a generator's initial seed is what the caller set, whatever was drawn since.
         if isinstance(generator, torch.Generator):
-            self._seeds = [generator.initial_seed()] * len(self._cond)
+            self._seeds = [generator.initial_seed()] * len(self._branches["cond"].prompts)
         elif isinstance(generator, Sequence):
             self._seeds = [g.initial_seed() for g in generator]
         return proceed(*args, **kwargs)
-
-    def _texts(self, names: Sequence[str], given: dict[str, Any], count: int) -> list[list[str]]:
-        """Per sample, the text for every tokenizer; a text that is not given is the first one's."""
-        columns = []
-        for name in names:
-            value = given.get(name) or given.get(names[0]) or ""
-            columns.append([value] * count if isinstance(value, str) else list(value))
-        return [list(texts) for texts in zip(*columns, strict=True)]
-
-    def _tables(self, texts: list[list[str]], given: dict[str, Any]) -> tuple[list[str], list[TokenTable]]:
-        length = given.get(self.family.length_argument)
-        return [text[0] for text in texts], token_tables(self.pipeline, self.family, texts, length)
