@@ -66,7 +66,8 @@ class PipelineRows:
                 torch.equal(rows, part) for rows, part in zip(text.chunk(len(branches)), expected, strict=True)
             ):
                 count = len(expected[0])
-                seeds = self._seeds if len(self._seeds) == count else [-1] * count
+                seeds = self._seeds * count if len(self._seeds) == 1 else self._seeds
+                seeds = seeds if len(seeds) == count else [-1] * count
                 return Batch(
                     tokens=[table for branch in branches for table in known[branch].tables],
                     prompts=known["cond"].prompts * len(branches),
@@ -118,7 +119,7 @@ class PipelineRows:
         generator = bound.arguments.get("generator")
         # Read before the draw: a generator's initial seed is what the caller set, whatever was drawn since.
         if isinstance(generator, torch.Generator):
-            self._seeds = [generator.initial_seed()] * len(self._branches["cond"].prompts)
+            self._seeds = [generator.initial_seed()]
         elif isinstance(generator, Sequence):
             self._seeds = [g.initial_seed() for g in generator]
         return proceed(*args, **kwargs)

@@ -1,0 +1,250 @@
+"""Exactness: columns, masses and maps from the log-sum-exp against the float64 explicit softmax, with controls that fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmdit_probe.attention import exact, reference
+from mmdit_probe.attention.call import SDPACall
+
+IMAGE, TEXT = 48, 21
+N = IMAGE + TEXT
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-5}
+
+
+def make(dtype: torch.dtype = torch.float32, seed: int = 0, peak: float = 1.7, **options: Any) -> SDPACall:
+    """Joint attention of 48 image and 21 text tokens, 3 heads; logits of standard deviation peak ** 2."""
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (peak * torch.randn(2, 3, N, 16, generator=generator) for _ in range(3))
+    return SDPACall(query.to(dtype), key.to(dtype), value.to(dtype), **options)
+
+
+def dense(call: SDPACall) -> Tensor:
+    return reference.probabilities(call.query, call.key, call.attn_mask, call.is_causal, call.scale)
+
+
+def mean_weights() -> Tensor:
+    weights = torch.zeros(2, N)
+    weights[0, :IMAGE], weights[1, IMAGE:] = 1 / IMAGE, 1 / TEXT
+    return weights
+
+
+def bool_mask(dead_row: bool = False) -> Tensor:
+    mask = torch.rand(2, 1, N, N, generator=torch.Generator().manual_seed(5)) > 0.3
+    mask[..., 0] = True
+    if dead_row:
+        mask[0, :, 3] = False
+    return mask
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scale": {"scale": 0.11},
+    "causal": {"is_causal": True},
+    "bool mask": {"attn_mask": bool_mask()},
+    "key mask": {"attn_mask": torch.arange(N)[None, None, None] < N - 6},
+    "float mask": {"attn_mask": torch.randn(1, 3, N, N, generator=torch.Generator().manual_seed(7))},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_attend_is_bitwise_stock_and_lse_is_right(case: str, dtype: torch.dtype) -> None:
+    options = dict(CASES[case])
+    if case == "float mask":
+        options["attn_mask"] = options["attn_mask"].to(dtype)
+    call = make(dtype, **options)
+    output, lse = exact.attend(call)
+    assert torch.equal(output, call.stock())
+    assert lse is not None
+    expected = reference.logsumexp(call.query, call.key, call.attn_mask, call.is_causal, call.scale)
+    assert (lse - expected).abs().max() < (5e-6 if dtype == torch.float32 else 2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_column_sums_match_the_explicit_softmax(case: str, dtype: torch.dtype) -> None:
+    options = dict(CASES[case])
+    if case == "float mask":
+        options["attn_mask"] = options["attn_mask"].to(dtype)
+    call = make(dtype, **options)
+    _, lse = exact.attend(call)
+    assert lse is not None
+    sums = exact.column_sums(call, lse, slice(IMAGE, N), mean_weights())
+    expected = torch.einsum("gn,bhnk->bhgk", mean_weights().double(), dense(call)[..., IMAGE:])
+    assert (sums - expected).abs().max() < TOLERANCE[dtype]
+    assert (sums.sum(-1) - expected.sum(-1)).abs().max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("use_lse", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_group_masses_match_and_sum_to_one(case: str, use_lse: bool) -> None:
+    call = make(**CASES[case])
+    groups = torch.randint(0, 5, (2, N), generator=torch.Generator().manual_seed(3))
+    lse = exact.attend(call)[1] if use_lse else None
+    masses = exact.group_masses(call, lse, groups, 5)
+    expected = torch.stack([reference.group_masses(dense(call)[[b]], groups[b], 5)[0] for b in range(2)])
+    assert (masses - expected).abs().max() < 2e-6  # per query, not averaged over queries
+    assert (masses.sum(-1) - 1).abs().max() < 1e-5
+
+
+def test_more_groups_than_the_head_is_wide_take_several_indicator_calls() -> None:
+    call = make()
+    masses = exact.group_masses(call, None, torch.arange(N), N)
+    assert (masses - dense(call)).abs().max() < 2e-6
+
+
+def test_a_wrong_lse_is_noticed() -> None:
+    """The control of the tests above: were lse off by 1e-4, the masses would leave their tolerance."""
+    call = make()
+    _, lse = exact.attend(call)
+    assert lse is not None
+    expected = torch.einsum("gn,bhnk->bhgk", mean_weights().double(), dense(call)[..., IMAGE:]).sum(-1)
+    shifted = exact.column_sums(call, lse + 1e-4, slice(IMAGE, N), mean_weights()).sum(-1)
+    assert (shifted - expected).abs().max() > 10 * TOLERANCE[torch.float32]
+
+
+def test_bfloat16_columns_without_the_upcast_would_miss() -> None:
+    """Why q and k are upcast: rounding the logits to bfloat16 leaves the tolerance."""
+    call = make(torch.bfloat16)
+    _, lse = exact.attend(call)
+    assert lse is not None
+    rounded = (call.query @ call.key[:, :, IMAGE:].transpose(-1, -2)).float() * call.scale_factor
+    naive = torch.exp(rounded - lse[..., None])
+    expected = dense(call)[..., IMAGE:]
+    upcast = exact.columns(call, lse, slice(IMAGE, N))
+    assert (naive - expected).abs().max() > 1e-3
+    assert (upcast - expected).abs().max() < 1e-4
+
+
+def test_grouped_heads_are_repeated() -> None:
+    full = make()
+    grouped = SDPACall(full.query, full.key[:, :1], full.value[:, :1], enable_gqa=True)
+    output, lse = exact.attend(grouped)
+    assert lse is not None
+    assert torch.equal(output, grouped.stock())
+    assert (exact.columns(grouped, lse, slice(IMAGE, N)) - dense(grouped)[..., IMAGE:]).abs().max() < 2e-6
+
+
+def test_rows_that_see_nothing_have_no_mass() -> None:
+    call = make(attn_mask=bool_mask(dead_row=True))
+    live = exact.live_rows(call)
+    assert live is not None and not live[0, 0, 3] and live[1, 0, 3]
+    _, lse = exact.attend(call)
+    groups = (torch.arange(N) >= IMAGE).long()
+    for at_hand in (lse, None):
+        masses = exact.group_masses(call, at_hand, groups, 2)
+        assert masses[0, :, 3].abs().max() == 0
+        assert (masses[1].sum(-1) - 1).abs().max() < 1e-5
+
+
+def test_permuting_text_keys_permutes_columns() -> None:
+    call = make()
+    order = torch.randperm(TEXT, generator=torch.Generator().manual_seed(1))
+    mixed = torch.cat([torch.arange(IMAGE), IMAGE + order])
+    permuted = SDPACall(call.query, call.key[:, :, mixed], call.value[:, :, mixed])
+    sums = [
+        exact.column_sums(c, lse, slice(IMAGE, N), mean_weights())
+        for c in (call, permuted)
+        for lse in [exact.attend(c)[1]]
+        if lse is not None
+    ]
+    assert torch.allclose(sums[0][..., order], sums[1], atol=1e-7)
+    assert not torch.allclose(sums[0], sums[1], atol=1e-3)
+
+
+def test_scaling_values_leaves_masses_alone() -> None:
+    call = make()
+    louder = SDPACall(call.query, call.key, 7.0 * call.value)
+    lse, same = exact.attend(call)[1], exact.attend(louder)[1]
+    assert lse is not None and same is not None and torch.equal(lse, same)
+
+
+def test_transposed_inputs_give_the_same() -> None:
+    """diffusers hands over q, k, v as transposed views."""
+    call = make()
+    views = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (call.query, call.key, call.value)]
+    assert not views[0].is_contiguous()
+    seen = SDPACall(*views)
+    (_, one), (_, two) = exact.attend(call), exact.attend(seen)
+    assert one is not None and two is not None
+    expected = exact.column_sums(call, one, slice(IMAGE, N), mean_weights())
+    assert torch.allclose(exact.column_sums(seen, two, slice(IMAGE, N), mean_weights()), expected, atol=1e-7)
+
+
+def test_results_do_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = make(attn_mask=bool_mask())
+    _, lse = exact.attend(call)
+    assert lse is not None
+    rows = torch.tensor([0, 5, 47, 50, 68])
+
+    def everything() -> list[Tensor]:
+        weights = torch.rand(2, 3, N, generator=torch.Generator().manual_seed(2))
+        keys = torch.tensor([1, 48, 49, 60])
+        spread = torch.rand(2, len(rows), 2, generator=torch.Generator().manual_seed(3))
+        return [
+            exact.column_sums(call, lse, keys, weights),
+            exact.column_maps(call, lse, slice(IMAGE, N), slice(0, IMAGE)),
+            exact.row_maps(call, lse, slice(0, IMAGE), rows, spread),
+            exact.group_masses(call, lse, torch.arange(N) % 4, 4),
+        ]
+
+    whole = everything()
+    monkeypatch.setitem(exact.CHUNK_ELEMENTS, "cpu", 40)
+    for small, large in zip(everything(), whole, strict=True):
+        assert torch.allclose(small, large, atol=1e-6)
+
+
+def test_maps_are_columns_and_rows_of_the_matrix() -> None:
+    call = make()
+    _, lse = exact.attend(call)
+    assert lse is not None
+    attention = dense(call)
+    maps = exact.column_maps(call, lse, slice(IMAGE, N), slice(0, IMAGE), head_mean=True)
+    assert (maps - attention[:, :, :IMAGE, IMAGE:].mean(1)).abs().max() < 2e-6
+    pair = torch.zeros(1, TEXT, 1)
+    pair[0, [2, 4]] = 0.5
+    rows = exact.row_maps(call, lse, slice(0, IMAGE), slice(IMAGE, N), pair)
+    expected = attention[:, :, [IMAGE + 2, IMAGE + 4], :IMAGE].mean(2)
+    assert (rows[..., 0] - expected).abs().max() < 2e-6
+
+
+def test_the_precision_switch_is_put_back() -> None:
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    with pytest.raises(ValueError, match="inside"), exact._products_of(torch.zeros(1, dtype=torch.bfloat16)):
+        raise ValueError("inside")
+    assert matmul.fp32_precision == before
+
+
+def test_the_output_keeps_its_gradient() -> None:
+    call = make()
+    queries = [call.query.clone().requires_grad_() for _ in range(2)]
+    exact.attend(SDPACall(queries[0], call.key, call.value))[0].sum().backward()
+    SDPACall(queries[1], call.key, call.value).stock().sum().backward()
+    assert queries[0].grad is not None and queries[1].grad is not None
+    assert torch.equal(queries[0].grad, queries[1].grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", ["plain", "scale", "key mask"])
+def test_cuda_output_and_lse(case: str, dtype: torch.dtype) -> None:
+    call = make(dtype, **CASES[case])
+    on_device = SDPACall(
+        *(t.cuda() for t in (call.query, call.key, call.value)),
+        attn_mask=None if call.attn_mask is None else call.attn_mask.cuda(),
+        scale=call.scale,
+    )
+    output, lse = exact.attend(on_device)
+    assert torch.equal(output, on_device.stock())
+    expected = reference.logsumexp(call.query, call.key, call.attn_mask, call.is_causal, call.scale)
+    assert lse is None or (lse.cpu() - expected).abs().max() < 2e-4
+    groups = (torch.arange(N) >= IMAGE).long()
+    masses = exact.group_masses(on_device, lse, groups, 2).mean(2).cpu()
+    assert (masses - reference.group_masses(dense(call), groups, 2).mean(2)).abs().max() < TOLERANCE[dtype]
