@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +141,8 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
             name for stream in family.streams if stream.length != "tokenizer" for name in stream.encoders
         )
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **left_out)
+        with _quiet(Path(source).exists()):
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **left_out)
     except Exception as error:
         if Path(source).exists():
             raise RunError(f"{source} cannot be loaded: {_first_line(error)}") from error
@@ -151,6 +154,22 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
             **dict.fromkeys(name for s in family.streams if s.length != "tokenizer" for name in s.tokenizers)
         )
     return pipeline, length
+
+
+@contextmanager
+def _quiet(local: bool) -> Iterator[None]:
+    """No progress bars for files that are here already: they end before they can be read."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loud = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
+    try:
+        for module in loud if local else ():
+            module.disable_progress_bar()
+        yield
+    finally:
+        for module in loud:
+            module.enable_progress_bar()
 
 
 def _stream_components(family: Family) -> set[str]:

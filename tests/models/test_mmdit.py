@@ -1,0 +1,152 @@
+"""MMDiT: its operations against the stock pipeline's and the scheduler's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.families import FAMILIES, family_of
+from mmdit_probe.models.layout import KINDS, Layout, attention_layout, find_layers
+from mmdit_probe.models.load import load
+from mmdit_probe.models.mmdit import MMDiT
+from tests import tiny
+
+
+@pytest.fixture
+def model(tiny_directory: Path) -> MMDiT:
+    return load(tiny_directory, device="cpu")
+
+
+def test_generate_is_the_stock_pipeline(model: MMDiT) -> None:
+    ours = model.generate(["a red ring", "a cat"], steps=2, seed=4, output_type="np")
+    stock = model.pipeline(
+        ["a red ring", "a cat"],
+        num_inference_steps=2,
+        guidance_scale=7.5,
+        negative_prompt=["", ""],
+        generator=[torch.Generator().manual_seed(seed) for seed in (4, 5)],
+        max_sequence_length=tiny.T5_LENGTH,
+        output_type="np",
+    ).images
+    assert np.array_equal(ours, stock)
+    assert not np.array_equal(ours[0], model.generate("a red ring", steps=2, seed=5, output_type="np")[0])
+
+
+def test_seeds_belong_to_images(model: MMDiT) -> None:
+    both = model.generate("a cat", steps=2, seed=[7, 9], num_images_per_prompt=2, output_type="np")
+    alone = model.generate("a cat", steps=2, seed=9, output_type="np")
+    assert np.allclose(both[1], alone[0], atol=1e-5)
+    with pytest.raises(UserError, match="3 seeds for 1 images"):
+        model.generate("a cat", seed=[1, 2, 3])
+
+
+def test_denoise_is_one_transformer_call(model: MMDiT) -> None:
+    text = model.encode_prompt(["a red ring", "a cat"])
+    latents = torch.randn(2, 4, 8, 8)
+    velocity = model.denoise(latents, [0.25, 0.75], text)
+    with torch.no_grad():
+        stock = model.transformer(
+            hidden_states=latents,
+            timestep=torch.tensor([250.0, 750.0]),
+            encoder_hidden_states=text.prompt_embeds,
+            pooled_projections=text.pooled,
+        ).sample
+    assert torch.equal(velocity, stock) and not velocity.requires_grad
+    assert model.denoise(latents, 0.5, text, grad=True).requires_grad
+    one = model.denoise(latents, 0.25, model.encode_prompt("a red ring"))
+    assert torch.allclose(one[0], velocity[0], atol=1e-5)
+
+
+def test_text_is_encoded_as_the_pipeline_encodes_it(model: MMDiT) -> None:
+    text = model.encode_prompt(["a red ring", ""])
+    # Gradients off here too: with them the text encoders take another attention kernel, and the last bits differ.
+    with torch.no_grad():
+        stock = model.pipeline.encode_prompt(
+            ["a red ring", ""], None, None, do_classifier_free_guidance=False, max_sequence_length=tiny.T5_LENGTH
+        )
+    assert torch.equal(text.prompt_embeds, stock[0]) and torch.equal(text.pooled, stock[2])
+    assert [len(table) for table in text.tokens] == [text.prompt_embeds.shape[1]] * 2
+
+
+def test_images_go_through_the_vae_and_back(model: MMDiT) -> None:
+    from PIL import Image
+
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 32, 3), dtype=np.uint8)
+    latents = model.encode_image([pixels, Image.fromarray(pixels)])
+    assert latents.shape == (2, 4, 8, 4) and torch.equal(latents[0], latents[1])
+    config = model.pipeline.vae.config
+    with torch.no_grad():
+        scaled = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+        mean = model.pipeline.vae.encode(scaled).latent_dist.mean
+    assert torch.allclose(latents[:1], (mean - config.shift_factor) * config.scaling_factor, atol=1e-6)
+    assert model.decode(latents)[0].size == (32, 64)
+    with pytest.raises(UserError, match="multiples of 16"):
+        model.encode_image(pixels[:50])
+    with pytest.raises(UserError, match="one size"):
+        model.encode_image([pixels, pixels[:32]])
+    with pytest.raises(UserError, match="uint8"):
+        model.encode_image(pixels.astype(float))
+
+
+def test_noise_blends_and_belongs_to_its_seed(model: MMDiT) -> None:
+    clean = torch.randn(2, 4, 8, 8)
+    assert torch.equal(model.noise(clean, 0.0), clean)
+    pure = model.noise(clean, 1.0, seed=[3, 8])
+    assert torch.equal(pure[1], torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(8)))
+    half = model.noise(clean, [0.5, 0.25], seed=[3, 8])
+    assert torch.allclose(half[1], 0.75 * clean[1] + 0.25 * pure[1], atol=1e-6)
+    with pytest.raises(UserError, match="sigma"):
+        model.noise(clean, 1.5)
+
+
+def test_sigmas_are_the_schedulers(model: MMDiT) -> None:
+    sigmas = model.sigmas(28)
+    model.scheduler.set_timesteps(28)
+    assert sigmas == [float(s) for s in model.scheduler.sigmas[:-1]]
+    assert sigmas[-8] == pytest.approx(0.515, abs=1e-3)  # the paper's "t = 8 of 28"
+
+
+def test_layers_exclude_image_only_attention() -> None:
+    transformer = tiny.transformer("sd35")
+    layers = find_layers(FAMILIES["sd3"], transformer)
+    assert [layer.path for layer in layers] == [f"transformer_blocks.{i}.attn" for i in range(tiny.LAYERS)]
+    assert layers[0].module is not transformer.transformer_blocks[0].attn2
+
+
+def test_layers_beyond_ten_are_in_forward_order() -> None:
+    layers = find_layers(FAMILIES["sd3"], tiny.transformer(num_layers=12))
+    assert [layer.path.split(".")[1] for layer in layers] == [str(i) for i in range(12)]
+
+
+def test_a_layout_counts_and_places() -> None:
+    family = FAMILIES["sd3"]
+    layout = attention_layout(family, [torch.zeros(2, 6, 3), torch.zeros(2, 4, 3)], (2, 3))
+    assert layout.counts == {"image": 6, "text": 4, "other": 0} and layout.total == 10
+    assert layout.positions("image") == slice(0, 6) and layout.positions("text") == slice(6, 10)
+    split = Layout.from_counts([("other", 1), ("text", 2), ("image", 3), ("text", 1)])
+    text = split.positions("text")
+    assert isinstance(text, torch.Tensor) and text.tolist() == [1, 2, 6]
+    assert split.positions("other") == slice(0, 1) and len(KINDS) == 3
+
+
+def test_a_model_that_is_no_mmdit_is_refused() -> None:
+    with pytest.raises(UserError, match="Linear is not a known MM-DiT"):
+        family_of(torch.nn.Linear(1, 1))
+
+
+def test_a_subclass_is_of_its_base_family() -> None:
+    class Mine(type(tiny.transformer())):  # type: ignore[misc]
+        pass
+
+    assert family_of(object.__new__(Mine)) is FAMILIES["sd3"]
+
+
+def test_a_random_pipeline_object_can_be_wrapped(pipe: Any) -> None:
+    model = MMDiT(pipe, max_sequence_length=6)
+    assert model.text_length == tiny.CLIP_LENGTH + 6
+    assert model.encode_prompt("a cat").prompt_embeds.shape[1] == model.text_length
