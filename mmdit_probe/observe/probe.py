@@ -159,6 +159,7 @@ class Run:
         """A transformer call begins: find out what it is."""
         inputs = self._signature.bind_partial(self.transformer, *args, **kwargs).arguments
         inputs = {**inputs, **inputs.get("kwargs", {})}
+        self._calls += 1
         self._seen, self._observing, self._skipped = {}, True, inputs.get(self.family.skip_input) or ()
         self.current = self._label(inputs)
 
@@ -169,7 +170,6 @@ class Run:
             if denoising is None or output is None:
                 return
             self._check_seen()
-            self._calls += 1
             if self._observing:
                 for observer in self.observers:
                     observer.end_call(denoising)
@@ -199,7 +199,7 @@ class Run:
             for prompt, table in zip(batch.prompts, tables or [None] * rows, strict=True)
         ]
         return DenoisingCall(
-            number=self._calls,
+            number=self._calls - 1,
             step=step if batch.step is None else batch.step,
             sigmas=sigmas if batch.sigmas is None else batch.sigmas,
             prompts=prompts,

@@ -1,4 +1,5 @@
-"""Exactness: columns, masses and maps from the log-sum-exp against the float64 explicit softmax, with controls that fail."""
+"""Exactness: columns, masses and maps from the log-sum-exp against the float64 explicit softmax, with controls that
+fail."""
 
 from __future__ import annotations
 

@@ -17,7 +17,9 @@ def test_rows_sum_to_one_and_reproduce_torch() -> None:
     assert torch.allclose(attention @ value, stock, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{"is_causal": True}, {"scale": 0.3}, {"bool": True}, {"float": True}, {"gqa": True}])
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"scale": 0.3}, {"bool": True}, {"float": True}, {"gqa": True}]
+)
 def test_every_option_reproduces_torch(options: dict[str, object]) -> None:
     torch.manual_seed(1)
     heads = 2 if "gqa" in options else 4

@@ -83,7 +83,9 @@ def test_bad_names_and_directories(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(UserError, match="hub cannot be reached"):
         load("nobody/nothing")
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["a", "b"]}))
+    (tmp_path / "model_index.json").write_text(
+        json.dumps({"_class_name": "StableDiffusionPipeline", "unet": ["a", "b"]})
+    )
     with pytest.raises(UserError, match=r"unet.*not a known MM-DiT.*SD3Transformer2DModel"):
         load(tmp_path)
     (tmp_path / "model_index.json").write_text("{")

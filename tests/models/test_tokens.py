@@ -28,7 +28,8 @@ def test_kinds_of_a_plain_prompt(pipe: Any) -> None:
 
 
 def test_positions_line_up_with_the_embedding_rows(pipe: Any) -> None:
-    """The table's positions are the rows of the pipeline's own embeddings: changing one word changes exactly them (T5 and
+    """The table's positions are the rows of the pipeline's own embeddings: changing one word changes exactly them (T5
+    and
     CLIP are contextual, so only the rows before the word are bitwise safe in CLIP's causal encoder)."""
     one = pipe.encode_prompt("a red ring", None, None, max_sequence_length=T5, do_classifier_free_guidance=False)[0]
     two = pipe.encode_prompt("a red cat", None, None, max_sequence_length=T5, do_classifier_free_guidance=False)[0]

@@ -1,0 +1,437 @@
+"""probe: neutrality, restoration, labels, guard rails."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mmdit_probe import AttentionMass, MMDiT, TextMaps, load, probe
+from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.observe.base import LayerCall, Observer
+from tests import tiny
+
+PROMPTS = ["a red ring", "a cat"]
+
+
+def sample(pipe: Any, prompts: Any = None, steps: int = 2, guidance: float = 5.0, seed: int = 0, **options: Any) -> Any:
+    prompts = PROMPTS if prompts is None else prompts
+    return pipe(
+        prompts,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        max_sequence_length=tiny.T5_LENGTH,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="np",
+        **options,
+    ).images
+
+
+def state(pipe: Any) -> list[tuple[str, list[str], int, int]]:
+    """Everything a probe could leave behind: instance attributes and hooks of every module, and the pipeline's own."""
+    modules = [
+        (name, sorted(module.__dict__), len(module._forward_hooks), len(module._forward_pre_hooks))
+        for name, module in pipe.transformer.named_modules()
+    ]
+    return [*modules, ("pipeline", sorted(pipe.__dict__), 0, 0)]
+
+
+@pytest.mark.parametrize("variant", ["sd3", "sd35", "no-t5"])
+def test_observing_is_bitwise_neutral_and_leaves_nothing(variant: str) -> None:
+    pipe = tiny.pipeline(variant)
+    stock, before = sample(pipe), state(pipe)
+    with probe(pipe, AttentionMass(), TextMaps()):
+        assert np.array_equal(sample(pipe), stock)
+    assert state(pipe) == before
+    assert np.array_equal(sample(pipe), stock)
+
+
+def test_observing_bfloat16_is_bitwise_neutral(pipe: Any) -> None:
+    pipe.transformer.to(torch.bfloat16)
+    inputs = bare_inputs(dtype=torch.bfloat16)
+    stock = pipe.transformer(**inputs, return_dict=False)[0]
+    with probe(pipe.transformer, AttentionMass()):
+        assert torch.equal(pipe.transformer(**inputs, return_dict=False)[0], stock)
+
+
+def test_the_output_does_change_under_an_edit(pipe: Any) -> None:
+    """The control of neutrality: were the output compared with itself, this would fail."""
+    stock = sample(pipe)
+    with probe(pipe, edits=ScaleTextValues()):
+        assert not np.array_equal(sample(pipe), stock)
+    assert np.array_equal(sample(pipe), stock)
+
+
+def test_an_error_inside_restores_everything(pipe: Any) -> None:
+    stock, before = sample(pipe), state(pipe)
+    observer = AttentionMass()
+
+    def interrupt(*args: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), probe(pipe, observer):
+        sample(pipe, callback_on_step_end=interrupt)
+    assert state(pipe) == before and np.array_equal(sample(pipe), stock)
+    assert set(observer.table()["step"]) == {0}
+
+
+def test_an_error_in_the_middle_of_a_call_drops_its_half_finished_rows(pipe: Any) -> None:
+    observer = AttentionMass()
+    sample(pipe)
+    before = state(pipe)
+
+    class Fails(Observer):
+        def observe(self, seen: LayerCall) -> None:
+            if seen.layer.index == 1 and seen.denoising.step == 1:
+                raise ValueError("broken observer")
+
+    with pytest.raises(ValueError, match="broken observer"), probe(pipe, observer, Fails()):
+        sample(pipe)
+    assert state(pipe) == before
+    table = observer.table()
+    assert set(table["step"]) == {0} and set(table["layer"]) == {0, 1, 2}
+
+
+def test_step_sigma_branch_prompt_and_seed(pipe: Any) -> None:
+    with probe(pipe, AttentionMass()) as run:
+        sample(pipe, steps=3, seed=11)
+    table = run[AttentionMass].table()
+    sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas[:3]]
+    found = table[["step", "sigma"]].drop_duplicates().sort_values("step")
+    assert found["step"].tolist() == [0, 1, 2] and found["sigma"].tolist() == pytest.approx(sigmas)
+    assert set(table["branch"]) == {"cond", "uncond"} and set(table["seed"]) == {11}
+    assert set(table["prompt"]) == set(PROMPTS)
+    # The unconditional half is the empty prompt: no words, the conditional half has some.
+    assert set(table.query("span == 'word'")["branch"]) == {"cond"}
+    assert table.groupby(["prompt", "branch", "step"]).size().nunique() <= 2
+
+
+def test_without_guidance_every_row_is_conditional(pipe: Any) -> None:
+    with probe(pipe, AttentionMass()) as run:
+        sample(pipe, guidance=1.0)
+    table = run[AttentionMass].table()
+    assert set(table["branch"]) == {"cond"} and set(table["prompt"]) == set(PROMPTS)
+
+
+def test_negative_prompts_and_copies_are_told_apart(pipe: Any) -> None:
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2, 3, 4)]
+    with probe(pipe, TextMaps()) as run:
+        pipe(
+            PROMPTS,
+            negative_prompt=["house", "grass grass"],
+            num_images_per_prompt=2,
+            num_inference_steps=1,
+            max_sequence_length=tiny.T5_LENGTH,
+            generator=generators,
+            output_type="latent",
+        )
+    rows = run[TextMaps].rows(0)
+    assert [row[:2] for row in rows] == [("a red ring", 1), ("a red ring", 2), ("a cat", 3), ("a cat", 4)]
+    assert run[TextMaps].maps(0, branch=None).shape[0] == 8
+
+
+def test_the_negative_prompt_has_its_own_words(pipe: Any) -> None:
+    with pytest.raises(UserError, match="unknown word 'grass'"), probe(pipe, TextMaps(["grass"]), layers=0):
+        sample(pipe, prompts="a red ring", negative_prompt="grass")
+    with probe(pipe, TextMaps(["ring"]), layers=0) as run:
+        sample(pipe, prompts="a red ring", negative_prompt="grass")
+    assert run[TextMaps].maps(0, branch="cond").abs().max() > 0
+    assert run[TextMaps].maps(0, branch="uncond").abs().max() == 0
+
+
+def test_embeddings_made_elsewhere_are_unknown_unless_named(pipe: Any) -> None:
+    model = MMDiT(pipe)
+    text = model.encode_prompt("a red ring")
+    given = {"prompt_embeds": text.prompt_embeds, "pooled_prompt_embeds": text.pooled}
+    options = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent", "max_sequence_length": 10}
+    with probe(pipe, AttentionMass()) as run:
+        pipe(**given, **options, generator=torch.Generator().manual_seed(0))
+    table = run[AttentionMass].table()
+    assert set(table.query("key == 'text'")["span"]) == {"unknown"} and set(table["branch"]) == {"cond"}
+    with probe(pipe, AttentionMass(), tokens=text.tokens[0]) as run:
+        pipe(**given, **options, generator=torch.Generator().manual_seed(0))
+    named = run[AttentionMass].table()
+    assert {"word", "bos"} <= set(named["span"]) and set(named["prompt"]) == {"a red ring"}
+    assert named.query("key == 'text'")["mass"].sum() == pytest.approx(table.query("key == 'text'")["mass"].sum())
+
+
+def test_labels_follow_the_embeddings_not_the_batch_size(pipe: Any) -> None:
+    """Two prompts without guidance and one with it give the same batch; text edited by a callback is nobody's
+    prompt."""
+
+    def blank(pipe: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"prompt_embeds": torch.zeros_like(tensors["prompt_embeds"])}
+
+    with probe(pipe, AttentionMass()) as run:
+        sample(pipe, steps=2, callback_on_step_end=blank, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    table = run[AttentionMass].table()
+    assert set(table.query("step == 0")["branch"]) == {"cond", "uncond"}
+    assert set(table.query("step == 1")["branch"]) == {"unknown"}
+
+
+def bare_inputs(rows: int = 2, dtype: torch.dtype = torch.float32, timestep: float = 500.0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "hidden_states": torch.randn(rows, 4, 8, 8, generator=generator).to(dtype),
+        "encoder_hidden_states": torch.randn(rows, 22, 40, generator=generator).to(dtype),
+        "pooled_projections": torch.randn(rows, 24, generator=generator).to(dtype),
+        "timestep": torch.full((rows,), timestep),
+    }
+
+
+def test_a_bare_transformer_counts_steps_and_scales_timesteps() -> None:
+    transformer = tiny.transformer()
+    with probe(transformer, AttentionMass(), branches=("uncond", "cond")) as run:
+        for timestep in (1000.0, 400.0, 1000.0):
+            transformer(**bare_inputs(timestep=timestep))
+    table = run[AttentionMass].table()
+    assert table[["step", "sigma"]].drop_duplicates().values.tolist() == [[0.0, 1.0], [1.0, 0.4]]
+    assert set(table["branch"]) == {"uncond", "cond"} and set(table["prompt"]) == {""}
+    assert set(table.query("key == 'text'")["span"]) == {"unknown"}
+    with pytest.raises(UserError, match="cannot be divided"), probe(transformer, branches=("a", "b")):
+        transformer(**bare_inputs(rows=3))
+    with pytest.raises(UserError, match="number of steps is unknown"):
+        probe(transformer, AttentionMass(), steps="last-8")
+
+
+def test_wrong_token_tables_are_refused(pipe: Any) -> None:
+    tables = MMDiT(pipe, max_sequence_length=4).token_tables("a cat")
+    with pytest.raises(UserError, match=r"\[16\] positions for 2 rows of 22"), probe(pipe.transformer, tokens=tables):
+        pipe.transformer(**bare_inputs())
+
+
+def test_steps_and_layers_are_selected(pipe: Any) -> None:
+    with probe(pipe, AttentionMass(), layers="0,2", steps="last-2") as run:
+        sample(pipe, steps=4)
+    table = run[AttentionMass].table()
+    assert set(table["layer"]) == {0, 2} and set(table["step"]) == {2}
+    with pytest.raises(UserError, match="layer 3 does not exist"):
+        probe(pipe, AttentionMass(), layers=3)
+    with pytest.raises(UserError, match="step 7 does not exist"), probe(pipe, AttentionMass(), steps=7):
+        sample(pipe)
+
+
+def test_skipped_layers_are_no_error_and_their_pass_is_named(pipe: Any) -> None:
+    with probe(pipe, AttentionMass()) as run:
+        sample(
+            pipe,
+            skip_guidance_layers=[1],
+            skip_layer_guidance_start=-1.0,
+            skip_layer_guidance_stop=2.0,
+        )
+    table = run[AttentionMass].table()
+    assert set(table["branch"]) == {"cond", "uncond", "perturbed"}
+    assert set(table.query("branch == 'perturbed'")["layer"]) == {0, 2}
+
+
+class PlainProcessor:
+    """Attention without torch's function, as some kernels do it."""
+
+    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **kwargs: Any) -> Any:
+        return attn.to_out[0](hidden_states), attn.to_add_out(encoder_hidden_states)
+
+
+def test_a_layer_that_is_never_seen_raises_and_is_named(pipe: Any) -> None:
+    pipe.transformer.transformer_blocks[1].attn.processor = PlainProcessor()
+    sample(pipe)
+    before = state(pipe)
+    with (
+        pytest.raises(RunError, match=r"layer 1 \(transformer_blocks.1.attn, PlainProcessor\).*backend"),
+        probe(pipe, AttentionMass()),
+    ):
+        sample(pipe)
+    assert state(pipe) == before
+    with probe(pipe, AttentionMass(), layers=[0, 2]) as run:
+        sample(pipe)
+    assert set(run[AttentionMass].table()["layer"]) == {0, 2}
+
+
+def test_nothing_seen_at_all_raises(pipe: Any) -> None:
+    with pytest.raises(RunError, match="no denoising call"), probe(pipe, AttentionMass()):
+        pass
+    other = tiny.transformer()
+    with pytest.raises(RunError, match="no denoising call"), probe(pipe, AttentionMass()):
+        other(**bare_inputs())
+
+
+def test_a_call_that_bypasses_the_transformer_raises(pipe: Any) -> None:
+    with pytest.raises(RunError, match="outside the transformer's own call"), probe(pipe, AttentionMass()):
+        pipe.transformer.forward(**bare_inputs())
+
+
+def test_another_backend_is_switched_and_put_back(pipe: Any) -> None:
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    processor = pipe.transformer.transformer_blocks[0].attn.processor
+    processor._attention_backend = AttentionBackendName.FLEX
+    process_wide = _AttentionBackendRegistry._active_backend
+    _AttentionBackendRegistry._active_backend = AttentionBackendName.FLEX
+    try:
+        with pytest.raises(ValueError, match="inside"), probe(pipe, AttentionMass()):
+            assert processor._attention_backend is None
+            assert _AttentionBackendRegistry._active_backend == AttentionBackendName.NATIVE
+            raise ValueError("inside")
+        assert processor._attention_backend == AttentionBackendName.FLEX
+        assert _AttentionBackendRegistry._active_backend == AttentionBackendName.FLEX
+    finally:
+        _AttentionBackendRegistry._active_backend = process_wide
+
+
+def test_context_parallelism_is_refused(pipe: Any) -> None:
+    pipe.transformer._parallel_config = object()
+    with pytest.raises(UserError, match="context parallelism"), probe(pipe, AttentionMass()):
+        sample(pipe)
+
+
+def test_things_that_are_no_model_are_refused() -> None:
+    with pytest.raises(UserError, match="cannot probe str"):
+        probe("scenes-sd3")
+    with pytest.raises(UserError, match="not a known MM-DiT"):
+        probe(torch.nn.Linear(2, 2))
+
+
+def test_an_observer_is_found_by_its_class(pipe: Any) -> None:
+    run = probe(pipe, AttentionMass(), TextMaps(), TextMaps(queries="text"))
+    assert isinstance(run[AttentionMass], AttentionMass)
+    with pytest.raises(UserError, match="2 observers of class TextMaps"):
+        run[TextMaps]
+
+
+class ScaleTextValues:
+    """An edit: image queries see the text values times two (by two calls on disjoint query rows)."""
+
+    layers = 1
+    stage = "output"
+
+    def handler(self, layer: Any, run: Any) -> Any:
+        def edit(call: SDPACall, module_call: Any, proceed: Callable[[SDPACall], Tensor]) -> Tensor:
+            assert run.current is not None
+            image = module_call.argument("hidden_states", 0).shape[1]
+            louder = torch.cat([call.value[:, :, :image], 2 * call.value[:, :, image:]], 2)
+            return torch.cat(
+                [
+                    proceed(SDPACall(call.query[:, :, :image], call.key, louder)),
+                    proceed(SDPACall(call.query[:, :, image:], call.key, call.value)),
+                ],
+                2,
+            )
+
+        return edit
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_masses_are_those_of_the_full_call_even_with_edits(pipe: Any, nested: bool) -> None:
+    with probe(pipe, AttentionMass()) as plain:
+        sample(pipe, steps=1)
+    if nested:
+        with probe(pipe, edits=ScaleTextValues()), probe(pipe, AttentionMass()) as edited:
+            sample(pipe, steps=1)
+    else:
+        with probe(pipe, AttentionMass(), edits=[ScaleTextValues()]) as edited:
+            sample(pipe, steps=1)
+    one, two = (run[AttentionMass].table() for run in (plain, edited))
+    upstream = one["layer"] <= 1  # the edit changes what comes after layer 1
+    assert np.array_equal(one[upstream]["mass"], two[upstream]["mass"])
+    assert not np.allclose(one[~upstream]["mass"], two[~upstream]["mass"], atol=1e-6)
+
+
+def test_a_lora_added_before_or_after_attaching_is_seen(pipe: Any) -> None:
+    from peft import LoraConfig
+
+    def masses() -> np.ndarray:
+        with probe(pipe, AttentionMass()) as run:
+            sample(pipe, steps=1)
+        return run[AttentionMass].table()["mass"].to_numpy()
+
+    plain = masses()
+    with probe(pipe, AttentionMass()) as run:
+        pipe.transformer.add_adapter(
+            LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["attn.to_q", "attn.add_k_proj"])
+        )
+        stock = sample(pipe, steps=1)
+    after_attaching = run[AttentionMass].table()["mass"].to_numpy()
+    assert not np.allclose(plain, after_attaching, atol=1e-4)
+    assert np.array_equal(masses(), after_attaching)
+    assert np.array_equal(sample(pipe, steps=1), stock)
+
+
+def test_gradients_pass_through_and_checkpointing_is_not_counted_twice() -> None:
+    transformer = tiny.transformer().train()
+    inputs = bare_inputs()
+
+    def gradient() -> Tensor:
+        transformer.zero_grad()
+        transformer(**inputs, return_dict=False)[0].square().sum().backward()
+        return transformer.transformer_blocks[0].attn.to_q.weight.grad.clone()
+
+    stock = gradient()
+    transformer.enable_gradient_checkpointing()
+    with probe(transformer, AttentionMass()) as run:
+        assert torch.allclose(gradient(), stock, rtol=1e-4, atol=1e-6)
+    table = run[AttentionMass].table()
+    per_layer = table.groupby(["layer"]).size()
+    assert per_layer.nunique() == 1 and len(table) == 2 * 3 * tiny.HEADS * 2 * 3  # rows, layers, heads, queries, keys
+
+
+def test_state_does_not_grow_with_prompts_or_steps(pipe: Any) -> None:
+    """Finished rows go to the sink; what the probe holds after 2 and after 12 denoising calls is the same."""
+
+    def held(prompts: int, steps: int) -> tuple[int, int]:
+        written = 0
+
+        def sink(columns: dict[str, np.ndarray]) -> None:
+            nonlocal written
+            written += len(columns["mass"])
+
+        with probe(pipe, AttentionMass(sink=sink)) as run:
+            for _ in range(prompts):
+                sample(pipe, prompts="a red ring", steps=steps)
+            gc.collect()
+            tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor | np.ndarray)]
+            sizes = sum(thing.nbytes for thing in tensors)
+            assert run[AttentionMass]._seen == {}
+        return written, sizes
+
+    held(1, 1)  # whatever the first use allocates for good
+    few, few_bytes = held(1, 2)
+    many, many_bytes = held(3, 4)
+    assert many == 6 * few
+    assert many_bytes <= few_bytes + 1024
+
+
+def test_denoise_labels_its_own_call(tiny_directory: Path) -> None:
+    model = load(tiny_directory, device="cpu")
+    text = model.encode_prompt(["a red ring", "a cat"])
+    with probe(model, AttentionMass(), layers=1, steps=5) as run:
+        model.denoise(torch.randn(2, 4, 8, 8), [0.25, 0.5], text, seeds=[7, 9])
+        model.denoise(torch.randn(2, 4, 8, 8), 0.75, text, branch="uncond", step=3)
+    table = run[AttentionMass].table()
+    found = table[["prompt", "seed", "step", "sigma", "branch"]].drop_duplicates().values.tolist()
+    assert found == [
+        ["a red ring", 7, 0, 0.25, "cond"],
+        ["a cat", 9, 0, 0.5, "cond"],
+        ["a red ring", -1, 3, 0.75, "uncond"],
+        ["a cat", -1, 3, 0.75, "uncond"],
+    ]
+    assert {"word"} <= set(table["span"])
+    assert model.batch is None
+
+
+def test_model_offload_between_pipeline_calls_keeps_the_probe(pipe: Any) -> None:
+    """Offloading re-wraps the transformer's forward after every pipeline call."""
+    transformer = pipe.transformer
+    with probe(pipe, AttentionMass()) as run:
+        sample(pipe, steps=1)
+        first = transformer.forward
+        transformer.forward = lambda *args, **kwargs: first(*args, **kwargs)
+        sample(pipe, steps=1)
+    del transformer.forward
+    assert len(run[AttentionMass].table()) % 2 == 0
+    assert run._calls == 2
