@@ -1,4 +1,4 @@
-"""The embedded checkpoints, loaded by name. Weights are safetensors; every folder is a stock diffusers or transformers one."""
+"""The embedded checkpoints, loaded by name: stock diffusers or transformers folders, weights as safetensors."""
 
 from __future__ import annotations
 

@@ -1,0 +1,57 @@
+"""How the embedded model learned: its losses, what the text is worth to it, where its words look, what its images show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import matplotlib as mpl
+import pandas as pd
+
+from mmdit_probe.plots import style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def training_curves(curves: pd.DataFrame) -> Figure:
+    """Six panels from the transformer's training curves.
+
+    Args:
+        curves: columns step, name, value, as the training loop writes them: ``flow`` and ``align`` (training losses),
+            ``shuffled@s`` and ``empty@s`` (increase of the held-out loss in percent with another's caption or none, at
+            noise level s), ``miou@s/layerK`` (I2T map quality), ``facts``, ``things_right``, ``grounds_right``.
+    """
+    by_name = {str(name): part for name, part in curves.groupby("name")}
+    with style.context():
+        figure = style.figure(width=6.9, height=3.9)
+        axes = figure.subplots(2, 3)
+        losses, shuffled, empty, low, high, seen = axes.ravel()
+        _lines(losses, by_name, {"flow": "flow matching", "align": "parser alignment"})
+        losses.set(title="training losses", yscale="log")
+        for axis, kind, title in ((shuffled, "shuffled", "another's caption"), (empty, "empty", "no caption")):
+            names = sorted(name for name in by_name if name.startswith(f"{kind}@"))
+            _lines(axis, by_name, {name: f"sigma {name.split('@')[1]}" for name in names}, ordered=True)
+            axis.set(title=f"text gain: {title}", ylabel="held-out loss, + %", yscale="symlog")
+        for axis, sigma in ((low, "0.5"), (high, "0.75")):
+            prefix = f"miou@{sigma}/layer"
+            names = sorted(
+                (name for name in by_name if name.startswith(prefix)), key=lambda n: int(n.split("layer")[1])
+            )
+            _lines(axis, by_name, {name: name.split("/")[1] for name in names}, ordered=True)
+            axis.set(title=f"I2T maps at sigma {sigma}", ylabel="mIoU of classes present", ylim=(0, 1))
+        labels = {"things_right": "objects right", "grounds_right": "ground right", "facts": "facts"}
+        _lines(seen, by_name, labels)
+        seen.set(title="generated images, by the parser", ylim=(0, 1.02))
+        for axis in axes.ravel():
+            axis.set_xlabel("step")
+            axis.legend(fontsize=5, ncols=2)
+    return figure
+
+
+def _lines(axis: Axes, by_name: dict[str, pd.DataFrame], labels: dict[str, str], *, ordered: bool = False) -> None:
+    """One line per curve that exists; ``ordered`` curves run through one colour map, others take the cycle."""
+    found = {name: label for name, label in labels.items() if name in by_name}
+    for place, (name, label) in enumerate(found.items()):
+        colour = mpl.colormaps["viridis"](0.9 * place / max(1, len(found) - 1)) if ordered else None
+        axis.plot(by_name[name]["step"], by_name[name]["value"], label=label, color=colour, linewidth=1)
