@@ -1,4 +1,4 @@
-"""How the embedded model learned: its losses, what the text is worth to it, where its words look, what its images show."""
+"""How the embedded model learned: losses, what the text is worth, where its words look, what its images show."""
 
 from __future__ import annotations
 
