@@ -14,6 +14,7 @@ import platform
 import resource
 import sys
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from mmdit_probe import __version__
@@ -35,13 +36,21 @@ def environment() -> dict[str, Any]:
 
 def peak_memory() -> dict[str, int]:
     """Highest memory use of this process so far, in bytes: resident set, and CUDA allocations where CUDA is in use."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Kibibytes on Linux, bytes on macOS.
-    result = {"resident": peak if sys.platform == "darwin" else peak * 1024}
+    result = {"resident": _peak_resident()}
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         result["cuda"] = int(torch.cuda.max_memory_allocated())
     return result
+
+
+def _peak_resident() -> int:
+    status = Path("/proc/self/status")  # Linux
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    # Kibibytes, but bytes on macOS. On Linux a child starts with its parent's value, hence the better source above.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _version(name: str) -> str | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.results import RunFolder, latest_run
+from mmdit_probe.results import RunFolder, latest_run, peak_memory
 from mmdit_probe.results.folder import read_record, short_hash
 
 REQUEST = {"layers": "all", "seed": 0}
@@ -83,3 +85,11 @@ def test_broken_record(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(UserError, match="is not a run record"):
         read_record(tmp_path)
+
+
+def test_peak_memory_is_this_process_and_not_its_parent():
+    held = bytearray(200 << 20)
+    held[:: 1 << 12] = b"x" * len(held[:: 1 << 12])
+    script = "from mmdit_probe.results import peak_memory; print(peak_memory()['resident'])"
+    child = int(subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True).stdout)
+    assert child < len(held) < peak_memory()["resident"]
