@@ -50,14 +50,16 @@ def assemble(workdir: Path, transformer: SD3Transformer2DModel | None = None) ->
 
 
 def export(workdir: Path, assets: Path) -> None:
-    """Write what ships into ``assets``: scenes-sd3 (float16), scenes-clip, scenes-parser and the training curves.
+    """Write what ships into ``assets``: scenes-sd3, scenes-clip, scenes-parser and the training curves.
 
     The folders are written beside the old ones and moved over them at the end.
     """
     fresh = assets / "_fresh"
     shutil.rmtree(fresh, ignore_errors=True)
     pipeline = assemble(workdir)
-    pipeline.to(dtype=torch.float16)
+    # Only the transformer is stored in half precision: diffusers loads its own models in float32 by default, transformers
+    # loads in the stored type, and a pipeline of both kinds must run as it is loaded.
+    pipeline.transformer.to(torch.float16)
     pipeline.save_pretrained(fresh / "scenes-sd3", safe_serialization=True)
     pair, _ = load_trained_text(workdir)
     pair.clip.half().save_pretrained(fresh / "scenes-clip")
