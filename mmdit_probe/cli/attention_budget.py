@@ -126,7 +126,10 @@ def _report(folder: Any, model: MMDiT, output: Any) -> None:
     summary = budget.summarise(read_row_groups(path, budget.COLUMNS))
     summary.to_csv(folder.path / f"{TABLE}_by_layer.csv", index=False, float_format="%.6g")
     paper = paper_table("budget_by_layer") if PAPER_MODEL in model.name else None
-    figures = save(attention_budget(summary, title=_title(folder, summary), paper=paper), folder.path / TABLE)
+    figures = save(
+        attention_budget(summary, title=f"{Path(model.name).name}: {_setting(folder, summary)}", paper=paper),
+        folder.path / TABLE,
+    )
     if not folder.complete:
         folder.finish()
     document = {
@@ -139,7 +142,7 @@ def _report(folder: Any, model: MMDiT, output: Any) -> None:
     lines = [
         "I2T = image queries, text keys; shares of the query's attention, in brackets what uniform attention gives; "
         "'to ...' splits I2T.",
-        f"Mean over heads, the chosen steps (conditional branch) and n = {int(summary.prompts.min())} prompts.",
+        f"Mean over heads and steps (conditional branch): {_setting(folder, summary)}.",
         f"table and figure: {folder.path}",
     ]
     output.result(document, [budget_rows(summary, paper), *lines], folder.path)
@@ -181,11 +184,13 @@ def _share(value: float) -> str:
     return f"{value:.3f}".removeprefix("0")
 
 
-def _title(folder: Any, summary: pd.DataFrame) -> str:
-    request = folder.data["request"]
-    sampled = f"{request.get('num_steps')} steps, guidance {request.get('guidance')}"
-    where = f"sigma {request['sigma']}" if "sigma" in request else sampled
-    return f"{Path(request['model']).name}: {int(summary.prompts.min())} prompts, {where}"
+def _setting(folder: Any, summary: pd.DataFrame) -> str:
+    """What was averaged over and how it was run, for the figure's title and the line below the table."""
+    request, count = folder.data["request"], int(summary.prompts.min())
+    if request["mode"] == "pictures":
+        return f"n = {count} pictures, sigma {request['sigma']}"
+    steps, total = len(request["steps"]), request["num_steps"]
+    return f"n = {count} prompts, {steps} of {total} steps, guidance {request['guidance']}"
 
 
 def _plain(value: Any) -> Any:

@@ -56,6 +56,7 @@ def test_table_figure_summary_and_record(budget):
     }  # fmt: skip
     assert str(folder) in out
     assert "to words" in out
+    assert "n = 1 prompts, 2 of 2 steps, guidance 3.0." in out
     table = read_table(folder / "attention_budget.parquet")
     cell = ["step", "branch", "layer", "head", "query"]
     np.testing.assert_allclose(table.groupby(cell, observed=True).mass.sum(), 1, atol=1e-5)
@@ -135,7 +136,9 @@ def test_pictures_with_sidecar_captions(budget):
         noise = np.random.default_rng(index).integers(0, 255, (70, 90, 3), dtype=np.uint8)
         Image.fromarray(noise).save(Path("photos") / name)
     Path("photos/a.txt").write_text("a cat\n")
-    assert budget("--images", "photos", "--sigma", "0.25", "--out", "run")[0] == 0
+    code, out, _ = budget("--images", "photos", "--sigma", "0.25", "--out", "run")
+    assert code == 0
+    assert "n = 2 pictures, sigma 0.25." in out
     table = read_table("run/attention_budget.parquet")
     assert list(table.groupby("picture", observed=True).prompt.first()) == ["a cat", ""]
     assert set(table.sigma) == {0.25}
