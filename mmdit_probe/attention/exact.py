@@ -179,6 +179,7 @@ def column_sums(call: SDPACall, lse: Tensor, keys: Columns, weights: Tensor) -> 
     n_keys = key.shape[-1]
     out = torch.zeros(batch, heads, weights.shape[-2], n_keys, device=key.device)
     rows_at_once, heads_at_once = _block_shape(call.query.device, n_rows, heads, n_keys)
+    shift = lse[..., None].float().neg().contiguous()  # [B, H, Nq, 1]
     # One buffer for all blocks: a fresh allocation per block costs more in page faults than the exponentials.
     buffer = torch.empty(heads_at_once * rows_at_once * n_keys, device=key.device)
     for index in range(batch):
@@ -189,9 +190,9 @@ def column_sums(call: SDPACall, lse: Tensor, keys: Columns, weights: Tensor) -> 
                 rows = slice(start, min(start + rows_at_once, n_rows))
                 query = call.query[index, group, rows].float()
                 scores = buffer[: query.shape[0] * query.shape[1] * n_keys].view(*query.shape[:2], n_keys)
-                shift = lse[index, group, rows, None].float().neg().expand(-1, -1, n_keys)
                 with _products_of(call.query):
-                    torch.baddbmm(shift, query, key[index, group], alpha=call.scale_factor, out=scores)
+                    torch.bmm(query, key[index, group], out=scores)
+                torch.add(shift[index, group, rows], scores, alpha=call.scale_factor, out=scores)
                 bias = _bias(call, keys, rows)
                 if bias is not None:
                     bias = bias[index if bias.shape[0] > 1 else 0]
