@@ -57,8 +57,8 @@ def export(workdir: Path, assets: Path) -> None:
     fresh = assets / "_fresh"
     shutil.rmtree(fresh, ignore_errors=True)
     pipeline = assemble(workdir)
-    # Only the transformer is stored in half precision: diffusers loads its own models in float32 by default, transformers
-    # loads in the stored type, and a pipeline of both kinds must run as it is loaded.
+    # Only the transformer is stored in half precision: diffusers loads its own models in float32 by default,
+    # transformers loads in the stored type, and a pipeline of both kinds must run as it is loaded.
     pipeline.transformer.to(torch.float16)
     pipeline.save_pretrained(fresh / "scenes-sd3", safe_serialization=True)
     pair, _ = load_trained_text(workdir)
