@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mmdit_probe.models.tokens import TokenTable as TokenTable
     from mmdit_probe.observe.maps import TextMaps as TextMaps
     from mmdit_probe.observe.mass import AttentionMass as AttentionMass
+    from mmdit_probe.observe.norms import ValueNorm as ValueNorm
     from mmdit_probe.observe.probe import Run as Run
     from mmdit_probe.observe.probe import probe as probe
 
@@ -41,6 +42,7 @@ _EXPORTS = {
     "Run": "mmdit_probe.observe.probe",
     "AttentionMass": "mmdit_probe.observe.mass",
     "TextMaps": "mmdit_probe.observe.maps",
+    "ValueNorm": "mmdit_probe.observe.norms",
 }
 
 __all__ = ["__version__", *_EXPORTS]

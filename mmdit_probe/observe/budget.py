@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.observe.base import MemorySink, Sink
+from mmdit_probe.observe.base import MemorySink, Observer, Sink
 from mmdit_probe.observe.mass import COLUMNS, AttentionMass
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.observe.summary import summarise
@@ -62,6 +62,9 @@ class Budget:
         remarks: one line for each prompt of which some encoder does not see every word.
     """
 
+    observer: ClassVar[Callable[..., Observer]] = AttentionMass
+    """What measures: called with a sink and `heads`. A subclass names another observer of finished rows."""
+
     def __init__(self, model: MMDiT, items: Sequence[Item], layers: Spec, heads: Spec, **request: Any) -> None:
         self.model = model
         self.items = list(items)
@@ -92,7 +95,11 @@ class Budget:
             },
             "device": str(model.device),
             "seed": self.items[0].seed,
-            "capture": {"observer": "AttentionMass", "layers": list(self.layers), "heads": list(self.heads)},
+            "capture": {
+                "observer": getattr(type(self).observer, "__name__", ""),
+                "layers": list(self.layers),
+                "heads": list(self.heads),
+            },
             "remarks": self.remarks,
         }
 
@@ -160,7 +167,7 @@ class Budget:
     def measure(self, item: Item, sink: Sink) -> None:
         """Measure one item; `sink` gets the rows of each denoising call as soon as they are there."""
         labels = {"item": item.index} | ({"picture": item.picture.name} if item.picture else {})
-        observer = AttentionMass(_Labelled(sink, labels), heads=self.heads)
+        observer = type(self).observer(_Labelled(sink, labels), heads=self.heads)
         with probe(self.model, observer, layers=self.layers, steps=self.request.get("steps", "all")):
             if item.picture is None:
                 self.model.generate(
@@ -181,7 +188,7 @@ class _Labelled:
         self.sink, self.labels = sink, labels
 
     def write(self, columns: dict[str, np.ndarray]) -> None:
-        count = len(columns["mass"])
+        count = len(next(iter(columns.values())))
         constant = {
             name: np.full(count, value, dtype=object if isinstance(value, str) else np.int64)
             for name, value in self.labels.items()

@@ -84,7 +84,7 @@ def summarise(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond"
     layers = _measures(long, "mass").groupby(level="layer")
     mean, spread, count = layers.mean(), layers.std(), layers.size()
     summary = pd.DataFrame({"layer": mean.index, "prompts": count.to_numpy()}, index=mean.index)
-    half = spread.div(count**0.5, axis=0).mul(_student(count.to_numpy()), axis=0)
+    half = spread.div(count**0.5, axis=0).mul(student(count.to_numpy()), axis=0)
     uniform = _measures(long, "uniform").groupby(level="layer").mean()
     for name in mean.columns:
         summary[name] = mean[name]
@@ -120,7 +120,7 @@ def _measures(long: pd.DataFrame, value: str) -> pd.DataFrame:
     return pd.DataFrame(columns).astype("float64").fillna(0.0)
 
 
-def _student(count: np.ndarray) -> np.ndarray:
+def student(count: np.ndarray) -> np.ndarray:
     """Two-sided 95 % quantile of Student's t for each n (NaN for n = 1)."""
     import numpy as np
     from scipy.stats import t

@@ -1,0 +1,178 @@
+"""ValueNorm: how long the value vectors are that each kind of token brings into the joint attention (the paper's Fig. 4
+and 28; arXiv:2509.18096, section 3.3).
+
+Per (sample, step, branch, layer): the mean over tokens of the L2 norm of the value, for image tokens and for every text
+span kind of each encoder stream. It stands for how strongly a key can push its readers: what a query receives is the
+mass it gives times the value it meets.
+
+    with probe(model, ValueNorm(), layers="all") as run:
+        model.generate("a red ring on grass")
+    run[ValueNorm].table().query("head == -1").groupby(["layer", "token", "span"]).norm.mean()
+
+Read from the values that enter attention, so LoRA counts. Rows of head -1 are the norm of the heads' concatenation (the
+paper's curves, as far as it says), rows of heads 0..H-1 each head's own. Not here: masses (`observe.mass`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.observe.base import DenoisingCall, LayerCall, MemorySink, Observer, Sink
+from mmdit_probe.observe.budget import Budget
+from mmdit_probe.observe.norm_summary import CONCATENATED
+from mmdit_probe.specs import Spec, head_indices
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mmdit_probe.models.mmdit import MMDiT
+
+COLUMNS = (
+    "prompt", "seed", "step", "sigma", "branch", "layer", "head", "token", "span", "stream", "norm", "spread",
+    "n_token",
+)  # fmt: skip
+
+Leaf = tuple[str, str, str]
+"""(token, span, stream) of a row: ("text", "word", "t5"), ("image", "all", ""), ("other", "all", "")."""
+
+
+class ValueNorm(Observer):
+    """Observer of value norms.
+
+    Args:
+        sink: gets the finished rows after every denoising call: an object with `write(columns)` or a function of the
+            columns; kept in memory if None.
+        heads: which heads get rows beside the concatenation: "all", 3, "0-3", [0, 5].
+
+    Columns: prompt, seed, step, sigma, branch, layer, head (-1: all heads concatenated), token (image | text | other),
+    span (bos | word | eos | pad | template | null | unknown; "all" for image and other tokens), stream (encoder; "" for
+    image and other tokens), norm (mean over the tokens), spread (their standard deviation), n_token. Spans that a
+    prompt does not have get no row.
+    """
+
+    needs: ClassVar[Literal["call", "lse"]] = "call"
+
+    def __init__(
+        self, sink: Sink | Callable[[dict[str, np.ndarray]], object] | None = None, heads: Spec = "all"
+    ) -> None:
+        self.sink: Any = MemorySink() if sink is None else sink
+        self.heads = heads
+        self._seen: dict[int, tuple[list[list[Leaf]], list[list[int]], list[np.ndarray], list[np.ndarray]]] = {}
+
+    def observe(self, seen: LayerCall) -> None:
+        norms = value_norms(seen.call.value).cpu()  # [B, H + 1, N]
+        places = {kind: _indices(seen.layout.positions(kind), norms.shape[-1]) for kind in ("image", "text", "other")}
+        leaves, counts, means, spreads = [], [], [], []
+        for row, table in enumerate(seen.tokens):
+            of_leaf: dict[Leaf, Tensor] = {
+                (kind, "all", ""): places[kind] for kind in ("image", "other") if len(places[kind])
+            }
+            for leaf in dict.fromkeys(("text", token.kind, token.stream) for token in table.tokens):
+                of_leaf[leaf] = places["text"][table.positions(kind=leaf[1], stream=leaf[2])]
+            chosen = [norms[row][:, index] for index in of_leaf.values()]
+            leaves.append(list(of_leaf))
+            counts.append([part.shape[-1] for part in chosen])
+            means.append(torch.stack([part.mean(-1) for part in chosen], -1).numpy())  # [H + 1, leaves]
+            spreads.append(torch.stack([part.std(-1, correction=0) for part in chosen], -1).numpy())
+        self._seen[seen.layer.index] = (leaves, counts, means, spreads)
+
+    def end_call(self, denoising: DenoisingCall) -> None:
+        for layer in sorted(self._seen):
+            rows = self._rows(denoising, layer, *self._seen[layer])
+            if callable(self.sink):
+                self.sink(rows)
+            else:
+                self.sink.write(rows)
+        self._seen.clear()
+
+    def abandon_call(self) -> None:
+        self._seen.clear()
+
+    def table(self) -> pd.DataFrame:
+        """All rows so far as a tidy table.
+
+        Raises:
+            UserError: the rows went to a sink of the caller's, which has no `table`.
+        """
+        if not hasattr(self.sink, "table"):
+            raise UserError(f"the rows went to {type(self.sink).__name__}; read them there")
+        return self.sink.table()[list(COLUMNS)]
+
+    def _rows(
+        self,
+        denoising: DenoisingCall,
+        layer: int,
+        leaves: list[list[Leaf]],
+        counts: list[list[int]],
+        means: list[np.ndarray],
+        spreads: list[np.ndarray],
+    ) -> dict[str, np.ndarray]:
+        heads = np.array([CONCATENATED, *head_indices(self.heads, means[0].shape[0] - 1)])
+        parts: list[dict[str, np.ndarray]] = []
+        for row, of_row in enumerate(leaves):
+            head, leaf = (axis.ravel() for axis in np.indices((len(heads), len(of_row))))
+            size = len(head)
+            # Place 0 of the norms is the concatenation, place 1 is head 0.
+            values, widths = means[row][heads + 1], spreads[row][heads + 1]
+            parts.append(
+                {
+                    "prompt": np.full(size, denoising.prompts[row], dtype=object),
+                    "seed": np.full(size, denoising.seeds[row], np.int64),
+                    "step": np.full(size, denoising.step, np.int64),
+                    "sigma": np.full(size, denoising.sigmas[row], np.float64),
+                    "branch": np.full(size, denoising.branches[row], dtype=object),
+                    "layer": np.full(size, layer, np.int64),
+                    "head": heads[head].astype(np.int64),
+                    "token": np.array([token for token, _, _ in of_row], dtype=object)[leaf],
+                    "span": np.array([span for _, span, _ in of_row], dtype=object)[leaf],
+                    "stream": np.array([stream for _, _, stream in of_row], dtype=object)[leaf],
+                    "norm": values.astype(np.float64).ravel(),
+                    "spread": widths.astype(np.float64).ravel(),
+                    "n_token": np.array(counts[row], dtype=np.int64)[leaf],
+                }
+            )
+        return {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+
+
+@torch.no_grad()
+def value_norms(value: Tensor) -> Tensor:
+    """L2 norms of values [B, H, N, D] -> [B, H + 1, N] float32: the heads' concatenation first, then each head."""
+    squares = value.float().square().sum(-1)
+    return torch.cat([squares.sum(1, keepdim=True), squares], 1).sqrt()
+
+
+class NormMeasurement(Budget):
+    """Value norms of prompts or pictures, item by item; made and run as `Budget` is."""
+
+    observer = ValueNorm
+
+
+def measure_value_norms(
+    model: MMDiT, prompts: list[str] | str, *, layers: Spec = "all", heads: Spec = "all", steps: Spec = "all",
+    num_steps: int = 28, guidance: float = 7.5, seed: int = 0,
+) -> pd.DataFrame:  # fmt: skip
+    """Sample prompts and measure value norms: `item` (index of the prompt) and the columns of `ValueNorm`.
+
+    Args:
+        model: from `load`. prompts: one or more; prompt k is sampled with seed + k.
+        layers, heads, steps: which to keep, as in `mmdit_probe.specs`.
+        num_steps, guidance: of the sampling.
+    """
+    measurement = NormMeasurement.of_prompts(
+        model, [prompts] if isinstance(prompts, str) else prompts, layers=layers, heads=heads, steps=steps,
+        num_steps=num_steps, guidance=guidance, seed=seed,
+    )  # fmt: skip
+    memory = MemorySink()
+    for item in measurement.items:
+        measurement.measure(item, memory)
+    return memory.table()[["item", *COLUMNS]]
+
+
+def _indices(positions: slice | Tensor, total: int) -> Tensor:
+    return torch.arange(total)[positions]
