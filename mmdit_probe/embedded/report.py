@@ -116,22 +116,22 @@ def _report(folder: RunFolder) -> Report:
         scores[category] = {"n": len(part), **found}
         label = "parser on real scenes" if category == "real" else category
         by_category.add_row(label, str(len(part)), *(f"{m:.3f} [{lo:.3f}, {hi:.3f}]" for m, lo, hi in found.values()))
-    means = maps[maps["head"] == "mean"].sort_values("layer")
     sigma, n, ceiling = (maps[c].iloc[0] for c in ("sigma", "n", "ceiling"))
     by_layer = Table(
         title=f"I2T maps of the classes present, argmax, upsampled: mIoU by layer (sigma {sigma}, n {n}, "
         f"token-grid ceiling {ceiling:.3f})"
     )
-    for column in ("layer", "head mean", "best head"):
+    for column in ("layer", "head mean, raw", "head mean / its spatial mean", "best head, raw"):
         by_layer.add_column(column, justify="right")
-    for row in means.itertuples():
-        heads = maps[(maps["layer"] == row.layer) & (maps["head"] != "mean")]
-        best = heads.sort_values("miou").iloc[-1]
-        by_layer.add_row(str(row.layer), f"{row.miou:.3f}", f"{best['miou']:.3f} (head {best['head']})")
+    for layer, part in maps.groupby("layer"):
+        mean = part[part["head"] == "mean"].set_index("normalised")["miou"]
+        best = part[(part["head"] != "mean") & ~part["normalised"]].sort_values("miou").iloc[-1]
+        cells = (f"{mean[False]:.3f}", f"{mean[True]:.3f}", f"{best['miou']:.3f} (head {best['head']})")
+        by_layer.add_row(str(layer), *cells)
     document = {
         "run": folder.path,
         "alignment": scores,
-        "maps": maps[["layer", "head", "sigma", "n", "miou"]].to_dict("records"),
+        "maps": maps[["layer", "head", "normalised", "sigma", "n", "miou"]].to_dict("records"),
         "ceiling": float(ceiling),
     }
     return Report(document, [by_category, by_layer, f"written: {folder.path}"], folder.path)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from mmdit_probe.evaluate import confusion, ious, mean_iou
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.maps import TextMaps
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.scenes.parser import SceneParser, aligned, alignment, grounds_right, things_right
@@ -54,36 +55,41 @@ def map_quality(
         seed: noise of scene k is drawn from seed + k.
 
     Returns:
-        Columns layer, head ("mean" or the index), sigma, n, miou, and one column ``iou_<class>`` per class.
+        Columns layer, head ("mean" or the index), normalised (whether each map was divided by its mean over the image,
+        which takes away that some words draw more attention everywhere), sigma, n, miou, and one column
+        ``iou_<class>`` per class.
     """
     side = items[0].classes.shape[0]
-    matrices: dict[tuple[int, str], np.ndarray[Any, Any]] = {}
+    nothing = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
+    matrices: dict[tuple[int, str, bool], np.ndarray[Any, Any]] = {}
     for start in range(0, len(items), batch):
         chunk = items[start : start + batch]
-        prompts = [" ".join(item.class_names) for item in chunk]
-        text = model.encode_prompt(prompts)
+        text = model.encode_prompt([" ".join(item.class_names) for item in chunk])
         latents = model.noise(model.encode_image([item.image for item in chunk]), sigma, seed + start)
         with probe(model, TextMaps(heads="all")) as run:
             model.denoise(latents, sigma, text)
         for layer in range(len(model.layers)):
-            maps = run[TextMaps].maps(layer)  # [B, H, h, w, T]
-            for item, tokens, sample in zip(chunk, text.tokens, maps, strict=True):
-                spans = [
-                    [p for positions in tokens.word_spans(name).values() for p in positions]
-                    for name in item.class_names
-                ]
+            for item, tokens, sample in zip(chunk, text.tokens, run[TextMaps].maps(layer), strict=True):
                 ids = [CLASSES.index(name) for name in item.class_names]
-                scores = torch.stack([sample[..., span].sum(-1) for span in spans], dim=1)  # [H, K, h, w]
-                for head, of_head in [("mean", scores.mean(0)), *((str(h), s) for h, s in enumerate(scores))]:
-                    labels = argmax_labels(of_head, ids, side)
-                    empty = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
-                    key = (layer, head)
-                    matrices[key] = matrices.get(key, empty) + confusion(item.classes, labels, len(CLASSES))
+                scores = class_scores(sample, tokens, item.class_names)  # [H, K, h, w]
+                for head, raw in [("mean", scores.mean(0)), *((str(h), s) for h, s in enumerate(scores))]:
+                    for normalised in (False, True):
+                        maps = raw / raw.mean((1, 2), keepdim=True) if normalised else raw
+                        found = confusion(item.classes, argmax_labels(maps, ids, side), len(CLASSES))
+                        key = (layer, head, normalised)
+                        matrices[key] = matrices.get(key, nothing) + found
     return pd.DataFrame(
-        {"layer": layer, "head": head, "sigma": sigma, "n": len(items), "miou": mean_iou(matrix)}
+        {"layer": layer, "head": head, "normalised": normalised, "sigma": sigma, "n": len(items)}
+        | {"miou": mean_iou(matrix)}
         | {f"iou_{name}": value for name, value in zip(CLASSES, ious(matrix), strict=True)}
-        for (layer, head), matrix in matrices.items()
+        for (layer, head, normalised), matrix in matrices.items()
     )
+
+
+def class_scores(maps: Tensor, tokens: TokenTable, names: Sequence[str]) -> Tensor:
+    """I2T maps of class words [H, K, h, w] from maps of all text tokens [H, h, w, T]: sums over a word's tokens."""
+    spans = [[p for positions in tokens.word_spans(name).values() for p in positions] for name in names]
+    return torch.stack([maps[..., span].sum(-1) for span in spans], dim=1)
 
 
 def alignment_of(
