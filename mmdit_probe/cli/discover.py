@@ -1,0 +1,67 @@
+"""`mmdit-probe discover`: what falls apart in a picture, without naming it (arXiv:2509.18096, section 3.5)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Seed
+from mmdit_probe.cli.segment import (
+    FitHow,
+    Heads,
+    Layers,
+    MethodOption,
+    NoiseSeeds,
+    Picture,
+    Refine,
+    Selection,
+    Sigma,
+    Size,
+)
+
+MethodName = Annotated[str, typer.Option(help="seg4diff-unsup, diffseg or diffcut.")]
+Tau = Annotated[float | None, typer.Option(help="Merging threshold of the method; scan it per model.")]
+
+
+def command(
+    image: Picture,
+    method: MethodName = "seg4diff-unsup",
+    tau: Tau = None,
+    set_: MethodOption = None,
+    refine: Refine = "none",
+    layers: Layers = None,
+    heads: Heads = None,
+    selection: Selection = None,
+    sigma: Sigma = "0.515",
+    noise_seeds: NoiseSeeds = 1,
+    fit: FitHow = "squash",
+    size: Size = None,
+    model: Model = DEFAULT_MODEL,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Split a picture into segments without any class names, from the empty prompt. Files as `segment` writes them."""
+    from mmdit_probe.cli.output import Output
+    from mmdit_probe.cli.segment import prepare, report
+    from mmdit_probe.segment.methods import find
+    from mmdit_probe.segment.refine import Refinement
+
+    output = Output(quiet=quiet, as_json=as_json, debug=debug)
+    find(method)
+    Refinement.parse(refine)
+    options = [*(set_ or []), *([f"tau={tau}"] if tau is not None else [])]
+    request, picture, shared = prepare(
+        image, method, options, refine, layers, heads, selection, sigma, noise_seeds, seed, fit, size
+    )
+
+    from mmdit_probe.cli.session import open_model
+    from mmdit_probe.segment.run import discover
+
+    loaded = open_model(model, debug=debug, device=device, dtype=dtype)
+    report("discover", discover(loaded, picture, **shared), loaded, request, image, out, output)

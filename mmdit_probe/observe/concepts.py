@@ -1,0 +1,123 @@
+"""ConceptStream: a text stream of concepts that reads the image and is read by nobody (arXiv:2502.04320).
+
+    stream = ConceptStream(model, embeddings, pooled_from=text)       # embeddings [K, C], one vector per concept
+    with probe(model, stream), stream.listening():
+        model.denoise(latents, 0.5, text)
+    stream.outputs[3]                                                 # [B, K, E] attention output of the concepts
+
+Each joint block runs the concepts through its own text-stream weights and modulation; their queries attend to
+concepts and image tokens. Because neither the image nor the prompt ever attends to them, the stream runs beside the
+plain forward, block by block as calls pass, and the forward stays bitwise the stock one. Cost K (I + K) per block.
+
+Needs blocks with the parts of diffusers' `JointTransformerBlock` (SD3, SD3.5); others are refused with a message. The
+dual-attention blocks of SD3.5 differ on the image side only, so they need nothing of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.layout import unwrap
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.observe.base import DenoisingCall, LayerCall, Observer
+
+_BLOCK_PARTS = ("norm1_context", "attn")
+
+
+class ConceptStream(Observer):
+    """Observer that carries K concept vectors through every joint block.
+
+    Args:
+        model: the model that will be probed; all layers up to the last one of interest must be observed.
+        embeddings: [K, C] in the space of the text encoders (before the transformer's own projection).
+
+    Attributes:
+        outputs: layer -> [B, K, E] float32 on the CPU, of the last denoising call.
+    """
+
+    needs: ClassVar[Literal["call", "lse"]] = "call"
+
+    def __init__(self, model: MMDiT, embeddings: Tensor) -> None:
+        self.transformer = unwrap(model.transformer)
+        self.embeddings = embeddings
+        self.blocks: dict[int, Any] = {}
+        for layer in model.layers:
+            block = self.transformer.get_submodule(layer.path.rpartition(".")[0])
+            if not all(hasattr(block, part) for part in _BLOCK_PARTS) or not hasattr(layer.module, "add_q_proj"):
+                raise UserError(
+                    f"layer {layer.index} ({type(block).__name__}) has no text stream of its own that concepts could "
+                    "run through; conceptattention needs joint blocks as in SD3"
+                )
+            self.blocks[layer.index] = block
+        self.outputs: dict[int, Tensor] = {}
+        self._seen: dict[int, Tensor] = {}
+        self._state: Tensor | None = None
+        self._modulation: Tensor | None = None
+        self._next = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[ConceptStream]:
+        """Listen to the transformer's modulation vector for as long as the block runs."""
+
+        def keep(module: Any, inputs: Any, output: Tensor) -> None:
+            self._modulation = output
+
+        handle = self.transformer.time_text_embed.register_forward_hook(keep)
+        try:
+            yield self
+        finally:
+            handle.remove()
+
+    def observe(self, seen: LayerCall) -> None:
+        if self._modulation is None:
+            raise UserError("ConceptStream heard no modulation vector: run the model inside `stream.listening()`")
+        if seen.layer.index != self._next:
+            raise UserError(f"ConceptStream needs every layer from 0; it saw layer {seen.layer.index} too early")
+        temb, image = self._modulation, seen.layout.positions("image")
+        if self._state is None:
+            start = self.transformer.context_embedder(self.embeddings.to(temb))
+            self._state = start[None].expand(len(temb), -1, -1)
+        state, block = self._state, self.blocks[seen.layer.index]
+        attention = block.attn
+        if block.context_pre_only:
+            normed, gates = block.norm1_context(state, temb), None
+        else:
+            normed, *gates = block.norm1_context(state, emb=temb)
+        query, key, value = (
+            getattr(attention, name)(normed).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for name in ("add_q_proj", "add_k_proj", "add_v_proj")
+        )
+        if getattr(attention, "norm_added_q", None) is not None:
+            query, key = attention.norm_added_q(query), attention.norm_added_k(key)
+        out = F.scaled_dot_product_attention(
+            query,
+            torch.cat([key, seen.call.expanded_key()[:, :, image]], 2),
+            torch.cat([value, seen.call.expanded_value()[:, :, image]], 2),
+            scale=seen.call.scale_factor,
+        )
+        out = out.transpose(1, 2).flatten(2)  # [B, K, E]
+        self._seen[seen.layer.index] = out.float().cpu()
+        if gates is not None:
+            gate, shift_mlp, scale_mlp, gate_mlp = gates
+            state = state + gate[:, None] * attention.to_add_out(out)
+            inner = block.norm2_context(state) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
+            state = state + gate_mlp[:, None] * block.ff_context(inner)
+        self._state = state
+        self._next += 1
+
+    def end_call(self, denoising: DenoisingCall) -> None:
+        self.outputs = dict(self._seen)
+        self._reset()
+
+    def abandon_call(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._seen, self._state, self._modulation, self._next = {}, None, None, 0

@@ -1,0 +1,115 @@
+"""Label maps as pictures: palette PNGs, overlays, and the sheet that shows picture, labels and maps side by side.
+
+    write_labels(labels, "labels.png")              # indexed PNG with a palette
+    save(overlay_sheet(image, labels, names, shares), "overlay")
+
+Colours repeat in no map of fewer than 24 names and stay the same for the same index.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdit_probe.plots import style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+UNLABELLED = 255
+"""Index of unlabelled pixels in a palette PNG (as in VOC)."""
+
+_FIRST = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666")
+
+
+def palette(count: int) -> NDArray[np.uint8]:
+    """Colours [count, 3] by index: Okabe and Ito's, then hues by the golden angle with three lightnesses."""
+    colours = [tuple(int(h[i : i + 2], 16) for i in (1, 3, 5)) for h in _FIRST]
+    for index in range(len(colours), count):
+        r, g, b = colorsys.hls_to_rgb((index * 0.61803) % 1.0, (0.35, 0.55, 0.72)[index % 3], 0.75)
+        colours.append((int(255 * r), int(255 * g), int(255 * b)))
+    return np.array(colours[:count], np.uint8).reshape(-1, 3)
+
+
+def write_labels(labels: NDArray[Any], path: Path | str) -> Path:
+    """An indexed 8-bit PNG of labels [H, W] (16-bit grey above 255 classes); unlabelled pixels are index 255, black.
+
+    Written atomically. Returns the path.
+    """
+    from PIL import Image
+
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    seen = labels[labels != np.iinfo(labels.dtype).max]
+    if seen.size and int(seen.max()) >= UNLABELLED:
+        image = Image.fromarray(labels.astype(np.uint16))
+    else:
+        indexed = np.where(labels == np.iinfo(labels.dtype).max, UNLABELLED, labels).astype(np.uint8)
+        image = Image.fromarray(indexed, mode="P")
+        table = np.zeros((256, 3), np.uint8)
+        table[:UNLABELLED] = palette(UNLABELLED)
+        image.putpalette(table.ravel().tolist())
+    temporary = final.with_suffix(".tmp")
+    image.save(temporary, format="PNG")
+    os.replace(temporary, final)
+    return final
+
+
+def blend(image: NDArray[np.uint8], labels: NDArray[Any], opacity: float = 0.55) -> NDArray[np.uint8]:
+    """The picture [H, W, 3] tinted by its labels, with the borders between labels drawn white."""
+    known = labels < 255
+    colours = palette(max(1, int(labels[known].max(initial=0)) + 1))
+    tint = colours[np.where(known, labels, 0)]
+    out = image * (1 - opacity) + tint * opacity
+    out = np.where(known[..., None], out, image)
+    border = np.zeros(labels.shape, bool)
+    border[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    border[1:] |= labels[1:] != labels[:-1]
+    if min(labels.shape) >= 128:
+        out[border] = 255
+    return np.clip(np.rint(out), 0, 255).astype(np.uint8)
+
+
+def overlay_sheet(
+    image: NDArray[np.uint8],
+    labels: NDArray[Any],
+    names: list[str],
+    shares: NDArray[np.floating],
+    *,
+    title: str = "",
+    limit: int = 11,
+) -> Figure:
+    """Picture, label map and up to `limit` probability maps [C, H, W] in one figure."""
+    from matplotlib.patches import Patch
+
+    shown = min(limit, len(shares))
+    columns = min(4, shown + 2)
+    rows = -(-(shown + 2) // columns)
+    ratio = image.shape[0] / image.shape[1]
+    with style.context():
+        width = 1.65 * columns
+        figure = style.figure(width=width, height=rows * (1.65 * min(2.0, max(0.4, ratio)) + 0.2) + 0.7)
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        for one in axes:
+            one.set_axis_off()
+        axes[0].imshow(image)
+        axes[0].set_title("picture")
+        axes[1].imshow(blend(image, labels, 0.65), interpolation="nearest")
+        axes[1].set_title("labels")
+        for index in range(shown):
+            drawn = axes[2 + index].imshow(shares[index], cmap="viridis", vmin=0)
+            axes[2 + index].set_title(f"{names[index]} (max {float(shares[index].max()):.2f})", fontsize=7)
+            drawn.set_rasterized(True)
+        colours = palette(max(1, len(names))) / 255.0
+        owned = [i for i in range(len(names)) if (labels == i).any()]
+        handles = [Patch(color=tuple(colours[i]), label=f"{names[i]} {(labels == i).mean():.0%}") for i in owned[:16]]
+        if handles:
+            figure.legend(handles=handles, loc="outside lower left", ncols=min(4, len(handles)))
+        if title:
+            figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+    return figure

@@ -1,0 +1,32 @@
+"""Segmentation from one captured forward: capture, methods, the shared tail, refinement.
+
+from mmdit_probe import load
+from mmdit_probe.segment import segment
+result = segment(load("scenes-sd3"), picture, "ring, house; cottage, grass")
+result.labels                                   # [height, width] class ids of the picture
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmdit_probe.segment.capture import capture
+    from mmdit_probe.segment.methods import METHODS
+    from mmdit_probe.segment.run import discover, segment
+
+_EXPORTS = {
+    "METHODS": "mmdit_probe.segment.methods",
+    "capture": "mmdit_probe.segment.capture",
+    "discover": "mmdit_probe.segment.run",
+    "segment": "mmdit_probe.segment.run",
+}
+
+__all__ = ["METHODS", "capture", "discover", "segment"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -1,0 +1,136 @@
+"""capture: one picture, a few noised forwards, everything that methods read.
+
+    record = capture(model, picture, parse_classes("ring, house, grass"), layers=(2, 3), keep=("i2t", "i2i"))
+
+One forward per prompt, noise level and seed; there is one prompt unless the names overflow the text encoders. The
+forward is the stock one (arXiv:2509.18096 section 3.4: encode, noise to sigma, one conditional call). Averaging over
+seeds and levels happens here, so a method sees one record per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.mmdit import MMDiT, TextCondition
+from mmdit_probe.observe.base import Observer
+from mmdit_probe.observe.concepts import ConceptStream
+from mmdit_probe.observe.joint import PARTS, JointBlocks
+from mmdit_probe.observe.probe import probe
+from mmdit_probe.segment.picture import Fit
+from mmdit_probe.segment.record import Capture, JointRecord, Pass, average
+from mmdit_probe.segment.vocabulary import Prompt, SegClass, pack
+from mmdit_probe.specs import Spec, layer_indices
+
+PAPER_SIGMA = 0.515
+"""The paper's noise level: the 8th of 28 steps from the clean end of SD3's schedule."""
+
+
+def middle_layers(count: int) -> tuple[int, ...]:
+    """The middle third of the layers: where the layers that ground words lie in the models looked at so far."""
+    return tuple(range(count // 3, max(count // 3 + 1, (2 * count) // 3)))
+
+
+def capture(
+    model: MMDiT,
+    image: NDArray[np.uint8],
+    classes: Sequence[SegClass],
+    *,
+    layers: Spec | None = None,
+    keep: Iterable[str] = ("i2t",),
+    sigmas: Sequence[float] = (PAPER_SIGMA,),
+    seeds: Sequence[int] = (0,),
+    fit: str = "squash",
+    size: tuple[int, int] | None = None,
+    together: bool = True,
+    heads: Iterable[int] | None = None,
+) -> Capture:
+    """Run the model on one picture and keep what methods need.
+
+    Args:
+        model: the model.
+        image: uint8 [height, width, 3], any size.
+        classes: what to name in the prompt; none for the empty prompt.
+        layers: layers to keep; the middle third if None.
+        keep: parts of `JointRecord` ("concepts" runs a concept stream of the class names beside the forward).
+        sigmas: noise levels, seeds: noise seeds; records are averaged over all pairs.
+        fit: how the picture is brought to the input size, see `segment.picture`.
+        size: (height, width) of the network's input; the model's own if None.
+        together: names share a prompt where they fit; False gives every name its own.
+        heads: heads in the mean of I2I; None takes all.
+    """
+    chosen = layer_indices(middle_layers(len(model.layers)) if layers is None else layers, len(model.layers))
+    placed = Fit.of(image.shape[:2], size or model.default_size, model.size_multiple, fit)  # type: ignore[arg-type]
+    if not seeds or not sigmas:
+        raise UserError("capture needs at least one noise seed and one noise level")
+    parts = tuple(dict.fromkeys(keep))
+    prompts = pack(classes, lambda text: model.token_tables(text)[0], together) if classes else []
+    if not prompts:
+        if "concepts" in parts:
+            raise UserError("conceptattention needs class names")
+        prompts = [Prompt("", model.token_tables("")[0], ())]
+    latents = model.encode_image(placed.apply(image))
+    concepts = None
+    if "concepts" in parts:
+        concepts = concept_embeddings(model, [query.text for prompt in prompts for query in prompt.queries])
+    passes = []
+    for number, prompt in enumerate(prompts):
+        text = model.encode_prompt(prompt.text)
+        samples: dict[int, list[JointRecord]] = {layer: [] for layer in chosen}
+        for sigma in sigmas:
+            for seed in seeds:
+                noised = model.noise(latents, sigma, seed)
+                found = _forward(model, noised, sigma, text, chosen, parts, heads, concepts if number == 0 else None)
+                for layer, record in found.items():
+                    samples[layer].append(record)
+        passes.append(Pass(prompt, {layer: average(records) for layer, records in samples.items()}))
+    grid = (placed.size[0] // model.size_multiple, placed.size[1] // model.size_multiple)
+    return Capture(image, placed, grid, list(classes), passes, tuple(sigmas), tuple(seeds), chosen)
+
+
+def concept_embeddings(model: MMDiT, names: Sequence[str], stream: str | None = None) -> torch.Tensor:
+    """One vector [K, C] per name: each name encoded alone, mean over its word tokens.
+
+    Args:
+        stream: text encoder stream to read; the first one that has words if None. Means over several streams would mix
+            channels that belong to different encoders.
+    """
+    text = model.encode_prompt(list(names))
+    vectors = []
+    for row, table in zip(text.prompt_embeds, text.tokens, strict=True):
+        streams = [token.stream for token in table.tokens if token.kind == "word"]
+        if not streams:
+            raise UserError(f"class name {table.prompt!r} has no word tokens")
+        vectors.append(row[table.positions("word", stream or streams[0])].mean(0))
+    return torch.stack(vectors)
+
+
+def _forward(
+    model: MMDiT, noised: torch.Tensor, sigma: float, text: TextCondition, layers: Sequence[int],
+    parts: Sequence[str], heads: Iterable[int] | None, concepts: torch.Tensor | None,
+) -> dict[int, JointRecord]:  # fmt: skip
+    blocks = JointBlocks(layers, [part for part in parts if part in PARTS], heads)
+    observers: list[Observer] = [blocks]
+    stream = ConceptStream(model, concepts) if concepts is not None else None
+    watched: Spec = list(layers)
+    with ExitStack() as stack:
+        if stream is not None:
+            observers.append(stream)
+            watched = list(range(max(layers) + 1))
+            stack.enter_context(stream.listening())
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(probe(model, *observers, layers=watched))
+        model.denoise(noised, sigma, text)
+    return {
+        layer: JointRecord(
+            layer,
+            **{name: value[0] for name, value in blocks.kept[layer].items()},
+            concepts=stream.outputs[layer][0] if stream is not None else None,
+        )
+        for layer in layers
+    }

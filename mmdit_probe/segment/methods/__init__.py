@@ -1,0 +1,23 @@
+"""The methods by name. Each is a pure function of one capture; see `base` for the contract."""
+
+from __future__ import annotations
+
+from mmdit_probe.errors import unknown
+from mmdit_probe.segment.methods.base import Method
+from mmdit_probe.segment.methods.seg4diff import SEG4DIFF, UNSUPERVISED
+
+METHODS: dict[str, Method] = {method.name: method for method in (SEG4DIFF, UNSUPERVISED)}
+
+
+def find(name: str) -> Method:
+    """The method of this name.
+
+    Raises:
+        UserError: there is none; the message names the closest one.
+    """
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    return METHODS[name]
+
+
+__all__ = ["METHODS", "Method", "find"]

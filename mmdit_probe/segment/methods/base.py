@@ -1,0 +1,118 @@
+"""What a method is: a name, what it reads, and a pure function of a capture.
+
+Open-vocabulary methods return scores [C, h, w], one map per class; unsupervised ones proposals [P, h, w]. Both are on
+the token grid (or a coarser one) and go through the shared tail. A method's options are keyword arguments of its function
+with defaults; `Method.configure` checks names and returns a method with other values.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.segment.record import Capture
+from mmdit_probe.segment.vocabulary import Query
+
+Heads = str | Sequence[int] | Mapping[int, Sequence[int]]
+"""Which heads count: "mean" for all, some for every layer, or some per layer."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One segmentation method.
+
+    Attributes:
+        name: as in the command line.
+        run: (capture, **options) -> [C or P, h, w] float32.
+        keep: parts of `JointRecord` it reads.
+        unsupervised: it reads the empty prompt and returns proposals.
+        source: paper and section of the description that was implemented.
+        options: values that differ from the defaults.
+    """
+
+    name: str
+    run: Callable[..., Tensor]
+    keep: tuple[str, ...]
+    source: str
+    unsupervised: bool = False
+    together: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Every option and its value."""
+        parameters = list(inspect.signature(self.run).parameters.values())[1:]
+        return {p.name: p.default for p in parameters} | dict(self.options)
+
+    def configure(self, options: Mapping[str, Any]) -> Method:
+        """The method with other option values.
+
+        Raises:
+            UserError: it has no such option.
+        """
+        for name in options:
+            if name not in self.defaults:
+                raise unknown(f"option of {self.name}", name, self.defaults)
+        return replace(self, options={**self.options, **options})
+
+    def __call__(self, capture: Capture) -> Tensor:
+        """Maps of one capture; see `run`."""
+        return self.run(capture, **self.options)
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """`name=value` from the command line; numbers, booleans and none are read as such.
+
+    Raises:
+        UserError: no `=`.
+    """
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise UserError(f"option {text!r}: expected name=value, e.g. tau=0.1")
+    words: dict[str, Any] = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return name.strip(), words[value.lower()]
+    for kind in (int, float):
+        try:
+            return name.strip(), kind(value)
+        except ValueError:
+            continue
+    return name.strip(), value
+
+
+def renorm(rows: Tensor) -> Tensor:
+    """Rows that sum to 1: a block of a joint softmax lacks the mass of the other block."""
+    return rows / rows.sum(-1, keepdim=True).clamp(min=1e-12)
+
+
+def pick_heads(maps: Tensor, heads: Heads, layer: int) -> Tensor:
+    """Mean [I, ...] over the chosen heads of maps [H, I, ...].
+
+    Raises:
+        UserError: a head that the model does not have.
+    """
+    chosen = heads.get(layer, "mean") if isinstance(heads, Mapping) else heads
+    if isinstance(chosen, str):
+        if chosen == "mean":
+            return maps.mean(0)
+        from mmdit_probe.specs import head_indices
+
+        return maps[list(head_indices(chosen, len(maps)))].mean(0)
+    bad = [head for head in chosen if not 0 <= head < len(maps)]
+    if bad or not chosen:
+        raise UserError(f"heads {list(chosen)} of layer {layer}: expected heads in 0..{len(maps) - 1}")
+    return maps[list(chosen)].mean(0)
+
+
+def by_class(capture: Capture, per_query: Sequence[tuple[Query, Tensor]]) -> Tensor:
+    """Class maps [C, h, w]: the pixelwise maximum over the names of a class, from maps [I] per name."""
+    maps: list[list[Tensor]] = [[] for _ in capture.classes]
+    for query, values in per_query:
+        maps[query.of_class].append(values)
+    return torch.stack([torch.stack(of_class).amax(0) for of_class in maps]).reshape(-1, *capture.grid)

@@ -1,0 +1,162 @@
+"""seg4diff: the image queries' attention to the words of each class, argmax (arXiv:2509.18096, section 3.4).
+
+    score_c = mean over the word tokens of c of the head-mean I2T columns, mean over layers
+
+and seg4diff-unsup: the columns of the empty prompt's padding tokens as mask proposals (section 3.5). Knobs beyond the
+paper: heads, the softmax the columns are read from, the reduction over tokens, the encoder stream, min-max.
+
+Columns of different prompts are not on one scale, because each joint softmax holds its own words' mass. When the names
+fill several prompts, "auto" reads odds against the image mass, which leave the other words out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.segment.methods.base import Heads, Method, by_class, pick_heads
+from mmdit_probe.segment.record import Capture
+from mmdit_probe.segment.tail import minmax as over_space
+
+SOFTMAX = ("auto", "joint", "text", "image-odds", "words")
+REDUCE = ("mean", "sum", "max")
+
+
+def span_maps(
+    capture: Capture,
+    *,
+    heads: Heads = "mean",
+    softmax: str = "auto",
+    reduce: str = "mean",
+    stream: str | None = None,
+) -> list[tuple[Any, Tensor]]:
+    """(name, map [I]) for every name of every pass, mean over the capture's layers.
+
+    Args:
+        heads: see `Heads`.
+        softmax: "joint" over all keys (the paper), "text" over text keys, "words" over word tokens only (sinks such as
+            BOS taken out), "image-odds" against the image mass, "auto": joint for one prompt, image-odds for several.
+        reduce: over the tokens of a name. stream: encoder stream to read; None reads all.
+    """
+    if softmax not in SOFTMAX:
+        raise unknown("softmax", softmax, SOFTMAX)
+    if reduce not in REDUCE:
+        raise unknown("token reduction", reduce, REDUCE)
+    mode = ("joint" if len(capture.passes) == 1 else "image-odds") if softmax == "auto" else softmax
+    found = []
+    for one in capture.passes:
+        words = one.prompt.table.positions("word")
+        layers = [
+            pick_heads(_columns(one.records[layer].part("i2t"), mode, words), heads, layer) for layer in capture.layers
+        ]
+        maps = torch.stack(layers).mean(0)  # [I, T]
+        for query in one.prompt.queries:
+            positions = query.positions(stream)
+            if not positions:
+                raise UserError(f"{query.text!r} has no tokens in the text stream {stream!r}")
+            of_name = maps[:, positions]
+            found.append((query, {"mean": of_name.mean(1), "sum": of_name.sum(1), "max": of_name.amax(1)}[reduce]))
+    return found
+
+
+def _columns(i2t: Tensor, mode: str, words: list[int]) -> Tensor:
+    if mode == "joint":
+        return i2t
+    if mode == "image-odds":
+        return i2t / (1.0 - i2t.sum(-1, keepdim=True)).clamp(min=1e-6)
+    mass = i2t.sum(-1, keepdim=True) if mode == "text" else i2t[..., words].sum(-1, keepdim=True)
+    return i2t / mass.clamp(min=1e-12)
+
+
+def seg4diff(
+    capture: Capture,
+    heads: Heads = "mean",
+    softmax: str = "auto",
+    reduce: str = "mean",
+    stream: str | None = None,
+    minmax: bool = False,
+) -> Tensor:
+    """Scores [C, h, w]. `minmax` scales each class map to 0..1 over space (the paper's ablation: worse)."""
+    maps = by_class(capture, span_maps(capture, heads=heads, softmax=softmax, reduce=reduce, stream=stream))
+    return over_space(maps) if minmax else maps
+
+
+def symmetric_kl(left: Tensor, right: Tensor) -> Tensor:
+    """Symmetric Kullback-Leibler divergence of distributions [A, I] and [B, I], [A, B]: half the sum of both ways.
+
+    As matrix products, so that no [A, B, I] tensor is formed.
+    """
+    log_left, log_right = left.clamp(min=1e-12).log(), right.clamp(min=1e-12).log()
+    own = (left * log_left).sum(1)[:, None] + (right * log_right).sum(1)[None]
+    return 0.5 * (own - left @ log_right.T - log_left @ right.T)
+
+
+def greedy_merge(maps: Tensor, tau: float, distance: Tensor | None = None) -> Tensor:
+    """Proposals [P, I]: each map not yet taken, in order, is averaged with all maps nearer than tau (DiffSeg).
+
+    Args:
+        maps: distributions [A, I] over space. distance: [A, A], computed if None.
+    """
+    apart = symmetric_kl(maps, maps) if distance is None else distance
+    taken = torch.zeros(len(maps), dtype=torch.bool)
+    proposals = []
+    for index in range(len(maps)):
+        if not taken[index]:
+            group = apart[index] < tau
+            group[index] = True
+            taken |= group
+            proposals.append(maps[group].mean(0))
+    return torch.stack(proposals)
+
+
+def unsupervised(
+    capture: Capture,
+    tau: float = 0.1,
+    axis: str = "space",
+    kinds: str = "pad,eos",
+    streams: str = "all",
+    heads: Heads = "mean",
+    softmax: str = "auto",
+) -> Tensor:
+    """Proposals [P, h, w] from the token maps of the empty prompt.
+
+    Args:
+        tau: threshold of the symmetric KL below which maps merge (the official code fixes 0.1; scan it per model).
+        axis: min-max over "space" per token (as meant), over "token" per pixel (as the official code does), or "none".
+        kinds: span kinds whose tokens propose, comma-separated; "all" takes every one, BOS too, as the official code.
+        streams: text streams whose tokens propose, or "all".
+        heads, softmax: as in `span_maps`.
+    """
+    if axis not in ("space", "token", "none"):
+        raise unknown("min-max axis", axis, ("space", "token", "none"))
+    first = capture.passes[0]
+    table = first.prompt.table
+    wanted = None if kinds == "all" else [kind.strip() for kind in kinds.split(",")]
+    places = [
+        place
+        for place, token in enumerate(table.tokens)
+        if (wanted is None or token.kind in wanted) and (streams == "all" or token.stream in streams.split(","))
+    ]
+    if not places:
+        raise UserError(
+            f"the prompt has no tokens of kind {kinds} in stream {streams}; it has {sorted(set(table.kinds))}"
+        )
+    mode = "joint" if softmax == "auto" else softmax
+    words = table.positions("word")
+    layers = [
+        pick_heads(_columns(first.records[layer].part("i2t"), mode, words), heads, layer) for layer in capture.layers
+    ]
+    maps = torch.stack(layers).mean(0)[:, places].T  # [A, I]
+    if axis == "space":
+        maps = over_space(maps.reshape(-1, *capture.grid)).flatten(1)
+    elif axis == "token":
+        low, high = maps.amin(0), maps.amax(0)
+        maps = (maps - low) / (high - low + 1e-6)
+    return greedy_merge(maps.softmax(1), tau).reshape(-1, *capture.grid)
+
+
+SEG4DIFF = Method("seg4diff", seg4diff, ("i2t",), "arXiv:2509.18096 section 3.4")
+UNSUPERVISED = Method("seg4diff-unsup", unsupervised, ("i2t",), "arXiv:2509.18096 section 3.5", unsupervised=True)

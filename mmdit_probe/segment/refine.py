@@ -1,0 +1,154 @@
+"""Refinement beyond the token grid: separate steps, usable after any method, off unless asked for by name.
+
+    refined = Refinement.parse("affinity:2+pamr")
+    scores = refined.on_grid(scores, capture)          # [C, h, w]
+    scores = refined.on_pixels(fit.back(scores), image)
+
+    affinity[:n]     scores <- S^n scores, S the row-normalised I2I block (DiffSegmenter, iSeg, GoCA)
+    nosink[:n]       the same after taking out sink columns: tokens that many queries look at whatever they show
+    pamr[:n]         n rounds of pixel-adaptive averaging on the picture's colours (arXiv:2005.08104)
+
+The order of the names is the order of the steps; grid steps come before pixel steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.segment.methods.base import renorm
+from mmdit_probe.segment.record import Capture
+from mmdit_probe.segment.tail import probabilities
+
+STEPS = {"affinity": 2, "nosink": 2, "pamr": 10}
+"""Steps and the number of rounds each takes when none is given."""
+
+_DILATIONS = (1, 2, 4, 8)
+_SIDE = 512
+"""Longest side at which pixels are refined; larger pictures are refined at this size and enlarged."""
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Steps with their numbers of rounds, in order."""
+
+    steps: tuple[tuple[str, int], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Refinement:
+        """From "none", "affinity", "affinity:3+pamr".
+
+        Raises:
+            UserError: an unknown step or number, or a pixel step before a grid step.
+        """
+        if text == "none":
+            return cls()
+        steps = []
+        for part in text.split("+"):
+            name, _, rounds = part.strip().partition(":")
+            if name not in STEPS:
+                raise unknown("refinement", name, ("none", *STEPS))
+            if rounds and not (rounds.isdigit() and int(rounds) > 0):
+                raise UserError(f"refinement {part!r}: expected {name} or {name}:ROUNDS with at least 1 round")
+            steps.append((name, int(rounds) if rounds else STEPS[name]))
+        kinds = [name == "pamr" for name, _ in steps]
+        if kinds != sorted(kinds):
+            raise UserError(f"refinement {text!r}: steps on pixels (pamr) come after steps on the token grid")
+        return cls(tuple(steps))
+
+    @property
+    def keep(self) -> tuple[str, ...]:
+        """Parts of the record that the steps read."""
+        return ("i2i",) if any(name != "pamr" for name, _ in self.steps) else ()
+
+    def on_grid(self, scores: Tensor, capture: Capture) -> Tensor:
+        """Scores [C, h, w] after the steps that work on tokens; maps of another grid are brought to the token grid."""
+        for name, rounds in self.steps:
+            if name == "pamr":
+                continue
+            if tuple(scores.shape[1:]) != capture.grid:
+                scores = F.interpolate(scores[None], capture.grid, mode="bilinear", align_corners=False)[0]
+            walk = capture.mean("i2i")
+            if name == "nosink":
+                walk = without_sinks(walk)
+            flat = scores.flatten(1).T
+            for _ in range(rounds):
+                flat = renorm(walk) @ flat
+            scores = flat.T.reshape(scores.shape)
+        return scores
+
+    def on_pixels(self, scores: Tensor, image: NDArray[np.uint8]) -> Tensor:
+        """Scores [C, H, W] after the steps that read the picture uint8 [H, W, 3]."""
+        for name, rounds in self.steps:
+            if name == "pamr":
+                scores = _at_most(scores, image, rounds)
+        return scores
+
+
+def without_sinks(block: Tensor, factor: float = 4.0) -> Tensor:
+    """I2I [I, I] with the columns zeroed whose mean exceeds `factor` times the median column's mean.
+
+    Sinks collect attention from everywhere and say nothing of what belongs together. A token keeps its own diagonal.
+    """
+    share = renorm(block).mean(0)
+    sink = share > factor * share.median()
+    kept = block.clone()
+    kept[:, sink] = 0.0
+    kept.diagonal()[:] = block.diagonal()
+    return kept
+
+
+def pamr(image: Tensor, maps: Tensor, rounds: int = 10, dilations: tuple[int, ...] = _DILATIONS) -> Tensor:
+    """Maps [C, H, W] averaged over neighbours of like colour, `rounds` times (arXiv:2005.08104).
+
+    Args:
+        image: [3, H, W] float. Weights: softmax over the 8 neighbours at each dilation of
+            -|difference of colour| / (0.1 x local deviation), averaged over colours; borders replicated.
+    """
+    weights = torch.stack([_neighbours(image[None], at)[0] for at in dilations])  # [D, 8, 3, H, W]
+    samples = torch.cat([weights.flatten(0, 1), image[None]])
+    deviation = samples.std(0)
+    affinity = -((weights.flatten(0, 1) - image).abs() / (1e-8 + 0.1 * deviation)).mean(1)
+    affinity = affinity.softmax(0)  # [8 D, H, W]
+    for _ in range(rounds):
+        out = torch.zeros_like(maps)
+        for place, at in enumerate(dilations):
+            around = _neighbours(maps[None], at)[0]  # [8, C, H, W]
+            out += torch.einsum("nhw,nchw->chw", affinity[8 * place : 8 * place + 8], around)
+        maps = out
+    return maps
+
+
+def _neighbours(maps: Tensor, at: int) -> Tensor:
+    """The 8 neighbours [B, 8, C, H, W] at a distance, borders replicated."""
+    height, width = maps.shape[-2:]
+    padded = F.pad(maps, (at,) * 4, mode="replicate")
+    return torch.stack(
+        [
+            padded[..., at + dy * at : at + dy * at + height, at + dx * at : at + dx * at + width]
+            for dy in (-1, 0, 1)
+            for dx in (-1, 0, 1)
+            if (dy, dx) != (0, 0)
+        ],
+        1,
+    )
+
+
+def _at_most(scores: Tensor, image: NDArray[np.uint8], rounds: int) -> Tensor:
+    height, width = image.shape[:2]
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255.0
+    maps = probabilities(scores)
+    scale = _SIDE / max(height, width)
+    if scale >= 1.0:
+        return pamr(pixels, maps, rounds)
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    pixels = F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
+    small = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
+    small = pamr(pixels, small, rounds)
+    return F.interpolate(small[None], (height, width), mode="bilinear", align_corners=False)[0]

@@ -1,0 +1,159 @@
+"""segment and discover: one picture in, one label map out.
+
+    result = segment(model, read_picture("cat.jpg"), "cat, wet grass, sky", method="seg4diff", refine="affinity+pamr")
+    result.labels, result.names, result.areas()
+
+The functions here put capture, method, refinement and tail in their order and decide nothing themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.segment import methods
+from mmdit_probe.segment.capture import PAPER_SIGMA, capture
+from mmdit_probe.segment.methods.base import Method
+from mmdit_probe.segment.record import Capture
+from mmdit_probe.segment.refine import Refinement
+from mmdit_probe.segment.tail import Background, label, probabilities
+from mmdit_probe.segment.vocabulary import SegClass, parse_classes
+from mmdit_probe.specs import Spec
+
+
+@dataclass
+class Segmentation:
+    """A labelled picture.
+
+    Attributes:
+        labels: [height, width] index into `names`; `unlabelled` where the network was not shown the picture, or where
+            the background rule says so (then "background" is the last name).
+        probabilities: [C, height, width] share of each class per pixel.
+        names: class names, or "segment 1", ... of unsupervised methods.
+        capture: what the method read.
+    """
+
+    labels: NDArray[np.uint16]
+    probabilities: Tensor
+    names: list[str]
+    capture: Capture
+
+    UNLABELLED = np.iinfo(np.uint16).max
+
+    def areas(self) -> dict[str, dict[str, Any]]:
+        """Pixels and share of the picture per name, in the order of names; names without a pixel too."""
+        total = self.labels.size
+        counts = {name: int((self.labels == index).sum()) for index, name in enumerate(self.names)}
+        return {name: {"pixels": count, "share": count / total} for name, count in counts.items()}
+
+
+def segment(
+    model: MMDiT,
+    image: NDArray[np.uint8],
+    classes: str | Path | Sequence[str] | list[SegClass],
+    *,
+    method: str | Method = "seg4diff",
+    options: Mapping[str, Any] | None = None,
+    background: str = "none",
+    refine: str = "none",
+    layers: Spec | None = None,
+    sigmas: Sequence[float] = (PAPER_SIGMA,),
+    seeds: Sequence[int] = (0,),
+    fit: str = "squash",
+    size: tuple[int, int] | None = None,
+) -> Segmentation:
+    """Open-vocabulary segmentation of one picture.
+
+    Args:
+        model: the model. image: uint8 [height, width, 3], any size.
+        classes: names, synonyms by semicolon; see `parse_classes`.
+        method: name of an open-vocabulary method, with `options` of its own.
+        background: rule of `segment.tail`. refine: steps of `segment.refine`.
+        layers, sigmas, seeds, fit, size: as in `capture`.
+
+    Raises:
+        UserError: unknown names, or an unsupervised method.
+    """
+    found = [c if isinstance(c, SegClass) else None for c in classes] if isinstance(classes, list) else [None]
+    parsed = [c for c in found if c is not None] if all(found) else parse_classes(classes)  # type: ignore[arg-type]
+    chosen = _method(method, options, unsupervised=False)
+    steps, rule = Refinement.parse(refine), Background.parse(background)
+    record = capture(
+        model, image, parsed, layers=layers, keep=(*chosen.keep, *steps.keep), sigmas=sigmas, seeds=seeds, fit=fit,
+        size=size, together=chosen.together,
+    )  # fmt: skip
+    names = [one.name for one in parsed]
+    return finish(record, chosen(record), names, steps, rule)
+
+
+def discover(
+    model: MMDiT,
+    image: NDArray[np.uint8],
+    *,
+    method: str | Method = "seg4diff-unsup",
+    options: Mapping[str, Any] | None = None,
+    refine: str = "none",
+    layers: Spec | None = None,
+    sigmas: Sequence[float] = (PAPER_SIGMA,),
+    seeds: Sequence[int] = (0,),
+    fit: str = "squash",
+    size: tuple[int, int] | None = None,
+) -> Segmentation:
+    """Segments of one picture without any names, from the empty prompt. Arguments as in `segment`."""
+    chosen = _method(method, options, unsupervised=True)
+    steps = Refinement.parse(refine)
+    record = capture(
+        model,
+        image,
+        [],
+        layers=layers,
+        keep=(*chosen.keep, *steps.keep),
+        sigmas=sigmas,
+        seeds=seeds,
+        fit=fit,
+        size=size,
+    )
+    return finish(record, chosen(record), None, steps, Background())
+
+
+def finish(
+    record: Capture, scores: Tensor, names: list[str] | None, refine: Refinement, background: Background
+) -> Segmentation:
+    """The shared tail on one method's maps [C, h, w]: refinement, upsampling, background rule, labels.
+
+    Args:
+        names: of the maps; None numbers those that own at least one pixel by area, the largest first.
+    """
+    pixels = refine.on_pixels(record.fit.back(refine.on_grid(scores, record)), record.image)
+    labels = label(pixels, background, names)
+    shares = probabilities(pixels)
+    if names is None:
+        counts = np.bincount(labels.ravel(), minlength=len(shares))
+        order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
+        rank = np.zeros(len(shares), np.uint16)
+        rank[order] = np.arange(len(order), dtype=np.uint16)
+        labels, shares = rank[labels], shares[order]
+        names = [f"segment {number}" for number in range(1, len(order) + 1)]
+    else:
+        names = list(names)
+        if background.kind in ("threshold", "power", "class"):
+            names.append("background")
+    labels[record.fit.unseen] = Segmentation.UNLABELLED
+    return Segmentation(labels, shares, names, record)
+
+
+def _method(method: str | Method, options: Mapping[str, Any] | None, *, unsupervised: bool) -> Method:
+    chosen = methods.find(method) if isinstance(method, str) else method
+    if chosen.unsupervised != unsupervised:
+        fitting = ", ".join(name for name, one in methods.METHODS.items() if one.unsupervised == unsupervised)
+        kind = "takes no class names" if chosen.unsupervised else "needs class names"
+        raise UserError(f"method {chosen.name} {kind}; here: {fitting}")
+    return chosen.configure(options or {})

@@ -1,0 +1,74 @@
+"""What users type for segmentation, as values: pictures, sizes, noise levels, the layers and heads to read."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.segment.picture import read_picture
+
+
+def picture_of(source: str) -> NDArray[np.uint8]:
+    """uint8 [height, width, 3] of a picture file or of `scenes:<split>:<index>`.
+
+    Raises:
+        UserError: no such picture.
+    """
+    match = re.fullmatch(r"scenes:(\w+):(\d+)", source)
+    if match:
+        from mmdit_probe.scenes import scene
+
+        return scene(match[1], int(match[2])).image
+    if source.startswith("scenes:"):
+        raise UserError(f"{source!r} is no single picture; expected scenes:val:0")
+    return read_picture(source)
+
+
+def parse_sigmas(text: str) -> list[float]:
+    """Noise levels from "0.515" or "0.3,0.5".
+
+    Raises:
+        UserError: no number in 0..1.
+    """
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(0.0 <= value <= 1.0 for value in values):
+        raise UserError(f"sigma {text!r}: expected numbers in 0..1 separated by commas, e.g. 0.515")
+    return values
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """(height, width) from "512x768".
+
+    Raises:
+        UserError: another form.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
+    if not match:
+        raise UserError(f"size {text!r}: expected HEIGHTxWIDTH in pixels, e.g. 512x768")
+    return int(match[1]), int(match[2])
+
+
+def selected(selection: Path | None, layers: str | None, heads: str | None) -> tuple[Any, Any]:
+    """Layers (None: the default) and heads (None: all) from a LayerSelection file or from --layers and --heads.
+
+    Raises:
+        UserError: both were given, or the file is not a selection.
+    """
+    if selection is None:
+        return layers, heads
+    if layers is not None or heads is not None:
+        raise UserError("--selection names layers and heads already; leave --layers and --heads out")
+    from mmdit_probe.select import load_selection
+
+    found = load_selection(selection)
+    return list(found.layers), found.heads

@@ -1,0 +1,91 @@
+"""The tail that all methods share, so that differences between them come from the method.
+
+    scores [C, h, w] -> bilinear to the picture -> optional refinement -> background rule -> argmax
+
+Scores are upsampled, never labels. Background rules, by name: "none" (every pixel gets a class), "threshold:T" (pixels
+whose best probability is below T), "power:A" (a background score (1 - max)^A competes, as in iSeg), "class:NAME" (one
+class of the vocabulary is the background). "threshold" and "power" read scores that were scaled to 0..1 per class over
+the picture, because methods differ in scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mmdit_probe.errors import UserError, unknown
+
+UNLABELLED = 255
+RULES = ("none", "threshold:T", "power:A", "class:NAME")
+
+
+@dataclass(frozen=True)
+class Background:
+    """A parsed background rule."""
+
+    kind: str = "none"
+    value: float = 0.0
+    name: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Background:
+        """From "none", "threshold:0.5", "power:2" or "class:sky".
+
+        Raises:
+            UserError: not one of these.
+        """
+        kind, _, rest = text.partition(":")
+        if kind == "none" and not rest:
+            return cls()
+        if kind == "class" and rest.strip():
+            return cls("class", name=rest.strip())
+        if kind in ("threshold", "power"):
+            try:
+                return cls(kind, float(rest))
+            except ValueError:
+                pass
+        raise unknown("background rule", text, RULES)
+
+
+def minmax(maps: Tensor) -> Tensor:
+    """Scale each map [..., h, w] to 0..1 over space; a constant map becomes 0."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return (maps - low) / (high - low).clamp(min=1e-12)
+
+
+def probabilities(scores: Tensor, temperature: float | None = None) -> Tensor:
+    """Shares [C, h, w] over classes per pixel: softmax with a temperature, or for scores >= 0 their share of the sum."""
+    if temperature is not None:
+        return (scores * temperature).softmax(0)
+    positive = scores - scores.amin().clamp(max=0.0)
+    return positive / positive.sum(0, keepdim=True).clamp(min=1e-12)
+
+
+def label(scores: Tensor, background: Background | None = None, names: list[str] | None = None) -> NDArray[np.uint16]:
+    """Labels [H, W] of scores [C, H, W]: class index 0..C-1, or C for the background.
+
+    Args:
+        background: rule; None keeps every pixel labelled. names: of the classes, for the rule "class".
+
+    Raises:
+        UserError: the rule names a class that is not among `names`.
+    """
+    rule = background or Background()
+    best = scores.argmax(0)
+    if rule.kind in ("threshold", "power"):
+        top = minmax(scores).amax(0)
+        away = top < rule.value if rule.kind == "threshold" else top < (1.0 - top) ** rule.value
+        best = torch.where(away, len(scores), best)
+    elif rule.kind == "class":
+        known = names or []
+        if rule.name not in known:
+            raise unknown("background class", rule.name, known)
+        index = known.index(rule.name)
+        best = torch.where(best == index, len(scores), best)
+    if len(scores) >= np.iinfo(np.uint16).max:
+        raise UserError(f"{len(scores)} classes are more than a label map holds")
+    return best.numpy().astype(np.uint16)

@@ -1,0 +1,119 @@
+"""What the user calls a class: a name, perhaps synonyms, perhaps several words; and how names become prompts.
+
+    >>> [c.synonyms for c in parse_classes("cat; kitten, wet grass, sky")]
+    [('cat', 'kitten'), ('wet grass',), ('sky',)]
+
+A prompt is the names one after the other, without a template. Names that do not fit into the text encoders' length go
+to further prompts; none is dropped. The positions of a name are found by its place in the prompt, not by its letters, so
+that "grass" does not answer for "wet grass".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.tokens import TokenTable
+
+
+@dataclass(frozen=True)
+class SegClass:
+    """One class: the name that is printed (the first synonym) and all names that stand for it."""
+
+    synonyms: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.synonyms[0]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One name in one prompt: index of its class, text positions per encoder stream."""
+
+    text: str
+    of_class: int
+    spans: dict[str, list[int]]
+
+    def positions(self, stream: str | None = None) -> list[int]:
+        """Text positions in one stream, or in all."""
+        return [p for name, positions in self.spans.items() if stream in (None, name) for p in positions]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt and the names in it, in order."""
+
+    text: str
+    table: TokenTable
+    queries: tuple[Query, ...]
+
+
+def parse_classes(text: str | Path | Sequence[str]) -> list[SegClass]:
+    """Classes from "a, b; synonym, c", from a file with one class per line, or from a list of such entries.
+
+    Raises:
+        UserError: no class, an empty name, or a name given twice.
+    """
+    if isinstance(text, str) and len(text) < 4096 and "\n" not in text and text.endswith(".txt"):
+        text = Path(text)
+    if isinstance(text, Path):
+        if not text.is_file():
+            raise UserError(f"no class file {str(text)!r}; expected a text file with one class per line")
+        entries = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        entries = text.split(",") if isinstance(text, str) else list(text)
+    classes = [SegClass(tuple(" ".join(name.split()) for name in entry.split(";"))) for entry in entries]
+    names = [name for one in classes for name in one.synonyms]
+    if not names or not all(names):
+        raise UserError(
+            f"classes {text!r}: expected names separated by commas, synonyms by semicolons: 'cat; kitten, sky'"
+        )
+    double = sorted({name for name in names if names.count(name) > 1})
+    if double:
+        raise UserError(f"class name {double[0]!r} is given twice; name each class once")
+    return classes
+
+
+def pack(classes: Iterable[SegClass], tables: Callable[[str], TokenTable], together: bool = True) -> list[Prompt]:
+    """Prompts that hold every name of every class, as few as fit, in order.
+
+    Args:
+        classes: what to look for.
+        tables: prompt -> its token table, as `MMDiT.token_tables`.
+        together: False gives one prompt per name.
+
+    Raises:
+        UserError: a single name is longer than the text encoders.
+    """
+    names = [(index, name) for index, one in enumerate(classes) for name in one.synonyms]
+    groups: list[list[tuple[int, str]]] = []
+    for entry in names:
+        if together and groups and not tables(" ".join(n for _, n in [*groups[-1], entry])).truncated:
+            groups[-1].append(entry)
+        else:
+            cut = tables(entry[1]).truncated
+            if cut:
+                lost = ", ".join(sorted({word for words in cut.values() for word in words}))
+                raise UserError(f"class name {entry[1]!r} is longer than a text encoder: {lost} fell off; shorten it")
+            groups.append([entry])
+    return [_prompt(group, tables) for group in groups]
+
+
+def _prompt(group: Sequence[tuple[int, str]], tables: Callable[[str], TokenTable]) -> Prompt:
+    text = " ".join(name for _, name in group)
+    table = tables(text)
+    queries, first = [], 0
+    for of_class, name in group:
+        count = len(TokenTable(name, ()).words)
+        spans: dict[str, list[int]] = {}
+        for position, token in enumerate(table.tokens):
+            if first <= token.word_index < first + count:
+                spans.setdefault(token.stream, []).append(position)
+        if not spans:
+            raise UserError(f"class name {name!r} has no letters that the text encoders know; rename it")
+        queries.append(Query(name, of_class, spans))
+        first += count
+    return Prompt(text, table, tuple(queries))
