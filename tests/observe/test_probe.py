@@ -97,6 +97,10 @@ def test_an_error_in_the_middle_of_a_call_drops_its_half_finished_rows(pipe: Any
     assert state(pipe) == before
     table = observer.table()
     assert set(table["step"]) == {0} and set(table["layer"]) == {0, 1, 2}
+    # Layer 0 of the broken call was measured; it must not come out with the next call's rows.
+    with probe(pipe, observer, layers=2):
+        sample(pipe, steps=1)
+    assert set(observer.table().iloc[len(table) :]["layer"]) == {2}
 
 
 def test_step_sigma_branch_prompt_and_seed(pipe: Any) -> None:
