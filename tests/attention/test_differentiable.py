@@ -1,0 +1,174 @@
+"""Maps and masses with gradients: values and gradients against dense float64 autograd, and controls that fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mmdit_probe.attention import differentiable, exact
+from mmdit_probe.attention.call import SDPACall
+from tests.attention.test_exact import CASES, IMAGE, TEXT, N, make
+
+Maps = Callable[[SDPACall], Tensor]
+IMAGE_ROWS, TEXT_KEYS = slice(0, IMAGE), slice(IMAGE, N)
+GROUPS = torch.rand(2, TEXT, 5, generator=torch.Generator().manual_seed(2))
+
+
+def dense_logits(query: Tensor, key: Tensor, call: SDPACall) -> Tensor:
+    scores = call.scale_factor * query @ key.transpose(-1, -2)
+    mask = call.additive_mask(torch.float64)
+    if mask is not None:
+        scores = scores + mask
+    if call.is_causal:
+        scores = scores.masked_fill(~torch.ones(N, N, dtype=torch.bool).tril(), float("-inf"))
+    return scores
+
+
+def gradients(maps: Maps, call: SDPACall, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """The maps, and the gradients of q and k of a fixed random weighting of them."""
+    query, key = (t.detach().to(dtype).requires_grad_() for t in (call.query, call.key))
+    found = maps(SDPACall(query, key, call.value.to(dtype), call.attn_mask, 0.0, call.is_causal, call.scale))
+    finite = torch.where(torch.isfinite(found), found, torch.zeros_like(found))  # masked logits are -inf
+    weights = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    (finite * weights).sum().backward()
+    return found.detach().double(), query.grad.double(), key.grad.double()
+
+
+def oracle(call: SDPACall, space: str, groups: Tensor | None) -> Maps:
+    def maps(inner: SDPACall) -> Tensor:
+        scores = dense_logits(inner.query, inner.key, call)
+        block = (scores if space == "logit" else scores.softmax(-1))[..., IMAGE_ROWS, TEXT_KEYS]
+        return block if groups is None else block @ groups[:, None].double()
+
+    return maps
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["every position", "groups"])
+@pytest.mark.parametrize(
+    ("case", "space"),
+    [
+        *((case, "probability") for case in ("plain", "scale", "causal", "float mask")),
+        *((case, "logit") for case in ("plain", "scale", "float mask")),
+    ],
+)
+def test_maps_and_gradients_equal_dense_autograd(case: str, space: Any, groups: Tensor | None) -> None:
+    call = make(**CASES[case])
+    found = gradients(lambda c: differentiable.text_maps(c, TEXT_KEYS, IMAGE_ROWS, groups, space=space), call)
+    expected = gradients(oracle(call, space, groups), call, torch.float64)
+    for ours, truth in zip(found, expected, strict=True):
+        assert (ours - truth).norm() <= 3e-6 * max(truth.norm(), torch.tensor(1e-9)) + 1e-7
+
+
+@pytest.mark.parametrize("case", ["bool mask", "key mask"])
+def test_masses_under_masks(case: str) -> None:
+    call = make(**CASES[case])
+    found = gradients(lambda c: differentiable.masses(c, TEXT_KEYS), call)
+    expected = gradients(lambda c: dense_logits(c.query, c.key, call).softmax(-1)[..., TEXT_KEYS].sum(-1), call,
+                         torch.float64)  # fmt: skip
+    for ours, truth in zip(found, expected, strict=True):
+        assert (ours - truth).norm() <= 3e-6 * truth.norm()
+
+
+def test_both_ways_agree_and_heads_can_be_averaged() -> None:
+    call = make()
+    by_values = differentiable.text_maps(call, TEXT_KEYS, IMAGE_ROWS, GROUPS)
+    by_columns = differentiable.columns(call, TEXT_KEYS, IMAGE_ROWS) @ GROUPS[:, None]
+    torch.testing.assert_close(by_values, by_columns, atol=1e-6, rtol=1e-5)
+    mean = differentiable.text_maps(call, TEXT_KEYS, IMAGE_ROWS, GROUPS, heads="mean")
+    torch.testing.assert_close(mean, by_values.mean(1))
+
+
+def test_more_groups_than_the_head_is_wide() -> None:
+    call = make()
+    weights = torch.rand(1, N, 19)
+    found = differentiable.weighted(call, weights)
+    torch.testing.assert_close(found, call_probabilities(call) @ weights[:, None], atol=1e-6, rtol=1e-5)
+
+
+def call_probabilities(call: SDPACall) -> Tensor:
+    return dense_logits(call.query.double(), call.key.double(), call).softmax(-1).float()
+
+
+def test_control_a_constant_lse_gives_a_wrong_gradient() -> None:
+    """What this module makes impossible: the same values with other gradients."""
+    call = make()
+
+    def constant(inner: SDPACall) -> Tensor:
+        lse = exact.logsumexp(inner)
+        assert lse is not None and not lse.requires_grad
+        return (differentiable.logits(inner, TEXT_KEYS, IMAGE_ROWS) - lse[:, :, IMAGE_ROWS, None]).exp()
+
+    truth = gradients(oracle(call, "probability", None), call, torch.float64)
+    value, of_query, of_key = gradients(constant, call)
+    assert (value - truth[0]).abs().max() < 1e-5
+    assert (of_query - truth[1]).norm() > 0.2 * truth[1].norm()
+    assert (of_key - truth[2]).norm() > 0.2 * truth[2].norm()
+
+
+def test_no_function_takes_a_log_sum_exp() -> None:
+    import inspect
+
+    for function in (differentiable.text_maps, differentiable.columns, differentiable.logits, differentiable.weighted,
+                     differentiable.masses, differentiable.row_lse):  # fmt: skip
+        assert not any("lse" in name for name in inspect.signature(function).parameters)
+
+
+def test_lse_gradient_where_no_kernel_gives_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = make()
+    with_kernel = gradients(differentiable.row_lse, call)
+    monkeypatch.setattr(exact, "logsumexp", lambda call: None)
+    monkeypatch.setattr(differentiable, "_ROWS_AT_ONCE", 20)
+    for ours, other in zip(gradients(differentiable.row_lse, call), with_kernel, strict=True):
+        torch.testing.assert_close(ours, other, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["columns", "values"])
+def test_exact_under_gradient_checkpointing(groups: Tensor | None) -> None:
+    call = make()
+    plain = gradients(lambda c: differentiable.text_maps(c, TEXT_KEYS, IMAGE_ROWS, groups), call)
+
+    def recomputed(inner: SDPACall) -> Tensor:
+        def maps(query: Tensor, key: Tensor) -> Tensor:
+            again = SDPACall(2 * query / 2, key, inner.value)
+            return differentiable.text_maps(again, TEXT_KEYS, IMAGE_ROWS, groups)
+
+        return checkpoint(maps, inner.query, inner.key, use_reentrant=False)  # type: ignore[no-any-return]
+
+    for ours, other in zip(gradients(recomputed, call), plain, strict=True):
+        assert torch.equal(ours, other)
+
+
+def test_bfloat16_calls_under_autocast_keep_their_digits() -> None:
+    call = make(torch.bfloat16)
+    truth = call_probabilities(call)[..., IMAGE_ROWS, TEXT_KEYS]
+    groups = torch.eye(TEXT)[None, :, :16]
+    with torch.autocast("cpu", torch.bfloat16):
+        by_columns = differentiable.columns(call, TEXT_KEYS, IMAGE_ROWS)
+        by_values = differentiable.text_maps(call, TEXT_KEYS, IMAGE_ROWS, groups)
+        for found in (by_columns, by_values):
+            assert found.dtype == torch.float32
+            assert (found - truth[..., : found.shape[-1]]).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("groups", [None, torch.eye(TEXT)[None, :, :8]], ids=["columns", "values"])
+def test_memory_grows_with_the_number_of_tokens_not_its_square(groups: Tensor | None) -> None:
+    def kept(image: int) -> int:
+        query, key = (torch.randn(1, 2, image + TEXT, 16, requires_grad=True) for _ in range(2))
+        held: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            maps = differentiable.text_maps(SDPACall(query, key, key), slice(image, None), slice(0, image), groups)
+            kept_maps = maps.sum()
+        assert kept_maps.requires_grad
+        return sum(held.values())
+
+    assert kept(2048) < 2.3 * kept(1024) < 2.3 * 4 * 2 * 1024 * (4 * TEXT + 6 * 16)
