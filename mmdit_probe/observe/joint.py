@@ -20,7 +20,7 @@ Memory: I2I is built head by head over chunks of queries, so that beside the res
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -81,7 +81,8 @@ class JointBlocks(Observer):
             if "feat_out" in self.keep:
                 found["feat_out"] = features.float()
             if "feat_proj" in self.keep:
-                found["feat_proj"] = seen.record.module_call.module.to_out[0](features).float()
+                projection: Any = seen.record.module_call.module.to_out
+                found["feat_proj"] = projection[0](features).float()
         self._seen[seen.layer.index] = {name: value.detach().cpu().contiguous() for name, value in found.items()}
 
     def end_call(self, denoising: DenoisingCall) -> None:

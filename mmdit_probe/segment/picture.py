@@ -5,8 +5,9 @@
     fit.back(scores)                     # [C, h, w] on the token grid -> [C, 480, 640]
 
 "squash" stretches the whole picture to the model's size (Seg4Diff's code), "letterbox" keeps the aspect and fills up
-with the picture's mean colour, "crop" takes the largest centred part of the model's aspect (the paper's text) and leaves
-the rest unlabelled, "aspect" changes the token grid instead: as many tokens as the model's own, in the picture's aspect.
+with the picture's mean colour, "crop" takes the largest centred part of the model's aspect (the paper's text) and
+leaves the rest unlabelled, "aspect" changes the token grid instead: as many tokens as the model's own, in the
+picture's aspect.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def minmax(maps: Tensor) -> Tensor:
 
 
 def probabilities(scores: Tensor, temperature: float | None = None) -> Tensor:
-    """Shares [C, h, w] over classes per pixel: softmax with a temperature, or for scores >= 0 their share of the sum."""
+    """Shares [C, h, w] over classes per pixel: softmax with a temperature, else each score's share of the sum."""
     if temperature is not None:
         return (scores * temperature).softmax(0)
     positive = scores - scores.amin().clamp(max=0.0)

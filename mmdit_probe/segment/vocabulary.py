@@ -4,8 +4,8 @@
     [('cat', 'kitten'), ('wet grass',), ('sky',)]
 
 A prompt is the names one after the other, without a template. Names that do not fit into the text encoders' length go
-to further prompts; none is dropped. The positions of a name are found by its place in the prompt, not by its letters, so
-that "grass" does not answer for "wet grass".
+to further prompts; none is dropped. The positions of a name are found by its place in the prompt, not by its letters,
+so that "grass" does not answer for "wet grass".
 """
 
 from __future__ import annotations

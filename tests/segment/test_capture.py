@@ -1,0 +1,122 @@
+"""Capture against the explicit softmax, the concept stream against a hand-run block, on tiny random pipelines."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mmdit_probe.attention.reference import probabilities as explicit
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.observe.base import LayerCall, Observer
+from mmdit_probe.observe.concepts import ConceptStream
+from mmdit_probe.observe.joint import JointBlocks, second_eigenvalue
+from mmdit_probe.observe.probe import probe
+from mmdit_probe.segment.capture import capture, concept_embeddings
+from mmdit_probe.segment.run import discover, segment
+from mmdit_probe.segment.vocabulary import parse_classes
+from tests import tiny
+
+
+class Keep(Observer):
+    """Keeps every call, for the tests to compute from."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, LayerCall] = {}
+
+    def observe(self, seen: LayerCall) -> None:
+        self.calls[seen.layer.index] = seen
+
+
+@pytest.fixture
+def model(pipe) -> MMDiT:
+    return MMDiT(pipe)
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (50, 70, 3)).astype(np.uint8)
+
+
+def test_parts_are_slices_of_the_explicit_softmax(model: MMDiT, picture: np.ndarray) -> None:
+    blocks, keep = JointBlocks([0, 2], ("i2t", "i2i", "i2i_walk", "feat_out", "feat_proj")), Keep()
+    latents = model.encode_image(np.ascontiguousarray(picture[:48, :64]))
+    with probe(model, blocks, keep):
+        model.denoise(model.noise(latents, 0.5, 0), 0.5, model.encode_prompt("a red ring"))
+    for layer in (0, 2):
+        call = keep.calls[layer]
+        image, text = call.layout.positions("image"), call.layout.positions("text")
+        full = explicit(call.call.query, call.call.key)  # [B, H, N, N]
+        kept = blocks.kept[layer]
+        assert torch.allclose(kept["i2t"], full[:, :, image, text].float(), atol=1e-6)
+        assert torch.allclose(kept["i2i"], full[:, :, image, image].mean(1).float(), atol=1e-6)
+        walk = full[:, :, image, image].float()
+        walk = walk / walk.sum(-1, keepdim=True)
+        weights = torch.linalg.eigvals(walk[0].double()).abs().sort(-1).values[:, -2].float()
+        want = (walk[0] * weights[:, None, None]).sum(0) / weights.sum()
+        assert torch.allclose(kept["i2i_walk"][0], want, atol=1e-4)
+        out = call.output[:, :, image].transpose(1, 2).flatten(2)
+        assert torch.allclose(kept["feat_out"], out)
+        assert torch.allclose(kept["feat_proj"], call.layer.module.to_out[0](out))
+    assert set(blocks.kept) == {0, 2}
+
+
+def test_second_eigenvalue() -> None:
+    chain = torch.block_diag(torch.full((3, 3), 1 / 3), torch.full((3, 3), 1 / 3))  # two closed groups: 1
+    mixed = torch.full((6, 6), 1 / 6)  # forgets at once: 0
+    values = second_eigenvalue(torch.stack([chain, mixed]))
+    assert values.tolist() == pytest.approx([1.0, 0.0], abs=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["sd3", "sd35"])
+def test_concept_stream_equals_a_prompt_that_only_concepts_read(variant: str) -> None:
+    """Concepts that ARE the prompt's tokens must do as the text stream does, as long as text attends to both."""
+    model = MMDiT(tiny.pipeline(variant))
+    latents = model.noise(torch.randn(1, 4, 8, 8), 0.5, 0)
+    text = model.encode_prompt("a red ring")
+    stream, keep = ConceptStream(model, text.prompt_embeds[0]), Keep()
+    plain = model.denoise(latents, 0.5, text)
+    with probe(model, stream, keep), stream.listening():
+        observed = model.denoise(latents, 0.5, text)
+    assert torch.equal(plain, observed)
+    for layer, call in keep.calls.items():
+        own = call.output[:, :, call.layout.positions("text")].transpose(1, 2).flatten(2)
+        assert torch.allclose(stream.outputs[layer], own, atol=1e-4), layer
+
+
+def test_capture_averages_seeds_and_levels(model: MMDiT, picture: np.ndarray) -> None:
+    classes = parse_classes("red ring, cat")
+    both = capture(model, picture, classes, layers="0", sigmas=(0.3, 0.6), seeds=(0, 1))
+    single = [
+        capture(model, picture, classes, layers="0", sigmas=(s,), seeds=(k,)).mean("i2t")
+        for s in (0.3, 0.6)
+        for k in (0, 1)
+    ]
+    assert torch.allclose(both.mean("i2t"), torch.stack(single).mean(0), atol=1e-7)
+    assert not torch.allclose(single[0], single[1])
+    again = capture(model, picture, classes, layers="0", sigmas=(0.3,), seeds=(0,)).mean("i2t")
+    assert torch.equal(again, single[0])
+
+
+def test_long_vocabularies_use_several_prompts(model: MMDiT, picture: np.ndarray) -> None:
+    names = "red ring, cat, ring, red, cat ring, red cat, ring cat, cat red"
+    result = segment(model, picture, names, layers="all")
+    assert len(result.capture.passes) > 1
+    assert len(result.probabilities) == 8 and torch.isfinite(result.probabilities).all()
+    assert result.labels.shape == (50, 70)
+    assert sum(area["pixels"] for area in result.areas().values()) == 50 * 70
+
+
+def test_concepts_are_read_alone(model: MMDiT) -> None:
+    one = concept_embeddings(model, ["cat"])
+    both = concept_embeddings(model, ["red ring", "cat"])
+    assert torch.allclose(one[0], both[1], atol=1e-5) and not torch.allclose(both[0], both[1])
+
+
+@pytest.mark.parametrize("fit", ["letterbox", "crop", "aspect"])
+def test_discover_any_aspect(model: MMDiT, picture: np.ndarray, fit: str) -> None:
+    result = discover(model, picture, layers="0-1", fit=fit, options={"tau": 0.0})
+    assert result.labels.shape == (50, 70)
+    assert result.names[0] == "segment 1" and len(result.names) >= 1
+    unseen = result.labels == result.UNLABELLED
+    assert np.array_equal(unseen, result.capture.fit.unseen)

@@ -1,0 +1,155 @@
+"""Vocabulary, geometry, tail and refinement."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.tokens import Token, TokenTable
+from mmdit_probe.segment.picture import Fit, read_picture
+from mmdit_probe.segment.refine import Refinement, pamr, without_sinks
+from mmdit_probe.segment.tail import Background, label
+from mmdit_probe.segment.vocabulary import pack, parse_classes
+from tests.segment import worlds
+
+
+def tables(limit: int):
+    """Token tables of a made-up encoder: one token per letter group of a word of up to three letters."""
+
+    def of(text: str) -> TokenTable:
+        tokens = [Token("clip", "bos")]
+        lost = []
+        for index, word in enumerate(TokenTable(text, ()).words):
+            pieces = [word[i : i + 3] for i in range(0, len(word), 3)]
+            if len(tokens) + len(pieces) + 1 > limit:
+                lost.append(word)
+                continue
+            tokens += [Token("clip", "word", word, index) for _ in pieces]
+        tokens += [Token("clip", "eos")] + [Token("clip", "pad")] * (limit - len(tokens) - 1)
+        return TokenTable(text, tuple(tokens), {"clip": tuple(lost)} if lost else {})
+
+    return of
+
+
+def test_classes_with_synonyms_and_several_words() -> None:
+    classes = parse_classes(" cat; kitten,  wet  grass,sky")
+    assert [one.synonyms for one in classes] == [("cat", "kitten"), ("wet grass",), ("sky",)]
+    for bad in ("", "cat,,dog", "cat,cat", "cat; dog, dog"):
+        with pytest.raises(UserError):
+            parse_classes(bad)
+
+
+def test_class_file(tmp_path) -> None:
+    (tmp_path / "names.txt").write_text("cat; kitten\n\nsky\n", encoding="utf-8")
+    assert [one.name for one in parse_classes(str(tmp_path / "names.txt"))] == ["cat", "sky"]
+    with pytest.raises(UserError, match="no class file"):
+        parse_classes(str(tmp_path / "other.txt"))
+
+
+def test_spans_go_by_place_not_by_letters() -> None:
+    one = pack(parse_classes("wet grass, grass, wet"), tables(20))[0]
+    spans = [query.positions() for query in one.queries]
+    assert spans == [[1, 2, 3], [4, 5], [6]]
+
+
+def test_names_that_overflow_go_to_further_prompts() -> None:
+    names = [f"n{i:02d}" for i in range(30)]
+    prompts = pack(parse_classes(", ".join(names)), tables(10))
+    assert len(prompts) > 1
+    assert [query.text for one in prompts for query in one.queries] == names
+    assert all(not one.table.truncated for one in prompts)
+    assert len(pack(parse_classes("a, b, c"), tables(10), together=False)) == 3
+    with pytest.raises(UserError, match="longer than a text encoder"):
+        pack(parse_classes("a" * 60), tables(10))
+
+
+@pytest.mark.parametrize("how", ["squash", "letterbox", "crop", "aspect"])
+@pytest.mark.parametrize("size", [(48, 160), (160, 48), (33, 77)])
+def test_a_half_stays_a_half(how: str, size: tuple[int, int]) -> None:
+    """A map whose right half is 1 comes back as a right half, whatever the fit (defect D20 of the official code)."""
+    fit = Fit.of(size, (64, 64), 8, how)
+    picture = np.zeros((*size, 3), np.uint8)
+    picture[:, size[1] // 2 :] = 255
+    seen = torch.from_numpy(np.array(fit.apply(picture))).float()[..., 0] / 255
+    assert tuple(seen.shape) == fit.size
+    scores = torch.nn.functional.adaptive_avg_pool2d(seen[None], (fit.size[0] // 8, fit.size[1] // 8))
+    back = fit.back(scores)[0]
+    assert tuple(back.shape) == size
+    inside = ~fit.unseen
+    right = torch.from_numpy(picture[..., 0] > 0)
+    wrong = ((back > 0.5) != right).numpy() & inside
+    assert wrong.sum() / inside.sum() < 0.08
+    assert bool(fit.unseen.any()) == (how == "crop")
+
+
+def test_fit_refuses() -> None:
+    with pytest.raises(UserError, match="squash"):
+        Fit.of((10, 10), (64, 64), 8, "sqash")
+    with pytest.raises(UserError, match="multiples of 8"):
+        Fit.of((10, 10), (60, 64), 8)
+
+
+def test_pictures_that_cannot_be_read(tmp_path) -> None:
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_picture(tmp_path / "a.png")
+    with pytest.raises(UserError, match="no picture"):
+        read_picture(tmp_path / "b.png")
+
+
+def test_background_rules() -> None:
+    scores = torch.tensor([[[1.0, 0.0, 0.2]], [[0.0, 1.0, 0.3]]])
+    assert label(scores).tolist() == [[0, 1, 1]]
+    assert label(scores, Background.parse("threshold:0.5")).tolist() == [[0, 1, 2]]
+    assert label(scores, Background.parse("power:1")).tolist() == [[0, 1, 2]]
+    assert label(scores, Background.parse("power:20")).tolist() == [[0, 1, 1]]
+    assert label(scores, Background.parse("class:b"), ["a", "b"]).tolist() == [[0, 2, 2]]
+    with pytest.raises(UserError):
+        label(scores, Background.parse("class:c"), ["a", "b"])
+    with pytest.raises(UserError):
+        Background.parse("treshold:1")
+
+
+def test_affinity_repairs_holes_and_shuffled_affinity_does_not() -> None:
+    regions = worlds.masks()
+    one = worlds.capture(regions, sharp=0.95)
+    generator = torch.Generator().manual_seed(3)
+    broken = regions.clone() * (torch.rand(regions.shape, generator=generator) > 0.6)
+    truth = regions.argmax(0)
+
+    def right(scores: torch.Tensor) -> float:
+        return float((scores.argmax(0) == truth).float().mean())
+
+    step = Refinement.parse("affinity:1")
+    assert right(step.on_grid(broken, one)) == 1.0 > right(broken)
+    assert right(step.on_grid(broken, worlds.without_information(one))) < 0.8
+
+
+def test_sinks_are_taken_out() -> None:
+    block = torch.rand(16, 16) * 0.1 + torch.eye(16)
+    block[:, 5] = 8.0
+    kept = without_sinks(block)
+    assert kept[:, 5].count_nonzero() == 1 and kept[5, 5] == 8.0
+    assert torch.equal(kept[:, :5], block[:, :5])
+
+
+def test_pamr_snaps_to_the_colours_and_keeps_the_mean_of_constant_maps() -> None:
+    image = torch.zeros(3, 32, 32)
+    image[:, :, 13:] = 1.0
+    blurred = torch.linspace(0, 1, 32)[None, None].expand(1, 32, 32)
+    maps = torch.cat([1 - blurred, blurred])
+    found = pamr(image, maps, 20, (1, 2, 4)).argmax(0)
+    want = (image[0] > 0.5).long()
+    assert (found == want).float().mean() > (maps.argmax(0) == want).float().mean()
+    constant = torch.full((2, 32, 32), 0.25)
+    assert torch.allclose(pamr(image, constant, 3), constant, atol=1e-5)
+
+
+def test_refinement_names() -> None:
+    assert Refinement.parse("affinity:3+pamr").steps == (("affinity", 3), ("pamr", 10))
+    assert Refinement.parse("none").steps == () and Refinement.parse("pamr").keep == ()
+    for bad in ("pamr+affinity", "afinity", "pamr:0", "affinity:x"):
+        with pytest.raises(UserError):
+            Refinement.parse(bad)
