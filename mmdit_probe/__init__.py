@@ -15,6 +15,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mmdit_probe.edit import Blur as Blur
+    from mmdit_probe.edit import EqualBudget as EqualBudget
+    from mmdit_probe.edit import perturbed_guidance as perturbed_guidance
     from mmdit_probe.errors import ProbeError as ProbeError
     from mmdit_probe.errors import RunError as RunError
     from mmdit_probe.errors import UserError as UserError
@@ -42,6 +45,9 @@ _EXPORTS = {
     "Run": "mmdit_probe.observe.probe",
     "AttentionMass": "mmdit_probe.observe.mass",
     "TextMaps": "mmdit_probe.observe.maps",
+    "Blur": "mmdit_probe.edit",
+    "EqualBudget": "mmdit_probe.edit",
+    "perturbed_guidance": "mmdit_probe.edit",
     "ValueNorm": "mmdit_probe.observe.norms",
 }
 

@@ -38,8 +38,11 @@ Seen = TypeVar("Seen", bound=Observer)
 class ModelEdit(Protocol):
     """An intervention that `probe(edits=...)` attaches: its layers, its stage, and a handler for each layer."""
 
-    layers: Spec
-    stage: Stage
+    @property
+    def layers(self) -> Spec: ...
+
+    @property
+    def stage(self) -> Stage: ...
 
     def handler(self, layer: Layer, run: Run) -> Transform | Edit:
         """The handler for one layer; `run.current` is the denoising call in progress."""
@@ -109,6 +112,7 @@ class Run:
         self._calls = 0
         self._seen: dict[int, int] = {}
         self._observing = False
+        self._step: int | None = None
         self._skipped: Sequence[int] = ()
         self._clock: tuple[int, float] = (-1, float("nan"))
         if self._scheduler is None and "last" in str(steps):
@@ -155,6 +159,10 @@ class Run:
                 f" (watched: {type(self.transformer).__name__})"
             )
 
+    def at(self, steps: Spec) -> bool:
+        """Whether the denoising call in progress is at one of these sampling steps; calls of `MMDiT.denoise` are."""
+        return steps == "all" or self._step is None or self._step in step_indices(steps, self._step_count)
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A transformer call begins: find out what it is."""
         inputs = self._signature.bind_partial(self.transformer, *args, **kwargs).arguments
@@ -191,8 +199,8 @@ class Run:
         if batch is None:
             batch = Batch(None, [""] * rows, [-1] * rows, self._named_branches(rows))
         step, sigmas = self._when(inputs.get(self.family.timestep_input), rows)
-        if batch.step is None:
-            self._observing = self.steps == "all" or step in step_indices(self.steps, self._step_count)
+        self._step = step if batch.step is None else None
+        self._observing = self.at(self.steps)
         tables = self._given_tables(rows, int(text.shape[1])) or list(batch.tokens or ())
         prompts = [
             prompt or (table.prompt if table is not None else "")

@@ -1,0 +1,202 @@
+"""What every edit shares: where it acts, and how its result is put into the call.
+
+An edit names a block (query -> key) and, optionally, layers, heads, steps, guidance branches and, among text keys,
+encoder streams, span kinds or words. Everything outside that address keeps the stock output bit for bit: the stock call
+is made first, and only the addressed (row, head, query) entries are replaced.
+
+    class Half(Edit):
+        def attend(self, call, place, proceed): return 0.5 * proceed(call)
+
+Edits of one layer compose in the order given to `probe(edits=[...])`: the first is the outermost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.attention.intercept import ModuleCall, Stage
+from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.models.layout import Layer, Layout, attention_layout
+from mmdit_probe.models.tokens import KINDS, TokenTable
+from mmdit_probe.specs import Spec, head_indices
+
+if TYPE_CHECKING:
+    from mmdit_probe.observe.probe import Run
+
+Proceed = Callable[[SDPACall], Tensor]
+Modality = Literal["image", "text"]
+BRANCHES = ("cond", "uncond", "perturbed", "unknown")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The address of an edit in one attention call.
+
+    Attributes:
+        layout: kinds of the N joint tokens.
+        rows: [B] boolean, the samples concerned. heads: [H] boolean.
+        queries: [N] boolean. keys: [B, K] boolean among the keys of the modality.
+        tables: token table per sample.
+    """
+
+    layout: Layout
+    rows: Tensor
+    heads: Tensor
+    queries: Tensor
+    keys: Tensor
+    tables: Sequence[TokenTable]
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, H, N, 1] boolean: the entries of the output that the edit replaces."""
+        return self.rows[:, None, None, None] & self.heads[None, :, None, None] & self.queries[None, None, :, None]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Base of edits on one block of the joint attention.
+
+    Args:
+        query, key: the block, "image" or "text" each: `("image", "text")` is I2T.
+        layers, heads, steps: as in `mmdit_probe.specs`. Calls of `MMDiT.denoise` count as every step.
+        branches: guidance branches concerned (cond, uncond, perturbed, unknown); None is all of them.
+        streams, spans, words: of text keys, only those of these encoder streams, span kinds, words; None is all.
+        renormalise: divide by the row's new total probability, so that it is 1 again.
+    """
+
+    query: Modality = "image"
+    key: Modality = "text"
+    layers: Spec = "all"
+    heads: Spec = "all"
+    steps: Spec = "all"
+    branches: Sequence[str] | None = None
+    streams: Sequence[str] | None = None
+    spans: Sequence[str] | None = None
+    words: Sequence[str] | None = None
+    renormalise: bool = False
+
+    stage: ClassVar[Stage] = "output"
+
+    def __post_init__(self) -> None:
+        for modality in (self.query, self.key):
+            if modality not in ("image", "text"):
+                raise unknown("modality", modality, ("image", "text"))
+        for branch in self.branches or ():
+            if branch not in BRANCHES:
+                raise unknown("guidance branch", branch, BRANCHES)
+        for span in self.spans or ():
+            if span not in KINDS:
+                raise unknown("span kind", span, KINDS)
+        if self.key != "text" and (self.streams or self.spans or self.words):
+            raise UserError("streams, spans and words select text keys; this edit's keys are image tokens")
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the setting changes nothing; such an edit leaves the call untouched."""
+        return False
+
+    def attend(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
+        """The attention output [B, H, N, Dv] under the edit; entries outside `place.mask` are ignored."""
+        raise NotImplementedError
+
+    def handler(self, layer: Layer, run: Run) -> Handler:
+        """The handler of one layer, for `probe(edits=...)`."""
+        return Handler(self, layer, run)
+
+    def at(self, **changes: Any) -> Self:
+        """The same edit with another address or setting: `blur.at(layers=[3])`."""
+        return replace(self, **changes)
+
+    def record(self) -> dict[str, Any]:
+        """What it is, as JSON values, for a run record."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {name: list(v) if isinstance(v, tuple | list) else v for name, v in values.items()}
+        return {"edit": type(self).__name__, **plain}
+
+
+class Handler:
+    """An edit at work in one layer of one run."""
+
+    def __init__(self, edit: Edit, layer: Layer, run: Run) -> None:
+        self.edit, self.layer, self.run = edit, layer, run
+
+    def __call__(self, call: SDPACall, module_call: ModuleCall, proceed: Proceed) -> Tensor:
+        place = None if self.edit.neutral else self._place(call, module_call)
+        if place is None:
+            return proceed(call)
+        return torch.where(place.mask, edited(self.edit, call, place, proceed), proceed(call))
+
+    def _place(self, call: SDPACall, module_call: ModuleCall) -> Place | None:
+        """Where the edit acts in this call; None if nowhere."""
+        edit, run = self.edit, self.run
+        if run.current is None:
+            raise RunError(f"layer {self.layer.index} ran outside the transformer's own call: it cannot be edited")
+        if not run.at(edit.steps):
+            return None
+        names = run.family.attention_inputs.values()
+        inputs = [module_call.argument(name, place) for place, name in enumerate(names)]
+        layout = attention_layout(run.family, inputs, run.current.grid)
+        batch, heads, tokens = call.query.shape[:3]
+        if not layout.total == tokens == call.key.shape[-2]:
+            raise RunError(
+                f"layer {self.layer.index} attends from {tokens} to {call.key.shape[-2]} tokens; expected"
+                f" {layout.total} in one softmax: it cannot be edited"
+            )
+        tables = run.current.tokens(layout.counts["text"])
+        keys = torch.stack([_keys(edit, table, layout) for table in tables])
+        wanted = edit.branches
+        rows = torch.tensor([wanted is None or branch in wanted for branch in run.current.branches])
+        rows &= keys.any(1)
+        if not rows.any():
+            return None
+        chosen = torch.zeros(heads, dtype=torch.bool)
+        chosen[list(head_indices(edit.heads, heads))] = True
+        queries = torch.zeros(tokens, dtype=torch.bool)
+        queries[layout.positions(edit.query)] = True
+        device = call.query.device
+        rows, chosen, queries, keys = (tensor.to(device) for tensor in (rows.expand(batch), chosen, queries, keys))
+        return Place(layout, rows, chosen, queries, keys, tables)
+
+
+def edited(edit: Edit, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
+    """`edit.attend`, renormalised if the edit says so."""
+    output = edit.attend(call, place, proceed)
+    if not edit.renormalise:
+        return output
+    # The same edit applied to values of one gives each row's new total probability.
+    ones = replace(call, value=torch.ones_like(call.value))
+    return output / edit.attend(ones, place, proceed)
+
+
+def _keys(edit: Edit, table: TokenTable, layout: Layout) -> Tensor:
+    """[K] boolean: the keys concerned among those of the key modality."""
+    keys = torch.ones(layout.counts[edit.key], dtype=torch.bool)
+    if edit.key != "text":
+        return keys
+    if edit.streams is not None:
+        for stream in edit.streams:
+            if stream not in table.streams:
+                raise unknown("encoder stream", stream, sorted(set(table.streams)))
+        keys &= torch.tensor([stream in edit.streams for stream in table.streams])
+    if edit.spans is not None:
+        keys &= torch.tensor([kind in edit.spans for kind in table.kinds])
+    if edit.words is not None:
+        keys &= _words(edit.words, table)
+    return keys
+
+
+def _words(words: Sequence[str], table: TokenTable) -> Tensor:
+    """[T] boolean: the positions of these words; a word that a row's prompt does not have selects nothing there."""
+    chosen = torch.zeros(len(table), dtype=torch.bool)
+    known = [word.lower() for word in table.words]
+    for word in words:
+        if all(part.lower() in known for part in word.split()):
+            for positions in table.word_spans(word).values():
+                chosen[positions] = True
+    return chosen

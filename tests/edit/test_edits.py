@@ -1,0 +1,275 @@
+"""Every edit inside real pipelines against its dense counterpart in float64, and what it must leave alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from mmdit_probe import AttentionMass, probe
+from mmdit_probe.attention import reference
+from mmdit_probe.edit import Blur, EqualBudget, GridBlur, Mean, Scale, Swap
+from mmdit_probe.edit.base import Edit
+from mmdit_probe.edit.mixing import blur_matrix, taps
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.families import FAMILIES
+from mmdit_probe.models.tokens import token_tables
+from tests import tiny
+
+IMAGE, T = 16, tiny.CLIP_LENGTH + tiny.T5_LENGTH
+N = IMAGE + T
+TEXT = slice(IMAGE, N)
+PROMPT = "a red ring and a cat"
+LAYER = 1
+
+
+def sample(pipe: Any, **options: Any) -> torch.Tensor:
+    options = {"num_inference_steps": 2, "guidance_scale": 4.0, "output_type": "latent"} | options
+    return pipe(
+        PROMPT, max_sequence_length=tiny.T5_LENGTH, generator=torch.Generator().manual_seed(1), **options
+    ).images
+
+
+@dataclass
+class Seen:
+    """q, k, v of the edited layer at the first step, and the output the model went on with. [B, H, N, D] float64."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    output: torch.Tensor
+
+    @property
+    def attention(self) -> torch.Tensor:
+        return reference.probabilities(self.query, self.key)
+
+
+def under(edit: Any, variant: str = "sd3", **options: Any) -> Seen:
+    """What the edited layer did at the first step, seen by an input of the next module: the attention's own output."""
+    pipe = tiny.pipeline(variant)
+    from mmdit_probe.observe.base import Observer
+
+    class Keep(Observer):
+        seen: Any = None
+
+        def observe(self, seen: Any) -> None:
+            if self.seen is None:
+                call = seen.call
+                self.seen = Seen(*(x.double().clone() for x in (call.query, call.key, call.value, seen.output)))
+
+    with probe(pipe, Keep(), layers=[LAYER], edits=edit) as run:
+        sample(pipe, num_inference_steps=1, **options)
+    return run[Keep].seen
+
+
+def dense_blur(seen: Seen, matrix: torch.Tensor, positions: list[int] | None = None) -> torch.Tensor:
+    """(A with its I2T columns blurred) V, the N x N way."""
+    attention = seen.attention.clone()
+    columns = [IMAGE + p for p in (positions if positions is not None else range(T))]
+    block = attention[..., :IMAGE, :][..., columns]
+    edited = attention.clone()
+    for k, column in enumerate(columns):
+        edited[..., :IMAGE, column] = (block * matrix[k]).sum(-1)
+    return edited @ seen.value
+
+
+@pytest.mark.parametrize("variant", ["sd3", "sd35", "no-t5"])
+@pytest.mark.parametrize("border", ["reflect", "symmetric", "replicate"])
+def test_blur_is_the_dense_blur_of_the_probabilities(variant: str, border: Any) -> None:
+    seen = under(Blur("image", "text", layers=[LAYER], border=border), variant)
+    matrix = blur_matrix(T, taps(9, 5), border)
+    expected = dense_blur(seen, matrix)
+    assert (seen.output - expected).abs().max() < 1e-5
+    assert (seen.output - seen.attention @ seen.value).abs().max() > 1e-3  # it is a blur
+    if border == "reflect":  # and it is R along tokens, not its transpose: they differ at the ends
+        assert (seen.output - dense_blur(seen, matrix.T)).abs().max() > 1e-3
+
+
+def test_text_queries_read_plain_values() -> None:
+    seen = under(Blur("image", "text", layers=[LAYER]))
+    plain = seen.attention @ seen.value
+    assert (seen.output - plain)[:, :, TEXT].abs().max() < 1e-5
+
+
+def test_blur_within_one_stream_and_within_one_span_kind() -> None:
+    clip = list(range(tiny.CLIP_LENGTH))
+    seen = under(Blur("image", "text", layers=[LAYER], streams=("clip",)))
+    expected = dense_blur(seen, blur_matrix(len(clip), taps(9, 5), "reflect"), clip)
+    assert (seen.output - expected).abs().max() < 1e-5
+
+    tables = token_tables(tiny.pipeline(), FAMILIES["sd3"], ["", PROMPT], tiny.T5_LENGTH)
+    seen = under(Blur("image", "text", layers=[LAYER], spans=("word",), kernel=3, sigma=1))
+    words = tables[1].positions(kind="word")
+    rows = dense_blur(seen, blur_matrix(len(words), taps(1, 3), "reflect"), words)
+    assert (seen.output[1] - rows[1]).abs().max() < 1e-5
+    assert (seen.output[0] - (seen.attention @ seen.value)[0]).abs().max() < 1e-5  # no words, no change
+
+
+def test_blur_before_the_softmax_keeps_rows_normalised() -> None:
+    seen = under(Blur("image", "text", layers=[LAYER], where="logits"))
+    logits = reference.logits(seen.query, seen.key)
+    matrix = blur_matrix(T, taps(9, 5), "reflect")
+    logits[..., :IMAGE, TEXT] = logits[..., :IMAGE, TEXT] @ matrix.T
+    assert (seen.output - logits.softmax(-1) @ seen.value).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("where", ["probabilities", "logits"])
+def test_grid_blur_is_the_dense_blur_of_each_keys_map(where: Any) -> None:
+    seen = under(GridBlur("image", "text", layers=[LAYER], sigma=1, kernel=3, border="symmetric", where=where))
+    one = blur_matrix(4, taps(1, 3), "symmetric")
+    grid = torch.kron(one, one)
+    scores = seen.attention if where == "probabilities" else reference.logits(seen.query, seen.key)
+    scores[..., :IMAGE, TEXT] = grid @ scores[..., :IMAGE, TEXT]
+    attention = scores if where == "probabilities" else scores.softmax(-1)
+    assert (seen.output - attention @ seen.value).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [Blur("image", "text", layers=[LAYER]), GridBlur("image", "text", layers=[LAYER], sigma=1), Scale(layers=[LAYER])],
+)
+def test_renormalised_rows_sum_to_one(edit: Edit) -> None:
+    seen = under(edit.at(renormalise=True))
+    attention = seen.attention.clone()
+    if isinstance(edit, Blur):
+        attention[..., :IMAGE, TEXT] = attention[..., :IMAGE, TEXT] @ blur_matrix(T, taps(9, 5), "reflect").T
+    elif isinstance(edit, GridBlur):
+        one = blur_matrix(4, taps(1, 5), "reflect")
+        attention[..., :IMAGE, TEXT] = torch.kron(one, one) @ attention[..., :IMAGE, TEXT]
+    else:
+        attention[..., :IMAGE, TEXT] = 0
+    attention = attention / attention.sum(-1, keepdim=True)
+    assert (seen.output - attention @ seen.value).abs().max() < 1e-5
+
+
+def test_image_keys_are_blurred_in_two_dimensions() -> None:
+    seen = under(Blur("text", "image", layers=[LAYER], sigma=1, kernel=3))
+    one = blur_matrix(4, taps(1, 3), "reflect")
+    attention = seen.attention.clone()
+    attention[..., TEXT, :IMAGE] = attention[..., TEXT, :IMAGE] @ torch.kron(one, one).T
+    assert (seen.output - attention @ seen.value).abs().max() < 1e-5
+
+
+def test_zero_mean_and_swap() -> None:
+    seen = under(Scale(layers=[LAYER], factor=0.25))
+    attention = seen.attention.clone()
+    attention[..., :IMAGE, TEXT] *= 0.25
+    assert (seen.output - attention @ seen.value).abs().max() < 1e-5
+
+    seen = under(Mean(layers=[LAYER]))
+    attention = seen.attention.clone()
+    attention[..., :IMAGE, TEXT] = attention[..., :IMAGE, TEXT].mean(-1, keepdim=True)
+    assert (seen.output - attention @ seen.value).abs().max() < 1e-5
+
+    seen = under(Swap(layers=[LAYER], words=("red", "cat")))
+    table = token_tables(tiny.pipeline(), FAMILIES["sd3"], [PROMPT], tiny.T5_LENGTH)[0]
+    order = list(range(N))
+    for stream, positions in table.word_spans("red").items():
+        for a, b in zip(positions, table.word_spans("cat").get(stream, []), strict=False):
+            order[IMAGE + a], order[IMAGE + b] = order[IMAGE + b], order[IMAGE + a]
+    attention = seen.attention.clone()
+    attention[1, :, :IMAGE] = attention[1, :, :IMAGE][..., order]
+    assert order != list(range(N))
+    assert (seen.output - attention @ seen.value).abs().max() < 1e-5
+
+
+def test_heads_and_branches_not_named_keep_the_stock_output() -> None:
+    seen = under(Blur("image", "text", layers=[LAYER], heads=1, branches=("cond",)))
+    plain = seen.attention @ seen.value
+    blurred = dense_blur(seen, blur_matrix(T, taps(9, 5), "reflect"))
+    assert (seen.output[0] - plain[0]).abs().max() < 1e-5
+    assert (seen.output[1, 0] - plain[1, 0]).abs().max() < 1e-5
+    assert (seen.output[1, 1] - blurred[1, 1]).abs().max() < 1e-5
+    assert (blurred[1, 1] - plain[1, 1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        Blur("image", "text", sigma=0),
+        Blur("image", "text", kernel=1),
+        GridBlur("image", "text", sigma=0),
+        Scale("image", "text", factor=1.0),
+        Swap(words=("blue", "house")),
+        Blur("image", "text", branches=("perturbed",)),
+        EqualBudget(Blur("image", "text", sigma=0)),
+    ],
+    ids=lambda edit: type(edit).__name__,
+)
+def test_no_op_settings_are_bitwise_neutral(pipe: Any, edit: Any) -> None:
+    stock = sample(pipe)
+    with probe(pipe, edits=edit):
+        assert torch.equal(sample(pipe), stock)
+    assert torch.equal(sample(pipe), stock)
+
+
+def test_steps_are_addressed(pipe: Any) -> None:
+    stock = sample(pipe)
+    with probe(pipe, edits=Blur("image", "text", steps=5)), pytest.raises(UserError, match="step 5"):
+        sample(pipe)
+    images = {}
+    for steps in (0, 1, "all", "last"):
+        with probe(pipe, edits=Blur("image", "text", steps=steps)):
+            images[steps] = sample(pipe)
+    assert torch.equal(images[1], images["last"])
+    distinct = [stock, images[0], images[1], images["all"]]
+    assert all(not torch.equal(a, b) for k, a in enumerate(distinct) for b in distinct[:k])
+
+
+def test_a_recorder_sees_the_call_before_the_edit(pipe: Any) -> None:
+    with probe(pipe, AttentionMass()) as run:
+        sample(pipe, num_inference_steps=1)
+    stock = run[AttentionMass].table()
+    with probe(pipe, AttentionMass(), edits=Blur("image", "text", layers=[0])) as run:
+        sample(pipe, num_inference_steps=1)
+    edited = run[AttentionMass].table()
+    for layer, same in ((0, True), (1, False)):
+        one, two = (table[table["layer"] == layer]["mass"].to_numpy() for table in (stock, edited))
+        assert (abs(one - two).max() < 1e-6) == same
+
+
+def test_edits_of_one_layer_compose_in_order() -> None:
+    blur, half = Blur("image", "text", layers=[LAYER]), Scale(layers=[LAYER], factor=0.5)
+    seen = under([blur, half])
+    attention = seen.attention.clone()
+    attention[..., :IMAGE, TEXT] = 0.5 * attention[..., :IMAGE, TEXT] @ blur_matrix(T, taps(9, 5), "reflect").T
+    assert (seen.output - attention @ seen.value).abs().max() < 1e-5
+
+
+def test_the_random_control_moves_each_token_as_far_and_elsewhere() -> None:
+    blur = Blur("image", "text", layers=[LAYER], heads=0)
+    edited, control = under(blur), under(EqualBudget(blur, seed=3))
+    plain = control.attention @ control.value
+    wanted, got = (edited.output - plain).norm(dim=-1), (control.output - plain).norm(dim=-1)
+    assert torch.allclose(wanted, got, atol=1e-5)
+    assert wanted[:, 0, :IMAGE].mean() > 1e-3
+    assert wanted[:, 1].max() < 1e-5
+    assert not torch.allclose(edited.output, control.output, atol=1e-3)
+    again, other = under(EqualBudget(blur, seed=3)), under(EqualBudget(blur, seed=4))
+    assert torch.equal(again.output, control.output)
+    assert not torch.allclose(other.output, control.output, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Blur("image", "txt"), "text"),
+        (lambda: Blur(border="mirror"), "border"),
+        (lambda: Blur(where="after"), "place"),
+        (lambda: Blur(branches=("con",)), "cond"),
+        (lambda: Blur(spans=("words",)), "word"),
+        (lambda: Blur("text", "image", spans=("word",)), "image tokens"),
+        (lambda: GridBlur("text", "text"), "image queries"),
+        (lambda: Swap(words=("a",)), "two words"),
+    ],
+)
+def test_bad_edits_are_refused_when_made(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+def test_unknown_streams_name_those_there_are(pipe: Any) -> None:
+    with probe(pipe, edits=Blur(streams=("clip3",))), pytest.raises(UserError, match="clip"):
+        sample(pipe)

@@ -1,0 +1,84 @@
+"""Perturbed guidance in the stock pipeline against a loop written by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mmdit_probe import load, probe
+from mmdit_probe.edit import Blur, perturbed_guidance
+from mmdit_probe.edit.guidance import guided_calls
+from mmdit_probe.models.mmdit import MMDiT
+from tests import tiny
+
+PROMPT, STEPS = "a red ring", 3
+
+
+def by_hand(model: MMDiT, edit: Blur, scale: float, guidance: float, unconditional: bool = True) -> torch.Tensor:
+    """Euler steps of u + g (c - u) + s (c - p), one forward each."""
+    cond, uncond = model.encode_prompt(PROMPT), model.encode_prompt("")
+    scheduler = model.scheduler
+    scheduler.set_timesteps(STEPS)
+    size = model.transformer.config.sample_size
+    latents = torch.randn(1, 4, size, size, generator=torch.Generator().manual_seed(5))
+    sigmas = scheduler.sigmas.tolist()
+    for k in range(STEPS):
+        c = model.denoise(latents, sigmas[k], cond)
+        with probe(model, edits=edit, layers=[0]):
+            p = model.denoise(latents, sigmas[k], cond)
+        base = c
+        if unconditional:
+            u = model.denoise(latents, sigmas[k], uncond)
+            base = u + guidance * (c - u)
+        latents = latents + (sigmas[k + 1] - sigmas[k]) * (base + scale * (c - p))
+    return latents
+
+
+@pytest.mark.parametrize("variant", ["sd3", "sd35"])
+def test_it_is_the_formula_at_every_step(variant: str) -> None:
+    model = MMDiT(tiny.pipeline(variant))
+    edit = Blur("image", "text", layers=[0, 2])
+    expected = by_hand(model, edit, 2.0, 4.0)
+    options: dict[str, Any] = {"steps": STEPS, "seed": 5, "output_type": "latent"}
+    with perturbed_guidance(model, edit) as guided:
+        images = guided.generate(PROMPT, scale=2.0, guidance=4.0, **options)
+    assert (images - expected).abs().max() < 1e-4
+    stock = model.generate(PROMPT, guidance=4.0, **options)
+    assert (images - stock).abs().max() > 1e-2
+    with guided_calls(model, edit, scale=2.0, guidance=4.0):
+        wrapped = model.generate(PROMPT, guidance=4.0, **options)
+    assert (wrapped - expected).abs().max() < 1e-4
+    assert torch.equal(model.generate(PROMPT, guidance=4.0, **options), stock)  # everything is taken off again
+
+
+def test_without_classifier_free_guidance() -> None:
+    model = MMDiT(tiny.pipeline())
+    edit = Blur("image", "text", layers=[1])
+    expected = by_hand(model, edit, 3.0, 1.0, unconditional=False)
+    options: dict[str, Any] = {"steps": STEPS, "seed": 5, "output_type": "latent"}
+    with perturbed_guidance(model, edit) as guided:
+        assert (guided.generate(PROMPT, scale=3.0, guidance=1.0, **options) - expected).abs().max() < 1e-4
+    with guided_calls(model, edit, scale=3.0, guidance=1.0):
+        assert (model.generate(PROMPT, guidance=1.0, **options) - expected).abs().max() < 1e-4
+
+
+def test_scale_zero_and_the_idle_hook_are_stock(tiny_directory: Any) -> None:
+    model = load(str(tiny_directory))
+    options: dict[str, Any] = {"steps": 2, "seed": 5, "guidance": 4.0, "output_type": "latent"}
+    stock = model.generate(PROMPT, **options)
+    with perturbed_guidance(model, Blur("image", "text", layers=[1])) as guided:
+        assert torch.equal(guided.generate(PROMPT, scale=0.0, **options), stock)
+        assert torch.equal(model.generate(PROMPT, **options), stock)
+    neutral = Blur("image", "text", layers=[1], sigma=0)
+    with perturbed_guidance(model, neutral) as guided:
+        assert (guided.generate(PROMPT, scale=5.0, **options) - stock).abs().max() < 1e-4
+
+
+def test_the_first_step_is_guided_too() -> None:
+    model = MMDiT(tiny.pipeline())
+    options: dict[str, Any] = {"steps": 1, "seed": 5, "guidance": 4.0, "output_type": "latent"}
+    stock = model.generate(PROMPT, **options)
+    with perturbed_guidance(model, Blur("image", "text", layers=[1])) as guided:
+        assert (guided.generate(PROMPT, scale=2.0, **options) - stock).abs().max() > 1e-3
