@@ -113,6 +113,10 @@ class Edit:
         """The same edit with another address or setting: `blur.at(layers=[3])`."""
         return replace(self, **changes)
 
+    def no_op(self) -> Edit:
+        """The same edit in a setting that changes nothing."""
+        return self.at(branches=())
+
     def record(self) -> dict[str, Any]:
         """What it is, as JSON values, for a run record."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -83,6 +83,9 @@ class Blur(KeyMix):
     def neutral(self) -> bool:
         return self.sigma == 0 or self.kernel == 1
 
+    def no_op(self) -> Edit:
+        return self.at(sigma=0.0)
+
     def matrix(self, place: Place, row: int) -> Tensor:
         weights = taps(self.sigma, self.kernel)
         if self.key == "image":
@@ -182,6 +185,9 @@ class GridBlur(Edit):
     @property
     def neutral(self) -> bool:
         return self.sigma == 0 or self.kernel == 1
+
+    def no_op(self) -> Edit:
+        return self.at(sigma=0.0)
 
     def attend(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
         keys = torch.zeros(call.key.shape[0], call.key.shape[-2], dtype=torch.bool, device=call.key.device)

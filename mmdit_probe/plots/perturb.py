@@ -1,0 +1,119 @@
+"""The perturbation experiment's figures, after Fig. 5 and 18 of arXiv:2509.18096.
+
+    save(contact_sheet(images, columns=["none", "layer 3"], rows=prompts), "perturb_sheet")
+    save(effects_by_layer(summarise(table), outcomes=["facts", "change"]), "perturb")
+
+Not here: any averaging; the numbers come from `mmdit_probe.edit.perturb.summarise`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from mmdit_probe.plots import style
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+LABELS = {
+    "facts": "share of the prompt's facts shown",
+    "things_right": "objects right",
+    "grounds_right": "grounds right",
+    "change": "change of pixels (RMS)",
+    "relabelled": "pixels read as another class",
+    "clip_t": "CLIP-T (image and prompt)",
+    "clip_i": "CLIP-I (with the unedited image)",
+    "dino": "DINO (with the unedited image)",
+}
+COMPARED = ("change", "relabelled")
+
+
+def contact_sheet(
+    images: Sequence[Sequence[Any]], columns: Sequence[str], rows: Sequence[str], *, title: str = ""
+) -> Figure:
+    """A grid of images, one row per prompt and seed.
+
+    Args:
+        images: per row, one PIL image or array per column (None leaves the cell empty).
+        columns: titles. rows: the prompts.
+    """
+    with style.context():
+        side = min(0.85, 9.0 / max(1, len(columns)))
+        figure = style.figure(width=1.0 + side * len(columns), height=0.45 + (side + 0.06) * len(rows))
+        grid = figure.subplots(len(rows), len(columns), squeeze=False)
+        for axes_row, prompt, cells in zip(grid, rows, images, strict=True):
+            for k, (axes, cell) in enumerate(zip(axes_row, cells, strict=True)):
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.spines[:].set_visible(False)
+                if cell is not None:
+                    axes.imshow(cell, interpolation="nearest")
+                if axes_row is grid[0]:
+                    axes.set_title(columns[k], fontsize=6)
+            axes_row[0].set_ylabel(fill(prompt or "(empty)", 20), fontsize=5, rotation=0, ha="right", va="center")
+        if title:
+            figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+    return figure
+
+
+def effects_by_layer(summary: pd.DataFrame, outcomes: Sequence[str], *, title: str = "") -> Figure:
+    """One panel per outcome: effect of editing each layer, with its interval, beside the random control of equal size.
+
+    Args:
+        summary: from `summarise`, of whole layers.
+        outcomes: which, in order; those that were not measured are left out.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    layers = summary[(summary["layer"] >= 0) & (summary["head"] == -1) & (summary["span"] == "all")]
+    shown = [name for name in outcomes if name in set(layers["outcome"])]
+    with style.context():
+        figure = style.figure(width=0.4 + 2.5 * len(shown), height=2.5)
+        for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            part = layers[layers["outcome"] == name].sort_values("layer")
+            axes.axhline(0, color="black", lw=0.6, ls=":")
+            series = [("effect", "low", "high", style.TEXT, "o", -0.12, "edit")]
+            if "control" in part and part["control"].notna().any():
+                series.append(
+                    ("control", "control_low", "control_high", style.OTHER, "s", 0.12, "random, equal budget")
+                )
+            for middle, low, high, colour, marker, shift, label in series:
+                error = [part[middle] - part[low], part[high] - part[middle]]
+                axes.errorbar(part["layer"] + shift, part[middle], yerr=error, fmt=marker, ms=4, color=colour,
+                              ecolor=colour, elinewidth=1, capsize=2, mec="black", mew=0.4, label=label)  # fmt: skip
+            axes.set_xlabel("edited layer")
+            axes.set_title(LABELS.get(name, name), fontsize=7)
+            axes.set_ylabel("difference from unedited")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        if title:
+            figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+    return figure
+
+
+def effects_grid(summary: pd.DataFrame, outcome: str, *, title: str = "") -> Figure:
+    """Layer x head (or layer x span kind) heat map of one outcome; a dot marks places beyond their control."""
+    part = summary[(summary["outcome"] == outcome) & (summary["layer"] >= 0)]
+    column = "head" if part["head"].nunique() > 1 else "span"
+    grid = part.pivot(index="layer", columns=column, values="effect")
+    marks = part.pivot(index="layer", columns=column, values="verdict")
+    top = float(grid.abs().max().max()) or 1.0
+    with style.context():
+        figure = style.figure(width=1.6 + 0.45 * len(grid.columns), height=1.0 + 0.24 * len(grid.index))
+        axes = figure.subplots()
+        shown = axes.imshow(grid.to_numpy(), cmap="PuOr", vmin=-top, vmax=top, aspect="auto")
+        axes.set_xticks(range(len(grid.columns)), [str(name) for name in grid.columns])
+        axes.set_yticks(range(len(grid.index)), [str(name) for name in grid.index])
+        axes.set(xlabel=column, ylabel="layer")
+        for y, row in enumerate(marks.to_numpy()):
+            for x, verdict in enumerate(row):
+                if verdict == "beyond control":
+                    axes.plot(x, y, "o", ms=3, color="black")
+        figure.colorbar(shown, ax=axes, label=LABELS.get(outcome, outcome))
+        if title:
+            figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+    return figure
