@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ def score_model(
     model: MMDiT,
     request: Mapping[str, Any],
     *,
+    categories: Sequence[str] = (*CATEGORIES, "real"),
     out: Path | None = None,
     resume: bool = False,
     advance: Callable[[], None] = lambda: None,
@@ -42,6 +43,7 @@ def score_model(
     Args:
         model: an MM-DiT that knows the words of the world.
         request: n (captions per category, and scenes), split, guidance, num_steps, sigma, seed.
+        categories: caption categories to draw images for; "real" reads real scenes instead, the parser's own limit.
         advance: called after every finished item: one per category, one for the parser itself, one for the maps.
 
     Returns:
@@ -50,22 +52,24 @@ def score_model(
     """
     ask = dict(request)
     how = {"steps": ask["num_steps"], "guidance": ask["guidance"], "seed": ask["seed"]}
-    folder = RunFolder.open(COMMAND, {"model": model.weight_hash, **ask}, out=out, resume=resume)
+    described = {"model": model.weight_hash, "categories": list(categories), **ask}
+    folder = RunFolder.open(COMMAND, described, out=out, resume=resume)
     if not folder.complete:
         folder.record(model={"id": model.name, "weight_hash": model.weight_hash}, dtype=str(model.dtype))
-        parser = load_parser()
-        with TableWriter(folder.path, "alignment") as writer:
-            for index, category in enumerate((*CATEGORIES, "real")):
-                if index in writer.done:
-                    continue
-                if category == "real":
-                    frame = _of_real_scenes(ask["n"], ask["split"])
-                else:
-                    prompts = captions(ask["split"], ask["n"], category, distinct=False)
-                    frame = alignment_of(model, parser, prompts, **how)
-                with writer.item(index) as item:
-                    item.write(frame.assign(category=category))
-                advance()
+        if not (folder.path / "alignment.parquet").exists():
+            parser = load_parser()
+            with TableWriter(folder.path, "alignment") as writer:
+                for index, category in enumerate(categories):
+                    if index in writer.done:
+                        continue
+                    if category == "real":
+                        frame = _of_real_scenes(ask["n"], ask["split"])
+                    else:
+                        prompts = captions(ask["split"], ask["n"], category, distinct=False)
+                        frame = alignment_of(model, parser, prompts, **how)
+                    with writer.item(index) as item:
+                        item.write(frame.assign(category=category))
+                    advance()
         items = held_out(ask["n"], ask["split"])
         maps = map_quality(model, items, sigma=ask["sigma"], seed=ask["seed"])
         maps["ceiling"] = grid_ceiling(items, model.default_size[0] // model.size_multiple)
@@ -73,7 +77,7 @@ def score_model(
             item.write(maps)
         advance()
         folder.finish()
-    return _report(folder)
+    return _report(folder, categories)
 
 
 def _of_real_scenes(n: int, split: str) -> pd.DataFrame:
@@ -101,7 +105,7 @@ def interval(values: Any, draws: int = 2000) -> tuple[float, float, float]:
     return float(data.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def _report(folder: RunFolder) -> Report:
+def _report(folder: RunFolder, categories: Sequence[str]) -> Report:
     from rich.table import Table
 
     images = read_table(folder.path / "alignment.parquet")
@@ -110,7 +114,7 @@ def _report(folder: RunFolder) -> Report:
     for column in ("caption category", "n", *(s.replace("_", " ") for s in SCORES)):
         by_category.add_column(column, justify="left" if column == "caption category" else "right")
     scores: dict[str, Any] = {}
-    for category in (*CATEGORIES, "real"):
+    for category in categories:
         part = images[images["category"] == category]
         found = {name: interval(part[name].astype(float)) for name in SCORES}
         scores[category] = {"n": len(part), **found}
