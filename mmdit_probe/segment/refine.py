@@ -4,11 +4,13 @@
     scores = refined.on_grid(scores, capture)          # [C, h, w]
     scores = refined.on_pixels(fit.back(scores), image)
 
+    minmax           each class map to 0..1 over the grid     centre   each class map divided by its mean
     affinity[:n]     scores <- S^n scores, S the row-normalised I2I block (DiffSegmenter, iSeg, GoCA)
     nosink[:n]       the same after taking out sink columns: tokens that many queries look at whatever they show
     pamr[:n]         n rounds of pixel-adaptive averaging on the picture's colours (arXiv:2005.08104)
 
-The order of the names is the order of the steps; grid steps come before pixel steps.
+Columns of different words differ in their mean, and averaging over space leaves only that difference: put "minmax" or
+"centre" before "affinity" for methods whose scores are raw probabilities. The order of the names is the order of the steps; grid steps come before pixel steps.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ from torch.nn import functional as F
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.segment.methods.base import renorm
 from mmdit_probe.segment.record import Capture
-from mmdit_probe.segment.tail import probabilities
+from mmdit_probe.segment.tail import minmax, probabilities
 
-STEPS = {"affinity": 2, "nosink": 2, "pamr": 10}
+STEPS = {"minmax": 1, "centre": 1, "affinity": 2, "nosink": 2, "pamr": 10}
 """Steps and the number of rounds each takes when none is given."""
 
 _DILATIONS = (1, 2, 4, 8)
@@ -65,12 +67,15 @@ class Refinement:
     @property
     def keep(self) -> tuple[str, ...]:
         """Parts of the record that the steps read."""
-        return ("i2i",) if any(name != "pamr" for name, _ in self.steps) else ()
+        return ("i2i",) if any(name in ("affinity", "nosink") for name, _ in self.steps) else ()
 
     def on_grid(self, scores: Tensor, capture: Capture) -> Tensor:
         """Scores [C, h, w] after the steps that work on tokens; maps of another grid are brought to the token grid."""
         for name, rounds in self.steps:
             if name == "pamr":
+                continue
+            if name in ("minmax", "centre"):
+                scores = minmax(scores) if name == "minmax" else scores / scores.mean((1, 2), keepdim=True).clamp(1e-12)
                 continue
             if tuple(scores.shape[1:]) != capture.grid:
                 scores = F.interpolate(scores[None], capture.grid, mode="bilinear", align_corners=False)[0]

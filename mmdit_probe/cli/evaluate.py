@@ -1,0 +1,237 @@
+"""`mmdit-probe evaluate`: methods compared on the same forwards of the same images, under a named protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.segment import FitHow, Heads, Layers, NoiseSeeds, Selection, Sigma, Size
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+NAME = "evaluate"
+PAPER_MODEL = "stable-diffusion-3-medium"
+
+DatasetName = Annotated[str, typer.Option(help="scenes:val, or NAME:ROOT; `mmdit-probe datasets list` names them.")]
+Methods = Annotated[
+    str, typer.Option("--method", help="Methods by comma, open-vocabulary and unsupervised ones mixed.")
+]
+Protocols = Annotated[str, typer.Option("--protocol", help="present, predicted, full; several by comma.")]
+Refinements = Annotated[
+    str, typer.Option("--refine", help="Refinements by comma, each measured: none,pamr,affinity+pamr.")
+]
+Setting = Annotated[list[str] | None, typer.Option("--set", help="Option of a method: iseg.ent=0.02; repeatable.")]
+BackgroundRule = Annotated[str, typer.Option(help="none, threshold:0.5, power:2 or class:NAME.")]
+Sweep = Annotated[str, typer.Option(help="none, or each layer, head or sigma alone: layer, head, sigma.")]
+Match = Annotated[str, typer.Option(help="Matching of segments: image, upstream, majority, dataset.")]
+ManyToOne = Annotated[
+    bool, typer.Option("--many-to-one", help="Segments left over join the background class (DiffCut).")
+]
+Tags = Annotated[Path | None, typer.Option(help="JSON for the protocol 'predicted': image name -> class names.")]
+Limit = Annotated[int | None, typer.Option(help="Use the first LIMIT images [default: 200 scenes, or all].", min=1)]
+Cache = Annotated[
+    Path | None, typer.Option(help="Keep captured forwards here, so that methods re-run without the model.")
+]
+
+
+def command(
+    dataset: DatasetName = "scenes:val",
+    method: Methods = "seg4diff",
+    protocol: Protocols = "present",
+    refine: Refinements = "none",
+    set_: Setting = None,
+    background: BackgroundRule = "none",
+    sweep: Sweep = "none",
+    match: Match = "image",
+    many_to_one: ManyToOne = False,
+    tags: Tags = None,
+    limit: Limit = None,
+    layers: Layers = None,
+    heads: Heads = None,
+    selection: Selection = None,
+    sigma: Sigma = "0.515",
+    noise_seeds: NoiseSeeds = 1,
+    fit: FitHow = "squash",
+    size: Size = None,
+    cache: Cache = None,
+    model: Model = DEFAULT_MODEL,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    out: Out = None,
+    resume: Resume = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score segmentation methods on a data set: mIoU under both averaging rules, accuracy, intervals over images.
+
+    Writes counts.parquet (sparse confusion counts per image and configuration), league.csv, per_class.csv, the figure
+    and run.json. Rows of different protocols must not be ranked against each other. `accelerate launch -m mmdit_probe
+    evaluate ...` divides the images over processes.
+    """
+    from mmdit_probe.cli.output import Output
+    from mmdit_probe.errors import UserError, unknown
+    from mmdit_probe.evaluate.datasets import load_dataset
+    from mmdit_probe.evaluate.matching import VARIANTS
+    from mmdit_probe.segment.settings import parse_sigmas, parse_size, selected
+
+    output = Output(quiet=quiet, as_json=as_json, debug=debug)
+    if match not in VARIANTS:
+        raise unknown("matching", match, VARIANTS)
+    data = load_dataset(dataset, limit)
+    if many_to_one and data.background is None:
+        raise UserError(f"{data.name} has no background class, so --many-to-one has nothing to join segments to")
+    if data.note:
+        output.note(data.note)
+    chosen_layers, chosen_heads = selected(selection, layers, heads)
+    request: dict[str, Any] = {
+        "dataset": dataset, "images": len(data.samples), "methods": _split(method), "protocols": _split(protocol),
+        "refine": _split(refine), "options": _options(set_), "background": background, "sweep": sweep,
+        "layers": chosen_layers, "heads": chosen_heads, "sigmas": parse_sigmas(sigma),
+        "seeds": list(range(seed, seed + noise_seeds)), "fit": fit, "size": size,
+        "tags": _read_tags(tags),
+    }  # fmt: skip
+
+    from mmdit_probe.cli.session import open_model
+    from mmdit_probe.evaluate.captures import Captures
+    from mmdit_probe.evaluate.plan import Plan
+    from mmdit_probe.evaluate.run import evaluate
+    from mmdit_probe.evaluate.shards import shard_of
+    from mmdit_probe.results import RunFolder
+
+    captures = Captures(lambda: open_model(model, debug=debug, device=device, dtype=dtype), model, cache)
+    facts = captures.facts
+    plan = Plan.of(
+        data, request["methods"], layer_count=facts["layers"], head_count=facts["heads"],
+        protocols=request["protocols"], refine=request["refine"], options=request["options"], background=background,
+        layers=chosen_layers, heads=chosen_heads, sigmas=request["sigmas"], seeds=request["seeds"], sweep=sweep,
+        fit=fit, size=parse_size(size), tags=request["tags"],
+    )  # fmt: skip
+    with shard_of() as shard:
+        path = None
+        if shard.first:
+            folder = RunFolder.open(NAME, {"model": facts["weight_hash"], **request}, out=out, resume=resume)
+            path = str(folder.path), folder.complete
+        place, complete = shard.share(path)
+        if not shard.first:
+            folder = RunFolder(Path(place), {})
+        if not complete:
+            if shard.first:
+                folder.record(model=facts, classes=[list(c.synonyms) for c in data.classes], processes=shard.world)
+            total = len(shard.mine(len(data.samples)))
+            with output.progress("images", total) as advance:
+                evaluate(plan, captures, folder, shard, advance)
+        if shard.first:
+            report(folder, output, model, data.background if many_to_one else None, match)
+
+
+def report(folder: Any, output: Any, model: str, background: int | None, match: str) -> None:
+    """League table, per-class IoU, figure and paths, from the counts on disk."""
+    from mmdit_probe.data import paper_table
+    from mmdit_probe.evaluate.league import league, per_class
+    from mmdit_probe.plots import save
+    from mmdit_probe.plots.league import head_figure, layer_figure, league_figure, sigma_figure
+    from mmdit_probe.results import read_table
+
+    counts = read_table(folder.path / "counts.parquet")
+    names = [synonyms[0] for synonyms in folder.data["classes"]]
+    table = league(counts, len(names), match=match, background=background)
+    table.to_csv(folder.path / "league.csv", index=False, float_format="%.6g")
+    per_class(counts, names, match=match, background=background).to_csv(
+        folder.path / "per_class.csv", index=False, float_format="%.6g"
+    )
+    request = folder.data["request"]
+    title = f"{Path(model).name} on {request['dataset']}"
+    sweep = request["sweep"]
+    if sweep == "layer":
+        paper = paper_table("miou_by_layer") if PAPER_MODEL in model else None
+        figure = layer_figure(table, title, paper)
+    else:
+        figure = {"none": league_figure, "head": head_figure, "sigma": sigma_figure}[sweep](table, title)
+    figures = save(figure, folder.path / ("league" if sweep == "none" else f"by_{sweep}"))
+    if not folder.complete:
+        folder.finish()
+    rows = [{name: _plain(value) for name, value in row.items()} for row in table.to_dict("records")]
+    document = {
+        "run": folder.path, "league": rows, "match": match, "figures": figures, "model": folder.data["model"],
+        "request": request,
+    }  # fmt: skip
+    lines = [
+        "mIoU: union rule with its 95 % interval over images; mIoU gt: classes of the truth only (Seg4Diff's rule).",
+        f"Protocols are not comparable with each other. Segments matched: {match}. Written: {folder.path}",
+    ]
+    output.result(document, [rows_of(table), *lines], folder.path)
+
+
+def rows_of(table: pd.DataFrame, limit: int = 60) -> Table:
+    """The league table for the terminal."""
+    from rich import box
+    from rich.table import Table
+
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("protocol", "method", "refine", "layers", "heads", "sigma"):
+        out.add_column(name, no_wrap=name in ("protocol", "method"))
+    for name in ("n", "mIoU", "95 %", "mIoU gt", "pixel acc", "mean acc", "gain", "segments"):
+        out.add_column(name, justify="right")
+    for row in table.head(limit).to_dict("records"):
+        interval = "" if _nan(row["miou_low"]) else f"{_share(row['miou_low'])}-{_share(row['miou_high'])}"
+        gain = "" if _nan(row["gain"]) else f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
+        cells = [str(row[name]) for name in ("protocol", "method", "refine", "layers", "heads", "sigma")]
+        cells += [str(row["n"]), _share(row["miou"]), interval, _share(row["miou_gt"]), _share(row["accuracy"])]
+        cells += [_share(row["macc"]), gain, "" if _nan(row["segments"]) else f"{row['segments']:.1f}"]
+        out.add_row(*cells)
+    if len(table) > limit:
+        out.add_row("...", f"{len(table) - limit} more rows in league.csv")
+    return out
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _options(texts: list[str] | None) -> dict[str, dict[str, Any]]:
+    from mmdit_probe.errors import UserError
+    from mmdit_probe.segment.methods.base import parse_option
+
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts or []:
+        name, value = parse_option(text)
+        method, dot, option = name.partition(".")
+        if not dot:
+            raise UserError(f"--set {text!r}: expected METHOD.OPTION=VALUE, e.g. iseg.ent=0.02")
+        found.setdefault(method, {})[option] = value
+    return found
+
+
+def _read_tags(path: Path | None) -> dict[str, list[str]] | None:
+    import json
+
+    from mmdit_probe.errors import UserError
+
+    if path is None:
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"--tags {str(path)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict) or not all(isinstance(value, list) for value in data.values()):
+        raise UserError(f"--tags {str(path)!r}: expected an object, image name -> list of class names")
+    return data
+
+
+def _share(value: float) -> str:
+    return "" if _nan(value) else f"{value:.3f}".removeprefix("0")
+
+
+def _nan(value: Any) -> bool:
+    return isinstance(value, float) and value != value
+
+
+def _plain(value: Any) -> Any:
+    return None if _nan(value) else value

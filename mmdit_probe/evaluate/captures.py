@@ -1,0 +1,176 @@
+"""Captured forwards that several methods share, and that may be kept on disk so that methods re-run without the model.
+
+    captures = Captures(lambda: load("scenes-sd3"), name="scenes-sd3", cache=Path("captures"))
+    record = captures.get("scenes:val:0", image, classes, layers=(2, 3), keep=("i2t",), ...)
+
+A cache folder holds one safetensors file per capture and index.json: the model it was made with and what each file
+answers to. It is asked first; the model is loaded when something is missing. A cache made with other weights is refused
+once the model is loaded, and a cache of another model name at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.models.tokens import Token, TokenTable
+from mmdit_probe.segment.capture import capture
+from mmdit_probe.segment.picture import Fit
+from mmdit_probe.segment.record import Capture, JointRecord, Pass
+from mmdit_probe.segment.vocabulary import Prompt, Query, SegClass
+
+INDEX = "index.json"
+
+
+class Captures:
+    """Where captures come from.
+
+    Args:
+        open_model: loads the model; called at most once, when it is needed.
+        name: of the model, as asked for. cache: folder of kept captures; None keeps nothing.
+
+    Raises:
+        UserError: the cache belongs to another model.
+    """
+
+    def __init__(self, open_model: Callable[[], MMDiT], name: str, cache: Path | None = None) -> None:
+        self._open, self.name, self.cache = open_model, name, cache
+        self._model: MMDiT | None = None
+        self._facts: dict[str, Any] | None = None
+        if cache is not None and (cache / INDEX).is_file():
+            self._facts = json.loads((cache / INDEX).read_text(encoding="utf-8"))["model"]
+            if self._facts["id"] != name:
+                made = self._facts["id"]
+                raise UserError(f"cache {str(cache)!r} was made with {made}, not {name}; choose another folder")
+
+    @property
+    def model(self) -> MMDiT:
+        """The model, loaded now if it was not."""
+        if self._model is None:
+            self._model = self._open()
+            facts = _facts(self.name, self._model)
+            if self._facts is not None and self._facts != facts:
+                raise UserError(f"cache {str(self.cache)!r} was made with other weights of {self.name}; remove it")
+            self._facts = facts
+            if self.cache is not None and not (self.cache / INDEX).is_file():
+                self.cache.mkdir(parents=True, exist_ok=True)
+                _write(self.cache / INDEX, json.dumps({"model": facts}, indent=2).encode())
+        return self._model
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """id, weight_hash, dtype, number of layers and heads, from the cache or the model."""
+        if self._facts is None:
+            _ = self.model
+        assert self._facts is not None
+        return self._facts
+
+    def get(self, name: str, image: NDArray[np.uint8], classes: Sequence[SegClass], **how: Any) -> Capture:
+        """A capture, from the cache or from the model; `how` as in `segment.capture`."""
+        if self.cache is None:
+            return capture(self.model, image, classes, **how)
+        path = self.cache / f"{_key(name, image, classes, how)}.safetensors"
+        if path.is_file():
+            return load_capture(path, image)
+        found = capture(self.model, image, classes, **how)
+        save_capture(found, path)
+        return found
+
+
+def save_capture(found: Capture, path: Path) -> None:
+    """Write a capture: tensors as safetensors, the rest in the file's metadata. The picture is not stored."""
+    from safetensors.torch import save
+
+    tensors = {
+        f"{number}.{layer}.{part}": getattr(record, part).contiguous()
+        for number, one in enumerate(found.passes)
+        for layer, record in one.records.items()
+        for part in JointRecord.PARTS
+        if getattr(record, part) is not None
+    }
+    about = {
+        "fit": [found.fit.picture, found.fit.size, found.fit.source, found.fit.target, found.fit.how],
+        "grid": found.grid,
+        "classes": [one.synonyms for one in found.classes],
+        "sigmas": found.sigmas,
+        "seeds": found.seeds,
+        "layers": found.layers,
+        "prompts": [
+            {
+                "text": one.prompt.text,
+                "tokens": [[t.stream, t.kind, t.word, t.word_index, t.start, t.stop] for t in one.prompt.table.tokens],
+                "queries": [[q.text, q.of_class, q.spans] for q in one.prompt.queries],
+            }
+            for one in found.passes
+        ],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, save(tensors, {"about": json.dumps(about)}))
+
+
+def load_capture(path: Path, image: NDArray[np.uint8]) -> Capture:
+    """Read a capture that `save_capture` wrote.
+
+    Raises:
+        UserError: not such a file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads(file.metadata()["about"])
+            tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, OSError) as error:
+        raise UserError(f"{str(path)!r} is no kept capture; remove it") from error
+    passes = []
+    for number, one in enumerate(about["prompts"]):
+        table = TokenTable(one["text"], tuple(Token(*token) for token in one["tokens"]))
+        queries = tuple(Query(text, of_class, spans) for text, of_class, spans in one["queries"])
+        records = {
+            layer: JointRecord(
+                layer,
+                **{p: tensors[key] for p in JointRecord.PARTS if (key := f"{number}.{layer}.{p}") in tensors},
+            )
+            for layer in about["layers"]
+        }
+        passes.append(Pass(Prompt(one["text"], table, queries), records))
+    picture, size, source, target, how = about["fit"]
+    fit = Fit(tuple(picture), tuple(size), tuple(source), tuple(target), how)
+    classes = [SegClass(tuple(names)) for names in about["classes"]]
+    return Capture(
+        image, fit, tuple(about["grid"]), classes, passes, tuple(about["sigmas"]), tuple(about["seeds"]),
+        tuple(about["layers"]),
+    )  # fmt: skip
+
+
+def _facts(name: str, model: MMDiT) -> dict[str, Any]:
+    return {
+        "id": name,
+        "weight_hash": model.weight_hash,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "layers": len(model.layers),
+        "heads": model.heads,
+        "size": list(model.default_size),
+        "multiple": model.size_multiple,
+    }
+
+
+def _key(name: str, image: NDArray[np.uint8], classes: Sequence[SegClass], how: dict[str, Any]) -> str:
+    about = json.dumps([name, image.shape, [one.synonyms for one in classes], how], sort_keys=True, default=list)
+    return hashlib.sha256(about.encode() + image.tobytes()).hexdigest()[:24]
+
+
+def _write(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)

@@ -1,0 +1,313 @@
+"""What an evaluation does to each image: which prompts, which captured forwards, which methods read them.
+
+    plan = Plan.of(dataset, ["seg4diff", "iseg"], protocols=["present", "full"], refine=["none", "pamr"], ...)
+    rows = plan.rows(captures, index)               # sparse confusion counts of one image, every configuration
+
+One forward per prompt serves every method, layer and refinement. Protocols (who says which classes there are):
+
+    present        the classes that occur in this image: an oracle, an image of one class is right by construction
+    predicted      the classes a tagger names, from a JSON file {image name: [class names]}
+    full           all classes of the data set
+    unsupervised   no names: segments, matched afterwards (`evaluate.matching`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.evaluate.captures import Captures
+from mmdit_probe.evaluate.counts import IGNORE
+from mmdit_probe.evaluate.datasets import SegDataset
+from mmdit_probe.evaluate.matching import histogram
+from mmdit_probe.segment import methods as zoo
+from mmdit_probe.segment.capture import middle_layers
+from mmdit_probe.segment.methods.base import Method
+from mmdit_probe.segment.picture import Fit
+from mmdit_probe.segment.record import Capture
+from mmdit_probe.segment.refine import Refinement
+from mmdit_probe.segment.tail import Background, label
+from mmdit_probe.specs import head_indices, layer_indices
+
+PROTOCOLS = ("present", "predicted", "full")
+UNSUPERVISED = "unsupervised"
+SWEEPS = ("none", "layer", "head", "sigma")
+CEILING, RANDOM = "token-grid ceiling", "random"
+KEYS = ("protocol", "method", "refine", "layers", "heads", "sigma", "kind")
+COLUMNS = ("image", *KEYS, "truth", "found", "pixels")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One configuration: a method, a refinement, the layers and heads it reads, the noise levels averaged."""
+
+    method: Method
+    refine: str
+    layers: tuple[int, ...]
+    heads: str
+    sigmas: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module. Make it with `Plan.of`."""
+
+    dataset: SegDataset
+    protocols: tuple[str, ...]
+    entries: tuple[Entry, ...]
+    background: Background
+    seeds: tuple[int, ...]
+    fit: str
+    size: tuple[int, int] | None
+    tags: Mapping[str, Sequence[str]]
+
+    @classmethod
+    def of(
+        cls, dataset: SegDataset, methods: Sequence[str], *, layer_count: int, head_count: int,
+        protocols: Sequence[str] = ("present",), refine: Sequence[str] = ("none",),
+        options: Mapping[str, Mapping[str, Any]] | None = None, background: str = "none", layers: Any = None,
+        heads: Any = None, sigmas: Sequence[float] = (0.515,), seeds: Sequence[int] = (0,), sweep: str = "none",
+        fit: str = "squash", size: tuple[int, int] | None = None, tags: Mapping[str, Sequence[str]] | None = None,
+    ) -> Plan:  # fmt: skip
+        """A plan.
+
+        Args:
+            dataset: the images. methods: names of methods, open-vocabulary and unsupervised ones mixed.
+            layer_count, head_count: of the model.
+            protocols: for the open-vocabulary methods. refine: every method is measured with each.
+            options: method name -> its options. background: rule of `segment.tail`.
+            layers, heads: as in `segment`; the middle third and all heads if None.
+            sigmas: noise levels; averaged, but one by one in the sweep over "sigma".
+            sweep: "none", "layer" (each layer alone), "head" (each head of each layer alone), "sigma".
+            tags: image name -> class names, for the protocol "predicted".
+
+        Raises:
+            UserError: unknown names, or a protocol without what it needs.
+        """
+        for protocol in protocols:
+            if protocol not in PROTOCOLS:
+                raise unknown("protocol", protocol, PROTOCOLS)
+        if sweep not in SWEEPS:
+            raise unknown("sweep", sweep, SWEEPS)
+        if "predicted" in protocols and tags is None:
+            raise UserError("protocol 'predicted' needs --tags FILE: JSON, image name -> class names")
+        chosen = [zoo.find(name) for name in dict.fromkeys(methods)]
+        named = {one.name for one in chosen}
+        for name in options or {}:
+            if name not in named:
+                raise unknown("method with options", name, named)
+        chosen = [one.configure((options or {}).get(one.name, {})) for one in chosen]
+        if heads is not None:
+            chosen = [one.configure({"heads": heads}) if "heads" in one.defaults else one for one in chosen]
+        picked = layer_indices(middle_layers(layer_count) if layers is None else layers, layer_count)
+        for text in refine:
+            Refinement.parse(text)
+        entries = [
+            Entry(_of_head(method, layer_set, head), text, layer_set, head, levels)
+            for method in chosen
+            for text in refine
+            for layer_set, head, levels in _settings(method, sweep, picked, head_count, heads, tuple(sigmas))
+        ]
+        if not entries:
+            raise UserError("none of the methods reads single heads, so there is nothing to sweep over heads")
+        return cls(
+            dataset, tuple(protocols), tuple(entries), Background.parse(background), tuple(seeds), fit, size, tags or {}
+        )
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [one.name for one in self.dataset.classes]
+
+    def rows(self, captures: Captures, index: int) -> dict[str, NDArray[Any]]:
+        """Columns `COLUMNS` of one image."""
+        sample = self.dataset.samples[index]
+        image, truth = sample.image(), np.array(sample.labels())
+        if image.shape[:2] != truth.shape:
+            raise UserError(
+                f"{sample.name}: the picture has {image.shape[0]} x {image.shape[1]} pixels, its label "
+                f"{truth.shape[0]} x {truth.shape[1]}"
+            )
+        rows = _Rows(index, len(self.dataset.classes))
+        open_entries = [entry for entry in self.entries if not entry.method.unsupervised]
+        blind = [entry for entry in self.entries if entry.method.unsupervised]
+        for protocol in self.protocols if open_entries else ():
+            ids = self.vocabulary(protocol, sample.name, truth)
+            classes = [self.dataset.classes[i] for i in ids]
+            lookup = np.array([*ids, self._background_id])
+            for entry, record, scores in self._maps(captures, open_entries, sample.name, image, classes):
+                scored = _scored(truth, record)
+                if len(ids):
+                    refined = Refinement.parse(entry.refine)
+                    pixels = refined.on_pixels(record.fit.back(refined.on_grid(scores, record)), image)
+                    found = lookup[label(pixels, self.background, [one.name for one in classes])]
+                else:
+                    found = np.full(truth.shape, self._background_id)
+                rows.add(_keys(protocol, entry, "classes"), histogram(scored, found, rows.classes))
+        for entry, record, scores in self._maps(captures, blind, sample.name, image, []):
+            refined = Refinement.parse(entry.refine)
+            pixels = refined.on_pixels(record.fit.back(refined.on_grid(scores, record)), image)
+            counts = histogram(_scored(truth, record), label(pixels), rows.classes)
+            rows.add(_keys(UNSUPERVISED, entry, "segments"), counts)
+        self._baselines(rows, captures, index, sample.name, truth, bool(open_entries), bool(blind))
+        return rows.columns()
+
+    @property
+    def _background_id(self) -> int:
+        """What background pixels are predicted as: the set's background class, or "no class"."""
+        return len(self.dataset.classes) if self.dataset.background is None else self.dataset.background
+
+    def vocabulary(self, protocol: str, name: str, truth: NDArray[np.integer]) -> list[int]:
+        """Class ids that the prompt names; the background class only if the rule reads it as a word.
+
+        Raises:
+            UserError: the tagger said nothing of this image, or named an unknown class.
+        """
+        if protocol == "present":
+            ids = [int(i) for i in np.unique(truth) if i != IGNORE]
+        elif protocol == "full":
+            ids = list(range(len(self.dataset.classes)))
+        else:
+            if name not in self.tags:
+                raise UserError(f"the tags say nothing of image {name!r}; give it an entry, an empty list if need be")
+            for tag in self.tags[name]:
+                if tag not in self._names:
+                    raise unknown(f"class in the tags of {name}", tag, self._names)
+            ids = sorted({self._names.index(tag) for tag in self.tags[name]})
+        hidden = self.dataset.background if self.background.kind != "class" else None
+        return [i for i in ids if i != hidden]
+
+    def _maps(
+        self, captures: Captures, entries: Sequence[Entry], name: str, image: NDArray[np.uint8], classes: Sequence[Any]
+    ) -> Any:
+        """(entry, capture, maps) of every entry; entries with the same forward and the same method share them."""
+        for levels, together in dict.fromkeys((entry.sigmas, entry.method.together) for entry in entries):
+            group = [e for e in entries if (e.sigmas, e.method.together) == (levels, together)]
+            steps = [Refinement.parse(e.refine) for e in group]
+            if not classes and not group[0].method.unsupervised:
+                record = self._without_forward(captures, image)
+                for entry in group:
+                    yield entry, record, torch.zeros(0, *record.grid)
+                continue
+            whole = captures.get(
+                name, image, classes,
+                layers=sorted({layer for e in group for layer in e.layers}),
+                keep=sorted({part for e in group for part in e.method.keep} | {p for s in steps for p in s.keep}),
+                sigmas=list(levels), seeds=list(self.seeds), fit=self.fit, size=self.size, together=together,
+            )  # fmt: skip
+            known: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+            for entry in group:
+                record = replace(whole, layers=entry.layers)
+                key = (id(entry.method), entry.layers)
+                if key not in known:
+                    known[key] = entry.method(record)
+                yield entry, record, known[key]
+
+    def _without_forward(self, captures: Captures, image: NDArray[np.uint8]) -> Capture:
+        fit, grid = self._geometry(captures, image)
+        return Capture(image, fit, grid, [], [], (), ())
+
+    def _geometry(self, captures: Captures, image: NDArray[np.uint8]) -> tuple[Fit, tuple[int, int]]:
+        facts = captures.facts
+        size, multiple = self.size or tuple(facts["size"]), facts["multiple"]
+        fit = Fit.of(image.shape[:2], size, multiple, self.fit)  # type: ignore[arg-type]
+        return fit, (fit.size[0] // multiple, fit.size[1] // multiple)
+
+    def _baselines(
+        self,
+        rows: _Rows,
+        captures: Captures,
+        index: int,
+        name: str,
+        truth: NDArray[np.integer],
+        words: bool,
+        blind: bool,
+    ) -> None:
+        """The best any map of this token grid can do, and random tokens, under every protocol asked for."""
+        image = self.dataset.samples[index].image()
+        record = self._without_forward(captures, image)
+        scored = _scored(truth, record)
+        ids = [int(i) for i in np.unique(scored) if i != IGNORE]
+        if not ids:
+            return
+        shares = torch.stack([torch.from_numpy(truth == i).float() for i in ids])
+        top, left, bottom, right = record.fit.source
+        up, across, down, over = record.fit.target
+        canvas = torch.zeros(len(ids), *record.fit.size)
+        part = shares[None, :, top:bottom, left:right]
+        canvas[:, up:down, across:over] = F.adaptive_avg_pool2d(part, (down - up, over - across))[0]
+        best = np.array(ids)[record.fit.back(F.adaptive_avg_pool2d(canvas, record.grid)).argmax(0).numpy()]
+        generator = torch.Generator().manual_seed(index)
+        for protocol in [*(self.protocols if words else ()), *([UNSUPERVISED] if blind else [])]:
+            keys = (protocol, CEILING, "none", "", "", "", "classes")
+            rows.add(keys, histogram(scored, best, rows.classes))
+            known = self.vocabulary(protocol, name, truth) if protocol != UNSUPERVISED else ids
+            if known:
+                noise = torch.rand(len(known), *record.grid, generator=generator)
+                guess = np.array(known)[record.fit.back(noise).argmax(0).numpy()]
+                rows.add((protocol, RANDOM, *keys[2:]), histogram(scored, guess, rows.classes))
+
+
+class _Rows:
+    """Sparse counts of one image in columns."""
+
+    def __init__(self, index: int, classes: int) -> None:
+        self.index, self.classes = index, classes
+        self._parts: list[tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
+
+    def add(self, keys: tuple[str, ...], counts: NDArray[np.int64]) -> None:
+        truth, found = np.nonzero(counts)
+        self._parts.append((keys, truth, found, counts[truth, found]))
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        sizes = [len(part[1]) for part in self._parts]
+        keys = {
+            name: np.repeat(np.array([part[0][place] for part in self._parts], object), sizes)
+            for place, name in enumerate(KEYS)
+        }
+        numbers = [np.concatenate([part[place] for part in self._parts]) for place in (1, 2, 3)]
+        return {
+            "image": np.full(sum(sizes), self.index, np.int32), **keys, "truth": numbers[0].astype(np.int16),
+            "found": numbers[1].astype(np.int16), "pixels": numbers[2],
+        }  # fmt: skip
+
+
+def _scored(truth: NDArray[np.integer], record: Capture) -> NDArray[np.integer]:
+    """The truth without pixels that the network was not shown."""
+    unseen = record.fit.unseen
+    return np.where(unseen, IGNORE, truth) if unseen.any() else truth
+
+
+def _keys(protocol: str, entry: Entry, kind: str) -> tuple[str, ...]:
+    layers = ",".join(str(layer) for layer in entry.layers)
+    levels = ",".join(f"{level:g}" for level in entry.sigmas)
+    return protocol, entry.method.name, entry.refine, layers, entry.heads, levels, kind
+
+
+def _settings(
+    method: Method, sweep: str, layers: tuple[int, ...], head_count: int, heads: Any, sigmas: tuple[float, ...]
+) -> list[tuple[tuple[int, ...], str, tuple[float, ...]]]:
+    label_of = "mean" if heads is None else str(heads)
+    if sweep == "layer":
+        return [((layer,), label_of, sigmas) for layer in layers]
+    if sweep == "sigma":
+        return [(layers, label_of, (level,)) for level in sigmas]
+    if sweep == "head":
+        if "heads" not in method.defaults:
+            return []
+        return [((layer,), str(head), sigmas) for layer in layers for head in head_indices("all", head_count)]
+    return [(layers, label_of, sigmas)]
+
+
+def _of_head(method: Method, layers: tuple[int, ...], head: str) -> Method:
+    if "heads" in method.defaults and head.isdigit():
+        return method.configure({"heads": [int(head)]})
+    return method

@@ -1,0 +1,153 @@
+"""Figures of an evaluation: the league table, and sweeps over layers, heads and noise levels (Figs. 8, 15 and 17).
+
+    save(league_figure(table), "league"); save(layer_figure(table), "by_layer")
+
+Tables come from `mmdit_probe.evaluate.league.league`; nothing is computed here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mmdit_probe.plots import style
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CEILING = "token-grid ceiling"
+TRIVIAL = ("random", "one class everywhere", "one segment")
+LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#666666", "#000000")
+
+
+def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
+    """mIoU with its interval per configuration, one panel per protocol; ceiling and trivial rows as lines."""
+    protocols = list(dict.fromkeys(table["protocol"]))
+    panels = {name: table[table["protocol"] == name] for name in protocols}
+    rows = {name: int((~part["method"].isin([CEILING, *TRIVIAL])).sum()) for name, part in panels.items()}
+    with style.context():
+        figure = style.figure(width=6.6, height=1.4 + sum(max(1, count) * 0.19 + 0.45 for count in rows.values()))
+        axes = figure.subplots(
+            len(protocols),
+            1,
+            squeeze=False,
+            sharex=True,
+            height_ratios=[max(1, rows[name]) + 1.5 for name in protocols],
+        )
+        for one, name in zip(axes[:, 0], protocols, strict=True):
+            part = panels[name]
+            runs = part[~part["method"].isin([CEILING, *TRIVIAL])]
+            place = np.arange(len(runs))
+            error = np.nan_to_num(
+                np.abs(np.stack([runs["miou"] - runs["miou_low"], runs["miou_high"] - runs["miou"]])), nan=0.0
+            )
+            refined = (runs["refine"] != "none").to_numpy()
+            one.barh(place, runs["miou"], height=0.7, xerr=error, error_kw={"elinewidth": 0.8, "capsize": 1.5},
+                     color=np.where(refined, style.TEXT, style.IMAGE))  # fmt: skip
+            one.set_yticks(place, [_name(row) for row in runs.to_dict("records")])
+            one.invert_yaxis()
+            one.set_title(f"{name} (n = {int(part['n'].max())})", loc="left")
+            for mark, dash in ((CEILING, "-"), *((t, d) for t, d in zip(TRIVIAL, (":", "--", "--"), strict=True))):
+                for value in part.loc[part["method"] == mark, "miou"]:
+                    one.axvline(value, color="black", ls=dash, lw=0.9, label=mark)
+            one.set_xlim(0, 1)
+        axes[-1, 0].set_xlabel("mIoU (union rule), 95 % interval over images")
+        seen: dict[str, object] = {}
+        for one in axes[:, 0]:
+            for handle, text in zip(*one.get_legend_handles_labels(), strict=True):
+                if not text.startswith("_"):
+                    seen.setdefault(text, handle)
+        figure.legend(list(seen.values()), list(seen), loc="outside lower left", ncols=4)
+        if title:
+            figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+    return figure
+
+
+def layer_figure(table: pd.DataFrame, title: str = "", paper: pd.DataFrame | None = None) -> Figure:
+    """mIoU of each layer alone, a line per method and protocol (after Fig. 8).
+
+    Args:
+        paper: the published values by layer, drawn as diamonds; they are of another model and data set.
+    """
+    runs = table[~table["method"].isin([CEILING, *TRIVIAL])]
+    with style.context():
+        figure = style.figure(width=5.2, height=3.0)
+        axes = figure.subplots()
+        for index, (key, part) in enumerate(runs.groupby(["protocol", "method", "refine"], sort=False)):
+            part = part.assign(layer=part["layers"].astype(int)).sort_values("layer")
+            _line(axes, part, "layer", " ".join(word for word in key if word != "none"), LINES[index % len(LINES)])
+        _marks(axes, table)
+        if paper is not None:
+            axes.plot(
+                paper["layer"], paper["miou"] / 100, "D", ms=3, mfc="white", mec="black", label="paper (SD3, Fig. 8)"
+            )
+        axes.set_xlabel("joint-attention layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        _finish(figure, axes, title)
+    return figure
+
+
+def sigma_figure(table: pd.DataFrame, title: str = "") -> Figure:
+    """mIoU of each noise level alone, a line per method and protocol (after Fig. 15)."""
+    runs = table[~table["method"].isin([CEILING, *TRIVIAL])]
+    with style.context():
+        figure = style.figure(width=5.2, height=3.0)
+        axes = figure.subplots()
+        for index, (key, part) in enumerate(runs.groupby(["protocol", "method", "refine"], sort=False)):
+            part = part.assign(level=part["sigma"].astype(float)).sort_values("level")
+            _line(axes, part, "level", " ".join(word for word in key if word != "none"), LINES[index % len(LINES)])
+        _marks(axes, table)
+        axes.set_xlabel("noise level sigma (0 clean, 1 noise)")
+        _finish(figure, axes, title)
+    return figure
+
+
+def head_figure(table: pd.DataFrame, title: str = "") -> Figure:
+    """mIoU of each head of each layer alone, one panel per method and protocol (after Fig. 17)."""
+    runs = table[~table["method"].isin([CEILING, *TRIVIAL])]
+    groups = list(runs.groupby(["protocol", "method", "refine"], sort=False))
+    with style.context():
+        figure = style.figure(width=1.2 + 2.6 * len(groups), height=3.4)
+        axes = figure.subplots(1, len(groups), squeeze=False)[0]
+        high = float(runs["miou"].max())
+        for one, (key, part) in zip(axes, groups, strict=True):
+            part = part.assign(layer=part["layers"].astype(int), head=part["heads"].astype(int))
+            grid = part.pivot(index="layer", columns="head", values="miou")
+            drawn = one.imshow(grid.to_numpy(), cmap="viridis", vmin=0, vmax=high, aspect="auto")
+            one.set_xticks(range(grid.shape[1]), [str(head) for head in grid.columns])
+            one.set_yticks(range(grid.shape[0]), [str(layer) for layer in grid.index])
+            one.set_xlabel("head")
+            one.set_ylabel("layer")
+            one.set_title(" ".join(word for word in key if word != "none"), loc="left")
+        figure.colorbar(drawn, ax=list(axes), label="mIoU")
+        if title:
+            figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+    return figure
+
+
+def _line(axes: Axes, part: pd.DataFrame, column: str, name: str, colour: str) -> None:
+    axes.plot(part[column], part["miou"], "o-", ms=3, lw=1.2, color=colour, label=name)
+    axes.fill_between(part[column], part["miou_low"], part["miou_high"], color=colour, alpha=0.2, lw=0)
+
+
+def _marks(axes: Axes, table: pd.DataFrame) -> None:
+    for mark, dash in ((CEILING, "-"), ("random", ":"), (TRIVIAL[1], "--"), (TRIVIAL[2], "-.")):
+        values = table.loc[table["method"] == mark, "miou"]
+        if len(values):
+            axes.axhline(float(values.iloc[0]), color="black", ls=dash, lw=0.9, label=mark)
+
+
+def _finish(figure: Figure, axes: Axes, title: str) -> None:
+    axes.set_ylabel("mIoU (union rule)")
+    axes.set_ylim(0, 1)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    if title:
+        figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+
+
+def _name(row: dict[str, object]) -> str:
+    refined = "" if row["refine"] == "none" else f" + {row['refine']}"
+    return f"{row['method']}{refined}"
