@@ -22,6 +22,7 @@ import torch
 
 from mmdit_probe import assets
 from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families import FAMILIES, Family
 from mmdit_probe.models.mmdit import MMDiT, default_length
 
@@ -34,6 +35,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     t5: bool = True,
+    lora: str | os.PathLike[str] | None = None,
 ) -> MMDiT:
     """Load an MM-DiT in its stock pipeline.
 
@@ -43,9 +45,11 @@ def load(
         dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on cuda and float32 elsewhere.
         t5: False leaves out the text streams of the large language encoder: their positions hold zeros, as many as
         before.
+        lora: an adapter for the transformer: a folder as diffusers writes it, its file, or a hub id.
 
     Raises:
-        UserError: no such model, not a pipeline directory, not an MM-DiT, gated, or an unknown device or dtype.
+        UserError: no such model, not a pipeline directory, not an MM-DiT, gated, an unknown device or dtype, or an
+            adapter that does not fit.
         RunError: the files are there and cannot be read.
     """
     name = os.fspath(name_or_path)
@@ -57,6 +61,9 @@ def load(
     if twin is not None:
         pipeline.register_modules(transformer=random_twin(pipeline.transformer, int(twin["seed"])))
     pipeline.set_progress_bar_config(disable=True)
+    if lora is not None:
+        load_adapter(pipeline, os.fspath(lora))
+        name = f"{name}+{os.fspath(lora)}"
     return MMDiT(pipeline.to(where), name, length)
 
 

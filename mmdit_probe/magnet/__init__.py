@@ -1,0 +1,51 @@
+"""MAGNET: mask alignment of I2T maps by LoRA (arXiv:2509.18096, section 4.3), on stock diffusers and peft.
+
+    from mmdit_probe import load
+    from mmdit_probe.magnet import MagnetConfig, ScenesData, train
+    model = load("scenes-sd3")
+    train(model, ScenesData("train", 1000), MagnetConfig(layers=(4,), steps=200, warmup=20), out="runs/magnet")
+    pipe.load_lora_weights("runs/magnet/lora")      # in a program that knows nothing of this package
+
+Not a general fine-tuning tool: what it trains is the attention that reads text into the image.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmdit_probe.magnet.config import MagnetConfig
+    from mmdit_probe.magnet.data import FolderData, Sample, ScenesData
+    from mmdit_probe.magnet.lora import save_lora
+    from mmdit_probe.magnet.pseudo import SelfLabelled
+    from mmdit_probe.magnet.tap import TextMapTap
+    from mmdit_probe.magnet.trainer import train
+
+_EXPORTS = {
+    "FolderData": "mmdit_probe.magnet.data",
+    "MagnetConfig": "mmdit_probe.magnet.config",
+    "Sample": "mmdit_probe.magnet.data",
+    "ScenesData": "mmdit_probe.magnet.data",
+    "SelfLabelled": "mmdit_probe.magnet.pseudo",
+    "TextMapTap": "mmdit_probe.magnet.tap",
+    "save_lora": "mmdit_probe.magnet.lora",
+    "train": "mmdit_probe.magnet.trainer",
+}
+
+__all__ = [
+    "FolderData",
+    "MagnetConfig",
+    "Sample",
+    "ScenesData",
+    "SelfLabelled",
+    "TextMapTap",
+    "save_lora",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_EXPORTS[name]), name)

@@ -1,0 +1,147 @@
+"""LoRA on a transformer's joint attention: which modules, their start, and how they are saved.
+
+    targets = target_modules(model.family, model.transformer, layers="all", streams="image")
+    attach(model.transformer, targets, rank=16, alpha=16, seed=0)
+    save_lora(model.transformer, "out/lora", {"layers": [9]})
+
+Saved in diffusers' format with peft's configuration in the header: without it `load_lora_weights` takes alpha to be the
+rank, and an adapter of another alpha comes back scaled wrongly and without a warning (diffusers 0.42.1).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.models.adapters import FILE, KEY
+from mmdit_probe.models.families import Family
+from mmdit_probe.models.layout import find_layers, unwrap
+from mmdit_probe.specs import Spec, layer_indices
+
+Streams = Literal["image", "joint"]
+ADAPTER = "magnet"
+_IMAGE = ("to_q", "to_k", "to_v", "to_out.0")
+_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+
+
+def target_modules(
+    family: Family, transformer: nn.Module, layers: Spec = "all", streams: Streams = "image"
+) -> list[str]:
+    """Paths of the linear modules to adapt.
+
+    Args:
+        family: whose facts apply. transformer: the model.
+        layers: joint-attention layers.
+        streams: "image" takes the projections of the image stream (the paper), "joint" those of both streams.
+
+    The text queries of a last block whose text output is dropped are left out: they never get a gradient.
+    """
+    if streams not in ("image", "joint"):
+        raise unknown("LoRA streams", streams, ("image", "joint"))
+    inner = unwrap(transformer)
+    every = find_layers(family, inner)
+    paths = []
+    for index in layer_indices(layers, len(every)):
+        attention: Any = every[index].module
+        dropped = ("add_q_proj", "to_add_out") if getattr(attention, "context_pre_only", False) else ()
+        names = [name for name in _IMAGE + (_TEXT if streams == "joint" else ()) if name not in dropped]
+        paths += [f"{every[index].path}.{name}" for name in names if _has(attention, name)]
+    if not paths:
+        raise UserError(f"{type(inner).__name__}: the attention has none of {', '.join(_IMAGE)}")
+    return paths
+
+
+def attach(transformer: Any, targets: Sequence[str], *, rank: int, alpha: float, seed: int = 0) -> list[nn.Parameter]:
+    """Add a LoRA adapter named `magnet`; everything else is frozen.
+
+    The down projection is Gaussian from `seed` and the up projection zero (peft's "gaussian"), in float32.
+
+    Returns: the trainable parameters, in a fixed order.
+    """
+    from peft import LoraConfig
+
+    transformer.requires_grad_(False)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights="gaussian", lora_dropout=0.0
+    )  # type: ignore[arg-type]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer.add_adapter(config, adapter_name=ADAPTER)
+    return [parameter for _, parameter in named_parameters(transformer)]
+
+
+def named_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Trainable parameters by name, sorted; made float32 (a bfloat16 weight swallows small updates)."""
+    found = sorted((name, p) for name, p in unwrap(transformer).named_parameters() if p.requires_grad)
+    for _, parameter in found:
+        parameter.data = parameter.data.float()
+    return found
+
+
+def save_lora(transformer: Any, directory: str | Path, metadata: Mapping[str, Any], adapter: str = ADAPTER) -> Path:
+    """Write an adapter in diffusers' format, atomically.
+
+    Args:
+        transformer: holds the adapter. directory: the folder to write.
+        metadata: our facts (layers, data, losses, seed, ...); JSON values.
+
+    Returns: the weight file.
+    """
+    from diffusers import StableDiffusion3Pipeline
+    from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    inner = unwrap(transformer)
+    state = {
+        name: tensor.detach().float().cpu().contiguous()
+        for name, tensor in get_peft_model_state_dict(inner, adapter_name=adapter).items()
+    }
+    folder = Path(directory)
+    temporary = f"{FILE}.tmp.safetensors"
+    StableDiffusion3Pipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=state,
+        transformer_lora_adapter_metadata=_plain(inner.peft_config[adapter].to_dict()),
+        weight_name=temporary,
+    )
+    with safe_open(str(folder / temporary), framework="pt") as opened:
+        header = dict(opened.metadata())
+    if LORA_ADAPTER_METADATA_KEY not in header:
+        raise UserError(
+            "this diffusers version writes no adapter metadata; alpha would be lost. Expected 0.35 or newer"
+        )
+    header[KEY] = json.dumps(dict(metadata), sort_keys=True, default=str)
+    save_file(load_file(folder / temporary), folder / temporary, metadata=header)
+    os.replace(folder / temporary, folder / FILE)
+    return folder / FILE
+
+
+def lora_state(transformer: nn.Module) -> dict[str, Tensor]:
+    """Copies of the trainable parameters by name."""
+    return {name: parameter.detach().clone() for name, parameter in named_parameters(transformer)}
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    for part in path.split("."):
+        found = getattr(module, part, None)
+        if found is None:
+            return False
+        module = found
+    return True
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A peft configuration as JSON values: sets sorted, enumerations by value."""
+    return {
+        key: sorted(value) if isinstance(value, set) else getattr(value, "value", value)
+        for key, value in config.items()
+    }

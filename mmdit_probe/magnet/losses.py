@@ -1,0 +1,127 @@
+"""The MAGNET objective: flow matching + lambda_mask (lambda_focal focal + lambda_dice dice), arXiv:2509.18096.
+
+Every term is a mean over samples of per-sample values, so that neither the split into micro-batches nor that over
+processes changes it.
+
+    >>> import torch
+    >>> float(focal(torch.tensor([6.0]), torch.tensor([0.0]), alpha=-1.0, gamma=0.0))     # plain cross-entropy
+    6.0024...
+
+Focal and dice take logits: the published trainer overwrote the sigmoid by the logits themselves, which makes a wrong
+pixel at logit 6 cost 216. Maps after the softmax are probabilities already; `as_logits` brings both to one form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmdit_probe.attention.differentiable import Space
+from mmdit_probe.errors import unknown
+
+Normalise = Literal["none", "minmax"]
+_EPS = 1e-4
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the objective and of the matching cost; the defaults are the paper's (its code's for the matcher).
+
+    Attributes:
+        flow, mask, focal, dice: flow + mask (focal + dice).
+        alpha, gamma: of the focal loss; alpha < 0 leaves the balance of classes out.
+        match_focal, match_dice: cost of pairing a map with a mask (head-level alignment).
+    """
+
+    flow: float = 1.0
+    mask: float = 1.0
+    focal: float = 0.1
+    dice: float = 0.2
+    alpha: float = 0.25
+    gamma: float = 2.0
+    match_focal: float = 0.02
+    match_dice: float = 1.0
+
+
+def focal(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Focal loss per element (arXiv:1708.02002), of logits and targets in [0, 1] of one shape."""
+    entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    p = logits.sigmoid()
+    missed = p * (1 - targets) + (1 - p) * targets
+    loss = entropy * missed**gamma
+    return loss if alpha < 0 else loss * (alpha * targets + (1 - alpha) * (1 - targets))
+
+
+def dice(logits: Tensor, targets: Tensor) -> Tensor:
+    """Dice loss per mask [...] of logits and targets [..., H, W], smoothed by one pixel."""
+    p, t = logits.sigmoid().flatten(-2), targets.flatten(-2)
+    return 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
+
+
+def flow_matching(velocity: Tensor, latents: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error to noise - latents, per sample [B]."""
+    return (velocity.float() - (noise - latents).float()).square().flatten(1).mean(1)
+
+
+def as_logits(maps: Tensor, space: Space, normalise: Normalise = "none") -> Tensor:
+    """Maps [..., h, w] as logits.
+
+    Args:
+        maps: logits or probabilities, as `space` says.
+        normalise: "minmax" stretches every map to [0, 1] over space (not over tokens) and reads it as a probability.
+    """
+    if normalise not in ("none", "minmax"):
+        raise unknown("normalisation", normalise, ("none", "minmax"))
+    if normalise == "minmax":
+        low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+        maps = (maps - low) / (high - low).clamp(min=1e-12)
+    elif space == "logit":
+        return maps
+    return torch.logit(maps, eps=_EPS)
+
+
+def mask_loss(logits: Tensor, masks: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor]:
+    """Focal and dice loss of one sample, each a mean over its K masks.
+
+    Args:
+        logits: [K, h, w], enlarged bilinearly to the size of the masks.
+        masks: [K, H, W] boolean or in [0, 1].
+    """
+    targets = masks.to(logits.device, logits.dtype)
+    large = F.interpolate(logits[None], targets.shape[-2:], mode="bilinear", align_corners=False)[0]
+    return focal(large, targets, weights.alpha, weights.gamma).mean(), dice(large, targets).mean()
+
+
+@torch.no_grad()
+def match_cost(logits: Tensor, masks: Tensor, weights: LossWeights) -> Tensor:
+    """Cost [C, K] of pairing each of C maps with each of K masks, on the token grid.
+
+    Args:
+        logits: [C, h, w]. masks: [K, H, W]; a token's target is the share of its pixels inside the mask.
+    """
+    targets = F.adaptive_avg_pool2d(masks.to(logits.device, logits.dtype), logits.shape[-2:]).flatten(1)
+    flat = logits.flatten(1)
+    ones = torch.ones_like(flat)
+    as_positive = focal(flat, ones, weights.alpha, weights.gamma)
+    as_negative = focal(flat, 0 * ones, weights.alpha, weights.gamma)
+    of_focal = (as_positive @ targets.T + as_negative @ (1 - targets).T) / flat.shape[1]
+    p = flat.sigmoid()
+    of_dice = 1 - (2 * p @ targets.T + 1) / (p.sum(1)[:, None] + targets.sum(1)[None] + 1)
+    return weights.match_focal * of_focal + weights.match_dice * of_dice
+
+
+def match(logits: Tensor, masks: Tensor, weights: LossWeights) -> tuple[Tensor, Tensor]:
+    """The cheapest pairing of maps and masks, one map per mask: indices of maps and of masks, equally long.
+
+    Candidates are the maps of every layer, head and text token, so there are more of them than masks.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    cost = match_cost(logits.detach(), masks, weights).cpu().double().numpy()
+    rows, columns = linear_sum_assignment(np.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6))
+    return torch.as_tensor(rows, device=logits.device), torch.as_tensor(columns, device=masks.device)

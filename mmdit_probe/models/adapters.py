@@ -1,0 +1,89 @@
+"""LoRA adapters on a pipeline: loaded by the stock loader, checked, with what the package wrote beside the weights.
+
+    model = load("scenes-sd3", lora="runs/train-magnet/.../lora")
+    read_metadata("runs/train-magnet/.../lora")["mmdit_probe"]
+
+The format is diffusers' own, so adapters of other programs load as well. `pipeline.fuse_lora()` merges an adapter into
+the weights and `pipeline.unload_lora_weights()` takes it off: nothing here is needed for either.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mmdit_probe.errors import RunError, UserError
+
+FILE = "pytorch_lora_weights.safetensors"
+"""File name of an adapter in its folder; diffusers' default."""
+KEY = "mmdit_probe"
+"""Entry of the safetensors header that holds our metadata as JSON."""
+
+
+def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
+    """Load a LoRA into a pipeline's transformer.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        source: a folder with `pytorch_lora_weights.safetensors`, such a file, or a hub id.
+        name: adapter name; diffusers counts up if None.
+
+    Raises:
+        UserError: no adapter there, or it matches nothing in this transformer, or only a part of it.
+    """
+    path = Path(source)
+    if path.exists() and not _file(path).is_file():
+        raise UserError(f"{source!r} holds no {FILE}; expected a LoRA folder as diffusers writes it")
+    if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise UserError(f"no LoRA {source!r}: expected a folder with {FILE}, such a file, or a hub id")
+    wanted = _modules(path) if path.exists() else None
+    transformer = pipeline.transformer
+    before = set(getattr(transformer, "peft_config", {}))
+    own = {module for module, _ in transformer.named_modules()}
+    if wanted is not None and not wanted <= own:
+        missing = sorted(wanted - own)
+        raise UserError(
+            f"LoRA {source!r} does not fit this model: {len(missing)} of its {len(wanted)} modules are not there, e.g."
+            f" {missing[0]!r}"
+        )
+    try:
+        if path.is_file():
+            pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
+        else:
+            pipeline.load_lora_weights(source, adapter_name=name)
+    except Exception as error:
+        raise RunError(f"LoRA {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    if set(getattr(transformer, "peft_config", {})) == before:
+        raise UserError(f"LoRA {source!r} has no weights for this transformer; nothing was loaded")
+
+
+def read_metadata(source: str | Path) -> dict[str, Any]:
+    """Header of an adapter file: `lora` (rank, alpha, targets as peft names them) and `mmdit_probe` (ours), {} if none.
+
+    Raises:
+        UserError: no adapter there.
+    """
+    from safetensors import safe_open
+
+    file = _file(Path(source))
+    if not file.is_file():
+        raise UserError(f"{str(source)!r} holds no {FILE}; expected a LoRA folder as diffusers writes it")
+    with safe_open(str(file), framework="pt") as opened:
+        header = opened.metadata() or {}
+    return {"lora": json.loads(header.get("lora_adapter_metadata", "{}")), KEY: json.loads(header.get(KEY, "{}"))}
+
+
+def _file(path: Path) -> Path:
+    return path / FILE if path.is_dir() else path
+
+
+def _modules(path: Path) -> set[str]:
+    """Transformer modules that an adapter file has weights for."""
+    from safetensors import safe_open
+
+    with safe_open(str(_file(path)), framework="pt") as opened:
+        keys = list(opened.keys())
+    marks = (".lora_A.", ".lora_B.", ".lora.", ".lora_magnitude")
+    inside = [key.removeprefix("transformer.") for key in keys if key.startswith("transformer.")]
+    return {key.split(mark)[0] for key in inside for mark in marks if mark in key}
