@@ -44,15 +44,15 @@ def contact_sheet(
         side = min(0.85, 9.0 / max(1, len(columns)))
         figure = style.figure(width=1.0 + side * len(columns), height=0.45 + (side + 0.06) * len(rows))
         grid = figure.subplots(len(rows), len(columns), squeeze=False)
+        for axes, name in zip(grid[0], columns, strict=True):
+            axes.set_title(name, fontsize=6)
         for axes_row, prompt, cells in zip(grid, rows, images, strict=True):
-            for k, (axes, cell) in enumerate(zip(axes_row, cells, strict=True)):
+            for axes, cell in zip(axes_row, cells, strict=True):
                 axes.set_xticks([])
                 axes.set_yticks([])
                 axes.spines[:].set_visible(False)
                 if cell is not None:
                     axes.imshow(cell, interpolation="nearest")
-                if axes_row is grid[0]:
-                    axes.set_title(columns[k], fontsize=6)
             axes_row[0].set_ylabel(fill(prompt or "(empty)", 20), fontsize=5, rotation=0, ha="right", va="center")
         if title:
             figure.suptitle(title, fontsize=8, x=0.01, ha="left")
