@@ -62,6 +62,9 @@ def command(
 
     from mmdit_probe.cli.session import open_model
     from mmdit_probe.segment.run import discover
+    from mmdit_probe.select import load_selection
 
     loaded = open_model(model, debug=debug, device=device, dtype=dtype)
+    if selection is not None:
+        load_selection(selection, loaded)  # refuses the selection of another model
     report("discover", discover(loaded, picture, **shared), loaded, request, image, out, output)

@@ -104,9 +104,12 @@ def command(
     from mmdit_probe.evaluate.run import evaluate
     from mmdit_probe.evaluate.shards import shard_of
     from mmdit_probe.results import RunFolder
+    from mmdit_probe.select import load_selection
 
     captures = Captures(lambda: open_model(model, debug=debug, device=device, dtype=dtype), model, cache)
     facts = captures.facts
+    if selection is not None and load_selection(selection).weight_hash != facts["weight_hash"]:
+        raise UserError(f"the selection {str(selection)!r} was made with other weights; run select-layers on {model}")
     plan = Plan.of(
         data, request["methods"], layer_count=facts["layers"], head_count=facts["heads"],
         protocols=request["protocols"], refine=request["refine"], options=request["options"], background=background,

@@ -76,8 +76,11 @@ def command(
 
     from mmdit_probe.cli.session import open_model
     from mmdit_probe.segment.run import segment
+    from mmdit_probe.select import load_selection
 
     loaded = open_model(model, debug=debug, device=device, dtype=dtype)
+    if selection is not None:
+        load_selection(selection, loaded)  # refuses the selection of another model
     result = segment(loaded, picture, parsed, background=background, **shared)
     for extra in result.capture.passes[1:2]:
         output.note(

@@ -8,7 +8,7 @@ present class everywhere (the most frequent by the data set's pixels), and one s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,11 +37,10 @@ def league(counts: pd.DataFrame, classes: int, *, match: str = "image", backgrou
     """
     import pandas as pd
 
-    groups = dict(iter(counts.groupby(list(KEYS), observed=True, sort=False)))
+    groups = _groups(counts)
     found: dict[tuple[str, ...], ImageCounts] = {}
     segments: dict[tuple[str, ...], float] = {}
     for key, part in groups.items():
-        assert isinstance(key, tuple)
         if key[-1] == "segments":
             segments[key] = float(part.groupby("image")["found"].nunique().mean())
             part = matched(part, classes, match, background)
@@ -55,7 +54,7 @@ def league(counts: pd.DataFrame, classes: int, *, match: str = "image", backgrou
     rows = []
     for key, scores in found.items():
         low, high = scores.interval("miou")
-        row = dict(zip(KEYS[:-1], key[:-1], strict=True)) | {"n": len(scores)}
+        row: dict[str, Any] = dict(zip(KEYS[:-1], key[:-1], strict=True)) | {"n": len(scores)}
         row |= {name: scores.score(name) for name in SCORES} | {"miou_low": low, "miou_high": high}
         plain = found.get((*key[:2], "none", *key[3:]))
         if key[2] != "none" and plain is not None:
@@ -76,8 +75,7 @@ def per_class(
     import pandas as pd
 
     rows = []
-    for key, part in counts.groupby(list(KEYS), observed=True, sort=False):
-        assert isinstance(key, tuple)
+    for key, part in _groups(counts).items():
         if key[-1] == "segments":
             part = matched(part, len(names), match, background)
         ious = ImageCounts.from_table(part, len(names)).ious()
@@ -100,6 +98,11 @@ def matched(part: pd.DataFrame, classes: int, match: str, background: int | None
         ids = whole if whole is not None else assign(_dense(image, classes), match, background)
         frames.append(image.assign(found=ids[image["found"].to_numpy()]))
     return pd.concat(frames)
+
+
+def _groups(counts: pd.DataFrame) -> dict[tuple[str, ...], pd.DataFrame]:
+    """Rows by configuration, in order of appearance."""
+    return {tuple(map(str, key)): part for key, part in counts.groupby(list(KEYS), observed=True, sort=False)}
 
 
 def _dense(part: pd.DataFrame, classes: int) -> NDArray[np.int64]:

@@ -4,7 +4,7 @@
     counts.miou("union"), counts.miou("gt"), counts.interval("miou")
 
 A score is a ratio of sums over images, so images are resampled and the sums are taken again; no image has a score of
-its own. Two averaging rules exist side by side in the literature and differ when a class is predicted that never occurs:
+its own. Two averaging rules stand side by side in the literature; they differ when an absent class is predicted:
 
     union   mean IoU over classes in truth or prediction (mmseg; used beside CLIP methods)
     gt      mean IoU over classes in the truth (detectron2; used by Seg4Diff)
@@ -50,7 +50,7 @@ class ImageCounts:
         for kept, of in ((rows == columns, rows), (rows >= 0, rows), (columns < classes, columns)):
             kept = kept & (of >= 0) & (of < classes)
             flat = np.bincount(place[kept] * classes + of[kept], pixels[kept], len(images) * classes)
-            parts.append(flat.reshape(len(images), classes))
+            parts.append(flat.reshape(len(images), classes).astype(np.float64))
         return cls(*parts)
 
     def __len__(self) -> int:

@@ -7,7 +7,7 @@ Tables come from `mmdit_probe.evaluate.league.league`; nothing is computed here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from mmdit_probe.plots import style
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -55,7 +56,7 @@ def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
                     one.axvline(value, color="black", ls=dash, lw=0.9, label=mark)
             one.set_xlim(0, 1)
         axes[-1, 0].set_xlabel("mIoU (union rule), 95 % interval over images")
-        seen: dict[str, object] = {}
+        seen: dict[str, Artist] = {}
         for one in axes[:, 0]:
             for handle, text in zip(*one.get_legend_handles_labels(), strict=True):
                 if not text.startswith("_"):
@@ -72,20 +73,22 @@ def layer_figure(table: pd.DataFrame, title: str = "", paper: pd.DataFrame | Non
     Args:
         paper: the published values by layer, drawn as diamonds; they are of another model and data set.
     """
+    from matplotlib.ticker import MaxNLocator
+
     runs = table[~table["method"].isin([CEILING, *TRIVIAL])]
     with style.context():
         figure = style.figure(width=5.2, height=3.0)
         axes = figure.subplots()
         for index, (key, part) in enumerate(runs.groupby(["protocol", "method", "refine"], sort=False)):
             part = part.assign(layer=part["layers"].astype(int)).sort_values("layer")
-            _line(axes, part, "layer", " ".join(word for word in key if word != "none"), LINES[index % len(LINES)])
+            _line(axes, part, "layer", _words(key), LINES[index % len(LINES)])
         _marks(axes, table)
         if paper is not None:
             axes.plot(
                 paper["layer"], paper["miou"] / 100, "D", ms=3, mfc="white", mec="black", label="paper (SD3, Fig. 8)"
             )
         axes.set_xlabel("joint-attention layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _finish(figure, axes, title)
     return figure
 
@@ -98,7 +101,7 @@ def sigma_figure(table: pd.DataFrame, title: str = "") -> Figure:
         axes = figure.subplots()
         for index, (key, part) in enumerate(runs.groupby(["protocol", "method", "refine"], sort=False)):
             part = part.assign(level=part["sigma"].astype(float)).sort_values("level")
-            _line(axes, part, "level", " ".join(word for word in key if word != "none"), LINES[index % len(LINES)])
+            _line(axes, part, "level", _words(key), LINES[index % len(LINES)])
         _marks(axes, table)
         axes.set_xlabel("noise level sigma (0 clean, 1 noise)")
         _finish(figure, axes, title)
@@ -121,7 +124,7 @@ def head_figure(table: pd.DataFrame, title: str = "") -> Figure:
             one.set_yticks(range(grid.shape[0]), [str(layer) for layer in grid.index])
             one.set_xlabel("head")
             one.set_ylabel("layer")
-            one.set_title(" ".join(word for word in key if word != "none"), loc="left")
+            one.set_title(_words(key), loc="left")
         figure.colorbar(drawn, ax=list(axes), label="mIoU")
         if title:
             figure.suptitle(title, fontsize=9, x=0.01, ha="left")
@@ -146,6 +149,11 @@ def _finish(figure: Figure, axes: Axes, title: str) -> None:
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     if title:
         figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+
+
+def _words(key: Any) -> str:
+    """What a line stands for: protocol, method, refinement where there is one."""
+    return " ".join(str(word) for word in key if word != "none")
 
 
 def _name(row: dict[str, object]) -> str:

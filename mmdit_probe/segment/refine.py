@@ -9,8 +9,9 @@
     nosink[:n]       the same after taking out sink columns: tokens that many queries look at whatever they show
     pamr[:n]         n rounds of pixel-adaptive averaging on the picture's colours (arXiv:2005.08104)
 
-Columns of different words differ in their mean, and averaging over space leaves only that difference: put "minmax" or
-"centre" before "affinity" for methods whose scores are raw probabilities. The order of the names is the order of the steps; grid steps come before pixel steps.
+The order of the names is the order of the steps; grid steps come before pixel steps. Columns of different words differ
+in their mean, and averaging over space leaves only that difference: put "minmax" or "centre" before "affinity" for
+methods whose scores are raw probabilities.
 """
 
 from __future__ import annotations

@@ -71,4 +71,4 @@ def selected(selection: Path | None, layers: str | None, heads: str | None) -> t
     from mmdit_probe.select import load_selection
 
     found = load_selection(selection)
-    return list(found.layers), found.heads
+    return list(found.layers), found.heads or None

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from mmdit_probe.errors import unknown
+from mmdit_probe.segment.methods.affinity import DIFFSEGMENTER, ISEG, PER_CLASS, TOKENRANK
 from mmdit_probe.segment.methods.base import Method
+from mmdit_probe.segment.methods.clusters import DIFFCUT, DIFFSEG
+from mmdit_probe.segment.methods.concepts import CONCEPTATTENTION
 from mmdit_probe.segment.methods.seg4diff import SEG4DIFF, UNSUPERVISED
 
-METHODS: dict[str, Method] = {method.name: method for method in (SEG4DIFF, UNSUPERVISED)}
+_ALL = (
+    SEG4DIFF, DIFFSEGMENTER, PER_CLASS, ISEG, TOKENRANK, CONCEPTATTENTION,
+    UNSUPERVISED, DIFFSEG, DIFFCUT,
+)  # fmt: skip
+METHODS: dict[str, Method] = {method.name: method for method in _ALL}
 
 
 def find(name: str) -> Method:

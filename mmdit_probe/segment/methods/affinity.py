@@ -1,0 +1,143 @@
+"""Methods that spread a class map along the image-image attention: diffsegmenter, iseg, tokenrank.
+
+All three come from other models (U-Nets, or attention chains in general); here they read one joint softmax, so their
+image-image block is renormalised first: its rows lack the text mass. Sources and what differs from them is said in each
+docstring.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmdit_probe.segment.methods.base import Heads, Method, by_class, pick_heads, renorm
+from mmdit_probe.segment.methods.seg4diff import span_maps, symmetric_kl
+from mmdit_probe.segment.record import Capture
+
+
+def diffsegmenter(
+    capture: Capture, order: int = 1, heads: Heads = "mean", softmax: str = "auto", stream: str | None = None
+) -> Tensor:
+    """Scores [C, h, w]: the class map scaled to 0..1, spread by S^order, scaled again (arXiv:2309.02773).
+
+    S is the head- and layer-mean I2I block. The original's pyramid of resolutions is one grid here, and its one prompt
+    per class a joint prompt; `diffsegmenter-per-class` takes one forward per name as the original does.
+
+    Args:
+        order: how often S is applied. heads, softmax, stream: as in seg4diff.
+    """
+    found = []
+    walks = [renorm(capture.mean("i2i", of=index)) for index in range(len(capture.passes))]
+    of_pass = [index for index, one in enumerate(capture.passes) for _ in one.prompt.queries]
+    for index, (query, values) in zip(
+        of_pass, span_maps(capture, heads=heads, softmax=softmax, stream=stream), strict=True
+    ):
+        values = _unit(values)
+        for _ in range(order):
+            values = walks[index] @ values
+        found.append((query, _unit(values)))
+    return by_class(capture, found)
+
+
+def iseg(
+    capture: Capture,
+    ent: float = 0.015,
+    rounds: int = 8,
+    cluster: bool = True,
+    heads: Heads = "mean",
+    stream: str | None = None,
+) -> Tensor:
+    """Scores [C, h, w]: clustered text maps, spread along entropy-sharpened affinity (iSeg, arXiv:2409.03209).
+
+    Args:
+        ent: weight of the entropy term that removes weak links; free of scale, because columns are divided by their
+            largest entry. rounds: of spreading.
+        cluster: average text maps over clusters of pixels with like text profiles first.
+        heads, stream: as in seg4diff.
+    """
+    found = []
+    for index, one in enumerate(capture.passes):
+        maps = torch.stack([pick_heads(one.records[layer].part("i2t"), heads, layer) for layer in capture.layers]).mean(
+            0
+        )
+        maps = maps / maps.sum(0, keepdim=True).clamp(min=1e-12)  # [I, T]
+        if cluster:
+            maps = _cluster(maps, capture.grid)
+        walk = _sharpened(renorm(capture.mean("i2i", of=index)), ent)
+        for query in one.prompt.queries:
+            values = _share(maps[:, query.positions(stream)].mean(1))
+            for _ in range(rounds):
+                values = _share(walk @ values)
+            found.append((query, _unit(values)))
+    return by_class(capture, found)
+
+
+def tokenrank(
+    capture: Capture,
+    bounces: int = 2,
+    teleport: float = 0.01,
+    heads: Heads = "mean",
+    softmax: str = "auto",
+    stream: str | None = None,
+) -> Tensor:
+    """Scores [C, h, w]: where a walk along incoming attention is after some bounces (arXiv:2507.17657).
+
+    The walk starts at the word: the first bounce is its I2T column, each further one a step along the columns of the
+    image-image chain, whose heads are weighted by |lambda_2|. The chain is restricted to the image block.
+
+    Args:
+        bounces: at least 1; 1 is the scaled seg4diff map. teleport: share of uniform steps, so that every state is
+            reached. heads, softmax, stream: of the start, as in seg4diff.
+    """
+    found = []
+    chains = []
+    for index in range(len(capture.passes)):
+        chain = renorm(capture.mean("i2i_walk", of=index))
+        chain = (1 - teleport) * chain + teleport / len(chain)
+        chains.append(chain / chain.sum(0, keepdim=True))
+    of_pass = [index for index, one in enumerate(capture.passes) for _ in one.prompt.queries]
+    for index, (query, values) in zip(
+        of_pass, span_maps(capture, heads=heads, softmax=softmax, stream=stream), strict=True
+    ):
+        for _ in range(bounces - 1):
+            values = chains[index] @ values
+        found.append((query, _unit(values)))
+    return by_class(capture, found)
+
+
+def _unit(values: Tensor) -> Tensor:
+    return (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
+
+
+def _share(values: Tensor) -> Tensor:
+    values = values - values.min()
+    return values / values.sum().clamp(min=1e-12)
+
+
+def _sharpened(walk: Tensor, ent: float) -> Tensor:
+    """Rows [I, I] after adding the entropy gradient ent * log10(e a) to the column-scaled links and cutting below 0."""
+    scaled = walk / walk.amax(0, keepdim=True).clamp(min=1e-12)
+    sharper = scaled + ent * torch.log10(torch.e * scaled.clamp(min=1e-30))
+    return renorm(torch.where(scaled > 0, sharper, 0.0).clamp(min=0))
+
+
+def _cluster(maps: Tensor, grid: tuple[int, int], seeds: int = 32, rounds: int = 20) -> Tensor:
+    """Pixel profiles [I, T] replaced by their cluster's mean: symmetric KL, seeds on a grid, empty ones vanish."""
+    values = maps.clamp(min=1e-6) + 1e-5
+    h, w = grid
+    step = max(1, int(min(h, w) // seeds**0.5))
+    places = torch.arange(h * w).reshape(h, w)[::step, ::step].flatten()
+    centres = values[places]
+    members = torch.zeros(len(values), dtype=torch.long)
+    for _ in range(rounds):
+        members = symmetric_kl(values, centres).argmin(1)
+        used, members = torch.unique(members, return_inverse=True)
+        centres = torch.zeros(len(used), values.shape[1]).index_add_(0, members, values)
+        centres = centres / torch.bincount(members, minlength=len(used))[:, None]
+    return centres[members] - 1e-5
+
+
+DIFFSEGMENTER = Method("diffsegmenter", diffsegmenter, ("i2t", "i2i"), "arXiv:2309.02773")
+PER_CLASS = Method("diffsegmenter-per-class", diffsegmenter, ("i2t", "i2i"), "arXiv:2309.02773", together=False)
+ISEG = Method("iseg", iseg, ("i2t", "i2i"), "arXiv:2409.03209")
+TOKENRANK = Method("tokenrank", tokenrank, ("i2t", "i2i_walk"), "arXiv:2507.17657")

@@ -1,0 +1,129 @@
+"""Unsupervised methods: diffseg merges attention maps, diffcut cuts a graph of features. Both from the empty prompt.
+
+Cost at 64 x 64 tokens on a laptop core: diffseg compares 256 anchors with 4096 maps in matrix products; diffcut pools
+features to 32 x 32 before it cuts (as its paper does) and computes only the second eigenvector of each part. Labels are
+assigned at the full grid in both.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmdit_probe.segment.methods.base import Method, renorm
+from mmdit_probe.segment.methods.seg4diff import greedy_merge, symmetric_kl
+from mmdit_probe.segment.record import Capture
+
+
+def diffseg(capture: Capture, tau: float = 0.5, rounds: int = 3, anchors: int = 16) -> Tensor:
+    """Proposals [P, h, w]: image-image attention maps merged by symmetric KL (arXiv:2308.12469).
+
+    Args:
+        tau: threshold of every round. The original's 0.9 to 1.1 are for a U-Net's self-attention; scan it per model.
+        rounds: the first averages all maps near an anchor, the others merge anchors greedily.
+        anchors: per side of the grid.
+    """
+    maps = renorm(capture.mean("i2i"))
+    h, w = capture.grid
+    places = (_spread(h, anchors)[:, None] * w + _spread(w, anchors)[None]).flatten()
+    near = (symmetric_kl(maps[places], maps) < tau).float()
+    near[torch.arange(len(places)), places] = 1.0
+    proposals = (near @ maps) / near.sum(1, keepdim=True)
+    for _ in range(rounds - 1):
+        proposals = greedy_merge(proposals, tau)
+    return proposals.reshape(-1, h, w)
+
+
+def diffcut(
+    capture: Capture, tau: float = 0.5, alpha: float = 10.0, pool: int = 32, features: str = "feat_proj"
+) -> Tensor:
+    """Proposals [P, h, w]: recursive normalised cuts of a feature graph (arXiv:2406.02842).
+
+    Args:
+        tau: a part is cut while its normalised cut is below this. alpha: power on the affinities in 0..1.
+        pool: the graph has at most pool x pool nodes.
+        features: "feat_proj" after the attention's output projection (the original's place), or "feat_out".
+
+    Features of several layers are normalised and set side by side. Parts are kept as lists of nodes, so that no two of
+    them can collide, as sums of labels do in the official code after some 40 cuts.
+    """
+    parts = [F.normalize(capture.passes[0].records[layer].part(features), dim=-1) for layer in capture.layers]
+    whole = F.normalize(torch.cat(parts, -1), dim=-1)  # [I, E]
+    h, w = capture.grid
+    grid = whole.T.reshape(1, -1, h, w)
+    if max(h, w) > pool:
+        grid = F.adaptive_avg_pool2d(grid, (min(h, pool), min(w, pool)))
+    nodes = F.normalize(grid[0].flatten(1).T, dim=-1).double()
+    affinity = nodes @ nodes.T
+    low, high = affinity.min(), affinity.max()
+    affinity = ((affinity - low) / (high - low).clamp(min=1e-12)) ** alpha
+    groups = normalised_cuts(affinity.numpy(), tau)
+    centres = F.normalize(torch.stack([nodes[group].mean(0) for group in groups]), dim=-1).float()
+    return (centres @ whole.T).reshape(-1, h, w)
+
+
+def normalised_cuts(affinity: NDArray[np.float64], tau: float) -> list[NDArray[np.int64]]:
+    """Groups of nodes after cutting while the best two-way normalised cut is below tau (Shi and Malik 2000).
+
+    Args:
+        affinity: [n, n], symmetric, in 0..1.
+    """
+    done: list[NDArray[np.int64]] = []
+    waiting = [np.arange(len(affinity))]
+    while waiting:
+        nodes = waiting.pop()
+        split = _best_cut(affinity[np.ix_(nodes, nodes)]) if len(nodes) > 2 else None
+        if split is None or split[0] >= tau:
+            done.append(nodes)
+        else:
+            waiting += [nodes[split[1]], nodes[~split[1]]]
+    return sorted(done, key=lambda group: int(group[0]))
+
+
+def _best_cut(affinity: NDArray[np.float64]) -> tuple[float, NDArray[np.bool_]] | None:
+    """(value, side) of the best of 100 thresholds on the second eigenvector; None if no threshold separates nodes."""
+    degree = affinity.sum(1).clip(min=1e-12)
+    scale = degree**-0.5
+    vector = scale * _second_vector(affinity * scale[:, None] * scale[None])
+    best: tuple[float, NDArray[np.bool_]] | None = None
+    total = degree.sum()
+    for threshold in np.unique(np.linspace(0.99 * vector.min(), 0.99 * vector.max(), 100)):
+        side = vector > threshold
+        if not side.any() or side.all():
+            continue
+        mass = degree[side].sum()
+        between = affinity[side][:, ~side].sum()
+        value = float(between / mass + between / (total - mass))
+        if best is None or value < best[0]:
+            best = value, side
+    return best
+
+
+def _second_vector(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Eigenvector of the second largest eigenvalue of a symmetric matrix."""
+    from scipy.linalg import eigh
+    from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+
+    count = len(matrix)
+    if count > 400:
+        try:
+            values, vectors = eigsh(matrix, k=2, which="LA", v0=np.linspace(1.0, 2.0, count), tol=1e-6)
+            return np.asarray(vectors[:, np.argsort(values)[0]])
+        except ArpackNoConvergence:
+            pass  # nearly equal eigenvalues: the dense solver below takes longer and always answers
+    return np.asarray(eigh(matrix, subset_by_index=[count - 2, count - 2])[1][:, 0])
+
+
+def _spread(length: int, count: int) -> Tensor:
+    """Up to `count` evenly spaced places in 0..length-1, centred."""
+    count = min(count, length)
+    step = 1 if count == 1 else max(1, (length - 1) // (count - 1))
+    start = (length - 1 - step * (count - 1)) // 2
+    return torch.arange(count) * step + start
+
+
+DIFFSEG = Method("diffseg", diffseg, ("i2i",), "arXiv:2308.12469", unsupervised=True)
+DIFFCUT = Method("diffcut", diffcut, ("feat_proj", "feat_out"), "arXiv:2406.02842", unsupervised=True)

@@ -1,0 +1,162 @@
+"""Every method on captures whose answer is known, with negative controls."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.evaluate.matching import assign, histogram
+from mmdit_probe.segment.methods import METHODS, find
+from mmdit_probe.segment.methods.base import parse_option
+from mmdit_probe.segment.methods.clusters import normalised_cuts
+from mmdit_probe.segment.methods.seg4diff import greedy_merge, symmetric_kl
+from mmdit_probe.segment.tail import label
+from tests.segment import worlds
+
+NAMED = [name for name, one in METHODS.items() if not one.unsupervised and "clip" not in name]
+BLIND = [name for name, one in METHODS.items() if one.unsupervised]
+THRESHOLDS = {"seg4diff-unsup": 0.02, "diffseg": 0.5, "diffcut": 0.5}
+
+
+def accuracy(found: np.ndarray, truth: np.ndarray) -> float:
+    return float((found == truth).mean())
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_methods_find_known_regions(name: str) -> None:
+    regions = worlds.masks()
+    one = worlds.capture(regions, noise=0.2)
+    scores = find(name)(one)
+    assert tuple(scores.shape) == (3, 8, 8) and torch.isfinite(scores).all()
+    assert accuracy(label(one.fit.back(scores)), worlds.truth(regions)) > 0.9
+    control = find(name)(worlds.without_information(one))
+    assert accuracy(label(one.fit.back(control)), worlds.truth(regions)) < 0.7
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_unsupervised_methods_find_known_regions(name: str) -> None:
+    regions = worlds.masks()
+    one = worlds.capture(regions, noise=0.05, empty=True, text=4)
+    method = find(name).configure({"tau": THRESHOLDS[name]})
+
+    def score(capture) -> tuple[float, int]:
+        labels = label(one.fit.back(method(capture)))
+        counts = histogram(worlds.truth(regions), labels, 3)
+        classes = assign(counts)
+        return accuracy(classes[labels], worlds.truth(regions)), len(np.unique(labels))
+
+    right, segments = score(one)
+    assert right > 0.9 and 3 <= segments <= 4
+    assert score(worlds.without_information(one))[0] < right - 0.2
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_threshold_zero_keeps_and_huge_merges(name: str) -> None:
+    one = worlds.capture(worlds.masks(), noise=0.05, empty=True)
+    low, high = (find(name).configure({"tau": tau})(one) for tau in (0.0, 1e9))
+    if name == "diffcut":
+        low, high = high, low  # there tau is the value below which parts are cut
+    assert len(high) == 1 < len(low)
+
+
+def test_synonyms_take_the_better_map() -> None:
+    from mmdit_probe.segment.vocabulary import SegClass
+
+    one = worlds.capture(worlds.masks())
+    queries = one.passes[0].prompt.queries
+    merged = tuple(replace(q, of_class=min(q.of_class, 1)) for q in queries)
+    one.passes[0] = replace(one.passes[0], prompt=replace(one.passes[0].prompt, queries=merged))
+    one.classes = [SegClass(("thing0",)), SegClass(("thing1", "thing2"))]
+    scores = find("seg4diff")(one)
+    assert len(scores) == 2
+    truth = worlds.masks().argmax(0).clamp(max=1)
+    assert torch.equal(scores.argmax(0), truth)
+
+
+def test_layers_and_heads_are_those_asked_for() -> None:
+    one = worlds.capture(worlds.masks())
+    for record in one.passes[0].records.values():
+        record.i2t[1] = record.i2t[1].flip(0)  # head 1 is wrong
+    right = find("seg4diff").configure({"heads": [0]})(one).argmax(0)
+    wrong = find("seg4diff").configure({"heads": [1]})(one).argmax(0)
+    truth = worlds.masks().argmax(0)
+    assert torch.equal(right, truth) and not torch.equal(wrong, truth)
+    chosen = find("seg4diff").configure({"heads": {0: [0], 1: [0]}})(one)
+    assert torch.equal(chosen.argmax(0), truth)
+    with pytest.raises(UserError, match=r"heads in 0\.\.1"):
+        find("seg4diff").configure({"heads": [2]})(one)
+
+
+def test_softmax_variants_differ_by_the_mass_they_divide_by() -> None:
+    one = worlds.capture(worlds.masks(), layers=(0,))
+    i2t = one.passes[0].records[0].i2t.mean(0)
+    joint, text, odds = (
+        find("seg4diff").configure({"softmax": mode})(one).flatten(1) for mode in ("joint", "text", "image-odds")
+    )
+    assert torch.allclose(joint[0], i2t[:, 1])
+    assert torch.allclose(text[0], (i2t[:, 1] / i2t.sum(1)), atol=1e-6)
+    assert torch.allclose(odds[0], i2t[:, 1] / (1 - i2t.sum(1)), atol=1e-6)
+
+
+def test_image_odds_do_not_depend_on_the_other_words() -> None:
+    """A column over the image mass is the same whatever else is in the text: what makes prompts comparable."""
+    logits = torch.randn(6, 4 + 3)
+    long, short = logits.softmax(1), logits[:, :5].softmax(1)
+    odds = [a[:, 4] / a[:, :4].sum(1) for a in (long, short)]
+    assert torch.allclose(*odds, atol=1e-6) and not torch.allclose(long[:, 4], short[:, 4])
+
+
+def test_symmetric_kl_against_its_definition() -> None:
+    p, q = torch.rand(3, 9).softmax(1), torch.rand(4, 9).softmax(1)
+    want = 0.5 * ((p[:, None] - q[None]) * (p[:, None].log() - q[None].log())).sum(-1)
+    assert torch.allclose(symmetric_kl(p, q), want, atol=1e-6)
+
+
+def test_merge_is_greedy_in_order() -> None:
+    maps = torch.tensor([[0.9, 0.05, 0.05], [0.88, 0.06, 0.06], [0.05, 0.05, 0.9]])
+    merged = greedy_merge(maps, 0.1)
+    assert len(merged) == 2 and torch.allclose(merged[0], maps[:2].mean(0))
+
+
+def test_axis_of_the_minmax_is_the_one_named() -> None:
+    """Over space a token's own scale does not matter; over tokens (the official code) it does."""
+    plain, scaled = (worlds.capture(worlds.masks(), empty=True, layers=(0,), text=4, noise=0.1) for _ in range(2))
+    scaled.passes[0].records[0].i2t[:, :, 1] *= 3.0
+
+    def maps(capture, axis: str) -> torch.Tensor:
+        return find("seg4diff-unsup").configure({"axis": axis, "tau": 0.0, "kinds": "pad"})(capture)
+
+    assert torch.allclose(maps(plain, "space"), maps(scaled, "space"), atol=1e-6)
+    assert not torch.allclose(maps(plain, "token"), maps(scaled, "token"), atol=1e-4)
+    assert not torch.allclose(maps(plain, "none"), maps(scaled, "none"), atol=1e-4)
+
+
+def test_cuts_separate_blocks_and_leave_one_block_whole() -> None:
+    blocks = np.kron(np.eye(3), np.ones((20, 20))) * 0.9 + 0.001
+    groups = normalised_cuts(blocks, 0.5)
+    assert sorted(tuple(group) for group in groups) == [tuple(range(a, a + 20)) for a in (0, 20, 40)]
+    assert len(normalised_cuts(np.ones((30, 30)), 0.5)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["diffseg", "diffcut"])
+def test_clustering_at_64_by_64_takes_seconds(name: str) -> None:
+    one = worlds.capture(worlds.masks(64, 64), layers=(0,), heads=1, noise=0.05, empty=True)
+    start = time.process_time()
+    proposals = find(name)(one)
+    assert len(np.unique(label(proposals))) >= 3
+    assert time.process_time() - start < 30
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(UserError, match="softmax"):
+        find("seg4diff").configure({"sofmax": "joint"})
+    with pytest.raises(UserError, match="did you mean 'diffseg"):
+        find("difseg")
+    assert parse_option("tau=0.5") == ("tau", 0.5) and parse_option("cluster=false") == ("cluster", False)
+    assert parse_option("order=2") == ("order", 2) and parse_option("stream=none") == ("stream", None)
