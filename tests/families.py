@@ -44,7 +44,8 @@ class Fixture:
             with torch.no_grad():
                 for parameter in model.parameters():
                     # Far from uniform and far from one-hot attention, so that a wrong probability shows.
-                    scale = 0.5 if parameter.ndim < 2 else parameter[0].numel() ** -0.5
+                    fan_in = parameter.numel() // max(1, len(parameter))
+                    scale = 0.5 if parameter.ndim < 2 else max(1, fan_in) ** -0.5
                     parameter.copy_(scale * torch.randn(parameter.shape))
         return model.eval()
 
@@ -237,6 +238,68 @@ def _z_image(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Input
     }
 
 
+def _krea2(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    ids = torch.cat([torch.zeros(max(lengths), 3), _ids(grid)])
+    return {
+        "hidden_states": _packed(batch, grid),
+        "encoder_hidden_states": torch.randn(batch, max(lengths), 3, TEXT),
+        "timestep": _time(batch),
+        "position_ids": ids,
+        "encoder_attention_mask": _mask(lengths),
+    }
+
+
+def _ernie(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    return {
+        "hidden_states": _latents(batch, grid, patch=1),
+        "timestep": _time(batch, 600.0),
+        "text_bth": _text(batch, lengths),
+        "text_lens": torch.tensor(lengths),
+    }
+
+
+def _easyanimate(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    return _plain(batch, grid, lengths) | {"hidden_states": _latents(batch, grid, 2)}
+
+
+def _motif(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    return _easyanimate(batch, grid, lengths) | {"encoder_attention_mask": _mask(lengths)}
+
+
+def _prx(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    return _plain(batch, grid, lengths) | {"attention_mask": _mask(lengths)}
+
+
+def _glm(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    inputs = _cogview(batch, grid, lengths)
+    inputs.pop("original_size")
+    return inputs | {
+        "prior_token_id": torch.randint(0, 8, (batch, grid[0] * grid[1])),
+        "prior_token_drop": torch.zeros(batch, dtype=torch.bool),
+    }
+
+
+def _fibo(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    layers = [torch.randn(batch, max(lengths), TEXT) for _ in range(4)]
+    return _flux(pooled=False)(batch, grid, lengths) | {"text_encoder_layers": layers}
+
+
+def _pixart(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    return _plain(batch, grid, lengths) | {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+
+
+def _ltx(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    return {
+        "hidden_states": _packed(batch, grid),
+        "encoder_hidden_states": _text(batch, lengths),
+        "timestep": _time(batch, 600.0),
+        "encoder_attention_mask": _mask(lengths, torch.int64),
+        "num_frames": 1,
+        "height": grid[0],
+        "width": grid[1],
+    }
+
+
 _FLUX = {
     "patch_size": 1, "in_channels": CHANNELS, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": WIDTH,
     "num_attention_heads": HEADS, "joint_attention_dim": TEXT, "pooled_projection_dim": POOLED,
@@ -387,5 +450,130 @@ FIXTURES: dict[str, Fixture] = {
         "OvisImageTransformer2DModel",
         {k: v for k, v in _FLUX.items() if k != "pooled_projection_dim"} | {"out_channels": CHANNELS},
         _flux(pooled=False),
+    ),
+    "krea2": Fixture(
+        "Krea2Transformer2DModel",
+        {
+            "in_channels": CHANNELS, "num_layers": 2, "attention_head_dim": WIDTH, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "intermediate_size": 32, "timestep_embed_dim": 8, "text_hidden_dim": TEXT,
+            "num_text_layers": 3, "text_num_attention_heads": 2, "text_num_key_value_heads": 2,
+            "text_intermediate_size": 32, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        _krea2,
+        lengths=(7, 4),
+    ),
+    "ernie_image": Fixture(
+        "ErnieImageTransformer2DModel",
+        {
+            "hidden_size": HEADS * WIDTH, "num_attention_heads": HEADS, "num_layers": 2, "ffn_hidden_size": 32,
+            "in_channels": CHANNELS, "out_channels": CHANNELS, "text_in_dim": TEXT, "rope_axes_dim": (4, 6, 6),
+        },
+        _ernie,
+        lengths=(7, 4),
+    ),
+    "easyanimate": Fixture(
+        "EasyAnimateTransformer3DModel",
+        {
+            "num_attention_heads": HEADS, "attention_head_dim": WIDTH, "in_channels": CHANNELS,
+            "out_channels": CHANNELS, "patch_size": 2, "sample_width": 8, "sample_height": 6, "num_layers": 2,
+            "mmdit_layers": 1, "time_embed_dim": 8, "text_embed_dim": TEXT,
+        },
+        _easyanimate,
+        frames=2,
+    ),
+    "joyimage_edit": Fixture(
+        "JoyImageEditTransformer3DModel",
+        {
+            "in_channels": CHANNELS, "out_channels": CHANNELS, "hidden_size": HEADS * WIDTH,
+            "num_attention_heads": HEADS, "text_dim": TEXT, "num_layers": 2, "rope_dim_list": [4, 6, 6],
+        },
+        _easyanimate,
+        frames=2,
+    ),
+    "motif_video": Fixture(
+        "MotifVideoTransformer3DModel",
+        {
+            "in_channels": CHANNELS, "out_channels": CHANNELS, "num_attention_heads": HEADS,
+            "attention_head_dim": WIDTH, "num_layers": 2, "num_single_layers": 2, "text_embed_dim": TEXT,
+            "rope_axes_dim": (4, 6, 6),
+        },
+        _motif,
+        lengths=(7, 4),
+        frames=2,
+    ),
+    "prx": Fixture(
+        "PRXTransformer2DModel",
+        {
+            "in_channels": CHANNELS, "context_in_dim": TEXT, "hidden_size": HEADS * WIDTH, "num_heads": HEADS,
+            "depth": 2, "axes_dim": [8, 8],
+        },
+        _prx,
+        lengths=(7, 4),
+    ),
+    "nucleus_image": Fixture(
+        "NucleusMoEImageTransformer2DModel",
+        {
+            "patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": 2,
+            "attention_head_dim": WIDTH, "num_attention_heads": HEADS, "joint_attention_dim": TEXT,
+            "axes_dims_rope": (4, 6, 6), "moe_enabled": False,
+        },
+        _qwen,
+        lengths=(7, 4),
+    ),
+    "glm_image": Fixture(
+        "GlmImageTransformer2DModel",
+        {
+            "patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": 2,
+            "attention_head_dim": WIDTH, "num_attention_heads": HEADS, "text_embed_dim": TEXT, "time_embed_dim": 8,
+            "condition_dim": 8, "prior_vq_quantizer_codebook_size": 8,
+        },
+        _glm,
+    ),
+    "bria_fibo": Fixture(
+        "BriaFiboTransformer2DModel",
+        _FLUX | {"pooled_projection_dim": None, "text_encoder_dim": TEXT},
+        _fibo,
+    ),
+}
+
+CROSS_ATTENTION: dict[str, Fixture] = {
+    "pixart": Fixture(
+        "PixArtTransformer2DModel",
+        {
+            "num_attention_heads": HEADS, "attention_head_dim": WIDTH, "in_channels": CHANNELS,
+            "out_channels": CHANNELS, "num_layers": 2, "cross_attention_dim": HEADS * WIDTH, "sample_size": 8,
+            "caption_channels": TEXT, "use_additional_conditions": False,
+        },
+        _pixart,
+    ),
+    "wan": Fixture(
+        "WanTransformer3DModel",
+        {
+            "num_attention_heads": HEADS, "attention_head_dim": WIDTH, "in_channels": CHANNELS,
+            "out_channels": CHANNELS, "text_dim": TEXT, "freq_dim": 8, "ffn_dim": 32, "num_layers": 2,
+            "rope_max_seq_len": 16,
+        },
+        _easyanimate,
+        frames=2,
+    ),
+    "sana": Fixture(
+        "SanaTransformer2DModel",
+        {
+            "in_channels": CHANNELS, "out_channels": CHANNELS, "num_attention_heads": HEADS,
+            "attention_head_dim": WIDTH, "num_layers": 2, "num_cross_attention_heads": HEADS,
+            "cross_attention_head_dim": WIDTH, "cross_attention_dim": HEADS * WIDTH, "caption_channels": TEXT,
+            "sample_size": 8, "patch_size": 2,
+        },
+        _plain,
+    ),
+    "ltx": Fixture(
+        "LTXVideoTransformer3DModel",
+        {
+            "in_channels": CHANNELS, "out_channels": CHANNELS, "num_attention_heads": HEADS,
+            "attention_head_dim": WIDTH, "cross_attention_dim": HEADS * WIDTH, "num_layers": 2,
+            "caption_channels": TEXT,
+        },
+        _ltx,
     ),
 }

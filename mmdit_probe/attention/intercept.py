@@ -21,7 +21,8 @@ Not `diffusers.hooks.HookRegistry`, whose removal is right only last-in first-ou
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -123,6 +124,19 @@ def watch(module: nn.Module, handler: Transform | Recorder | Edit, stage: Stage)
     return detach
 
 
+_SUSPENDED: list[bool] = []
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """No watcher sees a call while this runs: for forwards that calibrate a model and are no denoising calls."""
+    _SUSPENDED.append(True)
+    try:
+        yield
+    finally:
+        _SUSPENDED.pop()
+
+
 class _Watcher:
     """The handlers of one attention module, and the forward wrapper that runs them."""
 
@@ -134,6 +148,8 @@ class _Watcher:
         self.detach_forward: Detach = lambda: None
 
     def forward(self, proceed: Proceed, *args: Any, **kwargs: Any) -> Any:
+        if _SUSPENDED:
+            return proceed(*args, **kwargs)
         with _CatchSDPA(self, ModuleCall(self.module, args, kwargs)):
             return proceed(*args, **kwargs)
 
