@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from mmdit_probe import __version__
-from mmdit_probe.cli import attention_budget, discover, doctor, evaluate, models, perturb, segment, value_norms
+from mmdit_probe.cli import attention_budget, discover, doctor, evaluate, models, pca, perturb, segment, value_norms
 from mmdit_probe.errors import ProbeError
 
 INTERRUPTED = 130
@@ -59,6 +59,7 @@ app = typer.Typer(
 app.command("attention-budget")(attention_budget.command)
 app.command("value-norms")(value_norms.command)
 app.command("perturb")(perturb.command)
+app.command("pca")(pca.command)
 app.command("segment")(segment.command)
 app.command("discover")(discover.command)
 app.command("evaluate")(evaluate.command)

@@ -1,0 +1,133 @@
+"""PCA against scikit-learn on the tokens written down, and the scores on maps whose answers are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mmdit_probe import probe
+from mmdit_probe.cli.app import main
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.observe.base import Observer
+from mmdit_probe.observe.pca import KINDS, PCA, Projection, scores, token_classes
+from tests import tiny
+
+IMAGE, LAYER = 16, 1
+
+
+class Keep(Observer):
+    """The raw features, by another way than the observer's."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[torch.Tensor]] = {kind: [] for kind in KINDS}
+
+    def observe(self, seen: Any) -> None:
+        named = {"query": seen.call.query, "key": seen.call.key, "value": seen.call.value, "output": seen.output}
+        for kind, tensor in named.items():
+            rows = torch.stack([torch.cat([*sample[:, :IMAGE]], -1) for sample in tensor])  # heads side by side
+            self.parts[kind].append(rows.double())
+
+
+def run_twice(model: MMDiT, *observers: Observer) -> None:
+    text = model.encode_prompt("a red ring")
+    with probe(model, *observers, layers=[LAYER]):
+        for seed, count in ((0, 2), (5, 3)):
+            model.denoise(model.noise(torch.zeros(count, 4, 8, 8), 1.0, seed), 0.8, text)
+
+
+def test_streaming_fit_is_the_fit_of_all_tokens() -> None:
+    from sklearn.decomposition import PCA as Reference
+
+    model, basis, keep = MMDiT(tiny.pipeline()), PCA(components=5), Keep()
+    run_twice(model, basis, keep)
+    projection = Projection(basis)
+    run_twice(model, projection)
+    assert basis.fitted == [(LAYER, kind) for kind in KINDS]
+    for kind in KINDS:
+        tokens = torch.cat(keep.parts[kind]).flatten(0, 1).numpy()
+        reference = Reference(n_components=5).fit(tokens)
+        mean, vectors, shares = basis.basis(LAYER, kind)
+        np.testing.assert_allclose(mean.numpy(), reference.mean_, atol=1e-5)
+        np.testing.assert_allclose(shares.numpy(), reference.explained_variance_ratio_, rtol=1e-4)
+        overlap = np.abs((vectors.numpy() * reference.components_.T).sum(0))
+        np.testing.assert_allclose(overlap, 1, atol=1e-4)
+        maps = projection.maps(LAYER, kind)
+        assert maps.shape == (5, 4, 4, 5)
+        np.testing.assert_allclose(np.abs(maps.numpy().reshape(-1, 5)), np.abs(reference.transform(tokens)), atol=1e-3)
+
+
+def test_unconditional_rows_are_left_out(pipe: Any) -> None:
+    basis, keep = PCA(["value"], 2), Keep()
+    with probe(pipe, basis, keep, layers=[LAYER]):
+        pipe("a cat", num_inference_steps=1, guidance_scale=3.0, output_type="latent", max_sequence_length=10)
+    cond = keep.parts["value"][0][1]
+    np.testing.assert_allclose(basis.basis(LAYER, "value")[0].numpy(), cond.mean(0).numpy(), atol=1e-5)
+
+
+def test_token_classes_are_the_majority() -> None:
+    mask = np.array([[[1, 1, 2, 2], [1, 3, 2, 3], [0, 0, 4, 4], [0, 0, 4, 4]]], np.uint8)
+    assert token_classes(mask, (2, 2)).tolist() == [[[1, 2], [0, 4]]]
+
+
+def maps_of(kind: str, n: int = 12, side: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    """Components that are the class's code, or the position's, with a little noise; classes are random blocks."""
+    rng = np.random.default_rng(0)
+    classes = np.kron(rng.integers(0, 3, (n, 2, 2)), np.ones((side // 2, side // 2), int))
+    rows, columns = np.mgrid[0:side, 0:side]
+    noise = rng.normal(size=(n, side, side, 3)) * 0.05
+    if kind == "class":
+        return np.eye(3)[classes] + noise, classes
+    stripes = np.stack([np.sin(rows * 2.0), np.cos(columns * 2.0), rows / side], -1)
+    return stripes[None] + noise, classes
+
+
+def test_scores_tell_class_from_position() -> None:
+    semantic, classes = maps_of("class")
+    found = scores(semantic, classes)
+    assert all(len(values) == 6 for values in found.values())
+    assert found["class"].min() > 0.95
+    assert found["class_shuffled"].mean() < 0.7
+    assert found["position"].mean() < 0.2
+    positional, classes = maps_of("position")
+    found = scores(positional, classes)
+    assert found["position"].min() > 0.9
+    assert found["coordinates"].mean() > 0.4
+    assert abs(found["class"].mean() - found["class_shuffled"].mean()) < 0.2
+    assert set(scores(positional, None)) == {"position", "coordinates"}
+    with pytest.raises(UserError, match="two images"):
+        scores(positional[:1], None)
+
+
+def test_bad_requests() -> None:
+    with pytest.raises(UserError, match="value"):
+        PCA(["values"])
+    with pytest.raises(UserError, match="nothing"):
+        PCA().basis(0, "value")
+
+
+def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["pca", "--model", str(tiny_directory), "--images", "scenes:val", "--limit", "4", "--components", "3"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--layers", "0-1", "--kinds", "key,value", "--out", "run", "--json"])
+    out, err = capfd.readouterr()
+    assert stopped.value.code == 0, err
+    document = json.loads(out)
+    assert [(row["layer"], row["kind"]) for row in document["layers"]] == [
+        (0, "key"), (0, "value"), (1, "key"), (1, "value"),
+    ]  # fmt: skip
+    names = {path.name for path in Path("run").iterdir()}
+    assert {"pca.parquet", "pca_variance.parquet", "pca_maps.png", "pca_scores.png", "pca_by_layer.csv"} <= names
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--fit", "image", "--out", "each"])
+    assert stopped.value.code == 0
+    assert not Path("each/pca.parquet").exists()
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--kinds", "values"])
+    assert stopped.value.code == 2
