@@ -55,20 +55,21 @@ def as_markdown(alignment: pd.DataFrame, maps: pd.DataFrame, guidance: float, nu
             for name in ("things_right", "grounds_right", "all_right", "facts")
         ]
         lines.append(f"| {row['model']} | {row['category']} | {row['n']} | " + " | ".join(cells) + " |")
-    sigma, n, ceiling = (maps[name].iloc[0] for name in ("sigma", "n", "ceiling"))
+    n, ceiling = int(maps["n"].iloc[0]), float(maps["ceiling"].iloc[0])
+    means = maps[maps["head"] == "mean"]
+    table = means.pivot(index=["model", "layer"], columns=["sigma", "min_max"], values="miou")
+    columns = [f"sigma {sigma}, {'min-max' if stretched else 'raw'}" for sigma, stretched in table.columns]
     lines += [
         "",
-        f"I2T maps of the classes present in {n} held-out scenes at sigma {sigma}: argmax, upsampled, mIoU. No map of",
-        f"this token grid can pass {ceiling:.3f}.",
+        f"I2T maps of the classes present in {n} held-out scenes, mean over heads, argmax, upsampled: mIoU by layer.",
+        f"The prompt is the bare list of the classes. No map of this token grid can pass {ceiling:.3f}. Raw maps, and",
+        "maps stretched to 0..1 over the image first (the min-max of the paper's Table 5).",
         "",
-        "| model | layer | head mean, raw | head mean, divided by its spatial mean | best single head, raw |",
-        "|-|-|-|-|-|",
+        "| model | layer | " + " | ".join(columns) + " |",
+        "|-|-|" + "-|" * len(columns),
     ]
-    for (model, layer), part in maps.groupby(["model", "layer"], sort=False):
-        scores = part.set_index(["head", "normalised"])["miou"]
-        single = part[(part["head"] != "mean") & ~part["normalised"]]["miou"].max()
-        mean = (scores["mean", False], scores["mean", True])
-        lines.append(f"| {model} | {layer} | {mean[0]:.3f} | {mean[1]:.3f} | {single:.3f} |")
+    for (model, layer), row in table.iterrows():
+        lines.append(f"| {model} | {layer} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200, help="captions per category, and scenes")
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--num-steps", type=int, default=28)
-    parser.add_argument("--sigma", type=float, default=0.5)
+    parser.add_argument("--sigmas", type=float, nargs="+", default=[0.3, 0.5, 0.75])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
@@ -87,7 +88,7 @@ def main() -> None:
             "n": options.n,
             "guidance": options.guidance,
             "num_steps": options.num_steps,
-            "sigma": options.sigma,
+            "sigmas": options.sigmas,
             "split": "test",
             "seed": 0,
         }

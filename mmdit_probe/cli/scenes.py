@@ -75,13 +75,26 @@ def train(
         run_stage(name.value, workdir, steps=steps, assets=assets, resume=not fresh, device=device)
 
 
+def noise_levels(text: str) -> list[float]:
+    """Noise levels in 0..1 from "0.3,0.5"."""
+    from mmdit_probe.errors import UserError
+
+    try:
+        levels = [float(part) for part in text.split(",")]
+    except ValueError:
+        levels = []
+    if not levels or not all(0 <= level <= 1 for level in levels):
+        raise UserError(f"--sigma '{text}': expected noise levels in 0..1, e.g. 0.5 or 0.3,0.5")
+    return levels
+
+
 @app.command()
 def score(
     model: Model = DEFAULT_MODEL,
     n: Annotated[int, typer.Option("-n", help="Captions per category, and scenes.", min=1)] = 200,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 7.5,
     num_steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 28,
-    sigma: Annotated[float, typer.Option(help="Noise level at which real scenes are probed.", min=0, max=1)] = 0.5,
+    sigma: Annotated[str, typer.Option(help="Noise levels at which real scenes are probed, e.g. 0.3,0.5.")] = "0.5",
     split: Annotated[str, typer.Option(help="val or test.")] = "val",
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -99,7 +112,14 @@ def score(
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     loaded = open_model(model, debug=debug, device=device, dtype=dtype, t5=True)
-    request = {"n": n, "guidance": guidance, "num_steps": num_steps, "sigma": sigma, "split": split, "seed": seed}
+    request = {
+        "n": n,
+        "guidance": guidance,
+        "num_steps": num_steps,
+        "sigmas": noise_levels(sigma),
+        "split": split,
+        "seed": seed,
+    }
     with output.progress("measurements", total=8) as advance:
         report = score_model(loaded, request, out=out, resume=resume, advance=advance)
     output.result(report.document, report.lines, report.path)

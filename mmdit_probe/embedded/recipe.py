@@ -97,7 +97,7 @@ def validator(workdir: Path, curriculum: tuple[Phase, ...]) -> Callable[[Aligned
         numbers: dict[str, float] = {}
         for sigma in (0.5, 0.75):
             table = map_quality(probed, items, sigma=sigma)
-            table = table[~table["normalised"]]
+            table = table[~table["min_max"]]
             means = table[table["head"] == "mean"]
             numbers |= {
                 f"miou@{sigma}/layer{layer}": float(value)

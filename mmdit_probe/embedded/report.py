@@ -42,7 +42,7 @@ def score_model(
 
     Args:
         model: an MM-DiT that knows the words of the world.
-        request: n (captions per category, and scenes), split, guidance, num_steps, sigma, seed.
+        request: n (captions per category, and scenes), split, guidance, num_steps, sigmas (list), seed.
         categories: caption categories to draw images for; "real" reads real scenes instead, the parser's own limit.
         advance: called after every finished item: one per category, one for the parser itself, one for the maps.
 
@@ -71,7 +71,7 @@ def score_model(
                         item.write(frame.assign(category=category))
                     advance()
         items = held_out(ask["n"], ask["split"])
-        maps = map_quality(model, items, sigma=ask["sigma"], seed=ask["seed"])
+        maps = pd.concat(map_quality(model, items, sigma=sigma, seed=ask["seed"]) for sigma in ask["sigmas"])
         maps["ceiling"] = grid_ceiling(items, model.default_size[0] // model.size_multiple)
         with TableWriter(folder.path, "maps") as writer, writer.item(0) as item:
             item.write(maps)
@@ -120,22 +120,21 @@ def _report(folder: RunFolder, categories: Sequence[str]) -> Report:
         scores[category] = {"n": len(part), **found}
         label = "parser on real scenes" if category == "real" else category
         by_category.add_row(label, str(len(part)), *(f"{m:.3f} [{lo:.3f}, {hi:.3f}]" for m, lo, hi in found.values()))
-    sigma, n, ceiling = (maps[c].iloc[0] for c in ("sigma", "n", "ceiling"))
+    n, ceiling = int(maps["n"].iloc[0]), float(maps["ceiling"].iloc[0])
     by_layer = Table(
-        title=f"I2T maps of the classes present, argmax, upsampled: mIoU by layer (sigma {sigma}, n {n}, "
-        f"token-grid ceiling {ceiling:.3f})"
+        title=f"I2T maps of the classes present, head mean, argmax, upsampled: mIoU by layer "
+        f"(n {n}, token-grid ceiling {ceiling:.3f})"
     )
-    for column in ("layer", "head mean, raw", "head mean / its spatial mean", "best head, raw"):
-        by_layer.add_column(column, justify="right")
-    for layer, part in maps.groupby("layer"):
-        mean = part[part["head"] == "mean"].set_index("normalised")["miou"]
-        best = part[(part["head"] != "mean") & ~part["normalised"]].sort_values("miou").iloc[-1]
-        cells = (f"{mean[False]:.3f}", f"{mean[True]:.3f}", f"{best['miou']:.3f} (head {best['head']})")
-        by_layer.add_row(str(layer), *cells)
+    means = maps[maps["head"] == "mean"].pivot(index="layer", columns=["sigma", "min_max"], values="miou")
+    by_layer.add_column("layer", justify="right")
+    for column in means.columns:
+        by_layer.add_column(f"sigma {column[0]}, {'min-max' if column[1] else 'raw'}", justify="right")
+    for layer, row in means.iterrows():
+        by_layer.add_row(str(layer), *(f"{value:.3f}" for value in row))
     document = {
         "run": folder.path,
         "alignment": scores,
-        "maps": maps[["layer", "head", "normalised", "sigma", "n", "miou"]].to_dict("records"),
-        "ceiling": float(ceiling),
+        "maps": maps[["layer", "head", "min_max", "sigma", "n", "miou"]].to_dict("records"),
+        "ceiling": ceiling,
     }
     return Report(document, [by_category, by_layer, f"written: {folder.path}"], folder.path)

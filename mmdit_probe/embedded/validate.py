@@ -55,9 +55,9 @@ def map_quality(
         seed: noise of scene k is drawn from seed + k.
 
     Returns:
-        Columns layer, head ("mean" or the index), normalised (whether each map was divided by its mean over the image,
-        which takes away that some words draw more attention everywhere), sigma, n, miou, and one column
-        ``iou_<class>`` per class.
+        Columns layer, head ("mean" or the index), min_max (whether each map was stretched to 0..1 over the image, as in
+        the paper's Table 5: that takes away that some words draw more attention everywhere), sigma, n, miou, and one
+        column ``iou_<class>`` per class.
     """
     side = items[0].classes.shape[0]
     nothing = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
@@ -73,17 +73,23 @@ def map_quality(
                 ids = [CLASSES.index(name) for name in item.class_names]
                 scores = class_scores(sample, tokens, item.class_names)  # [H, K, h, w]
                 for head, raw in [("mean", scores.mean(0)), *((str(h), s) for h, s in enumerate(scores))]:
-                    for normalised in (False, True):
-                        maps = raw / raw.mean((1, 2), keepdim=True) if normalised else raw
-                        found = confusion(item.classes, argmax_labels(maps, ids, side), len(CLASSES))
-                        key = (layer, head, normalised)
+                    for stretched in (False, True):
+                        labels = argmax_labels(min_max(raw) if stretched else raw, ids, side)
+                        found = confusion(item.classes, labels, len(CLASSES))
+                        key = (layer, head, stretched)
                         matrices[key] = matrices.get(key, nothing) + found
     return pd.DataFrame(
-        {"layer": layer, "head": head, "normalised": normalised, "sigma": sigma, "n": len(items)}
+        {"layer": layer, "head": head, "min_max": stretched, "sigma": sigma, "n": len(items)}
         | {"miou": mean_iou(matrix)}
         | {f"iou_{name}": value for name, value in zip(CLASSES, ious(matrix), strict=True)}
-        for (layer, head, normalised), matrix in matrices.items()
+        for (layer, head, stretched), matrix in matrices.items()
     )
+
+
+def min_max(maps: Tensor) -> Tensor:
+    """Maps [K, h, w], each stretched to 0..1 over the image; a constant map becomes 0."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    return (maps - low) / (high - low).clamp(min=1e-12)
 
 
 def class_scores(maps: Tensor, tokens: TokenTable, names: Sequence[str]) -> Tensor:

@@ -63,7 +63,7 @@ def test_generated_images_show_what_was_asked_for(model):
 
 def test_i2t_maps_find_the_regions_of_words(model, twin, scenes):
     best, chance = (
-        table[(table["head"] == "mean") & ~table["normalised"]]["miou"].max()
+        table[(table["head"] == "mean") & ~table["min_max"]]["miou"].max()
         for table in (map_quality(m, scenes) for m in (model, twin))
     )
     assert best >= chance + 0.1

@@ -7,7 +7,7 @@ from mmdit_probe import load
 from mmdit_probe.embedded import report
 from mmdit_probe.results import read_table
 
-REQUEST = {"n": 3, "split": "val", "guidance": 4.0, "num_steps": 2, "sigma": 0.5, "seed": 0}
+REQUEST = {"n": 3, "split": "val", "guidance": 4.0, "num_steps": 2, "sigmas": [0.5], "seed": 0}
 
 
 def test_report_has_a_row_per_image_and_resumes(tmp_path, monkeypatch):
