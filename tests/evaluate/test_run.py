@@ -1,0 +1,196 @@
+"""The evaluation end to end on tiny pictures: resuming, caching, sweeps, protocols, baselines, two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from mmdit_probe.cli.app import main
+from mmdit_probe.errors import UserError
+from mmdit_probe.evaluate.captures import Captures
+from mmdit_probe.evaluate.datasets import load_dataset
+from mmdit_probe.evaluate.league import league
+from mmdit_probe.evaluate.plan import COLUMNS, Plan
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.results import read_table
+
+NAMES = ("red", "ring", "cat", "background")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A generic data set of five pictures."""
+    folder = tmp_path / "mine"
+    (folder / "images").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    (folder / "classes.txt").write_text("red\nring; round\ncat\nbackground\n")
+    rng = np.random.default_rng(0)
+    for index in range(5):
+        height, width = 40 + 8 * index, 56
+        labels = np.zeros((height, width), np.uint8)
+        labels[:, width // 2 :] = 1 + index % 3
+        labels[:4] = 255
+        pixels = np.array([[200, 20, 20], [20, 20, 200], [20, 200, 20], [90, 90, 90]])[labels % 4]
+        Image.fromarray(np.clip(pixels + rng.integers(0, 30, pixels.shape), 0, 255).astype(np.uint8)).save(
+            folder / "images" / f"p{index}.png"
+        )
+        Image.fromarray(labels).save(folder / "labels" / f"p{index}.png")
+    return folder
+
+
+@pytest.fixture
+def captures(pipe: Any) -> Captures:
+    return Captures(lambda: MMDiT(pipe), "tiny")
+
+
+def plan_of(dataset: Any, captures: Captures, methods: list[str], **how: Any) -> Plan:
+    facts = captures.facts
+    return Plan.of(dataset, methods, layer_count=facts["layers"], head_count=facts["heads"], layers="all", **how)
+
+
+def frame(plan: Plan, captures: Captures) -> pd.DataFrame:
+    return pd.concat([pd.DataFrame(plan.rows(captures, i)) for i in range(len(plan.dataset.samples))])
+
+
+def test_every_pixel_is_counted_once_per_configuration(root: Path, captures: Captures) -> None:
+    data = load_dataset(f"folder:{root}")
+    assert data.background == 3 and [one.name for one in data.classes] == list(NAMES)
+    plan = plan_of(
+        data, captures, ["seg4diff", "diffsegmenter", "seg4diff-unsup", "diffcut"],
+        protocols=["present", "full"], refine=["none", "affinity:1+pamr:2"], background="threshold:0.5",
+    )  # fmt: skip
+    counts = frame(plan, captures)
+    assert list(counts.columns) == list(COLUMNS)
+    want = sum((np.array(sample.labels()) != 255).sum() for sample in data.samples)
+    sums = counts.groupby(["protocol", "method", "refine"])["pixels"].sum()
+    assert set(sums) == {want}
+    assert len(sums) == 2 * (2 * 2 + 2) + 2 * 2 + 2  # named x (runs + ceiling + random), unsupervised alike
+    table = league(counts, 4)
+    assert {"one class everywhere", "one segment", "token-grid ceiling", "random"} <= set(table["method"])
+    ceiling = table[table["method"] == "token-grid ceiling"]["miou"].min()
+    assert 0.7 < ceiling <= 1.0 and (table["miou"] <= ceiling + 1e-9).all()
+    assert table[table["refine"] != "none"]["gain"].notna().all()
+
+
+def test_protocols_see_their_own_vocabulary(root: Path, captures: Captures) -> None:
+    data = load_dataset(f"folder:{root}")
+    tags = {sample.name: ["cat", "ring"] for sample in data.samples}
+    plan = plan_of(data, captures, ["seg4diff"], protocols=["present", "predicted", "full"], tags=tags)
+    truth = np.array(data.samples[0].labels())
+    assert plan.vocabulary("present", "p0", truth) == [0, 1]
+    assert plan.vocabulary("predicted", "p0", truth) == [1, 2]
+    assert plan.vocabulary("full", "p0", truth) == [0, 1, 2]  # the background is left to the rule
+    by_word = plan_of(data, captures, ["seg4diff"], protocols=["full"], background="class:background")
+    assert by_word.vocabulary("full", "p0", truth) == [0, 1, 2, 3]
+    found = frame(plan, captures)
+    predicted = found[(found["protocol"] == "predicted") & (found["method"] == "seg4diff")]
+    assert set(predicted["found"]) <= {1, 2}
+    with pytest.raises(UserError, match="nothing of image"):
+        plan_of(data, captures, ["seg4diff"], protocols=["predicted"], tags={}).vocabulary("predicted", "p0", truth)
+    with pytest.raises(UserError, match="--tags"):
+        plan_of(data, captures, ["seg4diff"], protocols=["predicted"])
+
+
+def test_sweeps_take_one_thing_at_a_time(root: Path, captures: Captures) -> None:
+    data = load_dataset(f"folder:{root}", 1)
+    one = {sweep: frame(plan_of(data, captures, ["seg4diff"], sweep=sweep, sigmas=(0.3, 0.6)), captures)
+           for sweep in ("layer", "head", "sigma")}  # fmt: skip
+    runs = {sweep: found[found["method"] == "seg4diff"] for sweep, found in one.items()}
+    assert set(runs["layer"]["layers"]) == {"0", "1", "2"}
+    assert set(zip(runs["head"]["layers"], runs["head"]["heads"], strict=True)) == {
+        (str(layer), str(head)) for layer in range(3) for head in range(2)
+    }
+    assert set(runs["sigma"]["sigma"]) == {"0.3", "0.6"}
+    alone = frame(plan_of(data, captures, ["seg4diff"], sigmas=(0.3,)), captures)
+    same = runs["sigma"][runs["sigma"]["sigma"] == "0.3"]
+    assert alone[alone["method"] == "seg4diff"]["pixels"].tolist() == same["pixels"].tolist()
+
+
+def test_cache_answers_without_the_model(root: Path, pipe: Any, tmp_path: Path) -> None:
+    data = load_dataset(f"folder:{root}", 2)
+    first = Captures(lambda: MMDiT(pipe), "tiny", tmp_path / "cache")
+    methods = ["seg4diff", "conceptattention", "tokenrank", "diffseg"]
+    want = frame(plan_of(data, first, methods), first)
+
+    def no_model() -> MMDiT:
+        raise AssertionError("the model was loaded")
+
+    again = Captures(no_model, "tiny", tmp_path / "cache")
+    pd.testing.assert_frame_equal(frame(plan_of(data, again, methods), again), want)
+    with pytest.raises(UserError, match="was made with tiny"):
+        Captures(no_model, "other", tmp_path / "cache")
+    with pytest.raises(AssertionError, match="was loaded"):
+        frame(plan_of(data, again, methods, seeds=(5,)), again)
+
+
+def test_pictures_and_labels_of_different_size_are_named(root: Path, captures: Captures) -> None:
+    Image.fromarray(np.zeros((5, 5), np.uint8)).save(root / "labels" / "p0.png")
+    with pytest.raises(UserError, match=r"p0: the picture has 40 x 56 pixels, its label 5 x 5"):
+        plan_of(load_dataset(f"folder:{root}"), captures, ["seg4diff"]).rows(captures, 0)
+    Image.fromarray(np.full((40, 56), 9, np.uint8)).save(root / "labels" / "p0.png")
+    with pytest.raises(UserError, match=r"holds ids \[9\]"):
+        plan_of(load_dataset(f"folder:{root}"), captures, ["seg4diff"]).rows(captures, 0)
+
+
+def arguments(root: Path, model: Path, out: Path) -> list[str]:
+    return ["evaluate", "--dataset", f"folder:{root}", "--method", "seg4diff,diffcut", "--layers", "all",
+            "--model", str(model), "--out", str(out), "--json"]  # fmt: skip
+
+
+def test_command_resumes_without_recounting(
+    root: Path, tiny_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(root, tiny_directory, tmp_path / "whole"))
+    document = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 0 and document["league"]
+    for name in ("counts.parquet", "league.csv", "per_class.csv", "league.png", "run.json"):
+        assert (tmp_path / "whole" / name).is_file()
+
+    original, seen = Plan.rows, []
+
+    def failing(self: Plan, captures: Captures, index: int) -> Any:
+        seen.append(index)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return original(self, captures, index)
+
+    monkeypatch.setattr(Plan, "rows", failing)
+    with pytest.raises(SystemExit):
+        main(arguments(root, tiny_directory, tmp_path / "cut"))
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments(root, tiny_directory, tmp_path / "cut"), "--resume"])
+    assert stop.value.code == 0 and seen == [0, 1, 2, 2, 3, 4]
+    pd.testing.assert_frame_equal(
+        read_table(tmp_path / "cut" / "counts.parquet"), read_table(tmp_path / "whole" / "counts.parquet")
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_table_of_one(root: Path, tiny_directory: Path, tmp_path: Path) -> None:
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000),
+    }  # fmt: skip
+    one = [sys.executable, "-m", "mmdit_probe", *arguments(root, tiny_directory, tmp_path / "one")]
+    subprocess.run(one, env=environment, check=True, capture_output=True, timeout=300)
+    two = [sys.executable, "-m", "mmdit_probe", *arguments(root, tiny_directory, tmp_path / "two")]
+    ranks = [
+        subprocess.Popen(two, env=environment | {"RANK": str(rank), "WORLD_SIZE": "2"}, stdout=subprocess.PIPE)
+        for rank in range(2)
+    ]
+    printed = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert json.loads(printed[0])["league"] and not printed[1].strip()
+    tables = [read_table(tmp_path / name / "counts.parquet") for name in ("one", "two")]
+    pd.testing.assert_frame_equal(*tables)
+    assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
