@@ -7,10 +7,11 @@ from mmdit_probe.segment.methods.affinity import DIFFSEGMENTER, ISEG, PER_CLASS,
 from mmdit_probe.segment.methods.base import Method
 from mmdit_probe.segment.methods.clusters import DIFFCUT, DIFFSEG
 from mmdit_probe.segment.methods.concepts import CONCEPTATTENTION
+from mmdit_probe.segment.methods.dense_clip import CORRCLIP, PROXYCLIP
 from mmdit_probe.segment.methods.seg4diff import SEG4DIFF, UNSUPERVISED
 
 _ALL = (
-    SEG4DIFF, DIFFSEGMENTER, PER_CLASS, ISEG, TOKENRANK, CONCEPTATTENTION,
+    SEG4DIFF, DIFFSEGMENTER, PER_CLASS, ISEG, TOKENRANK, CONCEPTATTENTION, PROXYCLIP, CORRCLIP,
     UNSUPERVISED, DIFFSEG, DIFFCUT,
 )  # fmt: skip
 METHODS: dict[str, Method] = {method.name: method for method in _ALL}
