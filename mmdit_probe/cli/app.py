@@ -21,7 +21,18 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from mmdit_probe import __version__
-from mmdit_probe.cli import attention_budget, discover, doctor, evaluate, models, pca, perturb, segment, value_norms
+from mmdit_probe.cli import (
+    attention_budget,
+    discover,
+    doctor,
+    evaluate,
+    models,
+    pca,
+    perturb,
+    segment,
+    select_layers,
+    value_norms,
+)
 from mmdit_probe.errors import ProbeError
 
 INTERRUPTED = 130
@@ -60,6 +71,7 @@ app.command("attention-budget")(attention_budget.command)
 app.command("value-norms")(value_norms.command)
 app.command("perturb")(perturb.command)
 app.command("pca")(pca.command)
+app.command("select-layers")(select_layers.command)
 app.command("segment")(segment.command)
 app.command("discover")(discover.command)
 app.command("evaluate")(evaluate.command)

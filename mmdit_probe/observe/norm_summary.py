@@ -42,9 +42,7 @@ def by_layer(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond")
     """
     from mmdit_probe.observe.summary import student
 
-    wide = _grouped(table, branch)
-    wide = wide[wide["head"] == CONCATENATED].drop(columns="head")
-    wide["gap"] = wide["prompt"].fillna(wide["text"]) - wide["image"]
+    wide = by_item(table, branch)
     layers = wide.drop(columns="item").groupby("layer")
     mean, count = layers.mean(), layers.size()
     half = layers.std().div(count**0.5, axis=0).mul(student(count.to_numpy()), axis=0)
@@ -54,6 +52,13 @@ def by_layer(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond")
         if name in summary:
             summary[f"{name}_low"], summary[f"{name}_high"] = mean[name] - half[name], mean[name] + half[name]
     return summary.reset_index()
+
+
+def by_item(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond") -> pd.DataFrame:
+    """One row per prompt and layer, of the norm over all heads together: item, layer, the groups and `gap`."""
+    wide = _grouped(table, branch)
+    wide = wide[wide["head"] == CONCATENATED].drop(columns="head")
+    return wide.assign(gap=wide["prompt"].fillna(wide["text"]) - wide["image"])
 
 
 def by_head(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond") -> pd.DataFrame:

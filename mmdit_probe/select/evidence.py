@@ -1,0 +1,315 @@
+"""Evidence per layer: five measurements joined, ranked, and compared with each other.
+
+    long = measure(model, "val", n=16)                 # evidence, split, item, layer, value
+    table = by_layer(long)                             # value with interval, rank, per evidence and layer
+    agreement(long)                                    # rank correlations between evidences
+    layers = choose(table, top=1)
+
+Higher is always more evidence that a layer grounds words. None of the five is the truth: mass may lie on a sink, norms
+differ between layers for other reasons, and the best map is what it is on one data set. Where they disagree the
+correlations say so. Not here: the analyses themselves (observe, edit, embedded.validate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.select.names import EVIDENCE
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mmdit_probe.models.mmdit import MMDiT
+
+COMMANDS = {
+    "attention-budget": ("word_mass",),
+    "value-norms": ("value_gap",),
+    "pca": ("pca_class",),
+    "perturb": ("perturbation",),
+}
+"""Command whose run folder holds an evidence -> its name."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: pictures per evidence, noise level, and prompts, steps and guidance of the perturbation."""
+
+    n: int = 16
+    sigma: float = 0.515
+    prompts: int = 8
+    num_steps: int = 28
+    guidance: float = 7.5
+    seed: int = 0
+
+
+def measure(
+    model: MMDiT, split: str, names: Sequence[str] = tuple(EVIDENCE), plan: Plan | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> pd.DataFrame:  # fmt: skip
+    """Measure evidence on one split of the scenes world.
+
+    Args:
+        model: an MM-DiT that knows the world's words. split: train, val or test.
+        names: which evidence. plan: how much of it. advance: called after each.
+
+    Returns: evidence, split, item, layer, value.
+    """
+    import pandas as pd
+
+    how = plan or Plan()
+    measures = {
+        "word_mass": _word_mass,
+        "value_gap": _value_gap,
+        "pca_class": _pca_class,
+        "perturbation": _perturbation,
+        "segmentation": _segmentation,
+    }
+    parts = []
+    for name in names:
+        if name not in EVIDENCE:
+            raise unknown("evidence", name, EVIDENCE)
+        parts.append(measures[name](model, split, how).assign(evidence=name, split=split))
+        advance()
+    return pd.concat(parts, ignore_index=True)[["evidence", "split", "item", "layer", "value"]]
+
+
+def from_run(folder: Path | str, model: MMDiT) -> pd.DataFrame:
+    """The evidence that a run folder of another command holds, as `measure` gives it; its split is the folder's name.
+
+    Raises:
+        UserError: no run folder, no evidence in it, or one of other weights.
+    """
+    from mmdit_probe.results.folder import read_record
+
+    path = Path(folder)
+    record = read_record(path)
+    command = "" if record is None else str(record.get("command"))
+    if record is None or command not in COMMANDS:
+        raise UserError(f"{str(folder)!r} is no run folder of {', '.join(COMMANDS)}")
+    if record["request"].get("weight_hash") != model.weight_hash:
+        raise UserError(
+            f"{str(folder)!r} was measured on other weights than those of {model.name}; run {command} on it"
+        )
+    readers = {
+        "attention-budget": _read_masses,
+        "value-norms": _read_norms,
+        "pca": _read_pca,
+        "perturb": _read_perturb,
+    }
+    frame = readers[command](path).assign(evidence=COMMANDS[command][0], split=path.name)
+    return frame[["evidence", "split", "item", "layer", "value"]]
+
+
+def by_layer(long: pd.DataFrame) -> pd.DataFrame:
+    """One row per split, evidence and layer: value, low and high (95 % bootstrap interval over items), n, rank."""
+    import pandas as pd
+
+    from mmdit_probe.embedded.report import interval
+
+    rows = []
+    for (split, name, layer), part in long.groupby(["split", "evidence", "layer"], sort=False, observed=True):
+        value, low, high = interval(part["value"])
+        rows.append(
+            {"split": split, "evidence": name, "layer": layer, "value": value, "low": low, "high": high, "n": len(part)}
+        )
+    table = pd.DataFrame(rows)
+    table["rank"] = table.groupby(["split", "evidence"])["value"].rank(ascending=False, method="min").astype(int)
+    return table
+
+
+def agreement(long: pd.DataFrame, draws: int = 500) -> pd.DataFrame:
+    """Spearman rank correlation over layers of each two (evidence, split), with a 95 % bootstrap interval over items.
+
+    Returns: first, first_split, second, second_split, rho, low, high, layers.
+    """
+    import pandas as pd
+
+    values = {
+        key: part.pivot(index="item", columns="layer", values="value")
+        for key, part in long.groupby(["evidence", "split"], sort=False, observed=True)
+    }
+    rng = np.random.default_rng(0)
+    keys = list(values)
+    rows = []
+    for place, first in enumerate(keys):
+        for second in keys[place + 1 :]:
+            shared = values[first].columns.intersection(values[second].columns)
+            one, two = (values[key][shared].to_numpy() for key in (first, second))
+            rho = _spearman(one.mean(0), two.mean(0))
+            again = [_spearman(*(x[rng.integers(0, len(x), len(x))].mean(0) for x in (one, two))) for _ in range(draws)]
+            rows.append(
+                {"first": first[0], "first_split": first[1], "second": second[0], "second_split": second[1], "rho": rho,
+                 "low": float(np.nanquantile(again, 0.025)), "high": float(np.nanquantile(again, 0.975)),
+                 "layers": len(shared)}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int, ...]:
+    """The best layers, best first.
+
+    Args:
+        table: of one split, from `by_layer`. top: how many.
+        rule: "ranks" (least median rank over all evidence, so that one dissenter does not decide; ties go to the least
+            mean rank) or the name of one evidence.
+    """
+    if rule != "ranks" and rule not in set(table["evidence"]):
+        raise unknown("rule", rule, ["ranks", *dict.fromkeys(table["evidence"])])
+    part = table if rule == "ranks" else table[table["evidence"] == rule]
+    order = part.groupby("layer")["rank"].agg(["median", "mean"]).sort_values(["median", "mean"], kind="stable")
+    if not 1 <= top <= len(order):
+        raise UserError(f"--top {top}: expected 1 to {len(order)} layers")
+    return tuple(int(layer) for layer in order.index[:top])
+
+
+def best_heads(model: MMDiT, layers: Sequence[int], count: int, split: str, plan: Plan) -> dict[int, tuple[int, ...]]:
+    """The heads whose I2T maps segment best, per layer, on `plan.n` scenes of a split; best first."""
+    from mmdit_probe.embedded.validate import held_out, map_quality
+
+    table = map_quality(model, held_out(plan.n, split), sigma=plan.sigma, seed=plan.seed)
+    heads = table[(table["head"] != "mean") & ~table["min_max"]]
+    return {
+        layer: tuple(
+            int(head) for head in heads[heads["layer"] == layer].sort_values("miou", ascending=False)["head"][:count]
+        )
+        for layer in layers
+    }
+
+
+def _spearman(first: Any, second: Any) -> float:
+    from scipy.stats import rankdata
+
+    one, two = rankdata(first), rankdata(second)
+    if one.std() == 0 or two.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(one, two)[0, 1])
+
+
+def _pictures(split: str, plan: Plan) -> Any:
+    from mmdit_probe.data.images import resolve
+
+    return resolve(f"scenes:{split}", plan.n)
+
+
+def _word_mass(model: MMDiT, split: str, plan: Plan) -> pd.DataFrame:
+    from mmdit_probe.observe.base import MemorySink
+    from mmdit_probe.observe.budget import Budget
+
+    memory = MemorySink()
+    budget = Budget.of_pictures(model, _pictures(split, plan), sigma=plan.sigma, layers="all", heads="all",
+                                seed=plan.seed)  # fmt: skip
+    for item in budget.items:
+        budget.measure(item, memory)
+    return _masses(memory.table())
+
+
+def _masses(table: pd.DataFrame) -> pd.DataFrame:
+    words = table[
+        (table["branch"] != "uncond")
+        & (table["query"] == "image")
+        & (table["key"] == "text")
+        & (table["span"] == "word")
+    ]
+    # Streams add up within a call and head; then means over heads and steps. In units of what uniform attention gives.
+    calls = words.groupby(["item", "layer", "step", "head"], observed=True)[["mass", "uniform"]].sum()
+    means = calls.groupby(["item", "layer"]).mean().reset_index()
+    return means.assign(value=means["mass"] / means["uniform"])
+
+
+def _value_gap(model: MMDiT, split: str, plan: Plan) -> pd.DataFrame:
+    from mmdit_probe.observe.base import MemorySink
+    from mmdit_probe.observe.norms import NormMeasurement
+
+    memory = MemorySink()
+    measurement = NormMeasurement.of_pictures(model, _pictures(split, plan), sigma=plan.sigma, layers="all",
+                                              heads="all", seed=plan.seed)  # fmt: skip
+    for item in measurement.items:
+        measurement.measure(item, memory)
+    return _norms(memory.table())
+
+
+def _norms(table: pd.DataFrame) -> pd.DataFrame:
+    from mmdit_probe.observe.norm_summary import by_item
+
+    wide = by_item(table)
+    # Relative, because layers differ in scale.
+    return wide.assign(value=wide["gap"] / wide["image"])
+
+
+def _pca_class(model: MMDiT, split: str, plan: Plan) -> pd.DataFrame:
+    from mmdit_probe.observe.pca_run import pca_of_pictures
+
+    result = pca_of_pictures(model, _pictures(split, plan), kinds=("output",), sigma=plan.sigma, seed=plan.seed)
+    return _pca(result.table)
+
+
+def _pca(table: pd.DataFrame) -> pd.DataFrame:
+    rows = table[(table["kind"] == "output") & table["class"].notna()]
+    if rows.empty:
+        raise UserError("the PCA run has no class scores of the attention output; run pca on scenes with kind output")
+    return rows.assign(value=rows["class"] - rows["class_shuffled"])
+
+
+def _perturbation(model: MMDiT, split: str, plan: Plan) -> pd.DataFrame:
+    from mmdit_probe.edit import Blur
+    from mmdit_probe.edit.outcomes import Parser
+    from mmdit_probe.edit.perturb import Sampling, perturb
+    from mmdit_probe.scenes import captions
+
+    sampling = Sampling(plan.num_steps, plan.guidance, plan.seed)
+    prompts = captions(split, plan.prompts)
+    return _perturbed(perturb(model, prompts, Blur("image", "text"), sampling=sampling, outcomes=[Parser()]))
+
+
+def _perturbed(table: pd.DataFrame) -> pd.DataFrame:
+    from mmdit_probe.edit.perturb import CONTROL, EDIT
+
+    name = "relabelled" if "relabelled" in table else "change"
+    whole = table[(table["head"] == -1) & (table["span"] == "all")]
+    sides = [whole[whole["condition"] == kind].set_index(["item", "layer"])[name] for kind in (EDIT, CONTROL)]
+    value = sides[0] - sides[1].reindex(sides[0].index).fillna(0.0)
+    return value.rename("value").reset_index()
+
+
+def _segmentation(model: MMDiT, split: str, plan: Plan) -> pd.DataFrame:
+    import pandas as pd
+
+    from mmdit_probe.embedded.validate import held_out, map_quality
+
+    parts = []
+    for index, item in enumerate(held_out(plan.n, split)):
+        table = map_quality(model, [item], sigma=plan.sigma, seed=plan.seed + index)
+        plain = table[(table["head"] == "mean") & ~table["min_max"]]  # the softmax alone, the paper's choice
+        parts.append(plain.assign(item=index, value=plain["miou"]))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _read_masses(path: Path) -> pd.DataFrame:
+    from mmdit_probe.results import read_table
+
+    columns = ["item", "branch", "step", "layer", "head", "query", "key", "span", "mass", "uniform"]
+    return _masses(read_table(path / "attention_budget.parquet", columns))
+
+
+def _read_norms(path: Path) -> pd.DataFrame:
+    from mmdit_probe.results import read_table
+
+    return _norms(read_table(path / "value_norms.parquet"))
+
+
+def _read_pca(path: Path) -> pd.DataFrame:
+    from mmdit_probe.results import read_table
+
+    return _pca(read_table(path / "pca.parquet"))
+
+
+def _read_perturb(path: Path) -> pd.DataFrame:
+    from mmdit_probe.results import read_table
+
+    return _perturbed(read_table(path / "perturb.parquet"))
