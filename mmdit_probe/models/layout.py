@@ -10,8 +10,9 @@ business of `models.tokens`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.families import Family
+from mmdit_probe.models.arrange import Arrangement, positions
+from mmdit_probe.models.family import Family
 
 KINDS = ("image", "text", "other")
 
@@ -37,13 +39,21 @@ class Layer:
 class Layout:
     """The kinds of the N joint tokens, the same for every sample of the call.
 
+    Samples with fewer tokens, and masked ones, lack some: `keys` and `queries` say which are there.
+
     Attributes:
         labels: int64 [N] on the CPU, index into `KINDS`.
-        grid: (h, w) of the image tokens, row-major, with h * w = I; None if unknown.
+        grid: (h, w) of the image tokens, row-major, with frames * h * w = I; None if unknown.
+        frames: frames of a video, 1 for an image.
+        keys, queries: boolean [B, N] on the CPU, which tokens are keys and which are queries; None if all are. A token
+            that no query may attend to is neither.
     """
 
     labels: Tensor
     grid: tuple[int, int] | None = None
+    frames: int = 1
+    keys: Tensor | None = None
+    queries: Tensor | None = None
 
     @classmethod
     def from_counts(cls, runs: Sequence[tuple[str, int]], grid: tuple[int, int] | None = None) -> Layout:
@@ -69,6 +79,65 @@ class Layout:
         first, last = int(index[0]), int(index[-1])
         return slice(first, last + 1) if last - first + 1 == len(index) else index
 
+    def key_count(self, kind: str, row: int) -> int:
+        """Number of keys of one kind that sample `row` has."""
+        if self.keys is None:
+            return self.counts[kind]
+        return int((self.keys[row] & (self.labels == KINDS.index(kind))).sum())
+
+    def without(self, hidden: Tensor) -> Layout:
+        """The layout without the tokens in `hidden` [B or 1, N], boolean: those that a mask hides from every query."""
+        hidden = hidden.cpu()
+        keys = ~hidden if self.keys is None else self.keys & ~hidden
+        return replace(self, keys=keys, queries=~hidden if self.queries is None else self.queries & ~hidden)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the tokens of a canonical call are in the attention call: [B, N] each, -1 for one that is not there."""
+
+    keys: Tensor
+    queries: Tensor
+
+
+@functools.lru_cache(maxsize=64)
+def arranged(arrangement: Arrangement) -> tuple[Layout, Places | None]:
+    """The layout of an arrangement, and where its tokens are in the attention call (None: in the same order).
+
+    Samples that differ, and text positions out of order, are brought into one order: image, text, other.
+    """
+    first = arrangement.samples[0]
+    if arrangement.regular:
+        runs = [(kind, extent) for kind, extent in first if isinstance(extent, int)]
+        return replace(Layout.from_counts(runs, arrangement.grid), frames=arrangement.frames), None
+    tokens = [{kind: _by_position(sample, kind) for kind in KINDS} for sample in arrangement.samples]
+    counts = {kind: max(len(of[kind]) for of in tokens) for kind in KINDS}
+    keys = [[place for kind in KINDS for place in _padded(of[kind], counts[kind])] for of in tokens]
+    queries = []
+    for row, sample in zip(keys, arrangement.samples, strict=True):
+        asked = [place for place, kind in _in_order(sample) if kind in arrangement.queries]
+        number = {place: count for count, place in enumerate(asked)}
+        queries.append([number.get(place, -1) for place in row])
+    places = Places(torch.tensor(keys), torch.tensor(queries))
+    labels = Layout.from_counts(list(counts.items())).labels
+    return Layout(labels, arrangement.grid, arrangement.frames, places.keys >= 0, places.queries >= 0), places
+
+
+def _in_order(sample: Sequence[Any]) -> list[tuple[int, str]]:
+    kinds = [kind for kind, extent in sample for _ in range(extent if isinstance(extent, int) else len(extent))]
+    return list(enumerate(kinds))
+
+
+def _by_position(sample: Sequence[Any], kind: str) -> list[int]:
+    """Key place of every token of one kind, in the order of its positions; -1 for a position that is not there."""
+    places = [place for place, of in _in_order(sample) if of == kind]
+    found = dict(zip(positions(sample, kind), places, strict=True))
+    return [found.get(position, -1) for position in range(max(found, default=-1) + 1)]
+
+
+def _padded(places: list[int], count: int) -> list[int]:
+    return places + [-1] * (count - len(places))
+
 
 def attention_layout(family: Family, inputs: Sequence[Any], grid: tuple[int, int] | None) -> Layout:
     """The layout of one attention call from the attention module's own arguments.
@@ -78,6 +147,8 @@ def attention_layout(family: Family, inputs: Sequence[Any], grid: tuple[int, int
         inputs: the module's arguments named in `family.attention_inputs`, in that order: [B, tokens, C] or None.
         grid: (h, w) of the image tokens.
     """
+    if not family.attention_inputs:
+        raise UserError(f"the attention modules of {family.name} do not say which of their tokens are text")
     counts = {
         kind: 0 if value is None else int(value.shape[1])
         for kind, value in zip(family.attention_inputs, inputs, strict=True)
@@ -104,7 +175,7 @@ def find_layers(family: Family, transformer: nn.Module) -> list[Layer]:
     Raises:
         UserError: the transformer has none where its family says they are.
     """
-    found: list[tuple[int, str, nn.Module]] = []
+    found: list[tuple[tuple[int, int], str, nn.Module]] = []
     for path, module in transformer.named_modules():
         place = family.layer_place(path)
         if place is not None:

@@ -129,6 +129,11 @@ def _pipeline_index(source: str) -> dict[str, Any]:
             f"{source} ({index.get('_class_name', 'unknown pipeline')}, {found}) is not a known MM-DiT; "
             f"known transformers: {', '.join(known)}"
         )
+    if not next(family for family in FAMILIES.values() if family.transformer == component[1]).guidance:
+        raise UserError(
+            f"{source} is a {index.get('_class_name', component[1])}: load it with diffusers and give the pipeline to"
+            " `probe`; commands and `load` work on SD3 and SD3.5"
+        )
     return index
 
 

@@ -13,6 +13,7 @@ and steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -57,7 +58,8 @@ class TextMaps(Observer):
         self._kept: dict[tuple[int, int], list[tuple[DenoisingCall, Tensor]]] = {}
 
     def observe(self, seen: LayerCall) -> None:
-        if seen.layout.grid is None or seen.layout.grid[0] * seen.layout.grid[1] != seen.layout.counts["image"]:
+        frames = seen.layout.frames
+        if seen.layout.grid is None or math.prod((frames, *seen.layout.grid)) != seen.layout.counts["image"]:
             raise UserError(f"the image tokens have no known grid: {seen.layout.counts['image']} tokens")
         groups = self._groups(seen)  # [B or 1, T, G]
         head_mean = self.heads == "mean"
@@ -71,9 +73,15 @@ class TextMaps(Observer):
         else:
             if lse is None:
                 raise UserError("T2I maps need a kernel that gives its log-sum-exp; this device has none")
+            if seen.layout.queries is not None:
+                asked = seen.layout.queries[:, text].to(groups)
+                if not asked.any():
+                    raise UserError("text tokens are no queries in this model: it has no T2I maps")
+                groups = groups * asked[..., None]
             maps = exact.row_maps(call, lse, image, text, groups / groups.sum(1, keepdim=True).clamp(min=1), head_mean)
         h, w = seen.layout.grid
-        self._seen[seen.layer.index] = maps.reshape(*maps.shape[:-2], h, w, maps.shape[-1]).cpu()
+        space = (h, w) if frames == 1 else (frames, h, w)
+        self._seen[seen.layer.index] = maps.reshape(*maps.shape[:-2], *space, maps.shape[-1]).cpu()
 
     def end_call(self, denoising: DenoisingCall) -> None:
         for layer, maps in self._seen.items():
@@ -95,6 +103,8 @@ class TextMaps(Observer):
             layer: joint-attention layer.
             step: sampling step; None averages over the steps that were kept.
             branch: guidance branch; None takes every row.
+
+        Of a video's F frames: [B, F, h, w, T'] and [B, H, F, h, w, T'].
 
         Rows are in the order they were seen: batch rows within a call, calls in order. See `rows`.
 

@@ -105,8 +105,12 @@ class AttentionMass(Observer):
         values, counts = masses.double().cpu().numpy(), n_query.cpu().numpy()
         parts: list[dict[str, np.ndarray]] = []
         for row, of_row in enumerate(leaves):
-            queries = [q for q, kind in enumerate(QUERIES) if layout.counts[kind] > 0]
+            queries = [q for q in range(len(QUERIES)) if counts[row][q] > 0]
             keys = [_count(layout, denoising, row, leaf) for leaf in of_row]
+            # A span whose every position is missing or masked in this sample is none it has.
+            there = [place for place, (key, _, _) in enumerate(of_row) if key != "text" or keys[place] > 0]
+            of_row, keys = [of_row[place] for place in there], [keys[place] for place in there]
+            total = sum(layout.key_count(kind, row) for kind in ("image", "text", "other"))
             shape = (len(heads), len(queries), len(of_row))
             size = int(np.prod(shape))
             head, query, leaf = (axis.ravel() for axis in np.indices(shape))
@@ -124,10 +128,10 @@ class AttentionMass(Observer):
                     "key": np.array([key for key, _, _ in of_row], dtype=object)[leaf],
                     "span": np.array([span for _, span, _ in of_row], dtype=object)[leaf],
                     "stream": np.array([stream for _, _, stream in of_row], dtype=object)[leaf],
-                    "mass": values[row][heads][:, queries, : len(of_row)].ravel(),
+                    "mass": values[row][heads][:, queries][..., there].ravel(),
                     "n_query": counts[row][queries][query].astype(np.int64),
                     "n_key": n_key,
-                    "uniform": n_key / layout.total,
+                    "uniform": n_key / total,
                 }
             )
         return {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
@@ -162,10 +166,12 @@ def attention_masses(
     of_key[:, layout.labels == 1] = torch.tensor(groups, dtype=torch.long).reshape(batch, -1)
     of_key = of_key.to(device)
     weights = torch.stack([layout.labels == 0, layout.labels == 1]).float().to(device)  # [2, N]
+    if layout.queries is not None:
+        weights = weights * layout.queries.to(device)[:, None].float()  # [B, 2, N]
     live = exact.live_rows(call)
     if live is not None:
         # Masks of this family of calls are the same for all heads; a query is dropped if no head sees anything.
-        weights = weights * live.any(1).expand(batch, n_rows)[:, None].float()  # [B, 2, N]
+        weights = weights * live.any(1).expand(batch, n_rows)[:, None].float()
     n_query = weights.sum(-1).expand(batch, 2)
     if lse is None:
         each = exact.group_masses(call, None, of_key, count)  # [B, H, N, G]
@@ -194,9 +200,13 @@ def _groups(table: TokenTable, leaves: list[Leaf]) -> list[int]:
 def _count(layout: Layout, denoising: DenoisingCall, row: int, leaf: Leaf) -> int:
     key, span, stream = leaf
     if key != "text":
-        return layout.counts[key]
+        return layout.key_count(key, row)
     table = denoising.tokens(layout.counts["text"])[row]
-    return sum(token.kind == span and token.stream == stream for token in table.tokens)
+    there = [True] * len(table) if layout.keys is None else layout.keys[row][layout.labels == 1].tolist()
+    return sum(
+        is_key and token.kind == span and token.stream == stream
+        for token, is_key in zip(table.tokens, there, strict=True)
+    )
 
 
 def _constant(value: str, size: int) -> np.ndarray:

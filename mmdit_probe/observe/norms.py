@@ -75,6 +75,9 @@ class ValueNorm(Observer):
             }
             for leaf in dict.fromkeys(("text", token.kind, token.stream) for token in table.tokens):
                 of_leaf[leaf] = places["text"][table.positions(kind=leaf[1], stream=leaf[2])]
+            if seen.layout.keys is not None:  # tokens that this sample lacks, or that its mask hides
+                there = seen.layout.keys[row]
+                of_leaf = {leaf: index[there[index]] for leaf, index in of_leaf.items() if there[index].any()}
             chosen = [norms[row][:, index] for index in of_leaf.values()]
             leaves.append(list(of_leaf))
             counts.append([part.shape[-1] for part in chosen])

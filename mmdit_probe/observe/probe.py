@@ -19,16 +19,18 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mmdit_probe.attention.intercept import Edit, ModuleCall, Record, Stage, Transform, watch
+from mmdit_probe.attention.intercept import Edit, ModuleCall, Record, Stage, Transform, interpose, watch
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.models.families import family_of
-from mmdit_probe.models.layout import Layer, attention_layout, find_layers, unwrap
+from mmdit_probe.models.family import Family
+from mmdit_probe.models.layout import Layer, Layout, Places, arranged, unwrap
 from mmdit_probe.models.mmdit import Batch, MMDiT
 from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.backend import native_attention
 from mmdit_probe.observe.base import DenoisingCall, LayerCall, Observer
+from mmdit_probe.observe.canonical import canonical, hidden_keys, joined
+from mmdit_probe.observe.facts import Facts, facts_of
 from mmdit_probe.observe.rows import PipelineRows
 from mmdit_probe.specs import Spec, layer_indices, step_indices
 
@@ -97,16 +99,22 @@ class Run:
             raise UserError(f"cannot probe {type(target).__name__}: expected an MMDiT, a pipeline or a transformer")
         self._outer = outer
         self.transformer = unwrap(outer)
-        self.family = family_of(self.transformer)
-        self.all_layers = find_layers(self.family, self.transformer)
-        self.layers = [self.all_layers[index] for index in layer_indices(layers, len(self.all_layers))]
+        self._facts: Facts = facts_of(self.transformer)
+        self._wanted = layers
+        self.all_layers: list[Layer] = []
+        self.layers: list[Layer] = []
+        if self._facts.layers is not None:
+            self._choose(self._facts.layers)
         self.observers = list(observers)
         self.edits = list(edits)
         self.steps = steps
         self.current: DenoisingCall | None = None
         self._tokens = tokens
         self._branches = tuple(branches) if branches is not None else None
-        self._rows = PipelineRows(self.pipeline, self.family) if self.pipeline is not None else None
+        follow = self.pipeline is not None and bool(self.family.streams)
+        self._rows = PipelineRows(self.pipeline, self.family) if follow else None
+        self._context: str | None = None
+        self._layouts: dict[str, tuple[Layout, Places | None]] = {}
         self._signature = inspect.signature(type(self.transformer).forward)
         self._stack = ExitStack()
         self._calls = 0
@@ -117,6 +125,32 @@ class Run:
         self._clock: tuple[int, float] = (-1, float("nan"))
         if self._scheduler is None and "last" in str(steps):
             raise UserError(f"steps {steps!r} of a bare transformer: the number of steps is unknown; name the indices")
+
+    @property
+    def family(self) -> Family:
+        """The facts that apply."""
+        return self._facts.family
+
+    def layout(self, layer: Layer) -> Layout:
+        """Which token is which at one layer, in the order of its own attention call, in the denoising call in progress.
+
+        Raises:
+            UserError: the samples of this call differ in it, so there is no one order.
+        """
+        layout, places = self._arranged(layer)
+        if places is not None:
+            raise UserError(
+                f"the samples of this {self.family.name} call differ in their order of tokens (or text is no query):"
+                " it can be observed, not edited"
+            )
+        return layout
+
+    def _arranged(self, layer: Layer) -> tuple[Layout, Places | None]:
+        return self._layouts[layer.path] if layer.path in self._layouts else self._layouts[""]
+
+    def _choose(self, layers: list[Layer]) -> None:
+        self.all_layers = layers
+        self.layers = [layers[index] for index in layer_indices(self._wanted, len(layers))]
 
     def __getitem__(self, kind: type[Seen]) -> Seen:
         """The observer of a class.
@@ -140,14 +174,24 @@ class Run:
             # every pipeline call), and `always_call` runs the second one after an error too.
             stack.callback(self._outer.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             stack.callback(self._outer.register_forward_hook(self._after, with_kwargs=True, always_call=True).remove)
-            for layer in self.layers:
-                stack.callback(watch(layer.module, _LayerRecorder(self, layer), "record"))
-            for edit in self.edits:
-                for index in layer_indices(edit.layers, len(self.all_layers)):
-                    layer = self.all_layers[index]
-                    stack.callback(watch(layer.module, edit.handler(layer, self), edit.stage))
+            if hasattr(type(self.transformer), "cache_context"):
+                # Pipelines that call the transformer once per guidance branch say here which one it is.
+                stack.callback(interpose(self.transformer, "cache_context", self._on_context))
+            self._watch(stack)
             self._stack = stack.pop_all()
         return self
+
+    def _watch(self, stack: ExitStack) -> None:
+        for layer in self.layers:
+            stack.callback(watch(layer.module, _LayerRecorder(self, layer), "record"))
+        for edit in self.edits:
+            for index in layer_indices(edit.layers, len(self.all_layers)) if self.all_layers else ():
+                layer = self.all_layers[index]
+                stack.callback(watch(layer.module, edit.handler(layer, self), edit.stage))
+
+    def _on_context(self, proceed: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        self._context = name
+        return proceed(name, *args, **kwargs)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -168,6 +212,11 @@ class Run:
         inputs = self._signature.bind_partial(self.transformer, *args, **kwargs).arguments
         inputs = {**inputs, **inputs.get("kwargs", {})}
         self._calls += 1
+        found = self._facts.arrange(inputs)
+        if not self.all_layers and self._facts.layers is not None:
+            self._choose(self._facts.layers)
+            self._watch(self._stack)
+        self._layouts = {path: arranged(arrangement) for path, arrangement in found.items()}
         self._seen, self._observing, self._skipped = {}, True, inputs.get(self.family.skip_input) or ()
         self.current = self._label(inputs)
 
@@ -192,16 +241,17 @@ class Run:
     def _label(self, inputs: dict[str, Any]) -> DenoisingCall:
         """What is known of the call that begins; says too whether it is to be observed."""
         image, text = inputs[self.family.image_input], inputs[self.family.text_input]
-        rows = int(image.shape[0])
+        rows = len(image)
         batch = self.model.batch if self.model is not None else None
-        if batch is None and self._rows is not None:
+        if batch is None and self._rows is not None and isinstance(text, Tensor):
             batch = self._rows.batch(text)
         if batch is None:
             batch = Batch(None, [""] * rows, [-1] * rows, self._named_branches(rows))
         step, sigmas = self._when(inputs.get(self.family.timestep_input), rows)
         self._step = step if batch.step is None else None
         self._observing = self.at(self.steps)
-        tables = self._given_tables(rows, int(text.shape[1])) or list(batch.tokens or ())
+        layout = next(iter(self._layouts.values()))[0]
+        tables = self._given_tables(rows, layout.counts["text"]) or list(batch.tokens or ())
         prompts = [
             prompt or (table.prompt if table is not None else "")
             for prompt, table in zip(batch.prompts, tables or [None] * rows, strict=True)
@@ -213,7 +263,7 @@ class Run:
             prompts=prompts,
             seeds=batch.seeds,
             branches=["perturbed"] * rows if self._skipped else batch.branches,
-            grid=self.family.grid(image, self.transformer.config),
+            grid=layout.grid or (0, 0),
             _tokens=tables,
         )
 
@@ -235,27 +285,37 @@ class Run:
 
     def _named_branches(self, rows: int) -> list[str]:
         if self._branches is None:
-            return ["unknown"] * rows
+            return [self._context if self._context in ("cond", "uncond") else "unknown"] * rows
         if rows % len(self._branches):
             raise UserError(f"{rows} rows cannot be divided into the branches {', '.join(self._branches)}")
         return [branch for branch in self._branches for _ in range(rows // len(self._branches))]
 
     def _when(self, timestep: Any, rows: int) -> tuple[int, list[float]]:
         """Step and sigmas of a call: the scheduler's where the timestep is one of its own, else counted and scaled."""
-        values = torch.as_tensor(timestep).detach().double().cpu().reshape(-1).tolist()
+        given = float("nan") if timestep is None else timestep
+        values = torch.as_tensor(given).detach().double().cpu().reshape(-1).tolist()
         values = values * rows if len(values) == 1 else values
+        sigmas = [self.family.sigma(value) for value in values]
         if self._scheduler is not None and len(set(values)) == 1:
-            known = self._scheduler.timesteps.double().cpu()
-            places = (known == values[0]).nonzero()[:, 0].tolist()
-            if places:
-                later = [place for place in places if place >= (self._scheduler.step_index or 0)]
-                place = (later or places)[0]
-                return place, [float(self._scheduler.sigmas[place])] * rows
+            place = self._scheduled(values[0], sigmas[0])
+            if place is not None:
+                levels = getattr(self._scheduler, "sigmas", None)
+                return place, sigmas if levels is None else [float(levels[place])] * rows
         count, last = self._clock
-        if values[0] != last:
+        if sigmas[0] != last:
             # Sampling runs from noise to image: a rise of the noise level is the start of another image.
-            self._clock = (0 if values[0] > last else count + 1, values[0])
-        return self._clock[0], [value / self.family.timesteps for value in values]
+            self._clock = (0 if sigmas[0] > last else count + 1, sigmas[0])
+        return self._clock[0], sigmas
+
+    def _scheduled(self, timestep: float, sigma: float) -> int | None:
+        """The scheduler's place of a timestep, its own or rescaled to a noise level; None if it has none such."""
+        known = self._scheduler.timesteps.double().cpu()
+        now = getattr(self._scheduler, "step_index", None) or 0
+        places = (known == timestep).nonzero()[:, 0].tolist()
+        if places:
+            return next((place for place in places if place >= now), places[0])
+        # A rescaled timestep has gone through the latents' precision, so it is only near.
+        return now if now < len(known) and abs(1000.0 * sigma - float(known[now])) < 8.0 else None
 
     def _check_seen(self) -> None:
         for layer in self.layers:
@@ -273,6 +333,7 @@ class _LayerRecorder:
 
     def __init__(self, run: Run, layer: Layer) -> None:
         self.run, self.layer = run, layer
+        self._number, self._parts = -1, list[Record]()
 
     def wants(self, module_call: ModuleCall) -> Literal["nothing", "call", "lse"]:
         run = self.run
@@ -292,18 +353,41 @@ class _LayerRecorder:
     def record(self, record: Record) -> None:
         run = self.run
         assert run.current is not None
-        names = run.family.attention_inputs.values()
-        inputs = [record.module_call.argument(name, place) for place, name in enumerate(names)]
-        layout = attention_layout(run.family, inputs, run.current.grid)
+        layout, places = run._arranged(self.layer)
+        rows = len(run.current.prompts)
+        if len(record.call.query) != rows:
+            # One attention call per sample: they are looked at together when the last one is there.
+            if self._number != run.current.number:
+                self._number, self._parts = run.current.number, []
+            self._parts.append(record)
+            if sum(len(part.call.query) for part in self._parts) < rows:
+                return
+            record, self._parts = joined(self._parts), []
+        self._check(record, layout, places)
+        hidden = hidden_keys(record.call)
+        if hidden is not None and bool(hidden.any()):
+            layout = layout.without(hidden if places is None else _hidden(hidden, places))
+        seen = LayerCall(self.layer, layout, run.current, record if places is None else canonical(record, places))
+        for observer in run.observers:
+            observer.observe(seen)
+
+    def _check(self, record: Record, layout: Layout, places: Places | None) -> None:
         n_query, n_key = record.call.query.shape[-2], record.call.key.shape[-2]
-        if not layout.total == n_query == n_key:
+        if places is None:
+            fits = layout.total == n_query == n_key
+        else:
+            fits = int(places.keys.max()) < n_key and int(places.queries.max()) < n_query
+        if not fits:
             raise RunError(
                 f"layer {self.layer.index} ({self.layer.path}) attends from {n_query} to {n_key} tokens; expected"
                 f" {layout.counts['image']} image and {layout.counts['text']} text tokens in one softmax"
             )
-        seen = LayerCall(self.layer, layout, run.current, record)
-        for observer in run.observers:
-            observer.observe(seen)
+
+
+def _hidden(hidden: Tensor, places: Places) -> Tensor:
+    """Which canonical tokens a mask hides, [B, N], from which keys it hides, [B or 1, Nk]."""
+    every = hidden.cpu().expand(len(places.keys), -1)
+    return every.gather(1, places.keys.clamp(min=0)) | (places.keys < 0)
 
 
 def _is_pipeline(target: Any) -> bool:

@@ -45,6 +45,7 @@ class PipelineRows:
         self.pipeline, self.family = pipeline, family
         self._branches: dict[str, _Branch] = {}
         self._seeds: list[int] = []
+        self._encoding = False
 
     def attach(self) -> list[Detach]:
         return [
@@ -85,8 +86,12 @@ class PipelineRows:
         copies = int(given.get("num_images_per_prompt") or 1)
         streams = self.family.streams
         names = [name for stream in streams for name in stream.prompts]
-        self._branches, self._seeds = {}, []
-        self._branches["cond"] = self._branch(encoded["text"], names, "prompt_embeds", given, copies)
+        # Families that run their branches one by one encode them so too: prompt, then negative prompt, then latents.
+        branch = "uncond" if self._encoding and not self.family.guidance else "cond"
+        if branch == "cond":
+            self._branches, self._seeds = {}, []
+        self._encoding = True
+        self._branches[branch] = self._branch(encoded["text"], names, "prompt_embeds", given, copies)
         if given.get(self.family.guidance_argument) and encoded["negative text"] is not None:
             names = [name for stream in streams for name in stream.negatives]
             self._branches["uncond"] = self._branch(
@@ -104,7 +109,7 @@ class PipelineRows:
         columns = []
         for name in names:
             # A text that is not given is the first one's; an empty list of texts cannot occur.
-            value = given.get(name) or given.get(names[0]) or ""
+            value = given.get(name) or given.get(names[0]) or given.get(ready_made.removesuffix("_embeds")) or ""
             columns.append([value] * (rows // copies) if isinstance(value, str) else list(value))
         texts = [list(of_sample) for of_sample in zip(*columns, strict=True)]
         tables = token_tables(self.pipeline, self.family, texts, given.get(self.family.length_argument))
@@ -115,6 +120,7 @@ class PipelineRows:
         )
 
     def _on_latents(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._encoding = False
         bound = inspect.signature(type(self.pipeline).prepare_latents).bind(self.pipeline, *args, **kwargs)
         generator = bound.arguments.get("generator")
         # Read before the draw: a generator's initial seed is what the caller set, whatever was drawn since.

@@ -1,0 +1,279 @@
+"""Facts of the model families, one entry each, from the diffusers 0.42.1 class it names.
+
+    >>> next(entry for entry in ENTRIES if entry.name == "flux").order
+    ('text', 'image')
+
+Every entry is tested against the mechanical layout (`models.taint`), which knows nothing of it. Left out, so laid out
+mechanically: classes whose keys change between calls (key-value caches, segments), and those never run here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmdit_probe.models.arrange import (
+    Arrangement,
+    Extent,
+    Inputs,
+    Segment,
+    frames_first,
+    image_shapes,
+    latents,
+    packed,
+    position_ids,
+    samples,
+    sequence,
+    text_count,
+    valid,
+)  # fmt: skip
+from mmdit_probe.models.family import Family, TextStream
+
+_DOUBLE = r"transformer_blocks\.(\d+)\.attn"
+_SINGLE = r"single_transformer_blocks\.(\d+)\.attn"
+_BLOCKS = r"transformer_blocks\.(\d+)\.attn1"
+_BOTH = {"image": "hidden_states", "text": "encoder_hidden_states"}
+"""Double-stream attention modules get both streams; single-stream ones do not say."""
+
+
+def _reordered(*parts: str) -> Any:
+    """Hunyuan's text: valid positions of all parts first, then the masked ones. The parts' masks are named after them;
+    text positions T count through the parts in this order."""
+
+    def rule(inputs: Inputs, config: Any) -> Arrangement:
+        extent = latents(inputs, config)
+        given = [(f"encoder_hidden_states{p}", f"encoder_attention_mask{p}") for p in parts]
+        given = [names for names in given if inputs.get(names[0]) is not None]
+        if len(given) < 2:
+            return sequence(latents, "image", "text")(inputs, config)
+        front, back, offset = [], [], 0
+        for name, mask in given:
+            front.append(valid(inputs[mask], offset))
+            back.append(valid(inputs[mask], offset, keep=False))
+            offset += int(inputs[name].shape[1])
+        pictures: Any = inputs.get("image_embeds")
+        count = 0 if pictures is None else int(pictures.shape[1])
+        # All-zero picture embeddings are masked (text to video): then they come after the valid text.
+        seen = count > 0 and bool(pictures.any())
+        found = []
+        for row in range(samples(inputs)):
+            other: tuple[Segment, ...] = (("other", count),) if count else ()
+            text: list[tuple[Segment, ...]] = [tuple(("text", p[row]) for p in part) for part in (front, back)]
+            found.append((*extent.image, *(other if seen else ()), *text[0], *(() if seen else other), *text[1]))
+        return Arrangement(tuple(found), extent.grid, extent.frames)
+
+    return rule
+
+
+def _hidream(inputs: Inputs, config: Any) -> Arrangement:
+    """Text is [T5, last Llama layer, this block's Llama layer]; latents that are not square are padded."""
+    image, llama = inputs["hidden_states"], inputs["encoder_hidden_states_llama3"]
+    text = text_count(inputs, ["encoder_hidden_states_t5"]) + 2 * int(llama[0].shape[1])
+    if image.ndim == 3:
+        h, w = (int(size) for size in inputs["img_sizes"][0])
+        total = int(image.shape[1])
+    else:
+        h, w = image.shape[-2] // config.patch_size, image.shape[-1] // config.patch_size
+        total = h * w if h == w else config.max_resolution[0] * config.max_resolution[1] // config.patch_size**2
+    sample = (*Extent((h, w), 1, total - h * w).image, ("text", text))
+    return Arrangement((sample,) * samples(inputs), (h, w))
+
+
+def _z_image(inputs: Inputs, config: Any) -> Arrangement:
+    """Image, then text, each filled up with learned pads to a multiple of 32 tokens, which are attended to."""
+    patch = int(inputs.get("patch_size", 2))
+    found = []
+    for image, text in zip(inputs["x"], inputs["cap_feats"], strict=True):
+        frames, (h, w) = image.shape[1], (size // patch for size in image.shape[-2:])
+        count = frames * h * w
+        sample: list[Segment] = [("image", count), ("other", -count % 32)]
+        found.append((*sample, ("text", tuple(range(len(text)))), ("other", -len(text) % 32)))
+    return Arrangement(tuple(found), (h, w), frames)
+
+
+_T5 = TextStream(
+    "t5", ("tokenizer_2",), ("text_encoder_2",), ("prompt_2",), ("negative_prompt_2",), "max_sequence_length"
+)
+
+# transformer_sd3.py and pipeline_stable_diffusion_3.py. SD3.5's `attn2` sees image tokens only and does not match
+# `layers`. The attention ignores any text mask: pads are keys. Without its encoder the T5 stream is zeros of the same
+# length.
+SD3 = Family(
+    name="sd3",
+    transformer="SD3Transformer2DModel",
+    layers=r"transformer_blocks\.(\d+)\.attn",
+    order=("image", "text"),
+    arrangement=sequence(latents, "image", "text"),
+    attention_inputs={"image": "hidden_states", "text": "encoder_hidden_states"},
+    image_input="hidden_states",
+    text_input="encoder_hidden_states",
+    pooled_input="pooled_projections",
+    timestep_input="timestep",
+    skip_input="skip_layers",
+    timesteps=1000.0,
+    guidance=("uncond", "cond"),
+    streams=(
+        TextStream(
+            name="clip",
+            tokenizers=("tokenizer", "tokenizer_2"),
+            encoders=("text_encoder", "text_encoder_2"),
+            prompts=("prompt", "prompt_2"),
+            negatives=("negative_prompt", "negative_prompt_2"),
+            length="tokenizer",
+        ),
+        TextStream(
+            name="t5",
+            tokenizers=("tokenizer_3",),
+            encoders=("text_encoder_3",),
+            prompts=("prompt_3",),
+            negatives=("negative_prompt_3",),
+            length="max_sequence_length",
+        ),
+    ),
+    length_argument="max_sequence_length",
+    default_length=256,
+    encoded=("text", "negative text", "pooled", "negative pooled"),
+)
+
+ENTRIES: tuple[Family, ...] = (
+    SD3,
+    # transformer_flux.py. CLIP is pooled only: no text position carries it. Single blocks see one joined sequence.
+    Family(
+        "flux", "FluxTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
+        sequence(position_ids, "text", "image"),
+        pooled_input="pooled_projections", streams=(_T5,), length_argument="max_sequence_length", default_length=512,
+        encoded=("text", "pooled", "text ids"),
+    ),
+    # transformer_flux2.py, without its key-value cache.
+    Family(
+        "flux2", "Flux2Transformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
+        sequence(position_ids, "text", "image"),
+    ),
+    # transformer_chroma.py. The mask is an outer product: masked rows see nothing.
+    Family(
+        "chroma", "ChromaTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
+        sequence(position_ids, "text", "image"),
+    ),
+    Family(
+        "bria", "BriaTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
+        sequence(position_ids, "text", "image"),
+        timesteps=1000.0,
+    ),
+    # transformer_bria_fibo.py. Half of the text channels are replaced at each block.
+    Family(
+        "bria_fibo", "BriaFiboTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
+        sequence(position_ids, "text", "image"), timesteps=1000.0,
+    ),
+    Family(
+        "longcat_image", "LongCatImageTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
+        sequence(position_ids, "text", "image"),
+    ),
+    Family(
+        "ovis_image", "OvisImageTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
+        sequence(position_ids, "text", "image"),
+    ),
+    # auraflow_transformer_2d.py. Eight learned registers come before the text.
+    Family(
+        "aura_flow", "AuraFlowTransformer2DModel", (r"joint_transformer_blocks\.(\d+)\.attn", _SINGLE),
+        ("other", "text", "image"), sequence(latents, "other", "text", "image", registers=8),
+    ),
+    # transformer_qwenimage.py. `encoder_hidden_states_mask` hides keys.
+    Family(
+        "qwen_image", "QwenImageTransformer2DModel", _DOUBLE, ("text", "image"),
+        sequence(image_shapes, "text", "image"),
+        attention_inputs=_BOTH,
+    ),
+    # cogvideox_transformer_3d.py and consisid_transformer_3d.py: latents [B, frames, C, h, w].
+    Family(
+        "cogvideox", "CogVideoXTransformer3DModel", _BLOCKS, ("text", "image"), sequence(frames_first, "text", "image"),
+        timesteps=1000.0, attention_inputs=_BOTH,
+    ),
+    Family(
+        "consisid", "ConsisIDTransformer3DModel", _BLOCKS, ("text", "image"), sequence(frames_first, "text", "image"),
+        timesteps=1000.0, attention_inputs=_BOTH,
+    ),
+    Family(
+        "cogview3plus", "CogView3PlusTransformer2DModel", _BLOCKS, ("text", "image"),
+        sequence(latents, "text", "image"),
+        timesteps=1000.0, attention_inputs=_BOTH,
+    ),
+    # transformer_cogview4.py and transformer_glm_image.py. Their float mask adds 1 to kept keys and hides none.
+    Family(
+        "cogview4", "CogView4Transformer2DModel", _BLOCKS, ("text", "image"), sequence(latents, "text", "image"),
+        timesteps=1000.0, attention_inputs=_BOTH,
+    ),
+    Family(
+        "glm_image", "GlmImageTransformer2DModel", _BLOCKS, ("text", "image"), sequence(latents, "text", "image"),
+        timesteps=1000.0, attention_inputs=_BOTH,
+    ),
+    # transformer_hunyuan_video.py. The token refiner is text self-attention and does not match `layers`.
+    Family(
+        "hunyuan_video", "HunyuanVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),
+        sequence(latents, "image", "text"), timesteps=1000.0, attention_inputs=_BOTH,
+    ),
+    # transformer_hunyuanimage.py: text is [ByT5, language model].
+    Family(
+        "hunyuan_image", "HunyuanImageTransformer2DModel", (_DOUBLE, _SINGLE), ("image", "text"), _reordered("_2", ""),
+        timesteps=1000.0,
+    ),
+    # transformer_hunyuan_video15.py: the same, and picture embeddings, which are neither image nor text tokens.
+    Family(
+        "hunyuan_video15", "HunyuanVideo15Transformer3DModel", _DOUBLE, ("image", "other", "text"),
+        _reordered("_2", ""), timesteps=1000.0,
+    ),
+    # transformer_mochi.py: one attention call per sample, over its valid text.
+    Family(
+        "mochi", "MochiTransformer3DModel", _BLOCKS, ("image", "text"), packed(latents, "image", "text"),
+        timesteps=1000.0,
+    ),
+    Family(
+        "hidream", "HiDreamImageTransformer2DModel",
+        (r"double_stream_blocks\.(\d+)\.block\.attn1", r"single_stream_blocks\.(\d+)\.block\.attn1"), ("image", "text"),
+        _hidream, text_input="encoder_hidden_states_t5", timestep_input="timesteps", timesteps=1000.0,
+    ),
+    # transformer_lumina2.py: valid text, then image, packed per sample.
+    Family(
+        "lumina2", "Lumina2Transformer2DModel", r"layers\.(\d+)\.attn", ("text", "image"),
+        packed(latents, "text", "image"), clean_timestep=1.0,
+    ),
+    # transformer_z_image.py, text to image: lists of a latent [C, frames, h, w] and a text [T, width] per sample.
+    Family(
+        "z_image", "ZImageTransformer2DModel", r"layers\.(\d+)\.attention", ("image", "other", "text", "other"),
+        _z_image, image_input="x", text_input="cap_feats", timestep_input="t", clean_timestep=1.0,
+    ),
+    # transformer_krea2.py: text [B, T, language model layers, width].
+    Family(
+        "krea2", "Krea2Transformer2DModel", _DOUBLE, ("text", "image"),
+        sequence(lambda inputs, config: _krea2(inputs), "text", "image"),
+    ),
+    Family(
+        "ernie_image", "ErnieImageTransformer2DModel", r"layers\.(\d+)\.self_attention", ("image", "text"),
+        sequence(latents, "image", "text", text=("text_bth",)), text_input="text_bth", timesteps=1000.0,
+    ),
+    Family(
+        "easyanimate", "EasyAnimateTransformer3DModel", _BLOCKS, ("text", "image"),
+        sequence(latents, "text", "image", text=("encoder_hidden_states", "encoder_hidden_states_t5")),
+        timesteps=1000.0, attention_inputs=_BOTH,
+    ),
+    Family(
+        "joyimage_edit", "JoyImageEditTransformer3DModel", r"double_blocks\.(\d+)\.attn", ("image", "text"),
+        sequence(latents, "image", "text"), timesteps=1000.0, attention_inputs=_BOTH,
+    ),
+    Family(
+        "motif_video", "MotifVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),
+        sequence(latents, "image", "text"), timesteps=1000.0,
+    ),
+    # transformer_prx.py and transformer_nucleusmoe_image.py: text tokens are keys only, so there is no T2I and no T2T.
+    Family(
+        "prx", "PRXTransformer2DModel", r"blocks\.(\d+)\.attention", ("text", "image"),
+        sequence(latents, "text", "image", queries=("image",)),
+    ),
+    Family(
+        "nucleus_image", "NucleusMoEImageTransformer2DModel", _DOUBLE, ("image", "text"),
+        sequence(image_shapes, "image", "text", queries=("image",)),
+    ),
+)  # fmt: skip
+
+
+def _krea2(inputs: Inputs) -> Extent:
+    text = int(inputs["encoder_hidden_states"].shape[1])
+    return position_ids({"img_ids": inputs["position_ids"][..., text:, :]}, None)

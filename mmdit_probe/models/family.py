@@ -1,0 +1,88 @@
+"""What an entry of a model family states: names of inputs, token order, grid rule, text streams.
+
+No behaviour lives here and no family's name appears in another module than `models.entries`: the engine reads facts.
+The entries are looked up through `models.families`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmdit_probe.models.arrange import Arrangement
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """A run of text positions in the joint order, and where its tokens come from.
+
+    `tokenizers`, `encoders`, `prompts` and `negatives` are parallel: pipeline components, and arguments of the
+    pipeline's `encode_prompt`. Several tokenizers mean that one position carries features of each (concatenated
+    channels).
+    """
+
+    name: str
+    tokenizers: tuple[str, ...]
+    encoders: tuple[str, ...]
+    prompts: tuple[str, ...]
+    negatives: tuple[str, ...]
+    length: str
+    """Where the number of positions comes from: "tokenizer" (its model_max_length) or the name of an argument."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts about one MM-DiT family. Input names are keyword arguments of the transformer's forward."""
+
+    name: str
+    transformer: str
+    """Class name of the diffusers transformer."""
+    layers: str | tuple[str, ...]
+    """Regular expressions of the module paths of joint attention, by kind of block in forward order; the first group is
+    the place among its kind."""
+    order: tuple[str, ...]
+    """Kinds of tokens in the order of the attention call's keys."""
+    arrangement: Callable[[Mapping[str, Any], Any], Arrangement]
+    """(arguments of the transformer's forward, its config) -> the order of every sample's keys."""
+    image_input: str = "hidden_states"
+    text_input: str = "encoder_hidden_states"
+    timestep_input: str = "timestep"
+    timesteps: float = 1.0
+    """timestep = timesteps * sigma."""
+    clean_timestep: float = 0.0
+    """The timestep of a clean image; where it is 1, timesteps = 1 - sigma."""
+    attention_inputs: Mapping[str, str] = field(default_factory=dict)
+    """Kind of token -> keyword argument of the attention module whose axis 1 counts them, in positional order; empty
+    where the module does not know."""
+    pooled_input: str = ""
+    skip_input: str = ""
+    """Argument of the transformer's forward that lists layers to leave out of this one call."""
+    guidance: tuple[str, ...] = ()
+    """Branches in batch order when the pipeline runs classifier-free guidance in one call."""
+    streams: tuple[TextStream, ...] = ()
+    """Where text positions come from; empty if the pipeline's prompts are not followed."""
+    length_argument: str = ""
+    """Argument of `encode_prompt` and of the pipeline that sets the length of the streams that name it."""
+    default_length: int = 0
+    """Value of `length_argument` when nobody sets it."""
+    encoded: tuple[str, ...] = ()
+    """What `encode_prompt` returns, in order."""
+    guidance_argument: str = "do_classifier_free_guidance"
+
+    def grid(self, image_input: Any, config: Any) -> tuple[int, int]:
+        """Token grid (h, w), row-major, of an image input [B, C, latent height, latent width]."""
+        return image_input.shape[-2] // config.patch_size, image_input.shape[-1] // config.patch_size
+
+    def layer_place(self, path: str) -> tuple[int, int] | None:
+        """Place of a module in the joint-attention forward order (kind of block, place in it), or None."""
+        for kind, pattern in enumerate((self.layers,) if isinstance(self.layers, str) else self.layers):
+            match = re.fullmatch(pattern, path)
+            if match:
+                return kind, int(match[1])
+        return None
+
+    def sigma(self, timestep: float) -> float:
+        """The noise level of a timestep as the transformer gets it."""
+        return 1.0 - timestep if self.clean_timestep == 1.0 else timestep / self.timesteps

@@ -1,0 +1,98 @@
+"""Attention calls whose samples differ, brought into one order that observers can read: image, text, other.
+
+Some families pack every sample's text without a gap, call attention once per sample, or let text be keys and not
+queries. Softmax does not depend on the order of keys, so a copy of the call in one order, with what is not there
+masked, has the same probabilities. The model's own call is not touched.
+
+    seen = canonical(record, places)                  # places from `models.layout.arranged`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.attention.intercept import Record
+from mmdit_probe.errors import RunError
+from mmdit_probe.models.layout import Places
+
+
+def canonical(record: Record, places: Places) -> Record:
+    """The record with the tokens of every sample in canonical order; queries that are not there are zeros.
+
+    Args:
+        record: an attention call of B samples. places: of the N canonical tokens.
+    """
+    call = record.call
+    keys, queries = places.keys.to(call.query.device), places.queries.to(call.query.device)
+    mask = _mask(call, keys, queries)
+    moved = SDPACall(
+        _gather(call.query, queries), _gather(call.key, keys), _gather(call.value, keys), mask, 0.0, False,
+        call.scale_factor, call.enable_gqa,
+    )  # fmt: skip
+    lse = None if record.lse is None else _gather(record.lse[..., None], queries)[..., 0]
+    return Record(moved, _gather(record.output, queries), record.module_call, lse, True)
+
+
+def joined(records: Sequence[Record]) -> Record:
+    """One record of B samples from B records of one sample each; shorter ones are padded with zeros at the end.
+
+    Raises:
+        RunError: the calls have masks, which are not joined.
+    """
+    calls = [record.call for record in records]
+    if any(call.attn_mask is not None or call.is_causal for call in calls):
+        raise RunError("attention is called once per sample with a mask each: not supported")
+    call = SDPACall(
+        _stacked([c.query for c in calls]), _stacked([c.key for c in calls]), _stacked([c.value for c in calls]),
+        None, 0.0, False, calls[0].scale_factor, calls[0].enable_gqa,
+    )  # fmt: skip
+    rows = [record.lse for record in records]
+    lse = None if any(row is None for row in rows) else _stacked([row[..., None] for row in rows if row is not None])
+    output = _stacked([record.output for record in records])
+    return Record(call, output, records[0].module_call, None if lse is None else lse[..., 0], True)
+
+
+def hidden_keys(call: SDPACall) -> Tensor | None:
+    """Keys that the mask hides from every query, boolean [B or 1, Nk]; None if there are none for sure."""
+    if call.attn_mask is None:
+        return None
+    mask = call.attn_mask
+    kept = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    kept = kept.reshape((1,) * (4 - kept.ndim) + tuple(kept.shape))
+    hidden = ~kept.any(2).any(1)
+    return hidden.expand(-1, call.key.shape[-2])
+
+
+def _mask(call: SDPACall, keys: Tensor, queries: Tensor) -> Tensor:
+    """The call's mask in canonical order, with absent keys masked: [B, H or 1, N or 1, N]."""
+    batch, count = keys.shape
+    absent = (keys < 0)[:, None, None]
+    if call.is_causal:
+        raise RunError("causal joint attention whose samples differ is not supported")
+    if call.attn_mask is None:
+        return ~absent
+    mask = call.attn_mask.reshape((1,) * (4 - call.attn_mask.ndim) + tuple(call.attn_mask.shape)).expand(
+        batch, -1, -1, call.key.shape[-2]
+    )
+    index = keys.clamp(min=0)[:, None, None].expand(batch, mask.shape[1], mask.shape[2], count)
+    mask = mask.gather(3, index)
+    if mask.shape[2] > 1:
+        index = queries.clamp(min=0)[:, None, :, None].expand(batch, mask.shape[1], count, count)
+        mask = mask.gather(2, index)
+    return mask & ~absent if mask.dtype == torch.bool else mask.masked_fill(absent, float("-inf"))
+
+
+def _gather(tensor: Tensor, places: Tensor) -> Tensor:
+    """Tokens of [B, H, N', D] at places [B, N], zeros where a place is -1."""
+    batch, heads, _, width = tensor.shape
+    index = places.clamp(min=0)[:, None, :, None].expand(batch, heads, places.shape[1], width)
+    return tensor.gather(2, index) * (places >= 0)[:, None, :, None]
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    longest = max(part.shape[2] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, 0, 0, longest - part.shape[2])) for part in parts])

@@ -1,0 +1,120 @@
+"""What a probe knows of a transformer's token layout: the family's entry, or what the mechanical layout finds.
+
+    facts = facts_of(transformer)
+    facts.arrange(inputs)                    # {"": arrangement}, or one per layer for a model without an entry
+
+A model without an entry is laid out at its first denoising call, and again when the shapes of its inputs change.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.arrange import Arrangement, from_labels
+from mmdit_probe.models.families import family_of, refuse_cross_attention
+from mmdit_probe.models.family import Family
+from mmdit_probe.models.layout import KINDS, Layer, find_layers
+from mmdit_probe.models.taint import IMAGE_NAMES, TEXT_NAMES, Site, input_names, taint
+
+TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+
+
+class Facts:
+    """Facts of a family's entry.
+
+    Attributes:
+        family: the entry. layers: joint-attention layers, None until they are known.
+    """
+
+    def __init__(self, family: Family, transformer: nn.Module) -> None:
+        self.family, self.transformer = family, transformer
+        self.layers: list[Layer] | None = find_layers(family, transformer)
+
+    def arrange(self, inputs: Mapping[str, Any]) -> dict[str, Arrangement]:
+        """Order of the keys in a denoising call with these arguments, by layer path; "" is every other layer."""
+        return {"": self.family.arrangement(inputs, self.transformer.config)}
+
+
+class Mechanical(Facts):
+    """Facts found by `models.taint`, for a transformer without an entry."""
+
+    def __init__(self, transformer: nn.Module) -> None:
+        name = type(transformer).__name__
+        self.family = Family(name, name, (), (), _nothing, timesteps=math.nan)
+        self.transformer = transformer
+        self.layers = None
+        self._found: dict[tuple[Any, ...], dict[str, Arrangement]] = {}
+
+    def arrange(self, inputs: Mapping[str, Any]) -> dict[str, Arrangement]:
+        shapes = tuple((name, _shapes(value)) for name, value in inputs.items())
+        if shapes not in self._found:
+            self._found[shapes] = self._calibrated(inputs)
+        return self._found[shapes]
+
+    def _calibrated(self, inputs: Mapping[str, Any]) -> dict[str, Arrangement]:
+        image, text = input_names(inputs)
+        timestep = next((name for name in TIMESTEP_NAMES if name in inputs), "")
+        self.family = replace(self.family, image_input=image[0], text_input=text[0], timestep_input=timestep)
+        sites = {path: site for path, site in taint(self.transformer, inputs).items() if site.joint and site.regular}
+        if not sites:
+            raise UserError(
+                f"{self.family.name} is not an MM-DiT: at none of its attention calls do image and text keys share one"
+                " softmax (cross-attention models have no joint attention to probe)"
+            )
+        layers = [Layer(n, path, self.transformer.get_submodule(path)) for n, path in enumerate(sites)]
+        if self.layers is None:
+            self.layers = layers
+        elif [layer.path for layer in layers] != [layer.path for layer in self.layers]:
+            raise UserError(f"{self.family.name} has other joint-attention layers in this call than in the first one")
+        return {path: self._arrangement(site, inputs[image[0]]) for path, site in sites.items()}
+
+    def _arrangement(self, site: Site, image: Any) -> Arrangement:
+        found = from_labels(site.labels, KINDS, site.queries)
+        count = int((site.labels[0] == 0).sum())
+        return replace(found, grid=guessed_grid(image, count))
+
+
+def facts_of(transformer: nn.Module) -> Facts:
+    """The facts that apply to an unwrapped transformer.
+
+    Raises:
+        UserError: it is no MM-DiT, or nothing in its forward's arguments looks like latents and text.
+    """
+    try:
+        family = family_of(transformer)
+    except UserError:
+        refuse_cross_attention(transformer)
+        names = inspect.signature(type(transformer).forward).parameters
+        if not set(IMAGE_NAMES) & set(names) or not any(name.startswith(TEXT_NAMES) for name in names):
+            raise
+        return Mechanical(transformer)
+    return Facts(family, transformer)
+
+
+def guessed_grid(image: Any, count: int) -> tuple[int, int] | None:
+    """(h, w) of `count` image tokens cut from latents [B, C, h', w'] into square patches; None if that does not fit."""
+    if not isinstance(image, Tensor) or image.ndim != 4:
+        return None
+    patch = math.isqrt(max(1, image.shape[-2] * image.shape[-1] // max(1, count)))
+    h, w = image.shape[-2] // patch, image.shape[-1] // patch
+    return (h, w) if h * w == count else None
+
+
+def _nothing(inputs: Mapping[str, Any], config: Any) -> Arrangement:
+    raise UserError("the layout of this model is found mechanically, at its first call")
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, list | tuple):
+        return tuple(_shapes(item) for item in value)
+    return None
