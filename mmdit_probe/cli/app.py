@@ -31,6 +31,7 @@ from mmdit_probe.cli import (
     perturb,
     segment,
     select_layers,
+    train_magnet,
     value_norms,
 )
 from mmdit_probe.errors import ProbeError
@@ -76,6 +77,7 @@ app.command("segment")(segment.command)
 app.command("discover")(discover.command)
 app.command("evaluate")(evaluate.command)
 app.add_typer(models.app, name="models")
+app.command("train-magnet")(train_magnet.command)
 app.command("doctor")(doctor.command)
 
 

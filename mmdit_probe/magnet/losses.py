@@ -104,7 +104,8 @@ def match_cost(logits: Tensor, masks: Tensor, weights: LossWeights) -> Tensor:
     Args:
         logits: [C, h, w]. masks: [K, H, W]; a token's target is the share of its pixels inside the mask.
     """
-    targets = F.adaptive_avg_pool2d(masks.to(logits.device, logits.dtype), logits.shape[-2:]).flatten(1)
+    h, w = logits.shape[-2:]
+    targets = F.adaptive_avg_pool2d(masks.to(logits.device, logits.dtype), (h, w)).flatten(1)
     flat = logits.flatten(1)
     ones = torch.ones_like(flat)
     as_positive = focal(flat, ones, weights.alpha, weights.gamma)

@@ -1,0 +1,96 @@
+"""MAGNET without annotations: the masks are the model's own, made before the training starts.
+
+    data = SelfLabelled.make(model, ScenesData("train", 500), source="maps", layers=(4,))
+    train(model, data, MagnetConfig(layers=(4,)))
+
+Two sources: "maps" labels every pixel with the word of the prompt whose refined I2T map is strongest there (named
+masks, token-level); "segments" takes the unsupervised segments of the empty prompt (unnamed masks, head-level). Neither looks
+at an annotation: of the wrapped data only pictures, prompts and words are read. The maps of a teacher are averaged over
+noise draws and refined, which one training forward is not: that gap is what is learned from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdit_probe.errors import unknown
+from mmdit_probe.magnet.data import Data, Sample, largest
+from mmdit_probe.models.mmdit import MMDiT
+
+REFINE = "affinity"
+
+
+@dataclass(frozen=True)
+class SelfLabelled:
+    """Data whose masks were made by the model. Use `SelfLabelled.make`.
+
+    Attributes:
+        data: where pictures and prompts come from. labels: uint8 [n, H, W] index into the words of each sample's prompt
+            (or segment number). named: whether labels are words. settings: what made them.
+    """
+
+    data: Data
+    labels: NDArray[np.uint8]
+    named: bool
+    settings: dict[str, Any]
+
+    @classmethod
+    def make(
+        cls,
+        model: MMDiT,
+        data: Data,
+        *,
+        source: Literal["maps", "segments"] = "maps",
+        layers: Sequence[int],
+        refine: str = REFINE,
+        sigmas: Sequence[float] = (0.515,),
+        seeds: Sequence[int] = (0, 1),
+        advance: Callable[[], None] = lambda: None,
+    ) -> SelfLabelled:
+        """Label every sample of `data` with the model as it is (no adapter attached).
+
+        Args:
+            source: "maps" or "segments". layers: whose maps are read, averaged.
+            refine: steps of `segment.refine`. sigmas, seeds: noise levels and draws that are averaged.
+            advance: called after every sample.
+
+        Raises:
+            UserError: unknown source or step.
+        """
+        from mmdit_probe.segment.run import discover, segment
+
+        if source not in ("maps", "segments"):
+            raise unknown("source", source, ("maps", "segments"))
+        how: dict[str, Any] = {"layers": list(layers), "sigmas": list(sigmas), "seeds": list(seeds), "refine": refine}
+        labels = []
+        for index in range(len(data)):
+            sample = data[index]
+            if source == "segments":
+                found = discover(model, sample.image, **how).labels
+            elif sample.names:
+                found = segment(model, sample.image, list(sample.names), **how).labels
+            else:
+                found = np.zeros(sample.image.shape[:2], np.uint16)
+            labels.append(found.astype(np.uint8))
+            advance()
+        return cls(data, np.stack(labels), source == "maps", {"source": source, **how})
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample, labels = self.data[index], self.labels[index]
+        key = f"{sample.key} (own labels)"
+        if not self.named:
+            return Sample(key, sample.image, sample.prompt, largest([labels == i for i in np.unique(labels)]))
+        present = [i for i in range(len(sample.names)) if (labels == i).any()]
+        masks = np.stack([labels == i for i in present]) if present else np.zeros((0, *labels.shape), bool)
+        return Sample(key, sample.image, sample.prompt, masks, tuple(sample.names[i] for i in present))
+
+    def describe(self) -> dict[str, Any]:
+        return {"annotations": "the model's own", **self.settings, "of": self.data.describe()}
