@@ -1,0 +1,272 @@
+"""The contract of every family: what a probe says of a tiny random model is what the float64 softmax over the model's
+own queries, keys, mask and scale says, with the kinds of keys found mechanically; and observing changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmdit_probe.attention import reference
+from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.models.families import FAMILIES, family_of
+from mmdit_probe.models.layout import KINDS, arranged, find_layers
+from mmdit_probe.models.taint import Site, taint
+from mmdit_probe.observe.maps import TextMaps
+from mmdit_probe.observe.mass import AttentionMass
+from mmdit_probe.observe.norms import ValueNorm
+from mmdit_probe.observe.probe import probe
+from tests.families import CROSS_ATTENTION, FIXTURES
+
+IMAGE, TEXT, OTHER = range(3)
+
+
+@dataclass
+class Case:
+    """A model, its inputs, and what is true of it without the probe."""
+
+    name: str
+    model: Any
+    inputs: dict[str, Any]
+    frames: int
+    output: list[Tensor]
+    calls: dict[str, list[SDPACall]]
+    """Attention calls of every joint module, by path, in order."""
+    sites: dict[str, Site]
+
+
+@contextmanager
+def written_down(model: Any) -> Iterator[dict[str, list[SDPACall]]]:
+    """Every attention call by the path of the attention module that makes it; nothing of the probe is involved."""
+    stock = torch.nn.functional.scaled_dot_product_attention
+    calls: dict[str, list[SDPACall]] = {}
+    running: list[str] = []
+
+    def recording(*args: Any, **kwargs: Any) -> Tensor:
+        calls.setdefault(running[-1], []).append(SDPACall.bind(args, kwargs))
+        return stock(*args, **kwargs)
+
+    handles = []
+    for path, module in model.named_modules():
+        if hasattr(module, "processor"):
+            handles.append(module.register_forward_pre_hook(lambda *_, path=path: running.append(path)))
+            handles.append(module.register_forward_hook(lambda *_: running.pop() and None))
+    torch.nn.functional.scaled_dot_product_attention = recording
+    running.append("outside")
+    try:
+        yield calls
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = stock
+        for handle in handles:
+            handle.remove()
+
+
+def flat(output: Any) -> list[Tensor]:
+    return [output] if isinstance(output, Tensor) else [tensor for part in output for tensor in flat(part)]
+
+
+def run(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
+    with torch.no_grad():
+        return flat(model(**inputs, return_dict=False))
+
+
+@pytest.fixture(scope="module", params=sorted(FIXTURES))
+def case(request: pytest.FixtureRequest) -> Case:
+    fixture = FIXTURES[request.param]
+    model, inputs = fixture.build(), fixture.inputs(batch=2, grid=(3, 4))
+    with written_down(model) as calls:
+        output = run(model, inputs)
+    return Case(request.param, model, inputs, fixture.frames, output, calls, taint(model, inputs))
+
+
+def samples(case: Case, path: str) -> list[tuple[SDPACall, int, Tensor]]:
+    """(call, row of it, kinds of its keys) of every sample at one layer, masked keys of kind -1."""
+    calls, found = case.calls[path], []
+    for sample, labels in enumerate(case.sites[path].labels):
+        call, row = (calls[0], sample) if len(calls) == 1 else (calls[sample], 0)
+        kinds = labels.clone()
+        if call.attn_mask is not None and call.attn_mask.dtype == torch.bool:
+            mask = call.attn_mask.expand(len(call.query), 1, call.attn_mask.shape[-2], -1)[row, 0]
+            kinds[~mask.any(0)] = -1
+        found.append((call, row, kinds))
+    return found
+
+
+def expected(case: Case, path: str) -> list[Tensor]:
+    """Per sample, mass [H, query kind, key kind] by the explicit softmax; NaN where there is no such query."""
+    found = []
+    for call, row, kinds in samples(case, path):
+        mask = None if call.attn_mask is None else call.attn_mask.expand(len(call.query), *call.attn_mask.shape[1:])
+        p = reference.probabilities(
+            call.query[row : row + 1], call.key[row : row + 1], None if mask is None else mask[row : row + 1],
+            call.is_causal, call.scale,
+        )[0]  # fmt: skip
+        queries = kinds if p.shape[-2] == len(kinds) else kinds[kinds == IMAGE]
+        found.append(
+            torch.stack(
+                [
+                    torch.stack([p[:, queries == q][:, :, kinds == k].sum(-1).mean(-1) for k in range(3)], -1)
+                    for q in (IMAGE, TEXT)
+                ],
+                1,
+            )  # fmt: skip
+        )
+    return found
+
+
+def joint_paths(case: Case) -> list[str]:
+    return [path for path, site in case.sites.items() if site.joint]
+
+
+def test_the_layers_are_those_that_mix_image_and_text(case: Case) -> None:
+    layers = find_layers(family_of(case.model), case.model)
+    assert [layer.path for layer in layers] == joint_paths(case)
+    assert all(case.sites[layer.path].regular for layer in layers)
+
+
+def test_the_entry_agrees_with_the_mechanical_layout(case: Case) -> None:
+    layout, places = arranged(family_of(case.model).arrangement(case.inputs, case.model.config))
+    for path in joint_paths(case):
+        for sample, (_, _, kinds) in enumerate(samples(case, path)):
+            if places is None:
+                labels = layout.labels
+            else:
+                labels = torch.full_like(kinds, OTHER)  # padding of a shorter sample
+                there = places.keys[sample] >= 0
+                labels[places.keys[sample][there]] = layout.labels[there]
+            agreeing = (labels == kinds) | (kinds == -1)
+            assert len(labels) == len(kinds) and bool(agreeing.all()), (path, sample, labels, kinds)
+    assert layout.grid == (3, 4) and layout.frames == case.frames
+    assert layout.counts["image"] == 12 * case.frames
+
+
+def test_observing_is_bitwise_neutral(case: Case) -> None:
+    with probe(case.model, AttentionMass(), ValueNorm(), TextMaps()):
+        seen = run(case.model, case.inputs)
+    after = run(case.model, case.inputs)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(case.output, seen, after, strict=True))
+
+
+def test_masses_are_those_of_the_explicit_softmax(case: Case) -> None:
+    with probe(case.model, AttentionMass()) as watched:
+        run(case.model, case.inputs)
+    table = watched[AttentionMass].table()
+    table["row"] = (table.groupby(["layer", "head", "query", "key", "span", "stream"]).cumcount()).to_numpy()
+    paths = joint_paths(case)
+    assert sorted(table.layer.unique()) == list(range(len(paths)))
+    for layer, path in enumerate(paths):
+        for row, masses in enumerate(expected(case, path)):
+            for q, query in enumerate(("image", "text")):
+                part = table[(table.layer == layer) & (table["row"] == row) & (table["query"] == query)]
+                if masses[:, q].isnan().any():
+                    assert len(part) == 0
+                    continue
+                found = part.pivot_table(index="head", columns="key", values="mass")[list(KINDS)].to_numpy()
+                # Keys that a sample lacks have no kind; what is masked has no mass.
+                torch.testing.assert_close(torch.tensor(found), masses[:, q], atol=2e-6, rtol=0)
+                counts = part.groupby("key").n_key.first()
+                kinds = samples(case, path)[row][2]
+                assert counts["image"] == int((kinds == IMAGE).sum())
+                assert counts["text"] == int((kinds == TEXT).sum())
+
+
+def test_text_maps_are_columns_of_the_explicit_softmax(case: Case) -> None:
+    with probe(case.model, TextMaps(heads="all"), layers=1) as watched:
+        run(case.model, case.inputs)
+    maps = watched[TextMaps].maps(1, branch=None)
+    space = (3, 4) if case.frames == 1 else (case.frames, 3, 4)
+    assert maps.shape[2:-1] == space and len(maps) == 2
+    path = joint_paths(case)[1]
+    layout, places = arranged(family_of(case.model).arrangement(case.inputs, case.model.config))
+    for sample, (call, row, kinds) in enumerate(samples(case, path)):
+        mask = None if call.attn_mask is None else call.attn_mask.expand(len(call.query), *call.attn_mask.shape[1:])
+        p = reference.probabilities(
+            call.query[row : row + 1], call.key[row : row + 1], None if mask is None else mask[row : row + 1],
+            call.is_causal, call.scale,
+        )[0]  # fmt: skip
+        image = kinds == IMAGE
+        p = p[:, image] if p.shape[-2] == len(kinds) else p
+        if places is None:
+            columns = p[..., layout.labels == TEXT]
+        else:
+            index = places.keys[sample][layout.labels == TEXT]
+            columns = p[..., index.clamp(min=0)] * (index >= 0)
+        found = maps[sample].reshape(len(p), image.sum(), -1)
+        torch.testing.assert_close(found.double(), columns, atol=3e-6, rtol=0)
+
+
+def test_value_norms_leave_out_tokens_that_are_not_there(case: Case) -> None:
+    with probe(case.model, ValueNorm(), layers=0) as watched:
+        run(case.model, case.inputs)
+    table = watched[ValueNorm].table().query("head == -1 and token == 'text'")
+    for row, (call, of, kinds) in enumerate(samples(case, joint_paths(case)[0])):
+        norms = call.expanded_value()[of].transpose(0, 1).flatten(1).norm(dim=-1)[kinds == TEXT]
+        assert table.iloc[row].n_token == len(norms)
+        assert table.iloc[row].norm == pytest.approx(float(norms.mean()), rel=1e-5)
+
+
+def test_a_layer_can_be_selected(case: Case) -> None:
+    with probe(case.model, AttentionMass(), layers=[1]) as watched:
+        run(case.model, case.inputs)
+    assert set(watched[AttentionMass].table().layer) == {1}
+
+
+def test_nothing_captured_raises(case: Case) -> None:
+    with pytest.raises(RunError, match="no denoising call"), probe(case.model, AttentionMass()):
+        pass
+    path = find_layers(family_of(case.model), case.model)[0].path
+    with pytest.raises(RunError, match="layer 0"), hidden_from(case, path), probe(case.model, AttentionMass()):
+        run(case.model, case.inputs)
+
+
+@contextmanager
+def hidden_from(case: Case, path: str) -> Iterator[None]:
+    """The first layer's attention module is skipped: as if its kernel could not be seen."""
+    module = case.model.get_submodule(path)
+    recorded: list[Any] = []
+    handle = module.register_forward_hook(lambda _, __, out: recorded.append(out))
+    run(case.model, case.inputs)
+    handle.remove()
+    processor = module.processor
+    module.processor = lambda *args, **kwargs: recorded[-1]
+    forward, module.forward = module.__dict__.get("forward"), lambda *args, **kwargs: recorded[-1]
+    try:
+        yield
+    finally:
+        module.processor = processor
+        del module.__dict__["forward"]
+        if forward is not None:
+            module.forward = forward
+
+
+@pytest.mark.parametrize("name", sorted(name for name, of in FIXTURES.items() if of.lengths[0] != of.lengths[1]))
+def test_lengths_are_per_sample_whichever_is_the_shorter(name: str) -> None:
+    fixture = FIXTURES[name]
+    model = fixture.build()
+    lengths = fixture.lengths[::-1]
+    both = fixture.inputs(2, lengths=lengths)
+    with probe(model, AttentionMass(), layers=0) as watched:
+        run(model, both)
+    table = watched[AttentionMass].table().query("head == 0 and query == 'image' and key == 'text'")
+    counts = table.n_key.tolist()
+    extra = 3 if name == "hunyuan_video15" else 0
+    float_mask = name == "cogview4"  # its mask adds 1 to kept keys and hides none
+    assert counts == ([7, 7] if float_mask else [length + extra for length in lengths])
+
+
+@pytest.mark.parametrize("name", sorted(CROSS_ATTENTION))
+def test_cross_attention_models_are_refused_and_told_why(name: str) -> None:
+    model = CROSS_ATTENTION[name].build()
+    with pytest.raises(UserError, match=r"not an MM-DiT.*(separate softmaxes|linear)"):
+        probe(model, AttentionMass())
+
+
+def test_every_entry_has_a_fixture() -> None:
+    built = {fixture.transformer for fixture in FIXTURES.values()}
+    assert {family.transformer for family in FAMILIES.values()} == built
