@@ -26,6 +26,7 @@ from mmdit_probe.cli import (
     discover,
     doctor,
     evaluate,
+    generate,
     models,
     pca,
     perturb,
@@ -37,7 +38,10 @@ from mmdit_probe.cli import (
 from mmdit_probe.errors import ProbeError
 
 INTERRUPTED = 130
-LAZY = {"scenes": ("mmdit_probe.cli.scenes", "The embedded world: look at scenes, train the shipped models.")}
+LAZY = {
+    "scenes": ("mmdit_probe.cli.scenes", "The embedded world: look at scenes, train the shipped models."),
+    "datasets": ("mmdit_probe.cli.datasets", "Segmentation data sets: list, check, prepare."),
+}
 """Command groups that are imported when called: name -> (module with a typer `app`, line for the help)."""
 
 
@@ -71,6 +75,7 @@ app = typer.Typer(
 app.command("attention-budget")(attention_budget.command)
 app.command("value-norms")(value_norms.command)
 app.command("perturb")(perturb.command)
+app.command("generate")(generate.command)
 app.command("pca")(pca.command)
 app.command("select-layers")(select_layers.command)
 app.command("segment")(segment.command)

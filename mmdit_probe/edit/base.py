@@ -22,8 +22,9 @@ from torch import Tensor
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import ModuleCall, Stage
 from mmdit_probe.errors import RunError, UserError, unknown
-from mmdit_probe.models.layout import Layer, Layout, attention_layout
+from mmdit_probe.models.layout import Layer, Layout
 from mmdit_probe.models.tokens import KINDS, TokenTable
+from mmdit_probe.observe.canonical import hidden_keys
 from mmdit_probe.specs import Spec, head_indices
 
 if TYPE_CHECKING:
@@ -143,9 +144,7 @@ class Handler:
             raise RunError(f"layer {self.layer.index} ran outside the transformer's own call: it cannot be edited")
         if not run.at(edit.steps):
             return None
-        names = run.family.attention_inputs.values()
-        inputs = [module_call.argument(name, place) for place, name in enumerate(names)]
-        layout = attention_layout(run.family, inputs, run.current.grid)
+        layout = run.layout(self.layer)
         batch, heads, tokens = call.query.shape[:3]
         if not layout.total == tokens == call.key.shape[-2]:
             raise RunError(
@@ -154,6 +153,9 @@ class Handler:
             )
         tables = run.current.tokens(layout.counts["text"])
         keys = torch.stack([_keys(edit, table, layout) for table in tables])
+        hidden = hidden_keys(call)
+        if hidden is not None:  # what the mask hides is not there to be mixed with
+            keys &= ~hidden.cpu()[:, layout.positions(edit.key)]
         wanted = edit.branches
         rows = torch.tensor([wanted is None or branch in wanted for branch in run.current.branches])
         rows &= keys.any(1)

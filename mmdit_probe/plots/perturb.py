@@ -117,3 +117,34 @@ def effects_grid(summary: pd.DataFrame, outcome: str, *, title: str = "") -> Fig
         if title:
             figure.suptitle(title, fontsize=8, x=0.01, ha="left")
     return figure
+
+
+def guidance_sweep(summary: pd.DataFrame, *, title: str = "") -> Figure:
+    """Alignment (or, without a measure of it, change) against the guidance scale, one line per set of layers.
+
+    Args:
+        summary: from `edit.sweep.summarise`. Scale 0 is stock; hollow markers are the random control.
+    """
+    name = next((n for n in ("facts", "clip_t") if n in set(summary["outcome"])), "change")
+    part = summary[summary["outcome"] == name]
+    stock = part[part["scale"] == 0].iloc[0]
+    with style.context():
+        figure = style.figure(width=3.6, height=2.7)
+        axes = figure.subplots()
+        axes.axhspan(stock["low"], stock["high"], color="#EEEEEE", lw=0)
+        axes.axhline(stock["mean"], color="black", lw=0.7, ls=":", label="stock")
+        guided = part[part["scale"] != 0]
+        colours = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#999999")
+        for place, (key, rows) in enumerate(guided.groupby(["layers", "control"], observed=True)):
+            layers, control = str(key[0]), bool(key[1])
+            colour, marker = colours[place % len(colours)], "os^Dv<>p"[place % 8]
+            rows = rows.sort_values("scale")
+            error = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
+            axes.errorbar(rows["scale"], rows["mean"], yerr=error, marker=marker, ms=4, color=colour, lw=1, capsize=2,
+                          elinewidth=0.7, ls="--" if control else "-", mfc="white" if control else colour,
+                          label=f"layer {layers}{' (random)' if control else ''}")  # fmt: skip
+        axes.set(xlabel="guidance scale s", ylabel=LABELS.get(name, name))
+        axes.legend(fontsize=6)
+        if title:
+            figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+    return figure

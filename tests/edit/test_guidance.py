@@ -82,3 +82,49 @@ def test_the_first_step_is_guided_too() -> None:
     stock = model.generate(PROMPT, **options)
     with perturbed_guidance(model, Blur("image", "text", layers=[1])) as guided:
         assert (guided.generate(PROMPT, scale=2.0, **options) - stock).abs().max() > 1e-3
+
+
+def test_sweep_pairs_every_setting_with_stock() -> None:
+    from mmdit_probe.edit.perturb import Sampling
+    from mmdit_probe.edit.sweep import summarise, sweep
+
+    model = MMDiT(tiny.pipeline())
+    table = sweep(
+        model, [PROMPT, "a cat"], Blur("image", "text"), [(1,), (0, 2)], [0, 2.0], control=True,
+        sampling=Sampling(2, 4.0, 3, 2),
+    )  # fmt: skip
+    assert len(table) == 2 * (1 + 2 * 2)
+    assert (table[table["scale"] == 0]["change"] == 0).all()
+    assert (table[table["scale"] != 0]["change"] > 0).all()
+    summary = summarise(table)
+    row = summary[(summary["layers"] == "0,2") & ~summary["control"]].iloc[0]
+    assert row["difference"] == pytest.approx(row["mean"])  # stock changes by 0
+
+
+def test_generate_command(tiny_directory: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    import json
+    from pathlib import Path
+
+    from mmdit_probe.cli.app import main
+
+    monkeypatch.chdir(tmp_path)
+    base = ["generate", "--model", str(tiny_directory), "--prompts", PROMPT, "--num-steps", "2", "--guidance", "3"]
+
+    def run(*arguments: str) -> int:
+        with pytest.raises(SystemExit) as stopped:
+            main([*base, *arguments])
+        return int(stopped.value.code or 0)
+
+    assert run("--out", "plain", "--json") == 0
+    assert len(json.loads(capfd.readouterr().out)["settings"]) == 1
+    assert [path.name for path in Path("plain/images").iterdir()] == ["000-stock.png"]
+    assert run("--perturb-layers", "0-1", "--each", "--perturb-scale", "1,2", "--out", "sweep", "--json") == 0
+    document = json.loads(capfd.readouterr().out)
+    assert {(row["layers"], row["scale"]) for row in document["settings"]} == {
+        ("", 0.0), ("0", 1.0), ("0", 2.0), ("1", 1.0), ("1", 2.0),
+    }  # fmt: skip
+    assert {"generate.png", "sweep.png", "by_setting.csv"} <= {path.name for path in Path("sweep").iterdir()}
+    assert run("--perturb-layers", "7") == 2
+    assert "layer 7" in capfd.readouterr().err
+    assert run("--perturb-layers", "1", "--perturb-scale", "two") == 2
+    assert "number" in capfd.readouterr().err
