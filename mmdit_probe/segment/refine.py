@@ -7,6 +7,7 @@
     minmax           each class map to 0..1 over the grid     centre   each class map divided by its mean
     affinity[:n]     scores <- S^n scores, S the row-normalised I2I block (DiffSegmenter, iSeg, GoCA)
     nosink[:n]       the same after taking out sink columns: tokens that many queries look at whatever they show
+    regions          each token gets the mean scores of its region; regions are diffcut's on the same forward's features
     pamr[:n]         n rounds of pixel-adaptive averaging on the picture's colours (arXiv:2005.08104)
 
 The order of the names is the order of the steps; grid steps come before pixel steps. Columns of different words differ
@@ -26,10 +27,11 @@ from torch.nn import functional as F
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.segment.methods.base import renorm
+from mmdit_probe.segment.methods.clusters import diffcut
 from mmdit_probe.segment.record import Capture
 from mmdit_probe.segment.tail import minmax, probabilities
 
-STEPS = {"minmax": 1, "centre": 1, "affinity": 2, "nosink": 2, "pamr": 10}
+STEPS = {"minmax": 1, "centre": 1, "affinity": 2, "nosink": 2, "regions": 1, "pamr": 10}
 """Steps and the number of rounds each takes when none is given."""
 
 _DILATIONS = (1, 2, 4, 8)
@@ -68,7 +70,8 @@ class Refinement:
     @property
     def keep(self) -> tuple[str, ...]:
         """Parts of the record that the steps read."""
-        return ("i2i",) if any(name in ("affinity", "nosink") for name, _ in self.steps) else ()
+        names = {name for name, _ in self.steps}
+        return (*(["i2i"] if names & {"affinity", "nosink"} else []), *(["feat_proj"] if "regions" in names else []))
 
     def on_grid(self, scores: Tensor, capture: Capture) -> Tensor:
         """Scores [C, h, w] after the steps that work on tokens; maps of another grid are brought to the token grid."""
@@ -80,6 +83,9 @@ class Refinement:
                 continue
             if tuple(scores.shape[1:]) != capture.grid:
                 scores = F.interpolate(scores[None], capture.grid, mode="bilinear", align_corners=False)[0]
+            if name == "regions":
+                scores = by_region(scores, diffcut(capture).argmax(0))
+                continue
             walk = capture.mean("i2i")
             if name == "nosink":
                 walk = without_sinks(walk)
@@ -95,6 +101,15 @@ class Refinement:
             if name == "pamr":
                 scores = _at_most(scores, image, rounds)
         return scores
+
+
+def by_region(scores: Tensor, regions: Tensor) -> Tensor:
+    """Scores [C, h, w] averaged within each region of a map [h, w]."""
+    _, place = torch.unique(regions.flatten(), return_inverse=True)
+    flat = scores.flatten(1).T
+    sums = torch.zeros(int(place.max()) + 1, len(scores)).index_add_(0, place, flat)
+    means = sums / torch.bincount(place)[:, None]
+    return means[place].T.reshape(scores.shape)
 
 
 def without_sinks(block: Tensor, factor: float = 4.0) -> Tensor:

@@ -1,0 +1,252 @@
+"""Readers of the public data sets, in the folders that mmseg and detectron2 projects use. Each states its label quirks.
+
+    voc20, voc21       VOCdevkit/VOC2012      pc59, pc60       VOCdevkit/VOC2010
+    coco-object        81, background 0       coco-stuff-27    coarse classes of DiffSeg and DiffCut
+    ade20k             150                    cityscapes       19 (train ids)
+
+A root may be the folder itself or its parent (`VOCdevkit/VOC2012` or what holds `VOCdevkit`). The first layout that is
+there is taken; `datasets check` says which. Nothing is downloaded; class names come from `data/classes/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.evaluate.datasets.base import Sample, SegDataset, mapped, reader
+from mmdit_probe.segment.picture import read_picture
+from mmdit_probe.segment.vocabulary import SegClass, parse_classes
+
+Mapping = dict[int, int] | Callable[[NDArray[np.int64]], NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way a data set lies on disk.
+
+    Attributes:
+        name: of the layout. images, labels: folders below the root.
+        suffix: of a label file after the image's stem; image_suffix: of the image after that stem.
+        mapping: label value -> class id. listing: file of stems below the root, if the split has one.
+        nested: pictures lie in sub-folders (Cityscapes: one per city).
+    """
+
+    name: str
+    images: str
+    labels: str
+    mapping: Mapping
+    suffix: str = ".png"
+    image_suffix: str = ".jpg"
+    listing: str | None = None
+    nested: bool = False
+
+    def there(self, root: Path) -> bool:
+        """Both folders exist and hold at least one label file of this layout."""
+        labels = root / self.labels
+        pattern = f"**/*{self.suffix}" if self.nested else f"*{self.suffix}"
+        return (root / self.images).is_dir() and labels.is_dir() and next(labels.glob(pattern), None) is not None
+
+    def pairs(self, root: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:
+        """(name, image, label) of every labelled image, and the names of images or labels without the other."""
+        labels = root / self.labels
+        pattern = f"**/*{self.suffix}" if self.nested else f"*{self.suffix}"
+        if self.listing is not None and (root / self.listing).is_file():
+            lines = (root / self.listing).read_text(encoding="utf-8").split("\n")
+            names = [line.strip() for line in lines if line.strip()]
+        else:
+            names = sorted(str(path.relative_to(labels)).removesuffix(self.suffix) for path in labels.glob(pattern))
+        found, lost = [], []
+        for name in names:
+            image, label = root / self.images / f"{name}{self.image_suffix}", labels / f"{name}{self.suffix}"
+            if image.is_file() and label.is_file():
+                found.append((name, image, label))
+            else:
+                lost.append(name)
+        return found, lost
+
+
+@dataclass(frozen=True)
+class Source:
+    """A public data set: its classes, background class and layouts; `expected` images in the usual split."""
+
+    name: str
+    classes: str
+    layouts: tuple[Layout, ...]
+    expected: int
+    background: bool = False
+
+    @property
+    def names(self) -> list[SegClass]:
+        text = (resources.files("mmdit_probe.data") / "classes" / f"{self.classes}.txt").read_text(encoding="utf-8")
+        classes = parse_classes([line for line in text.splitlines() if line.strip()])
+        return [SegClass(("background",)), *classes] if self.background else classes
+
+    def find(self, root: Path) -> tuple[Path, Layout]:
+        """The folder and layout that are there.
+
+        Raises:
+            UserError: none of the layouts is.
+        """
+        for layout in self.layouts:
+            for place in (root, *(p for p in (root / "VOCdevkit", *self._below(root)) if p.is_dir())):
+                if layout.there(place):
+                    return place, layout
+        wanted = "; or ".join(f"{layout.images} and {layout.labels}" for layout in self.layouts)
+        raise UserError(f"{str(root)!r} has no layout of {self.name}: expected {wanted}")
+
+    def _below(self, root: Path) -> list[Path]:
+        names = ("VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010", "coco", "cityscapes",
+                 "ADEChallengeData2016")  # fmt: skip
+        return [root / name for name in names]
+
+    def read(self, root: Path) -> SegDataset:
+        """The data set below a root."""
+        place, layout = self.find(root)
+        pairs, lost = layout.pairs(place)
+        classes = self.names
+        samples = [
+            Sample(name, partial(read_picture, image), mapped(label, layout.mapping, len(classes)))
+            for name, image, label in pairs
+        ]
+        notes = [f"{len(lost)} images lack their picture or label (first: {lost[0]})"] if lost else []
+        if len(samples) != self.expected:
+            notes.append(f"{len(samples)} images, the usual split has {self.expected}")
+        return SegDataset(self.name, classes, samples, 0 if self.background else None, "; ".join(notes))
+
+
+def _minus_one(classes: int) -> dict[int, int]:
+    """1..n -> 0..n-1; 0 and all else ignored (`reduce_zero_label`)."""
+    return {value: value - 1 for value in range(1, classes + 1)}
+
+
+def _same(classes: int) -> dict[int, int]:
+    return {value: value for value in range(classes)}
+
+
+def _last_first(classes: int) -> dict[int, int]:
+    """Background stored as the last id instead of 0 (PixelCLIP's and Seg4Diff's VOC21)."""
+    return {classes - 1: 0, **{value: value + 1 for value in range(classes - 1)}}
+
+
+def _range(*pairs: tuple[int, int, int]) -> dict[int, int]:
+    return {value: coarse for first, last, coarse in pairs for value in range(first, last + 1)}
+
+
+COARSE: dict[int, int] = {
+    **_range((71, 76, 0), (77, 82, 1), (51, 60, 2), (61, 70, 3), (83, 90, 4), (43, 50, 5), (25, 32, 6), (15, 24, 7),
+             (9, 14, 8), (0, 0, 9), (33, 42, 10), (1, 8, 11), (170, 176, 18)),
+    **{
+        value: coarse
+        for coarse, values in {
+            12: (101, 102), 13: (100, 113, 114, 115, 116, 117), 14: (120, 121, 152, 169),
+            15: (97, 106, 107, 109, 111, 122, 129, 132, 155, 160, 164), 16: (99, 131, 138, 142),
+            17: (91, 92, 103, 104, 108, 130, 136, 140, 151, 166, 167), 19: (179, 180),
+            20: (94, 95, 127, 150, 157, 165),
+            21: (110, 124, 125, 135, 139, 143, 144, 146, 148, 153, 158),
+            22: (93, 96, 118, 123, 128, 133, 141, 162, 168), 23: (105, 156),
+            24: (126, 134, 149, 159, 161, 181), 25: (98, 112, 137, 145, 163), 26: (119, 147, 154, 177, 178),
+        }.items()
+        for value in values
+    },
+}  # fmt: skip
+"""Value of stuffthingmaps (0..181) -> coarse class 0..26, as in google/diffseg and PaulCouairon/DiffCut."""
+
+THINGS: tuple[int, ...] = tuple(value for value in range(90) if value not in (11, 25, 28, 29, 44, 65, 67, 68, 70, 82))
+"""The 80 values of stuffthingmaps that are COCO objects; the gaps are COCO's unused category ids (minus one)."""
+
+
+def _objects(raw: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Things 1..80 in order, everything else background 0, unlabelled pixels too (as in `cvt_coco_object.py`)."""
+    table = np.zeros(256, np.int64)
+    table[list(THINGS)] = np.arange(1, 81)
+    return table[raw]
+
+
+_CITY = dict(zip((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), range(19), strict=True))
+_VOC_LIST = "ImageSets/Segmentation/val.txt"
+_PC_LIST = "ImageSets/SegmentationContext/val.txt"
+
+SOURCES: tuple[Source, ...] = (
+    Source("voc20", "voc20", (
+        Layout("mmseg", "JPEGImages", "SegmentationClass", _minus_one(20), listing=_VOC_LIST),
+        Layout("detectron2", "JPEGImages", "annotations_detectron2/val", _same(20)),
+    ), 1449),
+    Source("voc21", "voc20", (
+        Layout("mmseg", "JPEGImages", "SegmentationClass", _same(21), listing=_VOC_LIST),
+        Layout("detectron2", "JPEGImages", "annotations_detectron2_bg/val", _last_first(21)),
+    ), 1449, background=True),
+    Source("pc59", "pc59", (
+        Layout("mmseg", "JPEGImages", "SegmentationClassContext", _minus_one(59), listing=_PC_LIST),
+        Layout("detectron2", "JPEGImages", "annotations_detectron2/pc59_val", _same(59)),
+    ), 5104),
+    Source("pc60", "pc59", (
+        Layout("mmseg", "JPEGImages", "SegmentationClassContext", _same(60), listing=_PC_LIST),
+        Layout("detectron2", "JPEGImages", "annotations_detectron2_bg/pc59_val", _last_first(60)),
+    ), 5104, background=True),
+    Source("coco-object", "coco-object", (
+        Layout("mmseg", "images/val2017", "annotations/val2017", _same(81), suffix="_instanceTrainIds.png"),
+        Layout("detectron2", "val2017", "annotations_object/val2017", _same(81)),
+        Layout("stuffthingmaps", "images/val2017", "stuffthingmaps/val2017", _objects),
+        Layout("stuffthingmaps", "val2017", "stuffthingmaps/val2017", _objects),
+    ), 5000, background=True),
+    Source("coco-stuff-27", "coco-stuff-27", (
+        Layout("detectron2", "val2017", "annotations_27_detectron2/val2017", _same(27)),
+        Layout("stuffthingmaps", "images/val2017", "stuffthingmaps/val2017", COARSE),
+        Layout("stuffthingmaps", "val2017", "stuffthingmaps/val2017", COARSE),
+    ), 5000),
+    Source("ade20k", "ade20k", (
+        Layout("mmseg", "images/validation", "annotations/validation", _minus_one(150)),
+        Layout("detectron2", "images/validation", "annotations_detectron2/validation", _same(150)),
+    ), 2000),
+    Source("cityscapes", "cityscapes", (
+        Layout("labelTrainIds", "leftImg8bit/val", "gtFine/val", _same(19), suffix="_gtFine_labelTrainIds.png",
+               image_suffix="_leftImg8bit.png", nested=True),
+        Layout("labelIds", "leftImg8bit/val", "gtFine/val", _CITY, suffix="_gtFine_labelIds.png",
+               image_suffix="_leftImg8bit.png", nested=True),
+    ), 500),
+)  # fmt: skip
+BY_NAME: dict[str, Source] = {source.name: source for source in SOURCES}
+
+for _source in SOURCES:
+    reader(_source.name)(_source.read)
+
+
+def prepare(kind: str, root: Path, out: Path) -> int:
+    """Write the label PNGs that some projects expect and no script makes.
+
+    Args:
+        kind: "coco-object" (81, background 0) or "coco-stuff-27" (27, unlabelled 255), from stuffthingmaps/val2017;
+            "pc60-last" (background as id 59, the file detectron2 projects call annotations_detectron2_bg), from
+            SegmentationClassContext.
+        root: the data set's root. out: folder to write to.
+
+    Returns: number of files. Raises UserError where the source labels are not there.
+    """
+    from PIL import Image
+
+    sources = {
+        "coco-object": ("stuffthingmaps/val2017", _objects, None),
+        "coco-stuff-27": ("stuffthingmaps/val2017", None, COARSE),
+        "pc60-last": ("SegmentationClassContext", None, {0: 59, **_minus_one(59)}),
+    }
+    if kind not in sources:
+        raise unknown("preparation", kind, sources)
+    place, function, table = sources[kind]
+    places = (root / place, root / "VOCdevkit/VOC2010" / place, root / "coco" / place)
+    folder = next((path for path in places if path.is_dir()), None)
+    files = sorted(folder.glob("*.png")) if folder is not None else []
+    if not files:
+        raise UserError(f"{str(root)!r} has no {place} with label PNGs, which {kind} is made from")
+    out.mkdir(parents=True, exist_ok=True)
+    classes = {"coco-object": 81, "coco-stuff-27": 27, "pc60-last": 60}[kind]
+    for path in files:
+        ids = mapped(path, function if function is not None else table or {}, classes)()
+        Image.fromarray(ids.astype(np.uint8)).save(out / path.name)
+    return len(files)

@@ -1,0 +1,101 @@
+"""`mmdit-probe datasets`: which data sets can be read, what a folder holds, and the missing preparation steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mmdit_probe.cli.options import Debug, Json, Quiet
+
+app = typer.Typer(help="Segmentation data sets: list, check, prepare.", rich_markup_mode=None)
+
+Name = Annotated[str, typer.Argument(help="Name of a data set; `mmdit-probe datasets list` names them.")]
+
+
+@app.command("list")
+def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> None:
+    """Name the readers, their classes and the folders they look for."""
+    from rich.table import Table
+
+    from mmdit_probe.cli.output import Output
+    from mmdit_probe.evaluate.datasets.readers import SOURCES
+
+    table = Table(title="data sets; give them as NAME:ROOT", title_justify="left")
+    for column in ("name", "classes", "images", "background", "folders, first layout found"):
+        table.add_column(column)
+    rows: list[dict[str, Any]] = [
+        {
+            "name": source.name, "classes": len(source.names), "images": source.expected,
+            "background": source.background,
+            "folders": [f"{layout.images} + {layout.labels}/*{layout.suffix}" for layout in source.layouts],
+        }
+        for source in SOURCES
+    ]  # fmt: skip
+    for row in rows:
+        folders = "\n".join(row["folders"])
+        background = "yes" if row["background"] else "no"
+        table.add_row(row["name"], str(row["classes"]), str(row["images"]), background, folders)
+    table.add_row("folder", "classes.txt", "", "if named", "images/ + labels/*.png")
+    table.add_row("scenes:SPLIT", "15", "any", "no", "none: embedded")
+    Output(quiet=quiet, as_json=as_json, debug=debug).result({"datasets": rows}, [table])
+
+
+@app.command("check")
+def check(
+    name: Name,
+    root: Annotated[str, typer.Argument(help="Folder of the data set (for scenes: the split).")],
+    limit: Annotated[int | None, typer.Option(help="Look at the first LIMIT images.", min=1)] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Open every picture and label and say what is found, missing or wrong. Exit code 1 if something is wrong."""
+    from rich.table import Table
+
+    from mmdit_probe.cli.output import Output
+    from mmdit_probe.evaluate.datasets import load_dataset
+    from mmdit_probe.evaluate.datasets.check import check as run
+
+    output = Output(quiet=quiet, as_json=as_json, debug=debug)
+    data = load_dataset(f"{name}:{root}", limit)
+    with output.progress("images", len(data.samples)) as advance:
+        found = run(data, advance)
+    table = Table(title=f"{data.name}: {found.images} images, {len(data.classes)} classes", title_justify="left")
+    table.add_column("class")
+    table.add_column("share of scored pixels", justify="right")
+    total = max(1, int(found.pixels.sum()))
+    for one, pixels in zip(data.classes, found.pixels, strict=True):
+        table.add_row(one.name, f"{pixels / total:.2%}")
+    lines = [f"not scored: {found.ignored:.1%} of pixels"]
+    lines += [f"never seen: {', '.join(found.never)}"] if found.never else []
+    lines += [data.note] if data.note else []
+    lines += [f"wrong: {image}: {what}" for image, what in found.problems[:50]] or ["nothing is wrong"]
+    document = {
+        "dataset": data.name, "images": found.images, "classes": [one.name for one in data.classes],
+        "pixels": found.pixels.tolist(), "ignored": found.ignored, "never": found.never, "note": data.note,
+        "problems": [list(problem) for problem in found.problems],
+    }  # fmt: skip
+    output.result(document, [table, *lines])
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command("prepare")
+def prepare(
+    kind: Annotated[str, typer.Argument(help="coco-object, coco-stuff-27 or pc60-last.")],
+    root: Annotated[Path, typer.Argument(help="Folder of the data set.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write label PNGs to.")],
+    quiet: Quiet = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write label PNGs in the ids other projects expect: COCO-Object, COCO-Stuff-27, Context with background last."""
+    from mmdit_probe.cli.output import Output
+    from mmdit_probe.evaluate.datasets.readers import prepare as run
+
+    count = run(kind, root, out)
+    Output(quiet=quiet, as_json=as_json, debug=debug).result(
+        {"files": count, "out": out}, [f"{count} files: {out}"], out
+    )

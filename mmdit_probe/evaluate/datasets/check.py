@@ -1,0 +1,55 @@
+"""What a data set folder holds, and what is wrong with it, before an evaluation finds out after an hour.
+
+report = check(load_dataset("voc20:VOCdevkit/VOC2012"))
+report.problems                                 # [(image, what is wrong), ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.evaluate.counts import IGNORE
+from mmdit_probe.evaluate.datasets.base import SegDataset
+
+
+@dataclass
+class Report:
+    """Findings.
+
+    Attributes:
+        images: images looked at. pixels: scored pixels per class [C]. ignored: share of pixels that are not scored.
+        never: names of classes that no image holds. problems: (image, what is wrong).
+    """
+
+    images: int
+    pixels: np.ndarray
+    ignored: float
+    never: list[str]
+    problems: list[tuple[str, str]] = field(default_factory=list)
+
+
+def check(dataset: SegDataset, advance: Callable[[], None] = lambda: None) -> Report:
+    """Open every picture and label: unreadable files, ids out of range, sizes that differ, nothing to score."""
+    count = len(dataset.classes)
+    pixels = np.zeros(count, np.int64)
+    total, problems = 0, []
+    for sample in dataset.samples:
+        try:
+            labels, image = np.asarray(sample.labels()), sample.image()
+            if labels.shape != image.shape[:2]:
+                problems.append((sample.name, f"picture {image.shape[:2]} and label {labels.shape} differ in size"))
+            scored = labels[labels != IGNORE]
+            if not scored.size:
+                problems.append((sample.name, "every pixel is ignored"))
+            pixels += np.bincount(scored, minlength=count)[:count]
+            total += labels.size
+        except UserError as error:
+            problems.append((sample.name, str(error)))
+        advance()
+    ignored = 1.0 - pixels.sum() / total if total else float("nan")
+    never = [one.name for one, amount in zip(dataset.classes, pixels, strict=True) if amount == 0]
+    return Report(len(dataset.samples), pixels, float(ignored), never, problems)

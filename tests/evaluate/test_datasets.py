@@ -1,0 +1,159 @@
+"""Every reader on a small folder of its exact layout, label quirks included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdit_probe.cli.app import main
+from mmdit_probe.errors import UserError
+from mmdit_probe.evaluate.datasets import load_dataset
+from mmdit_probe.evaluate.datasets.check import check
+from mmdit_probe.evaluate.datasets.readers import BY_NAME, COARSE, SOURCES, THINGS
+
+
+def picture(path: Path, size: tuple[int, int] = (4, 6)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((*size, 3), 90, np.uint8)).save(path)
+
+
+def labels(path: Path, values: list[int], size: tuple[int, int] = (4, 6)) -> None:
+    """A label PNG whose first row starts with these values; the rest repeats the last."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.full(size, values[-1], np.uint8)
+    array.flat[: len(values)] = values
+    image = Image.fromarray(array, mode="P")
+    image.putpalette([i for _ in range(256) for i in (10, 20, 30)])
+    image.save(path)
+
+
+def listing(path: Path, names: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(names) + "\n")
+
+
+CASES = [
+    # name, image, label, list, stored values, ids read
+    ("voc20", "JPEGImages/a.jpg", "SegmentationClass/a.png", "ImageSets/Segmentation/val.txt",
+     [0, 1, 20, 255], [255, 0, 19, 255]),
+    ("voc20", "JPEGImages/a.jpg", "annotations_detectron2/val/a.png", None,
+     [0, 19, 255], [0, 19, 255]),
+    ("voc21", "JPEGImages/a.jpg", "SegmentationClass/a.png", "ImageSets/Segmentation/val.txt",
+     [0, 1, 20, 255], [0, 1, 20, 255]),
+    ("voc21", "JPEGImages/a.jpg", "annotations_detectron2_bg/val/a.png", None,
+     [20, 0, 19, 255], [0, 1, 20, 255]),
+    ("pc59", "JPEGImages/a.jpg", "SegmentationClassContext/a.png", "ImageSets/SegmentationContext/val.txt",
+     [0, 1, 59], [255, 0, 58]),
+    ("pc59", "JPEGImages/a.jpg", "annotations_detectron2/pc59_val/a.png", None,
+     [0, 58, 255], [0, 58, 255]),
+    ("pc60", "JPEGImages/a.jpg", "SegmentationClassContext/a.png", "ImageSets/SegmentationContext/val.txt",
+     [0, 1, 59], [0, 1, 59]),
+    ("pc60", "JPEGImages/a.jpg", "annotations_detectron2_bg/pc59_val/a.png", None,
+     [59, 0, 58], [0, 1, 59]),
+    ("coco-object", "images/val2017/a.jpg", "annotations/val2017/a_instanceTrainIds.png", None,
+     [0, 1, 80], [0, 1, 80]),
+    ("coco-object", "val2017/a.jpg", "annotations_object/val2017/a.png", None,
+     [0, 80], [0, 80]),
+    ("coco-object", "images/val2017/a.jpg", "stuffthingmaps/val2017/a.png", None,
+     [0, 12, 89, 95, 255], [1, 12, 80, 0, 0]),
+    ("coco-stuff-27", "val2017/a.jpg", "annotations_27_detectron2/val2017/a.png", None,
+     [0, 26, 255], [0, 26, 255]),
+    ("coco-stuff-27", "images/val2017/a.jpg", "stuffthingmaps/val2017/a.png", None,
+     [0, 71, 105, 178, 255], [9, 0, 23, 26, 255]),
+    ("ade20k", "images/validation/a.jpg", "annotations/validation/a.png", None,
+     [0, 1, 150], [255, 0, 149]),
+    ("ade20k", "images/validation/a.jpg", "annotations_detectron2/validation/a.png", None,
+     [255, 0, 149], [255, 0, 149]),
+    ("cityscapes", "leftImg8bit/val/ulm/a_leftImg8bit.png", "gtFine/val/ulm/a_gtFine_labelTrainIds.png", None,
+     [0, 18, 255], [0, 18, 255]),
+    ("cityscapes", "leftImg8bit/val/ulm/a_leftImg8bit.png", "gtFine/val/ulm/a_gtFine_labelIds.png", None,
+     [7, 33, 0, 9], [0, 18, 255, 255]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "image", "label", "listed", "stored", "want"), CASES)
+def test_layout(
+    tmp_path: Path, name: str, image: str, label: str, listed: str | None, stored: list[int], want: list[int]
+) -> None:
+    picture(tmp_path / image)
+    labels(tmp_path / label, stored)
+    if listed:
+        listing(tmp_path / listed, ["a", "gone"])
+    data = load_dataset(f"{name}:{tmp_path}")
+    assert len(data.samples) == 1 and f"usual split has {BY_NAME[name].expected}" in data.note
+    assert ("gone" in data.note) == bool(listed)
+    read = np.asarray(data.samples[0].labels())
+    assert read.flat[: len(want)].tolist() == want
+    assert data.samples[0].image().shape == (4, 6, 3)
+    assert (data.background == 0) == BY_NAME[name].background
+    if data.background == 0:
+        assert data.classes[0].name == "background"
+
+
+def test_roots_above_the_data_set(tmp_path: Path) -> None:
+    inner = tmp_path / "VOCdevkit" / "VOC2012"
+    picture(inner / "JPEGImages/a.jpg")
+    labels(inner / "SegmentationClass/a.png", [1])
+    assert len(load_dataset(f"voc20:{tmp_path}").samples) == 1
+
+
+def test_class_lists_and_coarse_map() -> None:
+    counts = {source.name: len(source.names) for source in SOURCES}
+    assert counts == {"voc20": 20, "voc21": 21, "pc59": 59, "pc60": 60, "coco-object": 81, "coco-stuff-27": 27,
+                      "ade20k": 150, "cityscapes": 19}  # fmt: skip
+    assert set(COARSE.values()) == set(range(27)) and len(THINGS) == 80
+    # Of the values 0..181 only the unused ids have no coarse class.
+    things = set(THINGS)
+    stuff = set(range(91, 182))
+    assert things | stuff <= set(COARSE)
+
+
+def test_layout_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no layout of voc20: expected JPEGImages and SegmentationClass"):
+        load_dataset(f"voc20:{tmp_path}")
+    with pytest.raises(UserError, match="did you mean 'voc20'"):
+        load_dataset(f"vocc20:{tmp_path}")
+    with pytest.raises(UserError, match="needs its folder"):
+        load_dataset("voc20")
+    with pytest.raises(UserError, match="did you mean 'val'"):
+        load_dataset("scenes:vall")
+
+
+def test_check_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "mine"
+    listing(root / "classes.txt", ["cat", "dog"])
+    for name in "abcd":
+        picture(root / f"images/{name}.png")
+    labels(root / "labels/a.png", [0, 1])
+    labels(root / "labels/b.png", [7])
+    labels(root / "labels/c.png", [0], (3, 3))
+    labels(root / "labels/d.png", [255])
+    (root / "images/e.png").write_text("no picture")
+    labels(root / "labels/e.png", [0])
+    found = dict(check(load_dataset(f"folder:{root}")).problems)
+    assert "ids [7]" in found["b"] and "differ in size" in found["c"] and "ignored" in found["d"]
+    assert "cannot be read" in found["e"] and "a" not in found
+    with pytest.raises(SystemExit) as stop:
+        main(["datasets", "check", "folder", str(root), "--json"])
+    assert stop.value.code == 1
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 4
+
+
+def test_prepared_labels_read_back_as_their_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture(tmp_path / "val2017/a.jpg")
+    labels(tmp_path / "stuffthingmaps/val2017/a.png", [0, 12, 89, 105, 255])
+    for kind, folder in (("coco-object", "annotations_object"), ("coco-stuff-27", "annotations_27_detectron2")):
+        before = np.asarray(load_dataset(f"{kind}:{tmp_path}").samples[0].labels())
+        with pytest.raises(SystemExit) as stop:
+            main(["datasets", "prepare", kind, str(tmp_path), str(tmp_path / folder / "val2017")])
+        assert stop.value.code == 0
+        after = load_dataset(f"{kind}:{tmp_path}")
+        assert np.array_equal(np.asarray(after.samples[0].labels()), before)
+    with pytest.raises(SystemExit) as stop:
+        main(["datasets", "prepare", "pc60-last", str(tmp_path), str(tmp_path / "out")])
+    assert stop.value.code == 2
+    capsys.readouterr()
