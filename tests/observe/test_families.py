@@ -14,10 +14,12 @@ from torch import Tensor
 
 from mmdit_probe.attention import reference
 from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.edit import Scale
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.families import FAMILIES, family_of
 from mmdit_probe.models.layout import KINDS, arranged, find_layers
 from mmdit_probe.models.taint import Site, taint
+from mmdit_probe.observe.base import LayerCall, Observer
 from mmdit_probe.observe.maps import TextMaps
 from mmdit_probe.observe.mass import AttentionMass
 from mmdit_probe.observe.norms import ValueNorm
@@ -108,15 +110,8 @@ def expected(case: Case, path: str) -> list[Tensor]:
             call.is_causal, call.scale,
         )[0]  # fmt: skip
         queries = kinds if p.shape[-2] == len(kinds) else kinds[kinds == IMAGE]
-        found.append(
-            torch.stack(
-                [
-                    torch.stack([p[:, queries == q][:, :, kinds == k].sum(-1).mean(-1) for k in range(3)], -1)
-                    for q in (IMAGE, TEXT)
-                ],
-                1,
-            )  # fmt: skip
-        )
+        masses = torch.stack([p[:, :, kinds == kind].sum(-1) for kind in range(3)], -1)  # [H, Nq, 3]
+        found.append(torch.stack([masses[:, queries == query].mean(1) for query in (IMAGE, TEXT)], 1))
     return found
 
 
@@ -258,6 +253,41 @@ def test_lengths_are_per_sample_whichever_is_the_shorter(name: str) -> None:
     extra = 3 if name == "hunyuan_video15" else 0
     float_mask = name == "cogview4"  # its mask adds 1 to kept keys and hides none
     assert counts == ([7, 7] if float_mask else [length + extra for length in lengths])
+
+
+class Look(Observer):
+    """Keeps what it sees."""
+
+    def __init__(self) -> None:
+        self.seen: list[LayerCall] = []
+
+    def observe(self, seen: LayerCall) -> None:
+        self.seen.append(seen)
+
+
+@pytest.mark.parametrize("name", ["flux", "aura_flow", "hunyuan_video", "chroma"])
+def test_an_edit_changes_what_it_says_and_nothing_when_neutral(name: str) -> None:
+    fixture = FIXTURES[name]
+    model, inputs = fixture.build(), fixture.inputs()
+    before = run(model, inputs)
+    with probe(model, edits=Scale("image", "text", factor=1.0)):
+        assert all(torch.equal(a, b) for a, b in zip(before, run(model, inputs), strict=True))
+    assert find_layers(family_of(model), model)[3].path.startswith("single")
+    with probe(model, Look(), edits=Scale("image", "text", layers=[3], factor=0.0), layers=[3]) as watched:
+        run(model, inputs)
+    seen = watched[Look].seen[0]
+    call, layout = seen.call, seen.layout
+    p = reference.probabilities(call.query, call.key, call.attn_mask, call.is_causal, call.scale)
+    image, text = layout.positions("image"), layout.positions("text")
+    p[:, :, image, text] = 0.0
+    wanted = p @ call.value.double()
+    torch.testing.assert_close(seen.output.double()[:, :, image], wanted[:, :, image], atol=1e-5, rtol=0)
+
+
+def test_edits_of_calls_without_one_order_are_refused() -> None:
+    model, inputs = FIXTURES["lumina2"].build(), FIXTURES["lumina2"].inputs()
+    with pytest.raises(UserError, match="observed, not edited"), probe(model, edits=Scale("image", "text", factor=0.0)):
+        run(model, inputs)
 
 
 @pytest.mark.parametrize("name", sorted(CROSS_ATTENTION))
