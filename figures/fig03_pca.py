@@ -1,0 +1,35 @@
+"""Fig. 3 and 29 of arXiv:2509.18096, re-measured: PCA of image queries, keys, values and outputs, and what it predicts.
+
+    python figures/fig03_pca.py
+    python figures/fig03_pca.py --run runs/pca/...
+
+Writes `fig29_pca_maps` (all layers; Fig. 3 shows some of them) and, where masks exist, `fig03_pca_scores` with its CSV
+under `figures/out/<model>/`.
+"""
+
+from __future__ import annotations
+
+from runs import model_of, parse, run_folder, take, target
+
+from mmdit_probe.observe.pca_run import summarise
+from mmdit_probe.plots import save
+from mmdit_probe.plots.pca import pca_scores
+from mmdit_probe.results import read_table
+
+COMMAND = "pca"
+
+
+def main() -> None:
+    options = parse(__doc__, COMMAND)
+    folder = run_folder(options, COMMAND)
+    take(folder, "pca_maps", target(options, folder, "fig29_pca_maps"))
+    if (folder / "pca.parquet").exists():
+        summary = summarise(read_table(folder / "pca.parquet"))
+        path = target(options, folder, "fig03_pca_scores")
+        title = f"{model_of(folder)}: n = {summary.n.max()} held out"
+        print(*save(pca_scores(summary, title=title), path), sep="\n")
+        summary.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
+
+
+if __name__ == "__main__":
+    main()
