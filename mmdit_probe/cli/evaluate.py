@@ -119,7 +119,7 @@ def command(
     with shard_of() as shard:
         path = None
         if shard.first:
-            folder = RunFolder.open(NAME, {"model": facts["weight_hash"], **request}, out=out, resume=resume)
+            folder = RunFolder.open(NAME, {"model": model, "weight_hash": facts["weight_hash"], **request}, out=out, resume=resume)
             path = str(folder.path), folder.complete
         place, complete = shard.share(path)
         if not shard.first:

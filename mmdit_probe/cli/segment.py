@@ -130,7 +130,7 @@ def report(
     from mmdit_probe.plots.segmentation import blend, overlay_sheet, write_labels
     from mmdit_probe.results import RunFolder
 
-    folder = RunFolder.open(command_name, {"model": model.weight_hash, **request}, out=out)
+    folder = RunFolder.open(command_name, {"model": model.name, "weight_hash": model.weight_hash, **request}, out=out)
     shares = result.probabilities.numpy()
     labels = write_labels(result.labels, folder.path / "labels.png")
     Image.fromarray(blend(result.capture.image, result.labels)).save(folder.path / "overlay.png")

@@ -49,6 +49,7 @@ def capture(
     size: tuple[int, int] | None = None,
     together: bool = True,
     heads: Iterable[int] | None = None,
+    concept_stream: str | None = None,
 ) -> Capture:
     """Run the model on one picture and keep what methods need.
 
@@ -63,6 +64,7 @@ def capture(
         size: (height, width) of the network's input; the model's own if None.
         together: names share a prompt where they fit; False gives every name its own.
         heads: heads in the mean of I2I; None takes all.
+        concept_stream: text encoder stream that concept vectors are read from; see `concept_embeddings`.
     """
     chosen = layer_indices(middle_layers(len(model.layers)) if layers is None else layers, len(model.layers))
     placed = Fit.of(image.shape[:2], size or model.default_size, model.size_multiple, fit)  # type: ignore[arg-type]
@@ -77,7 +79,8 @@ def capture(
     latents = model.encode_image(placed.apply(image))
     concepts = None
     if "concepts" in parts:
-        concepts = concept_embeddings(model, [query.text for prompt in prompts for query in prompt.queries])
+        names = [query.text for prompt in prompts for query in prompt.queries]
+        concepts = concept_embeddings(model, names, concept_stream)
     passes = []
     for number, prompt in enumerate(prompts):
         text = model.encode_prompt(prompt.text)

@@ -18,11 +18,12 @@ from mmdit_probe.segment.methods.seg4diff import greedy_merge, symmetric_kl
 from mmdit_probe.segment.record import Capture
 
 
-def diffseg(capture: Capture, tau: float = 0.5, rounds: int = 3, anchors: int = 16) -> Tensor:
+def diffseg(capture: Capture, tau: float = 0.4, rounds: int = 3, anchors: int = 16) -> Tensor:
     """Proposals [P, h, w]: image-image attention maps merged by symmetric KL (arXiv:2308.12469).
 
     Args:
-        tau: threshold of every round. The original's 0.9 to 1.1 are for a U-Net's self-attention; scan it per model.
+        tau: threshold of every round. The original's 0.9 to 1.1 are for a U-Net's self-attention; the default was
+            chosen on scenes:train, scan it for other models.
         rounds: the first averages all maps near an anchor, the others merge anchors greedily.
         anchors: per side of the grid.
     """
@@ -38,12 +39,13 @@ def diffseg(capture: Capture, tau: float = 0.5, rounds: int = 3, anchors: int = 
 
 
 def diffcut(
-    capture: Capture, tau: float = 0.5, alpha: float = 10.0, pool: int = 32, features: str = "feat_proj"
+    capture: Capture, tau: float = 0.5, alpha: float = 5.0, pool: int = 32, features: str = "feat_proj"
 ) -> Tensor:
     """Proposals [P, h, w]: recursive normalised cuts of a feature graph (arXiv:2406.02842).
 
     Args:
-        tau: a part is cut while its normalised cut is below this. alpha: power on the affinities in 0..1.
+        tau: a part is cut while its normalised cut is below this. alpha: power on the affinities in 0..1; the
+            original's 10 is for a U-Net's features and cuts too finely here (chosen on scenes:train).
         pool: the graph has at most pool x pool nodes.
         features: "feat_proj" after the attention's output projection (the original's place), or "feat_out".
 

@@ -114,7 +114,7 @@ def greedy_merge(maps: Tensor, tau: float, distance: Tensor | None = None) -> Te
 
 def unsupervised(
     capture: Capture,
-    tau: float = 0.1,
+    tau: float = 0.01,
     axis: str = "space",
     kinds: str = "pad,eos",
     streams: str = "all",
@@ -124,7 +124,8 @@ def unsupervised(
     """Proposals [P, h, w] from the token maps of the empty prompt.
 
     Args:
-        tau: threshold of the symmetric KL below which maps merge (the official code fixes 0.1; scan it per model).
+        tau: threshold of the symmetric KL below which maps merge. The official code fixes 0.1, at which distinct small
+            objects merge; the default was chosen on scenes:train, scan it for other models.
         axis: min-max over "space" per token (as meant), over "token" per pixel (as the official code does), or "none".
         kinds: span kinds whose tokens propose, comma-separated; "all" takes every one, BOS too, as the official code.
         streams: text streams whose tokens propose, or "all".
