@@ -23,6 +23,7 @@ from typer.exceptions import Abort, TyperException
 from mmdit_probe import __version__
 from mmdit_probe.cli import (
     attention_budget,
+    diagnose,
     discover,
     doctor,
     evaluate,
@@ -30,6 +31,7 @@ from mmdit_probe.cli import (
     models,
     pca,
     perturb,
+    score,
     segment,
     select_layers,
     train_magnet,
@@ -77,11 +79,13 @@ app.command("value-norms")(value_norms.command)
 app.command("perturb")(perturb.command)
 app.command("generate")(generate.command)
 app.command("pca")(pca.command)
+app.command("diagnose")(diagnose.command)
 app.command("select-layers")(select_layers.command)
 app.command("segment")(segment.command)
 app.command("discover")(discover.command)
 app.command("evaluate")(evaluate.command)
 app.add_typer(models.app, name="models")
+app.command("score")(score.command)
 app.command("train-magnet")(train_magnet.command)
 app.command("doctor")(doctor.command)
 

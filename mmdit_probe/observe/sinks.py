@@ -1,0 +1,193 @@
+"""Sinks and outlier channels: which single tokens take the attention, and which channels carry outsized activations.
+
+    with probe(model, KeyMass(), Channels()) as run:
+        model.denoise(latents, 0.5, text)
+    run[KeyMass].table()                # mass received by every key, per layer and head
+    run[Channels].table()               # largest channel over median channel, per layer, kind and modality
+
+A key's mass is the mean, over the queries of one modality, of the probability on that one key; 1 / N is uniform. A sink
+is a key that takes far more (`top_keys`, `SINK`). Removing sinks from I2T maps and renormalising the rest changes how
+maps look, but not which word wins at a pixel: every word there is divided by the same number. Not here: masses by kind
+of token (`observe.mass`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdit_probe.attention import exact
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.tokens import TokenTable
+from mmdit_probe.observe.base import DenoisingCall, LayerCall, MemorySink, Observer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SINK = 10.0
+"""A key is called a sink if it takes this many times the uniform share."""
+
+MODALITIES = ("image", "text")
+
+
+class KeyMass(Observer):
+    """Mass received by every single key. Keeps N numbers per row, layer, head and query modality of each call.
+
+    Columns: prompt, seed, step, sigma, branch, layer, head, query, position (joint), token (image | text | other),
+    span, stream, word ("" without), place (position among the keys of its modality), mass, uniform (1 / N).
+    """
+
+    needs: ClassVar[Literal["call", "lse"]] = "lse"
+
+    def __init__(self) -> None:
+        self._memory = MemorySink()
+        self._seen: dict[int, tuple[LayerCall, Tensor]] = {}
+
+    def observe(self, seen: LayerCall) -> None:
+        if seen.lse is None:
+            raise UserError("the mass of single keys needs a kernel that gives its log-sum-exp; this device has none")
+        labels = seen.layout.labels
+        weights = torch.stack([labels == 0, labels == 1]).float()
+        weights = (weights / weights.sum(1, keepdim=True).clamp(min=1)).to(seen.call.query.device)
+        masses = exact.column_sums(seen.call, seen.lse, slice(0, seen.layout.total), weights)  # [B, H, 2, N]
+        self._seen[seen.layer.index] = (seen, masses.cpu())
+
+    def end_call(self, denoising: DenoisingCall) -> None:
+        for layer in sorted(self._seen):
+            self._write(denoising, layer, *self._seen[layer])
+        self._seen.clear()
+
+    def abandon_call(self) -> None:
+        self._seen.clear()
+
+    def table(self) -> pd.DataFrame:
+        """All rows so far."""
+        return self._memory.table()
+
+    def _write(self, denoising: DenoisingCall, layer: int, seen: LayerCall, masses: Tensor) -> None:
+        _, heads, _, total = masses.shape
+        kinds = np.array(["text", "other", "image"], dtype=object)
+        labels = seen.layout.labels.numpy()
+        tokens = np.where(labels == 0, kinds[2], np.where(labels == 1, kinds[0], kinds[1]))
+        places = np.zeros(total, np.int64)
+        for kind in np.unique(tokens):
+            places[tokens == kind] = np.arange((tokens == kind).sum())
+        for row, table in enumerate(seen.tokens):
+            size = heads * 2 * total
+            head, query, key = (axis.ravel() for axis in np.indices((heads, 2, total)))
+            span, stream, word = _names(table, tokens)
+            self._memory.write(
+                {
+                    "prompt": np.full(size, denoising.prompts[row], dtype=object),
+                    "seed": np.full(size, denoising.seeds[row], np.int64),
+                    "step": np.full(size, denoising.step, np.int64),
+                    "sigma": np.full(size, denoising.sigmas[row], np.float64),
+                    "branch": np.full(size, denoising.branches[row], dtype=object),
+                    "layer": np.full(size, layer, np.int64),
+                    "head": head.astype(np.int64),
+                    "query": np.array(MODALITIES, dtype=object)[query],
+                    "position": key.astype(np.int64),
+                    "token": tokens[key],
+                    "span": span[key],
+                    "stream": stream[key],
+                    "word": word[key],
+                    "place": places[key],
+                    "mass": masses[row].double().numpy().ravel(),
+                    "uniform": np.full(size, 1.0 / total),
+                }
+            )
+
+
+class Channels(Observer):
+    """Outlier channels: RMS per channel of q, k, v and output over the tokens of a modality, largest over median.
+
+    Columns: step, layer, kind (query | key | value | output), token, channel (the largest; heads concatenated), ratio
+    (to the median channel). Means over all rows of a call.
+    """
+
+    needs: ClassVar[Literal["call", "lse"]] = "call"
+
+    def __init__(self) -> None:
+        self._memory = MemorySink()
+        self._seen: dict[int, list[tuple[str, str, int, float]]] = {}
+
+    def observe(self, seen: LayerCall) -> None:
+        call = seen.call
+        rows = []
+        for kind, tensor in (("query", call.query), ("key", call.key), ("value", call.value), ("output", seen.output)):
+            for token in MODALITIES:
+                part = tensor[:, :, seen.layout.positions(token)].float()
+                if part.shape[2]:
+                    size = part.square().mean((0, 2)).sqrt().flatten()  # [H * D]
+                    ratio = float(size.max() / size.median().clamp(min=1e-12))
+                    rows.append((kind, token, int(size.argmax()), ratio))
+        self._seen[seen.layer.index] = rows
+
+    def end_call(self, denoising: DenoisingCall) -> None:
+        for layer, rows in sorted(self._seen.items()):
+            kinds, tokens, channels, ratios = zip(*rows, strict=True)
+            self._memory.write(
+                {
+                    "step": np.full(len(rows), denoising.step, np.int64),
+                    "layer": np.full(len(rows), layer, np.int64),
+                    "kind": np.array(kinds, dtype=object),
+                    "token": np.array(tokens, dtype=object),
+                    "channel": np.array(channels, np.int64),
+                    "ratio": np.array(ratios, np.float64),
+                }
+            )
+        self._seen.clear()
+
+    def abandon_call(self) -> None:
+        self._seen.clear()
+
+    def table(self) -> pd.DataFrame:
+        """All rows so far."""
+        return self._memory.table()
+
+
+def top_keys(table: pd.DataFrame, query: str = "image", branch: str = "cond") -> pd.DataFrame:
+    """Per layer and head: the share of attention on sinks (keys above `SINK` times uniform), mean over rows, and the
+    kind of token that takes most of it.
+
+    Returns: layer, head, rows (n), sinks (mean number), sink_mass, largest (mean mass of the largest key), kind (of the
+    largest key: text span and stream, or "image"; the most frequent over rows), kind_share (of the rows).
+    """
+    import pandas as pd
+
+    part = table[(table["query"] == query) & (table["branch"] == branch)]
+    if part.empty:
+        raise UserError(f"no keys were seen from {query} queries of branch {branch}")
+    text = part["span"].astype(str) + " " + part["stream"].astype(str)
+    part = part.assign(kind=np.where(part["token"] == "text", text, part["token"].astype(str)))
+    part = part.assign(sink=part["mass"] > SINK * part["uniform"])
+    rows = []
+    for (layer, head), group in part.groupby(["layer", "head"], observed=True):
+        by_row = group.groupby(["prompt", "seed", "step"], observed=True)
+        largest = group.loc[by_row["mass"].idxmax()]
+        kinds = largest["kind"].value_counts()
+        taken = group.assign(taken=group["mass"] * group["sink"]).groupby(["prompt", "seed", "step"], observed=True)
+        rows.append(
+            {"layer": layer, "head": head, "rows": len(largest), "sinks": float(by_row["sink"].sum().mean()),
+             "sink_mass": float(taken["taken"].sum().mean()), "largest": float(largest["mass"].mean()),
+             "kind": str(kinds.index[0]), "kind_share": float(kinds.iloc[0] / kinds.sum())}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def without_sinks(maps: Tensor, keep: list[int]) -> Tensor:
+    """I2T maps [.., h, w, T] with only the `keep` positions, renormalised per pixel: [.., h, w, K], sum 1."""
+    kept = maps[..., keep]
+    return kept / kept.sum(-1, keepdim=True).clamp(min=1e-12)
+
+
+def _names(table: TokenTable, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Span, encoder stream and word of every joint position; "all", "" and "" of what is no text."""
+    span, stream, word = (np.full(len(tokens), fill, dtype=object) for fill in ("all", "", ""))
+    text = np.flatnonzero(tokens == "text")
+    for position, token in zip(text, table.tokens, strict=True):
+        span[position], stream[position], word[position] = token.kind, token.stream, token.word or ""
+    return span, stream, word
