@@ -4,7 +4,7 @@
     train(model, data, MagnetConfig(layers=(4,)))
 
 Two sources: "maps" labels every pixel with the word of the prompt whose refined I2T map is strongest there (named
-masks, token-level); "segments" takes the unsupervised segments of the empty prompt (unnamed masks, head-level). Neither looks
+masks, token-level); "segments" takes the unsupervised segments of the empty prompt (unnamed, head-level). Neither looks
 at an annotation: of the wrapped data only pictures, prompts and words are read. The maps of a teacher are averaged over
 noise draws and refined, which one training forward is not: that gap is what is learned from.
 """

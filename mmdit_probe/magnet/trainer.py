@@ -94,6 +94,8 @@ def train(
     from accelerate import Accelerator
 
     watch = watch or Watch()
+    if model.family.name != "sd3":
+        raise UserError(f"{model.name} is of family {model.family.name!r}; MAGNET trains models of family 'sd3'")
     layers = layer_indices(list(config.layers), len(model.layers))
     targets = lora.target_modules(model.family, model.transformer, config.lora_layers, config.streams)
     check(data, model, config.alignment)

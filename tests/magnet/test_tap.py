@@ -12,7 +12,7 @@ from mmdit_probe import TextMaps, probe
 from mmdit_probe.errors import RunError
 from mmdit_probe.magnet.lora import attach, named_parameters, target_modules
 from mmdit_probe.magnet.tap import TextMapTap
-from mmdit_probe.models.families import SD3
+from mmdit_probe.models.entries import SD3
 from mmdit_probe.models.mmdit import MMDiT
 from tests import tiny
 
