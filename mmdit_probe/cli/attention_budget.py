@@ -13,6 +13,7 @@ from mmdit_probe.cli.options import (
     Device,
     Dtype,
     Json,
+    Lora,
     Model,
     Out,
     Quiet,
@@ -64,6 +65,7 @@ def command(
     sigma: Sigma = 0.515,
     limit: Limit = None,
     model: Model = DEFAULT_MODEL,
+    lora: Lora = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -92,7 +94,7 @@ def command(
     from mmdit_probe.observe.budget import Budget
     from mmdit_probe.results import RunFolder, TableWriter
 
-    loaded = open_model(model, debug=debug, device=device, dtype=dtype, t5=not no_t5)
+    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype, t5=not no_t5)
     if chosen is None:
         budget = Budget.of_prompts(
             loaded, asked, layers=layers, heads=heads, steps=steps, num_steps=num_steps, guidance=guidance, seed=seed,

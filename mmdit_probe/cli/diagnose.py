@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmdit_probe.cli.attention_budget import Layers, Limit, NoT5
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Resume, Seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +28,7 @@ def command(
     limit: Limit = None,
     no_t5: NoT5 = False,
     model: Model = DEFAULT_MODEL,
+    lora: Lora = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -57,7 +58,7 @@ def command(
     from mmdit_probe.results import RunFolder, TableWriter
     from mmdit_probe.specs import layer_indices
 
-    loaded = open_model(model, debug=debug, device=device, dtype=dtype, t5=not no_t5)
+    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype, t5=not no_t5)
     wanted = layer_indices(layers, len(loaded.layers))
     captions = [picture.prompt if prompts is None else prompts for picture in chosen]
     request = {

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Seed
+from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Seed
 from mmdit_probe.cli.segment import (
     FitHow,
     Heads,
@@ -38,6 +38,7 @@ def command(
     fit: FitHow = "squash",
     size: Size = None,
     model: Model = DEFAULT_MODEL,
+    lora: Lora = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -64,7 +65,7 @@ def command(
     from mmdit_probe.segment.run import discover
     from mmdit_probe.select import load_selection
 
-    loaded = open_model(model, debug=debug, device=device, dtype=dtype)
+    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype)
     if selection is not None:
         load_selection(selection, loaded)  # refuses the selection of another model
     report("discover", discover(loaded, picture, **shared), loaded, request, image, out, output)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Resume, Seed
 from mmdit_probe.cli.segment import FitHow, Heads, Layers, NoiseSeeds, Selection, Sigma, Size
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def command(
     size: Size = None,
     cache: Cache = None,
     model: Model = DEFAULT_MODEL,
+    lora: Lora = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -106,7 +107,10 @@ def command(
     from mmdit_probe.results import RunFolder
     from mmdit_probe.select import load_selection
 
-    captures = Captures(lambda: open_model(model, debug=debug, device=device, dtype=dtype), model, cache)
+    named = model if lora is None else f"{model}+{lora}"
+    captures = Captures(lambda: open_model(model, lora=lora, debug=debug, device=device, dtype=dtype), named, cache)
+    if lora is not None:
+        _ = captures.model  # an adapter's folder may hold other weights than when the cache was made: compare now
     facts = captures.facts
     if selection is not None and load_selection(selection).weight_hash != facts["weight_hash"]:
         raise UserError(f"the selection {str(selection)!r} was made with other weights; run select-layers on {model}")
@@ -119,7 +123,9 @@ def command(
     with shard_of() as shard:
         path = None
         if shard.first:
-            folder = RunFolder.open(NAME, {"model": model, "weight_hash": facts["weight_hash"], **request}, out=out, resume=resume)
+            folder = RunFolder.open(
+                NAME, {"model": model, "weight_hash": facts["weight_hash"], **request}, out=out, resume=resume
+            )
             path = str(folder.path), folder.complete
         place, complete = shard.share(path)
         if not shard.first:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmdit_probe.cli.attention_budget import Guidance, Limit, NoT5, NumSteps, Prompts
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Resume, Seed
 from mmdit_probe.cli.perturb import BlurSigma, BorderOption, BorderRule, EditKind, Kernel, Kind, Stage, Streams, Where
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def command(
     batch: Annotated[int, typer.Option(help="Prompts sampled at once.", min=1)] = 8,
     no_t5: NoT5 = False,
     model: Model = DEFAULT_MODEL,
+    lora: Lora = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -81,7 +82,7 @@ def command(
     from mmdit_probe.select import load_selection
     from mmdit_probe.specs import layer_indices
 
-    loaded = open_model(model, debug=debug, device=device, dtype=dtype, t5=not no_t5)
+    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype, t5=not no_t5)
     layers: tuple[int, ...] = ()
     if selection is not None:
         layers = tuple(sorted(load_selection(selection, loaded).layers))

@@ -13,6 +13,10 @@ import typer
 DEFAULT_MODEL = "scenes-sd3"
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Embedded model, diffusers directory or hub id.")]
+Lora = Annotated[
+    str | None,
+    typer.Option(help="LoRA on the model: a folder as train-magnet or diffusers writes it, or a hub id."),
+]
 Device = Annotated[str, typer.Option(help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto (float32 on CPU, bfloat16 on CUDA), float32, bfloat16, float16.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first item; item k uses seed + k.", min=0)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmdit_probe.cli.attention_budget import Layers, Limit, NoT5
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Resume, Seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,6 +43,7 @@ def command(
     batch: Annotated[int, typer.Option(help="Pictures per denoising call.", min=1)] = 8,
     no_t5: NoT5 = False,
     model: Model = DEFAULT_MODEL,
+    lora: Lora = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -77,7 +78,7 @@ def command(
 
     wanted = [kind.strip() for kind in kinds.split(",")]
     PCA(wanted, components)
-    loaded = open_model(model, debug=debug, device=device, dtype=dtype, t5=not no_t5)
+    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype, t5=not no_t5)
     request = {
         "model": loaded.name,
         "weight_hash": loaded.weight_hash,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmdit_probe.cli.attention_budget import Guidance, Heads, Layers, Limit, NoT5, NumSteps, Prompts
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Resume, Seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,6 +119,7 @@ def command(
     batch: Annotated[int, typer.Option(help="Prompts sampled at once.", min=1)] = 8,
     no_t5: NoT5 = False,
     model: Model = DEFAULT_MODEL,
+    lora: Lora = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -154,7 +155,7 @@ def command(
     if embedded:
         outcomes.append(Parser())
         clip = clip or ("scenes-clip" if "scenes-clip" in assets.names() else None)
-    loaded = open_model(model, debug=debug, device=device, dtype=dtype, t5=not no_t5)
+    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype, t5=not no_t5)
     if clip is not None:
         outcomes.append(Clip(assets.path(clip) if clip in assets.names() else clip, loaded.device))
     if dino is not None:

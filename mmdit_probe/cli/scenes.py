@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Resume, Seed
 
 app = typer.Typer(help="The embedded world: look at scenes, train the shipped models.", rich_markup_mode=None)
 
@@ -91,6 +91,7 @@ def noise_levels(text: str) -> list[float]:
 @app.command()
 def score(
     model: Model = DEFAULT_MODEL,
+    lora: Lora = None,
     n: Annotated[int, typer.Option("-n", help="Captions per category, and scenes.", min=1)] = 200,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 7.5,
     num_steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 28,
@@ -111,7 +112,7 @@ def score(
     from mmdit_probe.embedded.report import score_model
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
-    loaded = open_model(model, debug=debug, device=device, dtype=dtype, t5=True)
+    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype, t5=True)
     request = {
         "n": n,
         "guidance": guidance,

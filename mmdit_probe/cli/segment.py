@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Seed
+from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Seed
 
 if TYPE_CHECKING:
     from mmdit_probe.segment.run import Segmentation
@@ -45,6 +45,7 @@ def command(
     fit: FitHow = "squash",
     size: Size = None,
     model: Model = DEFAULT_MODEL,
+    lora: Lora = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -78,7 +79,7 @@ def command(
     from mmdit_probe.segment.run import segment
     from mmdit_probe.select import load_selection
 
-    loaded = open_model(model, debug=debug, device=device, dtype=dtype)
+    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype)
     if selection is not None:
         load_selection(selection, loaded)  # refuses the selection of another model
     result = segment(loaded, picture, parsed, background=background, **shared)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mmdit_probe.cli.attention_budget import Guidance, NoT5, NumSteps, Sigma
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Resume, Seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +41,7 @@ def command(
     guidance: Guidance = 7.5,
     no_t5: NoT5 = False,
     model: Model = DEFAULT_MODEL,
+    lora: Lora = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -75,7 +76,7 @@ def command(
     from mmdit_probe.select import LayerSelection
     from mmdit_probe.select import evidence as room
 
-    loaded = open_model(model, debug=debug, device=device, dtype=dtype, t5=not no_t5)
+    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype, t5=not no_t5)
     plan = room.Plan(limit, sigma, prompts, num_steps, guidance, seed)
     read = [room.from_run(run, loaded) for run in runs or []]
     request = {

@@ -19,7 +19,7 @@ from mmdit_probe.cli.attention_budget import (
     Sigma,
     Steps,
 )
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Resume, Seed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,6 +43,7 @@ def command(
     sigma: Sigma = 0.515,
     limit: Limit = None,
     model: Model = DEFAULT_MODEL,
+    lora: Lora = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -70,7 +71,7 @@ def command(
     from mmdit_probe.observe.norms import NormMeasurement
     from mmdit_probe.results import RunFolder, TableWriter
 
-    loaded = open_model(model, debug=debug, device=device, dtype=dtype, t5=not no_t5)
+    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype, t5=not no_t5)
     if chosen is None:
         measurement = NormMeasurement.of_prompts(
             loaded, asked, layers=layers, heads=heads, steps=steps, num_steps=num_steps, guidance=guidance, seed=seed,
