@@ -103,7 +103,7 @@ def command(
     from mmdit_probe.evaluate.captures import Captures
     from mmdit_probe.evaluate.plan import Plan
     from mmdit_probe.evaluate.run import evaluate
-    from mmdit_probe.evaluate.shards import shard_of
+    from mmdit_probe.evaluate.shards import local_device, shard_of
     from mmdit_probe.results import RunFolder
     from mmdit_probe.select import load_selection
 

@@ -1,6 +1,7 @@
 """One evaluation over several processes or machines: who does which image, and how the parts come together.
 
-    accelerate launch --num_processes 2 -m mmdit_probe evaluate --dataset scenes:val --method seg4diff
+    accelerate launch -m mmdit_probe evaluate --dataset scenes:val --method seg4diff           # one process per GPU
+    torchrun --nproc_per_node 2 -m mmdit_probe evaluate --dataset scenes:val --method seg4diff # two CPU processes
 
 Process r of w takes images r, r + w, ... All write into one run folder when they share a disk; otherwise their finished
 items travel to process 0 at the end. Counts are integers, so the merged table is that of one process, bit for bit.
@@ -65,6 +66,17 @@ class Shard:
                 temporary = parts / f"{name}.received"
                 temporary.write_bytes(data)
                 os.replace(temporary, parts / name)
+
+
+def local_device(device: str) -> str:
+    """The device of this process: with several processes, "auto" and "cuda" are its own GPU of the machine."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or device not in ("auto", "cuda"):
+        return device
+    import torch
+
+    if not torch.cuda.is_available():
+        return device
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
 @contextmanager

@@ -100,8 +100,8 @@ def concept_embeddings(model: MMDiT, names: Sequence[str], stream: str | None = 
     """One vector [K, C] per name: each name encoded alone, mean over its word tokens.
 
     Args:
-        stream: text encoder stream to read; the first one that has words if None. Means over several streams would mix
-            channels that belong to different encoders.
+        stream: text encoder stream to read; the last one that has words if None (SD3: T5 where it is on, else CLIP).
+            Means over several streams would mix channels that belong to different encoders.
     """
     text = model.encode_prompt(list(names))
     vectors = []
@@ -109,7 +109,7 @@ def concept_embeddings(model: MMDiT, names: Sequence[str], stream: str | None = 
         streams = [token.stream for token in table.tokens if token.kind == "word"]
         if not streams:
             raise UserError(f"class name {table.prompt!r} has no word tokens")
-        vectors.append(row[table.positions("word", stream or streams[0])].mean(0))
+        vectors.append(row[table.positions("word", stream or streams[-1])].mean(0))
     return torch.stack(vectors)
 
 

@@ -1,0 +1,95 @@
+"""`segment`, `discover` and their files, on a tiny random pipeline: any picture size, one line for each mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from mmdit_probe.cli.app import main
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (75, 130, 3)).astype(np.uint8)).save(path)
+    return str(path)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    return int(stop.value.code or 0)
+
+
+def test_segment_writes_what_it_says(
+    picture: str, tiny_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    code = run(
+        "segment", picture, "--classes", "red ring; ring, cat, blue house", "--model", str(tiny_directory), "--layers",
+        "all", "--fit", "aspect", "--refine", "centre+affinity:1+pamr:2", "--noise-seeds", "2", "--sigma", "0.3,0.5",
+        "--out", str(out), "--json",
+    )  # fmt: skip
+    assert code == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document == json.loads((out / "segmentation.json").read_text())
+    assert document["names"] == ["red ring", "cat", "blue house"]
+    labels = Image.open(out / "labels.png")
+    assert labels.mode == "P" and labels.size == (130, 75)
+    array = np.array(labels)
+    for index, name in enumerate(document["names"]):
+        assert document["areas"][name]["pixels"] == int((array == index).sum())
+    assert sum(area["share"] for area in document["areas"].values()) == pytest.approx(1.0)
+    shares = load_file(out / "probabilities.safetensors")["probabilities"]
+    assert shares.shape == (3, 75, 130) and np.allclose(shares.sum(0), 1.0, atol=1e-4)
+    assert np.array_equal(shares.argmax(0), array)
+    assert len(list((out / "maps").glob("*.png"))) == 3 and (out / "overlay.png").is_file()
+    assert (out / "sheet.png").is_file() and json.loads((out / "run.json").read_text())["status"] == "finished"
+
+
+def test_crop_leaves_the_rest_unlabelled(
+    picture: str, tiny_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    arguments = ("discover", picture, "--model", str(tiny_directory), "--layers", "0", "--tau", "0", "--fit", "crop")
+    assert run(*arguments, "--out", str(out), "-q") == 0
+    array = np.array(Image.open(out / "labels.png"))
+    assert (array == 255).any() and (array[:, 65] != 255).all()
+    assert capsys.readouterr().out.strip() == str(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--classes", "cat,"], "expected names separated by commas"),
+        (["--classes", "cat", "--method", "seg4dif"], "did you mean 'seg4diff'"),
+        (["--classes", "cat", "--method", "diffcut"], "takes no class names"),
+        (["--classes", "cat", "--refine", "pammr"], "did you mean 'pamr'"),
+        (["--classes", "cat", "--background", "class:dog"], "unknown background class 'dog'"),
+        (["--classes", "cat", "--layers", "99"], "layer 99 does not exist"),
+        (["--classes", "cat", "--heads", "9"], "head 9 does not exist"),
+        (["--classes", "cat", "--sigma", "2"], "expected numbers in 0..1"),
+        (["--classes", "cat", "--size", "60x64"], "multiples of 16"),
+        (["--classes", "cat", "--set", "sofmax=text"], "did you mean 'softmax'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], words: str, picture: str, tiny_directory: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    code = run("segment", picture, *arguments, "--model", str(tiny_directory), "--out", str(tmp_path / "run"))
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and error.startswith("error: ") and words in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("segment", str(tmp_path / "none.png"), "--classes", "cat") == 2
+    assert "no picture" in capsys.readouterr().err
+    assert run("segment", "scenes:val", "--classes", "cat") == 2
+    assert "expected scenes:val:0" in capsys.readouterr().err
