@@ -23,6 +23,7 @@ from typer.exceptions import Abort, TyperException
 from mmdit_probe import __version__
 from mmdit_probe.cli import (
     attention_budget,
+    attribute,
     diagnose,
     discover,
     doctor,
@@ -80,6 +81,7 @@ app.command("perturb")(perturb.command)
 app.command("generate")(generate.command)
 app.command("pca")(pca.command)
 app.command("diagnose")(diagnose.command)
+app.command("attribute")(attribute.command)
 app.command("select-layers")(select_layers.command)
 app.command("segment")(segment.command)
 app.command("discover")(discover.command)
