@@ -108,7 +108,8 @@ def command(
     from mmdit_probe.select import load_selection
 
     named = model if lora is None else f"{model}+{lora}"
-    captures = Captures(lambda: open_model(model, lora=lora, debug=debug, device=device, dtype=dtype), named, cache)
+    own_device = local_device(device)
+    captures = Captures(lambda: open_model(model, lora=lora, debug=debug, device=own_device, dtype=dtype), named, cache)
     if lora is not None:
         _ = captures.model  # an adapter's folder may hold other weights than when the cache was made: compare now
     facts = captures.facts
