@@ -14,6 +14,9 @@ so a recorder sees one full call even when an edit after it splits the call or c
     ...
     detach()
 
+Under torch.compile a watched call is one opaque operator that runs the handlers eagerly, so a graph stays whole
+(`fullgraph=True`) and attaching or detaching recompiles. Its handlers get no arguments of the module.
+
 Removal works in any order: a module's hook goes when its last handler goes, and the module's own `forward` comes back.
 Not `diffusers.hooks.HookRegistry`, whose removal is right only last-in first-out.
 """
@@ -21,6 +24,8 @@ Not `diffusers.hooks.HookRegistry`, whose removal is right only last-in first-ou
 from __future__ import annotations
 
 import functools
+import itertools
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -146,6 +151,8 @@ class _Watcher:
         self.module = module
         self.handlers: dict[Stage, list[Any]] = {stage: [] for stage in _STAGES}
         self.detach_forward: Detach = lambda: None
+        self.number = next(_NUMBERS)
+        _WATCHERS[self.number] = self
 
     def forward(self, proceed: Proceed, *args: Any, **kwargs: Any) -> Any:
         if _SUSPENDED:
@@ -180,6 +187,54 @@ class _Watcher:
         return edits[position](call, module_call, lambda inner: self._edited(inner, module_call, position + 1))
 
 
+_NUMBERS = itertools.count()
+_WATCHERS: weakref.WeakValueDictionary[int, _Watcher] = weakref.WeakValueDictionary()
+"""Watchers by the number that stands for them in a compiled graph."""
+
+
+def _operator(call: SDPACall, number: int) -> Tensor:
+    output: Tensor = torch.ops.mmdit_probe.watched_attention(
+        call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal, call.scale, call.enable_gqa,
+        number,
+    )  # fmt: skip
+    return output
+
+
+@torch.library.custom_op("mmdit_probe::watched_attention", mutates_args=())
+def _watched_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
+    scale: float | None, enable_gqa: bool, number: int,
+) -> Tensor:  # fmt: skip
+    call = SDPACall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    watcher = _WATCHERS.get(number)
+    output = call.stock() if watcher is None else watcher.run(call, ModuleCall(watcher.module, (), {}))
+    return output.contiguous()
+
+
+@_watched_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, value, attn_mask, *ctx.options = inputs
+    ctx.save_for_backward(query, key, value, attn_mask)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    query, key, value, attn_mask = ctx.saved_tensors
+    dropout_p, is_causal, scale, enable_gqa, _ = ctx.options
+    with torch.enable_grad():
+        parts = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        output = SDPACall(*parts, attn_mask, dropout_p, is_causal, scale, enable_gqa).stock()
+        found = torch.autograd.grad(output, parts, gradient)
+    return (*found, None, None, None, None, None, None)
+
+
+# The gradient is that of the stock call: exact for recorders, not for edits.
+_watched_attention.register_autograd(_backward, setup_context=_save)
+
+
 class _CatchSDPA(TorchFunctionMode):
     def __init__(self, watcher: _Watcher, module_call: ModuleCall) -> None:
         super().__init__()
@@ -188,7 +243,11 @@ class _CatchSDPA(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Inside this method the mode itself is off, so the handlers' own attention calls do not recurse.
         if func is torch.nn.functional.scaled_dot_product_attention:
+            if torch.compiler.is_compiling():
+                return _operator(SDPACall.bind(args, kwargs or {}), self.watcher.number)
             return self.watcher.run(SDPACall.bind(args, kwargs or {}), self.module_call)
+        if func is torch.Tensor.unflatten and torch.compiler.is_compiling():
+            return torch.unflatten(*args, **(kwargs or {}))  # the method is a Python wrapper that a trace cannot enter
         return func(*args, **(kwargs or {}))
 
 

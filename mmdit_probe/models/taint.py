@@ -116,7 +116,8 @@ def bind(transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     """The arguments of one call of a transformer's forward, by name."""
     inputs = inspect.signature(type(transformer).forward).bind_partial(transformer, *args, **kwargs).arguments
     inputs.pop("self", None)
-    return {**inputs, **inputs.pop("kwargs", {})}
+    further = inputs.pop("kwargs", {})
+    return {**inputs, **further}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ Layers are 0-based joint-attention layers in forward order; steps are 0-based sa
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -26,6 +25,7 @@ from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.family import Family
 from mmdit_probe.models.layout import Layer, Layout, Places, arranged, unwrap
 from mmdit_probe.models.mmdit import Batch, MMDiT
+from mmdit_probe.models.taint import bind
 from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.backend import native_attention
 from mmdit_probe.observe.base import DenoisingCall, LayerCall, Observer
@@ -115,7 +115,6 @@ class Run:
         self._rows = PipelineRows(self.pipeline, self.family) if follow else None
         self._context: str | None = None
         self._layouts: dict[str, tuple[Layout, Places | None]] = {}
-        self._signature = inspect.signature(type(self.transformer).forward)
         self._stack = ExitStack()
         self._calls = 0
         self._seen: dict[int, int] = {}
@@ -207,10 +206,11 @@ class Run:
         """Whether the denoising call in progress is at one of these sampling steps; calls of `MMDiT.denoise` are."""
         return steps == "all" or self._step is None or self._step in step_indices(steps, self._step_count)
 
+    # The bookkeeping of a call is no part of a compiled graph.
+    @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A transformer call begins: find out what it is."""
-        inputs = self._signature.bind_partial(self.transformer, *args, **kwargs).arguments
-        inputs = {**inputs, **inputs.get("kwargs", {})}
+        inputs = bind(self.transformer, args, kwargs)
         self._calls += 1
         found = self._facts.arrange(inputs)
         if not self.all_layers and self._facts.layers is not None:
@@ -220,6 +220,7 @@ class Run:
         self._seen, self._observing, self._skipped = {}, True, inputs.get(self.family.skip_input) or ()
         self.current = self._label(inputs)
 
+    @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A transformer call is over: hand finished rows on. `output` is None if the call raised."""
         denoising, self.current = self.current, None
