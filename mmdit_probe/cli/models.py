@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -41,6 +42,36 @@ def listing(context: typer.Context, as_json: Json = False, quiet: Quiet = False,
     for fact in families:
         second.add_row(str(fact["name"]), str(fact["transformer"]), ", ".join(fact["order"]))
     output.result({"embedded": embedded, "families": families}, [first, second])
+
+
+@app.command("inspect")
+def inspect_command(
+    path: Annotated[str, typer.Argument(help="Embedded model or diffusers pipeline directory, of any family.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Find out, mechanically, which layers of a model are joint attention and in which order its tokens are."""
+    from rich.table import Table
+
+    from mmdit_probe.cli.output import Output
+    from mmdit_probe.models.inspect import inspect_model
+
+    output = Output(quiet=quiet, as_json=as_json, debug=debug)
+    found = inspect_model(path)
+    layers = Table(title=f"{found['transformer']} (family: {found['family'] or 'none known'})", title_justify="left")
+    for column in ("layer", "module", "token order", "kernel"):
+        layers.add_column(column)
+    for layer in found["layers"]:
+        layers.add_row(str(layer["index"]), layer["path"], _order(layer["order"]), layer["kernel"])
+    others = [f"Not joint: {other['path']} ({_order(other['order'])})" for other in found["other attention"]]
+    if found["entry agrees"] is False:
+        others.append("The family's entry names other layers: please report it.")
+    output.result(found, [layers, *others], path=path)
+
+
+def _order(runs: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in runs)
 
 
 def describe(path: Path) -> str:

@@ -1,0 +1,135 @@
+"""What can be said of a model on disk: its joint-attention layers, the order of tokens in them, and the kernel.
+
+    found = inspect_model("path/to/a/pipeline")
+    found["layers"][0]                # {"index": 0, "path": "transformer_blocks.0.attn", "order": [["text", 512], ...]}
+
+A pipeline directory is loaded and stopped at its first transformer call; that call's arguments are laid out
+mechanically (`models.taint`) and run once under a probe. It measures nothing. A family's entry, if any, is compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from mmdit_probe import assets
+from mmdit_probe.attention import exact
+from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.models.families import family_of, refuse_cross_attention
+from mmdit_probe.models.layout import unwrap
+from mmdit_probe.models.taint import bind, taint
+from mmdit_probe.observe.base import LayerCall, Observer
+from mmdit_probe.observe.probe import probe
+
+PROMPT = "a red ring on grass"
+
+
+class Kernels(Observer):
+    """Observer of the kernel that each layer's attention call takes."""
+
+    needs: ClassVar[Literal["call", "lse"]] = "call"
+
+    def __init__(self) -> None:
+        self.names: dict[int, str] = {}
+
+    def observe(self, seen: LayerCall) -> None:
+        self.names[seen.layer.index] = exact.kernel(seen.call)
+
+
+class _Stopped(Exception):
+    """The pipeline has called its transformer: nothing more is needed of it."""
+
+
+def inspect_model(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Layout, layers, token order and kernel of a model.
+
+    Args:
+        path: an embedded model's name, or a diffusers pipeline directory.
+
+    Returns: transformer (class), family (None without an entry), layers (index, path, order of the first sample's keys,
+    kernel), other attention (path, order) and whether a family's entry agrees.
+
+    Raises:
+        UserError: no such directory, not a pipeline, or not an MM-DiT. RunError: it cannot be loaded or run.
+    """
+    source = Path(path)
+    if os.fspath(path) in assets.names():
+        source = assets.path(os.fspath(path))
+    if not source.is_dir():
+        raise unknown("model (no embedded model or directory of this name)", os.fspath(path), assets.names())
+    pipeline = _pipeline(source)
+    transformer = unwrap(pipeline.transformer)
+    refuse_cross_attention(transformer)
+    inputs = first_call(pipeline)
+    return inspect_call(transformer, inputs)
+
+
+def inspect_call(transformer: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same of a transformer and the arguments of one call of it. See `inspect_model`."""
+    sites = taint(transformer, inputs)
+    joint = {place: site for place, site in sites.items() if site.joint and site.regular}
+    if not joint:
+        raise UserError(
+            f"{type(transformer).__name__} is not an MM-DiT: at none of its attention calls do image and text keys"
+            " share one softmax"
+        )
+    with torch.no_grad(), probe(transformer, Kernels()) as run:
+        transformer(**inputs)
+    try:
+        family: str | None = family_of(transformer).name
+    except UserError:
+        family = None
+    kernels = run[Kernels].names
+    return {
+        "transformer": type(transformer).__name__,
+        "family": family,
+        "layers": [
+            {"index": n, "path": place, "order": site.order(), "kernel": kernels.get(n, "unseen")}
+            for n, (place, site) in enumerate(joint.items())
+        ],
+        "other attention": [
+            {"path": place, "order": site.order()} for place, site in sites.items() if place not in joint
+        ],
+        "entry agrees": None if family is None else [layer.path for layer in run.all_layers] == list(joint),
+    }
+
+
+def first_call(pipeline: Any) -> dict[str, Any]:
+    """The arguments of the first transformer call that a stock pipeline makes for a prompt."""
+    found: dict[str, Any] = {}
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.update(bind(unwrap(module), args, kwargs))
+        raise _Stopped
+
+    handle = pipeline.transformer.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        pipeline(PROMPT, num_inference_steps=1)
+    except _Stopped:
+        return found
+    except Exception as error:
+        raise RunError(f"{type(pipeline).__name__} cannot be run with a prompt alone: {error}") from error
+    finally:
+        handle.remove()
+    raise RunError(f"{type(pipeline).__name__} made an image without calling its transformer")
+
+
+def _pipeline(source: Path) -> Any:
+    from diffusers import DiffusionPipeline
+
+    index = source / "model_index.json"
+    if not index.is_file():
+        raise UserError(f"{source} is not a diffusers pipeline directory: it has no model_index.json")
+    if not json.loads(index.read_text(encoding="utf-8")).get("transformer"):
+        raise UserError(f"{source} has no transformer: it is no MM-DiT")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(source, use_safetensors=True)
+    except Exception as error:
+        raise RunError(f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
