@@ -63,7 +63,7 @@ def test_no_arguments_show_the_commands(capsys):
 
 
 def test_completion_offers_commands_and_their_options():
-    shell = {"_MMDIT_PROBE_COMPLETE": "complete_bash", "COMP_WORDS": "mmdit-probe att", "COMP_CWORD": "1"}
+    shell = {"_MMDIT_PROBE_COMPLETE": "complete_bash", "COMP_WORDS": "mmdit-probe atte", "COMP_CWORD": "1"}
     script = "from mmdit_probe.cli.app import app; app(prog_name='mmdit-probe')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | shell)
     assert done.stdout.split() == ["attention-budget"]
