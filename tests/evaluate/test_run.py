@@ -182,13 +182,13 @@ def test_two_processes_give_the_table_of_one(root: Path, tiny_directory: Path, t
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000),
     }  # fmt: skip
     one = [sys.executable, "-m", "mmdit_probe", *arguments(root, tiny_directory, tmp_path / "one")]
-    subprocess.run(one, env=environment, check=True, capture_output=True, timeout=300)
+    subprocess.run(one, env=environment, check=True, capture_output=True, timeout=900)
     two = [sys.executable, "-m", "mmdit_probe", *arguments(root, tiny_directory, tmp_path / "two")]
     ranks = [
         subprocess.Popen(two, env=environment | {"RANK": str(rank), "WORLD_SIZE": "2"}, stdout=subprocess.PIPE)
         for rank in range(2)
     ]
-    printed = [rank.communicate(timeout=300)[0] for rank in ranks]
+    printed = [rank.communicate(timeout=900)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
     assert json.loads(printed[0])["league"] and not printed[1].strip()
     tables = [read_table(tmp_path / name / "counts.parquet") for name in ("one", "two")]
