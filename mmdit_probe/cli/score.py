@@ -112,7 +112,10 @@ def command(
     comparison.to_csv(folder.path / "comparison.csv", index=False, float_format="%.6g")
     if not folder.complete:
         folder.finish()
-    document = {"run": folder.path, "comparison": comparison.to_dict("records")}
+    document = {
+        "run": folder.path,
+        "comparison": comparison.astype(object).where(comparison.notna(), None).to_dict("records"),
+    }
     tables = [_table(comparison, metric, baseline) for metric in dict.fromkeys(comparison.metric) if metric in _SHOWN
               or metric.startswith("clipscore")]  # fmt: skip
     output.result(document, [*tables, f"table: {folder.path}"], folder.path)

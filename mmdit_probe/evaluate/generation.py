@@ -136,15 +136,17 @@ def compare(frame: pd.DataFrame, baseline: str, draws: int = 2000) -> pd.DataFra
                     {
                         "variant": name, "category": category, "metric": metric, "prompts": len(own),
                         "images": len(chosen), "mean": mean, "low": low, "high": high, "difference": gain,
-                        "difference_low": gain_low, "difference_high": gain_high, "worse": gain_high < 0,
+                        "difference_low": gain_low, "difference_high": gain_high, "worse": bool(gain_high < 0),
                     }
                 )  # fmt: skip
     return pd.DataFrame(rows)
 
 
 def bootstrap(values: Any, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval over items (percentiles, fixed seed)."""
+    """Mean and 95 % bootstrap interval over items (percentiles, fixed seed); one item has no interval: NaN."""
     data = np.asarray(values, float)
+    if len(data) < 2:
+        return float(data.mean()), float("nan"), float("nan")
     rng = np.random.default_rng(0)
     means = data[rng.integers(0, len(data), (draws, len(data)))].mean(1)
     return float(data.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))

@@ -47,6 +47,11 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
             f"LoRA {source!r} does not fit this model: {len(missing)} of its {len(wanted)} modules are not there, e.g."
             f" {missing[0]!r}"
         )
+    from diffusers.utils import logging
+
+    # The loader warns of every encoder that the adapter does not touch; what matters is checked above and below.
+    loud = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         if path.is_file():
             pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
@@ -54,6 +59,8 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
             pipeline.load_lora_weights(source, adapter_name=name)
     except Exception as error:
         raise RunError(f"LoRA {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        logging.set_verbosity(loud)
     if set(getattr(transformer, "peft_config", {})) == before:
         raise UserError(f"LoRA {source!r} has no weights for this transformer; nothing was loaded")
 

@@ -1,0 +1,139 @@
+"""Training data: masks that fit their words, folders, own labels, and one-line refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdit_probe import UserError
+from mmdit_probe.magnet.data import MAX_MASKS, FolderData, ScenesData, check, largest
+from mmdit_probe.magnet.pseudo import SelfLabelled
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.scenes import CLASSES, scene
+from tests import tiny
+
+SIZE = (64, 64)
+
+
+def folder(at: Path, names: bool = True) -> Path:
+    """Two pictures, twice as wide as high: a cat on the left of the centre, a red ring on its right."""
+    (at / "masks").mkdir(parents=True)
+    for index in range(2):
+        Image.fromarray(np.full((64, 128, 3), 60 * index, np.uint8)).save(at / f"{index}.png")
+        (at / f"{index}.txt").write_text("a cat and a\n red ring")
+        mask = np.zeros((64, 128), np.uint8)
+        mask[:, 40:64], mask[:, 64:90] = 1, 7
+        Image.fromarray(mask).save(at / "masks" / f"{index}.png")
+    if names:
+        (at / "masks" / "classes.json").write_text(json.dumps({"1": "cat", "7": "red ring"}))
+    return at
+
+
+def test_class_masks_are_those_of_the_scene_and_named_in_the_prompt() -> None:
+    for prompt in ("list", "caption", "mixed"):
+        for index in range(6):
+            sample, truth = ScenesData("val", 6, "class", prompt)[index], scene("val", index)  # type: ignore[arg-type]
+            words = sample.prompt.split()
+            assert all(name in words for name in sample.names)
+            for name, mask in zip(sample.names, sample.masks, strict=True):
+                (of,) = {CLASSES[i] for i in np.unique(truth.classes[mask])}
+                assert name.startswith(of)  # "stars" are of class "star"
+                assert mask.sum() == (truth.classes == CLASSES.index(of)).sum()
+    assert len(ScenesData("val", 1)[0].names) == len(scene("val", 0).class_names)
+
+
+def test_part_masks_are_parts_of_single_objects_largest_first() -> None:
+    sample, truth = ScenesData("val", 9, "part")[3], scene("val", 3)
+    assert sample.names == ()
+    sizes = sample.masks.sum((1, 2)).tolist()
+    assert sizes == sorted(sizes, reverse=True)
+    for mask in sample.masks:
+        assert len(np.unique(truth.instances[mask])) == len(np.unique(truth.parts[mask])) == 1
+    many = [np.arange(4096).reshape(64, 64) // 40 == k for k in range(60)]
+    assert len(largest(many)) == MAX_MASKS
+    assert len(largest([many[0] & (np.arange(64) < 10)])) == 0  # below half a percent
+
+
+def test_folder_crops_masks_with_the_picture(tmp_path: Path) -> None:
+    data = FolderData(folder(tmp_path / "d"), SIZE)
+    sample = data[0]
+    assert (len(data), sample.image.shape, sample.prompt) == (2, (64, 64, 3), "a cat and a red ring")
+    assert sample.names == ("cat", "red ring")
+    assert [int(mask.any(0).argmax()) for mask in sample.masks] == [40 - 32, 64 - 32]
+    squashed = FolderData(tmp_path / "d", SIZE, fit="squash")[0]
+    assert [int(mask.any(0).argmax()) for mask in squashed.masks] == [20, 32]
+    assert FolderData(tmp_path / "d", SIZE, prompt="list")[0].prompt == "cat red ring"
+    assert data.describe()["count"] == 2
+
+
+def test_folder_without_names_has_unnamed_masks(tmp_path: Path) -> None:
+    sample = FolderData(folder(tmp_path / "d", names=False), SIZE)[1]
+    assert (sample.names, len(sample.masks)) == ((), 2)
+
+
+def test_a_word_that_the_caption_does_not_say_has_no_mask(tmp_path: Path) -> None:
+    at = folder(tmp_path / "d")
+    (at / "0.txt").write_text("a category of red things")  # neither "cat" nor "red ring"
+    assert FolderData(at, SIZE)[0].names == ()
+    (at / "0.txt").write_text("The Cat, alone")
+    assert FolderData(at, SIZE)[0].names == ("cat",)
+
+
+def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:
+    model = MMDiT(tiny.pipeline(), "tiny", tiny.T5_LENGTH)
+    at = folder(tmp_path / "d")
+    check(FolderData(at, SIZE), model, "token")
+    with pytest.raises(UserError, match="expected multiples of 16"):
+        check(FolderData(at, (40, 40)), model, "token")
+    with pytest.raises(UserError, match="2 masks and 0 names; token-level"):
+        check(FolderData(folder(tmp_path / "e", names=False), SIZE), model, "token")
+    Image.fromarray(np.zeros((64, 64), np.uint8)).save(at / "masks" / "0.png")
+    with pytest.raises(UserError, match=r"is \(128, 64\) pixels, its mask \(64, 64\)"):
+        check(FolderData(at, SIZE), model, "token")
+    Image.fromarray(np.full((64, 128), 3, np.uint8)).save(at / "masks" / "0.png")
+    with pytest.raises(UserError, match=r"ids \[3\] that classes.json does not name"):
+        check(FolderData(at, SIZE), model, "token")
+    (at / "0.png").write_text("no picture")
+    with pytest.raises(UserError, match="cannot be read as a picture"):
+        check(FolderData(at, SIZE), model, "none")
+    with pytest.raises(UserError, match="no folder"):
+        FolderData(tmp_path / "nowhere", SIZE)
+    with pytest.raises(UserError, match="did you mean 'class'"):
+        ScenesData("val", 3, "clas")  # type: ignore[arg-type]
+
+
+def test_words_cut_off_by_the_encoders_are_refused(tmp_path: Path) -> None:
+    at = folder(tmp_path / "d")
+    (at / "0.txt").write_text("a " * 60 + "cat")
+    model = MMDiT(tiny.pipeline(), "tiny", tiny.T5_LENGTH)
+    with pytest.raises(UserError, match="'cat' fell off the end"):
+        check(FolderData(at, SIZE), model, "token")
+
+
+@pytest.mark.parametrize("source", ["maps", "segments"])
+def test_own_labels_read_no_annotation(tmp_path: Path, source: str) -> None:
+    """The same pictures and prompts with other masks give the same labels."""
+    model = MMDiT(tiny.pipeline(), "tiny", tiny.T5_LENGTH)
+    first = folder(tmp_path / "d")
+    second = folder(tmp_path / "e")
+    for index in range(2):
+        mask = np.zeros((64, 128), np.uint8)
+        mask[:20, 40:90], mask[40:, 40:90] = 7, 1
+        Image.fromarray(mask).save(second / "masks" / f"{index}.png")
+    made = [
+        SelfLabelled.make(model, FolderData(at, SIZE), source=source, layers=(1,), seeds=(0,))  # type: ignore[arg-type]
+        for at in (first, second)
+    ]
+    assert np.array_equal(made[0].labels, made[1].labels)
+    sample = made[0][0]
+    assert sample.masks.sum(0).max() == 1  # every pixel has at most one label
+    if source == "maps":
+        assert sample.masks.any(0).all()
+        assert set(sample.names) <= {"cat", "red ring"}
+    else:
+        assert sample.names == ()
+    assert made[0].describe()["source"] == source
