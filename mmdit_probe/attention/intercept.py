@@ -225,9 +225,9 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
     query, key, value, attn_mask = ctx.saved_tensors
     dropout_p, is_causal, scale, enable_gqa, _ = ctx.options
     with torch.enable_grad():
-        parts = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-        output = SDPACall(*parts, attn_mask, dropout_p, is_causal, scale, enable_gqa).stock()
-        found = torch.autograd.grad(output, parts, gradient)
+        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+        output = SDPACall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).stock()
+        found = torch.autograd.grad(output, (query, key, value), gradient)
     return (*found, None, None, None, None, None, None)
 
 
