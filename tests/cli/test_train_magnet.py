@@ -1,0 +1,57 @@
+"""`train-magnet` from the command line: an adapter that other commands take, resume, one-line refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mmdit_probe.cli.app import main
+from mmdit_probe.models.adapters import read_metadata
+from tests.magnet.test_data import folder
+
+QUICK = ["--layers", "1", "--steps", "2", "--batch", "1", "--rank", "2", "--alpha", "3", "--out", "run"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    return int(stopped.value.code or 0)
+
+
+def test_a_folder_trains_and_the_adapter_loads(tiny_directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", str(tiny_directory)]
+    folder(Path("data"))
+    asked = ["train-magnet", "--data", "data", "--validation", "data", *model, *QUICK]
+    assert run(*asked, "--json") == 0, capfd.readouterr().err
+    document = json.loads(capfd.readouterr().out)
+    assert document["steps"] == 2
+    assert document["validation"][-1]["n"] == 2
+    found = read_metadata("run/lora")
+    assert found["lora"]["transformer.lora_alpha"] == 3
+    assert found["mmdit_probe"]["alignment"] == "token"
+    assert run(*asked, "--resume", "-q") == 0
+    assert capfd.readouterr().out.strip() == "run"
+    budget = ["attention-budget", "--prompts", "a cat", "--num-steps", "1", "--lora", "run/lora", "--out", "budget"]
+    assert run(*budget, *model) == 0, capfd.readouterr().err
+    assert json.loads(Path("budget/run.json").read_text())["model"]["id"].endswith("+run/lora")
+
+
+def test_refusals(tiny_directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    model = ["--model", str(tiny_directory)]
+    for arguments, words in (
+        (["--steps", "2"], "Give --layers 9"),
+        ([*QUICK, "--masks", "clas"], "did you mean 'class'"),
+        ([*QUICK, "--data", "nowhere"], "no folder 'nowhere'"),
+        ([*QUICK[:-2], "--layers", "7"], "layer 7 does not exist"),
+    ):
+        assert run("train-magnet", *arguments, *model) == 2
+        errors = capfd.readouterr().err.strip().splitlines()
+        assert words in errors[-1]
+    assert not Path("run").exists()
