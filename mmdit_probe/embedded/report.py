@@ -43,7 +43,8 @@ def score_model(
     Args:
         model: an MM-DiT that knows the words of the world.
         request: n (captions per category, and scenes), split, guidance, num_steps, sigmas (list), seed.
-        categories: caption categories to draw images for; "real" reads real scenes instead, the parser's own limit.
+        categories: caption categories to draw images for; "real" reads real scenes instead, the parser's own limit. None of
+            them: maps only.
         advance: called after every finished item: one per category, one for the parser itself, one for the maps.
 
     Returns:
@@ -56,7 +57,7 @@ def score_model(
     folder = RunFolder.open(COMMAND, described, out=out, resume=resume)
     if not folder.complete:
         folder.record(model={"id": model.name, "weight_hash": model.weight_hash}, dtype=str(model.dtype))
-        if not (folder.path / "alignment.parquet").exists():
+        if categories and not (folder.path / "alignment.parquet").exists():
             parser = load_parser()
             with TableWriter(folder.path, "alignment") as writer:
                 for index, category in enumerate(categories):
@@ -108,7 +109,7 @@ def interval(values: Any, draws: int = 2000) -> tuple[float, float, float]:
 def _report(folder: RunFolder, categories: Sequence[str]) -> Report:
     from rich.table import Table
 
-    images = read_table(folder.path / "alignment.parquet")
+    images = read_table(folder.path / "alignment.parquet") if categories else pd.DataFrame()
     maps = read_table(folder.path / "maps.parquet")
     by_category = Table(title="What generated images show, read by the parser; mean [95 % interval over images]")
     for column in ("caption category", "n", *(s.replace("_", " ") for s in SCORES)):
