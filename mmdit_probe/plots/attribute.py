@@ -35,7 +35,7 @@ def agreement(table: pd.DataFrame, *, title: str = "") -> Figure:
                           elinewidth=1, mec="black", mew=0.4, label=label)  # fmt: skip
         axes.set(xlabel="layer", ylabel="rank correlation", title="I2T attention and attribution to regions")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(fontsize=6)
+        figure.legend(loc="outside lower center", ncols=2, fontsize=6)
         if title:
             figure.suptitle(title, fontsize=8, x=0.01, ha="left")
     return figure
