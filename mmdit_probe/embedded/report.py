@@ -43,8 +43,8 @@ def score_model(
     Args:
         model: an MM-DiT that knows the words of the world.
         request: n (captions per category, and scenes), split, guidance, num_steps, sigmas (list), seed.
-        categories: caption categories to draw images for; "real" reads real scenes instead, the parser's own limit. With
-            none of them only maps are measured.
+        categories: caption categories to draw images for; "real" reads real scenes instead, the parser's own limit.
+            With none of them only maps are measured.
         advance: called after every finished item: one per category, one for the parser itself, one for the maps.
 
     Returns:
