@@ -29,7 +29,7 @@ def command(
         list[Path] | None,
         typer.Option("--from", help="Run folder of attention-budget, value-norms, pca or perturb; repeatable."),
     ] = None,
-    rule: Annotated[str, typer.Option(help="ranks (least median rank), or the name of one evidence.")] = "ranks",
+    rule: Annotated[str, typer.Option(help="ranks (least mean rank), median-ranks, or one evidence.")] = "ranks",
     top: Annotated[int, typer.Option(help="Layers to select.", min=1)] = 1,
     heads: Annotated[int, typer.Option(help="Heads to select per layer, by their maps on scenes; 0: all.", min=0)] = 0,
     split: Annotated[str, typer.Option(help="Scenes to select on.")] = "val",

@@ -151,18 +151,22 @@ def agreement(long: pd.DataFrame, draws: int = 500) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+RANK_RULES = ("ranks", "median-ranks")
+
+
 def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int, ...]:
     """The best layers, best first.
 
     Args:
         table: of one split, from `by_layer`. top: how many.
-        rule: "ranks" (least median rank over all evidence, so that one dissenter does not decide; ties go to the least
-            mean rank) or the name of one evidence.
+        rule: "ranks" (least mean rank over all evidence), "median-ranks" (least median rank, so that one dissenter does
+            not decide; ties go to the least mean rank), or the name of one evidence.
     """
-    if rule != "ranks" and rule not in set(table["evidence"]):
-        raise unknown("rule", rule, ["ranks", *dict.fromkeys(table["evidence"])])
-    part = table if rule == "ranks" else table[table["evidence"] == rule]
-    order = part.groupby("layer")["rank"].agg(["median", "mean"]).sort_values(["median", "mean"], kind="stable")
+    if rule not in {*RANK_RULES, *table["evidence"]}:
+        raise unknown("rule", rule, [*RANK_RULES, *dict.fromkeys(table["evidence"])])
+    part = table if rule in RANK_RULES else table[table["evidence"] == rule]
+    keys = ["median", "mean"] if rule == "median-ranks" else ["mean"]
+    order = part.groupby("layer")["rank"].agg(["median", "mean"]).sort_values(keys, kind="stable")
     if not 1 <= top <= len(order):
         raise UserError(f"--top {top}: expected 1 to {len(order)} layers")
     return tuple(int(layer) for layer in order.index[:top])

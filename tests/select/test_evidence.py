@@ -53,7 +53,9 @@ def test_choice_by_ranks_and_by_one_evidence() -> None:
     agreed = table[table["evidence"] != "value_gap"]
     assert evidence.choose(agreed, 2) == (3, 4)
     assert evidence.choose(table, 1, "value_gap") == (0,)
-    assert evidence.choose(table, 1) == (3,)  # two against one
+    assert evidence.choose(table, 1, "median-ranks") == (3,)  # two against one
+    ranks = table.groupby("layer")["rank"].mean()
+    assert evidence.choose(table, 1) == (ranks.idxmin(),)
     with pytest.raises(UserError, match="segmentation"):
         evidence.choose(table, 1, "segmentatoin")
     with pytest.raises(UserError, match="1 to 6"):
