@@ -28,11 +28,11 @@ def training_curves(curves: pd.DataFrame) -> Figure:
         axes = figure.subplots(2, 3)
         losses, shuffled, empty, low, high, seen = axes.ravel()
         _lines(losses, by_name, {"flow": "flow matching", "align": "parser alignment"})
-        losses.set(title="training losses", yscale="log")
+        losses.set(title="training losses", ylim=(0, None))
         for axis, kind, title in ((shuffled, "shuffled", "another's caption"), (empty, "empty", "no caption")):
             names = sorted(name for name in by_name if name.startswith(f"{kind}@"))
             _lines(axis, by_name, {name: f"sigma {name.split('@')[1]}" for name in names}, ordered=True)
-            axis.set(title=f"text gain: {title}", ylabel="held-out loss, + %", yscale="symlog")
+            axis.set(title=f"text gain: {title}", ylabel="held-out loss, + %", ylim=(0, None))
         for axis, sigma in ((low, "0.5"), (high, "0.75")):
             prefix = f"miou@{sigma}/layer"
             names = sorted(
@@ -42,10 +42,10 @@ def training_curves(curves: pd.DataFrame) -> Figure:
             axis.set(title=f"I2T maps at sigma {sigma}", ylabel="mIoU of classes present", ylim=(0, 1))
         labels = {"things_right": "objects right", "grounds_right": "ground right", "facts": "facts"}
         _lines(seen, by_name, labels)
-        seen.set(title="generated images, by the parser", ylim=(0, 1.02))
+        seen.set(title="samples, read by the parser", ylim=(0, 1.02))
         for axis in axes.ravel():
             axis.set_xlabel("step")
-            axis.legend(fontsize=5, ncols=2)
+            axis.legend(fontsize=5, ncols=2, frameon=True, framealpha=0.8, edgecolor="none")
     return figure
 
 
