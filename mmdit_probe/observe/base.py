@@ -14,7 +14,7 @@ Not here: where calls are caught (`attention.intercept`) and how probabilities a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
@@ -23,8 +23,10 @@ from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import Record
+from mmdit_probe.errors import UserError
 from mmdit_probe.models.layout import Layer, Layout
 from mmdit_probe.models.tokens import TokenTable, unknown_table
+from mmdit_probe.specs import Spec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -103,6 +105,52 @@ class Observer:
 
     def abandon_call(self) -> None:
         """The transformer call raised: drop what belongs to it."""
+
+
+class RowObserver(Observer):
+    """Base of observers whose finished rows go to a sink after every denoising call, layer by layer.
+
+    A subclass fills `_seen` by layer index in `observe`, names its columns, and turns one entry into rows.
+
+    Args:
+        sink: an object with `write(columns)` or a function of the columns; rows are kept in memory if None.
+        heads: which heads get rows: "all", 3, "0-3", [0, 5].
+    """
+
+    columns: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self, sink: Sink | Callable[[dict[str, np.ndarray]], object] | None = None, heads: Spec = "all"
+    ) -> None:
+        self.sink: Any = MemorySink() if sink is None else sink
+        self.heads = heads
+        self._seen: dict[int, Any] = {}
+
+    def _rows(self, denoising: DenoisingCall, layer: int, *kept: Any) -> dict[str, np.ndarray]:
+        """Rows of one layer, from what `observe` kept of it."""
+        raise NotImplementedError
+
+    def end_call(self, denoising: DenoisingCall) -> None:
+        for layer in sorted(self._seen):
+            rows = self._rows(denoising, layer, *self._seen[layer])
+            if callable(self.sink):
+                self.sink(rows)
+            else:
+                self.sink.write(rows)
+        self._seen.clear()
+
+    def abandon_call(self) -> None:
+        self._seen.clear()
+
+    def table(self) -> pd.DataFrame:
+        """All rows so far as a tidy table.
+
+        Raises:
+            UserError: the rows went to a sink of the caller's, which has no `table`.
+        """
+        if not hasattr(self.sink, "table"):
+            raise UserError(f"the rows went to {type(self.sink).__name__}; read them there")
+        return self.sink.table()[list(self.columns)]
 
 
 class Sink(Protocol):

@@ -16,8 +16,7 @@ samples: that is up to the reader of the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,22 +24,23 @@ from torch import Tensor
 
 from mmdit_probe.attention import exact
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.errors import UserError
-from mmdit_probe.models.layout import Layer, Layout
+from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.base import DenoisingCall, LayerCall, MemorySink, Observer, Sink
-from mmdit_probe.specs import Spec, head_indices
-
-if TYPE_CHECKING:
-    import pandas as pd
+from mmdit_probe.observe.base import DenoisingCall, LayerCall, RowObserver
+from mmdit_probe.specs import head_indices
 
 QUERIES = ("image", "text")
+
+COLUMNS = (
+    "prompt", "seed", "step", "sigma", "branch", "layer", "head", "query", "key", "span", "stream", "mass", "n_query",
+    "n_key", "uniform",
+)  # fmt: skip
 
 Leaf = tuple[str, str, str]
 """(key, span, stream) of a row: ("text", "word", "t5"), ("image", "all", ""), ("other", "all", "")."""
 
 
-class AttentionMass(Observer):
+class AttentionMass(RowObserver):
     """Observer of attention masses.
 
     Args:
@@ -57,45 +57,18 @@ class AttentionMass(Observer):
 
     needs: ClassVar[Literal["call", "lse"]] = "lse"
 
-    def __init__(
-        self, sink: Sink | Callable[[dict[str, np.ndarray]], object] | None = None, heads: Spec = "all"
-    ) -> None:
-        self.sink: Any = MemorySink() if sink is None else sink
-        self.heads = heads
-        self._seen: dict[int, tuple[Layer, Layout, list[list[Leaf]], Tensor, Tensor]] = {}
+    columns = COLUMNS
 
     def observe(self, seen: LayerCall) -> None:
         tables = seen.tokens
         leaves = [_leaves(table) for table in tables]
         masses, n_query = attention_masses(seen.call, seen.lse, seen.layout, [_groups(t, of) for t, of in leaves])
-        self._seen[seen.layer.index] = (seen.layer, seen.layout, [of for _, of in leaves], masses, n_query)
-
-    def end_call(self, denoising: DenoisingCall) -> None:
-        for index in sorted(self._seen):
-            rows = self._rows(denoising, *self._seen[index])
-            if callable(self.sink):
-                self.sink(rows)
-            else:
-                self.sink.write(rows)
-        self._seen.clear()
-
-    def abandon_call(self) -> None:
-        self._seen.clear()
-
-    def table(self) -> pd.DataFrame:
-        """All rows so far as a tidy table.
-
-        Raises:
-            UserError: the rows went to a sink of the caller's, which has no `table`.
-        """
-        if not hasattr(self.sink, "table"):
-            raise UserError(f"the rows went to {type(self.sink).__name__}; read them there")
-        return self.sink.table()[list(COLUMNS)]
+        self._seen[seen.layer.index] = (seen.layout, [of for _, of in leaves], masses, n_query)
 
     def _rows(
         self,
         denoising: DenoisingCall,
-        layer: Layer,
+        layer: int,
         layout: Layout,
         leaves: list[list[Leaf]],
         masses: Tensor,
@@ -122,7 +95,7 @@ class AttentionMass(Observer):
                     "step": np.full(size, denoising.step, np.int64),
                     "sigma": np.full(size, denoising.sigmas[row], np.float64),
                     "branch": _constant(denoising.branches[row], size),
-                    "layer": np.full(size, layer.index, np.int64),
+                    "layer": np.full(size, layer, np.int64),
                     "head": heads[head].astype(np.int64),
                     "query": np.array([QUERIES[q] for q in queries], dtype=object)[query],
                     "key": np.array([key for key, _, _ in of_row], dtype=object)[leaf],
@@ -135,12 +108,6 @@ class AttentionMass(Observer):
                 }
             )
         return {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
-
-
-COLUMNS = (
-    "prompt", "seed", "step", "sigma", "branch", "layer", "head", "query", "key", "span", "stream", "mass", "n_query",
-    "n_key", "uniform",
-)  # fmt: skip
 
 
 @torch.no_grad()

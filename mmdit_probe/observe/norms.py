@@ -15,15 +15,13 @@ paper's curves, as far as it says), rows of heads 0..H-1 each head's own. Not he
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit_probe.errors import UserError
-from mmdit_probe.observe.base import DenoisingCall, LayerCall, MemorySink, Observer, Sink
+from mmdit_probe.observe.base import DenoisingCall, LayerCall, MemorySink, RowObserver
 from mmdit_probe.observe.budget import Budget
 from mmdit_probe.observe.norm_summary import CONCATENATED
 from mmdit_probe.specs import Spec, head_indices
@@ -42,7 +40,7 @@ Leaf = tuple[str, str, str]
 """(token, span, stream) of a row: ("text", "word", "t5"), ("image", "all", ""), ("other", "all", "")."""
 
 
-class ValueNorm(Observer):
+class ValueNorm(RowObserver):
     """Observer of value norms.
 
     Args:
@@ -58,12 +56,7 @@ class ValueNorm(Observer):
 
     needs: ClassVar[Literal["call", "lse"]] = "call"
 
-    def __init__(
-        self, sink: Sink | Callable[[dict[str, np.ndarray]], object] | None = None, heads: Spec = "all"
-    ) -> None:
-        self.sink: Any = MemorySink() if sink is None else sink
-        self.heads = heads
-        self._seen: dict[int, tuple[list[list[Leaf]], list[list[int]], list[np.ndarray], list[np.ndarray]]] = {}
+    columns = COLUMNS
 
     def observe(self, seen: LayerCall) -> None:
         norms = value_norms(seen.call.value).cpu()  # [B, H + 1, N]
@@ -84,28 +77,6 @@ class ValueNorm(Observer):
             means.append(torch.stack([part.mean(-1) for part in chosen], -1).numpy())  # [H + 1, leaves]
             spreads.append(torch.stack([part.std(-1, correction=0) for part in chosen], -1).numpy())
         self._seen[seen.layer.index] = (leaves, counts, means, spreads)
-
-    def end_call(self, denoising: DenoisingCall) -> None:
-        for layer in sorted(self._seen):
-            rows = self._rows(denoising, layer, *self._seen[layer])
-            if callable(self.sink):
-                self.sink(rows)
-            else:
-                self.sink.write(rows)
-        self._seen.clear()
-
-    def abandon_call(self) -> None:
-        self._seen.clear()
-
-    def table(self) -> pd.DataFrame:
-        """All rows so far as a tidy table.
-
-        Raises:
-            UserError: the rows went to a sink of the caller's, which has no `table`.
-        """
-        if not hasattr(self.sink, "table"):
-            raise UserError(f"the rows went to {type(self.sink).__name__}; read them there")
-        return self.sink.table()[list(COLUMNS)]
 
     def _rows(
         self,
