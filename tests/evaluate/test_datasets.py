@@ -11,7 +11,7 @@ from PIL import Image
 
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
-from mmdit_probe.evaluate.datasets import load_dataset
+from mmdit_probe.evaluate.datasets import decode_rle, load_dataset, sa1b_masks, sa1b_pairs
 from mmdit_probe.evaluate.datasets.check import check
 from mmdit_probe.evaluate.datasets.readers import BY_NAME, COARSE, SOURCES, THINGS
 
@@ -157,3 +157,52 @@ def test_prepared_labels_read_back_as_their_source(tmp_path: Path, capsys: pytes
         main(["datasets", "prepare", "pc60-last", str(tmp_path), str(tmp_path / "out")])
     assert stop.value.code == 2
     capsys.readouterr()
+
+
+RLE = {"size": [40, 60], "counts": "b6d0d000^O^O>b0B^O>b04000000000000000000000000000000VZ1]O]fN"}
+"""A disc-like mask as pycocotools 2.0 encodes it: rows 10..29 of columns 5..24, a hole and a far pixel."""
+
+
+def rle_mask() -> np.ndarray:
+    mask = np.zeros((40, 60), bool)
+    mask[10:30, 5:25] = True
+    mask[12:14, 7:9] = False
+    mask[0, 59] = True
+    return mask
+
+
+def sa1b_picture(root: Path, name: str, annotations: list[dict], size: tuple[int, int], split: bool) -> None:
+    places = (root / "images/sa_000020", root / "annotations/sa_000020") if split else (root, root)
+    picture(places[0] / f"{name}.jpg", size)
+    places[1].mkdir(parents=True, exist_ok=True)
+    (places[1] / f"{name}.json").write_text(json.dumps({"image": {}, "annotations": annotations}))
+
+
+def test_run_lengths_read_as_the_reference_writes_them() -> None:
+    assert np.array_equal(decode_rle(RLE), rle_mask())
+    assert np.array_equal(decode_rle({"size": [2, 3], "counts": [1, 3, 2]}), np.array([[0, 1, 0], [1, 1, 0]], bool))
+    for broken in ({"size": [2, 3], "counts": [1, 3]}, {**RLE, "counts": "b6\x7f"}, {**RLE, "counts": "b6n"}):
+        with pytest.raises(ValueError):
+            decode_rle(broken)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_sa1b_paints_parts_on_wholes(tmp_path: Path, split: bool) -> None:
+    whole = {"size": [40, 60], "counts": [0, 40 * 60]}
+    tiny = {"size": [40, 60], "counts": [0, 5, 40 * 60 - 5]}
+    sa1b_picture(tmp_path, "sa_2", [{"segmentation": one} for one in (RLE, tiny, whole)], (40, 60), split)
+    sa1b_picture(tmp_path, "sa_3", [{"segmentation": RLE}], (20, 30), split)  # stored at half size
+    sa1b_picture(tmp_path, "sa_4", [{"segmentation": RLE}], (40, 30), split)  # another picture
+    data = load_dataset(f"sa1b:{tmp_path}")
+    assert data.agnostic and [Path(one.name).name for one in data.samples] == ["sa_2", "sa_3", "sa_4"]
+    assert np.array_equal(data.samples[0].labels(), rle_mask().astype(int))  # the tiny mask is left out
+    half = data.samples[1].labels()
+    assert half.shape == (20, 30) and half[10, 5] == 0 and half[0, 0] == 255
+    found = check(data)
+    assert [name for name, _ in found.problems] == [data.samples[2].name]
+    assert "not of one picture" in found.problems[0][1]
+    pairs, lost = sa1b_pairs(tmp_path)
+    assert len(pairs) == 3 and not lost and sa1b_masks(pairs[0][2], limit=1).all()
+    pairs[1][2].write_text("{}")
+    with pytest.raises(UserError, match="no SA-1B annotation"):
+        sa1b_masks(pairs[1][2])

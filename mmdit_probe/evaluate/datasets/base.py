@@ -38,6 +38,8 @@ class SegDataset:
         name: as on the command line. classes: C of them, in the order of their ids.
         samples: the images. background: id of the class that is not named in prompts but found by a rule; None: none.
         note: what a reader should know, such as images without labels that were left out.
+        agnostic: ids are masks without names that mean nothing in another image (SA-1B): only methods without names
+            can be scored, and scores are means over masks.
     """
 
     name: str
@@ -45,6 +47,7 @@ class SegDataset:
     samples: list[Sample]
     background: int | None = None
     note: str = ""
+    agnostic: bool = False
 
     def first(self, limit: int | None) -> SegDataset:
         """The first `limit` samples."""
@@ -72,7 +75,7 @@ def load_dataset(text: str, limit: int | None = None) -> SegDataset:
     Raises:
         UserError: unknown name, a folder that is not there or not of this layout, or no images.
     """
-    from mmdit_probe.evaluate.datasets import folder, readers, scenes  # noqa: F401  (they register themselves)
+    from mmdit_probe.evaluate.datasets import folder, readers, sa1b, scenes  # noqa: F401  (they register themselves)
 
     name, _, rest = text.partition(":")
     if name == "scenes":
