@@ -15,8 +15,9 @@ from pathlib import Path
 import pandas as pd
 
 from mmdit_probe import load
-from mmdit_probe.embedded.report import SCORES, interval, score_model
+from mmdit_probe.embedded.report import SCORES, score_model
 from mmdit_probe.results import read_table
+from mmdit_probe.results.statistics import interval
 from mmdit_probe.scenes import CATEGORIES
 
 OUT = Path(__file__).parent / "results" / "embedded_model"
@@ -57,19 +58,20 @@ def as_markdown(alignment: pd.DataFrame, maps: pd.DataFrame, guidance: float, nu
         lines.append(f"| {row['model']} | {row['category']} | {row['n']} | " + " | ".join(cells) + " |")
     n, ceiling = int(maps["n"].iloc[0]), float(maps["ceiling"].iloc[0])
     means = maps[maps["head"] == "mean"]
-    table = means.pivot(index=["model", "layer"], columns=["sigma", "min_max"], values="miou")
+    table = means.pivot(index=["model", "stream", "layer"], columns=["sigma", "min_max"], values="miou")
     columns = [f"sigma {sigma}, {'min-max' if stretched else 'raw'}" for sigma, stretched in table.columns]
     lines += [
         "",
         f"I2T maps of the classes present in {n} held-out scenes, mean over heads, argmax, upsampled: mIoU by layer.",
         f"The prompt is the bare list of the classes. No map of this token grid can pass {ceiling:.3f}. Raw maps, and",
-        "maps stretched to 0..1 over the image first (the min-max of the paper's Table 5).",
+        "maps stretched to 0..1 over the image first (the min-max of the paper's Table 5). A word has tokens in the",
+        "CLIP and in the T5 half of the text: its map sums both (all), or those of one half.",
         "",
-        "| model | layer | " + " | ".join(columns) + " |",
-        "|-|-|" + "-|" * len(columns),
+        "| model | text tokens | layer | " + " | ".join(columns) + " |",
+        "|-|-|-|" + "-|" * len(columns),
     ]
-    for (model, layer), row in table.iterrows():
-        lines.append(f"| {model} | {layer} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
+    for (model, stream, layer), row in table.iterrows():
+        lines.append(f"| {model} | {stream} | {layer} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
     return "\n".join(lines) + "\n"
 
 

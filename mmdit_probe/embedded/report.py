@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from mmdit_probe.embedded.validate import alignment_of, grid_ceiling, held_out, map_quality
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import RunFolder, TableWriter, read_table
+from mmdit_probe.results.statistics import interval
 from mmdit_probe.scenes import CATEGORIES, captions, load_parser, scene
 from mmdit_probe.scenes.parser import aligned, alignment, grounds_right, things_right
 
 COMMAND = "scenes-score"
+STREAMS = ("all", "clip", "t5")
+"""Whose tokens make a word's map: both streams of the joint text, or one of them."""
 SCORES = ("facts", "all_right", "things_right", "grounds_right")
 
 
@@ -48,8 +50,8 @@ def score_model(
         advance: called after every finished item: one per category, one for the parser itself, one for the maps.
 
     Returns:
-        The report. Its folder holds ``alignment.parquet`` (one row per image) and ``maps.parquet`` (one row per layer
-        and head, as ``map_quality`` gives it).
+        The report. Its folder holds ``alignment.parquet`` (one row per image) and ``maps.parquet`` (one row per layer,
+        stream and head, as ``map_quality`` gives it).
     """
     ask = dict(request)
     how = {"steps": ask["num_steps"], "guidance": ask["guidance"], "seed": ask["seed"]}
@@ -72,7 +74,9 @@ def score_model(
                         item.write(frame.assign(category=category))
                     advance()
         items = held_out(ask["n"], ask["split"])
-        maps = pd.concat(map_quality(model, items, sigma=sigma, seed=ask["seed"]) for sigma in ask["sigmas"])
+        maps = pd.concat(
+            map_quality(model, items, sigma=sigma, seed=ask["seed"], streams=STREAMS) for sigma in ask["sigmas"]
+        )
         maps["ceiling"] = grid_ceiling(items, model.default_size[0] // model.size_multiple)
         with TableWriter(folder.path, "maps") as writer, writer.item(0) as item:
             item.write(maps)
@@ -98,14 +102,6 @@ def _of_real_scenes(n: int, split: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def interval(values: Any, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval over a sequence of items (percentiles, fixed seed)."""
-    data = np.asarray(values, float)
-    rng = np.random.default_rng(0)
-    means = data[rng.integers(0, len(data), (draws, len(data)))].mean(1)
-    return float(data.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
-
-
 def _report(folder: RunFolder, categories: Sequence[str]) -> Report:
     from rich.table import Table
 
@@ -126,16 +122,17 @@ def _report(folder: RunFolder, categories: Sequence[str]) -> Report:
         title=f"I2T maps of the classes present, head mean, argmax, upsampled: mIoU by layer "
         f"(n {n}, token-grid ceiling {ceiling:.3f})"
     )
-    means = maps[maps["head"] == "mean"].pivot(index="layer", columns=["sigma", "min_max"], values="miou")
+    means = maps[maps["head"] == "mean"].pivot(index=["stream", "layer"], columns=["sigma", "min_max"], values="miou")
+    by_layer.add_column("text tokens")
     by_layer.add_column("layer", justify="right")
     for column in means.columns:
         by_layer.add_column(f"sigma {column[0]}, {'min-max' if column[1] else 'raw'}", justify="right")
-    for layer, row in means.iterrows():
-        by_layer.add_row(str(layer), *(f"{value:.3f}" for value in row))
+    for (stream, layer), row in means.iterrows():
+        by_layer.add_row(stream, str(layer), *(f"{value:.3f}" for value in row))
     document = {
         "run": folder.path,
         "alignment": scores,
-        "maps": maps[["layer", "head", "min_max", "sigma", "n", "miou"]].to_dict("records"),
+        "maps": maps[["layer", "stream", "head", "min_max", "sigma", "n", "miou"]].to_dict("records"),
         "ceiling": ceiling,
     }
     return Report(document, [by_category, by_layer, f"written: {folder.path}"], folder.path)

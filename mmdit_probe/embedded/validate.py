@@ -27,9 +27,9 @@ from mmdit_probe.scenes.world import CLASSES, Scene, scene
 
 
 def argmax_labels(scores: Tensor, ids: Sequence[int], side: int) -> np.ndarray[Any, Any]:
-    """Label map [S, S] of class scores [K, h, w]: bilinear to ``side``, argmax, class ids."""
-    large = F.interpolate(scores[None].float(), (side, side), mode="bilinear", align_corners=False)[0]
-    return np.asarray(ids)[large.argmax(0).numpy()]
+    """Label maps [M, S, S] of M sets of class scores [M, K, h, w]: bilinear to ``side``, argmax, class ids."""
+    large = F.interpolate(scores.float(), (side, side), mode="bilinear", align_corners=False)
+    return np.asarray(ids)[large.argmax(1).numpy()]
 
 
 def grid_ceiling(items: Sequence[Scene], grid: int) -> float:
@@ -39,12 +39,18 @@ def grid_ceiling(items: Sequence[Scene], grid: int) -> float:
         ids = np.unique(item.classes).tolist()
         one_hot = torch.stack([torch.from_numpy(item.classes == i).float() for i in ids])
         shares = F.adaptive_avg_pool2d(one_hot, grid)
-        matrix += confusion(item.classes, argmax_labels(shares, ids, item.classes.shape[0]), len(CLASSES))
+        matrix += confusion(item.classes, argmax_labels(shares[None], ids, item.classes.shape[0])[0], len(CLASSES))
     return mean_iou(matrix)
 
 
 def map_quality(
-    model: MMDiT, items: Sequence[Scene], *, sigma: float = 0.5, seed: int = 0, batch: int = 32
+    model: MMDiT,
+    items: Sequence[Scene],
+    *,
+    sigma: float = 0.5,
+    seed: int = 0,
+    batch: int = 32,
+    streams: Sequence[str] = ("all",),
 ) -> pd.DataFrame:
     """Quality of the I2T maps of the classes present, by layer, for the head mean and for every head.
 
@@ -53,15 +59,16 @@ def map_quality(
         items: scenes of one size.
         sigma: noise level of the probed latents.
         seed: noise of scene k is drawn from seed + k.
+        streams: which text tokens of a word count: "all", or those of one encoder stream ("clip", "t5").
 
     Returns:
-        Columns layer, head ("mean" or the index), min_max (whether each map was stretched to 0..1 over the image, as in
+        Columns layer, stream, head ("mean" or the index), min_max (whether each map was stretched to 0..1 over the image, as in
         the paper's Table 5: that takes away that some words draw more attention everywhere), sigma, n, miou, and one
         column ``iou_<class>`` per class.
     """
     side = items[0].classes.shape[0]
     nothing = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
-    matrices: dict[tuple[int, str, bool], np.ndarray[Any, Any]] = {}
+    matrices: dict[tuple[int, str, str, bool], np.ndarray[Any, Any]] = {}
     for start in range(0, len(items), batch):
         chunk = items[start : start + batch]
         text = model.encode_prompt([" ".join(item.class_names) for item in chunk])
@@ -71,30 +78,39 @@ def map_quality(
         for layer in range(len(model.layers)):
             for item, tokens, sample in zip(chunk, text.tokens, run[TextMaps].maps(layer), strict=True):
                 ids = [CLASSES.index(name) for name in item.class_names]
-                scores = class_scores(sample, tokens, item.class_names)  # [H, K, h, w]
-                for head, raw in [("mean", scores.mean(0)), *((str(h), s) for h, s in enumerate(scores))]:
+                for stream in streams:
+                    scores = class_scores(sample, tokens, item.class_names, stream)  # [H, K, h, w]
+                    raw = torch.cat([scores.mean(0, keepdim=True), scores])
                     for stretched in (False, True):
                         labels = argmax_labels(min_max(raw) if stretched else raw, ids, side)
-                        found = confusion(item.classes, labels, len(CLASSES))
-                        key = (layer, head, stretched)
-                        matrices[key] = matrices.get(key, nothing) + found
+                        for head, label in zip(("mean", *map(str, range(len(scores)))), labels, strict=True):
+                            key = (layer, stream, head, stretched)
+                            found = confusion(item.classes, label, len(CLASSES))
+                            matrices[key] = matrices.get(key, nothing) + found
     return pd.DataFrame(
-        {"layer": layer, "head": head, "min_max": stretched, "sigma": sigma, "n": len(items)}
+        {"layer": layer, "stream": stream, "head": head, "min_max": stretched, "sigma": sigma, "n": len(items)}
         | {"miou": mean_iou(matrix)}
         | {f"iou_{name}": value for name, value in zip(CLASSES, ious(matrix), strict=True)}
-        for (layer, head, stretched), matrix in matrices.items()
+        for (layer, stream, head, stretched), matrix in matrices.items()
     )
 
 
 def min_max(maps: Tensor) -> Tensor:
-    """Maps [K, h, w], each stretched to 0..1 over the image; a constant map becomes 0."""
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    """Maps [..., h, w], each stretched to 0..1 over the image; a constant map becomes 0."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     return (maps - low) / (high - low).clamp(min=1e-12)
 
 
-def class_scores(maps: Tensor, tokens: TokenTable, names: Sequence[str]) -> Tensor:
-    """I2T maps of class words [H, K, h, w] from maps of all text tokens [H, h, w, T]: sums over a word's tokens."""
-    spans = [[p for positions in tokens.word_spans(name).values() for p in positions] for name in names]
+def class_scores(maps: Tensor, tokens: TokenTable, names: Sequence[str], stream: str = "all") -> Tensor:
+    """I2T maps of class words [H, K, h, w] from maps of all text tokens [H, h, w, T]: sums over a word's tokens.
+
+    Args:
+        stream: "all", or the encoder stream whose tokens count.
+    """
+    spans = [
+        [p for name_of, positions in tokens.word_spans(name).items() if stream in ("all", name_of) for p in positions]
+        for name in names
+    ]
     return torch.stack([maps[..., span].sum(-1) for span in spans], dim=1)
 
 
