@@ -90,11 +90,11 @@ def command(
         raise UserError(f"{data.name} has no background class, so --many-to-one has nothing to join segments to")
     if data.note:
         output.note(data.note)
-    chosen_layers, chosen_heads = selected(selection, layers, heads)
+    chosen_layers, chosen_heads, weights = selected(selection, layers, heads)
     request: dict[str, Any] = {
         "dataset": dataset, "images": len(data.samples), "methods": _split(method), "protocols": _split(protocol),
         "refine": _split(refine), "options": _options(set_), "background": background, "sweep": sweep,
-        "layers": chosen_layers, "heads": chosen_heads, "sigmas": parse_sigmas(sigma),
+        "layers": chosen_layers, "heads": chosen_heads, "weights": weights, "sigmas": parse_sigmas(sigma),
         "seeds": list(range(seed, seed + noise_seeds)), "fit": fit, "size": size,
         "tags": _read_tags(tags),
     }  # fmt: skip
@@ -118,8 +118,8 @@ def command(
     plan = Plan.of(
         data, request["methods"], layer_count=facts["layers"], head_count=facts["heads"],
         protocols=request["protocols"], refine=request["refine"], options=request["options"], background=background,
-        layers=chosen_layers, heads=chosen_heads, sigmas=request["sigmas"], seeds=request["seeds"], sweep=sweep,
-        fit=fit, size=parse_size(size), tags=request["tags"],
+        layers=chosen_layers, heads=chosen_heads, weights=weights, sigmas=request["sigmas"], seeds=request["seeds"],
+        sweep=sweep, fit=fit, size=parse_size(size), tags=request["tags"],
     )  # fmt: skip
     with shard_of() as shard:
         path = None

@@ -98,18 +98,18 @@ def prepare(
     from mmdit_probe.segment.methods.base import parse_option
     from mmdit_probe.segment.settings import parse_sigmas, parse_size, picture_of, selected
 
-    chosen_layers, chosen_heads = selected(selection, layers, heads)
+    chosen_layers, chosen_heads, weights = selected(selection, layers, heads)
     values: dict[str, Any] = dict(parse_option(text) for text in options or [])
     if chosen_heads is not None:
         values["heads"] = chosen_heads
     sigmas, seeds = parse_sigmas(sigma), list(range(seed, seed + noise_seeds))
     request = {
         "image": image, "method": method, "options": values, "refine": refine, "layers": chosen_layers,
-        "sigmas": sigmas, "seeds": seeds, "fit": fit, "size": size,
+        "weights": weights, "sigmas": sigmas, "seeds": seeds, "fit": fit, "size": size,
     }  # fmt: skip
     shared = {
-        "method": method, "options": values, "refine": refine, "layers": chosen_layers, "sigmas": sigmas,
-        "seeds": seeds, "fit": fit, "size": parse_size(size),
+        "method": method, "options": values, "refine": refine, "layers": chosen_layers, "weights": weights,
+        "sigmas": sigmas, "seeds": seeds, "fit": fit, "size": parse_size(size),
     }  # fmt: skip
     return request, picture_of(image), shared
 

@@ -109,7 +109,7 @@ def command(
     kinds = ("class", "part", "self", "self-segments", "none")
     if masks not in kinds:
         raise unknown("masks", masks, kinds)
-    chosen, _ = selected(selection, layers, None)
+    chosen, *_ = selected(selection, layers, None)
     if chosen is None:
         raise UserError("which layers' maps are to be aligned? Give --layers 9, or --selection from select-layers")
     loaded = open_model(model, debug=debug, device=device, dtype=dtype)

@@ -24,12 +24,15 @@ ONE_CLASS, ONE_SEGMENT = "one class everywhere", "one segment"
 BASELINES = (CEILING, RANDOM, ONE_CLASS, ONE_SEGMENT)
 
 
-def league(counts: pd.DataFrame, classes: int, *, match: str = "image", background: int | None = None) -> pd.DataFrame:
+def league(
+    counts: pd.DataFrame, classes: int, *, match: str = "image", background: int | None = None, agnostic: bool = False
+) -> pd.DataFrame:
     """Scores of every configuration.
 
     Args:
         counts: rows of `evaluate.plan.COLUMNS`. classes: C.
         match: variant of `evaluate.matching`, background: its background class for segments.
+        agnostic: classes are masks of one image each (`SegDataset.agnostic`).
 
     Returns: columns `KEYS` without kind, n (images), the `SCORES` in 0..1 with `miou_low`, `miou_high` (95 % over
     images), `gain`, `gain_low`, `gain_high` (mIoU over the same configuration without refinement, images paired),
@@ -44,13 +47,14 @@ def league(counts: pd.DataFrame, classes: int, *, match: str = "image", backgrou
         if key[-1] == "segments":
             segments[key] = float(part.groupby("image")["found"].nunique().mean())
             part = matched(part, classes, match, background)
-        found[key] = ImageCounts.from_table(part, classes)
+        found[key] = ImageCounts.from_table(part, classes, agnostic)
     for protocol in dict.fromkeys(key[0] for key in groups):
         whole = groups.get((protocol, CEILING, "none", "", "", "", "classes"))
         if whole is not None:
             name = ONE_SEGMENT if protocol == UNSUPERVISED else ONE_CLASS
             key = (protocol, name, "none", "", "", "", "classes")
-            found[key] = ImageCounts.from_table(_trivial(whole, classes, protocol, match, background), classes)
+            trivial = _trivial(whole, classes, protocol, match, background)
+            found[key] = ImageCounts.from_table(trivial, classes, agnostic)
     rows = []
     for key, scores in found.items():
         low, high = scores.interval("miou")

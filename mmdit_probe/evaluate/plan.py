@@ -30,7 +30,7 @@ from mmdit_probe.evaluate.counts import IGNORE
 from mmdit_probe.evaluate.datasets import SegDataset
 from mmdit_probe.evaluate.matching import histogram
 from mmdit_probe.segment import methods as zoo
-from mmdit_probe.segment.capture import middle_layers
+from mmdit_probe.segment.capture import layer_weights, middle_layers
 from mmdit_probe.segment.methods.base import Method
 from mmdit_probe.segment.picture import Fit
 from mmdit_probe.segment.record import Capture
@@ -48,13 +48,14 @@ COLUMNS = ("image", *KEYS, "truth", "found", "pixels")
 
 @dataclass(frozen=True)
 class Entry:
-    """One configuration: a method, a refinement, the layers and heads it reads, the noise levels averaged."""
+    """One configuration: a method, a refinement, layers (and their weights) and heads it reads, noise levels."""
 
     method: Method
     refine: str
     layers: tuple[int, ...]
     heads: str
     sigmas: tuple[float, ...]
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ class Plan:
         cls, dataset: SegDataset, methods: Sequence[str], *, layer_count: int, head_count: int,
         protocols: Sequence[str] = ("present",), refine: Sequence[str] = ("none",),
         options: Mapping[str, Mapping[str, Any]] | None = None, background: str = "none", layers: Any = None,
-        heads: Any = None, sigmas: Sequence[float] = (0.515,), seeds: Sequence[int] = (0,), sweep: str = "none",
-        fit: str = "squash", size: tuple[int, int] | None = None, tags: Mapping[str, Sequence[str]] | None = None,
+        heads: Any = None, weights: Mapping[int, float] | None = None, sigmas: Sequence[float] = (0.515,),
+        seeds: Sequence[int] = (0,), sweep: str = "none", fit: str = "squash", size: tuple[int, int] | None = None,
+        tags: Mapping[str, Sequence[str]] | None = None,
     ) -> Plan:  # fmt: skip
         """A plan.
 
@@ -86,6 +88,7 @@ class Plan:
             protocols: for the open-vocabulary methods. refine: every method is measured with each.
             options: method name -> its options. background: rule of `segment.tail`.
             layers, heads: as in `segment`; the middle third and all heads if None.
+            weights: layer -> weight in means over layers; equal if None.
             sigmas: noise levels; averaged, but one by one in the sweep over "sigma".
             sweep: "none", "layer" (each layer alone), "head" (each head of each layer alone), "sigma".
             tags: image name -> class names, for the protocol "predicted".
@@ -101,6 +104,9 @@ class Plan:
         if "predicted" in protocols and tags is None:
             raise UserError("protocol 'predicted' needs --tags FILE: JSON, image name -> class names")
         chosen = [zoo.find(name) for name in dict.fromkeys(methods)]
+        if dataset.agnostic and not all(one.unsupervised for one in chosen):
+            blind = ", ".join(name for name, one in zoo.METHODS.items() if one.unsupervised)
+            raise UserError(f"{dataset.name} has masks without names; score it with {blind}")
         named = {one.name for one in chosen}
         for name in options or {}:
             if name not in named:
@@ -112,7 +118,7 @@ class Plan:
         for text in refine:
             Refinement.parse(text)
         entries = [
-            Entry(_of_head(method, layer_set, head), text, layer_set, head, levels)
+            Entry(_of_head(method, head), text, layer_set, head, levels, layer_weights(layer_set, weights))
             for method in chosen
             for text in refine
             for layer_set, head, levels in _settings(method, sweep, picked, head_count, heads, tuple(sigmas))
@@ -147,14 +153,14 @@ class Plan:
                 scored = _scored(truth, record)
                 if len(ids):
                     refined = Refinement.parse(entry.refine)
-                    pixels = refined.on_pixels(record.fit.back(refined.on_grid(scores, record)), image)
+                    pixels = refined.on_pixels(record.fit.back(refined.on_grid(scores, record)), record)
                     found = lookup[label(pixels, self.background, [one.name for one in classes])]
                 else:
                     found = np.full(truth.shape, self._background_id)
                 rows.add(_keys(protocol, entry, "classes"), histogram(scored, found, rows.classes))
         for entry, record, scores in self._maps(captures, blind, sample.name, image, []):
             refined = Refinement.parse(entry.refine)
-            pixels = refined.on_pixels(record.fit.back(refined.on_grid(scores, record)), image)
+            pixels = refined.on_pixels(record.fit.back(refined.on_grid(scores, record)), record)
             counts = histogram(_scored(truth, record), label(pixels), rows.classes)
             rows.add(_keys(UNSUPERVISED, entry, "segments"), counts)
         self._baselines(rows, captures, index, sample.name, truth, bool(open_entries), bool(blind))
@@ -205,8 +211,8 @@ class Plan:
             )  # fmt: skip
             known: dict[tuple[int, tuple[int, ...]], Tensor] = {}
             for entry in group:
-                record = replace(whole, layers=entry.layers)
-                key = (id(entry.method), entry.layers)
+                record = replace(whole, layers=entry.layers, weights=entry.weights)
+                key = (id(entry.method), entry.layers)  # one plan gives a layer set one set of weights
                 if key not in known:
                     known[key] = entry.method(record)
                 yield entry, record, known[key]
@@ -307,7 +313,7 @@ def _settings(
     return [(layers, label_of, sigmas)]
 
 
-def _of_head(method: Method, layers: tuple[int, ...], head: str) -> Method:
+def _of_head(method: Method, head: str) -> Method:
     if "heads" in method.defaults and head.isdigit():
         return method.configure({"heads": [int(head)]})
     return method

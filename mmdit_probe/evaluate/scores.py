@@ -11,6 +11,9 @@ its own. Two averaging rules stand side by side in the literature; they differ w
 
 The prediction may hold one index more than there are classes: "no class", e.g. an unmatched segment or the background
 of a set without one. It is a miss of the true class and a false alarm of none.
+
+Ids that mean nothing in another image (masks without names, SA-1B) are not summed over images: `agnostic` scores are
+means over all masks of all images, and the two rules agree.
 """
 
 from __future__ import annotations
@@ -39,9 +42,10 @@ class ImageCounts:
     hit: NDArray[np.float64]
     truth: NDArray[np.float64]
     found: NDArray[np.float64]
+    agnostic: bool = False
 
     @classmethod
-    def from_table(cls, frame: pd.DataFrame, classes: int) -> ImageCounts:
+    def from_table(cls, frame: pd.DataFrame, classes: int, agnostic: bool = False) -> ImageCounts:
         """From rows of columns image, truth, found, pixels; images are numbered in the order of their index."""
         images, place = np.unique(frame["image"].to_numpy(), return_inverse=True)
         rows, columns = frame["truth"].to_numpy(np.int64), frame["found"].to_numpy(np.int64)
@@ -51,7 +55,7 @@ class ImageCounts:
             kept = kept & (of >= 0) & (of < classes)
             flat = np.bincount(place[kept] * classes + of[kept], pixels[kept], len(images) * classes)
             parts.append(flat.reshape(len(images), classes).astype(np.float64))
-        return cls(*parts)
+        return cls(*parts, agnostic)
 
     def __len__(self) -> int:
         return len(self.hit)
@@ -102,6 +106,8 @@ class ImageCounts:
         total = truth.sum(-1)
         if name == "accuracy":
             return np.divide(hit.sum(-1), total, out=np.full(len(total), np.nan), where=total > 0)
+        if self.agnostic and name in SCORES:
+            return self._over_masks(name, weights)
         if name == "macc":
             recall = np.divide(hit, truth, out=np.full(hit.shape, np.nan), where=truth > 0)
             return _mean(recall)
@@ -113,6 +119,17 @@ class ImageCounts:
         if name == "fwiou":
             return np.divide(np.nansum(ious * truth, -1), total, out=np.full(len(total), np.nan), where=total > 0)
         raise unknown("score", name, SCORES)
+
+    def _over_masks(self, name: str, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        """A score as the mean over masks of the weighted images; fwIoU weights a mask by its pixels."""
+        there = self.truth > 0
+        of_mask = _ious(self.hit, self.truth, self.found)
+        if name == "macc":
+            of_mask = np.divide(self.hit, self.truth, out=np.full(self.hit.shape, np.nan), where=there)
+        share = self.truth if name == "fwiou" else there.astype(float)
+        count = weights @ share.sum(1)
+        total = weights @ np.where(there, of_mask * share, 0.0).sum(1)
+        return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
 
 
 def _ious(hit: NDArray[np.float64], truth: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ seeds and levels happens here, so a method sees one record per layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import numpy as np
@@ -42,6 +42,7 @@ def capture(
     classes: Sequence[SegClass],
     *,
     layers: Spec | None = None,
+    weights: Mapping[int, float] | None = None,
     keep: Iterable[str] = ("i2t",),
     sigmas: Sequence[float] = (PAPER_SIGMA,),
     seeds: Sequence[int] = (0,),
@@ -57,7 +58,7 @@ def capture(
         model: the model.
         image: uint8 [height, width, 3], any size.
         classes: what to name in the prompt; none for the empty prompt.
-        layers: layers to keep; the middle third if None.
+        layers: layers to keep; the middle third if None. weights: layer -> weight in means over layers; equal if None.
         keep: parts of `JointRecord` ("concepts" runs a concept stream of the class names beside the forward).
         sigmas: noise levels, seeds: noise seeds; records are averaged over all pairs.
         fit: how the picture is brought to the input size, see `segment.picture`.
@@ -93,7 +94,24 @@ def capture(
                     samples[layer].append(record)
         passes.append(Pass(prompt, {layer: average(records) for layer, records in samples.items()}))
     grid = (placed.size[0] // model.size_multiple, placed.size[1] // model.size_multiple)
-    return Capture(image, placed, grid, list(classes), passes, tuple(sigmas), tuple(seeds), chosen)
+    return Capture(
+        image, placed, grid, list(classes), passes, tuple(sigmas), tuple(seeds), chosen, layer_weights(chosen, weights)
+    )
+
+
+def layer_weights(layers: Sequence[int], weights: Mapping[int, float] | None) -> tuple[float, ...]:
+    """Weights in the order of `layers`, summing to 1; () for equal ones.
+
+    Raises:
+        UserError: a layer has no weight, or all weights are 0.
+    """
+    if weights is None:
+        return ()
+    lost = [layer for layer in layers if layer not in weights]
+    total = sum(weights.get(layer, 0.0) for layer in layers)
+    if lost or not total > 0:
+        raise UserError(f"weights {dict(weights)}: expected one for each of the layers {list(layers)}, not all 0")
+    return tuple(weights[layer] / total for layer in layers)
 
 
 def concept_embeddings(model: MMDiT, names: Sequence[str], stream: str | None = None) -> torch.Tensor:

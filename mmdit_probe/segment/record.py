@@ -10,13 +10,15 @@ record, whatever it was made from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmdit_probe.errors import RunError
 from mmdit_probe.segment.picture import Fit
@@ -75,6 +77,7 @@ class Capture:
         classes: what the prompts name; empty for the empty prompt.
         passes: one per prompt.
         sigmas, seeds: what was averaged over.
+        layers: those that a method reads. weights: one per layer in means over layers, sum 1; () for equal ones.
     """
 
     image: NDArray[np.uint8]
@@ -85,16 +88,47 @@ class Capture:
     sigmas: tuple[float, ...]
     seeds: tuple[int, ...]
     layers: tuple[int, ...] = field(default=())
+    weights: tuple[float, ...] = ()
+    _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the picture in pixels."""
         return self.image.shape[0], self.image.shape[1]
 
-    def mean(self, part: str, layers: Sequence[int] | None = None, of: int = 0) -> Tensor:
-        """Mean over layers of one part of one pass."""
-        chosen = self.layers if layers is None else layers
-        return torch.stack([self.passes[of].records[layer].part(part) for layer in chosen]).mean(0)
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Weight of each of `layers` in a mean over layers."""
+        return self.weights or (1.0 / len(self.layers),) * len(self.layers)
+
+    def over_layers(self, read: Callable[[JointRecord], Tensor], of: int = 0) -> Tensor:
+        """Weighted mean over layers of what `read` makes of the records of one pass."""
+        records = self.passes[of].records
+        parts = [share * read(records[layer]) for layer, share in zip(self.layers, self.shares, strict=True)]
+        return torch.stack(parts).sum(0)
+
+    def mean(self, part: str, of: int = 0) -> Tensor:
+        """Weighted mean over layers of one part of one pass."""
+        return self.over_layers(lambda record: record.part(part), of)
+
+    def features(self, part: str) -> Tensor:
+        """Unit features [I, E L] of the first pass: layers normalised and set side by side.
+
+        A dot product of two rows is the weighted mean of the layers' cosines.
+        """
+        records = self.passes[0].records
+        parts = [
+            share**0.5 * F.normalize(records[layer].part(part), dim=-1)
+            for layer, share in zip(self.layers, self.shares, strict=True)
+        ]
+        return F.normalize(torch.cat(parts, -1), dim=-1)
+
+    def once(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """`make()`, or what it gave when it was called for this picture, these layers and weights before."""
+        key = (name, self.layers, self.weights)
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
 
 def average(records: Sequence[JointRecord]) -> JointRecord:

@@ -2,10 +2,11 @@
 
     refined = Refinement.parse("affinity:2+pamr")
     scores = refined.on_grid(scores, capture)          # [C, h, w]
-    scores = refined.on_pixels(fit.back(scores), image)
+    scores = refined.on_pixels(fit.back(scores), capture)
 
     minmax           each class map to 0..1 over the grid     centre   each class map divided by its mean
     affinity[:n]     scores <- S^n scores, S the row-normalised I2I block (DiffSegmenter, iSeg, GoCA)
+    walk[:n]         the same with heads weighted by how slowly their walk mixes (TokenRank) instead of equally
     nosink[:n]       the same after taking out sink columns: tokens that many queries look at whatever they show
     regions          each token gets the mean scores of its region; regions are diffcut's on the same forward's features
     pamr[:n]         n rounds of pixel-adaptive averaging on the picture's colours (arXiv:2005.08104)
@@ -17,6 +18,7 @@ methods whose scores are raw probabilities.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +33,7 @@ from mmdit_probe.segment.methods.clusters import diffcut
 from mmdit_probe.segment.record import Capture
 from mmdit_probe.segment.tail import minmax, probabilities
 
-STEPS = {"minmax": 1, "centre": 1, "affinity": 2, "nosink": 2, "regions": 1, "pamr": 10}
+STEPS = {"minmax": 1, "centre": 1, "affinity": 2, "walk": 2, "nosink": 2, "regions": 1, "pamr": 10}
 """Steps and the number of rounds each takes when none is given."""
 
 _DILATIONS = (1, 2, 4, 8)
@@ -71,7 +73,8 @@ class Refinement:
     def keep(self) -> tuple[str, ...]:
         """Parts of the record that the steps read."""
         names = {name for name, _ in self.steps}
-        return (*(["i2i"] if names & {"affinity", "nosink"} else []), *(["feat_proj"] if "regions" in names else []))
+        parts = {"i2i": {"affinity", "nosink"}, "i2i_walk": {"walk"}, "feat_proj": {"regions"}}
+        return tuple(part for part, readers in parts.items() if names & readers)
 
     def on_grid(self, scores: Tensor, capture: Capture) -> Tensor:
         """Scores [C, h, w] after the steps that work on tokens; maps of another grid are brought to the token grid."""
@@ -84,23 +87,27 @@ class Refinement:
             if tuple(scores.shape[1:]) != capture.grid:
                 scores = F.interpolate(scores[None], capture.grid, mode="bilinear", align_corners=False)[0]
             if name == "regions":
-                scores = by_region(scores, diffcut(capture).argmax(0))
+                scores = by_region(scores, capture.once("regions", lambda: diffcut(capture).argmax(0)))
                 continue
-            walk = capture.mean("i2i")
-            if name == "nosink":
-                walk = without_sinks(walk)
+            chain = capture.once(name, lambda name=name: _chain(capture, name))  # type: ignore[misc]
             flat = scores.flatten(1).T
             for _ in range(rounds):
-                flat = renorm(walk) @ flat
+                flat = chain @ flat
             scores = flat.T.reshape(scores.shape)
         return scores
 
-    def on_pixels(self, scores: Tensor, image: NDArray[np.uint8]) -> Tensor:
-        """Scores [C, H, W] after the steps that read the picture uint8 [H, W, 3]."""
+    def on_pixels(self, scores: Tensor, capture: Capture) -> Tensor:
+        """Scores [C, H, W] after the steps that read the picture's pixels."""
         for name, rounds in self.steps:
             if name == "pamr":
-                scores = _at_most(scores, image, rounds)
+                scores = capture.once("pamr", lambda: PixelAffinity.of(capture.image)).spread(scores, rounds)
         return scores
+
+
+def _chain(capture: Capture, name: str) -> Tensor:
+    """The row-stochastic matrix [I, I] of a step that spreads scores."""
+    block = capture.mean("i2i_walk" if name == "walk" else "i2i")
+    return renorm(without_sinks(block) if name == "nosink" else block)
 
 
 def by_region(scores: Tensor, regions: Tensor) -> Tensor:
@@ -125,51 +132,57 @@ def without_sinks(block: Tensor, factor: float = 4.0) -> Tensor:
     return kept
 
 
-def pamr(image: Tensor, maps: Tensor, rounds: int = 10, dilations: tuple[int, ...] = _DILATIONS) -> Tensor:
-    """Maps [C, H, W] averaged over neighbours of like colour, `rounds` times (arXiv:2005.08104).
+@dataclass(frozen=True)
+class PixelAffinity:
+    """Pixel-adaptive averaging (PAMR, arXiv:2005.08104): each pixel becomes a mean of its neighbours of like colour.
 
-    Args:
-        image: [3, H, W] float. Weights: softmax over the 8 neighbours at each dilation of
-            -|difference of colour| / (0.1 x local deviation), averaged over colours; borders replicated.
+    Made once per picture, used for any number of maps.
+
+    Attributes:
+        weights: [8 D, H, W], softmax over the 8 neighbours at each of D distances of -|difference of colour| /
+            (0.1 x local deviation), averaged over colours; borders replicated.
+        size: (height, width) of the picture; [H, W] is smaller where its longer side exceeds 512.
     """
-    weights = torch.stack([_neighbours(image[None], at)[0] for at in dilations])  # [D, 8, 3, H, W]
-    samples = torch.cat([weights.flatten(0, 1), image[None]])
-    deviation = samples.std(0)
-    affinity = -((weights.flatten(0, 1) - image).abs() / (1e-8 + 0.1 * deviation)).mean(1)
-    affinity = affinity.softmax(0)  # [8 D, H, W]
-    for _ in range(rounds):
-        out = torch.zeros_like(maps)
-        for place, at in enumerate(dilations):
-            around = _neighbours(maps[None], at)[0]  # [8, C, H, W]
-            out += torch.einsum("nhw,nchw->chw", affinity[8 * place : 8 * place + 8], around)
-        maps = out
-    return maps
+
+    weights: Tensor
+    size: tuple[int, int]
+    dilations: tuple[int, ...] = _DILATIONS
+
+    @classmethod
+    def of(cls, image: NDArray[np.uint8], dilations: tuple[int, ...] = _DILATIONS) -> PixelAffinity:
+        """Weights of a picture uint8 [height, width, 3]."""
+        height, width = image.shape[:2]
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255.0
+        scale = _SIDE / max(height, width)
+        if scale < 1.0:
+            size = (max(1, round(height * scale)), max(1, round(width * scale)))
+            pixels = F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
+        around = torch.stack([pixels, *_neighbours(pixels, dilations)])
+        far = (around[1:] - pixels).abs() / (1e-8 + 0.1 * around.std(0))
+        return cls((-far.mean(1)).softmax(0), (height, width), dilations)
+
+    def spread(self, scores: Tensor, rounds: int) -> Tensor:
+        """Shares of the scores [C, height, width] over classes, averaged `rounds` times."""
+        maps, inner = probabilities(scores), tuple(self.weights.shape[1:])
+        if inner != self.size:
+            maps = F.interpolate(maps[None], inner, mode="bilinear", align_corners=False)[0]
+        for _ in range(rounds):
+            out = torch.zeros_like(maps)
+            for weight, part in zip(self.weights, _neighbours(maps, self.dilations), strict=True):
+                out.addcmul_(weight, part)
+            maps = out
+        if inner != self.size:
+            maps = F.interpolate(maps[None], self.size, mode="bilinear", align_corners=False)[0]
+        return maps
 
 
-def _neighbours(maps: Tensor, at: int) -> Tensor:
-    """The 8 neighbours [B, 8, C, H, W] at a distance, borders replicated."""
+def _neighbours(maps: Tensor, dilations: tuple[int, ...]) -> Iterator[Tensor]:
+    """The 8 neighbours of every pixel at each distance, borders replicated: views [C, H, W] of one padded tensor."""
     height, width = maps.shape[-2:]
-    padded = F.pad(maps, (at,) * 4, mode="replicate")
-    return torch.stack(
-        [
-            padded[..., at + dy * at : at + dy * at + height, at + dx * at : at + dx * at + width]
-            for dy in (-1, 0, 1)
-            for dx in (-1, 0, 1)
-            if (dy, dx) != (0, 0)
-        ],
-        1,
-    )
-
-
-def _at_most(scores: Tensor, image: NDArray[np.uint8], rounds: int) -> Tensor:
-    height, width = image.shape[:2]
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255.0
-    maps = probabilities(scores)
-    scale = _SIDE / max(height, width)
-    if scale >= 1.0:
-        return pamr(pixels, maps, rounds)
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    pixels = F.interpolate(pixels[None], size, mode="bilinear", antialias=True)[0]
-    small = F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
-    small = pamr(pixels, small, rounds)
-    return F.interpolate(small[None], (height, width), mode="bilinear", align_corners=False)[0]
+    reach = max(dilations)
+    padded = F.pad(maps[None], (reach,) * 4, mode="replicate")[0]
+    for at in dilations:
+        for dy in (-at, 0, at):
+            for dx in (-at, 0, at):
+                if (dy, dx) != (0, 0):
+                    yield padded[:, reach + dy : reach + dy + height, reach + dx : reach + dx + width]

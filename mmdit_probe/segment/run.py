@@ -65,6 +65,7 @@ def segment(
     background: str = "none",
     refine: str = "none",
     layers: Spec | None = None,
+    weights: Mapping[int, float] | None = None,
     sigmas: Sequence[float] = (PAPER_SIGMA,),
     seeds: Sequence[int] = (0,),
     fit: str = "squash",
@@ -77,7 +78,7 @@ def segment(
         classes: names, synonyms by semicolon; see `parse_classes`.
         method: name of an open-vocabulary method, with `options` of its own.
         background: rule of `segment.tail`. refine: steps of `segment.refine`.
-        layers, sigmas, seeds, fit, size: as in `capture`.
+        layers, weights, sigmas, seeds, fit, size: as in `capture`.
 
     Raises:
         UserError: unknown names, or an unsupervised method.
@@ -87,8 +88,8 @@ def segment(
     chosen = _method(method, options, unsupervised=False)
     steps, rule = Refinement.parse(refine), Background.parse(background)
     record = capture(
-        model, image, parsed, layers=layers, keep=(*chosen.keep, *steps.keep), sigmas=sigmas, seeds=seeds, fit=fit,
-        size=size, together=chosen.together,
+        model, image, parsed, layers=layers, weights=weights, keep=(*chosen.keep, *steps.keep), sigmas=sigmas,
+        seeds=seeds, fit=fit, size=size, together=chosen.together,
     )  # fmt: skip
     names = [one.name for one in parsed]
     return finish(record, chosen(record), names, steps, rule)
@@ -102,6 +103,7 @@ def discover(
     options: Mapping[str, Any] | None = None,
     refine: str = "none",
     layers: Spec | None = None,
+    weights: Mapping[int, float] | None = None,
     sigmas: Sequence[float] = (PAPER_SIGMA,),
     seeds: Sequence[int] = (0,),
     fit: str = "squash",
@@ -115,6 +117,7 @@ def discover(
         image,
         [],
         layers=layers,
+        weights=weights,
         keep=(*chosen.keep, *steps.keep),
         sigmas=sigmas,
         seeds=seeds,
@@ -132,7 +135,7 @@ def finish(
     Args:
         names: of the maps; None numbers those that own at least one pixel by area, the largest first.
     """
-    pixels = refine.on_pixels(record.fit.back(refine.on_grid(scores, record)), record.image)
+    pixels = refine.on_pixels(record.fit.back(refine.on_grid(scores, record)), record)
     labels = label(pixels, background, names)
     shares = probabilities(pixels)
     if names is None:

@@ -58,17 +58,20 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def selected(selection: Path | None, layers: str | None, heads: str | None) -> tuple[Any, Any]:
-    """Layers (None: the default) and heads (None: all) from a LayerSelection file or from --layers and --heads.
+def selected(selection: Path | None, layers: str | None, heads: str | None) -> tuple[Any, Any, dict[int, float] | None]:
+    """Layers (None: the default), heads (None: all) and layer weights (None: equal), from a LayerSelection file or from
+    --layers and --heads.
 
     Raises:
         UserError: both were given, or the file is not a selection.
     """
     if selection is None:
-        return layers, heads
+        return layers, heads, None
     if layers is not None or heads is not None:
         raise UserError("--selection names layers and heads already; leave --layers and --heads out")
     from mmdit_probe.select import load_selection
 
     found = load_selection(selection)
-    return list(found.layers), found.heads or None
+    weights = dict(zip(found.layers, found.weights, strict=True))
+    equal = max(found.weights) - min(found.weights) < 1e-9
+    return list(found.layers), found.heads or None, None if equal else weights

@@ -160,3 +160,16 @@ def test_options_are_checked() -> None:
         find("difseg")
     assert parse_option("tau=0.5") == ("tau", 0.5) and parse_option("cluster=false") == ("cluster", False)
     assert parse_option("order=2") == ("order", 2) and parse_option("stream=none") == ("stream", None)
+
+
+@pytest.mark.parametrize("name", ["seg4diff", "diffsegmenter", "iseg", "tokenrank", "conceptattention", "diffcut"])
+def test_weights_say_how_much_each_layer_counts(name: str) -> None:
+    """Weight 1 on a layer is that layer alone; equal weights are the plain mean; a bad layer can be weighted away."""
+    good, bad = worlds.capture(worlds.masks(), noise=0.1), worlds.without_information(worlds.capture(worlds.masks()))
+    good.passes[0].records[1] = bad.passes[0].records[1]
+    method = METHODS[name]
+    alone = method(replace(good, layers=(0,)))
+    assert torch.allclose(method(replace(good, weights=(1.0, 0.0))), alone, atol=1e-5)
+    assert torch.allclose(method(replace(good, weights=(0.5, 0.5))), method(good), atol=1e-6)
+    other, plain = method(replace(good, weights=(0.2, 0.8))), method(good)
+    assert other.shape != plain.shape or not torch.allclose(other, plain, atol=1e-3)

@@ -9,7 +9,7 @@ import torch
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.tokens import Token, TokenTable
 from mmdit_probe.segment.picture import Fit, read_picture
-from mmdit_probe.segment.refine import Refinement, pamr, without_sinks
+from mmdit_probe.segment.refine import PixelAffinity, Refinement, without_sinks
 from mmdit_probe.segment.tail import Background, label
 from mmdit_probe.segment.vocabulary import pack, parse_classes
 from tests.segment import worlds
@@ -135,16 +135,35 @@ def test_sinks_are_taken_out() -> None:
     assert torch.equal(kept[:, :5], block[:, :5])
 
 
-def test_pamr_snaps_to_the_colours_and_keeps_the_mean_of_constant_maps() -> None:
-    image = torch.zeros(3, 32, 32)
-    image[:, :, 13:] = 1.0
-    blurred = torch.linspace(0, 1, 32)[None, None].expand(1, 32, 32)
+def test_pamr_snaps_to_the_colours_and_keeps_constant_maps() -> None:
+    image = np.zeros((32, 40, 3), np.uint8)
+    image[:, 13:] = 255
+    blurred = torch.linspace(0, 1, 40)[None, None].expand(1, 32, 40)
     maps = torch.cat([1 - blurred, blurred])
-    found = pamr(image, maps, 20, (1, 2, 4)).argmax(0)
-    want = (image[0] > 0.5).long()
-    assert (found == want).float().mean() > (maps.argmax(0) == want).float().mean()
-    constant = torch.full((2, 32, 32), 0.25)
-    assert torch.allclose(pamr(image, constant, 3), constant, atol=1e-5)
+    pixels = PixelAffinity.of(image, (1, 2, 4))
+    want = torch.from_numpy(image[..., 0] > 100).long()
+    assert (pixels.spread(maps, 20).argmax(0) == want).float().mean() > (maps.argmax(0) == want).float().mean() + 0.1
+    constant = torch.full((2, 32, 40), 0.5)
+    assert torch.allclose(pixels.spread(constant, 3), constant, atol=1e-5)
+    large = PixelAffinity.of(image.repeat(32, 0).repeat(32, 1))  # refined at 512 pixels, given back at full size
+    assert max(large.weights.shape[1:]) == 512 and large.spread(torch.rand(2, 1024, 1280), 1).shape == (2, 1024, 1280)
+
+
+def test_pamr_is_the_mean_over_neighbours_written_out() -> None:
+    rng = np.random.default_rng(0)
+    image, maps = rng.integers(0, 255, (5, 6, 3)).astype(np.uint8), torch.rand(2, 5, 6)
+    maps = maps / maps.sum(0)
+    found = PixelAffinity.of(image, (1, 2)).spread(maps, 1)
+    colours = image / 255.0
+    y, x = 1, 4
+    places = [(min(max(y + dy * d, 0), 4), min(max(x + dx * d, 0), 5))
+              for d in (1, 2) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0)]  # fmt: skip
+    around = np.stack([colours[p] for p in places])
+    deviation = np.concatenate([around, colours[None, y, x]]).std(0, ddof=1)
+    weights = np.exp(-(np.abs(around - colours[y, x]) / (1e-8 + 0.1 * deviation)).mean(1))
+    weights /= weights.sum()
+    want = sum(w * maps[:, p[0], p[1]].numpy() for w, p in zip(weights, places, strict=True))
+    assert np.allclose(found[:, y, x].numpy(), want, atol=1e-5)
 
 
 def test_refinement_names() -> None:

@@ -57,9 +57,7 @@ def iseg(
     """
     found = []
     for index, one in enumerate(capture.passes):
-        maps = torch.stack([pick_heads(one.records[layer].part("i2t"), heads, layer) for layer in capture.layers]).mean(
-            0
-        )
+        maps = capture.over_layers(lambda record: pick_heads(record.part("i2t"), heads, record.layer), index)
         maps = maps / maps.sum(0, keepdim=True).clamp(min=1e-12)  # [I, T]
         if cluster:
             maps = _cluster(maps, capture.grid)

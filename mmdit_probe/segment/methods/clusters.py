@@ -52,8 +52,7 @@ def diffcut(
     Features of several layers are normalised and set side by side. Parts are kept as lists of nodes, so that no two of
     them can collide, as sums of labels do in the official code after some 40 cuts.
     """
-    parts = [F.normalize(capture.passes[0].records[layer].part(features), dim=-1) for layer in capture.layers]
-    whole = F.normalize(torch.cat(parts, -1), dim=-1)  # [I, E]
+    whole = capture.features(features)  # [I, E]
     h, w = capture.grid
     grid = whole.T.reshape(1, -1, h, w)
     if max(h, w) > pool:

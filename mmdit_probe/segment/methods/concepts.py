@@ -7,12 +7,12 @@ true image stream's, unlike in the official SD3 port.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmdit_probe.errors import unknown
 from mmdit_probe.segment.methods.base import Method, by_class
-from mmdit_probe.segment.record import Capture
+from mmdit_probe.segment.record import Capture, JointRecord
 
 
 def conceptattention(
@@ -29,17 +29,17 @@ def conceptattention(
         raise unknown("softmax", softmax, ("before", "after", "none"))
     if normalise not in ("none", "concepts", "both"):
         raise unknown("normalise", normalise, ("none", "concepts", "both"))
-    maps = []
-    for layer in capture.layers:
-        record = capture.passes[0].records[layer]
+
+    def of_layer(record: JointRecord) -> Tensor:
         concepts, image = record.part("concepts"), record.part("feat_out")
         if normalise != "none":
-            concepts = torch.nn.functional.normalize(concepts, dim=-1)
+            concepts = F.normalize(concepts, dim=-1)
         if normalise == "both":
-            image = torch.nn.functional.normalize(image, dim=-1)
+            image = F.normalize(image, dim=-1)
         products = temperature * concepts @ image.T  # [K, I]
-        maps.append(products.softmax(0) if softmax == "before" else products)
-    mean = torch.stack(maps).mean(0)
+        return products.softmax(0) if softmax == "before" else products
+
+    mean = capture.over_layers(of_layer)
     if softmax == "after":
         mean = mean.softmax(0)
     queries = [query for one in capture.passes for query in one.prompt.queries]

@@ -113,8 +113,7 @@ def _matrix(
 def _features(capture: Capture, image: np.ndarray, source: str) -> tuple[Tensor, tuple[int, int]]:
     """Unit features [M, E] and their grid."""
     if source == "features":
-        parts = [F.normalize(capture.passes[0].records[layer].part("feat_proj"), dim=-1) for layer in capture.layers]
-        return F.normalize(torch.cat(parts, -1), dim=-1), capture.grid
+        return capture.features("feat_proj"), capture.grid
     features, grid = patch_features(source, image)
     return F.normalize(features, dim=-1), grid
 

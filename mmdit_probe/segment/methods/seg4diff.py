@@ -11,6 +11,7 @@ fill several prompts, "auto" reads odds against the image mass, which leave the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.segment.methods.base import Heads, Method, by_class, pick_heads
-from mmdit_probe.segment.record import Capture
+from mmdit_probe.segment.record import Capture, JointRecord
 from mmdit_probe.segment.tail import minmax as over_space
 
 SOFTMAX = ("auto", "joint", "text", "image-odds", "words")
@@ -47,12 +48,9 @@ def span_maps(
         raise unknown("token reduction", reduce, REDUCE)
     mode = ("joint" if len(capture.passes) == 1 else "image-odds") if softmax == "auto" else softmax
     found = []
-    for one in capture.passes:
+    for index, one in enumerate(capture.passes):
         words = one.prompt.table.positions("word")
-        layers = [
-            pick_heads(_columns(one.records[layer].part("i2t"), mode, words), heads, layer) for layer in capture.layers
-        ]
-        maps = torch.stack(layers).mean(0)  # [I, T]
+        maps = capture.over_layers(_reading(mode, words, heads), index)  # [I, T]
         for query in one.prompt.queries:
             positions = query.positions(stream)
             if not positions:
@@ -60,6 +58,11 @@ def span_maps(
             of_name = maps[:, positions]
             found.append((query, {"mean": of_name.mean(1), "sum": of_name.sum(1), "max": of_name.amax(1)}[reduce]))
     return found
+
+
+def _reading(mode: str, words: list[int], heads: Heads) -> Callable[[JointRecord], Tensor]:
+    """Record -> I2T columns [I, T] of the chosen heads in the chosen softmax."""
+    return lambda record: pick_heads(_columns(record.part("i2t"), mode, words), heads, record.layer)
 
 
 def _columns(i2t: Tensor, mode: str, words: list[int]) -> Tensor:
@@ -146,11 +149,7 @@ def unsupervised(
             f"the prompt has no tokens of kind {kinds} in stream {streams}; it has {sorted(set(table.kinds))}"
         )
     mode = "joint" if softmax == "auto" else softmax
-    words = table.positions("word")
-    layers = [
-        pick_heads(_columns(first.records[layer].part("i2t"), mode, words), heads, layer) for layer in capture.layers
-    ]
-    maps = torch.stack(layers).mean(0)[:, places].T  # [A, I]
+    maps = capture.over_layers(_reading(mode, table.positions("word"), heads))[:, places].T  # [A, I]
     if axis == "space":
         maps = over_space(maps.reshape(-1, *capture.grid)).flatten(1)
     elif axis == "token":
