@@ -62,9 +62,9 @@ def map_quality(
         streams: which text tokens of a word count: "all", or those of one encoder stream ("clip", "t5").
 
     Returns:
-        Columns layer, stream, head ("mean" or the index), min_max (whether each map was stretched to 0..1 over the image, as in
-        the paper's Table 5: that takes away that some words draw more attention everywhere), sigma, n, miou, and one
-        column ``iou_<class>`` per class.
+        Columns layer, stream, head ("mean" or the index), min_max (whether each map was stretched to 0..1 over the
+        image, as in the paper's Table 5: that takes away that some words draw more attention everywhere), sigma, n,
+        miou, and one column ``iou_<class>`` per class.
     """
     side = items[0].classes.shape[0]
     nothing = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
