@@ -15,12 +15,15 @@ image. This module knows no model: counts are passed in.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from mmdit_probe.errors import UserError
 
 Spec = str | int | Iterable[int]
 """`"all"`, `9`, `"9"`, `"7-11"`, `"0,9"`, `[0, 9]`; for steps also `"last"` and `"last-8"`."""
+
+HeadSpec = Spec | Mapping[int, Spec]
+"""One specification for all layers, or layer -> specification; a layer that is absent uses all its heads."""
 
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _LAST = re.compile(r"last(?:-(\d+))?")
@@ -42,6 +45,11 @@ def layer_indices(spec: Spec, count: int) -> tuple[int, ...]:
 def head_indices(spec: Spec, count: int) -> tuple[int, ...]:
     """Attention heads named by `spec` (`count` = H), as `layer_indices`."""
     return _indices(spec, count, "head", "all, 3, 0-3 or 0,5")
+
+
+def heads_at(spec: HeadSpec, layer: int, count: int) -> tuple[int, ...]:
+    """Attention heads that `spec` names in one layer, as `head_indices`."""
+    return head_indices(spec.get(layer, "all") if isinstance(spec, Mapping) else spec, count)
 
 
 def step_indices(spec: Spec, count: int) -> tuple[int, ...]:

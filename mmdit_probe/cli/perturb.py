@@ -9,8 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdit_probe.cli.attention_budget import Guidance, Heads, Layers, Limit, NoT5, NumSteps, Prompts
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.options import (
+    SESSION,
+    Batch,
+    Clip,
+    EditControls,
+    Guidance,
+    Heads,
+    Layers,
+    Limit,
+    NumSteps,
+    Prompts,
+    Selection,
+    Session,
+    with_session,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,6 +108,7 @@ def build_edit(
     return Scale("image", "text", factor=0.0, **address) if kind is Kind.ZERO else Mean("image", "text", **address)
 
 
+@with_session
 def command(
     layers: Layers = "all",
     prompts: Prompts = None,
@@ -102,6 +116,7 @@ def command(
     edit: EditKind = Kind.BLUR,
     by: By = Place.LAYERS,
     heads: Heads = "all",
+    selection: Selection = None,
     blur_sigma: BlurSigma = 9.0,
     kernel: Kernel = 5,
     border: BorderOption = BorderRule.REFLECT,
@@ -112,74 +127,63 @@ def command(
     branch: BranchOption = Branch.ALL,
     num_steps: NumSteps = 28,
     guidance: Guidance = 7.5,
-    control: Annotated[bool, typer.Option("--control/--no-control", help="Random control of equal size.")] = True,
-    clip: Annotated[str | None, typer.Option(help="CLIP checkpoint for CLIP-T and CLIP-I (folder or hub id).")] = None,
+    control: EditControls = "budget",
+    clip: Clip = None,
     dino: Annotated[str | None, typer.Option(help="DINO checkpoint for image similarity (folder or hub id).")] = None,
-    sheet: Annotated[int, typer.Option(help="Keep the images of this many prompts for the contact sheet.")] = 4,
-    batch: Annotated[int, typer.Option(help="Prompts sampled at once.", min=1)] = 8,
-    no_t5: NoT5 = False,
-    model: Model = DEFAULT_MODEL,
-    lora: Lora = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    out: Out = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    sheet: Annotated[int, typer.Option(help="Keep the images of this many prompts for the contact sheet.", min=0)] = 4,
+    batch: Batch = 8,
+    session: Session = SESSION,
 ) -> None:
     """Edit the I2T block of one layer at a time, sample with the same seeds, and measure what changes.
 
     Outcomes: change of the image; for models of the scenes world, which facts of the prompt the image still shows; with
     --clip and --dino, the paper's CLIP-T, CLIP-I and DINO similarity. The no-op row must be exactly 0.
     """
-    from mmdit_probe import assets
-    from mmdit_probe.cli.output import Output
-    from mmdit_probe.data import prompts as texts
+    from mmdit_probe.cli.session import (
+        check_layers,
+        layers_of,
+        load_model,
+        open_folder,
+        outcomes_of,
+        output_of,
+        prompts_of,
+    )
 
-    output = Output(quiet=quiet, as_json=as_json, debug=debug)
-    embedded = model in assets.names()
-    source = ("scenes:val" if embedded else "everyday") if prompts is None else prompts
-    asked = texts.resolve(source, limit or (DEFAULT_PROMPTS if prompts is None else None))
+    output = output_of(session)
+    check_layers(selection, layers, heads)
+    asked = prompts_of(session, prompts, limit, DEFAULT_PROMPTS)
     change = build_edit(edit, blur_sigma, kernel, border.value, where.value, streams, renormalise, steps, branch)
 
-    from mmdit_probe.cli.session import open_model
     from mmdit_probe.edit import perturb
-    from mmdit_probe.edit.outcomes import Change, Clip, Dino, Outcome, Parser
-    from mmdit_probe.results import RunFolder, TableWriter
+    from mmdit_probe.observe.controls import CONTROLS, parse, variants
+    from mmdit_probe.results import TableWriter
     from mmdit_probe.specs import step_indices
 
     step_indices(steps, num_steps)
-    outcomes: list[Outcome] = [Change()]
-    if embedded:
-        outcomes.append(Parser())
-        clip = clip or ("scenes-clip" if "scenes-clip" in assets.names() else None)
-    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype, t5=not no_t5)
-    if clip is not None:
-        outcomes.append(Clip(assets.path(clip) if clip in assets.names() else clip, loaded.device))
-    if dino is not None:
-        outcomes.append(Dino(dino, loaded.device))
-    plan = perturb.conditions(loaded, change, layers, by.value, heads, control, seed)
-    sampling = perturb.Sampling(num_steps, guidance, seed, batch)
-    request = {
-        "model": loaded.name,
-        "weight_hash": loaded.weight_hash,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "text_length": loaded.text_length,
+    controls = parse(control, [perturb.BUDGET, *CONTROLS])
+    loaded = load_model(session)
+    which, of_heads = layers_of(selection, layers, heads, loaded)
+    plan = perturb.conditions(
+        loaded, change, which, by.value, of_heads, perturb.BUDGET in controls, session.seed
+    )  # fmt: skip
+    sampled = variants(loaded, [name for name in controls if name in ("random", "uniform")])
+    variants(loaded, controls, len(asked))  # refuses shuffled captions of one prompt
+    outcomes, checkpoints = outcomes_of(session, loaded.device, clip, dino)
+    sampling = perturb.Sampling(num_steps, guidance, session.seed, batch)
+    options = {
         "edit": change.record(),
         "places": [[c.kind, c.layer, c.head, c.span] for c in plan],
+        "heads": of_heads,
+        "controls": list(controls),
         "outcomes": [name for outcome in outcomes for name in outcome.names],
-        "checkpoints": {"clip": clip, "dino": dino},
+        "checkpoints": checkpoints,
         "num_steps": num_steps,
         "guidance": guidance,
         "batch": batch,
-        "items": [[prompt, seed + index] for index, prompt in enumerate(asked)],
+        "items": [[prompt, session.seed + index] for index, prompt in enumerate(asked)],
     }
-    folder = RunFolder.open(NAME, request, out=out, resume=resume)
+    folder = open_folder(NAME, loaded, session, options, sigmas=loaded.sigmas(num_steps))
     if not folder.complete:
-        facts = {"id": loaded.name, "family": loaded.family.name, "weight_hash": loaded.weight_hash}
-        folder.record(model=facts, device=str(loaded.device), seed=seed, sigmas=loaded.sigmas(num_steps))
         kept = folder.path / IMAGES
         kept.mkdir(exist_ok=True)
 
@@ -189,14 +193,19 @@ def command(
 
         groups = perturb.chunks(asked, sampling)
         with TableWriter(folder.path, TABLE) as writer:
-            done = len(writer.done) * len(plan)
-            with output.progress("batches of images", len(groups) * len(plan), done) as advance:
-                for number, indices in enumerate(groups):
-                    if number not in writer.done:
-                        with writer.item(number) as rows:
-                            perturb.run_chunk(
-                                loaded, asked, indices, plan, sampling, outcomes, rows, keep, advance
-                            )  # fmt: skip
+            total, done = len(groups) * len(plan) * len(sampled), len(writer.done) * len(plan)
+            with output.progress("batches of images", total, done) as advance:
+                for place, variant in enumerate(sampled):
+                    # The random change of equal size is the measurement's own control.
+                    conditions = [c for c in plan if place == 0 or c.kind in (perturb.STOCK, perturb.EDIT)]
+                    for number, indices in enumerate(groups, place * len(groups)):
+                        if number not in writer.done:
+                            with writer.item(number) as rows:
+                                perturb.run_chunk(
+                                    loaded, asked, indices, conditions, sampling, outcomes, rows,
+                                    keep if place == 0 else lambda *_: None, advance,
+                                    variant if place else None, "shuffled" in controls and place == 0,
+                                )  # fmt: skip
             folder.record()
     _report(folder, plan, output)
 
@@ -205,11 +214,12 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
     """The table per place, the figures and the paths, from what is on disk."""
     from PIL import Image
 
-    from mmdit_probe.cli.attention_budget import _plain
-    from mmdit_probe.edit.perturb import CONTROL, EDIT, NO_OP, STOCK, summarise
+    from mmdit_probe.cli.session import plain, report_controls
+    from mmdit_probe.edit.perturb import BUDGET, CONTROL, EDIT, NO_OP, STOCK, losses, summarise
     from mmdit_probe.plots import save
     from mmdit_probe.plots.perturb import contact_sheet, effects_by_layer, effects_grid
     from mmdit_probe.results import read_table
+    from mmdit_probe.results.statistics import compare
 
     path = folder.path / f"{TABLE}.parquet"
     table = read_table(path)
@@ -221,9 +231,9 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
     title = f"{name}: {request['edit']['edit'].lower()} of I2T, n = {count} prompts"
     figures = []
     whole = {(c.head, c.span) for c in plan if c.layer >= 0} == {(-1, "all")}
-    order = ["facts", "clip_t", "change", "clip_i", "dino"]
     if whole:
-        figures += save(effects_by_layer(summary, order[:4], title=title), folder.path / TABLE)
+        order = ["facts", "clip_t", "change", "clip_i", "dino"]
+        figures += save(effects_by_layer(summary, order, title=title), folder.path / TABLE)
     else:
         main = "facts" if "facts" in set(summary["outcome"]) else "change"
         figures += save(effects_grid(summary, main, title=title), folder.path / TABLE)
@@ -239,6 +249,13 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
                 heads = ["none" if c.kind == STOCK else f"layer {c.layer}" for c in columns]
                 what = title if kind == EDIT else f"{name}: random change of equal size"
                 figures += save(contact_sheet(cells, heads, prompts, title=what), folder.path / f"{TABLE}_{label}")
+    comparison = compare(losses(table), ["layer", "head", "span", "outcome"])
+    main = next(name for name in ("facts", "clip_t", "change") if name in table)
+    against = report_controls(
+        folder, TABLE, comparison,
+        f"editing the place costs more ({main}: {'rise' if main == 'change' else 'drop'}) than in the control",
+        lambda rows: rows[(rows["outcome"] == main) & (rows["control"] != BUDGET)].drop(columns="outcome"),
+    )  # fmt: skip
     if not folder.complete:
         folder.finish()
     no_op = float(table.loc[table["condition"] == NO_OP, "change"].abs().max())
@@ -248,13 +265,15 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
         "figures": figures,
         "model": folder.data["model"],
         "no_op_change": no_op,
-        "places": [{key: _plain(value) for key, value in row.items()} for row in summary.to_dict("records")],
+        "places": plain(summary),
+        "controls": plain(comparison),
     }
     lines = [
         "Difference from the unedited image of the same prompt and seed, mean [95 % bootstrap interval over prompts];"
         " control: a random change of equal size.",
         f"n = {count} prompts, {request['num_steps']} steps, guidance {request['guidance']};"
         f" no-op row: largest change {no_op:g}{'' if no_op == 0 else ' (must be 0: results are not paired)'}",
+        *against,
         f"tables and figures: {folder.path}",
     ]
     output.result(document, [effect_rows(summary), *lines], folder.path)
@@ -262,19 +281,14 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
 
 def effect_rows(summary: pd.DataFrame) -> Table:
     """The table per place for the terminal: image change and the best measure of alignment there is."""
-    from rich import box
-    from rich.table import Table
-
+    from mmdit_probe.cli.session import bare_table
     from mmdit_probe.plots.perturb import LABELS
 
     known = list(dict.fromkeys(summary["outcome"]))
     aligned = next((name for name in ("facts", "clip_t") if name in known), None)
     shown = [name for name in (aligned, "change") if name is not None]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("place")
-    for name in shown:
-        for column in (LABELS[name], "control", "verdict"):
-            table.add_column(column, justify="right")
+    columns = [column for name in shown for column in (LABELS[name], "control", "verdict")]
+    table = bare_table(["place", *columns], left=("place",))
     for place, part in summary.groupby(["layer", "head", "span"], sort=True):
         layer, head, span = int(str(place[0])), int(str(place[1])), str(place[2])
         rows = part.set_index("outcome")

@@ -1,12 +1,30 @@
-"""What commands on a model share: load it without the libraries' own chatter."""
+"""What commands on a model share: what to measure on, the loaded model, the run folder, and how rows are printed."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmdit_probe.errors import UserError
+
 if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+    from mmdit_probe.cli.options import Session
+    from mmdit_probe.cli.output import Output
+    from mmdit_probe.data.images import Picture
+    from mmdit_probe.edit.outcomes import Outcome
     from mmdit_probe.models.mmdit import MMDiT
+    from mmdit_probe.observe.budget import Budget
+    from mmdit_probe.results import RunFolder
+
+DEFAULT_CLIP = "scenes-clip"
+"""CLIP of the scenes world, which ships with the package."""
+
+PAPER_MODEL = "stable-diffusion-3-medium"
+"""Part of the names of the one model whose published numbers are shipped."""
 
 
 def open_model(name: str, *, debug: bool, **options: Any) -> MMDiT:
@@ -25,3 +43,223 @@ def open_model(name: str, *, debug: bool, **options: Any) -> MMDiT:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
     return load(name, **options)
+
+
+def output_of(session: Session) -> Output:
+    """Where the answer goes."""
+    from mmdit_probe.cli.output import Output
+
+    return Output(quiet=session.quiet, as_json=session.as_json, debug=session.debug)
+
+
+def load_model(session: Session) -> MMDiT:
+    """The model of the session."""
+    return open_model(
+        session.model, lora=session.lora, debug=session.debug, device=session.device, dtype=session.dtype,
+        t5=not session.no_t5,
+    )  # fmt: skip
+
+
+def prompts_of(session: Session, prompts: str | None, limit: int | None, default: int | None = None) -> list[str]:
+    """The prompts to sample: what was asked for, else held-out captions or the everyday set (`default` of them)."""
+    from mmdit_probe.data.prompts import resolve
+
+    source = ("scenes:val" if session.embedded else "everyday") if prompts is None else prompts
+    return resolve(source, default if limit is None and prompts is None else limit)
+
+
+def pictures_of(session: Session, images: str | None, limit: int | None, default: int) -> list[Picture]:
+    """The pictures to probe: what was asked for, else `default` held-out scenes.
+
+    Raises:
+        UserError: none are named, and the model does not know the scenes world.
+    """
+    from mmdit_probe.data.images import resolve
+
+    if images is None and not session.embedded:
+        raise UserError("no pictures are given; name a folder with --images")
+    return resolve(images or "scenes:val", default if limit is None and images is None else limit)
+
+
+def check_layers(selection: Path | None, layers: str, heads: str = "all") -> None:
+    """Layers are named once.
+
+    Raises:
+        UserError: --selection beside --layers or --heads.
+    """
+    if selection is not None and (layers != "all" or heads != "all"):
+        raise UserError("--selection names layers and heads already; leave --layers and --heads out")
+
+
+def layers_of(selection: Path | None, layers: str, heads: str, model: MMDiT) -> tuple[Any, Any]:
+    """Layers and heads to measure: those of the selection if there is one. Heads are a specification for all layers,
+    or layer -> heads.
+
+    Raises:
+        UserError: not a selection, or one of other weights.
+    """
+    if selection is None:
+        return layers, heads
+    from mmdit_probe.select import load_selection
+
+    found = load_selection(selection, model)
+    chosen = sorted(found.layers)
+    return chosen, {layer: list(found.heads[layer]) for layer in chosen if layer in found.heads} or "all"
+
+
+def outcomes_of(
+    session: Session, device: Any, clip: str | None, dino: str | None = None
+) -> tuple[list[Outcome], dict[str, str | None]]:
+    """What is measured of images, and the checkpoints it takes: the change always, the scenes parser and scenes-clip
+    for models of the scenes world, CLIP and DINO where named ("none" leaves CLIP out)."""
+    from mmdit_probe import assets
+    from mmdit_probe.edit.outcomes import Change, Clip, Dino, Parser
+
+    outcomes: list[Outcome] = [Change()]
+    if session.embedded:
+        outcomes.append(Parser())
+        clip = DEFAULT_CLIP if clip is None else clip
+    clip = None if clip == "none" else clip
+    if clip is not None:
+        outcomes.append(Clip(assets.path(clip) if clip in assets.names() else clip, device))
+    if dino is not None:
+        outcomes.append(Dino(dino, device))
+    return outcomes, {"clip": clip, "dino": dino}
+
+
+def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:
+    """A request: the weights that are measured, and every option that decides the numbers."""
+    return {
+        "model": model.name,
+        "weight_hash": model.weight_hash,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "text_length": model.text_length,
+        **options,
+    }
+
+
+def open_folder(command: str, model: MMDiT, session: Session, options: dict[str, Any], **facts: Any) -> RunFolder:
+    """The run folder of a request, with what its record says of the model."""
+    from mmdit_probe.results import RunFolder
+
+    request = request_of(model, **options)
+    folder = RunFolder.open(command, request, out=session.out, resume=session.resume)
+    if not folder.complete:
+        known = {"id": model.name, "family": model.family.name, "weight_hash": model.weight_hash}
+        folder.record(model=known, device=str(model.device), seed=session.seed, **facts)
+    return folder
+
+
+def measure(
+    kind: type[Budget], command: str, table: str, session: Session, *, images: str | None, prompts: str | None,
+    limit: int | None, layers: str, heads: str, selection: Path | None, control: str, sigma: float, steps: str,
+    num_steps: int, guidance: float, max_sequence_length: int | None,
+) -> tuple[RunFolder, MMDiT, Output]:  # fmt: skip
+    """Prompts or pictures -> measurement -> table in a run folder: the body of attention-budget and value-norms.
+
+    Args:
+        kind: the measurement. command, table: names of the command and of its table.
+        session: shared options; the others are those of the commands.
+    """
+    from mmdit_probe.data import images as pictures
+
+    output = output_of(session)
+    check_layers(selection, layers, heads)
+    chosen = pictures.resolve(images, limit) if images is not None else None
+    asked = prompts_of(session, prompts, limit) if chosen is None or prompts else []
+
+    from mmdit_probe.observe.controls import CONTROLS, parse
+    from mmdit_probe.results import RunFolder, TableWriter
+
+    controls = parse(control, [name for name in CONTROLS if name != "shuffled" or chosen is not None])
+    loaded = load_model(session)
+    which, of_heads = layers_of(selection, layers, heads, loaded)
+    shared = {
+        "layers": which, "heads": of_heads, "seed": session.seed, "max_sequence_length": max_sequence_length,
+        "controls": controls,
+    }  # fmt: skip
+    if chosen is None:
+        measurement = kind.of_prompts(loaded, asked, steps=steps, num_steps=num_steps, guidance=guidance, **shared)
+    else:
+        measurement = kind.of_pictures(loaded, chosen, asked, sigma=sigma, **shared)
+    for remark in measurement.remarks:
+        output.note(remark)
+    folder = RunFolder.open(command, measurement.request, out=session.out, resume=session.resume)
+    if not folder.complete:
+        folder.record(**measurement.facts)
+        with TableWriter(folder.path, table) as writer:
+            label = "prompts" if chosen is None else "pictures"
+            with output.progress(label, len(measurement), len(writer.done)) as advance:
+                measurement.run(writer, advance)
+            folder.record()
+    return folder, loaded, output
+
+
+def setting(folder: RunFolder, summary: pd.DataFrame) -> str:
+    """What was averaged over and how it was run, for the figure's title and the line below the table."""
+    request, count = folder.data["request"], int(summary.prompts.min())
+    if request["mode"] == "pictures":
+        return f"n = {count} pictures, sigma {request['sigma']}"
+    steps, total = len(request["steps"]), request["num_steps"]
+    return f"n = {count} prompts, {steps} of {total} steps, guidance {request['guidance']}"
+
+
+def plain(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON values: NaN (no interval with one prompt) becomes null."""
+    return [{str(name): _plain(value) for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return None if value != value else float(value)
+    return value
+
+
+def bare_table(columns: Sequence[str], left: Sequence[str] = ()) -> Table:
+    """An empty table for the terminal, columns right-aligned but for those in `left`."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="left" if name in left else "right")
+    return table
+
+
+def report_controls(
+    folder: RunFolder, stem: str, comparison: pd.DataFrame, claim: str, shown: Callable[[pd.DataFrame], pd.DataFrame],
+) -> list[Any]:  # fmt: skip
+    """Write `<stem>_controls.csv` and `.md`; the lines for the terminal. Nothing without controls.
+
+    Args:
+        comparison: from `results.statistics.compare`. claim: what the value says, in words.
+        shown: the rows that the terminal and the markdown show, without columns of little interest.
+    """
+    if comparison.empty:
+        return []
+    from mmdit_probe.observe.controls import CONTROLS
+    from mmdit_probe.results.statistics import ABOVE
+
+    comparison.to_csv(folder.path / f"{stem}_controls.csv", index=False, float_format="%.6g")
+    part = shown(comparison)
+    if part.empty:
+        return []
+    values = ["n", "value", "control_value", "difference", "low", "high", "verdict"]
+    names = [name for name in part.columns if name not in values]
+    table = bare_table([*names, "value", "control's", "difference", "verdict"], left=("control", "verdict"))
+    lines = [
+        f"| {' | '.join([*names, 'n', 'value', 'its control', 'difference [95 % interval]', 'verdict'])} |",
+        f"|{'-|' * (len(names) + 5)}",
+    ]
+    for row in part.to_dict("records"):
+        place = [str(row[name]) for name in names]
+        gap = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+        numbers = [f"{row['value']:.3f}", f"{row['control_value']:.3f}", gap, str(row["verdict"])]
+        table.add_row(*place, *numbers)
+        lines.append(f"| {' | '.join([*place, str(row['n']), *numbers])} |")
+    known = "; ".join(f"{name}: {CONTROLS[name]}" for name in dict.fromkeys(part["control"]) if name in CONTROLS)
+    claimed = f"Claim: {claim}. Paired differences over items, 95 % bootstrap interval. Controls: {known}."
+    failed = int((part["verdict"] != ABOVE).sum())
+    verdict = f"{failed} of {len(part)} comparisons are not above their control."
+    (folder.path / f"{stem}_controls.md").write_text("\n".join([claimed, "", *lines, "", verdict, ""]), "utf-8")
+    return [table, claimed, verdict]

@@ -25,7 +25,7 @@ from mmdit_probe.errors import RunError, UserError, unknown
 from mmdit_probe.models.layout import Layer, Layout
 from mmdit_probe.models.tokens import KINDS, TokenTable
 from mmdit_probe.observe.canonical import hidden_keys
-from mmdit_probe.specs import Spec, head_indices
+from mmdit_probe.specs import HeadSpec, Spec, heads_at
 
 if TYPE_CHECKING:
     from mmdit_probe.observe.probe import Run
@@ -65,7 +65,8 @@ class Edit:
 
     Args:
         query, key: the block, "image" or "text" each: `("image", "text")` is I2T.
-        layers, heads, steps: as in `mmdit_probe.specs`. Calls of `MMDiT.denoise` count as every step.
+        layers, heads, steps: as in `mmdit_probe.specs`; heads may also be layer -> heads. Calls of `MMDiT.denoise`
+            count as every step.
         branches: guidance branches concerned (cond, uncond, perturbed, unknown); None is all of them.
         streams, spans, words: of text keys, only those of these encoder streams, span kinds, words; None is all.
         renormalise: divide by the row's new total probability, so that it is 1 again.
@@ -74,7 +75,7 @@ class Edit:
     query: Modality = "image"
     key: Modality = "text"
     layers: Spec = "all"
-    heads: Spec = "all"
+    heads: HeadSpec = "all"
     steps: Spec = "all"
     branches: Sequence[str] | None = None
     streams: Sequence[str] | None = None
@@ -162,7 +163,7 @@ class Handler:
         if not rows.any():
             return None
         chosen = torch.zeros(heads, dtype=torch.bool)
-        chosen[list(head_indices(edit.heads, heads))] = True
+        chosen[list(heads_at(edit.heads, self.layer.index, heads))] = True
         queries = torch.zeros(tokens, dtype=torch.bool)
         queries[layout.positions(edit.query)] = True
         device = call.query.device

@@ -10,6 +10,7 @@ control says how much of it any perturbation would do. Not here: the guidance it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,11 @@ from mmdit_probe.edit.base import Edit
 from mmdit_probe.edit.control import EqualBudget
 from mmdit_probe.edit.guidance import perturbed_guidance
 from mmdit_probe.edit.outcomes import Change, Outcome, measure
-from mmdit_probe.edit.perturb import Sampling, chunks
+from mmdit_probe.edit.perturb import AGAINST_STOCK, BUDGET, Sampling, chunks, own
 from mmdit_probe.observe.base import MemorySink, Sink
+from mmdit_probe.observe.controls import Variant
+from mmdit_probe.observe.probe import probe
+from mmdit_probe.results.statistics import NONE, interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
 
 PLACE = ["layers", "scale", "control"]
+"""Columns of a setting; `control` is that of `observe.controls`, or "budget": the random perturbation of equal size."""
 ROW = ["item", "prompt", "seed", *PLACE]
 
 
@@ -59,33 +64,49 @@ def run_chunk(
     model: MMDiT, prompts: Sequence[str], indices: Sequence[int], plan: Sequence[Setting], edit: Edit,
     sampling: Sampling, outcomes: Sequence[Outcome], sink: Sink,
     keep: Callable[[int, Setting, Image], None] = lambda *_: None, advance: Callable[[], None] = lambda: None,
-    **options: Any,
+    variant: Variant | None = None, shuffled: bool = False, **options: Any,
 ) -> None:  # fmt: skip
-    """Sample some prompts under every setting and measure; `options` go to `Guided.generate` (start, stop, ...)."""
+    """Sample some prompts under every setting and measure; `options` go to `Guided.generate` (start, stop, ...).
+
+    Args:
+        variant: the control that is sampled instead of the model, if any.
+        shuffled: write the rows of the same images against the next prompt's text too.
+    """
     texts = [prompts[index] for index in indices]
+    others = [prompts[(index + 1) % len(prompts)] for index in indices]
     seeds = [sampling.seed + index for index in indices]
     how: dict[str, Any] = {"steps": sampling.steps, "guidance": sampling.guidance, "seed": seeds}
+    always, sampled = (variant.edits, variant.model) if variant is not None else ((), model)
+    name = NONE if variant is None else variant.name
     stock: list[Image] = []
     for setting in plan:
-        if setting.scale == 0:
-            images = model.generate(texts, **how)
-        else:
-            here = edit.at(layers=list(setting.layers))
-            with perturbed_guidance(model, EqualBudget(here) if setting.control else here) as guided:
+        with ExitStack() as stack:
+            if always:
+                stack.enter_context(probe(sampled, edits=always, layers=[0]))
+            if setting.scale == 0:
+                images = sampled.generate(texts, **how)
+            else:
+                here = edit.at(layers=list(setting.layers))
+                guided = stack.enter_context(
+                    perturbed_guidance(sampled, EqualBudget(here) if setting.control else here)
+                )
                 images = guided.generate(texts, scale=setting.scale, **how, **options)
         stock = stock or images
         count = len(texts)
-        sink.write(
-            {
-                "item": np.array(indices, np.int64),
-                "prompt": np.array(texts, dtype=object),
-                "seed": np.array(seeds, np.int64),
-                "layers": np.full(count, ",".join(map(str, setting.layers)), dtype=object),
-                "scale": np.full(count, setting.scale, np.float64),
-                "control": np.full(count, setting.control),
-                **measure(outcomes, texts, images, stock),
-            }
-        )
+        against = [(BUDGET if setting.control and name == NONE else name, texts)]
+        against += [("shuffled", others)] if shuffled and not setting.control else []
+        for control, read in against:
+            sink.write(
+                {
+                    "item": np.array(indices, np.int64),
+                    "prompt": np.array(read, dtype=object),
+                    "seed": np.array(seeds, np.int64),
+                    "layers": np.full(count, ",".join(map(str, setting.layers)), dtype=object),
+                    "scale": np.full(count, setting.scale, np.float64),
+                    "control": np.full(count, control, dtype=object),
+                    **measure(outcomes, read, images, stock),
+                }
+            )
         for index, image in zip(indices, images, strict=True):
             keep(index, setting, image)
         advance()
@@ -103,7 +124,7 @@ def sweep(
         layers: sets of layers to perturb together. scales: values of s; stock is always sampled too.
         control: add the equal-budget random perturbation at every setting.
 
-    Returns: one row per image: item, prompt, seed, layers, scale, control, and one column per outcome.
+    Returns: one row per image: item, prompt, seed, layers, scale, control (none | budget), and one column per outcome.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     how = sampling or Sampling()
@@ -115,20 +136,39 @@ def sweep(
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting and outcome: n, mean, low, high (95 % bootstrap over prompts), and, for settings other than
-    stock, difference, difference_low, difference_high (minus stock, paired). `change` is a difference as it is."""
+    """One row per setting and outcome: layers, scale, control (whether the perturbation is the random one), n, mean,
+    low, high (95 % bootstrap over prompts), and, for settings other than stock, difference, difference_low,
+    difference_high (minus stock, paired). `change` is a difference as it is."""
     import pandas as pd
 
-    from mmdit_probe.embedded.report import interval
-
+    table = own(table)
     stock = table[table["scale"] == 0].set_index("item")
     rows = []
     for place, part in table.groupby(PLACE, observed=True):
         for name in (column for column in table.columns if column not in ROW):
             row: dict[str, Any] = dict(zip(PLACE, place, strict=True)) | {"outcome": name, "n": len(part)}
+            row["control"] = row["control"] == BUDGET
             row["mean"], row["low"], row["high"] = interval(part[name])
             if row["scale"] != 0:
                 paired = part[name] - part["item"].map(stock[name])
                 row["difference"], row["difference_low"], row["difference_high"] = interval(paired)
             rows.append(row)
     return pd.DataFrame(rows).sort_values(["outcome", *PLACE]).reset_index(drop=True)
+
+
+def gains(table: pd.DataFrame) -> pd.DataFrame:
+    """What guidance adds to stock sampling, for `results.statistics.compare`: columns item, control, layers, scale,
+    outcome, value (guided minus stock of the same model, prompt and seed)."""
+    import pandas as pd
+
+    parts = []
+    for control in dict.fromkeys(table["control"]):
+        base = table[table["control"] == (NONE if control == BUDGET else control)]
+        stock = base[base["scale"] == 0].set_index("item")
+        part = table[(table["control"] == control) & (table["scale"] != 0)]
+        names = [column for column in table.columns if column not in (*ROW, *AGAINST_STOCK)]
+        wide = part[["item", "control", "layers", "scale"]].copy()
+        for name in names:
+            wide[name] = part[name] - part["item"].map(stock[name])
+        parts.append(wide.melt(["item", "control", "layers", "scale"], names, "outcome"))
+    return pd.concat(parts, ignore_index=True)

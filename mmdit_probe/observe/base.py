@@ -26,7 +26,7 @@ from mmdit_probe.attention.intercept import Record
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.layout import Layer, Layout
 from mmdit_probe.models.tokens import TokenTable, unknown_table
-from mmdit_probe.specs import Spec
+from mmdit_probe.specs import HeadSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,13 +114,13 @@ class RowObserver(Observer):
 
     Args:
         sink: an object with `write(columns)` or a function of the columns; rows are kept in memory if None.
-        heads: which heads get rows: "all", 3, "0-3", [0, 5].
+        heads: which heads get rows: "all", 3, "0-3", [0, 5], or layer -> one of these.
     """
 
     columns: ClassVar[tuple[str, ...]]
 
     def __init__(
-        self, sink: Sink | Callable[[dict[str, np.ndarray]], object] | None = None, heads: Spec = "all"
+        self, sink: Sink | Callable[[dict[str, np.ndarray]], object] | None = None, heads: HeadSpec = "all"
     ) -> None:
         self.sink: Any = MemorySink() if sink is None else sink
         self.heads = heads

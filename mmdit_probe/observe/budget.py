@@ -12,18 +12,20 @@ layer grounds words; high mass on text may be a sink (see the span kinds).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.observe.base import MemorySink, Observer, Sink
+from mmdit_probe.observe.controls import Variant, variants
 from mmdit_probe.observe.mass import COLUMNS, AttentionMass
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.observe.summary import summarise
-from mmdit_probe.specs import Spec, head_indices, layer_indices, step_indices
+from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices, step_indices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,17 +61,24 @@ class Budget:
     Attributes:
         request: everything that decides the numbers, as JSON values; equal requests give equal tables.
         facts: what else a record should say (device, scheduler, sigmas).
+        variants: the measurement itself and its controls; `run` measures every item under each of them.
         remarks: one line for each prompt of which some encoder does not see every word.
     """
 
     observer: ClassVar[Callable[..., Observer]] = AttentionMass
     """What measures: called with a sink and `heads`. A subclass names another observer of finished rows."""
 
-    def __init__(self, model: MMDiT, items: Sequence[Item], layers: Spec, heads: Spec, **request: Any) -> None:
+    def __init__(
+        self, model: MMDiT, items: Sequence[Item], layers: Spec, heads: HeadSpec, controls: Sequence[str] = (),
+        **request: Any,
+    ) -> None:  # fmt: skip
         self.model = model
         self.items = list(items)
+        self.variants = variants(model, controls, len(self.items))
         self.layers = layer_indices(layers, len(model.layers))
-        self.heads = head_indices(heads, model.heads)
+        self.heads: HeadSpec = heads_at(heads, -1, model.heads)
+        if isinstance(heads, Mapping):
+            self.heads = {layer: heads_at(heads, layer, model.heads) for layer in self.layers}
         self.remarks = [
             line for table in model.token_tables([item.prompt for item in items]) for line in _unread(table)
         ]
@@ -78,8 +87,9 @@ class Budget:
             "weight_hash": model.weight_hash,
             "dtype": str(model.dtype).removeprefix("torch."),
             "layers": list(self.layers),
-            "heads": list(self.heads),
+            "heads": _plain_heads(self.heads),
             "text_length": model.text_length,
+            "controls": list(controls),
             **request,
             "items": [[item.prompt, item.seed, *([item.picture.name] if item.picture else [])] for item in self.items],
         }
@@ -98,25 +108,33 @@ class Budget:
             "capture": {
                 "observer": getattr(type(self).observer, "__name__", ""),
                 "layers": list(self.layers),
-                "heads": list(self.heads),
+                "heads": self.request["heads"],
             },
             "remarks": self.remarks,
         }
 
     @classmethod
     def of_prompts(
-        cls, model: MMDiT, prompts: Sequence[str], *, layers: Spec = "all", heads: Spec = "all", steps: Spec = "all",
-        num_steps: int = 28, guidance: float = 7.5, seed: int = 0, max_sequence_length: int | None = None,
+        cls, model: MMDiT, prompts: Sequence[str], *, layers: Spec = "all", heads: HeadSpec = "all",
+        steps: Spec = "all", num_steps: int = 28, guidance: float = 7.5, seed: int = 0,
+        max_sequence_length: int | None = None, controls: Sequence[str] = (),
     ) -> Self:  # fmt: skip
-        """Sample each prompt with the stock pipeline and measure while it runs; prompt k uses seed + k."""
+        """Sample each prompt with the stock pipeline and measure while it runs; prompt k uses seed + k.
+
+        Args:
+            controls: of `observe.controls`; not shuffled: a sampled image has no other caption.
+        """
         if not prompts:
             raise UserError("no prompt is given; expected one or more")
+        if "shuffled" in controls:
+            raise UserError("shuffled captions need pictures: a sampled image has no caption but its prompt")
         model = _with_length(model, max_sequence_length)
         chosen = step_indices(steps, num_steps)
         items = [Item(index, prompt, seed + index) for index, prompt in enumerate(prompts)]
         budget = cls(
-            model, items, layers, heads, mode="sample", steps=list(chosen), num_steps=num_steps, guidance=guidance
-        )
+            model, items, layers, heads, controls, mode="sample", steps=list(chosen), num_steps=num_steps,
+            guidance=guidance,
+        )  # fmt: skip
         scheduler = model.scheduler
         budget.facts |= {
             "scheduler": {"class": type(scheduler).__name__, **dict(scheduler.config)},
@@ -128,12 +146,14 @@ class Budget:
     @classmethod
     def of_pictures(
         cls, model: MMDiT, pictures: Sequence[Picture], prompts: Sequence[str] = (), *, layers: Spec = "all",
-        heads: Spec = "all", sigma: float = 0.515, seed: int = 0, max_sequence_length: int | None = None,
+        heads: HeadSpec = "all", sigma: float = 0.515, seed: int = 0, max_sequence_length: int | None = None,
+        controls: Sequence[str] = (),
     ) -> Self:  # fmt: skip
         """Encode each picture by the VAE, noise it to `sigma` and measure one denoising call; picture k uses seed + k.
 
         Args:
             prompts: none (each picture's own caption), one for all, or one per picture.
+            controls: of `observe.controls`.
         """
         if not 0.0 <= sigma <= 1.0:
             raise UserError(f"--sigma {sigma} is no noise level; expected 0 (clean) to 1 (noise)")
@@ -148,27 +168,40 @@ class Budget:
         captions *= len(pictures) // len(captions)
         pairs = enumerate(zip(captions, pictures, strict=True))
         items = [Item(index, caption, seed + index, picture) for index, (caption, picture) in pairs]
-        budget = cls(model, items, layers, heads, mode="pictures", sigma=sigma)
+        budget = cls(model, items, layers, heads, controls, mode="pictures", sigma=sigma)
         budget.facts |= {"sigmas": [sigma], "steps": [0]}
         return budget
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.items) * len(self.variants)
+
+    def under(self, variant: Variant) -> Self:
+        """The same measurement under a control."""
+        other = copy.copy(self)
+        other.variants = [variant]
+        other.model = variant.model
+        prompts = variant.texts([item.prompt for item in self.items])
+        other.items = [replace(item, prompt=prompt) for item, prompt in zip(self.items, prompts, strict=True)]
+        return other
 
     def run(self, sink: ItemSink, advance: Callable[[], None] = lambda: None) -> None:
-        """Measure the items that `sink` does not hold yet. `advance` is called after each."""
-        for item in self.items:
-            if item.index in sink.done:
-                continue
-            with sink.item(item.index) as rows:
-                self.measure(item, rows)
-            advance()
+        """Measure the items that `sink` does not hold yet, controls last. `advance` is called after each."""
+        for number, variant in enumerate(self.variants):
+            first = number * len(self.items)
+            left = [item.index for item in self.items if first + item.index not in sink.done]
+            measurement = self.under(variant) if left else self
+            for index in left:
+                with sink.item(first + index) as rows:
+                    measurement.measure(measurement.items[index], _Labelled(rows, {"control": variant.name}))
+                advance()
 
     def measure(self, item: Item, sink: Sink) -> None:
         """Measure one item; `sink` gets the rows of each denoising call as soon as they are there."""
+        variant = self.variants[0]
         labels = {"item": item.index} | ({"picture": item.picture.name} if item.picture else {})
         observer = type(self).observer(_Labelled(sink, labels), heads=self.heads)
-        with probe(self.model, observer, layers=self.layers, steps=self.request.get("steps", "all")):
+        steps = self.request.get("steps", "all")
+        with probe(self.model, observer, layers=self.layers, steps=steps, edits=variant.edits):
             if item.picture is None:
                 self.model.generate(
                     item.prompt, steps=self.request["num_steps"], guidance=self.request["guidance"], seed=item.seed,
@@ -179,6 +212,10 @@ class Budget:
                 noised = self.model.noise(latents, self.request["sigma"], item.seed)
                 text = self.model.encode_prompt([item.prompt])
                 self.model.denoise(noised, self.request["sigma"], text, seeds=item.seed)
+
+
+def _plain_heads(heads: Any) -> Any:
+    return {str(layer): list(of) for layer, of in heads.items()} if isinstance(heads, Mapping) else list(heads)
 
 
 class _Labelled:

@@ -27,7 +27,7 @@ from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.base import DenoisingCall, LayerCall, RowObserver
-from mmdit_probe.specs import head_indices
+from mmdit_probe.specs import heads_at
 
 QUERIES = ("image", "text")
 
@@ -74,7 +74,7 @@ class AttentionMass(RowObserver):
         masses: Tensor,
         n_query: Tensor,
     ) -> dict[str, np.ndarray]:
-        heads = np.array(head_indices(self.heads, masses.shape[1]))
+        heads = np.array(heads_at(self.heads, layer, masses.shape[1]))
         values, counts = masses.double().cpu().numpy(), n_query.cpu().numpy()
         parts: list[dict[str, np.ndarray]] = []
         for row, of_row in enumerate(leaves):

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.results.statistics import NONE, measured
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,7 @@ PROMPT_SPANS = ("bos", "word", "eos", "template")
 
 CURVES = ("image", "text", "prompt")
 GROUPS = (*CURVES, "word", "bos", "eos", "template", "pad", "null", "unknown")
-COLUMNS = ["item", "prompt", "seed", "step", "branch", "layer", "head", "token", "span", "norm", "n_token"]
+COLUMNS = ["item", "control", "prompt", "seed", "step", "branch", "layer", "head", "token", "span", "norm", "n_token"]
 
 
 def by_layer(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond") -> pd.DataFrame:
@@ -56,32 +57,43 @@ def by_layer(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond")
 
 def by_item(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond") -> pd.DataFrame:
     """One row per prompt and layer, of the norm over all heads together: item, layer, the groups and `gap`."""
-    wide = _grouped(table, branch)
+    return by_control(table, branch, {NONE}).drop(columns="control")
+
+
+def by_control(
+    table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond", controls: set[str] | None = None
+) -> pd.DataFrame:
+    """`by_item` with the column control: of the measurement and all its controls, or of some."""
+    wide = _grouped(table, branch, controls)
     wide = wide[wide["head"] == CONCATENATED].drop(columns="head")
     return wide.assign(gap=wide["prompt"].fillna(wide["text"]) - wide["image"])
 
 
 def by_head(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond") -> pd.DataFrame:
     """Mean norm per layer and head (without the concatenation): columns layer, head, and the groups that occur."""
-    wide = _grouped(table, branch)
-    wide = wide[wide["head"] != CONCATENATED].drop(columns="item")
+    wide = _grouped(table, branch, {NONE})
+    wide = wide[wide["head"] != CONCATENATED].drop(columns=["item", "control"])
     return wide.groupby(["layer", "head"]).mean().dropna(axis=1, how="all").reset_index()
 
 
-def _grouped(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str) -> pd.DataFrame:
-    """One row per item, layer and head, one column per group: the mean over tokens and steps."""
+def _grouped(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str, controls: set[str] | None) -> pd.DataFrame:
+    """One row per control, item, layer and head, one column per group: the mean over tokens and steps."""
     import pandas as pd
 
     parts = [table] if isinstance(table, pd.DataFrame) else list(table)
     rows = []
     for number, part in enumerate(parts):
-        chosen = part[part["branch"] == branch]
-        if "item" not in chosen:
-            chosen = chosen.assign(item=chosen.groupby(["prompt", "seed"], observed=True).ngroup())
-        if not chosen.empty:
-            of_part = _one_part(chosen)
-            of_part["item"] += 1_000_000 * number  # parts may count their items from 0 each
-            rows.append(of_part)
+        there = dict.fromkeys(part["control"]) if "control" in part else {NONE: None}
+        for control in there:
+            chosen = measured(part[part["branch"] == branch], control)
+            if chosen.empty or (controls is not None and control not in controls):
+                continue
+            if "item" in chosen:
+                of_part = _one_part(chosen)
+            else:
+                of_part = _one_part(chosen.assign(item=chosen.groupby(["prompt", "seed"], observed=True).ngroup()))
+                of_part["item"] += 1_000_000 * number  # such parts count their items from 0 each
+            rows.append(of_part.assign(control=control))
     if not rows:
         raise UserError(f"the table has no rows of branch {branch!r}; expected cond or uncond of a guided run")
     return pd.concat(rows, ignore_index=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 from mmdit_probe.observe.base import DenoisingCall, LayerCall, MemorySink, RowObserver
 from mmdit_probe.observe.budget import Budget
 from mmdit_probe.observe.norm_summary import CONCATENATED
-from mmdit_probe.specs import Spec, head_indices
+from mmdit_probe.specs import Spec, heads_at
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,7 +87,7 @@ class ValueNorm(RowObserver):
         means: list[np.ndarray],
         spreads: list[np.ndarray],
     ) -> dict[str, np.ndarray]:
-        heads = np.array([CONCATENATED, *head_indices(self.heads, means[0].shape[0] - 1)])
+        heads = np.array([CONCATENATED, *heads_at(self.heads, layer, means[0].shape[0] - 1)])
         parts: list[dict[str, np.ndarray]] = []
         for row, of_row in enumerate(leaves):
             head, leaf = (axis.ravel() for axis in np.indices((len(heads), len(of_row))))

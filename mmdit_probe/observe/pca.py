@@ -6,16 +6,17 @@ attention's output, heads concatenated, q and k after norm and rotary embedding.
     with probe(model, Projection(basis)) as run: ... # second pass: project
     run[Projection].maps(layer=4, kind="value")      # [B, h, w, 16]
 
-The fit is joint over all images seen and exact: mean and covariance are updated call by call, so the state is one
-D x D matrix per layer and kind, however many images there are. Which images, noise level and prompts were seen is the
-caller's to record. Colours of different layers are not comparable: components have no common order between layers.
-`scores` makes the pictures quantitative where exact masks exist: see there.
+The fit is joint over all images seen and streams, with a state that does not grow with them. "exact" updates mean and
+covariance call by call, one D x D matrix per layer and kind; "incremental" is scikit-learn's IncrementalPCA, k x D
+numbers, for models too wide for that. Which images, noise level and prompts were seen is the caller's to record.
+Colours of different layers are not comparable: components have no common order between layers. `scores` and
+`own_scores` make the pictures quantitative where exact masks exist: see there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,16 +25,30 @@ from torch import Tensor
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.observe.base import DenoisingCall, LayerCall, Observer
+from mmdit_probe.specs import HeadSpec, heads_at
+
+if TYPE_CHECKING:
+    from sklearn.decomposition import IncrementalPCA
 
 Kind = Literal["query", "key", "value", "output"]
 KINDS: tuple[Kind, ...] = ("query", "key", "value", "output")
+Solver = Literal["exact", "incremental"]
+SOLVERS: tuple[Solver, ...] = ("exact", "incremental")
+
+_OF_SKLEARN = (
+    "components_", "singular_values_", "mean_", "var_", "explained_variance_", "explained_variance_ratio_",
+    "n_samples_seen_", "noise_variance_",
+)  # fmt: skip
+"""What IncrementalPCA knows between two batches."""
 
 
-def image_features(seen: LayerCall, kind: str) -> Tensor:
-    """Features of the image tokens of the rows that are not unconditional, heads concatenated: [B', I, H * D]."""
+def image_features(seen: LayerCall, kind: str, heads: HeadSpec = "all") -> Tensor:
+    """Features of the image tokens of rows that are not unconditional, chosen heads concatenated: [B', I, H' * D]."""
     call = seen.call
     tokens = {"query": call.query, "key": call.key, "value": call.value}.get(kind, seen.output)
     rows = [row for row, branch in enumerate(seen.denoising.branches) if branch != "uncond"]
+    if heads != "all":
+        tokens = tokens[:, list(heads_at(heads, seen.layer.index, tokens.shape[1]))]
     chosen = tokens[rows][:, :, seen.layout.positions("image")]
     return chosen.transpose(1, 2).flatten(2).float()
 
@@ -44,46 +59,39 @@ class PCA(Observer):
     Args:
         kinds: which features: query, key, value, output.
         components: how many to keep; at most the width of the features.
+        solver: "exact" or "incremental" (scikit-learn).
+        heads: which heads' features; one specification, or layer -> specification.
     """
 
     needs: ClassVar[Literal["call", "lse"]] = "call"
 
-    def __init__(self, kinds: Sequence[str] = KINDS, components: int = 16) -> None:
+    def __init__(
+        self, kinds: Sequence[str] = KINDS, components: int = 16, solver: str = "exact", heads: HeadSpec = "all"
+    ) -> None:
         for kind in kinds:
             if kind not in KINDS:
                 raise unknown("kind of feature", kind, KINDS)
         if components < 1:
             raise UserError(f"{components} components; expected 1 or more")
-        self.kinds, self.components = tuple(kinds), components
-        self._moments: dict[tuple[int, str], tuple[int, Tensor, Tensor]] = {}
-        self._seen: dict[tuple[int, str], tuple[int, Tensor, Tensor]] = {}
+        if solver not in SOLVERS:
+            raise unknown("solver", solver, SOLVERS)
+        self.kinds, self.components, self.solver, self.heads = tuple(kinds), components, solver, heads
+        self._fits: dict[tuple[int, str], _Moments | _Incremental] = {}
+        self._seen: dict[tuple[int, str], Tensor] = {}
         self._bases: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
 
     def observe(self, seen: LayerCall) -> None:
         for kind in self.kinds:
-            features = image_features(seen, kind).flatten(0, 1)
-            if len(features) == 0:
-                continue
-            mean = features.mean(0)
-            centred = features - mean
-            self._seen[seen.layer.index, kind] = (
-                len(features),
-                mean.cpu().double(),
-                (centred.T @ centred).cpu().double(),
-            )
+            features = image_features(seen, kind, self.heads).flatten(0, 1)
+            if len(features):
+                self._seen[seen.layer.index, kind] = features
 
     def end_call(self, denoising: DenoisingCall) -> None:
-        for key, (count, mean, scatter) in self._seen.items():
+        for key, features in self._seen.items():
             self._bases.pop(key, None)
-            if key not in self._moments:
-                self._moments[key] = (count, mean, scatter)
-                continue
-            # Chan, Golub and LeVeque's update of mean and scatter (1983).
-            before, old, total = self._moments[key]
-            gap = mean - old
-            together = before + count
-            scatter = total + scatter + torch.outer(gap, gap) * (before * count / together)
-            self._moments[key] = (together, old + gap * (count / together), scatter)
+            if key not in self._fits:
+                self._fits[key] = _Moments() if self.solver == "exact" else _Incremental(self.components)
+            self._fits[key].update(features)
         self._seen.clear()
 
     def abandon_call(self) -> None:
@@ -92,7 +100,7 @@ class PCA(Observer):
     @property
     def fitted(self) -> list[tuple[int, str]]:
         """(layer, kind) that something was seen of."""
-        return sorted(self._moments, key=lambda key: (key[0], KINDS.index(key[1])))  # type: ignore[arg-type]
+        return sorted(self._fits, key=lambda key: (key[0], KINDS.index(key[1])))  # type: ignore[arg-type]
 
     def basis(self, layer: int, kind: str) -> tuple[Tensor, Tensor, Tensor]:
         """Mean [D], components [D, k] and shares of the total variance [k], largest first, float64 on the CPU.
@@ -100,23 +108,101 @@ class PCA(Observer):
         A component's sign is such that its largest loading is positive.
         """
         key = (layer, kind)
-        if key not in self._moments:
+        if key not in self._fits:
             raise UserError(f"nothing was seen of layer {layer}, {kind}; seen: {self.fitted[:8] or 'nothing'}")
         if key not in self._bases:
-            _, mean, scatter = self._moments[key]
-            values, vectors = torch.linalg.eigh(scatter)
-            values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)[:, : self.components]
+            mean, vectors, shares = self._fits[key].basis(self.components)
             largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-            shares = values[: self.components] / values.sum().clamp(min=1e-30)
             self._bases[key] = (mean, vectors * largest.sign(), shares)
         return self._bases[key]
+
+    def state(self) -> dict[str, Tensor]:
+        """What was seen so far, as tensors by name: `restore` of another observer goes on from there."""
+        return {
+            f"{layer}.{kind}.{name}": tensor
+            for (layer, kind), fit in self._fits.items()
+            for name, tensor in fit.state().items()
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state` of the same solver."""
+        parts: dict[tuple[int, str], dict[str, Tensor]] = {}
+        for path, tensor in state.items():
+            layer, kind, name = path.split(".")
+            parts.setdefault((int(layer), kind), {})[name] = tensor
+        for key, part in parts.items():
+            fit = _Moments() if self.solver == "exact" else _Incremental(self.components)
+            fit.restore(part)
+            self._fits[key] = fit
+
+
+class _Moments:
+    """Mean and scatter matrix, from which the components are exact."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.scatter = 0, torch.zeros(0), torch.zeros(0)
+
+    def update(self, features: Tensor) -> None:
+        count, new = len(features), features.mean(0)
+        centred = features - new
+        mean, scatter = new.cpu().double(), (centred.T @ centred).cpu().double()
+        if self.count:
+            # Chan, Golub and LeVeque's update of mean and scatter (1983).
+            gap, together = mean - self.mean, self.count + count
+            scatter = self.scatter + scatter + torch.outer(gap, gap) * (self.count * count / together)
+            mean = self.mean + gap * (count / together)
+        self.count, self.mean, self.scatter = self.count + count, mean, scatter
+
+    def basis(self, components: int) -> tuple[Tensor, Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.scatter)
+        values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)[:, :components]
+        return self.mean, vectors, values[:components] / values.sum().clamp(min=1e-30)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"count": torch.tensor(self.count), "mean": self.mean, "scatter": self.scatter}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        self.count, self.mean, self.scatter = int(state["count"]), state["mean"], state["scatter"]
+
+
+class _Incremental:
+    """scikit-learn's IncrementalPCA, one batch a call."""
+
+    def __init__(self, components: int) -> None:
+        from sklearn.decomposition import IncrementalPCA
+
+        self.wanted = components
+        self.fit: IncrementalPCA = IncrementalPCA(components)
+
+    def update(self, features: Tensor) -> None:
+        if len(features) < self.wanted:
+            raise UserError(
+                f"{len(features)} image tokens in a call are fewer than {self.wanted} components; the incremental fit"
+                " needs as many: ask for fewer components or larger batches"
+            )
+        if features.shape[1] < self.wanted:
+            raise UserError(f"{self.wanted} components of features of width {features.shape[1]}; ask for fewer")
+        self.fit.partial_fit(features.cpu().double().numpy())
+
+    def basis(self, components: int) -> tuple[Tensor, Tensor, Tensor]:
+        mean, vectors, shares = self.fit.mean_, self.fit.components_.T, self.fit.explained_variance_ratio_
+        return tuple(torch.from_numpy(np.array(part, float)) for part in (mean, vectors, shares))  # type: ignore[return-value]
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(np.array(getattr(self.fit, name))) for name in _OF_SKLEARN}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for name in _OF_SKLEARN:
+            value = state[name].numpy()
+            setattr(self.fit, name, value if value.ndim else value[()])
+        self.fit.n_components_ = self.wanted
 
 
 class Projection(Observer):
     """Projects image tokens on a fitted basis and keeps the maps, in the order seen; grows, because it was asked for.
 
     Args:
-        basis: a fitted `PCA`; its layers and kinds are projected.
+        basis: a fitted `PCA`; its layers, kinds and heads are projected.
         each: fit every image's own basis instead (the colours of two images are then not comparable).
     """
 
@@ -124,20 +210,23 @@ class Projection(Observer):
 
     def __init__(self, basis: PCA, each: bool = False) -> None:
         self.basis, self.each = basis, each
-        self._seen: dict[tuple[int, str], Tensor] = {}
-        self._kept: dict[tuple[int, str], list[Tensor]] = {}
+        self._seen: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
+        self._kept: dict[tuple[int, str], list[tuple[Tensor, Tensor]]] = {}
 
     def observe(self, seen: LayerCall) -> None:
         if seen.layout.grid is None:
             raise UserError("the image tokens have no known grid")
         for kind in self.basis.kinds:
-            features = image_features(seen, kind).cpu()
+            features = image_features(seen, kind, self.basis.heads).cpu().double()
             if self.each:
-                maps = torch.stack([_own_components(image, self.basis.components) for image in features.double()])
+                centred = features - features.mean(1, keepdim=True)
+                maps = torch.stack([_own_components(image, self.basis.components) for image in centred])
             else:
                 mean, vectors, _ = self.basis.basis(seen.layer.index, kind)
-                maps = (features.double() - mean) @ vectors
-            self._seen[seen.layer.index, kind] = maps.float().unflatten(1, seen.layout.grid)
+                centred = features - mean
+                maps = centred @ vectors
+            total = centred.square().sum((1, 2))
+            self._seen[seen.layer.index, kind] = (maps.float().unflatten(1, seen.layout.grid), total)
 
     def end_call(self, denoising: DenoisingCall) -> None:
         for key, maps in self._seen.items():
@@ -149,13 +238,36 @@ class Projection(Observer):
 
     def maps(self, layer: int, kind: str) -> Tensor:
         """[B, h, w, k] float32 on the CPU, all images in the order seen."""
+        return torch.cat([maps for maps, _ in self._of(layer, kind)])
+
+    def totals(self, layer: int, kind: str) -> Tensor:
+        """[B] float64: sum of squares of each image's features about the mean; the maps' squares are a part of it."""
+        return torch.cat([total for _, total in self._of(layer, kind)])
+
+    def take(self) -> dict[str, Tensor]:
+        """What was kept, as tensors by name; nothing is kept any more."""
+        result = {}
+        for (layer, kind), parts in self._kept.items():
+            result[f"{layer}.{kind}.maps"] = torch.cat([maps for maps, _ in parts])
+            result[f"{layer}.{kind}.totals"] = torch.cat([total for _, total in parts])
+        self._kept.clear()
+        return result
+
+    def put(self, taken: dict[str, Tensor]) -> None:
+        """Keep what another projection's `take` gave, after what is kept already."""
+        for path in taken:
+            layer, kind, name = path.split(".")
+            if name == "maps":
+                pair = (taken[path], taken[f"{layer}.{kind}.totals"])
+                self._kept.setdefault((int(layer), kind), []).append(pair)
+
+    def _of(self, layer: int, kind: str) -> list[tuple[Tensor, Tensor]]:
         if (layer, kind) not in self._kept:
             raise UserError(f"no maps of layer {layer}, {kind}; kept: {sorted(self._kept)[:8] or 'nothing'}")
-        return torch.cat(self._kept[layer, kind])
+        return self._kept[layer, kind]
 
 
-def _own_components(features: Tensor, count: int) -> Tensor:
-    centred = features - features.mean(0)
+def _own_components(centred: Tensor, count: int) -> Tensor:
     _, vectors = torch.linalg.eigh(centred.T @ centred)
     return centred @ vectors.flip(1)[:, :count]
 
@@ -181,8 +293,9 @@ def scores(maps: NDArray[np.floating], classes: NDArray[np.int64] | None) -> dic
 
     Returns:
         class: recall of a linear probe (discriminant analysis, equal priors), mean over the classes of the image;
-        class_shuffled: the same with every image's class map swapped for the next image's, the control: what layout
-            priors alone give (sky above ground);
+        silhouette: mean silhouette of the image's tokens grouped by class, -1 to 1: no probe, no training images;
+        class_shuffled, silhouette_shuffled: the same with every image's class map swapped for the next image's, the
+            control: what layout priors alone give (sky above ground);
         position: share of the components' variance that the mean map over training images predicts (1 - SSE / SST):
             stripes and gradients that do not depend on the picture;
         coordinates: R^2 of a linear regression of row and column on the components.
@@ -195,35 +308,95 @@ def scores(maps: NDArray[np.floating], classes: NDArray[np.int64] | None) -> dic
     mean_map = flat[:half].mean(0)
     centre = flat[:half].mean((0, 1))
     error, total = ((flat[half:] - mean_map) ** 2).sum((1, 2)), ((flat[half:] - centre) ** 2).sum((1, 2))
-    result = {"position": 1 - error / np.maximum(total, 1e-30), "coordinates": _coordinates(flat, half, h, w)}
+    target = _place(h, w)
+    weights = _regress(flat[:half].reshape(-1, k), np.tile(target, (half, 1)))
+    result = {
+        "position": 1 - error / np.maximum(total, 1e-30),
+        "coordinates": np.array([_r2(image, target, weights) for image in flat[half:]]),
+    }
     if classes is not None:
         labels = classes.reshape(n, h * w)
-        result["class"] = _probe(flat, labels, half)
         swapped = np.concatenate([np.roll(labels[:half], 1, 0), np.roll(labels[half:], 1, 0)])
-        result["class_shuffled"] = _probe(flat, swapped, half)
+        for suffix, known in (("", labels), ("_shuffled", swapped)):
+            probe = _discriminant(flat[:half].reshape(-1, k), known[:half].ravel())
+            pairs = list(zip(flat[half:], known[half:], strict=True))
+            result[f"class{suffix}"] = np.array([_recall(probe, image, truth) for image, truth in pairs])
+            result[f"silhouette{suffix}"] = np.array([_silhouette(image, truth) for image, truth in pairs])
     return result
 
 
-def _coordinates(flat: NDArray[np.float64], half: int, h: int, w: int) -> NDArray[np.float64]:
+def own_scores(maps: NDArray[np.floating], classes: NDArray[np.int64] | None) -> dict[str, NDArray[np.float64]]:
+    """`scores` where every image has a basis of its own: one number per image, from that image alone.
+
+    Probe and regression are trained on one colour of the token grid's checkerboard and scored on the other. Neighbours
+    are alike, so even the classes of another image are predicted to a degree: only the distance to `class_shuffled`
+    says anything. There is no `position`: the components of two images are not comparable.
+    """
+    n, h, w, k = maps.shape
+    flat, target = maps.reshape(n, h * w, k).astype(np.float64), _place(h, w)
+    train = (np.indices((h, w)).sum(0) % 2 == 0).ravel()
+    weights = [_regress(image[train], target[train]) for image in flat]
+    result = {
+        "coordinates": np.array([_r2(i[~train], target[~train], of) for i, of in zip(flat, weights, strict=True)])
+    }
+    if classes is not None:
+        labels = classes.reshape(n, h * w)
+        for suffix, known in (("", labels), ("_shuffled", np.roll(labels, 1, 0))):
+            pairs = list(zip(flat, known, strict=True))
+            result[f"class{suffix}"] = np.array(
+                [_recall(_discriminant(i[train], truth[train]), i[~train], truth[~train]) for i, truth in pairs]
+            )
+            result[f"silhouette{suffix}"] = np.array([_silhouette(image, truth) for image, truth in pairs])
+    return result
+
+
+def _place(h: int, w: int) -> NDArray[np.float64]:
+    """Row and column of every token [h * w, 2], standardised."""
     target = np.indices((h, w)).reshape(2, h * w).T.astype(np.float64)
-    target = (target - target.mean(0)) / np.maximum(target.std(0), 1e-30)
-    inputs = np.concatenate([flat, np.ones_like(flat[..., :1])], -1)
-    weights, *_ = np.linalg.lstsq(inputs[:half].reshape(-1, inputs.shape[-1]), np.tile(target, (half, 1)), rcond=None)
-    error = ((inputs[half:] @ weights - target) ** 2).sum((1, 2))
-    return 1 - error / (target**2).sum()
+    return (target - target.mean(0)) / np.maximum(target.std(0), 1e-30)
 
 
-def _probe(flat: NDArray[np.float64], labels: NDArray[np.int64], half: int) -> NDArray[np.float64]:
+def _regress(inputs: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
+    weights, *_ = np.linalg.lstsq(np.column_stack([inputs, np.ones(len(inputs))]), target, rcond=None)
+    return weights
+
+
+def _r2(inputs: NDArray[np.float64], target: NDArray[np.float64], weights: NDArray[np.float64]) -> float:
+    error = (np.column_stack([inputs, np.ones(len(inputs))]) @ weights - target) ** 2
+    return float(1 - error.sum() / ((target - target.mean(0)) ** 2).sum())
+
+
+def _discriminant(inputs: NDArray[np.float64], labels: NDArray[np.int64]) -> Any:
+    """A linear probe of the classes with two tokens or more; None where there is one such class only."""
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-    known = np.unique(labels[:half])
+    known, counts = np.unique(labels, return_counts=True)
+    known = known[counts > 1]
+    if len(known) < 2:
+        return None
+    there = np.isin(labels, known)
+    inputs, labels = inputs[there], labels[there]
     # Shrinkage keeps directions without variance from deciding.
     probe = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=1e-3, priors=np.full(len(known), 1 / len(known)))
-    if len(known) < 2:
-        return np.full(len(flat) - half, np.nan)
-    probe.fit(flat[:half].reshape(-1, flat.shape[-1]), labels[:half].ravel())
-    result = []
-    for features, truth in zip(flat[half:], labels[half:], strict=True):
-        found = probe.predict(features)
-        result.append(np.mean([(found[truth == c] == c).mean() for c in np.unique(truth)]))
-    return np.array(result)
+    return probe.fit(inputs, labels)
+
+
+def _recall(probe: Any, inputs: NDArray[np.float64], truth: NDArray[np.int64]) -> float:
+    if probe is None:
+        return float("nan")
+    found = probe.predict(inputs)
+    return float(np.mean([(found[truth == c] == c).mean() for c in np.unique(truth)]))
+
+
+_TOKENS = 1024
+"""At most so many tokens go into a silhouette, whose cost is quadratic in them: every k-th of a larger grid."""
+
+
+def _silhouette(inputs: NDArray[np.float64], truth: NDArray[np.int64]) -> float:
+    from sklearn.metrics import silhouette_score
+
+    every = -(-len(inputs) // _TOKENS)
+    inputs, truth = inputs[::every], truth[::every]
+    if not 2 <= len(np.unique(truth)) < len(truth) or np.ptp(inputs, axis=0).max() == 0:
+        return float("nan")
+    return float(silhouette_score(inputs, truth))

@@ -10,10 +10,11 @@ layer grounds words (the paper's layer 9 is no outlier here); this table is evid
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.results.statistics import NONE, measured
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,8 +34,22 @@ OUTLIER_Z = 3.5
 
 OUTLIER_MEASURES = ("I2T", "T2I", "I2T_word")
 
-COLUMNS = ["item", "prompt", "seed", "step", "branch", "layer", "head", "query", "key", "span", "mass", "uniform"]
-"""What is needed of the long table (`item` may be absent: then prompt and seed tell prompts apart)."""
+COLUMNS = [
+    "item",
+    "control",
+    "prompt",
+    "seed",
+    "step",
+    "branch",
+    "layer",
+    "head",
+    "query",
+    "key",
+    "span",
+    "mass",
+    "uniform",
+]
+"""What is needed of the long table. `item` may be absent (then prompt and seed tell prompts apart), `control` too."""
 
 
 def per_prompt(table: pd.DataFrame, branch: str = "cond") -> pd.DataFrame:
@@ -60,11 +75,12 @@ def per_prompt(table: pd.DataFrame, branch: str = "cond") -> pd.DataFrame:
 
 
 def summarise(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond") -> pd.DataFrame:
-    """One row per layer.
+    """One row per layer, of the measurement itself; its controls are `by_item`'s.
 
     Args:
         table: rows of `AttentionMass`, or parts of them that each hold complete prompts (row groups of a table on
-        disk). branch: guidance branch to report.
+            disk).
+        branch: guidance branch to report.
 
     Returns: columns
         layer, prompts: layer index, number of prompts n;
@@ -76,11 +92,7 @@ def summarise(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond"
     """
     import pandas as pd
 
-    parts = [table] if isinstance(table, pd.DataFrame) else table
-    reduced = [per_prompt(part, branch).assign(part=number) for number, part in enumerate(parts)]
-    if not reduced:
-        raise UserError("the table has no rows")
-    long = pd.concat(reduced, ignore_index=True)
+    long = _reduced(table, branch, {NONE})
     layers = _measures(long, "mass").groupby(level="layer")
     mean, spread, count = layers.mean(), layers.std(), layers.size()
     summary = pd.DataFrame({"layer": mean.index, "prompts": count.to_numpy()}, index=mean.index)
@@ -96,6 +108,32 @@ def summarise(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond"
     return summary.reset_index(drop=True)
 
 
+def by_item(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond") -> pd.DataFrame:
+    """One row per item, control and layer: columns item, control, layer, the six blocks and I2T_<span>.
+
+    Args:
+        table, branch: as in `summarise`.
+    """
+    long = _reduced(table, branch, None)
+    wide = _measures(long, "mass", ["control", "item", "layer"])
+    return wide.reset_index()
+
+
+def _reduced(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str, controls: set[str] | None) -> pd.DataFrame:
+    """`per_prompt` of every part and control (all of them if None), with the columns part and control."""
+    import pandas as pd
+
+    found = []
+    for number, part in enumerate([table] if isinstance(table, pd.DataFrame) else table):
+        there = dict.fromkeys(part["control"]) if "control" in part else {NONE: None}
+        for control in there:
+            if controls is None or control in controls:
+                found.append(per_prompt(measured(part, control), branch).assign(part=number, control=control))
+    if not found:
+        raise UserError("the table has no rows")
+    return pd.concat(found, ignore_index=True)
+
+
 def robust_z(values: np.ndarray) -> np.ndarray:
     """Robust z-scores `0.6745 (x - median) / MAD`, 0 where the median absolute deviation is 0. (L,) -> (L,)."""
     import numpy as np
@@ -105,11 +143,11 @@ def robust_z(values: np.ndarray) -> np.ndarray:
     return 0.6745 * away / scale if scale > 0 else np.zeros_like(away)
 
 
-def _measures(long: pd.DataFrame, value: str) -> pd.DataFrame:
-    """Rows (part, item, layer), one column per block and per I2T span."""
+def _measures(long: pd.DataFrame, value: str, cell: Sequence[str] = ("part", "item", "layer")) -> pd.DataFrame:
+    """Rows of `cell`, one column per block and per I2T span."""
     import pandas as pd
 
-    cell = ["part", "item", "layer"]
+    cell = list(cell)
     columns = {}
     for name, (query, key) in BLOCKS.items():
         chosen = long[(long["query"] == query) & (long["key"] == key)]

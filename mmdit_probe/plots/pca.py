@@ -74,10 +74,15 @@ def pca_maps(
 
 
 def pca_scores(summary: pd.DataFrame, *, title: str = "") -> Figure:
-    """Class score (with its control) and position score by layer, one line per kind of feature, 95 % intervals."""
+    """Class scores (with their control) and position score by layer, one line per kind of feature, 95 % intervals."""
     from matplotlib.ticker import MaxNLocator
 
-    panels = [("class", "linear probe of the class: recall"), ("position", "variance that position explains")]
+    place = "position" if "position" in summary else "coordinates"  # a basis per picture has no mean map
+    panels = [
+        ("class", "linear probe of the class: recall"),
+        ("silhouette", "silhouette of the classes"),
+        (place, "variance that position explains" if place == "position" else "R² of row and column"),
+    ]
     panels = [(name, label) for name, label in panels if name in summary]
     with style.context():
         figure = style.figure(width=0.4 + 3.0 * len(panels), height=2.7)
@@ -90,8 +95,8 @@ def pca_scores(summary: pd.DataFrame, *, title: str = "") -> Figure:
                 axes.fill_between(
                     part["layer"], part[f"{name}_low"], part[f"{name}_high"], color=colour, alpha=0.15, lw=0
                 )
-                if name == "class":
-                    axes.plot(part["layer"], part["class_shuffled"], marker, ms=2.5, mfc="white", mec=colour, mew=0.6)
+                if f"{name}_shuffled" in part:
+                    axes.plot(part["layer"], part[f"{name}_shuffled"], marker, ms=2.5, mfc="white", mec=colour, mew=0.6)
             axes.set(title=label, xlabel="layer", ylim=(min(0, axes.get_ylim()[0]), None))
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         handles, labels = axes.get_legend_handles_labels()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -15,7 +16,8 @@ from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.base import Observer
-from mmdit_probe.observe.pca import KINDS, PCA, Projection, scores, token_classes
+from mmdit_probe.observe.pca import KINDS, PCA, Projection, own_scores, scores, token_classes
+from mmdit_probe.observe.pca_run import pca_of_pictures
 from tests import tiny
 
 IMAGE, LAYER = 16, 1
@@ -93,6 +95,7 @@ def test_scores_tell_class_from_position() -> None:
     assert all(len(values) == 6 for values in found.values())
     assert found["class"].min() > 0.95
     assert found["class_shuffled"].mean() < 0.7
+    assert np.nanmin(found["silhouette"]) > 0.7 > 0.5 > np.nanmean(found["silhouette_shuffled"])
     assert found["position"].mean() < 0.2
     positional, classes = maps_of("position")
     found = scores(positional, classes)
@@ -102,6 +105,55 @@ def test_scores_tell_class_from_position() -> None:
     assert set(scores(positional, None)) == {"position", "coordinates"}
     with pytest.raises(UserError, match="two images"):
         scores(positional[:1], None)
+
+
+def test_incremental_fit_spans_what_the_exact_one_does() -> None:
+    model = MMDiT(tiny.pipeline())
+    exact, incremental = PCA(["value"], 3), PCA(["value"], 3, "incremental")
+    run_twice(model, exact, incremental)
+    for one, two in zip(exact.basis(LAYER, "value"), incremental.basis(LAYER, "value"), strict=True):
+        assert one.shape == two.shape
+    overlap = exact.basis(LAYER, "value")[1][:, 0] @ incremental.basis(LAYER, "value")[1][:, 0]
+    assert abs(float(overlap)) > 0.95
+    with pytest.raises(UserError, match="exact"):
+        PCA(solver="exakt")
+
+
+@pytest.mark.parametrize("solver", ["exact", "incremental"])
+def test_an_interrupted_run_goes_on_where_it_was(solver: str, tmp_path: Path) -> None:
+    from mmdit_probe.data.images import resolve
+
+    model, left = MMDiT(tiny.pipeline()), [100]
+    stock = model.denoise
+
+    def counted(*args: Any, **options: Any) -> Any:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return stock(*args, **options)
+
+    model.denoise = counted  # type: ignore[method-assign]
+    how: dict[str, Any] = {"kinds": ["key"], "components": 2, "batch": 2, "solver": solver}
+    pictures = resolve("scenes:val", 6)
+    whole = pca_of_pictures(model, pictures, ["a cat"], **how)
+    for _ in range(2):  # in the first pass, then in the second
+        left[0] = 2
+        with pytest.raises(KeyboardInterrupt):
+            pca_of_pictures(model, pictures, ["a cat"], state=tmp_path / "state", **how)
+    left[0] = 2  # six batches in all, four are done
+    again = pca_of_pictures(model, pictures, ["a cat"], state=tmp_path / "state", **how)
+    pd.testing.assert_frame_equal(whole.table, again.table)
+    np.testing.assert_array_equal(whole.maps[0, "key"], again.maps[0, "key"])
+
+
+def test_own_scores_need_their_control() -> None:
+    """Inside one picture even another's classes are predicted by neighbours: what counts is the distance."""
+    semantic, classes = maps_of("class")
+    found = own_scores(semantic, classes)
+    assert np.nanmin(found["class"]) > 0.95 and len(found["class"]) == 12
+    assert np.nanmean(found["silhouette"]) > 0.7 > 0.5 > np.nanmean(found["silhouette_shuffled"])
+    positional, classes = maps_of("position")
+    assert own_scores(positional, None)["coordinates"].mean() > 0.4
 
 
 def test_bad_requests() -> None:
@@ -124,10 +176,15 @@ def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.Monke
     ]  # fmt: skip
     names = {path.name for path in Path("run").iterdir()}
     assert {"pca.parquet", "pca_variance.parquet", "pca_maps.png", "pca_scores.png", "pca_by_layer.csv"} <= names
+    summary = pd.read_csv("run/pca_by_layer.csv")
+    assert {"silhouette", "silhouette_beyond_low", "explained_3_low", "position_high"} <= set(summary.columns)
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, "--fit", "image", "--out", "each"])
     assert stopped.value.code == 0
-    assert not Path("each/pca.parquet").exists()
+    each = pd.read_parquet("each/pca.parquet")
+    assert each["item"].nunique() == 4 and each["position"].isna().all() and each["silhouette"].notna().any()
+    assert each["explained_3"].between(0, 1).all()
+    capfd.readouterr()
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, "--kinds", "values"])
     assert stopped.value.code == 2

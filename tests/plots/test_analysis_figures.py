@@ -79,7 +79,7 @@ def test_fig05(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fig06(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [
-        {"item": item, "prompt": "p", "seed": item, "layers": layers, "scale": scale, "control": False,
+        {"item": item, "prompt": "p", "seed": item, "layers": layers, "scale": scale, "control": "none",
          "change": 0.1 * scale, "facts": 0.5 + 0.1 * scale}
         for item in range(4) for layers, scale in (("", 0.0), ("1", 1.0), ("1", 2.0))
     ]  # fmt: skip

@@ -1,0 +1,124 @@
+"""The controls of every analysis: what a measurement shows where there is nothing to find.
+
+    for variant in variants(model, ["random", "uniform"]):           # the measurement itself comes first
+        with probe(variant.model, AttentionMass(), edits=variant.edits): ...
+
+random      the same network with random weights: what architecture and inputs alone give
+shuffled    every item with the caption of the next one: what any text of this kind gives
+uniform     attention that gives every key the same probability, in all layers: what masses and norms are by count
+
+A claim is the measurement minus its control, paired by item (`results.statistics.compare`); a claim whose control shows
+the same is printed as such. Not here: the equal-budget control of an edit (`edit.control`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, TypeVar
+
+from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.attention.intercept import ModuleCall, Stage
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.models.layout import Layer
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.results.statistics import NONE
+from mmdit_probe.specs import Spec
+
+CONTROLS = {
+    "random": "the same network with random weights",
+    "shuffled": "another item's caption",
+    "uniform": "uniform attention in all layers",
+}
+
+FLAT = 1e-30
+"""Scale of the logits under uniform attention: all probabilities equal in any precision. Not 0, which times the minus
+infinity of a masked key is no number."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """An edit after which every query gives every key it sees the same probability. Observers see it too."""
+
+    layers: Spec = "all"
+
+    stage: ClassVar[Stage] = "input"
+
+    def handler(self, layer: Layer, run: object) -> Uniform:
+        """The handler of one layer, for `probe(edits=...)`."""
+        return self
+
+    def __call__(self, call: SDPACall, module_call: ModuleCall) -> SDPACall:
+        return replace(call, scale=FLAT)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The measurement itself (name "none") or one of its controls.
+
+    Attributes:
+        name: value of the column `control`. stock: the model of the measurement. seed: of random weights.
+    """
+
+    name: str
+    stock: MMDiT
+    seed: int = 0
+
+    @cached_property
+    def model(self) -> MMDiT:
+        """The model to run; the random twin is made when it is first asked for."""
+        return random_model(self.stock, self.seed) if self.name == "random" else self.stock
+
+    @property
+    def edits(self) -> tuple[Uniform, ...]:
+        """What to attach to every probe, before other edits."""
+        return (Uniform(),) if self.name == "uniform" else ()
+
+    def texts(self, texts: Sequence[Item]) -> list[Item]:
+        """The captions of the items, in their order."""
+        return [*texts[1:], *texts[:1]] if self.name == "shuffled" else list(texts)
+
+
+def parse(text: str, known: Sequence[str] = tuple(CONTROLS)) -> tuple[str, ...]:
+    """The controls that "random,uniform" names, in the order of `known`; none for "none".
+
+    Raises:
+        UserError: an unknown control, or one that makes no sense for this measurement.
+    """
+    names = [part.strip() for part in text.split(",")]
+    if names == [NONE]:
+        return ()
+    for name in names:
+        if name not in known:
+            raise unknown("control", name, [NONE, *known])
+    return tuple(name for name in known if name in names)
+
+
+def variants(model: MMDiT, controls: Sequence[str], items: int | None = None) -> list[Variant]:
+    """The measurement itself, then its controls.
+
+    Args:
+        model: of the measurement. controls: names, from `parse`.
+        items: how many there are.
+
+    Raises:
+        UserError: shuffled captions of a single item.
+    """
+    if "shuffled" in controls and items == 1:
+        raise UserError("--control shuffled exchanges captions between items; expected two items or more")
+    return [Variant(name, model) for name in (NONE, *controls)]
+
+
+def random_model(model: MMDiT, seed: int = 0) -> MMDiT:
+    """The same pipeline around a transformer of random weights; for an embedded model the twin that `load` knows."""
+    from mmdit_probe.models.layout import unwrap
+    from mmdit_probe.models.load import random_twin
+
+    pipeline = model.pipeline
+    parts = {**pipeline.components, "transformer": random_twin(unwrap(pipeline.transformer), seed).to(model.device)}
+    twin = type(pipeline)(**parts)
+    twin.set_progress_bar_config(disable=True)
+    return type(model)(twin, f"{model.name}-random", model.max_sequence_length)
