@@ -1,168 +1,341 @@
-"""What does MAGNET gain and lose? Four trainings of one LoRA on scenes-sd3, measured on the same held-out scenes.
+"""What does MAGNET gain and lose? One LoRA trained in several ways on scenes-sd3, measured on the same held-out scenes.
 
-    python analyses/magnet_scenes.py                                     # about an hour on two idle cores
-    python analyses/magnet_scenes.py --steps 4 --train 16 --maps 6 --prompts 2 --num-steps 3 --work /tmp/quick
+    python analyses/magnet_scenes.py --processes 2                       # well under an hour on two idle cores
+    python analyses/magnet_scenes.py --steps 4 --train 16 --maps 6 --prompts 2 --num-steps 3 --pilot-steps 2 \
+        --pilot-prompts 1 --rates 1e-3 --validation 4 --work /tmp/quick --out /tmp/quick/out
 
 Variants: `class` (token-level, class masks), `part` (head-level, part masks), `self` (token-level, the model's own
-refined maps, no annotation), and `control`: the same LoRA, data, steps and seeds with flow matching alone, so that what
-more training does is not taken for what mask alignment does. The layer is chosen on the "val" scenes; everything
-reported is of "test". Trainings continue where they were stopped.
+refined maps, no annotation), and `control`: the same LoRA, pictures, steps and seeds with flow matching alone, so that
+what more training does is not taken for what mask alignment does.
 
-Writes `miou.csv`, `generation.csv`, `training.csv` and `summary.md` into `--out`.
+What is chosen is chosen on the "val" scenes: the layer (the best of the base model), and the loss's form and rate by a
+pilot of short trainings (the highest mIoU among those whose pictures are not significantly worse than a control's of
+the same rate). Everything reported is of "test". Each training and each measurement is a file in `--work`, under a hash
+of the options and weights: what is there is not done again, and a killed training continues.
+
+Writes tables, `examples.npz` (what figures/fig10_magnet.py draws), `settings.json` and `summary.md` into `--out`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from magnet_tables import BASE, CONTROL, PROTOCOLS, UNSUPERVISED, choose, write
 
-from mmdit_probe import load
+from mmdit_probe import TextMaps, load, probe
 from mmdit_probe.evaluate.clipscore import ClipScorer
-from mmdit_probe.evaluate.generation import compare, scene_prompts, score
+from mmdit_probe.evaluate.generation import scene_prompts, score
 from mmdit_probe.evaluate.matching import assign, histogram
 from mmdit_probe.evaluate.scores import ImageCounts
 from mmdit_probe.magnet import MagnetConfig, ScenesData, SelfLabelled, train
 from mmdit_probe.magnet.data import Data
-from mmdit_probe.magnet.trainer import Watch
-from mmdit_probe.magnet.validation import validate
+from mmdit_probe.magnet.sample import Sample
+from mmdit_probe.magnet.trainer import TrainResult, Watch
+from mmdit_probe.magnet.validation import readouts, validate
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.results.folder import short_hash
 from mmdit_probe.scenes import CLASSES, load_parser, scene
-from mmdit_probe.segment import discover
+from mmdit_probe.scenes.captions import PLURALS
+from mmdit_probe.segment import discover, segment
 
 OUT = Path(__file__).parent / "results" / "magnet_scenes"
-BASE, CONTROL = "base", "control"
+MODEL = "scenes-sd3"
 ALIGNMENT = {CONTROL: "none", "class": "token", "part": "head", "self": "token"}
+SHOWN = 6
+"""Scenes whose label maps are kept for the figures; of the pictures, the first prompt of every category is."""
+SEED = 10_000
 
 
-def data_of(variant: str, model: MMDiT, layer: int, count: int) -> Data:
-    """The training data of a variant: the same pictures, and the same prompts but for the parts' own captions."""
-    named = ScenesData("train", count, "class", "mixed")
+@dataclass(frozen=True)
+class Plan:
+    """Every option that decides the numbers."""
+
+    steps: int
+    batch: int
+    train: int
+    rates: tuple[float, ...]
+    pilot_steps: int
+    pilot_prompts: int
+    validation: int
+    maps: int
+    prompts: int
+    num_steps: int
+    guidance: float
+    precision: str
+    device: str
+
+    def model(self, lora: Path | None = None, pictures: bool = False) -> MMDiT:
+        """The model with an adapter merged into it; for pictures in `precision`."""
+        model = load(MODEL, device=self.device, dtype="float32", lora=lora)
+        if lora is not None:
+            model.pipeline.fuse_lora(components=["transformer"])
+            model.pipeline.unload_lora_weights()
+        if pictures and self.precision != "float32":
+            model.pipeline.to(getattr(torch, self.precision))
+        return model
+
+
+def once(path: Path, make: Callable[[Path], None]) -> Path:
+    """`path`, made unless it is there; complete once it has its name."""
+    if not path.exists():
+        temporary = path.with_name(f"unfinished-{os.getpid()}-{path.name}")
+        make(temporary)
+        os.replace(temporary, path)
+    return path
+
+
+def held_out(plan: Plan) -> list[Sample]:
+    return [ScenesData("val", plan.validation)[index] for index in range(plan.validation)]
+
+
+def choose_layer(plan: Plan, work: Path) -> None:
+    """The layer whose maps name the val scenes best in the base model."""
+
+    def make(path: Path) -> None:
+        model = plan.model()
+        scores = [validate(model, held_out(plan), [layer]).miou for layer in range(len(model.layers))]
+        path.write_text(json.dumps({"layer": int(np.argmax(scores)), "miou": scores}))
+
+    once(work / "layer.json", make)
+
+
+def layer_of(work: Path) -> int:
+    return int(json.loads((work / "layer.json").read_text())["layer"])
+
+
+def fit(plan: Plan, work: Path, name: str, data: Data, steps: int, **options: Any) -> TrainResult:
+    """One training, or the one that is there."""
+    config = MagnetConfig(
+        layers=(layer_of(work),), streams="joint", steps=steps, batch=plan.batch, warmup=steps // 20, clip=1.0,
+        drop_prompt=0.1, **options,
+    )  # fmt: skip
+    watch = Watch(every=max(1, steps // 4), samples=held_out(plan), save_every=50)
+    return train(plan.model(), data, config, watch=watch, out=work / name, resume=True)
+
+
+def pictures(plan: Plan, path: Path, name: str, lora: Path | None, count: int, split: str) -> None:
+    """Generated pictures of held-out captions and their scores."""
+    model = plan.model(lora, pictures=True)
+    prompts = scene_prompts(count, split=split)
+    frame = score(model, prompts, variant=name, steps=plan.num_steps, guidance=plan.guidance, seed=SEED,
+                  parser=load_parser(), clip=ClipScorer.load("scenes-clip"))  # fmt: skip
+    frame.to_parquet(path)
+
+
+def pilot(plan: Plan, work: Path, name: str, options: dict[str, Any]) -> None:
+    """A short training on class masks with one form of the loss, measured on val."""
+    data = ScenesData("train", plan.train, "class", "mixed")
+    result = fit(plan, work, name, data, plan.pilot_steps, **options)
+
+    def measured(path: Path) -> None:
+        found = {
+            "name": name,
+            **options,
+            "miou": validate(plan.model(result.lora), held_out(plan), [layer_of(work)]).miou,
+        }
+        path.write_text(json.dumps(found))
+
+    once(work / f"{name}.json", measured)
+    once(work / f"{name}.parquet", lambda path: pictures(plan, path, name, result.lora, plan.pilot_prompts, "val"))
+
+
+def data_of(plan: Plan, work: Path, variant: str) -> Data:
+    """The training data of a variant: the same pictures; the same prompts but for the parts' own captions."""
+    named = ScenesData("train", plan.train, "class", "mixed")
     if variant == "part":
-        return ScenesData("train", count, "part", "mixed")
-    return SelfLabelled.make(model, named, layers=(layer,)) if variant == "self" else named
+        return ScenesData("train", plan.train, "part", "mixed")
+    if variant != "self":
+        return named
+    settings: dict[str, Any] = {}
+
+    def make(path: Path) -> None:
+        found = SelfLabelled.make(plan.model(), named, layers=(layer_of(work),))
+        with path.open("wb") as file:
+            np.savez_compressed(file, labels=found.labels, settings=json.dumps(found.settings))
+
+    with np.load(once(work / "self-labels.npz", make)) as kept:
+        settings = json.loads(str(kept["settings"]))
+        return SelfLabelled(named, kept["labels"], True, settings)
 
 
-def named_counts(model: MMDiT, layer: int, count: int, normalised: bool) -> ImageCounts:
-    """Open vocabulary, present classes: counts of the I2T maps of one layer on test scenes."""
-    samples = [ScenesData("test", count)[index] for index in range(count)]
-    found = validate(model, samples, [layer], normalised=normalised).counts.astype(float)
-    return ImageCounts(np.diagonal(found, axis1=1, axis2=2).copy(), found.sum(2), found.sum(1))
+def variant(plan: Plan, work: Path, name: str, options: dict[str, Any]) -> None:
+    """Train a variant (none for the base model) and measure it on test."""
+    layer, lora = layer_of(work), None
+    if name != BASE:
+        lora = fit(plan, work, name, data_of(plan, work, name), plan.steps, **options).lora
+    once(work / f"{name}-counts.npz", lambda path: save_counts(plan, path, plan.model(lora), layer))
+    once(work / f"{name}-examples.npz", lambda path: save_examples(plan, path, lora, layer))
+    once(work / f"{name}.parquet", lambda path: pictures(plan, path, name, lora, plan.prompts, "test"))
 
 
-def unnamed_counts(model: MMDiT, layer: int, count: int) -> ImageCounts:
-    """Unsupervised segments of the empty prompt on test scenes, matched within each image."""
-    hit, truth, found = (np.zeros((count, len(CLASSES))) for _ in range(3))
-    for index in range(count):
-        item = scene("test", index)
-        segments = discover(model, item.image, layers=[layer], seeds=(index,)).labels
-        counts = histogram(item.classes, segments, len(CLASSES))
-        truth[index] = counts.sum(1)
-        for segment, of in enumerate(assign(counts)):
+def save_counts(plan: Plan, path: Path, model: MMDiT, layer: int) -> None:
+    """Counts per test scene of every protocol."""
+    samples = [ScenesData("test", plan.maps)[index] for index in range(plan.maps)]
+    found = {}
+    for kind, scores in readouts(model, samples, [layer], list(PROTOCOLS)).items():
+        counts = scores.counts.astype(float)
+        found[PROTOCOLS[kind]] = np.stack([np.diagonal(counts, axis1=1, axis2=2), counts.sum(2), counts.sum(1)])
+    found[UNSUPERVISED] = np.zeros((3, plan.maps, len(CLASSES)))
+    for index in range(plan.maps):
+        _, counts, classes = segments(model, index, layer)
+        found[UNSUPERVISED][1, index] = counts.sum(1)
+        for segment_id, of in enumerate(classes):
             if of < len(CLASSES):
-                hit[index, of] += counts[of, segment]
-                found[index, of] += counts[:, segment].sum()
-    return ImageCounts(hit, truth, found)
+                found[UNSUPERVISED][0, index, of] += counts[of, segment_id]
+                found[UNSUPERVISED][2, index, of] += counts[:, segment_id].sum()
+    with path.open("wb") as file:
+        np.savez_compressed(file, **found)
 
 
-def miou_table(counts: dict[tuple[str, str], ImageCounts]) -> pd.DataFrame:
-    """mIoU per variant and protocol with intervals, and paired gains over the base model and over the control."""
-    rows = []
-    for (variant, protocol), own in counts.items():
-        low, high = own.interval("miou")
-        row: dict[str, object] = {"variant": variant, "protocol": protocol, "n": len(own), "miou": own.miou()}
-        row |= {"low": low, "high": high}
-        for other in (BASE, CONTROL):
-            gain = own.gain(counts[other, protocol])
-            row |= dict(zip((f"gain_{other}", f"gain_{other}_low", f"gain_{other}_high"), gain, strict=True))
-        rows.append(row)
-    return pd.DataFrame(rows)
+def segments(model: MMDiT, index: int, layer: int) -> tuple[Any, Any, Any]:
+    """Unsupervised segments of a test scene from the empty prompt: labels, counts, and the class matched to each."""
+    item = scene("test", index)
+    labels = discover(model, item.image, layers=[layer], seeds=(index,)).labels
+    counts = histogram(item.classes, labels, len(CLASSES))
+    return labels, counts, assign(counts)
 
 
-def as_markdown(miou: pd.DataFrame, generation: pd.DataFrame, facts: str) -> str:
-    """Both tables for people."""
-    lines = ["# MAGNET on scenes-sd3", "", facts, "", "## mIoU on test scenes (95 % intervals over images, paired)", ""]
-    lines += ["| variant | protocol | n | mIoU | gain over base | gain over control |", "|---|---|---|---|---|---|"]
-    for row in miou.to_dict("records"):
-        gains = [
-            f"{row[f'gain_{o}']:+.3f} [{row[f'gain_{o}_low']:+.3f}, {row[f'gain_{o}_high']:+.3f}]"
-            for o in (BASE, CONTROL)
-        ]
-        cells = [row["variant"], row["protocol"], str(row["n"]),
-                 f"{row['miou']:.3f} [{row['low']:.3f}, {row['high']:.3f}]", *gains]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "## Generated pictures: mean, and paired difference to the control (95 % intervals over prompts)", ""]
-    for metric, part in generation.groupby("metric", sort=False):
-        categories = list(dict.fromkeys(part["category"]))
-        images = int(part["images"].iloc[0])
-        lines += [f"### {metric} (n = {images} pictures)", "", f"| variant | {' | '.join(categories)} |"]
-        lines.append("|---" * (len(categories) + 1) + "|")
-        for variant, of in part.groupby("variant", sort=False):
-            by = of.set_index("category")
-            cells = []
-            for category in categories:
-                row = by.loc[category]
-                worse = " (worse)" if row["worse"] else ""
-                interval = f"[{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
-                cells.append(f"{row['mean']:.3f}, {row['difference']:+.3f} {interval}{worse}")
-            lines.append(f"| {variant} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
+def save_examples(plan: Plan, path: Path, lora: Path | None, layer: int) -> None:
+    """What the figures show: label maps of the first test scenes, pictures of the first prompts and their word maps.
+
+    Word maps are those of the step at sigma of about one half, of the words of the prompt that name a class.
+    """
+    model = plan.model(lora)
+    named, unnamed = [], []
+    for index in range(SHOWN):
+        item = scene("test", index)
+        ids = np.array([CLASSES.index(name) for name in item.class_names], np.uint8)
+        named.append(ids[segment(model, item.image, item.class_names, layers=[layer], seeds=(index,)).labels])
+        labels, _, classes = segments(model, index, layer)
+        unnamed.append(classes.astype(np.uint8)[labels])
+    prompts, images, maps, words = scene_prompts(plan.prompts, split="test"), [], [], []
+    model.pipeline.to(getattr(torch, plan.precision))
+    step = int(np.argmin(np.abs(np.array(model.sigmas(plan.num_steps)) - 0.5)))
+    for place in range(0, len(prompts), plan.prompts):
+        text = prompts[place][1]
+        words.append([w for w in dict.fromkeys(text.split()) if w in (*CLASSES, *PLURALS.values())])
+        with probe(model, TextMaps(words=words[-1]), layers=[layer], steps=[step]) as run:
+            images += model.generate(text, steps=plan.num_steps, guidance=plan.guidance, seed=SEED + place)
+        maps.append(run[TextMaps].maps(layer)[0].permute(2, 0, 1).numpy())
+    most = max(map(len, words))
+    grid = np.zeros((len(maps), most, *maps[0].shape[1:]), np.float16)
+    for row, found in zip(grid, maps, strict=True):
+        row[: len(found)] = found
+    with path.open("wb") as file:
+        np.savez_compressed(
+            file, named=np.stack(named), unnamed=np.stack(unnamed), pictures=np.stack([np.asarray(i) for i in images]),
+            maps=grid, words=json.dumps(words), prompts=json.dumps([t for _, t in prompts[:: plan.prompts]]),
+        )  # fmt: skip
+
+
+def pilots(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Options of every pilot by name: the two spaces, with and without min-max, and a control, at every rate."""
+    found: dict[str, dict[str, Any]] = {}
+    for rate in plan.rates:
+        found[f"pilot-{CONTROL}-{rate:g}"] = {"alignment": "none", "rate": rate}
+        for space in ("logit", "probability"):
+            for normalise in ("none", "minmax"):
+                name = f"pilot-{space}-{normalise}-{rate:g}"
+                found[name] = {"alignment": "token", "space": space, "normalise": normalise, "rate": rate}
+    return found
+
+
+def pilot_table(plan: Plan, work: Path) -> pd.DataFrame:
+    """The pilots' scores with the choice among them."""
+    rows = [json.loads((work / f"{name}.json").read_text()) for name in pilots(plan)]
+    return choose(pd.DataFrame(rows), {name: pd.read_parquet(work / f"{name}.parquet") for name in pilots(plan)})
+
+
+def run(plan: Plan, work: Path, processes: int) -> None:
+    """All jobs, as many at a time as there are processes."""
+    began = time.perf_counter()
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=start) as pool:
+        pool.submit(choose_layer, plan, work).result()
+        print(f"layer {layer_of(work)}", flush=True)
+        waiting: dict[Future[None], str] = {
+            pool.submit(pilot, plan, work, name, options): name for name, options in pilots(plan).items()
+        }
+        left = len(waiting)
+        waiting[pool.submit(variant, plan, work, BASE, {})] = BASE
+        while waiting:
+            for done in wait(waiting, return_when=FIRST_COMPLETED).done:
+                name = waiting.pop(done)
+                done.result()
+                print(f"{name}: finished after {(time.perf_counter() - began) / 60:.1f} minutes", flush=True)
+                left -= name.startswith("pilot")
+                if left == 0:
+                    left = -1
+                    table = pilot_table(plan, work)
+                    taken = table[table["chosen"]].iloc[0]
+                    print(f"chosen on val: {taken['name']}", flush=True)
+                    shared = {key: taken[key] for key in ("space", "normalise")} | {"rate": float(taken["rate"])}
+                    for of, alignment in ALIGNMENT.items():
+                        job = pool.submit(variant, plan, work, of, {"alignment": alignment, **shared})
+                        waiting[job] = of
+
+
+def start() -> None:
+    """One thread per process: the pool is the parallelism."""
+    torch.set_num_threads(1)
+
+
+def collect(plan: Plan, work: Path, out: Path) -> None:
+    """The tables of finished jobs."""
+    counts, examples = {}, {}
+    for name in (BASE, *ALIGNMENT):
+        with np.load(work / f"{name}-counts.npz") as kept:
+            counts |= {(name, protocol): ImageCounts(*kept[protocol]) for protocol in kept.files}
+        with np.load(work / f"{name}-examples.npz") as kept:
+            examples |= {f"{name}/{key}": kept[key] for key in kept.files}
+    frames = pd.concat([pd.read_parquet(work / f"{name}.parquet") for name in (BASE, *ALIGNMENT)])
+    logs = {
+        kind: pd.concat([pd.read_csv(work / name / f"{kind}.csv").assign(variant=name) for name in ALIGNMENT])
+        for kind in ("training", "validation")
+    }
+    layer = json.loads((work / "layer.json").read_text())
+    settings = asdict(plan) | {"model": MODEL, "weight_hash": plan.model().weight_hash, "layer": layer["layer"],
+                               "layer_miou_val": layer["miou"], "seed": SEED}  # fmt: skip
+    write(out, counts, frames, pilot_table(plan, work), logs, examples, settings)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--train", type=int, default=800, help="training scenes")
-    parser.add_argument("--space", default="logit", help="maps before (logit) or after (probability) the softmax")
-    parser.add_argument("--normalise", default="none")
+    parser.add_argument("--rates", default="1e-3,3e-3", help="learning rates of the pilot")
+    parser.add_argument("--pilot-steps", type=int, default=100)
+    parser.add_argument("--pilot-prompts", type=int, default=8, help="val prompts per category of the pilot")
+    parser.add_argument("--validation", type=int, default=64, help="val scenes of every choice")
     parser.add_argument("--maps", type=int, default=200, help="test scenes of the mIoU")
-    parser.add_argument("--prompts", type=int, default=30, help="prompts per category")
+    parser.add_argument("--prompts", type=int, default=60, help="test prompts per category")
     parser.add_argument("--num-steps", type=int, default=28)
-    parser.add_argument("--layer", type=int, help="layer to align [default: the best of the base model on val]")
+    parser.add_argument("--guidance", type=float, default=7.5)
+    parser.add_argument("--precision", default="bfloat16", help="of generated pictures; all else is float32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--work", type=Path, default=Path("runs") / "magnet-scenes", help="training run folders")
-    parser.add_argument("--out", type=Path, help="tables [default: analyses/results/magnet_scenes]")
-    ask = parser.parse_args()
-    model = load("scenes-sd3", device=ask.device)
-    chosen = [ScenesData("val", 64)[index] for index in range(min(64, ask.maps))]
-    scores = [validate(model, chosen, [layer]).miou for layer in range(len(model.layers))]
-    layer = int(np.argmax(scores)) if ask.layer is None else ask.layer
-    counts: dict[tuple[str, str], ImageCounts] = {}
-    pictures, logs = [], []
-    prompts, reader, clip = scene_prompts(ask.prompts, split="test"), load_parser(), ClipScorer.load("scenes-clip")
-    for variant in (BASE, *ALIGNMENT):
-        if variant != BASE:
-            config = MagnetConfig(
-                layers=(layer,), alignment=ALIGNMENT[variant], space=ask.space, normalise=ask.normalise,
-                streams="joint", steps=ask.steps, batch=ask.batch, rate=ask.rate, warmup=ask.steps // 20, clip=1.0,
-                drop_prompt=0.1,
-            )  # type: ignore[arg-type]  # fmt: skip
-            base = load("scenes-sd3", device=ask.device)
-            watch = Watch(every=max(1, ask.steps // 4), samples=chosen, save_every=50)
-            data = data_of(variant, base, layer, ask.train)
-            result = train(base, data, config, watch=watch, out=ask.work / variant, resume=True)
-            logs.append(result.log.assign(variant=variant))
-            model = load("scenes-sd3", device=ask.device, lora=result.lora)
-        counts[variant, "present"] = named_counts(model, layer, ask.maps, normalised=False)
-        counts[variant, "present, maps / mean"] = named_counts(model, layer, ask.maps, normalised=True)
-        counts[variant, "unsupervised"] = unnamed_counts(model, layer, ask.maps)
-        pictures.append(
-            score(model, prompts, variant=variant, steps=ask.num_steps, parser=reader, clip=clip, seed=10_000)
-        )
-        print(f"{variant}: mIoU {counts[variant, 'present'].miou():.3f}", flush=True)
-    out = ask.out or OUT
-    out.mkdir(parents=True, exist_ok=True)
-    miou, generation = miou_table(counts), compare(pd.concat(pictures), CONTROL)
-    miou.to_csv(out / "miou.csv", index=False, float_format="%.5g")
-    generation.to_csv(out / "generation.csv", index=False, float_format="%.5g")
-    pd.concat(logs).to_csv(out / "training.csv", index=False, float_format="%.5g")
-    facts = f"Layer {layer}, {ask.steps} steps of {ask.batch}, {ask.train} training scenes, rate {ask.rate}."
-    (out / "summary.md").write_text(as_markdown(miou, generation, facts), encoding="utf-8")
+    parser.add_argument("--processes", type=int, default=1, help="jobs at a time, one thread each")
+    parser.add_argument("--work", type=Path, default=Path("runs") / "magnet-scenes", help="trainings, measurements")
+    parser.add_argument("--out", type=Path, default=OUT, help="tables")
+    ask = vars(parser.parse_args())
+    processes, work, out = (ask.pop(name) for name in ("processes", "work", "out"))
+    ask["rates"] = tuple(float(rate) for rate in ask["rates"].split(","))
+    plan = Plan(**ask)
+    work = work / short_hash(asdict(plan) | {"weights": plan.model().weight_hash})
+    work.mkdir(parents=True, exist_ok=True)
+    run(plan, work, processes)
+    collect(plan, work, out)
     print(f"written: {out}")
 
 

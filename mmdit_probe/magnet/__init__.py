@@ -16,16 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmdit_probe.magnet.config import MagnetConfig
-    from mmdit_probe.magnet.data import FolderData, Sample, ScenesData
+    from mmdit_probe.magnet.data import FolderData, ScenesData
     from mmdit_probe.magnet.lora import save_lora
     from mmdit_probe.magnet.pseudo import SelfLabelled
+    from mmdit_probe.magnet.readers import CocoData, Sa1bData
+    from mmdit_probe.magnet.sample import Sample
     from mmdit_probe.magnet.tap import TextMapTap
     from mmdit_probe.magnet.trainer import train
 
 _EXPORTS = {
+    "CocoData": "mmdit_probe.magnet.readers",
     "FolderData": "mmdit_probe.magnet.data",
     "MagnetConfig": "mmdit_probe.magnet.config",
-    "Sample": "mmdit_probe.magnet.data",
+    "Sa1bData": "mmdit_probe.magnet.readers",
+    "Sample": "mmdit_probe.magnet.sample",
     "ScenesData": "mmdit_probe.magnet.data",
     "SelfLabelled": "mmdit_probe.magnet.pseudo",
     "TextMapTap": "mmdit_probe.magnet.tap",
@@ -34,8 +38,10 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "CocoData",
     "FolderData",
     "MagnetConfig",
+    "Sa1bData",
     "Sample",
     "ScenesData",
     "SelfLabelled",

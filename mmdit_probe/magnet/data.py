@@ -11,9 +11,7 @@ alignment. Errors name the file, and come before the training starts (`check`).
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,28 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdit_probe.errors import UserError, unknown
-
-MAX_MASKS = 32
-MIN_AREA = 0.005
-"""Head-level alignment: at most so many masks, each of at least this share of the picture, largest first."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One training picture.
-
-    Attributes:
-        key: what error messages call it.
-        image: uint8 [H, W, 3]. prompt: its text.
-        masks: boolean [K, H, W].
-        names: the K words or phrases of the prompt that the masks belong to; empty for masks without names.
-    """
-
-    key: str
-    image: NDArray[np.uint8]
-    prompt: str
-    masks: NDArray[np.bool_]
-    names: tuple[str, ...] = ()
+from mmdit_probe.magnet.pictures import PictureData
+from mmdit_probe.magnet.sample import Sample, largest, stack
 
 
 class Data(Protocol):
@@ -112,55 +90,42 @@ def _scene_sample(split: str, index: int, masks: str, prompt: str) -> Sample:
         if word in words:
             names.append(word)
             found.append(item.classes == CLASSES.index(name))
-    return Sample(key, item.image, text, _stack(found, item.classes.shape), tuple(names))
+    return Sample(key, item.image, text, stack(found, item.classes.shape), tuple(names))
 
 
 @dataclass(frozen=True)
-class FolderData:
-    """A folder of pictures with captions and, if there are any, masks (see the module's description).
-
-    Attributes:
-        folder: the folder. size: (height, width) in pixels that pictures are brought to.
-        fit: "crop" cuts the centre to the aspect of `size`, "squash" does not keep the aspect.
-        prompt: "caption", or "list" for the names of the masks joined by blanks.
-        limit: use the first pictures only.
-    """
-
-    folder: Path
-    size: tuple[int, int]
-    fit: Literal["crop", "squash"] = "crop"
-    prompt: Literal["caption", "list"] = "caption"
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.fit not in ("crop", "squash"):
-            raise unknown("fit", self.fit, ("crop", "squash"))
-        if self.prompt not in ("caption", "list"):
-            raise unknown("prompt", self.prompt, ("caption", "list"))
-        if not self.files:
-            raise UserError(f"no picture in {str(self.folder)!r}; expected pictures with captions in .txt files")
+class FolderData(PictureData):
+    """A folder of pictures with captions and, if there are any, masks (see the module's description)."""
 
     @property
-    def files(self) -> list[Path]:
-        return _pictures(self.folder)[: self.limit]
+    def named(self) -> bool:
+        return bool(self.names)
 
     @property
     def names(self) -> dict[int, str]:
         """Name of each mask id; {} where the masks have none."""
-        return _names(self.folder / "masks" / "classes.json")
+        return _names(self.root / "masks" / "classes.json")
 
-    def __len__(self) -> int:
-        return len(self.files)
+    def keys(self) -> list[str]:
+        return [path.name for path in _pictures(self.root)[: self.limit]]
 
-    def __getitem__(self, index: int) -> Sample:
-        file = self.files[index]
-        picture, labels = _read(file), _labels(self.folder / "masks" / f"{file.stem}.png")
-        if labels is not None and labels.size != picture.size:
-            raise UserError(f"{str(file)!r} is {picture.size} pixels, its mask {labels.size}; they must be equal")
-        image = np.asarray(self._fit(picture, smooth=True))
-        ids, masks = np.zeros(self.size, np.int64), []
-        if labels is not None:
-            ids = np.asarray(self._fit(labels, smooth=False)).astype(np.int64)
+    def file(self, index: int) -> Path:
+        return _pictures(self.root)[index]
+
+    def caption(self, index: int) -> str:
+        beside = self.file(index).with_suffix(".txt")
+        return " ".join(beside.read_text(encoding="utf-8").split()) if beside.is_file() else ""
+
+    def truth(self, index: int, size: tuple[int, int]) -> tuple[NDArray[np.bool_], list[str]]:
+        file = self.file(index)
+        ids = _labels(self.root / "masks" / f"{file.stem}.png")
+        if ids is None:
+            return np.zeros((0, *size), bool), []
+        if ids.shape != size:
+            raise UserError(
+                f"{str(file)!r} is {size[1]} x {size[0]} pixels, its mask {ids.shape[1]} x {ids.shape[0]};"
+                " they must be equal"
+            )
         present = [int(i) for i in np.unique(ids) if i != 0]
         missing = [i for i in present if self.names and i not in self.names]
         if missing:
@@ -168,35 +133,7 @@ class FolderData:
                 f"mask of {file.name!r} has ids {missing[:8]} that classes.json does not name; it names "
                 f"{sorted(self.names)[:12]}"
             )
-        masks = [ids == i for i in present]
-        caption = file.with_suffix(".txt")
-        text = " ".join(caption.read_text(encoding="utf-8").split()) if caption.is_file() else ""
-        if not self.names:
-            return Sample(file.name, image, text, largest(masks, self.size))
-        if self.prompt == "list":
-            text = " ".join(self.names[i] for i in present)
-        named = [(self.names[i], mask) for i, mask in zip(present, masks, strict=True) if _says(text, self.names[i])]
-        return Sample(file.name, image, text, _stack([m for _, m in named], self.size), tuple(n for n, _ in named))
-
-    def describe(self) -> dict[str, Any]:
-        listing = "\n".join(f"{p.name} {p.stat().st_size}" for p in self.files)
-        return {"data": str(self.folder), "count": len(self), "fit": self.fit, "prompt": self.prompt,
-                "size": list(self.size), "listing": hashlib.sha256(listing.encode()).hexdigest()[:16]}  # fmt: skip
-
-    def _fit(self, picture: Any, smooth: bool) -> Any:
-        from PIL import Image, ImageOps
-
-        how = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
-        height, width = self.size
-        if self.fit == "squash":
-            return picture.resize((width, height), how)
-        return ImageOps.fit(picture, (width, height), method=how)
-
-
-def largest(masks: Sequence[NDArray[np.bool_]], size: tuple[int, int] = (0, 0)) -> NDArray[np.bool_]:
-    """The masks of at least `MIN_AREA`, largest first, at most `MAX_MASKS`: boolean [K, H, W]."""
-    kept = sorted((m for m in masks if m.mean() >= MIN_AREA), key=lambda m: -int(m.sum()))[:MAX_MASKS]
-    return _stack(kept, masks[0].shape if len(masks) else size)
+        return stack([ids == i for i in present], size), [self.names[i] for i in present if self.names]
 
 
 def check(data: Data, model: Any, alignment: str, probe_count: int = 32) -> None:
@@ -242,23 +179,16 @@ def check(data: Data, model: Any, alignment: str, probe_count: int = 32) -> None
         )
 
 
-def _stack(masks: Sequence[NDArray[np.bool_]], size: tuple[int, ...]) -> NDArray[np.bool_]:
-    return np.stack(masks) if len(masks) else np.zeros((0, *size), bool)
-
-
-def _says(text: str, name: str) -> bool:
-    padded = " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
-    wanted = " ".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
-    return f" {wanted} " in f" {padded} "
-
-
 @lru_cache(maxsize=8)
 def _pictures(folder: Path) -> list[Path]:
     from mmdit_probe.data.images import SUFFIXES
 
     if not folder.is_dir():
         raise UserError(f"no folder {str(folder)!r}; expected pictures with captions, or scenes")
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UserError(f"no picture in {str(folder)!r}; expected pictures with captions in .txt files")
+    return found
 
 
 @lru_cache(maxsize=8)
@@ -271,17 +201,8 @@ def _names(file: Path) -> dict[int, str]:
         raise UserError(f'{str(file)!r} cannot be read: {error}; expected {{"1": "cat", ...}}') from error
 
 
-def _read(file: Path) -> Any:
-    from PIL import Image
-
-    try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{str(file)!r} cannot be read as a picture; convert or remove it") from error
-
-
-def _labels(file: Path) -> Any:
+def _labels(file: Path) -> NDArray[np.int64] | None:
+    """The integers of a mask file [H, W], or None where there is none."""
     from PIL import Image
 
     if not file.is_file():
@@ -290,6 +211,6 @@ def _labels(file: Path) -> Any:
         with Image.open(file) as picture:
             if picture.mode not in ("L", "P", "I", "I;16"):
                 raise UserError(f"mask {str(file)!r} has mode {picture.mode}; expected one integer per pixel")
-            return picture.copy() if picture.mode != "I;16" else picture.convert("I")
+            return np.asarray(picture if picture.mode != "I;16" else picture.convert("I")).astype(np.int64)
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"mask {str(file)!r} cannot be read; convert or remove it") from error

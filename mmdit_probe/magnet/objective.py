@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mmdit_probe.magnet import schedule
 from mmdit_probe.magnet.config import MagnetConfig
-from mmdit_probe.magnet.data import Sample
 from mmdit_probe.magnet.losses import as_logits, flow_matching, mask_loss, match
+from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import TokenTable

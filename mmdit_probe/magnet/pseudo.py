@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdit_probe.errors import unknown
-from mmdit_probe.magnet.data import Data, Sample, largest
+from mmdit_probe.magnet.data import Data
+from mmdit_probe.magnet.sample import Sample, largest
 from mmdit_probe.models.mmdit import MMDiT
 
 REFINE = "affinity"

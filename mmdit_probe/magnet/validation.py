@@ -2,6 +2,7 @@
 
     scores = validate(model, samples, layers=[4], sigma=0.515)
     scores.miou
+    readouts(model, samples, [4], [("logit", "none"), ("probability", "minmax")])    # Table 5 of the paper, one forward
 
 The maps are those of evaluation (after the softmax, mean over heads and layers), not those of the loss; the protocol is
 "present": the names of the picture's own masks compete. Noise is a function of the seed and the picture's place.
@@ -10,19 +11,21 @@ The maps are those of evaluation (after the softmax, mean over heads and layers)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional as F
 
+from mmdit_probe.attention.differentiable import Space
 from mmdit_probe.evaluate.counts import mean_iou
-from mmdit_probe.magnet.data import Sample
-from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.observe.maps import TextMaps
-from mmdit_probe.observe.probe import probe
+from mmdit_probe.magnet.sample import Sample
+from mmdit_probe.magnet.tap import TextMapTap
+from mmdit_probe.models.mmdit import MMDiT, TextCondition
 
 
 @dataclass(frozen=True)
@@ -38,35 +41,73 @@ class PresentScores:
         return mean_iou(self.counts.sum(0))
 
 
+Readout = tuple[Space, Literal["none", "minmax", "mean"]]
+"""How a map is read: before ("logit") or after ("probability") the softmax; as it is, stretched to 0..1 over space,
+or divided by its mean over space (probabilities)."""
+
+
 def validate(
     model: MMDiT, samples: Sequence[Sample], layers: Sequence[int], *, sigma: float = 0.515, seed: int = 0,
-    normalised: bool = False, batch: int = 16,
 ) -> PresentScores:  # fmt: skip
-    """Score the I2T maps of the names of each picture's masks, at full resolution, on labelled pixels.
+    """Score the I2T maps (probabilities as they are) of the names of each picture's masks; arguments of `readouts`."""
+    plain: Readout = ("probability", "none")
+    return readouts(model, samples, layers, [plain], sigma=sigma, seed=seed)[plain]
+
+
+@torch.no_grad()
+def readouts(
+    model: MMDiT, samples: Sequence[Sample], layers: Sequence[int], kinds: Sequence[Readout], *, sigma: float = 0.515,
+    seed: int = 0, batch: int = 16,
+) -> dict[Readout, PresentScores]:  # fmt: skip
+    """Score the maps of the names of each picture's masks, read in several ways, at full resolution on labelled pixels.
 
     Args:
         samples: with named masks; the prompt is the names, joined by blanks. Pictures without names are left out.
-        layers: joint-attention layers, averaged.
+        layers: joint-attention layers, averaged. A name's map is the mean over its positions in all text streams.
+        kinds: readouts, all from one forward.
         sigma: noise level. seed: picture k is noised from seed + k.
-        normalised: divide each map by its mean over the picture.
     """
     kept = [(place, s) for place, s in enumerate(samples) if s.names]
     names = tuple(sorted({name for _, s in kept for name in s.names}))
-    counts = np.zeros((len(kept), len(names), len(names)), np.int64)
+    counts = {kind: np.zeros((len(kept), len(names), len(names)), np.int64) for kind in kinds}
+    spaces = sorted({space for space, _ in kinds})
     for start in range(0, len(kept), batch):
         chunk = kept[start : start + batch]
         text = model.encode_prompt([" ".join(s.names) for _, s in chunk])
         latents = model.noise(model.encode_image([s.image for _, s in chunk]), sigma, [seed + p for p, _ in chunk])
-        with probe(model, TextMaps(), layers=list(layers)) as run:
-            model.denoise(latents, sigma, text)
-        maps = torch.stack([run[TextMaps].maps(layer) for layer in layers]).mean(0)  # [B, h, w, T]
+        maps = _maps(model, latents, sigma, text, layers, spaces)
         for row, (_, sample) in enumerate(chunk):
             spans = [[p for of in text.tokens[row].word_spans(name).values() for p in of] for name in sample.names]
-            scores = torch.stack([maps[row, ..., span].sum(-1) for span in spans])
-            if normalised:
-                scores = scores / scores.mean((1, 2), keepdim=True)
-            counts[start + row] = _counts(scores, sample, [names.index(name) for name in sample.names], len(names))
-    return PresentScores(counts, names)
+            ids = [names.index(name) for name in sample.names]
+            for space, change in kinds:
+                scores = torch.stack([maps[space][row, span].mean(0) for span in spans])
+                counts[space, change][start + row] = _counts(_changed(scores, change), sample, ids, len(names))
+    return {kind: PresentScores(found, names) for kind, found in counts.items()}
+
+
+def _maps(
+    model: MMDiT, latents: Tensor, sigma: float, text: TextCondition, layers: Sequence[int], spaces: Sequence[Space]
+) -> dict[Space, Tensor]:
+    """Maps [B, T, h, w] of every text position by space, mean over layers and heads, from one forward."""
+    grid = model.family.grid(latents, model.transformer.config)
+    with ExitStack() as stack:
+        taps = {
+            space: stack.enter_context(TextMapTap(model.transformer, list(layers), space=space)) for space in spaces
+        }
+        for tap in taps.values():
+            tap.begin(None, grid)
+        model.denoise(latents, sigma, text)
+        return {space: torch.stack(list(tap.take().values())).mean(0).cpu() for space, tap in taps.items()}
+
+
+def _changed(scores: Tensor, change: str) -> Tensor:
+    """Maps [K, h, w], each changed over space."""
+    if change == "mean":
+        return scores / scores.mean((1, 2), keepdim=True)
+    if change == "minmax":
+        low, high = scores.amin((1, 2), keepdim=True), scores.amax((1, 2), keepdim=True)
+        return (scores - low) / (high - low).clamp(min=1e-12)
+    return scores
 
 
 def sample_grid(model: MMDiT, prompts: Sequence[str], *, steps: int, guidance: float, seed: int) -> Any:

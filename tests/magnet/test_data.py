@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from mmdit_probe import UserError
-from mmdit_probe.magnet.data import MAX_MASKS, FolderData, ScenesData, check, largest
+from mmdit_probe.magnet.data import FolderData, ScenesData, check
 from mmdit_probe.magnet.pseudo import SelfLabelled
+from mmdit_probe.magnet.sample import MAX_MASKS, largest
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.scenes import CLASSES, scene
 from tests import tiny
@@ -92,7 +93,7 @@ def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="2 masks and 0 names; token-level"):
         check(FolderData(folder(tmp_path / "e", names=False), SIZE), model, "token")
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(at / "masks" / "0.png")
-    with pytest.raises(UserError, match=r"is \(128, 64\) pixels, its mask \(64, 64\)"):
+    with pytest.raises(UserError, match=r"is 128 x 64 pixels, its mask 64 x 64"):
         check(FolderData(at, SIZE), model, "token")
     Image.fromarray(np.full((64, 128), 3, np.uint8)).save(at / "masks" / "0.png")
     with pytest.raises(UserError, match=r"ids \[3\] that classes.json does not name"):

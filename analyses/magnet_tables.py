@@ -1,0 +1,180 @@
+"""The tables of analyses/magnet_scenes.py: gains with paired intervals, the choice among pilots, a summary.
+
+    choose(pilots, frames)                                  # which loss and rate the val scenes ask for
+    write(out, counts, frames, pilots, logs, examples, settings)
+
+Knows no model: it reads counts per image and scores per picture.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mmdit_probe.evaluate.generation import compare
+from mmdit_probe.evaluate.scores import ImageCounts
+from mmdit_probe.magnet.validation import Readout
+
+BASE, CONTROL = "base", "control"
+PROTOCOLS: dict[Readout, str] = {
+    ("probability", "none"): "present",
+    ("probability", "mean"): "present, maps / mean",
+    ("probability", "minmax"): "present, min-max",
+    ("logit", "none"): "present, before the softmax",
+    ("logit", "minmax"): "present, before the softmax, min-max",
+}
+"""How maps are read, and what that is called in the tables; the first is the protocol, the others Table 5's."""
+UNSUPERVISED = "unsupervised"
+TARGET = 0.05
+"""Gain in mIoU (present) over the base model that was asked for."""
+
+HEAD = """\
+# MAGNET on scenes-sd3, measured
+
+Written by `python analyses/magnet_scenes.py`; every number is from the checkpoint in `mmdit_probe/assets`.
+
+Maps of layer {layer}: of {layers} layers the one whose maps name the val scenes best in the base model. {steps} steps
+of {batch} on {train} training scenes, LoRA on both streams of all layers. The loss reads {space} maps, normalisation
+{normalise}, rate {rate:g}: chosen on val by the pilot below. All that follows is of test scenes and test captions;
+pictures have {num_steps} steps, guidance {guidance:g}, {precision}, and the same seeds in every variant. `control` is
+the same LoRA trained with flow matching alone.
+"""
+MIOU = """
+## mIoU on test scenes
+
+95 % intervals over images; gains are paired. *present*: the classes of the picture compete; the other readings of the
+same maps are those of the paper's Table 5. *unsupervised*: segments of the empty prompt, matched within each picture.
+
+| variant | protocol | n | mIoU | gain over base | gain over control |
+|-|-|-|-|-|-|
+"""
+PICTURES = """
+## Generated pictures
+
+Mean, and paired difference to the control with its 95 % interval over prompts. *(worse)*: the interval lies below zero;
+of 40 differences that are nothing, one is called so. *facts*: share of the caption's facts that the scene parser reads
+in the picture.
+
+"""
+PILOT = """\
+## Pilot
+
+{pilot_steps} steps of `class` for every form of the loss (Table 5's two choices, at the loss) and rate, measured on
+val: mIoU (present), and the share of facts against a control of the same rate and length.
+
+| alignment | maps | min-max | rate | mIoU | facts | difference to control | chosen |
+|-|-|-|-|-|-|-|-|
+"""
+
+
+def choose(pilots: pd.DataFrame, frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Pilots with what their pictures lost against the control of their rate, and which one is taken.
+
+    Taken is the highest mIoU among those whose share of facts is not significantly below the control's; if all are
+    below, the one that loses least.
+
+    Args:
+        pilots: columns name, alignment, rate, miou, and space and normalise (empty for controls).
+        frames: rows of `score` by pilot.
+    """
+    rows = []
+    for row in pilots.to_dict("records"):
+        own = row["name"]
+        control = pilots[(pilots["rate"] == row["rate"]) & (pilots["alignment"] == "none")]["name"].iloc[0]
+        table = compare(pd.concat([frames[name] for name in dict.fromkeys((control, own))]), control)
+        facts = table[(table["variant"] == own) & (table["category"] == "all") & (table["metric"] == "facts")].iloc[0]
+        kept = ("mean", "difference", "difference_low", "difference_high", "worse")
+        rows.append(row | {f"facts_{key}".replace("facts_mean", "facts"): facts[key] for key in kept})
+    found = pd.DataFrame(rows)
+    aligned = found[found["alignment"] != "none"]
+    harmless = aligned[~aligned["facts_worse"].astype(bool)]
+    taken = harmless["miou"].idxmax() if len(harmless) else aligned["facts_difference"].idxmax()
+    return found.assign(chosen=found.index == taken)
+
+
+def miou_table(counts: Mapping[tuple[str, str], ImageCounts]) -> pd.DataFrame:
+    """mIoU per variant and protocol with intervals, and paired gains over the base model and over the control."""
+    rows = []
+    for (variant, protocol), own in counts.items():
+        low, high = own.interval("miou")
+        row: dict[str, object] = {"variant": variant, "protocol": protocol, "n": len(own), "miou": own.miou()}
+        row |= {"low": low, "high": high}
+        for other in (BASE, CONTROL):
+            gain = own.gain(counts[other, protocol])
+            row |= dict(zip((f"gain_{other}", f"gain_{other}_low", f"gain_{other}_high"), gain, strict=True))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def verdict(miou: pd.DataFrame, generation: pd.DataFrame) -> list[str]:
+    """One line per aligned variant: what it gained, and where its pictures are worse than the control's."""
+    lines = []
+    present = miou[miou["protocol"] == "present"].set_index("variant")
+    for variant in (name for name in present.index if name not in (BASE, CONTROL)):
+        gain = present.loc[variant]
+        part = generation[(generation["variant"] == variant) & (generation["metric"] == "facts")]
+        worse = list(part[part["worse"].astype(bool)]["category"])
+        reached = "reached" if gain["gain_base"] >= TARGET and not worse else "not reached"
+        lost = f"worse than the control in {', '.join(worse)}" if worse else "no category worse than the control"
+        lines.append(
+            f"* `{variant}`: {100 * gain['gain_base']:+.1f} points over the base model,"
+            f" {100 * gain['gain_control']:+.1f} over the control; {lost}. Target {reached}."
+        )
+    return lines
+
+
+def write(
+    out: Path, counts: Mapping[tuple[str, str], ImageCounts], frames: pd.DataFrame, pilots: pd.DataFrame,
+    logs: Mapping[str, pd.DataFrame], examples: Mapping[str, Any], settings: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Write every table, `examples.npz`, `settings.json` and `summary.md`."""
+    out.mkdir(parents=True, exist_ok=True)
+    miou, generation = miou_table(counts), compare(frames, CONTROL)
+    over_base = compare(frames, BASE)
+    tables = {"miou": miou, "generation": generation, "generation_over_base": over_base, "pilot": pilots, **logs}
+    for name, table in tables.items():
+        table.to_csv(out / f"{name}.csv", index=False, float_format="%.5g")
+    np.savez_compressed(out / "examples.npz", **examples)
+    (out / "settings.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    (out / "summary.md").write_text(summary(miou, generation, pilots, settings), encoding="utf-8")
+
+
+def summary(miou: pd.DataFrame, generation: pd.DataFrame, pilots: pd.DataFrame, settings: Mapping[str, Any]) -> str:
+    """All tables for people."""
+    taken = pilots[pilots["chosen"]].iloc[0]
+    lines = [*HEAD.format(**settings | taken.to_dict(), layers=len(settings["layer_miou_val"])).splitlines(),
+             "", *verdict(miou, generation), *MIOU.splitlines()]  # fmt: skip
+    for row in miou.to_dict("records"):
+        gains = [interval(row[f"gain_{o}"], row[f"gain_{o}_low"], row[f"gain_{o}_high"], "+") for o in (BASE, CONTROL)]
+        own = interval(row["miou"], row["low"], row["high"])
+        lines.append(f"| {' | '.join([row['variant'], row['protocol'], str(row['n']), own, *gains])} |")
+    lines += PICTURES.splitlines()
+    for metric, part in generation.groupby("metric", sort=False):
+        categories = list(dict.fromkeys(part["category"]))
+        whole = part[part["category"] == "all"].iloc[0]
+        lines += [f"### {metric} (n = {whole['prompts']} prompts, {whole['images']} pictures)", ""]
+        lines += [f"| variant | {' | '.join(categories)} |", "|-" * (len(categories) + 1) + "|"]
+        for variant, of in part.groupby("variant", sort=False):
+            cells = []
+            for row in of.set_index("category").loc[categories].to_dict("records"):
+                change = interval(row["difference"], row["difference_low"], row["difference_high"], "+")
+                cells.append(f"{row['mean']:.3f}, {change}{' (worse)' if row['worse'] else ''}")
+            lines.append(f"| {variant} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += PILOT.format(**settings).splitlines()
+    for row in pilots.fillna("").to_dict("records"):
+        change = interval(row["facts_difference"], row["facts_difference_low"], row["facts_difference_high"], "+")
+        cells = [row["alignment"], row["space"], row["normalise"], f"{row['rate']:g}", f"{row['miou']:.3f}",
+                 f"{row['facts']:.3f}", change, "yes" if row["chosen"] else ""]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def interval(middle: float, low: float, high: float, sign: str = "") -> str:
+    """Three numbers as "+0.012 [+0.001, +0.023]"."""
+    return f"{middle:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"

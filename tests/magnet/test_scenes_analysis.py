@@ -1,0 +1,121 @@
+"""The analysis of MAGNET: the choice among pilots, what its summary says, and its figures and tables."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmdit_probe.evaluate.scores import ImageCounts
+from mmdit_probe.scenes import CATEGORIES, CLASSES
+
+ROOT = Path(__file__).parents[2]
+VARIANTS = ("base", "control", "class", "part", "self")
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.syspath_prepend(str(ROOT / "analyses"))
+    return runpy.run_path(str(ROOT / "analyses" / "magnet_tables.py"))
+
+
+def scores(name: str, shift: float = 0.0, category: str = "colour") -> pd.DataFrame:
+    """Pictures of 24 prompts per category whose share of facts is `shift` higher in one category."""
+    rows = []
+    for of in CATEGORIES:
+        for k in range(24):
+            value = np.random.default_rng([k, len(of)]).random() + (shift if of == category else 0.0)
+            rows.append({"variant": name, "category": of, "prompt": f"p{k}", "index": k, "seed": k, "facts": value,
+                         "all_right": float(value > 0.5), "clipscore[scenes-clip]": 50 + value})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def counts(share: float, n: int = 12) -> ImageCounts:
+    """Every class is found with about this IoU in every image."""
+    truth = np.full((n, len(CLASSES)), 100.0) + np.arange(n)[:, None]
+    return ImageCounts(share * truth, truth, share * truth)
+
+
+def pilot_rows() -> pd.DataFrame:
+    forms = [("none", None, None), ("token", "logit", "none"), ("token", "probability", "none")]
+    rows = []
+    for rate in (0.001, 0.003):
+        for k, (alignment, space, normalise) in enumerate(forms):
+            rows.append({"name": f"{space}-{rate}", "alignment": alignment, "space": space, "normalise": normalise,
+                         "rate": rate, "miou": 0.4 + 0.1 * k + 10 * rate})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_the_pilot_with_the_best_maps_that_harms_no_picture_is_taken(tables: dict[str, Any]) -> None:
+    pilots = pilot_rows()
+    frames = {name: scores(name) for name in pilots["name"]}
+    frames["probability-0.003"] = scores("probability-0.003", -0.3)
+    found = tables["choose"](pilots, frames).set_index("name")
+    assert found.index[found["chosen"]].tolist() == ["probability-0.001"]
+    assert found.loc["probability-0.003", "facts_worse"]
+    harmful = {name: f if name.startswith("None") else scores(name, -0.3) for name, f in frames.items()}
+    harmful["logit-0.001"] = scores("logit-0.001", -0.2)
+    found = tables["choose"](pilots, harmful).set_index("name")
+    assert found.index[found["chosen"]].tolist() == ["logit-0.001"]  # all harm: the one that harms least
+
+
+def written(tables: dict[str, Any], out: Path) -> Path:
+    """An output folder in which `class` reaches the target, `part` harms colours, and `self` gains too little."""
+    share = {"base": 0.5, "control": 0.51, "class": 0.6, "part": 0.6, "self": 0.52}
+    protocols = [*tables["PROTOCOLS"].values(), tables["UNSUPERVISED"]]
+    of = {(name, protocol): counts(share[name]) for name in VARIANTS for protocol in protocols}
+    frames = pd.concat([scores(name, -0.3 if name == "part" else 0.0) for name in VARIANTS])
+    pilots = tables["choose"](pilot_rows(), {name: scores(name) for name in pilot_rows()["name"]})
+    examples: dict[str, Any] = {}
+    for name in VARIANTS:
+        examples |= {
+            f"{name}/named": np.zeros((2, 64, 64), np.uint8),
+            f"{name}/unnamed": np.full((2, 64, 64), len(CLASSES), np.uint8),
+            f"{name}/pictures": np.zeros((2, 64, 64, 3), np.uint8),
+            f"{name}/maps": np.random.default_rng(0).random((2, 2, 16, 16)).astype(np.float16),
+            f"{name}/words": json.dumps([["ring"], ["house", "grass"]]),
+            f"{name}/prompts": json.dumps(["a ring", "a house on grass"]),
+        }
+    settings = {"model": "scenes-sd3", "layer": 4, "layer_miou_val": [0.1, 0.2], "steps": 400, "batch": 8,
+                "train": 800, "num_steps": 28, "guidance": 7.5, "precision": "bfloat16",
+                "pilot_steps": 100}  # fmt: skip
+    tables["write"](out, of, frames, pilots, {}, examples, settings)
+    return out
+
+
+def test_the_summary_says_who_reached_the_target(tables: dict[str, Any], tmp_path: Path) -> None:
+    lines = (written(tables, tmp_path) / "summary.md").read_text().splitlines()
+    verdicts = {name: next(line for line in lines if line.startswith(f"* `{name}`")) for name in VARIANTS[2:]}
+    assert "+10.0 points over the base model, +9.0 over the control" in verdicts["class"]
+    assert verdicts["class"].endswith("no category worse than the control. Target reached.")
+    assert "worse than the control in all, colour. Target not reached" in verdicts["part"]
+    assert verdicts["self"].endswith("Target not reached.")
+
+
+def test_figures_and_tables(tables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = written(tables, tmp_path / "run")
+    monkeypatch.syspath_prepend(str(ROOT / "figures"))
+    for model in ("other", "scenes-sd3"):
+        monkeypatch.setattr(
+            sys, "argv", ["fig10", "--run", str(folder), "--out", str(tmp_path / "out"), "--model", model]
+        )
+        runpy.run_path(str(ROOT / "figures" / "fig10_magnet.py"), run_name="__main__")
+        assert (tmp_path / "out").exists() == (model == "scenes-sd3")
+    names = {path.name for path in (tmp_path / "out" / "scenes-sd3").iterdir()}
+    drawn = {"fig10_pipeline", "fig11_masks_open", "fig11_masks_unsupervised", "fig12_maps", "fig13_pictures"}
+    both = {"table3_clipscore", "table4_alignment"}
+    expected = {f"{name}.{kind}" for name in drawn | both for kind in ("png", "pdf")}
+    assert names == expected | {f"{name}.csv" for name in (*both, "table5_normalisation")}
+    table = pd.read_csv(tmp_path / "out" / "scenes-sd3" / "table5_normalisation.csv")
+    assert set(table["world"]) == {"measured", "paper"}
+    measured = table[(table["at"] == "reading") & (table["world"] == "measured")]
+    assert len(measured) == 4 * len(VARIANTS)  # softmax and min-max, with and without
+    clip = pd.read_csv(tmp_path / "out" / "scenes-sd3" / "table3_clipscore.csv")
+    assert clip[clip["world"] == "measured"]["variant"].tolist() == list(VARIANTS)
+    assert clip[clip["world"] == "paper"]["mean"].between(25, 29).all()
