@@ -9,10 +9,9 @@ under `figures/out/<model>/`.
 
 from __future__ import annotations
 
-from runs import model_of, parse, run_folder, take, target
+from runs import model_of, parse, run_folder, take, target, write
 
 from mmdit_probe.observe.pca_run import summarise
-from mmdit_probe.plots import save
 from mmdit_probe.plots.pca import pca_scores
 from mmdit_probe.results import read_table
 
@@ -22,13 +21,12 @@ COMMAND = "pca"
 def main() -> None:
     options = parse(__doc__, COMMAND)
     folder = run_folder(options, COMMAND)
-    take(folder, "pca_maps", target(options, folder, "fig29_pca_maps"))
+    model = model_of(folder)
+    take(folder, "pca_maps", target(options, model, "fig29_pca_maps"))
     if (folder / "pca.parquet").exists():
         summary = summarise(read_table(folder / "pca.parquet"))
-        path = target(options, folder, "fig03_pca_scores")
-        title = f"{model_of(folder)}: n = {summary.n.max()} held out"
-        print(*save(pca_scores(summary, title=title), path), sep="\n")
-        summary.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
+        figure = pca_scores(summary, title=f"{model}: n = {summary.n.max()} held out")
+        write(figure, target(options, model, "fig03_pca_scores"), summary)
 
 
 if __name__ == "__main__":

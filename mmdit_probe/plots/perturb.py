@@ -68,12 +68,17 @@ def effects_by_layer(summary: pd.DataFrame, outcomes: Sequence[str], *, title: s
     """
     from matplotlib.ticker import MaxNLocator
 
-    layers = summary[(summary["layer"] >= 0) & (summary["head"] == -1) & (summary["span"] == "all")]
-    shown = [name for name in outcomes if name in set(layers["outcome"])]
+    whole = summary[(summary["head"] == -1) & (summary["span"] == "all")]
+    shown = [name for name in outcomes if name in set(whole["outcome"])]
+    across = min(3, len(shown)) if len(shown) != 4 else 2
+    down = -(-len(shown) // across)
     with style.context():
-        figure = style.figure(width=0.4 + 2.5 * len(shown), height=2.5)
-        for axes, name in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-            part = layers[layers["outcome"] == name].sort_values("layer")
+        figure = style.figure(width=0.4 + 2.4 * across, height=0.5 + 2.0 * down)
+        grid = figure.subplots(down, across, squeeze=False).ravel()
+        for axes in grid[len(shown) :]:
+            axes.set_axis_off()
+        for axes, name in zip(grid, shown, strict=False):
+            part = whole[whole["outcome"] == name].sort_values("layer")
             axes.axhline(0, color="black", lw=0.6, ls=":")
             series = [("effect", "low", "high", style.TEXT, "o", -0.12, "edit")]
             if "control" in part and part["control"].notna().any():
@@ -81,15 +86,19 @@ def effects_by_layer(summary: pd.DataFrame, outcomes: Sequence[str], *, title: s
                     ("control", "control_low", "control_high", style.OTHER, "s", 0.12, "random, equal budget")
                 )
             for middle, low, high, colour, marker, shift, label in series:
-                error = [part[middle] - part[low], part[high] - part[middle]]
-                axes.errorbar(part["layer"] + shift, part[middle], yerr=error, fmt=marker, ms=4, color=colour,
+                edited = part[part["layer"] >= 0]
+                error = [edited[middle] - edited[low], edited[high] - edited[middle]]
+                axes.errorbar(edited["layer"] + shift, edited[middle], yerr=error, fmt=marker, ms=4, color=colour,
                               ecolor=colour, elinewidth=1, capsize=2, mec="black", mew=0.4, label=label)  # fmt: skip
+            idle = part[part["layer"] < 0]
+            if len(idle):
+                axes.plot(idle["layer"], idle["effect"], "x", ms=5, color="black", label="no-op (at -1)")
             axes.set_xlabel("edited layer")
             axes.set_title(LABELS.get(name, name), fontsize=7)
             axes.set_ylabel("difference from unedited")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+        handles, labels = grid[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
         if title:
             figure.suptitle(title, fontsize=8, x=0.01, ha="left")
     return figure
@@ -145,6 +154,42 @@ def guidance_sweep(summary: pd.DataFrame, *, title: str = "") -> Figure:
                           label=f"layer {layers}{' (random)' if control else ''}")  # fmt: skip
         axes.set(xlabel="guidance scale s", ylabel=LABELS.get(name, name))
         axes.legend(fontsize=6)
+        if title:
+            figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+    return figure
+
+
+def guidance_by_layer(summary: pd.DataFrame, *, title: str = "") -> Figure:
+    """Alignment and change of the images against the one layer that guides, a series per scale.
+
+    Args:
+        summary: from `edit.sweep.summarise`, of single layers. The band is stock; hollow markers the random control.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    names = [name for name in ("facts", "clip_t", "change") if name in set(summary["outcome"])]
+    with style.context():
+        figure = style.figure(width=0.4 + 3.1 * len(names), height=2.8)
+        panels = figure.subplots(1, len(names), squeeze=False)[0]
+        for axes, name in zip(panels, names, strict=True):
+            part = summary[summary["outcome"] == name]
+            stock = part[part["scale"] == 0].iloc[0]
+            axes.axhspan(stock["low"], stock["high"], color="#E5E5E5", lw=0)
+            axes.axhline(stock["mean"], color="black", lw=0.7, ls=":", label="stock")
+            scales = sorted(set(part["scale"]) - {0})
+            series = list(part[part["scale"] != 0].groupby(["scale", "control"], observed=True))
+            for place, (key, rows) in enumerate(series):
+                scale, control = float(str(key[0])), bool(key[1])
+                colour = (style.IMAGE, style.TEXT, "#000000", "#CC79A7")[scales.index(scale) % 4]
+                layers = rows["layers"].astype(int) + 0.5 * ((place + 0.5) / len(series) - 0.5)
+                error = [rows["mean"] - rows["low"], rows["high"] - rows["mean"]]
+                axes.errorbar(layers, rows["mean"], yerr=error, fmt="s" if control else "o", ms=4, color=colour,
+                              ecolor=colour, elinewidth=0.8, capsize=1.5, mfc="white" if control else colour,
+                              label=f"s = {scale:g}{', random' if control else ''}")  # fmt: skip
+            axes.set(xlabel="guiding layer", ylabel=LABELS.get(name, name))
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
         if title:
             figure.suptitle(title, fontsize=8, x=0.01, ha="left")
     return figure

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import colorsys
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,6 +111,52 @@ def overlay_sheet(
         handles = [Patch(color=tuple(colours[i]), label=f"{names[i]} {(labels == i).mean():.0%}") for i in owned[:16]]
         if handles:
             figure.legend(handles=handles, loc="outside lower left", ncols=min(4, len(handles)))
+        if title:
+            figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+    return figure
+
+
+def mask_sheet(
+    pictures: Sequence[NDArray[np.uint8]], truths: Sequence[NDArray[Any]], found: Mapping[str, Sequence[NDArray[Any]]],
+    names: Sequence[str], *, title: str = "",
+) -> Figure:  # fmt: skip
+    """Label maps beside the truth, after Fig. 7, 11 and 34 to 39: a row per picture, a column per method.
+
+    Args:
+        pictures: uint8 [H, W, 3]. truths: class ids [H, W] per picture, 255 where there is none.
+        found: method -> class ids [H, W] per picture; 255, drawn grey, is no class. Under each map stands the share of
+            the labelled pixels that are right.
+        names: of the classes, for the legend.
+    """
+    from matplotlib.patches import Patch
+
+    colours = np.concatenate([palette(len(names)), np.full((1, 3), 221, np.uint8)])
+
+    def paint(labels: NDArray[Any]) -> NDArray[np.uint8]:
+        return colours[np.where(labels < len(names), labels, len(names))]
+
+    columns = 2 + len(found)
+    with style.context():
+        side = min(1.0, 7.2 / columns)
+        figure = style.figure(width=side * columns + 0.2, height=(side + 0.14) * len(pictures) + 0.9)
+        grid = figure.subplots(len(pictures), columns, squeeze=False)
+        for axes in grid.ravel():
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+        for axes, name in zip(grid[0], ("picture", "truth", *found), strict=True):
+            axes.set_title(name.replace(" + ", "\n+ "), fontsize=6)
+        for row, picture, truth, *maps in zip(grid, pictures, truths, *found.values(), strict=True):
+            row[0].imshow(picture, interpolation="nearest")
+            row[1].imshow(paint(truth), interpolation="nearest")
+            for axes, labels in zip(row[2:], maps, strict=True):
+                axes.imshow(paint(labels), interpolation="nearest")
+                known = truth < UNLABELLED
+                axes.set_xlabel(f"{float((labels == truth)[known].mean()):.0%} right", fontsize=5, labelpad=1)
+        seen = [index for index in range(len(names)) if any((truth == index).any() for truth in truths)]
+        handles = [Patch(color=tuple(colours[index] / 255), label=names[index]) for index in seen]
+        handles.append(Patch(color=tuple(colours[-1] / 255), label="none"))
+        figure.legend(handles=handles, loc="outside lower left", ncols=min(8, len(handles)), handlelength=1)
         if title:
             figure.suptitle(title, fontsize=8, x=0.01, ha="left")
     return figure
