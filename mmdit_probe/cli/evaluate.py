@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-NAME = "evaluate"
+NAME, TAGS = "evaluate", "tags.json"
 PAPER_MODEL = "stable-diffusion-3-medium"
 
 DatasetName = Annotated[str, typer.Option(help="scenes:val, or NAME:ROOT; `mmdit-probe datasets list` names them.")]
@@ -33,6 +34,19 @@ ManyToOne = Annotated[
     bool, typer.Option("--many-to-one", help="Segments left over join the background class (DiffCut).")
 ]
 Tags = Annotated[Path | None, typer.Option(help="JSON for the protocol 'predicted': image name -> class names.")]
+TaggerName = Annotated[
+    str | None,
+    typer.Option("--tagger", help="Tagger for the protocol 'predicted': a CLIP (embedded name, folder or hub id), or "
+                                  "scenes-parser."),
+]  # fmt: skip
+TagSplit = Annotated[
+    str | None,
+    typer.Option(help="Labelled images that the tagger's threshold is chosen on [default: scenes:train for scenes]."),
+]
+TagThreshold = Annotated[
+    float | None,
+    typer.Option(help="Threshold of the tagger, 0 or less, in place of one chosen on --tag-split.", max=0.0),
+]
 Limit = Annotated[int | None, typer.Option(help="Use the first LIMIT images [default: 200 scenes, or all].", min=1)]
 Cache = Annotated[
     Path | None, typer.Option(help="Keep captured forwards here, so that methods re-run without the model.")
@@ -50,6 +64,9 @@ def command(
     match: Match = "image",
     many_to_one: ManyToOne = False,
     tags: Tags = None,
+    tagger: TaggerName = None,
+    tag_split: TagSplit = None,
+    tag_threshold: TagThreshold = None,
     limit: Limit = None,
     layers: Layers = None,
     heads: Heads = None,
@@ -96,14 +113,17 @@ def command(
         "refine": _split(refine), "options": _options(set_), "background": background, "sweep": sweep,
         "layers": chosen_layers, "heads": chosen_heads, "weights": weights, "sigmas": parse_sigmas(sigma),
         "seeds": list(range(seed, seed + noise_seeds)), "fit": fit, "size": size,
-        "tags": _read_tags(tags),
+        "tags": _read_tags(tags), "tagger": _tagger(tagger, tags, tag_split, tag_threshold, dataset),
     }  # fmt: skip
+    if "predicted" in request["protocols"] and tagger is None and tags is None:
+        raise UserError("protocol 'predicted' needs --tagger CLIP, or --tags FILE of another program's tags")
 
     from mmdit_probe.cli.session import open_model
     from mmdit_probe.evaluate.captures import Captures
     from mmdit_probe.evaluate.plan import Plan
     from mmdit_probe.evaluate.run import evaluate
     from mmdit_probe.evaluate.shards import local_device, shard_of
+    from mmdit_probe.evaluate.tagger import Tagging
     from mmdit_probe.results import RunFolder
     from mmdit_probe.select import load_selection
 
@@ -119,8 +139,9 @@ def command(
         data, request["methods"], layer_count=facts["layers"], head_count=facts["heads"],
         protocols=request["protocols"], refine=request["refine"], options=request["options"], background=background,
         layers=chosen_layers, heads=chosen_heads, weights=weights, sigmas=request["sigmas"], seeds=request["seeds"],
-        sweep=sweep, fit=fit, size=parse_size(size), tags=request["tags"],
+        sweep=sweep, fit=fit, size=parse_size(size), tags=request["tags"] or {},
     )  # fmt: skip
+    named_by = None if request["tagger"] is None else Tagging.of(data, **request["tagger"])
     with shard_of() as shard:
         path = None
         if shard.first:
@@ -133,12 +154,42 @@ def command(
             folder = RunFolder(Path(place), {})
         if not complete:
             if shard.first:
-                folder.record(model=facts, classes=[list(c.synonyms) for c in data.classes], processes=shard.world)
+                folder.record(
+                    model=facts, classes=[list(c.synonyms) for c in data.classes], agnostic=data.agnostic,
+                    images=[sample.name for sample in data.samples], background=data.background,
+                    processes=shard.world,
+                )  # fmt: skip
+            if named_by is not None:
+                with output.progress("tags", named_by.steps(shard)) as advance:
+                    plan = replace(plan, tags=named_by.tags(folder.path / TAGS, shard, advance))
             total = len(shard.mine(len(data.samples)))
             with output.progress("images", total) as advance:
                 evaluate(plan, captures, folder, shard, advance)
         if shard.first:
             report(folder, output, model, data.background if many_to_one else None, match)
+
+
+def _tagger(
+    name: str | None, tags: Path | None, split: str | None, threshold: float | None, dataset: str
+) -> dict[str, Any] | None:
+    """The tagger as a request: its name, and a threshold or the images it is chosen on."""
+    from mmdit_probe.errors import UserError
+
+    if name is None:
+        if split is not None or threshold is not None:
+            raise UserError("--tag-split and --tag-threshold are of a tagger; name it with --tagger")
+        return None
+    if tags is not None:
+        raise UserError("--tags and --tagger both say which classes there are; give one of them")
+    if threshold is None and split is None:
+        if not dataset.startswith("scenes"):
+            raise UserError(
+                "a tagger needs a threshold: --tag-threshold, or --tag-split NAME:ROOT, other labelled images to choose it on"
+            )
+        split = "scenes:train"
+    if split == dataset:
+        raise UserError(f"--tag-split {split!r} are the images that are evaluated; choose the threshold on others")
+    return {"name": name, "split": split if threshold is None else None, "threshold": threshold}
 
 
 def report(folder: Any, output: Any, model: str, background: int | None, match: str) -> None:
@@ -151,12 +202,15 @@ def report(folder: Any, output: Any, model: str, background: int | None, match: 
 
     counts = read_table(folder.path / "counts.parquet")
     names = [synonyms[0] for synonyms in folder.data["classes"]]
-    table = league(counts, len(names), match=match, background=background)
+    agnostic = folder.data["agnostic"]
+    table = league(counts, len(names), match=match, background=background, agnostic=agnostic)
     table.to_csv(folder.path / "league.csv", index=False, float_format="%.6g")
-    per_class(counts, names, match=match, background=background).to_csv(
-        folder.path / "per_class.csv", index=False, float_format="%.6g"
-    )
+    if not agnostic:
+        per_class(counts, names, match=match, background=background).to_csv(
+            folder.path / "per_class.csv", index=False, float_format="%.6g"
+        )
     request = folder.data["request"]
+    tagger, remark = _tagger_report(folder, counts, names)
     title = f"{Path(model).name} on {request['dataset']}"
     sweep = request["sweep"]
     if sweep == "layer":
@@ -170,13 +224,41 @@ def report(folder: Any, output: Any, model: str, background: int | None, match: 
     rows = [{name: _plain(value) for name, value in row.items()} for row in table.to_dict("records")]
     document = {
         "run": folder.path, "league": rows, "match": match, "figures": figures, "model": folder.data["model"],
-        "request": request,
+        "request": request, "tagger": tagger,
     }  # fmt: skip
     lines = [
-        "mIoU: union rule with its 95 % interval over images; mIoU gt: classes of the truth only (Seg4Diff's rule).",
+        "mIoU: mean over the masks of all images, its 95 % interval over images."
+        if agnostic
+        else "mIoU: union rule, its 95 % interval over images; mIoU gt: classes of the truth only (Seg4Diff's rule).",
+        *remark,
         f"Protocols are not comparable with each other. Segments matched: {match}. Written: {folder.path}",
     ]
     output.result(document, [rows_of(table), *lines], folder.path)
+
+
+def _tagger_report(folder: Any, counts: pd.DataFrame, names: list[str]) -> tuple[dict[str, Any] | None, list[str]]:
+    """What the tagger of the protocol "predicted" got right: for the document, and as a line."""
+    import json
+
+    from mmdit_probe.evaluate.tagger import quality
+
+    request = folder.data["request"]
+    if "predicted" not in request["protocols"]:
+        return None, []
+    about: dict[str, Any] = {"name": "tags of a file"}
+    said = request["tags"]
+    if request["tagger"] is not None:
+        about = {"name": request["tagger"]["name"]}
+        about |= json.loads((folder.path / TAGS).read_text(encoding="utf-8"))
+        said = about.pop("tags")
+    found = quality(said, counts, folder.data["images"], names, folder.data["background"])
+    about |= {"precision": found.precision, "recall": found.recall, "f1": found.f1, "per_image": found.per_image}
+    how = f", threshold {about['threshold']:.3g}" if "threshold" in about else ""
+    how += f" chosen on {about['chosen_on']}" if "chosen_on" in about else ""
+    return about, [
+        f"predicted: {about['name']}{how}; precision {found.precision:.2f}, recall {found.recall:.2f}, "
+        f"{found.per_image:.1f} classes per image."
+    ]
 
 
 def rows_of(table: pd.DataFrame, limit: int = 60) -> Table:

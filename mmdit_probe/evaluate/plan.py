@@ -6,7 +6,7 @@
 One forward per prompt serves every method, layer and refinement. Protocols (who says which classes there are):
 
     present        the classes that occur in this image: an oracle, an image of one class is right by construction
-    predicted      the classes a tagger names, from a JSON file {image name: [class names]}
+    predicted      the classes a tagger names (`evaluate.tagger`, or a JSON file {image name: [class names]})
     full           all classes of the data set
     unsupervised   no names: segments, matched afterwards (`evaluate.matching`)
 """
@@ -102,7 +102,9 @@ class Plan:
         if sweep not in SWEEPS:
             raise unknown("sweep", sweep, SWEEPS)
         if "predicted" in protocols and tags is None:
-            raise UserError("protocol 'predicted' needs --tags FILE: JSON, image name -> class names")
+            raise UserError(
+                "protocol 'predicted' needs a tagger: --tagger CLIP, or --tags FILE (JSON, image name -> class names)"
+            )
         chosen = [zoo.find(name) for name in dict.fromkeys(methods)]
         if dataset.agnostic and not all(one.unsupervised for one in chosen):
             blind = ", ".join(name for name, one in zoo.METHODS.items() if one.unsupervised)

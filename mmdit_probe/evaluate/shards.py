@@ -49,6 +49,16 @@ class Shard:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def merged(self, values: dict[str, Any]) -> dict[str, Any]:
+        """The entries of every process, in every process."""
+        if self.world == 1:
+            return values
+        import torch.distributed as dist
+
+        boxes: list[Any] = [None] * self.world
+        dist.all_gather_object(boxes, values)
+        return {key: value for box in boxes for key, value in box.items()}
+
     def collect(self, parts: Path, mine: list[int]) -> None:
         """Bring items that process 0 does not see on its disk to it."""
         if self.world == 1:

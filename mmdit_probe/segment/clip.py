@@ -86,6 +86,12 @@ class DenseCLIP:
         return [state[0] for state in output.hidden_states], (size // self.patch,) * 2
 
     @torch.no_grad()
+    def whole(self, image: NDArray[np.uint8]) -> Tensor:
+        """Unit vector [P] of the whole picture, in the space of the text."""
+        states, _ = self.hidden(image)
+        return self.project(self.model.vision_model.post_layernorm(states[-1][0]))
+
+    @torch.no_grad()
     def values(self, state: Tensor, grid: tuple[int, int], out: tuple[int, int]) -> Tensor:
         """Value vectors [h w, E] of the last block for its input or another state, without CLS, on another grid."""
         block = self.layers[-1]

@@ -1,0 +1,205 @@
+"""Taggers: which classes a picture may hold, said without its labels; the protocol "predicted" prompts with them.
+
+    tagging = Tagging.of(dataset, "openai/clip-vit-base-patch16", split="voc20:ROOT-OF-TRAIN")
+    tagging.tags(Path("tags.json"))                 # image name -> class names
+
+A CLIP scores every class name against the whole picture; a class is named if its cosine is at most the threshold below
+the best one (relative, as TagCLIP's), so at least one class is named. The threshold is the user's, or the one with the
+best F1 on labelled images of another split: never on the images that are evaluated. "scenes-parser" reads the embedded
+world's pictures with the network that was trained to do so; it stands for a strong tagger there. The tags of any other
+program (BLIP, GPT-4o, ...) come as a JSON file instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.evaluate.counts import IGNORE
+from mmdit_probe.evaluate.datasets import SegDataset, load_dataset
+from mmdit_probe.evaluate.shards import Shard
+from mmdit_probe.segment.vocabulary import SegClass
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PARSER = "scenes-parser"
+SPLIT_IMAGES = 200
+"""Images that a threshold is chosen on, at most."""
+
+Tagger = Callable[[NDArray[np.uint8]], NDArray[np.float64]]
+"""Picture uint8 [height, width, 3] -> score per class [C], 0 or less. CLIP: cosine less the best cosine; parser: log10 of the area."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How right tags are on n images: shares of tagged classes that are there, and of classes there that are tagged."""
+
+    precision: float
+    recall: float
+    per_image: float
+    n: int
+
+    @property
+    def f1(self) -> float:
+        total = self.precision + self.recall
+        return 2 * self.precision * self.recall / total if total else 0.0
+
+
+def open_tagger(name: str, classes: Sequence[SegClass]) -> Tagger:
+    """A tagger by name: "scenes-parser", or a CLIP (embedded name, folder or hub id).
+
+    Raises:
+        UserError: it cannot be loaded, or the parser is asked for classes of another world.
+    """
+    if name == PARSER:
+        return _parser(classes)
+    from mmdit_probe.segment.clip import DenseCLIP
+
+    clip = DenseCLIP.open(name)
+    owner = np.array([index for index, one in enumerate(classes) for _ in one.synonyms])
+    words = clip.text([synonym for one in classes for synonym in one.synonyms])  # [Q, P]
+
+    def score(image: NDArray[np.uint8]) -> NDArray[np.float64]:
+        cosines = (clip.whole(image) @ words.T).double().numpy()
+        best = np.array([cosines[owner == index].max() for index in range(len(classes))])
+        return np.asarray(best - best.max())
+
+    return score
+
+
+def _parser(classes: Sequence[SegClass]) -> Tagger:
+    from mmdit_probe.scenes import CLASSES, load_parser
+    from mmdit_probe.scenes.parser import to_tensor
+
+    if [one.name for one in classes] != list(CLASSES):
+        raise UserError(f"tagger {PARSER!r} knows the classes of the embedded world only; name a CLIP checkpoint")
+    parser = load_parser()
+
+    def score(image: NDArray[np.uint8]) -> NDArray[np.float64]:
+        labels, _ = parser.label(to_tensor([image]))
+        shares = np.bincount(labels.ravel(), minlength=len(classes)) / labels.size
+        return np.log10(shares.clip(min=0.5 / labels.size))
+
+    return score
+
+
+def choose_threshold(
+    tagger: Tagger, dataset: SegDataset, advance: Callable[[], None] = lambda: None
+) -> tuple[float, Quality]:
+    """The threshold with the best F1 over all (image, class) pairs of labelled images, and how right it is there.
+
+    Raises:
+        UserError: no image holds a class.
+    """
+    scores, truth = [], []
+    for sample in dataset.samples:
+        scores.append(tagger(sample.image()))
+        there = np.zeros(len(dataset.classes), bool)
+        ids = np.unique(np.asarray(sample.labels()))
+        there[ids[ids != IGNORE]] = True
+        truth.append(there)
+        advance()
+    values, wanted = np.stack(scores), np.stack(truth)
+    if dataset.background is not None:
+        values[:, dataset.background], wanted[:, dataset.background] = -np.inf, False
+    if not wanted.any():
+        raise UserError(f"{dataset.name} holds no class to choose a threshold with")
+    found = [(_quality(values >= threshold, wanted), float(threshold)) for threshold in np.unique(values[wanted])]
+    quality, threshold = max(found, key=lambda one: one[0].f1)
+    return threshold, quality
+
+
+@dataclass(frozen=True)
+class Tagging:
+    """One tagger on one data set: the tags of every image, with one threshold.
+
+    Attributes:
+        dataset: the images to tag. tagger: scores them. threshold: None is chosen on `split`.
+    """
+
+    dataset: SegDataset
+    tagger: Tagger
+    threshold: float | None
+    split: SegDataset | None
+
+    @classmethod
+    def of(cls, dataset: SegDataset, name: str, threshold: float | None = None, split: str | None = None) -> Tagging:
+        """A tagger by name with a threshold, or with the data set (`scenes:train`, `NAME:ROOT`) to choose it on.
+
+        Raises:
+            UserError: neither is given, or the classes of the split are others.
+        """
+        if threshold is None and split is None:
+            raise UserError("a tagger needs a threshold, or labelled images to choose it on")
+        images = load_dataset(split, SPLIT_IMAGES) if threshold is None and split is not None else None
+        if images is not None and [one.name for one in images.classes] != [one.name for one in dataset.classes]:
+            raise UserError(f"the images of {split!r} have other classes than {dataset.name}")
+        return cls(dataset, open_tagger(name, dataset.classes), threshold, images)
+
+    def steps(self, shard: Shard) -> int:
+        """Pictures that this process looks at."""
+        choose = len(self.split.samples) if self.split is not None and shard.first else 0
+        return choose + len(shard.mine(len(self.dataset.samples)))
+
+    def tags(
+        self, path: Path, shard: Shard | None = None, advance: Callable[[], None] = lambda: None
+    ) -> dict[str, list[str]]:
+        """Image name -> class names, each process its own images; kept in a file, where a resumed run finds them."""
+        part = shard or Shard()
+        kept = part.share(json.loads(path.read_text(encoding="utf-8")) if part.first and path.is_file() else None)
+        if kept is not None:
+            return dict(kept["tags"])
+        about: dict[str, Any] = {"threshold": self.threshold}
+        if self.split is not None and part.first:
+            threshold, there = choose_threshold(self.tagger, self.split, advance)
+            about = {"threshold": threshold, "chosen_on": self.split.name, "there": asdict(there) | {"f1": there.f1}}
+        about = part.share(about)
+        found = {}
+        for sample in [self.dataset.samples[index] for index in part.mine(len(self.dataset.samples))]:
+            scores = self.tagger(sample.image())
+            if self.dataset.background is not None:
+                scores[self.dataset.background] = -np.inf
+            there_are = np.flatnonzero(scores >= about["threshold"])
+            found[sample.name] = [self.dataset.classes[index].name for index in there_are]
+            advance()
+        found = part.merged(found)
+        if part.first:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps({**about, "tags": found}, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        return found
+
+
+def quality(
+    said: Mapping[str, Sequence[str]], counts: pd.DataFrame, samples: Sequence[str], names: Sequence[str],
+    background: int | None = None,
+) -> Quality:  # fmt: skip
+    """How right tags were on evaluated images, from the counts (every truth id of an image is in its rows).
+
+    Args:
+        said: image name -> tags. counts: rows of `evaluate.plan.COLUMNS`. samples: image names by index.
+        names: of the classes. background: id that taggers do not name.
+    """
+    wanted = np.zeros((len(samples), len(names)), bool)
+    wanted[counts["image"].to_numpy(), counts["truth"].to_numpy()] = True
+    there = np.unique(counts["image"].to_numpy())
+    tagged = np.array([[name in said[samples[index]] for name in names] for index in there])
+    wanted = wanted[there]
+    if background is not None:
+        wanted[:, background] = tagged[:, background] = False
+    return _quality(tagged, wanted)
+
+
+def _quality(tagged: NDArray[np.bool_], wanted: NDArray[np.bool_]) -> Quality:
+    right = float((tagged & wanted).sum())
+    return Quality(
+        right / max(1, tagged.sum()), right / max(1, wanted.sum()), float(tagged.sum() / len(tagged)), len(tagged)
+    )

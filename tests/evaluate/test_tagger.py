@@ -1,0 +1,87 @@
+"""Taggers: thresholds from other images, quality counted by hand, the protocol from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmdit_probe.cli.app import main
+from mmdit_probe.errors import UserError
+from mmdit_probe.evaluate.datasets import Sample, SegDataset, load_dataset
+from mmdit_probe.evaluate.tagger import Tagging, choose_threshold, open_tagger, quality
+from mmdit_probe.segment.vocabulary import SegClass
+
+
+def made_up(truth: list[list[int]]) -> SegDataset:
+    """Pictures that hold their number in every pixel."""
+    classes = [SegClass((name,)) for name in "abc"]
+    samples = [
+        Sample(str(i), lambda i=i: np.full((2, 2, 3), i, np.uint8), lambda ids=ids: np.array([ids]))  # type: ignore[misc]
+        for i, ids in enumerate(truth)
+    ]
+    return SegDataset("made-up", classes, samples)
+
+
+def test_the_threshold_is_the_one_with_the_best_f1() -> None:
+    scores = np.array([[0.0, -0.1, -0.9], [-0.2, 0.0, -0.3], [-0.8, -0.7, 0.0]])
+    dataset = made_up([[0, 1, 255], [0, 1, 1], [2, 2, 2]])
+    threshold, found = choose_threshold(lambda image: scores[image[0, 0, 0]].copy(), dataset)
+    assert threshold == -0.2 and (found.precision, found.recall, found.n) == (1.0, 1.0, 3)
+    tagging = Tagging(dataset, lambda image: scores[image[0, 0, 0]].copy(), -0.75, None)
+    counts = pd.DataFrame({"image": [0, 0, 1, 1, 2], "truth": [0, 1, 0, 1, 2]})
+    said = {"0": ["a", "b"], "1": ["a", "c"], "2": []}
+    right = quality(said, counts, ["0", "1", "2"], ["a", "b", "c"])
+    assert right.precision == pytest.approx(3 / 4) and right.recall == pytest.approx(3 / 5)
+    assert tagging.threshold == -0.75
+
+
+def test_tags_are_kept_in_a_file(tmp_path: Path) -> None:
+    dataset = made_up([[0], [1]])
+    calls = []
+
+    def tagger(image: np.ndarray) -> np.ndarray:
+        calls.append(1)
+        return np.array([0.0, -0.5, -1.0])
+
+    path = tmp_path / "tags.json"
+    assert Tagging(dataset, tagger, -0.5, None).tags(path) == {"0": ["a", "b"], "1": ["a", "b"]}
+    assert Tagging(dataset, tagger, -0.1, None).tags(path) == {"0": ["a", "b"], "1": ["a", "b"]} and len(calls) == 2
+    assert json.loads(path.read_text())["threshold"] == -0.5
+
+
+def test_the_shipped_taggers_beat_chance_on_scenes() -> None:
+    val, train = (load_dataset(f"scenes:{split}", 24) for split in ("val", "train"))
+    chance = np.mean([len(np.unique(sample.labels())) for sample in val.samples]) / len(val.classes)
+    for name, least in (("scenes-clip", chance + 0.1), ("scenes-parser", 0.8)):
+        threshold, there = choose_threshold(open_tagger(name, train.classes), train)
+        assert threshold <= 0 and there.recall > 0.3
+        scores = [open_tagger(name, val.classes)(sample.image()) >= threshold for sample in val.samples]
+        truth = [np.isin(np.arange(15), sample.labels()) for sample in val.samples]
+        assert (np.array(scores) & np.array(truth)).sum() / np.array(scores).sum() > least
+    with pytest.raises(UserError, match="embedded world only"):
+        open_tagger("scenes-parser", [SegClass(("cat",))])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--tagger CLIP"),
+        (["--tag-threshold", "-0.1"], "name it with --tagger"),
+        (["--tagger", "scenes-clip", "--tag-split", "scenes:val"], "choose the threshold on others"),
+        (["--tagger", "no/such-clip", "--tag-threshold", "0"], "cannot load the CLIP"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str], words: str, tmp_path: Path, tiny_directory: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = ["evaluate", "--limit", "1", "--protocol", "predicted", "--model", str(tiny_directory), *arguments]
+    with pytest.raises(SystemExit) as stop:
+        main([*line, "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
