@@ -1,11 +1,13 @@
-"""Does the evidence for a layer survive its control? The same measurements on the trained and on the random network.
+"""Which layer grounds words? Five kinds of evidence per layer, their controls, and whether they agree.
 
-    python analyses/layer_evidence.py
-    python analyses/layer_evidence.py --evidence word_mass,segmentation -n 12 --out runs/layer-evidence/mine
+    python analyses/layer_evidence.py                       # about ten minutes on one core
+    python analyses/layer_evidence.py -n 8 --prompts 4      # a quick look
 
-For each kind of evidence: the layer where the trained network shows most of it, its value there, the random network's
-value at the same layer, and their difference with a 95 % bootstrap interval over items. A difference whose interval
-includes 0 is printed as "as control". Writes `evidence.parquet` and `verdicts.csv` into its run folder.
+A layer is selected on one split (least mean rank, a rule set before any result); the evidence is then measured again
+on another split, with the controls of `observe.controls`, so that nothing reported was used to select. Printed and
+written to `analyses/results/layer_evidence`: evidence per layer with interval and rank (CSV), paired differences to
+each control (a layer whose control shows the same is "not above its control"), rank correlations between evidences and
+between splits with intervals, `summary.md`, and the figure. Unfinished runs go on where they stopped.
 """
 
 from __future__ import annotations
@@ -13,74 +15,145 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from mmdit_probe import load
+from mmdit_probe.plots import save
+from mmdit_probe.plots.select import evidence as figure
 from mmdit_probe.results import RunFolder, TableWriter, read_table
+from mmdit_probe.results.statistics import ABOVE, NONE, compare
 from mmdit_probe.select import evidence
-from mmdit_probe.select.names import EVIDENCE, evidence_names
+from mmdit_probe.select.names import CONTROLLED, EVIDENCE, RANK_RULES, evidence_names
 
 NAME = "layer-evidence"
+OUT = Path(__file__).parent / "results" / "layer_evidence"
 
 
-def verdicts(table: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
-    """One row per evidence: best layer of the trained network, both values there, difference, interval, verdict.
+def verdicts(long: pd.DataFrame, layers: tuple[int, ...]) -> pd.DataFrame:
+    """The selected layers' evidence beside its controls, and where each evidence is highest.
 
     Args:
-        table: evidence, item, layer, value and model ("trained" or "control").
+        long: evidence, control, item, layer, value of one split. layers: selected ones.
+
+    Returns: evidence, layer, best_layer (of that evidence), control, n, value, control_value, difference, low, high,
+    verdict.
     """
-    rng = np.random.default_rng(0)
-    rows = []
-    for name, part in table.groupby("evidence", sort=False, observed=True):
-        trained, control = (part[part["model"] == kind] for kind in ("trained", "control"))
-        layer = trained.groupby("layer")["value"].mean().idxmax()
-        one, two = (side.loc[side["layer"] == layer, "value"].to_numpy() for side in (trained, control))
-        again = [side[rng.integers(0, len(side), (draws, len(side)))].mean(1) for side in (one, two)]
-        low, high = np.quantile(again[0] - again[1], [0.025, 0.975])
-        rows.append(
-            {"evidence": name, "layer": layer, "n": len(one), "trained": one.mean(), "control": two.mean(),
-             "difference": one.mean() - two.mean(), "low": low, "high": high,
-             "verdict": "as control" if low <= 0 <= high else "differs from control"}
-        )  # fmt: skip
-    return pd.DataFrame(rows)
+    table = compare(long, ["evidence", "layer"])
+    own = long[long["control"] == NONE].groupby(["evidence", "layer"], observed=True)["value"].mean()
+    best = {name: int(part.idxmax()[1]) for name, part in own.groupby("evidence", observed=True)}
+    chosen = table[table["layer"].isin(layers)]
+    chosen.insert(2, "best_layer", [best[str(name)] for name in chosen["evidence"]])
+    return chosen.reset_index(drop=True)
+
+
+def markdown(
+    by_layer: pd.DataFrame, against: pd.DataFrame, agreement: pd.DataFrame, layers: tuple[int, ...],
+    request: dict[str, object],
+) -> str:  # fmt: skip
+    """The tables for people."""
+    select, report = str(request["select"]), str(request["report"])
+    ranks = {split: part.groupby("layer")["rank"].mean() for split, part in by_layer.groupby("split")}
+    lines = [
+        "# Evidence per layer",
+        "",
+        f"Written by `python analyses/layer_evidence.py`. Model {request['model']}, {request['n']} scenes and"
+        f" {request['prompts']} prompts ({request['num_steps']} steps) per split. Layers {list(layers)} were selected"
+        f" on `{select}` by {request['rule']}; every number below is from `{report}`, except where splits are named.",
+        f"Mean rank of the selected layers on `{report}`: "
+        + ", ".join(f"layer {layer}: {ranks[report][layer]:.1f} of {len(ranks[report])}" for layer in layers)
+        + f"; least there: layer {ranks[report].idxmin()} ({ranks[report].min():.1f}).",
+        "",
+        "Value [95 % bootstrap interval over items] (rank); "
+        + "; ".join(f"{k}: {v}" for k, v in EVIDENCE.items())
+        + ".",
+        "",
+    ]
+    part = by_layer[by_layer["split"] == report]
+    names = list(dict.fromkeys(part["evidence"]))
+    lines += [f"| layer | {' | '.join(names)} | mean rank |", f"|{'-|' * (len(names) + 2)}"]
+    rows = part.set_index(["layer", "evidence"])
+    for layer in sorted(set(part["layer"])):
+        cells = [rows.loc[(layer, name)] for name in names]
+        told = [f"{c['value']:.3f} [{c['low']:.3f}, {c['high']:.3f}] ({int(c['rank'])})" for c in cells]
+        lines.append(f"| {layer} | {' | '.join(told)} | {ranks[report][layer]:.1f} |")
+    lines += ["", "## The selected layers beside their controls", ""]
+    lines += ["| evidence | layer | its best layer | control | value | control's | difference [95 %] | verdict |",
+              "|-|-|-|-|-|-|-|-|"]  # fmt: skip
+    for row in against.to_dict("records"):
+        lines.append(
+            f"| {row['evidence']} | {row['layer']} | {row['best_layer']} | {row['control']} | {row['value']:.3f} |"
+            f" {row['control_value']:.3f} | {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] |"
+            f" {row['verdict']} |"
+        )
+    failed = [row for row in against.to_dict("records") if row["verdict"] != ABOVE]
+    lines += ["", f"{len(failed)} of {len(against)} comparisons are not above their control."]
+    lines += ["", "## Agreement", "", "Spearman correlation over layers, 95 % bootstrap interval over items.", ""]
+    lines += ["| first | second | rank correlation |", "|-|-|-|"]
+    for row in agreement.to_dict("records"):
+        same = row["first"] == row["second"]
+        if same or row["first_split"] == row["second_split"] == report:
+            first, second = (f"{row[k]} ({row[f'{k}_split']})" if same else row[k] for k in ("first", "second"))
+            lines.append(f"| {first} | {second} | {row['rho']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}] |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="scenes-sd3")
-    parser.add_argument("--control", default="scenes-sd3-random")
     parser.add_argument("--evidence", default="all", help=", ".join(EVIDENCE))
-    parser.add_argument("-n", type=int, default=24, help="scenes per evidence")
-    parser.add_argument("--prompts", type=int, default=8, help="prompts of the perturbation")
-    parser.add_argument("--split", default="val")
+    parser.add_argument("-n", type=int, default=32, help="scenes per evidence and split")
+    parser.add_argument("--prompts", type=int, default=10, help="prompts of the perturbation")
+    parser.add_argument("--num-steps", type=int, default=14, help="sampling steps of the perturbation")
+    parser.add_argument("--select", default="val", help="split to select on")
+    parser.add_argument("--report", default="test", help="split to report on")
+    parser.add_argument("--rule", default="ranks", choices=[*RANK_RULES, *EVIDENCE])
+    parser.add_argument("--top", type=int, default=1, help="layers to select")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, help="run folder")
+    parser.add_argument("--run", type=Path, help="run folder")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
     options = parser.parse_args()
     names = evidence_names(options.evidence, False)
-    models = {kind: load(name, device=options.device) for kind, name in
-              (("trained", options.model), ("control", options.control))}  # fmt: skip
+    if options.select == options.report:
+        parser.error("--select and --report must be different splits")
+    model = load(options.model, device=options.device)
     request = {
-        "models": {kind: [model.name, model.weight_hash] for kind, model in models.items()},
-        "evidence": names,
-        "n": options.n,
-        "prompts": options.prompts,
-        "split": options.split,
-    }
-    folder = RunFolder.open(NAME, request, out=options.out, resume=True)
-    plan = evidence.Plan(n=options.n, prompts=options.prompts)
+        "model": model.name, "weight_hash": model.weight_hash, "evidence": names, "n": options.n,
+        "prompts": options.prompts, "num_steps": options.num_steps, "select": options.select, "report": options.report,
+    }  # fmt: skip
+    folder = RunFolder.open(NAME, request, out=options.run, resume=True)
+    plan = evidence.Plan(n=options.n, prompts=options.prompts, num_steps=options.num_steps)
     if not folder.complete:
-        tasks = [(name, kind) for name in names for kind in models]
+        tasks = [(name, split, NONE) for split in (options.select, options.report) for name in names]
+        # Random weights alone for the perturbation: blurring uniform attention changes next to nothing, by definition.
+        tasks += [
+            (name, options.report, control) for name in names for control in CONTROLLED[name]
+            if (name, control) != ("perturbation", "uniform")
+        ]  # fmt: skip
         with TableWriter(folder.path, "evidence") as writer:
-            for number, (name, kind) in enumerate(tasks):
+            for number, (name, split, control) in enumerate(tasks):
                 if number not in writer.done:
                     with writer.item(number) as item:
-                        item.write(evidence.measure(models[kind], options.split, [name], plan).assign(model=kind))
+                        item.write(evidence.measure(model, split, [name], plan, control=control))
+                    print(f"{number + 1} of {len(tasks)}: {name}, {split}, control {control}", flush=True)
         folder.finish()
-    table = verdicts(read_table(folder.path / "evidence.parquet"))
-    table.to_csv(folder.path / "verdicts.csv", index=False, float_format="%.6g")
-    print(table.round(3).to_string(index=False))
-    print(folder.path)
+    long = read_table(folder.path / "evidence.parquet")
+    by_layer, agreement = evidence.by_layer(long), evidence.agreement(long)
+    layers = evidence.choose(by_layer[by_layer["split"] == options.select], options.top, options.rule)
+    reported = long[long["split"] == options.report]
+    against = verdicts(reported, layers)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, table in (("by_layer", by_layer), ("controls", compare(reported, ["evidence", "layer"])),
+                        ("agreement", agreement)):  # fmt: skip
+        table.to_csv(options.out / f"{name}.csv", index=False, float_format="%.5g")
+    text = markdown(by_layer, against, agreement, layers, request | {"rule": options.rule})
+    (options.out / "summary.md").write_text(text, encoding="utf-8")
+    here = agreement[(agreement["first_split"] == options.report) & (agreement["second_split"] == options.report)]
+    title = (
+        f"{model.name}: layers {', '.join(map(str, layers))} selected on {options.select}; evidence on {options.report}"
+    )
+    save(figure(by_layer[by_layer["split"] == options.report], here, layers, title=title), options.out / "evidence")
+    print(text)
+    print(options.out)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdit_probe.cli.attention_budget import Guidance, NoT5, NumSteps, Sigma
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.options import SESSION, Controls, Guidance, NumSteps, Session, Sigma, with_session
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 NAME, TABLE = "select-layers", "evidence"
 
 
+@with_session
 def command(
     evidence: Annotated[
         str | None,
@@ -31,6 +31,7 @@ def command(
     ] = None,
     rule: Annotated[str, typer.Option(help="ranks (least mean rank), median-ranks, or one evidence.")] = "ranks",
     top: Annotated[int, typer.Option(help="Layers to select.", min=1)] = 1,
+    weights: Annotated[str, typer.Option(help="Weights of several layers: equal, or ranks.")] = "equal",
     heads: Annotated[int, typer.Option(help="Heads to select per layer, by their maps on scenes; 0: all.", min=0)] = 0,
     split: Annotated[str, typer.Option(help="Scenes to select on.")] = "val",
     report: Annotated[str, typer.Option(help="Other scenes to report on (the perturbation is not repeated).")] = "test",
@@ -39,102 +40,93 @@ def command(
     sigma: Sigma = 0.515,
     num_steps: NumSteps = 28,
     guidance: Guidance = 7.5,
-    no_t5: NoT5 = False,
-    model: Model = DEFAULT_MODEL,
-    lora: Lora = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    out: Out = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    control: Controls = "none",
+    session: Session = SESSION,
 ) -> None:
     """Join evidence per layer, each with interval and rank, and select layers; writes selection.json.
 
     Models that do not know the scenes world: run attention-budget, value-norms and perturb on them and pass the run
     folders with --from.
-    """  # fmt: skip
-    from mmdit_probe.cli.output import Output
-    from mmdit_probe.errors import UserError
-    from mmdit_probe.select.names import EVIDENCE, evidence_names
+    """
+    from mmdit_probe.cli.session import load_model, open_folder, output_of
+    from mmdit_probe.data.prompts import SPLITS
+    from mmdit_probe.errors import UserError, unknown
+    from mmdit_probe.select.names import CONTROLLED, EVIDENCE, RANK_RULES, WEIGHT_RULES, evidence_names
 
-    output = Output(quiet=quiet, as_json=as_json, debug=debug)
+    output = output_of(session)
     wanted = evidence_names(evidence, bool(runs))
-    if rule not in ("ranks", *EVIDENCE):
-        from mmdit_probe.errors import unknown
-
-        raise unknown("rule", rule, ("ranks", *EVIDENCE))
+    for kind, given, known in (
+        ("rule", rule, (*RANK_RULES, *EVIDENCE)), ("rule of the weights", weights, WEIGHT_RULES),
+        ("split", split, SPLITS), ("split", report, SPLITS),
+    ):  # fmt: skip
+        if given not in known:
+            raise unknown(kind, given, known)
     if split == report and wanted:
         raise UserError(f"--split and --report are both {split!r}: select on one split, report on another")
 
     import pandas as pd
 
-    from mmdit_probe.cli.session import open_model
-    from mmdit_probe.results import RunFolder, TableWriter
+    from mmdit_probe.observe.controls import parse
+    from mmdit_probe.results import TableWriter, read_table
+    from mmdit_probe.results.statistics import NONE
     from mmdit_probe.select import LayerSelection
     from mmdit_probe.select import evidence as room
 
-    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype, t5=not no_t5)
-    plan = room.Plan(limit, sigma, prompts, num_steps, guidance, seed)
+    controls = parse(control)
+    loaded = load_model(session)
+    plan = room.Plan(limit, sigma, prompts, num_steps, guidance, session.seed)
     read = [room.from_run(run, loaded) for run in runs or []]
-    request = {
-        "model": loaded.name,
-        "weight_hash": loaded.weight_hash,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        "evidence": wanted,
-        "from": [str(run) for run in runs or []],
-        "rule": rule,
-        "top": top,
-        "heads": heads,
-        "split": split,
-        "report": report,
-        "n": limit,
-        "prompts": prompts,
-        "sigma": sigma,
-        "num_steps": num_steps,
-        "guidance": guidance,
-        "seed": seed,
-    }
-    folder = RunFolder.open(NAME, request, out=out, resume=resume)
+    how: dict[str, Any] = {
+        "rule": rule, "weights": weights, "split": split, "report": report, "n": limit, "prompts": prompts,
+        "sigma": sigma, "seed": session.seed, "from": [str(run) for run in runs or []],
+    }  # fmt: skip
+    options = {
+        "evidence": wanted, "top": top, "heads": heads, "num_steps": num_steps, "guidance": guidance,
+        "controls": list(controls), **how,
+    }  # fmt: skip
+    folder = open_folder(NAME, loaded, session, options)
     if not folder.complete:
-        facts = {"id": loaded.name, "family": loaded.family.name, "weight_hash": loaded.weight_hash}
-        folder.record(model=facts, device=str(loaded.device))
-        tasks = [(name, split) for name in wanted]
-        tasks += [(name, report) for name in wanted if name != "perturbation"]
+        tasks = [(name, split, NONE) for name in wanted]
+        tasks += [(name, report, NONE) for name in wanted if name != "perturbation"]
+        tasks += [(name, split, of) for name in wanted for of in controls if of in CONTROLLED[name]]
         with TableWriter(folder.path, TABLE) as writer:
             for number, frame in enumerate(read):
                 if number not in writer.done:
                     with writer.item(number) as item:
                         item.write(frame.assign(split=split))
             with output.progress("evidence", len(tasks), max(0, len(writer.done) - len(read))) as advance:
-                for number, (name, of) in enumerate(tasks, len(read)):
+                for number, (name, scenes, of) in enumerate(tasks, len(read)):
                     if number not in writer.done:
                         with writer.item(number) as item:
-                            item.write(room.measure(loaded, of, [name], plan))
+                            item.write(room.measure(loaded, scenes, [name], plan, control=of))
                         advance()
             folder.record()
-    from mmdit_probe.results import read_table
 
     long = pd.DataFrame(read_table(folder.path / f"{TABLE}.parquet"))
     table, correlations = room.by_layer(long), room.agreement(long)
-    chosen = room.choose(table[table["split"] == split], top, rule)
-    which = room.best_heads(loaded, chosen, heads, split, plan) if heads else {}
-    how = {name: request[name] for name in ("rule", "split", "report", "n", "prompts", "sigma", "seed", "from")}
+    here = table[table["split"] == split]
+    chosen = room.choose(here, top, rule)
+    if heads and "best_heads" not in folder.data:
+        best = room.best_heads(loaded, chosen, heads, split, plan)
+        folder.record(best_heads={str(layer): list(of) for layer, of in best.items()})
+    known_heads = folder.data.get("best_heads", {}) if heads else {}
     selection = LayerSelection(
-        loaded.name, loaded.weight_hash, chosen, heads=which, how=how | {"what": EVIDENCE},
+        loaded.name, loaded.weight_hash, chosen, weights=room.weights_of(here, chosen, weights),
+        heads={int(layer): tuple(of) for layer, of in known_heads.items()}, how=how | {"what": EVIDENCE},
         evidence=[{str(name): value for name, value in row.items()} for row in table.to_dict("records")],
     )  # fmt: skip
     path = selection.save(folder.path / "selection.json")
-    _report(folder, selection, table, correlations, path, output)
+    _report(folder, selection, long, table, correlations, path, output)
 
 
 def _report(
-    folder: Any, selection: Any, table: pd.DataFrame, correlations: pd.DataFrame, path: Path, output: Any
-) -> None:
+    folder: Any, selection: Any, long: pd.DataFrame, table: pd.DataFrame, correlations: pd.DataFrame, path: Path,
+    output: Any,
+) -> None:  # fmt: skip
+    from mmdit_probe.cli.session import plain, report_controls
     from mmdit_probe.plots import save
     from mmdit_probe.plots.select import evidence
+    from mmdit_probe.results.statistics import compare
 
     request = folder.data["request"]
     split, report = request["split"], request["report"]
@@ -148,6 +140,11 @@ def _report(
     title = f"{Path(request['model']).name}: selected layers {', '.join(map(str, selection.layers))} on {split}"
     figure = evidence(table[table["split"] == split], here, selection.layers, title=title)
     figures = save(figure, folder.path / "select_layers")
+    comparison = compare(long[long["split"] == split], ["evidence", "layer"])
+    against = report_controls(
+        folder, TABLE, comparison, "the selected layers show more of the evidence than in the control",
+        lambda rows: rows[rows["layer"].isin(selection.layers)],
+    )  # fmt: skip
     if not folder.complete:
         folder.finish(layers=list(selection.layers))
     lines: list[Any] = [evidence_rows(table, split)]
@@ -159,6 +156,7 @@ def _report(
         )
     for row in here.itertuples():
         lines.append(f"{row.first} with {row.second}: {row.rho:+.2f} [{row.low:+.2f}, {row.high:+.2f}]")
+    lines += against
     lines.append(f"selected ({request['rule']}): layers {list(selection.layers)}; pass --selection {path}")
     document = {
         "run": folder.path,
@@ -166,23 +164,22 @@ def _report(
         "layers": list(selection.layers),
         "heads": {str(layer): list(heads) for layer, heads in selection.heads.items()},
         "figures": figures,
-        "evidence": table.to_dict("records"),
-        "agreement": [{k: (None if v != v else v) for k, v in row.items()} for row in correlations.to_dict("records")],
+        "weights": list(selection.weights),
+        "evidence": plain(table),
+        "agreement": plain(correlations),
+        "controls": plain(comparison),
     }
     output.result(document, lines, path)
 
 
 def evidence_rows(table: pd.DataFrame, split: str) -> Table:
     """One split's evidence for the terminal: value, interval and rank per layer."""
-    from rich import box
-    from rich.table import Table
+    from mmdit_probe.cli.session import bare_table
 
     part = table[table["split"] == split]
     names = list(dict.fromkeys(part["evidence"]))
-    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=f"{split}: value [95 %] (rank)")
-    result.add_column("layer", justify="right")
-    for name in names:
-        result.add_column(name, justify="right")
+    result = bare_table(["layer", *names])
+    result.title = f"{split}: value [95 %] (rank)"
     indexed = part.set_index(["evidence", "layer"])
     for layer in sorted(set(part["layer"])):
         cells = [str(layer)]

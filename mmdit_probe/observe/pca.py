@@ -358,7 +358,7 @@ def _place(h: int, w: int) -> NDArray[np.float64]:
 
 def _regress(inputs: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
     weights, *_ = np.linalg.lstsq(np.column_stack([inputs, np.ones(len(inputs))]), target, rcond=None)
-    return weights
+    return np.asarray(weights, np.float64)
 
 
 def _r2(inputs: NDArray[np.float64], target: NDArray[np.float64], weights: NDArray[np.float64]) -> float:

@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.select.names import EVIDENCE
+from mmdit_probe.results.statistics import NONE, interval, measured
+from mmdit_probe.select.names import EVIDENCE, RANK_RULES, WEIGHT_RULES
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from mmdit_probe.models.mmdit import MMDiT
+    from mmdit_probe.observe.budget import Budget
+    from mmdit_probe.observe.controls import Variant
 
 COMMANDS = {
     "attention-budget": ("word_mass",),
@@ -34,6 +37,9 @@ COMMANDS = {
     "perturb": ("perturbation",),
 }
 """Command whose run folder holds an evidence -> its name."""
+
+
+COLUMNS = ["evidence", "split", "control", "item", "layer", "value"]
 
 
 @dataclass(frozen=True)
@@ -50,19 +56,22 @@ class Plan:
 
 def measure(
     model: MMDiT, split: str, names: Sequence[str] = tuple(EVIDENCE), plan: Plan | None = None,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[], None] = lambda: None, control: str = NONE,
 ) -> pd.DataFrame:  # fmt: skip
     """Measure evidence on one split of the scenes world.
 
     Args:
         model: an MM-DiT that knows the world's words. split: train, val or test.
         names: which evidence. plan: how much of it. advance: called after each.
+        control: measure it under this control of `observe.controls` instead (see `names.CONTROLLED`).
 
-    Returns: evidence, split, item, layer, value.
+    Returns: evidence, split, control, item, layer, value.
     """
     import pandas as pd
 
-    how = plan or Plan()
+    from mmdit_probe.observe.controls import Variant
+
+    how, variant = plan or Plan(), Variant(control, model)
     measures = {
         "word_mass": _word_mass,
         "value_gap": _value_gap,
@@ -74,9 +83,9 @@ def measure(
     for name in names:
         if name not in EVIDENCE:
             raise unknown("evidence", name, EVIDENCE)
-        parts.append(measures[name](model, split, how).assign(evidence=name, split=split))
+        parts.append(measures[name](variant, split, how).assign(evidence=name, split=split, control=control))
         advance()
-    return pd.concat(parts, ignore_index=True)[["evidence", "split", "item", "layer", "value"]]
+    return pd.concat(parts, ignore_index=True)[COLUMNS]
 
 
 def from_run(folder: Path | str, model: MMDiT) -> pd.DataFrame:
@@ -102,18 +111,17 @@ def from_run(folder: Path | str, model: MMDiT) -> pd.DataFrame:
         "pca": _read_pca,
         "perturb": _read_perturb,
     }
-    frame = readers[command](path).assign(evidence=COMMANDS[command][0], split=path.name)
-    return frame[["evidence", "split", "item", "layer", "value"]]
+    frame = readers[command](path).assign(evidence=COMMANDS[command][0], split=path.name, control=NONE)
+    return frame[COLUMNS]
 
 
 def by_layer(long: pd.DataFrame) -> pd.DataFrame:
-    """One row per split, evidence and layer: value, low and high (95 % bootstrap interval over items), n, rank."""
+    """One row per split, evidence and layer: value, low and high (95 % bootstrap interval over items), n, rank; of the
+    measurement itself, without its controls."""
     import pandas as pd
 
-    from mmdit_probe.embedded.report import interval
-
     rows = []
-    for (split, name, layer), part in long.groupby(["split", "evidence", "layer"], sort=False, observed=True):
+    for (split, name, layer), part in measured(long).groupby(["split", "evidence", "layer"], sort=False, observed=True):
         value, low, high = interval(part["value"])
         rows.append(
             {"split": split, "evidence": name, "layer": layer, "value": value, "low": low, "high": high, "n": len(part)}
@@ -132,7 +140,7 @@ def agreement(long: pd.DataFrame, draws: int = 500) -> pd.DataFrame:
 
     values = {
         key: part.pivot(index="item", columns="layer", values="value")
-        for key, part in long.groupby(["evidence", "split"], sort=False, observed=True)
+        for key, part in measured(long).groupby(["evidence", "split"], sort=False, observed=True)
     }
     rng = np.random.default_rng(0)
     keys = list(values)
@@ -151,9 +159,6 @@ def agreement(long: pd.DataFrame, draws: int = 500) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-RANK_RULES = ("ranks", "median-ranks")
-
-
 def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int, ...]:
     """The best layers, best first.
 
@@ -170,6 +175,20 @@ def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int,
     if not 1 <= top <= len(order):
         raise UserError(f"--top {top}: expected 1 to {len(order)} layers")
     return tuple(int(layer) for layer in order.index[:top])
+
+
+def weights_of(table: pd.DataFrame, layers: Sequence[int], rule: str = "equal") -> tuple[float, ...]:
+    """Weights of the chosen layers, summing to 1.
+
+    Args:
+        table: of one split, from `by_layer`. layers: from `choose`.
+        rule: "equal", or "ranks": in proportion to L + 1 minus the mean rank, so that the best of L layers has L.
+    """
+    if rule not in WEIGHT_RULES:
+        raise unknown("rule of the weights", rule, WEIGHT_RULES)
+    ranks = table.groupby("layer")["rank"].mean()
+    raw = [1.0 if rule == "equal" else len(ranks) + 1 - float(ranks[layer]) for layer in layers]
+    return tuple(value / sum(raw) for value in raw)
 
 
 def best_heads(model: MMDiT, layers: Sequence[int], count: int, split: str, plan: Plan) -> dict[int, tuple[int, ...]]:
@@ -201,16 +220,22 @@ def _pictures(split: str, plan: Plan) -> Any:
     return resolve(f"scenes:{split}", plan.n)
 
 
-def _word_mass(model: MMDiT, split: str, plan: Plan) -> pd.DataFrame:
+def _captured(kind: type[Budget], variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
+    """Rows of one measurement on pictures, under a control."""
     from mmdit_probe.observe.base import MemorySink
-    from mmdit_probe.observe.budget import Budget
 
     memory = MemorySink()
-    budget = Budget.of_pictures(model, _pictures(split, plan), sigma=plan.sigma, layers="all", heads="all",
-                                seed=plan.seed)  # fmt: skip
+    pictures = _pictures(split, plan)
+    budget = kind.of_pictures(variant.stock, pictures, sigma=plan.sigma, seed=plan.seed).under(variant)
     for item in budget.items:
         budget.measure(item, memory)
-    return _masses(memory.table())
+    return memory.table()
+
+
+def _word_mass(variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
+    from mmdit_probe.observe.budget import Budget
+
+    return _masses(_captured(Budget, variant, split, plan))
 
 
 def _masses(table: pd.DataFrame) -> pd.DataFrame:
@@ -226,16 +251,10 @@ def _masses(table: pd.DataFrame) -> pd.DataFrame:
     return means.assign(value=means["mass"] / means["uniform"])
 
 
-def _value_gap(model: MMDiT, split: str, plan: Plan) -> pd.DataFrame:
-    from mmdit_probe.observe.base import MemorySink
+def _value_gap(variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
     from mmdit_probe.observe.norms import NormMeasurement
 
-    memory = MemorySink()
-    measurement = NormMeasurement.of_pictures(model, _pictures(split, plan), sigma=plan.sigma, layers="all",
-                                              heads="all", seed=plan.seed)  # fmt: skip
-    for item in measurement.items:
-        measurement.measure(item, memory)
-    return _norms(memory.table())
+    return _norms(_captured(NormMeasurement, variant, split, plan))
 
 
 def _norms(table: pd.DataFrame) -> pd.DataFrame:
@@ -246,10 +265,14 @@ def _norms(table: pd.DataFrame) -> pd.DataFrame:
     return wide.assign(value=wide["gap"] / wide["image"])
 
 
-def _pca_class(model: MMDiT, split: str, plan: Plan) -> pd.DataFrame:
+def _pca_class(variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
     from mmdit_probe.observe.pca_run import pca_of_pictures
 
-    result = pca_of_pictures(model, _pictures(split, plan), kinds=("output",), sigma=plan.sigma, seed=plan.seed)
+    pictures = _pictures(split, plan)
+    captions = variant.texts([picture.prompt for picture in pictures])
+    result = pca_of_pictures(
+        variant.model, pictures, captions, kinds=("output",), sigma=plan.sigma, seed=plan.seed, edits=variant.edits
+    )
     return _pca(result.table)
 
 
@@ -260,20 +283,22 @@ def _pca(table: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(value=rows["class"] - rows["class_shuffled"])
 
 
-def _perturbation(model: MMDiT, split: str, plan: Plan) -> pd.DataFrame:
+def _perturbation(variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
     from mmdit_probe.edit import Blur
     from mmdit_probe.edit.outcomes import Parser
     from mmdit_probe.edit.perturb import Sampling, perturb
     from mmdit_probe.scenes import captions
 
     sampling = Sampling(plan.num_steps, plan.guidance, plan.seed)
-    prompts = captions(split, plan.prompts)
-    return _perturbed(perturb(model, prompts, Blur("image", "text"), sampling=sampling, outcomes=[Parser()]))
+    prompts, blur = captions(split, plan.prompts), Blur("image", "text")
+    table = perturb(variant.stock, prompts, blur, sampling=sampling, outcomes=[Parser()], variant=variant)
+    return _perturbed(table.drop(columns="control"))
 
 
 def _perturbed(table: pd.DataFrame) -> pd.DataFrame:
-    from mmdit_probe.edit.perturb import CONTROL, EDIT
+    from mmdit_probe.edit.perturb import CONTROL, EDIT, own
 
+    table = own(table)
     name = "relabelled" if "relabelled" in table else "change"
     whole = table[(table["head"] == -1) & (table["span"] == "all")]
     sides = [whole[whole["condition"] == kind].set_index(["item", "layer"])[name] for kind in (EDIT, CONTROL)]
@@ -281,24 +306,29 @@ def _perturbed(table: pd.DataFrame) -> pd.DataFrame:
     return value.rename("value").reset_index()
 
 
-def _segmentation(model: MMDiT, split: str, plan: Plan) -> pd.DataFrame:
+def _segmentation(variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
     import pandas as pd
 
     from mmdit_probe.embedded.validate import held_out, map_quality
+    from mmdit_probe.observe.probe import probe
 
     parts = []
-    for index, item in enumerate(held_out(plan.n, split)):
-        table = map_quality(model, [item], sigma=plan.sigma, seed=plan.seed + index)
-        plain = table[(table["head"] == "mean") & ~table["min_max"]]  # the softmax alone, the paper's choice
-        parts.append(plain.assign(item=index, value=plain["miou"]))
+    with probe(variant.model, edits=variant.edits):
+        for index, item in enumerate(held_out(plan.n, split)):
+            table = map_quality(variant.model, [item], sigma=plan.sigma, seed=plan.seed + index)
+            plain = table[(table["head"] == "mean") & ~table["min_max"]]  # the softmax alone, the paper's choice
+            parts.append(plain.assign(item=index, value=plain["miou"]))
     return pd.concat(parts, ignore_index=True)
 
 
 def _read_masses(path: Path) -> pd.DataFrame:
-    from mmdit_probe.results import read_table
+    import pandas as pd
 
-    columns = ["item", "branch", "step", "layer", "head", "query", "key", "span", "mass", "uniform"]
-    return _masses(read_table(path / "attention_budget.parquet", columns))
+    from mmdit_probe.results import read_row_groups
+
+    columns = ["item", "control", "branch", "step", "layer", "head", "query", "key", "span", "mass", "uniform"]
+    parts = [_masses(measured(part)) for part in read_row_groups(path / "attention_budget.parquet", columns)]
+    return pd.concat(parts, ignore_index=True)
 
 
 def _read_norms(path: Path) -> pd.DataFrame:
@@ -310,7 +340,7 @@ def _read_norms(path: Path) -> pd.DataFrame:
 def _read_pca(path: Path) -> pd.DataFrame:
     from mmdit_probe.results import read_table
 
-    return _pca(read_table(path / "pca.parquet"))
+    return _pca(measured(read_table(path / "pca.parquet")))
 
 
 def _read_perturb(path: Path) -> pd.DataFrame:

@@ -13,6 +13,19 @@ EVIDENCE = {
 }
 """Name -> what it measures. Higher means more evidence that a layer grounds words."""
 
+CONTROLLED = {
+    "word_mass": ("random", "shuffled", "uniform"),
+    "value_gap": ("random", "shuffled", "uniform"),
+    "pca_class": ("random", "shuffled", "uniform"),
+    "perturbation": ("random", "uniform"),
+    "segmentation": ("random", "uniform"),
+}
+"""Controls of `observe.controls` that make sense for each: where the text asks for the image's own classes, or nothing
+reads it, another item's caption does not."""
+
+RANK_RULES = ("ranks", "median-ranks")
+WEIGHT_RULES = ("equal", "ranks")
+
 
 def evidence_names(asked: str | None, from_runs: bool) -> list[str]:
     """The evidence that an option means: all of it, some by name, or (with run folders given instead) none."""

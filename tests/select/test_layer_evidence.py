@@ -1,12 +1,17 @@
-"""The control analysis: a planted difference is found, an equal one is printed as such."""
+"""The layer-evidence analysis: a planted difference is found, an equal one is printed as such, and a run on the
+embedded model writes what it says."""
 
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
+
+from mmdit_probe.results.statistics import ABOVE, NOT_ABOVE
 
 SCRIPT = Path(__file__).parents[2] / "analyses" / "layer_evidence.py"
 
@@ -14,15 +19,34 @@ SCRIPT = Path(__file__).parents[2] / "analyses" / "layer_evidence.py"
 def test_verdicts() -> None:
     rng = np.random.default_rng(0)
     rows = []
-    for kind in ("trained", "control"):
+    for control in ("none", "random"):
         for item in range(12):
             for layer in range(3):
-                real = 1.0 if kind == "trained" and layer == 2 else 0.0
+                real = 1.0 if control == "none" and layer == 2 else 0.0
                 for name, value in (("segmentation", real), ("value_gap", float(layer))):
                     value += 0.05 * rng.normal()
-                    rows.append({"evidence": name, "model": kind, "item": item, "layer": layer, "value": value})
-    verdicts = runpy.run_path(str(SCRIPT))["verdicts"](pd.DataFrame(rows)).set_index("evidence")
-    assert verdicts.loc["segmentation", "layer"] == 2
-    assert verdicts.loc["segmentation", "verdict"] == "differs from control"
-    assert verdicts.loc["value_gap", "verdict"] == "as control"
+                    rows.append({"evidence": name, "control": control, "item": item, "layer": layer, "value": value})
+    verdicts = runpy.run_path(str(SCRIPT))["verdicts"](pd.DataFrame(rows), (2,)).set_index("evidence")
+    assert verdicts["layer"].tolist() == verdicts["best_layer"].tolist() == [2, 2]
+    assert verdicts.loc["segmentation", "verdict"] == ABOVE
+    assert verdicts.loc["value_gap", "verdict"] == NOT_ABOVE
     assert (verdicts["low"] <= verdicts["difference"]).all()
+
+
+def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["-n", "5", "--evidence", "word_mass,segmentation", "--out", "results", "--top", "2"]
+    monkeypatch.setattr(sys, "argv", ["layer_evidence.py", *arguments])
+    for _ in range(2):  # the second time from the run folder
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert shown.count("of 9: ") == 9
+    text = Path("results/summary.md").read_text()
+    assert "Mean rank of the selected layers" in text and "| segmentation (val) | segmentation (test) |" in text
+    names = {path.name for path in Path("results").iterdir()}
+    assert names == {"by_layer.csv", "controls.csv", "agreement.csv", "summary.md", "evidence.png", "evidence.pdf"}
+    controls = pd.read_csv("results/controls.csv")
+    uniform = controls[(controls["evidence"] == "word_mass") & (controls["control"] == "uniform")]
+    assert uniform["control_value"].to_numpy() == pytest.approx(np.ones(len(uniform)), abs=1e-4)  # in its own units
+    random = controls[(controls["evidence"] == "segmentation") & (controls["control"] == "random")]
+    assert (random["verdict"] == ABOVE).any()
