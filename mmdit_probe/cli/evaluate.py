@@ -184,7 +184,7 @@ def _tagger(
     if threshold is None and split is None:
         if not dataset.startswith("scenes"):
             raise UserError(
-                "a tagger needs a threshold: --tag-threshold, or --tag-split NAME:ROOT, other labelled images to choose it on"
+                "a tagger needs a threshold: --tag-threshold, or --tag-split NAME:ROOT, other images to choose it on"
             )
         split = "scenes:train"
     if split == dataset:
