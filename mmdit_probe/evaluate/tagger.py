@@ -35,7 +35,7 @@ SPLIT_IMAGES = 200
 """Images that a threshold is chosen on, at most."""
 
 Tagger = Callable[[NDArray[np.uint8]], NDArray[np.float64]]
-"""Picture uint8 [height, width, 3] -> score per class [C], at most 0 (CLIP: cosine less the best; parser: log10 area)."""
+"""Picture uint8 [height, width, 3] -> score per class [C], at most 0 (CLIP: cosine less the best; parser: log area)."""
 
 
 @dataclass(frozen=True)
