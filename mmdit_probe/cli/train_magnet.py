@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,11 +11,25 @@ import typer
 from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Resume, Seed
 
 if TYPE_CHECKING:
-    from mmdit_probe.magnet.data import Data, Sample
+    from mmdit_probe.cli.output import Output
+    from mmdit_probe.magnet.data import Data
+    from mmdit_probe.magnet.sample import Sample
     from mmdit_probe.models.mmdit import MMDiT
 
 DataSource = Annotated[
-    str, typer.Option("--data", help="scenes:train, or a folder of pictures with captions and masks.")
+    str,
+    typer.Option(
+        "--data",
+        help="scenes:train; a folder of pictures with captions and masks; coco-stuff:ROOT, coco-panoptic:ROOT, "
+        "coco-instances:ROOT; or sa1b:ROOT.",
+    ),
+]
+Captions = Annotated[
+    Path | None, typer.Option(help="Captions as JSON, used instead of the data's own; --caption-model extends it.")
+]
+CaptionModel = Annotated[
+    str | None,
+    typer.Option(help="Image-to-text model (folder or hub id) that writes the captions not yet in --captions."),
 ]
 Masks = Annotated[
     str,
@@ -22,7 +37,10 @@ Masks = Annotated[
         help="class (named), part (scenes), self (the model's own maps), self-segments, or none: the control."
     ),
 ]
-Prompt = Annotated[str, typer.Option(help="list (class names), caption, or mixed (scenes).")]
+Prompt = Annotated[
+    str | None,
+    typer.Option(help="list (class names), caption, or mixed (scenes) [default: list where masks have names]."),
+]
 Limit = Annotated[int | None, typer.Option(help="Use the first LIMIT pictures [default: 1000 of scenes].", min=1)]
 Validation = Annotated[
     str | None, typer.Option(help="Held-out pictures with named masks: scenes:val or a folder [default: scenes:val of "
@@ -40,8 +58,13 @@ def command(
     selection: Selection = None,
     data: DataSource = "scenes:train",
     masks: Masks = "class",
-    prompt: Prompt = "list",
+    prompt: Prompt = None,
     limit: Limit = None,
+    split: Annotated[str, typer.Option(help="Split of COCO.")] = "train2017",
+    captions: Captions = None,
+    caption_model: CaptionModel = None,
+    caption_instruction: Annotated[str, typer.Option(help="What the captioning model is told.")] = "",
+    sentences: Annotated[int | None, typer.Option(help="Sentences of a caption to use [default: all].", min=1)] = None,
     validation: Validation = None,
     validate_every: Annotated[int, typer.Option(help="Steps between validations; 0: at the end.", min=0)] = 0,
     validate_count: Annotated[int, typer.Option(help="Held-out pictures.", min=0)] = 64,
@@ -131,7 +154,9 @@ def command(
         warmup=min(500, steps // 6) if warmup is None else warmup, decay=decay, clip=clip, sigma_mean=sigma_mean,
         sigma_std=sigma_std, ema=ema, checkpointing=checkpointing, drop_prompt=drop_prompt, seed=seed, **options,
     )  # fmt: skip
-    source = _data(data, masks, prompt, limit, fit, loaded)
+    source = _data(data, masks, prompt, limit, fit, loaded, split, sentences)
+    if captions is not None or caption_model is not None:
+        source = _captioned(source, captions, caption_model, caption_instruction, loaded, output)
     if masks.startswith("self"):
         from mmdit_probe.magnet.data import check
         from mmdit_probe.magnet.pseudo import SelfLabelled
@@ -143,7 +168,7 @@ def command(
                 refine=refine, advance=labelled,
             )  # fmt: skip
     watch = Watch(
-        every=validate_every, samples=_held_out(validation, data, validate_count, fit, loaded),
+        every=validate_every, samples=_held_out(validation, data, validate_count, fit, loaded, split),
         prompts=tuple(sample_prompt or ()), save_every=save_every, seed=seed,
     )  # fmt: skip
     with output.progress("steps", steps) as advance:
@@ -166,29 +191,61 @@ def command(
     output.result(document, [*lines, f"adapter: {result.lora}"], result.path)
 
 
-def _data(source: str, masks: str, prompt: str, limit: int | None, fit: str, model: MMDiT) -> Data:
-    from mmdit_probe.errors import UserError
-    from mmdit_probe.magnet.data import FolderData, ScenesData
+COCO = ("coco-instances", "coco-stuff", "coco-panoptic")
 
-    if source.startswith("scenes:"):
+
+def _data(
+    source: str, masks: str, prompt: str | None, limit: int | None, fit: str, model: MMDiT, split: str,
+    sentences: int | None = None,
+) -> Data:  # fmt: skip
+    """The training data that --data names."""
+    from mmdit_probe.errors import UserError, unknown
+    from mmdit_probe.magnet.data import FolderData, ScenesData
+    from mmdit_probe.magnet.readers import CocoData, Sa1bData
+
+    name, _, rest = source.partition(":")
+    if name == "scenes":
         kind: Any = "part" if masks in ("part", "self-segments") else "class"
-        return ScenesData(source.removeprefix("scenes:"), limit or 1000, kind, prompt)  # type: ignore[arg-type]
+        return ScenesData(rest, limit or 1000, kind, prompt or "list")  # type: ignore[arg-type]
     if prompt == "mixed":
-        raise UserError("prompt 'mixed' is for scenes; a folder has captions: use caption or list")
-    return FolderData(Path(source), model.default_size, fit, prompt, limit)  # type: ignore[arg-type]
+        raise UserError("prompt 'mixed' is for scenes; pictures on disk have captions: use caption or list")
+    shared: Any = {"size": model.default_size, "fit": fit, "limit": limit, "sentences": sentences}
+    if name in COCO:
+        return CocoData(Path(rest), prompt=prompt or "list", kind=name.removeprefix("coco-"), split=split, **shared)  # type: ignore[arg-type]
+    if name == "sa1b":
+        return Sa1bData(Path(rest), **shared)
+    if rest and not Path(source).exists():
+        raise unknown("training data", name, ("scenes", "sa1b", *COCO))
+    folder = FolderData(Path(source), **shared)
+    return replace(folder, prompt=prompt or ("list" if folder.named else "caption"))  # type: ignore[arg-type]
 
 
-def _held_out(source: str | None, data: str, count: int, fit: str, model: MMDiT) -> list[Sample]:
-    """Held-out pictures; none for a folder unless one is named: validation on training pictures says nothing."""
-    from mmdit_probe.magnet.data import FolderData, ScenesData
+def _captioned(
+    source: Data, file: Path | None, name: str | None, instruction: str, model: MMDiT, output: Output
+) -> Data:
+    """The data with captions from a file, written by a captioning model where they are missing."""
+    from functools import partial
 
+    from mmdit_probe.errors import UserError
+    from mmdit_probe.magnet.captions import Captioner, cached
+    from mmdit_probe.magnet.pictures import PictureData
+
+    if not isinstance(source, PictureData):
+        raise UserError("scenes have captions of their own; --captions and --caption-model are for pictures on disk")
+    if file is None:
+        raise UserError("where are captions kept? Give --captions FILE.json: it is made, and used again next time")
+    pictures = source.pictures()
+    captioner = partial(Captioner.load, name, instruction=instruction, device=model.device) if name else None
+    with output.progress("captions", len(pictures)) as advance:
+        return replace(source, captions=cached(pictures, file, captioner, advance=advance))
+
+
+def _held_out(source: str | None, data: str, count: int, fit: str, model: MMDiT, split: str) -> list[Sample]:
+    """Held-out pictures; none for data on disk unless named: validation on training pictures says nothing."""
     source = "scenes:val" if source is None and data.startswith("scenes:") else source
     if source is None or count == 0:
         return []
-    if source.startswith("scenes:"):
-        held: Data = ScenesData(source.removeprefix("scenes:"), count)
-    else:
-        held = FolderData(Path(source), model.default_size, fit, "list", count)  # type: ignore[arg-type]
+    held = _data(source, "class", "list", count, fit, model, split.replace("train", "val"))
     return [held[index] for index in range(len(held))]
 
 

@@ -1,0 +1,234 @@
+"""COCO and SA-1B as training data, and captions by a model: masks by hand, cache, refusals, a whole training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmdit_probe import UserError
+from mmdit_probe.cli.app import main
+from mmdit_probe.magnet import CocoData, FolderData, Sa1bData
+from mmdit_probe.magnet.captions import Captioner, cached, first_sentences
+from mmdit_probe.magnet.pictures import fit_masks, fit_picture
+from tests import blip
+
+SIZE = (64, 64)
+CATEGORIES = [{"id": 1, "name": "cat"}, {"id": 93, "name": "wall-brick"}, {"id": 94, "name": "wall-wood"},
+              {"id": 183, "name": "other"}]  # fmt: skip
+
+
+def runs(mask: np.ndarray) -> dict[str, Any]:
+    """A mask as COCO's uncompressed runs."""
+    flat = mask.T.reshape(-1).astype(int)
+    edges = np.flatnonzero(np.diff(np.r_[0, flat, 1 - flat[-1]]))
+    return {"size": list(mask.shape), "counts": np.diff(np.r_[0, edges]).tolist()}
+
+
+def parts() -> dict[str, np.ndarray]:
+    """A picture of 64 x 128: a cat on the left quarter of the centre, brick and wood walls to its right."""
+    columns = np.arange(128)[None].repeat(64, 0)
+    return {"cat": (columns >= 32) & (columns < 48), "brick": (columns >= 48) & (columns < 64), "wood": columns >= 64}
+
+
+def coco(root: Path) -> Path:
+    """The three kinds of annotations of the same two pictures; captions of the first alone."""
+    (root / "train2017").mkdir(parents=True)
+    (root / "annotations" / "panoptic_train2017").mkdir(parents=True)
+    of = parts()
+    images = [{"id": k, "file_name": f"00{k}.jpg"} for k in (3, 4, 9)]  # the last one's file is not there
+    for k in (3, 4):
+        Image.fromarray(np.full((64, 128, 3), 20 * k, np.uint8)).save(root / "train2017" / f"00{k}.jpg")
+    box = [32, 0, 47, 0, 47, 63, 32, 63]
+    pieces = {
+        "instances": [{"category_id": 1, "segmentation": [box]}],
+        "stuff": [{"category_id": 93, "segmentation": runs(of["brick"])},
+                  {"category_id": 94, "segmentation": runs(of["wood"])},
+                  {"category_id": 183, "segmentation": runs(of["cat"])}],
+    }  # fmt: skip
+    for kind, given in pieces.items():
+        listed = [{"image_id": k, **one} for k in (3, 4, 9) for one in given]
+        content = {"images": images, "categories": CATEGORIES, "annotations": listed}
+        (root / "annotations" / f"{kind}_train2017.json").write_text(json.dumps(content))
+    ids = of["cat"] * 7 + of["brick"] * 300 + of["wood"] * 70000
+    painted = np.stack([ids % 256, ids // 256 % 256, ids // 256**2], -1).astype(np.uint8)
+    Image.fromarray(painted).save(root / "annotations" / "panoptic_train2017" / "003.png")
+    segments = [{"id": 7, "category_id": 1}, {"id": 300, "category_id": 93}, {"id": 70000, "category_id": 94}]
+    entry = {"image_id": 3, "file_name": "003.png", "segments_info": segments}
+    content = {"images": images, "categories": CATEGORIES, "annotations": [entry]}
+    (root / "annotations" / "panoptic_train2017.json").write_text(json.dumps(content))
+    told = [
+        {"id": 8, "image_id": 3, "caption": "Second."},
+        {"id": 2, "image_id": 3, "caption": "A cat at\n a wall. It sits."},
+    ]
+    (root / "annotations" / "captions_train2017.json").write_text(json.dumps({"images": images, "annotations": told}))
+    return root
+
+
+def widths(data: Any, index: int = 0) -> dict[str, int]:
+    """Columns that each mask covers."""
+    return {name: int(mask.any(0).sum()) for name, mask in zip(data[index].names, data[index].masks, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected", "count"),
+    [("instances", {"cat": 16}, 2), ("stuff", {"wall": 48}, 2), ("panoptic", {"cat": 16, "wall": 48}, 1)],
+)
+def test_coco_masks_are_united_by_name(tmp_path: Path, kind: Any, expected: dict[str, int], count: int) -> None:
+    """The centre of 64 columns is kept; the walls are one class, "other" is none."""
+    data = CocoData(coco(tmp_path), SIZE, prompt="list", kind=kind)
+    assert (len(data), widths(data), data[0].image.shape) == (count, expected, (64, 64, 3))
+    assert data[0].prompt == " ".join(expected)
+    assert data.describe()["kind"] == kind
+
+
+def test_coco_captions_name_what_is_aligned(tmp_path: Path) -> None:
+    data = CocoData(coco(tmp_path), SIZE, kind="panoptic")
+    assert data[0].prompt == "A cat at a wall. It sits."
+    assert data[0].names == ("cat", "wall")
+    assert replace(data, sentences=1)[0].prompt == "A cat at a wall."
+    assert CocoData(tmp_path, SIZE, kind="stuff")[1].names == ()  # no caption says "wall"
+
+
+def test_coco_refusals(tmp_path: Path) -> None:
+    root = coco(tmp_path / "a")
+    with pytest.raises(UserError, match=r"stuff_val2017.json'?: expected COCO's stuff annotations"):
+        CocoData(root, SIZE, split="val2017")
+    with pytest.raises(UserError, match="did you mean 'stuff'"):
+        CocoData(root, SIZE, kind="stuf")  # type: ignore[arg-type]
+    file = root / "annotations" / "stuff_train2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["segmentation"]["counts"][0] += 5
+    damaged = coco(tmp_path / "b")
+    (damaged / "annotations" / "stuff_train2017.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"COCO mask of '003.jpg' is damaged"):
+        CocoData(damaged, SIZE)[0]
+    for picture in (damaged / "train2017").iterdir():
+        picture.unlink()
+    with pytest.raises(UserError, match="none of the 3 annotated pictures"):
+        CocoData(damaged, SIZE, kind="instances")
+
+
+def sa1b(root: Path) -> Path:
+    """One picture with three masks, one of them too small to count."""
+    root.mkdir(parents=True)
+    Image.fromarray(np.zeros((64, 128, 3), np.uint8)).save(root / "sa_5.jpg")
+    of = parts()
+    dot = np.zeros((64, 128), bool)
+    dot[:2, :2] = True
+    content = {"annotations": [{"segmentation": runs(mask)} for mask in (dot, of["cat"], of["wood"])]}
+    (root / "sa_5.json").write_text(json.dumps(content))
+    (root / "sa_5.txt").write_text("A wall. A cat before it. More of it.")
+    return root
+
+
+def test_sa1b_masks_have_no_names_largest_first(tmp_path: Path) -> None:
+    sample = Sa1bData(sa1b(tmp_path / "sa"), SIZE, sentences=2)[0]
+    assert sample.names == ()
+    assert [int(mask.any(0).sum()) for mask in sample.masks] == [32, 16]
+    assert sample.prompt == "A wall. A cat before it."
+
+
+def test_masks_are_brought_to_size_with_their_picture() -> None:
+    """Black and white stripes wider than a pixel of the result: picture and mask agree wherever they are sure."""
+    stripes = (np.arange(210) // 30 % 2 == 1)[None].repeat(90, 0)
+    picture = Image.fromarray(np.repeat(stripes[..., None] * 255, 3, -1).astype(np.uint8))
+    for fit in ("crop", "squash"):
+        shown = np.asarray(fit_picture(picture, (48, 64), fit))[..., 0]
+        mask = fit_masks(stripes[None], (48, 64), fit)[0]
+        sure = (shown < 5) | (shown > 250)
+        assert sure.mean() > 0.5
+        assert (mask[sure] == (shown[sure] > 128)).all()
+
+
+def test_a_long_caption_is_cut_at_sentences() -> None:
+    assert first_sentences("One. Two! Three? Four", 2) == "One. Two!"
+    assert first_sentences("no full stop", 2) == "no full stop"
+    assert first_sentences("a b. c", None) == "a b. c"
+
+
+def pictures(count: int = 3) -> dict[str, Any]:
+    def draw(k: int) -> Image.Image:
+        return Image.fromarray(np.random.default_rng(k).integers(0, 255, (40, 30, 3), np.uint8))
+
+    return {f"{k}.png": lambda k=k: draw(k) for k in range(count)}
+
+
+def test_captions_are_written_once_and_kept(tmp_path: Path) -> None:
+    captioner = Captioner.load(str(blip.save(tmp_path / "blip", "caption")))
+    file, steps = tmp_path / "deep" / "captions.json", []
+    found = cached(pictures(2), file, captioner, batch=1, advance=lambda: steps.append(1))
+    assert len(steps) == 2
+    assert found == {key: captioner([show()])[0] for key, show in pictures(2).items()}
+    assert set(" ".join(found.values()).split()) <= set(blip.WORDS)
+    assert all(found.values())
+    calls: list[str] = []
+
+    def once_more() -> Captioner:
+        calls.append("loaded")
+        return captioner
+
+    assert cached(pictures(2), file, once_more) == found
+    assert calls == []  # all there: the model is not even loaded
+    assert cached(pictures(3), file, once_more).keys() == pictures(3).keys()
+    assert calls == ["loaded"]
+    told = json.loads(file.read_text())
+    assert told["model"] == str(tmp_path / "blip")
+
+
+def test_captions_of_another_model_are_not_mixed_in(tmp_path: Path) -> None:
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps({"model": "other", "instruction": "", "captions": {"0.png": "a cat"}}))
+    assert cached(pictures(1), file, None) == {"0.png": "a cat"}
+    with pytest.raises(UserError, match=r"no caption of '1.png' \(2 missing\); name a captioning model"):
+        cached(pictures(3), file, None)
+    with pytest.raises(UserError, match="holds captions of 'other'"):
+        cached(pictures(3), file, Captioner.load(str(blip.save(tmp_path / "blip", "caption"))))
+    file.write_text("[]")
+    with pytest.raises(UserError, match="is no caption file"):
+        cached(pictures(1), file, None)
+    with pytest.raises(UserError, match="no captioning model 'nowhere'"):
+        Captioner.load("nowhere")
+
+
+def train(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train-magnet", *arguments, "--steps", "1", "--batch", "1", "--rank", "2", "--layers", "1", "-q"])
+    return int(stopped.value.code or 0)
+
+
+def test_coco_and_sa1b_train_from_the_command_line(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root, pieces, model = coco(tmp_path / "coco"), sa1b(tmp_path / "sa"), str(tiny_directory)
+    assert train("--data", f"coco-panoptic:{root}", "--model", model, "--out", "a") == 0, capfd.readouterr().err
+    request = json.loads(Path("a/run.json").read_text())["request"]
+    assert (request["data"]["kind"], request["data"]["prompt"], request["alignment"]) == ("panoptic", "list", "token")
+    blip.save(tmp_path / "blip", "caption")
+    captioned = ["--data", f"sa1b:{pieces}", "--masks", "part", "--captions", "c.json", "--caption-model", "blip"]
+    assert train(*captioned, "--model", model, "--out", "b") == 0, capfd.readouterr().err
+    assert json.loads(Path("b/run.json").read_text())["request"]["data"]["captions"]
+    assert list(json.loads(Path("c.json").read_text())["captions"]) == ["sa_5"]
+    capfd.readouterr()
+    for arguments, words in (
+        (["--data", f"sa1b:{pieces}"], "token-level alignment needs named masks"),
+        (["--data", f"coc-stuff:{root}"], "did you mean 'coco-stuff'"),
+        ([*captioned[:4], "--caption-model", "blip"], "Give --captions FILE.json"),
+    ):
+        assert train(*arguments, "--model", model, "--out", "c") == 2
+        assert words in capfd.readouterr().err
+    assert not Path("c").exists()
+
+
+def test_a_folder_takes_captions_of_a_model(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "x.png")
+    data = FolderData(tmp_path, SIZE)
+    assert data[0].prompt == ""
+    assert replace(data, captions={"x.png": "a red ring"})[0].prompt == "a red ring"
+    assert data.describe()["captions"] is None
