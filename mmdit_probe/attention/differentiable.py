@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmdit_probe.attention import exact
+from mmdit_probe.attention.blocks import Columns, bias_of
 from mmdit_probe.attention.call import SDPACall
 
 Space = Literal["logit", "probability"]
@@ -73,7 +74,7 @@ def row_lse(call: SDPACall) -> Tensor:
                         call.scale_factor)  # type: ignore[no-any-return]  # fmt: skip
 
 
-def columns(call: SDPACall, keys: exact.Columns, rows: exact.Columns = slice(None)) -> Tensor:
+def columns(call: SDPACall, keys: Columns, rows: Columns = slice(None)) -> Tensor:
     """Attention probabilities [B, H, R, K] float32 of some keys for some queries, differentiable in q and k.
 
     Args:
@@ -83,16 +84,16 @@ def columns(call: SDPACall, keys: exact.Columns, rows: exact.Columns = slice(Non
         return (logits(call, keys, rows) - row_lse(call)[:, :, rows, None]).exp()
 
 
-def logits(call: SDPACall, keys: exact.Columns, rows: exact.Columns = slice(None)) -> Tensor:
+def logits(call: SDPACall, keys: Columns, rows: Columns = slice(None)) -> Tensor:
     """scale q k^T + bias, [B, H, R, K] float32, of some keys for some queries, differentiable in q and k."""
     with _full_precision(call):
         query, key = call.query[:, :, rows].float(), call.expanded_key()[:, :, keys].float()
         scores = call.scale_factor * query @ key.transpose(-1, -2)
-        bias = exact._bias(call, keys, rows)
+        bias = bias_of(call, keys, rows)
         return scores if bias is None else scores + bias
 
 
-def weighted(call: SDPACall, weights: Tensor, rows: exact.Columns = slice(None)) -> Tensor:
+def weighted(call: SDPACall, weights: Tensor, rows: Columns = slice(None)) -> Tensor:
     """sum_j p_ij w_jg, [B, H, R, G] float32: attention over indicator values, differentiable in q and k.
 
     Args:
@@ -104,7 +105,7 @@ def weighted(call: SDPACall, weights: Tensor, rows: exact.Columns = slice(None))
     """
     query, key = call.query[:, :, rows], call.expanded_key()
     batch, heads, _, width = query.shape
-    mask = exact._bias(call, slice(None), rows) if call.attn_mask is not None or call.is_causal else None
+    mask = bias_of(call, slice(None), rows) if call.attn_mask is not None or call.is_causal else None
     parts = []
     with _full_precision(call):
         for first in range(0, weights.shape[-1], width):
@@ -119,8 +120,8 @@ def weighted(call: SDPACall, weights: Tensor, rows: exact.Columns = slice(None))
 
 def text_maps(
     call: SDPACall,
-    text: exact.Columns,
-    image: exact.Columns,
+    text: Columns,
+    image: Columns,
     groups: Tensor | None = None,
     *,
     heads: Literal["all", "mean"] = "all",
@@ -151,7 +152,7 @@ def text_maps(
     return maps.mean(1) if heads == "mean" else maps
 
 
-def masses(call: SDPACall, text: exact.Columns, rows: exact.Columns = slice(None)) -> Tensor:
+def masses(call: SDPACall, text: Columns, rows: Columns = slice(None)) -> Tensor:
     """Mass that queries give to the text keys, [B, H, R] float32, differentiable in q and k."""
     weights = torch.zeros(1, call.key.shape[-2], 1, device=call.query.device)
     weights[:, text] = 1.0

@@ -23,22 +23,11 @@ gradients without a warning. Every function therefore runs without gradients, ex
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
+from mmdit_probe.attention.blocks import Columns, blocks, padded, size
 from mmdit_probe.attention.call import SDPACall
-
-Columns = slice | Tensor
-"""A set of token positions: a contiguous slice, or a LongTensor of indices."""
-
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
-"""Probabilities held at once, by device: on a CPU 1 MiB of float32, which stays in a core's second-level cache
-(measured:
-256 rows x 2 heads x 333 keys is twice as fast as 65 rows x 24 heads); on a GPU enough to fill it."""
 
 _MATH, _FLASH, _EFFICIENT, _CUDNN = 0, 1, 2, 3  # torch's SDPBackend, as `torch._fused_sdp_choice` returns it
 
@@ -146,66 +135,35 @@ def columns(call: SDPACall, lse: Tensor, keys: Columns, rows: Columns = slice(No
 
     The result is as large as asked for; to reduce over queries use `column_sums`.
     """
-    query = _take(call.query, rows).float()
-    key = _take(call.expanded_key(), keys).float()
-    batch, heads, n_rows, width = query.shape
-    shift = _take(lse[..., None], rows).float().neg().reshape(batch * heads, n_rows, 1)
-    scores = torch.baddbmm(
-        shift.expand(-1, -1, key.shape[-2]),
-        query.reshape(batch * heads, n_rows, width),
-        key.reshape(batch * heads, -1, width).transpose(1, 2),
-        alpha=call.scale_factor,
-    ).view(batch, heads, n_rows, -1)
-    bias = _bias(call, keys, rows)
-    if bias is not None:
-        scores += bias
-    return scores.exp_()
+    return column_maps(call, lse, keys, rows)
 
 
 @torch.no_grad()
 def column_sums(call: SDPACall, lse: Tensor, keys: Columns, weights: Tensor) -> Tensor:
-    """Weighted sums over queries of the attention probabilities of some keys, streamed over query chunks.
+    """Weighted sums over queries of the attention probabilities of some keys, streamed over blocks of queries.
 
     Args:
         call: the attention call. lse: [B, H, Nq] from `attend`.
         keys: the K key positions.
         weights: [G, Nq] or [B, G, Nq], float32: the weight of every query in each of G sums.
 
-    Returns: [B, H, G, K] float32, sum over queries of weight * probability. At most `CHUNK_ELEMENTS` probabilities
-    are held at once.
+    Returns: [B, H, G, K] float32, sum over queries of weight * probability.
     """
-    batch, heads, n_rows, _ = call.query.shape
-    key = _take(call.expanded_key(), keys).float().transpose(-1, -2)  # [B, H, D, K]
-    n_keys = key.shape[-1]
-    out = torch.zeros(batch, heads, weights.shape[-2], n_keys, device=key.device)
-    rows_at_once, heads_at_once = _block_shape(call.query.device, n_rows, heads, n_keys)
-    shift = lse[..., None].float().neg().contiguous()  # [B, H, Nq, 1]
-    # One buffer for all blocks: a fresh allocation per block costs more in page faults than the exponentials.
-    buffer = torch.empty(heads_at_once * rows_at_once * n_keys, device=key.device)
-    for index in range(batch):
-        weight = weights[index] if weights.ndim == 3 else weights
-        for first in range(0, heads, heads_at_once):
-            group = slice(first, min(first + heads_at_once, heads))
-            for start in range(0, n_rows, rows_at_once):
-                rows = slice(start, min(start + rows_at_once, n_rows))
-                query = call.query[index, group, rows].float()
-                scores = buffer[: query.shape[0] * query.shape[1] * n_keys].view(*query.shape[:2], n_keys)
-                with _products_of(call.query):
-                    torch.bmm(query, key[index, group], out=scores)
-                torch.add(shift[index, group, rows], scores, alpha=call.scale_factor, out=scores)
-                bias = _bias(call, keys, rows)
-                if bias is not None:
-                    bias = bias[index if bias.shape[0] > 1 else 0]
-                    scores += bias[group] if bias.shape[0] > 1 else bias
-                out[index, group] += torch.matmul(weight[:, rows], scores.exp_())
-    return out
+    batch, heads = call.query.shape[:2]
+    count, groups = size(call, keys), weights.shape[-2]
+    weights = weights if weights.ndim == 3 else weights[None]
+    weights = weights[:, None].expand(batch, heads, -1, -1).flatten(0, 1)  # a view where the samples share them
+    out = torch.zeros(batch * heads, groups, padded(count), device=call.query.device)
+    for block in blocks(call, lse, keys, slice(None)):
+        out[block.pairs].baddbmm_(weights[block.pairs, :, block.rows], block.flat)
+    return out.unflatten(0, (batch, heads))[..., :count]
 
 
 @torch.no_grad()
 def column_maps(
     call: SDPACall, lse: Tensor, keys: Columns, rows: Columns, groups: Tensor | None = None, head_mean: bool = False
 ) -> Tensor:
-    """Attention probabilities of some keys for some queries, summed over groups of keys, streamed over query chunks.
+    """Attention probabilities of some keys for some queries, summed over groups of keys, streamed over query blocks.
 
     Args:
         call: the attention call. lse: [B, H, Nq] from `attend`.
@@ -216,40 +174,48 @@ def column_maps(
     Returns: [B, H, R, G] float32, or [B, R, G] with `head_mean`.
     """
     batch, heads = call.query.shape[:2]
-    index = torch.arange(call.query.shape[-2], device=call.query.device)[rows]
-    n_keys = torch.arange(call.key.shape[-2], device=call.query.device)[keys].numel()
-    parts = []
-    for start, stop in _chunks(call, len(index), batch * heads * n_keys):
-        block = columns(call, lse, keys, index[start:stop])
+    count, device = size(call, keys), call.query.device
+    shape = (size(call, rows, keys=False), count if groups is None else groups.shape[-1])
+    out = torch.zeros(batch, *shape, device=device) if head_mean else torch.empty(batch, heads, *shape, device=device)
+    groups = None if groups is None else groups.to(device).expand(batch, -1, -1)
+    for block in blocks(call, lse, keys, rows):
+        values = block.values[..., :count]
         if groups is not None:
-            block = block @ groups[:, None].to(block.device)
-        parts.append(block.mean(1) if head_mean else block)
-    return torch.cat(parts, -2)
+            values = values @ groups[block.samples, None]
+        if head_mean:
+            out[block.samples, block.rows] += values[:, 0] if values.shape[1] == 1 else values.sum(1)
+        else:
+            out[block.samples, block.heads, block.rows] = values
+    return out.div_(heads) if head_mean else out
 
 
 @torch.no_grad()
 def row_maps(
-    call: SDPACall, lse: Tensor, keys: Columns, rows: Columns, weights: Tensor, head_mean: bool = False
+    call: SDPACall, lse: Tensor, keys: Columns, rows: Columns, weights: Tensor | None = None, head_mean: bool = False
 ) -> Tensor:
-    """Attention probabilities of some keys, weighted sums over groups of queries, streamed over query chunks.
+    """Attention probabilities of some keys, weighted sums over groups of queries, streamed over query blocks.
 
     Args:
         call: the attention call. lse: [B, H, Nq] from `attend`.
         keys: the K key positions. rows: the R query positions.
-        weights: [B or 1, R, G] weight of every query in each sum.
+        weights: [B or 1, R, G] weight of every query in each sum; None keeps the queries apart (G = R).
         head_mean: average over heads.
 
     Returns: [B, H, K, G] float32, or [B, K, G] with `head_mean`: the transposed block, keys first.
     """
-    index = torch.arange(call.query.shape[-2], device=call.query.device)[rows]
-    n_keys = torch.arange(call.key.shape[-2], device=call.query.device)[keys].numel()
+    if weights is None:
+        return column_maps(call, lse, keys, rows, None, head_mean).mT
     batch, heads = call.query.shape[:2]
-    shape = (batch, n_keys, weights.shape[-1]) if head_mean else (batch, heads, n_keys, weights.shape[-1])
-    out = torch.zeros(shape, device=call.query.device)
-    for start, stop in _chunks(call, len(index), batch * heads * n_keys):
-        block = columns(call, lse, keys, index[start:stop]).transpose(-1, -2)  # [B, H, K, R]
-        out += block.mean(1) @ weights[:, start:stop] if head_mean else block @ weights[:, None, start:stop]
-    return out
+    count, weights = size(call, keys), weights.expand(batch, -1, -1)
+    shape = (count, weights.shape[-1])
+    out = torch.zeros(batch, *(() if head_mean else (heads,)), *shape, device=call.query.device)
+    for block in blocks(call, lse, keys, rows):
+        values = block.values[..., :count].mT @ weights[block.samples, None, block.rows]  # [b, h, K, G]
+        if head_mean:
+            out[block.samples] += values.sum(1)
+        else:
+            out[block.samples, block.heads] += values
+    return out.div_(heads) if head_mean else out
 
 
 @torch.no_grad()
@@ -270,14 +236,10 @@ def group_masses(call: SDPACall, lse: Tensor | None, groups: Tensor, count: int)
     sizes = torch.bincount(shared.flatten(), minlength=count)
     rest = int(sizes.argmax())
     needed = (shared != rest).any(0).nonzero()[:, 0]
-    batch, heads, n_rows, _ = call.query.shape
     indicator = torch.nn.functional.one_hot(shared[:, needed], count).float()  # [B or 1, K, G]
     indicator[..., rest] = 0.0
-    out = torch.empty(batch, heads, n_rows, count, device=call.query.device)
-    for start, stop in _chunks(call, n_rows, batch * heads * max(1, len(needed))):
-        block = columns(call, lse, needed, slice(start, stop)) @ indicator[:, None]
-        block[..., rest] = 1.0 - block.sum(-1)
-        out[:, :, start:stop] = block
+    out = column_maps(call, lse, needed, slice(None), indicator)
+    out[..., rest] = 1.0 - out.sum(-1)
     live = live_rows(call)
     return out if live is None else out * live[..., None]
 
@@ -297,61 +259,3 @@ def _indicator_masses(call: SDPACall, groups: Tensor, count: int) -> Tensor:
     live = live_rows(call)
     masses = torch.cat(parts, -1)
     return masses if live is None else masses.nan_to_num() * live[..., None]
-
-
-def _chunk_elements(device: torch.device) -> int:
-    return CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cpu"])
-
-
-def _chunks(call: SDPACall, rows: int, row_elements: int) -> Iterator[tuple[int, int]]:
-    size = max(16, _chunk_elements(call.query.device) // max(1, row_elements))
-    for start in range(0, rows, size):
-        yield start, min(start + size, rows)
-
-
-def _block_shape(device: torch.device, rows: int, heads: int, keys: int) -> tuple[int, int]:
-    """Rows and heads per block of columns: few heads with many rows on a CPU, everything that fits on a GPU."""
-    limit = max(1, _chunk_elements(device) // max(1, keys))
-    at_once = min(rows, 256 if device.type == "cpu" else max(256, limit // heads))
-    return at_once, min(heads, max(1, limit // at_once))
-
-
-@contextmanager
-def _products_of(tensor: Tensor) -> Iterator[None]:
-    """Let float32 matmuls of upcast bfloat16 values run on bfloat16 units: the products are exact either way.
-
-    Accumulation and result stay float32 (checked: closer to float64 than the plain float32 matmul), and it is three
-    times faster on CPUs that have such units. The switch is process-wide, so it is left alone where another thread
-    might be computing.
-    """
-    if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu" or threading.active_count() > 1:
-        yield
-        return
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-def _take(tensor: Tensor, positions: Columns) -> Tensor:
-    return tensor[:, :, positions]
-
-
-def _bias(call: SDPACall, keys: Columns, rows: Columns) -> Tensor | None:
-    """The additive mask of some rows and keys, [B or 1, H or 1, R or 1, K or 1] float32, causal part included."""
-    bias = call.additive_mask(torch.float32)
-    if bias is not None:
-        bias = bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
-        bias = bias[:, :, rows] if bias.shape[2] > 1 else bias
-        bias = bias[..., keys] if bias.shape[3] > 1 else bias
-    if call.is_causal:
-        device = call.query.device
-        row = torch.arange(call.query.shape[-2], device=device)[rows]
-        column = torch.arange(call.key.shape[-2], device=device)[keys]
-        causal = torch.zeros(len(row), len(column), device=device)
-        causal.masked_fill_(column[None] > row[:, None], float("-inf"))
-        bias = causal[None, None] if bias is None else bias + causal
-    return bias

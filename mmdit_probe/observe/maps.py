@@ -61,11 +61,14 @@ class TextMaps(Observer):
         frames = seen.layout.frames
         if seen.layout.grid is None or math.prod((frames, *seen.layout.grid)) != seen.layout.counts["image"]:
             raise UserError(f"the image tokens have no known grid: {seen.layout.counts['image']} tokens")
-        groups = self._groups(seen)  # [B or 1, T, G]
+        groups = self._groups(seen)  # [B or 1, T, G]; None keeps every text position
         head_mean = self.heads == "mean"
         image, text = seen.layout.positions("image"), seen.layout.positions("text")
         call, lse = seen.call, seen.lse
         if self.queries == "image":
+            if groups is not None:  # only the positions that some map reads
+                read = groups.any(0).any(-1).nonzero()[:, 0]
+                text, groups = torch.arange(seen.layout.total)[text][read].to(call.query.device), groups[:, read]
             if lse is not None:
                 maps = exact.column_maps(call, lse, text, image, groups, head_mean)
             else:
@@ -74,11 +77,14 @@ class TextMaps(Observer):
             if lse is None:
                 raise UserError("T2I maps need a kernel that gives its log-sum-exp; this device has none")
             if seen.layout.queries is not None:
-                asked = seen.layout.queries[:, text].to(groups)
+                asked = seen.layout.queries[:, text]
                 if not asked.any():
                     raise UserError("text tokens are no queries in this model: it has no T2I maps")
+                groups = torch.eye(seen.layout.counts["text"])[None] if groups is None else groups
                 groups = groups * asked[..., None]
-            maps = exact.row_maps(call, lse, image, text, groups / groups.sum(1, keepdim=True).clamp(min=1), head_mean)
+            if groups is not None:
+                groups = (groups / groups.sum(1, keepdim=True).clamp(min=1)).to(call.query.device)
+            maps = exact.row_maps(call, lse, image, text, groups, head_mean)
         h, w = seen.layout.grid
         space = (h, w) if frames == 1 else (frames, h, w)
         self._seen[seen.layer.index] = maps.reshape(*maps.shape[:-2], *space, maps.shape[-1]).cpu()
@@ -136,13 +142,13 @@ class TextMaps(Observer):
             for row in _rows_of(call, branch)
         ]
 
-    def _groups(self, seen: LayerCall) -> Tensor:
-        """Which text positions make up each map, [B or 1, T, G]."""
-        length, words, device = seen.layout.counts["text"], self.words, seen.call.query.device
+    def _groups(self, seen: LayerCall) -> Tensor | None:
+        """Which text positions make up each map, [B or 1, T, G] on the CPU; None for every position by itself."""
+        length, words = seen.layout.counts["text"], self.words
         if words is None:
-            return torch.eye(length, device=device)[None]
+            return None
         if all(isinstance(word, int) for word in words):
-            positions = torch.tensor(words, dtype=torch.long, device=device)
+            positions = torch.tensor(words, dtype=torch.long)
             if len(positions) == 0 or positions.min() < 0 or positions.max() >= length:
                 raise UserError(f"text positions {list(words)}: expected positions in 0..{length - 1}")
             return torch.nn.functional.one_hot(positions, length).float().t()[None]
@@ -150,7 +156,7 @@ class TextMaps(Observer):
         for row, table in enumerate(seen.tokens):
             for place, word in enumerate(words):
                 groups[row, self._positions(table, str(word), seen.denoising.branches[row]), place] = 1.0
-        return groups.to(device)
+        return groups
 
     def _positions(self, table: TokenTable, word: str, branch: str) -> list[int]:
         try:
@@ -166,11 +172,13 @@ def _rows_of(call: DenoisingCall, branch: str | None) -> list[int]:
     return [row for row, of in enumerate(call.branches) if branch is None or of == branch]
 
 
-def _without_lse(call: exact.SDPACall, text: exact.Columns, groups: Tensor, head_mean: bool, total: int) -> Tensor:
+def _without_lse(
+    call: exact.SDPACall, text: exact.Columns, groups: Tensor | None, head_mean: bool, total: int
+) -> Tensor:
     """I2T maps of all rows where no kernel gives its log-sum-exp: every text position a group, by indicator values."""
     positions = torch.arange(total, device=call.query.device)[text]
     of_key = torch.zeros(total, dtype=torch.long, device=call.query.device)
     of_key[positions] = 1 + torch.arange(len(positions), device=call.query.device)
     masses = exact.group_masses(call, None, of_key, len(positions) + 1)[..., 1:]  # [B, H, N, T]
-    maps = masses @ groups[:, None]
+    maps = masses if groups is None else masses @ groups[:, None].to(masses.device)
     return maps.mean(1) if head_mean else maps

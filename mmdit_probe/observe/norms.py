@@ -36,6 +36,9 @@ COLUMNS = (
     "n_token",
 )  # fmt: skip
 
+_TOKENS = 256
+"""Tokens upcast at once, so that the copy stays in a processor's cache."""
+
 Leaf = tuple[str, str, str]
 """(token, span, stream) of a row: ("text", "word", "t5"), ("image", "all", ""), ("other", "all", "")."""
 
@@ -117,8 +120,12 @@ class ValueNorm(RowObserver):
 @torch.no_grad()
 def value_norms(value: Tensor) -> Tensor:
     """L2 norms of values [B, H, N, D] -> [B, H + 1, N] float32: the heads' concatenation first, then each head."""
-    squares = value.float().square().sum(-1)
-    return torch.cat([squares.sum(1, keepdim=True), squares], 1).sqrt()
+    by_token = value.transpose(1, 2)  # as diffusers lays them out: reading in this order is three times as fast
+    norms = torch.cat([
+        torch.linalg.vector_norm(by_token[:, start : start + _TOKENS], dim=-1, dtype=torch.float32)
+        for start in range(0, by_token.shape[1], _TOKENS)
+    ], 1).transpose(1, 2)  # fmt: skip
+    return torch.cat([torch.linalg.vector_norm(norms, dim=1, keepdim=True), norms], 1)
 
 
 class NormMeasurement(Budget):

@@ -1,0 +1,199 @@
+"""Columns of the attention matrix block by block, in one reused buffer that stays in a processor's cache.
+
+Everything exact about single keys (masses, maps, sinks) reduces such columns, so the loop and what makes it fast are
+here once:
+
+    >>> import torch
+    >>> q = torch.randn(1, 2, 6, 16)
+    >>> call = SDPACall(q, q, q)
+    >>> lse = (q @ q.mT / 4).logsumexp(-1)
+    >>> [tuple(block.values.shape) for block in blocks(call, lse, slice(4, 6), slice(None))]
+    [(1, 2, 6, 16)]
+
+Each block is exp(scale q k^T + bias - lse) in float32. Its keys are padded to a multiple of `ALIGNED` (333 text tokens
+would leave every row unaligned: twice the time); the pads are copies of the last key, so they are finite, and are cut
+off at the end by whoever reduces: `values[..., :K]`. Nothing here is differentiable, and nothing holds two blocks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmdit_probe.attention.call import SDPACall
+
+Columns = slice | Tensor
+"""A set of token positions: a contiguous slice, or a LongTensor of indices."""
+
+CHUNK_ELEMENTS = {"cpu": 3 << 17, "cuda": 1 << 24}
+"""Probabilities held at once: on a CPU per thread, 1.5 MiB of float32, which stays in a core's second-level cache; on a
+GPU in all, enough to fill it."""
+
+ALIGNED = 16
+"""Keys per block are a multiple of this: a cache line, or a vector register, of float32."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Probabilities of some samples, heads and rows, in a buffer that the next block reuses.
+
+    Attributes:
+        samples, heads, rows: slices of the batch, of the heads and of the rows asked for.
+        pairs: slice of the B * H pairs of sample and head: one sample's heads, or all heads of several samples.
+        flat: [b * h, r, K padded] float32.
+    """
+
+    samples: slice
+    heads: slice
+    rows: slice
+    pairs: slice
+    flat: Tensor
+
+    @property
+    def values(self) -> Tensor:
+        """The probabilities as [b, h, r, K padded]."""
+        return self.flat.unflatten(0, (self.samples.stop - self.samples.start, self.heads.stop - self.heads.start))
+
+
+def size(call: SDPACall, positions: Columns, keys: bool = True) -> int:
+    """How many positions a set has, among the keys or among the queries of a call."""
+    if isinstance(positions, Tensor):
+        return len(positions)
+    return len(range((call.key if keys else call.query).shape[-2])[positions])
+
+
+def padded(count: int) -> int:
+    """`count` keys with the pads of a block."""
+    return -(-count // ALIGNED) * ALIGNED
+
+
+def blocks(call: SDPACall, lse: Tensor, keys: Columns, rows: Columns) -> Iterator[Block]:
+    """All blocks of exp(scale q k^T + bias - lse) for some keys and rows; the heads of one set of rows follow another.
+
+    Args:
+        call: the attention call. lse: [B, H, Nq] row log-sum-exp.
+        keys: the K key positions. rows: the R query positions.
+    """
+    query, key = call.query[:, :, rows], _prepared(call, keys)
+    shift = lse[:, :, rows].float().neg().flatten(0, 1)[..., None]
+    batch, heads, n_rows, width = query.shape
+    n_keys, count, scale = key.shape[-1], size(call, keys), call.scale_factor
+    many, heads_at_once, rows_at_once = _shape(query, n_keys)
+    # One buffer for all blocks: a fresh allocation per block costs more in page faults than the exponentials.
+    at_once = many * heads_at_once * rows_at_once
+    scores = torch.empty(at_once * n_keys, device=key.device)
+    upcast = torch.empty(at_once * width, device=key.device, dtype=key.dtype)
+    biased, multiply = call.attn_mask is not None or call.is_causal, _product(call.query)
+    for start, sample, head in itertools.product(
+        range(0, n_rows, rows_at_once), range(0, batch, many), range(0, heads, heads_at_once)
+    ):
+        stop, last, end = min(start + rows_at_once, n_rows), min(sample + many, batch), min(head + heads_at_once, heads)
+        samples, group, part = slice(sample, last), slice(head, end), slice(start, stop)
+        flat, n = (last - sample) * (end - head), stop - start
+        pairs = slice(sample * heads + head, sample * heads + head + flat)
+        left = upcast[: flat * n * width].view(flat, n, width)
+        left.view(last - sample, end - head, n, width).copy_(query[samples, group, part])
+        values = scores[: flat * n * n_keys].view(flat, n, n_keys)
+        multiply(left, key[pairs], values)
+        torch.add(shift[pairs, part], values, alpha=scale, out=values)
+        block = Block(samples, group, part, pairs, values)
+        if biased:
+            bias = bias_of(call, keys, _within(call, rows, part))
+            assert bias is not None
+            bias = bias[samples] if bias.shape[0] > 1 else bias
+            block.values[..., :count] += bias[:, group] if bias.shape[1] > 1 else bias
+        values.exp_()
+        yield block
+
+
+def bias_of(call: SDPACall, keys: Columns, rows: Columns) -> Tensor | None:
+    """The additive mask of some rows and keys, [B or 1, H or 1, R or 1, K or 1] float32, causal part included."""
+    bias = call.additive_mask(torch.float32)
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+        bias = bias[:, :, rows] if bias.shape[2] > 1 else bias
+        bias = bias[..., keys] if bias.shape[3] > 1 else bias
+    if call.is_causal:
+        device = call.query.device
+        row = torch.arange(call.query.shape[-2], device=device)[rows]
+        column = torch.arange(call.key.shape[-2], device=device)[keys]
+        causal = torch.zeros(len(row), len(column), device=device)
+        causal.masked_fill_(column[None] > row[:, None], float("-inf"))
+        bias = causal[None, None] if bias is None else bias + causal
+    return bias
+
+
+def _prepared(call: SDPACall, keys: Columns) -> Tensor:
+    """The keys of every pair of sample and head as right operand, [B * H, D, K padded]; 16-bit only on a GPU."""
+    key = call.expanded_key()[:, :, keys]
+    dtype = key.dtype if _mixed_products(key) else torch.float32
+    count, total = key.shape[-2], padded(key.shape[-2])
+    # Row-major, not a transposed view: a batched product of the view is half as fast on a CPU.
+    right = torch.empty(*key.shape[:2], key.shape[-1], total, device=key.device, dtype=dtype)
+    right[..., :count] = key.mT
+    right[..., count:] = right[..., count - 1 : count]
+    return right.flatten(0, 1)
+
+
+def _shape(query: Tensor, n_keys: int) -> tuple[int, int, int]:
+    """Samples, heads and rows at once: on a CPU few heads with many rows, on a GPU everything that fits."""
+    batch, heads, n_rows, _ = query.shape
+    cpu = query.device.type != "cuda"
+    limit = CHUNK_ELEMENTS["cpu"] * torch.get_num_threads() if cpu else CHUNK_ELEMENTS["cuda"]
+    limit = max(1, limit // max(1, n_keys))  # rows of all samples and heads together
+    rows = max(1, min(n_rows, limit if cpu else max(256, limit // heads)))
+    rows = -(-n_rows // -(-n_rows // rows)) if n_rows else 1  # equal parts
+    heads_at_once = min(heads, max(1, limit // rows))
+    return (min(batch, max(1, limit // (rows * heads))) if heads_at_once == heads else 1), heads_at_once, rows
+
+
+def _within(call: SDPACall, rows: Columns, part: slice) -> Columns:
+    """Positions of a slice of the rows asked for."""
+    if isinstance(rows, Tensor):
+        return rows[part]
+    chosen = range(call.query.shape[-2])[rows][part]
+    return slice(chosen.start, chosen.stop, chosen.step)
+
+
+def _mixed_products(tensor: Tensor) -> bool:
+    """Whether 16-bit operands can be multiplied with a float32 result: on CUDA, where the product takes `out_dtype`."""
+    return tensor.device.type == "cuda" and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _product(origin: Tensor) -> Callable[[Tensor, Tensor, Tensor], object]:
+    """The function (left, right, out) that multiplies float32, or 16-bit, operands with values of `origin`'s dtype.
+
+    A 16-bit matmul would round its *output* logits and lose two digits; here the result is float32 in every way. On a
+    CPU, products of upcast bfloat16 values run on bfloat16 units where there are some: they are exact either way, and
+    accumulation and result stay float32 (checked: closer to float64 than the plain float32 matmul, three times
+    faster). That switch of torch's is process-wide, so it is on for the product alone, and left alone where another
+    thread might be computing.
+    """
+    if _mixed_products(origin):
+        return lambda left, right, out: torch.bmm(left, right, out_dtype=torch.float32, out=out)
+    if origin.dtype != torch.bfloat16 or origin.device.type != "cpu" or not _alone():
+        return lambda left, right, out: torch.bmm(left, right, out=out)
+    return _on_bfloat16_units
+
+
+def _on_bfloat16_units(left: Tensor, right: Tensor, out: Tensor) -> None:
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        torch.bmm(left, right, out=out)
+    finally:
+        matmul.fp32_precision = before
+
+
+def _alone() -> bool:
+    """Whether no other thread can be computing. Progress bars keep a thread that only watches them."""
+    if threading.active_count() == 1:
+        return True
+    mine = threading.current_thread()
+    return all(one is mine or type(one).__module__.startswith("tqdm.") for one in threading.enumerate())
