@@ -208,7 +208,7 @@ class Plan:
             whole = captures.get(
                 name, image, classes,
                 layers=sorted({layer for e in group for layer in e.layers}),
-                keep=sorted({part for e in group for part in e.method.keep} | {p for s in steps for p in s.keep}),
+                keep=sorted({part for e in group for part in e.method.needs} | {p for s in steps for p in s.keep}),
                 sigmas=list(levels), seeds=list(self.seeds), fit=self.fit, size=self.size, together=together,
             )  # fmt: skip
             known: dict[tuple[int, tuple[int, ...]], Tensor] = {}

@@ -22,6 +22,7 @@ from mmdit_probe.observe.base import Observer
 from mmdit_probe.observe.concepts import ConceptStream
 from mmdit_probe.observe.joint import PARTS, JointBlocks
 from mmdit_probe.observe.probe import probe
+from mmdit_probe.observe.second import second_attention
 from mmdit_probe.segment.picture import Fit
 from mmdit_probe.segment.record import Capture, JointRecord, Pass, average
 from mmdit_probe.segment.vocabulary import Prompt, SegClass, pack
@@ -140,6 +141,7 @@ def _forward(
     stream = ConceptStream(model, concepts) if concepts is not None else None
     watched: Spec = list(layers)
     with ExitStack() as stack:
+        second = stack.enter_context(second_attention(model, layers)) if "i2i_attn2" in parts else {}
         if stream is not None:
             observers.append(stream)
             watched = list(range(max(layers) + 1))
@@ -152,6 +154,7 @@ def _forward(
             layer,
             **{name: value[0] for name, value in blocks.kept[layer].items()},
             concepts=stream.outputs[layer][0] if stream is not None else None,
+            i2i_attn2=second[layer][0] if second else None,
         )
         for layer in layers
     }

@@ -32,6 +32,7 @@ class JointRecord:
     Attributes:
         i2t: [H, I, T] probabilities of the text keys in the joint softmax.
         i2i: [I, I] head mean of the image-image block, rows sum to 1 minus the text mass. i2i_walk: see `JointBlocks`.
+        i2i_attn2: [I, I] head mean of the second, image-only attention (SD3.5), rows sum to 1.
         feat_out, feat_proj: [I, E] attention output before and after the output projection.
         concepts: [K, E] attention output of the concept stream, one row per name of the pass.
     """
@@ -43,8 +44,9 @@ class JointRecord:
     feat_out: Tensor | None = None
     feat_proj: Tensor | None = None
     concepts: Tensor | None = None
+    i2i_attn2: Tensor | None = None
 
-    PARTS = ("i2t", "i2i", "i2i_walk", "feat_out", "feat_proj", "concepts")
+    PARTS = ("i2t", "i2i", "i2i_walk", "feat_out", "feat_proj", "concepts", "i2i_attn2")
 
     def part(self, name: str) -> Tensor:
         """A part that must be there.

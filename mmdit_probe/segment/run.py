@@ -88,7 +88,7 @@ def segment(
     chosen = _method(method, options, unsupervised=False)
     steps, rule = Refinement.parse(refine), Background.parse(background)
     record = capture(
-        model, image, parsed, layers=layers, weights=weights, keep=(*chosen.keep, *steps.keep), sigmas=sigmas,
+        model, image, parsed, layers=layers, weights=weights, keep=(*chosen.needs, *steps.keep), sigmas=sigmas,
         seeds=seeds, fit=fit, size=size, together=chosen.together,
     )  # fmt: skip
     names = [one.name for one in parsed]
@@ -118,7 +118,7 @@ def discover(
         [],
         layers=layers,
         weights=weights,
-        keep=(*chosen.keep, *steps.keep),
+        keep=(*chosen.needs, *steps.keep),
         sigmas=sigmas,
         seeds=seeds,
         fit=fit,

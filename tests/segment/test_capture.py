@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmdit_probe.attention.reference import probabilities as explicit
+from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.base import LayerCall, Observer
 from mmdit_probe.observe.concepts import ConceptStream
@@ -120,3 +121,30 @@ def test_discover_any_aspect(model: MMDiT, picture: np.ndarray, fit: str) -> Non
     assert result.names[0] == "segment 1" and len(result.names) >= 1
     unseen = result.labels == result.UNLABELLED
     assert np.array_equal(unseen, result.capture.fit.unseen)
+
+
+def test_second_attention_is_the_image_only_softmax_of_dual_blocks(model: MMDiT, picture: np.ndarray) -> None:
+    dual = MMDiT(tiny.pipeline("sd35"))
+    inputs = {}
+    module = dual.transformer.transformer_blocks[1].attn2
+    handle = module.register_forward_hook(
+        lambda m, a, kw, out: inputs.update(hidden=kw["hidden_states"], out=out), with_kwargs=True
+    )
+    found = capture(dual, picture, [], layers="0-1", keep=("i2i_attn2", "i2i"), size=(32, 48))
+    handle.remove()
+    record = found.passes[0].records[1]
+    block = record.part("i2i_attn2")
+    assert torch.allclose(block.sum(-1), torch.ones(len(block)), atol=1e-5)
+    assert (record.part("i2i").sum(-1) < 1.0).all()
+    hidden = inputs["hidden"]
+    query, key, value = (getattr(module, name)(hidden).unflatten(-1, (module.heads, -1)).transpose(1, 2)
+                         for name in ("to_q", "to_k", "to_v"))  # fmt: skip
+    query, key = module.norm_q(query), module.norm_k(key)
+    chances = explicit(query, key)
+    assert torch.allclose(block, chances[0].mean(0).float(), atol=1e-6)
+    own = module.to_out[0]((chances.float() @ value).transpose(1, 2).flatten(2))
+    assert torch.allclose(own, inputs["out"], atol=1e-5)  # the map is the one that the module itself applied
+    with pytest.raises(UserError, match=r"layers \[2\] have no second.*\[0, 1\]"):
+        capture(dual, picture, [], layers="2", keep=("i2i_attn2",))
+    with pytest.raises(UserError, match="its blocks are not dual"):
+        discover(model, picture, method="diffseg", options={"i2i": "attn2"})

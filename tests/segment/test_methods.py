@@ -173,3 +173,24 @@ def test_weights_say_how_much_each_layer_counts(name: str) -> None:
     assert torch.allclose(method(replace(good, weights=(0.5, 0.5))), method(good), atol=1e-6)
     other, plain = method(replace(good, weights=(0.2, 0.8))), method(good)
     assert other.shape != plain.shape or not torch.allclose(other, plain, atol=1e-3)
+
+
+def test_kmeans_moves_the_merged_proposals() -> None:
+    one = worlds.capture(worlds.masks(), empty=True, noise=0.3)
+    method = METHODS["diffseg"].configure({"tau": 0.0, "anchors": 2})  # nothing merges: four single maps
+    plain, moved = method(one), method.configure({"kmeans": True})(one)
+    assert moved.shape == plain.shape == (4, 8, 8) and not torch.allclose(moved, plain, atol=1e-6)
+    counts = histogram(worlds.truth(worlds.masks())[::8, ::8], moved.argmax(0).numpy(), 3)
+    assert ((counts > 0).sum(0) <= 1).all()  # each cluster lies in one region
+
+
+@pytest.mark.parametrize("name", ["diffseg", "diffsegmenter", "iseg"])
+def test_the_second_attention_is_read_where_it_is_asked_for(name: str) -> None:
+    one = worlds.capture(worlds.masks(), empty=name == "diffseg")
+    method = METHODS[name].configure({"i2i": "attn2"})
+    assert "i2i_attn2" in method.needs and "i2i" not in method.needs and "i2i" in METHODS[name].needs
+    for record in one.passes[0].records.values():
+        record.i2i_attn2, record.i2i = record.i2i, None
+    assert torch.allclose(method(one), METHODS[name](worlds.capture(worlds.masks(), empty=name == "diffseg")))
+    with pytest.raises(UserError, match="did you mean 'attn2'"):
+        METHODS[name].configure({"i2i": "atn2"})(one)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmdit_probe.segment.methods.base import Heads, Method, by_class, pick_heads, renorm
+from mmdit_probe.segment.methods.base import Heads, Method, by_class, i2i_part, pick_heads, renorm
 from mmdit_probe.segment.methods.seg4diff import span_maps, symmetric_kl
 from mmdit_probe.segment.record import Capture
 
 
 def diffsegmenter(
-    capture: Capture, order: int = 1, heads: Heads = "mean", softmax: str = "auto", stream: str | None = None
-) -> Tensor:
+    capture: Capture, order: int = 1, heads: Heads = "mean", softmax: str = "auto", stream: str | None = None,
+    i2i: str = "attn",
+) -> Tensor:  # fmt: skip
     """Scores [C, h, w]: the class map scaled to 0..1, spread by S^order, scaled again (arXiv:2309.02773).
 
     S is the head- and layer-mean I2I block. The original's pyramid of resolutions is one grid here, and its one prompt
@@ -25,9 +26,10 @@ def diffsegmenter(
 
     Args:
         order: how often S is applied. heads, softmax, stream: as in seg4diff.
+        i2i: where S comes from: "attn", or "attn2" in models that have an image-only attention.
     """
     found = []
-    walks = [renorm(capture.mean("i2i", of=index)) for index in range(len(capture.passes))]
+    walks = [renorm(capture.mean(i2i_part(i2i), of=index)) for index in range(len(capture.passes))]
     of_pass = [index for index, one in enumerate(capture.passes) for _ in one.prompt.queries]
     for index, (query, values) in zip(
         of_pass, span_maps(capture, heads=heads, softmax=softmax, stream=stream), strict=True
@@ -46,6 +48,7 @@ def iseg(
     cluster: bool = True,
     heads: Heads = "mean",
     stream: str | None = None,
+    i2i: str = "attn",
 ) -> Tensor:
     """Scores [C, h, w]: clustered text maps, spread along entropy-sharpened affinity (iSeg, arXiv:2409.03209).
 
@@ -53,7 +56,7 @@ def iseg(
         ent: weight of the entropy term that removes weak links; free of scale, because columns are divided by their
             largest entry. rounds: of spreading.
         cluster: average text maps over clusters of pixels with like text profiles first.
-        heads, stream: as in seg4diff.
+        heads, stream: as in seg4diff. i2i: as in diffsegmenter.
     """
     found = []
     for index, one in enumerate(capture.passes):
@@ -61,7 +64,7 @@ def iseg(
         maps = maps / maps.sum(0, keepdim=True).clamp(min=1e-12)  # [I, T]
         if cluster:
             maps = _cluster(maps, capture.grid)
-        walk = _sharpened(renorm(capture.mean("i2i", of=index)), ent)
+        walk = _sharpened(renorm(capture.mean(i2i_part(i2i), of=index)), ent)
         for query in one.prompt.queries:
             values = _share(maps[:, query.positions(stream)].mean(1))
             for _ in range(rounds):

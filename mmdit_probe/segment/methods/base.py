@@ -30,7 +30,7 @@ class Method:
     Attributes:
         name: as in the command line.
         run: (capture, **options) -> [C or P, h, w] float32.
-        keep: parts of `JointRecord` it reads.
+        keep: parts of `JointRecord` it reads with its default options; `needs` says what it reads with its own.
         unsupervised: it reads the empty prompt and returns proposals.
         source: paper and section of the description that was implemented.
         options: values that differ from the defaults.
@@ -49,6 +49,12 @@ class Method:
         """Every option and its value."""
         parameters = list(inspect.signature(self.run).parameters.values())[1:]
         return {p.name: p.default for p in parameters} | dict(self.options)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Parts of `JointRecord` it reads: the image-image block that its option `i2i` names in the place of "i2i"."""
+        source = i2i_part(self.defaults.get("i2i", "attn"))
+        return tuple(source if part == "i2i" else part for part in self.keep)
 
     def configure(self, options: Mapping[str, Any]) -> Method:
         """The method with other option values.
@@ -84,6 +90,18 @@ def parse_option(text: str) -> tuple[str, Any]:
         except ValueError:
             continue
     return name.strip(), value
+
+
+def i2i_part(source: str) -> str:
+    """Part of the record that holds the image-image attention of a source.
+
+    Args:
+        source: "attn" for the image-image block of the joint softmax, "attn2" for the second, image-only attention.
+    """
+    parts = {"attn": "i2i", "attn2": "i2i_attn2"}
+    if source not in parts:
+        raise unknown("image-image attention", source, parts)
+    return parts[source]
 
 
 def renorm(rows: Tensor) -> Tensor:

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.segment.methods.base import Method, renorm
+from mmdit_probe.segment.methods.base import Method, i2i_part, renorm
 from mmdit_probe.segment.methods.seg4diff import greedy_merge, symmetric_kl
 from mmdit_probe.segment.record import Capture
 
 
-def diffseg(capture: Capture, tau: float = 0.4, rounds: int = 3, anchors: int = 16) -> Tensor:
+def diffseg(
+    capture: Capture, tau: float = 0.4, rounds: int = 3, anchors: int = 16, kmeans: bool = False, i2i: str = "attn"
+) -> Tensor:
     """Proposals [P, h, w]: image-image attention maps merged by symmetric KL (arXiv:2308.12469).
 
     Args:
@@ -26,8 +28,11 @@ def diffseg(capture: Capture, tau: float = 0.4, rounds: int = 3, anchors: int = 
             chosen on scenes:train, scan it for other models.
         rounds: the first averages all maps near an anchor, the others merge anchors greedily.
         anchors: per side of the grid.
+        kmeans: move the merged proposals by k-means over all maps, started at them (the original's option, off there
+            too; it keeps their number).
+        i2i: "attn", or "attn2" in models that have an image-only attention.
     """
-    maps = renorm(capture.mean("i2i"))
+    maps = renorm(capture.mean(i2i_part(i2i)))
     h, w = capture.grid
     places = (_spread(h, anchors)[:, None] * w + _spread(w, anchors)[None]).flatten()
     near = (symmetric_kl(maps[places], maps) < tau).float()
@@ -35,6 +40,11 @@ def diffseg(capture: Capture, tau: float = 0.4, rounds: int = 3, anchors: int = 
     proposals = (near @ maps) / near.sum(1, keepdim=True)
     for _ in range(rounds - 1):
         proposals = greedy_merge(proposals, tau)
+    if kmeans and len(proposals) > 1:
+        from sklearn.cluster import KMeans
+
+        found = KMeans(len(proposals), init=proposals.numpy(), n_init=1, max_iter=50).fit(maps.numpy())
+        proposals = torch.from_numpy(found.cluster_centers_).to(maps)
     return proposals.reshape(-1, h, w)
 
 
