@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.options import SESSION, Controls, Layers, Selection, Session, with_session
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,85 +24,121 @@ class MethodName(StrEnum):
     GRADIENTS = "gradients"
 
 
+class TargetName(StrEnum):
+    """What a word's effect is on."""
+
+    LOSS = "loss"
+    MASS = "mass"
+
+
+@with_session
 def command(
     method: Annotated[
         MethodName, typer.Option(help="Feature ablation, or integrated gradients.")
     ] = MethodName.ABLATION,
+    target: Annotated[
+        TargetName, typer.Option(help="A region's denoising loss, or the mass of the word's own map in it, per layer.")
+    ] = TargetName.LOSS,
+    layers: Layers = "all",
+    selection: Selection = None,
     n: Annotated[int, typer.Option("-n", help="Scenes.", min=2)] = 24,
     split: Annotated[str, typer.Option(help="Scenes split: train, val or test.")] = "val",
     sigma: Annotated[float, typer.Option(help="Noise level, above 0 (clean) to 1 (noise).")] = 0.7,
-    model: Model = DEFAULT_MODEL,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    out: Out = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    control: Controls = "none",
+    session: Session = SESSION,
 ) -> None:
     """By how much does each word lower the denoising loss in each region, and do I2T maps say the same, per layer?
 
-    On scenes, where regions are known exactly. Control: the attention of the scene's next word.
+    On scenes, where regions are known exactly. Control that is always there: the attention of the scene's next word.
     """
-    from mmdit_probe.cli.output import Output
-    from mmdit_probe.cli.session import open_model
-    from mmdit_probe.edit.attribute import attribute
-    from mmdit_probe.results import RunFolder, TableWriter
+    from mmdit_probe.cli.session import check_layers, layers_of, load_model, open_folder, output_of
+    from mmdit_probe.data.prompts import SPLITS
+    from mmdit_probe.errors import UserError, unknown
     from mmdit_probe.scenes import scene
 
-    output = Output(quiet=quiet, as_json=as_json, debug=debug)
+    output = output_of(session)
+    check_layers(selection, layers)
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
     items = [scene(split, index) for index in range(n)]
-    loaded = open_model(model, debug=debug, device=device, dtype=dtype, t5=True)
-    request = {
-        "model": loaded.name,
-        "weight_hash": loaded.weight_hash,
-        "dtype": str(loaded.dtype).removeprefix("torch."),
+
+    from mmdit_probe.edit.attribute import attribute
+    from mmdit_probe.observe.controls import CONTROLS, parse, variants
+    from mmdit_probe.results import TableWriter
+    from mmdit_probe.specs import layer_indices
+
+    controls = parse(control, [name for name in CONTROLS if name != "shuffled"])
+    if not 0.0 < sigma <= 1.0:
+        raise UserError(f"--sigma {sigma:g}: expected a noise level above 0, up to 1")
+    loaded = load_model(session)
+    which, heads = layers_of(selection, layers, "all", loaded)
+    options = {
         "method": method.value,
+        "target": target.value,
+        "layers": list(layer_indices(which, len(loaded.layers))),
+        "heads": heads,
         "n": n,
         "split": split,
         "sigma": sigma,
-        "seed": seed,
+        "seed": session.seed,
+        "controls": list(controls),
     }
-    folder = RunFolder.open(NAME, request, out=out, resume=resume)
+    folder = open_folder(NAME, loaded, session, options)
     if not folder.complete:
-        facts = {"id": loaded.name, "family": loaded.family.name, "weight_hash": loaded.weight_hash}
-        folder.record(model=facts, device=str(loaded.device))
+        runs = variants(loaded, controls, n)
+        several = [index for index, item in enumerate(items) if len(item.class_names) > 1]
+        if not several:
+            raise UserError(f"none of {n} scenes has two classes; attribution compares words: raise -n")
         with TableWriter(folder.path, TABLE) as writer:
-            with output.progress("scenes", n, len(writer.done)) as advance:
-                for index, item in enumerate(items):
-                    if index not in writer.done and len(item.class_names) > 1:
-                        frame = attribute(loaded, [item], method=method.value, sigma=sigma, seed=seed + index)
-                        with writer.item(index) as rows:
-                            rows.write(frame.assign(item=index))
-                    advance()
+            with output.progress("scenes", len(several) * len(runs), len(writer.done)) as advance:
+                for place, variant in enumerate(runs):
+                    for index in several:
+                        if place * n + index in writer.done:
+                            continue
+                        frame = attribute(
+                            variant.model, [items[index]], method=method.value, target=target.value, sigma=sigma,
+                            seed=session.seed + index, layers=which, heads=heads, edits=variant.edits,
+                        )  # fmt: skip
+                        with writer.item(place * n + index) as rows:
+                            rows.write(frame.assign(item=index, control=variant.name))
+                        advance()
             folder.record()
     _report(folder, output)
 
 
 def _report(folder: Any, output: Any) -> None:
-    from mmdit_probe.edit.attribute import agreement
+    from mmdit_probe.cli.session import plain, report_controls
+    from mmdit_probe.edit.attribute import agreement, by_scene
     from mmdit_probe.plots import attribute as plots
     from mmdit_probe.plots import save
     from mmdit_probe.results import read_table
+    from mmdit_probe.results.statistics import compare
 
     request = folder.data["request"]
-    table = agreement(read_table(folder.path / f"{TABLE}.parquet"))
+    long = read_table(folder.path / f"{TABLE}.parquet")
+    table = agreement(long)
     table.to_csv(folder.path / "agreement.csv", index=False, float_format="%.6g")
-    title = f"{Path(request['model']).name}: {request['method']}, n = {table['n'].max()}, sigma {request['sigma']}"
+    what = f"{Path(request['model']).name}: {request['target']}, {request['method']}"
+    title = f"{what}, n = {table['n'].max()}, sigma {request['sigma']}"
     figures = save(plots.agreement(table, title=title), folder.path / NAME)
+    comparison = compare(by_scene(long), ["layer"])
+    claim = "attention and attribution agree (rank correlation within scenes) more than in the control"
+    against = report_controls(folder, NAME, comparison, claim, lambda rows: rows)
     if not folder.complete:
         folder.finish()
     document = {
         "run": folder.path,
         "figures": figures,
         "model": folder.data["model"],
-        "layers": [{k: None if v != v else v for k, v in row.items()} for row in table.to_dict("records")],
+        "layers": plain(table),
+        "controls": plain(comparison),
     }
     lines = [
         agreement_rows(table),
-        "rank correlation over (word, region) pairs of I2T attention and attribution, 95 % bootstrap interval over"
-        " scenes; control: the attention of the scene's next word.",
+        "rank correlation over (word, region) pairs of I2T attention and attribution to the"
+        f" {'loss of the region' if request['target'] == 'loss' else 'mass of the map in the region'}, 95 % bootstrap"
+        " interval over scenes; control: the attention of the scene's next word.",
+        *against,
         f"n = {table['n'].max()} scenes, sigma {request['sigma']}, {request['method']}; tables: {folder.path}",
     ]
     output.result(document, lines, folder.path)
@@ -110,12 +146,9 @@ def _report(folder: Any, output: Any) -> None:
 
 def agreement_rows(table: pd.DataFrame) -> Table:
     """One row per layer for the terminal."""
-    from rich import box
-    from rich.table import Table
+    from mmdit_probe.cli.session import bare_table
 
-    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("layer", "rank correlation", "control", "verdict"):
-        result.add_column(column, justify="right")
+    result = bare_table(["layer", "rank correlation", "control", "verdict"])
     for row in table.to_dict("records"):
         result.add_row(
             str(row["layer"]), f"{row['rho']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",

@@ -5,9 +5,10 @@
     table = map_scores(run[SinkFree], item, model.token_tables([item.caption])[0], layers=range(8))
     improvement(table)                        # per layer: without sinks minus as they are, paired over images
 
-Three ways to read the maps: as they are, with sinks removed and the rest renormalised, and words only (renormalised over
-the prompt's words). Within one head all three have the same winner at every pixel; they differ in the mean over heads,
-after each map is stretched, and in how one word's map ranks the pixels. Not here: what a sink is (`observe.sinks`).
+Three ways to read the maps: as they are, with sinks removed and the rest renormalised, and words only (renormalised
+over the prompt's words). Within one head all three have the same winner at every pixel, unless a word is a sink; they
+differ in the mean over heads, after each map is stretched, and in how one word's map ranks the pixels. Not here: what a
+sink is (`observe.sinks`).
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def improvement(table: pd.DataFrame, against: str = PLAIN, of: str = CLEAN) -> p
             {"layer": layer, "head": head, "score": score, "n": len(wide), "before": float(wide[against].mean()),
              "after": float(wide[of].mean()), "difference": difference, "low": low, "high": high, "verdict": verdict}
         )  # fmt: skip
-    return pd.DataFrame(rows)
+    columns = ["layer", "head", "score", "n", "before", "after", "difference", "low", "high", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _span(tokens: TokenTable, name: str) -> list[int]:

@@ -6,13 +6,15 @@
     run[Channels].table()               # largest channel over median channel, per layer, kind and modality
 
 A key's mass is the mean, over the queries of one modality, of the probability on that one key; 1 / N is uniform. A sink
-is a key that takes far more (`top_keys`, `SINK`). Removing sinks from I2T maps and renormalising the rest changes how
-maps look, but not which word wins at a pixel: every word there is divided by the same number. Not here: masses by kind
-of token (`observe.mass`).
+is a key that takes far more (`top_keys`, `SINK`). Removing sinks from I2T maps and renormalising the rest (`SinkFree`)
+changes how maps look, but not which word wins at a pixel within a head: every word there is divided by the same number.
+What it does to a mean over heads, and to how one word's map ranks pixels, is measured in `evaluate.sink_quality`. Not
+here: masses by kind of token (`observe.mass`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
 
 SINK = 10.0
 """A key is called a sink if it takes this many times the uniform share."""
+
+OUTLIER = 10.0
+"""A channel is called an outlier if its size is this many times the median channel's."""
 
 MODALITIES = ("image", "text")
 
@@ -105,14 +110,15 @@ class Channels(Observer):
     """Outlier channels: RMS per channel of q, k, v and output over the tokens of a modality, largest over median.
 
     Columns: step, layer, kind (query | key | value | output), token, channel (the largest; heads concatenated), ratio
-    (to the median channel). Means over all rows of a call.
+    (to the median channel), outliers (how many channels exceed `OUTLIER` times the median). Means over all rows of a
+    call.
     """
 
     needs: ClassVar[Literal["call", "lse"]] = "call"
 
     def __init__(self) -> None:
         self._memory = MemorySink()
-        self._seen: dict[int, list[tuple[str, str, int, float]]] = {}
+        self._seen: dict[int, list[tuple[str, str, int, float, int]]] = {}
 
     def observe(self, seen: LayerCall) -> None:
         call = seen.call
@@ -122,13 +128,14 @@ class Channels(Observer):
                 part = tensor[:, :, seen.layout.positions(token)].float()
                 if part.shape[2]:
                     size = part.square().mean((0, 2)).sqrt().flatten()  # [H * D]
-                    ratio = float(size.max() / size.median().clamp(min=1e-12))
-                    rows.append((kind, token, int(size.argmax()), ratio))
+                    relative = size / size.median().clamp(min=1e-12)
+                    many = int((relative > OUTLIER).sum())
+                    rows.append((kind, token, int(size.argmax()), float(relative.max()), many))
         self._seen[seen.layer.index] = rows
 
     def end_call(self, denoising: DenoisingCall) -> None:
         for layer, rows in sorted(self._seen.items()):
-            kinds, tokens, channels, ratios = zip(*rows, strict=True)
+            kinds, tokens, channels, ratios, outliers = zip(*rows, strict=True)
             self._memory.write(
                 {
                     "step": np.full(len(rows), denoising.step, np.int64),
@@ -137,6 +144,7 @@ class Channels(Observer):
                     "token": np.array(tokens, dtype=object),
                     "channel": np.array(channels, np.int64),
                     "ratio": np.array(ratios, np.float64),
+                    "outliers": np.array(outliers, np.int64),
                 }
             )
         self._seen.clear()
@@ -147,6 +155,59 @@ class Channels(Observer):
     def table(self) -> pd.DataFrame:
         """All rows so far."""
         return self._memory.table()
+
+
+class SinkFree(Observer):
+    """I2T maps of every text position, as they are and with sinks removed and the rest renormalised, of the last call.
+
+    A sink is a key, image or text, that takes more than `SINK` times the uniform share of a head's image queries; it is
+    removed in that head and sample, and every query's other probabilities are divided by what they sum to.
+    """
+
+    needs: ClassVar[Literal["call", "lse"]] = "lse"
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def observe(self, seen: LayerCall) -> None:
+        if seen.lse is None or seen.layout.grid is None:
+            raise UserError("maps without sinks need a kernel that gives its log-sum-exp and a known token grid")
+        layout, call, lse = seen.layout, seen.call, seen.lse
+        device = call.query.device
+        weights = (layout.labels == 0).float()[None]
+        weights = (weights / weights.sum().clamp(min=1)).to(device)
+        masses = exact.column_sums(call, lse, slice(0, layout.total), weights)[:, :, 0]  # [B, H, N]
+        sinks = masses > SINK / layout.total
+        image, text = layout.positions("image"), layout.positions("text")
+        plain = exact.column_maps(call, lse, text, image)  # [B, H, I, T]
+        places = sinks.flatten(0, 1).any(0).nonzero()[:, 0]
+        taken = torch.zeros_like(plain[..., 0])
+        if len(places):
+            there = exact.column_maps(call, lse, places, image)  # [B, H, I, U]
+            taken = (there * sinks[:, :, None, places]).sum(-1)
+        clean = plain.masked_fill(sinks[:, :, None, text], 0.0) / (1.0 - taken).clamp(min=1e-6)[..., None]
+        plain, clean = (maps.unflatten(2, layout.grid).cpu() for maps in (plain, clean))
+        self._seen[seen.layer.index] = (plain, clean, taken.mean(-1).cpu())
+
+    def end_call(self, denoising: DenoisingCall) -> None:
+        self._kept, self._seen = self._seen, {}
+
+    def abandon_call(self) -> None:
+        self._seen.clear()
+
+    def maps(self, layer: int) -> tuple[Tensor, Tensor]:
+        """As they are and without sinks, [B, H, h, w, T] float32 each, on the CPU; a removed token's map is 0."""
+        return self._of(layer)[:2]
+
+    def removed(self, layer: int) -> Tensor:
+        """Mean share of the image queries' attention that lay on sinks, [B, H]."""
+        return self._of(layer)[2]
+
+    def _of(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        if layer not in self._kept:
+            raise UserError(f"no maps of layer {layer}; kept: {sorted(self._kept) or 'nothing'}")
+        return self._kept[layer]
 
 
 def top_keys(table: pd.DataFrame, query: str = "image", branch: str = "cond") -> pd.DataFrame:
@@ -176,6 +237,23 @@ def top_keys(table: pd.DataFrame, query: str = "image", branch: str = "cond") ->
              "kind": str(kinds.index[0]), "kind_share": float(kinds.iloc[0] / kinds.sum())}
         )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def sink_mass(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """Share of the image queries' attention on sinks, mean over heads: columns item, control, layer, value.
+
+    Args:
+        tables: parts of `KeyMass` rows with the columns item and control, each of whole items.
+    """
+    import pandas as pd
+
+    parts = []
+    for table in tables:
+        part = table[(table["query"] == "image") & (table["branch"] != "uncond")]
+        taken = part["mass"].where(part["mass"] > SINK * part["uniform"], 0.0)
+        cells = part.assign(value=taken).groupby(["item", "control", "layer", "step", "head"], observed=True)["value"]
+        parts.append(cells.sum().groupby(["item", "control", "layer"], observed=True).mean().reset_index())
+    return pd.concat(parts, ignore_index=True)
 
 
 def without_sinks(maps: Tensor, keep: list[int]) -> Tensor:

@@ -43,14 +43,12 @@ def sinks(top: pd.DataFrame, *, title: str = "") -> Figure:
 
 
 def sink_maps(picture: Any, maps: Any, names: Sequence[str], removed: Any, *, title: str = "") -> Figure:
-    """Two rows of token maps: as they are, and with sinks removed and the words renormalised.
+    """Two rows of token maps: as they are, and with sinks removed and the rest renormalised.
 
     Args:
         picture: the image. maps: [h, w, K] probabilities. names: of the K tokens.
-        removed: [h, w, K] after the removal; NaN maps (of removed tokens) are left empty.
+        removed: [h, w, K] after the removal; maps without any mass (of removed tokens) are left empty.
     """
-    import numpy as np
-
     with style.context():
         count = len(names) + 1
         figure = style.figure(width=min(9.5, 0.95 * count), height=2.5)
@@ -62,13 +60,13 @@ def sink_maps(picture: Any, maps: Any, names: Sequence[str], removed: Any, *, ti
         grid[0, 0].imshow(picture)
         for row, values in enumerate((maps, removed)):
             for k, name in enumerate(names):
-                if not np.isnan(values[..., k]).any():
+                if values[..., k].max() > 0:
                     grid[row, k + 1].imshow(values[..., k], cmap="cividis", vmin=0, interpolation="nearest")
                     grid[row, k + 1].set_xlabel(f"max {values[..., k].max():.2g}", fontsize=5)
                 if row == 0:
                     grid[row, k + 1].set_title(name, fontsize=6)
         grid[0, 1].set_ylabel("as it is", fontsize=6)
-        grid[1, 1].set_ylabel("words only", fontsize=6)
+        grid[1, 1].set_ylabel("no sinks", fontsize=6)
         if title:
             figure.suptitle(title, fontsize=8, x=0.01, ha="left")
     return figure

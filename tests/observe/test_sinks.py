@@ -12,7 +12,7 @@ import torch
 
 from mmdit_probe import probe
 from mmdit_probe.cli.app import main
-from mmdit_probe.observe.sinks import Channels, KeyMass, top_keys, without_sinks
+from mmdit_probe.observe.sinks import SINK, Channels, KeyMass, SinkFree, top_keys, without_sinks
 from tests import tiny
 from tests.observe.oracle import attentions
 
@@ -79,6 +79,59 @@ def test_removing_sinks_keeps_the_winner() -> None:
     assert torch.equal(clean.argmax(-1), maps[..., [1, 3, 4]].argmax(-1))
 
 
+def test_maps_without_sinks_are_the_softmax_without_those_keys(pipe: Any) -> None:
+    with torch.no_grad():  # one text token that every image query attends to
+        for block in pipe.transformer.transformer_blocks:
+            block.attn.to_q.bias += 4.0
+            block.attn.add_k_proj.weight *= 2.0
+    dense = attentions(lambda: sample(pipe), N)
+    with probe(pipe, SinkFree()) as run:
+        sample(pipe)
+    removed = 0
+    for layer in range(tiny.LAYERS):
+        seen = dense[layer][0][:, :IMAGE].float()  # [H, I, N]
+        sinks = seen.mean(1) > SINK / N  # [H, N]
+        removed += int(sinks.sum())
+        left = seen.masked_fill(sinks[:, None], 0.0)
+        expected = (left / left.sum(-1, keepdim=True))[..., IMAGE:]
+        plain, clean = (maps[0].flatten(1, 2) for maps in run[SinkFree].maps(layer))
+        assert torch.allclose(plain, seen[..., IMAGE:], atol=1e-6)
+        assert torch.allclose(clean, expected, atol=1e-4)
+        share = (seen * sinks[:, None]).sum(-1).mean(-1)
+        assert torch.allclose(run[SinkFree].removed(layer)[0], share, atol=1e-5)
+    assert removed > 0  # else nothing was tested
+
+
+def test_scores_of_planted_maps() -> None:
+    """A bright sink in one head hides the words in the mean over heads; without it they are found."""
+    from mmdit_probe import load
+    from mmdit_probe.evaluate.sink_quality import CLEAN, MEAN, PLAIN, improvement, map_scores
+    from mmdit_probe.observe.pca import token_classes
+    from mmdit_probe.scenes import scene
+    from mmdit_probe.scenes.world import CLASSES
+
+    model, frames = load("scenes-sd3"), []
+    for index in range(6):
+        item = scene("val", index)
+        (tokens,) = model.token_tables([" ".join(item.class_names)])
+        labels = torch.from_numpy(token_classes(item.classes[None], (16, 16))[0])
+        truth = torch.full((16, 16, len(tokens)), 0.01)
+        for name in item.class_names:
+            for places in tokens.word_spans(name).values():
+                truth[..., places] += (labels == CLASSES.index(name)).float()[..., None] * 0.05
+        rows = torch.arange(16.0)[:, None, None] / 16
+        plain, seen = torch.stack([truth * (0.02 + 0.9 * (1 - rows)), truth]), SinkFree()
+        seen._kept[0] = (plain[None], torch.stack([truth, truth])[None], torch.zeros(1, 2))
+        frames.append(map_scores(seen, item, tokens, [0]).assign(item=index))
+    table = pd.concat(frames)
+    heads = table[(table["head"] == 0)].set_index(["item", "maps"])
+    assert (heads.xs(CLEAN, level="maps")["auc"] > heads.xs(PLAIN, level="maps")["auc"]).all()
+    assert heads.xs(CLEAN, level="maps")["auc"].min() == 1.0
+    gain = improvement(table).set_index(["head", "score"])
+    assert gain.loc[(0, "auc"), "verdict"] == "better" and gain.loc[(1, "auc"), "verdict"] == "no difference"
+    assert gain.loc[(MEAN, "miou"), "after"] > 0.8
+
+
 def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["diagnose", "--model", str(tiny_directory), "--images", "scenes:val", "--limit", "2"]
@@ -90,3 +143,23 @@ def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert {row["layer"] for row in document["sinks"]} == {0, 2}
     names = {path.name for path in Path("run").iterdir()}
     assert {"keys.parquet", "channels.parquet", "diagnose.png", "diagnose_maps.png", "sinks.csv"} <= names
+    outliers = pd.read_csv("run/outlier_channels.csv")
+    assert (outliers["ratio_low"] <= outliers["ratio"]).all() and set(outliers["n"]) == {2}
+
+
+def test_command_on_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Map quality before and after, sinks beside those of uniform attention, and a resumed run."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["diagnose", "--limit", "3", "--layers", "4", "--control", "uniform", "--out", "run", "--json"]
+    for extra in ([], ["--resume"]):
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, *extra])
+        out, err = capfd.readouterr()
+        assert stopped.value.code == 0, err
+    document = json.loads(out)
+    heads = {row["head"] for row in document["map_quality"]}
+    assert heads == {-1, 0, 1, 2, 3}
+    assert all(0 <= row["before"] <= 1 and row["low"] <= row["difference"] <= row["high"]
+               for row in document["map_quality"])  # fmt: skip
+    assert {row["layer"] for row in document["controls"]} == {4}
+    assert all(row["control_value"] == 0 for row in document["controls"])  # uniform attention has no sinks
