@@ -29,7 +29,8 @@ format: $(VENV)/.stamp
 	$(BIN)/ruff format .
 
 figures: $(VENV)/.stamp
-	for script in figures/fig*.py; do $(BIN)/python $$script --model $(MODEL) --device $(DEVICE) || exit 1; done
+	$(BIN)/python figures/make.py --model $(MODEL) --device $(DEVICE) $(foreach name,DATASET IMAGES CLIP DINO JOBS,\
+		$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) $($(name)))) $(if $(FRESH),--fresh)
 
 notebooks: $(VENV)/.stamp-notebooks
 	for notebook in $(wildcard notebooks/*.ipynb); do \

@@ -4,7 +4,7 @@
     python figures/fig06_guidance.py --model ... --clip openai/clip-vit-large-patch14
 
 Writes `fig06_guidance` (contact sheet at the largest scale, a column per layer) and `fig06_guidance_scores` with its
-CSV under `figures/out/<model>/`. Classifier-free guidance is kept low, where there is something to gain; the paper
+CSV under `figures/out/<model>/`. Without classifier-free guidance, where there is something to gain; the paper
 states no scale s.
 """
 
@@ -22,7 +22,19 @@ from mmdit_probe.results import read_table
 from mmdit_probe.results.folder import read_record
 
 COMMAND = "generate"
-ARGUMENTS = ("--perturb-layers", "all", "--each", "--perturb-scale", "2,4", "--guidance", "2", "--limit", "8")
+ARGUMENTS = (
+    "--perturb-layers",
+    "all",
+    "--each",
+    "--perturb-scale",
+    "2,4",
+    "--guidance",
+    "1",
+    "--limit",
+    "12",
+    "--batch",
+    "12",
+)
 ROWS = 6
 
 
@@ -34,7 +46,7 @@ def main() -> None:
     model = model_of(folder)
     summary = summarise(read_table(folder / "images.parquet"))
     title = f"{model}: perturbed guidance, n = {summary.n.max()} prompts"
-    sheet = images_of(folder, f"{Path(model).name}: guided away from the prediction with I2T blurred at one layer")
+    sheet = images_of(folder, f"{Path(model).name}: guided by I2T blurred at one layer")
     if sheet is not None:
         write(sheet, target(options, model, "fig06_guidance"))
     write(guidance_by_layer(summary, title=title), target(options, model, "fig06_guidance_scores"), summary)

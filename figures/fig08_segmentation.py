@@ -23,7 +23,7 @@ COMMAND = "evaluate"
 OPEN = "seg4diff,diffsegmenter,iseg,tokenrank,conceptattention,proxyclip,corrclip"
 BLIND = "seg4diff-unsup,diffseg,diffcut"
 EMBEDDED = ("--set", f"seg4diff.stream={EMBEDDED_STREAM}", "--sigma", f"{EMBEDDED_SIGMA:g}")
-LIMIT = 100
+LIMIT = 200
 
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
     "layer": ("fig08_miou_by_layer",

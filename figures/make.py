@@ -22,13 +22,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from runs import OUT
 
+import mmdit_probe
 from mmdit_probe import assets
 
 HERE = Path(__file__).parent
@@ -45,12 +45,14 @@ class Figure:
     Attributes:
         reads: patterns of files that it draws, in the folder of the figures or in the repository.
         last: it reads what the others wrote.
+        only: the one model that it is about.
     """
 
     script: str
     takes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     last: bool = False
+    only: str = ""
 
 
 FIGURES = (
@@ -61,9 +63,9 @@ FIGURES = (
     Figure("fig09_token_maps"),
     Figure("fig02_attention_budget"),
     Figure("fig04_value_norms"),
-    Figure("fig03_pca"),
-    Figure("fig10_magnet", reads=("analyses/results/magnet_scenes/*",)),
-    Figure("fig_embedded_training"),
+    Figure("fig03_pca", ("images",)),
+    Figure("fig10_magnet", reads=("analyses/results/magnet_scenes/*",), only="scenes-sd3"),
+    Figure("fig_embedded_training", only="scenes-sd3"),
     Figure("paper_vs_measured", reads=("*.csv",), last=True),
 )
 """In the order of their run time, longest first."""
@@ -74,6 +76,7 @@ def main() -> None:
     parser.add_argument("--model", default="scenes-sd3")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dataset", help="for figures of masks: NAME:ROOT")
+    parser.add_argument("--images", help="for the PCA: folder of pictures")
     parser.add_argument("--clip", help="CLIP checkpoint for CLIP-T and CLIP-I")
     parser.add_argument("--dino", help="DINO checkpoint")
     parser.add_argument("--only", nargs="*", choices=[figure.script for figure in FIGURES], help="these scripts")
@@ -85,6 +88,7 @@ def main() -> None:
     jobs = options.jobs or (min(4, os.cpu_count() or 1) if small and options.device in ("auto", "cpu") else 1)
     weights = weights_of(options.model)
     chosen = [figure for figure in FIGURES if options.only is None or figure.script in options.only]
+    chosen = [figure for figure in chosen if figure.only in ("", options.model)]
     failed: list[str] = []
     for last in (False, True):
         with ThreadPoolExecutor(jobs) as pool:
@@ -121,7 +125,8 @@ def make(figure: Figure, options: argparse.Namespace, weights: str, jobs: int) -
 def digest(figure: Figure, folder: Path, model: str, arguments: list[str], weights: str) -> str:
     """SHA-256 over everything that a figure is made from."""
     found = hashlib.sha256(json.dumps([model, arguments, weights]).encode())
-    for path in [*sources(HERE / f"{figure.script}.py"), *read_files(figure, folder)]:
+    numbers = sorted(Path(mmdit_probe.__file__).parent.glob("data/paper/*.csv"))
+    for path in [*sources(HERE / f"{figure.script}.py"), *numbers, *read_files(figure, folder)]:
         found.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
     return found.hexdigest()
 
@@ -162,12 +167,10 @@ def imported(path: Path) -> set[str]:
 
 
 def module_file(name: str) -> Path | None:
-    """Where a module of the package lies, without running it."""
-    try:
-        spec = find_spec(name)
-    except (ImportError, AttributeError):
-        return None
-    return Path(spec.origin) if spec is not None and spec.origin is not None else None
+    """Where a module of the package lies; None: it is a name in a module. Importing it to find out would load torch."""
+    place = Path(mmdit_probe.__file__).parent.joinpath(*name.split(".")[1:])
+    found = [path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()]
+    return found[0] if found else None
 
 
 def weights_of(model: str) -> str:

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 UNLABELLED = 255
 """Index of unlabelled pixels in a palette PNG (as in VOC)."""
 
-_FIRST = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666")
+_FIRST = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666",
+          "#332288", "#882255", "#999933")  # fmt: skip
 
 
 def palette(count: int) -> NDArray[np.uint8]:
-    """Colours [count, 3] by index: Okabe and Ito's, then hues by the golden angle with three lightnesses."""
+    """Colours [count, 3] by index: Okabe and Ito's, three of Tol's, then hues by the golden angle in three
+    lightnesses."""
     colours = [tuple(int(h[i : i + 2], 16) for i in (1, 3, 5)) for h in _FIRST]
     for index in range(len(colours), count):
         r, g, b = colorsys.hls_to_rgb((index * 0.61803) % 1.0, (0.35, 0.55, 0.72)[index % 3], 0.75)
@@ -130,7 +132,9 @@ def mask_sheet(
     """
     from matplotlib.patches import Patch
 
-    colours = np.concatenate([palette(len(names)), np.full((1, 3), 221, np.uint8)])
+    seen = [index for index in range(len(names)) if any((truth == index).any() for truth in truths)]
+    colours = np.full((len(names) + 1, 3), 221, np.uint8)
+    colours[seen] = palette(len(seen))  # few classes are told apart better than a data set's hundreds
 
     def paint(labels: NDArray[Any]) -> NDArray[np.uint8]:
         return colours[np.where(labels < len(names), labels, len(names))]
@@ -153,7 +157,6 @@ def mask_sheet(
                 axes.imshow(paint(labels), interpolation="nearest")
                 known = truth < UNLABELLED
                 axes.set_xlabel(f"{float((labels == truth)[known].mean()):.0%} right", fontsize=5, labelpad=1)
-        seen = [index for index in range(len(names)) if any((truth == index).any() for truth in truths)]
         handles = [Patch(color=tuple(colours[index] / 255), label=names[index]) for index in seen]
         handles.append(Patch(color=tuple(colours[-1] / 255), label="none"))
         figure.legend(handles=handles, loc="outside lower left", ncols=min(8, len(handles)), handlelength=1)

@@ -1,0 +1,109 @@
+"""Every figure script measures and draws from nothing but a model that no one has seen before: tiny, random weights."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from mmdit_probe.cli.app import main as command_line
+
+FIGURES = Path(__file__).parents[2] / "figures"
+FEW = ["--limit", "2", "--num-steps", "2", "--prompts"]
+
+
+def in_process(line: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    """`python -m mmdit_probe ...` without a new interpreter."""
+    assert line[1:3] == ["-m", "mmdit_probe"]
+    said = io.StringIO()
+    with redirect_stdout(said), pytest.raises(SystemExit) as stopped:
+        command_line(line[3:])
+    assert not stopped.value.code, line
+    return subprocess.CompletedProcess(line, 0, said.getvalue(), "")
+
+
+@pytest.fixture
+def draw(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run a script on the tiny model: the names of the files it wrote, by suffix PNG."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(FIGURES))
+    runs = importlib.import_module("runs")
+    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=in_process, PIPE=subprocess.PIPE))
+    (tmp_path / "prompts.txt").write_text("a red ring\na cat on grass\n")
+
+    def run(script: str, *arguments: str) -> dict[str, Path]:
+        given = ["--model", str(tiny_directory), "--out", str(tmp_path / "out"), *arguments]
+        monkeypatch.setattr(sys, "argv", [script, *given])
+        said = io.StringIO()
+        with redirect_stdout(said):
+            runpy.run_path(str(FIGURES / f"{script}.py"), run_name="__main__")
+        files = [Path(line) for line in said.getvalue().splitlines() if line.startswith(str(tmp_path / "out"))]
+        assert all(path.stat().st_size > 0 for path in files)
+        assert {path.with_suffix(".pdf") for path in files if path.suffix == ".png"} <= set(files)
+        return {path.name: path for path in files}
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "expected"),
+    [
+        ("fig02_attention_budget", [*FEW, "prompts.txt"], {"fig02_attention_budget.png"}),
+        ("fig03_pca", ["--images", "scenes:val", "--limit", "6"], {"fig29_pca_maps.png", "fig03_pca_scores.png"}),
+        ("fig04_value_norms", [*FEW, "prompts.txt"], {"fig04_value_norms.png", "fig28_value_norm_heads.png"}),
+        ("fig05_blur", [*FEW, "prompts.txt", "--layers", "1"],
+         {"fig05_blur.png", "fig05_blur_control.png", "fig18_blur_scores.png"}),
+        ("fig06_guidance", [*FEW, "prompts.txt", "--perturb-layers", "0,2"],
+         {"fig06_guidance.png", "fig06_guidance_scores.png"}),
+    ],
+)  # fmt: skip
+def test_scripts_of_commands(draw, script, arguments, expected):
+    files = draw(script, "--", *arguments)
+    assert {name for name in files if name.endswith(".png")} == expected
+    assert list(Path("runs").glob("*/*/run.json"))
+
+
+def test_blur_scores_keep_the_no_op_and_the_control(draw):
+    scores = pd.read_csv(draw("fig05_blur", "--", *FEW, "prompts.txt", "--layers", "1")["fig18_blur_scores.csv"])
+    assert set(scores["outcome"]) == {"change"}  # nobody can read this model's images, and no CLIP was given
+    assert scores.loc[scores["layer"] == -1, "effect"].item() == 0
+    edited = scores[scores["layer"] == 1].iloc[0]
+    assert edited["effect"] > 0
+    assert edited["control"] > 0
+
+
+def test_token_maps(draw):
+    given = ["--prompt", "a [red] [ring]", "--prompt", "a [cat] on [grass]", "--layers", "1,2", "--steps", "3"]
+    files = draw("fig09_token_maps", *given)
+    assert {name for name in files if name.endswith(".png")} == {
+        "fig09a_token_maps.png", "fig09b_pad_maps.png", "fig16_i2t_t2i.png", "fig25_all_tokens.png", "fig26_heads.png",
+        "fig27_heads.png", "fig30_empty_prompt.png",
+    }  # fmt: skip
+    masses = pd.read_csv(files["fig26_heads.csv"])
+    assert set(masses["word"]) == {"red", "ring"}
+    assert len(masses) == 2 * 3 * 2  # words, layers, heads
+    assert ((masses["mean"] > 0) & (masses["mean"] <= masses["maximum"]) & (masses["maximum"] < 1)).all()
+
+
+def test_masks(draw):
+    files = draw("fig07_masks", "--limit", "1")
+    assert {"fig07_masks_open.png", "fig37_masks_unsupervised.png"} <= set(files)
+    scores = pd.read_csv(files["fig07_masks_open.csv"])
+    assert scores["right"].between(0, 1).all()
+    assert scores["method"].tolist()[:2] == ["seg4diff", "seg4diff + centre+pamr"]
+
+
+def test_segmentation_league_lists_the_paper_as_another_world(draw):
+    files = draw("fig08_segmentation", "--only", "layer", "--limit", "2")
+    table = pd.read_csv(files["fig08_miou_by_layer.csv"])
+    assert sorted(set(table["layers"].dropna())) == [0, 1, 2]
+    assert set(table["world"]) == {"measured"}
