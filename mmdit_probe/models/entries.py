@@ -27,6 +27,7 @@ from mmdit_probe.models.arrange import (
     valid,
 )  # fmt: skip
 from mmdit_probe.models.family import Family, TextStream
+from mmdit_probe.models.streams import attribute, chat, flux2_chat, lumina2_system, stream, template
 
 _DOUBLE = r"transformer_blocks\.(\d+)\.attn"
 _SINGLE = r"single_transformer_blocks\.(\d+)\.attn"
@@ -90,9 +91,13 @@ def _z_image(inputs: Inputs, config: Any) -> Arrangement:
     return Arrangement(tuple(found), (h, w), frames)
 
 
-_T5 = TextStream(
-    "t5", ("tokenizer_2",), ("text_encoder_2",), ("prompt_2",), ("negative_prompt_2",), "max_sequence_length"
-)
+_LENGTH = "max_sequence_length"
+_UNCOND_FIRST = ("uncond", "cond")
+_T5 = (stream("t5"),)
+_TEXT_MASK = ("text", "mask")
+_TEXTS_MASKS = ("text", "mask", "negative text", "negative mask")
+_ALL_TEXTS_MASKS = ("text", "negative text", "mask", "negative mask")
+_TEXTS = ("text", "negative text")
 
 # transformer_sd3.py and pipeline_stable_diffusion_3.py. SD3.5's `attn2` sees image tokens only and does not match
 # `layers`. The attention ignores any text mask: pads are keys. Without its encoder the T5 stream is zeros of the same
@@ -132,6 +137,7 @@ SD3 = Family(
     length_argument="max_sequence_length",
     default_length=256,
     encoded=("text", "negative text", "pooled", "negative pooled"),
+    pipelines=("StableDiffusion3Pipeline",),
 )
 
 ENTRIES: tuple[Family, ...] = (
@@ -140,136 +146,179 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "flux", "FluxTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
         sequence(position_ids, "text", "image"),
-        pooled_input="pooled_projections", streams=(_T5,), length_argument="max_sequence_length", default_length=512,
-        encoded=("text", "pooled", "text ids"),
+        pooled_input="pooled_projections", streams=(stream("t5", "tokenizer_2", "text_encoder_2"),),
+        length_argument=_LENGTH, default_length=512, encoded=("text", "pooled", "text ids"),
+        pipelines=("FluxPipeline",), cell=2, form="packed", distilled=True,
     ),
     # transformer_flux2.py, without its key-value cache.
     Family(
         "flux2", "Flux2Transformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
-        sequence(position_ids, "text", "image"),
+        sequence(position_ids, "text", "image"), streams=(stream("llm", wrap=flux2_chat),), length_argument=_LENGTH,
+        default_length=512, encoded=("text", "text ids"), pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+        cell=2, form="packed", distilled=True,
     ),
     # transformer_chroma.py. The mask is an outer product: masked rows see nothing.
     Family(
         "chroma", "ChromaTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
-        sequence(position_ids, "text", "image"),
+        sequence(position_ids, "text", "image"), streams=_T5, length_argument=_LENGTH, default_length=512,
+        encoded=("text", "text ids", "mask", "negative text", "negative text ids", "negative mask"),
+        pipelines=("ChromaPipeline",), cell=2, form="packed",
     ),
     Family(
         "bria", "BriaTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
-        sequence(position_ids, "text", "image"),
-        timesteps=1000.0,
+        sequence(position_ids, "text", "image"), timesteps=1000.0, guidance=_UNCOND_FIRST, streams=_T5,
+        length_argument=_LENGTH, default_length=128, encoded=("text", "negative text", "text ids"),
+        pipelines=("BriaPipeline",), cell=2, form="packed",
     ),
     # transformer_bria_fibo.py. Half of the text channels are replaced at each block.
     Family(
         "bria_fibo", "BriaFiboTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
-        sequence(position_ids, "text", "image"), timesteps=1000.0,
+        sequence(position_ids, "text", "image"), timesteps=1000.0, guidance=_UNCOND_FIRST,
+        encoded=("text", "negative text", "text ids", "mask", "negative mask", "layers", "negative layers"),
     ),
     Family(
         "longcat_image", "LongCatImageTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
-        sequence(position_ids, "text", "image"),
+        sequence(position_ids, "text", "image"), encoded=("text", "text ids"),
     ),
     Family(
         "ovis_image", "OvisImageTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
-        sequence(position_ids, "text", "image"),
+        sequence(position_ids, "text", "image"), length_argument=_LENGTH, default_length=256,
+        streams=(
+            stream(
+                "llm", wrap=chat("system_prompt", add_generation_prompt=True, enable_thinking=False),
+                cut=attribute("user_prompt_begin_id"), special_tokens=False,
+            ),
+        ),
+        encoded=("text", "negative text", "text ids", "negative text ids"), pipelines=("OvisImagePipeline",),
+        cell=2, form="packed",
     ),
     # auraflow_transformer_2d.py. Eight learned registers come before the text.
     Family(
         "aura_flow", "AuraFlowTransformer2DModel", (r"joint_transformer_blocks\.(\d+)\.attn", _SINGLE),
         ("other", "text", "image"), sequence(latents, "other", "text", "image", registers=8),
+        guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH, default_length=256, encoded=_TEXTS_MASKS,
+        pipelines=("AuraFlowPipeline",),
     ),
     # transformer_qwenimage.py. `encoder_hidden_states_mask` hides keys.
     Family(
         "qwen_image", "QwenImageTransformer2DModel", _DOUBLE, ("text", "image"),
-        sequence(image_shapes, "text", "image"),
-        attention_inputs=_BOTH,
+        sequence(image_shapes, "text", "image"), attention_inputs=_BOTH,
+        streams=(
+            stream(
+                "llm", wrap=template("prompt_template_encode"), cut=attribute("prompt_template_encode_start_idx"),
+                padded=False,
+            ),
+        ),
+        length_argument=_LENGTH, default_length=512, encoded=_TEXT_MASK, pipelines=("QwenImagePipeline",),
+        scale_argument="true_cfg_scale", cell=2, form="packed",
     ),
     # cogvideox_transformer_3d.py and consisid_transformer_3d.py: latents [B, frames, C, h, w].
     Family(
         "cogvideox", "CogVideoXTransformer3DModel", _BLOCKS, ("text", "image"), sequence(frames_first, "text", "image"),
-        timesteps=1000.0, attention_inputs=_BOTH,
+        timesteps=1000.0, attention_inputs=_BOTH, guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH,
+        default_length=226, encoded=_TEXTS,
     ),
     Family(
         "consisid", "ConsisIDTransformer3DModel", _BLOCKS, ("text", "image"), sequence(frames_first, "text", "image"),
-        timesteps=1000.0, attention_inputs=_BOTH,
+        timesteps=1000.0, attention_inputs=_BOTH, guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH,
+        default_length=226, encoded=_TEXTS,
     ),
     Family(
         "cogview3plus", "CogView3PlusTransformer2DModel", _BLOCKS, ("text", "image"),
-        sequence(latents, "text", "image"),
-        timesteps=1000.0, attention_inputs=_BOTH,
+        sequence(latents, "text", "image"), timesteps=1000.0, attention_inputs=_BOTH, guidance=_UNCOND_FIRST,
+        streams=_T5, length_argument=_LENGTH, default_length=224, encoded=_TEXTS, pipelines=("CogView3PlusPipeline",),
     ),
     # transformer_cogview4.py and transformer_glm_image.py. Their float mask adds 1 to kept keys and hides none.
     Family(
         "cogview4", "CogView4Transformer2DModel", _BLOCKS, ("text", "image"), sequence(latents, "text", "image"),
-        timesteps=1000.0, attention_inputs=_BOTH,
+        timesteps=1000.0, attention_inputs=_BOTH, streams=(stream("llm", padded=False, multiple=16),),
+        length_argument=_LENGTH, default_length=1024, encoded=_TEXTS, pipelines=("CogView4Pipeline",),
     ),
     Family(
         "glm_image", "GlmImageTransformer2DModel", _BLOCKS, ("text", "image"), sequence(latents, "text", "image"),
-        timesteps=1000.0, attention_inputs=_BOTH,
+        timesteps=1000.0, attention_inputs=_BOTH, encoded=_TEXTS,
     ),
     # transformer_hunyuan_video.py. The token refiner is text self-attention and does not match `layers`.
     Family(
         "hunyuan_video", "HunyuanVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),
         sequence(latents, "image", "text"), timesteps=1000.0, attention_inputs=_BOTH,
+        encoded=("text", "pooled", "mask"),
     ),
     # transformer_hunyuanimage.py: text is [ByT5, language model].
     Family(
         "hunyuan_image", "HunyuanImageTransformer2DModel", (_DOUBLE, _SINGLE), ("image", "text"), _reordered("_2", ""),
-        timesteps=1000.0,
+        timesteps=1000.0, encoded=("text", "mask", "glyphs", "glyph mask"),
     ),
     # transformer_hunyuan_video15.py: the same, and picture embeddings, which are neither image nor text tokens.
     Family(
         "hunyuan_video15", "HunyuanVideo15Transformer3DModel", _DOUBLE, ("image", "other", "text"),
-        _reordered("_2", ""), timesteps=1000.0,
+        _reordered("_2", ""), timesteps=1000.0, encoded=("text", "mask", "glyphs", "glyph mask"),
     ),
     # transformer_mochi.py: one attention call per sample, over its valid text.
     Family(
         "mochi", "MochiTransformer3DModel", _BLOCKS, ("image", "text"), packed(latents, "image", "text"),
-        timesteps=1000.0,
+        timesteps=1000.0, guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH, default_length=256,
+        encoded=_TEXTS_MASKS,
     ),
     Family(
         "hidream", "HiDreamImageTransformer2DModel",
         (r"double_stream_blocks\.(\d+)\.block\.attn1", r"single_stream_blocks\.(\d+)\.block\.attn1"), ("image", "text"),
         _hidream, text_input="encoder_hidden_states_t5", timestep_input="timesteps", timesteps=1000.0,
+        guidance=_UNCOND_FIRST, length_argument=_LENGTH, default_length=128,
+        streams=(
+            stream("t5", "tokenizer_3", "text_encoder_3"),
+            stream("llama", "tokenizer_4", "text_encoder_4"),
+            stream("llama_layer", "tokenizer_4", "text_encoder_4"),
+        ),
+        encoded=(*_TEXTS, "llama", "negative llama", "pooled", "negative pooled"), pipelines=("HiDreamImagePipeline",),
     ),
     # transformer_lumina2.py: valid text, then image, packed per sample.
     Family(
         "lumina2", "Lumina2Transformer2DModel", r"layers\.(\d+)\.attn", ("text", "image"),
-        packed(latents, "text", "image"), clean_timestep=1.0,
+        packed(latents, "text", "image"), clean_timestep=1.0, streams=(stream("llm", wrap=lumina2_system),),
+        length_argument=_LENGTH, default_length=256, encoded=_TEXTS_MASKS,
+        pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
     ),
     # transformer_z_image.py, text to image: lists of a latent [C, frames, h, w] and a text [T, width] per sample.
     Family(
         "z_image", "ZImageTransformer2DModel", r"layers\.(\d+)\.attention", ("image", "other", "text", "other"),
         _z_image, image_input="x", text_input="cap_feats", timestep_input="t", clean_timestep=1.0,
+        guidance=("cond", "uncond"), length_argument=_LENGTH, default_length=512, encoded=_TEXTS,
+        streams=(stream("llm", wrap=chat(add_generation_prompt=True, enable_thinking=True), padded=False),),
+        pipelines=("ZImagePipeline",), cell=2, form="listed", scale_offset=1.0,
     ),
     # transformer_krea2.py: text [B, T, language model layers, width].
     Family(
         "krea2", "Krea2Transformer2DModel", _DOUBLE, ("text", "image"),
-        sequence(lambda inputs, config: _krea2(inputs), "text", "image"),
+        sequence(lambda inputs, config: _krea2(inputs), "text", "image"), encoded=_TEXT_MASK,
     ),
     Family(
         "ernie_image", "ErnieImageTransformer2DModel", r"layers\.(\d+)\.self_attention", ("image", "text"),
         sequence(latents, "image", "text", text=("text_bth",)), text_input="text_bth", timesteps=1000.0,
+        guidance=_UNCOND_FIRST, streams=(stream("llm", length="tokenizer", padded=False),), encoded=("text",),
+        pipelines=("ErnieImagePipeline",),
     ),
     Family(
         "easyanimate", "EasyAnimateTransformer3DModel", _BLOCKS, ("text", "image"),
         sequence(latents, "text", "image", text=("encoder_hidden_states", "encoder_hidden_states_t5")),
-        timesteps=1000.0, attention_inputs=_BOTH,
+        timesteps=1000.0, attention_inputs=_BOTH, guidance=_UNCOND_FIRST, encoded=_ALL_TEXTS_MASKS,
     ),
     Family(
         "joyimage_edit", "JoyImageEditTransformer3DModel", r"double_blocks\.(\d+)\.attn", ("image", "text"),
-        sequence(latents, "image", "text"), timesteps=1000.0, attention_inputs=_BOTH,
+        sequence(latents, "image", "text"), timesteps=1000.0, attention_inputs=_BOTH, encoded=_TEXT_MASK,
     ),
     Family(
         "motif_video", "MotifVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),
-        sequence(latents, "image", "text"), timesteps=1000.0,
+        sequence(latents, "image", "text"), timesteps=1000.0, encoded=_ALL_TEXTS_MASKS,
     ),
     # transformer_prx.py and transformer_nucleusmoe_image.py: text tokens are keys only, so there is no T2I and no T2T.
     Family(
         "prx", "PRXTransformer2DModel", r"blocks\.(\d+)\.attention", ("text", "image"),
-        sequence(latents, "text", "image", queries=("image",)),
+        sequence(latents, "text", "image", queries=("image",)), guidance=_UNCOND_FIRST, encoded=_TEXTS_MASKS,
     ),
     Family(
         "nucleus_image", "NucleusMoEImageTransformer2DModel", _DOUBLE, ("image", "text"),
-        sequence(image_shapes, "image", "text", queries=("image",)),
+        sequence(image_shapes, "image", "text", queries=("image",)), encoded=_TEXT_MASK,
     ),
 )  # fmt: skip
 

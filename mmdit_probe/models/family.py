@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmdit_probe.models.arrange import Arrangement
+from mmdit_probe.models.packing import Form
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,16 @@ class TextStream:
     negatives: tuple[str, ...]
     length: str
     """Where the number of positions comes from: "tokenizer" (its model_max_length) or the name of an argument."""
+    wrap: Callable[[Any, bool], tuple[str, str]] | None = None
+    """(pipeline, whether it is the negative prompt) -> the text around the prompt that the tokenizer reads too."""
+    cut: Callable[[Any], int] | None = None
+    """(pipeline) -> how many of the first positions the pipeline cuts off."""
+    padded: bool = True
+    """Whether every prompt has the full number of positions; else only the longest prompt of a call has all of them."""
+    multiple: int = 1
+    """Where prompts are not padded to the full length: the longest one is padded, in front, to a multiple of this."""
+    special_tokens: bool = True
+    """Whether the tokenizer adds its own special tokens."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +79,21 @@ class Family:
     default_length: int = 0
     """Value of `length_argument` when nobody sets it."""
     encoded: tuple[str, ...] = ()
-    """What `encode_prompt` returns, in order."""
+    """What `encode_prompt` returns: "text", "negative text" and others. Without a "negative text" the negative
+    prompt is encoded by a call of its own."""
     guidance_argument: str = "do_classifier_free_guidance"
+    pipelines: tuple[str, ...] = ()
+    """Classes of the stock text-to-image pipelines that `load` takes."""
+    scale_argument: str = "guidance_scale"
+    """Argument of the pipeline that is the scale of classifier-free (or distilled) guidance."""
+    distilled: bool = False
+    """Whether that scale is an input of the transformer, and no second forward."""
+    scale_offset: float = 0.0
+    """What the pipeline's scale is short of g in u + g (c - u): 1 where it computes c + scale (c - u)."""
+    cell: int = 0
+    """Side, in latent cells, of one token; 0 where it is the transformer's patch_size."""
+    form: Form = "latents"
+    """How the transformer is given latents: see `models.packing`."""
 
     def grid(self, image_input: Any, config: Any) -> tuple[int, int]:
         """Token grid (h, w), row-major, of an image input [B, C, latent height, latent width]."""
@@ -82,6 +106,10 @@ class Family:
             if match:
                 return kind, int(match[1])
         return None
+
+    def timestep(self, sigma: Any) -> Any:
+        """The timestep that the transformer gets at a noise level."""
+        return 1.0 - sigma if self.clean_timestep == 1.0 else self.timesteps * sigma
 
     def sigma(self, timestep: float) -> float:
         """The noise level of a timestep as the transformer gets it."""

@@ -20,9 +20,10 @@ from torch import nn
 from mmdit_probe import assets
 from mmdit_probe.attention import exact
 from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.models.dryrun import first_call
 from mmdit_probe.models.families import family_of, refuse_cross_attention
 from mmdit_probe.models.layout import unwrap
-from mmdit_probe.models.taint import bind, taint
+from mmdit_probe.models.taint import taint
 from mmdit_probe.observe.base import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 
@@ -39,10 +40,6 @@ class Kernels(Observer):
 
     def observe(self, seen: LayerCall) -> None:
         self.names[seen.layer.index] = exact.kernel(seen.call)
-
-
-class _Stopped(Exception):
-    """The pipeline has called its transformer: nothing more is needed of it."""
 
 
 def inspect_model(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -65,7 +62,7 @@ def inspect_model(path: str | os.PathLike[str]) -> dict[str, Any]:
     pipeline = _pipeline(source)
     transformer = unwrap(pipeline.transformer)
     refuse_cross_attention(transformer)
-    inputs = first_call(pipeline)
+    inputs = first_call(pipeline, PROMPT)
     return inspect_call(transformer, inputs)
 
 
@@ -97,26 +94,6 @@ def inspect_call(transformer: nn.Module, inputs: dict[str, Any]) -> dict[str, An
         ],
         "entry agrees": None if family is None else [layer.path for layer in run.all_layers] == list(joint),
     }
-
-
-def first_call(pipeline: Any) -> dict[str, Any]:
-    """The arguments of the first transformer call that a stock pipeline makes for a prompt."""
-    found: dict[str, Any] = {}
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.update(bind(unwrap(module), args, kwargs))
-        raise _Stopped
-
-    handle = pipeline.transformer.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        pipeline(PROMPT, num_inference_steps=1)
-    except _Stopped:
-        return found
-    except Exception as error:
-        raise RunError(f"{type(pipeline).__name__} cannot be run with a prompt alone: {error}") from error
-    finally:
-        handle.remove()
-    raise RunError(f"{type(pipeline).__name__} made an image without calling its transformer")
 
 
 def _pipeline(source: Path) -> Any:

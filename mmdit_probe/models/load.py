@@ -83,6 +83,10 @@ def random_twin(transformer: Any, seed: int) -> Any:
     return twin.to(transformer.dtype).eval()
 
 
+def _family(transformer: str) -> Family:
+    return next(family for family in FAMILIES.values() if family.transformer == transformer)
+
+
 def embedded_models() -> list[str]:
     """Names of the embedded models that `load` takes: pipeline directories and random-weight twins."""
     found = [(name, assets.path(name)) for name in assets.names()]
@@ -129,10 +133,13 @@ def _pipeline_index(source: str) -> dict[str, Any]:
             f"{source} ({index.get('_class_name', 'unknown pipeline')}, {found}) is not a known MM-DiT; "
             f"known transformers: {', '.join(known)}"
         )
-    if not next(family for family in FAMILIES.values() if family.transformer == component[1]).guidance:
+    family = _family(component[1])
+    if index.get("_class_name") not in family.pipelines:
+        taken = " or ".join(family.pipelines)
         raise UserError(
-            f"{source} is a {index.get('_class_name', component[1])}: load it with diffusers and give the pipeline to"
-            " `probe`; commands and `load` work on SD3 and SD3.5"
+            f"{source} is a {index.get('_class_name', 'pipeline without a class')}: load it with diffusers and give the"
+            " pipeline to `probe`; commands and `load` take "
+            + (f"{taken} of the {family.name} family" if taken else f"no pipeline of the {family.name} family")
         )
     return index
 
@@ -142,7 +149,9 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
     out)."""
     from diffusers import DiffusionPipeline
 
-    family = next(family for family in FAMILIES.values() if family.transformer == index["transformer"][1])
+    family = _family(index["transformer"][1])
+    if not t5 and all(stream.length != "tokenizer" for stream in family.streams):
+        raise UserError(f"{source} reads its prompt with one text encoder only; it cannot be left out")
     # A directory saved without an optional encoder loads only if it is passed as None again.
     left_out: dict[str, None] = {
         name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None

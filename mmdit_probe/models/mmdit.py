@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,9 +27,18 @@ import torch
 from torch import Tensor
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.models import packing
+from mmdit_probe.models.dryrun import first_call
 from mmdit_probe.models.families import Family, family_of
 from mmdit_probe.models.layout import Layer, find_layers, unwrap
 from mmdit_probe.models.tokens import TokenTable, stream_length, token_tables
+
+_REMEMBERED = 8
+"""Transformer calls whose arguments are kept: one per set of prompts and size."""
+_STEPS = 3
+"""Of a dry run: the second noise level is neither the first, 1, nor the last, near 0."""
+_LATENTS = 128
+"""Side of the latents of 1024 pixels, for pipelines that do not say what size they were made for."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,7 @@ class MMDiT:
             default_length(pipeline, self.family) if max_sequence_length is None else max_sequence_length
         )
         self.batch: Batch | None = None
+        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     @property
     def transformer(self) -> Any:
@@ -111,24 +122,28 @@ class MMDiT:
     @property
     def heads(self) -> int:
         """Attention heads H per layer."""
-        return int(self.transformer.config.num_attention_heads)
+        config = self.transformer.config
+        names = ("num_attention_heads", "n_heads", "num_heads")
+        return int(next(config[name] for name in names if name in config))
 
     @property
     def text_length(self) -> int:
-        """T, the number of text positions in the joint attention."""
+        """T, the number of text positions in the joint attention; at most, where prompts are not padded."""
         streams = self.family.streams
         return sum(stream_length(self.pipeline, self.family, s, self.max_sequence_length) for s in streams)
 
     @property
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the model was made for."""
-        side = int(self.transformer.config.sample_size) * int(self.pipeline.vae_scale_factor)
+        config: Any = self.transformer.config
+        latents = getattr(self.pipeline, "default_sample_size", None) or getattr(config, "sample_size", None)
+        side = int(latents or _LATENTS) * int(self.pipeline.vae_scale_factor)
         return side, side
 
     @property
     def size_multiple(self) -> int:
         """Heights and widths must be multiples of this many pixels: one token's side."""
-        return int(self.pipeline.vae_scale_factor) * int(self.transformer.config.patch_size)
+        return int(self.pipeline.vae_scale_factor) * int(self.family.cell or self.transformer.config.patch_size)
 
     @cached_property
     def weight_hash(self) -> str:
@@ -147,14 +162,13 @@ class MMDiT:
     def encode_prompt(self, prompts: str | Sequence[str]) -> TextCondition:
         """Encode prompts as the stock pipeline does; the empty string is the unconditional text."""
         texts = _texts(prompts)
-        arguments: dict[str, Any] = {name: None for stream in self.family.streams for name in stream.prompts}
-        arguments[self.family.streams[0].prompts[0]] = texts
-        arguments[self.family.length_argument] = self.max_sequence_length
-        arguments[self.family.guidance_argument] = False
-        encoded = dict(
-            zip(self.family.encoded, self.pipeline.encode_prompt(device=self.device, **arguments), strict=True)
+        inputs = self._call(texts, self.default_size)
+        text, pooled = inputs[self.family.text_input], inputs.get(self.family.pooled_input)
+        if not isinstance(text, Tensor):
+            text = torch.nn.utils.rnn.pad_sequence(list(text), batch_first=True)
+        return TextCondition(
+            text, text.new_zeros(len(texts), 0) if pooled is None else pooled, self.token_tables(texts)
         )
-        return TextCondition(encoded["text"], encoded["pooled"], self.token_tables(texts))
 
     @torch.no_grad()
     def encode_image(self, images: Any) -> Tensor:
@@ -176,15 +190,12 @@ class MMDiT:
             )
         vae = self.pipeline.vae
         pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device, vae.dtype) / 127.5 - 1.0
-        mean = vae.encode(pixels).latent_dist.mode().float()
-        return (mean - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+        return packing.encode(vae, pixels)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Any]:
         """PIL images of latents [B, C, h, w]."""
-        vae = self.pipeline.vae
-        unscaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        pixels = vae.decode(unscaled.to(self.device, vae.dtype), return_dict=False)[0]
+        pixels = packing.decode(self.pipeline.vae, latents.to(self.device))
         return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
 
     def noise(self, latents: Tensor, sigma: float | Sequence[float], seed: int | Sequence[int] = 0) -> Tensor:
@@ -227,19 +238,74 @@ class MMDiT:
         count = len(latents)
         if len(text) not in (1, count):
             raise UserError(f"{len(text)} prompts for {count} latents; expected one prompt, or one per sample")
-        repeat = count // len(text)
+        tokens = text.tokens * (count // len(text))
         levels = _per_row(sigma, count)
-        tokens = text.tokens * repeat
         labels = [-1] * count if seeds == -1 else _seeds(seeds, count)
         batch = Batch(tokens, [table.prompt for table in tokens], labels, [branch] * count, levels, step)
-        inputs = {
-            self.family.image_input: latents.to(self.device, self.dtype),
-            self.family.timestep_input: self.family.timesteps * torch.tensor(levels, device=self.device),
-            self.family.text_input: text.prompt_embeds.to(self.device, self.dtype).repeat(repeat, 1, 1),
-            self.family.pooled_input: text.pooled.to(self.device, self.dtype).repeat(repeat, 1),
-        }
+        inputs = self.inputs(latents, torch.tensor(levels, device=self.device), text)
         with self._labelled(batch), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
-            return self.transformer(**inputs, return_dict=False)[0].float()
+            return self.velocity(self.transformer(**inputs, return_dict=False)[0], latents)
+
+    def inputs(self, latents: Tensor, sigmas: Tensor, text: TextCondition) -> dict[str, Any]:
+        """Arguments of the transformer's forward for latents [B, C, h, w] at noise levels [B]; see `denoise`."""
+        family, repeat = self.family, len(latents) // len(text)
+        height, width = (int(side) * int(self.pipeline.vae_scale_factor) for side in latents.shape[-2:])
+        inputs = dict(self._call([table.prompt for table in text.tokens] * repeat, (height, width)))
+        inputs[family.image_input] = packing.pack(latents.to(self.device, self.dtype), family.form, family.cell)
+        inputs[family.timestep_input] = family.timestep(sigmas)
+        if isinstance(inputs[family.text_input], Tensor):
+            inputs[family.text_input] = text.prompt_embeds.to(self.device, self.dtype).repeat(repeat, 1, 1)
+        if family.pooled_input in inputs:
+            inputs[family.pooled_input] = text.pooled.to(self.device, self.dtype).repeat(repeat, 1)
+        return inputs
+
+    def velocity(self, output: Any, latents: Tensor) -> Tensor:
+        """The velocity n - x, [B, C, h, w] float32, of a transformer's output for these latents."""
+        family = self.family
+        found = packing.unpack(output, family.form, family.cell, (latents.shape[-2], latents.shape[-1])).float()
+        return -found if family.clean_timestep == 1.0 else found
+
+    @torch.no_grad()
+    def _call(self, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Any]:
+        """What the stock pipeline calls its transformer with for prompts, without guidance, at (height, width)."""
+        if "FlowMatch" not in type(self.scheduler).__name__:
+            raise UserError(
+                f"{type(self.scheduler).__name__} is no rectified flow: sample with the pipeline, or give it to `probe`"
+            )
+        key = (tuple(prompts), size, self.max_sequence_length)
+        if key not in self._known:
+            while len(self._known) >= _REMEMBERED:
+                self._known.pop(next(iter(self._known)))
+            inputs, scheduler = self._dry_run(prompts, _STEPS, height=size[0], width=size[1])
+            if abs(1000.0 * float(scheduler.sigmas[1]) - float(scheduler.timesteps[1])) > 1.0:
+                raise UserError(
+                    f"{type(self.pipeline).__name__} gives its transformer timesteps that do not follow from the noise"
+                    " level: sample with the pipeline, or give it to `probe`"
+                )
+            inputs.pop("return_dict", None)
+            self._known[key] = inputs
+        return self._known[key]
+
+    def _dry_run(self, prompts: Sequence[str], steps: int, **options: Any) -> tuple[dict[str, Any], Any]:
+        """The first transformer call of a sampling run, and the scheduler as set for it; the model's own stays."""
+        before = self.scheduler
+        scheduler = self.pipeline.scheduler = copy.deepcopy(before)
+        guidance = None if self.family.distilled else 1.0
+        # A generator of its own: nobody else's random numbers are used up.
+        generator = torch.Generator().manual_seed(0)
+        options |= {"num_inference_steps": steps, "output_type": "latent", "generator": generator}
+        try:
+            return first_call(self.pipeline, prompts, **self._arguments(guidance=guidance, **options)), scheduler
+        finally:
+            self.pipeline.scheduler = before
+
+    def _arguments(self, *, guidance: float | None, length: int | None = None, **options: Any) -> dict[str, Any]:
+        """Arguments of the stock pipeline by its own names, as far as it takes them."""
+        options[self.family.length_argument] = self.max_sequence_length if length is None else length
+        if guidance is not None:
+            options[self.family.scale_argument] = max(0.0, guidance - self.family.scale_offset)
+        known = inspect.signature(type(self.pipeline).__call__).parameters
+        return {name: value for name, value in options.items() if name in known}
 
     def generate(
         self,
@@ -271,24 +337,24 @@ class MMDiT:
         """
         texts = _texts(prompts)
         generators = [torch.Generator().manual_seed(s) for s in _seeds(seed, len(texts) * num_images_per_prompt)]
-        arguments: dict[str, Any] = {
-            "num_inference_steps": steps,
-            "guidance_scale": guidance,
-            "generator": generators,
-            "height": height,
-            "width": width,
-            "negative_prompt": [negative] * len(texts),
-            "num_images_per_prompt": num_images_per_prompt,
-            self.family.length_argument: (
-                self.max_sequence_length if max_sequence_length is None else max_sequence_length
-            ),
-        }
+        arguments = self._arguments(
+            guidance=guidance, length=max_sequence_length, num_inference_steps=steps, generator=generators,
+            height=height, width=width, negative_prompt=[negative] * len(texts),
+            num_images_per_prompt=num_images_per_prompt,
+        )  # fmt: skip
+        if negative and "negative_prompt" not in arguments:
+            raise UserError(f"{type(self.pipeline).__name__} takes no negative prompt; leave it out")
         return self.pipeline(texts, **arguments, **options).images
 
-    def sigmas(self, steps: int) -> list[float]:
-        """The noise level at which each of `steps` sampling steps calls the transformer, from noise to image."""
-        scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(steps)
+    def sigmas(self, steps: int, size: tuple[int, int] | None = None) -> list[float]:
+        """The noise level at which each of `steps` sampling steps calls the transformer, from noise to image.
+
+        Args:
+            size: (height, width) in pixels, on which it depends in some families; the model's own if None.
+        """
+        height, width = size or self.default_size
+        with torch.no_grad():
+            _, scheduler = self._dry_run([""], steps, height=height, width=width)
         return [float(sigma) for sigma in scheduler.sigmas[:steps]]
 
     @contextmanager

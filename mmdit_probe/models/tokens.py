@@ -1,8 +1,8 @@
 """What each text position is: encoder stream, span kind, word. From the tokenizers, by character offsets.
 
 Text positions follow the joint text order (SD3: CLIP's positions, then T5's). A text mass that is not split by span
-kind
-cannot be compared between models: much of it may sit on BOS, EOS or pads, which SD3 attends like words.
+kind cannot be compared between models: much of it may sit on BOS, EOS or pads, which SD3 attends like words. Where the
+pipeline puts the prompt into a template (a chat, a system prompt), the template's tokens are a kind of their own.
 
     table = token_tables(pipeline, family, ["a red ring"], max_sequence_length=256)[0]
     table.positions(kind="word", stream="t5")
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmdit_probe.errors import UserError, unknown
@@ -131,13 +131,35 @@ def unknown_table(length: int, prompt: str = "") -> TokenTable:
     return TokenTable(prompt, (Token("unknown", "unknown"),) * length)
 
 
+def fitted(family: Family, tables: Sequence[TokenTable | None], length: int) -> list[TokenTable | None]:
+    """The tables of one call in which T = `length` text positions take part.
+
+    Pads are added where prompts are as long as they are, and cut off where the pipeline or the transformer does so.
+    Tables that do not make up T are no tables of this call: None.
+    """
+    longest = max((len(table) for table in tables if table is not None), default=0)
+    if any(not stream.padded for stream in family.streams):
+        stream = family.streams[-1]
+        if -(-longest // stream.multiple) * stream.multiple != length:
+            return [None] * len(tables)
+        return [None if table is None else _filled(table, length, stream) for table in tables]
+    cut = [None if table is None or set(table.kinds[length:]) - {"pad"} else table for table in tables]
+    return [None if table is None else replace(table, tokens=table.tokens[:length]) for table in cut]
+
+
+def _filled(table: TokenTable, length: int, stream: TextStream) -> TokenTable:
+    pads = (Token(stream.name, "pad"),) * (length - len(table))
+    return replace(table, tokens=(*pads, *table.tokens) if stream.multiple > 1 else (*table.tokens, *pads))
+
+
 def token_tables(
     pipeline: Any,
     family: Family,
     prompts: Sequence[str] | Sequence[Sequence[str]],
     length: int | None = None,
+    negative: bool = False,
 ) -> list[TokenTable]:
-    """The token table of each prompt as this pipeline encodes it.
+    """The token table of each prompt as this pipeline encodes it, alone: without the pads of a longer neighbour.
 
     Args:
         pipeline: a diffusers pipeline of the family: its tokenizers and encoders are read.
@@ -145,19 +167,20 @@ def token_tables(
         prompts: one text per sample, or one text per sample and tokenizer (in the order of the family's streams), for
             pipelines that were given different prompts for different encoders.
         length: value of the family's length argument (SD3: `max_sequence_length`); the family's default if None.
+        negative: whether they are negative prompts, which some pipelines put into another template.
     """
     count = sum(len(stream.tokenizers) for stream in family.streams)
-    return [_table(pipeline, family, [p] * count if isinstance(p, str) else list(p), length) for p in prompts]
+    return [_table(pipeline, family, [p] * count if isinstance(p, str) else list(p), length, negative) for p in prompts]
 
 
 def stream_length(pipeline: Any, family: Family, stream: TextStream, length: int | None) -> int:
-    """Number of text positions of one stream. `length` as in `token_tables`."""
+    """Number of text positions of one stream, at most where prompts are not padded. `length` as in `token_tables`."""
     if stream.length == "tokenizer":
         return int(getattr(pipeline, stream.tokenizers[0]).model_max_length)
     return family.default_length if length is None else length
 
 
-def _table(pipeline: Any, family: Family, texts: list[str], length: int | None) -> TokenTable:
+def _table(pipeline: Any, family: Family, texts: list[str], length: int | None, negative: bool) -> TokenTable:
     tokens: list[Token] = []
     truncated: dict[str, tuple[str, ...]] = {}
     position = 0
@@ -166,15 +189,17 @@ def _table(pipeline: Any, family: Family, texts: list[str], length: int | None) 
         readings = []
         for component, encoder in zip(stream.tokenizers, stream.encoders, strict=True):
             if getattr(pipeline, encoder, None) is not None:
-                readings.append(_read(getattr(pipeline, component), texts[position], size, stream.name))
+                around = ("", "") if stream.wrap is None else stream.wrap(pipeline, negative)
+                cut = 0 if stream.cut is None else stream.cut(pipeline)
+                readings.append(_read(getattr(pipeline, component), texts[position], size, stream, around, cut))
             position += 1
         if not readings:
             tokens += [Token(stream.name, "null")] * size
             continue
         tokens += [_agreed(at_position) for at_position in zip(*(reading[0] for reading in readings), strict=True)]
-        cut = readings[0][1]
-        if cut:
-            truncated[stream.name] = cut
+        lost = readings[0][1]
+        if lost:
+            truncated[stream.name] = lost
     return TokenTable(texts[0], tuple(tokens), truncated)
 
 
@@ -187,10 +212,20 @@ def _agreed(tokens: tuple[Token, ...]) -> Token:
     return Token(first.stream, kind)
 
 
-def _read(tokenizer: Any, text: str, size: int, stream: str) -> tuple[list[Token], tuple[str, ...]]:
-    """The tokens of one text in one tokenizer padded to `size`, and the words that were cut off."""
+def _read(
+    tokenizer: Any, text: str, size: int, stream: TextStream, around: tuple[str, str], cut: int
+) -> tuple[list[Token], tuple[str, ...]]:
+    """The tokens of one text in one tokenizer, and the words that were cut off.
+
+    Args:
+        text: the prompt; `around` it is what the tokenizer reads before and after it.
+        size: number of positions, at most if the stream is not padded. cut: first tokens that the pipeline drops.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
+    before = len(around[0])
     encoding = tokenizer(
-        text, padding="max_length", max_length=size, truncation=True, return_offsets_mapping=True,
+        around[0] + text + around[1], padding="max_length" if stream.padded else False, max_length=size + cut,
+        truncation=True, add_special_tokens=stream.special_tokens, return_offsets_mapping=True,
         return_special_tokens_mask=True,
     )  # fmt: skip
     spans = [(match.start(), match.end(), match.group()) for match in _WORD.finditer(text)]
@@ -204,21 +239,26 @@ def _read(tokenizer: Any, text: str, size: int, stream: str) -> tuple[list[Token
         encoding["offset_mapping"],
         strict=True,
     )
-    for token_id, attended, special, (start, stop) in rows:
+    for token_id, attended, special, (first, last) in rows:
+        start, stop = first - before, last - before
         if not attended:
             # CLIP-L pads with its end token: only the attention mask tells the two apart.
-            tokens.append(Token(stream, "pad"))
+            tokens.append(Token(stream.name, "pad"))
         elif special:
-            is_start = token_id == tokenizer.bos_token_id and not seen_text
-            tokens.append(Token(stream, "bos" if is_start else "eos"))
+            is_start = not seen_text and (token_id == tokenizer.bos_token_id or token_id != tokenizer.eos_token_id)
+            tokens.append(Token(stream.name, "bos" if is_start else "eos"))
+            seen_text = seen_text or token_id == tokenizer.bos_token_id
+        elif around != ("", "") and (stop <= 0 or start >= len(text)):
             seen_text = True
+            tokens.append(Token(stream.name, "template"))
         else:
             seen_text = True
+            start, stop = max(0, start), min(len(text), stop)
             covered = max(covered, stop)
             index = _word_at(spans, start, stop)
             word = spans[index][2] if index >= 0 else None
-            tokens.append(Token(stream, "word", word, index, start, stop))
-    return tokens, tuple(word for _, end, word in spans if end > covered)
+            tokens.append(Token(stream.name, "word", word, index, start, stop))
+    return tokens[cut:], tuple(word for _, end, word in spans if end > covered)
 
 
 def _word_at(spans: list[tuple[int, int, str]], start: int, stop: int) -> int:

@@ -26,7 +26,7 @@ from mmdit_probe.models.family import Family
 from mmdit_probe.models.layout import Layer, Layout, Places, arranged, unwrap
 from mmdit_probe.models.mmdit import Batch, MMDiT
 from mmdit_probe.models.taint import bind
-from mmdit_probe.models.tokens import TokenTable
+from mmdit_probe.models.tokens import TokenTable, fitted
 from mmdit_probe.observe.backend import native_attention
 from mmdit_probe.observe.base import DenoisingCall, LayerCall, Observer
 from mmdit_probe.observe.canonical import canonical, hidden_keys, joined
@@ -111,7 +111,7 @@ class Run:
         self.current: DenoisingCall | None = None
         self._tokens = tokens
         self._branches = tuple(branches) if branches is not None else None
-        follow = self.pipeline is not None and bool(self.family.streams)
+        follow = self.pipeline is not None and bool(self.family.encoded)
         self._rows = PipelineRows(self.pipeline, self.family) if follow else None
         self._context: str | None = None
         self._layouts: dict[str, tuple[Layout, Places | None]] = {}
@@ -189,7 +189,10 @@ class Run:
                 stack.callback(watch(layer.module, edit.handler(layer, self), edit.stage))
 
     def _on_context(self, proceed: Any, name: str, *args: Any, **kwargs: Any) -> Any:
-        self._context = name
+        # Guiders say "pred_cond" and "pred_uncond", and "pred_cond_skip" or the like of their perturbed forward.
+        self._context = name.removeprefix("pred_")
+        if name.startswith("pred_cond_"):
+            self._context = "perturbed"
         return proceed(name, *args, **kwargs)
 
     def __exit__(
@@ -243,16 +246,17 @@ class Run:
         """What is known of the call that begins; says too whether it is to be observed."""
         image, text = inputs[self.family.image_input], inputs[self.family.text_input]
         rows = len(image)
+        layout = next(iter(self._layouts.values()))[0]
+        step, sigmas = self._when(inputs.get(self.family.timestep_input), rows)
         batch = self.model.batch if self.model is not None else None
-        if batch is None and self._rows is not None and isinstance(text, Tensor):
-            batch = self._rows.batch(text)
+        if batch is None and self._rows is not None and self._branches is None:
+            batch = self._rows.batch(text, self._context, sigmas[0])
         if batch is None:
             batch = Batch(None, [""] * rows, [-1] * rows, self._named_branches(rows))
-        step, sigmas = self._when(inputs.get(self.family.timestep_input), rows)
         self._step = step if batch.step is None else None
         self._observing = self.at(self.steps)
-        layout = next(iter(self._layouts.values()))[0]
-        tables = self._given_tables(rows, layout.counts["text"]) or list(batch.tokens or ())
+        length = layout.counts["text"]
+        tables = self._given_tables(rows, length) or fitted(self.family, batch.tokens or (), length)
         prompts = [
             prompt or (table.prompt if table is not None else "")
             for prompt, table in zip(batch.prompts, tables or [None] * rows, strict=True)
@@ -263,7 +267,7 @@ class Run:
             sigmas=sigmas if batch.sigmas is None else batch.sigmas,
             prompts=prompts,
             seeds=batch.seeds,
-            branches=["perturbed"] * rows if self._skipped else batch.branches,
+            branches=["perturbed"] * rows if self._skipped or self._context == "perturbed" else batch.branches,
             grid=layout.grid or (0, 0),
             _tokens=tables,
         )
@@ -285,11 +289,16 @@ class Run:
         return len(self._scheduler.timesteps) if self._scheduler is not None else 1 << 30
 
     def _named_branches(self, rows: int) -> list[str]:
-        if self._branches is None:
-            return [self._context if self._context in ("cond", "uncond") else "unknown"] * rows
-        if rows % len(self._branches):
-            raise UserError(f"{rows} rows cannot be divided into the branches {', '.join(self._branches)}")
-        return [branch for branch in self._branches for _ in range(rows // len(self._branches))]
+        branches = self._branches
+        if branches is None:
+            # Where nothing was encoded here, pipelines still say whether they double their batch.
+            told = self._rows is not None and not self._rows.encoded and bool(self.family.guidance)
+            if not told or not getattr(self.pipeline, "do_classifier_free_guidance", False) or rows % 2:
+                return [self._context if self._context in ("cond", "uncond") else "unknown"] * rows
+            branches = self.family.guidance
+        if rows % len(branches):
+            raise UserError(f"{rows} rows cannot be divided into the branches {', '.join(branches)}")
+        return [branch for branch in branches for _ in range(rows // len(branches))]
 
     def _when(self, timestep: Any, rows: int) -> tuple[int, list[float]]:
         """Step and sigmas of a call: the scheduler's where the timestep is one of its own, else counted and scaled."""
@@ -312,7 +321,9 @@ class Run:
         """The scheduler's place of a timestep, its own or rescaled to a noise level; None if it has none such."""
         known = self._scheduler.timesteps.double().cpu()
         now = getattr(self._scheduler, "step_index", None) or 0
-        places = (known == timestep).nonzero()[:, 0].tolist()
+        # A rescaled timestep is one of the scheduler's by chance only: 1.0 is the first level and the last timestep.
+        rescaled = self.family.timesteps == 1.0
+        places = [] if rescaled else (known == timestep).nonzero()[:, 0].tolist()
         if places:
             return next((place for place in places if place >= now), places[0])
         # A rescaled timestep has gone through the latents' precision, so it is only near.

@@ -2,8 +2,11 @@
 pipeline.
 
 The pipeline's own `encode_prompt` and `prepare_latents` are listened to on the instance, for the length of a probe;
-their arguments say which prompt, which negative prompt and which generator every row has, and whether the batch is
-doubled for guidance. Nothing is changed and nothing is patched globally.
+their arguments say which prompt, which negative prompt and which generator every row has. Which branch of
+classifier-free guidance a call or a row of it belongs to is told by the text it carries: the rows of a call are
+compared with what was encoded for each branch. Where both branches have the same text, the order of the family's batch,
+the pipeline's own name for the call (`cache_context`), or the order of calls at one noise level decides. Nothing is
+changed and nothing is patched globally.
 
 Not here: embeddings that were computed elsewhere. Their text is unknown unless the caller passes token tables.
 """
@@ -23,14 +26,25 @@ from mmdit_probe.models.families import Family
 from mmdit_probe.models.mmdit import Batch
 from mmdit_probe.models.tokens import TokenTable, token_tables
 
+BOTH = ("cond", "uncond")
+
 
 @dataclass
 class _Branch:
-    """One guidance branch of an `encode_prompt` call: embeddings [rows, T, C], prompt and token table per row."""
+    """One guidance branch as it was encoded: embeddings [T, C], prompt and token table per row."""
 
-    embeddings: Tensor
+    embeddings: list[Tensor]
     prompts: list[str]
     tables: Sequence[TokenTable | None]
+
+    def repeated(self, rows: int) -> _Branch:
+        """With every row several times in a row, as pipelines do that repeat embeddings after encoding them."""
+        copies = max(1, rows // len(self.embeddings))
+
+        def each(items: Sequence[Any]) -> list[Any]:
+            return [item for item in items for _ in range(copies)]
+
+        return _Branch(each(self.embeddings), each(self.prompts), each(self.tables))
 
 
 class PipelineRows:
@@ -46,77 +60,116 @@ class PipelineRows:
         self._branches: dict[str, _Branch] = {}
         self._seeds: list[int] = []
         self._encoding = False
+        self._last: tuple[str, float] | None = None
 
     def attach(self) -> list[Detach]:
-        return [
-            interpose(self.pipeline, "encode_prompt", self._on_encode),
-            interpose(self.pipeline, "prepare_latents", self._on_latents),
-        ]
+        listeners = {"encode_prompt": self._on_encode, "prepare_latents": self._on_latents}
+        there = {name: listener for name, listener in listeners.items() if hasattr(self.pipeline, name)}
+        return [interpose(self.pipeline, name, listener) for name, listener in there.items()]
 
-    def batch(self, text: Tensor) -> Batch | None:
-        """The rows of a transformer call with this text input [B, T, C]; None if it is not what was encoded last.
+    @property
+    def encoded(self) -> bool:
+        """Whether the pipeline has encoded anything that is known."""
+        return bool(self._branches)
 
-        The embeddings themselves are compared: a batch of two may be two prompts, or one prompt with and without text.
+    def batch(self, text: Any, context: str | None, moment: float) -> Batch | None:
+        """The rows of a transformer call; None if its text is not what was encoded last.
+
+        Args:
+            text: its text input: [B, T, C], or a list of [T, C].
+            context: what the pipeline calls this call: "cond" or "uncond", or nothing of the kind.
+            moment: its timestep.
         """
-        known = self._branches
-        for branches in (self.family.guidance, *((branch,) for branch in known)):
-            if not all(branch in known for branch in branches):
-                continue
-            expected = [known[branch].embeddings for branch in branches]
-            if len(text) == sum(len(part) for part in expected) and all(
-                torch.equal(rows, part) for rows, part in zip(text.chunk(len(branches)), expected, strict=True)
-            ):
-                count = len(expected[0])
-                seeds = self._seeds * count if len(self._seeds) == 1 else self._seeds
-                seeds = seeds if len(seeds) == count else [-1] * count
-                return Batch(
-                    tokens=[table for branch in branches for table in known[branch].tables],
-                    prompts=known["cond"].prompts * len(branches),
-                    seeds=seeds * len(branches),
-                    branches=[branch for branch in branches for _ in range(count)],
-                )
-        return None
+        self._encoding = False
+        rows, known = list(text), self._branches
+        batched = [self.family.guidance] if set(self.family.guidance) <= set(known) and self.family.guidance else []
+        fitting = [order for order in (*batched, *((branch,) for branch in known)) if self._carries(rows, order)]
+        if not fitting:
+            return None
+        branches = self._chosen(fitting, context, moment)
+        count = len(rows) // len(branches)
+        parts = [known[branch].repeated(count) for branch in branches]
+        seeds = self._seeds * count if len(self._seeds) == 1 else self._seeds
+        seeds = seeds if len(seeds) == count else [-1] * count
+        return Batch(
+            tokens=[table for part in parts for table in part.tables],
+            prompts=known["cond"].repeated(count).prompts * len(branches),
+            seeds=seeds * len(branches),
+            branches=[branch for branch in branches for _ in range(count)],
+        )
+
+    def _carries(self, rows: list[Tensor], branches: Sequence[str]) -> bool:
+        """Whether these rows are what was encoded for these branches, one branch after the other."""
+        count, rest = divmod(len(rows), len(branches))
+        known = [self._branches[branch] for branch in branches]
+        if rest or any(not part.embeddings or count % len(part.embeddings) for part in known):
+            return False
+        wanted = [row for part in known for row in part.repeated(count).embeddings]
+        return all(_same(row, other) for row, other in zip(rows, wanted, strict=True))
+
+    def _chosen(self, fitting: list[tuple[str, ...]], context: str | None, moment: float) -> tuple[str, ...]:
+        """Which of the orders that fit it is: more than one does only where branches have the same text."""
+        found = fitting[0]
+        if len(found) == 1:
+            if context in BOTH and (context,) in fitting:
+                found = (context,)  # type: ignore[assignment]
+            elif len(fitting) > 1 and self._last == ("cond", moment):
+                found = ("uncond",)  # the second call at one noise level: every pipeline calls its prompt first
+            self._last = found[0], moment
+        return found
 
     def _on_encode(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = proceed(*args, **kwargs)
         bound = inspect.signature(type(self.pipeline).encode_prompt).bind(self.pipeline, *args, **kwargs)
         bound.apply_defaults()
-        given = bound.arguments
-        encoded = dict(zip(self.family.encoded, result, strict=True))
-        copies = int(given.get("num_images_per_prompt") or 1)
+        # Lists are copied: some pipelines write the text with its template back into the caller's list.
+        given = {name: list(value) if isinstance(value, list) else value for name, value in bound.arguments.items()}
+        result = proceed(*args, **kwargs)
+        parts = result if isinstance(result, tuple) else (result,)
+        if len(parts) != len(self.family.encoded):
+            self._branches = {}  # another pipeline of this transformer: what it returns is not known
+            return result
+        encoded = dict(zip(self.family.encoded, parts, strict=True))
         streams = self.family.streams
-        names = [name for stream in streams for name in stream.prompts]
-        # Families that run their branches one by one encode them so too: prompt, then negative prompt, then latents.
-        branch = "uncond" if self._encoding and not self.family.guidance else "cond"
-        if branch == "cond":
-            self._branches, self._seeds = {}, []
+        # Families whose negative prompt is encoded by a call of its own: prompt, then negative prompt, then latents.
+        second = self._encoding and "negative text" not in encoded
+        if not second:
+            self._branches, self._seeds, self._last = {}, [], None
         self._encoding = True
-        self._branches[branch] = self._branch(encoded["text"], names, "prompt_embeds", given, copies)
-        if given.get(self.family.guidance_argument) and encoded["negative text"] is not None:
-            names = [name for stream in streams for name in stream.negatives]
+        names = [name for stream in streams for name in stream.prompts] or ["prompt"]
+        self._branches["uncond" if second else "cond"] = self._branch(
+            encoded["text"], names, "prompt_embeds", given, second
+        )
+        if encoded.get("negative text") is not None and len(encoded["negative text"]):
+            names = [name for stream in streams for name in stream.negatives] or ["negative_prompt"]
             self._branches["uncond"] = self._branch(
-                encoded["negative text"], names, "negative_prompt_embeds", given, copies
+                encoded["negative text"], names, "negative_prompt_embeds", given, True
             )
         return result
 
     def _branch(
-        self, embeddings: Tensor, names: Sequence[str], ready_made: str, given: dict[str, Any], copies: int
+        self, embeddings: Any, names: Sequence[str], ready_made: str, given: dict[str, Any], negative: bool
     ) -> _Branch:
         """One branch of an `encode_prompt` call; `ready_made` is the argument that replaces its texts by embeddings."""
-        rows = len(embeddings)
-        if given.get(ready_made) is not None:
-            return _Branch(embeddings, [""] * rows, [None] * rows)
+        rows = list(embeddings)
+        # A text that is not given is the first one's; one that is given as embeddings is unknown.
+        first = next((given[n] for n in (names[0], ready_made.removesuffix("_embeds")) if given.get(n)), None)
+        if any(name.startswith(ready_made) and given[name] is not None for name in given) or (
+            first is None and not negative
+        ):
+            return _Branch(rows, [""] * len(rows), [None] * len(rows))
         columns = []
         for name in names:
-            # A text that is not given is the first one's; an empty list of texts cannot occur.
-            value = given.get(name) or given.get(names[0]) or given.get(ready_made.removesuffix("_embeds")) or ""
-            columns.append([value] * (rows // copies) if isinstance(value, str) else list(value))
-        texts = [list(of_sample) for of_sample in zip(*columns, strict=True)]
-        tables = token_tables(self.pipeline, self.family, texts, given.get(self.family.length_argument))
+            value = given.get(name) or first or ""
+            columns.append([value] if isinstance(value, str) else list(value))
+        count = max(len(column) for column in columns)
+        texts = [list(text) for text in zip(*(column * (count // len(column)) for column in columns), strict=True)]
+        tables: list[TokenTable | None] = [None] * len(texts)
+        if self.family.streams:
+            length = given.get(self.family.length_argument)
+            tables = list(token_tables(self.pipeline, self.family, texts, length, negative))
+        copies = max(1, len(rows) // len(texts))
         return _Branch(
-            embeddings,
-            [text[0] for text in texts for _ in range(copies)],
-            [table for table in tables for _ in range(copies)],
+            rows, [text[0] for text in texts for _ in range(copies)], [table for table in tables for _ in range(copies)]
         )
 
     def _on_latents(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -129,3 +182,9 @@ class PipelineRows:
         elif isinstance(generator, Sequence):
             self._seeds = [g.initial_seed() for g in generator]
         return proceed(*args, **kwargs)
+
+
+def _same(row: Tensor, encoded: Tensor) -> bool:
+    """Whether a row of a call is this text, as far as both go: pipelines pad, and cut padding off."""
+    length = min(len(row), len(encoded))
+    return row.shape[1:] == encoded.shape[1:] and torch.equal(row[:length], encoded[:length].to(row.device, row.dtype))

@@ -1,0 +1,76 @@
+"""Latents as autoencoders and transformers hold them: scaled, and packed into tokens where the pipeline does that.
+
+    packed = pack(latents, "packed", cell=2)         # [B, C, h, w] -> [B, h/2 * w/2, C * 4]
+    latents = unpack(packed, "packed", cell=2, size=(h, w))
+
+Pipelines' own order of channels (C, then the cell's rows and columns), diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mmdit_probe.errors import UserError
+
+Form = Literal["latents", "packed", "listed"]
+"""Latents [B, C, h, w]; tokens [B, I, C * cell^2]; or a list of [C, frames, h, w]."""
+
+
+def pack(latents: Tensor, form: Form, cell: int) -> Any:
+    """Latents [B, C, h, w] as a transformer's image input."""
+    if form == "listed":
+        return list(latents[:, :, None])
+    if form == "latents":
+        return latents
+    cells = latents.unflatten(-1, (-1, cell)).unflatten(-3, (-1, cell))  # [B, C, h', cell, w', cell]
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(output: Any, form: Form, cell: int, size: tuple[int, int]) -> Tensor:
+    """A transformer's output as latents [B, C, h, w]; `size` is (h, w)."""
+    if form == "listed":
+        return torch.stack([sample[:, 0] for sample in output])
+    if form == "latents":
+        return torch.as_tensor(output)
+    tokens: Tensor = output.unflatten(-1, (-1, cell, cell)).unflatten(1, (size[0] // cell, size[1] // cell))
+    return tokens.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def encode(vae: Any, pixels: Tensor) -> Tensor:
+    """Latents [B, C, h, w] float32 of pixels [B, 3, H, W] in -1..1: the mean, normalised as the transformer expects.
+
+    Raises:
+        UserError: an autoencoder whose normalisation is not known.
+    """
+    shift, scale = _normalisation(vae)
+    video = _is_video(vae)
+    mean = vae.encode(pixels[:, :, None] if video else pixels).latent_dist.mode().float()
+    mean = mean[:, :, 0] if video else mean
+    return (mean - shift.to(mean.device)) * scale.to(mean.device)
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Pixels [B, 3, H, W] in -1..1 of latents [B, C, h, w]."""
+    shift, scale = _normalisation(vae)
+    unscaled = (latents / scale.to(latents.device) + shift.to(latents.device)).to(vae.dtype)
+    if _is_video(vae):
+        return torch.as_tensor(vae.decode(unscaled[:, :, None], return_dict=False)[0][:, :, 0])
+    return torch.as_tensor(vae.decode(unscaled, return_dict=False)[0])
+
+
+def _is_video(vae: Any) -> bool:
+    return hasattr(vae.config, "latents_mean") and vae.config.latents_mean is not None
+
+
+def _normalisation(vae: Any) -> tuple[Tensor, Tensor]:
+    """Shift and scale of latents [B, C, h, w]: one for all channels, or one for each."""
+    config = vae.config
+    if _is_video(vae):
+        mean, std = (torch.tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
+        return mean, 1.0 / std
+    if getattr(config, "scaling_factor", None) is None:
+        raise UserError(f"the latents of {type(vae).__name__} are normalised in a way that is not known here")
+    return torch.tensor(getattr(config, "shift_factor", None) or 0.0), torch.tensor(float(config.scaling_factor))

@@ -1,0 +1,147 @@
+"""Stock pipelines of other families than SD3: guidance branches and words of every row, and the model's own calls."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.load import load
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.observe.mass import AttentionMass
+from mmdit_probe.observe.probe import probe
+from tests.pipelines import PIPELINES, SIDE, build
+
+NAMES = sorted(PIPELINES)
+BATCHED = {"aura_flow", "z_image"}
+"""Both branches in one call; the others call their transformer once per branch."""
+
+
+@functools.cache
+def model_of(name: str) -> MMDiT:
+    return MMDiT(build(name))
+
+
+def sample(model: MMDiT, prompt: Any, *, guidance: float, negative: str = "", **options: Any) -> pd.DataFrame:
+    """Masses of two sampling steps of the stock pipeline, called by its own names."""
+    scale = "true_cfg_scale" if model.family.name in ("flux", "qwen_image") else "guidance_scale"
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    length = {} if model.family.name == "ovis_image" else {"max_sequence_length": model.max_sequence_length}
+    with torch.no_grad(), probe(model.pipeline, AttentionMass(heads=0), layers=0) as run:
+        model.pipeline(
+            texts, num_inference_steps=2, height=SIDE, width=SIDE, output_type="latent",
+            generator=torch.Generator().manual_seed(5), negative_prompt=[negative] * len(texts),
+            **{scale: guidance}, **length, **options,
+        )  # fmt: skip
+    return run[AttentionMass].table()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_guidance_branches_are_those_of_the_pipeline(name: str) -> None:
+    model = model_of(name)
+    guided = sample(model, "a red ring", guidance=3.0, negative="ring")
+    plain = sample(model, "a red ring", guidance=0.0 if name == "z_image" else 1.0)
+    assert set(plain["branch"]) == {"cond"} and set(guided["branch"]) == {"cond", "uncond"}
+    assert set(guided["prompt"]) == {"a red ring"} and set(guided["seed"]) == {5}
+    assert sorted(set(guided["step"])) == [0, 1]
+    # The first step starts from the same noise: the conditional rows are those of sampling without guidance.
+    of_guided = guided.query("step == 0 and branch == 'cond'").reset_index(drop=True)
+    of_plain = plain.query("step == 0").reset_index(drop=True)
+    keys = ["query", "key", "span", "stream", "n_key"]
+    assert of_guided[keys].equals(of_plain[keys])
+    np.testing.assert_allclose(of_guided["mass"], of_plain["mass"], atol=1e-5)
+    words = guided.query("span == 'word' and query == 'image' and step == 0").groupby("branch")["n_key"].first()
+    assert words["cond"] > words["uncond"] > 0
+    assert "unknown" not in set(guided["span"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_branches_with_the_same_text_are_told_apart(name: str) -> None:
+    table = sample(model_of(name), "ring", guidance=3.0, negative="ring")
+    image = table.query("query == 'image' and key == 'image'")
+    first = "uncond" if name == "aura_flow" else "cond"
+    second = "cond" if name == "aura_flow" else "uncond"
+    assert image["branch"].tolist() == [first, second] * 2
+    assert image["step"].tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["flux", "cogview4", "qwen_image", "z_image"])
+def test_prompts_of_different_lengths_and_several_images(name: str) -> None:
+    prompts = ["a red ring", "ring"]
+    table = sample(model_of(name), list(prompts), guidance=3.0, negative="red", num_images_per_prompt=2)
+    rows = table.query("step == 0 and query == 'image' and span == 'word'")
+    cond, uncond = (rows[rows["branch"] == branch] for branch in ("cond", "uncond"))
+    assert cond["prompt"].tolist() == [p for p in prompts for _ in range(2)] == uncond["prompt"].tolist()
+    counts = cond["n_key"].tolist()
+    assert counts[0] == counts[1] > counts[2] == counts[3] > 0
+    assert len(set(uncond["n_key"])) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_denoising_call_is_the_pipelines_own(name: str) -> None:
+    """At the first step of sampling the model gets pure noise; `denoise` then gives what the scheduler stepped with."""
+    model = model_of(name)
+    if name == "cogview4":
+        with pytest.raises(UserError, match="do not follow from the noise level"):
+            model.encode_prompt("a red ring")
+        return
+    stepped: list[torch.Tensor] = []
+    noise: list[torch.Tensor] = []
+    step = model.scheduler.step
+    model.scheduler.step = lambda output, t, x, *args, **kwargs: (
+        stepped.append(output.clone()), noise.append(x.clone()), step(output, t, x, *args, **kwargs)
+    )[-1]  # fmt: skip
+    try:
+        model.generate(
+            "a red ring", steps=1, guidance=1.0 if name != "flux" else 3.5, height=SIDE, width=SIDE,
+            output_type="latent",
+        )  # fmt: skip
+    finally:
+        del model.scheduler.step
+    text = model.encode_prompt("a red ring")
+    size = SIDE // int(model.pipeline.vae_scale_factor)
+    latents, wanted = noise[0], stepped[0]
+    if latents.ndim == 3:
+        from mmdit_probe.models.packing import unpack
+
+        latents, wanted = (unpack(t, "packed", 2, (size, size)) for t in (latents, wanted))
+    with probe(model, AttentionMass(heads=0), layers=0) as run:
+        found = model.denoise(latents, 1.0, text, seeds=7)
+    torch.testing.assert_close(found, wanted.reshape(found.shape).float(), atol=1e-4, rtol=1e-4)
+    table = run[AttentionMass].table()
+    assert {"word"} <= set(table["span"]) and set(table["sigma"]) == {1.0} and set(table["seed"]) == {7}
+
+
+def test_images_go_through_the_autoencoder_and_back_into_tokens() -> None:
+    model = model_of("flux")
+    image = np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), np.uint8)
+    latents = model.encode_image(image)
+    assert latents.shape == (1, 4, 4, 4) and model.size_multiple == 16
+    assert model.decode(latents)[0].size == (SIDE, SIDE)
+    qwen = model_of("qwen_image")
+    assert qwen.encode_image(image).shape == (1, 4, 4, 4) and qwen.decode(latents)[0].size == (SIDE, SIDE)
+
+
+def test_sigmas_are_those_of_the_pipelines_own_schedule() -> None:
+    model = model_of("flux")
+    before = torch.random.get_rng_state()
+    sigmas = model.sigmas(3, (SIDE, SIDE))
+    assert sigmas != pytest.approx(model.sigmas(3, (4 * SIDE, SIDE)))  # its time shift depends on the size
+    assert torch.equal(before, torch.random.get_rng_state())
+    with probe(model, AttentionMass(heads=0), layers=0) as run:
+        model.generate("ring", steps=3, guidance=1.0, height=SIDE, width=SIDE, output_type="latent")
+    assert sorted(run[AttentionMass].table()["sigma"].unique(), reverse=True) == pytest.approx(sigmas)
+
+
+def test_a_directory_of_another_family_is_loaded(tmp_path: Path) -> None:
+    build("aura_flow").save_pretrained(tmp_path, safe_serialization=True)
+    model = load(tmp_path, device="cpu")
+    assert model.family.name == "aura_flow" and len(model.layers) == 4 and model.text_length == 10
+    with pytest.raises(UserError, match="one text encoder only"):
+        load(tmp_path, device="cpu", t5=False)
