@@ -5,16 +5,16 @@
 
 One step after the other, each on the same images of `--split` (mIoU, union rule, protocol present):
 
-    signal    noise level x text stream x softmax x layer, each layer alone, maps scaled by their mean
-    layers    the best layers together, equally or by their mIoU
+    signal    noise level x text stream x layer, each layer alone, maps scaled by their mean
+    layers    the best layers together, equally or by their mIoU, x the softmax that the maps are read from
     heads     all heads, or those of each layer that do at least half as well as its best one
     fused     one forward, or the mean over noise seeds or noise levels
     refine    every refinement, alone and joined
     options   of every other method, without refinement and with the chosen one
 
 More forwards and fewer heads are taken only if the paired 95 % interval of the gain lies above 0. Writes
-`selection.json` (a LayerSelection, for `--selection`), `settings.json` (the rest, as options of `evaluate`), `choice.csv`
-(every row), and `gains.csv`, `gains.md`: what each step is worth on `--report`, images that took no part in the choice.
+`selection.json` (a LayerSelection, for `--selection`), `settings.json` (the rest, as options of `evaluate`),
+`choice.csv` (every row), and `gains.csv`, `gains.md`: what each step is worth on `--report`, other images.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from mmdit_probe.segment.methods import find
 from mmdit_probe.select import LayerSelection
 
 NAME = "segmentation-choice"
-SIGMAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+SIGMAS = (0.1, 0.2, 0.3, 0.4, 0.5)
 SOFTMAX = ("joint", "image-odds", "words")
 REFINE = (
     "none", "minmax", "centre", "pamr", "affinity+centre", "nosink+centre", "walk+centre", "centre+regions",
-    "centre+pamr", "centre+pamr:20", "centre+pamr:40", "centre+pamr:80", "affinity:1+centre+pamr:40",
-    "centre+regions+pamr", "centre+regions+pamr:40",
+    "centre+pamr", "centre+pamr:20", "centre+pamr:40", "centre+pamr:80", "minmax+pamr", "minmax+pamr:40",
+    "minmax+pamr:80", "affinity:1+centre+pamr:40", "centre+regions+pamr", "centre+regions+pamr:40",
 )  # fmt: skip
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "diffsegmenter": tuple({"order": order} for order in (1, 2)),
@@ -59,7 +59,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "proxyclip": tuple({"source": source, "beta": beta} for source in ("features", "i2i") for beta in (0.8, 1.2, 1.6)),
     "corrclip": tuple({"cut": cut, "tau": tau} for cut in (0.3, 0.5) for tau in (4.0, 10.0)),
     "seg4diff-unsup": tuple(
-        {"tau": tau, "kinds": kinds} for tau in (0.003, 0.01, 0.02, 0.035) for kinds in ("pad,eos", "pad", "all")
+        {"tau": tau, "axis": axis, "kinds": kinds}
+        for axis, taus in (("space", (0.003, 0.01, 0.035)), ("token", (0.01, 0.035, 0.1)))
+        for tau in taus
+        for kinds in ("pad,eos", "pad", "all")
     ),
     "diffseg": tuple({"tau": tau} for tau in (0.2, 0.3, 0.4, 0.6, 0.9)),
     "diffcut": tuple({"tau": tau, "alpha": alpha} for tau in (0.3, 0.5, 0.7) for alpha in (5.0, 10.0)),
@@ -80,10 +83,10 @@ class Setting:
     refine: str = "centre"
 
     def method_options(self, name: str) -> dict[str, Any]:
-        """The part of the choice that another method can read: text stream and heads."""
-        defaults = find(name).defaults
+        """The part of the choice that another method can read: heads, and of named classes stream and softmax."""
         heads = {} if self.heads is None else {"heads": dict(self.heads)}
-        return {key: value for key, value in {**self.options, **heads}.items() if key in defaults}
+        known = {**({} if find(name).unsupervised else self.options), **heads}
+        return {key: value for key, value in known.items() if key in find(name).defaults}
 
 
 @dataclass
@@ -139,23 +142,22 @@ def choose(bench: Bench, log: list[pd.DataFrame]) -> tuple[Setting, dict[str, di
     model = bench.captures.model
     streams = (None, *dict.fromkeys(token.stream for token in model.token_tables("word")[0].tokens if token.word))
     signal = {
-        f"{sigma:g} {stream or 'all'} {softmax} {layer}": Setting(
-            (layer,), (sigma,), options={"stream": stream, "softmax": softmax}
-        )
-        for sigma in SIGMAS for stream in streams for softmax in SOFTMAX for layer in range(layer_count)
+        (sigma, stream, layer): Setting((layer,), (sigma,), options={"stream": stream})
+        for sigma in SIGMAS for stream in streams for layer in range(layer_count)
     }  # fmt: skip
-    table, _ = measure("signal", signal)
-    top = signal[best(table)["method"]]
-    value = {layer: float(table.loc[table["method"] == _label(top, layer), "miou"].iloc[0])
-             for layer in range(layer_count)}  # fmt: skip
+    _, counts = measure("signal", {str(key): one for key, one in signal.items()})
+    sigma, stream, _ = max(signal, key=lambda key: counts[str(key)].miou())
+    value = {layer: counts[str((sigma, stream, layer))].miou() for layer in range(layer_count)}
     ranked = sorted(value, key=lambda layer: -value[layer])
     sets: dict[str, Setting] = {}
-    for count in range(1, min(5, layer_count + 1)):
-        layers = tuple(ranked[:count])
-        sets[f"{layers} equal"] = replace(top, layers=layers, refine="centre+pamr")
-        if count > 1:
-            weights = {layer: value[layer] for layer in layers}
-            sets[f"{layers} by mIoU"] = replace(top, layers=layers, weights=weights, refine="centre+pamr")
+    for softmax in SOFTMAX:
+        top = Setting((ranked[0],), (sigma,), options={"stream": stream, "softmax": softmax}, refine="centre+pamr:40")
+        for count in range(1, min(5, layer_count + 1)):
+            layers = tuple(ranked[:count])
+            sets[f"{layers} {softmax}, equal"] = replace(top, layers=layers)
+            if count > 1:
+                weights = {layer: value[layer] for layer in layers}
+                sets[f"{layers} {softmax}, by mIoU"] = replace(top, layers=layers, weights=weights)
     table, _ = measure("layers", sets)
     now = sets[best(table)["method"]]
     single = {
@@ -199,10 +201,6 @@ def choose(bench: Bench, log: list[pd.DataFrame]) -> tuple[Setting, dict[str, di
     return now, options
 
 
-def _label(top: Setting, layer: int) -> str:
-    return f"{top.sigmas[0]:g} {top.options['stream'] or 'all'} {top.options['softmax']} {layer}"
-
-
 def _if_better(
     counts: Mapping[str, ImageCounts], now: Setting, label: str, others: Mapping[str, Setting]
 ) -> Setting:  # fmt: skip
@@ -236,7 +234,7 @@ def gains(bench: Bench, chosen: Setting) -> pd.DataFrame:
         ("more rounds of pamr: 40", replace(plain, refine="centre+pamr"), replace(plain, refine="centre+pamr:40")),
         ("regions before pamr:40", replace(plain, refine="centre+pamr:40"),
          replace(plain, refine="centre+regions+pamr:40")),
-        ("several layers instead of the best one", replace(plain, layers=chosen.layers[:1], weights=None),
+        ("several layers instead of the best one", replace(plain, layers=chosen.layers[:1], weights=None, heads=None),
          replace(plain, heads=None)),
         ("heads chosen on the training scenes" if chosen.heads else "head 0 of each layer alone",
          replace(plain, heads=None), replace(plain, heads=heads)),
@@ -267,7 +265,7 @@ def main() -> None:
     parser.add_argument("--model", default="scenes-sd3")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--split", default="scenes:train", help="images to choose on")
-    parser.add_argument("-n", type=int, default=100, help="how many of them")
+    parser.add_argument("-n", type=int, default=64, help="how many of them")
     parser.add_argument("--report", default="scenes:val", help="images that gains are reported on")
     parser.add_argument("--report-n", type=int, default=200, help="how many of them")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "segmentation_choice")
@@ -291,7 +289,7 @@ def main() -> None:
     settings = {
         "selection": "selection.json", "sigma": list(chosen.sigmas), "noise_seeds": chosen.seeds,
         "refine": chosen.refine, "options": of_methods, "chosen_on": options.split, "n": options.n,
-        "weight_hash": model.weight_hash,
+        "model": model.name, "weight_hash": model.weight_hash,
     }  # fmt: skip
     table = gains(Bench(captures, options.report, options.report_n), chosen)
     options.out.mkdir(parents=True, exist_ok=True)

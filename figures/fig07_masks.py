@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from runs import EMBEDDED_SIGMA, EMBEDDED_STREAM, options_of, target, write
+from runs import chosen, options_of, target, write
 
-from mmdit_probe import assets
 from mmdit_probe.evaluate.datasets import SegDataset, load_dataset
 from mmdit_probe.evaluate.matching import assign, histogram
 from mmdit_probe.plots.segmentation import mask_sheet
@@ -65,8 +64,8 @@ def measured(options: argparse.Namespace, data: SegDataset) -> Path:
     from mmdit_probe.segment.run import discover, segment
 
     model = open_model(options.model, debug=False, device=options.device)
-    embedded = options.model in assets.names()
-    how: dict[str, Any] = {"sigmas": (EMBEDDED_SIGMA,)} if embedded else {}
+    setting = chosen(options.model)
+    how: dict[str, Any] = {"sigmas": tuple(setting["sigma"])} if setting else {}
     request = {
         "model": model.name, "weight_hash": model.weight_hash, "dataset": options.dataset,
         "pictures": len(data.samples), "open": OPEN, "blind": BLIND, **how,
@@ -76,7 +75,7 @@ def measured(options: argparse.Namespace, data: SegDataset) -> Path:
         return folder.path
     stored: dict[str, Any] = {}
     for method, refine in OPEN:
-        settings = {"stream": EMBEDDED_STREAM} if embedded and method == "seg4diff" else {}
+        settings = setting["options"].get(method, {}) if setting else {}
         maps = []
         for sample in data.samples:
             present = sorted(set(np.unique(sample.labels())) & set(range(len(data.classes))))

@@ -13,16 +13,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from runs import EMBEDDED_SIGMA, EMBEDDED_STREAM, options_of, published, run_folder, target, write
+from runs import CHOICE, chosen, options_of, published, run_folder, target, write
 
-from mmdit_probe import assets
 from mmdit_probe.data import paper_table
 from mmdit_probe.plots.league import head_figure, layer_figure, league_figure, sigma_figure
 
 COMMAND = "evaluate"
 OPEN = "seg4diff,diffsegmenter,iseg,tokenrank,conceptattention,proxyclip,corrclip"
 BLIND = "seg4diff-unsup,diffseg,diffcut"
-EMBEDDED = ("--set", f"seg4diff.stream={EMBEDDED_STREAM}", "--sigma", f"{EMBEDDED_SIGMA:g}")
+TAGGER = "scenes-clip"
 LIMIT = 200
 
 RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -35,8 +34,33 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
              ("--method", "seg4diff", "--sweep", "head", "--layers", "all", "--refine", "centre")),
     "league": ("table12_league",
                ("--method", f"{OPEN},{BLIND}", "--protocol", "present,full",
-                "--refine", "none,centre,pamr,centre+pamr,centre+regions+pamr")),
+                "--refine", "none,centre,pamr,centre+pamr")),
 }  # fmt: skip
+
+
+def settings(model: str, arguments: tuple[str, ...]) -> list[str]:
+    """A run's arguments with what `analyses/segmentation_choice.py` chose for this model; as they are for other models.
+
+    Sweeps take the noise level and seg4diff's options; the league takes the layers, the options of every method and the
+    chosen refinement too, with and without scaling of the maps, and a tagger for the protocol "predicted".
+    """
+    found, line = chosen(model), list(arguments)
+    if not found:
+        return line
+    for method in line[line.index("--method") + 1].split(","):
+        for name, value in found["options"].get(method, {}).items():
+            line += ["--set", f"{method}.{name}={value}"]
+    if "--sigma" not in line:
+        line += ["--sigma", ",".join(f"{level:g}" for level in found["sigma"])]
+    if "--sweep" not in line:
+        line += ["--noise-seeds", str(found["noise_seeds"]), "--selection", str(CHOICE / found["selection"])]
+        steps = found["refine"].split("+")
+        pixels = "+".join(step for step in steps if step.startswith("pamr")) or "none"
+        place = line.index("--refine") + 1
+        line[place] = ",".join(dict.fromkeys([*line[place].split(","), found["refine"], pixels]))
+        line[line.index("--protocol") + 1] += ",predicted"
+        line += ["--tagger", TAGGER]
+    return line
 
 
 def main() -> None:
@@ -47,11 +71,8 @@ def main() -> None:
     options = parser.parse_args()
     for name in [options.only] if options.only else RUNS:
         file, arguments = RUNS[name]
-        fixed = EMBEDDED if options.model in assets.names() else ()
-        fixed = fixed[:2] if "--sigma" in arguments else fixed
-        folder = run_folder(
-            options, COMMAND, ["--dataset", options.dataset, "--limit", str(options.limit), *arguments, *fixed]
-        )
+        line = ["--dataset", options.dataset, "--limit", str(options.limit), *settings(options.model, arguments)]
+        folder = run_folder(options, COMMAND, line)
         measured = pd.read_csv(folder / "league.csv", keep_default_na=False, na_values=[""])
         title = f"{Path(options.model).name} on {options.dataset}, n = {int(measured.n.max())}"
         if name == "layer":

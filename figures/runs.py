@@ -9,11 +9,13 @@ instead of being repeated; `--run` names a folder, `--fresh` measures anew, and 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -25,10 +27,17 @@ OUT = Path(__file__).parent / "out"
 PAPER_MODEL = "stable-diffusion-3-medium"
 PAPER_TEXT = ("--no-t5", "--max-sequence-length", "77", "--steps", "last-8")
 """The paper's text (77 CLIP and 77 zeroed T5 slots) and its step t = 8, for commands that have these options."""
-EMBEDDED_STREAM, EMBEDDED_SIGMA = "t5", 0.3
-"""For masks of the embedded model: the stream that was best on scenes:train, a noise level on the flat of Fig. 15."""
+CHOICE = Path(__file__).parents[1] / "analyses" / "results" / "segmentation_choice"
+"""Where `analyses/segmentation_choice.py` writes what segments best on training scenes."""
 PAPER_NAMES = {PAPER_MODEL: "SD3-medium", "stable-diffusion-3.5": "SD3.5-medium", "flux.1-dev": "FLUX.1-dev"}
 """Part of a model's name -> its name in the paper's list of layers."""
+
+
+def chosen(model: str) -> dict[str, Any]:
+    """The segmentation settings chosen for this model; empty for a model that none were chosen for."""
+    file = CHOICE / "settings.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found if found.get("model") == model else {}
 
 
 def options_of(document: str | None, command: str) -> argparse.ArgumentParser:
