@@ -39,7 +39,8 @@ def save(folder: Path, kind: str = "vqa", seed: int = 1) -> Path:
     model = {"vqa": BlipForQuestionAnswering, "caption": BlipForConditionalGeneration}[kind](config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.5)
     model.eval().save_pretrained(folder)
     processor = BlipImageProcessor(size={"height": 32, "width": 32})
     BlipProcessor(processor, tokenizer).save_pretrained(folder)

@@ -14,9 +14,11 @@ from PIL import Image
 
 from mmdit_probe import UserError, load
 from mmdit_probe.cli.app import main
+from mmdit_probe.evaluate.blip import BlipAsker, phrases
 from mmdit_probe.evaluate.clipscore import ClipScorer
-from mmdit_probe.evaluate.generation import bootstrap, compare, scene_prompts, score
+from mmdit_probe.evaluate.generation import compare, scene_prompts, score
 from mmdit_probe.scenes import captions, load_parser, scene
+from tests import blip
 
 
 def test_clipscore_is_the_clamped_cosine_of_the_model() -> None:
@@ -86,11 +88,70 @@ def test_variants_of_other_seeds_are_not_compared() -> None:
         compare(frame(), "bas")
 
 
-def test_bootstrap_interval_is_that_of_the_mean() -> None:
-    values = np.random.default_rng(1).standard_normal(400) + 3
-    mean, low, high = bootstrap(values)
-    assert mean == pytest.approx(values.mean())
-    assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.15)
+@pytest.fixture(scope="module")
+def asker(tmp_path_factory: pytest.TempPathFactory) -> BlipAsker:
+    return BlipAsker.load(str(blip.save(tmp_path_factory.mktemp("models") / "tiny-blip")))
+
+
+def painted(k: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(k).integers(0, 255, (50, 40, 3), np.uint8))
+
+
+def test_blip_is_decoded_as_the_original(asker: BlipAsker) -> None:
+    """[ENC] first, the first answer token, yes against no: by the parts of the model, and one by one as in a batch."""
+    model = asker.model
+    images, questions = [painted(0), painted(1)], ["a cat?", "a red ring on grass?"]
+    found = asker.yes(images, questions)
+    for image, question, p in zip(images, questions, found.tolist(), strict=True):
+        size = {"height": 480, "width": 480}
+        pixels = asker.processor(images=[image], size=size, return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, 480, 480)
+        answers = {}
+        for first in ("[ENC]", "[CLS]"):
+            ids = [first, *asker.tokenizer.tokenize(question), "[SEP]"]
+            with torch.no_grad():
+                seen = model.vision_model(pixels, interpolate_pos_encoding=True)[0]
+                asked = model.text_encoder(
+                    input_ids=torch.tensor([asker.tokenizer.convert_tokens_to_ids(ids)]), encoder_hidden_states=seen
+                )[0]
+                start = torch.tensor([[blip.WORDS.index("[DEC]")]])
+                logits = model.text_decoder(input_ids=start, encoder_hidden_states=asked).logits[0, 0]
+            yes, no = (float(logits[blip.WORDS.index(word)].exp()) for word in ("yes", "no"))
+            answers[first] = yes / (yes + no)
+        assert p == pytest.approx(answers["[ENC]"], abs=1e-5)
+        assert abs(p - answers["[CLS]"]) > 1e-4  # control: the class's own decoding is another one
+
+
+def test_a_prompt_is_the_product_of_its_phrases(asker: BlipAsker) -> None:
+    assert asker.metric == "blip_yes[tiny-blip]"
+    image = painted(2)
+    cat, ring = asker.yes([image] * 2, ["a cat?", "a red ring?"]).tolist()
+    assert asker([image, image], ["a cat and a red ring", ""]).tolist() == pytest.approx([cat * ring, 1.0])
+    with pytest.raises(UserError, match="1 images for 2 prompts"):
+        asker([image], ["a cat", "a ring"])
+
+
+def test_phrases_are_cut_at_function_words() -> None:
+    assert phrases("a red ring left of a blue house") == ["a red ring", "a blue house"]
+    assert phrases("A green bench, and two cats on the top of the car.") == ["a green bench", "two cats", "the car"]
+    assert phrases("the dog is next to a wooden chair") == ["the dog", "a wooden chair"]
+    assert len(phrases(" and ".join(f"a thing{k}" for k in range(12)))) == 8
+
+
+def test_a_model_that_does_not_answer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a BlipForConditionalGeneration"):
+        BlipAsker.load(str(blip.save(tmp_path / "captions", "caption")))
+    with pytest.raises(UserError, match="no BLIP model 'nowhere'"):
+        BlipAsker.load("nowhere")
+
+
+def test_clip_similarity_is_the_plain_cosine() -> None:
+    scorer = ClipScorer.load("scenes-clip")
+    items = [scene("val", index) for index in range(6)]
+    pictures, texts = [Image.fromarray(item.image) for item in items], [item.caption for item in reversed(items)]
+    cosines = scorer.cosines(pictures, texts)
+    np.testing.assert_allclose(scorer(pictures, texts), 100 * cosines.clip(min=0))
+    assert scorer.cosine_metric == "clip_similarity[scenes-clip]"
 
 
 def test_scene_prompts_are_held_out_captions_by_category() -> None:
@@ -150,3 +211,33 @@ def test_command_compares_an_adapter_with_the_base(
         main([*arguments[:-2], "--lora", "nowhere/at/all"])
     assert stopped.value.code == 2
     assert "no LoRA" in capfd.readouterr().err
+
+
+def test_command_scores_a_folder_of_prompts_by_category(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One file per category as in T2I-CompBench; BLIP's answers; pictures in the layout of the official evaluator."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts").mkdir()
+    Path("prompts/color_val.txt").write_text("a red ring\na cat on grass\na house\n")
+    Path("prompts/shape.txt").write_text("two rings\n")
+    blip.save(tmp_path / "tiny-blip")
+    arguments = ["score", "--model", str(tiny_directory), "--prompts", "prompts", "-n", "2", "--num-steps", "1",
+                 "--clip", "none"]  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--vqa", "tiny-blip", "--export", "pictures", "--out", "run", "--json"])
+    assert stopped.value.code in (0, None), capfd.readouterr().err
+    rows = pd.read_parquet("run/scores.parquet")
+    assert rows.category.tolist() == ["color", "color", "shape"]
+    assert rows["blip_yes[tiny-blip]"].between(0, 1, inclusive="neither").all()
+    names = sorted(str(path.relative_to("pictures/base")) for path in Path("pictures").rglob("*.png"))
+    assert names == [
+        "color/samples/a cat on grass_000001.png", "color/samples/a red ring_000000.png",
+        "shape/samples/two rings_000002.png",
+    ]  # fmt: skip
+    assert "blip_yes[tiny-blip]" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--out", "nothing"])
+    assert stopped.value.code == 2
+    assert "nothing to score with" in capfd.readouterr().err
+    assert not Path("nothing").exists()

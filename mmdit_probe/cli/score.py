@@ -22,9 +22,17 @@ Baseline = Annotated[str | None, typer.Option(help="Variant that differences are
 Categories = Annotated[str, typer.Option(help="all, or categories of scenes: colour,numeracy,...")]
 Prompts = Annotated[
     str | None,
-    typer.Option(help="Score these prompts instead of scenes categories: a file, a text, or a set (CLIPScore only)."),
+    typer.Option(
+        help="Score these prompts instead of scenes categories: a file, a text, a set, or a folder with one text file "
+        "per category (T2I-CompBench: colour_val.txt, ...)."
+    ),
 ]
-Clip = Annotated[str, typer.Option(help="CLIP model of CLIPScore: scenes-clip, a folder, a hub id, or none.")]
+Clip = Annotated[
+    str, typer.Option(help="CLIP model of CLIPScore and CLIP similarity: scenes-clip, a folder, a hub id, or none.")
+]
+Vqa = Annotated[
+    str | None, typer.Option(help="BLIP question-answering model (folder or hub id): P(yes) of each noun phrase.")
+]
 Export = Annotated[Path | None, typer.Option(help="Also write the pictures in T2I-CompBench's folder layout.")]
 
 
@@ -38,6 +46,7 @@ def command(
     num_steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 28,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 7.5,
     clip: Clip = "scenes-clip",
+    vqa: Vqa = None,
     export: Export = None,
     model: Model = DEFAULT_MODEL,
     device: Device = "auto",
@@ -49,21 +58,21 @@ def command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Text-image alignment per category and CLIPScore, paired over prompts and seeds between variants.
+    """Text-image alignment per category, CLIPScore and BLIP answers, paired over prompts and seeds between variants.
 
     Writes scores.parquet (one row per picture), comparison.csv (means, paired differences, 95 % intervals over prompts,
     n) and run.json.
     """
     from mmdit_probe.cli.output import Output
     from mmdit_probe.cli.session import open_model
-    from mmdit_probe.data import prompts as texts
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     variants = _variants(lora or [])
-    asked = [("prompts", text) for text in texts.resolve(prompts, n)] if prompts is not None else None
+    asked = _asked(prompts, n) if prompts is not None else None
 
     from mmdit_probe.errors import unknown
     from mmdit_probe.evaluate import generation
+    from mmdit_probe.evaluate.blip import BlipAsker
     from mmdit_probe.evaluate.clipscore import ClipScorer
     from mmdit_probe.models.adapters import load_adapter
     from mmdit_probe.results import RunFolder, TableWriter, read_table
@@ -77,10 +86,12 @@ def command(
         asked = generation.scene_prompts(n, chosen)
     parser = load_parser() if prompts is None else None
     scorer = None if clip == "none" else ClipScorer.load(clip)
+    asker = None if vqa is None else BlipAsker.load(vqa)
+    generation.require(parser, scorer, asker, export)
     loaded = open_model(model, debug=debug, device=device, dtype=dtype)
     request = {
         "model": loaded.weight_hash, "variants": variants, "prompts": asked, "images_per_prompt": images_per_prompt,
-        "num_steps": num_steps, "guidance": guidance, "seed": seed, "clip": clip,
+        "num_steps": num_steps, "guidance": guidance, "seed": seed, "clip": clip, "vqa": vqa,
         "export": None if export is None else str(export),
     }  # fmt: skip
     folder = RunFolder.open(NAME, request, out=out, resume=resume)
@@ -100,7 +111,7 @@ def command(
                     load_adapter(loaded.pipeline, path, "scored")
                 found = generation.score(
                     loaded, asked, variant=name, images=images_per_prompt, steps=num_steps, guidance=guidance,
-                    seed=seed, parser=parser, clip=scorer, batch=batch, advance=advance,
+                    seed=seed, parser=parser, clip=scorer, asker=asker, batch=batch, advance=advance,
                     export=None if export is None else export / name,
                 )  # fmt: skip
                 if path is not None:
@@ -117,11 +128,24 @@ def command(
         "comparison": comparison.astype(object).where(comparison.notna(), None).to_dict("records"),
     }
     tables = [_table(comparison, metric, baseline) for metric in dict.fromkeys(comparison.metric) if metric in _SHOWN
-              or metric.startswith("clipscore")]  # fmt: skip
+              or metric.startswith(("clipscore", "blip_yes"))]  # fmt: skip
     output.result(document, [*tables, f"table: {folder.path}"], folder.path)
 
 
 _SHOWN = ("facts", "all_right")
+
+
+def _asked(source: str, n: int) -> list[tuple[str, str]]:
+    """(category, prompt) pairs of a prompt source; of a folder, at most `n` of each text file."""
+    from mmdit_probe.data import prompts as texts
+    from mmdit_probe.errors import UserError
+
+    if not Path(source).is_dir():
+        return [("prompts", text) for text in texts.resolve(source, n)]
+    files = sorted(Path(source).glob("*.txt"))
+    if not files:
+        raise UserError(f"{source!r} has no text files; expected one per category, with one prompt per line")
+    return [(file.stem.removesuffix("_val"), text) for file in files for text in texts.resolve(str(file), n)]
 
 
 def _variants(given: list[str]) -> dict[str, str | None]:

@@ -37,6 +37,11 @@ class ClipScorer:
         """E.g. "clipscore[scenes-clip]"."""
         return f"clipscore[{self.name}]"
 
+    @property
+    def cosine_metric(self) -> str:
+        """Name of the plain cosine, T2I-CompBench's CLIP similarity if the model is ViT-B/32."""
+        return f"clip_similarity[{self.name}]"
+
     @classmethod
     def load(cls, name: str, device: str | torch.device = "cpu") -> ClipScorer:
         """Load a CLIP model: an embedded one, a folder, or a hub id.
@@ -59,9 +64,13 @@ class ClipScorer:
             raise UserError(f"no CLIP model {name!r}: expected scenes-clip, a folder or a hub id ({first})") from error
         return cls(Path(name).name, model.to(device), tokenizer, processor)
 
-    @torch.no_grad()
     def __call__(self, images: Sequence[Any], prompts: Sequence[str], batch: int = 64) -> NDArray[np.float64]:
         """CLIPScore per pair [n] of PIL images and prompts. Prompts are cut at the text encoder's length."""
+        return 100 * self.cosines(images, prompts, batch).clip(min=0)
+
+    @torch.no_grad()
+    def cosines(self, images: Sequence[Any], prompts: Sequence[str], batch: int = 64) -> NDArray[np.float64]:
+        """cos(image, text) per pair [n], -1..1."""
         if len(images) != len(prompts):
             raise UserError(f"{len(images)} images for {len(prompts)} prompts; give one prompt per image")
         scores = []
@@ -77,6 +86,5 @@ class ClipScorer:
                 pixel_values=pixels.to(device),
             )  # fmt: skip
             image, words = found.image_embeds, found.text_embeds
-            cosine = torch.nn.functional.cosine_similarity(image.double(), words.double(), dim=-1)
-            scores.append(100 * cosine.clamp(min=0).cpu().numpy())
+            scores.append(torch.nn.functional.cosine_similarity(image.double(), words.double(), dim=-1).cpu().numpy())
         return np.concatenate(scores) if scores else np.zeros(0)

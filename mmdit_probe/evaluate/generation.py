@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.results.statistics import interval
 
 if TYPE_CHECKING:
+    from mmdit_probe.evaluate.blip import BlipAsker
     from mmdit_probe.evaluate.clipscore import ClipScorer
     from mmdit_probe.scenes.parser import SceneParser
 
@@ -56,6 +59,7 @@ def score(
     seed: int = 0,
     parser: SceneParser | None = None,
     clip: ClipScorer | None = None,
+    asker: BlipAsker | None = None,
     export: Path | None = None,
     batch: int = 16,
     advance: Callable[[], None] = lambda: None,
@@ -65,14 +69,14 @@ def score(
     Args:
         model: the model. prompts: (category, prompt) pairs. variant: what the rows are called.
         images: pictures per prompt; picture j of prompt k is drawn from seed + images k + j whatever the variant.
-        parser: reads scenes back (columns `PARSED`). clip: CLIPScore (a column named after its model).
+        parser: reads scenes back (columns `PARSED`). clip: CLIPScore and cosine, asker: P(yes) of
+            the prompt's noun phrases (columns named after the model).
         export: also write the pictures in T2I-CompBench's layout, `<export>/<category>/samples/<prompt>_<number>.png`.
         advance: called after every batch of pictures with no argument.
 
     Returns: columns variant, category, prompt, index, seed, and the scores.
     """
-    if parser is None and clip is None and export is None:
-        raise UserError("nothing to score with: give a parser, a CLIP model or a folder to export to")
+    require(parser, clip, asker, export)
     jobs: list[dict[str, Any]] = [
         {"category": category, "prompt": text, "index": k, "seed": seed + images * k + j, "number": images * k + j}
         for k, (category, text) in enumerate(prompts)
@@ -87,14 +91,24 @@ def score(
         if parser is not None:
             found = [row | parsed for row, parsed in zip(found, _parsed(parser, texts, pictures), strict=True)]
         if clip is not None:
-            scores = clip(pictures, texts)
-            found = [row | {clip.metric: float(value)} for row, value in zip(found, scores, strict=True)]
+            cosines = clip.cosines(pictures, texts)
+            found = [row | {clip.metric: 100 * max(0.0, float(value)), clip.cosine_metric: float(value)}
+                     for row, value in zip(found, cosines, strict=True)]  # fmt: skip
+        if asker is not None:
+            answers = asker(pictures, texts)
+            found = [row | {asker.metric: float(value)} for row, value in zip(found, answers, strict=True)]
         if export is not None:
             for job, picture in zip(chunk, pictures, strict=True):
                 _export(picture, export / str(job["category"]) / "samples", str(job["prompt"]), int(job["number"]))
         rows += found
         advance()
     return pd.DataFrame(rows)
+
+
+def require(*scorers: object) -> None:
+    """Refuse to draw pictures that nothing would look at: all scorers (and the folder to export to) are None."""
+    if all(scorer is None for scorer in scorers):
+        raise UserError("nothing to score with: give a parser, a CLIP or BLIP model, or a folder to export to")
 
 
 def compare(frame: pd.DataFrame, baseline: str, draws: int = 2000) -> pd.DataFrame:
@@ -130,8 +144,8 @@ def compare(frame: pd.DataFrame, baseline: str, draws: int = 2000) -> pd.DataFra
             for metric in metrics:
                 own = chosen[metric].groupby(["category", "index"]).mean().to_numpy()
                 other = base[metric].groupby(["category", "index"]).mean().to_numpy()
-                mean, low, high = bootstrap(own, draws)
-                gain, gain_low, gain_high = bootstrap(own - other, draws)
+                mean, low, high = _interval(own, draws)
+                gain, gain_low, gain_high = _interval(own - other, draws)
                 rows.append(
                     {
                         "variant": name, "category": category, "metric": metric, "prompts": len(own),
@@ -142,14 +156,9 @@ def compare(frame: pd.DataFrame, baseline: str, draws: int = 2000) -> pd.DataFra
     return pd.DataFrame(rows)
 
 
-def bootstrap(values: Any, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval over items (percentiles, fixed seed); one item has no interval: NaN."""
-    data = np.asarray(values, float)
-    if len(data) < 2:
-        return float(data.mean()), float("nan"), float("nan")
-    rng = np.random.default_rng(0)
-    means = data[rng.integers(0, len(data), (draws, len(data)))].mean(1)
-    return float(data.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+def _interval(values: NDArray[np.float64], draws: int) -> tuple[float, float, float]:
+    """Mean and 95 % bootstrap interval over prompts; one prompt has no interval: NaN."""
+    return interval(values, draws) if len(values) > 1 else (float(values.mean()), float("nan"), float("nan"))
 
 
 def _parsed(parser: SceneParser, texts: Sequence[str], pictures: Sequence[Any]) -> list[dict[str, float]]:
