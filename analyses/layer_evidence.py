@@ -85,8 +85,8 @@ def markdown(
             f" {row['control_value']:.3f} | {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] |"
             f" {row['verdict']} |"
         )
-    failed = [row for row in against.to_dict("records") if row["verdict"] != ABOVE]
-    lines += ["", f"{len(failed)} of {len(against)} comparisons are not above their control."]
+    failed = int((against["verdict"] != ABOVE).sum())
+    lines += ["", f"{failed} of {len(against)} comparisons are not above their control."]
     lines += ["", "## Agreement", "", "Spearman correlation over layers, 95 % bootstrap interval over items.", ""]
     lines += ["| first | second | rank correlation |", "|-|-|-|"]
     for row in agreement.to_dict("records"):

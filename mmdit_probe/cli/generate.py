@@ -3,6 +3,7 @@ arXiv:2509.18096."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,7 +63,15 @@ def command(
     --perturb-scale. Stock images of the same seeds are sampled too; alignment is compared pairwise.
     """
     from mmdit_probe.cli.perturb import build_edit
-    from mmdit_probe.cli.session import layers_of, load_model, open_folder, outcomes_of, output_of, prompts_of
+    from mmdit_probe.cli.session import (
+        check_streams,
+        layers_of,
+        load_model,
+        open_folder,
+        outcomes_of,
+        output_of,
+        prompts_of,
+    )
     from mmdit_probe.errors import UserError
 
     output = output_of(session)
@@ -82,6 +91,7 @@ def command(
 
     controls = parse(control, [BUDGET, *CONTROLS])
     loaded = load_model(session)
+    check_streams(loaded, streams)
     layers: tuple[int, ...] = ()
     if selection is not None or perturb_layers is not None:
         which, heads = layers_of(selection, perturb_layers or "", "all", loaded)
@@ -135,9 +145,12 @@ def _scales(text: str) -> list[float]:
     from mmdit_probe.errors import UserError
 
     try:
-        return [float(part) for part in text.split(",")]
-    except ValueError as error:
-        raise UserError(f"--perturb-scale {text!r}: expected a number, or numbers separated by commas") from error
+        scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        scales = [math.nan]
+    if not all(math.isfinite(scale) for scale in scales):
+        raise UserError(f"--perturb-scale {text!r}: expected a number, or numbers separated by commas")
+    return scales
 
 
 def _report(folder: Any, plan: Any, output: Any) -> None:

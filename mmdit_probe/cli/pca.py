@@ -69,6 +69,7 @@ def command(
     """
     from mmdit_probe.cli.session import (
         check_layers,
+        check_sigma,
         layers_of,
         load_model,
         open_folder,
@@ -78,6 +79,7 @@ def command(
 
     output = output_of(session)
     check_layers(selection, layers)
+    check_sigma(sigma)
     chosen = pictures_of(session, images, limit, DEFAULT_PICTURES)
 
     import shutil

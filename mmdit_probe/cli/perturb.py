@@ -141,6 +141,7 @@ def command(
     """
     from mmdit_probe.cli.session import (
         check_layers,
+        check_streams,
         layers_of,
         load_model,
         open_folder,
@@ -162,6 +163,7 @@ def command(
     step_indices(steps, num_steps)
     controls = parse(control, [perturb.BUDGET, *CONTROLS])
     loaded = load_model(session)
+    check_streams(loaded, streams)
     which, of_heads = layers_of(selection, layers, heads, loaded)
     plan = perturb.conditions(
         loaded, change, which, by.value, of_heads, perturb.BUDGET in controls, session.seed

@@ -34,7 +34,7 @@ def command(
     weights: Annotated[str, typer.Option(help="Weights of several layers: equal, or ranks.")] = "equal",
     heads: Annotated[int, typer.Option(help="Heads to select per layer, by their maps on scenes; 0: all.", min=0)] = 0,
     split: Annotated[str, typer.Option(help="Scenes to select on.")] = "val",
-    report: Annotated[str, typer.Option(help="Other scenes to report on (the perturbation is not repeated).")] = "test",
+    report: Annotated[str, typer.Option(help="Other scenes to report on.")] = "test",
     limit: Annotated[int, typer.Option(help="Scenes per evidence.", min=4)] = 24,
     prompts: Annotated[int, typer.Option(help="Prompts of the perturbation.", min=1)] = 8,
     sigma: Sigma = 0.515,
@@ -48,7 +48,7 @@ def command(
     Models that do not know the scenes world: run attention-budget, value-norms and perturb on them and pass the run
     folders with --from.
     """
-    from mmdit_probe.cli.session import load_model, open_folder, output_of
+    from mmdit_probe.cli.session import check_sigma, load_model, open_folder, output_of
     from mmdit_probe.data.prompts import SPLITS
     from mmdit_probe.errors import UserError, unknown
     from mmdit_probe.select.names import CONTROLLED, EVIDENCE, RANK_RULES, WEIGHT_RULES, evidence_names
@@ -61,6 +61,7 @@ def command(
     ):  # fmt: skip
         if given not in known:
             raise unknown(kind, given, known)
+    check_sigma(sigma)
     if split == report and wanted:
         raise UserError(f"--split and --report are both {split!r}: select on one split, report on another")
 
@@ -74,6 +75,8 @@ def command(
 
     controls = parse(control)
     loaded = load_model(session)
+    if top > len(loaded.layers):
+        raise UserError(f"--top {top}: expected 1 to {len(loaded.layers)} layers")
     plan = room.Plan(limit, sigma, prompts, num_steps, guidance, session.seed)
     read = [room.from_run(run, loaded) for run in runs or []]
     how: dict[str, Any] = {
@@ -87,7 +90,7 @@ def command(
     folder = open_folder(NAME, loaded, session, options)
     if not folder.complete:
         tasks = [(name, split, NONE) for name in wanted]
-        tasks += [(name, report, NONE) for name in wanted if name != "perturbation"]
+        tasks += [(name, report, NONE) for name in wanted]
         tasks += [(name, split, of) for name in wanted for of in controls if of in CONTROLLED[name]]
         with TableWriter(folder.path, TABLE) as writer:
             for number, frame in enumerate(read):

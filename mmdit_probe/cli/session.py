@@ -91,6 +91,30 @@ def check_layers(selection: Path | None, layers: str, heads: str = "all") -> Non
         raise UserError("--selection names layers and heads already; leave --layers and --heads out")
 
 
+def check_sigma(sigma: float) -> None:
+    """A noise level is 0 to 1.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not 0.0 <= sigma <= 1.0:
+        raise UserError(f"--sigma {sigma} is no noise level; expected 0 (clean) to 1 (noise)")
+
+
+def check_streams(model: MMDiT, streams: str | None) -> None:
+    """Encoder streams exist.
+
+    Raises:
+        UserError: one does not.
+    """
+    from mmdit_probe.errors import unknown
+
+    known = dict.fromkeys(model.token_tables([""])[0].streams)
+    for name in streams.split(",") if streams else ():
+        if name not in known:
+            raise unknown("encoder stream", name, known)
+
+
 def layers_of(selection: Path | None, layers: str, heads: str, model: MMDiT) -> tuple[Any, Any]:
     """Layers and heads to measure: those of the selection if there is one. Heads are a specification for all layers,
     or layer -> heads.
@@ -168,10 +192,10 @@ def measure(
     chosen = pictures.resolve(images, limit) if images is not None else None
     asked = prompts_of(session, prompts, limit) if chosen is None or prompts else []
 
-    from mmdit_probe.observe.controls import CONTROLS, parse
+    from mmdit_probe.observe.controls import parse
     from mmdit_probe.results import RunFolder, TableWriter
 
-    controls = parse(control, [name for name in CONTROLS if name != "shuffled" or chosen is not None])
+    controls = parse(control)
     loaded = load_model(session)
     which, of_heads = layers_of(selection, layers, heads, loaded)
     shared = {
@@ -238,7 +262,7 @@ def report_controls(
     if comparison.empty:
         return []
     from mmdit_probe.observe.controls import CONTROLS
-    from mmdit_probe.results.statistics import ABOVE
+    from mmdit_probe.results.statistics import FEWEST, NOT_ABOVE, TOO_FEW
 
     comparison.to_csv(folder.path / f"{stem}_controls.csv", index=False, float_format="%.6g")
     part = shown(comparison)
@@ -259,7 +283,9 @@ def report_controls(
         lines.append(f"| {' | '.join([*place, str(row['n']), *numbers])} |")
     known = "; ".join(f"{name}: {CONTROLS[name]}" for name in dict.fromkeys(part["control"]) if name in CONTROLS)
     claimed = f"Claim: {claim}. Paired differences over items, 95 % bootstrap interval. Controls: {known}."
-    failed = int((part["verdict"] != ABOVE).sum())
+    failed, undecided = (int((part["verdict"] == verdict).sum()) for verdict in (NOT_ABOVE, TOO_FEW))
     verdict = f"{failed} of {len(part)} comparisons are not above their control."
+    if undecided:
+        verdict = f"{undecided} of {len(part)} comparisons have fewer than {FEWEST} items: they decide nothing."
     (folder.path / f"{stem}_controls.md").write_text("\n".join([claimed, "", *lines, "", verdict, ""]), "utf-8")
     return [table, claimed, verdict]

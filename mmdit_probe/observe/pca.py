@@ -169,22 +169,23 @@ class _Incremental:
     """scikit-learn's IncrementalPCA, one batch a call."""
 
     def __init__(self, components: int) -> None:
-        from sklearn.decomposition import IncrementalPCA
-
         self.wanted = components
-        self.fit: IncrementalPCA = IncrementalPCA(components)
+        self.fit: IncrementalPCA | None = None
 
     def update(self, features: Tensor) -> None:
-        if len(features) < self.wanted:
+        from sklearn.decomposition import IncrementalPCA
+
+        if self.fit is None:
+            self.fit = IncrementalPCA(min(self.wanted, features.shape[1]))
+        if len(features) < self.fit.n_components:
             raise UserError(
-                f"{len(features)} image tokens in a call are fewer than {self.wanted} components; the incremental fit"
-                " needs as many: ask for fewer components or larger batches"
+                f"{len(features)} image tokens in a call are fewer than {self.fit.n_components} components; the"
+                " incremental fit needs as many: ask for fewer components or larger batches"
             )
-        if features.shape[1] < self.wanted:
-            raise UserError(f"{self.wanted} components of features of width {features.shape[1]}; ask for fewer")
         self.fit.partial_fit(features.cpu().double().numpy())
 
     def basis(self, components: int) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.fit is not None
         mean, vectors, shares = self.fit.mean_, self.fit.components_.T, self.fit.explained_variance_ratio_
         return tuple(torch.from_numpy(np.array(part, float)) for part in (mean, vectors, shares))  # type: ignore[return-value]
 
@@ -192,10 +193,13 @@ class _Incremental:
         return {name: torch.from_numpy(np.array(getattr(self.fit, name))) for name in _OF_SKLEARN}
 
     def restore(self, state: dict[str, Tensor]) -> None:
+        from sklearn.decomposition import IncrementalPCA
+
+        self.fit = IncrementalPCA(len(state["components_"]))
         for name in _OF_SKLEARN:
             value = state[name].numpy()
             setattr(self.fit, name, value if value.ndim else value[()])
-        self.fit.n_components_ = self.wanted
+        self.fit.n_components_ = self.fit.n_components
 
 
 class Projection(Observer):

@@ -100,4 +100,4 @@ def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit) as stopped:
         main(["attention-budget", "--model", str(tiny_directory), "--prompts", "a cat", "--control", "shuffled"])
     assert stopped.value.code == 2
-    assert "unknown control 'shuffled'" in capfd.readouterr().err
+    assert "shuffled captions need pictures" in capfd.readouterr().err
