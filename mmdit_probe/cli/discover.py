@@ -21,6 +21,14 @@ from mmdit_probe.cli.segment import (
 )
 
 MethodName = Annotated[str, typer.Option(help="seg4diff-unsup, diffseg or diffcut.")]
+Names = Annotated[
+    str | None,
+    typer.Option(help="Candidate names by comma, or a .txt file: each segment takes the one that fits best."),
+]
+NamesBy = Annotated[
+    str,
+    typer.Option(help="Method whose maps of the candidates decide: seg4diff (the I2T words), proxyclip (a CLIP), ..."),
+]
 Tau = Annotated[float | None, typer.Option(help="Merging threshold of the method; scan it per model.")]
 
 
@@ -28,6 +36,8 @@ def command(
     image: Picture,
     method: MethodName = "seg4diff-unsup",
     tau: Tau = None,
+    names: Names = None,
+    names_by: NamesBy = "seg4diff",
     set_: MethodOption = None,
     refine: Refine = "none",
     layers: Layers = None,
@@ -50,11 +60,16 @@ def command(
     """Split a picture into segments without any class names, from the empty prompt. Files as `segment` writes them."""
     from mmdit_probe.cli.output import Output
     from mmdit_probe.cli.segment import prepare, report
+    from mmdit_probe.errors import UserError
     from mmdit_probe.segment.methods import find
     from mmdit_probe.segment.refine import Refinement
+    from mmdit_probe.segment.vocabulary import parse_classes
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     find(method)
+    if find(names_by).unsupervised:
+        raise UserError(f"--names-by {names_by!r} reads no names; take seg4diff, proxyclip or another that does")
+    candidates = None if names is None else parse_classes(names)
     Refinement.parse(refine)
     options = [*(set_ or []), *([f"tau={tau}"] if tau is not None else [])]
     request, picture, shared = prepare(
@@ -62,10 +77,14 @@ def command(
     )
 
     from mmdit_probe.cli.session import open_model
-    from mmdit_probe.segment.run import discover
+    from mmdit_probe.segment.run import discover, name_segments
     from mmdit_probe.select import load_selection
 
     loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype)
     if selection is not None:
         load_selection(selection, loaded)  # refuses the selection of another model
-    report("discover", discover(loaded, picture, **shared), loaded, request, image, out, output)
+    found = discover(loaded, picture, **shared)
+    if candidates is not None:
+        request |= {"names": [list(one.synonyms) for one in candidates], "names_by": names_by}
+        found = name_segments(loaded, found, candidates, method=names_by, weights=shared["weights"])
+    report("discover", found, loaded, request, image, out, output)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import Token, TokenTable
-from mmdit_probe.segment.capture import capture
+from mmdit_probe.segment.capture import capture, most_tokens
 from mmdit_probe.segment.picture import Fit
 from mmdit_probe.segment.record import Capture, JointRecord, Pass
 from mmdit_probe.segment.vocabulary import Prompt, Query, SegClass
@@ -162,6 +162,7 @@ def _facts(name: str, model: MMDiT) -> dict[str, Any]:
         "heads": model.heads,
         "size": list(model.default_size),
         "multiple": model.size_multiple,
+        "most": most_tokens(model),
     }
 
 

@@ -226,7 +226,7 @@ class Plan:
     def _geometry(self, captures: Captures, image: NDArray[np.uint8]) -> tuple[Fit, tuple[int, int]]:
         facts = captures.facts
         size, multiple = self.size or tuple(facts["size"]), facts["multiple"]
-        fit = Fit.of(image.shape[:2], size, multiple, self.fit)  # type: ignore[arg-type]
+        fit = Fit.of(image.shape[:2], size, multiple, self.fit, facts["most"])  # type: ignore[arg-type]
         return fit, (fit.size[0] // multiple, fit.size[1] // multiple)
 
     def _baselines(

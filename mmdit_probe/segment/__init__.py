@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmdit_probe.segment.capture import capture
     from mmdit_probe.segment.methods import METHODS
-    from mmdit_probe.segment.run import discover, segment
+    from mmdit_probe.segment.run import discover, name_segments, segment
 
 _EXPORTS = {
     "METHODS": "mmdit_probe.segment.methods",
     "capture": "mmdit_probe.segment.capture",
     "discover": "mmdit_probe.segment.run",
+    "name_segments": "mmdit_probe.segment.run",
     "segment": "mmdit_probe.segment.run",
 }
 
-__all__ = ["METHODS", "capture", "discover", "segment"]
+__all__ = ["METHODS", "capture", "discover", "name_segments", "segment"]
 
 
 def __getattr__(name: str) -> Any:

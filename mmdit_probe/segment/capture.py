@@ -69,7 +69,7 @@ def capture(
         concept_stream: text encoder stream that concept vectors are read from; see `concept_embeddings`.
     """
     chosen = layer_indices(middle_layers(len(model.layers)) if layers is None else layers, len(model.layers))
-    placed = Fit.of(image.shape[:2], size or model.default_size, model.size_multiple, fit)  # type: ignore[arg-type]
+    placed = Fit.of(image.shape[:2], size or model.default_size, model.size_multiple, fit, most_tokens(model))  # type: ignore[arg-type]
     if not seeds or not sigmas:
         raise UserError("capture needs at least one noise seed and one noise level")
     parts = tuple(dict.fromkeys(keep))
@@ -98,6 +98,12 @@ def capture(
     return Capture(
         image, placed, grid, list(classes), passes, tuple(sigmas), tuple(seeds), chosen, layer_weights(chosen, weights)
     )
+
+
+def most_tokens(model: MMDiT) -> int | None:
+    """Tokens along a side that the transformer has positions for; None where positions are computed (RoPE)."""
+    most = getattr(model.transformer.config, "pos_embed_max_size", None)
+    return None if most is None else int(most)
 
 
 def layer_weights(layers: Sequence[int], weights: Mapping[int, float] | None) -> tuple[float, ...]:

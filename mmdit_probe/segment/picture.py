@@ -42,15 +42,20 @@ class Fit:
     how: str = "squash"
 
     @classmethod
-    def of(cls, picture: tuple[int, int], model_size: tuple[int, int], multiple: int, how: str = "squash") -> Fit:
+    def of(
+        cls, picture: tuple[int, int], model_size: tuple[int, int], multiple: int, how: str = "squash",
+        most: int | None = None,
+    ) -> Fit:  # fmt: skip
         """The fit of a picture of this size.
 
         Args:
             picture: (height, width) in pixels. model_size: (height, width) of the network's input.
             multiple: side of one token in pixels. how: one of `HOW`.
+            most: tokens along a side that the network has positions for; "aspect" stays within them.
 
         Raises:
-            UserError: unknown `how`, a picture without pixels, or an input size that is no whole number of tokens.
+            UserError: unknown `how`, a picture without pixels, an input size that is no whole number of tokens, or one
+                that the network has no positions for.
         """
         if how not in HOW:
             raise unknown("fit", how, HOW)
@@ -60,12 +65,18 @@ class Fit:
             raise UserError(f"picture of {height} x {width} pixels: expected at least one")
         if rows % multiple or columns % multiple or min(model_size) < multiple:
             raise UserError(f"input size {rows} x {columns}: both sides must be multiples of {multiple}")
+        if most is not None and max(model_size) > most * multiple:
+            raise UserError(
+                f"input size {rows} x {columns}: this model has positions for {most * multiple} pixels a side"
+            )
         whole, source = (0, 0, height, width), (0, 0, height, width)
         if how == "aspect":
             ratio = (height / width) ** 0.5
             area = (rows * columns) ** 0.5
             rows = max(1, round(area * ratio / multiple)) * multiple
             columns = max(1, round(area / ratio / multiple)) * multiple
+            if most is not None:
+                rows, columns = min(rows, most * multiple), min(columns, most * multiple)
         target = (0, 0, rows, columns)
         if how == "letterbox":
             scale = min(rows / height, columns / width)

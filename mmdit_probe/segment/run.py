@@ -9,7 +9,7 @@ The functions here put capture, method, refinement and tail in their order and d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ class Segmentation:
 def segment(
     model: MMDiT,
     image: NDArray[np.uint8],
-    classes: str | Path | Sequence[str] | list[SegClass],
+    classes: str | Path | Sequence[str | SegClass],
     *,
     method: str | Method = "seg4diff",
     options: Mapping[str, Any] | None = None,
@@ -83,8 +83,7 @@ def segment(
     Raises:
         UserError: unknown names, or an unsupervised method.
     """
-    found = [c if isinstance(c, SegClass) else None for c in classes] if isinstance(classes, list) else [None]
-    parsed = [c for c in found if c is not None] if all(found) else parse_classes(classes)  # type: ignore[arg-type]
+    parsed = parse_classes(classes)
     chosen = _method(method, options, unsupervised=False)
     steps, rule = Refinement.parse(refine), Background.parse(background)
     record = capture(
@@ -125,6 +124,41 @@ def discover(
         size=size,
     )
     return finish(record, chosen(record), None, steps, Background())
+
+
+def name_segments(
+    model: MMDiT,
+    found: Segmentation,
+    classes: str | Path | Sequence[str | SegClass],
+    *,
+    method: str | Method = "seg4diff",
+    options: Mapping[str, Any] | None = None,
+    weights: Mapping[int, float] | None = None,
+) -> Segmentation:
+    """Segments of `discover` with the name that fits each best: "cat", "cat 2", ... by area.
+
+    A second forward of the same picture at the same layers, noise levels and seeds reads the candidate names; a segment
+    takes the name whose map, divided by its mean over the picture, is largest on average in it.
+
+    Args:
+        found: what `discover` gave. classes: candidates, as in `segment`.
+        method: open-vocabulary method whose maps are read: "seg4diff" (the I2T words), "proxyclip" (a CLIP), ...
+        options: of that method. weights: layer -> weight in means over layers.
+    """
+    old, parsed = found.capture, parse_classes(classes)
+    chosen = _method(method, options, unsupervised=False)
+    record = capture(
+        model, old.image, parsed, layers=list(old.layers), weights=weights, keep=chosen.needs, sigmas=old.sigmas,
+        seeds=old.seeds, fit=old.fit.how, size=old.fit.size, together=chosen.together,
+    )  # fmt: skip
+    maps = record.fit.back(Refinement.parse("centre").on_grid(chosen(record), record)).flatten(1).numpy()  # [C, pixels]
+    names, seen = [], {}
+    for index in range(len(found.names)):
+        inside = found.labels.ravel() == index
+        name = parsed[int(maps[:, inside].mean(1).argmax())].name if inside.any() else found.names[index]
+        seen[name] = seen.get(name, 0) + 1
+        names.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+    return replace(found, names=names)
 
 
 def finish(

@@ -45,9 +45,14 @@ class Background:
             return cls("class", name=rest.strip())
         if kind in ("threshold", "power"):
             try:
-                return cls(kind, float(rest))
+                value = float(rest)
             except ValueError:
-                pass
+                raise unknown("background rule", text, RULES) from None
+            if kind == "threshold" and not 0.0 <= value <= 1.0:
+                raise UserError(f"background rule {text!r}: the threshold is a share, expected 0 to 1")
+            if kind == "power" and not 0.0 < value < float("inf"):
+                raise UserError(f"background rule {text!r}: expected a power above 0, e.g. power:2")
+            return cls(kind, value)
         raise unknown("background rule", text, RULES)
 
 

@@ -51,8 +51,8 @@ class Prompt:
     queries: tuple[Query, ...]
 
 
-def parse_classes(text: str | Path | Sequence[str]) -> list[SegClass]:
-    """Classes from "a, b; synonym, c", from a file with one class per line, or from a list of such entries.
+def parse_classes(text: str | Path | Sequence[str | SegClass]) -> list[SegClass]:
+    """Classes from "a, b; synonym, c", from a file with one class per line, or from a list of such entries or classes.
 
     Raises:
         UserError: no class, an empty name, or a name given twice.
@@ -65,13 +65,17 @@ def parse_classes(text: str | Path | Sequence[str]) -> list[SegClass]:
         entries = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
     else:
         entries = text.split(",") if isinstance(text, str) else list(text)
-    classes = [SegClass(tuple(" ".join(name.split()) for name in entry.split(";"))) for entry in entries]
+    classes = [
+        entry if isinstance(entry, SegClass) else SegClass(tuple(" ".join(name.split()) for name in entry.split(";")))
+        for entry in entries
+    ]
     names = [name for one in classes for name in one.synonyms]
     if not names or not all(names):
         raise UserError(
             f"classes {text!r}: expected names separated by commas, synonyms by semicolons: 'cat; kitten, sky'"
         )
-    double = sorted({name for name in names if names.count(name) > 1})
+    plain = [name.casefold() for name in names]  # text encoders do not tell Cat from cat
+    double = [name for place, name in enumerate(names) if plain[place] in plain[:place]]
     if double:
         raise UserError(f"class name {double[0]!r} is given twice; name each class once")
     return classes
@@ -97,7 +101,8 @@ def pack(classes: Iterable[SegClass], tables: Callable[[str], TokenTable], toget
             cut = tables(entry[1]).truncated
             if cut:
                 lost = ", ".join(sorted({word for words in cut.values() for word in words}))
-                raise UserError(f"class name {entry[1]!r} is longer than a text encoder: {lost} fell off; shorten it")
+                name = entry[1] if len(entry[1]) <= 60 else f"{entry[1][:57]}..."
+                raise UserError(f"class name {name!r} is longer than a text encoder: {lost} fell off; shorten it")
             groups.append([entry])
     return [_prompt(group, tables) for group in groups]
 

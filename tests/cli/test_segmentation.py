@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -61,6 +62,33 @@ def test_crop_leaves_the_rest_unlabelled(
     array = np.array(Image.open(out / "labels.png"))
     assert (array == 255).any() and (array[:, 65] != 255).all()
     assert capsys.readouterr().out.strip() == str(out)
+
+
+def test_segments_take_the_name_that_fits_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmdit_probe.segment import run as room
+    from tests.segment import worlds
+
+    regions = worlds.masks()
+    blind, named = worlds.capture(regions, empty=True), worlds.capture(regions[[2, 0]])  # no name for the third region
+    order = torch.tensor([0, 2, 1])
+    maps = regions[order].repeat_interleave(worlds.TOKEN, 1).repeat_interleave(worlds.TOKEN, 2)
+    found = room.Segmentation(maps.argmax(0).numpy().astype(np.uint16), maps, ["segment 1", "segment 2", "segment 3"],
+                              blind)  # fmt: skip
+    monkeypatch.setattr(room, "capture", lambda *arguments, **how: named)
+    names = room.name_segments(None, found, ["lower right", "left; west"]).names  # type: ignore[arg-type]
+    assert names[:2] == ["left", "lower right"] and names[2] in {"left 2", "lower right 2"}
+
+
+def test_discover_names_segments(
+    picture: str, tiny_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ("discover", picture, "--model", str(tiny_directory), "--layers", "0", "--method", "diffcut", "--names")
+    assert run(*line, "red ring; ring, cat", "--out", str(tmp_path / "run"), "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {name.rstrip("0123456789 ") for name in document["names"]} <= {"red ring", "cat"}
+    assert document["request"]["names"] == [["red ring", "ring"], ["cat"]]
+    assert run(*line, "cat", "--names-by", "diffseg") == 2
+    assert "reads no names" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

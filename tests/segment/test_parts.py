@@ -172,3 +172,21 @@ def test_refinement_names() -> None:
     for bad in ("pamr+affinity", "afinity", "pamr:0", "affinity:x"):
         with pytest.raises(UserError):
             Refinement.parse(bad)
+
+
+@pytest.mark.parametrize("text", ["threshold:nan", "threshold:2", "threshold:-1", "power:-1", "power:", "power:inf"])
+def test_background_rules_that_mean_nothing(text: str) -> None:
+    with pytest.raises(UserError, match="background rule"):
+        Background.parse(text)
+
+
+def test_a_name_in_two_spellings_is_one_name() -> None:
+    with pytest.raises(UserError, match="'CAT' is given twice"):
+        parse_classes("cat; kitten, wet grass, CAT")
+
+
+def test_aspect_stays_within_the_positions_of_the_network() -> None:
+    assert Fit.of((3, 900), (64, 64), 8, "aspect").size == (8, 1112)
+    assert Fit.of((3, 900), (64, 64), 8, "aspect", most=16).size == (8, 128)
+    with pytest.raises(UserError, match="positions for 128 pixels a side"):
+        Fit.of((3, 900), (256, 64), 8, "squash", most=16)
