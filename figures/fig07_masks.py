@@ -17,17 +17,19 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from runs import chosen, options_of, target, write
+from runs import CHOICE, chosen, options_of, target, write
 
 from mmdit_probe.evaluate.datasets import SegDataset, load_dataset
 from mmdit_probe.evaluate.matching import assign, histogram
 from mmdit_probe.plots.segmentation import mask_sheet
 from mmdit_probe.results import RunFolder
+from mmdit_probe.results.folder import read_record
 
 COMMAND = "masks"
-OPEN = (("seg4diff", "none"), ("seg4diff", "centre+pamr"), ("iseg", "centre+pamr"), ("tokenrank", "centre+pamr"))
-BLIND = (("seg4diff-unsup", "none"), ("seg4diff-unsup", "pamr"), ("diffseg", "pamr"), ("diffcut", "pamr"))
-"""(method, refinement) of each column."""
+OPEN = ("iseg", "tokenrank", "diffsegmenter")
+BLIND = ("seg4diff-unsup", "diffseg", "diffcut")
+REFINE, PIXELS = "centre+pamr", "pamr"
+"""Refinement where none was chosen for the model, and that of segments, which have no scale to centre."""
 UNKNOWN = 255
 
 
@@ -38,15 +40,16 @@ def main() -> None:
     options = parser.parse_args()
     data = load_dataset(options.dataset, options.limit)
     folder = Path(options.run) if options.run else measured(options, data)
-    model = Path(options.model).name
+    request = (read_record(folder) or {})["request"]
+    model = Path(request["model"]).name
     suffix = "" if options.dataset == "scenes:val" else "_" + options.dataset.split(":")[0]
     pictures = [sample.image() for sample in data.samples]
     truths = [sample.labels() for sample in data.samples]
     names = [one.name for one in data.classes]
     with np.load(folder / "labels.npz") as stored:
-        for stem, kind, plan in (("fig07_masks_open", "open", OPEN), ("fig37_masks_unsupervised", "blind", BLIND)):
+        for stem, kind in (("fig07_masks_open", "open"), ("fig37_masks_unsupervised", "blind")):
             found: dict[str, list[np.ndarray]] = {}
-            for method, refine in plan:
+            for method, refine in request[kind]:
                 maps = [
                     unpack(one, truth) for one, truth in zip(stored[f"{kind}/{method}/{refine}"], truths, strict=True)
                 ]
@@ -62,29 +65,44 @@ def measured(options: argparse.Namespace, data: SegDataset) -> Path:
     """The run folder of this request, with the label maps of every method: measured unless it is there."""
     from mmdit_probe.cli.session import open_model
     from mmdit_probe.segment.run import discover, segment
+    from mmdit_probe.select import load_selection
 
     model = open_model(options.model, debug=False, device=options.device)
     setting = chosen(options.model)
-    how: dict[str, Any] = {"sigmas": tuple(setting["sigma"])} if setting else {}
+    how: dict[str, Any] = {}
+    if setting:
+        selection = load_selection(CHOICE / setting["selection"], model)
+        how = {
+            "layers": list(selection.layers), "weights": dict(zip(selection.layers, selection.weights, strict=True)),
+            "sigmas": setting["sigma"], "seeds": list(range(setting["noise_seeds"])),
+        }  # fmt: skip
+    best = setting.get("refine", REFINE)
+    named = [("seg4diff", "none"), ("seg4diff", best), *((method, best) for method in OPEN)]
+    unnamed = [(BLIND[0], "none"), *((method, PIXELS) for method in BLIND)]
+    settings = setting.get("options", {})
     request = {
         "model": model.name, "weight_hash": model.weight_hash, "dataset": options.dataset,
-        "pictures": len(data.samples), "open": OPEN, "blind": BLIND, **how,
+        "pictures": len(data.samples), "open": named, "blind": unnamed, "options": settings, **how,
     }  # fmt: skip
     folder = RunFolder.open(COMMAND, request, resume=not options.fresh)
     if folder.complete:
         return folder.path
     stored: dict[str, Any] = {}
-    for method, refine in OPEN:
-        settings = setting["options"].get(method, {}) if setting else {}
+    for method, refine in named:
         maps = []
         for sample in data.samples:
             present = sorted(set(np.unique(sample.labels())) & set(range(len(data.classes))))
             classes = [data.classes[index] for index in present]
-            result = segment(model, sample.image(), classes, method=method, options=settings, refine=refine, **how)
+            result = segment(
+                model, sample.image(), classes, method=method, options=settings.get(method), refine=refine, **how
+            )
             maps.append(np.array(present)[result.labels])
         stored[f"open/{method}/{refine}"] = pack(maps)
-    for method, refine in BLIND:
-        maps = [discover(model, sample.image(), method=method, refine=refine, **how).labels for sample in data.samples]
+    for method, refine in unnamed:
+        maps = [
+            discover(model, sample.image(), method=method, options=settings.get(method), refine=refine, **how).labels
+            for sample in data.samples
+        ]
         stored[f"blind/{method}/{refine}"] = pack(maps)
     np.savez_compressed(folder.path / "labels.npz", **stored)
     folder.finish(device=str(model.device))

@@ -55,11 +55,13 @@ class Figure:
     only: str = ""
 
 
+CHOICE = "analyses/results/segmentation_choice/*.json"
+
 FIGURES = (
-    Figure("fig08_segmentation", ("dataset",)),
+    Figure("fig08_segmentation", ("dataset",), (CHOICE,)),
     Figure("fig05_blur", ("clip", "dino")),
     Figure("fig06_guidance", ("clip",)),
-    Figure("fig07_masks", ("dataset",)),
+    Figure("fig07_masks", ("dataset",), (CHOICE,)),
     Figure("fig09_token_maps"),
     Figure("fig02_attention_budget"),
     Figure("fig04_value_norms"),

@@ -24,34 +24,47 @@ TRIVIAL = ("random", "one class everywhere", "one segment")
 LINES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#666666", "#000000")
 
 
+MARKERS = "os^Dv<>pPX"
+
+
 def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
-    """mIoU with its interval per configuration, one panel per protocol; ceiling and trivial rows as lines."""
-    protocols = list(dict.fromkeys(table["protocol"]))
-    panels = {name: table[table["protocol"] == name] for name in protocols}
-    rows = {name: int((~part["method"].isin([CEILING, *TRIVIAL])).sum()) for name, part in panels.items()}
+    """mIoU with its interval, a panel per protocol, a row per method (best first), a marker per refinement.
+
+    Ceiling and trivial predictions are vertical lines.
+    """
+    known = [CEILING, *TRIVIAL]
+    panels = {name: table[table["protocol"] == name] for name in dict.fromkeys(table["protocol"])}
+    rows = {name: list(dict.fromkeys(part.loc[~part["method"].isin(known), "method"])) for name, part in panels.items()}
+    refinements = sorted(
+        set(table.loc[~table["method"].isin(known), "refine"]), key=lambda name: (name != "none", name.count("+"), name)
+    )
+    step = 0.09 * len(refinements) + 0.1
     with style.context():
-        figure = style.figure(width=6.6, height=1.4 + sum(max(1, count) * 0.19 + 0.45 for count in rows.values()))
+        figure = style.figure(width=6.6, height=1.2 + sum(max(1, len(names)) * step + 0.4 for names in rows.values()))
         axes = figure.subplots(
-            len(protocols),
+            len(panels),
             1,
             squeeze=False,
             sharex=True,
-            height_ratios=[max(1, rows[name]) + 1.5 for name in protocols],
+            height_ratios=[max(1, len(names)) + 0.5 for names in rows.values()],
         )
-        for one, name in zip(axes[:, 0], protocols, strict=True):
-            part = panels[name]
-            runs = part[~part["method"].isin([CEILING, *TRIVIAL])]
-            place = np.arange(len(runs))
-            error = np.nan_to_num(
-                np.abs(np.stack([runs["miou"] - runs["miou_low"], runs["miou_high"] - runs["miou"]])), nan=0.0
-            )
-            refined = (runs["refine"] != "none").to_numpy()
-            one.barh(place, runs["miou"], height=0.7, xerr=error, error_kw={"elinewidth": 0.8, "capsize": 1.5},
-                     color=np.where(refined, style.TEXT, style.IMAGE))  # fmt: skip
-            one.set_yticks(place, [_name(row) for row in runs.to_dict("records")])
-            one.invert_yaxis()
+        for one, (name, part) in zip(axes[:, 0], panels.items(), strict=True):
+            for place, refine in enumerate(refinements):
+                runs = part[(part["refine"] == refine) & ~part["method"].isin(known)]
+                at = np.array([rows[name].index(method) for method in runs["method"]], float)
+                at += 0.75 * ((place + 0.5) / len(refinements) - 0.5)
+                ends = np.stack([runs["miou"] - runs["miou_low"], runs["miou_high"] - runs["miou"]])
+                one.errorbar(
+                    runs["miou"], at, xerr=np.nan_to_num(np.abs(ends), nan=0.0), ms=3.5,
+                    fmt=MARKERS[place % len(MARKERS)], color=LINES[place % len(LINES)], elinewidth=0.8, capsize=1.5,
+                    label="no refinement" if refine == "none" else refine,
+                )  # fmt: skip
+            one.set_yticks(range(len(rows[name])), rows[name])
+            one.set_ylim(len(rows[name]) - 0.5, -0.5)
+            for border in range(1, len(rows[name])):
+                one.axhline(border - 0.5, color="#DDDDDD", lw=0.5)
             one.set_title(f"{name} (n = {int(part['n'].max())})", loc="left")
-            for mark, dash in ((CEILING, "-"), *((t, d) for t, d in zip(TRIVIAL, (":", "--", "--"), strict=True))):
+            for mark, dash in zip(known, ("-", ":", "--", "-."), strict=True):
                 for value in part.loc[part["method"] == mark, "miou"]:
                     one.axvline(value, color="black", ls=dash, lw=0.9, label=mark)
             one.set_xlim(0, 1)
@@ -59,8 +72,7 @@ def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
         seen: dict[str, Artist] = {}
         for one in axes[:, 0]:
             for handle, text in zip(*one.get_legend_handles_labels(), strict=True):
-                if not text.startswith("_"):
-                    seen.setdefault(text, handle)
+                seen.setdefault(text, handle)
         figure.legend(list(seen.values()), list(seen), loc="outside lower left", ncols=4)
         if title:
             figure.suptitle(title, fontsize=9, x=0.01, ha="left")
@@ -154,8 +166,3 @@ def _finish(figure: Figure, axes: Axes, title: str) -> None:
 def _words(key: Any) -> str:
     """What a line stands for: protocol, method, refinement where there is one."""
     return " ".join(str(word) for word in key if word != "none")
-
-
-def _name(row: dict[str, object]) -> str:
-    refined = "" if row["refine"] == "none" else f" + {row['refine']}"
-    return f"{row['method']}{refined}"

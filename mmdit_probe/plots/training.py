@@ -24,7 +24,7 @@ def training_curves(curves: pd.DataFrame) -> Figure:
     """
     by_name = {str(name): part for name, part in curves.groupby("name")}
     with style.context():
-        figure = style.figure(width=6.9, height=3.9)
+        figure = style.figure(width=6.9, height=4.3)
         axes = figure.subplots(2, 3)
         losses, shuffled, empty, low, high, seen = axes.ravel()
         _lines(losses, by_name, {"flow": "flow matching", "align": "parser alignment"})
@@ -45,13 +45,19 @@ def training_curves(curves: pd.DataFrame) -> Figure:
         seen.set(title="samples, read by the parser", ylim=(0, 1.02))
         for axis in axes.ravel():
             axis.set_xlabel("step")
-            axis.legend(fontsize=5, ncols=2, frameon=True, framealpha=0.8, edgecolor="none")
+            count = len(axis.lines)
+            axis.legend(fontsize=5, ncols=4 if count > 5 else 3, loc="upper center", bbox_to_anchor=(0.5, -0.28),
+                        columnspacing=0.8, handlelength=1.8)  # fmt: skip
     return figure
 
 
+COLOURS = ("#0072B2", "#E69F00", "#000000")
+
+
 def _lines(axis: Axes, by_name: dict[str, pd.DataFrame], labels: dict[str, str], *, ordered: bool = False) -> None:
-    """One line per curve that exists; ``ordered`` curves run through one colour map, others take the cycle."""
+    """One line per curve that exists; ``ordered`` curves run through one colour map and four dashes."""
     found = {name: label for name, label in labels.items() if name in by_name}
     for place, (name, label) in enumerate(found.items()):
-        colour = mpl.colormaps["viridis"](0.9 * place / max(1, len(found) - 1)) if ordered else None
-        axis.plot(by_name[name]["step"], by_name[name]["value"], label=label, color=colour, linewidth=1)
+        colour = mpl.colormaps["viridis"](0.9 * place / max(1, len(found) - 1)) if ordered else COLOURS[place % 3]
+        axis.plot(by_name[name]["step"], by_name[name]["value"], label=label, color=colour, linewidth=1,
+                  linestyle=("-", "--", "-.", ":")[place % 4])  # fmt: skip

@@ -76,4 +76,6 @@ def test_heads_and_league() -> None:
     assert heads.axes[0].images[0].get_array().shape == (2, 2)
     league = league_figure(table(method=["seg4diff", "iseg"], refine=["none", "pamr"]))
     names = [text.get_text() for text in league.axes[0].get_yticklabels()]
-    assert names == ["seg4diff", "iseg + pamr"]
+    assert names == ["seg4diff", "iseg"]
+    (legend,) = league.legends
+    assert {"no refinement", "pamr"} <= {text.get_text() for text in legend.get_texts()}
