@@ -1,6 +1,6 @@
 """The recipe of the embedded model, stage by stage: parser, vae, clip, t5, transformer, export.
 
-mmdit-probe scenes train                  # everything, about two hours on two CPU cores
+mmdit-probe scenes train                  # everything, about three hours on two CPU cores
 mmdit-probe scenes train --stage vae      # one stage; a killed stage resumes exactly
 """
 

@@ -216,7 +216,7 @@ POOLS: dict[str, dict[str, Any]] = {
     "scenes": {"size": SIZE, "objects": (1, 4)},
 }
 HELD_OUT = {"single": 500, "scenes": 1000}
-CURRICULUM = (Phase("single", 750, 96), Phase("scenes", 2500, 48))
+CURRICULUM = (Phase("single", 750, 96), Phase("scenes", 4750, 48))
 
 
 def phase_at(step: int, curriculum: tuple[Phase, ...]) -> Phase:
