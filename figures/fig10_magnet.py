@@ -70,7 +70,7 @@ def draw_pipeline(examples: dict[str, dict[str, Any]], settings: dict[str, Any],
         ("maps of the words\n(largest)", blend(item.image, examples["class"]["named"][0], 0.8)),
         ("focal + dice\nto the mask,\nflow matching\nto the velocity", None), (f"mask of {name}", mask),
     ]  # fmt: skip
-    save(pipeline(steps, title="MAGNET: the I2T maps of a picture's words are aligned with its masks"),
+    put(pipeline(steps, title="MAGNET: the I2T maps of a picture's words are aligned with its masks"),
          out / "fig10_pipeline")  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def draw_masks(examples: dict[str, dict[str, Any]], out: Path) -> None:
             found = [np.where(of[key][index] < len(CLASSES), of[key][index], UNMATCHED) for of in examples.values()]
             labels = [item.classes.astype(np.uint8), *found]
             cells.append([item.image, *(blend(item.image, one, 0.8) for one in labels)])
-        save(map_sheet(cells, columns=titles, title=f"Test scenes: {what}"), out / file)
+        put(map_sheet(cells, columns=titles, title=f"Test scenes: {what}"), out / file)
 
 
 def draw_maps(examples: dict[str, dict[str, Any]], settings: dict[str, Any], out: Path) -> None:
@@ -107,7 +107,7 @@ def draw_maps(examples: dict[str, dict[str, Any]], settings: dict[str, Any], out
             above += ["picture", *shown, *[""] * (most - len(shown))]
         cells.append(row)
         captions.append(above)
-    save(
+    put(
         map_sheet(cells, rows=rows, captions=captions, title=f"I2T maps of words while generating, layer"
                   f" {settings['layer']}", note=" | ".join(prompts[k] for k in chosen)),
         out / "fig12_maps",
@@ -118,7 +118,7 @@ def draw_pictures(examples: dict[str, dict[str, Any]], out: Path) -> None:
     """F13: the first test prompt of every category, the same seed in every variant."""
     prompts = json.loads(str(examples[BASE]["prompts"]))
     cells = [[of["pictures"][place] for of in examples.values()] for place in range(len(prompts))]
-    save(map_sheet(cells, columns=list(examples), rows=prompts, title="Generated with the same seeds"),
+    put(map_sheet(cells, columns=list(examples), rows=prompts, title="Generated with the same seeds"),
          out / "fig13_pictures")  # fmt: skip
 
 
@@ -127,8 +127,8 @@ def tables(folder: Path, out: Path) -> None:
     generation = pd.read_csv(folder / "generation_over_base.csv")
     clip = generation[generation["metric"].str.startswith("clipscore")]
     metric = str(clip["metric"].iloc[0])
-    save(differences(generation, "facts", BASE), out / "table4_alignment")
-    save(differences(generation, metric, BASE), out / "table3_clipscore")
+    put(differences(generation, "facts", BASE), out / "table4_alignment")
+    put(differences(generation, metric, BASE), out / "table3_clipscore")
     ours = clip[clip["category"] == "all"].assign(world="measured", prompt_set="scenes captions")
     paper = paper_table("clipscore_table").rename(columns={"clipscore": "mean"})
     paper = paper.assign(world="paper", variant=paper["method"] + ", " + paper["training"].fillna("none"), metric="")
@@ -161,6 +161,10 @@ def readings(folder: Path) -> pd.DataFrame:
                          min_max=paper["min_max"] == "yes", miou=paper["miou"] / 100)  # fmt: skip
     keep = ["world", "at", "variant", "dataset", "softmax", "min_max", "n", "miou", "low", "high"]
     return pd.concat([read, trained, paper]).reindex(columns=keep)
+
+
+def put(figure: Any, path: Path) -> None:
+    print(*save(figure, path), sep="\n")
 
 
 def write(table: pd.DataFrame, path: Path) -> None:
