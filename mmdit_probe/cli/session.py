@@ -269,7 +269,9 @@ def report_controls(
     if part.empty:
         return []
     values = ["n", "value", "control_value", "difference", "low", "high", "verdict"]
-    names = [name for name in part.columns if name not in values]
+    # Columns that say nothing here (every head, every span) are left to the CSV.
+    names = [name for name in part.columns if name not in values and (name == "layer" or part[name].nunique() > 1)]
+    names += [] if "control" in names else ["control"]
     table = bare_table([*names, "value", "control's", "difference", "verdict"], left=("control", "verdict"))
     lines = [
         f"| {' | '.join([*names, 'n', 'value', 'its control', 'difference [95 % interval]', 'verdict'])} |",
@@ -281,7 +283,8 @@ def report_controls(
         numbers = [f"{row['value']:.3f}", f"{row['control_value']:.3f}", gap, str(row["verdict"])]
         table.add_row(*place, *numbers)
         lines.append(f"| {' | '.join([*place, str(row['n']), *numbers])} |")
-    known = "; ".join(f"{name}: {CONTROLS[name]}" for name in dict.fromkeys(part["control"]) if name in CONTROLS)
+    explained = CONTROLS | {"budget": "a random change of equal size"}
+    known = "; ".join(f"{name}: {explained[name]}" for name in dict.fromkeys(part["control"]))
     claimed = f"Claim: {claim}. Paired differences over items, 95 % bootstrap interval. Controls: {known}."
     failed, undecided = (int((part["verdict"] == verdict).sum()) for verdict in (NOT_ABOVE, TOO_FEW))
     verdict = f"{failed} of {len(part)} comparisons are not above their control."

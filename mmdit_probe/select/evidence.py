@@ -105,6 +105,10 @@ def from_run(folder: Path | str, model: MMDiT) -> pd.DataFrame:
         raise UserError(
             f"{str(folder)!r} was measured on other weights than those of {model.name}; run {command} on it"
         )
+    if command == "pca" and record["request"].get("fit") != "joint":
+        raise UserError(
+            f"{str(folder)!r} has a basis per picture, whose class scores are another measure; run pca joint"
+        )
     readers = {
         "attention-budget": _read_masses,
         "value-norms": _read_norms,

@@ -62,6 +62,19 @@ def test_choice_by_ranks_and_by_one_evidence() -> None:
         evidence.choose(table, 7)
 
 
+def test_weights_follow_ranks_and_controls_are_not_ranked() -> None:
+    long = long_table().assign(control="none")
+    table = evidence.by_layer(long)
+    assert evidence.weights_of(table, (3, 4)) == (0.5, 0.5)
+    first, second = evidence.weights_of(table[table["evidence"] == "word_mass"], (3, 4), "ranks")
+    assert (first, second) == (pytest.approx(6 / 11), pytest.approx(5 / 11))
+    with pytest.raises(UserError, match="equal"):
+        evidence.weights_of(table, (3,), "even")
+    louder = pd.concat([long, long.assign(control="random", value=long["value"] + 100)])
+    pd.testing.assert_frame_equal(evidence.by_layer(louder), table)
+    pd.testing.assert_frame_equal(evidence.agreement(louder, draws=20), evidence.agreement(long, draws=20))
+
+
 def test_names() -> None:
     assert evidence_names(None, False) == evidence_names("all", True) == list(EVIDENCE)
     assert evidence_names(None, True) == []
