@@ -22,9 +22,16 @@ from torch import Tensor
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import ModuleCall, Stage
 from mmdit_probe.errors import RunError, UserError, unknown
-from mmdit_probe.models.layout import Layer, Layout
+from mmdit_probe.models.layout import Layer, Layout, Places
 from mmdit_probe.models.tokens import KINDS, TokenTable
-from mmdit_probe.observe.canonical import hidden_keys
+from mmdit_probe.observe.canonical import (
+    canonical_call,
+    canonical_hidden,
+    gathered,
+    hidden_keys,
+    restored,
+    scattered,
+)
 from mmdit_probe.specs import HeadSpec, Spec, heads_at
 
 if TYPE_CHECKING:
@@ -133,32 +140,63 @@ class Handler:
         self.edit, self.layer, self.run = edit, layer, run
 
     def __call__(self, call: SDPACall, module_call: ModuleCall, proceed: Proceed) -> Tensor:
-        place = None if self.edit.neutral else self._place(call, module_call)
-        if place is None:
-            return proceed(call)
-        return torch.where(place.mask, edited(self.edit, call, place, proceed), proceed(call))
-
-    def _place(self, call: SDPACall, module_call: ModuleCall) -> Place | None:
-        """Where the edit acts in this call; None if nowhere."""
         edit, run = self.edit, self.run
+        if edit.neutral:
+            return proceed(call)
         if run.current is None:
             raise RunError(f"layer {self.layer.index} ran outside the transformer's own call: it cannot be edited")
         if not run.at(edit.steps):
-            return None
-        layout = run.layout(self.layer)
+            return proceed(call)
+        layout, places = run.arranged(self.layer)
+        samples = self._samples(call, module_call)
+        hidden = hidden_keys(call)
+        if places is None:
+            place = self._place(call, layout, samples, hidden)
+            return proceed(call) if place is None else self._replaced(call, place, proceed)
+        # The edit sees every sample in one order; the kernel, and edits after this one, see the model's own.
+        moved = Places(places.keys[samples], places.queries[samples])
+        ordered = canonical_call(call, moved)
+        absent = moved.keys < 0 if hidden is None else canonical_hidden(hidden, moved)
+        place = self._place(ordered, layout, samples, absent)
+        if place is None:
+            return proceed(call)
+        found = self._replaced(
+            ordered, place, lambda changed: gathered(proceed(restored(changed, call, moved)), moved.queries)
+        )
+        return scattered(found, proceed(call), moved.queries)
+
+    def _replaced(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
+        return torch.where(place.mask, edited(self.edit, call, place, proceed), proceed(call))
+
+    def _samples(self, call: SDPACall, module_call: ModuleCall) -> slice:
+        """Which samples of the denoising call this attention call holds: all, or one of them."""
+        assert self.run.current is not None
+        count = len(self.run.current.prompts)
+        if len(call.query) == count:
+            return slice(None)
+        # In a compiled graph the calls of one module are not counted.
+        if len(call.query) != 1 or not (module_call.args or module_call.kwargs):
+            raise RunError(f"layer {self.layer.index}: it is not known which samples an attention call holds")
+        return slice(module_call.calls - 1, module_call.calls)
+
+    def _place(self, call: SDPACall, layout: Layout, samples: slice, hidden: Tensor | None) -> Place | None:
+        """Where the edit acts in this call; None if nowhere. `hidden` [B or 1, N]: keys that are not there."""
+        edit, current = self.edit, self.run.current
+        assert current is not None
         batch, heads, tokens = call.query.shape[:3]
         if not layout.total == tokens == call.key.shape[-2]:
             raise RunError(
                 f"layer {self.layer.index} attends from {tokens} to {call.key.shape[-2]} tokens; expected"
                 f" {layout.total} in one softmax: it cannot be edited"
             )
-        tables = run.current.tokens(layout.counts["text"])
+        if layout.queries is not None and not bool(layout.queries[:, layout.positions(edit.query)].any()):
+            raise UserError(f"{edit.query} tokens are no queries in the joint attention of {self.run.family.name}")
+        tables = current.tokens(layout.counts["text"])[samples]
         keys = torch.stack([_keys(edit, table, layout) for table in tables])
-        hidden = hidden_keys(call)
         if hidden is not None:  # what the mask hides is not there to be mixed with
             keys &= ~hidden.cpu()[:, layout.positions(edit.key)]
         wanted = edit.branches
-        rows = torch.tensor([wanted is None or branch in wanted for branch in run.current.branches])
+        rows = torch.tensor([wanted is None or branch in wanted for branch in current.branches[samples]])
         rows &= keys.any(1)
         if not rows.any():
             return None

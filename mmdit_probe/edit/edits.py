@@ -89,8 +89,9 @@ class Blur(KeyMix):
     def matrix(self, place: Place, row: int) -> Tensor:
         weights = taps(self.sigma, self.kernel)
         if self.key == "image":
-            h, w = _grid(place)
-            return torch.kron(blur_matrix(h, weights, self.border), blur_matrix(w, weights, self.border))
+            frames, h, w = _grid(place)
+            blur = torch.kron(blur_matrix(h, weights, self.border), blur_matrix(w, weights, self.border))
+            return torch.kron(torch.eye(frames, dtype=blur.dtype), blur)
         return blur_matrix(int(place.keys[row].sum()), weights, self.border)
 
     def attend(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
@@ -205,12 +206,12 @@ class GridBlur(Edit):
 
     def _blurred(self, tokens: Tensor, place: Place) -> Tensor:
         """Tokens [B, H, N, D] with the image ones blurred over the grid."""
-        h, w = _grid(place)
+        frames, h, w = _grid(place)
         weights = taps(self.sigma, self.kernel)
         rows, columns = (blur_matrix(side, weights, self.border).to(tokens.device, torch.float32) for side in (h, w))
         positions = place.layout.positions("image")
-        grid = tokens[:, :, positions].float().unflatten(2, (h, w))
-        blurred = torch.einsum("yi,xj,bhijd->bhyxd", rows, columns, grid).flatten(2, 3)
+        grid = tokens[:, :, positions].float().unflatten(2, (frames, h, w))
+        blurred = torch.einsum("yi,xj,bhfijd->bhfyxd", rows, columns, grid).flatten(2, 4)
         result = tokens.clone()
         result[:, :, positions] = blurred.to(tokens.dtype)
         return result
@@ -224,7 +225,10 @@ def _mixed(tokens: Tensor, maps: Tensor, kind: str, place: Place) -> Tensor:
     return result
 
 
-def _grid(place: Place) -> tuple[int, int]:
-    if place.layout.grid is None or place.layout.grid[0] * place.layout.grid[1] != place.layout.counts["image"]:
-        raise UserError(f"the image tokens have no known grid: {place.layout.counts['image']} tokens")
-    return place.layout.grid
+def _grid(place: Place) -> tuple[int, int, int]:
+    """Frames, rows and columns of the image tokens."""
+    layout = place.layout
+    h, w = layout.grid or (0, 0)
+    if layout.frames * h * w != layout.counts["image"]:
+        raise UserError(f"the image tokens have no known grid: {layout.counts['image']} tokens")
+    return layout.frames, h, w

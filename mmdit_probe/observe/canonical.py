@@ -2,7 +2,8 @@
 
 Some families pack every sample's text without a gap, call attention once per sample, or let text be keys and not
 queries. Softmax does not depend on the order of keys, so a copy of the call in one order, with what is not there
-masked, has the same probabilities. The model's own call is not touched.
+masked, has the same probabilities. Observers see that copy; an edit works on it, and what it changed is put back into
+the model's own order for the kernel.
 
     seen = canonical(record, places)                  # places from `models.layout.arranged`
 """
@@ -10,6 +11,7 @@ masked, has the same probabilities. The model's own call is not touched.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,15 +28,53 @@ def canonical(record: Record, places: Places) -> Record:
     Args:
         record: an attention call of B samples. places: of the N canonical tokens.
     """
-    call = record.call
+    queries = places.queries.to(record.call.query.device)
+    lse = None if record.lse is None else _gather(record.lse[..., None], queries)[..., 0]
+    return Record(canonical_call(record.call, places), _gather(record.output, queries), record.module_call, lse, True)
+
+
+def canonical_call(call: SDPACall, places: Places) -> SDPACall:
+    """The call with the tokens of every sample in canonical order, what is not there masked."""
     keys, queries = places.keys.to(call.query.device), places.queries.to(call.query.device)
     mask = _mask(call, keys, queries)
-    moved = SDPACall(
+    return SDPACall(
         _gather(call.query, queries), _gather(call.key, keys), _gather(call.value, keys), mask, 0.0, False,
         call.scale_factor, call.enable_gqa,
     )  # fmt: skip
-    lse = None if record.lse is None else _gather(record.lse[..., None], queries)[..., 0]
-    return Record(moved, _gather(record.output, queries), record.module_call, lse, True)
+
+
+def restored(changed: SDPACall, call: SDPACall, places: Places) -> SDPACall:
+    """The call in its own order, with queries, keys and values of a changed canonical call; its own mask."""
+    return replace(
+        call, query=scattered(changed.query, call.query, places.queries),
+        key=scattered(changed.key, call.key, places.keys), value=scattered(changed.value, call.value, places.keys),
+        scale=changed.scale,
+    )  # fmt: skip
+
+
+def scattered(tokens: Tensor, onto: Tensor, places: Tensor) -> Tensor:
+    """Canonical tokens [B, H, N, D] put to their places [B, N] among those of a call [B, H, N', *].
+
+    Tokens of the call that no canonical one stands for stay as they are, or are 0 if the width D is another.
+    """
+    places = places.to(tokens.device)
+    spare = onto.shape[2]  # one more row takes what has no place
+    result = tokens.new_zeros(*onto.shape[:2], spare + 1, tokens.shape[-1])
+    if tokens.shape[-1] == onto.shape[-1]:
+        result[:, :, :spare] = onto
+    index = torch.where(places < 0, spare, places)[:, None, :, None].expand_as(tokens)
+    return result.scatter(2, index, tokens)[:, :, :spare]
+
+
+def gathered(tokens: Tensor, places: Tensor) -> Tensor:
+    """Tokens of a call [B, H, N', D] in canonical order [B, H, N, D]; zeros where a place is -1."""
+    return _gather(tokens, places.to(tokens.device))
+
+
+def canonical_hidden(hidden: Tensor, places: Places) -> Tensor:
+    """Which canonical tokens a mask hides, [B, N], from which keys of the call it hides, [B or 1, Nk]."""
+    every = hidden.cpu().expand(len(places.keys), -1)
+    return every.gather(1, places.keys.clamp(min=0)) | (places.keys < 0)
 
 
 def joined(records: Sequence[Record]) -> Record:

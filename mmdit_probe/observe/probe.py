@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mmdit_probe.attention.intercept import Edit, ModuleCall, Record, Stage, Transform, interpose, watch
 from mmdit_probe.errors import RunError, UserError
@@ -29,7 +29,7 @@ from mmdit_probe.models.taint import bind
 from mmdit_probe.models.tokens import TokenTable, fitted
 from mmdit_probe.observe.backend import native_attention
 from mmdit_probe.observe.base import DenoisingCall, LayerCall, Observer
-from mmdit_probe.observe.canonical import canonical, hidden_keys, joined
+from mmdit_probe.observe.canonical import canonical, canonical_hidden, hidden_keys, joined
 from mmdit_probe.observe.facts import Facts, facts_of
 from mmdit_probe.observe.rows import PipelineRows
 from mmdit_probe.specs import Spec, layer_indices, step_indices
@@ -136,15 +136,15 @@ class Run:
         Raises:
             UserError: the samples of this call differ in it, so there is no one order.
         """
-        layout, places = self._arranged(layer)
+        layout, places = self.arranged(layer)
         if places is not None:
             raise UserError(
-                f"the samples of this {self.family.name} call differ in their order of tokens (or text is no query):"
-                " it can be observed, not edited"
+                f"the samples of this {self.family.name} call differ in their order of tokens (or text is no query)"
             )
         return layout
 
-    def _arranged(self, layer: Layer) -> tuple[Layout, Places | None]:
+    def arranged(self, layer: Layer) -> tuple[Layout, Places | None]:
+        """The canonical layout at one layer, and where its tokens are in the layer's own call (None: in this order)."""
         return self._layouts[layer.path] if layer.path in self._layouts else self._layouts[""]
 
     def _choose(self, layers: list[Layer]) -> None:
@@ -365,7 +365,7 @@ class _LayerRecorder:
     def record(self, record: Record) -> None:
         run = self.run
         assert run.current is not None
-        layout, places = run._arranged(self.layer)
+        layout, places = run.arranged(self.layer)
         rows = len(run.current.prompts)
         if len(record.call.query) != rows:
             # One attention call per sample: they are looked at together when the last one is there.
@@ -378,7 +378,7 @@ class _LayerRecorder:
         self._check(record, layout, places)
         hidden = hidden_keys(record.call)
         if hidden is not None and bool(hidden.any()):
-            layout = layout.without(hidden if places is None else _hidden(hidden, places))
+            layout = layout.without(hidden if places is None else canonical_hidden(hidden, places))
         seen = LayerCall(self.layer, layout, run.current, record if places is None else canonical(record, places))
         for observer in run.observers:
             observer.observe(seen)
@@ -394,12 +394,6 @@ class _LayerRecorder:
                 f"layer {self.layer.index} ({self.layer.path}) attends from {n_query} to {n_key} tokens; expected"
                 f" {layout.counts['image']} image and {layout.counts['text']} text tokens in one softmax"
             )
-
-
-def _hidden(hidden: Tensor, places: Places) -> Tensor:
-    """Which canonical tokens a mask hides, [B, N], from which keys it hides, [B or 1, Nk]."""
-    every = hidden.cpu().expand(len(places.keys), -1)
-    return every.gather(1, places.keys.clamp(min=0)) | (places.keys < 0)
 
 
 def _is_pipeline(target: Any) -> bool:

@@ -3,6 +3,7 @@ own queries, keys, mask and scale says, with the kinds of keys found mechanicall
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from torch import Tensor
 
 from mmdit_probe.attention import reference
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.edit import Scale
+from mmdit_probe.attention.intercept import watch
+from mmdit_probe.edit import Blur, GridBlur, Scale
+from mmdit_probe.edit.mixing import blur_matrix, taps
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.families import FAMILIES, family_of
 from mmdit_probe.models.layout import KINDS, arranged, find_layers
@@ -78,13 +81,18 @@ def run(model: Any, inputs: dict[str, Any]) -> list[Tensor]:
         return flat(model(**inputs, return_dict=False))
 
 
-@pytest.fixture(scope="module", params=sorted(FIXTURES))
-def case(request: pytest.FixtureRequest) -> Case:
-    fixture = FIXTURES[request.param]
+@functools.cache
+def case_of(name: str) -> Case:
+    fixture = FIXTURES[name]
     model, inputs = fixture.build(), fixture.inputs(batch=2, grid=(3, 4))
     with written_down(model) as calls:
         output = run(model, inputs)
-    return Case(request.param, model, inputs, fixture.frames, output, calls, taint(model, inputs))
+    return Case(name, model, inputs, fixture.frames, output, calls, taint(model, inputs))
+
+
+@pytest.fixture(params=sorted(FIXTURES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return case_of(request.param)
 
 
 def samples(case: Case, path: str) -> list[tuple[SDPACall, int, Tensor]]:
@@ -284,9 +292,108 @@ def test_an_edit_changes_what_it_says_and_nothing_when_neutral(name: str) -> Non
     torch.testing.assert_close(seen.output.double()[:, :, image], wanted[:, :, image], atol=1e-5, rtol=0)
 
 
-def test_edits_of_calls_without_one_order_are_refused() -> None:
-    model, inputs = FIXTURES["lumina2"].build(), FIXTURES["lumina2"].inputs()
-    with pytest.raises(UserError, match="observed, not edited"), probe(model, edits=Scale("image", "text", factor=0.0)):
+@contextmanager
+def outputs_of(model: Any, path: str) -> Iterator[list[Tensor]]:
+    """What an attention module's calls return, in the calls' own order of tokens."""
+    found: list[Tensor] = []
+
+    class Keep:
+        def wants(self, module_call: Any) -> Any:
+            return "call"
+
+        def record(self, record: Any) -> None:
+            found.append(record.output)
+
+    detach = watch(model.get_submodule(path), Keep(), "record")
+    try:
+        yield found
+    finally:
+        detach()
+
+
+def dense(case: Case, path: str, change: Any) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+    """(call, row in it, image queries, output [H, Nq, D] of the explicit softmax changed by `change`) per sample.
+
+    `change` gets the probabilities [H, queries, Nk] of the image queries and the places of the text keys, in the order
+    of text positions.
+    """
+    layout, places = arranged(family_of(case.model).arrangement(case.inputs, case.model.config))
+    for sample, (call, row, kinds) in enumerate(samples(case, path)):
+        mask = None if call.attn_mask is None else call.attn_mask.expand(len(call.query), *call.attn_mask.shape[1:])
+        p = reference.probabilities(
+            call.query[row : row + 1], call.key[row : row + 1], None if mask is None else mask[row : row + 1],
+            call.is_causal, call.scale,
+        )[0]  # fmt: skip
+        text = (layout.labels == TEXT).nonzero()[:, 0]
+        text = text if places is None else places.keys[sample][text]
+        text = text[text >= 0]
+        text = text[kinds[text] == TEXT]
+        queries = (kinds == IMAGE).nonzero()[:, 0] if p.shape[-2] == len(kinds) else torch.arange(p.shape[-2])
+        value = call.expanded_value()[row].double()
+        yield (0 if len(case.calls[path]) == 1 else sample), row, queries, change(p[:, queries], text) @ value
+
+
+def test_a_blur_of_the_text_is_the_dense_blur(case: Case) -> None:
+    path = joint_paths(case)[1]
+    with outputs_of(case.model, path) as stock:
+        run(case.model, case.inputs)
+    with outputs_of(case.model, path) as found, probe(case.model, edits=Blur("image", "text", layers=[1])):
+        run(case.model, case.inputs)
+
+    def blurred(p: Tensor, text: Tensor) -> Tensor:
+        matrix = blur_matrix(len(text), taps(9.0, 5))
+        return p.index_copy(2, text, p[:, :, text] @ matrix.T)
+
+    for number, row, queries, wanted in dense(case, path, blurred):
+        torch.testing.assert_close(found[number][row][:, queries].double(), wanted, atol=1e-5, rtol=1e-5)
+        others = torch.ones(found[number].shape[2], dtype=torch.bool)
+        others[queries] = False
+        assert torch.equal(found[number][row][:, others], stock[number][row][:, others])
+        assert not torch.equal(found[number][row][:, queries], stock[number][row][:, queries])
+
+
+def test_a_neutral_edit_is_bitwise_stock(case: Case) -> None:
+    for edit in (Blur("image", "text", sigma=0.0), Scale("image", "text", factor=0.0, branches=())):
+        with probe(case.model, edits=edit):
+            seen = run(case.model, case.inputs)
+        assert all(torch.equal(a, b) for a, b in zip(case.output, seen, strict=True))
+
+
+IRREGULAR = ["lumina2", "z_image", "mochi", "hunyuan_video15", "prx", "nucleus_image"]
+"""Families whose samples differ in their order of keys, or whose text is no query."""
+
+
+@pytest.mark.parametrize("case", IRREGULAR, indirect=True)
+def test_edits_compose_and_act_on_the_grid_of_every_sample(case: Case) -> None:
+    path = joint_paths(case)[0]
+    scale = Scale("image", "text", layers=[0], factor=0.25, renormalise=True)
+    with outputs_of(case.model, path) as found, probe(case.model, edits=scale):
+        run(case.model, case.inputs)
+
+    def scaled(p: Tensor, text: Tensor) -> Tensor:
+        p = p.index_copy(2, text, 0.25 * p[:, :, text])
+        return p / p.sum(-1, keepdim=True)
+
+    for number, row, queries, wanted in dense(case, path, scaled):
+        torch.testing.assert_close(found[number][row][:, queries].double(), wanted, atol=1e-5, rtol=1e-5)
+    grid = GridBlur("image", "text", layers=[0], sigma=1.0, kernel=3)
+    text_blur = Blur("image", "text", layers=[0])
+    with outputs_of(case.model, path) as found, probe(case.model, edits=[grid, text_blur]):
+        run(case.model, case.inputs)
+    space = torch.kron(blur_matrix(3, taps(1.0, 3)), blur_matrix(4, taps(1.0, 3)))
+    space = torch.kron(torch.eye(case.frames).double(), space)
+
+    def both(p: Tensor, text: Tensor) -> Tensor:
+        matrix = blur_matrix(len(text), taps(9.0, 5))
+        return p.index_copy(2, text, space @ p[:, :, text] @ matrix.T)
+
+    for number, row, queries, wanted in dense(case, path, both):
+        torch.testing.assert_close(found[number][row][:, queries].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_an_edit_of_queries_that_are_none_is_refused() -> None:
+    model, inputs = FIXTURES["prx"].build(), FIXTURES["prx"].inputs()
+    with pytest.raises(UserError, match="text tokens are no queries"), probe(model, edits=Scale("text", "image")):
         run(model, inputs)
 
 
