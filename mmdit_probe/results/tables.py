@@ -45,7 +45,8 @@ class TableWriter:
         name: table name; the result is `<folder>/<name>.parquet`.
 
     Attributes:
-        done: indices of the items already on disk.
+        done: indices of the items already on disk, joined or not: a run that failed after its table was complete (while
+            drawing, say) measures nothing again.
     """
 
     def __init__(self, folder: Path | str, name: str) -> None:
@@ -56,6 +57,8 @@ class TableWriter:
             for leftover in self.parts.glob("*.tmp"):
                 leftover.unlink()
         self.done: set[int] = {int(path.stem) for path in self.parts.glob("*.parquet")}
+        if not self.done and self.path.exists():
+            self.done = _items_of(self.path)
 
     @contextmanager
     def item(self, index: int) -> Iterator[ItemWriter]:
@@ -80,6 +83,9 @@ class TableWriter:
         import pyarrow.parquet as pq
 
         paths = sorted(self.parts.glob("*.parquet"))
+        if not paths and self.path.exists():
+            shutil.rmtree(self.parts)
+            return self.path
         if not paths:
             raise RunError(f"{self.path.name} has no rows: no item was finished")
         temporary = self.path.with_suffix(".parquet.tmp")
@@ -89,9 +95,11 @@ class TableWriter:
                 for path in paths:
                     with pq.ParquetFile(path) as part:
                         if writer is None:
-                            writer = pq.ParquetWriter(temporary, part.schema_arrow, compression="zstd")
+                            known = {**(part.schema_arrow.metadata or {}), _ITEMS: _joined(paths)}
+                            schema = part.schema_arrow.with_metadata(known)
+                            writer = pq.ParquetWriter(temporary, schema, compression="zstd")
                         # One row group per item: fewer and larger ones than the calls made, so that reading is fast.
-                        rows = part.read()
+                        rows = part.read().cast(schema)
                         writer.write_table(rows, row_group_size=rows.num_rows)
             finally:
                 if writer is not None:
@@ -106,6 +114,22 @@ class TableWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None:
             self.finish()
+
+
+_ITEMS = b"mmdit_probe.items"
+"""Key of a table's metadata: the indices of its items."""
+
+
+def _joined(paths: list[Path]) -> bytes:
+    return ",".join(str(int(path.stem)) for path in paths).encode()
+
+
+def _items_of(path: Path) -> set[int]:
+    """Indices of the items that a finished table holds; none if it does not say."""
+    import pyarrow.parquet as pq
+
+    known = (pq.read_schema(path).metadata or {}).get(_ITEMS, b"")
+    return {int(index) for index in known.decode().split(",") if index}
 
 
 class ItemWriter:

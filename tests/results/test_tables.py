@@ -99,3 +99,17 @@ def test_missing_and_broken_tables(tmp_path):
     (tmp_path / "bad.parquet").write_text("not parquet")
     with pytest.raises(UserError, match="is not a parquet table"):
         read_table(tmp_path / "bad.parquet")
+
+
+def test_a_finished_table_is_not_written_again(tmp_path):
+    """A run that failed after its table was joined goes on without measuring: the items are known."""
+    with TableWriter(tmp_path, "table") as writer:
+        for index in (0, 3):
+            with writer.item(index) as item:
+                item.write({"item": [index], "value": [0.5]})
+    before = (tmp_path / "table.parquet").read_bytes()
+    with TableWriter(tmp_path, "table") as writer:
+        assert writer.done == {0, 3}
+    assert (tmp_path / "table.parquet").read_bytes() == before
+    assert not (tmp_path / "table.parts").exists()
+    assert read_table(tmp_path / "table.parquet")["item"].tolist() == [0, 3]
