@@ -51,14 +51,19 @@ class DenoisingCall:
     branches: list[str]
     grid: tuple[int, int]
     _tokens: Sequence[TokenTable | None] = field(default=(), repr=False)
+    _tables: dict[int, list[TokenTable]] = field(default_factory=dict, repr=False)
 
     def tokens(self, text_length: int) -> list[TokenTable]:
-        """One token table per row; of kind "unknown" where the text is not known to have this many positions."""
-        tables = list(self._tokens) or [None] * len(self.prompts)
-        return [
-            table if table is not None and len(table) == text_length else unknown_table(text_length, prompt)
-            for table, prompt in zip(tables, self.prompts, strict=True)
-        ]
+        """One token table per row; of kind "unknown" where the text is not known to have this many positions.
+
+        Every layer with this many gets the same list.
+        """
+        if text_length not in self._tables:
+            self._tables[text_length] = [
+                table if table is not None and len(table) == text_length else unknown_table(text_length, prompt)
+                for table, prompt in zip(self._tokens or [None] * len(self.prompts), self.prompts, strict=True)
+            ]
+        return self._tables[text_length]
 
 
 @dataclass

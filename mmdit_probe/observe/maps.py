@@ -87,11 +87,13 @@ class TextMaps(Observer):
             maps = exact.row_maps(call, lse, image, text, groups, head_mean)
         h, w = seen.layout.grid
         space = (h, w) if frames == 1 else (frames, h, w)
-        self._seen[seen.layer.index] = maps.reshape(*maps.shape[:-2], *space, maps.shape[-1]).cpu()
+        maps = maps.reshape(*maps.shape[:-2], *space, maps.shape[-1])
+        # Small ones stay on the device until the call is over, so that it need not wait in every layer.
+        self._seen[seen.layer.index] = maps if head_mean else maps.cpu()
 
     def end_call(self, denoising: DenoisingCall) -> None:
         for layer, maps in self._seen.items():
-            self._kept.setdefault((layer, denoising.step), []).append((denoising, maps))
+            self._kept.setdefault((layer, denoising.step), []).append((denoising, maps.cpu()))
         self._seen.clear()
 
     def abandon_call(self) -> None:

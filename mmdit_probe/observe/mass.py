@@ -16,7 +16,10 @@ samples: that is up to the reader of the table.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -59,11 +62,27 @@ class AttentionMass(RowObserver):
 
     columns = COLUMNS
 
+    # What the layers of one denoising call have in common: how masses are taken, and the rows but for their numbers.
+    _plan: tuple[Sequence[TokenTable], Layout, list[list[Leaf]], Plan] | None = None
+    _frame: Any = None
+
     def observe(self, seen: LayerCall) -> None:
-        tables = seen.tokens
-        leaves = [_leaves(table) for table in tables]
-        masses, n_query = attention_masses(seen.call, seen.lse, seen.layout, [_groups(t, of) for t, of in leaves])
-        self._seen[seen.layer.index] = (seen.layout, [of for _, of in leaves], masses, n_query)
+        tables, layout = seen.tokens, seen.layout
+        if self._plan is None or self._plan[0] is not tables or self._plan[1] is not layout:
+            leaves = [_leaves(table) for table in tables]
+            groups = [_groups(table, of) for table, of in zip(tables, leaves, strict=True)]
+            self._plan = (tables, layout, leaves, plan_masses(layout, groups, seen.call.query.device))
+        *_, leaves, plan = self._plan
+        masses, n_query = planned_masses(seen.call, seen.lse, plan)
+        self._seen[seen.layer.index] = (layout, leaves, masses, n_query)
+
+    def end_call(self, denoising: DenoisingCall) -> None:
+        super().end_call(denoising)
+        self._plan = self._frame = None
+
+    def abandon_call(self) -> None:
+        super().abandon_call()
+        self._plan = self._frame = None
 
     def _rows(
         self,
@@ -74,43 +93,87 @@ class AttentionMass(RowObserver):
         masses: Tensor,
         n_query: Tensor,
     ) -> dict[str, np.ndarray]:
-        heads = np.array(heads_at(self.heads, layer, masses.shape[1]))
         values, counts = masses.double().cpu().numpy(), n_query.cpu().numpy()
-        parts: list[dict[str, np.ndarray]] = []
-        for row, of_row in enumerate(leaves):
-            queries = [q for q in range(len(QUERIES)) if counts[row][q] > 0]
-            keys = [_count(layout, denoising, row, leaf) for leaf in of_row]
-            # A span whose every position is missing or masked in this sample is none it has.
-            there = [place for place, (key, _, _) in enumerate(of_row) if key != "text" or keys[place] > 0]
-            of_row, keys = [of_row[place] for place in there], [keys[place] for place in there]
-            total = sum(layout.key_count(kind, row) for kind in ("image", "text", "other"))
-            shape = (len(heads), len(queries), len(of_row))
-            size = int(np.prod(shape))
-            head, query, leaf = (axis.ravel() for axis in np.indices(shape))
-            n_key = np.array(keys, dtype=np.int64)[leaf]
-            parts.append(
-                {
-                    "prompt": _constant(denoising.prompts[row], size),
-                    "seed": np.full(size, denoising.seeds[row], np.int64),
-                    "step": np.full(size, denoising.step, np.int64),
-                    "sigma": np.full(size, denoising.sigmas[row], np.float64),
-                    "branch": _constant(denoising.branches[row], size),
-                    "layer": np.full(size, layer, np.int64),
-                    "head": heads[head].astype(np.int64),
-                    "query": np.array([QUERIES[q] for q in queries], dtype=object)[query],
-                    "key": np.array([key for key, _, _ in of_row], dtype=object)[leaf],
-                    "span": np.array([span for _, span, _ in of_row], dtype=object)[leaf],
-                    "stream": np.array([stream for _, _, stream in of_row], dtype=object)[leaf],
-                    "mass": values[row][heads][:, queries][..., there].ravel(),
-                    "n_query": counts[row][queries][query].astype(np.int64),
-                    "n_key": n_key,
-                    "uniform": n_key / total,
-                }
-            )
-        return {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+        heads = np.array(heads_at(self.heads, layer, masses.shape[1]))
+        key = (id(layout), id(leaves), counts.tobytes(), heads.tobytes())
+        if self._frame is None or self._frame[0] != key:
+            self._frame = (key, *_frame(denoising, layout, leaves, counts, heads))
+        _, columns, picked = self._frame
+        mass = np.concatenate([values[row][np.ix_(*of_row)].ravel() for row, of_row in enumerate(picked)])
+        columns = columns | {"mass": mass, "layer": np.full(len(mass), layer, np.int64)}
+        return {name: columns[name] for name in COLUMNS}
 
 
-@torch.no_grad()
+def _frame(
+    denoising: DenoisingCall, layout: Layout, leaves: list[list[Leaf]], counts: np.ndarray, heads: np.ndarray
+) -> tuple[dict[str, np.ndarray], list[tuple[np.ndarray, list[int], list[int]]]]:
+    """Rows without layer and mass, and per sample the (heads, queries, leaves) that the rows are of."""
+    parts: list[dict[str, np.ndarray]] = []
+    picked = []
+    for row, of_row in enumerate(leaves):
+        queries = [q for q in range(len(QUERIES)) if counts[row][q] > 0]
+        keys = _counts(layout, denoising.tokens(layout.counts["text"])[row], row, of_row)
+        # A span whose every position is missing or masked in this sample is none it has.
+        there = [place for place, (key, _, _) in enumerate(of_row) if key != "text" or keys[place] > 0]
+        picked.append((heads, queries, there))
+        named = np.array(of_row, dtype=object)[there]  # [leaves, 3]
+        total = sum(layout.key_count(kind, row) for kind in ("image", "text", "other"))
+        head, query, leaf = (axis.ravel() for axis in np.indices((len(heads), len(queries), len(there))))
+        size = len(head)
+        n_key = np.array(keys, dtype=np.int64)[there][leaf]
+        parts.append(
+            {
+                "prompt": _constant(denoising.prompts[row], size),
+                "seed": np.full(size, denoising.seeds[row], np.int64),
+                "step": np.full(size, denoising.step, np.int64),
+                "sigma": np.full(size, denoising.sigmas[row], np.float64),
+                "branch": _constant(denoising.branches[row], size),
+                "head": heads[head].astype(np.int64),
+                "query": np.array([QUERIES[q] for q in queries], dtype=object)[query],
+                "key": named[leaf, 0],
+                "span": named[leaf, 1],
+                "stream": named[leaf, 2],
+                "n_query": counts[row][queries][query].astype(np.int64),
+                "n_key": n_key,
+                "uniform": n_key / total,
+            }
+        )
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, picked
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the masses of calls with one layout and one grouping have in common.
+
+    Attributes:
+        of_key: [B, N] group of every key. count: number of groups G.
+        columns: the keys that are no image tokens. indicator: [B, K, G] their groups.
+        weights: [B or 1, 2, N] which queries are averaged over: image (0) and text (1) ones.
+    """
+
+    of_key: Tensor
+    count: int
+    columns: exact.Columns
+    indicator: Tensor
+    weights: Tensor
+
+
+def plan_masses(layout: Layout, groups: list[list[int]], device: torch.device) -> Plan:
+    """The plan of a layout; `groups` as in `attention_masses`."""
+    count = 1 + max(1, *(max(of, default=1) for of in groups))
+    of_key = torch.zeros(len(groups), layout.total, dtype=torch.long)
+    of_key[:, layout.labels == 2] = 1
+    of_key[:, layout.labels == 1] = torch.tensor(groups, dtype=torch.long).reshape(len(groups), -1)
+    weights = torch.stack([layout.labels == 0, layout.labels == 1]).float()[None]
+    if layout.queries is not None:
+        weights = weights * layout.queries[:, None].float()
+    keys = (layout.labels != 0).nonzero()[:, 0]
+    contiguous = len(keys) > 0 and int(keys[-1] - keys[0]) + 1 == len(keys)
+    columns = slice(int(keys[0]), int(keys[-1]) + 1) if contiguous else keys.to(device)
+    indicator = torch.nn.functional.one_hot(of_key[:, keys], count).float()
+    return Plan(of_key.to(device), count, columns, indicator.to(device), weights.to(device))
+
+
 def attention_masses(
     call: SDPACall, lse: Tensor | None, layout: Layout, groups: list[list[int]]
 ) -> tuple[Tensor, Tensor]:
@@ -125,38 +188,33 @@ def attention_masses(
     Returns: masses [B, H, 2, G] float32, mean over image (0) and text (1) queries, sums to 1 over the G groups; and
     n_query [B, 2], the queries averaged over (queries with every key masked are left out).
     """
-    device = call.query.device
+    return planned_masses(call, lse, plan_masses(layout, groups, call.query.device))
+
+
+@torch.no_grad()
+def planned_masses(call: SDPACall, lse: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
+    """`attention_masses` by a plan made before."""
     batch, _, n_rows, _ = call.query.shape
-    count = 1 + max(1, *(max(of, default=1) for of in groups))
-    of_key = torch.zeros(batch, n_rows, dtype=torch.long)
-    of_key[:, layout.labels == 2] = 1
-    of_key[:, layout.labels == 1] = torch.tensor(groups, dtype=torch.long).reshape(batch, -1)
-    of_key = of_key.to(device)
-    weights = torch.stack([layout.labels == 0, layout.labels == 1]).float().to(device)  # [2, N]
-    if layout.queries is not None:
-        weights = weights * layout.queries.to(device)[:, None].float()  # [B, 2, N]
+    weights = plan.weights
     live = exact.live_rows(call)
     if live is not None:
         # Masks of this family of calls are the same for all heads; a query is dropped if no head sees anything.
         weights = weights * live.any(1).expand(batch, n_rows)[:, None].float()
     n_query = weights.sum(-1).expand(batch, 2)
     if lse is None:
-        each = exact.group_masses(call, None, of_key, count)  # [B, H, N, G]
+        each = exact.group_masses(call, None, plan.of_key, plan.count)  # [B, H, N, G]
         sums = torch.einsum("bqn,bhng->bhqg", weights.expand(batch, 2, n_rows), each)
         return sums / n_query[:, None, :, None].clamp(min=1), n_query.long()
-    keys = (layout.labels != 0).nonzero()[:, 0].to(device)
-    contiguous = len(keys) > 0 and int(keys[-1] - keys[0]) + 1 == len(keys)
-    columns = slice(int(keys[0]), int(keys[-1]) + 1) if contiguous else keys
-    per_key = exact.column_sums(call, lse, columns, weights)  # [B, H, 2, K]
-    indicator = torch.nn.functional.one_hot(of_key[:, columns], count).float()  # [B, K, G]
-    masses = (per_key @ indicator[:, None]) / n_query[:, None, :, None].clamp(min=1)
+    per_key = exact.column_sums(call, lse, plan.columns, weights if len(weights) > 1 else weights[0])  # [B, H, 2, K]
+    masses = (per_key @ plan.indicator[:, None]) / n_query[:, None, :, None].clamp(min=1)
     masses[..., 0] = 1.0 - masses[..., 1:].sum(-1)
     return masses, n_query.long()
 
 
-def _leaves(table: TokenTable) -> tuple[TokenTable, list[Leaf]]:
+def _leaves(table: TokenTable) -> list[Leaf]:
+    """The groups 0, 1, 2, ... of a sample's keys."""
     spans = dict.fromkeys(("text", token.kind, token.stream) for token in table.tokens)
-    return table, [("image", "all", ""), ("other", "all", ""), *spans]
+    return [("image", "all", ""), ("other", "all", ""), *spans]
 
 
 def _groups(table: TokenTable, leaves: list[Leaf]) -> list[int]:
@@ -164,16 +222,11 @@ def _groups(table: TokenTable, leaves: list[Leaf]) -> list[int]:
     return [place["text", token.kind, token.stream] for token in table.tokens]
 
 
-def _count(layout: Layout, denoising: DenoisingCall, row: int, leaf: Leaf) -> int:
-    key, span, stream = leaf
-    if key != "text":
-        return layout.key_count(key, row)
-    table = denoising.tokens(layout.counts["text"])[row]
+def _counts(layout: Layout, table: TokenTable, row: int, leaves: list[Leaf]) -> list[int]:
+    """Keys of each group that a sample has."""
     there = [True] * len(table) if layout.keys is None else layout.keys[row][layout.labels == 1].tolist()
-    return sum(
-        is_key and token.kind == span and token.stream == stream
-        for token, is_key in zip(table.tokens, there, strict=True)
-    )
+    spans = Counter((token.kind, token.stream) for token, is_key in zip(table.tokens, there, strict=True) if is_key)
+    return [layout.key_count(key, row) if key != "text" else spans[span, stream] for key, span, stream in leaves]
 
 
 def _constant(value: str, size: int) -> np.ndarray:

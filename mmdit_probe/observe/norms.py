@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdit_probe.models.layout import Layout
+from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.base import DenoisingCall, LayerCall, MemorySink, RowObserver
 from mmdit_probe.observe.budget import Budget
 from mmdit_probe.observe.norm_summary import CONCATENATED
@@ -62,34 +64,29 @@ class ValueNorm(RowObserver):
     columns = COLUMNS
 
     def observe(self, seen: LayerCall) -> None:
-        norms = value_norms(seen.call.value).cpu()  # [B, H + 1, N]
-        places = {kind: _indices(seen.layout.positions(kind), norms.shape[-1]) for kind in ("image", "text", "other")}
+        # Reduced when the call is over: reading numbers here would make the device wait in every layer.
+        self._seen[seen.layer.index] = (seen.layout, seen.tokens, value_norms(seen.call.value))
+
+    def _rows(
+        self, denoising: DenoisingCall, layer: int, layout: Layout, tables: list[TokenTable], norms: Tensor
+    ) -> dict[str, np.ndarray]:
+        norms = norms.cpu()  # [B, H + 1, N]
+        places = {kind: _indices(layout.positions(kind), norms.shape[-1]) for kind in ("image", "text", "other")}
         leaves, counts, means, spreads = [], [], [], []
-        for row, table in enumerate(seen.tokens):
+        for row, table in enumerate(tables):
             of_leaf: dict[Leaf, Tensor] = {
                 (kind, "all", ""): places[kind] for kind in ("image", "other") if len(places[kind])
             }
             for leaf in dict.fromkeys(("text", token.kind, token.stream) for token in table.tokens):
                 of_leaf[leaf] = places["text"][table.positions(kind=leaf[1], stream=leaf[2])]
-            if seen.layout.keys is not None:  # tokens that this sample lacks, or that its mask hides
-                there = seen.layout.keys[row]
+            if layout.keys is not None:  # tokens that this sample lacks, or that its mask hides
+                there = layout.keys[row]
                 of_leaf = {leaf: index[there[index]] for leaf, index in of_leaf.items() if there[index].any()}
             chosen = [norms[row][:, index] for index in of_leaf.values()]
             leaves.append(list(of_leaf))
             counts.append([part.shape[-1] for part in chosen])
             means.append(torch.stack([part.mean(-1) for part in chosen], -1).numpy())  # [H + 1, leaves]
             spreads.append(torch.stack([part.std(-1, correction=0) for part in chosen], -1).numpy())
-        self._seen[seen.layer.index] = (leaves, counts, means, spreads)
-
-    def _rows(
-        self,
-        denoising: DenoisingCall,
-        layer: int,
-        leaves: list[list[Leaf]],
-        counts: list[list[int]],
-        means: list[np.ndarray],
-        spreads: list[np.ndarray],
-    ) -> dict[str, np.ndarray]:
         heads = np.array([CONCATENATED, *heads_at(self.heads, layer, means[0].shape[0] - 1)])
         parts: list[dict[str, np.ndarray]] = []
         for row, of_row in enumerate(leaves):
