@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pandas as pd
-from runs import CHOICE, chosen, options_of, published, run_folder, target, write
+from runs import CHOICE, chosen, options_of, paper_layers, published, run_folder, target, write
 
 from mmdit_probe.data import paper_table
 from mmdit_probe.plots.league import head_figure, layer_figure, league_figure, sigma_figure
@@ -39,14 +39,16 @@ RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def settings(model: str, arguments: tuple[str, ...]) -> list[str]:
-    """A run's arguments with what `analyses/segmentation_choice.py` chose for this model; as they are for other models.
+    """A run's arguments with what `analyses/segmentation_choice.py` chose for this model. Other models are read as
+    the paper reads them, at the layers that it names, if any.
 
     Sweeps take the noise level and seg4diff's options; the league takes the layers, the options of every method and the
     chosen refinement too, with and without scaling of the maps, and a tagger for the protocol "predicted".
     """
     found, line = chosen(model), list(arguments)
     if not found:
-        return line
+        experts = ",".join(map(str, paper_layers(model)))
+        return [*line, "--layers", experts] if experts and "--sweep" not in line else line
     for method in line[line.index("--method") + 1].split(","):
         for name, value in found["options"].get(method, {}).items():
             line += ["--set", f"{method}.{name}={value}"]

@@ -31,7 +31,7 @@ SOURCES = {
     "Fig. 8": "mIoU of each layer alone, percent",
     "Table 1": "open-vocabulary mIoU, percent",
     "Table 2": "unsupervised mIoU, percent",
-    "Table 3": "CLIPScore x 100",
+    "Table 3": "CLIPScore, 0 to 100",
     "Table 4": "alignment by category (the paper: T2I-CompBench++; scenes: share of facts shown)",
     "Table 5": "mIoU by normalisation of the maps, percent",
 }
@@ -40,7 +40,8 @@ SOURCES = {
 def main() -> None:
     options = options_of(__doc__, "nothing").parse_args()
     path = target(options, options.model, "paper_vs_measured")
-    table = joined(ours(path.parent), paper(), is_paper_model(options.model))
+    same = is_paper_model(options.model)
+    table = joined(ours(path.parent, same), paper(), same)
     table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.5g")
     path.with_suffix(".md").write_text(markdown(table, options.model), encoding="utf-8")
     print(path.with_suffix(".csv"), path.with_suffix(".md"), sep="\n")
@@ -60,8 +61,12 @@ def joined(measured: pd.DataFrame, published: pd.DataFrame, same_model: bool) ->
     return table[["source", "world", "place", "quantity", "measured", "low", "high", "paper", "difference"]]
 
 
-def ours(folder: Path) -> pd.DataFrame:
-    """What the scripts have written, long: source, place, quantity, measured, low, high."""
+def ours(folder: Path, same_model: bool) -> pd.DataFrame:
+    """What the scripts have written, long: source, place, quantity, measured, low, high.
+
+    Args:
+        same_model: rows that were measured as the paper's own ones take the paper's names.
+    """
     rows: list[pd.DataFrame] = []
     budget, norms = read(folder / "fig02_attention_budget.csv"), read(folder / "fig04_value_norms.csv")
     layer = "layer " + budget["layer"].astype(str) if len(budget) else None
@@ -77,11 +82,11 @@ def ours(folder: Path) -> pd.DataFrame:
         rows.append(long("Fig. 8", place, quantity, alone, "miou", 100))
     if len(table):
         table = table[table["world"] == "measured"]
-        refine = table["refine"].fillna("none")
+        refine, names = table["refine"].fillna("none"), METHODS if same_model else {}
         for source, blind in (("Table 1", False), ("Table 2", True)):
             part = table[(table["protocol"] == "unsupervised") == blind]
             place = [
-                METHODS.get((protocol, method), f"{method} [{protocol}]") if how == "none"
+                names.get((protocol, method), f"{method} [{protocol}]") if how == "none"
                 else f"{method} + {how} [{protocol}]"
                 for protocol, method, how in zip(part["protocol"], part["method"], refine[part.index], strict=True)
             ]  # fmt: skip
@@ -93,7 +98,7 @@ def ours(folder: Path) -> pd.DataFrame:
     )
     if len(clip):
         clip = clip[clip["world"] == "measured"]
-        rows.append(long("Table 3", clip["variant"], clip["prompt_set"], clip, "mean", 100, "low", "high"))
+        rows.append(long("Table 3", clip["variant"], clip["prompt_set"], clip, "mean", 1, "low", "high"))
     if len(facts):
         facts = facts[(facts["world"] == "measured") & (facts["metric"] == "facts")]
         rows.append(long("Table 4", facts["variant"], facts["category"], facts, "mean", 1, "low", "high"))

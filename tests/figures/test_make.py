@@ -96,13 +96,15 @@ def written(tmp_path: Path) -> Path:
 
 
 def test_the_paper_is_subtracted_only_for_its_own_model(compared, written):
-    ours, paper = compared.ours(written), compared.paper()
+    ours, paper = compared.ours(written, True), compared.paper()
     same = compared.joined(ours, paper, True)
     row = same[(same["source"] == "Fig. 2b, 2c") & (same["place"] == "layer 0") & (same["quantity"] == "I2T")].iloc[0]
     np.testing.assert_allclose([row["measured"], row["paper"]], [0.5, 0.562])
     np.testing.assert_allclose(row["difference"], -0.062)
     table = same[(same["source"] == "Table 1") & (same["quantity"] == "VOC20")].set_index("place")
     np.testing.assert_allclose(table.loc["Seg4Diff (SD3, none)", "difference"], 80 - 89.2)
+    ours = compared.ours(written, False)
+    assert not set(ours["place"]) & set(paper.loc[paper["source"] == "Table 1", "place"])
     other = compared.joined(ours, paper, False)
     assert other["difference"].isna().all()
     assert len(other) == len(ours) + len(paper)
@@ -110,7 +112,7 @@ def test_the_paper_is_subtracted_only_for_its_own_model(compared, written):
 
 
 def test_layers_stay_in_order_and_worlds_are_named(compared, written):
-    table = compared.joined(compared.ours(written), compared.paper(), False)
+    table = compared.joined(compared.ours(written, False), compared.paper(), False)
     text = compared.markdown(table, "scenes-sd3")
     assert "another world" in text
     assert text.index("| layer 2 |") < text.index("| layer 10 |")
