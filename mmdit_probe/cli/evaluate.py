@@ -90,8 +90,8 @@ def command(
     """Score segmentation methods on a data set: mIoU under both averaging rules, accuracy, intervals over images.
 
     Writes counts.parquet (sparse confusion counts per image and configuration), league.csv, per_class.csv, the figure
-    and run.json. Rows of different protocols must not be ranked against each other. `accelerate launch -m mmdit_probe
-    evaluate ...` divides the images over processes.
+    and run.json. Rows of different protocols must not be ranked against each other. `accelerate launch --multi_gpu
+    --num_processes 2 -m mmdit_probe evaluate ...` or torchrun divides the images over processes.
     """
     from mmdit_probe.cli.output import Output
     from mmdit_probe.errors import UserError, unknown
@@ -122,11 +122,16 @@ def command(
     from mmdit_probe.evaluate.captures import Captures
     from mmdit_probe.evaluate.plan import Plan
     from mmdit_probe.evaluate.run import evaluate
-    from mmdit_probe.evaluate.shards import local_device, shard_of
+    from mmdit_probe.evaluate.shards import alone_under_launcher, local_device, shard_of
     from mmdit_probe.evaluate.tagger import Tagging
     from mmdit_probe.results import RunFolder
     from mmdit_probe.select import load_selection
 
+    if alone_under_launcher():
+        output.note(
+            "accelerate started one process only (--cpu leaves the others to MPI): use accelerate launch --multi_gpu "
+            "--num_processes N, or torchrun --nproc_per_node N; both take CPUs where there is no GPU"
+        )
     named = model if lora is None else f"{model}+{lora}"
     own_device = local_device(device)
     captures = Captures(lambda: open_model(model, lora=lora, debug=debug, device=own_device, dtype=dtype), named, cache)

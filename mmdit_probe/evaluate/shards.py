@@ -1,7 +1,11 @@
 """One evaluation over several processes or machines: who does which image, and how the parts come together.
 
-    accelerate launch -m mmdit_probe evaluate --dataset scenes:val --method seg4diff           # one process per GPU
-    torchrun --nproc_per_node 2 -m mmdit_probe evaluate --dataset scenes:val --method seg4diff # two CPU processes
+    accelerate launch --multi_gpu --num_processes 2 -m mmdit_probe evaluate --dataset scenes:val ...
+    torchrun --nproc_per_node 2 -m mmdit_probe evaluate --dataset scenes:val ...
+
+Both work on GPUs and on CPUs: `--multi_gpu` is accelerate's word for several processes of one launcher; without GPUs
+they are CPU processes. `accelerate launch --cpu --num_processes 2` starts one process only (it leaves the rest to MPI);
+`alone_under_launcher` recognises that.
 
 Process r of w takes images r, r + w, ... All write into one run folder when they share a disk; otherwise their finished
 items travel to process 0 at the end. Counts are integers, so the merged table is that of one process, bit for bit.
@@ -87,6 +91,12 @@ def local_device(device: str) -> str:
     if not torch.cuda.is_available():
         return device
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
+def alone_under_launcher() -> bool:
+    """Whether accelerate was asked for several processes and started this one only."""
+    asked = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ
+    return asked and "WORLD_SIZE" not in os.environ
 
 
 @contextmanager

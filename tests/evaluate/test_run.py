@@ -20,6 +20,7 @@ from mmdit_probe.evaluate.captures import Captures
 from mmdit_probe.evaluate.datasets import load_dataset
 from mmdit_probe.evaluate.league import league
 from mmdit_probe.evaluate.plan import COLUMNS, Plan
+from mmdit_probe.evaluate.shards import alone_under_launcher
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table
 
@@ -173,6 +174,35 @@ def test_command_resumes_without_recounting(
     pd.testing.assert_frame_equal(
         read_table(tmp_path / "cut" / "counts.parquet"), read_table(tmp_path / "whole" / "counts.parquet")
     )
+
+
+def test_masks_without_names_are_scored_per_mask(tmp_path: Path, captures: Captures) -> None:
+    rng = np.random.default_rng(1)
+    for name, cut in (("sa_1", 20), ("sa_2", 40)):
+        Image.fromarray(rng.integers(0, 255, (48, 64, 3)).astype(np.uint8)).save(tmp_path / f"{name}.png")
+        runs = [{"size": [48, 64], "counts": [0, 48 * cut, 48 * (64 - cut)]},
+                {"size": [48, 64], "counts": [48 * cut, 48 * (64 - cut)]}]  # fmt: skip
+        (tmp_path / f"{name}.json").write_text(json.dumps({"annotations": [{"segmentation": one} for one in runs]}))
+    data = load_dataset(f"sa1b:{tmp_path}")
+    counts = frame(plan_of(data, captures, ["diffcut"]), captures)
+    table = league(counts, len(data.classes), agnostic=True).set_index("method")
+    # one segment everywhere takes the larger mask: 44/64 and 40/64 of the picture, nothing of the other
+    assert table.loc["one segment", "miou"] == pytest.approx(np.mean([44 / 64, 0, 40 / 64, 0]))
+    assert table.loc["token-grid ceiling", "miou"] > 0.9 and table.loc["diffcut", "segments"] >= 1
+    assert table["miou"].equals(table["miou_gt"])
+    with pytest.raises(UserError, match="masks without names; score it with seg4diff-unsup"):
+        plan_of(data, captures, ["seg4diff"])
+
+
+def test_one_process_under_accelerate_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    assert not alone_under_launcher()
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert alone_under_launcher()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not alone_under_launcher()
 
 
 @pytest.mark.slow

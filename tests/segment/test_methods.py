@@ -194,3 +194,30 @@ def test_the_second_attention_is_read_where_it_is_asked_for(name: str) -> None:
     assert torch.allclose(method(one), METHODS[name](worlds.capture(worlds.masks(), empty=name == "diffseg")))
     with pytest.raises(UserError, match="did you mean 'attn2'"):
         METHODS[name].configure({"i2i": "atn2"})(one)
+
+
+@pytest.mark.parametrize(
+    ("method", "text", "words"),
+    [
+        ("iseg", "rounds=-1", "whole number of 1 or more"),
+        ("iseg", "ent=abc", "a number of 0 or more"),
+        ("diffsegmenter", "order=2.5", "whole number"),
+        ("conceptattention", "temperature=none", "a number"),
+        ("seg4diff", "minmax=5", "true or false"),
+        ("seg4diff", "heads=none", "a word"),
+        ("proxyclip", "side=0", "whole number of 1 or more or none"),
+        ("diffseg", "tau=nan", "a number of 0 or more"),
+    ],
+)
+def test_options_of_another_kind_are_refused(method: str, text: str, words: str) -> None:
+    name, value = parse_option(text)
+    with pytest.raises(UserError, match=words):
+        METHODS[method].configure({name: value})
+
+
+def test_one_head_may_be_named_by_its_number() -> None:
+    one = worlds.capture(worlds.masks(), heads=3, noise=0.2)
+    by_number, by_list = (METHODS["seg4diff"].configure({"heads": heads})(one) for heads in (2, [2]))
+    assert torch.equal(by_number, by_list)
+    with pytest.raises(UserError, match="head 9 does not exist"):
+        METHODS["seg4diff"].configure({"heads": 9})(one)

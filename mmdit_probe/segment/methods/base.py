@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.segment.record import Capture
 from mmdit_probe.segment.vocabulary import Query
 
-Heads = str | Sequence[int] | Mapping[int, Sequence[int]]
-"""Which heads count: "mean" for all, some for every layer, or some per layer."""
+Heads = str | int | Sequence[int] | Mapping[int, Sequence[int]]
+"""Which heads count: "mean" for all, one or some for every layer, or some per layer."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,35 @@ class Method:
         """The method with other option values.
 
         Raises:
-            UserError: it has no such option.
+            UserError: it has no such option, or the value is of another kind than the option's.
         """
-        for name in options:
+        kinds = get_type_hints(self.run)
+        for name, value in options.items():
             if name not in self.defaults:
                 raise unknown(f"option of {self.name}", name, self.defaults)
+            _check(self.name, name, kinds[name], value)
         return replace(self, options={**self.options, **options})
 
     def __call__(self, capture: Capture) -> Tensor:
         """Maps of one capture; see `run`."""
         return self.run(capture, **self.options)
+
+
+def _check(method: str, name: str, kind: Any, value: Any) -> None:
+    """Refuse a value that is not of an option's kind: whole numbers from 1, other numbers from 0, on or off, words."""
+    allowed = get_args(kind) or (kind,)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = {
+        int: (number and float(value).is_integer() and value >= 1, "a whole number of 1 or more"),
+        float: (number and 0 <= value < float("inf"), "a number of 0 or more"),
+        bool: (isinstance(value, bool), "true or false"),
+        # heads may be numbers or a mapping; they are read with the layer's own count
+        str: (isinstance(value, str) or (name == "heads" and value is not None), "a word"),
+        type(None): (value is None, "none"),
+    }
+    wanted = [fits[one] for one in allowed if one in fits]
+    if not any(fit for fit, _ in wanted):
+        raise UserError(f"{method}.{name}={value}: expected {' or '.join(text for _, text in wanted)}")
 
 
 def parse_option(text: str) -> tuple[str, Any]:
@@ -116,6 +135,7 @@ def pick_heads(maps: Tensor, heads: Heads, layer: int) -> Tensor:
         UserError: a head that the model does not have.
     """
     chosen = heads.get(layer, "mean") if isinstance(heads, Mapping) else heads
+    chosen = str(chosen) if isinstance(chosen, int) else chosen
     if isinstance(chosen, str):
         if chosen == "mean":
             return maps.mean(0)

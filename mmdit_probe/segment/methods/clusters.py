@@ -13,9 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmdit_probe.errors import unknown
 from mmdit_probe.segment.methods.base import Method, i2i_part, renorm
 from mmdit_probe.segment.methods.seg4diff import greedy_merge, symmetric_kl
 from mmdit_probe.segment.record import Capture
+
+FEATURES = ("feat_proj", "feat_out")
 
 
 def diffseg(
@@ -62,6 +65,8 @@ def diffcut(
     Features of several layers are normalised and set side by side. Parts are kept as lists of nodes, so that no two of
     them can collide, as sums of labels do in the official code after some 40 cuts.
     """
+    if features not in FEATURES:
+        raise unknown("features", features, FEATURES)
     whole = capture.features(features)  # [I, E]
     h, w = capture.grid
     grid = whole.T.reshape(1, -1, h, w)
