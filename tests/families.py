@@ -284,6 +284,62 @@ def _fibo(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
     return _flux(pooled=False)(batch, grid, lengths) | {"text_encoder_layers": layers}
 
 
+def _flux3(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    inputs = _flux(pooled=False, axes=4)(batch, grid, lengths)
+    references = torch.cat([torch.full((5, 1), 2.0), _ids((1, 5), 4)[:, 1:]], 1)
+    return inputs | {"image_cond_hidden_states": torch.randn(batch, 5, CHANNELS), "image_cond_ids": references}
+
+
+def _framepack(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    def frames(count: int) -> Tensor:
+        return _latents(batch, grid, count)
+
+    def indices(first: int, count: int) -> Tensor:
+        return torch.arange(first, first + count)
+
+    return _hunyuan_video(batch, grid, lengths) | {
+        "image_embeds": torch.randn(batch, 2, TEXT),
+        "indices_latents": indices(7, 2),
+        "latents_clean": frames(1),
+        "indices_latents_clean": indices(6, 1),
+        "latents_history_2x": frames(2),
+        "indices_latents_history_2x": indices(4, 2),
+        "latents_history_4x": frames(4),
+        "indices_latents_history_4x": indices(0, 4),
+    }
+
+
+def _ideogram4(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    image, longest = grid[0] * grid[1], max(lengths)
+    indicator = torch.full((batch, longest + image), 2)
+    for row, length in enumerate(lengths):
+        indicator[row, : longest - length], indicator[row, longest - length : longest] = 0, 3
+    text = torch.arange(longest)[:, None].expand(-1, 3)
+    return {
+        "hidden_states": torch.randn(batch, longest + image, CHANNELS),
+        "encoder_hidden_states": torch.randn(batch, longest + image, TEXT),
+        "timestep": _time(batch, 0.4),
+        "position_ids": torch.cat([text, longest + _ids(grid).long()])[None].expand(batch, -1, -1),
+        "segment_ids": torch.where(indicator == 0, -1, 1),
+        "indicator": indicator,
+    }
+
+
+def _omnigen(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    text, image = max(lengths), grid[0] * grid[1]
+    mask = torch.ones(text + 1 + image, text + 1 + image)
+    mask[: text + 1] = mask[: text + 1].tril()
+    return {
+        "hidden_states": _latents(batch, grid),
+        "timestep": _time(batch, 0.4),
+        "input_ids": torch.randint(1, 16, (batch, text)),
+        "input_img_latents": [torch.randn(1, CHANNELS, 2, 4) for _ in range(batch)],
+        "input_image_sizes": {row: [(2, 4)] for row in range(batch)},
+        "attention_mask": mask.expand(batch, -1, -1),
+        "position_ids": torch.arange(text + 1 + image)[None].expand(batch, -1),
+    }
+
+
 def _pixart(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
     return _plain(batch, grid, lengths) | {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
 
@@ -630,6 +686,71 @@ FIXTURES: dict[str, Fixture] = {
         _motif,
         lengths=(7, 4),
         frames=2,
+    ),
+    "flux3": Fixture(
+        "Flux3Transformer2DModel",
+        {
+            "in_channels": CHANNELS,
+            "cond_in_channels": CHANNELS,
+            "num_layers": 1,
+            "num_single_layers": 2,
+            "attention_head_dim": WIDTH,
+            "num_attention_heads": HEADS,
+            "joint_attention_dim": TEXT,
+            "timestep_channels": 8,
+            "axes_dims_rope": (4, 4, 4, 4),
+        },
+        _flux3,
+    ),
+    "hunyuan_video_framepack": Fixture(
+        "HunyuanVideoFramepackTransformer3DModel",
+        _HUNYUAN
+        | {
+            "num_single_layers": 2,
+            "pooled_projection_dim": POOLED,
+            "guidance_embeds": True,
+            "has_image_proj": True,
+            "image_proj_dim": TEXT,
+            "has_clean_x_embedder": True,
+        },
+        _framepack,
+        lengths=(7, 4),
+        frames=2,
+    ),
+    "ideogram4": Fixture(
+        "Ideogram4Transformer2DModel",
+        {
+            "in_channels": CHANNELS,
+            "num_layers": 2,
+            "attention_head_dim": WIDTH,
+            "num_attention_heads": HEADS,
+            "intermediate_size": 32,
+            "adaln_dim": 8,
+            "llm_features_dim": TEXT,
+            "mrope_section": (3, 3, 2),
+        },
+        _ideogram4,
+        lengths=(7, 4),
+    ),
+    "omnigen": Fixture(
+        "OmniGenTransformer2DModel",
+        {
+            "in_channels": CHANNELS,
+            "patch_size": 2,
+            "hidden_size": 4 * WIDTH,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "intermediate_size": 32,
+            "num_layers": 2,
+            "pad_token_id": 0,
+            "vocab_size": 16,
+            "max_position_embeddings": 64,
+            "original_max_position_embeddings": 64,
+            "pos_embed_max_size": 16,
+            "time_step_dim": 8,
+            "rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8},
+        },
+        _omnigen,
     ),
     "prx": Fixture(
         "PRXTransformer2DModel",

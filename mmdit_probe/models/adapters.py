@@ -3,8 +3,8 @@
     model = load("scenes-sd3", lora="runs/train-magnet/.../lora")
     read_metadata("runs/train-magnet/.../lora")["mmdit_probe"]
 
-The format is diffusers' own, so adapters of other programs load as well. `pipeline.fuse_lora()` merges an adapter into
-the weights and `pipeline.unload_lora_weights()` takes it off: nothing here is needed for either.
+The format is diffusers' own, so adapters of other programs load as well. `pipeline.unload_lora_weights()` takes an
+adapter off; `merge` makes it part of the weights first.
 """
 
 from __future__ import annotations
@@ -63,6 +63,12 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
         logging.set_verbosity(loud)
     if set(getattr(transformer, "peft_config", {})) == before:
         raise UserError(f"LoRA {source!r} has no weights for this transformer; nothing was loaded")
+
+
+def merge(pipeline: Any) -> None:
+    """Make the loaded adapters part of the transformer's weights; nothing of peft is left in it."""
+    pipeline.fuse_lora(components=["transformer"])
+    pipeline.unload_lora_weights()
 
 
 def read_metadata(source: str | Path) -> dict[str, Any]:

@@ -9,7 +9,11 @@ mechanically: classes whose keys change between calls (key-value caches, segment
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
 from typing import Any
+
+import torch
 
 from mmdit_probe.models.arrange import (
     Arrangement,
@@ -63,6 +67,56 @@ def _reordered(*parts: str) -> Any:
         return Arrangement(tuple(found), extent.grid, extent.frames)
 
     return rule
+
+
+def _flux3(inputs: Inputs, config: Any) -> Extent:
+    """Reference images come as an input of their own and follow the image."""
+    references: Any = inputs.get("image_cond_hidden_states")
+    return replace(position_ids(inputs, config), further=0 if references is None else int(references.shape[1]))
+
+
+def _framepack(inputs: Inputs, config: Any) -> Arrangement:
+    """History frames, the frames being made, picture embeddings, text. Text that is masked is hidden, or cut off."""
+    extent = latents(inputs, config)
+    patch = config.patch_size
+    history = 0
+    for name, scale in (("latents_clean", 1), ("latents_history_2x", 2), ("latents_history_4x", 4)):
+        given: Any = inputs.get(name)
+        if given is not None:
+            frames, h, w = given.shape[-3:]
+            sides = (-(-frames // scale), -(-h // (scale * patch)), -(-w // (scale * patch)))
+            history += sides[0] * sides[1] * sides[2]
+    mask: Any = inputs["encoder_attention_mask"]
+    text = int(mask.sum()) if len(mask) == 1 else int(mask.shape[1])
+    before, between = ("other", history), ("other", int(inputs["image_embeds"].shape[1]))
+    return Arrangement(
+        ((before, *extent.image, between, ("text", text)),) * samples(inputs), extent.grid, extent.frames
+    )
+
+
+def _ideogram4(inputs: Inputs, config: Any) -> Arrangement:
+    """One sequence; `indicator` says which of its tokens are text (3) and image (2), the others are padding."""
+    kinds = {2: "image", 3: "text"}
+    found = []
+    for row in inputs["indicator"].cpu():
+        values, counts = torch.unique_consecutive(row, return_counts=True)
+        pairs = zip(values.tolist(), counts.tolist(), strict=True)
+        found.append(tuple((kinds.get(value, "other"), count) for value, count in pairs))
+    places = inputs["position_ids"][0][inputs["indicator"][0] == 2]
+    h, w = (int(places[:, axis].max() - places[:, axis].min()) + 1 for axis in (1, 2))
+    return Arrangement(tuple(found), (h, w))
+
+
+def _omnigen(inputs: Inputs, config: Any) -> Arrangement:
+    """Text, in which reference images have places of their own; one token of the time; the image."""
+    extent, length = latents(inputs, config), int(inputs["input_ids"].shape[1])
+    found = []
+    for row in range(samples(inputs)):
+        references = {p for first, last in inputs["input_image_sizes"].get(row, ()) for p in range(first, last)}
+        kinds = ["other" if position in references else "text" for position in range(length)]
+        runs = tuple((kind, len(list(of))) for kind, of in itertools.groupby(kinds))
+        found.append((*runs, ("other", 1), *extent.image))
+    return Arrangement(tuple(found), extent.grid)
 
 
 def _hidream(inputs: Inputs, config: Any) -> Arrangement:
@@ -157,6 +211,10 @@ ENTRIES: tuple[Family, ...] = (
         default_length=512, encoded=("text", "text ids"), pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
         cell=2, form="packed", distilled=True,
     ),
+    # transformer_flux3.py. Blocks of one modality come first and are no joint attention.
+    Family(
+        "flux3", "Flux3Transformer2DModel", _SINGLE, ("text", "image"), sequence(_flux3, "text", "image"),
+    ),
     # transformer_chroma.py. The mask is an outer product: masked rows see nothing.
     Family(
         "chroma", "ChromaTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
@@ -244,6 +302,11 @@ ENTRIES: tuple[Family, ...] = (
         sequence(latents, "image", "text"), timesteps=1000.0, attention_inputs=_BOTH,
         encoded=("text", "pooled", "mask"),
     ),
+    # transformer_hunyuan_video_framepack.py: frames made before and picture embeddings are neither image nor text.
+    Family(
+        "hunyuan_video_framepack", "HunyuanVideoFramepackTransformer3DModel", (_DOUBLE, _SINGLE),
+        ("other", "image", "other", "text"), _framepack, timesteps=1000.0, encoded=("text", "pooled", "mask"),
+    ),
     # transformer_hunyuanimage.py: text is [ByT5, language model].
     Family(
         "hunyuan_image", "HunyuanImageTransformer2DModel", (_DOUBLE, _SINGLE), ("image", "text"), _reordered("_2", ""),
@@ -297,6 +360,16 @@ ENTRIES: tuple[Family, ...] = (
         sequence(latents, "image", "text", text=("text_bth",)), text_input="text_bth", timesteps=1000.0,
         guidance=_UNCOND_FIRST, streams=(stream("llm", length="tokenizer", padded=False),), encoded=("text",),
         pipelines=("ErnieImagePipeline",),
+    ),
+    # transformer_ideogram4.py: padding, text and image in one sequence; padding attends to padding.
+    Family(
+        "ideogram4", "Ideogram4Transformer2DModel", r"layers\.(\d+)\.attention", ("other", "text", "image"), _ideogram4,
+        clean_timestep=1.0, encoded=("text", "position ids", "segment ids", "indicator"),
+    ),
+    # transformer_omnigen.py: text comes as ids and attends to what precedes it; one token holds the time.
+    Family(
+        "omnigen", "OmniGenTransformer2DModel", r"layers\.(\d+)\.self_attn", ("text", "other", "image"), _omnigen,
+        text_input="input_ids", clean_timestep=1.0,
     ),
     Family(
         "easyanimate", "EasyAnimateTransformer3DModel", _BLOCKS, ("text", "image"),

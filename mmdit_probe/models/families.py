@@ -21,6 +21,8 @@ CROSS_ATTENTION: dict[str, str] = dict.fromkeys(
         "WanTransformer3DModel", "SkyReelsV2Transformer3DModel", "WanVACETransformer3DModel",
         "WanAnimateTransformer3DModel",
         "ChronoEditTransformer3DModel", "Kandinsky5Transformer3DModel", "CosmosTransformer3DModel",
+        "Kandinsky6Transformer3DModel", "HeliosTransformer3DModel", "AnyFlowTransformer3DModel",
+        "AnyFlowFARTransformer3DModel", "DreamLiteTransformer2DModel",
         "AllegroTransformer3DModel", "LatteTransformer3DModel", "HunyuanDiT2DModel", "LuminaNextDiT2DModel",
     ),
     "image tokens attend to each other and to the text in separate softmaxes, so they never compete for one mass",

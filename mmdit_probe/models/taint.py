@@ -32,7 +32,7 @@ from mmdit_probe.models.layout import KINDS
 
 IMAGE_NAMES = ("hidden_states", "x", "sample", "latents", "img")
 TEXT_NAMES = (
-    "encoder_hidden_states", "cap_feats", "text_bth", "text_encoder_layers", "txt", "context", "caption", "text_embeds",
+    "encoder_hidden_states", "input_ids", "cap_feats", "text_bth", "text_encoder_layers", "txt", "context", "caption", "text_embeds",
 )  # fmt: skip
 _THRESHOLD = 1e-5
 """Of a value row's largest change, relative to the largest value of the call."""
@@ -208,9 +208,9 @@ def _evaluating(transformer: nn.Module) -> Iterator[None]:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """The floating-point tensors of an argument that is one, or a list of them."""
+    """The tensors of numbers, or of token ids, of an argument that is one or a list of them."""
     if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
+        return [value] if value.dtype != torch.bool else []
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
 
 
@@ -222,6 +222,8 @@ def _other(inputs: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     def change(value: Any) -> Any:
         if isinstance(value, list | tuple):
             return type(value)(change(item) for item in value)
+        if not value.is_floating_point():
+            return torch.where(value > 0, value - 1, value + 1)  # token ids: the neighbours'
         spread = value.detach().float().std(correction=0).cpu().clamp(min=0.1)
         noise = spread * torch.randn(value.shape, generator=generator)
         return value + noise.to(value.device, value.dtype)
