@@ -42,7 +42,7 @@ def command(
     """Which single tokens take the attention (sinks), what word maps are without them, and outlier channels.
 
     A sink is a key that takes more than ten times the uniform share from image queries. On scenes: how good the maps
-    of the prompt's classes are before and after sinks are removed and the rest renormalised.
+    of the prompt's classes are before and after sinks (but no content words) are removed and the rest renormalised.
     """
     from mmdit_probe.cli.session import check_layers, layers_of, load_model, open_folder, output_of, pictures_of
 
@@ -184,8 +184,8 @@ def _report(folder: Any, output: Any) -> None:
         document["map_quality"] = plain(gain)
         lines.append(quality_rows(gain[gain["head"] == MEAN]))
         lines.append(
-            "maps of the classes that the prompt names, mean over heads, as they are -> with sinks removed and the rest"
-            " renormalised; difference paired over pictures [95 % bootstrap interval]."
+            "maps of the classes that the prompt names, mean over heads, as they are -> with sinks other than words"
+            " removed and the rest renormalised; difference paired over pictures [95 % bootstrap interval]."
         )
     lines += [
         *against,

@@ -5,10 +5,10 @@
     table = map_scores(run[SinkFree], item, model.token_tables([item.caption])[0], layers=range(8))
     improvement(table)                        # per layer: without sinks minus as they are, paired over images
 
-Three ways to read the maps: as they are, with sinks removed and the rest renormalised, and words only (renormalised
-over the prompt's words). Within one head all three have the same winner at every pixel, unless a word is a sink; they
-differ in the mean over heads, after each map is stretched, and in how one word's map ranks the pixels. Not here: what a
-sink is (`observe.sinks`).
+Three ways to read the maps: as they are, with sinks other than words removed and the rest renormalised, and words only
+(renormalised over the prompt's words). Within one head all three have the same winner at every pixel; they differ in
+the mean over heads, after each map is stretched, and in how one word's map ranks the pixels. Not here: what a sink is
+(`observe.sinks`).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ here: masses by kind of token (`observe.mass`).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
@@ -160,8 +161,9 @@ class Channels(Observer):
 class SinkFree(Observer):
     """I2T maps of every text position, as they are and with sinks removed and the rest renormalised, of the last call.
 
-    A sink is a key, image or text, that takes more than `SINK` times the uniform share of a head's image queries; it is
-    removed in that head and sample, and every query's other probabilities are divided by what they sum to.
+    Removed are keys, image or text, that take more than `SINK` times the uniform share of a head's image queries, in
+    that head and sample, content words excepted: a word that draws the image's attention is what maps are for. Every
+    query's other probabilities are divided by what they sum to.
     """
 
     needs: ClassVar[Literal["call", "lse"]] = "lse"
@@ -180,13 +182,27 @@ class SinkFree(Observer):
         masses = exact.column_sums(call, lse, slice(0, layout.total), weights)[:, :, 0]  # [B, H, N]
         sinks = masses > SINK / layout.total
         image, text = layout.positions("image"), layout.positions("text")
+        words = torch.zeros(len(seen.tokens), layout.counts["text"], dtype=torch.bool)
+        for row, table in enumerate(seen.tokens):
+            words[row, table.positions(kind="word")] = True
+        spared = torch.zeros(len(words), layout.total, dtype=torch.bool)
+        spared[:, text] = words
+        sinks &= ~spared[:, None].to(device)
         plain = exact.column_maps(call, lse, text, image)  # [B, H, I, T]
         places = sinks.flatten(0, 1).any(0).nonzero()[:, 0]
         taken = torch.zeros_like(plain[..., 0])
         if len(places):
             there = exact.column_maps(call, lse, places, image)  # [B, H, I, U]
             taken = (there * sinks[:, :, None, places]).sum(-1)
-        clean = plain.masked_fill(sinks[:, :, None, text], 0.0) / (1.0 - taken).clamp(min=1e-6)[..., None]
+        # Masked rather than divided by one minus the removed share, which rounds away where sinks take nearly all.
+        bias = torch.zeros(sinks.shape, device=device).masked_fill_(sinks, float("-inf"))[:, :, None]  # [B, H, 1, N]
+        known = call.additive_mask(torch.float32)
+        bias = (bias if known is None else bias + known).to(call.query.dtype)
+        without = replace(call, attn_mask=bias.expand(*call.query.shape[:3], layout.total))
+        rest = exact.logsumexp(without)
+        if rest is None:
+            raise UserError("maps without sinks need a kernel that gives the log-sum-exp of masked attention")
+        clean = exact.column_maps(without, rest, text, image)
         plain, clean = (maps.unflatten(2, layout.grid).cpu() for maps in (plain, clean))
         self._seen[seen.layer.index] = (plain, clean, taken.mean(-1).cpu())
 

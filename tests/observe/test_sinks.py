@@ -12,6 +12,7 @@ import torch
 
 from mmdit_probe import probe
 from mmdit_probe.cli.app import main
+from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.sinks import SINK, Channels, KeyMass, SinkFree, top_keys, without_sinks
 from tests import tiny
 from tests.observe.oracle import attentions
@@ -82,20 +83,21 @@ def test_removing_sinks_keeps_the_winner() -> None:
 def test_maps_without_sinks_are_the_softmax_without_those_keys(pipe: Any) -> None:
     with torch.no_grad():  # one text token that every image query attends to
         for block in pipe.transformer.transformer_blocks:
-            block.attn.to_q.bias += 4.0
-            block.attn.add_k_proj.weight *= 2.0
+            block.attn.to_q.bias += 6.0
+            block.attn.add_k_proj.weight *= 3.0
     dense = attentions(lambda: sample(pipe), N)
     with probe(pipe, SinkFree()) as run:
         sample(pipe)
-    removed = 0
+    removed, words = 0, [IMAGE + p for p in MMDiT(pipe).token_tables(["a red ring"])[0].positions(kind="word")]
     for layer in range(tiny.LAYERS):
         seen = dense[layer][0][:, :IMAGE].float()  # [H, I, N]
         sinks = seen.mean(1) > SINK / N  # [H, N]
+        sinks[:, words] = False
         removed += int(sinks.sum())
         left = seen.masked_fill(sinks[:, None], 0.0)
         expected = (left / left.sum(-1, keepdim=True))[..., IMAGE:]
         plain, clean = (maps[0].flatten(1, 2) for maps in run[SinkFree].maps(layer))
-        assert torch.allclose(plain, seen[..., IMAGE:], atol=1e-6)
+        assert torch.allclose(plain, seen[..., IMAGE:], atol=1e-4)
         assert torch.allclose(clean, expected, atol=1e-4)
         share = (seen * sinks[:, None]).sum(-1).mean(-1)
         assert torch.allclose(run[SinkFree].removed(layer)[0], share, atol=1e-5)
