@@ -129,6 +129,12 @@ def watch(module: nn.Module, handler: Transform | Recorder | Edit, stage: Stage)
     return detach
 
 
+def sole_output(module: nn.Module) -> bool:
+    """Whether one handler at most computes this module's attention output, so that what follows it is the kernel."""
+    watcher = module.__dict__.get(_Watcher.ATTRIBUTE)
+    return watcher is None or len(watcher.handlers["output"]) <= 1
+
+
 _SUSPENDED: list[bool] = []
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.attention.intercept import ModuleCall, Stage
+from mmdit_probe.attention.intercept import ModuleCall, Stage, sole_output
 from mmdit_probe.errors import RunError, UserError, unknown
 from mmdit_probe.models.layout import Layer, Layout, Places
 from mmdit_probe.models.tokens import KINDS, TokenTable
@@ -91,6 +91,8 @@ class Edit:
     renormalise: bool = False
 
     stage: ClassVar[Stage] = "output"
+    by_rows: ClassVar[bool] = False
+    """Whether `attend` treats every query by itself, so that it can be asked for the addressed ones alone."""
 
     def __post_init__(self) -> None:
         for modality in (self.query, self.key):
@@ -152,7 +154,13 @@ class Handler:
         hidden = hidden_keys(call)
         if places is None:
             place = self._place(call, layout, samples, hidden)
-            return proceed(call) if place is None else self._replaced(call, place, proceed)
+            if place is None:
+                return proceed(call)
+            rows = layout.positions(edit.query)
+            every = bool(place.rows.all() and place.heads.all()) and edit.by_rows and not call.is_causal
+            if every and isinstance(rows, slice) and sole_output(module_call.module):
+                return _spliced(edit, call, place, proceed, rows)
+            return self._replaced(call, place, proceed)
         # The edit sees every sample in one order; the kernel, and edits after this one, see the model's own.
         moved = Places(places.keys[samples], places.queries[samples])
         ordered = canonical_call(call, moved)
@@ -207,6 +215,24 @@ class Handler:
         device = call.query.device
         rows, chosen, queries, keys = (tensor.to(device) for tensor in (rows.expand(batch), chosen, queries, keys))
         return Place(layout, rows, chosen, queries, keys, tables)
+
+
+def _spliced(edit: Edit, call: SDPACall, place: Place, proceed: Proceed, rows: slice) -> Tensor:
+    """The edit where all samples and heads are concerned: each query is computed once, edited or stock.
+
+    So the cost is that of one attention call. A kernel gives the same bits for a query with fewer others beside it
+    (checked on CPU; on a GPU it may choose another split of the keys, and then differs in the last bit).
+    """
+    parts = []
+    for part in (slice(0, rows.start), rows, slice(rows.stop, call.query.shape[-2])):
+        if part.stop > part.start:
+            mask = call.attn_mask
+            if mask is not None and mask.ndim > 1 and mask.shape[-2] > 1:
+                mask = mask[..., part, :]
+            of_part = replace(call, query=call.query[:, :, part], attn_mask=mask)
+            output = edited(edit, of_part, place, proceed) if part is rows else proceed(of_part)
+            parts.append(output.transpose(1, 2))  # as kernels lay it out
+    return torch.cat(parts, 1).transpose(1, 2)
 
 
 def edited(edit: Edit, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:

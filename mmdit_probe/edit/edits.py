@@ -31,6 +31,8 @@ WHERE: tuple[Where, ...] = ("probabilities", "logits")
 class KeyMix(Edit):
     """Base of edits that mix keys: `matrix` [n, n] acts on the n selected keys of one sample, in their order."""
 
+    by_rows = True
+
     def matrix(self, place: Place, row: int) -> Tensor:
         """The map on the selected keys of sample `row`: new probabilities = matrix @ old ones. [n, n] float64."""
         raise NotImplementedError

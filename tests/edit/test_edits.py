@@ -10,6 +10,7 @@ import torch
 
 from mmdit_probe import AttentionMass, probe
 from mmdit_probe.attention import reference
+from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.edit import Blur, EqualBudget, GridBlur, Mean, Scale, Swap
 from mmdit_probe.edit.base import Edit
 from mmdit_probe.edit.mixing import blur_matrix, taps
@@ -273,3 +274,23 @@ def test_bad_edits_are_refused_when_made(make: Any, message: str) -> None:
 def test_unknown_streams_name_those_there_are(pipe: Any) -> None:
     with probe(pipe, edits=Blur(streams=("clip3",))), pytest.raises(UserError, match="clip"):
         sample(pipe)
+
+
+def test_whole_rows_are_computed_once_and_like_the_addressed_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One attention call's worth of queries; the text rows and the edited ones have the bits of the slower way."""
+    asked: list[int] = []
+    stock = SDPACall.stock
+
+    def counted(call: SDPACall) -> torch.Tensor:
+        asked.append(call.query.shape[-2])
+        return stock(call)
+
+    monkeypatch.setattr(SDPACall, "stock", counted)
+    blur = Blur("image", "text", layers=[LAYER])
+    spliced = under(blur)
+    assert sorted(asked) == sorted([IMAGE, T])
+    asked.clear()
+    monkeypatch.setattr(Blur, "by_rows", False)
+    whole = under(blur)
+    assert asked == [IMAGE + T] * 2
+    assert torch.equal(spliced.output, whole.output)
