@@ -32,7 +32,8 @@ from mmdit_probe.models.layout import KINDS
 
 IMAGE_NAMES = ("hidden_states", "x", "sample", "latents", "img")
 TEXT_NAMES = (
-    "encoder_hidden_states", "input_ids", "cap_feats", "text_bth", "text_encoder_layers", "txt", "context", "caption", "text_embeds",
+    "encoder_hidden_states", "input_ids", "cap_feats", "text_bth", "text_encoder_layers", "txt", "context", "caption",
+    "text_embeds",
 )  # fmt: skip
 _THRESHOLD = 1e-5
 """Of a value row's largest change, relative to the largest value of the call."""
