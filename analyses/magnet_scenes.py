@@ -44,6 +44,7 @@ from mmdit_probe.magnet.data import Data
 from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.trainer import TrainResult, Watch
 from mmdit_probe.magnet.validation import readouts, validate
+from mmdit_probe.models.adapters import merge
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results.folder import short_hash
 from mmdit_probe.scenes import CLASSES, load_parser, scene
@@ -80,8 +81,7 @@ class Plan:
         """The model with an adapter merged into it; for pictures in `precision`."""
         model = load(MODEL, device=self.device, dtype="float32", lora=lora)
         if lora is not None:
-            model.pipeline.fuse_lora(components=["transformer"])
-            model.pipeline.unload_lora_weights()
+            merge(model.pipeline)
         if pictures and self.precision != "float32":
             model.pipeline.to(getattr(torch, self.precision))
         return model

@@ -93,6 +93,8 @@ def train(
         UserError: data or options do not fit the model. RunError: the loss is not finite.
     """
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import wait_for_everyone
 
     watch = watch or Watch()
     if model.family.name != "sd3":
@@ -102,6 +104,9 @@ def train(
     check(data, model, config.alignment)
     if getattr(unwrap(model.transformer), "peft_config", None):
         raise UserError(f"{model.name} has an adapter already; merge it (pipeline.fuse_lora) or load the base model")
+    if config.precision == "fp16" and model.device.type == "cpu":
+        raise UserError("precision fp16 needs a GPU; on a CPU train with bf16 or no")
+    foreign = bool(AcceleratorState._shared_state)
     accelerator = Accelerator(mixed_precision=config.precision, cpu=model.device.type == "cpu")
     if accelerator.device.type != "cpu" and model.device != accelerator.device:
         model.pipeline.to(accelerator.device)
@@ -129,10 +134,13 @@ def train(
         loop.run(advance)
     finally:
         accelerator.unwrap_model(loop.wrapped, keep_fp32_wrapper=False)
+        if not foreign:
+            # The precision is process-wide in accelerate: without this the next training could not have another one.
+            AcceleratorState._reset_state()
     if folder is not None and not folder.complete:
         # Nothing that was measured is lost: loss curve, validations and memory stay with the adapter.
         folder.finish(steps=loop.step, final=loop.log[-1] if loop.log else {})
-    accelerator.wait_for_everyone()
+    wait_for_everyone()
     return TrainResult(path, path / "lora", pd.DataFrame(loop.log), pd.DataFrame(loop.validations))
 
 
