@@ -124,8 +124,10 @@ def best(table: pd.DataFrame) -> pd.Series:
     return runs.loc[runs["miou"].idxmax()]
 
 
-def choose(bench: Bench, log: list[pd.DataFrame]) -> tuple[Setting, dict[str, dict[str, Any]]]:
-    """The setting of seg4diff, and the options of every other method at the same layers and noise level."""
+def choose(
+    bench: Bench, log: list[pd.DataFrame]
+) -> tuple[Setting, dict[str, dict[str, Any]], dict[int, tuple[int, ...]]]:
+    """The setting of seg4diff, the options of every method at the same layers and noise level, and the good heads."""
 
     def measure(step: str, found: Mapping[str, Setting]) -> tuple[pd.DataFrame, dict[str, ImageCounts]]:
         tables, counts = [], {}
@@ -198,7 +200,7 @@ def choose(bench: Bench, log: list[pd.DataFrame]) -> tuple[Setting, dict[str, di
     options["seg4diff"] = now.method_options("seg4diff")
     for of_method in options.values():
         of_method.pop("heads", None)  # they are the selection's
-    return now, options
+    return now, options, kept
 
 
 def _if_better(
@@ -210,7 +212,7 @@ def _if_better(
     return others[max(sure, key=lambda name: sure[name][0])] if sure else now
 
 
-def gains(bench: Bench, chosen: Setting) -> pd.DataFrame:
+def gains(bench: Bench, chosen: Setting, good: Mapping[int, tuple[int, ...]]) -> pd.DataFrame:
     """What each step is worth on other images: mIoU before and after, gain with its paired interval.
 
     Grid and pixel steps are added to plain or scaled maps; heads, weights and fused forwards are put in
@@ -220,7 +222,6 @@ def gains(bench: Bench, chosen: Setting) -> pd.DataFrame:
     scaled = replace(plain, refine="centre")
     sigma = plain.sigmas[0]
     three = tuple(round(sigma + step, 3) for step in (-0.1, 0.0, 0.1) if sigma + step > 0)
-    heads = chosen.heads or dict.fromkeys(chosen.layers, (0,))
     pairs: list[tuple[str, Setting, Setting]] = [
         ("scale of each map: centre", replace(plain, refine="none"), scaled),
         ("scale of each map: minmax", replace(plain, refine="none"), replace(plain, refine="minmax")),
@@ -236,8 +237,7 @@ def gains(bench: Bench, chosen: Setting) -> pd.DataFrame:
          replace(plain, refine="centre+regions+pamr:40")),
         ("several layers instead of the best one", replace(plain, layers=chosen.layers[:1], weights=None, heads=None),
          replace(plain, heads=None)),
-        ("heads chosen on the training scenes" if chosen.heads else "head 0 of each layer alone",
-         replace(plain, heads=None), replace(plain, heads=heads)),
+        ("the good heads of each layer instead of all", replace(plain, heads=None), replace(plain, heads=good)),
         ("4 noise seeds averaged", plain, replace(plain, seeds=4)),
         ("3 noise levels averaged", plain, replace(plain, sigmas=three)),
     ]  # fmt: skip
@@ -278,7 +278,7 @@ def main() -> None:
     }  # fmt: skip
     folder = RunFolder.open(NAME, request)
     log: list[pd.DataFrame] = []
-    chosen, of_methods = choose(Bench(captures, options.split, options.n), log)
+    chosen, of_methods, good = choose(Bench(captures, options.split, options.n), log)
     rows = pd.concat(log, ignore_index=True)
     selection = LayerSelection(
         model.name, model.weight_hash, chosen.layers,
@@ -291,7 +291,7 @@ def main() -> None:
         "refine": chosen.refine, "options": of_methods, "chosen_on": options.split, "n": options.n,
         "model": model.name, "weight_hash": model.weight_hash,
     }  # fmt: skip
-    table = gains(Bench(captures, options.report, options.report_n), chosen)
+    table = gains(Bench(captures, options.report, options.report_n), chosen, good)
     options.out.mkdir(parents=True, exist_ok=True)
     for place in (folder.path, options.out):
         selection.save(place / "selection.json")
