@@ -19,7 +19,7 @@ from mmdit_probe.results import read_table
 
 COMMAND = "perturb"
 OUTCOMES = ("facts", "clip_t", "clip_i", "dino", "change")
-ARGUMENTS = ("--limit", "20", "--batch", "10", "--control", "budget")
+ARGUMENTS = ("--limit", "16", "--batch", "8", "--control", "budget")
 
 
 def main() -> None:
