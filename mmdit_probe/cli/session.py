@@ -289,6 +289,6 @@ def report_controls(
     failed, undecided = (int((part["verdict"] == verdict).sum()) for verdict in (NOT_ABOVE, TOO_FEW))
     verdict = f"{failed} of {len(part)} comparisons are not above their control."
     if undecided:
-        verdict = f"{undecided} of {len(part)} comparisons have fewer than {FEWEST} items: they decide nothing."
+        verdict += f" {undecided} have fewer than {FEWEST} items, which decides nothing."
     (folder.path / f"{stem}_controls.md").write_text("\n".join([claimed, "", *lines, "", verdict, ""]), "utf-8")
     return [table, claimed, verdict]
