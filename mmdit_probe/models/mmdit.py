@@ -108,7 +108,8 @@ class MMDiT:
 
     @property
     def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
+        """Where the model runs; its weights may lie elsewhere (CPU offload)."""
+        return torch.device(self.pipeline._execution_device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -44,6 +44,61 @@ def test_a_compiled_model_is_probed_whole() -> None:
     assert set(after[AttentionMass].table().layer) == {1}
 
 
+@pytest.mark.parametrize("name", ["qwen_image", "lumina2"])
+def test_masked_and_packed_families_are_probed_whole_when_compiled(name: str) -> None:
+    torch.compiler.reset()
+    model, inputs = FIXTURES[name].build(num_layers=1), FIXTURES[name].inputs()
+    whole = model
+    if (
+        name == "lumina2"
+    ):  # its rotary embedding counts tokens in Python: no graph of the whole model, with or without us
+        whole = model.layers[0]
+    stock, plain = run(model, inputs), masses(model, inputs)
+    with probe(model, AttentionMass()) as before:
+        whole.compile(fullgraph=True, backend="eager")
+        seen = run(model, inputs)
+    torch.testing.assert_close(seen, stock, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(before[AttentionMass].table().mass.to_numpy()), plain, atol=1e-6, rtol=0)
+    torch.testing.assert_close(masses(model, inputs), plain, atol=1e-6, rtol=0)
+    torch.testing.assert_close(run(model, inputs), stock, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("first", ["probe", "compile"])
+def test_compiled_repeated_blocks_are_each_seen(first: str) -> None:
+    torch.compiler.reset()
+    model, inputs = FIXTURES["flux"].build(), FIXTURES["flux"].inputs()
+    stock, plain = run(model, inputs), masses(model, inputs)
+    options = {"fullgraph": True, "backend": "eager"}
+    if first == "compile":
+        model.compile_repeated_blocks(**options)
+        run(model, inputs)
+    with probe(model, AttentionMass()) as watched:
+        if first == "probe":
+            model.compile_repeated_blocks(**options)
+        seen = run(model, inputs)
+    torch.testing.assert_close(seen, stock, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(watched[AttentionMass].table().mass.to_numpy()), plain, atol=1e-6, rtol=0)
+    torch.testing.assert_close(run(model, inputs), stock, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("first", ["probe", "offload"])
+def test_weights_that_are_offloaded_to_the_cpu(first: str) -> None:
+    from accelerate import cpu_offload
+
+    model, inputs = FIXTURES["flux"].build(), FIXTURES["flux"].inputs()
+    stock, plain = run(model, inputs), masses(model, inputs)
+    if first == "offload":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert next(model.parameters()).device.type == "meta"
+        found = masses(model, inputs)
+    else:
+        with probe(model, AttentionMass()) as watched:
+            cpu_offload(model, execution_device=torch.device("cpu"))
+            assert torch.equal(run(model, inputs), stock)
+        found = torch.tensor(watched[AttentionMass].table().mass.to_numpy())
+    assert torch.equal(found, plain) and torch.equal(run(model, inputs), stock)
+
+
 def test_a_compiled_model_has_its_gradient_under_the_probe() -> None:
     torch.compiler.reset()
     model, inputs = FIXTURES["sd3"].build(num_layers=1), FIXTURES["sd3"].inputs()
@@ -91,6 +146,12 @@ def test_fused_projections_give_the_same_masses(name: str) -> None:
     model.fuse_qkv_projections()
     assert model.transformer_blocks[0].attn.fused_projections
     torch.testing.assert_close(masses(model, inputs), plain, atol=1e-6, rtol=0)
+    model.unfuse_qkv_projections()
+    with probe(model, AttentionMass()) as watched:
+        model.fuse_qkv_projections()
+        run(model, inputs)
+    found = torch.tensor(watched[AttentionMass].table().mass.to_numpy())
+    torch.testing.assert_close(found, plain, atol=1e-6, rtol=0)
 
 
 def test_probes_nest_and_each_has_its_own_layers() -> None:
