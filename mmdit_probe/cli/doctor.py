@@ -1,13 +1,24 @@
-"""`mmdit-probe doctor`: versions, device, the attention kernel that runs, and whether it gives its log-sum-exp."""
+"""`mmdit-probe doctor`: versions, device, the attention kernel that runs, and whether it gives its log-sum-exp.
+
+mmdit-probe doctor --deep --device cuda      # every kernel of the device against float64; exit code 1 if one is off
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from mmdit_probe.cli.options import Debug, Device, Json, Quiet
 
+Deep = Annotated[
+    bool, typer.Option("--deep", help="Check log-sum-exp, masses and maps of every attention kernel against float64.")
+]
 
-def command(device: Device = "auto", as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
+
+def command(
+    device: Device = "auto", deep: Deep = False, as_json: Json = False, quiet: Quiet = False, debug: Debug = False
+) -> None:
     """Print versions, devices, attention kernels and what the engine will do with them."""
     from rich.table import Table
 
@@ -29,7 +40,46 @@ def command(device: Device = "auto", as_json: Json = False, quiet: Quiet = False
     for row in report["kernels"]:
         kernels.add_row(row["dtype"], row["kernel"], "available" if row["logsumexp"] else "no", row["route"])
     found = ", ".join(report["embedded_models"]) or "none found"
-    output.result(report, [versions, kernels, f"embedded models: {found}", f"platform: {report['platform']}"])
+    parts: list[Any] = [versions, kernels, f"embedded models: {found}", f"platform: {report['platform']}"]
+    if deep:
+        report["parity"] = parity(report["device"], output)
+        parts += _parity_table(report["parity"])
+    output.result(report, parts)
+    if deep and any(row["status"] == "fail" for row in report["parity"]):
+        raise typer.Exit(1)
+
+
+def parity(device: str, output: Any) -> list[dict[str, Any]]:
+    """Every kernel, precision and case of `attention.parity` on a device."""
+    from mmdit_probe.attention import parity
+
+    count = len(parity.KERNELS.get(device.split(":")[0], ("native", parity.INDICATOR)))
+    found = []
+    with output.progress("kernels", total=count * len(parity.DTYPES) * len(parity.CASES)) as advance:
+        for row in parity.rows(device):
+            found.append(row)
+            advance()
+    return found
+
+
+def _parity_table(found: list[dict[str, Any]]) -> list[Any]:
+    from rich.table import Table
+
+    from mmdit_probe.attention.parity import LIMITS, summary
+
+    table = Table(title="largest errors against float64, by kernel", title_justify="left")
+    for column in ("kernel", "dtype", "log-sum-exp", "mean mass", "map", "passed", "failed", "not run", "remark"):
+        table.add_column(column)
+    for row in summary(found):
+        errors = ["-" if row[name] is None else f"{row[name]:.1e}" for name in ("lse", "mass", "map")]
+        counts = [str(row[status]) for status in ("pass", "fail", "unavailable")]
+        table.add_row(row["kernel"], row["dtype"], *errors, *counts, row["remark"])
+    limits = "; ".join(
+        f"{dtype}: log-sum-exp {of['lse']:.0e}, mean mass {of['mass']:.0e}, map {of['map']:.0e}"
+        for dtype, of in LIMITS.items()
+    )
+    failed = sum(row["status"] == "fail" for row in found)
+    return [table, f"limits: {limits}", f"{failed} checks failed" if failed else "all checks passed"]
 
 
 def kernel_report(device: str, dtype: str) -> dict[str, Any]:
