@@ -22,19 +22,8 @@ from mmdit_probe.results import read_table
 from mmdit_probe.results.folder import read_record
 
 COMMAND = "generate"
-ARGUMENTS = (
-    "--perturb-layers",
-    "all",
-    "--each",
-    "--perturb-scale",
-    "2,4",
-    "--guidance",
-    "1",
-    "--limit",
-    "12",
-    "--batch",
-    "12",
-)
+ARGUMENTS = ("--perturb-layers", "all", "--each", "--perturb-scale", "2,4", "--guidance", "1", "--limit", "10",
+             "--batch", "10")  # fmt: skip
 ROWS = 6
 
 

@@ -81,7 +81,7 @@ def measured(options: argparse.Namespace) -> Path:
     prompts = options.prompt or (scene_prompts() if options.model in assets.names() else list(PHOTO))
     pictures = scene_pictures() if options.model in assets.names() and not options.prompt else None
     request = {
-        "model": model.name, "weight_hash": model.weight_hash, "prompts": prompts, "layers": layers,
+        "model": model.name, "weight_hash": model.weight_hash, "prompts": prompts, "layers": layers, "sigma": SIGMA,
         "steps": options.steps, "seed": options.seed, "pictures": 2 if pictures else 1,
     }  # fmt: skip
     folder = RunFolder.open(COMMAND, request, resume=not options.fresh)
