@@ -107,6 +107,9 @@ def command(
     refine: Annotated[str, typer.Option(help="Refinement of the model's own masks.")] = "affinity",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 100,
     model: Model = DEFAULT_MODEL,
+    lora: Annotated[
+        Path | None, typer.Option(help="Adapter that is merged into the model before the new one is trained on it.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -125,6 +128,7 @@ def command(
     from mmdit_probe.cli.output import Output
     from mmdit_probe.cli.session import open_model
     from mmdit_probe.errors import UserError, unknown
+    from mmdit_probe.models.adapters import merge
     from mmdit_probe.segment.settings import selected
     from mmdit_probe.specs import layer_indices
 
@@ -135,7 +139,9 @@ def command(
     chosen, *_ = selected(selection, layers, None)
     if chosen is None:
         raise UserError("which layers' maps are to be aligned? Give --layers 9, or --selection from select-layers")
-    loaded = open_model(model, debug=debug, device=device, dtype=dtype)
+    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype)
+    if lora is not None:
+        merge(loaded.pipeline)
 
     from mmdit_probe.magnet.config import MagnetConfig
     from mmdit_probe.magnet.losses import LossWeights

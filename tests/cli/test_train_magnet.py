@@ -43,6 +43,34 @@ def test_a_folder_trains_and_the_adapter_loads(tiny_directory: Path, capfd: pyte
     assert json.loads(Path("budget/run.json").read_text())["model"]["id"].endswith("+run/lora")
 
 
+def test_an_adapter_goes_on_from_another_one_merged(tiny_directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The second training starts from the first one's model, and its run says so."""
+    model = ["--model", str(tiny_directory)]
+    folder(Path("data"))
+    asked = ["train-magnet", "--data", "data", *model, *QUICK[:-2]]
+    assert run(*asked, "--rate", "0.05", "--out", "first") == 0, capfd.readouterr().err
+    assert run(*asked, "--lora", "first/lora", "--out", "second") == 0, capfd.readouterr().err
+    first, second = (json.loads(Path(name, "run.json").read_text())["request"]["model"] for name in ("first", "second"))
+    assert second["id"].endswith("+first/lora")
+    assert second["weight_hash"] != first["weight_hash"]
+
+
+def test_every_command_on_a_model_takes_an_adapter() -> None:
+    import typer
+
+    from mmdit_probe.cli import scenes
+    from mmdit_probe.cli.app import app
+
+    def options(command: object) -> set[str]:
+        return {name for one in command.params for name in one.opts}  # type: ignore[attr-defined]
+
+    commands = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    commands |= typer.main.get_command(scenes.app).commands  # type: ignore[attr-defined]
+    on_a_model = {name for name, one in commands.items() if "--model" in options(one)}
+    assert len(on_a_model) > 10
+    assert [name for name in sorted(on_a_model) if "--lora" not in options(commands[name])] == []
+
+
 def test_refusals(tiny_directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = ["--model", str(tiny_directory)]
     for arguments, words in (
