@@ -1,11 +1,12 @@
 """How the cost of observing and editing grows with the image: time and peak memory at 1024, 4096 and 9216 image tokens.
 
-    python benchmarks/scaling.py                                    # writes benchmarks/results/scaling.{json,png}
-    python benchmarks/scaling.py --device cuda --dtype bfloat16     # benchmarks/results/scaling-cuda.{json,png}
+    python benchmarks/scaling.py                                    # benchmarks/results/scaling.{json,md,png,pdf}
+    python benchmarks/scaling.py --device cuda                      # benchmarks/results/scaling-cuda.*
     python benchmarks/scaling.py --blocks flux --tokens 1024 --rounds 3 --no-write
 
 Blocks of the real sizes with random weights: two of SD3-medium (24 heads x 64, 333 text tokens) and one double and one
-single of Flux.1 (24 heads x 128, 512 text tokens), batch 1. Ways, against the stock forward of the same round:
+single of Flux.1 (24 heads x 128, 512 text tokens), batch 1, bfloat16 unless told otherwise. Ways, against the stock
+forward of the same round:
 
     masses      AttentionMass                     target 1.05
     norms       AttentionMass and ValueNorm       target 1.05
@@ -14,19 +15,23 @@ single of Flux.1 (24 heads x 128, 512 text tokens), batch 1. Ways, against the s
     blur        text-axis blur of I2T             target 1.05
     explicit    softmax(q k^T) held in float32    what is usually done; left out where it does not fit
 
-Memory is the peak of a process of its own for each way (CUDA: peak allocation), because a peak never comes down.
+Times are taken in turns (CUDA: device events), ratios are medians of per-round ratios. Peak memory is that of a first,
+untimed forward of each way: the peak allocation on CUDA, elsewhere the peak resident set, which Linux can reset (where
+it cannot, memory is left out). A cell (blocks, tokens, dtype) that the result file has is not measured again, so a
+stopped run goes on; `--fresh` measures anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import json
 import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -134,78 +139,160 @@ def fits(way: str, blocks: str, tokens: int, device: str, heads: int = 24) -> bo
     return needed < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def timings(blocks: str, tokens: int, dtype: str, device: str, rounds: int, heads: int = 24) -> dict[str, list[float]]:
-    """Seconds per forward, `rounds` for each way that fits, in turns; a first round warms up."""
+def peak(forward: Callable[[], Any], device: str) -> int | None:
+    """Peak memory in bytes while `forward` runs; None where the system cannot tell."""
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        forward()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier forwards freed is not this one's
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    except (OSError, AttributeError):
+        return None
+    forward()
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
+def measure(blocks: str, tokens: int, dtype: str, device: str, rounds: int, heads: int = 24) -> list[dict[str, Any]]:
+    """One row for every way that fits: median seconds, time and peak memory against stock."""
     transformer, forward = build(blocks, tokens, dtype, device, heads)
     ways = [way for way in WAYS if fits(way, blocks, tokens, device, heads)]
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for turn in range(rounds + 1):
+    peaks: dict[str, int | None] = {}
+    forward()  # what only a first forward allocates is no way's own
+    for way in ways:
+        with attached(way, transformer):
+            peaks[way] = peak(forward, device)
+    for turn in range(rounds):
         first = turn % len(ways)
         for way in ways[first:] + ways[:first]:
             with attached(way, transformer):
                 seconds[way].append(timed(forward, device))
-    return {way: values[1:] for way, values in seconds.items()}
+    cell = {"blocks": blocks, "image_tokens": tokens, "text_tokens": TEXT[blocks], "dtype": dtype, "rounds": rounds}
+    return [cell | row for row in ratios(seconds, peaks)]
 
 
-def peak_of_this_process(blocks: str, tokens: int, dtype: str, device: str, way: str) -> int:
-    """Peak memory in bytes of two forwards of one way."""
-    from mmdit_probe.results import peak_memory
-
-    transformer, forward = build(blocks, tokens, dtype, device)
-    with attached(way, transformer):
-        for _ in range(2):
-            forward()
-    return int(peak_memory()["cuda" if device.startswith("cuda") else "resident"])
-
-
-def memory(blocks: str, tokens: int, dtype: str, device: str, way: str) -> int:
-    """`peak_of_this_process`, in a new process."""
-    arguments = ["--blocks", blocks, "--tokens", str(tokens), "--dtype", dtype, "--device", device, "--worker", way]
-    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
-    return int(json.loads(done.stdout.splitlines()[-1]))
-
-
-def measure(blocks: str, tokens: int, dtype: str, device: str, rounds: int) -> list[dict[str, Any]]:
-    """One row for every way: median seconds, time and peak memory against stock."""
-    seconds = timings(blocks, tokens, dtype, device, rounds)
-    peaks = {way: memory(blocks, tokens, dtype, device, way) for way in seconds}
+def ratios(seconds: dict[str, list[float]], peaks: dict[str, int | None]) -> list[dict[str, Any]]:
+    """Per way: median seconds, what it adds to stock, the ratios, and whether each target is met."""
     rows = []
+    stock = peaks["stock"]
     for way, values in seconds.items():
-        ratios = [mine / stock for mine, stock in zip(values, seconds["stock"], strict=True)]
+        of_round = [mine / base for mine, base in zip(values, seconds["stock"], strict=True)]
+        added = [mine - base for mine, base in zip(values, seconds["stock"], strict=True)]
+        own, target = peaks[way], TARGETS.get(way)
+        memory = None if own is None or stock is None else own / stock
+        time_ratio = statistics.median(of_round)
         rows.append(
             {
-                "blocks": blocks, "image_tokens": tokens, "text_tokens": TEXT[blocks], "dtype": dtype, "way": way,
-                "seconds": statistics.median(values), "time_ratio": statistics.median(ratios),
-                "time_ratio_quartiles": statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else None,
-                "peak_bytes": peaks[way], "peak_ratio": peaks[way] / peaks["stock"], "target": TARGETS.get(way),
+                "way": way, "seconds": statistics.median(values), "added_seconds": statistics.median(added),
+                "time_ratio": time_ratio, "time_ratio_range": [min(of_round), max(of_round)], "peak_bytes": own,
+                "peak_ratio": memory, "target": target, "time_met": None if target is None else time_ratio <= target,
+                "memory_met": None if target is None or memory is None else memory <= target,
             }
         )  # fmt: skip
     return rows
 
 
+def growth(rows: list[dict[str, Any]], blocks: str, dtype: str, way: str, key: str) -> float | None:
+    """Exponent p of value ~ (image tokens) ** p between the smallest and the largest image; None of one size."""
+    mine = (row for row in rows if (row["blocks"], row["dtype"], row["way"]) == (blocks, dtype, way))
+    points = sorted((row["image_tokens"], row[key]) for row in mine if row[key] and row[key] > 0)
+    if len(points) < 2:
+        return None
+    (n, low), (m, high) = points[0], points[-1]
+    return math.log(high / low) / math.log(m / n)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    rows = report["rows"]
+    missed = [row for row in rows if row["time_met"] is False or row["memory_met"] is False]
+    judged = sum(row["target"] is not None for row in rows)
+    lines = [
+        "# Cost of observing and editing at real block sizes",
+        "",
+        "Made by `python benchmarks/scaling.py`, which says what the ways are.",
+        f"{report['machine']}, torch {report['torch']}, {report['threads']} threads.",
+        "Ratios are against the stock forward of the same round, median over rounds (range in brackets).",
+        "",
+        f"Targets: {judged - len(missed)} of {judged} cells met in time and memory."
+        + ("" if not missed else " Missed: " + ", ".join(_cell(row) for row in missed) + "."),
+        "",
+        "| blocks | dtype | image tokens | way | s / forward | added s | time ratio | peak ratio | target | |",
+        "|-|-|-:|-|-:|-:|-:|-:|-:|-|",
+    ]
+    for row in rows:
+        low, high = row["time_ratio_range"]
+        memory = "-" if row["peak_ratio"] is None else f"{row['peak_ratio']:.3f}"
+        target = "" if row["target"] is None else f"{row['target']:.2f}"
+        verdict = "" if row["target"] is None else "missed" if row in missed else "met"
+        cells = (
+            row["blocks"], row["dtype"], str(row["image_tokens"]), row["way"], f"{row['seconds']:.3f}",
+            f"{row['added_seconds']:.4f}", f"{row['time_ratio']:.3f} [{low:.3f}, {high:.3f}]", memory, target, verdict,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "Growth: exponent p of seconds ~ (image tokens) ** p, smallest to largest image.", ""]
+    lines += ["| blocks | dtype | way | whole forward | what the way adds |", "|-|-|-|-:|-:|"]
+    for blocks, dtype in dict.fromkeys((row["blocks"], row["dtype"]) for row in rows):
+        for way in WAYS:
+            whole, added = (growth(rows, blocks, dtype, way, key) for key in ("seconds", "added_seconds"))
+            if whole is not None:
+                shown = "-" if added is None or way == "stock" else f"{added:.2f}"
+                lines.append(f"| {blocks} | {dtype} | {way} | {whole:.2f} | {shown} |")
+    absent = report["skipped"]
+    lines += ["", *(f"* {text}" for text in absent)] if absent else []
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    memory = "" if row["memory_met"] is not False else f", {row['peak_ratio']:.3f}x memory"
+    return f"{row['blocks']} {row['dtype']} {row['image_tokens']} {row['way']} ({row['time_ratio']:.3f}x time{memory})"
+
+
 def plot(rows: list[dict[str, Any]]) -> Any:
-    """Time and memory against the number of image tokens, one panel for each kind of block."""
+    """Time ratio with its targets, seconds and memory against image tokens; one column for each kind of block."""
     from mmdit_probe.plots import style
 
-    names = sorted({row["blocks"] for row in rows}, key=BLOCKS.index)
-    figure = style.figure(3.3 * len(names), 4.6)
-    axes = figure.subplots(2, len(names), squeeze=False, sharex=True)
-    for column, blocks in enumerate(names):
-        for line, (key, label, unit) in enumerate(
-            (("seconds", "seconds per forward", 1.0), ("peak_bytes", "peak memory, GiB", 2.0**30))
-        ):
-            axis = axes[line, column]
-            for way in WAYS:
-                part = sorted((row["image_tokens"], row[key] / unit) for row in rows
-                              if row["blocks"] == blocks and row["way"] == way)  # fmt: skip
-                if part:
-                    axis.plot(*zip(*part, strict=True), marker="o", markersize=3, linewidth=1, label=way)
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.set_ylabel(label)
-            axis.set_title(blocks if line == 0 else "")
-            axis.set_xlabel("image tokens" if line == 1 else "")
-    axes[0, 0].legend(frameon=False, fontsize="small")
+    kinds = list(dict.fromkeys((row["blocks"], row["dtype"]) for row in rows))
+    colours = dict(
+        zip(WAYS, ("#000000", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#D55E00"), strict=True)
+    )
+    marks = dict(zip(WAYS, "os^vDPX", strict=True))
+    with style.context():
+        figure = style.figure(max(3.4, 2.6 * len(kinds)), 5.4)
+        axes = figure.subplots(3, len(kinds), squeeze=False, sharex=True)
+        shown = [("time_ratio", "time / stock", 1.0), ("seconds", "seconds per forward", 1.0),
+                 ("peak_bytes", "peak memory, GiB", 2.0**30)]  # fmt: skip
+        for column, (blocks, dtype) in enumerate(kinds):
+            for line, (key, label, unit) in enumerate(shown):
+                axis = axes[line, column]
+                for way in WAYS:
+                    if key == "time_ratio" and way in ("stock", "explicit"):
+                        continue  # the explicit softmax is far off this scale; its seconds are below
+                    mine = (row for row in rows if (row["blocks"], row["dtype"], row["way"]) == (blocks, dtype, way))
+                    part = sorted((row["image_tokens"], row[key] / unit) for row in mine if row[key])
+                    if part:
+                        axis.plot(*zip(*part, strict=True), marker=marks[way], markersize=3.5, linewidth=1,
+                                  color=colours[way], label=way)  # fmt: skip
+                if key == "time_ratio":
+                    for target in sorted(set(TARGETS.values())):
+                        axis.axhline(target, color="#999999", linewidth=0.6, linestyle=":")
+                else:
+                    axis.set_yscale("log")
+                axis.set_xscale("log", base=2)
+                axis.set_xticks(sorted({row["image_tokens"] for row in rows}))
+                axis.xaxis.set_major_formatter("{x:.0f}")
+                axis.set_ylabel(label if column == 0 else "")
+                axis.set_title(f"{blocks}, {dtype}" if line == 0 else "")
+                axis.set_xlabel("image tokens" if line == 2 else "")
+        handles, labels = axes[1, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
     return figure
 
 
@@ -213,38 +300,56 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", choices=BLOCKS, action="append", help="default: both")
     parser.add_argument("--tokens", type=int, action="append", help="image tokens, a square number; default: all three")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--fresh", action="store_true", help="measure cells that the result file has, too")
     parser.add_argument("--no-write", action="store_true", help="print only")
-    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    blocks, tokens = options.blocks or list(BLOCKS), options.tokens or list(TOKENS)
-    if options.worker:
-        print(json.dumps(peak_of_this_process(blocks[0], tokens[0], options.dtype, options.device, options.worker)))
-        return
 
     import torch
 
-    rows = []
-    for name in blocks:
-        for count in tokens:
-            rows += measure(name, count, options.dtype, options.device, options.rounds)
-            for row in rows[-len(WAYS) :]:
-                if row["blocks"] == name and row["image_tokens"] == count:
-                    ratios = f"{row['time_ratio']:.3f}x time, {row['peak_ratio']:.3f}x memory"
-                    print(f"{name} {count} {row['way']}: {ratios}", flush=True)
+    cuda = options.device.startswith("cuda")
+    stem = RESULTS / ("scaling" if options.device == "cpu" else f"scaling-{options.device.split(':')[0]}")
+    name = torch.cuda.get_device_name(options.device) if cuda else platform.machine()
+    report: dict[str, Any] = {"machine": f"{name}, {os.cpu_count()} cores", "torch": torch.__version__,
+                              "threads": torch.get_num_threads(), "rows": [], "skipped": []}  # fmt: skip
+    if stem.with_suffix(".json").exists() and not options.no_write:
+        before = json.loads(stem.with_suffix(".json").read_text())
+        if all(before[key] == report[key] for key in ("machine", "torch", "threads")):
+            report = before  # cells of another machine or library are no company for these
+    for blocks in options.blocks or BLOCKS:
+        for tokens in options.tokens or TOKENS:
+            cell = (blocks, tokens, options.dtype)
+            of_cell = [row for row in report["rows"] if (row["blocks"], row["image_tokens"], row["dtype"]) == cell]
+            if of_cell and not options.fresh:
+                print(f"{blocks} {tokens} {options.dtype}: in {stem.name}.json already; --fresh measures it again")
+                continue
+            report["rows"] = [row for row in report["rows"] if row not in of_cell]
+            found = measure(blocks, tokens, options.dtype, options.device, options.rounds)
+            report["rows"] = sorted(report["rows"] + found, key=_order)
+            for row in found:
+                verdict = {True: "met", False: "missed", None: ""}[row["time_met"]]
+                memory = "" if row["peak_ratio"] is None else f", {row['peak_ratio']:.3f}x memory"
+                print(f"{blocks} {tokens} {row['way']}: {row['time_ratio']:.3f}x time{memory} {verdict}", flush=True)
+            remark = f"explicit softmax left out at {blocks}, {tokens} image tokens: it does not fit into memory"
+            if all(row["way"] != "explicit" for row in found) and remark not in report["skipped"]:
+                report["skipped"].append(remark)
+            if not options.no_write:
+                RESULTS.mkdir(exist_ok=True)
+                part = stem.with_suffix(".json.tmp")
+                part.write_text(json.dumps(report, indent=2) + "\n")
+                os.replace(part, stem.with_suffix(".json"))
     if options.no_write:
         return
-    cuda = options.device.startswith("cuda")
-    machine = torch.cuda.get_device_name(options.device) if cuda else platform.machine()
-    report = {"machine": f"{machine}, {os.cpu_count()} cores", "torch": torch.__version__,
-              "threads": torch.get_num_threads(), "rows": rows}  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / ("scaling" if options.device == "cpu" else f"scaling-{options.device.split(':')[0]}")
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(rows).savefig(stem.with_suffix(".png"), dpi=200)
-    print(f"written: {stem}.json, {stem}.png")
+    from mmdit_probe.plots import save
+
+    stem.with_suffix(".md").write_text(markdown(report))
+    print("written:", stem.with_suffix(".json"), stem.with_suffix(".md"), *save(plot(report["rows"]), stem))
+
+
+def _order(row: dict[str, Any]) -> tuple[int, str, int, int]:
+    return BLOCKS.index(row["blocks"]), row["dtype"], row["image_tokens"], WAYS.index(row["way"])
 
 
 if __name__ == "__main__":

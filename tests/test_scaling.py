@@ -36,13 +36,66 @@ def test_every_way_runs_and_only_the_blur_changes_the_output(scaling: ModuleType
     assert torch.equal(forward(), stock)
 
 
-def test_rows_are_ratios_to_stock_and_are_plotted(scaling: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = {"stock": [1.0, 2.0, 4.0], "masses": [1.1, 2.2, 4.4], "blur": [2.0, 4.0, 8.0]}
-    monkeypatch.setattr(scaling, "timings", lambda *_: seconds)
-    monkeypatch.setattr(scaling, "memory", lambda *arguments: 3 if arguments[-1] == "blur" else 2)
-    rows = scaling.measure("flux", 1024, "float32", "cpu", 3)
-    assert [row["time_ratio"] for row in rows] == pytest.approx([1.0, 1.1, 2.0])
-    assert [row["peak_ratio"] for row in rows] == [1.0, 1.0, 1.5]
-    figure = scaling.plot(rows + scaling.measure("flux", 4096, "float32", "cpu", 3))
-    assert len(figure.axes) == 2 and all(len(axis.lines) == 3 for axis in figure.axes)
+def test_a_cell_is_measured_and_what_does_not_fit_is_left_out(
+    scaling: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scaling, "fits", lambda way, *_: way in ("stock", "masses", "maps"))
+    rows = scaling.measure("sd3-medium", 16, "float32", "cpu", 2, heads=1)
+    assert [row["way"] for row in rows] == ["stock", "masses", "maps"]
+    assert rows[0]["time_ratio"] == 1.0 and all(row["seconds"] > 0 for row in rows)
+    assert all(row["peak_bytes"] is None or row["peak_bytes"] > 2**20 for row in rows)
+    monkeypatch.undo()
     assert not scaling.fits("explicit", "flux", 10**8, "cpu") and scaling.fits("masses", "flux", 10**8, "cpu")
+
+
+def test_the_peak_is_of_the_forward_alone(scaling: ModuleType) -> None:
+    large = scaling.peak(lambda: torch.ones(64 * 2**20).sum(), "cpu")
+    if large is None:
+        pytest.skip("the system cannot reset the peak")
+    assert 128 * 2**20 < large - scaling.peak(lambda: None, "cpu") < 512 * 2**20
+
+
+def test_rows_are_ratios_to_stock_judged_tabulated_and_plotted(scaling: ModuleType) -> None:
+    seconds = {"stock": [1.0, 2.0, 4.0], "masses": [1.02, 2.04, 4.08], "blur": [2.0, 4.0, 8.0]}
+    rows = []
+    for tokens, factor in ((1024, 1), (4096, 4)):
+        timed = {way: [factor * value for value in values] for way, values in seconds.items()}
+        found = scaling.ratios(timed, {"stock": 2, "masses": 2, "blur": 3})
+        cell = {"blocks": "flux", "image_tokens": tokens, "dtype": "bfloat16"}
+        rows += [cell | row for row in found]
+    assert [row["time_ratio"] for row in rows[:3]] == pytest.approx([1.0, 1.02, 2.0])
+    assert [row["peak_ratio"] for row in rows[:3]] == [1.0, 1.0, 1.5]
+    assert [row["time_met"] for row in rows[:3]] == [None, True, False]
+    assert scaling.growth(rows, "flux", "bfloat16", "blur", "added_seconds") == pytest.approx(1.0)
+    report = {"machine": "m", "torch": "t", "threads": 1, "rows": rows, "skipped": ["explicit left out"]}
+    text = scaling.markdown(report)
+    assert "2 of 4 cells met" in text and "flux bfloat16 4096 blur (2.000x time, 1.500x memory)" in text
+    assert "| flux | bfloat16 | 4096 | masses | 8.160 | 0.1600 | 1.020 [1.020, 1.020] | 1.000 | 1.05 | met |" in text
+    figure = scaling.plot(rows)
+    assert [len(axis.lines) for axis in figure.axes] == [4, 3, 3]  # two ways and two target lines; three ways
+
+
+def test_a_stopped_run_goes_on(
+    scaling: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured: list[int] = []
+
+    def measure(blocks: str, tokens: int, dtype: str, *_: object) -> list[dict[str, object]]:
+        if tokens == 4096 and not measured[1:]:
+            measured.append(tokens)
+            raise KeyboardInterrupt
+        measured.append(tokens)
+        cell = {"blocks": blocks, "image_tokens": tokens, "dtype": dtype}
+        return [cell | row for row in scaling.ratios({"stock": [1.0]}, {"stock": 2})]
+
+    monkeypatch.setattr(scaling, "RESULTS", tmp_path)
+    monkeypatch.setattr(scaling, "measure", measure)
+    monkeypatch.setattr("sys.argv", ["scaling.py", "--blocks", "flux", "--tokens", "1024", "--tokens", "4096"])
+    with pytest.raises(KeyboardInterrupt):
+        scaling.main()
+    scaling.main()
+    assert measured == [1024, 4096, 4096]
+    assert "in scaling.json already" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "scaling.json", "scaling.md", "scaling.pdf", "scaling.png",
+    ]  # fmt: skip
