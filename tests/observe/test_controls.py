@@ -12,12 +12,12 @@ import pandas as pd
 import pytest
 import torch
 
-from mmdit_probe import AttentionMass, probe
+from mmdit_probe import AttentionMass, load, probe
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.load import random_twin
 from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.observe.controls import Uniform, parse, variants
+from mmdit_probe.observe.controls import Uniform, parse, random_model, variants
 from mmdit_probe.results import read_table
 from mmdit_probe.results.statistics import ABOVE, NOT_ABOVE, TOO_FEW, compare, measured
 
@@ -42,6 +42,11 @@ def test_random_weights_and_moved_captions(pipe: Any) -> None:
     assert shuffled.texts(["a", "b", "c"]) == ["b", "c", "a"] and plain.texts(["a", "b"]) == ["a", "b"]
     with pytest.raises(UserError, match="two items"):
         variants(model, ["shuffled"], 1)
+
+
+def test_the_random_model_of_an_embedded_one_is_its_twin() -> None:
+    twin, made = load("scenes-sd3-random"), random_model(load("scenes-sd3"))
+    assert twin.weight_hash == made.weight_hash and twin.name == made.name
 
 
 def test_names() -> None:
