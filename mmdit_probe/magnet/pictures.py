@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +75,7 @@ class PictureData:
 
     def pictures(self) -> dict[str, Callable[[], Any]]:
         """Functions that open the PIL images, by key: what a captioning model is shown."""
-        return {key: (lambda index=index: read(self.file(index))) for index, key in enumerate(self.keys())}
+        return {key: partial(read, self.file(index)) for index, key in enumerate(self.keys())}
 
     def __len__(self) -> int:
         return len(self.keys())

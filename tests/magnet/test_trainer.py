@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from mmdit_probe import UserError, load
 from mmdit_probe.magnet.config import MagnetConfig
 from mmdit_probe.magnet.data import ScenesData
+from mmdit_probe.magnet.lora import named_parameters
 from mmdit_probe.magnet.losses import LossWeights
 from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.schedule import items_at, level_of, noise, noise_levels, rate_at
@@ -95,6 +96,25 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, ema: float) -> 
     assert whole.validation.equals(resumed.validation)
     again = run(tmp_path / "killed", config, watch=watch, resume=True)
     assert_equal(whole, again)
+
+
+def test_the_averaged_adapter_is_what_is_saved(tmp_path: Path) -> None:
+    """From the start's values on, by hand."""
+    model, seen = fresh(), []
+
+    def look(*_: int) -> None:
+        seen.append({name: p.detach().clone() for name, p in named_parameters(model.transformer)})
+
+    result = train(model, Pictures(), replace(CONFIG, steps=3, ema=0.6), out=tmp_path, start=look, advance=look)
+    expected = seen[0]
+    for parameters in seen[1:]:
+        expected = {name: 0.6 * average + 0.4 * parameters[name] for name, average in expected.items()}
+    saved = weights(result)
+    assert len(saved) == len(expected)
+    for name, average in expected.items():
+        torch.testing.assert_close(saved["transformer." + name.replace(".magnet.", ".")], average)
+    last = seen[-1]
+    assert any(not torch.allclose(last[name], average) for name, average in expected.items())
 
 
 def test_a_run_of_other_options_is_not_continued(tmp_path: Path) -> None:
