@@ -55,7 +55,7 @@ class ImageCounts:
             kept = kept & (of >= 0) & (of < classes)
             flat = np.bincount(place[kept] * classes + of[kept], pixels[kept], len(images) * classes)
             parts.append(flat.reshape(len(images), classes).astype(np.float64))
-        return cls(*parts, agnostic)
+        return cls(parts[0], parts[1], parts[2], agnostic)
 
     def __len__(self) -> int:
         return len(self.hit)

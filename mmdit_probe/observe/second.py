@@ -35,7 +35,7 @@ def second_attention(model: MMDiT, layers: Iterable[int]) -> Iterator[dict[int, 
         UserError: a layer has no second attention; the message names those that have one.
     """
     transformer = unwrap(model.transformer)
-    modules = {
+    modules: dict[int, Any] = {
         layer.index: getattr(transformer.get_submodule(layer.path.rpartition(".")[0]), "attn2", None)
         for layer in model.layers
     }

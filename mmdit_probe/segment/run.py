@@ -152,7 +152,8 @@ def name_segments(
         seeds=old.seeds, fit=old.fit.how, size=old.fit.size, together=chosen.together,
     )  # fmt: skip
     maps = record.fit.back(Refinement.parse("centre").on_grid(chosen(record), record)).flatten(1).numpy()  # [C, pixels]
-    names, seen = [], {}
+    names: list[str] = []
+    seen: dict[str, int] = {}
     for index in range(len(found.names)):
         inside = found.labels.ravel() == index
         name = parsed[int(maps[:, inside].mean(1).argmax())].name if inside.any() else found.names[index]

@@ -62,9 +62,9 @@ def parse_classes(text: str | Path | Sequence[str | SegClass]) -> list[SegClass]
     if isinstance(text, Path):
         if not text.is_file():
             raise UserError(f"no class file {str(text)!r}; expected a text file with one class per line")
-        entries = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+        entries: list[str | SegClass] = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
     else:
-        entries = text.split(",") if isinstance(text, str) else list(text)
+        entries = list(text.split(",") if isinstance(text, str) else text)
     classes = [
         entry if isinstance(entry, SegClass) else SegClass(tuple(" ".join(name.split()) for name in entry.split(";")))
         for entry in entries
