@@ -37,6 +37,7 @@ def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> 
         folders = "\n".join(row["folders"])
         background = "yes" if row["background"] else "no"
         table.add_row(row["name"], str(row["classes"]), str(row["images"]), background, folders)
+    table.add_row("sa1b", "masks", "any", "no", "sa_*.jpg + sa_*.json; or images/ + annotations/")
     table.add_row("folder", "classes.txt", "", "if named", "images/ + labels/*.png")
     table.add_row("scenes:SPLIT", "15", "any", "no", "none: embedded")
     Output(quiet=quiet, as_json=as_json, debug=debug).result({"datasets": rows}, [table])
@@ -62,22 +63,26 @@ def check(
     data = load_dataset(f"{name}:{root}", limit)
     with output.progress("images", len(data.samples)) as advance:
         found = run(data, advance)
-    table = Table(title=f"{data.name}: {found.images} images, {len(data.classes)} classes", title_justify="left")
+    held = "masks without names" if data.agnostic else f"{len(data.classes)} classes"
+    title = f"{data.name}: {found.images} images, {held}"
+    table = Table(title=title, title_justify="left")
     table.add_column("class")
     table.add_column("share of scored pixels", justify="right")
     total = max(1, int(found.pixels.sum()))
     for one, pixels in zip(data.classes, found.pixels, strict=True):
         table.add_row(one.name, f"{pixels / total:.2%}")
-    lines = [f"not scored: {found.ignored:.1%} of pixels"]
-    lines += [f"never seen: {', '.join(found.never)}"] if found.never else []
+    what = "masks" if data.agnostic else "classes"
+    lines = [title] if data.agnostic else []
+    lines += [f"not scored: {found.ignored:.1%} of pixels; {found.per_image:.1f} {what} per image"]
+    lines += [f"never seen: {', '.join(found.never)}"] if found.never and not data.agnostic else []
     lines += [data.note] if data.note else []
     lines += [f"wrong: {image}: {what}" for image, what in found.problems[:50]] or ["nothing is wrong"]
     document = {
         "dataset": data.name, "images": found.images, "classes": [one.name for one in data.classes],
         "pixels": found.pixels.tolist(), "ignored": found.ignored, "never": found.never, "note": data.note,
-        "problems": [list(problem) for problem in found.problems],
+        "per_image": found.per_image, "problems": [list(problem) for problem in found.problems],
     }  # fmt: skip
-    output.result(document, [table, *lines])
+    output.result(document, lines if data.agnostic else [table, *lines])
     if found.problems:
         raise typer.Exit(1)
 

@@ -29,7 +29,7 @@ Refinements = Annotated[
 Setting = Annotated[list[str] | None, typer.Option("--set", help="Option of a method: iseg.ent=0.02; repeatable.")]
 BackgroundRule = Annotated[str, typer.Option(help="none, threshold:0.5, power:2 or class:NAME.")]
 Sweep = Annotated[str, typer.Option(help="none, or each layer, head or sigma alone: layer, head, sigma.")]
-Match = Annotated[str, typer.Option(help="Matching of segments: image, upstream, majority, dataset.")]
+Match = Annotated[str, typer.Option(help="Matching of segments: image, upstream, majority, dataset, row.")]
 ManyToOne = Annotated[
     bool, typer.Option("--many-to-one", help="Segments left over join the background class (DiffCut).")
 ]
@@ -114,6 +114,7 @@ def command(
         "layers": chosen_layers, "heads": chosen_heads, "weights": weights, "sigmas": parse_sigmas(sigma),
         "seeds": list(range(seed, seed + noise_seeds)), "fit": fit, "size": size,
         "tags": _read_tags(tags), "tagger": _tagger(tagger, tags, tag_split, tag_threshold, dataset),
+        "by_rows": match == "row",
     }  # fmt: skip
     if "predicted" in request["protocols"] and tagger is None and tags is None:
         raise UserError("protocol 'predicted' needs --tagger CLIP, or --tags FILE of another program's tags")
@@ -144,7 +145,7 @@ def command(
         data, request["methods"], layer_count=facts["layers"], head_count=facts["heads"],
         protocols=request["protocols"], refine=request["refine"], options=request["options"], background=background,
         layers=chosen_layers, heads=chosen_heads, weights=weights, sigmas=request["sigmas"], seeds=request["seeds"],
-        sweep=sweep, fit=fit, size=parse_size(size), tags=request["tags"] or {},
+        sweep=sweep, fit=fit, size=parse_size(size), tags=request["tags"] or {}, by_rows=match == "row",
     )  # fmt: skip
     named_by = None if request["tagger"] is None else Tagging.of(data, **request["tagger"])
     with shard_of() as shard:

@@ -14,13 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdit_probe.evaluate.matching import assign
-from mmdit_probe.evaluate.plan import CEILING, KEYS, RANDOM, UNSUPERVISED
+from mmdit_probe.evaluate.plan import CEILING, KEYS, ONE_CLASS, ONE_SEGMENT, RANDOM, UNSUPERVISED
 from mmdit_probe.evaluate.scores import SCORES, ImageCounts
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ONE_CLASS, ONE_SEGMENT = "one class everywhere", "one segment"
 BASELINES = (CEILING, RANDOM, ONE_CLASS, ONE_SEGMENT)
 
 
@@ -50,7 +49,7 @@ def league(
         found[key] = ImageCounts.from_table(part, classes, agnostic)
     for protocol in dict.fromkeys(key[0] for key in groups):
         whole = groups.get((protocol, CEILING, "none", "", "", "", "classes"))
-        if whole is not None:
+        if whole is not None and not (protocol == UNSUPERVISED and match == "row"):  # the plan counted it by rows
             name = ONE_SEGMENT if protocol == UNSUPERVISED else ONE_CLASS
             key = (protocol, name, "none", "", "", "", "classes")
             trivial = _trivial(whole, classes, protocol, match, background)

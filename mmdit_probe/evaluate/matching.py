@@ -8,9 +8,10 @@ Every variant reads the counts [C, P] of true class x segment of one image. By n
     upstream   the same over all C classes: left-over segments go to absent classes, as in the released evaluators
     majority   each segment takes its most frequent true class: an upper bound, it uses the truth as a label
     dataset    one Hungarian over the sum of all images: only for segment ids that mean the same in every image
+    row        the defect of the released Seg4Diff evaluation: one assignment per pixel row (`rows`), made while the
+               images are seen; for showing what it does to scores
 
-`rows` reproduces the defect of the released Seg4Diff evaluation, one assignment per pixel row, and is for showing what
-it does to scores. Background: "many_to_one" gives every segment that is left over to the background class.
+Background: "many_to_one" gives every segment that is left over to the background class.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from mmdit_probe.errors import UserError, unknown
 
-VARIANTS = ("image", "upstream", "majority", "dataset")
+VARIANTS = ("image", "upstream", "majority", "dataset", "row")
 
 
 def histogram(truth: NDArray[np.integer], found: NDArray[np.integer], classes: int) -> NDArray[np.int64]:
@@ -36,7 +37,7 @@ def assign(counts: NDArray[np.int64], match: str = "image", background: int | No
 
     Args:
         counts: [C, P]; for "dataset" the sum over images.
-        match: one of `VARIANTS`.
+        match: one of `VARIANTS` but "row", which has no counts of whole images.
         background: with a class id, DiffCut's rule: segments match the other classes first, and all that are left over
             join this one.
 
@@ -45,8 +46,8 @@ def assign(counts: NDArray[np.int64], match: str = "image", background: int | No
     """
     from scipy.optimize import linear_sum_assignment
 
-    if match not in VARIANTS:
-        raise unknown("matching", match, VARIANTS)
+    if match not in VARIANTS[:-1]:
+        raise unknown("matching", match, VARIANTS[:-1])
     classes, segments = counts.shape
     if background is not None and not 0 <= background < classes:
         raise UserError(f"background class {background}: expected 0..{classes - 1}")

@@ -29,6 +29,7 @@ from mmdit_probe.evaluate.captures import Captures
 from mmdit_probe.evaluate.counts import IGNORE
 from mmdit_probe.evaluate.datasets import SegDataset
 from mmdit_probe.evaluate.matching import histogram
+from mmdit_probe.evaluate.matching import rows as match_rows
 from mmdit_probe.segment import methods as zoo
 from mmdit_probe.segment.capture import layer_weights, middle_layers
 from mmdit_probe.segment.methods.base import Method
@@ -42,6 +43,7 @@ PROTOCOLS = ("present", "predicted", "full")
 UNSUPERVISED = "unsupervised"
 SWEEPS = ("none", "layer", "head", "sigma")
 CEILING, RANDOM = "token-grid ceiling", "random"
+ONE_CLASS, ONE_SEGMENT = "one class everywhere", "one segment"
 KEYS = ("protocol", "method", "refine", "layers", "heads", "sigma", "kind")
 COLUMNS = ("image", *KEYS, "truth", "found", "pixels")
 
@@ -70,6 +72,7 @@ class Plan:
     fit: str
     size: tuple[int, int] | None
     tags: Mapping[str, Sequence[str]]
+    by_rows: bool = False
 
     @classmethod
     def of(
@@ -78,7 +81,7 @@ class Plan:
         options: Mapping[str, Mapping[str, Any]] | None = None, background: str = "none", layers: Any = None,
         heads: Any = None, weights: Mapping[int, float] | None = None, sigmas: Sequence[float] = (0.515,),
         seeds: Sequence[int] = (0,), sweep: str = "none", fit: str = "squash", size: tuple[int, int] | None = None,
-        tags: Mapping[str, Sequence[str]] | None = None,
+        tags: Mapping[str, Sequence[str]] | None = None, by_rows: bool = False,
     ) -> Plan:  # fmt: skip
         """A plan.
 
@@ -92,6 +95,7 @@ class Plan:
             sigmas: noise levels; averaged, but one by one in the sweep over "sigma".
             sweep: "none", "layer" (each layer alone), "head" (each head of each layer alone), "sigma".
             tags: image name -> class names, for the protocol "predicted".
+            by_rows: match segments in each pixel row, as the released Seg4Diff evaluation does (`matching.rows`).
 
         Raises:
             UserError: unknown names, or a protocol without what it needs.
@@ -128,8 +132,9 @@ class Plan:
         if not entries:
             raise UserError("none of the methods reads single heads, so there is nothing to sweep over heads")
         return cls(
-            dataset, tuple(protocols), tuple(entries), Background.parse(background), tuple(seeds), fit, size, tags or {}
-        )
+            dataset, tuple(protocols), tuple(entries), Background.parse(background), tuple(seeds), fit, size,
+            tags or {}, by_rows,
+        )  # fmt: skip
 
     @cached_property
     def _names(self) -> list[str]:
@@ -163,10 +168,18 @@ class Plan:
         for entry, record, scores in self._maps(captures, blind, sample.name, image, []):
             refined = Refinement.parse(entry.refine)
             pixels = refined.on_pixels(record.fit.back(refined.on_grid(scores, record)), record)
-            counts = histogram(_scored(truth, record), label(pixels), rows.classes)
-            rows.add(_keys(UNSUPERVISED, entry, "segments"), counts)
+            self._add_segments(rows, _keys(UNSUPERVISED, entry, "segments"), _scored(truth, record), label(pixels))
         self._baselines(rows, captures, index, sample.name, truth, bool(open_entries), bool(blind))
         return rows.columns()
+
+    def _add_segments(
+        self, rows: _Rows, keys: tuple[str, ...], truth: NDArray[np.integer], found: NDArray[np.integer]
+    ) -> None:
+        """Counts of segments, to be matched later; or of classes, matched row by row now."""
+        if self.by_rows:
+            rows.add((*keys[:-1], "classes"), match_rows(truth, found, rows.classes))
+        else:
+            rows.add(keys, histogram(truth, found, rows.classes))
 
     @property
     def _background_id(self) -> int:
@@ -257,6 +270,8 @@ class Plan:
         for protocol in [*(self.protocols if words else ()), *([UNSUPERVISED] if blind else [])]:
             keys = (protocol, CEILING, "none", "", "", "", "classes")
             rows.add(keys, histogram(scored, best, rows.classes))
+            if protocol == UNSUPERVISED and self.by_rows:
+                self._add_segments(rows, (protocol, ONE_SEGMENT, *keys[2:]), scored, np.zeros_like(scored))
             known = self.vocabulary(protocol, name, truth) if protocol != UNSUPERVISED else ids
             if known:
                 noise = torch.rand(len(known), *record.grid, generator=generator)

@@ -187,7 +187,7 @@ def test_run_lengths_read_as_the_reference_writes_them() -> None:
 
 
 @pytest.mark.parametrize("split", [False, True])
-def test_sa1b_paints_parts_on_wholes(tmp_path: Path, split: bool) -> None:
+def test_sa1b_paints_parts_on_wholes(tmp_path: Path, split: bool, capsys: pytest.CaptureFixture[str]) -> None:
     whole = {"size": [40, 60], "counts": [0, 40 * 60]}
     tiny = {"size": [40, 60], "counts": [0, 5, 40 * 60 - 5]}
     sa1b_picture(tmp_path, "sa_2", [{"segmentation": one} for one in (RLE, tiny, whole)], (40, 60), split)
@@ -201,6 +201,10 @@ def test_sa1b_paints_parts_on_wholes(tmp_path: Path, split: bool) -> None:
     found = check(data)
     assert [name for name, _ in found.problems] == [data.samples[2].name]
     assert "not of one picture" in found.problems[0][1]
+    assert found.per_image == 1.5  # the picture of the damaged pair is not counted
+    with pytest.raises(SystemExit) as stop:
+        main(["datasets", "check", "sa1b", str(tmp_path)])
+    assert stop.value.code == 1 and "masks per image" in capsys.readouterr().out
     pairs, lost = sa1b_pairs(tmp_path)
     assert len(pairs) == 3 and not lost and sa1b_masks(pairs[0][2], limit=1).all()
     pairs[1][2].write_text("{}")

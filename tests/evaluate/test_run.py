@@ -19,6 +19,7 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.captures import Captures
 from mmdit_probe.evaluate.datasets import load_dataset
 from mmdit_probe.evaluate.league import league
+from mmdit_probe.evaluate.matching import rows
 from mmdit_probe.evaluate.plan import COLUMNS, Plan
 from mmdit_probe.evaluate.shards import alone_under_launcher
 from mmdit_probe.models.mmdit import MMDiT
@@ -192,6 +193,18 @@ def test_masks_without_names_are_scored_per_mask(tmp_path: Path, captures: Captu
     assert table["miou"].equals(table["miou_gt"])
     with pytest.raises(UserError, match="masks without names; score it with seg4diff-unsup"):
         plan_of(data, captures, ["seg4diff"])
+
+
+def test_matching_by_rows_is_counted_as_it_is_defined(root: Path, captures: Captures) -> None:
+    data = load_dataset(f"folder:{root}", 2)
+    plan = plan_of(data, captures, ["diffcut"], by_rows=True)
+    table = league(frame(plan, captures), 4, match="row").set_index("method")
+    truths = [np.array(sample.labels()) for sample in data.samples]
+    want = sum(rows(truth, np.zeros_like(truth), 4) for truth in truths)
+    assert table.loc["one segment", "accuracy"] == pytest.approx(np.diag(want).sum() / want.sum())
+    whole = league(frame(plan_of(data, captures, ["diffcut"]), captures), 4).set_index("method")
+    for name in ("one segment", "diffcut"):
+        assert table.loc[name, "accuracy"] >= whole.loc[name, "accuracy"]
 
 
 def test_one_process_under_accelerate_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:

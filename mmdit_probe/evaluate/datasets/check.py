@@ -22,13 +22,15 @@ class Report:
 
     Attributes:
         images: images looked at. pixels: scored pixels per class [C]. ignored: share of pixels that are not scored.
-        never: names of classes that no image holds. problems: (image, what is wrong).
+        never: names of classes that no image holds. per_image: mean number of classes (or masks) in an image.
+        problems: (image, what is wrong).
     """
 
     images: int
     pixels: np.ndarray
     ignored: float
     never: list[str]
+    per_image: float
     problems: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -36,7 +38,9 @@ def check(dataset: SegDataset, advance: Callable[[], None] = lambda: None) -> Re
     """Open every picture and label: unreadable files, ids out of range, sizes that differ, nothing to score."""
     count = len(dataset.classes)
     pixels = np.zeros(count, np.int64)
-    total, problems = 0, []
+    total = 0
+    problems: list[tuple[str, str]] = []
+    there: list[int] = []
     for sample in dataset.samples:
         try:
             labels, image = np.asarray(sample.labels()), sample.image()
@@ -45,6 +49,7 @@ def check(dataset: SegDataset, advance: Callable[[], None] = lambda: None) -> Re
             scored = labels[labels != IGNORE]
             if not scored.size:
                 problems.append((sample.name, "every pixel is ignored"))
+            there.append(len(np.unique(scored)))
             pixels += np.bincount(scored, minlength=count)[:count]
             total += labels.size
         except UserError as error:
@@ -52,4 +57,4 @@ def check(dataset: SegDataset, advance: Callable[[], None] = lambda: None) -> Re
         advance()
     ignored = 1.0 - pixels.sum() / total if total else float("nan")
     never = [one.name for one, amount in zip(dataset.classes, pixels, strict=True) if amount == 0]
-    return Report(len(dataset.samples), pixels, float(ignored), never, problems)
+    return Report(len(dataset.samples), pixels, float(ignored), never, float(np.mean(there or [0])), problems)
