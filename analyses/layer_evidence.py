@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--model", default="scenes-sd3")
     parser.add_argument("--evidence", default="all", help=", ".join(EVIDENCE))
     parser.add_argument("-n", type=int, default=32, help="scenes per evidence and split")
-    parser.add_argument("--prompts", type=int, default=10, help="prompts of the perturbation")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts of the perturbation")
     parser.add_argument("--num-steps", type=int, default=14, help="sampling steps of the perturbation")
     parser.add_argument("--select", default="val", help="split to select on")
     parser.add_argument("--report", default="test", help="split to report on")
