@@ -15,10 +15,10 @@ forward of the same round:
     blur        text-axis blur of I2T             target 1.05
     explicit    softmax(q k^T) held in float32    what is usually done; left out where it does not fit
 
-Times are taken in turns (CUDA: device events), ratios are medians of per-round ratios. Peak memory is that of a first,
-untimed forward of each way: the peak allocation on CUDA, elsewhere the peak resident set, which Linux can reset (where
-it cannot, memory is left out). A cell (blocks, tokens, dtype) that the result file has is not measured again, so a
-stopped run goes on; `--fresh` measures anew.
+Times are taken in turns (CUDA: device events; `--clock cpu`: processor time, on a machine with other work), ratios are
+medians of per-round ratios. Peak memory is that of a first, untimed forward of each way: the peak allocation on CUDA,
+elsewhere the peak resident set, which Linux can reset (where it cannot, memory is left out). A cell (blocks, tokens,
+dtype) that the result file has is not measured again, so a stopped run goes on; `--fresh` measures anew.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from overhead import RESULTS, Dropped, timed
+from overhead import CLOCKS, RESULTS, Dropped, timed
 
 WAYS = ("stock", "masses", "norms", "maps", "words", "blur", "explicit")
 TARGETS = {"masses": 1.05, "norms": 1.05, "maps": 1.10, "blur": 1.05}
@@ -160,7 +160,9 @@ def peak(forward: Callable[[], Any], device: str) -> int | None:
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
-def measure(blocks: str, tokens: int, dtype: str, device: str, rounds: int, heads: int = 24) -> list[dict[str, Any]]:
+def measure(
+    blocks: str, tokens: int, dtype: str, device: str, rounds: int, clock: str, heads: int = 24
+) -> list[dict[str, Any]]:
     """One row for every way that fits: median seconds, time and peak memory against stock."""
     transformer, forward = build(blocks, tokens, dtype, device, heads)
     ways = [way for way in WAYS if fits(way, blocks, tokens, device, heads)]
@@ -174,7 +176,7 @@ def measure(blocks: str, tokens: int, dtype: str, device: str, rounds: int, head
         first = turn % len(ways)
         for way in ways[first:] + ways[:first]:
             with attached(way, transformer):
-                seconds[way].append(timed(forward, device))
+                seconds[way].append(timed(forward, device, clock))
     cell = {"blocks": blocks, "image_tokens": tokens, "text_tokens": TEXT[blocks], "dtype": dtype, "rounds": rounds}
     return [cell | row for row in ratios(seconds, peaks)]
 
@@ -218,7 +220,7 @@ def markdown(report: dict[str, Any]) -> str:
         "# Cost of observing and editing at real block sizes",
         "",
         "Made by `python benchmarks/scaling.py`, which says what the ways are.",
-        f"{report['machine']}, torch {report['torch']}, {report['threads']} threads.",
+        f"{report['machine']}, torch {report['torch']}, {report['threads']} threads; {CLOCKS[report['clock']]}.",
         "Ratios are against the stock forward of the same round, median over rounds (range in brackets).",
         "",
         f"Targets: {judged - len(missed)} of {judged} cells met in time and memory."
@@ -303,6 +305,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, on a busy machine")
     parser.add_argument("--fresh", action="store_true", help="measure cells that the result file has, too")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
@@ -312,11 +315,13 @@ def main() -> None:
     cuda = options.device.startswith("cuda")
     stem = RESULTS / ("scaling" if options.device == "cpu" else f"scaling-{options.device.split(':')[0]}")
     name = torch.cuda.get_device_name(options.device) if cuda else platform.machine()
-    report: dict[str, Any] = {"machine": f"{name}, {os.cpu_count()} cores", "torch": torch.__version__,
-                              "threads": torch.get_num_threads(), "rows": [], "skipped": []}  # fmt: skip
+    report: dict[str, Any] = {
+        "machine": f"{name}, {os.cpu_count()} cores", "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "clock": options.clock, "rows": [], "skipped": [],
+    }  # fmt: skip
     if stem.with_suffix(".json").exists() and not options.no_write:
         before = json.loads(stem.with_suffix(".json").read_text())
-        if all(before[key] == report[key] for key in ("machine", "torch", "threads")):
+        if all(before[key] == report[key] for key in ("machine", "torch", "threads", "clock")):
             report = before  # cells of another machine or library are no company for these
     for blocks in options.blocks or BLOCKS:
         for tokens in options.tokens or TOKENS:
@@ -326,7 +331,7 @@ def main() -> None:
                 print(f"{blocks} {tokens} {options.dtype}: in {stem.name}.json already; --fresh measures it again")
                 continue
             report["rows"] = [row for row in report["rows"] if row not in of_cell]
-            found = measure(blocks, tokens, options.dtype, options.device, options.rounds)
+            found = measure(blocks, tokens, options.dtype, options.device, options.rounds, options.clock)
             report["rows"] = sorted(report["rows"] + found, key=_order)
             for row in found:
                 verdict = {True: "met", False: "missed", None: ""}[row["time_met"]]

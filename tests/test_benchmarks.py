@@ -46,9 +46,9 @@ def test_report_has_a_row_for_each_way(overhead, monkeypatch):
     seconds = {"stock": [1.0, 2.0, 4.0], "probe": [1.1, 2.0, 4.0], "explicit": [3.0, 6.0, 12.0]}
     monkeypatch.setattr(overhead, "timings", lambda *_: seconds)
     monkeypatch.setattr(overhead, "memory", lambda *a: {"before": 0, "peak": 2**20 * (5 if a[-1] == "explicit" else 1)})
-    row = overhead.measure("scenes-sd3", "float32", "cpu", 3)
+    row = overhead.measure("scenes-sd3", "float32", "cpu", 3, "wall")
     assert row["probe"]["time_ratio_median"] == 1.0
     assert row["explicit"]["time_ratio_median"] == 3.0
     assert row["explicit"]["peak_ratio"] == 5.0
-    text = overhead.markdown({"machine": "m", "torch": "t", "threads": 1, "rows": [row]})
+    text = overhead.markdown({"machine": "m", "torch": "t", "threads": 1, "clock": "wall", "rows": [row]})
     assert "| scenes-sd3 | float32 | cpu | explicit | 6.0000 | 3.000 [3.000, 3.000] | 5 | 5 | 5.000 |" in text

@@ -40,7 +40,7 @@ def test_a_cell_is_measured_and_what_does_not_fit_is_left_out(
     scaling: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scaling, "fits", lambda way, *_: way in ("stock", "masses", "maps"))
-    rows = scaling.measure("sd3-medium", 16, "float32", "cpu", 2, heads=1)
+    rows = scaling.measure("sd3-medium", 16, "float32", "cpu", 2, "cpu", heads=1)
     assert [row["way"] for row in rows] == ["stock", "masses", "maps"]
     assert rows[0]["time_ratio"] == 1.0 and all(row["seconds"] > 0 for row in rows)
     assert all(row["peak_bytes"] is None or row["peak_bytes"] > 2**20 for row in rows)
@@ -67,7 +67,14 @@ def test_rows_are_ratios_to_stock_judged_tabulated_and_plotted(scaling: ModuleTy
     assert [row["peak_ratio"] for row in rows[:3]] == [1.0, 1.0, 1.5]
     assert [row["time_met"] for row in rows[:3]] == [None, True, False]
     assert scaling.growth(rows, "flux", "bfloat16", "blur", "added_seconds") == pytest.approx(1.0)
-    report = {"machine": "m", "torch": "t", "threads": 1, "rows": rows, "skipped": ["explicit left out"]}
+    report = {
+        "machine": "m",
+        "torch": "t",
+        "threads": 1,
+        "clock": "cpu",
+        "rows": rows,
+        "skipped": ["explicit left out"],
+    }
     text = scaling.markdown(report)
     assert "2 of 4 cells met" in text and "flux bfloat16 4096 blur (2.000x time, 1.500x memory)" in text
     assert "| flux | bfloat16 | 4096 | masses | 8.160 | 0.1600 | 1.020 [1.020, 1.020] | 1.000 | 1.05 | met |" in text

@@ -15,7 +15,7 @@ Two ways, both exact, chosen by `text_maps`:
 
     values     attention over indicator values: one more attention call, natively differentiable, any kernel and mask;
                at most D groups of keys a call. Memory O(N D).
-    columns    exp(scale q k_text^T + bias - lse) with `RowLSE`, the differentiable log-sum-exp. Memory O(N T).
+    columns    exp(scale q k_text^T + bias - lse) with `row_lse`, the differentiable log-sum-exp. Memory O(N T).
 
 The edit "blur" and the maps of observers need no gradient and do not come here. Gradient checkpointing recomputes these
 functions like any other part of the forward (use_reentrant=False).
@@ -39,39 +39,51 @@ Space = Literal["logit", "probability"]
 _ROWS_AT_ONCE = 256
 
 
-class RowLSE(torch.autograd.Function):
-    """Row log-sum-exp of the masked logits, [B, H, Nq] float32, with its gradient, in O(N D) memory.
+@torch.library.custom_op("mmdit_probe::row_lse", mutates_args=())
+def _row_lse(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    call = SDPACall(query, key, key, mask, 0.0, is_causal, scale)
+    lse = exact.logsumexp(call)
+    # A fresh tensor in one memory order: a compiled graph is told nothing else.
+    return (_streamed_lse(call) if lse is None else lse.float()).clone(memory_format=torch.contiguous_format)
 
-    With p the attention probabilities: d lse_i / d q_i = scale sum_j p_ij k_j, the attention output for values k; and
-    d lse_i / d k_j = scale p_ij q_i, so the gradient of k is what the same attention gives its values for an output
-    gradient of g scale q. One attention call, forward and backward, gives both.
-    """
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
-        call = SDPACall(query, key, key, mask, 0.0, is_causal, scale)
-        lse = exact.logsumexp(call)
-        ctx.save_for_backward(query, key, mask)
-        ctx.is_causal, ctx.scale = is_causal, scale
-        return _streamed_lse(call) if lse is None else lse.float()
+@_row_lse.register_fake
+def _(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+    return query.new_empty(query.shape[:-1], dtype=torch.float32)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        query, key, mask = ctx.saved_tensors
-        weight = (gradient[..., None] * ctx.scale).to(query.dtype)
-        with torch.enable_grad():
-            values = key.detach().requires_grad_()
-            call = SDPACall(query.detach(), key.detach(), values, mask, 0.0, ctx.is_causal, ctx.scale)
-            output = call.stock()
-            (of_key,) = torch.autograd.grad(output, values, weight * query)
-        return weight * output.detach(), of_key, None, None, None
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    query, key, mask, ctx.is_causal, ctx.scale = inputs
+    ctx.save_for_backward(query, key, mask)
+
+
+@once_differentiable
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """With p the attention probabilities: d lse_i / d q_i = scale sum_j p_ij k_j, the attention output for values k;
+    and d lse_i / d k_j = scale p_ij q_i, so the gradient of k is what the same attention gives its values for an output
+    gradient of g scale q. One attention call, forward and backward, gives both, in O(N D) memory."""
+    query, key, mask = ctx.saved_tensors
+    weight = (gradient[..., None] * ctx.scale).to(query.dtype)
+    with torch.enable_grad():
+        values = key.detach().requires_grad_()
+        call = SDPACall(query.detach(), key.detach(), values, mask, 0.0, ctx.is_causal, ctx.scale)
+        output = call.stock()
+        (of_key,) = torch.autograd.grad(output, values, weight * query)
+    return weight * output.detach(), of_key, None, None, None
+
+
+_row_lse.register_autograd(_backward, setup_context=_save)
 
 
 def row_lse(call: SDPACall) -> Tensor:
-    """Differentiable row log-sum-exp [B, H, Nq] of a call, float32, natural logarithm."""
-    return RowLSE.apply(call.query, call.expanded_key(), call.additive_mask(call.query.dtype), call.is_causal,
-                        call.scale_factor)  # type: ignore[no-any-return]  # fmt: skip
+    """Row log-sum-exp [B, H, Nq] of a call's masked logits, float32, natural logarithm, differentiable in q and k.
+
+    Torch's kernels compute it without a gradient; here it has one, in a compiled graph too.
+    """
+    lse: Tensor = torch.ops.mmdit_probe.row_lse(
+        call.query, call.expanded_key(), call.additive_mask(call.query.dtype), call.is_causal, call.scale_factor
+    )
+    return lse
 
 
 def columns(call: SDPACall, keys: Columns, rows: Columns = slice(None)) -> Tensor:

@@ -118,6 +118,50 @@ def test_no_function_takes_a_log_sum_exp() -> None:
         assert not any("lse" in name for name in inspect.signature(function).parameters)
 
 
+def test_probabilities_for_observers_cannot_carry_a_gradient() -> None:
+    """The other half of it: what is made with a constant lse is cut off from q and k, so a loss on it raises."""
+    call = make()
+    query, key = call.query.requires_grad_(), call.key.requires_grad_()
+    inner = SDPACall(query, key, call.value)
+    _, lse = exact.attend(inner)
+    assert lse is not None and not lse.requires_grad
+    groups, weights = torch.zeros(N, dtype=torch.long), torch.ones(1, N)
+    for found in (
+        exact.columns(inner, lse, TEXT_KEYS),
+        exact.column_sums(inner, lse, TEXT_KEYS, weights),
+        exact.column_maps(inner, lse, TEXT_KEYS, IMAGE_ROWS, head_mean=True),
+        exact.row_maps(inner, lse, IMAGE_ROWS, TEXT_KEYS),
+        exact.group_masses(inner, lse, groups, 2),
+        exact.group_masses(inner, None, groups, 2),
+    ):
+        assert not found.requires_grad
+        with pytest.raises(RuntimeError, match="does not require grad"):
+            found.sum().backward()
+
+
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["columns", "values"])
+def test_compiled_in_one_graph_with_the_same_gradients(groups: Tensor | None) -> None:
+    call = make()
+
+    def maps(query: Tensor, key: Tensor) -> Tensor:
+        return differentiable.text_maps(SDPACall(query, key, key), TEXT_KEYS, IMAGE_ROWS, groups)
+
+    plain = gradients(lambda c: maps(c.query, c.key), call)
+    torch._dynamo.reset()
+    compiled = torch.compile(maps, fullgraph=True, backend="aot_eager")
+    for ours, other in zip(gradients(lambda c: compiled(c.query, c.key), call), plain, strict=True):
+        torch.testing.assert_close(ours, other)
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong() -> None:
+    call = make()
+    query = call.query.requires_grad_()
+    (first,) = torch.autograd.grad(differentiable.row_lse(SDPACall(query, call.key, call.value)).square().sum(), query,
+                                   create_graph=True)  # fmt: skip
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_lse_gradient_where_no_kernel_gives_one(monkeypatch: pytest.MonkeyPatch) -> None:
     call = make()
     with_kernel = gradients(differentiable.row_lse, call)
