@@ -77,11 +77,11 @@ class ValueNorm(RowObserver):
             of_leaf: dict[Leaf, Tensor] = {
                 (kind, "all", ""): places[kind] for kind in ("image", "other") if len(places[kind])
             }
-            for leaf in dict.fromkeys(("text", token.kind, token.stream) for token in table.tokens):
-                of_leaf[leaf] = places["text"][table.positions(kind=leaf[1], stream=leaf[2])]
+            for kind, stream in dict.fromkeys((token.kind, token.stream) for token in table.tokens):
+                of_leaf["text", kind, stream] = places["text"][table.positions(kind=kind, stream=stream)]
             if layout.keys is not None:  # tokens that this sample lacks, or that its mask hides
                 there = layout.keys[row]
-                of_leaf = {leaf: index[there[index]] for leaf, index in of_leaf.items() if there[index].any()}
+                of_leaf = {name: index[there[index]] for name, index in of_leaf.items() if there[index].any()}
             chosen = [norms[row][:, index] for index in of_leaf.values()]
             leaves.append(list(of_leaf))
             counts.append([part.shape[-1] for part in chosen])
