@@ -50,5 +50,15 @@ def test_report_has_a_row_for_each_way(overhead, monkeypatch):
     assert row["probe"]["time_ratio_median"] == 1.0
     assert row["explicit"]["time_ratio_median"] == 3.0
     assert row["explicit"]["peak_ratio"] == 5.0
-    text = overhead.markdown({"machine": "m", "torch": "t", "threads": 1, "clock": "wall", "rows": [row]})
+    text = overhead.markdown(
+        {
+            "machine": "m",
+            "torch": "t",
+            "threads": 1,
+            "clock": "wall",
+            "rows": [row],
+            "shares": {"float32": overhead.shares("float32", "cpu", (64, 9))},
+        }
+    )
     assert "| scenes-sd3 | float32 | cpu | explicit | 6.0000 | 3.000 [3.000, 3.000] | 5 | 5 | 5.000 |" in text
+    assert "What the masses add in float32" in text and "bmm" in text.splitlines()[-1]
