@@ -21,7 +21,7 @@ from mmdit_probe.magnet.config import MagnetConfig
 from mmdit_probe.magnet.losses import as_logits, flow_matching, mask_loss, match
 from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.tap import TextMapTap
-from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.models.tokens import TokenTable
 
 TERMS = ("loss", "flow", "focal", "dice", "masks")
@@ -111,7 +111,7 @@ class Objective:
             sigmas.append(schedule.level_of(normal, self.levels, config.sigma_mean, config.sigma_std))
             noises.append(schedule.noise(tuple(encoded[-1].latents.shape), place, config.seed))
             dropped.append(drop)
-        device, dtype = self.model.device, self.model.dtype
+        device = self.model.device
         latents, noise = torch.stack([e.latents for e in encoded]), torch.stack(noises).to(device)
         sigma = torch.tensor(sigmas, device=device, dtype=torch.float32)
         mixed = torch.lerp(latents, noise, sigma[:, None, None, None])
@@ -119,15 +119,13 @@ class Objective:
         groups = self._groups(samples, encoded, masks) if config.alignment == "token" else None
         if tap is not None:
             tap.begin(groups, family.grid(mixed, self.model.transformer.config))
-        velocity = transformer(
-            **{
-                family.image_input: mixed.to(dtype),
-                family.timestep_input: family.timesteps * sigma,
-                family.text_input: torch.stack([e.text for e in encoded]).to(device, dtype),
-                family.pooled_input: torch.stack([e.pooled for e in encoded]).to(device, dtype),
-            },
-            return_dict=False,
-        )[0]
+        text = TextCondition(
+            torch.stack([e.text for e in encoded]),
+            torch.stack([e.pooled for e in encoded]),
+            [e.tokens for e in encoded],
+        )
+        output = transformer(**self.model.inputs(mixed, sigma, text), return_dict=False)[0]
+        velocity = self.model.velocity(output, mixed)
         flow = flow_matching(velocity, latents, noise)
         focals, dices = self._aligned(tap, masks) if tap is not None else (torch.zeros_like(flow),) * 2
         weights = config.weights

@@ -18,15 +18,16 @@ from types import TracebackType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdit_probe.attention import differentiable
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.differentiable import Space
 from mmdit_probe.attention.intercept import ModuleCall, watch
-from mmdit_probe.errors import RunError
+from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.families import family_of
-from mmdit_probe.models.layout import Layer, attention_layout, find_layers, unwrap
+from mmdit_probe.models.layout import Layer, Layout, arranged, find_layers, unwrap
+from mmdit_probe.models.taint import bind
 from mmdit_probe.observe.backend import native_attention
 from mmdit_probe.specs import Spec, layer_indices
 
@@ -51,6 +52,7 @@ class TextMapTap:
         self.space, self.heads = space, heads
         self._groups: Tensor | None = None
         self._grid = (0, 0)
+        self._layout: Layout | None = None
         self._open = False
         self._maps: dict[int, Tensor] = {}
         self._stack = ExitStack()
@@ -58,6 +60,7 @@ class TextMapTap:
     def __enter__(self) -> TextMapTap:
         with ExitStack() as stack:
             stack.enter_context(native_attention(self.transformer))
+            stack.callback(self.transformer.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             for layer in self.layers:
                 stack.callback(watch(layer.module, _Handler(self, layer), "input"))
             self._stack = stack.pop_all()
@@ -94,15 +97,21 @@ class TextMapTap:
         maps, self._maps = self._maps, {}
         return maps
 
-    def _see(self, layer: Layer, call: SDPACall, module_call: ModuleCall) -> None:
+    @torch.compiler.disable
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        layout, places = arranged(self.family.arrangement(bind(module, args, kwargs), module.config))
+        if places is not None:
+            raise UserError(f"the samples of this {self.family.name} call differ in their order of tokens: no maps")
+        self._layout = layout
+
+    def _see(self, layer: Layer, call: SDPACall) -> None:
         # Gradient checkpointing runs the layer again in the backward pass, after `take`: what it then needs recomputed
         # has to be computed in the same order, but is nobody's result. Forwards without gradients are not ours.
         if not self._open and not torch.is_grad_enabled():
             return
-        names = self.family.attention_inputs.values()
-        inputs = [module_call.argument(name, place) for place, name in enumerate(names)]
-        layout = attention_layout(self.family, inputs, self._grid)
-        h, w = self._grid
+        layout, (h, w) = self._layout, self._grid
+        if layout is None:
+            raise RunError(f"layer {layer.index} ran outside the transformer's own call; call the transformer itself")
         if h * w != layout.counts["image"] or layout.total != call.key.shape[-2]:
             raise RunError(
                 f"layer {layer.index} attends to {call.key.shape[-2]} tokens; expected {h} x {w} image and"
@@ -122,5 +131,5 @@ class _Handler:
         self.tap, self.layer = tap, layer
 
     def __call__(self, call: SDPACall, module_call: ModuleCall) -> SDPACall:
-        self.tap._see(self.layer, call, module_call)
+        self.tap._see(self.layer, call)
         return call

@@ -97,8 +97,11 @@ def train(
     from accelerate.utils import wait_for_everyone
 
     watch = watch or Watch()
-    if model.family.name != "sd3":
-        raise UserError(f"{model.name} is of family {model.family.name!r}; MAGNET trains models of family 'sd3'")
+    if not model.family.fixed_length:
+        raise UserError(
+            f"{model.name} is of family {model.family.name!r}, whose prompts differ in length; MAGNET trains models"
+            " that pad them to one length, as SD3 and Flux do"
+        )
     layers = layer_indices(list(config.layers), len(model.layers))
     targets = lora.target_modules(model.family, model.transformer, config.lora_layers, config.streams)
     check(data, model, config.alignment)

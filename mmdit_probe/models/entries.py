@@ -36,8 +36,6 @@ from mmdit_probe.models.streams import attribute, chat, flux2_chat, lumina2_syst
 _DOUBLE = r"transformer_blocks\.(\d+)\.attn"
 _SINGLE = r"single_transformer_blocks\.(\d+)\.attn"
 _BLOCKS = r"transformer_blocks\.(\d+)\.attn1"
-_BOTH = {"image": "hidden_states", "text": "encoder_hidden_states"}
-"""Double-stream attention modules get both streams; single-stream ones do not say."""
 
 
 def _reordered(*parts: str) -> Any:
@@ -162,7 +160,6 @@ SD3 = Family(
     layers=r"transformer_blocks\.(\d+)\.attn",
     order=("image", "text"),
     arrangement=sequence(latents, "image", "text"),
-    attention_inputs={"image": "hidden_states", "text": "encoder_hidden_states"},
     image_input="hidden_states",
     text_input="encoder_hidden_states",
     pooled_input="pooled_projections",
@@ -260,7 +257,7 @@ ENTRIES: tuple[Family, ...] = (
     # transformer_qwenimage.py. `encoder_hidden_states_mask` hides keys.
     Family(
         "qwen_image", "QwenImageTransformer2DModel", _DOUBLE, ("text", "image"),
-        sequence(image_shapes, "text", "image"), attention_inputs=_BOTH,
+        sequence(image_shapes, "text", "image"),
         streams=(
             stream(
                 "llm", wrap=template("prompt_template_encode"), cut=attribute("prompt_template_encode_start_idx"),
@@ -273,33 +270,33 @@ ENTRIES: tuple[Family, ...] = (
     # cogvideox_transformer_3d.py and consisid_transformer_3d.py: latents [B, frames, C, h, w].
     Family(
         "cogvideox", "CogVideoXTransformer3DModel", _BLOCKS, ("text", "image"), sequence(frames_first, "text", "image"),
-        timesteps=1000.0, attention_inputs=_BOTH, guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH,
+        timesteps=1000.0, guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH,
         default_length=226, encoded=_TEXTS,
     ),
     Family(
         "consisid", "ConsisIDTransformer3DModel", _BLOCKS, ("text", "image"), sequence(frames_first, "text", "image"),
-        timesteps=1000.0, attention_inputs=_BOTH, guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH,
+        timesteps=1000.0, guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH,
         default_length=226, encoded=_TEXTS,
     ),
     Family(
         "cogview3plus", "CogView3PlusTransformer2DModel", _BLOCKS, ("text", "image"),
-        sequence(latents, "text", "image"), timesteps=1000.0, attention_inputs=_BOTH, guidance=_UNCOND_FIRST,
+        sequence(latents, "text", "image"), timesteps=1000.0, guidance=_UNCOND_FIRST,
         streams=_T5, length_argument=_LENGTH, default_length=224, encoded=_TEXTS, pipelines=("CogView3PlusPipeline",),
     ),
     # transformer_cogview4.py and transformer_glm_image.py. Their float mask adds 1 to kept keys and hides none.
     Family(
         "cogview4", "CogView4Transformer2DModel", _BLOCKS, ("text", "image"), sequence(latents, "text", "image"),
-        timesteps=1000.0, attention_inputs=_BOTH, streams=(stream("llm", padded=False, multiple=16),),
+        timesteps=1000.0, streams=(stream("llm", padded=False, multiple=16),),
         length_argument=_LENGTH, default_length=1024, encoded=_TEXTS, pipelines=("CogView4Pipeline",),
     ),
     Family(
         "glm_image", "GlmImageTransformer2DModel", _BLOCKS, ("text", "image"), sequence(latents, "text", "image"),
-        timesteps=1000.0, attention_inputs=_BOTH, encoded=_TEXTS,
+        timesteps=1000.0, encoded=_TEXTS,
     ),
     # transformer_hunyuan_video.py. The token refiner is text self-attention and does not match `layers`.
     Family(
         "hunyuan_video", "HunyuanVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),
-        sequence(latents, "image", "text"), timesteps=1000.0, attention_inputs=_BOTH,
+        sequence(latents, "image", "text"), timesteps=1000.0,
         encoded=("text", "pooled", "mask"),
     ),
     # transformer_hunyuan_video_framepack.py: frames made before and picture embeddings are neither image nor text.
@@ -374,11 +371,11 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "easyanimate", "EasyAnimateTransformer3DModel", _BLOCKS, ("text", "image"),
         sequence(latents, "text", "image", text=("encoder_hidden_states", "encoder_hidden_states_t5")),
-        timesteps=1000.0, attention_inputs=_BOTH, guidance=_UNCOND_FIRST, encoded=_ALL_TEXTS_MASKS,
+        timesteps=1000.0, guidance=_UNCOND_FIRST, encoded=_ALL_TEXTS_MASKS,
     ),
     Family(
         "joyimage_edit", "JoyImageEditTransformer3DModel", r"double_blocks\.(\d+)\.attn", ("image", "text"),
-        sequence(latents, "image", "text"), timesteps=1000.0, attention_inputs=_BOTH, encoded=_TEXT_MASK,
+        sequence(latents, "image", "text"), timesteps=1000.0, encoded=_TEXT_MASK,
     ),
     Family(
         "motif_video", "MotifVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mmdit_probe.models.arrange import Arrangement
@@ -64,9 +64,6 @@ class Family:
     """timestep = timesteps * sigma."""
     clean_timestep: float = 0.0
     """The timestep of a clean image; where it is 1, timesteps = 1 - sigma."""
-    attention_inputs: Mapping[str, str] = field(default_factory=dict)
-    """Kind of token -> keyword argument of the attention module whose axis 1 counts them, in positional order; empty
-    where the module does not know."""
     pooled_input: str = ""
     skip_input: str = ""
     """Argument of the transformer's forward that lists layers to leave out of this one call."""
@@ -95,9 +92,15 @@ class Family:
     form: Form = "latents"
     """How the transformer is given latents: see `models.packing`."""
 
+    @property
+    def fixed_length(self) -> bool:
+        """Whether every prompt has the same number of text positions."""
+        return bool(self.streams) and all(stream.padded for stream in self.streams)
+
     def grid(self, image_input: Any, config: Any) -> tuple[int, int]:
-        """Token grid (h, w), row-major, of an image input [B, C, latent height, latent width]."""
-        return image_input.shape[-2] // config.patch_size, image_input.shape[-1] // config.patch_size
+        """Token grid (h, w), row-major, of latents [B, C, latent height, latent width]."""
+        side = self.cell or config.patch_size
+        return image_input.shape[-2] // side, image_input.shape[-1] // side
 
     def layer_place(self, path: str) -> tuple[int, int] | None:
         """Place of a module in the joint-attention forward order (kind of block, place in it), or None."""

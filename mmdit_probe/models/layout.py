@@ -139,23 +139,6 @@ def _padded(places: list[int], count: int) -> list[int]:
     return places + [-1] * (count - len(places))
 
 
-def attention_layout(family: Family, inputs: Sequence[Any], grid: tuple[int, int] | None) -> Layout:
-    """The layout of one attention call from the attention module's own arguments.
-
-    Args:
-        family: whose facts apply.
-        inputs: the module's arguments named in `family.attention_inputs`, in that order: [B, tokens, C] or None.
-        grid: (h, w) of the image tokens.
-    """
-    if not family.attention_inputs:
-        raise UserError(f"the attention modules of {family.name} do not say which of their tokens are text")
-    counts = {
-        kind: 0 if value is None else int(value.shape[1])
-        for kind, value in zip(family.attention_inputs, inputs, strict=True)
-    }
-    return Layout.from_counts([(kind, counts[kind]) for kind in family.order], grid)
-
-
 def unwrap(transformer: Any) -> Any:
     """The diffusers transformer inside wrappers of torch.compile, peft or data parallelism."""
     while True:

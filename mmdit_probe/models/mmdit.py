@@ -251,7 +251,12 @@ class MMDiT:
         """Arguments of the transformer's forward for latents [B, C, h, w] at noise levels [B]; see `denoise`."""
         family, repeat = self.family, len(latents) // len(text)
         height, width = (int(side) * int(self.pipeline.vae_scale_factor) for side in latents.shape[-2:])
-        inputs = dict(self._call([table.prompt for table in text.tokens] * repeat, (height, width)))
+        prompts = [table.prompt for table in text.tokens] * repeat
+        if family.fixed_length:
+            # Nothing but the text itself depends on the prompts, where there is no mask of theirs: encode none again.
+            blank = self._call([""] * len(latents), (height, width))
+            prompts = prompts if any("mask" in name for name in blank) else [""] * len(latents)
+        inputs = dict(self._call(prompts, (height, width)))
         inputs[family.image_input] = packing.pack(latents.to(self.device, self.dtype), family.form, family.cell)
         inputs[family.timestep_input] = family.timestep(sigmas)
         if isinstance(inputs[family.text_input], Tensor):

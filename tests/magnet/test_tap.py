@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from mmdit_probe import TextMaps, probe
+from mmdit_probe.attention.intercept import watch
 from mmdit_probe.errors import RunError
 from mmdit_probe.magnet.lora import attach, named_parameters, target_modules
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.entries import SD3
+from mmdit_probe.models.families import family_of
+from mmdit_probe.models.layout import find_layers
 from mmdit_probe.models.mmdit import MMDiT
 from tests import tiny
+from tests.families import FIXTURES
 
 GRID = (4, 4)
 
@@ -41,8 +45,6 @@ def inputs(rows: int = 2) -> dict[str, Tensor]:
 
 def dense_loss(model: Any, given: dict[str, Tensor], weights: Tensor, layers: list[int], space: str) -> Tensor:
     """The same scalar from a second forward whose attention is written out."""
-    from mmdit_probe.attention.intercept import watch
-
     kept: dict[int, Tensor] = {}
     detach = []
     for index in layers:
@@ -81,6 +83,46 @@ def test_gradients_of_lora_equal_the_written_out_softmax(variant: str, space: An
         (velocity.square().mean() + sum((m * weights).sum() for m in as_blocks)).backward()
     for name, parameter in named_parameters(model):
         assert (parameter.grad - expected[name]).norm() <= 2e-5 * expected[name].norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["flux", "aura_flow"])
+def test_gradients_through_double_and_single_blocks(name: str, checkpointing: bool) -> None:
+    model, given = FIXTURES[name].build(), FIXTURES[name].inputs()
+    layers = find_layers(family_of(model), model)
+    paths = [layers[index].path for index in (1, 3)]  # one of each kind
+    start, grid = (0 if name == "flux" else 8), (3, 4)  # registers come first
+    text, image = slice(start, start + 7), slice(start + 7, start + 19)
+    weights = torch.randn(2, 2, 12, 7, generator=torch.Generator().manual_seed(0))
+    kept: dict[str, Tensor] = {}
+    detach = []
+    for path in paths:
+
+        def write_out(call: Any, module_call: Any, proceed: Any, path: str = path) -> Tensor:
+            p = (call.scale_factor * call.query @ call.key.transpose(-1, -2)).softmax(-1)
+            kept[path] = p[:, :, image, text]
+            return p @ call.value
+
+        detach.append(watch(model.get_submodule(path), write_out, "output"))
+    model(**given, return_dict=False)
+    sum((kept[path] * weights).sum() for path in paths).backward()
+    for off in detach:
+        off()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    if checkpointing:
+        model.train()
+        model.enable_gradient_checkpointing()
+    with TextMapTap(model, [1, 3], space="probability", heads="all") as tap:
+        tap.begin(None, grid)
+        velocity = model(**given, return_dict=False)[0]
+        maps = tap.take()
+        loss = sum((m.flatten(-2).transpose(-1, -2) * weights).sum() for m in maps.values())
+        (loss + 0.0 * velocity.sum()).backward()
+    assert len(expected) > 10
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert (parameter.grad - expected[name]).norm() <= 2e-4 * expected[name].norm() + 1e-6, name
 
 
 def test_output_is_bitwise_stock_and_the_model_is_left_as_it_was() -> None:

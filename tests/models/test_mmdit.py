@@ -11,7 +11,7 @@ import torch
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.families import FAMILIES, family_of
-from mmdit_probe.models.layout import KINDS, Layout, attention_layout, find_layers
+from mmdit_probe.models.layout import KINDS, Layout, find_layers
 from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT
 from tests import tiny
@@ -124,8 +124,7 @@ def test_layers_beyond_ten_are_in_forward_order() -> None:
 
 
 def test_a_layout_counts_and_places() -> None:
-    family = FAMILIES["sd3"]
-    layout = attention_layout(family, [torch.zeros(2, 6, 3), torch.zeros(2, 4, 3)], (2, 3))
+    layout = Layout.from_counts([("image", 6), ("text", 4)], (2, 3))
     assert layout.counts == {"image": 6, "text": 4, "other": 0} and layout.total == 10
     assert layout.positions("image") == slice(0, 6) and layout.positions("text") == slice(6, 10)
     split = Layout.from_counts([("other", 1), ("text", 2), ("image", 3), ("text", 1)])
