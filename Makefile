@@ -38,6 +38,7 @@ notebooks: $(VENV)/.stamp-notebooks
 
 bench: $(VENV)/.stamp
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/scaling.py
 
 install: $(VENV)/.stamp
 

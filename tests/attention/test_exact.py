@@ -3,6 +3,7 @@ fail."""
 
 from __future__ import annotations
 
+import io
 import threading
 from typing import Any
 
@@ -243,6 +244,14 @@ def test_the_precision_switch_is_put_back_and_left_alone_beside_other_threads(mo
         stop.set()
         other.join()
     assert set(seen) == {before}
+
+
+def test_a_progress_bar_is_no_other_computation() -> None:
+    from tqdm import tqdm
+
+    with tqdm(total=1, disable=False, file=io.StringIO()):  # starts a thread that watches the bar
+        assert threading.active_count() > 1
+        assert blocks._alone()
 
 
 def test_the_output_keeps_its_gradient() -> None:
