@@ -134,6 +134,7 @@ def flux() -> Any:
 PIPELINES: dict[str, Callable[[], Any]] = {
     "flux": flux,
     "chroma": lambda: _with_t5("ChromaPipeline", "chroma", in_channels=4 * CHANNELS),
+    "bria": lambda: _with_t5("BriaPipeline", "bria", in_channels=4 * CHANNELS),
     "aura_flow": lambda: _with_t5("AuraFlowPipeline", "aura_flow"),
     "cogview4": lambda: _with_llm(
         "CogView4Pipeline",

@@ -223,7 +223,6 @@ ENTRIES: tuple[Family, ...] = (
         "bria", "BriaTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
         sequence(position_ids, "text", "image"), timesteps=1000.0, guidance=_UNCOND_FIRST, streams=_T5,
         length_argument=_LENGTH, default_length=128, encoded=("text", "negative text", "text ids"),
-        pipelines=("BriaPipeline",), cell=2, form="packed",
     ),
     # transformer_bria_fibo.py. Half of the text channels are replaced at each block.
     Family(
