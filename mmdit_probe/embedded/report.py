@@ -127,8 +127,8 @@ def _report(folder: RunFolder, categories: Sequence[str]) -> Report:
     by_layer.add_column("layer", justify="right")
     for column in means.columns:
         by_layer.add_column(f"sigma {column[0]}, {'min-max' if column[1] else 'raw'}", justify="right")
-    for (stream, layer), row in means.iterrows():
-        by_layer.add_row(stream, str(layer), *(f"{value:.3f}" for value in row))
+    for key, row in zip(means.index.to_list(), means.to_numpy(), strict=True):
+        by_layer.add_row(*map(str, key), *(f"{value:.3f}" for value in row))
     document = {
         "run": folder.path,
         "alignment": scores,
