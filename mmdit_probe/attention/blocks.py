@@ -141,13 +141,14 @@ def _prepared(call: SDPACall, keys: Columns) -> Tensor:
 
 
 def _shape(query: Tensor, n_keys: int) -> tuple[int, int, int]:
-    """Samples, heads and rows at once: on a CPU few heads with many rows, on a GPU everything that fits."""
+    """Samples, heads and rows at once: on a CPU many rows of one head a thread, on a GPU everything that fits."""
     batch, heads, n_rows, _ = query.shape
     cpu = query.device.type != "cuda"
-    limit = CHUNK_ELEMENTS["cpu"] * torch.get_num_threads() if cpu else CHUNK_ELEMENTS["cuda"]
-    limit = max(1, limit // max(1, n_keys))  # rows of all samples and heads together
+    limit = max(1, CHUNK_ELEMENTS["cpu" if cpu else "cuda"] // max(1, n_keys))
     rows = max(1, min(n_rows, limit if cpu else max(256, limit // heads)))
     rows = -(-n_rows // -(-n_rows // rows)) if n_rows else 1  # equal parts
+    # A head for each thread: threads that share one wait for each other after every operation.
+    limit *= torch.get_num_threads() if cpu else 1
     heads_at_once = min(heads, max(1, limit // rows))
     return (min(batch, max(1, limit // (rows * heads))) if heads_at_once == heads else 1), heads_at_once, rows
 
