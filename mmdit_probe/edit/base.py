@@ -158,7 +158,7 @@ class Handler:
                 return proceed(call)
             rows = layout.positions(edit.query)
             every = bool(place.rows.all() and place.heads.all()) and edit.by_rows and not call.is_causal
-            if every and isinstance(rows, slice) and sole_output(module_call.module):
+            if every and isinstance(rows, slice) and _separable(call, rows) and sole_output(module_call.module):
                 return _spliced(edit, call, place, proceed, rows)
             return self._replaced(call, place, proceed)
         # The edit sees every sample in one order; the kernel, and edits after this one, see the model's own.
@@ -217,6 +217,22 @@ class Handler:
         return Place(layout, rows, chosen, queries, keys, tables)
 
 
+def _parts(call: SDPACall, rows: slice) -> list[slice]:
+    """The queries before, inside and after `rows`, without empty parts."""
+    every = (slice(0, rows.start), rows, slice(rows.stop, call.query.shape[-2]))
+    return [part for part in every if part.stop > part.start]
+
+
+def _separable(call: SDPACall, rows: slice) -> bool:
+    """Whether a query gets the same bits in its part alone as among all.
+
+    The CPU kernel takes queries in blocks of 32 or a multiple, and a block of one query by the product of a vector,
+    which differs in the last bit: no splicing where the whole or a part leaves one.
+    """
+    lengths = [part.stop - part.start for part in _parts(call, rows)]
+    return all(length % 32 != 1 for length in (*lengths, call.query.shape[-2]))
+
+
 def _spliced(edit: Edit, call: SDPACall, place: Place, proceed: Proceed, rows: slice) -> Tensor:
     """The edit where all samples and heads are concerned: each query is computed once, edited or stock.
 
@@ -224,14 +240,13 @@ def _spliced(edit: Edit, call: SDPACall, place: Place, proceed: Proceed, rows: s
     (checked on CPU; on a GPU it may choose another split of the keys, and then differs in the last bit).
     """
     parts = []
-    for part in (slice(0, rows.start), rows, slice(rows.stop, call.query.shape[-2])):
-        if part.stop > part.start:
-            mask = call.attn_mask
-            if mask is not None and mask.ndim > 1 and mask.shape[-2] > 1:
-                mask = mask[..., part, :]
-            of_part = replace(call, query=call.query[:, :, part], attn_mask=mask)
-            output = edited(edit, of_part, place, proceed) if part is rows else proceed(of_part)
-            parts.append(output.transpose(1, 2))  # as kernels lay it out
+    for part in _parts(call, rows):
+        mask = call.attn_mask
+        if mask is not None and mask.ndim > 1 and mask.shape[-2] > 1:
+            mask = mask[..., part, :]
+        of_part = replace(call, query=call.query[:, :, part], attn_mask=mask)
+        output = edited(edit, of_part, place, proceed) if part is rows else proceed(of_part)
+        parts.append(output.transpose(1, 2))  # as kernels lay it out
     return torch.cat(parts, 1).transpose(1, 2)
 
 
