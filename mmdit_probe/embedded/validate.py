@@ -24,6 +24,7 @@ from mmdit_probe.observe.maps import TextMaps
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.scenes.parser import SceneParser, aligned, alignment, grounds_right, things_right
 from mmdit_probe.scenes.world import CLASSES, Scene, scene
+from mmdit_probe.segment.tail import minmax
 
 
 def argmax_labels(scores: Tensor, ids: Sequence[int], side: int) -> np.ndarray[Any, Any]:
@@ -82,7 +83,7 @@ def map_quality(
                     scores = class_scores(sample, tokens, item.class_names, stream)  # [H, K, h, w]
                     raw = torch.cat([scores.mean(0, keepdim=True), scores])
                     for stretched in (False, True):
-                        labels = argmax_labels(min_max(raw) if stretched else raw, ids, side)
+                        labels = argmax_labels(minmax(raw) if stretched else raw, ids, side)
                         for head, label in zip(("mean", *map(str, range(len(scores)))), labels, strict=True):
                             key = (layer, stream, head, stretched)
                             found = confusion(item.classes, label, len(CLASSES))
@@ -93,12 +94,6 @@ def map_quality(
         | {f"iou_{name}": value for name, value in zip(CLASSES, ious(matrix), strict=True)}
         for (layer, stream, head, stretched), matrix in matrices.items()
     )
-
-
-def min_max(maps: Tensor) -> Tensor:
-    """Maps [..., h, w], each stretched to 0..1 over the image; a constant map becomes 0."""
-    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return (maps - low) / (high - low).clamp(min=1e-12)
 
 
 def class_scores(maps: Tensor, tokens: TokenTable, names: Sequence[str], stream: str = "all") -> Tensor:

@@ -51,8 +51,8 @@ def map_scores(seen: SinkFree, item: Scene, tokens: TokenTable, layers: Iterable
     import pandas as pd
     import torch
 
-    from mmdit_probe.embedded.validate import min_max
     from mmdit_probe.scenes.world import CLASSES
+    from mmdit_probe.segment.tail import minmax
 
     spans = {name: span for name in item.class_names if (span := _span(tokens, name))}
     ids = [CLASSES.index(name) for name in spans]
@@ -73,7 +73,7 @@ def map_scores(seen: SinkFree, item: Scene, tokens: TokenTable, layers: Iterable
                     score["auc"] = float(np.nanmean([_auc(of, labels == k) for of, k in zip(scores, ids, strict=True)]))
                     if len(ids) > 1:
                         score["miou"] = _miou(scores, ids, item.classes)
-                        score["miou_min_max"] = _miou(min_max(scores), ids, item.classes)
+                        score["miou_min_max"] = _miou(minmax(scores), ids, item.classes)
                 rows.append({"layer": layer, "head": place - 1, "maps": name, "removed": removed[place], **score})
     return pd.DataFrame(rows)
 

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from mmdit_probe.attention.differentiable import Space
 from mmdit_probe.errors import unknown
+from mmdit_probe.segment.tail import minmax
 
 Normalise = Literal["none", "minmax"]
 _EPS = 1e-4
@@ -78,8 +79,7 @@ def as_logits(maps: Tensor, space: Space, normalise: Normalise = "none") -> Tens
     if normalise not in ("none", "minmax"):
         raise unknown("normalisation", normalise, ("none", "minmax"))
     if normalise == "minmax":
-        low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-        maps = (maps - low) / (high - low).clamp(min=1e-12)
+        maps = minmax(maps)
     elif space == "logit":
         return maps
     return torch.logit(maps, eps=_EPS)
