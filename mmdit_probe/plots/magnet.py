@@ -76,7 +76,7 @@ def differences(table: pd.DataFrame, metric: str, baseline: str, *, title: str =
             axes.errorbar(x, middle, yerr=error, fmt=MARKS[place % 8], ms=4, color=COLOURS[place % 8], mec="black",
                           mew=0.4, elinewidth=1, capsize=2, label=name)  # fmt: skip
         axes.set_xticks(range(len(categories)), categories)
-        axes.set_ylabel(f"{metric}, difference to {baseline}")
+        axes.set_ylabel(f"{metric}\ndifference to {baseline}")
         figure.legend(loc="outside lower center", ncols=len(variants))
         if title:
             figure.suptitle(title, fontsize=8, x=0.01, ha="left")
