@@ -3,6 +3,7 @@ fail."""
 
 from __future__ import annotations
 
+import functools
 import io
 import threading
 from typing import Any
@@ -216,23 +217,41 @@ def test_maps_are_columns_and_rows_of_the_matrix() -> None:
     assert (rows[..., 0] - expected).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-4)])
+@pytest.mark.parametrize("rows", [slice(None), slice(3, 60), torch.arange(60).flip(0)])
+def test_queries_of_one_stride_are_multiplied_where_they_are(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, rows: slice | Tensor
+) -> None:
+    # Diffusers' layout, and blocks so small that every sample is cut into several. (bfloat16's lse is good to 5e-5.)
+    monkeypatch.setitem(blocks.CHUNK_ELEMENTS, "cpu", 20 * blocks.padded(TEXT))
+    packed = make(dtype)
+    query, key = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (packed.query, packed.key))
+    call = SDPACall(query, key, packed.value)
+    assert blocks._in_place(query, 1) == (dtype == torch.float32)
+    lse = exact.logsumexp(call)
+    assert lse is not None
+    assert len(list(blocks.blocks(call, lse, slice(IMAGE, N), rows))) > 2
+    found = exact.columns(call, lse, slice(IMAGE, N), rows)
+    assert (found - dense(packed)[:, :, rows, IMAGE:]).abs().max() < tolerance
+
+
 def test_the_precision_switch_is_put_back_and_left_alone_beside_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, seen = matmul.fp32_precision, []
-    product = torch.bmm
 
-    def spy(*operands: Tensor, **options: Any) -> Tensor:
+    def spy(product: Any, *operands: Tensor, **options: Any) -> Tensor:
         seen.append(matmul.fp32_precision)
         return product(*operands, **options)
 
-    monkeypatch.setattr(torch, "bmm", spy)
+    for name in ("bmm", "baddbmm"):
+        monkeypatch.setattr(torch, name, functools.partial(spy, getattr(torch, name)))
     call = make(torch.bfloat16)
     lse = exact.logsumexp(call)
     assert lse is not None
     exact.columns(call, lse, slice(IMAGE, N))
     assert set(seen) == {"bf16"} and matmul.fp32_precision == before
     with pytest.raises(RuntimeError):
-        blocks._product(call.query)(torch.ones(1, 2, 3), torch.ones(1, 2, 3), torch.empty(1))
+        blocks._logits(call.query)(torch.ones(1), torch.ones(1, 2, 3), torch.ones(1, 2, 3), 1.0, torch.empty(1))
     assert matmul.fp32_precision == before
     seen.clear()
     stop = threading.Event()
