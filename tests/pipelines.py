@@ -19,9 +19,12 @@ from tests.families import CHANNELS, FIXTURES, TEXT
 
 SIDE = 32
 """Pixels; the autoencoder's /8 and patches of 2 give 2 x 2 tokens."""
+FIBO_BLANK = 128000
+"""Number of the token that BriaFiboPipeline puts in place of an empty prompt."""
 
 CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content if message.content is string else message.content[0].text }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -41,14 +44,30 @@ def llm_tokenizer(side: str = "right", length: int = 512) -> Any:
     )  # fmt: skip
 
 
-def llm(tokenizer: Any, width: int = TEXT) -> Any:
+def llm(tokenizer: Any, width: int = TEXT, vocabulary: int | None = None) -> Any:
     from transformers import Qwen3Config, Qwen3Model
 
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        vocab_size=vocabulary or len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=1024,
     )  # fmt: skip
     return Qwen3Model(config).eval()
+
+
+def vision_llm(tokenizer: Any, width: int = TEXT, layers: int = 2) -> Any:
+    """A language model that also takes pictures, for pipelines that name positions along three axes."""
+    from transformers import Qwen3VLConfig, Qwen3VLModel
+
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 2 * width,
+        "num_hidden_layers": layers, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width,
+        "deepstack_visual_indexes": [],
+    }  # fmt: skip
+    return Qwen3VLModel(Qwen3VLConfig(text_config=text, vision_config=vision)).eval()
 
 
 def t5(tokenizer: Any, width: int = TEXT) -> Any:
@@ -91,13 +110,14 @@ def transformer(name: str, **changes: Any) -> Any:
     return FIXTURES[name].build(**changes)
 
 
-def _with_t5(pipeline: str, name: str, **changes: Any) -> Any:
+def _with_t5(pipeline: str, name: str, autoencoder: Any = None, parts: Any = None, **changes: Any) -> Any:
+    """`parts`: further components of the pipeline."""
     import diffusers
 
     tokenizer = tiny.t5_tokenizer()
     return getattr(diffusers, pipeline)(
-        transformer=transformer(name, **changes), scheduler=flow(), vae=vae(), text_encoder=t5(tokenizer),
-        tokenizer=tokenizer,
+        transformer=transformer(name, **changes), scheduler=flow(), vae=autoencoder or vae(),
+        text_encoder=t5(tokenizer), tokenizer=tokenizer, **(parts or {}),
     )  # fmt: skip
 
 
@@ -113,21 +133,115 @@ def _with_llm(
     )  # fmt: skip
 
 
+def clip(tokenizer: Any, length: int = tiny.CLIP_LENGTH) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=20, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=length, projection_dim=20,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return CLIPTextModel(config).eval()
+
+
 def flux() -> Any:
     from diffusers import FluxPipeline
 
     clip_tokenizer, tokenizer = tiny.clip_tokenizer("<|endoftext|>"), tiny.t5_tokenizer()
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    config = CLIPTextConfig(
-        vocab_size=len(clip_tokenizer), hidden_size=20, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=tiny.CLIP_LENGTH, projection_dim=20,
-        bos_token_id=clip_tokenizer.bos_token_id, eos_token_id=clip_tokenizer.eos_token_id,
-    )  # fmt: skip
     return FluxPipeline(
         transformer=transformer("flux", in_channels=4 * CHANNELS), scheduler=flow(use_dynamic_shifting=True),
-        vae=vae(), text_encoder=CLIPTextModel(config).eval(), tokenizer=clip_tokenizer, text_encoder_2=t5(tokenizer),
+        vae=vae(), text_encoder=clip(clip_tokenizer), tokenizer=clip_tokenizer, text_encoder_2=t5(tokenizer),
         tokenizer_2=tokenizer,
+    )  # fmt: skip
+
+
+def prx() -> Any:
+    from types import SimpleNamespace
+
+    from diffusers.pipelines.prx import pipeline_prx
+
+    # An optional package that mends broken encodings, which leaves plain text as it is.
+    if not hasattr(pipeline_prx, "ftfy"):
+        pipeline_prx.ftfy = SimpleNamespace(fix_text=lambda text: text)
+    return _with_t5("PRXPipeline", "prx")
+
+
+def krea2() -> Any:
+    from diffusers import Krea2Pipeline
+
+    tokenizer = llm_tokenizer()
+    pipe = Krea2Pipeline(
+        scheduler=flow(use_dynamic_shifting=True), vae=qwen_vae(), text_encoder=vision_llm(tokenizer),
+        tokenizer=tokenizer, transformer=transformer("krea2", in_channels=4 * CHANNELS),
+        text_encoder_select_layers=(0, 1, 2),
+    )  # fmt: skip
+    # The end of the template takes more tokens of this tokenizer: one per letter.
+    pipe.prompt_template_encode_num_suffix_tokens = len(tokenizer(pipe.prompt_template_encode_suffix)["input_ids"])
+    return pipe
+
+
+def longcat() -> Any:
+    from diffusers import LongCatImagePipeline
+
+    tokenizer = llm_tokenizer()
+    pipe = LongCatImagePipeline(
+        scheduler=flow(use_dynamic_shifting=True), vae=vae(latent_channels=16), text_encoder=llm(tokenizer),
+        tokenizer=tokenizer, text_processor=None, transformer=transformer("longcat_image", in_channels=64),
+    )  # fmt: skip
+    pipe.tokenizer_max_length = 24
+    return pipe
+
+
+def nucleus() -> Any:
+    from diffusers import NucleusMoEImagePipeline
+
+    tokenizer = llm_tokenizer("left")
+    pipe = NucleusMoEImagePipeline(
+        transformer=transformer("nucleus_image", in_channels=4 * CHANNELS), scheduler=flow(use_dynamic_shifting=True),
+        vae=qwen_vae(), text_encoder=llm(tokenizer), processor=tokenizer,
+    )  # fmt: skip
+    pipe.default_return_index = -1
+    return pipe
+
+
+def bria_fibo() -> Any:
+    from diffusers import BriaFiboPipeline
+
+    tokenizer = llm_tokenizer()
+    return BriaFiboPipeline(
+        transformer=transformer("bria_fibo", joint_attention_dim=2 * TEXT), scheduler=flow(use_dynamic_shifting=True),
+        vae=qwen_vae(), text_encoder=llm(tokenizer, vocabulary=FIBO_BLANK + 1), tokenizer=tokenizer,
+    )  # fmt: skip
+
+
+def hunyuan_image() -> Any:
+    from diffusers import AutoencoderKLHunyuanImage, HunyuanImagePipeline
+    from diffusers.guiders import AdaptiveProjectedMixGuidance
+    from transformers import ByT5Tokenizer
+
+    tokenizer, glyphs = llm_tokenizer(), ByT5Tokenizer()
+    autoencoder = AutoencoderKLHunyuanImage(
+        in_channels=3, out_channels=3, latent_channels=CHANNELS, block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1, spatial_compression_ratio=8, sample_size=SIDE, scaling_factor=0.5,
+    )  # fmt: skip
+    pipe = HunyuanImagePipeline(
+        scheduler=flow(), vae=autoencoder, text_encoder=llm(tokenizer), tokenizer=tokenizer, text_encoder_2=t5(glyphs),
+        tokenizer_2=glyphs, transformer=transformer("hunyuan_image", text_embed_2_dim=TEXT),
+        guider=AdaptiveProjectedMixGuidance(),
+    )  # fmt: skip
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length = 160, 32
+    return pipe
+
+
+def ideogram4() -> Any:
+    from diffusers import Ideogram4Pipeline
+
+    tokenizer = llm_tokenizer()
+    # 13 of the 36 layers are read.
+    changes = {"in_channels": 4 * CHANNELS, "llm_features_dim": 13 * 8}
+    return Ideogram4Pipeline(
+        scheduler=flow(), vae=vae(), text_encoder=vision_llm(tokenizer, 8, 36), tokenizer=tokenizer,
+        transformer=transformer("ideogram4", **changes), unconditional_transformer=transformer("ideogram4", **changes),
     )  # fmt: skip
 
 
@@ -150,13 +264,22 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "ovis_image": lambda: _with_llm(
         "OvisImagePipeline", "ovis_image", in_channels=4 * CHANNELS, out_channels=4 * CHANNELS
     ),
+    "prx": prx,
+    "krea2": krea2,
+    "longcat_image": longcat,
+    "nucleus_image": nucleus,
+    "bria_fibo": bria_fibo,
+    "hunyuan_image": hunyuan_image,
+    "ideogram4": ideogram4,
 }
 
 
 def build(name: str) -> Any:
     """The pipeline of a family, the same at every call."""
+    from tests.video_pipelines import VIDEO_PIPELINES
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipe = PIPELINES[name]()
+        pipe = (PIPELINES | VIDEO_PIPELINES)[name]()
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -31,7 +31,26 @@ from mmdit_probe.models.arrange import (
     valid,
 )  # fmt: skip
 from mmdit_probe.models.family import Family, TextStream
-from mmdit_probe.models.streams import attribute, chat, flux2_chat, lumina2_system, stream, template
+from mmdit_probe.models.streams import (
+    attribute,
+    chat,
+    flux2_chat,
+    hunyuan_cut,
+    hunyuan_image_glyphs,
+    hunyuan_template,
+    hunyuan_video15_glyphs,
+    joy_cut,
+    joy_template,
+    krea2_prefix,
+    krea2_suffix,
+    longcat_pieces,
+    lumina2_system,
+    nucleus_system,
+    prx_cleaned,
+    spoken,
+    stream,
+    template,
+)  # fmt: skip
 
 _DOUBLE = r"transformer_blocks\.(\d+)\.attn"
 _SINGLE = r"single_transformer_blocks\.(\d+)\.attn"
@@ -92,6 +111,22 @@ def _framepack(inputs: Inputs, config: Any) -> Arrangement:
     )
 
 
+def _glyphs(texts: Any) -> TextStream:
+    """ByT5, which reads what stands in quotation marks; its positions hold zeros where nothing does."""
+    return stream("byt5", "tokenizer_2", "text_encoder_2", texts=texts, length="tokenizer_2_max_length")
+
+
+def _joy(inputs: Inputs, config: Any) -> Extent:
+    """Latents [B, C, frames, h, w]; or [B, items, C, frames, h, w], the last item the image, the others references,
+    which follow it."""
+    image = inputs["hidden_states"]
+    if image.ndim == 5:
+        return latents(inputs, config)
+    own = latents({"hidden_states": image[:, -1]}, config)
+    h, w = own.grid or (0, 0)
+    return replace(own, further=(image.shape[1] - 1) * own.frames * h * w)
+
+
 def _ideogram4(inputs: Inputs, config: Any) -> Arrangement:
     """One sequence; `indicator` says which of its tokens are text (3) and image (2), the others are padding."""
     kinds = {2: "image", 3: "text"}
@@ -146,6 +181,7 @@ def _z_image(inputs: Inputs, config: Any) -> Arrangement:
 _LENGTH = "max_sequence_length"
 _UNCOND_FIRST = ("uncond", "cond")
 _T5 = (stream("t5"),)
+_HUNYUAN_VIDEO = (stream("llm", wrap=hunyuan_template, cut=hunyuan_cut),)
 _TEXT_MASK = ("text", "mask")
 _TEXTS_MASKS = ("text", "mask", "negative text", "negative mask")
 _ALL_TEXTS_MASKS = ("text", "negative text", "mask", "negative mask")
@@ -228,11 +264,14 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "bria_fibo", "BriaFiboTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
         sequence(position_ids, "text", "image"), timesteps=1000.0, guidance=_UNCOND_FIRST,
+        streams=(stream("llm", padded=False, together=True, blank="bos"),), length_argument=_LENGTH,
+        default_length=3000,
         encoded=("text", "negative text", "text ids", "mask", "negative mask", "layers", "negative layers"),
     ),
     Family(
         "longcat_image", "LongCatImageTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
         sequence(position_ids, "text", "image"), encoded=("text", "text ids"),
+        streams=(stream("llm", texts=longcat_pieces, length="tokenizer_max_length", special_tokens=False),),
     ),
     Family(
         "ovis_image", "OvisImageTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
@@ -285,7 +324,7 @@ ENTRIES: tuple[Family, ...] = (
     # transformer_cogview4.py and transformer_glm_image.py. Their float mask adds 1 to kept keys and hides none.
     Family(
         "cogview4", "CogView4Transformer2DModel", _BLOCKS, ("text", "image"), sequence(latents, "text", "image"),
-        timesteps=1000.0, streams=(stream("llm", padded=False, multiple=16),),
+        timesteps=1000.0, streams=(stream("llm", padded=False, together=True, multiple=16, side="left"),),
         length_argument=_LENGTH, default_length=1024, encoded=_TEXTS, pipelines=("CogView4Pipeline",),
     ),
     Family(
@@ -295,23 +334,39 @@ ENTRIES: tuple[Family, ...] = (
     # transformer_hunyuan_video.py. The token refiner is text self-attention and does not match `layers`.
     Family(
         "hunyuan_video", "HunyuanVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),
-        sequence(latents, "image", "text"), timesteps=1000.0,
-        encoded=("text", "pooled", "mask"),
+        sequence(latents, "image", "text"), timesteps=1000.0, streams=_HUNYUAN_VIDEO, length_argument=_LENGTH,
+        default_length=256, encoded=("text", "pooled", "mask"),
     ),
     # transformer_hunyuan_video_framepack.py: frames made before and picture embeddings are neither image nor text.
     Family(
         "hunyuan_video_framepack", "HunyuanVideoFramepackTransformer3DModel", (_DOUBLE, _SINGLE),
-        ("other", "image", "other", "text"), _framepack, timesteps=1000.0, encoded=("text", "pooled", "mask"),
+        ("other", "image", "other", "text"), _framepack, timesteps=1000.0, streams=_HUNYUAN_VIDEO,
+        length_argument=_LENGTH, default_length=256, encoded=("text", "pooled", "mask"),
     ),
     # transformer_hunyuanimage.py: text is [ByT5, language model].
     Family(
         "hunyuan_image", "HunyuanImageTransformer2DModel", (_DOUBLE, _SINGLE), ("image", "text"), _reordered("_2", ""),
         timesteps=1000.0, encoded=("text", "mask", "glyphs", "glyph mask"),
+        streams=(
+            _glyphs(hunyuan_image_glyphs),
+            stream(
+                "llm", wrap=template("prompt_template_encode"), cut=attribute("prompt_template_encode_start_idx"),
+                length="tokenizer_max_length",
+            ),
+        ),
     ),
     # transformer_hunyuan_video15.py: the same, and picture embeddings, which are neither image nor text tokens.
     Family(
         "hunyuan_video15", "HunyuanVideo15Transformer3DModel", _DOUBLE, ("image", "other", "text"),
         _reordered("_2", ""), timesteps=1000.0, encoded=("text", "mask", "glyphs", "glyph mask"),
+        streams=(
+            _glyphs(hunyuan_video15_glyphs),
+            stream(
+                "llm", wrap=chat(system=lambda pipeline: pipeline.system_message, add_generation_prompt=True),
+                texts=spoken, cut=attribute("prompt_template_encode_start_idx"), length="tokenizer_max_length",
+                special_tokens=False,
+            ),
+        ),
     ),
     # transformer_mochi.py: one attention call per sample, over its valid text.
     Family(
@@ -350,6 +405,10 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "krea2", "Krea2Transformer2DModel", _DOUBLE, ("text", "image"),
         sequence(lambda inputs, config: _krea2(inputs), "text", "image"), encoded=_TEXT_MASK,
+        streams=(
+            stream("llm", wrap=krea2_prefix, cut=attribute("prompt_template_encode_start_idx"), tail=krea2_suffix),
+        ),
+        length_argument=_LENGTH, default_length=512,
     ),
     Family(
         "ernie_image", "ErnieImageTransformer2DModel", r"layers\.(\d+)\.self_attention", ("image", "text"),
@@ -361,6 +420,10 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "ideogram4", "Ideogram4Transformer2DModel", r"layers\.(\d+)\.attention", ("other", "text", "image"), _ideogram4,
         clean_timestep=1.0, encoded=("text", "position ids", "segment ids", "indicator"),
+        streams=(
+            stream("llm", wrap=chat(listed=True, add_generation_prompt=True), padded=False, special_tokens=False),
+        ),
+        length_argument=_LENGTH, default_length=2048,
     ),
     # transformer_omnigen.py: text comes as ids and attends to what precedes it; one token holds the time.
     Family(
@@ -371,23 +434,37 @@ ENTRIES: tuple[Family, ...] = (
         "easyanimate", "EasyAnimateTransformer3DModel", _BLOCKS, ("text", "image"),
         sequence(latents, "text", "image", text=("encoder_hidden_states", "encoder_hidden_states_t5")),
         timesteps=1000.0, guidance=_UNCOND_FIRST, encoded=_ALL_TEXTS_MASKS,
+        streams=(stream("llm", wrap=chat(listed=True, add_generation_prompt=True), side="right"),),
+        length_argument=_LENGTH, default_length=256,
     ),
     Family(
         "joyimage_edit", "JoyImageEditTransformer3DModel", r"double_blocks\.(\d+)\.attn", ("image", "text"),
-        sequence(latents, "image", "text"), timesteps=1000.0, encoded=_TEXT_MASK,
+        sequence(_joy, "image", "text"), timesteps=1000.0, encoded=_TEXT_MASK,
+        streams=(stream("llm", wrap=joy_template, cut=joy_cut, padded=False),), length_argument=_LENGTH,
+        default_length=1024,
     ),
     Family(
         "motif_video", "MotifVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),
-        sequence(latents, "image", "text"), timesteps=1000.0, encoded=_ALL_TEXTS_MASKS,
+        sequence(latents, "image", "text"), timesteps=1000.0, streams=_T5, length_argument=_LENGTH,
+        default_length=512, encoded=_ALL_TEXTS_MASKS,
     ),
     # transformer_prx.py and transformer_nucleusmoe_image.py: text tokens are keys only, so there is no T2I and no T2T.
     Family(
         "prx", "PRXTransformer2DModel", r"blocks\.(\d+)\.attention", ("text", "image"),
         sequence(latents, "text", "image", queries=("image",)), guidance=_UNCOND_FIRST, encoded=_TEXTS_MASKS,
+        streams=(stream("t5", texts=prx_cleaned, length="tokenizer_max_length"),),
+        length_argument="tokenizer_max_length",
     ),
     Family(
         "nucleus_image", "NucleusMoEImageTransformer2DModel", _DOUBLE, ("image", "text"),
         sequence(image_shapes, "image", "text", queries=("image",)), encoded=_TEXT_MASK,
+        streams=(
+            stream(
+                "llm", "processor", padded=False, together=True, multiple=8,
+                wrap=chat(system=nucleus_system, listed=True, component="processor", add_generation_prompt=True),
+            ),
+        ),
+        length_argument=_LENGTH, default_length=1024,
     ),
 )  # fmt: skip
 

@@ -14,6 +14,9 @@ from typing import Any
 from mmdit_probe.models.arrange import Arrangement
 from mmdit_probe.models.packing import Form
 
+Part = tuple[str, int]
+"""A text that a tokenizer reads, and its place in the prompt, a character offset; -1 if it is none of the prompt's."""
+
 
 @dataclass(frozen=True)
 class TextStream:
@@ -30,15 +33,29 @@ class TextStream:
     prompts: tuple[str, ...]
     negatives: tuple[str, ...]
     length: str
-    """Where the number of positions comes from: "tokenizer" (its model_max_length) or the name of an argument."""
+    """Where the number of positions comes from: "tokenizer" (its model_max_length), the name of an argument, or the
+    name of a number that the pipeline holds."""
     wrap: Callable[[Any, bool], tuple[str, str]] | None = None
     """(pipeline, whether it is the negative prompt) -> the text around the prompt that the tokenizer reads too."""
+    texts: Callable[[Any, str], list[list[Part]]] | None = None
+    """(pipeline, prompt) -> what the tokenizer reads instead of the prompt: texts, tokenized one by one, each made of
+    parts. Without any text the positions hold zeros."""
     cut: Callable[[Any], int] | None = None
     """(pipeline) -> how many of the first positions the pipeline cuts off."""
+    tail: Callable[[Any], tuple[str, int]] | None = None
+    """(pipeline) -> a text that is tokenized by itself and comes after the padding, and how many positions the padding
+    leaves for it."""
     padded: bool = True
     """Whether every prompt has the full number of positions; else only the longest prompt of a call has all of them."""
+    together: bool = False
+    """Where prompts are not padded to the full length: whether those that are encoded together are padded to the
+    longest of them by the tokenizer; else the pipeline does so afterwards, at the end."""
     multiple: int = 1
-    """Where prompts are not padded to the full length: the longest one is padded, in front, to a multiple of this."""
+    """Prompts that are padded together have a multiple of this many positions."""
+    side: str = ""
+    """"left" or "right", where the tokenizer pads; empty if it is the tokenizer's own choice."""
+    blank: str = ""
+    """Kind of the one token that stands for an empty prompt and fills its positions; empty if the tokenizer says."""
     special_tokens: bool = True
     """Whether the tokenizer adds its own special tokens."""
 
@@ -74,7 +91,7 @@ class Family:
     length_argument: str = ""
     """Argument of `encode_prompt` and of the pipeline that sets the length of the streams that name it."""
     default_length: int = 0
-    """Value of `length_argument` when nobody sets it."""
+    """Value of `length_argument` when nobody sets it; 0 where it is the tokenizer's model_max_length."""
     encoded: tuple[str, ...] = ()
     """What `encode_prompt` returns: "text", "negative text" and others. Without a "negative text" the negative
     prompt is encoded by a call of its own."""

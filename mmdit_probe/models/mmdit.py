@@ -374,12 +374,12 @@ class MMDiT:
 
 def default_length(pipeline: Any, family: Family) -> int:
     """The family's default text length, or less if a tokenizer of such a stream says so."""
-    lengths = [family.default_length]
+    lengths = [family.default_length] if family.default_length else []
     for stream in family.streams:
-        if stream.length != "tokenizer":
+        if stream.length == family.length_argument:
             tokenizers = (getattr(pipeline, name, None) for name in stream.tokenizers)
             lengths += [int(tokenizer.model_max_length) for tokenizer in tokenizers if tokenizer is not None]
-    return min(lengths)
+    return min(lengths, default=0)
 
 
 def _texts(prompts: str | Sequence[str]) -> list[str]:

@@ -7,10 +7,14 @@ Facts of the diffusers 0.42.1 pipelines, used by `models.entries`. Templates are
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
-from mmdit_probe.models.family import TextStream
+from mmdit_probe.models.family import Part, TextStream
+from mmdit_probe.models.reading import traced
 
 Wrap = Callable[[Any, bool], tuple[str, str]]
 _MARK = "mmditprobeprompt"
@@ -31,20 +35,124 @@ def template(attribute: str) -> Wrap:
     return lambda pipeline, negative: _around(getattr(pipeline, attribute).format(_MARK))
 
 
-def chat(system: str = "", **options: Any) -> Wrap:
-    """The tokenizer's chat template, with one message by the user.
+def chat(
+    before: str = "",
+    *,
+    system: Callable[[Any], str] | None = None,
+    listed: bool = False,
+    component: str = "tokenizer",
+    **options: Any,
+) -> Wrap:
+    """The chat template of the tokenizer (or of another component), with one message by the user.
 
     Args:
-        system: attribute of the pipeline that holds a text put before the prompt, in the same message.
+        before: attribute of the pipeline that holds a text put before the prompt, in the same message.
+        system: (pipeline) -> text of the system's message, which comes first.
+        listed: whether the user's message is a list of contents, with one text.
         options: of `apply_chat_template`.
     """
 
     def wrap(pipeline: Any, negative: bool) -> tuple[str, str]:
-        before = getattr(pipeline, system) if system else ""
-        messages = [{"role": "user", "content": before + _MARK}]
-        return _around(pipeline.tokenizer.apply_chat_template(messages, tokenize=False, **options))
+        text = (getattr(pipeline, before) if before else "") + _MARK
+        messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system(pipeline)}]
+        messages.append({"role": "user", "content": [{"type": "text", "text": text}] if listed else text})
+        return _around(getattr(pipeline, component).apply_chat_template(messages, tokenize=False, **options))
 
     return wrap
+
+
+def nucleus_system(pipeline: Any) -> str:
+    """The system's message of NucleusMoE-Image, a constant of its module."""
+    from diffusers.pipelines.nucleusmoe_image import pipeline_nucleusmoe_image
+
+    return str(pipeline_nucleusmoe_image.DEFAULT_SYSTEM_PROMPT)
+
+
+def hunyuan_template(pipeline: Any, negative: bool) -> tuple[str, str]:
+    """HunyuanVideo: the template that `encode_prompt` takes when it is given none."""
+    return _around(_hunyuan_default(pipeline)["template"].format(_MARK))
+
+
+def hunyuan_cut(pipeline: Any) -> int:
+    """HunyuanVideo: the template's own tokens before the prompt."""
+    return int(_hunyuan_default(pipeline)["crop_start"])
+
+
+def _hunyuan_default(pipeline: Any) -> dict[str, Any]:
+    default: dict[str, Any] = inspect.signature(type(pipeline).encode_prompt).parameters["prompt_template"].default
+    return default
+
+
+def krea2_prefix(pipeline: Any, negative: bool) -> tuple[str, str]:
+    """Krea 2: what comes before the prompt; what comes after it is `krea2_suffix`."""
+    return pipeline.prompt_template_encode_prefix, ""
+
+
+def krea2_suffix(pipeline: Any) -> tuple[str, int]:
+    """Krea 2: the end of the template comes after the padding."""
+    return pipeline.prompt_template_encode_suffix, int(pipeline.prompt_template_encode_num_suffix_tokens)
+
+
+def joy_template(pipeline: Any, negative: bool) -> tuple[str, str]:
+    """JoyImage without a reference image."""
+    return _around(pipeline.prompt_template_encode["image"].format(_MARK))
+
+
+def joy_cut(pipeline: Any) -> int:
+    """JoyImage without a reference image: the template's tokens before the prompt."""
+    return int(pipeline.prompt_template_encode_start_idx["image"])
+
+
+def prx_cleaned(pipeline: Any, prompt: str) -> list[list[Part]]:
+    """PRX: the prompt in lower case, without addresses, file names and the like."""
+    return [traced(pipeline.text_preprocessor.clean_text(prompt), prompt)]
+
+
+def longcat_pieces(pipeline: Any, prompt: str) -> list[list[Part]]:
+    """LongCat-Image: what stands in quotation marks is read character by character, the marks too."""
+    from diffusers.pipelines.longcat_image import pipeline_longcat_image
+
+    split = pipeline_longcat_image.split_quotation(prompt)
+    pieces = [piece for text, quoted in split for piece in (text if quoted else [text])]
+    places = itertools.accumulate((len(piece) for piece in pieces), initial=0)
+    # The splitting may change words with an apostrophe in them; then the pieces are not the prompt's.
+    if "".join(pieces) != prompt:
+        return [[(piece, -1)] for piece in pieces]
+    return [[(piece, place)] for piece, place in zip(pieces, places, strict=False)]
+
+
+def spoken(pipeline: Any, prompt: str) -> list[list[Part]]:
+    """A blank in place of an empty prompt."""
+    return [[(prompt, 0)] if prompt else [(" ", -1)]]
+
+
+def hunyuan_image_glyphs(pipeline: Any, prompt: str) -> list[list[Part]]:
+    """HunyuanImage: the prompt's texts in quotation marks, for the encoder of glyphs."""
+    from diffusers.pipelines.hunyuan_image import pipeline_hunyuanimage
+
+    return _glyphs(pipeline_hunyuanimage.extract_glyph_text(prompt), prompt)
+
+
+def hunyuan_video15_glyphs(pipeline: Any, prompt: str) -> list[list[Part]]:
+    """HunyuanVideo 1.5: the prompt's texts in quotation marks, for the encoder of glyphs."""
+    from diffusers.pipelines.hunyuan_video1_5 import pipeline_hunyuan_video1_5
+
+    return _glyphs(pipeline_hunyuan_video1_5.extract_glyph_texts(prompt), prompt)
+
+
+def _glyphs(listed: str | None, prompt: str) -> list[list[Part]]:
+    """The parts of 'Text "one". Text "two". ', a list of what the prompt has in quotation marks."""
+    if listed is None:
+        return []
+    before, between, after = 'Text "', '". Text "', '". '
+    parts: list[Part] = []
+    used: set[int] = set()
+    for text in listed.removeprefix(before).removesuffix(after).split(between):
+        places = [match.start(1) for match in re.finditer(f"(?<=['\"‘“])({re.escape(text)})(?=['\"’”])", prompt)]
+        place = next((place for place in places if place not in used), -1)
+        used.add(place)
+        parts += [(between if parts else before, -1), (text, place)]
+    return [[*parts, (after, -1)]]
 
 
 def flux2_chat(pipeline: Any, negative: bool) -> tuple[str, str]:

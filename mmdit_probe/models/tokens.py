@@ -14,29 +14,17 @@ same word index. Not here: what the pooled embedding carries outside attention.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.models.families import Family, TextStream
+from mmdit_probe.models.family import Part
+from mmdit_probe.models.reading import Token as Token
+from mmdit_probe.models.reading import read, words
 
 KINDS = ("bos", "word", "eos", "pad", "template", "null", "unknown")
-
-_WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*|[^\w\s]|_")
-
-
-@dataclass(frozen=True)
-class Token:
-    """One text position. `start` and `stop` are character offsets in the prompt; -1 where there is no text."""
-
-    stream: str
-    kind: str
-    word: str | None = None
-    word_index: int = -1
-    start: int = -1
-    stop: int = -1
 
 
 @dataclass(frozen=True)
@@ -69,7 +57,7 @@ class TokenTable:
     @property
     def words(self) -> list[str]:
         """The prompt's words in order."""
-        return [match.group() for match in _WORD.finditer(self.prompt)]
+        return [word for _, _, word in words(self.prompt)]
 
     def positions(self, kind: str | None = None, stream: str | None = None, word: str | int | None = None) -> list[int]:
         """Text positions (0..T-1) that match every given condition.
@@ -103,9 +91,9 @@ class TokenTable:
         Raises:
             UserError: the phrase is not in the prompt, or was cut off in every stream.
         """
-        wanted = [match.group().lower() for match in _WORD.finditer(phrase)]
-        words = [word.lower() for word in self.words]
-        starts = [i for i in range(len(words) - len(wanted) + 1) if wanted and words[i : i + len(wanted)] == wanted]
+        wanted = [word.lower() for _, _, word in words(phrase)]
+        own = [word.lower() for word in self.words]
+        starts = [i for i in range(len(own) - len(wanted) + 1) if wanted and own[i : i + len(wanted)] == wanted]
         if not starts:
             raise unknown("word", phrase, dict.fromkeys(self.words))
         if occurrence is not None:
@@ -134,22 +122,17 @@ def unknown_table(length: int, prompt: str = "") -> TokenTable:
 def fitted(family: Family, tables: Sequence[TokenTable | None], length: int) -> list[TokenTable | None]:
     """The tables of one call in which T = `length` text positions take part.
 
-    Pads are added where prompts are as long as they are, and cut off where the pipeline or the transformer does so.
-    Tables that do not make up T are no tables of this call: None.
+    Pads are added at the end where prompts are as long as they are, and cut off where the pipeline or the transformer
+    does so. Tables that do not make up T are no tables of this call: None.
     """
     longest = max((len(table) for table in tables if table is not None), default=0)
     if any(not stream.padded for stream in family.streams):
-        stream = family.streams[-1]
-        if -(-longest // stream.multiple) * stream.multiple != length:
+        if longest != length:
             return [None] * len(tables)
-        return [None if table is None else _filled(table, length, stream) for table in tables]
+        pad = Token(family.streams[-1].name, "pad")
+        return [None if t is None else replace(t, tokens=(*t.tokens, *(pad,) * (length - len(t)))) for t in tables]
     cut = [None if table is None or set(table.kinds[length:]) - {"pad"} else table for table in tables]
     return [None if table is None else replace(table, tokens=table.tokens[:length]) for table in cut]
-
-
-def _filled(table: TokenTable, length: int, stream: TextStream) -> TokenTable:
-    pads = (Token(stream.name, "pad"),) * (length - len(table))
-    return replace(table, tokens=(*pads, *table.tokens) if stream.multiple > 1 else (*table.tokens, *pads))
 
 
 def token_tables(
@@ -159,7 +142,9 @@ def token_tables(
     length: int | None = None,
     negative: bool = False,
 ) -> list[TokenTable]:
-    """The token table of each prompt as this pipeline encodes it, alone: without the pads of a longer neighbour.
+    """The token tables of prompts as this pipeline encodes them in one call.
+
+    Pads that come afterwards, where the pipeline makes encoded prompts equally long, are not in it: see `fitted`.
 
     Args:
         pipeline: a diffusers pipeline of the family: its tokenizers and encoders are read.
@@ -170,17 +155,31 @@ def token_tables(
         negative: whether they are negative prompts, which some pipelines put into another template.
     """
     count = sum(len(stream.tokenizers) for stream in family.streams)
-    return [_table(pipeline, family, [p] * count if isinstance(p, str) else list(p), length, negative) for p in prompts]
+    texts = [[prompt] * count if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    tables = [_table(pipeline, family, text, length, negative) for text in texts]
+    stream = family.streams[-1]
+    if not stream.together:
+        return tables
+    size = max((len(table) for table in tables), default=0)
+    size = -(-size // stream.multiple) * stream.multiple
+    side = _side(stream, _tokenizer(pipeline, stream.tokenizers[-1]))
+    kinds = [stream.blank if stream.blank and not table.prompt else "pad" for table in tables]
+    filled = [
+        _filled(table.tokens, size, side, Token(stream.name, kind)) for table, kind in zip(tables, kinds, strict=True)
+    ]
+    return [replace(table, tokens=tokens) for table, tokens in zip(tables, filled, strict=True)]
 
 
 def stream_length(pipeline: Any, family: Family, stream: TextStream, length: int | None) -> int:
     """Number of text positions of one stream, at most where prompts are not padded. `length` as in `token_tables`."""
-    if stream.length == "tokenizer":
-        return int(getattr(pipeline, stream.tokenizers[0]).model_max_length)
-    return family.default_length if length is None else length
+    if stream.length == family.length_argument and (length or family.default_length):
+        return length or family.default_length
+    if stream.length in ("tokenizer", family.length_argument):
+        return int(_tokenizer(pipeline, stream.tokenizers[0]).model_max_length)
+    return int(getattr(pipeline, stream.length))
 
 
-def _table(pipeline: Any, family: Family, texts: list[str], length: int | None, negative: bool) -> TokenTable:
+def _table(pipeline: Any, family: Family, prompts: list[str], length: int | None, negative: bool) -> TokenTable:
     tokens: list[Token] = []
     truncated: dict[str, tuple[str, ...]] = {}
     position = 0
@@ -189,9 +188,8 @@ def _table(pipeline: Any, family: Family, texts: list[str], length: int | None, 
         readings = []
         for component, encoder in zip(stream.tokenizers, stream.encoders, strict=True):
             if getattr(pipeline, encoder, None) is not None:
-                around = ("", "") if stream.wrap is None else stream.wrap(pipeline, negative)
-                cut = 0 if stream.cut is None else stream.cut(pipeline)
-                readings.append(_read(getattr(pipeline, component), texts[position], size, stream, around, cut))
+                tokenizer = _tokenizer(pipeline, component)
+                readings.append(_reading(pipeline, tokenizer, stream, prompts[position], size, negative))
             position += 1
         if not readings:
             tokens += [Token(stream.name, "null")] * size
@@ -199,8 +197,47 @@ def _table(pipeline: Any, family: Family, texts: list[str], length: int | None, 
         tokens += [_agreed(at_position) for at_position in zip(*(reading[0] for reading in readings), strict=True)]
         lost = readings[0][1]
         if lost:
-            truncated[stream.name] = lost
-    return TokenTable(texts[0], tuple(tokens), truncated)
+            truncated[stream.name] = tuple(lost)
+    return TokenTable(prompts[0], tuple(tokens), truncated)
+
+
+def _reading(
+    pipeline: Any, tokenizer: Any, stream: TextStream, prompt: str, size: int, negative: bool
+) -> tuple[Sequence[Token], list[str]]:
+    """The tokens of one prompt in one tokenizer as the pipeline uses it, and the words that were cut off."""
+    if stream.blank and not prompt:
+        return [Token(stream.name, stream.blank)], []
+    texts: list[list[Part]] = [[(prompt, 0)]]
+    if stream.texts is not None:
+        texts = stream.texts(pipeline, prompt)
+        if not texts:
+            return [Token(stream.name, "null")] * size, []
+    if stream.wrap is not None:
+        before, after = stream.wrap(pipeline, negative)
+        texts = [[part for part in ((before, -1), *parts, (after, -1)) if part[0]] for parts in texts]
+    cut = 0 if stream.cut is None else stream.cut(pipeline)
+    tail, left = ("", 0) if stream.tail is None else stream.tail(pipeline)
+    tokens, lost = read(tokenizer, stream, prompt, texts, size + cut - left)
+    if stream.padded:
+        side = _side(stream, tokenizer)
+        tokens = [*_filled(tokens, size + cut - left, side, Token(stream.name, "pad"))]
+    if tail:
+        tokens += read(tokenizer, stream, "", [[(tail, -1)]], size)[0]
+    return tokens[cut:], lost
+
+
+def _tokenizer(pipeline: Any, component: str) -> Any:
+    found = getattr(pipeline, component)
+    return getattr(found, "tokenizer", found)  # a processor's
+
+
+def _side(stream: TextStream, tokenizer: Any) -> str:
+    return stream.side or str(tokenizer.padding_side)
+
+
+def _filled(tokens: Sequence[Token], size: int, side: str, pad: Token) -> tuple[Token, ...]:
+    pads = (pad,) * (size - len(tokens))
+    return (*pads, *tokens) if side == "left" else (*tokens, *pads)
 
 
 def _agreed(tokens: tuple[Token, ...]) -> Token:
@@ -210,61 +247,3 @@ def _agreed(tokens: tuple[Token, ...]) -> Token:
         return first
     kind = first.kind if all(token.kind == first.kind for token in tokens) else "unknown"
     return Token(first.stream, kind)
-
-
-def _read(
-    tokenizer: Any, text: str, size: int, stream: TextStream, around: tuple[str, str], cut: int
-) -> tuple[list[Token], tuple[str, ...]]:
-    """The tokens of one text in one tokenizer, and the words that were cut off.
-
-    Args:
-        text: the prompt; `around` it is what the tokenizer reads before and after it.
-        size: number of positions, at most if the stream is not padded. cut: first tokens that the pipeline drops.
-    """
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor's
-    before = len(around[0])
-    encoding = tokenizer(
-        around[0] + text + around[1], padding="max_length" if stream.padded else False, max_length=size + cut,
-        truncation=True, add_special_tokens=stream.special_tokens, return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-    )  # fmt: skip
-    spans = [(match.start(), match.end(), match.group()) for match in _WORD.finditer(text)]
-    tokens: list[Token] = []
-    covered = 0
-    seen_text = False
-    rows = zip(
-        encoding["input_ids"],
-        encoding["attention_mask"],
-        encoding["special_tokens_mask"],
-        encoding["offset_mapping"],
-        strict=True,
-    )
-    for token_id, attended, special, (first, last) in rows:
-        start, stop = first - before, last - before
-        if not attended:
-            # CLIP-L pads with its end token: only the attention mask tells the two apart.
-            tokens.append(Token(stream.name, "pad"))
-        elif special:
-            is_start = not seen_text and (token_id == tokenizer.bos_token_id or token_id != tokenizer.eos_token_id)
-            tokens.append(Token(stream.name, "bos" if is_start else "eos"))
-            seen_text = seen_text or token_id == tokenizer.bos_token_id
-        elif around != ("", "") and (stop <= 0 or start >= len(text)):
-            seen_text = True
-            tokens.append(Token(stream.name, "template"))
-        else:
-            seen_text = True
-            start, stop = max(0, start), min(len(text), stop)
-            covered = max(covered, stop)
-            index = _word_at(spans, start, stop)
-            word = spans[index][2] if index >= 0 else None
-            tokens.append(Token(stream.name, "word", word, index, start, stop))
-    return tokens[cut:], tuple(word for _, end, word in spans if end > covered)
-
-
-def _word_at(spans: list[tuple[int, int, str]], start: int, stop: int) -> int:
-    """The word that overlaps [start, stop), else the first one after it: a bare word-start mark belongs to what
-    follows."""
-    for index, (first, last, _) in enumerate(spans):
-        if (first < stop and start < last) or start <= first:
-            return index
-    return -1

@@ -397,6 +397,22 @@ def test_an_edit_of_queries_that_are_none_is_refused() -> None:
         run(model, inputs)
 
 
+@pytest.mark.parametrize("items", [1, 2])
+def test_the_picture_that_is_edited_is_no_image_token(items: int) -> None:
+    """JoyImage gets [B, items, C, frames, h, w], the image last, and puts it first."""
+    model, inputs = FIXTURES["joyimage_edit"].build(), FIXTURES["joyimage_edit"].inputs(1)
+    latents = torch.randn(1, items, *inputs["hidden_states"].shape[1:])
+    inputs["hidden_states"] = latents
+    with written_down(model) as calls:
+        run(model, inputs)
+        run(model, inputs | {"hidden_states": torch.cat([latents[:, :-1], latents[:, -1:] + 1.0], 1)})
+    before, after = calls["double_blocks.0.attn"]
+    moved = (before.value != after.value).any(3).any(1)[0]
+    layout, places = arranged(family_of(model).arrangement(inputs, model.config))
+    assert places is None and torch.equal(moved, layout.labels == IMAGE)
+    assert layout.counts == {"image": 24, "text": 7, "other": 24 * (items - 1)} and layout.frames == 2
+
+
 @pytest.mark.parametrize("name", sorted(CROSS_ATTENTION))
 def test_cross_attention_models_are_refused_and_told_why(name: str) -> None:
     model = CROSS_ATTENTION[name].build()
