@@ -14,7 +14,7 @@ app = typer.Typer(help="The embedded world: look at scenes, train the shipped mo
 
 
 class StageName(StrEnum):
-    """Training stages in their order; "all" runs those that are not finished."""
+    """Training stages in their order; "all" runs those that are not finished; "import" is in place of training them."""
 
     PARSER = "parser"
     VAE = "vae"
@@ -22,6 +22,7 @@ class StageName(StrEnum):
     T5 = "t5"
     TRANSFORMER = "transformer"
     EXPORT = "export"
+    IMPORT = "import"
     ALL = "all"
 
 
@@ -59,18 +60,19 @@ def train(
     workdir: Annotated[Path, typer.Option(help="Where pools, checkpoints and curves are kept.")] = Path(".training"),
     steps: Annotated[int | None, typer.Option(help="Steps of the stage, in place of the recipe's.", min=1)] = None,
     assets: Annotated[
-        Path | None, typer.Option(help="Where `export` writes; the package's own assets by default.")
+        Path | None, typer.Option(help="Where `export` writes and `import` reads; the package's own assets by default.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start anew instead of from the last checkpoint.")] = False,
     device: Device = "auto",
     debug: Debug = False,
 ) -> None:
-    """Train what the package ships, stage by stage, resuming exactly; `export` writes the assets."""
+    """Train what the package ships, stage by stage, resuming exactly; `export` writes the assets, `import` starts from
+    them."""
     from mmdit_probe.cli.output import Output
     from mmdit_probe.embedded.recipe import run_stage
 
     Output(debug=debug)
-    names = [s for s in StageName if s is not StageName.ALL] if stage is StageName.ALL else [stage]
+    names = [s for s in StageName if s not in (StageName.IMPORT, StageName.ALL)] if stage is StageName.ALL else [stage]
     for name in names:
         run_stage(name.value, workdir, steps=steps, assets=assets, resume=not fresh, device=device)
 

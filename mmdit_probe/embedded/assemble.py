@@ -1,4 +1,5 @@
-"""Put the trained parts together as a stock StableDiffusion3Pipeline, in memory or as the folder that ships."""
+"""Put the trained parts together as a stock StableDiffusion3Pipeline, in memory or as the folder that ships, and take
+what ships apart again, so that training can go on from it."""
 
 from __future__ import annotations
 
@@ -11,15 +12,26 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 
-from mmdit_probe.embedded.loop import weights
+from mmdit_probe.embedded.loop import adopt, weights
 from mmdit_probe.embedded.parser import load_trained_parser
-from mmdit_probe.embedded.text import ClipPair, clip_config, load_trained_text
+from mmdit_probe.embedded.text import ClipPair, Restorer, clip_config, load_trained_text
 from mmdit_probe.embedded.tokenizers import clip_tokenizer, t5_tokenizer
-from mmdit_probe.embedded.transformer import SHIFT, load_trained_transformer
-from mmdit_probe.embedded.vae import load_trained_vae
+from mmdit_probe.embedded.transformer import SHIFT, AlignedTransformer, load_trained_transformer
+from mmdit_probe.embedded.vae import build_vae, load_trained_vae
+from mmdit_probe.models.load import load
+from mmdit_probe.scenes.parser import load_parser
 from mmdit_probe.scenes.world import SIZE, WORLD_VERSION
+
+HOMES = {
+    "parser": "scenes-parser",
+    "clip": "scenes-clip",
+    "t5": "scenes-sd3",
+    "vae": "scenes-sd3",
+    "transformer": "scenes-sd3",
+}
+"""Which folder of the assets each stage ends in."""
 
 
 def first_tower(pair: ClipPair) -> CLIPTextModelWithProjection:
@@ -76,19 +88,43 @@ def export(workdir: Path, assets: Path) -> None:
     (fresh / "scenes-parser").mkdir()
     state = {name: tensor.half() for name, tensor in weights(load_trained_parser(workdir)).items()}
     save_file(state, fresh / "scenes-parser" / "model.safetensors", {"world": str(WORLD_VERSION)})
-    for stage, home in (
-        ("parser", "scenes-parser"),
-        ("clip", "scenes-clip"),
-        ("t5", "scenes-sd3"),
-        ("vae", "scenes-sd3"),
-        ("transformer", "scenes-sd3"),
-    ):
+    for stage, home in HOMES.items():
         _copy_curves(workdir / stage / "curves.csv", fresh / home / "training" / f"{stage}.csv")
     for folder in sorted(fresh.iterdir()):
         target = assets / folder.name
         shutil.rmtree(target, ignore_errors=True)
         folder.rename(target)
     fresh.rmdir()
+
+
+def unpack(assets: Path, workdir: Path) -> None:
+    """Make the shipped weights the last checkpoints of all stages in ``workdir``; the inverse of ``export``.
+
+    What does not ship starts anew: optimisers, T5's head, the head that the transformer's tokens are aligned through,
+    and the digits that half precision has cut off.
+
+    Raises:
+        UserError: ``workdir`` holds checkpoints.
+    """
+    shipped = load(str(assets / "scenes-sd3"), device="cpu", dtype="float32").pipeline
+    torch.manual_seed(0)
+    pair, restorer, aligned, vae = ClipPair(), Restorer(), AlignedTransformer(), build_vae()
+    pair.clip.load_state_dict(CLIPModel.from_pretrained(assets / "scenes-clip").float().state_dict())
+    # The first tower ships twice, in the pipeline with all its digits.
+    pair.clip.load_state_dict(shipped.text_encoder.state_dict(), strict=False)
+    pair.second.load_state_dict(shipped.text_encoder_2.state_dict())
+    restorer.encoder.load_state_dict(shipped.text_encoder_3.state_dict())
+    aligned.transformer.load_state_dict(shipped.transformer.float().state_dict())
+    vae.load_state_dict(shipped.vae.state_dict())
+    modules = {
+        "parser": load_parser(assets / "scenes-parser"), "clip": pair, "t5": restorer, "vae": vae,
+        "transformer": aligned,
+    }  # fmt: skip
+    for stage, module in modules.items():
+        curves = assets / HOMES[stage] / "training" / f"{stage}.csv"
+        with curves.open(newline="") as file:
+            step = max(int(row["step"]) for row in csv.DictReader(file))
+        adopt(workdir / stage, module, step, curves)
 
 
 def _copy_curves(source: Path, target: Path) -> None:

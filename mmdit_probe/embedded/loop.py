@@ -1,7 +1,8 @@
 """One training loop for every stage: seeded by step, logged, checkpointed, resumed exactly.
 
 Step ``k`` draws all its randomness from a generator seeded by (stage, k), so a run that was killed and resumed is the
-run that was not: no random state has to be saved.
+run that was not: no random state has to be saved. ``adopt`` makes a checkpoint of weights that came from elsewhere; a
+run goes on from it with new optimisers, warmed up over ``REWARM`` steps.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import csv
 import json
 import math
 import os
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,21 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mmdit_probe.errors import UserError
+
+REWARM = 200
+"""Steps over which the learning rate rises again where a run goes on with new optimisers."""
+
 _console = Console(stderr=True, highlight=False)
+
+
+def low_precision(device: torch.device) -> AbstractContextManager[None]:
+    """bfloat16 autocast where the device computes in it; on a processor without such units it would be slower."""
+    if device.type == "cpu" and not any(
+        torch.cpu.get_capabilities().get(unit) for unit in ("amx_bf16", "avx512_bf16", "bf16")
+    ):
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 def warmup_cosine(step: int, steps: int, warmup: int, floor: float = 0.05) -> float:
@@ -94,14 +111,15 @@ def run(stage: Stage, folder: Path, *, resume: bool = True, log_every: int = 50)
     """
     folder.mkdir(parents=True, exist_ok=True)
     base_rates = [[group["lr"] for group in o.param_groups] for o in stage.optimizers]
-    start = _restore(stage, folder) if resume and (folder / "progress.json").exists() else 0
+    start, renewed = _restore(stage, folder) if resume and (folder / "progress.json").exists() else (0, None)
     curves = _Curves(folder / "curves.csv", start)
     began, sums, seen = time.perf_counter(), dict[str, float](), 0
     for step in range(start, stage.steps):
         seed_step(stage.name, step)
         for optimizer, rates in zip(stage.optimizers, base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * stage.rate(step)
+                warmth = 1.0 if renewed is None else min(1.0, (step - renewed + 1) / REWARM)
+                group["lr"] = rate * stage.rate(step) * warmth
         loss, numbers = stage.loss(step)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"stage {stage.name}, step {step}: the loss is {float(loss.detach())}")
@@ -129,7 +147,7 @@ def run(stage: Stage, folder: Path, *, resume: bool = True, log_every: int = 50)
             curves.write(done, numbers)
             _console.print(f"{stage.name} {done} " + " ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
         if done % stage.save_every == 0 or done == stage.steps:
-            _save(stage, folder, done)
+            _save(stage, folder, done, renewed)
 
 
 def seed_step(name: str, step: int) -> None:
@@ -142,15 +160,46 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().contiguous().clone() for name, tensor in module.state_dict().items()}
 
 
-def _save(stage: Stage, folder: Path, done: int) -> None:
-    """Write everything under temporary names, then move: a kill leaves the previous checkpoint whole."""
-    state = {f"module.{n}": t for n, t in weights(stage.module).items()}
+def adopt(folder: Path, module: nn.Module, step: int, curves: Path) -> None:
+    """Make ``module`` the checkpoint of a stage after ``step`` steps, as its weights and as their average.
+
+    Args:
+        folder: of the stage; must hold no checkpoint.
+        curves: the table of numbers up to this step.
+
+    Raises:
+        UserError: the folder holds a checkpoint.
+    """
+    if (folder / "progress.json").exists():
+        raise UserError(f"'{folder}' holds a checkpoint already: expected a new working folder (--workdir)")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(curves, folder / "curves.csv")
+    _write(folder, step, {"module": weights(module), "average": weights(module)}, None, step, step)
+
+
+def _save(stage: Stage, folder: Path, done: int, renewed: int | None) -> None:
+    states = {"module": weights(stage.module)}
     if stage.average is not None:
-        state |= {f"average.{n}": t for n, t in stage.average.values.items()}
-    tag = f"{done:07d}"
+        states["average"] = stage.average.values
+    updates = stage.average.updates if stage.average else 0
+    _write(folder, done, states, [o.state_dict() for o in stage.optimizers], updates, renewed)
+
+
+def _write(
+    folder: Path,
+    step: int,
+    states: dict[str, dict[str, Tensor]],
+    optimizers: list[dict[str, Any]] | None,
+    updates: int,
+    renewed: int | None,
+) -> None:
+    """Write everything under temporary names, then move: a kill leaves the previous checkpoint whole."""
+    tag = f"{step:07d}"
+    state = {f"{kind}.{n}": t for kind, values in states.items() for n, t in values.items()}
     save_file(state, folder / f"state-{tag}.safetensors")
-    torch.save([o.state_dict() for o in stage.optimizers], folder / f"optimizer-{tag}.pt")
-    record = {"step": done, "updates": stage.average.updates if stage.average else 0}
+    if optimizers is not None:
+        torch.save(optimizers, folder / f"optimizer-{tag}.pt")
+    record = {"step": step, "updates": updates, "renewed": renewed}
     partial = folder / "progress.partial"
     partial.write_text(json.dumps(record))
     os.replace(partial, folder / "progress.json")
@@ -159,7 +208,8 @@ def _save(stage: Stage, folder: Path, done: int) -> None:
             old.unlink()
 
 
-def _restore(stage: Stage, folder: Path) -> int:
+def _restore(stage: Stage, folder: Path) -> tuple[int, int | None]:
+    """The step to go on from, and the one at which the optimisers were new, if that was not 0."""
     record: dict[str, Any] = json.loads((folder / "progress.json").read_text())
     tag = f"{record['step']:07d}"
     state = load_file(folder / f"state-{tag}.safetensors")
@@ -167,10 +217,11 @@ def _restore(stage: Stage, folder: Path) -> int:
     if stage.average is not None:
         stage.average.values = _under("average.", state)
         stage.average.updates = record["updates"]
-    saved = torch.load(folder / f"optimizer-{tag}.pt", weights_only=True)
-    for optimizer, values in zip(stage.optimizers, saved, strict=True):
-        optimizer.load_state_dict(values)
-    return int(record["step"])
+    optimizers = folder / f"optimizer-{tag}.pt"
+    if optimizers.exists():
+        for optimizer, values in zip(stage.optimizers, torch.load(optimizers, weights_only=True), strict=True):
+            optimizer.load_state_dict(values)
+    return int(record["step"]), record["renewed"]
 
 
 def trained_state(folder: Path, *, average: bool = False) -> dict[str, Tensor]:

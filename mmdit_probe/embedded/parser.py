@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.embedded.loop import Stage, run, trained_state, warmup_cosine
+from mmdit_probe.embedded.loop import Stage, low_precision, run, trained_state, warmup_cosine
 from mmdit_probe.embedded.pool import Pool, pool
 from mmdit_probe.scenes.parser import SceneParser
 from mmdit_probe.scenes.world import NO_COLOUR
@@ -50,7 +50,7 @@ def train_parser(
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         data, n = (small, 2 * batch) if step % 4 == 3 else (full, batch)
         images, classes, colours = batch_of(data, torch.randint(len(data), (n,)), where)
-        with torch.autocast(where.type, torch.bfloat16):
+        with low_precision(where):
             class_logits, colour_logits = parser(disturb(images))
         class_loss = F.cross_entropy(class_logits.float(), classes)
         colour_loss = F.cross_entropy(colour_logits.float(), colours, ignore_index=NO_COLOUR)

@@ -1,7 +1,9 @@
 """The recipe of the embedded model, stage by stage: parser, vae, clip, t5, transformer, export.
 
-mmdit-probe scenes train                  # everything, about three hours on two CPU cores
+mmdit-probe scenes train                  # everything, about three hours on two CPU cores with bfloat16 units
 mmdit-probe scenes train --stage vae      # one stage; a killed stage resumes exactly
+mmdit-probe scenes train --stage import   # in place of all that: go on from what ships, e.g. with a longer last phase,
+mmdit-probe scenes train --stage transformer --steps 20000
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mmdit_probe.embedded.assemble import assemble, export
+from mmdit_probe.embedded.assemble import assemble, export, unpack
 from mmdit_probe.embedded.parser import load_trained_parser, train_parser
 from mmdit_probe.embedded.text import train_clip, train_t5
 from mmdit_probe.embedded.transformer import (
@@ -45,24 +47,28 @@ def run_stage(
     resume: bool = True,
     device: str = "auto",
 ) -> None:
-    """Train one stage in ``workdir``, or write the assets ("export").
+    """Train one stage in ``workdir``, write the assets ("export"), or start from them ("import").
 
     Args:
         steps: in place of the recipe's. For the transformer: the length of its last phase; a longer one continues a
             finished run.
-        assets: where "export" writes; the package's own assets by default.
+        assets: where "export" writes and "import" reads; the package's own assets by default.
 
     Raises:
         UserError: unknown stage, or one whose predecessors are not trained.
     """
     from mmdit_probe.models.load import pick_device
 
+    shipped = assets or Path(__file__).parent.parent / "assets"
     if stage == "export":
         _require(workdir, tuple(STAGES))
-        export(workdir, assets or Path(__file__).parent.parent / "assets")
+        export(workdir, shipped)
+        return
+    if stage == "import":
+        unpack(shipped, workdir)
         return
     if stage not in STAGES:
-        raise unknown("stage", stage, [*STAGES, "export"])
+        raise unknown("stage", stage, [*STAGES, "export", "import"])
     _require(workdir, NEEDS.get(stage, ()))
     arguments: dict[str, Any] = {"resume": resume, "device": str(pick_device(device))}
     if stage == "transformer":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from mmdit_probe.embedded.loop import Stage, run, trained_state, warmup_cosine
+from mmdit_probe.embedded.loop import Stage, low_precision, run, trained_state, warmup_cosine
 from mmdit_probe.embedded.parser import batch_of
 from mmdit_probe.embedded.pool import Pool, pool
 from mmdit_probe.embedded.tokenizers import MASK, TEXT_LENGTH, clip_tokenizer, t5_tokenizer
@@ -108,7 +108,7 @@ def train_clip(workdir: Path, *, steps: int = 1500, batch: int = 128, device: st
         return encoded.input_ids.to(where)  # type: ignore[no-any-return]
 
     def similarity(images: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
-        with torch.autocast(where.type, torch.bfloat16):
+        with low_precision(where):
             pictures, one, two = pair(images, ids(texts, first), ids(texts, second))
         scale = pair.clip.logit_scale.exp().clamp(max=100)
         return scale * pictures.float() @ one.float().T, scale * pictures.float() @ two.float().T

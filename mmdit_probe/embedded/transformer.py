@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import T5EncoderModel
 
-from mmdit_probe.embedded.loop import AverageOfWeights, Stage, constant_then_linear, run, trained_state
+from mmdit_probe.embedded.loop import AverageOfWeights, Stage, constant_then_linear, low_precision, run, trained_state
 from mmdit_probe.embedded.parser import batch_of, load_trained_parser
 from mmdit_probe.embedded.pool import Pool, pool
 from mmdit_probe.embedded.text import WIDTH, ClipPair, draw_captions, load_trained_text
@@ -190,7 +190,7 @@ def encode_pool(
         things = len(CLASSES) - 5
         for start in range(0, len(data), 100):
             images, _, _ = batch_of(data, torch.arange(start, min(start + 100, len(data))), device)
-            with torch.autocast(device.type, torch.bfloat16):
+            with low_precision(device):
                 mean = vae.encode(images).latent_dist.mode().float()
                 classes, colours = (x.float().softmax(1) for x in parser(images))
             thing = classes[:, :things].sum(1, keepdim=True)
@@ -287,7 +287,7 @@ def train_transformer(
         sigma = draw_sigmas(phase.batch).to(where)
         noise = torch.randn(clean.shape).to(where)
         mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
-        with torch.autocast(where.type, torch.bfloat16):
+        with low_precision(where):
             velocity, logits = forward(mixed, text, 1000 * sigma)
         flow = F.mse_loss(velocity.float(), noise - clean)
         align = alignment_loss(logits.float(), reading)
@@ -344,7 +344,7 @@ def text_gain(
     for sigma in (0.95, 0.85, 0.7, 0.5, 0.3):
         mixed = torch.lerp(clean, noise, sigma)
         for name, text in encoded.items():
-            with torch.autocast(device.type, torch.bfloat16):
+            with low_precision(device):
                 velocity, _ = model(mixed, text, torch.full((n,), 1000 * sigma, device=device))
             loss = float(F.mse_loss(velocity.float(), noise - clean))
             base = numbers.get(f"flow@{sigma}", loss)

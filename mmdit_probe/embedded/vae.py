@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.embedded.loop import Stage, run, trained_state, warmup_cosine
+from mmdit_probe.embedded.loop import Stage, low_precision, run, trained_state, warmup_cosine
 from mmdit_probe.embedded.parser import batch_of, load_trained_parser
 from mmdit_probe.embedded.pool import pool
 from mmdit_probe.scenes.world import NO_COLOUR
@@ -57,7 +57,7 @@ def train_vae(workdir: Path, *, steps: int = 3000, batch: int = 32, device: str 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         data, n = (full, batch // 2) if step % 4 == 3 else (small, batch)
         images, classes, colours = batch_of(data, torch.randint(len(data), (n,)), where)
-        with torch.autocast(where.type, torch.bfloat16):
+        with low_precision(where):
             posterior = vae.encode(images).latent_dist
             mean, logvar = posterior.mean.float(), posterior.logvar.float()
             restored = vae.decode(

@@ -1,15 +1,31 @@
 """The training code: exact resume, the training forward against the stock one, and the curriculum's arithmetic."""
 
 import csv
+import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from mmdit_probe.embedded.loop import AverageOfWeights, Stage, constant_then_linear, run, trained_state, warmup_cosine
+from mmdit_probe import load
+from mmdit_probe.embedded.assemble import first_tower
+from mmdit_probe.embedded.loop import (
+    REWARM,
+    AverageOfWeights,
+    Stage,
+    adopt,
+    constant_then_linear,
+    low_precision,
+    run,
+    trained_state,
+    warmup_cosine,
+)
+from mmdit_probe.embedded.parser import load_trained_parser
 from mmdit_probe.embedded.pool import pool
-from mmdit_probe.embedded.text import Restorer, draw_captions
+from mmdit_probe.embedded.recipe import run_stage
+from mmdit_probe.embedded.text import Restorer, draw_captions, load_trained_text
 from mmdit_probe.embedded.transformer import (
     AlignedTransformer,
     ClipPair,
@@ -18,11 +34,12 @@ from mmdit_probe.embedded.transformer import (
     TextEncoders,
     alignment_loss,
     draw_sigmas,
+    load_trained_transformer,
     optimizers,
     phase_at,
 )
 from mmdit_probe.errors import UserError
-from mmdit_probe.scenes import KINDS, scene
+from mmdit_probe.scenes import KINDS, load_parser, scene
 
 
 def stage(steps, stop=None):
@@ -59,6 +76,72 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
         with (tmp_path / name / "curves.csv").open() as file:
             curves.append([(r["step"], r["name"]) for r in csv.DictReader(file)])
     assert curves[0] == curves[1]
+
+
+def curves_up_to(step, path):
+    path.write_text(f"step,name,value\n1,loss,2\n{step},loss,1\n")
+    return path
+
+
+def test_a_run_goes_on_from_weights_that_came_from_elsewhere(tmp_path):
+    rates = []
+
+    def watched(stop=None):
+        toy = stage(40, stop)
+        step = toy.optimizers[0].step
+        toy.optimizers[0].step = lambda: (rates.append(toy.optimizers[0].param_groups[0]["lr"]), step())[1]
+        return toy
+
+    torch.manual_seed(1)
+    found = nn.Linear(4, 4)
+    for name in ("whole", "cut"):
+        adopt(tmp_path / name, found, 20, curves_up_to(20, tmp_path / "curves.csv"))
+        assert all(torch.equal(t, found.state_dict()[n]) for n, t in trained_state(tmp_path / name).items())
+    run(watched(), tmp_path / "whole")
+    # New optimisers start slowly, whatever the schedule says: here its own warm-up is long over.
+    slow = [0.01 * warmup_cosine(step, 40, 5) * (step - 19) / REWARM for step in range(20, 40)]
+    assert rates == pytest.approx(slow)
+    with pytest.raises(KeyboardInterrupt):
+        run(watched(stop=33), tmp_path / "cut")
+    run(watched(), tmp_path / "cut")
+    whole, cut = (trained_state(tmp_path / name, average=True) for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    with (tmp_path / "cut" / "curves.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)][:2] == [1, 20]
+    with pytest.raises(UserError, match="holds a checkpoint already"):
+        adopt(tmp_path / "cut", found, 20, tmp_path / "curves.csv")
+
+
+def test_what_ships_becomes_the_last_checkpoint_of_every_stage(tmp_path):
+    run_stage("import", tmp_path)
+    shipped = load("scenes-sd3", dtype="float32").pipeline
+    pair, t5 = load_trained_text(tmp_path)
+    pairs = [
+        (load_trained_transformer(tmp_path), shipped.transformer),
+        (first_tower(pair), shipped.text_encoder),
+        (pair.second, shipped.text_encoder_2),
+        (t5, shipped.text_encoder_3),
+        (load_trained_parser(tmp_path), load_parser()),
+    ]
+    for found, wanted in pairs:
+        state = wanted.state_dict()
+        assert state.keys() == found.state_dict().keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
+    vae = shipped.vae.state_dict()
+    assert all(torch.equal(tensor, vae[name]) for name, tensor in trained_state(tmp_path / "vae").items())
+    # The curves go on where those that ship end.
+    curves = pd.read_csv(tmp_path / "transformer" / "curves.csv")
+    assert curves["step"].max() == json.loads((tmp_path / "transformer" / "progress.json").read_text())["step"]
+    with pytest.raises(UserError, match="holds a checkpoint already"):
+        run_stage("import", tmp_path)
+
+
+def test_bfloat16_only_where_the_processor_computes_in_it(monkeypatch):
+    a = torch.ones(2, 2)
+    for units, dtype in (({}, torch.float32), ({"amx_bf16": True}, torch.bfloat16)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units)
+        with low_precision(torch.device("cpu")):
+            assert (a @ a).dtype == dtype
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
