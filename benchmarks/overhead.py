@@ -1,13 +1,14 @@
 """What observing the attention budget costs: time and peak memory of a forward, against stock and the explicit softmax.
 
-    python benchmarks/overhead.py                       # all cases; writes benchmarks/results/overhead.{json,md}
+    python benchmarks/overhead.py                       # all cases; writes benchmarks/results/overhead-<kind>.{json,md}
     python benchmarks/overhead.py --case scenes-sd3 --rounds 5 --no-write
 
 Three ways to run the same forward: `stock` (nothing attached), `probe` (AttentionMass on every layer, rows to a sink
 that drops them) and `explicit` (softmax(q k^T) materialised in float32, masses read off it: what is usually done).
 Times are taken in turns within one process, so that a busy machine slows all three alike; ratios are medians of
 per-round ratios. Memory is the peak resident set (CUDA: peak allocation) of a process of its own for each way,
-because a peak never comes down again.
+because a peak never comes down again. <kind> is the kind of processor or GPU: how fast it multiplies decides what the
+rest costs beside it, so results of one kind say little of another.
 
 Target on CPU: probe at most 1.05x stock in both. The explicit softmax is reported, not a target. The profile below the
 table says what bounds the probe: the product q k^T of the text columns (bmm), the copy of q in float32 (copy_), the
@@ -76,6 +77,24 @@ def build(case: str, dtype: str, device: str) -> tuple[Any, Callable[[], Any]]:
         return transformer(**inputs, return_dict=False)[0]
 
     return transformer, forward
+
+
+def machine(device: str) -> tuple[str, str]:
+    """The machine in words, and its kind as it stands in file names: a GPU's name, or a processor's vector units."""
+    import torch
+
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+        return name, "-".join(name.lower().split())
+    known = torch.cpu.get_capabilities()
+    units = [unit for unit in ("amx_bf16", "avx512_bf16", "avx512_f", "avx2") if known.get(unit)]
+    kind = units[0].split("_f")[0].replace("_", "-") if units else platform.machine()
+    return f"{known.get('cpu_name', platform.machine())} with {kind}, {os.cpu_count()} cores", kind
+
+
+def results(name: str, device: str) -> Path:
+    """Where the results of a benchmark go on this machine, without the ending."""
+    return RESULTS / f"{name}-{machine(device)[1]}"
 
 
 class Dropped:
@@ -226,7 +245,8 @@ def markdown(report: dict[str, Any]) -> str:
         "# Overhead of observing the attention budget",
         "",
         "Made by `python benchmarks/overhead.py`.",
-        f"{report['machine']}, torch {report['torch']}, {report['threads']} threads; {CLOCKS[report['clock']]}.",
+        f"{report['machine']}, torch {report['torch']}, {report['threads']} threads; {CLOCKS[report['clock']]}; "
+        f"{report['date']}.",
         "Ratios are against the stock forward of the same run (median over rounds, quartiles in brackets); memory is",
         "the peak of a process of its own; 'forward' is what the forward adds to the loaded model and libraries.",
         f"Target on CPU: probe at most {TARGET:.2f} in both ratios.",
@@ -274,10 +294,9 @@ def main() -> None:
             for way in WAYS[1:]:
                 cell = rows[-1][way]
                 print(f"{case} {dtype} {way}: {cell['time_ratio_median']:.3f}x time, {cell['peak_ratio']:.3f}x memory")
-    cuda = options.device.startswith("cuda")
-    name = torch.cuda.get_device_name(options.device) if cuda else platform.machine()
     report = {
-        "machine": f"{name}, {os.cpu_count()} cores",
+        "machine": machine(options.device)[0],
+        "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "clock": options.clock,
@@ -286,7 +305,7 @@ def main() -> None:
     }
     if not options.no_write:
         RESULTS.mkdir(exist_ok=True)
-        stem = RESULTS / ("overhead" if options.device == "cpu" else f"overhead-{options.device.split(':')[0]}")
+        stem = results("overhead", options.device)
         stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
         stem.with_suffix(".md").write_text(markdown(report))
         print(f"written: {stem}.json, {stem}.md")

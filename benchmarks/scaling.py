@@ -1,8 +1,8 @@
 """How the cost of observing and editing grows with the image: time and peak memory at 1024, 4096 and 9216 image tokens.
 
-    python benchmarks/scaling.py                                    # benchmarks/results/scaling.{json,md,png,pdf}
-    python benchmarks/scaling.py --device cuda                      # benchmarks/results/scaling-cuda.*
-    python benchmarks/scaling.py --blocks flux --tokens 1024 --rounds 3 --no-write
+    python benchmarks/scaling.py                              # benchmarks/results/scaling-<kind>.{json,md,png,pdf}
+    python benchmarks/scaling.py --device cuda                # <kind>: of the processor or GPU
+    python benchmarks/scaling.py --blocks flux --tokens 1024 --rounds 3 --dtype float32 --no-write
 
 Blocks of the real sizes with random weights: two of SD3-medium (24 heads x 64, 333 text tokens) and one double and one
 single of Flux.1 (24 heads x 128, 512 text tokens), batch 1, bfloat16 unless told otherwise. Ways, against the stock
@@ -30,7 +30,6 @@ import gc
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -38,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from overhead import CLOCKS, RESULTS, Dropped, timed
+from overhead import CLOCKS, Dropped, machine, results, timed
 
 WAYS = ("stock", "masses", "norms", "maps", "words", "blur", "explicit")
 TARGETS = {"masses": 1.05, "norms": 1.05, "maps": 1.10, "blur": 1.05}
@@ -312,11 +311,9 @@ def main() -> None:
 
     import torch
 
-    cuda = options.device.startswith("cuda")
-    stem = RESULTS / ("scaling" if options.device == "cpu" else f"scaling-{options.device.split(':')[0]}")
-    name = torch.cuda.get_device_name(options.device) if cuda else platform.machine()
+    stem = results("scaling", options.device)
     report: dict[str, Any] = {
-        "machine": f"{name}, {os.cpu_count()} cores", "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "machine": machine(options.device)[0], "torch": torch.__version__, "threads": torch.get_num_threads(),
         "clock": options.clock, "rows": [], "skipped": [],
     }  # fmt: skip
     if stem.with_suffix(".json").exists() and not options.no_write:
@@ -341,7 +338,7 @@ def main() -> None:
             if all(row["way"] != "explicit" for row in found) and remark not in report["skipped"]:
                 report["skipped"].append(remark)
             if not options.no_write:
-                RESULTS.mkdir(exist_ok=True)
+                stem.parent.mkdir(exist_ok=True)
                 part = stem.with_suffix(".json.tmp")
                 part.write_text(json.dumps(report, indent=2) + "\n")
                 os.replace(part, stem.with_suffix(".json"))

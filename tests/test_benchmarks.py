@@ -42,6 +42,16 @@ def test_all_ways_compute_the_same_forward(overhead):
     assert torch.equal(transformer(**inputs, return_dict=False)[0], results["stock"])
 
 
+@pytest.mark.parametrize(
+    ("units", "kind"), [(["avx2"], "avx2"), (["avx2", "avx512_f"], "avx512"), (["avx512_f", "amx_bf16"], "amx-bf16")]
+)
+def test_results_are_named_after_what_the_processor_computes_in(overhead, monkeypatch, units, kind):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "P", **dict.fromkeys(units, True)})
+    words, found = overhead.machine("cpu")
+    assert found == kind and words.startswith(f"P with {kind}, ")
+    assert overhead.results("overhead", "cpu").name == f"overhead-{kind}"
+
+
 def test_report_has_a_row_for_each_way(overhead, monkeypatch):
     seconds = {"stock": [1.0, 2.0, 4.0], "probe": [1.1, 2.0, 4.0], "explicit": [3.0, 6.0, 12.0]}
     monkeypatch.setattr(overhead, "timings", lambda *_: seconds)
@@ -53,6 +63,7 @@ def test_report_has_a_row_for_each_way(overhead, monkeypatch):
     text = overhead.markdown(
         {
             "machine": "m",
+            "date": "d",
             "torch": "t",
             "threads": 1,
             "clock": "wall",

@@ -95,14 +95,14 @@ def test_a_stopped_run_goes_on(
         cell = {"blocks": blocks, "image_tokens": tokens, "dtype": dtype}
         return [cell | row for row in scaling.ratios({"stock": [1.0]}, {"stock": 2})]
 
-    monkeypatch.setattr(scaling, "RESULTS", tmp_path)
+    monkeypatch.setattr(scaling, "results", lambda name, device: tmp_path / f"{name}-kind")
     monkeypatch.setattr(scaling, "measure", measure)
     monkeypatch.setattr("sys.argv", ["scaling.py", "--blocks", "flux", "--tokens", "1024", "--tokens", "4096"])
     with pytest.raises(KeyboardInterrupt):
         scaling.main()
     scaling.main()
     assert measured == [1024, 4096, 4096]
-    assert "in scaling.json already" in capsys.readouterr().out
+    assert "in scaling-kind.json already" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "scaling.json", "scaling.md", "scaling.pdf", "scaling.png",
+        "scaling-kind.json", "scaling-kind.md", "scaling-kind.pdf", "scaling-kind.png",
     ]  # fmt: skip
