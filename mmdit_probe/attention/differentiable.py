@@ -78,8 +78,11 @@ _row_lse.register_autograd(_backward, setup_context=_save)
 def row_lse(call: SDPACall) -> Tensor:
     """Row log-sum-exp [B, H, Nq] of a call's masked logits, float32, natural logarithm, differentiable in q and k.
 
-    Torch's kernels compute it without a gradient; here it has one, in a compiled graph too.
+    Torch's kernels compute it without a gradient; here it has one, in a compiled graph too. A mask with a gradient (a
+    learned bias) gets its own as well, in O(N^2) memory, which is what such a mask has anyway.
     """
+    if call.attn_mask is not None and call.attn_mask.requires_grad:
+        return _streamed_lse(call)
     lse: Tensor = torch.ops.mmdit_probe.row_lse(
         call.query, call.expanded_key(), call.additive_mask(call.query.dtype), call.is_causal, call.scale_factor
     )

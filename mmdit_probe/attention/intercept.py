@@ -15,7 +15,8 @@ so a recorder sees one full call even when an edit after it splits the call or c
     detach()
 
 Under torch.compile a watched call is one opaque operator that runs the handlers eagerly, so a graph stays whole
-(`fullgraph=True`) and attaching or detaching recompiles. Its handlers get no arguments of the module.
+(`fullgraph=True`) and attaching or detaching recompiles. Its handlers get no arguments of the module, and its gradient
+is that of the stock call, so a call that was changed refuses to have one.
 
 Removal works in any order: a module's hook goes when its last handler goes, and the module's own `forward` comes back.
 Not `diffusers.hooks.HookRegistry`, whose removal is right only last-in first-out.
@@ -37,6 +38,7 @@ from torch.overrides import TorchFunctionMode
 
 from mmdit_probe.attention import exact
 from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.errors import RunError
 
 Stage = Literal["input", "record", "output"]
 _STAGES: tuple[Stage, ...] = ("input", "record", "output")
@@ -46,12 +48,16 @@ Detach = Callable[[], None]
 
 @dataclass
 class ModuleCall:
-    """One forward of a watched attention module: its arguments, and how many attention calls it has made so far."""
+    """One forward of a watched attention module: its arguments, and how many attention calls it has made so far.
+
+    In a compiled graph there are no arguments, and what a handler computes has no gradient.
+    """
 
     module: nn.Module
     args: Sequence[Any]
     kwargs: Mapping[str, Any]
     calls: int = 0
+    compiled: bool = False
 
     def argument(self, name: str, position: int) -> Any:
         """The module's argument of this name, or else the one at this position; None if neither is there."""
@@ -157,8 +163,9 @@ class _Watcher:
         self.module = module
         self.handlers: dict[Stage, list[Any]] = {stage: [] for stage in _STAGES}
         self.detach_forward: Detach = lambda: None
-        self.number = next(_NUMBERS)
-        _WATCHERS[self.number] = self
+        # A tensor: its value is no constant of a compiled graph, so layers share one, and so do probes.
+        self.number = torch.tensor(next(_NUMBERS), device="cpu")
+        _WATCHERS[int(self.number)] = self
 
     def forward(self, proceed: Proceed, *args: Any, **kwargs: Any) -> Any:
         if _SUSPENDED:
@@ -196,9 +203,11 @@ class _Watcher:
 _NUMBERS = itertools.count()
 _WATCHERS: weakref.WeakValueDictionary[int, _Watcher] = weakref.WeakValueDictionary()
 """Watchers by the number that stands for them in a compiled graph."""
+_CHANGED: set[int] = set()
+"""Numbers of those whose last compiled call was not the stock one."""
 
 
-def _operator(call: SDPACall, number: int) -> Tensor:
+def _operator(call: SDPACall, number: Tensor) -> Tensor:
     output: Tensor = torch.ops.mmdit_probe.watched_attention(
         call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal, call.scale, call.enable_gqa,
         number,
@@ -209,12 +218,15 @@ def _operator(call: SDPACall, number: int) -> Tensor:
 @torch.library.custom_op("mmdit_probe::watched_attention", mutates_args=())
 def _watched_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
-    scale: float | None, enable_gqa: bool, number: int,
+    scale: float | None, enable_gqa: bool, number: Tensor,
 ) -> Tensor:  # fmt: skip
     call = SDPACall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    watcher = _WATCHERS.get(number)
-    output = call.stock() if watcher is None else watcher.run(call, ModuleCall(watcher.module, (), {}))
-    return output.contiguous()
+    watcher = _WATCHERS.get(int(number))
+    if watcher is None:
+        return call.stock().contiguous()
+    changed = bool(watcher.handlers["input"] or watcher.handlers["output"])
+    (_CHANGED.add if changed else _CHANGED.discard)(int(number))
+    return watcher.run(call, ModuleCall(watcher.module, (), {}, compiled=True)).contiguous()
 
 
 @_watched_attention.register_fake
@@ -223,22 +235,38 @@ def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, attn_mask, *ctx.options = inputs
-    ctx.save_for_backward(query, key, value, attn_mask)
+    query, key, value, attn_mask, *ctx.options, number = inputs
+    ctx.save_for_backward(query, key, value, attn_mask, number)
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    query, key, value, attn_mask = ctx.saved_tensors
-    dropout_p, is_causal, scale, enable_gqa, _ = ctx.options
+    query, key, value, attn_mask, number = ctx.saved_tensors
+    gradient = torch.ops.mmdit_probe.gradient_of_stock(gradient, number)
     with torch.enable_grad():
-        query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
-        output = SDPACall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa).stock()
-        found = torch.autograd.grad(output, (query, key, value), gradient)
-    return (*found, None, None, None, None, None, None)
+        query, key, value = wanted = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        if ctx.needs_input_grad[3]:  # a learned bias
+            attn_mask = attn_mask.detach().requires_grad_()
+            wanted.append(attn_mask)
+        found = torch.autograd.grad(SDPACall(query, key, value, attn_mask, *ctx.options).stock(), wanted, gradient)
+    return (*found, *[None] * (len(ctx.needs_input_grad) - len(found)))
 
 
-# The gradient is that of the stock call: exact for recorders, not for edits.
 _watched_attention.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("mmdit_probe::gradient_of_stock", mutates_args=())
+def _gradient_of_stock(gradient: Tensor, number: Tensor) -> Tensor:
+    if int(number) in _CHANGED:
+        raise RunError(
+            "the compiled attention was edited, and its gradient is known for the stock call only: take the gradient of"
+            " the uncompiled model"
+        )
+    return gradient.clone()
+
+
+@_gradient_of_stock.register_fake
+def _(gradient: Tensor, number: Tensor) -> Tensor:
+    return torch.empty_like(gradient)
 
 
 class _CatchSDPA(TorchFunctionMode):

@@ -36,7 +36,8 @@ class TextMapTap:
     """A context that takes I2T maps, with gradients, out of a transformer's forwards.
 
     Args:
-        transformer: the stock diffusers transformer; wrappers (data parallel, compile) are looked through.
+        transformer: the stock diffusers transformer; wrappers (data parallel) are looked through. Not a
+            compiled one: its attention is one operator, out of which no map has a gradient.
         layers: joint-attention layers, e.g. [4, 5] or "4-5".
         space: "logit" before the softmax, "probability" after it.
         heads: "mean" or "all".
@@ -131,5 +132,11 @@ class _Handler:
         self.tap, self.layer = tap, layer
 
     def __call__(self, call: SDPACall, module_call: ModuleCall) -> SDPACall:
-        self.tap._see(self.layer, call)
+        if not module_call.compiled:
+            self.tap._see(self.layer, call)
+        elif self.tap._open:
+            raise RunError(
+                f"layer {self.layer.index} is compiled, and a compiled layer gives maps without a gradient: train the"
+                " uncompiled transformer"
+            )
         return call

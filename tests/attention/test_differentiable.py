@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmdit_probe.attention import differentiable, exact
 from mmdit_probe.attention.call import SDPACall
-from tests.attention.test_exact import CASES, IMAGE, TEXT, N, make
+from tests.attention.test_exact import CASES, IMAGE, TEXT, N, bool_mask, make
 
 Maps = Callable[[SDPACall], Tensor]
 IMAGE_ROWS, TEXT_KEYS = slice(0, IMAGE), slice(IMAGE, N)
@@ -110,9 +111,64 @@ def test_control_a_constant_lse_gives_a_wrong_gradient() -> None:
     assert (of_key - truth[2]).norm() > 0.2 * truth[2].norm()
 
 
-def test_no_function_takes_a_log_sum_exp() -> None:
-    import inspect
+@pytest.mark.parametrize("groups", [None, GROUPS], ids=["columns", "values"])
+def test_a_learned_bias_has_the_gradient_of_the_whole_softmax(groups: Tensor | None) -> None:
+    """A mask that is trained: through the log-sum-exp too, not only through its own columns."""
+    call = make()
 
+    def gradient(maps: Maps, dtype: torch.dtype) -> Tensor:
+        bias = torch.randn(1, 3, N, N, generator=torch.Generator().manual_seed(7)).to(dtype).requires_grad_()
+        query, key, value = (t.to(dtype) for t in (call.query, call.key, call.value))
+        found = maps(SDPACall(query, key, value, bias))
+        (found * torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(dtype)).sum().backward()
+        assert bias.grad is not None
+        return bias.grad.double()
+
+    def truth(inner: SDPACall) -> Tensor:
+        assert inner.attn_mask is not None
+        scores = inner.scale_factor * inner.query @ inner.key.transpose(-1, -2) + inner.attn_mask
+        block = scores.softmax(-1)[..., IMAGE_ROWS, TEXT_KEYS]
+        return block if groups is None else block @ groups[:, None].double()
+
+    expected = gradient(truth, torch.float64)
+    found = gradient(lambda c: differentiable.text_maps(c, TEXT_KEYS, IMAGE_ROWS, groups), torch.float32)
+    assert (found - expected).norm() <= 3e-6 * expected.norm()
+
+
+def test_grouped_heads_have_the_gradient_of_the_shared_key() -> None:
+    call = make()
+    query, key = call.query.requires_grad_(), call.key[:, :1].clone().requires_grad_()
+    grouped = SDPACall(query, key, call.value[:, :1], enable_gqa=True)
+    twice = call.query.detach().double().requires_grad_(), call.key[:, :1].detach().double().requires_grad_()
+    dense = (0.25 * twice[0] @ twice[1].expand(-1, 3, -1, -1).transpose(-1, -2)).softmax(-1)[..., TEXT_KEYS]
+    weights = torch.randn(dense.shape, generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad((dense * weights).sum(), twice)
+    found = torch.autograd.grad((differentiable.columns(grouped, TEXT_KEYS) * weights).sum(), (query, key))
+    for ours, other in zip(found, expected, strict=True):
+        assert (ours - other).norm() <= 3e-6 * other.norm()
+
+
+@pytest.mark.parametrize("way", ["columns", "values"])
+def test_queries_that_see_nothing_have_no_gradient_and_spoil_none(way: str) -> None:
+    call = make(attn_mask=bool_mask(dead_row=True))
+
+    def maps(inner: SDPACall) -> Tensor:
+        if way == "columns":
+            return differentiable.columns(inner, TEXT_KEYS)
+        return differentiable.weighted(inner, torch.eye(N)[None, :, TEXT_KEYS])
+
+    def truth(inner: SDPACall) -> Tensor:
+        scores = dense_logits(inner.query, inner.key, call)
+        dead = torch.zeros(2, 1, N, 1, dtype=torch.bool)
+        dead[0, 0, 3] = True
+        return scores.masked_fill(dead, 0.0).softmax(-1).masked_fill(dead, 0.0)[..., TEXT_KEYS]
+
+    expected = gradients(truth, call, torch.float64)
+    for ours, other in zip(gradients(maps, call), expected, strict=True):
+        assert (ours - other).norm() <= 3e-6 * other.norm()
+
+
+def test_no_function_takes_a_log_sum_exp() -> None:
     for function in (differentiable.text_maps, differentiable.columns, differentiable.logits, differentiable.weighted,
                      differentiable.masses, differentiable.row_lse):  # fmt: skip
         assert not any("lse" in name for name in inspect.signature(function).parameters)
@@ -126,14 +182,17 @@ def test_probabilities_for_observers_cannot_carry_a_gradient() -> None:
     _, lse = exact.attend(inner)
     assert lse is not None and not lse.requires_grad
     groups, weights = torch.zeros(N, dtype=torch.long), torch.ones(1, N)
-    for found in (
-        exact.columns(inner, lse, TEXT_KEYS),
-        exact.column_sums(inner, lse, TEXT_KEYS, weights),
-        exact.column_maps(inner, lse, TEXT_KEYS, IMAGE_ROWS, head_mean=True),
-        exact.row_maps(inner, lse, IMAGE_ROWS, TEXT_KEYS),
-        exact.group_masses(inner, lse, groups, 2),
-        exact.group_masses(inner, None, groups, 2),
-    ):
+    by_name: dict[str, list[Tensor]] = {
+        "columns": [exact.columns(inner, lse, TEXT_KEYS)],
+        "column_sums": [exact.column_sums(inner, lse, TEXT_KEYS, weights)],
+        "column_maps": [exact.column_maps(inner, lse, TEXT_KEYS, IMAGE_ROWS, head_mean=True)],
+        "row_maps": [exact.row_maps(inner, lse, IMAGE_ROWS, TEXT_KEYS)],
+        "group_masses": [exact.group_masses(inner, lse, groups, 2), exact.group_masses(inner, None, groups, 2)],
+    }
+    takes_one = {name for name, of in vars(exact).items() if inspect.isfunction(of) and of.__module__ == exact.__name__
+                 and "lse" in inspect.signature(of).parameters}  # fmt: skip
+    assert set(by_name) == takes_one
+    for found in (found for several in by_name.values() for found in several):
         assert not found.requires_grad
         with pytest.raises(RuntimeError, match="does not require grad"):
             found.sum().backward()
