@@ -84,6 +84,8 @@ def logsumexp(call: SDPACall) -> Tensor | None:
     if key.shape[-1] != value.shape[-1]:
         value = key  # lse does not depend on the values, and fused kernels want equal widths
     rows, mask = query.shape[-2], call.additive_mask(query.dtype)
+    if mask is not None and mask.ndim < 4:  # torch takes any that broadcasts, its kernels do not
+        mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
     if query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, call.is_causal, attn_mask=mask, scale=call.scale
@@ -117,7 +119,9 @@ def live_rows(call: SDPACall) -> Tensor | None:
     """Which queries see at least one key, [B or 1, H or 1, Nq or 1] boolean; None if no mask is given (all do)."""
     if call.attn_mask is None:
         return None
-    mask = call.attn_mask if call.attn_mask.dtype == torch.bool else call.attn_mask > float("-inf")
+    mask = call.attn_mask
+    if mask.dtype != torch.bool:  # some write the smallest number for minus infinity
+        mask = mask > torch.finfo(mask.dtype).min / 2
     mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
     if call.is_causal:
         mask = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()

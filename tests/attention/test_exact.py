@@ -134,6 +134,70 @@ def test_grouped_heads_are_repeated() -> None:
     assert (exact.columns(grouped, lse, slice(IMAGE, N)) - dense(grouped)[..., IMAGE:]).abs().max() < 2e-6
 
 
+def float_mask(hidden: float = 0.0) -> Tensor:
+    """An additive mask whose query 3 sees nothing, if `hidden` is what hides."""
+    mask = torch.randn(1, 4, N, N, generator=torch.Generator().manual_seed(7))
+    if hidden:
+        mask[:, :, 3] = hidden
+    return mask
+
+
+MASKS: dict[str, Tensor | None] = {
+    "none": None,
+    "bool": bool_mask(),
+    "keys": (torch.arange(N) < torch.tensor([[N], [N - 6]]))[:, None, None],
+    "dead row": bool_mask(dead_row=True),
+    "two axes": bool_mask()[0, 0],
+    "three axes": bool_mask()[0],
+    "float": float_mask(),
+    "float dead row": float_mask(float("-inf")),
+}
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("mask", "causal"),
+    # A causal mask beside one of three axes is what torch itself refuses.
+    [*((mask, False) for mask in MASKS), *((mask, True) for mask in MASKS if mask != "three axes")],
+)
+def test_every_precision_mask_and_grouping_of_this_device(
+    mask: str, dtype: torch.dtype, key_heads: int, causal: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        (1.7 * torch.randn(2, heads, N, 16, generator=generator)).to(dtype) for heads in (4, key_heads, key_heads)
+    )
+    given = MASKS[mask]
+    given = given.to(dtype) if given is not None and given.dtype != torch.bool else given
+    call = SDPACall(query, key, value, given, 0.0, causal, enable_gqa=key_heads != 4)
+    output, lse = exact.attend(call)
+    assert torch.equal(output.nan_to_num(), call.stock().nan_to_num())
+    expected, true_lse = dense(call), reference.logsumexp(query, key, given, causal)
+    live, half = true_lse.isfinite(), dtype in (torch.bfloat16, torch.float16)
+    assert lse is not None and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (lse - true_lse)[live].abs().max() < (3e-4 if half else 5e-6)
+    assert (exact.columns(call, lse, slice(IMAGE, N)) - expected[..., IMAGE:]).abs().max() < (2e-4 if half else 3e-6)
+    groups = (torch.arange(N) >= IMAGE).long()
+    for at_hand in (lse, None):
+        found = exact.group_masses(call, at_hand, groups, 2)
+        assert (found - reference.group_masses(expected, groups, 2)).abs().max() < (2e-4 if half else 5e-6)
+    seen = exact.live_rows(call)
+    assert torch.equal(live, torch.ones_like(live) if seen is None else seen.expand_as(live))
+
+
+def test_rows_hidden_by_the_smallest_number_see_nothing_either() -> None:
+    """Minus infinity is written so by many models; the softmax of such a row has no meaning, and no mass."""
+    call = make(attn_mask=float_mask(torch.finfo(torch.float32).min)[:, :3])
+    live = exact.live_rows(call)
+    assert live is not None and not live[0, :, 3].any() and live[0, :, 4].all()
+    _, lse = exact.attend(call)
+    for at_hand in (lse, None):
+        masses = exact.group_masses(call, at_hand, (torch.arange(N) >= IMAGE).long(), 2)
+        assert masses[:, :, 3].abs().max() == 0
+        assert (masses[:, :, 4:].sum(-1) - 1).abs().max() < 1e-5 and masses.min() >= -1e-6
+
+
 def test_rows_that_see_nothing_have_no_mass() -> None:
     call = make(attn_mask=bool_mask(dead_row=True))
     live = exact.live_rows(call)

@@ -1,4 +1,4 @@
-"""Compiled models under the probe: one graph, the numbers of the eager model, and gradients that are right or refused."""
+"""Compiled models under the probe: whole graphs, the eager model's numbers, gradients that are right or refused."""
 
 from __future__ import annotations
 
