@@ -96,7 +96,7 @@ def qwen_vae() -> Any:
 
     return AutoencoderKLQwenImage(
         base_dim=8, z_dim=CHANNELS, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
-        latents_mean=[0.0] * CHANNELS, latents_std=[1.0] * CHANNELS,
+        latents_mean=[0.1] * CHANNELS, latents_std=[1.2] * CHANNELS,
     ).eval()  # fmt: skip
 
 
@@ -205,12 +205,16 @@ def nucleus() -> Any:
 
 
 def bria_fibo() -> Any:
-    from diffusers import BriaFiboPipeline
+    from diffusers import AutoencoderKLWan, BriaFiboPipeline
 
     tokenizer = llm_tokenizer()
+    autoencoder = AutoencoderKLWan(
+        base_dim=8, z_dim=CHANNELS, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+        latents_mean=[0.1] * CHANNELS, latents_std=[1.2] * CHANNELS, in_channels=12, out_channels=12, patch_size=2,
+    )  # fmt: skip
     return BriaFiboPipeline(
         transformer=transformer("bria_fibo", joint_attention_dim=2 * TEXT), scheduler=flow(use_dynamic_shifting=True),
-        vae=qwen_vae(), text_encoder=llm(tokenizer, vocabulary=FIBO_BLANK + 1), tokenizer=tokenizer,
+        vae=autoencoder.eval(), text_encoder=llm(tokenizer, vocabulary=FIBO_BLANK + 1), tokenizer=tokenizer,
     )  # fmt: skip
 
 
@@ -233,6 +237,22 @@ def hunyuan_image() -> Any:
     return pipe
 
 
+def ernie_image() -> Any:
+    """With a model that rewrites prompts: one that cannot, so that nobody asks it to."""
+    from diffusers import AutoencoderKLFlux2, ErnieImagePipeline
+
+    tokenizer = llm_tokenizer()
+    autoencoder = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, latent_channels=CHANNELS, norm_num_groups=2,
+    )  # fmt: skip
+    return ErnieImagePipeline(
+        transformer=transformer("ernie_image", in_channels=4 * CHANNELS, out_channels=4 * CHANNELS),
+        vae=autoencoder.eval(), text_encoder=llm(tokenizer), tokenizer=tokenizer, scheduler=flow(),
+        pe=llm(tokenizer), pe_tokenizer=tokenizer,
+    )  # fmt: skip
+
+
 def ideogram4() -> Any:
     from diffusers import Ideogram4Pipeline
 
@@ -249,10 +269,11 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "flux": flux,
     "chroma": lambda: _with_t5("ChromaPipeline", "chroma", in_channels=4 * CHANNELS),
     "bria": lambda: _with_t5("BriaPipeline", "bria", in_channels=4 * CHANNELS),
-    "aura_flow": lambda: _with_t5("AuraFlowPipeline", "aura_flow"),
+    "aura_flow": lambda: _with_t5("AuraFlowPipeline", "aura_flow", vae(shift_factor=None)),
     "cogview4": lambda: _with_llm(
         "CogView4Pipeline",
         "cogview4",
+        vae(shift_factor=None),
         side="left",
         scheduler=flow(
             use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, base_image_seq_len=256, time_shift_type="linear"
@@ -271,6 +292,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "bria_fibo": bria_fibo,
     "hunyuan_image": hunyuan_image,
     "ideogram4": ideogram4,
+    "ernie_image": ernie_image,
 }
 
 

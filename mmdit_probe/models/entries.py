@@ -259,6 +259,7 @@ ENTRIES: tuple[Family, ...] = (
         "bria", "BriaTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
         sequence(position_ids, "text", "image"), timesteps=1000.0, guidance=_UNCOND_FIRST, streams=_T5,
         length_argument=_LENGTH, default_length=128, encoded=("text", "negative text", "text ids"),
+        pipelines=("BriaPipeline",), cell=2, form="packed", scale_of_tokens=True,
     ),
     # transformer_bria_fibo.py. Half of the text channels are replaced at each block.
     Family(
@@ -267,11 +268,13 @@ ENTRIES: tuple[Family, ...] = (
         streams=(stream("llm", padded=False, together=True, blank="bos"),), length_argument=_LENGTH,
         default_length=3000,
         encoded=("text", "negative text", "text ids", "mask", "negative mask", "layers", "negative layers"),
+        pipelines=("BriaFiboPipeline",), cell=1, form="packed",
     ),
     Family(
         "longcat_image", "LongCatImageTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
         sequence(position_ids, "text", "image"), encoded=("text", "text ids"),
         streams=(stream("llm", texts=longcat_pieces, length="tokenizer_max_length", special_tokens=False),),
+        pipelines=("LongCatImagePipeline",), options=(("enable_prompt_rewrite", False),), cell=2, form="packed",
     ),
     Family(
         "ovis_image", "OvisImageTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
@@ -389,14 +392,14 @@ ENTRIES: tuple[Family, ...] = (
     # transformer_lumina2.py: valid text, then image, packed per sample.
     Family(
         "lumina2", "Lumina2Transformer2DModel", r"layers\.(\d+)\.attn", ("text", "image"),
-        packed(latents, "text", "image"), clean_timestep=1.0, streams=(stream("llm", wrap=lumina2_system),),
+        packed(latents, "text", "image"), clean_timestep=1.0, towards_image=True, streams=(stream("llm", wrap=lumina2_system),),
         length_argument=_LENGTH, default_length=256, encoded=_TEXTS_MASKS,
         pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
     ),
     # transformer_z_image.py, text to image: lists of a latent [C, frames, h, w] and a text [T, width] per sample.
     Family(
         "z_image", "ZImageTransformer2DModel", r"layers\.(\d+)\.attention", ("image", "other", "text", "other"),
-        _z_image, image_input="x", text_input="cap_feats", timestep_input="t", clean_timestep=1.0,
+        _z_image, image_input="x", text_input="cap_feats", timestep_input="t", clean_timestep=1.0, towards_image=True,
         guidance=("cond", "uncond"), length_argument=_LENGTH, default_length=512, encoded=_TEXTS,
         streams=(stream("llm", wrap=chat(add_generation_prompt=True, enable_thinking=True), padded=False),),
         pipelines=("ZImagePipeline",), cell=2, form="listed", scale_offset=1.0,
@@ -408,18 +411,19 @@ ENTRIES: tuple[Family, ...] = (
         streams=(
             stream("llm", wrap=krea2_prefix, cut=attribute("prompt_template_encode_start_idx"), tail=krea2_suffix),
         ),
-        length_argument=_LENGTH, default_length=512,
+        length_argument=_LENGTH, default_length=512, pipelines=("Krea2Pipeline",), cell=2, form="packed",
+        scale_offset=1.0,
     ),
     Family(
         "ernie_image", "ErnieImageTransformer2DModel", r"layers\.(\d+)\.self_attention", ("image", "text"),
         sequence(latents, "image", "text", text=("text_bth",)), text_input="text_bth", timesteps=1000.0,
         guidance=_UNCOND_FIRST, streams=(stream("llm", length="tokenizer", padded=False),), encoded=("text",),
-        pipelines=("ErnieImagePipeline",),
+        pipelines=("ErnieImagePipeline",), options=(("use_pe", False),),
     ),
     # transformer_ideogram4.py: padding, text and image in one sequence; padding attends to padding.
     Family(
         "ideogram4", "Ideogram4Transformer2DModel", r"layers\.(\d+)\.attention", ("other", "text", "image"), _ideogram4,
-        clean_timestep=1.0, encoded=("text", "position ids", "segment ids", "indicator"),
+        clean_timestep=1.0, towards_image=True, encoded=("text", "position ids", "segment ids", "indicator"),
         streams=(
             stream("llm", wrap=chat(listed=True, add_generation_prompt=True), padded=False, special_tokens=False),
         ),
@@ -428,7 +432,7 @@ ENTRIES: tuple[Family, ...] = (
     # transformer_omnigen.py: text comes as ids and attends to what precedes it; one token holds the time.
     Family(
         "omnigen", "OmniGenTransformer2DModel", r"layers\.(\d+)\.self_attn", ("text", "other", "image"), _omnigen,
-        text_input="input_ids", clean_timestep=1.0,
+        text_input="input_ids", clean_timestep=1.0, towards_image=True,
     ),
     Family(
         "easyanimate", "EasyAnimateTransformer3DModel", _BLOCKS, ("text", "image"),
@@ -453,7 +457,8 @@ ENTRIES: tuple[Family, ...] = (
         "prx", "PRXTransformer2DModel", r"blocks\.(\d+)\.attention", ("text", "image"),
         sequence(latents, "text", "image", queries=("image",)), guidance=_UNCOND_FIRST, encoded=_TEXTS_MASKS,
         streams=(stream("t5", texts=prx_cleaned, length="tokenizer_max_length"),),
-        length_argument="tokenizer_max_length",
+        length_argument="tokenizer_max_length", pipelines=("PRXPipeline",), options=(("use_resolution_binning", False),),
+        size_in_pixels=True,
     ),
     Family(
         "nucleus_image", "NucleusMoEImageTransformer2DModel", _DOUBLE, ("image", "text"),
@@ -464,7 +469,8 @@ ENTRIES: tuple[Family, ...] = (
                 wrap=chat(system=nucleus_system, listed=True, component="processor", add_generation_prompt=True),
             ),
         ),
-        length_argument=_LENGTH, default_length=1024,
+        length_argument=_LENGTH, default_length=1024, pipelines=("NucleusMoEImagePipeline",), cell=2, form="packed",
+        towards_image=True,
     ),
 )  # fmt: skip
 

@@ -81,6 +81,8 @@ class Family:
     """timestep = timesteps * sigma."""
     clean_timestep: float = 0.0
     """The timestep of a clean image; where it is 1, timesteps = 1 - sigma."""
+    towards_image: bool = False
+    """Whether the transformer predicts x - n, the way from noise to image, and not the velocity n - x."""
     pooled_input: str = ""
     skip_input: str = ""
     """Argument of the transformer's forward that lists layers to leave out of this one call."""
@@ -98,6 +100,8 @@ class Family:
     guidance_argument: str = "do_classifier_free_guidance"
     pipelines: tuple[str, ...] = ()
     """Classes of the stock text-to-image pipelines that `load` takes."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """Arguments of these pipelines that are always set: none may change the prompt or the size that was asked for."""
     scale_argument: str = "guidance_scale"
     """Argument of the pipeline that is the scale of classifier-free (or distilled) guidance."""
     distilled: bool = False
@@ -106,6 +110,10 @@ class Family:
     """What the pipeline's scale is short of g in u + g (c - u): 1 where it computes c + scale (c - u)."""
     cell: int = 0
     """Side, in latent cells, of one token; 0 where it is the transformer's patch_size."""
+    scale_of_tokens: bool = False
+    """Whether the pipeline's vae_scale_factor is the side of a token in pixels, and not of a latent cell."""
+    size_in_pixels: bool = False
+    """Whether the pipeline's default_sample_size is in pixels, and not in units of its vae_scale_factor."""
     form: Form = "latents"
     """How the transformer is given latents: see `models.packing`."""
 

@@ -150,7 +150,7 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
     from diffusers import DiffusionPipeline
 
     family = _family(index["transformer"][1])
-    if not t5 and all(stream.length != "tokenizer" for stream in family.streams):
+    if not t5 and len({stream.length == "tokenizer" for stream in family.streams}) < 2:
         raise UserError(f"{source} reads its prompt with one text encoder only; it cannot be left out")
     # A directory saved without an optional encoder loads only if it is passed as None again.
     left_out: dict[str, None] = {

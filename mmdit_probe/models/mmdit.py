@@ -137,14 +137,20 @@ class MMDiT:
     def default_size(self) -> tuple[int, int]:
         """(height, width) in pixels that the model was made for."""
         config: Any = self.transformer.config
-        latents = getattr(self.pipeline, "default_sample_size", None) or getattr(config, "sample_size", None)
-        side = int(latents or _LATENTS) * int(self.pipeline.vae_scale_factor)
+        size = getattr(self.pipeline, "default_sample_size", None) or getattr(config, "sample_size", None)
+        unit = 1 if self.family.size_in_pixels and size else int(self.pipeline.vae_scale_factor)
+        side = int(size or _LATENTS) * unit
         return side, side
+
+    @property
+    def latent_side(self) -> int:
+        """Side of one latent cell in pixels."""
+        return int(self.pipeline.vae_scale_factor) // (self.family.cell if self.family.scale_of_tokens else 1)
 
     @property
     def size_multiple(self) -> int:
         """Heights and widths must be multiples of this many pixels: one token's side."""
-        return int(self.pipeline.vae_scale_factor) * int(self.family.cell or self.transformer.config.patch_size)
+        return self.latent_side * int(self.family.cell or self.transformer.config.patch_size)
 
     @cached_property
     def weight_hash(self) -> str:
@@ -250,7 +256,7 @@ class MMDiT:
     def inputs(self, latents: Tensor, sigmas: Tensor, text: TextCondition) -> dict[str, Any]:
         """Arguments of the transformer's forward for latents [B, C, h, w] at noise levels [B]; see `denoise`."""
         family, repeat = self.family, len(latents) // len(text)
-        height, width = (int(side) * int(self.pipeline.vae_scale_factor) for side in latents.shape[-2:])
+        height, width = (int(side) * self.latent_side for side in latents.shape[-2:])
         prompts = [table.prompt for table in text.tokens] * repeat
         if family.fixed_length:
             # Nothing but the text itself depends on the prompts, where there is no mask of theirs: encode none again.
@@ -260,7 +266,7 @@ class MMDiT:
         inputs[family.image_input] = packing.pack(latents.to(self.device, self.dtype), family.form, family.cell)
         inputs[family.timestep_input] = family.timestep(sigmas)
         if isinstance(inputs[family.text_input], Tensor):
-            inputs[family.text_input] = text.prompt_embeds.to(self.device, self.dtype).repeat(repeat, 1, 1)
+            inputs[family.text_input] = torch.cat([text.prompt_embeds.to(self.device, self.dtype)] * repeat)
         if family.pooled_input in inputs:
             inputs[family.pooled_input] = text.pooled.to(self.device, self.dtype).repeat(repeat, 1)
         return inputs
@@ -269,7 +275,7 @@ class MMDiT:
         """The velocity n - x, [B, C, h, w] float32, of a transformer's output for these latents."""
         family = self.family
         found = packing.unpack(output, family.form, family.cell, (latents.shape[-2], latents.shape[-1])).float()
-        return -found if family.clean_timestep == 1.0 else found
+        return -found if family.towards_image else found
 
     @torch.no_grad()
     def _call(self, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Any]:
@@ -307,6 +313,7 @@ class MMDiT:
 
     def _arguments(self, *, guidance: float | None, length: int | None = None, **options: Any) -> dict[str, Any]:
         """Arguments of the stock pipeline by its own names, as far as it takes them."""
+        options = dict(self.family.options) | options
         options[self.family.length_argument] = self.max_sequence_length if length is None else length
         if guidance is not None:
             options[self.family.scale_argument] = max(0.0, guidance - self.family.scale_offset)

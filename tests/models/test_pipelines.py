@@ -16,6 +16,7 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.models.families import FAMILIES
 from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.models.packing import unpack
 from mmdit_probe.observe.mass import AttentionMass
 from mmdit_probe.observe.probe import probe
 from tests.pipelines import PIPELINES, SIDE, build
@@ -26,12 +27,14 @@ NOT_RUN = {"hunyuan_video_framepack", "joyimage_edit"}
 NAMES = sorted({*PIPELINES, *VIDEO_PIPELINES} - NOT_RUN)
 GUIDED = [name for name in NAMES if name != "ideogram4"]
 """All but the one whose unconditional branch is another transformer."""
-UNCONDITIONAL_FIRST = {"aura_flow", "bria", "prx", "bria_fibo", "easyanimate"}
+LOADED = [name for name in NAMES if FAMILIES[name].pipelines]
+UNCONDITIONAL_FIRST = {"aura_flow", "bria", "prx", "bria_fibo", "easyanimate", "ernie_image"}
 """Pipelines that run both branches in one call, the unconditional rows before the others."""
 LENGTHS = {"hunyuan_video": 500, "ideogram4": 64}
 """Text lengths, where the family's own holds no prompt of a tokenizer of letters, or is slow."""
 OPTIONS = {
     "enable_prompt_rewrite": False, "use_resolution_binning": False, "num_frames": 5, "guidance_schedule": None,
+    "use_pe": False,
 }  # fmt: skip
 """Arguments of the stock pipelines that take them."""
 
@@ -67,7 +70,8 @@ def test_guidance_branches_are_those_of_the_pipeline(name: str) -> None:
     guided = sample(model, "a red ring", guidance=3.0, negative="ring")
     plain = sample(model, "a red ring", guidance=0.0 if name in ("z_image", "krea2") else 1.0)
     assert set(plain["branch"]) == {"cond"} and set(guided["branch"]) == {"cond", "uncond"}
-    assert set(guided["prompt"]) == {"a red ring"} and set(guided["seed"]) == {5}
+    # Ernie draws its noise in passing, where nobody is told of the seed.
+    assert set(guided["prompt"]) == {"a red ring"} and set(guided["seed"]) == {-1 if name == "ernie_image" else 5}
     assert sorted(set(guided["step"])) == [0, 1]
     # The first step starts from the same noise: the conditional rows are those of sampling without guidance.
     of_guided = guided.query("step == 0 and branch == 'cond'").reset_index(drop=True)
@@ -101,7 +105,7 @@ def test_prompts_of_different_lengths_and_several_images(name: str) -> None:
     assert len(set(uncond["n_key"])) == 1
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if FAMILIES[name].pipelines])
+@pytest.mark.parametrize("name", LOADED)
 def test_a_denoising_call_is_the_pipelines_own(name: str) -> None:
     """At the first step of sampling the model gets pure noise; `denoise` then gives what the scheduler stepped with."""
     model = model_of(name)
@@ -123,17 +127,48 @@ def test_a_denoising_call_is_the_pipelines_own(name: str) -> None:
     finally:
         del model.scheduler.step
     text = model.encode_prompt("a red ring")
-    size = SIDE // int(model.pipeline.vae_scale_factor)
+    size = SIDE // model.latent_side
     latents, wanted = noise[0], stepped[0]
     if latents.ndim == 3:
-        from mmdit_probe.models.packing import unpack
-
-        latents, wanted = (unpack(t, "packed", 2, (size, size)) for t in (latents, wanted))
+        latents, wanted = (unpack(t, "packed", model.family.cell, (size, size)) for t in (latents, wanted))
     with probe(model, AttentionMass(heads=0), layers=0) as run:
         found = model.denoise(latents, 1.0, text, seeds=7)
     torch.testing.assert_close(found, wanted.reshape(found.shape).float(), atol=1e-4, rtol=1e-4)
     table = run[AttentionMass].table()
     assert {"word"} <= set(table["span"]) and set(table["sigma"]) == {1.0} and set(table["seed"]) == {7}
+
+
+def test_an_autoencoder_of_unknown_normalisation_is_refused() -> None:
+    model = model_of("ernie_image")
+    with pytest.raises(UserError, match="AutoencoderKLFlux2 are normalised in a way that is not known"):
+        model.encode_image(np.zeros((SIDE, SIDE, 3), np.uint8))
+
+
+@pytest.mark.parametrize("name", [name for name in LOADED if name != "ernie_image"])
+def test_images_are_those_of_the_pipelines_own_autoencoder(name: str) -> None:
+    model = model_of(name)
+    options: Any = {"steps": 1, "guidance": 1.0, "seed": 3, "height": SIDE, "width": SIDE}
+    (image,) = model.generate("a red ring", **options)
+    latents = model.generate("a red ring", output_type="latent", **options)
+    side = SIDE // model.latent_side
+    if latents.ndim == 3:
+        latents = unpack(latents, "packed", model.family.cell, (side, side))
+    assert image.size == (SIDE, SIDE) == model.decode(latents)[0].size
+    found, wanted = (np.asarray(of, dtype=np.int16) for of in (model.decode(latents)[0], image))
+    assert np.abs(found - wanted).max() <= 1 and wanted.std() > 0
+    assert model.encode_image(image).shape == latents.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "default", "multiple"),
+    [
+        ("flux", 1024, 16), ("bria", 1024, 16), ("bria_fibo", 1024, 16), ("krea2", 1024, 16), ("prx", 512, 16),
+        ("longcat_image", 1024, 16), ("nucleus_image", 1024, 16),
+    ],
+)  # fmt: skip
+def test_sizes_are_in_pixels_whatever_the_pipeline_counts_in(name: str, default: int, multiple: int) -> None:
+    model = model_of(name)
+    assert model.default_size == (default, default) and model.size_multiple == multiple
 
 
 def test_images_go_through_the_autoencoder_and_back_into_tokens() -> None:
@@ -157,9 +192,21 @@ def test_sigmas_are_those_of_the_pipelines_own_schedule() -> None:
     assert sorted(run[AttentionMass].table()["sigma"].unique(), reverse=True) == pytest.approx(sigmas)
 
 
-def test_a_directory_of_another_family_is_loaded(tmp_path: Path) -> None:
-    build("aura_flow").save_pretrained(tmp_path, safe_serialization=True)
+def test_an_only_encoder_whose_length_is_fixed_cannot_be_left_out(tmp_path: Path) -> None:
+    pipe = build("ernie_image")
+    pipe.register_modules(pe=None, pe_tokenizer=None)
+    pipe.save_pretrained(tmp_path, safe_serialization=True)
+    assert load(tmp_path, device="cpu").token_tables("a ring")[0].kinds == ["word"] * 2
+    with pytest.raises(UserError, match="one text encoder only"):
+        load(tmp_path, device="cpu", t5=False)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("aura_flow", 4), ("bria", 4), ("prx", 2)])
+def test_a_directory_of_another_family_is_loaded(name: str, layers: int, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path, safe_serialization=True)
     model = load(tmp_path, device="cpu")
-    assert model.family.name == "aura_flow" and len(model.layers) == 4 and model.text_length == 10
+    assert model.family.name == name and len(model.layers) == layers and model.text_length == 10
+    text = model.encode_prompt("a red ring")
+    assert text.prompt_embeds.shape[1] == len(text.tokens[0]) == 10 and text.tokens[0].word_spans("red")["t5"] == [1]
     with pytest.raises(UserError, match="one text encoder only"):
         load(tmp_path, device="cpu", t5=False)
