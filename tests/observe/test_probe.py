@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -439,3 +440,179 @@ def test_model_offload_between_pipeline_calls_keeps_the_probe(pipe: Any) -> None
     del transformer.forward
     assert len(run[AttentionMass].table()) % 2 == 0
     assert run._calls == 2
+
+
+def test_lora_weights_loaded_fused_and_unloaded_through_the_pipeline(pipe: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    donor = tiny.pipeline("sd3")
+    torch.manual_seed(0)
+    donor.transformer.add_adapter(
+        LoraConfig(r=2, init_lora_weights=False, target_modules=["attn.to_q", "attn.add_k_proj"])
+    )
+    type(donor).save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(donor.transformer))
+
+    def masses() -> np.ndarray:
+        with probe(pipe, AttentionMass()) as run:
+            sample(pipe, steps=1)
+        return run[AttentionMass].table()["mass"].to_numpy()
+
+    plain = masses()
+    with probe(pipe, AttentionMass()) as run:
+        pipe.load_lora_weights(tmp_path)
+        stock = sample(pipe, steps=1)
+    loaded_inside = run[AttentionMass].table()["mass"].to_numpy()
+    assert np.abs(loaded_inside - plain).max() > 1e-3
+    assert np.array_equal(masses(), loaded_inside) and np.array_equal(sample(pipe, steps=1), stock)
+    pipe.fuse_lora()
+    assert np.allclose(masses(), loaded_inside, atol=1e-5)
+    pipe.unfuse_lora()
+    pipe.unload_lora_weights()
+    assert np.allclose(masses(), plain, atol=1e-5)
+
+
+def test_a_transformer_inside_a_peft_model_is_probed() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model: Any = get_peft_model(tiny.transformer(), LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+    stock = model(**bare_inputs(), return_dict=False)[0]
+    with probe(model, AttentionMass()) as run:
+        assert torch.equal(model(**bare_inputs(), return_dict=False)[0], stock)
+    assert set(run[AttentionMass].table()["layer"]) == {0, 1, 2}
+
+
+OFFLOADS = ["model", "sequential", "disk", "group", "layerwise casting"]
+
+
+def offload(pipe: Any, kind: str, folder: Path) -> None:
+    """What moves or casts weights around every forward, with the CPU as the device that computes."""
+    cpu = torch.device("cpu")
+    if kind == "model":
+        pipe.enable_model_cpu_offload(device="cpu")
+    elif kind == "sequential":  # what `enable_sequential_cpu_offload` does to each of a pipeline's models
+        from accelerate import cpu_offload
+
+        cpu_offload(pipe.transformer, execution_device=cpu)
+    elif kind == "disk":
+        from accelerate import disk_offload
+
+        disk_offload(pipe.transformer, str(folder), execution_device=cpu)
+    elif kind == "group":
+        pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    else:
+        pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("first", ["offload", "probe"])
+@pytest.mark.parametrize("kind", OFFLOADS)
+def test_weights_that_come_and_go(pipe: Any, kind: str, first: str, tmp_path: Path) -> None:
+    """Hooks that were there before the probe, or came while it was attached, work on, and so does the probe."""
+    other = tiny.pipeline("sd3")
+    with probe(other, AttentionMass()) as plain:
+        sample(other)
+    offload(other, kind, tmp_path / "other")
+    stock = sample(other)
+    if first == "offload":
+        offload(pipe, kind, tmp_path / "own")
+    with probe(pipe, AttentionMass()) as run:
+        if first == "probe":
+            offload(pipe, kind, tmp_path / "own")
+        assert np.array_equal(sample(pipe), stock)
+    assert np.array_equal(sample(pipe), stock)
+    one, two = (found[AttentionMass].table() for found in (run, plain))
+    labels = [column for column in one if column != "mass"]
+    assert one[labels].equals(two[labels])
+    # Weights that were cast to float16 in between are others.
+    assert np.allclose(one["mass"], two["mass"], rtol=0, atol=2e-2 if kind == "layerwise casting" else 0)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator to offload from")
+@pytest.mark.parametrize("method", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
+def test_offloading_without_an_accelerator_is_refused_by_diffusers_and_leaves_the_probe_well(
+    pipe: Any, method: str
+) -> None:
+    stock, before = sample(pipe), state(pipe)[:-1]
+    with probe(pipe, AttentionMass()):
+        with pytest.raises(RuntimeError, match="requires accelerator"):
+            getattr(pipe, method)()
+        assert np.array_equal(sample(pipe), stock)
+    assert state(pipe)[:-1] == before  # the pipeline itself keeps diffusers' empty list of hooks
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_nested_probes_come_off_in_any_order(order: tuple[int, ...]) -> None:
+    transformer, inputs = tiny.transformer(), bare_inputs()
+    pipe = SimpleState(transformer)
+
+    def output() -> Tensor:
+        with torch.no_grad():
+            result: Tensor = transformer(**inputs, return_dict=False)[0]
+        return result
+
+    stock, before = output(), state(pipe)
+    with probe(transformer, edits=ScaleTextValues()):
+        edited = output()
+    assert not torch.equal(stock, edited)
+    runs = [probe(transformer, AttentionMass()), probe(transformer, edits=ScaleTextValues()),
+            probe(transformer, AttentionMass(), layers=1)]  # fmt: skip
+    for run in runs:
+        run.__enter__()
+    active, calls = {0, 1, 2}, [0, 0, 0]
+    for index in (*order, None):
+        assert torch.equal(output(), edited if 1 in active else stock)
+        calls = [count + (number in active) for number, count in enumerate(calls)]
+        assert [run._calls for run in runs] == calls
+        if index is not None:
+            runs[index].__exit__(None, None, None)
+            active.discard(index)
+    assert state(pipe) == before
+    for number, layers in ((0, {0, 1, 2}), (2, {1})):
+        table = runs[number][AttentionMass].table()
+        assert set(table["layer"]) == layers
+        assert len(table) == calls[number] * len(layers) * 2 * tiny.HEADS * 2 * 3  # rows, heads, queries, keys
+
+
+class SimpleState:
+    """Something with a transformer, for `state`."""
+
+    def __init__(self, transformer: Any) -> None:
+        self.transformer = transformer
+
+
+def test_a_probe_opened_and_closed_by_a_callback_sees_the_steps_between(pipe: Any) -> None:
+    """It came too late for the prompt, so words are unknown; step, noise level, branch and masses are not."""
+    stock, before = sample(pipe, steps=4), state(pipe)
+    with probe(pipe, AttentionMass(), steps="1-2") as whole:
+        sample(pipe, steps=4)
+    opened = probe(pipe, AttentionMass())
+
+    def callback(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            opened.__enter__()
+        if step == 2:
+            opened.__exit__(None, None, None)
+        return {}
+
+    assert np.array_equal(sample(pipe, steps=4, callback_on_step_end=callback), stock)
+    assert state(pipe) == before
+    late, full = opened[AttentionMass].table(), whole[AttentionMass].table()
+    assert set(late["prompt"]) == {""} and set(late.query("key == 'text'")["span"]) == {"unknown"}
+    # Spans and prompts are told apart in one of them only.
+    keys = ["step", "sigma", "branch", "layer", "head", "query", "key"]
+    sums = [table.groupby(keys)["mass"].sum() for table in (late, full)]
+    assert sums[0].index.equals(sums[1].index)
+    assert np.allclose(sums[0], sums[1], atol=1e-5)
+
+
+def test_another_native_backend_inside_the_probe_is_seen_too(pipe: Any) -> None:
+    from diffusers.models.attention_dispatch import attention_backend
+
+    inputs = bare_inputs()
+    with torch.no_grad(), attention_backend("_native_math"):
+        stock = pipe.transformer(**inputs, return_dict=False)[0]
+    with probe(pipe.transformer, AttentionMass()) as plain, torch.no_grad():
+        pipe.transformer(**inputs)
+    with probe(pipe.transformer, AttentionMass()) as run, torch.no_grad(), attention_backend("_native_math"):
+        assert torch.equal(pipe.transformer(**inputs, return_dict=False)[0], stock)
+    masses = [watched[AttentionMass].table()["mass"] for watched in (plain, run)]
+    assert np.allclose(*masses, atol=1e-6)
