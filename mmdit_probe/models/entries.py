@@ -392,8 +392,9 @@ ENTRIES: tuple[Family, ...] = (
     # transformer_lumina2.py: valid text, then image, packed per sample.
     Family(
         "lumina2", "Lumina2Transformer2DModel", r"layers\.(\d+)\.attn", ("text", "image"),
-        packed(latents, "text", "image"), clean_timestep=1.0, towards_image=True, streams=(stream("llm", wrap=lumina2_system),),
-        length_argument=_LENGTH, default_length=256, encoded=_TEXTS_MASKS,
+        packed(latents, "text", "image"), clean_timestep=1.0, towards_image=True,
+        streams=(stream("llm", wrap=lumina2_system),), length_argument=_LENGTH, default_length=256,
+        encoded=_TEXTS_MASKS,
         pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
     ),
     # transformer_z_image.py, text to image: lists of a latent [C, frames, h, w] and a text [T, width] per sample.
@@ -457,8 +458,8 @@ ENTRIES: tuple[Family, ...] = (
         "prx", "PRXTransformer2DModel", r"blocks\.(\d+)\.attention", ("text", "image"),
         sequence(latents, "text", "image", queries=("image",)), guidance=_UNCOND_FIRST, encoded=_TEXTS_MASKS,
         streams=(stream("t5", texts=prx_cleaned, length="tokenizer_max_length"),),
-        length_argument="tokenizer_max_length", pipelines=("PRXPipeline",), options=(("use_resolution_binning", False),),
-        size_in_pixels=True,
+        length_argument="tokenizer_max_length", pipelines=("PRXPipeline",),
+        options=(("use_resolution_binning", False),), size_in_pixels=True,
     ),
     Family(
         "nucleus_image", "NucleusMoEImageTransformer2DModel", _DOUBLE, ("image", "text"),
