@@ -87,7 +87,7 @@ def blocks(call: SDPACall, lse: Tensor, keys: Columns, rows: Columns) -> Iterato
     # One buffer for all blocks: a fresh allocation per block costs more in page faults than the exponentials.
     at_once = many * heads_at_once * rows_at_once
     scores = torch.empty(at_once * n_keys, device=key.device)
-    in_place = _in_place(query, many)
+    in_place = _in_place(query, key.dtype, many)
     copied = torch.empty(0 if in_place else at_once * width, device=key.device, dtype=key.dtype)
     biased, logits = call.attn_mask is not None or call.is_causal, _logits(call.query)
     for start, sample, head in itertools.product(
@@ -167,13 +167,13 @@ def _mixed_products(tensor: Tensor) -> bool:
     return tensor.device.type == "cuda" and tensor.dtype in (torch.bfloat16, torch.float16)
 
 
-def _in_place(query: Tensor, many: int) -> bool:
-    """Whether blocks of queries can be multiplied where they are: float32, one sample at a time, rows of one stride.
+def _in_place(query: Tensor, dtype: torch.dtype, many: int) -> bool:
+    """Whether queries can be multiplied where they are: of the product's dtype, rows of one stride, sample by sample.
 
     Diffusers' queries are transposed views [B, N, H, D]; a matrix product takes such a stride, and copying every block
     is a sixth of the cost of the columns.
     """
-    return query.dtype == torch.float32 and many == 1 and query.stride(-1) == 1 and query.stride(-2) >= query.shape[-1]
+    return query.dtype == dtype and many == 1 and query.stride(-1) == 1 and query.stride(-2) >= query.shape[-1]
 
 
 def _logits(origin: Tensor) -> Callable[[Tensor, Tensor, Tensor, float, Tensor], object]:

@@ -291,7 +291,7 @@ def test_queries_of_one_stride_are_multiplied_where_they_are(
     packed = make(dtype)
     query, key = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (packed.query, packed.key))
     call = SDPACall(query, key, packed.value)
-    assert blocks._in_place(query, 1) == (dtype == torch.float32)
+    assert blocks._in_place(query, torch.float32, 1) == (dtype == torch.float32)
     lse = exact.logsumexp(call)
     assert lse is not None
     assert len(list(blocks.blocks(call, lse, slice(IMAGE, N), rows))) > 2
