@@ -325,6 +325,62 @@ def _ideogram4(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inp
     }
 
 
+def _minimax_h3(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    """[text, sound, two frames of video]."""
+    text, sound, image = max(lengths), 3, 2 * grid[0] * grid[1]
+    places = torch.zeros(text + sound + image, 3)
+    places[:text] = torch.arange(text)[:, None].float()
+    places[text + sound :] = torch.cat([_ids(grid) + torch.tensor([frame, 0, 0]) for frame in range(2)])
+    return {
+        "hidden_states": torch.randn(batch, image, 4 * CHANNELS),
+        "audio_hidden_states": torch.randn(batch, sound, CHANNELS),
+        "encoder_hidden_states": _text(batch, lengths),
+        "timestep": torch.tensor([0.4]),
+        "timestep_indices": torch.zeros(len(places), dtype=torch.long),
+        "token_tags": torch.tensor([1] * text + [2] * sound + [0] * image),
+        "position_ids": places,
+        "video_indices": torch.arange(text + sound, len(places)),
+        "audio_indices": torch.arange(text, text + sound),
+        "text_indices": torch.arange(text),
+    }
+
+
+def _fibo2(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    """Text [B, layers, T, width]: the perceiver's, and the one of the layer that reads it."""
+    return _plain(batch, grid, lengths) | {"encoder_hidden_states": torch.randn(batch, 2, max(lengths), TEXT)}
+
+
+def _qwen21(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    """A slot of the language model stands for 2 x 2 tokens of the image."""
+    text, image = max(lengths), grid[0] * grid[1]
+    return {
+        "hidden_states": torch.randn(batch, image, CHANNELS),
+        "encoder_hidden_states": _text(batch, lengths),
+        "timestep": _time(batch),
+        "img_shapes": [[(1, *grid)]] * batch,
+        "img_mask": (torch.arange(text + image // 4) >= text).expand(batch, -1),
+    }
+
+
+def _cosmos3(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    """One sample: there is no batch."""
+    text, image = max(lengths), grid[0] * grid[1]
+    places = torch.arange(text, text + image)
+    return {
+        "input_ids": torch.randint(1, 16, (text,)),
+        "text_indexes": torch.arange(text),
+        "position_ids": torch.arange(text + image).expand(3, -1),
+        "und_len": text,
+        "sequence_length": text + image,
+        "vision_tokens": [torch.randn(1, CHANNELS, 1, 2 * grid[0], 2 * grid[1])],
+        "vision_token_shapes": [(1, *grid)],
+        "vision_sequence_indexes": places,
+        "vision_mse_loss_indexes": places,
+        "vision_timesteps": torch.full((image,), 600.0),
+        "vision_noisy_frame_indexes": [torch.arange(1)],
+    }
+
+
 def _omnigen(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
     text, image = max(lengths), grid[0] * grid[1]
     mask = torch.ones(text + 1 + image, text + 1 + image)
@@ -752,6 +808,26 @@ FIXTURES: dict[str, Fixture] = {
         },
         _omnigen,
     ),
+    "minimax_h3": Fixture(
+        "MiniMaxH3Transformer3DModel",
+        {
+            "num_attention_heads": HEADS,
+            "attention_head_dim": WIDTH,
+            "hidden_size": HEADS * WIDTH,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "ffn_dim": 32,
+            "in_channels": CHANNELS,
+            "audio_in_channels": CHANNELS,
+            "text_dim": TEXT,
+            "freq_dim": 8,
+            "time_embed_hidden_dim": 16,
+            "time_embed_dim": 8,
+            "rope_freq_dim": 2,
+        },
+        _minimax_h3,
+        frames=2,
+    ),
     "prx": Fixture(
         "PRXTransformer2DModel",
         {
@@ -804,7 +880,61 @@ FIXTURES: dict[str, Fixture] = {
     ),
 }
 
+SEVERAL_CALLS: dict[str, Fixture] = {
+    "qwen_image21": Fixture(
+        "QwenImage21Transformer2DModel",
+        {
+            "in_channels": CHANNELS,
+            "out_channels": CHANNELS,
+            "num_layers": 2,
+            "attention_head_dim": WIDTH,
+            "num_attention_heads": HEADS,
+            "context_in_dim": TEXT,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        _qwen21,
+    ),
+    "cosmos3": Fixture(
+        "Cosmos3OmniTransformer",
+        {
+            "head_dim": WIDTH,
+            "hidden_size": HEADS * WIDTH,
+            "intermediate_size": 32,
+            "latent_channel": CHANNELS,
+            "num_attention_heads": HEADS,
+            "num_hidden_layers": 2,
+            "num_key_value_heads": HEADS,
+            "patch_latent_dim": 4 * CHANNELS,
+            "vocab_size": 16,
+            "rope_axes_dim": (4, 2, 2),
+        },
+        _cosmos3,
+    ),
+}
+"""Transformers whose layers make more than one attention call."""
+
 CROSS_ATTENTION: dict[str, Fixture] = {
+    "bria_fibo2": Fixture(
+        "BriaFibo2Transformer2DModel",
+        {
+            "in_channels": CHANNELS,
+            "dim": HEADS * WIDTH,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": HEADS,
+            "cap_feat_dim": TEXT,
+            "injection_layer_ids": (1,),
+            "perceiver_num_layers": 1,
+            "min_num_gist_tokens": 4,
+            "max_num_gist_tokens": 8,
+            "gist_step": 4,
+            "gist_min_text_len": 4,
+            "gist_max_text_len": 16,
+            "axes_dims": (4, 6, 6),
+            "axes_lens": (32, 16, 16),
+        },
+        _fibo2,
+    ),
     "pixart": Fixture(
         "PixArtTransformer2DModel",
         {

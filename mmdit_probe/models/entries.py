@@ -3,8 +3,8 @@
     >>> next(entry for entry in ENTRIES if entry.name == "flux").order
     ('text', 'image')
 
-Every entry is tested against the mechanical layout (`models.taint`), which knows nothing of it. Left out, so laid out
-mechanically: classes whose keys change between calls (key-value caches, segments), and those never run here.
+Every entry is tested against the mechanical layout (`models.taint`), which knows nothing of it. Left out: classes whose
+layers make several attention calls, each with some of the queries (`models.families` refuses them and says why).
 """
 
 from __future__ import annotations
@@ -138,6 +138,27 @@ def _ideogram4(inputs: Inputs, config: Any) -> Arrangement:
     places = inputs["position_ids"][0][inputs["indicator"][0] == 2]
     h, w = (int(places[:, axis].max() - places[:, axis].min()) + 1 for axis in (1, 2))
     return Arrangement(tuple(found), (h, w))
+
+
+def _minimax_h3(inputs: Inputs, config: Any) -> Arrangement:
+    """One sequence of text, sound and video rows, placed by index; video rows at another noise level than the last one
+    are conditions, and come first."""
+    rows, texts = inputs["video_indices"].cpu(), inputs["text_indices"].tolist()
+    levels = inputs["timestep_indices"].cpu()
+    own = rows[levels[rows] == levels[rows[-1]]]
+    kinds = ["other"] * len(levels)
+    for row in own.tolist():
+        kinds[row] = "image"
+    place = {row: number for number, row in enumerate(texts)}
+    sample: list[Segment] = []
+    for kind, run in itertools.groupby(range(len(kinds)), lambda row: "text" if row in place else kinds[row]):
+        found = list(run)
+        sample.append((kind, tuple(place[row] for row in found) if kind == "text" else len(found)))
+    if texts == sorted(texts):
+        sample = [(kind, extent if isinstance(extent, int) else len(extent)) for kind, extent in sample]
+    frames, h, w = (len(axis.unique()) for axis in inputs["position_ids"].cpu()[own].T)
+    grid = (h, w) if frames * h * w == len(own) else None
+    return Arrangement((tuple(sample),) * samples(inputs), grid, frames)
 
 
 def _omnigen(inputs: Inputs, config: Any) -> Arrangement:
@@ -434,6 +455,12 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "omnigen", "OmniGenTransformer2DModel", r"layers\.(\d+)\.self_attn", ("text", "other", "image"), _omnigen,
         text_input="input_ids", clean_timestep=1.0, towards_image=True,
+    ),
+    # transformer_minimax_h3.py: text, sound and video in one sequence, without a mask. Its timesteps are those that
+    # occur in the sequence, in rising order: the first is the noisiest rows'.
+    Family(
+        "minimax_h3", "MiniMaxH3Transformer3DModel", r"transformer_blocks\.(\d+)\.attn", ("text", "other", "image"),
+        _minimax_h3, clean_timestep=1.0, towards_image=True,
     ),
     Family(
         "easyanimate", "EasyAnimateTransformer3DModel", _BLOCKS, ("text", "image"),

@@ -29,8 +29,18 @@ CROSS_ATTENTION: dict[str, str] = dict.fromkeys(
 ) | dict.fromkeys(
     ("SanaTransformer2DModel", "SanaVideoTransformer3DModel"),
     "its self-attention is linear, without a softmax, and the text is read by cross-attention",
-)  # fmt: skip
+) | {
+    "BriaFibo2Transformer2DModel": "the image shares its softmax with gist tokens, which a perceiver makes of the text,"
+    " and reads the text itself in separate softmaxes, so no key is a word's",
+}  # fmt: skip
 """Transformers that are no MM-DiT, and why."""
+
+SEVERAL_CALLS: dict[str, str] = {
+    "QwenImage21Transformer2DModel": "text and each picture attend in calls of their own, causally, and later steps"
+    " take the text's keys from a cache",
+    "Cosmos3OmniTransformer": "text attends in a call of its own, causally, before the pictures, sounds and actions do",
+}
+"""Transformers whose layers make several attention calls, so that no call has all queries, and which calls."""
 
 
 def family_of(transformer: object) -> Family:
@@ -52,8 +62,13 @@ def family_of(transformer: object) -> Family:
 
 
 def refuse_cross_attention(transformer: object) -> None:
-    """Raises a UserError that says why, if the transformer is known to be no MM-DiT."""
+    """Raises a UserError that says why, if the transformer is known to be no MM-DiT, or one that is not followed."""
     for base in type(transformer).__mro__:
+        if base.__name__ in SEVERAL_CALLS:
+            raise UserError(
+                f"{base.__name__} cannot be probed: its layers make several attention calls"
+                f" ({SEVERAL_CALLS[base.__name__]}), and a probe looks at one call with all of a layer's queries"
+            )
         if base.__name__ in CROSS_ATTENTION:
             raise UserError(
                 f"{base.__name__} is not an MM-DiT: {CROSS_ATTENTION[base.__name__]}. There is no joint attention to"

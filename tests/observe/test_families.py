@@ -27,7 +27,7 @@ from mmdit_probe.observe.maps import TextMaps
 from mmdit_probe.observe.mass import AttentionMass
 from mmdit_probe.observe.norms import ValueNorm
 from mmdit_probe.observe.probe import probe
-from tests.families import CROSS_ATTENTION, FIXTURES
+from tests.families import CROSS_ATTENTION, FIXTURES, SEVERAL_CALLS
 
 IMAGE, TEXT, OTHER = range(3)
 
@@ -418,6 +418,46 @@ def test_cross_attention_models_are_refused_and_told_why(name: str) -> None:
     model = CROSS_ATTENTION[name].build()
     with pytest.raises(UserError, match=r"not an MM-DiT.*(separate softmaxes|linear)"):
         probe(model, AttentionMass())
+
+
+def test_no_key_of_fibo_2_is_a_text_token() -> None:
+    fixture = CROSS_ATTENTION["bria_fibo2"]
+    sites = taint(fixture.build(), fixture.inputs())
+    kinds = {path: {kind for kind, _ in site.order()} for path, site in sites.items() if path.startswith("layers")}
+    # The gist is of neither kind: it is made of the text, by attention.
+    assert kinds.pop("layers.1.cross_attention") == {"text"}
+    assert set(map(frozenset, kinds.values())) == {frozenset({"image", "other"})}
+
+
+@pytest.mark.parametrize("name", sorted(SEVERAL_CALLS))
+def test_models_with_several_calls_per_layer_are_refused_and_told_why(name: str) -> None:
+    fixture = SEVERAL_CALLS[name]
+    model = fixture.build()
+    with torch.no_grad(), written_down(model) as calls:
+        model(**fixture.inputs(1, grid=(4, 4)))
+    queries = {tuple(call.query.shape[-2] for call in of) for of in calls.values()}
+    assert queries == {(7, 16)}  # text, then image: no call has both
+    with pytest.raises(UserError, match=r"several attention calls \(.*text"):
+        probe(model, AttentionMass())
+
+
+def test_conditions_of_minimax_are_no_image_tokens() -> None:
+    """Keyframes are video rows too, at a noise level of their own; text rows may lie anywhere."""
+    fixture = FIXTURES["minimax_h3"]
+    model, inputs = fixture.build(), fixture.inputs(1)
+    inputs["timestep"] = torch.tensor([0.4, 0.9])
+    inputs["timestep_indices"][inputs["video_indices"][:12]] = 1
+    layout, places = arranged(family_of(model).arrangement(inputs, model.config))
+    assert places is None and layout.counts == {"image": 12, "text": 7, "other": 15}
+    assert (layout.grid, layout.frames) == ((3, 4), 1) and layout.positions("image") == slice(22, 34)
+    with probe(model, AttentionMass()) as watched:
+        run(model, inputs)
+    table = watched[AttentionMass].table().query("layer == 0 and head == 0 and query == 'image'")
+    assert dict(zip(table["key"], table["n_key"], strict=True)) == {"image": 12, "text": 7, "other": 15}
+    assert table["sigma"].tolist() == pytest.approx([0.6] * 3)  # the noisiest rows'
+    inputs["text_indices"] = inputs["text_indices"].flip(0)
+    _, places = arranged(family_of(model).arrangement(inputs, model.config))
+    assert places is not None and places.keys[0, 12:19].tolist() == [6, 5, 4, 3, 2, 1, 0]
 
 
 def test_every_entry_has_a_fixture() -> None:
