@@ -602,17 +602,3 @@ def test_a_probe_opened_and_closed_by_a_callback_sees_the_steps_between(pipe: An
     sums = [table.groupby(keys)["mass"].sum() for table in (late, full)]
     assert sums[0].index.equals(sums[1].index)
     assert np.allclose(sums[0], sums[1], atol=1e-5)
-
-
-def test_another_native_backend_inside_the_probe_is_seen_too(pipe: Any) -> None:
-    from diffusers.models.attention_dispatch import attention_backend
-
-    inputs = bare_inputs()
-    with torch.no_grad(), attention_backend("_native_math"):
-        stock = pipe.transformer(**inputs, return_dict=False)[0]
-    with probe(pipe.transformer, AttentionMass()) as plain, torch.no_grad():
-        pipe.transformer(**inputs)
-    with probe(pipe.transformer, AttentionMass()) as run, torch.no_grad(), attention_backend("_native_math"):
-        assert torch.equal(pipe.transformer(**inputs, return_dict=False)[0], stock)
-    masses = [watched[AttentionMass].table()["mass"] for watched in (plain, run)]
-    assert np.allclose(*masses, atol=1e-6)

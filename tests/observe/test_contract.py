@@ -1,0 +1,125 @@
+"""The contract of every family (`test_families`) where it is run otherwise: in bfloat16, and with a single sample."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from mmdit_probe import AttentionMass, probe
+from mmdit_probe.errors import RunError
+from mmdit_probe.models.layout import KINDS
+from mmdit_probe.models.taint import taint
+from tests.families import FIXTURES
+from tests.observe.test_families import Case, expected, joint_paths, run, written_down
+
+
+def largest_error(case: Case, table: pd.DataFrame) -> float:
+    """Of the masses in a table against the float64 softmax over the model's own calls."""
+    keys = ["layer", "head", "query", "key", "span", "stream"]
+    rows, found = table.groupby(keys).cumcount(), []
+    assert set(table["layer"]) == set(range(len(joint_paths(case))))
+    for layer, path in enumerate(joint_paths(case)):
+        for row, wanted in enumerate(expected(case, path)):
+            for q, query in enumerate(("image", "text")):
+                part = table[(table["layer"] == layer) & (rows == row) & (table["query"] == query)]
+                if wanted[:, q].isnan().any():
+                    assert len(part) == 0  # text that is no query
+                    continue
+                masses = part.pivot_table(index="head", columns="key", values="mass", aggfunc="sum")[list(KINDS)]
+                found.append((torch.tensor(masses.to_numpy()) - wanted[:, q]).abs().max())
+    return float(torch.stack(found).max())
+
+
+def cast(value: Any) -> Any:
+    if isinstance(value, list):
+        return [cast(item) for item in value]
+    return value.bfloat16() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+# Means over ten or eight queries only, so single errors of the kernel's bfloat16 log-sum-exp show.
+@pytest.mark.parametrize(
+    ("batch", "grid", "dtype", "tolerance"),
+    [(2, (2, 5), torch.bfloat16, 6e-5), (1, (4, 2), torch.float32, 2e-6)],
+    ids=["bfloat16", "one sample"],
+)
+@pytest.mark.parametrize("name", sorted(FIXTURES))
+def test_masses_and_neutrality(
+    name: str, batch: int, grid: tuple[int, int], dtype: torch.dtype, tolerance: float
+) -> None:
+    model, inputs = FIXTURES[name].build(), FIXTURES[name].inputs(batch=batch, grid=grid)
+    sites = taint(model, inputs)
+    if dtype == torch.bfloat16:
+        model.to(dtype)
+        inputs = {key: value if key.endswith("ids") else cast(value) for key, value in inputs.items()}
+    with written_down(model) as calls:
+        stock = run(model, inputs)
+    with probe(model, AttentionMass()) as watched:
+        seen = run(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(stock, seen, strict=True))
+    case = Case(name, model, inputs, FIXTURES[name].frames, stock, calls, sites)
+    assert {call.query.dtype for path in joint_paths(case) for call in calls[path]} == {dtype}
+    assert largest_error(case, watched[AttentionMass].table()) < tolerance
+
+
+@pytest.mark.parametrize("name", ["chroma", "mochi", "prx"])
+def test_the_contract_notices_what_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: a log-sum-exp that is off by a thousandth, as if its kernel had another scale."""
+    from mmdit_probe.attention import exact
+
+    right = exact.attend
+    monkeypatch.setattr(exact, "attend", lambda call: (right(call)[0], right(call)[1] + 1e-3))
+    model, inputs = FIXTURES[name].build(), FIXTURES[name].inputs()
+    with written_down(model) as calls:
+        stock = run(model, inputs)
+    with probe(model, AttentionMass()) as watched:
+        run(model, inputs)
+    case = Case(name, model, inputs, FIXTURES[name].frames, stock, calls, taint(model, inputs))
+    assert largest_error(case, watched[AttentionMass].table()) > 1e-4
+
+
+def masses(watched: Any) -> Tensor:
+    return torch.tensor(watched[AttentionMass].table()["mass"].to_numpy())
+
+
+@pytest.fixture
+def registry() -> Iterator[Any]:
+    """Diffusers' process-wide choice of a backend, put back afterwards: `set_attention_backend` makes it too."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    before = _AttentionBackendRegistry._active_backend
+    yield _AttentionBackendRegistry
+    _AttentionBackendRegistry._active_backend = before
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_a_backend_that_hides_attention_is_replaced_and_comes_back(registry: Any) -> None:
+    """Flux asks diffusers' dispatch which kernel to take; flex attention never calls torch's function."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+
+    model, inputs = FIXTURES["flux"].build(), FIXTURES["flux"].inputs()
+    with probe(model, AttentionMass()) as plain:
+        run(model, inputs)
+    model.set_attention_backend("flex")
+    with probe(model, AttentionMass()) as watched:
+        run(model, inputs)
+    assert torch.equal(masses(watched), masses(plain))
+    processors = [block.attn.processor for block in model.transformer_blocks]
+    assert {processor._attention_backend for processor in processors} == {AttentionBackendName.FLEX}
+    assert registry._active_backend == AttentionBackendName.FLEX
+    model.reset_attention_backend()
+    # Taken inside the probe: seen where torch's function still runs, an error where it does not.
+    with probe(model, AttentionMass()) as watched, attention_backend("_native_math"):
+        run(model, inputs)
+    torch.testing.assert_close(masses(watched), masses(plain), atol=1e-6, rtol=0)
+    with (
+        pytest.raises(RunError, match=r"layer 0 \(transformer_blocks.0.attn, FluxAttnProcessor\)"),
+        probe(model, AttentionMass()),
+        attention_backend("flex"),
+    ):
+        run(model, inputs)
+    assert registry._active_backend == AttentionBackendName.FLEX
