@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from overhead import machine
 
 from mmdit_probe.evaluate.counts import ious
 from mmdit_probe.evaluate.matching import assign, histogram
@@ -115,7 +117,7 @@ def main() -> None:
         )
         print(rows[-1])
     report = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
+        "machine": machine("cpu")[0], "torch": torch.__version__,
         "threads": torch.get_num_threads(), "regions": REGIONS, "rounds": options.rounds, "rows": rows,
     }  # fmt: skip
     if not options.no_write:
