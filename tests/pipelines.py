@@ -218,6 +218,18 @@ def bria_fibo() -> Any:
     )  # fmt: skip
 
 
+def glm_image() -> Any:
+    """Without the language model that draws the prior tokens: they are given."""
+    from diffusers import GlmImagePipeline
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    return GlmImagePipeline(
+        tokenizer=tokenizer, processor=None, text_encoder=t5(tokenizer), vision_language_encoder=None, vae=vae(),
+        transformer=transformer("glm_image"), scheduler=flow(use_dynamic_shifting=True, time_shift_type="linear"),
+    )  # fmt: skip
+
+
 def hunyuan_image() -> Any:
     from diffusers import AutoencoderKLHunyuanImage, HunyuanImagePipeline
     from diffusers.guiders import AdaptiveProjectedMixGuidance
@@ -290,6 +302,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "longcat_image": longcat,
     "nucleus_image": nucleus,
     "bria_fibo": bria_fibo,
+    "glm_image": glm_image,
     "hunyuan_image": hunyuan_image,
     "ideogram4": ideogram4,
     "ernie_image": ernie_image,

@@ -35,6 +35,7 @@ from mmdit_probe.models.streams import (
     attribute,
     chat,
     flux2_chat,
+    glm_glyphs,
     hunyuan_cut,
     hunyuan_image_glyphs,
     hunyuan_template,
@@ -353,7 +354,8 @@ ENTRIES: tuple[Family, ...] = (
     ),
     Family(
         "glm_image", "GlmImageTransformer2DModel", _BLOCKS, ("text", "image"), sequence(latents, "text", "image"),
-        timesteps=1000.0, encoded=_TEXTS,
+        timesteps=1000.0, encoded=_TEXTS, length_argument=_LENGTH, default_length=2048,
+        streams=(stream("byt5", texts=glm_glyphs, padded=False, together=True, side="left"),),
     ),
     # transformer_hunyuan_video.py. The token refiner is text self-attention and does not match `layers`.
     Family(

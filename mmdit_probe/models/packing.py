@@ -47,7 +47,9 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
     """
     shift, scale = _normalisation(vae)
     video = _is_video(vae)
-    mean = vae.encode(pixels[:, :, None] if video else pixels).latent_dist.mode().float()
+    encoded = vae.encode(pixels[:, :, None] if video else pixels)
+    # Deep-compression autoencoders have no distribution: they give the latents themselves.
+    mean = (encoded.latent if "latent" in encoded else encoded.latent_dist.mode()).float()
     mean = mean[:, :, 0] if video else mean
     return (mean - shift.to(mean.device)) * scale.to(mean.device)
 

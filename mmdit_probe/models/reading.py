@@ -88,7 +88,9 @@ def _read_text(
         place = _place(parts, first, last)
         if special:
             is_start = not seen_text and (token_id == tokenizer.bos_token_id or token_id != tokenizer.eos_token_id)
-            tokens.append(Token(stream.name, "bos" if is_start else "eos"))
+            # CLIP's end token is its pad too; other pads are read only where a pipeline puts them into the text.
+            is_pad = token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+            tokens.append(Token(stream.name, "pad" if is_pad else "bos" if is_start else "eos"))
             seen_text = seen_text or token_id == tokenizer.bos_token_id
             continue
         seen_text, reach = True, max(reach, last)
@@ -107,15 +109,23 @@ def _encoded(tokenizer: Any, text: str, limit: int, special_tokens: bool) -> lis
         found = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, **options)
         rows = zip(found["input_ids"], found["special_tokens_mask"], found["offset_mapping"], strict=True)
         return [(token_id, bool(special), *offsets) for token_id, special, offsets in rows]
-    if len(tokenizer(text, add_special_tokens=False)["input_ids"]) != len(text.encode()):
-        raise UserError(f"{type(tokenizer).__name__} does not say which characters a token stands for; load a fast one")
-    places = iter([place for place, character in enumerate(text) for _ in character.encode()])
+    places = _byte_places(tokenizer, text)
+    ids = tokenizer(text, **options)["input_ids"]
     specials = set(tokenizer.all_special_ids)
-    encoded = []
-    for token_id in tokenizer(text, **options)["input_ids"]:
-        place = len(text) if token_id in specials else next(places)
-        encoded.append((token_id, token_id in specials, place, place + (token_id not in specials)))
-    return encoded
+    # What the tokenizer adds comes last.
+    places += [(len(text), len(text))] * (len(ids) - len(places))
+    return [(token_id, token_id in specials, *place) for token_id, place in zip(ids, places, strict=False)]
+
+
+def _byte_places(tokenizer: Any, text: str) -> list[tuple[int, int]]:
+    """First and last character of every token of a text: of every byte, and of special tokens that are spelled out."""
+    specials = sorted(map(re.escape, tokenizer.all_special_tokens), key=len, reverse=True)
+    found: list[tuple[int, int]] = []
+    for match in re.finditer("|".join([*specials, "."]), text, re.DOTALL):
+        found += [match.span()] * (1 if len(match[0]) > 1 else len(match[0].encode()))
+    if len(tokenizer(text, add_special_tokens=False)["input_ids"]) != len(found):
+        raise UserError(f"{type(tokenizer).__name__} does not say which characters a token stands for; load a fast one")
+    return found
 
 
 def _place(parts: Sequence[Part], first: int, last: int) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmdit_probe.models.family import Part, TextStream
@@ -126,6 +126,14 @@ def spoken(pipeline: Any, prompt: str) -> list[list[Part]]:
     return [[(prompt, 0)] if prompt else [(" ", -1)]]
 
 
+def glm_glyphs(pipeline: Any, prompt: str) -> list[list[Part]]:
+    """GLM-Image: only the prompt's texts in quotation marks, one by one; before each a pad where they are even in
+    number."""
+    found = pipeline.get_glyph_texts(prompt)[0] or [""]
+    pad = [(pipeline.tokenizer.pad_token, -1)] if len(found) % 2 == 0 else []
+    return [[*pad, (text, place)] for text, place in zip(found, _places(found, prompt), strict=True)]
+
+
 def hunyuan_image_glyphs(pipeline: Any, prompt: str) -> list[list[Part]]:
     """HunyuanImage: the prompt's texts in quotation marks, for the encoder of glyphs."""
     from diffusers.pipelines.hunyuan_image import pipeline_hunyuanimage
@@ -145,14 +153,20 @@ def _glyphs(listed: str | None, prompt: str) -> list[list[Part]]:
     if listed is None:
         return []
     before, between, after = 'Text "', '". Text "', '". '
+    texts = listed.removeprefix(before).removesuffix(after).split(between)
     parts: list[Part] = []
-    used: set[int] = set()
-    for text in listed.removeprefix(before).removesuffix(after).split(between):
-        places = [match.start(1) for match in re.finditer(f"(?<=['\"‘“])({re.escape(text)})(?=['\"’”])", prompt)]
-        place = next((place for place in places if place not in used), -1)
-        used.add(place)
+    for text, place in zip(texts, _places(texts, prompt), strict=True):
         parts += [(between if parts else before, -1), (text, place)]
     return [[*parts, (after, -1)]]
+
+
+def _places(texts: Sequence[str], prompt: str) -> list[int]:
+    """Where texts stand in quotation marks in the prompt; -1 where they do not. Repeated ones are taken in order."""
+    found: list[int] = []
+    for text in texts:
+        places = [match.start(1) for match in re.finditer(f"(?<=['\"‘“「])({re.escape(text)})(?=['\"’”」])", prompt)]
+        found.append(next((place for place in places if place not in found), -1))
+    return found
 
 
 def flux2_chat(pipeline: Any, negative: bool) -> tuple[str, str]:

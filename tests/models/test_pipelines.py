@@ -25,8 +25,8 @@ from tests.video_pipelines import VIDEO_PIPELINES
 NOT_RUN = {"hunyuan_video_framepack", "joyimage_edit"}
 """Pipelines that make nothing of a prompt alone, or nothing that is small: `test_spelling` has their words."""
 NAMES = sorted({*PIPELINES, *VIDEO_PIPELINES} - NOT_RUN)
-GUIDED = [name for name in NAMES if name != "ideogram4"]
-"""All but the one whose unconditional branch is another transformer."""
+GUIDED = [name for name in NAMES if name not in ("ideogram4", "glm_image")]
+"""All but those whose unconditional branch is another transformer, or another prompt than the caller's."""
 LOADED = [name for name in NAMES if FAMILIES[name].pipelines]
 UNCONDITIONAL_FIRST = {"aura_flow", "bria", "prx", "bria_fibo", "easyanimate", "ernie_image"}
 """Pipelines that run both branches in one call, the unconditional rows before the others."""
@@ -138,6 +138,25 @@ def test_a_denoising_call_is_the_pipelines_own(name: str) -> None:
     assert {"word"} <= set(table["span"]) and set(table["sigma"]) == {1.0} and set(table["seed"]) == {7}
 
 
+def test_glm_reads_quotations_only() -> None:
+    prompts = ["a \"red\" ring, a 'cat'", "a ring", "the 'ring'"]
+    table = sample(
+        model_of("glm_image"), prompts, guidance=3.0, prior_token_ids=torch.zeros(3, 4, dtype=torch.long),
+    ).query("query == 'image' and key == 'text' and step == 0")  # fmt: skip
+    cond = table[table["branch"] == "cond"].pivot_table(index="prompt", columns="span", values="n_key").fillna(0)
+    # Two texts have a pad each, which is read like them; shorter prompts are filled up in front.
+    assert cond.loc[prompts, ["pad", "word", "eos"]].to_numpy().tolist() == [[2, 6, 2], [9, 0, 1], [5, 4, 1]]
+    uncond = table[table["branch"] == "uncond"]
+    assert set(uncond["span"]) == {"eos"} and set(uncond["n_key"]) == {1} and list(uncond["prompt"]) == prompts
+
+
+def test_a_transformer_is_told_from_the_one_that_takes_no_text() -> None:
+    table = sample(model_of("ideogram4"), ["a red ring", "ring"], guidance=3.0).query("query == 'image'")
+    assert set(table["branch"]) == {"cond"} and set(table["seed"]) == {5} and "unknown" not in set(table["span"])
+    words = table[(table["span"] == "word") & (table["step"] == 0)].set_index("prompt")["n_key"]
+    assert words.to_dict() == {"a red ring": 3, "ring": 1}
+
+
 def test_an_autoencoder_of_unknown_normalisation_is_refused() -> None:
     model = model_of("ernie_image")
     with pytest.raises(UserError, match="AutoencoderKLFlux2 are normalised in a way that is not known"):
@@ -157,6 +176,23 @@ def test_images_are_those_of_the_pipelines_own_autoencoder(name: str) -> None:
     found, wanted = (np.asarray(of, dtype=np.int16) for of in (model.decode(latents)[0], image))
     assert np.abs(found - wanted).max() <= 1 and wanted.std() > 0
     assert model.encode_image(image).shape == latents.shape
+
+
+def test_an_autoencoder_without_a_distribution() -> None:
+    from diffusers import AutoencoderDC
+
+    pipe = build("prx")
+    blocks = {f"{part}_{name}": (value,) * 3 for part in ("encoder", "decoder") for name, value in (
+        ("block_out_channels", 8), ("layers_per_block", 1), ("qkv_multiscales", ()),
+    )}  # fmt: skip
+    vae = AutoencoderDC(latent_channels=4, scaling_factor=0.5, **blocks).eval()
+    pipe.register_modules(vae=vae)
+    model = MMDiT(pipe)
+    image = np.random.default_rng(0).integers(0, 255, (SIDE, SIDE, 3), np.uint8)
+    latents = model.encode_image(image)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None] / 127.5 - 1.0
+    torch.testing.assert_close(latents, 0.5 * vae.encode(pixels).latent)
+    assert latents.shape == (1, 4, 8, 8) and model.size_multiple == 8 and model.decode(latents)[0].size == (SIDE, SIDE)
 
 
 @pytest.mark.parametrize(
