@@ -441,7 +441,8 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "ernie_image", "ErnieImageTransformer2DModel", r"layers\.(\d+)\.self_attention", ("image", "text"),
         sequence(latents, "image", "text", text=("text_bth",)), text_input="text_bth", timesteps=1000.0,
-        guidance=_UNCOND_FIRST, streams=(stream("llm", length="tokenizer", padded=False),), encoded=("text",),
+        guidance=_UNCOND_FIRST, encoded=("text",),
+        streams=(stream("llm", length="tokenizer", padded=False, blank="bos"),),
         pipelines=("ErnieImagePipeline",), options=(("use_pe", False),),
     ),
     # transformer_ideogram4.py: padding, text and image in one sequence; padding attends to padding.

@@ -138,6 +138,12 @@ def test_a_denoising_call_is_the_pipelines_own(name: str) -> None:
     assert {"word"} <= set(table["span"]) and set(table["sigma"]) == {1.0} and set(table["seed"]) == {7}
 
 
+def test_an_empty_negative_prompt_is_known() -> None:
+    table = sample(model_of("ernie_image"), "a red ring", guidance=3.0).query("query == 'image' and key == 'text'")
+    kinds = table[table["step"] == 0].groupby("branch")["span"].agg(set).to_dict()
+    assert kinds == {"cond": {"word"}, "uncond": {"bos"}}
+
+
 def test_glm_reads_quotations_only() -> None:
     prompts = ["a \"red\" ring, a 'cat'", "a ring", "the 'ring'"]
     table = sample(
