@@ -65,7 +65,23 @@ def test_maps_and_gradients_equal_dense_autograd(case: str, space: Any, groups: 
         assert (ours - truth).norm() <= 3e-6 * max(truth.norm(), torch.tensor(1e-9)) + 1e-7
 
 
-@pytest.mark.parametrize("case", ["bool mask", "key mask"])
+@pytest.mark.parametrize("case", CASES)
+def test_log_sum_exp_and_columns_of_all_queries(case: str) -> None:
+    """Of text queries too: a causal image query sees no text after it, so image rows alone say nothing there."""
+    call = make(**CASES[case])
+    for ours, truth in (
+        (differentiable.row_lse, lambda c: dense_logits(c.query, c.key, call).logsumexp(-1)),
+        (
+            lambda c: differentiable.columns(c, TEXT_KEYS),
+            lambda c: dense_logits(c.query, c.key, call).softmax(-1)[..., TEXT_KEYS],
+        ),
+    ):
+        expected = gradients(truth, call, torch.float64)
+        for found, wanted in zip(gradients(ours, call), expected, strict=True):
+            assert wanted.norm() > 1 and (found - wanted).norm() <= 3e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("case", ["bool mask", "key mask", "causal"])
 def test_masses_under_masks(case: str) -> None:
     call = make(**CASES[case])
     found = gradients(lambda c: differentiable.masses(c, TEXT_KEYS), call)

@@ -16,6 +16,7 @@ from mmdit_probe.models.layout import KINDS
 from mmdit_probe.models.taint import taint
 from tests.families import FIXTURES
 from tests.observe.test_families import Case, expected, joint_paths, run, written_down
+from tests.observe.test_settings import stranger
 
 
 def largest_error(case: Case, table: pd.DataFrame) -> float:
@@ -80,6 +81,28 @@ def test_the_contract_notices_what_is_wrong(name: str, monkeypatch: pytest.Monke
         run(model, inputs)
     case = Case(name, model, inputs, FIXTURES[name].frames, stock, calls, taint(model, inputs))
     assert largest_error(case, watched[AttentionMass].table()) > 1e-4
+
+
+def test_an_unknown_model_is_laid_out_again_when_its_shapes_change() -> None:
+    """The forwards that find the layout are nobody's denoising calls, although the layers are watched by then."""
+    model, known = stranger("flux"), FIXTURES["flux"].build()
+    calls = [
+        FIXTURES["flux"].inputs(lengths=lengths, grid=grid) for lengths, grid in (((7, 7), (3, 4)), ((5, 5), (2, 2)))
+    ]
+    tables = []
+    for target in (model, known):
+        with probe(target, AttentionMass()) as watched:
+            for inputs in calls:
+                run(target, inputs)
+        tables.append(watched[AttentionMass].table())
+        assert watched._calls == 2
+    found, entry = tables
+    assert set(found["n_key"]) == {12, 7, 4, 5, 0}
+    columns = ["layer", "head", "query", "key", "n_query", "n_key"]
+    assert found[columns].equals(entry[columns])
+    torch.testing.assert_close(
+        torch.tensor(found["mass"].to_numpy()), torch.tensor(entry["mass"].to_numpy()), atol=1e-6, rtol=0
+    )
 
 
 def masses(watched: Any) -> Tensor:
