@@ -38,8 +38,16 @@ class Query:
     spans: dict[str, list[int]]
 
     def positions(self, stream: str | None = None) -> list[int]:
-        """Text positions in one stream, or in all."""
-        return [p for name, positions in self.spans.items() if stream in (None, name) for p in positions]
+        """Text positions in one stream, or in all.
+
+        Raises:
+            UserError: it has none in that stream, which does not exist, is left out, or cut the name off.
+        """
+        found = [p for name, positions in self.spans.items() if stream in (None, name) for p in positions]
+        if not found:
+            there = ", ".join(self.spans)
+            raise UserError(f"{self.text!r} has no tokens in the text stream {stream!r}; take {there}")
+        return found
 
 
 @dataclass(frozen=True)

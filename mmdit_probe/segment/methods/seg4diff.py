@@ -52,10 +52,7 @@ def span_maps(
         words = one.prompt.table.positions("word")
         maps = capture.over_layers(_reading(mode, words, heads), index)  # [I, T]
         for query in one.prompt.queries:
-            positions = query.positions(stream)
-            if not positions:
-                raise UserError(f"{query.text!r} has no tokens in the text stream {stream!r}")
-            of_name = maps[:, positions]
+            of_name = maps[:, query.positions(stream)]
             found.append((query, {"mean": of_name.mean(1), "sum": of_name.sum(1), "max": of_name.amax(1)}[reduce]))
     return found
 
