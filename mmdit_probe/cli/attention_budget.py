@@ -5,23 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmdit_probe.cli.options import (
-    SESSION,
-    Controls,
-    Guidance,
-    Heads,
-    Images,
-    Layers,
-    Length,
-    Limit,
-    NumSteps,
-    Prompts,
-    Selection,
-    Session,
-    Sigma,
-    Steps,
-    with_session,
-)
+from mmdit_probe.cli.options import MEASURED, SESSION, Measured, Session, with_session
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,21 +17,7 @@ NAME, TABLE = "attention-budget", "attention_budget"
 
 
 @with_session
-def command(
-    layers: Layers = "all",
-    prompts: Prompts = None,
-    steps: Steps = "all",
-    num_steps: NumSteps = 28,
-    guidance: Guidance = 7.5,
-    heads: Heads = "all",
-    selection: Selection = None,
-    max_sequence_length: Length = None,
-    images: Images = None,
-    sigma: Sigma = 0.515,
-    limit: Limit = None,
-    control: Controls = "none",
-    session: Session = SESSION,
-) -> None:
+def command(measured: Measured = MEASURED, session: Session = SESSION) -> None:
     """Share of attention that image and text queries give to image and text keys, per layer, exact.
 
     Writes attention_budget.parquet (one row per prompt, step, branch, layer, head and kind of key), the per-layer
@@ -56,11 +26,7 @@ def command(
     from mmdit_probe.cli.session import measure
     from mmdit_probe.observe.budget import Budget
 
-    folder, loaded, output = measure(
-        Budget, NAME, TABLE, session, images=images, prompts=prompts, limit=limit, layers=layers, heads=heads,
-        selection=selection, control=control, sigma=sigma, steps=steps, num_steps=num_steps, guidance=guidance,
-        max_sequence_length=max_sequence_length,
-    )  # fmt: skip
+    folder, loaded, output = measure(Budget, NAME, TABLE, measured, session)
     _report(folder, loaded, output)
 
 

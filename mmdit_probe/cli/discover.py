@@ -6,19 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Seed
-from mmdit_probe.cli.segment import (
-    FitHow,
-    Heads,
-    Layers,
-    MethodOption,
-    NoiseSeeds,
-    Picture,
-    Refine,
-    Selection,
-    Sigma,
-    Size,
-)
+from mmdit_probe.cli.options import READING, SESSION, Reading, Session, session_without
+from mmdit_probe.cli.segment import MethodOption, Picture, Refine
 
 MethodName = Annotated[str, typer.Option(help="seg4diff-unsup, diffseg or diffcut.")]
 Names = Annotated[
@@ -32,6 +21,7 @@ NamesBy = Annotated[
 Tau = Annotated[float | None, typer.Option(help="Merging threshold of the method; scan it per model.")]
 
 
+@session_without("resume")
 def command(
     image: Picture,
     method: MethodName = "seg4diff-unsup",
@@ -40,51 +30,31 @@ def command(
     names_by: NamesBy = "seg4diff",
     set_: MethodOption = None,
     refine: Refine = "none",
-    layers: Layers = None,
-    heads: Heads = None,
-    selection: Selection = None,
-    sigma: Sigma = "0.515",
-    noise_seeds: NoiseSeeds = 1,
-    fit: FitHow = "squash",
-    size: Size = None,
-    model: Model = DEFAULT_MODEL,
-    lora: Lora = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    out: Out = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    reading: Reading = READING,
+    session: Session = SESSION,
 ) -> None:
     """Split a picture into segments without any class names, from the empty prompt. Files as `segment` writes them."""
-    from mmdit_probe.cli.output import Output
-    from mmdit_probe.cli.segment import prepare, report
+    from mmdit_probe.cli.segment import load_read, prepare, report
+    from mmdit_probe.cli.session import output_of
     from mmdit_probe.errors import UserError
     from mmdit_probe.segment.methods import find
     from mmdit_probe.segment.refine import Refinement
     from mmdit_probe.segment.vocabulary import parse_classes
 
-    output = Output(quiet=quiet, as_json=as_json, debug=debug)
+    output = output_of(session)
     find(method)
     if find(names_by).unsupervised:
         raise UserError(f"--names-by {names_by!r} reads no names; take seg4diff, proxyclip or another that does")
     candidates = None if names is None else parse_classes(names)
     Refinement.parse(refine)
     options = [*(set_ or []), *([f"tau={tau}"] if tau is not None else [])]
-    request, picture, shared = prepare(
-        image, method, options, refine, layers, heads, selection, sigma, noise_seeds, seed, fit, size
-    )
+    request, picture, shared = prepare(image, method, options, refine, reading, session)
 
-    from mmdit_probe.cli.session import open_model
     from mmdit_probe.segment.run import discover, name_segments
-    from mmdit_probe.select import load_selection
 
-    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype)
-    if selection is not None:
-        load_selection(selection, loaded)  # refuses the selection of another model
+    loaded = load_read(reading, session)
     found = discover(loaded, picture, **shared)
     if candidates is not None:
         request |= {"names": [list(one.synonyms) for one in candidates], "names_by": names_by}
         found = name_segments(loaded, found, candidates, method=names_by, weights=shared["weights"])
-    report("discover", found, loaded, request, image, out, output)
+    report("discover", found, loaded, session, request, output)

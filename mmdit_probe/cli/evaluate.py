@@ -8,15 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Resume, Seed
-from mmdit_probe.cli.segment import FitHow, Heads, Layers, NoiseSeeds, Selection, Sigma, Size
+from mmdit_probe.cli.options import READING, SESSION, Reading, Session, with_session
+from mmdit_probe.cli.segment import BackgroundRule
 
 if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
 NAME, TAGS = "evaluate", "tags.json"
-PAPER_MODEL = "stable-diffusion-3-medium"
 
 DatasetName = Annotated[str, typer.Option(help="scenes:val, or NAME:ROOT; `mmdit-probe datasets list` names them.")]
 Methods = Annotated[
@@ -27,7 +26,6 @@ Refinements = Annotated[
     str, typer.Option("--refine", help="Refinements by comma, each measured: none,pamr,affinity+pamr.")
 ]
 Setting = Annotated[list[str] | None, typer.Option("--set", help="Option of a method: iseg.ent=0.02; repeatable.")]
-BackgroundRule = Annotated[str, typer.Option(help="none, threshold:0.5, power:2 or class:NAME.")]
 Sweep = Annotated[str, typer.Option(help="none, or each layer, head or sigma alone: layer, head, sigma.")]
 Match = Annotated[str, typer.Option(help="Matching of segments: image, upstream, majority, dataset, row.")]
 ManyToOne = Annotated[
@@ -53,6 +51,7 @@ Cache = Annotated[
 ]
 
 
+@with_session
 def command(
     dataset: DatasetName = "scenes:val",
     method: Methods = "seg4diff",
@@ -68,24 +67,9 @@ def command(
     tag_split: TagSplit = None,
     tag_threshold: TagThreshold = None,
     limit: Limit = None,
-    layers: Layers = None,
-    heads: Heads = None,
-    selection: Selection = None,
-    sigma: Sigma = "0.515",
-    noise_seeds: NoiseSeeds = 1,
-    fit: FitHow = "squash",
-    size: Size = None,
+    reading: Reading = READING,
     cache: Cache = None,
-    model: Model = DEFAULT_MODEL,
-    lora: Lora = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    out: Out = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    session: Session = SESSION,
 ) -> None:
     """Score segmentation methods on a data set: mIoU under both averaging rules, accuracy, intervals over images.
 
@@ -93,13 +77,13 @@ def command(
     and run.json. Rows of different protocols must not be ranked against each other. `accelerate launch --multi_gpu
     --num_processes 2 -m mmdit_probe evaluate ...` or torchrun divides the images over processes.
     """
-    from mmdit_probe.cli.output import Output
+    from mmdit_probe.cli.session import check_stream, load_model, output_of, text_of
     from mmdit_probe.errors import UserError, unknown
     from mmdit_probe.evaluate.datasets import load_dataset
     from mmdit_probe.evaluate.matching import VARIANTS
     from mmdit_probe.segment.settings import parse_sigmas, parse_size, selected
 
-    output = Output(quiet=quiet, as_json=as_json, debug=debug)
+    output = output_of(session)
     if match not in VARIANTS:
         raise unknown("matching", match, VARIANTS)
     data = load_dataset(dataset, limit)
@@ -107,19 +91,21 @@ def command(
         raise UserError(f"{data.name} has no background class, so --many-to-one has nothing to join segments to")
     if data.note:
         output.note(data.note)
-    chosen_layers, chosen_heads, weights = selected(selection, layers, heads)
+    layers, heads, weights = selected(reading.selection, reading.layers, reading.heads)
     request: dict[str, Any] = {
         "dataset": dataset, "images": len(data.samples), "methods": _split(method), "protocols": _split(protocol),
         "refine": _split(refine), "options": _options(set_), "background": background, "sweep": sweep,
-        "layers": chosen_layers, "heads": chosen_heads, "weights": weights, "sigmas": parse_sigmas(sigma),
-        "seeds": list(range(seed, seed + noise_seeds)), "fit": fit, "size": size,
+        "layers": layers, "heads": heads, "weights": weights, "sigmas": parse_sigmas(reading.sigma),
+        "seeds": list(range(session.seed, session.seed + reading.noise_seeds)), "fit": reading.fit,
+        "size": reading.size, **text_of(session),
         "tags": _read_tags(tags), "tagger": _tagger(tagger, tags, tag_split, tag_threshold, dataset),
         "by_rows": match == "row",
     }  # fmt: skip
+    for options in request["options"].values():
+        check_stream(session, options)
     if "predicted" in request["protocols"] and tagger is None and tags is None:
         raise UserError("protocol 'predicted' needs --tagger CLIP, or --tags FILE of another program's tags")
 
-    from mmdit_probe.cli.session import open_model
     from mmdit_probe.evaluate.captures import Captures
     from mmdit_probe.evaluate.plan import Plan
     from mmdit_probe.evaluate.run import evaluate
@@ -133,27 +119,28 @@ def command(
             "accelerate started one process only (--cpu leaves the others to MPI): use accelerate launch --multi_gpu "
             "--num_processes N, or torchrun --nproc_per_node N; both take CPUs where there is no GPU"
         )
+    model, lora = session.model, session.lora
+    here = replace(session, device=local_device(session.device))
     named = model if lora is None else f"{model}+{lora}"
-    own_device = local_device(device)
-    captures = Captures(lambda: open_model(model, lora=lora, debug=debug, device=own_device, dtype=dtype), named, cache)
+    captures = Captures(lambda: load_model(here), named, cache, text_of(session))
     if lora is not None:
         _ = captures.model  # an adapter's folder may hold other weights than when the cache was made: compare now
     facts = captures.facts
+    selection = reading.selection
     if selection is not None and load_selection(selection).weight_hash != facts["weight_hash"]:
         raise UserError(f"the selection {str(selection)!r} was made with other weights; run select-layers on {model}")
     plan = Plan.of(
         data, request["methods"], layer_count=facts["layers"], head_count=facts["heads"],
         protocols=request["protocols"], refine=request["refine"], options=request["options"], background=background,
-        layers=chosen_layers, heads=chosen_heads, weights=weights, sigmas=request["sigmas"], seeds=request["seeds"],
-        sweep=sweep, fit=fit, size=parse_size(size), tags=request["tags"] or {}, by_rows=match == "row",
+        layers=layers, heads=heads, weights=weights, sigmas=request["sigmas"], seeds=request["seeds"], sweep=sweep,
+        fit=reading.fit, size=parse_size(reading.size), tags=request["tags"] or {}, by_rows=match == "row",
     )  # fmt: skip
     named_by = None if request["tagger"] is None else Tagging.of(data, **request["tagger"])
     with shard_of() as shard:
         path = None
         if shard.first:
-            folder = RunFolder.open(
-                NAME, {"model": model, "weight_hash": facts["weight_hash"], **request}, out=out, resume=resume
-            )
+            asked = {"model": model, "weight_hash": facts["weight_hash"], **request}
+            folder = RunFolder.open(NAME, asked, out=session.out, resume=session.resume)
             path = str(folder.path), folder.complete
         place, complete = shard.share(path)
         if not shard.first:
@@ -200,6 +187,7 @@ def _tagger(
 
 def report(folder: Any, output: Any, model: str, background: int | None, match: str) -> None:
     """League table, per-class IoU, figure and paths, from the counts on disk."""
+    from mmdit_probe.cli.session import PAPER_MODEL, plain
     from mmdit_probe.data import paper_table
     from mmdit_probe.evaluate.league import league, per_class
     from mmdit_probe.plots import save
@@ -227,9 +215,8 @@ def report(folder: Any, output: Any, model: str, background: int | None, match: 
     figures = save(figure, folder.path / ("league" if sweep == "none" else f"by_{sweep}"))
     if not folder.complete:
         folder.finish()
-    rows = [{name: _plain(value) for name, value in row.items()} for row in table.to_dict("records")]
     document = {
-        "run": folder.path, "league": rows, "match": match, "figures": figures, "model": folder.data["model"],
+        "run": folder.path, "league": plain(table), "match": match, "figures": figures, "model": folder.data["model"],
         "request": request, "tagger": tagger,
     }  # fmt: skip
     lines = [
@@ -269,18 +256,18 @@ def _tagger_report(folder: Any, counts: pd.DataFrame, names: list[str]) -> tuple
 
 def rows_of(table: pd.DataFrame, limit: int = 60) -> Table:
     """The league table for the terminal."""
-    from rich import box
-    from rich.table import Table
+    from mmdit_probe.cli.session import bare_table
 
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in ("protocol", "method", "refine", "layers", "heads", "sigma"):
-        out.add_column(name, no_wrap=name in ("protocol", "method"))
-    for name in ("n", "mIoU", "95 %", "mIoU gt", "pixel acc", "mean acc", "gain", "segments"):
-        out.add_column(name, justify="right")
+    places = ("protocol", "method", "refine", "layers", "heads", "sigma")
+    out = bare_table(
+        [*places, "n", "mIoU", "95 %", "mIoU gt", "pixel acc", "mean acc", "gain", "segments"], left=places
+    )
+    for column in out.columns[:2]:
+        column.no_wrap = True
     for row in table.head(limit).to_dict("records"):
         interval = "" if _nan(row["miou_low"]) else f"{_share(row['miou_low'])}-{_share(row['miou_high'])}"
         gain = "" if _nan(row["gain"]) else f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
-        cells = [str(row[name]) for name in ("protocol", "method", "refine", "layers", "heads", "sigma")]
+        cells = [str(row[name]) for name in places]
         cells += [str(row["n"]), _share(row["miou"]), interval, _share(row["miou_gt"]), _share(row["accuracy"])]
         cells += [_share(row["macc"]), gain, "" if _nan(row["segments"]) else f"{row['segments']:.1f}"]
         out.add_row(*cells)
@@ -329,7 +316,3 @@ def _share(value: float) -> str:
 
 def _nan(value: Any) -> bool:
     return isinstance(value, float) and value != value
-
-
-def _plain(value: Any) -> Any:
-    return None if _nan(value) else value

@@ -4,15 +4,16 @@
     def command(layers: Layers = "all", session: Session = SESSION) -> None: ...
 
 `with_session` puts the options of `Session` (model, device, seed, run folder, output) in the place of that one
-argument, so that a command spells out its own options only.
+argument, so that a command spells out its own options only; `session_without("resume")` does so for a command that has
+no use for some of them. Other groups of options are dataclasses too and go the same way: `Measured`, `Reading`.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -36,6 +37,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print the run folder
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and the libraries' own messages.")]
 NoT5 = Annotated[bool, typer.Option("--no-t5", help="Leave the T5 encoder out: its slots are zeros, as in the paper.")]
+Length = Annotated[int | None, typer.Option("--max-sequence-length", help="T5 tokens (the paper: 77).", min=1)]
 
 Layers = Annotated[str, typer.Option(help="Joint-attention layers, 0-based: all, 9, 7-11 or 0,9.")]
 Heads = Annotated[str, typer.Option(help="Attention heads to keep in the table: all, 3, 0-3 or 0,5.")]
@@ -61,7 +63,6 @@ Caption = Annotated[
 Steps = Annotated[str, typer.Option(help="Sampling steps: all, 0,20, 0-4; last-8 is the 8th from the clean end.")]
 NumSteps = Annotated[int, typer.Option(help="Number of sampling steps.", min=1)]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 or less runs without it.")]
-Length = Annotated[int | None, typer.Option("--max-sequence-length", help="T5 tokens (the paper: 77).", min=1)]
 Sigma = Annotated[float, typer.Option(help="Noise level of --images, 0 clean to 1 noise (the paper's t=8: 0.515).")]
 Limit = Annotated[
     int | None, typer.Option(help="Use the first LIMIT prompts or pictures [default: 50 of a scenes set].")
@@ -93,6 +94,7 @@ class Session:
     model: Model = DEFAULT_MODEL
     lora: Lora = None
     no_t5: NoT5 = False
+    max_sequence_length: Length = None
     device: Device = "auto"
     dtype: Dtype = "auto"
     seed: Seed = 0
@@ -113,29 +115,85 @@ class Session:
 SESSION = Session()
 
 
-def with_session(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with the options of `Session` in place of its argument `session`."""
-    names = [field.name for field in fields(Session)]
+@dataclass(frozen=True)
+class Measured:
+    """What is measured, of sampled prompts or of pictures."""
+
+    layers: Layers = "all"
+    prompts: Prompts = None
+    steps: Steps = "all"
+    num_steps: NumSteps = 28
+    guidance: Guidance = 7.5
+    heads: Heads = "all"
+    selection: Selection = None
+    images: Images = None
+    sigma: Sigma = 0.515
+    limit: Limit = None
+    control: Controls = "none"
+
+
+MEASURED = Measured()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Where a segmentation reads the network, and how the picture is shown to it."""
+
+    layers: Annotated[str | None, typer.Option(help="Layers, 0-based: 9, 7-11, all [default: the middle third].")] = (
+        None
+    )
+    heads: Annotated[str | None, typer.Option(help="Attention heads: 3, 0-3, 0,5 [default: all, averaged].")] = None
+    selection: Annotated[
+        Path | None, typer.Option(help="LayerSelection file (JSON) in place of --layers and --heads.")
+    ] = None
+    sigma: Annotated[str, typer.Option(help="Noise levels by comma, 0 clean to 1 noise; several are averaged.")] = (
+        "0.515"
+    )
+    noise_seeds: Annotated[int, typer.Option(help="Number of noise seeds to average over.", min=1)] = 1
+    fit: Annotated[str, typer.Option(help="squash, letterbox, crop or aspect.")] = "squash"
+    size: Annotated[str | None, typer.Option(help="Network input, HxW in pixels [default: the model's own].")] = None
+
+
+READING = Reading()
+
+
+def with_session(command: Callable[..., None], left_out: Collection[str] = ()) -> Callable[..., None]:
+    """`command` with the options of its groups in the place of the arguments that take them.
+
+    Args:
+        command: its arguments are options, or groups of them (dataclasses; one is `session`).
+        left_out: options of groups that the command does not offer; they keep their defaults.
+    """
+    options: list[inspect.Parameter] = []
+    groups: dict[str, tuple[Any, list[str]]] = {}
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        group = parameter.annotation
+        if not is_dataclass(group):
+            options.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        hints = get_type_hints(group, include_extras=True)
+        offered = [field for field in fields(group) if field.name not in left_out]
+        groups[name] = group, [field.name for field in offered]
+        options += [
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+            )
+            for field in offered
+        ]
 
     @functools.wraps(command)
-    def expanded(**options: Any) -> None:
-        command(session=Session(**{name: options.pop(name) for name in names}), **options)
+    def expanded(**given: Any) -> None:
+        for name, (group, names) in groups.items():
+            given[name] = group(**{option: given.pop(option) for option in names})
+        command(**given)
 
-    own = [
-        parameter
-        for name, parameter in inspect.signature(command, eval_str=True).parameters.items()
-        if name != "session"
-    ]
-    hints = get_type_hints(Session, include_extras=True)
-    shared = [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
-        )
-        for field in fields(Session)
-    ]
-    own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
     marks: Any = expanded
-    marks.__signature__ = inspect.Signature([*own, *shared], return_annotation=None)
-    marks.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *shared]}
+    marks.__signature__ = inspect.Signature(options, return_annotation=None)
+    marks.__annotations__ = {option.name: option.annotation for option in options}
     del marks.__wrapped__
     return expanded
+
+
+def session_without(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """`with_session` for a command that has no use for some of the shared options."""
+    return functools.partial(with_session, left_out=names)

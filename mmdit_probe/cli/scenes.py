@@ -8,7 +8,18 @@ from typing import Annotated
 
 import typer
 
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Lora, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.options import (
+    SESSION,
+    Debug,
+    Device,
+    Guidance,
+    Json,
+    NumSteps,
+    Out,
+    Quiet,
+    Session,
+    session_without,
+)
 
 app = typer.Typer(help="The embedded world: look at scenes, train the shipped models.", rich_markup_mode=None)
 
@@ -91,38 +102,29 @@ def noise_levels(text: str) -> list[float]:
 
 
 @app.command()
+@session_without("no_t5", "max_sequence_length")  # the report compares the maps of all encoders' words
 def score(
-    model: Model = DEFAULT_MODEL,
-    lora: Lora = None,
     n: Annotated[int, typer.Option("-n", help="Captions per category, and scenes.", min=1)] = 200,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 7.5,
-    num_steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 28,
+    guidance: Guidance = 7.5,
+    num_steps: NumSteps = 28,
     sigma: Annotated[str, typer.Option(help="Noise levels at which real scenes are probed, e.g. 0.3,0.5.")] = "0.5",
     split: Annotated[str, typer.Option(help="val or test.")] = "val",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    out: Out = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    session: Session = SESSION,
 ) -> None:
     """Measure a model that knows the world: what its images show (read by the parser), where its words look."""
-    from mmdit_probe.cli.output import Output
-    from mmdit_probe.cli.session import open_model
+    from mmdit_probe.cli.session import load_model, output_of
     from mmdit_probe.embedded.report import score_model
 
-    output = Output(quiet=quiet, as_json=as_json, debug=debug)
-    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype, t5=True)
+    output = output_of(session)
+    loaded = load_model(session)
     request = {
         "n": n,
         "guidance": guidance,
         "num_steps": num_steps,
         "sigmas": noise_levels(sigma),
         "split": split,
-        "seed": seed,
+        "seed": session.seed,
     }
     with output.progress("measurements", total=8) as advance:
-        report = score_model(loaded, request, out=out, resume=resume, advance=advance)
+        report = score_model(loaded, request, out=session.out, resume=session.resume, advance=advance)
     output.result(report.document, report.lines, report.path)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.options import SESSION, Guidance, NumSteps, Session, session_without
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +36,7 @@ Vqa = Annotated[
 Export = Annotated[Path | None, typer.Option(help="Also write the pictures in T2I-CompBench's folder layout.")]
 
 
+@session_without("lora")
 def command(
     lora: Loras = None,
     baseline: Baseline = None,
@@ -43,30 +44,21 @@ def command(
     n: Annotated[int, typer.Option("--n", "-n", help="Prompts per category.", min=1)] = 20,
     prompts: Prompts = None,
     images_per_prompt: Annotated[int, typer.Option(help="Pictures per prompt.", min=1)] = 1,
-    num_steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 28,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 7.5,
+    num_steps: NumSteps = 28,
+    guidance: Guidance = 7.5,
     clip: Clip = "scenes-clip",
     vqa: Vqa = None,
     export: Export = None,
-    model: Model = DEFAULT_MODEL,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    out: Out = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    session: Session = SESSION,
 ) -> None:
     """Text-image alignment per category, CLIPScore and BLIP answers, paired over prompts and seeds between variants.
 
     Writes scores.parquet (one row per picture), comparison.csv (means, paired differences, 95 % intervals over prompts,
     n) and run.json.
     """
-    from mmdit_probe.cli.output import Output
-    from mmdit_probe.cli.session import open_model
+    from mmdit_probe.cli.session import load_model, open_folder, output_of
 
-    output = Output(quiet=quiet, as_json=as_json, debug=debug)
+    output = output_of(session)
     variants = _variants(lora or [])
     asked = _asked(prompts, n) if prompts is not None else None
 
@@ -75,7 +67,7 @@ def command(
     from mmdit_probe.evaluate.blip import BlipAsker
     from mmdit_probe.evaluate.clipscore import ClipScorer
     from mmdit_probe.models.adapters import load_adapter
-    from mmdit_probe.results import RunFolder, TableWriter, read_table
+    from mmdit_probe.results import TableWriter, read_table
     from mmdit_probe.scenes import load_parser
 
     baseline = BASE if baseline is None else baseline
@@ -88,16 +80,14 @@ def command(
     scorer = None if clip == "none" else ClipScorer.load(clip)
     asker = None if vqa is None else BlipAsker.load(vqa)
     generation.require(parser, scorer, asker, export)
-    loaded = open_model(model, debug=debug, device=device, dtype=dtype)
-    request = {
-        "model": loaded.weight_hash, "variants": variants, "prompts": asked, "images_per_prompt": images_per_prompt,
-        "num_steps": num_steps, "guidance": guidance, "seed": seed, "clip": clip, "vqa": vqa,
+    loaded = load_model(session)
+    options = {
+        "variants": variants, "prompts": asked, "images_per_prompt": images_per_prompt, "num_steps": num_steps,
+        "guidance": guidance, "seed": session.seed, "clip": clip, "vqa": vqa,
         "export": None if export is None else str(export),
     }  # fmt: skip
-    folder = RunFolder.open(NAME, request, out=out, resume=resume)
+    folder = open_folder(NAME, loaded, session, options)
     if not folder.complete:
-        folder.record(model={"id": loaded.name, "weight_hash": loaded.weight_hash}, dtype=str(loaded.dtype),
-                      device=str(loaded.device))  # fmt: skip
         batch = 16
         total = -(-len(asked) * images_per_prompt // batch)
         bar = output.progress("pictures", total * len(variants))
@@ -111,7 +101,7 @@ def command(
                     load_adapter(loaded.pipeline, path, "scored")
                 found = generation.score(
                     loaded, asked, variant=name, images=images_per_prompt, steps=num_steps, guidance=guidance,
-                    seed=seed, parser=parser, clip=scorer, asker=asker, batch=batch, advance=advance,
+                    seed=session.seed, parser=parser, clip=scorer, asker=asker, batch=batch, advance=advance,
                     export=None if export is None else export / name,
                 )  # fmt: skip
                 if path is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from mmdit_probe.cli.options import Session
+    from mmdit_probe.cli.options import Measured, Session
     from mmdit_probe.cli.output import Output
     from mmdit_probe.data.images import Picture
     from mmdit_probe.edit.outcomes import Outcome
@@ -54,10 +54,30 @@ def output_of(session: Session) -> Output:
 
 def load_model(session: Session) -> MMDiT:
     """The model of the session."""
-    return open_model(
+    model = open_model(
         session.model, lora=session.lora, debug=session.debug, device=session.device, dtype=session.dtype,
         t5=not session.no_t5,
     )  # fmt: skip
+    if session.max_sequence_length is not None:
+        model.max_sequence_length = session.max_sequence_length
+    return model
+
+
+def text_of(session: Session) -> dict[str, Any]:
+    """What a request says of how the text is encoded: neither weights nor prompts tell. Nothing for the model's own
+    way."""
+    asked = {"no_t5": session.no_t5, "max_sequence_length": session.max_sequence_length}
+    return {name: value for name, value in asked.items() if value}
+
+
+def check_stream(session: Session, options: Mapping[str, Any]) -> None:
+    """A method reads class names in an encoder stream that has them.
+
+    Raises:
+        UserError: it is to read them in T5, which is left out.
+    """
+    if session.no_t5 and options.get("stream") == "t5":
+        raise UserError("stream=t5 reads class names in T5, which --no-t5 leaves out; take stream=clip, or drop one")
 
 
 def prompts_of(session: Session, prompts: str | None, limit: int | None, default: int | None = None) -> list[str]:
@@ -166,7 +186,7 @@ def open_folder(command: str, model: MMDiT, session: Session, options: dict[str,
     """The run folder of a request, with what its record says of the model."""
     from mmdit_probe.results import RunFolder
 
-    request = request_of(model, **options)
+    request = request_of(model, **options, **text_of(session))
     folder = RunFolder.open(command, request, out=session.out, resume=session.resume)
     if not folder.complete:
         known = {"id": model.name, "family": model.family.name, "weight_hash": model.weight_hash}
@@ -175,40 +195,38 @@ def open_folder(command: str, model: MMDiT, session: Session, options: dict[str,
 
 
 def measure(
-    kind: type[Budget], command: str, table: str, session: Session, *, images: str | None, prompts: str | None,
-    limit: int | None, layers: str, heads: str, selection: Path | None, control: str, sigma: float, steps: str,
-    num_steps: int, guidance: float, max_sequence_length: int | None,
-) -> tuple[RunFolder, MMDiT, Output]:  # fmt: skip
+    kind: type[Budget], command: str, table: str, measured: Measured, session: Session
+) -> tuple[RunFolder, MMDiT, Output]:
     """Prompts or pictures -> measurement -> table in a run folder: the body of attention-budget and value-norms.
 
     Args:
         kind: the measurement. command, table: names of the command and of its table.
-        session: shared options; the others are those of the commands.
+        measured, session: the options.
     """
     from mmdit_probe.data import images as pictures
 
     output = output_of(session)
-    check_layers(selection, layers, heads)
-    chosen = pictures.resolve(images, limit) if images is not None else None
-    asked = prompts_of(session, prompts, limit) if chosen is None or prompts else []
+    check_layers(measured.selection, measured.layers, measured.heads)
+    chosen = pictures.resolve(measured.images, measured.limit) if measured.images is not None else None
+    asked = prompts_of(session, measured.prompts, measured.limit) if chosen is None or measured.prompts else []
 
     from mmdit_probe.observe.controls import parse
     from mmdit_probe.results import RunFolder, TableWriter
 
-    controls = parse(control)
+    controls = parse(measured.control)
     loaded = load_model(session)
-    which, of_heads = layers_of(selection, layers, heads, loaded)
-    shared = {
-        "layers": which, "heads": of_heads, "seed": session.seed, "max_sequence_length": max_sequence_length,
-        "controls": controls,
-    }  # fmt: skip
+    which, heads = layers_of(measured.selection, measured.layers, measured.heads, loaded)
+    shared = {"layers": which, "heads": heads, "seed": session.seed, "controls": controls}
     if chosen is None:
-        measurement = kind.of_prompts(loaded, asked, steps=steps, num_steps=num_steps, guidance=guidance, **shared)
+        measurement = kind.of_prompts(
+            loaded, asked, steps=measured.steps, num_steps=measured.num_steps, guidance=measured.guidance, **shared
+        )
     else:
-        measurement = kind.of_pictures(loaded, chosen, asked, sigma=sigma, **shared)
+        measurement = kind.of_pictures(loaded, chosen, asked, sigma=measured.sigma, **shared)
     for remark in measurement.remarks:
         output.note(remark)
-    folder = RunFolder.open(command, measurement.request, out=session.out, resume=session.resume)
+    request = measurement.request | text_of(session)
+    folder = RunFolder.open(command, request, out=session.out, resume=session.resume)
     if not folder.complete:
         folder.record(**measurement.facts)
         with TableWriter(folder.path, table) as writer:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mmdit_probe.cli.options import DEFAULT_MODEL, Debug, Device, Dtype, Json, Model, Out, Quiet, Resume, Seed
+from mmdit_probe.cli.options import SESSION, Session, with_session
 
 if TYPE_CHECKING:
     from mmdit_probe.cli.output import Output
@@ -53,6 +53,7 @@ Warmup = Annotated[int | None, typer.Option(help="Warm-up steps [default: 500, a
 ScoreHead = Annotated[str, typer.Option(help="none, or conv: the published code's hidden head, an ablation.")]
 
 
+@with_session
 def command(
     layers: Layers = None,
     selection: Selection = None,
@@ -75,9 +76,7 @@ def command(
     batch: Annotated[int, typer.Option(help="Samples per process and micro-batch.", min=1)] = 8,
     accumulation: Annotated[int, typer.Option(help="Micro-batches per step.", min=1)] = 1,
     rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
-    warmup: Annotated[
-        int | None, typer.Option(help="Warm-up steps [default: 500, at most a sixth of --steps].")
-    ] = None,
+    warmup: Warmup = None,
     clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 0.01,
     decay: Annotated[float, typer.Option(help="Weight decay.")] = 1e-4,
     rank: Annotated[int, typer.Option(help="LoRA rank.", min=1)] = 16,
@@ -94,9 +93,7 @@ def command(
     focal_gamma: Annotated[float, typer.Option(help="Focus of the focal loss.")] = 2.0,
     match_focal: Annotated[float, typer.Option(help="Focal share of the matching cost.")] = 0.02,
     match_dice: Annotated[float, typer.Option(help="Dice share of the matching cost.")] = 1.0,
-    score_head: Annotated[
-        str, typer.Option(help="none, or conv: the published code's hidden head (ablation).")
-    ] = "none",
+    score_head: ScoreHead = "none",
     sigma_mean: Annotated[float, typer.Option(help="Mean of the logit-normal noise level.")] = 0.0,
     sigma_std: Annotated[float, typer.Option(help="Standard deviation of the same.")] = 0.5,
     drop_prompt: Annotated[float, typer.Option(help="Share of samples with an empty prompt.")] = 0.0,
@@ -106,41 +103,29 @@ def command(
     fit: Annotated[str, typer.Option(help="crop or squash: how pictures of a folder meet the model's size.")] = "crop",
     refine: Annotated[str, typer.Option(help="Refinement of the model's own masks.")] = "affinity",
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 100,
-    model: Model = DEFAULT_MODEL,
-    lora: Annotated[
-        Path | None, typer.Option(help="Adapter that is merged into the model before the new one is trained on it.")
-    ] = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    out: Out = None,
-    resume: Resume = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
-    debug: Debug = False,
+    session: Session = SESSION,
 ) -> None:
     """Fine-tune a LoRA so that words own their regions: flow matching plus mask alignment of I2T maps.
 
     Writes lora/ (loads with pipe.load_lora_weights), best/, training.csv, validation.csv and samples/ into a run
-    folder. Several processes: accelerate launch --num_processes 2 -m mmdit_probe train-magnet ... Defaults are the
-    paper's.
+    folder. With --lora, that adapter is merged into the model before the new one is trained on it. Several processes:
+    accelerate launch --num_processes 2 -m mmdit_probe train-magnet ... Defaults are the paper's.
     """
-    from mmdit_probe.cli.output import Output
-    from mmdit_probe.cli.session import open_model
+    from mmdit_probe.cli.session import load_model, output_of, text_of
     from mmdit_probe.errors import UserError, unknown
     from mmdit_probe.models.adapters import merge
     from mmdit_probe.segment.settings import selected
     from mmdit_probe.specs import layer_indices
 
-    output = Output(quiet=quiet, as_json=as_json, debug=debug)
+    output = output_of(session)
     kinds = ("class", "part", "self", "self-segments", "none")
     if masks not in kinds:
         raise unknown("masks", masks, kinds)
     chosen, *_ = selected(selection, layers, None)
     if chosen is None:
         raise UserError("which layers' maps are to be aligned? Give --layers 9, or --selection from select-layers")
-    loaded = open_model(model, lora=lora, debug=debug, device=device, dtype=dtype)
-    if lora is not None:
+    loaded = load_model(session)
+    if session.lora is not None:
         merge(loaded.pipeline)
 
     from mmdit_probe.magnet.config import MagnetConfig
@@ -158,7 +143,8 @@ def command(
         lora_layers=list(aligned) if lora_layers == "selected" else lora_layers,
         rank=rank, alpha=alpha, steps=steps, batch=batch, accumulation=accumulation, rate=rate,
         warmup=min(500, steps // 6) if warmup is None else warmup, decay=decay, clip=clip, sigma_mean=sigma_mean,
-        sigma_std=sigma_std, ema=ema, checkpointing=checkpointing, drop_prompt=drop_prompt, seed=seed, **options,
+        sigma_std=sigma_std, ema=ema, checkpointing=checkpointing, drop_prompt=drop_prompt,
+        seed=session.seed, **options,
     )  # fmt: skip
     source = _data(data, masks, prompt, limit, fit, loaded, split, sentences)
     if captions is not None or caption_model is not None:
@@ -175,7 +161,7 @@ def command(
             )  # fmt: skip
     watch = Watch(
         every=validate_every, samples=_held_out(validation, data, validate_count, fit, loaded, split),
-        prompts=tuple(sample_prompt or ()), save_every=save_every, seed=seed,
+        prompts=tuple(sample_prompt or ()), save_every=save_every, seed=session.seed,
     )  # fmt: skip
     with output.progress("steps", steps) as advance:
 
@@ -183,7 +169,10 @@ def command(
             for _ in range(at):
                 advance()
 
-        result = train(loaded, source, config, watch=watch, out=out, resume=resume, advance=advance, start=start)
+        result = train(
+            loaded, source, config, watch=watch, text=text_of(session), out=session.out, resume=session.resume,
+            advance=advance, start=start,
+        )  # fmt: skip
     last, first = result.log.iloc[-1], result.log.iloc[0]
     document = {
         "run": result.path, "lora": result.lora, "steps": len(result.log),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,18 @@ class Captures:
     Args:
         open_model: loads the model; called at most once, when it is needed.
         name: of the model, as asked for. cache: folder of kept captures; None keeps nothing.
+        text: how the model encodes text, where not in its own way (T5 left out, another length): with the same weights
+            and prompts, captures differ.
 
     Raises:
         UserError: the cache belongs to another model.
     """
 
-    def __init__(self, open_model: Callable[[], MMDiT], name: str, cache: Path | None = None) -> None:
-        self._open, self.name, self.cache = open_model, name, cache
+    def __init__(
+        self, open_model: Callable[[], MMDiT], name: str, cache: Path | None = None,
+        text: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self._open, self.name, self.cache, self._text = open_model, name, cache, dict(text or {})
         self._model: MMDiT | None = None
         self._facts: dict[str, Any] | None = None
         if cache is not None and (cache / INDEX).is_file():
@@ -79,7 +84,7 @@ class Captures:
         """A capture, from the cache or from the model; `how` as in `segment.capture`."""
         if self.cache is None:
             return capture(self.model, image, classes, **how)
-        path = self.cache / f"{_key(name, image, classes, how)}.safetensors"
+        path = self.cache / f"{_key(name, image, classes, how | self._text)}.safetensors"
         if path.is_file():
             return load_capture(path, image)
         found = capture(self.model, image, classes, **how)

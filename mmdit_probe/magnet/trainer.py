@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +75,7 @@ def train(
     config: MagnetConfig,
     *,
     watch: Watch | None = None,
+    text: Mapping[str, Any] | None = None,
     out: Path | str | None = None,
     resume: bool = False,
     advance: Callable[[], None] = lambda: None,
@@ -86,6 +87,7 @@ def train(
         model: the model; its weights stay as they are.
         data: what to train on; checked first.
         config: the options. watch: validation and checkpoints.
+        text: what the request is to say of how the model encodes text, where not in its own way (T5 left out).
         out, resume: as in `RunFolder.open`.
         advance: called after every step, on the main process. start: called once with the step it starts from.
 
@@ -118,6 +120,7 @@ def train(
         "data": data.describe(),
         **config.as_request(),
         "effective_batch": config.effective(accelerator.num_processes),
+        **(text or {}),
     }
     folder, path = _open(accelerator, request, out, resume)
     loop = _Loop(model, data, config, watch, accelerator, targets, layers, path)

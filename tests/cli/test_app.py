@@ -29,7 +29,12 @@ def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["attention-budget", "--help"], ["models", "--help"], ["scenes", "--help"], ["--version"]]
+    "arguments",
+    [
+        ["--help"],
+        *([name, "--help"] for name in ("attention-budget", "segment", "evaluate", "train-magnet", "models", "scenes")),
+        ["--version"],
+    ],
 )
 def test_help_needs_no_heavy_import(arguments):
     heavy = "torch", "diffusers", "transformers", "pandas", "matplotlib", "numpy"
@@ -49,6 +54,29 @@ def test_help_takes_less_than_a_second():
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     # Processor time, not the clock's: other work on the machine must not decide a test.
     assert (after.ru_utime - before.ru_utime) + (after.ru_stime - before.ru_stime) < 1.0
+
+
+def test_every_command_on_a_model_takes_the_shared_options():
+    import typer
+
+    from mmdit_probe.cli import scenes
+
+    def named(command: object) -> set[str]:
+        return {name for one in command.params for name in one.opts}  # type: ignore[attr-defined]
+
+    commands = dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+    of_scenes = typer.main.get_command(scenes.app).commands  # type: ignore[attr-defined]
+    commands |= {f"scenes {name}": one for name, one in of_scenes.items()}
+    on_a_model = {name: named(one) for name, one in commands.items() if "--model" in named(one)}
+    assert len(on_a_model) == 14
+    shared = [
+        "-m", "--lora", "--no-t5", "--max-sequence-length", "--device", "--dtype", "--seed", "-o", "--resume", "-q",
+        "--json", "--debug",
+    ]  # fmt: skip
+    missing = {name: [option for option in shared if option not in has] for name, has in on_a_model.items()}
+    assert {name: options for name, options in missing.items() if options} == {
+        "segment": ["--resume"], "discover": ["--resume"], "scenes score": ["--no-t5", "--max-sequence-length"],
+    }  # fmt: skip
 
 
 def test_version(capsys):

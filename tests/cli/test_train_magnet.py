@@ -55,22 +55,6 @@ def test_an_adapter_goes_on_from_another_one_merged(tiny_directory: Path, capfd:
     assert second["weight_hash"] != first["weight_hash"]
 
 
-def test_every_command_on_a_model_takes_an_adapter() -> None:
-    import typer
-
-    from mmdit_probe.cli import scenes
-    from mmdit_probe.cli.app import app
-
-    def options(command: object) -> set[str]:
-        return {name for one in command.params for name in one.opts}  # type: ignore[attr-defined]
-
-    commands = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    commands |= typer.main.get_command(scenes.app).commands  # type: ignore[attr-defined]
-    on_a_model = {name for name, one in commands.items() if "--model" in options(one)}
-    assert len(on_a_model) > 10
-    assert [name for name in sorted(on_a_model) if "--lora" not in options(commands[name])] == []
-
-
 def test_refusals(tiny_directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = ["--model", str(tiny_directory)]
     for arguments, words in (
