@@ -94,19 +94,24 @@ def check(case: Case, dtype: str, device: str, kernel: str) -> dict[str, Any]:
     """
     row: dict[str, Any] = {"kernel": kernel, "dtype": dtype, "case": case.name, "status": "unavailable"}
     row |= {"lse": None, "mass": None, "map": None, "reason": ""}
-    chosen: AbstractContextManager[Any] = sdpa_kernel(BACKENDS[kernel]) if kernel in BACKENDS else nullcontext()
     try:
         call = make(case, dtype, device)
-        with chosen:
+        with _chosen(kernel):
             if kernel in BACKENDS and exact.kernel(call) != kernel:
                 return row | {"reason": "torch does not take it for this call"}
+            stock = call.stock()
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        return row | {"reason": _first_line(error)}
+    # The model would run; if the probe does not, that is no missing kernel.
+    try:
+        with _chosen(kernel):
             output, lse = exact.attend(call)
-            same = torch.equal(output, call.stock())
+            same = torch.equal(output, stock)
             lse = None if kernel == INDICATOR else lse
             text = slice(case.image, None)
             maps, masses = _maps(call, lse, text, case), _masses(call, lse, case)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
-        return row | {"reason": str(error).strip().splitlines()[0]}
+    except Exception as error:
+        return row | {"status": "fail", "reason": _first_line(error)}
     host = [None if t is None else t.cpu() for t in (call.query, call.key, call.attn_mask)]
     dense, true_lse = reference.probabilities(*host), reference.logsumexp(*host)  # type: ignore[arg-type]
     errors = {
@@ -121,6 +126,14 @@ def check(case: Case, dtype: str, device: str, kernel: str) -> dict[str, Any]:
     ]
     over += [] if same else ["output is not the stock output"]
     return row | errors | {"status": "fail" if over else "pass", "reason": ", ".join(over)}
+
+
+def _chosen(kernel: str) -> AbstractContextManager[Any]:
+    return sdpa_kernel(BACKENDS[kernel]) if kernel in BACKENDS else nullcontext()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def rows(device: str) -> Iterator[dict[str, Any]]:

@@ -52,6 +52,21 @@ def test_an_output_that_is_not_stock_fails(monkeypatch: pytest.MonkeyPatch) -> N
     assert "stock" in parity.check(CASES["head 64"], "float32", "cpu", "flash")["reason"]
 
 
+def test_a_probe_that_breaks_where_the_model_runs_fails_and_is_no_missing_kernel(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Tensor:
+        raise RuntimeError("wrong stride")
+
+    monkeypatch.setattr(parity, "CASES", parity.CASES[:1])
+    monkeypatch.setattr(exact, "column_sums", broken)
+    row = parity.check(CASES["head 64"], "float32", "cpu", "flash")
+    assert row["status"] == "fail" and row["reason"] == "wrong stride"
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--deep", "--device", "cpu"])
+    assert stop.value.code == 1 and "wrong stride" in capsys.readouterr().out
+
+
 def test_a_kernel_that_torch_does_not_run_is_unavailable_with_its_reason() -> None:
     row = parity.check(CASES["head 64"], "float32", "cpu", "cudnn")
     assert row["status"] == "unavailable" and row["reason"]
