@@ -110,14 +110,13 @@ def transformer(name: str, **changes: Any) -> Any:
     return FIXTURES[name].build(**changes)
 
 
-def _with_t5(pipeline: str, name: str, autoencoder: Any = None, parts: Any = None, **changes: Any) -> Any:
-    """`parts`: further components of the pipeline."""
+def with_t5(pipeline: str, name: str, autoencoder: Any = None, scheduler: Any = None, **changes: Any) -> Any:
     import diffusers
 
     tokenizer = tiny.t5_tokenizer()
     return getattr(diffusers, pipeline)(
-        transformer=transformer(name, **changes), scheduler=flow(), vae=autoencoder or vae(),
-        text_encoder=t5(tokenizer), tokenizer=tokenizer, **(parts or {}),
+        transformer=transformer(name, **changes), scheduler=scheduler or flow(), vae=autoencoder or vae(),
+        text_encoder=t5(tokenizer), tokenizer=tokenizer,
     )  # fmt: skip
 
 
@@ -155,6 +154,12 @@ def flux() -> Any:
     )  # fmt: skip
 
 
+def cogview3plus() -> Any:
+    from diffusers import CogVideoXDDIMScheduler
+
+    return with_t5("CogView3PlusPipeline", "cogview3plus", vae(shift_factor=None), CogVideoXDDIMScheduler())
+
+
 def prx() -> Any:
     from types import SimpleNamespace
 
@@ -163,7 +168,7 @@ def prx() -> Any:
     # An optional package that mends broken encodings, which leaves plain text as it is.
     if not hasattr(pipeline_prx, "ftfy"):
         pipeline_prx.ftfy = SimpleNamespace(fix_text=lambda text: text)
-    return _with_t5("PRXPipeline", "prx")
+    return with_t5("PRXPipeline", "prx")
 
 
 def krea2() -> Any:
@@ -279,9 +284,10 @@ def ideogram4() -> Any:
 
 PIPELINES: dict[str, Callable[[], Any]] = {
     "flux": flux,
-    "chroma": lambda: _with_t5("ChromaPipeline", "chroma", in_channels=4 * CHANNELS),
-    "bria": lambda: _with_t5("BriaPipeline", "bria", in_channels=4 * CHANNELS),
-    "aura_flow": lambda: _with_t5("AuraFlowPipeline", "aura_flow", vae(shift_factor=None)),
+    "chroma": lambda: with_t5("ChromaPipeline", "chroma", in_channels=4 * CHANNELS),
+    "bria": lambda: with_t5("BriaPipeline", "bria", in_channels=4 * CHANNELS),
+    "aura_flow": lambda: with_t5("AuraFlowPipeline", "aura_flow", vae(shift_factor=None)),
+    "cogview3plus": cogview3plus,
     "cogview4": lambda: _with_llm(
         "CogView4Pipeline",
         "cogview4",

@@ -7,7 +7,7 @@ from typing import Any
 
 from tests import tiny
 from tests.families import CHANNELS
-from tests.pipelines import clip, flow, llm, llm_tokenizer, t5, transformer
+from tests.pipelines import clip, flow, llm, llm_tokenizer, t5, transformer, with_t5
 
 CLIP_LENGTH = 77
 
@@ -55,6 +55,27 @@ def hunyuan_video15() -> Any:
     )  # fmt: skip
     pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 500, 20, 3
     return pipe
+
+
+def cogvideox() -> Any:
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
+
+    autoencoder = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, norm_num_groups=2,
+        block_out_channels=(8, 8, 8, 8), latent_channels=CHANNELS, layers_per_block=1,
+    )  # fmt: skip
+    return with_t5(
+        "CogVideoXPipeline", "cogvideox", autoencoder, CogVideoXDDIMScheduler(),
+        max_text_seq_length=tiny.T5_LENGTH, sample_width=4, sample_height=4,
+    )  # fmt: skip
+
+
+def mochi() -> Any:
+    from diffusers import AutoencoderKLMochi
+
+    channels = {f"{part}_block_out_channels": (32, 32, 32, 32) for part in ("encoder", "decoder")}
+    autoencoder = AutoencoderKLMochi(latent_channels=CHANNELS, layers_per_block=(1, 1, 1, 1, 1), **channels)
+    return with_t5("MochiPipeline", "mochi", autoencoder, max_sequence_length=tiny.T5_LENGTH)
 
 
 def easyanimate() -> Any:
@@ -105,6 +126,8 @@ VIDEO_PIPELINES: dict[str, Callable[[], Any]] = {
         "HunyuanVideoFramepackPipeline", "hunyuan_video_framepack", image_encoder=None, feature_extractor=None
     ),
     "hunyuan_video15": hunyuan_video15,
+    "cogvideox": cogvideox,
+    "mochi": mochi,
     "easyanimate": easyanimate,
     "motif_video": motif_video,
     "joyimage_edit": joyimage_edit,

@@ -29,8 +29,7 @@ LENGTHS = {"hunyuan_video": 500, "hunyuan_video_framepack": 500, "ideogram4": 64
     ("prx", "flux", "aura_flow", "bria", "chroma", "motif_video"), 40
 )
 """Text lengths that hold the prompt and the template in a tokenizer of letters."""
-NAMES = sorted({*PIPELINES, *VIDEO_PIPELINES} - {"lumina2", "z_image"})
-"""All but those that take another layer's states or lists, which other tests follow."""
+NAMES = sorted({*PIPELINES, *VIDEO_PIPELINES})
 
 
 def transparent(encoder: Any) -> Any:
