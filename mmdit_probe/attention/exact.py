@@ -99,7 +99,7 @@ def logsumexp(call: SDPACall) -> Tensor | None:
             query, key, value, 0.0, call.is_causal, False, scale=call.scale
         )[1]
     if mask is not None:
-        mask = mask.expand(query.shape[0], query.shape[1], rows, key.shape[-2])
+        mask = _aligned(mask, key.shape[-2]).expand(query.shape[0], query.shape[1], rows, -1)
     if name == "cudnn":
         # cuDNN gives wrong results for inputs that are not contiguous (diffusers warns of it).
         lse = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
@@ -112,6 +112,13 @@ def logsumexp(call: SDPACall) -> Tensor | None:
         )[1]
         return lse[..., :rows]
     return None
+
+
+def _aligned(mask: Tensor, keys: int) -> Tensor:
+    """The mask with every row at a multiple of 16 numbers: torch pads masks so before it calls the efficient kernel,
+    which refuses others."""
+    mask = mask.expand(*mask.shape[:-1], keys)
+    return torch.nn.functional.pad(mask, (0, -keys % 16))[..., :keys]
 
 
 @torch.no_grad()

@@ -186,6 +186,16 @@ def test_every_precision_mask_and_grouping_of_this_device(
     assert torch.equal(live, torch.ones_like(live) if seen is None else seen.expand_as(live))
 
 
+@pytest.mark.parametrize("shape", [(2, 1, 1, N), (2, 1, N, N), (1, 4, N, N), (1, 1, N, 1), (1, 1, 1, 64)])
+def test_masks_lie_as_the_efficient_kernel_wants_them(shape: tuple[int, ...]) -> None:
+    """Xformers' kernel behind it refuses a mask whose rows do not begin at multiples of eight numbers."""
+    keys, mask = (64 if shape[-1] == 64 else N), torch.randn(shape)
+    whole = mask.expand(2, 4, N, keys)
+    found = exact._aligned(mask, keys).expand(2, 4, N, -1)
+    assert torch.equal(found, whole) and found.stride(-1) == 1
+    assert all(stride % 8 == 0 for stride in found.stride()[:-1]) and found.data_ptr() % 16 == 0
+
+
 def test_rows_hidden_by_the_smallest_number_see_nothing_either() -> None:
     """Minus infinity is written so by many models; the softmax of such a row has no meaning, and no mass."""
     call = make(attn_mask=float_mask(torch.finfo(torch.float32).min)[:, :3])
@@ -349,9 +359,12 @@ def test_the_output_keeps_its_gradient() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("case", ["plain", "scale", "key mask"])
+@pytest.mark.parametrize("case", ["plain", "scale", "key mask", "bool mask", "float mask"])
 def test_cuda_output_and_lse(case: str, dtype: torch.dtype) -> None:
-    call = make(dtype, **CASES[case])
+    options = dict(CASES[case])
+    if case == "float mask":
+        options["attn_mask"] = options["attn_mask"].to(dtype)
+    call = make(dtype, **options)
     on_device = SDPACall(
         *(t.cuda() for t in (call.query, call.key, call.value)),
         attn_mask=None if call.attn_mask is None else call.attn_mask.cuda(),
