@@ -22,9 +22,10 @@ def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> 
     from mmdit_probe.cli.output import Output
     from mmdit_probe.evaluate.datasets.readers import SOURCES
 
-    table = Table(title="data sets; give them as NAME:ROOT", title_justify="left")
-    for column in ("name", "classes", "images", "background", "folders, first layout found"):
-        table.add_column(column)
+    table = Table(
+        "name", "classes", "images", "background", "folders, first layout found",
+        title="data sets; give them as NAME:ROOT", title_justify="left",
+    )  # fmt: skip
     rows: list[dict[str, Any]] = [
         {
             "name": source.name, "classes": len(source.names), "images": source.expected,
@@ -65,8 +66,7 @@ def check(
         found = run(data, advance)
     held = "masks without names" if data.agnostic else f"{len(data.classes)} classes"
     title = f"{data.name}: {found.images} images, {held}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("class")
+    table = Table("class", title=title, title_justify="left")
     table.add_column("share of scored pixels", justify="right")
     total = max(1, int(found.pixels.sum()))
     for one, pixels in zip(data.classes, found.pixels, strict=True):

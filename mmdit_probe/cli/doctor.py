@@ -34,9 +34,8 @@ def command(
     versions = Table(title="versions", title_justify="left", show_header=False)
     for name, version in {"python": report["python"], **report["versions"]}.items():
         versions.add_row(name, version or "not installed")
-    kernels = Table(title=f"attention on {report['device']} ({report['device_name']})", title_justify="left")
-    for column in ("dtype", "kernel", "log-sum-exp", "masses come from"):
-        kernels.add_column(column)
+    title = f"attention on {report['device']} ({report['device_name']})"
+    kernels = Table("dtype", "kernel", "log-sum-exp", "masses come from", title=title, title_justify="left")
     for row in report["kernels"]:
         kernels.add_row(row["dtype"], row["kernel"], "available" if row["logsumexp"] else "no", row["route"])
     found = ", ".join(report["embedded_models"]) or "none found"
@@ -67,9 +66,10 @@ def _parity_table(found: list[dict[str, Any]]) -> list[Any]:
 
     from mmdit_probe.attention.parity import LIMITS, summary
 
-    table = Table(title="largest errors against float64, by kernel", title_justify="left")
-    for column in ("kernel", "dtype", "log-sum-exp", "mean mass", "map", "passed", "failed", "not run", "remark"):
-        table.add_column(column)
+    table = Table(
+        "kernel", "dtype", "log-sum-exp", "mean mass", "map", "passed", "failed", "not run", "remark",
+        title="largest errors against float64, by kernel", title_justify="left",
+    )  # fmt: skip
     for row in summary(found):
         errors = ["-" if row[name] is None else f"{row[name]:.1e}" for name in ("lse", "mass", "map")]
         counts = [str(row[status]) for status in ("pass", "fail", "unavailable")]

@@ -39,13 +39,17 @@ TaggerName = Annotated[
 ]  # fmt: skip
 TagSplit = Annotated[
     str | None,
-    typer.Option(help="Labelled images that the tagger's threshold is chosen on [default: scenes:train for scenes]."),
+    typer.Option(
+        help="Labelled images that the tagger's threshold is chosen on.", show_default="scenes:train for scenes"
+    ),
 ]
 TagThreshold = Annotated[
     float | None,
     typer.Option(help="Threshold of the tagger, 0 or less, in place of one chosen on --tag-split.", max=0.0),
 ]
-Limit = Annotated[int | None, typer.Option(help="Use the first LIMIT images [default: 200 scenes, or all].", min=1)]
+Limit = Annotated[
+    int | None, typer.Option(help="Use the first LIMIT images.", show_default="200 scenes, or all", min=1)
+]
 Cache = Annotated[
     Path | None, typer.Option(help="Keep captured forwards here, so that methods re-run without the model.")
 ]

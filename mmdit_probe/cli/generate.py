@@ -37,7 +37,8 @@ def command(
     prompts: Prompts = None,
     limit: Limit = None,
     perturb_layers: Annotated[
-        str | None, typer.Option(help="Layers whose I2T is perturbed in the extra forward: 9, 7-9. [default: none]")
+        str | None,
+        typer.Option(help="Layers whose I2T is perturbed in the extra forward: 9, 7-9.", show_default="none"),
     ] = None,
     perturb_scale: Annotated[str, typer.Option(help="Scale s of the guidance; several for a sweep: 1,2,4.")] = "2",
     each: Annotated[bool, typer.Option("--each", help="Perturb each layer on its own: a sweep over layers.")] = False,

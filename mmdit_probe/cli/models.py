@@ -31,14 +31,13 @@ def listing(context: typer.Context, as_json: Json = False, quiet: Quiet = False,
         {"name": family.name, "transformer": family.transformer, "order": list(family.order)}
         for family in FAMILIES.values()
     ]
-    first = Table(title="Embedded models (--model NAME)", title_justify="left")
-    first.add_column("name")
-    first.add_column("what")
+    first = Table("name", "what", title="Embedded models (--model NAME)", title_justify="left")
     for entry in embedded:
         first.add_row(entry["name"], entry["what"])
-    second = Table(title="Families (--model DIRECTORY or hub id)", title_justify="left")
-    for column in ("family", "diffusers transformer", "token order"):
-        second.add_column(column)
+    second = Table(
+        "family", "diffusers transformer", "token order", title="Families (--model DIRECTORY or hub id)",
+        title_justify="left",
+    )  # fmt: skip
     for fact in families:
         second.add_row(str(fact["name"]), str(fact["transformer"]), ", ".join(fact["order"]))
     output.result({"embedded": embedded, "families": families}, [first, second])
@@ -59,9 +58,8 @@ def inspect_command(
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     found = inspect_model(path)
-    layers = Table(title=f"{found['transformer']} (family: {found['family'] or 'none known'})", title_justify="left")
-    for column in ("layer", "module", "token order", "kernel"):
-        layers.add_column(column)
+    title = f"{found['transformer']} (family: {found['family'] or 'none known'})"
+    layers = Table("layer", "module", "token order", "kernel", title=title, title_justify="left")
     for layer in found["layers"]:
         layers.add_row(str(layer["index"]), layer["path"], _order(layer["order"]), layer["kernel"])
     others = [f"Not joint: {other['path']} ({_order(other['order'])})" for other in found["other attention"]]

@@ -29,7 +29,9 @@ Lora = Annotated[
 Device = Annotated[str, typer.Option(help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto (float32 on CPU, bfloat16 on CUDA), float32, bfloat16, float16.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first item; item k uses seed + k.", min=0)]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Run folder [default: runs/<command>/<time>-<hash>].")]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Run folder.", show_default="runs/<command>/<time>-<hash>")
+]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the run of the same request; a finished one is shown again.")
 ]
@@ -46,26 +48,29 @@ Selection = Annotated[
 ]
 Prompts = Annotated[
     str | None,
-    typer.Option(help="File with one prompt per line, a text, or a set: everyday, scenes:train|val|test. "
-                      "[default: scenes:val for embedded models, else everyday]"),
-]  # fmt: skip
+    typer.Option(
+        help="File with one prompt per line, a text, or a set: everyday, scenes:train|val|test.",
+        show_default="scenes:val for embedded models, else everyday",
+    ),
+]
 Images = Annotated[
     str | None, typer.Option(help="Probe real pictures instead of sampling: a folder, or scenes:train|val|test.")
 ]
 Pictures = Annotated[
     str | None,
-    typer.Option("--images", help="Pictures: a folder, a file, or scenes:train|val|test. "
-                                  "[default: scenes:val if embedded]"),
-]  # fmt: skip
+    typer.Option(
+        "--images", help="Pictures: a folder, a file, or scenes:train|val|test.", show_default="scenes:val if embedded"
+    ),
+]
 Caption = Annotated[
-    str | None, typer.Option("--prompts", help="One prompt for all pictures [default: their captions].")
+    str | None, typer.Option("--prompts", help="One prompt for all pictures.", show_default="their captions")
 ]
 Steps = Annotated[str, typer.Option(help="Sampling steps: all, 0,20, 0-4; last-8 is the 8th from the clean end.")]
 NumSteps = Annotated[int, typer.Option(help="Number of sampling steps.", min=1)]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 or less runs without it.")]
 Sigma = Annotated[float, typer.Option(help="Noise level of --images, 0 clean to 1 noise (the paper's t=8: 0.515).")]
 Limit = Annotated[
-    int | None, typer.Option(help="Use the first LIMIT prompts or pictures [default: 50 of a scenes set].")
+    int | None, typer.Option(help="Use the first LIMIT prompts or pictures.", show_default="50 of a scenes set")
 ]
 Controls = Annotated[
     str,
@@ -81,9 +86,11 @@ EditControls = Annotated[
 ]  # fmt: skip
 Clip = Annotated[
     str | None,
-    typer.Option(help="CLIP checkpoint for CLIP-T and CLIP-I: a folder, a hub id, or none. "
-                      "[default: scenes-clip for embedded models]"),
-]  # fmt: skip
+    typer.Option(
+        help="CLIP checkpoint for CLIP-T and CLIP-I: a folder, a hub id, or none.",
+        show_default="scenes-clip for embedded models",
+    ),
+]
 Batch = Annotated[int, typer.Option(help="Prompts sampled at once.", min=1)]
 
 
@@ -139,10 +146,12 @@ MEASURED = Measured()
 class Reading:
     """Where a segmentation reads the network, and how the picture is shown to it."""
 
-    layers: Annotated[str | None, typer.Option(help="Layers, 0-based: 9, 7-11, all [default: the middle third].")] = (
+    layers: Annotated[
+        str | None, typer.Option(help="Layers, 0-based: 9, 7-11, all.", show_default="the middle third")
+    ] = None
+    heads: Annotated[str | None, typer.Option(help="Attention heads: 3, 0-3, 0,5.", show_default="all, averaged")] = (
         None
     )
-    heads: Annotated[str | None, typer.Option(help="Attention heads: 3, 0-3, 0,5 [default: all, averaged].")] = None
     selection: Annotated[
         Path | None, typer.Option(help="LayerSelection file (JSON) in place of --layers and --heads.")
     ] = None
@@ -151,7 +160,9 @@ class Reading:
     )
     noise_seeds: Annotated[int, typer.Option(help="Number of noise seeds to average over.", min=1)] = 1
     fit: Annotated[str, typer.Option(help="squash, letterbox, crop or aspect.")] = "squash"
-    size: Annotated[str | None, typer.Option(help="Network input, HxW in pixels [default: the model's own].")] = None
+    size: Annotated[str | None, typer.Option(help="Network input, HxW in pixels.", show_default="the model's own")] = (
+        None
+    )
 
 
 READING = Reading()

@@ -81,7 +81,7 @@ BlurSigma = Annotated[float, typer.Option("--blur-sigma", help="Blur width in to
 Kernel = Annotated[int, typer.Option(help="Taps of the blur, odd.", min=1)]
 BorderOption = Annotated[BorderRule, typer.Option("--border", help="reflect (the paper) or symmetric (keeps mass).")]
 Where = Annotated[Stage, typer.Option(help="Blur probabilities (the paper) or logits.")]
-Streams = Annotated[str | None, typer.Option(help="Text tokens of these encoders only, e.g. clip. [default: all]")]
+Streams = Annotated[str | None, typer.Option(help="Text tokens of these encoders only, e.g. clip.", show_default="all")]
 Renormalise = Annotated[bool, typer.Option("--renormalise", help="Rescale edited rows to a total of 1.")]
 BranchOption = Annotated[Branch, typer.Option("--branch", help="Guidance branch to edit.")]
 EditSteps = Annotated[str, typer.Option("--steps", help="Sampling steps to edit: all, 0,20, 0-4, last-8.")]

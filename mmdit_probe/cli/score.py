@@ -18,7 +18,7 @@ BASE = "base"
 Loras = Annotated[
     list[str] | None, typer.Option("--lora", help="Adapter to compare with the base model: [NAME=]PATH; repeatable.")
 ]
-Baseline = Annotated[str | None, typer.Option(help="Variant that differences are taken to [default: base].")]
+Baseline = Annotated[str | None, typer.Option(help="Variant that differences are taken to.", show_default="base")]
 Categories = Annotated[str, typer.Option(help="all, or categories of scenes: colour,numeracy,...")]
 Prompts = Annotated[
     str | None,

@@ -22,7 +22,8 @@ def command(
         str | None,
         typer.Option(
             help="Evidence to measure on scenes: all, or some of word_mass, value_gap, pca_class, "
-            "perturbation, segmentation. [default: all, or none with --from]"
+            "perturbation, segmentation.",
+            show_default="all, or none with --from",
         ),
     ] = None,
     runs: Annotated[

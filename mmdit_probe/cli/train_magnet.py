@@ -39,17 +39,19 @@ Masks = Annotated[
 ]
 Prompt = Annotated[
     str | None,
-    typer.Option(help="list (class names), caption, or mixed (scenes) [default: list where masks have names]."),
+    typer.Option(help="list (class names), caption, or mixed (scenes).", show_default="list where masks have names"),
 ]
-Limit = Annotated[int | None, typer.Option(help="Use the first LIMIT pictures [default: 1000 of scenes].", min=1)]
+Limit = Annotated[int | None, typer.Option(help="Use the first LIMIT pictures.", show_default="1000 of scenes", min=1)]
 Validation = Annotated[
-    str | None, typer.Option(help="Held-out pictures with named masks: scenes:val or a folder [default: scenes:val of "
-                                  "scenes].")
-]  # fmt: skip
+    str | None,
+    typer.Option(
+        help="Held-out pictures with named masks: scenes:val or a folder.", show_default="scenes:val of scenes"
+    ),
+]
 Layers = Annotated[str | None, typer.Option(help="Layers whose maps are aligned, 0-based: 9, 7-11 or 0,9.")]
 Selection = Annotated[Path | None, typer.Option(help="LayerSelection file of select-layers, instead of --layers.")]
 LoraLayers = Annotated[str, typer.Option(help="Layers that get an adapter: all, selected, 9, 7-11 or 0,9.")]
-Warmup = Annotated[int | None, typer.Option(help="Warm-up steps [default: 500, at most a sixth of --steps].")]
+Warmup = Annotated[int | None, typer.Option(help="Warm-up steps.", show_default="500, at most a sixth of --steps")]
 ScoreHead = Annotated[str, typer.Option(help="none, or conv: the published code's hidden head, an ablation.")]
 
 
@@ -65,7 +67,9 @@ def command(
     captions: Captions = None,
     caption_model: CaptionModel = None,
     caption_instruction: Annotated[str, typer.Option(help="What the captioning model is told.")] = "",
-    sentences: Annotated[int | None, typer.Option(help="Sentences of a caption to use [default: all].", min=1)] = None,
+    sentences: Annotated[
+        int | None, typer.Option(help="Sentences of a caption to use.", show_default="all", min=1)
+    ] = None,
     validation: Validation = None,
     validate_every: Annotated[int, typer.Option(help="Steps between validations; 0: at the end.", min=0)] = 0,
     validate_count: Annotated[int, typer.Option(help="Held-out pictures.", min=0)] = 64,

@@ -77,6 +77,11 @@ def test_every_command_on_a_model_takes_the_shared_options():
     assert {name: options for name, options in missing.items() if options} == {
         "segment": ["--resume"], "discover": ["--resume"], "scenes score": ["--no-t5", "--max-sequence-length"],
     }  # fmt: skip
+    # Help is rich markup, in which "[default: ...]" is a style and vanishes: such defaults are given as `show_default`.
+    assert [
+        (name, one.name) for name, command in commands.items() for one in command.params
+        if "[default" in (getattr(one, "help", None) or "")
+    ] == []  # fmt: skip
 
 
 def test_version(capsys):
