@@ -44,12 +44,13 @@ def llm_tokenizer(side: str = "right", length: int = 512) -> Any:
     )  # fmt: skip
 
 
-def llm(tokenizer: Any, width: int = TEXT, vocabulary: int | None = None) -> Any:
+def llm(tokenizer: Any, width: int = TEXT, vocabulary: int | None = None, layers: int = 2) -> Any:
     from transformers import Qwen3Config, Qwen3Model
 
     config = Qwen3Config(
-        vocab_size=vocabulary or len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, head_dim=8, max_position_embeddings=1024,
+        vocab_size=vocabulary or len(tokenizer), hidden_size=width, intermediate_size=2 * width,
+        num_hidden_layers=layers, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        max_position_embeddings=1024,
     )  # fmt: skip
     return Qwen3Model(config).eval()
 
@@ -254,18 +255,35 @@ def hunyuan_image() -> Any:
     return pipe
 
 
-def ernie_image() -> Any:
-    """With a model that rewrites prompts: one that cannot, so that nobody asks it to."""
-    from diffusers import AutoencoderKLFlux2, ErnieImagePipeline
+def flux2_vae() -> Any:
+    from diffusers import AutoencoderKLFlux2
 
-    tokenizer = llm_tokenizer()
-    autoencoder = AutoencoderKLFlux2(
+    return AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 4, 4, 4), layers_per_block=1, latent_channels=CHANNELS, norm_num_groups=2,
+    ).eval()  # fmt: skip
+
+
+def flux2() -> Any:
+    """The one with a single text encoder. It reads three of 28 layers."""
+    from diffusers import Flux2KleinPipeline
+
+    tokenizer = llm_tokenizer("left")
+    changes = {"in_channels": 4 * CHANNELS, "joint_attention_dim": 3 * TEXT, "guidance_embeds": False}
+    return Flux2KleinPipeline(
+        scheduler=flow(use_dynamic_shifting=True), vae=flux2_vae(), text_encoder=llm(tokenizer, layers=28),
+        tokenizer=tokenizer, transformer=transformer("flux2", **changes),
     )  # fmt: skip
+
+
+def ernie_image() -> Any:
+    """With a model that rewrites prompts: one that cannot, so that nobody asks it to."""
+    from diffusers import ErnieImagePipeline
+
+    tokenizer = llm_tokenizer()
     return ErnieImagePipeline(
         transformer=transformer("ernie_image", in_channels=4 * CHANNELS, out_channels=4 * CHANNELS),
-        vae=autoencoder.eval(), text_encoder=llm(tokenizer), tokenizer=tokenizer, scheduler=flow(),
+        vae=flux2_vae(), text_encoder=llm(tokenizer), tokenizer=tokenizer, scheduler=flow(),
         pe=llm(tokenizer), pe_tokenizer=tokenizer,
     )  # fmt: skip
 
@@ -312,6 +330,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "hunyuan_image": hunyuan_image,
     "ideogram4": ideogram4,
     "ernie_image": ernie_image,
+    "flux2": flux2,
 }
 
 

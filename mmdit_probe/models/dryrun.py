@@ -41,7 +41,8 @@ def first_call(pipeline: Any, prompt: str | Sequence[str], **options: Any) -> di
 
     handle = pipeline.transformer.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
     try:
-        pipeline(prompt if isinstance(prompt, str) else list(prompt), **({"num_inference_steps": 1} | options))
+        # By name: the first argument of some pipelines is a picture.
+        pipeline(prompt=prompt if isinstance(prompt, str) else list(prompt), **({"num_inference_steps": 1} | options))
     except _Stopped:
         return found
     except Exception as error:

@@ -357,7 +357,7 @@ class MMDiT:
         )  # fmt: skip
         if negative and "negative_prompt" not in arguments:
             raise UserError(f"{type(self.pipeline).__name__} takes no negative prompt; leave it out")
-        return self.pipeline(texts, **arguments, **options).images
+        return self.pipeline(prompt=texts, **arguments, **options).images
 
     def sigmas(self, steps: int, size: tuple[int, int] | None = None) -> list[float]:
         """The noise level at which each of `steps` sampling steps calls the transformer, from noise to image.

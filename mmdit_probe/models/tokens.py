@@ -4,12 +4,13 @@ Text positions follow the joint text order (SD3: CLIP's positions, then T5's). A
 kind cannot be compared between models: much of it may sit on BOS, EOS or pads, which SD3 attends like words. Where the
 pipeline puts the prompt into a template (a chat, a system prompt), the template's tokens are a kind of their own.
 
-    table = token_tables(pipeline, family, ["a red ring"], max_sequence_length=256)[0]
+    table = token_tables(pipeline, family, ["a red ring"], length=256)[0]
     table.positions(kind="word", stream="t5")
     table.word_spans("red ring")            # {"clip": [2, 3], "t5": [78, 79, 80]}
 
 Words are the prompt's own (runs of letters and digits, or single signs), so CLIP's and T5's pieces of one word have the
-same word index. Not here: what the pooled embedding carries outside attention.
+same word index. How one tokenizer reads one prompt is the business of `models.reading`. Not here: what the pooled
+embedding carries outside attention.
 """
 
 from __future__ import annotations

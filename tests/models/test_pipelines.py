@@ -25,7 +25,7 @@ from tests.video_pipelines import VIDEO_PIPELINES
 NOT_RUN = {"hunyuan_video_framepack", "joyimage_edit"}
 """Pipelines that make nothing of a prompt alone, or nothing that is small: `test_spelling` has their words."""
 NAMES = sorted({*PIPELINES, *VIDEO_PIPELINES} - NOT_RUN)
-GUIDED = [name for name in NAMES if name not in ("ideogram4", "glm_image")]
+GUIDED = [name for name in NAMES if name not in ("ideogram4", "glm_image", "flux2")]
 """All but those whose unconditional branch is another transformer, or another prompt than the caller's."""
 LOADED = [name for name in NAMES if FAMILIES[name].pipelines]
 UNCONDITIONAL_FIRST = {
@@ -60,7 +60,7 @@ def sample(model: MMDiT, prompt: Any, *, guidance: float, negative: str = "", **
     options |= {"negative_prompt": [negative] * len(texts)}
     with torch.no_grad(), probe(pipe, AttentionMass(heads=0), layers=0) as run:
         pipe(
-            texts, num_inference_steps=2, height=SIDE, width=SIDE, output_type="latent",
+            prompt=texts, num_inference_steps=2, height=SIDE, width=SIDE, output_type="latent",
             generator=torch.Generator().manual_seed(5), **{name: of for name, of in options.items() if name in known},
         )  # fmt: skip
     return run[AttentionMass].table()
@@ -166,13 +166,14 @@ def test_a_transformer_is_told_from_the_one_that_takes_no_text() -> None:
     assert words.to_dict() == {"a red ring": 3, "ring": 1}
 
 
-def test_an_autoencoder_of_unknown_normalisation_is_refused() -> None:
-    model = model_of("ernie_image")
+@pytest.mark.parametrize("name", ["ernie_image", "flux2"])
+def test_an_autoencoder_of_unknown_normalisation_is_refused(name: str) -> None:
+    model = model_of(name)
     with pytest.raises(UserError, match="AutoencoderKLFlux2 are normalised in a way that is not known"):
         model.encode_image(np.zeros((SIDE, SIDE, 3), np.uint8))
 
 
-@pytest.mark.parametrize("name", [name for name in LOADED if name != "ernie_image"])
+@pytest.mark.parametrize("name", [name for name in LOADED if name not in ("ernie_image", "flux2")])
 def test_images_are_those_of_the_pipelines_own_autoencoder(name: str) -> None:
     model = model_of(name)
     options: Any = {"steps": 1, "guidance": 1.0, "seed": 3, "height": SIDE, "width": SIDE}
