@@ -38,7 +38,9 @@ class Backend:
         return self.inner(graph, inputs)
 
 
-def skip_without_compiler() -> None:
+def ready_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scalar code, which a compiler is through with sooner; skips where there is no compiler."""
+    from torch._inductor import config
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -46,6 +48,8 @@ def skip_without_compiler() -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler:
         pytest.skip("inductor needs a C++ compiler, and none is found ($CXX, g++ or clang++)")
+    monkeypatch.setattr(config.cpp, "simdlen", 0)
+    monkeypatch.setattr(config, "compile_threads", 1)
 
 
 def run(model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -65,9 +69,9 @@ def probed(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_attached_before_and_after_compiling_and_gone_afterwards(name: str) -> None:
+def test_attached_before_and_after_compiling_and_gone_afterwards(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "inductor":
-        skip_without_compiler()
+        ready_inductor(monkeypatch)
     model, inputs = FIXTURES["sd3"].build(num_layers=1), FIXTURES["sd3"].inputs()
     _, plain = probed(model, inputs)
     backend = Backend(name)
@@ -106,6 +110,23 @@ def test_a_compiled_model_can_be_probed_any_number_of_times() -> None:
         assert torch.equal(probed(compiled, inputs)[1], plain)
         run(compiled, inputs)
     assert backend.graphs == 2
+
+
+def test_a_pipeline_whose_transformer_is_compiled(pipe: Any) -> None:
+    def sample() -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a red ring", num_inference_steps=2, generator=generator, output_type="latent").images
+
+    with probe(pipe, AttentionMass()) as plain:
+        stock = sample()
+    backend = Backend("eager")
+    pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend=backend)
+    assert torch.equal(sample(), stock)
+    with probe(pipe, AttentionMass()) as watched:
+        assert torch.equal(sample(), stock)
+    assert torch.equal(sample(), stock)
+    assert watched[AttentionMass].table().equals(plain[AttentionMass].table())  # words, branches and steps too
+    assert backend.graphs == 2 and backend.watched == len(watched.layers)
 
 
 def test_an_edit_of_a_compiled_model_is_that_of_the_eager_one_and_has_no_wrong_gradient() -> None:
