@@ -258,10 +258,13 @@ def hunyuan_image() -> Any:
 def flux2_vae() -> Any:
     from diffusers import AutoencoderKLFlux2
 
-    return AutoencoderKLFlux2(
+    autoencoder = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 4, 4, 4), layers_per_block=1, latent_channels=CHANNELS, norm_num_groups=2,
-    ).eval()  # fmt: skip
+    )  # fmt: skip
+    autoencoder.bn.running_mean.normal_()
+    autoencoder.bn.running_var.uniform_(0.5, 2.0)
+    return autoencoder.eval()
 
 
 def flux2() -> Any:

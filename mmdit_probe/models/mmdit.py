@@ -197,12 +197,12 @@ class MMDiT:
             )
         vae = self.pipeline.vae
         pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device, vae.dtype) / 127.5 - 1.0
-        return packing.encode(vae, pixels)
+        return packing.encode(vae, pixels, self.family.cell)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Any]:
         """PIL images of latents [B, C, h, w]."""
-        pixels = packing.decode(self.pipeline.vae, latents.to(self.device))
+        pixels = packing.decode(self.pipeline.vae, latents.to(self.device), self.family.cell)
         return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
 
     def noise(self, latents: Tensor, sigma: float | Sequence[float], seed: int | Sequence[int] = 0) -> Tensor:

@@ -39,24 +39,27 @@ def unpack(output: Any, form: Form, cell: int, size: tuple[int, int]) -> Tensor:
     return tokens.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-def encode(vae: Any, pixels: Tensor) -> Tensor:
+def encode(vae: Any, pixels: Tensor, cell: int = 0) -> Tensor:
     """Latents [B, C, h, w] float32 of pixels [B, 3, H, W] in -1..1: the mean, normalised as the transformer expects.
+
+    Args:
+        cell: side, in latent cells, of one token of the transformer.
 
     Raises:
         UserError: an autoencoder whose normalisation is not known.
     """
-    shift, scale = _normalisation(vae)
     video = _is_video(vae)
     encoded = vae.encode(pixels[:, :, None] if video else pixels)
     # Deep-compression autoencoders have no distribution: they give the latents themselves.
     mean = (encoded.latent if "latent" in encoded else encoded.latent_dist.mode()).float()
     mean = mean[:, :, 0] if video else mean
+    shift, scale = _normalisation(vae, cell, mean)
     return (mean - shift.to(mean.device)) * scale.to(mean.device)
 
 
-def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Pixels [B, 3, H, W] in -1..1 of latents [B, C, h, w]."""
-    shift, scale = _normalisation(vae)
+def decode(vae: Any, latents: Tensor, cell: int = 0) -> Tensor:
+    """Pixels [B, 3, H, W] in -1..1 of latents [B, C, h, w]; `cell` as in `encode`."""
+    shift, scale = _normalisation(vae, cell, latents)
     unscaled = (latents / scale.to(latents.device) + shift.to(latents.device)).to(vae.dtype)
     if _is_video(vae):
         return torch.as_tensor(vae.decode(unscaled[:, :, None], return_dict=False)[0][:, :, 0])
@@ -67,9 +70,16 @@ def _is_video(vae: Any) -> bool:
     return hasattr(vae.config, "latents_mean") and vae.config.latents_mean is not None
 
 
-def _normalisation(vae: Any) -> tuple[Tensor, Tensor]:
-    """Shift and scale of latents [B, C, h, w]: one for all channels, or one for each."""
+def _normalisation(vae: Any, cell: int, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift and scale of latents [B, C, h, w]: one for all channels, one for each, or one for each and place in a
+    token."""
     config = vae.config
+    if hasattr(vae, "bn") and tuple(config.patch_size) == (cell, cell):
+        # Flux.2: statistics of the channels of a token, which are the autoencoder's channels and a cell's places.
+        variance = vae.bn.running_var.float() + config.batch_norm_eps
+        repeats = (1, latents.shape[-2] // cell, latents.shape[-1] // cell)
+        mean, std = (of.view(-1, cell, cell).repeat(repeats) for of in (vae.bn.running_mean.float(), variance.sqrt()))
+        return mean, 1.0 / std
     if _is_video(vae):
         mean, std = (torch.tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
         return mean, 1.0 / std
