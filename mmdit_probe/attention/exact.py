@@ -56,7 +56,7 @@ def attend(call: SDPACall) -> tuple[Tensor, Tensor | None]:
     One kernel call gives both wherever it can; the output is bitwise that of `scaled_dot_product_attention`.
 
     Returns: output [B, H, Nq, Dv] in the call's dtype (differentiable as the stock output is), and lse [B, H, Nq] in
-    float32, natural logarithm, or None.
+    float32 (float64 for float64 calls), natural logarithm, or None.
     """
     if call.dropout_p == 0.0 and not call.enable_gqa and call.attn_mask is None:
         name, device = kernel(call), call.query.device.type

@@ -44,5 +44,14 @@ def native_attention(transformer: nn.Module) -> Iterator[None]:
             processor._attention_backend = backend
 
 
+def backend_of(module: nn.Module) -> str:
+    """Name of the diffusers backend that an attention module's calls go to now, e.g. "native" or "flex"."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    own = getattr(getattr(module, "processor", None), "_attention_backend", None)
+    chosen = own or _AttentionBackendRegistry._active_backend
+    return str(getattr(chosen, "value", chosen))
+
+
 def _is_set(processor: object) -> bool:
     return getattr(processor, "_attention_backend", None) is not None

@@ -27,7 +27,7 @@ from mmdit_probe.models.layout import Layer, Layout, Places, arranged, unwrap
 from mmdit_probe.models.mmdit import Batch, MMDiT
 from mmdit_probe.models.taint import bind
 from mmdit_probe.models.tokens import TokenTable, fitted
-from mmdit_probe.observe.backend import native_attention
+from mmdit_probe.observe.backend import backend_of, native_attention
 from mmdit_probe.observe.base import DenoisingCall, LayerCall, Observer
 from mmdit_probe.observe.canonical import canonical, canonical_hidden, hidden_keys, joined
 from mmdit_probe.observe.facts import Facts, facts_of
@@ -334,9 +334,10 @@ class Run:
             if not self._seen.get(layer.index) and layer.index not in self._skipped:
                 processor = type(getattr(layer.module, "processor", layer.module)).__name__
                 raise RunError(
-                    f"layer {layer.index} ({layer.path}, {processor}) made no scaled_dot_product_attention call: its"
-                    " attention runs in a kernel that hides it (flash-attn, sage, xformers, flex or a sliced/plain"
-                    " processor). Set the model's default attention processor and the native backend, then probe again"
+                    f"layer {layer.index} ({layer.path}, {processor}, backend {backend_of(layer.module)!r}) made no"
+                    " scaled_dot_product_attention call: its attention runs in a kernel that hides it (flash-attn,"
+                    " sage, xformers, flex or a sliced/plain processor). Set the model's default attention processor and"
+                    " the native backend, then probe again"
                 )
 
 

@@ -140,7 +140,7 @@ def test_a_backend_that_hides_attention_is_replaced_and_comes_back(registry: Any
         run(model, inputs)
     torch.testing.assert_close(masses(watched), masses(plain), atol=1e-6, rtol=0)
     with (
-        pytest.raises(RunError, match=r"layer 0 \(transformer_blocks.0.attn, FluxAttnProcessor\)"),
+        pytest.raises(RunError, match=r"layer 0 \(transformer_blocks.0.attn, FluxAttnProcessor, backend 'flex'\)"),
         probe(model, AttentionMass()),
         attention_backend("flex"),
     ):
