@@ -336,8 +336,8 @@ class Run:
                 raise RunError(
                     f"layer {layer.index} ({layer.path}, {processor}, backend {backend_of(layer.module)!r}) made no"
                     " scaled_dot_product_attention call: its attention runs in a kernel that hides it (flash-attn,"
-                    " sage, xformers, flex or a sliced/plain processor). Set the model's default attention processor and"
-                    " the native backend, then probe again"
+                    " sage, xformers, flex or a sliced/plain processor). Set the model's default attention processor"
+                    " and the native backend, then probe again"
                 )
 
 
