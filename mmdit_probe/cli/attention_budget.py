@@ -32,7 +32,8 @@ def command(measured: Measured = MEASURED, session: Session = SESSION) -> None:
 
 def _report(folder: Any, model: MMDiT, output: Any) -> None:
     """The per-layer table, the figure and the paths, from the table on disk."""
-    from mmdit_probe.cli.session import PAPER_MODEL, plain, report_controls, setting
+    from mmdit_probe.cli.session import PAPER_MODEL, setting
+    from mmdit_probe.cli.tables import plain, report_controls
     from mmdit_probe.data import paper_table
     from mmdit_probe.observe import summary as budget
     from mmdit_probe.plots import attention_budget, save
@@ -77,7 +78,7 @@ def _report(folder: Any, model: MMDiT, output: Any) -> None:
 
 def budget_rows(summary: pd.DataFrame, paper: pd.DataFrame | None = None) -> Table:
     """The per-layer table for the terminal. `paper` adds the published shares."""
-    from mmdit_probe.cli.session import bare_table
+    from mmdit_probe.cli.tables import bare_table
     from mmdit_probe.plots.style import LABELS
 
     spans = [kind for kind in LABELS if summary[f"I2T_{kind}_uniform"].max() > 0]

@@ -107,7 +107,7 @@ def command(
 
 
 def _report(folder: Any, output: Any) -> None:
-    from mmdit_probe.cli.session import plain, report_controls
+    from mmdit_probe.cli.tables import plain, report_controls
     from mmdit_probe.edit.attribute import agreement, by_scene
     from mmdit_probe.plots import attribute as plots
     from mmdit_probe.plots import save
@@ -146,7 +146,7 @@ def _report(folder: Any, output: Any) -> None:
 
 def agreement_rows(table: pd.DataFrame) -> Table:
     """One row per layer for the terminal."""
-    from mmdit_probe.cli.session import bare_table
+    from mmdit_probe.cli.tables import bare_table
 
     result = bare_table(["layer", "rank correlation", "control", "verdict"])
     for row in table.to_dict("records"):

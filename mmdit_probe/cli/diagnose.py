@@ -139,7 +139,7 @@ def _draw_maps(folder: Any, model: Any, picture: Any, text: str, run: Any, table
 
 
 def _report(folder: Any, output: Any) -> None:
-    from mmdit_probe.cli.session import plain, report_controls
+    from mmdit_probe.cli.tables import plain, report_controls
     from mmdit_probe.evaluate.sink_quality import MEAN, improvement
     from mmdit_probe.observe.sinks import OUTLIER, SINK, sink_mass, top_keys
     from mmdit_probe.plots import save
@@ -221,7 +221,7 @@ def _outliers(channels: pd.DataFrame) -> pd.DataFrame:
 
 def quality_rows(gain: pd.DataFrame) -> Table:
     """Map quality by layer before and after, for the terminal."""
-    from mmdit_probe.cli.session import bare_table
+    from mmdit_probe.cli.tables import bare_table
     from mmdit_probe.evaluate.sink_quality import SCORES
 
     table = bare_table(["layer", *(column for name in SCORES for column in (name.replace("_", " "), "difference"))])
@@ -240,7 +240,7 @@ def quality_rows(gain: pd.DataFrame) -> Table:
 
 def sink_rows(top: pd.DataFrame) -> Table:
     """One row per layer for the terminal: mass on sinks by head, and what the largest key is."""
-    from mmdit_probe.cli.session import bare_table
+    from mmdit_probe.cli.tables import bare_table
 
     table = bare_table(["layer", "mass on sinks", "head with most", "its largest key", "kind"])
     for layer, part in top.groupby("layer"):

@@ -191,7 +191,8 @@ def _tagger(
 
 def report(folder: Any, output: Any, model: str, background: int | None, match: str) -> None:
     """League table, per-class IoU, figure and paths, from the counts on disk."""
-    from mmdit_probe.cli.session import PAPER_MODEL, plain
+    from mmdit_probe.cli.session import PAPER_MODEL
+    from mmdit_probe.cli.tables import plain
     from mmdit_probe.data import paper_table
     from mmdit_probe.evaluate.league import league, per_class
     from mmdit_probe.plots import save
@@ -260,7 +261,7 @@ def _tagger_report(folder: Any, counts: pd.DataFrame, names: list[str]) -> tuple
 
 def rows_of(table: pd.DataFrame, limit: int = 60) -> Table:
     """The league table for the terminal."""
-    from mmdit_probe.cli.session import bare_table
+    from mmdit_probe.cli.tables import bare_table
 
     places = ("protocol", "method", "refine", "layers", "heads", "sigma")
     out = bare_table(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmdit_probe.cli.edited import EDITED, Edited
 from mmdit_probe.cli.options import (
     SESSION,
     Batch,
@@ -22,7 +23,6 @@ from mmdit_probe.cli.options import (
     Session,
     with_session,
 )
-from mmdit_probe.cli.perturb import BlurSigma, BorderOption, BorderRule, EditKind, Kernel, Kind, Stage, Streams, Where
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,12 +46,7 @@ def command(
     control: EditControls = "none",
     start: Annotated[float, typer.Option(help="Guide from this part of the sampling, 0 to 1.", min=0, max=1)] = 0.0,
     stop: Annotated[float, typer.Option(help="Guide up to this part of the sampling.", min=0, max=1)] = 1.0,
-    edit: EditKind = Kind.BLUR,
-    blur_sigma: BlurSigma = 9.0,
-    kernel: Kernel = 5,
-    border: BorderOption = BorderRule.REFLECT,
-    where: Where = Stage.PROBABILITIES,
-    streams: Streams = None,
+    edited: Edited = EDITED,
     num_steps: NumSteps = 28,
     guidance: Guidance = 7.5,
     clip: Clip = None,
@@ -63,7 +58,6 @@ def command(
     eps = eps_uncond + g (eps_cond - eps_uncond) + s (eps_cond - eps_perturbed), with g = --guidance, s =
     --perturb-scale. Stock images of the same seeds are sampled too; alignment is compared pairwise.
     """
-    from mmdit_probe.cli.perturb import build_edit
     from mmdit_probe.cli.session import (
         check_streams,
         layers_of,
@@ -82,7 +76,7 @@ def command(
     if start > stop:
         raise UserError(f"--start {start:g} is after --stop {stop:g}: nothing would be guided")
     scales = _scales(perturb_scale)
-    change = build_edit(edit, blur_sigma, kernel, border.value, where.value, streams, False, "all")
+    change = edited.build()
 
     from mmdit_probe.edit import sweep
     from mmdit_probe.edit.perturb import BUDGET, Sampling, chunks
@@ -92,7 +86,7 @@ def command(
 
     controls = parse(control, [BUDGET, *CONTROLS])
     loaded = load_model(session)
-    check_streams(loaded, streams)
+    check_streams(loaded, edited.streams)
     layers: tuple[int, ...] = ()
     if selection is not None or perturb_layers is not None:
         which, heads = layers_of(selection, perturb_layers or "", "all", loaded)
@@ -157,7 +151,7 @@ def _scales(text: str) -> list[float]:
 def _report(folder: Any, plan: Any, output: Any) -> None:
     from PIL import Image
 
-    from mmdit_probe.cli.session import plain, report_controls
+    from mmdit_probe.cli.tables import plain, report_controls
     from mmdit_probe.edit.sweep import gains, summarise
     from mmdit_probe.plots import save
     from mmdit_probe.plots.perturb import contact_sheet, guidance_sweep
@@ -210,7 +204,7 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
 
 def setting_rows(summary: pd.DataFrame) -> Table:
     """One row per setting for the terminal."""
-    from mmdit_probe.cli.session import bare_table
+    from mmdit_probe.cli.tables import bare_table
     from mmdit_probe.plots.perturb import LABELS
 
     names = [name for name in ("facts", "clip_t", "change") if name in set(summary["outcome"])]

@@ -152,7 +152,7 @@ def _draw(folder: Any, maps: Any, images: Any) -> None:
 
 
 def _report(folder: Any, output: Any) -> None:
-    from mmdit_probe.cli.session import plain, report_controls
+    from mmdit_probe.cli.tables import plain, report_controls
     from mmdit_probe.observe.pca_run import summarise
     from mmdit_probe.plots import save
     from mmdit_probe.plots.pca import pca_scores
@@ -201,7 +201,7 @@ def _report(folder: Any, output: Any) -> None:
 
 def score_rows(summary: pd.DataFrame) -> Table:
     """The per-layer table for the terminal."""
-    from mmdit_probe.cli.session import bare_table
+    from mmdit_probe.cli.tables import bare_table
     from mmdit_probe.results.statistics import NOT_ABOVE
 
     has_classes = "class" in summary

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmdit_probe.cli.edited import EDITED, Branch, Edited
 from mmdit_probe.cli.options import (
     SESSION,
     Batch,
@@ -29,19 +30,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.table import Table
 
-    from mmdit_probe.edit.base import Edit
-
 NAME, TABLE, IMAGES = "perturb", "perturb", "images"
 DEFAULT_PROMPTS = 16
-
-
-class Kind(StrEnum):
-    """Edits of the block."""
-
-    BLUR = "blur"
-    GRID_BLUR = "grid-blur"
-    ZERO = "zero"
-    MEAN = "mean"
 
 
 class Place(StrEnum):
@@ -52,60 +42,10 @@ class Place(StrEnum):
     SPANS = "spans"
 
 
-class BorderRule(StrEnum):
-    """What stands for tokens beyond the ends."""
-
-    REFLECT = "reflect"
-    SYMMETRIC = "symmetric"
-    REPLICATE = "replicate"
-
-
-class Stage(StrEnum):
-    """Before or after the softmax."""
-
-    PROBABILITIES = "probabilities"
-    LOGITS = "logits"
-
-
-class Branch(StrEnum):
-    """Guidance branches to edit."""
-
-    ALL = "all"
-    COND = "cond"
-    UNCOND = "uncond"
-
-
-EditKind = Annotated[Kind, typer.Option("--edit", help="blur along text tokens (the paper), grid-blur, zero, mean.")]
 By = Annotated[Place, typer.Option("--by", help="Edit whole layers, single heads, or span kinds one at a time.")]
-BlurSigma = Annotated[float, typer.Option("--blur-sigma", help="Blur width in tokens; 0 is the no-op.", min=0)]
-Kernel = Annotated[int, typer.Option(help="Taps of the blur, odd.", min=1)]
-BorderOption = Annotated[BorderRule, typer.Option("--border", help="reflect (the paper) or symmetric (keeps mass).")]
-Where = Annotated[Stage, typer.Option(help="Blur probabilities (the paper) or logits.")]
-Streams = Annotated[str | None, typer.Option(help="Text tokens of these encoders only, e.g. clip.", show_default="all")]
 Renormalise = Annotated[bool, typer.Option("--renormalise", help="Rescale edited rows to a total of 1.")]
 BranchOption = Annotated[Branch, typer.Option("--branch", help="Guidance branch to edit.")]
 EditSteps = Annotated[str, typer.Option("--steps", help="Sampling steps to edit: all, 0,20, 0-4, last-8.")]
-
-
-def build_edit(
-    kind: Kind, sigma: float, kernel: int, border: str, where: str, streams: str | None, renormalise: bool, steps: str,
-    branch: Branch = Branch.ALL,
-) -> Edit:  # fmt: skip
-    """The edit that the options describe; its layers are set later."""
-    from mmdit_probe.edit import Blur, GridBlur, Mean, Scale
-
-    address: dict[str, Any] = {
-        "streams": tuple(streams.split(",")) if streams else None,
-        "renormalise": renormalise,
-        "steps": steps,
-        "branches": None if branch is Branch.ALL else (branch.value,),
-    }
-    blur: dict[str, Any] = {"sigma": sigma, "kernel": kernel, "border": border, "where": where}
-    if kind is Kind.BLUR:
-        return Blur("image", "text", **blur, **address)
-    if kind is Kind.GRID_BLUR:
-        return GridBlur("image", "text", **blur, **address)
-    return Scale("image", "text", factor=0.0, **address) if kind is Kind.ZERO else Mean("image", "text", **address)
 
 
 @with_session
@@ -113,15 +53,10 @@ def command(
     layers: Layers = "all",
     prompts: Prompts = None,
     limit: Limit = None,
-    edit: EditKind = Kind.BLUR,
+    edited: Edited = EDITED,
     by: By = Place.LAYERS,
     heads: Heads = "all",
     selection: Selection = None,
-    blur_sigma: BlurSigma = 9.0,
-    kernel: Kernel = 5,
-    border: BorderOption = BorderRule.REFLECT,
-    where: Where = Stage.PROBABILITIES,
-    streams: Streams = None,
     renormalise: Renormalise = False,
     steps: EditSteps = "all",
     branch: BranchOption = Branch.ALL,
@@ -153,7 +88,7 @@ def command(
     output = output_of(session)
     check_layers(selection, layers, heads)
     asked = prompts_of(session, prompts, limit, DEFAULT_PROMPTS)
-    change = build_edit(edit, blur_sigma, kernel, border.value, where.value, streams, renormalise, steps, branch)
+    change = edited.build(renormalise, steps, branch)
 
     from mmdit_probe.edit import perturb
     from mmdit_probe.observe.controls import CONTROLS, parse, variants
@@ -163,11 +98,9 @@ def command(
     step_indices(steps, num_steps)
     controls = parse(control, [perturb.BUDGET, *CONTROLS])
     loaded = load_model(session)
-    check_streams(loaded, streams)
+    check_streams(loaded, edited.streams)
     which, of_heads = layers_of(selection, layers, heads, loaded)
-    plan = perturb.conditions(
-        loaded, change, which, by.value, of_heads, perturb.BUDGET in controls, session.seed
-    )  # fmt: skip
+    plan = perturb.conditions(loaded, change, which, by.value, of_heads, perturb.BUDGET in controls, session.seed)
     sampled = variants(loaded, [name for name in controls if name in ("random", "uniform")])
     variants(loaded, controls, len(asked))  # refuses shuffled captions of one prompt
     outcomes, checkpoints = outcomes_of(session, loaded.device, clip, dino)
@@ -216,7 +149,7 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
     """The table per place, the figures and the paths, from what is on disk."""
     from PIL import Image
 
-    from mmdit_probe.cli.session import plain, report_controls
+    from mmdit_probe.cli.tables import plain, report_controls
     from mmdit_probe.edit.perturb import BUDGET, CONTROL, EDIT, NO_OP, STOCK, losses, summarise
     from mmdit_probe.plots import save
     from mmdit_probe.plots.perturb import contact_sheet, effects_by_layer, effects_grid
@@ -283,7 +216,7 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
 
 def effect_rows(summary: pd.DataFrame) -> Table:
     """The table per place for the terminal: image change and the best measure of alignment there is."""
-    from mmdit_probe.cli.session import bare_table
+    from mmdit_probe.cli.tables import bare_table
     from mmdit_probe.plots.perturb import LABELS
 
     known = list(dict.fromkeys(summary["outcome"]))

@@ -111,7 +111,8 @@ def report(
     from PIL import Image
     from safetensors.numpy import save_file
 
-    from mmdit_probe.cli.session import bare_table, open_folder
+    from mmdit_probe.cli.session import open_folder
+    from mmdit_probe.cli.tables import bare_table
     from mmdit_probe.plots import save
     from mmdit_probe.plots.segmentation import blend, overlay_sheet, write_labels
 

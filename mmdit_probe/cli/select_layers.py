@@ -127,7 +127,7 @@ def _report(
     folder: Any, selection: Any, long: pd.DataFrame, table: pd.DataFrame, correlations: pd.DataFrame, path: Path,
     output: Any,
 ) -> None:  # fmt: skip
-    from mmdit_probe.cli.session import plain, report_controls
+    from mmdit_probe.cli.tables import plain, report_controls
     from mmdit_probe.plots import save
     from mmdit_probe.plots.select import evidence
     from mmdit_probe.results.statistics import compare
@@ -178,7 +178,7 @@ def _report(
 
 def evidence_rows(table: pd.DataFrame, split: str) -> Table:
     """One split's evidence for the terminal: value, interval and rank per layer."""
-    from mmdit_probe.cli.session import bare_table
+    from mmdit_probe.cli.tables import bare_table
 
     part = table[table["split"] == split]
     names = list(dict.fromkeys(part["evidence"]))

@@ -31,7 +31,8 @@ def command(measured: Measured = MEASURED, session: Session = SESSION) -> None:
 
 def _report(folder: Any, model: MMDiT, output: Any) -> None:
     """The per-layer table, the figures and the paths, from the table on disk."""
-    from mmdit_probe.cli.session import PAPER_MODEL, plain, report_controls, setting
+    from mmdit_probe.cli.session import PAPER_MODEL, setting
+    from mmdit_probe.cli.tables import plain, report_controls
     from mmdit_probe.data import paper_table
     from mmdit_probe.observe import norm_summary
     from mmdit_probe.plots import save
@@ -80,7 +81,7 @@ def _report(folder: Any, model: MMDiT, output: Any) -> None:
 
 def norm_rows(summary: pd.DataFrame, paper: pd.DataFrame | None = None) -> Table:
     """The per-layer table for the terminal. `paper` adds the published curves."""
-    from mmdit_probe.cli.session import bare_table
+    from mmdit_probe.cli.tables import bare_table
     from mmdit_probe.observe.norm_summary import GROUPS
 
     groups = [name for name in GROUPS if name in summary]
