@@ -163,12 +163,15 @@ def _minimax_h3(inputs: Inputs, config: Any) -> Arrangement:
 
 
 def _omnigen(inputs: Inputs, config: Any) -> Arrangement:
-    """Text, in which reference images have places of their own; one token of the time; the image."""
+    """Padding, which no image token sees; text, in which reference images have places of their own; one token of the
+    time; the image."""
     extent, length = latents(inputs, config), int(inputs["input_ids"].shape[1])
+    mask: Any = inputs["attention_mask"]
     found = []
     for row in range(samples(inputs)):
         references = {p for first, last in inputs["input_image_sizes"].get(row, ()) for p in range(first, last)}
-        kinds = ["other" if position in references else "text" for position in range(length)]
+        seen = (mask[row, -1, :length] > 0).tolist()
+        kinds = ["text" if seen[place] and place not in references else "other" for place in range(length)]
         runs = tuple((kind, len(list(of))) for kind, of in itertools.groupby(kinds))
         found.append((*runs, ("other", 1), *extent.image))
     return Arrangement(tuple(found), extent.grid)
@@ -362,12 +365,14 @@ ENTRIES: tuple[Family, ...] = (
         "hunyuan_video", "HunyuanVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),
         sequence(latents, "image", "text"), timesteps=1000.0, streams=_HUNYUAN_VIDEO, length_argument=_LENGTH,
         default_length=256, encoded=("text", "pooled", "mask"),
+        template_arguments=("prompt_template",),
     ),
     # transformer_hunyuan_video_framepack.py: frames made before and picture embeddings are neither image nor text.
     Family(
         "hunyuan_video_framepack", "HunyuanVideoFramepackTransformer3DModel", (_DOUBLE, _SINGLE),
         ("other", "image", "other", "text"), _framepack, timesteps=1000.0, streams=_HUNYUAN_VIDEO,
         length_argument=_LENGTH, default_length=256, encoded=("text", "pooled", "mask"),
+        template_arguments=("prompt_template",),
     ),
     # transformer_hunyuanimage.py: text is [ByT5, language model].
     Family(
@@ -419,6 +424,7 @@ ENTRIES: tuple[Family, ...] = (
         streams=(stream("llm", wrap=lumina2_system),), length_argument=_LENGTH, default_length=256,
         encoded=_TEXTS_MASKS,
         pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
+        template_arguments=("system_prompt",),
     ),
     # transformer_z_image.py, text to image: lists of a latent [C, frames, h, w] and a text [T, width] per sample.
     Family(
@@ -477,6 +483,7 @@ ENTRIES: tuple[Family, ...] = (
         sequence(_joy, "image", "text"), timesteps=1000.0, encoded=_TEXT_MASK,
         streams=(stream("llm", wrap=joy_template, cut=joy_cut, padded=False),), length_argument=_LENGTH,
         default_length=1024,
+        template_arguments=("template_type",),
     ),
     Family(
         "motif_video", "MotifVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),
@@ -490,6 +497,7 @@ ENTRIES: tuple[Family, ...] = (
         streams=(stream("t5", texts=prx_cleaned, length="tokenizer_max_length"),),
         length_argument="tokenizer_max_length", pipelines=("PRXPipeline",),
         options=(("use_resolution_binning", False),), size_in_pixels=True,
+        template_arguments=("skip_text_cleaning",),
     ),
     Family(
         "nucleus_image", "NucleusMoEImageTransformer2DModel", _DOUBLE, ("image", "text"),

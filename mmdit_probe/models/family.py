@@ -90,6 +90,9 @@ class Family:
     """Branches in batch order when the pipeline runs classifier-free guidance in one call."""
     streams: tuple[TextStream, ...] = ()
     """Where text positions come from; empty if the pipeline's prompts are not followed."""
+    template_arguments: tuple[str, ...] = ()
+    """Arguments of `encode_prompt` that change the text read around, or in place of, the prompt. The streams state what
+    their defaults do; with other values the tokens stay unknown."""
     length_argument: str = ""
     """Argument of `encode_prompt` and of the pipeline that sets the length of the streams that name it."""
     default_length: int = 0

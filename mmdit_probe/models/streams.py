@@ -104,7 +104,7 @@ def joy_cut(pipeline: Any) -> int:
 
 
 def prx_cleaned(pipeline: Any, prompt: str) -> list[list[Part]]:
-    """PRX: the prompt in lower case, without addresses, file names and the like (`skip_text_cleaning` is not seen)."""
+    """PRX: the prompt in lower case, without addresses, file names and the like."""
     return [traced(pipeline.text_preprocessor.clean_text(prompt), prompt)]
 
 

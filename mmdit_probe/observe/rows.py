@@ -14,6 +14,7 @@ Not here: embeddings that were computed elsewhere. Their text is unknown unless 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from mmdit_probe.attention.intercept import Detach, interpose
+from mmdit_probe.errors import UserError
 from mmdit_probe.models.families import Family
 from mmdit_probe.models.mmdit import Batch
 from mmdit_probe.models.tokens import TokenTable, token_tables
@@ -164,13 +166,22 @@ class PipelineRows:
         count = max(len(column) for column in columns)
         texts = [list(text) for text in zip(*(column * (count // len(column)) for column in columns), strict=True)]
         tables: list[TokenTable | None] = [None] * len(texts)
-        if self.family.streams:
+        if self.family.streams and not self._rewritten(given):
             length = given.get(self.family.length_argument)
-            tables = list(token_tables(self.pipeline, self.family, texts, length, negative))
+            try:
+                tables = list(token_tables(self.pipeline, self.family, texts, length, negative))
+            except UserError as error:  # the pipeline runs with this tokenizer, so the probe must not stop it
+                warnings.warn(f"the kinds of the text tokens stay unknown: {error}", stacklevel=2)
         copies = max(1, len(rows) // len(texts))
         return _Branch(
             rows, [text[0] for text in texts for _ in range(copies)], [table for table in tables for _ in range(copies)]
         )
+
+    def _rewritten(self, given: dict[str, Any]) -> bool:
+        """Whether the caller has the prompt put into other text than the pipeline does by default."""
+        known = inspect.signature(type(self.pipeline).encode_prompt).parameters
+        names = [name for name in self.family.template_arguments if name in known]
+        return any(given[name] != known[name].default for name in names)
 
     def _on_latents(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._encoding = False

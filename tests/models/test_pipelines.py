@@ -19,6 +19,7 @@ from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.packing import pack, unpack
 from mmdit_probe.observe.mass import AttentionMass
 from mmdit_probe.observe.probe import probe
+from mmdit_probe.observe.rows import PipelineRows
 from tests.pipelines import PIPELINES, SIDE, build
 from tests.video_pipelines import VIDEO_PIPELINES
 
@@ -145,6 +146,41 @@ def test_an_empty_negative_prompt_is_known() -> None:
     table = sample(model_of("ernie_image"), "a red ring", guidance=3.0).query("query == 'image' and key == 'text'")
     kinds = table[table["step"] == 0].groupby("branch")["span"].agg(set).to_dict()
     assert kinds == {"cond": {"word"}, "uncond": {"bos"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("lumina2", {"system_prompt": "other words"}),
+        ("prx", {"skip_text_cleaning": True}),
+        ("hunyuan_video", {"prompt_template": {"template": "b{}", "crop_start": 1}}),
+    ],
+)
+def test_words_are_unknown_where_the_caller_writes_the_template(name: str, options: dict[str, Any]) -> None:
+    pipe = model_of(name).pipeline
+    length = {FAMILIES[name].length_argument: LENGTHS.get(name) or 40}
+    for given, known in (({}, True), (options, False)):
+        rows = PipelineRows(pipe, FAMILIES[name])
+        detach = rows.attach()
+        with torch.no_grad():
+            pipe.encode_prompt("a cat", device="cpu", **length, **given)
+        for undo in detach:
+            undo()
+        tables = rows._branches["cond"].tables
+        assert [table is not None for table in tables] == [known]
+
+
+def test_a_tokenizer_that_cannot_be_read_leaves_words_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stock pipeline runs with it, so it runs under the probe."""
+    model = model_of("flux")
+
+    def unreadable(*_: Any) -> None:
+        raise UserError("does not say which characters a token stands for")
+
+    monkeypatch.setattr("mmdit_probe.observe.rows.token_tables", unreadable)
+    with pytest.warns(UserWarning, match="stay unknown: does not say"):
+        table = sample(model, "a cat", guidance=3.0)
+    assert set(table[table["key"] == "text"]["span"]) == {"unknown"} and set(table["prompt"]) == {"a cat"}
 
 
 def test_glm_reads_quotations_only() -> None:

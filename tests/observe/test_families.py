@@ -460,6 +460,22 @@ def test_conditions_of_minimax_are_no_image_tokens() -> None:
     assert places is not None and places.keys[0, 12:19].tolist() == [6, 5, 4, 3, 2, 1, 0]
 
 
+def test_padding_of_omnigen_is_no_text() -> None:
+    """Shorter prompts are padded in front: nobody but the pads sees the pads, and they see everything."""
+    model, inputs = FIXTURES["omnigen"].build(), FIXTURES["omnigen"].inputs()
+    inputs |= {"input_image_sizes": {}, "input_img_latents": [], "attention_mask": inputs["attention_mask"].clone()}
+    inputs["attention_mask"][1, :, :3] = 0
+    inputs["attention_mask"][1, :3] = 1
+    with probe(model, AttentionMass()) as watched:
+        run(model, inputs)
+    table = watched[AttentionMass].table().query("layer == 0 and head == 0")
+    longer, shorter = (table.iloc[rows].set_index(["query", "key"]) for rows in (slice(0, 6), slice(6, 12)))
+    assert longer["n_key"].tolist() == [12, 1, 7] * 2 and shorter["n_key"].tolist() == [12, 4, 4] * 2
+    assert shorter["n_query"].tolist() == [12] * 3 + [4] * 3
+    assert shorter.loc[("text", "text"), "mass"] == pytest.approx(1, abs=1e-6)  # text comes before the image
+    assert shorter.loc[("image", "text"), "mass"] < longer.loc[("image", "text"), "mass"]
+
+
 def test_every_entry_has_a_fixture() -> None:
     built = {fixture.transformer for fixture in FIXTURES.values()}
     assert {family.transformer for family in FAMILIES.values()} == built
