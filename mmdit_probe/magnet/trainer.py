@@ -95,7 +95,6 @@ def train(
         UserError: data or options do not fit the model. RunError: the loss is not finite.
     """
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
     from accelerate.utils import wait_for_everyone
 
     watch = watch or Watch()
@@ -111,43 +110,54 @@ def train(
         raise UserError(f"{model.name} has an adapter already; merge it (pipeline.fuse_lora) or load the base model")
     if config.precision == "fp16" and model.device.type == "cpu":
         raise UserError("precision fp16 needs a GPU; on a CPU train with bf16 or no")
-    foreign = bool(AcceleratorState._shared_state)
-    accelerator = Accelerator(mixed_precision=config.precision, cpu=model.device.type == "cpu")
-    if accelerator.device.type != "cpu" and model.device != accelerator.device:
-        model.pipeline.to(accelerator.device)
-    request = {
-        "model": {"id": model.name, "weight_hash": model.weight_hash},
-        "data": data.describe(),
-        **config.as_request(),
-        "effective_batch": config.effective(accelerator.num_processes),
-        **(text or {}),
-    }
-    folder, path = _open(accelerator, request, out, resume)
-    loop = _Loop(model, data, config, watch, accelerator, targets, layers, path)
-    if folder is not None and not folder.complete:
-        folder.record(
-            model=request["model"],
-            dtype=str(model.dtype),
-            device=str(model.device),
-            processes=accelerator.num_processes,
-            trainable={"modules": len(targets), "parameters": sum(p.numel() for p in loop.parameters.values())},
-        )
-    state = checkpoint.latest(path) if resume else None
-    if state is not None:
-        loop.restore(state)
-    start(loop.step)
-    try:
-        loop.run(advance)
-    finally:
-        accelerator.unwrap_model(loop.wrapped, keep_fp32_wrapper=False)
-        if not foreign:
-            # The precision is process-wide in accelerate: without this the next training could not have another one.
-            AcceleratorState._reset_state()
-    if folder is not None and not folder.complete:
-        # Nothing that was measured is lost: loss curve, validations and memory stay with the adapter.
-        folder.finish(steps=loop.step, final=loop.log[-1] if loop.log else {})
-    wait_for_everyone()
+    with _precision_of_its_own():
+        accelerator = Accelerator(mixed_precision=config.precision, cpu=model.device.type == "cpu")
+        if accelerator.device.type != "cpu" and model.device != accelerator.device:
+            model.pipeline.to(accelerator.device)
+        request = {
+            "model": {"id": model.name, "weight_hash": model.weight_hash},
+            "data": data.describe(),
+            **config.as_request(),
+            "effective_batch": config.effective(accelerator.num_processes),
+            **(text or {}),
+        }
+        folder, path = _open(accelerator, request, out, resume)
+        loop = _Loop(model, data, config, watch, accelerator, targets, layers, path)
+        if folder is not None and not folder.complete:
+            folder.record(
+                model=request["model"],
+                dtype=str(model.dtype),
+                device=str(model.device),
+                processes=accelerator.num_processes,
+                trainable={"modules": len(targets), "parameters": sum(p.numel() for p in loop.parameters.values())},
+            )
+        state = checkpoint.latest(path) if resume else None
+        if state is not None:
+            loop.restore(state)
+        start(loop.step)
+        try:
+            loop.run(advance)
+        finally:
+            accelerator.unwrap_model(loop.wrapped, keep_fp32_wrapper=False)
+        if folder is not None and not folder.complete:
+            # Nothing that was measured is lost: loss curve, validations and memory stay with the adapter.
+            folder.finish(steps=loop.step, final=loop.log[-1] if loop.log else {})
+        wait_for_everyone()
     return TrainResult(path, path / "lora", pd.DataFrame(loop.log), pd.DataFrame(loop.validations))
+
+
+@contextmanager
+def _precision_of_its_own() -> Iterator[None]:
+    """The precision is process-wide in accelerate; afterwards the next training may have another, also after an error.
+    A state that the caller made stays."""
+    from accelerate.state import AcceleratorState
+
+    foreign = bool(AcceleratorState._shared_state)
+    try:
+        yield
+    finally:
+        if not foreign:
+            AcceleratorState._reset_state()
 
 
 class _Loop:
