@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -60,7 +61,7 @@ def test_rows_are_ratios_to_stock_judged_tabulated_and_plotted(scaling: ModuleTy
     rows = []
     for tokens, factor in ((1024, 1), (4096, 4)):
         timed = {way: [factor * value for value in values] for way, values in seconds.items()}
-        found = scaling.ratios(timed, {"stock": 2, "masses": 2, "blur": 3})
+        found = scaling.ratios(timed, {"stock": 2, "masses": 2, "blur": 3}, {})
         cell = {"blocks": "flux", "image_tokens": tokens, "dtype": "bfloat16"}
         rows += [cell | row for row in found]
     assert [row["time_ratio"] for row in rows[:3]] == pytest.approx([1.0, 1.02, 2.0])
@@ -77,9 +78,39 @@ def test_rows_are_ratios_to_stock_judged_tabulated_and_plotted(scaling: ModuleTy
     }
     text = scaling.markdown(report)
     assert "2 of 4 cells met" in text and "flux bfloat16 4096 blur (2.000x time, 1.500x memory)" in text
-    assert "| flux | bfloat16 | 4096 | masses | 8.160 | 0.1600 | 1.020 [1.020, 1.020] | 1.000 | 1.05 | met |" in text
+    assert (
+        "| flux | bfloat16 | 4096 | masses | 8.160 | 0.1600 | 1.020 [1.020, 1.020] | - | 1.000 | 1.05 | met |" in text
+    )
     figure = scaling.plot(rows)
     assert [len(axis.lines) for axis in figure.axes] == [4, 3, 3]  # two ways and two target lines; three ways
+
+
+def test_time_within_a_forward_decides_where_it_is_known(scaling: ModuleType) -> None:
+    # The machine slowed down between the two forwards: by the ratio to stock the target would be missed.
+    seconds = {"stock": [1.0, 1.0], "masses": [2.08, 2.08], "blur": [2.0, 2.0]}
+    rows = scaling.ratios(seconds, dict.fromkeys(seconds, 2), {"masses": [0.08, 0.08]})
+    assert [row["within"] for row in rows] == [None, pytest.approx(1.04), None]
+    assert [row["time_met"] for row in rows] == [None, True, False]
+    assert rows[1]["added_seconds"] == 0.08 and scaling.value(rows[1], "time_ratio") == rows[1]["within"]
+
+
+def test_the_observers_time_is_that_of_their_methods(scaling: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmdit_probe import AttentionMass
+
+    observe = AttentionMass.observe
+
+    def slow(observer: AttentionMass, seen: object) -> None:
+        time.sleep(0.02)
+        observe(observer, seen)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(AttentionMass, "observe", slow)
+    transformer, forward = scaling.build("sd3-medium", 16, "float32", "cpu", heads=1)
+    spent = scaling.Spent("wall")
+    with scaling.attached("masses", transformer, spent):
+        begin = time.perf_counter()
+        forward()
+        whole = time.perf_counter() - begin
+    assert 0.04 <= spent.seconds < whole  # two layers
 
 
 def test_a_stopped_run_goes_on(
@@ -93,7 +124,7 @@ def test_a_stopped_run_goes_on(
             raise KeyboardInterrupt
         measured.append(tokens)
         cell = {"blocks": blocks, "image_tokens": tokens, "dtype": dtype}
-        return [cell | row for row in scaling.ratios({"stock": [1.0]}, {"stock": 2})]
+        return [cell | row for row in scaling.ratios({"stock": [1.0]}, {"stock": 2}, {})]
 
     monkeypatch.setattr(scaling, "results", lambda name, device: tmp_path / f"{name}-kind")
     monkeypatch.setattr(scaling, "measure", measure)
