@@ -17,7 +17,7 @@ demo: $(VENV)/.stamp
 	$(BIN)/mmdit-probe attention-budget --layers all --model $(MODEL) --device $(DEVICE)
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .

@@ -49,7 +49,7 @@ def command(
     Models that do not know the scenes world: run attention-budget, value-norms and perturb on them and pass the run
     folders with --from.
     """
-    from mmdit_probe.cli.session import check_sigma, load_model, open_folder, output_of
+    from mmdit_probe.cli.session import check_sigma, load_model, open_folder, output_of, text_of
     from mmdit_probe.data.prompts import SPLITS
     from mmdit_probe.errors import UserError, unknown
     from mmdit_probe.select.names import CONTROLLED, EVIDENCE, RANK_RULES, WEIGHT_RULES, evidence_names
@@ -79,7 +79,7 @@ def command(
     if top > len(loaded.layers):
         raise UserError(f"--top {top}: expected 1 to {len(loaded.layers)} layers")
     plan = room.Plan(limit, sigma, prompts, num_steps, guidance, session.seed)
-    read = [room.from_run(run, loaded) for run in runs or []]
+    read = [room.from_run(run, loaded, text_of(session)) for run in runs or []]
     how: dict[str, Any] = {
         "rule": rule, "weights": weights, "split": split, "report": report, "n": limit, "prompts": prompts,
         "sigma": sigma, "seed": session.seed, "from": [str(run) for run in runs or []],

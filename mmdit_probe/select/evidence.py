@@ -12,7 +12,7 @@ correlations say so. Not here: the analyses themselves (observe, edit, embedded.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,11 +88,14 @@ def measure(
     return pd.concat(parts, ignore_index=True)[COLUMNS]
 
 
-def from_run(folder: Path | str, model: MMDiT) -> pd.DataFrame:
+def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any] | None = None) -> pd.DataFrame:
     """The evidence that a run folder of another command holds, as `measure` gives it; its split is the folder's name.
 
+    Args:
+        text: how text is encoded where not in the model's own way, as requests say it: `no_t5`, `max_sequence_length`.
+
     Raises:
-        UserError: no run folder, no evidence in it, or one of other weights.
+        UserError: no run folder, no evidence in it, or one of other weights or of text encoded in another way.
     """
     from mmdit_probe.results.folder import read_record
 
@@ -104,6 +107,12 @@ def from_run(folder: Path | str, model: MMDiT) -> pd.DataFrame:
     if record["request"].get("weight_hash") != model.weight_hash:
         raise UserError(
             f"{str(folder)!r} was measured on other weights than those of {model.name}; run {command} on it"
+        )
+    told, asked = ({n: of.get(n) for n in ("no_t5", "max_sequence_length")} for of in (record["request"], text or {}))
+    if told != asked:
+        raise UserError(
+            f"{str(folder)!r} was measured with text encoded in another way ({_said(told)}; here: {_said(asked)});"
+            f" run {command} with the options of this command"
         )
     if command == "pca" and record["request"].get("fit") != "joint":
         raise UserError(
@@ -117,6 +126,10 @@ def from_run(folder: Path | str, model: MMDiT) -> pd.DataFrame:
     }
     frame = readers[command](path).assign(evidence=COMMANDS[command][0], split=path.name, control=NONE)
     return frame[COLUMNS]
+
+
+def _said(text: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in text.items() if value) or "the model's own way"
 
 
 def by_layer(long: pd.DataFrame) -> pd.DataFrame:

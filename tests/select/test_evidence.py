@@ -113,6 +113,8 @@ def test_from_run_folders_to_a_selection(
 
     assert run("select-layers", "--model", str(tiny_directory), "--from", "chosen") == 2
     assert "no run folder" in capfd.readouterr().err
+    assert run("select-layers", "--model", str(tiny_directory), "--from", "norms", "--no-t5") == 2
+    assert "text encoded in another way (the model's own way; here: no_t5=True)" in capfd.readouterr().err
     assert run("select-layers", "--model", str(tiny_directory), "--split", "test") == 2
     assert "another" in capfd.readouterr().err
     assert run("select-layers", "--model", str(tiny_directory), "--rule", "rank") == 2
