@@ -1,7 +1,7 @@
 """What observing the attention budget costs: time and peak memory of a forward, against stock and the explicit softmax.
 
     python benchmarks/overhead.py                       # all cases; writes benchmarks/results/overhead-<kind>.{json,md}
-    python benchmarks/overhead.py --case scenes-sd3 --rounds 5 --no-write
+    python benchmarks/overhead.py --case scenes-sd3 --rounds 5   # one of them; what the file has of others stays
 
 Four ways to run the same forward: `stock` (nothing attached), `watched` (every attention call is caught and left
 alone), `probe` (AttentionMass on every layer, rows to a sink that drops them) and `explicit` (softmax(q k^T)
@@ -159,14 +159,16 @@ def explicit_softmax(call: Any, module_call: Any, proceed: Any) -> Any:
 
 
 def timings(case: str, dtype: str, device: str, rounds: int, clock: str) -> dict[str, list[float]]:
-    """Seconds per forward, `rounds` for each way, in turns."""
+    """Seconds per forward, `rounds` for each way, in turns; of a small model the mean of a second's forwards."""
     target, forward = build(case, dtype, device)
+    forward()  # warms up
+    count = max(1, round(1 / timed(forward, device, clock)))
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for turn in range(rounds + 1):
+    for turn in range(rounds):
         for way in WAYS[turn % len(WAYS) :] + WAYS[: turn % len(WAYS)]:
             with attached(way, target):
-                seconds[way].append(timed(forward, device, clock))
-    return {way: values[1:] for way, values in seconds.items()}  # the first round warms up
+                seconds[way].append(timed(lambda: [forward() for _ in range(count)], device, clock) / count)
+    return seconds
 
 
 def timed(forward: Callable[[], Any], device: str, clock: str) -> float:
@@ -303,25 +305,29 @@ def main() -> None:
 
     import torch
 
-    rows = []
+    stem = results("overhead", options.device)
+    report: dict[str, Any] = {
+        "machine": machine(options.device)[0],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "clock": options.clock,
+    }
+    before = json.loads(stem.with_suffix(".json").read_text()) if stem.with_suffix(".json").is_file() else {}
+    kept = before if all(before.get(key) == value for key, value in report.items()) else {"rows": [], "shares": {}}
+    rows = [row for row in kept["rows"] if row["case"] not in cases or row["dtype"] not in dtypes]
     for case in cases:
         for dtype in dtypes:
             rows.append(measure(case, dtype, options.device, options.rounds, options.clock))
             for way in WAYS[1:]:
                 cell = rows[-1][way]
                 print(f"{case} {dtype} {way}: {cell['time_ratio_median']:.3f}x time, {cell['peak_ratio']:.3f}x memory")
-    report = {
-        "machine": machine(options.device)[0],
+    report |= {
         "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "clock": options.clock,
-        "rows": rows,
-        "shares": {dtype: shares(dtype, options.device) for dtype in dtypes},
+        "rows": sorted(rows, key=lambda row: (list(CASES).index(row["case"]), DTYPES.index(row["dtype"]))),
+        "shares": kept["shares"] | {dtype: shares(dtype, options.device) for dtype in dtypes},
     }
     if not options.no_write:
         RESULTS.mkdir(exist_ok=True)
-        stem = results("overhead", options.device)
         stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
         stem.with_suffix(".md").write_text(markdown(report))
         print(f"written: {stem}.json, {stem}.md")
