@@ -314,6 +314,8 @@ def value(row: dict[str, Any], key: str) -> float:
 
 def plot(rows: list[dict[str, Any]]) -> Any:
     """Time ratio with its targets, seconds and memory against image tokens; one column for each kind of block."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     from mmdit_probe.plots import style
 
     kinds = list(dict.fromkeys((row["blocks"], row["dtype"]) for row in rows))
@@ -342,6 +344,9 @@ def plot(rows: list[dict[str, Any]]) -> Any:
                         axis.axhline(target, color="#999999", linewidth=0.6, linestyle=":")
                 else:
                     axis.set_yscale("log")
+                    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+                    axis.yaxis.set_major_formatter("{x:g}")
+                    axis.yaxis.set_minor_locator(NullLocator())
                 axis.set_xscale("log", base=2)
                 axis.set_xticks(sorted({row["image_tokens"] for row in rows}))
                 axis.xaxis.set_major_formatter("{x:.0f}")
