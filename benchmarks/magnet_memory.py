@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -26,7 +24,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).parent))
+from overhead import RESULTS, machine
+
 WAYS = ("flow", "token-logit", "token-probability", "head-logit", "head-probability", "dense")
 HEADS, WIDTH, TEXT, WORDS = 24, 64, 333, 8
 
@@ -166,8 +166,7 @@ def main() -> None:
         done = subprocess.run([*line, "--device", ask.device], stdout=subprocess.PIPE, text=True, check=True)
         rows.append({"way": way, **json.loads(done.stdout.splitlines()[-1])})
         print(f"{way}: peak {rows[-1]['peak'] / 2**20:.0f} MiB, {rows[-1]['seconds']:.1f} s", flush=True)
-    name = torch.cuda.get_device_name(ask.device) if ask.device.startswith("cuda") else platform.machine()
-    report = {"machine": f"{name}, {os.cpu_count()} cores", "torch": torch.__version__, "side": ask.side,
+    report = {"machine": machine(ask.device)[0], "torch": torch.__version__, "side": ask.side,
               "threads": torch.get_num_threads(), "dtype": ask.dtype, "rows": rows}  # fmt: skip
     if not ask.no_write:
         RESULTS.mkdir(exist_ok=True)

@@ -116,7 +116,6 @@ def bias_of(call: SDPACall, keys: Columns, rows: Columns) -> Tensor | None:
     """The additive mask of some rows and keys, [B or 1, H or 1, R or 1, K or 1] float32, causal part included."""
     bias = call.additive_mask(torch.float32)
     if bias is not None:
-        bias = bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
         bias = bias[:, :, rows] if bias.shape[2] > 1 else bias
         bias = bias[..., keys] if bias.shape[3] > 1 else bias
     if call.is_causal:

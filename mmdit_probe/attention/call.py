@@ -70,14 +70,16 @@ class SDPACall:
         return _repeat_heads(self.value, self.query.shape[1])
 
     def additive_mask(self, dtype: torch.dtype) -> Tensor | None:
-        """`attn_mask` as an additive bias (0 and -inf for a boolean one), not expanded; the causal mask is not in
-        it."""
+        """`attn_mask` as an additive bias (0 and -inf for a boolean one) [B or 1, H or 1, Nq or 1, Nk or 1], not
+        expanded; the causal mask is not in it. Torch takes any mask that broadcasts, its kernels only four axes."""
         if self.attn_mask is None:
             return None
         if self.attn_mask.dtype != torch.bool:
-            return self.attn_mask.to(dtype)
-        zeros = torch.zeros(self.attn_mask.shape, dtype=dtype, device=self.attn_mask.device)
-        return zeros.masked_fill_(~self.attn_mask, float("-inf"))
+            bias = self.attn_mask.to(dtype)
+        else:
+            zeros = torch.zeros(self.attn_mask.shape, dtype=dtype, device=self.attn_mask.device)
+            bias = zeros.masked_fill_(~self.attn_mask, float("-inf"))
+        return bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
 
 
 def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:

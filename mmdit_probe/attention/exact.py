@@ -84,8 +84,6 @@ def logsumexp(call: SDPACall) -> Tensor | None:
     if key.shape[-1] != value.shape[-1]:
         value = key  # lse does not depend on the values, and fused kernels want equal widths
     rows, mask = query.shape[-2], call.additive_mask(query.dtype)
-    if mask is not None and mask.ndim < 4:  # torch takes any that broadcasts, its kernels do not
-        mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
     if query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, call.is_causal, attn_mask=mask, scale=call.scale

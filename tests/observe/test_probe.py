@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 from collections.abc import Callable
@@ -347,14 +348,17 @@ def test_masses_are_those_of_the_full_call_even_with_edits(pipe: Any, nested: bo
     assert not np.allclose(one[~upstream]["mass"], two[~upstream]["mass"], atol=1e-6)
 
 
+def masses_of_a_step(pipe: Any) -> np.ndarray:
+    """All masses of a pipeline's sampling with one step."""
+    with probe(pipe, AttentionMass()) as run:
+        sample(pipe, steps=1)
+    return run[AttentionMass].table()["mass"].to_numpy()
+
+
 def test_a_lora_added_before_or_after_attaching_is_seen(pipe: Any) -> None:
     from peft import LoraConfig
 
-    def masses() -> np.ndarray:
-        with probe(pipe, AttentionMass()) as run:
-            sample(pipe, steps=1)
-        return run[AttentionMass].table()["mass"].to_numpy()
-
+    masses = functools.partial(masses_of_a_step, pipe)
     plain = masses()
     with probe(pipe, AttentionMass()) as run:
         pipe.transformer.add_adapter(
@@ -453,11 +457,7 @@ def test_lora_weights_loaded_fused_and_unloaded_through_the_pipeline(pipe: Any, 
     )
     type(donor).save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(donor.transformer))
 
-    def masses() -> np.ndarray:
-        with probe(pipe, AttentionMass()) as run:
-            sample(pipe, steps=1)
-        return run[AttentionMass].table()["mass"].to_numpy()
-
+    masses = functools.partial(masses_of_a_step, pipe)
     plain = masses()
     with probe(pipe, AttentionMass()) as run:
         pipe.load_lora_weights(tmp_path)
