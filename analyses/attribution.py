@@ -18,8 +18,8 @@ from pathlib import Path
 import pandas as pd
 
 from mmdit_probe import load
-from mmdit_probe.edit.attribute import agreement, attribute, by_scene
-from mmdit_probe.observe.controls import variants
+from mmdit_probe.experiments.attribute import agreement, attribute, by_scene
+from mmdit_probe.experiments.controls import variants
 from mmdit_probe.plots import attribute as plots
 from mmdit_probe.plots import save
 from mmdit_probe.results import RunFolder, TableWriter, read_table

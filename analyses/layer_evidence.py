@@ -4,7 +4,7 @@
     python analyses/layer_evidence.py -n 8 --prompts 4      # a quick look
 
 A layer is selected on one split (least mean rank, a rule set before any result); the evidence is then measured again
-on another split, with the controls of `observe.controls`, so that nothing reported was used to select. Printed and
+on another split, with the controls of `experiments.controls`, so that nothing reported was used to select. Printed and
 written to `analyses/results/layer_evidence`: evidence per layer with interval and rank (CSV), paired differences to
 each control (a layer whose control shows the same is "not above its control"), rank correlations between evidences and
 between splits with intervals, `summary.md`, and the figure. Unfinished runs go on where they stopped.
@@ -18,12 +18,12 @@ from pathlib import Path
 import pandas as pd
 
 from mmdit_probe import load
+from mmdit_probe.experiments import evidence
+from mmdit_probe.experiments.evidence_names import CONTROLLED, EVIDENCE, RANK_RULES, evidence_names
 from mmdit_probe.plots import save
 from mmdit_probe.plots.select import evidence as figure
 from mmdit_probe.results import RunFolder, TableWriter, read_table
 from mmdit_probe.results.statistics import ABOVE, NONE, compare
-from mmdit_probe.select import evidence
-from mmdit_probe.select.names import CONTROLLED, EVIDENCE, RANK_RULES, evidence_names
 
 NAME = "layer-evidence"
 OUT = Path(__file__).parent / "results" / "layer_evidence"

@@ -36,9 +36,9 @@ from magnet_tables import BASE, CONTROL, PROTOCOLS, UNSUPERVISED, choose, write
 
 from mmdit_probe import TextMaps, load, probe
 from mmdit_probe.evaluate.clipscore import ClipScorer
-from mmdit_probe.evaluate.generation import scene_prompts, score
 from mmdit_probe.evaluate.matching import assign, histogram
 from mmdit_probe.evaluate.scores import ImageCounts
+from mmdit_probe.experiments.generation import scene_prompts, score
 from mmdit_probe.magnet import MagnetConfig, ScenesData, SelfLabelled, train
 from mmdit_probe.magnet.data import Data
 from mmdit_probe.magnet.sample import Sample

@@ -35,9 +35,9 @@ from mmdit_probe.evaluate.league import league
 from mmdit_probe.evaluate.plan import CEILING, KEYS, Entry, Plan
 from mmdit_probe.evaluate.scores import ImageCounts
 from mmdit_probe.results import RunFolder
+from mmdit_probe.results.selection import LayerSelection
 from mmdit_probe.segment.capture import layer_weights
 from mmdit_probe.segment.methods import find
-from mmdit_probe.select import LayerSelection
 
 NAME = "segmentation-choice"
 SIGMAS = (0.1, 0.2, 0.3, 0.4, 0.5)

@@ -69,7 +69,7 @@ def build(side: int, dtype: str, device: str) -> tuple[Any, dict[str, Any]]:
     from diffusers import SD3Transformer2DModel
 
     from mmdit_probe.magnet.lora import attach, target_modules
-    from mmdit_probe.models.families import family_of
+    from mmdit_probe.models.families.registry import family_of
 
     torch.manual_seed(0)
     kind, width = getattr(torch, dtype), HEADS * WIDTH

@@ -129,7 +129,7 @@ def attached(way: str, target: Any) -> Iterator[None]:
             yield
     else:
         from mmdit_probe.attention.intercept import watch
-        from mmdit_probe.models.families import family_of
+        from mmdit_probe.models.families.registry import family_of
         from mmdit_probe.models.layout import find_layers
 
         transformer = getattr(target, "transformer", target)

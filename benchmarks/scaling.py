@@ -124,7 +124,7 @@ def attached(way: str, transformer: Any, spent: Spent | None = None) -> Iterator
     from mmdit_probe import AttentionMass, TextMaps, ValueNorm, probe
     from mmdit_probe.attention.intercept import watch
     from mmdit_probe.edit import Blur
-    from mmdit_probe.models.families import family_of
+    from mmdit_probe.models.families.registry import family_of
     from mmdit_probe.models.layout import find_layers
 
     with contextlib.ExitStack() as stack:

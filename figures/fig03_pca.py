@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from runs import model_of, options_of, run_folder, take, target, write
 
-from mmdit_probe.observe.pca_run import summarise
+from mmdit_probe.experiments.pca_items import summarise
 from mmdit_probe.plots.pca import pca_scores
 from mmdit_probe.results import read_table
 

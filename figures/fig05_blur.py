@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from runs import model_of, options_of, run_folder, take, target, write
 
-from mmdit_probe.edit.perturb import summarise
+from mmdit_probe.experiments.perturb import summarise
 from mmdit_probe.plots.perturb import effects_by_layer
 from mmdit_probe.results import read_table
 

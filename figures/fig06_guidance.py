@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 from runs import model_of, options_of, run_folder, target, write
 
-from mmdit_probe.edit.sweep import Setting, summarise
+from mmdit_probe.experiments.sweep import Setting, summarise
 from mmdit_probe.plots.perturb import contact_sheet, guidance_by_layer
 from mmdit_probe.results import read_table
 from mmdit_probe.results.folder import read_record

@@ -64,8 +64,8 @@ def main() -> None:
 def measured(options: argparse.Namespace, data: SegDataset) -> Path:
     """The run folder of this request, with the label maps of every method: measured unless it is there."""
     from mmdit_probe.cli.session import open_model
+    from mmdit_probe.results.selection import load_selection
     from mmdit_probe.segment.run import discover, segment
-    from mmdit_probe.select import load_selection
 
     model = open_model(options.model, debug=False, device=options.device)
     setting = chosen(options.model)

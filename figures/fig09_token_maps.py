@@ -31,7 +31,7 @@ from mmdit_probe.observe.maps import TextMaps
 from mmdit_probe.plots.maps import map_sheet, short, wrapped
 from mmdit_probe.results import RunFolder
 from mmdit_probe.results.folder import read_record
-from mmdit_probe.select import load_selection
+from mmdit_probe.results.selection import load_selection
 
 COMMAND = "token-maps"
 SIGMA = 0.515

@@ -17,7 +17,7 @@ EXAMPLES = [
     "mmdit_probe.attention.call",
     "mmdit_probe.attention.exact",
     "mmdit_probe.attention.reference",
-    "mmdit_probe.models.families",
+    "mmdit_probe.models.families.registry",
     "mmdit_probe.models.layout",
 ]
 

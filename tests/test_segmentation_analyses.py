@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmdit_probe.select import LayerSelection
+from mmdit_probe.results.selection import LayerSelection
 
 
 def script(name: str) -> ModuleType:

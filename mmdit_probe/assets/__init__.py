@@ -9,6 +9,11 @@ from mmdit_probe.errors import unknown
 _ROOT = Path(__file__).parent
 
 
+def folder() -> Path:
+    """The folder that holds all embedded assets."""
+    return _ROOT
+
+
 def names() -> list[str]:
     """Names of all embedded assets: folders, and the `*.json` recipes of models derived from them."""
     return sorted(

@@ -26,8 +26,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mmdit_probe.attention.blocks import Columns, blocks, padded, size
 from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.attention.tiles import Columns, blocks, padded, size
 
 _MATH, _FLASH, _EFFICIENT, _CUDNN = 0, 1, 2, 3  # torch's SDPBackend, as `torch._fused_sdp_choice` returns it
 

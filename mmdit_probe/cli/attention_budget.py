@@ -24,7 +24,7 @@ def command(measured: Measured = MEASURED, session: Session = SESSION) -> None:
     summary, the figure and run.json into a run folder.
     """
     from mmdit_probe.cli.session import measure
-    from mmdit_probe.observe.budget import Budget
+    from mmdit_probe.experiments.budget_items import Budget
 
     folder, loaded, output = measure(Budget, NAME, TABLE, measured, session)
     _report(folder, loaded, output)
@@ -35,7 +35,7 @@ def _report(folder: Any, model: MMDiT, output: Any) -> None:
     from mmdit_probe.cli.session import PAPER_MODEL, setting
     from mmdit_probe.cli.tables import plain, report_controls
     from mmdit_probe.data import paper_table
-    from mmdit_probe.observe import summary as budget
+    from mmdit_probe.experiments import budget_summary as budget
     from mmdit_probe.plots import attention_budget, save
     from mmdit_probe.results import read_row_groups
     from mmdit_probe.results.statistics import compare

@@ -62,8 +62,8 @@ def command(
         raise unknown("split", split, SPLITS)
     items = [scene(split, index) for index in range(n)]
 
-    from mmdit_probe.edit.attribute import attribute
-    from mmdit_probe.observe.controls import CONTROLS, parse, variants
+    from mmdit_probe.experiments.attribute import attribute
+    from mmdit_probe.experiments.controls import CONTROLS, parse, variants
     from mmdit_probe.results import TableWriter
     from mmdit_probe.specs import layer_indices
 
@@ -108,7 +108,7 @@ def command(
 
 def _report(folder: Any, output: Any) -> None:
     from mmdit_probe.cli.tables import plain, report_controls
-    from mmdit_probe.edit.attribute import agreement, by_scene
+    from mmdit_probe.experiments.attribute import agreement, by_scene
     from mmdit_probe.plots import attribute as plots
     from mmdit_probe.plots import save
     from mmdit_probe.results import read_table

@@ -51,8 +51,8 @@ def command(
     chosen = pictures_of(session, images, limit, DEFAULT_PICTURES)
 
     from mmdit_probe import probe
-    from mmdit_probe.evaluate.sink_quality import map_scores
-    from mmdit_probe.observe.controls import parse, variants
+    from mmdit_probe.experiments.controls import parse, variants
+    from mmdit_probe.experiments.sink_quality import map_scores
     from mmdit_probe.observe.sinks import Channels, KeyMass, SinkFree
     from mmdit_probe.results import TableWriter
     from mmdit_probe.specs import heads_at, layer_indices
@@ -140,7 +140,7 @@ def _draw_maps(folder: Any, model: Any, picture: Any, text: str, run: Any, table
 
 def _report(folder: Any, output: Any) -> None:
     from mmdit_probe.cli.tables import plain, report_controls
-    from mmdit_probe.evaluate.sink_quality import MEAN, improvement
+    from mmdit_probe.experiments.sink_quality import MEAN, improvement
     from mmdit_probe.observe.sinks import OUTLIER, SINK, sink_mass, top_keys
     from mmdit_probe.plots import save
     from mmdit_probe.plots.sinks import sinks
@@ -222,7 +222,7 @@ def _outliers(channels: pd.DataFrame) -> pd.DataFrame:
 def quality_rows(gain: pd.DataFrame) -> Table:
     """Map quality by layer before and after, for the terminal."""
     from mmdit_probe.cli.tables import bare_table
-    from mmdit_probe.evaluate.sink_quality import SCORES
+    from mmdit_probe.experiments.sink_quality import SCORES
 
     table = bare_table(["layer", *(column for name in SCORES for column in (name.replace("_", " "), "difference"))])
     rows = gain.set_index(["layer", "score"])

@@ -49,13 +49,13 @@ def command(
 
 
 def parity(device: str, output: Any) -> list[dict[str, Any]]:
-    """Every kernel, precision and case of `attention.parity` on a device."""
-    from mmdit_probe.attention import parity
+    """Every kernel, precision and case of `attention.kernels` on a device."""
+    from mmdit_probe.attention import kernels
 
-    count = len(parity.KERNELS.get(device.split(":")[0], ("native", parity.INDICATOR)))
+    count = len(kernels.KERNELS.get(device.split(":")[0], ("native", kernels.INDICATOR)))
     found = []
-    with output.progress("kernels", total=count * len(parity.DTYPES) * len(parity.CASES)) as advance:
-        for row in parity.rows(device):
+    with output.progress("kernels", total=count * len(kernels.DTYPES) * len(kernels.CASES)) as advance:
+        for row in kernels.rows(device):
             found.append(row)
             advance()
     return found
@@ -64,7 +64,7 @@ def parity(device: str, output: Any) -> list[dict[str, Any]]:
 def _parity_table(found: list[dict[str, Any]]) -> list[Any]:
     from rich.table import Table
 
-    from mmdit_probe.attention.parity import LIMITS, summary
+    from mmdit_probe.attention.kernels import LIMITS, summary
 
     table = Table(
         "kernel", "dtype", "log-sum-exp", "mean mass", "map", "passed", "failed", "not run", "remark",

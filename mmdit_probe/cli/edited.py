@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mmdit_probe.edit.base import Edit
+    from mmdit_probe.edit.edit import Edit
 
 
 class Kind(StrEnum):

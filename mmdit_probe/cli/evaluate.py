@@ -113,7 +113,7 @@ def command(
     from mmdit_probe.evaluate.shards import alone_under_launcher, local_device, shard_of
     from mmdit_probe.evaluate.tagger import Tagging
     from mmdit_probe.results import RunFolder
-    from mmdit_probe.select import load_selection
+    from mmdit_probe.results.selection import load_selection
 
     if alone_under_launcher():
         output.note(

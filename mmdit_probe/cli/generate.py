@@ -78,9 +78,9 @@ def command(
     scales = _scales(perturb_scale)
     change = edited.build()
 
-    from mmdit_probe.edit import sweep
-    from mmdit_probe.edit.perturb import BUDGET, Sampling, chunks
-    from mmdit_probe.observe.controls import CONTROLS, parse, variants
+    from mmdit_probe.experiments import sweep
+    from mmdit_probe.experiments.controls import CONTROLS, parse, variants
+    from mmdit_probe.experiments.perturb import BUDGET, Sampling, chunks
     from mmdit_probe.results import TableWriter
     from mmdit_probe.specs import layer_indices
 
@@ -152,7 +152,7 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
     from PIL import Image
 
     from mmdit_probe.cli.tables import plain, report_controls
-    from mmdit_probe.edit.sweep import gains, summarise
+    from mmdit_probe.experiments.sweep import gains, summarise
     from mmdit_probe.plots import save
     from mmdit_probe.plots.perturb import contact_sheet, guidance_sweep
     from mmdit_probe.results import read_table

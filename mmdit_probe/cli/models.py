@@ -22,7 +22,7 @@ def listing(context: typer.Context, as_json: Json = False, quiet: Quiet = False,
 
     from mmdit_probe import assets
     from mmdit_probe.cli.output import Output
-    from mmdit_probe.models.families import FAMILIES
+    from mmdit_probe.models.families.registry import FAMILIES
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     kinds = {name: describe(assets.path(name)) for name in assets.names()}

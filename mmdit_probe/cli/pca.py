@@ -84,9 +84,9 @@ def command(
 
     import shutil
 
-    from mmdit_probe.observe.controls import parse, variants
+    from mmdit_probe.experiments.controls import parse, variants
+    from mmdit_probe.experiments.pca_items import pca_of_pictures
     from mmdit_probe.observe.pca import PCA
-    from mmdit_probe.observe.pca_run import pca_of_pictures
     from mmdit_probe.results import TableWriter
     from mmdit_probe.specs import layer_indices
 
@@ -153,7 +153,7 @@ def _draw(folder: Any, maps: Any, images: Any) -> None:
 
 def _report(folder: Any, output: Any) -> None:
     from mmdit_probe.cli.tables import plain, report_controls
-    from mmdit_probe.observe.pca_run import summarise
+    from mmdit_probe.experiments.pca_items import summarise
     from mmdit_probe.plots import save
     from mmdit_probe.plots.pca import pca_scores
     from mmdit_probe.results import read_table

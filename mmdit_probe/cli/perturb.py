@@ -90,8 +90,8 @@ def command(
     asked = prompts_of(session, prompts, limit, DEFAULT_PROMPTS)
     change = edited.build(renormalise, steps, branch)
 
-    from mmdit_probe.edit import perturb
-    from mmdit_probe.observe.controls import CONTROLS, parse, variants
+    from mmdit_probe.experiments import perturb
+    from mmdit_probe.experiments.controls import CONTROLS, parse, variants
     from mmdit_probe.results import TableWriter
     from mmdit_probe.specs import step_indices
 
@@ -150,7 +150,7 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
     from PIL import Image
 
     from mmdit_probe.cli.tables import plain, report_controls
-    from mmdit_probe.edit.perturb import BUDGET, CONTROL, EDIT, NO_OP, STOCK, losses, summarise
+    from mmdit_probe.experiments.perturb import BUDGET, CONTROL, EDIT, NO_OP, STOCK, losses, summarise
     from mmdit_probe.plots import save
     from mmdit_probe.plots.perturb import contact_sheet, effects_by_layer, effects_grid
     from mmdit_probe.results import read_table

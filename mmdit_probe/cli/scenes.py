@@ -80,7 +80,7 @@ def train(
     """Train what the package ships, stage by stage, resuming exactly; `export` writes the assets, `import` starts from
     them."""
     from mmdit_probe.cli.output import Output
-    from mmdit_probe.embedded.recipe import run_stage
+    from training.recipe import run_stage
 
     Output(debug=debug)
     names = [s for s in StageName if s not in (StageName.IMPORT, StageName.ALL)] if stage is StageName.ALL else [stage]
@@ -113,7 +113,7 @@ def score(
 ) -> None:
     """Measure a model that knows the world: what its images show (read by the parser), where its words look."""
     from mmdit_probe.cli.session import load_model, output_of
-    from mmdit_probe.embedded.report import score_model
+    from mmdit_probe.experiments.scenes_report import score_model
 
     output = output_of(session)
     loaded = load_model(session)

@@ -63,9 +63,9 @@ def command(
     asked = _asked(prompts, n) if prompts is not None else None
 
     from mmdit_probe.errors import unknown
-    from mmdit_probe.evaluate import generation
     from mmdit_probe.evaluate.blip import BlipAsker
     from mmdit_probe.evaluate.clipscore import ClipScorer
+    from mmdit_probe.experiments import generation
     from mmdit_probe.models.adapters import load_adapter
     from mmdit_probe.results import TableWriter, read_table
     from mmdit_probe.scenes import load_parser

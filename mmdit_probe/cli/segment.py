@@ -93,7 +93,7 @@ def load_read(reading: Reading, session: Session) -> MMDiT:
         UserError: the selection to read is of other weights.
     """
     from mmdit_probe.cli.session import load_model
-    from mmdit_probe.select import load_selection
+    from mmdit_probe.results.selection import load_selection
 
     loaded = load_model(session)
     if reading.selection is not None:

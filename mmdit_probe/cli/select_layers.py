@@ -52,7 +52,7 @@ def command(
     from mmdit_probe.cli.session import check_sigma, load_model, open_folder, output_of, text_of
     from mmdit_probe.data.prompts import SPLITS
     from mmdit_probe.errors import UserError, unknown
-    from mmdit_probe.select.names import CONTROLLED, EVIDENCE, RANK_RULES, WEIGHT_RULES, evidence_names
+    from mmdit_probe.experiments.evidence_names import CONTROLLED, EVIDENCE, RANK_RULES, WEIGHT_RULES, evidence_names
 
     output = output_of(session)
     wanted = evidence_names(evidence, bool(runs))
@@ -68,11 +68,11 @@ def command(
 
     import pandas as pd
 
-    from mmdit_probe.observe.controls import parse
+    from mmdit_probe.experiments import evidence as room
+    from mmdit_probe.experiments.controls import parse
     from mmdit_probe.results import TableWriter, read_table
+    from mmdit_probe.results.selection import LayerSelection
     from mmdit_probe.results.statistics import NONE
-    from mmdit_probe.select import LayerSelection
-    from mmdit_probe.select import evidence as room
 
     controls = parse(control)
     loaded = load_model(session)

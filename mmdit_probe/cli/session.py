@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from mmdit_probe.cli.options import Measured, Session
     from mmdit_probe.cli.output import Output
     from mmdit_probe.data.images import Picture
-    from mmdit_probe.edit.outcomes import Outcome
+    from mmdit_probe.experiments.budget_items import Budget
+    from mmdit_probe.experiments.outcomes import Outcome
     from mmdit_probe.models.mmdit import MMDiT
-    from mmdit_probe.observe.budget import Budget
     from mmdit_probe.results import RunFolder
 
 DEFAULT_CLIP = "scenes-clip"
@@ -143,7 +143,7 @@ def layers_of(selection: Path | None, layers: str, heads: str, model: MMDiT) -> 
     """
     if selection is None:
         return layers, heads
-    from mmdit_probe.select import load_selection
+    from mmdit_probe.results.selection import load_selection
 
     found = load_selection(selection, model)
     chosen = sorted(found.layers)
@@ -156,7 +156,7 @@ def outcomes_of(
     """What is measured of images, and the checkpoints it takes: the change always, the scenes parser and scenes-clip
     for models of the scenes world, CLIP and DINO where named ("none" leaves CLIP out)."""
     from mmdit_probe import assets
-    from mmdit_probe.edit.outcomes import Change, Clip, Dino, Parser
+    from mmdit_probe.experiments.outcomes import Change, Clip, Dino, Parser
 
     outcomes: list[Outcome] = [Change()]
     if session.embedded:
@@ -209,7 +209,7 @@ def measure(
     chosen = pictures.resolve(measured.images, measured.limit) if measured.images is not None else None
     asked = prompts_of(session, measured.prompts, measured.limit) if chosen is None or measured.prompts else []
 
-    from mmdit_probe.observe.controls import parse
+    from mmdit_probe.experiments.controls import parse
     from mmdit_probe.results import RunFolder, TableWriter
 
     controls = parse(measured.control)

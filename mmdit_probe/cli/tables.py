@@ -45,7 +45,7 @@ def report_controls(
     """
     if comparison.empty:
         return []
-    from mmdit_probe.observe.controls import CONTROLS
+    from mmdit_probe.experiments.controls import CONTROLS
     from mmdit_probe.results.statistics import FEWEST, NOT_ABOVE, TOO_FEW
 
     comparison.to_csv(folder.path / f"{stem}_controls.csv", index=False, float_format="%.6g")

@@ -34,7 +34,7 @@ def _report(folder: Any, model: MMDiT, output: Any) -> None:
     from mmdit_probe.cli.session import PAPER_MODEL, setting
     from mmdit_probe.cli.tables import plain, report_controls
     from mmdit_probe.data import paper_table
-    from mmdit_probe.observe import norm_summary
+    from mmdit_probe.experiments import norm_summary
     from mmdit_probe.plots import save
     from mmdit_probe.plots.norms import value_norm_heads, value_norms
     from mmdit_probe.results import read_row_groups
@@ -82,7 +82,7 @@ def _report(folder: Any, model: MMDiT, output: Any) -> None:
 def norm_rows(summary: pd.DataFrame, paper: pd.DataFrame | None = None) -> Table:
     """The per-layer table for the terminal. `paper` adds the published curves."""
     from mmdit_probe.cli.tables import bare_table
-    from mmdit_probe.observe.norm_summary import GROUPS
+    from mmdit_probe.experiments.norm_summary import GROUPS
 
     groups = [name for name in GROUPS if name in summary]
     published = paper.set_index("layer") if paper is not None else None

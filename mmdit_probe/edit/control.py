@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import ModuleCall, Stage
-from mmdit_probe.edit.base import Edit, Handler, Proceed
+from mmdit_probe.edit.edit import Edit, Handler, Proceed
 from mmdit_probe.models.layout import Layer
 from mmdit_probe.specs import Spec
 

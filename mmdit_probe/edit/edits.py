@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.edit.base import Edit, Place, Proceed
+from mmdit_probe.edit.edit import Edit, Place, Proceed
 from mmdit_probe.edit.mixing import BORDERS, Border, blur_matrix, spread, taps
 from mmdit_probe.errors import UserError, unknown
 

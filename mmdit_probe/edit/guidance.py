@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mmdit_probe.attention.intercept import Stage, interpose
-from mmdit_probe.edit.base import Edit
+from mmdit_probe.edit.edit import Edit
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.layout import Layer, unwrap
 from mmdit_probe.specs import Spec, layer_indices

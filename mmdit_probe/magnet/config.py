@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from mmdit_probe.attention.differentiable import Space
+from mmdit_probe.attention.gradients import Space
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.magnet.losses import LossWeights, Normalise
 from mmdit_probe.specs import Spec

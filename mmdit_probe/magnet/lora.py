@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.models.adapters import FILE, KEY
-from mmdit_probe.models.families import Family
+from mmdit_probe.models.families.registry import Family
 from mmdit_probe.models.layout import find_layers, unwrap
 from mmdit_probe.specs import Spec, layer_indices
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.attention.differentiable import Space
+from mmdit_probe.attention.gradients import Space
 from mmdit_probe.errors import unknown
 from mmdit_probe.segment.tail import minmax
 

@@ -20,14 +20,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mmdit_probe.attention import differentiable
+from mmdit_probe.attention import gradients
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.attention.differentiable import Space
+from mmdit_probe.attention.gradients import Space
 from mmdit_probe.attention.intercept import ModuleCall, watch
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.models.families import family_of
+from mmdit_probe.models.discover_layout import bind
+from mmdit_probe.models.families.registry import family_of
 from mmdit_probe.models.layout import Layer, Layout, arranged, find_layers, unwrap
-from mmdit_probe.models.taint import bind
 from mmdit_probe.observe.backend import native_attention
 from mmdit_probe.specs import Spec, layer_indices
 
@@ -118,7 +118,7 @@ class TextMapTap:
                 f"layer {layer.index} attends to {call.key.shape[-2]} tokens; expected {h} x {w} image and"
                 f" {layout.counts['text']} text tokens"
             )
-        maps = differentiable.text_maps(
+        maps = gradients.text_maps(
             call, layout.positions("text"), layout.positions("image"), self._groups, heads=self.heads, space=self.space
         )
         if self._open:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.attention.differentiable import Space
+from mmdit_probe.attention.gradients import Space
 from mmdit_probe.evaluate.counts import mean_iou
 from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.tap import TextMapTap

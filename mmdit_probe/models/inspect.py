@@ -4,7 +4,8 @@
     found["layers"][0]                # {"index": 0, "path": "transformer_blocks.0.attn", "order": [["text", 512], ...]}
 
 A pipeline directory is loaded and stopped at its first transformer call; that call's arguments are laid out
-mechanically (`models.taint`) and run once under a probe. It measures nothing. A family's entry, if any, is compared.
+mechanically (`models.discover_layout`) and run once under a probe. It measures nothing. A family's entry, if any, is
+compared.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from torch import nn
 from mmdit_probe import assets
 from mmdit_probe.attention import exact
 from mmdit_probe.errors import RunError, UserError, unknown
-from mmdit_probe.models.dryrun import first_call
-from mmdit_probe.models.families import family_of, refuse_cross_attention
+from mmdit_probe.models.discover_layout import taint
+from mmdit_probe.models.families.registry import family_of, refuse_cross_attention
 from mmdit_probe.models.layout import unwrap
-from mmdit_probe.models.taint import taint
-from mmdit_probe.observe.base import LayerCall, Observer
+from mmdit_probe.models.pipeline_call import first_call
+from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 
 PROMPT = "a red ring on grass"

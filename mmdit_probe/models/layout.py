@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.arrange import Arrangement, positions
-from mmdit_probe.models.family import Family
+from mmdit_probe.models.families.facts import Family
+from mmdit_probe.models.families.token_order import Arrangement, positions
 
 KINDS = ("image", "text", "other")
 

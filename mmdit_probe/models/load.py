@@ -23,7 +23,7 @@ import torch
 from mmdit_probe import assets
 from mmdit_probe.errors import RunError, UserError, unknown
 from mmdit_probe.models.adapters import load_adapter
-from mmdit_probe.models.families import FAMILIES, Family
+from mmdit_probe.models.families.registry import FAMILIES, Family
 from mmdit_probe.models.mmdit import MMDiT, default_length
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

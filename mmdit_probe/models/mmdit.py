@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.models import packing
-from mmdit_probe.models.dryrun import first_call
-from mmdit_probe.models.families import Family, family_of
+from mmdit_probe.models import latents as packing
+from mmdit_probe.models.families.registry import Family, family_of
 from mmdit_probe.models.layout import Layer, find_layers, unwrap
+from mmdit_probe.models.pipeline_call import first_call
 from mmdit_probe.models.tokens import TokenTable, stream_length, token_tables
 
 _REMEMBERED = 8

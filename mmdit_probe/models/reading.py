@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.family import Part, TextStream
+from mmdit_probe.models.families.facts import Part, TextStream
 
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*|[^\w\s]|_")
 

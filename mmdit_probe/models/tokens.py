@@ -20,8 +20,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.models.families import Family, TextStream
-from mmdit_probe.models.family import Part
+from mmdit_probe.models.families.facts import Part
+from mmdit_probe.models.families.registry import Family, TextStream
 from mmdit_probe.models.reading import Token as Token
 from mmdit_probe.models.reading import read, words
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.observe.base import DenoisingCall, LayerCall, Observer
+from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
 
 _BLOCK_PARTS = ("norm1_context", "attn")
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.arrange import Arrangement, from_labels
-from mmdit_probe.models.families import family_of, refuse_cross_attention
-from mmdit_probe.models.family import Family
+from mmdit_probe.models.discover_layout import IMAGE_NAMES, TEXT_NAMES, Site, input_names, taint
+from mmdit_probe.models.families.facts import Family
+from mmdit_probe.models.families.registry import family_of, refuse_cross_attention
+from mmdit_probe.models.families.token_order import Arrangement, from_labels
 from mmdit_probe.models.layout import KINDS, Layer, find_layers
-from mmdit_probe.models.taint import IMAGE_NAMES, TEXT_NAMES, Site, input_names, taint
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
@@ -44,7 +44,7 @@ class Facts:
 
 
 class Mechanical(Facts):
-    """Facts found by `models.taint`, for a transformer without an entry."""
+    """Facts found by `models.discover_layout`, for a transformer without an entry."""
 
     def __init__(self, transformer: nn.Module) -> None:
         name = type(transformer).__name__

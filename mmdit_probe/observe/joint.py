@@ -28,7 +28,7 @@ from torch import Tensor
 from mmdit_probe.attention import exact
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.observe.base import DenoisingCall, LayerCall, Observer
+from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
 
 PARTS = ("i2t", "i2i", "i2i_walk", "feat_out", "feat_proj")
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from mmdit_probe.attention import exact
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.base import DenoisingCall, LayerCall, Observer
+from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
 
 
 class TextMaps(Observer):

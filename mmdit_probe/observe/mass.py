@@ -29,7 +29,7 @@ from mmdit_probe.attention import exact
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.base import DenoisingCall, LayerCall, RowObserver
+from mmdit_probe.observe.observer import DenoisingCall, LayerCall, RowObserver
 from mmdit_probe.specs import heads_at
 
 QUERIES = ("image", "text")

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdit_probe.experiments.budget_items import Budget
+from mmdit_probe.experiments.norm_summary import CONCATENATED
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.base import DenoisingCall, LayerCall, MemorySink, RowObserver
-from mmdit_probe.observe.budget import Budget
-from mmdit_probe.observe.norm_summary import CONCATENATED
+from mmdit_probe.observe.observer import DenoisingCall, LayerCall, MemorySink, RowObserver
 from mmdit_probe.specs import Spec, heads_at
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.observe.base import DenoisingCall, LayerCall, Observer
+from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
 from mmdit_probe.specs import HeadSpec, heads_at
 
 if TYPE_CHECKING:

@@ -22,16 +22,16 @@ from torch import nn
 
 from mmdit_probe.attention.intercept import Edit, ModuleCall, Record, Stage, Transform, interpose, watch
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.models.family import Family
+from mmdit_probe.models.discover_layout import bind
+from mmdit_probe.models.families.facts import Family
 from mmdit_probe.models.layout import Layer, Layout, Places, arranged, unwrap
 from mmdit_probe.models.mmdit import Batch, MMDiT
-from mmdit_probe.models.taint import bind
 from mmdit_probe.models.tokens import TokenTable, fitted
 from mmdit_probe.observe.backend import backend_of, native_attention
-from mmdit_probe.observe.base import DenoisingCall, LayerCall, Observer
-from mmdit_probe.observe.canonical import canonical, canonical_hidden, hidden_keys, joined
 from mmdit_probe.observe.facts import Facts, facts_of
-from mmdit_probe.observe.rows import PipelineRows
+from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
+from mmdit_probe.observe.pipeline_labels import PipelineRows
+from mmdit_probe.observe.sample_order import canonical, canonical_hidden, hidden_keys, joined
 from mmdit_probe.specs import Spec, layer_indices, step_indices
 
 Seen = TypeVar("Seen", bound=Observer)

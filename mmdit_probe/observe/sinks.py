@@ -8,8 +8,8 @@
 A key's mass is the mean, over the queries of one modality, of the probability on that one key; 1 / N is uniform. A sink
 is a key that takes far more (`top_keys`, `SINK`). Removing sinks from I2T maps and renormalising the rest (`SinkFree`)
 changes how maps look, but not which word wins at a pixel within a head: every word there is divided by the same number.
-What it does to a mean over heads, and to how one word's map ranks pixels, is measured in `evaluate.sink_quality`. Not
-here: masses by kind of token (`observe.mass`).
+What it does to a mean over heads, and to how one word's map ranks pixels, is measured in `experiments.sink_quality`.
+Not here: masses by kind of token (`observe.mass`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from mmdit_probe.attention import exact
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.base import DenoisingCall, LayerCall, MemorySink, Observer
+from mmdit_probe.observe.observer import DenoisingCall, LayerCall, MemorySink, Observer
 
 if TYPE_CHECKING:
     import pandas as pd

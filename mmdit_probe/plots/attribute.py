@@ -18,7 +18,7 @@ def agreement(table: pd.DataFrame, *, title: str = "") -> Figure:
     """Rank correlation by layer with its interval, beside the control.
 
     Args:
-        table: from `edit.attribute.agreement`.
+        table: from `experiments.attribute.agreement`.
     """
     from matplotlib.ticker import MaxNLocator
 

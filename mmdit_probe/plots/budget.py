@@ -4,7 +4,7 @@ One horizontal stacked bar per layer, layer 0 on top: of image queries (left), o
 part of the image queries' attention that goes to text, split by what kind of token it lands on (right). Dotted lines:
 uniform attention.
 
-    from mmdit_probe.observe.budget import summarise
+    from mmdit_probe.experiments.budget_items import summarise
     from mmdit_probe.plots import attention_budget, save
     save(attention_budget(summarise(table)), "attention_budget")
 
@@ -30,8 +30,8 @@ def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFr
     """The figure.
 
     Args:
-        summary: one row per layer, from `observe.budget.summarise`: columns `layer`, `I2I`, `I2T`, `I2O`, `T2I`, `T2T`,
-            `T2O`, `<name>_uniform`, `<name>_low`, `<name>_high` and `I2T_<span>`; shares in 0..1.
+        summary: one row per layer, from `experiments.budget_items.summarise`: columns `layer`, `I2I`, `I2T`, `I2O`,
+            `T2I`, `T2T`, `T2O`, `<name>_uniform`, `<name>_low`, `<name>_high` and `I2T_<span>`; shares in 0..1.
         title: a line above the panels, such as the model's name.
         paper: the published shares by layer (`paper_table("budget_by_layer")`), marked by diamonds.
 

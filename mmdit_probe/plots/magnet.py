@@ -1,7 +1,7 @@
 """MAGNET in figures, after Fig. 10 of arXiv:2509.18096 and its Tables 3 to 5: the pipeline, and what a LoRA changed.
 
     save(pipeline(parts), "fig10_pipeline")
-    save(differences(generation, "facts"), "table4_alignment")          # a table of `evaluate.generation.compare`
+    save(differences(generation, "facts"), "table4_alignment")          # a table of `experiments.generation.compare`
 
 Sheets of maps and pictures (Fig. 11 to 13) are those of `plots.maps`.
 """
@@ -58,7 +58,7 @@ def differences(table: pd.DataFrame, metric: str, baseline: str, *, title: str =
     """Paired difference to a baseline per category with its 95 % interval, one series per variant.
 
     Args:
-        table: from `evaluate.generation.compare`.
+        table: from `experiments.generation.compare`.
         metric: which of its metrics. baseline: what the differences are to; not drawn itself.
     """
     part = table[(table["metric"] == metric) & (table["variant"] != baseline)]

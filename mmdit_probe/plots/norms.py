@@ -1,10 +1,10 @@
 """Value norms by layer and by head, after Fig. 4 and 28 of arXiv:2509.18096.
 
-    from mmdit_probe.observe.norm_summary import by_head, by_layer
+    from mmdit_probe.experiments.norm_summary import by_head, by_layer
     save(value_norms(by_layer(table)), "value_norms")
     save(value_norm_heads(by_head(table)), "value_norm_heads")
 
-Not here: any averaging; the numbers come from `mmdit_probe.observe.norm_summary`.
+Not here: any averaging; the numbers come from `mmdit_probe.experiments.norm_summary`.
 """
 
 from __future__ import annotations

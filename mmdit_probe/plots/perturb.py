@@ -132,7 +132,7 @@ def guidance_sweep(summary: pd.DataFrame, *, title: str = "") -> Figure:
     """Alignment (or, without a measure of it, change) against the guidance scale, one line per set of layers.
 
     Args:
-        summary: from `edit.sweep.summarise`. Scale 0 is stock; hollow markers are the random control.
+        summary: from `experiments.sweep.summarise`. Scale 0 is stock; hollow markers are the random control.
     """
     name = next((n for n in ("facts", "clip_t") if n in set(summary["outcome"])), "change")
     part = summary[summary["outcome"] == name]
@@ -163,7 +163,8 @@ def guidance_by_layer(summary: pd.DataFrame, *, title: str = "") -> Figure:
     """Alignment and change of the images against the one layer that guides, a series per scale.
 
     Args:
-        summary: from `edit.sweep.summarise`, of single layers. The band is stock; hollow markers the random control.
+        summary: from `experiments.sweep.summarise`, of single layers. The band is stock; hollow markers the random
+        control.
     """
     from matplotlib.ticker import MaxNLocator
 

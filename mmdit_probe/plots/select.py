@@ -29,7 +29,7 @@ def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[i
     """Left: each evidence by layer, scaled to its own range, chosen layers shaded. Right: rank correlations.
 
     Args:
-        table: of one split, from `select.evidence.by_layer`. correlations: of the same split, from `agreement`.
+        table: of one split, from `experiments.evidence.by_layer`. correlations: of the same split, from `agreement`.
         chosen: selected layers.
     """
     from matplotlib.ticker import MaxNLocator

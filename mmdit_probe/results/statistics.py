@@ -5,7 +5,7 @@
 
 The table of a run holds its controls beside the measurement, told apart by the column `control` ("none" is the
 measurement itself). A claim is about the difference of the two on the same items, so the bootstrap draws items, not
-rows. Not here: how a control is made (`observe.controls`).
+rows. Not here: how a control is made (`experiments.controls`).
 """
 
 from __future__ import annotations

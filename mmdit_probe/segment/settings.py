@@ -69,7 +69,7 @@ def selected(selection: Path | None, layers: str | None, heads: str | None) -> t
         return layers, heads, None
     if layers is not None or heads is not None:
         raise UserError("--selection names layers and heads already; leave --layers and --heads out")
-    from mmdit_probe.select import load_selection
+    from mmdit_probe.results.selection import load_selection
 
     found = load_selection(selection)
     weights = dict(zip(found.layers, found.weights, strict=True))

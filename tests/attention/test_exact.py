@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdit_probe.attention import blocks, exact, reference
+from mmdit_probe.attention import exact, reference, tiles
 from mmdit_probe.attention.call import SDPACall
 
 IMAGE, TEXT = 48, 21
@@ -272,7 +272,7 @@ def test_results_do_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) ->
         ]
 
     whole = everything()
-    monkeypatch.setitem(blocks.CHUNK_ELEMENTS, "cpu", 40)
+    monkeypatch.setitem(tiles.CHUNK_ELEMENTS, "cpu", 40)
     for small, large in zip(everything(), whole, strict=True):
         assert torch.allclose(small, large, atol=3e-6)  # complements of masses near 1 included
 
@@ -297,14 +297,14 @@ def test_queries_of_one_stride_are_multiplied_where_they_are(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float, rows: slice | Tensor
 ) -> None:
     # Diffusers' layout, and blocks so small that every sample is cut into several. (bfloat16's lse is good to 5e-5.)
-    monkeypatch.setitem(blocks.CHUNK_ELEMENTS, "cpu", 20 * blocks.padded(TEXT))
+    monkeypatch.setitem(tiles.CHUNK_ELEMENTS, "cpu", 20 * tiles.padded(TEXT))
     packed = make(dtype)
     query, key = (part.transpose(1, 2).contiguous().transpose(1, 2) for part in (packed.query, packed.key))
     call = SDPACall(query, key, packed.value)
-    assert blocks._in_place(query, torch.float32, 1) == (dtype == torch.float32)
+    assert tiles._in_place(query, torch.float32, 1) == (dtype == torch.float32)
     lse = exact.logsumexp(call)
     assert lse is not None
-    assert len(list(blocks.blocks(call, lse, slice(IMAGE, N), rows))) > 2
+    assert len(list(tiles.blocks(call, lse, slice(IMAGE, N), rows))) > 2
     found = exact.columns(call, lse, slice(IMAGE, N), rows)
     assert (found - dense(packed)[:, :, rows, IMAGE:]).abs().max() < tolerance
 
@@ -325,7 +325,7 @@ def test_the_precision_switch_is_put_back_and_left_alone_beside_other_threads(mo
     exact.columns(call, lse, slice(IMAGE, N))
     assert set(seen) == {"bf16"} and matmul.fp32_precision == before
     with pytest.raises(RuntimeError):
-        blocks._logits(call.query)(torch.ones(1), torch.ones(1, 2, 3), torch.ones(1, 2, 3), 1.0, torch.empty(1))
+        tiles._logits(call.query)(torch.ones(1), torch.ones(1, 2, 3), torch.ones(1, 2, 3), 1.0, torch.empty(1))
     assert matmul.fp32_precision == before
     seen.clear()
     stop = threading.Event()
@@ -344,7 +344,7 @@ def test_a_progress_bar_is_no_other_computation() -> None:
 
     with tqdm(total=1, disable=False, file=io.StringIO()):  # starts a thread that watches the bar
         assert threading.active_count() > 1
-        assert blocks._alone()
+        assert tiles._alone()
 
 
 def test_the_output_keeps_its_gradient() -> None:

@@ -98,7 +98,7 @@ def test_a_prompt_has_the_same_numbers_alone_and_in_a_list(budget):
 
 
 def test_interrupted_run_resumes_without_repeating(budget, monkeypatch):
-    from mmdit_probe.observe.budget import Budget
+    from mmdit_probe.experiments.budget_items import Budget
 
     Path("three.txt").write_text("a cat\na red ring\nblue grass\n")
     request = [*QUICK[:4], "--prompts", "three.txt"]

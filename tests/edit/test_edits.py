@@ -12,10 +12,10 @@ from mmdit_probe import AttentionMass, probe
 from mmdit_probe.attention import reference
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.edit import Blur, EqualBudget, GridBlur, Mean, Scale, Swap
-from mmdit_probe.edit.base import Edit
+from mmdit_probe.edit.edit import Edit
 from mmdit_probe.edit.mixing import blur_matrix, taps
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.families import FAMILIES
+from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.tokens import token_tables
 from tests import tiny
 
@@ -50,7 +50,7 @@ class Seen:
 def under(edit: Any, variant: str = "sd3", **options: Any) -> Seen:
     """What the edited layer did at the first step, seen by an input of the next module: the attention's own output."""
     pipe = tiny.pipeline(variant)
-    from mmdit_probe.observe.base import Observer
+    from mmdit_probe.observe.observer import Observer
 
     class Keep(Observer):
         seen: Any = None

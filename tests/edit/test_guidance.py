@@ -85,8 +85,8 @@ def test_the_first_step_is_guided_too() -> None:
 
 
 def test_sweep_pairs_every_setting_with_stock() -> None:
-    from mmdit_probe.edit.perturb import Sampling
-    from mmdit_probe.edit.sweep import summarise, sweep
+    from mmdit_probe.experiments.perturb import Sampling
+    from mmdit_probe.experiments.sweep import summarise, sweep
 
     model = MMDiT(tiny.pipeline())
     table = sweep(

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmdit_probe import UserError, load
 from mmdit_probe.magnet.lora import ADAPTER, attach, named_parameters, save_lora, target_modules
 from mmdit_probe.models.adapters import FILE, KEY, merge, read_metadata
-from mmdit_probe.models.entries import SD3
+from mmdit_probe.models.families.entries import SD3
 from tests import tiny
 from tests.magnet.test_tap import inputs
 

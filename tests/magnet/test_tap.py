@@ -13,8 +13,8 @@ from mmdit_probe.attention.intercept import watch
 from mmdit_probe.errors import RunError
 from mmdit_probe.magnet.lora import attach, named_parameters, target_modules
 from mmdit_probe.magnet.tap import TextMapTap
-from mmdit_probe.models.entries import SD3
-from mmdit_probe.models.families import family_of
+from mmdit_probe.models.families.entries import SD3
+from mmdit_probe.models.families.registry import family_of
 from mmdit_probe.models.layout import find_layers
 from mmdit_probe.models.mmdit import MMDiT
 from tests import tiny

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from mmdit_probe.cli.models import app
 from mmdit_probe.errors import UserError
+from mmdit_probe.models.discover_layout import input_names, taint
 from mmdit_probe.models.inspect import inspect_call, inspect_model
-from mmdit_probe.models.taint import input_names, taint
 from tests import tiny
 from tests.families import CROSS_ATTENTION, FIXTURES
 

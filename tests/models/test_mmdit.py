@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.families import FAMILIES, family_of
+from mmdit_probe.models.families.registry import FAMILIES, family_of
 from mmdit_probe.models.layout import KINDS, Layout, find_layers
 from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT

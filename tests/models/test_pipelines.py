@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.families import FAMILIES
+from mmdit_probe.models.families.registry import FAMILIES
+from mmdit_probe.models.latents import pack, unpack
 from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.models.packing import pack, unpack
 from mmdit_probe.observe.mass import AttentionMass
+from mmdit_probe.observe.pipeline_labels import PipelineRows
 from mmdit_probe.observe.probe import probe
-from mmdit_probe.observe.rows import PipelineRows
 from tests.pipelines import PIPELINES, SIDE, build
 from tests.video_pipelines import VIDEO_PIPELINES
 

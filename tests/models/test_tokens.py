@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.families import FAMILIES
+from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.tokens import TokenTable, token_tables, unknown_table
 from tests import tiny
 

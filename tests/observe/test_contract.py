@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mmdit_probe import AttentionMass, probe
 from mmdit_probe.errors import RunError
+from mmdit_probe.models.discover_layout import taint
 from mmdit_probe.models.layout import KINDS
-from mmdit_probe.models.taint import taint
 from tests.families import FIXTURES
 from tests.observe.test_families import Case, expected, joint_paths, run, written_down
 from tests.observe.test_settings import stranger

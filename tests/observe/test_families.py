@@ -19,13 +19,13 @@ from mmdit_probe.attention.intercept import watch
 from mmdit_probe.edit import Blur, GridBlur, Scale
 from mmdit_probe.edit.mixing import blur_matrix, taps
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.models.families import FAMILIES, family_of
+from mmdit_probe.models.discover_layout import Site, taint
+from mmdit_probe.models.families.registry import FAMILIES, family_of
 from mmdit_probe.models.layout import KINDS, arranged, find_layers
-from mmdit_probe.models.taint import Site, taint
-from mmdit_probe.observe.base import LayerCall, Observer
 from mmdit_probe.observe.maps import TextMaps
 from mmdit_probe.observe.mass import AttentionMass
 from mmdit_probe.observe.norms import ValueNorm
+from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 from tests.families import CROSS_ATTENTION, FIXTURES, SEVERAL_CALLS
 

@@ -11,7 +11,7 @@ import torch
 from mmdit_probe import AttentionMass, probe
 from mmdit_probe.attention import exact
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.models.families import FAMILIES
+from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.tokens import token_tables
 from mmdit_probe.observe.mass import COLUMNS, attention_masses

@@ -10,10 +10,10 @@ import torch
 
 from mmdit_probe import ValueNorm, probe
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.families import FAMILIES
+from mmdit_probe.experiments import norm_summary
+from mmdit_probe.experiments.norm_summary import CONCATENATED
+from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.tokens import token_tables
-from mmdit_probe.observe import norm_summary
-from mmdit_probe.observe.norm_summary import CONCATENATED
 from mmdit_probe.observe.norms import COLUMNS, value_norms
 from tests import tiny
 

@@ -14,10 +14,10 @@ import torch
 from mmdit_probe import probe
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
+from mmdit_probe.experiments.pca_items import pca_of_pictures
 from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.observe.base import Observer
+from mmdit_probe.observe.observer import Observer
 from mmdit_probe.observe.pca import KINDS, PCA, Projection, own_scores, scores, token_classes
-from mmdit_probe.observe.pca_run import pca_of_pictures
 from tests import tiny
 
 IMAGE, LAYER = 16, 1

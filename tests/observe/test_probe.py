@@ -17,7 +17,7 @@ from torch import Tensor
 from mmdit_probe import AttentionMass, MMDiT, TextMaps, load, probe
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.observe.base import LayerCall, Observer
+from mmdit_probe.observe.observer import LayerCall, Observer
 from tests import tiny
 
 PROMPTS = ["a red ring", "a cat"]

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from mmdit_probe.embedded.parser import disturb
 from mmdit_probe.evaluate import confusion, mean_iou
 from mmdit_probe.scenes import CLASSES, NO_COLOUR, SceneObject, describe, load_parser, scene
 from mmdit_probe.scenes.parser import aligned, alignment, check, parse, read_maps, things_right, to_tensor
+from training.parser import disturb
 
 SCENES = [scene("test", index) for index in range(100)]
 

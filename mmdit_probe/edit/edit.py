@@ -1,0 +1,288 @@
+"""What every edit shares: where it acts, and how its result is put into the call.
+
+An edit names a block (query -> key) and, optionally, layers, heads, steps, guidance branches and, among text keys,
+encoder streams, span kinds or words. Everything outside that address keeps the stock output bit for bit: the stock call
+is made first, and only the addressed (row, head, query) entries are replaced.
+
+    class Half(Edit):
+        def attend(self, call, place, proceed): return 0.5 * proceed(call)
+
+Edits of one layer compose in the order given to `probe(edits=[...])`: the first is the outermost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.attention.intercept import ModuleCall, Stage, sole_output
+from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.models.layout import Layer, Layout, Places
+from mmdit_probe.models.tokens import KINDS, TokenTable
+from mmdit_probe.observe.sample_order import (
+    canonical_call,
+    canonical_hidden,
+    gathered,
+    hidden_keys,
+    restored,
+    scattered,
+)
+from mmdit_probe.specs import HeadSpec, Spec, heads_at
+
+if TYPE_CHECKING:
+    from mmdit_probe.observe.probe import Run
+
+Proceed = Callable[[SDPACall], Tensor]
+Modality = Literal["image", "text"]
+BRANCHES = ("cond", "uncond", "perturbed", "unknown")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The address of an edit in one attention call.
+
+    Attributes:
+        layout: kinds of the N joint tokens.
+        rows: [B] boolean, the samples concerned. heads: [H] boolean.
+        queries: [N] boolean. keys: [B, K] boolean among the keys of the modality.
+        tables: token table per sample.
+    """
+
+    layout: Layout
+    rows: Tensor
+    heads: Tensor
+    queries: Tensor
+    keys: Tensor
+    tables: Sequence[TokenTable]
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, H, N, 1] boolean: the entries of the output that the edit replaces."""
+        return self.rows[:, None, None, None] & self.heads[None, :, None, None] & self.queries[None, None, :, None]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Base of edits on one block of the joint attention.
+
+    Args:
+        query, key: the block, "image" or "text" each: `("image", "text")` is I2T.
+        layers, heads, steps: as in `mmdit_probe.specs`; heads may also be layer -> heads. Calls of `MMDiT.denoise`
+            count as every step.
+        branches: guidance branches concerned (cond, uncond, perturbed, unknown); None is all of them.
+        streams, spans, words: of text keys, only those of these encoder streams, span kinds, words; None is all.
+        renormalise: divide by the row's new total probability, so that it is 1 again.
+    """
+
+    query: Modality = "image"
+    key: Modality = "text"
+    layers: Spec = "all"
+    heads: HeadSpec = "all"
+    steps: Spec = "all"
+    branches: Sequence[str] | None = None
+    streams: Sequence[str] | None = None
+    spans: Sequence[str] | None = None
+    words: Sequence[str] | None = None
+    renormalise: bool = False
+
+    stage: ClassVar[Stage] = "output"
+    by_rows: ClassVar[bool] = False
+    """Whether `attend` treats every query by itself, so that it can be asked for the addressed ones alone."""
+
+    def __post_init__(self) -> None:
+        for modality in (self.query, self.key):
+            if modality not in ("image", "text"):
+                raise unknown("modality", modality, ("image", "text"))
+        for branch in self.branches or ():
+            if branch not in BRANCHES:
+                raise unknown("guidance branch", branch, BRANCHES)
+        for span in self.spans or ():
+            if span not in KINDS:
+                raise unknown("span kind", span, KINDS)
+        if self.key != "text" and (self.streams or self.spans or self.words):
+            raise UserError("streams, spans and words select text keys; this edit's keys are image tokens")
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the setting changes nothing; such an edit leaves the call untouched."""
+        return False
+
+    def attend(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
+        """The attention output [B, H, N, Dv] under the edit; entries outside `place.mask` are ignored."""
+        raise NotImplementedError
+
+    def handler(self, layer: Layer, run: Run) -> Handler:
+        """The handler of one layer, for `probe(edits=...)`."""
+        return Handler(self, layer, run)
+
+    def at(self, **changes: Any) -> Self:
+        """The same edit with another address or setting: `blur.at(layers=[3])`."""
+        return replace(self, **changes)
+
+    def no_op(self) -> Edit:
+        """The same edit in a setting that changes nothing."""
+        return self.at(branches=())
+
+    def record(self) -> dict[str, Any]:
+        """What it is, as JSON values, for a run record."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        plain = {name: list(v) if isinstance(v, tuple | list) else v for name, v in values.items()}
+        return {"edit": type(self).__name__, **plain}
+
+
+class Handler:
+    """An edit at work in one layer of one run."""
+
+    def __init__(self, edit: Edit, layer: Layer, run: Run) -> None:
+        self.edit, self.layer, self.run = edit, layer, run
+
+    def __call__(self, call: SDPACall, module_call: ModuleCall, proceed: Proceed) -> Tensor:
+        edit, run = self.edit, self.run
+        if edit.neutral:
+            return proceed(call)
+        if run.current is None:
+            raise RunError(f"layer {self.layer.index} ran outside the transformer's own call: it cannot be edited")
+        if not run.at(edit.steps):
+            return proceed(call)
+        layout, places = run.arranged(self.layer)
+        samples = self._samples(call, module_call)
+        hidden = hidden_keys(call)
+        if places is None:
+            place = self._place(call, layout, samples, hidden)
+            if place is None:
+                return proceed(call)
+            rows = layout.positions(edit.query)
+            every = bool(place.rows.all() and place.heads.all()) and edit.by_rows and not call.is_causal
+            if every and isinstance(rows, slice) and _separable(call, rows) and sole_output(module_call.module):
+                return _spliced(edit, call, place, proceed, rows)
+            return self._replaced(call, place, proceed)
+        # The edit sees every sample in one order; the kernel, and edits after this one, see the model's own.
+        moved = Places(places.keys[samples], places.queries[samples])
+        ordered = canonical_call(call, moved)
+        absent = moved.keys < 0 if hidden is None else canonical_hidden(hidden, moved)
+        place = self._place(ordered, layout, samples, absent)
+        if place is None:
+            return proceed(call)
+        found = self._replaced(
+            ordered, place, lambda changed: gathered(proceed(restored(changed, call, moved)), moved.queries)
+        )
+        return scattered(found, proceed(call), moved.queries)
+
+    def _replaced(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
+        return torch.where(place.mask, edited(self.edit, call, place, proceed), proceed(call))
+
+    def _samples(self, call: SDPACall, module_call: ModuleCall) -> slice:
+        """Which samples of the denoising call this attention call holds: all, or one of them."""
+        assert self.run.current is not None
+        count = len(self.run.current.prompts)
+        if len(call.query) == count:
+            return slice(None)
+        # In a compiled graph the calls of one module are not counted.
+        if len(call.query) != 1 or not (module_call.args or module_call.kwargs):
+            raise RunError(f"layer {self.layer.index}: it is not known which samples an attention call holds")
+        return slice(module_call.calls - 1, module_call.calls)
+
+    def _place(self, call: SDPACall, layout: Layout, samples: slice, hidden: Tensor | None) -> Place | None:
+        """Where the edit acts in this call; None if nowhere. `hidden` [B or 1, N]: keys that are not there."""
+        edit, current = self.edit, self.run.current
+        assert current is not None
+        batch, heads, tokens = call.query.shape[:3]
+        if not layout.total == tokens == call.key.shape[-2]:
+            raise RunError(
+                f"layer {self.layer.index} attends from {tokens} to {call.key.shape[-2]} tokens; expected"
+                f" {layout.total} in one softmax: it cannot be edited"
+            )
+        if layout.queries is not None and not bool(layout.queries[:, layout.positions(edit.query)].any()):
+            raise UserError(f"{edit.query} tokens are no queries in the joint attention of {self.run.family.name}")
+        tables = current.tokens(layout.counts["text"])[samples]
+        keys = torch.stack([_keys(edit, table, layout) for table in tables])
+        if hidden is not None:  # what the mask hides is not there to be mixed with
+            keys &= ~hidden.cpu()[:, layout.positions(edit.key)]
+        wanted = edit.branches
+        rows = torch.tensor([wanted is None or branch in wanted for branch in current.branches[samples]])
+        rows &= keys.any(1)
+        if not rows.any():
+            return None
+        chosen = torch.zeros(heads, dtype=torch.bool)
+        chosen[list(heads_at(edit.heads, self.layer.index, heads))] = True
+        queries = torch.zeros(tokens, dtype=torch.bool)
+        queries[layout.positions(edit.query)] = True
+        device = call.query.device
+        rows, chosen, queries, keys = (tensor.to(device) for tensor in (rows.expand(batch), chosen, queries, keys))
+        return Place(layout, rows, chosen, queries, keys, tables)
+
+
+def _parts(call: SDPACall, rows: slice) -> list[slice]:
+    """The queries before, inside and after `rows`, without empty parts."""
+    every = (slice(0, rows.start), rows, slice(rows.stop, call.query.shape[-2]))
+    return [part for part in every if part.stop > part.start]
+
+
+def _separable(call: SDPACall, rows: slice) -> bool:
+    """Whether a query gets the same bits in its part alone as among all.
+
+    The CPU kernel takes queries in blocks of 32 or a multiple, and a block of one query by the product of a vector,
+    which differs in the last bit: no splicing where the whole or a part leaves one.
+    """
+    lengths = [part.stop - part.start for part in _parts(call, rows)]
+    return all(length % 32 != 1 for length in (*lengths, call.query.shape[-2]))
+
+
+def _spliced(edit: Edit, call: SDPACall, place: Place, proceed: Proceed, rows: slice) -> Tensor:
+    """The edit where all samples and heads are concerned: each query is computed once, edited or stock.
+
+    So the cost is that of one attention call. A kernel gives the same bits for a query with fewer others beside it
+    (checked on CPU; on a GPU it may choose another split of the keys, and then differs in the last bit).
+    """
+    parts = []
+    for part in _parts(call, rows):
+        mask = call.attn_mask
+        if mask is not None and mask.ndim > 1 and mask.shape[-2] > 1:
+            mask = mask[..., part, :]
+        of_part = replace(call, query=call.query[:, :, part], attn_mask=mask)
+        output = edited(edit, of_part, place, proceed) if part is rows else proceed(of_part)
+        parts.append(output.transpose(1, 2))  # as kernels lay it out
+    return torch.cat(parts, 1).transpose(1, 2)
+
+
+def edited(edit: Edit, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
+    """`edit.attend`, renormalised if the edit says so."""
+    output = edit.attend(call, place, proceed)
+    if not edit.renormalise:
+        return output
+    # The same edit applied to values of one gives each row's new total probability.
+    ones = replace(call, value=torch.ones_like(call.value))
+    return output / edit.attend(ones, place, proceed)
+
+
+def _keys(edit: Edit, table: TokenTable, layout: Layout) -> Tensor:
+    """[K] boolean: the keys concerned among those of the key modality."""
+    keys = torch.ones(layout.counts[edit.key], dtype=torch.bool)
+    if edit.key != "text":
+        return keys
+    if edit.streams is not None:
+        for stream in edit.streams:
+            if stream not in table.streams:
+                raise unknown("encoder stream", stream, sorted(set(table.streams)))
+        keys &= torch.tensor([stream in edit.streams for stream in table.streams])
+    if edit.spans is not None:
+        keys &= torch.tensor([kind in edit.spans for kind in table.kinds])
+    if edit.words is not None:
+        keys &= _words(edit.words, table)
+    return keys
+
+
+def _words(words: Sequence[str], table: TokenTable) -> Tensor:
+    """[T] boolean: the positions of these words; a word that a row's prompt does not have selects nothing there."""
+    chosen = torch.zeros(len(table), dtype=torch.bool)
+    known = [word.lower() for word in table.words]
+    for word in words:
+        if all(part.lower() in known for part in word.split()):
+            for positions in table.word_spans(word).values():
+                chosen[positions] = True
+    return chosen

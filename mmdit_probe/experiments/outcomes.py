@@ -1,0 +1,150 @@
+"""What an edit does to images: how far they move, and whether they still show what the prompt says.
+
+    outcomes = [Change(), Parser()]
+    rows = measure(outcomes, prompts, images, unedited)
+
+`Change` needs nothing. `Parser` reads images of the scenes world. `Clip` and `Dino` take transformers checkpoints that
+the user names: CLIP-T is image against prompt, CLIP-I and DINO are image against the unedited image, cosines of pooled
+features (arXiv:2509.18096, B.5). Not here: running the model (`experiments.perturb`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from mmdit_probe.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Outcome(Protocol):
+    """Named numbers per image."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def __call__(
+        self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
+    ) -> dict[str, np.ndarray]: ...
+
+
+class Change:
+    """`change`: root mean square difference of pixels from the unedited image, 0 to 1; exactly 0 for equal images."""
+
+    names = ("change",)
+
+    def __call__(
+        self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
+    ) -> dict[str, np.ndarray]:
+        pairs = [(np.asarray(a, float), np.asarray(b, float)) for a, b in zip(images, unedited, strict=True)]
+        return {"change": np.array([np.sqrt(np.mean((a - b) ** 2)) / 255 for a, b in pairs])}
+
+
+class Parser:
+    """The scenes parser: `facts` (share of the prompt's facts shown), `things_right`, `grounds_right`, and
+    `relabelled`, the share of pixels read as another class than in the unedited image."""
+
+    names = ("facts", "things_right", "grounds_right", "relabelled")
+
+    def __init__(self) -> None:
+        from mmdit_probe.scenes.parser import load_parser
+
+        self.parser = load_parser()
+
+    def __call__(
+        self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
+    ) -> dict[str, np.ndarray]:
+        from mmdit_probe.scenes.parser import alignment, grounds_right, things_right
+
+        readings, before = self.parser.read(images), self.parser.read(unedited)
+        pairs = list(zip(prompts, readings, strict=True))
+        return {
+            "facts": np.array([alignment(text, reading) for text, reading in pairs]),
+            "things_right": np.array([float(things_right(text, reading)) for text, reading in pairs]),
+            "grounds_right": np.array([float(grounds_right(text, reading)) for text, reading in pairs]),
+            "relabelled": np.array(
+                [float((a.classes != b.classes).mean()) for a, b in zip(readings, before, strict=True)]
+            ),
+        }
+
+
+class Clip:
+    """`clip_t`: cosine of image and prompt, `clip_i`: of image and unedited image, in a CLIP model."""
+
+    names = ("clip_t", "clip_i")
+
+    def __init__(self, path: Path | str, device: str | torch.device = "cpu") -> None:
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        self.device = device
+        self.model = _local(CLIPModel, path).to(device).float().eval()
+        self.processor, self.tokenizer = _local(AutoImageProcessor, path), _local(AutoTokenizer, path)
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
+    ) -> dict[str, np.ndarray]:
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(self.device)
+        texts = _pooled(self.model.get_text_features(**tokens))
+        now, before = (self._images(batch) for batch in (images, unedited))
+        return {"clip_t": _cosine(now, texts), "clip_i": _cosine(now, before)}
+
+    def _images(self, images: Sequence[Image]) -> torch.Tensor:
+        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return _pooled(self.model.get_image_features(pixel_values=pixels.to(self.device)))
+
+
+class Dino:
+    """`dino`: cosine of the class features of image and unedited image in a DINO or DINOv2 model."""
+
+    names = ("dino",)
+
+    def __init__(self, path: Path | str, device: str | torch.device = "cpu") -> None:
+        from transformers import AutoImageProcessor, AutoModel
+
+        self.device = device
+        self.model = _local(AutoModel, path).to(device).float().eval()
+        self.processor = _local(AutoImageProcessor, path)
+
+    @torch.no_grad()
+    def __call__(
+        self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
+    ) -> dict[str, np.ndarray]:
+        features = []
+        for batch in (images, unedited):
+            pixels = self.processor(images=list(batch), return_tensors="pt")["pixel_values"]
+            features.append(self.model(pixels.to(self.device)).last_hidden_state[:, 0])
+        return {"dino": _cosine(*features)}
+
+
+def measure(
+    outcomes: Sequence[Outcome], prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
+) -> dict[str, np.ndarray]:
+    """All outcomes of a batch: name -> one number per image."""
+    return {name: values for outcome in outcomes for name, values in outcome(prompts, images, unedited).items()}
+
+
+def _local(kind: Any, path: Path | str) -> Any:
+    try:
+        return kind.from_pretrained(str(path))
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or ["unreadable"])[0]
+        raise UserError(f"cannot load {getattr(kind, '__name__', 'model')} from {str(path)!r}: {first}") from error
+
+
+def _pooled(features: Any) -> torch.Tensor:
+    """transformers 5 returns an output object where version 4 returned the tensor."""
+    return features if isinstance(features, torch.Tensor) else features.pooler_output
+
+
+def _cosine(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
+    return torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=-1).cpu().numpy()

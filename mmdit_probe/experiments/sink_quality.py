@@ -1,0 +1,133 @@
+"""Do word maps get better when sinks are removed? Measured where exact masks exist.
+
+    with probe(model, SinkFree()) as run:
+        model.denoise(noised, 0.5, model.encode_prompt([item.caption]))
+    table = map_scores(run[SinkFree], item, model.token_tables([item.caption])[0], layers=range(8))
+    improvement(table)                        # per layer: without sinks minus as they are, paired over images
+
+Three ways to read the maps: as they are, with sinks other than words removed and the rest renormalised, and words only
+(renormalised over the prompt's words). Within one head all three have the same winner at every pixel; they differ in
+the mean over heads, after each map is stretched, and in how one word's map ranks the pixels. Not here: what a sink is
+(`observe.sinks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.observe.pca import token_classes
+from mmdit_probe.observe.sinks import SinkFree, without_sinks
+from mmdit_probe.results.statistics import interval, measured
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mmdit_probe.models.tokens import TokenTable
+    from mmdit_probe.scenes.world import Scene
+
+PLAIN, CLEAN, WORDS = "as they are", "without sinks", "words only"
+SCORES = ("miou", "miou_min_max", "auc")
+MEAN = -1
+"""Value of the column `head` for the mean over heads."""
+
+
+def map_scores(seen: SinkFree, item: Scene, tokens: TokenTable, layers: Iterable[int], row: int = 0) -> pd.DataFrame:
+    """Quality of the maps of the classes that the prompt names and the scene has.
+
+    Args:
+        seen: after one call. item: the scene it was about. tokens: of its prompt.
+        layers: which. row: of the call.
+
+    Returns: layer, head (-1: the mean over heads), maps (as they are | without sinks | words only), removed (share of
+    attention on sinks), miou (argmax over the named classes, upsampled, within their pixels), miou_min_max (the same
+    with every map stretched to 0..1 first), auc (mean over classes of the probability that a token inside the class
+    has a higher value than one outside). NaN where fewer than two classes are named.
+    """
+    import pandas as pd
+    import torch
+
+    from mmdit_probe.scenes.world import CLASSES
+    from mmdit_probe.segment.tail import minmax
+
+    spans = {name: span for name in item.class_names if (span := _span(tokens, name))}
+    ids = [CLASSES.index(name) for name in spans]
+    rows: list[dict[str, Any]] = []
+    for layer in layers:
+        plain, clean = (maps[row] for maps in seen.maps(layer))  # [H, h, w, T]
+        words = tokens.positions(kind="word")
+        only = torch.zeros_like(plain)
+        only[..., words] = without_sinks(plain, words)
+        labels = token_classes(item.classes[None], (plain.shape[1], plain.shape[2]))[0]
+        removed = [float(seen.removed(layer)[row].mean()), *seen.removed(layer)[row].tolist()]
+        for name, maps in ((PLAIN, plain), (CLEAN, clean), (WORDS, only)):
+            every = torch.cat([maps.mean(0, keepdim=True), maps])  # the mean over heads first
+            for place, of_head in enumerate(every):
+                score = dict.fromkeys(SCORES, float("nan"))
+                if spans:
+                    scores = torch.stack([of_head[..., span].sum(-1) for span in spans.values()])  # [K, h, w]
+                    score["auc"] = float(np.nanmean([_auc(of, labels == k) for of, k in zip(scores, ids, strict=True)]))
+                    if len(ids) > 1:
+                        score["miou"] = _miou(scores, ids, item.classes)
+                        score["miou_min_max"] = _miou(minmax(scores), ids, item.classes)
+                rows.append({"layer": layer, "head": place - 1, "maps": name, "removed": removed[place], **score})
+    return pd.DataFrame(rows)
+
+
+def improvement(table: pd.DataFrame, against: str = PLAIN, of: str = CLEAN) -> pd.DataFrame:
+    """One row per layer, head and score: both means, and the difference paired over images.
+
+    Args:
+        table: from `map_scores`, with the column item. against, of: which maps; by default what removing sinks adds.
+
+    Returns: layer, head, score, n, before, after, difference, low, high (95 % bootstrap over images), verdict: better,
+    worse, or "no difference".
+    """
+    import pandas as pd
+
+    table = measured(table)
+    long = table.melt(["item", "layer", "head", "maps"], list(SCORES), "score").dropna(subset=["value"])
+    rows = []
+    for (layer, head, score), part in long.groupby(["layer", "head", "score"], sort=True, observed=True):
+        wide = part.pivot(index="item", columns="maps", values="value")[[against, of]].dropna()
+        difference, low, high = interval(wide[of] - wide[against])
+        verdict = "better" if low > 0 else "worse" if high < 0 else "no difference"
+        rows.append(
+            {"layer": layer, "head": head, "score": score, "n": len(wide), "before": float(wide[against].mean()),
+             "after": float(wide[of].mean()), "difference": difference, "low": low, "high": high, "verdict": verdict}
+        )  # fmt: skip
+    columns = ["layer", "head", "score", "n", "before", "after", "difference", "low", "high", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _span(tokens: TokenTable, name: str) -> list[int]:
+    """Positions of a class's name in the prompt; none if the prompt does not name it."""
+    try:
+        return [place for places in tokens.word_spans(name).values() for place in places]
+    except UserError:
+        return []
+
+
+def _auc(values: Tensor, inside: np.ndarray[Any, Any]) -> float:
+    """Probability that a value inside is higher than one outside (ties count half)."""
+    from scipy.stats import rankdata
+
+    flat, chosen = values.numpy().ravel(), inside.ravel()
+    hits, others = int(chosen.sum()), int((~chosen).sum())
+    if not hits or not others:
+        return float("nan")
+    return float((rankdata(flat)[chosen].sum() - hits * (hits + 1) / 2) / (hits * others))
+
+
+def _miou(scores: Tensor, ids: list[int], classes: np.ndarray[Any, Any]) -> float:
+    from mmdit_probe.evaluate.counts import IGNORE, confusion, mean_iou
+    from mmdit_probe.experiments.scenes_quality import argmax_labels
+    from mmdit_probe.scenes.world import CLASSES
+
+    labels = argmax_labels(scores[None], ids, classes.shape[0])[0]
+    truth = np.where(np.isin(classes, ids), classes, IGNORE)
+    return mean_iou(confusion(truth, labels, len(CLASSES)))

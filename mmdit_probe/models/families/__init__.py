@@ -1,0 +1,1 @@
+"""What is known of every family of MM-DiTs: one entry each, facts only."""

@@ -1,0 +1,520 @@
+"""Facts of the model families, one entry each, from the diffusers 0.42.1 class it names.
+
+    >>> next(entry for entry in ENTRIES if entry.name == "flux").order
+    ('text', 'image')
+
+Every entry is tested against the mechanical layout (`models.discover_layout`), which knows nothing of it. Left out:
+classes whose layers make several attention calls, each with some of the queries (`models.families.registry.registry`
+refuses them and says why).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mmdit_probe.models.families.facts import Family, TextStream
+from mmdit_probe.models.families.prompts import (
+    attribute,
+    chat,
+    flux2_chat,
+    glm_glyphs,
+    hunyuan_cut,
+    hunyuan_image_glyphs,
+    hunyuan_template,
+    hunyuan_video15_glyphs,
+    joy_cut,
+    joy_template,
+    krea2_prefix,
+    krea2_suffix,
+    longcat_pieces,
+    lumina2_system,
+    nucleus_system,
+    prx_cleaned,
+    spoken,
+    stream,
+    template,
+)  # fmt: skip
+from mmdit_probe.models.families.token_order import (
+    Arrangement,
+    Extent,
+    Inputs,
+    Segment,
+    frames_first,
+    image_shapes,
+    latents,
+    packed,
+    position_ids,
+    samples,
+    sequence,
+    text_count,
+    valid,
+)  # fmt: skip
+
+_DOUBLE = r"transformer_blocks\.(\d+)\.attn"
+_SINGLE = r"single_transformer_blocks\.(\d+)\.attn"
+_BLOCKS = r"transformer_blocks\.(\d+)\.attn1"
+
+
+def _reordered(*parts: str) -> Any:
+    """Hunyuan's text: valid positions of all parts first, then the masked ones. The parts' masks are named after them;
+    text positions T count through the parts in this order."""
+
+    def rule(inputs: Inputs, config: Any) -> Arrangement:
+        extent = latents(inputs, config)
+        given = [(f"encoder_hidden_states{p}", f"encoder_attention_mask{p}") for p in parts]
+        given = [names for names in given if inputs.get(names[0]) is not None]
+        if len(given) < 2:
+            return sequence(latents, "image", "text")(inputs, config)
+        front, back, offset = [], [], 0
+        for name, mask in given:
+            front.append(valid(inputs[mask], offset))
+            back.append(valid(inputs[mask], offset, keep=False))
+            offset += int(inputs[name].shape[1])
+        pictures: Any = inputs.get("image_embeds")
+        count = 0 if pictures is None else int(pictures.shape[1])
+        # All-zero picture embeddings are masked (text to video): then they come after the valid text.
+        seen = count > 0 and bool(pictures.any())
+        found = []
+        for row in range(samples(inputs)):
+            other: tuple[Segment, ...] = (("other", count),) if count else ()
+            text: list[tuple[Segment, ...]] = [tuple(("text", p[row]) for p in part) for part in (front, back)]
+            found.append((*extent.image, *(other if seen else ()), *text[0], *(() if seen else other), *text[1]))
+        return Arrangement(tuple(found), extent.grid, extent.frames)
+
+    return rule
+
+
+def _flux3(inputs: Inputs, config: Any) -> Extent:
+    """Reference images come as an input of their own and follow the image."""
+    references: Any = inputs.get("image_cond_hidden_states")
+    return replace(position_ids(inputs, config), further=0 if references is None else int(references.shape[1]))
+
+
+def _framepack(inputs: Inputs, config: Any) -> Arrangement:
+    """History frames, the frames being made, picture embeddings, text. Text that is masked is hidden, or cut off."""
+    extent = latents(inputs, config)
+    patch = config.patch_size
+    history = 0
+    for name, scale in (("latents_clean", 1), ("latents_history_2x", 2), ("latents_history_4x", 4)):
+        given: Any = inputs.get(name)
+        if given is not None:
+            frames, h, w = given.shape[-3:]
+            sides = (-(-frames // scale), -(-h // (scale * patch)), -(-w // (scale * patch)))
+            history += sides[0] * sides[1] * sides[2]
+    mask: Any = inputs["encoder_attention_mask"]
+    text = int(mask.sum()) if len(mask) == 1 else int(mask.shape[1])
+    before, between = ("other", history), ("other", int(inputs["image_embeds"].shape[1]))
+    return Arrangement(
+        ((before, *extent.image, between, ("text", text)),) * samples(inputs), extent.grid, extent.frames
+    )
+
+
+def _glyphs(texts: Any) -> TextStream:
+    """ByT5, which reads what stands in quotation marks; its positions hold zeros where nothing does."""
+    return stream("byt5", "tokenizer_2", "text_encoder_2", texts=texts, length="tokenizer_2_max_length")
+
+
+def _joy(inputs: Inputs, config: Any) -> Extent:
+    """Latents [B, C, frames, h, w]; or [B, items, C, frames, h, w], the last item the image, the others references,
+    which follow it."""
+    image = inputs["hidden_states"]
+    if image.ndim == 5:
+        return latents(inputs, config)
+    own = latents({"hidden_states": image[:, -1]}, config)
+    h, w = own.grid or (0, 0)
+    return replace(own, further=(image.shape[1] - 1) * own.frames * h * w)
+
+
+def _ideogram4(inputs: Inputs, config: Any) -> Arrangement:
+    """One sequence; `indicator` says which of its tokens are text (3) and image (2), the others are padding."""
+    kinds = {2: "image", 3: "text"}
+    found = []
+    for row in inputs["indicator"].cpu():
+        values, counts = torch.unique_consecutive(row, return_counts=True)
+        pairs = zip(values.tolist(), counts.tolist(), strict=True)
+        found.append(tuple((kinds.get(value, "other"), count) for value, count in pairs))
+    places = inputs["position_ids"][0][inputs["indicator"][0] == 2]
+    h, w = (int(places[:, axis].max() - places[:, axis].min()) + 1 for axis in (1, 2))
+    return Arrangement(tuple(found), (h, w))
+
+
+def _minimax_h3(inputs: Inputs, config: Any) -> Arrangement:
+    """One sequence of text, sound and video rows, placed by index; video rows at another noise level than the last one
+    are conditions, and come first."""
+    rows, texts = inputs["video_indices"].cpu(), inputs["text_indices"].tolist()
+    levels = inputs["timestep_indices"].cpu()
+    own = rows[levels[rows] == levels[rows[-1]]]
+    kinds = ["other"] * len(levels)
+    for row in own.tolist():
+        kinds[row] = "image"
+    place = {row: number for number, row in enumerate(texts)}
+    sample: list[Segment] = []
+    for kind, run in itertools.groupby(range(len(kinds)), lambda row: "text" if row in place else kinds[row]):
+        found = list(run)
+        sample.append((kind, tuple(place[row] for row in found) if kind == "text" else len(found)))
+    if texts == sorted(texts):
+        sample = [(kind, extent if isinstance(extent, int) else len(extent)) for kind, extent in sample]
+    frames, h, w = (len(axis.unique()) for axis in inputs["position_ids"].cpu()[own].T)
+    grid = (h, w) if frames * h * w == len(own) else None
+    return Arrangement((tuple(sample),) * samples(inputs), grid, frames)
+
+
+def _omnigen(inputs: Inputs, config: Any) -> Arrangement:
+    """Padding, which no image token sees; text, in which reference images have places of their own; one token of the
+    time; the image."""
+    extent, length = latents(inputs, config), int(inputs["input_ids"].shape[1])
+    mask: Any = inputs["attention_mask"]
+    found = []
+    for row in range(samples(inputs)):
+        references = {p for first, last in inputs["input_image_sizes"].get(row, ()) for p in range(first, last)}
+        seen = (mask[row, -1, :length] > 0).tolist()
+        kinds = ["text" if seen[place] and place not in references else "other" for place in range(length)]
+        runs = tuple((kind, len(list(of))) for kind, of in itertools.groupby(kinds))
+        found.append((*runs, ("other", 1), *extent.image))
+    return Arrangement(tuple(found), extent.grid)
+
+
+def _hidream(inputs: Inputs, config: Any) -> Arrangement:
+    """Text is [T5, last Llama layer, this block's Llama layer]; latents that are not square are padded."""
+    image, llama = inputs["hidden_states"], inputs["encoder_hidden_states_llama3"]
+    text = text_count(inputs, ["encoder_hidden_states_t5"]) + 2 * int(llama[0].shape[1])
+    if image.ndim == 3:
+        h, w = (int(size) for size in inputs["img_sizes"][0])
+        total = int(image.shape[1])
+    else:
+        h, w = image.shape[-2] // config.patch_size, image.shape[-1] // config.patch_size
+        total = h * w if h == w else config.max_resolution[0] * config.max_resolution[1] // config.patch_size**2
+    sample = (*Extent((h, w), 1, total - h * w).image, ("text", text))
+    return Arrangement((sample,) * samples(inputs), (h, w))
+
+
+def _z_image(inputs: Inputs, config: Any) -> Arrangement:
+    """Image, then text, each filled up with learned pads to a multiple of 32 tokens, which are attended to."""
+    patch = int(inputs.get("patch_size", 2))
+    found = []
+    for image, text in zip(inputs["x"], inputs["cap_feats"], strict=True):
+        frames, (h, w) = image.shape[1], (size // patch for size in image.shape[-2:])
+        count = frames * h * w
+        sample: list[Segment] = [("image", count), ("other", -count % 32)]
+        found.append((*sample, ("text", tuple(range(len(text)))), ("other", -len(text) % 32)))
+    return Arrangement(tuple(found), (h, w), frames)
+
+
+_LENGTH = "max_sequence_length"
+_UNCOND_FIRST = ("uncond", "cond")
+_T5 = (stream("t5"),)
+_HUNYUAN_VIDEO = (stream("llm", wrap=hunyuan_template, cut=hunyuan_cut),)
+_TEXT_MASK = ("text", "mask")
+_TEXTS_MASKS = ("text", "mask", "negative text", "negative mask")
+_ALL_TEXTS_MASKS = ("text", "negative text", "mask", "negative mask")
+_TEXTS = ("text", "negative text")
+
+# transformer_sd3.py and pipeline_stable_diffusion_3.py. SD3.5's `attn2` sees image tokens only and does not match
+# `layers`. The attention ignores any text mask: pads are keys. Without its encoder the T5 stream is zeros of the same
+# length.
+SD3 = Family(
+    name="sd3",
+    transformer="SD3Transformer2DModel",
+    layers=r"transformer_blocks\.(\d+)\.attn",
+    order=("image", "text"),
+    arrangement=sequence(latents, "image", "text"),
+    image_input="hidden_states",
+    text_input="encoder_hidden_states",
+    pooled_input="pooled_projections",
+    timestep_input="timestep",
+    skip_input="skip_layers",
+    timesteps=1000.0,
+    guidance=("uncond", "cond"),
+    streams=(
+        TextStream(
+            name="clip",
+            tokenizers=("tokenizer", "tokenizer_2"),
+            encoders=("text_encoder", "text_encoder_2"),
+            prompts=("prompt", "prompt_2"),
+            negatives=("negative_prompt", "negative_prompt_2"),
+            length="tokenizer",
+        ),
+        TextStream(
+            name="t5",
+            tokenizers=("tokenizer_3",),
+            encoders=("text_encoder_3",),
+            prompts=("prompt_3",),
+            negatives=("negative_prompt_3",),
+            length="max_sequence_length",
+        ),
+    ),
+    length_argument="max_sequence_length",
+    default_length=256,
+    encoded=("text", "negative text", "pooled", "negative pooled"),
+    pipelines=("StableDiffusion3Pipeline",),
+)
+
+ENTRIES: tuple[Family, ...] = (
+    SD3,
+    # transformer_flux.py. CLIP is pooled only: no text position carries it. Single blocks see one joined sequence.
+    Family(
+        "flux", "FluxTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
+        sequence(position_ids, "text", "image"),
+        pooled_input="pooled_projections", streams=(stream("t5", "tokenizer_2", "text_encoder_2"),),
+        length_argument=_LENGTH, default_length=512, encoded=("text", "pooled", "text ids"),
+        pipelines=("FluxPipeline",), cell=2, form="packed", distilled=True,
+    ),
+    # transformer_flux2.py, without its key-value cache.
+    Family(
+        "flux2", "Flux2Transformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
+        sequence(position_ids, "text", "image"), streams=(stream("llm", wrap=flux2_chat),), length_argument=_LENGTH,
+        default_length=512, encoded=("text", "text ids"), pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
+        cell=2, form="packed", distilled=True,
+    ),
+    # transformer_flux3.py. Blocks of one modality come first and are no joint attention.
+    Family(
+        "flux3", "Flux3Transformer2DModel", _SINGLE, ("text", "image"), sequence(_flux3, "text", "image"),
+    ),
+    # transformer_chroma.py. The mask is an outer product: masked rows see nothing.
+    Family(
+        "chroma", "ChromaTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
+        sequence(position_ids, "text", "image"), streams=_T5, length_argument=_LENGTH, default_length=512,
+        encoded=("text", "text ids", "mask", "negative text", "negative text ids", "negative mask"),
+        pipelines=("ChromaPipeline",), cell=2, form="packed",
+    ),
+    Family(
+        "bria", "BriaTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
+        sequence(position_ids, "text", "image"), timesteps=1000.0, guidance=_UNCOND_FIRST, streams=_T5,
+        length_argument=_LENGTH, default_length=128, encoded=("text", "negative text", "text ids"),
+        pipelines=("BriaPipeline",), cell=2, form="packed", scale_of_tokens=True,
+    ),
+    # transformer_bria_fibo.py. Half of the text channels are replaced at each block.
+    Family(
+        "bria_fibo", "BriaFiboTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
+        sequence(position_ids, "text", "image"), timesteps=1000.0, guidance=_UNCOND_FIRST,
+        streams=(stream("llm", padded=False, together=True, blank="bos"),), length_argument=_LENGTH,
+        default_length=3000,
+        encoded=("text", "negative text", "text ids", "mask", "negative mask", "layers", "negative layers"),
+        pipelines=("BriaFiboPipeline",), cell=1, form="packed",
+    ),
+    Family(
+        "longcat_image", "LongCatImageTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
+        sequence(position_ids, "text", "image"), encoded=("text", "text ids"),
+        streams=(stream("llm", texts=longcat_pieces, length="tokenizer_max_length", special_tokens=False),),
+        pipelines=("LongCatImagePipeline",), options=(("enable_prompt_rewrite", False),), cell=2, form="packed",
+    ),
+    Family(
+        "ovis_image", "OvisImageTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
+        sequence(position_ids, "text", "image"), length_argument=_LENGTH, default_length=256,
+        streams=(
+            stream(
+                "llm", wrap=chat("system_prompt", add_generation_prompt=True, enable_thinking=False),
+                cut=attribute("user_prompt_begin_id"), special_tokens=False,
+            ),
+        ),
+        encoded=("text", "negative text", "text ids", "negative text ids"), pipelines=("OvisImagePipeline",),
+        cell=2, form="packed",
+    ),
+    # auraflow_transformer_2d.py. Eight learned registers come before the text.
+    Family(
+        "aura_flow", "AuraFlowTransformer2DModel", (r"joint_transformer_blocks\.(\d+)\.attn", _SINGLE),
+        ("other", "text", "image"), sequence(latents, "other", "text", "image", registers=8),
+        guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH, default_length=256, encoded=_TEXTS_MASKS,
+        pipelines=("AuraFlowPipeline",),
+    ),
+    # transformer_qwenimage.py. `encoder_hidden_states_mask` hides keys.
+    Family(
+        "qwen_image", "QwenImageTransformer2DModel", _DOUBLE, ("text", "image"),
+        sequence(image_shapes, "text", "image"),
+        streams=(
+            stream(
+                "llm", wrap=template("prompt_template_encode"), cut=attribute("prompt_template_encode_start_idx"),
+                padded=False,
+            ),
+        ),
+        length_argument=_LENGTH, default_length=512, encoded=_TEXT_MASK, pipelines=("QwenImagePipeline",),
+        scale_argument="true_cfg_scale", cell=2, form="packed",
+    ),
+    # cogvideox_transformer_3d.py and consisid_transformer_3d.py: latents [B, frames, C, h, w].
+    Family(
+        "cogvideox", "CogVideoXTransformer3DModel", _BLOCKS, ("text", "image"), sequence(frames_first, "text", "image"),
+        timesteps=1000.0, guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH,
+        default_length=226, encoded=_TEXTS,
+    ),
+    Family(
+        "consisid", "ConsisIDTransformer3DModel", _BLOCKS, ("text", "image"), sequence(frames_first, "text", "image"),
+        timesteps=1000.0, guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH,
+        default_length=226, encoded=_TEXTS,
+    ),
+    Family(
+        "cogview3plus", "CogView3PlusTransformer2DModel", _BLOCKS, ("text", "image"),
+        sequence(latents, "text", "image"), timesteps=1000.0, guidance=_UNCOND_FIRST,
+        streams=_T5, length_argument=_LENGTH, default_length=224, encoded=_TEXTS, pipelines=("CogView3PlusPipeline",),
+    ),
+    # transformer_cogview4.py and transformer_glm_image.py. Their float mask adds 1 to kept keys and hides none.
+    Family(
+        "cogview4", "CogView4Transformer2DModel", _BLOCKS, ("text", "image"), sequence(latents, "text", "image"),
+        timesteps=1000.0, streams=(stream("llm", padded=False, together=True, multiple=16, side="left"),),
+        length_argument=_LENGTH, default_length=1024, encoded=_TEXTS, pipelines=("CogView4Pipeline",),
+    ),
+    Family(
+        "glm_image", "GlmImageTransformer2DModel", _BLOCKS, ("text", "image"), sequence(latents, "text", "image"),
+        timesteps=1000.0, encoded=_TEXTS, length_argument=_LENGTH, default_length=2048,
+        streams=(stream("byt5", texts=glm_glyphs, padded=False, together=True, side="left"),),
+    ),
+    # transformer_hunyuan_video.py. The token refiner is text self-attention and does not match `layers`.
+    Family(
+        "hunyuan_video", "HunyuanVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),
+        sequence(latents, "image", "text"), timesteps=1000.0, streams=_HUNYUAN_VIDEO, length_argument=_LENGTH,
+        default_length=256, encoded=("text", "pooled", "mask"),
+        template_arguments=("prompt_template",),
+    ),
+    # transformer_hunyuan_video_framepack.py: frames made before and picture embeddings are neither image nor text.
+    Family(
+        "hunyuan_video_framepack", "HunyuanVideoFramepackTransformer3DModel", (_DOUBLE, _SINGLE),
+        ("other", "image", "other", "text"), _framepack, timesteps=1000.0, streams=_HUNYUAN_VIDEO,
+        length_argument=_LENGTH, default_length=256, encoded=("text", "pooled", "mask"),
+        template_arguments=("prompt_template",),
+    ),
+    # transformer_hunyuanimage.py: text is [ByT5, language model].
+    Family(
+        "hunyuan_image", "HunyuanImageTransformer2DModel", (_DOUBLE, _SINGLE), ("image", "text"), _reordered("_2", ""),
+        timesteps=1000.0, encoded=("text", "mask", "glyphs", "glyph mask"),
+        streams=(
+            _glyphs(hunyuan_image_glyphs),
+            stream(
+                "llm", wrap=template("prompt_template_encode"), cut=attribute("prompt_template_encode_start_idx"),
+                length="tokenizer_max_length",
+            ),
+        ),
+    ),
+    # transformer_hunyuan_video15.py: the same, and picture embeddings, which are neither image nor text tokens.
+    Family(
+        "hunyuan_video15", "HunyuanVideo15Transformer3DModel", _DOUBLE, ("image", "other", "text"),
+        _reordered("_2", ""), timesteps=1000.0, encoded=("text", "mask", "glyphs", "glyph mask"),
+        streams=(
+            _glyphs(hunyuan_video15_glyphs),
+            stream(
+                "llm", wrap=chat(system=lambda pipeline: pipeline.system_message, add_generation_prompt=True),
+                texts=spoken, cut=attribute("prompt_template_encode_start_idx"), length="tokenizer_max_length",
+                special_tokens=False,
+            ),
+        ),
+    ),
+    # transformer_mochi.py: one attention call per sample, over its valid text.
+    Family(
+        "mochi", "MochiTransformer3DModel", _BLOCKS, ("image", "text"), packed(latents, "image", "text"),
+        timesteps=1000.0, guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH, default_length=256,
+        encoded=_TEXTS_MASKS,
+    ),
+    Family(
+        "hidream", "HiDreamImageTransformer2DModel",
+        (r"double_stream_blocks\.(\d+)\.block\.attn1", r"single_stream_blocks\.(\d+)\.block\.attn1"), ("image", "text"),
+        _hidream, text_input="encoder_hidden_states_t5", timestep_input="timesteps", timesteps=1000.0,
+        guidance=_UNCOND_FIRST, length_argument=_LENGTH, default_length=128,
+        streams=(
+            stream("t5", "tokenizer_3", "text_encoder_3"),
+            stream("llama", "tokenizer_4", "text_encoder_4"),
+            stream("llama_layer", "tokenizer_4", "text_encoder_4"),
+        ),
+        encoded=(*_TEXTS, "llama", "negative llama", "pooled", "negative pooled"), pipelines=("HiDreamImagePipeline",),
+    ),
+    # transformer_lumina2.py: valid text, then image, packed per sample.
+    Family(
+        "lumina2", "Lumina2Transformer2DModel", r"layers\.(\d+)\.attn", ("text", "image"),
+        packed(latents, "text", "image"), clean_timestep=1.0, towards_image=True,
+        streams=(stream("llm", wrap=lumina2_system),), length_argument=_LENGTH, default_length=256,
+        encoded=_TEXTS_MASKS,
+        pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
+        template_arguments=("system_prompt",),
+    ),
+    # transformer_z_image.py, text to image: lists of a latent [C, frames, h, w] and a text [T, width] per sample.
+    Family(
+        "z_image", "ZImageTransformer2DModel", r"layers\.(\d+)\.attention", ("image", "other", "text", "other"),
+        _z_image, image_input="x", text_input="cap_feats", timestep_input="t", clean_timestep=1.0, towards_image=True,
+        guidance=("cond", "uncond"), length_argument=_LENGTH, default_length=512, encoded=_TEXTS,
+        streams=(stream("llm", wrap=chat(add_generation_prompt=True, enable_thinking=True), padded=False),),
+        pipelines=("ZImagePipeline",), cell=2, form="listed", scale_offset=1.0,
+    ),
+    # transformer_krea2.py: text [B, T, language model layers, width].
+    Family(
+        "krea2", "Krea2Transformer2DModel", _DOUBLE, ("text", "image"),
+        sequence(lambda inputs, config: _krea2(inputs), "text", "image"), encoded=_TEXT_MASK,
+        streams=(
+            stream("llm", wrap=krea2_prefix, cut=attribute("prompt_template_encode_start_idx"), tail=krea2_suffix),
+        ),
+        length_argument=_LENGTH, default_length=512, pipelines=("Krea2Pipeline",), cell=2, form="packed",
+        scale_offset=1.0,
+    ),
+    Family(
+        "ernie_image", "ErnieImageTransformer2DModel", r"layers\.(\d+)\.self_attention", ("image", "text"),
+        sequence(latents, "image", "text", text=("text_bth",)), text_input="text_bth", timesteps=1000.0,
+        guidance=_UNCOND_FIRST, encoded=("text",),
+        streams=(stream("llm", length="tokenizer", padded=False, blank="bos"),),
+        pipelines=("ErnieImagePipeline",), options=(("use_pe", False),),
+    ),
+    # transformer_ideogram4.py: padding, text and image in one sequence; padding attends to padding.
+    Family(
+        "ideogram4", "Ideogram4Transformer2DModel", r"layers\.(\d+)\.attention", ("other", "text", "image"), _ideogram4,
+        clean_timestep=1.0, towards_image=True, encoded=("text", "position ids", "segment ids", "indicator"),
+        streams=(
+            stream("llm", wrap=chat(listed=True, add_generation_prompt=True), padded=False, special_tokens=False),
+        ),
+        length_argument=_LENGTH, default_length=2048,
+    ),
+    # transformer_omnigen.py: text comes as ids and attends to what precedes it; one token holds the time.
+    Family(
+        "omnigen", "OmniGenTransformer2DModel", r"layers\.(\d+)\.self_attn", ("text", "other", "image"), _omnigen,
+        text_input="input_ids", clean_timestep=1.0, towards_image=True,
+    ),
+    # transformer_minimax_h3.py: text, sound and video in one sequence, without a mask. Its timesteps are those that
+    # occur in the sequence, in rising order: the first is the noisiest rows'.
+    Family(
+        "minimax_h3", "MiniMaxH3Transformer3DModel", r"transformer_blocks\.(\d+)\.attn", ("text", "other", "image"),
+        _minimax_h3, clean_timestep=1.0, towards_image=True,
+    ),
+    Family(
+        "easyanimate", "EasyAnimateTransformer3DModel", _BLOCKS, ("text", "image"),
+        sequence(latents, "text", "image", text=("encoder_hidden_states", "encoder_hidden_states_t5")),
+        timesteps=1000.0, guidance=_UNCOND_FIRST, encoded=_ALL_TEXTS_MASKS,
+        streams=(stream("llm", wrap=chat(listed=True, add_generation_prompt=True), side="right"),),
+        length_argument=_LENGTH, default_length=256,
+    ),
+    Family(
+        "joyimage_edit", "JoyImageEditTransformer3DModel", r"double_blocks\.(\d+)\.attn", ("image", "text"),
+        sequence(_joy, "image", "text"), timesteps=1000.0, encoded=_TEXT_MASK,
+        streams=(stream("llm", wrap=joy_template, cut=joy_cut, padded=False),), length_argument=_LENGTH,
+        default_length=1024,
+        template_arguments=("template_type",),
+    ),
+    Family(
+        "motif_video", "MotifVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),
+        sequence(latents, "image", "text"), timesteps=1000.0, streams=_T5, length_argument=_LENGTH,
+        default_length=512, encoded=_ALL_TEXTS_MASKS,
+    ),
+    # transformer_prx.py and transformer_nucleusmoe_image.py: text tokens are keys only, so there is no T2I and no T2T.
+    Family(
+        "prx", "PRXTransformer2DModel", r"blocks\.(\d+)\.attention", ("text", "image"),
+        sequence(latents, "text", "image", queries=("image",)), guidance=_UNCOND_FIRST, encoded=_TEXTS_MASKS,
+        streams=(stream("t5", texts=prx_cleaned, length="tokenizer_max_length"),),
+        length_argument="tokenizer_max_length", pipelines=("PRXPipeline",),
+        options=(("use_resolution_binning", False),), size_in_pixels=True,
+        template_arguments=("skip_text_cleaning",),
+    ),
+    Family(
+        "nucleus_image", "NucleusMoEImageTransformer2DModel", _DOUBLE, ("image", "text"),
+        sequence(image_shapes, "image", "text", queries=("image",)), encoded=_TEXT_MASK,
+        streams=(
+            stream(
+                "llm", "processor", padded=False, together=True, multiple=8,
+                wrap=chat(system=nucleus_system, listed=True, component="processor", add_generation_prompt=True),
+            ),
+        ),
+        length_argument=_LENGTH, default_length=1024, pipelines=("NucleusMoEImagePipeline",), cell=2, form="packed",
+        towards_image=True,
+    ),
+)  # fmt: skip
+
+
+def _krea2(inputs: Inputs) -> Extent:
+    text = int(inputs["encoder_hidden_states"].shape[1])
+    return position_ids({"img_ids": inputs["position_ids"][..., text:, :]}, None)

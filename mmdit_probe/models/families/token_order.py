@@ -1,0 +1,191 @@
+"""The order of image, text and other tokens in the keys of one denoising call, sample by sample.
+
+    >>> import torch
+    >>> inputs = {"hidden_states": torch.zeros(2, 4, 6, 8), "encoder_hidden_states": torch.zeros(2, 5, 32)}
+    >>> config = type("Config", (), {"patch_size": 2})
+    >>> found = sequence(latents, "text", "image")(inputs, config)
+    >>> found.samples[0], found.grid
+    ((('text', 5), ('image', 12)), (3, 4))
+
+The functions here turn the arguments of a transformer's forward into an `Arrangement`; entries of
+`models.families.entries` name the ones that apply. Masks are not looked at: what a mask hides is seen at the attention
+call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = Mapping[str, Any]
+Segment = tuple[str, "int | tuple[int, ...]"]
+"""Kind of token, and how many; or which text positions, where they are not in order or not all there."""
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """Order of the keys at every joint-attention call of one denoising call.
+
+    Attributes:
+        samples: per sample, segments in key order. Keys beyond the last segment are padding.
+        grid: (h, w) of the image tokens, row-major, within each of `frames` frames.
+        queries: kinds of tokens that are queries too.
+    """
+
+    samples: tuple[tuple[Segment, ...], ...]
+    grid: tuple[int, int] | None
+    frames: int = 1
+    queries: tuple[str, ...] = ("image", "text", "other")
+
+    @property
+    def text_length(self) -> int:
+        """T, the number of text positions; samples with less lack the last ones."""
+        return max((max(positions(sample, "text"), default=-1) + 1 for sample in self.samples), default=0)
+
+    @property
+    def regular(self) -> bool:
+        """Whether all samples have the same keys in the same order, each kind of token complete and a query."""
+        first = self.samples[0]
+        return (
+            len(self.queries) == 3
+            and all(sample == first for sample in self.samples)
+            and all(isinstance(extent, int) for _, extent in first)
+        )
+
+
+def positions(sample: Sequence[Segment], kind: str) -> list[int]:
+    """Positions among the tokens of one kind, in key order."""
+    found: list[int] = []
+    for of, extent in sample:
+        if of == kind:
+            start = max(found, default=-1) + 1
+            found += range(start, start + extent) if isinstance(extent, int) else extent
+    return found
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Size of the image tokens: (h, w) grid, frames, and further latents (references, padding) that follow them."""
+
+    grid: tuple[int, int] | None
+    frames: int = 1
+    further: int = 0
+
+    @property
+    def image(self) -> tuple[Segment, ...]:
+        h, w = self.grid or (0, 0)
+        segments: tuple[Segment, ...] = (("image", self.frames * h * w),)
+        return (*segments, ("other", self.further)) if self.further else segments
+
+
+Measure = Callable[[Inputs, Any], Extent]
+Rule = Callable[[Inputs, Any], Arrangement]
+
+
+def latents(inputs: Inputs, config: Any, frame_axis: int = -3) -> Extent:
+    """Latents [B, C, h, w] or [B, C, frames, h, w], cut into the config's patches."""
+    image = inputs["hidden_states"]
+    patch = _sizes(getattr(config, "patch_size", 1))
+    time = getattr(config, "patch_size_t", None) or (patch[0] if len(patch) == 3 else 1)
+    frames = -(-image.shape[frame_axis] // time) if image.ndim == 5 else 1
+    return Extent((image.shape[-2] // patch[-2], image.shape[-1] // patch[-1]), frames)
+
+
+def frames_first(inputs: Inputs, config: Any) -> Extent:
+    """Latents [B, frames, C, h, w]."""
+    return latents(inputs, config, frame_axis=-4)
+
+
+def position_ids(inputs: Inputs, config: Any) -> Extent:
+    """Packed latents [B, I, C] whose `img_ids` [I, axes] say (image, row, column); images after the first are
+    references."""
+    ids = inputs["img_ids"]
+    ids = ids[0] if ids.ndim == 3 else ids
+    own = (ids[:, 0] == ids[0, 0]).cpu()
+    rows, columns = (ids[:, axis].cpu()[own] for axis in (1, 2))
+    grid = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
+    return Extent(grid, 1, len(own) - int(own.sum()))
+
+
+def image_shapes(inputs: Inputs, config: Any) -> Extent:
+    """Packed latents whose `img_shapes` list (frames, h, w), per sample, of the image and of its references."""
+    shapes = inputs["img_shapes"]
+    own = shapes[0] if isinstance(shapes[0], list) else [shapes[0]]
+    sizes = [(int(f), int(h), int(w)) for f, h, w in own]
+    return Extent(sizes[0][1:], sizes[0][0], sum(f * h * w for f, h, w in sizes[1:]))
+
+
+def text_count(inputs: Inputs, names: Sequence[str]) -> int:
+    """T: the lengths of the text inputs [B, T, ...] that are given, together."""
+    return sum(int(inputs[name].shape[1]) for name in names if inputs.get(name) is not None)
+
+
+def sequence(
+    measure: Measure,
+    *order: str,
+    text: Sequence[str] = ("encoder_hidden_states",),
+    registers: int = 0,
+    queries: tuple[str, ...] = ("image", "text", "other"),
+) -> Rule:
+    """Whole runs of tokens, the same for every sample.
+
+    Args:
+        measure: the image's extent. order: kinds in key order.
+        text: names of the text inputs. registers: number of "other" tokens. queries: kinds that are queries.
+    """
+
+    def rule(inputs: Inputs, config: Any) -> Arrangement:
+        extent = measure(inputs, config)
+        runs: dict[str, tuple[Segment, ...]] = {
+            "image": extent.image,
+            "text": (("text", text_count(inputs, text)),),
+            "other": (("other", registers),),
+        }
+        sample = tuple(segment for kind in order for segment in runs[kind])
+        return Arrangement((sample,) * samples(inputs), extent.grid, extent.frames, queries)
+
+    return rule
+
+
+def samples(inputs: Inputs) -> int:
+    """B, the number of samples: of the latents, a tensor or a list with one entry per sample."""
+    image = inputs["hidden_states"] if "hidden_states" in inputs else inputs["x"]
+    return len(image)
+
+
+def valid(mask: Tensor, offset: int = 0, keep: bool = True) -> list[tuple[int, ...]]:
+    """Per sample, the text positions that a mask [B, T] keeps (or hides)."""
+    kept = mask.bool().cpu() if keep else ~mask.bool().cpu()
+    return [tuple((offset + row.nonzero()[:, 0]).tolist()) for row in kept]
+
+
+def packed(measure: Measure, *order: str) -> Rule:
+    """Only the text that `encoder_attention_mask` keeps is among the keys, sample by sample."""
+
+    def rule(inputs: Inputs, config: Any) -> Arrangement:
+        extent = measure(inputs, config)
+        found = tuple(
+            tuple(s for kind in order for s in (extent.image if kind == "image" else (("text", kept),)))
+            for kept in valid(inputs["encoder_attention_mask"])
+        )
+        return Arrangement(found, extent.grid, extent.frames)
+
+    return rule
+
+
+def from_labels(labels: Sequence[Tensor], kinds: Sequence[str], queries: Sequence[int]) -> Arrangement:
+    """What `models.discover_layout` found: per sample the kind of every key [N], and the number of queries."""
+    found = []
+    for of_sample in labels:
+        values, counts = torch.unique_consecutive(of_sample, return_counts=True)
+        found.append(tuple((kinds[k], n) for k, n in zip(values.tolist(), counts.tolist(), strict=True)))
+    every = all(count == len(of_sample) for count, of_sample in zip(queries, labels, strict=True))
+    return Arrangement(tuple(found), None, 1, ("image", "text", "other") if every else ("image",))
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    return (int(value), int(value)) if isinstance(value, int) else tuple(int(v) for v in value)

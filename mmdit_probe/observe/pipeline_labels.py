@@ -1,0 +1,201 @@
+"""What the rows of a denoising call are: prompts, token tables, seeds and guidance branches of a running stock
+pipeline.
+
+The pipeline's own `encode_prompt` and `prepare_latents` are listened to on the instance, for the length of a probe;
+their arguments say which prompt, which negative prompt and which generator every row has. Which branch of
+classifier-free guidance a call or a row of it belongs to is told by the text it carries: the rows of a call are
+compared with what was encoded for each branch. Where both branches have the same text, the order of the family's batch,
+the pipeline's own name for the call (`cache_context`), or the order of calls at one noise level decides. Nothing is
+changed and nothing is patched globally.
+
+Not here: embeddings that were computed elsewhere. Their text is unknown unless the caller passes token tables.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdit_probe.attention.intercept import Detach, interpose
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.families.registry import Family
+from mmdit_probe.models.mmdit import Batch
+from mmdit_probe.models.tokens import TokenTable, token_tables
+
+BOTH = ("cond", "uncond")
+
+
+@dataclass
+class _Branch:
+    """One guidance branch as it was encoded: embeddings [T, C], prompt and token table per row."""
+
+    embeddings: list[Tensor]
+    prompts: list[str]
+    tables: Sequence[TokenTable | None]
+
+    def repeated(self, rows: int) -> _Branch:
+        """With every row several times in a row, as pipelines do that repeat embeddings after encoding them."""
+        copies = max(1, rows // len(self.embeddings))
+
+        def each(items: Sequence[Any]) -> list[Any]:
+            return [item for item in items for _ in range(copies)]
+
+        return _Branch(each(self.embeddings), each(self.prompts), each(self.tables))
+
+
+class PipelineRows:
+    """Listens to one pipeline and knows the rows of its next transformer call.
+
+    Args:
+        pipeline: a stock pipeline of the family.
+        family: whose argument names apply.
+    """
+
+    def __init__(self, pipeline: Any, family: Family) -> None:
+        self.pipeline, self.family = pipeline, family
+        self._branches: dict[str, _Branch] = {}
+        self._seeds: list[int] = []
+        self._encoding = False
+        self._last: tuple[str, float] | None = None
+
+    def attach(self) -> list[Detach]:
+        listeners = {"encode_prompt": self._on_encode, "prepare_latents": self._on_latents}
+        there = {name: listener for name, listener in listeners.items() if hasattr(self.pipeline, name)}
+        return [interpose(self.pipeline, name, listener) for name, listener in there.items()]
+
+    @property
+    def encoded(self) -> bool:
+        """Whether the pipeline has encoded anything that is known."""
+        return bool(self._branches)
+
+    def batch(self, text: Any, context: str | None, moment: float) -> Batch | None:
+        """The rows of a transformer call; None if its text is not what was encoded last.
+
+        Args:
+            text: its text input: [B, T, C], or a list of [T, C].
+            context: what the pipeline calls this call: "cond" or "uncond", or nothing of the kind.
+            moment: its timestep.
+        """
+        self._encoding = False
+        rows, known = list(text), self._branches
+        batched = [self.family.guidance] if set(self.family.guidance) <= set(known) and self.family.guidance else []
+        fitting = [order for order in (*batched, *((branch,) for branch in known)) if self._carries(rows, order)]
+        if not fitting:
+            return None
+        branches = self._chosen(fitting, context, moment)
+        count = len(rows) // len(branches)
+        parts = [known[branch].repeated(count) for branch in branches]
+        seeds = self._seeds * count if len(self._seeds) == 1 else self._seeds
+        seeds = seeds if len(seeds) == count else [-1] * count
+        return Batch(
+            tokens=[table for part in parts for table in part.tables],
+            prompts=known["cond"].repeated(count).prompts * len(branches),
+            seeds=seeds * len(branches),
+            branches=[branch for branch in branches for _ in range(count)],
+        )
+
+    def _carries(self, rows: list[Tensor], branches: Sequence[str]) -> bool:
+        """Whether these rows are what was encoded for these branches, one branch after the other."""
+        count, rest = divmod(len(rows), len(branches))
+        known = [self._branches[branch] for branch in branches]
+        if rest or any(not part.embeddings or count % len(part.embeddings) for part in known):
+            return False
+        wanted = [row for part in known for row in part.repeated(count).embeddings]
+        return all(_same(row, other) for row, other in zip(rows, wanted, strict=True))
+
+    def _chosen(self, fitting: list[tuple[str, ...]], context: str | None, moment: float) -> tuple[str, ...]:
+        """Which of the orders that fit it is: more than one does only where branches have the same text."""
+        found = fitting[0]
+        if len(found) == 1:
+            if context in BOTH and (context,) in fitting:
+                found = (context,)  # type: ignore[assignment]
+            elif len(fitting) > 1 and self._last == ("cond", moment):
+                found = ("uncond",)  # the second call at one noise level: every pipeline calls its prompt first
+            self._last = found[0], moment
+        return found
+
+    def _on_encode(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(type(self.pipeline).encode_prompt).bind(self.pipeline, *args, **kwargs)
+        bound.apply_defaults()
+        # Lists are copied: some pipelines write the text with its template back into the caller's list.
+        given = {name: list(value) if isinstance(value, list) else value for name, value in bound.arguments.items()}
+        result = proceed(*args, **kwargs)
+        parts = result if isinstance(result, tuple) else (result,)
+        if len(parts) != len(self.family.encoded):
+            self._branches = {}  # another pipeline of this transformer: what it returns is not known
+            return result
+        encoded = dict(zip(self.family.encoded, parts, strict=True))
+        streams = self.family.streams
+        # Families whose negative prompt is encoded by a call of its own: prompt, then negative prompt, then latents.
+        second = self._encoding and "negative text" not in encoded
+        if not second:
+            self._branches, self._seeds, self._last = {}, [], None
+        self._encoding = True
+        names = [name for stream in streams for name in stream.prompts] or ["prompt"]
+        self._branches["uncond" if second else "cond"] = self._branch(
+            encoded["text"], names, "prompt_embeds", given, second
+        )
+        if encoded.get("negative text") is not None and len(encoded["negative text"]):
+            names = [name for stream in streams for name in stream.negatives] or ["negative_prompt"]
+            self._branches["uncond"] = self._branch(
+                encoded["negative text"], names, "negative_prompt_embeds", given, True
+            )
+        return result
+
+    def _branch(
+        self, embeddings: Any, names: Sequence[str], ready_made: str, given: dict[str, Any], negative: bool
+    ) -> _Branch:
+        """One branch of an `encode_prompt` call; `ready_made` is the argument that replaces its texts by embeddings."""
+        rows = list(embeddings)
+        # A text that is not given is the first one's; one that is given as embeddings is unknown.
+        first = next((given[n] for n in (names[0], ready_made.removesuffix("_embeds")) if given.get(n)), None)
+        if any(name.startswith(ready_made) and given[name] is not None for name in given) or (
+            first is None and not negative
+        ):
+            return _Branch(rows, [""] * len(rows), [None] * len(rows))
+        columns = []
+        for name in names:
+            value = given.get(name) or first or ""
+            columns.append([value] if isinstance(value, str) else list(value))
+        count = max(len(column) for column in columns)
+        texts = [list(text) for text in zip(*(column * (count // len(column)) for column in columns), strict=True)]
+        tables: list[TokenTable | None] = [None] * len(texts)
+        if self.family.streams and not self._rewritten(given):
+            length = given.get(self.family.length_argument)
+            try:
+                tables = list(token_tables(self.pipeline, self.family, texts, length, negative))
+            except UserError as error:  # the pipeline runs with this tokenizer, so the probe must not stop it
+                warnings.warn(f"the kinds of the text tokens stay unknown: {error}", stacklevel=2)
+        copies = max(1, len(rows) // len(texts))
+        return _Branch(
+            rows, [text[0] for text in texts for _ in range(copies)], [table for table in tables for _ in range(copies)]
+        )
+
+    def _rewritten(self, given: dict[str, Any]) -> bool:
+        """Whether the caller has the prompt put into other text than the pipeline does by default."""
+        known = inspect.signature(type(self.pipeline).encode_prompt).parameters
+        names = [name for name in self.family.template_arguments if name in known]
+        return any(given[name] != known[name].default for name in names)
+
+    def _on_latents(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._encoding = False
+        bound = inspect.signature(type(self.pipeline).prepare_latents).bind(self.pipeline, *args, **kwargs)
+        generator = bound.arguments.get("generator")
+        # Read before the draw: a generator's initial seed is what the caller set, whatever was drawn since.
+        if isinstance(generator, torch.Generator):
+            self._seeds = [generator.initial_seed()]
+        elif isinstance(generator, Sequence):
+            self._seeds = [g.initial_seed() for g in generator]
+        return proceed(*args, **kwargs)
+
+
+def _same(row: Tensor, encoded: Tensor) -> bool:
+    """Whether a row of a call is this text, as far as both go: pipelines pad, and cut padding off."""
+    length = min(len(row), len(encoded))
+    return row.shape[1:] == encoded.shape[1:] and torch.equal(row[:length], encoded[:length].to(row.device, row.dtype))

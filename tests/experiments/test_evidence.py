@@ -1,0 +1,122 @@
+"""Evidence joined, ranked and compared, on tables whose answers are known, and from run folders of a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmdit_probe.cli.app import main
+from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import evidence
+from mmdit_probe.experiments.evidence_names import EVIDENCE, evidence_names
+from mmdit_probe.results.selection import load_selection
+
+LAYERS = 6
+
+
+def long_table(noise: float = 0.01) -> pd.DataFrame:
+    """Two evidences that agree (best at layer 3), one that is their opposite; 10 items."""
+    rng = np.random.default_rng(0)
+    truth = np.array([0.0, 1, 2, 5, 4, 3])
+    rows = []
+    for name, values in (("word_mass", truth), ("segmentation", 10 * truth), ("value_gap", -truth)):
+        for item in range(10):
+            for layer in range(LAYERS):
+                value = values[layer] + noise * rng.normal()
+                rows.append({"evidence": name, "split": "val", "item": item, "layer": layer, "value": value})
+    return pd.DataFrame(rows)
+
+
+def test_values_intervals_and_ranks() -> None:
+    table = evidence.by_layer(long_table())
+    part = table[table["evidence"] == "word_mass"].set_index("layer")
+    assert part["rank"].tolist() == [6, 5, 4, 1, 2, 3]
+    assert (part["low"] <= part["value"]).all() and (part["value"] <= part["high"]).all()
+    assert part.loc[3, "value"] == pytest.approx(5, abs=0.02)
+    assert set(table["n"]) == {10}
+
+
+def test_agreement_is_the_rank_correlation() -> None:
+    pairs = evidence.agreement(long_table(), draws=50).set_index(["first", "second"])
+    assert pairs.loc[("word_mass", "segmentation"), "rho"] == pytest.approx(1)
+    assert pairs.loc[("word_mass", "value_gap"), "rho"] == pytest.approx(-1)
+    noisy = evidence.agreement(long_table(noise=20.0), draws=50)
+    assert (noisy["high"] - noisy["low"]).min() > 0.3
+    assert set(pairs["layers"]) == {LAYERS}
+
+
+def test_choice_by_ranks_and_by_one_evidence() -> None:
+    table = evidence.by_layer(long_table())
+    agreed = table[table["evidence"] != "value_gap"]
+    assert evidence.choose(agreed, 2) == (3, 4)
+    assert evidence.choose(table, 1, "value_gap") == (0,)
+    assert evidence.choose(table, 1, "median-ranks") == (3,)  # two against one
+    ranks = table.groupby("layer")["rank"].mean()
+    assert evidence.choose(table, 1) == (ranks.idxmin(),)
+    with pytest.raises(UserError, match="segmentation"):
+        evidence.choose(table, 1, "segmentatoin")
+    with pytest.raises(UserError, match="1 to 6"):
+        evidence.choose(table, 7)
+
+
+def test_weights_follow_ranks_and_controls_are_not_ranked() -> None:
+    long = long_table().assign(control="none")
+    table = evidence.by_layer(long)
+    assert evidence.weights_of(table, (3, 4)) == (0.5, 0.5)
+    first, second = evidence.weights_of(table[table["evidence"] == "word_mass"], (3, 4), "ranks")
+    assert (first, second) == (pytest.approx(6 / 11), pytest.approx(5 / 11))
+    with pytest.raises(UserError, match="equal"):
+        evidence.weights_of(table, (3,), "even")
+    louder = pd.concat([long, long.assign(control="random", value=long["value"] + 100)])
+    pd.testing.assert_frame_equal(evidence.by_layer(louder), table)
+    pd.testing.assert_frame_equal(evidence.agreement(louder, draws=20), evidence.agreement(long, draws=20))
+
+
+def test_names() -> None:
+    assert evidence_names(None, False) == evidence_names("all", True) == list(EVIDENCE)
+    assert evidence_names(None, True) == []
+    assert evidence_names("segmentation, word_mass", False) == ["segmentation", "word_mass"]
+    with pytest.raises(UserError, match="value_gap"):
+        evidence_names("value_gaps", False)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(list(arguments))
+    return int(stopped.value.code or 0)
+
+
+def test_from_run_folders_to_a_selection(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    """Any model: run the analyses, join their folders."""
+    monkeypatch.chdir(tmp_path)
+    model = ["--model", str(tiny_directory), "-q"]
+    pictures = ["--images", "scenes:val", "--limit", "3", "--prompts", "a red ring"]
+    assert run("value-norms", *model, *pictures, "--out", "norms") == 0
+    assert run("attention-budget", *model, *pictures, "--out", "budget") == 0
+    prompts = ["--prompts", "a red ring", "--num-steps", "1", "--guidance", "1", "--edit", "zero"]
+    assert run("perturb", *model, *prompts, "--out", "perturb") == 0
+    capfd.readouterr()
+    folders = ["--from", "norms", "--from", "budget", "--from", "perturb"]
+    assert run("select-layers", *model[:2], *folders, "--top", "2", "--out", "chosen", "--json") == 0
+    document = json.loads(capfd.readouterr().out)
+    selection = load_selection("chosen")
+    assert list(selection.layers) == document["layers"] and len(selection.layers) == 2
+    assert {row["evidence"] for row in selection.evidence} == {"word_mass", "value_gap", "perturbation"}
+    assert Path("chosen/select_layers.png").exists()
+    masses = evidence._masses(pd.read_parquet("budget/attention_budget.parquet"))
+    assert set(masses["layer"]) == {0, 1, 2} and (masses["value"] > 0).all()
+
+    assert run("select-layers", "--model", str(tiny_directory), "--from", "chosen") == 2
+    assert "no run folder" in capfd.readouterr().err
+    assert run("select-layers", "--model", str(tiny_directory), "--from", "norms", "--no-t5") == 2
+    assert "text encoded in another way (the model's own way; here: no_t5=True)" in capfd.readouterr().err
+    assert run("select-layers", "--model", str(tiny_directory), "--split", "test") == 2
+    assert "another" in capfd.readouterr().err
+    assert run("select-layers", "--model", str(tiny_directory), "--rule", "rank") == 2
+    assert "ranks" in capfd.readouterr().err

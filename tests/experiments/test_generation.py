@@ -1,0 +1,243 @@
+"""Generation scores: CLIPScore against its formula, pairing, intervals, the export layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from mmdit_probe import UserError, load
+from mmdit_probe.cli.app import main
+from mmdit_probe.evaluate.blip import BlipAsker, phrases
+from mmdit_probe.evaluate.clipscore import ClipScorer
+from mmdit_probe.experiments.generation import compare, scene_prompts, score
+from mmdit_probe.scenes import captions, load_parser, scene
+from tests import blip
+
+
+def test_clipscore_is_the_clamped_cosine_of_the_model() -> None:
+    scorer = ClipScorer.load("scenes-clip")
+    assert scorer.metric == "clipscore[scenes-clip]"
+    picture, text = Image.fromarray(scene("val", 0).image), scene("val", 0).caption
+    pixels = scorer.processor(images=[picture], return_tensors="pt")["pixel_values"]
+    length = scorer.model.config.text_config.max_position_embeddings
+    words = scorer.tokenizer([text], padding="max_length", max_length=length, return_tensors="pt")
+    with torch.no_grad():
+        image = scorer.model.visual_projection(scorer.model.vision_model(pixels).pooler_output)[0]
+        said = scorer.model.text_projection(scorer.model.text_model(**words).pooler_output)[0]
+    expected = 100 * max(0.0, float(torch.nn.functional.cosine_similarity(image, said, dim=0)))
+    assert scorer([picture], [text])[0] == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(UserError, match="1 images for 2 prompts"):
+        scorer([picture], [text, text])
+
+
+def test_clipscore_prefers_the_right_caption() -> None:
+    scorer = ClipScorer.load("scenes-clip")
+    items = [scene("val", index) for index in range(24)]
+    pictures = [Image.fromarray(item.image) for item in items]
+    right = [item.caption for item in items]
+    wrong = right[12:] + right[:12]
+    assert scorer(pictures, right).mean() > scorer(pictures, wrong).mean() + 5
+    assert len(scorer([], [])) == 0
+
+
+def test_a_model_that_is_no_clip_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match="is a 'bert' model"):
+        ClipScorer.load(str(tmp_path))
+    with pytest.raises(UserError, match="no CLIP model 'nowhere'"):
+        ClipScorer.load("nowhere")
+
+
+def frame(shift: float = 0.1, noise: float = 0.0) -> pd.DataFrame:
+    """Two variants on 40 prompts x 2 seeds whose pictures differ a lot and whose difference is `shift` each time."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for k in range(40):
+        for j in range(2):
+            value = float(rng.random())
+            key = {"category": "colour" if k < 20 else "count", "prompt": f"p{k}", "index": k, "seed": 2 * k + j}
+            rows.append({"variant": "base", **key, "facts": value})
+            rows.append({"variant": "tuned", **key, "facts": value + shift + noise * float(rng.standard_normal())})
+    return pd.DataFrame(rows)
+
+
+def test_pairing_sees_a_difference_that_means_alone_do_not() -> None:
+    table = compare(frame(shift=0.03, noise=0.02), "base").set_index(["variant", "category"])
+    row = table.loc[("tuned", "all")]
+    assert (row.prompts, row.images) == (40, 80)
+    assert 0 < row.difference_low < 0.03 < row.difference_high < 0.05
+    assert row.low < table.loc[("base", "all"), "mean"]  # unpaired, the intervals overlap
+    assert not row.worse
+    assert compare(frame(shift=-0.1), "base").set_index(["variant", "category"]).loc[("tuned", "count"), "worse"]
+    assert table.loc[("base", "all"), "difference"] == 0
+
+
+def test_variants_of_other_seeds_are_not_compared() -> None:
+    other = frame()
+    other.loc[other.variant == "tuned", "seed"] += 1
+    with pytest.raises(UserError, match="other prompts or seeds"):
+        compare(other, "base")
+    with pytest.raises(UserError, match="did you mean 'base'"):
+        compare(frame(), "bas")
+
+
+@pytest.fixture(scope="module")
+def asker(tmp_path_factory: pytest.TempPathFactory) -> BlipAsker:
+    return BlipAsker.load(str(blip.save(tmp_path_factory.mktemp("models") / "tiny-blip")))
+
+
+def painted(k: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(k).integers(0, 255, (50, 40, 3), np.uint8))
+
+
+def test_blip_is_decoded_as_the_original(asker: BlipAsker) -> None:
+    """[ENC] first, the first answer token, yes against no: by the parts of the model, and one by one as in a batch."""
+    model = asker.model
+    images, questions = [painted(0), painted(1)], ["a cat?", "a red ring on grass?"]
+    found = asker.yes(images, questions)
+    for image, question, p in zip(images, questions, found.tolist(), strict=True):
+        size = {"height": 480, "width": 480}
+        pixels = asker.processor(images=[image], size=size, return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, 480, 480)
+        answers = {}
+        for first in ("[ENC]", "[CLS]"):
+            ids = [first, *asker.tokenizer.tokenize(question), "[SEP]"]
+            with torch.no_grad():
+                seen = model.vision_model(pixels, interpolate_pos_encoding=True)[0]
+                asked = model.text_encoder(
+                    input_ids=torch.tensor([asker.tokenizer.convert_tokens_to_ids(ids)]), encoder_hidden_states=seen
+                )[0]
+                start = torch.tensor([[blip.WORDS.index("[DEC]")]])
+                logits = model.text_decoder(input_ids=start, encoder_hidden_states=asked).logits[0, 0]
+            yes, no = (float(logits[blip.WORDS.index(word)].exp()) for word in ("yes", "no"))
+            answers[first] = yes / (yes + no)
+        assert p == pytest.approx(answers["[ENC]"], abs=1e-5)
+        assert abs(p - answers["[CLS]"]) > 1e-4  # control: the class's own decoding is another one
+
+
+def test_a_prompt_is_the_product_of_its_phrases(asker: BlipAsker) -> None:
+    assert asker.metric == "blip_yes[tiny-blip]"
+    image = painted(2)
+    cat, ring = asker.yes([image] * 2, ["a cat?", "a red ring?"]).tolist()
+    assert asker([image, image], ["a cat and a red ring", ""]).tolist() == pytest.approx([cat * ring, 1.0])
+    with pytest.raises(UserError, match="1 images for 2 prompts"):
+        asker([image], ["a cat", "a ring"])
+
+
+def test_phrases_are_cut_at_function_words() -> None:
+    assert phrases("a red ring left of a blue house") == ["a red ring", "a blue house"]
+    assert phrases("A green bench, and two cats on the top of the car.") == ["a green bench", "two cats", "the car"]
+    assert phrases("the dog is next to a wooden chair") == ["the dog", "a wooden chair"]
+    assert len(phrases(" and ".join(f"a thing{k}" for k in range(12)))) == 8
+
+
+def test_a_model_that_does_not_answer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a BlipForConditionalGeneration"):
+        BlipAsker.load(str(blip.save(tmp_path / "captions", "caption")))
+    with pytest.raises(UserError, match="no BLIP model 'nowhere'"):
+        BlipAsker.load("nowhere")
+
+
+def test_clip_similarity_is_the_plain_cosine() -> None:
+    scorer = ClipScorer.load("scenes-clip")
+    items = [scene("val", index) for index in range(6)]
+    pictures, texts = [Image.fromarray(item.image) for item in items], [item.caption for item in reversed(items)]
+    cosines = scorer.cosines(pictures, texts)
+    np.testing.assert_allclose(scorer(pictures, texts), 100 * cosines.clip(min=0))
+    assert scorer.cosine_metric == "clip_similarity[scenes-clip]"
+
+
+def test_scene_prompts_are_held_out_captions_by_category() -> None:
+    prompts = scene_prompts(3, ("numeracy", "texture"))
+    assert [category for category, _ in prompts] == ["numeracy"] * 3 + ["texture"] * 3
+    assert [text for _, text in prompts[:3]] == captions("val", 3, "numeracy", distinct=False)
+    with pytest.raises(UserError, match="did you mean 'numeracy'"):
+        scene_prompts(3, ("numracy",))
+
+
+class Painter:
+    """Stands for a model: paints real scenes, so that the parser has something to read."""
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []
+
+    def generate(self, texts: list[str], *, seed: list[int], **options: Any) -> list[Image.Image]:
+        self.seeds += seed
+        return [Image.fromarray(scene("val", s).image) for s in seed]
+
+
+def test_scores_and_export(tmp_path: Path) -> None:
+    prompts = [("colour", scene("val", k).caption) for k in (0, 0, 2)]
+    painter: Any = Painter()
+    rows = score(painter, prompts, variant="base", images=2, seed=0, parser=load_parser(), export=tmp_path, batch=4)
+    assert painter.seeds == rows.seed.tolist() == list(range(6))
+    assert rows["index"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert rows.facts[0] == 1.0  # the scene's own caption
+    names = sorted(path.name for path in (tmp_path / "colour" / "samples").iterdir())
+    assert names == sorted(f"{prompts[k // 2][1]}_{k:06d}.png" for k in range(6))
+    with pytest.raises(UserError, match="nothing to score with"):
+        score(painter, prompts, variant="base")
+    with pytest.raises(UserError, match="underscore"):
+        score(painter, [("colour", "a_b")], variant="base", export=tmp_path)
+
+
+def test_command_compares_an_adapter_with_the_base(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from mmdit_probe.magnet.lora import save_lora
+    from tests.magnet.test_lora import trained
+
+    monkeypatch.chdir(tmp_path)
+    save_lora(trained(load(tiny_directory).pipeline).transformer, tmp_path / "strong" / "lora", {})
+    arguments = ["score", "--model", str(tiny_directory), "--prompts", "a red ring", "--num-steps", "2",
+                 "--images-per-prompt", "2", "--lora", str(tmp_path / "strong" / "lora"), "--out", "run"]  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code in (0, None), capfd.readouterr().err
+    rows = pd.read_parquet("run/scores.parquet")
+    assert rows.variant.tolist() == ["base"] * 2 + ["strong"] * 2
+    assert rows.seed.tolist() == [0, 1] * 2
+    table = pd.read_csv("run/comparison.csv")
+    assert (table.set_index(["variant", "category"]).difference.loc["strong"].abs() > 0).all()
+    assert table.low.isna().all()  # one prompt has no interval
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments[:-2], "--lora", "nowhere/at/all"])
+    assert stopped.value.code == 2
+    assert "no LoRA" in capfd.readouterr().err
+
+
+def test_command_scores_a_folder_of_prompts_by_category(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One file per category as in T2I-CompBench; BLIP's answers; pictures in the layout of the official evaluator."""
+    monkeypatch.chdir(tmp_path)
+    Path("prompts").mkdir()
+    Path("prompts/color_val.txt").write_text("a red ring\na cat on grass\na house\n")
+    Path("prompts/shape.txt").write_text("two rings\n")
+    blip.save(tmp_path / "tiny-blip")
+    arguments = ["score", "--model", str(tiny_directory), "--prompts", "prompts", "-n", "2", "--num-steps", "1",
+                 "--clip", "none"]  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--vqa", "tiny-blip", "--export", "pictures", "--out", "run", "--json"])
+    assert stopped.value.code in (0, None), capfd.readouterr().err
+    rows = pd.read_parquet("run/scores.parquet")
+    assert rows.category.tolist() == ["color", "color", "shape"]
+    assert rows["blip_yes[tiny-blip]"].between(0, 1, inclusive="neither").all()
+    names = sorted(str(path.relative_to("pictures/base")) for path in Path("pictures").rglob("*.png"))
+    assert names == [
+        "color/samples/a cat on grass_000001.png", "color/samples/a red ring_000000.png",
+        "shape/samples/two rings_000002.png",
+    ]  # fmt: skip
+    assert "blip_yes[tiny-blip]" in capfd.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--out", "nothing"])
+    assert stopped.value.code == 2
+    assert "nothing to score with" in capfd.readouterr().err
+    assert not Path("nothing").exists()

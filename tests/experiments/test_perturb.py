@@ -1,0 +1,120 @@
+"""The perturbation experiment on a tiny model: pairing, no-op, control, and the summary against closed forms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmdit_probe.cli.app import main
+from mmdit_probe.edit import Blur, Scale
+from mmdit_probe.errors import UserError
+from mmdit_probe.experiments.outcomes import Change
+from mmdit_probe.experiments.perturb import CONTROL, EDIT, NO_OP, STOCK, Sampling, conditions, perturb, summarise
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.results import read_table
+from tests import tiny
+
+PROMPTS = ["a red ring", "a cat", "a blue house"]
+
+
+def test_no_op_is_exactly_zero_and_images_do_not_depend_on_the_batch() -> None:
+    model = MMDiT(tiny.pipeline())
+    tables = [
+        perturb(model, PROMPTS, Scale(factor=0.0), layers="0-1", sampling=Sampling(2, 4.0, 7, batch))
+        for batch in (3, 2)
+    ]
+    table = tables[0]
+    assert len(table) == 3 * (2 + 2 * 2)
+    assert (table[table["condition"].isin([STOCK, NO_OP])]["change"] == 0).all()
+    assert (table[table["condition"].isin([EDIT, CONTROL])]["change"] > 0).all()
+    by = ["item", "condition", "layer"]
+    one, two = (t.sort_values(by).reset_index(drop=True) for t in tables)
+    assert one[["item", "seed", "condition", "layer"]].equals(two[["item", "seed", "condition", "layer"]])
+    np.testing.assert_allclose(one["change"], two["change"], atol=2e-3)  # 8-bit images round
+
+
+def test_places() -> None:
+    model = MMDiT(tiny.pipeline())
+    heads = conditions(model, Blur(), "1", "heads", control=False)
+    assert [(c.kind, c.layer, c.head) for c in heads[2:]] == [(EDIT, 1, 0), (EDIT, 1, 1)]
+    spans = conditions(model, Blur(), "1", "spans", control=False)
+    assert [c.span for c in spans[2:]] == ["word", "bos", "eos", "pad"]
+    assert spans[2].edit.spans == ("word",)
+    with pytest.raises(UserError, match="layers"):
+        conditions(model, Blur(), "1", "tokens")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="layer 9"):
+        conditions(model, Blur(), 9)
+
+
+def long_table(effect: float, random: float, n: int = 8) -> pd.DataFrame:
+    """Alignment 0.8 +- noise; the edit of layer 0 takes `effect` off, its control `random`."""
+    noise = np.random.default_rng(0).normal(size=(n, 3)) * 0.01
+    rows = []
+    for item in range(n):
+        base = 0.8 + noise[item, 0]
+        for kind, layer, facts in (
+            (STOCK, -1, base),
+            (NO_OP, -1, base),
+            (EDIT, 0, base - effect + noise[item, 1]),
+            (CONTROL, 0, base - random + noise[item, 2]),
+        ):
+            rows.append(
+                {"item": item, "prompt": "", "seed": item, "condition": kind, "layer": layer, "head": -1, "span": "all",
+                 "change": 0.0 if layer < 0 else 0.1, "facts": facts, "clip_i": 1.0 if layer < 0 else 0.9}
+            )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(
+    ("effect", "random", "verdict"), [(0.3, 0.0, "beyond control"), (0.3, 0.3, "as control"), (0.0, 0.0, "no effect")]
+)
+def test_summary_compares_with_the_same_prompt_and_seed(effect: float, random: float, verdict: str) -> None:
+    summary = summarise(long_table(effect, random)).set_index(["outcome", "layer"])
+    row = summary.loc["facts", 0]
+    assert row["effect"] == pytest.approx(-effect, abs=0.02)
+    assert row["low"] <= row["effect"] <= row["high"]
+    assert row["control"] == pytest.approx(-random, abs=0.02)
+    assert row["verdict"] == verdict
+    assert summary.loc["facts", -1]["effect"] == 0.0  # no-op
+    assert summary.loc["change", 0]["effect"] == pytest.approx(0.1)
+    assert summary.loc["clip_i", 0]["effect"] == pytest.approx(-0.1)
+
+
+def test_few_prompts_decide_nothing() -> None:
+    summary = summarise(long_table(0.3, 0.0, n=3)).set_index(["outcome", "layer"])
+    assert summary.loc["facts", 0]["verdict"] == "too few"
+
+
+def test_change_is_a_root_mean_square() -> None:
+    black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    assert Change()([""], [white], [black])["change"].tolist() == [1.0]  # type: ignore[list-item]
+    assert Change()([""], [black], [black])["change"].tolist() == [0.0]  # type: ignore[list-item]
+
+
+def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("\n".join(PROMPTS))
+    arguments = ["perturb", "--model", str(tiny_directory), "--prompts", "prompts.txt", "--layers", "0,2"]
+    arguments += ["--num-steps", "2", "--guidance", "3", "--edit", "zero", "--batch", "2", "--sheet", "1", "--json"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--out", "run"])
+    out, err = capfd.readouterr()
+    assert stopped.value.code == 0, err
+    document = json.loads(out)
+    assert document["no_op_change"] == 0.0
+    assert {row["layer"] for row in document["places"]} == {-1, 0, 2}
+    table = read_table("run/perturb.parquet")
+    assert len(table) == 3 * (2 + 2 * 2)
+    names = {path.name for path in Path("run").iterdir()}
+    assert {"perturb.png", "perturb_sheet.png", "perturb_sheet_control.png", "perturb_by_place.csv"} <= names
+    assert len(list(Path("run/images").iterdir())) == 6
+    record = json.loads(Path("run/run.json").read_text())
+    assert record["request"]["edit"]["edit"] == "Scale"
+    with pytest.raises(SystemExit) as stopped:
+        main(["perturb", "--model", str(tiny_directory), "--prompts", "a cat", "--kernel", "4"])
+    assert stopped.value.code == 2
+    assert "odd" in capfd.readouterr().err
