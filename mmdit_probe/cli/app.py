@@ -21,28 +21,24 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from mmdit_probe import __version__
-from mmdit_probe.cli import (
-    attention_budget,
-    attribute,
-    diagnose,
-    discover,
-    doctor,
-    evaluate,
-    generate,
-    models,
-    pca,
-    perturb,
-    score,
-    segment,
-    select_layers,
-    train_magnet,
-    value_norms,
-)
+from mmdit_probe.cli import discover, doctor, evaluate, models, segment, train_magnet
+from mmdit_probe.cli.adapter import command_of
 from mmdit_probe.errors import ProbeError
+from mmdit_probe.experiments import (
+    AttentionBudget,
+    Attribute,
+    Diagnose,
+    FeaturePCA,
+    Generate,
+    Perturb,
+    Score,
+    SelectLayers,
+    ValueNorms,
+)
 
 INTERRUPTED = 130
 LAZY = {
-    "scenes": ("mmdit_probe.cli.scenes", "The embedded world: look at scenes, train the shipped models."),
+    "scenes": ("mmdit_probe.cli.scenes", "The embedded world: look at scenes."),
     "datasets": ("mmdit_probe.cli.datasets", "Segmentation data sets: list, check, prepare."),
 }
 """Command groups that are imported when called: name -> (module with a typer `app`, line for the help)."""
@@ -75,19 +71,13 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-app.command("attention-budget")(attention_budget.command)
-app.command("value-norms")(value_norms.command)
-app.command("perturb")(perturb.command)
-app.command("generate")(generate.command)
-app.command("pca")(pca.command)
-app.command("diagnose")(diagnose.command)
-app.command("attribute")(attribute.command)
-app.command("select-layers")(select_layers.command)
+for experiment in (AttentionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers):
+    app.command(experiment.name)(command_of(experiment))
 app.command("segment")(segment.command)
 app.command("discover")(discover.command)
 app.command("evaluate")(evaluate.command)
 app.add_typer(models.app, name="models")
-app.command("score")(score.command)
+app.command(Score.name)(command_of(Score))
 app.command("train-magnet")(train_magnet.command)
 app.command("doctor")(doctor.command)
 

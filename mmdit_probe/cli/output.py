@@ -1,8 +1,8 @@
 """How commands talk: results on stdout, progress and remarks on stderr, one JSON document with `--json`.
 
 output = Output(quiet=False, as_json=False)
-with output.progress("prompts", total=50) as advance: ...
-output.result({"run": "runs/..."}, tables=[table])
+with output.progress.bar("prompts", total=50) as advance: ...
+output.result({"run": "runs/..."}, [table], path)
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from mmdit_probe.experiments.progress import Progress
+from mmdit_probe.experiments.text import TextTable, records
+
 if TYPE_CHECKING:
-    from rich.table import Table
+    from mmdit_probe.experiments.text import Text
 
 PIPED_WIDTH = 140
 """Columns when stdout is no terminal: tables are not folded to a width that nobody has."""
@@ -31,35 +33,35 @@ class Output:
         self.quiet = quiet
         self.as_json = as_json
         self.out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False)
-        self.log = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        self.progress = Progress(quiet=quiet, bars=not as_json)
         if not debug:
             hush_libraries()
 
     def note(self, text: str) -> None:
         """A remark for the person at the terminal, on stderr. Not printed with `-q`."""
-        if not self.quiet:
-            self.log.print(text, style="yellow", markup=False)
+        self.progress.note(text)
 
-    def result(self, document: dict[str, Any], tables: Sequence[Table | str] = (), path: object = None) -> None:
-        """The answer: `document` with `--json`, `path` with `-q`, otherwise the tables (and lines of text)."""
+    def result(self, document: dict[str, Any], texts: Sequence[Text] = (), path: object = None) -> None:
+        """The answer: `document` with `--json`, `path` with `-q`, otherwise tables and lines of text."""
         if self.as_json:
-            print(json.dumps(document, indent=2, default=str, allow_nan=False))
+            print(json.dumps(records(document), indent=2, default=str, allow_nan=False))
         elif self.quiet:
             if path is not None:
                 print(path)
         else:
-            for table in tables:
-                self.out.print(table, markup=False) if isinstance(table, str) else self.out.print(table)
+            for text in texts:
+                self._print(text)
 
-    @contextmanager
-    def progress(self, label: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
-        """A progress bar with time left, on stderr; yields the function that advances it by one."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def _print(self, text: Text) -> None:
+        from mmdit_probe.cli.tables import fitted
 
-        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.log, disable=self.quiet or self.as_json, transient=True) as bar:
-            task = bar.add_task(label, total=total, completed=done)
-            yield lambda: bar.advance(task)
+        if not isinstance(text, TextTable):
+            self.out.print(text, markup=False)
+            return
+        shown, remark = fitted(text, self.out)
+        self.out.print(shown)
+        if remark:
+            self.out.print(remark, markup=False)
 
 
 def hush_libraries() -> None:

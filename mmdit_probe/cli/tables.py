@@ -1,78 +1,39 @@
-"""How commands print rows: as JSON values, as a table for the terminal, and a measurement beside its controls."""
+"""How text tables come out on a terminal: in its width, with what was left out named."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmdit_probe.experiments.text import TextTable
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from rich.console import Console
     from rich.table import Table
 
-    from mmdit_probe.results import RunFolder
+
+def fitted(table: TextTable, console: Console) -> tuple[Table, str]:
+    """The table for a console, without the spare columns that do not fit, and a line that names them."""
+    spare, hidden = list(table.spare), list[str]()
+    shown = as_rich(table, hidden)
+    while spare and console.measure(shown).maximum > console.width:
+        if (name := spare.pop(0)) in table.columns:
+            hidden.append(name)
+            shown = as_rich(table, hidden)
+    return shown, f"not shown for lack of width: {', '.join(hidden)} (see the CSV)" if hidden else ""
 
 
-def plain(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as JSON values: NaN (no interval with one prompt) becomes null."""
-    return [{str(name): _plain(value) for name, value in row.items()} for row in frame.to_dict("records")]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return None if value != value else float(value)
-    return value
-
-
-def bare_table(columns: Sequence[str], left: Sequence[str] = ()) -> Table:
-    """An empty table for the terminal, columns right-aligned but for those in `left`."""
+def as_rich(table: TextTable, hidden: list[str]) -> Table:
+    """The table in rich, names as they are (no markup)."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(name, justify="left" if name in left else "right")
-    return table
-
-
-def report_controls(
-    folder: RunFolder, stem: str, comparison: pd.DataFrame, claim: str, shown: Callable[[pd.DataFrame], pd.DataFrame],
-) -> list[Any]:  # fmt: skip
-    """Write `<stem>_controls.csv` and `.md`; the lines for the terminal. Nothing without controls.
-
-    Args:
-        comparison: from `results.statistics.compare`. claim: what the value says, in words.
-        shown: the rows that the terminal and the markdown show, without columns of little interest.
-    """
-    if comparison.empty:
-        return []
-    from mmdit_probe.experiments.controls import CONTROLS
-    from mmdit_probe.results.statistics import FEWEST, NOT_ABOVE, TOO_FEW
-
-    comparison.to_csv(folder.path / f"{stem}_controls.csv", index=False, float_format="%.6g")
-    part = shown(comparison)
-    if part.empty:
-        return []
-    values = ["n", "value", "control_value", "difference", "low", "high", "verdict"]
-    # Columns that say nothing here (every head, every span) are left to the CSV.
-    names = [name for name in part.columns if name not in values and (name == "layer" or part[name].nunique() > 1)]
-    names += [] if "control" in names else ["control"]
-    table = bare_table([*names, "value", "control's", "difference", "verdict"], left=("control", "verdict"))
-    lines = [
-        f"| {' | '.join([*names, 'n', 'value', 'its control', 'difference [95 % interval]', 'verdict'])} |",
-        f"|{'-|' * (len(names) + 5)}",
-    ]
-    for row in part.to_dict("records"):
-        place = [str(row[name]) for name in names]
-        gap = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-        numbers = [f"{row['value']:.3f}", f"{row['control_value']:.3f}", gap, str(row["verdict"])]
-        table.add_row(*place, *numbers)
-        lines.append(f"| {' | '.join([*place, str(row['n']), *numbers])} |")
-    explained = CONTROLS | {"budget": "a random change of equal size"}
-    known = "; ".join(f"{name}: {explained[name]}" for name in dict.fromkeys(part["control"]))
-    claimed = f"Claim: {claim}. Paired differences over items, 95 % bootstrap interval. Controls: {known}."
-    failed, undecided = (int((part["verdict"] == verdict).sum()) for verdict in (NOT_ABOVE, TOO_FEW))
-    verdict = f"{failed} of {len(part)} comparisons are not above their control."
-    if undecided:
-        verdict += f" {undecided} have fewer than {FEWEST} items, which decides nothing."
-    (folder.path / f"{stem}_controls.md").write_text("\n".join([claimed, "", *lines, "", verdict, ""]), "utf-8")
-    return [table, claimed, verdict]
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
+    result.title = Text(table.title) if table.title else None
+    places = [place for place, name in enumerate(table.columns) if name not in hidden]
+    for place in places:
+        name = table.columns[place]
+        result.add_column(Text(name), justify="left" if name in table.left else "right")
+    for row in table.rows:
+        result.add_row(*(Text(row[place]) for place in places))
+    return result

@@ -1,1 +1,83 @@
-"""Every analysis as one object: what is measured per item, how it is summed up, claimed and drawn."""
+"""Every analysis as one object: what is measured per item, how it is summed up, claimed and drawn.
+
+    from mmdit_probe.experiments import Perturb
+    result = Perturb(layers="all", prompts="scenes:val", limit=16).run("scenes-sd3")
+    result.summary; result.claims; result.figure(); result.save("runs/mine")
+
+Names are resolved on first use; neither the package nor the options of an experiment import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmdit_probe.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from mmdit_probe.experiments.attention_budget import AttentionBudget as AttentionBudget
+    from mmdit_probe.experiments.attribute import Attribute as Attribute
+    from mmdit_probe.experiments.diagnose import Diagnose as Diagnose
+    from mmdit_probe.experiments.experiment import Experiment as Experiment
+    from mmdit_probe.experiments.feature_pca import FeaturePCA as FeaturePCA
+    from mmdit_probe.experiments.generate import Generate as Generate
+    from mmdit_probe.experiments.perturb import Perturb as Perturb
+    from mmdit_probe.experiments.result import Result as Result
+    from mmdit_probe.experiments.score import Score as Score
+    from mmdit_probe.experiments.select_layers import SelectLayers as SelectLayers
+    from mmdit_probe.experiments.value_norms import ValueNorms as ValueNorms
+
+OF_COMMAND = {
+    "attention-budget": "AttentionBudget",
+    "value-norms": "ValueNorms",
+    "pca": "FeaturePCA",
+    "diagnose": "Diagnose",
+    "attribute": "Attribute",
+    "perturb": "Perturb",
+    "generate": "Generate",
+    "select-layers": "SelectLayers",
+    "score": "Score",
+}
+"""Command -> the experiment that it runs."""
+
+_MODULES = {
+    "AttentionBudget": "attention_budget",
+    "Attribute": "attribute",
+    "Diagnose": "diagnose",
+    "Experiment": "experiment",
+    "FeaturePCA": "feature_pca",
+    "Generate": "generate",
+    "Perturb": "perturb",
+    "Result": "result",
+    "Score": "score",
+    "SelectLayers": "select_layers",
+    "ValueNorms": "value_norms",
+}
+
+__all__ = ["OF_COMMAND", "experiment_of", *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def experiment_of(command: str, options: Mapping[str, Any]) -> Experiment:
+    """The experiment of a command, from its options as a run's record holds them."""
+    if command not in OF_COMMAND:
+        raise unknown("command of an experiment", command, OF_COMMAND)
+    try:
+        found: Experiment = __getattr__(OF_COMMAND[command])(**options)
+    except TypeError as error:
+        raise UserError(f"a run of {command} with options of another version: {error}; run it again") from error
+    return found
+
+
+def read(folder: Path | str) -> Result:
+    """The result that a run folder holds."""
+    from mmdit_probe.experiments.result import Result
+
+    return Result.read(folder)

@@ -14,17 +14,15 @@ the same is printed as such. Not here: the equal-budget control of an edit (`edi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.attention.intercept import ModuleCall, Stage
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.models.layout import Layer
-from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results.statistics import NONE
-from mmdit_probe.specs import Spec
+
+if TYPE_CHECKING:
+    from mmdit_probe.models.mmdit import MMDiT
 
 CONTROLS = {
     "random": "the same network with random weights",
@@ -32,27 +30,7 @@ CONTROLS = {
     "uniform": "uniform attention in all layers",
 }
 
-FLAT = 1e-30
-"""Scale of the logits under uniform attention: all probabilities equal in any precision. Not 0, which times the minus
-infinity of a masked key is no number."""
-
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """An edit after which every query gives every key it sees the same probability. Observers see it too."""
-
-    layers: Spec = "all"
-
-    stage: ClassVar[Stage] = "input"
-
-    def handler(self, layer: Layer, run: object) -> Uniform:
-        """The handler of one layer, for `probe(edits=...)`."""
-        return self
-
-    def __call__(self, call: SDPACall, module_call: ModuleCall) -> SDPACall:
-        return replace(call, scale=FLAT)
 
 
 @dataclass(frozen=True)
@@ -73,8 +51,10 @@ class Variant:
         return random_model(self.stock, self.seed) if self.name == "random" else self.stock
 
     @property
-    def edits(self) -> tuple[Uniform, ...]:
+    def edits(self) -> tuple[Any, ...]:
         """What to attach to every probe, before other edits."""
+        from mmdit_probe.edit.uniform import Uniform
+
         return (Uniform(),) if self.name == "uniform" else ()
 
     def texts(self, texts: Sequence[Item]) -> list[Item]:

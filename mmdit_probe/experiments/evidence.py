@@ -1,18 +1,18 @@
 """Evidence per layer: five measurements joined, ranked, and compared with each other.
 
-    long = measure(model, "val", n=16)                 # evidence, split, item, layer, value
-    table = by_layer(long)                             # value with interval, rank, per evidence and layer
-    agreement(long)                                    # rank correlations between evidences
-    layers = choose(table, top=1)
+    long = measure("word_mass", model, "val", Amount(n=16))     # evidence, split, control, item, layer, value
+    table = by_layer(long)                                      # value with interval, rank, per evidence and layer
+    agreement(long)                                             # rank correlations between evidences
+    layers = choose(table, top=1); stability(long)              # and how often each layer wins over resampled items
 
 Higher is always more evidence that a layer grounds words. None of the five is the truth: mass may lie on a sink, norms
 differ between layers for other reasons, and the best map is what it is on one data set. Where they disagree the
-correlations say so. Not here: the analyses themselves (observe, edit, embedded.validate).
+correlations say so. Not here: the analyses themselves, which are the other experiments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,31 +20,48 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.experiments.evidence_names import EVIDENCE, RANK_RULES, WEIGHT_RULES
 from mmdit_probe.results.statistics import NONE, interval, measured
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mmdit_probe.experiments.budget_items import Budget
-    from mmdit_probe.experiments.controls import Variant
     from mmdit_probe.models.mmdit import MMDiT
 
-COMMANDS = {
-    "attention-budget": ("word_mass",),
-    "value-norms": ("value_gap",),
-    "pca": ("pca_class",),
-    "perturb": ("perturbation",),
+EVIDENCE = {
+    "word_mass": "I2T mass on words, in units of what uniform attention gives",
+    "value_gap": "value norm, prompt minus image tokens, relative to image tokens",
+    "pca_class": "recall of a class probe on the attention output, above that with another scene's classes",
+    "perturbation": "pixels read as another class when the layer's I2T is blurred, above a change of equal size",
+    "segmentation": "mIoU of the I2T maps of the classes present",
+}
+"""Name -> what it measures. Higher means more evidence that a layer grounds words."""
+
+CONTROLLED = {
+    "word_mass": ("random", "shuffled", "uniform"),
+    "value_gap": ("random", "shuffled", "uniform"),
+    "pca_class": ("random", "shuffled", "uniform"),
+    "perturbation": ("random", "uniform"),
+    "segmentation": ("random", "uniform"),
+}
+"""Controls of `experiments.controls` that make sense for each: where the text asks for the image's own classes, or
+nothing reads it, another item's caption does not."""
+
+OF_COMMAND = {
+    "attention-budget": "word_mass",
+    "value-norms": "value_gap",
+    "pca": "pca_class",
+    "perturb": "perturbation",
 }
 """Command whose run folder holds an evidence -> its name."""
 
-
+RANK_RULES = ("ranks", "median-ranks")
+WEIGHT_RULES = ("equal", "ranks")
 COLUMNS = ["evidence", "split", "control", "item", "layer", "value"]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to measure: pictures per evidence, noise level, and prompts, steps and guidance of the perturbation."""
+class Amount:
+    """How much to measure: pictures per evidence, noise level, and prompts, steps and guidance of the perturbation."""
 
     n: int = 16
     sigma: float = 0.515
@@ -54,24 +71,25 @@ class Plan:
     seed: int = 0
 
 
-def measure(
-    model: MMDiT, split: str, names: Sequence[str] = tuple(EVIDENCE), plan: Plan | None = None,
-    advance: Callable[[], None] = lambda: None, control: str = NONE,
-) -> pd.DataFrame:  # fmt: skip
-    """Measure evidence on one split of the scenes world.
+def evidence_names(asked: str | None, from_runs: bool) -> list[str]:
+    """The evidence that an option means: all of it, some by name, or (with run folders given instead) none."""
+    if asked is None:
+        return [] if from_runs else list(EVIDENCE)
+    if asked.strip() == "all":
+        return list(EVIDENCE)
+    names = [name.strip() for name in asked.split(",")]
+    for name in names:
+        if name not in EVIDENCE:
+            raise unknown("evidence", name, EVIDENCE)
+    return names
 
-    Args:
-        model: an MM-DiT that knows the world's words. split: train, val or test.
-        names: which evidence. plan: how much of it. advance: called after each.
-        control: measure it under this control of `experiments.controls` instead (see `names.CONTROLLED`).
+
+def measure(name: str, model: MMDiT, split: str, amount: Amount, controls: Sequence[str] = ()) -> pd.DataFrame:
+    """Measure one evidence on one split of the scenes world, and its controls among those asked for.
 
     Returns: evidence, split, control, item, layer, value.
     """
-    import pandas as pd
-
-    from mmdit_probe.experiments.controls import Variant
-
-    how, variant = plan or Plan(), Variant(control, model)
+    chosen = ",".join(of for of in controls if of in CONTROLLED[name]) or NONE
     measures = {
         "word_mass": _word_mass,
         "value_gap": _value_gap,
@@ -79,16 +97,110 @@ def measure(
         "perturbation": _perturbation,
         "segmentation": _segmentation,
     }
+    found = measures[name](model, split, amount, chosen)
+    return found.assign(evidence=name, split=split)[COLUMNS]
+
+
+def _pictures(split: str, amount: Amount) -> dict[str, Any]:
+    return {"images": f"scenes:{split}", "limit": amount.n, "sigma": amount.sigma, "seed": amount.seed}
+
+
+def _word_mass(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
+    from mmdit_probe.experiments.attention_budget import AttentionBudget
+
+    ask = AttentionBudget(**_pictures(split, amount), control=control, rows="summary")
+    return word_mass(ask.run(model, progress=False).table)
+
+
+def word_mass(by_item: pd.DataFrame) -> pd.DataFrame:
+    """I2T mass on words of the reduced table of `AttentionBudget`, in units of what uniform attention gives."""
+    words = by_item[
+        (by_item["branch"] != "uncond")
+        & (by_item["query"] == "image")
+        & (by_item["key"] == "text")
+        & (by_item["span"] == "word")
+    ]
+    return words.assign(value=words["mass"] / words["uniform"])
+
+
+def _value_gap(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
+    from mmdit_probe.experiments.value_norms import ValueNorms
+
+    ask = ValueNorms(**_pictures(split, amount), control=control, rows="summary")
+    return value_gap(ask.run(model, progress=False).table)
+
+
+def value_gap(by_item: pd.DataFrame) -> pd.DataFrame:
+    """Prompt minus image norm of the reduced table of `ValueNorms`, relative because layers differ in scale."""
+    from mmdit_probe.experiments.value_norms import with_gap
+
+    wide = with_gap(by_item[by_item["branch"] != "uncond"])
+    return wide.assign(value=wide["gap"] / wide["image"])
+
+
+def _pca_class(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
+    from mmdit_probe.experiments.feature_pca import FeaturePCA
+
+    ask = FeaturePCA(**_pictures(split, amount), control=control, kinds="output")
+    return pca_class(ask.run(model, progress=False).table)
+
+
+def pca_class(table: pd.DataFrame) -> pd.DataFrame:
+    """Recall of the class probe on the attention output, above that with another scene's classes."""
+    rows = table[(table["kind"] == "output") & table["class"].notna()]
+    if rows.empty:
+        raise UserError("the PCA run has no class scores of the attention output; run pca on scenes with kind output")
+    return rows.assign(value=rows["class"] - rows["class_shuffled"])
+
+
+def _perturbation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
+    from mmdit_probe.experiments.perturb import Perturb
+
+    ask = Perturb(
+        prompts=f"scenes:{split}", limit=amount.prompts, num_steps=amount.num_steps, guidance=amount.guidance,
+        seed=amount.seed, sheet=0, clip="none", control="budget" if control == NONE else f"budget,{control}",
+    )  # fmt: skip
+    return perturbation(ask.run(model, progress=False).table)
+
+
+def perturbation(table: pd.DataFrame) -> pd.DataFrame:
+    """What the edit of a layer changes beyond a change of equal size, where that was sampled."""
+    import pandas as pd
+
+    from mmdit_probe.experiments.perturb import CONTROL, EDIT
+    from mmdit_probe.experiments.sweep import EQUAL
+
+    name = "relabelled" if "relabelled" in table else "change"
+    whole = table[(table["head"] == -1) & (table["span"] == "all")]
     parts = []
-    for name in names:
-        if name not in EVIDENCE:
-            raise unknown("evidence", name, EVIDENCE)
-        parts.append(measures[name](variant, split, how).assign(evidence=name, split=split, control=control))
-        advance()
-    return pd.concat(parts, ignore_index=True)[COLUMNS]
+    for control in (of for of in dict.fromkeys(whole["control"]) if of not in EQUAL):
+        edited, equal = (
+            whole[(whole["condition"] == kind) & whole["control"].isin(of)].groupby(["item", "layer"])[name].mean()
+            for kind, of in ((EDIT, (control,)), (CONTROL, tuple(EQUAL) if control == NONE else ()))
+        )
+        value = edited - equal.reindex(edited.index).fillna(0.0)
+        parts.append(value.rename("value").reset_index().assign(control=control))
+    return pd.concat(parts, ignore_index=True)
 
 
-def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any] | None = None) -> pd.DataFrame:
+def _segmentation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
+    import pandas as pd
+
+    from mmdit_probe.experiments import controls
+    from mmdit_probe.experiments.scenes_quality import held_out, map_quality
+    from mmdit_probe.observe.probe import probe
+
+    parts = []
+    for variant in controls.variants(model, controls.parse(control)):
+        with probe(variant.model, edits=variant.edits, layers=()):
+            for index, item in enumerate(held_out(amount.n, split)):
+                table = map_quality(variant.model, [item], sigma=amount.sigma, seed=amount.seed + index)
+                plain = table[(table["head"] == "mean") & ~table["min_max"]]  # the softmax alone, the paper's choice
+                parts.append(plain.assign(item=index, value=plain["miou"], control=variant.name))
+    return pd.concat(parts, ignore_index=True)
+
+
+def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any]) -> pd.DataFrame:
     """The evidence that a run folder of another command holds, as `measure` gives it; its split is the folder's name.
 
     Args:
@@ -97,34 +209,36 @@ def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any] | None = 
     Raises:
         UserError: no run folder, no evidence in it, or one of other weights or of text encoded in another way.
     """
+    from mmdit_probe.experiments.result import Result
     from mmdit_probe.results.folder import read_record
 
-    path = Path(folder)
-    record = read_record(path)
+    record = read_record(folder)
     command = "" if record is None else str(record.get("command"))
-    if record is None or command not in COMMANDS:
-        raise UserError(f"{str(folder)!r} is no run folder of {', '.join(COMMANDS)}")
-    if record["request"].get("weight_hash") != model.weight_hash:
+    if record is None or command not in OF_COMMAND:
+        raise UserError(f"{str(folder)!r} is no run folder of {', '.join(OF_COMMAND)}")
+    request = record["request"]
+    if request.get("weight_hash") != model.weight_hash:
         raise UserError(
             f"{str(folder)!r} was measured on other weights than those of {model.name}; run {command} on it"
         )
-    told, asked = ({n: of.get(n) for n in ("no_t5", "max_sequence_length")} for of in (record["request"], text or {}))
+    told, asked = ({n: of.get(n) for n in ("no_t5", "max_sequence_length")} for of in (request, text))
     if told != asked:
         raise UserError(
             f"{str(folder)!r} was measured with text encoded in another way ({_said(told)}; here: {_said(asked)});"
             f" run {command} with the options of this command"
         )
-    if command == "pca" and record["request"].get("fit") != "joint":
+    if command == "pca" and request.get("fit") != "joint":
         raise UserError(
             f"{str(folder)!r} has a basis per picture, whose class scores are another measure; run pca joint"
         )
-    readers = {
-        "attention-budget": _read_masses,
-        "value-norms": _read_norms,
-        "pca": _read_pca,
-        "perturb": _read_perturb,
+    found = Result.read(folder)
+    tables = {
+        "attention-budget": lambda: word_mass(measured(found.store.table("attention_budget_by_item"))),
+        "value-norms": lambda: value_gap(measured(found.store.table("value_norms_by_item"))),
+        "pca": lambda: pca_class(measured(found.table)),
+        "perturb": lambda: perturbation(found.table),
     }
-    frame = readers[command](path).assign(evidence=COMMANDS[command][0], split=path.name, control=NONE)
+    frame = measured(tables[command]().assign(evidence=OF_COMMAND[command], split=Path(folder).name))
     return frame[COLUMNS]
 
 
@@ -133,7 +247,7 @@ def _said(text: Mapping[str, Any]) -> str:
 
 
 def by_layer(long: pd.DataFrame) -> pd.DataFrame:
-    """One row per split, evidence and layer: value, low and high (95 % bootstrap interval over items), n, rank; of the
+    """One row per split, evidence and layer: value, low and high (95 % interval over items), n, rank; of the
     measurement itself, without its controls."""
     import pandas as pd
 
@@ -148,32 +262,63 @@ def by_layer(long: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
-def agreement(long: pd.DataFrame, draws: int = 500) -> pd.DataFrame:
-    """Spearman rank correlation over layers of each two (evidence, split), with a 95 % bootstrap interval over items.
-
-    Returns: first, first_split, second, second_split, rho, low, high, layers.
-    """
-    import pandas as pd
-
-    values = {
-        key: part.pivot(index="item", columns="layer", values="value")
+def _wide(long: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
+    """(evidence, split) -> values, items by row and layers by column."""
+    return {
+        (str(key[0]), str(key[1])): part.pivot(index="item", columns="layer", values="value")
         for key, part in measured(long).groupby(["evidence", "split"], sort=False, observed=True)
     }
+
+
+def _resampled(tables: Sequence[pd.DataFrame], rng: np.random.Generator) -> list[np.ndarray]:
+    """Means over resampled items, [L] of each table; tables of the same items draw the same ones."""
+    drawn: dict[tuple[Any, ...], np.ndarray] = {}
+    means = []
+    for table in tables:
+        key = tuple(table.index)
+        if key not in drawn:
+            drawn[key] = rng.integers(0, len(key), len(key))
+        means.append(table.to_numpy()[drawn[key]].mean(0))
+    return means
+
+
+def agreement(long: pd.DataFrame, draws: int = 500) -> pd.DataFrame:
+    """Spearman rank correlation over layers of each two (evidence, split).
+
+    Returns: first, first_split, second, second_split, rho, low, high (95 % bootstrap interval over items; evidences
+    measured on the same items draw the same ones), p (two-sided, of layers in random order), layers.
+    """
+    import pandas as pd
+    from scipy.stats import spearmanr
+
+    values = _wide(long)
     rng = np.random.default_rng(0)
     keys = list(values)
     rows = []
     for place, first in enumerate(keys):
         for second in keys[place + 1 :]:
             shared = values[first].columns.intersection(values[second].columns)
-            one, two = (values[key][shared].to_numpy() for key in (first, second))
-            rho = _spearman(one.mean(0), two.mean(0))
-            again = [_spearman(*(x[rng.integers(0, len(x), len(x))].mean(0) for x in (one, two))) for _ in range(draws)]
+            if len(shared) < 3:
+                continue
+            pair = [values[key][shared] for key in (first, second)]
+            found = _spearman(*(table.to_numpy().mean(0) for table in pair))
+            again = [_spearman(*_resampled(pair, rng)) for _ in range(draws)]
+            p = float(spearmanr(*(table.to_numpy().mean(0) for table in pair)).pvalue)
             rows.append(
-                {"first": first[0], "first_split": first[1], "second": second[0], "second_split": second[1], "rho": rho,
-                 "low": float(np.nanquantile(again, 0.025)), "high": float(np.nanquantile(again, 0.975)),
-                 "layers": len(shared)}
+                {"first": first[0], "first_split": first[1], "second": second[0], "second_split": second[1],
+                 "rho": found, "low": float(np.nanquantile(again, 0.025)), "high": float(np.nanquantile(again, 0.975)),
+                 "p": p, "layers": len(shared)}
             )  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _spearman(first: np.ndarray, second: np.ndarray) -> float:
+    """Rank correlation; NaN where one of both is constant."""
+    from scipy.stats import spearmanr
+
+    if np.ptp(first) == 0 or np.ptp(second) == 0:
+        return float("nan")
+    return float(spearmanr(first, second).statistic)
 
 
 def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int, ...]:
@@ -194,6 +339,33 @@ def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int,
     return tuple(int(layer) for layer in order.index[:top])
 
 
+def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int = 500) -> pd.DataFrame:
+    """How often each layer is among the selected ones when the items are drawn again (bootstrap, paired over the
+    evidences measured on the same items).
+
+    Args:
+        long: of one split.
+
+    Returns: layer, share.
+    """
+    import pandas as pd
+
+    values = _wide(long)
+    layers = sorted({int(layer) for table in values.values() for layer in table.columns})
+    rng = np.random.default_rng(0)
+    wins = dict.fromkeys(layers, 0)
+    for _ in range(draws):
+        means = _resampled(list(values.values()), rng)
+        table = pd.concat(
+            pd.DataFrame({"evidence": key[0], "layer": values[key].columns, "value": mean})
+            for key, mean in zip(values, means, strict=True)
+        )
+        table["rank"] = table.groupby("evidence")["value"].rank(ascending=False, method="min")
+        for layer in choose(table, top, rule):
+            wins[layer] += 1
+    return pd.DataFrame({"layer": layers, "share": [wins[layer] / draws for layer in layers]})
+
+
 def weights_of(table: pd.DataFrame, layers: Sequence[int], rule: str = "equal") -> tuple[float, ...]:
     """Weights of the chosen layers, summing to 1.
 
@@ -208,11 +380,13 @@ def weights_of(table: pd.DataFrame, layers: Sequence[int], rule: str = "equal") 
     return tuple(value / sum(raw) for value in raw)
 
 
-def best_heads(model: MMDiT, layers: Sequence[int], count: int, split: str, plan: Plan) -> dict[int, tuple[int, ...]]:
-    """The heads whose I2T maps segment best, per layer, on `plan.n` scenes of a split; best first."""
+def best_heads(
+    model: MMDiT, layers: Sequence[int], count: int, split: str, amount: Amount
+) -> dict[int, tuple[int, ...]]:
+    """The heads whose I2T maps segment best, per layer, on `amount.n` scenes of a split; best first."""
     from mmdit_probe.experiments.scenes_quality import held_out, map_quality
 
-    table = map_quality(model, held_out(plan.n, split), sigma=plan.sigma, seed=plan.seed)
+    table = map_quality(model, held_out(amount.n, split), sigma=amount.sigma, seed=amount.seed)
     heads = table[(table["head"] != "mean") & ~table["min_max"]]
     return {
         layer: tuple(
@@ -220,147 +394,3 @@ def best_heads(model: MMDiT, layers: Sequence[int], count: int, split: str, plan
         )
         for layer in layers
     }
-
-
-def _spearman(first: Any, second: Any) -> float:
-    from scipy.stats import rankdata
-
-    one, two = rankdata(first), rankdata(second)
-    if one.std() == 0 or two.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(one, two)[0, 1])
-
-
-def _pictures(split: str, plan: Plan) -> Any:
-    from mmdit_probe.data.images import resolve
-
-    return resolve(f"scenes:{split}", plan.n)
-
-
-def _captured(kind: type[Budget], variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
-    """Rows of one measurement on pictures, under a control."""
-    from mmdit_probe.observe.observer import MemorySink
-
-    memory = MemorySink()
-    pictures = _pictures(split, plan)
-    budget = kind.of_pictures(variant.stock, pictures, sigma=plan.sigma, seed=plan.seed).under(variant)
-    for item in budget.items:
-        budget.measure(item, memory)
-    return memory.table()
-
-
-def _word_mass(variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
-    from mmdit_probe.experiments.budget_items import Budget
-
-    return _masses(_captured(Budget, variant, split, plan))
-
-
-def _masses(table: pd.DataFrame) -> pd.DataFrame:
-    words = table[
-        (table["branch"] != "uncond")
-        & (table["query"] == "image")
-        & (table["key"] == "text")
-        & (table["span"] == "word")
-    ]
-    # Streams add up within a call and head; then means over heads and steps. In units of what uniform attention gives.
-    calls = words.groupby(["item", "layer", "step", "head"], observed=True)[["mass", "uniform"]].sum()
-    means = calls.groupby(["item", "layer"]).mean().reset_index()
-    return means.assign(value=means["mass"] / means["uniform"])
-
-
-def _value_gap(variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
-    from mmdit_probe.observe.norms import NormMeasurement
-
-    return _norms(_captured(NormMeasurement, variant, split, plan))
-
-
-def _norms(table: pd.DataFrame) -> pd.DataFrame:
-    from mmdit_probe.experiments.norm_summary import by_item
-
-    wide = by_item(table)
-    # Relative, because layers differ in scale.
-    return wide.assign(value=wide["gap"] / wide["image"])
-
-
-def _pca_class(variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
-    from mmdit_probe.experiments.pca_items import pca_of_pictures
-
-    pictures = _pictures(split, plan)
-    captions = variant.texts([picture.prompt for picture in pictures])
-    result = pca_of_pictures(
-        variant.model, pictures, captions, kinds=("output",), sigma=plan.sigma, seed=plan.seed, edits=variant.edits
-    )
-    return _pca(result.table)
-
-
-def _pca(table: pd.DataFrame) -> pd.DataFrame:
-    rows = table[(table["kind"] == "output") & table["class"].notna()]
-    if rows.empty:
-        raise UserError("the PCA run has no class scores of the attention output; run pca on scenes with kind output")
-    return rows.assign(value=rows["class"] - rows["class_shuffled"])
-
-
-def _perturbation(variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
-    from mmdit_probe.edit import Blur
-    from mmdit_probe.experiments.outcomes import Parser
-    from mmdit_probe.experiments.perturb import Sampling, perturb
-    from mmdit_probe.scenes import captions
-
-    sampling = Sampling(plan.num_steps, plan.guidance, plan.seed)
-    prompts, blur = captions(split, plan.prompts), Blur("image", "text")
-    table = perturb(variant.stock, prompts, blur, sampling=sampling, outcomes=[Parser()], variant=variant)
-    return _perturbed(table.drop(columns="control"))
-
-
-def _perturbed(table: pd.DataFrame) -> pd.DataFrame:
-    from mmdit_probe.experiments.perturb import CONTROL, EDIT, own
-
-    table = own(table)
-    name = "relabelled" if "relabelled" in table else "change"
-    whole = table[(table["head"] == -1) & (table["span"] == "all")]
-    sides = [whole[whole["condition"] == kind].set_index(["item", "layer"])[name] for kind in (EDIT, CONTROL)]
-    value = sides[0] - sides[1].reindex(sides[0].index).fillna(0.0)
-    return value.rename("value").reset_index()
-
-
-def _segmentation(variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
-    import pandas as pd
-
-    from mmdit_probe.experiments.scenes_quality import held_out, map_quality
-    from mmdit_probe.observe.probe import probe
-
-    parts = []
-    with probe(variant.model, edits=variant.edits):
-        for index, item in enumerate(held_out(plan.n, split)):
-            table = map_quality(variant.model, [item], sigma=plan.sigma, seed=plan.seed + index)
-            plain = table[(table["head"] == "mean") & ~table["min_max"]]  # the softmax alone, the paper's choice
-            parts.append(plain.assign(item=index, value=plain["miou"]))
-    return pd.concat(parts, ignore_index=True)
-
-
-def _read_masses(path: Path) -> pd.DataFrame:
-    import pandas as pd
-
-    from mmdit_probe.results import read_row_groups
-
-    columns = ["item", "control", "branch", "step", "layer", "head", "query", "key", "span", "mass", "uniform"]
-    parts = [_masses(measured(part)) for part in read_row_groups(path / "attention_budget.parquet", columns)]
-    return pd.concat(parts, ignore_index=True)
-
-
-def _read_norms(path: Path) -> pd.DataFrame:
-    from mmdit_probe.results import read_table
-
-    return _norms(read_table(path / "value_norms.parquet"))
-
-
-def _read_pca(path: Path) -> pd.DataFrame:
-    from mmdit_probe.results import read_table
-
-    return _pca(measured(read_table(path / "pca.parquet")))
-
-
-def _read_perturb(path: Path) -> pd.DataFrame:
-    from mmdit_probe.results import read_table
-
-    return _perturbed(read_table(path / "perturb.parquet"))

@@ -5,7 +5,7 @@
 
 `Change` needs nothing. `Parser` reads images of the scenes world. `Clip` and `Dino` take transformers checkpoints that
 the user names: CLIP-T is image against prompt, CLIP-I and DINO are image against the unedited image, cosines of pooled
-features (arXiv:2509.18096, B.5). Not here: running the model (`experiments.perturb`).
+features (arXiv:2509.18096, B.5). Not here: running the model (`experiments.sweep`).
 """
 
 from __future__ import annotations
@@ -124,6 +124,32 @@ class Dino:
             pixels = self.processor(images=list(batch), return_tensors="pt")["pixel_values"]
             features.append(self.model(pixels.to(self.device)).last_hidden_state[:, 0])
         return {"dino": _cosine(*features)}
+
+
+DEFAULT_CLIP = "scenes-clip"
+"""CLIP of the scenes world, which ships with the package."""
+
+
+def outcomes_of(
+    scenes: bool, device: str | torch.device, clip: str | None = None, dino: str | None = None
+) -> tuple[list[Outcome], dict[str, str | None]]:
+    """What is measured of images, and the checkpoints it takes.
+
+    The change always; the scenes parser and scenes-clip for models of the scenes world; CLIP and DINO where named
+    ("none" leaves CLIP out).
+    """
+    from mmdit_probe import assets
+
+    outcomes: list[Outcome] = [Change()]
+    if scenes:
+        outcomes.append(Parser())
+        clip = DEFAULT_CLIP if clip is None else clip
+    clip = None if clip == "none" else clip
+    if clip is not None:
+        outcomes.append(Clip(assets.path(clip) if clip in assets.names() else clip, device))
+    if dino is not None:
+        outcomes.append(Dino(dino, device))
+    return outcomes, {"clip": clip, "dino": dino}
 
 
 def measure(

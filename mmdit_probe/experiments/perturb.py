@@ -1,213 +1,202 @@
-"""The perturbation experiment (arXiv:2509.18096, Fig. 5 and 18): edit one place at a time, sample again with the same
-seed, and see what the image loses.
+"""Perturb: edit one place at a time, sample again with the same seed, and see what the image loses; Fig. 5 and 18 of
+arXiv:2509.18096.
 
-    from mmdit_probe import Blur, load
-    from mmdit_probe.experiments.perturb import perturb, summarise
-    table = perturb(load("scenes-sd3"), ["a red ring on grass"], Blur("image", "text"), layers="all")
-    print(summarise(table))
+    result = Perturb(layers="all", prompts="scenes:val", limit=16).run("scenes-sd3")
+    result.summary
 
 Every place (a layer, a head of a layer, or a span kind in a layer) is edited on its own. Beside the edit stand a no-op
-row, which must be exactly 0, and the equal-budget random control: the same amount of change in the layer's output, in a
-random direction. An effect that the control shows as well says that the layer is sensitive, not what it carries. The
-controls of `experiments.controls` come beside it: the same edits on random weights, under uniform attention, and the
-same images against another item's caption.
+row, which must be exactly 0, and controls of equal size: the edit's own change, turned (coherent), or white noise. An
+effect that a control shows as well says that the layer is sensitive, not what it carries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-import numpy as np
-
-from mmdit_probe.edit.control import EqualBudget
-from mmdit_probe.edit.edit import Edit
-from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.experiments.controls import Variant
-from mmdit_probe.experiments.outcomes import Change, Outcome, measure
-from mmdit_probe.observe.observer import MemorySink, Sink
-from mmdit_probe.observe.probe import probe
-from mmdit_probe.results.statistics import FEWEST, NONE, interval, measured
-from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices
+from mmdit_probe.errors import UserError
+from mmdit_probe.experiments.options import METHOD, OUTPUT, EditControl, Places
+from mmdit_probe.experiments.sweep import (
+    AGAINST_STOCK,
+    BUDGET,
+    EQUAL,
+    STOCK,
+    Condition,
+    Sweep,
+    aligned_outcome,
+    outcome_names,
+    own_rows,
+    sheet_cells,
+)
+from mmdit_probe.experiments.text import TextTable, signed
+from mmdit_probe.options import Option
+from mmdit_probe.results.statistics import FEWEST, NONE, compare, interval
+from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
     import pandas as pd
-    from PIL.Image import Image
+    from matplotlib.figure import Figure
 
+    from mmdit_probe.experiments.result import Result
+    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
-By = Literal["layers", "heads", "spans"]
-BY: tuple[By, ...] = ("layers", "heads", "spans")
 SPANS = ("word", "bos", "eos", "pad")
 ALL_HEADS, ALL_SPANS = -1, "all"
-STOCK, NO_OP, EDIT, CONTROL = "stock", "no-op", "edit", "control"
-BUDGET = "budget"
-"""Value of the column `control` in rows of the equal-budget random control."""
-AGAINST_STOCK = ("change", "relabelled", "clip_i", "dino")
-"""Outcomes that already compare with the unedited image; the others are reported as differences from its value."""
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One way to sample: what is edited, and where. `layer` is -1 for stock and no-op."""
-
-    kind: str
-    layer: int = -1
-    head: int = ALL_HEADS
-    span: str = ALL_SPANS
-    edit: Any = None
-
-    @property
-    def name(self) -> str:
-        """A file name's worth of it."""
-        head = "" if self.head == ALL_HEADS else f"-head{self.head}"
-        span = "" if self.span == ALL_SPANS else f"-{self.span}"
-        return self.kind if self.layer < 0 else f"{self.kind}-layer{self.layer}{head}{span}"
-
-
-def conditions(
-    model: MMDiT, edit: Edit, layers: Spec = "all", by: By = "layers", heads: HeadSpec = "all", control: bool = True,
-    seed: int = 0,
-) -> list[Condition]:  # fmt: skip
-    """Everything to sample: stock first, then the no-op, then each place with its control.
-
-    Args:
-        model: whose layers and heads exist.
-        edit: what is done; its layers (and heads or spans) are set per place.
-        layers: which layers. by: one place per layer, per head of each, or per span kind in each.
-        heads: those that are edited, together or (with `by="heads"`) one at a time.
-        control: add the equal-budget random control of every place; its directions are drawn from `seed`.
-    """
-    if by not in BY:
-        raise unknown("kind of place", by, BY)
-    chosen = layer_indices(layers, len(model.layers))
-    result = [Condition(STOCK), Condition(NO_OP, edit=edit.no_op().at(layers=list(chosen)))]
-    for layer in chosen:
-        places: list[dict[str, Any]] = [{}]
-        these = heads_at(heads, layer, model.heads)
-        if by == "heads":
-            places = [{"heads": head} for head in these]
-        elif by == "spans":
-            places = [{"spans": (span,)} for span in SPANS]
-        for place in places:
-            here = edit.at(layers=[layer], **({} if heads == "all" else {"heads": these}) | place)
-            address = (layer, place.get("heads", ALL_HEADS), place.get("spans", (ALL_SPANS,))[0])
-            result.append(Condition(EDIT, *address, edit=here))
-            if control:
-                result.append(Condition(CONTROL, *address, edit=EqualBudget(here, seed)))
-    return result
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are sampled: steps, guidance scale, seed of the first prompt (prompt k: seed + k), prompts at once."""
-
-    steps: int = 28
-    guidance: float = 7.5
-    seed: int = 0
-    batch: int = 8
-
-
-def chunks(prompts: Sequence[str], sampling: Sampling) -> list[list[int]]:
-    """Indices of the prompts that are sampled together; an image depends on its own seed alone."""
-    size = max(1, sampling.batch)
-    return [list(range(first, min(first + size, len(prompts)))) for first in range(0, len(prompts), size)]
-
-
-def run_chunk(
-    model: MMDiT, prompts: Sequence[str], indices: Sequence[int], plan: Sequence[Condition], sampling: Sampling,
-    outcomes: Sequence[Outcome], sink: Sink, keep: Callable[[int, Condition, Image], None] = lambda *_: None,
-    advance: Callable[[], None] = lambda: None, variant: Variant | None = None, shuffled: bool = False,
-) -> None:  # fmt: skip
-    """Sample some prompts under every condition and measure; `keep` gets each image, `sink` one row per image.
-
-    Args:
-        variant: the control that is sampled instead of the model, if any.
-        shuffled: write the rows of the same images against the next prompt's text too.
-    """
-    if plan[0].kind != STOCK:
-        raise UserError("the first condition must be stock: every outcome is a comparison with it")
-    texts = [prompts[index] for index in indices]
-    others = [prompts[(index + 1) % len(prompts)] for index in indices]
-    seeds = [sampling.seed + index for index in indices]
-    always, sampled = (variant.edits, variant.model) if variant is not None else ((), model)
-    unedited: list[Image] = []
-    for condition in plan:
-        options: dict[str, Any] = {"steps": sampling.steps, "guidance": sampling.guidance, "seed": seeds}
-        edits = [*always, *([] if condition.edit is None else [condition.edit])]
-        if edits:
-            with probe(sampled, edits=edits, layers=[0]):
-                images = sampled.generate(texts, **options)
-        else:
-            images = sampled.generate(texts, **options)
-        unedited = unedited or images
-        count = len(texts)
-        name = NONE if variant is None else variant.name
-        against = [(BUDGET if condition.kind == CONTROL and name == NONE else name, texts)]
-        against += [("shuffled", others)] if shuffled and condition.kind in (STOCK, EDIT) else []
-        for control, read in against:
-            sink.write(
-                {
-                    "item": np.array(indices, np.int64),
-                    "prompt": np.array(read, dtype=object),
-                    "seed": np.array(seeds, np.int64),
-                    "control": np.full(count, control, dtype=object),
-                    "condition": np.full(count, condition.kind, dtype=object),
-                    "layer": np.full(count, condition.layer, np.int64),
-                    "head": np.full(count, condition.head, np.int64),
-                    "span": np.full(count, condition.span, dtype=object),
-                    **measure(outcomes, read, images, unedited),
-                }
-            )
-        for index, image in zip(indices, images, strict=True):
-            keep(index, condition, image)
-        advance()
-
-
-def perturb(
-    model: MMDiT, prompts: str | Sequence[str], edit: Edit, *, layers: Spec = "all", by: By = "layers",
-    heads: HeadSpec = "all", control: bool = True, sampling: Sampling | None = None,
-    outcomes: Sequence[Outcome] = (), variant: Variant | None = None,
-) -> pd.DataFrame:  # fmt: skip
-    """Sample prompts under every condition and measure.
-
-    Args:
-        model: from `load`. prompts: one or more. edit: see `mmdit_probe.edit`.
-        layers, by, heads, control: as in `conditions`.
-        outcomes: beside the change of the pixels, see `experiments.outcomes`.
-        variant: sample this control of `experiments.controls` instead.
-
-    Returns: one row per image: item, prompt, seed, control (none; budget where the condition is control), condition
-    (stock | no-op | edit | control), layer, head, span, and one column per outcome.
-    """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    how = sampling or Sampling()
-    plan = conditions(model, edit, layers, by, heads, control, how.seed)
-    memory = MemorySink()
-    for indices in chunks(texts, how):
-        run_chunk(model, texts, indices, plan, how, [Change(), *outcomes], memory, variant=variant)
-    return memory.table()
-
-
+NO_OP, EDIT, CONTROL = "no-op", "edit", "control"
 PLACE = ["layer", "head", "span"]
 ROW = ["item", "prompt", "seed", "control", "condition", *PLACE]
+HARM_IS_RISE = ("change", "relabelled")
+"""Outcomes whose rise is harm; of the others it is the drop."""
 
 
-def own(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the measurement itself, its equal-budget control among them."""
-    import pandas as pd
+@dataclass(frozen=True, kw_only=True)
+class Perturb(Places, Sweep):
+    """Edit the I2T block of one layer at a time, sample with the same seeds, and measure what changes.
 
-    return pd.concat([measured(table), measured(table, BUDGET)]) if "control" in table else table
+    Outcomes: change of the image; for models of the scenes world, which facts of the prompt the image still shows; with
+    --clip and --dino, the paper's CLIP-T, CLIP-I and DINO similarity. The no-op row must be exactly 0.
+    """
+
+    name: ClassVar[str] = "perturb"
+    tables: ClassVar[tuple[str, ...]] = ("perturb",)
+
+    control: EditControl = BUDGET
+    by: Annotated[
+        Literal["layers", "heads", "spans"],
+        Option("Edit whole layers, single heads, or span kinds one at a time.", panel=METHOD),
+    ] = "layers"
+    renormalise: Annotated[bool, Option("Rescale edited rows to a total of 1.", panel=METHOD)] = False
+    steps: Annotated[Spec, Option("Sampling steps to edit: all, 0,20, 0-4, last-8.", panel=METHOD)] = "all"
+    branch: Annotated[Literal["all", "cond", "uncond"], Option("Guidance branch to edit.", panel=METHOD)] = "all"
+    sheet: Annotated[
+        int, Option("Keep the images of this many prompts for the contact sheet.", min=0, panel=OUTPUT)
+    ] = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        step_indices(self.steps, self.num_steps)
+        if self.branch == "uncond" and self.guidance <= 1:
+            raise UserError(f"--branch uncond: --guidance {self.guidance:g} runs without that branch")
+
+    def conditions(self, model: MMDiT) -> list[Condition]:
+        layers, heads = self.places(model)
+        branches = None if self.branch == "all" else (self.branch,)
+        edit = self.change(renormalise=self.renormalise, steps=self.steps, branches=branches)
+        plan = [_condition(STOCK, -1), _condition(NO_OP, -1, edit=edit.no_op().at(layers=list(layers)))]
+        for layer in layers:
+            these = heads_at(heads, layer, model.heads)
+            whole = len(these) == model.heads
+            for head, span in self._places_of(these):
+                address: dict[str, Any] = {"layers": [layer]} | ({} if whole else {"heads": these})
+                address |= {"heads": head} if head != ALL_HEADS else {}
+                address |= {"spans": (span,)} if span != ALL_SPANS else {}
+                here = edit.at(**address)
+                plan.append(_condition(EDIT, layer, head, span, here))
+                plan += [
+                    _condition(CONTROL, layer, head, span, equal_budget(here, self.seed, name), name)
+                    for name in self.chosen_controls()
+                    if name in EQUAL
+                ]
+        return plan
+
+    def _places_of(self, heads: Sequence[int]) -> list[tuple[int, str]]:
+        if self.by == "heads":
+            return [(head, ALL_SPANS) for head in heads]
+        return [(ALL_HEADS, span) for span in SPANS] if self.by == "spans" else [(ALL_HEADS, ALL_SPANS)]
+
+    def keeps(self, index: int) -> bool:
+        return index < self.sheet
+
+    def summarise(self, result: Result) -> pd.DataFrame:
+        return summarise(result.table)
+
+    def compare(self, result: Result) -> pd.DataFrame:
+        return compare(losses(result.table), [*PLACE, "outcome"])
+
+    def claim(self, result: Result) -> str:
+        main = self._main(result)
+        return (
+            f"editing the place costs more ({main}: {'rise' if main in HARM_IS_RISE else 'drop'}) than in the control"
+        )
+
+    def _main(self, result: Result) -> str:
+        return aligned_outcome(result.table.columns) or "change"
+
+    def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
+        main = aligned_outcome(claims["outcome"]) or "change"
+        return claims[(claims["outcome"] == main) & ~claims["control"].isin(EQUAL)].drop(columns="outcome")
+
+    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
+        return {"perturb_by_place": result.summary}
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        from mmdit_probe.plots.perturb import contact_sheet, effects_by_layer, effects_grid
+
+        summary, name = result.summary, result.model_name
+        count = int(summary["n"].max())
+        title = f"{name}: {self.edit} of I2T, n = {count} prompts"
+        if self.by != "layers":
+            return {"perturb": effects_grid(summary, self._main(result), title=title)}
+        order = ["facts", "clip_t", "change", "clip_i", "dino"]
+        figures = {"perturb": effects_by_layer(summary, order, title=title)}
+        rows = sorted({int(kept.split("-")[0]) for kept in result.store.pictures()})
+        prompts = [result.request["items"][row][0] for row in rows]
+        for kind, label, what in (
+            (EDIT, "sheet", title), (CONTROL, "sheet_control", f"{name}: a change of equal size"),
+        ):  # fmt: skip
+            columns = [c for c in result.request["conditions"] if c[1]["condition"] in (STOCK, kind)]
+            if rows and len(columns) > 1:
+                cells = sheet_cells(result, [c[0] for c in columns], rows)
+                heads = ["none" if c[1]["layer"] < 0 else f"layer {c[1]['layer']}" for c in columns]
+                figures[f"perturb_{label}"] = contact_sheet(cells, heads, prompts, title=what)
+        return figures
+
+    def tell(self, result: Result) -> list[Text]:
+        request, count = result.request, int(result.summary["n"].max())
+        moved = no_op_change(result.table)
+        return [
+            effect_table(result.summary),
+            "Difference from the unedited image of the same prompt and seed, mean [95 % interval over prompts]; control:"
+            " a change of equal size.",
+            f"n = {count} prompts, {request['num_steps']} steps, guidance {request['guidance']};"
+            f" no-op row: largest change {moved:g}{'' if moved == 0 else ' (must be 0: results are not paired)'}",
+        ]
+
+    def document(self, result: Result) -> dict[str, Any]:
+        return {"no_op_change": no_op_change(result.table), "places": result.summary, "controls": result.claims}
+
+
+def equal_budget(edit: Any, seed: int, control: str) -> Any:
+    """The control of equal size of an edit."""
+    from mmdit_probe.edit import EqualBudget
+
+    return EqualBudget(edit, seed, kind=EQUAL[control])
+
+
+def _condition(
+    kind: str, layer: int, head: int = ALL_HEADS, span: str = ALL_SPANS, edit: Any = None, control: str = NONE
+) -> Condition:
+    place = "" if layer < 0 else f"-layer{layer}"
+    place += "" if head == ALL_HEADS else f"-head{head}"
+    place += "" if span == ALL_SPANS else f"-{span}"
+    name = f"{control}{place}" if kind == CONTROL else f"{kind}{place}"
+    return Condition(name, {"condition": kind, "layer": layer, "head": head, "span": span}, edit, control=control)
+
+
+def no_op_change(table: pd.DataFrame) -> float:
+    """The largest change of the rows that must not change anything."""
+    return float(table.loc[table["condition"] == NO_OP, "change"].abs().max())
 
 
 def effects(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `own` with every outcome as a paired effect: what compares with the unedited image as it is, the
-    others minus the value of the unedited image of the same prompt and seed."""
-    table = own(table)
+    """The measurement's own rows with every outcome as a paired effect: what compares with the unedited image as it is,
+    the others minus the value of the unedited image of the same prompt and seed."""
+    table = own_rows(table)
     stock = table[table["condition"] == STOCK].set_index("item")
     result = table[table["condition"] != STOCK].copy()
-    for name in (column for column in table.columns if column not in ROW):
+    for name in outcome_names(table, ROW):
         if name in ("clip_i", "dino"):
             result[name] = result[name] - 1.0  # the unedited image has cosine 1 with itself
         elif name not in AGAINST_STOCK:
@@ -225,16 +214,16 @@ def losses(table: pd.DataFrame) -> pd.DataFrame:
 
     parts = []
     for control in dict.fromkeys(table["control"]):
-        if control == BUDGET:  # compared with the measurement's own stock rows
+        if control in EQUAL:  # compared with the measurement's own stock rows
             part = effects(table)
-            part = part[part["condition"] == CONTROL]
+            part = part[part["control"] == control]
         else:
             part = effects(table[table["control"] == control].assign(control=NONE))
             part = part[part["condition"] == EDIT]
-        names = [column for column in part.columns if column not in ROW]
+        names = outcome_names(part, ROW)
         if control == "shuffled":
             names = [name for name in names if name not in AGAINST_STOCK]  # those read no text
-        harm = part[names] * [1.0 if name in ("change", "relabelled") else -1.0 for name in names]
+        harm = part[names] * [1.0 if name in HARM_IS_RISE else -1.0 for name in names]
         wide = pd.concat([part[["item", *PLACE]], harm], axis=1).assign(control=control)
         parts.append(wide.melt(["item", "control", *PLACE], names, "outcome"))
     return pd.concat(parts, ignore_index=True)
@@ -243,31 +232,31 @@ def losses(table: pd.DataFrame) -> pd.DataFrame:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per place and outcome.
 
-    Returns: columns layer, head, span, outcome, n, effect, low, high (mean and 95 % bootstrap interval over prompts of
-    the paired effect), control, control_low, control_high, beyond, beyond_low, beyond_high (edit minus control, paired)
-    and verdict: "beyond control" if that interval excludes 0, "as control" if not, "no effect" if the effect's own
-    interval includes 0, "too few" below 5 prompts, "" without a control. The no-op has layer -1.
+    Returns: columns layer, head, span, outcome, n, effect, low, high (mean and 95 % interval over prompts of the paired
+    effect), control, control_low, control_high, beyond, beyond_low, beyond_high (edit minus control of equal size,
+    paired; the coherent one where both are there) and verdict: "beyond control" if that interval excludes 0, "as
+    control" if not, "no effect" if the effect's own interval includes 0, "too few" below `FEWEST` prompts, "" without a
+    control. The no-op has layer -1.
     """
     import pandas as pd
 
     long = effects(table)
-    names = [column for column in long.columns if column not in ROW]
+    standard = next((name for name in EQUAL if name in set(long["control"])), None)
     rows: list[dict[str, Any]] = []
     for place, part in long.groupby(PLACE, observed=True):
         edited = part[part["condition"] != CONTROL].set_index("item")
-        random = part[part["condition"] == CONTROL].set_index("item")
-        for name in names:
-            row = dict(zip(PLACE, place, strict=True)) | {"outcome": name, "n": len(edited)}
+        equal = part[(part["condition"] == CONTROL) & (part["control"] == standard)].set_index("item")
+        for name in outcome_names(long, ROW):
+            row = dict(zip(PLACE, place, strict=True)) | {"outcome": name, "n": int(edited[name].notna().sum())}
             row["effect"], row["low"], row["high"] = interval(edited[name])
             row["verdict"] = ""
-            if len(random):
-                row["control"], row["control_low"], row["control_high"] = interval(random[name])
-                difference = edited[name] - random[name].reindex(edited.index)
+            if len(equal):
+                row["control"], row["control_low"], row["control_high"] = interval(equal[name])
+                difference = edited[name] - equal[name].reindex(edited.index)
                 row["beyond"], row["beyond_low"], row["beyond_high"] = interval(difference)
                 row["verdict"] = _verdict(row)
             rows.append(row)
-    summary = pd.DataFrame(rows)
-    return summary.sort_values(["outcome", *PLACE]).reset_index(drop=True)
+    return pd.DataFrame(rows).sort_values(["outcome", *PLACE]).reset_index(drop=True)
 
 
 def _verdict(row: dict[str, Any]) -> str:
@@ -276,3 +265,27 @@ def _verdict(row: dict[str, Any]) -> str:
     if row["low"] <= 0 <= row["high"]:
         return "no effect"
     return "as control" if row["beyond_low"] <= 0 <= row["beyond_high"] else "beyond control"
+
+
+def effect_table(summary: pd.DataFrame) -> TextTable:
+    """The table per place in text: the best measure of alignment there is first, then the change of the image."""
+    from mmdit_probe.plots.perturb import LABELS
+
+    aligned = aligned_outcome(summary["outcome"])
+    shown = [name for name in (aligned, "change") if name is not None]
+    columns = [column for name in shown for column in (LABELS[name], "control", "verdict")]
+    table = TextTable(["place", *columns], left=("place",))
+    for place, part in summary.groupby(PLACE, sort=True):
+        layer, head, span = int(str(place[0])), int(str(place[1])), str(place[2])
+        rows = part.set_index("outcome")
+        label = "no-op" if layer < 0 else f"layer {layer}"
+        label += "" if head < 0 else f" head {head}"
+        cells = [label + ("" if span == ALL_SPANS else f" {span}")]
+        for name in shown:
+            row = rows.loc[name]
+            equal = row.get("control")
+            cells.append(signed(row["effect"], row["low"], row["high"]))
+            cells.append("" if equal is None or equal != equal else f"{equal:+.3f}")
+            cells.append(str(row["verdict"]))
+        table.add(*cells)
+    return table

@@ -1,175 +1,227 @@
-"""Sampling with perturbed guidance at several scales and layers, paired with stock sampling (Fig. 6 of
-arXiv:2509.18096).
+"""Sweeps: the same prompts and seeds sampled under several conditions, and what the images lose or gain.
 
-    table = sweep(load("scenes-sd3"), ["a red ring on grass"], Blur("image", "text"), [(4,)], [1.0, 3.0])
-
-Whether the guidance helps is a question for the alignment of its images, with an interval over paired seeds; the random
-control says how much of it any perturbation would do. Not here: the guidance itself (`edit.guidance`).
+What perturb and generate have in common. A condition is stock sampling, an edit of every forward, or guidance away from
+an edited forward (Eq. 7); all images of a prompt start from the same noise, so every number is paired. The controls of
+`experiments.controls` run the same conditions on random weights, under uniform attention, or read the same images
+against another item's caption. Not here: the edits (`edit`), what an image shows (`experiments.outcomes`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from mmdit_probe.edit.control import EqualBudget
-from mmdit_probe.edit.edit import Edit
-from mmdit_probe.edit.guidance import perturbed_guidance
-from mmdit_probe.experiments.controls import Variant
-from mmdit_probe.experiments.outcomes import Change, Outcome, measure
-from mmdit_probe.experiments.perturb import AGAINST_STOCK, BUDGET, Sampling, chunks, own
-from mmdit_probe.observe.observer import MemorySink, Sink
-from mmdit_probe.observe.probe import probe
-from mmdit_probe.results.statistics import NONE, interval
+from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import controls
+from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
+from mmdit_probe.experiments.options import (
+    INPUT,
+    METHOD,
+    OUTPUT,
+    EditControl,
+    Edited,
+    Prompts,
+    Sampling,
+    check_streams,
+    prompts_of,
+)
+from mmdit_probe.experiments.target import knows_scenes
+from mmdit_probe.options import Option
+from mmdit_probe.results.statistics import NONE
 
 if TYPE_CHECKING:
     import pandas as pd
     from PIL.Image import Image
 
+    from mmdit_probe.experiments.controls import Variant
+    from mmdit_probe.experiments.result import Result
+    from mmdit_probe.experiments.store import Recorder
     from mmdit_probe.models.mmdit import MMDiT
 
-PLACE = ["layers", "scale", "control"]
-"""Columns of a setting; `control` is that of `experiments.controls`, or "budget": the random perturbation of equal
-size."""
-ROW = ["item", "prompt", "seed", *PLACE]
+STOCK = "stock"
+BUDGET, NOISE = "budget", "noise"
+"""Values of the column `control` in rows of the controls of equal size: coherent, and white noise."""
+EQUAL = {BUDGET: "rotation", NOISE: "noise"}
+"""Control -> kind of `EqualBudget`."""
+AGAINST_STOCK = ("change", "relabelled", "clip_i", "dino")
+"""Outcomes that already compare with the unedited image; the others are reported as differences from its value."""
 
 
 @dataclass(frozen=True)
-class Setting:
-    """Layers perturbed together, scale s, and whether the perturbation is the random control. Scale 0 is stock."""
+class Condition:
+    """One way to sample.
 
-    layers: tuple[int, ...] = ()
-    scale: float = 0.0
-    control: bool = False
-
-    @property
-    def name(self) -> str:
-        """A file name's worth of it."""
-        if self.scale == 0:
-            return "stock"
-        kind = "control" if self.control else "guided"
-        return f"{kind}-layers{'+'.join(map(str, self.layers))}-scale{self.scale:g}"
-
-
-def settings(layers: Sequence[tuple[int, ...]], scales: Sequence[float], control: bool = False) -> list[Setting]:
-    """Stock first, then every set of layers at every scale other than 0, each with its control if asked for."""
-    kinds = (False, True) if control else (False,)
-    return [Setting(), *(Setting(of, s, kind) for of in layers for s in scales if s != 0 for kind in kinds)]
-
-
-def run_chunk(
-    model: MMDiT, prompts: Sequence[str], indices: Sequence[int], plan: Sequence[Setting], edit: Edit,
-    sampling: Sampling, outcomes: Sequence[Outcome], sink: Sink,
-    keep: Callable[[int, Setting, Image], None] = lambda *_: None, advance: Callable[[], None] = lambda: None,
-    variant: Variant | None = None, shuffled: bool = False, **options: Any,
-) -> None:  # fmt: skip
-    """Sample some prompts under every setting and measure; `options` go to `Guided.generate` (start, stop, ...).
-
-    Args:
-        variant: the control that is sampled instead of the model, if any.
-        shuffled: write the rows of the same images against the next prompt's text too.
+    Attributes:
+        name: a file name's worth of it. labels: its columns in the table.
+        edit: acts in every forward; with a scale, in the extra forward that guidance leads away from.
+        control: "none", or which control of equal size it is.
     """
-    texts = [prompts[index] for index in indices]
-    others = [prompts[(index + 1) % len(prompts)] for index in indices]
-    seeds = [sampling.seed + index for index in indices]
-    how: dict[str, Any] = {"steps": sampling.steps, "guidance": sampling.guidance, "seed": seeds}
-    always, sampled = (variant.edits, variant.model) if variant is not None else ((), model)
-    name = NONE if variant is None else variant.name
-    stock: list[Image] = []
-    for setting in plan:
-        with ExitStack() as stack:
-            if always:
-                stack.enter_context(probe(sampled, edits=always, layers=[0]))
-            if setting.scale == 0:
-                images = sampled.generate(texts, **how)
-            else:
-                here = edit.at(layers=list(setting.layers))
-                guided = stack.enter_context(
-                    perturbed_guidance(sampled, EqualBudget(here) if setting.control else here)
-                )
-                images = guided.generate(texts, scale=setting.scale, **how, **options)
-        stock = stock or images
-        count = len(texts)
-        against = [(BUDGET if setting.control and name == NONE else name, texts)]
-        against += [("shuffled", others)] if shuffled and not setting.control else []
-        for control, read in against:
-            sink.write(
-                {
-                    "item": np.array(indices, np.int64),
+
+    name: str
+    labels: Mapping[str, Any]
+    edit: Any = None
+    scale: float = 0.0
+    control: str = NONE
+
+
+@dataclass(frozen=True)
+class Group:
+    """A task: some prompts under one variant of the model."""
+
+    variant: Variant
+    indices: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Edited, Sampling, Experiment):
+    """Prompts under conditions, one row per image."""
+
+    prompts: Prompts = None
+    limit: Annotated[int | None, Option("Use the first LIMIT prompts.", min=1, panel=INPUT)] = None
+    control: EditControl = NONE
+    clip: Annotated[
+        str | None,
+        Option(
+            "CLIP checkpoint for CLIP-T and CLIP-I: a folder, a hub id, or none.",
+            shown_default="scenes-clip for embedded models", panel=METHOD,
+        ),
+    ] = None  # fmt: skip
+    dino: Annotated[str | None, Option("DINO checkpoint for image similarity (folder or hub id).", panel=METHOD)] = None
+    batch: Annotated[int, Option("Prompts sampled at once.", min=1, panel=OUTPUT)] = 8
+
+    default_prompts = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.chosen_controls()
+
+    def chosen_controls(self) -> tuple[str, ...]:
+        """The controls asked for."""
+        return controls.parse(self.control, [*EQUAL, *controls.CONTROLS])
+
+    @abstractmethod
+    def conditions(self, model: MMDiT) -> list[Condition]:
+        """Everything to sample, stock first."""
+
+    @abstractmethod
+    def keeps(self, index: int) -> bool:
+        """Whether the images of a prompt are kept."""
+
+    def gather(self, scenes: bool) -> list[str]:
+        asked = prompts_of(self.prompts, self.limit, scenes, self.default_prompts)
+        if "shuffled" in self.chosen_controls() and len(asked) == 1:
+            raise UserError("--control shuffled exchanges captions between items; expected two items or more")
+        return asked
+
+    def prepare(self, model: MMDiT, inputs: list[str]) -> Study:
+        from mmdit_probe.experiments.outcomes import outcomes_of
+
+        check_streams(model, self.streams)
+        chosen, plan = self.chosen_controls(), self.conditions(model)
+        outcomes, checkpoints = outcomes_of(knows_scenes(model), model.device, self.clip, self.dino)
+        request = request_of(
+            model,
+            conditions=[[c.name, dict(c.labels), c.scale, None if c.edit is None else c.edit.record()] for c in plan],
+            controls=list(chosen),
+            outcomes=[name for outcome in outcomes for name in outcome.names],
+            checkpoints=checkpoints,
+            num_steps=self.num_steps,
+            guidance=self.guidance,
+            batch=self.batch,
+            items=[[prompt, self.seed + index] for index, prompt in enumerate(inputs)],
+            **self.extra_request(),
+        )
+        groups = [range(first, min(first + self.batch, len(inputs))) for first in range(0, len(inputs), self.batch)]
+        sampled = controls.variants(model, [name for name in chosen if name in ("random", "uniform")])
+        tasks = [Group(variant, indices) for variant in sampled for indices in groups]
+        return Study(
+            model, request, tasks, "batches of images", len(plan), facts=scheduled(model, self.num_steps),
+            state=(inputs, plan, outcomes),
+        )  # fmt: skip
+
+    def extra_request(self) -> dict[str, Any]:
+        """Options of the subclass that decide the numbers and are in no condition."""
+        return {}
+
+    def measure(self, study: Study, task: Group, record: Recorder) -> None:
+        from mmdit_probe.experiments.outcomes import measure
+
+        prompts, plan, outcomes = study.state
+        own = task.variant.name == NONE
+        texts = [prompts[index] for index in task.indices]
+        seeds = [self.seed + index for index in task.indices]
+        stock: list[Image] = []
+        for condition in plan:
+            if condition.control != NONE and not own:
+                continue  # a change of equal size is the measurement's own control
+            images = self.sample(task.variant, condition, texts, seeds)
+            stock = stock or images
+            for control, read in self._read(task, condition, prompts, texts):
+                columns = {
+                    "item": np.array(task.indices, np.int64),
                     "prompt": np.array(read, dtype=object),
                     "seed": np.array(seeds, np.int64),
-                    "layers": np.full(count, ",".join(map(str, setting.layers)), dtype=object),
-                    "scale": np.full(count, setting.scale, np.float64),
-                    "control": np.full(count, control, dtype=object),
                     **measure(outcomes, read, images, stock),
                 }
-            )
-        for index, image in zip(indices, images, strict=True):
-            keep(index, setting, image)
-        advance()
+                labels = {name: value for name, value in condition.labels.items() if name != "control"}
+                record.write(self.tables[0], columns, control=control, **labels)
+            if own:
+                for index, image in zip(task.indices, images, strict=True):
+                    if self.keeps(index):
+                        record.picture(f"{index:03d}-{condition.name}", image)
+            record.advance()
+
+    def _read(
+        self, task: Group, condition: Condition, prompts: Sequence[str], texts: list[str]
+    ) -> Iterable[tuple[str, list[str]]]:
+        """(control, texts that the images are read against) of the rows of a condition."""
+        own = task.variant.name == NONE
+        yield (condition.control if own else task.variant.name), texts
+        if own and condition.control == NONE and "shuffled" in self.chosen_controls():
+            yield "shuffled", [prompts[(index + 1) % len(prompts)] for index in task.indices]
+
+    def sample(self, variant: Variant, condition: Condition, texts: list[str], seeds: list[int]) -> list[Image]:
+        """Images of a condition."""
+        from mmdit_probe.edit.guidance import perturbed_guidance
+        from mmdit_probe.observe.probe import probe
+
+        options: dict[str, Any] = {"steps": self.num_steps, "guidance": self.guidance, "seed": seeds}
+        edits = [*variant.edits, *([condition.edit] if condition.edit is not None and condition.scale == 0 else [])]
+        with ExitStack() as stack:
+            if edits:
+                stack.enter_context(probe(variant.model, edits=edits, layers=()))
+            if condition.scale == 0:
+                return variant.model.generate(texts, **options)
+            guided = stack.enter_context(perturbed_guidance(variant.model, condition.edit))
+            return guided.generate(texts, scale=condition.scale, **options, **self.guided_options())
+
+    def guided_options(self) -> dict[str, Any]:
+        """Options of guided sampling beside the scale."""
+        return {}
 
 
-def sweep(
-    model: MMDiT, prompts: str | Sequence[str], edit: Edit, layers: Sequence[tuple[int, ...]], scales: Sequence[float],
-    *, control: bool = False, sampling: Sampling | None = None, outcomes: Sequence[Outcome] = (),
-) -> pd.DataFrame:  # fmt: skip
-    """Sample prompts under every setting and measure.
-
-    Args:
-        model: whose pipeline makes the extra forward of skip-layer guidance.
-        prompts: one or more. edit: what the perturbed forward does.
-        layers: sets of layers to perturb together. scales: values of s; stock is always sampled too.
-        control: add the equal-budget random perturbation at every setting.
-
-    Returns: one row per image: item, prompt, seed, layers, scale, control (none | budget), and one column per outcome.
-    """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    how = sampling or Sampling()
-    plan = settings(layers, scales, control)
-    memory = MemorySink()
-    for indices in chunks(texts, how):
-        run_chunk(model, texts, indices, plan, edit, how, [Change(), *outcomes], memory)
-    return memory.table()
+def outcome_names(table: pd.DataFrame, row: Sequence[str]) -> list[str]:
+    """The columns of a sweep's table that are outcomes."""
+    return [str(name) for name in table.columns if name not in row]
 
 
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting and outcome: layers, scale, control (whether the perturbation is the random one), n, mean,
-    low, high (95 % bootstrap over prompts), and, for settings other than stock, difference, difference_low,
-    difference_high (minus stock, paired). `change` is a difference as it is."""
-    import pandas as pd
-
-    table = own(table)
-    stock = table[table["scale"] == 0].set_index("item")
-    rows = []
-    for place, part in table.groupby(PLACE, observed=True):
-        for name in (column for column in table.columns if column not in ROW):
-            row: dict[str, Any] = dict(zip(PLACE, place, strict=True)) | {"outcome": name, "n": len(part)}
-            row["control"] = row["control"] == BUDGET
-            row["mean"], row["low"], row["high"] = interval(part[name])
-            if row["scale"] != 0:
-                paired = part[name] - part["item"].map(stock[name])
-                row["difference"], row["difference_low"], row["difference_high"] = interval(paired)
-            rows.append(row)
-    return pd.DataFrame(rows).sort_values(["outcome", *PLACE]).reset_index(drop=True)
+def aligned_outcome(names: Iterable[str]) -> str | None:
+    """The best measure of alignment with the prompt among outcomes."""
+    names = set(names)
+    return next((name for name in ("facts", "clip_t") if name in names), None)
 
 
-def gains(table: pd.DataFrame) -> pd.DataFrame:
-    """What guidance adds to stock sampling, for `results.statistics.compare`: columns item, control, layers, scale,
-    outcome, value (guided minus stock of the same model, prompt and seed)."""
-    import pandas as pd
+def own_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the measurement itself, its controls of equal size among them."""
+    return table[table["control"].isin([NONE, *EQUAL])]
 
-    parts = []
-    for control in dict.fromkeys(table["control"]):
-        base = table[table["control"] == (NONE if control == BUDGET else control)]
-        stock = base[base["scale"] == 0].set_index("item")
-        part = table[(table["control"] == control) & (table["scale"] != 0)]
-        names = [column for column in table.columns if column not in (*ROW, *AGAINST_STOCK)]
-        wide = part[["item", "control", "layers", "scale"]].copy()
-        for name in names:
-            wide[name] = part[name] - part["item"].map(stock[name])
-        parts.append(wide.melt(["item", "control", "layers", "scale"], names, "outcome"))
-    return pd.concat(parts, ignore_index=True)
+
+def sheet_cells(result: Result, names: Sequence[str], rows: Iterable[int]) -> list[list[Image | None]]:
+    """Kept images: one row per prompt, one column per condition."""
+    pictures = result.store.pictures()
+    return [[pictures.get(f"{row:03d}-{name}") for name in names] for row in rows]

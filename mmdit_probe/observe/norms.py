@@ -21,17 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit_probe.experiments.budget_items import Budget
-from mmdit_probe.experiments.norm_summary import CONCATENATED
+CONCATENATED = -1
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.observer import DenoisingCall, LayerCall, MemorySink, RowObserver
-from mmdit_probe.specs import Spec, heads_at
+from mmdit_probe.observe.observer import DenoisingCall, LayerCall, RowObserver
+from mmdit_probe.specs import heads_at
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from mmdit_probe.models.mmdit import MMDiT
+    pass
 
 COLUMNS = (
     "prompt", "seed", "step", "sigma", "branch", "layer", "head", "token", "span", "stream", "norm", "spread",
@@ -123,33 +120,6 @@ def value_norms(value: Tensor) -> Tensor:
         for start in range(0, by_token.shape[1], _TOKENS)
     ], 1).transpose(1, 2)  # fmt: skip
     return torch.cat([torch.linalg.vector_norm(norms, dim=1, keepdim=True), norms], 1)
-
-
-class NormMeasurement(Budget):
-    """Value norms of prompts or pictures, item by item; made and run as `Budget` is."""
-
-    observer = ValueNorm
-
-
-def measure_value_norms(
-    model: MMDiT, prompts: list[str] | str, *, layers: Spec = "all", heads: Spec = "all", steps: Spec = "all",
-    num_steps: int = 28, guidance: float = 7.5, seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
-    """Sample prompts and measure value norms: `item` (index of the prompt) and the columns of `ValueNorm`.
-
-    Args:
-        model: from `load`. prompts: one or more; prompt k is sampled with seed + k.
-        layers, heads, steps: which to keep, as in `mmdit_probe.specs`.
-        num_steps, guidance: of the sampling.
-    """
-    measurement = NormMeasurement.of_prompts(
-        model, [prompts] if isinstance(prompts, str) else prompts, layers=layers, heads=heads, steps=steps,
-        num_steps=num_steps, guidance=guidance, seed=seed,
-    )  # fmt: skip
-    memory = MemorySink()
-    for item in measurement.items:
-        measurement.measure(item, memory)
-    return memory.table()[["item", *COLUMNS]]
 
 
 def _indices(positions: slice | Tensor, total: int) -> Tensor:

@@ -1,0 +1,210 @@
+"""AttentionBudget: how much of their attention image and text queries give to which kind of key, per layer; Fig. 2 of
+arXiv:2509.18096.
+
+    result = AttentionBudget(layers="all", limit=8).run("scenes-sd3")
+    result.summary[["layer", "I2T", "I2T_uniform", "I2T_word", "outlier"]]
+
+Blocks are named query -> key: I2T is what image queries spend on text keys. Averages are taken over steps and heads
+within a prompt first and over prompts second, so the interval is one over prompts. Mass alone does not tell which
+layer grounds words (the paper's layer 9 is no outlier here); it is evidence, not a choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mmdit_probe.data import paper_table
+from mmdit_probe.experiments.text import TextTable, share
+from mmdit_probe.experiments.token_rows import TokenRows
+from mmdit_probe.results.statistics import compare, interval, measured
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from mmdit_probe.experiments.result import Result
+    from mmdit_probe.experiments.store import Rows
+    from mmdit_probe.experiments.text import Text
+    from mmdit_probe.observe.observer import RowObserver
+    from mmdit_probe.specs import HeadSpec
+
+BLOCKS = {
+    "I2I": ("image", "image"), "I2T": ("image", "text"), "I2O": ("image", "other"),
+    "T2I": ("text", "image"), "T2T": ("text", "text"), "T2O": ("text", "other"),
+}  # fmt: skip
+"""Block name -> (query, key). `other` keys (registers, learned pads) are the fifth mass, seen from either modality."""
+
+SPANS = ("word", "bos", "eos", "template", "pad", "null", "unknown")
+"""Kinds of text token that the I2T mass is split into."""
+
+OUTLIER_Z = 3.5
+"""Robust z-score beyond which a layer is marked; the usual limit of Iglewicz and Hoaglin (1993)."""
+
+OUTLIER_MEASURES = ("I2T", "T2I", "I2T_word")
+PAPER_MODEL = "stable-diffusion-3-medium"
+"""Part of the names of the one model whose published numbers are shipped."""
+
+_CELL = ["branch", "layer", "query", "key", "span"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBudget(TokenRows):
+    """Share of attention that image and text queries give to image and text keys, per layer, exact.
+
+    Writes attention_budget.parquet (one row per prompt, step, branch, layer, head and kind of key), the same per item,
+    the per-layer summary, the figure and run.json into a run folder.
+    """
+
+    name: ClassVar[str] = "attention-budget"
+
+    def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
+        from mmdit_probe.observe.mass import AttentionMass
+
+        return AttentionMass(sink, heads=heads, rows="layer" if self.rows == "layer" else "head")
+
+    def reduce(self, rows: Rows) -> pd.DataFrame:
+        return per_call(_frame(rows, [*_CELL, "step", "head", "mass", "uniform"]))
+
+    def join(self, calls: pd.DataFrame) -> pd.DataFrame:
+        return calls.groupby(_CELL, observed=True, sort=False)[["mass", "uniform"]].mean().reset_index()
+
+    def summarise(self, result: Result) -> pd.DataFrame:
+        return summarise(self.by_item(result))
+
+    def compare(self, result: Result) -> pd.DataFrame:
+        long = blocks(self.by_item(result)).melt(["item", "control", "layer"], ["I2T", "I2T_word"], "measure")
+        return compare(long, ["layer", "measure"])
+
+    def claim(self, result: Result) -> str:
+        return "image queries give words more attention than they do in the control"
+
+    def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
+        return claims[claims["measure"] == "I2T_word"].drop(columns="measure")
+
+    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
+        return {f"{self.stem}_by_layer": result.summary}
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        from mmdit_probe.plots import attention_budget
+
+        setting = self.setting(result, int(result.summary.prompts.min()))
+        return {
+            self.stem: attention_budget(
+                result.summary, title=f"{result.model_name}: {setting}", paper=published(result, "budget_by_layer")
+            )
+        }
+
+    def tell(self, result: Result) -> list[Text]:
+        setting = self.setting(result, int(result.summary.prompts.min()))
+        return [
+            budget_table(result.summary, published(result, "budget_by_layer")),
+            "I2T = image queries, text keys; shares of the query's attention, in brackets what uniform attention"
+            " gives; 'to ...' splits I2T.",
+            f"Mean over heads and steps (conditional branch): {setting}.",
+        ]
+
+
+def published(result: Result, name: str) -> pd.DataFrame | None:
+    """The paper's numbers of a table, for the model they are of."""
+    return paper_table(name) if PAPER_MODEL in result.data["model"]["id"] else None
+
+
+def per_call(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `AttentionMass`, the streams added up within each step and head, then the mean over heads.
+
+    Returns: branch, layer, query, key, span, step, mass, uniform.
+    """
+    sums = rows.groupby([*_CELL, "step", "head"], observed=True, sort=False)[["mass", "uniform"]].sum()
+    return sums.groupby([*_CELL, "step"], observed=True, sort=False).mean().reset_index()
+
+
+def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
+    """One row per layer, of the measurement itself.
+
+    Args:
+        by_item: columns control, item, layer, query, key, span, mass, uniform of one branch.
+
+    Returns: columns
+        layer, prompts: layer index, number of prompts n;
+        I2I, I2T, I2O, T2I, T2T, T2O: mean mass (share of the query modality's attention, 0..1);
+        I2T_<span>: the part of I2T on each kind of text token;
+        <name>_uniform: the same under uniform attention, n_key / N;
+        <name>_low, <name>_high: 95 % interval over prompts for the six blocks and I2T_word (NaN when n = 1);
+        outlier: measures whose robust z-score over layers exceeds 3.5, with their sign, such as "I2T+ T2I-".
+    """
+    import pandas as pd
+
+    own = measured(by_item)
+    layers = blocks(own).groupby("layer")
+    values = layers.mean(numeric_only=True)
+    uniform = blocks(own, "uniform").groupby("layer").mean(numeric_only=True)
+    summary = pd.DataFrame({"layer": values.index, "prompts": layers.size().to_numpy()}, index=values.index)
+    for name in (*BLOCKS, *(f"I2T_{kind}" for kind in SPANS)):
+        summary[name] = values[name]
+        summary[f"{name}_uniform"] = uniform[name]
+        if name in BLOCKS or name == "I2T_word":
+            bounds = [interval(part) for _, part in layers[name]]
+            summary[f"{name}_low"], summary[f"{name}_high"] = ([b[k] for b in bounds] for k in (1, 2))
+    marks = pd.DataFrame({name: _mark(name, robust_z(values[name].to_numpy())) for name in OUTLIER_MEASURES})
+    summary["outlier"] = marks.apply(lambda row: " ".join(filter(None, row)), axis=1).to_numpy()
+    return summary.reset_index(drop=True)
+
+
+def blocks(by_item: pd.DataFrame, value: str = "mass") -> pd.DataFrame:
+    """One row per control, item and layer: those columns, the six blocks and I2T_<span>."""
+    import pandas as pd
+
+    cell = ["control", "item", "layer"]
+    columns = {}
+    for name, (query, key) in BLOCKS.items():
+        chosen = by_item[(by_item["query"] == query) & (by_item["key"] == key)]
+        columns[name] = chosen.groupby(cell, observed=True)[value].sum()
+    into_text = by_item[(by_item["query"] == "image") & (by_item["key"] == "text")]
+    for kind in SPANS:
+        columns[f"I2T_{kind}"] = into_text[into_text["span"] == kind].groupby(cell, observed=True)[value].sum()
+    return pd.DataFrame(columns).astype("float64").fillna(0.0).reset_index()
+
+
+def robust_z(values: np.ndarray) -> np.ndarray:
+    """Robust z-scores `0.6745 (x - median) / MAD`, 0 where the median absolute deviation is 0. (L,) -> (L,)."""
+    import numpy as np
+
+    away = values - np.median(values)
+    scale = np.median(np.abs(away))
+    return 0.6745 * away / scale if scale > 0 else np.zeros_like(away)
+
+
+def budget_table(summary: pd.DataFrame, paper: pd.DataFrame | None = None) -> TextTable:
+    """The per-layer table in text. `paper` adds the published shares."""
+    from mmdit_probe.plots.style import LABELS
+
+    spans = [kind for kind in LABELS if summary[f"I2T_{kind}_uniform"].max() > 0]
+    masses = [name for name in ("I2I", "I2T", "T2I", "T2T", "I2O") if summary[f"{name}_uniform"].max() > 0]
+    rest = [f"to {LABELS[kind]}" for kind in spans]
+    columns = ["layer", *("other" if name == "I2O" else name for name in masses), *rest]
+    known = paper.set_index("layer") if paper is not None else None
+    columns += ["paper I2T", "paper T2I"] if known is not None else []
+    spare = ["T2T", "I2I", *(name for name in reversed(rest) if name != "to words")]
+    table = TextTable([*columns, "outlier"], left=("outlier",), spare=spare)
+    for row in summary.to_dict("records"):
+        cells = [str(row["layer"])]
+        cells += [f"{share(row[name])} ({share(row[f'{name}_uniform'])})" for name in masses]
+        cells += [share(row[f"I2T_{kind}"]) for kind in spans]
+        if known is not None:
+            of = known.loc[row["layer"]] if row["layer"] in known.index else None
+            cells += ["", ""] if of is None else [share(of.i2t_share), share(of.t2i_share)]
+        table.add(*cells, str(row["outlier"]))
+    return table
+
+
+def _frame(rows: Rows, names: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame({name: rows[name] for name in names}, copy=False)
+
+
+def _mark(name: str, scores: np.ndarray) -> list[str]:
+    return [f"{name}{'+' if z > 0 else '-'}" if abs(z) > OUTLIER_Z else "" for z in scores]

@@ -1,0 +1,246 @@
+"""Diagnose: which single tokens take the attention (sinks), what word maps are without them, and outlier channels.
+
+    result = Diagnose(images="scenes:val", limit=8).run("scenes-sd3")
+    result.summary                      # per layer and head: mass on sinks, the largest key and its kind
+
+A sink is a key that takes more than ten times the uniform share from image queries (`observe.sinks`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from mmdit_probe.experiments import controls
+from mmdit_probe.experiments.experiment import Experiment, Study, request_of
+from mmdit_probe.experiments.options import Control, Pictured, Places, plain_heads
+from mmdit_probe.experiments.text import TextTable, signed
+from mmdit_probe.results.statistics import compare, interval, measured
+from mmdit_probe.specs import heads_at
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from mmdit_probe.data import Sample
+    from mmdit_probe.experiments.controls import Variant
+    from mmdit_probe.experiments.result import Result
+    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.experiments.text import Text
+    from mmdit_probe.models.mmdit import MMDiT
+    from mmdit_probe.models.tokens import TokenTable
+
+KEY_COLUMNS = [
+    "item", "control", "prompt", "seed", "step", "branch", "layer", "head", "query", "token", "span", "stream", "mass",
+    "uniform",
+]  # fmt: skip
+SHOWN = "shown"
+"""Name of the arrays of the figure of maps."""
+SHOWN_MAPS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnose(Pictured, Places, Experiment):
+    """Which single tokens take the attention (sinks), what word maps are without them, and outlier channels.
+
+    A sink is a key that takes more than ten times the uniform share from image queries. On scenes: how good the maps
+    of the prompt's classes are before and after sinks (but no content words) are removed and the rest renormalised.
+    """
+
+    name: ClassVar[str] = "diagnose"
+    tables: ClassVar[tuple[str, ...]] = ("channels", "keys", "map_quality")
+    arrays: ClassVar[tuple[str, ...]] = (SHOWN,)
+
+    control: Control = "none"
+
+    default_pictures = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        controls.parse(self.control)
+
+    def gather(self, scenes: bool) -> list[Sample]:
+        return self.pictures(scenes, self.default_pictures)
+
+    def prepare(self, model: MMDiT, inputs: list[Sample]) -> Study:
+        layers, heads = self.places(model)
+        chosen = controls.parse(self.control)
+        captions = self.captions(inputs)
+        request = request_of(
+            model,
+            layers=list(layers),
+            heads=plain_heads(heads),
+            sigma=self.sigma,
+            controls=list(chosen),
+            items=[
+                [picture.fingerprint(), text, self.seed + k]
+                for k, (picture, text) in enumerate(zip(inputs, captions, strict=True))
+            ],
+        )
+        tasks = [
+            (variant, number, text)
+            for variant in controls.variants(model, chosen, len(inputs))
+            for number, text in enumerate(variant.texts(captions))
+        ]
+        facts = {"pictures": [picture.name for picture in inputs]}
+        return Study(model, request, tasks, "pictures", facts=facts, state=(inputs, layers, heads))
+
+    def measure(self, study: Study, task: tuple[Variant, int, str], record: Recorder) -> None:
+        from mmdit_probe.experiments.sink_quality import map_scores
+        from mmdit_probe.observe.probe import probe
+        from mmdit_probe.observe.sinks import Channels, KeyMass, SinkFree
+
+        (variant, number, text), (pictures, layers, heads) = task, study.state
+        picture, model, seed = pictures[number], variant.model, self.seed + number
+        noised = model.noise(model.encode_image(picture.open(model.default_size)), self.sigma, seed)
+        encoded = model.encode_prompt([text])
+        with probe(model, KeyMass(), Channels(), SinkFree(), layers=layers, edits=variant.edits) as run:
+            model.denoise(noised, self.sigma, encoded, seeds=seed)
+        found = {"keys": run[KeyMass].table(), "channels": run[Channels].table()}
+        if (label := picture.label()) is not None:
+            found["map_quality"] = map_scores(run[SinkFree], label, picture.names, encoded.tokens[0], layers)
+        kept = {(layer, head) for layer in layers for head in heads_at(heads, layer, model.heads)}
+        for name, frame in found.items():
+            if "head" in frame:
+                pairs = zip(frame["layer"], frame["head"], strict=True)
+                frame = frame[[head < 0 or (layer, head) in kept for layer, head in pairs]]
+            record.write(name, frame, item=number, control=variant.name)
+        if task is study.tasks[0]:
+            image = np.asarray(picture.open(model.default_size))
+            record.arrays(SHOWN, image=image, **shown_maps(run, encoded.tokens[0]))
+
+    def summarise(self, result: Result) -> pd.DataFrame:
+        from mmdit_probe.observe.sinks import top_keys
+
+        return top_keys(measured(result.store.table("keys", KEY_COLUMNS)))
+
+    def compare(self, result: Result) -> pd.DataFrame:
+        from mmdit_probe.observe.sinks import sink_mass
+
+        return compare(sink_mass(result.store.chunks("keys", KEY_COLUMNS)), ["layer"])
+
+    def claim(self, result: Result) -> str:
+        return "sinks take more of the image queries' attention than in the control"
+
+    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
+        frames = {"sinks": result.summary, "outlier_channels": outliers(result)}
+        gain = quality_gain(result)
+        return frames if gain is None else frames | {"map_quality_by_head": gain}
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        from mmdit_probe.plots.sinks import sink_maps, sinks
+
+        count = len(result.request["items"])
+        title = f"{result.model_name}: attention of image queries on sinks, n = {count}, sigma {self.sigma:g}"
+        figures = {"diagnose": sinks(result.summary, title=title)}
+        shown = result.store.load_arrays(SHOWN)
+        if shown is not None and "names" in shown:
+            where = f"layer {shown['layer']}, where sinks take most: {result.request['items'][0][1]}"
+            names = [str(name) for name in shown["names"]]
+            figures["diagnose_maps"] = sink_maps(shown["image"], shown["plain"], names, shown["clean"], title=where)
+        return figures
+
+    def tell(self, result: Result) -> list[Text]:
+        from mmdit_probe.observe.sinks import OUTLIER, SINK
+
+        lines: list[Text] = [
+            sink_table(result.summary),
+            f"a sink: a key above {SINK:g} times the uniform share of image queries' attention; kind: of the largest"
+            " key.",
+        ]
+        if (gain := quality_gain(result)) is not None:
+            lines += [
+                quality_table(gain),
+                "maps of the classes that the prompt names, mean over heads, as they are -> with sinks other than words"
+                " removed and the rest renormalised; difference paired over pictures [95 % interval].",
+            ]
+        channels = outliers(result)
+        worst = channels.sort_values("ratio").iloc[-1]
+        ratio = f"{worst['ratio']:.1f} [{worst['ratio_low']:.1f}, {worst['ratio_high']:.1f}]"
+        return [
+            *lines,
+            f"largest outlier channel: layer {worst['layer']}, {worst['kind']} of {worst['token']} tokens, channel"
+            f" {worst['channel']} (in {worst['channel_share']:.0%} of pictures), {ratio} times the median channel;"
+            f" {int((channels['ratio'] > OUTLIER).sum())} of {len(channels)} (layer, kind, tokens) exceed {OUTLIER:g}.",
+            f"n = {len(result.request['items'])} pictures, sigma {self.sigma:g}.",
+        ]
+
+    def document(self, result: Result) -> dict[str, Any]:
+        gain = quality_gain(result)
+        found = {"sinks": result.summary, "outlier_channels": outliers(result), "controls": result.claims}
+        return found if gain is None else found | {"map_quality": gain}
+
+
+def shown_maps(run: Any, table: TokenTable) -> dict[str, np.ndarray]:
+    """Maps of a picture in the layer where sinks take most: as they are, and with sinks removed."""
+    from mmdit_probe.observe.sinks import KeyMass, SinkFree, top_keys
+
+    top = top_keys(run[KeyMass].table()).groupby("layer")["sink_mass"].mean()
+    layer, words = int(str(top.idxmax())), table.positions(kind="word")
+    if not words:
+        return {}
+    plain, clean = (maps[0].mean(0).numpy() for maps in run[SinkFree].maps(layer))  # [h, w, T]
+    others = [p for kind in ("bos", "eos", "pad") for p in table.positions(kind=kind)[:1]]
+    shown = [*others, *words][:SHOWN_MAPS]
+    names = [f"{table.tokens[p].word or table.tokens[p].kind.upper()}\n{table.tokens[p].stream}" for p in shown]
+    return {
+        "layer": np.array(layer), "names": np.array(names), "plain": plain[..., shown], "clean": clean[..., shown]
+    }  # fmt: skip
+
+
+def quality_gain(result: Result) -> pd.DataFrame | None:
+    """What removing sinks adds to map quality, per layer and head; None without masks."""
+    from mmdit_probe.experiments.sink_quality import improvement
+
+    return improvement(result.store.table("map_quality")) if result.store.has("map_quality") else None
+
+
+def outliers(result: Result) -> pd.DataFrame:
+    """Per layer, kind and modality: the largest channel (and in what share of the pictures it is the largest), its
+    ratio to the median channel with a 95 % interval over pictures, and the mean number of outliers."""
+    import pandas as pd
+
+    channels = measured(result.store.table("channels"))
+    rows = []
+    for (layer, kind, token), part in channels.groupby(["layer", "kind", "token"], observed=True):
+        often = part["channel"].value_counts()
+        ratio, low, high = interval(part["ratio"])
+        rows.append(
+            {"layer": layer, "kind": kind, "token": token, "channel": int(often.index[0]),
+             "channel_share": float(often.iloc[0] / len(part)), "n": len(part), "ratio": ratio, "ratio_low": low,
+             "ratio_high": high, "outliers": float(part["outliers"].mean())}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def quality_table(gain: pd.DataFrame) -> TextTable:
+    """Map quality by layer before and after, in text, mean over heads."""
+    from mmdit_probe.experiments.sink_quality import MEAN, SCORES
+
+    gain = gain[gain["head"] == MEAN]
+    table = TextTable(["layer", *(c for name in SCORES for c in (name.replace("_", " "), "difference"))])
+    rows = gain.set_index(["layer", "score"])
+    for layer in sorted(set(gain["layer"])):
+        cells = [str(layer)]
+        for name in SCORES:
+            row = rows.loc[(layer, name)] if (layer, name) in rows.index else None
+            cells += ["", ""] if row is None else [
+                f"{row['before']:.3f} -> {row['after']:.3f}",
+                f"{signed(row['difference'], row['low'], row['high'])} {row['verdict']}",
+            ]  # fmt: skip
+        table.add(*cells)
+    return table
+
+
+def sink_table(top: pd.DataFrame) -> TextTable:
+    """One row per layer in text: mass on sinks by head, and what the largest key is."""
+    table = TextTable(["layer", "mass on sinks", "head with most", "its largest key", "kind"], left=("kind",))
+    for layer, part in top.groupby("layer"):
+        row = part.sort_values("sink_mass").iloc[-1]
+        table.add(
+            str(layer), f"{part['sink_mass'].mean():.3f}", f"{row['head']}: {row['sink_mass']:.3f}",
+            f"{row['largest']:.3f}", f"{row['kind']} ({row['kind_share']:.0%})",
+        )  # fmt: skip
+    return table

@@ -1,0 +1,241 @@
+"""What every analysis is: options, tasks, one loop, a result.
+
+    result = AttentionBudget(layers="all", limit=8).run("scenes-sd3")
+    result.table, result.summary, result.claims
+    result.figure()
+    result.save("runs/mine")
+
+A subclass is a frozen dataclass of its options, stated once with type, default, help and range; the command line is
+made from it. It says what is read from outside (`gather`), what will be done (`prepare`), what is measured per task
+(`measure`), and how that is summed up, claimed, drawn and told. The loop over tasks, with progress, resume, interrupts
+and processes, stands here and nowhere else. Not here: where rows go (`experiments.store`), how options become a command
+(`cli.adapter`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from mmdit_probe.experiments.progress import Progress
+from mmdit_probe.experiments.store import FolderStore, MemoryStore, Recorder, Store
+from mmdit_probe.options import Option, check
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from mmdit_probe.experiments.result import Result
+    from mmdit_probe.experiments.text import Text
+    from mmdit_probe.models.mmdit import MMDiT
+
+AUTO = "auto"
+"""Value of `out` that stands for `runs/<command>/<time>-<hash>`."""
+
+
+@dataclass
+class Study:
+    """What a run will do, settled before its first forward.
+
+    Attributes:
+        model: under the probe.
+        request: every option and input that decides the numbers, as JSON values; equal requests give equal tables.
+        tasks: the units of work, in order; a killed run loses the one it was at.
+        unit: what the progress bar counts. ticks: how many of them a task has.
+        facts: what else the record says (scheduler, sigmas, ...). notes: remarks for the person who asked.
+        state: whatever `measure` needs beside the task.
+    """
+
+    model: MMDiT
+    request: dict[str, Any]
+    tasks: Sequence[Any]
+    unit: str = "items"
+    ticks: int = 1
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    state: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Base of every analysis.
+
+    Class attributes:
+        name: of the command, and of the folder that its runs lie in.
+        tables: what `measure` writes; a task counts when its rows of the first are on disk.
+        arrays: names under which `measure` keeps arrays for figures.
+    """
+
+    name: ClassVar[str]
+    tables: ClassVar[tuple[str, ...]]
+    arrays: ClassVar[tuple[str, ...]] = ()
+
+    seed: Annotated[int, Option("Seed of the first item; item k uses seed + k.", min=0, max=2**63 - 1)] = 0
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def gather(self, scenes: bool) -> Any:
+        """Read what is named in the options from outside, before any weights are loaded.
+
+        Args:
+            scenes: whether the model knows the scenes world, which decides what is read by default.
+        """
+
+    def prepare(self, model: MMDiT, inputs: Any) -> Study:
+        """Settle what will be done; `inputs` is what `gather` returned."""
+        raise NotImplementedError
+
+    def measure(self, study: Study, task: Any, record: Recorder) -> None:
+        """Do one task: rows, pictures and arrays go to `record`."""
+        raise NotImplementedError
+
+    def finish(self, study: Study, store: Store) -> None:
+        """What is left to do when all tasks are done."""
+
+    def summarise(self, result: Result) -> pd.DataFrame:
+        """The table that a reader wants first, with n and intervals."""
+        raise NotImplementedError
+
+    def compare(self, result: Result) -> pd.DataFrame:
+        """The claim against each control, from `results.statistics.compare`; empty without controls."""
+        import pandas as pd
+
+        return pd.DataFrame()
+
+    def claim(self, result: Result) -> str:
+        """What the values of `compare` say, in words."""
+        raise NotImplementedError
+
+    def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
+        """The rows of `compare` that the terminal shows."""
+        return claims
+
+    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
+        """What is written beside the tables, by file name without suffix."""
+        return {f"{self.tables[0]}_by_layer": result.summary}
+
+    def files(self, result: Result, folder: Path) -> None:
+        """Write what is neither table nor figure into a run folder."""
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        """The figures by file name without suffix, the main one first."""
+        raise NotImplementedError
+
+    def tell(self, result: Result) -> list[Text]:
+        """What the terminal and a notebook show: tables and lines."""
+        raise NotImplementedError
+
+    def document(self, result: Result) -> dict[str, Any]:
+        """What `--json` prints beside run folder, model and figures."""
+        return {"layers": result.summary, "controls": result.claims}
+
+    def run(
+        self, target: Any = "scenes-sd3", out: Path | str | None = None, resume: bool = False,
+        progress: bool | Progress = True,
+    ) -> Result:  # fmt: skip
+        """Measure.
+
+        Args:
+            target: name of an embedded model, a diffusers folder, a hub id, an `MMDiT`, or one's own stock pipeline.
+            out: run folder to write into; "auto" stands for `runs/<name>/<time>-<hash>`; None keeps all in memory.
+            resume: continue the run of the same request in `out`; a finished one is opened as it is.
+            progress: whether to show it, on stderr.
+
+        Raises:
+            UserError: bad options, inputs or model. RunError: a failure on the way; finished tasks stay.
+        """
+        from mmdit_probe.experiments.result import Result
+        from mmdit_probe.experiments.target import as_model, knows_scenes
+
+        shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
+        inputs = self.gather(knows_scenes(target))
+        model = as_model(target, shown)
+        study = self.prepare(model, inputs)
+        for note in study.notes:
+            shown.note(note)
+        facts = described(model) | study.facts | {"options": plain(asdict(self)), "seed": self.seed}
+        if out is None:
+            store: Store = MemoryStore(self.name, study.request, facts)
+        else:
+            store = FolderStore.open(
+                self.name, study.request, facts, out=None if out == AUTO else Path(out), resume=resume
+            )
+        with store:
+            if not store.complete:
+                _work(self, study, store, shown)
+            result = Result(self, store)
+            if isinstance(store, FolderStore) and store.first:
+                result.write(store.folder)
+        return result
+
+
+def _work(experiment: Experiment, study: Study, store: Store, shown: Progress) -> None:
+    """The loop over tasks that are not done, of which this process takes its share."""
+    with store.writing(experiment.tables):
+        mine = store.mine(len(study.tasks))
+        left = [number for number in mine if number not in store.done]
+        with shown.bar(study.unit, len(mine) * study.ticks, (len(mine) - len(left)) * study.ticks) as advance:
+            for number in left:
+                with store.task(number, advance, study.ticks) as record:
+                    experiment.measure(study, study.tasks[number], record)
+    experiment.finish(study, store)
+
+
+def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:
+    """A request: the weights that are measured, how text is encoded, and every option that decides the numbers."""
+    return {
+        "model": model.name,
+        "weight_hash": model.weight_hash,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "text_length": model.text_length,
+        **text_of(model),
+        **options,
+    }
+
+
+def text_of(model: MMDiT) -> dict[str, Any]:
+    """What a request says of how text is encoded where that is not the model's own way: neither weights nor prompts
+    tell."""
+    from mmdit_probe.models.mmdit import default_length
+
+    left_out = hasattr(model.pipeline, "text_encoder_3") and model.pipeline.text_encoder_3 is None
+    own = default_length(model.pipeline, model.family)
+    length = model.max_sequence_length
+    return ({"no_t5": True} if left_out else {}) | ({"max_sequence_length": length} if length != own else {})
+
+
+def described(model: MMDiT) -> dict[str, Any]:
+    """What a record says of a model and the machine it is on."""
+    return {
+        "model": {
+            "id": model.name,
+            "family": model.family.name,
+            "weight_hash": model.weight_hash,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "layers": len(model.layers),
+            "heads": model.heads,
+            "text_length": model.text_length,
+        },
+        "device": str(model.device),
+    }
+
+
+def scheduled(model: MMDiT, num_steps: int) -> dict[str, Any]:
+    """What a record says of the sampling."""
+    scheduler = model.scheduler
+    return {
+        "scheduler": {"class": type(scheduler).__name__, **dict(scheduler.config)},
+        "sigmas": model.sigmas(num_steps),
+    }
+
+
+def plain(value: Any) -> Any:
+    """Options as JSON values: paths as text, tuples as lists."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value

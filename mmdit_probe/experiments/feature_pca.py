@@ -1,0 +1,389 @@
+"""FeaturePCA: what the image tokens' q, k, v and outputs carry, as colours and as numbers; Fig. 3 and 29 of
+arXiv:2509.18096.
+
+    result = FeaturePCA(images="scenes:val", limit=24).run("scenes-sd3")
+    result.summary; result.figure("pca_maps")
+
+Two passes over the pictures, fit on all and project all, each one denoising call per batch; picture k is noised with
+seed + k in both. A killed run loses at most one batch. Not here: the fit itself (`observe.pca`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
+
+from mmdit_probe.errors import unknown
+from mmdit_probe.experiments import controls
+from mmdit_probe.experiments.experiment import Experiment, Study, request_of
+from mmdit_probe.experiments.options import METHOD, OUTPUT, Control, Pictured, Places, plain_heads
+from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.options import Option
+from mmdit_probe.results import atomic
+from mmdit_probe.results.statistics import NOT_ABOVE, compare, interval, measured
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from mmdit_probe.data import Sample
+    from mmdit_probe.experiments.controls import Variant
+    from mmdit_probe.experiments.result import Result
+    from mmdit_probe.experiments.store import Recorder, Store
+    from mmdit_probe.experiments.text import Text
+    from mmdit_probe.models.mmdit import MMDiT
+    from mmdit_probe.observe.pca import PCA, Projection
+
+KINDS = ("query", "key", "value", "output")
+SCORES = (
+    "class", "class_shuffled", "silhouette", "silhouette_shuffled", "position", "coordinates", "explained_3",
+    "explained",
+)  # fmt: skip
+"""Columns of the table: those of `observe.pca.scores`, and the share of the picture's variance in the first three and
+in all kept components."""
+
+SHOWN = "shown"
+"""Name of the arrays of the figure: the first pictures' maps and pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturePCA(Pictured, Places, Experiment):
+    """PCA of the image tokens' query, key, value and attention output per layer, to RGB, explained variance and scores.
+
+    On scenes: how well a linear probe on the components predicts the class mask of held-out images, how well classes
+    separate without one (silhouette), both beside the same with another scene's mask, and how much is mere position.
+    """
+
+    name: ClassVar[str] = "pca"
+    tables: ClassVar[tuple[str, ...]] = ("pca", "pca_variance")
+    arrays: ClassVar[tuple[str, ...]] = (SHOWN,)
+
+    kinds: Annotated[str, Option("Features: query,key,value,output.", panel=METHOD)] = ",".join(KINDS)
+    components: Annotated[
+        int, Option("Components kept and scored; three are drawn.", min=1, max=4096, panel=METHOD)
+    ] = 16
+    fit: Annotated[
+        Literal["joint", "image"], Option("One basis for all pictures, or one per picture.", panel=METHOD)
+    ] = "joint"
+    solver: Annotated[
+        Literal["exact", "incremental"],
+        Option("Streaming fit: exact (D x D per layer), or scikit-learn's IncrementalPCA.", panel=METHOD),
+    ] = "exact"
+    shown: Annotated[int, Option("Pictures in the figure.", min=1, panel=OUTPUT)] = 2
+    batch: Annotated[int, Option("Pictures per denoising call.", min=1, panel=OUTPUT)] = 8
+    control: Control = "none"
+
+    default_pictures = 24
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.wanted_kinds()
+        controls.parse(self.control)
+
+    def wanted_kinds(self) -> list[str]:
+        """The features to fit.
+
+        Raises:
+            UserError: one does not exist.
+        """
+        kinds = [kind.strip() for kind in self.kinds.split(",")]
+        for kind in kinds:
+            if kind not in KINDS:
+                raise unknown("kind of feature", kind, KINDS)
+        return kinds
+
+    def gather(self, scenes: bool) -> list[Sample]:
+        return self.pictures(scenes, self.default_pictures)
+
+    def prepare(self, model: MMDiT, inputs: list[Sample]) -> Study:
+        layers, heads = self.places(model)
+        chosen = controls.parse(self.control)
+        captions = self.captions(inputs)
+        each = self.fit == "image" or len(inputs) == 1
+        request = request_of(
+            model,
+            layers=list(layers),
+            heads=plain_heads(heads),
+            kinds=self.wanted_kinds(),
+            components=self.components,
+            fit=self.fit,
+            solver=self.solver,
+            sigma=self.sigma,
+            shown=self.shown,
+            controls=list(chosen),
+            items=[
+                [p.fingerprint(), text, self.seed + k] for k, (p, text) in enumerate(zip(inputs, captions, strict=True))
+            ],
+        )
+        basis = "one basis per picture" if each else f"one basis for all pictures, {self.solver}, streaming"
+        facts = {
+            "pictures": [picture.name for picture in inputs], "basis": basis,
+            "features": "heads concatenated, q and k after norm and rotary embedding, conditional rows",
+        }  # fmt: skip
+        tasks = controls.variants(model, chosen, len(inputs))
+        ticks = 2 * -(-len(inputs) // self.batch)
+        return Study(model, request, tasks, "batches", ticks, facts, state=(inputs, captions, layers, heads, each))
+
+    def measure(self, study: Study, task: Variant, record: Recorder) -> None:
+        pictures, captions, layers, heads, each = study.state
+        passes = _Passes(
+            self, task, pictures, task.texts(captions), layers, heads, each, record.workplace(task.name), record.advance
+        )
+        found = passes.run()
+        if task is study.tasks[0]:
+            size = study.model.default_size
+            shown = {f"{layer}:{kind}": maps for (layer, kind), maps in found.maps.items()}
+            shown["pictures"] = np.stack([np.asarray(p.open(size)) for p in pictures[: self.shown]])
+            record.arrays(SHOWN, **shown)
+        record.write("pca_variance", found.variance, control=task.name)
+        record.write("pca", found.table, control=task.name)
+
+    def finish(self, study: Study, store: Store) -> None:
+        if (place := store.workplace("")) is not None:
+            shutil.rmtree(place, ignore_errors=True)
+
+    def summarise(self, result: Result) -> pd.DataFrame:
+        return summarise(result.table)
+
+    def compare(self, result: Result) -> pd.DataFrame:
+        names = self._claimed(result)
+        long = result.table.melt(["item", "control", "layer", "kind"], names, "measure")
+        return compare(long, ["layer", "kind", "measure"])
+
+    def _claimed(self, result: Result) -> list[str]:
+        return [name for name in ("class", "silhouette", "coordinates") if name in result.summary]
+
+    def claim(self, result: Result) -> str:
+        return f"the components predict the {self._claimed(result)[0]} beyond the control"
+
+    def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
+        return claims[claims["measure"] == claims["measure"].iloc[0]].drop(columns="measure")
+
+    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
+        return {"pca_by_layer": result.summary}
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        from mmdit_probe.plots.pca import pca_maps, pca_scores
+
+        shown = result.store.load_arrays(SHOWN) or {}
+        pictures = list(shown.pop("pictures"))
+        maps = {(int(layer), kind): array for (layer, kind), array in ((k.split(":"), v) for k, v in shown.items())}
+        name, request = result.model_name, result.request
+        title = f"{name}: PCA of image tokens, {self.fit} basis, sigma {self.sigma:g}"
+        figures = {"pca_maps": pca_maps(maps, pictures, request["kinds"], each=self.fit == "image", title=title)}
+        count = result.summary["n"].max()
+        scored = f"{name}: {self.components} components, n = {count} pictures"
+        return figures | {"pca_scores": pca_scores(result.summary, title=scored)}
+
+    def tell(self, result: Result) -> list[Text]:
+        lines: list[Text] = [score_table(result.summary)]
+        if "class" in result.summary:
+            lines.append(
+                "class: recall of a linear probe on held-out tokens; silhouette: of the classes, without a probe; in"
+                " both the control is another scene's classes; position: share of the components' variance that the"
+                " mean map explains; coordinates: R2 of row and column."
+            )
+        count = len(result.request["items"])
+        return [*lines, f"{count} pictures, sigma {self.sigma:g}, {result.data['basis']}."]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What both passes give.
+
+    Attributes:
+        table: item, layer, kind and one column per score; one row per held-out picture (joint basis) or per picture
+            (a basis each). NaN where there are no masks, and for the position where every picture has its basis.
+        variance: layer, kind, component, share of the total variance (of a basis each: mean over pictures).
+        maps: (layer, kind) -> float32 [shown, h, w, k] of the first pictures.
+    """
+
+    table: pd.DataFrame
+    variance: pd.DataFrame
+    maps: dict[tuple[int, str], NDArray[np.float32]]
+
+
+@dataclass
+class _Passes:
+    """Fit, project and score, under one variant of the model; finished batches are kept in `place`."""
+
+    ask: FeaturePCA
+    variant: Variant
+    pictures: Sequence[Sample]
+    captions: Sequence[str]
+    layers: Sequence[int]
+    heads: Any
+    each: bool
+    place: Path | None
+    advance: Callable[[], None]
+    basis: PCA = field(init=False)
+    projection: Projection = field(init=False)
+
+    def __post_init__(self) -> None:
+        from mmdit_probe.observe.pca import PCA, Projection
+
+        self.basis = PCA(self.ask.wanted_kinds(), self.ask.components, self.ask.solver, self.heads)
+        self.projection = Projection(self.basis, self.each)
+
+    def run(self) -> Found:
+        from mmdit_probe.observe.pca import Projection
+
+        kept, size = _Kept(self.place), self.ask.batch
+        starts = range(0, len(self.pictures), size)
+        fitted = kept.fit(self.basis)
+        for number, start in enumerate(starts):
+            if number >= fitted:
+                self._denoise(self.basis, start)
+                kept.save_fit(self.basis, number + 1)
+            self.advance()
+        for number, start in enumerate(starts):
+            if not kept.maps(self.projection, number):
+                now = Projection(self.basis, self.each)
+                self._denoise(now, start)
+                taken = now.take()
+                kept.save_maps(taken, number)
+                self.projection.put(taken)
+            self.advance()
+        return self._scored()
+
+    def _denoise(self, observer: PCA | Projection, start: int) -> None:
+        from mmdit_probe.observe.probe import probe
+
+        model, ask, part = self.variant.model, self.ask, slice(start, start + self.ask.batch)
+        latents = model.encode_image([picture.open(model.default_size) for picture in self.pictures[part]])
+        noised = model.noise(latents, ask.sigma, ask.seed + start)
+        with probe(model, observer, layers=self.layers, edits=self.variant.edits):
+            model.denoise(noised, ask.sigma, model.encode_prompt(list(self.captions[part])), seeds=ask.seed + start)
+
+    def _scored(self) -> Found:
+        import pandas as pd
+
+        from mmdit_probe.observe.pca import own_scores, scores, token_classes
+
+        masks = class_masks(self.pictures)
+        tables: list[pd.DataFrame] = []
+        variance: list[dict[str, Any]] = []
+        maps = {}
+        for layer, kind in self.basis.fitted:
+            every = self.projection.maps(layer, kind).numpy()
+            maps[layer, kind] = every[: self.ask.shown]
+            totals = self.projection.totals(layer, kind).numpy()[:, None]
+            squares = (every.astype(np.float64) ** 2).sum((1, 2)) / totals
+            shares = squares.mean(0) if self.each else self.basis.basis(layer, kind)[2].numpy()
+            variance += [
+                {"layer": layer, "kind": kind, "component": c, "share": float(s)} for c, s in enumerate(shares)
+            ]
+            if len(every) < 2 and not self.each:
+                continue
+            classes = None if masks is None else token_classes(masks, (every.shape[1], every.shape[2]))
+            found = own_scores(every, classes) if self.each else scores(every, classes)
+            items = np.arange(0 if self.each else len(every) // 2, len(every))
+            found |= {"explained_3": squares[items, :3].sum(1), "explained": squares[items].sum(1)}
+            frame = pd.DataFrame({"item": items, "layer": layer, "kind": kind})
+            tables.append(frame.assign(**{name: found.get(name, np.full(len(items), np.nan)) for name in SCORES}))
+        empty = pd.DataFrame(columns=["item", "layer", "kind", *SCORES])
+        return Found(pd.concat(tables, ignore_index=True) if tables else empty, pd.DataFrame(variance), maps)
+
+
+def class_masks(pictures: Sequence[Sample]) -> NDArray[np.integer[Any]] | None:
+    """Class masks [n, S, S] of pictures that all have one of the same size; None otherwise."""
+    labels = [picture.label() for picture in pictures]
+    if any(label is None for label in labels) or len({label.shape for label in labels if label is not None}) > 1:
+        return None
+    return np.stack([label for label in labels if label is not None])
+
+
+class _Kept:
+    """Finished batches on disk: the fit so far, and the maps of each batch. Without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+
+    def fit(self, basis: PCA) -> int:
+        """Restore the fit; how many batches it has seen."""
+        from safetensors.torch import load_file
+
+        if self.folder is None or not (self.folder / "fit.safetensors").exists():
+            return 0
+        tensors = load_file(self.folder / "fit.safetensors")
+        count = int(tensors.pop("batches"))
+        basis.restore(tensors)
+        return count
+
+    def save_fit(self, basis: PCA, batches: int) -> None:
+        import torch
+
+        self._save("fit", basis.state() | {"batches": torch.tensor(batches)})
+
+    def maps(self, projection: Projection, number: int) -> bool:
+        """Put the maps of a batch into the projection; whether they were there."""
+        from safetensors.torch import load_file
+
+        path = None if self.folder is None else self.folder / f"maps-{number:05d}.safetensors"
+        if path is None or not path.exists():
+            return False
+        projection.put(load_file(path))
+        return True
+
+    def save_maps(self, taken: dict[str, Tensor], number: int) -> None:
+        self._save(f"maps-{number:05d}", taken)
+
+    def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        if self.folder is not None:
+            with atomic.replacing(self.folder / f"{name}.safetensors") as temporary:
+                save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per layer and kind: n and, of each score, the mean and its 95 % interval over pictures.
+
+    `beyond` and `silhouette_beyond` are the differences to the shuffled masks, paired.
+    """
+    import pandas as pd
+
+    rows = []
+    for (layer, kind), part in measured(table).groupby(["layer", "kind"], observed=True, sort=False):
+        row: dict[str, Any] = {"layer": layer, "kind": kind, "n": len(part)}
+        for name in (name for name in SCORES if name in part):
+            if part[name].notna().any():
+                row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(part[name].dropna())
+        for name, prefix in (("class", ""), ("silhouette", "silhouette_")):
+            if name in row and f"{name}_shuffled" in row:
+                difference = (part[name] - part[f"{name}_shuffled"]).dropna()
+                ends = (f"{prefix}beyond{end}" for end in ("", "_low", "_high"))
+                row |= dict(zip(ends, interval(difference), strict=True))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def score_table(summary: pd.DataFrame) -> TextTable:
+    """The per-layer table in text."""
+    has_classes = "class" in summary
+    columns = ["layer", "feature", "3 components"]
+    columns += ["class", "of another", "beyond it", "silhouette", "of another's"] if has_classes else []
+    columns += ["position"] if "position" in summary else []
+    spare = ("of another's", "silhouette", "position", "3 components")
+    table = TextTable([*columns, "coordinates"], left=("feature",), spare=spare)
+    for row in summary.to_dict("records"):
+        cells = [str(row["layer"]), str(row["kind"]), f"{row['explained_3']:.2f}"]
+        if has_classes:
+            beyond = signed(row["beyond"], row["beyond_low"], row["beyond_high"])
+            cells += [
+                bounded(row["class"], row["class_low"], row["class_high"]),
+                f"{row['class_shuffled']:.3f}",
+                beyond if row["beyond_low"] > 0 else f"{beyond} {NOT_ABOVE}",
+                f"{row['silhouette']:+.3f}",
+                f"{row['silhouette_shuffled']:+.3f}",
+            ]
+        cells += [f"{row['position']:.3f}"] if "position" in summary else []
+        table.add(*cells, f"{row['coordinates']:.3f}")
+    return table

@@ -1,0 +1,254 @@
+"""Generate: images, with perturbed guidance at several scales and layers if asked for; Eq. 7 and Fig. 6 of
+arXiv:2509.18096.
+
+    result = Generate(prompts="a red ring on grass", perturb_layers="4", perturb_scale="1,3").run("scenes-sd3")
+    result.summary
+
+Whether the guidance helps is a question for the alignment of its images, with an interval over paired seeds; the
+controls of equal size say how much of it any perturbation would do. Not here: the guidance itself (`edit.guidance`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.experiments.options import METHOD, checked_heads, selected_places
+from mmdit_probe.experiments.perturb import equal_budget
+from mmdit_probe.experiments.sweep import (
+    AGAINST_STOCK,
+    EQUAL,
+    STOCK,
+    Condition,
+    Sweep,
+    aligned_outcome,
+    outcome_names,
+    own_rows,
+    sheet_cells,
+)
+from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.options import Option
+from mmdit_probe.results.statistics import NONE, compare, interval
+from mmdit_probe.specs import Spec, layer_indices
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from mmdit_probe.experiments.result import Result
+    from mmdit_probe.experiments.text import Text
+    from mmdit_probe.models.mmdit import MMDiT
+
+PLACE = ["layers", "scale", "control"]
+ROW = ["item", "prompt", "seed", *PLACE]
+SHOWN_PROMPTS = 8
+"""Prompts in the contact sheet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(Sweep):
+    """Sample images; with --perturb-layers, guided away from what the model says when those layers read blurred text.
+
+    eps = eps_uncond + g (eps_cond - eps_uncond) + s (eps_cond - eps_perturbed), with g = --guidance, s =
+    --perturb-scale. Stock images of the same seeds are sampled too; alignment is compared pairwise.
+    """
+
+    name: ClassVar[str] = "generate"
+    tables: ClassVar[tuple[str, ...]] = ("images",)
+
+    perturb_layers: Annotated[
+        Spec | None,
+        Option("Layers whose I2T is perturbed in the extra forward: 4, 3-5.", shown_default="none", panel=METHOD),
+    ] = None
+    perturb_scale: Annotated[
+        str | float | Sequence[float], Option("Scale s of the guidance; several for a sweep: 1,2,4.", panel=METHOD)
+    ] = "2"
+    each: Annotated[bool, Option("Perturb each layer on its own: a sweep over layers.", panel=METHOD)] = False
+    selection: Annotated[
+        Path | str | None, Option("Layers and heads from select-layers, in place of --perturb-layers.", panel=METHOD)
+    ] = None
+    start: Annotated[float, Option("Guide from this part of the sampling, 0 to 1.", min=0, max=1, panel=METHOD)] = 0.0
+    stop: Annotated[float, Option("Guide up to this part of the sampling.", min=0, max=1, panel=METHOD)] = 1.0
+
+    default_prompts = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.perturb_layers is not None and self.selection is not None:
+            raise UserError("--perturb-layers and --selection both name layers; give one")
+        if self.start > self.stop:
+            raise UserError(f"--start {self.start:g} is after --stop {self.stop:g}: nothing would be guided")
+        self.scales()
+
+    def scales(self) -> list[float]:
+        """The scales of the guidance.
+
+        Raises:
+            UserError: they are no finite numbers.
+        """
+        asked = self.perturb_scale.split(",") if isinstance(self.perturb_scale, str) else self.perturb_scale
+        try:
+            scales = [float(part) for part in (asked if isinstance(asked, Sequence) else [asked])]
+        except ValueError:
+            scales = [math.nan]
+        if not all(math.isfinite(scale) and abs(scale) <= 1000 for scale in scales):
+            raise UserError(
+                f"--perturb-scale {self.perturb_scale!r}: expected a number of -1000 to 1000, or numbers by comma"
+            )
+        return scales
+
+    def conditions(self, model: MMDiT) -> list[Condition]:
+        stock = _condition((), 0.0)
+        if self.selection is not None:
+            layers, heads = selected_places(self.selection, model)
+        elif self.perturb_layers is not None:
+            layers = layer_indices(self.perturb_layers, len(model.layers))
+            heads = checked_heads("all", layers, model.heads)
+        else:
+            return [stock]
+        edit = self.change().at(heads=heads)
+        plan = [stock]
+        for these in [(layer,) for layer in layers] if self.each else [layers]:
+            here = edit.at(layers=list(these))
+            for scale in (scale for scale in self.scales() if scale != 0):
+                plan.append(_condition(these, scale, here))
+                plan += [
+                    _condition(these, scale, equal_budget(here, self.seed, name), name)
+                    for name in self.chosen_controls()
+                    if name in EQUAL
+                ]
+        return plan
+
+    def guided_options(self) -> dict[str, Any]:
+        return {"start": self.start, "stop": self.stop}
+
+    def extra_request(self) -> dict[str, Any]:
+        return {"range": [self.start, self.stop]}
+
+    def keeps(self, index: int) -> bool:
+        return True
+
+    def summarise(self, result: Result) -> pd.DataFrame:
+        return summarise(result.table)
+
+    def compare(self, result: Result) -> pd.DataFrame:
+        return compare(gains(result.table), ["layers", "scale", "outcome"])
+
+    def claim(self, result: Result) -> str:
+        aligned = aligned_outcome(result.table.columns) or "no measure of it"
+        return f"guidance adds more to the alignment ({aligned}) than in the control"
+
+    def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
+        return claims[claims["outcome"] == aligned_outcome(claims["outcome"])].drop(columns="outcome")
+
+    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
+        return {"by_setting": result.summary}
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        from mmdit_probe.plots.perturb import contact_sheet, guidance_sweep
+
+        request = result.request
+        plan = request["conditions"]
+        prompts = [prompt for prompt, _ in request["items"]][:SHOWN_PROMPTS]
+        cells = sheet_cells(result, [c[0] for c in plan], range(len(prompts)))
+        guided = "perturbed guidance, " if len(plan) > 1 else ""
+        title = f"{result.model_name}: {guided}g = {request['guidance']:g}"
+        figures = {"generate": contact_sheet(cells, [_heading(c) for c in plan], prompts, title=title)}
+        if len(plan) > 1:
+            count = result.summary["n"].max()
+            figures["sweep"] = guidance_sweep(result.summary, title=f"{title}, n = {count}")
+        return figures
+
+    def tell(self, result: Result) -> list[Text]:
+        request = result.request
+        texts: list[Text] = [setting_table(result.summary)]
+        if len(request["conditions"]) > 1:
+            texts.append("in brackets: 95 % interval over prompts; differences are paired with stock by seed.")
+        kept = "" if result.path is None else f"; images: {result.path / 'images'}"
+        return [*texts, f"{len(request['items'])} prompts, {request['num_steps']} steps{kept}"]
+
+    def document(self, result: Result) -> dict[str, Any]:
+        images = None if result.path is None else result.path / "images"
+        return {"images": images, "settings": result.summary, "controls": result.claims}
+
+
+def _condition(layers: Sequence[int], scale: float, edit: Any = None, control: str = NONE) -> Condition:
+    place = f"-layers{'+'.join(map(str, layers))}-scale{scale:g}"
+    name = STOCK if scale == 0 else f"{'guided' if control == NONE else control}{place}"
+    labels = {"layers": ",".join(map(str, layers)), "scale": float(scale), "control": control}
+    return Condition(name, labels, edit, scale, control)
+
+
+def _heading(condition: Sequence[Any]) -> str:
+    _, labels, scale, _ = condition
+    if scale == 0:
+        return STOCK
+    equal = "" if labels["control"] == NONE else f"{labels['control']}, "
+    return f"{equal}layer {labels['layers'].replace(',', '+')}\ns = {scale:g}"
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per setting and outcome: layers, scale, control (none, or which control of equal size the perturbation
+    is), n, mean, low, high (95 % interval over prompts), and, for settings other than stock, difference,
+    difference_low, difference_high (minus stock, paired). `change` is a difference as it is."""
+    import pandas as pd
+
+    table = own_rows(table)
+    stock = table[table["scale"] == 0].set_index("item")
+    rows = []
+    for place, part in table.groupby(PLACE, observed=True):
+        for name in outcome_names(table, ROW):
+            row: dict[str, Any] = dict(zip(PLACE, place, strict=True))
+            row |= {"outcome": name, "n": int(part[name].notna().sum())}
+            row["mean"], row["low"], row["high"] = interval(part[name])
+            if row["scale"] != 0:
+                paired = part[name] - part["item"].map(stock[name])
+                row["difference"], row["difference_low"], row["difference_high"] = interval(paired)
+            rows.append(row)
+    return pd.DataFrame(rows).sort_values(["outcome", *PLACE]).reset_index(drop=True)
+
+
+def gains(table: pd.DataFrame) -> pd.DataFrame:
+    """What guidance adds to stock sampling, for `results.statistics.compare`: columns item, control, layers, scale,
+    outcome, value (guided minus stock of the same model, prompt and seed)."""
+    import pandas as pd
+
+    parts = []
+    names = [name for name in outcome_names(table, ROW) if name not in AGAINST_STOCK]
+    for control in dict.fromkeys(table["control"]):
+        base = table[table["control"] == (NONE if control in EQUAL else control)]
+        stock = base[base["scale"] == 0].set_index("item")
+        part = table[(table["control"] == control) & (table["scale"] != 0)]
+        wide = part[["item", "control", "layers", "scale"]].copy()
+        for name in names:
+            wide[name] = part[name] - part["item"].map(stock[name])
+        parts.append(wide.melt(["item", "control", "layers", "scale"], names, "outcome"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def setting_table(summary: pd.DataFrame) -> TextTable:
+    """One row per setting in text."""
+    from mmdit_probe.plots.perturb import LABELS
+
+    names = [name for name in ("facts", "clip_t", "change") if name in set(summary["outcome"])]
+    places, columns = ["layers", "s", "perturbation"], []
+    for name in names:
+        columns += [LABELS[name], *(["difference from stock"] if name != "change" else [])]
+    table = TextTable([*places, *columns], left=places)
+    for place, part in summary.groupby(PLACE, observed=True, sort=True):
+        layers, scale, control = str(place[0]), float(str(place[1])), str(place[2])
+        rows = part.set_index("outcome")
+        cells = [layers or "-", f"{scale:g}", "none" if scale == 0 else "edit" if control == NONE else control]
+        for name in names:
+            row = rows.loc[name]
+            cells.append(bounded(row["mean"], row["low"], row["high"]))
+            if name != "change":
+                cells.append(
+                    "" if scale == 0 else signed(row["difference"], row["difference_low"], row["difference_high"])
+                )
+        table.add(*cells)
+    return table

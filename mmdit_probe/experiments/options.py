@@ -1,0 +1,234 @@
+"""Options that several experiments share, each stated once, and what they mean.
+
+Mixed into an experiment as base classes; `--help`, the checks and a run's record are made from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.options import Option
+from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices
+
+if TYPE_CHECKING:
+    from mmdit_probe.data import Sample
+    from mmdit_probe.edit.edit import Edit
+    from mmdit_probe.models.mmdit import MMDiT
+    from mmdit_probe.results.selection import LayerSelection
+
+INPUT, MODEL, METHOD, OUTPUT = "Input", "Model", "Method", "Output"
+"""Headings of the options in `--help`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Layers and heads, named or selected."""
+
+    layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"
+    heads: Annotated[HeadSpec, Option("Attention heads: all, 3, 0-3 or 0,2.", panel=METHOD)] = "all"
+    selection: Annotated[
+        Path | str | None,
+        Option("Layers and heads from select-layers, in place of --layers and --heads.", panel=METHOD),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        if self.selection is not None and (self.layers != "all" or self.heads != "all"):
+            raise UserError("--selection names layers and heads already; leave --layers and --heads out")
+
+    def places(self, model: MMDiT) -> tuple[tuple[int, ...], HeadSpec]:
+        """Layers and heads of a model: indices, and a specification for all layers or layer -> heads.
+
+        Raises:
+            UserError: they do not exist, or the selection is not one or is of other weights.
+        """
+        if self.selection is None:
+            layers = layer_indices(self.layers, len(model.layers))
+            return layers, checked_heads(self.heads, layers, model.heads)
+        return selected_places(self.selection, model)
+
+
+def checked_heads(heads: HeadSpec, layers: Sequence[int], count: int) -> HeadSpec:
+    """Heads as indices: of all layers, or layer -> heads."""
+    if isinstance(heads, Mapping):
+        return {layer: heads_at(heads, layer, count) for layer in layers}
+    return heads_at(heads, -1, count)
+
+
+def selected_places(selection: Path | str | LayerSelection, model: MMDiT) -> tuple[tuple[int, ...], HeadSpec]:
+    """Layers and heads of a selection made on this model."""
+    from mmdit_probe.results.selection import load_selection
+
+    found = load_selection(selection, model)
+    chosen = tuple(sorted(found.layers))
+    heads = {layer: tuple(found.heads[layer]) for layer in chosen if layer in found.heads}
+    return chosen, checked_heads(heads, chosen, model.heads) if heads else checked_heads("all", chosen, model.heads)
+
+
+def plain_heads(heads: HeadSpec) -> Any:
+    """Heads as JSON values."""
+    if isinstance(heads, Mapping):
+        return {str(layer): list(of) for layer, of in heads.items()}  # type: ignore[arg-type]
+    return list(heads)  # type: ignore[arg-type]
+
+
+Prompts = Annotated[
+    str | Sequence[str] | None,
+    Option(
+        "File with one prompt per line, a text, or a set: everyday, scenes:train|val|test.",
+        shown_default="scenes:val for embedded models, else everyday", panel=INPUT,
+    ),
+]  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are sampled."""
+
+    num_steps: Annotated[int, Option("Number of sampling steps.", min=1, max=1000, panel=METHOD)] = 28
+    guidance: Annotated[
+        float, Option("Classifier-free guidance scale; 1 or less runs without it.", min=0, max=1000, panel=METHOD)
+    ] = 7.5
+
+
+def prompts_of(prompts: str | Sequence[str] | None, limit: int | None, scenes: bool, default: int) -> list[str]:
+    """The prompts to sample: what was asked for, else `default` held-out captions or the everyday set."""
+    from mmdit_probe.data import prompts as read
+
+    if prompts is not None and not isinstance(prompts, str):
+        asked = list(prompts)[:limit]
+        if not asked:
+            raise UserError("no prompt is given; expected one or more")
+        return asked
+    source = ("scenes:val" if scenes else "everyday") if prompts is None else prompts
+    return read(source, default if limit is None and prompts is None else limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictured:
+    """Pictures that are encoded, noised and denoised once, each with a text."""
+
+    images: Annotated[
+        str | Path | Sequence[Any] | None,
+        Option(
+            "Pictures: a folder, a file, or scenes:train|val|test.", shown_default="scenes:val for embedded models",
+            panel=INPUT,
+        ),
+    ] = None  # fmt: skip
+    prompts: Annotated[
+        str | Sequence[str] | None, Option("One prompt for all pictures.", shown_default="their captions", panel=INPUT)
+    ] = None
+    limit: Annotated[int | None, Option("Use the first LIMIT pictures.", min=1, panel=INPUT)] = None
+    sigma: Annotated[
+        float, Option("Noise level, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1, panel=METHOD)
+    ] = 0.515
+
+    def pictures(self, scenes: bool, default: int) -> list[Sample]:
+        """The pictures to probe.
+
+        Raises:
+            UserError: none are named, and the model does not know the scenes world.
+        """
+        if self.images is None and not scenes:
+            raise UserError("no pictures are given; name a folder with --images")
+        source = "scenes:val" if self.images is None else self.images
+        return samples_of(source, default if self.limit is None and self.images is None else self.limit)
+
+    def captions(self, pictures: Sequence[Sample]) -> list[str]:
+        """The text of each picture."""
+        return captions_of(self.prompts, pictures)
+
+
+def samples_of(source: str | Path | Sequence[Any], limit: int | None) -> list[Sample]:
+    """Pictures by source, or pictures at hand (files, PIL images, arrays)."""
+    from mmdit_probe.data import samples
+
+    found = list(samples(source, limit))
+    if not found:
+        raise UserError("no picture is given; expected one or more")
+    return found
+
+
+def captions_of(prompts: str | Sequence[str] | None, pictures: Sequence[Sample]) -> list[str]:
+    """Each picture's own caption, one text for all, or one per picture."""
+    texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
+    if len(texts) not in (0, 1, len(pictures)):
+        raise UserError(f"{len(texts)} prompts for {len(pictures)} pictures; expected none, one, or one per picture")
+    return [picture.prompt for picture in pictures] if not texts else texts * (len(pictures) // len(texts))
+
+
+Control = Annotated[
+    str,
+    Option(
+        "Also measure controls, by comma: random (the same network, random weights), shuffled (another item's caption),"
+        " uniform (uniform attention); or none.",
+        panel=METHOD,
+    ),
+]
+EditControl = Annotated[
+    str,
+    Option(
+        "Controls by comma: budget (a coherent change of equal size), noise (a random one), random (the same edits on"
+        " random weights), shuffled (images against another caption), uniform (under uniform attention); or none.",
+        panel=METHOD,
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edited:
+    """How the I2T block is edited."""
+
+    edit: Annotated[
+        Literal["blur", "grid-blur", "zero", "mean"],
+        Option("blur along text tokens (the paper), grid-blur, zero, mean.", panel=METHOD),
+    ] = "blur"
+    blur_sigma: Annotated[float, Option("Blur width in tokens; 0 is the no-op.", min=0, max=1e6, panel=METHOD)] = 9.0
+    kernel: Annotated[int, Option("Taps of the blur, odd.", min=1, max=9999, panel=METHOD)] = 5
+    border: Annotated[
+        Literal["reflect", "symmetric", "replicate"],
+        Option("reflect (the paper), symmetric (keeps mass) or replicate.", panel=METHOD),
+    ] = "reflect"
+    where: Annotated[
+        Literal["probabilities", "logits"], Option("Blur probabilities (the paper) or logits.", panel=METHOD)
+    ] = "probabilities"
+    streams: Annotated[
+        str | None, Option("Text tokens of these encoders only, e.g. clip.", shown_default="all", panel=METHOD)
+    ] = None
+
+    def change(
+        self, *, renormalise: bool = False, steps: Spec = "all", branches: tuple[str, ...] | None = None
+    ) -> Edit:
+        """The edit that the options describe; its layers are set later."""
+        from mmdit_probe.edit import Blur, GridBlur, Mean, Scale
+
+        address: dict[str, Any] = {
+            "streams": tuple(self.streams.split(",")) if self.streams else None,
+            "renormalise": renormalise,
+            "steps": steps,
+            "branches": branches,
+        }
+        if self.edit == "zero":
+            return Scale("image", "text", factor=0.0, **address)
+        if self.edit == "mean":
+            return Mean("image", "text", **address)
+        blur = Blur if self.edit == "blur" else GridBlur
+        return blur(
+            "image", "text", sigma=self.blur_sigma, kernel=self.kernel, border=self.border, where=self.where, **address
+        )
+
+
+def check_streams(model: MMDiT, streams: str | None) -> None:
+    """Encoder streams exist.
+
+    Raises:
+        UserError: one does not.
+    """
+    known = dict.fromkeys(model.token_tables([""])[0].streams)
+    for name in streams.split(",") if streams else ():
+        if name not in known:
+            raise unknown("encoder stream", name, known)

@@ -1,0 +1,50 @@
+"""How far a run is, on stderr: what is being loaded, a bar with the time left, remarks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+
+class Progress:
+    """Shown on stderr unless quiet. `bars`: whether bars are drawn (not under `--json`)."""
+
+    def __init__(self, quiet: bool = False, bars: bool = True) -> None:
+        self.quiet = quiet
+        self.bars = bars and not quiet
+        self.console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A remark for the person who asked."""
+        if not self.quiet:
+            self.console.print(text, style="yellow", markup=False)
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """`text` with a spinner while the block runs; on no terminal, the text once."""
+        if not self.bars:
+            yield
+        elif not self.console.is_terminal:
+            self.console.print(text, markup=False)
+            yield
+        else:
+            from rich.text import Text
+
+            with self.console.status(Text(text)):
+                yield
+
+    @contextmanager
+    def bar(self, label: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
+        """A bar with the time left; yields the function that advances it by one."""
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(),
+        )  # fmt: skip
+        with Bar(*columns, console=self.console, disable=not self.bars, transient=True) as shown:
+            task = shown.add_task(label, total=total, completed=done)
+            yield lambda: shown.advance(task)

@@ -1,0 +1,175 @@
+"""What an experiment returns: its tables, what they sum up to, what is claimed, the figures, and how to keep them.
+
+result = ValueNorms(limit=8).run("scenes-sd3")
+result.summary
+result.save("runs/mine")          # the files that the command writes
+Result.read("runs/mine").figure()
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.experiments.controls import CONTROLS
+from mmdit_probe.experiments.store import FolderStore, Store
+from mmdit_probe.experiments.text import Text, TextTable, claim_lines, claim_table, records
+from mmdit_probe.results import RunFolder, TableWriter, atomic
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from mmdit_probe.experiments.experiment import Experiment
+
+EXPLAINED = CONTROLS | {"budget": "a random change of equal size"}
+
+
+class Result:
+    """The outcome of `Experiment.run`.
+
+    Attributes:
+        experiment: the options. data: the record (command, request, model, scheduler, ...), as in `run.json`.
+        path: the run folder, or None.
+    """
+
+    def __init__(self, experiment: Experiment, store: Store) -> None:
+        self.experiment, self.store = experiment, store
+
+    @classmethod
+    def read(cls, folder: Path | str) -> Result:
+        """The result that a run folder holds.
+
+        Raises:
+            UserError: no run folder, or not one of an experiment.
+        """
+        from mmdit_probe.experiments import experiment_of
+        from mmdit_probe.results.folder import read_record
+
+        record = read_record(folder)
+        if record is None or "options" not in record:
+            raise UserError(f"{str(folder)!r} is no run folder of an experiment")
+        return cls(experiment_of(record["command"], record["options"]), FolderStore(RunFolder.join(Path(folder))))
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return self.store.data
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """Every option and input that decided the numbers."""
+        return dict(self.data["request"])
+
+    @property
+    def path(self) -> Path | None:
+        return self.store.folder.path if isinstance(self.store, FolderStore) else None
+
+    @property
+    def model_name(self) -> str:
+        """The model's name without the folders above it."""
+        return Path(self.data["model"]["id"]).name
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The main table: tidy, one observation per row."""
+        return self.store.table(self.experiment.tables[0])
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """What it sums up to, with n and intervals."""
+        return self.experiment.summarise(self)
+
+    @cached_property
+    def claims(self) -> pd.DataFrame:
+        """The measurement against each of its controls, paired; empty without controls."""
+        return self.experiment.compare(self)
+
+    @cached_property
+    def figures(self) -> dict[str, Figure]:
+        """All figures by name, the main one first."""
+        return self.experiment.draw(self)
+
+    def figure(self, name: str | None = None) -> Figure:
+        """One figure; the main one if no name is given."""
+        return self.figures[next(iter(self.figures)) if name is None else name]
+
+    def texts(self) -> list[Text]:
+        """What the command prints: tables and lines."""
+        texts = self.experiment.tell(self)
+        told = self.experiment.headline(self.claims) if len(self.claims) else self.claims
+        if len(told):
+            texts += [claim_table(told), *claim_lines(told, self.experiment.claim(self), EXPLAINED)]
+        return texts
+
+    def document(self) -> dict[str, Any]:
+        """What the command prints with `--json`."""
+        main = {"run": self.path, "model": self.data["model"]}
+        if self.path is not None:
+            main |= {"table": self.path / f"{self.experiment.tables[0]}.parquet", "figures": self._figure_files()}
+        return main | {name: records(value) for name, value in self.experiment.document(self).items()}
+
+    def save(self, folder: Path | str) -> Path:
+        """Write what the command writes: tables, record, figures.
+
+        Args:
+            folder: new or empty.
+        """
+        target = RunFolder.open(self.experiment.name, self.request, out=folder)
+        with target:
+            target.record(**{name: value for name, value in self.data.items() if name not in _OF_A_FOLDER})
+            copy = FolderStore(target)
+            for name in self.experiment.tables:
+                if self.store.has(name):
+                    with TableWriter(target.path, name) as writer, writer.item(0) as item:
+                        for part in self.store.chunks(name):
+                            item.write(part)
+            for name, image in self.store.pictures().items():
+                copy.keep_picture(name, image)
+            for name in self.experiment.arrays:
+                if (found := self.store.load_arrays(name)) is not None:
+                    copy.keep_arrays(name, found)
+            self.write(target)
+        return target.path
+
+    def write(self, folder: RunFolder) -> None:
+        """Write summaries, claims and figures into an open run folder."""
+        from mmdit_probe.plots import save
+
+        stem = self.experiment.tables[0]
+        for name, frame in self.experiment.frames(self).items():
+            atomic.write_text(folder.path / f"{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
+        if len(self.claims):
+            csv = self.claims.to_csv(index=False, float_format="%.6g")
+            atomic.write_text(folder.path / f"{stem}_controls.csv", csv)
+            told = self.experiment.headline(self.claims)
+            claimed, verdict = claim_lines(told, self.experiment.claim(self), EXPLAINED)
+            text = "\n\n".join([claimed, claim_table(told).markdown(), verdict]) + "\n"
+            atomic.write_text(folder.path / f"{stem}_controls.md", text)
+        self.experiment.files(self, folder.path)
+        for name, figure in self.figures.items():
+            save(figure, folder.path / name)
+
+    def _figure_files(self) -> list[Path]:
+        assert self.path is not None
+        return [self.path / f"{name}{suffix}" for name in self.figures for suffix in (".png", ".pdf")]
+
+    def __repr__(self) -> str:
+        where = f", in {self.path}" if self.path is not None else ""
+        return f"{type(self.experiment).__name__} of {self.model_name}: {len(self.table):,} rows{where}"
+
+    def _repr_html_(self) -> str:
+        """Figure and summary, for a notebook."""
+        import base64
+        from html import escape
+        from io import BytesIO
+
+        buffer = BytesIO()
+        self.figure().savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+        picture = base64.b64encode(buffer.getvalue()).decode()
+        parts = [text.html() if isinstance(text, TextTable) else f"<p>{escape(text)}</p>" for text in self.texts()]
+        return f'<img alt="{escape(repr(self))}" src="data:image/png;base64,{picture}">' + "".join(parts)
+
+
+_OF_A_FOLDER = ("command", "request", "status", "created", "wall_seconds", "peak_memory_bytes", "argv", "environment")

@@ -1,0 +1,420 @@
+"""Score: what generated pictures show, per category, with and without adapters on the same seeds; Tables 3 and 4 of
+arXiv:2509.18096.
+
+    result = Score(n=20, lora=["class=runs/class/lora"]).run("scenes-sd3")
+    result.summary                     # per variant, category and metric: mean, paired difference, intervals, n
+
+Differences between variants are small beside those between pictures, so that they are taken per (prompt, seed) and
+averaged per prompt; intervals are over prompts, which are what a benchmark samples. On a model of the scenes world the
+parser reads the pictures back, its own limit stands beside ("real"), and `maps` adds where the words look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
+from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Sampling
+from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.options import Option
+from mmdit_probe.results.statistics import interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from mmdit_probe.experiments.result import Result
+    from mmdit_probe.experiments.store import Recorder, Store
+    from mmdit_probe.experiments.text import Text
+    from mmdit_probe.models.mmdit import MMDiT
+
+BASE, REAL = "base", "real"
+PARSED = ("facts", "all_right", "things_right", "grounds_right")
+"""Scores of the scenes parser: share of the caption's facts that hold, and whether all, the objects, the grounds do."""
+KEYS = ["category", "index", "prompt", "seed"]
+STREAMS = ("all", "clip", "t5")
+"""Whose tokens make a word's map: both streams of the joint text, or one of them."""
+_SHOWN = ("facts", "all_right", "things_right", "grounds_right")
+_ADAPTER = "scored"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task: some pictures of one variant; kind "pictures", "real" (scenes as they are) or "maps" (at a sigma)."""
+
+    kind: str
+    variant: str = BASE
+    prompts: Sequence[tuple[str, int, str]] = ()
+    sigma: float = 0.0
+
+
+@dataclass
+class _Scorers:
+    """What looks at the pictures, and which adapter is loaded."""
+
+    parser: Any = None
+    clip: Any = None
+    asker: Any = None
+    loaded: str = BASE
+    variants: dict[str, str | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score(Sampling, Experiment):
+    """Text-image alignment per category, CLIPScore and BLIP answers, paired over prompts and seeds between variants.
+
+    Writes scores.parquet (one row per picture), comparison.csv (means, paired differences, 95 % intervals over prompts,
+    n) and run.json.
+    """
+
+    name: ClassVar[str] = "score"
+    tables: ClassVar[tuple[str, ...]] = ("scores", "maps")
+
+    lora: Annotated[
+        Sequence[str], Option("Adapter to compare with the base model: [NAME=]PATH; repeatable.", panel=INPUT)
+    ] = ()
+    baseline: Annotated[str, Option("Variant that differences are taken to.", panel=METHOD)] = BASE
+    categories: Annotated[str, Option("all, none, or categories of scenes: colour,numeracy,...", panel=INPUT)] = "all"
+    n: Annotated[int, Option("Prompts per category.", min=1, panel=INPUT)] = 20
+    split: Annotated[Literal["train", "val", "test"], Option("Split of the scenes captions.", panel=INPUT)] = "val"
+    prompts: Annotated[
+        str | None,
+        Option(
+            "Score these prompts instead of scenes categories: a file, a text, a set, or a folder with one text file"
+            " per category (T2I-CompBench: colour_val.txt, ...).",
+            panel=INPUT,
+        ),
+    ] = None
+    images_per_prompt: Annotated[int, Option("Pictures per prompt.", min=1, panel=INPUT)] = 1
+    maps: Annotated[
+        str,
+        Option(
+            "Noise levels at which the word maps of n scenes are scored per layer, by comma; or none.", panel=METHOD
+        ),
+    ] = "none"
+    clip: Annotated[
+        str,
+        Option("CLIP model of CLIPScore and CLIP similarity: scenes-clip, a folder, a hub id, or none.", panel=METHOD),
+    ] = "scenes-clip"
+    vqa: Annotated[
+        str | None,
+        Option("BLIP question-answering model (folder or hub id): P(yes) of each noun phrase.", panel=METHOD),
+    ] = None
+    export: Annotated[
+        Path | None, Option("Also write the pictures in T2I-CompBench's folder layout.", panel=OUTPUT)
+    ] = None
+    batch: Annotated[int, Option("Pictures sampled at once.", min=1, panel=OUTPUT)] = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.baseline not in self.variants():
+            raise unknown("variant", self.baseline, self.variants())
+        self.sigmas()
+        scorers = (
+            None if self.prompts is not None else True,
+            None if self.clip == "none" else True,
+            self.vqa,
+            self.export,
+        )
+        if all(scorer is None for scorer in scorers):
+            raise UserError("nothing to score with: give a CLIP or BLIP model, or a folder to export to")
+
+    def variants(self) -> dict[str, str | None]:
+        """Name -> adapter; the base model first.
+
+        Raises:
+            UserError: two are called the same, or one is neither a path nor a hub id.
+        """
+        found: dict[str, str | None] = {BASE: None}
+        for text in self.lora:
+            name, _, path = text.rpartition("=")
+            name = name or (Path(path).parent.name if Path(path).name == "lora" else Path(path).name)
+            if name in found:
+                raise UserError(f"two variants are called {name!r}; name them: --lora NAME=PATH")
+            if not Path(path).exists() and path.count("/") != 1:
+                raise UserError(f"no LoRA {path!r}: expected a folder as train-magnet writes it, or a hub id")
+            found[name] = path
+        return found
+
+    def sigmas(self) -> list[float]:
+        """Noise levels of the maps.
+
+        Raises:
+            UserError: they are none in 0..1.
+        """
+        if self.maps == "none":
+            return []
+        try:
+            levels = [float(part) for part in self.maps.split(",")]
+        except ValueError:
+            levels = []
+        if not levels or not all(0 <= level <= 1 for level in levels):
+            raise UserError(f"--maps {self.maps!r}: expected noise levels in 0..1, e.g. 0.5 or 0.3,0.5, or none")
+        return levels
+
+    def gather(self, scenes: bool) -> list[tuple[str, str]]:
+        if self.sigmas() and not scenes:
+            raise UserError("--maps scores word maps on scenes, which this model does not know; use evaluate")
+        if self.prompts is not None:
+            return prompts_by_category(self.prompts, self.n)
+        if self.categories == "none":
+            return []
+        chosen = () if self.categories == "all" else tuple(part.strip() for part in self.categories.split(","))
+        return scene_prompts(self.n, chosen, self.split)
+
+    def prepare(self, model: MMDiT, inputs: list[tuple[str, str]]) -> Study:
+        from mmdit_probe.evaluate.blip import BlipAsker
+        from mmdit_probe.evaluate.clipscore import ClipScorer
+        from mmdit_probe.scenes import load_parser
+
+        scorers = _Scorers(
+            load_parser() if self.prompts is None else None,
+            None if self.clip == "none" else ClipScorer.load(self.clip),
+            None if self.vqa is None else BlipAsker.load(self.vqa),
+            variants=self.variants(),
+        )
+        each = self.images_per_prompt
+        jobs = [(category, index, text) for index, (category, text) in enumerate(inputs) for _ in range(each)]
+        tasks = [
+            Job("pictures", variant, range(start, min(start + self.batch, len(jobs))))  # type: ignore[arg-type]
+            for variant in scorers.variants
+            for start in range(0, len(jobs), self.batch)
+        ]
+        if self.prompts is None and inputs:
+            tasks.append(Job(REAL))
+        tasks += [Job("maps", sigma=sigma) for sigma in self.sigmas()]
+        request = request_of(
+            model, variants=scorers.variants, prompts=inputs, images_per_prompt=each, num_steps=self.num_steps,
+            guidance=self.guidance, seed=self.seed, clip=self.clip, vqa=self.vqa, maps=self.sigmas(), n=self.n,
+            split=self.split, export=None if self.export is None else str(self.export), batch=self.batch,
+        )  # fmt: skip
+        return Study(model, request, tasks, "batches", facts=scheduled(model, self.num_steps), state=(jobs, scorers))
+
+    def measure(self, study: Study, task: Job, record: Recorder) -> None:
+        jobs, scorers = study.state
+        if task.kind == "maps":
+            record.write("maps", self._maps(study.model, task.sigma))
+        elif task.kind == REAL:
+            record.write("scores", real_scenes(self.n, self.split))
+        else:
+            adapt(study.model, scorers, task.variant)
+            record.write("scores", self._pictures(study.model, task, jobs, scorers))
+
+    def finish(self, study: Study, store: Store) -> None:
+        adapt(study.model, study.state[1], BASE)
+
+    def _maps(self, model: MMDiT, sigma: float) -> pd.DataFrame:
+        from mmdit_probe.experiments.scenes_quality import grid_ceiling, held_out, map_quality
+
+        items = held_out(self.n, self.split)
+        table = map_quality(model, items, sigma=sigma, seed=self.seed, streams=STREAMS)
+        return table.assign(ceiling=grid_ceiling(items, model.default_size[0] // model.size_multiple))
+
+    def _pictures(
+        self, model: MMDiT, task: Job, jobs: Sequence[tuple[str, int, str]], scorers: _Scorers
+    ) -> pd.DataFrame:
+        """Rows of some pictures: picture j of prompt k is drawn from seed + images k + j whatever the variant."""
+        import pandas as pd
+
+        chosen = [jobs[number] for number in task.prompts]  # type: ignore[index]
+        seeds = [self.seed + int(number) for number in task.prompts]  # type: ignore[call-overload]
+        texts = [text for _, _, text in chosen]
+        pictures = model.generate(texts, steps=self.num_steps, guidance=self.guidance, seed=seeds)
+        frame = pd.DataFrame(
+            {"variant": task.variant, "category": category, "prompt": text, "index": index, "seed": seed}
+            for (category, index, text), seed in zip(chosen, seeds, strict=True)
+        )
+        if scorers.parser is not None:
+            frame = frame.join(parsed(scorers.parser, texts, pictures))
+        if scorers.clip is not None:
+            cosines = scorers.clip.cosines(pictures, texts)
+            frame[scorers.clip.metric] = [100 * max(0.0, float(value)) for value in cosines]
+            frame[scorers.clip.cosine_metric] = [float(value) for value in cosines]
+        if scorers.asker is not None:
+            frame[scorers.asker.metric] = [float(value) for value in scorers.asker(pictures, texts)]
+        if self.export is not None:
+            for (category, _, text), number, picture in zip(chosen, task.prompts, pictures, strict=True):
+                export(picture, self.export / task.variant / category / "samples", text, int(number))  # type: ignore[call-overload]
+        return frame
+
+    def summarise(self, result: Result) -> pd.DataFrame:
+        table = result.table
+        return compare_variants(table[table["category"] != REAL], self.baseline)
+
+    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
+        return {"comparison": result.summary}
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        from mmdit_probe.plots.magnet import score_figure
+
+        return {
+            "scores": score_figure(result.summary, self.baseline, title=f"{result.model_name}: {self._how(result)}")
+        }
+
+    def _how(self, result: Result) -> str:
+        count = result.summary["prompts"].max()
+        return f"n = {count} prompts, {self.num_steps} steps, guidance {self.guidance:g}"
+
+    def tell(self, result: Result) -> list[Text]:
+        shown = [
+            metric
+            for metric in dict.fromkeys(result.summary.metric)
+            if metric in _SHOWN or metric.startswith(("clipscore", "blip_yes"))
+        ]
+        texts: list[Text] = [variant_table(result.summary, metric, self.baseline) for metric in shown]
+        real = result.table[result.table["category"] == REAL]
+        if len(real):
+            limits = ", ".join(f"{name.replace('_', ' ')} {real[name].astype(float).mean():.3f}" for name in PARSED)
+            texts.append(f"the parser on {len(real)} real scenes, its own limit: {limits}.")
+        if result.store.has("maps"):
+            texts.append(map_table(result.store.table("maps")))
+        return texts
+
+    def document(self, result: Result) -> dict[str, Any]:
+        maps = {"maps": result.store.table("maps")} if result.store.has("maps") else {}
+        return {"comparison": result.summary, **maps}
+
+
+def adapt(model: MMDiT, scorers: _Scorers, variant: str) -> None:
+    """Make a variant's adapter the loaded one."""
+    from mmdit_probe.models.adapters import load_adapter
+
+    if scorers.loaded == variant:
+        return
+    if scorers.loaded != BASE:
+        model.pipeline.unload_lora_weights()
+    path = scorers.variants[variant]
+    if path is not None:
+        load_adapter(model.pipeline, path, _ADAPTER)
+    scorers.loaded = variant
+
+
+def scene_prompts(n: int, categories: Sequence[str] = (), split: str = "val") -> list[tuple[str, str]]:
+    """(category, prompt): `n` held-out captions of each category of the scenes world, of all if none is named."""
+    from mmdit_probe.scenes import CATEGORIES, captions
+
+    for category in categories:
+        if category not in CATEGORIES:
+            raise unknown("category", category, CATEGORIES)
+    return [
+        (category, text)
+        for category in (categories or CATEGORIES)
+        for text in captions(split, n, category, distinct=False)
+    ]
+
+
+def prompts_by_category(source: str, n: int) -> list[tuple[str, str]]:
+    """(category, prompt) pairs of a prompt source; of a folder, at most `n` of each text file."""
+    from mmdit_probe.data import prompts
+
+    if not Path(source).is_dir():
+        return [("prompts", text) for text in prompts(source, n)]
+    files = sorted(Path(source).glob("*.txt"))
+    if not files:
+        raise UserError(f"{source!r} has no text files; expected one per category, with one prompt per line")
+    return [(file.stem.removesuffix("_val"), text) for file in files for text in prompts(str(file), n)]
+
+
+def parsed(parser: Any, texts: Sequence[str], pictures: Sequence[Any]) -> pd.DataFrame:
+    """What the scenes parser reads in pictures: one column per score of `PARSED`."""
+    import pandas as pd
+
+    from mmdit_probe.scenes.parser import aligned, alignment, grounds_right, things_right
+
+    functions = dict(zip(PARSED, (alignment, aligned, things_right, grounds_right), strict=True))
+    return pd.DataFrame(
+        {name: float(function(text, reading)) for name, function in functions.items()}
+        for text, reading in zip(texts, parser.read(pictures), strict=True)
+    )
+
+
+def real_scenes(n: int, split: str) -> pd.DataFrame:
+    """The parser's own limit: captions of real scenes, checked against what it reads in those scenes."""
+    import pandas as pd
+
+    from mmdit_probe.scenes import load_parser, scene
+
+    items = [scene(split, index) for index in range(n)]
+    texts = [item.caption for item in items]
+    frame = pd.DataFrame({"variant": BASE, "category": REAL, "prompt": texts, "index": range(n), "seed": range(n)})
+    return frame.join(parsed(load_parser(), texts, [item.image for item in items]))
+
+
+def export(picture: Any, folder: Path, prompt: str, number: int) -> None:
+    """Write a picture as T2I-CompBench's evaluator wants it: `<prompt>_<number>.png`."""
+    # It reads the prompt back as the text before the first underscore.
+    if "_" in prompt or "/" in prompt:
+        raise UserError(f"prompt {prompt!r} cannot be a T2I-CompBench file name: it has an underscore or a slash")
+    folder.mkdir(parents=True, exist_ok=True)
+    picture.save(folder / f"{prompt}_{number:06d}.png")
+
+
+def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """Means per variant, category and metric, and paired differences to a baseline.
+
+    Returns: columns variant, category ("all" for every prompt), metric, prompts, images, mean, low, high (95 % interval
+    of the mean), difference, difference_low, difference_high, worse (the interval lies below zero).
+
+    Raises:
+        UserError: unknown baseline, or a variant that was scored on other prompts or seeds.
+    """
+    import pandas as pd
+
+    names = list(dict.fromkeys(frame["variant"]))
+    if baseline not in names:
+        raise unknown("variant", baseline, names)
+    metrics = [c for c in frame.columns if c not in ("variant", *KEYS)]
+    wide = {name: frame[frame["variant"] == name].set_index(KEYS)[metrics].astype(float).sort_index() for name in names}
+    for name, table in wide.items():
+        if not table.index.equals(wide[baseline].index):
+            raise UserError(f"variant {name!r} was scored on other prompts or seeds than {baseline!r}")
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        for category in ("all", *dict.fromkeys(frame["category"])):
+            chosen, base = (t if category == "all" else t.loc[[category]] for t in (wide[name], wide[baseline]))
+            for metric in metrics:
+                own, other = (t[metric].groupby(["category", "index"]).mean().to_numpy() for t in (chosen, base))
+                mean, low, high = interval(own)
+                gain, gain_low, gain_high = interval(own - other)
+                rows.append(
+                    {
+                        "variant": name, "category": category, "metric": metric, "prompts": len(own),
+                        "images": len(chosen), "mean": mean, "low": low, "high": high, "difference": gain,
+                        "difference_low": gain_low, "difference_high": gain_high, "worse": bool(gain_high < 0),
+                    }
+                )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def variant_table(comparison: pd.DataFrame, metric: str, baseline: str) -> TextTable:
+    """One metric: categories by row, variants by column, mean with interval and paired difference."""
+    part = comparison[comparison.metric == metric]
+    first, variants = part.iloc[0], list(dict.fromkeys(part.variant))
+    columns = [c for name in variants for c in ((name,) if name == baseline else (name, f"{name} - {baseline}"))]
+    title = f"{metric}: mean [95 % interval over prompts], differences paired; n = {first.prompts} prompts, "
+    table = TextTable(["category", *columns], left=("category",), title=f"{title}{first.images} pictures")
+    for category in dict.fromkeys(part.category):
+        cells = [str(category)]
+        for name in variants:
+            row = part[(part.variant == name) & (part.category == category)].iloc[0]
+            cells.append(bounded(row["mean"], row["low"], row["high"]))
+            if name != baseline:
+                cells.append(signed(row.difference, row.difference_low, row.difference_high))
+        table.add(*cells)
+    return table
+
+
+def map_table(maps: pd.DataFrame) -> TextTable:
+    """mIoU of the I2T maps of the classes present, per stream and layer, head mean."""
+    n, ceiling = int(maps["n"].iloc[0]), float(maps["ceiling"].iloc[0])
+    means = maps[maps["head"] == "mean"].pivot(index=["stream", "layer"], columns=["sigma", "min_max"], values="miou")
+    title = f"I2T maps of the classes present, argmax, upsampled: mIoU (n {n}, token-grid ceiling {ceiling:.3f})"
+    names = [f"sigma {column[0]}, {'min-max' if column[1] else 'raw'}" for column in means.columns]
+    table = TextTable(["text tokens", "layer", *names], left=("text tokens",), title=title)
+    for key, row in zip(means.index.to_list(), means.to_numpy(), strict=True):
+        table.add(*map(str, key), *(f"{value:.3f}" for value in row))
+    return table

@@ -1,0 +1,249 @@
+"""SelectLayers: evidence per layer joined into one `LayerSelection`, with intervals, ranks, controls and stability.
+
+    result = SelectLayers(evidence="word_mass,segmentation", limit=24).run("scenes-sd3")
+    result.selection; result.summary
+
+Models that do not know the scenes world: run attention-budget, value-norms and perturb on them and pass the run folders
+(`runs`). Not here: the measurements (`experiments.evidence` and the other experiments).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.experiments import controls, evidence
+from mmdit_probe.experiments.evidence import EVIDENCE, RANK_RULES, Amount, evidence_names
+from mmdit_probe.experiments.experiment import Experiment, Study, request_of, text_of
+from mmdit_probe.experiments.options import INPUT, METHOD, Control, Sampling
+from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.options import Option
+from mmdit_probe.results.statistics import compare
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from mmdit_probe.experiments.result import Result
+    from mmdit_probe.experiments.store import Recorder, Store
+    from mmdit_probe.experiments.text import Text
+    from mmdit_probe.models.mmdit import MMDiT
+    from mmdit_probe.results.selection import LayerSelection
+
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectLayers(Sampling, Experiment):
+    """Join evidence per layer, each with interval and rank, and select layers; writes selection.json.
+
+    Models that do not know the scenes world: run attention-budget, value-norms and perturb on them and pass the run
+    folders with --from.
+    """
+
+    name: ClassVar[str] = "select-layers"
+    tables: ClassVar[tuple[str, ...]] = ("evidence",)
+
+    evidence: Annotated[
+        str | None,
+        Option(
+            "Evidence to measure on scenes: all, or some of word_mass, value_gap, pca_class, perturbation,"
+            " segmentation.",
+            shown_default="all, or none with --from", panel=INPUT,
+        ),
+    ] = None  # fmt: skip
+    runs: Annotated[
+        Sequence[Path | str],
+        Option("Run folder of attention-budget, value-norms, pca or perturb; repeatable.", flag="--from", panel=INPUT),
+    ] = ()
+    rule: Annotated[str, Option("ranks (least mean rank), median-ranks, or one evidence.", panel=METHOD)] = "ranks"
+    top: Annotated[int, Option("Layers to select.", min=1, panel=METHOD)] = 1
+    weights: Annotated[Literal["equal", "ranks"], Option("Weights of several layers.", panel=METHOD)] = "equal"
+    heads: Annotated[
+        int, Option("Heads to select per layer, by their maps on scenes; 0: all.", min=0, panel=METHOD)
+    ] = 0
+    split: Annotated[Split, Option("Scenes to select on.", panel=INPUT)] = "val"
+    report: Annotated[Split, Option("Other scenes to report on.", panel=INPUT)] = "test"
+    limit: Annotated[int, Option("Scenes per evidence.", min=4, panel=INPUT)] = 24
+    prompts: Annotated[int, Option("Prompts of the perturbation.", min=1, panel=INPUT)] = 8
+    sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise.", min=0, max=1, panel=METHOD)] = 0.515
+    control: Control = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        wanted = self.wanted()
+        if self.rule not in (*RANK_RULES, *EVIDENCE):
+            raise unknown("rule", self.rule, (*RANK_RULES, *EVIDENCE))
+        if self.split == self.report and wanted:
+            raise UserError(f"--split and --report are both {self.split!r}: select on one split, report on another")
+        controls.parse(self.control)
+
+    def wanted(self) -> list[str]:
+        """The evidence to measure."""
+        return evidence_names(self.evidence, bool(self.runs))
+
+    @property
+    def amount(self) -> Amount:
+        """How much of each is measured."""
+        return Amount(self.limit, self.sigma, self.prompts, self.num_steps, self.guidance, self.seed)
+
+    def gather(self, scenes: bool) -> None:
+        if self.wanted() and not scenes:
+            raise UserError(
+                "evidence is measured on scenes, which this model does not know; run attention-budget, value-norms and"
+                " perturb on it and pass their folders with --from"
+            )
+
+    def prepare(self, model: MMDiT, inputs: None) -> Study:
+        if self.top > len(model.layers):
+            raise UserError(f"--top {self.top}: expected 1 to {len(model.layers)} layers")
+        chosen = controls.parse(self.control)
+        read = [evidence.from_run(run, model, text_of(model)) for run in self.runs]
+        names = self.wanted()
+        # Controls belong to the split that is selected on.
+        tasks: list[Any] = [frame.assign(split=self.split) for frame in read]
+        tasks += [
+            (name, split, chosen if split == self.split else ())
+            for split in (self.split, self.report)
+            for name in names
+        ]
+        request = request_of(
+            model, evidence=names, top=self.top, heads=self.heads, num_steps=self.num_steps, guidance=self.guidance,
+            controls=list(chosen), **self._how(),
+        )  # fmt: skip
+        return Study(model, request, tasks, "evidence")
+
+    def _how(self) -> dict[str, Any]:
+        return {
+            "rule": self.rule, "weights": self.weights, "split": self.split, "report": self.report, "n": self.limit,
+            "prompts": self.prompts, "sigma": self.sigma, "seed": self.seed, "from": [str(run) for run in self.runs],
+        }  # fmt: skip
+
+    def measure(self, study: Study, task: Any, record: Recorder) -> None:
+        if isinstance(task, tuple):
+            name, split, chosen = task
+            task = evidence.measure(name, study.model, split, self.amount, chosen)
+        record.write("evidence", task)
+
+    def finish(self, study: Study, store: Store) -> None:
+        if self.heads and "best_heads" not in store.data:
+            table = evidence.by_layer(store.table("evidence"))
+            chosen = evidence.choose(table[table["split"] == self.split], self.top, self.rule)
+            best = evidence.best_heads(study.model, chosen, self.heads, self.split, self.amount)
+            store.record(best_heads={str(layer): list(of) for layer, of in best.items()})
+
+    def summarise(self, result: Result) -> pd.DataFrame:
+        return evidence.by_layer(result.table)
+
+    def selected(self, result: Result) -> LayerSelection:
+        """The selection that the evidence makes."""
+        from mmdit_probe.results.selection import LayerSelection
+
+        here = result.summary[result.summary["split"] == self.split]
+        chosen = evidence.choose(here, self.top, self.rule)
+        heads = {int(layer): tuple(of) for layer, of in result.data.get("best_heads", {}).items()}
+        own = self.stability(result)
+        return LayerSelection(
+            result.data["model"]["id"], result.data["model"]["weight_hash"], chosen,
+            weights=evidence.weights_of(here, chosen, self.weights), heads=heads,
+            how=self._how() | {"what": EVIDENCE, "stability": dict(zip(map(str, own["layer"]), own["share"], strict=True))},
+            evidence=[{str(n): value for n, value in row.items()} for row in result.summary.to_dict("records")],
+        )  # fmt: skip
+
+    def stability(self, result: Result) -> pd.DataFrame:
+        """How often each layer is selected over resampled items."""
+        table = result.table
+        return evidence.stability(table[table["split"] == self.split], self.top, self.rule)
+
+    def compare(self, result: Result) -> pd.DataFrame:
+        table = result.table
+        return compare(table[table["split"] == self.split], ["evidence", "layer"])
+
+    def claim(self, result: Result) -> str:
+        return "the layer shows more of the evidence than in the control"
+
+    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
+        return {
+            "evidence_by_layer": result.summary,
+            "agreement": evidence.agreement(result.table),
+            "stability": self.stability(result),
+        }
+
+    def files(self, result: Result, folder: Path) -> None:
+        self.selected(result).save(folder / "selection.json")
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        from mmdit_probe.plots.select import evidence as figure
+
+        layers = self.selected(result).layers
+        title = f"{result.model_name}: selected layers {', '.join(map(str, layers))} on {self.split}"
+        here = result.summary[result.summary["split"] == self.split]
+        return {"select_layers": figure(here, self._within(evidence.agreement(result.table)), layers, title=title)}
+
+    def _within(self, correlations: pd.DataFrame) -> pd.DataFrame:
+        if correlations.empty:
+            return correlations
+        return correlations[(correlations["first_split"] == self.split) & (correlations["second_split"] == self.split)]
+
+    def tell(self, result: Result) -> list[Text]:
+        lines: list[Text] = [evidence_table(result.summary, self.split)]
+        if self.report in set(result.summary["split"]):
+            lines.append(evidence_table(result.summary, self.report))
+        correlations = evidence.agreement(result.table)
+        if len(correlations):
+            again = correlations[
+                (correlations["first"] == correlations["second"])
+                & (correlations["first_split"] != correlations["second_split"])
+            ]
+            lines += [
+                f"{row['first']}: rank correlation {self.split} with {self.report} {_rho(row)}" for row in _rows(again)
+            ]
+            within = _rows(self._within(correlations))
+            lines += [f"{row['first']} with {row['second']}: {_rho(row)}" for row in within]
+        own = _rows(self.stability(result).sort_values("share", ascending=False))
+        shares = ", ".join(f"layer {row['layer']} {row['share']:.0%}" for row in own if row["share"] > 0)
+        lines.append(f"stability over resampled items: {shares}.")
+        where = "" if result.path is None else f"; pass --selection {result.path / 'selection.json'}"
+        return [*lines, f"selected ({self.rule}): layers {list(self.selected(result).layers)}{where}"]
+
+    def document(self, result: Result) -> dict[str, Any]:
+        selection = self.selected(result)
+        return {
+            "selection": None if result.path is None else result.path / "selection.json",
+            "layers": list(selection.layers),
+            "heads": {str(layer): list(heads) for layer, heads in selection.heads.items()},
+            "weights": list(selection.weights),
+            "evidence": result.summary,
+            "agreement": evidence.agreement(result.table),
+            "stability": self.stability(result),
+            "controls": result.claims,
+        }
+
+
+def _rows(frame: pd.DataFrame) -> list[dict[Any, Any]]:
+    return frame.to_dict("records")
+
+
+def _rho(row: dict[Any, Any]) -> str:
+    return f"{signed(row['rho'], row['low'], row['high'], 2)}, p {row['p']:.2f} over {row['layers']} layers"
+
+
+def evidence_table(table: pd.DataFrame, split: str) -> TextTable:
+    """One split's evidence in text: value, interval and rank per layer."""
+    part = table[table["split"] == split]
+    names = list(dict.fromkeys(part["evidence"]))
+    result = TextTable(["layer", *names], title=f"{split}: value [95 %] (rank)")
+    indexed = part.set_index(["evidence", "layer"])
+    for layer in sorted(set(part["layer"])):
+        cells = [str(layer)]
+        for name in names:
+            if (name, layer) not in indexed.index:
+                cells.append("")
+                continue
+            row = indexed.loc[(name, layer)]
+            cells.append(f"{bounded(row['value'], row['low'], row['high'])} ({int(row['rank'])})")
+        result.add(*cells)
+    return result

@@ -1,0 +1,273 @@
+"""Where a run's rows, pictures and arrays go: memory, or a run folder that survives a kill.
+
+    with store, store.writing(("perturb",)):
+        with store.task(0, advance) as record:
+            record.write("perturb", columns)            # any number of times
+            record.picture("000-stock", image)
+
+Both kinds answer the same questions, so that a result does not care which it came from. Rows of a task that failed or
+was cut short never count. In a run folder several processes share the tasks (`results.processes`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.results import RunFolder, TableWriter, processes, read_row_groups, read_table
+from mmdit_probe.results.tables import MemorySink
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from PIL.Image import Image
+
+PICTURES, ARRAYS = "images", "arrays"
+
+Rows = Mapping[str, "np.ndarray"]
+
+
+class Recorder:
+    """What one task writes to."""
+
+    def __init__(self, store: Store, sink_of: Callable[[str], Any], advance: Callable[[], None]) -> None:
+        self._store, self._sink_of = store, sink_of
+        self.ticked = 0
+        self._advance = advance
+
+    def write(self, table: str, columns: Rows | pd.DataFrame, **constant: object) -> None:
+        """Add rows to a table; `constant` columns come before the others."""
+        if not isinstance(columns, Mapping):
+            columns = {str(name): columns[name].to_numpy() for name in columns.columns}
+        count = len(next(iter(columns.values())))
+        if count:
+            repeated = {
+                name: np.full(count, value, dtype=object if isinstance(value, str) else None)
+                for name, value in constant.items()
+            }
+            self._sink_of(table).write(repeated | dict(columns))
+
+    def sink(self, table: str, **constant: object) -> Callable[[Rows], None]:
+        """A sink for an observer: `write` of one table with constant columns."""
+        return lambda columns: self.write(table, columns, **constant)
+
+    def picture(self, name: str, image: Image) -> None:
+        """Keep a picture."""
+        self._store.keep_picture(name, image)
+
+    def arrays(self, name: str, **arrays: np.ndarray) -> None:
+        """Keep arrays that a figure needs."""
+        self._store.keep_arrays(name, arrays)
+
+    def workplace(self, name: str) -> Path | None:
+        """A folder for what a long task keeps of itself; None in memory."""
+        return self._store.workplace(name)
+
+    def advance(self) -> None:
+        """One tick of the progress bar, for tasks of several."""
+        self.ticked += 1
+        self._advance()
+
+
+class Store(Protocol):
+    """What both kinds have in common. `data` is the record: command, request, model, ..."""
+
+    data: dict[str, Any]
+    complete: bool
+    done: set[int]
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+    def writing(self, tables: Sequence[str]) -> Any: ...
+    def task(self, number: int, advance: Callable[[], None], ticks: int = 1) -> Any: ...
+    def mine(self, count: int) -> list[int]: ...
+    def record(self, **facts: Any) -> None: ...
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame: ...
+    def chunks(self, name: str, columns: Sequence[str] | None = None) -> Iterable[pd.DataFrame]: ...
+    def has(self, name: str) -> bool: ...
+    def keep_picture(self, name: str, image: Image) -> None: ...
+    def pictures(self) -> dict[str, Image]: ...
+    def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None: ...
+    def load_arrays(self, name: str) -> dict[str, np.ndarray] | None: ...
+    def workplace(self, name: str) -> Path | None: ...
+
+
+class MemoryStore:
+    """Everything in memory; one process."""
+
+    complete = False
+
+    def __init__(self, command: str, request: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        if processes.world() > 1:
+            raise UserError("several processes share a run through its folder: name one with out=")
+        self.data: dict[str, Any] = {"command": command, "request": dict(request), **facts}
+        self.done: set[int] = set()
+        self._sinks: dict[str, MemorySink] = {}
+        self._pictures: dict[str, Image] = {}
+        self._arrays: dict[str, dict[str, np.ndarray]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to close."""
+
+    @contextmanager
+    def writing(self, tables: Sequence[str]) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def task(self, number: int, advance: Callable[[], None], ticks: int = 1) -> Iterator[Recorder]:
+        recorder = Recorder(self, lambda name: self._sinks.setdefault(name, MemorySink()), advance)
+        yield recorder
+        for _ in range(ticks - recorder.ticked):
+            advance()
+
+    def mine(self, count: int) -> list[int]:
+        return list(range(count))
+
+    def record(self, **facts: Any) -> None:
+        self.data |= facts
+
+    def has(self, name: str) -> bool:
+        return name in self._sinks
+
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        table = self._sinks[name].table()
+        return table if columns is None else table[[c for c in columns if c in table]]
+
+    def chunks(self, name: str, columns: Sequence[str] | None = None) -> Iterable[pd.DataFrame]:
+        return [self.table(name, columns)]
+
+    def keep_picture(self, name: str, image: Image) -> None:
+        self._pictures[name] = image
+
+    def pictures(self) -> dict[str, Image]:
+        return dict(self._pictures)
+
+    def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays[name] = dict(arrays)
+
+    def load_arrays(self, name: str) -> dict[str, np.ndarray] | None:
+        return self._arrays.get(name)
+
+    def workplace(self, name: str) -> Path | None:
+        return None
+
+
+class FolderStore:
+    """A run folder. Attributes: folder. first: whether this process is the one that writes what is about all tasks."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.first = processes.rank() == 0
+        self.complete = folder.complete
+        self.done: set[int] = set()
+        self._writers: dict[str, TableWriter] = {}
+
+    @classmethod
+    def open(
+        cls, command: str, request: Mapping[str, Any], facts: Mapping[str, Any], *, out: Path | None, resume: bool
+    ) -> FolderStore:
+        """Make the folder, or find the one to continue; of several processes the first does, the others join it."""
+        folder = processes.first_then_rest(
+            lambda: RunFolder.open(command, request, out=out, resume=resume), lambda path: RunFolder.join(path),
+            tell=lambda made: str(made.path),
+        )  # fmt: skip
+        store = cls(folder)
+        if store.first and not folder.complete:
+            folder.record(**facts)
+        return store
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return self.folder.data
+
+    def __enter__(self) -> Self:
+        self.folder.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.folder.__exit__(kind, error, trace)
+
+    @contextmanager
+    def writing(self, tables: Sequence[str]) -> Iterator[None]:
+        """Tables are open for writing inside; joined by the first process at the end."""
+        with ExitStack() as stack:
+            self._writers = {name: stack.enter_context(TableWriter(self.folder.path, name)) for name in tables}
+            self.done = set(self._writers[tables[0]].done)
+            processes.barrier()  # every writer has cleaned up before any task is begun
+            yield
+            processes.barrier()  # every part is there before they are joined
+        self._writers = {}
+        processes.barrier()
+
+    @contextmanager
+    def task(self, number: int, advance: Callable[[], None], ticks: int = 1) -> Iterator[Recorder]:
+        main = next(iter(self._writers))
+        with ExitStack() as stack:
+            # Closed last, so that a task counts only when its rows in the other tables are there.
+            items = {main: stack.enter_context(self._writers[main].item(number))}
+
+            def sink_of(name: str) -> Any:
+                if name not in items:
+                    items[name] = stack.enter_context(self._writers[name].item(number))
+                return items[name]
+
+            recorder = Recorder(self, sink_of, advance)
+            yield recorder
+        for _ in range(ticks - recorder.ticked):
+            advance()
+
+    def mine(self, count: int) -> list[int]:
+        return list(processes.share(count))
+
+    def record(self, **facts: Any) -> None:
+        if self.first:
+            self.folder.record(**facts)
+
+    def has(self, name: str) -> bool:
+        return (self.folder.path / f"{name}.parquet").exists()
+
+    def table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+        return read_table(self.folder.path / f"{name}.parquet", columns)
+
+    def chunks(self, name: str, columns: Sequence[str] | None = None) -> Iterable[pd.DataFrame]:
+        return read_row_groups(self.folder.path / f"{name}.parquet", columns)
+
+    def keep_picture(self, name: str, image: Image) -> None:
+        folder = self.folder.path / PICTURES
+        folder.mkdir(exist_ok=True)
+        image.save(folder / f"{name}.png")
+
+    def pictures(self) -> dict[str, Image]:
+        from PIL import Image as pil
+
+        return {path.stem: pil.open(path) for path in sorted((self.folder.path / PICTURES).glob("*.png"))}
+
+    def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        folder = self.folder.path / ARRAYS
+        folder.mkdir(exist_ok=True)
+        np.savez(folder / f"{name}.npz", **dict(arrays))  # type: ignore[arg-type]
+
+    def load_arrays(self, name: str) -> dict[str, np.ndarray] | None:
+        path = self.folder.path / ARRAYS / f"{name}.npz"
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as found:
+            return dict(found)
+
+    def workplace(self, name: str) -> Path | None:
+        """A folder for what a long task keeps of itself."""
+        return self.folder.path / "state" / name

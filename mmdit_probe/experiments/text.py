@@ -1,0 +1,120 @@
+"""What results say in words and small tables, before a terminal, a notebook or a markdown file shows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table of cells that are text already.
+
+    Attributes:
+        columns: headings. rows: cells, as many as columns. left: columns that are set flush left.
+        title: a line above. spare: columns that a narrow terminal leaves out, the first one first.
+    """
+
+    columns: Sequence[str]
+    rows: list[list[str]] = field(default_factory=list)
+    left: Sequence[str] = ()
+    title: str = ""
+    spare: Sequence[str] = ()
+
+    def add(self, *cells: str) -> None:
+        """Add a row."""
+        self.rows.append(list(cells))
+
+    def markdown(self) -> str:
+        """The table as GitHub-flavoured markdown."""
+        lines = [self.columns, ["-" if name in self.left else "-:" for name in self.columns], *self.rows]
+        return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines)
+
+    def html(self) -> str:
+        """The table as HTML, everything in it escaped."""
+        from html import escape
+
+        def row(cells: Iterable[str], tag: str) -> str:
+            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+        body = "".join(row(cells, "td") for cells in self.rows)
+        title = f"<caption>{escape(self.title)}</caption>" if self.title else ""
+        return f"<table>{title}<thead>{row(self.columns, 'th')}</thead><tbody>{body}</tbody></table>"
+
+
+Text = str | TextTable
+
+
+def share(value: Any) -> str:
+    """Three digits, as the paper's tables print shares: .785; nothing for NaN."""
+    return "" if value != value else f"{value:.3f}".replace("0.", ".", 1)
+
+
+def signed(value: Any, low: Any, high: Any, digits: int = 3) -> str:
+    """A difference with its interval: +0.031 [+0.010, +0.052]; without one where there is none."""
+    if value != value:
+        return ""
+    bounds = "" if low != low else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{value:+.{digits}f}{bounds}"
+
+
+def bounded(value: Any, low: Any, high: Any, digits: int = 3) -> str:
+    """A value with its interval: 0.731 [0.680, 0.782]."""
+    if value != value:
+        return ""
+    bounds = "" if low != low else f" [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{value:.{digits}f}{bounds}"
+
+
+def claim_table(claims: pd.DataFrame) -> TextTable:
+    """A measurement beside its controls, from rows of `results.statistics.compare`."""
+    values = ["n", "value", "control_value", "difference", "low", "high", "verdict"]
+    # Columns that say nothing here (every head, every span) are left to the CSV.
+    names = [c for c in claims.columns if c not in values and (c == "layer" or claims[c].nunique() > 1)]
+    names = [c for c in names if c in _PLACES]
+    names += [] if "control" in names else ["control"]
+    table = TextTable([*names, "n", "value", "control's", "difference", "verdict"], left=("control", "verdict"))
+    for row in claims.to_dict("records"):
+        table.add(
+            *(str(row[name]) for name in names), str(row["n"]), f"{row['value']:.3f}", f"{row['control_value']:.3f}",
+            signed(row["difference"], row["low"], row["high"]), str(row["verdict"]),
+        )  # fmt: skip
+    return table
+
+
+_PLACES = ("layer", "layers", "head", "span", "kind", "evidence", "scale", "measure", "outcome", "control")
+
+
+def claim_lines(claims: pd.DataFrame, claim: str, explained: dict[str, str]) -> list[str]:
+    """What was claimed, against what, and in how many comparisons it failed.
+
+    Args:
+        claims: the rows that are told. claim: what the value says. explained: control -> what it is.
+    """
+    from mmdit_probe.results.statistics import FEWEST, NOT_ABOVE, TOO_FEW
+
+    known = "; ".join(f"{name}: {explained.get(name, name)}" for name in dict.fromkeys(claims["control"]))
+    failed, undecided = (int((claims["verdict"] == verdict).sum()) for verdict in (NOT_ABOVE, TOO_FEW))
+    verdict = f"{failed} of {len(claims)} comparisons are not above their control."
+    if undecided:
+        verdict += f" {undecided} have fewer than {FEWEST} items, which decides nothing."
+    return [f"Claim: {claim}. Paired differences over items, 95 % interval. Controls: {known}.", verdict]
+
+
+def records(value: Any) -> Any:
+    """Data frames as JSON values: NaN (no interval with one item) becomes null."""
+    import pandas as pd
+
+    if isinstance(value, pd.DataFrame):
+        return [{str(name): records(cell) for name, cell in row.items()} for row in value.to_dict("records")]
+    if isinstance(value, dict):
+        return {str(name): records(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [records(inner) for inner in value]
+    if isinstance(value, float):
+        return None if value != value else float(value)
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value

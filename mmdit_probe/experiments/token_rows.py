@@ -1,0 +1,233 @@
+"""What attention-budget and value-norms have in common: an observer of rows, on sampled prompts or on pictures.
+
+A subclass names the observer and says how the rows of one denoising call are reduced. Every item is reduced while its
+rows are at hand, so that neither summary nor claims need the long table again, and `rows="summary"` can leave it out.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import controls
+from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
+from mmdit_probe.experiments.options import (
+    INPUT,
+    METHOD,
+    OUTPUT,
+    Control,
+    Places,
+    Prompts,
+    Sampling,
+    captions_of,
+    plain_heads,
+    prompts_of,
+    samples_of,
+)
+from mmdit_probe.options import Option
+from mmdit_probe.specs import Spec, step_indices
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mmdit_probe.data import Sample
+    from mmdit_probe.experiments.controls import Variant
+    from mmdit_probe.experiments.result import Result
+    from mmdit_probe.experiments.store import Recorder, Rows
+    from mmdit_probe.models.mmdit import MMDiT
+    from mmdit_probe.models.tokens import TokenTable
+    from mmdit_probe.observe.observer import RowObserver
+    from mmdit_probe.specs import HeadSpec
+
+DEFAULT_PROMPTS = 50
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to measure: a prompt to sample, or a picture with its prompt."""
+
+    index: int
+    prompt: str
+    seed: int
+    picture: Sample | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenRows(Places, Sampling, Experiment):
+    """Rows per prompt, step, branch, layer, head and kind of token."""
+
+    prompts: Prompts = None
+    limit: Annotated[
+        int | None, Option("Use the first LIMIT prompts or pictures.", min=1, shown_default="50", panel=INPUT)
+    ] = None
+    images: Annotated[
+        str | Path | Sequence[Any] | None,
+        Option("Probe real pictures instead of sampling: a folder, or scenes:train|val|test.", panel=INPUT),
+    ] = None
+    sigma: Annotated[
+        float,
+        Option("Noise level of --images, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1, panel=METHOD),
+    ] = 0.515
+    steps: Annotated[
+        Spec, Option("Sampling steps: all, 0,20, 0-4; last-8 is the 8th from the clean end.", panel=METHOD)
+    ] = "all"
+    control: Control = "none"
+    rows: Annotated[
+        Literal["head", "layer", "summary"],
+        Option("What the table keeps: a row per head, per layer (mean over heads), or per item only.", panel=OUTPUT),
+    ] = "head"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        chosen = controls.parse(self.control)
+        if "shuffled" in chosen and self.images is None:
+            raise UserError("shuffled captions need pictures: a sampled image has no caption but its prompt")
+        if self.images is None:
+            step_indices(self.steps, self.num_steps)
+
+    @property
+    def stem(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def tables(self) -> tuple[str, ...]:  # type: ignore[override]
+        reduced = f"{self.stem}_by_item"
+        return (reduced,) if self.rows == "summary" else (self.stem, reduced)
+
+    @abstractmethod
+    def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
+        """What measures."""
+
+    @abstractmethod
+    def reduce(self, rows: Rows) -> pd.DataFrame:
+        """The rows of one denoising call, one per branch, layer and group: means over heads and tokens."""
+
+    @abstractmethod
+    def join(self, calls: pd.DataFrame) -> pd.DataFrame:
+        """The reduced rows of an item's denoising calls, averaged over its steps."""
+
+    def gather(self, scenes: bool) -> tuple[list[str], list[Sample]]:
+        """Prompts to sample, or pictures and the texts that replace their captions."""
+        if self.images is None:
+            return prompts_of(self.prompts, self.limit, scenes, DEFAULT_PROMPTS), []
+        pictures = samples_of(self.images, self.limit)
+        texts = [] if self.prompts is None else prompts_of(self.prompts, None, scenes, len(pictures))
+        return captions_of(texts, pictures), pictures
+
+    def prepare(self, model: MMDiT, inputs: tuple[list[str], list[Sample]]) -> Study:
+        texts, pictures = inputs
+        items = [
+            Item(index, text, self.seed + index, pictures[index] if pictures else None)
+            for index, text in enumerate(texts)
+        ]
+        chosen = controls.parse(self.control)
+        variants = controls.variants(model, chosen, len(items))
+        layers, heads = self.places(model)
+        notes = [line for table in model.token_tables(texts) for line in unread(table)]
+        request = request_of(
+            model,
+            layers=list(layers),
+            heads=plain_heads(heads),
+            controls=list(chosen),
+            rows=self.rows,
+            **self._how(),
+            items=[[i.prompt, i.seed, *([i.picture.fingerprint()] if i.picture else [])] for i in items],
+        )
+        facts: dict[str, Any] = {"remarks": notes}
+        if pictures:
+            facts |= {"pictures": [picture.name for picture in pictures], "sigmas": [self.sigma], "steps": [0]}
+        else:
+            facts |= scheduled(model, self.num_steps) | {"steps": request["steps"]}
+        # All items of the measurement itself come first, then those of each control.
+        tasks = [(variant, item) for variant in variants for item in _under(variant, items)]
+        unit = "pictures" if pictures else "prompts"
+        return Study(model, request, tasks, unit, facts=facts, notes=notes, state=(layers, heads))
+
+    def _how(self) -> dict[str, Any]:
+        if self.images is not None:
+            return {"mode": "pictures", "sigma": self.sigma}
+        steps = list(step_indices(self.steps, self.num_steps))
+        return {"mode": "sample", "steps": steps, "num_steps": self.num_steps, "guidance": self.guidance}
+
+    def measure(self, study: Study, task: tuple[Variant, Item], record: Recorder) -> None:
+        import pandas as pd
+
+        from mmdit_probe.observe.probe import probe
+
+        (variant, item), (layers, heads) = task, study.state
+        labels: dict[str, Any] = {"control": variant.name, "item": item.index}
+        labels |= {"picture": item.picture.name} if item.picture else {}
+        calls: list[pd.DataFrame] = []
+
+        def take(rows: Rows) -> None:
+            calls.append(self.reduce(rows))
+            if self.rows != "summary":
+                record.write(self.stem, rows, **labels)
+
+        steps: Spec = "all" if item.picture else study.request["steps"]
+        with probe(variant.model, self.observer(take, heads), layers=layers, steps=steps, edits=variant.edits):
+            if item.picture is None:
+                variant.model.generate(
+                    item.prompt, steps=self.num_steps, guidance=self.guidance, seed=item.seed, output_type="latent"
+                )
+            else:
+                denoise_picture(variant.model, item.picture, item.prompt, self.sigma, item.seed)
+        record.write(f"{self.stem}_by_item", self.join(pd.concat(calls, ignore_index=True)), **labels)
+
+    def setting(self, result: Result, count: int) -> str:
+        """What was averaged over and how it was run, for the figure's title and the line below the table."""
+        request = result.request
+        if request["mode"] == "pictures":
+            return f"n = {count} pictures, sigma {request['sigma']}"
+        steps, total = len(request["steps"]), request["num_steps"]
+        return f"n = {count} prompts, {steps} of {total} steps, guidance {request['guidance']}"
+
+    def by_item(self, result: Result, branch: str = "cond") -> pd.DataFrame:
+        """The reduced rows of one guidance branch.
+
+        Raises:
+            UserError: it was not measured.
+        """
+        table = result.store.table(f"{self.stem}_by_item")
+        chosen = table[table["branch"] == branch]
+        if chosen.empty:
+            raise UserError(f"the table has no rows of branch {branch!r}; expected cond or uncond of a guided run")
+        return chosen
+
+
+def denoise_picture(model: MMDiT, picture: Sample, text: str, sigma: float, seed: int) -> None:
+    """Encode a picture by the VAE, noise it to `sigma` and run one denoising call."""
+    latents = model.noise(model.encode_image(picture.open(model.default_size)), sigma, seed)
+    model.denoise(latents, sigma, model.encode_prompt([text]), seeds=seed)
+
+
+def _under(variant: Variant, items: Sequence[Item]) -> list[Item]:
+    texts = variant.texts([item.prompt for item in items])
+    return [Item(item.index, text, item.seed, item.picture) for item, text in zip(items, texts, strict=True)]
+
+
+def unread(table: TokenTable) -> list[str]:
+    """Remarks on words that some encoder cut off.
+
+    Raises:
+        UserError: words that every encoder cut off: nothing about them can be measured.
+    """
+    read = {token.word_index for token in table.tokens}
+    lost = [word for index, word in enumerate(table.words) if index not in read]
+    start = table.prompt if len(table.prompt) <= 40 else f"{table.prompt[:37]}..."
+    if lost:
+        what = f"prompt {start!r} is longer than the text encoders"
+        raise UserError(f"{what}: {_some(lost)} fell off; shorten it to the words before")
+    return [
+        f"prompt {start!r}: {_some(words)} fell off the end of {stream}; the other encoders read them"
+        for stream, words in table.truncated.items()
+    ]
+
+
+def _some(words: Sequence[str], limit: int = 12) -> str:
+    rest = f" and {len(words) - limit} more words" if len(words) > limit else ""
+    return f"{' '.join(words[:limit])!r}{rest}"
