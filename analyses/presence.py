@@ -26,6 +26,7 @@ from mmdit_probe.evaluate.datasets import load_dataset
 from mmdit_probe.evaluate.tagger import open_tagger
 from mmdit_probe.segment.capture import capture
 from mmdit_probe.segment.methods import find
+from mmdit_probe.segment.record import Reading
 
 RESULTS = Path(__file__).parent / "results"
 TAGGERS = ("scenes-clip", "scenes-parser")
@@ -55,9 +56,8 @@ def measure(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, 
         model = load(name, device=options.device)
         method = find("seg4diff").configure(settings["options"])
         for sample in data.samples:
-            record = capture(
-                model, sample.image(), data.classes, layers=settings["layers"], sigmas=tuple(settings["sigma"])
-            )
+            reading = Reading(layers=settings["layers"], sigmas=tuple(settings["sigma"]))
+            record = capture(model, sample.image(), data.classes, reading)
             for label, values in statistics_of(method(record).numpy()).items():
                 found.setdefault(f"{kind}: map's {label}", []).append(np.log(values))
     for name in TAGGERS:

@@ -20,7 +20,7 @@ import pandas as pd
 from runs import CHOICE, chosen, options_of, target, write
 
 from mmdit_probe.evaluate.datasets import SegDataset, load_dataset
-from mmdit_probe.evaluate.matching import assign, histogram
+from mmdit_probe.evaluate.scores import assign, histogram
 from mmdit_probe.plots.segmentation import mask_sheet
 from mmdit_probe.results import RunFolder
 from mmdit_probe.results.folder import read_record
@@ -65,6 +65,7 @@ def measured(options: argparse.Namespace, data: SegDataset) -> Path:
     """The run folder of this request, with the label maps of every method: measured unless it is there."""
     from mmdit_probe.cli.session import open_model
     from mmdit_probe.results.selection import load_selection
+    from mmdit_probe.segment.record import Reading
     from mmdit_probe.segment.run import discover, segment
 
     model = open_model(options.model, debug=False, device=options.device)
@@ -79,7 +80,7 @@ def measured(options: argparse.Namespace, data: SegDataset) -> Path:
     best = setting.get("refine", REFINE)
     named = [("seg4diff", "none"), ("seg4diff", best), *((method, best) for method in OPEN)]
     unnamed = [(BLIND[0], "none"), *((method, PIXELS) for method in BLIND)]
-    settings = setting.get("options", {})
+    settings, reading = setting.get("options", {}), Reading(**how)
     request = {
         "model": model.name, "weight_hash": model.weight_hash, "dataset": options.dataset,
         "pictures": len(data.samples), "open": named, "blind": unnamed, "options": settings, **how,
@@ -94,13 +95,13 @@ def measured(options: argparse.Namespace, data: SegDataset) -> Path:
             present = sorted(set(np.unique(sample.labels())) & set(range(len(data.classes))))
             classes = [data.classes[index] for index in present]
             result = segment(
-                model, sample.image(), classes, method=method, options=settings.get(method), refine=refine, **how
+                model, sample.image(), classes, reading, method=method, options=settings.get(method), refine=refine
             )
             maps.append(np.array(present)[result.labels])
         stored[f"open/{method}/{refine}"] = pack(maps)
     for method, refine in unnamed:
         maps = [
-            discover(model, sample.image(), method=method, options=settings.get(method), refine=refine, **how).labels
+            discover(model, sample.image(), reading, method=method, options=settings.get(method), refine=refine).labels
             for sample in data.samples
         ]
         stored[f"blind/{method}/{refine}"] = pack(maps)

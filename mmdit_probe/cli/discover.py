@@ -56,5 +56,5 @@ def command(
     found = discover(loaded, picture, **shared)
     if candidates is not None:
         request |= {"names": [list(one.synonyms) for one in candidates], "names_by": names_by}
-        found = name_segments(loaded, found, candidates, method=names_by, weights=shared["weights"])
+        found = name_segments(loaded, found, candidates, method=names_by, weights=shared["reading"].weights)
     report("discover", found, loaded, session, request, output)

@@ -71,6 +71,7 @@ def prepare(
     """What `segment` and `discover` read of their options: the request, the picture, keyword arguments."""
     from mmdit_probe.cli.session import check_stream
     from mmdit_probe.segment.methods.base import parse_option
+    from mmdit_probe.segment.record import Reading as Read
     from mmdit_probe.segment.settings import parse_sigmas, parse_size, picture_of, selected
 
     layers, heads, weights = selected(reading.selection, reading.layers, reading.heads)
@@ -78,12 +79,16 @@ def prepare(
     check_stream(session, values)
     if heads is not None:
         values["heads"] = heads
-    shared = {
-        "method": method, "options": values, "refine": refine, "layers": layers, "weights": weights,
-        "sigmas": parse_sigmas(reading.sigma), "seeds": list(range(session.seed, session.seed + reading.noise_seeds)),
-        "fit": reading.fit, "size": parse_size(reading.size),
+    read = Read(
+        layers, weights, None, parse_sigmas(reading.sigma), range(session.seed, session.seed + reading.noise_seeds),
+        reading.fit, parse_size(reading.size),
+    )  # fmt: skip
+    shared = {"method": method, "options": values, "refine": refine}
+    request = {
+        "image": image, **shared, "layers": layers, "weights": weights, "sigmas": read.sigmas,
+        "seeds": list(read.seeds), "fit": reading.fit, "size": reading.size,
     }  # fmt: skip
-    return {"image": image, **shared, "size": reading.size}, picture_of(image), shared
+    return request, picture_of(image), {**shared, "reading": read}
 
 
 def load_read(reading: Reading, session: Session) -> MMDiT:

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.evaluate.counts import IGNORE
 from mmdit_probe.evaluate.datasets import SegDataset, load_dataset
+from mmdit_probe.evaluate.scores import IGNORE
 from mmdit_probe.evaluate.shards import Shard
 from mmdit_probe.segment.vocabulary import SegClass
 
@@ -61,14 +61,15 @@ def open_tagger(name: str, classes: Sequence[SegClass]) -> Tagger:
     """
     if name == PARSER:
         return _parser(classes)
-    from mmdit_probe.segment.clip import DenseCLIP
+    from mmdit_probe.segment.clip import CLIP
 
-    clip = DenseCLIP.open(name)
+    clip = CLIP.open(name)
     owner = np.array([index for index, one in enumerate(classes) for _ in one.synonyms])
     words = clip.text([synonym for one in classes for synonym in one.synonyms])  # [Q, P]
 
     def score(image: NDArray[np.uint8]) -> NDArray[np.float64]:
-        cosines = (clip.whole(image) @ words.T).double().numpy()
+        vector = clip.vectors(clip.pixels([image], (clip.side(), clip.side())))[0]
+        cosines = (vector @ words.T).double().numpy()
         best = np.array([cosines[owner == index].max() for index in range(len(classes))])
         return np.asarray(best - best.max())
 
@@ -188,6 +189,7 @@ def quality(
         said: image name -> tags. counts: rows of `evaluate.plan.COLUMNS`. samples: image names by index.
         names: of the classes. background: id that taggers do not name.
     """
+    counts = counts[counts["pixels"] > 0]
     wanted = np.zeros((len(samples), len(names)), bool)
     wanted[counts["image"].to_numpy(), counts["truth"].to_numpy()] = True
     there = np.unique(counts["image"].to_numpy())

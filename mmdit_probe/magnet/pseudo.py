@@ -63,23 +63,25 @@ class SelfLabelled:
         Raises:
             UserError: unknown source or step.
         """
+        from mmdit_probe.segment.record import Reading
         from mmdit_probe.segment.run import discover, segment
 
         if source not in ("maps", "segments"):
             raise unknown("source", source, ("maps", "segments"))
-        how: dict[str, Any] = {"layers": list(layers), "sigmas": list(sigmas), "seeds": list(seeds), "refine": refine}
+        how: dict[str, Any] = {"layers": list(layers), "sigmas": list(sigmas), "seeds": list(seeds)}
+        reading = Reading(**how)
         labels = []
         for index in range(len(data)):
             sample = data[index]
             if source == "segments":
-                found = discover(model, sample.image, **how).labels
+                found = discover(model, sample.image, reading, refine=refine).labels
             elif sample.names:
-                found = segment(model, sample.image, list(sample.names), **how).labels
+                found = segment(model, sample.image, list(sample.names), reading, refine=refine).labels
             else:
                 found = np.zeros(sample.image.shape[:2], np.uint16)
             labels.append(found.astype(np.uint8))
             advance()
-        return cls(data, np.stack(labels), source == "maps", {"source": source, **how})
+        return cls(data, np.stack(labels), source == "maps", {"source": source, **how, "refine": refine})
 
     def __len__(self) -> int:
         return len(self.data)

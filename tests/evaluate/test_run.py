@@ -19,11 +19,12 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.captures import Captures
 from mmdit_probe.evaluate.datasets import load_dataset
 from mmdit_probe.evaluate.league import league
-from mmdit_probe.evaluate.matching import rows
 from mmdit_probe.evaluate.plan import COLUMNS, Plan
+from mmdit_probe.evaluate.scores import matched_by_rows
 from mmdit_probe.evaluate.shards import alone_under_launcher
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table
+from mmdit_probe.segment.record import Reading
 
 NAMES = ("red", "ring", "cat", "background")
 
@@ -54,9 +55,11 @@ def captures(pipe: Any) -> Captures:
     return Captures(lambda: MMDiT(pipe), "tiny")
 
 
-def plan_of(dataset: Any, captures: Captures, methods: list[str], **how: Any) -> Plan:
-    facts = captures.facts
-    return Plan.of(dataset, methods, layer_count=facts["layers"], head_count=facts["heads"], layers="all", **how)
+def plan_of(
+    dataset: Any, captures: Captures, methods: list[str], read: dict[str, Any] | None = None, **how: Any
+) -> Plan:
+    facts, reading = captures.facts, Reading(layers="all", **(read or {}))
+    return Plan.of(dataset, methods, layer_count=facts["layers"], head_count=facts["heads"], reading=reading, **how)
 
 
 def frame(plan: Plan, captures: Captures) -> pd.DataFrame:
@@ -104,7 +107,7 @@ def test_protocols_see_their_own_vocabulary(root: Path, captures: Captures) -> N
 
 def test_sweeps_take_one_thing_at_a_time(root: Path, captures: Captures) -> None:
     data = load_dataset(f"folder:{root}", 1)
-    one = {sweep: frame(plan_of(data, captures, ["seg4diff"], sweep=sweep, sigmas=(0.3, 0.6)), captures)
+    one = {sweep: frame(plan_of(data, captures, ["seg4diff"], {"sigmas": (0.3, 0.6)}, sweep=sweep), captures)
            for sweep in ("layer", "head", "sigma")}  # fmt: skip
     runs = {sweep: found[found["method"] == "seg4diff"] for sweep, found in one.items()}
     assert set(runs["layer"]["layers"]) == {"0", "1", "2"}
@@ -112,7 +115,7 @@ def test_sweeps_take_one_thing_at_a_time(root: Path, captures: Captures) -> None
         (str(layer), str(head)) for layer in range(3) for head in range(2)
     }
     assert set(runs["sigma"]["sigma"]) == {"0.3", "0.6"}
-    alone = frame(plan_of(data, captures, ["seg4diff"], sigmas=(0.3,)), captures)
+    alone = frame(plan_of(data, captures, ["seg4diff"], {"sigmas": (0.3,)}), captures)
     same = runs["sigma"][runs["sigma"]["sigma"] == "0.3"]
     assert alone[alone["method"] == "seg4diff"]["pixels"].tolist() == same["pixels"].tolist()
 
@@ -131,7 +134,7 @@ def test_cache_answers_without_the_model(root: Path, pipe: Any, tmp_path: Path) 
     with pytest.raises(UserError, match="was made with tiny"):
         Captures(no_model, "other", tmp_path / "cache")
     with pytest.raises(AssertionError, match="was loaded"):
-        frame(plan_of(data, again, methods, seeds=(5,)), again)
+        frame(plan_of(data, again, methods, {"seeds": (5,)}), again)
 
 
 def test_pictures_and_labels_of_different_size_are_named(root: Path, captures: Captures) -> None:
@@ -200,7 +203,7 @@ def test_matching_by_rows_is_counted_as_it_is_defined(root: Path, captures: Capt
     plan = plan_of(data, captures, ["diffcut"], by_rows=True)
     table = league(frame(plan, captures), 4, match="row").set_index("method")
     truths = [np.array(sample.labels()) for sample in data.samples]
-    want = sum(rows(truth, np.zeros_like(truth), 4) for truth in truths)
+    want = sum(matched_by_rows(truth, np.zeros_like(truth), 4) for truth in truths)
     assert table.loc["one segment", "accuracy"] == pytest.approx(np.diag(want).sum() / want.sum())
     whole = league(frame(plan_of(data, captures, ["diffcut"]), captures), 4).set_index("method")
     for name in ("one segment", "diffcut"):

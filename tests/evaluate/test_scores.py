@@ -8,8 +8,7 @@ import pytest
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate import confusion, mean_iou
-from mmdit_probe.evaluate.matching import assign, histogram, rows
-from mmdit_probe.evaluate.scores import ImageCounts
+from mmdit_probe.evaluate.scores import ImageCounts, assign, histogram, matched_by_rows
 
 
 def table(images: list[np.ndarray]) -> pd.DataFrame:
@@ -94,7 +93,7 @@ def test_the_row_wise_defect() -> None:
     """Three bands and one segment: 100 % with an assignment per pixel row, 33 % with one per image."""
     truth = np.repeat(np.arange(3), 6).reshape(3, 6)
     found = np.zeros_like(truth)
-    per_row = rows(truth, found, 3)
+    per_row = matched_by_rows(truth, found, 3)
     assert np.trace(per_row[:, :3]) == truth.size
     ids = assign(histogram(truth, found, 3))
     right = confusion(truth, ids[found], 3)

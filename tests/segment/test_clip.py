@@ -11,11 +11,12 @@ import torch
 
 from mmdit_probe import assets
 from mmdit_probe.errors import UserError
-from mmdit_probe.segment.clip import DenseCLIP, patch_features
+from mmdit_probe.segment.clip import CLIP, patch_features
 from mmdit_probe.segment.methods import find
-from mmdit_probe.segment.methods.dense_clip import _region_tokens, _voted
+from mmdit_probe.segment.methods.dense_clip import _region_tokens
 from mmdit_probe.segment.picture import Fit
 from mmdit_probe.segment.record import Capture, Pass
+from mmdit_probe.segment.refine import voted
 from mmdit_probe.segment.tail import label
 from mmdit_probe.segment.vocabulary import Query, SegClass
 from tests import tiny
@@ -46,8 +47,8 @@ def image() -> np.ndarray:
 
 
 def test_blocks_and_head_are_those_of_the_model(folder: str, image: np.ndarray) -> None:
-    clip = DenseCLIP.open(folder)
-    states, grid = clip.hidden(image)
+    clip = CLIP.open(folder)
+    states, grid = clip.hidden(clip.pixels([image], (32, 32)))
     assert grid == (4, 4) and len(states) == 4
     for layer, before, after in zip(clip.layers, states[:-1], states[1:], strict=True):
         assert torch.allclose(clip.block(layer, before), after, atol=1e-5)
@@ -58,19 +59,19 @@ def test_blocks_and_head_are_those_of_the_model(folder: str, image: np.ndarray) 
 
 
 def test_one_region_gives_the_class_token_itself(folder: str, image: np.ndarray) -> None:
-    clip = DenseCLIP.open(folder)
-    states, grid = clip.hidden(image)
-    token = _region_tokens(clip, states[0], torch.zeros(grid, dtype=torch.long), grid)
+    clip = CLIP.open(folder)
+    states, grid = clip.hidden(clip.pixels([image], (32, 32)))
+    token = _region_tokens(clip, states[0], torch.zeros(grid, dtype=torch.long))
     own = clip.model.vision_model.post_layernorm(states[-1][0])
     assert torch.allclose(token[0], own, atol=1e-5)
     halves = torch.zeros(grid, dtype=torch.long)
     halves[:, 2:] = 1
-    two = _region_tokens(clip, states[0], halves, grid)
+    two = _region_tokens(clip, states[0], halves)
     assert not torch.allclose(two[0], two[1], atol=1e-3)
 
 
 def test_text_is_the_mean_over_templates(folder: str) -> None:
-    clip = DenseCLIP.open(folder)
+    clip = CLIP.open(folder)
     assert torch.allclose(clip.text(["cat", "ring"])[1], clip.text(["ring"])[0], atol=1e-5)
     assert torch.allclose(clip.text(["cat"]).norm(dim=-1), torch.ones(1))
     assert not torch.allclose(clip.text(["cat"], ["{}"]), clip.text(["cat"], ["a {} on it"]))
@@ -78,8 +79,10 @@ def test_text_is_the_mean_over_templates(folder: str) -> None:
 
 def test_vote_is_one_label_per_region() -> None:
     scores = torch.tensor([[[0.9, 0.1, 0.8, 0.2]], [[0.1, 0.9, 0.2, 0.8]]])
-    voted = _voted(scores, torch.tensor([0, 0, 0, 1]))
-    assert voted.argmax(0).tolist() == [[0, 0, 0, 1]] and voted[0, 0, 0] == pytest.approx(2 / 3)
+    found = voted(scores, torch.tensor([[1, 1, 1, 2]]))
+    assert found.argmax(0).tolist() == [[0, 0, 0, 1]] and found[0, 0, 0] == pytest.approx(2 / 3)
+    kept = voted(scores, torch.tensor([[1, 0, 1, 0]]))  # pixels of no region keep their scores
+    assert torch.equal(kept[:, 0, 1], scores[:, 0, 1]) and kept.argmax(0).tolist() == [[0, 1, 0, 1]]
 
 
 def test_features_of_a_vision_transformer(tmp_path: Path, image: np.ndarray) -> None:

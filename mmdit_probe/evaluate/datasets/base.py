@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.evaluate.counts import IGNORE
+from mmdit_probe.evaluate.scores import IGNORE
 from mmdit_probe.segment.vocabulary import SegClass
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.evaluate.counts import IGNORE
 from mmdit_probe.evaluate.datasets.base import SegDataset
+from mmdit_probe.evaluate.scores import IGNORE
 
 
 @dataclass

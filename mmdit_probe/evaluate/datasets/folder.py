@@ -17,8 +17,8 @@ from pathlib import Path
 
 from mmdit_probe.data.images import SUFFIXES
 from mmdit_probe.errors import UserError
-from mmdit_probe.evaluate.counts import IGNORE
 from mmdit_probe.evaluate.datasets.base import Sample, SegDataset, mapped, reader
+from mmdit_probe.evaluate.scores import IGNORE
 from mmdit_probe.segment.picture import read_picture
 from mmdit_probe.segment.vocabulary import parse_classes
 

@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.evaluate.counts import IGNORE
 from mmdit_probe.evaluate.datasets.base import Sample, SegDataset, reader
+from mmdit_probe.evaluate.scores import IGNORE
 from mmdit_probe.segment.picture import read_picture
 from mmdit_probe.segment.vocabulary import SegClass
 
