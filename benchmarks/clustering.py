@@ -26,11 +26,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from overhead import machine
 
+from mmdit_probe.data.fit import Fit
 from mmdit_probe.evaluate.counts import ious
 from mmdit_probe.evaluate.matching import assign, histogram
 from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.segment.methods import find
-from mmdit_probe.segment.picture import Fit
 from mmdit_probe.segment.record import Capture, JointRecord, Pass
 from mmdit_probe.segment.vocabulary import Prompt
 

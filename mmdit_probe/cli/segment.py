@@ -41,10 +41,10 @@ def command(
     as safetensors, segmentation.json with the area of each class, and run.json into a run folder.
     """
     from mmdit_probe.cli.session import output_of
+    from mmdit_probe.data import parse_classes
     from mmdit_probe.segment.methods import find
     from mmdit_probe.segment.refine import Refinement
     from mmdit_probe.segment.tail import Background
-    from mmdit_probe.segment.vocabulary import parse_classes
 
     output = output_of(session)
     parsed = parse_classes(classes)
@@ -69,9 +69,10 @@ def prepare(
     image: str, method: str, options: list[str] | None, refine: str, reading: Reading, session: Session
 ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """What `segment` and `discover` read of their options: the request, the picture, keyword arguments."""
-    from mmdit_probe.cli.session import check_stream
+    from mmdit_probe.cli.session import check_stream, output_of
+    from mmdit_probe.data import single
     from mmdit_probe.segment.methods.base import parse_option
-    from mmdit_probe.segment.settings import parse_sigmas, parse_size, picture_of, selected
+    from mmdit_probe.segment.settings import parse_sigmas, parse_size, selected
 
     layers, heads, weights = selected(reading.selection, reading.layers, reading.heads)
     values: dict[str, Any] = dict(parse_option(text) for text in options or [])
@@ -83,7 +84,12 @@ def prepare(
         "sigmas": parse_sigmas(reading.sigma), "seeds": list(range(session.seed, session.seed + reading.noise_seeds)),
         "fit": reading.fit, "size": parse_size(reading.size),
     }  # fmt: skip
-    return {"image": image, **shared, "size": reading.size}, picture_of(image), shared
+    sample = single(image)
+    pixels = sample.image
+    for note in sample.notes:
+        output_of(session).note(f"{image}: {note}")
+    request = {"image": image, "content": sample.fingerprint(), **shared, "size": reading.size}
+    return request, pixels, shared
 
 
 def load_read(reading: Reading, session: Session) -> MMDiT:

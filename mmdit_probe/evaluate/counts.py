@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-IGNORE = 255
-"""Truth pixels with this id are not counted."""
+from mmdit_probe.data.labels import IGNORE
 
 
 def confusion(truth: NDArray[np.integer], found: NDArray[np.integer], classes: int) -> NDArray[np.int64]:

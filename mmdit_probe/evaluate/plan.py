@@ -24,16 +24,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmdit_probe.data.fit import Fit
+from mmdit_probe.data.labels import IGNORE
+from mmdit_probe.data.sample import Dataset
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.evaluate.captures import Captures
-from mmdit_probe.evaluate.counts import IGNORE
-from mmdit_probe.evaluate.datasets import SegDataset
 from mmdit_probe.evaluate.matching import histogram
 from mmdit_probe.evaluate.matching import rows as match_rows
 from mmdit_probe.segment import methods as zoo
 from mmdit_probe.segment.capture import layer_weights, middle_layers
 from mmdit_probe.segment.methods.base import Method
-from mmdit_probe.segment.picture import Fit
 from mmdit_probe.segment.record import Capture
 from mmdit_probe.segment.refine import Refinement
 from mmdit_probe.segment.tail import Background, label
@@ -64,7 +64,7 @@ class Entry:
 class Plan:
     """See the module. Make it with `Plan.of`."""
 
-    dataset: SegDataset
+    dataset: Dataset
     protocols: tuple[str, ...]
     entries: tuple[Entry, ...]
     background: Background
@@ -76,7 +76,7 @@ class Plan:
 
     @classmethod
     def of(
-        cls, dataset: SegDataset, methods: Sequence[str], *, layer_count: int, head_count: int,
+        cls, dataset: Dataset, methods: Sequence[str], *, layer_count: int, head_count: int,
         protocols: Sequence[str] = ("present",), refine: Sequence[str] = ("none",),
         options: Mapping[str, Mapping[str, Any]] | None = None, background: str = "none", layers: Any = None,
         heads: Any = None, weights: Mapping[int, float] | None = None, sigmas: Sequence[float] = (0.515,),
@@ -143,7 +143,7 @@ class Plan:
     def rows(self, captures: Captures, index: int) -> dict[str, NDArray[Any]]:
         """Columns `COLUMNS` of one image."""
         sample = self.dataset.samples[index]
-        image, truth = sample.image(), np.array(sample.labels())
+        image, truth = sample.image, np.array(sample.label())
         if image.shape[:2] != truth.shape:
             raise UserError(
                 f"{sample.name}: the picture has {image.shape[0]} x {image.shape[1]} pixels, its label "
@@ -157,7 +157,7 @@ class Plan:
             classes = [self.dataset.classes[i] for i in ids]
             lookup = np.array([*ids, self._background_id])
             for entry, record, scores in self._maps(captures, open_entries, sample.name, image, classes):
-                scored = _scored(truth, record)
+                scored = self._scored(truth, record)
                 if len(ids):
                     refined = Refinement.parse(entry.refine)
                     pixels = refined.on_pixels(record.fit.back(refined.on_grid(scores, record)), record)
@@ -168,7 +168,7 @@ class Plan:
         for entry, record, scores in self._maps(captures, blind, sample.name, image, []):
             refined = Refinement.parse(entry.refine)
             pixels = refined.on_pixels(record.fit.back(refined.on_grid(scores, record)), record)
-            self._add_segments(rows, _keys(UNSUPERVISED, entry, "segments"), _scored(truth, record), label(pixels))
+            self._add_segments(rows, _keys(UNSUPERVISED, entry, "segments"), self._scored(truth, record), label(pixels))
         self._baselines(rows, captures, index, sample.name, truth, bool(open_entries), bool(blind))
         return rows.columns()
 
@@ -180,6 +180,10 @@ class Plan:
             rows.add((*keys[:-1], "classes"), match_rows(truth, found, rows.classes))
         else:
             rows.add(keys, histogram(truth, found, rows.classes))
+
+    def _scored(self, truth: NDArray[np.integer], record: Capture) -> NDArray[np.integer]:
+        """The truth without pixels that the network was not shown, and without classes that are not scored."""
+        return np.where(record.fit.unseen | np.isin(truth, self.dataset.ignore), IGNORE, truth)
 
     @property
     def _background_id(self) -> int:
@@ -253,9 +257,9 @@ class Plan:
         blind: bool,
     ) -> None:
         """The best any map of this token grid can do, and random tokens, under every protocol asked for."""
-        image = self.dataset.samples[index].image()
+        image = self.dataset.samples[index].image
         record = self._without_forward(captures, image)
-        scored = _scored(truth, record)
+        scored = self._scored(truth, record)
         ids = [int(i) for i in np.unique(scored) if i != IGNORE]
         if not ids:
             return
@@ -301,12 +305,6 @@ class _Rows:
             "image": np.full(sum(sizes), self.index, np.int32), **keys, "truth": numbers[0].astype(np.int16),
             "found": numbers[1].astype(np.int16), "pixels": numbers[2],
         }  # fmt: skip
-
-
-def _scored(truth: NDArray[np.integer], record: Capture) -> NDArray[np.integer]:
-    """The truth without pixels that the network was not shown."""
-    unseen = record.fit.unseen
-    return np.where(unseen, IGNORE, truth) if unseen.any() else truth
 
 
 def _keys(protocol: str, entry: Entry, kind: str) -> tuple[str, ...]:

@@ -124,7 +124,8 @@ def _auc(values: Tensor, inside: np.ndarray[Any, Any]) -> float:
 
 
 def _miou(scores: Tensor, ids: list[int], classes: np.ndarray[Any, Any]) -> float:
-    from mmdit_probe.evaluate.counts import IGNORE, confusion, mean_iou
+    from mmdit_probe.data import IGNORE
+    from mmdit_probe.evaluate.counts import confusion, mean_iou
     from mmdit_probe.experiments.scenes_quality import argmax_labels
     from mmdit_probe.scenes.world import CLASSES
 

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit_probe.attention.gradients import Space
+from mmdit_probe.data.sample import Sample
 from mmdit_probe.evaluate.counts import mean_iou
-from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmdit_probe.data.class_names import SegClass
+from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.observe.concepts import ConceptStream
@@ -23,9 +25,8 @@ from mmdit_probe.observe.joint import PARTS, JointBlocks
 from mmdit_probe.observe.observer import Observer
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.observe.second import second_attention
-from mmdit_probe.segment.picture import Fit
 from mmdit_probe.segment.record import Capture, JointRecord, Pass, average
-from mmdit_probe.segment.vocabulary import Prompt, SegClass, pack
+from mmdit_probe.segment.vocabulary import Prompt, pack
 from mmdit_probe.specs import Spec, layer_indices
 
 PAPER_SIGMA = 0.515
@@ -62,7 +63,7 @@ def capture(
         layers: layers to keep; the middle third if None. weights: layer -> weight in means over layers; equal if None.
         keep: parts of `JointRecord` ("concepts" runs a concept stream of the class names beside the forward).
         sigmas: noise levels, seeds: noise seeds; records are averaged over all pairs.
-        fit: how the picture is brought to the input size, see `segment.picture`.
+        fit: how the picture is brought to the input size, see `data.fit`.
         size: (height, width) of the network's input; the model's own if None.
         together: names share a prompt where they fit; False gives every name its own.
         heads: heads in the mean of I2I; None takes all.

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmdit_probe.data.class_names import SegClass
+from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import RunError
-from mmdit_probe.segment.picture import Fit
-from mmdit_probe.segment.vocabulary import Prompt, SegClass
+from mmdit_probe.segment.vocabulary import Prompt
 
 
 @dataclass

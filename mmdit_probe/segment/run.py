@@ -1,6 +1,7 @@
 """segment and discover: one picture in, one label map out.
 
-    result = segment(model, read_picture("cat.jpg"), "cat, wet grass, sky", method="seg4diff", refine="affinity+pamr")
+    picture = single("cat.jpg").image
+    result = segment(model, picture, "cat, wet grass, sky", method="seg4diff", refine="affinity+pamr")
     result.labels, result.names, result.areas()
 
 The functions here put capture, method, refinement and tail in their order and decide nothing themselves.
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmdit_probe.data.class_names import SegClass, parse_classes
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.segment import methods
@@ -25,7 +27,6 @@ from mmdit_probe.segment.methods.base import Method
 from mmdit_probe.segment.record import Capture
 from mmdit_probe.segment.refine import Refinement
 from mmdit_probe.segment.tail import Background, label, probabilities
-from mmdit_probe.segment.vocabulary import SegClass, parse_classes
 from mmdit_probe.specs import Spec
 
 
