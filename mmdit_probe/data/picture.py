@@ -9,6 +9,7 @@ the first; huge ones reduced. What cannot be read rightly is refused by name. La
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,7 +89,7 @@ def opened(path: Path | str, what: str) -> Iterator[Image]:
     pil.init()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", pil.DecompressionBombWarning)
+            warnings.simplefilter("ignore")  # what matters of them is refused or noted
             with pil.open(path, formats=[name for name in FORMATS if name in pil.OPEN]) as image:
                 if image.width * image.height > BOMB:
                     raise UserError(
@@ -109,7 +110,7 @@ def listed(folder: Path) -> list[Path]:
         UserError: no folder, no picture in it, or two pictures that differ in their suffix alone: a caption or mask is
             found by the name before it.
     """
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"no folder {str(folder)!r}; expected a folder of pictures, or scenes:val")
     files = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and not p.is_dir()]
     files.sort(key=lambda p: (p.stem + p.suffix.lower(), p.name))
@@ -140,7 +141,9 @@ def _plain(image: Image, name: str, reduce: bool) -> Picture:
         image.draft("RGB", (image.width // factor, image.height // factor))  # JPEG is decoded smaller at once
     image.load()
     try:
-        image = ImageOps.exif_transpose(image)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            image = ImageOps.exif_transpose(image)
     except Exception:  # the pixels are sound, see above; what is damaged is the tag
         notes.append("its EXIF data cannot be read; it is taken as stored")
     image = _eight_bits(image, most, name)

@@ -12,9 +12,9 @@ repeated line is a repeated measurement.
 
 from __future__ import annotations
 
+import os
 import re
 from importlib import resources
-from pathlib import Path
 
 from mmdit_probe.data.text import lines, read_lines
 from mmdit_probe.errors import UserError, unknown
@@ -39,7 +39,7 @@ def prompts(source: str, limit: int | None = None) -> list[str]:
         UserError: missing, unreadable or empty file, or an unknown set.
     """
     check_limit(limit)
-    if _is_file(source):
+    if os.path.exists(source):  # False, not an error, for a prompt too long for a path
         found = _of_file(source)
     elif source in SETS:
         found = _set(source, limit or DEFAULT_COUNT)
@@ -60,13 +60,6 @@ def check_limit(limit: int | None) -> None:
     """
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit} leaves nothing to do; expected 1 or more")
-
-
-def _is_file(source: str) -> bool:
-    try:
-        return bool(source) and Path(source).exists()
-    except (OSError, ValueError):  # a long prompt is not a valid path, nor is one with a NUL
-        return False
 
 
 def _of_file(source: str) -> list[str]:

@@ -9,6 +9,7 @@ NAME is a key of `DATASETS`. Every command and MAGNET read through here. Texts: 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from functools import partial
@@ -56,7 +57,7 @@ def samples(source: str, limit: int | None = None) -> list[Sample]:
     if _named(source):
         return dataset(source, limit).samples
     path = Path(source)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         check_picture(path)
         return [picture(path)]
     if (path / "classes.txt").exists():
@@ -89,7 +90,7 @@ def dataset(spec: str, limit: int | None = None) -> Dataset:
     name, _, rest = spec.partition(":")
     if name == "scenes":
         return scenes(rest or "val", limit)
-    if name not in DATASETS and Path(spec).is_dir():
+    if name not in DATASETS and os.path.isdir(spec):
         name, rest = "folder", spec
     return _nonempty(_read(name, rest, None).first(limit), name, rest)
 
@@ -132,16 +133,9 @@ def _named(source: str) -> bool:
     name, colon, _ = source.partition(":")
     if name in DATASETS and colon:
         return True
-    if colon and re.fullmatch(r"[\w-]{2,}", name) and not _exists(source):
+    if colon and re.fullmatch(r"[\w-]{2,}", name) and not os.path.exists(source):
         raise unknown("dataset", name, ("scenes", *DATASETS))
     return False
-
-
-def _exists(source: str) -> bool:
-    try:
-        return Path(source).exists()
-    except (OSError, ValueError):
-        return False
 
 
 def _read(name: str, rest: str, split: str | None) -> Dataset:
@@ -150,7 +144,7 @@ def _read(name: str, rest: str, split: str | None) -> Dataset:
     if not rest:
         raise UserError(f"dataset {name!r} needs its folder: {name}:ROOT")
     root = Path(rest)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"no folder {rest!r}; expected the root of {name}")
     if split is not None and name.startswith("coco-") and name.removeprefix("coco-") in KINDS:
         return coco(root, name.removeprefix("coco-"), split)
