@@ -25,7 +25,7 @@ import numpy as np
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.labels import Ids, read_label_map
 from mmdit_probe.data.masks import Masks, Regions, decode_rle, fitted, paint, stack
-from mmdit_probe.data.picture import open_picture
+from mmdit_probe.data.picture import open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import read_json
 from mmdit_probe.errors import UserError, unknown
@@ -98,8 +98,7 @@ class _Annotations:
 
     def regions(self, picture: Path, name: str) -> Regions:
         """Masks of the classes of a picture at the size of its file, each united over its annotations."""
-        image = open_picture(picture, reduce=False).image
-        size = (image.height, image.width)
+        size = picture_size(picture)
         united: dict[str, Masks] = {}
         for category, mask in self._pieces(name, size):
             if category not in self.names:

@@ -23,7 +23,7 @@ import numpy as np
 from mmdit_probe.data.class_names import SegClass, read_classes
 from mmdit_probe.data.labels import IGNORE, Ids, mapped, read_label_map
 from mmdit_probe.data.masks import Regions, stack
-from mmdit_probe.data.picture import listed, open_picture
+from mmdit_probe.data.picture import listed, open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import caption_beside, read_json
 from mmdit_probe.errors import UserError
@@ -81,12 +81,10 @@ def picture(path: Path, mask: Path | None = None, names: dict[int, str] | None =
 
 
 def _regions(file: Path, mask: Path, names: dict[int, str]) -> Regions:
-    ids = read_label_map(mask)
-    whole = open_picture(file, reduce=False).image
-    if ids.shape != (whole.height, whole.width):
+    ids, (height, width) = read_label_map(mask), picture_size(file)
+    if ids.shape != (height, width):
         raise UserError(
-            f"{str(file)!r} is {whole.width} x {whole.height} pixels, its mask {ids.shape[1]} x {ids.shape[0]};"
-            " they must be equal"
+            f"{str(file)!r} is {width} x {height} pixels, its mask {ids.shape[1]} x {ids.shape[0]}; they must be equal"
         )
     present = [int(i) for i in np.unique(ids) if i != 0]
     missing = [i for i in present if names and i not in names]

@@ -62,12 +62,23 @@ def open_picture(source: Path | str | Image | NDArray[Any], *, reduce: bool = Tr
     """
     from PIL import Image as pil
 
-    if isinstance(source, pil.Image):
-        return _plain(source, "the picture", reduce)
     if isinstance(source, np.ndarray):
-        return _plain(_of_array(source), "the picture", reduce)
+        source = _of_array(source)
+    if isinstance(source, pil.Image):
+        with _told("the picture", "picture"):
+            return _plain(source, "the picture", reduce)
     with opened(source, "picture") as image:
         return _plain(image, str(source), reduce)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """(height, width) of a picture as `open_picture(path, reduce=False)` gives it, from its header."""
+    with opened(path, "picture") as image:
+        try:
+            turned = image.format != "TIFF" and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # PIL turns TIFF itself
+        except Exception:  # as in `_plain`
+            turned = False
+        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def check_picture(path: Path) -> None:
@@ -87,20 +98,23 @@ def opened(path: Path | str, what: str) -> Iterator[Image]:
 
     path = regular(path, "a picture file, or scenes:val:0" if what == "picture" else "a label PNG")
     pil.init()
+    with _told(repr(str(path)), what), pil.open(path, formats=[name for name in FORMATS if name in pil.OPEN]) as image:
+        if image.width * image.height > BOMB:
+            raise UserError(f"{str(path)!r} unpacks to {image.width} x {image.height}: too many pixels; reduce it")
+        yield image
+
+
+@contextmanager
+def _told(name: str, what: str) -> Iterator[None]:
+    """Decoders of damaged files raise nearly anything, and warn: one line that names the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what matters of them is refused or noted
-            with pil.open(path, formats=[name for name in FORMATS if name in pil.OPEN]) as image:
-                if image.width * image.height > BOMB:
-                    raise UserError(
-                        f"{str(path)!r} unpacks to {image.width} x {image.height} pixels, too many to open; reduce it"
-                    )
-                yield image
+            yield
     except ProbeError:
         raise
-    except Exception as error:  # decoders of damaged files raise nearly anything
-        article = f"{str(path)!r} cannot be read as a {what} ({_reason(error)})"
-        raise UserError(f"{article}; convert or remove it") from error
+    except Exception as error:
+        raise UserError(f"{name} cannot be read as a {what} ({_reason(error)}); convert or remove it") from error
 
 
 def listed(folder: Path) -> list[Path]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.labels import Ids
 from mmdit_probe.data.masks import MAX_MASKS, MIN_AREA, Masks, Regions, decode_rle, fitted, in_order, largest, paint
-from mmdit_probe.data.picture import open_picture
+from mmdit_probe.data.picture import open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import caption_beside, read_json
 from mmdit_probe.errors import UserError
@@ -100,14 +100,9 @@ def sa1b(root: Path) -> Dataset:
     return Dataset("sa1b", classes, samples, note=note, agnostic=True)
 
 
-def _size(picture: Path) -> tuple[int, int]:
-    image = open_picture(picture, reduce=False).image
-    return image.height, image.width
-
-
 def _label(picture: Path, annotation: Path) -> Ids:
-    return paint(sa1b_masks(annotation, size=_size(picture)))
+    return paint(sa1b_masks(annotation, size=picture_size(picture)))
 
 
 def _regions(picture: Path, annotation: Path) -> Regions:
-    return Regions(sa1b_masks(annotation, limit=MAX_MASKS, size=_size(picture)))
+    return Regions(sa1b_masks(annotation, limit=MAX_MASKS, size=picture_size(picture)))

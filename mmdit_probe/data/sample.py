@@ -43,7 +43,7 @@ class Sample:
         masks: boolean [K, H, W] of the K `names` (none for masks without names), or a function -> `Regions`.
         names: the words or phrases that masks belong to; with `label` the class names of its ids.
         label: function -> class ids [H, W], `IGNORE` where nothing is known.
-        content: what a fingerprint reads: files, or texts that say what is drawn.
+        content: what a fingerprint reads: files, or texts that say what is drawn. notes: so far; `open` adds to them.
     """
 
     def __init__(
@@ -51,9 +51,10 @@ class Sample:
         prompt: str | Callable[[], str] = "",
         masks: Masks | Callable[[], Regions] | None = None, names: Sequence[str] = (), *,
         label: Callable[[], Ids] | None = None, content: Iterable[Path | str] = (),
+        notes: Iterable[str] = (),
     ) -> None:  # fmt: skip
         self.name = name
-        self.notes: list[str] = []
+        self.notes = list(notes)
         self._image, self._prompt, self._masks, self._names, self._label = image, prompt, masks, tuple(names), label
         self._content = tuple(content)
 

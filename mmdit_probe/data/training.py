@@ -84,13 +84,14 @@ class PictureData:
         image = np.asarray(fit.apply(picture, smooth=True))
         text = first_sentences(self.captions.get(sample.name) or sample.prompt, self.sentences)
         if not self.named:
-            return Sample(sample.name, image, text, largest(list(masks), self.size))
+            return Sample(sample.name, image, text, largest(list(masks), self.size), notes=sample.notes)
         there = sorted((k for k in range(len(names)) if masks[k].any()), key=lambda k: -int(masks[k].sum()))
         listed = sorted(there[:MAX_NAMES])
         if self._listed:
             text = " ".join(names[k] for k in listed)
         kept = [k for k in listed if says(text, names[k])]
-        return Sample(sample.name, image, text, stack([masks[k] for k in kept], self.size), [names[k] for k in kept])
+        chosen = stack([masks[k] for k in kept], self.size)
+        return Sample(sample.name, image, text, chosen, [names[k] for k in kept], notes=sample.notes)
 
     @property
     def _listed(self) -> bool:

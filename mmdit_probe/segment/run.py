@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -124,7 +125,9 @@ def discover(
         fit=fit,
         size=size,
     )
-    return finish(record, chosen(record), None, steps, Background())
+    plain = bool((image == image[:1, :1]).all())  # one colour has no parts; maps of it are noise
+    scores = torch.ones(1, *record.grid) if plain else chosen(record)
+    return finish(record, scores, None, steps, Background())
 
 
 def name_segments(

@@ -103,7 +103,7 @@ def test_coco_refusals(tmp_path: Path) -> None:
     root = coco(tmp_path / "a")
     with pytest.raises(UserError, match=r"stuff_val2017.json'; expected COCO's stuff annotations"):
         coco_data(root, SIZE, split="val2017")
-    with pytest.raises(UserError, match="did you mean 'stuff'"):
+    with pytest.raises(UserError, match="did you mean 'coco-stuff'"):
         coco_data(root, SIZE, kind="stuf")  # type: ignore[arg-type]
     file = root / "annotations" / "stuff_train2017.json"
     content = json.loads(file.read_text())
