@@ -35,12 +35,11 @@ import torch
 from magnet_tables import BASE, CONTROL, PROTOCOLS, UNSUPERVISED, choose, write
 
 from mmdit_probe import TextMaps, load, probe
+from mmdit_probe.data import Data, Sample, ScenesData
 from mmdit_probe.evaluate.clipscore import ClipScorer
 from mmdit_probe.evaluate.scores import ImageCounts, assign, histogram, matched
 from mmdit_probe.experiments.generation import scene_prompts, score
-from mmdit_probe.magnet import MagnetConfig, ScenesData, SelfLabelled, train
-from mmdit_probe.magnet.data import Data
-from mmdit_probe.magnet.sample import Sample
+from mmdit_probe.magnet import MagnetConfig, SelfLabelled, train
 from mmdit_probe.magnet.trainer import TrainResult, Watch
 from mmdit_probe.magnet.validation import readouts, validate
 from mmdit_probe.models.adapters import merge

@@ -29,8 +29,8 @@ from typing import Any
 import pandas as pd
 
 from mmdit_probe import load
+from mmdit_probe.data import dataset as read_dataset
 from mmdit_probe.evaluate.captures import Captures
-from mmdit_probe.evaluate.datasets import load_dataset
 from mmdit_probe.evaluate.league import league
 from mmdit_probe.evaluate.plan import CEILING, KEYS, Entry, Plan
 from mmdit_probe.evaluate.scores import ImageCounts
@@ -100,7 +100,7 @@ class Bench:
 
     def run(self, entries: Sequence[tuple[str, Entry]], seeds: int = 1) -> tuple[pd.DataFrame, dict[str, ImageCounts]]:
         """The league of labelled entries, and their counts by label."""
-        dataset, facts = load_dataset(self.split, self.count), self.captures.facts
+        dataset, facts = read_dataset(self.split, self.count), self.captures.facts
         plan = Plan.of(dataset, ["seg4diff"], layer_count=facts["layers"], head_count=facts["heads"],
                        reading=Reading(seeds=tuple(range(seeds))))  # fmt: skip
         renamed = [replace(entry, method=replace(entry.method, name=label)) for label, entry in entries]

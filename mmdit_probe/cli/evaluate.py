@@ -79,15 +79,15 @@ def command(
     """
     from mmdit_probe.cli.league import TAGS, report
     from mmdit_probe.cli.session import check_stream, load_model, output_of, text_of
+    from mmdit_probe.data.sources import dataset as read_dataset
     from mmdit_probe.errors import UserError, unknown
-    from mmdit_probe.evaluate.datasets import load_dataset
     from mmdit_probe.evaluate.scores import MATCHES
     from mmdit_probe.segment.settings import parse_sigmas, parse_size, selected
 
     output = output_of(session)
     if match not in MATCHES:
         raise unknown("matching", match, MATCHES)
-    data = load_dataset(dataset, limit)
+    data = read_dataset(dataset, limit)
     if many_to_one and data.background is None:
         raise UserError(f"{data.name} has no background class, so --many-to-one has nothing to join segments to")
     if data.note:

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmdit_probe.data.class_names import SegClass
+from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import Token, TokenTable
 from mmdit_probe.segment.capture import capture, most_tokens
-from mmdit_probe.segment.picture import Fit
 from mmdit_probe.segment.record import Capture, JointRecord, Pass, Reading
-from mmdit_probe.segment.vocabulary import Prompt, Query, SegClass
+from mmdit_probe.segment.vocabulary import Prompt, Query
 
 INDEX = "index.json"
 VERSION = 2

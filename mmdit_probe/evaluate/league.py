@@ -30,7 +30,7 @@ def league(
     Args:
         counts: rows of `evaluate.plan.COLUMNS`. classes: C.
         match: one of `evaluate.scores.MATCHES`, background: its background class for segments.
-        agnostic: classes are masks of one image each (`SegDataset.agnostic`).
+        agnostic: classes are masks of one image each (`Dataset.agnostic`).
 
     Returns: columns `KEYS` without kind, n (images), the `SCORES` in 0..1 with `miou_low`, `miou_high` (95 % over
     images), `gain`, `gain_low`, `gain_high` (mIoU over the same configuration without refinement, images paired),

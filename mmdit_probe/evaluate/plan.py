@@ -14,7 +14,7 @@ One forward per prompt serves every method, layer and refinement. Protocols (who
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,20 +25,21 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmdit_probe.data.class_names import SegClass
+from mmdit_probe.data.fit import Fit
+from mmdit_probe.data.labels import IGNORE
+from mmdit_probe.data.sample import Dataset
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.evaluate.captures import Captures
-from mmdit_probe.evaluate.datasets import SegDataset
-from mmdit_probe.evaluate.scores import IGNORE, Counts, histogram, matched_by_rows
+from mmdit_probe.evaluate.scores import Counts, histogram, matched_by_rows
 from mmdit_probe.evaluate.shards import Shard
 from mmdit_probe.results import RunFolder, TableWriter
 from mmdit_probe.segment import methods as zoo
 from mmdit_probe.segment.capture import layer_weights, middle_layers
 from mmdit_probe.segment.methods.base import Method
-from mmdit_probe.segment.picture import Fit
 from mmdit_probe.segment.record import Capture, Reading
 from mmdit_probe.segment.refine import Refinement
 from mmdit_probe.segment.tail import Background, label
-from mmdit_probe.segment.vocabulary import SegClass
 from mmdit_probe.specs import head_indices, layer_indices
 
 TABLE = "counts"
@@ -67,22 +68,20 @@ class Entry:
 class Plan:
     """See the module. Make it with `Plan.of`."""
 
-    dataset: SegDataset
+    dataset: Dataset
     protocols: tuple[str, ...]
     entries: tuple[Entry, ...]
     background: Background
     reading: Reading
     tags: Mapping[str, Sequence[str]]
     by_rows: bool = False
-    ignore: tuple[int, ...] = ()
 
     @classmethod
     def of(
-        cls, dataset: SegDataset, methods: Sequence[str], *, layer_count: int, head_count: int,
+        cls, dataset: Dataset, methods: Sequence[str], *, layer_count: int, head_count: int,
         reading: Reading | None = None, protocols: Sequence[str] = ("present",), refine: Sequence[str] = ("none",),
         options: Mapping[str, Mapping[str, Any]] | None = None, background: str = "none", heads: Any = None,
         sweep: str = "none", tags: Mapping[str, Sequence[str]] | None = None, by_rows: bool = False,
-        ignore: Collection[int] = (),
     ) -> Plan:  # fmt: skip
         """A plan.
 
@@ -96,7 +95,6 @@ class Plan:
             sweep: "none", "layer" (each layer alone), "head" (each head of each layer alone), "sigma".
             tags: image name -> class names, for the protocol "predicted".
             by_rows: match segments in each pixel row, as the released Seg4Diff evaluation does (`matched_by_rows`).
-            ignore: label ids that are not scored beside `IGNORE`; prompts may still name their classes.
 
         Raises:
             UserError: unknown names, or a protocol without what it needs.
@@ -134,8 +132,7 @@ class Plan:
         if not entries:
             raise UserError("none of the methods reads single heads, so there is nothing to sweep over heads")
         return cls(
-            dataset, tuple(protocols), tuple(entries), Background.parse(background), how, tags or {}, by_rows,
-            tuple(ignore),
+            dataset, tuple(protocols), tuple(entries), Background.parse(background), how, tags or {}, by_rows
         )  # fmt: skip
 
     @cached_property
@@ -145,7 +142,7 @@ class Plan:
     def rows(self, captures: Captures, index: int) -> dict[str, NDArray[Any]]:
         """Columns `COLUMNS` of one image."""
         sample = self.dataset.samples[index]
-        image, truth = sample.image(), np.array(sample.labels())
+        image, truth = sample.image, np.array(sample.label())
         if image.shape[:2] != truth.shape:
             raise UserError(
                 f"{sample.name}: the picture has {image.shape[0]} x {image.shape[1]} pixels, its label "
@@ -172,7 +169,7 @@ class Plan:
 
     def _scored(self, truth: NDArray[np.integer], record: Capture) -> NDArray[np.integer]:
         """The truth without what is not scored: ignored ids, and pixels that the network was not shown."""
-        return np.where(record.fit.unseen | np.isin(truth, self.ignore), IGNORE, truth)
+        return np.where(record.fit.unseen | np.isin(truth, self.dataset.ignore), IGNORE, truth)
 
     def _add_segments(
         self, rows: _Rows, keys: tuple[str, ...], truth: NDArray[np.integer], segments: NDArray[np.integer]
@@ -318,7 +315,7 @@ class _Rows:
 def _shares(truth: NDArray[np.integer], ids: Sequence[int], record: Capture) -> Tensor:
     """Share of each class in each token [K, h, w]."""
     shares = torch.stack([torch.from_numpy(truth == i).float() for i in ids])
-    top, left, bottom, right = record.fit.source
+    top, left, bottom, right = (round(edge) for edge in record.fit.source)
     up, across, down, over = record.fit.target
     canvas = torch.zeros(len(ids), *record.fit.size)
     part = shares[None, :, top:bottom, left:right]

@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.segment.tail import STRETCHES
 
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 Counts = NDArray[np.int64]
 """[C, P] pixels by true class and predicted class or segment; P is at least C."""
 
-IGNORE = 255
-"""Label pixels with this id are not counted."""
 RULES = ("union", "gt")
 MATCHES = ("image", "upstream", "majority", "dataset", "row")
 SCORES = ("miou", "miou_gt", "accuracy", "macc", "fwiou")

@@ -232,9 +232,9 @@ def _spearman(first: Any, second: Any) -> float:
 
 
 def _pictures(split: str, plan: Plan) -> Any:
-    from mmdit_probe.data.images import resolve
+    from mmdit_probe.data import samples
 
-    return resolve(f"scenes:{split}", plan.n)
+    return samples(f"scenes:{split}", plan.n)
 
 
 def _captured(kind: type[Budget], variant: Variant, split: str, plan: Plan) -> pd.DataFrame:

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdit_probe.data.masks import largest
+from mmdit_probe.data.sample import Sample
+from mmdit_probe.data.training import Data
 from mmdit_probe.errors import unknown
-from mmdit_probe.magnet.data import Data
-from mmdit_probe.magnet.sample import Sample, largest
 from mmdit_probe.models.mmdit import MMDiT
 
 REFINE = "affinity"
@@ -88,7 +89,7 @@ class SelfLabelled:
 
     def __getitem__(self, index: int) -> Sample:
         sample, labels = self.data[index], self.labels[index]
-        key = f"{sample.key} (own labels)"
+        key = f"{sample.name} (own labels)"
         if not self.named:
             return Sample(key, sample.image, sample.prompt, largest([labels == i for i in np.unique(labels)]))
         present = [i for i in range(len(sample.names)) if (labels == i).any()]

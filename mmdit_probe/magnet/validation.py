@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdit_probe.attention.gradients import Space
+from mmdit_probe.data.sample import Sample
 from mmdit_probe.evaluate.scores import map_quality, mean_iou
-from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 

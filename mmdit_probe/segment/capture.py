@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmdit_probe.data.class_names import SegClass
+from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.observe.concepts import ConceptStream
@@ -24,9 +26,8 @@ from mmdit_probe.observe.joint import PARTS, JointBlocks
 from mmdit_probe.observe.observer import Observer
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.observe.second import second_attention
-from mmdit_probe.segment.picture import Fit
 from mmdit_probe.segment.record import Capture, JointRecord, Pass, Reading, average
-from mmdit_probe.segment.vocabulary import Prompt, SegClass, pack
+from mmdit_probe.segment.vocabulary import Prompt, pack
 from mmdit_probe.specs import Spec, layer_indices
 
 DEFAULT = Reading()

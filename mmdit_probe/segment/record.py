@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmdit_probe.data.class_names import SegClass
+from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.reading import Token
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.segment.picture import Fit
-from mmdit_probe.segment.vocabulary import Prompt, Query, SegClass
+from mmdit_probe.segment.vocabulary import Prompt, Query
 from mmdit_probe.specs import Spec
 
 PAPER_SIGMA = 0.515
@@ -43,7 +44,7 @@ class Reading:
         layers: layers to keep; the middle third if None. weights: layer -> weight in means over layers; equal if None.
         heads: heads in the mean of I2I; None takes all.
         sigmas: noise levels, seeds: noise seeds; records are averaged over all pairs.
-        fit: how the picture is brought to the input size, see `segment.picture`.
+        fit: how the picture is brought to the input size, see `data.fit`.
         size: (height, width) of the network's input; the model's own if None.
 
     Raises:

@@ -1,6 +1,7 @@
 """segment and discover: one picture in, one label map out.
 
-    result = segment(model, read_picture("cat.jpg"), "cat, wet grass, sky", method="seg4diff", refine="affinity+pamr")
+    picture = single("cat.jpg").image
+    result = segment(model, picture, "cat, wet grass, sky", method="seg4diff", refine="affinity+pamr")
     result.labels, result.names, result.areas()
 
 The functions here put capture, method, refinement and tail in their order and decide nothing themselves.
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmdit_probe.data.class_names import SegClass, parse_classes
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.segment import methods
@@ -25,7 +28,6 @@ from mmdit_probe.segment.methods.base import Method
 from mmdit_probe.segment.record import Capture, Reading, region_ids
 from mmdit_probe.segment.refine import Refinement
 from mmdit_probe.segment.tail import Background, label, probabilities
-from mmdit_probe.segment.vocabulary import SegClass, parse_classes
 
 
 @dataclass
@@ -101,7 +103,9 @@ def discover(
     chosen = _method(method, options, unsupervised=True)
     steps = Refinement.parse(refine)
     record = with_regions(capture(model, image, [], reading, keep=(*chosen.needs, *steps.keep)), regions)
-    return finish(record, chosen(record), None, steps, Background())
+    plain = bool((image == image[:1, :1]).all())  # one colour has no parts; maps of it are noise
+    scores = torch.ones(1, *record.grid) if plain else chosen(record)
+    return finish(record, scores, None, steps, Background())
 
 
 def name_segments(

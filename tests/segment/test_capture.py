@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmdit_probe.attention.reference import probabilities as explicit
+from mmdit_probe.data import parse_classes
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.concepts import ConceptStream
@@ -16,7 +17,6 @@ from mmdit_probe.observe.probe import probe
 from mmdit_probe.segment.capture import capture, concept_embeddings
 from mmdit_probe.segment.record import Reading
 from mmdit_probe.segment.run import discover, segment
-from mmdit_probe.segment.vocabulary import parse_classes
 from tests import tiny
 
 

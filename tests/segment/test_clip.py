@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from mmdit_probe import assets
+from mmdit_probe.data import Fit, SegClass
 from mmdit_probe.errors import UserError
 from mmdit_probe.segment.clip import CLIP, patch_features
 from mmdit_probe.segment.methods import find
 from mmdit_probe.segment.methods.dense_clip import _region_tokens
-from mmdit_probe.segment.picture import Fit
 from mmdit_probe.segment.record import Capture, Pass
 from mmdit_probe.segment.refine import voted
 from mmdit_probe.segment.tail import label
-from mmdit_probe.segment.vocabulary import Query, SegClass
+from mmdit_probe.segment.vocabulary import Query
 from tests import tiny
 from tests.segment import worlds
 

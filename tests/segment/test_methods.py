@@ -65,7 +65,7 @@ def test_threshold_zero_keeps_and_huge_merges(name: str) -> None:
 
 
 def test_synonyms_take_the_better_map() -> None:
-    from mmdit_probe.segment.vocabulary import SegClass
+    from mmdit_probe.data import SegClass
 
     one = worlds.capture(worlds.masks())
     queries = one.passes[0].prompt.queries

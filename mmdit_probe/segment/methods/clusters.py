@@ -75,7 +75,8 @@ def diffcut(
             pixels is the official label map; or the "clusters" of the graph themselves, one 0/1 map each.
 
     Features of several layers are normalised and set side by side. Parts are kept as lists of nodes, so that no two of
-    them can collide, as sums of labels do in the official code after some 40 cuts.
+    them can collide, as sums of labels do in the official code after some 40 cuts, and tokens with an affinity of
+    exactly 0 (the least similar pair) are cut like others, which that code stops to do.
     """
     if features not in FEATURES:
         raise unknown("features", features, FEATURES)

@@ -110,7 +110,7 @@ def region_map(capture: Capture, out: Grid) -> Tensor | None:
         return None
     ids, fit = torch.from_numpy(capture.regions), capture.fit
     if tuple(ids.shape) == fit.picture:
-        top, left, bottom, right = fit.source
+        top, left, bottom, right = (round(edge) for edge in fit.source)
         up, across, down, over = fit.target
         canvas = torch.zeros(fit.size, dtype=torch.long)
         canvas[up:down, across:over] = _nearest(ids[top:bottom, left:right], (down - up, over - across))
