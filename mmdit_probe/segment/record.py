@@ -147,6 +147,12 @@ class Capture:
 
         A part may also be a mapping, layer -> tensor; methods take the mean over the layers.
 
+        >>> from mmdit_probe.segment.methods import METHODS
+        >>> i2t = [[0.3, 0.1, 0.2], [0.3, 0.2, 0.1]]                # two tokens; text: BOS, cat, sky
+        >>> capture = Capture.of((1, 2), i2t=i2t, spans={"cat": [1], "sky": [2]})
+        >>> METHODS["seg4diff"](capture).argmax(0).tolist()
+        [[1, 0]]
+
         Args:
             grid: (h, w) of the image tokens, I = h * w, row-major.
             i2t: [I, T] or [H, I, T] probabilities of the text keys. i2t_logit: the same before the softmax.
