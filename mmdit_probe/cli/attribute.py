@@ -135,7 +135,7 @@ def _report(folder: Any, output: Any) -> None:
     lines = [
         agreement_rows(table),
         "rank correlation over (word, region) pairs of I2T attention and attribution to the"
-        f" {'loss of the region' if request['target'] == 'loss' else 'mass of the map in the region'}, 95 % bootstrap"
+        f" {'loss of the region' if request['target'] == 'loss' else 'mass of the map in the region'}, 95 %"
         " interval over scenes; control: the attention of the scene's next word.",
         *against,
         f"n = {table['n'].max()} scenes, sigma {request['sigma']}, {request['method']}; tables: {folder.path}",

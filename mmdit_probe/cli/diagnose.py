@@ -185,7 +185,7 @@ def _report(folder: Any, output: Any) -> None:
         lines.append(quality_rows(gain[gain["head"] == MEAN]))
         lines.append(
             "maps of the classes that the prompt names, mean over heads, as they are -> with sinks other than words"
-            " removed and the rest renormalised; difference paired over pictures [95 % bootstrap interval]."
+            " removed and the rest renormalised; difference paired over pictures [95 % interval]."
         )
     lines += [
         *against,
@@ -202,7 +202,7 @@ def _report(folder: Any, output: Any) -> None:
 
 def _outliers(channels: pd.DataFrame) -> pd.DataFrame:
     """Per layer, kind and modality: the largest channel (and in what share of the pictures it is the largest), its
-    ratio to the median channel with a 95 % bootstrap interval over pictures, and the mean number of outliers."""
+    ratio to the median channel with a 95 % interval over pictures, and the mean number of outliers."""
     import pandas as pd
 
     from mmdit_probe.results.statistics import interval

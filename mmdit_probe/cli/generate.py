@@ -196,7 +196,7 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
     }
     lines: list[Any] = [setting_rows(summary)]
     if len(plan) > 1:
-        lines.append("in brackets: 95 % bootstrap interval over prompts; differences are paired with stock by seed.")
+        lines.append("in brackets: 95 % interval over prompts; differences are paired with stock by seed.")
     lines += against
     lines.append(f"{len(request['items'])} prompts, {request['num_steps']} steps; images: {folder.path / IMAGES}")
     output.result(document, lines, folder.path)

@@ -204,7 +204,7 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
         "controls": plain(comparison),
     }
     lines = [
-        "Difference from the unedited image of the same prompt and seed, mean [95 % bootstrap interval over prompts];"
+        "Difference from the unedited image of the same prompt and seed, mean [95 % interval over prompts];"
         " control: a random change of equal size.",
         f"n = {count} prompts, {request['num_steps']} steps, guidance {request['guidance']};"
         f" no-op row: largest change {no_op:g}{'' if no_op == 0 else ' (must be 0: results are not paired)'}",

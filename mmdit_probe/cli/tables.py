@@ -69,7 +69,10 @@ def report_controls(
         lines.append(f"| {' | '.join([*place, str(row['n']), *numbers])} |")
     explained = CONTROLS | {"budget": "a random change of equal size"}
     known = "; ".join(f"{name}: {explained[name]}" for name in dict.fromkeys(part["control"]))
-    claimed = f"Claim: {claim}. Paired differences over items, 95 % bootstrap interval. Controls: {known}."
+    claimed = (
+        f"Claim: {claim}. Paired differences over items, 95 % interval; verdicts are corrected for many comparisons "
+        f"(Holm). Controls: {known}."
+    )
     failed, undecided = (int((part["verdict"] == verdict).sum()) for verdict in (NOT_ABOVE, TOO_FEW))
     verdict = f"{failed} of {len(part)} comparisons are not above their control."
     if undecided:

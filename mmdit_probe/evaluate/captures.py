@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +26,7 @@ from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import Token, TokenTable
+from mmdit_probe.results.atomic import write_bytes, write_json
 from mmdit_probe.segment.capture import capture, most_tokens
 from mmdit_probe.segment.record import Capture, JointRecord, Pass, Reading
 from mmdit_probe.segment.vocabulary import Prompt, Query
@@ -76,7 +76,7 @@ class Captures:
             self._facts = facts
             if self.cache is not None and not (self.cache / INDEX).is_file():
                 self.cache.mkdir(parents=True, exist_ok=True)
-                _write(self.cache / INDEX, json.dumps({"version": VERSION, "model": facts}, indent=2).encode())
+                write_json(self.cache / INDEX, {"version": VERSION, "model": facts})
         return self._model
 
     @property
@@ -132,7 +132,7 @@ def save_capture(found: Capture, path: Path) -> None:
         ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, save(tensors, {"about": json.dumps(about)}))
+    write_bytes(path, save(tensors, {"about": json.dumps(about)}))
 
 
 def load_capture(path: Path, image: NDArray[np.uint8]) -> Capture:
@@ -186,9 +186,3 @@ def _facts(name: str, model: MMDiT) -> dict[str, Any]:
 def _key(name: str, image: NDArray[np.uint8], classes: Sequence[SegClass], how: dict[str, Any]) -> str:
     about = json.dumps([name, image.shape, [one.synonyms for one in classes], how], sort_keys=True, default=list)
     return hashlib.sha256(about.encode() + image.tobytes()).hexdigest()[:24]
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)

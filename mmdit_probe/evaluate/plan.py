@@ -2,7 +2,7 @@
 
     plan = Plan.of(dataset, ["seg4diff", "iseg"], protocols=["present", "full"], refine=["none", "pamr"], ...)
     plan.rows(captures, index)                      # sparse confusion counts of one image, every configuration
-    evaluate(plan, captures, folder, shard)         # of all images, as a table; resumes where a killed run stopped
+    evaluate(plan, captures, folder)                # of all images, as a table; resumes where a killed run stopped
 
 One forward per prompt serves every method, layer and refinement. Protocols (who says which classes there are):
 
@@ -32,8 +32,7 @@ from mmdit_probe.data.sample import Dataset
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.evaluate.captures import Captures
 from mmdit_probe.evaluate.scores import Counts, histogram, matched_by_rows
-from mmdit_probe.evaluate.shards import Shard
-from mmdit_probe.results import RunFolder, TableWriter
+from mmdit_probe.results import RunFolder, TableWriter, processes
 from mmdit_probe.segment import methods as zoo
 from mmdit_probe.segment.capture import layer_weights, middle_layers
 from mmdit_probe.segment.methods.base import Method
@@ -256,33 +255,28 @@ class Plan:
                 rows.add((protocol, RANDOM, *keys[2:]), histogram(scored, guess, rows.classes))
 
 
-def evaluate(
-    plan: Plan,
-    captures: Captures,
-    folder: RunFolder,
-    shard: Shard | None = None,
-    advance: Callable[[], None] = lambda: None,
-) -> None:
+def evaluate(plan: Plan, captures: Captures, folder: RunFolder, advance: Callable[[], None] = lambda: None) -> None:
     """Write `counts.parquet` of a plan into a run folder. An image counts when its part is complete, and never twice.
+
+    Counts are integers, so the table of several processes is that of one, bit for bit.
 
     Args:
         plan: what to do. captures: where forwards come from. folder: an open run folder.
-        shard: this process among several. advance: called after every image.
+        advance: called after every image of this process.
     """
-    part = shard or Shard()
     writer = TableWriter(folder.path, TABLE)
-    part.barrier()  # every writer has cleaned up before any item is begun
-    count = len(plan.dataset.samples)
-    for index in part.mine(count):
+    processes.barrier()  # every writer has cleaned up before any item is begun
+    own = processes.share(range(len(plan.dataset.samples)))
+    for index in own:
         if index in writer.done:
             continue
         with writer.item(index) as item:
             item.write(plan.rows(captures, index))
         advance()
-    part.collect(writer.parts, list(part.mine(count)))
-    if part.first:
+    processes.collect(writer.parts / f"{index:06d}.parquet" for index in own)
+    if processes.rank() == 0:
         writer.finish()
-    part.barrier()
+    processes.barrier()
 
 
 class _Rows:

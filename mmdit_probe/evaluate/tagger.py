@@ -12,7 +12,6 @@ program (BLIP, GPT-4o, ...) come as a JSON file instead.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +24,10 @@ from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.data.sample import Dataset
 from mmdit_probe.data.sources import dataset as read_dataset
+from mmdit_probe.data.text import read_json
 from mmdit_probe.errors import UserError
-from mmdit_probe.evaluate.shards import Shard
+from mmdit_probe.results import processes
+from mmdit_probe.results.atomic import write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,38 +147,37 @@ class Tagging:
             raise UserError(f"the images of {split!r} have other classes than {dataset.name}")
         return cls(dataset, open_tagger(name, dataset.classes), threshold, images)
 
-    def steps(self, shard: Shard) -> int:
+    @property
+    def steps(self) -> int:
         """Pictures that this process looks at."""
-        choose = len(self.split.samples) if self.split is not None and shard.first else 0
-        return choose + len(shard.mine(len(self.dataset.samples)))
+        choose = len(self.split.samples) if self.split is not None and processes.rank() == 0 else 0
+        return choose + len(processes.share(self.dataset.samples))
 
-    def tags(
-        self, path: Path, shard: Shard | None = None, advance: Callable[[], None] = lambda: None
-    ) -> dict[str, list[str]]:
+    def tags(self, path: Path, advance: Callable[[], None] = lambda: None) -> dict[str, list[str]]:
         """Image name -> class names, each process its own images; kept in a file, where a resumed run finds them."""
-        part = shard or Shard()
-        kept = part.share(json.loads(path.read_text(encoding="utf-8")) if part.first and path.is_file() else None)
+        kept = processes.from_first(lambda: read_json(path, "the tags of this run") if path.is_file() else None)
         if kept is not None:
             return dict(kept["tags"])
-        about: dict[str, Any] = {"threshold": self.threshold}
-        if self.split is not None and part.first:
-            threshold, there = choose_threshold(self.tagger, self.split, advance)
-            about = {"threshold": threshold, "chosen_on": self.split.name, "there": asdict(there) | {"f1": there.f1}}
-        about = part.share(about)
-        found = {}
-        for sample in [self.dataset.samples[index] for index in part.mine(len(self.dataset.samples))]:
+        about = processes.from_first(lambda: self._threshold(advance))
+        own = {}
+        for sample in processes.share(self.dataset.samples):
             scores = self.tagger(sample.image)
             if self.dataset.background is not None:
                 scores[self.dataset.background] = -np.inf
-            there_are = np.flatnonzero(scores >= about["threshold"])
-            found[sample.name] = [self.dataset.classes[index].name for index in there_are]
+            named = np.flatnonzero(scores >= about["threshold"])
+            own[sample.name] = [self.dataset.classes[index].name for index in named]
             advance()
-        found = part.merged(found)
-        if part.first:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({**about, "tags": found}, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        return found
+        tags = {name: said for part in processes.gather(own) for name, said in part.items()}
+        if processes.rank() == 0:
+            write_json(path, {**about, "tags": tags})
+        return tags
+
+    def _threshold(self, advance: Callable[[], None]) -> dict[str, Any]:
+        """The threshold, and how it was chosen."""
+        if self.split is None:
+            return {"threshold": self.threshold}
+        threshold, there = choose_threshold(self.tagger, self.split, advance)
+        return {"threshold": threshold, "chosen_on": self.split.name, "there": asdict(there) | {"f1": there.f1}}
 
 
 def quality(

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.evidence_names import EVIDENCE, RANK_RULES, WEIGHT_RULES
-from mmdit_probe.results.statistics import NONE, interval, measured
+from mmdit_probe.results.statistics import NONE, defined, interval, measured, rank_agreement
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,7 +131,7 @@ def _said(text: Mapping[str, Any]) -> str:
 
 
 def by_layer(long: pd.DataFrame) -> pd.DataFrame:
-    """One row per split, evidence and layer: value, low and high (95 % bootstrap interval over items), n, rank; of the
+    """One row per split, evidence and layer: value, low and high (95 % interval over items), n (items), rank; of the
     measurement itself, without its controls."""
     import pandas as pd
 
@@ -141,17 +139,21 @@ def by_layer(long: pd.DataFrame) -> pd.DataFrame:
     for (split, name, layer), part in measured(long).groupby(["split", "evidence", "layer"], sort=False, observed=True):
         value, low, high = interval(part["value"])
         rows.append(
-            {"split": split, "evidence": name, "layer": layer, "value": value, "low": low, "high": high, "n": len(part)}
-        )
+            {"split": split, "evidence": name, "layer": layer, "value": value, "low": low, "high": high,
+             "n": len(defined(part["value"]))}
+        )  # fmt: skip
     table = pd.DataFrame(rows)
     table["rank"] = table.groupby(["split", "evidence"])["value"].rank(ascending=False, method="min").astype(int)
     return table
 
 
-def agreement(long: pd.DataFrame, draws: int = 500) -> pd.DataFrame:
-    """Spearman rank correlation over layers of each two (evidence, split), with a 95 % bootstrap interval over items.
+def agreement(long: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
+    """Spearman rank correlation over layers of each two (evidence, split), with its 95 % interval over items.
 
-    Returns: first, first_split, second, second_split, rho, low, high, layers.
+    Two evidences of one split were measured on the same items, which are drawn together.
+
+    Returns: first, first_split, second, second_split, rho, low, high, p (of such a correlation among unrelated orders
+    of so few layers), layers.
     """
     import pandas as pd
 
@@ -159,19 +161,17 @@ def agreement(long: pd.DataFrame, draws: int = 500) -> pd.DataFrame:
         key: part.pivot(index="item", columns="layer", values="value")
         for key, part in measured(long).groupby(["evidence", "split"], sort=False, observed=True)
     }
-    rng = np.random.default_rng(0)
     keys = list(values)
     rows = []
     for place, first in enumerate(keys):
         for second in keys[place + 1 :]:
             shared = values[first].columns.intersection(values[second].columns)
             one, two = (values[key][shared].to_numpy() for key in (first, second))
-            rho = _spearman(one.mean(0), two.mean(0))
-            again = [_spearman(*(x[rng.integers(0, len(x), len(x))].mean(0) for x in (one, two))) for _ in range(draws)]
+            same = first[1] == second[1] and values[first].index.equals(values[second].index)
+            found = rank_agreement(one, two, same_items=same, draws=draws)
             rows.append(
-                {"first": first[0], "first_split": first[1], "second": second[0], "second_split": second[1], "rho": rho,
-                 "low": float(np.nanquantile(again, 0.025)), "high": float(np.nanquantile(again, 0.975)),
-                 "layers": len(shared)}
+                {"first": first[0], "first_split": first[1], "second": second[0], "second_split": second[1],
+                 "rho": found.rho, "low": found.low, "high": found.high, "p": found.p, "layers": found.places}
             )  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -220,15 +220,6 @@ def best_heads(model: MMDiT, layers: Sequence[int], count: int, split: str, plan
         )
         for layer in layers
     }
-
-
-def _spearman(first: Any, second: Any) -> float:
-    from scipy.stats import rankdata
-
-    one, two = rankdata(first), rankdata(second)
-    if one.std() == 0 or two.std() == 0:
-        return float("nan")
-    return float(np.corrcoef(one, two)[0, 1])
 
 
 def _pictures(split: str, plan: Plan) -> Any:

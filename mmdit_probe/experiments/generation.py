@@ -5,7 +5,7 @@
     compare(frame, baseline="base")          # per category: mean, paired difference, intervals, n
 
 Differences between variants are small beside those between pictures, so that they are taken per (prompt, seed) and
-averaged per prompt; intervals are bootstraps over prompts, which are what a benchmark samples.
+averaged per prompt; intervals are over prompts, which are what a benchmark samples.
 """
 
 from __future__ import annotations
@@ -14,13 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.results.statistics import interval
+from mmdit_probe.results.statistics import FEWEST, defined, interval
 
 if TYPE_CHECKING:
     from mmdit_probe.evaluate.blip import BlipAsker
@@ -111,17 +109,17 @@ def require(*scorers: object) -> None:
         raise UserError("nothing to score with: give a parser, a CLIP or BLIP model, or a folder to export to")
 
 
-def compare(frame: pd.DataFrame, baseline: str, draws: int = 2000) -> pd.DataFrame:
+def compare(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Means per variant, category and metric, and paired differences to a baseline.
 
     Args:
         frame: rows of `score` of several variants.
         baseline: variant that differences are taken to.
-        draws: bootstrap draws over prompts.
 
     Returns:
-        Columns variant, category ("all" for every prompt), metric, prompts, images, mean, low, high (95 % interval of
-        the mean), difference, difference_low, difference_high, worse (the interval lies below zero).
+        Columns variant, category ("all" for every prompt), metric, prompts (of the mean: those where the metric is
+        defined), images, mean, low, high (95 % interval of the mean), difference, difference_low, difference_high,
+        worse (the interval lies below zero, over enough prompts).
 
     Raises:
         UserError: unknown baseline, or a variant that was scored on other prompts or seeds.
@@ -144,21 +142,18 @@ def compare(frame: pd.DataFrame, baseline: str, draws: int = 2000) -> pd.DataFra
             for metric in metrics:
                 own = chosen[metric].groupby(["category", "index"]).mean().to_numpy()
                 other = base[metric].groupby(["category", "index"]).mean().to_numpy()
-                mean, low, high = _interval(own, draws)
-                gain, gain_low, gain_high = _interval(own - other, draws)
+                mean, low, high = interval(own)
+                gain, gain_low, gain_high = interval(own - other)
+                enough = len(defined(own - other)) >= FEWEST
                 rows.append(
                     {
-                        "variant": name, "category": category, "metric": metric, "prompts": len(own),
+                        "variant": name, "category": category, "metric": metric, "prompts": len(defined(own)),
                         "images": len(chosen), "mean": mean, "low": low, "high": high, "difference": gain,
-                        "difference_low": gain_low, "difference_high": gain_high, "worse": bool(gain_high < 0),
+                        "difference_low": gain_low, "difference_high": gain_high,
+                        "worse": bool(enough and gain_high < 0),
                     }
                 )  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def _interval(values: NDArray[np.float64], draws: int) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval over prompts; one prompt has no interval: NaN."""
-    return interval(values, draws) if len(values) > 1 else (float(values.mean()), float("nan"), float("nan"))
 
 
 def _parsed(parser: SceneParser, texts: Sequence[str], pictures: Sequence[Any]) -> list[dict[str, float]]:

@@ -189,7 +189,7 @@ class _State:
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per layer and kind: n and, of each score, the mean and its 95 % bootstrap interval over pictures.
+    """One row per layer and kind: n and, of each score, the mean and its 95 % interval over pictures.
 
     `beyond` and `silhouette_beyond` are the differences to the shuffled masks, paired.
     """

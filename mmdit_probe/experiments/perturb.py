@@ -243,10 +243,10 @@ def losses(table: pd.DataFrame) -> pd.DataFrame:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per place and outcome.
 
-    Returns: columns layer, head, span, outcome, n, effect, low, high (mean and 95 % bootstrap interval over prompts of
+    Returns: columns layer, head, span, outcome, n, effect, low, high (mean and 95 % interval over prompts of
     the paired effect), control, control_low, control_high, beyond, beyond_low, beyond_high (edit minus control, paired)
     and verdict: "beyond control" if that interval excludes 0, "as control" if not, "no effect" if the effect's own
-    interval includes 0, "too few" below 5 prompts, "" without a control. The no-op has layer -1.
+    interval includes 0, "too few" below `FEWEST` prompts, "" without a control. The no-op has layer -1.
     """
     import pandas as pd
 

@@ -25,7 +25,7 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.scores import area_under_curve, map_quality, mean_iou
 from mmdit_probe.observe.pca import token_classes
 from mmdit_probe.observe.sinks import SinkFree, without_sinks
-from mmdit_probe.results.statistics import interval, measured
+from mmdit_probe.results.statistics import FEWEST, TOO_FEW, interval, measured
 from mmdit_probe.scenes.world import CLASSES
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def improvement(table: pd.DataFrame, against: str = PLAIN, of: str = CLEAN) -> p
     Args:
         table: from `map_scores`, with the column item. against, of: which maps; by default what removing sinks adds.
 
-    Returns: layer, head, score, n, before, after, difference, low, high (95 % bootstrap over images), verdict: better,
-    worse, or "no difference".
+    Returns: layer, head, score, n, before, after, difference, low, high (95 % over images), verdict: better, worse, "no
+    difference", or "too few items".
     """
     import pandas as pd
 
@@ -92,7 +92,7 @@ def improvement(table: pd.DataFrame, against: str = PLAIN, of: str = CLEAN) -> p
     for (layer, head, score), part in long.groupby(["layer", "head", "score"], sort=True, observed=True):
         wide = part.pivot(index="item", columns="maps", values="value")[[against, of]].dropna()
         difference, low, high = interval(wide[of] - wide[against])
-        verdict = "better" if low > 0 else "worse" if high < 0 else "no difference"
+        verdict = TOO_FEW if len(wide) < FEWEST else "better" if low > 0 else "worse" if high < 0 else "no difference"
         rows.append(
             {"layer": layer, "head": head, "score": score, "n": len(wide), "before": float(wide[against].mean()),
              "after": float(wide[of].mean()), "difference": difference, "low": low, "high": high, "verdict": verdict}

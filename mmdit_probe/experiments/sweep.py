@@ -138,7 +138,7 @@ def sweep(
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per setting and outcome: layers, scale, control (whether the perturbation is the random one), n, mean,
-    low, high (95 % bootstrap over prompts), and, for settings other than stock, difference, difference_low,
+    low, high (95 % over prompts), and, for settings other than stock, difference, difference_low,
     difference_high (minus stock, paired). `change` is a difference as it is."""
     import pandas as pd
 

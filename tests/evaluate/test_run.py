@@ -21,9 +21,9 @@ from mmdit_probe.evaluate.captures import Captures
 from mmdit_probe.evaluate.league import league
 from mmdit_probe.evaluate.plan import COLUMNS, Plan
 from mmdit_probe.evaluate.scores import matched_by_rows
-from mmdit_probe.evaluate.shards import alone_under_launcher
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table
+from mmdit_probe.results.processes import alone_under_launcher
 from mmdit_probe.segment.record import Reading
 
 NAMES = ("red", "ring", "cat", "background")
