@@ -39,7 +39,7 @@ def markdown(table: pd.DataFrame, controls: pd.DataFrame, request: dict[str, obj
         "# Attention maps and causal attribution",
         "",
         f"Written by `python analyses/attribution.py`. Model {request['model']}, scenes of `{request['split']}`, sigma"
-        f" {request['sigma']}. Spearman correlation over (word, region) pairs, 95 % bootstrap interval over scenes;",
+        f" {request['sigma']}. Spearman correlation over (word, region) pairs, 95 % interval over scenes;",
         "control: the attention of the scene's next word. Last column: the rank correlation within scenes, minus that",
         "of the same network with random weights, paired.",
         "",

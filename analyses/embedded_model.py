@@ -44,7 +44,7 @@ def guidance_table(model: MMDiT, values: list[float], n: int, num_steps: int) ->
 
 
 def alignment_table(images: pd.DataFrame) -> pd.DataFrame:
-    """Mean and 95 % bootstrap interval over images per model and caption category."""
+    """Mean and 95 % interval over images per model and caption category."""
     rows = []
     for (model, category), part in images.groupby(["model", "category"], sort=False):
         row: dict[str, object] = {"model": model, "category": category, "n": len(part)}
@@ -66,7 +66,7 @@ def as_markdown(
         "Written by `python analyses/embedded_model.py`; every number is from the checkpoint in `mmdit_probe/assets`.",
         "",
         f"Images generated from held-out captions ({num_steps} steps, guidance {guidance:g}, {dtype}), read back by",
-        "the scene parser: share of images where it holds, with the 95 % bootstrap interval over images. `real` is",
+        "the scene parser: share of images where it holds, with the 95 % interval over images. `real` is",
         "the parser's own limit: true captions of real held-out scenes. Objects and colours right on captions of the",
         "val split, by guidance: " + ", ".join(f"{g:g}: {v:.3f}" for g, v in by_guidance) + ".",
         "",

@@ -63,9 +63,7 @@ def markdown(
         + ", ".join(f"layer {layer}: {ranks[report][layer]:.1f} of {len(ranks[report])}" for layer in layers)
         + f"; least there: layer {ranks[report].idxmin()} ({ranks[report].min():.1f}).",
         "",
-        "Value [95 % bootstrap interval over items] (rank); "
-        + "; ".join(f"{k}: {v}" for k, v in EVIDENCE.items())
-        + ".",
+        "Value [95 % interval over items] (rank); " + "; ".join(f"{k}: {v}" for k, v in EVIDENCE.items()) + ".",
         "",
     ]
     part = by_layer[by_layer["split"] == report]
@@ -87,7 +85,7 @@ def markdown(
         )
     failed = int((against["verdict"] != ABOVE).sum())
     lines += ["", f"{failed} of {len(against)} comparisons are not above their control."]
-    lines += ["", "## Agreement", "", "Spearman correlation over layers, 95 % bootstrap interval over items.", ""]
+    lines += ["", "## Agreement", "", "Spearman correlation over layers, 95 % interval over items.", ""]
     lines += ["| first | second | rank correlation |", "|-|-|-|"]
     for row in agreement.to_dict("records"):
         same = row["first"] == row["second"]

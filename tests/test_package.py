@@ -17,8 +17,10 @@ EXAMPLES = [
     "mmdit_probe.attention.call",
     "mmdit_probe.attention.exact",
     "mmdit_probe.attention.reference",
+    "mmdit_probe.evaluate.scores",
     "mmdit_probe.models.families.registry",
     "mmdit_probe.models.layout",
+    "mmdit_probe.segment.record",
 ]
 
 

@@ -79,15 +79,15 @@ def command(
     """
     from mmdit_probe.cli.league import TAGS, report
     from mmdit_probe.cli.session import check_stream, load_model, output_of, text_of
+    from mmdit_probe.data.sources import dataset as read_dataset
     from mmdit_probe.errors import UserError, unknown
-    from mmdit_probe.evaluate.datasets import load_dataset
-    from mmdit_probe.evaluate.matching import VARIANTS
+    from mmdit_probe.evaluate.scores import MATCHES
     from mmdit_probe.segment.settings import parse_sigmas, parse_size, selected
 
     output = output_of(session)
-    if match not in VARIANTS:
-        raise unknown("matching", match, VARIANTS)
-    data = load_dataset(dataset, limit)
+    if match not in MATCHES:
+        raise unknown("matching", match, MATCHES)
+    data = read_dataset(dataset, limit)
     if many_to_one and data.background is None:
         raise UserError(f"{data.name} has no background class, so --many-to-one has nothing to join segments to")
     if data.note:
@@ -108,20 +108,19 @@ def command(
         raise UserError("protocol 'predicted' needs --tagger CLIP, or --tags FILE of another program's tags")
 
     from mmdit_probe.evaluate.captures import Captures
-    from mmdit_probe.evaluate.plan import Plan
-    from mmdit_probe.evaluate.run import evaluate
-    from mmdit_probe.evaluate.shards import alone_under_launcher, local_device, shard_of
+    from mmdit_probe.evaluate.plan import Plan, evaluate
     from mmdit_probe.evaluate.tagger import Tagging
-    from mmdit_probe.results import RunFolder
+    from mmdit_probe.results import RunFolder, processes
     from mmdit_probe.results.selection import load_selection
+    from mmdit_probe.segment.record import Reading as Read
 
-    if alone_under_launcher():
+    if processes.alone_under_launcher():
         output.note(
             "accelerate started one process only (--cpu leaves the others to MPI): use accelerate launch --multi_gpu "
             "--num_processes N, or torchrun --nproc_per_node N; both take CPUs where there is no GPU"
         )
     model, lora = session.model, session.lora
-    here = replace(session, device=local_device(session.device))
+    here = replace(session, device=processes.local_device(session.device))
     named = model if lora is None else f"{model}+{lora}"
     captures = Captures(lambda: load_model(here), named, cache, text_of(session))
     if lora is not None:
@@ -132,34 +131,28 @@ def command(
         raise UserError(f"the selection {str(selection)!r} was made with other weights; run select-layers on {model}")
     plan = Plan.of(
         data, request["methods"], layer_count=facts["layers"], head_count=facts["heads"],
+        reading=Read(layers, weights, None, request["sigmas"], request["seeds"], reading.fit, parse_size(reading.size)),
         protocols=request["protocols"], refine=request["refine"], options=request["options"], background=background,
-        layers=layers, heads=heads, weights=weights, sigmas=request["sigmas"], seeds=request["seeds"], sweep=sweep,
-        fit=reading.fit, size=parse_size(reading.size), tags=request["tags"] or {}, by_rows=match == "row",
+        heads=heads, sweep=sweep, tags=request["tags"] or {}, by_rows=match == "row",
     )  # fmt: skip
     named_by = None if request["tagger"] is None else Tagging.of(data, **request["tagger"])
-    with shard_of() as shard:
-        path = None
-        if shard.first:
-            asked = {"model": model, "weight_hash": facts["weight_hash"], **request}
-            folder = RunFolder.open(NAME, asked, out=session.out, resume=session.resume)
-            path = str(folder.path), folder.complete
-        place, complete = shard.share(path)
-        if not shard.first:
-            folder = RunFolder(Path(place), {})
-        if not complete:
-            if shard.first:
-                folder.record(
-                    model=facts, classes=[list(c.synonyms) for c in data.classes], agnostic=data.agnostic,
-                    images=[sample.name for sample in data.samples], background=data.background,
-                    processes=shard.world,
-                )  # fmt: skip
+    asked = {"model": model, "weight_hash": facts["weight_hash"], **request}
+    with (
+        processes.joined(),
+        processes.from_first(lambda: RunFolder.open(NAME, asked, out=session.out, resume=session.resume)) as folder,
+    ):
+        if not folder.complete:
+            folder.record(
+                model=facts, classes=[list(c.synonyms) for c in data.classes], agnostic=data.agnostic,
+                images=[sample.name for sample in data.samples], background=data.background,
+                processes=processes.world(),
+            )  # fmt: skip
             if named_by is not None:
-                with output.progress("tags", named_by.steps(shard)) as advance:
-                    plan = replace(plan, tags=named_by.tags(folder.path / TAGS, shard, advance))
-            total = len(shard.mine(len(data.samples)))
-            with output.progress("images", total) as advance:
-                evaluate(plan, captures, folder, shard, advance)
-        if shard.first:
+                with output.progress("tags", named_by.steps) as advance:
+                    plan = replace(plan, tags=named_by.tags(folder.path / TAGS, advance))
+            with output.progress("images", len(processes.share(data.samples))) as advance:
+                evaluate(plan, captures, folder, advance)
+        if processes.rank() == 0:
             report(folder, output, model, data.background if many_to_one else None, match)
 
 

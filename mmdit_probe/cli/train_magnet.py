@@ -12,8 +12,7 @@ from mmdit_probe.cli.options import SESSION, Session, with_session
 
 if TYPE_CHECKING:
     from mmdit_probe.cli.output import Output
-    from mmdit_probe.magnet.data import Data
-    from mmdit_probe.magnet.sample import Sample
+    from mmdit_probe.data import Data, Sample
     from mmdit_probe.models.mmdit import MMDiT
 
 DataSource = Annotated[
@@ -132,6 +131,7 @@ def command(
     if session.lora is not None:
         merge(loaded.pipeline)
 
+    from mmdit_probe.data import training_data
     from mmdit_probe.magnet.config import MagnetConfig
     from mmdit_probe.magnet.losses import LossWeights
     from mmdit_probe.magnet.trainer import Watch, train
@@ -150,11 +150,21 @@ def command(
         sigma_std=sigma_std, ema=ema, checkpointing=checkpointing, drop_prompt=drop_prompt,
         seed=session.seed, **options,
     )  # fmt: skip
-    source = _data(data, masks, prompt, limit, fit, loaded, split, sentences)
+    kind = "part" if masks in ("part", "self-segments") else "class"
+    source = training_data(
+        data,
+        size=loaded.default_size,
+        masks=kind,
+        prompt=prompt,
+        limit=limit,
+        fit=fit,
+        split=split,
+        sentences=sentences,
+    )
     if captions is not None or caption_model is not None:
         source = _captioned(source, captions, caption_model, caption_instruction, loaded, output)
     if masks.startswith("self"):
-        from mmdit_probe.magnet.data import check
+        from mmdit_probe.magnet.check import check
         from mmdit_probe.magnet.pseudo import SelfLabelled
 
         check(source, loaded, "none")
@@ -190,44 +200,15 @@ def command(
     output.result(document, [*lines, f"adapter: {result.lora}"], result.path)
 
 
-COCO = ("coco-instances", "coco-stuff", "coco-panoptic")
-
-
-def _data(
-    source: str, masks: str, prompt: str | None, limit: int | None, fit: str, model: MMDiT, split: str,
-    sentences: int | None = None,
-) -> Data:  # fmt: skip
-    """The training data that --data names."""
-    from mmdit_probe.errors import UserError, unknown
-    from mmdit_probe.magnet.data import FolderData, ScenesData
-    from mmdit_probe.magnet.readers import CocoData, Sa1bData
-
-    name, _, rest = source.partition(":")
-    if name == "scenes":
-        kind: Any = "part" if masks in ("part", "self-segments") else "class"
-        return ScenesData(rest, limit or 1000, kind, prompt or "list")  # type: ignore[arg-type]
-    if prompt == "mixed":
-        raise UserError("prompt 'mixed' is for scenes; pictures on disk have captions: use caption or list")
-    shared: Any = {"size": model.default_size, "fit": fit, "limit": limit, "sentences": sentences}
-    if name in COCO:
-        return CocoData(Path(rest), prompt=prompt or "list", kind=name.removeprefix("coco-"), split=split, **shared)  # type: ignore[arg-type]
-    if name == "sa1b":
-        return Sa1bData(Path(rest), **shared)
-    if rest and not Path(source).exists():
-        raise unknown("training data", name, ("scenes", "sa1b", *COCO))
-    folder = FolderData(Path(source), **shared)
-    return replace(folder, prompt=prompt or ("list" if folder.named else "caption"))  # type: ignore[arg-type]
-
-
 def _captioned(
     source: Data, file: Path | None, name: str | None, instruction: str, model: MMDiT, output: Output
 ) -> Data:
     """The data with captions from a file, written by a captioning model where they are missing."""
     from functools import partial
 
+    from mmdit_probe.data import PictureData
+    from mmdit_probe.data.captions import Captioner, cached
     from mmdit_probe.errors import UserError
-    from mmdit_probe.magnet.captions import Captioner, cached
-    from mmdit_probe.magnet.pictures import PictureData
 
     if not isinstance(source, PictureData):
         raise UserError("scenes have captions of their own; --captions and --caption-model are for pictures on disk")
@@ -244,7 +225,11 @@ def _held_out(source: str | None, data: str, count: int, fit: str, model: MMDiT,
     source = "scenes:val" if source is None and data.startswith("scenes:") else source
     if source is None or count == 0:
         return []
-    held = _data(source, "class", "list", count, fit, model, split.replace("train", "val"))
+    from mmdit_probe.data import training_data
+
+    held = training_data(
+        source, size=model.default_size, prompt="list", limit=count, fit=fit, split=split.replace("train", "val")
+    )
     return [held[index] for index in range(len(held))]
 
 

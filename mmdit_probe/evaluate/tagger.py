@@ -12,7 +12,6 @@ program (BLIP, GPT-4o, ...) come as a JSON file instead.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,11 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdit_probe.data.class_names import SegClass
+from mmdit_probe.data.labels import IGNORE
+from mmdit_probe.data.sample import Dataset
+from mmdit_probe.data.sources import dataset as read_dataset
+from mmdit_probe.data.text import read_json
 from mmdit_probe.errors import UserError
-from mmdit_probe.evaluate.counts import IGNORE
-from mmdit_probe.evaluate.datasets import SegDataset, load_dataset
-from mmdit_probe.evaluate.shards import Shard
-from mmdit_probe.segment.vocabulary import SegClass
+from mmdit_probe.results import processes
+from mmdit_probe.results.atomic import write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,14 +63,15 @@ def open_tagger(name: str, classes: Sequence[SegClass]) -> Tagger:
     """
     if name == PARSER:
         return _parser(classes)
-    from mmdit_probe.segment.clip import DenseCLIP
+    from mmdit_probe.segment.clip import CLIP
 
-    clip = DenseCLIP.open(name)
+    clip = CLIP.open(name)
     owner = np.array([index for index, one in enumerate(classes) for _ in one.synonyms])
     words = clip.text([synonym for one in classes for synonym in one.synonyms])  # [Q, P]
 
     def score(image: NDArray[np.uint8]) -> NDArray[np.float64]:
-        cosines = (clip.whole(image) @ words.T).double().numpy()
+        vector = clip.vectors(clip.pixels([image], (clip.side(), clip.side())))[0]
+        cosines = (vector @ words.T).double().numpy()
         best = np.array([cosines[owner == index].max() for index in range(len(classes))])
         return np.asarray(best - best.max())
 
@@ -92,7 +95,7 @@ def _parser(classes: Sequence[SegClass]) -> Tagger:
 
 
 def choose_threshold(
-    tagger: Tagger, dataset: SegDataset, advance: Callable[[], None] = lambda: None
+    tagger: Tagger, dataset: Dataset, advance: Callable[[], None] = lambda: None
 ) -> tuple[float, Quality]:
     """The threshold with the best F1 over all (image, class) pairs of labelled images, and how right it is there.
 
@@ -101,9 +104,9 @@ def choose_threshold(
     """
     scores, truth = [], []
     for sample in dataset.samples:
-        scores.append(tagger(sample.image()))
+        scores.append(tagger(sample.image))
         there = np.zeros(len(dataset.classes), bool)
-        ids = np.unique(np.asarray(sample.labels()))
+        ids = np.unique(np.asarray(sample.label()))
         there[ids[ids != IGNORE]] = True
         truth.append(there)
         advance()
@@ -125,13 +128,13 @@ class Tagging:
         dataset: the images to tag. tagger: scores them. threshold: None is chosen on `split`.
     """
 
-    dataset: SegDataset
+    dataset: Dataset
     tagger: Tagger
     threshold: float | None
-    split: SegDataset | None
+    split: Dataset | None
 
     @classmethod
-    def of(cls, dataset: SegDataset, name: str, threshold: float | None = None, split: str | None = None) -> Tagging:
+    def of(cls, dataset: Dataset, name: str, threshold: float | None = None, split: str | None = None) -> Tagging:
         """A tagger by name with a threshold, or with the data set (`scenes:train`, `NAME:ROOT`) to choose it on.
 
         Raises:
@@ -139,43 +142,42 @@ class Tagging:
         """
         if threshold is None and split is None:
             raise UserError("a tagger needs a threshold, or labelled images to choose it on")
-        images = load_dataset(split, SPLIT_IMAGES) if threshold is None and split is not None else None
+        images = read_dataset(split, SPLIT_IMAGES) if threshold is None and split is not None else None
         if images is not None and [one.name for one in images.classes] != [one.name for one in dataset.classes]:
             raise UserError(f"the images of {split!r} have other classes than {dataset.name}")
         return cls(dataset, open_tagger(name, dataset.classes), threshold, images)
 
-    def steps(self, shard: Shard) -> int:
+    @property
+    def steps(self) -> int:
         """Pictures that this process looks at."""
-        choose = len(self.split.samples) if self.split is not None and shard.first else 0
-        return choose + len(shard.mine(len(self.dataset.samples)))
+        choose = len(self.split.samples) if self.split is not None and processes.rank() == 0 else 0
+        return choose + len(processes.share(self.dataset.samples))
 
-    def tags(
-        self, path: Path, shard: Shard | None = None, advance: Callable[[], None] = lambda: None
-    ) -> dict[str, list[str]]:
+    def tags(self, path: Path, advance: Callable[[], None] = lambda: None) -> dict[str, list[str]]:
         """Image name -> class names, each process its own images; kept in a file, where a resumed run finds them."""
-        part = shard or Shard()
-        kept = part.share(json.loads(path.read_text(encoding="utf-8")) if part.first and path.is_file() else None)
+        kept = processes.from_first(lambda: read_json(path, "the tags of this run") if path.is_file() else None)
         if kept is not None:
             return dict(kept["tags"])
-        about: dict[str, Any] = {"threshold": self.threshold}
-        if self.split is not None and part.first:
-            threshold, there = choose_threshold(self.tagger, self.split, advance)
-            about = {"threshold": threshold, "chosen_on": self.split.name, "there": asdict(there) | {"f1": there.f1}}
-        about = part.share(about)
-        found = {}
-        for sample in [self.dataset.samples[index] for index in part.mine(len(self.dataset.samples))]:
-            scores = self.tagger(sample.image())
+        about = processes.from_first(lambda: self._threshold(advance))
+        own = {}
+        for sample in processes.share(self.dataset.samples):
+            scores = self.tagger(sample.image)
             if self.dataset.background is not None:
                 scores[self.dataset.background] = -np.inf
-            there_are = np.flatnonzero(scores >= about["threshold"])
-            found[sample.name] = [self.dataset.classes[index].name for index in there_are]
+            named = np.flatnonzero(scores >= about["threshold"])
+            own[sample.name] = [self.dataset.classes[index].name for index in named]
             advance()
-        found = part.merged(found)
-        if part.first:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps({**about, "tags": found}, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        return found
+        tags = {name: said for part in processes.gather(own) for name, said in part.items()}
+        if processes.rank() == 0:
+            write_json(path, {**about, "tags": tags})
+        return tags
+
+    def _threshold(self, advance: Callable[[], None]) -> dict[str, Any]:
+        """The threshold, and how it was chosen."""
+        if self.split is None:
+            return {"threshold": self.threshold}
+        threshold, there = choose_threshold(self.tagger, self.split, advance)
+        return {"threshold": threshold, "chosen_on": self.split.name, "there": asdict(there) | {"f1": there.f1}}
 
 
 def quality(
@@ -188,6 +190,7 @@ def quality(
         said: image name -> tags. counts: rows of `evaluate.plan.COLUMNS`. samples: image names by index.
         names: of the classes. background: id that taggers do not name.
     """
+    counts = counts[counts["pixels"] > 0]
     wanted = np.zeros((len(samples), len(names)), bool)
     wanted[counts["image"].to_numpy(), counts["truth"].to_numpy()] = True
     there = np.unique(counts["image"].to_numpy())

@@ -17,6 +17,7 @@ changed: the pooled text embedding keeps its value.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -30,7 +31,7 @@ from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.models.layout import Layer
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.observe.probe import probe
-from mmdit_probe.results.statistics import measured
+from mmdit_probe.results.statistics import FEWEST, TOO_FEW, measured, resampled, spearman
 from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices
 
 if TYPE_CHECKING:
@@ -85,13 +86,13 @@ def attribute(
     return pd.concat(parts, ignore_index=True)
 
 
-def agreement(table: pd.DataFrame, draws: int = 500) -> pd.DataFrame:
-    """Per layer: Spearman correlation over all (word, region) pairs, 95 % bootstrap interval over scenes.
+def agreement(table: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
+    """Per layer: Spearman correlation over all (word, region) pairs, 95 % BCa bootstrap interval over scenes.
 
     Returns: layer, n (scenes), rho, low, high, control, control_low, control_high, difference, difference_low,
     difference_high, verdict. The control pairs each word's attribution with the attention of the scene's next word; the
     difference is paired (the same scenes drawn for both). "beyond control" if both rho's and its interval lie above 0,
-    "as control" if not.
+    "as control" if not, "too few items" below `FEWEST` scenes.
     """
     import pandas as pd
 
@@ -101,18 +102,13 @@ def agreement(table: pd.DataFrame, draws: int = 500) -> pd.DataFrame:
         for _, one in part.groupby("item"):
             causal, seen = _matrices(one)
             scenes.append((causal.ravel(), seen.ravel(), np.roll(seen, 1, axis=0).ravel()))
-        rng = np.random.default_rng(0)
-        drawn = [rng.integers(0, len(scenes), len(scenes)) for _ in range(draws)]
         row: dict[str, Any] = {"layer": layer, "n": len(scenes)}
-        again = {}
-        for name, place in (("rho", 1), ("control", 2)):
-            pairs = [(scene[0], scene[place]) for scene in scenes]
-            again[name] = np.array([_spearman([pairs[k] for k in of]) for of in drawn])
-            prefix = "" if name == "rho" else "control_"
-            row |= {name: _spearman(pairs)} | _range(again[name], prefix)
-        row |= {"difference": row["rho"] - row["control"]} | _range(again["rho"] - again["control"], "difference_")
+        for name, places in (("rho", (1,)), ("control", (2,)), ("difference", (1, 2))):
+            prefix = "" if name == "rho" else f"{name}_"
+            ends = (name, f"{prefix}low", f"{prefix}high")
+            row |= dict(zip(ends, resampled(partial(_rho, scenes, places), len(scenes), draws), strict=True))
         beyond = row["low"] > 0 and row["difference_low"] > 0
-        row["verdict"] = "beyond control" if beyond else "as control"
+        row["verdict"] = TOO_FEW if len(scenes) < FEWEST else "beyond control" if beyond else "as control"
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -126,7 +122,7 @@ def by_scene(table: pd.DataFrame) -> pd.DataFrame:
 
     rows = []
     for (control, item, layer), part in table.groupby(["control", "item", "layer"], observed=True):
-        value = _spearman([tuple(matrix.ravel() for matrix in _matrices(part))])  # type: ignore[list-item]
+        value = spearman(*(matrix.ravel() for matrix in _matrices(part)))
         rows.append({"control": control, "item": item, "layer": layer, "value": 0.0 if np.isnan(value) else value})
     return pd.DataFrame(rows)
 
@@ -137,23 +133,11 @@ def _matrices(part: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
     return causal.to_numpy(), seen.to_numpy()
 
 
-def _range(values: np.ndarray, prefix: str) -> dict[str, float]:
-    known = values[np.isfinite(values)]
-    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (np.nan, np.nan)
-    return {f"{prefix}low": float(low), f"{prefix}high": float(high)}
-
-
-def _spearman(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
-    from scipy.stats import spearmanr
-
-    causal, seen = (np.concatenate([pair[k] for pair in pairs]) for k in (0, 1))
-    if np.ptp(causal) <= _EQUAL * np.abs(causal).max() or np.ptp(seen) <= _EQUAL * np.abs(seen).max():
-        return float("nan")
-    return float(spearmanr(causal, seen).statistic)
-
-
-_EQUAL = 1e-5
-"""Values that differ by less than this share of the largest are equal up to rounding: they have no ranks."""
+def _rho(scenes: Sequence[tuple[np.ndarray, ...]], places: tuple[int, ...], drawn: np.ndarray) -> float:
+    """Rank correlation of attribution (place 0 of a scene) with the attention at a place; of two, the difference."""
+    causal, *seen = (np.concatenate([scenes[k][place] for k in drawn]) for place in (0, *places))
+    first, *second = (spearman(causal, one) for one in seen)
+    return first - sum(second)
 
 
 class _SceneTargets:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.results.statistics import NONE, interval, measured
+from mmdit_probe.results.statistics import NONE, defined, interval, measured, rank_agreement
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,14 +187,14 @@ def _segmentation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.
     import pandas as pd
 
     from mmdit_probe.experiments import controls
-    from mmdit_probe.experiments.scenes_quality import held_out, map_quality
+    from mmdit_probe.experiments.scenes_quality import held_out, word_map_scores
     from mmdit_probe.observe.probe import probe
 
     parts = []
     for variant in controls.variants(model, controls.parse(control)):
         with probe(variant.model, edits=variant.edits, layers=()):
             for index, item in enumerate(held_out(amount.n, split)):
-                table = map_quality(variant.model, [item], sigma=amount.sigma, seed=amount.seed + index)
+                table = word_map_scores(variant.model, [item], sigma=amount.sigma, seed=amount.seed + index)
                 plain = table[(table["head"] == "mean") & ~table["min_max"]]  # the softmax alone, the paper's choice
                 parts.append(plain.assign(item=index, value=plain["miou"], control=variant.name))
     return pd.concat(parts, ignore_index=True)
@@ -255,8 +255,9 @@ def by_layer(long: pd.DataFrame) -> pd.DataFrame:
     for (split, name, layer), part in measured(long).groupby(["split", "evidence", "layer"], sort=False, observed=True):
         value, low, high = interval(part["value"])
         rows.append(
-            {"split": split, "evidence": name, "layer": layer, "value": value, "low": low, "high": high, "n": len(part)}
-        )
+            {"split": split, "evidence": name, "layer": layer, "value": value, "low": low, "high": high,
+             "n": len(defined(part["value"]))}
+        )  # fmt: skip
     table = pd.DataFrame(rows)
     table["rank"] = table.groupby(["split", "evidence"])["value"].rank(ascending=False, method="min").astype(int)
     return table
@@ -282,43 +283,30 @@ def _resampled(tables: Sequence[pd.DataFrame], rng: np.random.Generator) -> list
     return means
 
 
-def agreement(long: pd.DataFrame, draws: int = 500) -> pd.DataFrame:
-    """Spearman rank correlation over layers of each two (evidence, split).
+def agreement(long: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
+    """Spearman rank correlation over layers of each two (evidence, split), with its 95 % interval over items.
 
-    Returns: first, first_split, second, second_split, rho, low, high (95 % bootstrap interval over items; evidences
-    measured on the same items draw the same ones), p (two-sided, of layers in random order), layers.
+    Two evidences measured on the same items draw the same ones.
+
+    Returns: first, first_split, second, second_split, rho, low, high, p (of such a correlation among unrelated orders
+    of so few layers), layers.
     """
     import pandas as pd
-    from scipy.stats import spearmanr
 
     values = _wide(long)
-    rng = np.random.default_rng(0)
     keys = list(values)
     rows = []
     for place, first in enumerate(keys):
         for second in keys[place + 1 :]:
             shared = values[first].columns.intersection(values[second].columns)
-            if len(shared) < 3:
-                continue
-            pair = [values[key][shared] for key in (first, second)]
-            found = _spearman(*(table.to_numpy().mean(0) for table in pair))
-            again = [_spearman(*_resampled(pair, rng)) for _ in range(draws)]
-            p = float(spearmanr(*(table.to_numpy().mean(0) for table in pair)).pvalue)
+            one, two = (values[key][shared].to_numpy() for key in (first, second))
+            same = first[1] == second[1] and values[first].index.equals(values[second].index)
+            found = rank_agreement(one, two, same_items=same, draws=draws)
             rows.append(
                 {"first": first[0], "first_split": first[1], "second": second[0], "second_split": second[1],
-                 "rho": found, "low": float(np.nanquantile(again, 0.025)), "high": float(np.nanquantile(again, 0.975)),
-                 "p": p, "layers": len(shared)}
+                 "rho": found.rho, "low": found.low, "high": found.high, "p": found.p, "layers": found.places}
             )  # fmt: skip
     return pd.DataFrame(rows)
-
-
-def _spearman(first: np.ndarray, second: np.ndarray) -> float:
-    """Rank correlation; NaN where one of both is constant."""
-    from scipy.stats import spearmanr
-
-    if np.ptp(first) == 0 or np.ptp(second) == 0:
-        return float("nan")
-    return float(spearmanr(first, second).statistic)
 
 
 def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int, ...]:
@@ -384,9 +372,9 @@ def best_heads(
     model: MMDiT, layers: Sequence[int], count: int, split: str, amount: Amount
 ) -> dict[int, tuple[int, ...]]:
     """The heads whose I2T maps segment best, per layer, on `amount.n` scenes of a split; best first."""
-    from mmdit_probe.experiments.scenes_quality import held_out, map_quality
+    from mmdit_probe.experiments.scenes_quality import held_out, word_map_scores
 
-    table = map_quality(model, held_out(amount.n, split), sigma=amount.sigma, seed=amount.seed)
+    table = word_map_scores(model, held_out(amount.n, split), sigma=amount.sigma, seed=amount.seed)
     heads = table[(table["head"] != "mean") & ~table["min_max"]]
     return {
         layer: tuple(

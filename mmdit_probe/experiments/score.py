@@ -21,7 +21,7 @@ from mmdit_probe.experiments.experiment import Experiment, Study, request_of, sc
 from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Sampling
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import interval
+from mmdit_probe.results.statistics import FEWEST, defined, interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -208,10 +208,10 @@ class Score(Sampling, Experiment):
         adapt(study.model, study.state[1], BASE)
 
     def _maps(self, model: MMDiT, sigma: float) -> pd.DataFrame:
-        from mmdit_probe.experiments.scenes_quality import grid_ceiling, held_out, map_quality
+        from mmdit_probe.experiments.scenes_quality import grid_ceiling, held_out, word_map_scores
 
         items = held_out(self.n, self.split)
-        table = map_quality(model, items, sigma=sigma, seed=self.seed, streams=STREAMS)
+        table = word_map_scores(model, items, sigma=sigma, seed=self.seed, streams=STREAMS)
         return table.assign(ceiling=grid_ceiling(items, model.default_size[0] // model.size_multiple))
 
     def _pictures(
@@ -356,8 +356,9 @@ def export(picture: Any, folder: Path, prompt: str, number: int) -> None:
 def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Means per variant, category and metric, and paired differences to a baseline.
 
-    Returns: columns variant, category ("all" for every prompt), metric, prompts, images, mean, low, high (95 % interval
-    of the mean), difference, difference_low, difference_high, worse (the interval lies below zero).
+    Returns: columns variant, category ("all" for every prompt), metric, prompts (of the mean: those where the metric is
+    defined), images, mean, low, high (95 % interval of the mean), difference, difference_low, difference_high, worse
+    (the interval lies below zero, over enough prompts).
 
     Raises:
         UserError: unknown baseline, or a variant that was scored on other prompts or seeds.
@@ -380,11 +381,12 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
                 own, other = (t[metric].groupby(["category", "index"]).mean().to_numpy() for t in (chosen, base))
                 mean, low, high = interval(own)
                 gain, gain_low, gain_high = interval(own - other)
+                enough = len(defined(own - other)) >= FEWEST
                 rows.append(
                     {
-                        "variant": name, "category": category, "metric": metric, "prompts": len(own),
+                        "variant": name, "category": category, "metric": metric, "prompts": len(defined(own)),
                         "images": len(chosen), "mean": mean, "low": low, "high": high, "difference": gain,
-                        "difference_low": gain_low, "difference_high": gain_high, "worse": bool(gain_high < 0),
+                        "difference_low": gain_low, "difference_high": gain_high, "worse": bool(enough and gain_high < 0),
                     }
                 )  # fmt: skip
     return pd.DataFrame(rows)

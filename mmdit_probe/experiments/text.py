@@ -102,7 +102,11 @@ def claim_lines(claims: pd.DataFrame, claim: str, explained: dict[str, str]) -> 
     verdict = f"{failed} of {len(claims)} comparisons are not above their control."
     if undecided:
         verdict += f" {undecided} have fewer than {FEWEST} items, which decides nothing."
-    return [f"Claim: {claim}. Paired differences over items, 95 % interval. Controls: {known}.", verdict]
+    claimed = (
+        f"Claim: {claim}. Paired differences over items, 95 % interval; verdicts are corrected for many comparisons"
+        f" (Holm). Controls: {known}."
+    )
+    return [claimed, verdict]
 
 
 def records(value: Any) -> Any:

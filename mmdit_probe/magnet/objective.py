@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mmdit_probe.data.sample import Sample
 from mmdit_probe.magnet import schedule
 from mmdit_probe.magnet.config import MagnetConfig
 from mmdit_probe.magnet.losses import as_logits, flow_matching, mask_loss, match
-from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.models.tokens import TokenTable
@@ -47,7 +47,7 @@ class Encoder:
         self._bytes = 0
 
     def __call__(self, sample: Sample, prompt: str) -> Encoded:
-        key = (sample.key, prompt)
+        key = (sample.name, prompt)
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]

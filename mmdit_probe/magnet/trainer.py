@@ -23,12 +23,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from mmdit_probe.data.sample import Sample
+from mmdit_probe.data.training import Data
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.magnet import checkpoint, lora, schedule
+from mmdit_probe.magnet.check import check
 from mmdit_probe.magnet.config import MagnetConfig
-from mmdit_probe.magnet.data import Data, check
 from mmdit_probe.magnet.objective import TERMS, ConvHead, Objective
-from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.magnet.validation import sample_grid, validate
 from mmdit_probe.models.layout import unwrap

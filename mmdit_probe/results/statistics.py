@@ -1,37 +1,112 @@
-"""Intervals over items, and whether a measurement is above its control.
+"""Intervals that cover, comparisons with controls, margins, power, and agreement of ranks.
 
-    interval([0.1, 0.2, 0.3])                      # mean, low, high
-    compare(table, ["layer"], "value")             # one row per layer and control, with a verdict
+    mean, low, high = interval([0.1, 0.2, 0.3, 0.2])          # of a share of yes and no: interval(values, "share")
+    compare(table, ["layer"], "value")                        # one row per layer and control, with a verdict
+    no_worse(differences, margin=0.05).verdict                # "no worse", "worse" or "undecided"
+    n_for_effect(differences, 0.05)                           # items that would show a difference of 0.05
 
 The table of a run holds its controls beside the measurement, told apart by the column `control` ("none" is the
-measurement itself). A claim is about the difference of the two on the same items, so the bootstrap draws items, not
-rows. Not here: how a control is made (`experiments.controls`).
+measurement itself). A claim is about the difference of the two on the same items, so items are what is resampled, not
+rows. Scores that are undefined for an item (NaN) are left out and counted. All intervals are of 95 %; how often they
+cover the truth, by n, is in benchmarks/results/interval_coverage.md. Not here: how a control is made
+(`experiments.controls`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 if TYPE_CHECKING:
     import pandas as pd
+
+Kind = Literal["mean", "share"]
 
 NONE = "none"
 """Value of the column `control` in rows of the measurement itself."""
 
 ABOVE, NOT_ABOVE, TOO_FEW = "above its control", "not above its control", "too few items"
-FEWEST = 5
-"""Items below which a bootstrap interval decides nothing."""
+NO_WORSE, WORSE, UNDECIDED = "no worse", "worse", "undecided"
+
+FEWEST = 8
+"""Items below which there is no verdict: with fewer, some kinds of scores are covered in less than 93 % of samples
+(benchmarks/results/interval_coverage.md)."""
+
+LEVEL = 0.95
+TAILS = (0.025, 0.975)
+DRAWS = 2000
+MANY = 200
+"""Items from which the t distribution stands for the resampled one; at 100 the two agree."""
 
 
-def interval(values: Any, draws: int = 2000) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval over a sequence of items (percentiles, fixed seed)."""
+class Interval(NamedTuple):
+    """A mean (or another statistic) and its 95 % interval; the bounds are NaN where there is none (n < 2)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(values: ArrayLike, kind: Kind = "mean") -> Interval:
+    """Mean over items and its 95 % interval.
+
+    Args:
+        values: one per item; undefined ones (not finite) are left out.
+        kind: "mean": studentised bootstrap, smoothed (Polansky and Schucany 1997: without the smoothing, resamples of
+            equal values have no t statistic), fixed seed. "share": values in [0, 1], and so is the interval; Wilson's
+            where all are 0 or 1.
+
+    Raises:
+        ValueError: a share outside [0, 1].
+    """
+    data = defined(values)
+    if kind == "share" and data.size and not 0 <= data.min() <= data.max() <= 1:
+        raise ValueError(f"shares lie in [0, 1]; found {data.min():g} to {data.max():g}")
+    if len(data) < 2:
+        return Interval(float(data.mean()) if len(data) else np.nan, np.nan, np.nan)
+    mean = float(data.mean())
+    if kind == "share" and np.isin(data, (0, 1)).all():
+        from scipy.stats import binomtest
+
+        found = binomtest(int(data.sum()), len(data)).proportion_ci(LEVEL, method="wilson")
+        return Interval(mean, float(found.low), float(found.high))
+    below, above = _t_quantiles(data)
+    error = float(data.std(ddof=1)) / np.sqrt(len(data))
+    low, high = float(mean - above * error), float(mean - below * error)
+    return Interval(mean, max(0.0, low), min(1.0, high)) if kind == "share" else Interval(mean, low, high)
+
+
+def defined(values: ArrayLike) -> NDArray[np.float64]:
+    """The values that are finite; what is left out shows in their number."""
     data = np.asarray(values, float)
-    rng = np.random.default_rng(0)
-    means = data[rng.integers(0, len(data), (draws, len(data)))].mean(1)
-    return float(data.mean()), float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+    return data[np.isfinite(data)]
+
+
+def resampled(statistic: Callable[[NDArray[np.int64]], float], n: int, draws: int = 1000) -> Interval:
+    """A statistic of n items that is no mean (a correlation, an IoU over all) with its 95 % BCa bootstrap interval.
+
+    Args:
+        statistic: of the items with these indices. It may be NaN for some samples; those are left out.
+    """
+    from scipy.stats import DegenerateDataWarning, bootstrap
+
+    everything = np.arange(n)
+    value = float(statistic(everything))
+    if n < 2 or not np.isfinite(value):
+        return Interval(value, np.nan, np.nan)
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)
+        found = bootstrap((everything,), statistic, vectorized=False, n_resamples=draws, rng=np.random.default_rng(0))
+    low, high = found.confidence_interval
+    if not np.isfinite([low, high]).all():  # without a jackknife estimate, or with undefined samples: percentiles
+        known = defined(found.bootstrap_distribution)
+        low, high = np.quantile(known, TAILS) if len(known) else (np.nan, np.nan)
+    return Interval(value, float(low), float(high))
 
 
 def measured(table: pd.DataFrame, control: str = NONE) -> pd.DataFrame:
@@ -48,28 +123,235 @@ def compare(table: pd.DataFrame, cell: Sequence[str], value: str = "value") -> p
         table: columns item, control, those of `cell`, and `value`; one row for each of them.
         cell: what is compared on its own, such as ["layer"].
 
-    Returns: the columns of `cell`, control, n (items that have both), value, control_value (means), difference, low,
-    high (95 % bootstrap interval over items) and verdict: "above its control" if the interval lies above 0, "not above
-    its control" if not, "too few items" below five.
+    Returns: the columns of `cell`, control, n (items that have both), n_undefined (items that lack one), value,
+    control_value (means), difference, low, high (as `interval`), p_holm (paired t test, by Holm's method corrected for
+    all comparisons of the table that have enough items) and verdict: "above its control" if the interval lies above 0
+    and p_holm is at most .05, "not above its control" if not, "too few items" below `FEWEST`.
     """
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    for place, part in table.dropna(subset=[value]).groupby(list(cell), sort=False, observed=True):
-        wide = part.pivot(index="item", columns="control", values=value)
-        for control in (name for name in dict.fromkeys(part["control"]) if name != NONE):
-            if NONE not in wide:
+    p_values: list[float] = []
+    for place, part in table.groupby(list(cell), sort=False, observed=True):
+        wide = part.pivot(index="item", columns="control", values=value).astype(float)
+        for control in (name for name in dict.fromkeys(part["control"]) if name != NONE and NONE in wide):
+            pairs = wide[[NONE, control]]
+            both = pairs[np.isfinite(pairs).all(axis=1)]
+            if both.empty:
                 continue
-            pairs = wide[[NONE, control]].dropna()
-            if pairs.empty:
-                continue
-            difference, low, high = interval(pairs[NONE] - pairs[control])
-            verdict = TOO_FEW if len(pairs) < FEWEST else ABOVE if low > 0 else NOT_ABOVE
+            differences = both[NONE] - both[control]
+            difference, low, high = interval(differences)
+            p_values.append(_p_value(differences) if len(both) >= FEWEST else np.nan)
             rows.append(
                 dict(zip(cell, place, strict=True))
-                | {"control": control, "n": len(pairs), "value": float(pairs[NONE].mean()),
-                   "control_value": float(pairs[control].mean()), "difference": difference, "low": low, "high": high,
-                   "verdict": verdict}
+                | {"control": control, "n": len(both), "n_undefined": len(pairs) - len(both),
+                   "value": float(both[NONE].mean()), "control_value": float(both[control].mean()),
+                   "difference": difference, "low": low, "high": high}
             )  # fmt: skip
-    columns = [*cell, "control", "n", "value", "control_value", "difference", "low", "high", "verdict"]
-    return pd.DataFrame(rows, columns=columns)
+    columns = [*cell, "control", "n", "n_undefined", "value", "control_value", "difference", "low", "high"]
+    result = pd.DataFrame(rows, columns=columns).assign(p_holm=holm(p_values))
+    above = (result["low"] > 0) & (result["p_holm"] <= 1 - LEVEL)
+    return result.assign(verdict=np.where(result["n"] < FEWEST, TOO_FEW, np.where(above, ABOVE, NOT_ABOVE)))
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """p values corrected for being several, in the same order (Holm 1979); NaN stands outside the family."""
+    found = np.asarray(p_values, float)
+    result = np.full(found.shape, np.nan)
+    order = np.argsort(found)[: np.isfinite(found).sum()]
+    steps = found[order] * np.arange(len(order), 0, -1)
+    result[order] = np.minimum(1, np.maximum.accumulate(steps))
+    return result
+
+
+class NonInferiority(NamedTuple):
+    """Whether something is no worse by more than a margin."""
+
+    mean: float
+    low: float
+    high: float
+    margin: float
+    verdict: str
+
+
+def no_worse(differences: ArrayLike, margin: float) -> NonInferiority:
+    """Non-inferiority: the interval of the paired differences (new minus old, more is better) against a stated margin.
+
+    Returns: the interval and the verdict: "no worse" if it lies above -margin, "worse" if it lies below 0, else
+    "undecided"; "too few items" below `FEWEST`. An interval between -margin and 0 is "no worse": the loss is real and
+    smaller than what was said to matter.
+
+    Raises:
+        ValueError: a margin that is not positive.
+    """
+    if not margin > 0:
+        raise ValueError(f"margin {margin}: expected the largest loss that does not matter, above 0")
+    data = defined(differences)
+    found = interval(data)
+    verdict = NO_WORSE if found.low > -margin else WORSE if found.high < 0 else UNDECIDED
+    return NonInferiority(*found, margin, TOO_FEW if len(data) < FEWEST else verdict)
+
+
+def n_for_effect(differences: ArrayLike, effect: float, *, power: float = 0.8, comparisons: int = 1) -> int | None:
+    """Items at which a paired t test (5 %, two-sided) finds a mean difference of `effect` with probability `power`.
+
+    Args:
+        differences: of the items measured so far; their spread is what counts. comparisons: tests in the table, each
+            at 5 % / comparisons (Holm's first step).
+
+    Returns: at least `FEWEST`; None where fewer than two differences are defined, or a million items would not do.
+
+    Raises:
+        ValueError: an effect of 0, or a power outside (0, 1).
+    """
+    from scipy.stats import nct, t
+
+    if not (effect and np.isfinite(effect) and 0 < power < 1):
+        raise ValueError(f"effect {effect} at power {power}: expected an effect other than 0 and a power in (0, 1)")
+    data = defined(differences)
+    if len(data) < 2:
+        return None
+    size = abs(effect) / float(data.std(ddof=1)) if data.std() > 0 else np.inf
+
+    def enough(n: int) -> bool:
+        limit = t.ppf(1 - (1 - LEVEL) / (2 * comparisons), n - 1)
+        return not np.isfinite(size) or float(nct.sf(limit, n - 1, size * np.sqrt(n))) >= power
+
+    low, high = FEWEST - 1, FEWEST
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > 1_000_000:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+class Agreement(NamedTuple):
+    """Rank correlation of two orders of the same places, such as layers.
+
+    Attributes:
+        rho: Spearman's; NaN where one has no order. low, high: 95 % interval over items, the places being as they are.
+        p: chance of such a correlation (either sign) among orders without relation; with few places it is never small.
+        places: their number.
+    """
+
+    rho: float
+    low: float
+    high: float
+    p: float
+    places: int
+
+
+def rank_agreement(
+    first: NDArray[np.float64], second: NDArray[np.float64], *, same_items: bool, draws: int = DRAWS
+) -> Agreement:
+    """How much two evidences agree on the order of places, after averaging each over its items.
+
+    Args:
+        first, second: [items, places], items in the same order where they are the same.
+        same_items: the two were measured on the same items, which are then drawn together.
+
+    Raises:
+        ValueError: different places, or different numbers of the same items.
+    """
+    if first.shape[1] != second.shape[1] or (same_items and len(first) != len(second)):
+        raise ValueError(f"evidence of the same places and items expected; found {first.shape} and {second.shape}")
+    rng = np.random.default_rng(0)
+    drawn = _counts(rng, len(first), draws)
+    other = drawn if same_items else _counts(rng, len(second), draws)
+    low, high = np.nan, np.nan
+    if min(len(first), len(second)) > 1:
+        known = defined(_rank_correlation(_means(drawn, first), _means(other, second)))
+        low, high = np.quantile(known, TAILS) if len(known) else (low, high)
+    one, two = np.nanmean(first, axis=0), np.nanmean(second, axis=0)
+    return Agreement(spearman(one, two), float(low), float(high), _rank_p(one, two), first.shape[1])
+
+
+def spearman(first: ArrayLike, second: ArrayLike) -> float:
+    """Spearman's rank correlation; NaN where one has no order: fewer than two values, or all equal up to rounding."""
+    one, two = np.asarray(first, float), np.asarray(second, float)
+    if min(_spread(one), _spread(two)) <= EQUAL:
+        return float("nan")
+    return float(_rank_correlation(one, two))
+
+
+EQUAL = 1e-5
+"""Values that differ by less than this share of the largest are equal up to rounding: they have no ranks."""
+
+
+def _spread(values: NDArray[np.float64]) -> float:
+    """Range of the values as a share of the largest; 0 where there is none to speak of."""
+    if len(values) < 2 or not np.isfinite(values).all():
+        return 0.0
+    return float(np.ptp(values) / (np.abs(values).max() or 1.0))
+
+
+def _rank_p(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
+    """Two-sided p value of Spearman's correlation: over all orders up to eight places, then by the t distribution."""
+    from scipy.stats import permutation_test, rankdata, spearmanr
+
+    if not np.isfinite(spearman(first, second)):
+        return float("nan")
+    if len(first) > 8:
+        return float(spearmanr(first, second).pvalue)
+    ranks = rankdata(second) - (len(second) + 1) / 2
+    found = permutation_test(
+        (rankdata(first),), lambda order, axis: (order * ranks).sum(axis), permutation_type="pairings",
+        n_resamples=np.inf, vectorized=True,
+    )  # fmt: skip
+    return float(found.pvalue)
+
+
+def _rank_correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Spearman's correlation along the last axis, NaN where values are equal."""
+    from scipy.stats import ConstantInputWarning, pearsonr, rankdata
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConstantInputWarning)
+        found = pearsonr(rankdata(first, axis=-1), rankdata(second, axis=-1), axis=-1)
+    return np.asarray(found.statistic)
+
+
+def _counts(rng: np.random.Generator, n: int, draws: int) -> NDArray[np.float64]:
+    """How often each of n items is in each resample (draws, n)."""
+    return rng.multinomial(n, np.full(n, 1 / n), draws).astype(float)
+
+
+def _means(counts: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means of resamples over items: (draws, items) x (items, places) -> (draws, places); undefined values left out."""
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (counts @ np.where(known, values, 0)) / (counts @ known)
+
+
+def _p_value(differences: ArrayLike) -> float:
+    """Two-sided p value of a paired t test; equal differences are certain, unless they are 0."""
+    from scipy.stats import ttest_1samp
+
+    data = np.asarray(differences, float)
+    if np.ptp(data) <= EQUAL * np.abs(data).max():
+        return float(data[0] == 0)
+    return float(ttest_1samp(data, 0).pvalue)
+
+
+def _t_quantiles(data: NDArray[np.float64]) -> tuple[float, float]:
+    """2.5 and 97.5 % of (mean* - mean) / error* over smoothed resamples: what the t distribution is for normal data."""
+    n, spread = len(data), float(data.std(ddof=1))
+    if n >= MANY or spread <= 1e-12 * np.abs(data).max():  # equal up to rounding
+        from scipy.stats import t
+
+        return float(t.ppf(TAILS[0], n - 1)), float(t.ppf(TAILS[1], n - 1))
+    drawn, noise = _resamples(n)
+    again = data[drawn] + spread / np.sqrt(n) * noise  # (DRAWS, n)
+    found = (again.mean(1) - data.mean()) / (again.std(1, ddof=1) / np.sqrt(n))
+    low, high = np.quantile(found, TAILS)
+    return float(low), float(high)
+
+
+@lru_cache(maxsize=8)
+def _resamples(n: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Indices and standard normal noise of the resamples of n items, the same at every call."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, n, (DRAWS, n)), rng.standard_normal((DRAWS, n))

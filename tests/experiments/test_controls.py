@@ -82,7 +82,7 @@ def test_verdicts_are_paired(gap: float, n: int, verdict: str) -> None:
 def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     """Control rows lie beside the measurement, leave its summary alone, and decide what is printed."""
     monkeypatch.chdir(tmp_path)
-    arguments = ["value-norms", "--model", str(tiny_directory), "--images", "scenes:val", "--limit", "5"]
+    arguments = ["value-norms", "--model", str(tiny_directory), "--images", "scenes:val", "--limit", "8"]
     arguments += ["--prompts", "a red ring", "--layers", "0-1"]
     for out, control in (("plain", "none"), ("controls", "random,shuffled,uniform")):
         with pytest.raises(SystemExit) as stopped:
@@ -95,7 +95,7 @@ def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.Monke
     }
     table = read_table("controls/value_norms.parquet")
     assert table.groupby("control", observed=True)["item"].nunique().to_dict() == dict.fromkeys(
-        ["none", "random", "shuffled", "uniform"], 5
+        ["none", "random", "shuffled", "uniform"], 8
     )
     # One prompt for all pictures: shuffling changes nothing, and that is said.
     assert all(row["verdict"] == NOT_ABOVE for row in rows if row["control"] == "shuffled")

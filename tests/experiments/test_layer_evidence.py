@@ -35,7 +35,7 @@ def test_verdicts() -> None:
 
 def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = ["-n", "5", "--evidence", "word_mass,segmentation", "--out", "results", "--top", "2"]
+    arguments = ["-n", "8", "--evidence", "word_mass,segmentation", "--out", "results", "--top", "2"]
     monkeypatch.setattr(sys, "argv", ["layer_evidence.py", *arguments])
     for _ in range(2):  # the second time from the run folder
         runpy.run_path(str(SCRIPT), run_name="__main__")

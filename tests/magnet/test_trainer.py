@@ -18,11 +18,10 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from mmdit_probe import UserError, load
+from mmdit_probe.data import Sample, ScenesData
 from mmdit_probe.magnet.config import MagnetConfig
-from mmdit_probe.magnet.data import ScenesData
 from mmdit_probe.magnet.lora import named_parameters
 from mmdit_probe.magnet.losses import LossWeights
-from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.schedule import items_at, level_of, noise, noise_levels, rate_at
 from mmdit_probe.magnet.trainer import TrainResult, Watch, train
 from mmdit_probe.magnet.validation import validate
