@@ -1,0 +1,171 @@
+"""Options stated once: the fields of a frozen dataclass carry their help, range and flag, and `check` holds them to it.
+
+    @dataclass(frozen=True)
+    class Recipe:
+        steps: Annotated[int, Option("Optimiser steps.", min=1)] = 400
+        space: Annotated[Literal["logit", "probability"], Option("Maps before or after the softmax.")] = "logit"
+
+    check(Recipe(steps=0))      # UserError: --steps is 0; expected a whole number of at least 1
+
+Reading options from a command line is the business of cli; this module knows types, choices and ranges only.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+import math
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from mmdit_probe.errors import UserError, unknown
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is said about an option once, as metadata of its field: `steps: Annotated[int, Option("...", min=1)]`.
+
+    Args:
+        help: one sentence for `--help` and the docs.
+        min, max: inclusive bounds of a number, or of each number in a sequence. above: exclusive lower bound.
+        flag: its name on the command line; by default `--` and the field's name with hyphens.
+        shown_default: what `--help` shows instead of the field's default. panel: heading in `--help`.
+    """
+
+    help: str
+    min: float | None = None
+    max: float | None = None
+    above: float | None = None
+    flag: str | None = None
+    shown_default: str | None = None
+    panel: str | None = None
+
+
+class Described(NamedTuple):
+    """A field of an options dataclass: its name, its type without annotations, and what is said about it."""
+
+    name: str
+    type: Any
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        return self.option.flag or "--" + self.name.replace("_", "-")
+
+
+def described(options: Any) -> Iterator[Described]:
+    """The fields of an options dataclass (or an instance), in order; a field without `Option` has no bounds."""
+    cls = options if isinstance(options, type) else type(options)
+    hints = get_type_hints(cls, include_extras=True)
+    for field in dataclasses.fields(cls):
+        hint, said = hints[field.name], Option("")
+        if get_origin(hint) is Annotated:
+            hint, *notes = get_args(hint)
+            said = next((note for note in notes if isinstance(note, Option)), said)
+        yield Described(field.name, hint, said)
+
+
+def check(options: object) -> None:
+    """Hold every field of an options dataclass to its type, choices and range; nested dataclasses too.
+
+    Raises:
+        UserError: names the flag, the value, and what was expected.
+    """
+    for field in described(options):
+        value = getattr(options, field.name)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            check(value)
+        else:
+            _check(value, field)
+
+
+def _check(value: Any, field: Described) -> None:
+    choices = tuple(_choices(field.type))
+    if not _fits(value, field.type):
+        if choices and isinstance(value, str):
+            raise unknown(field.flag, value, choices)
+        raise UserError(f"{field.flag} is {value!r}; expected {_expected(field)}")
+    for number in _numbers(value):
+        if not _within(number, field.option):
+            raise UserError(f"{field.flag} is {value!r}; expected {_expected(field)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; types that are not told apart at run time fit everything."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is Literal:
+        return any(type(value) is type(each) and value == each for each in inner)
+    if hint is None or hint is type(None):
+        return value is None
+    if hint in (int, float):
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
+    kind = origin or hint
+    if not isinstance(kind, type):
+        return True
+    if isinstance(value, str) and kind in (collections.abc.Sequence, collections.abc.Iterable):
+        return False  # a text is no list of texts
+    return isinstance(value, kind) and all(_fits(*pair) for pair in _elements(value, origin, inner))
+
+
+def _elements(value: Any, origin: Any, inner: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
+    """Elements of a container with their types."""
+    if origin is tuple and Ellipsis not in inner:
+        if len(value) != len(inner):
+            yield value, Literal[()]
+        yield from zip(value, inner, strict=False)
+    elif isinstance(value, list | tuple | set | frozenset) and inner:
+        yield from ((each, inner[0]) for each in value)
+
+
+def _choices(hint: Any) -> Iterator[Any]:
+    if get_origin(hint) is Literal:
+        yield from get_args(hint)
+    elif get_origin(hint) is not None:
+        for inner in get_args(hint):
+            yield from _choices(inner)
+
+
+def _numbers(value: Any) -> Iterator[Any]:
+    if isinstance(value, bool):
+        return
+    if isinstance(value, Real):
+        yield value  # a whole number stays whole: it may be beyond the largest float
+    elif isinstance(value, list | tuple | set | frozenset):
+        for each in value:
+            yield from _numbers(each)
+
+
+def _within(number: Any, option: Option) -> bool:
+    return (
+        (isinstance(number, Integral) or math.isfinite(number))
+        and (option.min is None or number >= option.min)
+        and (option.max is None or number <= option.max)
+        and (option.above is None or number > option.above)
+    )
+
+
+def _expected(field: Described) -> str:
+    """What an option may be, in words."""
+    choices, option = tuple(_choices(field.type)), field.option
+    kinds = [] if not choices else ["one of " + ", ".join(map(str, choices))]
+    kinds += [words for kind, words in _WORDS.items() if _mentions(field.type, kind)]
+    low = f" above {option.above:g}" if option.above is not None else ""
+    low += f" of at least {option.min:g}" if option.min is not None else ""
+    high = f"{' and' if low else ''} at most {option.max:g}" if option.max is not None else ""
+    return (" or ".join(kinds) or str(field.type)) + low + high
+
+
+_WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "nothing"}
+
+
+def _mentions(hint: Any, kind: type) -> bool:
+    if get_origin(hint) is Literal:
+        return False
+    return hint is kind or any(_mentions(inner, kind) for inner in get_args(hint))
