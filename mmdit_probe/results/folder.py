@@ -5,14 +5,15 @@
         run.json
         attention_budget.png, .pdf
 
-    folder = RunFolder.open("attention-budget", request={"layers": "all", "seed": 0})
-    folder.record(model={"id": "scenes-sd3", "weight_hash": "..."})
-    with TableWriter(folder.path, "attention_budget") as writer: ...
-    folder.finish()
+    with RunFolder.open("attention-budget", {"layers": "all", "seed": 0, "inputs": fingerprint([picture])}) as folder:
+        folder.record(model={"id": "scenes-sd3", "weight_hash": "..."})
+        with TableWriter(folder.path, "attention_budget") as writer: ...
 
-The short hash is that of the request (every option that decides the numbers), so that `--resume` finds the unfinished
-run of the same request, and refuses to continue another one. A run folder is made when there is something to put into
-it: a bad request leaves none behind.
+The short hash is that of the request (every option that decides the numbers, and the contents of what is read), so that
+`--resume` finds the unfinished run of the same request, and refuses to continue another one. The block's end marks the
+run as finished, interrupted (Ctrl-C) or failed (with the reason); a run whose process was killed reads as interrupted.
+A run folder is made when there is something to put into it: a bad request leaves none behind. With several processes,
+process 0 opens the folder, and `record` of the others does nothing.
 """
 
 from __future__ import annotations
@@ -20,23 +21,29 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Literal, Self
 
-from mmdit_probe.errors import UserError
-from mmdit_probe.results.provenance import environment, peak_memory
-from mmdit_probe.results.tables import _disk
+from mmdit_probe.errors import ProbeError, UserError
+from mmdit_probe.results import atomic, processes
+from mmdit_probe.results.documents import read_document
+from mmdit_probe.results.provenance import environment, is_running, peak_memory, this_process
 
 ROOT = Path("runs")
 RECORD = "run.json"
+VERSION = 2
+"""Of run.json. 2: version, process, reason, and statuses other than running and finished."""
+
+Status = Literal["running", "finished", "interrupted", "failed"]
 
 
 class RunFolder:
-    """A run folder that is open for writing. Use `RunFolder.open`.
+    """A run folder that is open for writing. Use `RunFolder.open`, as a context manager.
 
     Attributes:
         path: the folder.
@@ -60,53 +67,95 @@ class RunFolder:
 
         Args:
             command: name of the command, the folder's parent.
-            request: every option that decides the numbers (JSON values); its hash names the folder.
+            request: every option that decides the numbers (JSON values), and under "inputs" the `fingerprint` of the
+                files that are read; its hash names the folder.
             out: use this folder instead of `<root>/<command>/<timestamp>-<hash>`.
             resume: continue the run of the same request in `out`, or the latest one under `root`; a finished run is
                 opened as it is (`complete`). Starts anew if there is none.
 
         Raises:
-            UserError: `out` holds a run already and `resume` is off, or holds a run of another request.
+            UserError: `out` holds a run already and `resume` is off, or holds a run of another request; another process
+                is writing the run; the folder cannot be written.
         """
         request = json.loads(json.dumps(dict(request)))
+        path = Path(out) if out is not None else latest_run(command, request, root=root) if resume else None
+        old = None if path is None else _to_continue(path, command, request, resume)
         now = datetime.datetime.now().astimezone()
-        if out is not None:
-            path = Path(out)
-            old = read_record(path)
-            if old is None and path.is_dir() and any(path.iterdir()):
-                raise UserError(f"{str(path)!r} is not empty and holds no {RECORD}; choose a new folder for --out")
-            if old is not None and not resume:
-                raise UserError(f"{str(path)!r} holds a run already; continue it with --resume or choose another --out")
-            if old is not None:
-                _same_request(path, old, request)
-        else:
-            found = latest_run(command, request, root=root) if resume else None
-            path = found or Path(root) / command / f"{now:%Y%m%d-%H%M%S}-{short_hash(request)}"
-            while found is None and path.exists():  # two runs in one second
-                path = path.with_name(path.name + "x")
-            old = read_record(path)
-        with _disk(path):
-            path.mkdir(parents=True, exist_ok=True)
-        folder = cls(
-            path, old or {"command": command, "request": request, "created": now.isoformat(timespec="seconds")}
-        )
+        if path is None:
+            path = _new_folder(Path(root) / command, f"{now:%Y%m%d-%H%M%S}-{short_hash(request)}")
+        atomic.make_folder(path)
+        made = {"version": VERSION, "command": command, "request": request, "created": now.isoformat()}
+        folder = cls(path, made if old is None else old | {"version": VERSION})
         if not folder.complete:
-            folder.record(argv=sys.argv, status="running", environment=environment())
+            atomic.remove_leftovers(path)
+            folder.data.pop("reason", None)
+            folder.record(argv=sys.argv, process=this_process(), environment=environment(), status="running")
         return folder
 
     def record(self, **facts: Any) -> None:
-        """Add facts to `run.json` (replacing those of the same name)."""
+        """Add facts to `run.json` (replacing those of the same name).
+
+        Raises:
+            UserError, RunError: as `atomic.replacing`.
+        """
         self.data |= facts
         self.data["wall_seconds"] = round(self._spent_before + time.perf_counter() - self._started, 3)
         self.data["peak_memory_bytes"] = peak_memory()
-        temporary = self.path / f"{RECORD}.tmp"
-        with _disk(self.path / RECORD):
-            temporary.write_text(json.dumps(self.data, indent=2, default=str) + "\n", encoding="utf-8")
-            os.replace(temporary, self.path / RECORD)
+        if processes.rank() == 0:
+            atomic.write_json(self.path / RECORD, self.data)
 
     def finish(self, **facts: Any) -> None:
         """Mark the run as finished."""
-        self.record(status="finished", **facts)
+        self._end("finished", **facts)
+
+    def fail(self, reason: str) -> None:
+        """Mark the run as failed, and say why."""
+        self._end("failed", reason=reason)
+
+    def interrupt(self) -> None:
+        """Mark the run as interrupted: `resume` continues it."""
+        self._end("interrupted")
+
+    def _end(self, status: Status, **facts: Any) -> None:
+        self.data.pop("process", None)
+        self.record(status=status, **facts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.data.get("status") != "running":  # complete before, or ended in the block
+            return
+        if error is None:
+            self.finish()
+            return
+        with suppress(ProbeError):  # a full disk: the error that ended the block is the one to show
+            if isinstance(error, Exception):
+                self.fail(str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}")
+            else:
+                self.interrupt()
+
+
+def fingerprint(paths: Iterable[Path | str]) -> dict[str, str]:
+    """Files by content, for the "inputs" of a request: name -> first 16 hex digits of the SHA-256.
+
+    Folders stand for all files in them. Names are relative to the path that was given, with the name of its last part.
+
+    Raises:
+        UserError: no such file, or it cannot be read.
+    """
+    found: dict[str, str] = {}
+    for given in map(Path, paths):
+        for path in sorted(p for p in given.rglob("*") if p.is_file()) if given.is_dir() else [given]:
+            name = Path(given.name, path.relative_to(given)).as_posix()
+            while name in found:  # two files of one name from different folders
+                name += "'"
+            try:
+                with path.open("rb") as file:
+                    found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            except OSError as error:
+                raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    return found
 
 
 def short_hash(request: Mapping[str, Any]) -> str:
@@ -116,41 +165,83 @@ def short_hash(request: Mapping[str, Any]) -> str:
 
 
 def read_record(path: Path | str) -> dict[str, Any] | None:
-    """`run.json` of a folder, or None where there is none.
+    """`run.json` of a folder, or None where there is none. A run whose process is gone reads as interrupted.
 
     Raises:
-        UserError: the file is there but is not a record.
+        UserError: the file is there but is not a record, or was written by a newer version.
     """
     file = Path(path) / RECORD
     if not file.is_file():
         return None
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(file)!r} is not a run record: {error}") from error
-    if not isinstance(data, dict) or "request" not in data:
+    data = read_document(file, "run record", VERSION)
+    if not isinstance(data.get("request"), dict):
         raise UserError(f"{str(file)!r} is not a run record: it has no 'request'")
+    if data.get("status") == "running" and not ("process" in data and is_running(data["process"])):
+        data["status"] = "interrupted"
     return data
 
 
 def latest_run(command: str, request: Mapping[str, Any], *, root: Path | str = ROOT) -> Path | None:
-    """The newest run folder of this request, finished or not. None: no such run."""
+    """The newest run folder of this request, by its record, finished or not. None: no such run."""
     wanted = json.loads(json.dumps(dict(request)))
-    for path in sorted((Path(root) / command).glob(f"*-{short_hash(wanted)}*"), reverse=True):
-        data = read_record(path)
-        if data is not None and data["request"] == wanted:
+    runs = [
+        (datetime.datetime.fromisoformat(data["created"]), path.name, path)
+        for path in (Path(root) / command).glob(f"*-{short_hash(wanted)}*")
+        if (data := read_record(path)) is not None and data["request"] == wanted
+    ]
+    return max(runs)[-1] if runs else None
+
+
+def _to_continue(path: Path, command: str, request: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
+    """The record of the run in a folder, if it may be continued; None for a folder that is free."""
+    old = read_record(path)
+    if old is None:
+        if path.is_dir() and any(not one.name.endswith(atomic.SUFFIX) for one in path.iterdir()):
+            raise UserError(f"{str(path)!r} is not empty and holds no {RECORD}; choose a new folder for --out")
+        return None
+    if not resume:
+        raise UserError(f"{str(path)!r} holds a run already; continue it with --resume or choose another --out")
+    if old["command"] != command:
+        raise UserError(f"{str(path)!r} holds a run of {old['command']}, not of {command}; choose another --out")
+    _same_request(path, old["request"], request)
+    here, writer = this_process(), old.get("process", {})
+    if old["status"] == "running" and (writer["pid"], writer["host"]) != (here["pid"], here["host"]):
+        raise UserError(
+            f"process {writer['pid']} on {writer['host']} is writing {str(path)!r}; wait for it or choose another --out"
+        )
+    return old
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """An empty folder of this name, or of a longer one where another run of the same second has it."""
+    atomic.make_folder(parent)
+    while True:
+        path = parent / name
+        with atomic.disk(path), suppress(FileExistsError):
+            path.mkdir()
             return path
-    return None
+        name += "x"
 
 
-def _same_request(path: Path, old: Mapping[str, Any], request: Mapping[str, Any]) -> None:
-    before = old["request"]
-    for name in sorted({*before, *request}):
-        if before.get(name) != request.get(name):
-            raise UserError(
-                f"cannot continue {str(path)!r}: it was made with {name} = {_short(before.get(name))}, "
-                f"this request has {_short(request.get(name))}; choose another --out"
-            )
+def _same_request(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    differing = list(_differences(before, now))
+    if differing:
+        name, was, asked = differing[0]
+        others = f" (and {len(differing) - 1} more differ)" if len(differing) > 1 else ""
+        raise UserError(
+            f"cannot continue {str(path)!r}: it was made with {name} = {_short(was)}, this request has {_short(asked)}"
+            f"{others}; choose another --out"
+        )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, before, now) of each option that differs; entries of nested ones, such as the inputs, on their own."""
+    for name in sorted({*before, *now}):
+        was, asked = before.get(name), now.get(name)
+        if isinstance(was, dict) and isinstance(asked, dict):
+            yield from _differences(was, asked, f"{at}{name}: ")
+        elif was != asked:
+            yield f"{at}{name}", was, asked
 
 
 def _short(value: Any) -> str:

@@ -10,13 +10,15 @@ about one set of weights; used with others it is refused unless the caller says 
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.results.atomic import write_json
+from mmdit_probe.results.documents import read_document
 
 if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
@@ -32,8 +34,8 @@ class LayerSelection:
     Attributes:
         model: name the model was loaded as. weight_hash: SHA-256 of its transformer (`MMDiT.weight_hash`).
         layers: 0-based, best first.
-        weights: one per layer, non-negative, summing to 1: how a map over several layers is averaged.
-        heads: layer -> heads to use there; a layer that is absent uses all.
+        weights: one per layer, positive, summing to 1: how a map over several layers is averaged.
+        heads: chosen layer -> heads to use there; a layer that is absent uses all.
         evidence: one record per evidence and layer (evidence, layer, value, low, high, n, rank).
         how: how it was chosen: rule, split, sizes, seeds.
     """
@@ -47,47 +49,57 @@ class LayerSelection:
     how: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.layers or len(set(self.layers)) != len(self.layers):
-            raise UserError(f"selection of layers {list(self.layers)}: expected one or more different layers")
+        if not self.layers or not _numbers(self.layers):
+            raise UserError(
+                f"selection of layers {list(self.layers)}: expected one or more different whole numbers from 0"
+            )
         if not self.weights:
             object.__setattr__(self, "weights", (1.0 / len(self.layers),) * len(self.layers))
-        if len(self.weights) != len(self.layers) or min(self.weights) < 0 or abs(sum(self.weights) - 1) > 1e-6:
+        positive = all(math.isfinite(weight) and weight > 0 for weight in self.weights)
+        if len(self.weights) != len(self.layers) or not positive or abs(sum(self.weights) - 1) > 1e-6:
             raise UserError(
-                f"selection weights {list(self.weights)}: expected {len(self.layers)} non-negative numbers of sum 1"
+                f"selection weights {list(self.weights)}: expected {len(self.layers)} positive numbers of sum 1"
             )
+        for layer, heads in self.heads.items():
+            if layer not in self.layers or not heads or not _numbers(heads):
+                raise UserError(
+                    f"selection of heads {list(heads)} in layer {layer}: expected one or more different whole numbers "
+                    f"from 0 in one of the layers {list(self.layers)}"
+                )
 
     def save(self, path: Path | str) -> Path:
         """Write the JSON file."""
-        path = Path(path)
-        document = {"version": VERSION, **asdict(self)}
-        document["heads"] = {str(layer): list(heads) for layer, heads in self.heads.items()}
-        path.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
-        return path
+        return write_json(path, {"version": VERSION, **asdict(self)})
 
     @classmethod
     def read(cls, path: Path | str) -> LayerSelection:
         """Read the JSON file.
 
         Raises:
-            UserError: no such file, or not a selection.
+            UserError: no such file, not a selection, or one of a newer version.
         """
         path = Path(path)
         if not path.is_file():
             raise UserError(f"no selection {str(path)!r}; expected the {FILE} that select-layers writes")
+        data = read_document(path, "layer selection", VERSION)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
             return cls(
                 model=str(data["model"]),
                 weight_hash=str(data["weight_hash"]),
-                layers=tuple(int(layer) for layer in data["layers"]),
+                layers=tuple(data["layers"]),
                 weights=tuple(float(weight) for weight in data.get("weights", ())),
-                heads={int(k): tuple(int(h) for h in heads) for k, heads in data.get("heads", {}).items()},
+                heads={int(layer): tuple(heads) for layer, heads in data.get("heads", {}).items()},
                 evidence=tuple(data.get("evidence", ())),
                 how=data.get("how", {}),
             )
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
+        except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{str(path)!r} is no layer selection ({reason}); make one with select-layers") from error
+
+
+def _numbers(values: Sequence[Any]) -> bool:
+    """Whether these are different whole numbers from 0."""
+    return all(type(value) is int and value >= 0 for value in values) and len(set(values)) == len(values)
 
 
 def load_selection(source: Path | str, model: MMDiT | None = None, *, any_weights: bool = False) -> LayerSelection:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.results import RunFolder, latest_run, peak_memory
-from mmdit_probe.results.folder import read_record, short_hash
+from mmdit_probe.results.folder import fingerprint, read_record, short_hash
+from mmdit_probe.results.provenance import is_running, this_process
 
 REQUEST = {"layers": "all", "seed": 0}
 
@@ -69,6 +73,154 @@ def test_a_finished_run_stays_finished_when_resumed(tmp_path):
     assert read_record(folder.path)["status"] == "finished"
 
 
+def status(path):
+    return json.loads((path / "run.json").read_text())["status"]
+
+
+def test_the_end_of_the_block_is_the_status(tmp_path):
+    with RunFolder.open("demo", REQUEST, root=tmp_path) as folder:
+        assert status(folder.path) == "running"
+    assert status(folder.path) == "finished"
+    for error, expected, reason in (
+        (KeyboardInterrupt(), "interrupted", None),
+        (RunError("the disk is full"), "failed", "the disk is full"),
+        (ValueError("a bug"), "failed", "ValueError: a bug"),
+    ):
+        with pytest.raises(type(error)), RunFolder.open("demo", REQUEST, root=tmp_path) as folder:
+            raise error
+        data = json.loads((folder.path / "run.json").read_text())
+        assert (data["status"], data.get("reason")) == (expected, reason)
+        again = RunFolder.open("demo", REQUEST, root=tmp_path, resume=True)
+        assert again.path == folder.path and "reason" not in again.data
+        again.finish()
+
+
+def test_ended_in_the_block_or_before_stays_as_it_is(tmp_path):
+    with RunFolder.open("demo", REQUEST, root=tmp_path) as folder:
+        folder.fail("no picture could be read")
+    assert status(folder.path) == "failed"
+    with RunFolder.open("demo", REQUEST, root=tmp_path, resume=True) as folder:
+        folder.finish(n=3)
+    with pytest.raises(ValueError), RunFolder.open("demo", REQUEST, root=tmp_path, resume=True):  # while drawing, say
+        raise ValueError
+    assert status(folder.path) == "finished" and read_record(folder.path)["n"] == 3
+
+
+def test_a_killed_run_reads_as_interrupted(tmp_path):
+    script = (
+        "import sys, time; from mmdit_probe.results import RunFolder;"
+        "RunFolder.open('demo', {}, out=sys.argv[1]); print('open', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, tmp_path / "run"], stdout=subprocess.PIPE) as writer:
+        assert writer.stdout.readline() == b"open\n"
+        assert read_record(tmp_path / "run")["status"] == "running"
+        with pytest.raises(UserError, match=f"process {writer.pid} on .* is writing .*; wait for it"):
+            RunFolder.open("demo", {}, out=tmp_path / "run", resume=True)
+        writer.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
+    assert read_record(tmp_path / "run")["status"] == "interrupted"
+    assert status(tmp_path / "run") == "running"  # what the killed process left
+    (tmp_path / "run" / "run.json.12345678.partial").write_text("{")
+    with RunFolder.open("demo", {}, out=tmp_path / "run", resume=True):
+        pass
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+def test_a_process_is_told_from_a_later_one_of_the_same_number():
+    process = this_process()
+    assert is_running(process)
+    assert not is_running(process | {"started": process["started"] - 100})
+    assert is_running(process | {"host": "elsewhere", "pid": 2**22})
+
+
+def test_killed_before_the_first_record(tmp_path):
+    (tmp_path / "run.json.12345678.partial").write_text("{")
+    RunFolder.open("demo", REQUEST, out=tmp_path).finish()
+
+
+def test_the_latest_run_is_taken(tmp_path):
+    paths = []
+    for created in ("2026-03-01T12:00:00+01:00", "2026-03-01T13:30:00+02:00", "2026-03-01T11:45:00+01:00"):
+        folder = RunFolder.open("demo", REQUEST, root=tmp_path)
+        folder.record(created=created)
+        paths.append(folder.path)
+    assert latest_run("demo", REQUEST, root=tmp_path) == paths[1]  # 11:30 UTC; the others 11:00 and 10:45
+    assert RunFolder.open("demo", REQUEST, root=tmp_path, resume=True).path == paths[1]
+    newest = RunFolder.open("demo", REQUEST, root=tmp_path)
+    assert latest_run("demo", REQUEST, root=tmp_path) == newest.path
+
+
+def test_the_hash_is_of_every_option():
+    request = {"a": 1, "b": {"c": [1, 2]}, "inputs": {"x.png": "12"}}
+    others = [
+        {**request, "a": 2},
+        {**request, "b": {"c": [2, 1]}},
+        {**request, "inputs": {"x.png": "13"}},
+        {**request, "d": False},
+        {name: value for name, value in request.items() if name != "a"},
+    ]
+    assert len({short_hash(one) for one in (request, *others)}) == 6
+
+
+def test_other_inputs_are_another_run(tmp_path):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "a.png").write_bytes(b"one")
+    (pictures / "b.png").write_bytes(b"two")
+    before = fingerprint([pictures])
+    assert before == fingerprint([pictures]) and set(before) == {"pictures/a.png", "pictures/b.png"}
+    with RunFolder.open("demo", {"inputs": before}, out=tmp_path / "run") as first:
+        pass
+    (pictures / "b.png").write_bytes(b"2")
+    now = {"inputs": fingerprint([pictures, pictures / "a.png"])}
+    with pytest.raises(
+        UserError, match=r"with inputs: a.png = null, this request has \"\w{16}\" \(and 1 more differ\)"
+    ):
+        RunFolder.open("demo", now, out=tmp_path / "run", resume=True)
+    assert RunFolder.open("demo", now, root=tmp_path, resume=True).path != first.path
+    with pytest.raises(UserError, match=r"cannot read '.*c\.png'"):
+        fingerprint([pictures / "c.png"])
+
+
+def test_files_of_one_name_are_told_apart(tmp_path):
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_text(name)
+    assert len(set(fingerprint([tmp_path / "x" / "a.png", tmp_path / "y" / "a.png"]).values())) == 2
+
+
+def test_another_command_is_refused(tmp_path):
+    RunFolder.open("demo", REQUEST, out=tmp_path / "run")
+    with pytest.raises(UserError, match="holds a run of demo, not of other"):
+        RunFolder.open("other", REQUEST, out=tmp_path / "run", resume=True)
+
+
+def test_versions_of_the_record(tmp_path):
+    old = {"command": "demo", "request": REQUEST, "created": "2026-01-01T00:00:00+00:00", "status": "running"}
+    (tmp_path / "run.json").write_text(json.dumps(old))  # version 1 named no process
+    assert read_record(tmp_path)["status"] == "interrupted"
+    RunFolder.open("demo", REQUEST, out=tmp_path, resume=True).finish()
+    assert read_record(tmp_path)["version"] == 2
+    (tmp_path / "run.json").write_text(json.dumps(old | {"version": 3}))
+    with pytest.raises(UserError, match="run record of version 3; this mmdit-probe reads up to 2: update it"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"request": 1}', '{"request": {}, "version": 0}', "[" * 100_000])
+def test_broken_records(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(UserError, match="is not a run record"):
+        read_record(tmp_path)
+
+
+def test_imports_where_unix_modules_are_missing():
+    script = (
+        "import sys, psutil; sys.modules |= dict.fromkeys(['resource', 'fcntl', 'pwd', 'grp'])\n"
+        "import mmdit_probe.results.folder, mmdit_probe.results.processes\n"
+        "assert not {'torch', 'pandas', 'scipy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+
+
 def test_folder_of_someone_else_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"is not empty and holds no run\.json"):
@@ -79,12 +231,6 @@ def test_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write .* choose another folder with --out"):
         RunFolder.open("demo", REQUEST, out=tmp_path / "file")
-
-
-def test_broken_record(tmp_path):
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(UserError, match="is not a run record"):
-        read_record(tmp_path)
 
 
 def test_peak_memory_is_this_process_and_not_its_parent():

@@ -33,6 +33,15 @@ def test_equal_weights_by_default() -> None:
         {"layers": (1, 1)},
         {"layers": (1, 2), "weights": (0.5, 0.6)},
         {"layers": (1,), "weights": (0.5, 0.5)},
+        {"layers": (-1,)},
+        {"layers": (1.5,)},
+        {"layers": (True,)},
+        {"layers": (1, 2), "weights": (1.0, 0.0)},
+        {"layers": (1, 2), "weights": (float("nan"), 0.5)},
+        {"layers": (1, 2), "heads": {3: (0,)}},
+        {"layers": (1, 2), "heads": {1: ()}},
+        {"layers": (1, 2), "heads": {1: (0, 0)}},
+        {"layers": (1, 2), "heads": {1: (-1,)}},
     ],
 )
 def test_what_is_no_selection(bad: dict) -> None:
@@ -54,11 +63,32 @@ def test_other_weights_and_missing_layers_are_refused(tmp_path: Path) -> None:
             load_selection(selection.save(tmp_path / "t.json"), model)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"layers": [1]}', '{"model": "m", "weight_hash": "h", "layers": "x"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"layers": [1]}',
+        '{"model": "m", "weight_hash": "h", "layers": "x"}',
+        '{"model": "m", "weight_hash": "h", "layers": [1.7]}',
+        '{"model": "m", "weight_hash": "h", "layers": [1], "heads": {"1": ["0"]}}',
+        '{"model": "m", "weight_hash": "h", "layers": [1], "weights": [NaN]}',
+        '{"version": "two", "model": "m", "weight_hash": "h", "layers": [1]}',
+    ],
+)
 def test_files_that_are_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "s.json"
     path.write_text(text)
-    with pytest.raises(UserError, match="select-layers"):
+    with pytest.raises(UserError, match="layer selection"):
         load_selection(path)
     with pytest.raises(UserError, match="select-layers"):
         load_selection(tmp_path / "none.json")
+
+
+def test_versions(tmp_path: Path) -> None:
+    path = tmp_path / "s.json"
+    path.write_text('{"model": "m", "weight_hash": "h", "layers": [1]}')  # before there were versions
+    assert load_selection(path).layers == (1,)
+    path.write_text('{"version": 2, "model": "m", "weight_hash": "h", "layers": [1]}')
+    with pytest.raises(UserError, match=r"version 2; this mmdit-probe reads up to 1: update it"):
+        load_selection(path)

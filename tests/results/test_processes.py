@@ -1,0 +1,119 @@
+"""Several CPU processes under a launcher: what they share, and how the rest ends when one is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.results import processes
+
+ROOT = Path(__file__).parents[2]
+
+TALK = """
+import json, sys
+from pathlib import Path
+from mmdit_probe.errors import UserError
+from mmdit_probe.results import RunFolder, processes
+
+out = Path(sys.argv[1])
+rank, world = processes.rank(), processes.world()
+with processes.joined(), processes.from_first(lambda: RunFolder.open("demo", {}, out=out / "run")) as folder:
+    parts = processes.gather({index: rank for index in processes.share(range(5))})
+    try:
+        processes.from_first(lambda: (_ for _ in ()).throw(UserError("refused by process 0")))
+    except UserError as error:
+        refused = str(error)
+    folder.record(rank=rank)
+    (out / f"{rank}.txt").write_text(str(rank))
+    processes.collect([out / f"{rank}.txt"])
+    processes.barrier()
+(out / f"{rank}.json").write_text(json.dumps([world, parts, refused, str(folder.path)]))
+"""
+
+LOSE = """
+import os, signal, sys, time
+from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.results import processes
+
+how = sys.argv[1]
+try:
+    with processes.joined():
+        if processes.rank() == 1 and how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if processes.rank() == 1:
+            raise UserError("picture 7 cannot be read")
+        if how == "raised":
+            processes.gather(0)
+        time.sleep(60)  # at work; the launcher tells it
+except (UserError, RunError) as error:
+    print(f"{processes.rank()}: {error}", flush=True)
+    sys.exit(error.exit_code)
+"""
+
+
+def launch(tmp_path: Path, script: str, argument: Path | str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, tmp_path / "script.py", argument], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_two_processes_share_and_tell(tmp_path: Path) -> None:
+    done = launch(tmp_path, TALK, tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second == [
+        2, [{"0": 0, "2": 0, "4": 0}, {"1": 1, "3": 1}], "refused by process 0", str(tmp_path / "run"),
+    ]  # fmt: skip
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["status"], record["rank"]) == ("finished", 0)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows ends processes in another way")
+@pytest.mark.parametrize("how", ["killed", "raised"])
+def test_the_rest_ends_with_our_message(tmp_path: Path, how: str) -> None:
+    done = launch(tmp_path, LOSE, how)
+    assert done.returncode != 0
+    lines = done.stdout.splitlines()
+    lost = "0: process 1 of 2 ended; its own message says why; finished items are kept, continue with --resume"
+    assert lost in lines
+    assert ("1: picture 7 cannot be read" in lines) == (how == "raised")
+    assert "Gloo" not in done.stderr and "Connection" not in done.stderr
+
+
+def test_one_process_needs_no_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = (
+        "import sys; from pathlib import Path; from mmdit_probe.results import processes as p\n"
+        "with p.joined():\n"
+        "    p.barrier(); p.collect([Path('a')])\n"
+        "    assert p.gather(3) == [3] and p.from_first(lambda: 4) == 4 and p.share([1, 2]) == [1, 2]\n"
+        "assert p.local_device('auto') == 'auto' and 'torch' not in sys.modules"
+    )
+    without = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    subprocess.run([sys.executable, "-c", script], check=True, env=without | {"PYTHONPATH": str(ROOT)})
+
+
+def test_shares_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    found = []
+    for number in range(3):
+        monkeypatch.setenv("RANK", str(number))
+        found.append(list(processes.share(range(10, 20))))
+    assert found == [[10, 13, 16, 19], [11, 14, 17], [12, 15, 18]]
+
+
+def test_errors_of_the_first_process_are_raised() -> None:
+    def refuse() -> None:
+        raise UserError("no")
+
+    with pytest.raises(UserError, match="no"):
+        processes.from_first(refuse)
