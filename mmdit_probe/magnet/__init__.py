@@ -1,9 +1,9 @@
 """MAGNET: mask alignment of I2T maps by LoRA (arXiv:2509.18096, section 4.3), on stock diffusers and peft.
 
     from mmdit_probe import load
-    from mmdit_probe.magnet import MagnetConfig, ScenesData, train
+    from mmdit_probe.magnet import ScenesData, TrainMagnet, train
     model = load("scenes-sd3")
-    train(model, ScenesData("train", 1000), MagnetConfig(layers=(4,), steps=200, warmup=20), out="runs/magnet")
+    train(model, ScenesData("train", 1000), TrainMagnet(layers=(4,), steps=200), out="runs/magnet")
     pipe.load_lora_weights("runs/magnet/lora")      # in a program that knows nothing of this package
 
 Not a general fine-tuning tool: what it trains is the attention that reads text into the image.
@@ -15,11 +15,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmdit_probe.magnet.config import MagnetConfig
+    from mmdit_probe.magnet.config import TrainMagnet, recipe
     from mmdit_probe.magnet.data import FolderData, ScenesData
     from mmdit_probe.magnet.lora import save_lora
     from mmdit_probe.magnet.pseudo import SelfLabelled
     from mmdit_probe.magnet.readers import CocoData, Sa1bData
+    from mmdit_probe.magnet.run import run
     from mmdit_probe.magnet.sample import Sample
     from mmdit_probe.magnet.tap import TextMapTap
     from mmdit_probe.magnet.trainer import train
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "CocoData": "mmdit_probe.magnet.readers",
     "FolderData": "mmdit_probe.magnet.data",
-    "MagnetConfig": "mmdit_probe.magnet.config",
     "Sa1bData": "mmdit_probe.magnet.readers",
     "Sample": "mmdit_probe.magnet.sample",
     "ScenesData": "mmdit_probe.magnet.data",
     "SelfLabelled": "mmdit_probe.magnet.pseudo",
     "TextMapTap": "mmdit_probe.magnet.tap",
+    "TrainMagnet": "mmdit_probe.magnet.config",
+    "recipe": "mmdit_probe.magnet.config",
+    "run": "mmdit_probe.magnet.run",
     "save_lora": "mmdit_probe.magnet.lora",
     "train": "mmdit_probe.magnet.trainer",
 }
@@ -40,12 +43,14 @@ _EXPORTS = {
 __all__ = [
     "CocoData",
     "FolderData",
-    "MagnetConfig",
     "Sa1bData",
     "Sample",
     "ScenesData",
     "SelfLabelled",
     "TextMapTap",
+    "TrainMagnet",
+    "recipe",
+    "run",
     "save_lora",
     "train",
 ]
