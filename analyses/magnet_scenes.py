@@ -35,13 +35,11 @@ import torch
 from magnet_tables import BASE, CONTROL, PROTOCOLS, UNSUPERVISED, choose, write
 
 from mmdit_probe import TextMaps, load, probe
+from mmdit_probe.data import Data, Sample, ScenesData
 from mmdit_probe.evaluate.clipscore import ClipScorer
-from mmdit_probe.evaluate.matching import assign, histogram
-from mmdit_probe.evaluate.scores import ImageCounts
+from mmdit_probe.evaluate.scores import ImageCounts, assign, histogram, matched
 from mmdit_probe.experiments.generation import scene_prompts, score
-from mmdit_probe.magnet import ScenesData, SelfLabelled, TrainMagnet, train
-from mmdit_probe.magnet.data import Data
-from mmdit_probe.magnet.sample import Sample
+from mmdit_probe.magnet import SelfLabelled, TrainMagnet, train
 from mmdit_probe.magnet.trainer import TrainResult
 from mmdit_probe.magnet.validation import readouts, validate
 from mmdit_probe.models.adapters import merge
@@ -49,7 +47,7 @@ from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results.folder import short_hash
 from mmdit_probe.scenes import CLASSES, load_parser, scene
 from mmdit_probe.scenes.captions import PLURALS
-from mmdit_probe.segment import discover, segment
+from mmdit_probe.segment import Reading, discover, segment
 
 OUT = Path(__file__).parent / "results" / "magnet_scenes"
 MODEL = "scenes-sd3"
@@ -184,16 +182,13 @@ def save_counts(plan: Plan, path: Path, model: MMDiT, layer: int) -> None:
     samples = [ScenesData("test", plan.maps)[index] for index in range(plan.maps)]
     found = {}
     for kind, scores in readouts(model, samples, [layer], list(PROTOCOLS)).items():
-        counts = scores.counts.astype(float)
-        found[PROTOCOLS[kind]] = np.stack([np.diagonal(counts, axis1=1, axis2=2), counts.sum(2), counts.sum(1)])
+        counts = ImageCounts.of(scores.counts)
+        found[PROTOCOLS[kind]] = np.stack([counts.hit, counts.truth, counts.found])
     found[UNSUPERVISED] = np.zeros((3, plan.maps, len(CLASSES)))
     for index in range(plan.maps):
         _, counts, classes = segments(model, index, layer)
-        found[UNSUPERVISED][1, index] = counts.sum(1)
-        for segment_id, of in enumerate(classes):
-            if of < len(CLASSES):
-                found[UNSUPERVISED][0, index, of] += counts[of, segment_id]
-                found[UNSUPERVISED][2, index, of] += counts[:, segment_id].sum()
+        one = ImageCounts.of(matched(counts, classes)[None])
+        found[UNSUPERVISED][:, index] = np.concatenate([one.hit, one.truth, one.found])
     with path.open("wb") as file:
         np.savez_compressed(file, **found)
 
@@ -201,7 +196,7 @@ def save_counts(plan: Plan, path: Path, model: MMDiT, layer: int) -> None:
 def segments(model: MMDiT, index: int, layer: int) -> tuple[Any, Any, Any]:
     """Unsupervised segments of a test scene from the empty prompt: labels, counts, and the class matched to each."""
     item = scene("test", index)
-    labels = discover(model, item.image, layers=[layer], seeds=(index,)).labels
+    labels = discover(model, item.image, Reading(layers=[layer], seeds=(index,))).labels
     counts = histogram(item.classes, labels, len(CLASSES))
     return labels, counts, assign(counts)
 
@@ -216,7 +211,8 @@ def save_examples(plan: Plan, path: Path, lora: Path | None, layer: int) -> None
     for index in range(SHOWN):
         item = scene("test", index)
         ids = np.array([CLASSES.index(name) for name in item.class_names], np.uint8)
-        named.append(ids[segment(model, item.image, item.class_names, layers=[layer], seeds=(index,)).labels])
+        reading = Reading(layers=[layer], seeds=(index,))
+        named.append(ids[segment(model, item.image, item.class_names, reading).labels])
         labels, _, classes = segments(model, index, layer)
         unnamed.append(classes.astype(np.uint8)[labels])
     prompts, images, maps, words = scene_prompts(plan.prompts, split="test"), [], [], []

@@ -23,7 +23,7 @@ from mmdit_probe.magnet.validation import Readout
 BASE, CONTROL = "base", "control"
 PROTOCOLS: dict[Readout, str] = {
     ("probability", "none"): "present",
-    ("probability", "mean"): "present, maps / mean",
+    ("probability", "centre"): "present, maps / mean",
     ("probability", "minmax"): "present, min-max",
     ("logit", "none"): "present, before the softmax",
     ("logit", "minmax"): "present, before the softmax, min-max",

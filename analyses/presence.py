@@ -22,10 +22,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mmdit_probe import load
-from mmdit_probe.evaluate.datasets import load_dataset
+from mmdit_probe.data import dataset as read_dataset
 from mmdit_probe.evaluate.tagger import open_tagger
 from mmdit_probe.segment.capture import capture
 from mmdit_probe.segment.methods import find
+from mmdit_probe.segment.record import Reading
 
 RESULTS = Path(__file__).parent / "results"
 TAGGERS = ("scenes-clip", "scenes-parser")
@@ -49,21 +50,20 @@ def statistics_of(maps: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
 
 def measure(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, NDArray[np.float64]]:
     """Numbers [n, C] by what they are of; key "there": the truth."""
-    data = load_dataset(options.dataset, options.n)
+    data = read_dataset(options.dataset, options.n)
     found: dict[str, list[NDArray[np.float64]]] = {}
     for kind, name in (("trained", options.model), ("random weights", f"{options.model}-random")):
         model = load(name, device=options.device)
         method = find("seg4diff").configure(settings["options"])
         for sample in data.samples:
-            record = capture(
-                model, sample.image(), data.classes, layers=settings["layers"], sigmas=tuple(settings["sigma"])
-            )
+            reading = Reading(layers=settings["layers"], sigmas=tuple(settings["sigma"]))
+            record = capture(model, sample.image, data.classes, reading)
             for label, values in statistics_of(method(record).numpy()).items():
                 found.setdefault(f"{kind}: map's {label}", []).append(np.log(values))
     for name in TAGGERS:
         tagger = open_tagger(name, data.classes)
-        found[f"tagger: {name}"] = [tagger(sample.image()) for sample in data.samples]
-    there = [np.isin(np.arange(len(data.classes)), np.asarray(sample.labels())) for sample in data.samples]
+        found[f"tagger: {name}"] = [tagger(sample.image) for sample in data.samples]
+    there = [np.isin(np.arange(len(data.classes)), np.asarray(sample.label())) for sample in data.samples]
     return {key: np.stack(values) for key, values in found.items()} | {"there": np.stack(there)}
 
 

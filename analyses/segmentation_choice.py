@@ -29,8 +29,8 @@ from typing import Any
 import pandas as pd
 
 from mmdit_probe import load
+from mmdit_probe.data import dataset as read_dataset
 from mmdit_probe.evaluate.captures import Captures
-from mmdit_probe.evaluate.datasets import load_dataset
 from mmdit_probe.evaluate.league import league
 from mmdit_probe.evaluate.plan import CEILING, KEYS, Entry, Plan
 from mmdit_probe.evaluate.scores import ImageCounts
@@ -38,6 +38,7 @@ from mmdit_probe.results import RunFolder
 from mmdit_probe.results.selection import LayerSelection
 from mmdit_probe.segment.capture import layer_weights
 from mmdit_probe.segment.methods import find
+from mmdit_probe.segment.record import Reading
 
 NAME = "segmentation-choice"
 SIGMAS = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -99,9 +100,9 @@ class Bench:
 
     def run(self, entries: Sequence[tuple[str, Entry]], seeds: int = 1) -> tuple[pd.DataFrame, dict[str, ImageCounts]]:
         """The league of labelled entries, and their counts by label."""
-        dataset, facts = load_dataset(self.split, self.count), self.captures.facts
+        dataset, facts = read_dataset(self.split, self.count), self.captures.facts
         plan = Plan.of(dataset, ["seg4diff"], layer_count=facts["layers"], head_count=facts["heads"],
-                       seeds=tuple(range(seeds)))  # fmt: skip
+                       reading=Reading(seeds=tuple(range(seeds))))  # fmt: skip
         renamed = [replace(entry, method=replace(entry.method, name=label)) for label, entry in entries]
         plan = replace(plan, entries=tuple(renamed))
         counts = pd.concat([pd.DataFrame(plan.rows(self.captures, i)) for i in range(self.count)], ignore_index=True)

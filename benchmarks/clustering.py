@@ -26,13 +26,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from overhead import machine
 
-from mmdit_probe.evaluate.counts import ious
-from mmdit_probe.evaluate.matching import assign, histogram
-from mmdit_probe.models.tokens import TokenTable
+from mmdit_probe.evaluate import segmentation_score
+from mmdit_probe.segment import Capture
 from mmdit_probe.segment.methods import find
-from mmdit_probe.segment.picture import Fit
-from mmdit_probe.segment.record import Capture, JointRecord, Pass
-from mmdit_probe.segment.vocabulary import Prompt
 
 RESULTS = Path(__file__).parent / "results"
 GRIDS = (16, 32, 64)
@@ -58,24 +54,12 @@ def world(side: int, seed: int = 0) -> tuple[Capture, np.ndarray]:
     same = (truth[:, None] == truth[None]).float()
     attention = near * (0.1 + same) * (1 + NOISE * torch.rand(side**2, side**2, generator=generator))
     attention = 0.6 * attention / attention.sum(1, keepdim=True)
-    record = JointRecord(0, i2i=attention, feat_proj=features)
-    prompt = Prompt("", TokenTable("", ()), ())
-    image = np.zeros((side, side, 3), np.uint8)
-    fit = Fit.of((side, side), (side, side), 1)
-    one = Capture(image, fit, (side, side), [], [Pass(prompt, {0: record})], (0.5,), (0,), (0,))
-    return one, truth.reshape(side, side).numpy()
+    return Capture.of(grid=(side, side), i2i=attention, features=features), truth.reshape(side, side).numpy()
 
 
 def agreement(truth: np.ndarray, found: np.ndarray) -> float:
     """mIoU of segments with regions, matched within the picture."""
-    counts = histogram(truth, found, REGIONS)
-    to = assign(counts)
-    matrix = np.zeros((REGIONS, REGIONS + 1), np.int64)
-    for segment, region in enumerate(to):
-        matrix[:, region] += counts[:, segment]
-    square = np.zeros((REGIONS + 1, REGIONS + 1), np.int64)
-    square[:REGIONS] = matrix
-    return float(np.nanmean(ious(square)[:REGIONS]))
+    return segmentation_score(found, truth, REGIONS, match="image").miou
 
 
 def dense(one: Capture) -> None:

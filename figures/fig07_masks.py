@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 from runs import CHOICE, chosen, options_of, target, write
 
-from mmdit_probe.evaluate.datasets import SegDataset, load_dataset
-from mmdit_probe.evaluate.matching import assign, histogram
+from mmdit_probe.data import Dataset, dataset
+from mmdit_probe.evaluate.scores import assign, histogram
 from mmdit_probe.plots.segmentation import mask_sheet
 from mmdit_probe.results import RunFolder
 from mmdit_probe.results.folder import read_record
@@ -38,13 +38,13 @@ def main() -> None:
     parser.add_argument("--dataset", default="scenes:val")
     parser.add_argument("--limit", type=int, default=6, help="number of pictures")
     options = parser.parse_args()
-    data = load_dataset(options.dataset, options.limit)
+    data = dataset(options.dataset, options.limit)
     folder = Path(options.run) if options.run else measured(options, data)
     request = (read_record(folder) or {})["request"]
     model = Path(request["model"]).name
     suffix = "" if options.dataset == "scenes:val" else "_" + options.dataset.split(":")[0]
-    pictures = [sample.image() for sample in data.samples]
-    truths = [sample.labels() for sample in data.samples]
+    pictures = [sample.image for sample in data.samples]
+    truths = [sample.label() for sample in data.samples]
     names = [one.name for one in data.classes]
     with np.load(folder / "labels.npz") as stored:
         for stem, kind in (("fig07_masks_open", "open"), ("fig37_masks_unsupervised", "blind")):
@@ -61,10 +61,11 @@ def main() -> None:
             write(figure, target(options, model, stem + suffix), scores(data, truths, found))
 
 
-def measured(options: argparse.Namespace, data: SegDataset) -> Path:
+def measured(options: argparse.Namespace, data: Dataset) -> Path:
     """The run folder of this request, with the label maps of every method: measured unless it is there."""
     from mmdit_probe.cli.session import open_model
     from mmdit_probe.results.selection import load_selection
+    from mmdit_probe.segment.record import Reading
     from mmdit_probe.segment.run import discover, segment
 
     model = open_model(options.model, debug=False, device=options.device)
@@ -79,7 +80,7 @@ def measured(options: argparse.Namespace, data: SegDataset) -> Path:
     best = setting.get("refine", REFINE)
     named = [("seg4diff", "none"), ("seg4diff", best), *((method, best) for method in OPEN)]
     unnamed = [(BLIND[0], "none"), *((method, PIXELS) for method in BLIND)]
-    settings = setting.get("options", {})
+    settings, reading = setting.get("options", {}), Reading(**how)
     request = {
         "model": model.name, "weight_hash": model.weight_hash, "dataset": options.dataset,
         "pictures": len(data.samples), "open": named, "blind": unnamed, "options": settings, **how,
@@ -91,16 +92,16 @@ def measured(options: argparse.Namespace, data: SegDataset) -> Path:
     for method, refine in named:
         maps = []
         for sample in data.samples:
-            present = sorted(set(np.unique(sample.labels())) & set(range(len(data.classes))))
+            present = sorted(set(np.unique(sample.label())) & set(range(len(data.classes))))
             classes = [data.classes[index] for index in present]
             result = segment(
-                model, sample.image(), classes, method=method, options=settings.get(method), refine=refine, **how
+                model, sample.image, classes, reading, method=method, options=settings.get(method), refine=refine
             )
             maps.append(np.array(present)[result.labels])
         stored[f"open/{method}/{refine}"] = pack(maps)
     for method, refine in unnamed:
         maps = [
-            discover(model, sample.image(), method=method, options=settings.get(method), refine=refine, **how).labels
+            discover(model, sample.image, reading, method=method, options=settings.get(method), refine=refine).labels
             for sample in data.samples
         ]
         stored[f"blind/{method}/{refine}"] = pack(maps)
@@ -109,7 +110,7 @@ def measured(options: argparse.Namespace, data: SegDataset) -> Path:
     return folder.path
 
 
-def scores(data: SegDataset, truths: list[np.ndarray], found: dict[str, list[np.ndarray]]) -> pd.DataFrame:
+def scores(data: Dataset, truths: list[np.ndarray], found: dict[str, list[np.ndarray]]) -> pd.DataFrame:
     """Share of the labelled pixels that are right, by picture and method."""
     rows = [
         {"picture": sample.name, "method": name, "right": float((one == truth)[truth < UNKNOWN].mean())}

@@ -90,7 +90,7 @@ def _require(workdir: Path, stages: tuple[str, ...]) -> None:
 
 def validator(workdir: Path, curriculum: tuple[Phase, ...]) -> Callable[[AlignedTransformer, int], dict[str, float]]:
     """What is measured beside the text gain during training: map quality by layer, and the parser's view of samples."""
-    from mmdit_probe.experiments.scenes_quality import alignment_of, held_out, map_quality
+    from mmdit_probe.experiments.scenes_quality import alignment_of, held_out, word_map_scores
     from mmdit_probe.scenes.captions import describe
 
     parser = load_trained_parser(workdir)
@@ -103,7 +103,7 @@ def validator(workdir: Path, curriculum: tuple[Phase, ...]) -> Callable[[Aligned
         items = held_out(48, **how)
         numbers: dict[str, float] = {}
         for sigma in (0.5, 0.75):
-            table = map_quality(probed, items, sigma=sigma)
+            table = word_map_scores(probed, items, sigma=sigma)
             table = table[~table["min_max"]]
             means = table[table["head"] == "mean"]
             numbers |= {

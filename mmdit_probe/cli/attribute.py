@@ -52,9 +52,8 @@ def command(
     On scenes, where regions are known exactly. Control that is always there: the attention of the scene's next word.
     """
     from mmdit_probe.cli.session import check_layers, layers_of, load_model, open_folder, output_of
-    from mmdit_probe.data.prompts import SPLITS
     from mmdit_probe.errors import UserError, unknown
-    from mmdit_probe.scenes import scene
+    from mmdit_probe.scenes import SPLITS, scene
 
     output = output_of(session)
     check_layers(selection, layers)

@@ -20,7 +20,7 @@ def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> 
     from rich.table import Table
 
     from mmdit_probe.cli.output import Output
-    from mmdit_probe.evaluate.datasets.readers import SOURCES
+    from mmdit_probe.data.public import SETS
 
     table = Table(
         "name", "classes", "images", "background", "folders, first layout found",
@@ -29,16 +29,17 @@ def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> 
     rows: list[dict[str, Any]] = [
         {
             "name": source.name, "classes": len(source.names), "images": source.expected,
-            "background": source.background,
+            "background": source.background, "ignored": [0] if source.named else [],
             "folders": [f"{layout.images} + {layout.labels}/*{layout.suffix}" for layout in source.layouts],
         }
-        for source in SOURCES
+        for source in SETS
     ]  # fmt: skip
     for row in rows:
         folders = "\n".join(row["folders"])
-        background = "yes" if row["background"] else "no"
+        background = "a word, not scored" if row["ignored"] else "yes" if row["background"] else "no"
         table.add_row(row["name"], str(row["classes"]), str(row["images"]), background, folders)
     table.add_row("sa1b", "masks", "any", "no", "sa_*.jpg + sa_*.json; or images/ + annotations/")
+    table.add_row("coco-instances, -stuff, -panoptic", "the JSON's", "any", "no", "val2017 + annotations/*.json")
     table.add_row("folder", "classes.txt", "", "if named", "images/ + labels/*.png")
     table.add_row("scenes:SPLIT", "15", "any", "no", "none: embedded")
     Output(quiet=quiet, as_json=as_json, debug=debug).result({"datasets": rows}, [table])
@@ -57,11 +58,11 @@ def check(
     from rich.table import Table
 
     from mmdit_probe.cli.output import Output
-    from mmdit_probe.evaluate.datasets import load_dataset
-    from mmdit_probe.evaluate.datasets.check import check as run
+    from mmdit_probe.data import dataset
+    from mmdit_probe.data.check import check as run
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
-    data = load_dataset(f"{name}:{root}", limit)
+    data = dataset(f"{name}:{root}", limit)
     with output.progress("images", len(data.samples)) as advance:
         found = run(data, advance)
     held = "masks without names" if data.agnostic else f"{len(data.classes)} classes"
@@ -98,7 +99,7 @@ def prepare(
 ) -> None:
     """Write label PNGs in the ids other projects expect: COCO-Object, COCO-Stuff-27, Context with background last."""
     from mmdit_probe.cli.output import Output
-    from mmdit_probe.evaluate.datasets.readers import prepare as run
+    from mmdit_probe.data.public import prepare as run
 
     count = run(kind, root, out)
     Output(quiet=quiet, as_json=as_json, debug=debug).result(

@@ -36,10 +36,10 @@ def command(
     """Split a picture into segments without any class names, from the empty prompt. Files as `segment` writes them."""
     from mmdit_probe.cli.segment import load_read, prepare, report
     from mmdit_probe.cli.session import output_of
+    from mmdit_probe.data import parse_classes
     from mmdit_probe.errors import UserError
     from mmdit_probe.segment.methods import find
     from mmdit_probe.segment.refine import Refinement
-    from mmdit_probe.segment.vocabulary import parse_classes
 
     output = output_of(session)
     find(method)
@@ -56,5 +56,5 @@ def command(
     found = discover(loaded, picture, **shared)
     if candidates is not None:
         request |= {"names": [list(one.synonyms) for one in candidates], "names_by": names_by}
-        found = name_segments(loaded, found, candidates, method=names_by, weights=shared["weights"])
+        found = name_segments(loaded, found, candidates, method=names_by, weights=shared["reading"].weights)
     report("discover", found, loaded, session, request, output)

@@ -79,15 +79,15 @@ def command(
     """
     from mmdit_probe.cli.league import TAGS, report
     from mmdit_probe.cli.session import check_stream, load_model, output_of, text_of
+    from mmdit_probe.data.sources import dataset as read_dataset
     from mmdit_probe.errors import UserError, unknown
-    from mmdit_probe.evaluate.datasets import load_dataset
-    from mmdit_probe.evaluate.matching import VARIANTS
+    from mmdit_probe.evaluate.scores import MATCHES
     from mmdit_probe.segment.settings import parse_sigmas, parse_size, selected
 
     output = output_of(session)
-    if match not in VARIANTS:
-        raise unknown("matching", match, VARIANTS)
-    data = load_dataset(dataset, limit)
+    if match not in MATCHES:
+        raise unknown("matching", match, MATCHES)
+    data = read_dataset(dataset, limit)
     if many_to_one and data.background is None:
         raise UserError(f"{data.name} has no background class, so --many-to-one has nothing to join segments to")
     if data.note:
@@ -108,12 +108,12 @@ def command(
         raise UserError("protocol 'predicted' needs --tagger CLIP, or --tags FILE of another program's tags")
 
     from mmdit_probe.evaluate.captures import Captures
-    from mmdit_probe.evaluate.plan import Plan
-    from mmdit_probe.evaluate.run import evaluate
+    from mmdit_probe.evaluate.plan import Plan, evaluate
     from mmdit_probe.evaluate.shards import alone_under_launcher, local_device, shard_of
     from mmdit_probe.evaluate.tagger import Tagging
     from mmdit_probe.results import RunFolder
     from mmdit_probe.results.selection import load_selection
+    from mmdit_probe.segment.record import Reading as Read
 
     if alone_under_launcher():
         output.note(
@@ -132,9 +132,9 @@ def command(
         raise UserError(f"the selection {str(selection)!r} was made with other weights; run select-layers on {model}")
     plan = Plan.of(
         data, request["methods"], layer_count=facts["layers"], head_count=facts["heads"],
+        reading=Read(layers, weights, None, request["sigmas"], request["seeds"], reading.fit, parse_size(reading.size)),
         protocols=request["protocols"], refine=request["refine"], options=request["options"], background=background,
-        layers=layers, heads=heads, weights=weights, sigmas=request["sigmas"], seeds=request["seeds"], sweep=sweep,
-        fit=reading.fit, size=parse_size(reading.size), tags=request["tags"] or {}, by_rows=match == "row",
+        heads=heads, sweep=sweep, tags=request["tags"] or {}, by_rows=match == "row",
     )  # fmt: skip
     named_by = None if request["tagger"] is None else Tagging.of(data, **request["tagger"])
     with shard_of() as shard:

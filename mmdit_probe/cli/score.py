@@ -127,15 +127,15 @@ _SHOWN = ("facts", "all_right")
 
 def _asked(source: str, n: int) -> list[tuple[str, str]]:
     """(category, prompt) pairs of a prompt source; of a folder, at most `n` of each text file."""
-    from mmdit_probe.data import prompts as texts
+    from mmdit_probe.data import prompts
     from mmdit_probe.errors import UserError
 
     if not Path(source).is_dir():
-        return [("prompts", text) for text in texts.resolve(source, n)]
+        return [("prompts", text) for text in prompts(source, n)]
     files = sorted(Path(source).glob("*.txt"))
     if not files:
         raise UserError(f"{source!r} has no text files; expected one per category, with one prompt per line")
-    return [(file.stem.removesuffix("_val"), text) for file in files for text in texts.resolve(str(file), n)]
+    return [(file.stem.removesuffix("_val"), text) for file in files for text in prompts(str(file), n)]
 
 
 def _variants(given: list[str]) -> dict[str, str | None]:

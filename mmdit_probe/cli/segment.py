@@ -41,10 +41,10 @@ def command(
     as safetensors, segmentation.json with the area of each class, and run.json into a run folder.
     """
     from mmdit_probe.cli.session import output_of
+    from mmdit_probe.data import parse_classes
     from mmdit_probe.segment.methods import find
     from mmdit_probe.segment.refine import Refinement
     from mmdit_probe.segment.tail import Background
-    from mmdit_probe.segment.vocabulary import parse_classes
 
     output = output_of(session)
     parsed = parse_classes(classes)
@@ -69,21 +69,31 @@ def prepare(
     image: str, method: str, options: list[str] | None, refine: str, reading: Reading, session: Session
 ) -> tuple[dict[str, Any], Any, dict[str, Any]]:
     """What `segment` and `discover` read of their options: the request, the picture, keyword arguments."""
-    from mmdit_probe.cli.session import check_stream
+    from mmdit_probe.cli.session import check_stream, output_of
+    from mmdit_probe.data import single
     from mmdit_probe.segment.methods.base import parse_option
-    from mmdit_probe.segment.settings import parse_sigmas, parse_size, picture_of, selected
+    from mmdit_probe.segment.record import Reading as Read
+    from mmdit_probe.segment.settings import parse_sigmas, parse_size, selected
 
     layers, heads, weights = selected(reading.selection, reading.layers, reading.heads)
     values: dict[str, Any] = dict(parse_option(text) for text in options or [])
     check_stream(session, values)
     if heads is not None:
         values["heads"] = heads
-    shared = {
-        "method": method, "options": values, "refine": refine, "layers": layers, "weights": weights,
-        "sigmas": parse_sigmas(reading.sigma), "seeds": list(range(session.seed, session.seed + reading.noise_seeds)),
-        "fit": reading.fit, "size": parse_size(reading.size),
+    read = Read(
+        layers, weights, None, parse_sigmas(reading.sigma), range(session.seed, session.seed + reading.noise_seeds),
+        reading.fit, parse_size(reading.size),
+    )  # fmt: skip
+    shared = {"method": method, "options": values, "refine": refine}
+    sample = single(image)
+    pixels = sample.image
+    for note in sample.notes:
+        output_of(session).note(f"{image}: {note}")
+    request = {
+        "image": image, "content": sample.fingerprint(), **shared, "layers": layers, "weights": weights,
+        "sigmas": read.sigmas, "seeds": list(read.seeds), "fit": reading.fit, "size": reading.size,
     }  # fmt: skip
-    return {"image": image, **shared, "size": reading.size}, picture_of(image), shared
+    return request, pixels, {**shared, "reading": read}
 
 
 def load_read(reading: Reading, session: Session) -> MMDiT:

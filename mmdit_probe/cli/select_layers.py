@@ -50,9 +50,9 @@ def command(
     folders with --from.
     """
     from mmdit_probe.cli.session import check_sigma, load_model, open_folder, output_of, text_of
-    from mmdit_probe.data.prompts import SPLITS
     from mmdit_probe.errors import UserError, unknown
     from mmdit_probe.experiments.evidence_names import CONTROLLED, EVIDENCE, RANK_RULES, WEIGHT_RULES, evidence_names
+    from mmdit_probe.scenes import SPLITS
 
     output = output_of(session)
     wanted = evidence_names(evidence, bool(runs))

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from mmdit_probe.cli.options import Measured, Session
     from mmdit_probe.cli.output import Output
-    from mmdit_probe.data.images import Picture
+    from mmdit_probe.data.sample import Sample
     from mmdit_probe.experiments.budget_items import Budget
     from mmdit_probe.experiments.outcomes import Outcome
     from mmdit_probe.models.mmdit import MMDiT
@@ -81,23 +81,23 @@ def check_stream(session: Session, options: Mapping[str, Any]) -> None:
 
 def prompts_of(session: Session, prompts: str | None, limit: int | None, default: int | None = None) -> list[str]:
     """The prompts to sample: what was asked for, else held-out captions or the everyday set (`default` of them)."""
-    from mmdit_probe.data.prompts import resolve
+    from mmdit_probe.data.prompt_sets import prompts as read
 
     source = ("scenes:val" if session.embedded else "everyday") if prompts is None else prompts
-    return resolve(source, default if limit is None and prompts is None else limit)
+    return read(source, default if limit is None and prompts is None else limit)
 
 
-def pictures_of(session: Session, images: str | None, limit: int | None, default: int) -> list[Picture]:
+def pictures_of(session: Session, images: str | None, limit: int | None, default: int) -> list[Sample]:
     """The pictures to probe: what was asked for, else `default` held-out scenes.
 
     Raises:
         UserError: none are named, and the model does not know the scenes world.
     """
-    from mmdit_probe.data.images import resolve
+    from mmdit_probe.data import samples
 
     if images is None and not session.embedded:
         raise UserError("no pictures are given; name a folder with --images")
-    return resolve(images or "scenes:val", default if limit is None and images is None else limit)
+    return samples(images or "scenes:val", default if limit is None and images is None else limit)
 
 
 def check_layers(selection: Path | None, layers: str, heads: str = "all") -> None:
@@ -202,11 +202,11 @@ def measure(
         kind: the measurement. command, table: names of the command and of its table.
         measured, session: the options.
     """
-    from mmdit_probe.data import images as pictures
+    from mmdit_probe.data import samples
 
     output = output_of(session)
     check_layers(measured.selection, measured.layers, measured.heads)
-    chosen = pictures.resolve(measured.images, measured.limit) if measured.images is not None else None
+    chosen = samples(measured.images, measured.limit) if measured.images is not None else None
     asked = prompts_of(session, measured.prompts, measured.limit) if chosen is None or measured.prompts else []
 
     from mmdit_probe.experiments.controls import parse

@@ -1,39 +1,55 @@
-"""Shipped tables and prompt sets: data, no code that depends on their values.
+"""The world outside, read in one place: pictures, texts, label maps, data sets, prompts, the paper's numbers.
 
-    >>> from mmdit_probe.data import paper_table
-    >>> float(paper_table("budget_by_layer").i2t_share.mean().round(3))     # arXiv:2509.18096, Fig. 2b, digitised
-    0.672
+    from mmdit_probe.data import dataset, prompts, samples
+    samples("scenes:val", 8)[0].open((64, 64))          # a picture file, a folder, scenes:SPLIT, NAME:ROOT
+    dataset("voc20:VOCdevkit/VOC2012")[0].label()       # class ids [H, W]
+    prompts("everyday", 3)                              # a set, a file, or the prompt itself
 
-`paper/README.md` tells where each published number comes from and how sure it is. Not here: anything measured with
-this toolkit.
+Importing this package imports neither torch nor pandas.
 """
 
 from __future__ import annotations
 
-from importlib import resources
-from typing import TYPE_CHECKING
-
-from mmdit_probe.errors import unknown
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from mmdit_probe.data.class_names import SegClass, parse_classes
+    from mmdit_probe.data.fit import Fit
+    from mmdit_probe.data.labels import IGNORE, read_label_map
+    from mmdit_probe.data.paper import paper_table, paper_tables
+    from mmdit_probe.data.picture import Picture, open_picture
+    from mmdit_probe.data.prompt_sets import prompts
+    from mmdit_probe.data.sample import Dataset, Sample, fingerprint
+    from mmdit_probe.data.scenes import ScenesData
+    from mmdit_probe.data.sources import DATASETS, dataset, samples, single, training_data
+    from mmdit_probe.data.text import read_json, read_lines, read_text
+    from mmdit_probe.data.training import Data, PictureData
+
+_ROOMS = {
+    "class_names": ("SegClass", "parse_classes"),
+    "fit": ("Fit",),
+    "labels": ("IGNORE", "read_label_map"),
+    "paper": ("paper_table", "paper_tables"),
+    "picture": ("Picture", "open_picture"),
+    "prompt_sets": ("prompts",),
+    "sample": ("Dataset", "Sample", "fingerprint"),
+    "scenes": ("ScenesData",),
+    "sources": ("DATASETS", "dataset", "samples", "single", "training_data"),
+    "text": ("read_json", "read_lines", "read_text"),
+    "training": ("Data", "PictureData"),
+}
+
+__all__ = [
+    "DATASETS", "IGNORE", "Data", "Dataset", "Fit", "Picture", "PictureData", "Sample", "ScenesData", "SegClass",
+    "dataset", "fingerprint", "open_picture", "paper_table", "paper_tables", "parse_classes", "prompts", "read_json",
+    "read_label_map", "read_lines", "read_text", "samples", "single",
+    "training_data",
+]  # fmt: skip
 
 
-def paper_tables() -> list[str]:
-    """Names of the published tables."""
-    folder = resources.files(__name__) / "paper"
-    return sorted(entry.name.removesuffix(".csv") for entry in folder.iterdir() if entry.name.endswith(".csv"))
-
-
-def paper_table(name: str) -> pd.DataFrame:
-    """A published table as printed or digitised; columns and cautions in `paper/README.md`.
-
-    Raises:
-        UserError: no table of that name; the message names the closest one.
-    """
-    import pandas as pd
-
-    if name not in paper_tables():
-        raise unknown("paper table", name, paper_tables())
-    with (resources.files(__name__) / "paper" / f"{name}.csv").open("r", encoding="utf-8") as stream:
-        return pd.read_csv(stream)
+def __getattr__(name: str) -> Any:
+    for room, names in _ROOMS.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{room}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,16 @@
-"""Evaluation: confusion matrices and the scores read from them."""
+"""Evaluation: label maps scored against labels, alone or over a data set.
 
-from mmdit_probe.evaluate.counts import accuracy, confusion, ious, mean_iou
+from mmdit_probe.evaluate import segmentation_score
+segmentation_score(prediction, label, classes=15).miou            # ids [H, W], or lists of them
+"""
 
-__all__ = ["accuracy", "confusion", "ious", "mean_iou"]
+from mmdit_probe.evaluate.scores import (
+    accuracy,
+    confusion,
+    ious,
+    map_quality,
+    mean_iou,
+    segmentation_score,
+)
+
+__all__ = ["accuracy", "confusion", "ious", "map_quality", "mean_iou", "segmentation_score"]

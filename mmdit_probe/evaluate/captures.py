@@ -1,7 +1,7 @@
 """Captured forwards that several methods share, and that may be kept on disk so that methods re-run without the model.
 
     captures = Captures(lambda: load("scenes-sd3"), name="scenes-sd3", cache=Path("captures"))
-    record = captures.get("scenes:val:0", image, classes, layers=(2, 3), keep=("i2t",), ...)
+    record = captures.get("scenes:val:0", image, classes, Reading(layers=(2, 3)), keep=("i2t",))
 
 A cache folder holds one safetensors file per capture and index.json: the model it was made with and what each file
 answers to. It is asked first; the model is loaded when something is missing. A cache made with other weights is refused
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmdit_probe.data.class_names import SegClass
+from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import Token, TokenTable
 from mmdit_probe.segment.capture import capture, most_tokens
-from mmdit_probe.segment.picture import Fit
-from mmdit_probe.segment.record import Capture, JointRecord, Pass
-from mmdit_probe.segment.vocabulary import Prompt, Query, SegClass
+from mmdit_probe.segment.record import Capture, JointRecord, Pass, Reading
+from mmdit_probe.segment.vocabulary import Prompt, Query
 
 INDEX = "index.json"
+VERSION = 2
+"""Of the files in a cache; 1 knew no model family."""
 
 
 class Captures:
@@ -53,7 +57,10 @@ class Captures:
         self._model: MMDiT | None = None
         self._facts: dict[str, Any] | None = None
         if cache is not None and (cache / INDEX).is_file():
-            self._facts = json.loads((cache / INDEX).read_text(encoding="utf-8"))["model"]
+            index = json.loads((cache / INDEX).read_text(encoding="utf-8"))
+            if index.get("version", 1) != VERSION:
+                raise UserError(f"cache {str(cache)!r} was written by another version of this package; remove it")
+            self._facts = index["model"]
             if self._facts["id"] != name:
                 made = self._facts["id"]
                 raise UserError(f"cache {str(cache)!r} was made with {made}, not {name}; choose another folder")
@@ -69,7 +76,7 @@ class Captures:
             self._facts = facts
             if self.cache is not None and not (self.cache / INDEX).is_file():
                 self.cache.mkdir(parents=True, exist_ok=True)
-                _write(self.cache / INDEX, json.dumps({"model": facts}, indent=2).encode())
+                _write(self.cache / INDEX, json.dumps({"version": VERSION, "model": facts}, indent=2).encode())
         return self._model
 
     @property
@@ -80,14 +87,18 @@ class Captures:
         assert self._facts is not None
         return self._facts
 
-    def get(self, name: str, image: NDArray[np.uint8], classes: Sequence[SegClass], **how: Any) -> Capture:
-        """A capture, from the cache or from the model; `how` as in `segment.capture`."""
+    def get(
+        self, name: str, image: NDArray[np.uint8], classes: Sequence[SegClass], reading: Reading, *,
+        keep: Sequence[str], together: bool = True,
+    ) -> Capture:  # fmt: skip
+        """A capture, from the cache or from the model; arguments as in `segment.capture`."""
         if self.cache is None:
-            return capture(self.model, image, classes, **how)
-        path = self.cache / f"{_key(name, image, classes, how | self._text)}.safetensors"
+            return capture(self.model, image, classes, reading, keep=keep, together=together)
+        how = asdict(reading) | {"keep": keep, "together": together} | self._text
+        path = self.cache / f"{_key(name, image, classes, how)}.safetensors"
         if path.is_file():
             return load_capture(path, image)
-        found = capture(self.model, image, classes, **how)
+        found = capture(self.model, image, classes, reading, keep=keep, together=together)
         save_capture(found, path)
         return found
 
@@ -110,6 +121,7 @@ def save_capture(found: Capture, path: Path) -> None:
         "sigmas": found.sigmas,
         "seeds": found.seeds,
         "layers": found.layers,
+        "family": found.family,
         "prompts": [
             {
                 "text": one.prompt.text,
@@ -154,7 +166,7 @@ def load_capture(path: Path, image: NDArray[np.uint8]) -> Capture:
     classes = [SegClass(tuple(names)) for names in about["classes"]]
     return Capture(
         image, fit, tuple(about["grid"]), classes, passes, tuple(about["sigmas"]), tuple(about["seeds"]),
-        tuple(about["layers"]),
+        tuple(about["layers"]), family=about["family"],
     )  # fmt: skip
 
 

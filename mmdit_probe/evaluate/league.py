@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdit_probe.evaluate.matching import assign
 from mmdit_probe.evaluate.plan import CEILING, KEYS, ONE_CLASS, ONE_SEGMENT, RANDOM, UNSUPERVISED
-from mmdit_probe.evaluate.scores import SCORES, ImageCounts
+from mmdit_probe.evaluate.scores import SCORES, ImageCounts, assign
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,8 +29,8 @@ def league(
 
     Args:
         counts: rows of `evaluate.plan.COLUMNS`. classes: C.
-        match: variant of `evaluate.matching`, background: its background class for segments.
-        agnostic: classes are masks of one image each (`SegDataset.agnostic`).
+        match: one of `evaluate.scores.MATCHES`, background: its background class for segments.
+        agnostic: classes are masks of one image each (`Dataset.agnostic`).
 
     Returns: columns `KEYS` without kind, n (images), the `SCORES` in 0..1 with `miou_low`, `miou_high` (95 % over
     images), `gain`, `gain_low`, `gain_high` (mIoU over the same configuration without refinement, images paired),
@@ -44,7 +43,7 @@ def league(
     segments: dict[tuple[str, ...], float] = {}
     for key, part in groups.items():
         if key[-1] == "segments":
-            segments[key] = float(part.groupby("image")["found"].nunique().mean())
+            segments[key] = float(part[part["pixels"] > 0].groupby("image")["found"].nunique().mean())
             part = matched(part, classes, match, background)
         found[key] = ImageCounts.from_table(part, classes, agnostic)
     for protocol in dict.fromkeys(key[0] for key in groups):
@@ -109,7 +108,7 @@ def _groups(counts: pd.DataFrame) -> dict[tuple[str, ...], pd.DataFrame]:
 
 
 def _dense(part: pd.DataFrame, classes: int) -> NDArray[np.int64]:
-    counts = np.zeros((classes, int(part["found"].max()) + 1), np.int64)
+    counts = np.zeros((classes, max(classes, int(part["found"].max()) + 1)), np.int64)
     np.add.at(counts, (part["truth"].to_numpy(), part["found"].to_numpy()), part["pixels"].to_numpy())
     return counts
 

@@ -1,19 +1,20 @@
 """What an evaluation does to each image: which prompts, which captured forwards, which methods read them.
 
     plan = Plan.of(dataset, ["seg4diff", "iseg"], protocols=["present", "full"], refine=["none", "pamr"], ...)
-    rows = plan.rows(captures, index)               # sparse confusion counts of one image, every configuration
+    plan.rows(captures, index)                      # sparse confusion counts of one image, every configuration
+    evaluate(plan, captures, folder, shard)         # of all images, as a table; resumes where a killed run stopped
 
 One forward per prompt serves every method, layer and refinement. Protocols (who says which classes there are):
 
     present        the classes that occur in this image: an oracle, an image of one class is right by construction
     predicted      the classes a tagger names (`evaluate.tagger`, or a JSON file {image name: [class names]})
     full           all classes of the data set
-    unsupervised   no names: segments, matched afterwards (`evaluate.matching`)
+    unsupervised   no names: segments, matched afterwards (`evaluate.scores`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -24,21 +25,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmdit_probe.data.class_names import SegClass
+from mmdit_probe.data.fit import Fit
+from mmdit_probe.data.labels import IGNORE
+from mmdit_probe.data.sample import Dataset
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.evaluate.captures import Captures
-from mmdit_probe.evaluate.counts import IGNORE
-from mmdit_probe.evaluate.datasets import SegDataset
-from mmdit_probe.evaluate.matching import histogram
-from mmdit_probe.evaluate.matching import rows as match_rows
+from mmdit_probe.evaluate.scores import Counts, histogram, matched_by_rows
+from mmdit_probe.evaluate.shards import Shard
+from mmdit_probe.results import RunFolder, TableWriter
 from mmdit_probe.segment import methods as zoo
 from mmdit_probe.segment.capture import layer_weights, middle_layers
 from mmdit_probe.segment.methods.base import Method
-from mmdit_probe.segment.picture import Fit
-from mmdit_probe.segment.record import Capture
+from mmdit_probe.segment.record import Capture, Reading
 from mmdit_probe.segment.refine import Refinement
 from mmdit_probe.segment.tail import Background, label
 from mmdit_probe.specs import head_indices, layer_indices
 
+TABLE = "counts"
 PROTOCOLS = ("present", "predicted", "full")
 UNSUPERVISED = "unsupervised"
 SWEEPS = ("none", "layer", "head", "sigma")
@@ -64,38 +68,33 @@ class Entry:
 class Plan:
     """See the module. Make it with `Plan.of`."""
 
-    dataset: SegDataset
+    dataset: Dataset
     protocols: tuple[str, ...]
     entries: tuple[Entry, ...]
     background: Background
-    seeds: tuple[int, ...]
-    fit: str
-    size: tuple[int, int] | None
+    reading: Reading
     tags: Mapping[str, Sequence[str]]
     by_rows: bool = False
 
     @classmethod
     def of(
-        cls, dataset: SegDataset, methods: Sequence[str], *, layer_count: int, head_count: int,
-        protocols: Sequence[str] = ("present",), refine: Sequence[str] = ("none",),
-        options: Mapping[str, Mapping[str, Any]] | None = None, background: str = "none", layers: Any = None,
-        heads: Any = None, weights: Mapping[int, float] | None = None, sigmas: Sequence[float] = (0.515,),
-        seeds: Sequence[int] = (0,), sweep: str = "none", fit: str = "squash", size: tuple[int, int] | None = None,
-        tags: Mapping[str, Sequence[str]] | None = None, by_rows: bool = False,
+        cls, dataset: Dataset, methods: Sequence[str], *, layer_count: int, head_count: int,
+        reading: Reading | None = None, protocols: Sequence[str] = ("present",), refine: Sequence[str] = ("none",),
+        options: Mapping[str, Mapping[str, Any]] | None = None, background: str = "none", heads: Any = None,
+        sweep: str = "none", tags: Mapping[str, Sequence[str]] | None = None, by_rows: bool = False,
     ) -> Plan:  # fmt: skip
         """A plan.
 
         Args:
             dataset: the images. methods: names of methods, open-vocabulary and unsupervised ones mixed.
             layer_count, head_count: of the model.
+            reading: layers and weights, noise levels (averaged, but one by one in the sweep over "sigma"), seeds, fit.
             protocols: for the open-vocabulary methods. refine: every method is measured with each.
             options: method name -> its options. background: rule of `segment.tail`.
-            layers, heads: as in `segment`; the middle third and all heads if None.
-            weights: layer -> weight in means over layers; equal if None.
-            sigmas: noise levels; averaged, but one by one in the sweep over "sigma".
+            heads: that methods read; all if None.
             sweep: "none", "layer" (each layer alone), "head" (each head of each layer alone), "sigma".
             tags: image name -> class names, for the protocol "predicted".
-            by_rows: match segments in each pixel row, as the released Seg4Diff evaluation does (`matching.rows`).
+            by_rows: match segments in each pixel row, as the released Seg4Diff evaluation does (`matched_by_rows`).
 
         Raises:
             UserError: unknown names, or a protocol without what it needs.
@@ -120,20 +119,20 @@ class Plan:
         chosen = [one.configure((options or {}).get(one.name, {})) for one in chosen]
         if heads is not None:
             chosen = [one.configure({"heads": heads}) if "heads" in one.defaults else one for one in chosen]
-        picked = layer_indices(middle_layers(layer_count) if layers is None else layers, layer_count)
+        how = reading or Reading()
+        layers = layer_indices(middle_layers(layer_count) if how.layers is None else how.layers, layer_count)
         for text in refine:
             Refinement.parse(text)
         entries = [
-            Entry(_of_head(method, head), text, layer_set, head, levels, layer_weights(layer_set, weights))
+            Entry(_of_head(method, head), text, layer_set, head, levels, layer_weights(layer_set, how.weights))
             for method in chosen
             for text in refine
-            for layer_set, head, levels in _settings(method, sweep, picked, head_count, heads, tuple(sigmas))
+            for layer_set, head, levels in _settings(method, sweep, layers, head_count, heads, tuple(how.sigmas))
         ]
         if not entries:
             raise UserError("none of the methods reads single heads, so there is nothing to sweep over heads")
         return cls(
-            dataset, tuple(protocols), tuple(entries), Background.parse(background), tuple(seeds), fit, size,
-            tags or {}, by_rows,
+            dataset, tuple(protocols), tuple(entries), Background.parse(background), how, tags or {}, by_rows
         )  # fmt: skip
 
     @cached_property
@@ -143,43 +142,43 @@ class Plan:
     def rows(self, captures: Captures, index: int) -> dict[str, NDArray[Any]]:
         """Columns `COLUMNS` of one image."""
         sample = self.dataset.samples[index]
-        image, truth = sample.image(), np.array(sample.labels())
+        image, truth = sample.image, np.array(sample.label())
         if image.shape[:2] != truth.shape:
             raise UserError(
                 f"{sample.name}: the picture has {image.shape[0]} x {image.shape[1]} pixels, its label "
                 f"{truth.shape[0]} x {truth.shape[1]}"
             )
         rows = _Rows(index, len(self.dataset.classes))
-        open_entries = [entry for entry in self.entries if not entry.method.unsupervised]
+        named = [entry for entry in self.entries if not entry.method.unsupervised]
         blind = [entry for entry in self.entries if entry.method.unsupervised]
-        for protocol in self.protocols if open_entries else ():
+        for protocol in self.protocols if named else ():
             ids = self.vocabulary(protocol, sample.name, truth)
             classes = [self.dataset.classes[i] for i in ids]
             lookup = np.array([*ids, self._background_id])
-            for entry, record, scores in self._maps(captures, open_entries, sample.name, image, classes):
-                scored = _scored(truth, record)
+            for entry, record, scores in self._maps(captures, named, sample.name, image, classes):
+                found = np.full(truth.shape, self._background_id)
                 if len(ids):
-                    refined = Refinement.parse(entry.refine)
-                    pixels = refined.on_pixels(record.fit.back(refined.on_grid(scores, record)), record)
+                    pixels = Refinement.parse(entry.refine)(scores, record)
                     found = lookup[label(pixels, self.background, [one.name for one in classes])]
-                else:
-                    found = np.full(truth.shape, self._background_id)
-                rows.add(_keys(protocol, entry, "classes"), histogram(scored, found, rows.classes))
+                rows.add(_keys(protocol, entry, "classes"), histogram(self._scored(truth, record), found, rows.classes))
         for entry, record, scores in self._maps(captures, blind, sample.name, image, []):
-            refined = Refinement.parse(entry.refine)
-            pixels = refined.on_pixels(record.fit.back(refined.on_grid(scores, record)), record)
-            self._add_segments(rows, _keys(UNSUPERVISED, entry, "segments"), _scored(truth, record), label(pixels))
-        self._baselines(rows, captures, index, sample.name, truth, bool(open_entries), bool(blind))
+            segments = label(Refinement.parse(entry.refine)(scores, record))
+            self._add_segments(rows, _keys(UNSUPERVISED, entry, "segments"), self._scored(truth, record), segments)
+        self._baselines(rows, self._without_forward(captures, image), sample.name, truth, bool(named), bool(blind))
         return rows.columns()
 
+    def _scored(self, truth: NDArray[np.integer], record: Capture) -> NDArray[np.integer]:
+        """The truth without what is not scored: ignored ids, and pixels that the network was not shown."""
+        return np.where(record.fit.unseen | np.isin(truth, self.dataset.ignore), IGNORE, truth)
+
     def _add_segments(
-        self, rows: _Rows, keys: tuple[str, ...], truth: NDArray[np.integer], found: NDArray[np.integer]
+        self, rows: _Rows, keys: tuple[str, ...], truth: NDArray[np.integer], segments: NDArray[np.integer]
     ) -> None:
         """Counts of segments, to be matched later; or of classes, matched row by row now."""
         if self.by_rows:
-            rows.add((*keys[:-1], "classes"), match_rows(truth, found, rows.classes))
+            rows.add((*keys[:-1], "classes"), matched_by_rows(truth, segments, rows.classes))
         else:
-            rows.add(keys, histogram(truth, found, rows.classes))
+            rows.add(keys, histogram(truth, segments, rows.classes))
 
     @property
     def _background_id(self) -> int:
@@ -207,23 +206,20 @@ class Plan:
         return [i for i in ids if i != hidden]
 
     def _maps(
-        self, captures: Captures, entries: Sequence[Entry], name: str, image: NDArray[np.uint8], classes: Sequence[Any]
-    ) -> Any:
+        self, captures: Captures, entries: Sequence[Entry], name: str, image: NDArray[np.uint8],
+        classes: Sequence[SegClass],
+    ) -> Iterator[tuple[Entry, Capture, Tensor]]:  # fmt: skip
         """(entry, capture, maps) of every entry; entries with the same forward and the same method share them."""
         for levels, together in dict.fromkeys((entry.sigmas, entry.method.together) for entry in entries):
             group = [e for e in entries if (e.sigmas, e.method.together) == (levels, together)]
-            steps = [Refinement.parse(e.refine) for e in group]
             if not classes and not group[0].method.unsupervised:
                 record = self._without_forward(captures, image)
-                for entry in group:
-                    yield entry, record, torch.zeros(0, *record.grid)
+                yield from ((entry, record, torch.zeros(0, *record.grid)) for entry in group)
                 continue
-            whole = captures.get(
-                name, image, classes,
-                layers=sorted({layer for e in group for layer in e.layers}),
-                keep=sorted({part for e in group for part in e.method.needs} | {p for s in steps for p in s.keep}),
-                sigmas=list(levels), seeds=list(self.seeds), fit=self.fit, size=self.size, together=together,
-            )  # fmt: skip
+            parts = {p for e in group for p in (*e.method.needs, *Refinement.parse(e.refine).keep)}
+            layers = sorted({layer for e in group for layer in e.layers})
+            reading = replace(self.reading, layers=layers, weights=None, sigmas=list(levels))
+            whole = captures.get(name, image, classes, reading, keep=sorted(parts), together=together)
             known: dict[tuple[int, tuple[int, ...]], Tensor] = {}
             for entry in group:
                 record = replace(whole, layers=entry.layers, weights=entry.weights)
@@ -233,41 +229,22 @@ class Plan:
                 yield entry, record, known[key]
 
     def _without_forward(self, captures: Captures, image: NDArray[np.uint8]) -> Capture:
-        fit, grid = self._geometry(captures, image)
-        return Capture(image, fit, grid, [], [], (), ())
-
-    def _geometry(self, captures: Captures, image: NDArray[np.uint8]) -> tuple[Fit, tuple[int, int]]:
         facts = captures.facts
-        size, multiple = self.size or tuple(facts["size"]), facts["multiple"]
-        fit = Fit.of(image.shape[:2], size, multiple, self.fit, facts["most"])  # type: ignore[arg-type]
-        return fit, (fit.size[0] // multiple, fit.size[1] // multiple)
+        size, multiple = self.reading.size or tuple(facts["size"]), facts["multiple"]
+        fit = Fit.of(image.shape[:2], size, multiple, self.reading.fit, facts["most"])  # type: ignore[arg-type]
+        return Capture(image, fit, (fit.size[0] // multiple, fit.size[1] // multiple), [], [], (), ())
 
     def _baselines(
-        self,
-        rows: _Rows,
-        captures: Captures,
-        index: int,
-        name: str,
-        truth: NDArray[np.integer],
-        words: bool,
-        blind: bool,
+        self, rows: _Rows, record: Capture, name: str, truth: NDArray[np.integer], named: bool, blind: bool
     ) -> None:
         """The best any map of this token grid can do, and random tokens, under every protocol asked for."""
-        image = self.dataset.samples[index].image()
-        record = self._without_forward(captures, image)
-        scored = _scored(truth, record)
+        scored = self._scored(truth, record)
         ids = [int(i) for i in np.unique(scored) if i != IGNORE]
         if not ids:
             return
-        shares = torch.stack([torch.from_numpy(truth == i).float() for i in ids])
-        top, left, bottom, right = record.fit.source
-        up, across, down, over = record.fit.target
-        canvas = torch.zeros(len(ids), *record.fit.size)
-        part = shares[None, :, top:bottom, left:right]
-        canvas[:, up:down, across:over] = F.adaptive_avg_pool2d(part, (down - up, over - across))[0]
-        best = np.array(ids)[record.fit.back(F.adaptive_avg_pool2d(canvas, record.grid)).argmax(0).numpy()]
-        generator = torch.Generator().manual_seed(index)
-        for protocol in [*(self.protocols if words else ()), *([UNSUPERVISED] if blind else [])]:
+        best = np.array(ids)[record.fit.back(_shares(truth, ids, record)).argmax(0).numpy()]
+        generator = torch.Generator().manual_seed(rows.index)
+        for protocol in [*(self.protocols if named else ()), *([UNSUPERVISED] if blind else [])]:
             keys = (protocol, CEILING, "none", "", "", "", "classes")
             rows.add(keys, histogram(scored, best, rows.classes))
             if protocol == UNSUPERVISED and self.by_rows:
@@ -279,6 +256,35 @@ class Plan:
                 rows.add((protocol, RANDOM, *keys[2:]), histogram(scored, guess, rows.classes))
 
 
+def evaluate(
+    plan: Plan,
+    captures: Captures,
+    folder: RunFolder,
+    shard: Shard | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Write `counts.parquet` of a plan into a run folder. An image counts when its part is complete, and never twice.
+
+    Args:
+        plan: what to do. captures: where forwards come from. folder: an open run folder.
+        shard: this process among several. advance: called after every image.
+    """
+    part = shard or Shard()
+    writer = TableWriter(folder.path, TABLE)
+    part.barrier()  # every writer has cleaned up before any item is begun
+    count = len(plan.dataset.samples)
+    for index in part.mine(count):
+        if index in writer.done:
+            continue
+        with writer.item(index) as item:
+            item.write(plan.rows(captures, index))
+        advance()
+    part.collect(writer.parts, list(part.mine(count)))
+    if part.first:
+        writer.finish()
+    part.barrier()
+
+
 class _Rows:
     """Sparse counts of one image in columns."""
 
@@ -286,8 +292,11 @@ class _Rows:
         self.index, self.classes = index, classes
         self._parts: list[tuple[tuple[str, ...], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
 
-    def add(self, keys: tuple[str, ...], counts: NDArray[np.int64]) -> None:
-        truth, found = np.nonzero(counts)
+    def add(self, keys: tuple[str, ...], counts: Counts) -> None:
+        """Counts [C, P]; of an empty last segment one cell is kept, since matching goes by the number of segments."""
+        kept = counts > 0
+        kept[0, -1] |= counts.shape[1] > self.classes and keys[-1] == "segments"
+        truth, found = np.nonzero(kept)
         self._parts.append((keys, truth, found, counts[truth, found]))
 
     def columns(self) -> dict[str, NDArray[Any]]:
@@ -303,10 +312,15 @@ class _Rows:
         }  # fmt: skip
 
 
-def _scored(truth: NDArray[np.integer], record: Capture) -> NDArray[np.integer]:
-    """The truth without pixels that the network was not shown."""
-    unseen = record.fit.unseen
-    return np.where(unseen, IGNORE, truth) if unseen.any() else truth
+def _shares(truth: NDArray[np.integer], ids: Sequence[int], record: Capture) -> Tensor:
+    """Share of each class in each token [K, h, w]."""
+    shares = torch.stack([torch.from_numpy(truth == i).float() for i in ids])
+    top, left, bottom, right = (round(edge) for edge in record.fit.source)
+    up, across, down, over = record.fit.target
+    canvas = torch.zeros(len(ids), *record.fit.size)
+    part = shares[None, :, top:bottom, left:right]
+    canvas[:, up:down, across:over] = F.adaptive_avg_pool2d(part, (down - up, over - across))[0]
+    return F.adaptive_avg_pool2d(canvas, record.grid)
 
 
 def _keys(protocol: str, entry: Entry, kind: str) -> tuple[str, ...]:

@@ -1,48 +1,200 @@
-"""Scores over a data set from sparse counts per image, with intervals by bootstrap over images.
+"""The one measure of label maps: confusion counts, matching of segments, IoU under both averaging rules, map quality.
 
-    counts = ImageCounts.from_table(frame, classes=15)
-    counts.miou("union"), counts.miou("gt"), counts.interval("miou")
+    score = segmentation_score(predictions, labels, classes=["cat", "sky"], rule="gt")    # arrays, or lists of arrays
+    score.miou, score.accuracy, score.iou["cat"], score.interval()
 
-A score is a ratio of sums over images, so images are resampled and the sums are taken again; no image has a score of
-its own. Two averaging rules stand side by side in the literature; they differ when an absent class is predicted:
+Counts are summed over images before any ratio is taken, and intervals resample images. Two rules of averaging stand
+side by side in the literature; they differ when a class is predicted that occurs nowhere:
 
-    union   mean IoU over classes in truth or prediction (mmseg; used beside CLIP methods)
-    gt      mean IoU over classes in the truth (detectron2; used by Seg4Diff)
+    union   mean IoU over classes in label or prediction (mmseg; used beside CLIP methods)
+    gt      mean IoU over classes in the label (detectron2; used by Seg4Diff)
 
-The prediction may hold one index more than there are classes: "no class", e.g. an unmatched segment or the background
-of a set without one. It is a miss of the true class and a false alarm of none.
+A prediction may hold the id C, "no class", e.g. an unmatched segment: a miss of the true class, a false alarm of none.
+Segments without names are matched to classes first, each variant from the counts [C, P] of class x segment of an image:
 
-Ids that mean nothing in another image (masks without names, SA-1B) are not summed over images: `agnostic` scores are
-means over all masks of all images, and the two rules agree.
+    image      Hungarian within the image over the classes that occur in it (as DiffSeg and DiffCut intend; the default)
+    upstream   the same over all C classes: left-over segments go to absent classes, as in the released evaluators
+    majority   each segment takes its most frequent true class: an upper bound, it uses the label
+    dataset    one Hungarian over the sum of all images: only for segment ids that mean the same in every image
+    row        the released Seg4Diff evaluation: one assignment per pixel row; shows what that does to scores
+
+`map_quality` counts what the argmax of maps gets right. Not here: which images, prompts and methods (`evaluate.plan`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
 
-from mmdit_probe.errors import unknown
+from mmdit_probe.data.labels import IGNORE
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.segment.tail import STRETCHES
 
 if TYPE_CHECKING:
     import pandas as pd
 
+Counts = NDArray[np.int64]
+"""[C, P] pixels by true class and predicted class or segment; P is at least C."""
+
 RULES = ("union", "gt")
+MATCHES = ("image", "upstream", "majority", "dataset", "row")
 SCORES = ("miou", "miou_gt", "accuracy", "macc", "fwiou")
 DRAWS = 1000
 
 
+def confusion(
+    label: NDArray[np.integer], prediction: NDArray[np.integer], classes: int, columns: int | None = None,
+    ignore: int | Collection[int] = IGNORE,
+) -> Counts:  # fmt: skip
+    """Counts [C, P] of two id maps of one shape.
+
+    Args:
+        label: true ids, 0..C-1 or `ignore`. prediction: ids 0..P-1.
+        columns: P; C if None. ignore: ids of label pixels that are not counted.
+
+    Raises:
+        ValueError: shapes differ, or a counted pixel has another id.
+    """
+    if label.shape != prediction.shape:
+        raise ValueError(f"the label has shape {label.shape}, the prediction {prediction.shape}")
+    width = classes if columns is None else columns
+    counted = ~np.isin(label, [ignore] if isinstance(ignore, int) else list(ignore))
+    rows, cells = label[counted].astype(np.int64), prediction[counted].astype(np.int64)
+    for name, ids, count in (("label", rows, classes), ("prediction", cells, width)):
+        if ids.size and (ids.min() < 0 or ids.max() >= count):
+            raise ValueError(f"{name} holds ids {ids.min()}..{ids.max()}, expected 0..{count - 1}")
+    return np.bincount(rows * width + cells, minlength=classes * width).reshape(classes, width)
+
+
+def histogram(
+    label: NDArray[np.integer], segments: NDArray[np.integer], classes: int, ignore: int | Collection[int] = IGNORE
+) -> Counts:
+    """Counts [C, P] of class x segment; P is the largest segment id + 1 (ignored pixels included), or C if larger."""
+    return confusion(label, segments, classes, max(classes, int(segments.max(initial=0)) + 1), ignore)
+
+
+def assign(counts: Counts, match: str = "image", background: int | None = None) -> NDArray[np.int64]:
+    """Class of each segment [P]; C, the number of classes, means none.
+
+    Args:
+        counts: [C, P] of `histogram`; for "dataset" the sum over images.
+        match: one of `MATCHES` but "row", which has no counts of whole images.
+        background: with a class id, DiffCut's rule: segments match the other classes first, and all that are left over
+            join this one.
+
+    Raises:
+        UserError: unknown variant, or a background that is no class.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if match not in MATCHES[:-1]:
+        raise unknown("matching", match, MATCHES[:-1])
+    classes, segments = counts.shape
+    if background is not None and not 0 <= background < classes:
+        raise UserError(f"background class {background}: expected 0..{classes - 1}")
+    if match == "majority":
+        return np.where(counts.sum(0) > 0, counts.argmax(0), classes)
+    rows = np.arange(classes) if match in ("upstream", "dataset") else np.flatnonzero(counts.sum(1))
+    if background is not None:
+        rows = rows[rows != background]
+    result = np.full(segments, classes if background is None else background, np.int64)
+    if len(rows):
+        left, right = linear_sum_assignment(counts[rows], maximize=True)
+        useful = np.ones(len(left), bool) if match == "upstream" else counts[rows][left, right] > 0
+        result[right[useful]] = rows[left[useful]]
+    return result
+
+
+def matched(counts: Counts, to: NDArray[np.int64]) -> Counts:
+    """Counts [C, C + 1] of classes from counts [C, P] of segments whose classes are `to` [P]."""
+    classes = len(counts)
+    total = np.zeros((classes + 1, classes), np.int64)
+    np.add.at(total, to, counts.T)
+    return total.T
+
+
+def matched_by_rows(
+    label: NDArray[np.integer], segments: NDArray[np.integer], classes: int, ignore: int | Collection[int] = IGNORE
+) -> Counts:
+    """Counts [C, C + 1] with one "upstream" assignment per pixel row: the released evaluation's defect, on purpose."""
+    rows = (histogram(*pair, classes, ignore) for pair in zip(label, segments, strict=True))
+    return np.sum([matched(counts, assign(counts, "upstream")) for counts in rows], axis=0)
+
+
+def ious(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Intersection over union per class [..., C] of counts [..., C, P]; NaN where a class never occurs."""
+    return _ious(*_parts(counts))
+
+
+def mean_iou(counts: NDArray[np.int64], rule: str = "union") -> Any:
+    """Mean IoU [...] of counts [..., C, P] under one of `RULES`; NaN where nothing occurs."""
+    if rule not in RULES:
+        raise unknown("averaging rule", rule, RULES)
+    hit, truth, found = _parts(counts)
+    return _mean(np.where((truth > 0) | (rule == "union"), _ious(hit, truth, found), np.nan))[()]
+
+
+def accuracy(counts: Counts) -> float:
+    """Share of counted pixels that are right."""
+    return float(np.diagonal(counts).sum() / counts.sum()) if counts.sum() else float("nan")
+
+
+def map_quality(
+    maps: Tensor, label: NDArray[np.integer], ids: Sequence[int], classes: int, stretch: str = "none"
+) -> NDArray[np.int64]:
+    """Counts [..., C, C] of the argmax over class maps, at the label's size, on the pixels of these classes.
+
+    Args:
+        maps: [..., K, h, w] on the token grid; any axes before, such as layers or heads, are scored one by one.
+        label: ids [H, W]. ids: the K classes of the maps; pixels of others are not counted.
+        stretch: what is done to each map over space first, one of `segment.tail.STRETCHES`.
+    """
+    if stretch not in STRETCHES:
+        raise unknown("stretch", stretch, STRETCHES)
+    sets = STRETCHES[stretch](maps.float()).reshape(-1, *maps.shape[-3:])  # (M, K, h, w)
+    large = F.interpolate(sets, label.shape, mode="bilinear", align_corners=False)
+    predictions = np.asarray(ids)[large.argmax(1).numpy()]
+    truth = np.where(np.isin(label, ids), label, -1)
+    counts = np.stack([confusion(truth, one, classes, ignore=-1) for one in predictions])
+    return counts.reshape(*maps.shape[:-3], classes, classes)
+
+
+def area_under_curve(values: NDArray[Any], inside: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Area under the ROC curve [...] of values [..., n] against inside [n]; ties count half, NaN if either is empty."""
+    from scipy.stats import mannwhitneyu
+
+    hits, others = int(inside.sum()), int((~inside).sum())
+    if not hits or not others:
+        return np.full(values.shape[:-1], np.nan)
+    ranked = mannwhitneyu(values[..., inside], values[..., ~inside], axis=-1, method="asymptotic").statistic
+    return np.asarray(ranked) / (hits * others)
+
+
 @dataclass(frozen=True)
 class ImageCounts:
-    """Per image and class: pixels that are right, that are in the truth, that are predicted; [n, C] each, float64."""
+    """Per image and class: pixels that are right, that are in the label, that are predicted; [n, C] each, float64.
+
+    Ids that mean nothing in another image (masks without names, SA-1B) are not summed over images: `agnostic` scores
+    are means over all masks of all images, and the two rules agree.
+    """
 
     hit: NDArray[np.float64]
     truth: NDArray[np.float64]
     found: NDArray[np.float64]
     agnostic: bool = False
+
+    @classmethod
+    def of(cls, counts: NDArray[np.int64]) -> ImageCounts:
+        """From counts [n, C, P]."""
+        hit, truth, found = (part.astype(np.float64) for part in _parts(counts))
+        return cls(hit, truth, found)
 
     @classmethod
     def from_table(cls, frame: pd.DataFrame, classes: int, agnostic: bool = False) -> ImageCounts:
@@ -105,40 +257,128 @@ class ImageCounts:
         hit, truth, found = weights @ self.hit, weights @ self.truth, weights @ self.found
         total = truth.sum(-1)
         if name == "accuracy":
-            return np.divide(hit.sum(-1), total, out=np.full(len(total), np.nan), where=total > 0)
+            return _ratio(hit.sum(-1), total)
         if self.agnostic and name in SCORES:
             return self._over_masks(name, weights)
         if name == "macc":
-            recall = np.divide(hit, truth, out=np.full(hit.shape, np.nan), where=truth > 0)
-            return _mean(recall)
-        ious = _ious(hit, truth, found)
+            return _mean(_ratio(hit, truth))
+        by_class = _ious(hit, truth, found)
         if name == "miou":
-            return _mean(ious)
+            return _mean(by_class)
         if name == "miou_gt":
-            return _mean(np.where(truth > 0, ious, np.nan))
+            return _mean(np.where(truth > 0, by_class, np.nan))
         if name == "fwiou":
-            return np.divide(np.nansum(ious * truth, -1), total, out=np.full(len(total), np.nan), where=total > 0)
+            return _ratio(np.nansum(by_class * truth, -1), total)
         raise unknown("score", name, SCORES)
 
     def _over_masks(self, name: str, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         """A score as the mean over masks of the weighted images; fwIoU weights a mask by its pixels."""
         there = self.truth > 0
-        of_mask = _ious(self.hit, self.truth, self.found)
-        if name == "macc":
-            of_mask = np.divide(self.hit, self.truth, out=np.full(self.hit.shape, np.nan), where=there)
+        of_mask = _ratio(self.hit, self.truth) if name == "macc" else _ious(self.hit, self.truth, self.found)
         share = self.truth if name == "fwiou" else there.astype(float)
-        count = weights @ share.sum(1)
-        total = weights @ np.where(there, of_mask * share, 0.0).sum(1)
-        return np.divide(total, count, out=np.full(len(count), np.nan), where=count > 0)
+        return _ratio(weights @ np.where(there, of_mask * share, 0.0).sum(1), weights @ share.sum(1))
 
 
-def _ious(hit: NDArray[np.float64], truth: NDArray[np.float64], found: NDArray[np.float64]) -> NDArray[np.float64]:
-    union = truth + found - hit
-    return np.divide(hit, union, out=np.full(hit.shape, np.nan), where=union > 0)
+@dataclass(frozen=True)
+class SegmentationScore:
+    """What `segmentation_score` found.
+
+    Attributes:
+        miou, accuracy, mean_accuracy, fwiou: shares, 0..1. iou: class -> IoU; NaN where it is in neither.
+        counts: per image and class; their `interval`s and `gain`s over images. rule, match: as asked for.
+    """
+
+    miou: float
+    accuracy: float
+    mean_accuracy: float
+    fwiou: float
+    iou: dict[Any, float]
+    counts: ImageCounts
+    rule: str
+    match: str | None
+
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the mIoU over images."""
+        return self.counts.interval("miou" if self.rule == "union" else "miou_gt")
+
+
+def segmentation_score(
+    prediction: Any, label: Any, classes: int | Sequence[str], *, ignore: int | Collection[int] = IGNORE,
+    rule: str = "union", match: str | None = None, background: int | None = None,
+) -> SegmentationScore:  # fmt: skip
+    """Score label maps, or segments without names, against labels.
+
+    >>> segmentation_score(np.array([[0, 1, 1]]), np.array([[0, 0, 1]]), classes=["cat", "sky"]).iou
+    {'cat': 0.5, 'sky': 0.5}
+
+    Args:
+        prediction: ids [H, W], an array or tensor, or a list of them; 0..C-1, or C for no class.
+        label: ids [H, W], likewise. classes: C, or the names of the C classes.
+        ignore: one id, or several, of label pixels that are not counted.
+        rule: "union" or "gt". match: None if the prediction's ids are the classes, else one of `MATCHES`.
+        background: many-to-one matching, see `assign`.
+
+    Raises:
+        UserError: nothing to score, other numbers or shapes, an id that is no class, an unknown rule or matching.
+    """
+    if match is not None and match not in MATCHES:
+        raise unknown("matching", match, MATCHES)
+    predictions, labels = _maps(prediction), _maps(label)
+    if len(predictions) != len(labels) or not labels:
+        raise UserError(f"{len(predictions)} predictions for {len(labels)} labels; expected as many, at least one")
+    names = list(range(classes)) if isinstance(classes, int) else list(classes)
+    try:
+        counts = _counted(predictions, labels, len(names), ignore, match, background)
+    except ValueError as error:
+        raise UserError(f"these maps cannot be scored: {error}") from error
+    found = ImageCounts.of(np.stack(counts))
+    right, recall, weighted = (found.score(name) for name in ("accuracy", "macc", "fwiou"))
+    by_class = dict(zip(names, found.ious().tolist(), strict=True))
+    return SegmentationScore(found.miou(rule), right, recall, weighted, by_class, found, rule, match)
+
+
+def _maps(given: Any) -> list[NDArray[np.integer]]:
+    maps = [np.asarray(one) for one in (given if isinstance(given, list | tuple) else [given])]
+    for one in maps:
+        if one.ndim != 2 or one.dtype.kind not in "iu":
+            raise UserError(f"a map of shape {one.shape} and type {one.dtype}: expected whole-number ids [H, W]")
+    return maps
+
+
+def _counted(
+    predictions: list[NDArray[np.integer]], labels: list[NDArray[np.integer]], classes: int,
+    ignore: int | Collection[int], match: str | None, background: int | None,
+) -> list[Counts]:  # fmt: skip
+    pairs = list(zip(labels, predictions, strict=True))
+    if match is None:
+        return [confusion(one, found, classes, classes + 1, ignore) for one, found in pairs]
+    if match == "row":
+        return [matched_by_rows(one, found, classes, ignore) for one, found in pairs]
+    tables = [histogram(one, found, classes, ignore) for one, found in pairs]
+    if match != "dataset":
+        return [matched(one, assign(one, match, background)) for one in tables]
+    width = max(one.shape[1] for one in tables)
+    tables = [np.pad(one, ((0, 0), (0, width - one.shape[1]))) for one in tables]
+    to = assign(np.sum(tables, axis=0), match, background)
+    return [matched(one, to) for one in tables]
+
+
+def _parts(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Right, in the label, predicted: [..., C] each, of counts [..., C, P]."""
+    classes = counts.shape[-2]
+    return np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)[..., :classes]
+
+
+def _ious(hit: NDArray[Any], truth: NDArray[Any], found: NDArray[Any]) -> NDArray[np.float64]:
+    return _ratio(hit, truth + found - hit)
+
+
+def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> NDArray[np.float64]:
+    """part / whole; NaN where the whole is 0."""
+    return np.divide(part, whole, out=np.full(np.shape(whole), np.nan), where=whole > 0)
 
 
 def _mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Mean over the last axis without NaN; NaN where nothing is left."""
     known = np.isfinite(values)
-    count = known.sum(-1)
-    return np.divide(np.where(known, values, 0.0).sum(-1), count, out=np.full(len(count), np.nan), where=count > 0)
+    return _ratio(np.where(known, values, 0.0).sum(-1), known.sum(-1))

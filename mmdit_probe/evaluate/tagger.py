@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdit_probe.data.class_names import SegClass
+from mmdit_probe.data.labels import IGNORE
+from mmdit_probe.data.sample import Dataset
+from mmdit_probe.data.sources import dataset as read_dataset
 from mmdit_probe.errors import UserError
-from mmdit_probe.evaluate.counts import IGNORE
-from mmdit_probe.evaluate.datasets import SegDataset, load_dataset
 from mmdit_probe.evaluate.shards import Shard
-from mmdit_probe.segment.vocabulary import SegClass
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,14 +62,15 @@ def open_tagger(name: str, classes: Sequence[SegClass]) -> Tagger:
     """
     if name == PARSER:
         return _parser(classes)
-    from mmdit_probe.segment.clip import DenseCLIP
+    from mmdit_probe.segment.clip import CLIP
 
-    clip = DenseCLIP.open(name)
+    clip = CLIP.open(name)
     owner = np.array([index for index, one in enumerate(classes) for _ in one.synonyms])
     words = clip.text([synonym for one in classes for synonym in one.synonyms])  # [Q, P]
 
     def score(image: NDArray[np.uint8]) -> NDArray[np.float64]:
-        cosines = (clip.whole(image) @ words.T).double().numpy()
+        vector = clip.vectors(clip.pixels([image], (clip.side(), clip.side())))[0]
+        cosines = (vector @ words.T).double().numpy()
         best = np.array([cosines[owner == index].max() for index in range(len(classes))])
         return np.asarray(best - best.max())
 
@@ -92,7 +94,7 @@ def _parser(classes: Sequence[SegClass]) -> Tagger:
 
 
 def choose_threshold(
-    tagger: Tagger, dataset: SegDataset, advance: Callable[[], None] = lambda: None
+    tagger: Tagger, dataset: Dataset, advance: Callable[[], None] = lambda: None
 ) -> tuple[float, Quality]:
     """The threshold with the best F1 over all (image, class) pairs of labelled images, and how right it is there.
 
@@ -101,9 +103,9 @@ def choose_threshold(
     """
     scores, truth = [], []
     for sample in dataset.samples:
-        scores.append(tagger(sample.image()))
+        scores.append(tagger(sample.image))
         there = np.zeros(len(dataset.classes), bool)
-        ids = np.unique(np.asarray(sample.labels()))
+        ids = np.unique(np.asarray(sample.label()))
         there[ids[ids != IGNORE]] = True
         truth.append(there)
         advance()
@@ -125,13 +127,13 @@ class Tagging:
         dataset: the images to tag. tagger: scores them. threshold: None is chosen on `split`.
     """
 
-    dataset: SegDataset
+    dataset: Dataset
     tagger: Tagger
     threshold: float | None
-    split: SegDataset | None
+    split: Dataset | None
 
     @classmethod
-    def of(cls, dataset: SegDataset, name: str, threshold: float | None = None, split: str | None = None) -> Tagging:
+    def of(cls, dataset: Dataset, name: str, threshold: float | None = None, split: str | None = None) -> Tagging:
         """A tagger by name with a threshold, or with the data set (`scenes:train`, `NAME:ROOT`) to choose it on.
 
         Raises:
@@ -139,7 +141,7 @@ class Tagging:
         """
         if threshold is None and split is None:
             raise UserError("a tagger needs a threshold, or labelled images to choose it on")
-        images = load_dataset(split, SPLIT_IMAGES) if threshold is None and split is not None else None
+        images = read_dataset(split, SPLIT_IMAGES) if threshold is None and split is not None else None
         if images is not None and [one.name for one in images.classes] != [one.name for one in dataset.classes]:
             raise UserError(f"the images of {split!r} have other classes than {dataset.name}")
         return cls(dataset, open_tagger(name, dataset.classes), threshold, images)
@@ -164,7 +166,7 @@ class Tagging:
         about = part.share(about)
         found = {}
         for sample in [self.dataset.samples[index] for index in part.mine(len(self.dataset.samples))]:
-            scores = self.tagger(sample.image())
+            scores = self.tagger(sample.image)
             if self.dataset.background is not None:
                 scores[self.dataset.background] = -np.inf
             there_are = np.flatnonzero(scores >= about["threshold"])
@@ -188,6 +190,7 @@ def quality(
         said: image name -> tags. counts: rows of `evaluate.plan.COLUMNS`. samples: image names by index.
         names: of the classes. background: id that taggers do not name.
     """
+    counts = counts[counts["pixels"] > 0]
     wanted = np.zeros((len(samples), len(names)), bool)
     wanted[counts["image"].to_numpy(), counts["truth"].to_numpy()] = True
     there = np.unique(counts["image"].to_numpy())

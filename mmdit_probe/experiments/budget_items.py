@@ -30,7 +30,7 @@ from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices, step_indi
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mmdit_probe.data.images import Picture
+    from mmdit_probe.data.sample import Sample
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.models.tokens import TokenTable
 
@@ -52,7 +52,7 @@ class Item:
     index: int
     prompt: str
     seed: int
-    picture: Picture | None = None
+    picture: Sample | None = None
 
 
 class Budget:
@@ -145,7 +145,7 @@ class Budget:
 
     @classmethod
     def of_pictures(
-        cls, model: MMDiT, pictures: Sequence[Picture], prompts: Sequence[str] = (), *, layers: Spec = "all",
+        cls, model: MMDiT, pictures: Sequence[Sample], prompts: Sequence[str] = (), *, layers: Spec = "all",
         heads: HeadSpec = "all", sigma: float = 0.515, seed: int = 0, max_sequence_length: int | None = None,
         controls: Sequence[str] = (),
     ) -> Self:  # fmt: skip

@@ -210,9 +210,9 @@ def weights_of(table: pd.DataFrame, layers: Sequence[int], rule: str = "equal") 
 
 def best_heads(model: MMDiT, layers: Sequence[int], count: int, split: str, plan: Plan) -> dict[int, tuple[int, ...]]:
     """The heads whose I2T maps segment best, per layer, on `plan.n` scenes of a split; best first."""
-    from mmdit_probe.experiments.scenes_quality import held_out, map_quality
+    from mmdit_probe.experiments.scenes_quality import held_out, word_map_scores
 
-    table = map_quality(model, held_out(plan.n, split), sigma=plan.sigma, seed=plan.seed)
+    table = word_map_scores(model, held_out(plan.n, split), sigma=plan.sigma, seed=plan.seed)
     heads = table[(table["head"] != "mean") & ~table["min_max"]]
     return {
         layer: tuple(
@@ -232,9 +232,9 @@ def _spearman(first: Any, second: Any) -> float:
 
 
 def _pictures(split: str, plan: Plan) -> Any:
-    from mmdit_probe.data.images import resolve
+    from mmdit_probe.data import samples
 
-    return resolve(f"scenes:{split}", plan.n)
+    return samples(f"scenes:{split}", plan.n)
 
 
 def _captured(kind: type[Budget], variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
@@ -326,13 +326,13 @@ def _perturbed(table: pd.DataFrame) -> pd.DataFrame:
 def _segmentation(variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
     import pandas as pd
 
-    from mmdit_probe.experiments.scenes_quality import held_out, map_quality
+    from mmdit_probe.experiments.scenes_quality import held_out, word_map_scores
     from mmdit_probe.observe.probe import probe
 
     parts = []
     with probe(variant.model, edits=variant.edits):
         for index, item in enumerate(held_out(plan.n, split)):
-            table = map_quality(variant.model, [item], sigma=plan.sigma, seed=plan.seed + index)
+            table = word_map_scores(variant.model, [item], sigma=plan.sigma, seed=plan.seed + index)
             plain = table[(table["head"] == "mean") & ~table["min_max"]]  # the softmax alone, the paper's choice
             parts.append(plain.assign(item=index, value=plain["miou"]))
     return pd.concat(parts, ignore_index=True)

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.evaluate.clipscore import cosine
+from mmdit_probe.segment.clip import CLIP
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -80,27 +82,13 @@ class Clip:
     names = ("clip_t", "clip_i")
 
     def __init__(self, path: Path | str, device: str | torch.device = "cpu") -> None:
-        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+        self.clip = CLIP.open(str(path), device)
 
-        self.device = device
-        self.model = _local(CLIPModel, path).to(device).float().eval()
-        self.processor, self.tokenizer = _local(AutoImageProcessor, path), _local(AutoTokenizer, path)
-
-    @torch.no_grad()
     def __call__(
         self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
     ) -> dict[str, np.ndarray]:
-        length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).to(self.device)
-        texts = _pooled(self.model.get_text_features(**tokens))
-        now, before = (self._images(batch) for batch in (images, unedited))
-        return {"clip_t": _cosine(now, texts), "clip_i": _cosine(now, before)}
-
-    def _images(self, images: Sequence[Image]) -> torch.Tensor:
-        pixels = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
-        return _pooled(self.model.get_image_features(pixel_values=pixels.to(self.device)))
+        now, before = (self.clip.vectors(self.clip.pixels(batch)) for batch in (images, unedited))
+        return {"clip_t": cosine(now, self.clip.sentences(prompts)), "clip_i": cosine(now, before)}
 
 
 class Dino:
@@ -123,7 +111,7 @@ class Dino:
         for batch in (images, unedited):
             pixels = self.processor(images=list(batch), return_tensors="pt")["pixel_values"]
             features.append(self.model(pixels.to(self.device)).last_hidden_state[:, 0])
-        return {"dino": _cosine(*features)}
+        return {"dino": cosine(*features)}
 
 
 def measure(
@@ -139,12 +127,3 @@ def _local(kind: Any, path: Path | str) -> Any:
     except (OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or ["unreadable"])[0]
         raise UserError(f"cannot load {getattr(kind, '__name__', 'model')} from {str(path)!r}: {first}") from error
-
-
-def _pooled(features: Any) -> torch.Tensor:
-    """transformers 5 returns an output object where version 4 returned the tensor."""
-    return features if isinstance(features, torch.Tensor) else features.pooler_output
-
-
-def _cosine(first: torch.Tensor, second: torch.Tensor) -> np.ndarray:
-    return torch.nn.functional.cosine_similarity(first.double(), second.double(), dim=-1).cpu().numpy()

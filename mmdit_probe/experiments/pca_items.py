@@ -1,6 +1,6 @@
 """The PCA experiment on pictures: fit on all, project all, score where masks exist (Fig. 3 and 29 of arXiv:2509.18096).
 
-    result = pca_of_pictures(load("scenes-sd3"), resolve("scenes:val", 24), sigma=0.5)
+    result = pca_of_pictures(load("scenes-sd3"), samples("scenes:val", 24), sigma=0.5)
     result.table, result.variance, result.maps[4, "value"]
 
 Two passes over the pictures, each one denoising call per picture; picture k is noised with seed + k in both. With a
@@ -28,7 +28,7 @@ from mmdit_probe.specs import HeadSpec, Spec, layer_indices
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mmdit_probe.data.images import Picture
+    from mmdit_probe.data.sample import Sample
     from mmdit_probe.models.mmdit import MMDiT
 
 SCORES = (
@@ -55,7 +55,7 @@ class PCAResult:
     maps: dict[tuple[int, str], NDArray[np.float32]]
 
 
-def scene_masks(pictures: Sequence[Picture]) -> NDArray[np.uint8] | None:
+def scene_masks(pictures: Sequence[Sample]) -> NDArray[np.uint8] | None:
     """Class masks [n, S, S] of pictures that are all scenes; None otherwise."""
     if not all(picture.name.startswith("scenes:") for picture in pictures):
         return None
@@ -66,7 +66,7 @@ def scene_masks(pictures: Sequence[Picture]) -> NDArray[np.uint8] | None:
 
 
 def pca_of_pictures(
-    model: MMDiT, pictures: Sequence[Picture], prompts: Sequence[str] = (), *, layers: Spec = "all",
+    model: MMDiT, pictures: Sequence[Sample], prompts: Sequence[str] = (), *, layers: Spec = "all",
     kinds: Sequence[str] = KINDS, components: int = 16, each: bool = False, solver: str = "exact",
     heads: HeadSpec = "all", sigma: float = 0.515, seed: int = 0, shown: int = 4, batch: int = 8,
     edits: Sequence[Any] = (), state: Path | None = None, advance: Callable[[], None] = lambda: None,
@@ -74,7 +74,7 @@ def pca_of_pictures(
     """Fit, project and score.
 
     Args:
-        model: from `load`. pictures: from `data.images.resolve`.
+        model: from `load`. pictures: from `data.samples`.
         prompts: none (each picture's own caption), one for all, or one per picture.
         layers, kinds, components, solver, heads: see `PCA`.
         each: a basis of its own per picture.

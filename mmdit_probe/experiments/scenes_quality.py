@@ -1,8 +1,8 @@
 """How good the embedded model is: do its words find their regions, and do its images show what was asked for?
 
-``map_quality`` takes held-out scenes,
-their latents noised to one level, the bare list of their classes as the prompt, and the
-I2T map of each class word as its score; argmax, upsampled, against the exact mask. ``alignment_of`` takes captions:
+``word_map_scores`` takes held-out scenes, their latents noised to one level, the bare list of their classes as the
+prompt, and the I2T map of each class word as its score; argmax, upsampled, against the exact mask
+(`evaluate.map_quality`). ``alignment_of`` takes captions:
 images generated with guidance, read back by the parser.
 """
 
@@ -14,37 +14,30 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.evaluate import confusion, ious, mean_iou
+from mmdit_probe.evaluate import ious, map_quality, mean_iou
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.maps import TextMaps
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.scenes.parser import SceneParser, aligned, alignment, grounds_right, things_right
 from mmdit_probe.scenes.world import CLASSES, Scene, scene
-from mmdit_probe.segment.tail import minmax
-
-
-def argmax_labels(scores: Tensor, ids: Sequence[int], side: int) -> np.ndarray[Any, Any]:
-    """Label maps [M, S, S] of M sets of class scores [M, K, h, w]: bilinear to ``side``, argmax, class ids."""
-    large = F.interpolate(scores.float(), (side, side), mode="bilinear", align_corners=False)
-    return np.asarray(ids)[large.argmax(1).numpy()]
 
 
 def grid_ceiling(items: Sequence[Scene], grid: int) -> float:
     """Mean IoU when every token knows the share of each class inside it: what no token map of this grid can pass."""
-    matrix = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
+    counts = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
     for item in items:
         ids = np.unique(item.classes).tolist()
         one_hot = torch.stack([torch.from_numpy(item.classes == i).float() for i in ids])
-        shares = F.adaptive_avg_pool2d(one_hot, grid)
-        matrix += confusion(item.classes, argmax_labels(shares[None], ids, item.classes.shape[0])[0], len(CLASSES))
-    return mean_iou(matrix)
+        counts += map_quality(F.adaptive_avg_pool2d(one_hot, grid), item.classes, ids, len(CLASSES))
+    return float(mean_iou(counts))
 
 
-def map_quality(
+def word_map_scores(
     model: MMDiT,
     items: Sequence[Scene],
     *,
@@ -67,9 +60,7 @@ def map_quality(
         image, as in the paper's Table 5: that takes away that some words draw more attention everywhere), sigma, n,
         miou, and one column ``iou_<class>`` per class.
     """
-    side = items[0].classes.shape[0]
-    nothing = np.zeros((len(CLASSES), len(CLASSES)), np.int64)
-    matrices: dict[tuple[int, str, str, bool], np.ndarray[Any, Any]] = {}
+    sums: dict[tuple[int, str, bool], NDArray[np.int64]] = {}
     for start in range(0, len(items), batch):
         chunk = items[start : start + batch]
         text = model.encode_prompt([" ".join(item.class_names) for item in chunk])
@@ -80,19 +71,19 @@ def map_quality(
             for item, tokens, sample in zip(chunk, text.tokens, run[TextMaps].maps(layer), strict=True):
                 ids = [CLASSES.index(name) for name in item.class_names]
                 for stream in streams:
-                    scores = class_scores(sample, tokens, item.class_names, stream)  # [H, K, h, w]
-                    raw = torch.cat([scores.mean(0, keepdim=True), scores])
+                    maps = class_scores(sample, tokens, item.class_names, stream)  # (H, K, h, w)
+                    maps = torch.cat([maps.mean(0, keepdim=True), maps])
                     for stretched in (False, True):
-                        labels = argmax_labels(minmax(raw) if stretched else raw, ids, side)
-                        for head, label in zip(("mean", *map(str, range(len(scores)))), labels, strict=True):
-                            key = (layer, stream, head, stretched)
-                            found = confusion(item.classes, label, len(CLASSES))
-                            matrices[key] = matrices.get(key, nothing) + found
+                        stretch = "minmax" if stretched else "none"
+                        counts = map_quality(maps, item.classes, ids, len(CLASSES), stretch)  # (1 + H, C, C)
+                        key = (layer, stream, stretched)
+                        sums[key] = sums[key] + counts if key in sums else counts
     return pd.DataFrame(
-        {"layer": layer, "stream": stream, "head": head, "min_max": stretched, "sigma": sigma, "n": len(items)}
-        | {"miou": mean_iou(matrix)}
-        | {f"iou_{name}": value for name, value in zip(CLASSES, ious(matrix), strict=True)}
-        for (layer, stream, head, stretched), matrix in matrices.items()
+        {"layer": layer, "stream": stream, "head": "mean" if head == 0 else str(head - 1), "min_max": stretched}
+        | {"sigma": sigma, "n": len(items), "miou": float(mean_iou(counts[head]))}
+        | {f"iou_{name}": value for name, value in zip(CLASSES, ious(counts[head]), strict=True)}
+        for (layer, stream, stretched), counts in sums.items()
+        for head in range(len(counts))
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from mmdit_probe.experiments.scenes_quality import alignment_of, grid_ceiling, held_out, map_quality
+from mmdit_probe.experiments.scenes_quality import alignment_of, grid_ceiling, held_out, word_map_scores
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import RunFolder, TableWriter, read_table
 from mmdit_probe.results.statistics import interval
@@ -51,7 +51,7 @@ def score_model(
 
     Returns:
         The report. Its folder holds ``alignment.parquet`` (one row per image) and ``maps.parquet`` (one row per layer,
-        stream and head, as ``map_quality`` gives it).
+        stream and head, as ``word_map_scores`` gives it).
     """
     ask = dict(request)
     how = {"steps": ask["num_steps"], "guidance": ask["guidance"], "seed": ask["seed"]}
@@ -75,7 +75,7 @@ def score_model(
                     advance()
         items = held_out(ask["n"], ask["split"])
         maps = pd.concat(
-            map_quality(model, items, sigma=sigma, seed=ask["seed"], streams=STREAMS) for sigma in ask["sigmas"]
+            word_map_scores(model, items, sigma=sigma, seed=ask["seed"], streams=STREAMS) for sigma in ask["sigmas"]
         )
         maps["ceiling"] = grid_ceiling(items, model.default_size[0] // model.size_multiple)
         with TableWriter(folder.path, "maps") as writer, writer.item(0) as item:

@@ -17,12 +17,16 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.evaluate.scores import area_under_curve, map_quality, mean_iou
 from mmdit_probe.observe.pca import token_classes
 from mmdit_probe.observe.sinks import SinkFree, without_sinks
 from mmdit_probe.results.statistics import interval, measured
+from mmdit_probe.scenes.world import CLASSES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,10 +53,6 @@ def map_scores(seen: SinkFree, item: Scene, tokens: TokenTable, layers: Iterable
     has a higher value than one outside). NaN where fewer than two classes are named.
     """
     import pandas as pd
-    import torch
-
-    from mmdit_probe.scenes.world import CLASSES
-    from mmdit_probe.segment.tail import minmax
 
     spans = {name: span for name in item.class_names if (span := _span(tokens, name))}
     ids = [CLASSES.index(name) for name in spans]
@@ -65,16 +65,13 @@ def map_scores(seen: SinkFree, item: Scene, tokens: TokenTable, layers: Iterable
         labels = token_classes(item.classes[None], (plain.shape[1], plain.shape[2]))[0]
         removed = [float(seen.removed(layer)[row].mean()), *seen.removed(layer)[row].tolist()]
         for name, maps in ((PLAIN, plain), (CLEAN, clean), (WORDS, only)):
-            every = torch.cat([maps.mean(0, keepdim=True), maps])  # the mean over heads first
-            for place, of_head in enumerate(every):
-                score = dict.fromkeys(SCORES, float("nan"))
-                if spans:
-                    scores = torch.stack([of_head[..., span].sum(-1) for span in spans.values()])  # [K, h, w]
-                    score["auc"] = float(np.nanmean([_auc(of, labels == k) for of, k in zip(scores, ids, strict=True)]))
-                    if len(ids) > 1:
-                        score["miou"] = _miou(scores, ids, item.classes)
-                        score["miou_min_max"] = _miou(minmax(scores), ids, item.classes)
-                rows.append({"layer": layer, "head": place - 1, "maps": name, "removed": removed[place], **score})
+            every = torch.cat([maps.mean(0, keepdim=True), maps])  # (1 + H, h, w, T), the mean over heads first
+            scores = _scores(every, list(spans.values()), ids, labels, item.classes)
+            rows += [
+                {"layer": layer, "head": place - 1, "maps": name, "removed": removed[place]}
+                | {score: float(values[place]) for score, values in scores.items()}
+                for place in range(len(every))
+            ]
     return pd.DataFrame(rows)
 
 
@@ -112,22 +109,20 @@ def _span(tokens: TokenTable, name: str) -> list[int]:
         return []
 
 
-def _auc(values: Tensor, inside: np.ndarray[Any, Any]) -> float:
-    """Probability that a value inside is higher than one outside (ties count half)."""
-    from scipy.stats import rankdata
-
-    flat, chosen = values.numpy().ravel(), inside.ravel()
-    hits, others = int(chosen.sum()), int((~chosen).sum())
-    if not hits or not others:
-        return float("nan")
-    return float((rankdata(flat)[chosen].sum() - hits * (hits + 1) / 2) / (hits * others))
-
-
-def _miou(scores: Tensor, ids: list[int], classes: np.ndarray[Any, Any]) -> float:
-    from mmdit_probe.evaluate.counts import IGNORE, confusion, mean_iou
-    from mmdit_probe.experiments.scenes_quality import argmax_labels
-    from mmdit_probe.scenes.world import CLASSES
-
-    labels = argmax_labels(scores[None], ids, classes.shape[0])[0]
-    truth = np.where(np.isin(classes, ids), classes, IGNORE)
-    return mean_iou(confusion(truth, labels, len(CLASSES)))
+def _scores(
+    maps: Tensor, spans: list[list[int]], ids: list[int], tokens: NDArray[np.int64], pixels: NDArray[np.integer]
+) -> dict[str, NDArray[np.float64]]:
+    """Every one of `SCORES` [M] of M sets of maps [M, h, w, T], against labels of tokens [h, w] and of pixels."""
+    found = {name: np.full(len(maps), np.nan) for name in SCORES}
+    if not spans:
+        return found
+    words = torch.stack([maps[..., span].sum(-1) for span in spans], 1)  # (M, K, h, w)
+    inside = [(tokens == one).ravel() for one in ids]
+    areas = [area_under_curve(words[:, k].flatten(1).numpy(), one) for k, one in enumerate(inside)]
+    known = [one for one in areas if np.isfinite(one).all()]
+    if known:
+        found["auc"] = np.mean(known, axis=0)
+    if len(ids) > 1:
+        for name, stretch in (("miou", "none"), ("miou_min_max", "minmax")):
+            found[name] = mean_iou(map_quality(words, pixels, ids, len(CLASSES), stretch))
+    return found

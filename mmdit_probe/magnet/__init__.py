@@ -1,7 +1,8 @@
 """MAGNET: mask alignment of I2T maps by LoRA (arXiv:2509.18096, section 4.3), on stock diffusers and peft.
 
     from mmdit_probe import load
-    from mmdit_probe.magnet import ScenesData, TrainMagnet, train
+    from mmdit_probe.data import ScenesData
+    from mmdit_probe.magnet import TrainMagnet, train
     model = load("scenes-sd3")
     train(model, ScenesData("train", 1000), TrainMagnet(layers=(4,), steps=200), out="runs/magnet")
     pipe.load_lora_weights("runs/magnet/lora")      # in a program that knows nothing of this package
@@ -16,21 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmdit_probe.magnet.config import TrainMagnet, recipe
-    from mmdit_probe.magnet.data import FolderData, ScenesData
     from mmdit_probe.magnet.lora import save_lora
     from mmdit_probe.magnet.pseudo import SelfLabelled
-    from mmdit_probe.magnet.readers import CocoData, Sa1bData
     from mmdit_probe.magnet.run import run
-    from mmdit_probe.magnet.sample import Sample
     from mmdit_probe.magnet.tap import TextMapTap
     from mmdit_probe.magnet.trainer import train
 
 _EXPORTS = {
-    "CocoData": "mmdit_probe.magnet.readers",
-    "FolderData": "mmdit_probe.magnet.data",
-    "Sa1bData": "mmdit_probe.magnet.readers",
-    "Sample": "mmdit_probe.magnet.sample",
-    "ScenesData": "mmdit_probe.magnet.data",
     "SelfLabelled": "mmdit_probe.magnet.pseudo",
     "TextMapTap": "mmdit_probe.magnet.tap",
     "TrainMagnet": "mmdit_probe.magnet.config",
@@ -41,11 +34,6 @@ _EXPORTS = {
 }
 
 __all__ = [
-    "CocoData",
-    "FolderData",
-    "Sa1bData",
-    "Sample",
-    "ScenesData",
     "SelfLabelled",
     "TextMapTap",
     "TrainMagnet",

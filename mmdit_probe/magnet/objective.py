@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mmdit_probe.data.sample import Sample
 from mmdit_probe.errors import UserError
 from mmdit_probe.magnet.config import TrainMagnet
 from mmdit_probe.magnet.losses import as_logits, flow_matching, mask_loss, match
-from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.models.tokens import TokenTable
@@ -53,7 +53,7 @@ class Encoder:
         self._bytes = 0
 
     def __call__(self, sample: Sample, prompt: str) -> Encoded:
-        key = (sample.key, prompt)
+        key = (sample.name, prompt)
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
@@ -147,7 +147,7 @@ class Objective:
                 spans = table.word_spans(name)
                 positions = [p for span in spans.values() for p in span if p in aligned]
                 if not positions:
-                    raise UserError(f"{sample.key}: {name!r} has tokens in {', '.join(spans)} only; use --columns all")
+                    raise UserError(f"{sample.name}: {name!r} has tokens in {', '.join(spans)} only; use --columns all")
                 groups[row, positions, place] = 1.0 / len(positions)
         return groups
 

@@ -18,9 +18,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdit_probe.data.masks import largest
+from mmdit_probe.data.sample import Sample
+from mmdit_probe.data.training import Data
 from mmdit_probe.errors import unknown
-from mmdit_probe.magnet.data import Data
-from mmdit_probe.magnet.sample import Sample, largest
 from mmdit_probe.models.mmdit import MMDiT
 
 REFINE = "affinity"
@@ -63,30 +64,32 @@ class SelfLabelled:
         Raises:
             UserError: unknown source or step.
         """
+        from mmdit_probe.segment.record import Reading
         from mmdit_probe.segment.run import discover, segment
 
         if source not in ("maps", "segments"):
             raise unknown("source", source, ("maps", "segments"))
-        how: dict[str, Any] = {"layers": list(layers), "sigmas": list(sigmas), "seeds": list(seeds), "refine": refine}
+        how: dict[str, Any] = {"layers": list(layers), "sigmas": list(sigmas), "seeds": list(seeds)}
+        reading = Reading(**how)
         labels = []
         for index in range(len(data)):
             sample = data[index]
             if source == "segments":
-                found = discover(model, sample.image, **how).labels
+                found = discover(model, sample.image, reading, refine=refine).labels
             elif sample.names:
-                found = segment(model, sample.image, list(sample.names), **how).labels
+                found = segment(model, sample.image, list(sample.names), reading, refine=refine).labels
             else:
                 found = np.zeros(sample.image.shape[:2], np.uint16)
             labels.append(found.astype(np.uint8))
             advance()
-        return cls(data, np.stack(labels), source == "maps", {"source": source, **how})
+        return cls(data, np.stack(labels), source == "maps", {"source": source, **how, "refine": refine})
 
     def __len__(self) -> int:
         return len(self.data)
 
     def __getitem__(self, index: int) -> Sample:
         sample, labels = self.data[index], self.labels[index]
-        key = f"{sample.key} (own labels)"
+        key = f"{sample.name} (own labels)"
         if not self.named:
             return Sample(key, sample.image, sample.prompt, largest([labels == i for i in np.unique(labels)]))
         present = [i for i in range(len(sample.names)) if (labels == i).any()]

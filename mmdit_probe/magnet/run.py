@@ -14,20 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.magnet.captions import Captioner, cached
+from mmdit_probe.data import Data, PictureData, Sample, training_data
+from mmdit_probe.data.captions import Captioner, cached
+from mmdit_probe.errors import UserError
+from mmdit_probe.magnet.check import check
 from mmdit_probe.magnet.config import TrainMagnet
-from mmdit_probe.magnet.data import Data, FolderData, ScenesData, check
-from mmdit_probe.magnet.pictures import PictureData
 from mmdit_probe.magnet.pseudo import SelfLabelled
-from mmdit_probe.magnet.readers import CocoData, Sa1bData
-from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.trainer import TrainResult, train
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results.selection import load_selection
 from mmdit_probe.specs import layer_indices
 
-COCO = ("coco-instances", "coco-stuff", "coco-panoptic")
 Progress = Callable[[str, int], AbstractContextManager[Callable[[], None]]]
 """(what is done, how many) -> a context with the function to call after each."""
 
@@ -51,7 +48,11 @@ def run(
         layers = load_selection(options.selection, model, any_weights=True).layers
     aligned = layer_indices(layers, len(model.layers))
     options = replace(options, layers=aligned, selection=None)
-    data = _captioned(training_data(options, model), options, model, progress)
+    data = training_data(
+        options.data, size=model.default_size, masks="part" if options.masks in ("part", "self-segments") else "class",
+        prompt=options.prompt, limit=options.limit, fit=options.fit, split=options.split, sentences=options.sentences,
+    )  # fmt: skip
+    data = _captioned(data, options, model, progress)
     held_out = validation_data(options, model)
     if options.masks.startswith("self"):
         check(data, model, "none")
@@ -69,38 +70,13 @@ def run(
         )
 
 
-def training_data(options: TrainMagnet, model: MMDiT) -> Data:
-    """The data that `options.data` names."""
-    name, _, rest = options.data.partition(":")
-    prompt: Any = options.prompt
-    if name == "scenes":
-        kind: Any = "part" if options.masks in ("part", "self-segments") else "class"
-        return ScenesData(rest, options.limit or 1000, kind, prompt or "list")
-    if prompt == "mixed":
-        raise UserError("prompt 'mixed' is for scenes; pictures on disk have captions: use caption or list")
-    shared: Any = {"size": model.default_size, "fit": options.fit, "limit": options.limit,
-                   "sentences": options.sentences}  # fmt: skip
-    if name in COCO:
-        annotations: Any = name.removeprefix("coco-")
-        return CocoData(Path(rest), prompt=prompt or "list", kind=annotations, split=options.split, **shared)
-    if name == "sa1b":
-        return Sa1bData(Path(rest), **shared)
-    if rest and not Path(options.data).exists():
-        raise unknown("training data", name, ("scenes", "sa1b", *COCO))
-    folder = FolderData(Path(options.data), **shared)
-    return replace(folder, prompt=prompt or ("list" if folder.named else "caption"))
-
-
 def validation_data(options: TrainMagnet, model: MMDiT) -> list[Sample]:
     """Held-out pictures; none for data on disk unless named: validation on training pictures says nothing."""
     named = options.validation or ("scenes:val" if options.data.startswith("scenes:") else None)
     if named is None or options.validate_count == 0:
         return []
-    split = options.split.replace("train", "val")
-    held = training_data(
-        replace(options, data=named, masks="class", prompt="list", limit=options.validate_count, split=split,
-                sentences=None), model,
-    )  # fmt: skip
+    held = training_data(named, size=model.default_size, prompt="list", limit=options.validate_count, fit=options.fit,
+                         split=options.split.replace("train", "val"))  # fmt: skip
     return [held[index] for index in range(len(held))]
 
 

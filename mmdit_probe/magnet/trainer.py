@@ -25,12 +25,13 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from mmdit_probe.data.sample import Sample
+from mmdit_probe.data.training import Data
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.magnet import lora
+from mmdit_probe.magnet.check import check
 from mmdit_probe.magnet.config import TrainMagnet
-from mmdit_probe.magnet.data import Data, check
 from mmdit_probe.magnet.objective import TERMS, ConvHead, Objective, columns_of, items_at, rate_at
-from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.magnet.validation import sample_grid, validate
 from mmdit_probe.models.layout import unwrap

@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmdit_probe.attention.gradients import Space
-from mmdit_probe.evaluate.counts import mean_iou
-from mmdit_probe.magnet.sample import Sample
+from mmdit_probe.data.sample import Sample
+from mmdit_probe.evaluate.scores import map_quality, mean_iou
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.observe.probe import probe
@@ -38,12 +37,12 @@ class PresentScores:
     @property
     def miou(self) -> float:
         """Mean IoU of the summed counts."""
-        return mean_iou(self.counts.sum(0))
+        return float(mean_iou(self.counts.sum(0)))
 
 
-Readout = tuple[Space, Literal["none", "minmax", "mean"]]
+Readout = tuple[Space, Literal["none", "minmax", "centre"]]
 """How a map is read: before ("logit") or after ("probability") the softmax; as it is, stretched to 0..1 over space,
-or divided by its mean over space (probabilities)."""
+or divided by its mean over space (probabilities): `segment.tail.STRETCHES`."""
 
 
 def validate(
@@ -79,9 +78,12 @@ def readouts(
         for row, (_, sample) in enumerate(chunk):
             spans = [[p for of in text.tokens[row].word_spans(name).values() for p in of] for name in sample.names]
             ids = [names.index(name) for name in sample.names]
-            for space, change in kinds:
-                scores = torch.stack([maps[space][row, span].mean(0) for span in spans])
-                counts[space, change][start + row] = _counts(_changed(scores, change), sample, ids, len(names))
+            label = np.full(sample.masks.shape[1:], -1)
+            for index, mask in zip(ids, sample.masks, strict=True):
+                label[mask] = index
+            for space, stretch in kinds:
+                words = torch.stack([maps[space][row, span].mean(0) for span in spans])  # (K, h, w)
+                counts[space, stretch][start + row] = map_quality(words, label, ids, len(names), stretch)
     return {kind: PresentScores(found, names) for kind, found in counts.items()}
 
 
@@ -97,16 +99,6 @@ def _maps(
     return {space: torch.stack(list(tap.take().values())).mean(0).cpu() for space, tap in taps.items()}
 
 
-def _changed(scores: Tensor, change: str) -> Tensor:
-    """Maps [K, h, w], each changed over space."""
-    if change == "mean":
-        return scores / scores.mean((1, 2), keepdim=True)
-    if change == "minmax":
-        low, high = scores.amin((1, 2), keepdim=True), scores.amax((1, 2), keepdim=True)
-        return (scores - low) / (high - low).clamp(min=1e-12)
-    return scores
-
-
 def sample_grid(model: MMDiT, prompts: Sequence[str], *, steps: int, guidance: float, seed: int) -> Any:
     """One picture per prompt, side by side, as a PIL image."""
     from PIL import Image
@@ -119,15 +111,3 @@ def sample_grid(model: MMDiT, prompts: Sequence[str], *, steps: int, guidance: f
     for place, image in enumerate(images):
         sheet.paste(image, (place % columns * width, place // columns * height))
     return sheet
-
-
-def _counts(scores: torch.Tensor, sample: Sample, ids: Sequence[int], total: int) -> NDArray[np.int64]:
-    size = sample.masks.shape[1:]
-    large = F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
-    found = np.asarray(ids)[large.argmax(0).numpy()]
-    truth = np.full(size, -1)
-    for index, mask in zip(ids, sample.masks, strict=True):
-        truth[mask] = index
-    labelled = truth >= 0
-    flat = truth[labelled] * total + found[labelled]
-    return np.bincount(flat, minlength=total * total).reshape(total, total)

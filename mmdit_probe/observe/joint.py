@@ -8,6 +8,7 @@
 Parts, each only when asked for (float32, moved to the CPU):
 
     i2t       [B, H, I, T]   columns of the joint softmax at the text keys, exact (Seg4Diff, eq. 4)
+    i2t_logit [B, H, I, T]   the same before the softmax: scaled products, and the mask's bias
     i2i       [B, I, I]      mean over heads of the image-image block; rows sum to 1 minus the text mass
     i2i_walk  [B, I, I]      the same, heads weighted by |lambda_2| of their renormalised block (TokenRank)
     feat_out  [B, I, E]      attention output of the image tokens before the output projection
@@ -25,12 +26,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmdit_probe.attention import exact
+from mmdit_probe.attention import exact, gradients
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
 
-PARTS = ("i2t", "i2i", "i2i_walk", "feat_out", "feat_proj")
+PARTS = ("i2t", "i2t_logit", "i2i", "i2i_walk", "feat_out", "feat_proj")
 
 _LSE_ROWS = 128
 """Queries per chunk where the log-sum-exp must be computed here."""
@@ -68,6 +69,8 @@ class JointBlocks(Observer):
         image, text = seen.layout.positions("image"), seen.layout.positions("text")
         call = seen.call
         found: dict[str, Tensor] = {}
+        if "i2t_logit" in self.keep:
+            found["i2t_logit"] = gradients.logits(call, text, image).float()
         if set(self.keep) & {"i2t", "i2i", "i2i_walk"}:
             lse = seen.lse if seen.lse is not None else _logsumexp(call)
             if "i2t" in self.keep:

@@ -1,6 +1,6 @@
 """capture: one picture, a few noised forwards, everything that methods read.
 
-    record = capture(model, picture, parse_classes("ring, house, grass"), layers=(2, 3), keep=("i2t", "i2i"))
+    found = capture(model, picture, parse_classes("ring, house, grass"), Reading(layers=(2, 3)), keep=("i2t", "i2i"))
 
 One forward per prompt, noise level and seed; there is one prompt unless the names overflow the text encoders. The
 forward is the stock one (arXiv:2509.18096 section 3.4: encode, noise to sigma, one conditional call). Averaging over
@@ -11,11 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import product
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmdit_probe.data.class_names import SegClass
+from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.observe.concepts import ConceptStream
@@ -23,13 +26,12 @@ from mmdit_probe.observe.joint import PARTS, JointBlocks
 from mmdit_probe.observe.observer import Observer
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.observe.second import second_attention
-from mmdit_probe.segment.picture import Fit
-from mmdit_probe.segment.record import Capture, JointRecord, Pass, average
-from mmdit_probe.segment.vocabulary import Prompt, SegClass, pack
+from mmdit_probe.segment.record import Capture, JointRecord, Pass, Reading, average
+from mmdit_probe.segment.vocabulary import Prompt, pack
 from mmdit_probe.specs import Spec, layer_indices
 
-PAPER_SIGMA = 0.515
-"""The paper's noise level: the 8th of 28 steps from the clean end of SD3's schedule."""
+DEFAULT = Reading()
+"""Middle layers at the paper's noise level."""
 
 
 def middle_layers(count: int) -> tuple[int, ...]:
@@ -41,16 +43,10 @@ def capture(
     model: MMDiT,
     image: NDArray[np.uint8],
     classes: Sequence[SegClass],
+    reading: Reading = DEFAULT,
     *,
-    layers: Spec | None = None,
-    weights: Mapping[int, float] | None = None,
     keep: Iterable[str] = ("i2t",),
-    sigmas: Sequence[float] = (PAPER_SIGMA,),
-    seeds: Sequence[int] = (0,),
-    fit: str = "squash",
-    size: tuple[int, int] | None = None,
     together: bool = True,
-    heads: Iterable[int] | None = None,
     concept_stream: str | None = None,
 ) -> Capture:
     """Run the model on one picture and keep what methods need.
@@ -59,45 +55,39 @@ def capture(
         model: the model.
         image: uint8 [height, width, 3], any size.
         classes: what to name in the prompt; none for the empty prompt.
-        layers: layers to keep; the middle third if None. weights: layer -> weight in means over layers; equal if None.
+        reading: layers, heads, noise levels and seeds, and how the picture is fitted.
         keep: parts of `JointRecord` ("concepts" runs a concept stream of the class names beside the forward).
-        sigmas: noise levels, seeds: noise seeds; records are averaged over all pairs.
-        fit: how the picture is brought to the input size, see `segment.picture`.
-        size: (height, width) of the network's input; the model's own if None.
         together: names share a prompt where they fit; False gives every name its own.
-        heads: heads in the mean of I2I; None takes all.
         concept_stream: text encoder stream that concept vectors are read from; see `concept_embeddings`.
     """
-    chosen = layer_indices(middle_layers(len(model.layers)) if layers is None else layers, len(model.layers))
-    placed = Fit.of(image.shape[:2], size or model.default_size, model.size_multiple, fit, most_tokens(model))  # type: ignore[arg-type]
-    if not seeds or not sigmas:
-        raise UserError("capture needs at least one noise seed and one noise level")
+    count = len(model.layers)
+    layers = layer_indices(middle_layers(count) if reading.layers is None else reading.layers, count)
+    size = reading.size or model.default_size
+    fit = Fit.of(image.shape[:2], size, model.size_multiple, reading.fit, most_tokens(model))  # type: ignore[arg-type]
     parts = tuple(dict.fromkeys(keep))
     prompts = pack(classes, lambda text: model.token_tables(text)[0], together) if classes else []
     if not prompts:
         if "concepts" in parts:
             raise UserError("conceptattention needs class names")
         prompts = [Prompt("", model.token_tables("")[0], ())]
-    latents = model.encode_image(placed.apply(image))
-    concepts = None
-    if "concepts" in parts:
-        names = [query.text for prompt in prompts for query in prompt.queries]
-        concepts = concept_embeddings(model, names, concept_stream)
+    latents = model.encode_image(fit.apply(image))
+    names = [query.text for prompt in prompts for query in prompt.queries]
+    concepts = concept_embeddings(model, names, concept_stream) if "concepts" in parts else None
     passes = []
     for number, prompt in enumerate(prompts):
         text = model.encode_prompt(prompt.text)
-        samples: dict[int, list[JointRecord]] = {layer: [] for layer in chosen}
-        for sigma in sigmas:
-            for seed in seeds:
-                noised = model.noise(latents, sigma, seed)
-                found = _forward(model, noised, sigma, text, chosen, parts, heads, concepts if number == 0 else None)
-                for layer, record in found.items():
-                    samples[layer].append(record)
+        samples: dict[int, list[JointRecord]] = {layer: [] for layer in layers}
+        for sigma, seed in product(reading.sigmas, reading.seeds):
+            noised = model.noise(latents, sigma, seed)
+            beside = concepts if number == 0 else None
+            for layer, record in _forward(model, noised, sigma, text, layers, parts, reading.heads, beside).items():
+                samples[layer].append(record)
         passes.append(Pass(prompt, {layer: average(records) for layer, records in samples.items()}))
-    grid = (placed.size[0] // model.size_multiple, placed.size[1] // model.size_multiple)
+    grid = (fit.size[0] // model.size_multiple, fit.size[1] // model.size_multiple)
     return Capture(
-        image, placed, grid, list(classes), passes, tuple(sigmas), tuple(seeds), chosen, layer_weights(chosen, weights)
-    )
+        image, fit, grid, list(classes), passes, tuple(reading.sigmas), tuple(reading.seeds), layers,
+        layer_weights(layers, reading.weights), family=model.family.name,
+    )  # fmt: skip
 
 
 def most_tokens(model: MMDiT) -> int | None:

@@ -1,11 +1,12 @@
-"""CLIP, and patch features of other networks, as the CLIP-based methods need them; any transformers checkpoint.
+"""CLIP, and patch features of other networks: one loader and one way from pictures to pixels, for all that read them.
 
-    clip = DenseCLIP.open("scenes-clip")             # embedded, a folder, or a hub id; nothing is downloaded implicitly
-    hidden = clip.hidden(image)                      # list of L + 1 tensors [1 + n, E], CLS first
-    clip.text(["cat", "wet grass"])                  # [C, P], unit length
+    clip = CLIP.open("scenes-clip")                  # embedded, a folder, or a hub id; nothing is downloaded implicitly
+    clip.vectors(clip.pixels([image]))               # [1, P], unit length, in the space of clip.text(["cat"])  [1, P]
+    states, grid = clip.hidden(clip.pixels([image], (224, 336)))           # L + 1 states [1 + n, E], CLS first
 
-Written against the public parts of `CLIPModel` (layer_norm1, self_attn.{q,k,v,out}_proj, post_layernorm, ...): blocks
-are run here step by step where a method changes them, no module is patched. Works with transformers 5 and later.
+Pixels go through the checkpoint's own image processor. Written against the public parts of `CLIPModel` (layer_norm1,
+self_attn.{q,k,v,out}_proj, post_layernorm, ...): blocks are run here step by step where a method changes them, no
+module is patched. Works with transformers 5 and later.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from PIL import Image as pil
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmdit_probe import assets
 from mmdit_probe.errors import UserError
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "there is a {} in the scene.", "{}")
@@ -29,38 +31,42 @@ TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "th
 
 
 @dataclass(frozen=True)
-class DenseCLIP:
-    """A CLIP model, its tokenizer and its pixel statistics."""
+class CLIP:
+    """A CLIP model with its tokenizer and image processor."""
 
     name: str
     model: Any
     tokenizer: Any
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
+    processor: Any
 
     @staticmethod
     @lru_cache(maxsize=2)
-    def open(name: str) -> DenseCLIP:
+    def open(name: str, device: str | torch.device = "cpu") -> CLIP:
         """Load by embedded name, folder or hub id (from the local cache; downloads only if the hub is reachable).
 
         Raises:
             UserError: not there, or not a CLIP model.
         """
         import transformers
-        from transformers import AutoTokenizer, CLIPModel
-
-        from mmdit_probe import assets
+        from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
 
         place = str(assets.path(name)) if name in assets.names() else name
         if name in assets.names():
             transformers.utils.logging.disable_progress_bar()  # a bar for one small local file
         try:
-            model = CLIPModel.from_pretrained(place, dtype=torch.float32).eval()
+            kind = AutoConfig.from_pretrained(place).model_type
+            if kind != "clip":
+                raise UserError(f"{name!r} is a {kind!r} model; expected a CLIP model, e.g. scenes-clip")
+            model = CLIPModel.from_pretrained(place, dtype=torch.float32).eval().requires_grad_(False)
             tokenizer = AutoTokenizer.from_pretrained(place)
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the CLIP {name!r}: {str(error).splitlines()[0]}") from error
-        mean, deviation = _statistics(place)
-        return DenseCLIP(name, model, tokenizer, mean, deviation)
+            first = (str(error).strip().splitlines() or ["unreadable"])[0]
+            raise UserError(
+                f"cannot load the CLIP {name!r}: expected scenes-clip, a folder or a hub id ({first})"
+            ) from error
+        side = int(model.config.vision_config.image_size)
+        processor = _processor(place) or CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
+        return CLIP(Path(name).name, model.to(device), tokenizer, processor)
 
     @property
     def layers(self) -> list[Any]:
@@ -69,27 +75,63 @@ class DenseCLIP:
 
     @property
     def patch(self) -> int:
+        """Side of a patch in pixels."""
         return int(self.model.config.vision_config.patch_size)
 
+    def side(self, wanted: int | None = None) -> int:
+        """Side of a square input in pixels: the model's own, or the whole number of patches nearest to `wanted`."""
+        size = wanted or int(self.model.config.vision_config.image_size)
+        return max(1, round(size / self.patch)) * self.patch
+
+    def pixels(self, images: Sequence[Any], size: tuple[int, int] | None = None) -> Tensor:
+        """Input [n, 3, H, W] of PIL images or uint8 arrays [height, width, 3].
+
+        Args:
+            size: (H, W) that whole pictures are squashed to; None resizes and crops as the checkpoint says.
+        """
+        if size is not None:
+            return _squashed(self.processor, images, size).to(self.model.device)
+        found = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return found.to(self.model.device)  # type: ignore[no-any-return]
+
     @torch.no_grad()
-    def hidden(self, image: NDArray[np.uint8], side: int | None = None) -> tuple[list[Tensor], tuple[int, int]]:
+    def vectors(self, pixels: Tensor) -> Tensor:
+        """Unit vectors [n, P] of inputs [n, 3, H, W]."""
+        found = self.model.get_image_features(pixel_values=pixels, interpolate_pos_encoding=True)
+        return F.normalize(_pooled(found), dim=-1)
+
+    @torch.no_grad()
+    def sentences(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors [n, P] of texts; what is longer than the text encoder is cut off."""
+        length = self.model.config.text_config.max_position_embeddings
+        tokens = self.tokenizer(
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        ).to(self.model.device)
+        found = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        return F.normalize(_pooled(found), dim=-1)
+
+    def text(self, names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
+        """Unit vectors [C, P] of names: mean over templates of unit vectors, made unit again."""
+        chosen = templates or (("{}",) if self.name == "scenes-clip" else TEMPLATES)
+        vectors = self.sentences([template.format(name) for name in names for template in chosen])
+        return F.normalize(vectors.reshape(len(names), len(chosen), -1).mean(1), dim=-1)
+
+    @torch.no_grad()
+    def hidden(self, pixels: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
         """Block inputs and the last output, L + 1 tensors [1 + n, E], and the patch grid.
 
         Args:
-            image: uint8 [H, W, 3]; squashed to side x side pixels (the model's own size if None; position embeddings
-                are interpolated for others).
+            pixels: one input [1, 3, H, W] or [3, H, W], sides multiples of the patch; position embeddings are
+                interpolated where it is not the model's own size.
         """
-        size = side or int(self.model.config.vision_config.image_size)
-        size = max(1, round(size / self.patch)) * self.patch
-        pixels = _pixels(image, (size, size), self.mean, self.deviation)
-        output = self.model.vision_model(pixels, output_hidden_states=True, interpolate_pos_encoding=True)
-        return [state[0] for state in output.hidden_states], (size // self.patch,) * 2
-
-    @torch.no_grad()
-    def whole(self, image: NDArray[np.uint8]) -> Tensor:
-        """Unit vector [P] of the whole picture, in the space of the text."""
-        states, _ = self.hidden(image)
-        return self.project(self.model.vision_model.post_layernorm(states[-1][0]))
+        one = pixels if pixels.ndim == 4 else pixels[None]
+        if len(one) != 1 or one.shape[1] != 3 or one.shape[2] % self.patch or one.shape[3] % self.patch:
+            raise UserError(
+                f"CLIP input of shape {tuple(pixels.shape)}: expected [3, H, W], sides multiples of {self.patch}"
+            )
+        one = one.to(self.model.device, torch.float32)
+        output = self.model.vision_model(one, output_hidden_states=True, interpolate_pos_encoding=True)
+        return [state[0] for state in output.hidden_states], (one.shape[2] // self.patch, one.shape[3] // self.patch)
 
     @torch.no_grad()
     def values(self, state: Tensor, grid: tuple[int, int], out: tuple[int, int]) -> Tensor:
@@ -122,20 +164,9 @@ class DenseCLIP:
         state = state + attention.out_proj(mixed)
         return state + layer.mlp(layer.layer_norm2(state))
 
-    @torch.no_grad()
-    def text(self, names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
-        """Unit vectors [C, P]: mean over templates of unit vectors, made unit again."""
-        chosen = templates or (("{}",) if self.name == "scenes-clip" else TEMPLATES)
-        sentences = [template.format(name) for name in names for template in chosen]
-        tokens = self.tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")
-        output = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        vectors = getattr(output, "pooler_output", output)
-        vectors = F.normalize(vectors, dim=-1).reshape(len(names), len(chosen), -1).mean(1)
-        return F.normalize(vectors, dim=-1)
-
 
 @torch.no_grad()
-def patch_features(name: str, image: NDArray[np.uint8], side: int | None = None) -> tuple[Tensor, tuple[int, int]]:
+def patch_features(name: str, image: Any, side: int | None = None) -> tuple[Tensor, tuple[int, int]]:
     """Patch features [n, E] and their grid of any vision transformer in transformers: DINO, DINOv2, DINOv3, SAM, ViT.
 
     Args:
@@ -144,12 +175,12 @@ def patch_features(name: str, image: NDArray[np.uint8], side: int | None = None)
     Raises:
         UserError: it cannot be loaded, or gives no patch grid.
     """
-    model, mean, deviation = _vision(name)
+    model, processor = _vision(name)
     config = getattr(model.config, "vision_config", model.config)
     patch = int(config.patch_size)
     size = side or int(getattr(config, "image_size", 224))
     size = max(1, round(size / patch)) * patch
-    pixels = _pixels(image, (size, size), mean, deviation)
+    pixels = _squashed(processor, [image], (size, size))
     if hasattr(model, "vision_encoder"):  # SAM: a map, not a sequence
         maps = model.vision_encoder(pixels).last_hidden_state
         return maps[0].flatten(1).T, tuple(maps.shape[-2:])
@@ -162,38 +193,38 @@ def patch_features(name: str, image: NDArray[np.uint8], side: int | None = None)
 
 
 @lru_cache(maxsize=2)
-def _vision(name: str) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
-    from transformers import AutoModel
+def _vision(name: str) -> tuple[Any, Any]:
+    from transformers import AutoModel, CLIPImageProcessor
 
     try:
         model = AutoModel.from_pretrained(name).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load the features {name!r}: {str(error).splitlines()[0]}") from error
-    return model, *_statistics(name)
+    return model, _processor(name) or CLIPImageProcessor()
 
 
-def _statistics(place: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of pixels, from the checkpoint's preprocessor file; CLIP's own where it has none."""
-    import json
+def _processor(place: str) -> Any:
+    """The checkpoint's image processor; None where it has none."""
+    from transformers import AutoImageProcessor
 
-    file = Path(place) / "preprocessor_config.json"
-    if not file.is_file():
-        from transformers.utils import cached_file
-
-        found = cached_file(place, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-        file = Path(found) if found else file
-    data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    mean = data.get("image_mean", (0.48145466, 0.4578275, 0.40821073))
-    deviation = data.get("image_std", (0.26862954, 0.26130258, 0.27577711))
-    return tuple(mean), tuple(deviation)
+    try:
+        return AutoImageProcessor.from_pretrained(place, use_fast=False)
+    except (OSError, ValueError):
+        return None
 
 
-def _pixels(
-    image: NDArray[np.uint8], size: tuple[int, int], mean: Sequence[float], deviation: Sequence[float]
-) -> Tensor:
-    from PIL import Image
+def _squashed(processor: Any, images: Sequence[Any], size: tuple[int, int]) -> Tensor:
+    """Pixels [n, 3, H, W] of whole pictures stretched to a size (H, W), scaled and normalised by the processor."""
+    found = []
+    for image in images:
+        picture = image if isinstance(image, pil.Image) else pil.fromarray(np.ascontiguousarray(image))
+        found.append(picture.convert("RGB").resize((size[1], size[0]), pil.Resampling.BICUBIC))
+    off = {"do_resize": False, "do_center_crop": False}
+    if getattr(processor, "do_pad", None):
+        off["do_pad"] = False
+    return processor(images=found, return_tensors="pt", **off)["pixel_values"]  # type: ignore[no-any-return]
 
-    picture = Image.fromarray(np.ascontiguousarray(image)).resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255.0
-    centre, spread = (torch.tensor(values).reshape(3, 1, 1) for values in (mean, deviation))
-    return ((pixels - centre) / spread)[None]
+
+def _pooled(features: Any) -> Tensor:
+    """transformers 5 returns an output object where version 4 returned the tensor."""
+    return features if isinstance(features, Tensor) else features.pooler_output

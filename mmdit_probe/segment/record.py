@@ -1,16 +1,20 @@
-"""What one captured forward holds: plain tensors, from which every method is a pure function.
+"""What methods read of one picture: plain tensors, from a captured forward or one's own, and how they were read.
 
+    capture = Capture.of(grid=(2, 3), i2t=torch.rand(6, 5).softmax(-1), spans={"cat": [1, 2], "sky": [3]})
+    METHODS["seg4diff"](capture)                    # scores [C, h, w]: every method is a pure function of a capture
+
+    Reading       what of a forward is read: layers, heads, noise levels and seeds, how the picture is fitted
     JointRecord   one layer: i2t [H, I, T], i2i [I, I], features [I, E], concept outputs [K, E]
     Pass          one prompt: its token table, the names in it, a record per layer
     Capture       one picture: its passes, its grid, how picture and grid lie on each other
 
 Records of several noise seeds or noise levels are averaged part by part before a method sees them: a method reads one
-record, whatever it was made from.
+record, whatever it was made from. Not here: running a model (`segment.capture`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -20,9 +24,44 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.errors import RunError
-from mmdit_probe.segment.picture import Fit
-from mmdit_probe.segment.vocabulary import Prompt, SegClass
+from mmdit_probe.data.class_names import SegClass
+from mmdit_probe.data.fit import Fit
+from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.models.reading import Token
+from mmdit_probe.models.tokens import TokenTable
+from mmdit_probe.segment.vocabulary import Prompt, Query
+from mmdit_probe.specs import Spec
+
+PAPER_SIGMA = 0.515
+"""The paper's noise level: the 8th of 28 steps from the clean end of SD3's schedule."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What of a forward is read.
+
+    Attributes:
+        layers: layers to keep; the middle third if None. weights: layer -> weight in means over layers; equal if None.
+        heads: heads in the mean of I2I; None takes all.
+        sigmas: noise levels, seeds: noise seeds; records are averaged over all pairs.
+        fit: how the picture is brought to the input size, see `data.fit`.
+        size: (height, width) of the network's input; the model's own if None.
+
+    Raises:
+        UserError: no noise level, or no seed.
+    """
+
+    layers: Spec | None = None
+    weights: Mapping[int, float] | None = None
+    heads: Sequence[int] | None = None
+    sigmas: Sequence[float] = (PAPER_SIGMA,)
+    seeds: Sequence[int] = (0,)
+    fit: str = "squash"
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.seeds or not self.sigmas:
+            raise UserError("a reading needs at least one noise seed and one noise level")
 
 
 @dataclass
@@ -30,7 +69,7 @@ class JointRecord:
     """The joint attention of one layer for one picture and one prompt. Parts that were not asked for are None.
 
     Attributes:
-        i2t: [H, I, T] probabilities of the text keys in the joint softmax.
+        i2t: [H, I, T] probabilities of the text keys in the joint softmax. i2t_logit: the same before the softmax.
         i2i: [I, I] head mean of the image-image block, rows sum to 1 minus the text mass. i2i_walk: see `JointBlocks`.
         i2i_attn2: [I, I] head mean of the second, image-only attention (SD3.5), rows sum to 1.
         feat_out, feat_proj: [I, E] attention output before and after the output projection.
@@ -45,8 +84,9 @@ class JointRecord:
     feat_proj: Tensor | None = None
     concepts: Tensor | None = None
     i2i_attn2: Tensor | None = None
+    i2t_logit: Tensor | None = None
 
-    PARTS = ("i2t", "i2i", "i2i_walk", "feat_out", "feat_proj", "concepts", "i2i_attn2")
+    PARTS = ("i2t", "i2i", "i2i_walk", "feat_out", "feat_proj", "concepts", "i2i_attn2", "i2t_logit")
 
     def part(self, name: str) -> Tensor:
         """A part that must be there.
@@ -73,16 +113,18 @@ class Capture:
     """Everything a method may read about one picture.
 
     Attributes:
-        image: uint8 [height, width, 3], the original picture.
+        picture: uint8 [height, width, 3], the original one; None where only tensors are known.
         fit: how the picture lies in the network's input.
         grid: (h, w) of the image tokens, I = h * w, row-major.
         classes: what the prompts name; empty for the empty prompt.
         passes: one per prompt.
         sigmas, seeds: what was averaged over.
         layers: those that a method reads. weights: one per layer in means over layers, sum 1; () for equal ones.
+        regions: ids [height, width] of another program's regions, 0 where there is none; None: methods make their own.
+        family: of the model, whose rule ConceptAttention takes by default.
     """
 
-    image: NDArray[np.uint8]
+    picture: NDArray[np.uint8] | None
     fit: Fit
     grid: tuple[int, int]
     classes: list[SegClass]
@@ -91,17 +133,87 @@ class Capture:
     seeds: tuple[int, ...]
     layers: tuple[int, ...] = field(default=())
     weights: tuple[float, ...] = ()
+    regions: NDArray[np.integer] | None = None
+    family: str = ""
     _derived: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls, grid: tuple[int, int], *, i2t: Any = None, i2t_logit: Any = None, i2i: Any = None, features: Any = None,
+        concepts: Any = None, regions: Any = None, spans: Mapping[str, Sequence[int]] | None = None,
+        kinds: Sequence[str] | None = None, image: Any = None, family: str = "",
+    ) -> Capture:  # fmt: skip
+        """A capture of one's own tensors or arrays, for any method and refinement; no model is needed.
+
+        A part may also be a mapping, layer -> tensor; methods take the mean over the layers.
+
+        Args:
+            grid: (h, w) of the image tokens, I = h * w, row-major.
+            i2t: [I, T] or [H, I, T] probabilities of the text keys. i2t_logit: the same before the softmax.
+            i2i: [I, I] or [H, I, I] image-image attention, query by key.
+            features: [I, E] or [h, w, E]. concepts: [K, E], one row per name.
+            regions: whole ids [h, w], or of the picture's size, 0 where there is none.
+            spans: class -> its text positions, in the order of the classes; an empty list where only the name is read.
+            kinds: span kind of each of the T positions; if None, "word" within spans and "pad" elsewhere.
+            image: uint8 [height, width, 3], for what reads pixels; label maps are of its size (the grid's without it).
+            family: model family, for ConceptAttention's default rule.
+
+        Raises:
+            UserError: a shape that does not fit the grid, layers that differ, positions outside the text.
+        """
+        tokens = grid[0] * grid[1]
+        given = {"i2t": i2t, "i2t_logit": i2t_logit, "i2i": i2i, "features": features, "concepts": concepts}
+        parts = {
+            name: {layer: torch.as_tensor(one).float() for layer, one in _by_layer(value).items()}
+            for name, value in given.items()
+            if value is not None
+        }
+        layers = sorted({layer for by_layer in parts.values() for layer in by_layer} or {0})
+        for name, by_layer in parts.items():
+            if sorted(by_layer) != layers:
+                raise UserError(f"{name} has layers {sorted(by_layer)}, other parts {layers}; give the same to all")
+        records = {
+            layer: _record(layer, {name: by_layer[layer] for name, by_layer in parts.items()}, tokens, grid)
+            for layer in layers
+        }
+        first = records[layers[0]]
+        text = first.i2t if first.i2t is not None else first.i2t_logit
+        prompt = _prompt(spans or {}, kinds, None if text is None else text.shape[-1])
+        picture = None if image is None else np.asarray(image)
+        if picture is not None and (picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8):
+            raise UserError(f"image {picture.dtype} {picture.shape}: expected uint8 [height, width, 3]")
+        size = grid if picture is None else (picture.shape[0], picture.shape[1])
+        names = [SegClass((name,)) for name in spans or {}]
+        return cls(
+            picture, Fit.of(size, grid, 1), grid, names, [Pass(prompt, records)], (), (), tuple(layers),
+            regions=None if regions is None else region_ids(regions, grid, size), family=family,
+        )  # fmt: skip
+
+    @property
+    def image(self) -> NDArray[np.uint8]:
+        """The picture, which must be there.
+
+        Raises:
+            UserError: only tensors are known.
+        """
+        if self.picture is None:
+            raise UserError("this step reads the picture's pixels, and the capture has none; pass image= to Capture.of")
+        return self.picture
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the picture in pixels."""
-        return self.image.shape[0], self.image.shape[1]
+        return self.fit.picture
 
     @property
     def shares(self) -> tuple[float, ...]:
         """Weight of each of `layers` in a mean over layers."""
         return self.weights or (1.0 / len(self.layers),) * len(self.layers)
+
+    @property
+    def queries(self) -> list[tuple[int, Query]]:
+        """(pass, name) of every name, in order."""
+        return [(index, query) for index, one in enumerate(self.passes) for query in one.prompt.queries]
 
     def over_layers(self, read: Callable[[JointRecord], Tensor], of: int = 0) -> Tensor:
         """Weighted mean over layers of what `read` makes of the records of one pass."""
@@ -142,3 +254,79 @@ def average(records: Sequence[JointRecord]) -> JointRecord:
         if entry.name != "layer" and getattr(first, entry.name) is not None
     }
     return JointRecord(first.layer, **mean)
+
+
+def region_ids(regions: Any, *sizes: tuple[int, int]) -> NDArray[np.int64]:
+    """A region map [H, W] of whole ids from 0, an array or tensor of one of these sizes.
+
+    Raises:
+        UserError: another size, other numbers.
+    """
+    ids = np.asarray(regions)
+    if ids.shape not in sizes or ids.dtype.kind not in "iu" or (ids.size and ids.min() < 0):
+        sides = " or ".join(f"{height} x {width}" for height, width in dict.fromkeys(sizes))
+        raise UserError(f"regions {ids.dtype} {ids.shape}: expected whole ids from 0 (0: no region), {sides}")
+    return ids.astype(np.int64)
+
+
+def _by_layer(value: Any) -> Mapping[int, Any]:
+    return value if isinstance(value, Mapping) else {0: value}
+
+
+def _record(layer: int, parts: dict[str, Tensor], tokens: int, grid: tuple[int, int]) -> JointRecord:
+    """One's own parts of a layer as a record, shapes checked."""
+    found = JointRecord(layer)
+    for name, value in parts.items():
+        shape = tuple(value.shape)
+        if name == "concepts":
+            fits, wanted = value.ndim == 2, "[K, E]"
+        elif name == "features":
+            fits, wanted = shape[:-1] in ((tokens,), grid), f"[{tokens}, E] or [{grid[0]}, {grid[1]}, E]"
+        elif name == "i2i":
+            fits, wanted = value.ndim in (2, 3) and shape[-2:] == (tokens,) * 2, f"[{tokens}, {tokens}], heads before"
+        else:
+            fits, wanted = value.ndim in (2, 3) and shape[-2] == tokens, f"[{tokens}, T], heads before"
+        if not fits or not value.isfinite().all():
+            what = f"of shape {shape}" if not fits else "with numbers that are not finite"
+            raise UserError(f"{name} {what}: expected {wanted} for a grid of {grid[0]} x {grid[1]} tokens")
+        if name == "features":
+            found.feat_out = found.feat_proj = value.reshape(tokens, -1)
+        elif name == "i2i":
+            heads = value.reshape(-1, tokens, tokens)
+            found.i2i, found.i2i_walk = heads.mean(0), _walk_mean(heads)
+            found.i2i_attn2 = found.i2i
+        elif name == "concepts":
+            found.concepts = value
+        else:
+            setattr(found, name, value.reshape(-1, tokens, shape[-1]))
+    return found
+
+
+def _prompt(spans: Mapping[str, Sequence[int]], kinds: Sequence[str] | None, length: int | None) -> Prompt:
+    """A prompt whose words are the spans."""
+    owner = {place: (index, name) for index, (name, places) in enumerate(spans.items()) for place in places}
+    total = length if length is not None else max([*owner, -1]) + 1
+    if kinds is not None and len(kinds) != total:
+        raise UserError(f"{len(kinds)} span kinds for {total} text positions")
+    outside = [place for place in owner if not 0 <= place < total]
+    if outside:
+        raise UserError(f"span positions {outside} lie outside the text's 0..{total - 1}")
+    tokens = []
+    for place in range(total):
+        index, name = owner.get(place, (-1, None))
+        kind = kinds[place] if kinds is not None else "pad" if name is None else "word"
+        tokens.append(Token("text", kind, name, index))
+    text = " ".join(spans)
+    queries = tuple(Query(name, index, {"text": list(places)}) for index, (name, places) in enumerate(spans.items()))
+    return Prompt(text, TokenTable(text, tuple(tokens)), queries)
+
+
+def _walk_mean(heads: Tensor) -> Tensor:
+    """Rows [I, I] of renormalised blocks [H, I, I], heads weighted by how slowly their walk mixes (TokenRank)."""
+    from mmdit_probe.observe.joint import second_eigenvalue
+
+    rows = heads / heads.sum(-1, keepdim=True).clamp(min=1e-12)
+    if len(rows) == 1:
+        return rows[0]
+    weights = second_eigenvalue(rows)
+    return (rows * weights[:, None, None]).sum(0) / weights.sum().clamp(min=1e-12)

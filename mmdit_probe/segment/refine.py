@@ -1,15 +1,15 @@
 """Refinement beyond the token grid: separate steps, usable after any method, off unless asked for by name.
 
-    refined = Refinement.parse("affinity:2+pamr")
-    scores = refined.on_grid(scores, capture)          # [C, h, w]
-    scores = refined.on_pixels(fit.back(scores), capture)
+    Refinement.parse("affinity:2+pamr")(scores, capture)          # [C, h, w] -> [C, height, width]
 
     minmax           each class map to 0..1 over the grid     centre   each class map divided by its mean
     affinity[:n]     scores <- S^n scores, S the row-normalised I2I block (DiffSegmenter, iSeg, GoCA)
     walk[:n]         the same with heads weighted by how slowly their walk mixes (TokenRank) instead of equally
     nosink[:n]       the same after taking out sink columns: tokens that many queries look at whatever they show
-    regions          each token gets the mean scores of its region; regions are diffcut's on the same forward's features
+    regions          each token gets the mean scores of its region; regions are the capture's own, else diffcut's
     pamr[:n]         n rounds of pixel-adaptive averaging on the picture's colours (arXiv:2005.08104)
+    vote             each pixel of a region takes the region's most frequent label (CorrCLIP's map correction); regions
+                     as above, pixels of none (id 0) stay as they are
 
 The order of the names is the order of the steps; grid steps come before pixel steps. Columns of different words differ
 in their mean, and averaging over space leaves only that difference: put "minmax" or "centre" before "affinity" for
@@ -30,11 +30,15 @@ from torch.nn import functional as F
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.segment.methods.base import renorm
 from mmdit_probe.segment.methods.clusters import diffcut
+from mmdit_probe.segment.methods.dense_clip import region_map
 from mmdit_probe.segment.record import Capture
-from mmdit_probe.segment.tail import minmax, probabilities
+from mmdit_probe.segment.tail import STRETCHES, probabilities
 
-STEPS = {"minmax": 1, "centre": 1, "affinity": 2, "walk": 2, "nosink": 2, "regions": 1, "pamr": 10}
+STEPS = {"minmax": 1, "centre": 1, "affinity": 2, "walk": 2, "nosink": 2, "regions": 1, "pamr": 10, "vote": 1}
 """Steps and the number of rounds each takes when none is given."""
+
+PIXELS = ("pamr", "vote")
+"""Steps at the picture's size."""
 
 _DILATIONS = (1, 2, 4, 8)
 _SIDE = 512
@@ -64,30 +68,30 @@ class Refinement:
             if rounds and not (rounds.isdigit() and int(rounds) > 0):
                 raise UserError(f"refinement {part!r}: expected {name} or {name}:ROUNDS with at least 1 round")
             steps.append((name, int(rounds) if rounds else STEPS[name]))
-        kinds = [name == "pamr" for name, _ in steps]
+        kinds = [name in PIXELS for name, _ in steps]
         if kinds != sorted(kinds):
-            raise UserError(f"refinement {text!r}: steps on pixels (pamr) come after steps on the token grid")
+            raise UserError(f"refinement {text!r}: steps on pixels ({', '.join(PIXELS)}) come after those on tokens")
         return cls(tuple(steps))
 
     @property
     def keep(self) -> tuple[str, ...]:
         """Parts of the record that the steps read."""
         names = {name for name, _ in self.steps}
-        parts = {"i2i": {"affinity", "nosink"}, "i2i_walk": {"walk"}, "feat_proj": {"regions"}}
+        parts = {"i2i": {"affinity", "nosink"}, "i2i_walk": {"walk"}, "feat_proj": {"regions", "vote"}}
         return tuple(part for part, readers in parts.items() if names & readers)
 
     def on_grid(self, scores: Tensor, capture: Capture) -> Tensor:
         """Scores [C, h, w] after the steps that work on tokens; maps of another grid are brought to the token grid."""
         for name, rounds in self.steps:
-            if name == "pamr":
+            if name in PIXELS:
                 continue
-            if name in ("minmax", "centre"):
-                scores = minmax(scores) if name == "minmax" else scores / scores.mean((1, 2), keepdim=True).clamp(1e-12)
+            if name in STRETCHES:
+                scores = STRETCHES[name](scores)
                 continue
             if tuple(scores.shape[1:]) != capture.grid:
                 scores = F.interpolate(scores[None], capture.grid, mode="bilinear", align_corners=False)[0]
             if name == "regions":
-                scores = by_region(scores, capture.once("regions", lambda: diffcut(capture).argmax(0)))
+                scores = by_region(scores, regions_of(capture, capture.grid))
                 continue
             chain = capture.once(name, lambda name=name: _chain(capture, name))  # type: ignore[misc]
             flat = scores.flatten(1).T
@@ -97,11 +101,41 @@ class Refinement:
         return scores
 
     def on_pixels(self, scores: Tensor, capture: Capture) -> Tensor:
-        """Scores [C, H, W] after the steps that read the picture's pixels."""
+        """Scores [C, H, W] after the steps at the picture's size."""
         for name, rounds in self.steps:
             if name == "pamr":
                 scores = capture.once("pamr", lambda: PixelAffinity.of(capture.image)).spread(scores, rounds)
+            elif name == "vote":
+                scores = voted(scores, pixel_regions(capture))
         return scores
+
+    def __call__(self, scores: Tensor, capture: Capture) -> Tensor:
+        """Scores [C, height, width] at the picture's size, every step taken in its place."""
+        return self.on_pixels(capture.fit.back(self.on_grid(scores, capture)), capture)
+
+
+def regions_of(capture: Capture, out: tuple[int, int]) -> Tensor:
+    """Region ids [h, w] of the tokens: the capture's own (0: none), else diffcut's from 1."""
+    own = region_map(capture, out)
+    return own if own is not None else capture.once("regions", lambda: diffcut(capture).argmax(0) + 1)
+
+
+def pixel_regions(capture: Capture) -> Tensor:
+    """Region ids [height, width] of the picture's pixels, as `regions_of`."""
+    if capture.regions is not None and capture.regions.shape == capture.size:
+        return torch.from_numpy(capture.regions)
+    ids = regions_of(capture, capture.grid)
+    names, place = torch.unique(ids, return_inverse=True)
+    return names[capture.fit.back(F.one_hot(place).permute(2, 0, 1)).argmax(0)]
+
+
+def voted(scores: Tensor, regions: Tensor) -> Tensor:
+    """Scores [C, h, w] as each region's shares of votes, one for each of its pixels; region 0 keeps its scores.
+
+    Of labels that are equally frequent in a region the first wins.
+    """
+    votes = F.one_hot(scores.argmax(0), len(scores)).permute(2, 0, 1).to(scores)
+    return by_region(torch.where(regions == 0, scores, votes), regions)
 
 
 def _chain(capture: Capture, name: str) -> Tensor:
@@ -111,12 +145,12 @@ def _chain(capture: Capture, name: str) -> Tensor:
 
 
 def by_region(scores: Tensor, regions: Tensor) -> Tensor:
-    """Scores [C, h, w] averaged within each region of a map [h, w]."""
+    """Scores [C, h, w] averaged within each region of a map [h, w]; region 0, "none", keeps its own."""
     _, place = torch.unique(regions.flatten(), return_inverse=True)
     flat = scores.flatten(1).T
     sums = torch.zeros(int(place.max()) + 1, len(scores)).index_add_(0, place, flat)
     means = sums / torch.bincount(place)[:, None]
-    return means[place].T.reshape(scores.shape)
+    return torch.where(regions == 0, scores, means[place].T.reshape(scores.shape))
 
 
 def without_sinks(block: Tensor, factor: float = 4.0) -> Tensor:

@@ -1,6 +1,7 @@
 """segment and discover: one picture in, one label map out.
 
-    result = segment(model, read_picture("cat.jpg"), "cat, wet grass, sky", method="seg4diff", refine="affinity+pamr")
+    picture = single("cat.jpg").image
+    result = segment(model, picture, "cat, wet grass, sky", method="seg4diff", refine="affinity+pamr")
     result.labels, result.names, result.areas()
 
 The functions here put capture, method, refinement and tail in their order and decide nothing themselves.
@@ -14,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmdit_probe.data.class_names import SegClass, parse_classes
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.segment import methods
-from mmdit_probe.segment.capture import PAPER_SIGMA, capture
+from mmdit_probe.segment.capture import DEFAULT, capture
 from mmdit_probe.segment.methods.base import Method
-from mmdit_probe.segment.record import Capture
+from mmdit_probe.segment.record import Capture, Reading, region_ids
 from mmdit_probe.segment.refine import Refinement
 from mmdit_probe.segment.tail import Background, label, probabilities
-from mmdit_probe.segment.vocabulary import SegClass, parse_classes
-from mmdit_probe.specs import Spec
 
 
 @dataclass
@@ -59,26 +60,23 @@ def segment(
     model: MMDiT,
     image: NDArray[np.uint8],
     classes: str | Path | Sequence[str | SegClass],
+    reading: Reading = DEFAULT,
     *,
     method: str | Method = "seg4diff",
     options: Mapping[str, Any] | None = None,
     background: str = "none",
     refine: str = "none",
-    layers: Spec | None = None,
-    weights: Mapping[int, float] | None = None,
-    sigmas: Sequence[float] = (PAPER_SIGMA,),
-    seeds: Sequence[int] = (0,),
-    fit: str = "squash",
-    size: tuple[int, int] | None = None,
+    regions: Any = None,
 ) -> Segmentation:
     """Open-vocabulary segmentation of one picture.
 
     Args:
         model: the model. image: uint8 [height, width, 3], any size.
         classes: names, synonyms by semicolon; see `parse_classes`.
+        reading: layers, noise levels, seeds, fit: what of the forward is read.
         method: name of an open-vocabulary method, with `options` of its own.
         background: rule of `segment.tail`. refine: steps of `segment.refine`.
-        layers, weights, sigmas, seeds, fit, size: as in `capture`.
+        regions: ids [height, width] of another program's regions (SAM, ...), 0 where there is none.
 
     Raises:
         UserError: unknown names, or an unsupervised method.
@@ -86,44 +84,28 @@ def segment(
     parsed = parse_classes(classes)
     chosen = _method(method, options, unsupervised=False)
     steps, rule = Refinement.parse(refine), Background.parse(background)
-    record = capture(
-        model, image, parsed, layers=layers, weights=weights, keep=(*chosen.needs, *steps.keep), sigmas=sigmas,
-        seeds=seeds, fit=fit, size=size, together=chosen.together,
-    )  # fmt: skip
-    names = [one.name for one in parsed]
-    return finish(record, chosen(record), names, steps, rule)
+    keep = (*chosen.needs, *steps.keep)
+    record = with_regions(capture(model, image, parsed, reading, keep=keep, together=chosen.together), regions)
+    return finish(record, chosen(record), [one.name for one in parsed], steps, rule)
 
 
 def discover(
     model: MMDiT,
     image: NDArray[np.uint8],
+    reading: Reading = DEFAULT,
     *,
     method: str | Method = "seg4diff-unsup",
     options: Mapping[str, Any] | None = None,
     refine: str = "none",
-    layers: Spec | None = None,
-    weights: Mapping[int, float] | None = None,
-    sigmas: Sequence[float] = (PAPER_SIGMA,),
-    seeds: Sequence[int] = (0,),
-    fit: str = "squash",
-    size: tuple[int, int] | None = None,
+    regions: Any = None,
 ) -> Segmentation:
     """Segments of one picture without any names, from the empty prompt. Arguments as in `segment`."""
     chosen = _method(method, options, unsupervised=True)
     steps = Refinement.parse(refine)
-    record = capture(
-        model,
-        image,
-        [],
-        layers=layers,
-        weights=weights,
-        keep=(*chosen.needs, *steps.keep),
-        sigmas=sigmas,
-        seeds=seeds,
-        fit=fit,
-        size=size,
-    )
-    return finish(record, chosen(record), None, steps, Background())
+    record = with_regions(capture(model, image, [], reading, keep=(*chosen.needs, *steps.keep)), regions)
+    plain = bool((image == image[:1, :1]).all())  # one colour has no parts; maps of it are noise
+    scores = torch.ones(1, *record.grid) if plain else chosen(record)
+    return finish(record, scores, None, steps, Background())
 
 
 def name_segments(
@@ -147,11 +129,9 @@ def name_segments(
     """
     old, parsed = found.capture, parse_classes(classes)
     chosen = _method(method, options, unsupervised=False)
-    record = capture(
-        model, old.image, parsed, layers=list(old.layers), weights=weights, keep=chosen.needs, sigmas=old.sigmas,
-        seeds=old.seeds, fit=old.fit.how, size=old.fit.size, together=chosen.together,
-    )  # fmt: skip
-    maps = record.fit.back(Refinement.parse("centre").on_grid(chosen(record), record)).flatten(1).numpy()  # [C, pixels]
+    reading = Reading(list(old.layers), weights, None, old.sigmas, old.seeds, old.fit.how, old.fit.size)
+    record = capture(model, old.image, parsed, reading, keep=chosen.needs, together=chosen.together)
+    maps = Refinement.parse("centre")(chosen(record), record).flatten(1).numpy()  # (C, pixels)
     names: list[str] = []
     seen: dict[str, int] = {}
     for index in range(len(found.names)):
@@ -162,6 +142,11 @@ def name_segments(
     return replace(found, names=names)
 
 
+def with_regions(record: Capture, regions: Any) -> Capture:
+    """The capture with another program's regions, checked; itself without any."""
+    return record if regions is None else replace(record, regions=region_ids(regions, record.size))
+
+
 def finish(
     record: Capture, scores: Tensor, names: list[str] | None, refine: Refinement, background: Background
 ) -> Segmentation:
@@ -170,7 +155,7 @@ def finish(
     Args:
         names: of the maps; None numbers those that own at least one pixel by area, the largest first.
     """
-    pixels = refine.on_pixels(record.fit.back(refine.on_grid(scores, record)), record)
+    pixels = refine(scores, record)
     labels = label(pixels, background, names)
     shares = probabilities(pixels)
     if names is None:

@@ -1,4 +1,4 @@
-"""What users type for segmentation, as values: pictures, sizes, noise levels, the layers and heads to read."""
+"""What users type for segmentation, as values: sizes, noise levels, the layers and heads to read."""
 
 from __future__ import annotations
 
@@ -6,27 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mmdit_probe.errors import UserError
-from mmdit_probe.segment.picture import read_picture
-
-
-def picture_of(source: str) -> NDArray[np.uint8]:
-    """uint8 [height, width, 3] of a picture file or of `scenes:<split>:<index>`.
-
-    Raises:
-        UserError: no such picture.
-    """
-    match = re.fullmatch(r"scenes:(\w+):(\d+)", source)
-    if match:
-        from mmdit_probe.scenes import scene
-
-        return scene(match[1], int(match[2])).image
-    if source.startswith("scenes:"):
-        raise UserError(f"{source!r} is no single picture; expected scenes:val:0")
-    return read_picture(source)
 
 
 def parse_sigmas(text: str) -> list[float]:

@@ -10,6 +10,7 @@ the picture, because methods differ in scale.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,15 @@ def minmax(maps: Tensor) -> Tensor:
     """Scale each map [..., h, w] to 0..1 over space; a constant map becomes 0."""
     low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
     return (maps - low) / (high - low).clamp(min=1e-12)
+
+
+def centre(maps: Tensor) -> Tensor:
+    """Divide each map [..., h, w] by its mean over space; probabilities only."""
+    return maps / maps.mean((-2, -1), keepdim=True).clamp(min=1e-12)
+
+
+STRETCHES: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda maps: maps, "minmax": minmax, "centre": centre}
+"""What may be done to each map over space before maps compete, by name."""
 
 
 def probabilities(scores: Tensor, temperature: float | None = None) -> Tensor:

@@ -1,7 +1,7 @@
-"""What the user calls a class: a name, perhaps synonyms, perhaps several words; and how names become prompts.
+"""How class names become prompts.
 
-    >>> [c.synonyms for c in parse_classes("cat; kitten, wet grass, sky")]
-    [('cat', 'kitten'), ('wet grass',), ('sky',)]
+    prompts = pack(parse_classes("cat; kitten, wet grass"), lambda text: model.token_tables(text)[0])
+    prompts[0].queries[2].spans                     # {"clip": [3, 4], "t5": [77, 78, 79]}: "wet grass"
 
 A prompt is the names one after the other, without a template. Names that do not fit into the text encoders' length go
 to further prompts; none is dropped. The positions of a name are found by its place in the prompt, not by its letters,
@@ -12,21 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.tokens import TokenTable
-
-
-@dataclass(frozen=True)
-class SegClass:
-    """One class: the name that is printed (the first synonym) and all names that stand for it."""
-
-    synonyms: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return self.synonyms[0]
 
 
 @dataclass(frozen=True)
@@ -57,36 +46,6 @@ class Prompt:
     text: str
     table: TokenTable
     queries: tuple[Query, ...]
-
-
-def parse_classes(text: str | Path | Sequence[str | SegClass]) -> list[SegClass]:
-    """Classes from "a, b; synonym, c", from a file with one class per line, or from a list of such entries or classes.
-
-    Raises:
-        UserError: no class, an empty name, or a name given twice.
-    """
-    if isinstance(text, str) and len(text) < 4096 and "\n" not in text and text.endswith(".txt"):
-        text = Path(text)
-    if isinstance(text, Path):
-        if not text.is_file():
-            raise UserError(f"no class file {str(text)!r}; expected a text file with one class per line")
-        entries: list[str | SegClass] = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
-        entries = list(text.split(",") if isinstance(text, str) else text)
-    classes = [
-        entry if isinstance(entry, SegClass) else SegClass(tuple(" ".join(name.split()) for name in entry.split(";")))
-        for entry in entries
-    ]
-    names = [name for one in classes for name in one.synonyms]
-    if not names or not all(names):
-        raise UserError(
-            f"classes {text!r}: expected names separated by commas, synonyms by semicolons: 'cat; kitten, sky'"
-        )
-    plain = [name.casefold() for name in names]  # text encoders do not tell Cat from cat
-    double = [name for place, name in enumerate(names) if plain[place] in plain[:place]]
-    if double:
-        raise UserError(f"class name {double[0]!r} is given twice; name each class once")
-    return classes
 
 
 def pack(classes: Iterable[SegClass], tables: Callable[[str], TokenTable], together: bool = True) -> list[Prompt]:

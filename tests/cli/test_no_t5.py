@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from mmdit_probe.cli.app import main
 from mmdit_probe.results import read_table
-from tests.magnet.test_data import folder
+from tests.data.test_training import folder
 
 SEGMENT = ["segment", "scenes:val:3", "--classes", "tree, ring, grass, sky", "--layers", "3"]
 EVALUATE = ["evaluate", "--limit", "2", "--method", "seg4diff,tokenrank", "--layers", "3"]

@@ -9,7 +9,7 @@ import pytest
 
 from mmdit_probe.cli.app import main
 from mmdit_probe.models.adapters import read_metadata
-from tests.magnet.test_data import folder
+from tests.data.test_training import folder
 
 QUICK = ["--layers", "1", "--steps", "2", "--batch", "1", "--rank", "2", "--alpha", "3", "--out", "run"]
 

@@ -15,15 +15,16 @@ import pytest
 from PIL import Image
 
 from mmdit_probe.cli.app import main
+from mmdit_probe.data import dataset
 from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.captures import Captures
-from mmdit_probe.evaluate.datasets import load_dataset
 from mmdit_probe.evaluate.league import league
-from mmdit_probe.evaluate.matching import rows
 from mmdit_probe.evaluate.plan import COLUMNS, Plan
+from mmdit_probe.evaluate.scores import matched_by_rows
 from mmdit_probe.evaluate.shards import alone_under_launcher
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table
+from mmdit_probe.segment.record import Reading
 
 NAMES = ("red", "ring", "cat", "background")
 
@@ -54,9 +55,11 @@ def captures(pipe: Any) -> Captures:
     return Captures(lambda: MMDiT(pipe), "tiny")
 
 
-def plan_of(dataset: Any, captures: Captures, methods: list[str], **how: Any) -> Plan:
-    facts = captures.facts
-    return Plan.of(dataset, methods, layer_count=facts["layers"], head_count=facts["heads"], layers="all", **how)
+def plan_of(
+    dataset: Any, captures: Captures, methods: list[str], read: dict[str, Any] | None = None, **how: Any
+) -> Plan:
+    facts, reading = captures.facts, Reading(layers="all", **(read or {}))
+    return Plan.of(dataset, methods, layer_count=facts["layers"], head_count=facts["heads"], reading=reading, **how)
 
 
 def frame(plan: Plan, captures: Captures) -> pd.DataFrame:
@@ -64,7 +67,7 @@ def frame(plan: Plan, captures: Captures) -> pd.DataFrame:
 
 
 def test_every_pixel_is_counted_once_per_configuration(root: Path, captures: Captures) -> None:
-    data = load_dataset(f"folder:{root}")
+    data = dataset(f"folder:{root}")
     assert data.background == 3 and [one.name for one in data.classes] == list(NAMES)
     plan = plan_of(
         data, captures, ["seg4diff", "diffsegmenter", "seg4diff-unsup", "diffcut"],
@@ -72,7 +75,7 @@ def test_every_pixel_is_counted_once_per_configuration(root: Path, captures: Cap
     )  # fmt: skip
     counts = frame(plan, captures)
     assert list(counts.columns) == list(COLUMNS)
-    want = sum((np.array(sample.labels()) != 255).sum() for sample in data.samples)
+    want = sum((np.array(sample.label()) != 255).sum() for sample in data.samples)
     sums = counts.groupby(["protocol", "method", "refine"])["pixels"].sum()
     assert set(sums) == {want}
     assert len(sums) == 2 * (2 * 2 + 2) + 2 * 2 + 2  # named x (runs + ceiling + random), unsupervised alike
@@ -84,10 +87,10 @@ def test_every_pixel_is_counted_once_per_configuration(root: Path, captures: Cap
 
 
 def test_protocols_see_their_own_vocabulary(root: Path, captures: Captures) -> None:
-    data = load_dataset(f"folder:{root}")
+    data = dataset(f"folder:{root}")
     tags = {sample.name: ["cat", "ring"] for sample in data.samples}
     plan = plan_of(data, captures, ["seg4diff"], protocols=["present", "predicted", "full"], tags=tags)
-    truth = np.array(data.samples[0].labels())
+    truth = np.array(data.samples[0].label())
     assert plan.vocabulary("present", "p0", truth) == [0, 1]
     assert plan.vocabulary("predicted", "p0", truth) == [1, 2]
     assert plan.vocabulary("full", "p0", truth) == [0, 1, 2]  # the background is left to the rule
@@ -103,8 +106,8 @@ def test_protocols_see_their_own_vocabulary(root: Path, captures: Captures) -> N
 
 
 def test_sweeps_take_one_thing_at_a_time(root: Path, captures: Captures) -> None:
-    data = load_dataset(f"folder:{root}", 1)
-    one = {sweep: frame(plan_of(data, captures, ["seg4diff"], sweep=sweep, sigmas=(0.3, 0.6)), captures)
+    data = dataset(f"folder:{root}", 1)
+    one = {sweep: frame(plan_of(data, captures, ["seg4diff"], {"sigmas": (0.3, 0.6)}, sweep=sweep), captures)
            for sweep in ("layer", "head", "sigma")}  # fmt: skip
     runs = {sweep: found[found["method"] == "seg4diff"] for sweep, found in one.items()}
     assert set(runs["layer"]["layers"]) == {"0", "1", "2"}
@@ -112,13 +115,13 @@ def test_sweeps_take_one_thing_at_a_time(root: Path, captures: Captures) -> None
         (str(layer), str(head)) for layer in range(3) for head in range(2)
     }
     assert set(runs["sigma"]["sigma"]) == {"0.3", "0.6"}
-    alone = frame(plan_of(data, captures, ["seg4diff"], sigmas=(0.3,)), captures)
+    alone = frame(plan_of(data, captures, ["seg4diff"], {"sigmas": (0.3,)}), captures)
     same = runs["sigma"][runs["sigma"]["sigma"] == "0.3"]
     assert alone[alone["method"] == "seg4diff"]["pixels"].tolist() == same["pixels"].tolist()
 
 
 def test_cache_answers_without_the_model(root: Path, pipe: Any, tmp_path: Path) -> None:
-    data = load_dataset(f"folder:{root}", 2)
+    data = dataset(f"folder:{root}", 2)
     first = Captures(lambda: MMDiT(pipe), "tiny", tmp_path / "cache")
     methods = ["seg4diff", "conceptattention", "tokenrank", "diffseg"]
     want = frame(plan_of(data, first, methods), first)
@@ -131,16 +134,16 @@ def test_cache_answers_without_the_model(root: Path, pipe: Any, tmp_path: Path) 
     with pytest.raises(UserError, match="was made with tiny"):
         Captures(no_model, "other", tmp_path / "cache")
     with pytest.raises(AssertionError, match="was loaded"):
-        frame(plan_of(data, again, methods, seeds=(5,)), again)
+        frame(plan_of(data, again, methods, {"seeds": (5,)}), again)
 
 
 def test_pictures_and_labels_of_different_size_are_named(root: Path, captures: Captures) -> None:
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(root / "labels" / "p0.png")
     with pytest.raises(UserError, match=r"p0: the picture has 40 x 56 pixels, its label 5 x 5"):
-        plan_of(load_dataset(f"folder:{root}"), captures, ["seg4diff"]).rows(captures, 0)
+        plan_of(dataset(f"folder:{root}"), captures, ["seg4diff"]).rows(captures, 0)
     Image.fromarray(np.full((40, 56), 9, np.uint8)).save(root / "labels" / "p0.png")
     with pytest.raises(UserError, match=r"holds ids \[9\]"):
-        plan_of(load_dataset(f"folder:{root}"), captures, ["seg4diff"]).rows(captures, 0)
+        plan_of(dataset(f"folder:{root}"), captures, ["seg4diff"]).rows(captures, 0)
 
 
 def arguments(root: Path, model: Path, out: Path) -> list[str]:
@@ -184,7 +187,7 @@ def test_masks_without_names_are_scored_per_mask(tmp_path: Path, captures: Captu
         runs = [{"size": [48, 64], "counts": [0, 48 * cut, 48 * (64 - cut)]},
                 {"size": [48, 64], "counts": [48 * cut, 48 * (64 - cut)]}]  # fmt: skip
         (tmp_path / f"{name}.json").write_text(json.dumps({"annotations": [{"segmentation": one} for one in runs]}))
-    data = load_dataset(f"sa1b:{tmp_path}")
+    data = dataset(f"sa1b:{tmp_path}")
     counts = frame(plan_of(data, captures, ["diffcut"]), captures)
     table = league(counts, len(data.classes), agnostic=True).set_index("method")
     # one segment everywhere takes the larger mask: 44/64 and 40/64 of the picture, nothing of the other
@@ -196,11 +199,11 @@ def test_masks_without_names_are_scored_per_mask(tmp_path: Path, captures: Captu
 
 
 def test_matching_by_rows_is_counted_as_it_is_defined(root: Path, captures: Captures) -> None:
-    data = load_dataset(f"folder:{root}", 2)
+    data = dataset(f"folder:{root}", 2)
     plan = plan_of(data, captures, ["diffcut"], by_rows=True)
     table = league(frame(plan, captures), 4, match="row").set_index("method")
-    truths = [np.array(sample.labels()) for sample in data.samples]
-    want = sum(rows(truth, np.zeros_like(truth), 4) for truth in truths)
+    truths = [np.array(sample.label()) for sample in data.samples]
+    want = sum(matched_by_rows(truth, np.zeros_like(truth), 4) for truth in truths)
     assert table.loc["one segment", "accuracy"] == pytest.approx(np.diag(want).sum() / want.sum())
     whole = league(frame(plan_of(data, captures, ["diffcut"]), captures), 4).set_index("method")
     for name in ("one segment", "diffcut"):

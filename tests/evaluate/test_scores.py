@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.evaluate import confusion, mean_iou
-from mmdit_probe.evaluate.matching import assign, histogram, rows
-from mmdit_probe.evaluate.scores import ImageCounts
+from mmdit_probe.evaluate import confusion, map_quality, mean_iou, segmentation_score
+from mmdit_probe.evaluate.scores import ImageCounts, area_under_curve, assign, histogram, matched_by_rows
 
 
 def table(images: list[np.ndarray]) -> pd.DataFrame:
@@ -94,7 +94,7 @@ def test_the_row_wise_defect() -> None:
     """Three bands and one segment: 100 % with an assignment per pixel row, 33 % with one per image."""
     truth = np.repeat(np.arange(3), 6).reshape(3, 6)
     found = np.zeros_like(truth)
-    per_row = rows(truth, found, 3)
+    per_row = matched_by_rows(truth, found, 3)
     assert np.trace(per_row[:, :3]) == truth.size
     ids = assign(histogram(truth, found, 3))
     right = confusion(truth, ids[found], 3)
@@ -104,3 +104,103 @@ def test_the_row_wise_defect() -> None:
 def test_ignored_pixels_do_not_count() -> None:
     truth = np.array([[0, 255, 1, 255]])
     assert histogram(truth, np.array([[0, 1, 1, 0]]), 2).sum() == 2
+
+
+def released(label: np.ndarray, segments: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """TP, FP, FN of the released evaluators, from their definition: a histogram of at least C columns, all matched."""
+    from scipy.optimize import linear_sum_assignment
+
+    table = np.zeros((classes, max(classes, segments.max() + 1)), int)
+    for one, segment in zip(label.ravel(), segments.ravel(), strict=True):
+        if 0 <= one < classes:
+            table[one, segment] += 1
+    of, to = linear_sum_assignment(table, maximize=True)
+    right = table[of, to]
+    return right, table[:, to].sum(0) - right, table.sum(1) - right
+
+
+@pytest.mark.parametrize("segments", [2, 4, 6, 9])
+@pytest.mark.parametrize("seed", range(6))
+def test_upstream_and_row_are_the_released_rules(segments: int, seed: int) -> None:
+    """Ties, absent classes, more and fewer segments than classes, the last segment on ignored pixels only."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 4, (8, 12)) % 5
+    label[label == 3] = 0
+    label[:2] = 255
+    found = rng.integers(0, segments, (8, 12))
+    found[0, 0], found[2:] = segments + 2, np.minimum(found[2:], segments - 1)
+    whole = segmentation_score(found, label, 6, match="upstream")
+    parts = released(label, found, 6)
+    for one, want in zip((whole.counts.hit, whole.counts.found - whole.counts.hit), parts[:2], strict=True):
+        assert one[0].tolist() == want.tolist()
+    assert (whole.counts.truth - whole.counts.hit)[0].tolist() == parts[2].tolist()
+    assert whole.accuracy == pytest.approx(parts[0].sum() / (label != 255).sum())
+    union = np.sum(parts, axis=0)
+    assert whole.miou == pytest.approx(np.mean(parts[0][union > 0] / union[union > 0]))
+    by_row = segmentation_score(found, label, 6, match="row").counts
+    rows = [released(one[None], two[None], 6) for one, two in zip(label, found, strict=True)]
+    assert by_row.hit[0].tolist() == np.sum([one[0] for one in rows], 0).tolist()
+    assert (by_row.found - by_row.hit)[0].tolist() == np.sum([one[1] for one in rows], 0).tolist()
+
+
+def test_one_call_scores_arrays_tensors_and_lists() -> None:
+    """By hand: cat right on 1 of 2, union 3; sky right on 2 of 3, union 4; "no class" is an alarm of none."""
+    label = np.array([[0, 0, 1], [1, 1, 255]])
+    found = torch.tensor([[0, 1, 1], [1, 0, 0]])
+    score = segmentation_score(found, label, ["cat", "sky", "sea"])
+    assert score.iou["cat"] == pytest.approx(1 / 3) and score.iou["sky"] == pytest.approx(2 / 4)
+    assert np.isnan(score.iou["sea"]) and score.miou == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert score.accuracy == pytest.approx(3 / 5) and score.mean_accuracy == pytest.approx((1 / 2 + 2 / 3) / 2)
+    alarm = np.where(np.array(found) == 0, 2, found)
+    both = {rule: segmentation_score([alarm], [label], 3, rule=rule).miou for rule in ("union", "gt")}
+    assert both == {"union": pytest.approx((0 + 2 / 4 + 0) / 3), "gt": pytest.approx((0 + 2 / 4) / 2)}
+    none = segmentation_score(np.where(alarm == 2, 3, alarm), label, 3)
+    assert none.iou[2] != none.iou[2] and none.miou == pytest.approx((0 + 2 / 4) / 2)
+    two = segmentation_score([found, found], [label, label], 3)
+    assert two.iou[0] == pytest.approx(1 / 3) and len(two.counts) == 2 and two.interval()[0] == pytest.approx(two.miou)
+    ignored = segmentation_score(found, label, 3, ignore=(0, 255))
+    assert ignored.iou[1] == pytest.approx(2 / 3) and ignored.accuracy == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "label", "how", "words"),
+    [
+        (np.zeros((2, 3), int), np.zeros((3, 2), int), {}, r"shape \(3, 2\), the prediction \(2, 3\)"),
+        (np.full((2, 2), 7), np.zeros((2, 2), int), {}, r"prediction holds ids 7\.\.7, expected 0\.\.3"),
+        (np.zeros((2, 2), int), np.full((2, 2), 9), {}, r"label holds ids 9\.\.9, expected 0\.\.2"),
+        (np.zeros((2, 2)), np.zeros((2, 2), int), {}, "whole-number ids"),
+        ([], [], {}, "0 predictions for 0 labels"),
+        (np.zeros((2, 2), int), np.zeros((2, 2), int), {"match": "hungarian"}, "matching"),
+        (np.zeros((2, 2), int), np.zeros((2, 2), int), {"rule": "mean"}, "averaging rule"),
+    ],
+)
+def test_what_cannot_be_scored_is_said(prediction: object, label: object, how: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        segmentation_score(prediction, label, 3, **how)  # type: ignore[arg-type]
+
+
+def test_dataset_matching_is_one_assignment_of_the_sums() -> None:
+    """Segment 0 is class 0 in the larger image; alone the second image would have it as class 1."""
+    labels, found = [np.zeros((4, 4), int), np.array([[1, 1]])], [np.zeros((4, 4), int), np.array([[0, 0]])]
+    assert segmentation_score(found, labels, 2, match="dataset").accuracy == pytest.approx(16 / 18)
+    assert segmentation_score(found, labels, 2, match="image").accuracy == 1.0
+
+
+def test_map_quality_counts_the_argmax_of_every_set_of_maps() -> None:
+    """Maps at the label's size. Raw, class 5 has the larger numbers everywhere; stretched, each finds its half."""
+    label = np.array([[2, 2, 5, 5], [2, 2, 5, 0]])
+    left = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0]])
+    maps = torch.stack([left, 3 - left])
+    raw, stretched = (map_quality(torch.stack([maps, maps.flip(0)]), label, [2, 5], 6, s) for s in ("none", "minmax"))
+    assert raw.shape == (2, 6, 6) and raw[0].sum() == 7  # the pixel of class 0 has no map and is not counted
+    assert raw[0][2, 5] == 4 and raw[0][5, 5] == 3 and stretched[0][2, 2] == 4 and stretched[0][5, 5] == 3
+    assert mean_iou(raw).tolist() == pytest.approx([3 / 14, 4 / 14]) and mean_iou(stretched).tolist() == [1.0, 0.0]
+    with pytest.raises(UserError, match="stretch"):
+        map_quality(maps, label, [2, 5], 6, "max")
+
+
+def test_area_under_the_curve_by_hand() -> None:
+    inside = np.array([True, False, False, True])
+    values = np.array([[3.0, 1, 2, 4], [0, 1, 2, 3], [1, 1, 1, 1]])
+    assert area_under_curve(values, inside).tolist() == [1.0, 0.5, 0.5]
+    assert np.isnan(area_under_curve(values, np.zeros(4, bool))).all()

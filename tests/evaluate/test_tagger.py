@@ -10,20 +10,20 @@ import pandas as pd
 import pytest
 
 from mmdit_probe.cli.app import main
+from mmdit_probe.data import Dataset, Sample, SegClass
+from mmdit_probe.data import dataset as read_dataset
 from mmdit_probe.errors import UserError
-from mmdit_probe.evaluate.datasets import Sample, SegDataset, load_dataset
 from mmdit_probe.evaluate.tagger import Tagging, choose_threshold, open_tagger, quality
-from mmdit_probe.segment.vocabulary import SegClass
 
 
-def made_up(truth: list[list[int]]) -> SegDataset:
+def made_up(truth: list[list[int]]) -> Dataset:
     """Pictures that hold their number in every pixel."""
     classes = [SegClass((name,)) for name in "abc"]
     samples = [
-        Sample(str(i), lambda i=i: np.full((2, 2, 3), i, np.uint8), lambda ids=ids: np.array([ids]))  # type: ignore[misc]
+        Sample(str(i), lambda i=i: np.full((2, 2, 3), i, np.uint8), label=lambda ids=ids: np.array([ids]))  # type: ignore[misc]
         for i, ids in enumerate(truth)
     ]
-    return SegDataset("made-up", classes, samples)
+    return Dataset("made-up", classes, samples)
 
 
 def test_the_threshold_is_the_one_with_the_best_f1() -> None:
@@ -32,7 +32,7 @@ def test_the_threshold_is_the_one_with_the_best_f1() -> None:
     threshold, found = choose_threshold(lambda image: scores[image[0, 0, 0]].copy(), dataset)
     assert threshold == -0.2 and (found.precision, found.recall, found.n) == (1.0, 1.0, 3)
     tagging = Tagging(dataset, lambda image: scores[image[0, 0, 0]].copy(), -0.75, None)
-    counts = pd.DataFrame({"image": [0, 0, 1, 1, 2], "truth": [0, 1, 0, 1, 2]})
+    counts = pd.DataFrame({"image": [0, 0, 1, 1, 2], "truth": [0, 1, 0, 1, 2], "pixels": 1})
     said = {"0": ["a", "b"], "1": ["a", "c"], "2": []}
     right = quality(said, counts, ["0", "1", "2"], ["a", "b", "c"])
     assert right.precision == pytest.approx(3 / 4) and right.recall == pytest.approx(3 / 5)
@@ -54,13 +54,13 @@ def test_tags_are_kept_in_a_file(tmp_path: Path) -> None:
 
 
 def test_the_shipped_taggers_beat_chance_on_scenes() -> None:
-    val, train = (load_dataset(f"scenes:{split}", 24) for split in ("val", "train"))
-    chance = np.mean([len(np.unique(sample.labels())) for sample in val.samples]) / len(val.classes)
+    val, train = (read_dataset(f"scenes:{split}", 24) for split in ("val", "train"))
+    chance = np.mean([len(np.unique(sample.label())) for sample in val.samples]) / len(val.classes)
     for name, least in (("scenes-clip", chance + 0.1), ("scenes-parser", 0.8)):
         threshold, there = choose_threshold(open_tagger(name, train.classes), train)
         assert threshold <= 0 and there.recall > 0.3
-        scores = [open_tagger(name, val.classes)(sample.image()) >= threshold for sample in val.samples]
-        truth = [np.isin(np.arange(15), sample.labels()) for sample in val.samples]
+        scores = [open_tagger(name, val.classes)(sample.image) >= threshold for sample in val.samples]
+        truth = [np.isin(np.arange(15), sample.label()) for sample in val.samples]
         assert (np.array(scores) & np.array(truth)).sum() / np.array(scores).sum() > least
     with pytest.raises(UserError, match="embedded world only"):
         open_tagger("scenes-parser", [SegClass(("cat",))])

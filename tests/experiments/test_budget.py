@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdit_probe.data.images import Picture
+from mmdit_probe.data import Sample
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.budget_items import Budget, attention_budget
 from mmdit_probe.models.mmdit import MMDiT
@@ -62,7 +62,7 @@ def test_text_length_is_set_for_this_measurement_only(model):
 
 
 def test_picture_is_noised_to_sigma_with_its_own_seed(model):
-    pictures = [Picture(f"p{k}", "a cat", lambda size: Image.new("RGB", size[::-1], "red")) for k in range(2)]
+    pictures = [Sample(f"p{k}", Image.new("RGB", (64, 64), "red"), "a cat") for k in range(2)]
     budget = Budget.of_pictures(model, pictures, sigma=0.5, seed=3, layers="1")
     sink = Kept()
     budget.measure(budget.items[1], sink)
@@ -99,7 +99,7 @@ def test_request_tells_apart_what_changes_the_numbers(model):
         (lambda m: attention_budget(m, "red " * 20), r"'red.*' and \d+ more words fell off|fell off"),
         (lambda m: Budget.of_pictures(m, []), "no picture is given"),
         (
-            lambda m: Budget.of_pictures(m, [Picture("p", "", lambda s: Image.new("RGB", s))], ["a", "b"]),
+            lambda m: Budget.of_pictures(m, [Sample("p", Image.new("RGB", (64, 64)))], ["a", "b"]),
             "2 prompts for 1 pictures; expected none, one, or one per picture",
         ),
     ],

@@ -51,7 +51,7 @@ def test_a_model_that_is_no_clip_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(UserError, match="is a 'bert' model"):
         ClipScorer.load(str(tmp_path))
-    with pytest.raises(UserError, match="no CLIP model 'nowhere'"):
+    with pytest.raises(UserError, match="cannot load the CLIP 'nowhere'"):
         ClipScorer.load("nowhere")
 
 

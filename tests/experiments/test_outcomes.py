@@ -82,7 +82,7 @@ def test_clip_scores_text_and_image(clip: Path) -> None:
     assert found["clip_i"] == pytest.approx([1, 1], abs=1e-6)
     other = Clip(clip)(["a cat", "a red ring"], images, images)
     assert np.abs(found["clip_t"] - other["clip_t"]).min() > 1e-4
-    with pytest.raises(UserError, match="cannot load CLIPModel"):
+    with pytest.raises(UserError, match="cannot load the CLIP"):
         Clip(clip / "nowhere")
 
 

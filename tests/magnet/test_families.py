@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from mmdit_probe.data import Sample
 from mmdit_probe.errors import UserError
 from mmdit_probe.magnet.config import TrainMagnet
-from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.trainer import train
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.mmdit import MMDiT

@@ -18,12 +18,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from mmdit_probe import UserError, load
+from mmdit_probe.data import Sample, ScenesData
 from mmdit_probe.errors import RunError
 from mmdit_probe.magnet.config import TrainMagnet, recipe
-from mmdit_probe.magnet.data import ScenesData
 from mmdit_probe.magnet.lora import named_parameters
 from mmdit_probe.magnet.objective import items_at, level_of, noise_levels, noise_of, rate_at
-from mmdit_probe.magnet.sample import Sample
 from mmdit_probe.magnet.trainer import CHECKPOINT, TrainResult, train
 from mmdit_probe.magnet.validation import validate
 from mmdit_probe.models.adapters import FILE, read_metadata
@@ -236,7 +235,8 @@ def test_data_that_cannot_train_is_refused_before_anything_is_written(tmp_path: 
 
     class Other(Pictures):
         def __getitem__(self, index: int) -> Sample:
-            return replace(super().__getitem__(index), prompt="a house")
+            sample = super().__getitem__(index)
+            return Sample(sample.name, sample.image, "a house", sample.masks, sample.names)
 
     with pytest.raises(UserError, match="unknown word 'ring'"):
         train(fresh(), Other(), CONFIG, out=tmp_path / "run")
@@ -291,7 +291,7 @@ class Poisoned(Pictures):
         sample = super().__getitem__(index)
         if self.asked <= self.after:
             return sample
-        return replace(sample, masks=np.where(sample.masks, np.nan, 0.0)) if sample.names else sample
+        return Sample(sample.name, sample.image, sample.prompt, np.where(sample.masks, np.nan, 0.0), sample.names)
 
 
 def poisoned_weight(model: MMDiT, step: int) -> Callable[[], None]:

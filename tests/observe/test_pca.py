@@ -121,7 +121,7 @@ def test_incremental_fit_spans_what_the_exact_one_does() -> None:
 
 @pytest.mark.parametrize("solver", ["exact", "incremental"])
 def test_an_interrupted_run_goes_on_where_it_was(solver: str, tmp_path: Path) -> None:
-    from mmdit_probe.data.images import resolve
+    from mmdit_probe.data import samples
 
     model, left = MMDiT(tiny.pipeline()), [100]
     stock = model.denoise
@@ -134,7 +134,7 @@ def test_an_interrupted_run_goes_on_where_it_was(solver: str, tmp_path: Path) ->
 
     model.denoise = counted  # type: ignore[method-assign]
     how: dict[str, Any] = {"kinds": ["key"], "components": 2, "batch": 2, "solver": solver}
-    pictures = resolve("scenes:val", 6)
+    pictures = samples("scenes:val", 6)
     whole = pca_of_pictures(model, pictures, ["a cat"], **how)
     for _ in range(2):  # in the first pass, then in the second
         left[0] = 2

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmdit_probe.attention.reference import probabilities as explicit
+from mmdit_probe.data import parse_classes
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.concepts import ConceptStream
@@ -14,8 +15,8 @@ from mmdit_probe.observe.joint import JointBlocks, second_eigenvalue
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.segment.capture import capture, concept_embeddings
+from mmdit_probe.segment.record import Reading
 from mmdit_probe.segment.run import discover, segment
-from mmdit_probe.segment.vocabulary import parse_classes
 from tests import tiny
 
 
@@ -87,21 +88,21 @@ def test_concept_stream_equals_a_prompt_that_only_concepts_read(variant: str) ->
 
 def test_capture_averages_seeds_and_levels(model: MMDiT, picture: np.ndarray) -> None:
     classes = parse_classes("red ring, cat")
-    both = capture(model, picture, classes, layers="0", sigmas=(0.3, 0.6), seeds=(0, 1))
+    both = capture(model, picture, classes, Reading(layers="0", sigmas=(0.3, 0.6), seeds=(0, 1)))
     single = [
-        capture(model, picture, classes, layers="0", sigmas=(s,), seeds=(k,)).mean("i2t")
+        capture(model, picture, classes, Reading(layers="0", sigmas=(s,), seeds=(k,))).mean("i2t")
         for s in (0.3, 0.6)
         for k in (0, 1)
     ]
     assert torch.allclose(both.mean("i2t"), torch.stack(single).mean(0), atol=1e-7)
     assert not torch.allclose(single[0], single[1])
-    again = capture(model, picture, classes, layers="0", sigmas=(0.3,), seeds=(0,)).mean("i2t")
+    again = capture(model, picture, classes, Reading(layers="0", sigmas=(0.3,))).mean("i2t")
     assert torch.equal(again, single[0])
 
 
 def test_long_vocabularies_use_several_prompts(model: MMDiT, picture: np.ndarray) -> None:
     names = "red ring, cat, ring, red, cat ring, red cat, ring cat, cat red"
-    result = segment(model, picture, names, layers="all")
+    result = segment(model, picture, names, Reading(layers="all"))
     assert len(result.capture.passes) > 1
     assert len(result.probabilities) == 8 and torch.isfinite(result.probabilities).all()
     assert result.labels.shape == (50, 70)
@@ -116,7 +117,7 @@ def test_concepts_are_read_alone(model: MMDiT) -> None:
 
 @pytest.mark.parametrize("fit", ["letterbox", "crop", "aspect"])
 def test_discover_any_aspect(model: MMDiT, picture: np.ndarray, fit: str) -> None:
-    result = discover(model, picture, layers="0-1", fit=fit, options={"tau": 0.0})
+    result = discover(model, picture, Reading(layers="0-1", fit=fit), options={"tau": 0.0})
     assert result.labels.shape == (50, 70)
     assert result.names[0] == "segment 1" and len(result.names) >= 1
     unseen = result.labels == result.UNLABELLED
@@ -130,7 +131,7 @@ def test_second_attention_is_the_image_only_softmax_of_dual_blocks(model: MMDiT,
     handle = module.register_forward_hook(
         lambda m, a, kw, out: inputs.update(hidden=kw["hidden_states"], out=out), with_kwargs=True
     )
-    found = capture(dual, picture, [], layers="0-1", keep=("i2i_attn2", "i2i"), size=(32, 48))
+    found = capture(dual, picture, [], Reading(layers="0-1", size=(32, 48)), keep=("i2i_attn2", "i2i"))
     handle.remove()
     record = found.passes[0].records[1]
     block = record.part("i2i_attn2")
@@ -145,6 +146,6 @@ def test_second_attention_is_the_image_only_softmax_of_dual_blocks(model: MMDiT,
     own = module.to_out[0]((chances.float() @ value).transpose(1, 2).flatten(2))
     assert torch.allclose(own, inputs["out"], atol=1e-5)  # the map is the one that the module itself applied
     with pytest.raises(UserError, match=r"layers \[2\] have no second.*\[0, 1\]"):
-        capture(dual, picture, [], layers="2", keep=("i2i_attn2",))
+        capture(dual, picture, [], Reading(layers="2"), keep=("i2i_attn2",))
     with pytest.raises(UserError, match="its blocks are not dual"):
         discover(model, picture, method="diffseg", options={"i2i": "attn2"})

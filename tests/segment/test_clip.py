@@ -10,34 +10,43 @@ import pytest
 import torch
 
 from mmdit_probe import assets
+from mmdit_probe.data import Fit, SegClass
 from mmdit_probe.errors import UserError
-from mmdit_probe.segment.clip import DenseCLIP, patch_features
+from mmdit_probe.segment.clip import CLIP, patch_features
 from mmdit_probe.segment.methods import find
-from mmdit_probe.segment.methods.dense_clip import _region_tokens, _voted
-from mmdit_probe.segment.picture import Fit
+from mmdit_probe.segment.methods.dense_clip import _region_tokens
 from mmdit_probe.segment.record import Capture, Pass
+from mmdit_probe.segment.refine import voted
 from mmdit_probe.segment.tail import label
-from mmdit_probe.segment.vocabulary import Query, SegClass
+from mmdit_probe.segment.vocabulary import Query
 from tests import tiny
 from tests.segment import worlds
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny random CLIP in transformers' layout."""
+def checkpoint(path: Path, depth: int) -> str:
+    """A tiny random CLIP in transformers' layout, whose vision tower has so many blocks."""
     from transformers import CLIPConfig, CLIPModel
 
-    path: Path = tmp_path_factory.mktemp("clip")
     tokenizer = tiny.clip_tokenizer("<|endoftext|>")
     text = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
             "num_attention_heads": 2, "max_position_embeddings": tiny.CLIP_LENGTH,
             "eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}  # fmt: skip
-    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2,
-              "image_size": 32, "patch_size": 8}  # fmt: skip
+    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": depth, "num_attention_heads": 2,
+              "image_size": 32, "patch_size": 8, "initializer_factor": 8.0}  # fmt: skip
     torch.manual_seed(0)
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)).eval().save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return checkpoint(tmp_path_factory.mktemp("clip"), 3)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return checkpoint(tmp_path_factory.mktemp("deep"), 7)
 
 
 @pytest.fixture
@@ -46,8 +55,8 @@ def image() -> np.ndarray:
 
 
 def test_blocks_and_head_are_those_of_the_model(folder: str, image: np.ndarray) -> None:
-    clip = DenseCLIP.open(folder)
-    states, grid = clip.hidden(image)
+    clip = CLIP.open(folder)
+    states, grid = clip.hidden(clip.pixels([image], (32, 32)))
     assert grid == (4, 4) and len(states) == 4
     for layer, before, after in zip(clip.layers, states[:-1], states[1:], strict=True):
         assert torch.allclose(clip.block(layer, before), after, atol=1e-5)
@@ -58,19 +67,19 @@ def test_blocks_and_head_are_those_of_the_model(folder: str, image: np.ndarray) 
 
 
 def test_one_region_gives_the_class_token_itself(folder: str, image: np.ndarray) -> None:
-    clip = DenseCLIP.open(folder)
-    states, grid = clip.hidden(image)
-    token = _region_tokens(clip, states[0], torch.zeros(grid, dtype=torch.long), grid)
+    clip = CLIP.open(folder)
+    states, grid = clip.hidden(clip.pixels([image], (32, 32)))
+    token = _region_tokens(clip, states[0], torch.zeros(grid, dtype=torch.long))
     own = clip.model.vision_model.post_layernorm(states[-1][0])
     assert torch.allclose(token[0], own, atol=1e-5)
     halves = torch.zeros(grid, dtype=torch.long)
     halves[:, 2:] = 1
-    two = _region_tokens(clip, states[0], halves, grid)
+    two = _region_tokens(clip, states[0], halves)
     assert not torch.allclose(two[0], two[1], atol=1e-3)
 
 
 def test_text_is_the_mean_over_templates(folder: str) -> None:
-    clip = DenseCLIP.open(folder)
+    clip = CLIP.open(folder)
     assert torch.allclose(clip.text(["cat", "ring"])[1], clip.text(["ring"])[0], atol=1e-5)
     assert torch.allclose(clip.text(["cat"]).norm(dim=-1), torch.ones(1))
     assert not torch.allclose(clip.text(["cat"], ["{}"]), clip.text(["cat"], ["a {} on it"]))
@@ -78,8 +87,10 @@ def test_text_is_the_mean_over_templates(folder: str) -> None:
 
 def test_vote_is_one_label_per_region() -> None:
     scores = torch.tensor([[[0.9, 0.1, 0.8, 0.2]], [[0.1, 0.9, 0.2, 0.8]]])
-    voted = _voted(scores, torch.tensor([0, 0, 0, 1]))
-    assert voted.argmax(0).tolist() == [[0, 0, 0, 1]] and voted[0, 0, 0] == pytest.approx(2 / 3)
+    found = voted(scores, torch.tensor([[1, 1, 1, 2]]))
+    assert found.argmax(0).tolist() == [[0, 0, 0, 1]] and found[0, 0, 0] == pytest.approx(2 / 3)
+    kept = voted(scores, torch.tensor([[1, 0, 1, 0]]))  # pixels of no region keep their scores
+    assert torch.equal(kept[:, 0, 1], scores[:, 0, 1]) and kept.argmax(0).tolist() == [[0, 1, 0, 1]]
 
 
 def test_features_of_a_vision_transformer(tmp_path: Path, image: np.ndarray) -> None:
@@ -130,3 +141,146 @@ def test_embedded_clip_names_regions_of_scenes(name: str) -> None:
         right.append((found == truth).mean())
         guess.append(1 / len(ids))
     assert np.mean(right) > np.mean(guess) + 0.1
+
+
+class Numpy:
+    """The vision tower of a CLIP in float64, from its weights alone."""
+
+    def __init__(self, folder: str) -> None:
+        from safetensors.numpy import load_file
+
+        self.weights = {name: value.astype(float) for name, value in load_file(f"{folder}/model.safetensors").items()}
+        self.depth = len({name.split(".")[3] for name in self.weights if name.startswith("vision_model.encoder")})
+
+    def linear(self, name: str, x: np.ndarray) -> np.ndarray:
+        return x @ self.weights[f"{name}.weight"].T + self.weights.get(f"{name}.bias", 0.0)
+
+    def norm(self, name: str, x: np.ndarray) -> np.ndarray:
+        centred = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        return centred * self.weights[f"{name}.weight"] + self.weights[f"{name}.bias"]
+
+    def block(self, index: int, x: np.ndarray, allowed: np.ndarray | None = None, heads: int = 2) -> np.ndarray:
+        base = f"vision_model.encoder.layers.{index}"
+        normed = self.norm(f"{base}.layer_norm1", x)
+        query, key, value = (self.linear(f"{base}.self_attn.{part}_proj", normed) for part in "qkv")
+        width, out = x.shape[1] // heads, []
+        for part in (slice(head * width, (head + 1) * width) for head in range(heads)):
+            logits = query[:, part] @ key[:, part].T / width**0.5
+            shares = np.exp(logits) * (1.0 if allowed is None else allowed)
+            out.append(shares / shares.sum(1, keepdims=True) @ value[:, part])
+        x = x + self.linear(f"{base}.self_attn.out_proj", np.concatenate(out, 1))
+        inner = self.linear(f"{base}.mlp.fc1", self.norm(f"{base}.layer_norm2", x))
+        return x + self.linear(f"{base}.mlp.fc2", inner / (1 + np.exp(-1.702 * inner)))
+
+    def states(self, start: np.ndarray, allowed: np.ndarray | None = None) -> list[np.ndarray]:
+        found = [start]
+        for index in range(self.depth):
+            found.append(self.block(index, found[-1], allowed))
+        return found
+
+    def branch(self, matrix: np.ndarray, state: np.ndarray) -> np.ndarray:
+        """Last values of a state mixed by a matrix, projected and normed; the grids are one."""
+        base = f"vision_model.encoder.layers.{self.depth - 1}"
+        value = self.linear(f"{base}.self_attn.v_proj", self.norm(f"{base}.layer_norm1", state))[1:]
+        mixed = self.linear(f"{base}.self_attn.out_proj", matrix @ value)
+        return self.norm("vision_model.post_layernorm", mixed)
+
+    def named(self, features: np.ndarray, text: np.ndarray) -> np.ndarray:
+        vectors = self.linear("visual_projection", features)
+        logits = np.exp(40 * (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)) @ text.T)
+        return (logits / logits.sum(1, keepdims=True)).T
+
+
+def own(folder: str, grid: tuple[int, int], seed: int) -> dict[str, object]:
+    """One's own tensors: features on the grid, CLIP's input, unit text vectors; grid and patches are one."""
+    rng = np.random.default_rng(seed)
+    text = rng.normal(0, 1, (3, 12))
+    return {
+        "features": rng.normal(0, 1, (5, 6))[rng.integers(0, 5, grid[0] * grid[1])]
+        + 0.4 * rng.normal(0, 1, (grid[0] * grid[1], 6)),
+        "pixels": torch.from_numpy(rng.normal(0, 1, (3, 8 * grid[0], 8 * grid[1]))).float(),
+        "text": torch.from_numpy(text / np.linalg.norm(text, axis=1, keepdims=True)).float(),
+    }
+
+
+def captured(grid: tuple[int, int], features: object, **how: object) -> Capture:
+    return Capture.of(grid, features=features, spans={"cat": [], "wet grass": [], "sky": []}, **how)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("grid", "seed"), [((2, 5), 0), ((3, 4), 1), ((6, 3), 2)])
+def test_proxyclip_is_its_formula(deep: str, grid: tuple[int, int], seed: int) -> None:
+    given, clip, tower = own(deep, grid, seed), CLIP.open(deep), Numpy(deep)
+    start = clip.hidden(given["pixels"])[0][0].double().numpy()  # type: ignore[arg-type]
+    unit = given["features"] / np.linalg.norm(given["features"], axis=1, keepdims=True)  # type: ignore[operator]
+    similarity = unit @ unit.T
+    similarity = 3.0 * (similarity - 1.2 * similarity.mean())
+    weights = np.where(similarity < 0, 0.0, np.exp(similarity))  # the diagonal is like any other entry
+    matrix = weights / weights.sum(1, keepdims=True)
+    want = tower.named(tower.branch(matrix, tower.states(start)[-2]), given["text"].numpy())  # type: ignore[attr-defined]
+    method = find("proxyclip").configure({"clip": clip, "pixels": given["pixels"], "text": given["text"]})
+    found = method(captured(grid, given["features"])).flatten(1).numpy()
+    assert found.shape == (3, grid[0] * grid[1]) and np.abs(found - want).max() < 1e-4
+    source = torch.from_numpy(unit).float().reshape(*grid, -1)  # another network's features
+    other = method.configure({"source": source})(captured(grid, np.eye(len(unit)))).flatten(1).numpy()
+    assert np.abs(other - want).max() < 1e-4
+
+
+def test_proxyclip_rows_that_resemble_none_keep_themselves() -> None:
+    """Two equal tokens: centred by 1.2 times their mean every similarity is negative."""
+    from mmdit_probe.segment.methods.dense_clip import _matrix
+
+    found, grid = _matrix(captured((1, 2), [[1.0, 0.0], [1.0, 0.0]]), "features", 1.2, 3.0, (1, 2))
+    assert found.tolist() == [[1.0, 0.0], [0.0, 1.0]] and grid == (1, 2)
+
+
+@pytest.mark.parametrize(("grid", "seed"), [((2, 5), 0), ((4, 3), 1)])
+@pytest.mark.parametrize("regions", ["all", "some"])
+def test_corrclip_is_its_formula(deep: str, grid: tuple[int, int], seed: int, regions: str) -> None:
+    """Seven blocks: the spatial branch is the mean of the last 3 before the last but one. Region 0 is no region."""
+    given, clip, tower = own(deep, grid, seed), CLIP.open(deep), Numpy(deep)
+    count = grid[0] * grid[1]
+    rng = np.random.default_rng(seed + 5)
+    ids = rng.permutation(np.arange(count) % 5 if regions == "some" else 1 + np.arange(count) % 4).reshape(grid)
+    kinds = rng.normal(0, 1, (4, 6))[np.array([0, 1, 2, 3, 3])[ids.ravel()]]  # regions 3 and 4 are alike
+    given["features"] = kinds + 0.3 * rng.normal(0, 1, (count, 6))
+    start = clip.hidden(given["pixels"])[0][0].double().numpy()  # type: ignore[arg-type]
+    unit = given["features"] / np.linalg.norm(given["features"], axis=1, keepdims=True)  # type: ignore[operator]
+    flat, cosine = ids.ravel(), unit @ unit.T
+    known = [i for i in np.unique(flat) if i > 0]
+    means = np.stack([unit[flat == i].mean(0) for i in known])
+    means = means / np.linalg.norm(means, axis=1, keepdims=True)
+    near = (means @ means.T).max() - means @ means.T <= 0.2
+    for _ in known:  # regions that are linked are one
+        near = near @ near
+    merged = np.zeros(count, int)
+    for place, i in enumerate(known):
+        merged[flat == i] = 1 + int(near[place].argmax())
+    none = merged == 0
+    allowed = (merged[:, None] == merged) & ~none
+    allowed |= (none[:, None] | none) & (cosine > cosine.mean())
+    weights = np.exp(4 * cosine) * allowed
+    matrix = weights / weights.sum(1, keepdims=True)
+    states = tower.states(start)
+    mixed = tower.branch(matrix, states[-2]) + tower.branch(matrix, np.mean(states[3:6], axis=0))
+    for region in np.unique(merged):  # one class token per merged region
+        sees = np.concatenate([[False, True], merged == region])
+        mask = np.ones((count + 2, count + 2), bool)
+        mask[:, 0], mask[0] = False, sees
+        token = tower.states(np.concatenate([start[:1], start]), mask)[-1][0]
+        mixed[merged == region] += 0.5 * tower.norm("vision_model.post_layernorm", token)
+    want = tower.named(mixed, given["text"].numpy())  # type: ignore[attr-defined]
+    method = find("corrclip").configure({"clip": clip, "pixels": given["pixels"], "text": given["text"]})
+    found = method(captured(grid, given["features"], regions=ids)).flatten(1).numpy()
+    assert np.abs(found - want).max() < 1e-4
+    assert len(np.unique(merged)) < len(np.unique(flat))
+
+
+def test_regions_reach_the_grid_as_the_picture_does() -> None:
+    """A letterboxed picture's regions lie in the middle of the input, with none above and below."""
+    from mmdit_probe.segment.methods.dense_clip import region_map
+
+    one = replace(captured((4, 4), np.eye(16)), fit=Fit.of((2, 4), (4, 4), 1, "letterbox"))
+    one = replace(one, regions=np.array([[1, 1, 2, 2], [3, 3, 3, 3]]))
+    found = region_map(one, (4, 4))
+    assert found is not None
+    assert found.tolist() == [[0, 0, 0, 0], [1, 1, 2, 2], [3, 3, 3, 3], [0, 0, 0, 0]]

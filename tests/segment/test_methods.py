@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.evaluate.matching import assign, histogram
+from mmdit_probe.evaluate.scores import assign, histogram
 from mmdit_probe.segment.methods import METHODS, find
 from mmdit_probe.segment.methods.base import parse_option
 from mmdit_probe.segment.methods.clusters import normalised_cuts
@@ -65,7 +65,7 @@ def test_threshold_zero_keeps_and_huge_merges(name: str) -> None:
 
 
 def test_synonyms_take_the_better_map() -> None:
-    from mmdit_probe.segment.vocabulary import SegClass
+    from mmdit_probe.data import SegClass
 
     one = worlds.capture(worlds.masks())
     queries = one.passes[0].prompt.queries
@@ -88,7 +88,7 @@ def test_layers_and_heads_are_those_asked_for() -> None:
     assert torch.equal(right, truth) and not torch.equal(wrong, truth)
     chosen = find("seg4diff").configure({"heads": {0: [0], 1: [0]}})(one)
     assert torch.equal(chosen.argmax(0), truth)
-    with pytest.raises(UserError, match=r"heads in 0\.\.1"):
+    with pytest.raises(UserError, match=r"head 2 does not exist: there are 2 heads"):
         find("seg4diff").configure({"heads": [2]})(one)
 
 
@@ -202,7 +202,7 @@ def test_the_second_attention_is_read_where_it_is_asked_for(name: str) -> None:
         ("iseg", "rounds=-1", "whole number of 1 or more"),
         ("iseg", "ent=abc", "a number of 0 or more"),
         ("diffsegmenter", "order=2.5", "whole number"),
-        ("conceptattention", "temperature=none", "a number"),
+        ("conceptattention", "temperature=abc", "a number of 0 or more or none"),
         ("seg4diff", "minmax=5", "true or false"),
         ("seg4diff", "heads=none", "a word"),
         ("proxyclip", "side=0", "whole number of 1 or more or none"),

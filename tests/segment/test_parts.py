@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from mmdit_probe.data import Fit, open_picture, parse_classes
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.tokens import Token, TokenTable
-from mmdit_probe.segment.picture import Fit, read_picture
 from mmdit_probe.segment.refine import PixelAffinity, Refinement, without_sinks
 from mmdit_probe.segment.tail import Background, label
-from mmdit_probe.segment.vocabulary import pack, parse_classes
+from mmdit_probe.segment.vocabulary import pack
 from tests.segment import worlds
 
 
@@ -44,7 +44,7 @@ def test_classes_with_synonyms_and_several_words() -> None:
 def test_class_file(tmp_path) -> None:
     (tmp_path / "names.txt").write_text("cat; kitten\n\nsky\n", encoding="utf-8")
     assert [one.name for one in parse_classes(str(tmp_path / "names.txt"))] == ["cat", "sky"]
-    with pytest.raises(UserError, match="no class file"):
+    with pytest.raises(UserError, match="no file"):
         parse_classes(str(tmp_path / "other.txt"))
 
 
@@ -94,9 +94,9 @@ def test_fit_refuses() -> None:
 def test_pictures_that_cannot_be_read(tmp_path) -> None:
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(UserError, match="cannot be read"):
-        read_picture(tmp_path / "a.png")
-    with pytest.raises(UserError, match="no picture"):
-        read_picture(tmp_path / "b.png")
+        open_picture(tmp_path / "a.png")
+    with pytest.raises(UserError, match="no file"):
+        open_picture(tmp_path / "b.png")
 
 
 def test_background_rules() -> None:

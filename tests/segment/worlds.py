@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mmdit_probe.data import Fit, SegClass
 from mmdit_probe.models.tokens import Token, TokenTable
-from mmdit_probe.segment.picture import Fit
 from mmdit_probe.segment.record import Capture, JointRecord, Pass
-from mmdit_probe.segment.vocabulary import Prompt, Query, SegClass
+from mmdit_probe.segment.vocabulary import Prompt, Query
 
 TOKEN = 8
 """Pixels per token in these pictures."""

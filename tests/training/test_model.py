@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmdit_probe import assets, load
-from mmdit_probe.experiments.scenes_quality import grid_ceiling, held_out, map_quality
+from mmdit_probe.experiments.scenes_quality import grid_ceiling, held_out, word_map_scores
 from mmdit_probe.scenes import captions, load_parser
 from mmdit_probe.scenes.parser import grounds_right, things_right
 
@@ -64,7 +64,7 @@ def test_generated_images_show_what_was_asked_for(model):
 def test_i2t_maps_find_the_regions_of_words(model, twin, scenes):
     best, chance = (
         table[(table["head"] == "mean") & ~table["min_max"]]["miou"].max()
-        for table in (map_quality(m, scenes) for m in (model, twin))
+        for table in (word_map_scores(m, scenes) for m in (model, twin))
     )
     assert best >= chance + 0.1
     assert best < grid_ceiling(scenes, 16) <= 1

@@ -7,11 +7,14 @@ docstring.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mmdit_probe.segment.methods.base import Heads, Method, by_class, i2i_part, pick_heads, renorm
-from mmdit_probe.segment.methods.seg4diff import span_maps, symmetric_kl
+from mmdit_probe.segment.methods.seg4diff import symmetric_kl, text_part, word_maps
 from mmdit_probe.segment.record import Capture
 
 
@@ -30,13 +33,10 @@ def diffsegmenter(
     """
     found = []
     walks = [renorm(capture.mean(i2i_part(i2i), of=index)) for index in range(len(capture.passes))]
-    of_pass = [index for index, one in enumerate(capture.passes) for _ in one.prompt.queries]
-    for index, (query, values) in zip(
-        of_pass, span_maps(capture, heads=heads, softmax=softmax, stream=stream), strict=True
-    ):
+    for of_pass, query, values in word_maps(capture, heads=heads, softmax=softmax, stream=stream):
         values = _unit(values)
         for _ in range(order):
-            values = walks[index] @ values
+            values = walks[of_pass] @ values
         found.append((query, _unit(values)))
     return by_class(capture, found)
 
@@ -96,12 +96,9 @@ def tokenrank(
         chain = renorm(capture.mean("i2i_walk", of=index))
         chain = (1 - teleport) * chain + teleport / len(chain)
         chains.append(chain / chain.sum(0, keepdim=True))
-    of_pass = [index for index, one in enumerate(capture.passes) for _ in one.prompt.queries]
-    for index, (query, values) in zip(
-        of_pass, span_maps(capture, heads=heads, softmax=softmax, stream=stream), strict=True
-    ):
+    for of_pass, query, values in word_maps(capture, heads=heads, softmax=softmax, stream=stream):
         for _ in range(bounces - 1):
-            values = chains[index] @ values
+            values = chains[of_pass] @ values
         found.append((query, _unit(values)))
     return by_class(capture, found)
 
@@ -138,7 +135,11 @@ def _cluster(maps: Tensor, grid: tuple[int, int], seeds: int = 32, rounds: int =
     return centres[members] - 1e-5
 
 
-DIFFSEGMENTER = Method("diffsegmenter", diffsegmenter, ("i2t", "i2i"), "arXiv:2309.02773")
-PER_CLASS = Method("diffsegmenter-per-class", diffsegmenter, ("i2t", "i2i"), "arXiv:2309.02773", together=False)
-ISEG = Method("iseg", iseg, ("i2t", "i2i"), "arXiv:2409.03209")
-TOKENRANK = Method("tokenrank", tokenrank, ("i2t", "i2i_walk"), "arXiv:2507.17657")
+def _spread(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return text_part(options), i2i_part(options["i2i"])
+
+
+DIFFSEGMENTER = Method("diffsegmenter", diffsegmenter, _spread, "arXiv:2309.02773")
+PER_CLASS = Method("diffsegmenter-per-class", diffsegmenter, _spread, "arXiv:2309.02773", together=False)
+ISEG = Method("iseg", iseg, lambda options: ("i2t", i2i_part(options["i2i"])), "arXiv:2409.03209")
+TOKENRANK = Method("tokenrank", tokenrank, lambda options: (text_part(options), "i2i_walk"), "arXiv:2507.17657")

@@ -1,5 +1,8 @@
 """What a method is: a name, what it reads, and a pure function of a capture.
 
+    method = METHODS["seg4diff"].configure({"softmax": "text"})
+    method.needs, method(capture).shape             # ("i2t",), (C, h, w)
+
 Open-vocabulary methods return scores [C, h, w], one map per class; unsupervised ones proposals [P, h, w]. Both are on
 the token grid (or a coarser one) and go through the shared tail. A method's options are keyword arguments of its
 function with defaults; `Method.configure` checks names and returns a method with other values.
@@ -10,7 +13,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
@@ -18,9 +22,10 @@ from torch import Tensor
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.segment.record import Capture
 from mmdit_probe.segment.vocabulary import Query
+from mmdit_probe.specs import HeadSpec, heads_at
 
-Heads = str | int | Sequence[int] | Mapping[int, Sequence[int]]
-"""Which heads count: "mean" for all, one or some for every layer, or some per layer."""
+Heads = HeadSpec
+"""Which heads count: "mean" or "all", one or some for every layer, or some per layer."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +35,16 @@ class Method:
     Attributes:
         name: as in the command line.
         run: (capture, **options) -> [C or P, h, w] float32.
-        keep: parts of `JointRecord` it reads with its default options; `needs` says what it reads with its own.
-        unsupervised: it reads the empty prompt and returns proposals.
+        reads: values of all options -> parts of `JointRecord` that it reads with them.
         source: paper and section of the description that was implemented.
+        unsupervised: it reads the empty prompt and returns proposals.
+        together: names share a prompt where they fit.
         options: values that differ from the defaults.
     """
 
     name: str
     run: Callable[..., Tensor]
-    keep: tuple[str, ...]
+    reads: Callable[[Mapping[str, Any]], tuple[str, ...]]
     source: str
     unsupervised: bool = False
     together: bool = True
@@ -52,9 +58,8 @@ class Method:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Parts of `JointRecord` it reads: the image-image block that its option `i2i` names in the place of "i2i"."""
-        source = i2i_part(self.defaults.get("i2i", "attn"))
-        return tuple(source if part == "i2i" else part for part in self.keep)
+        """Parts of `JointRecord` it reads with its options."""
+        return self.reads(self.defaults)
 
     def configure(self, options: Mapping[str, Any]) -> Method:
         """The method with other option values.
@@ -75,24 +80,30 @@ class Method:
 
 
 def _check(method: str, name: str, kind: Any, value: Any) -> None:
-    """Refuse a value that is not of an option's kind: whole numbers from 1, other numbers from 0, on or off, words."""
-    allowed = get_args(kind) or (kind,)
+    """Refuse a value that is not of an option's kind: whole numbers from 1, other numbers from 0, on or off, words,
+    or an object of a class that the option names."""
+    allowed = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    fits = {
+    fits: dict[Any, tuple[bool, str]] = {
         int: (number and float(value).is_integer() and value >= 1, "a whole number of 1 or more"),
         float: (number and 0 <= value < float("inf"), "a number of 0 or more"),
         bool: (isinstance(value, bool), "true or false"),
         # heads may be numbers or a mapping; they are read with the layer's own count
         str: (isinstance(value, str) or (name == "heads" and value is not None), "a word"),
         type(None): (value is None, "none"),
+        Sequence[float]: (
+            isinstance(value, list | tuple) and all(isinstance(one, int | float) and one >= 0 for one in value),
+            "several by comma",
+        ),
     }
     wanted = [fits[one] for one in allowed if one in fits]
-    if not any(fit for fit, _ in wanted):
+    classes = tuple(one for one in allowed if isinstance(one, type) and one not in fits)
+    if not any(fit for fit, _ in wanted) and not isinstance(value, classes):
         raise UserError(f"{method}.{name}={value}: expected {' or '.join(text for _, text in wanted)}")
 
 
 def parse_option(text: str) -> tuple[str, Any]:
-    """`name=value` from the command line; numbers, booleans and none are read as such.
+    """`name=value` from the command line; numbers, several numbers by comma, booleans and none are read as such.
 
     Raises:
         UserError: no `=`.
@@ -103,12 +114,19 @@ def parse_option(text: str) -> tuple[str, Any]:
     words: dict[str, Any] = {"true": True, "false": False, "none": None}
     if value.lower() in words:
         return name.strip(), words[value.lower()]
+    parts = [_number(part) for part in value.split(",")]
+    if any(isinstance(part, str) for part in parts):
+        return name.strip(), value
+    return name.strip(), parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def _number(text: str) -> int | float | str:
     for kind in (int, float):
         try:
-            return name.strip(), kind(value)
+            return kind(text)
         except ValueError:
             continue
-    return name.strip(), value
+    return text
 
 
 def i2i_part(source: str) -> str:
@@ -134,18 +152,7 @@ def pick_heads(maps: Tensor, heads: Heads, layer: int) -> Tensor:
     Raises:
         UserError: a head that the model does not have.
     """
-    chosen = heads.get(layer, "mean") if isinstance(heads, Mapping) else heads
-    chosen = str(chosen) if isinstance(chosen, int) else chosen
-    if isinstance(chosen, str):
-        if chosen == "mean":
-            return maps.mean(0)
-        from mmdit_probe.specs import head_indices
-
-        return maps[list(head_indices(chosen, len(maps)))].mean(0)
-    bad = [head for head in chosen if not 0 <= head < len(maps)]
-    if bad or not chosen:
-        raise UserError(f"heads {list(chosen)} of layer {layer}: expected heads in 0..{len(maps) - 1}")
-    return maps[list(chosen)].mean(0)
+    return maps[list(heads_at("all" if heads == "mean" else heads, layer, len(maps)))].mean(0)
 
 
 def by_class(capture: Capture, per_query: Sequence[tuple[Query, Tensor]]) -> Tensor:

@@ -7,42 +7,51 @@ assigned at the full grid in both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.errors import unknown
+from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.segment.methods.base import Method, i2i_part, renorm
 from mmdit_probe.segment.methods.seg4diff import greedy_merge, symmetric_kl
 from mmdit_probe.segment.record import Capture
 
 FEATURES = ("feat_proj", "feat_out")
+OUTPUTS = ("similarity", "clusters")
 
 
 def diffseg(
-    capture: Capture, tau: float = 0.4, rounds: int = 3, anchors: int = 16, kmeans: bool = False, i2i: str = "attn"
-) -> Tensor:
+    capture: Capture, tau: float | Sequence[float] = 0.4, rounds: int | None = None, anchors: int = 16,
+    kmeans: bool = False, i2i: str = "attn",
+) -> Tensor:  # fmt: skip
     """Proposals [P, h, w]: image-image attention maps merged by symmetric KL (arXiv:2308.12469).
 
+    The first round averages all maps near an anchor, the others merge anchors greedily.
+
     Args:
-        tau: threshold of every round. The original's 0.9 to 1.1 are for a U-Net's self-attention; the default was
-            chosen on scenes:train, scan it for other models.
-        rounds: the first averages all maps near an anchor, the others merge anchors greedily.
+        tau: threshold of every round, or one for each. The original's 0.9 to 1.1 are for a U-Net's self-attention; the
+            default was chosen on scenes:train, scan it for other models.
+        rounds: with one threshold, how often it is used (3 if None).
         anchors: per side of the grid.
         kmeans: move the merged proposals by k-means over all maps, started at them (the original's option, off there
             too; it keeps their number).
         i2i: "attn", or "attn2" in models that have an image-only attention.
     """
+    first, *others = (tau,) * (rounds or 3) if isinstance(tau, int | float) else tau
+    if not isinstance(tau, int | float) and rounds not in (None, len(tau)):
+        raise UserError(f"diffseg: {len(tau)} thresholds for {rounds} rounds; give one per round, or one for all")
     maps = renorm(capture.mean(i2i_part(i2i)))
     h, w = capture.grid
-    places = (_spread(h, anchors)[:, None] * w + _spread(w, anchors)[None]).flatten()
-    near = (symmetric_kl(maps[places], maps) < tau).float()
+    places = (_evenly(h, anchors)[:, None] * w + _evenly(w, anchors)[None]).flatten()
+    near = (symmetric_kl(maps[places], maps) < first).float()
     near[torch.arange(len(places)), places] = 1.0
     proposals = (near @ maps) / near.sum(1, keepdim=True)
-    for _ in range(rounds - 1):
-        proposals = greedy_merge(proposals, tau)
+    for threshold in others:
+        proposals = greedy_merge(proposals, threshold)
     if kmeans and len(proposals) > 1:
         from sklearn.cluster import KMeans
 
@@ -52,8 +61,9 @@ def diffseg(
 
 
 def diffcut(
-    capture: Capture, tau: float = 0.5, alpha: float = 5.0, pool: int = 32, features: str = "feat_proj"
-) -> Tensor:
+    capture: Capture, tau: float = 0.5, alpha: float = 5.0, pool: int = 32, features: str = "feat_proj",
+    output: str = "similarity",
+) -> Tensor:  # fmt: skip
     """Proposals [P, h, w]: recursive normalised cuts of a feature graph (arXiv:2406.02842).
 
     Args:
@@ -61,13 +71,18 @@ def diffcut(
             original's 10 is for a U-Net's features and cuts too finely here (chosen on scenes:train).
         pool: the graph has at most pool x pool nodes.
         features: "feat_proj" after the attention's output projection (the original's place), or "feat_out".
+        output: "similarity" of every token to the mean of each cluster's unit features, whose argmax at the picture's
+            pixels is the official label map; or the "clusters" of the graph themselves, one 0/1 map each.
 
     Features of several layers are normalised and set side by side. Parts are kept as lists of nodes, so that no two of
-    them can collide, as sums of labels do in the official code after some 40 cuts.
+    them can collide, as sums of labels do in the official code after some 40 cuts, and tokens with an affinity of
+    exactly 0 (the least similar pair) are cut like others, which that code stops to do.
     """
     if features not in FEATURES:
         raise unknown("features", features, FEATURES)
-    whole = capture.features(features)  # [I, E]
+    if output not in OUTPUTS:
+        raise unknown("output", output, OUTPUTS)
+    whole = capture.features(features)  # (I, E)
     h, w = capture.grid
     grid = whole.T.reshape(1, -1, h, w)
     if max(h, w) > pool:
@@ -77,7 +92,12 @@ def diffcut(
     low, high = affinity.min(), affinity.max()
     affinity = ((affinity - low) / (high - low).clamp(min=1e-12)) ** alpha
     groups = normalised_cuts(affinity.numpy(), tau)
-    centres = F.normalize(torch.stack([nodes[group].mean(0) for group in groups]), dim=-1).float()
+    if output == "clusters":
+        maps = torch.zeros(len(groups), len(nodes))
+        for index, group in enumerate(groups):
+            maps[index, group] = 1.0
+        return maps.reshape(-1, *grid.shape[-2:])
+    centres = torch.stack([nodes[group].mean(0) for group in groups]).float()  # means of unit vectors, not made unit
     return (centres @ whole.T).reshape(-1, h, w)
 
 
@@ -91,7 +111,7 @@ def normalised_cuts(affinity: NDArray[np.float64], tau: float) -> list[NDArray[n
     waiting = [np.arange(len(affinity))]
     while waiting:
         nodes = waiting.pop()
-        split = _best_cut(affinity[np.ix_(nodes, nodes)]) if len(nodes) > 2 else None
+        split = _best_cut(affinity[np.ix_(nodes, nodes)]) if len(nodes) > 1 else None
         if split is None or split[0] >= tau:
             done.append(nodes)
         else:
@@ -104,6 +124,7 @@ def _best_cut(affinity: NDArray[np.float64]) -> tuple[float, NDArray[np.bool_]] 
     degree = affinity.sum(1).clip(min=1e-12)
     scale = degree**-0.5
     vector = scale * _second_vector(affinity * scale[:, None] * scale[None])
+    vector *= np.sign(vector[np.abs(vector).argmax()])  # its sign decides between equal cuts
     best: tuple[float, NDArray[np.bool_]] | None = None
     total = degree.sum()
     for threshold in np.unique(np.linspace(0.99 * vector.min(), 0.99 * vector.max(), 100)):
@@ -133,7 +154,7 @@ def _second_vector(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(eigh(matrix, subset_by_index=[count - 2, count - 2])[1][:, 0])
 
 
-def _spread(length: int, count: int) -> Tensor:
+def _evenly(length: int, count: int) -> Tensor:
     """Up to `count` evenly spaced places in 0..length-1, centred."""
     count = min(count, length)
     step = 1 if count == 1 else max(1, (length - 1) // (count - 1))
@@ -141,5 +162,5 @@ def _spread(length: int, count: int) -> Tensor:
     return torch.arange(count) * step + start
 
 
-DIFFSEG = Method("diffseg", diffseg, ("i2i",), "arXiv:2308.12469", unsupervised=True)
-DIFFCUT = Method("diffcut", diffcut, ("feat_proj", "feat_out"), "arXiv:2406.02842", unsupervised=True)
+DIFFSEG = Method("diffseg", diffseg, lambda options: (i2i_part(options["i2i"]),), "arXiv:2308.12469", unsupervised=True)
+DIFFCUT = Method("diffcut", diffcut, lambda options: (options["features"],), "arXiv:2406.02842", unsupervised=True)

@@ -11,8 +11,8 @@ fill several prompts, "auto" reads odds against the image mass, which leave the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,25 +21,35 @@ from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.segment.methods.base import Heads, Method, by_class, pick_heads
 from mmdit_probe.segment.record import Capture, JointRecord
 from mmdit_probe.segment.tail import minmax as over_space
+from mmdit_probe.segment.vocabulary import Query
 
-SOFTMAX = ("auto", "joint", "text", "image-odds", "words")
+SOFTMAX = ("auto", "joint", "text", "image-odds", "words", "logit")
 REDUCE = ("mean", "sum", "max")
 
 
-def span_maps(
+class WordMap(NamedTuple):
+    """The map [I] of one name, and the number of the pass that it was read from."""
+
+    of_pass: int
+    query: Query
+    values: Tensor
+
+
+def word_maps(
     capture: Capture,
     *,
     heads: Heads = "mean",
     softmax: str = "auto",
     reduce: str = "mean",
     stream: str | None = None,
-) -> list[tuple[Any, Tensor]]:
-    """(name, map [I]) for every name of every pass, mean over the capture's layers.
+) -> list[WordMap]:
+    """The map of every name of every pass, mean over the capture's layers.
 
     Args:
         heads: see `Heads`.
         softmax: "joint" over all keys (the paper), "text" over text keys, "words" over word tokens only (sinks such as
-            BOS taken out), "image-odds" against the image mass, "auto": joint for one prompt, image-odds for several.
+            BOS taken out), "image-odds" against the image mass, "logit" before the softmax, "auto": joint for one
+            prompt, image-odds for several.
         reduce: over the tokens of a name. stream: encoder stream to read; None reads all.
     """
     if softmax not in SOFTMAX:
@@ -49,26 +59,32 @@ def span_maps(
     mode = ("joint" if len(capture.passes) == 1 else "image-odds") if softmax == "auto" else softmax
     found = []
     for index, one in enumerate(capture.passes):
-        words = one.prompt.table.positions("word")
-        maps = capture.over_layers(_reading(mode, words, heads), index)  # [I, T]
+        maps = capture.over_layers(_columns(mode, one.prompt.table.positions("word"), heads), index)  # (I, T)
         for query in one.prompt.queries:
-            of_name = maps[:, query.positions(stream)]
-            found.append((query, {"mean": of_name.mean(1), "sum": of_name.sum(1), "max": of_name.amax(1)}[reduce]))
+            tokens = maps[:, query.positions(stream)]
+            values = {"mean": tokens.mean(1), "sum": tokens.sum(1), "max": tokens.amax(1)}[reduce]
+            found.append(WordMap(index, query, values))
     return found
 
 
-def _reading(mode: str, words: list[int], heads: Heads) -> Callable[[JointRecord], Tensor]:
+def text_part(options: Mapping[str, Any]) -> str:
+    """Part of the record that the option `softmax` reads."""
+    return "i2t_logit" if options["softmax"] == "logit" else "i2t"
+
+
+def _columns(mode: str, words: list[int], heads: Heads) -> Callable[[JointRecord], Tensor]:
     """Record -> I2T columns [I, T] of the chosen heads in the chosen softmax."""
-    return lambda record: pick_heads(_columns(record.part("i2t"), mode, words), heads, record.layer)
 
+    def read(record: JointRecord) -> Tensor:
+        maps = record.part(text_part({"softmax": mode}))
+        if mode == "image-odds":
+            maps = maps / (1.0 - maps.sum(-1, keepdim=True)).clamp(min=1e-6)
+        elif mode in ("text", "words"):
+            among = maps if mode == "text" else maps[..., words]
+            maps = maps / among.sum(-1, keepdim=True).clamp(min=1e-12)
+        return pick_heads(maps, heads, record.layer)
 
-def _columns(i2t: Tensor, mode: str, words: list[int]) -> Tensor:
-    if mode == "joint":
-        return i2t
-    if mode == "image-odds":
-        return i2t / (1.0 - i2t.sum(-1, keepdim=True)).clamp(min=1e-6)
-    mass = i2t.sum(-1, keepdim=True) if mode == "text" else i2t[..., words].sum(-1, keepdim=True)
-    return i2t / mass.clamp(min=1e-12)
+    return read
 
 
 def seg4diff(
@@ -79,8 +95,14 @@ def seg4diff(
     stream: str | None = None,
     minmax: bool = False,
 ) -> Tensor:
-    """Scores [C, h, w]. `minmax` scales each class map to 0..1 over space (the paper's ablation: worse)."""
-    maps = by_class(capture, span_maps(capture, heads=heads, softmax=softmax, reduce=reduce, stream=stream))
+    """Scores [C, h, w].
+
+    Args:
+        heads, softmax, reduce, stream: as in `word_maps`; the paper's Table 5 is softmax "joint" or "logit".
+        minmax: scale each class map to 0..1 over space, its other column.
+    """
+    found = word_maps(capture, heads=heads, softmax=softmax, reduce=reduce, stream=stream)
+    maps = by_class(capture, [(one.query, one.values) for one in found])
     return over_space(maps) if minmax else maps
 
 
@@ -129,7 +151,7 @@ def unsupervised(
         axis: min-max over "space" per token (as meant), over "token" per pixel (as the official code does), or "none".
         kinds: span kinds whose tokens propose, comma-separated; "all" takes every one, BOS too, as the official code.
         streams: text streams whose tokens propose, or "all".
-        heads, softmax: as in `span_maps`.
+        heads, softmax: as in `word_maps`.
     """
     if axis not in ("space", "token", "none"):
         raise unknown("min-max axis", axis, ("space", "token", "none"))
@@ -146,7 +168,7 @@ def unsupervised(
             f"the prompt has no tokens of kind {kinds} in stream {streams}; it has {sorted(set(table.kinds))}"
         )
     mode = "joint" if softmax == "auto" else softmax
-    maps = capture.over_layers(_reading(mode, table.positions("word"), heads))[:, places].T  # [A, I]
+    maps = capture.over_layers(_columns(mode, table.positions("word"), heads))[:, places].T  # [A, I]
     if axis == "space":
         maps = over_space(maps.reshape(-1, *capture.grid)).flatten(1)
     elif axis == "token":
@@ -155,5 +177,9 @@ def unsupervised(
     return greedy_merge(maps.softmax(1), tau).reshape(-1, *capture.grid)
 
 
-SEG4DIFF = Method("seg4diff", seg4diff, ("i2t",), "arXiv:2509.18096 section 3.4")
-UNSUPERVISED = Method("seg4diff-unsup", unsupervised, ("i2t",), "arXiv:2509.18096 section 3.5", unsupervised=True)
+def _reads(options: Mapping[str, Any]) -> tuple[str, ...]:
+    return (text_part(options),)
+
+
+SEG4DIFF = Method("seg4diff", seg4diff, _reads, "arXiv:2509.18096 section 3.4")
+UNSUPERVISED = Method("seg4diff-unsup", unsupervised, _reads, "arXiv:2509.18096 section 3.5", unsupervised=True)

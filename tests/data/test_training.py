@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from mmdit_probe import UserError
-from mmdit_probe.magnet.data import FolderData, ScenesData, check
+from mmdit_probe.data import PictureData, ScenesData, training_data
+from mmdit_probe.data.masks import MAX_MASKS, largest
+from mmdit_probe.magnet.check import check
 from mmdit_probe.magnet.pseudo import SelfLabelled
-from mmdit_probe.magnet.sample import MAX_MASKS, largest
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.scenes import CLASSES, scene
 from tests import tiny
@@ -32,6 +34,10 @@ def folder(at: Path, names: bool = True) -> Path:
     if names:
         (at / "masks" / "classes.json").write_text(json.dumps({"1": "cat", "7": "red ring"}))
     return at
+
+
+def folder_data(at: Path, size: tuple[int, int], **how: Any) -> PictureData:
+    return training_data(str(at), size=size, **{"prompt": "caption", **how})  # type: ignore[return-value]
 
 
 def test_class_masks_are_those_of_the_scene_and_named_in_the_prompt() -> None:
@@ -60,49 +66,49 @@ def test_part_masks_are_parts_of_single_objects_largest_first() -> None:
 
 
 def test_folder_crops_masks_with_the_picture(tmp_path: Path) -> None:
-    data = FolderData(folder(tmp_path / "d"), SIZE)
+    data = folder_data(folder(tmp_path / "d"), SIZE)
     sample = data[0]
     assert (len(data), sample.image.shape, sample.prompt) == (2, (64, 64, 3), "a cat and a red ring")
     assert sample.names == ("cat", "red ring")
     assert [int(mask.any(0).argmax()) for mask in sample.masks] == [40 - 32, 64 - 32]
-    squashed = FolderData(tmp_path / "d", SIZE, fit="squash")[0]
+    squashed = folder_data(tmp_path / "d", SIZE, fit="squash")[0]
     assert [int(mask.any(0).argmax()) for mask in squashed.masks] == [20, 32]
-    assert FolderData(tmp_path / "d", SIZE, prompt="list")[0].prompt == "cat red ring"
+    assert folder_data(tmp_path / "d", SIZE, prompt="list")[0].prompt == "cat red ring"
     assert data.describe()["count"] == 2
 
 
 def test_folder_without_names_has_unnamed_masks(tmp_path: Path) -> None:
-    sample = FolderData(folder(tmp_path / "d", names=False), SIZE)[1]
+    sample = folder_data(folder(tmp_path / "d", names=False), SIZE)[1]
     assert (sample.names, len(sample.masks)) == ((), 2)
 
 
 def test_a_word_that_the_caption_does_not_say_has_no_mask(tmp_path: Path) -> None:
     at = folder(tmp_path / "d")
     (at / "0.txt").write_text("a category of red things")  # neither "cat" nor "red ring"
-    assert FolderData(at, SIZE)[0].names == ()
+    assert folder_data(at, SIZE)[0].names == ()
     (at / "0.txt").write_text("The Cat, alone")
-    assert FolderData(at, SIZE)[0].names == ("cat",)
+    assert folder_data(at, SIZE)[0].names == ("cat",)
 
 
 def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:
     model = MMDiT(tiny.pipeline(), "tiny", tiny.T5_LENGTH)
     at = folder(tmp_path / "d")
-    check(FolderData(at, SIZE), model, "token")
+    check(folder_data(at, SIZE), model, "token")
     with pytest.raises(UserError, match="expected multiples of 16"):
-        check(FolderData(at, (40, 40)), model, "token")
+        check(folder_data(at, (40, 40)), model, "token")
     with pytest.raises(UserError, match="2 masks and 0 names; token-level"):
-        check(FolderData(folder(tmp_path / "e", names=False), SIZE), model, "token")
+        check(folder_data(folder(tmp_path / "e", names=False), SIZE), model, "token")
     Image.fromarray(np.zeros((64, 64), np.uint8)).save(at / "masks" / "0.png")
     with pytest.raises(UserError, match=r"is 128 x 64 pixels, its mask 64 x 64"):
-        check(FolderData(at, SIZE), model, "token")
+        check(folder_data(at, SIZE), model, "token")
     Image.fromarray(np.full((64, 128), 3, np.uint8)).save(at / "masks" / "0.png")
     with pytest.raises(UserError, match=r"ids \[3\] that classes.json does not name"):
-        check(FolderData(at, SIZE), model, "token")
+        check(folder_data(at, SIZE), model, "token")
     (at / "0.png").write_text("no picture")
     with pytest.raises(UserError, match="cannot be read as a picture"):
-        check(FolderData(at, SIZE), model, "none")
+        check(folder_data(at, SIZE), model, "none")
     with pytest.raises(UserError, match="no folder"):
-        FolderData(tmp_path / "nowhere", SIZE)
+        folder_data(tmp_path / "nowhere", SIZE)
     with pytest.raises(UserError, match="did you mean 'class'"):
         ScenesData("val", 3, "clas")  # type: ignore[arg-type]
 
@@ -112,7 +118,7 @@ def test_words_cut_off_by_the_encoders_are_refused(tmp_path: Path) -> None:
     (at / "0.txt").write_text("a " * 60 + "cat")
     model = MMDiT(tiny.pipeline(), "tiny", tiny.T5_LENGTH)
     with pytest.raises(UserError, match="'cat' fell off the end"):
-        check(FolderData(at, SIZE), model, "token")
+        check(folder_data(at, SIZE), model, "token")
 
 
 @pytest.mark.parametrize("source", ["maps", "segments"])
@@ -126,7 +132,7 @@ def test_own_labels_read_no_annotation(tmp_path: Path, source: str) -> None:
         mask[:20, 40:90], mask[40:, 40:90] = 7, 1
         Image.fromarray(mask).save(second / "masks" / f"{index}.png")
     made = [
-        SelfLabelled.make(model, FolderData(at, SIZE), source=source, layers=(1,), seeds=(0,))  # type: ignore[arg-type]
+        SelfLabelled.make(model, folder_data(at, SIZE), source=source, layers=(1,), seeds=(0,))  # type: ignore[arg-type]
         for at in (first, second)
     ]
     assert np.array_equal(made[0].labels, made[1].labels)

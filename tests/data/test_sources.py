@@ -6,33 +6,32 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmdit_probe.data import images, paper_table, paper_tables
-from mmdit_probe.data.prompts import resolve
+from mmdit_probe.data import Fit, paper_table, paper_tables, prompts, samples
 from mmdit_probe.errors import UserError
 
 
 @pytest.mark.parametrize("text", ["a cat", "", "a cat: the portrait", "cat and/or dog", "a " * 3000])
 def test_plain_text_is_a_prompt(text):
-    assert resolve(text) == [text]
+    assert prompts(text) == [text]
 
 
 def test_sets_and_limits():
-    assert len(resolve("everyday")) == len(set(resolve("everyday"))) == 50
-    assert resolve("everyday", 3) == resolve("everyday")[:3]
-    assert len(resolve("scenes:val")) == 50
-    assert len(resolve("scenes:val", 60)) == 60
-    assert resolve("scenes:val", 2) == resolve("scenes:val")[:2]
+    assert len(prompts("everyday")) == len(set(prompts("everyday"))) == 50
+    assert prompts("everyday", 3) == prompts("everyday")[:3]
+    assert len(prompts("scenes:val")) == 50
+    assert len(prompts("scenes:val", 60)) == 60
+    assert prompts("scenes:val", 2) == prompts("scenes:val")[:2]
 
 
 def test_a_folder_is_no_prompts_file(tmp_path):
     with pytest.raises(UserError, match="is a folder; expected a text file"):
-        resolve(str(tmp_path))
+        prompts(str(tmp_path))
 
 
 def test_pictures_are_cropped_at_the_centre_then_resized():
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 255
-    fitted = np.asarray(images.fit(Image.fromarray(wide), (20, 20)))
+    fitted = np.asarray(Fit.of((10, 30), (20, 20), how="crop").apply(Image.fromarray(wide), smooth=True))
     assert fitted.shape == (20, 20, 3)
     assert fitted.mean() > 240  # squashed, two thirds would be black
 
@@ -41,7 +40,7 @@ def test_grey_and_transparent_pictures_become_rgb(tmp_path):
     for mode in ("L", "RGBA", "P", "I;16"):
         path = tmp_path / f"{mode[0]}.png"
         Image.new(mode, (9, 9)).save(path)
-        (picture,) = images.resolve(str(path))
+        (picture,) = samples(str(path))
         assert picture.open((8, 8)).mode == "RGB"
 
 
@@ -49,13 +48,13 @@ def test_picture_cut_short_is_refused_when_opened(tmp_path):
     path = tmp_path / "cut.jpg"
     Image.effect_noise((64, 64), 50).save(path)
     path.write_bytes(path.read_bytes()[:-200])
-    (picture,) = images.resolve(str(path))
+    (picture,) = samples(str(path))
     with pytest.raises(UserError, match=r"cut\.jpg' cannot be read as a picture"):
         picture.open((8, 8))
 
 
 def test_scenes_bring_their_caption_and_name():
-    first, second = images.resolve("scenes:val", 2)
+    first, second = samples("scenes:val", 2)
     assert (first.name, second.name) == ("scenes:val:0", "scenes:val:1")
     assert first.prompt
     assert first.open((32, 32)).size == (32, 32)

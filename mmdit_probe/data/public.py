@@ -3,6 +3,8 @@
     voc20, voc21       VOCdevkit/VOC2012      pc59, pc60       VOCdevkit/VOC2010
     coco-object        81, background 0       coco-stuff-27    coarse classes of DiffSeg and DiffCut
     ade20k             150                    cityscapes       19 (train ids)
+    coco-object-words  81; "background" stands in the prompt and competes, its pixels are not scored: what the official
+                       code of Seg4Diff scores in its Table 1
 
 A root may be the folder itself or its parent (`VOCdevkit/VOC2012` or what holds `VOCdevkit`). The first layout that is
 there is taken; `datasets check` says which. Nothing is downloaded; class names come from `data/classes/`.
@@ -10,21 +12,20 @@ there is taken; `datasets check` says which. Nothing is downloaded; class names 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mmdit_probe.data.class_names import SegClass, class_list
+from mmdit_probe.data.labels import Mapping, mapped
+from mmdit_probe.data.picture import open_picture
+from mmdit_probe.data.sample import Dataset, Sample
+from mmdit_probe.data.text import read_lines
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.evaluate.datasets.base import Sample, SegDataset, mapped, reader
-from mmdit_probe.segment.picture import read_picture
-from mmdit_probe.segment.vocabulary import SegClass, parse_classes
-
-Mapping = dict[int, int] | Callable[[NDArray[np.int64]], NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -50,42 +51,48 @@ class Layout:
     def there(self, root: Path) -> bool:
         """Both folders exist and hold at least one label file of this layout."""
         labels = root / self.labels
-        pattern = f"**/*{self.suffix}" if self.nested else f"*{self.suffix}"
-        return (root / self.images).is_dir() and labels.is_dir() and next(labels.glob(pattern), None) is not None
+        return (
+            (root / self.images).is_dir()
+            and labels.is_dir()
+            and next(self._files(labels, self.suffix), None) is not None
+        )
 
     def pairs(self, root: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:
         """(name, image, label) of every labelled image, and the names of images or labels without the other."""
-        labels = root / self.labels
-        pattern = f"**/*{self.suffix}" if self.nested else f"*{self.suffix}"
+        labels = dict(self._files(root / self.labels, self.suffix))
+        images = dict(self._files(root / self.images, self.image_suffix))
+        names = sorted(labels)
         if self.listing is not None and (root / self.listing).is_file():
-            lines = (root / self.listing).read_text(encoding="utf-8").split("\n")
-            names = [line.strip() for line in lines if line.strip()]
-        else:
-            names = sorted(str(path.relative_to(labels)).removesuffix(self.suffix) for path in labels.glob(pattern))
-        found, lost = [], []
-        for name in names:
-            image, label = root / self.images / f"{name}{self.image_suffix}", labels / f"{name}{self.suffix}"
-            if image.is_file() and label.is_file():
-                found.append((name, image, label))
-            else:
-                lost.append(name)
-        return found, lost
+            names = [line.strip() for line in read_lines(root / self.listing) if line.strip()]
+        found = [(name, images[name], labels[name]) for name in names if name in images and name in labels]
+        return found, [name for name in names if name not in images or name not in labels]
+
+    def _files(self, folder: Path, suffix: str) -> Iterator[tuple[str, Path]]:
+        """(name without the suffix, file) of a folder, in any order; the suffix's case does not matter."""
+        for path in folder.rglob("*") if self.nested else folder.iterdir():
+            if path.name.lower().endswith(suffix.lower()) and path.name[0] != ".":
+                yield path.relative_to(folder).as_posix()[: -len(suffix)], path
 
 
 @dataclass(frozen=True)
-class Source:
-    """A public data set: its classes, background class and layouts; `expected` images in the usual split."""
+class Public:
+    """A public data set: its classes, background class and layouts; `expected` images in the usual split.
+
+    Attributes:
+        classes: name of the shipped list. background: a class "background" stands before it, with id 0.
+        named: the background is named in prompts as other classes are, and not scored.
+    """
 
     name: str
     classes: str
     layouts: tuple[Layout, ...]
     expected: int
     background: bool = False
+    named: bool = False
 
     @property
     def names(self) -> list[SegClass]:
-        text = (resources.files("mmdit_probe.data") / "classes" / f"{self.classes}.txt").read_text(encoding="utf-8")
-        classes = parse_classes([line for line in text.splitlines() if line.strip()])
+        classes = class_list(self.classes)
         return [SegClass(("background",)), *classes] if self.background else classes
 
     def find(self, root: Path) -> tuple[Path, Layout]:
@@ -106,19 +113,27 @@ class Source:
                  "ADEChallengeData2016")  # fmt: skip
         return [root / name for name in names]
 
-    def read(self, root: Path) -> SegDataset:
+    def read(self, root: Path) -> Dataset:
         """The data set below a root."""
         place, layout = self.find(root)
         pairs, lost = layout.pairs(place)
         classes = self.names
+        names = [one.name for one in classes]
         samples = [
-            Sample(name, partial(read_picture, image), mapped(label, layout.mapping, len(classes)))
+            Sample(
+                name, partial(open_picture, image, reduce=False), names=names, content=(image, label),
+                label=mapped(label, layout.mapping, len(classes)),
+            )
             for name, image, label in pairs
-        ]
+        ]  # fmt: skip
         notes = [f"{len(lost)} images lack their picture or label (first: {lost[0]})"] if lost else []
         if len(samples) != self.expected:
             notes.append(f"{len(samples)} images, the usual split has {self.expected}")
-        return SegDataset(self.name, classes, samples, 0 if self.background else None, "; ".join(notes))
+        rule = 0 if self.background and not self.named else None
+        return Dataset(
+            self.name, classes, samples, rule, "; ".join(notes), ignore=(0,) if self.named else (),
+            facts={"layout": layout.name},
+        )  # fmt: skip
 
 
 def _minus_one(classes: int) -> dict[int, int]:
@@ -166,56 +181,55 @@ def _objects(raw: NDArray[np.int64]) -> NDArray[np.int64]:
     """Things 1..80 in order, everything else background 0, unlabelled pixels too (as in `cvt_coco_object.py`)."""
     table = np.zeros(256, np.int64)
     table[list(THINGS)] = np.arange(1, 81)
-    return table[raw]
+    return np.where(raw < 256, table[raw.clip(0, 255)], raw)
 
 
 _CITY = dict(zip((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), range(19), strict=True))
 _VOC_LIST = "ImageSets/Segmentation/val.txt"
 _PC_LIST = "ImageSets/SegmentationContext/val.txt"
 
-SOURCES: tuple[Source, ...] = (
-    Source("voc20", "voc20", (
+_OBJECT = (
+    Layout("mmseg", "images/val2017", "annotations/val2017", _same(81), suffix="_instanceTrainIds.png"),
+    Layout("detectron2", "val2017", "annotations_object/val2017", _same(81)),
+    Layout("stuffthingmaps", "images/val2017", "stuffthingmaps/val2017", _objects),
+    Layout("stuffthingmaps", "val2017", "stuffthingmaps/val2017", _objects),
+)  # fmt: skip
+
+SETS: tuple[Public, ...] = (
+    Public("voc20", "voc20", (
         Layout("mmseg", "JPEGImages", "SegmentationClass", _minus_one(20), listing=_VOC_LIST),
         Layout("detectron2", "JPEGImages", "annotations_detectron2/val", _same(20)),
     ), 1449),
-    Source("voc21", "voc20", (
+    Public("voc21", "voc20", (
         Layout("mmseg", "JPEGImages", "SegmentationClass", _same(21), listing=_VOC_LIST),
         Layout("detectron2", "JPEGImages", "annotations_detectron2_bg/val", _last_first(21)),
     ), 1449, background=True),
-    Source("pc59", "pc59", (
+    Public("pc59", "pc59", (
         Layout("mmseg", "JPEGImages", "SegmentationClassContext", _minus_one(59), listing=_PC_LIST),
         Layout("detectron2", "JPEGImages", "annotations_detectron2/pc59_val", _same(59)),
     ), 5104),
-    Source("pc60", "pc59", (
+    Public("pc60", "pc59", (
         Layout("mmseg", "JPEGImages", "SegmentationClassContext", _same(60), listing=_PC_LIST),
         Layout("detectron2", "JPEGImages", "annotations_detectron2_bg/pc59_val", _last_first(60)),
     ), 5104, background=True),
-    Source("coco-object", "coco-object", (
-        Layout("mmseg", "images/val2017", "annotations/val2017", _same(81), suffix="_instanceTrainIds.png"),
-        Layout("detectron2", "val2017", "annotations_object/val2017", _same(81)),
-        Layout("stuffthingmaps", "images/val2017", "stuffthingmaps/val2017", _objects),
-        Layout("stuffthingmaps", "val2017", "stuffthingmaps/val2017", _objects),
-    ), 5000, background=True),
-    Source("coco-stuff-27", "coco-stuff-27", (
+    Public("coco-object", "coco-object", _OBJECT, 5000, background=True),
+    Public("coco-object-words", "coco-object", _OBJECT, 5000, background=True, named=True),
+    Public("coco-stuff-27", "coco-stuff-27", (
         Layout("detectron2", "val2017", "annotations_27_detectron2/val2017", _same(27)),
         Layout("stuffthingmaps", "images/val2017", "stuffthingmaps/val2017", COARSE),
         Layout("stuffthingmaps", "val2017", "stuffthingmaps/val2017", COARSE),
     ), 5000),
-    Source("ade20k", "ade20k", (
+    Public("ade20k", "ade20k", (
         Layout("mmseg", "images/validation", "annotations/validation", _minus_one(150)),
         Layout("detectron2", "images/validation", "annotations_detectron2/validation", _same(150)),
     ), 2000),
-    Source("cityscapes", "cityscapes", (
+    Public("cityscapes", "cityscapes", (
         Layout("labelTrainIds", "leftImg8bit/val", "gtFine/val", _same(19), suffix="_gtFine_labelTrainIds.png",
                image_suffix="_leftImg8bit.png", nested=True),
         Layout("labelIds", "leftImg8bit/val", "gtFine/val", _CITY, suffix="_gtFine_labelIds.png",
                image_suffix="_leftImg8bit.png", nested=True),
     ), 500),
 )  # fmt: skip
-BY_NAME: dict[str, Source] = {source.name: source for source in SOURCES}
-
-for _source in SOURCES:
-    reader(_source.name)(_source.read)
 
 
 def prepare(kind: str, root: Path, out: Path) -> int:
@@ -231,6 +245,8 @@ def prepare(kind: str, root: Path, out: Path) -> int:
     """
     from PIL import Image
 
+    from mmdit_probe.results.atomic import make_folder, replacing
+
     sources = {
         "coco-object": ("stuffthingmaps/val2017", _objects, None),
         "coco-stuff-27": ("stuffthingmaps/val2017", None, COARSE),
@@ -244,9 +260,10 @@ def prepare(kind: str, root: Path, out: Path) -> int:
     files = sorted(folder.glob("*.png")) if folder is not None else []
     if not files:
         raise UserError(f"{str(root)!r} has no {place} with label PNGs, which {kind} is made from")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     classes = {"coco-object": 81, "coco-stuff-27": 27, "pc60-last": 60}[kind]
     for path in files:
         ids = mapped(path, function if function is not None else table or {}, classes)()
-        Image.fromarray(ids.astype(np.uint8)).save(out / path.name)
+        with replacing(out / path.name) as temporary:
+            Image.fromarray(ids.astype(np.uint8)).save(temporary, "PNG")
     return len(files)

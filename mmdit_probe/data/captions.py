@@ -5,14 +5,11 @@
 
 Any model of `AutoModelForImageTextToText` (BLIP, BLIP-2, GIT, LLaVA, ...). Decoding is greedy, so that a caption is a
 function of model, instruction and picture. The file holds what was captioned, by which model; it is written as it grows
-and read before the model is: with all captions there, no captioning model is needed. `first_sentences` cuts long ones.
+and read before the model is: with all captions there, no captioning model is needed.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +17,9 @@ from typing import Any
 
 import torch
 
-from mmdit_probe.errors import RunError, UserError
-
-_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+from mmdit_probe.data.text import read_json
+from mmdit_probe.errors import UserError
+from mmdit_probe.results.atomic import write_json
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Captioner:
             model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True)
             processor = AutoProcessor.from_pretrained(name)
         except (OSError, ValueError, KeyError) as error:
-            first = str(error).strip().splitlines()[0]
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"no captioning model {name!r}: expected a folder or a hub id of an image-to-text model ({first})"
             ) from error
@@ -112,36 +109,20 @@ def cached(
         for start in range(0, len(missing), batch):
             keys = missing[start : start + batch]
             texts |= dict(zip(keys, model([pictures[key]() for key in keys]), strict=True))
-            _write(path, made_by | {"captions": texts})
+            write_json(path, made_by | {"captions": texts})
             for _ in keys:
                 advance()
     return {key: texts[key] for key in pictures}
 
 
-def first_sentences(text: str, count: int | None) -> str:
-    """The first sentences of a text, whole where it has fewer or no full stop; None: all of it."""
-    return text if count is None else " ".join(_SENTENCE.split(text.strip())[:count])
-
-
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         return {"captions": {}}
+    expected = '{"captions": {"a.jpg": "..."}}'
+    known = read_json(path, expected)
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
         if not all(isinstance(text, str) for text in known["captions"].values()):
             raise TypeError("captions that are no texts")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f'{str(path)!r} is no caption file ({error!r}); expected {{"captions": {{"a.jpg": "..."}}}}'
-        ) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{str(path)!r} is no caption file ({error!r}); expected {expected}") from error
     return dict(known)
-
-
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"captions cannot be written to {str(path)!r}: {error}") from error

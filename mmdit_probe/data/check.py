@@ -1,6 +1,6 @@
 """What a data set folder holds, and what is wrong with it, before an evaluation finds out after an hour.
 
-report = check(load_dataset("voc20:VOCdevkit/VOC2012"))
+report = check(dataset("voc20:VOCdevkit/VOC2012"))
 report.problems                                 # [(image, what is wrong), ...]
 """
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from mmdit_probe.data.labels import IGNORE
+from mmdit_probe.data.sample import Dataset
 from mmdit_probe.errors import UserError
-from mmdit_probe.evaluate.counts import IGNORE
-from mmdit_probe.evaluate.datasets.base import SegDataset
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Report:
     problems: list[tuple[str, str]] = field(default_factory=list)
 
 
-def check(dataset: SegDataset, advance: Callable[[], None] = lambda: None) -> Report:
+def check(dataset: Dataset, advance: Callable[[], None] = lambda: None) -> Report:
     """Open every picture and label: unreadable files, ids out of range, sizes that differ, nothing to score."""
     count = len(dataset.classes)
     pixels = np.zeros(count, np.int64)
@@ -43,7 +43,7 @@ def check(dataset: SegDataset, advance: Callable[[], None] = lambda: None) -> Re
     there: list[int] = []
     for sample in dataset.samples:
         try:
-            labels, image = np.asarray(sample.labels()), sample.image()
+            labels, image = np.asarray(sample.label()), sample.image
             if labels.shape != image.shape[:2]:
                 problems.append((sample.name, f"picture {image.shape[:2]} and label {labels.shape} differ in size"))
             scored = labels[labels != IGNORE]

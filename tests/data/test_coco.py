@@ -13,9 +13,9 @@ from PIL import Image
 
 from mmdit_probe import UserError
 from mmdit_probe.cli.app import main
-from mmdit_probe.magnet import CocoData, FolderData, Sa1bData
-from mmdit_probe.magnet.captions import Captioner, cached, first_sentences
-from mmdit_probe.magnet.pictures import fit_masks, fit_picture
+from mmdit_probe.data import Fit, training_data
+from mmdit_probe.data.captions import Captioner, cached
+from mmdit_probe.data.training import first_sentences
 from tests import blip
 
 SIZE = (64, 64)
@@ -70,6 +70,10 @@ def coco(root: Path) -> Path:
     return root
 
 
+def coco_data(root: Path, size: tuple[int, int], *, kind: str = "stuff", split: str = "train2017", **how: Any) -> Any:
+    return training_data(f"coco-{kind}:{root}", size=size, split=split, **{"prompt": "caption", **how})
+
+
 def widths(data: Any, index: int = 0) -> dict[str, int]:
     """Columns that each mask covers."""
     return {name: int(mask.any(0).sum()) for name, mask in zip(data[index].names, data[index].masks, strict=True)}
@@ -81,37 +85,37 @@ def widths(data: Any, index: int = 0) -> dict[str, int]:
 )
 def test_coco_masks_are_united_by_name(tmp_path: Path, kind: Any, expected: dict[str, int], count: int) -> None:
     """The centre of 64 columns is kept; the walls are one class, "other" is none."""
-    data = CocoData(coco(tmp_path), SIZE, prompt="list", kind=kind)
+    data = coco_data(coco(tmp_path), SIZE, prompt="list", kind=kind)
     assert (len(data), widths(data), data[0].image.shape) == (count, expected, (64, 64, 3))
     assert data[0].prompt == " ".join(expected)
     assert data.describe()["kind"] == kind
 
 
 def test_coco_captions_name_what_is_aligned(tmp_path: Path) -> None:
-    data = CocoData(coco(tmp_path), SIZE, kind="panoptic")
+    data = coco_data(coco(tmp_path), SIZE, kind="panoptic")
     assert data[0].prompt == "A cat at a wall. It sits."
     assert data[0].names == ("cat", "wall")
     assert replace(data, sentences=1)[0].prompt == "A cat at a wall."
-    assert CocoData(tmp_path, SIZE, kind="stuff")[1].names == ()  # no caption says "wall"
+    assert coco_data(tmp_path, SIZE, kind="stuff")[1].names == ()  # no caption says "wall"
 
 
 def test_coco_refusals(tmp_path: Path) -> None:
     root = coco(tmp_path / "a")
-    with pytest.raises(UserError, match=r"stuff_val2017.json'?: expected COCO's stuff annotations"):
-        CocoData(root, SIZE, split="val2017")
-    with pytest.raises(UserError, match="did you mean 'stuff'"):
-        CocoData(root, SIZE, kind="stuf")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"stuff_val2017.json'; expected COCO's stuff annotations"):
+        coco_data(root, SIZE, split="val2017")
+    with pytest.raises(UserError, match="did you mean 'coco-stuff'"):
+        coco_data(root, SIZE, kind="stuf")  # type: ignore[arg-type]
     file = root / "annotations" / "stuff_train2017.json"
     content = json.loads(file.read_text())
     content["annotations"][0]["segmentation"]["counts"][0] += 5
     damaged = coco(tmp_path / "b")
     (damaged / "annotations" / "stuff_train2017.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"COCO mask of '003.jpg' is damaged"):
-        CocoData(damaged, SIZE)[0]
+        coco_data(damaged, SIZE)[0]
     for picture in (damaged / "train2017").iterdir():
         picture.unlink()
     with pytest.raises(UserError, match="none of the 3 annotated pictures"):
-        CocoData(damaged, SIZE, kind="instances")
+        coco_data(damaged, SIZE, kind="instances")
 
 
 def sa1b(root: Path) -> Path:
@@ -128,7 +132,7 @@ def sa1b(root: Path) -> Path:
 
 
 def test_sa1b_masks_have_no_names_largest_first(tmp_path: Path) -> None:
-    sample = Sa1bData(sa1b(tmp_path / "sa"), SIZE, sentences=2)[0]
+    sample = training_data(f"sa1b:{sa1b(tmp_path / 'sa')}", size=SIZE, sentences=2)[0]
     assert sample.names == ()
     assert [int(mask.any(0).sum()) for mask in sample.masks] == [32, 16]
     assert sample.prompt == "A wall. A cat before it."
@@ -139,8 +143,9 @@ def test_masks_are_brought_to_size_with_their_picture() -> None:
     stripes = (np.arange(210) // 30 % 2 == 1)[None].repeat(90, 0)
     picture = Image.fromarray(np.repeat(stripes[..., None] * 255, 3, -1).astype(np.uint8))
     for fit in ("crop", "squash"):
-        shown = np.asarray(fit_picture(picture, (48, 64), fit))[..., 0]
-        mask = fit_masks(stripes[None], (48, 64), fit)[0]
+        of = Fit.of((90, 210), (48, 64), how=fit)
+        shown = np.asarray(of.apply(picture, smooth=True))[..., 0]
+        mask = of.masks(stripes[None])[0]
         sure = (shown < 5) | (shown > 250)
         assert sure.mean() > 0.5
         assert (mask[sure] == (shown[sure] > 128)).all()
@@ -228,7 +233,7 @@ def test_coco_and_sa1b_train_from_the_command_line(
 
 def test_a_folder_takes_captions_of_a_model(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "x.png")
-    data = FolderData(tmp_path, SIZE)
+    data = training_data(str(tmp_path), size=SIZE)
     assert data[0].prompt == ""
     assert replace(data, captions={"x.png": "a red ring"})[0].prompt == "a red ring"
     assert data.describe()["captions"] is None

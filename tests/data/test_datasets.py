@@ -10,10 +10,14 @@ import pytest
 from PIL import Image
 
 from mmdit_probe.cli.app import main
+from mmdit_probe.data import dataset
+from mmdit_probe.data.check import check
+from mmdit_probe.data.masks import decode_rle
+from mmdit_probe.data.public import COARSE, SETS, THINGS
+from mmdit_probe.data.sa1b import sa1b_masks, sa1b_pairs
 from mmdit_probe.errors import UserError
-from mmdit_probe.evaluate.datasets import decode_rle, load_dataset, sa1b_masks, sa1b_pairs
-from mmdit_probe.evaluate.datasets.check import check
-from mmdit_probe.evaluate.datasets.readers import BY_NAME, COARSE, SOURCES, THINGS
+
+BY_NAME = {one.name: one for one in SETS}
 
 
 def picture(path: Path, size: tuple[int, int] = (4, 6)) -> None:
@@ -83,12 +87,12 @@ def test_layout(
     labels(tmp_path / label, stored)
     if listed:
         listing(tmp_path / listed, ["a", "gone"])
-    data = load_dataset(f"{name}:{tmp_path}")
+    data = dataset(f"{name}:{tmp_path}")
     assert len(data.samples) == 1 and f"usual split has {BY_NAME[name].expected}" in data.note
     assert ("gone" in data.note) == bool(listed)
-    read = np.asarray(data.samples[0].labels())
+    read = np.asarray(data.samples[0].label())
     assert read.flat[: len(want)].tolist() == want
-    assert data.samples[0].image().shape == (4, 6, 3)
+    assert data.samples[0].image.shape == (4, 6, 3)
     assert (data.background == 0) == BY_NAME[name].background
     if data.background == 0:
         assert data.classes[0].name == "background"
@@ -98,12 +102,13 @@ def test_roots_above_the_data_set(tmp_path: Path) -> None:
     inner = tmp_path / "VOCdevkit" / "VOC2012"
     picture(inner / "JPEGImages/a.jpg")
     labels(inner / "SegmentationClass/a.png", [1])
-    assert len(load_dataset(f"voc20:{tmp_path}").samples) == 1
+    assert len(dataset(f"voc20:{tmp_path}").samples) == 1
 
 
 def test_class_lists_and_coarse_map() -> None:
-    counts = {source.name: len(source.names) for source in SOURCES}
-    assert counts == {"voc20": 20, "voc21": 21, "pc59": 59, "pc60": 60, "coco-object": 81, "coco-stuff-27": 27,
+    counts = {source.name: len(source.names) for source in SETS}
+    assert counts == {"voc20": 20, "voc21": 21, "pc59": 59, "pc60": 60, "coco-object": 81,
+                      "coco-object-words": 81, "coco-stuff-27": 27,
                       "ade20k": 150, "cityscapes": 19}  # fmt: skip
     assert set(COARSE.values()) == set(range(27)) and len(THINGS) == 80
     # Of the values 0..181 only the unused ids have no coarse class.
@@ -114,13 +119,13 @@ def test_class_lists_and_coarse_map() -> None:
 
 def test_layout_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no layout of voc20: expected JPEGImages and SegmentationClass"):
-        load_dataset(f"voc20:{tmp_path}")
+        dataset(f"voc20:{tmp_path}")
     with pytest.raises(UserError, match="did you mean 'voc20'"):
-        load_dataset(f"vocc20:{tmp_path}")
+        dataset(f"vocc20:{tmp_path}")
     with pytest.raises(UserError, match="needs its folder"):
-        load_dataset("voc20")
+        dataset("voc20")
     with pytest.raises(UserError, match="did you mean 'val'"):
-        load_dataset("scenes:vall")
+        dataset("scenes:vall")
 
 
 def test_check_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +139,7 @@ def test_check_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
     labels(root / "labels/d.png", [255])
     (root / "images/e.png").write_text("no picture")
     labels(root / "labels/e.png", [0])
-    found = dict(check(load_dataset(f"folder:{root}")).problems)
+    found = dict(check(dataset(f"folder:{root}")).problems)
     assert "ids [7]" in found["b"] and "differ in size" in found["c"] and "ignored" in found["d"]
     assert "cannot be read" in found["e"] and "a" not in found
     with pytest.raises(SystemExit) as stop:
@@ -147,12 +152,12 @@ def test_prepared_labels_read_back_as_their_source(tmp_path: Path, capsys: pytes
     picture(tmp_path / "val2017/a.jpg")
     labels(tmp_path / "stuffthingmaps/val2017/a.png", [0, 12, 89, 105, 255])
     for kind, folder in (("coco-object", "annotations_object"), ("coco-stuff-27", "annotations_27_detectron2")):
-        before = np.asarray(load_dataset(f"{kind}:{tmp_path}").samples[0].labels())
+        before = np.asarray(dataset(f"{kind}:{tmp_path}").samples[0].label())
         with pytest.raises(SystemExit) as stop:
             main(["datasets", "prepare", kind, str(tmp_path), str(tmp_path / folder / "val2017")])
         assert stop.value.code == 0
-        after = load_dataset(f"{kind}:{tmp_path}")
-        assert np.array_equal(np.asarray(after.samples[0].labels()), before)
+        after = dataset(f"{kind}:{tmp_path}")
+        assert np.array_equal(np.asarray(after.samples[0].label()), before)
     with pytest.raises(SystemExit) as stop:
         main(["datasets", "prepare", "pc60-last", str(tmp_path), str(tmp_path / "out")])
     assert stop.value.code == 2
@@ -193,10 +198,10 @@ def test_sa1b_paints_parts_on_wholes(tmp_path: Path, split: bool, capsys: pytest
     sa1b_picture(tmp_path, "sa_2", [{"segmentation": one} for one in (RLE, tiny, whole)], (40, 60), split)
     sa1b_picture(tmp_path, "sa_3", [{"segmentation": RLE}], (20, 30), split)  # stored at half size
     sa1b_picture(tmp_path, "sa_4", [{"segmentation": RLE}], (40, 30), split)  # another picture
-    data = load_dataset(f"sa1b:{tmp_path}")
+    data = dataset(f"sa1b:{tmp_path}")
     assert data.agnostic and [Path(one.name).name for one in data.samples] == ["sa_2", "sa_3", "sa_4"]
-    assert np.array_equal(data.samples[0].labels(), rle_mask().astype(int))  # the tiny mask is left out
-    half = data.samples[1].labels()
+    assert np.array_equal(data.samples[0].label(), rle_mask().astype(int))  # the tiny mask is left out
+    half = data.samples[1].label()
     assert half.shape == (20, 30) and half[10, 5] == 0 and half[0, 0] == 255
     found = check(data)
     assert [name for name, _ in found.problems] == [data.samples[2].name]

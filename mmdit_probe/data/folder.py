@@ -1,0 +1,126 @@
+"""Folders of one's own pictures, in two layouts.
+
+    mine/                                        pictures/
+        classes.txt    one class per line,           a.jpg              any picture format
+                       in the order of the ids       a.txt              its caption, optional
+        images/a.jpg   any picture format            masks/a.png        one integer per pixel, 0: unlabelled, optional
+        labels/a.png   class ids, 255: not scored    masks/classes.json {"1": "cat", ...}, optional
+
+    mmdit-probe evaluate --dataset folder:mine
+    mmdit-probe train-magnet --data pictures
+
+A line "background" in classes.txt marks the class that is found by a background rule and not named in prompts. Masks
+without classes.json have no names and are for head-level alignment.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from mmdit_probe.data.class_names import SegClass, read_classes
+from mmdit_probe.data.labels import IGNORE, Ids, mapped, read_label_map
+from mmdit_probe.data.masks import Regions, stack
+from mmdit_probe.data.picture import listed, open_picture, picture_size
+from mmdit_probe.data.sample import Dataset, Sample
+from mmdit_probe.data.text import caption_beside, read_json
+from mmdit_probe.errors import UserError
+
+
+def labelled(root: Path) -> Dataset:
+    """The layout with classes.txt.
+
+    Raises:
+        UserError: a part of the layout is missing, or classes.txt names more than 255 classes.
+    """
+    for part in ("classes.txt", "images", "labels"):
+        if not (root / part).exists() or (part != "classes.txt" and not (root / part).is_dir()):
+            raise UserError(f"{str(root)!r} has no {part}; a generic data set is classes.txt, images/ and labels/")
+    classes = read_classes(root / "classes.txt")
+    if len(classes) > IGNORE:
+        raise UserError(f"{str(root / 'classes.txt')!r} names {len(classes)} classes; label PNGs hold at most {IGNORE}")
+    names = [one.name for one in classes]
+    labels = _by_stem(root / "labels")
+    pictures = listed(root / "images")
+    samples = [
+        Sample(
+            path.stem, partial(open_picture, path, reduce=False), partial(caption_beside, path), names=names,
+            label=mapped(labels[path.stem], _as_stored, len(classes)),
+            content=(path, labels[path.stem], root / "classes.txt"),
+        )
+        for path in pictures if path.stem in labels
+    ]  # fmt: skip
+    lost = len(pictures) - len(samples)
+    note = f"{lost} pictures without a label were left out" if lost else ""
+    background = names.index("background") if "background" in names else None
+    return Dataset(f"folder:{root.name}", classes, samples, background, note)
+
+
+def pictures(root: Path) -> Dataset:
+    """The layout of bare pictures, with captions and masks where they are there.
+
+    Raises:
+        UserError: no picture, two of one name, or a classes.json that cannot be read.
+    """
+    names = _names(root / "masks" / "classes.json")
+    masks = _by_stem(root / "masks") if (root / "masks").is_dir() else {}
+    known = sorted(set(names.values()), key=list(names.values()).index)
+    samples = [picture(path, masks.get(path.stem), names) for path in listed(root)]
+    return Dataset(str(root), [SegClass((name,)) for name in known], samples, agnostic=not names)
+
+
+def picture(path: Path, mask: Path | None = None, names: dict[int, str] | None = None) -> Sample:
+    """One picture file with the caption beside it, and its mask file if there is one."""
+    caption, regions = partial(caption_beside, path), None
+    if mask is not None:
+        regions = partial(_regions, path, mask, names or {})
+    content = [path, *([mask] if mask is not None else [])]
+    return Sample(path.name, partial(open_picture, path, reduce=mask is None), caption, regions, content=content)
+
+
+def _regions(file: Path, mask: Path, names: dict[int, str]) -> Regions:
+    ids, (height, width) = read_label_map(mask), picture_size(file)
+    if ids.shape != (height, width):
+        raise UserError(
+            f"{str(file)!r} is {width} x {height} pixels, its mask {ids.shape[1]} x {ids.shape[0]}; they must be equal"
+        )
+    present = [int(i) for i in np.unique(ids) if i != 0]
+    missing = [i for i in present if names and i not in names]
+    if missing:
+        raise UserError(
+            f"mask of {file.name!r} has ids {missing[:8]} that classes.json does not name; it names "
+            f"{sorted(names)[:12]}"
+        )
+    return Regions(stack([ids == i for i in present], ids.shape), tuple(names[i] for i in present if names))
+
+
+def _names(file: Path) -> dict[int, str]:
+    """Name of each mask id; {} where the masks have none."""
+    if not file.exists():
+        return {}
+    expected = '{"1": "cat", ...}'
+    try:
+        return {int(key): str(value) for key, value in sorted(read_json(file, expected).items())}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{str(file)!r} cannot be read: {error}; expected {expected}") from error
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """The PNGs of a folder by the name before the suffix, whose case does not matter.
+
+    Raises:
+        UserError: two of one name.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() == ".png" and path.name[0] != ".":
+            if path.stem in found:
+                raise UserError(f"{str(folder)!r} holds {found[path.stem].name!r} and {path.name!r}; remove one")
+            found[path.stem] = path
+    return found
+
+
+def _as_stored(ids: Ids) -> Ids:
+    return ids

@@ -1,0 +1,75 @@
+"""The only reader of label maps: class ids per pixel, from palette or grey pictures of 8, 16 or 32 bits.
+
+    ids = read_label_map("labels/a.png")                      # int64 [H, W]
+    read = mapped(Path("labels/a.png"), {1: 0, 2: 1}, 2)      # a function: values -> class ids, others IGNORE
+
+Not here: pictures (`picture`), masks that overlap (`masks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdit_probe.data.picture import opened
+from mmdit_probe.errors import UserError
+
+IGNORE = 255
+"""Truth pixels with this id are not counted."""
+
+Ids = NDArray[np.int64]
+Mapping = dict[int, int] | Callable[[Ids], Ids]
+
+
+def read_label_map(path: Path | str, colours: bool = False) -> Ids:
+    """The values of a label picture, int64 [height, width], upright as its picture is.
+
+    Args:
+        colours: ids are R + 256 G + 65536 B, as COCO's panoptic PNGs have them.
+
+    Raises:
+        UserError: unreadable, lossy, several frames, or a colour picture where ids are expected (or the reverse).
+    """
+    from PIL import ImageOps
+
+    with opened(path, "label map") as image:
+        if image.format in ("JPEG", "MPO"):
+            raise UserError(f"label {str(path)!r} is a JPEG, which changes ids; expected a PNG")
+        if getattr(image, "n_frames", 1) > 1:
+            raise UserError(f"label {str(path)!r} holds several frames; expected one")
+        array = np.asarray(ImageOps.exif_transpose(image))
+    if colours:
+        if array.ndim != 3 or array.dtype != np.uint8:
+            raise UserError(f"label {str(path)!r} has shape {array.shape}; expected ids in three colour channels")
+        return np.asarray(array[..., :3].astype(np.int64) @ np.array([1, 256, 256**2]))
+    if array.ndim != 2:
+        raise UserError(f"label {str(path)!r} is a colour picture {array.shape}; expected class ids in one channel")
+    if array.dtype.kind not in "bui":
+        raise UserError(f"label {str(path)!r} holds {array.dtype} values; expected class ids in whole numbers")
+    return array.astype(np.int64)
+
+
+def mapped(path: Path, table: Mapping, classes: int) -> Callable[[], Ids]:
+    """A function that reads a label map and maps its values to class ids; values not in a table become IGNORE.
+
+    Raises (when called):
+        UserError: an id that is neither a class nor IGNORE.
+    """
+
+    def read() -> Ids:
+        raw = read_label_map(path)
+        if callable(table):
+            ids = table(raw)
+        else:
+            ids = np.full(raw.shape, IGNORE, np.int64)
+            for value, target in table.items():
+                ids[raw == value] = target
+        bad = np.unique(ids[((ids < 0) | (ids >= classes)) & (ids != IGNORE)])
+        if len(bad):
+            raise UserError(f"label {str(path)!r} holds ids {bad[:5].tolist()}; expected 0..{classes - 1} or {IGNORE}")
+        return ids
+
+    return read

@@ -1,0 +1,108 @@
+"""SA-1B: pictures with masks that have no names, one JSON of run-length masks per picture.
+
+    masks = sa1b_masks(Path("sa_000020/sa_223750.json"))        # boolean [K, H, W], largest first
+    mmdit-probe evaluate --dataset sa1b:ROOT --method diffcut,diffseg
+    mmdit-probe datasets check sa1b ROOT
+
+Layouts, below the root or below any number of sub-folders: `sa_1.jpg` and `sa_1.json` side by side (as the archives
+unpack), or `images/.../sa_1.jpg` and `annotations/.../sa_1.json` (as Seg4Diff's code expects). Masks overlap; for
+evaluation they are painted from the largest to the smallest, so that parts lie on their wholes, and pixels of no mask
+are not scored. Class k of a picture is its k-th largest mask: it means nothing in another picture, so scores are means
+over masks (`Dataset.agnostic`). Only run-length masks are read, the form of SA-1B. A caption is the text file beside
+the picture, or made by a model (`captions`).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from mmdit_probe.data.class_names import SegClass
+from mmdit_probe.data.labels import Ids
+from mmdit_probe.data.masks import MAX_MASKS, MIN_AREA, Masks, Regions, decode_rle, fitted, in_order, largest, paint
+from mmdit_probe.data.picture import open_picture, picture_size
+from mmdit_probe.data.sample import Dataset, Sample
+from mmdit_probe.data.text import caption_beside, read_json
+from mmdit_probe.errors import UserError
+
+SCORED_MASKS = 64
+"""Masks per picture that are scored, the largest ones; head-level training takes `MAX_MASKS`."""
+SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+def sa1b_pairs(root: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:
+    """(name, picture, JSON) of every annotated picture below a root, by name, and the names that lack one of the two.
+
+    Raises:
+        UserError: no JSON file is there, or two pictures have one name.
+    """
+    split = (root / "images").is_dir() and (root / "annotations").is_dir()
+    of_pictures, of_masks = (root / "images", root / "annotations") if split else (root, root)
+    annotations = _by_name(of_masks, (".json",))
+    if not annotations:
+        raise UserError(
+            f"{str(root)!r} has no SA-1B annotations; expected sa_*.jpg and sa_*.json side by side, or in images/ and "
+            "annotations/"
+        )
+    pictures = _by_name(of_pictures, SUFFIXES)
+    pairs = [(name, pictures[name], annotations[name]) for name in sorted(pictures.keys() & annotations.keys())]
+    return pairs, sorted(pictures.keys() ^ annotations.keys())
+
+
+def _by_name(root: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """Files sa_* below a root by their path without the suffix."""
+    found: dict[str, Path] = {}
+    for path in sorted(p for p in root.rglob("sa_*") if p.suffix.lower() in suffixes):
+        name = str(path.relative_to(root).with_suffix(""))
+        if name in found:
+            raise UserError(f"{str(root)!r} holds {found[name].name!r} and {path.name!r} of one name; remove one")
+        found[name] = path
+    return found
+
+
+def sa1b_masks(
+    path: Path, *, limit: int = SCORED_MASKS, min_area: float = MIN_AREA, size: tuple[int, int] | None = None
+) -> Masks:
+    """Masks of one JSON file, boolean [K, H, W], largest first.
+
+    Args:
+        path: the file. limit: at most so many. min_area: least share of the picture.
+        size: (height, width) of the picture if it was stored smaller than its masks; masks are brought to it (nearest).
+
+    Raises:
+        UserError: the file cannot be read or a mask in it is damaged; the message names it.
+    """
+    content = read_json(path, "an SA-1B annotation")
+    try:
+        masks = in_order([decode_rle(one["segmentation"]) for one in content["annotations"]])
+    except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{str(path)!r} is no SA-1B annotation with run-length masks ({reason})") from error
+    if len({mask.shape for mask in masks}) > 1:
+        raise UserError(f"{str(path)!r} holds masks of different sizes")
+    kept = largest(masks, size or (1, 1), limit=limit, min_area=min_area)
+    return kept if size is None else fitted(kept, size, repr(str(path)))
+
+
+def sa1b(root: Path) -> Dataset:
+    """See the module; pictures stored at half size, as advised for training, are read with masks brought to them."""
+    pairs, lost = sa1b_pairs(root)
+    samples = [
+        Sample(
+            name, partial(open_picture, picture, reduce=False), partial(caption_beside, picture),
+            partial(_regions, picture, annotation), label=partial(_label, picture, annotation),
+            content=(picture, annotation),
+        )
+        for name, picture, annotation in pairs
+    ]  # fmt: skip
+    note = f"{len(lost)} pictures lack their annotation or the other way round (first: {lost[0]})" if lost else ""
+    classes = [SegClass((f"mask {rank}",)) for rank in range(1, SCORED_MASKS + 1)]
+    return Dataset("sa1b", classes, samples, note=note, agnostic=True)
+
+
+def _label(picture: Path, annotation: Path) -> Ids:
+    return paint(sa1b_masks(annotation, size=picture_size(picture)))
+
+
+def _regions(picture: Path, annotation: Path) -> Regions:
+    return Regions(sa1b_masks(annotation, limit=MAX_MASKS, size=picture_size(picture)))

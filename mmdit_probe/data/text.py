@@ -1,0 +1,99 @@
+"""The only reader of text files: UTF-8, with or without a byte order mark; lines end at newline characters only.
+
+    >>> lines("one\\u2028still one\\r\\ntwo\\n")
+    ['one\\u2028still one', 'two']
+
+Not here: what lines mean (prompts, class names, listings).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+from mmdit_probe.errors import UserError
+
+_NEWLINE = re.compile(r"\r\n|\n|\r")
+_KINDS = (
+    (stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"),
+    (stat.S_ISSOCK, "socket"),
+)  # fmt: skip
+
+
+def regular(path: Path | str, expected: str) -> Path:
+    """A path that is a regular file or a link to one: opening anything else may wait for ever or never end.
+
+    Args:
+        expected: what the file should be, for the message: "a text file".
+
+    Raises:
+        UserError: not there, a folder, a pipe, a device, or a name that no file can have.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise UserError(f"no file {str(path)!r}; expected {expected}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{str(path)!r} cannot be opened ({reason}); expected {expected}") from error
+    kind = next((name for test, name in _KINDS if test(mode)), None)
+    if kind is not None:
+        raise UserError(f"{str(path)!r} is a {kind}; expected {expected}")
+    return path
+
+
+def read_text(path: Path | str, expected: str = "a text file") -> str:
+    """The text of a file, without its byte order mark.
+
+    Raises:
+        UserError: no regular file, unreadable, or not UTF-8; the message names the file and the byte.
+    """
+    path = regular(path, expected)
+    try:
+        data = path.read_bytes()
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{str(path)!r} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    if b"\0" in data:
+        raise UserError(f"{str(path)!r} is not UTF-8 text (NUL at byte {data.index(0)}); save it as UTF-8")
+    return text.removeprefix("\ufeff")
+
+
+def lines(text: str) -> list[str]:
+    """Lines of a text. Unlike `str.splitlines`, a form feed or U+2028 ends none."""
+    found = _NEWLINE.split(text)
+    return found if found[-1] else found[:-1]
+
+
+def read_lines(path: Path | str, expected: str = "a text file") -> list[str]:
+    """The lines of a text file; errors as in `read_text`."""
+    return lines(read_text(path, expected))
+
+
+def one_line(text: str) -> str:
+    """Blanks, tabs and newlines collapsed to single blanks; every other character stays."""
+    return re.sub(r"[ \t\r\n]+", " ", text).strip(" ")
+
+
+def caption_beside(picture: Path) -> str:
+    """The text of `cat.txt` beside `cat.png`, on one line; empty without one."""
+    beside = picture.with_suffix(".txt")
+    return " ".join(read_text(beside).split()) if beside.exists() else ""
+
+
+def read_json(path: Path | str, expected: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: as in `read_text`, or it is no JSON.
+    """
+    try:
+        return json.loads(read_text(path, expected))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{str(path)!r} cannot be read as JSON ({error}); expected {expected}") from error

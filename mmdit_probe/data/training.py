@@ -1,0 +1,121 @@
+"""What a training reads: samples brought to one size with their masks, a prompt, and the words that masks belong to.
+
+    data = training_data("coco-stuff:coco", size=(1024, 1024))            # or any other source, see `sources`
+    data[0].image.shape, data[0].masks.shape, data[0].names          # (1024, 1024, 3), (3, 1024, 1024), ("sky", ...)
+
+Not here: what masks and captions a source has (`folder`, `coco`, `sa1b`, `scenes`), and whether a model can be trained
+on them (`magnet.check`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from mmdit_probe.data.fit import Fit
+from mmdit_probe.data.masks import largest, stack
+from mmdit_probe.data.sample import Dataset, Sample
+from mmdit_probe.errors import UserError, unknown
+
+MAX_NAMES = 20
+"""Names in a prompt that lists them, those of the largest masks: more do not fit the encoders of CLIP."""
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+
+
+class Data(Protocol):
+    """A sequence of samples with arrays; `describe` is what run.json records and a resumed run has to equal."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class PictureData:
+    """Pictures on disk with masks, named or not, and captions.
+
+    Attributes:
+        dataset: the pictures. size: (height, width) in pixels that they are brought to.
+        fit: "crop" cuts the centre to the aspect of `size`, "squash" does not keep the aspect.
+        prompt: "caption", or "list" for the names of the masks joined by blanks; None: what masks with names call for.
+        captions: by name of the picture, in place of the data set's own. sentences: of a caption that are used; None:
+            all.
+    """
+
+    dataset: Dataset
+    size: tuple[int, int]
+    fit: Literal["crop", "squash"] = "crop"
+    prompt: Literal["caption", "list"] | None = None
+    captions: Mapping[str, str] = field(default_factory=dict)
+    sentences: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.fit not in ("crop", "squash"):
+            raise unknown("fit", self.fit, ("crop", "squash"))
+        if self.prompt not in (None, "caption", "list"):
+            raise unknown("prompt", self.prompt, ("caption", "list"))
+        if not self.dataset.samples:
+            raise UserError(f"{self.dataset.name!r} holds no picture to train on")
+
+    @property
+    def named(self) -> bool:
+        """Whether masks have names."""
+        return not self.dataset.agnostic
+
+    def pictures(self) -> dict[str, Callable[[], Any]]:
+        """Functions that open the PIL images, by name: what a captioning model is shown."""
+        return {sample.name: sample.open for sample in self.dataset.samples}
+
+    def __len__(self) -> int:
+        return len(self.dataset.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample: Sample = self.dataset.samples[index]
+        regions, picture = sample.regions(), sample.open()
+        fit = Fit.of((picture.height, picture.width), self.size, how=self.fit)
+        masks, names = fit.masks(regions.masks), regions.names
+        image = np.asarray(fit.apply(picture, smooth=True))
+        text = first_sentences(self.captions.get(sample.name) or sample.prompt, self.sentences)
+        if not self.named:
+            return Sample(sample.name, image, text, largest(list(masks), self.size), notes=sample.notes)
+        there = sorted((k for k in range(len(names)) if masks[k].any()), key=lambda k: -int(masks[k].sum()))
+        listed = sorted(there[:MAX_NAMES])
+        if self._listed:
+            text = " ".join(names[k] for k in listed)
+        kept = [k for k in listed if says(text, names[k])]
+        chosen = stack([masks[k] for k in kept], self.size)
+        return Sample(sample.name, image, text, chosen, [names[k] for k in kept], notes=sample.notes)
+
+    @property
+    def _listed(self) -> bool:
+        return self.named if self.prompt is None else self.prompt == "list"
+
+    def describe(self) -> dict[str, Any]:
+        texts = "\n".join(f"{name}\t{self.captions[name]}" for name in sorted(self.captions))
+        captions = hashlib.sha256(texts.encode()).hexdigest()[:16] if texts else None
+        return {"data": self.dataset.name, "count": len(self), "fit": self.fit,
+                "prompt": "list" if self._listed else "caption", "size": list(self.size),
+                "content": self.dataset.fingerprint(), "captions": captions, "sentences": self.sentences,
+                **self.dataset.facts}  # fmt: skip
+
+
+def first_sentences(text: str, count: int | None) -> str:
+    """The first sentences of a text, whole where it has fewer or no full stop; None: all of it."""
+    return text if count is None else " ".join(_SENTENCE.split(text.strip())[:count])
+
+
+def says(text: str, name: str) -> bool:
+    """Whether a text holds a name as whole words, in any case; a name of signs alone, anywhere."""
+    words = _words(name)
+    return f" {words} " in f" {_words(text)} " if words else name in text
+
+
+def _words(text: str) -> str:
+    return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())

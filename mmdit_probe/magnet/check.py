@@ -1,0 +1,58 @@
+"""Refuse data that cannot train, before anything is loaded onto a device.
+
+    check(training_data("pictures", size=model.default_size), model, "token")
+
+What data there are, and how they are read: `mmdit_probe.data`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mmdit_probe.data.training import Data
+from mmdit_probe.errors import UserError
+
+
+def check(data: Data, model: Any, alignment: str, probe_count: int = 32) -> None:
+    """Refuse data that cannot train, before anything is loaded onto a device.
+
+    Looks at `probe_count` samples spread over the data: pictures readable and of one size that the model takes, masks
+    there, words found in the prompt and not cut off by the encoders.
+
+    Args:
+        model: an `MMDiT`. alignment: `TrainMagnet.level`.
+
+    Raises:
+        UserError: names the sample and what is wrong with it.
+    """
+    places = np.unique(np.linspace(0, len(data) - 1, min(len(data), probe_count)).astype(int))
+    size: tuple[int, ...] | None = None
+    with_masks = 0
+    for place in places:
+        sample = data[int(place)]
+        size = size or sample.image.shape
+        if sample.image.shape != size:
+            raise UserError(f"{sample.name}: image of shape {sample.image.shape}, the first one has {size}")
+        if any(side % model.size_multiple for side in size[:2]):
+            raise UserError(f"{sample.name}: {size[0]} x {size[1]} pixels, expected multiples of {model.size_multiple}")
+        if alignment == "none":
+            continue
+        if sample.masks.shape[1:] != size[:2]:
+            raise UserError(f"{sample.name}: masks of shape {sample.masks.shape[1:]} for an image of {size[:2]}")
+        if alignment == "token" and len(sample.names) != len(sample.masks):
+            raise UserError(
+                f"{sample.name}: {len(sample.masks)} masks and {len(sample.names)} names; token-level alignment needs"
+                " named masks (masks/classes.json), or use head-level alignment"
+            )
+        if alignment == "token" and sample.names:
+            table = model.token_tables(sample.prompt)[0]
+            for name in sample.names:
+                table.word_spans(name)
+        with_masks += len(sample.masks) > 0
+    if alignment != "none" and with_masks == 0:
+        raise UserError(
+            f"none of {len(places)} samples looked at has a mask that its prompt names; expected masks/<name>.png, with"
+            " class names that occur in the captions (or prompt 'list')"
+        )
