@@ -39,8 +39,8 @@ from mmdit_probe.data import Data, Sample, ScenesData
 from mmdit_probe.evaluate.clipscore import ClipScorer
 from mmdit_probe.evaluate.scores import ImageCounts, assign, histogram, matched
 from mmdit_probe.experiments.generation import scene_prompts, score
-from mmdit_probe.magnet import MagnetConfig, SelfLabelled, train
-from mmdit_probe.magnet.trainer import TrainResult, Watch
+from mmdit_probe.magnet import SelfLabelled, TrainMagnet, train
+from mmdit_probe.magnet.trainer import TrainResult
 from mmdit_probe.magnet.validation import readouts, validate
 from mmdit_probe.models.adapters import merge
 from mmdit_probe.models.mmdit import MMDiT
@@ -115,12 +115,11 @@ def layer_of(work: Path) -> int:
 
 def fit(plan: Plan, work: Path, name: str, data: Data, steps: int, **options: Any) -> TrainResult:
     """One training, or the one that is there."""
-    config = MagnetConfig(
-        layers=(layer_of(work),), streams="joint", steps=steps, batch=plan.batch, warmup=steps // 20, clip=1.0,
-        drop_prompt=0.1, **options,
+    chosen = TrainMagnet(
+        layers=(layer_of(work),), streams="joint", steps=steps, batch=plan.batch, warmup=steps // 20, max_grad_norm=1.0,
+        drop_prompt=0.1, validate_every=max(1, steps // 4), save_every=50, **options,
     )  # fmt: skip
-    watch = Watch(every=max(1, steps // 4), samples=held_out(plan), save_every=50)
-    return train(plan.model(), data, config, watch=watch, out=work / name, resume=True)
+    return train(plan.model(), data, chosen, held_out=held_out(plan), out=work / name, resume=True)
 
 
 def pictures(plan: Plan, path: Path, name: str, lora: Path | None, count: int, split: str) -> None:

@@ -36,6 +36,7 @@ def maps_of(way: str, transformer: Any, side: int) -> Iterator[Callable[[], list
     """A function that gives the maps of the block, with gradients, after a forward of the transformer."""
     import torch
 
+    from mmdit_probe import probe
     from mmdit_probe.attention.intercept import watch
     from mmdit_probe.magnet.tap import TextMapTap
 
@@ -57,9 +58,9 @@ def maps_of(way: str, transformer: Any, side: int) -> Iterator[Callable[[], list
         level, _, space = way.partition("-")
         groups = torch.zeros(1, TEXT, WORDS, device=next(transformer.parameters()).device)
         groups[:, range(WORDS), range(WORDS)] = 1.0
-        how: Any = {"space": space, "heads": "mean" if level == "token" else "all"}
-        with TextMapTap(transformer, [0], **how) as tap:
-            tap.begin(groups if level == "token" else None, (side, side))
+        tap = TextMapTap([0], space=space, reduce=level == "token")
+        with probe(transformer, edits=tap):
+            tap.begin(groups if level == "token" else None)
             yield lambda: list(tap.take().values())
 
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from mmdit_probe.cli.options import SESSION, Session, with_session
-
-if TYPE_CHECKING:
-    from mmdit_probe.cli.output import Output
-    from mmdit_probe.data import Data, Sample
-    from mmdit_probe.models.mmdit import MMDiT
 
 DataSource = Annotated[
     str,
@@ -80,7 +75,7 @@ def command(
     accumulation: Annotated[int, typer.Option(help="Micro-batches per step.", min=1)] = 1,
     rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
     warmup: Warmup = None,
-    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 0.01,
+    max_grad_norm: Annotated[float, typer.Option(help="Largest gradient norm.")] = 0.01,
     decay: Annotated[float, typer.Option(help="Weight decay.")] = 1e-4,
     rank: Annotated[int, typer.Option(help="LoRA rank.", min=1)] = 16,
     alpha: Annotated[float, typer.Option(help="LoRA alpha.")] = 16.0,
@@ -88,14 +83,16 @@ def command(
     streams: Annotated[str, typer.Option(help="Projections that get an adapter: image or joint.")] = "image",
     space: Annotated[str, typer.Option(help="Maps before (logit) or after (probability) the softmax.")] = "logit",
     normalise: Annotated[str, typer.Option(help="none, or minmax of every map over space.")] = "none",
-    flow: Annotated[float, typer.Option(help="Weight of flow matching.")] = 1.0,
-    mask: Annotated[float, typer.Option(help="lambda_mask.")] = 1.0,
-    focal: Annotated[float, typer.Option(help="lambda_focal.")] = 0.1,
-    dice: Annotated[float, typer.Option(help="lambda_dice.")] = 0.2,
+    flow_weight: Annotated[float, typer.Option(help="Weight of flow matching.")] = 1.0,
+    mask_weight: Annotated[float, typer.Option(help="lambda_mask.")] = 1.0,
+    focal_weight: Annotated[float, typer.Option(help="lambda_focal.")] = 0.1,
+    dice_weight: Annotated[float, typer.Option(help="lambda_dice.")] = 0.2,
+    focal: Annotated[str, typer.Option(help="paper, or released: the published code's defect.")] = "paper",
     focal_alpha: Annotated[float, typer.Option(help="Class balance of the focal loss; negative: none.")] = 0.25,
     focal_gamma: Annotated[float, typer.Option(help="Focus of the focal loss.")] = 2.0,
     match_focal: Annotated[float, typer.Option(help="Focal share of the matching cost.")] = 0.02,
     match_dice: Annotated[float, typer.Option(help="Dice share of the matching cost.")] = 1.0,
+    columns: Annotated[str, typer.Option(help="Text tokens whose maps are aligned: all, or clip.")] = "all",
     score_head: ScoreHead = "none",
     sigma_mean: Annotated[float, typer.Option(help="Mean of the logit-normal noise level.")] = 0.0,
     sigma_std: Annotated[float, typer.Option(help="Standard deviation of the same.")] = 0.5,
@@ -105,6 +102,7 @@ def command(
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Recompute activations.")] = False,
     fit: Annotated[str, typer.Option(help="crop or squash: how pictures of a folder meet the model's size.")] = "crop",
     refine: Annotated[str, typer.Option(help="Refinement of the model's own masks.")] = "affinity",
+    report_to: Annotated[str | None, typer.Option(help="tensorboard or wandb, beside the CSV.")] = None,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 100,
     session: Session = SESSION,
 ) -> None:
@@ -114,79 +112,23 @@ def command(
     folder. With --lora, that adapter is merged into the model before the new one is trained on it. Several processes:
     accelerate launch --num_processes 2 -m mmdit_probe train-magnet ... Defaults are the paper's.
     """
+    given = locals()
+    from mmdit_probe.magnet.config import TrainMagnet
+
+    values: Any = {field.name: given[field.name] for field in fields(TrainMagnet) if field.name in given}
+    options = TrainMagnet(**values, sample_prompts=tuple(sample_prompt or ()), seed=session.seed)
+
     from mmdit_probe.cli.session import load_model, output_of, text_of
-    from mmdit_probe.errors import UserError, unknown
+    from mmdit_probe.magnet.run import run
     from mmdit_probe.models.adapters import merge
-    from mmdit_probe.segment.settings import selected
-    from mmdit_probe.specs import layer_indices
 
     output = output_of(session)
-    kinds = ("class", "part", "self", "self-segments", "none")
-    if masks not in kinds:
-        raise unknown("masks", masks, kinds)
-    chosen, *_ = selected(selection, layers, None)
-    if chosen is None:
-        raise UserError("which layers' maps are to be aligned? Give --layers 9, or --selection from select-layers")
     loaded = load_model(session)
     if session.lora is not None:
         merge(loaded.pipeline)
-
-    from mmdit_probe.data import training_data
-    from mmdit_probe.magnet.config import MagnetConfig
-    from mmdit_probe.magnet.losses import LossWeights
-    from mmdit_probe.magnet.trainer import Watch, train
-
-    aligned = layer_indices(chosen, len(loaded.layers))
-    options: dict[str, Any] = {
-        "alignment": "none" if masks == "none" else "head" if masks in ("part", "self-segments") else "token",
-        "space": space, "normalise": normalise, "streams": streams, "precision": precision, "score_head": score_head,
-    }  # fmt: skip
-    config = MagnetConfig(
-        layers=aligned,
-        weights=LossWeights(flow, mask, focal, dice, focal_alpha, focal_gamma, match_focal, match_dice),
-        lora_layers=list(aligned) if lora_layers == "selected" else lora_layers,
-        rank=rank, alpha=alpha, steps=steps, batch=batch, accumulation=accumulation, rate=rate,
-        warmup=min(500, steps // 6) if warmup is None else warmup, decay=decay, clip=clip, sigma_mean=sigma_mean,
-        sigma_std=sigma_std, ema=ema, checkpointing=checkpointing, drop_prompt=drop_prompt,
-        seed=session.seed, **options,
-    )  # fmt: skip
-    kind = "part" if masks in ("part", "self-segments") else "class"
-    source = training_data(
-        data,
-        size=loaded.default_size,
-        masks=kind,
-        prompt=prompt,
-        limit=limit,
-        fit=fit,
-        split=split,
-        sentences=sentences,
+    result = run(
+        options, loaded, text=text_of(session), out=session.out, resume=session.resume, progress=output.progress
     )
-    if captions is not None or caption_model is not None:
-        source = _captioned(source, captions, caption_model, caption_instruction, loaded, output)
-    if masks.startswith("self"):
-        from mmdit_probe.magnet.check import check
-        from mmdit_probe.magnet.pseudo import SelfLabelled
-
-        check(source, loaded, "none")
-        with output.progress("labelling", len(source)) as labelled:
-            source = SelfLabelled.make(
-                loaded, source, source="segments" if masks == "self-segments" else "maps", layers=aligned,
-                refine=refine, advance=labelled,
-            )  # fmt: skip
-    watch = Watch(
-        every=validate_every, samples=_held_out(validation, data, validate_count, fit, loaded, split),
-        prompts=tuple(sample_prompt or ()), save_every=save_every, seed=session.seed,
-    )  # fmt: skip
-    with output.progress("steps", steps) as advance:
-
-        def start(at: int) -> None:
-            for _ in range(at):
-                advance()
-
-        result = train(
-            loaded, source, config, watch=watch, text=text_of(session), out=session.out, resume=session.resume,
-            advance=advance, start=start,
-        )  # fmt: skip
     last, first = result.log.iloc[-1], result.log.iloc[0]
     document = {
         "run": result.path, "lora": result.lora, "steps": len(result.log),
@@ -198,39 +140,6 @@ def command(
         shown = ", ".join(f"{row['miou']:.3f} at step {row['step']:.0f}" for row in scores)
         lines.append(f"held-out mIoU (present classes, n = {scores[-1]['n']:.0f}): {shown}")
     output.result(document, [*lines, f"adapter: {result.lora}"], result.path)
-
-
-def _captioned(
-    source: Data, file: Path | None, name: str | None, instruction: str, model: MMDiT, output: Output
-) -> Data:
-    """The data with captions from a file, written by a captioning model where they are missing."""
-    from functools import partial
-
-    from mmdit_probe.data import PictureData
-    from mmdit_probe.data.captions import Captioner, cached
-    from mmdit_probe.errors import UserError
-
-    if not isinstance(source, PictureData):
-        raise UserError("scenes have captions of their own; --captions and --caption-model are for pictures on disk")
-    if file is None:
-        raise UserError("where are captions kept? Give --captions FILE.json: it is made, and used again next time")
-    pictures = source.pictures()
-    captioner = partial(Captioner.load, name, instruction=instruction, device=model.device) if name else None
-    with output.progress("captions", len(pictures)) as advance:
-        return replace(source, captions=cached(pictures, file, captioner, advance=advance))
-
-
-def _held_out(source: str | None, data: str, count: int, fit: str, model: MMDiT, split: str) -> list[Sample]:
-    """Held-out pictures; none for data on disk unless named: validation on training pictures says nothing."""
-    source = "scenes:val" if source is None and data.startswith("scenes:") else source
-    if source is None or count == 0:
-        return []
-    from mmdit_probe.data import training_data
-
-    held = training_data(
-        source, size=model.default_size, prompt="list", limit=count, fit=fit, split=split.replace("train", "val")
-    )
-    return [held[index] for index in range(len(held))]
 
 
 def _row(row: Any) -> dict[str, float]:

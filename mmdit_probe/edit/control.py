@@ -1,73 +1,126 @@
-"""The equal-budget control: the same amount of change, in a random direction.
+"""The equal-budget control: the edit's own change, in a direction that means nothing.
 
     control = EqualBudget(Blur("image", "text", layers=[9]), seed=0)
     with probe(model, edits=control): ...
 
-Each token's attention output moves by exactly as much as under the edit (L2 norm per sample, head and token), but into
-a random direction. A layer whose edit does no more harm than this is only sensitive, not special.
+Each token's attention output moves exactly as far as under the edit (L2 norm per sample, head and token). Two kinds:
+
+    rotation    the edit's change, turned by one random orthogonal matrix per layer and head, the same for every token,
+                sample and step. Angles between tokens' changes stay: the control is as coherent over the picture and
+                the sampling as the edit, so that it moves the picture as far.
+    noise       a direction of its own for every token and denoising call. Such changes cancel out: the picture moves
+                less than under an edit of the same size, so that this is the weaker control.
+
+A layer whose edit does no more harm than these is only sensitive, not special. One matrix is one direction out of many:
+compare with several, `EqualBudget(edit).directions(5)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import ModuleCall, Stage
 from mmdit_probe.edit.edit import Edit, Handler, Proceed
+from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.models.layout import Layer
 from mmdit_probe.specs import Spec
+
+Kind = Literal["rotation", "noise"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
 class EqualBudget:
-    """An edit's random control.
+    """An edit's control of equal size.
 
     Args:
         edit: whose change is matched in size, where and when it acts.
-        seed: of the directions; they differ by layer and denoising call.
+        seed: of the direction.
+        kind: "rotation" or "noise", see above.
     """
 
     edit: Edit
     seed: int = 0
+    kind: Kind = "rotation"
 
     stage: ClassVar[Stage] = "output"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.edit, Edit):
+            raise UserError(f"no equal-budget control of {type(self.edit).__name__}: expected an edit of attention")
+        if self.kind not in KINDS:
+            raise unknown("kind of control", self.kind, KINDS)
 
     @property
     def layers(self) -> Spec:
         return self.edit.layers
 
-    def handler(self, layer: Layer, run: Any) -> RandomHandler:
+    def handler(self, layer: Layer, run: Any) -> ControlHandler:
         """The handler of one layer, for `probe(edits=...)`."""
-        return RandomHandler(self.edit.handler(layer, run), self.seed)
+        return ControlHandler(self, self.edit.handler(layer, run))
 
     def at(self, **changes: Any) -> EqualBudget:
         """The same control with another address or setting of its edit."""
-        return EqualBudget(self.edit.at(**changes), self.seed)
+        return replace(self, edit=self.edit.at(**changes))
+
+    def directions(self, count: int) -> tuple[EqualBudget, ...]:
+        """The same control in `count` directions: seeds from `seed` on."""
+        return tuple(replace(self, seed=self.seed + k) for k in range(count))
 
     def record(self) -> Mapping[str, Any]:
         """What it is, as JSON values, for a run record."""
-        return {"edit": "EqualBudget", "seed": self.seed, "of": self.edit.record()}
+        return {"edit": "EqualBudget", "kind": self.kind, "seed": self.seed, "of": self.edit.record()}
 
 
-class RandomHandler:
+class ControlHandler:
     """The control at work in one layer of one run."""
 
-    def __init__(self, inner: Handler, seed: int) -> None:
-        self.inner, self.seed = inner, seed
+    def __init__(self, control: EqualBudget, inner: Handler) -> None:
+        self.control, self.inner = control, inner
+        self._turn: Tensor | None = None
 
     def __call__(self, call: SDPACall, module_call: ModuleCall, proceed: Proceed) -> Tensor:
         stock = proceed(call)
         if self.inner.edit.neutral:
             return stock
-        change = (self.inner(call, module_call, proceed) - stock).float().norm(dim=-1, keepdim=True)
-        number = 0 if self.inner.run.current is None else self.inner.run.current.number
-        # Drawn on the CPU per sample: the same on every device, and for a sample alone or in a batch.
-        generator = torch.Generator().manual_seed(hash((self.seed, self.inner.layer.index, number)) % (1 << 62))
-        draw = torch.randn(stock.shape[1:], generator=generator).to(stock.device)
-        direction = draw / draw.norm(dim=-1, keepdim=True)
-        return torch.where(change > 0, (stock.float() + change * direction).to(stock.dtype), stock)
+        change = self.inner(call, module_call, proceed).float() - stock.float()  # (B, H, N, D)
+        moved = stock.float() + (self._turned(change) if self.control.kind == "rotation" else self._noise(change))
+        return torch.where((change != 0).any(-1, keepdim=True), moved.to(stock.dtype), stock)
+
+    def _turned(self, change: Tensor) -> Tensor:
+        if self._turn is None or self._turn.shape[0] != change.shape[1]:
+            seed, layer = self.control.seed, self.inner.layer.index
+            turn = rotations(change.shape[1], change.shape[-1], _generator(seed, layer))
+            self._turn = turn.to(change.device, torch.float32)
+        with torch.autocast(change.device.type, enabled=False):
+            return change @ self._turn  # (B, H, N, D) x (H, D, D)
+
+    def _noise(self, change: Tensor) -> Tensor:
+        run = self.inner.run
+        number = 0 if run.current is None else run.current.number
+        # One draw for all samples: the same for a sample alone and in a batch.
+        generator = _generator(self.control.seed, self.inner.layer.index, number)
+        draw = torch.randn(change.shape[1:], generator=generator).to(change.device)
+        return change.norm(dim=-1, keepdim=True) * draw / draw.norm(dim=-1, keepdim=True)
+
+
+def rotations(heads: int, width: int, generator: torch.Generator) -> Tensor:
+    """Orthogonal matrices [H, D, D] float64, uniform (Haar): QR of Gaussian matrices with the signs of R taken out.
+
+    Source: Mezzadri, "How to generate random matrices from the classical compact groups", arXiv:math-ph/0609050.
+    """
+    q, r = torch.linalg.qr(torch.randn(heads, width, width, dtype=torch.float64, generator=generator))
+    return q * r.diagonal(dim1=-2, dim2=-1).sign()[:, None, :]
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """A generator on the CPU for a tuple of numbers: the same draws on every device."""
+    seed = np.random.SeedSequence([number % (1 << 64) for number in numbers]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(seed >> 1))

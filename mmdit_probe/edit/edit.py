@@ -66,8 +66,38 @@ class Place:
         return self.rows[:, None, None, None] & self.heads[None, :, None, None] & self.queries[None, None, :, None]
 
 
+class Addressed:
+    """What edits of attention and operations on blocks share; both are frozen dataclasses."""
+
+    branches: Sequence[str] | None
+
+    def __post_init__(self) -> None:
+        for branch in self.branches or ():
+            if branch not in BRANCHES:
+                raise unknown("guidance branch", branch, BRANCHES)
+
+    @property
+    def neutral(self) -> bool:
+        """Whether the setting changes nothing; such an edit leaves the call untouched."""
+        return False
+
+    def at(self, **changes: Any) -> Self:
+        """The same edit with another address or setting: `blur.at(layers=[3])`."""
+        return replace(self, **changes)  # type: ignore[type-var]
+
+    def no_op(self) -> Self:
+        """The same edit in a setting that changes nothing."""
+        return self.at(branches=())
+
+    def record(self) -> dict[str, Any]:
+        """What it is, as JSON values, for a run record."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        plain = {name: list(v) if isinstance(v, tuple | list) else v for name, v in values.items()}
+        return {"edit": type(self).__name__, **plain}
+
+
 @dataclass(frozen=True)
-class Edit:
+class Edit(Addressed):
     """Base of edits on one block of the joint attention.
 
     Args:
@@ -98,19 +128,12 @@ class Edit:
         for modality in (self.query, self.key):
             if modality not in ("image", "text"):
                 raise unknown("modality", modality, ("image", "text"))
-        for branch in self.branches or ():
-            if branch not in BRANCHES:
-                raise unknown("guidance branch", branch, BRANCHES)
+        super().__post_init__()
         for span in self.spans or ():
             if span not in KINDS:
                 raise unknown("span kind", span, KINDS)
         if self.key != "text" and (self.streams or self.spans or self.words):
             raise UserError("streams, spans and words select text keys; this edit's keys are image tokens")
-
-    @property
-    def neutral(self) -> bool:
-        """Whether the setting changes nothing; such an edit leaves the call untouched."""
-        return False
 
     def attend(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
         """The attention output [B, H, N, Dv] under the edit; entries outside `place.mask` are ignored."""
@@ -119,20 +142,6 @@ class Edit:
     def handler(self, layer: Layer, run: Run) -> Handler:
         """The handler of one layer, for `probe(edits=...)`."""
         return Handler(self, layer, run)
-
-    def at(self, **changes: Any) -> Self:
-        """The same edit with another address or setting: `blur.at(layers=[3])`."""
-        return replace(self, **changes)
-
-    def no_op(self) -> Edit:
-        """The same edit in a setting that changes nothing."""
-        return self.at(branches=())
-
-    def record(self) -> dict[str, Any]:
-        """What it is, as JSON values, for a run record."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        plain = {name: list(v) if isinstance(v, tuple | list) else v for name, v in values.items()}
-        return {"edit": type(self).__name__, **plain}
 
 
 class Handler:

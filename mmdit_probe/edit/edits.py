@@ -12,19 +12,61 @@ Not here: which layer to edit (`select`), and guidance with the perturbed model 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.edit.edit import Edit, Place, Proceed
-from mmdit_probe.edit.mixing import BORDERS, Border, blur_matrix, spread, taps
 from mmdit_probe.errors import UserError, unknown
 
 Where = Literal["probabilities", "logits"]
-WHERE: tuple[Where, ...] = ("probabilities", "logits")
+Border = Literal["reflect", "symmetric", "replicate"]
+WHERE: tuple[Where, ...] = get_args(Where)
+BORDERS: tuple[Border, ...] = get_args(Border)
+
+
+@dataclass(frozen=True)
+class Gaussian(Edit):
+    """Base of blurs.
+
+    Args:
+        sigma, kernel: width in tokens and number of taps. With 9 and 5 the taps are in effect a box of five.
+        border: "reflect" (the paper's; the first and last tokens lose mass, their neighbours gain), "symmetric" (every
+            token's mass is conserved) or "replicate".
+        where: "probabilities" (after the softmax, the paper's) or "logits" (before it; the rows stay normalised).
+
+    `sigma=0` or `kernel=1` is the no-op. The remaining arguments are those of `Edit`.
+    """
+
+    sigma: float = 9.0
+    kernel: int = 5
+    border: Border = "reflect"
+    where: Where = "probabilities"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        taps(self.sigma, self.kernel)
+        if self.border not in BORDERS:
+            raise unknown("border", self.border, BORDERS)
+        if self.where not in WHERE:
+            raise unknown("place of the blur", self.where, WHERE)
+
+    @property
+    def neutral(self) -> bool:
+        return self.sigma == 0 or self.kernel == 1
+
+    def no_op(self) -> Self:
+        return self.at(sigma=0.0)
+
+    def over_grid(self, place: Place) -> tuple[Tensor, Tensor]:
+        """The blurs along rows and along columns of the image grid, [h, h] and [w, w] float64."""
+        _, h, w = _grid(place)
+        weights = taps(self.sigma, self.kernel)
+        return blur_matrix(h, weights, self.border), blur_matrix(w, weights, self.border)
 
 
 @dataclass(frozen=True)
@@ -54,47 +96,18 @@ class KeyMix(Edit):
 
 
 @dataclass(frozen=True)
-class Blur(KeyMix):
-    """Gaussian blur along the keys: the paper's perturbation with its defaults.
-
-    Args:
-        sigma, kernel: width in tokens and number of taps. With 9 and 5 the taps are in effect a box of five.
-        border: "reflect" (the paper's; the first and last tokens lose mass, their neighbours gain), "symmetric" (every
-            token's mass is conserved) or "replicate".
-        where: "probabilities" (after the softmax, the paper's) or "logits" (before it; the rows stay normalised).
+class Blur(Gaussian, KeyMix):
+    """Gaussian blur along the keys: the paper's perturbation with its defaults. Arguments: see `Gaussian`.
 
     Text keys are blurred in their joint order, over all selected positions as one sequence: with every stream selected
     (the default) CLIP's last tokens mix with T5's first. Image keys are blurred in two dimensions on the grid.
-    `sigma=0` or `kernel=1` is the no-op. The remaining arguments are those of `Edit`.
     """
 
-    sigma: float = 9.0
-    kernel: int = 5
-    border: Border = "reflect"
-    where: Where = "probabilities"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        taps(self.sigma, self.kernel)
-        if self.border not in BORDERS:
-            raise unknown("border", self.border, BORDERS)
-        if self.where not in WHERE:
-            raise unknown("place of the blur", self.where, WHERE)
-
-    @property
-    def neutral(self) -> bool:
-        return self.sigma == 0 or self.kernel == 1
-
-    def no_op(self) -> Edit:
-        return self.at(sigma=0.0)
-
     def matrix(self, place: Place, row: int) -> Tensor:
-        weights = taps(self.sigma, self.kernel)
         if self.key == "image":
-            frames, h, w = _grid(place)
-            blur = torch.kron(blur_matrix(h, weights, self.border), blur_matrix(w, weights, self.border))
-            return torch.kron(torch.eye(frames, dtype=blur.dtype), blur)
-        return blur_matrix(int(place.keys[row].sum()), weights, self.border)
+            frames = torch.eye(place.layout.frames, dtype=torch.float64)
+            return torch.kron(frames, torch.kron(*self.over_grid(place)))
+        return blur_matrix(int(place.keys[row].sum()), taps(self.sigma, self.kernel), self.border)
 
     def attend(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
         if self.where == "probabilities":
@@ -108,6 +121,11 @@ class Scale(KeyMix):
     """Multiply the block's probabilities by `factor`; 0 removes what its queries read there, 1 is the no-op."""
 
     factor: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.factor):
+            raise UserError(f"factor {self.factor}: expected a finite number")
 
     @property
     def neutral(self) -> bool:
@@ -129,6 +147,9 @@ class Mean(KeyMix):
 @dataclass(frozen=True)
 class Swap(KeyMix):
     """Exchange two words: queries that look at the first read the second, and the other way round.
+
+    One edit for values and keys: the softmax does not know the order of its keys, so that exchanging the keys of two
+    words and exchanging their values is the same thing (and exchanging both changes nothing).
 
     Args:
         words: the two words; rows whose prompt lacks one are left alone. In each encoder stream as many positions are
@@ -159,38 +180,17 @@ class Swap(KeyMix):
 
 
 @dataclass(frozen=True)
-class GridBlur(Edit):
+class GridBlur(Gaussian):
     """Blur of the block over the image grid of its queries, as SEG (arXiv:2408.00760) blurs queries; I2T by default.
 
-    Args:
-        sigma, kernel, border: of the separable blur, in tokens.
-        where: "probabilities": each key's map over the image is blurred (rows of the attention then no longer sum to
-            one: see `renormalise`); "logits": the same before the softmax, the rows stay normalised.
-
-    `sigma=0` or `kernel=1` is the no-op. The remaining arguments are those of `Edit`; the queries must be image tokens.
+    With `where="probabilities"` each key's map over the image is blurred, and rows of the attention no longer sum to
+    one (see `renormalise`). Arguments: see `Gaussian`; the queries must be image tokens.
     """
-
-    sigma: float = 9.0
-    kernel: int = 5
-    border: Border = "reflect"
-    where: Where = "probabilities"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        taps(self.sigma, self.kernel)
         if self.query != "image":
             raise UserError("a blur over the image grid needs image queries")
-        if self.border not in BORDERS:
-            raise unknown("border", self.border, BORDERS)
-        if self.where not in WHERE:
-            raise unknown("place of the blur", self.where, WHERE)
-
-    @property
-    def neutral(self) -> bool:
-        return self.sigma == 0 or self.kernel == 1
-
-    def no_op(self) -> Edit:
-        return self.at(sigma=0.0)
 
     def attend(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
         keys = torch.zeros(call.key.shape[0], call.key.shape[-2], dtype=torch.bool, device=call.key.device)
@@ -208,11 +208,9 @@ class GridBlur(Edit):
 
     def _blurred(self, tokens: Tensor, place: Place) -> Tensor:
         """Tokens [B, H, N, D] with the image ones blurred over the grid."""
-        frames, h, w = _grid(place)
-        weights = taps(self.sigma, self.kernel)
-        rows, columns = (blur_matrix(side, weights, self.border).to(tokens.device, torch.float32) for side in (h, w))
+        rows, columns = (matrix.to(tokens.device, torch.float32) for matrix in self.over_grid(place))
         positions = place.layout.positions("image")
-        grid = tokens[:, :, positions].float().unflatten(2, (frames, h, w))
+        grid = tokens[:, :, positions].float().unflatten(2, _grid(place))
         blurred = torch.einsum("yi,xj,bhfijd->bhfyxd", rows, columns, grid).flatten(2, 4)
         result = tokens.clone()
         result[:, :, positions] = blurred.to(tokens.dtype)
@@ -234,3 +232,54 @@ def _grid(place: Place) -> tuple[int, int, int]:
     if layout.frames * h * w != layout.counts["image"]:
         raise UserError(f"the image tokens have no known grid: {layout.counts['image']} tokens")
     return layout.frames, h, w
+
+
+def taps(sigma: float, kernel: int) -> Tensor:
+    """Normalised Gaussian weights [kernel] float64; sigma in tokens, 0 gives the identity.
+
+    Raises:
+        UserError: a negative sigma, or a kernel that is not odd and positive.
+    """
+    if kernel < 1 or kernel % 2 == 0:
+        raise UserError(f"blur kernel {kernel}: expected an odd number of tokens from 1")
+    if not 0 <= sigma < math.inf:
+        raise UserError(f"blur sigma {sigma}: expected a finite width in tokens from 0")
+    offsets = torch.arange(kernel, dtype=torch.float64) - kernel // 2
+    if sigma == 0:
+        return (offsets == 0).double()
+    weights = (-0.5 * (offsets / sigma) ** 2).exp()
+    return weights / weights.sum()
+
+
+def blur_matrix(length: int, weights: Tensor, border: Border = "reflect") -> Tensor:
+    """The matrix [length, length] float64 of a 1-D blur with `weights` [kernel] and the border rule; rows sum to 1.
+
+    Rows are outputs: the blurred sequence is `matrix @ a`. "reflect" mirrors without repeating the edge token,
+    "symmetric" repeats it, which makes the columns sum to 1 as well: every token's mass is conserved.
+
+        >>> [round(x, 2) for x in blur_matrix(12, taps(9.0, 5), "reflect").sum(0).tolist()[:4]]     # mass moves inwards
+        [0.6, 1.2, 1.2, 1.0]
+    """
+    if border not in BORDERS:
+        raise unknown("border", border, BORDERS)
+    matrix = torch.zeros(length, length, dtype=torch.float64)
+    rows = torch.arange(length)[:, None]
+    sources = _inside(rows + torch.arange(len(weights)) - len(weights) // 2, length, border)
+    return matrix.index_put_((rows, sources), weights.double().expand(length, -1), accumulate=True)
+
+
+def spread(matrix: Tensor, positions: Tensor, length: int) -> Tensor:
+    """A matrix [n, n] on n of `length` positions, the identity elsewhere: [length, length]."""
+    full = torch.eye(length, dtype=matrix.dtype)
+    full[positions[:, None], positions[None, :]] = matrix
+    return full
+
+
+def _inside(index: Tensor, length: int, border: Border) -> Tensor:
+    """The positions that stand for those beyond the ends."""
+    if border == "replicate" or length == 1:
+        return index.clamp(0, length - 1)
+    # Mirrors repeat with this period; positions beyond one mirror image come back (short sequences, wide kernels).
+    period = 2 * (length - 1) if border == "reflect" else 2 * length
+    index = index % period
+    return torch.minimum(index, (period if border == "reflect" else period - 1) - index)

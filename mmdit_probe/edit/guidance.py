@@ -21,15 +21,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmdit_probe.attention.intercept import Stage, interpose
+from mmdit_probe.attention.intercept import interpose
+from mmdit_probe.edit.blocks import BlockEdit
+from mmdit_probe.edit.control import EqualBudget
 from mmdit_probe.edit.edit import Edit
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.layout import Layer, unwrap
 from mmdit_probe.specs import Spec, layer_indices
 
 if TYPE_CHECKING:
-    from mmdit_probe.edit.control import EqualBudget
     from mmdit_probe.models.mmdit import MMDiT
+
+Guide = Edit | EqualBudget | BlockEdit
+"""What the perturbed forward does: an edit of attention, its control, or an operation on blocks."""
 
 PERTURBED = "perturbed"
 """Branch of the extra forward, as a probe labels it."""
@@ -78,7 +82,7 @@ class Guided:
 
 
 @contextmanager
-def perturbed_guidance(model: MMDiT, edit: Edit | EqualBudget) -> Iterator[Guided]:
+def perturbed_guidance(model: MMDiT, edit: Guide) -> Iterator[Guided]:
     """Guide by an edit of some layers while the context lasts.
 
     Args:
@@ -105,7 +109,7 @@ def perturbed_guidance(model: MMDiT, edit: Edit | EqualBudget) -> Iterator[Guide
 
 
 @contextmanager
-def guided_calls(target: Any, edit: Edit | EqualBudget, scale: float, guidance: float) -> Iterator[None]:
+def guided_calls(target: Any, edit: Guide, scale: float, guidance: float) -> Iterator[None]:
     """Perturbed guidance as a wrapper of the transformer, for pipelines that only know classifier-free guidance.
 
     Every call returns, in its conditional rows, c + (s / g) (c - p), so that the pipeline's own u + g (c' - u) is the
@@ -145,14 +149,20 @@ def guided_calls(target: Any, edit: Edit | EqualBudget, scale: float, guidance: 
 class _Switched:
     """An edit that acts only while it is on."""
 
-    def __init__(self, edit: Edit | EqualBudget) -> None:
+    def __init__(self, edit: Guide) -> None:
         self.edit, self.on = edit, False
         self.layers: Spec = edit.layers
-        self.stage: Stage = edit.stage
+        self.stage = edit.stage
 
-    def handler(self, layer: Layer, run: Any) -> Callable[..., torch.Tensor]:
-        inner = self.edit.handler(layer, run)
+    def handler(self, layer: Layer, run: Any) -> Callable[..., Any]:
+        inner: Callable[..., Any] = self.edit.handler(layer, run)
+        if self.stage == "block":
+            return lambda proceed, *args, **kwargs: (inner if self.on else _stock)(proceed, *args, **kwargs)
         return lambda call, module_call, proceed: inner(call, module_call, proceed) if self.on else proceed(call)
+
+
+def _stock(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return proceed(*args, **kwargs)
 
 
 def _without(name: str) -> Callable[..., Any]:

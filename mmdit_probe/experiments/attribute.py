@@ -24,15 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit_probe.attention import gradients
-from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.attention.intercept import ModuleCall, Stage
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.models.layout import Layer
+from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.results.statistics import FEWEST, TOO_FEW, measured, resampled, spearman
-from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices
+from mmdit_probe.specs import HeadSpec, Spec, layer_indices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -161,8 +158,9 @@ class _SceneTargets:
         groups = torch.zeros(1, len(tokens), len(self.names))
         for word, span in enumerate(self.spans):
             groups[0, span, word] = 1.0
-        self.maps = _Maps(layers, heads, groups)
-        self.edits = [*edits, self.maps]
+        self.groups = groups.to(clean.device)
+        self.tap = TextMapTap(layers, space="probability", heads=heads, reduce=True)
+        self.edits = list(edits)
 
     def table(self, method: Method, target: Target, steps: int) -> pd.DataFrame:
         import pandas as pd
@@ -185,10 +183,10 @@ class _SceneTargets:
              "layer": np.array(self.layers)[layer], "attention": attention.ravel().astype(float)}
         )  # fmt: skip
 
-    def _denoise(self, embeddings: Tensor) -> Tensor:
+    def _denoise(self, embeddings: Tensor, *tap: TextMapTap) -> Tensor:
         count = len(embeddings)
         condition = TextCondition(embeddings, self.text.pooled.repeat(count, 1), self.text.tokens * count)
-        with probe(self.model, edits=self.edits):
+        with probe(self.model, edits=[*self.edits, *tap]):
             return self.model.denoise(self.noised.repeat(count, 1, 1, 1), self.sigma, condition, grad=True)
 
     def _gain(self, embeddings: Tensor) -> Tensor:
@@ -199,34 +197,14 @@ class _SceneTargets:
 
     def _masses(self, embeddings: Tensor) -> Tensor:
         """Mean of every word's map in every region and layer [B, L, W, R] for texts [B, T, C]."""
-        self._denoise(embeddings)
-        maps = torch.stack([self.maps.taken[layer] for layer in self.layers], 1)  # [B, L, h, w, W]
-        areas = torch.nn.functional.adaptive_avg_pool2d(self.masks, (maps.shape[2], maps.shape[3])).to(maps)
-        return torch.einsum("rhw,blhwk->blkr", areas, maps) / areas.sum((1, 2))
+        self.tap.begin(self.groups)
+        self._denoise(embeddings, self.tap)
+        maps = torch.stack(list(self.tap.take().values()), 1)  # [B, L, W, h, w]
+        areas = torch.nn.functional.adaptive_avg_pool2d(self.masks, (maps.shape[3], maps.shape[4])).to(maps)
+        return torch.einsum("rhw,blkhw->blkr", areas, maps) / areas.sum((1, 2))
 
     def _flat_masses(self, embeddings: Tensor) -> Tensor:
         return self._masses(embeddings).flatten(1)
-
-
-class _Maps:
-    """Takes I2T maps of groups of text positions, with gradients, as calls pass; changes nothing."""
-
-    stage: Stage = "input"
-
-    def __init__(self, layers: Sequence[int], heads: HeadSpec, groups: Tensor) -> None:
-        self.layers, self.heads, self.groups = list(layers), heads, groups
-        self.taken: dict[int, Tensor] = {}
-
-    def handler(self, layer: Layer, run: Any) -> Callable[[SDPACall, ModuleCall], SDPACall]:
-        def see(call: SDPACall, module_call: ModuleCall) -> SDPACall:
-            layout = run.layout(layer)
-            positions = (layout.positions("text"), layout.positions("image"))
-            maps = gradients.text_maps(call, *positions, self.groups.to(call.query.device))  # [B, H, I, W]
-            chosen = maps[:, list(heads_at(self.heads, layer.index, maps.shape[1]))].mean(1)
-            self.taken[layer.index] = chosen.unflatten(1, layout.grid)
-            return call
-
-        return see
 
 
 def attributions(

@@ -2,9 +2,9 @@
 
     from mmdit_probe import load
     from mmdit_probe.data import ScenesData
-    from mmdit_probe.magnet import MagnetConfig, train
+    from mmdit_probe.magnet import TrainMagnet, train
     model = load("scenes-sd3")
-    train(model, ScenesData("train", 1000), MagnetConfig(layers=(4,), steps=200, warmup=20), out="runs/magnet")
+    train(model, ScenesData("train", 1000), TrainMagnet(layers=(4,), steps=200), out="runs/magnet")
     pipe.load_lora_weights("runs/magnet/lora")      # in a program that knows nothing of this package
 
 Not a general fine-tuning tool: what it trains is the attention that reads text into the image.
@@ -16,24 +16,29 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmdit_probe.magnet.config import MagnetConfig
+    from mmdit_probe.magnet.config import TrainMagnet, recipe
     from mmdit_probe.magnet.lora import save_lora
     from mmdit_probe.magnet.pseudo import SelfLabelled
+    from mmdit_probe.magnet.run import run
     from mmdit_probe.magnet.tap import TextMapTap
     from mmdit_probe.magnet.trainer import train
 
 _EXPORTS = {
-    "MagnetConfig": "mmdit_probe.magnet.config",
     "SelfLabelled": "mmdit_probe.magnet.pseudo",
     "TextMapTap": "mmdit_probe.magnet.tap",
+    "TrainMagnet": "mmdit_probe.magnet.config",
+    "recipe": "mmdit_probe.magnet.config",
+    "run": "mmdit_probe.magnet.run",
     "save_lora": "mmdit_probe.magnet.lora",
     "train": "mmdit_probe.magnet.trainer",
 }
 
 __all__ = [
-    "MagnetConfig",
     "SelfLabelled",
     "TextMapTap",
+    "TrainMagnet",
+    "recipe",
+    "run",
     "save_lora",
     "train",
 ]

@@ -1,96 +1,248 @@
-"""Every choice of a MAGNET training, in one frozen record; defaults are the paper's (its code's where it is silent).
+"""Every choice of a MAGNET training, stated once: type, default, range and help text; defaults are the paper's.
 
-    >>> MagnetConfig(layers=(4,), steps=200).effective(processes=2)
+    >>> TrainMagnet(layers=(4,), steps=200).effective(processes=2)
     16
+    >>> recipe("ours", layers=(4,)).max_grad_norm
+    1.0
 
-Source: arXiv:2509.18096 section 4.3 and appendix A, and its published code. One deliberate difference: the paper's
-figure of 1e-5 for the learning rate is not what its code ran (1e-4), so 1e-4 is the default.
+Source: arXiv:2509.18096 section 4.3 and appendix A, and its published code where the paper is silent. One deliberate
+difference: the paper's figure of 1e-5 for the learning rate is not what its code ran (1e-4), so 1e-4 is the default.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from mmdit_probe.attention.gradients import Space
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.magnet.losses import LossWeights, Normalise
+from mmdit_probe.options import Option, check, described
 from mmdit_probe.specs import Spec
 
-ALIGNMENTS = ("token", "head", "none")
+Space = Literal["logit", "probability"]
+Normalise = Literal["none", "minmax"]
+Masks = Literal["class", "part", "self", "self-segments", "none"]
 Alignment = Literal["token", "head", "none"]
 
+_LEVEL: dict[str, Alignment] = {
+    "class": "token",
+    "part": "head",
+    "self": "token",
+    "self-segments": "head",
+    "none": "none",
+}
+DATA, ALIGNMENT, LOSS, LORA, OPTIMISER, LOOKS = "Data", "Alignment", "Loss", "LoRA", "Optimiser", "On the way"
+"""Panels. Options of the first say what is read (the data describe themselves), of the last what is looked at on the
+way: neither is part of what decides a training on given data. No torch here: `--help` reads this."""
 
-@dataclass(frozen=True)
-class MagnetConfig:
-    """Options of `train`.
+RECIPES: dict[str, dict[str, Any]] = {
+    "paper": {"columns": "clip"},
+    "ours": {
+        "streams": "joint", "space": "probability", "normalise": "minmax", "rate": 3e-3, "max_grad_norm": 1.0,
+        "steps": 400, "warmup": 20, "drop_prompt": 0.1,
+    },
+}  # fmt: skip
+"""What a recipe changes in the defaults. "paper": LoRA of rank 16 on the image stream of all layers, maps before the
+softmax, CLIP's columns, rate 1e-4, gradient norm 0.01, 0.1 focal + 0.2 dice. "ours": chosen on validation scenes of the
+embedded model (`analyses/magnet_scenes.py`)."""
 
-    Attributes:
-        layers: joint-attention layers whose I2T maps are aligned; several are averaged (token) or all offered (head).
-        alignment: "token" pairs the map of a class's words (mean over heads) with the class's mask; "head" pairs the
-            maps of layers x heads x text tokens with masks by bipartite matching; "none" trains on flow matching
-            alone, the control.
-        space: maps before ("logit") or after ("probability") the softmax. normalise: "minmax" over space, or "none".
-        weights: of the losses.
-        lora_layers: layers that get an adapter; streams: "image" or "joint". rank, alpha: of the adapter.
-        steps, batch, accumulation: optimiser steps, samples per process and micro-batch, micro-batches per step.
-        rate, warmup, floor, decay, clip: AdamW's learning rate, warm-up steps (from `floor` times the rate), its final
-            share of the rate after the cosine, weight decay, largest gradient norm.
-        sigma_mean, sigma_std: of the normal whose sigmoid indexes the scheduler's 1000 shifted noise levels.
-        ema: decay of the averaged adapter; 0 is off. The averaged one is validated and saved.
-        precision: "no", "bf16" or "fp16" (autocast; the adapter stays float32). checkpointing: of activations.
-        score_head: "conv" puts the published code's hidden 3-convolution head between maps and loss, an ablation.
-        drop_prompt: share of samples whose prompt is empty, and whose masks are then left out.
-        seed: of everything that is drawn.
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the objective and of the matching cost; the defaults are the paper's (its code's for the matcher)."""
+
+    flow_weight: Annotated[float, Option("Weight of flow matching.", min=0, max=1e6, panel=LOSS)] = 1.0
+    mask_weight: Annotated[float, Option("lambda_mask, of focal and dice.", min=0, max=1e6, panel=LOSS)] = 1.0
+    focal_weight: Annotated[float, Option("lambda_focal.", min=0, max=1e6, panel=LOSS)] = 0.1
+    dice_weight: Annotated[float, Option("lambda_dice.", min=0, max=1e6, panel=LOSS)] = 0.2
+    focal: Annotated[
+        Literal["paper", "released"],
+        Option("paper, or released: the published code's, which took logits for probabilities.", panel=LOSS),
+    ] = "paper"
+    focal_alpha: Annotated[
+        float, Option("Class balance of the focal loss; negative: none.", min=-1, max=1, panel=LOSS)
+    ] = 0.25
+    focal_gamma: Annotated[float, Option("Focus of the focal loss.", min=0, max=16, panel=LOSS)] = 2.0
+    match_focal: Annotated[float, Option("Focal share of the matching cost.", min=0, max=1e6, panel=LOSS)] = 0.02
+    match_dice: Annotated[float, Option("Dice share of the matching cost.", min=0, max=1e6, panel=LOSS)] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainMagnet(LossWeights):
+    """Options of a training; `trainer.train` uses all but the data's, `run.run` those too.
+
+    Raises:
+        UserError: an option outside its type, choices or range, or two that exclude each other.
     """
 
-    layers: tuple[int, ...]
-    alignment: Alignment = "token"
-    space: Space = "logit"
-    normalise: Normalise = "none"
-    weights: LossWeights = field(default_factory=LossWeights)
-    lora_layers: Spec = "all"
-    streams: Literal["image", "joint"] = "image"
-    rank: int = 16
-    alpha: float = 16.0
-    steps: int = 3000
-    batch: int = 8
-    accumulation: int = 1
-    rate: float = 1e-4
-    warmup: int = 500
-    floor: float = 0.01
-    decay: float = 1e-4
-    clip: float = 0.01
-    sigma_mean: float = 0.0
-    sigma_std: float = 0.5
-    ema: float = 0.0
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    checkpointing: bool = False
-    score_head: Literal["none", "conv"] = "none"
-    drop_prompt: float = 0.0
-    seed: int = 0
+    layers: Annotated[
+        Spec | None, Option("Layers whose maps are aligned, 0-based: 9, 7-11 or 0,9; averaged.", panel=ALIGNMENT)
+    ] = None
+    selection: Annotated[
+        Path | None, Option("LayerSelection file of select-layers, instead of --layers.", panel=ALIGNMENT)
+    ] = None
+    data: Annotated[
+        str,
+        Option(
+            "scenes:train; a folder of pictures with captions and masks; coco-stuff:ROOT, coco-panoptic:ROOT, "
+            "coco-instances:ROOT; or sa1b:ROOT.",
+            panel=DATA,
+        ),
+    ] = "scenes:train"
+    masks: Annotated[
+        Masks,
+        Option(
+            "class (named), part (scenes), self (the model's own maps), self-segments, or none: the control.",
+            panel=DATA,
+        ),
+    ] = "class"
+    prompt: Annotated[
+        Literal["list", "caption", "mixed"] | None,
+        Option(
+            "list (class names), caption, or mixed (scenes).", shown_default="list where masks have names", panel=DATA
+        ),
+    ] = None
+    limit: Annotated[
+        int | None, Option("Use the first LIMIT pictures.", min=1, shown_default="1000 of scenes", panel=DATA)
+    ] = None
+    split: Annotated[str, Option("Split of COCO.", panel=DATA)] = "train2017"
+    fit: Annotated[Literal["crop", "squash"], Option("How pictures on disk meet the model's size.", panel=DATA)] = (
+        "crop"
+    )
+    captions: Annotated[
+        Path | None, Option("Captions as JSON, used instead of the data's own; --caption-model extends it.", panel=DATA)
+    ] = None
+    caption_model: Annotated[
+        str | None,
+        Option("Image-to-text model (folder or hub id) that writes the captions not yet in --captions.", panel=DATA),
+    ] = None
+    caption_instruction: Annotated[str, Option("What the captioning model is told.", panel=DATA)] = ""
+    sentences: Annotated[
+        int | None, Option("Sentences of a caption to use.", min=1, shown_default="all", panel=DATA)
+    ] = None
+    refine: Annotated[str, Option("Refinement of the model's own masks.", panel=DATA)] = "affinity"
+
+    alignment: Annotated[
+        Alignment | None,
+        Option(
+            "token: the map of a class's words meets its mask; head: maps of layers x heads x tokens meet masks by "
+            "bipartite matching; none: flow matching alone.",
+            shown_default="by --masks",
+            panel=ALIGNMENT,
+        ),
+    ] = None
+    space: Annotated[Space, Option("Maps before (logit) or after (probability) the softmax.", panel=ALIGNMENT)] = (
+        "logit"
+    )
+    normalise: Annotated[Normalise, Option("Stretch every map to 0..1 over space, or not.", panel=ALIGNMENT)] = "none"
+    columns: Annotated[
+        Literal["all", "clip"],
+        Option("Text tokens whose maps are aligned: all, or CLIP's (the paper).", panel=ALIGNMENT),
+    ] = "all"
+    score_head: Annotated[
+        Literal["none", "conv"],
+        Option("conv: the published code's hidden 3-convolution head on the maps, an ablation.", panel=ALIGNMENT),
+    ] = "none"
+    drop_prompt: Annotated[
+        float, Option("Share of samples with an empty prompt, without masks.", min=0, max=1, panel=ALIGNMENT)
+    ] = 0.0
+
+    lora_layers: Annotated[Spec, Option("Layers that get an adapter: all, selected, 9, 7-11 or 0,9.", panel=LORA)] = (
+        "all"
+    )
+    streams: Annotated[Literal["image", "joint"], Option("Streams whose projections get an adapter.", panel=LORA)] = (
+        "image"
+    )
+    rank: Annotated[int, Option("Rank.", min=1, max=4096, panel=LORA)] = 16
+    alpha: Annotated[float, Option("Scale times rank.", above=0, max=1e6, panel=LORA)] = 16.0
+    ema: Annotated[
+        float,
+        Option("Decay of an averaged adapter, which is validated and saved; 0: off.", min=0, max=0.999999, panel=LORA),
+    ] = 0.0
+
+    steps: Annotated[int, Option("Optimiser steps.", min=1, max=10**8, panel=OPTIMISER)] = 3000
+    batch: Annotated[int, Option("Samples per process and micro-batch.", min=1, max=65536, panel=OPTIMISER)] = 8
+    accumulation: Annotated[int, Option("Micro-batches per step.", min=1, max=65536, panel=OPTIMISER)] = 1
+    rate: Annotated[float, Option("Learning rate of AdamW.", above=0, max=1, panel=OPTIMISER)] = 1e-4
+    warmup: Annotated[
+        int | None, Option("Warm-up steps.", min=0, shown_default="500, at most a sixth of --steps", panel=OPTIMISER)
+    ] = None
+    floor: Annotated[float, Option("Share of the rate that warm-up starts from.", min=0, max=1, panel=OPTIMISER)] = 0.01
+    decay: Annotated[float, Option("Weight decay.", min=0, max=1, panel=OPTIMISER)] = 1e-4
+    max_grad_norm: Annotated[
+        float, Option("Largest gradient norm; larger ones are scaled down.", above=0, max=1e6, panel=OPTIMISER)
+    ] = 0.01
+    sigma_mean: Annotated[float, Option("Mean of the logit-normal noise level.", min=-20, max=20, panel=OPTIMISER)] = (
+        0.0
+    )
+    sigma_std: Annotated[float, Option("Its standard deviation.", min=0, max=20, panel=OPTIMISER)] = 0.5
+    precision: Annotated[
+        Literal["no", "bf16", "fp16"], Option("Autocast; the adapter stays float32.", panel=OPTIMISER)
+    ] = "no"
+    checkpointing: Annotated[bool, Option("Recompute activations to save memory.", panel=OPTIMISER)] = False
+    seed: Annotated[int, Option("Of everything that is drawn.", min=0, max=2**63 - 1, panel=OPTIMISER)] = 0
+
+    validation: Annotated[
+        str | None,
+        Option(
+            "Held-out pictures with named masks: scenes:val or a folder.",
+            shown_default="scenes:val of scenes",
+            panel=LOOKS,
+        ),
+    ] = None
+    validate_every: Annotated[int, Option("Steps between validations; 0: at the end.", min=0, panel=LOOKS)] = 0
+    validate_count: Annotated[int, Option("Held-out pictures.", min=0, panel=LOOKS)] = 64
+    validate_sigma: Annotated[float, Option("Noise level of the validated maps.", above=0, max=1, panel=LOOKS)] = 0.515
+    sample_prompts: Annotated[
+        Sequence[str],
+        Option("Prompt of the sample grid at every validation; repeatable.", flag="--sample-prompt", panel=LOOKS),
+    ] = ()
+    sample_steps: Annotated[int, Option("Sampling steps of the grid.", min=1, max=1000, panel=LOOKS)] = 28
+    sample_guidance: Annotated[float, Option("Guidance scale of the grid.", min=0, max=1000, panel=LOOKS)] = 7.5
+    save_every: Annotated[int, Option("Steps between checkpoints.", min=1, panel=LOOKS)] = 100
+    report_to: Annotated[
+        Literal["tensorboard", "wandb"] | None, Option("Tracker of the training log, beside the CSV.", panel=LOOKS)
+    ] = None
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("alignment", ALIGNMENTS), ("space", ("logit", "probability")), ("normalise", ("none", "minmax")),
-            ("streams", ("image", "joint")), ("precision", ("no", "bf16", "fp16")), ("score_head", ("none", "conv")),
-        ):  # fmt: skip
-            if getattr(self, name) not in known:
-                raise unknown(name.replace("_", " "), getattr(self, name), known)
-        for name in ("rank", "steps", "batch", "accumulation"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} {getattr(self, name)}: expected 1 or more")
-        if not 0 <= self.warmup <= self.steps:
+        check(self)
+        if self.layers is None and self.selection is None:
+            raise UserError("which layers' maps are to be aligned? Give --layers 9, or --selection from select-layers")
+        if self.layers is not None and self.selection is not None:
+            raise UserError("--selection names layers already; leave --layers out")
+        if self.warmup_steps > self.steps:
             raise UserError(f"warm-up of {self.warmup} steps in a training of {self.steps}; expected at most as many")
-        if not 0.0 <= self.ema < 1.0:
-            raise UserError(f"ema {self.ema}: expected a decay in 0..1, 0 for none")
-        if self.score_head == "conv" and self.alignment != "token":
+        if self.score_head == "conv" and self.level != "token":
             raise UserError("the convolution head reads token maps; use it with alignment 'token'")
+
+    @property
+    def level(self) -> Alignment:
+        """The alignment: `alignment`, or what the masks are made for."""
+        return self.alignment or _LEVEL[self.masks]
+
+    @property
+    def warmup_steps(self) -> int:
+        return min(500, self.steps // 6) if self.warmup is None else self.warmup
 
     def effective(self, processes: int = 1) -> int:
         """Samples per optimiser step."""
         return self.batch * self.accumulation * processes
 
     def as_request(self) -> dict[str, Any]:
-        """JSON values of every option."""
-        return asdict(self) | {"layers": list(self.layers)}
+        """JSON values of every option that decides the numbers of a training on given data."""
+        kept = {field.name for field in described(self) if field.option.panel not in (DATA, LOOKS)} - {"selection"}
+        values = {name: value for name, value in asdict(self).items() if name in kept}
+        lists = {name: list(v) for name, v in values.items() if not isinstance(v, str) and isinstance(v, Sequence)}
+        return values | lists | {"alignment": self.level, "warmup": self.warmup_steps}
+
+
+def recipe(name: str, **changes: Any) -> TrainMagnet:
+    """The options of a recipe (see `RECIPES`), with changes.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    return TrainMagnet(**{**RECIPES[name], **changes})

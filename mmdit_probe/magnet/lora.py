@@ -4,25 +4,26 @@
     attach(model.transformer, targets, rank=16, alpha=16, seed=0)
     save_lora(model.transformer, "out/lora", {"layers": [9]})
 
-Saved in diffusers' format with peft's configuration in the header: without it `load_lora_weights` takes alpha to be the
-rank, and an adapter of another alpha comes back scaled wrongly and without a warning (diffusers 0.42.1).
+Saved in diffusers' format. An adapter of another alpha than its rank has its scale folded into the up projections:
+`load_lora_weights` reads alpha from the file's header alone and, given a state dict, takes it to be the rank without a
+warning (diffusers 0.42.1). So the file, its tensors alone and a merged copy are all the same adapter.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import RunError, UserError, unknown
 from mmdit_probe.models.adapters import FILE, KEY
 from mmdit_probe.models.families.registry import Family
 from mmdit_probe.models.layout import find_layers, unwrap
+from mmdit_probe.results.atomic import replacing
 from mmdit_probe.specs import Spec, layer_indices
 
 Streams = Literal["image", "joint"]
@@ -58,12 +59,10 @@ def target_modules(
     return paths
 
 
-def attach(transformer: Any, targets: Sequence[str], *, rank: int, alpha: float, seed: int = 0) -> list[nn.Parameter]:
+def attach(transformer: Any, targets: Sequence[str], *, rank: int, alpha: float, seed: int = 0) -> None:
     """Add a LoRA adapter named `magnet`; everything else is frozen.
 
     The down projection is Gaussian from `seed` and the up projection zero (peft's "gaussian"), in float32.
-
-    Returns: the trainable parameters, in a fixed order.
     """
     from peft import LoraConfig
 
@@ -74,7 +73,7 @@ def attach(transformer: Any, targets: Sequence[str], *, rank: int, alpha: float,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer.add_adapter(config, adapter_name=ADAPTER)
-    return [parameter for _, parameter in named_parameters(transformer)]
+    named_parameters(transformer)
 
 
 def named_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -86,48 +85,38 @@ def named_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def save_lora(transformer: Any, directory: str | Path, metadata: Mapping[str, Any], adapter: str = ADAPTER) -> Path:
-    """Write an adapter in diffusers' format, atomically.
+    """Write an adapter in diffusers' format, atomically; its tensors carry the scale, alpha over rank.
 
     Args:
         transformer: holds the adapter. directory: the folder to write.
         metadata: our facts (layers, data, losses, seed, ...); JSON values.
 
     Returns: the weight file.
+
+    Raises:
+        RunError: the adapter is not finite.
     """
-    from diffusers import StableDiffusion3Pipeline
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     inner = unwrap(transformer)
-    state = {
-        name: tensor.detach().float().cpu().contiguous()
-        for name, tensor in get_peft_model_state_dict(inner, adapter_name=adapter).items()
+    config = inner.peft_config[adapter]
+    state = {}
+    for name, tensor in get_peft_model_state_dict(inner, adapter_name=adapter).items():
+        scale = config.lora_alpha / config.r if ".lora_B." in name else 1.0
+        state[f"transformer.{name}"] = (scale * tensor.detach().float()).cpu().contiguous()
+        if not bool(state[f"transformer.{name}"].isfinite().all()):
+            raise RunError(f"the adapter's {name} is not finite: it is not saved")
+    facts = {f"transformer.{key}": value for key, value in _plain(config.to_dict()).items()}
+    header = {
+        "format": "pt",
+        LORA_ADAPTER_METADATA_KEY: json.dumps(facts | {"transformer.lora_alpha": config.r}, sort_keys=True),
+        KEY: json.dumps(dict(metadata), sort_keys=True, default=str),
     }
-    folder = Path(directory)
-    temporary = f"{FILE}.tmp.safetensors"
-    StableDiffusion3Pipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=state,
-        transformer_lora_adapter_metadata=_plain(inner.peft_config[adapter].to_dict()),
-        weight_name=temporary,
-    )
-    with safe_open(str(folder / temporary), framework="pt") as opened:
-        header = dict(opened.metadata())
-    if LORA_ADAPTER_METADATA_KEY not in header:
-        raise UserError(
-            "this diffusers version writes no adapter metadata; alpha would be lost. Expected 0.35 or newer"
-        )
-    header[KEY] = json.dumps(dict(metadata), sort_keys=True, default=str)
-    save_file(load_file(folder / temporary), folder / temporary, metadata=header)
-    os.replace(folder / temporary, folder / FILE)
-    return folder / FILE
-
-
-def lora_state(transformer: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trainable parameters by name."""
-    return {name: parameter.detach().clone() for name, parameter in named_parameters(transformer)}
+    with replacing(Path(directory) / FILE) as temporary:
+        save_file(state, temporary, metadata=header)
+    return Path(directory) / FILE
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -4,7 +4,8 @@ Every term is a mean over samples of per-sample values, so that neither the spli
 processes changes it.
 
     >>> import torch
-    >>> float(focal(torch.tensor([6.0]), torch.tensor([0.0]), alpha=-1.0, gamma=0.0))     # plain cross-entropy
+    >>> plain = LossWeights(focal_alpha=-1.0, focal_gamma=0.0)                              # cross-entropy
+    >>> float(focal(torch.tensor([6.0]), torch.tensor([0.0]), plain))
     6.0024...
 
 Focal and dice take logits: the published trainer overwrote the sigmoid by the logits themselves, which makes a wrong
@@ -13,9 +14,6 @@ pixel at logit 6 cost 216. Maps after the softmax are probabilities already; `as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,38 +21,23 @@ from torch.nn import functional as F
 
 from mmdit_probe.attention.gradients import Space
 from mmdit_probe.errors import unknown
+from mmdit_probe.magnet.config import LossWeights, Normalise
 from mmdit_probe.segment.tail import minmax
 
-Normalise = Literal["none", "minmax"]
 _EPS = 1e-4
 
 
-@dataclass(frozen=True)
-class LossWeights:
-    """Weights of the objective and of the matching cost; the defaults are the paper's (its code's for the matcher).
+def focal(logits: Tensor, targets: Tensor, weights: LossWeights) -> Tensor:
+    """Focal loss per element (arXiv:1708.02002), of logits and targets in [0, 1] of one shape.
 
-    Attributes:
-        flow, mask, focal, dice: flow + mask (focal + dice).
-        alpha, gamma: of the focal loss; alpha < 0 leaves the balance of classes out.
-        match_focal, match_dice: cost of pairing a map with a mask (head-level alignment).
+    With `weights.focal` "released" the defect of the published code (`prob = inputs` in its criterion and matcher): the
+    focus is a power of the logit, not of its probability.
     """
-
-    flow: float = 1.0
-    mask: float = 1.0
-    focal: float = 0.1
-    dice: float = 0.2
-    alpha: float = 0.25
-    gamma: float = 2.0
-    match_focal: float = 0.02
-    match_dice: float = 1.0
-
-
-def focal(logits: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Focal loss per element (arXiv:1708.02002), of logits and targets in [0, 1] of one shape."""
     entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    p = logits.sigmoid()
+    p = logits if weights.focal == "released" else logits.sigmoid()
     missed = p * (1 - targets) + (1 - p) * targets
-    loss = entropy * missed**gamma
+    loss = entropy * missed**weights.focal_gamma
+    alpha = weights.focal_alpha
     return loss if alpha < 0 else loss * (alpha * targets + (1 - alpha) * (1 - targets))
 
 
@@ -94,7 +77,7 @@ def mask_loss(logits: Tensor, masks: Tensor, weights: LossWeights) -> tuple[Tens
     """
     targets = masks.to(logits.device, logits.dtype)
     large = F.interpolate(logits[None], targets.shape[-2:], mode="bilinear", align_corners=False)[0]
-    return focal(large, targets, weights.alpha, weights.gamma).mean(), dice(large, targets).mean()
+    return focal(large, targets, weights).mean(), dice(large, targets).mean()
 
 
 @torch.no_grad()
@@ -108,8 +91,8 @@ def match_cost(logits: Tensor, masks: Tensor, weights: LossWeights) -> Tensor:
     targets = F.adaptive_avg_pool2d(masks.to(logits.device, logits.dtype), (h, w)).flatten(1)
     flat = logits.flatten(1)
     ones = torch.ones_like(flat)
-    as_positive = focal(flat, ones, weights.alpha, weights.gamma)
-    as_negative = focal(flat, 0 * ones, weights.alpha, weights.gamma)
+    as_positive = focal(flat, ones, weights)
+    as_negative = focal(flat, 0 * ones, weights)
     of_focal = (as_positive @ targets.T + as_negative @ (1 - targets).T) / flat.shape[1]
     p = flat.sigmoid()
     of_dice = 1 - (2 * p @ targets.T + 1) / (p.sum(1)[:, None] + targets.sum(1)[None] + 1)

@@ -11,7 +11,6 @@ The maps are those of evaluation (after the softmax, mean over heads and layers)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ from mmdit_probe.data.sample import Sample
 from mmdit_probe.evaluate.scores import map_quality, mean_iou
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
+from mmdit_probe.observe.probe import probe
 
 
 @dataclass(frozen=True)
@@ -91,15 +91,12 @@ def _maps(
     model: MMDiT, latents: Tensor, sigma: float, text: TextCondition, layers: Sequence[int], spaces: Sequence[Space]
 ) -> dict[Space, Tensor]:
     """Maps [B, T, h, w] of every text position by space, mean over layers and heads, from one forward."""
-    grid = model.family.grid(latents, model.transformer.config)
-    with ExitStack() as stack:
-        taps = {
-            space: stack.enter_context(TextMapTap(model.transformer, list(layers), space=space)) for space in spaces
-        }
+    taps = {space: TextMapTap(list(layers), space=space, reduce=True) for space in spaces}
+    with probe(model.transformer, edits=taps.values(), layers=list(layers)):
         for tap in taps.values():
-            tap.begin(None, grid)
+            tap.begin()
         model.denoise(latents, sigma, text)
-        return {space: torch.stack(list(tap.take().values())).mean(0).cpu() for space, tap in taps.items()}
+    return {space: torch.stack(list(tap.take().values())).mean(0).cpu() for space, tap in taps.items()}
 
 
 def sample_grid(model: MMDiT, prompts: Sequence[str], *, steps: int, guidance: float, seed: int) -> Any:

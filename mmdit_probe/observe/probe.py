@@ -12,7 +12,7 @@ Layers are 0-based joint-attention layers in forward order; steps are 0-based sa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal, Protocol, TypeVar
@@ -20,7 +20,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import nn
 
-from mmdit_probe.attention.intercept import Edit, ModuleCall, Record, Stage, Transform, interpose, watch
+from mmdit_probe.attention.intercept import Detach, Edit, ModuleCall, Record, Stage, Transform, interpose, watch
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.discover_layout import bind
 from mmdit_probe.models.families.facts import Family
@@ -44,10 +44,13 @@ class ModelEdit(Protocol):
     def layers(self) -> Spec: ...
 
     @property
-    def stage(self) -> Stage: ...
+    def stage(self) -> Stage | Literal["block"]: ...
 
-    def handler(self, layer: Layer, run: Run) -> Transform | Edit:
-        """The handler for one layer; `run.current` is the denoising call in progress."""
+    def handler(self, layer: Layer, run: Run) -> Transform | Edit | Callable[..., Any]:
+        """The handler for one layer; `run.current` is the denoising call in progress.
+
+        Of stage "block" it is called with the forward of the transformer block and that forward's arguments.
+        """
         ...
 
 
@@ -143,6 +146,10 @@ class Run:
             )
         return layout
 
+    def block(self, layer: Layer) -> nn.Module:
+        """The transformer block that holds a layer's attention."""
+        return self.transformer.get_submodule(layer.path.rpartition(".")[0])
+
     def arranged(self, layer: Layer) -> tuple[Layout, Places | None]:
         """The canonical layout at one layer, and where its tokens are in the layer's own call (None: in this order)."""
         return self._layouts[layer.path] if layer.path in self._layouts else self._layouts[""]
@@ -185,8 +192,14 @@ class Run:
             stack.callback(watch(layer.module, _LayerRecorder(self, layer), "record"))
         for edit in self.edits:
             for index in layer_indices(edit.layers, len(self.all_layers)) if self.all_layers else ():
-                layer = self.all_layers[index]
-                stack.callback(watch(layer.module, edit.handler(layer, self), edit.stage))
+                stack.callback(self._attach(edit, self.all_layers[index]))
+
+    def _attach(self, edit: ModelEdit, layer: Layer) -> Detach:
+        """Put an edit around the layer's attention calls, or around the forward of the block that holds it."""
+        handler: Any = edit.handler(layer, self)
+        if edit.stage == "block":
+            return interpose(self.block(layer), "forward", handler)
+        return watch(layer.module, handler, edit.stage)
 
     def _on_context(self, proceed: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         # Guiders say "pred_cond" and "pred_uncond", and "pred_cond_skip" or the like of their perturbed forward.

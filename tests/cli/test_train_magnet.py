@@ -34,7 +34,7 @@ def test_a_folder_trains_and_the_adapter_loads(tiny_directory: Path, capfd: pyte
     assert document["steps"] == 2
     assert document["validation"][-1]["n"] == 2
     found = read_metadata("run/lora")
-    assert found["lora"]["transformer.lora_alpha"] == 3
+    assert found["mmdit_probe"]["alpha"] == 3
     assert found["mmdit_probe"]["alignment"] == "token"
     assert run(*asked, "--resume", "-q") == 0
     assert capfd.readouterr().out.strip() == "run"

@@ -11,12 +11,15 @@ import torch
 from mmdit_probe import AttentionMass, probe
 from mmdit_probe.attention import reference
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.edit import Blur, EqualBudget, GridBlur, Mean, Scale, Swap
+from mmdit_probe.edit import Blur, EqualBudget, GridBlur, Mean, Scale, ScaleText, Swap
+from mmdit_probe.edit.control import rotations
 from mmdit_probe.edit.edit import Edit
-from mmdit_probe.edit.mixing import blur_matrix, taps
+from mmdit_probe.edit.edits import blur_matrix, taps
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.families.registry import FAMILIES
+from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import token_tables
+from mmdit_probe.observe.observer import Observer
 from tests import tiny
 
 IMAGE, T = 16, tiny.CLIP_LENGTH + tiny.T5_LENGTH
@@ -47,22 +50,24 @@ class Seen:
         return reference.probabilities(self.query, self.key)
 
 
-def under(edit: Any, variant: str = "sd3", **options: Any) -> Seen:
-    """What the edited layer did at the first step, seen by an input of the next module: the attention's own output."""
+def kept(edit: Any, variant: str = "sd3", steps: int = 1, **options: Any) -> list[Seen]:
+    """What the edited layer did at every step, seen by an observer: calls before the edit, outputs after it."""
     pipe = tiny.pipeline(variant)
-    from mmdit_probe.observe.observer import Observer
+    calls: list[Seen] = []
 
     class Keep(Observer):
-        seen: Any = None
-
         def observe(self, seen: Any) -> None:
-            if self.seen is None:
-                call = seen.call
-                self.seen = Seen(*(x.double().clone() for x in (call.query, call.key, call.value, seen.output)))
+            call = seen.call
+            calls.append(Seen(*(x.double().clone() for x in (call.query, call.key, call.value, seen.output))))
 
-    with probe(pipe, Keep(), layers=[LAYER], edits=edit) as run:
-        sample(pipe, num_inference_steps=1, **options)
-    return run[Keep].seen
+    with probe(pipe, Keep(), layers=[LAYER], edits=edit):
+        sample(pipe, num_inference_steps=steps, **options)
+    return calls
+
+
+def under(edit: Any, variant: str = "sd3", **options: Any) -> Seen:
+    """What the edited layer did at the first step."""
+    return kept(edit, variant, **options)[0]
 
 
 def dense_blur(seen: Seen, matrix: torch.Tensor, positions: list[int] | None = None) -> torch.Tensor:
@@ -170,10 +175,13 @@ def test_zero_mean_and_swap() -> None:
     for stream, positions in table.word_spans("red").items():
         for a, b in zip(positions, table.word_spans("cat").get(stream, []), strict=False):
             order[IMAGE + a], order[IMAGE + b] = order[IMAGE + b], order[IMAGE + a]
-    attention = seen.attention.clone()
-    attention[1, :, :IMAGE] = attention[1, :, :IMAGE][..., order]
     assert order != list(range(N))
-    assert (seen.output - attention @ seen.value).abs().max() < 1e-5
+    for swapped in (
+        seen.attention @ seen.value[:, :, order],  # values exchanged
+        reference.probabilities(seen.query, seen.key[:, :, order]) @ seen.value,  # keys exchanged: the same
+    ):
+        assert (seen.output[1, :, :IMAGE] - swapped[1, :, :IMAGE]).abs().max() < 1e-5
+    assert (seen.output - seen.attention @ seen.value)[1, :, :IMAGE].abs().max() > 1e-3
 
 
 def test_heads_and_branches_not_named_keep_the_stock_output() -> None:
@@ -196,6 +204,8 @@ def test_heads_and_branches_not_named_keep_the_stock_output() -> None:
         Swap(words=("blue", "house")),
         Blur("image", "text", branches=("perturbed",)),
         EqualBudget(Blur("image", "text", sigma=0)),
+        EqualBudget(Blur("image", "text", sigma=0), kind="noise"),
+        EqualBudget(Blur("image", "text", branches=("perturbed",))),
     ],
     ids=lambda edit: type(edit).__name__,
 )
@@ -239,18 +249,61 @@ def test_edits_of_one_layer_compose_in_order() -> None:
     assert (seen.output - attention @ seen.value).abs().max() < 1e-5
 
 
-def test_the_random_control_moves_each_token_as_far_and_elsewhere() -> None:
+@pytest.mark.parametrize("kind", ["rotation", "noise"])
+def test_the_control_moves_each_token_as_far_and_elsewhere(kind: Any) -> None:
     blur = Blur("image", "text", layers=[LAYER], heads=0)
-    edited, control = under(blur), under(EqualBudget(blur, seed=3))
-    plain = control.attention @ control.value
-    wanted, got = (edited.output - plain).norm(dim=-1), (control.output - plain).norm(dim=-1)
+    control = EqualBudget(blur, seed=3, kind=kind)
+    edited, controlled = under(blur), under(control)
+    plain = controlled.attention @ controlled.value
+    wanted, got = (edited.output - plain).norm(dim=-1), (controlled.output - plain).norm(dim=-1)
     assert torch.allclose(wanted, got, atol=1e-5)
     assert wanted[:, 0, :IMAGE].mean() > 1e-3
     assert wanted[:, 1].max() < 1e-5
-    assert not torch.allclose(edited.output, control.output, atol=1e-3)
-    again, other = under(EqualBudget(blur, seed=3)), under(EqualBudget(blur, seed=4))
-    assert torch.equal(again.output, control.output)
-    assert not torch.allclose(other.output, control.output, atol=1e-3)
+    assert not torch.allclose(edited.output, controlled.output, atol=1e-3)
+    again, other = under(control), under(control.directions(5)[4])
+    assert torch.equal(again.output, controlled.output)
+    assert not torch.allclose(other.output, controlled.output, atol=1e-3)
+
+
+def test_the_rotation_is_one_orthogonal_matrix_per_head_for_all_tokens_samples_and_steps() -> None:
+    """Against float64: the dense change, times the matrix that the change of all tokens and steps determines."""
+    blur = Blur("image", "text", layers=[LAYER], sigma=2, kernel=9)
+    matrix = blur_matrix(T, taps(2, 9), "reflect")
+    before, after = [], []
+    for seen in kept(EqualBudget(blur, seed=3), steps=6):
+        plain = seen.attention @ seen.value
+        before.append((dense_blur(seen, matrix) - plain)[:, :, :IMAGE])
+        after.append((seen.output - plain)[:, :, :IMAGE])
+    change, turned = (torch.cat(parts).transpose(0, 1).flatten(1, 2) for parts in (before, after))  # [H, all tokens, D]
+    assert torch.allclose(turned @ turned.mT, change @ change.mT, atol=1e-6)  # every norm, and every angle, is kept
+    turn = torch.linalg.lstsq(change, turned).solution  # [H, D, D]
+    assert torch.linalg.matrix_rank(change).tolist() == [change.shape[-1]] * len(change)
+    assert torch.allclose(turn @ turn.mT, torch.eye(change.shape[-1]).double(), atol=1e-3)
+    assert (change @ turn - turned).abs().max() < 1e-5
+    assert (turn[0] - turn[1]).abs().max() > 0.1  # another one in each head
+
+
+def test_rotations_are_orthogonal_and_uniform() -> None:
+    turns = rotations(400, 8, torch.Generator().manual_seed(0))
+    assert torch.allclose(turns @ turns.mT, torch.eye(8).double(), atol=1e-12)
+    assert turns.mean(0).abs().max() < 5 * (1 / 8 / 400) ** 0.5  # also on the diagonal, which plain QR makes negative
+    assert 0.4 < (torch.linalg.det(turns) > 0).double().mean() < 0.6
+
+
+@pytest.mark.parametrize("kind", ["rotation", "noise"])
+def test_the_control_of_a_sample_is_the_same_alone_and_in_a_batch(kind: Any) -> None:
+    model = MMDiT(tiny.pipeline())
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+    control = EqualBudget(Blur("image", "text", layers=[LAYER]), seed=1, kind=kind)
+
+    def denoised(rows: slice) -> torch.Tensor:
+        prompts = ["a red ring", "a cat", "red"][rows]
+        with probe(model, edits=control):
+            return model.denoise(latents[rows], 0.5, model.encode_prompt(prompts))
+
+    together = denoised(slice(None))
+    for row in range(3):
+        torch.testing.assert_close(denoised(slice(row, row + 1))[0], together[row], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -264,6 +317,10 @@ def test_the_random_control_moves_each_token_as_far_and_elsewhere() -> None:
         (lambda: Blur("text", "image", spans=("word",)), "image tokens"),
         (lambda: GridBlur("text", "text"), "image queries"),
         (lambda: Swap(words=("a",)), "two words"),
+        (lambda: Scale(factor=float("nan")), "finite"),
+        (lambda: Blur(sigma=float("inf")), "finite"),
+        (lambda: EqualBudget(Blur(), kind="rotated"), "rotation"),  # type: ignore[arg-type]
+        (lambda: EqualBudget(ScaleText()), "no equal-budget control of ScaleText"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_edits_are_refused_when_made(make: Any, message: str) -> None:

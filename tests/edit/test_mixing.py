@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import ndimage
 
-from mmdit_probe.edit.mixing import BORDERS, blur_matrix, spread, taps
+from mmdit_probe.edit.edits import BORDERS, blur_matrix, spread, taps
 from mmdit_probe.errors import UserError
 
 SCIPY = {"reflect": "mirror", "symmetric": "reflect", "replicate": "nearest"}

@@ -11,8 +11,7 @@ import torch
 
 from mmdit_probe.data import Sample
 from mmdit_probe.errors import UserError
-from mmdit_probe.magnet.config import MagnetConfig
-from mmdit_probe.magnet.losses import LossWeights
+from mmdit_probe.magnet.config import TrainMagnet
 from mmdit_probe.magnet.trainer import train
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.mmdit import MMDiT
@@ -46,10 +45,10 @@ def model_of(name: str) -> MMDiT:
 def test_training_lowers_the_mask_loss_and_the_adapter_loads(
     name: str, layers: tuple[int, ...], tmp_path: Path
 ) -> None:
-    only_masks = LossWeights(flow=0.0, focal=1.0, dice=1.0)
-    config = MagnetConfig(
-        layers=layers, rank=4, alpha=4, steps=20, batch=2, warmup=1, rate=0.03, streams="joint", weights=only_masks
-    )
+    config = TrainMagnet(
+        layers=layers, rank=4, alpha=4, steps=20, batch=2, warmup=1, rate=0.03, streams="joint", flow_weight=0.0,
+        focal_weight=1.0, dice_weight=1.0,
+    )  # fmt: skip
     model = model_of(name)
     result = train(model, Pictures(), config, out=tmp_path)
     log = result.log
@@ -66,4 +65,4 @@ def test_training_lowers_the_mask_loss_and_the_adapter_loads(
 def test_a_family_whose_prompts_differ_in_length_is_refused(tmp_path: Path) -> None:
     model = MMDiT(pipelines.build("qwen_image"))
     with pytest.raises(UserError, match="differ in length"):
-        train(model, Pictures(), MagnetConfig(layers=(1,), steps=1, warmup=1), out=tmp_path)
+        train(model, Pictures(), TrainMagnet(layers=(1,), steps=1, warmup=1), out=tmp_path)

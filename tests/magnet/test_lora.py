@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mmdit_probe import UserError, load
+from mmdit_probe.errors import RunError
 from mmdit_probe.magnet.lora import ADAPTER, attach, named_parameters, save_lora, target_modules
 from mmdit_probe.models.adapters import FILE, KEY, merge, read_metadata
 from mmdit_probe.models.families.entries import SD3
@@ -62,32 +64,54 @@ def test_the_start_is_a_function_of_the_seed() -> None:
 
 
 @pytest.mark.parametrize("alpha", [3, 7, 0.5])
-def test_round_trip_through_the_stock_loader_is_exact(tmp_path: Path, alpha: float) -> None:
+def test_round_trip_through_the_stock_loader(tmp_path: Path, alpha: float) -> None:
     pipe = trained(tiny.pipeline(), alpha)
     expected, untrained = output(pipe.transformer), output(tiny.pipeline().transformer)
     save_lora(pipe.transformer, tmp_path, {"layers": [0, 2]})
     fresh = tiny.pipeline()
     fresh.load_lora_weights(str(tmp_path))
-    assert torch.equal(output(fresh.transformer), expected)
+    torch.testing.assert_close(
+        output(fresh.transformer), expected, atol=1e-5, rtol=1e-4
+    )  # alpha over rank is rounded into the tensors
+    assert alpha != 3 or torch.equal(output(fresh.transformer), expected)
     assert (expected - untrained).abs().max() > 1e-2
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
-def test_control_without_metadata_another_alpha_comes_back_wrong(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
+@pytest.mark.parametrize("alpha", [3, 7, 0.5])
+def test_the_tensors_alone_are_the_adapter(tmp_path: Path, alpha: float) -> None:
+    """As a state dict, and as a file that lost its header: the stock loader takes alpha to be the rank in both."""
+    pipe = trained(tiny.pipeline(), alpha=alpha)
+    trained_output, untrained = output(pipe.transformer), output(tiny.pipeline().transformer)
+    file = save_lora(pipe.transformer, tmp_path / "whole", {})
+    (tmp_path / "bare").mkdir()
+    save_file(load_file(file), tmp_path / "bare" / FILE, metadata={"format": "pt"})
+    found = []
+    for source in (str(tmp_path / "whole"), str(tmp_path / "bare"), load_file(file)):
+        fresh = tiny.pipeline()
+        fresh.load_lora_weights(source)
+        found.append(output(fresh.transformer))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    torch.testing.assert_close(found[0], trained_output, atol=1e-5, rtol=1e-4)
+    assert (trained_output - untrained).abs().max() > 1e-2
 
-    pipe = trained(tiny.pipeline(), alpha=7)
-    file = save_lora(pipe.transformer, tmp_path, {})
-    save_file(load_file(file), file, metadata={"format": "pt"})
-    fresh = tiny.pipeline()
-    fresh.load_lora_weights(str(tmp_path))
-    assert (output(fresh.transformer) - output(pipe.transformer)).abs().max() > 1e-3
+
+def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+    pipe = trained(tiny.pipeline())
+    save_lora(pipe.transformer, tmp_path, {})
+    before = load_file(tmp_path / FILE)
+    with torch.no_grad():
+        named_parameters(pipe.transformer)[3][1][0, 0] = float("inf")
+    with pytest.raises(RunError, match="is not finite: it is not saved"):
+        save_lora(pipe.transformer, tmp_path, {})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(tmp_path / FILE).items())
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_metadata_says_rank_alpha_and_what_we_know(tmp_path: Path) -> None:
     save_lora(trained(tiny.pipeline(), alpha=7).transformer, tmp_path, {"layers": [0, 2], "seed": 5})
     found = read_metadata(tmp_path)
-    assert (found["lora"]["transformer.r"], found["lora"]["transformer.lora_alpha"]) == (3, 7)
+    assert (found["lora"]["transformer.r"], found["lora"]["transformer.lora_alpha"]) == (3, 3)  # as the tensors are
     assert found[KEY] == {"layers": [0, 2], "seed": 5}
     with pytest.raises(UserError, match="holds no pytorch_lora_weights"):
         read_metadata(tmp_path / "nowhere")

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.magnet.losses import LossWeights, as_logits, dice, flow_matching, focal, mask_loss, match, match_cost
+from mmdit_probe.magnet.config import LossWeights
+from mmdit_probe.magnet.losses import as_logits, dice, flow_matching, focal, mask_loss, match, match_cost
 
 
 def test_focal_without_focus_is_cross_entropy() -> None:
     logits, targets = torch.randn(3, 5), (torch.rand(3, 5) > 0.5).float()
-    found = focal(logits, targets, alpha=-1.0, gamma=0.0)
+    found = focal(logits, targets, LossWeights(focal_alpha=-1.0, focal_gamma=0.0))
     torch.testing.assert_close(found, F.binary_cross_entropy_with_logits(logits, targets, reduction="none"))
 
 
 def test_focal_against_its_formula() -> None:
     logit, p = torch.tensor([1.5, -0.5]), torch.sigmoid(torch.tensor([1.5, -0.5])).double()
-    found = focal(logit, torch.tensor([1.0, 0.0])).double()
+    found = focal(logit, torch.tensor([1.0, 0.0]), LossWeights()).double()
     expected = torch.stack([-0.25 * (1 - p[0]) ** 2 * p[0].log(), -0.75 * p[1] ** 2 * (1 - p[1]).log()])
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
@@ -26,10 +29,14 @@ def test_focal_against_its_formula() -> None:
 def test_a_wrong_pixel_does_not_cost_the_square_of_its_logit() -> None:
     """The published code took logits for probabilities: 6.0 * 6 ** 2 = 216 for logit 6 on a negative pixel."""
     logit, target = torch.tensor([6.0]), torch.tensor([0.0])
-    found = float(focal(logit, target, alpha=-1.0))
+    found = float(focal(logit, target, LossWeights(focal_alpha=-1.0)))
     assert found == pytest.approx(6.0, abs=0.05)
-    broken = float(F.binary_cross_entropy_with_logits(logit, target) * logit**2)
+    broken = float(focal(logit, target, LossWeights(focal_alpha=-1.0, focal="released")))
+    assert broken == pytest.approx(float(F.binary_cross_entropy_with_logits(logit, target) * logit**2))
     assert broken == pytest.approx(216, abs=1)
+    # and on a positive one, where p_t is the logit itself
+    of_one = float(focal(logit, 1 - target, LossWeights(focal_alpha=-1.0, focal="released")))
+    assert of_one == pytest.approx(float(F.binary_cross_entropy_with_logits(logit, 1 - target)) * 25)
 
 
 def test_dice_of_right_wrong_and_half() -> None:
@@ -78,11 +85,12 @@ def test_matching_finds_the_maps_of_the_masks_among_many() -> None:
     assert {int(m): int(k) for m, k in zip(maps, of, strict=True)} == {17: 0, 4: 1, 9: 2}
 
 
-def test_match_cost_is_the_loss_of_each_pair() -> None:
-    weights = LossWeights(match_focal=0.7, match_dice=0.4)
+@pytest.mark.parametrize("form", ["paper", "released"])
+def test_match_cost_is_the_loss_of_each_pair(form: Any) -> None:
+    weights = LossWeights(match_focal=0.7, match_dice=0.4, focal=form)
     logits, masks = torch.randn(4, 6, 6), (torch.rand(3, 6, 6) > 0.5).float()
     cost = match_cost(logits, masks, weights)
     for c in range(4):
         for k in range(3):
-            expected = 0.7 * focal(logits[c], masks[k]).mean() + 0.4 * dice(logits[c], masks[k])
+            expected = 0.7 * focal(logits[c], masks[k], weights).mean() + 0.4 * dice(logits[c], masks[k])
             torch.testing.assert_close(cost[c, k], expected)

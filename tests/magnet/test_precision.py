@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from mmdit_probe import UserError, load
+from mmdit_probe import UserError, load, probe
 from mmdit_probe.magnet import TextMapTap
-from mmdit_probe.magnet.trainer import TrainResult, Watch, train
+from mmdit_probe.magnet.trainer import TrainResult, train
 from mmdit_probe.models.mmdit import MMDiT
 from tests.magnet.test_tap import inputs
 from tests.magnet.test_trainer import CONFIG, Pictures, assert_equal, fresh, run, weights
@@ -48,8 +48,8 @@ def test_bf16_runs_in_bfloat16_and_follows_float32(tmp_path: Path, space: Any) -
 
 
 def test_bf16_is_resumed_exactly(tmp_path: Path) -> None:
-    config, watch = replace(CONFIG, precision="bf16", steps=4), Watch(save_every=2)
-    whole = run(tmp_path / "whole", config, watch=watch)
+    config = replace(CONFIG, precision="bf16", steps=4, save_every=2)
+    whole = run(tmp_path / "whole", config)
 
     def stop() -> None:
         left.append(1)
@@ -58,15 +58,16 @@ def test_bf16_is_resumed_exactly(tmp_path: Path) -> None:
 
     left: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "killed", config, watch=watch, advance=stop)
-    assert_equal(whole, run(tmp_path / "killed", config, watch=watch, resume=True))
+        run(tmp_path / "killed", config, advance=stop)
+    assert_equal(whole, run(tmp_path / "killed", config, resume=True))
 
 
 def test_maps_are_float32_under_autocast() -> None:
     """The loss reads maps computed in float32 from what bfloat16 layers give, not rounded again."""
     model, given = fresh().transformer, inputs()
-    with TextMapTap(model, [1], space="probability", heads="all") as tap, torch.autocast("cpu", torch.bfloat16):
-        tap.begin(None, (4, 4))
+    tap = TextMapTap([1], space="probability")
+    with probe(model, edits=tap), torch.autocast("cpu", torch.bfloat16):
+        tap.begin()
         model(**given, return_dict=False)
         maps = tap.take()[1]
     assert maps.dtype == torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,11 +75,12 @@ def test_gradients_of_lora_equal_the_written_out_softmax(variant: str, space: An
     model.zero_grad()
     if checkpointing:
         model.enable_gradient_checkpointing()
-    with TextMapTap(model, layers, space=space, heads="all") as tap:
-        tap.begin(None, GRID)
+    tap = TextMapTap(layers, space=space)
+    with probe(model, edits=tap):
+        tap.begin()
         velocity = model(**given, return_dict=False)[0]
         maps = tap.take()
-        assert maps[0].shape == (2, 2, 7, 4, 4)
+        assert maps[0].shape == (2, 2, 7, *GRID)
         as_blocks = [m.flatten(-2).transpose(-1, -2) for m in maps.values()]
         (velocity.square().mean() + sum((m * weights).sum() for m in as_blocks)).backward()
     for name, parameter in named_parameters(model):
@@ -113,10 +115,12 @@ def test_gradients_through_double_and_single_blocks(name: str, checkpointing: bo
     if checkpointing:
         model.train()
         model.enable_gradient_checkpointing()
-    with TextMapTap(model, [1, 3], space="probability", heads="all") as tap:
-        tap.begin(None, grid)
+    tap = TextMapTap([1, 3], space="probability")
+    with probe(model, edits=tap):
+        tap.begin()
         velocity = model(**given, return_dict=False)[0]
         maps = tap.take()
+        assert {m.shape[-2:] for m in maps.values()} == {grid}
         loss = sum((m.flatten(-2).transpose(-1, -2) * weights).sum() for m in maps.values())
         (loss + 0.0 * velocity.sum()).backward()
     assert len(expected) > 10
@@ -128,8 +132,9 @@ def test_gradients_through_double_and_single_blocks(name: str, checkpointing: bo
 def test_output_is_bitwise_stock_and_the_model_is_left_as_it_was() -> None:
     model, given = adapted(), inputs()
     stock = model(**given, return_dict=False)[0]
-    with TextMapTap(model, "all") as tap:
-        tap.begin(None, GRID)
+    tap = TextMapTap("all")
+    with probe(model, edits=tap):
+        tap.begin()
         assert torch.equal(model(**given, return_dict=False)[0], stock)
         tap.take()
     assert torch.equal(model(**given, return_dict=False)[0], stock)
@@ -144,8 +149,9 @@ def test_word_maps_are_those_of_the_observer(pipe: Any) -> None:
         model.denoise(latents, 0.5, text)
     expected = run[TextMaps].maps(1)  # [B, h, w, T]
     groups = torch.rand(2, model.text_length, 3)
-    with TextMapTap(model.transformer, [1], space="probability", heads="mean") as tap:
-        tap.begin(groups, GRID)
+    tap = TextMapTap([1], space="probability", reduce=True)
+    with probe(model, edits=tap):
+        tap.begin(groups)
         model.denoise(latents, 0.5, text, grad=True)
         found = tap.take()[1]
     torch.testing.assert_close(found.permute(0, 2, 3, 1), expected @ groups[:, None], atol=1e-6, rtol=1e-5)
@@ -153,19 +159,49 @@ def test_word_maps_are_those_of_the_observer(pipe: Any) -> None:
 
 def test_a_layer_that_was_not_seen_is_an_error() -> None:
     model, given = adapted(), inputs()
-    with TextMapTap(model, [1]) as tap:
-        tap.begin(None, GRID)
+    tap = TextMapTap([1])
+    with probe(model, edits=tap):
+        tap.begin()
         with pytest.raises(RunError, match=r"layers \[1\] made no"):
             tap.take()
-        tap.begin(None, (4, 5))
-        with pytest.raises(RunError, match="4 x 5 image"):
+        model(**given)
+
+
+def test_a_layer_that_attends_to_other_tokens_is_an_error() -> None:
+    def shortened(call: Any, module_call: Any) -> Any:
+        return replace(call, key=call.key[:, :, 1:], value=call.value[:, :, 1:])
+
+    model, given, tap = adapted(), inputs(), TextMapTap([1])
+    detach = watch(model.transformer_blocks[1].attn, shortened, "input")
+    with probe(model, edits=tap):
+        model(**given)
+        tap.begin()
+        with pytest.raises(RunError, match=r"layer 1 attends to 22 tokens; expected 23, of which \(4, 4\) image"):
             model(**given)
+    detach()
 
 
 def test_forwards_that_nobody_began_cost_nothing() -> None:
     """Validation samples images with the tap attached."""
     model, given = adapted(), inputs()
-    with TextMapTap(model, [1]) as tap:
+    tap = TextMapTap([1])
+    with probe(model, edits=tap):
         with torch.no_grad():
             model(**given)
         assert not tap._maps
+
+
+def test_chosen_heads_and_their_mean() -> None:
+    model, given = adapted(), inputs()
+
+    def taken(**options: Any) -> Tensor:
+        tap = TextMapTap([1], **options)
+        with probe(model, edits=tap):
+            tap.begin()
+            model(**given)
+        return tap.take()[1]
+
+    every = taken()
+    assert torch.equal(taken(heads={1: [1]}), every[:, [1]])
+    torch.testing.assert_close(taken(heads=0, reduce=True), every[:, 0])
+    torch.testing.assert_close(taken(reduce=True), every.mean(1))

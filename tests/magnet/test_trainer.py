@@ -19,17 +19,19 @@ from safetensors.torch import load_file
 
 from mmdit_probe import UserError, load
 from mmdit_probe.data import Sample, ScenesData
-from mmdit_probe.magnet.config import MagnetConfig
+from mmdit_probe.errors import RunError
+from mmdit_probe.magnet.config import TrainMagnet, recipe
 from mmdit_probe.magnet.lora import named_parameters
-from mmdit_probe.magnet.losses import LossWeights
-from mmdit_probe.magnet.schedule import items_at, level_of, noise, noise_levels, rate_at
-from mmdit_probe.magnet.trainer import TrainResult, Watch, train
+from mmdit_probe.magnet.objective import items_at, level_of, noise_levels, noise_of, rate_at
+from mmdit_probe.magnet.trainer import CHECKPOINT, TrainResult, train
 from mmdit_probe.magnet.validation import validate
 from mmdit_probe.models.adapters import FILE, read_metadata
 from mmdit_probe.models.mmdit import MMDiT
 from tests import tiny
 
-CONFIG = MagnetConfig(layers=(1,), rank=2, alpha=4, steps=5, batch=2, warmup=1, rate=0.05, clip=1.0, streams="joint")
+CONFIG = TrainMagnet(
+    layers=(1,), rank=2, alpha=4, steps=5, batch=2, warmup=1, rate=0.05, max_grad_norm=1.0, streams="joint"
+)
 
 
 class Pictures:
@@ -67,14 +69,14 @@ def assert_equal(first: TrainResult, second: TrainResult) -> None:
     assert all(torch.equal(ours[name], other[name]) for name in ours)
 
 
-def run(out: Path, config: MagnetConfig = CONFIG, **options: Any) -> TrainResult:
+def run(out: Path, config: TrainMagnet = CONFIG, **options: Any) -> TrainResult:
     return train(fresh(), Pictures(), config, out=out, **options)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.6])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, ema: float) -> None:
-    config, watch = replace(CONFIG, ema=ema), Watch(every=2, samples=[Pictures()[0]], save_every=2)
-    whole = run(tmp_path / "whole", config, watch=watch)
+    config, held_out = replace(CONFIG, ema=ema, validate_every=2, save_every=2), [Pictures()[0]]
+    whole = run(tmp_path / "whole", config, held_out=held_out)
 
     def kill_after(steps: int) -> Callable[[], None]:
         left = [steps]
@@ -87,14 +89,14 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, ema: float) -> 
         return advance
 
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "killed", config, watch=watch, advance=kill_after(3))
+        run(tmp_path / "killed", config, held_out=held_out, advance=kill_after(3))
     started: list[int] = []
-    resumed = run(tmp_path / "killed", config, watch=watch, resume=True, start=started.append)
+    resumed = run(tmp_path / "killed", config, held_out=held_out, resume=True, start=started.append)
     assert started == [2]  # of three steps the one after the checkpoint is done again
     assert_equal(whole, resumed)
     assert whole.log.drop(columns="seconds").equals(resumed.log.drop(columns="seconds"))
     assert whole.validation.equals(resumed.validation)
-    again = run(tmp_path / "killed", config, watch=watch, resume=True)
+    again = run(tmp_path / "killed", config, held_out=held_out, resume=True)
     assert_equal(whole, again)
 
 
@@ -112,7 +114,8 @@ def test_the_averaged_adapter_is_what_is_saved(tmp_path: Path) -> None:
     saved = weights(result)
     assert len(saved) == len(expected)
     for name, average in expected.items():
-        torch.testing.assert_close(saved["transformer." + name.replace(".magnet.", ".")], average)
+        scale = 4 / 2 if "lora_B" in name else 1.0  # the file carries alpha over rank
+        torch.testing.assert_close(saved["transformer." + name.replace(".magnet.", ".")], scale * average)
     last = seen[-1]
     assert any(not torch.allclose(last[name], average) for name, average in expected.items())
 
@@ -164,6 +167,8 @@ def test_two_processes_give_the_step_of_one(tmp_path: Path) -> None:
         {"layers": (0, 2), "alignment": "head", "space": "probability"},
         {"checkpointing": True},
         {"drop_prompt": 0.5},
+        {"columns": "clip"},
+        {"columns": "clip", "alignment": "head", "focal": "released"},
     ],
     ids=str,
 )
@@ -171,8 +176,7 @@ def test_every_variant_trains(tmp_path: Path, change: dict[str, Any]) -> None:
     result = run(tmp_path, replace(CONFIG, steps=3, **change))
     log = result.log
     assert np.isfinite(log.loss).all()
-    expected = CONFIG.weights
-    total = expected.flow * log.flow + expected.mask * (expected.focal * log.focal + expected.dice * log.dice)
+    total = log.flow + 0.1 * log.focal + 0.2 * log.dice
     np.testing.assert_allclose(log.loss, total, rtol=1e-4)
     assert (log.dice.max() > 0) == (change.get("alignment") != "none")
     assert any(float(t.abs().max()) > 0 for name, t in weights(result).items() if "lora_B" in name)
@@ -185,8 +189,7 @@ def test_checkpointing_changes_no_number(tmp_path: Path) -> None:
 
 
 def test_training_on_masks_lowers_the_mask_loss(tmp_path: Path) -> None:
-    only_masks = LossWeights(flow=0.0, focal=1.0, dice=1.0)
-    config = replace(CONFIG, steps=30, batch=4, rate=0.02, weights=only_masks, warmup=2)
+    config = replace(CONFIG, steps=30, batch=4, rate=0.02, flow_weight=0.0, focal_weight=1.0, dice_weight=1.0, warmup=2)
     log = run(tmp_path, config).log
     assert log.dice[-5:].mean() < 0.8 * log.dice[:3].mean()
 
@@ -197,10 +200,10 @@ def test_words_of_the_embedded_model_come_to_own_their_regions(tmp_path: Path) -
     model = load("scenes-sd3")
     untrained = [validate(model, held_out, [layer]).miou for layer in range(len(model.layers))]
     layer = int(np.argmax(untrained))
-    config = MagnetConfig(layers=(layer,), steps=24, batch=4, warmup=2, rate=3e-3, clip=1.0)
-    result = train(
-        model, ScenesData("train", 96), config, watch=Watch(every=12, samples=held_out, save_every=12), out=tmp_path
+    config = TrainMagnet(
+        layers=(layer,), steps=24, batch=4, warmup=2, rate=3e-3, max_grad_norm=1.0, validate_every=12, save_every=12
     )
+    result = train(model, ScenesData("train", 96), config, held_out=held_out, out=tmp_path)
     assert result.validation.miou.max() > untrained[layer] + 0.01
     assert (tmp_path / "best" / FILE).exists()
     again = load("scenes-sd3", lora=result.lora)
@@ -208,10 +211,13 @@ def test_words_of_the_embedded_model_come_to_own_their_regions(tmp_path: Path) -
 
 
 def test_what_is_written(tmp_path: Path) -> None:
-    watch = Watch(every=1, prompts=["a red ring", "a cat"], steps=2, guidance=2.0, save_every=1)
-    result = run(tmp_path, replace(CONFIG, steps=2), watch=watch)
+    config = replace(
+        CONFIG, steps=2, validate_every=1, sample_prompts=["a red ring", "a cat"], sample_steps=2, sample_guidance=2.0,
+        save_every=1,
+    )  # fmt: skip
+    result = run(tmp_path, config)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"run.json", "lora", "samples", "training.csv", "validation.csv", "checkpoint-0000002"}
+    assert names == {"run.json", "lora", "samples", "training.csv", "validation.csv", CHECKPOINT}
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-000001.png", "step-000002.png"]
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["status"] == "finished"
@@ -219,7 +225,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert record["trainable"] == {"modules": 22, "parameters": 22 * 2 * 2 * 32}
     facts = read_metadata(result.lora)["mmdit_probe"]
     assert facts["layers"] == [1]
-    assert facts["weights"]["dice"] == 0.2
+    assert facts["dice_weight"] == 0.2
     assert facts["data"]["data"] == "test pictures"
 
 
@@ -229,7 +235,8 @@ def test_data_that_cannot_train_is_refused_before_anything_is_written(tmp_path: 
 
     class Other(Pictures):
         def __getitem__(self, index: int) -> Sample:
-            return replace(super().__getitem__(index), prompt="a house")
+            sample = super().__getitem__(index)
+            return Sample(sample.name, sample.image, "a house", sample.masks, sample.names)
 
     with pytest.raises(UserError, match="unknown word 'ring'"):
         train(fresh(), Other(), CONFIG, out=tmp_path / "run")
@@ -256,8 +263,8 @@ def test_schedules_are_functions_of_seed_and_place() -> None:
     passes = [item for step in range(7) for item in items_at(step, 2, 7, seed=0)]
     assert sorted(passes[:7]) == sorted(passes[7:]) == list(range(7))
     assert passes[:7] != passes[7:]
-    assert torch.equal(noise((2, 3), 5, 0), noise((2, 3), 5, 0))
-    assert not torch.equal(noise((2, 3), 5, 0), noise((2, 3), 6, 0))
+    assert torch.equal(noise_of((2, 3), 5, 0), noise_of((2, 3), 5, 0))
+    assert not torch.equal(noise_of((2, 3), 5, 0), noise_of((2, 3), 6, 0))
     rates = [rate_at(step, 100, 10, 0.01) for step in range(100)]
     assert rates[0] == 0.01
     assert rates[10] == max(rates) == 1.0
@@ -270,3 +277,133 @@ def test_noise_levels_are_those_of_the_shifted_schedule() -> None:
     assert levels[0] == 1.0
     assert level_of(0.0, levels, 0.0, 0.5) == pytest.approx(0.75, abs=2e-3)
     assert level_of(1.0, levels, 0.0, 0.5) < level_of(0.0, levels, 0.0, 0.5) < level_of(-1.0, levels, 0.0, 0.5)
+
+
+class Poisoned(Pictures):
+    """Pictures of which one makes the loss no number, from some step on."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.asked, self.after = 0, after
+
+    def __getitem__(self, index: int) -> Sample:
+        self.asked += 1
+        sample = super().__getitem__(index)
+        if self.asked <= self.after:
+            return sample
+        return Sample(sample.name, sample.image, sample.prompt, np.where(sample.masks, np.nan, 0.0), sample.names)
+
+
+def poisoned_weight(model: MMDiT, step: int) -> Callable[[], None]:
+    """A callback that makes one weight infinite after a step."""
+    done = []
+
+    def advance() -> None:
+        done.append(1)
+        if len(done) == step:
+            with torch.no_grad():
+                named_parameters(model.transformer)[0][1][0, 0] = float("inf")
+
+    return advance
+
+
+def test_the_first_number_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
+    config = replace(CONFIG, save_every=2, steps=8)
+    good = run(tmp_path / "good", replace(config, steps=2, warmup=1))
+    model = fresh()
+    with pytest.raises(
+        RunError, match=r"the loss of step 3 is nan, .* the checkpoint after step 2 is kept; lower --rate"
+    ):
+        train(model, Pictures(), config, out=tmp_path / "run", advance=poisoned_weight(model, 3))
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["status"] == "failed" and "step 3" in record["reason"]
+    assert not (tmp_path / "run" / "lora").exists()
+    kept = load_file(tmp_path / "run" / CHECKPOINT)
+    assert kept and all(bool(tensor.isfinite().all()) for tensor in kept.values())
+    assert len(good.log) == 2
+    resumed = train(fresh(), Pictures(), config, out=tmp_path / "run", resume=True)
+    assert_equal(resumed, run(tmp_path / "whole", config))
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight(tmp_path: Path) -> None:
+    model, before = fresh(), []
+
+    def look(*_: int) -> None:
+        before.append({name: p.detach().clone() for name, p in named_parameters(model.transformer)})
+
+    with pytest.raises(RunError, match=r"the loss of step 0 is nan, so training stops; there is no checkpoint yet"):
+        train(model, Poisoned(7), CONFIG, out=tmp_path / "run", start=look)
+    assert all(torch.equal(p, before[0][name]) for name, p in named_parameters(model.transformer))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"max_grad_norm": 0.0}, "--max-grad-norm is 0.0; expected a finite number above 0"),
+        ({"max_grad_norm": float("nan")}, "--max-grad-norm is nan"),
+        ({"rate": float("inf")}, "--rate is inf; expected a finite number above 0 and at most 1"),
+        ({"rate": 0.0}, "--rate"),
+        ({"drop_prompt": 1.5}, "--drop-prompt is 1.5; expected a finite number of at least 0 and at most 1"),
+        ({"sigma_std": -1.0}, "--sigma-std"),
+        ({"rank": 10**9}, "--rank is 1000000000; expected a whole number of at least 1 and at most 4096"),
+        ({"rank": 0}, "--rank"),
+        ({"steps": 10**30}, "--steps"),
+        ({"ema": 1.0}, "--ema"),
+        ({"alpha": -4.0}, "--alpha"),
+        ({"seed": 2**63}, "--seed"),
+        ({"dice_weight": float("nan")}, "--dice-weight"),
+        ({"report_to": "tensorbord"}, "did you mean 'tensorboard'"),
+        ({"layers": None}, "Give --layers 9"),
+        ({"selection": Path("selection.json")}, "leave --layers out"),
+        ({"masks": "clas"}, "did you mean 'class'"),
+    ],
+)
+def test_every_option_has_its_range(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        replace(CONFIG, **change)
+    assert said in str(refused.value)
+
+
+def test_recipes() -> None:
+    """The facts of the paper and of its published code, and what the embedded model's analysis chose."""
+    paper = recipe("paper", layers=(9,))
+    assert (paper.streams, paper.space, paper.normalise, paper.columns) == ("image", "logit", "none", "clip")
+    assert (paper.rank, paper.alpha, paper.lora_layers) == (16, 16, "all")
+    assert (paper.rate, paper.max_grad_norm, paper.decay, paper.warmup_steps) == (1e-4, 0.01, 1e-4, 500)
+    assert (paper.flow_weight, paper.mask_weight * paper.focal_weight, paper.dice_weight) == (1.0, 0.1, 0.2)
+    assert (paper.focal_alpha, paper.focal_gamma, paper.match_focal, paper.match_dice) == (0.25, 2.0, 0.02, 1.0)
+    assert (paper.sigma_mean, paper.sigma_std, paper.steps, paper.batch) == (0.0, 0.5, 3000, 8)
+    ours = recipe("ours", layers=(4,), rate=1e-3)
+    assert (ours.streams, ours.space, ours.rate) == ("joint", "probability", 1e-3)
+    with pytest.raises(UserError, match="did you mean 'paper'"):
+        recipe("papr", layers=(4,))
+    assert replace(paper, masks="part").level == "head"
+    assert replace(paper, masks="none").level == "none"
+
+
+def test_clip_columns_of_a_model_that_has_none_are_refused(tmp_path: Path) -> None:
+    from tests import pipelines
+
+    model = MMDiT(pipelines.build("flux"), "flux", tiny.T5_LENGTH)
+    with pytest.raises(UserError, match=r"--columns clip: this model's text tokens are those of t5; use all"):
+        train(model, Pictures(), replace(CONFIG, columns="clip"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_tensorboard_gets_the_log(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    result = run(tmp_path, replace(CONFIG, steps=3, report_to="tensorboard"), held_out=[Pictures()[0]])
+    events = accumulator.EventAccumulator(str(tmp_path / "train-magnet")).Reload()
+    logged = [event.value for event in events.Scalars("loss")]
+    np.testing.assert_allclose(logged, result.log.loss, rtol=1e-6)
+    assert [event.step for event in events.Scalars("miou")] == [3]
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import tracking
+
+    monkeypatch.setattr(tracking, "_available_trackers", [])
+    with pytest.raises(UserError, match=r"the package wandb is not installed; pip install 'mmdit-probe\[track\]'"):
+        run(tmp_path / "run", replace(CONFIG, report_to="wandb"))
+    assert not (tmp_path / "run").exists()

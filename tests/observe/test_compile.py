@@ -150,9 +150,10 @@ def test_maps_for_training_refuse_a_compiled_model() -> None:
     """Its maps would be constants: beside another loss, nothing would tell that they are not trained on."""
     model, inputs = FIXTURES["sd3"].build(num_layers=1), FIXTURES["sd3"].inputs()
     compiled = torch.compile(model, backend="eager")
-    with TextMapTap(compiled, [0]) as tap:
+    tap = TextMapTap([0])
+    with probe(compiled, edits=tap):
         run(compiled, inputs)  # a forward that nobody began is nobody's concern
-        tap.begin(None, (3, 4))
+        tap.begin()
         with pytest.raises(RunError, match="layer 0 is compiled"):
             compiled(**inputs)
 

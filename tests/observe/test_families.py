@@ -17,7 +17,7 @@ from mmdit_probe.attention import reference
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import watch
 from mmdit_probe.edit import Blur, GridBlur, Scale
-from mmdit_probe.edit.mixing import blur_matrix, taps
+from mmdit_probe.edit.edits import blur_matrix, taps
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.discover_layout import Site, taint
 from mmdit_probe.models.families.registry import FAMILIES, family_of

@@ -1,0 +1,85 @@
+"""Options of a dataclass: types, choices and ranges are held to, and the refusal names the flag and the value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pytest
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.options import Option, check, described
+
+
+@dataclass(frozen=True)
+class Weights:
+    focal: Annotated[float, Option("Weight.", min=0.0)] = 0.1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    steps: Annotated[int, Option("Steps.", min=1, max=10**7)] = 400
+    rate: Annotated[float, Option("Learning rate.", above=0.0, max=1.0, flag="--learning-rate")] = 1e-4
+    share: Annotated[float | None, Option("A share.", min=0.0, max=1.0)] = None
+    space: Annotated[Literal["logit", "probability"], Option("Space.")] = "logit"
+    report_to: Annotated[Literal["tensorboard", "wandb"] | None, Option("Tracker.")] = None
+    sizes: Annotated[tuple[int, ...], Option("Sizes.", min=1)] = (1,)
+    pair: tuple[int, str] = (1, "a")
+    names: Annotated[Sequence[str], Option("Names.")] = ()
+    layers: str | int | Iterable[int] = "all"
+    on: bool = False
+    out: Path | str | None = None
+    more: Any = None
+    table: Mapping[str, int] = field(default_factory=dict)
+    weights: Weights = field(default_factory=Weights)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {}, {"rate": 1}, {"rate": np.float32(0.5)}, {"steps": np.int64(3)}, {"share": 1.0}, {"report_to": "wandb"},
+        {"sizes": (1, 2)}, {"names": ["a"]}, {"layers": [0, 1]}, {"layers": 4}, {"out": Path("x")}, {"more": object()},
+    ],
+)  # fmt: skip
+def test_what_fits_passes(change: dict[str, Any]) -> None:
+    check(replace(Recipe(), **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"steps": 0}, "--steps is 0; expected a whole number of at least 1 and at most 1e+07"),
+        ({"steps": 10**400}, "and at most 1e+07"),
+        ({"steps": 1.5}, "--steps is 1.5; expected a whole number"),
+        ({"steps": True}, "--steps is True; expected a whole number"),
+        ({"rate": 0.0}, "--learning-rate is 0.0; expected a finite number above 0 and at most 1"),
+        ({"rate": float("nan")}, "--learning-rate is nan; expected a finite number"),
+        ({"rate": float("inf")}, "--learning-rate is inf; expected a finite number"),
+        ({"share": 1.1}, "--share is 1.1; expected a finite number or nothing of at least 0 and at most 1"),
+        ({"space": "logits"}, "unknown --space 'logits': did you mean 'logit'? Known: logit, probability"),
+        ({"space": 3}, "--space is 3; expected one of logit, probability"),
+        ({"report_to": "wand"}, "unknown --report-to 'wand': did you mean 'wandb'?"),
+        ({"sizes": (1, 0)}, "--sizes is (1, 0); expected a whole number of at least 1"),
+        ({"sizes": (1, "a")}, "--sizes is"),
+        ({"pair": (1, 2)}, "--pair is"),
+        ({"pair": (1,)}, "--pair is"),
+        ({"names": "abc"}, "--names is 'abc'; expected a text"),
+        ({"on": 1}, "--on is 1; expected true or false"),
+        ({"weights": Weights(focal=-1.0)}, "--focal is -1.0; expected a finite number of at least 0"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check(replace(Recipe(), **change))
+    assert said in str(refused.value)
+
+
+def test_fields_are_described_in_order() -> None:
+    fields = {each.name: each for each in described(Recipe)}
+    assert list(fields)[:3] == ["steps", "rate", "share"]
+    assert fields["rate"].flag == "--learning-rate" and fields["report_to"].flag == "--report-to"
+    assert fields["steps"].type is int and fields["steps"].option.help == "Steps."
+    assert fields["on"].option == Option("")
