@@ -37,18 +37,18 @@ def _report(folder: Any, model: MMDiT, output: Any) -> None:
     from mmdit_probe.data import paper_table
     from mmdit_probe.experiments import budget_summary as budget
     from mmdit_probe.plots import attention_budget, save
-    from mmdit_probe.results import read_row_groups
+    from mmdit_probe.results import read_items
     from mmdit_probe.results.statistics import compare
 
     path = folder.path / f"{TABLE}.parquet"
-    summary = budget.summarise(read_row_groups(path, budget.COLUMNS))
+    summary = budget.summarise(read_items(path, budget.COLUMNS))
     summary.to_csv(folder.path / f"{TABLE}_by_layer.csv", index=False, float_format="%.6g")
     paper = paper_table("budget_by_layer") if PAPER_MODEL in model.name else None
     figures = save(
         attention_budget(summary, title=f"{Path(model.name).name}: {setting(folder, summary)}", paper=paper),
         folder.path / TABLE,
     )
-    long = budget.by_item(read_row_groups(path, budget.COLUMNS)).melt(
+    long = budget.by_item(read_items(path, budget.COLUMNS)).melt(
         ["item", "control", "layer"], ["I2T", "I2T_word"], "measure"
     )
     comparison = compare(long, ["layer", "measure"])

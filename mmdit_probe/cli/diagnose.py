@@ -144,7 +144,7 @@ def _report(folder: Any, output: Any) -> None:
     from mmdit_probe.observe.sinks import OUTLIER, SINK, sink_mass, top_keys
     from mmdit_probe.plots import save
     from mmdit_probe.plots.sinks import sinks
-    from mmdit_probe.results import read_row_groups, read_table
+    from mmdit_probe.results import read_items, read_table
     from mmdit_probe.results.statistics import compare, measured
 
     request = folder.data["request"]
@@ -154,7 +154,7 @@ def _report(folder: Any, output: Any) -> None:
     ]  # fmt: skip
     top = top_keys(measured(read_table(folder.path / "keys.parquet", columns)))
     top.to_csv(folder.path / "sinks.csv", index=False, float_format="%.6g")
-    by_item = sink_mass(read_row_groups(folder.path / "keys.parquet", columns))
+    by_item = sink_mass(read_items(folder.path / "keys.parquet", columns))
     comparison = compare(by_item, ["layer"])
     claim = "sinks take more of the image queries' attention than in the control"
     against = report_controls(folder, NAME, comparison, claim, lambda rows: rows)

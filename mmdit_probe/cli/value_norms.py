@@ -23,7 +23,7 @@ def command(measured: Measured = MEASURED, session: Session = SESSION) -> None:
     Writes value_norms.parquet, the summaries per layer and per head, two figures and run.json into a run folder.
     """
     from mmdit_probe.cli.session import measure
-    from mmdit_probe.observe.norms import NormMeasurement
+    from mmdit_probe.experiments.budget_items import NormMeasurement
 
     folder, loaded, output = measure(NormMeasurement, NAME, TABLE, measured, session)
     _report(folder, loaded, output)
@@ -37,19 +37,19 @@ def _report(folder: Any, model: MMDiT, output: Any) -> None:
     from mmdit_probe.experiments import norm_summary
     from mmdit_probe.plots import save
     from mmdit_probe.plots.norms import value_norm_heads, value_norms
-    from mmdit_probe.results import read_row_groups
+    from mmdit_probe.results import read_items
     from mmdit_probe.results.statistics import compare
 
     path = folder.path / f"{TABLE}.parquet"
-    summary = norm_summary.by_layer(read_row_groups(path, norm_summary.COLUMNS))
-    heads = norm_summary.by_head(read_row_groups(path, norm_summary.COLUMNS))
+    summary = norm_summary.by_layer(read_items(path, norm_summary.COLUMNS))
+    heads = norm_summary.by_head(read_items(path, norm_summary.COLUMNS))
     summary.to_csv(folder.path / f"{TABLE}_by_layer.csv", index=False, float_format="%.6g")
     heads.to_csv(folder.path / f"{TABLE}_by_head.csv", index=False, float_format="%.6g")
     paper = paper_table("value_norm_by_layer") if PAPER_MODEL in model.name else None
     title = f"{Path(model.name).name}: {setting(folder, summary)}"
     figures = save(value_norms(summary, title=title, paper=paper), folder.path / TABLE)
     figures += save(value_norm_heads(heads, title=title), folder.path / f"{TABLE}_by_head")
-    wide = norm_summary.by_control(read_row_groups(path, norm_summary.COLUMNS))
+    wide = norm_summary.by_control(read_items(path, norm_summary.COLUMNS))
     long = wide.assign(relative_gap=wide["gap"] / wide["image"]).melt(
         ["item", "control", "layer"], ["gap", "relative_gap"], "measure"
     )

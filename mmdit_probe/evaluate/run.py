@@ -40,7 +40,7 @@ def evaluate(
         with writer.item(index) as item:
             item.write(plan.rows(captures, index))
         advance()
-    part.collect(writer.parts, list(part.mine(count)))
+    part.collect(writer.path, list(part.mine(count)))
     if part.first:
         writer.finish()
     part.barrier()

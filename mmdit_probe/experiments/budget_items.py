@@ -17,13 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
-import numpy as np
-
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.budget_summary import summarise
 from mmdit_probe.experiments.controls import Variant, variants
 from mmdit_probe.observe.mass import COLUMNS, AttentionMass
-from mmdit_probe.observe.observer import MemorySink, Observer, Sink
+from mmdit_probe.observe.norms import ValueNorm
+from mmdit_probe.observe.observer import MemorySink, Observer, Sink, constant
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices, step_indices
 
@@ -214,6 +213,12 @@ class Budget:
                 self.model.denoise(noised, self.request["sigma"], text, seeds=item.seed)
 
 
+class NormMeasurement(Budget):
+    """Value norms of prompts or pictures, item by item; made and run as `Budget` is."""
+
+    observer = ValueNorm
+
+
 def _plain_heads(heads: Any) -> Any:
     return {str(layer): list(of) for layer, of in heads.items()} if isinstance(heads, Mapping) else list(heads)
 
@@ -224,13 +229,9 @@ class _Labelled:
     def __init__(self, sink: Sink, labels: dict[str, int | str]) -> None:
         self.sink, self.labels = sink, labels
 
-    def write(self, columns: dict[str, np.ndarray]) -> None:
+    def write(self, columns: dict[str, Any]) -> None:
         count = len(next(iter(columns.values())))
-        constant = {
-            name: np.full(count, value, dtype=object if isinstance(value, str) else np.int64)
-            for name, value in self.labels.items()
-        }
-        self.sink.write(constant | columns)
+        self.sink.write({name: constant(value, count) for name, value in self.labels.items()} | columns)
 
 
 def attention_budget(

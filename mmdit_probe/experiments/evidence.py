@@ -269,7 +269,7 @@ def _masses(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _value_gap(variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
-    from mmdit_probe.observe.norms import NormMeasurement
+    from mmdit_probe.experiments.budget_items import NormMeasurement
 
     return _norms(_captured(NormMeasurement, variant, split, plan))
 
@@ -341,10 +341,10 @@ def _segmentation(variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
 def _read_masses(path: Path) -> pd.DataFrame:
     import pandas as pd
 
-    from mmdit_probe.results import read_row_groups
+    from mmdit_probe.results import read_items
 
     columns = ["item", "control", "branch", "step", "layer", "head", "query", "key", "span", "mass", "uniform"]
-    parts = [_masses(measured(part)) for part in read_row_groups(path / "attention_budget.parquet", columns)]
+    parts = [_masses(measured(part)) for part in read_items(path / "attention_budget.parquet", columns)]
     return pd.concat(parts, ignore_index=True)
 
 

@@ -59,7 +59,7 @@ def score_model(
     folder = RunFolder.open(COMMAND, described, out=out, resume=resume)
     if not folder.complete:
         folder.record(model={"id": model.name, "weight_hash": model.weight_hash}, dtype=str(model.dtype))
-        if categories and not (folder.path / "alignment.parquet").exists():
+        if categories:
             parser = load_parser()
             with TableWriter(folder.path, "alignment") as writer:
                 for index, category in enumerate(categories):

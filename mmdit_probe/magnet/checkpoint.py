@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit_probe.errors import RunError
-from mmdit_probe.results.tables import _disk
+from mmdit_probe.results.atomic import disk
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[
 
     final = folder / f"checkpoint-{step:07d}"
     temporary = folder / "checkpoint.tmp"
-    with _disk(final):
+    with disk(final):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(

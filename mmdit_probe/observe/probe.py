@@ -233,6 +233,8 @@ class Run:
             self._check_seen()
             if self._observing:
                 for observer in self.observers:
+                    observer.check_call(denoising)
+                for observer in self.observers:
                     observer.end_call(denoising)
         finally:
             for observer in self.observers:

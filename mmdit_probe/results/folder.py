@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.results.atomic import disk
 from mmdit_probe.results.provenance import environment, peak_memory
-from mmdit_probe.results.tables import _disk
 
 ROOT = Path("runs")
 RECORD = "run.json"
@@ -85,7 +85,7 @@ class RunFolder:
             while found is None and path.exists():  # two runs in one second
                 path = path.with_name(path.name + "x")
             old = read_record(path)
-        with _disk(path):
+        with disk(path):
             path.mkdir(parents=True, exist_ok=True)
         folder = cls(
             path, old or {"command": command, "request": request, "created": now.isoformat(timespec="seconds")}
@@ -100,7 +100,7 @@ class RunFolder:
         self.data["wall_seconds"] = round(self._spent_before + time.perf_counter() - self._started, 3)
         self.data["peak_memory_bytes"] = peak_memory()
         temporary = self.path / f"{RECORD}.tmp"
-        with _disk(self.path / RECORD):
+        with disk(self.path / RECORD):
             temporary.write_text(json.dumps(self.data, indent=2, default=str) + "\n", encoding="utf-8")
             os.replace(temporary, self.path / RECORD)
 

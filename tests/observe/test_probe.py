@@ -138,7 +138,7 @@ def test_negative_prompts_and_copies_are_told_apart(pipe: Any) -> None:
             generator=generators,
             output_type="latent",
         )
-    rows = run[TextMaps].rows(0)
+    rows = run[TextMaps].samples(0)
     assert [row[:2] for row in rows] == [("a red ring", 1), ("a red ring", 2), ("a cat", 3), ("a cat", 4)]
     assert run[TextMaps].maps(0, branch=None).shape[0] == 8
 

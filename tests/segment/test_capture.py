@@ -10,7 +10,7 @@ from mmdit_probe.attention.reference import probabilities as explicit
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.concepts import ConceptStream
-from mmdit_probe.observe.joint import JointBlocks, second_eigenvalue
+from mmdit_probe.observe.maps import JointBlocks, second_eigenvalue
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.segment.capture import capture, concept_embeddings
