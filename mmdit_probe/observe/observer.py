@@ -159,21 +159,15 @@ class Observer:
         signs = [seen.finite, *_signs(measured)] if self.needs == "lse" else list(_signs(measured))
         self._pending[seen.layer.index] = (measured, signs, seen.call.query.dtype)
 
-    def check_call(self, denoising: DenoisingCall) -> None:
-        """Before any observer commits the call: whether all that was measured is finite.
-
-        Raises:
-            RunError: something is not; names the layer and the step.
-        """
+    def broken_layer(self) -> int | None:
+        """The first layer of the call of which something measured is not finite."""
         signs = [(layer, sign) for layer, (_, signs, _) in sorted(self._pending.items()) for sign in signs]
         if not signs:
-            return
+            return None
         device = signs[-1][1].device
         # All in one transfer: a device would wait once for each.
         fine = torch.stack([sign.to(device) for _, sign in signs]).isfinite().tolist()
-        broken = next((layer for (layer, _), good in zip(signs, fine, strict=True) if not good), None)
-        if broken is not None:
-            raise not_finite(broken, self.reads, self._pending[broken][2], denoising.step)
+        return next((layer for (layer, _), good in zip(signs, fine, strict=True) if not good), None)
 
     def end_call(self, denoising: DenoisingCall) -> None:
         """The transformer call ended well."""
@@ -188,6 +182,18 @@ class Observer:
     def _pending(self) -> dict[int, tuple[Any, list[Tensor], torch.dtype]]:
         """Layer -> what was measured, numbers that tell whether it is finite, and the precision of the call."""
         return {}
+
+
+def check_finite(observers: Sequence[Observer], denoising: DenoisingCall) -> None:
+    """Before any observer commits a denoising call: whether all that was measured in it is finite.
+
+    Raises:
+        RunError: something is not; names the first layer where it is not, and the step.
+    """
+    found = [(layer, observer) for observer in observers if (layer := observer.broken_layer()) is not None]
+    if found:
+        layer, observer = min(found, key=lambda pair: pair[0])
+        raise not_finite(layer, observer.reads, observer._pending[layer][2], denoising.step)
 
 
 def not_finite(layer: int, reads: str, dtype: torch.dtype, step: int | None = None) -> RunError:

@@ -175,11 +175,8 @@ def read_items(path: Path | str, columns: Sequence[str]) -> Iterator[pd.DataFram
     Raises:
         UserError: as `read_table`.
     """
-    import pyarrow.parquet as pq
-
     for file in _files(path):
-        present = set(pq.read_schema(file).names)
-        yield _read(file, [name for name in columns if name in present]).to_pandas()
+        yield _read(file, columns, absent=True).to_pandas()
 
 
 def _files(path: Path | str) -> list[Path]:
@@ -190,13 +187,18 @@ def _files(path: Path | str) -> list[Path]:
     return files
 
 
-def _read(file: Path, columns: Sequence[str] | None) -> pa.Table:
+def _read(file: Path, columns: Sequence[str] | None, absent: bool = False) -> pa.Table:
+    """Some columns (all if None) of one file; columns that are `absent` may be left out."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(file) as table:
-            return _encoded(table.read(columns=None if columns is None else list(columns)))
+            known = table.schema_arrow.names
+            missing = [] if columns is None or absent else [name for name in columns if name not in known]
+            if missing:
+                raise UserError(f"{str(file)!r} has no column {missing[0]!r}; it has: {', '.join(known)}")
+            return _encoded(table.read(columns=known if columns is None else [n for n in columns if n in known]))
     except pa.ArrowException as error:
         raise UserError(f"{str(file)!r} is not a parquet table: {str(error).splitlines()[0]}") from error
 

@@ -143,6 +143,7 @@ def test_full_disk_says_what_is_kept(tmp_path, monkeypatch, call):
         "close": (pq.ParquetWriter, "close"),
         "rename": (os, "replace"),
     }[call]
+    monkeypatch.setattr(pq.ParquetWriter, "__del__", lambda writer: None)
     monkeypatch.setattr(owner, name, full)
     message = r"No space left on device; finished items are kept.*--resume"
     with pytest.raises(RunError, match=message), writer.item(1) as item:
@@ -166,6 +167,9 @@ def test_missing_and_broken_tables(tmp_path):
         read_table(tmp_path / "bad.parquet")
     with pytest.raises(UserError, match="is not a parquet table"):
         list(read_items(tmp_path / "bad.parquet", ["item"]))
+    written(tmp_path, 0)
+    with pytest.raises(UserError, match="has no column 'masses'; it has: item, span, mass"):
+        read_table(tmp_path / "t.parquet", ["item", "masses"])
 
 
 def test_the_disk_holds_every_row_once_at_any_time(tmp_path):
