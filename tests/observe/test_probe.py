@@ -406,7 +406,7 @@ def test_state_does_not_grow_with_prompts_or_steps(pipe: Any) -> None:
             # Of these types exactly: compiling leaves fake tensors of no size behind.
             tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter, np.ndarray)]
             sizes = sum(thing.nbytes for thing in tensors)
-            assert run[AttentionMass]._seen == {}
+            assert run[AttentionMass]._pending == {}
         return written, sizes
 
     held(1, 1)  # whatever the first use allocates for good
