@@ -13,7 +13,7 @@ from runs import PAPER_TEXT, is_paper_model, model_of, parse, published, run_fol
 
 from mmdit_probe.experiments.budget_summary import COLUMNS, summarise
 from mmdit_probe.plots import attention_budget
-from mmdit_probe.results import read_row_groups
+from mmdit_probe.results import read_items
 
 COMMAND, TABLE = "attention-budget", "attention_budget"
 
@@ -22,7 +22,7 @@ def main() -> None:
     options = parse(__doc__, COMMAND)
     folder = run_folder(options, COMMAND, PAPER_TEXT if is_paper_model(options.model) else ())
     model = model_of(folder)
-    summary = summarise(read_row_groups(folder / f"{TABLE}.parquet", COLUMNS))
+    summary = summarise(read_items(folder / f"{TABLE}.parquet", COLUMNS))
     title = f"{model}: {int(summary.prompts.min())} prompts"
     figure = attention_budget(summary, title=title, paper=published("budget_by_layer", model))
     write(figure, target(options, model, "fig02_attention_budget"), summary)

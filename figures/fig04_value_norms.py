@@ -13,7 +13,7 @@ from runs import PAPER_TEXT, is_paper_model, model_of, parse, published, run_fol
 
 from mmdit_probe.experiments.norm_summary import COLUMNS, by_head, by_layer
 from mmdit_probe.plots.norms import value_norm_heads, value_norms
-from mmdit_probe.results import read_row_groups
+from mmdit_probe.results import read_items
 
 COMMAND = "value-norms"
 
@@ -22,7 +22,7 @@ def main() -> None:
     options = parse(__doc__, COMMAND)
     folder = run_folder(options, COMMAND, PAPER_TEXT if is_paper_model(options.model) else ())
     path, model = folder / "value_norms.parquet", model_of(folder)
-    summary, heads = (reduce(read_row_groups(path, COLUMNS)) for reduce in (by_layer, by_head))
+    summary, heads = (reduce(read_items(path, COLUMNS)) for reduce in (by_layer, by_head))
     paper = published("value_norm_by_layer", model)
     title = f"{model}: n = {int(summary.prompts.min())} prompts"
     curves, grids = value_norms(summary, title=title, paper=paper), value_norm_heads(heads, title=title)

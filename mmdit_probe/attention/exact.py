@@ -270,4 +270,4 @@ def _indicator_masses(call: SDPACall, groups: Tensor, count: int) -> Tensor:
         parts.append(SDPACall(query, key, values, mask, 0.0, call.is_causal, call.scale_factor).stock()[..., :kept])
     live = live_rows(call)
     masses = torch.cat(parts, -1)
-    return masses if live is None else masses.nan_to_num() * live[..., None]
+    return masses if live is None else masses.masked_fill(~live[..., None], 0.0)

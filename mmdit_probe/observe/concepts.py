@@ -1,7 +1,7 @@
 """ConceptStream: a text stream of concepts that reads the image and is read by nobody (arXiv:2502.04320).
 
     stream = ConceptStream(model, embeddings, pooled_from=text)       # embeddings [K, C], one vector per concept
-    with probe(model, stream), stream.listening():
+    with probe(model, stream), stream.listening():                    # or a bare transformer
         model.denoise(latents, 0.5, text)
     stream.outputs[3]                                                 # [B, K, E] attention output of the concepts
 
@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.layout import unwrap
+from mmdit_probe.models.families.registry import family_of
+from mmdit_probe.models.layout import find_layers, unwrap
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
 
@@ -35,7 +36,8 @@ class ConceptStream(Observer):
     """Observer that carries K concept vectors through every joint block.
 
     Args:
-        model: the model that will be probed; all layers up to the last one of interest must be observed.
+        target: the `MMDiT` or bare transformer that will be probed; all layers up to the last one of interest must be
+            observed.
         embeddings: [K, C] in the space of the text encoders (before the transformer's own projection).
 
     Attributes:
@@ -44,11 +46,11 @@ class ConceptStream(Observer):
 
     needs: ClassVar[Literal["call", "lse"]] = "call"
 
-    def __init__(self, model: MMDiT, embeddings: Tensor) -> None:
-        self.transformer = unwrap(model.transformer)
+    def __init__(self, target: MMDiT | nn.Module, embeddings: Tensor) -> None:
+        self.transformer = unwrap(target.transformer if isinstance(target, MMDiT) else target)
         self.embeddings = embeddings
         self.blocks: dict[int, Any] = {}
-        for layer in model.layers:
+        for layer in find_layers(family_of(self.transformer), self.transformer):
             block = self.transformer.get_submodule(layer.path.rpartition(".")[0])
             if not all(hasattr(block, part) for part in _BLOCK_PARTS) or not hasattr(layer.module, "add_q_proj"):
                 raise UserError(
@@ -57,10 +59,7 @@ class ConceptStream(Observer):
                 )
             self.blocks[layer.index] = block
         self.outputs: dict[int, Tensor] = {}
-        self._seen: dict[int, Tensor] = {}
-        self._state: Tensor | None = None
         self._modulation: Tensor | None = None
-        self._next = 0
 
     @contextmanager
     def listening(self) -> Iterator[ConceptStream]:
@@ -74,17 +73,20 @@ class ConceptStream(Observer):
             yield self
         finally:
             handle.remove()
+            self._modulation = None
 
-    def observe(self, seen: LayerCall) -> None:
+    def measure(self, seen: LayerCall) -> tuple[Tensor, Tensor]:
+        """Output [B, K, E] of the concepts in this layer, and their state [B, K, C] after it."""
         if self._modulation is None:
             raise UserError("ConceptStream heard no modulation vector: run the model inside `stream.listening()`")
-        if seen.layer.index != self._next:
-            raise UserError(f"ConceptStream needs every layer from 0; it saw layer {seen.layer.index} too early")
-        temb, image = self._modulation, seen.layout.positions("image")
-        if self._state is None:
-            start = self.transformer.context_embedder(self.embeddings.to(temb))
-            self._state = start[None].expand(len(temb), -1, -1)
-        state, block = self._state, self.blocks[seen.layer.index]
+        layer, temb, image = seen.layer.index, self._modulation, seen.layout.positions("image")
+        if layer == 0:
+            state = self.transformer.context_embedder(self.embeddings.to(temb))[None].expand(len(temb), -1, -1)
+        elif layer - 1 in self._pending:
+            state = self._pending[layer - 1][0][1]
+        else:
+            raise UserError(f"ConceptStream needs every layer from 0; it saw layer {layer} too early")
+        block = self.blocks[layer]
         attention = block.attn
         if block.context_pre_only:
             normed, gates = block.norm1_context(state, temb), None
@@ -103,21 +105,12 @@ class ConceptStream(Observer):
             scale=seen.call.scale_factor,
         )
         out = out.transpose(1, 2).flatten(2)  # [B, K, E]
-        self._seen[seen.layer.index] = out.float().cpu()
         if gates is not None:
             gate, shift_mlp, scale_mlp, gate_mlp = gates
             state = state + gate[:, None] * attention.to_add_out(out)
             inner = block.norm2_context(state) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
             state = state + gate_mlp[:, None] * block.ff_context(inner)
-        self._state = state
-        self._next += 1
+        return out.float(), state
 
-    def end_call(self, denoising: DenoisingCall) -> None:
-        self.outputs = dict(self._seen)
-        self._reset()
-
-    def abandon_call(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._seen, self._state, self._modulation, self._next = {}, None, None, 0
+    def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
+        self.outputs = {layer: out.cpu() for layer, (out, _) in measured.items()}

@@ -1,29 +1,49 @@
-"""TextMaps: where each text token is looked for in the image, kept as maps (the I2T block of the paper's layer maps).
+"""Maps of the joint attention: where each text token is looked for in the image, and whole blocks for segmentation.
 
     with probe(model, TextMaps(words=["ring", "house"]), layers=9) as run:
         model.denoise(latents, 0.5, text)
     run[TextMaps].maps(layer=9).shape                # [B, h, w, 2]
 
+    blocks = JointBlocks(layers=[3, 4], keep=("i2t", "i2i"))
+    with second_attention(model, layers=[3, 4]) as second, probe(model, blocks):
+        model.denoise(latents, 0.5, text)
+    blocks.kept[3]["i2t"].shape                      # [B, H, I, T]
+    second[3].shape                                  # [B, I, I], of dual-attention blocks
+
 Maps are columns of the exact attention probabilities: for `queries="image"` (I2T) the value at an image token is that
 query's probability on the word; for `queries="text"` (T2I) it is the word's probability on that image token.
 
-Unlike the other observers this one grows with every call it sees, because maps were asked for by name: choose layers
-and steps.
+Unlike the other observers `TextMaps` grows with every call it sees, because maps were asked for by name: choose layers
+and steps. `JointBlocks` and `second_attention` keep the last call. Not here: what is made of maps (`segment`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from mmdit_probe.attention import exact
+from mmdit_probe.attention import exact, gradients
+from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.models.layout import unwrap
+from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
+from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, not_finite
+
+PARTS = ("i2t", "i2t_logit", "i2i", "i2i_walk", "feat_out", "feat_proj")
+"""What `JointBlocks` can keep."""
+
+MASKED = -1e4
+"""Logit that stands for the minus infinity of a masked key, so that sums of maps stay finite."""
+
+_QUERIES = 512
+"""Queries per chunk of a second attention."""
 
 
 class TextMaps(Observer):
@@ -36,7 +56,7 @@ class TextMaps(Observer):
         queries: "image" for I2T, the sum over a word's positions; "text" for T2I, the mean over a word's positions.
         stream: encoder stream to read words from; None takes all.
 
-    A word that is not in a row's prompt gives zeros in rows of the unconditional branch, and an error elsewhere.
+    A word that is not in a sample's prompt gives zeros in the unconditional branch, and an error elsewhere.
     """
 
     needs: ClassVar[Literal["call", "lse"]] = "lse"
@@ -54,50 +74,28 @@ class TextMaps(Observer):
             raise unknown("queries option", queries, ("image", "text"))
         self.words = [words] if isinstance(words, str) else words
         self.heads, self.queries, self.stream = heads, queries, stream
-        self._seen: dict[int, Tensor] = {}
         self._kept: dict[tuple[int, int], list[tuple[DenoisingCall, Tensor]]] = {}
 
-    def observe(self, seen: LayerCall) -> None:
-        frames = seen.layout.frames
-        if seen.layout.grid is None or math.prod((frames, *seen.layout.grid)) != seen.layout.counts["image"]:
-            raise UserError(f"the image tokens have no known grid: {seen.layout.counts['image']} tokens")
+    def measure(self, seen: LayerCall) -> Tensor:
+        layout, call, grid, frames = seen.layout, seen.call, seen.grid, seen.layout.frames
         groups = self._groups(seen)  # [B or 1, T, G]; None keeps every text position
         head_mean = self.heads == "mean"
-        image, text = seen.layout.positions("image"), seen.layout.positions("text")
-        call, lse = seen.call, seen.lse
+        image, text = layout.positions("image"), layout.positions("text")
         if self.queries == "image":
             if groups is not None:  # only the positions that some map reads
                 read = groups.any(0).any(-1).nonzero()[:, 0]
-                text, groups = torch.arange(seen.layout.total)[text][read].to(call.query.device), groups[:, read]
-            if lse is not None:
-                maps = exact.column_maps(call, lse, text, image, groups, head_mean)
-            else:
-                maps = _without_lse(call, text, groups, head_mean, seen.layout.total)[..., image, :]
+                text, groups = torch.arange(layout.total)[text][read].to(call.query.device), groups[:, read]
+            maps = exact.column_maps(call, seen.logsumexp, text, image, groups, head_mean)
         else:
-            if lse is None:
-                raise UserError("T2I maps need a kernel that gives its log-sum-exp; this device has none")
-            if seen.layout.queries is not None:
-                asked = seen.layout.queries[:, text]
-                if not asked.any():
-                    raise UserError("text tokens are no queries in this model: it has no T2I maps")
-                groups = torch.eye(seen.layout.counts["text"])[None] if groups is None else groups
-                groups = groups * asked[..., None]
-            if groups is not None:
-                groups = (groups / groups.sum(1, keepdim=True).clamp(min=1)).to(call.query.device)
-            maps = exact.row_maps(call, lse, image, text, groups, head_mean)
-        h, w = seen.layout.grid
-        space = (h, w) if frames == 1 else (frames, h, w)
-        maps = maps.reshape(*maps.shape[:-2], *space, maps.shape[-1])
+            weights = _query_mean(seen, groups)
+            maps = exact.row_maps(call, seen.logsumexp, image, text, weights, head_mean)
+        maps = maps.unflatten(-2, grid if frames == 1 else (frames, *grid))
         # Small ones stay on the device until the call is over, so that it need not wait in every layer.
-        self._seen[seen.layer.index] = maps if head_mean else maps.cpu()
+        return maps if head_mean else maps.cpu()
 
-    def end_call(self, denoising: DenoisingCall) -> None:
-        for layer, maps in self._seen.items():
+    def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
+        for layer, maps in measured.items():
             self._kept.setdefault((layer, denoising.step), []).append((denoising, maps.cpu()))
-        self._seen.clear()
-
-    def abandon_call(self) -> None:
-        self._seen.clear()
 
     @property
     def steps(self) -> list[int]:
@@ -110,11 +108,11 @@ class TextMaps(Observer):
         Args:
             layer: joint-attention layer.
             step: sampling step; None averages over the steps that were kept.
-            branch: guidance branch; None takes every row.
+            branch: guidance branch; None takes every sample.
 
         Of a video's F frames: [B, F, h, w, T'] and [B, H, F, h, w, T'].
 
-        Rows are in the order they were seen: batch rows within a call, calls in order. See `rows`.
+        Samples are in the order they were seen: those of a batch within a call, calls in order. See `samples`.
 
         Raises:
             UserError: nothing was kept for this layer, step and branch.
@@ -122,7 +120,7 @@ class TextMaps(Observer):
         steps = self.steps if step is None else [step]
         parts = []
         for at in steps:
-            kept = [maps[_rows_of(call, branch)] for call, maps in self._kept.get((layer, at), [])]
+            kept = [maps[_samples_of(call, branch)] for call, maps in self._kept.get((layer, at), [])]
             kept = [maps for maps in kept if len(maps)]
             if not kept:
                 have = ", ".join(f"layer {of} step {s}" for of, s in sorted(self._kept)[:8]) or "nothing"
@@ -135,13 +133,13 @@ class TextMaps(Observer):
             raise UserError("the steps hold different numbers of samples; name a step")
         return torch.stack(parts).mean(0)
 
-    def rows(self, layer: int, step: int | None = None, branch: str | None = "cond") -> list[tuple[str, int, float]]:
-        """(prompt, seed, sigma) of every row that `maps` returns for one step (the first kept one if None)."""
+    def samples(self, layer: int, step: int | None = None, branch: str | None = "cond") -> list[tuple[str, int, float]]:
+        """(prompt, seed, sigma) of every sample that `maps` returns for one step (the first kept one if None)."""
         at = self.steps[0] if step is None and self.steps else step
         return [
-            (call.prompts[row], call.seeds[row], call.sigmas[row])
+            (call.prompts[sample], call.seeds[sample], call.sigmas[sample])
             for call, _ in self._kept.get((layer, -1 if at is None else at), [])
-            for row in _rows_of(call, branch)
+            for sample in _samples_of(call, branch)
         ]
 
     def _groups(self, seen: LayerCall) -> Tensor | None:
@@ -155,9 +153,9 @@ class TextMaps(Observer):
                 raise UserError(f"text positions {list(words)}: expected positions in 0..{length - 1}")
             return torch.nn.functional.one_hot(positions, length).float().t()[None]
         groups = torch.zeros(len(seen.tokens), length, len(words))
-        for row, table in enumerate(seen.tokens):
+        for sample, table in enumerate(seen.tokens):
             for place, word in enumerate(words):
-                groups[row, self._positions(table, str(word), seen.denoising.branches[row]), place] = 1.0
+                groups[sample, self._positions(table, str(word), seen.denoising.branches[sample]), place] = 1.0
         return groups
 
     def _positions(self, table: TokenTable, word: str, branch: str) -> list[int]:
@@ -170,17 +168,178 @@ class TextMaps(Observer):
         return [p for stream, positions in spans.items() if self.stream in (None, stream) for p in positions]
 
 
-def _rows_of(call: DenoisingCall, branch: str | None) -> list[int]:
-    return [row for row, of in enumerate(call.branches) if branch is None or of == branch]
+class JointBlocks(Observer):
+    """Observer that keeps parts of the joint attention of some layers, of the last denoising call in float32.
+
+        i2t       [B, H, I, T]   columns of the joint softmax at the text keys, exact (Seg4Diff, eq. 4)
+        i2t_logit [B, H, I, T]   the same before the softmax: scaled products and the mask's bias, at least `MASKED`
+        i2i       [B, I, I]      mean over heads of the image-image block; rows sum to 1 minus the text mass
+        i2i_walk  [B, I, I]      the same, heads weighted by |lambda_2| of their renormalised block (TokenRank)
+        feat_out  [B, I, E]      attention output of the image tokens before the output projection
+        feat_proj [B, I, E]      after it
+
+    I2I is built over chunks of queries, so that beside the result (4 I^2 bytes a layer: 64 MiB at 64 x 64 tokens) only
+    one chunk of probabilities is held; "i2i_walk" holds one head's block more.
+
+    Args:
+        layers: 0-based layers to keep; others that the probe watches are ignored.
+        keep: which of `PARTS`.
+        heads: heads that count in the mean of "i2i"; None takes all.
+    """
+
+    needs: ClassVar[Literal["call", "lse"]] = "lse"
+
+    def __init__(
+        self, layers: Iterable[int], keep: Iterable[str] = ("i2t",), heads: Iterable[int] | None = None
+    ) -> None:
+        self.layers, self.keep = frozenset(layers), tuple(keep)
+        for part in self.keep:
+            if part not in PARTS:
+                raise unknown("part of the joint attention", part, PARTS)
+        self.heads = None if heads is None else list(heads)
+        if self.heads == []:
+            raise UserError("no heads to average over; name at least one")
+        self.kept: dict[int, dict[str, Tensor]] = {}
+
+    def measure(self, seen: LayerCall) -> dict[str, Tensor]:
+        if seen.layer.index not in self.layers:
+            return {}
+        return {part: self._part(part, seen).detach().float().cpu().contiguous() for part in self.keep}
+
+    def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
+        self.kept = {layer: parts for layer, parts in measured.items() if layer in self.layers}
+
+    def _part(self, part: str, seen: LayerCall) -> Tensor:
+        image, text = seen.layout.positions("image"), seen.layout.positions("text")
+        if part == "i2t":
+            return exact.column_maps(seen.call, seen.logsumexp, text, image)
+        if part == "i2t_logit":
+            return gradients.logits(seen.call, text, image).float().clamp(min=MASKED)
+        if part == "i2i":
+            return exact.column_maps(*_of_heads(seen, self.heads), image, image, head_mean=True)
+        if part == "i2i_walk":
+            return _walk_mean(seen, image)
+        features = seen.output[:, :, image].transpose(1, 2).flatten(2)  # [B, I, H * D]
+        projection: Any = seen.record.module_call.module
+        return features if part == "feat_out" else projection.to_out[0](features)
 
 
-def _without_lse(
-    call: exact.SDPACall, text: exact.Columns, groups: Tensor | None, head_mean: bool, total: int
-) -> Tensor:
-    """I2T maps of all rows where no kernel gives its log-sum-exp: every text position a group, by indicator values."""
-    positions = torch.arange(total, device=call.query.device)[text]
-    of_key = torch.zeros(total, dtype=torch.long, device=call.query.device)
-    of_key[positions] = 1 + torch.arange(len(positions), device=call.query.device)
-    masses = exact.group_masses(call, None, of_key, len(positions) + 1)[..., 1:]  # [B, H, N, T]
-    maps = masses if groups is None else masses @ groups[:, None].to(masses.device)
-    return maps.mean(1) if head_mean else maps
+def second_eigenvalue(chain: Tensor, rounds: int = 40, vectors: int = 4) -> Tensor:
+    """|lambda_2| of row-stochastic matrices [B, I, I], float32 [B], by orthogonal iteration on the deflated chain.
+
+    How slowly a random walk forgets its start (TokenRank, arXiv:2507.17657): a head whose attention falls into few
+    well separated groups is near 1, one that mixes at once is near 0. The stationary part 1 pi^T is taken out, so the
+    largest eigenvalue left is the second one.
+    """
+    batch, tokens, _ = chain.shape
+    if not chain.isfinite().all():
+        return torch.full((batch,), float("nan"))
+    chain = chain.double()
+    pi = torch.full((batch, 1, tokens), 1.0 / tokens, dtype=chain.dtype)
+    for _ in range(rounds):
+        pi = pi @ chain
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.randn(batch, tokens, min(vectors, tokens), generator=generator, dtype=chain.dtype)
+    for _ in range(rounds):
+        basis, _ = torch.linalg.qr(chain @ basis - (pi @ basis))
+    projected = basis.mT @ (chain @ basis - pi @ basis)
+    return torch.linalg.eigvals(projected).abs().amax(-1).float()
+
+
+@contextmanager
+def second_attention(model: MMDiT, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """The image-only attention of dual-attention blocks (SD3.5-medium, layers 0-12), of the last call in the context:
+    fills a dict, layer -> its mean over heads [B, I, I], float32 on the CPU.
+
+    Text does not enter it: an alternative to the image-image block of the joint softmax wherever a method spreads maps
+    over the image. Queries and keys are computed again from the module's input, so the forward stays bitwise the stock
+    one. Memory: 4 I^2 bytes a layer and one chunk of one head.
+
+    Raises:
+        UserError: a layer has no second attention; the message names those that have one. RunError: it is not finite.
+    """
+    transformer = unwrap(model.transformer)
+    modules: dict[int, Any] = {
+        layer.index: getattr(transformer.get_submodule(layer.path.rpartition(".")[0]), "attn2", None)
+        for layer in model.layers
+    }
+    missing = [layer for layer in layers if modules[layer] is None]
+    if missing:
+        dual = [index for index, module in modules.items() if module is not None]
+        raise UserError(
+            f"layers {missing} have no second, image-only attention (attn2); "
+            + (f"those that have one: {dual}" if dual else f"{model.name} has none, its blocks are not dual")
+        )
+    kept: dict[int, Tensor] = {}
+    handles = [
+        modules[layer].register_forward_pre_hook(partial(_keep_second, kept, layer), with_kwargs=True)
+        for layer in layers
+    ]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _keep_second(
+    kept: dict[int, Tensor], layer: int, module: Any, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> None:
+    hidden = named["hidden_states"] if "hidden_states" in named else arguments[0]
+    query, key = (
+        getattr(module, name)(hidden).unflatten(-1, (module.heads, -1)).transpose(1, 2) for name in ("to_q", "to_k")
+    )
+    if getattr(module, "norm_q", None) is not None:
+        query, key = module.norm_q(query), module.norm_k(key)
+    batch, heads, tokens, width = query.shape
+    total = torch.zeros(batch, tokens, tokens, device=query.device)
+    for head in range(heads):
+        keys = key[:, head].float().mT * width**-0.5
+        for start in range(0, tokens, _QUERIES):
+            chunk = slice(start, start + _QUERIES)
+            total[:, chunk] += (query[:, head, chunk].float() @ keys).softmax(-1)
+    kept[layer] = (total / heads).cpu()
+    if not kept[layer].isfinite().all():
+        raise not_finite(layer, "the second attention", query.dtype)
+
+
+def _samples_of(call: DenoisingCall, branch: str | None) -> list[int]:
+    return [sample for sample, of in enumerate(call.branches) if branch is None or of == branch]
+
+
+def _query_mean(seen: LayerCall, groups: Tensor | None) -> Tensor | None:
+    """Weights [B or 1, T, G] of text queries in the mean over each group; None for every position by itself."""
+    layout = seen.layout
+    if layout.queries is not None:
+        are_queries = layout.queries[:, layout.positions("text")]
+        if not are_queries.any():
+            raise UserError("text tokens are no queries in this model: it has no T2I maps")
+        groups = (torch.eye(layout.counts["text"])[None] if groups is None else groups) * are_queries[..., None]
+    return None if groups is None else (groups / groups.sum(1, keepdim=True).clamp(min=1)).to(seen.call.query.device)
+
+
+def _of_heads(seen: LayerCall, heads: list[int] | None) -> tuple[SDPACall, Tensor]:
+    """The call and its log-sum-exp with some of the heads; all if None."""
+    call = seen.call
+    if heads is None:
+        return call, seen.logsumexp
+    mask = call.attn_mask
+    if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+        mask = mask[:, heads]
+    chosen = replace(
+        call, query=call.query[:, heads], key=call.expanded_key()[:, heads], value=call.expanded_value()[:, heads],
+        attn_mask=mask, enable_gqa=False,
+    )  # fmt: skip
+    return chosen, seen.logsumexp[:, heads]
+
+
+def _walk_mean(seen: LayerCall, image: exact.Columns) -> Tensor:
+    """Image-image block [B, I, I], rows renormalised, heads weighted by how slowly their walk mixes."""
+    total, weights = torch.zeros(()), torch.zeros(())
+    for head in range(seen.call.query.shape[1]):
+        block = exact.column_maps(*_of_heads(seen, [head]), image, image)[:, 0]
+        block /= block.sum(-1, keepdim=True).clamp(min=1e-12)
+        weight = second_eigenvalue(block.cpu()).to(block.device)[:, None, None]
+        total, weights = block.mul_(weight).add_(total.to(block.device)), weight + weights.to(block.device)
+    return total / weights.clamp(min=1e-12)

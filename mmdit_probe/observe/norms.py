@@ -15,20 +15,14 @@ paper's curves, as far as it says), rows of heads 0..H-1 each head's own. Not he
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-CONCATENATED = -1
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.observer import DenoisingCall, LayerCall, RowObserver
-from mmdit_probe.specs import heads_at
-
-if TYPE_CHECKING:
-    pass
+from mmdit_probe.observe.observer import ALL_HEADS, LayerCall, RowBatch, RowObserver
 
 COLUMNS = (
     "prompt", "seed", "step", "sigma", "branch", "layer", "head", "token", "span", "stream", "norm", "spread",
@@ -38,7 +32,7 @@ COLUMNS = (
 _TOKENS = 256
 """Tokens upcast at once, so that the copy stays in a processor's cache."""
 
-Leaf = tuple[str, str, str]
+Group = tuple[str, str, str]
 """(token, span, stream) of a row: ("text", "word", "t5"), ("image", "all", ""), ("other", "all", "")."""
 
 
@@ -46,9 +40,8 @@ class ValueNorm(RowObserver):
     """Observer of value norms.
 
     Args:
-        sink: gets the finished rows after every denoising call: an object with `write(columns)` or a function of the
-            columns; kept in memory if None.
-        heads: which heads get rows beside the concatenation: "all", 3, "0-3", [0, 5].
+        sink, heads: as in `RowObserver`; `heads` get rows beside the concatenation.
+        rows: "head", or "layer" for the concatenation alone.
 
     Columns: prompt, seed, step, sigma, branch, layer, head (-1: all heads concatenated), token (image | text | other),
     span (bos | word | eos | pad | template | null | unknown; "all" for image and other tokens), stream (encoder; "" for
@@ -57,58 +50,38 @@ class ValueNorm(RowObserver):
     """
 
     needs: ClassVar[Literal["call", "lse"]] = "call"
+    reads: ClassVar[str] = "the value"
 
     columns = COLUMNS
 
-    def observe(self, seen: LayerCall) -> None:
+    def measure(self, seen: LayerCall) -> tuple[Layout, list[TokenTable], Tensor]:
         # Reduced when the call is over: reading numbers here would make the device wait in every layer.
-        self._seen[seen.layer.index] = (seen.layout, seen.tokens, value_norms(seen.call.value))
+        return seen.layout, seen.tokens, value_norms(seen.call.value)
 
-    def _rows(
-        self, denoising: DenoisingCall, layer: int, layout: Layout, tables: list[TokenTable], norms: Tensor
-    ) -> dict[str, np.ndarray]:
-        norms = norms.cpu()  # [B, H + 1, N]
-        places = {kind: _indices(layout.positions(kind), norms.shape[-1]) for kind in ("image", "text", "other")}
-        leaves, counts, means, spreads = [], [], [], []
-        for row, table in enumerate(tables):
-            of_leaf: dict[Leaf, Tensor] = {
-                (kind, "all", ""): places[kind] for kind in ("image", "other") if len(places[kind])
-            }
-            for kind, stream in dict.fromkeys((token.kind, token.stream) for token in table.tokens):
-                of_leaf["text", kind, stream] = places["text"][table.positions(kind=kind, stream=stream)]
-            if layout.keys is not None:  # tokens that this sample lacks, or that its mask hides
-                there = layout.keys[row]
-                of_leaf = {name: index[there[index]] for name, index in of_leaf.items() if there[index].any()}
-            chosen = [norms[row][:, index] for index in of_leaf.values()]
-            leaves.append(list(of_leaf))
-            counts.append([part.shape[-1] for part in chosen])
-            means.append(torch.stack([part.mean(-1) for part in chosen], -1).numpy())  # [H + 1, leaves]
-            spreads.append(torch.stack([part.std(-1, correction=0) for part in chosen], -1).numpy())
-        heads = np.array([CONCATENATED, *heads_at(self.heads, layer, means[0].shape[0] - 1)])
-        parts: list[dict[str, np.ndarray]] = []
-        for row, of_row in enumerate(leaves):
-            head, leaf = (axis.ravel() for axis in np.indices((len(heads), len(of_row))))
-            size = len(head)
+    def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
+        alike: dict[Any, list[int]] = {}
+        for layer, (layout, tables, norms) in measured.items():
+            heads = () if self.rows == "layer" else self._heads(layer, norms.shape[1] - 1)
+            alike.setdefault((id(layout), id(tables), norms.shape, heads), []).append(layer)
+        for (*_, heads), layers in alike.items():
+            layout, tables, _ = measured[layers[0]]
             # Place 0 of the norms is the concatenation, place 1 is head 0.
-            values, widths = means[row][heads + 1], spreads[row][heads + 1]
-            parts.append(
-                {
-                    "prompt": np.full(size, denoising.prompts[row], dtype=object),
-                    "seed": np.full(size, denoising.seeds[row], np.int64),
-                    "step": np.full(size, denoising.step, np.int64),
-                    "sigma": np.full(size, denoising.sigmas[row], np.float64),
-                    "branch": np.full(size, denoising.branches[row], dtype=object),
-                    "layer": np.full(size, layer, np.int64),
-                    "head": heads[head].astype(np.int64),
-                    "token": np.array([token for token, _, _ in of_row], dtype=object)[leaf],
-                    "span": np.array([span for _, span, _ in of_row], dtype=object)[leaf],
-                    "stream": np.array([stream for _, _, stream in of_row], dtype=object)[leaf],
-                    "norm": values.astype(np.float64).ravel(),
-                    "spread": widths.astype(np.float64).ravel(),
-                    "n_token": np.array(counts[row], dtype=np.int64)[leaf],
-                }
-            )
-        return {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+            kept = torch.stack([measured[layer][2] for layer in layers])[:, :, [0, *(head + 1 for head in heads)]].cpu()
+            for sample, table in enumerate(tables):
+                groups = _positions(layout, table, sample)
+                chosen = [kept[:, sample, :, index] for index in groups.values()]  # [L, H + 1, tokens] each
+                token, span, stream = zip(*groups, strict=True)
+                counts = [part.shape[-1] for part in chosen]
+                batch.add(
+                    sample,
+                    [
+                        {"layer": layers},
+                        {"head": [ALL_HEADS, *heads]},
+                        {"token": token, "span": span, "stream": stream, "n_token": counts},
+                    ],
+                    norm=torch.stack([part.mean(-1) for part in chosen], -1).numpy(),
+                    spread=torch.stack([part.std(-1, correction=0) for part in chosen], -1).numpy(),
+                )
 
 
 @torch.no_grad()
@@ -122,5 +95,13 @@ def value_norms(value: Tensor) -> Tensor:
     return torch.cat([torch.linalg.vector_norm(norms, dim=1, keepdim=True), norms], 1)
 
 
-def _indices(positions: slice | Tensor, total: int) -> Tensor:
-    return torch.arange(total)[positions]
+def _positions(layout: Layout, table: TokenTable, sample: int) -> dict[Group, Tensor]:
+    """Joint positions of the tokens of every group that a sample has."""
+    places = {kind: torch.arange(layout.total)[layout.positions(kind)] for kind in ("image", "text", "other")}
+    groups: dict[Group, Tensor] = {(kind, "all", ""): places[kind] for kind in ("image", "other")}
+    for kind, stream in dict.fromkeys((token.kind, token.stream) for token in table.tokens):
+        groups["text", kind, stream] = places["text"][table.positions(kind=kind, stream=stream)]
+    if layout.keys is not None:  # tokens that this sample lacks, or that its mask hides
+        present = layout.keys[sample]
+        groups = {name: index[present[index]] for name, index in groups.items()}
+    return {name: index for name, index in groups.items() if len(index)}

@@ -1,45 +1,55 @@
 """What observers are: reducers that see every attention call of the selected layers and keep only numbers of one
 denoising call.
 
-A probe calls `observe` once per attention call, `end_call` when the transformer's forward is over. State that outlives
-a denoising call goes to a sink as finished rows, so that it does not grow with prompts or steps.
+An observer is a transaction. `measure` reduces one attention call; what it returns waits until the transformer's
+forward is over, and is handed to `commit` if that ended well and everything in it is finite. A call that failed or was
+cut short leaves nothing behind. State that outlives a denoising call goes to a sink as finished rows, so that it does
+not grow with prompts or steps.
 
-    class Calls(Observer):                        # the smallest observer
-        needs = "call"
-        count = 0
-        def observe(self, seen): self.count += 1
+    class MeanLength(Observer):                                  # keeps one number per layer, of the last call
+        def measure(self, seen): return seen.call.query.norm(dim=-1).mean()
+        def commit(self, denoising, measured): self.lengths = measured
 
-Not here: where calls are caught (`attention.intercept`) and how probabilities are computed (`attention.exact`).
+A row is always a row of a table here; the B entries of a batch are samples. Not here: where calls are caught
+(`attention.intercept`) and how probabilities are computed (`attention.exact`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from mmdit_probe.attention import exact
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import Record
-from mmdit_probe.errors import UserError
+from mmdit_probe.attention.tiles import bias_of
+from mmdit_probe.errors import RunError, UserError, unknown
 from mmdit_probe.models.layout import Layer, Layout
 from mmdit_probe.models.tokens import TokenTable, unknown_table
-from mmdit_probe.specs import HeadSpec
+from mmdit_probe.specs import HeadSpec, heads_at
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_LSE_QUERIES = 128
+"""Queries per chunk where the log-sum-exp must be computed here."""
+
 
 @dataclass
 class DenoisingCall:
-    """One forward of the transformer, with what is known of each of its B rows.
+    """One forward of the transformer, with what is known of each of its B samples.
 
     Attributes:
         number: 0-based count of transformer calls in this probe.
-        step: 0-based sampling step. sigmas: noise level per row.
-        prompts, seeds, branches: per row; "" and -1 and "unknown" where unknown.
+        step: 0-based sampling step. sigmas: noise level per sample.
+        prompts, seeds, branches: per sample; "" and -1 and "unknown" where unknown.
         grid: (h, w) of the image tokens.
     """
 
@@ -54,7 +64,7 @@ class DenoisingCall:
     _tables: dict[int, list[TokenTable]] = field(default_factory=dict, repr=False)
 
     def tokens(self, text_length: int) -> list[TokenTable]:
-        """One token table per row; of kind "unknown" where the text is not known to have this many positions.
+        """One token table per sample; of kind "unknown" where the text is not known to have this many positions.
 
         Every layer with this many gets the same list.
         """
@@ -90,65 +100,147 @@ class LayerCall:
         """Row log-sum-exp [B, H, N] float32, or None where no kernel gives it."""
         return self.record.lse
 
+    @cached_property
+    def logsumexp(self) -> Tensor:
+        """Row log-sum-exp [B, H, N] float32: the kernel's, else computed here over chunks of queries."""
+        return self.record.lse if self.record.lse is not None else row_logsumexp(self.call)
+
+    @cached_property
+    def finite(self) -> Tensor:
+        """A number (0-dim, on the device) that is finite if the log-sum-exp of every query that sees a key is."""
+        if self.record.lse is None:
+            return torch.zeros(())
+        live = exact.live_rows(self.call)
+        lse = self.record.lse if live is None else self.record.lse.masked_fill(~live, 0.0)
+        return _finite(lse)
+
     @property
     def tokens(self) -> list[TokenTable]:
-        """Token table per row."""
+        """Token table per sample."""
         return self.denoising.tokens(self.layout.counts["text"])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the image tokens.
+
+        Raises:
+            UserError: it is unknown.
+        """
+        grid, count = self.layout.grid, self.layout.counts["image"]
+        if grid is None or self.layout.frames * math.prod(grid) != count:
+            raise UserError(f"the image tokens have no known grid: {count} tokens")
+        return grid
 
 
 class Observer:
-    """Base class of observers. `needs` says whether the row log-sum-exp must be at hand ("lse") or not ("call")."""
+    """Base class of observers.
+
+    A subclass implements `measure` and `commit`. One that only looks, and keeps nothing of a call that may still fail,
+    can override `observe` instead.
+    """
 
     needs: ClassVar[Literal["call", "lse"]] = "call"
+    """Whether the row log-sum-exp must be at hand ("lse") or not ("call")."""
 
-    def observe(self, seen: LayerCall) -> None:
-        """See one attention call. State must be keyed by layer, so that seeing a call again overwrites."""
+    reads: ClassVar[str] = "attention"
+    """What it measures, for the message about numbers that are not finite."""
+
+    def measure(self, seen: LayerCall) -> Any:
+        """Numbers of one attention call: a tensor, or a tuple or dict with tensors in it."""
         raise NotImplementedError
 
+    def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
+        """The denoising call ended well: take what `measure` gave, layer by layer in forward order."""
+        raise NotImplementedError
+
+    def observe(self, seen: LayerCall) -> None:
+        """See one attention call. Seeing a layer again (a recomputed forward) replaces what it gave before."""
+        measured = self.measure(seen)
+        signs = [seen.finite, *_signs(measured)] if self.needs == "lse" else list(_signs(measured))
+        self._pending[seen.layer.index] = (measured, signs, seen.call.query.dtype)
+
+    def broken_layer(self) -> int | None:
+        """The first layer of the call of which something measured is not finite."""
+        signs = [(layer, sign) for layer, (_, signs, _) in sorted(self._pending.items()) for sign in signs]
+        if not signs:
+            return None
+        device = signs[-1][1].device
+        # All in one transfer: a device would wait once for each.
+        fine = torch.stack([sign.to(device) for _, sign in signs]).isfinite().tolist()
+        return next((layer for (layer, _), good in zip(signs, fine, strict=True) if not good), None)
+
     def end_call(self, denoising: DenoisingCall) -> None:
-        """The transformer call is over: hand finished rows on."""
+        """The transformer call ended well."""
+        if self._pending:
+            self.commit(denoising, {layer: measured for layer, (measured, _, _) in sorted(self._pending.items())})
 
     def abandon_call(self) -> None:
-        """The transformer call raised: drop what belongs to it."""
+        """The transformer call is over, well or not: drop what belongs to it."""
+        self._pending.clear()
+
+    @cached_property
+    def _pending(self) -> dict[int, tuple[Any, list[Tensor], torch.dtype]]:
+        """Layer -> what was measured, numbers that tell whether it is finite, and the precision of the call."""
+        return {}
+
+
+def check_finite(observers: Sequence[Observer], denoising: DenoisingCall) -> None:
+    """Before any observer commits a denoising call: whether all that was measured in it is finite.
+
+    Raises:
+        RunError: something is not; names the first layer where it is not, and the step.
+    """
+    found = [(layer, observer) for observer in observers if (layer := observer.broken_layer()) is not None]
+    if found:
+        layer, observer = min(found, key=lambda pair: pair[0])
+        raise not_finite(layer, observer.reads, observer._pending[layer][2], denoising.step)
+
+
+def not_finite(layer: int, reads: str, dtype: torch.dtype, step: int | None = None) -> RunError:
+    """The error of a layer whose numbers, read in a call of this precision, hold NaN or infinity."""
+    why = "float16 overflow? try --dtype bfloat16"
+    if dtype != torch.float16:
+        why = f"in {str(dtype).removeprefix('torch.')}: NaN or inf in the weights, an adapter or the input?"
+    when = "" if step is None else f" at step {step}"
+    return RunError(f"layer {layer}: {reads} is not finite{when} ({why})")
 
 
 class RowObserver(Observer):
-    """Base of observers whose finished rows go to a sink after every denoising call, layer by layer.
+    """Base of observers whose finished rows go to a sink, in one batch per denoising call.
 
-    A subclass fills `_seen` by layer index in `observe`, names its columns, and turns one entry into rows.
+    A subclass names its columns, and turns what it measured of all layers into rows.
 
     Args:
-        sink: an object with `write(columns)` or a function of the columns; rows are kept in memory if None.
-        heads: which heads get rows: "all", 3, "0-3", [0, 5], or layer -> one of these.
+        sink: an object with `write(columns)` or a function of the columns, called once per denoising call; rows are
+            kept in memory if None.
+        heads: which heads are read: "all", 3, "0-3", [0, 5], or layer -> one of these.
+        rows: "head" for a row per head; "layer" for the heads' mean alone, in rows of head -1.
     """
 
     columns: ClassVar[tuple[str, ...]]
 
     def __init__(
-        self, sink: Sink | Callable[[dict[str, np.ndarray]], object] | None = None, heads: HeadSpec = "all"
+        self,
+        sink: Sink | Callable[[dict[str, Any]], object] | None = None,
+        heads: HeadSpec = "all",
+        rows: Literal["head", "layer"] = "head",
     ) -> None:
+        if rows not in ("head", "layer"):
+            raise unknown("rows option", rows, ("head", "layer"))
         self.sink: Any = MemorySink() if sink is None else sink
-        self.heads = heads
-        self._seen: dict[int, Any] = {}
+        self.heads, self.rows = heads, rows
 
-    def _rows(self, denoising: DenoisingCall, layer: int, *kept: Any) -> dict[str, np.ndarray]:
-        """Rows of one layer, from what `observe` kept of it."""
+    def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
+        """Rows of all layers of a denoising call, from what `measure` gave of each."""
         raise NotImplementedError
 
-    def end_call(self, denoising: DenoisingCall) -> None:
-        for layer in sorted(self._seen):
-            rows = self._rows(denoising, layer, *self._seen[layer])
-            if callable(self.sink):
-                self.sink(rows)
-            else:
-                self.sink.write(rows)
-        self._seen.clear()
-
-    def abandon_call(self) -> None:
-        self._seen.clear()
+    def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
+        batch = RowBatch(denoising)
+        self.add_rows(batch, measured)
+        (self.sink if callable(self.sink) else self.sink.write)(batch.columns(self.columns))
 
     def table(self) -> pd.DataFrame:
-        """All rows so far as a tidy table.
+        """All rows so far as a tidy table, text as categories.
 
         Raises:
             UserError: the rows went to a sink of the caller's, which has no `table`.
@@ -157,41 +249,194 @@ class RowObserver(Observer):
             raise UserError(f"the rows went to {type(self.sink).__name__}; read them there")
         return self.sink.table()[list(self.columns)]
 
+    def _heads(self, layer: int, count: int) -> tuple[int, ...]:
+        return heads_at(self.heads, layer, count)
+
+
+ALL_HEADS = -1
+"""Head index of rows about all heads of a layer together: their mean, or of a norm the heads' concatenation."""
+
+Axis = Mapping[str, Sequence[Any] | np.ndarray]
+"""Columns that vary together along one axis of a block of rows; all of one length."""
+
+
+class RowBatch:
+    """The rows of one denoising call: one builder of the columns that all tables have in common.
+
+    Rows come in blocks, outer products of axes, and every block of a sample gets its prompt, seed, step, sigma and
+    branch:
+
+        batch.add(sample, [{"layer": [3, 4]}, {"head": [0, 1]}, {"query": ["image", "text"]}], mass=values)  # [2, 2, 2]
+
+    Numbers take few bytes (`TYPES`, else int32 and float32); text is a `pandas.Categorical`, which pandas and pyarrow
+    both take as it is.
+    """
+
+    TYPES: ClassVar[dict[str, Any]] = {
+        "seed": np.int64, "step": np.int16, "sigma": np.float64, "layer": np.int16, "head": np.int16,
+    }  # fmt: skip
+
+    def __init__(self, denoising: DenoisingCall) -> None:
+        self.denoising = denoising
+        self._parts: dict[str, list[np.ndarray]] = {}
+        self._words: dict[str, dict[str, int]] = {}
+
+    def add(self, sample: int | None, axes: Sequence[Axis], **values: np.ndarray) -> None:
+        """Rows of one sample (None: of the whole call, which has a step alone), the last axis varying fastest.
+
+        Args:
+            axes: the columns along each axis. values: numbers that broadcast to the axes' lengths.
+        """
+        shape = tuple(len(next(iter(axis.values()))) for axis in axes)
+        for name, value in self._common(sample).items():
+            self._append(name, self._numbers(name, [value]), shape)
+        for number, axis in enumerate(axes):
+            along = (-1,) + (1,) * (len(axes) - 1 - number)
+            for name, column in axis.items():
+                self._append(name, self._numbers(name, column).reshape(along), shape)
+        for name, numbers in values.items():
+            self._append(name, self._numbers(name, numbers), shape)
+
+    def columns(self, names: Sequence[str]) -> dict[str, Any]:
+        """The columns by name, in this order."""
+        joined = {name: np.concatenate(self._parts[name]) for name in names}
+        return {
+            name: text_column(column, self._words[name]) if name in self._words else column
+            for name, column in joined.items()
+        }
+
+    def _common(self, sample: int | None) -> dict[str, Any]:
+        call = self.denoising
+        if sample is None:
+            return {"step": call.step}
+        return {
+            "prompt": call.prompts[sample], "seed": call.seeds[sample], "step": call.step, "sigma": call.sigmas[sample],
+            "branch": call.branches[sample],
+        }  # fmt: skip
+
+    def _numbers(self, name: str, column: Sequence[Any] | np.ndarray) -> np.ndarray:
+        """A column as numbers: text as codes of the batch's own vocabulary."""
+        if isinstance(column[0], str):
+            words = self._words.setdefault(name, {})
+            return np.array([words.setdefault(word, len(words)) for word in column], np.int32)
+        numbers = np.asarray(column)
+        kind = self.TYPES.get(name, np.float32 if numbers.dtype.kind == "f" else np.int32)
+        return numbers.astype(kind, copy=False)
+
+    def _append(self, name: str, numbers: np.ndarray, shape: tuple[int, ...]) -> None:
+        self._parts.setdefault(name, []).append(np.broadcast_to(numbers, shape).ravel())
+
 
 class Sink(Protocol):
-    """Where finished rows go: `write` gets equally long columns, numbers as numpy arrays, text as object arrays."""
+    """Where finished rows go: `write` gets equally long columns, numbers as arrays, text as `pandas.Categorical`."""
 
-    def write(self, columns: dict[str, np.ndarray]) -> None: ...
+    def write(self, columns: dict[str, Any]) -> None: ...
+
+
+def text_column(codes: np.ndarray, words: Iterable[str]) -> Any:
+    """A column of text, `pandas.Categorical`, from the places of its entries among `words`."""
+    import pandas as pd
+
+    return pd.Categorical.from_codes(codes, pd.Index(list(words)))
+
+
+def constant(value: int | str, count: int) -> Any:
+    """A column of one value, as sinks take it."""
+    return text_column(np.zeros(count, np.int8), [value]) if isinstance(value, str) else np.full(count, value, np.int32)
 
 
 class MemorySink:
-    """Keeps rows in memory by column; text as integer codes, because it repeats."""
+    """Keeps rows in memory by column: text as codes, whole numbers in as few bytes as they fit, a constant once."""
 
     def __init__(self) -> None:
-        self._numbers: dict[str, list[np.ndarray]] = {}
-        self._codes: dict[str, list[np.ndarray]] = {}
-        self._vocabulary: dict[str, dict[Any, int]] = {}
+        self._parts: dict[str, list[np.ndarray]] = {}
+        self._types: dict[str, np.dtype] = {}
+        self._words: dict[str, dict[Any, int]] = {}
+        self._plain: set[str] = set()
+        self._lengths: list[int] = []
 
-    def write(self, columns: Mapping[str, np.ndarray]) -> None:
+    def write(self, columns: Mapping[str, Any]) -> None:
+        """Append columns of equal length: arrays, categories, or object arrays."""
+        self._lengths.append(len(next(iter(columns.values()))))
         for name, column in columns.items():
-            if column.dtype != object:
-                self._numbers.setdefault(name, []).append(column)
-                continue
-            known = self._vocabulary.setdefault(name, {})
-            codes = np.fromiter((known.setdefault(value, len(known)) for value in column), np.int32, len(column))
-            self._codes.setdefault(name, []).append(codes)
+            if getattr(column, "dtype", None) is not None and getattr(column.dtype, "kind", "O") in "biuf":
+                numbers = np.asarray(column)
+                self._types[name] = np.promote_types(self._types.get(name, numbers.dtype), numbers.dtype)
+            else:
+                numbers = self._codes(name, column)
+            self._parts.setdefault(name, []).append(_packed(numbers))
 
     def __len__(self) -> int:
-        parts = next(iter(self._numbers.values()), [])
-        return sum(len(part) for part in parts)
+        return sum(self._lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the rows take."""
+        return sum(part.nbytes for parts in self._parts.values() for part in parts)
 
     def table(self) -> pd.DataFrame:
-        """Everything written so far, in the order of the columns of the first write."""
+        """Everything written so far, in the order of the columns of the first write; categories stay categories."""
         import pandas as pd
 
         columns: dict[str, Any] = {}
-        for name, parts in self._numbers.items():
-            columns[name] = np.concatenate(parts)
-        for name, parts in self._codes.items():
-            columns[name] = np.array(list(self._vocabulary[name]), dtype=object)[np.concatenate(parts)]
+        for name, parts in self._parts.items():
+            whole = [
+                part if len(part) != 1 else np.repeat(part, n) for part, n in zip(parts, self._lengths, strict=True)
+            ]
+            numbers = np.concatenate(whole)
+            if name not in self._words:
+                columns[name] = numbers.astype(self._types[name], copy=False)
+            elif name in self._plain:
+                columns[name] = np.array([*self._words[name], None], dtype=object)[:-1][numbers]
+            else:
+                columns[name] = text_column(numbers, self._words[name])
         return pd.DataFrame(columns)
+
+    def _codes(self, name: str, column: Any) -> np.ndarray:
+        known = self._words.setdefault(name, {})
+        column = getattr(column, "values", column)  # a Series' own array
+        if hasattr(column, "categories"):
+            places = [known.setdefault(word, len(known)) for word in column.categories]
+            return np.array(places, np.int32)[column.codes]
+        self._plain.add(name)
+        return np.fromiter((known.setdefault(value, len(known)) for value in column), np.int32, len(column))
+
+
+def _packed(numbers: np.ndarray) -> np.ndarray:
+    """A constant as one number, whole numbers in the smallest signed type that holds them."""
+    if len(numbers) == 0 or numbers.dtype.kind not in "iuf":
+        return numbers
+    low, high = numbers.min(), numbers.max()
+    if low == high:
+        return numbers[:1].copy()
+    if numbers.dtype.kind == "f":
+        return numbers
+    fits = (kind for kind in (np.int8, np.int16, np.int32) if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
+    return numbers.astype(next(fits, numbers.dtype))
+
+
+def _signs(measured: Any) -> Iterator[Tensor]:
+    """`_finite` of every tensor of numbers in what an observer measured."""
+    if isinstance(measured, Tensor):
+        if measured.is_floating_point():
+            yield _finite(measured)
+    elif isinstance(measured, Mapping | tuple | list):
+        for part in measured.values() if isinstance(measured, Mapping) else measured:
+            yield from _signs(part)
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    """The sum, 0-dim float32 on the tensor's device: finite if every number of the tensor is. Nothing is copied."""
+    return tensor.detach().sum(dtype=torch.float32)
+
+
+def row_logsumexp(call: SDPACall) -> Tensor:
+    """Row log-sum-exp [B, H, N] over chunks of queries, for devices whose kernels give none; 0 where no key is seen."""
+    key, parts = call.expanded_key().float().mT, []
+    for start in range(0, call.query.shape[-2], _LSE_QUERIES):
+        queries = slice(start, start + _LSE_QUERIES)
+        logits = call.query[:, :, queries].float() @ key * call.scale_factor
+        bias = bias_of(call, slice(None), queries)
+        parts.append((logits if bias is None else logits + bias).logsumexp(-1))
+    lse = torch.cat(parts, -1)
+    return lse.masked_fill_(lse == float("-inf"), 0.0)

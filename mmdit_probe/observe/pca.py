@@ -64,6 +64,7 @@ class PCA(Observer):
     """
 
     needs: ClassVar[Literal["call", "lse"]] = "call"
+    reads: ClassVar[str] = "query, key, value or output"
 
     def __init__(
         self, kinds: Sequence[str] = KINDS, components: int = 16, solver: str = "exact", heads: HeadSpec = "all"
@@ -77,25 +78,20 @@ class PCA(Observer):
             raise unknown("solver", solver, SOLVERS)
         self.kinds, self.components, self.solver, self.heads = tuple(kinds), components, solver, heads
         self._fits: dict[tuple[int, str], _Moments | _Incremental] = {}
-        self._seen: dict[tuple[int, str], Tensor] = {}
         self._bases: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def observe(self, seen: LayerCall) -> None:
-        for kind in self.kinds:
-            features = image_features(seen, kind, self.heads).flatten(0, 1)
-            if len(features):
-                self._seen[seen.layer.index, kind] = features
+    def measure(self, seen: LayerCall) -> dict[str, Tensor]:
+        return {kind: image_features(seen, kind, self.heads).flatten(0, 1) for kind in self.kinds}
 
-    def end_call(self, denoising: DenoisingCall) -> None:
-        for key, features in self._seen.items():
-            self._bases.pop(key, None)
-            if key not in self._fits:
-                self._fits[key] = _Moments() if self.solver == "exact" else _Incremental(self.components)
-            self._fits[key].update(features)
-        self._seen.clear()
+    def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
+        for layer, of_layer in measured.items():
+            for kind, features in of_layer.items():
+                if len(features):
+                    self._bases.pop((layer, kind), None)
+                    self._fits.setdefault((layer, kind), self._new_fit()).update(features)
 
-    def abandon_call(self) -> None:
-        self._seen.clear()
+    def _new_fit(self) -> _Moments | _Incremental:
+        return _Moments() if self.solver == "exact" else _Incremental(self.components)
 
     @property
     def fitted(self) -> list[tuple[int, str]]:
@@ -131,9 +127,8 @@ class PCA(Observer):
             layer, kind, name = path.split(".")
             parts.setdefault((int(layer), kind), {})[name] = tensor
         for key, part in parts.items():
-            fit = _Moments() if self.solver == "exact" else _Incremental(self.components)
-            fit.restore(part)
-            self._fits[key] = fit
+            self._fits[key] = self._new_fit()
+            self._fits[key].restore(part)
 
 
 class _Moments:
@@ -211,34 +206,31 @@ class Projection(Observer):
     """
 
     needs: ClassVar[Literal["call", "lse"]] = "call"
+    reads: ClassVar[str] = "query, key, value or output"
 
     def __init__(self, basis: PCA, each: bool = False) -> None:
         self.basis, self.each = basis, each
-        self._seen: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}
         self._kept: dict[tuple[int, str], list[tuple[Tensor, Tensor]]] = {}
 
-    def observe(self, seen: LayerCall) -> None:
-        if seen.layout.grid is None:
-            raise UserError("the image tokens have no known grid")
-        for kind in self.basis.kinds:
-            features = image_features(seen, kind, self.basis.heads).cpu().double()
-            if self.each:
-                centred = features - features.mean(1, keepdim=True)
-                maps = torch.stack([_own_components(image, self.basis.components) for image in centred])
-            else:
-                mean, vectors, _ = self.basis.basis(seen.layer.index, kind)
-                centred = features - mean
-                maps = centred @ vectors
-            total = centred.square().sum((1, 2))
-            self._seen[seen.layer.index, kind] = (maps.float().unflatten(1, seen.layout.grid), total)
+    def measure(self, seen: LayerCall) -> dict[str, tuple[Tensor, Tensor]]:
+        return {kind: self._projected(seen, kind) for kind in self.basis.kinds}
 
-    def end_call(self, denoising: DenoisingCall) -> None:
-        for key, maps in self._seen.items():
-            self._kept.setdefault(key, []).append(maps)
-        self._seen.clear()
+    def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
+        for layer, of_layer in measured.items():
+            for kind, pair in of_layer.items():
+                self._kept.setdefault((layer, kind), []).append(pair)
 
-    def abandon_call(self) -> None:
-        self._seen.clear()
+    def _projected(self, seen: LayerCall, kind: str) -> tuple[Tensor, Tensor]:
+        """Maps [B', h, w, k] and the sum of squares [B'] of each image's centred features."""
+        features = image_features(seen, kind, self.basis.heads).cpu().double()
+        if self.each:
+            centred = features - features.mean(1, keepdim=True)
+            maps = torch.stack([_own_components(image, self.basis.components) for image in centred])
+        else:
+            mean, vectors, _ = self.basis.basis(seen.layer.index, kind)
+            centred = features - mean
+            maps = centred @ vectors
+        return maps.float().unflatten(1, seen.grid), centred.square().sum((1, 2))
 
     def maps(self, layer: int, kind: str) -> Tensor:
         """[B, h, w, k] float32 on the CPU, all images in the order seen."""
@@ -272,6 +264,8 @@ class Projection(Observer):
 
 
 def _own_components(centred: Tensor, count: int) -> Tensor:
+    if not centred.isfinite().all():  # has no components; refused with its layer when the call is over
+        return centred[:, :count]
     _, vectors = torch.linalg.eigh(centred.T @ centred)
     return centred @ vectors.flip(1)[:, :count]
 

@@ -29,7 +29,7 @@ from mmdit_probe.models.mmdit import Batch, MMDiT
 from mmdit_probe.models.tokens import TokenTable, fitted
 from mmdit_probe.observe.backend import backend_of, native_attention
 from mmdit_probe.observe.facts import Facts, facts_of
-from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
+from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, check_finite
 from mmdit_probe.observe.pipeline_labels import PipelineRows
 from mmdit_probe.observe.sample_order import canonical, canonical_hidden, hidden_keys, joined
 from mmdit_probe.specs import Spec, layer_indices, step_indices
@@ -245,6 +245,7 @@ class Run:
                 return
             self._check_seen()
             if self._observing:
+                check_finite(self.observers, denoising)
                 for observer in self.observers:
                     observer.end_call(denoising)
         finally:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -24,8 +24,17 @@ from torch import Tensor
 
 from mmdit_probe.attention import exact
 from mmdit_probe.errors import UserError
+from mmdit_probe.models.layout import KINDS
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.observer import DenoisingCall, LayerCall, MemorySink, Observer
+from mmdit_probe.observe.observer import (
+    ALL_HEADS,
+    DenoisingCall,
+    LayerCall,
+    Observer,
+    RowBatch,
+    RowObserver,
+    row_logsumexp,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,123 +48,86 @@ OUTLIER = 10.0
 MODALITIES = ("image", "text")
 
 
-class KeyMass(Observer):
-    """Mass received by every single key. Keeps N numbers per row, layer, head and query modality of each call.
+class KeyMass(RowObserver):
+    """Mass received by every single key: N rows per sample, layer, head and query modality of each call.
 
-    Columns: prompt, seed, step, sigma, branch, layer, head, query, position (joint), token (image | text | other),
-    span, stream, word ("" without), place (position among the keys of its modality), mass, uniform (1 / N).
+    Args:
+        sink, heads, rows: as in `RowObserver`.
+
+    Columns: prompt, seed, step, sigma, branch, layer, head (-1: mean over heads), query, position (joint), token
+    (image | text | other), span, stream, word ("" without), place (position among the keys of its modality), mass,
+    uniform (1 / N).
     """
 
     needs: ClassVar[Literal["call", "lse"]] = "lse"
 
-    def __init__(self) -> None:
-        self._memory = MemorySink()
-        self._seen: dict[int, tuple[LayerCall, Tensor]] = {}
+    columns = (
+        "prompt", "seed", "step", "sigma", "branch", "layer", "head", "query", "position", "token", "span", "stream",
+        "word", "place", "mass", "uniform",
+    )  # fmt: skip
 
-    def observe(self, seen: LayerCall) -> None:
-        if seen.lse is None:
-            raise UserError("the mass of single keys needs a kernel that gives its log-sum-exp; this device has none")
-        labels = seen.layout.labels
-        weights = torch.stack([labels == 0, labels == 1]).float()
-        weights = (weights / weights.sum(1, keepdim=True).clamp(min=1)).to(seen.call.query.device)
-        masses = exact.column_sums(seen.call, seen.lse, slice(0, seen.layout.total), weights)  # [B, H, 2, N]
-        self._seen[seen.layer.index] = (seen, masses.cpu())
+    def measure(self, seen: LayerCall) -> tuple[LayerCall, Tensor]:
+        weights = torch.stack([_query_weights(seen, modality) for modality in MODALITIES])
+        masses = exact.column_sums(seen.call, seen.logsumexp, slice(0, seen.layout.total), weights)
+        return seen, masses.cpu()  # [B, H, 2, N]
 
-    def end_call(self, denoising: DenoisingCall) -> None:
-        for layer in sorted(self._seen):
-            self._write(denoising, layer, *self._seen[layer])
-        self._seen.clear()
-
-    def abandon_call(self) -> None:
-        self._seen.clear()
-
-    def table(self) -> pd.DataFrame:
-        """All rows so far."""
-        return self._memory.table()
-
-    def _write(self, denoising: DenoisingCall, layer: int, seen: LayerCall, masses: Tensor) -> None:
-        _, heads, _, total = masses.shape
-        kinds = np.array(["text", "other", "image"], dtype=object)
-        labels = seen.layout.labels.numpy()
-        tokens = np.where(labels == 0, kinds[2], np.where(labels == 1, kinds[0], kinds[1]))
-        places = np.zeros(total, np.int64)
-        for kind in np.unique(tokens):
-            places[tokens == kind] = np.arange((tokens == kind).sum())
-        for row, table in enumerate(seen.tokens):
-            size = heads * 2 * total
-            head, query, key = (axis.ravel() for axis in np.indices((heads, 2, total)))
-            span, stream, word = _names(table, tokens)
-            self._memory.write(
-                {
-                    "prompt": np.full(size, denoising.prompts[row], dtype=object),
-                    "seed": np.full(size, denoising.seeds[row], np.int64),
-                    "step": np.full(size, denoising.step, np.int64),
-                    "sigma": np.full(size, denoising.sigmas[row], np.float64),
-                    "branch": np.full(size, denoising.branches[row], dtype=object),
-                    "layer": np.full(size, layer, np.int64),
-                    "head": head.astype(np.int64),
-                    "query": np.array(MODALITIES, dtype=object)[query],
-                    "position": key.astype(np.int64),
-                    "token": tokens[key],
-                    "span": span[key],
-                    "stream": stream[key],
-                    "word": word[key],
-                    "place": places[key],
-                    "mass": masses[row].double().numpy().ravel(),
-                    "uniform": np.full(size, 1.0 / total),
-                }
-            )
+    def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
+        for layer, (seen, masses) in measured.items():
+            heads = self._heads(layer, masses.shape[1])
+            kept = masses[:, list(heads)].double().numpy()
+            if self.rows == "layer":
+                kept, heads = kept.mean(1, keepdims=True), (ALL_HEADS,)
+            tokens = np.array(KINDS)[seen.layout.labels.numpy()]
+            places = np.zeros(len(tokens), np.int64)
+            for kind in KINDS:
+                places[tokens == kind] = np.arange((tokens == kind).sum())
+            key = {"position": np.arange(len(tokens)), "token": tokens, "place": places}
+            key |= {"uniform": np.full(len(tokens), 1.0 / len(tokens))}
+            for sample, table in enumerate(seen.tokens):
+                keys = key | _names(table, tokens)
+                batch.add(sample, [{"layer": [layer]}, {"head": heads}, {"query": MODALITIES}, keys], mass=kept[sample])
 
 
-class Channels(Observer):
+class Channels(RowObserver):
     """Outlier channels: RMS per channel of q, k, v and output over the tokens of a modality, largest over median.
 
+    Args:
+        sink: as in `RowObserver`.
+
     Columns: step, layer, kind (query | key | value | output), token, channel (the largest; heads concatenated), ratio
-    (to the median channel), outliers (how many channels exceed `OUTLIER` times the median). Means over all rows of a
+    (to the median channel), outliers (how many channels exceed `OUTLIER` times the median). Means over all samples of a
     call.
     """
 
     needs: ClassVar[Literal["call", "lse"]] = "call"
+    reads: ClassVar[str] = "query, key, value or output"
 
-    def __init__(self) -> None:
-        self._memory = MemorySink()
-        self._seen: dict[int, list[tuple[str, str, int, float, int]]] = {}
+    columns = ("step", "layer", "kind", "token", "channel", "ratio", "outliers")
 
-    def observe(self, seen: LayerCall) -> None:
-        call = seen.call
-        rows = []
+    def __init__(self, sink: Any = None) -> None:
+        super().__init__(sink)
+
+    def measure(self, seen: LayerCall) -> dict[tuple[str, str], Tensor]:
+        call, sizes = seen.call, {}
         for kind, tensor in (("query", call.query), ("key", call.key), ("value", call.value), ("output", seen.output)):
             for token in MODALITIES:
                 part = tensor[:, :, seen.layout.positions(token)].float()
                 if part.shape[2]:
-                    size = part.square().mean((0, 2)).sqrt().flatten()  # [H * D]
-                    relative = size / size.median().clamp(min=1e-12)
-                    many = int((relative > OUTLIER).sum())
-                    rows.append((kind, token, int(size.argmax()), float(relative.max()), many))
-        self._seen[seen.layer.index] = rows
+                    sizes[kind, token] = part.square().mean((0, 2)).sqrt().flatten()  # [H * D]
+        return sizes
 
-    def end_call(self, denoising: DenoisingCall) -> None:
-        for layer, rows in sorted(self._seen.items()):
-            kinds, tokens, channels, ratios, outliers = zip(*rows, strict=True)
-            self._memory.write(
-                {
-                    "step": np.full(len(rows), denoising.step, np.int64),
-                    "layer": np.full(len(rows), layer, np.int64),
-                    "kind": np.array(kinds, dtype=object),
-                    "token": np.array(tokens, dtype=object),
-                    "channel": np.array(channels, np.int64),
-                    "ratio": np.array(ratios, np.float64),
-                    "outliers": np.array(outliers, np.int64),
-                }
-            )
-        self._seen.clear()
-
-    def abandon_call(self) -> None:
-        self._seen.clear()
-
-    def table(self) -> pd.DataFrame:
-        """All rows so far."""
-        return self._memory.table()
+    def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
+        for layer, sizes in measured.items():
+            relative = {name: (size / size.median().clamp(min=1e-12)).cpu() for name, size in sizes.items()}
+            kind, token = zip(*relative, strict=True)
+            row = {
+                "kind": kind,
+                "token": token,
+                "channel": [int(size.argmax()) for size in relative.values()],
+                "ratio": [float(size.max()) for size in relative.values()],
+                "outliers": [int((size > OUTLIER).sum()) for size in relative.values()],
+            }
+            batch.add(None, [{"layer": [layer]}, row])
 
 
 class SinkFree(Observer):
@@ -169,48 +141,28 @@ class SinkFree(Observer):
     needs: ClassVar[Literal["call", "lse"]] = "lse"
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def observe(self, seen: LayerCall) -> None:
-        if seen.lse is None or seen.layout.grid is None:
-            raise UserError("maps without sinks need a kernel that gives its log-sum-exp and a known token grid")
-        layout, call, lse = seen.layout, seen.call, seen.lse
-        device = call.query.device
-        weights = (layout.labels == 0).float()[None]
-        weights = (weights / weights.sum().clamp(min=1)).to(device)
-        masses = exact.column_sums(call, lse, slice(0, layout.total), weights)[:, :, 0]  # [B, H, N]
-        sinks = masses > SINK / layout.total
+    def measure(self, seen: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
+        layout, call, lse, grid = seen.layout, seen.call, seen.logsumexp, seen.grid
         image, text = layout.positions("image"), layout.positions("text")
-        words = torch.zeros(len(seen.tokens), layout.counts["text"], dtype=torch.bool)
-        for row, table in enumerate(seen.tokens):
-            words[row, table.positions(kind="word")] = True
-        spared = torch.zeros(len(words), layout.total, dtype=torch.bool)
-        spared[:, text] = words
-        sinks &= ~spared[:, None].to(device)
+        sinks = _sinks(seen)  # [B, H, N]
         plain = exact.column_maps(call, lse, text, image)  # [B, H, I, T]
-        places = sinks.flatten(0, 1).any(0).nonzero()[:, 0]
         taken = torch.zeros_like(plain[..., 0])
+        places = sinks.flatten(0, 1).any(0).nonzero()[:, 0]
         if len(places):
-            there = exact.column_maps(call, lse, places, image)  # [B, H, I, U]
-            taken = (there * sinks[:, :, None, places]).sum(-1)
+            taken = (exact.column_maps(call, lse, places, image) * sinks[:, :, None, places]).sum(-1)  # [B, H, I]
         # Masked rather than divided by one minus the removed share, which rounds away where sinks take nearly all.
-        bias = torch.zeros(sinks.shape, device=device).masked_fill_(sinks, float("-inf"))[:, :, None]  # [B, H, 1, N]
+        bias = torch.zeros(sinks.shape, device=sinks.device).masked_fill_(sinks, float("-inf"))[:, :, None]
         known = call.additive_mask(torch.float32)
-        bias = (bias if known is None else bias + known).to(call.query.dtype)
+        bias = (bias if known is None else bias + known).to(call.query.dtype)  # [B, H, 1 or N, N]
         without = replace(call, attn_mask=bias.expand(*call.query.shape[:3], layout.total))
         rest = exact.logsumexp(without)
-        if rest is None:
-            raise UserError("maps without sinks need a kernel that gives the log-sum-exp of masked attention")
-        clean = exact.column_maps(without, rest, text, image)
-        plain, clean = (maps.unflatten(2, layout.grid).cpu() for maps in (plain, clean))
-        self._seen[seen.layer.index] = (plain, clean, taken.mean(-1).cpu())
+        clean = exact.column_maps(without, row_logsumexp(without) if rest is None else rest, text, image)
+        return plain.unflatten(2, grid).cpu(), clean.unflatten(2, grid).cpu(), taken.mean(-1).cpu()
 
-    def end_call(self, denoising: DenoisingCall) -> None:
-        self._kept, self._seen = self._seen, {}
-
-    def abandon_call(self) -> None:
-        self._seen.clear()
+    def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
+        self._kept = measured
 
     def maps(self, layer: int) -> tuple[Tensor, Tensor]:
         """As they are and without sinks, [B, H, h, w, T] float32 each, on the CPU; a removed token's map is 0."""
@@ -278,10 +230,31 @@ def without_sinks(maps: Tensor, keep: list[int]) -> Tensor:
     return kept / kept.sum(-1, keepdim=True).clamp(min=1e-12)
 
 
-def _names(table: TokenTable, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _query_weights(seen: LayerCall, modality: str) -> Tensor:
+    """Weight of every query in the mean over those of one modality, [N] on the device."""
+    chosen = (seen.layout.labels == KINDS.index(modality)).float()
+    return (chosen / chosen.sum().clamp(min=1)).to(seen.call.query.device)
+
+
+def _sinks(seen: LayerCall) -> Tensor:
+    """Keys, content words excepted, that take more than `SINK` times the uniform share of a head's image queries:
+    boolean [B, H, N]."""
+    total = seen.layout.total
+    weights = _query_weights(seen, "image")[None]
+    masses = exact.column_sums(seen.call, seen.logsumexp, slice(0, total), weights)[:, :, 0]
+    text = torch.arange(total)[seen.layout.positions("text")]
+    words = torch.zeros(len(seen.tokens), total, dtype=torch.bool)
+    for sample, table in enumerate(seen.tokens):
+        words[sample, text[table.positions(kind="word")]] = True
+    return (masses > SINK / total) & ~words[:, None].to(masses.device)
+
+
+def _names(table: TokenTable, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """Span, encoder stream and word of every joint position; "all", "" and "" of what is no text."""
-    span, stream, word = (np.full(len(tokens), fill, dtype=object) for fill in ("all", "", ""))
-    text = np.flatnonzero(tokens == "text")
-    for position, token in zip(text, table.tokens, strict=True):
-        span[position], stream[position], word[position] = token.kind, token.stream, token.word or ""
-    return span, stream, word
+    names = {
+        name: np.full(len(tokens), fill, dtype=object) for name, fill in (("span", "all"), ("stream", ""), ("word", ""))
+    }
+    for position, token in zip(np.flatnonzero(tokens == "text"), table.tokens, strict=True):
+        names["span"][position], names["stream"][position] = token.kind, token.stream
+        names["word"][position] = token.word or ""
+    return names

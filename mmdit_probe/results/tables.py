@@ -1,9 +1,9 @@
 """Tidy tables on disk that grow item by item and survive a kill.
 
-While a command works, each finished item (a prompt, an image) is one small parquet file under `<table>.parts/`; an
-item is written in row groups as its rows come. An item counts once its file has been renamed into place, so a killed
-run loses the item it was at and nothing else. `finish` joins the parts, row group by row group, into
-`<table>.parquet`.
+A table is a folder, `<table>.parquet/`, with one parquet file per finished item (a prompt, an image): a parquet data
+set, which pandas, polars and duckdb (`'<table>.parquet/*.parquet'`) read as one table. Nothing is merged at the end, so
+the disk holds every row once. An item counts once its file has been renamed into place: a killed run loses the item it
+was at and nothing else.
 
     with TableWriter(folder, "attention_budget") as writer:
         for index, prompt in enumerate(prompts):
@@ -12,29 +12,34 @@ run loses the item it was at and nothing else. `finish` joins the parts, row gro
             with writer.item(index) as item:
                 item.write(frame)               # any number of times; rows are on disk when the block ends
 
-Not a database: items are written once, in any order, and read back in the order of their index.
+Text is stored as dictionaries (pandas' categories). Not a database: items are written once, in any order, and read back
+in the order of their index.
 """
 
 from __future__ import annotations
 
-import errno
+import contextlib
 import os
-import shutil
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.results.atomic import RESUME, disk, make_folder, remove_leftovers, replacing
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-ROW_GROUP = 1 << 16
+ROW_GROUP = 1 << 17
 """Rows of an item that wait in memory before they are written."""
+
+_SAMPLED = 1024
+"""So many numbers of a column tell whether its values repeat."""
 
 
 class TableWriter:
@@ -42,70 +47,51 @@ class TableWriter:
 
     Args:
         folder: the run folder.
-        name: table name; the result is `<folder>/<name>.parquet`.
+        name: table name; the result is the folder `<folder>/<name>.parquet`.
 
     Attributes:
-        done: indices of the items already on disk, joined or not: a run that failed after its table was complete (while
-            drawing, say) measures nothing again.
+        path: the table.
+        done: indices of the items already on disk. Files that a power loss left empty or cut off are removed with a
+            warning; their items are not done.
     """
 
     def __init__(self, folder: Path | str, name: str) -> None:
-        self.path = Path(folder) / f"{name}.parquet"
-        self.parts = Path(folder) / f"{name}.parts"
-        with _disk(self.parts):
-            self.parts.mkdir(parents=True, exist_ok=True)
-            for leftover in self.parts.glob("*.tmp"):
-                leftover.unlink()
-        self.done: set[int] = {int(path.stem) for path in self.parts.glob("*.parquet")}
-        if not self.done and self.path.exists():
-            self.done = _items_of(self.path)
+        self.path = make_folder(Path(folder) / f"{name}.parquet")
+        remove_leftovers(self.path)
+        self.done: set[int] = set()
+        for path in _items(self.path):
+            if _complete(path):
+                self.done.add(int(path.stem))
+                continue
+            warnings.warn(f"{str(path)!r} is cut off (power loss?): item {int(path.stem)} is done again", stacklevel=2)
+            with disk(path):
+                path.unlink()
 
     @contextmanager
     def item(self, index: int) -> Iterator[ItemWriter]:
-        """Writer of one item. The item is kept if the block ends without an exception, and dropped otherwise."""
-        final = self.parts / f"{index:06d}.parquet"
-        temporary = final.with_suffix(".tmp")
-        item = ItemWriter(temporary)
-        try:
+        """Writer of one item. The item is kept if the block ends without an exception, and dropped otherwise.
+
+        Raises:
+            UserError: no rights, or something in the way. RunError: the disk is full, or the block wrote no rows.
+        """
+        final = self.path / f"{index:06d}.parquet"
+        with ItemWriter(final.with_name(f"{final.name}.{os.getpid()}.partial")) as item:
             yield item
             item.close()
             if item.rows == 0:
                 raise RunError(f"item {index} of {self.path.stem} gave no rows; nothing was captured")
-            with _disk(final):
-                os.replace(temporary, final)
-        finally:
-            item.close()
-            temporary.unlink(missing_ok=True)
+            with replacing(final, RESUME) as temporary:
+                os.replace(item.path, temporary)
         self.done.add(index)
 
     def finish(self) -> Path:
-        """Join the parts into `<name>.parquet` (row groups kept, one in memory at a time) and remove them."""
-        import pyarrow.parquet as pq
+        """The table.
 
-        paths = sorted(self.parts.glob("*.parquet"))
-        if not paths and self.path.exists():
-            shutil.rmtree(self.parts)
-            return self.path
-        if not paths:
+        Raises:
+            RunError: it has no items.
+        """
+        if not _items(self.path):
             raise RunError(f"{self.path.name} has no rows: no item was finished")
-        temporary = self.path.with_suffix(".parquet.tmp")
-        with _disk(self.path):
-            writer: pq.ParquetWriter | None = None
-            try:
-                for path in paths:
-                    with pq.ParquetFile(path) as part:
-                        if writer is None:
-                            known = {**(part.schema_arrow.metadata or {}), _ITEMS: _joined(paths)}
-                            schema = part.schema_arrow.with_metadata(known)
-                            writer = pq.ParquetWriter(temporary, schema, compression="zstd")
-                        # One row group per item: fewer and larger ones than the calls made, so that reading is fast.
-                        rows = part.read().cast(schema)
-                        writer.write_table(rows, row_group_size=rows.num_rows)
-            finally:
-                if writer is not None:
-                    writer.close()
-            os.replace(temporary, self.path)
-            shutil.rmtree(self.parts)
         return self.path
 
     def __enter__(self) -> Self:
@@ -114,22 +100,6 @@ class TableWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if kind is None:
             self.finish()
-
-
-_ITEMS = b"mmdit_probe.items"
-"""Key of a table's metadata: the indices of its items."""
-
-
-def _joined(paths: list[Path]) -> bytes:
-    return ",".join(str(int(path.stem)) for path in paths).encode()
-
-
-def _items_of(path: Path) -> set[int]:
-    """Indices of the items that a finished table holds; none if it does not say."""
-    import pyarrow.parquet as pq
-
-    known = (pq.read_schema(path).metadata or {}).get(_ITEMS, b"")
-    return {int(index) for index in known.decode().split(",") if index}
 
 
 class ItemWriter:
@@ -142,18 +112,30 @@ class ItemWriter:
         self._writer: pq.ParquetWriter | None = None
 
     def write(self, columns: pd.DataFrame | Mapping[str, Any]) -> None:
-        """Append rows: a DataFrame, or columns of equal length."""
+        """Append rows: a DataFrame, or columns of equal length (arrays, or `pandas.Categorical`)."""
         self._waiting.append(_arrow(columns))
         self.rows += self._waiting[-1].num_rows
         if sum(table.num_rows for table in self._waiting) >= ROW_GROUP:
             self._flush()
 
     def close(self) -> None:
+        """Write what waits and the end of the file."""
         self._flush()
         if self._writer is not None:
-            with _disk(self.path):
+            writer, self._writer = self._writer, None
+            with disk(self.path, RESUME):
+                writer.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._waiting.clear()
+        if self._writer is not None:
+            with contextlib.suppress(OSError):  # dropped anyway; a full disk must not hide the first error
                 self._writer.close()
-            self._writer = None
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         import pyarrow as pa
@@ -161,73 +143,108 @@ class ItemWriter:
 
         if not self._waiting:
             return
-        rows = pa.concat_tables(self._waiting)
+        rows = pa.concat_tables(self._waiting).unify_dictionaries().combine_chunks()
         self._waiting = []
-        with _disk(self.path):
+        with disk(self.path, RESUME):
             if self._writer is None:
-                self._writer = pq.ParquetWriter(self.path, rows.schema, compression="zstd")
-            self._writer.write_table(rows)
+                self._writer = pq.ParquetWriter(
+                    self.path, rows.schema, compression="zstd", use_dictionary=_repeating(rows)
+                )
+            self._writer.write_table(rows, row_group_size=rows.num_rows)
 
 
-def read_table(path: Path | str, columns: list[str] | None = None) -> pd.DataFrame:
-    """A table of a run folder, repeated strings as categories (shares memory for millions of rows).
+def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """A table of a run folder, finished or not, text as categories (shares memory for millions of rows).
 
     Args:
-        path: `<table>.parquet`, or the `<table>.parts` folder of a run that was interrupted.
+        path: `<table>.parquet`, or one parquet file.
         columns: read these only.
 
     Raises:
-        UserError: no such file, or not a parquet table.
+        UserError: no such table, no rows in it, or not parquet.
     """
+    import pyarrow as pa
+
+    tables = [_read(file, columns) for file in _files(path)]
+    return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries().to_pandas()
+
+
+def read_items(path: Path | str, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
+    """The items of a table one by one, for tables larger than memory; columns that are absent are left out.
+
+    Raises:
+        UserError: as `read_table`.
+    """
+    for file in _files(path):
+        yield _read(file, columns, absent=True).to_pandas()
+
+
+def _files(path: Path | str) -> list[Path]:
+    path = Path(path)
+    files = _items(path) if path.is_dir() else [path] if path.exists() else []
+    if not files:
+        raise UserError(f"no table {str(path)!r}; expected a .parquet folder of a run folder with items in it")
+    return files
+
+
+def _read(file: Path, columns: Sequence[str] | None, absent: bool = False) -> pa.Table:
+    """Some columns (all if None) of one file; columns that are `absent` may be left out."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"no table {str(path)!r}; expected the .parquet file of a run folder")
     try:
-        table = pq.read_table(path, columns=columns)
+        with pq.ParquetFile(file) as table:
+            known = table.schema_arrow.names
+            missing = [] if columns is None or absent else [name for name in columns if name not in known]
+            if missing:
+                raise UserError(f"{str(file)!r} has no column {missing[0]!r}; it has: {', '.join(known)}")
+            return _encoded(table.read(columns=known if columns is None else [n for n in columns if n in known]))
     except pa.ArrowException as error:
-        raise UserError(f"{str(path)!r} is not a parquet table: {str(error).splitlines()[0]}") from error
-    for position, field in enumerate(table.schema):
-        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
-            table = table.set_column(position, field.name, table.column(position).dictionary_encode())
-    return table.to_pandas()
+        raise UserError(f"{str(file)!r} is not a parquet table: {str(error).splitlines()[0]}") from error
 
 
-def read_row_groups(path: Path | str, columns: list[str]) -> Iterator[pd.DataFrame]:
-    """The items of a finished table one by one, for tables larger than memory; columns that are absent are left out."""
+def _items(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("*.parquet") if path.stem.isdigit()), key=lambda path: int(path.stem))
+
+
+def _complete(path: Path) -> bool:
+    """Whether a file has its end, which is written last, and rows."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        present = [name for name in columns if name in file.schema_arrow.names]
-        for group in range(file.num_row_groups):
-            yield file.read_row_group(group, columns=present).to_pandas()
+    try:
+        return bool(pq.read_metadata(path).num_rows)
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def _arrow(columns: pd.DataFrame | Mapping[str, Any]) -> pa.Table:
     import pyarrow as pa
 
     if isinstance(columns, Mapping):
-        table = pa.table({name: pa.array(column) for name, column in columns.items()})
-    else:
-        table = pa.Table.from_pandas(columns, preserve_index=False)
-    fields = []
-    for field in table.schema:
-        # Categories are an encoding, not a type: parts with different categories must join.
+        return _encoded(pa.table({name: pa.array(column) for name, column in columns.items()}))
+    return _encoded(pa.Table.from_pandas(columns, preserve_index=False))
+
+
+def _encoded(table: pa.Table) -> pa.Table:
+    """The table with all text as dictionaries of one type, so that files with other words or categories join."""
+    import pyarrow as pa
+
+    text = pa.dictionary(pa.int32(), pa.string())
+    for place, field in enumerate(table.schema):
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        fields.append(pa.field(field.name, pa.string() if pa.types.is_large_string(kind) else kind))
-    return table.cast(pa.schema(fields))
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            column = table.column(place)
+            column = column if pa.types.is_dictionary(field.type) else column.dictionary_encode()
+            table = table.set_column(place, field.name, column.cast(text))
+        elif pa.types.is_dictionary(field.type):  # categories of numbers
+            table = table.set_column(place, field.name, table.column(place).cast(kind))
+    return table
 
 
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """Turns a failing write into one line that says what is safe."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR):
-            reason = f"cannot write {str(path)!r}: {error.strerror}"
-            raise UserError(f"{reason}; choose another folder with --out") from error
-        kept = "finished items are kept; free some space and continue with --resume"
-        raise RunError(f"writing {str(path)!r} failed: {error.strerror or error}; {kept}") from error
+def _repeating(rows: pa.Table) -> list[str]:
+    """Columns that are worth a dictionary in the file: all but those whose numbers hardly repeat."""
+    start = rows.slice(0, _SAMPLED)
+    return [
+        name for name in rows.schema.names if len(start) < _SAMPLED or 2 * len(start.column(name).unique()) < len(start)
+    ]

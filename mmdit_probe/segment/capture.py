@@ -22,10 +22,9 @@ from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.observe.concepts import ConceptStream
-from mmdit_probe.observe.joint import PARTS, JointBlocks
+from mmdit_probe.observe.maps import PARTS, JointBlocks, second_attention
 from mmdit_probe.observe.observer import Observer
 from mmdit_probe.observe.probe import probe
-from mmdit_probe.observe.second import second_attention
 from mmdit_probe.segment.record import Capture, JointRecord, Pass, Reading, average
 from mmdit_probe.segment.vocabulary import Prompt, pack
 from mmdit_probe.specs import Spec, layer_indices

@@ -103,8 +103,8 @@ def test_steps_average_and_rows_are_kept_in_order(model: MMDiT) -> None:
     each = torch.stack([observer.maps(1, step=step) for step in (0, 1)])
     assert each.shape == (2, 2, 4, 4, 1)
     assert torch.allclose(observer.maps(1), each.mean(0))
-    assert [(prompt, seed) for prompt, seed, _ in observer.rows(1)] == [("a red ring", 3), ("a ring", 8)]
-    assert observer.rows(1, step=1)[0][2] == pytest.approx(model.sigmas(2)[1])
+    assert [(prompt, seed) for prompt, seed, _ in observer.samples(1)] == [("a red ring", 3), ("a ring", 8)]
+    assert observer.samples(1, step=1)[0][2] == pytest.approx(model.sigmas(2)[1])
 
 
 def test_what_was_not_kept_is_named(model: MMDiT) -> None:

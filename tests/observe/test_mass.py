@@ -184,6 +184,6 @@ def test_a_writer_gets_plain_columns_and_has_the_table(pipe: Any) -> None:
     joined = {name: np.concatenate([part[name] for part in writer.parts]) for name in COLUMNS}
     table = run[AttentionMassOfAll].table()
     assert all(np.array_equal(joined[name], table[name].to_numpy()) for name in COLUMNS)
-    assert len(writer.parts) == 2 * tiny.LAYERS and joined["prompt"].dtype == object
+    assert len(writer.parts) == 2 and joined["prompt"].dtype == object  # one batch per denoising call
     with pytest.raises(UserError, match="Writer"):
         run.observers[0].table()  # type: ignore[attr-defined]

@@ -138,7 +138,7 @@ def test_negative_prompts_and_copies_are_told_apart(pipe: Any) -> None:
             generator=generators,
             output_type="latent",
         )
-    rows = run[TextMaps].rows(0)
+    rows = run[TextMaps].samples(0)
     assert [row[:2] for row in rows] == [("a red ring", 1), ("a red ring", 2), ("a cat", 3), ("a cat", 4)]
     assert run[TextMaps].maps(0, branch=None).shape[0] == 8
 
@@ -406,7 +406,7 @@ def test_state_does_not_grow_with_prompts_or_steps(pipe: Any) -> None:
             # Of these types exactly: compiling leaves fake tensors of no size behind.
             tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, torch.nn.Parameter, np.ndarray)]
             sizes = sum(thing.nbytes for thing in tensors)
-            assert run[AttentionMass]._seen == {}
+            assert run[AttentionMass]._pending == {}
         return written, sizes
 
     held(1, 1)  # whatever the first use allocates for good

@@ -36,7 +36,9 @@ def test_every_key_is_the_column_mean_of_the_softmax(pipe: Any) -> None:
         for query, rows in (("image", slice(0, IMAGE)), ("text", slice(IMAGE, N))):
             part = table[(table["layer"] == layer) & (table["query"] == query)].sort_values(["head", "position"])
             expected = dense[layer][0][:, rows].mean(1)
-            assert torch.allclose(torch.tensor(part["mass"].to_numpy()).reshape(tiny.HEADS, N), expected, atol=1e-6)
+            assert torch.allclose(
+                torch.tensor(part["mass"].to_numpy(float)).reshape(tiny.HEADS, N), expected, atol=1e-6
+            )
     words = table[
         (table["layer"] == 0) & (table["head"] == 0) & (table["query"] == "image") & (table["span"] == "word")
     ]

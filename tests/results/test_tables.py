@@ -1,16 +1,18 @@
-"""Tables on disk: what was finished stays, what was not is dropped, and the joined table is the sum of its items."""
+"""Tables on disk: what was finished stays, what was not is dropped, and the table is the sum of its items."""
 
 from __future__ import annotations
 
 import errno
 import os
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.results import TableWriter, read_table
+from mmdit_probe.results import TableWriter, read_items, read_table
 from tests.tables import budget_table
 
 
@@ -18,79 +20,143 @@ def rows(item: int, n: int = 2) -> pd.DataFrame:
     return pd.DataFrame({"item": [item] * n, "span": ["word"] * n, "mass": [0.5 + item] * n})
 
 
-def test_items_join_in_order_with_one_row_group_each(tmp_path):
+def written(folder: Path, *indices: int) -> TableWriter:
+    writer = TableWriter(folder, "t")
+    for index in indices:
+        with writer.item(index) as item:
+            item.write(rows(index))
+    return writer
+
+
+def test_items_join_in_order_with_one_file_each(tmp_path):
     with TableWriter(tmp_path, "t") as writer:
         for index in (2, 0, 1):
             with writer.item(index) as item:
                 item.write(rows(index))
                 item.write(rows(index))
-    table = read_table(tmp_path / "t.parquet")
-    assert list(table.item) == [0] * 4 + [1] * 4 + [2] * 4
-    assert pq.ParquetFile(tmp_path / "t.parquet").num_row_groups == 3
-    assert not (tmp_path / "t.parts").exists()
+    path = tmp_path / "t.parquet"
+    assert list(read_table(path).item) == [0] * 4 + [1] * 4 + [2] * 4
+    assert [set(part["item"]) for part in read_items(path, ["item", "absent"])] == [{0}, {1}, {2}]
+    assert sorted(file.name for file in path.iterdir()) == ["000000.parquet", "000001.parquet", "000002.parquet"]
+    assert all(pq.ParquetFile(file).num_row_groups == 1 for file in path.iterdir())
+
+
+def test_pandas_reads_the_folder_as_one_table(tmp_path):
+    with TableWriter(tmp_path, "t") as writer:
+        for index, span in enumerate(("word", "pad")):
+            with writer.item(index) as item:
+                item.write(rows(index).assign(span=span))
+    for table in (pd.read_parquet(tmp_path / "t.parquet"), read_table(tmp_path / "t.parquet")):
+        assert list(table["span"]) == ["word", "word", "pad", "pad"]
+        assert list(table["mass"]) == [0.5, 0.5, 1.5, 1.5] and list(table["item"]) == [0, 0, 1, 1]
 
 
 def test_round_trip_keeps_values_and_types(tmp_path):
-    table = budget_table(prompts=1)
+    table = budget_table(prompts=1).astype({"mass": np.float32, "layer": np.int16})
     with TableWriter(tmp_path, "t") as writer, writer.item(0) as item:
         item.write(table)
     back = read_table(tmp_path / "t.parquet")
     for name in table:
         assert list(back[name]) == list(table[name]), name
     assert str(back["span"].dtype) == "category"
+    assert (back["mass"].dtype, back["layer"].dtype) == (np.float32, np.int16)
 
 
 def test_categories_that_differ_between_writes_join(tmp_path):
     with TableWriter(tmp_path, "t") as writer:
-        for index, span in enumerate(("word", "pad")):
-            with writer.item(index) as item:
-                item.write(rows(index).assign(span=pd.Categorical([span] * 2)))
-    assert list(read_table(tmp_path / "t.parquet").span) == ["word", "word", "pad", "pad"]
+        with writer.item(0) as item:
+            item.write(rows(0).assign(span=pd.Categorical(["word"] * 2)))
+            item.write({"item": np.array([0]), "span": np.array(["bos"], object), "mass": np.array([0.0])})
+        with writer.item(1) as item:
+            item.write(rows(1).assign(span=pd.Categorical(["pad"] * 2)))
+    assert list(read_table(tmp_path / "t.parquet").span) == ["word", "word", "bos", "pad", "pad"]
+
+
+def test_an_item_larger_than_a_row_group_keeps_every_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmdit_probe.results.tables.ROW_GROUP", 5)
+    with TableWriter(tmp_path, "t") as writer, writer.item(0) as item:
+        for part in range(4):
+            item.write(rows(part, 3))
+    assert list(read_table(tmp_path / "t.parquet").item) == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert len(list(read_items(tmp_path / "t.parquet", ["item"]))) == 1
 
 
 def test_interrupted_item_is_dropped_and_the_others_resume(tmp_path):
-    writer = TableWriter(tmp_path, "t")
-    with writer.item(0) as item:
-        item.write(rows(0))
+    writer = written(tmp_path, 0)
     with pytest.raises(KeyboardInterrupt), writer.item(1) as item:
         item.write(rows(1))
         raise KeyboardInterrupt
-    (tmp_path / "t.parts" / "000007.tmp").write_bytes(b"left by a kill")
+    left = tmp_path / "t.parquet" / "000007.parquet.77.partial"
+    left.write_bytes(b"left by a kill")
 
     again = TableWriter(tmp_path, "t")
-    assert again.done == {0}
+    assert again.done == {0} and not left.exists()
     with again.item(1) as item:
         item.write(rows(1))
     again.finish()
     assert list(read_table(tmp_path / "t.parquet").item) == [0, 0, 1, 1]
 
 
-def test_parts_of_an_unfinished_run_can_be_read(tmp_path):
-    with TableWriter(tmp_path, "t").item(0) as item:
-        item.write(rows(0))
-    assert list(read_table(tmp_path / "t.parts").item) == [0, 0]
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_an_item_cut_off_by_a_power_loss_is_done_again(tmp_path, kept):
+    written(tmp_path, 0, 1)
+    part = tmp_path / "t.parquet" / "000001.parquet"
+    part.write_bytes(part.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"000001.parquet' is not a parquet table"):
+        read_table(tmp_path / "t.parquet")
+    with pytest.warns(UserWarning, match=r"000001.parquet' is cut off .* item 1 is done again"):
+        again = TableWriter(tmp_path, "t")
+    assert again.done == {0} and not part.exists()
+    with again.item(1) as item:
+        item.write(rows(1))
+    assert list(read_table(tmp_path / "t.parquet").item) == [0, 0, 1, 1]
+
+
+def test_an_unfinished_table_can_be_read(tmp_path):
+    written(tmp_path, 3)
+    assert list(read_table(tmp_path / "t.parquet").item) == [3, 3]
 
 
 def test_an_item_without_rows_is_an_error(tmp_path):
-    with pytest.raises(RunError, match="item 3 of t gave no rows"), TableWriter(tmp_path, "t").item(3) as item:
+    writer = TableWriter(tmp_path, "t")
+    with pytest.raises(RunError, match="item 3 of t gave no rows"), writer.item(3) as item:
         item.close()
+    assert list(writer.path.iterdir()) == []
 
 
 def test_a_table_without_items_is_an_error(tmp_path):
     with pytest.raises(RunError, match=r"t\.parquet has no rows"):
         TableWriter(tmp_path, "t").finish()
+    with pytest.raises(UserError, match="no table"):
+        read_table(tmp_path / "t.parquet")
 
 
-def test_full_disk_says_what_is_kept(tmp_path, monkeypatch):
-    writer = TableWriter(tmp_path, "t")
+@pytest.mark.parametrize("call", ["write", "close", "rename"])
+def test_full_disk_says_what_is_kept(tmp_path, monkeypatch, call):
+    writer = written(tmp_path, 0)
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(os, "replace", full)
+    owner, name = {
+        "write": (pq.ParquetWriter, "write_table"),
+        "close": (pq.ParquetWriter, "close"),
+        "rename": (os, "replace"),
+    }[call]
+    monkeypatch.setattr(pq.ParquetWriter, "__del__", lambda writer: None)
+    monkeypatch.setattr(owner, name, full)
     message = r"No space left on device; finished items are kept.*--resume"
-    with pytest.raises(RunError, match=message), writer.item(0) as item:
-        item.write(rows(0))
+    with pytest.raises(RunError, match=message), writer.item(1) as item:
+        item.write(rows(1))
+    monkeypatch.undo()
+    assert [file.name for file in writer.path.iterdir()] == ["000000.parquet"]
+    assert TableWriter(tmp_path, "t").done == {0}
+
+
+def test_something_in_the_way_is_named(tmp_path):
+    (tmp_path / "t.parquet").write_text("a file of an older run")
+    with pytest.raises(UserError, match=r"cannot write .*t\.parquet'.*--out"):
+        TableWriter(tmp_path, "t")
 
 
 def test_missing_and_broken_tables(tmp_path):
@@ -99,17 +165,31 @@ def test_missing_and_broken_tables(tmp_path):
     (tmp_path / "bad.parquet").write_text("not parquet")
     with pytest.raises(UserError, match="is not a parquet table"):
         read_table(tmp_path / "bad.parquet")
+    with pytest.raises(UserError, match="is not a parquet table"):
+        list(read_items(tmp_path / "bad.parquet", ["item"]))
+    written(tmp_path, 0)
+    with pytest.raises(UserError, match="has no column 'masses'; it has: item, span, mass"):
+        read_table(tmp_path / "t.parquet", ["item", "masses"])
+
+
+def test_the_disk_holds_every_row_once_at_any_time(tmp_path):
+    """Peak disk is the final table: an item's file is renamed, never copied, and nothing is merged."""
+    table, sizes = budget_table(prompts=1), []
+    writer = TableWriter(tmp_path, "t")
+    for index in range(3):
+        with writer.item(index) as item:
+            item.write(table.assign(item=index))
+            item.close()
+            sizes.append(sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file()))
+    final = sum(file.stat().st_size for file in writer.finish().iterdir())
+    assert max(sizes) <= 1.01 * final
 
 
 def test_a_finished_table_is_not_written_again(tmp_path):
-    """A run that failed after its table was joined goes on without measuring: the items are known."""
-    with TableWriter(tmp_path, "table") as writer:
-        for index in (0, 3):
-            with writer.item(index) as item:
-                item.write({"item": [index], "value": [0.5]})
-    before = (tmp_path / "table.parquet").read_bytes()
-    with TableWriter(tmp_path, "table") as writer:
+    """A run that failed after its table was complete goes on without measuring: the items are known."""
+    written(tmp_path, 0, 3).finish()
+    before = {file: file.read_bytes() for file in (tmp_path / "t.parquet").iterdir()}
+    with TableWriter(tmp_path, "t") as writer:
         assert writer.done == {0, 3}
-    assert (tmp_path / "table.parquet").read_bytes() == before
-    assert not (tmp_path / "table.parts").exists()
-    assert read_table(tmp_path / "table.parquet")["item"].tolist() == [0, 3]
+    assert {file: file.read_bytes() for file in (tmp_path / "t.parquet").iterdir()} == before
+    assert read_table(tmp_path / "t.parquet")["item"].tolist() == [0, 0, 3, 3]

@@ -11,7 +11,7 @@ from mmdit_probe.data import parse_classes
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.concepts import ConceptStream
-from mmdit_probe.observe.joint import JointBlocks, second_eigenvalue
+from mmdit_probe.observe.maps import JointBlocks, second_eigenvalue
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.segment.capture import capture, concept_embeddings
