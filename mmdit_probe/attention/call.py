@@ -13,6 +13,7 @@ design notes). Nothing is computed here but the stock output.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,7 +48,7 @@ class SDPACall:
         precision that its kernels get them: under `torch.autocast` that of autocast."""
         call = cls(**dict(zip(_NAMES, args, strict=False)), **kwargs)
         device = call.query.device.type
-        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        if not _autocast(device):
             return call
         dtype = torch.get_autocast_dtype(device)
 
@@ -118,6 +119,15 @@ class SDPACall:
         if self.mask is None or self.mask.dtype == torch.bool:
             return self.mask
         return self.mask > torch.finfo(self.mask.dtype).min / 2
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """No autocast on a type of device: it would round float32 products, and cast what a call was given."""
+    return torch.autocast(device, enabled=False) if _autocast(device) else nullcontext()
+
+
+def _autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:

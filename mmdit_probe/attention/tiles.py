@@ -77,7 +77,7 @@ def padded(count: int) -> int:
 
 
 def blocks(call: SDPACall, lse: Tensor, keys: Columns, queries: Columns) -> Iterator[Block]:
-    """All blocks of exp(scale q k^T + bias - lse) for some keys and queries; the heads of one set of queries follow another.
+    """All blocks of exp(scale q k^T + bias - lse) of some keys and queries, by queries, then samples, then heads.
 
     Args:
         call: the attention call. lse: [B, H, Nq] row log-sum-exp.

@@ -28,7 +28,7 @@ from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.discover_layout import bind
 from mmdit_probe.models.families.registry import family_of
 from mmdit_probe.models.layout import Layer, Layout, arranged, find_layers, unwrap
-from mmdit_probe.observe.backend import native_attention
+from mmdit_probe.observe.backend import refuse_sharded
 from mmdit_probe.specs import Spec, layer_indices
 
 
@@ -59,8 +59,8 @@ class TextMapTap:
         self._stack = ExitStack()
 
     def __enter__(self) -> TextMapTap:
+        refuse_sharded(self.transformer)
         with ExitStack() as stack:
-            stack.enter_context(native_attention(self.transformer))
             stack.callback(self.transformer.register_forward_pre_hook(self._before, with_kwargs=True).remove)
             for layer in self.layers:
                 stack.callback(watch(layer.module, _Handler(self, layer), "input"))
@@ -93,7 +93,7 @@ class TextMapTap:
         if missing:
             raise RunError(
                 f"layers {missing} made no scaled_dot_product_attention call in this forward; set the model's default"
-                " attention processor and the native backend, and call the transformer between begin and take"
+                " attention processor and a native backend, and call the transformer between begin and take"
             )
         maps, self._maps = self._maps, {}
         return maps
