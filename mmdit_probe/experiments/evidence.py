@@ -192,7 +192,7 @@ def _segmentation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.
 
     parts = []
     for variant in controls.variants(model, controls.parse(control)):
-        with probe(variant.model, edits=variant.edits, layers=()):
+        with probe(variant.model, edits=variant.edits):
             for index, item in enumerate(held_out(amount.n, split)):
                 table = word_map_scores(variant.model, [item], sigma=amount.sigma, seed=amount.seed + index)
                 plain = table[(table["head"] == "mean") & ~table["min_max"]]  # the softmax alone, the paper's choice

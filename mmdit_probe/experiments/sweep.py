@@ -194,7 +194,7 @@ class Sweep(Edited, Sampling, Experiment):
         edits = [*variant.edits, *([condition.edit] if condition.edit is not None and condition.scale == 0 else [])]
         with ExitStack() as stack:
             if edits:
-                stack.enter_context(probe(variant.model, edits=edits, layers=()))
+                stack.enter_context(probe(variant.model, edits=edits))
             if condition.scale == 0:
                 return variant.model.generate(texts, **options)
             guided = stack.enter_context(perturbed_guidance(variant.model, condition.edit))

@@ -71,8 +71,8 @@ class TextMapTap:
         missing = sorted(self._layouts.keys() - self._maps.keys())
         if missing or not self._maps:
             raise RunError(
-                f"layers {missing} made no scaled_dot_product_attention call in this forward; call the probed"
-                " transformer between begin and take"
+                f"layers {missing} made no scaled_dot_product_attention call in this forward; set the model's default"
+                " attention processor and a native backend, and call the probed transformer between begin and take"
             )
         maps, self._maps = self._maps, {}
         return {layer: maps[layer] for layer in sorted(maps)}

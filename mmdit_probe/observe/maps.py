@@ -85,10 +85,10 @@ class TextMaps(Observer):
             if groups is not None:  # only the positions that some map reads
                 read = groups.any(0).any(-1).nonzero()[:, 0]
                 text, groups = torch.arange(layout.total)[text][read].to(call.query.device), groups[:, read]
-            maps = exact.column_maps(call, seen.logsumexp, text, image, groups, head_mean)
+            maps = exact.reduce(call, seen.logsumexp, text, image, key_weights=groups, head_mean=head_mean)
         else:
             weights = _query_mean(seen, groups)
-            maps = exact.row_maps(call, seen.logsumexp, image, text, weights, head_mean)
+            maps = exact.reduce(call, seen.logsumexp, image, text, query_weights=weights, head_mean=head_mean).mT
         maps = maps.unflatten(-2, grid if frames == 1 else (frames, *grid))
         # Small ones stay on the device until the call is over, so that it need not wait in every layer.
         return maps if head_mean else maps.cpu()
@@ -212,11 +212,11 @@ class JointBlocks(Observer):
     def _part(self, part: str, seen: LayerCall) -> Tensor:
         image, text = seen.layout.positions("image"), seen.layout.positions("text")
         if part == "i2t":
-            return exact.column_maps(seen.call, seen.logsumexp, text, image)
+            return exact.reduce(seen.call, seen.logsumexp, text, image)
         if part == "i2t_logit":
             return gradients.logits(seen.call, text, image).float().clamp(min=MASKED)
         if part == "i2i":
-            return exact.column_maps(*_of_heads(seen, self.heads), image, image, head_mean=True)
+            return exact.reduce(*_of_heads(seen, self.heads), image, image, head_mean=True)
         if part == "i2i_walk":
             return _walk_mean(seen, image)
         features = seen.output[:, :, image].transpose(1, 2).flatten(2)  # [B, I, H * D]
@@ -309,14 +309,14 @@ def _samples_of(call: DenoisingCall, branch: str | None) -> list[int]:
 
 
 def _query_mean(seen: LayerCall, groups: Tensor | None) -> Tensor | None:
-    """Weights [B or 1, T, G] of text queries in the mean over each group; None for every position by itself."""
+    """Weights [B or 1, G, T] of text queries in the mean over each group; None for every position by itself."""
     layout = seen.layout
     if layout.queries is not None:
         are_queries = layout.queries[:, layout.positions("text")]
         if not are_queries.any():
             raise UserError("text tokens are no queries in this model: it has no T2I maps")
         groups = (torch.eye(layout.counts["text"])[None] if groups is None else groups) * are_queries[..., None]
-    return None if groups is None else (groups / groups.sum(1, keepdim=True).clamp(min=1)).to(seen.call.query.device)
+    return None if groups is None else (groups / groups.sum(1, keepdim=True).clamp(min=1)).mT
 
 
 def _of_heads(seen: LayerCall, heads: list[int] | None) -> tuple[SDPACall, Tensor]:
@@ -338,7 +338,7 @@ def _walk_mean(seen: LayerCall, image: exact.Columns) -> Tensor:
     """Image-image block [B, I, I], rows renormalised, heads weighted by how slowly their walk mixes."""
     total, weights = torch.zeros(()), torch.zeros(())
     for head in range(seen.call.query.shape[1]):
-        block = exact.column_maps(*_of_heads(seen, [head]), image, image)[:, 0]
+        block = exact.reduce(*_of_heads(seen, [head]), image, image)[:, 0]
         block /= block.sum(-1, keepdim=True).clamp(min=1e-12)
         weight = second_eigenvalue(block.cpu()).to(block.device)[:, None, None]
         total, weights = block.mul_(weight).add_(total.to(block.device)), weight + weights.to(block.device)

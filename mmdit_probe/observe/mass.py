@@ -167,7 +167,7 @@ def grouped_masses(call: SDPACall, lse: Tensor | None, keys: KeyGroups) -> tuple
     """`attention_masses` by groups of keys made before."""
     batch, _, n_rows, _ = call.query.shape
     weights = keys.weights
-    live = exact.live_rows(call)
+    live = exact.live_queries(call)
     if live is not None:
         # Masks of this family of calls are the same for all heads; a query is dropped if no head sees anything.
         weights = weights * live.any(1).expand(batch, n_rows)[:, None].float()
@@ -176,8 +176,8 @@ def grouped_masses(call: SDPACall, lse: Tensor | None, keys: KeyGroups) -> tuple
         each = exact.group_masses(call, None, keys.of_key, keys.count)  # [B, H, N, G]
         sums = torch.einsum("bqn,bhng->bhqg", weights.expand(batch, 2, n_rows), each)
         return sums / n_query[:, None, :, None].clamp(min=1), n_query.long()
-    per_key = exact.column_sums(call, lse, keys.columns, weights if len(weights) > 1 else weights[0])  # [B, H, 2, K]
-    masses = (per_key @ keys.indicator[:, None]) / n_query[:, None, :, None].clamp(min=1)
+    sums = exact.reduce(call, lse, keys.columns, key_weights=keys.indicator, query_weights=weights)  # [B, H, 2, G]
+    masses = sums / n_query[:, None, :, None].clamp(min=1)
     masses[..., 0] = 1.0 - masses[..., 1:].sum(-1)
     return masses, n_query.long()
 

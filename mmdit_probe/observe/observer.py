@@ -110,7 +110,7 @@ class LayerCall:
         """A number (0-dim, on the device) that is finite if the log-sum-exp of every query that sees a key is."""
         if self.record.lse is None:
             return torch.zeros(())
-        live = exact.live_rows(self.call)
+        live = exact.live_queries(self.call)
         lse = self.record.lse if live is None else self.record.lse.masked_fill(~live, 0.0)
         return _finite(lse)
 

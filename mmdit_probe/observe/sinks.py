@@ -68,7 +68,7 @@ class KeyMass(RowObserver):
 
     def measure(self, seen: LayerCall) -> tuple[LayerCall, Tensor]:
         weights = torch.stack([_query_weights(seen, modality) for modality in MODALITIES])
-        masses = exact.column_sums(seen.call, seen.logsumexp, slice(0, seen.layout.total), weights)
+        masses = exact.reduce(seen.call, seen.logsumexp, slice(None), query_weights=weights[None])
         return seen, masses.cpu()  # [B, H, 2, N]
 
     def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
@@ -147,18 +147,18 @@ class SinkFree(Observer):
         layout, call, lse, grid = seen.layout, seen.call, seen.logsumexp, seen.grid
         image, text = layout.positions("image"), layout.positions("text")
         sinks = _sinks(seen)  # [B, H, N]
-        plain = exact.column_maps(call, lse, text, image)  # [B, H, I, T]
+        plain = exact.reduce(call, lse, text, image)  # [B, H, I, T]
         taken = torch.zeros_like(plain[..., 0])
         places = sinks.flatten(0, 1).any(0).nonzero()[:, 0]
         if len(places):
-            taken = (exact.column_maps(call, lse, places, image) * sinks[:, :, None, places]).sum(-1)  # [B, H, I]
+            taken = (exact.reduce(call, lse, places, image) * sinks[:, :, None, places]).sum(-1)  # [B, H, I]
         # Masked rather than divided by one minus the removed share, which rounds away where sinks take nearly all.
         bias = torch.zeros(sinks.shape, device=sinks.device).masked_fill_(sinks, float("-inf"))[:, :, None]
         known = call.additive_mask(torch.float32)
         bias = (bias if known is None else bias + known).to(call.query.dtype)  # [B, H, 1 or N, N]
         without = replace(call, attn_mask=bias.expand(*call.query.shape[:3], layout.total))
         rest = exact.logsumexp(without)
-        clean = exact.column_maps(without, row_logsumexp(without) if rest is None else rest, text, image)
+        clean = exact.reduce(without, row_logsumexp(without) if rest is None else rest, text, image)
         return plain.unflatten(2, grid).cpu(), clean.unflatten(2, grid).cpu(), taken.mean(-1).cpu()
 
     def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
@@ -240,8 +240,8 @@ def _sinks(seen: LayerCall) -> Tensor:
     """Keys, content words excepted, that take more than `SINK` times the uniform share of a head's image queries:
     boolean [B, H, N]."""
     total = seen.layout.total
-    weights = _query_weights(seen, "image")[None]
-    masses = exact.column_sums(seen.call, seen.logsumexp, slice(0, total), weights)[:, :, 0]
+    weights = _query_weights(seen, "image")[None, None]
+    masses = exact.reduce(seen.call, seen.logsumexp, slice(None), query_weights=weights)[:, :, 0]
     text = torch.arange(total)[seen.layout.positions("text")]
     words = torch.zeros(len(seen.tokens), total, dtype=torch.bool)
     for sample, table in enumerate(seen.tokens):
