@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
+from typing import SupportsIndex
 
 from mmdit_probe.errors import UserError
 
@@ -72,11 +72,11 @@ def seed_values(seed: int | Sequence[int], count: int, what: str = "images") -> 
     Raises:
         UserError: not whole numbers, below 0 or above 2^63 - 1 (what a table holds), or another number of them.
     """
-    seeds = [seed + offset for offset in range(count)] if isinstance(seed, Integral) else list(seed)
+    seeds = list(seed) if isinstance(seed, Iterable) else [seed + offset for offset in range(count)]
     if len(seeds) != count:
         raise UserError(f"{len(seeds)} seeds for {count} {what}; give one each, or one number to count up from")
     for one in seeds:
-        if not isinstance(one, Integral) or not 0 <= one < 1 << 63:
+        if not isinstance(one, SupportsIndex) or not 0 <= int(one) < 1 << 63:
             raise UserError(f"seed {one!r}: expected whole numbers from 0 to 2^63 - 1 = {(1 << 63) - 1}")
     return [int(one) for one in seeds]
 

@@ -259,7 +259,7 @@ def _ernie(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
 
 
 def _joy_plus(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
-    """Without references: `tests/observe/test_families.py` has them."""
+    """Without references: `tests/models/test_registry.py` has them."""
     return {
         "hidden_states": torch.randn(batch, grid[0] * grid[1], CHANNELS, 1, 2, 2),
         "encoder_hidden_states": _text(batch, lengths),

@@ -398,8 +398,10 @@ def _encoded(tokenizer: Any, text: str, limit: int, special_tokens: bool) -> lis
         found = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, **options)
         rows = zip(found["input_ids"], found["special_tokens_mask"], found["offset_mapping"], strict=True)
         return [(token_id, bool(special), *offsets) for token_id, special, offsets in rows]
-    own = tokenizer(text, add_special_tokens=False)["input_ids"]
-    places = _byte_places(tokenizer, text, len(own)) or _piece_places(tokenizer, text, own)
+    own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    pieces = tokenizer.convert_ids_to_tokens(own) if hasattr(tokenizer, "convert_ids_to_tokens") else []
+    places = [] if any("▁" in piece for piece in pieces) else _byte_places(tokenizer, text, len(own))
+    places = places or _piece_places(pieces, text, tokenizer.unk_token if pieces else "")
     if len(places) != len(own):
         raise UserError(f"{type(tokenizer).__name__} does not say which characters a token stands for; load a fast one")
     ids = tokenizer(text, **options)["input_ids"]
@@ -420,17 +422,15 @@ def _byte_places(tokenizer: Any, text: str, count: int) -> list[tuple[int, int]]
     return found if len(found) == count else []
 
 
-def _piece_places(tokenizer: Any, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
+def _piece_places(pieces: Sequence[str], text: str, unknown_piece: str) -> list[tuple[int, int]]:
     """First and last character of every token of a text where these are its pieces, in order (SentencePiece); nothing
     if they are not. Unknown pieces and bytes stand for what lies between the others."""
-    if not hasattr(tokenizer, "convert_ids_to_tokens"):
-        return []
     letters, origins = folded(text)
     letters, origins = f"{letters} ", [*origins, len(text), len(text)]
     found: list[tuple[int, int]] = []
     at = waiting = 0
-    for piece in [*tokenizer.convert_ids_to_tokens(ids), ""]:
-        if piece == tokenizer.unk_token or re.fullmatch("<0x..>", piece):
+    for piece in [*pieces, ""]:
+        if piece == unknown_piece or re.fullmatch("<0x..>", piece):
             waiting += 1
             continue
         body = folded(piece.replace("▁", " "))[0].strip()

@@ -72,8 +72,9 @@ def _parts(name: str, value: Any) -> Iterator[bytes]:
 
 
 def _parts_of_tensor(name: str, tensor: Tensor) -> Iterator[bytes]:
-    if is_traceable_wrapper_subclass(tensor):
-        names, about = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    wrapper: Any = tensor
+    if is_traceable_wrapper_subclass(wrapper):
+        names, about = wrapper.__tensor_flatten__()
         yield f"{name} {type(tensor).__name__} {tuple(tensor.shape)}".encode()
         for part in names:
             yield from _parts(f"{name}.{part}", getattr(tensor, part))

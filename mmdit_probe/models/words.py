@@ -63,7 +63,7 @@ def find(phrase: str, text: str, *, whole: bool = True) -> list[tuple[int, int]]
     at = letters.find(wanted) if wanted else -1
     while at >= 0:
         after = at + len(wanted)
-        start, stop = places[at], places[after - 1] + 1
+        start, stop = min(places[at:after]), max(places[at:after]) + 1
         between = _starts_letter(letters, places, at) and _starts_letter(letters, places, after)
         if between and (not whole or {start, stop} <= edges):
             found.append((start, stop))
