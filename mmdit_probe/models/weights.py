@@ -103,22 +103,20 @@ def _offloaded(transformer: nn.Module) -> Iterator[tuple[str, Tensor]]:
     names = {id(tensor): name for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers())}
     for path, module in transformer.named_modules():
         hooks = getattr(module, "_hf_hook", None)
-        for kept in (getattr(of, "weights_map", None) for of in getattr(hooks, "hooks", (hooks,))):
-            yield from (
-                (f"{path}.{name}".lstrip("."), kept[name]) for name in (_own(module) if kept is not None else ())
-            )
+        for hook in getattr(hooks, "hooks", (hooks,)):
+            kept: Any = getattr(hook, "weights_map", None) or {}
+            for name in _empty(module) if kept else ():
+                yield f"{path}.{name}".lstrip("."), kept[name]
         registry = getattr(module, "_diffusers_hook", None)
-        hook = registry.get_hook("group_offloading") if registry is not None else None
-        if hook is not None and getattr(hook.group, "_is_offloaded_to_disk", False):
+        group: Any = getattr(registry.get_hook("group_offloading") if registry is not None else None, "group", None)
+        if group is not None and group._is_offloaded_to_disk:
             from safetensors.torch import load_file
 
-            tensors = load_file(hook.group.safetensors_file_path)
-            yield from (
-                (names[id(of)], tensors[key]) for of, key in hook.group.tensor_to_key.items() if id(of) in names
-            )
+            tensors = load_file(group.safetensors_file_path)
+            yield from ((names[id(of)], tensors[key]) for of, key in group.tensor_to_key.items() if id(of) in names)
 
 
-def _own(module: nn.Module) -> list[str]:
+def _empty(module: nn.Module) -> list[str]:
     """Names of a module's own parameters and buffers that hold nothing."""
     tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
     return [name for name, tensor in tensors if tensor.is_meta]
