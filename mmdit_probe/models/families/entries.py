@@ -129,6 +129,14 @@ def _joy(inputs: Inputs, config: Any) -> Extent:
     return replace(own, further=(image.shape[1] - 1) * own.frames * h * w)
 
 
+def _joy_plus(inputs: Inputs, config: Any) -> Arrangement:
+    """Patches [B, most patches, C, 1, p, p]: those of the image come first, then references and padding; `shape_list`
+    has (frames, h, w) of each picture, per sample."""
+    frames, h, w = inputs["shape_list"][0][0]
+    own = Extent((h, w), frames, int(inputs["hidden_states"].shape[1]) - frames * h * w)
+    return sequence(lambda inputs, config: own, "image", "text")(inputs, config)
+
+
 def _ideogram4(inputs: Inputs, config: Any) -> Arrangement:
     """One sequence; `indicator` says which of its tokens are text (3) and image (2), the others are padding."""
     kinds = {2: "image", 3: "text"}
@@ -217,41 +225,18 @@ _TEXTS = ("text", "negative text")
 # `layers`. The attention ignores any text mask: pads are keys. Without its encoder the T5 stream is zeros of the same
 # length.
 SD3 = Family(
-    name="sd3",
-    transformer="SD3Transformer2DModel",
-    layers=r"transformer_blocks\.(\d+)\.attn",
-    order=("image", "text"),
-    arrangement=sequence(latents, "image", "text"),
-    image_input="hidden_states",
-    text_input="encoder_hidden_states",
-    pooled_input="pooled_projections",
-    timestep_input="timestep",
-    skip_input="skip_layers",
-    timesteps=1000.0,
-    guidance=("uncond", "cond"),
+    "sd3", "SD3Transformer2DModel", r"transformer_blocks\.(\d+)\.attn", ("image", "text"),
+    sequence(latents, "image", "text"), pooled_input="pooled_projections", skip_input="skip_layers", timesteps=1000.0,
+    guidance=_UNCOND_FIRST, length_argument=_LENGTH, default_length=256,
     streams=(
         TextStream(
-            name="clip",
-            tokenizers=("tokenizer", "tokenizer_2"),
-            encoders=("text_encoder", "text_encoder_2"),
-            prompts=("prompt", "prompt_2"),
-            negatives=("negative_prompt", "negative_prompt_2"),
-            length="tokenizer",
+            "clip", ("tokenizer", "tokenizer_2"), ("text_encoder", "text_encoder_2"), ("prompt", "prompt_2"),
+            ("negative_prompt", "negative_prompt_2"), length="tokenizer",
         ),
-        TextStream(
-            name="t5",
-            tokenizers=("tokenizer_3",),
-            encoders=("text_encoder_3",),
-            prompts=("prompt_3",),
-            negatives=("negative_prompt_3",),
-            length="max_sequence_length",
-        ),
+        stream("t5", "tokenizer_3", "text_encoder_3"),
     ),
-    length_argument="max_sequence_length",
-    default_length=256,
-    encoded=("text", "negative text", "pooled", "negative pooled"),
-    pipelines=("StableDiffusion3Pipeline",),
-)
+    encoded=("text", "negative text", "pooled", "negative pooled"), pipelines=("StableDiffusion3Pipeline",),
+)  # fmt: skip
 
 ENTRIES: tuple[Family, ...] = (
     SD3,
@@ -485,6 +470,11 @@ ENTRIES: tuple[Family, ...] = (
         streams=(stream("llm", wrap=joy_template, cut=joy_cut, padded=False),), length_argument=_LENGTH,
         default_length=1024,
         template_arguments=("template_type",),
+    ),
+    # transformer_joyimage_edit_plus.py: its text holds the references, as a vision-language model reads them.
+    Family(
+        "joyimage_edit_plus", "JoyImageEditPlusTransformer3DModel", r"double_blocks\.(\d+)\.attn", ("image", "text"),
+        _joy_plus, timesteps=1000.0, guidance=_UNCOND_FIRST,
     ),
     Family(
         "motif_video", "MotifVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),

@@ -100,7 +100,6 @@ class Family:
     encoded: tuple[str, ...] = ()
     """What `encode_prompt` returns: "text", "negative text" and others. Without a "negative text" the negative
     prompt is encoded by a call of its own."""
-    guidance_argument: str = "do_classifier_free_guidance"
     pipelines: tuple[str, ...] = ()
     """Classes of the stock text-to-image pipelines that `load` takes."""
     options: tuple[tuple[str, Any], ...] = ()

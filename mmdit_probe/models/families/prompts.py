@@ -7,6 +7,7 @@ Facts of the diffusers 0.42.1 pipelines, used by `models.families.entries`. Temp
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import itertools
 import re
@@ -14,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmdit_probe.models.families.facts import Part, TextStream
-from mmdit_probe.models.reading import traced
 
 Wrap = Callable[[Any, bool], tuple[str, str]]
 _MARK = "mmditprobeprompt"
@@ -106,6 +106,18 @@ def joy_cut(pipeline: Any) -> int:
 def prx_cleaned(pipeline: Any, prompt: str) -> list[list[Part]]:
     """PRX: the prompt in lower case, without addresses, file names and the like."""
     return [traced(pipeline.text_preprocessor.clean_text(prompt), prompt)]
+
+
+def traced(text: str, prompt: str) -> list[Part]:
+    """A text that a pipeline made of a prompt, in parts: what it took from the prompt, upper and lower case alike."""
+    # One character each: lower() makes two of some characters.
+    asked, made = ([character.lower() for character in of] for of in (prompt, text))
+    parts = []
+    for tag, start, stop, first, last in difflib.SequenceMatcher(None, asked, made, autojunk=False).get_opcodes():
+        if first < last:
+            kept = tag == "equal" or (tag == "replace" and stop - start == last - first)
+            parts.append((text[first:last], start if kept else -1))
+    return parts
 
 
 def longcat_pieces(pipeline: Any, prompt: str) -> list[list[Part]]:
