@@ -15,10 +15,10 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from mmdit_probe.experiments.scenes_report import SCORES, score_model
 
 from mmdit_probe import load
 from mmdit_probe.experiments.scenes_quality import alignment_of
-from mmdit_probe.experiments.scenes_report import SCORES, score_model
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table
 from mmdit_probe.results.statistics import interval

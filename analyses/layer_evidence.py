@@ -16,10 +16,10 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
+from mmdit_probe.experiments.evidence_names import CONTROLLED, EVIDENCE, RANK_RULES, evidence_names
 
 from mmdit_probe import load
 from mmdit_probe.experiments import evidence
-from mmdit_probe.experiments.evidence_names import CONTROLLED, EVIDENCE, RANK_RULES, evidence_names
 from mmdit_probe.plots import save
 from mmdit_probe.plots.select import evidence as figure
 from mmdit_probe.results import RunFolder, TableWriter, read_table

@@ -33,12 +33,12 @@ import numpy as np
 import pandas as pd
 import torch
 from magnet_tables import BASE, CONTROL, PROTOCOLS, UNSUPERVISED, choose, write
+from mmdit_probe.experiments.generation import scene_prompts, score
 
 from mmdit_probe import TextMaps, load, probe
 from mmdit_probe.data import Data, Sample, ScenesData
 from mmdit_probe.evaluate.clipscore import ClipScorer
 from mmdit_probe.evaluate.scores import ImageCounts, assign, histogram, matched
-from mmdit_probe.experiments.generation import scene_prompts, score
 from mmdit_probe.magnet import SelfLabelled, TrainMagnet, train
 from mmdit_probe.magnet.trainer import TrainResult
 from mmdit_probe.magnet.validation import readouts, validate

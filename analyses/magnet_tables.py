@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from mmdit_probe.experiments.generation import compare
 
 from mmdit_probe.evaluate.scores import ImageCounts
-from mmdit_probe.experiments.generation import compare
 from mmdit_probe.magnet.validation import Readout
 
 BASE, CONTROL = "base", "control"

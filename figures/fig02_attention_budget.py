@@ -9,9 +9,9 @@ model is measured with the paper's text and step, and its values are marked.
 
 from __future__ import annotations
 
+from mmdit_probe.experiments.budget_summary import COLUMNS, summarise
 from runs import PAPER_TEXT, is_paper_model, model_of, parse, published, run_folder, target, write
 
-from mmdit_probe.experiments.budget_summary import COLUMNS, summarise
 from mmdit_probe.plots import attention_budget
 from mmdit_probe.results import read_items
 

@@ -9,9 +9,9 @@ own model is measured with the paper's text and step, and its values are drawn a
 
 from __future__ import annotations
 
+from mmdit_probe.experiments.norm_summary import COLUMNS, by_head, by_layer
 from runs import PAPER_TEXT, is_paper_model, model_of, parse, published, run_folder, target, write
 
-from mmdit_probe.experiments.norm_summary import COLUMNS, by_head, by_layer
 from mmdit_probe.plots.norms import value_norm_heads, value_norms
 from mmdit_probe.results import read_items
 

@@ -63,7 +63,7 @@ def check(
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     data = dataset(f"{name}:{root}", limit)
-    with output.progress("images", len(data.samples)) as advance:
+    with output.progress.bar("images", len(data.samples)) as advance:
         found = run(data, advance)
     held = "masks without names" if data.agnostic else f"{len(data.classes)} classes"
     title = f"{data.name}: {found.images} images, {held}"

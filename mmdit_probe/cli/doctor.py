@@ -54,7 +54,7 @@ def parity(device: str, output: Any) -> list[dict[str, Any]]:
 
     count = len(kernels.KERNELS.get(device.split(":")[0], ("native", kernels.INDICATOR)))
     found = []
-    with output.progress("kernels", total=count * len(kernels.DTYPES) * len(kernels.CASES)) as advance:
+    with output.progress.bar("kernels", total=count * len(kernels.DTYPES) * len(kernels.CASES)) as advance:
         for row in kernels.rows(device):
             found.append(row)
             advance()

@@ -148,9 +148,9 @@ def command(
                 processes=processes.world(),
             )  # fmt: skip
             if named_by is not None:
-                with output.progress("tags", named_by.steps) as advance:
+                with output.progress.bar("tags", named_by.steps) as advance:
                     plan = replace(plan, tags=named_by.tags(folder.path / TAGS, advance))
-            with output.progress("images", len(processes.share(data.samples))) as advance:
+            with output.progress.bar("images", len(processes.share(data.samples))) as advance:
                 evaluate(plan, captures, folder, advance)
         if processes.rank() == 0:
             report(folder, output, model, data.background if many_to_one else None, match)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.table import Table
 
     from mmdit_probe.cli.output import Output
+    from mmdit_probe.experiments.text import TextTable
     from mmdit_probe.results import RunFolder
 
 TAGS = "tags.json"
@@ -18,10 +18,9 @@ TAGS = "tags.json"
 
 def report(folder: RunFolder, output: Output, model: str, background: int | None, match: str) -> None:
     """League table, per-class IoU, figure and paths, from the counts on disk."""
-    from mmdit_probe.cli.session import PAPER_MODEL
-    from mmdit_probe.cli.tables import plain
     from mmdit_probe.data import paper_table
     from mmdit_probe.evaluate.league import league, per_class
+    from mmdit_probe.experiments.attention_budget import PAPER_MODEL
     from mmdit_probe.plots import save
     from mmdit_probe.plots.league import head_figure, layer_figure, league_figure, sigma_figure
     from mmdit_probe.results import read_table
@@ -48,7 +47,7 @@ def report(folder: RunFolder, output: Output, model: str, background: int | None
     if not folder.complete:
         folder.finish()
     document = {
-        "run": folder.path, "league": plain(table), "match": match, "figures": figures, "model": folder.data["model"],
+        "run": folder.path, "league": table, "match": match, "figures": figures, "model": folder.data["model"],
         "request": request, "tagger": tagger,
     }  # fmt: skip
     lines = [
@@ -88,25 +87,21 @@ def _tagger_report(
     ]
 
 
-def rows_of(table: pd.DataFrame, limit: int = 60) -> Table:
+def rows_of(table: pd.DataFrame, limit: int = 60) -> TextTable:
     """The league table for the terminal."""
-    from mmdit_probe.cli.tables import bare_table
+    from mmdit_probe.experiments.text import TextTable
 
     places = ("protocol", "method", "refine", "layers", "heads", "sigma")
-    out = bare_table(
-        [*places, "n", "mIoU", "95 %", "mIoU gt", "pixel acc", "mean acc", "gain", "segments"], left=places
-    )
-    for column in out.columns[:2]:
-        column.no_wrap = True
+    out = TextTable([*places, "n", "mIoU", "95 %", "mIoU gt", "pixel acc", "mean acc", "gain", "segments"], left=places)
     for row in table.head(limit).to_dict("records"):
         interval = "" if _nan(row["miou_low"]) else f"{_share(row['miou_low'])}-{_share(row['miou_high'])}"
         gain = "" if _nan(row["gain"]) else f"{row['gain']:+.3f} [{row['gain_low']:+.3f}, {row['gain_high']:+.3f}]"
         cells = [str(row[name]) for name in places]
         cells += [str(row["n"]), _share(row["miou"]), interval, _share(row["miou_gt"]), _share(row["accuracy"])]
         cells += [_share(row["macc"]), gain, "" if _nan(row["segments"]) else f"{row['segments']:.1f}"]
-        out.add_row(*cells)
+        out.add(*cells)
     if len(table) > limit:
-        out.add_row("...", f"{len(table) - limit} more rows in league.csv")
+        out.add("...", f"{len(table) - limit} more rows in league.csv", *[""] * (len(out.columns) - 2))
     return out
 
 

@@ -123,26 +123,6 @@ SESSION = Session()
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What is measured, of sampled prompts or of pictures."""
-
-    layers: Layers = "all"
-    prompts: Prompts = None
-    steps: Steps = "all"
-    num_steps: NumSteps = 28
-    guidance: Guidance = 7.5
-    heads: Heads = "all"
-    selection: Selection = None
-    images: Images = None
-    sigma: Sigma = 0.515
-    limit: Limit = None
-    control: Controls = "none"
-
-
-MEASURED = Measured()
-
-
-@dataclass(frozen=True)
 class Reading:
     """Where a segmentation reads the network, and how the picture is shown to it."""
 

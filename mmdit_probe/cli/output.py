@@ -12,15 +12,12 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.text import TextTable, records
-
-if TYPE_CHECKING:
-    from mmdit_probe.experiments.text import Text
 
 PIPED_WIDTH = 140
 """Columns when stdout is no terminal: tables are not folded to a width that nobody has."""
@@ -41,7 +38,7 @@ class Output:
         """A remark for the person at the terminal, on stderr. Not printed with `-q`."""
         self.progress.note(text)
 
-    def result(self, document: dict[str, Any], texts: Sequence[Text] = (), path: object = None) -> None:
+    def result(self, document: dict[str, Any], texts: Sequence[Any] = (), path: object = None) -> None:
         """The answer: `document` with `--json`, `path` with `-q`, otherwise tables and lines of text."""
         if self.as_json:
             print(json.dumps(records(document), indent=2, default=str, allow_nan=False))
@@ -52,7 +49,7 @@ class Output:
             for text in texts:
                 self._print(text)
 
-    def _print(self, text: Text) -> None:
+    def _print(self, text: Any) -> None:
         from mmdit_probe.cli.tables import fitted
 
         if not isinstance(text, TextTable):

@@ -122,7 +122,7 @@ def report(
     from safetensors.numpy import save_file
 
     from mmdit_probe.cli.session import open_folder
-    from mmdit_probe.cli.tables import bare_table
+    from mmdit_probe.experiments.text import TextTable
     from mmdit_probe.plots import save
     from mmdit_probe.plots.segmentation import blend, overlay_sheet, write_labels
 
@@ -151,10 +151,9 @@ def report(
     }  # fmt: skip
     (folder.path / "segmentation.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     folder.finish()
-    table = bare_table(["index", "class", "pixels", "share"], left=("class",))
-    table.padding = (0, 1)
+    table = TextTable(["index", "class", "pixels", "share"], left=("class",))
     for index, (name, area) in enumerate(areas.items()):
-        table.add_row(str(index), name, str(area["pixels"]), f"{area['share']:.1%}")
+        table.add(str(index), name, str(area["pixels"]), f"{area['share']:.1%}")
     output.result(document, [table, f"labels, overlay, maps: {folder.path}"], folder.path)
 
 

@@ -127,7 +127,7 @@ def command(
     if session.lora is not None:
         merge(loaded.pipeline)
     result = run(
-        options, loaded, text=text_of(session), out=session.out, resume=session.resume, progress=output.progress
+        options, loaded, text=text_of(session), out=session.out, resume=session.resume, progress=output.progress.bar
     )
     last, first = result.log.iloc[-1], result.log.iloc[0]
     document = {

@@ -273,7 +273,7 @@ def evaluate(plan: Plan, captures: Captures, folder: RunFolder, advance: Callabl
         with writer.item(index) as item:
             item.write(plan.rows(captures, index))
         advance()
-    processes.collect(writer.parts / f"{index:06d}.parquet" for index in own)
+    processes.collect(writer.path / f"{index:06d}.parquet" for index in own)
     if processes.rank() == 0:
         writer.finish()
     processes.barrier()

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.store import FolderStore, MemoryStore, Recorder, Store
 from mmdit_probe.options import Option, check
+from mmdit_probe.results import processes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,18 +158,18 @@ class Experiment:
         for note in study.notes:
             shown.note(note)
         facts = described(model) | study.facts | {"options": plain(asdict(self)), "seed": self.seed}
-        if out is None:
-            store: Store = MemoryStore(self.name, study.request, facts)
-        else:
-            store = FolderStore.open(
-                self.name, study.request, facts, out=None if out == AUTO else Path(out), resume=resume
-            )
-        with store:
-            if not store.complete:
-                _work(self, study, store, shown)
-            result = Result(self, store)
-            if isinstance(store, FolderStore) and store.first:
-                result.write(store.folder)
+        with processes.joined():
+            if out is None:
+                store: Store = MemoryStore(self.name, study.request, facts)
+            else:
+                place = None if out == AUTO else Path(out)
+                store = FolderStore.open(self.name, study.request, facts, out=place, resume=resume)
+            with store:
+                if not store.complete:
+                    _work(self, study, store, shown)
+                result = Result(self, store)
+                if isinstance(store, FolderStore) and store.first:
+                    result.write(store.folder)
         return result
 
 

@@ -144,10 +144,17 @@ class Pictured:
 
 
 def samples_of(source: str | Path | Sequence[Any], limit: int | None) -> list[Sample]:
-    """Pictures by source, or pictures at hand (files, PIL images, arrays)."""
-    from mmdit_probe.data import samples
+    """Pictures by source, or pictures at hand (samples, files, PIL images, arrays)."""
+    from mmdit_probe.data import Sample, samples
 
-    found = list(samples(source, limit))
+    if isinstance(source, str | Path):
+        found = samples(str(source), limit)
+    else:
+        found = [
+            one if isinstance(one, Sample) else samples(str(one))[0] if isinstance(one, str | Path)
+            else Sample(f"picture {number}", one)
+            for number, one in enumerate(list(source)[:limit])
+        ]  # fmt: skip
     if not found:
         raise UserError("no picture is given; expected one or more")
     return found

@@ -158,8 +158,8 @@ class Perturb(Places, Sweep):
         moved = no_op_change(result.table)
         return [
             effect_table(result.summary),
-            "Difference from the unedited image of the same prompt and seed, mean [95 % interval over prompts]; control:"
-            " a change of equal size.",
+            "Difference from the unedited image of the same prompt and seed, mean [95 % interval over prompts];"
+            " control: a change of equal size.",
             f"n = {count} prompts, {request['num_steps']} steps, guidance {request['guidance']};"
             f" no-op row: largest change {moved:g}{'' if moved == 0 else ' (must be 0: results are not paired)'}",
         ]

@@ -51,7 +51,8 @@ class Result:
         record = read_record(folder)
         if record is None or "options" not in record:
             raise UserError(f"{str(folder)!r} is no run folder of an experiment")
-        return cls(experiment_of(record["command"], record["options"]), FolderStore(RunFolder.join(Path(folder))))
+        found = RunFolder(Path(folder), record)
+        return cls(experiment_of(record["command"], record["options"]), FolderStore(found))
 
     @property
     def data(self) -> dict[str, Any]:
@@ -123,8 +124,7 @@ class Result:
             for name in self.experiment.tables:
                 if self.store.has(name):
                     with TableWriter(target.path, name) as writer, writer.item(0) as item:
-                        for part in self.store.chunks(name):
-                            item.write(part)
+                        item.write(self.store.table(name))
             for name, image in self.store.pictures().items():
                 copy.keep_picture(name, image)
             for name in self.experiment.arrays:

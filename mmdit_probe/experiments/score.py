@@ -44,11 +44,11 @@ _ADAPTER = "scored"
 
 @dataclass(frozen=True)
 class Job:
-    """A task: some pictures of one variant; kind "pictures", "real" (scenes as they are) or "maps" (at a sigma)."""
+    """A task: pictures of a variant by number ("pictures"), scenes as they are ("real"), or maps at a sigma ("maps")."""
 
     kind: str
     variant: str = BASE
-    prompts: Sequence[tuple[str, int, str]] = ()
+    numbers: Sequence[int] = ()
     sigma: float = 0.0
 
 
@@ -180,7 +180,7 @@ class Score(Sampling, Experiment):
         each = self.images_per_prompt
         jobs = [(category, index, text) for index, (category, text) in enumerate(inputs) for _ in range(each)]
         tasks = [
-            Job("pictures", variant, range(start, min(start + self.batch, len(jobs))))  # type: ignore[arg-type]
+            Job("pictures", variant, range(start, min(start + self.batch, len(jobs))))
             for variant in scorers.variants
             for start in range(0, len(jobs), self.batch)
         ]
@@ -220,8 +220,8 @@ class Score(Sampling, Experiment):
         """Rows of some pictures: picture j of prompt k is drawn from seed + images k + j whatever the variant."""
         import pandas as pd
 
-        chosen = [jobs[number] for number in task.prompts]  # type: ignore[index]
-        seeds = [self.seed + int(number) for number in task.prompts]  # type: ignore[call-overload]
+        chosen = [jobs[number] for number in task.numbers]
+        seeds = [self.seed + number for number in task.numbers]
         texts = [text for _, _, text in chosen]
         pictures = model.generate(texts, steps=self.num_steps, guidance=self.guidance, seed=seeds)
         frame = pd.DataFrame(
@@ -237,8 +237,8 @@ class Score(Sampling, Experiment):
         if scorers.asker is not None:
             frame[scorers.asker.metric] = [float(value) for value in scorers.asker(pictures, texts)]
         if self.export is not None:
-            for (category, _, text), number, picture in zip(chosen, task.prompts, pictures, strict=True):
-                export(picture, self.export / task.variant / category / "samples", text, int(number))  # type: ignore[call-overload]
+            for (category, _, text), number, picture in zip(chosen, task.numbers, pictures, strict=True):
+                export(picture, self.export / task.variant / category / "samples", text, number)
         return frame
 
     def summarise(self, result: Result) -> pd.DataFrame:
@@ -249,11 +249,14 @@ class Score(Sampling, Experiment):
         return {"comparison": result.summary}
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        from mmdit_probe.plots.magnet import score_figure
+        from mmdit_probe.plots.magnet import differences
+        from mmdit_probe.plots.scores import scores
 
-        return {
-            "scores": score_figure(result.summary, self.baseline, title=f"{result.model_name}: {self._how(result)}")
-        }
+        title, main = f"{result.model_name}: {self._how(result)}", result.summary["metric"].iloc[0]
+        figures = {"scores": scores(result.summary, main, title=title)}
+        if result.summary["variant"].nunique() > 1:
+            figures["differences"] = differences(result.summary, main, self.baseline, title=title)
+        return figures
 
     def _how(self, result: Result) -> str:
         count = result.summary["prompts"].max()
@@ -386,7 +389,8 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
                     {
                         "variant": name, "category": category, "metric": metric, "prompts": len(defined(own)),
                         "images": len(chosen), "mean": mean, "low": low, "high": high, "difference": gain,
-                        "difference_low": gain_low, "difference_high": gain_high, "worse": bool(enough and gain_high < 0),
+                        "difference_low": gain_low, "difference_high": gain_high,
+                        "worse": bool(enough and gain_high < 0),
                     }
                 )  # fmt: skip
     return pd.DataFrame(rows)

@@ -145,11 +145,11 @@ class SelectLayers(Sampling, Experiment):
         here = result.summary[result.summary["split"] == self.split]
         chosen = evidence.choose(here, self.top, self.rule)
         heads = {int(layer): tuple(of) for layer, of in result.data.get("best_heads", {}).items()}
-        own = self.stability(result)
+        shares = {str(row["layer"]): row["share"] for row in _rows(self.stability(result))}
         return LayerSelection(
             result.data["model"]["id"], result.data["model"]["weight_hash"], chosen,
             weights=evidence.weights_of(here, chosen, self.weights), heads=heads,
-            how=self._how() | {"what": EVIDENCE, "stability": dict(zip(map(str, own["layer"]), own["share"], strict=True))},
+            how=self._how() | {"what": EVIDENCE, "stability": shares},
             evidence=[{str(n): value for n, value in row.items()} for row in result.summary.to_dict("records")],
         )  # fmt: skip
 

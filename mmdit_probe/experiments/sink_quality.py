@@ -2,7 +2,8 @@
 
     with probe(model, SinkFree()) as run:
         model.denoise(noised, 0.5, model.encode_prompt([item.caption]))
-    table = map_scores(run[SinkFree], item, model.token_tables([item.caption])[0], layers=range(8))
+    tokens = model.token_tables([item.caption])[0]
+    table = map_scores(run[SinkFree], item.classes, CLASSES, tokens, layers=range(8))
     improvement(table)                        # per layer: without sinks minus as they are, paired over images
 
 Three ways to read the maps: as they are, with sinks other than words removed and the rest renormalised, and words only
@@ -13,7 +14,7 @@ the mean over heads, after each map is stretched, and in how one word's map rank
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,13 +27,11 @@ from mmdit_probe.evaluate.scores import area_under_curve, map_quality, mean_iou
 from mmdit_probe.observe.pca import token_classes
 from mmdit_probe.observe.sinks import SinkFree, without_sinks
 from mmdit_probe.results.statistics import FEWEST, TOO_FEW, interval, measured
-from mmdit_probe.scenes.world import CLASSES
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from mmdit_probe.models.tokens import TokenTable
-    from mmdit_probe.scenes.world import Scene
 
 PLAIN, CLEAN, WORDS = "as they are", "without sinks", "words only"
 SCORES = ("miou", "miou_min_max", "auc")
@@ -40,12 +39,14 @@ MEAN = -1
 """Value of the column `head` for the mean over heads."""
 
 
-def map_scores(seen: SinkFree, item: Scene, tokens: TokenTable, layers: Iterable[int], row: int = 0) -> pd.DataFrame:
-    """Quality of the maps of the classes that the prompt names and the scene has.
+def map_scores(
+    seen: SinkFree, label: NDArray[np.integer[Any]], names: Sequence[str], tokens: TokenTable, layers: Iterable[int]
+) -> pd.DataFrame:
+    """Quality of the maps of the classes that the prompt names and the picture has.
 
     Args:
-        seen: after one call. item: the scene it was about. tokens: of its prompt.
-        layers: which. row: of the call.
+        seen: after one call of one picture. label: its class ids [H, W]. names: of the ids.
+        tokens: of its prompt. layers: which.
 
     Returns: layer, head (-1: the mean over heads), maps (as they are | without sinks | words only), removed (share of
     attention on sinks), miou (argmax over the named classes, upsampled, within their pixels), miou_min_max (the same
@@ -54,19 +55,20 @@ def map_scores(seen: SinkFree, item: Scene, tokens: TokenTable, layers: Iterable
     """
     import pandas as pd
 
-    spans = {name: span for name in item.class_names if (span := _span(tokens, name))}
-    ids = [CLASSES.index(name) for name in spans]
+    present = [int(index) for index in np.unique(label) if index < len(names)]
+    spans = {index: span for index in present if (span := _span(tokens, names[index]))}
+    ids = list(spans)
     rows: list[dict[str, Any]] = []
     for layer in layers:
-        plain, clean = (maps[row] for maps in seen.maps(layer))  # [H, h, w, T]
+        plain, clean = (maps[0] for maps in seen.maps(layer))  # [H, h, w, T]
         words = tokens.positions(kind="word")
         only = torch.zeros_like(plain)
         only[..., words] = without_sinks(plain, words)
-        labels = token_classes(item.classes[None], (plain.shape[1], plain.shape[2]))[0]
-        removed = [float(seen.removed(layer)[row].mean()), *seen.removed(layer)[row].tolist()]
+        labels = token_classes(label[None], (plain.shape[1], plain.shape[2]))[0]
+        removed = [float(seen.removed(layer)[0].mean()), *seen.removed(layer)[0].tolist()]
         for name, maps in ((PLAIN, plain), (CLEAN, clean), (WORDS, only)):
             every = torch.cat([maps.mean(0, keepdim=True), maps])  # (1 + H, h, w, T), the mean over heads first
-            scores = _scores(every, list(spans.values()), ids, labels, item.classes)
+            scores = _scores(every, list(spans.values()), ids, labels, label, len(names))
             rows += [
                 {"layer": layer, "head": place - 1, "maps": name, "removed": removed[place]}
                 | {score: float(values[place]) for score, values in scores.items()}
@@ -110,7 +112,12 @@ def _span(tokens: TokenTable, name: str) -> list[int]:
 
 
 def _scores(
-    maps: Tensor, spans: list[list[int]], ids: list[int], tokens: NDArray[np.int64], pixels: NDArray[np.integer]
+    maps: Tensor,
+    spans: list[list[int]],
+    ids: list[int],
+    tokens: NDArray[np.int64],
+    pixels: NDArray[np.integer],
+    classes: int,
 ) -> dict[str, NDArray[np.float64]]:
     """Every one of `SCORES` [M] of M sets of maps [M, h, w, T], against labels of tokens [h, w] and of pixels."""
     found = {name: np.full(len(maps), np.nan) for name in SCORES}
@@ -124,5 +131,5 @@ def _scores(
         found["auc"] = np.mean(known, axis=0)
     if len(ids) > 1:
         for name, stretch in (("miou", "none"), ("miou_min_max", "minmax")):
-            found[name] = mean_iou(map_quality(words, pixels, ids, len(CLASSES), stretch))
+            found[name] = mean_iou(map_quality(words, pixels, ids, classes, stretch))
     return found

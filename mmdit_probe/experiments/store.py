@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.results import RunFolder, TableWriter, processes, read_row_groups, read_table
-from mmdit_probe.results.tables import MemorySink
+from mmdit_probe.results import RunFolder, TableWriter, atomic, processes, read_items, read_table
+from mmdit_probe.results.rows import MemorySink, constant
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 PICTURES, ARRAYS = "images", "arrays"
 
-Rows = Mapping[str, "np.ndarray"]
+Rows = Mapping[str, Any]
+"""Columns of one length: arrays, or categories."""
 
 
 class Recorder:
@@ -40,21 +41,14 @@ class Recorder:
         self.ticked = 0
         self._advance = advance
 
-    def write(self, table: str, columns: Rows | pd.DataFrame, **constant: object) -> None:
-        """Add rows to a table; `constant` columns come before the others."""
+    def write(self, table: str, columns: Rows | pd.DataFrame, **labels: int | str) -> None:
+        """Add rows to a table; `labels`, columns of one value, come before the others."""
         if not isinstance(columns, Mapping):
-            columns = {str(name): columns[name].to_numpy() for name in columns.columns}
+            columns = {str(name): columns[name].values for name in columns.columns}
         count = len(next(iter(columns.values())))
         if count:
-            repeated = {
-                name: np.full(count, value, dtype=object if isinstance(value, str) else None)
-                for name, value in constant.items()
-            }
+            repeated = {name: constant(value, count) for name, value in labels.items()}
             self._sink_of(table).write(repeated | dict(columns))
-
-    def sink(self, table: str, **constant: object) -> Callable[[Rows], None]:
-        """A sink for an observer: `write` of one table with constant columns."""
-        return lambda columns: self.write(table, columns, **constant)
 
     def picture(self, name: str, image: Image) -> None:
         """Keep a picture."""
@@ -77,9 +71,11 @@ class Recorder:
 class Store(Protocol):
     """What both kinds have in common. `data` is the record: command, request, model, ..."""
 
-    data: dict[str, Any]
     complete: bool
     done: set[int]
+
+    @property
+    def data(self) -> dict[str, Any]: ...
 
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -90,7 +86,7 @@ class Store(Protocol):
     def mine(self, count: int) -> list[int]: ...
     def record(self, **facts: Any) -> None: ...
     def table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame: ...
-    def chunks(self, name: str, columns: Sequence[str] | None = None) -> Iterable[pd.DataFrame]: ...
+    def chunks(self, name: str, columns: Sequence[str]) -> Iterable[pd.DataFrame]: ...
     def has(self, name: str) -> bool: ...
     def keep_picture(self, name: str, image: Image) -> None: ...
     def pictures(self) -> dict[str, Image]: ...
@@ -107,11 +103,15 @@ class MemoryStore:
     def __init__(self, command: str, request: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         if processes.world() > 1:
             raise UserError("several processes share a run through its folder: name one with out=")
-        self.data: dict[str, Any] = {"command": command, "request": dict(request), **facts}
+        self._data: dict[str, Any] = {"command": command, "request": dict(request), **facts}
         self.done: set[int] = set()
         self._sinks: dict[str, MemorySink] = {}
         self._pictures: dict[str, Image] = {}
         self._arrays: dict[str, dict[str, np.ndarray]] = {}
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return self._data
 
     def __enter__(self) -> Self:
         return self
@@ -136,7 +136,7 @@ class MemoryStore:
         return list(range(count))
 
     def record(self, **facts: Any) -> None:
-        self.data |= facts
+        self._data |= facts
 
     def has(self, name: str) -> bool:
         return name in self._sinks
@@ -145,7 +145,7 @@ class MemoryStore:
         table = self._sinks[name].table()
         return table if columns is None else table[[c for c in columns if c in table]]
 
-    def chunks(self, name: str, columns: Sequence[str] | None = None) -> Iterable[pd.DataFrame]:
+    def chunks(self, name: str, columns: Sequence[str]) -> Iterable[pd.DataFrame]:
         return [self.table(name, columns)]
 
     def keep_picture(self, name: str, image: Image) -> None:
@@ -179,13 +179,9 @@ class FolderStore:
         cls, command: str, request: Mapping[str, Any], facts: Mapping[str, Any], *, out: Path | None, resume: bool
     ) -> FolderStore:
         """Make the folder, or find the one to continue; of several processes the first does, the others join it."""
-        folder = processes.first_then_rest(
-            lambda: RunFolder.open(command, request, out=out, resume=resume), lambda path: RunFolder.join(path),
-            tell=lambda made: str(made.path),
-        )  # fmt: skip
-        store = cls(folder)
-        if store.first and not folder.complete:
-            folder.record(**facts)
+        store = cls(processes.from_first(lambda: RunFolder.open(command, request, out=out, resume=resume)))
+        if store.first and not store.complete:
+            store.folder.record(**facts)
         return store
 
     @property
@@ -203,13 +199,20 @@ class FolderStore:
 
     @contextmanager
     def writing(self, tables: Sequence[str]) -> Iterator[None]:
-        """Tables are open for writing inside; joined by the first process at the end."""
-        with ExitStack() as stack:
-            self._writers = {name: stack.enter_context(TableWriter(self.folder.path, name)) for name in tables}
-            self.done = set(self._writers[tables[0]].done)
-            processes.barrier()  # every writer has cleaned up before any task is begun
-            yield
-            processes.barrier()  # every part is there before they are joined
+        """Tables are open for writing inside; the first must get rows, the others may."""
+        self._writers = {name: TableWriter(self.folder.path, name) for name in tables}
+        main, *others = self._writers.values()
+        self.done = set(main.done)
+        processes.barrier()  # every writer has cleaned up before any task is begun
+        yield
+        for writer in self._writers.values():
+            own = (writer.path / f"{number:06d}.parquet" for number in sorted(writer.done))
+            processes.collect(path for path in own if path.exists())
+        main.finish()
+        if self.first:
+            for writer in others:
+                if not any(writer.path.iterdir()):
+                    writer.path.rmdir()
         self._writers = {}
         processes.barrier()
 
@@ -231,25 +234,24 @@ class FolderStore:
             advance()
 
     def mine(self, count: int) -> list[int]:
-        return list(processes.share(count))
+        return list(processes.share(range(count)))
 
     def record(self, **facts: Any) -> None:
         if self.first:
             self.folder.record(**facts)
 
     def has(self, name: str) -> bool:
-        return (self.folder.path / f"{name}.parquet").exists()
+        return any((self.folder.path / f"{name}.parquet").glob("*.parquet"))
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
         return read_table(self.folder.path / f"{name}.parquet", columns)
 
-    def chunks(self, name: str, columns: Sequence[str] | None = None) -> Iterable[pd.DataFrame]:
-        return read_row_groups(self.folder.path / f"{name}.parquet", columns)
+    def chunks(self, name: str, columns: Sequence[str]) -> Iterable[pd.DataFrame]:
+        return read_items(self.folder.path / f"{name}.parquet", columns)
 
     def keep_picture(self, name: str, image: Image) -> None:
-        folder = self.folder.path / PICTURES
-        folder.mkdir(exist_ok=True)
-        image.save(folder / f"{name}.png")
+        with atomic.replacing(self.folder.path / PICTURES / f"{name}.png") as temporary:
+            image.save(temporary, format="PNG")
 
     def pictures(self) -> dict[str, Image]:
         from PIL import Image as pil
@@ -257,9 +259,8 @@ class FolderStore:
         return {path.stem: pil.open(path) for path in sorted((self.folder.path / PICTURES).glob("*.png"))}
 
     def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        folder = self.folder.path / ARRAYS
-        folder.mkdir(exist_ok=True)
-        np.savez(folder / f"{name}.npz", **dict(arrays))  # type: ignore[arg-type]
+        with atomic.replacing(self.folder.path / ARRAYS / f"{name}.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, **dict(arrays))  # type: ignore[arg-type]
 
     def load_arrays(self, name: str) -> dict[str, np.ndarray] | None:
         path = self.folder.path / ARRAYS / f"{name}.npz"

@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 STOCK = "stock"
 BUDGET, NOISE = "budget", "noise"
 """Values of the column `control` in rows of the controls of equal size: coherent, and white noise."""
-EQUAL = {BUDGET: "rotation", NOISE: "noise"}
+EQUAL: dict[str, Literal["rotation", "noise"]] = {BUDGET: "rotation", NOISE: "noise"}
 """Control -> kind of `EqualBudget`."""
 AGAINST_STOCK = ("change", "relabelled", "clip_i", "dino")
 """Outcomes that already compare with the unedited image; the others are reported as differences from its value."""

@@ -102,19 +102,24 @@ def _numbers(values: Sequence[Any]) -> bool:
     return all(type(value) is int and value >= 0 for value in values) and len(set(values)) == len(values)
 
 
-def load_selection(source: Path | str, model: MMDiT | None = None, *, any_weights: bool = False) -> LayerSelection:
+def load_selection(
+    source: Path | str | LayerSelection, model: MMDiT | None = None, *, any_weights: bool = False
+) -> LayerSelection:
     """The selection that `--selection` means.
 
     Args:
-        source: a selection file, or a run folder of select-layers.
+        source: a selection file, a run folder of select-layers, or a selection.
         model: what it is to be used with; its weights must be those of the selection.
         any_weights: only check that the layers and heads exist (for a fine-tuned copy of the same model).
 
     Raises:
         UserError: no such file, not a selection, other weights, or layers and heads that the model does not have.
     """
-    path = Path(source)
-    selection = LayerSelection.read(path / FILE if path.is_dir() else path)
+    if isinstance(source, LayerSelection):
+        selection = source
+    else:
+        path = Path(source)
+        selection = LayerSelection.read(path / FILE if path.is_dir() else path)
     if model is None:
         return selection
     if not any_weights and selection.weight_hash != model.weight_hash:

@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mmdit_probe.experiments.budget_items import Budget, attention_budget
 from PIL import Image
 
 from mmdit_probe.data import Sample
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.budget_items import Budget, attention_budget
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.mass import AttentionMass
 from mmdit_probe.observe.probe import probe

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mmdit_probe.experiments.generation import compare, scene_prompts, score
 from PIL import Image
 
 from mmdit_probe import UserError, load
 from mmdit_probe.cli.app import main
 from mmdit_probe.evaluate.blip import BlipAsker, phrases
 from mmdit_probe.evaluate.clipscore import ClipScorer
-from mmdit_probe.experiments.generation import compare, scene_prompts, score
 from mmdit_probe.scenes import captions, load_parser, scene
 from tests import blip
 

@@ -31,7 +31,6 @@ from mmdit_probe.models.layout import unwrap
 from mmdit_probe.observe.mass import attention_masses
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
-from tests import pipelines, tiny
 from tests.families import FIXTURES
 
 STOCK = torch.nn.functional.scaled_dot_product_attention

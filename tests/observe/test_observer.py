@@ -16,17 +16,10 @@ from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.concepts import ConceptStream
 from mmdit_probe.observe.maps import PARTS, JointBlocks
-from mmdit_probe.observe.observer import (
-    ALL_HEADS,
-    DenoisingCall,
-    MemorySink,
-    Observer,
-    RowBatch,
-    constant,
-    row_logsumexp,
-)
+from mmdit_probe.observe.observer import ALL_HEADS, DenoisingCall, Observer, RowBatch, row_logsumexp
 from mmdit_probe.observe.pca import PCA, Projection
 from mmdit_probe.observe.sinks import Channels, KeyMass, SinkFree
+from mmdit_probe.results.rows import MemorySink, constant
 from tests import tiny
 
 BROKEN = 1

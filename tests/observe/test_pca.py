@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mmdit_probe.experiments.pca_items import pca_of_pictures
 
 from mmdit_probe import probe
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.pca_items import pca_of_pictures
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.observer import Observer
 from mmdit_probe.observe.pca import KINDS, PCA, Projection, own_scores, scores, token_classes
