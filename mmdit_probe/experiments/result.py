@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from mmdit_probe.experiments.experiment import Experiment
 
-EXPLAINED = CONTROLS | {"budget": "a random change of equal size"}
+EXPLAINED = CONTROLS | {"budget": "a coherent change of equal size", "noise": "white noise of equal size"}
 
 
 class Result:

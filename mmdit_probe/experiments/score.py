@@ -44,7 +44,7 @@ _ADAPTER = "scored"
 
 @dataclass(frozen=True)
 class Job:
-    """A task: pictures of a variant by number ("pictures"), scenes as they are ("real"), or maps at a sigma ("maps")."""
+    """A task: pictures of a variant by number ("pictures"), scenes as they are ("real"), maps at a sigma ("maps")."""
 
     kind: str
     variant: str = BASE
