@@ -59,9 +59,9 @@ def _image(split: str, index: int) -> NDArray[np.uint8]:
 
 
 def _caption(split: str, index: int) -> str:
-    from mmdit_probe.scenes import scene
+    from mmdit_probe.scenes import describe, scene
 
-    return scene(split, index).caption
+    return describe(scene(split, index))
 
 
 def _label(split: str, index: int) -> Ids:
@@ -113,7 +113,7 @@ def _drawn(split: str, index: int, masks: str, prompt: str) -> Sample:
 
     item = scene(split, index)
     listed = prompt == "list" or (prompt == "mixed" and index % 2 == 0)
-    text = describe(item, "list") if listed else item.caption
+    text = describe(item, "list") if listed else describe(item)
     name = f"scenes:{split}:{index}"
     if masks == "part":
         pieces = item.instances.astype(np.int64) * 256 + item.parts

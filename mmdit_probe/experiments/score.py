@@ -339,10 +339,10 @@ def real_scenes(n: int, split: str) -> pd.DataFrame:
     """The parser's own limit: captions of real scenes, checked against what it reads in those scenes."""
     import pandas as pd
 
-    from mmdit_probe.scenes import load_parser, scene
+    from mmdit_probe.scenes import describe, load_parser, scene
 
     items = [scene(split, index) for index in range(n)]
-    texts = [item.caption for item in items]
+    texts = [describe(item) for item in items]
     frame = pd.DataFrame({"variant": BASE, "category": REAL, "prompt": texts, "index": range(n), "seed": range(n)})
     return frame.join(parsed(load_parser(), texts, [item.image for item in items]))
 

@@ -1,8 +1,8 @@
 """Do word maps get better when sinks are removed? Measured where exact masks exist.
 
     with probe(model, SinkFree()) as run:
-        model.denoise(noised, 0.5, model.encode_prompt([item.caption]))
-    tokens = model.token_tables([item.caption])[0]
+        model.denoise(noised, 0.5, model.encode_prompt([describe(item)]))
+    tokens = model.token_tables([describe(item)])[0]
     table = map_scores(run[SinkFree], item.classes, CLASSES, tokens, layers=range(8))
     improvement(table)                        # per layer: without sinks minus as they are, paired over images
 

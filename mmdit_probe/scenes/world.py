@@ -6,7 +6,7 @@ local appearance and not only an outline. Objects may occlude each other; masks 
 
     >>> from mmdit_probe.scenes import scene
     >>> s = scene("val", 0)
-    >>> s.image.shape, s.classes.shape, s.caption  # doctest: +SKIP
+    >>> s.image.shape, s.classes.shape  # doctest: +SKIP
     ((64, 64, 3), (64, 64), 'a red ring and a blue house on grass')
 
 Not a photo-realistic world and not a benchmark of anything but the tools of this package: its images test whether a
@@ -89,13 +89,6 @@ class Scene:
     objects: tuple[SceneObject, ...]
     grounds: tuple[str, ...]
     caption_seed: int = field(repr=False, default=0)
-
-    @property
-    def caption(self) -> str:
-        """The first caption of this scene (see ``mmdit_probe.scenes.captions``)."""
-        from mmdit_probe.scenes.captions import describe
-
-        return describe(self)
 
     @property
     def class_names(self) -> list[str]:

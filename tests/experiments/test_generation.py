@@ -17,14 +17,14 @@ from mmdit_probe import UserError, load
 from mmdit_probe.cli.app import main
 from mmdit_probe.evaluate.blip import BlipAsker, phrases
 from mmdit_probe.evaluate.clipscore import ClipScorer
-from mmdit_probe.scenes import captions, load_parser, scene
+from mmdit_probe.scenes import captions, describe, load_parser, scene
 from tests import blip
 
 
 def test_clipscore_is_the_clamped_cosine_of_the_model() -> None:
     scorer = ClipScorer.load("scenes-clip")
     assert scorer.metric == "clipscore[scenes-clip]"
-    picture, text = Image.fromarray(scene("val", 0).image), scene("val", 0).caption
+    picture, text = Image.fromarray(scene("val", 0).image), describe(scene("val", 0))
     pixels = scorer.processor(images=[picture], return_tensors="pt")["pixel_values"]
     length = scorer.model.config.text_config.max_position_embeddings
     words = scorer.tokenizer([text], padding="max_length", max_length=length, return_tensors="pt")
@@ -41,7 +41,7 @@ def test_clipscore_prefers_the_right_caption() -> None:
     scorer = ClipScorer.load("scenes-clip")
     items = [scene("val", index) for index in range(24)]
     pictures = [Image.fromarray(item.image) for item in items]
-    right = [item.caption for item in items]
+    right = [describe(item) for item in items]
     wrong = right[12:] + right[:12]
     assert scorer(pictures, right).mean() > scorer(pictures, wrong).mean() + 5
     assert len(scorer([], [])) == 0
@@ -148,7 +148,7 @@ def test_a_model_that_does_not_answer_is_refused(tmp_path: Path) -> None:
 def test_clip_similarity_is_the_plain_cosine() -> None:
     scorer = ClipScorer.load("scenes-clip")
     items = [scene("val", index) for index in range(6)]
-    pictures, texts = [Image.fromarray(item.image) for item in items], [item.caption for item in reversed(items)]
+    pictures, texts = [Image.fromarray(item.image) for item in items], [describe(item) for item in reversed(items)]
     cosines = scorer.cosines(pictures, texts)
     np.testing.assert_allclose(scorer(pictures, texts), 100 * cosines.clip(min=0))
     assert scorer.cosine_metric == "clip_similarity[scenes-clip]"
@@ -174,7 +174,7 @@ class Painter:
 
 
 def test_scores_and_export(tmp_path: Path) -> None:
-    prompts = [("colour", scene("val", k).caption) for k in (0, 0, 2)]
+    prompts = [("colour", describe(scene("val", k))) for k in (0, 0, 2)]
     painter: Any = Painter()
     rows = score(painter, prompts, variant="base", images=2, seed=0, parser=load_parser(), export=tmp_path, batch=4)
     assert painter.seeds == rows.seed.tolist() == list(range(6))

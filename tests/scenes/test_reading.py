@@ -68,6 +68,6 @@ def test_trained_parser_reaches_95_percent_miou(spoiled):
 
 def test_trained_parser_reads_captions_back():
     parser = load_parser()
-    texts = [item.caption for item in SCENES]
+    texts = [describe(item) for item in SCENES]
     readings = parser.read([item.image for item in SCENES])
     assert np.mean([aligned(text, reading) for text, reading in zip(texts, readings, strict=True)]) >= 0.85

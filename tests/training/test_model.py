@@ -11,7 +11,7 @@ import torch
 
 from mmdit_probe import assets, load
 from mmdit_probe.experiments.scenes_quality import grid_ceiling, held_out, word_map_scores
-from mmdit_probe.scenes import captions, load_parser
+from mmdit_probe.scenes import captions, describe, load_parser
 from mmdit_probe.scenes.parser import grounds_right, things_right
 
 
@@ -91,7 +91,7 @@ def test_scenes_clip_matches_captions_to_scenes(scenes):
     folder = assets.path("scenes-clip")
     clip, tokens = CLIPModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     images = torch.from_numpy(np.stack([item.image for item in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
-    ids = tokens([item.caption for item in scenes], padding="max_length", return_tensors="pt").input_ids
+    ids = tokens([describe(item) for item in scenes], padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
         scores = clip(input_ids=ids, pixel_values=images).logits_per_image
     assert float((scores.argmax(0) == torch.arange(len(scenes))).float().mean()) >= 0.5
