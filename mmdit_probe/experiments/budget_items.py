@@ -22,8 +22,9 @@ from mmdit_probe.experiments.budget_summary import summarise
 from mmdit_probe.experiments.controls import Variant, variants
 from mmdit_probe.observe.mass import COLUMNS, AttentionMass
 from mmdit_probe.observe.norms import ValueNorm
-from mmdit_probe.observe.observer import MemorySink, Observer, Sink, constant
+from mmdit_probe.observe.observer import Observer
 from mmdit_probe.observe.probe import probe
+from mmdit_probe.results.tables import MemorySink, Sink, constant
 from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices, step_indices
 
 if TYPE_CHECKING:

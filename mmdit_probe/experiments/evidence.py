@@ -239,7 +239,7 @@ def _pictures(split: str, plan: Plan) -> Any:
 
 def _captured(kind: type[Budget], variant: Variant, split: str, plan: Plan) -> pd.DataFrame:
     """Rows of one measurement on pictures, under a control."""
-    from mmdit_probe.observe.observer import MemorySink
+    from mmdit_probe.results.tables import MemorySink
 
     memory = MemorySink()
     pictures = _pictures(split, plan)

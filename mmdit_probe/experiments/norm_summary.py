@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.results.statistics import NONE, measured
+from mmdit_probe.specs import ALL_HEADS
 
 if TYPE_CHECKING:
     import pandas as pd
-
-CONCATENATED = -1
-"""Head index of the rows that hold the norm over all heads together."""
 
 PROMPT_SPANS = ("bos", "word", "eos", "template")
 """Text tokens that the paper calls prompt tokens: text without the trailing padding (and without null slots)."""
@@ -65,14 +63,14 @@ def by_control(
 ) -> pd.DataFrame:
     """`by_item` with the column control: of the measurement and all its controls, or of some."""
     wide = _grouped(table, branch, controls)
-    wide = wide[wide["head"] == CONCATENATED].drop(columns="head")
+    wide = wide[wide["head"] == ALL_HEADS].drop(columns="head")
     return wide.assign(gap=wide["prompt"].fillna(wide["text"]) - wide["image"])
 
 
 def by_head(table: pd.DataFrame | Iterable[pd.DataFrame], branch: str = "cond") -> pd.DataFrame:
     """Mean norm per layer and head (without the concatenation): columns layer, head, and the groups that occur."""
     wide = _grouped(table, branch, {NONE})
-    wide = wide[wide["head"] != CONCATENATED].drop(columns=["item", "control"])
+    wide = wide[wide["head"] != ALL_HEADS].drop(columns=["item", "control"])
     return wide.groupby(["layer", "head"]).mean().dropna(axis=1, how="all").reset_index()
 
 

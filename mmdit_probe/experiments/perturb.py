@@ -26,9 +26,9 @@ from mmdit_probe.edit.edit import Edit
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.controls import Variant
 from mmdit_probe.experiments.outcomes import Change, Outcome, measure
-from mmdit_probe.observe.observer import MemorySink, Sink
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.results.statistics import FEWEST, NONE, interval, measured
+from mmdit_probe.results.tables import MemorySink, Sink
 from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices
 
 if TYPE_CHECKING:

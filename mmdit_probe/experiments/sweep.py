@@ -22,9 +22,9 @@ from mmdit_probe.edit.guidance import perturbed_guidance
 from mmdit_probe.experiments.controls import Variant
 from mmdit_probe.experiments.outcomes import Change, Outcome, measure
 from mmdit_probe.experiments.perturb import AGAINST_STOCK, BUDGET, Sampling, chunks, own
-from mmdit_probe.observe.observer import MemorySink, Sink
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.results.statistics import NONE, interval
+from mmdit_probe.results.tables import MemorySink, Sink
 
 if TYPE_CHECKING:
     import pandas as pd
