@@ -150,7 +150,11 @@ class ItemWriter:
         with disk(self.path, RESUME):
             if self._writer is None:
                 self._writer = pq.ParquetWriter(
-                    self.path, rows.schema, compression="zstd", use_dictionary=_repeating(rows)
+                    self.path,
+                    rows.schema,
+                    compression="zstd",
+                    use_dictionary=_repeating(rows),
+                    write_statistics=False,  # every row group holds every layer: nothing could be skipped by them
                 )
             self._writer.write_table(rows, row_group_size=rows.num_rows)
 
