@@ -531,10 +531,10 @@ def test_big_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("source", "says"),
-    [("scenes:vall", "did you mean 'val'"), ("scenes:vall:0", "did you mean 'val'"),
+    [("scenes:vall", "did you mean '(scenes:)?val'"), ("scenes:vall:0", "did you mean 'val'"),
      ("vocc20:x", "did you mean 'voc20'"),
      ("voc20:", "needs its folder"), ("voc20:nowhere", "no folder"), ("sa1b:nowhere", "no folder"),
-     ("nowhere", "no picture 'nowhere'"), ("folder:/dev/null", "no folder")],
+     ("nowhere", "no folder 'nowhere'"), ("folder:/dev/null", "no folder")],
 )  # fmt: skip
 def test_sources_that_are_not_there(source: str, says: str) -> None:
     for read in (samples, lambda s: training_data(s, size=(16, 16)) if s != "nowhere" else samples(s)):
