@@ -139,7 +139,10 @@ def test_check_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
     labels(root / "labels/d.png", [255])
     (root / "images/e.png").write_text("no picture")
     labels(root / "labels/e.png", [0])
-    found = dict(check(dataset(f"folder:{root}")).problems)
+    Image.fromarray(np.full((4, 6, 4), 90, np.uint8)).save(root / "images/a.png")
+    report = check(dataset(f"folder:{root}"))
+    assert report.notes == [("a", "transparency was laid on white")]
+    found = dict(report.problems)
     assert "ids [7]" in found["b"] and "differ in size" in found["c"] and "ignored" in found["d"]
     assert "cannot be read" in found["e"] and "a" not in found
     with pytest.raises(SystemExit) as stop:
