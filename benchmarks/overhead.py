@@ -245,11 +245,11 @@ def shares(dtype: str, device: str, tokens: tuple[int, int] = (4096, 333)) -> di
     lse = exact.attend(call)[1]
     if lse is None:
         return {}
-    weights = torch.rand(2, image + text, device=device)
-    exact.column_sums(call, lse, slice(image, None), weights)  # warms up
+    weights = torch.rand(1, 2, image + text, device=device)
+    exact.reduce(call, lse, slice(image, None), query_weights=weights)  # warms up
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
         for _ in range(3):
-            exact.column_sums(call, lse, slice(image, None), weights)
+            exact.reduce(call, lse, slice(image, None), query_weights=weights)
     field = "self_device_time_total" if cuda else "self_cpu_time_total"
     spent = {event.key.removeprefix("aten::"): getattr(event, field) for event in profiler.key_averages()}
     total = sum(spent.values())

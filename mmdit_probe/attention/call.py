@@ -13,11 +13,15 @@ design notes). Nothing is computed here but the stock output.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+STOCK = torch._C._nn.scaled_dot_product_attention
+"""Torch's own function, also where `torch.nn.functional.scaled_dot_product_attention` was replaced by another."""
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -40,8 +44,20 @@ class SDPACall:
 
     @classmethod
     def bind(cls, args: Sequence[Any], kwargs: Mapping[str, Any]) -> SDPACall:
-        """From the positional and keyword arguments of `torch.nn.functional.scaled_dot_product_attention`."""
-        return cls(**dict(zip(_NAMES, args, strict=False)), **kwargs)
+        """From the positional and keyword arguments of `torch.nn.functional.scaled_dot_product_attention`, in the
+        precision that its kernels get them: under `torch.autocast` that of autocast."""
+        call = cls(**dict(zip(_NAMES, args, strict=False)), **kwargs)
+        device = call.query.device.type
+        if not _autocast(device):
+            return call
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(tensor: Tensor) -> Tensor:
+            eligible = tensor.is_floating_point() and tensor.dtype != torch.float64 and tensor.device.type == device
+            return tensor.to(dtype) if eligible else tensor
+
+        mask = None if call.attn_mask is None else cast(call.attn_mask)
+        return replace(call, query=cast(call.query), key=cast(call.key), value=cast(call.value), attn_mask=mask)
 
     @property
     def scale_factor(self) -> float:
@@ -50,7 +66,7 @@ class SDPACall:
 
     def stock(self) -> Tensor:
         """The attention output [B, H, Nq, Dv] as torch computes it."""
-        return torch.nn.functional.scaled_dot_product_attention(
+        output: Tensor = STOCK(
             self.query,
             self.key,
             self.value,
@@ -60,6 +76,21 @@ class SDPACall:
             scale=self.scale,
             enable_gqa=self.enable_gqa,
         )
+        return output
+
+    @property
+    def batch(self) -> int:
+        """B: a batch of one broadcasts."""
+        return max(len(self.query), len(self.key), len(self.value))
+
+    def broadcast(self) -> SDPACall:
+        """The call with the batch axes of query, key and value made equal, as views."""
+        tensors = [t if len(t) == self.batch else t.expand(self.batch, -1, -1, -1) for t in self._operands]
+        return replace(self, query=tensors[0], key=tensors[1], value=tensors[2])
+
+    @property
+    def _operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.query, self.key, self.value
 
     def expanded_key(self) -> Tensor:
         """The key with grouped heads repeated, [B, H, Nk, D]."""
@@ -69,17 +100,34 @@ class SDPACall:
         """The value with grouped heads repeated, [B, H, Nk, Dv]."""
         return _repeat_heads(self.value, self.query.shape[1])
 
-    def additive_mask(self, dtype: torch.dtype) -> Tensor | None:
-        """`attn_mask` as an additive bias (0 and -inf for a boolean one) [B or 1, H or 1, Nq or 1, Nk or 1], not
-        expanded; the causal mask is not in it. Torch takes any mask that broadcasts, its kernels only four axes."""
+    @property
+    def mask(self) -> Tensor | None:
+        """`attn_mask` with its four axes, [B or 1, H or 1, Nq or 1, Nk or 1], not expanded; the causal mask is not in
+        it. Torch takes any mask that broadcasts, its kernels only four axes."""
         if self.attn_mask is None:
             return None
-        if self.attn_mask.dtype != torch.bool:
-            bias = self.attn_mask.to(dtype)
-        else:
-            zeros = torch.zeros(self.attn_mask.shape, dtype=dtype, device=self.attn_mask.device)
-            bias = zeros.masked_fill_(~self.attn_mask, float("-inf"))
-        return bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+        return self.attn_mask.reshape((1,) * (4 - self.attn_mask.ndim) + tuple(self.attn_mask.shape))
+
+    def additive_mask(self, dtype: torch.dtype) -> Tensor | None:
+        """`mask` as an additive bias: 0 and -inf for a boolean one."""
+        if self.mask is None or self.mask.dtype != torch.bool:
+            return None if self.mask is None else self.mask.to(dtype)
+        return torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device).masked_fill_(~self.mask, -torch.inf)
+
+    def kept(self) -> Tensor | None:
+        """`mask` as a boolean one, True where a key is kept: some write the smallest number for minus infinity."""
+        if self.mask is None or self.mask.dtype == torch.bool:
+            return self.mask
+        return self.mask > torch.finfo(self.mask.dtype).min / 2
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """No autocast on a type of device: it would round float32 products, and cast what a call was given."""
+    return torch.autocast(device, enabled=False) if _autocast(device) else nullcontext()
+
+
+def _autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:

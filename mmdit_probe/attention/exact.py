@@ -14,7 +14,7 @@ one more attention with indicator values gives the masses of key groups.
     >>> output, lse = attend(call)
     >>> bool((output == call.stock()).all())
     True
-    >>> column_sums(call, lse, slice(4, 6), torch.ones(1, 6)).shape    # summed over queries
+    >>> reduce(call, lse, slice(4, 6), query_weights=torch.ones(1, 1, 6)).shape    # summed over queries
     torch.Size([1, 2, 1, 2])
 
 Nothing here is differentiable: torch's kernels give lse without a gradient, and treating it as a constant gives wrong
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
 
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.tiles import Columns, blocks, padded, size
@@ -53,12 +54,14 @@ def kernel(call: SDPACall) -> str:
 def attend(call: SDPACall) -> tuple[Tensor, Tensor | None]:
     """The stock attention output, and the row log-sum-exp where a kernel gives one.
 
-    One kernel call gives both wherever it can; the output is bitwise that of `scaled_dot_product_attention`.
+    One kernel call gives both wherever it can; the output is bitwise that of `scaled_dot_product_attention`. Under a
+    `TorchFunctionMode` the output is what that mode makes of the stock call.
 
     Returns: output [B, H, Nq, Dv] in the call's dtype (differentiable as the stock output is), and lse [B, H, Nq] in
     float32 (float64 for float64 calls), natural logarithm, or None.
     """
-    if call.dropout_p == 0.0 and not call.enable_gqa and call.attn_mask is None:
+    plain = call.dropout_p == 0.0 and not call.enable_gqa and call.attn_mask is None
+    if plain and len(call.query) == len(call.key) == len(call.value) and not _get_current_function_mode_stack():
         name, device = kernel(call), call.query.device.type
         query, key, value = call.query, call.key, call.value
         if device == "cpu" and name == "flash":
@@ -70,7 +73,7 @@ def attend(call: SDPACall) -> tuple[Tensor, Tensor | None]:
                 query, key, value, 0.0, call.is_causal, False, scale=call.scale
             )
             return result[0], result[1]
-    return call.stock(), logsumexp(call)
+    return call.stock(), logsumexp(call.broadcast())
 
 
 @torch.no_grad()
@@ -78,7 +81,7 @@ def logsumexp(call: SDPACall) -> Tensor | None:
     """Row log-sum-exp [B, H, Nq] of the masked logits, float32, or None where no kernel gives it.
 
     Source of the shapes: torch 2.13's kernels. The efficient kernel pads its rows to a multiple of 32, cuDNN's has a
-    trailing axis of 1. A row with every key masked has no meaning here (the CPU kernel gives 0); see `live_rows`.
+    trailing axis of 1. A row with every key masked has no meaning here (the CPU kernel gives 0); see `live_queries`.
     """
     query, key, value = call.query, call.expanded_key(), call.expanded_value()
     if key.shape[-1] != value.shape[-1]:
@@ -120,113 +123,71 @@ def _aligned(mask: Tensor, keys: int) -> Tensor:
 
 
 @torch.no_grad()
-def live_rows(call: SDPACall) -> Tensor | None:
+def live_queries(call: SDPACall) -> Tensor | None:
     """Which queries see at least one key, [B or 1, H or 1, Nq or 1] boolean; None if no mask is given (all do)."""
-    if call.attn_mask is None:
+    mask = call.kept()
+    if mask is None:
         return None
-    mask = call.attn_mask
-    if mask.dtype != torch.bool:  # some write the smallest number for minus infinity
-        mask = mask > torch.finfo(mask.dtype).min / 2
-    mask = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
     if call.is_causal:
         mask = mask & torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
     return mask.any(-1)
 
 
 @torch.no_grad()
-def columns(call: SDPACall, lse: Tensor, keys: Columns, rows: Columns = slice(None)) -> Tensor:
-    """Attention probabilities of some keys for some queries, [B, H, R, K] float32.
-
-    Args:
-        call: the attention call.
-        lse: [B, H, Nq] from `attend`.
-        keys: the K key positions. rows: the R query positions.
-
-    The result is as large as asked for; to reduce over queries use `column_sums`.
-    """
-    return column_maps(call, lse, keys, rows)
-
-
-@torch.no_grad()
-def column_sums(call: SDPACall, lse: Tensor, keys: Columns, weights: Tensor) -> Tensor:
-    """Weighted sums over queries of the attention probabilities of some keys, streamed over blocks of queries.
-
-    Args:
-        call: the attention call. lse: [B, H, Nq] from `attend`.
-        keys: the K key positions.
-        weights: [G, Nq] or [B, G, Nq], float32: the weight of every query in each of G sums.
-
-    Returns: [B, H, G, K] float32, sum over queries of weight * probability.
-    """
-    batch, heads = call.query.shape[:2]
-    count, groups = size(call, keys), weights.shape[-2]
-    weights = weights if weights.ndim == 3 else weights[None]
-    weights = weights[:, None].expand(batch, heads, -1, -1).flatten(0, 1)  # a view where the samples share them
-    out = torch.zeros(batch * heads, groups, padded(count), device=call.query.device)
-    for block in blocks(call, lse, keys, slice(None)):
-        out[block.pairs].baddbmm_(weights[block.pairs, :, block.rows], block.flat)
-    return out.unflatten(0, (batch, heads))[..., :count]
-
-
-@torch.no_grad()
-def column_maps(
-    call: SDPACall, lse: Tensor, keys: Columns, rows: Columns, groups: Tensor | None = None, head_mean: bool = False
+def reduce(
+    call: SDPACall,
+    lse: Tensor,
+    keys: Columns,
+    queries: Columns = slice(None),
+    *,
+    key_weights: Tensor | None = None,
+    query_weights: Tensor | None = None,
+    head_mean: bool = False,
 ) -> Tensor:
-    """Attention probabilities of some keys for some queries, summed over groups of keys, streamed over query blocks.
+    """Attention probabilities of some keys for some queries, reduced block by block: sum_qk v_q p_qk w_k.
 
     Args:
         call: the attention call. lse: [B, H, Nq] from `attend`.
-        keys: the K key positions. rows: the R query positions.
-        groups: [B or 1, K, G] weight of every key in each group; None keeps the keys apart (G = K).
+        keys: the K key positions. queries: the Q query positions.
+        key_weights: [B or 1, K, G] weight w of every key in each group; None keeps the keys apart (G = K).
+        query_weights: [B or 1, M, Q] weight v of every query in each sum; None keeps the queries apart (M = Q).
         head_mean: average over heads.
 
-    Returns: [B, H, R, G] float32, or [B, R, G] with `head_mean`.
+    Returns: [B, H, M, G] float32, or [B, M, G] with `head_mean`.
     """
+    key_weights = None if key_weights is None else key_weights.to(call.query.device)
+    if query_weights is None:
+        return _maps(call, lse, keys, queries, key_weights, head_mean)
+    (batch, heads), count = call.query.shape[:2], size(call, keys)
+    weights = query_weights.to(call.query.device)[:, None].expand(batch, heads, -1, -1).flatten(0, 1)
+    sums = torch.zeros(batch * heads, weights.shape[1], padded(count), device=call.query.device)
+    for block in blocks(call, lse, keys, queries):
+        sums[block.pairs].baddbmm_(weights[block.pairs, :, block.queries], block.flat)
+    out = sums.unflatten(0, (batch, heads))[..., :count]  # [B, H, M, K]
+    out = out if key_weights is None else out @ key_weights[:, None]
+    return out.mean(1) if head_mean else out
+
+
+def _maps(
+    call: SDPACall, lse: Tensor, keys: Columns, queries: Columns, key_weights: Tensor | None, head_mean: bool
+) -> Tensor:
+    """`reduce` over keys and heads alone: [B, H, Q, G] or [B, Q, G]."""
     batch, heads = call.query.shape[:2]
     count, device = size(call, keys), call.query.device
-    shape = (size(call, rows, keys=False), count if groups is None else groups.shape[-1])
+    shape = (size(call, queries, keys=False), count if key_weights is None else key_weights.shape[-1])
     out = torch.zeros(batch, *shape, device=device) if head_mean else torch.empty(batch, heads, *shape, device=device)
-    groups = None if groups is None else groups.to(device).expand(batch, -1, -1)
-    for block in blocks(call, lse, keys, rows):
+    key_weights = None if key_weights is None else key_weights.expand(batch, -1, -1)
+    for block in blocks(call, lse, keys, queries):
         values = block.values[..., :count]
-        if groups is not None:
-            values = values @ groups[block.samples, None]
+        if key_weights is not None:
+            values = values @ key_weights[block.samples, None]
         if head_mean:
-            total = out[block.samples, block.rows]
+            total = out[block.samples, block.queries]
             # One by one in a processor's cache; on a GPU in one operation.
             for part in (values.sum(1),) if values.is_cuda else values.unbind(1):
                 total += part
         else:
-            out[block.samples, block.heads, block.rows] = values
-    return out.div_(heads) if head_mean else out
-
-
-@torch.no_grad()
-def row_maps(
-    call: SDPACall, lse: Tensor, keys: Columns, rows: Columns, weights: Tensor | None = None, head_mean: bool = False
-) -> Tensor:
-    """Attention probabilities of some keys, weighted sums over groups of queries, streamed over query blocks.
-
-    Args:
-        call: the attention call. lse: [B, H, Nq] from `attend`.
-        keys: the K key positions. rows: the R query positions.
-        weights: [B or 1, R, G] weight of every query in each sum; None keeps the queries apart (G = R).
-        head_mean: average over heads.
-
-    Returns: [B, H, K, G] float32, or [B, K, G] with `head_mean`: the transposed block, keys first.
-    """
-    if weights is None:
-        return column_maps(call, lse, keys, rows, None, head_mean).mT
-    batch, heads = call.query.shape[:2]
-    count, weights = size(call, keys), weights.expand(batch, -1, -1)
-    shape = (count, weights.shape[-1])
-    out = torch.zeros(batch, *(() if head_mean else (heads,)), *shape, device=call.query.device)
-    for block in blocks(call, lse, keys, rows):
-        values = block.values[..., :count].mT @ weights[block.samples, None, block.rows]  # [b, h, K, G]
-        if head_mean:
-            out[block.samples] += values.sum(1)
-        else:
-            out[block.samples, block.heads] += values
+            out[block.samples, block.heads, block.queries] = values
     return out.div_(heads) if head_mean else out
 
 
@@ -250,9 +211,9 @@ def group_masses(call: SDPACall, lse: Tensor | None, groups: Tensor, count: int)
     needed = (shared != rest).any(0).nonzero()[:, 0]
     indicator = torch.nn.functional.one_hot(shared[:, needed], count).float()  # [B or 1, K, G]
     indicator[..., rest] = 0.0
-    out = column_maps(call, lse, needed, slice(None), indicator)
+    out = reduce(call, lse, needed, key_weights=indicator)
     out[..., rest] = 1.0 - out.sum(-1)
-    live = live_rows(call)
+    live = live_queries(call)
     return out if live is None else out * live[..., None]
 
 
@@ -268,6 +229,6 @@ def _indicator_masses(call: SDPACall, groups: Tensor, count: int) -> Tensor:
         kept = values.shape[-1]
         values = torch.nn.functional.pad(values, (0, width - kept))[:, None].expand(*key.shape[:2], -1, -1)
         parts.append(SDPACall(query, key, values, mask, 0.0, call.is_causal, call.scale_factor).stock()[..., :kept])
-    live = live_rows(call)
+    live = live_queries(call)
     masses = torch.cat(parts, -1)
     return masses if live is None else masses.nan_to_num() * live[..., None]

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mmdit_probe.attention import exact
-from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.attention.call import SDPACall, without_autocast
 from mmdit_probe.attention.tiles import Columns, bias_of
 
 Space = Literal["logit", "probability"]
@@ -95,13 +95,13 @@ def columns(call: SDPACall, keys: Columns, rows: Columns = slice(None)) -> Tenso
     Args:
         call: the attention call. keys: the K key positions. rows: the R query positions.
     """
-    with _full_precision(call):
+    with without_autocast(call.query.device.type):
         return (logits(call, keys, rows) - row_lse(call)[:, :, rows, None]).exp()
 
 
 def logits(call: SDPACall, keys: Columns, rows: Columns = slice(None)) -> Tensor:
     """scale q k^T + bias, [B, H, R, K] float32, of some keys for some queries, differentiable in q and k."""
-    with _full_precision(call):
+    with without_autocast(call.query.device.type):
         query, key = call.query[:, :, rows].float(), call.expanded_key()[:, :, keys].float()
         scores = call.scale_factor * query @ key.transpose(-1, -2)
         bias = bias_of(call, keys, rows)
@@ -122,7 +122,7 @@ def weighted(call: SDPACall, weights: Tensor, rows: Columns = slice(None)) -> Te
     batch, heads, _, width = query.shape
     mask = bias_of(call, slice(None), rows) if call.attn_mask is not None or call.is_causal else None
     parts = []
-    with _full_precision(call):
+    with without_autocast(call.query.device.type):
         for first in range(0, weights.shape[-1], width):
             values = weights[..., first : first + width].to(query.device, torch.float32)
             kept = values.shape[-1]
@@ -162,7 +162,7 @@ def text_maps(
     else:
         maps = columns(call, text, image) if space == "probability" else logits(call, text, image)
         if groups is not None:
-            with _full_precision(call):
+            with without_autocast(call.query.device.type):
                 maps = maps @ groups[:, None].to(maps)
     return maps.mean(1) if heads == "mean" else maps
 
@@ -172,11 +172,6 @@ def masses(call: SDPACall, text: Columns, rows: Columns = slice(None)) -> Tensor
     weights = torch.zeros(1, call.key.shape[-2], 1, device=call.query.device)
     weights[:, text] = 1.0
     return weighted(call, weights, rows)[..., 0]
-
-
-def _full_precision(call: SDPACall) -> torch.autocast:
-    """No autocast: it would round the float32 products that the upcast is for."""
-    return torch.autocast(call.query.device.type, enabled=False)
 
 
 def _streamed_lse(call: SDPACall) -> Tensor:

@@ -14,19 +14,19 @@ so a recorder sees one full call even when an edit after it splits the call or c
     ...
     detach()
 
-Under torch.compile a watched call is one opaque operator that runs the handlers eagerly, so a graph stays whole
-(`fullgraph=True`) and attaching or detaching recompiles. Its handlers get no arguments of the module, and its gradient
-is that of the stock call, so a call that was changed refuses to have one.
+What is seen is what runs: other function modes (a guider's layer skip, torch's default device) come first, whenever
+they were entered, and handlers see what they leave of the call, as autocast casts it. The handlers themselves run
+without modes and without autocast.
 
 Removal works in any order: a module's hook goes when its last handler goes, and the module's own `forward` comes back.
-Not `diffusers.hooks.HookRegistry`, whose removal is right only last-in first-out.
+A deep copy of a watched module is a plain one. Not `diffusers.hooks.HookRegistry`, whose removal is right only last-in
+first-out. Under torch.compile: `attention.compiled`.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
-import itertools
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,11 +34,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
 
-from mmdit_probe.attention import exact
-from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.errors import RunError
+from mmdit_probe.attention import compiled, exact
+from mmdit_probe.attention.call import STOCK, SDPACall, without_autocast
 
 Stage = Literal["input", "record", "output"]
 _STAGES: tuple[Stage, ...] = ("input", "record", "output")
@@ -129,8 +128,8 @@ def watch(module: nn.Module, handler: Transform | Recorder | Edit, stage: Stage)
         current = watcher.handlers[stage]
         watcher.handlers[stage] = [other for other in current if other is not handler]
         if not any(watcher.handlers.values()) and module.__dict__.get(_Watcher.ATTRIBUTE) is watcher:
-            watcher.detach_forward()
             del module.__dict__[_Watcher.ATTRIBUTE]
+            watcher.detach_forward()
 
     return detach
 
@@ -163,17 +162,28 @@ class _Watcher:
         self.module = module
         self.handlers: dict[Stage, list[Any]] = {stage: [] for stage in _STAGES}
         self.detach_forward: Detach = lambda: None
-        # A tensor: its value is no constant of a compiled graph, so layers share one, and so do probes.
-        self.number = torch.tensor(next(_NUMBERS), device="cpu")
-        _WATCHERS[int(self.number)] = self
+        self.number = compiled.register(self)
+
+    @property
+    def changes(self) -> bool:
+        """Whether a handler may change the call."""
+        return bool(self.handlers["input"] or self.handlers["output"])
+
+    def run_compiled(self, call: SDPACall) -> Tensor:
+        return self.run(call, ModuleCall(self.module, (), {}, compiled=True))
 
     def forward(self, proceed: Proceed, *args: Any, **kwargs: Any) -> Any:
         if _SUSPENDED:
             return proceed(*args, **kwargs)
-        with _CatchSDPA(self, ModuleCall(self.module, args, kwargs)):
+        with _beneath(_CatchSDPA(self, ModuleCall(self.module, args, kwargs))):
             return proceed(*args, **kwargs)
 
     def run(self, call: SDPACall, module_call: ModuleCall) -> Tensor:
+        """The output of one call, with all handlers."""
+        with without_autocast(call.query.device.type):
+            return self._run(call, module_call)
+
+    def _run(self, call: SDPACall, module_call: ModuleCall) -> Tensor:
         for transform in self.handlers["input"]:
             call = transform(call, module_call)
         wanted = [(recorder, recorder.wants(module_call)) for recorder in self.handlers["record"]]
@@ -186,7 +196,7 @@ class _Watcher:
         else:
             output = call.stock()
         if any(want != "nothing" for _, want in wanted):
-            record = Record(call, output, module_call, lse, lse_known)
+            record = Record(call.broadcast(), output, module_call, lse, lse_known)
             with torch.no_grad():
                 for recorder, want in wanted:
                     if want != "nothing":
@@ -200,75 +210,6 @@ class _Watcher:
         return edits[position](call, module_call, lambda inner: self._edited(inner, module_call, position + 1))
 
 
-_NUMBERS = itertools.count()
-_WATCHERS: weakref.WeakValueDictionary[int, _Watcher] = weakref.WeakValueDictionary()
-"""Watchers by the number that stands for them in a compiled graph."""
-_CHANGED: set[int] = set()
-"""Numbers of those whose last compiled call was not the stock one."""
-
-
-def _operator(call: SDPACall, number: Tensor) -> Tensor:
-    output: Tensor = torch.ops.mmdit_probe.watched_attention(
-        call.query, call.key, call.value, call.attn_mask, call.dropout_p, call.is_causal, call.scale, call.enable_gqa,
-        number,
-    )  # fmt: skip
-    return output
-
-
-@torch.library.custom_op("mmdit_probe::watched_attention", mutates_args=())
-def _watched_attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float, is_causal: bool,
-    scale: float | None, enable_gqa: bool, number: Tensor,
-) -> Tensor:  # fmt: skip
-    call = SDPACall(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    watcher = _WATCHERS.get(int(number))
-    if watcher is None:
-        return call.stock().contiguous()
-    changed = bool(watcher.handlers["input"] or watcher.handlers["output"])
-    (_CHANGED.add if changed else _CHANGED.discard)(int(number))
-    return watcher.run(call, ModuleCall(watcher.module, (), {}, compiled=True)).contiguous()
-
-
-@_watched_attention.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
-    return query.new_empty(*query.shape[:-1], value.shape[-1])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    query, key, value, attn_mask, *ctx.options, number = inputs
-    ctx.save_for_backward(query, key, value, attn_mask, number)
-
-
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-    query, key, value, attn_mask, number = ctx.saved_tensors
-    gradient = torch.ops.mmdit_probe.gradient_of_stock(gradient, number)
-    with torch.enable_grad():
-        query, key, value = wanted = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
-        if ctx.needs_input_grad[3]:  # a learned bias
-            attn_mask = attn_mask.detach().requires_grad_()
-            wanted.append(attn_mask)
-        found = torch.autograd.grad(SDPACall(query, key, value, attn_mask, *ctx.options).stock(), wanted, gradient)
-    return (*found, *[None] * (len(ctx.needs_input_grad) - len(found)))
-
-
-_watched_attention.register_autograd(_backward, setup_context=_save)
-
-
-@torch.library.custom_op("mmdit_probe::gradient_of_stock", mutates_args=())
-def _gradient_of_stock(gradient: Tensor, number: Tensor) -> Tensor:
-    if int(number) in _CHANGED:
-        raise RunError(
-            "the compiled attention was edited, and its gradient is known for the stock call only: take the gradient of"
-            " the uncompiled model"
-        )
-    return gradient.clone()
-
-
-@_gradient_of_stock.register_fake
-def _(gradient: Tensor, number: Tensor) -> Tensor:
-    return torch.empty_like(gradient)
-
-
 class _CatchSDPA(TorchFunctionMode):
     def __init__(self, watcher: _Watcher, module_call: ModuleCall) -> None:
         super().__init__()
@@ -276,56 +217,140 @@ class _CatchSDPA(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         # Inside this method the mode itself is off, so the handlers' own attention calls do not recurse.
-        if func is torch.nn.functional.scaled_dot_product_attention:
+        if func is STOCK:
             if torch.compiler.is_compiling():
-                return _operator(SDPACall.bind(args, kwargs or {}), self.watcher.number)
+                return compiled.attention(SDPACall.bind(args, kwargs or {}), self.watcher.number)
             return self.watcher.run(SDPACall.bind(args, kwargs or {}), self.module_call)
         if func is torch.Tensor.unflatten and torch.compiler.is_compiling():
             return torch.unflatten(*args, **(kwargs or {}))  # the method is a Python wrapper that a trace cannot enter
         return func(*args, **(kwargs or {}))
 
 
-def interpose(owner: object, name: str, handler: Callable[..., Any]) -> Detach:
+@contextmanager
+def _beneath(mode: TorchFunctionMode) -> Iterator[None]:
+    """With a function mode below all others that are on: it gets what they leave of a call."""
+    others = _taken_off()
+    _put_on([mode, *others])
+    try:
+        yield
+    finally:
+        _put_on(_taken_off()[1:])
+
+
+def _taken_off() -> list[TorchFunctionMode]:
+    return [_pop_mode() for _ in range(_len_torch_function_stack())][::-1]
+
+
+def _put_on(modes: Sequence[TorchFunctionMode]) -> None:
+    for mode in modes:
+        _push_mode(mode)
+
+
+def interpose(owner: Any, name: str, handler: Callable[..., Any]) -> Detach:
     """Put `handler(proceed, *args, **kwargs)` around one method of one object, reversibly and in any order of removal.
 
     Only the instance is touched. The first handler attached is the outermost. When the last one goes, the instance is
     as it was before; if someone else has wrapped the method meanwhile, the wrapper stays and passes calls through
-    untouched.
+    untouched. A deep copy of the instance has no handlers.
 
     Returns: a function that takes the handler off.
     """
-    slot = f"_mmdit_probe_{name}"
-    chain: list[Callable[..., Any]] | None = owner.__dict__.get(slot)
-    if chain is None:
-        chain = _install(owner, name, slot)
-    chain.append(handler)
+    slot = f"{_MARK}_{name}"
+    wrapped: _Wrapped | None = owner.__dict__.get(slot)
+    if wrapped is None or not wrapped.reachable(getattr(owner, name)):
+        wrapped = owner.__dict__[slot] = _Wrapped(owner, name)
+        _copy_plainly(owner)
+    wrapped.handlers.append(handler)
 
     def detach() -> None:
-        if handler in chain:
-            chain.remove(handler)
-        wrapper: Any = owner.__dict__.get(name)
-        if chain or getattr(wrapper, "_mmdit_probe_chain", None) is not chain:
+        if handler in wrapped.handlers:
+            wrapped.handlers.remove(handler)
+        if wrapped.handlers or owner.__dict__.get(name) is not wrapped.wrapper or owner.__dict__[slot] is not wrapped:
             return
-        del owner.__dict__[slot], owner.__dict__[name]
-        if wrapper._mmdit_probe_own is not None:
-            owner.__dict__[name] = wrapper._mmdit_probe_own
+        del owner.__dict__[slot]
+        wrapped.restore(owner.__dict__)
+        _copy_as_before(owner)
 
     return detach
 
 
-def _install(owner: object, name: str, slot: str) -> list[Callable[..., Any]]:
-    own, original = owner.__dict__.get(name), getattr(owner, name)
-    chain: list[Callable[..., Any]] = []
+def hook(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> Detach:
+    """Call `before` and, after an error too, `after` around every call of a module, with keyword arguments.
 
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        proceed = original
-        for handler in reversed(chain):
-            proceed = functools.partial(handler, proceed)
-        return proceed(*args, **kwargs)
+    Torch's own hooks: they outlive a replaced `forward` (model offload wraps it anew after every pipeline call). A deep
+    copy of the module has none of them.
+    """
+    handles = (
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True, always_call=True),
+    )
+    slot = f"{_MARK}_hook_{handles[0].id}"
+    module.__dict__[slot] = {handle.id for handle in handles}
+    _copy_plainly(module)
 
-    marks: Any = wrapper
-    marks._mmdit_probe_chain, marks._mmdit_probe_own = chain, own
-    owner.__dict__[slot] = chain
-    owner.__dict__[name] = wrapper
-    return chain
+    def detach() -> None:
+        for handle in handles:
+            handle.remove()
+        module.__dict__.pop(slot, None)
+        _copy_as_before(module)
+
+    return detach
+
+
+_MARK = "_mmdit_probe"
+
+
+class _Wrapped:
+    """One method of one instance under handlers."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.name, self.own, self.handlers = name, owner.__dict__.get(name), list[Callable[..., Any]]()
+        original, handlers = getattr(owner, name), self.handlers
+
+        @functools.wraps(original)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            proceed = original
+            for handler in reversed(handlers):
+                proceed = functools.partial(handler, proceed)
+            return proceed(*args, **kwargs)
+
+        self.wrapper = owner.__dict__[name] = wrapper
+
+    def reachable(self, method: Any) -> bool:
+        """Whether calls of the method still come here, through wrappers that say what they wrap."""
+        while method is not None and method is not self.wrapper:
+            method = getattr(method, "__wrapped__", None)
+        return method is not None
+
+    def restore(self, attributes: dict[str, Any]) -> None:
+        """Put the method back that was there before."""
+        del attributes[self.name]
+        if self.own is not None:
+            attributes[self.name] = self.own
+
+
+def _copy_plainly(owner: Any) -> None:
+    owner.__dict__.setdefault("__deepcopy__", functools.partial(_plain_copy, owner))
+
+
+def _copy_as_before(owner: Any) -> None:
+    copier = owner.__dict__.get("__deepcopy__")
+    if getattr(copier, "func", None) is _plain_copy and not any(name.startswith(_MARK) for name in owner.__dict__):
+        del owner.__dict__["__deepcopy__"]
+
+
+def _plain_copy(owner: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy of the instance as it is without handlers and hooks."""
+    before, own = dict(owner.__dict__), owner.__dict__
+    ours = {name: own.pop(name) for name in before if name.startswith(_MARK) or name == "__deepcopy__"}
+    hooks = set().union(*(value for value in ours.values() if isinstance(value, set)))
+    for value in ours.values():
+        if isinstance(value, _Wrapped) and own.get(value.name) is value.wrapper:
+            value.restore(own)
+    for name in [name for name in own if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]:
+        own[name] = type(own[name])((key, value) for key, value in own[name].items() if key not in hooks)
+    try:
+        return copy.deepcopy(owner, memo)
+    finally:
+        own.clear()
+        own.update(before)

@@ -165,7 +165,7 @@ def summary(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _maps(call: SDPACall, lse: Tensor | None, text: slice, case: Case) -> Tensor:
     """I2T maps [B, H, I, T]."""
     if lse is not None:
-        return exact.columns(call, lse, text, slice(0, case.image))
+        return exact.reduce(call, lse, text, slice(0, case.image))
     groups = torch.zeros(case.image + case.text, dtype=torch.long)
     groups[text] = 1 + torch.arange(case.text)
     return exact.group_masses(call, None, groups, case.text + 1)[:, :, : case.image, 1:]
@@ -173,10 +173,10 @@ def _maps(call: SDPACall, lse: Tensor | None, text: slice, case: Case) -> Tensor
 
 def _masses(call: SDPACall, lse: Tensor | None, case: Case) -> Tensor:
     """Mean mass of image queries on text keys, [B, H]."""
-    weights = torch.zeros(1, case.image + case.text, device=call.query.device)
-    weights[0, : case.image] = 1 / case.image
+    weights = torch.zeros(1, 1, case.image + case.text, device=call.query.device)
+    weights[..., : case.image] = 1 / case.image
     if lse is not None:
-        return exact.column_sums(call, lse, slice(case.image, None), weights).sum(-1)[..., 0]
+        return exact.reduce(call, lse, slice(case.image, None), query_weights=weights).sum(-1)[..., 0]
     groups = (torch.arange(case.image + case.text) >= case.image).long()
     return exact.group_masses(call, None, groups, 2)[:, :, : case.image, 1].mean(-1)
 

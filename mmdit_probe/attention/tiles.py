@@ -18,7 +18,6 @@ off at the end by whoever reduces: `values[..., :K]`. Nothing here is differenti
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -34,23 +33,28 @@ CHUNK_ELEMENTS = {"cpu": 3 << 17, "cuda": 1 << 24}
 """Probabilities held at once: on a CPU per thread, 1.5 MiB of float32, which stays in a core's second-level cache; on a
 GPU in all, enough to fill it."""
 
+BFLOAT16_UNITS = False
+"""Whether a CPU multiplies upcast bfloat16 values on its bfloat16 units. Torch's switch for that is process-wide: it is
+on during those products alone, but a float32 product of another thread at that moment would be rounded. So only a
+program that owns its process sets this, as the command line does; in a library's user's process it is off."""
+
 ALIGNED = 16
 """Keys per block are a multiple of this: a cache line, or a vector register, of float32."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Probabilities of some samples, heads and rows, in a buffer that the next block reuses.
+    """Probabilities of some samples, heads and queries, in a buffer that the next block reuses.
 
     Attributes:
-        samples, heads, rows: slices of the batch, of the heads and of the rows asked for.
+        samples, heads, queries: slices of the batch, of the heads and of the queries asked for.
         pairs: slice of the B * H pairs of sample and head: one sample's heads, or all heads of several samples.
         flat: [b * h, r, K padded] float32.
     """
 
     samples: slice
     heads: slice
-    rows: slice
+    queries: slice
     pairs: slice
     flat: Tensor
 
@@ -72,28 +76,32 @@ def padded(count: int) -> int:
     return -(-count // ALIGNED) * ALIGNED
 
 
-def blocks(call: SDPACall, lse: Tensor, keys: Columns, rows: Columns) -> Iterator[Block]:
-    """All blocks of exp(scale q k^T + bias - lse) for some keys and rows; the heads of one set of rows follow another.
+def blocks(call: SDPACall, lse: Tensor, keys: Columns, queries: Columns) -> Iterator[Block]:
+    """All blocks of exp(scale q k^T + bias - lse) of some keys and queries, by queries, then samples, then heads.
 
     Args:
         call: the attention call. lse: [B, H, Nq] row log-sum-exp.
-        keys: the K key positions. rows: the R query positions.
+        keys: the K key positions. queries: the Q query positions.
     """
-    query, key = call.query[:, :, rows], _prepared(call, keys)
-    shift = lse[:, :, rows].float().neg().flatten(0, 1)[..., None]
-    batch, heads, n_rows, width = query.shape
+    query, key = call.query[:, :, queries], _prepared(call, keys)
+    shift = lse[:, :, queries].float().neg().flatten(0, 1)[..., None]
+    batch, heads, n_queries, width = query.shape
     n_keys, count, scale = key.shape[-1], size(call, keys), call.scale_factor
-    many, heads_at_once, rows_at_once = _shape(query, n_keys)
+    many, heads_at_once, queries_at_once = _shape(query, n_keys)
     # One buffer for all blocks: a fresh allocation per block costs more in page faults than the exponentials.
-    at_once = many * heads_at_once * rows_at_once
+    at_once = many * heads_at_once * queries_at_once
     scores = torch.empty(at_once * n_keys, device=key.device)
     in_place = _in_place(query, key.dtype, many)
     copied = torch.empty(0 if in_place else at_once * width, device=key.device, dtype=key.dtype)
     biased, logits = call.attn_mask is not None or call.is_causal, _logits(call.query)
     for start, sample, head in itertools.product(
-        range(0, n_rows, rows_at_once), range(0, batch, many), range(0, heads, heads_at_once)
+        range(0, n_queries, queries_at_once), range(0, batch, many), range(0, heads, heads_at_once)
     ):
-        stop, last, end = min(start + rows_at_once, n_rows), min(sample + many, batch), min(head + heads_at_once, heads)
+        stop, last, end = (
+            min(start + queries_at_once, n_queries),
+            min(sample + many, batch),
+            min(head + heads_at_once, heads),
+        )
         samples, group, part = slice(sample, last), slice(head, end), slice(start, stop)
         flat, n = (last - sample) * (end - head), stop - start
         pairs = slice(sample * heads + head, sample * heads + head + flat)
@@ -104,7 +112,7 @@ def blocks(call: SDPACall, lse: Tensor, keys: Columns, rows: Columns) -> Iterato
         logits(shift[pairs, part], left.view(flat, n, width), key[pairs], scale, values)
         block = Block(samples, group, part, pairs, values)
         if biased:
-            bias = bias_of(call, keys, _within(call, rows, part))
+            bias = bias_of(call, keys, _within(call, queries, part))
             assert bias is not None
             bias = bias[samples] if bias.shape[0] > 1 else bias
             block.values[..., :count] += bias[:, group] if bias.shape[1] > 1 else bias
@@ -112,15 +120,15 @@ def blocks(call: SDPACall, lse: Tensor, keys: Columns, rows: Columns) -> Iterato
         yield block
 
 
-def bias_of(call: SDPACall, keys: Columns, rows: Columns) -> Tensor | None:
-    """The additive mask of some rows and keys, [B or 1, H or 1, R or 1, K or 1] float32, causal part included."""
+def bias_of(call: SDPACall, keys: Columns, queries: Columns) -> Tensor | None:
+    """The additive mask of some queries and keys, [B or 1, H or 1, Q or 1, K or 1] float32, causal part included."""
     bias = call.additive_mask(torch.float32)
     if bias is not None:
-        bias = bias[:, :, rows] if bias.shape[2] > 1 else bias
+        bias = bias[:, :, queries] if bias.shape[2] > 1 else bias
         bias = bias[..., keys] if bias.shape[3] > 1 else bias
     if call.is_causal:
         device = call.query.device
-        row = torch.arange(call.query.shape[-2], device=device)[rows]
+        row = torch.arange(call.query.shape[-2], device=device)[queries]
         column = torch.arange(call.key.shape[-2], device=device)[keys]
         causal = torch.zeros(len(row), len(column), device=device)
         causal.masked_fill_(column[None] > row[:, None], float("-inf"))
@@ -141,23 +149,23 @@ def _prepared(call: SDPACall, keys: Columns) -> Tensor:
 
 
 def _shape(query: Tensor, n_keys: int) -> tuple[int, int, int]:
-    """Samples, heads and rows at once: on a CPU many rows of one head a thread, on a GPU everything that fits."""
-    batch, heads, n_rows, _ = query.shape
+    """Samples, heads and queries at once: on a CPU many queries of one head a thread, on a GPU everything that fits."""
+    batch, heads, n_queries, _ = query.shape
     cpu = query.device.type != "cuda"
     limit = max(1, CHUNK_ELEMENTS["cpu" if cpu else "cuda"] // max(1, n_keys))
-    rows = max(1, min(n_rows, limit if cpu else max(256, limit // heads)))
-    rows = -(-n_rows // -(-n_rows // rows)) if n_rows else 1  # equal parts
+    queries = max(1, min(n_queries, limit if cpu else max(256, limit // heads)))
+    queries = -(-n_queries // -(-n_queries // queries)) if n_queries else 1  # equal parts
     # A head for each thread: threads that share one wait for each other after every operation.
     limit *= torch.get_num_threads() if cpu else 1
-    heads_at_once = min(heads, max(1, limit // rows))
-    return (min(batch, max(1, limit // (rows * heads))) if heads_at_once == heads else 1), heads_at_once, rows
+    heads_at_once = min(heads, max(1, limit // queries))
+    return (min(batch, max(1, limit // (queries * heads))) if heads_at_once == heads else 1), heads_at_once, queries
 
 
-def _within(call: SDPACall, rows: Columns, part: slice) -> Columns:
-    """Positions of a slice of the rows asked for."""
-    if isinstance(rows, Tensor):
-        return rows[part]
-    chosen = range(call.query.shape[-2])[rows][part]
+def _within(call: SDPACall, queries: Columns, part: slice) -> Columns:
+    """Positions of a slice of the queries asked for."""
+    if isinstance(queries, Tensor):
+        return queries[part]
+    chosen = range(call.query.shape[-2])[queries][part]
     return slice(chosen.start, chosen.stop, chosen.step)
 
 
@@ -181,15 +189,14 @@ def _logits(origin: Tensor) -> Callable[[Tensor, Tensor, Tensor, float, Tensor],
     Operands are float32, or 16-bit, with values of `origin`'s dtype. A 16-bit matmul would round its *output* logits
     and lose two digits; here the result is float32 in every way. On a CPU, products of upcast bfloat16 values run on
     bfloat16 units where there are some: they are exact either way, and accumulation and result stay float32 (checked:
-    closer to float64 than the plain float32 matmul, three times faster). That switch of torch's is process-wide, so it
-    is on for the product alone, and left alone where another thread might be computing.
+    closer to float64 than the plain float32 matmul, three times faster); see `BFLOAT16_UNITS`.
     """
     if _mixed_products(origin):
         return _on_tensor_cores
-    if origin.dtype != torch.bfloat16 or origin.device.type != "cpu" or not _alone():
-        # The shift is where the product starts adding, so that no pass of its own goes over the block.
-        return lambda shift, left, right, scale, out: torch.baddbmm(shift, left, right, alpha=scale, out=out)
-    return _on_bfloat16_units
+    if origin.dtype == torch.bfloat16 and origin.device.type == "cpu" and BFLOAT16_UNITS:
+        return _on_bfloat16_units
+    # The shift is where the product starts adding, so that no pass of its own goes over the block.
+    return lambda shift, left, right, scale, out: torch.baddbmm(shift, left, right, alpha=scale, out=out)
 
 
 def _on_tensor_cores(shift: Tensor, left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:
@@ -206,11 +213,3 @@ def _on_bfloat16_units(shift: Tensor, left: Tensor, right: Tensor, scale: float,
     finally:
         matmul.fp32_precision = before
     torch.add(shift, out, alpha=scale, out=out)
-
-
-def _alone() -> bool:
-    """Whether no other thread can be computing. Progress bars keep a thread that only watches them."""
-    if threading.active_count() == 1:
-        return True
-    mine = threading.current_thread()
-    return all(one is mine or type(one).__module__.startswith("tqdm.") for one in threading.enumerate())

@@ -54,7 +54,7 @@ def inspect_command(
     from rich.table import Table
 
     from mmdit_probe.cli.output import Output
-    from mmdit_probe.models.inspect import inspect_model
+    from mmdit_probe.observe.inspect import inspect_model
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     found = inspect_model(path)

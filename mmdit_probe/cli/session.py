@@ -37,7 +37,9 @@ def open_model(name: str, *, debug: bool, **options: Any) -> MMDiT:
     import transformers
 
     from mmdit_probe import assets, load
+    from mmdit_probe.attention import tiles
 
+    tiles.BFLOAT16_UNITS = True  # a command owns its process
     if not debug and (name in assets.names() or Path(name).exists()):
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()

@@ -137,7 +137,7 @@ def run_chunk(
         options: dict[str, Any] = {"steps": sampling.steps, "guidance": sampling.guidance, "seed": seeds}
         edits = [*always, *([] if condition.edit is None else [condition.edit])]
         if edits:
-            with probe(sampled, edits=edits, layers=[0]):
+            with probe(sampled, edits=edits):
                 images = sampled.generate(texts, **options)
         else:
             images = sampled.generate(texts, **options)

@@ -83,7 +83,7 @@ def run_chunk(
     for setting in plan:
         with ExitStack() as stack:
             if always:
-                stack.enter_context(probe(sampled, edits=always, layers=[0]))
+                stack.enter_context(probe(sampled, edits=always))
             if setting.scale == 0:
                 images = sampled.generate(texts, **how)
             else:

@@ -1,47 +1,34 @@
-"""The attention backend while probing: diffusers' native one, restored afterwards.
+"""Why a layer's attention was not seen, and what a probe cannot look into.
 
-Other backends (flash-attn, sage, xformers, flex, hub kernels) bypass `scaled_dot_product_attention` and hide attention
-from the probe. Both the processors' own setting and diffusers' process-wide one are switched and put back, after an
-error too.
+The user's own attention backend stays while a probe is open. Those that call `scaled_dot_product_attention` are seen;
+others (flash-attn, sage, xformers, flex, hub kernels) hide attention, as do hooks that skip or reuse a layer, function
+modes that answer for it, and processors of one's own. What it was is named, so that the user knows what to switch off.
 
-    with native_attention(transformer):
-        ...
+    refuse_sharded(transformer)
+    skipping(transformer, "transformer_blocks.3.attn")       # "FirstBlockCache (FBCBlockHook)"
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import _get_current_function_mode_stack
 
+from mmdit_probe.attention.call import STOCK
 from mmdit_probe.errors import UserError
 
 
-@contextmanager
-def native_attention(transformer: nn.Module) -> Iterator[None]:
-    """Run with torch's own attention in every module of `transformer` that has a processor.
+def refuse_sharded(transformer: nn.Module) -> None:
+    """Refuse a transformer whose attention runs on shards, where no call shows all keys.
 
     Raises:
-        UserError: context parallelism is on: attention runs on shards, and no call shows all keys.
+        UserError: context parallelism is on.
     """
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-
     processors: list[Any] = [module.processor for module in transformer.modules() if hasattr(module, "processor")]
     if any(getattr(holder, "_parallel_config", None) is not None for holder in (transformer, *processors)):
         raise UserError("attention is split over devices (context parallelism); probe on one device instead")
-    before = [(processor, processor._attention_backend) for processor in processors if _is_set(processor)]
-    process_wide = _AttentionBackendRegistry._active_backend
-    try:
-        for processor, _ in before:
-            processor._attention_backend = None
-        _AttentionBackendRegistry._active_backend = AttentionBackendName.NATIVE
-        yield
-    finally:
-        _AttentionBackendRegistry._active_backend = process_wide
-        for processor, backend in before:
-            processor._attention_backend = backend
 
 
 def backend_of(module: nn.Module) -> str:
@@ -53,5 +40,32 @@ def backend_of(module: nn.Module) -> str:
     return str(getattr(chosen, "value", chosen))
 
 
-def _is_set(processor: object) -> bool:
-    return getattr(processor, "_attention_backend", None) is not None
+def processor_of(module: nn.Module) -> str:
+    """Class name of an attention module's processor, or of the module."""
+    return type(getattr(module, "processor", module)).__name__
+
+
+def skipping(transformer: nn.Module, path: str) -> str:
+    """What may answer for the module at `path` instead of its own forward: hooks on it, around it or in it, and
+    function modes that are on; empty if there is nothing of the kind."""
+    around = ["", *(path[:end] for end, letter in enumerate(path) if letter == "."), path]
+    inside = [name for name, _ in transformer.get_submodule(path).named_modules(prefix=path) if name != path]
+    hooks: dict[str, None] = {}
+    for name in (*around, *inside):
+        registry = getattr(transformer.get_submodule(name), "_diffusers_hook", None)
+        found = () if registry is None else registry.hooks.values()
+        hooks |= dict.fromkeys(type(hook).__name__ for hook in found if hasattr(hook, "new_forward"))
+    modes = (type(mode) for mode in _get_current_function_mode_stack())
+    hooks |= dict.fromkeys(mode.__name__ for mode in modes if mode.__module__.split(".")[0] != "torch")
+    cache = getattr(transformer, "_cache_config", None)
+    named = ", ".join(hooks)
+    return f"{type(cache).__name__.removesuffix('Config')} ({named})" if cache is not None and hooks else named
+
+
+def hiding(module: nn.Module) -> str:
+    """What an attention module runs in, for a message: its processor, its backend, a replaced torch function."""
+    found = f"{processor_of(module)}, backend {backend_of(module)!r}"
+    current = torch.nn.functional.scaled_dot_product_attention
+    if current is not STOCK:
+        found += f", scaled_dot_product_attention replaced by {getattr(current, '__qualname__', current)!r}"
+    return found

@@ -74,7 +74,7 @@ class JointBlocks(Observer):
         if set(self.keep) & {"i2t", "i2i", "i2i_walk"}:
             lse = seen.lse if seen.lse is not None else _logsumexp(call)
             if "i2t" in self.keep:
-                found["i2t"] = exact.columns(call, lse, text, image)
+                found["i2t"] = exact.reduce(call, lse, text, image)
             if "i2i" in self.keep:
                 found["i2i"] = self._head_mean(call, lse, image)
             if "i2i_walk" in self.keep:
@@ -100,7 +100,7 @@ class JointBlocks(Observer):
         total: Tensor | None = None
         for head in heads:
             one = _one_head(call, head)
-            block = exact.column_maps(one, lse[:, head : head + 1], image, image)[:, 0]
+            block = exact.reduce(one, lse[:, head : head + 1], image, image)[:, 0]
             total = block if total is None else total.add_(block)
         if total is None:
             raise UserError("no heads to average over; name at least one")
@@ -134,7 +134,7 @@ def _walk_mean(call: SDPACall, lse: Tensor, image: exact.Columns) -> Tensor:
     total: Tensor | None = None
     weights: Tensor | None = None
     for head in range(call.query.shape[1]):
-        block = exact.column_maps(_one_head(call, head), lse[:, head : head + 1], image, image)[:, 0]
+        block = exact.reduce(_one_head(call, head), lse[:, head : head + 1], image, image)[:, 0]
         block = block / block.sum(-1, keepdim=True).clamp(min=1e-12)
         weight = second_eigenvalue(block.cpu()).to(block.device)
         weights = weight if weights is None else weights + weight

@@ -70,7 +70,7 @@ class TextMaps(Observer):
                 read = groups.any(0).any(-1).nonzero()[:, 0]
                 text, groups = torch.arange(seen.layout.total)[text][read].to(call.query.device), groups[:, read]
             if lse is not None:
-                maps = exact.column_maps(call, lse, text, image, groups, head_mean)
+                maps = exact.reduce(call, lse, text, image, key_weights=groups, head_mean=head_mean)
             else:
                 maps = _without_lse(call, text, groups, head_mean, seen.layout.total)[..., image, :]
         else:
@@ -84,7 +84,8 @@ class TextMaps(Observer):
                 groups = groups * asked[..., None]
             if groups is not None:
                 groups = (groups / groups.sum(1, keepdim=True).clamp(min=1)).to(call.query.device)
-            maps = exact.row_maps(call, lse, image, text, groups, head_mean)
+            weights = None if groups is None else groups.mT
+            maps = exact.reduce(call, lse, image, text, query_weights=weights, head_mean=head_mean).mT
         h, w = seen.layout.grid
         space = (h, w) if frames == 1 else (frames, h, w)
         maps = maps.reshape(*maps.shape[:-2], *space, maps.shape[-1])

@@ -196,7 +196,7 @@ def planned_masses(call: SDPACall, lse: Tensor | None, plan: Plan) -> tuple[Tens
     """`attention_masses` by a plan made before."""
     batch, _, n_rows, _ = call.query.shape
     weights = plan.weights
-    live = exact.live_rows(call)
+    live = exact.live_queries(call)
     if live is not None:
         # Masks of this family of calls are the same for all heads; a query is dropped if no head sees anything.
         weights = weights * live.any(1).expand(batch, n_rows)[:, None].float()
@@ -205,8 +205,8 @@ def planned_masses(call: SDPACall, lse: Tensor | None, plan: Plan) -> tuple[Tens
         each = exact.group_masses(call, None, plan.of_key, plan.count)  # [B, H, N, G]
         sums = torch.einsum("bqn,bhng->bhqg", weights.expand(batch, 2, n_rows), each)
         return sums / n_query[:, None, :, None].clamp(min=1), n_query.long()
-    per_key = exact.column_sums(call, lse, plan.columns, weights if len(weights) > 1 else weights[0])  # [B, H, 2, K]
-    masses = (per_key @ plan.indicator[:, None]) / n_query[:, None, :, None].clamp(min=1)
+    sums = exact.reduce(call, lse, plan.columns, key_weights=plan.indicator, query_weights=weights)  # [B, H, 2, G]
+    masses = sums / n_query[:, None, :, None].clamp(min=1)
     masses[..., 0] = 1.0 - masses[..., 1:].sum(-1)
     return masses, n_query.long()
 

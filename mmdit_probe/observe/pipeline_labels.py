@@ -8,27 +8,32 @@ compared with what was encoded for each branch. Where both branches have the sam
 the pipeline's own name for the call (`cache_context`), or the order of calls at one noise level decides. Nothing is
 changed and nothing is patched globally.
 
-Not here: embeddings that were computed elsewhere. Their text is unknown unless the caller passes token tables.
+Not here: embeddings that were computed elsewhere, or changed by a callback, and calls by another pipeline on the same
+transformer. Their text is unknown unless the caller passes token tables.
 """
 
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdit_probe.attention.intercept import Detach, interpose
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.families.registry import Family
+from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.mmdit import Batch
 from mmdit_probe.models.tokens import TokenTable, token_tables
 
 BOTH = ("cond", "uncond")
+PERTURBED = "perturbed"
 
 
 @dataclass
@@ -66,31 +71,31 @@ class PipelineRows:
 
     def attach(self) -> list[Detach]:
         listeners = {"encode_prompt": self._on_encode, "prepare_latents": self._on_latents}
-        there = {name: listener for name, listener in listeners.items() if hasattr(self.pipeline, name)}
-        return [interpose(self.pipeline, name, listener) for name, listener in there.items()]
+        return [interpose(self.pipeline, name, of) for name, of in listeners.items() if hasattr(self.pipeline, name)]
 
     @property
     def encoded(self) -> bool:
         """Whether the pipeline has encoded anything that is known."""
         return bool(self._branches)
 
-    def batch(self, text: Any, context: str | None, moment: float) -> Batch | None:
+    def batch(self, text: Any, samples: int, context: str | None, moment: float) -> Batch | None:
         """The rows of a transformer call; None if its text is not what was encoded last.
 
         Args:
-            text: its text input: [B, T, C], or a list of [T, C].
+            text: its text input: [B or 1, T, C], or a list of [T, C].
+            samples: B, the samples of the call.
             context: what the pipeline calls this call: "cond" or "uncond", or nothing of the kind.
             moment: its timestep.
         """
         self._encoding = False
-        rows, known = list(text), self._branches
-        batched = [self.family.guidance] if set(self.family.guidance) <= set(known) and self.family.guidance else []
+        rows, known = list(text) * (samples if len(text) == 1 else 1), self._branches
+        batched = [order for order in self._batched if set(order) <= {*known, PERTURBED}]
         fitting = [order for order in (*batched, *((branch,) for branch in known)) if self._carries(rows, order)]
         if not fitting:
             return None
         branches = self._chosen(fitting, context, moment)
         count = len(rows) // len(branches)
-        parts = [known[branch].repeated(count) for branch in branches]
+        parts = [self._encoded(branch).repeated(count) for branch in branches]
         seeds = self._seeds * count if len(self._seeds) == 1 else self._seeds
         seeds = seeds if len(seeds) == count else [-1] * count
         return Batch(
@@ -100,10 +105,22 @@ class PipelineRows:
             branches=[branch for branch in branches for _ in range(count)],
         )
 
+    @property
+    def _batched(self) -> list[tuple[str, ...]]:
+        """Orders of branches in one call, as the pipeline makes them now."""
+        guidance = self.family.guidance
+        if guidance and getattr(self.pipeline, "do_perturbed_attention_guidance", False):
+            return [(*guidance, PERTURBED), ("cond", PERTURBED)]
+        return [guidance] if guidance else []
+
+    def _encoded(self, branch: str) -> _Branch:
+        """A branch as it was encoded: a perturbed one carries the prompt."""
+        return self._branches["cond" if branch == PERTURBED else branch]
+
     def _carries(self, rows: list[Tensor], branches: Sequence[str]) -> bool:
         """Whether these rows are what was encoded for these branches, one branch after the other."""
         count, rest = divmod(len(rows), len(branches))
-        known = [self._branches[branch] for branch in branches]
+        known = [self._encoded(branch) for branch in branches]
         if rest or any(not part.embeddings or count % len(part.embeddings) for part in known):
             return False
         wanted = [row for part in known for row in part.repeated(count).embeddings]
@@ -111,14 +128,14 @@ class PipelineRows:
 
     def _chosen(self, fitting: list[tuple[str, ...]], context: str | None, moment: float) -> tuple[str, ...]:
         """Which of the orders that fit it is: more than one does only where branches have the same text."""
-        found = fitting[0]
-        if len(found) == 1:
+        order = fitting[0]
+        if len(order) == 1:
             if context in BOTH and (context,) in fitting:
-                found = (context,)  # type: ignore[assignment]
+                order = (context,)  # type: ignore[assignment]
             elif len(fitting) > 1 and self._last == ("cond", moment):
-                found = ("uncond",)  # the second call at one noise level: every pipeline calls its prompt first
-            self._last = found[0], moment
-        return found
+                order = ("uncond",)  # the second call at one noise level: every pipeline calls its prompt first
+            self._last = order[0], moment
+        return order
 
     def _on_encode(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         bound = inspect.signature(type(self.pipeline).encode_prompt).bind(self.pipeline, *args, **kwargs)
@@ -152,7 +169,7 @@ class PipelineRows:
         self, embeddings: Any, names: Sequence[str], ready_made: str, given: dict[str, Any], negative: bool
     ) -> _Branch:
         """One branch of an `encode_prompt` call; `ready_made` is the argument that replaces its texts by embeddings."""
-        rows = list(embeddings)
+        rows = [row.detach().clone() for row in embeddings]  # a callback may change them in place
         # A text that is not given is the first one's; one that is given as embeddings is unknown.
         first = next((given[n] for n in (names[0], ready_made.removesuffix("_embeds")) if given.get(n)), None)
         if any(name.startswith(ready_made) and given[name] is not None for name in given) or (
@@ -186,13 +203,31 @@ class PipelineRows:
     def _on_latents(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._encoding = False
         bound = inspect.signature(type(self.pipeline).prepare_latents).bind(self.pipeline, *args, **kwargs)
-        generator = bound.arguments.get("generator")
+        generator = bound.arguments.get("generator") if bound.arguments.get("latents") is None else None
+        self._seeds = []
         # Read before the draw: a generator's initial seed is what the caller set, whatever was drawn since.
         if isinstance(generator, torch.Generator):
             self._seeds = [generator.initial_seed()]
         elif isinstance(generator, Sequence):
             self._seeds = [g.initial_seed() for g in generator]
         return proceed(*args, **kwargs)
+
+
+def is_pipeline(target: Any) -> bool:
+    """Whether an object is a pipeline with a transformer and a scheduler."""
+    return hasattr(target, "transformer") and hasattr(target, "scheduler") and not isinstance(target, nn.Module)
+
+
+def calling_pipeline(transformer: nn.Module) -> Any:
+    """The pipeline in whose `__call__` an unwrapped transformer is called just now; None if there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            owner: Any = frame.f_locals.get("self")
+            if is_pipeline(owner) and unwrap(owner.transformer) is transformer:
+                return owner
+        frame = frame.f_back
+    return None
 
 
 def _same(row: Tensor, encoded: Tensor) -> bool:

@@ -5,32 +5,37 @@
     run[AttentionMass].table()
 
 With observers only, the model's output is bitwise the stock output. Everything is restored when the context ends, after
-an error too. A selected layer whose attention is never seen raises: an empty result must not look like a result.
+an error too. A selected layer whose attention is never seen raises: an empty result must not look like a result. Where
+a cache or a guider leaves out layers of some steps, the others are reported, with a warning: `run.notes`.
 
 Layers are 0-based joint-attention layers in forward order; steps are 0-based sampling steps.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mmdit_probe.attention.intercept import Detach, Edit, ModuleCall, Record, Stage, Transform, interpose, watch
+from mmdit_probe.attention.call import without_autocast
+from mmdit_probe.attention.intercept import Detach, Edit, ModuleCall, Record, Stage, Transform, hook, interpose, watch
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.discover_layout import bind
 from mmdit_probe.models.families.facts import Family
 from mmdit_probe.models.layout import Layer, Layout, Places, arranged, unwrap
 from mmdit_probe.models.mmdit import Batch, MMDiT
 from mmdit_probe.models.tokens import TokenTable, fitted
-from mmdit_probe.observe.backend import backend_of, native_attention
+from mmdit_probe.observe.backend import hiding, processor_of, refuse_sharded, skipping
+from mmdit_probe.observe.clock import Clock
 from mmdit_probe.observe.facts import Facts, facts_of
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
-from mmdit_probe.observe.pipeline_labels import PipelineRows
+from mmdit_probe.observe.pipeline_labels import PERTURBED, PipelineRows, calling_pipeline, is_pipeline
 from mmdit_probe.observe.sample_order import canonical, canonical_hidden, hidden_keys, joined
 from mmdit_probe.specs import Spec, layer_indices, step_indices
 
@@ -68,7 +73,7 @@ def probe(
     Args:
         target: an `MMDiT`, a stock diffusers pipeline, or a bare transformer.
         observers: what to measure, e.g. `AttentionMass()`.
-        layers: "all", 9, "7-11", "0,9" or [0, 9].
+        layers: "all", 9, "7-11", "0,9" or [0, 9]: what the observers see; without observers, none.
         steps: sampling steps to observe: "all", "last-8", 20, "0,20", ...; the others run at stock cost. Calls of
             `MMDiT.denoise` are always observed.
         edits: interventions, each with layers of its own.
@@ -76,14 +81,20 @@ def probe(
         branches: for a bare transformer, the branches of a batch in order, e.g. ("uncond", "cond").
 
     Raises:
-        UserError: not an MM-DiT, unknown layers. RunError (on exit): a selected layer was never seen.
+        UserError: not an MM-DiT, unknown layers; on exit, no call was at the selected steps. RunError: a selected layer
+            was not seen, or only in part of the samples.
     """
     every = [edits] if hasattr(edits, "handler") else list(edits)  # type: ignore[arg-type]
     return Run(target, observers, layers, steps, every, tokens, branches)
 
 
 class Run:
-    """A probe in progress, and its observers afterwards: `run[AttentionMass]` is the observer of that class."""
+    """A probe in progress, and its observers afterwards: `run[AttentionMass]` is the observer of that class.
+
+    Attributes:
+        notes: what the tables lack or do not know, one sentence each; every one was a warning.
+        current: the denoising call in progress.
+    """
 
     def __init__(
         self,
@@ -96,7 +107,7 @@ class Run:
         branches: Sequence[str] | None = None,
     ) -> None:
         self.model = target if isinstance(target, MMDiT) else None
-        self.pipeline = target.pipeline if isinstance(target, MMDiT) else target if _is_pipeline(target) else None
+        self.pipeline = target.pipeline if isinstance(target, MMDiT) else target if is_pipeline(target) else None
         outer = target if self.pipeline is None else self.pipeline.transformer
         if not isinstance(outer, nn.Module):
             raise UserError(f"cannot probe {type(target).__name__}: expected an MMDiT, a pipeline or a transformer")
@@ -106,12 +117,13 @@ class Run:
         self._wanted = layers
         self.all_layers: list[Layer] = []
         self.layers: list[Layer] = []
-        if self._facts.layers is not None:
-            self._choose(self._facts.layers)
         self.observers = list(observers)
         self.edits = list(edits)
+        if self._facts.layers is not None:
+            self._choose(self._facts.layers)
         self.steps = steps
         self.current: DenoisingCall | None = None
+        self.notes: list[str] = []
         self._tokens = tokens
         self._branches = tuple(branches) if branches is not None else None
         follow = self.pipeline is not None and bool(self.family.encoded)
@@ -120,12 +132,14 @@ class Run:
         self._layouts: dict[str, tuple[Layout, Places | None]] = {}
         self._stack = ExitStack()
         self._calls = 0
-        self._seen: dict[int, int] = {}
+        self._recorders: list[_LayerRecorder] = []
         self._observing = False
         self._step: int | None = None
-        self._skipped: Sequence[int] = ()
-        self._clock: tuple[int, float] = (-1, float("nan"))
-        if self._scheduler is None and "last" in str(steps):
+        self._steps_run: set[int] = set()
+        self._left_out: Sequence[int] = ()
+        self._device = "cpu"
+        self._clock = Clock(getattr(self.pipeline, "scheduler", None))
+        if self._clock.steps is None and "last" in str(steps):
             raise UserError(f"steps {steps!r} of a bare transformer: the number of steps is unknown; name the indices")
 
     @property
@@ -156,7 +170,7 @@ class Run:
 
     def _choose(self, layers: list[Layer]) -> None:
         self.all_layers = layers
-        self.layers = [layers[index] for index in layer_indices(self._wanted, len(layers))]
+        self.layers = [layers[index] for index in layer_indices(self._wanted, len(layers))] if self.observers else []
 
     def __getitem__(self, kind: type[Seen]) -> Seen:
         """The observer of a class.
@@ -171,15 +185,12 @@ class Run:
         return found[0]
 
     def __enter__(self) -> Run:
+        refuse_sharded(self.transformer)
         with ExitStack() as stack:
-            stack.enter_context(native_attention(self.transformer))
             if self._rows is not None:
                 for detach in self._rows.attach():
                     stack.callback(detach)
-            # Hooks of the module that is called: they outlive a replaced `forward` (model offload re-wraps it after
-            # every pipeline call), and `always_call` runs the second one after an error too.
-            stack.callback(self._outer.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-            stack.callback(self._outer.register_forward_hook(self._after, with_kwargs=True, always_call=True).remove)
+            stack.callback(hook(self._outer, self._before, self._after))
             if hasattr(type(self.transformer), "cache_context"):
                 # Pipelines that call the transformer once per guidance branch say here which one it is.
                 stack.callback(interpose(self.transformer, "cache_context", self._on_context))
@@ -188,11 +199,21 @@ class Run:
         return self
 
     def _watch(self, stack: ExitStack) -> None:
-        for layer in self.layers:
-            stack.callback(watch(layer.module, _LayerRecorder(self, layer), "record"))
+        edited: dict[int, list[ModelEdit]] = {}
         for edit in self.edits:
             for index in layer_indices(edit.layers, len(self.all_layers)) if self.all_layers else ():
-                stack.callback(self._attach(edit, self.all_layers[index]))
+                edited.setdefault(index, []).append(edit)
+        observed = {layer.index for layer in self.layers}
+        self._recorders = [
+            _LayerRecorder(self, layer, self.observers if layer.index in observed else [])
+            for layer in self.all_layers
+            if layer.index in observed or layer.index in edited
+        ]
+        for recorder in self._recorders:
+            layer = recorder.layer
+            stack.callback(watch(layer.module, recorder, "record"))
+            for edit in edited.get(layer.index, ()):
+                stack.callback(self._attach(edit, layer))
 
     def _attach(self, edit: ModelEdit, layer: Layer) -> Detach:
         """Put an edit around the layer's attention calls, or around the forward of the block that holds it."""
@@ -205,22 +226,39 @@ class Run:
         # Guiders say "pred_cond" and "pred_uncond", and "pred_cond_skip" or the like of their perturbed forward.
         self._context = name.removeprefix("pred_")
         if name.startswith("pred_cond_"):
-            self._context = "perturbed"
+            self._context = PERTURBED
         return proceed(name, *args, **kwargs)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-        if error is None and self._calls == 0:
+        if error is not None:
+            return
+        if self._calls == 0:
             raise RunError(
                 "no denoising call was made while probing: call the probed model inside the `with` block"
                 f" (watched: {type(self.transformer).__name__})"
             )
+        if self.observers and self._steps_run and not any(recorder.ever for recorder in self._recorders):
+            ran = ", ".join(map(str, sorted(self._steps_run)))
+            raise UserError(f"no denoising call was at steps {self.steps!r}; the steps that ran are {ran}")
+        for recorder in self._recorders:
+            if not recorder.ever and recorder.skipped_by:
+                raise RunError(
+                    f"{recorder.name} did not run at any selected step: {recorder.skipped_by} skips it or reuses an"
+                    " earlier result; switch that off (a cache: transformer.disable_cache()) or select other layers"
+                )
+
+    def note(self, text: str) -> None:
+        """Say once what the tables lack or do not know."""
+        if text not in self.notes:
+            self.notes.append(text)
+            warnings.warn(text, stacklevel=3)
 
     def at(self, steps: Spec) -> bool:
         """Whether the denoising call in progress is at one of these sampling steps; calls of `MMDiT.denoise` are."""
-        return steps == "all" or self._step is None or self._step in step_indices(steps, self._step_count)
+        return steps == "all" or self._step is None or self._step in step_indices(steps, self._clock.steps or 1 << 30)
 
     # The bookkeeping of a call is no part of a compiled graph.
     @torch.compiler.disable
@@ -228,13 +266,17 @@ class Run:
         """A transformer call begins: find out what it is."""
         inputs = bind(self.transformer, args, kwargs)
         self._calls += 1
-        found = self._facts.arrange(inputs)
+        arrangements = self._facts.arrange(inputs)
         if not self.all_layers and self._facts.layers is not None:
             self._choose(self._facts.layers)
             self._watch(self._stack)
-        self._layouts = {path: arranged(arrangement) for path, arrangement in found.items()}
-        self._seen, self._observing, self._skipped = {}, True, inputs.get(self.family.skip_input) or ()
-        self.current = self._label(inputs)
+        samples = _batch_size(inputs[self.family.image_input], inputs[self.family.text_input])
+        self._layouts = {path: _spread(*arranged(of), samples) for path, of in arrangements.items()}
+        self._left_out = inputs.get(self.family.skip_input) or ()
+        self._device = next(iter(inputs[self.family.image_input])).device.type
+        for recorder in self._recorders:
+            recorder.begin()
+        self.current = self._label(inputs, samples)
 
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -243,36 +285,37 @@ class Run:
         try:
             if denoising is None or output is None:
                 return
-            self._check_seen()
+            for recorder in self._recorders:
+                self._check_seen(recorder, denoising)
             if self._observing:
-                for observer in self.observers:
-                    observer.end_call(denoising)
+                with without_autocast(self._device):
+                    for observer in self.observers:
+                        observer.end_call(denoising)
         finally:
             for observer in self.observers:
                 observer.abandon_call()
 
-    @property
-    def _scheduler(self) -> Any:
-        return getattr(self.pipeline, "scheduler", None)
-
-    def _label(self, inputs: dict[str, Any]) -> DenoisingCall:
+    def _label(self, inputs: dict[str, Any], samples: int) -> DenoisingCall:
         """What is known of the call that begins; says too whether it is to be observed."""
-        image, text = inputs[self.family.image_input], inputs[self.family.text_input]
-        rows = len(image)
         layout = next(iter(self._layouts.values()))[0]
-        step, sigmas = self._when(inputs.get(self.family.timestep_input), rows)
+        caller = calling_pipeline(self.transformer) if self._rows is not None else None
+        if caller is not None:
+            self._clock.scheduler = caller.scheduler
+        step, sigmas = self._clock.at(inputs.get(self.family.timestep_input), samples, self.family)
         batch = self.model.batch if self.model is not None else None
         if batch is None and self._rows is not None and self._branches is None:
-            batch = self._rows.batch(text, self._context, sigmas[0])
+            batch = self._followed(caller, inputs[self.family.text_input], samples, sigmas[0])
         if batch is None:
-            batch = Batch(None, [""] * rows, [-1] * rows, self._named_branches(rows))
+            batch = Batch(None, [""] * samples, [-1] * samples, self._named_branches(samples))
         self._step = step if batch.step is None else None
         self._observing = self.at(self.steps)
+        if self._step is not None:
+            self._steps_run.add(self._step)
         length = layout.counts["text"]
-        tables = self._given_tables(rows, length) or fitted(self.family, batch.tokens or (), length)
+        tables = self._given_tables(samples, length) or fitted(self.family, batch.tokens or (), length)
         prompts = [
             prompt or (table.prompt if table is not None else "")
-            for prompt, table in zip(batch.prompts, tables or [None] * rows, strict=True)
+            for prompt, table in zip(batch.prompts, tables or [None] * samples, strict=True)
         ]
         return DenoisingCall(
             number=self._calls - 1,
@@ -280,10 +323,27 @@ class Run:
             sigmas=sigmas if batch.sigmas is None else batch.sigmas,
             prompts=prompts,
             seeds=batch.seeds,
-            branches=["perturbed"] * rows if self._skipped or self._context == "perturbed" else batch.branches,
+            branches=[PERTURBED] * samples if self._left_out or self._context == PERTURBED else batch.branches,
             grid=layout.grid or (0, 0),
             _tokens=tables,
         )
+
+    def _followed(self, caller: Any, text: Any, samples: int, sigma: float) -> Batch | None:
+        """The labels that the pipeline's own calls give; None, with a note, if it did not encode this text."""
+        assert self._rows is not None
+        if caller is not None and caller is not self.pipeline:
+            self.note(
+                f"the transformer was called by another pipeline ({type(caller).__name__}) than the probed one: its"
+                " prompts, seeds and branches are unknown; probe that pipeline"
+            )
+            return None
+        batch = self._rows.batch(text, samples, self._context, sigma)
+        if batch is None and self._tokens is None:
+            self.note(
+                f"the text of a denoising call is not what {type(self.pipeline).__name__}.encode_prompt gave (did a"
+                " callback change it?): its prompt, words, seed and branch are unknown"
+            )
+        return batch
 
     def _given_tables(self, rows: int, length: int) -> list[TokenTable | None]:
         """The caller's token tables, one per row; none if none were given."""
@@ -297,10 +357,6 @@ class Run:
             )
         return list(tables)
 
-    @property
-    def _step_count(self) -> int:
-        return len(self._scheduler.timesteps) if self._scheduler is not None else 1 << 30
-
     def _named_branches(self, rows: int) -> list[str]:
         branches = self._branches
         if branches is None:
@@ -313,53 +369,51 @@ class Run:
             raise UserError(f"{rows} rows cannot be divided into the branches {', '.join(branches)}")
         return [branch for branch in branches for _ in range(rows // len(branches))]
 
-    def _when(self, timestep: Any, rows: int) -> tuple[int, list[float]]:
-        """Step and sigmas of a call: the scheduler's where the timestep is one of its own, else counted and scaled."""
-        given = float("nan") if timestep is None else timestep
-        values = torch.as_tensor(given).detach().double().cpu().reshape(-1).tolist()
-        values = values * rows if len(values) == 1 else values
-        sigmas = [self.family.sigma(value) for value in values]
-        if self._scheduler is not None and len(set(values)) == 1:
-            place = self._scheduled(values[0], sigmas[0])
-            if place is not None:
-                levels = getattr(self._scheduler, "sigmas", None)
-                return place, sigmas if levels is None else [float(levels[place])] * rows
-        count, last = self._clock
-        if sigmas[0] != last:
-            # Sampling runs from noise to image: a rise of the noise level is the start of another image.
-            self._clock = (0 if sigmas[0] > last else count + 1, sigmas[0])
-        return self._clock[0], sigmas
-
-    def _scheduled(self, timestep: float, sigma: float) -> int | None:
-        """The scheduler's place of a timestep, its own or rescaled to a noise level; None if it has none such."""
-        known = self._scheduler.timesteps.double().cpu()
-        now = getattr(self._scheduler, "step_index", None) or 0
-        # A rescaled timestep is one of the scheduler's by chance only: 1.0 is the first level and the last timestep.
-        rescaled = self.family.timesteps == 1.0
-        places = [] if rescaled else (known == timestep).nonzero()[:, 0].tolist()
-        if places:
-            return next((place for place in places if place >= now), places[0])
-        # A rescaled timestep has gone through the latents' precision, so it is only near.
-        return now if now < len(known) and abs(1000.0 * sigma - float(known[now])) < 8.0 else None
-
-    def _check_seen(self) -> None:
-        for layer in self.layers:
-            if not self._seen.get(layer.index) and layer.index not in self._skipped:
-                processor = type(getattr(layer.module, "processor", layer.module)).__name__
-                raise RunError(
-                    f"layer {layer.index} ({layer.path}, {processor}, backend {backend_of(layer.module)!r}) made no"
-                    " scaled_dot_product_attention call: its attention runs in a kernel that hides it (flash-attn,"
-                    " sage, xformers, flex or a sliced/plain processor). Set the model's default attention processor"
-                    " and the native backend, then probe again"
-                )
+    def _check_seen(self, recorder: _LayerRecorder, denoising: DenoisingCall) -> None:
+        layer = recorder.layer
+        if recorder.parts:
+            part = sum(len(record.call.query) for record in recorder.parts)
+            raise RunError(
+                f"{recorder.name} ran {part} of the {len(denoising.prompts)} samples of step {denoising.step}, it is"
+                f" unknown which ({skipping(self.transformer, layer.path) or hiding(layer.module)}); switch that off"
+                " (a cache: transformer.disable_cache())"
+            )
+        if recorder.calls or layer.index in self._left_out:
+            return
+        recorder.skipped_by = skipping(self.transformer, layer.path)
+        if not recorder.skipped_by:
+            raise RunError(
+                f"layer {layer.index} ({layer.path}, {hiding(layer.module)}) made no scaled_dot_product_attention call:"
+                " its attention runs in a kernel that hides it (flash-attn, sage, xformers, flex or a sliced/plain"
+                " processor). Set the model's default attention processor and a native backend"
+                " (transformer.set_attention_backend('native')), then probe again"
+            )
+        self.note(
+            f"{recorder.skipped_by} skips layers or reuses earlier results: layers have no rows at steps where they did"
+            " not run (transformer.disable_cache() ends a cache)"
+        )
 
 
 class _LayerRecorder:
-    """Hands one layer's attention calls to the observers of a run."""
+    """Hands one layer's attention calls to the observers of a run.
 
-    def __init__(self, run: Run, layer: Layer) -> None:
-        self.run, self.layer = run, layer
-        self._number, self._parts = -1, list[Record]()
+    Attributes:
+        calls: attention calls in the denoising call in progress. ever: whether an observed call was ever seen.
+        parts: calls of some samples each, until all samples are there. skipped_by: what left the layer out last.
+    """
+
+    def __init__(self, run: Run, layer: Layer, observers: Sequence[Observer]) -> None:
+        self.run, self.layer, self.observers = run, layer, observers
+        self.calls, self.ever, self.skipped_by = 0, False, ""
+        self.parts: list[Record] = []
+
+    @property
+    def name(self) -> str:
+        return f"layer {self.layer.index} ({self.layer.path}, {processor_of(self.layer.module)})"
+
+    def begin(self) -> None:
+        """A denoising call begins."""
+        self.calls, self.parts = 0, []
 
     def wants(self, module_call: ModuleCall) -> Literal["nothing", "call", "lse"]:
         run = self.run
@@ -371,44 +425,64 @@ class _LayerRecorder:
                 f"layer {self.layer.index} ({self.layer.path}) ran outside the transformer's own call, so its step and"
                 " prompt are unknown: call the probed model or transformer itself, not its forward or its blocks"
             )
-        run._seen[self.layer.index] = run._seen.get(self.layer.index, 0) + 1
-        if not run._observing or not run.observers:
+        self.calls += 1
+        if not run._observing:
             return "nothing"
-        return "lse" if any(observer.needs == "lse" for observer in run.observers) else "call"
+        self.ever = True
+        if not self.observers:
+            return "nothing"
+        return "lse" if any(observer.needs == "lse" for observer in self.observers) else "call"
 
     def record(self, record: Record) -> None:
         run = self.run
         assert run.current is not None
         layout, places = run.arranged(self.layer)
-        rows = len(run.current.prompts)
-        if len(record.call.query) != rows:
-            # One attention call per sample: they are looked at together when the last one is there.
-            if self._number != run.current.number:
-                self._number, self._parts = run.current.number, []
-            self._parts.append(record)
-            if sum(len(part.call.query) for part in self._parts) < rows:
+        samples = len(run.current.prompts)
+        if len(record.call.query) != samples:
+            # Several attention calls of some samples each are looked at together when the last one is there.
+            self.parts.append(record)
+            if sum(len(part.call.query) for part in self.parts) < samples:
                 return
-            record, self._parts = joined(self._parts), []
+            record, self.parts = joined(self.parts), []
         self._check(record, layout, places)
         hidden = hidden_keys(record.call)
         if hidden is not None and bool(hidden.any()):
             layout = layout.without(hidden if places is None else canonical_hidden(hidden, places))
         seen = LayerCall(self.layer, layout, run.current, record if places is None else canonical(record, places))
-        for observer in run.observers:
+        for observer in self.observers:
             observer.observe(seen)
 
     def _check(self, record: Record, layout: Layout, places: Places | None) -> None:
-        n_query, n_key = record.call.query.shape[-2], record.call.key.shape[-2]
+        samples, n_query, n_key = len(record.call.query), record.call.query.shape[-2], record.call.key.shape[-2]
         if places is None:
             fits = layout.total == n_query == n_key
         else:
             fits = int(places.keys.max()) < n_key and int(places.queries.max()) < n_query
-        if not fits:
+        assert self.run.current is not None
+        expected = len(self.run.current.prompts)
+        if not fits or samples != expected:
             raise RunError(
-                f"layer {self.layer.index} ({self.layer.path}) attends from {n_query} to {n_key} tokens; expected"
-                f" {layout.counts['image']} image and {layout.counts['text']} text tokens in one softmax"
+                f"{self.name} attends from {n_query} to {n_key} tokens in {samples} samples; expected"
+                f" {layout.counts['image']} image and {layout.counts['text']} text tokens in one softmax, in {expected}"
+                " samples. A processor that attends to more than these (an IP-Adapter's) cannot be probed: unload it"
             )
 
 
-def _is_pipeline(target: Any) -> bool:
-    return hasattr(target, "transformer") and hasattr(target, "scheduler") and not isinstance(target, nn.Module)
+def _batch_size(image: Any, text: Any) -> int:
+    """B, the samples of a transformer call: one image or one text broadcasts."""
+    several = len(image) == 1 and all(not isinstance(value, Tensor) or value.ndim > 2 for value in (image, text))
+    return len(text) if several else len(image)
+
+
+def _spread(layout: Layout, places: Places | None, samples: int) -> tuple[Layout, Places | None]:
+    """A layout, and the places of its tokens, for every sample where one stands for all."""
+
+    def spread(which: Tensor | None) -> Tensor | None:
+        return which if which is None or len(which) != 1 else which.expand(samples, -1)
+
+    if samples == 1 or places is None:
+        return layout, places
+    keys, queries = places.keys, places.queries
+    if len(keys) == 1:
+        places = Places(keys.expand(samples, -1), queries.expand(samples, -1))
+    return replace(layout, keys=spread(layout.keys), queries=spread(layout.queries)), places

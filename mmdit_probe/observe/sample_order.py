@@ -78,17 +78,15 @@ def canonical_hidden(hidden: Tensor, places: Places) -> Tensor:
 
 
 def joined(records: Sequence[Record]) -> Record:
-    """One record of B samples from B records of one sample each; shorter ones are padded with zeros at the end.
+    """One record of B samples from records of some samples each; shorter ones are padded with zeros at the end.
 
     Raises:
-        RunError: the calls have masks, which are not joined.
+        RunError: the calls are causal, or have masks and differ in length.
     """
     calls = [record.call for record in records]
-    if any(call.attn_mask is not None or call.is_causal for call in calls):
-        raise RunError("attention is called once per sample with a mask each: not supported")
     call = SDPACall(
         _stacked([c.query for c in calls]), _stacked([c.key for c in calls]), _stacked([c.value for c in calls]),
-        None, 0.0, False, calls[0].scale_factor, calls[0].enable_gqa,
+        _joined_masks(calls), 0.0, False, calls[0].scale_factor, calls[0].enable_gqa,
     )  # fmt: skip
     rows = [record.lse for record in records]
     lse = None if any(row is None for row in rows) else _stacked([row[..., None] for row in rows if row is not None])
@@ -96,15 +94,29 @@ def joined(records: Sequence[Record]) -> Record:
     return Record(call, output, records[0].module_call, None if lse is None else lse[..., 0], True)
 
 
+def _joined_masks(calls: Sequence[SDPACall]) -> Tensor | None:
+    """The masks of calls one after the other, [B, H or 1, Nq or 1, Nk]; calls without one keep every key."""
+    masks = [call.mask for call in calls if call.mask is not None]
+    lengths = {(call.query.shape[2], call.key.shape[2]) for call in calls}
+    if any(call.is_causal for call in calls) or (masks and len(lengths) > 1):
+        raise RunError("attention is called once per sample, causal or with a mask and of several lengths")
+    if not masks:
+        return None
+    boolean = all(mask.dtype == torch.bool for mask in masks)
+    shape = (*(max(mask.shape[axis] for mask in masks) for axis in (1, 2)), calls[0].key.shape[2])
+    parts = []
+    for call in calls:
+        mask = call.mask if boolean else call.additive_mask(torch.float32)
+        if mask is None:
+            mask = torch.full((1, 1, 1, 1), boolean, device=call.query.device, dtype=None if boolean else torch.float32)
+        parts.append(mask.expand(len(call.query), *shape))
+    return torch.cat(parts)
+
+
 def hidden_keys(call: SDPACall) -> Tensor | None:
     """Keys that the mask hides from every query, boolean [B or 1, Nk]; None if there are none for sure."""
-    if call.attn_mask is None:
-        return None
-    mask = call.attn_mask
-    kept = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    kept = kept.reshape((1,) * (4 - kept.ndim) + tuple(kept.shape))
-    hidden = ~kept.any(2).any(1)
-    return hidden.expand(-1, call.key.shape[-2])
+    kept = call.kept()
+    return None if kept is None else (~kept.any(2).any(1)).expand(-1, call.key.shape[-2])
 
 
 def _mask(call: SDPACall, keys: Tensor, queries: Tensor) -> Tensor:
@@ -113,11 +125,9 @@ def _mask(call: SDPACall, keys: Tensor, queries: Tensor) -> Tensor:
     absent = (keys < 0)[:, None, None]
     if call.is_causal:
         raise RunError("causal joint attention whose samples differ is not supported")
-    if call.attn_mask is None:
+    if call.mask is None:
         return ~absent
-    mask = call.attn_mask.reshape((1,) * (4 - call.attn_mask.ndim) + tuple(call.attn_mask.shape)).expand(
-        batch, -1, -1, call.key.shape[-2]
-    )
+    mask = call.mask.expand(batch, -1, -1, call.key.shape[-2])
     index = keys.clamp(min=0)[:, None, None].expand(batch, mask.shape[1], mask.shape[2], count)
     mask = mask.gather(3, index)
     if mask.shape[2] > 1:

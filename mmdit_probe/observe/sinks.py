@@ -58,7 +58,7 @@ class KeyMass(Observer):
         labels = seen.layout.labels
         weights = torch.stack([labels == 0, labels == 1]).float()
         weights = (weights / weights.sum(1, keepdim=True).clamp(min=1)).to(seen.call.query.device)
-        masses = exact.column_sums(seen.call, seen.lse, slice(0, seen.layout.total), weights)  # [B, H, 2, N]
+        masses = exact.reduce(seen.call, seen.lse, slice(None), query_weights=weights[None])  # [B, H, 2, N]
         self._seen[seen.layer.index] = (seen, masses.cpu())
 
     def end_call(self, denoising: DenoisingCall) -> None:
@@ -179,7 +179,7 @@ class SinkFree(Observer):
         device = call.query.device
         weights = (layout.labels == 0).float()[None]
         weights = (weights / weights.sum().clamp(min=1)).to(device)
-        masses = exact.column_sums(call, lse, slice(0, layout.total), weights)[:, :, 0]  # [B, H, N]
+        masses = exact.reduce(call, lse, slice(None), query_weights=weights[None])[:, :, 0]  # [B, H, N]
         sinks = masses > SINK / layout.total
         image, text = layout.positions("image"), layout.positions("text")
         words = torch.zeros(len(seen.tokens), layout.counts["text"], dtype=torch.bool)
@@ -188,11 +188,11 @@ class SinkFree(Observer):
         spared = torch.zeros(len(words), layout.total, dtype=torch.bool)
         spared[:, text] = words
         sinks &= ~spared[:, None].to(device)
-        plain = exact.column_maps(call, lse, text, image)  # [B, H, I, T]
+        plain = exact.reduce(call, lse, text, image)  # [B, H, I, T]
         places = sinks.flatten(0, 1).any(0).nonzero()[:, 0]
         taken = torch.zeros_like(plain[..., 0])
         if len(places):
-            there = exact.column_maps(call, lse, places, image)  # [B, H, I, U]
+            there = exact.reduce(call, lse, places, image)  # [B, H, I, U]
             taken = (there * sinks[:, :, None, places]).sum(-1)
         # Masked rather than divided by one minus the removed share, which rounds away where sinks take nearly all.
         bias = torch.zeros(sinks.shape, device=device).masked_fill_(sinks, float("-inf"))[:, :, None]  # [B, H, 1, N]
@@ -202,7 +202,7 @@ class SinkFree(Observer):
         rest = exact.logsumexp(without)
         if rest is None:
             raise UserError("maps without sinks need a kernel that gives the log-sum-exp of masked attention")
-        clean = exact.column_maps(without, rest, text, image)
+        clean = exact.reduce(without, rest, text, image)
         plain, clean = (maps.unflatten(2, layout.grid).cpu() for maps in (plain, clean))
         self._seen[seen.layer.index] = (plain, clean, taken.mean(-1).cpu())
 

@@ -4,8 +4,6 @@ fail."""
 from __future__ import annotations
 
 import functools
-import io
-import threading
 from typing import Any
 
 import pytest
@@ -32,8 +30,8 @@ def dense(call: SDPACall) -> Tensor:
 
 
 def mean_weights() -> Tensor:
-    weights = torch.zeros(2, N)
-    weights[0, :IMAGE], weights[1, IMAGE:] = 1 / IMAGE, 1 / TEXT
+    weights = torch.zeros(1, 2, N)
+    weights[:, 0, :IMAGE], weights[:, 1, IMAGE:] = 1 / IMAGE, 1 / TEXT
     return weights
 
 
@@ -78,8 +76,8 @@ def test_column_sums_match_the_explicit_softmax(case: str, dtype: torch.dtype) -
     call = make(dtype, **options)
     _, lse = exact.attend(call)
     assert lse is not None
-    sums = exact.column_sums(call, lse, slice(IMAGE, N), mean_weights())
-    expected = torch.einsum("gn,bhnk->bhgk", mean_weights().double(), dense(call)[..., IMAGE:])
+    sums = exact.reduce(call, lse, slice(IMAGE, N), query_weights=mean_weights())
+    expected = torch.einsum("gn,bhnk->bhgk", mean_weights()[0].double(), dense(call)[..., IMAGE:])
     assert (sums - expected).abs().max() < TOLERANCE[dtype]
     assert (sums.sum(-1) - expected.sum(-1)).abs().max() < TOLERANCE[dtype]
 
@@ -107,8 +105,8 @@ def test_a_wrong_lse_is_noticed() -> None:
     call = make()
     _, lse = exact.attend(call)
     assert lse is not None
-    expected = torch.einsum("gn,bhnk->bhgk", mean_weights().double(), dense(call)[..., IMAGE:]).sum(-1)
-    shifted = exact.column_sums(call, lse + 1e-4, slice(IMAGE, N), mean_weights()).sum(-1)
+    expected = torch.einsum("gn,bhnk->bhgk", mean_weights()[0].double(), dense(call)[..., IMAGE:]).sum(-1)
+    shifted = exact.reduce(call, lse + 1e-4, slice(IMAGE, N), query_weights=mean_weights()).sum(-1)
     assert (shifted - expected).abs().max() > 10 * TOLERANCE[torch.float32]
 
 
@@ -120,7 +118,7 @@ def test_bfloat16_columns_without_the_upcast_would_miss() -> None:
     rounded = (call.query @ call.key[:, :, IMAGE:].transpose(-1, -2)).float() * call.scale_factor
     naive = torch.exp(rounded - lse[..., None])
     expected = dense(call)[..., IMAGE:]
-    upcast = exact.columns(call, lse, slice(IMAGE, N))
+    upcast = exact.reduce(call, lse, slice(IMAGE, N))
     assert (naive - expected).abs().max() > 1e-3
     assert (upcast - expected).abs().max() < 1e-4
 
@@ -131,7 +129,7 @@ def test_grouped_heads_are_repeated() -> None:
     output, lse = exact.attend(grouped)
     assert lse is not None
     assert torch.equal(output, grouped.stock())
-    assert (exact.columns(grouped, lse, slice(IMAGE, N)) - dense(grouped)[..., IMAGE:]).abs().max() < 2e-6
+    assert (exact.reduce(grouped, lse, slice(IMAGE, N)) - dense(grouped)[..., IMAGE:]).abs().max() < 2e-6
 
 
 def float_mask(hidden: float = 0.0) -> Tensor:
@@ -177,12 +175,12 @@ def test_every_precision_mask_and_grouping_of_this_device(
     live, half = true_lse.isfinite(), dtype in (torch.bfloat16, torch.float16)
     assert lse is not None and lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert (lse - true_lse)[live].abs().max() < (3e-4 if half else 5e-6)
-    assert (exact.columns(call, lse, slice(IMAGE, N)) - expected[..., IMAGE:]).abs().max() < (2e-4 if half else 3e-6)
+    assert (exact.reduce(call, lse, slice(IMAGE, N)) - expected[..., IMAGE:]).abs().max() < (2e-4 if half else 3e-6)
     groups = (torch.arange(N) >= IMAGE).long()
     for at_hand in (lse, None):
         found = exact.group_masses(call, at_hand, groups, 2)
         assert (found - reference.group_masses(expected, groups, 2)).abs().max() < (2e-4 if half else 5e-6)
-    seen = exact.live_rows(call)
+    seen = exact.live_queries(call)
     assert torch.equal(live, torch.ones_like(live) if seen is None else seen.expand_as(live))
 
 
@@ -199,7 +197,7 @@ def test_masks_lie_as_the_efficient_kernel_wants_them(shape: tuple[int, ...]) ->
 def test_rows_hidden_by_the_smallest_number_see_nothing_either() -> None:
     """Minus infinity is written so by many models; the softmax of such a row has no meaning, and no mass."""
     call = make(attn_mask=float_mask(torch.finfo(torch.float32).min)[:, :3])
-    live = exact.live_rows(call)
+    live = exact.live_queries(call)
     assert live is not None and not live[0, :, 3].any() and live[0, :, 4].all()
     _, lse = exact.attend(call)
     for at_hand in (lse, None):
@@ -210,7 +208,7 @@ def test_rows_hidden_by_the_smallest_number_see_nothing_either() -> None:
 
 def test_rows_that_see_nothing_have_no_mass() -> None:
     call = make(attn_mask=bool_mask(dead_row=True))
-    live = exact.live_rows(call)
+    live = exact.live_queries(call)
     assert live is not None and not live[0, 0, 3] and live[1, 0, 3]
     _, lse = exact.attend(call)
     groups = (torch.arange(N) >= IMAGE).long()
@@ -226,7 +224,7 @@ def test_permuting_text_keys_permutes_columns() -> None:
     mixed = torch.cat([torch.arange(IMAGE), IMAGE + order])
     permuted = SDPACall(call.query, call.key[:, :, mixed], call.value[:, :, mixed])
     sums = [
-        exact.column_sums(c, lse, slice(IMAGE, N), mean_weights())
+        exact.reduce(c, lse, slice(IMAGE, N), query_weights=mean_weights())
         for c in (call, permuted)
         for lse in [exact.attend(c)[1]]
         if lse is not None
@@ -250,8 +248,8 @@ def test_transposed_inputs_give_the_same() -> None:
     seen = SDPACall(*views)
     (_, one), (_, two) = exact.attend(call), exact.attend(seen)
     assert one is not None and two is not None
-    expected = exact.column_sums(call, one, slice(IMAGE, N), mean_weights())
-    assert torch.allclose(exact.column_sums(seen, two, slice(IMAGE, N), mean_weights()), expected, atol=1e-7)
+    expected = exact.reduce(call, one, slice(IMAGE, N), query_weights=mean_weights())
+    assert torch.allclose(exact.reduce(seen, two, slice(IMAGE, N), query_weights=mean_weights()), expected, atol=1e-7)
 
 
 def test_results_do_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,9 +263,9 @@ def test_results_do_not_depend_on_the_blocks(monkeypatch: pytest.MonkeyPatch) ->
         keys = torch.tensor([1, 48, 49, 60])
         spread = torch.rand(2, len(rows), 2, generator=torch.Generator().manual_seed(3))
         return [
-            exact.column_sums(call, lse, keys, weights),
-            exact.column_maps(call, lse, slice(IMAGE, N), slice(0, IMAGE)),
-            exact.row_maps(call, lse, slice(0, IMAGE), rows, spread),
+            exact.reduce(call, lse, keys, query_weights=weights),
+            exact.reduce(call, lse, slice(IMAGE, N), slice(0, IMAGE)),
+            exact.reduce(call, lse, slice(0, IMAGE), rows, query_weights=spread.mT),
             exact.group_masses(call, lse, torch.arange(N) % 4, 4),
         ]
 
@@ -282,13 +280,13 @@ def test_maps_are_columns_and_rows_of_the_matrix() -> None:
     _, lse = exact.attend(call)
     assert lse is not None
     attention = dense(call)
-    maps = exact.column_maps(call, lse, slice(IMAGE, N), slice(0, IMAGE), head_mean=True)
+    maps = exact.reduce(call, lse, slice(IMAGE, N), slice(0, IMAGE), head_mean=True)
     assert (maps - attention[:, :, :IMAGE, IMAGE:].mean(1)).abs().max() < 2e-6
-    pair = torch.zeros(1, TEXT, 1)
-    pair[0, [2, 4]] = 0.5
-    rows = exact.row_maps(call, lse, slice(0, IMAGE), slice(IMAGE, N), pair)
+    pair = torch.zeros(1, 1, TEXT)
+    pair[..., [2, 4]] = 0.5
+    rows = exact.reduce(call, lse, slice(0, IMAGE), slice(IMAGE, N), query_weights=pair)
     expected = attention[:, :, [IMAGE + 2, IMAGE + 4], :IMAGE].mean(2)
-    assert (rows[..., 0] - expected).abs().max() < 2e-6
+    assert (rows[:, :, 0] - expected).abs().max() < 2e-6
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-4)])
@@ -305,13 +303,17 @@ def test_queries_of_one_stride_are_multiplied_where_they_are(
     lse = exact.logsumexp(call)
     assert lse is not None
     assert len(list(tiles.blocks(call, lse, slice(IMAGE, N), rows))) > 2
-    found = exact.columns(call, lse, slice(IMAGE, N), rows)
+    found = exact.reduce(call, lse, slice(IMAGE, N), rows)
     assert (found - dense(packed)[:, :, rows, IMAGE:]).abs().max() < tolerance
 
 
-def test_the_precision_switch_is_put_back_and_left_alone_beside_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("owned", [False, True])
+def test_the_process_wide_precision_is_touched_only_in_a_process_that_is_ours(
+    owned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before, seen = matmul.fp32_precision, []
+    monkeypatch.setattr(tiles, "BFLOAT16_UNITS", owned)
 
     def spy(product: Any, *operands: Tensor, **options: Any) -> Tensor:
         seen.append(matmul.fp32_precision)
@@ -322,29 +324,12 @@ def test_the_precision_switch_is_put_back_and_left_alone_beside_other_threads(mo
     call = make(torch.bfloat16)
     lse = exact.logsumexp(call)
     assert lse is not None
-    exact.columns(call, lse, slice(IMAGE, N))
-    assert set(seen) == {"bf16"} and matmul.fp32_precision == before
+    found = exact.reduce(call, lse, slice(IMAGE, N))
+    assert (found - dense(call)[..., IMAGE:]).abs().max() < 1e-4
+    assert set(seen) == {"bf16" if owned else before} and matmul.fp32_precision == before
     with pytest.raises(RuntimeError):
         tiles._logits(call.query)(torch.ones(1), torch.ones(1, 2, 3), torch.ones(1, 2, 3), 1.0, torch.empty(1))
     assert matmul.fp32_precision == before
-    seen.clear()
-    stop = threading.Event()
-    other = threading.Thread(target=stop.wait)
-    other.start()
-    try:
-        exact.columns(call, lse, slice(IMAGE, N))
-    finally:
-        stop.set()
-        other.join()
-    assert set(seen) == {before}
-
-
-def test_a_progress_bar_is_no_other_computation() -> None:
-    from tqdm import tqdm
-
-    with tqdm(total=1, disable=False, file=io.StringIO()):  # starts a thread that watches the bar
-        assert threading.active_count() > 1
-        assert tiles._alone()
 
 
 def test_the_output_keeps_its_gradient() -> None:

@@ -59,7 +59,7 @@ def test_a_probe_that_breaks_where_the_model_runs_fails_and_is_no_missing_kernel
         raise RuntimeError("wrong stride")
 
     monkeypatch.setattr(kernels, "CASES", kernels.CASES[:1])
-    monkeypatch.setattr(exact, "column_sums", broken)
+    monkeypatch.setattr(exact, "reduce", broken)
     row = kernels.check(CASES["head 64"], "float32", "cpu", "flash")
     assert row["status"] == "fail" and row["reason"] == "wrong stride"
     with pytest.raises(SystemExit) as stop:

@@ -26,7 +26,7 @@ def by_hand(model: MMDiT, edit: Blur, scale: float, guidance: float, uncondition
     sigmas = scheduler.sigmas.tolist()
     for k in range(STEPS):
         c = model.denoise(latents, sigmas[k], cond)
-        with probe(model, edits=edit, layers=[0]):
+        with probe(model, edits=edit):
             p = model.denoise(latents, sigmas[k], cond)
         base = c
         if unconditional:

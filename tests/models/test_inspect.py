@@ -1,4 +1,4 @@
-"""`models.inspect` and the mechanical layout: what they find, and what they refuse."""
+"""`observe.inspect` and the mechanical layout: what they find, and what they refuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from mmdit_probe.cli.models import app
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.discover_layout import input_names, taint
-from mmdit_probe.models.inspect import inspect_call, inspect_model
+from mmdit_probe.observe.inspect import inspect_call, inspect_model
 from tests import tiny
 from tests.families import CROSS_ATTENTION, FIXTURES
 

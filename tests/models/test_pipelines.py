@@ -177,7 +177,7 @@ def test_a_tokenizer_that_cannot_be_read_leaves_words_unknown(monkeypatch: pytes
     def unreadable(*_: Any) -> None:
         raise UserError("does not say which characters a token stands for")
 
-    monkeypatch.setattr("mmdit_probe.observe.rows.token_tables", unreadable)
+    monkeypatch.setattr("mmdit_probe.observe.pipeline_labels.token_tables", unreadable)
     with pytest.warns(UserWarning, match="stay unknown: does not say"):
         table = sample(model, "a cat", guidance=3.0)
     assert set(table[table["key"] == "text"]["span"]) == {"unknown"} and set(table["prompt"]) == {"a cat"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pandas as pd
@@ -119,30 +120,33 @@ def registry() -> Iterator[Any]:
     _AttentionBackendRegistry._active_backend = before
 
 
+@pytest.mark.parametrize("backend", ["_native_math", "_native_flash", "flex"])
+@pytest.mark.parametrize("chosen", ["model", "context", "inside"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-def test_a_backend_that_hides_attention_is_replaced_and_comes_back(registry: Any) -> None:
+def test_the_users_backend_stays_and_one_that_hides_attention_is_refused_by_name(
+    backend: str, chosen: str, registry: Any
+) -> None:
     """Flux asks diffusers' dispatch which kernel to take; flex attention never calls torch's function."""
-    from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+    from diffusers.models.attention_dispatch import attention_backend
 
     model, inputs = FIXTURES["flux"].build(), FIXTURES["flux"].inputs()
     with probe(model, AttentionMass()) as plain:
         run(model, inputs)
-    model.set_attention_backend("flex")
-    with probe(model, AttentionMass()) as watched:
-        run(model, inputs)
-    assert torch.equal(masses(watched), masses(plain))
-    processors = [block.attn.processor for block in model.transformer_blocks]
-    assert {processor._attention_backend for processor in processors} == {AttentionBackendName.FLEX}
-    assert registry._active_backend == AttentionBackendName.FLEX
-    model.reset_attention_backend()
-    # Taken inside the probe: seen where torch's function still runs, an error where it does not.
-    with probe(model, AttentionMass()) as watched, attention_backend("_native_math"):
-        run(model, inputs)
-    torch.testing.assert_close(masses(watched), masses(plain), atol=1e-6, rtol=0)
-    with (
-        pytest.raises(RunError, match=r"layer 0 \(transformer_blocks.0.attn, FluxAttnProcessor, backend 'flex'\)"),
-        probe(model, AttentionMass()),
-        attention_backend("flex"),
-    ):
-        run(model, inputs)
-    assert registry._active_backend == AttentionBackendName.FLEX
+    if chosen == "model":
+        model.set_attention_backend(backend)
+    before = registry._active_backend
+    with ExitStack() as stack:
+        if chosen == "context":
+            stack.enter_context(attention_backend(backend))
+        if backend == "flex":
+            refusal = r"layer 0 \(transformer_blocks.0.attn, FluxAttnProcessor, backend 'flex'\)"
+            stack.enter_context(pytest.raises(RunError, match=refusal))
+        watched = stack.enter_context(probe(model, AttentionMass()))
+        if chosen == "inside":
+            stack.enter_context(attention_backend(backend))
+        seen = run(model, inputs)
+    assert registry._active_backend == before
+    if backend != "flex":
+        with attention_backend(backend):
+            assert all(torch.equal(a, b) for a, b in zip(seen, run(model, inputs), strict=True))
+        torch.testing.assert_close(masses(watched), masses(plain), atol=1e-6, rtol=0)

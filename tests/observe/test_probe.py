@@ -272,24 +272,6 @@ def test_a_call_that_bypasses_the_transformer_raises(pipe: Any) -> None:
         pipe.transformer.forward(**bare_inputs())
 
 
-def test_another_backend_is_switched_and_put_back(pipe: Any) -> None:
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-
-    processor = pipe.transformer.transformer_blocks[0].attn.processor
-    processor._attention_backend = AttentionBackendName.FLEX
-    process_wide = _AttentionBackendRegistry._active_backend
-    _AttentionBackendRegistry._active_backend = AttentionBackendName.FLEX
-    try:
-        with pytest.raises(ValueError, match="inside"), probe(pipe, AttentionMass()):
-            assert processor._attention_backend is None
-            assert _AttentionBackendRegistry._active_backend == AttentionBackendName.NATIVE
-            raise ValueError("inside")
-        assert processor._attention_backend == AttentionBackendName.FLEX
-        assert _AttentionBackendRegistry._active_backend == AttentionBackendName.FLEX
-    finally:
-        _AttentionBackendRegistry._active_backend = process_wide
-
-
 def test_context_parallelism_is_refused(pipe: Any) -> None:
     pipe.transformer._parallel_config = object()
     with pytest.raises(UserError, match="context parallelism"), probe(pipe, AttentionMass()):
