@@ -24,17 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit_probe.attention.call import without_autocast
-from mmdit_probe.attention.intercept import (
-    Detach,
-    Edit,
-    ModuleCall,
-    Record,
-    Stage,
-    Transform,
-    hook,
-    interpose,
-    watch,
-)
+from mmdit_probe.attention.intercept import Detach, Edit, ModuleCall, Record, Stage, Transform, hook, interpose, watch
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.discover_layout import bind
 from mmdit_probe.models.families.facts import Family
