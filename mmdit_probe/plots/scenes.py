@@ -26,7 +26,7 @@ def contact_sheet(items: Sequence[Scene], captions: Sequence[str]) -> Figure:
     """
     cells = [[_picture(item, panel) for panel in PANELS] for item in items]
     legend = dict(zip(CLASSES, palette(len(CLASSES)) / 255, strict=True))
-    return sheet(cells, PANELS, captions, legend=legend, side=0.75)
+    return sheet(cells, PANELS, captions, legend=legend, side=0.6)
 
 
 def _picture(item: Scene, panel: str) -> np.ndarray:

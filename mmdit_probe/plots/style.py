@@ -124,16 +124,16 @@ def legend(figure: Figure, *axes: Axes, handles: Sequence[Any] = (), place: Plac
 
 def errorbars(
     axes: Axes, at: ArrayLike, middle: ArrayLike, low: ArrayLike, high: ArrayLike, number: int, *, label: str = "",
-    joined: bool = True, hollow: bool = False, horizontal: bool = False, colour: str | None = None,
+    joined: bool = True, hollow: bool = False, horizontal: bool = False,
 ) -> None:  # fmt: skip
     """A series with its intervals, which lie inside the axes; without an interval (NaN) a point stands alone.
 
     Args:
         at, middle, low, high: one per point, at along the axes.
-        number: of the series; decides colour, marker and line. colour: another colour.
+        number: of the series; decides colour, marker and line.
         joined: by a line. hollow: markers, as controls have them. horizontal: values run along x.
     """
-    colour = colour or COLOURS[number % len(COLOURS)]
+    colour = COLOURS[number % len(COLOURS)]
     value = np.asarray(middle, float)
     error = np.maximum([value - np.asarray(low, float), np.asarray(high, float) - value], 0)
     place = np.asarray(at, float)
