@@ -15,7 +15,7 @@ record, whatever it was made from. Not here: running a model (`segment.capture`)
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -260,6 +260,12 @@ def average(records: Sequence[JointRecord]) -> JointRecord:
         if entry.name != "layer" and getattr(first, entry.name) is not None
     }
     return JointRecord(first.layer, **mean)
+
+
+def head_mean(record: JointRecord) -> JointRecord:
+    """The record with one head in place of all: their mean, [1, I, T]."""
+    text = {name: getattr(record, name) for name in ("i2t", "i2t_logit")}
+    return replace(record, **{name: part.mean(0, keepdim=True) for name, part in text.items() if part is not None})
 
 
 def region_ids(regions: Any, *sizes: tuple[int, int]) -> NDArray[np.int64]:

@@ -28,6 +28,10 @@ Heads = HeadSpec
 """Which heads count: "mean" or "all", one or some for every layer, or some per layer."""
 
 
+PER_HEAD = ("text", "words", "image-odds")
+"""Softmaxes of which the heads' mean is not that of the mean; so is "auto" where the names fill several prompts."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One segmentation method.
@@ -60,6 +64,12 @@ class Method:
     def needs(self) -> tuple[str, ...]:
         """Parts of `JointRecord` it reads with its options."""
         return self.reads(self.defaults)
+
+    @property
+    def reads_heads(self) -> bool:
+        """Whether it reads I2T head by head: some heads only, or a softmax that is not the mean of the heads'."""
+        options = self.defaults
+        return options.get("heads", "mean") != "mean" or options.get("softmax") in PER_HEAD
 
     def configure(self, options: Mapping[str, Any]) -> Method:
         """The method with other option values.
