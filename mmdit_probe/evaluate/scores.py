@@ -161,7 +161,7 @@ def map_quality(
     sets = STRETCHES[stretch](maps.float()).reshape(-1, *maps.shape[-3:])  # (M, K, h, w)
     large = F.interpolate(sets, label.shape, mode="bilinear", align_corners=False)
     predictions = np.asarray(ids)[large.argmax(1).numpy()]
-    truth = np.where(np.isin(label, ids), label, -1)
+    truth = np.where(np.isin(label, ids), label.astype(np.int64), -1)
     counts = np.stack([confusion(truth, one, classes, ignore=-1) for one in predictions])
     return counts.reshape(*maps.shape[:-3], classes, classes)
 

@@ -188,7 +188,7 @@ def test_dataset_matching_is_one_assignment_of_the_sums() -> None:
 
 def test_map_quality_counts_the_argmax_of_every_set_of_maps() -> None:
     """Maps at the label's size. Raw, class 5 has the larger numbers everywhere; stretched, each finds its half."""
-    label = np.array([[2, 2, 5, 5], [2, 2, 5, 0]])
+    label = np.array([[2, 2, 5, 5], [2, 2, 5, 0]], np.uint8)
     left = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0]])
     maps = torch.stack([left, 3 - left])
     raw, stretched = (map_quality(torch.stack([maps, maps.flip(0)]), label, [2, 5], 6, s) for s in ("none", "minmax"))
