@@ -93,9 +93,10 @@ class Captures:
     def get(
         self, name: str, image: NDArray[np.uint8], classes: Sequence[SegClass], reading: Reading, *,
         keep: Sequence[str], together: bool = True, heads_apart: bool = True,
+        text_kinds: Sequence[str] | None = None,
     ) -> Capture:  # fmt: skip
         """A capture, from the cache or from the model; arguments as in `segment.capture`."""
-        how = {"keep": keep, "together": together, "heads_apart": heads_apart}
+        how = {"keep": keep, "together": together, "heads_apart": heads_apart, "text_kinds": text_kinds}
         if self.cache is None:
             return self._captured(image, classes, reading, how)
         path = self.cache / f"{_key(name, image, classes, asdict(reading) | how | self._text)}.safetensors"

@@ -149,7 +149,7 @@ def _captured(
     """What a method and a refinement read of a picture."""
     found = capture(
         model, image, classes, reading, keep=(*method.needs, *refine.keep), together=method.together,
-        heads_apart=method.reads_heads,
+        heads_apart=method.reads_heads, text_kinds=method.text_kinds,
     )  # fmt: skip
     return found if regions is None else replace(found, regions=region_ids(regions, found.size))
 

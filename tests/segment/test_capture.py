@@ -173,3 +173,22 @@ def test_logits_are_the_scaled_products_before_the_softmax(model: MMDiT, picture
     query, key = call.query[:, :, layout.positions("image")].double(), call.key[:, :, layout.positions("text")].double()
     want = query @ key.mT / call.query.shape[-1] ** 0.5
     assert (blocks.kept[1]["i2t_logit"] - want).abs().max() < 1e-4
+
+
+def test_methods_read_the_same_from_the_columns_they_need(model: MMDiT, picture: np.ndarray) -> None:
+    classes, reading, parts = parse_classes("red ring, cat"), Reading(layers="all"), ("i2t", "i2t_logit", "i2i")
+    whole, words = (capture(model, picture, classes, reading, keep=parts, text_kinds=k) for k in (None, ("word",)))
+    record, few = whole.passes[0].records[0], words.passes[0].records[0]
+    spans = [place for query in whole.passes[0].prompt.queries for place in query.positions()]
+    assert few.part("i2t").shape[-1] == len(spans) + 1 < record.part("i2t").shape[-1]
+    assert torch.allclose(few.part("i2t").sum(-1), record.part("i2t").sum(-1), atol=1e-6)
+    assert torch.allclose(few.part("i2t_logit").logsumexp(-1), record.part("i2t_logit").logsumexp(-1), atol=1e-5)
+    for name in ("seg4diff", "diffsegmenter"):
+        for softmax in ("joint", "text", "image-odds", "words", "logit"):
+            method = METHODS[name].configure({"softmax": softmax})
+            assert method.text_kinds == ("word",) and torch.allclose(method(words), method(whole), atol=1e-5), softmax
+    assert METHODS["iseg"].text_kinds is None
+    blind, pads = (capture(model, picture, [], reading, text_kinds=kinds) for kinds in (None, ("pad", "eos")))
+    method = METHODS["seg4diff-unsup"]
+    assert method.text_kinds == ("pad", "eos") and torch.allclose(method(pads), method(blind), atol=1e-6)
+    assert method.configure({"kinds": "all"}).text_kinds is None

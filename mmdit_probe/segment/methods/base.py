@@ -43,6 +43,7 @@ class Method:
         source: paper and section of the description that was implemented.
         unsupervised: it reads the empty prompt and returns proposals.
         together: names share a prompt where they fit.
+        all_text: it reads the columns of all text tokens, not the names' alone.
         options: values that differ from the defaults.
     """
 
@@ -52,6 +53,7 @@ class Method:
     source: str
     unsupervised: bool = False
     together: bool = True
+    all_text: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -70,6 +72,14 @@ class Method:
         """Whether it reads I2T head by head: some heads only, or a softmax that is not the mean of the heads'."""
         options = self.defaults
         return options.get("heads", "mean") != "mean" or options.get("softmax") in PER_HEAD
+
+    @property
+    def text_kinds(self) -> tuple[str, ...] | None:
+        """Span kinds of the text tokens whose columns it reads one by one; None for all."""
+        if not self.unsupervised:
+            return None if self.all_text else ("word",)
+        kinds = self.defaults.get("kinds", "")
+        return None if kinds == "all" else tuple(kind.strip() for kind in kinds.split(","))
 
     def configure(self, options: Mapping[str, Any]) -> Method:
         """The method with other option values.
