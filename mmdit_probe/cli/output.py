@@ -30,15 +30,16 @@ class Output:
     def __init__(self, *, quiet: bool = False, as_json: bool = False, debug: bool = False) -> None:
         self.quiet = quiet
         self.as_json = as_json
-        self.out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False)
-        self.log = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        plain: dict[str, Any] = {"highlight": False, "emoji": False, "markup": False}  # names print as they are
+        self.out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, **plain)
+        self.log = Console(stderr=True, soft_wrap=True, **plain)
         if not debug:
             hush_libraries()
 
     def note(self, text: str) -> None:
         """A remark for the person at the terminal, on stderr. Not printed with `-q`."""
         if not self.quiet:
-            self.log.print(text, style="yellow", markup=False)
+            self.log.print(text, style="yellow")
 
     def result(self, document: dict[str, Any], tables: Sequence[Table | str] = (), path: object = None) -> None:
         """The answer: `document` with `--json`, `path` with `-q`, otherwise the tables (and lines of text)."""
@@ -49,7 +50,7 @@ class Output:
                 print(path)
         else:
             for table in tables:
-                self.out.print(table, markup=False) if isinstance(table, str) else self.out.print(table)
+                self.out.print(table)
 
     @contextmanager
     def progress(self, label: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:

@@ -157,16 +157,13 @@ def _variants(given: list[str]) -> dict[str, str | None]:
 def _table(comparison: pd.DataFrame, metric: str, baseline: str) -> Any:
     """One metric: variants by row, categories by column, mean and paired difference with its interval."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
 
     part = comparison[comparison.metric == metric]
     first = part.iloc[0]
     table = Table(
-        title=escape(
-            f"{metric}: mean, and difference to {baseline} [95 % interval over prompts], paired; n = {first.prompts}"
-            f" prompts, {first.images} pictures"
-        ),
+        title=f"{metric}: mean, and difference to {baseline} [95 % interval over prompts], paired; n = {first.prompts}"
+        f" prompts, {first.images} pictures",
         box=box.SIMPLE_HEAD,
     )
     table.add_column("variant")
@@ -182,5 +179,5 @@ def _table(comparison: pd.DataFrame, metric: str, baseline: str) -> Any:
             if name != baseline:
                 cell += f"\n{row.difference:+.3f} [{row.difference_low:+.3f}, {row.difference_high:+.3f}]"
             cells.append(cell)
-        table.add_row(name, *(escape(cell) for cell in cells))
+        table.add_row(name, *cells)
     return table

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,20 @@ def test_protocols_see_their_own_vocabulary(root: Path, captures: Captures) -> N
         plan_of(data, captures, ["seg4diff"], protocols=["predicted"], tags={}).vocabulary("predicted", "p0", truth)
     with pytest.raises(UserError, match="--tags"):
         plan_of(data, captures, ["seg4diff"], protocols=["predicted"])
+
+
+def test_an_ignored_class_stands_in_prompts_and_is_not_scored(root: Path, captures: Captures) -> None:
+    """COCO-Object of the paper's Table 1: "background" competes as a word, its pixels are not counted."""
+    plain = dataset(f"folder:{root}", 2)
+    data = replace(plain, background=None, ignore=(0,))
+    plan = plan_of(data, captures, ["seg4diff", "seg4diff-unsup"], protocols=["present"])
+    truths = [np.array(sample.label()) for sample in data]
+    assert plan.vocabulary("present", "p0", truths[0]) == [0, 1]
+    counts = frame(plan, captures)
+    assert set(counts["truth"]) == {1, 2}
+    scored = counts[counts["method"] == "seg4diff"]
+    assert scored["pixels"].sum() == sum(np.isin(truth, (1, 2)).sum() for truth in truths)
+    assert 0 in set(scored["found"])  # what the word "red" wins of the others counts against them
 
 
 def test_sweeps_take_one_thing_at_a_time(root: Path, captures: Captures) -> None:

@@ -229,7 +229,8 @@ def test_data_that_cannot_train_is_refused_before_anything_is_written(tmp_path: 
 
     class Other(Pictures):
         def __getitem__(self, index: int) -> Sample:
-            return replace(super().__getitem__(index), prompt="a house")
+            sample = super().__getitem__(index)
+            return Sample(sample.name, sample.image, "a house", sample.masks, sample.names)
 
     with pytest.raises(UserError, match="unknown word 'ring'"):
         train(fresh(), Other(), CONFIG, out=tmp_path / "run")
