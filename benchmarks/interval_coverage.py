@@ -6,9 +6,9 @@ For each kind of score, n and method: the share of simulated samples whose inter
 mean: percentile bootstrap, BCa (both scipy), studentised bootstrap, t. Of a share (0 or 1 per item): Wilson, t. The
 package uses `results.statistics.interval`; its column is measured through that function and no copy of it.
 
-`statistics.FEWEST` is the smallest n from which on no kind of mean, and no share of .2 or more, falls below 93 % by more
-than two standard errors of the simulation. (Few items say nothing of rare events: Wilson's interval of a share of .05
-goes up and down with n, from 86 to 99 %, whatever n is.)
+`statistics.FEWEST` is the smallest n from which on no kind of mean, and no share of .2 or more, falls below 93 % by
+more than two standard errors of the simulation. (Few items say nothing of rare events: Wilson's interval of a share of
+.05 goes up and down with n.)
 """
 
 from __future__ import annotations

@@ -154,7 +154,8 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
     from mmdit_probe.cli.tables import plain, report_controls
     from mmdit_probe.experiments.sweep import gains, summarise
     from mmdit_probe.plots import save
-    from mmdit_probe.plots.perturb import contact_sheet, guidance_sweep
+    from mmdit_probe.plots.perturb import guidance_sweep
+    from mmdit_probe.plots.sheet import sheet
     from mmdit_probe.results import read_table
     from mmdit_probe.results.statistics import compare
 
@@ -175,7 +176,7 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
         for s in plan
     ]
     title = f"{name}: {'perturbed guidance, ' if len(plan) > 1 else ''}g = {request['guidance']:g}"
-    figures = save(contact_sheet(cells, columns, prompts, title=title), folder.path / "generate")
+    figures = save(sheet(cells, columns, prompts, title=title), folder.path / "generate")
     if len(plan) > 1:
         figures += save(guidance_sweep(summary, title=f"{title}, n = {summary['n'].max()}"), folder.path / "sweep")
     comparison = compare(gains(table), ["layers", "scale", "outcome"])

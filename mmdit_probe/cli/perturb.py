@@ -152,7 +152,8 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
     from mmdit_probe.cli.tables import plain, report_controls
     from mmdit_probe.experiments.perturb import BUDGET, CONTROL, EDIT, NO_OP, STOCK, losses, summarise
     from mmdit_probe.plots import save
-    from mmdit_probe.plots.perturb import contact_sheet, effects_by_layer, effects_grid
+    from mmdit_probe.plots.perturb import effects_by_layer, effects_grid
+    from mmdit_probe.plots.sheet import sheet
     from mmdit_probe.results import read_table
     from mmdit_probe.results.statistics import compare
 
@@ -183,7 +184,7 @@ def _report(folder: Any, plan: Any, output: Any) -> None:
                 ]
                 heads = ["none" if c.kind == STOCK else f"layer {c.layer}" for c in columns]
                 what = title if kind == EDIT else f"{name}: random change of equal size"
-                figures += save(contact_sheet(cells, heads, prompts, title=what), folder.path / f"{TABLE}_{label}")
+                figures += save(sheet(cells, heads, prompts, title=what), folder.path / f"{TABLE}_{label}")
     comparison = compare(losses(table), ["layer", "head", "span", "outcome"])
     main = next(name for name in ("facts", "clip_t", "change") if name in table)
     against = report_controls(
