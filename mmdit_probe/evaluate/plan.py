@@ -218,7 +218,12 @@ class Plan:
             parts = {p for e in group for p in (*e.method.needs, *Refinement.parse(e.refine).keep)}
             layers = sorted({layer for e in group for layer in e.layers})
             reading = replace(self.reading, layers=layers, weights=None, sigmas=list(levels))
-            whole = captures.get(name, image, classes, reading, keep=sorted(parts), together=together)
+            kinds = [e.method.text_kinds for e in group]
+            whole = captures.get(
+                name, image, classes, reading, keep=sorted(parts), together=together,
+                heads_apart=any(e.method.reads_heads for e in group),
+                text_kinds=None if None in kinds else sorted({kind for some in kinds for kind in some or ()}),
+            )  # fmt: skip
             known: dict[tuple[int, tuple[int, ...]], Tensor] = {}
             for entry in group:
                 record = replace(whole, layers=entry.layers, weights=entry.weights)

@@ -152,6 +152,23 @@ def test_cache_answers_without_the_model(root: Path, pipe: Any, tmp_path: Path) 
         frame(plan_of(data, again, methods, {"seeds": (5,)}), again)
 
 
+def test_a_cache_holds_half_precision_within_its_stated_error(root: Path, pipe: Any, tmp_path: Path) -> None:
+    data = dataset(f"folder:{root}", 1)
+    exact, kept = Captures(lambda: MMDiT(pipe), "tiny"), Captures(lambda: MMDiT(pipe), "tiny", tmp_path / "cache")
+    parts = ["feat_proj", "i2i", "i2t", "i2t_logit"]
+    one, other = (
+        captures.get("p0", data[0].image, data.classes[:2], Reading(layers="all"), keep=parts)
+        for captures in (exact, kept)
+    )
+    for layer, record in one.passes[0].records.items():
+        for part in parts:
+            want, found = record.part(part), other.passes[0].records[layer].part(part)
+            assert found.dtype == want.dtype and ((found - want).abs() <= 5e-4 * want.abs() + 3e-8).all()
+    stored = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
+    values = sum(record.part(part).numel() for record in one.passes[0].records.values() for part in parts)
+    assert stored < 2 * values + 20_000
+
+
 def test_pictures_and_labels_of_different_size_are_named(root: Path, captures: Captures) -> None:
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(root / "labels" / "p0.png")
     with pytest.raises(UserError, match=r"p0: the picture has 40 x 56 pixels, its label 5 x 5"):
