@@ -1,4 +1,4 @@
-"""Layer, step and head specifications: the short strings a user types, as tuples of indices.
+"""Layer, step and head specifications, seeds and other numbers: what a user types, checked and as plain values.
 
 One grammar for the command line and the library, so that `--layers 0,7-9` and `probe(..., layers="0,7-9")` mean the
 same.
@@ -14,8 +14,10 @@ image. This module knows no model: counts are passed in.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import SupportsIndex
 
 from mmdit_probe.errors import UserError
 
@@ -61,15 +63,43 @@ def step_indices(spec: Spec, count: int) -> tuple[int, ...]:
     return _indices(spec, count, "step", "all, last-8, 20, 0-4 or 0,20")
 
 
+def seed_values(seed: int | Sequence[int], count: int, what: str = "images") -> list[int]:
+    """`count` seeds: those given, or seed, seed + 1, ...
+
+    Args:
+        what: what has one seed each, for the message.
+
+    Raises:
+        UserError: not whole numbers, below 0 or above 2^63 - 1 (what a table holds), or another number of them.
+    """
+    seeds = list(seed) if isinstance(seed, Iterable) else [seed + offset for offset in range(count)]
+    if len(seeds) != count:
+        raise UserError(f"{len(seeds)} seeds for {count} {what}; give one each, or one number to count up from")
+    for one in seeds:
+        if not isinstance(one, SupportsIndex) or not 0 <= int(one) < 1 << 63:
+            raise UserError(f"seed {one!r}: expected whole numbers from 0 to 2^63 - 1 = {(1 << 63) - 1}")
+    return [int(one) for one in seeds]
+
+
+def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
+    """A finite number from `low` to `high`, both included; `name` stands in the message.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not (math.isfinite(value) and low <= value <= high):
+        bounds = [f"from {low:g}"] * math.isfinite(low) + [f"to {high:g}"] * math.isfinite(high)
+        raise UserError(f"{name} {value}: expected {' '.join(['a finite number', *bounds])}")
+    return float(value)
+
+
 def _indices(spec: Spec, count: int, kind: str, forms: str) -> tuple[int, ...]:
-    if isinstance(spec, int):
-        parts: list[str] = [str(spec)]
-    elif isinstance(spec, str):
-        if spec.strip().lower() == "all":
-            return tuple(range(count))
-        parts = [part.strip() for part in spec.split(",")]
-    else:
+    if isinstance(spec, Iterable) and not isinstance(spec, str):
         parts = [str(index) for index in spec]
+    elif str(spec).strip().lower() == "all":
+        return tuple(range(count))
+    else:
+        parts = [part.strip() for part in str(spec).split(",")]
     found: set[int] = set()
     for part in parts:
         found.update(_one(part, count, kind, forms))

@@ -258,6 +258,17 @@ def _ernie(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
     }
 
 
+def _joy_plus(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
+    """Without references: `tests/models/test_registry.py` has them."""
+    return {
+        "hidden_states": torch.randn(batch, grid[0] * grid[1], CHANNELS, 1, 2, 2),
+        "encoder_hidden_states": _text(batch, lengths),
+        "encoder_hidden_states_mask": _mask(lengths, torch.long),
+        "timestep": _time(batch, 600.0),
+        "shape_list": [[(1, *grid)]] * batch,
+    }
+
+
 def _easyanimate(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
     return _plain(batch, grid, lengths) | {"hidden_states": _latents(batch, grid, 2)}
 
@@ -726,6 +737,20 @@ FIXTURES: dict[str, Fixture] = {
         },
         _easyanimate,
         frames=2,
+    ),
+    "joyimage_edit_plus": Fixture(
+        "JoyImageEditPlusTransformer3DModel",
+        {
+            "in_channels": CHANNELS,
+            "out_channels": CHANNELS,
+            "hidden_size": HEADS * WIDTH,
+            "num_attention_heads": HEADS,
+            "text_dim": TEXT,
+            "num_layers": 2,
+            "rope_dim_list": [4, 6, 6],
+        },
+        _joy_plus,
+        lengths=(7, 5),
     ),
     "motif_video": Fixture(
         "MotifVideoTransformer3DModel",

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.specs import head_indices, layer_indices, step_indices
+from mmdit_probe.specs import head_indices, layer_indices, number, seed_values, step_indices
 
 
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
         ("all", tuple(range(12))), (" All ", tuple(range(12))), ("9", (9,)), (9, (9,)), ("7-11", (7, 8, 9, 10, 11)),
-        ("0,9", (0, 9)), ("9, 0 ,7-8,8", (0, 7, 8, 9)), ([9, 0], (0, 9)), (range(2), (0, 1)),
+        ("0,9", (0, 9)), ("9, 0 ,7-8,8", (0, 7, 8, 9)), ([9, 0], (0, 9)), (range(2), (0, 1)), (np.int64(9), (9,)),
+        (np.array([9, 0]), (0, 9)),
     ],
 )  # fmt: skip
 def test_layers(spec, expected):
@@ -44,6 +48,18 @@ def test_a_written_list_is_read_back(chosen):
         (lambda: layer_indices("1,,2", 12), "cannot read '' as a layer"),
         (lambda: layer_indices("last-1", 12), "cannot read 'last-1' as a layer"),
         (lambda: layer_indices([], 12), "no layer is named"),
+        (lambda: layer_indices(math.nan, 12), "cannot read 'nan' as a layer"),
+        (lambda: layer_indices([1, math.nan], 12), "cannot read 'nan' as a layer"),
+        (lambda: layer_indices(9.0, 12), "cannot read '9.0' as a layer"),
+        (lambda: seed_values(1 << 63, 1), r"seed 9223372036854775808: expected whole numbers from 0 to 2\^63"),
+        (lambda: seed_values((1 << 63) - 1, 2), r"seed 9223372036854775808: expected whole numbers"),
+        (lambda: seed_values(-1, 1), "seed -1: expected whole numbers from 0"),
+        (lambda: seed_values([0, 1.5], 2), "seed 1.5: expected whole numbers"),
+        (lambda: seed_values([1, 2, 3], 1, "pictures"), "3 seeds for 1 pictures; give one each"),
+        (lambda: number("guidance", math.nan), "guidance nan: expected a finite number"),
+        (lambda: number("guidance", -math.inf), "guidance -inf: expected a finite number"),
+        (lambda: number("guidance", -1.0, 0.0), "guidance -1.0: expected a finite number from 0"),
+        (lambda: number("sigma", 1.5, 0, 1), "sigma 1.5: expected a finite number from 0 to 1"),
         (lambda: step_indices("last-29", 28), "step 'last-29' does not exist: there are 28 steps"),
         (lambda: step_indices("last-0", 28), "step 'last-0' does not exist"),
         (lambda: step_indices("first", 28), "cannot read 'first' as a step; expected all, last-8, 20, 0-4 or 0,20"),
@@ -53,3 +69,9 @@ def test_a_written_list_is_read_back(chosen):
 def test_refusals(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_seeds_count_up_or_are_given():
+    assert seed_values(3, 2) == [3, 4] and seed_values([7, np.int64(5)], 2) == [7, 5]
+    assert seed_values((1 << 63) - 1, 1) == [(1 << 63) - 1] and seed_values(0, 0) == []
+    assert number("sigma", 0, 0, 1) == 0.0 and number("sigma", 1, 0, 1) == 1.0

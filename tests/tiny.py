@@ -22,16 +22,16 @@ MERGES = [("r", "e"), ("re", "d</w>"), ("r", "i"), ("ri", "n"), ("rin", "g</w>")
 PIECES = ["▁a", "▁red", "▁ri", "ng", "▁cat", "▁and", "▁blue", "▁house", "▁on", "▁grass", "▁"]
 
 
-def clip_tokenizer(pad: str) -> Any:
+def clip_tokenizer(pad: str, merges: list[tuple[str, str]] = MERGES) -> Any:
     """Byte-level BPE with the full byte alphabet, plain and end-of-word, so that no character is ever unknown."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
     alphabet = sorted(ByteLevel.alphabet())
-    tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in MERGES]
+    tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(pair) for pair in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=MERGES, pad_token=pad, model_max_length=CLIP_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=pad, model_max_length=CLIP_LENGTH)
 
 
 def t5_tokenizer() -> Any:
@@ -137,3 +137,20 @@ def build(directory: Path, variant: str = "sd3", seed: int = 0) -> Path:
     pipeline(variant, seed).save_pretrained(directory, safe_serialization=True)
     assert (directory / "model_index.json").exists(), json.dumps([p.name for p in directory.iterdir()])
     return directory
+
+
+def sentencepiece_tokenizer(directory: Path) -> Any:
+    """SentencePiece in Python: no character offsets; what it was not trained on falls into bytes. Its pieces are the
+    trainer's choice."""
+    from sentencepiece import SentencePieceTrainer
+    from transformers import SentencePieceBackend
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red ring and a blue house on grass", "a cat, a house and a ring"] * 50),
+        model_prefix=str(directory / "pieces"), vocab_size=320, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, minloglevel=2, num_threads=1, pad_id=3,
+    )  # fmt: skip
+    return SentencePieceBackend(
+        vocab_file=str(directory / "pieces.model"), unk_token="<unk>", eos_token="</s>", pad_token="<pad>",
+        model_max_length=T5_LENGTH,
+    )  # fmt: skip

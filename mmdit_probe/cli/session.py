@@ -26,26 +26,6 @@ PAPER_MODEL = "stable-diffusion-3-medium"
 """Part of the names of the one model whose published numbers are shipped."""
 
 
-def open_model(name: str, *, debug: bool, **options: Any) -> MMDiT:
-    """`load`, with the bars of a download but not those of reading local files.
-
-    Args:
-        name: as in `load`. debug: leave the libraries' bars on.
-        options: `device`, `dtype`, `t5` of `load`.
-    """
-    import diffusers
-    import transformers
-
-    from mmdit_probe import assets, load
-    from mmdit_probe.attention import tiles
-
-    tiles.BFLOAT16_UNITS = True  # a command owns its process
-    if not debug and (name in assets.names() or Path(name).exists()):
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-    return load(name, **options)
-
-
 def output_of(session: Session) -> Output:
     """Where the answer goes."""
     from mmdit_probe.cli.output import Output
@@ -55,10 +35,11 @@ def output_of(session: Session) -> Output:
 
 def load_model(session: Session) -> MMDiT:
     """The model of the session."""
-    model = open_model(
-        session.model, lora=session.lora, debug=session.debug, device=session.device, dtype=session.dtype,
-        t5=not session.no_t5,
-    )  # fmt: skip
+    from mmdit_probe import load
+    from mmdit_probe.attention import tiles
+
+    tiles.BFLOAT16_UNITS = True  # a command owns its process
+    model = load(session.model, lora=session.lora, device=session.device, dtype=session.dtype, t5=not session.no_t5)
     if session.max_sequence_length is not None:
         model.max_sequence_length = session.max_sequence_length
     return model

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.models.quiet import quiet
 
 FILE = "pytorch_lora_weights.safetensors"
 """File name of an adapter in its folder; diffusers' default."""
@@ -47,20 +48,15 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
             f"LoRA {source!r} does not fit this model: {len(missing)} of its {len(wanted)} modules are not there, e.g."
             f" {missing[0]!r}"
         )
-    from diffusers.utils import logging
-
-    # The loader warns of every encoder that the adapter does not touch; what matters is checked above and below.
-    loud = logging.get_verbosity()
-    logging.set_verbosity_error()
+    options = {"weight_name": path.name} if path.is_file() else {}
+    folder = str(path.parent) if path.is_file() else source
     try:
-        if path.is_file():
-            pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)
-        else:
-            pipeline.load_lora_weights(source, adapter_name=name)
+        # The loader warns of every encoder that the adapter does not touch; what matters is checked above and below.
+        with quiet(bars=wanted is None):
+            pipeline.load_lora_weights(folder, adapter_name=name, use_safetensors=True, **options)
     except Exception as error:
-        raise RunError(f"LoRA {source!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    finally:
-        logging.set_verbosity(loud)
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RunError(f"LoRA {source!r} cannot be loaded: {reason}") from error
     if set(getattr(transformer, "peft_config", {})) == before:
         raise UserError(f"LoRA {source!r} has no weights for this transformer; nothing was loaded")
 
@@ -77,13 +73,10 @@ def read_metadata(source: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no adapter there.
     """
-    from safetensors import safe_open
-
     file = _file(Path(source))
     if not file.is_file():
         raise UserError(f"{str(source)!r} holds no {FILE}; expected a LoRA folder as diffusers writes it")
-    with safe_open(str(file), framework="pt") as opened:
-        header = opened.metadata() or {}
+    _, header = _header(file)
     return {"lora": json.loads(header.get("lora_adapter_metadata", "{}")), KEY: json.loads(header.get(KEY, "{}"))}
 
 
@@ -93,10 +86,24 @@ def _file(path: Path) -> Path:
 
 def _modules(path: Path) -> set[str]:
     """Transformer modules that an adapter file has weights for."""
-    from safetensors import safe_open
-
-    with safe_open(str(_file(path)), framework="pt") as opened:
-        keys = list(opened.keys())
+    keys, _ = _header(_file(path))
     marks = (".lora_A.", ".lora_B.", ".lora.", ".lora_magnitude")
     inside = [key.removeprefix("transformer.") for key in keys if key.startswith("transformer.")]
     return {key.split(mark)[0] for key in inside for mark in marks if mark in key}
+
+
+def _header(file: Path) -> tuple[list[str], dict[str, str]]:
+    """Names of the tensors in a file, and what stands beside them.
+
+    Raises:
+        UserError: not a safetensors file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return list(opened.keys()), opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{str(file)!r} is no safetensors file ({error}); a LoRA is read from safetensors only: convert it"
+        ) from error

@@ -4,17 +4,16 @@
     model = load("path/to/a/pipeline", device="cuda", t5=False)
     model = load("stabilityai/stable-diffusion-3-medium-diffusers")     # gated: accept its licence and log in first
 
-Weights are read from safetensors only. A random-weight twin ("scenes-sd3-random") shares everything with its base but
-the
-transformer, which is built from the same configuration with seeded random weights: the control of every analysis.
+Weights are read from safetensors only, and all of them must be there. Nothing is printed but the bars of a download. A
+random-weight twin ("scenes-sd3-random") shares everything with its base but the transformer, which is built from the
+same configuration with seeded random weights: the control of every analysis.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,12 @@ import torch
 from mmdit_probe import assets
 from mmdit_probe.errors import RunError, UserError, unknown
 from mmdit_probe.models.adapters import load_adapter
-from mmdit_probe.models.families.registry import FAMILIES, Family
+from mmdit_probe.models.families.registry import FAMILIES, Family, refuse_class
 from mmdit_probe.models.mmdit import MMDiT, default_length
+from mmdit_probe.models.quiet import quiet
 
+_ENDLESS = 1 << 30
+"""Tokenizers that do not say how long their texts are say more than this."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -56,15 +58,16 @@ def load(
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     source, twin = _source(name)
-    index = _pipeline_index(source)
-    pipeline, length = _pipeline(source, index, precision, t5)
-    if twin is not None:
-        pipeline.register_modules(transformer=random_twin(pipeline.transformer, int(twin["seed"])))
-    pipeline.set_progress_bar_config(disable=True)
-    if lora is not None:
-        load_adapter(pipeline, os.fspath(lora))
-        name = f"{name}+{os.fspath(lora)}"
-    return MMDiT(pipeline.to(where), name, length)
+    with quiet(bars=not Path(source).exists()):
+        index = _checked_index(source)
+        pipeline, length = _pipeline(source, index, precision, t5)
+        if twin is not None:
+            pipeline.register_modules(transformer=random_twin(pipeline.transformer, int(twin["seed"])))
+        pipeline.set_progress_bar_config(disable=True)
+        if lora is not None:
+            load_adapter(pipeline, os.fspath(lora))
+            name = f"{name}+{os.fspath(lora)}"
+        return MMDiT(pipeline.to(where), name, length)
 
 
 def random_twin(transformer: Any, seed: int) -> Any:
@@ -81,10 +84,6 @@ def random_twin(transformer: Any, seed: int) -> Any:
                 if not parameter.any():
                     parameter.normal_(0.0, 0.02)
     return twin.to(transformer.dtype).eval()
-
-
-def _family(transformer: str) -> Family:
-    return next(family for family in FAMILIES.values() if family.transformer == transformer)
 
 
 def embedded_models() -> list[str]:
@@ -108,37 +107,50 @@ def _source(name: str) -> tuple[str, dict[str, Any] | None]:
     raise unknown("model (no embedded model, directory or hub id of this name)", name, embedded_models())
 
 
-def _pipeline_index(source: str) -> dict[str, Any]:
-    """`model_index.json` of a directory or hub id, checked for a transformer that can be probed."""
+def pipeline_index(source: str) -> dict[str, Any]:
+    """`model_index.json` of a pipeline directory or hub id: component -> [library, class].
+
+    Raises:
+        UserError: there is none, or the hub does not give it. RunError: it cannot be read, or describes no pipeline.
+    """
     from diffusers import DiffusionPipeline
 
-    if Path(source).exists():
-        path = Path(source) / "model_index.json"
-        if not path.is_file():
-            raise UserError(f"{source} is not a diffusers pipeline directory: it has no model_index.json")
+    if not Path(source).exists():
         try:
-            index = json.loads(path.read_text())
-        except ValueError as error:
-            raise RunError(f"{path} cannot be read: {error}") from error
-    else:
-        try:
-            index = DiffusionPipeline.load_config(source)
+            found: Any = DiffusionPipeline.load_config(source)
         except Exception as error:
             raise _hub_error(source, error) from error
-    component = index.get("transformer")
-    known = [family.transformer for family in FAMILIES.values()]
-    if not component or component[1] not in known:
-        found = component[1] if component else "unet" if index.get("unet") else "no transformer"
-        raise UserError(
-            f"{source} ({index.get('_class_name', 'unknown pipeline')}, {found}) is not a known MM-DiT; "
-            f"known transformers: {', '.join(known)}"
-        )
-    family = _family(component[1])
-    if index.get("_class_name") not in family.pipelines:
+        return found
+    path = Path(source) / "model_index.json"
+    if not path.is_file():
+        raise UserError(f"{source} is not a diffusers pipeline directory: it has no model_index.json")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise RunError(f"{path} describes no pipeline: it holds a {type(found).__name__}, expected names of components")
+    for name, entry in found.items():
+        if name == "transformer" and not (isinstance(entry, list) and [type(part) for part in entry] == [str, str]):
+            raise RunError(f"{path}: {name} is {entry!r}, expected [library, class]")
+    return found
+
+
+def _checked_index(source: str) -> dict[str, Any]:
+    """The index, checked for a transformer that can be probed and a pipeline that is run here."""
+    index = pipeline_index(source)
+    kind = index.get("_class_name", "pipeline without a class")
+    found = index["transformer"][1] if index.get("transformer") else ""
+    refuse_class(found)
+    known = {family.transformer: family for family in FAMILIES.values()}
+    if found not in known:
+        found = found or ("unet" if index.get("unet") else "no transformer")
+        raise UserError(f"{source} ({kind}, {found}) is not a known MM-DiT; known transformers: {', '.join(known)}")
+    family = known[found]
+    if kind not in family.pipelines:
         taken = " or ".join(family.pipelines)
         raise UserError(
-            f"{source} is a {index.get('_class_name', 'pipeline without a class')}: load it with diffusers and give the"
-            " pipeline to `probe`; commands and `load` take "
+            f"{source} is a {kind}: load it with diffusers and give the pipeline to `probe`; commands and `load` take "
             + (f"{taken} of the {family.name} family" if taken else f"no pipeline of the {family.name} family")
         )
     return index
@@ -149,52 +161,60 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
     out)."""
     from diffusers import DiffusionPipeline
 
-    family = _family(index["transformer"][1])
+    family = next(family for family in FAMILIES.values() if family.transformer == index["transformer"][1])
     if not t5 and len({stream.length == "tokenizer" for stream in family.streams}) < 2:
         raise UserError(f"{source} reads its prompt with one text encoder only; it cannot be left out")
+    open_ended = [stream for stream in family.streams if stream.length != "tokenizer"]
     # A directory saved without an optional encoder loads only if it is passed as None again.
     left_out: dict[str, None] = {
-        name: None for name, entry in index.items() if isinstance(entry, list) and entry[0] is None
+        name: None
+        for stream in family.streams
+        for name in (*stream.encoders, *stream.tokenizers)
+        if isinstance(index.get(name), list) and index[name][0] is None
     }
-    left_out = {name: None for name in left_out if name in _stream_components(family)}
     if not t5:
-        left_out |= dict.fromkeys(
-            name for stream in family.streams if stream.length != "tokenizer" for name in stream.encoders
-        )
+        left_out |= dict.fromkeys(name for stream in open_ended for name in stream.encoders)
     try:
-        with _quiet(Path(source).exists()):
+        with quiet(bars=not Path(source).exists()) as notices:
             pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **left_out)
     except Exception as error:
         if Path(source).exists():
             raise RunError(f"{source} cannot be loaded: {_first_line(error)}") from error
         raise _hub_error(source, error) from error
+    _check_complete(source, pipeline, family, notices)
     # Read before the tokenizer goes: without its encoder the stream keeps its length and holds zeros.
     length = default_length(pipeline, family)
     if not t5:
-        pipeline.register_modules(
-            **dict.fromkeys(name for s in family.streams if s.length != "tokenizer" for name in s.tokenizers)
-        )
+        pipeline.register_modules(**dict.fromkeys(name for stream in open_ended for name in stream.tokenizers))
     return pipeline, length
 
 
-@contextmanager
-def _quiet(local: bool) -> Iterator[None]:
-    """No progress bars for files that are here already: they end before they can be read."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
+def _check_complete(source: str, pipeline: Any, family: Family, notices: list[str]) -> None:
+    """Every weight and every vocabulary was read from the files; the libraries make up what is missing.
 
-    loud = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
-    try:
-        for module in loud if local else ():
-            module.disable_progress_bar()
-        yield
-    finally:
-        for module in loud:
-            module.enable_progress_bar()
-
-
-def _stream_components(family: Family) -> set[str]:
-    return {name for stream in family.streams for name in (*stream.encoders, *stream.tokenizers)}
+    Raises:
+        RunError: one is missing.
+    """
+    for notice in notices:
+        if "newly initialized" in notice:
+            missing = re.findall(r"'([\w.]+)'|^([\w.]+)\s*\|\s*MISSING", notice, re.MULTILINE)
+            names = [first or second for first, second in missing] or [notice.splitlines()[0]]
+            what = f"{len(names)} weights are" if len(names) > 1 else "a weight is"
+            raise RunError(f"{source} cannot be loaded: {what} missing in its files, e.g. {names[0]!r}; fetch it again")
+    for stream in family.streams:
+        for name in stream.tokenizers:
+            component = getattr(pipeline, name, None)
+            tokenizer = getattr(component, "tokenizer", component)
+            if tokenizer is None:
+                continue
+            files = {"tokenizer.json", *tokenizer.vocab_files_names.values()} - {"tokenizer_config.json"}
+            folder = Path(source) / name
+            if Path(source).exists() and tokenizer.vocab_files_names and not any((folder / f).is_file() for f in files):
+                raise RunError(f"{source} cannot be loaded: {folder} has no vocabulary ({' or '.join(sorted(files))})")
+            if stream.length == "tokenizer" and tokenizer.model_max_length > _ENDLESS:
+                raise RunError(
+                    f"{source} cannot be loaded: {folder / 'tokenizer_config.json'} sets no model_max_length"
+                )
 
 
 def _hub_error(source: str, error: Exception) -> UserError:

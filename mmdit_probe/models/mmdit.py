@@ -14,29 +14,36 @@ unless asked.
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmdit_probe import assets
 from mmdit_probe.errors import UserError
 from mmdit_probe.models import latents as packing
 from mmdit_probe.models.families.registry import Family, family_of
 from mmdit_probe.models.layout import Layer, find_layers, unwrap
 from mmdit_probe.models.pipeline_call import first_call
 from mmdit_probe.models.tokens import TokenTable, stream_length, token_tables
+from mmdit_probe.models.weights import compute_dtype, weight_hash
+from mmdit_probe.models.words import find, words
+from mmdit_probe.scenes.captions import WORDS
+from mmdit_probe.specs import number, seed_values
 
 _REMEMBERED = 8
 """Transformer calls whose arguments are kept: one per set of prompts and size."""
 _STEPS = 3
 """Of a dry run: the second noise level is neither the first, 1, nor the last, near 0."""
+_LISTED = 15
+"""Known words that a note of unknown ones lists."""
 _LATENTS = 128
 """Side of the latents of 1024 pixels, for pipelines that do not say what size they were made for."""
 
@@ -98,6 +105,15 @@ class MMDiT:
         self.batch: Batch | None = None
         self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
 
+    def __repr__(self) -> str:
+        """E.g. MMDiT('scenes-sd3': sd3, 12 layers x 6 heads, 48 text positions, 64 x 64 pixels, float32 on cpu)."""
+        height, width = self.default_size
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"MMDiT({self.name!r}: {self.family.name}, {len(self.layers)} layers x {self.heads} heads,"
+            f" {self.text_length} text positions, {height} x {width} pixels, {dtype} on {self.device})"
+        )
+
     @property
     def transformer(self) -> Any:
         return self.pipeline.transformer
@@ -113,7 +129,8 @@ class MMDiT:
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.transformer.parameters()).dtype
+        """The dtype that the transformer computes in; its weights may be stored in another one."""
+        return compute_dtype(unwrap(self.transformer))
 
     @property
     def layers(self) -> list[Layer]:
@@ -154,12 +171,30 @@ class MMDiT:
 
     @cached_property
     def weight_hash(self) -> str:
-        """SHA-256 over the transformer's parameters and buffers: names, dtypes, shapes and bytes. Computed once."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(unwrap(self.transformer).state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        """SHA-256 over the transformer's parameters and buffers, however they are stored. Computed once."""
+        return weight_hash(unwrap(self.transformer))
+
+    @cached_property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The words that the model can know: of an embedded model those of the scenes world; () if any."""
+        source = getattr(self.pipeline.config, "_name_or_path", None)
+        return WORDS if source and assets.folder().resolve() in Path(source).resolve().parents else ()
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of a prompt that the model has never met, in order; signs are no words. Empty where it may know any."""
+        found = dict.fromkeys(prompt[start:stop] for start, stop in words(prompt) if prompt[start].isalnum())
+        return [word for word in found if self.vocabulary and not any(find(word, known) for known in self.vocabulary)]
+
+    def unknown_words_note(self, prompts: str | Sequence[str]) -> str:
+        """One line that names the words of prompts (or of classes) that the model cannot know; empty if there are none.
+
+        "scenes-sd3 knows 43 words; not: cat, kitten (it knows ring, star, ...)"
+        """
+        unknown = dict.fromkeys(word.lower() for text in _texts(prompts) for word in self.unknown_words(text))
+        if not unknown:
+            return ""
+        known = ", ".join(self.vocabulary[:_LISTED])
+        return f"{self.name} knows {len(self.vocabulary)} words; not: {', '.join(unknown)} (it knows {known}, ...)"
 
     def token_tables(self, prompts: str | Sequence[str]) -> list[TokenTable]:
         """What each text position of these prompts is, without encoding them. `.truncated` names the words cut off."""
@@ -217,7 +252,7 @@ class MMDiT:
         """
         draws = [
             torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(s))
-            for s in _seeds(seed, len(latents))
+            for s in seed_values(seed, len(latents))
         ]
         levels = torch.tensor(_per_row(sigma, len(latents)), device=latents.device)[:, None, None, None]
         return (1.0 - levels) * latents.float() + levels * torch.stack(draws).to(latents.device)
@@ -247,7 +282,7 @@ class MMDiT:
             raise UserError(f"{len(text)} prompts for {count} latents; expected one prompt, or one per sample")
         tokens = text.tokens * (count // len(text))
         levels = _per_row(sigma, count)
-        labels = [-1] * count if seeds == -1 else _seeds(seeds, count)
+        labels = [-1] * count if seeds == -1 else seed_values(seeds, count)
         batch = Batch(tokens, [table.prompt for table in tokens], labels, [branch] * count, levels, step)
         inputs = self.inputs(latents, torch.tensor(levels, device=self.device), text)
         with self._labelled(batch), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
@@ -349,7 +384,9 @@ class MMDiT:
         Returns: list of PIL images, or what `output_type` asks for.
         """
         texts = _texts(prompts)
-        generators = [torch.Generator().manual_seed(s) for s in _seeds(seed, len(texts) * num_images_per_prompt)]
+        seeds = seed_values(seed, len(texts) * num_images_per_prompt)
+        guidance, steps = number("guidance", guidance), int(number("steps", steps, 1))
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
         arguments = self._arguments(
             guidance=guidance, length=max_sequence_length, num_inference_steps=steps, generator=generators,
             height=height, width=width, negative_prompt=[negative] * len(texts),
@@ -391,14 +428,6 @@ def default_length(pipeline: Any, family: Family) -> int:
 
 def _texts(prompts: str | Sequence[str]) -> list[str]:
     return [prompts] if isinstance(prompts, str) else list(prompts)
-
-
-def _seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    if isinstance(seed, int):
-        return list(range(seed, seed + count))
-    if len(seed) != count:
-        raise UserError(f"{len(seed)} seeds for {count} images; give one per image, or one number to count up from")
-    return [int(s) for s in seed]
 
 
 def _per_row(value: float | Sequence[float], count: int) -> list[float]:

@@ -118,15 +118,11 @@ def pack(classes: Iterable[SegClass], tables: Callable[[str], TokenTable], toget
 def _prompt(group: Sequence[tuple[int, str]], tables: Callable[[str], TokenTable]) -> Prompt:
     text = " ".join(name for _, name in group)
     table = tables(text)
-    queries, first = [], 0
+    queries, start = [], 0
     for of_class, name in group:
-        count = len(TokenTable(name, ()).words)
-        spans: dict[str, list[int]] = {}
-        for position, token in enumerate(table.tokens):
-            if first <= token.word_index < first + count:
-                spans.setdefault(token.stream, []).append(position)
+        spans = table.spans(start, start + len(name))
         if not spans:
             raise UserError(f"class name {name!r} has no letters that the text encoders know; rename it")
         queries.append(Query(name, of_class, spans))
-        first += count
+        start += len(name) + 1
     return Prompt(text, table, tuple(queries))

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mmdit_probe import assets
 from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.models.adapters import read_metadata
 from mmdit_probe.models.load import load, pick_device, random_twin
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.models.quiet import quiet
 from tests import tiny
 
 
@@ -93,9 +99,61 @@ def test_bad_names_and_directories(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_missing_weights_are_a_failure_in_one_line(tiny_directory: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny_directory, broken)
+@pytest.fixture
+def broken(tiny_directory: Path, tmp_path: Path) -> Path:
+    """A copy of a pipeline directory, to be damaged."""
+    return Path(shutil.copytree(tiny_directory, tmp_path / "broken"))
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder", "text_encoder_3", "vae"])
+def test_a_missing_tensor_is_no_random_one(broken: Path, component: str) -> None:
+    (file,) = (broken / component).glob("*.safetensors")
+    tensors = load_file(file)
+    lost = next(name for name in sorted(tensors) if name.endswith("weight") and tensors[name].ndim == 2)
+    del tensors[lost]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(RunError, match=f"a weight is missing in its files, e.g. '{lost}'"):
+        load(broken, device="cpu")
+
+
+def test_a_tokenizer_without_its_files_is_refused(broken: Path) -> None:
+    shutil.move(broken / "tokenizer_2" / "tokenizer.json", broken / "kept.json")
+    with pytest.raises(RunError, match=r"tokenizer_2 has no vocabulary \(.*tokenizer.json"):
+        load(broken, device="cpu")
+    shutil.move(broken / "kept.json", broken / "tokenizer_2" / "tokenizer.json")
+    (broken / "tokenizer" / "tokenizer_config.json").unlink()
+    with pytest.raises(RunError, match="sets no model_max_length"):
+        load(broken, device="cpu")
+    shutil.rmtree(broken / "tokenizer_3")
+    with pytest.raises(RunError, match="cannot be loaded"):
+        load(broken, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("[]", "describes no pipeline: it holds a list, expected names of components"),
+        ('"pipeline"', "it holds a str"),
+        ('{"transformer": "SD3Transformer2DModel"}', "transformer is 'SD3Transformer2DModel', expected"),
+        ('{"transformer": [null, null]}', "expected .library, class"),
+        ("\xff", "cannot be read"),
+    ],
+)
+def test_an_index_that_is_none_is_refused(tmp_path: Path, index: str, message: str) -> None:
+    (tmp_path / "model_index.json").write_bytes(index.encode("latin-1"))
+    with pytest.raises(RunError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["WanTransformer3DModel", "SanaWMTransformer3DModel", "QwenImage21Transformer2DModel"])
+def test_cross_attention_is_refused_with_its_reason(tmp_path: Path, name: str) -> None:
+    index = {"_class_name": "AnyPipeline", "transformer": ["diffusers", name]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=f"{name} (is not an MM-DiT: image tokens|cannot be probed: its layers)"):
+        load(tmp_path)
+
+
+def test_missing_weights_are_a_failure_in_one_line(broken: Path) -> None:
     for file in (broken / "transformer").glob("*.safetensors"):
         file.unlink()
     with pytest.raises(RunError, match="cannot be loaded") as error:
@@ -122,3 +180,60 @@ def test_a_gated_or_missing_repository_says_which() -> None:
 
     assert "gated" in str(_hub_error("a/b", GatedRepoError("401 Client Error")))
     assert "spelling" in str(_hub_error("a/b", OSError("404 Client Error. Entry Not Found")))
+
+
+def test_pickled_weights_are_not_read(broken: Path) -> None:
+    for file in (broken / "transformer").glob("*.safetensors"):
+        torch.save(load_file(file), file.with_suffix(".bin"))
+        file.unlink()
+    with pytest.raises(RunError, match="cannot be loaded"):
+        load(broken, device="cpu")
+
+
+def test_an_adapter_that_is_no_safetensors_file_is_refused(tiny_directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    torch.save({"transformer.proj_out.lora_A.weight": torch.zeros(2)}, file)
+    for source in (file, tmp_path):
+        with pytest.raises(UserError, match="is no safetensors file"):
+            load(tiny_directory, device="cpu", lora=source)
+    with pytest.raises(UserError, match="is no safetensors file"):
+        read_metadata(tmp_path)
+
+
+def test_loading_says_nothing_and_leaves_no_trace(tiny_directory: Path) -> None:
+    """In a process of its own: what the libraries say once is said at the first import."""
+    script = f"""
+import logging
+from mmdit_probe import load
+model = load({str(tiny_directory)!r}, device="cpu")
+from diffusers.utils import logging as first
+from transformers.utils import logging as second
+for module, name in ((first, "diffusers"), (second, "transformers")):
+    assert module.is_progress_bar_enabled() and module.get_verbosity() == logging.WARNING
+    assert [type(handler).__name__ for handler in logging.getLogger(name).handlers] == ["StreamHandler"]
+print(model)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    name = str(tiny_directory)
+    assert done.stdout == (
+        f"MMDiT({name!r}: sd3, 3 layers x 2 heads, 22 text positions, 64 x 64 pixels, float32 on cpu)\n"
+    )
+
+
+def test_quiet_puts_back_what_the_caller_had() -> None:
+    from transformers.utils import logging as library
+
+    logger, handler = logging.getLogger("transformers"), logging.NullHandler()
+    before = logger.handlers, logger.level
+    logger.handlers = [handler]
+    library.set_verbosity_error()
+    try:
+        with pytest.raises(KeyError), quiet() as notices:
+            logger.getChild("models").warning("some weights")
+            raise KeyError
+        assert notices == ["some weights"] and logger.handlers == [handler] and logger.level == logging.ERROR
+        assert library.is_progress_bar_enabled()
+    finally:
+        logger.handlers = before[0]
+        logger.setLevel(before[1])

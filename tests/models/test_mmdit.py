@@ -149,3 +149,35 @@ def test_a_random_pipeline_object_can_be_wrapped(pipe: Any) -> None:
     model = MMDiT(pipe, max_sequence_length=6)
     assert model.text_length == tiny.CLIP_LENGTH + 6
     assert model.encode_prompt("a cat").prompt_embeds.shape[1] == model.text_length
+
+
+def test_seeds_and_numbers_are_checked_before_anything_runs(model: MMDiT) -> None:
+    clean = torch.zeros(1, 4, 8, 8)
+    for call in (lambda: model.noise(clean, 0.5, seed=1 << 63), lambda: model.generate("a cat", seed=1 << 63)):
+        with pytest.raises(UserError, match="seed 9223372036854775808"):
+            call()
+    with pytest.raises(UserError, match="guidance nan"):
+        model.generate("a cat", guidance=float("nan"))
+    with pytest.raises(UserError, match="steps 0: expected a finite number from 1"):
+        model.generate("a cat", steps=0)
+    with pytest.raises(UserError, match="sigma nan"):
+        model.noise(clean, float("nan"))
+
+
+def test_only_embedded_models_have_words_that_they_cannot_know(model: MMDiT) -> None:
+    assert model.vocabulary == () and model.unknown_words("any word") == [] and model.unknown_words_note("kitten") == ""
+
+
+def test_an_embedded_model_names_the_words_it_does_not_know() -> None:
+    from mmdit_probe import assets
+    from mmdit_probe.scenes.captions import WORDS
+
+    pipe = tiny.pipeline()
+    pipe.register_to_config(_name_or_path=str(assets.path("scenes-sd3")))
+    model = MMDiT(pipe, "scenes-sd3")
+    assert model.vocabulary == WORDS and len(WORDS) == 43
+    assert model.unknown_words("A wet cat, two Red rings and a cat!") == ["wet", "cat"]
+    assert model.unknown_words("a red ring on grass") == [] == model.unknown_words("")
+    assert model.unknown_words_note(["cat", "Kitten", "a cat"]) == (
+        f"scenes-sd3 knows 43 words; not: cat, kitten (it knows {', '.join(WORDS[:15])}, ...)"
+    )

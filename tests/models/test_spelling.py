@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.models.families.prompts import traced
 from mmdit_probe.models.families.registry import FAMILIES, Family, TextStream, family_of
-from mmdit_probe.models.reading import traced
 from mmdit_probe.models.tokens import Token, TokenTable, fitted, stream_length, token_tables
 from tests import tiny
 from tests.pipelines import FIBO_BLANK, PIPELINES, build

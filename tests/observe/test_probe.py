@@ -317,11 +317,24 @@ def test_a_hook_put_on_inside_the_probe_stays_and_can_be_taken_off() -> None:
         )
         skipped = output()
     assert not torch.equal(skipped, stock) and torch.equal(output(), skipped)
-    with pytest.raises(RunError, match=r"layer 1 .* was given another forward"), probe(model, AttentionMass()):
-        model.transformer_blocks[1].attn._diffusers_hook.remove_hook("layer_skip_hook")
-        output()
     with probe(model, AttentionMass()):
+        model.transformer_blocks[1].attn._diffusers_hook.remove_hook("layer_skip_hook")
         assert torch.equal(output(), stock)
+
+
+def test_a_hook_of_before_that_is_taken_off_inside_the_probe_takes_the_probe_with_it() -> None:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    model, inputs = FIXTURES["qwen_image"].build(), FIXTURES["qwen_image"].inputs()
+    registry = HookRegistry.check_if_exists_or_initialize(model.transformer_blocks[1].attn)
+    registry.register_hook(ModelHook(), "somebody's")
+    with (
+        pytest.raises(RunError, match=r"layer 1 .* was given another forward"),
+        probe(model, AttentionMass()),
+        torch.no_grad(),
+    ):
+        registry.remove_hook("somebody's")
+        model(**inputs)
 
 
 def test_layers_left_out_by_a_cache_are_noted_once_and_the_others_reported() -> None:

@@ -8,6 +8,7 @@ import torch
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.tokens import Token, TokenTable
+from mmdit_probe.models.words import words
 from mmdit_probe.segment.picture import Fit, read_picture
 from mmdit_probe.segment.refine import PixelAffinity, Refinement, without_sinks
 from mmdit_probe.segment.tail import Background, label
@@ -21,12 +22,12 @@ def tables(limit: int):
     def of(text: str) -> TokenTable:
         tokens = [Token("clip", "bos")]
         lost = []
-        for index, word in enumerate(TokenTable(text, ()).words):
-            pieces = [word[i : i + 3] for i in range(0, len(word), 3)]
+        for index, (start, stop) in enumerate(words(text)):
+            word, pieces = text[start:stop], [(at, min(at + 3, stop)) for at in range(start, stop, 3)]
             if len(tokens) + len(pieces) + 1 > limit:
                 lost.append(word)
                 continue
-            tokens += [Token("clip", "word", word, index) for _ in pieces]
+            tokens += [Token("clip", "word", word, index, *piece) for piece in pieces]
         tokens += [Token("clip", "eos")] + [Token("clip", "pad")] * (limit - len(tokens) - 1)
         return TokenTable(text, tuple(tokens), {"clip": tuple(lost)} if lost else {})
 

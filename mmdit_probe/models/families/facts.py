@@ -1,7 +1,7 @@
 """What an entry of a model family states: names of inputs, token order, grid rule, text streams.
 
 No behaviour lives here and no family's name appears in another module than `models.families.entries`: the engine reads
-facts. The entries are looked up through `models.families.registry.registry`.
+facts. The entries are looked up through `models.families.registry`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,6 @@ class Family:
     encoded: tuple[str, ...] = ()
     """What `encode_prompt` returns: "text", "negative text" and others. Without a "negative text" the negative
     prompt is encoded by a call of its own."""
-    guidance_argument: str = "do_classifier_free_guidance"
     pipelines: tuple[str, ...] = ()
     """Classes of the stock text-to-image pipelines that `load` takes."""
     options: tuple[tuple[str, Any], ...] = ()

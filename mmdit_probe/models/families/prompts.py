@@ -7,6 +7,7 @@ Facts of the diffusers 0.42.1 pipelines, used by `models.families.entries`. Temp
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import itertools
 import re
@@ -14,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmdit_probe.models.families.facts import Part, TextStream
-from mmdit_probe.models.reading import traced
 
 Wrap = Callable[[Any, bool], tuple[str, str]]
 _MARK = "mmditprobeprompt"
@@ -30,9 +30,14 @@ def stream(name: str, tokenizer: str = "tokenizer", encoder: str = "text_encoder
     return TextStream(name, (tokenizer,), (encoder,), **(known | facts))
 
 
-def template(attribute: str) -> Wrap:
-    """A text of the pipeline in which "{}" stands for the prompt."""
-    return lambda pipeline, negative: _around(getattr(pipeline, attribute).format(_MARK))
+def template(attribute: str, key: str = "") -> Wrap:
+    """A text of the pipeline (or the one it holds under `key`) in which "{}" stands for the prompt."""
+
+    def wrap(pipeline: Any, negative: bool) -> tuple[str, str]:
+        found = getattr(pipeline, attribute)
+        return _around((found[key] if key else found).format(_MARK))
+
+    return wrap
 
 
 def chat(
@@ -93,19 +98,21 @@ def krea2_suffix(pipeline: Any) -> tuple[str, int]:
     return pipeline.prompt_template_encode_suffix, int(pipeline.prompt_template_encode_num_suffix_tokens)
 
 
-def joy_template(pipeline: Any, negative: bool) -> tuple[str, str]:
-    """JoyImage without a reference image."""
-    return _around(pipeline.prompt_template_encode["image"].format(_MARK))
-
-
-def joy_cut(pipeline: Any) -> int:
-    """JoyImage without a reference image: the template's tokens before the prompt."""
-    return int(pipeline.prompt_template_encode_start_idx["image"])
-
-
 def prx_cleaned(pipeline: Any, prompt: str) -> list[list[Part]]:
     """PRX: the prompt in lower case, without addresses, file names and the like."""
     return [traced(pipeline.text_preprocessor.clean_text(prompt), prompt)]
+
+
+def traced(text: str, prompt: str) -> list[Part]:
+    """A text that a pipeline made of a prompt, in parts: what it took from the prompt, upper and lower case alike."""
+    # One character each: lower() makes two of some characters.
+    asked, made = ([character.lower() for character in of] for of in (prompt, text))
+    parts = []
+    for tag, start, stop, first, last in difflib.SequenceMatcher(None, asked, made, autojunk=False).get_opcodes():
+        if first < last:
+            kept = tag == "equal" or (tag == "replace" and stop - start == last - first)
+            parts.append((text[first:last], start if kept else -1))
+    return parts
 
 
 def longcat_pieces(pipeline: Any, prompt: str) -> list[list[Part]]:
@@ -187,9 +194,9 @@ def lumina2_system(pipeline: Any, negative: bool) -> tuple[str, str]:
     return ("", "") if negative else (f"{pipeline.system_prompt} <Prompt Start> ", "")
 
 
-def attribute(name: str) -> Callable[[Any], int]:
-    """A number that the pipeline holds."""
-    return lambda pipeline: int(getattr(pipeline, name))
+def attribute(name: str, key: str = "") -> Callable[[Any], int]:
+    """A number that the pipeline holds (under `key`)."""
+    return lambda pipeline: int(getattr(pipeline, name)[key] if key else getattr(pipeline, name))
 
 
 def _around(rendered: str) -> tuple[str, str]:

@@ -25,12 +25,15 @@ CROSS_ATTENTION: dict[str, str] = dict.fromkeys(
         "Kandinsky6Transformer3DModel", "HeliosTransformer3DModel", "AnyFlowTransformer3DModel",
         "AnyFlowFARTransformer3DModel", "DreamLiteTransformer2DModel",
         "AllegroTransformer3DModel", "LatteTransformer3DModel", "HunyuanDiT2DModel", "LuminaNextDiT2DModel",
+        "WanAnimate2Transformer3DModel", "SanaWMLTX2RefinerTransformer3DModel",
     ),
     "image tokens attend to each other and to the text in separate softmaxes, so they never compete for one mass",
 ) | dict.fromkeys(
     ("SanaTransformer2DModel", "SanaVideoTransformer3DModel"),
     "its self-attention is linear, without a softmax, and the text is read by cross-attention",
 ) | {
+    "SanaWMTransformer3DModel": "image tokens attend to each other only, mostly by linear attention without a softmax,"
+    " and the text is read by cross-attention",
     "BriaFibo2Transformer2DModel": "the image shares its softmax with gist tokens, which a perceiver makes of the text,"
     " and reads the text itself in separate softmaxes, so no key is a word's",
 }  # fmt: skip
@@ -64,14 +67,23 @@ def family_of(transformer: object) -> Family:
 
 def refuse_cross_attention(transformer: object) -> None:
     """Raises a UserError that says why, if the transformer is known to be no MM-DiT, or one that is not followed."""
-    for base in type(transformer).__mro__:
-        if base.__name__ in SEVERAL_CALLS:
+    refuse_class(*(base.__name__ for base in type(transformer).__mro__))
+
+
+def refuse_class(*names: str) -> None:
+    """The same for the names of a transformer's class and its bases.
+
+    Raises:
+        UserError: one of them has no joint attention, or one that is not followed.
+    """
+    for name in names:
+        if name in SEVERAL_CALLS:
             raise UserError(
-                f"{base.__name__} cannot be probed: its layers make several attention calls"
-                f" ({SEVERAL_CALLS[base.__name__]}), and a probe looks at one call with all of a layer's queries"
+                f"{name} cannot be probed: its layers make several attention calls ({SEVERAL_CALLS[name]}), and a probe"
+                " looks at one call with all of a layer's queries"
             )
-        if base.__name__ in CROSS_ATTENTION:
+        if name in CROSS_ATTENTION:
             raise UserError(
-                f"{base.__name__} is not an MM-DiT: {CROSS_ATTENTION[base.__name__]}. There is no joint attention to"
-                " probe; see `mmdit-probe models` for the families that have it"
+                f"{name} is not an MM-DiT: {CROSS_ATTENTION[name]}. There is no joint attention to probe; see"
+                " `mmdit-probe models` for the families that have it"
             )

@@ -1,0 +1,68 @@
+"""Loading without the libraries' chatter: what diffusers and transformers would print is kept for the caller instead.
+
+with quiet() as notices:
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+notices                                          # e.g. ["Some weights of ... are newly initialized: ..."]
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+_LIBRARIES = ("diffusers", "transformers")
+
+
+class _Listener(logging.Handler):
+    def __init__(self, notices: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.notices = notices
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.notices.append(record.getMessage())
+
+
+@contextmanager
+def quiet(bars: bool = False) -> Iterator[list[str]]:
+    """Nothing is printed by diffusers and transformers; their warnings go to the list that is given.
+
+    Args:
+        bars: leave their progress bars on, as for a download.
+
+    What the caller had set (handlers, verbosity, bars) is in force again afterwards, also on error.
+    """
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    notices: list[str] = []
+    with ExitStack() as stack:
+        for name in _LIBRARIES:
+            stack.enter_context(_listened(logging.getLogger(name), _Listener(notices)))
+        for module in () if bars else (of_diffusers, of_transformers):
+            stack.enter_context(_without_bars(module))
+        yield notices
+
+
+@contextmanager
+def _listened(logger: logging.Logger, listener: logging.Handler) -> Iterator[None]:
+    before = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [listener], False
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.handlers, _, logger.propagate = before
+        logger.setLevel(before[1])
+
+
+@contextmanager
+def _without_bars(module: Any) -> Iterator[None]:
+    loud = module.is_progress_bar_enabled()
+    module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if loud:
+            module.enable_progress_bar()

@@ -1,0 +1,125 @@
+"""A transformer's weights however they are stored: the dtype it computes in, and one hash of them all.
+
+    compute_dtype(transformer)          # torch.bfloat16, also where weights are stored as float8, nf4 or GGUF
+    weight_hash(transformer)            # "4c1f...": names, dtypes, shapes and bytes
+
+Stored weights may be quantised (tensor subclasses, packed parameters), cast layer by layer, or offloaded. Nothing is
+loaded or changed here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from mmdit_probe.errors import UserError
+
+_COMPUTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def compute_dtype(transformer: nn.Module) -> torch.dtype:
+    """The dtype that an unwrapped transformer takes its inputs in: its own `dtype`; where that is one of storage, what
+    its quantisation states, or that of its first weight that is not packed.
+
+    Raises:
+        UserError: none of them is a dtype of computation.
+    """
+    own: torch.dtype | None = getattr(transformer, "dtype", None)  # type: ignore[assignment]
+    if own in _COMPUTED:
+        return own
+    config: Any = getattr(getattr(transformer, "hf_quantizer", None), "quantization_config", None)
+    stated = [getattr(config, name, None) for name in ("compute_dtype", "bnb_4bit_compute_dtype")]
+    weights = [tensor.dtype for tensor in (*transformer.parameters(), *transformer.buffers())]
+    for dtype in (*stated, *weights):
+        if dtype in _COMPUTED:
+            return dtype
+    raise UserError(f"{type(transformer).__name__} holds no weight of a dtype that it could compute in: {set(weights)}")
+
+
+def weight_hash(transformer: nn.Module) -> str:
+    """SHA-256 over the parameters and buffers of an unwrapped transformer: names, dtypes, shapes and bytes.
+
+    The same for one set of weights wherever it lies (device, offloaded to memory or disk), another one for another
+    storage (quantised, cast).
+    """
+    digest = hashlib.sha256()
+    offloaded = dict(_offloaded(transformer))
+    for name, value in sorted(transformer.state_dict().items()):
+        for part in _parts(name, offloaded.get(name, value)):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(name: str, value: Any) -> Iterator[bytes]:
+    """What a value of a state dict consists of."""
+    if isinstance(value, Tensor):
+        yield from _parts_of_tensor(name, value)
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _parts(f"{name}.{number}", item)
+    elif isinstance(value, Mapping):
+        for key, item in sorted(value.items()):
+            yield from _parts(f"{name}.{key}", item)
+    elif isinstance(value, torch.ScriptObject):
+        yield from _parts(name, value.__getstate__())
+    elif value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | torch.Size | torch.device):
+        yield f"{name} {value!r}".encode()
+    else:
+        yield f"{name} {type(value).__name__}".encode() + pickle.dumps(value, protocol=4)
+
+
+def _parts_of_tensor(name: str, tensor: Tensor) -> Iterator[bytes]:
+    wrapper: Any = tensor
+    if is_traceable_wrapper_subclass(wrapper):
+        names, about = wrapper.__tensor_flatten__()
+        yield f"{name} {type(tensor).__name__} {tuple(tensor.shape)}".encode()
+        for part in names:
+            yield from _parts(f"{name}.{part}", getattr(tensor, part))
+        yield from _parts(f"{name}.about", about)
+        return
+    if tensor.is_quantized:
+        yield f"{name} {tensor.dtype} {tensor.qscheme()}".encode()
+        if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            yield from _parts(name, (tensor.q_scale(), tensor.q_zero_point(), tensor.int_repr()))
+        else:
+            scales, zeros = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+            yield from _parts(name, (scales, zeros, tensor.q_per_channel_axis(), tensor.int_repr()))
+        return
+    if tensor.is_meta:
+        raise UserError(f"the weight {name!r} is not loaded (meta device), so the model's weights have no hash")
+    yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+    if hasattr(tensor, "quant_type"):  # GGUF: bytes of one of its own types
+        yield f"{name} {tensor.quant_type}".encode()
+    plain = tensor.detach().as_subclass(Tensor).cpu()
+    plain = plain if plain.layout == torch.strided else plain.to_dense()
+    yield plain.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _offloaded(transformer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights that are not in the modules: what accelerate keeps elsewhere, and what diffusers put on disk."""
+    names = {id(tensor): name for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers())}
+    for path, module in transformer.named_modules():
+        hooks = getattr(module, "_hf_hook", None)
+        for hook in getattr(hooks, "hooks", (hooks,)):
+            kept: Any = getattr(hook, "weights_map", None) or {}
+            for name in _empty(module) if kept else ():
+                yield f"{path}.{name}".lstrip("."), kept[name]
+        registry = getattr(module, "_diffusers_hook", None)
+        group: Any = getattr(registry.get_hook("group_offloading") if registry is not None else None, "group", None)
+        if group is not None and group._is_offloaded_to_disk:
+            from safetensors.torch import load_file
+
+            tensors = load_file(group.safetensors_file_path)
+            yield from ((names[id(of)], tensors[key]) for of, key in group.tensor_to_key.items() if id(of) in names)
+
+
+def _empty(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters and buffers that hold nothing."""
+    tensors = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return [name for name, tensor in tensors if tensor.is_meta]

@@ -1,0 +1,107 @@
+"""Words of a text, and where a phrase stands in it, by characters. No tokenizer is known here.
+
+    >>> [text[first:last] for text in ("a café's red-hot ring",) for first, last in words(text)]
+    ['a', "café's", 'red-hot', 'ring']
+    >>> find("猫", "一只猫"), find("CAFE\u0301", "a café")
+    ([(2, 3)], [(2, 6)])
+
+A word is a run of letters, digits and the marks on them (accents, vowel signs), with apostrophes and hyphens inside, or
+a single sign. Texts of scripts without blanks (Chinese, Japanese, Thai, ...) have no words of their own: a run of them
+is one, or several where a tokenizer divides it.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection
+
+_WORD = re.compile(r"w[wm]*(?:jw[wm]*)*|b[bm]*|[jom]m*")
+"""A word in the classes of its characters: w letter or digit, b the same of a script without blanks, m mark or joiner,
+j apostrophe or hyphen, o other sign."""
+_BLANKLESS = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff]"
+)
+_APOSTROPHES = dict.fromkeys("‘’‛ʼ＇´`", "'")
+
+
+def words(text: str, edges: Collection[int] = ()) -> list[tuple[int, int]]:
+    """(start, stop) of every word of a text.
+
+    Args:
+        edges: characters before which a run without blanks is divided.
+    """
+    classes = "".join(map(_class_of, text))
+    found = []
+    for match in _WORD.finditer(classes):
+        first, last = match.span()
+        inside = [edge for edge in sorted(edges) if first < edge < last] if match[0][0] == "b" else []
+        found += list(zip([first, *inside], [*inside, last], strict=True))
+    return found
+
+
+def blankless(text: str) -> bool:
+    """Whether any part of a text is of a script without blanks."""
+    return _BLANKLESS.search(text) is not None
+
+
+def find(phrase: str, text: str, *, whole: bool = True) -> list[tuple[int, int]]:
+    """(start, stop) of every occurrence of a phrase in a text, from left to right.
+
+    Upper and lower case, composed and decomposed accents, straight and curly apostrophes and all blanks are alike.
+
+    Args:
+        whole: only where it begins and ends with a word (or anywhere in a script without blanks); else anywhere between
+            two letters, marks included.
+    """
+    wanted = folded(phrase)[0].strip()
+    letters, places = folded(text)
+    places.append(len(text))
+    edges = {edge for first, last in words(text, range(len(text))) for edge in (first, last)}
+    found: list[tuple[int, int]] = []
+    at = letters.find(wanted) if wanted else -1
+    while at >= 0:
+        after = at + len(wanted)
+        start, stop = min(places[at:after]), max(places[at:after]) + 1
+        between = _starts_letter(letters, places, at) and _starts_letter(letters, places, after)
+        if between and (not whole or {start, stop} <= edges):
+            found.append((start, stop))
+            at = letters.find(wanted, after)
+        else:
+            at = letters.find(wanted, at + 1)
+    return found
+
+
+def folded(text: str) -> tuple[str, list[int]]:
+    """A text as it is compared, and the place in the original of each of its characters."""
+    units: list[tuple[str, int]] = []
+    for place, character in enumerate(text):
+        for part in unicodedata.normalize("NFKD", _APOSTROPHES.get(character, character)):
+            if part.isspace():
+                units += [(" ", place)] if not units or units[-1][0] != " " else []
+                continue
+            units += [(letter, place) for letter in part.casefold()]
+            # Marks on one letter have a canonical order.
+            last = len(units) - 1
+            while last > 0 and unicodedata.combining(units[last - 1][0]) > unicodedata.combining(units[last][0]) > 0:
+                units[last - 1], units[last] = units[last], units[last - 1]
+                last -= 1
+    return "".join(letter for letter, _ in units), [place for _, place in units]
+
+
+def _class_of(character: str) -> str:
+    if character in "'’-‐":
+        return "j"
+    if unicodedata.category(character).startswith("M") or character in "\u200c\u200d":
+        return "m"
+    if character.isalnum():
+        return "b" if _BLANKLESS.match(character) else "w"
+    return " " if character.isspace() else "o"
+
+
+def _starts_letter(letters: str, places: list[int], at: int) -> bool:
+    """Whether a letter of the original begins here, and no mark on the one before."""
+    if at == 0 or at >= len(letters):
+        return True
+    return places[at] != places[at - 1] and not unicodedata.category(letters[at]).startswith("M")
