@@ -24,7 +24,18 @@ import torch
 from torch import Tensor, nn
 
 from mmdit_probe.attention.call import without_autocast
-from mmdit_probe.attention.intercept import Detach, Edit, ModuleCall, Record, Stage, Transform, hook, interpose, watch
+from mmdit_probe.attention.intercept import (
+    Detach,
+    Edit,
+    ModuleCall,
+    Record,
+    Stage,
+    Transform,
+    attached,
+    hook,
+    interpose,
+    watch,
+)
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.discover_layout import bind
 from mmdit_probe.models.families.facts import Family
@@ -382,6 +393,11 @@ class Run:
         if recorder.calls or layer.index in self._left_out:
             return
         recorder.skipped_by = skipping(self.transformer, layer.path)
+        if not attached(layer.module):
+            raise RunError(
+                f"{recorder.name} was given another forward inside the `with` block (a hook taken off, that was there"
+                " before): change hooks before the probe or after it"
+            )
         if not recorder.skipped_by:
             raise RunError(
                 f"layer {layer.index} ({layer.path}, {hiding(layer.module)}) made no scaled_dot_product_attention call:"
