@@ -35,7 +35,7 @@ with processes.joined(), processes.from_first(lambda: RunFolder.open("demo", {},
     if rank == 1:
         folder.record(second=True)
     processes.barrier()
-    second = "second" in (out / "run" / "run.json").read_text()
+    second = '"second"' in (out / "run" / "run.json").read_text()
     (out / f"{rank}.txt").write_text(str(rank))
     processes.collect([out / f"{rank}.txt"])
     processes.barrier()
