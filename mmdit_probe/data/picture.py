@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdit_probe.data.text import regular
-from mmdit_probe.errors import ProbeError, UserError
+from mmdit_probe.errors import ProbeError, UserError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -229,5 +229,4 @@ def _of_array(array: NDArray[Any]) -> Image:
 
 def _reason(error: Exception) -> str:
     names = {"UnidentifiedImageError": "no picture format", "DecompressionBombError": "too many pixels"}
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return names.get(type(error).__name__, first)
+    return names.get(type(error).__name__, first_line(error))

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from mmdit_probe.edit.edit import Addressed
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.models.discover_layout import bind
 from mmdit_probe.models.layout import KINDS, Layer
+from mmdit_probe.models.pipeline_call import bind
 from mmdit_probe.specs import Spec
 
 if TYPE_CHECKING:

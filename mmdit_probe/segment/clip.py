@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit_probe import assets
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, first_line
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "there is a {} in the scene.", "{}")
 """A short ensemble in place of the 80 ImageNet templates; the embedded CLIP takes the bare name."""
@@ -57,16 +57,16 @@ class CLIP:
             kind = AutoConfig.from_pretrained(place).model_type
             if kind != "clip":
                 raise UserError(f"{name!r} is a {kind!r} model; expected a CLIP model, e.g. scenes-clip")
-            model = CLIPModel.from_pretrained(place, dtype=torch.float32).eval().requires_grad_(False)
+            model = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
             tokenizer = AutoTokenizer.from_pretrained(place)
         except (OSError, ValueError) as error:
-            first = (str(error).strip().splitlines() or ["unreadable"])[0]
             raise UserError(
-                f"cannot load the CLIP {name!r}: expected scenes-clip, a folder or a hub id ({first})"
+                f"cannot load the CLIP {name!r}: expected scenes-clip, a folder or a hub id ({first_line(error)})"
             ) from error
         side = int(model.config.vision_config.image_size)
         processor = _processor(place) or CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
-        return CLIP(Path(name).name, model.to(device), tokenizer, processor)
+        model = model.to(device).eval().requires_grad_(False)
+        return CLIP(Path(name).name, model, tokenizer, processor)
 
     @property
     def layers(self) -> list[Any]:
@@ -197,9 +197,9 @@ def _vision(name: str) -> tuple[Any, Any]:
     from transformers import AutoModel, CLIPImageProcessor
 
     try:
-        model = AutoModel.from_pretrained(name).eval()
+        model = AutoModel.from_pretrained(name, use_safetensors=True).eval()
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the features {name!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load the features {name!r}: {first_line(error)}") from error
     return model, _processor(name) or CLIPImageProcessor()
 
 

@@ -29,8 +29,9 @@ from transformers import T5EncoderModel
 
 from mmdit_probe.attention import reference
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.models.discover_layout import bind, taint
+from mmdit_probe.models.discover_layout import taint
 from mmdit_probe.models.layout import unwrap
+from mmdit_probe.models.pipeline_call import bind
 from mmdit_probe.observe.mass import attention_masses
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
