@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from mmdit_probe import assets
 from mmdit_probe.errors import UserError, first_line
+from mmdit_probe.segment.tail import resized
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "there is a {} in the scene.", "{}")
 """A short ensemble in place of the 80 ImageNet templates; the embedded CLIP takes the bare name."""
@@ -138,8 +139,7 @@ class CLIP:
         """Value vectors [h w, E] of the last block for its input or another state, without CLS, on another grid."""
         block = self.layers[-1]
         value = block.self_attn.v_proj(block.layer_norm1(state))[1:]
-        maps = value.T.reshape(1, -1, *grid)
-        return F.interpolate(maps, out, mode="bilinear", align_corners=False)[0].flatten(1).T
+        return resized(value.T.reshape(-1, *grid), out).flatten(1).T
 
     @torch.no_grad()
     def head(self, mixed: Tensor) -> Tensor:

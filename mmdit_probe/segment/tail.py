@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmdit_probe.errors import UserError, unknown
 
-UNLABELLED = 255
 RULES = ("none", "threshold:T", "power:A", "class:NAME")
 
 
@@ -55,6 +55,13 @@ class Background:
                 raise UserError(f"background rule {text!r}: expected a power above 0, e.g. power:2")
             return cls(kind, value)
         raise unknown("background rule", text, RULES)
+
+
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [C, h, w] at another size, bilinear; as they are where they have it."""
+    if tuple(maps.shape[-2:]) == size:
+        return maps
+    return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def minmax(maps: Tensor) -> Tensor:
