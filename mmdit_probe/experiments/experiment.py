@@ -200,12 +200,9 @@ def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:
 def text_of(model: MMDiT) -> dict[str, Any]:
     """What a request says of how text is encoded where that is not the model's own way: neither weights nor prompts
     tell."""
-    from mmdit_probe.models.mmdit import default_length
-
     left_out = hasattr(model.pipeline, "text_encoder_3") and model.pipeline.text_encoder_3 is None
-    own = default_length(model.pipeline, model.family)
-    length = model.max_sequence_length
-    return ({"no_t5": True} if left_out else {}) | ({"max_sequence_length": length} if length != own else {})
+    length = {} if model.max_sequence_length == model.own_length else {"max_sequence_length": model.max_sequence_length}
+    return ({"no_t5": True} if left_out else {}) | length
 
 
 def described(model: MMDiT) -> dict[str, Any]:
