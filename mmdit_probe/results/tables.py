@@ -206,7 +206,8 @@ class MemorySink:
         return sum(part.nbytes for parts in self._parts.values() for part in parts)
 
     def table(self) -> pd.DataFrame:
-        """Everything written so far, in the order of the columns of the first write; text as categories, as `read_table` gives it."""
+        """Everything written so far, as `read_table` gives it: columns in the order of the first write, text as
+        categories."""
         import pandas as pd
 
         columns: dict[str, Any] = {}

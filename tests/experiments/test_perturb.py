@@ -62,8 +62,8 @@ def long_table(effect: float, random: float, n: int = 8) -> pd.DataFrame:
         ):
             rows.append(
                 {"item": item, "prompt": "", "seed": item, "control": "budget" if kind == CONTROL else "none",
-                 "condition": kind, "layer": layer, "head": -1, "span": "all", "change": 0.0 if layer < 0 else 0.1, "facts": facts,
-                 "clip_i": 1.0 if layer < 0 else 0.9}
+                 "condition": kind, "layer": layer, "head": -1, "span": "all",
+                 "change": 0.0 if layer < 0 else 0.1, "facts": facts, "clip_i": 1.0 if layer < 0 else 0.9}
             )  # fmt: skip
     return pd.DataFrame(rows)
 

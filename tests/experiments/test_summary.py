@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mmdit_probe.errors import UserError
 from mmdit_probe.data import paper_table
+from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import AttentionBudget, Result, ValueNorms
 from mmdit_probe.experiments.attention_budget import budget_table as shown
 from mmdit_probe.experiments.attention_budget import robust_z
