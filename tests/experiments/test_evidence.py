@@ -12,10 +12,7 @@ import pytest
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import evidence
-<<<<<<< HEAD
 from mmdit_probe.experiments.evidence import EVIDENCE, evidence_names
-=======
->>>>>>> main
 from mmdit_probe.results.selection import load_selection
 
 LAYERS = 6

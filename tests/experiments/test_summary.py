@@ -8,7 +8,6 @@ import pytest
 
 from mmdit_probe.data import paper_table
 from mmdit_probe.errors import UserError
-<<<<<<< HEAD
 from mmdit_probe.experiments import AttentionBudget, Result, ValueNorms
 from mmdit_probe.experiments.attention_budget import budget_table as shown
 from mmdit_probe.experiments.attention_budget import robust_z
@@ -21,9 +20,6 @@ from tests.tables import SPANS, budget_table, by_item
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     items = by_item(AttentionBudget(), table)
     return summarise_items(items[items["branch"] == "cond"])
-=======
-from tests.tables import SPANS, budget_table
->>>>>>> main
 
 
 def test_masses_of_each_query_modality_sum_to_one():
