@@ -162,7 +162,7 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
     from diffusers import DiffusionPipeline
 
     family = next(family for family in FAMILIES.values() if family.transformer == index["transformer"][1])
-    if not t5 and len({stream.length == "tokenizer" for stream in family.streams}) < 2:
+    if not t5 and not _optional_encoder(family):
         raise UserError(f"{source} reads its prompt with one text encoder only; it cannot be left out")
     open_ended = [stream for stream in family.streams if stream.length != "tokenizer"]
     # A directory saved without an optional encoder loads only if it is passed as None again.
@@ -187,6 +187,16 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
     if not t5:
         pipeline.register_modules(**dict.fromkeys(name for stream in open_ended for name in stream.tokenizers))
     return pipeline, length
+
+
+def can_leave_out_t5(name: str) -> bool:
+    """Whether `load(name, t5=False)` has an encoder to leave out and another one to read with. Errors as `load`."""
+    index = _checked_index(_source(name)[0])
+    return any(_optional_encoder(f) for f in FAMILIES.values() if f.transformer == index["transformer"][1])
+
+
+def _optional_encoder(family: Family) -> bool:
+    return len({stream.length == "tokenizer" for stream in family.streams}) > 1
 
 
 def _check_complete(source: str, pipeline: Any, family: Family, notices: list[str]) -> None:

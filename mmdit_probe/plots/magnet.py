@@ -45,6 +45,28 @@ def pipeline(steps: Sequence[tuple[str, Any]], *, title: str = "") -> Figure:
     return figure
 
 
+def training(log: pd.DataFrame, validation: pd.DataFrame, *, title: str = "") -> Figure:
+    """The terms of the loss by step, and the held-out mIoU where there is one.
+
+    Args:
+        log: columns step, flow, focal, dice. validation: columns step and miou, or none.
+    """
+    held_out = validation.dropna(subset=["miou"]) if "miou" in validation else validation.iloc[:0]
+    width, count = (style.COLUMN, 1) if held_out.empty else (style.PAGE, 2)
+    with style.panels(width, 2.4, count, title=title) as (figure, (axes, *right)):
+        for place, name in enumerate(("flow", "focal", "dice")):
+            axes.plot(log["step"], log[name], color=style.COLOURS[place], ls=style.LINES[place], label=name)
+        style.whole(axes, "step")
+        axes.set(ylabel="loss", ylim=(0, None))
+        style.legend(figure, axes)
+        for panel in right:
+            panel.plot(held_out["step"], held_out["miou"], color=style.COLOURS[3], marker="o", ms=3)
+            style.whole(panel, "step")
+            panel.set_ylabel(f"held-out mIoU (n = {held_out['n'].iloc[-1]:.0f})")
+            style.within(panel, "y", 0, 1)
+    return figure
+
+
 def differences(table: pd.DataFrame, metric: str, baseline: str, *, title: str = "") -> Figure:
     """Paired difference to a baseline per category with its 95 % interval, one series per variant.
 

@@ -11,7 +11,6 @@ the picture, because methods differ in scale.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,41 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit_probe.errors import UserError, unknown
-
-RULES = ("none", "threshold:T", "power:A", "class:NAME")
-
-
-@dataclass(frozen=True)
-class Background:
-    """A parsed background rule."""
-
-    kind: str = "none"
-    value: float = 0.0
-    name: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> Background:
-        """From "none", "threshold:0.5", "power:2" or "class:sky".
-
-        Raises:
-            UserError: not one of these.
-        """
-        kind, _, rest = text.partition(":")
-        if kind == "none" and not rest:
-            return cls()
-        if kind == "class" and rest.strip():
-            return cls("class", name=rest.strip())
-        if kind in ("threshold", "power"):
-            try:
-                value = float(rest)
-            except ValueError:
-                raise unknown("background rule", text, RULES) from None
-            if kind == "threshold" and not 0.0 <= value <= 1.0:
-                raise UserError(f"background rule {text!r}: the threshold is a share, expected 0 to 1")
-            if kind == "power" and not 0.0 < value < float("inf"):
-                raise UserError(f"background rule {text!r}: expected a power above 0, e.g. power:2")
-            return cls(kind, value)
-        raise unknown("background rule", text, RULES)
+from mmdit_probe.segment.settings import Background
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
