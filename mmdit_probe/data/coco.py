@@ -3,12 +3,10 @@
     data = coco(Path("coco"), "stuff", "train2017")                  # Dataset; what the paper trains on
     mmdit-probe train-magnet --data coco-stuff:coco
 
-Pictures in `train2017/` or `images/train2017/`, JSON in `annotations/`: `instances_*` (polygons and run-length masks of
-things), `stuff_*` (run-length masks of stuff), `panoptic_*` (both; with its PNG folder of the same name beside the JSON
-or the pictures), and `captions_*`, of which the first caption of a picture is taken. Masks of one class are united. A
-class is called by its whole name; COCO-Stuff's up to the first "-", as the paper does ("wall-brick": wall).
-
-Polygons are filled by PIL: pixels on an edge may differ from pycocotools' by one.
+Pictures in `train2017/` or `images/train2017/`, JSON in `annotations/`: `instances_*`, `stuff_*`, `panoptic_*` (with
+its PNG folder beside the JSON or the pictures), and `captions_*`, of which the first of a picture is taken. Masks of
+one class are united. COCO-Stuff's classes are called by their name up to the first "-", as in the paper. Polygons are
+filled by PIL: pixels on an edge may differ from pycocotools' by one.
 """
 
 from __future__ import annotations

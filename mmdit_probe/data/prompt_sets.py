@@ -5,9 +5,8 @@
     >>> len(prompts("everyday"))
     50
 
-Sets: `scenes:train`, `scenes:val`, `scenes:test` (captions of the embedded world, first 50 unless a limit is given) and
-`everyday` (50 plain sentences written for this toolkit, for models trained on photographs). Every prompt counts once: a
-repeated line is a repeated measurement.
+Sets: `scenes:train`, `scenes:val`, `scenes:test` (captions of the embedded world) and `everyday` (50 plain sentences
+for models trained on photographs). Every prompt counts once: a repeated line is a repeated measurement.
 """
 
 from __future__ import annotations

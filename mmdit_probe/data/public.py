@@ -6,8 +6,7 @@
     coco-object-words  81; "background" stands in the prompt and competes, its pixels are not scored: what the official
                        code of Seg4Diff scores in its Table 1
 
-A root may be the folder itself or its parent (`VOCdevkit/VOC2012` or what holds `VOCdevkit`). The first layout that is
-there is taken; `datasets check` says which. Nothing is downloaded; class names come from `data/classes/`.
+The first layout that is there is taken; `datasets check` says which. Nothing is downloaded.
 """
 
 from __future__ import annotations

@@ -2,14 +2,11 @@
 
     masks = sa1b_masks(Path("sa_000020/sa_223750.json"))        # boolean [K, H, W], largest first
     mmdit-probe evaluate --dataset sa1b:ROOT --method diffcut,diffseg
-    mmdit-probe datasets check sa1b ROOT
 
-Layouts, below the root or below any number of sub-folders: `sa_1.jpg` and `sa_1.json` side by side (as the archives
-unpack), or `images/.../sa_1.jpg` and `annotations/.../sa_1.json` (as Seg4Diff's code expects). Masks overlap; for
-evaluation they are painted from the largest to the smallest, so that parts lie on their wholes, and pixels of no mask
-are not scored. Class k of a picture is its k-th largest mask: it means nothing in another picture, so scores are means
-over masks (`Dataset.agnostic`). Only run-length masks are read, the form of SA-1B. A caption is the text file beside
-the picture, or made by a model (`captions`).
+Layouts, below the root or any sub-folders: `sa_1.jpg` and `sa_1.json` side by side (as the archives unpack), or in
+`images/` and `annotations/` (as Seg4Diff's code expects). For evaluation masks are painted from the largest to the
+smallest, and pixels of no mask are not scored; class k of a picture is its k-th largest mask and means nothing in
+another one (`Dataset.agnostic`).
 """
 
 from __future__ import annotations

@@ -6,13 +6,10 @@
 Each token's attention output moves exactly as far as under the edit (L2 norm per sample, head and token). Two kinds:
 
     rotation    the edit's change, turned by one random orthogonal matrix per layer and head, the same for every token,
-                sample and step. Angles between tokens' changes stay: the control is as coherent over the picture and
-                the sampling as the edit, so that it moves the picture as far.
-    noise       a direction of its own for every token and denoising call. Such changes cancel out: the picture moves
-                less than under an edit of the same size, so that this is the weaker control.
+                sample and step: as coherent over picture and sampling as the edit, so it moves the picture as far
+    noise       a direction of its own for every token and denoising call; such changes cancel out: the weaker control
 
-A layer whose edit does no more harm than these is only sensitive, not special. One matrix is one direction out of many:
-compare with several, `EqualBudget(edit).directions(5)`.
+One matrix is one direction out of many: compare with several, `EqualBudget(edit).directions(5)`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
 """What every edit shares: where it acts, and how its result is put into the call.
 
-An edit names a block (query -> key) and, optionally, layers, heads, steps, guidance branches and, among text keys,
-encoder streams, span kinds or words. Everything outside that address keeps the stock output bit for bit: the stock call
-is made first, and only the addressed (row, head, query) entries are replaced.
-
     class Half(Edit):
         def attend(self, call, place, proceed): return 0.5 * proceed(call)
 
-Edits of one layer compose in the order given to `probe(edits=[...])`: the first is the outermost.
+An edit names a block (query -> key) and, optionally, layers, heads, steps, guidance branches and, among text keys,
+encoder streams, span kinds or words. Everything outside that address keeps the stock output bit for bit. Edits of one
+layer compose in the order given to `probe(edits=[...])`: the first is the outermost.
 """
 
 from __future__ import annotations

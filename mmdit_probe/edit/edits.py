@@ -3,11 +3,9 @@
     with probe(model, edits=Blur("image", "text", layers=[9], sigma=9, kernel=5)):
         image = model.generate("a red ring on grass")
 
-Exact and without the N x N matrix: a linear map M on the keys' probabilities is a map on what is read there,
-`A[:, keys] M^T v = A[:, keys] (M^T v)`, and one on logits is a map on the keys themselves; a map on query positions
-acts on outputs. So a blur along text tokens costs one more attention call in the edited layer.
-
-Not here: which layer to edit (`select`), and guidance with the perturbed model (`edit.guidance`).
+Exact and without the N x N matrix: a linear map M on the keys' probabilities is a map on what is read there, `A[:,
+keys] M^T v = A[:, keys] (M^T v)`, and one on logits is a map on the keys themselves. So a blur along text tokens costs
+one more attention call in the edited layer. Not here: guidance with the perturbed model (`edit.guidance`).
 """
 
 from __future__ import annotations

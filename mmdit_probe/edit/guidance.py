@@ -5,12 +5,9 @@
     with perturbed_guidance(model, Blur("image", "text", layers=[9])) as guided:
         images = guided.generate("a red ring on grass", guidance=7.5, scale=2.0)
 
-The stock SD3 pipeline already makes an extra conditional forward for its skip-layer guidance and adds
-`scale * (cond - skipped)`. Here that forward skips nothing: the layers' I2T block is edited instead. Combined with
-classifier-free guidance as written above; both scales act on the velocity. The paper states neither the value of s nor
-how it combines. `guided_calls` does the same from outside for pipelines without such a forward.
-
-Not here: diffusers' own PAG, SEG and SLG guiders, which do not work on SD3 in 0.42.1.
+The stock SD3 pipeline's extra conditional forward for skip-layer guidance skips nothing here: the layers' I2T block is
+edited instead. Both scales act on the velocity; the paper states neither the value of s nor how it combines.
+`guided_calls` does the same from outside for pipelines without such a forward.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@
     attach(model.transformer, targets, rank=16, alpha=16, seed=0)
     save_lora(model.transformer, "out/lora", {"layers": [9]})
 
-Saved in diffusers' format. An adapter of another alpha than its rank has its scale folded into the up projections:
-`load_lora_weights` reads alpha from the file's header alone and, given a state dict, takes it to be the rank without a
-warning (diffusers 0.42.1). So the file, its tensors alone and a merged copy are all the same adapter.
+Saved in diffusers' format, the scale alpha / rank folded into the up projections: `load_lora_weights` takes alpha to be
+the rank where it is given a state dict (diffusers 0.42.1), so file, tensors and a merged copy are all the same adapter.
 """
 
 from __future__ import annotations

@@ -1,15 +1,12 @@
 """The MAGNET objective: flow matching + lambda_mask (lambda_focal focal + lambda_dice dice), arXiv:2509.18096.
 
-Every term is a mean over samples of per-sample values, so that neither the split into micro-batches nor that over
-processes changes it.
-
     >>> import torch
     >>> plain = LossWeights(focal_alpha=-1.0, focal_gamma=0.0)                              # cross-entropy
     >>> float(focal(torch.tensor([6.0]), torch.tensor([0.0]), plain))
     6.0024...
 
-Focal and dice take logits: the published trainer overwrote the sigmoid by the logits themselves, which makes a wrong
-pixel at logit 6 cost 216. Maps after the softmax are probabilities already; `as_logits` brings both to one form.
+Every term is a mean over samples of per-sample values, so that neither the split into micro-batches nor that over
+processes changes it. Focal and dice take logits; `as_logits` brings maps after the softmax to that form.
 """
 
 from __future__ import annotations

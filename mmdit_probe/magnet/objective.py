@@ -1,11 +1,10 @@
 """One micro-batch: samples in, the MAGNET objective out, as a mean over samples.
 
-What is drawn and when (samples, noise, noise levels, dropped prompts) is a pure function of the seed and of the place
-in the training, and pictures and prompts are encoded one by one: an interrupted training continues exactly, two
-processes do what one does, and the result does not depend on how a batch is split.
-
     >>> [round(rate_at(s, steps=100, warmup=10, floor=0.01), 3) for s in (0, 10, 55, 99)]
     [0.01, 1.0, 0.5, 0.0]
+
+What is drawn (samples, noise, noise levels, dropped prompts) is a pure function of the seed and of the place in the
+training, and pictures and prompts are encoded one by one: the result does not depend on how a batch is split.
 """
 
 from __future__ import annotations

@@ -3,10 +3,9 @@
     data = SelfLabelled.make(model, ScenesData("train", 500), source="maps", layers=(4,))
     train(model, data, TrainMagnet(layers=(4,)))
 
-Two sources: "maps" labels every pixel with the word of the prompt whose refined I2T map is strongest there (named
-masks, token-level); "segments" takes the unsupervised segments of the empty prompt (unnamed, head-level). Neither looks
-at an annotation: of the wrapped data only pictures, prompts and words are read. The maps of a teacher are averaged over
-noise draws and refined, which one training forward is not: that gap is what is learned from.
+"maps" labels every pixel with the word of the prompt whose refined I2T map is strongest there (named masks,
+token-level); "segments" takes the unsupervised segments of the empty prompt (unnamed, head-level). The teacher's maps
+are averaged over noise draws and refined, which one training forward is not: that gap is what is learned from.
 """
 
 from __future__ import annotations

@@ -7,9 +7,8 @@
         maps = tap.take()[4]                             # [B, G, h, w], with gradients
         loss(velocity, maps).backward()
 
-A handler of the probe that looks and changes nothing: the transformer is the stock one, with LoRA, checkpointing or
-data parallelism around it or not. Memory is O(N T) per layer (O(N D) where a word map suffices), never N x N.
-Observers (`observe.maps.TextMaps`) give the same maps without gradients.
+A handler of the probe that changes nothing. Memory is O(N T) per layer (O(N D) where a word map suffices). Not here:
+maps without gradients (`observe.maps.TextMaps`).
 """
 
 from __future__ import annotations

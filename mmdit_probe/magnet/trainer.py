@@ -4,10 +4,9 @@
     result.lora                                    # a folder for `pipe.load_lora_weights`
     accelerate launch --num_processes 2 -m mmdit_probe train-magnet ...       # the same, in parallel
 
-Exact: what is drawn depends on (seed, place of the sample) alone, so that a killed training continues as if nothing had
+What is drawn depends on (seed, place of the sample) alone, so that a killed training continues as if nothing had
 happened, two micro-batches of four give the step of eight, and two processes that of one (up to the rounding of sums).
-Unlike the published trainer it accumulates in the loop, prints its parameter groups, and trains nothing in secret. The
-first loss, gradient or weight that is not finite ends it; the last checkpoint before that is kept.
+The first loss, gradient or weight that is not finite ends it; the last checkpoint before that is kept.
 """
 
 from __future__ import annotations

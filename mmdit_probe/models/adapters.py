@@ -3,8 +3,7 @@
     model = load("scenes-sd3", lora="runs/train-magnet/.../lora")
     read_metadata("runs/train-magnet/.../lora")["mmdit_probe"]
 
-The format is diffusers' own, so adapters of other programs load as well. `pipeline.unload_lora_weights()` takes an
-adapter off; `merge` makes it part of the weights first.
+The format is diffusers' own. `pipeline.unload_lora_weights()` takes an adapter off.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@
     model = load("path/to/a/pipeline", device="cuda", t5=False)
     model = load("stabilityai/stable-diffusion-3-medium-diffusers")     # gated: accept its licence and log in first
 
-Weights are read from safetensors only, and all of them must be there. Nothing is printed but the bars of a download. A
-random-weight twin ("scenes-sd3-random") shares everything with its base but the transformer, which is built from the
-same configuration with seeded random weights: the control of every analysis.
+Weights are read from safetensors only, and all of them must be there. A random-weight twin ("scenes-sd3-random") shares
+everything with its base but the transformer, which has seeded random weights: the control of every analysis.
 """
 
 from __future__ import annotations

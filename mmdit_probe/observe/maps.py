@@ -7,14 +7,10 @@
     blocks = JointBlocks(layers=[3, 4], keep=("i2t", "i2i"))
     with second_attention(model, layers=[3, 4]) as second, probe(model, blocks):
         model.denoise(latents, 0.5, text)
-    blocks.kept[3]["i2t"].shape                      # [B, H, I, T]
-    second[3].shape                                  # [B, I, I], of dual-attention blocks
+    blocks.kept[3]["i2t"].shape, second[3].shape     # [B, H, I, T], [B, I, I] (of dual-attention blocks)
 
-Maps are columns of the exact attention probabilities: for `queries="image"` (I2T) the value at an image token is that
-query's probability on the word; for `queries="text"` (T2I) it is the word's probability on that image token.
-
-Unlike the other observers `TextMaps` grows with every call it sees, because maps were asked for by name: choose layers
-and steps. `JointBlocks` and `second_attention` keep the last call. Not here: what is made of maps (`segment`).
+Maps are columns of the exact attention probabilities. `TextMaps` grows with every call it sees: choose layers and
+steps. Not here: what is made of maps (`segment`).
 """
 
 from __future__ import annotations

@@ -6,11 +6,9 @@ attention's output, heads concatenated, q and k after norm and rotary embedding.
     with probe(model, Projection(basis)) as run: ... # second pass: project
     run[Projection].maps(layer=4, kind="value")      # [B, h, w, 16]
 
-The fit is joint over all images seen and streams, with a state that does not grow with them. "exact" updates mean and
-covariance call by call, one D x D matrix per layer and kind; "incremental" is scikit-learn's IncrementalPCA, k x D
-numbers, for models too wide for that. Which images, noise level and prompts were seen is the caller's to record.
-Colours of different layers are not comparable: components have no common order between layers. `scores` and
-`own_scores` make the pictures quantitative where exact masks exist: see there.
+The fit is joint over all images seen and streams: "exact" keeps mean and covariance, one D x D matrix per layer and
+kind; "incremental" is scikit-learn's IncrementalPCA, k x D numbers. Components have no common order between layers. Not
+here: which images, noise level and prompts were seen.
 """
 
 from __future__ import annotations

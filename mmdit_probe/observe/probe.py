@@ -4,11 +4,9 @@
         model.generate("a cat by the window")
     run[AttentionMass].table()
 
-With observers only, the model's output is bitwise the stock output. Everything is restored when the context ends, after
-an error too. A selected layer whose attention is never seen raises: an empty result must not look like a result. Where
-a cache or a guider leaves out layers of some steps, the others are reported, with a warning: `run.notes`.
-
-Layers are 0-based joint-attention layers in forward order; steps are 0-based sampling steps.
+With observers only, the model's output is bitwise the stock output. A selected layer whose attention is never seen
+raises: an empty result must not look like a result. Where a cache or a guider leaves out layers of some steps, the
+others are reported, with a warning: `run.notes`.
 """
 
 from __future__ import annotations

@@ -5,11 +5,9 @@
     run[KeyMass].table()                # mass received by every key, per layer and head
     run[Channels].table()               # largest channel over median channel, per layer, kind and modality
 
-A key's mass is the mean, over the queries of one modality, of the probability on that one key; 1 / N is uniform. A sink
-is a key that takes far more (`top_keys`, `SINK`). Removing sinks from I2T maps and renormalising the rest (`SinkFree`)
-changes how maps look, but not which word wins at a pixel within a head: every word there is divided by the same number.
-What it does to a mean over heads, and to how one word's map ranks pixels, is measured in `experiments.sink_quality`.
-Not here: masses by kind of token (`observe.mass`).
+A key's mass is the mean, over the queries of one modality, of the probability on that one key; a sink takes far more
+than 1 / N. Removing sinks (`SinkFree`) does not change which word wins at a pixel within a head; what it does to a mean
+over heads is measured in `experiments.sink_quality`. Not here: masses by kind of token (`observe.mass`).
 """
 
 from __future__ import annotations

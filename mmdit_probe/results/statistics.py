@@ -5,11 +5,9 @@
     no_worse(differences, margin=0.05).verdict                # "no worse", "worse" or "undecided"
     n_for_effect(differences, 0.05)                           # items that would show a difference of 0.05
 
-The table of a run holds its controls beside the measurement, told apart by the column `control` ("none" is the
-measurement itself). A claim is about the difference of the two on the same items, so items are what is resampled, not
-rows. Scores that are undefined for an item (NaN) are left out and counted. All intervals are of 95 %; how often they
-cover the truth, by n, is in benchmarks/results/interval_coverage.md. Not here: how a control is made
-(`experiments.controls`).
+A claim is about the difference of measurement and control on the same items, so items are what is resampled, not rows.
+Undefined scores (NaN) are left out and counted. All intervals are of 95 %; how often they cover the truth, by n, is in
+benchmarks/results/interval_coverage.md.
 """
 
 from __future__ import annotations

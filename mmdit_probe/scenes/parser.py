@@ -1,14 +1,10 @@
-"""The scene parser: a small network that reads an image back into classes and colours, and the facts that follow.
-
-It plays the part that detectors and question-answering models play for T2I-CompBench++ (arXiv 2307.06350): whether a
-generated image shows what its caption claims is measured, not guessed.
+"""The scene parser: a small network that reads an image back into classes and colours, and the facts that follow: what
+detectors and question-answering models do for T2I-CompBench++ (arXiv 2307.06350). It knows this world only.
 
     >>> from mmdit_probe.scenes import load_parser, scene
     >>> parser = load_parser()
     >>> reading = parser.read(scene("val", 0).image)[0]  # doctest: +SKIP
     >>> alignment("a red ring on grass", reading)        # doctest: +SKIP
-
-It knows this world only; on a photograph its answer means nothing.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@
     clip.vectors(clip.pixels([image]))               # [1, P], unit length, in the space of clip.text(["cat"])  [1, P]
     states, grid = clip.hidden(clip.pixels([image], (224, 336)))           # L + 1 states [1 + n, E], CLS first
 
-Pixels go through the checkpoint's own image processor. Written against the public parts of `CLIPModel` (layer_norm1,
-self_attn.{q,k,v,out}_proj, post_layernorm, ...): blocks are run here step by step where a method changes them, no
-module is patched. Works with transformers 5 and later.
+Pixels go through the checkpoint's own image processor. Blocks are run step by step, by the public parts of `CLIPModel`,
+where a method changes them; no module is patched.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
     method.needs, method(capture).shape             # ("i2t",), (C, h, w)
 
 Open-vocabulary methods return scores [C, h, w], one map per class; unsupervised ones proposals [P, h, w]. Both are on
-the token grid (or a coarser one) and go through the shared tail. A method's options are keyword arguments of its
-function with defaults; `Method.configure` checks names and returns a method with other values.
+the token grid (or a coarser one) and go through the shared tail.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Unsupervised methods: diffseg merges attention maps, diffcut cuts a graph of features. Both from the empty prompt.
+"""Unsupervised methods, both from the empty prompt: diffseg merges attention maps, diffcut cuts a graph of features.
 
 Cost at 64 x 64 tokens on a laptop core: diffseg compares 256 anchors with 4096 maps in matrix products; diffcut pools
-features to 32 x 32 before it cuts (as its paper does) and computes only the second eigenvector of each part. Labels are
-assigned at the full grid in both.
+features to 32 x 32 before it cuts (as its paper does) and computes only the second eigenvector of each part.
 """
 
 from __future__ import annotations

@@ -2,11 +2,9 @@
 
     score_c = mean over the word tokens of c of the head-mean I2T columns, mean over layers
 
-and seg4diff-unsup: the columns of the empty prompt's padding tokens as mask proposals (section 3.5). Knobs beyond the
-paper: heads, the softmax the columns are read from, the reduction over tokens, the encoder stream, min-max.
-
-Columns of different prompts are not on one scale, because each joint softmax holds its own words' mass. When the names
-fill several prompts, "auto" reads odds against the image mass, which leave the other words out.
+and seg4diff-unsup: the columns of the empty prompt's padding tokens as mask proposals (section 3.5). Columns of
+different prompts are not on one scale, because each joint softmax holds its own words' mass: when the names fill
+several prompts, "auto" reads odds against the image mass.
 """
 
 from __future__ import annotations
