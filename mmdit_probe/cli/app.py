@@ -21,12 +21,13 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from mmdit_probe import __version__
-from mmdit_probe.cli import discover, doctor, evaluate, models, segment, train_magnet
+from mmdit_probe.cli import compare, discover, doctor, evaluate, models, segment, train_magnet
 from mmdit_probe.cli.adapter import command_of
 from mmdit_probe.errors import ProbeError
 from mmdit_probe.experiments import (
     AttentionBudget,
     Attribute,
+    ContributionBudget,
     Diagnose,
     FeaturePCA,
     Generate,
@@ -71,13 +72,16 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for experiment in (AttentionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers):
+for experiment in (
+    AttentionBudget, ValueNorms, ContributionBudget, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers,
+):  # fmt: skip
     app.command(experiment.name)(command_of(experiment))
 app.command("segment")(segment.command)
 app.command("discover")(discover.command)
 app.command("evaluate")(evaluate.command)
 app.add_typer(models.app, name="models")
 app.command(Score.name)(command_of(Score))
+app.command("compare")(compare.command)
 app.command("train-magnet")(train_magnet.command)
 app.command("doctor")(doctor.command)
 

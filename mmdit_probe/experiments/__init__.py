@@ -19,6 +19,7 @@ from mmdit_probe.errors import UserError, unknown
 if TYPE_CHECKING:
     from mmdit_probe.experiments.attention_budget import AttentionBudget as AttentionBudget
     from mmdit_probe.experiments.attribute import Attribute as Attribute
+    from mmdit_probe.experiments.contribution_budget import ContributionBudget as ContributionBudget
     from mmdit_probe.experiments.diagnose import Diagnose as Diagnose
     from mmdit_probe.experiments.experiment import Experiment as Experiment
     from mmdit_probe.experiments.feature_pca import FeaturePCA as FeaturePCA
@@ -39,12 +40,14 @@ OF_COMMAND = {
     "generate": "Generate",
     "select-layers": "SelectLayers",
     "score": "Score",
+    "contribution-budget": "ContributionBudget",
 }
 """Command -> the experiment that it runs."""
 
 _MODULES = {
     "AttentionBudget": "attention_budget",
     "Attribute": "attribute",
+    "ContributionBudget": "contribution_budget",
     "Diagnose": "diagnose",
     "Experiment": "experiment",
     "FeaturePCA": "feature_pca",

@@ -27,7 +27,7 @@ from mmdit_probe.attention import exact
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.observer import DenoisingCall, LayerCall, RowBatch, RowObserver
+from mmdit_probe.observe.observer import Axis, DenoisingCall, LayerCall, RowBatch, RowObserver
 from mmdit_probe.specs import ALL_HEADS
 
 COLUMNS = (
@@ -126,8 +126,8 @@ class Contribution(RowObserver):
                 groups = text.groups[sample]
                 key, span, stream, word, index = zip(*groups, strict=True)
                 counts = [_count(text.layout, group, positions, sample) for group, positions in groups.items()]
-                named = {"key": key, "span": span, "stream": stream, "word": word, "word_index": index}
-                axes = [{"layer": [layer]}, named | {"n_key": counts}, {"head": [ALL_HEADS, *heads]}]
+                named: dict[str, Any] = {"key": key, "span": span, "stream": stream, "word": word, "word_index": index}
+                axes: list[Axis] = [{"layer": [layer]}, named | {"n_key": counts}, {"head": [ALL_HEADS, *heads]}]
                 batch.add(sample, axes, **{name: kept[None, ..., at] for at, name in enumerate(VALUES)})
 
 
