@@ -19,6 +19,7 @@ from mmdit_probe.errors import UserError, unknown
 if TYPE_CHECKING:
     from mmdit_probe.experiments.attention_budget import AttentionBudget as AttentionBudget
     from mmdit_probe.experiments.attribute import Attribute as Attribute
+    from mmdit_probe.experiments.contribution_budget import ContributionBudget as ContributionBudget
     from mmdit_probe.experiments.diagnose import Diagnose as Diagnose
     from mmdit_probe.experiments.evaluate import Evaluate as Evaluate
     from mmdit_probe.experiments.experiment import Experiment as Experiment
@@ -44,6 +45,7 @@ OF_COMMAND = {
     "select-layers": "SelectLayers",
     "score": "Score",
     "evaluate": "Evaluate",
+    "contribution-budget": "ContributionBudget",
 }
 """Command -> the experiment that it runs."""
 
@@ -54,6 +56,7 @@ _MODULES = {
     "Discover": "segment_picture",
     "AttentionBudget": "attention_budget",
     "Attribute": "attribute",
+    "ContributionBudget": "contribution_budget",
     "Diagnose": "diagnose",
     "Experiment": "experiment",
     "FeaturePCA": "feature_pca",
