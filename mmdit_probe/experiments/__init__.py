@@ -49,7 +49,7 @@ OF_COMMAND = {
 }
 """Command -> the experiment that it runs."""
 
-_MODULES = {
+MODULES = {
     "TrainMagnet": "train_magnet",
     "Segment": "segment_picture",
     "Evaluate": "evaluate",
@@ -67,14 +67,15 @@ _MODULES = {
     "SelectLayers": "select_layers",
     "ValueNorms": "value_norms",
 }
+"""Name -> module that it is in."""
 
-__all__ = ["OF_COMMAND", "experiment_of", *_MODULES]
+__all__ = ["OF_COMMAND", "experiment_of", *MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)
 
 
 def experiment_of(command: str, options: Mapping[str, Any]) -> Experiment:
