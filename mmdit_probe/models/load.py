@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mmdit_probe import assets
-from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.errors import RunError, UserError, first_line, unknown
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families.registry import FAMILIES, Family, refuse_class
 from mmdit_probe.models.mmdit import MMDiT, default_length
@@ -179,7 +179,7 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
             pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **left_out)
     except Exception as error:
         if Path(source).exists():
-            raise RunError(f"{source} cannot be loaded: {_first_line(error)}") from error
+            raise RunError(f"{source} cannot be loaded: {first_line(error)}") from error
         raise _hub_error(source, error) from error
     _check_complete(source, pipeline, family, notices)
     # Read before the tokenizer goes: without its encoder the stream keeps its length and holds zeros.
@@ -237,10 +237,6 @@ def _hub_error(source: str, error: Exception) -> UserError:
         f"{source} is no directory here and the hub cannot be reached; download it first, or use an embedded model"
         f" ({', '.join(embedded_models()) or 'none installed'})"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def pick_device(device: str | torch.device) -> torch.device:
