@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from mmdit_probe import load
 from mmdit_probe.data import dataset as read_dataset
+from mmdit_probe.evaluate.scores import area_under_curve
 from mmdit_probe.evaluate.tagger import open_tagger
 from mmdit_probe.segment.capture import capture
 from mmdit_probe.segment.methods import find
@@ -34,11 +35,7 @@ TAGGERS = ("scenes-clip", "scenes-parser")
 
 def area(values: NDArray[np.float64], there: NDArray[np.bool_]) -> float:
     """Area under the ROC curve of values [n, C] for classes that are there [n, C]; ties count half."""
-    from scipy.stats import rankdata
-
-    ranks, positive = rankdata(values.ravel()), there.ravel()
-    hits = int(positive.sum())
-    return float((ranks[positive].sum() - hits * (hits + 1) / 2) / (hits * (len(ranks) - hits)))
+    return float(area_under_curve(values.ravel(), there.ravel()))
 
 
 def statistics_of(maps: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:

@@ -8,7 +8,7 @@ package uses `results.statistics.interval`; its column is measured through that 
 
 `statistics.FEWEST` is the smallest n from which on no kind of mean, and no share of .2 or more, falls below 93 % by
 more than two standard errors of the simulation. (Few items say nothing of rare events: Wilson's interval of a share of
-.05 goes up and down with n, from 86 to 99 %, whatever n is.)
+.05 goes up and down with n.)
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from PIL import Image
 from runs import model_of, options_of, run_folder, target, write
 
 from mmdit_probe.experiments.sweep import Setting, summarise
-from mmdit_probe.plots.perturb import contact_sheet, guidance_by_layer
+from mmdit_probe.plots.perturb import guidance_by_layer
+from mmdit_probe.plots.sheet import sheet
 from mmdit_probe.results import read_table
 from mmdit_probe.results.folder import read_record
 
@@ -55,7 +56,7 @@ def images_of(folder: Path, title: str) -> Any:
         for row in range(len(prompts))
     ]
     columns = ["stock" if setting.scale == 0 else f"layer {setting.layers[0]}" for setting in shown]
-    return contact_sheet(cells, columns, prompts, title=f"{title}; g = {request['guidance']:g}, s = {top:g}")
+    return sheet(cells, columns, prompts, title=f"{title}; g = {request['guidance']:g}, s = {top:g}")
 
 
 if __name__ == "__main__":

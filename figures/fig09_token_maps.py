@@ -28,7 +28,7 @@ from runs import model_of, options_of, paper_layers, run_folder, target, write
 
 from mmdit_probe import assets
 from mmdit_probe.observe.maps import TextMaps
-from mmdit_probe.plots.maps import map_sheet, short, wrapped
+from mmdit_probe.plots.sheet import sheet, short, wrapped
 from mmdit_probe.results import RunFolder
 from mmdit_probe.results.folder import read_record
 from mmdit_probe.results.selection import load_selection
@@ -178,7 +178,7 @@ def token_maps(prompts: list[dict[str, Any]], layers: list[int], title: str) -> 
             captions.append(["", "all heads", *(f"head {head}" for head in heads)])
             rows.append(f"layer {layer}: {one['words'][0]}")
     note = "heads: the three that give the word most attention; each map from 0 to its maximum"
-    return map_sheet(cells, rows=rows, captions=captions, title=title, note=note)
+    return sheet(cells, rows=rows, captions=captions, title=title, note=note)
 
 
 def pad_maps(pictures: list[dict[str, Any]], title: str, count: int = 7) -> Any:
@@ -190,7 +190,7 @@ def pad_maps(pictures: list[dict[str, Any]], title: str, count: int = 7) -> Any:
         chosen = pads[np.linspace(0, len(pads) - 1, min(count, len(pads))).round().astype(int)]
         cells.append([one["image"], *(one["tokens"][..., place] for place in chosen)])
         captions.append(["picture", *(f"{one['labels'][place]}, {place}" for place in chosen)])
-    return map_sheet(cells, captions=captions, title=title, note="each map from 0 to its maximum")
+    return sheet(cells, captions=captions, title=title, note="each map from 0 to its maximum")
 
 
 def both_ways(prompts: list[dict[str, Any]], layer: int, title: str) -> Any:
@@ -206,7 +206,7 @@ def both_ways(prompts: list[dict[str, Any]], layer: int, title: str) -> Any:
         cells[-1] += [None] * (across - len(cells[-1]))
         captions[-1] += [""] * (across - len(captions[-1]))
     note = "I2T: attention of the image token to the word; T2I: of the word to the image token; each to its maximum"
-    return map_sheet(cells, captions=captions, rows=[str(one["prompt"]) for one in prompts], title=title, note=note)
+    return sheet(cells, captions=captions, rows=[str(one["prompt"]) for one in prompts], title=title, note=note)
 
 
 def all_tokens(one: dict[str, Any], title: str, whole: bool = False) -> Any:
@@ -217,7 +217,7 @@ def all_tokens(one: dict[str, Any], title: str, whole: bool = False) -> Any:
         ["picture", *(str(one["labels"][k]) for k in places)], across=8 if len(places) < 100 else 14,
     )  # fmt: skip
     note = f"{one['prompt'] or 'empty prompt'}: each map from 0 to its maximum"
-    return map_sheet(cells, captions=captions, title=title, note=note)
+    return sheet(cells, captions=captions, title=title, note=note)
 
 
 def heads_of(one: dict[str, Any], name: str) -> Any:
@@ -228,7 +228,7 @@ def heads_of(one: dict[str, Any], name: str) -> Any:
     cells = [[picture, *layer] for picture, layer in zip(pictures, maps, strict=True)]
     columns = ["", *(f"head {head}" if maps.shape[1] < 12 else str(head) for head in range(maps.shape[1]))]
     rows = [f"layer {layer}\nmax {short(float(of.max()))}" for layer, of in enumerate(maps)]
-    return map_sheet(
+    return sheet(
         cells, columns=columns, rows=rows, scale="row", title=f"{name}: I2T of '{one['words'][0]}'",
         note=f"{one['prompt']}: each layer from 0 to its maximum", side=0.55 if maps.shape[1] < 12 else 0.28,
     )  # fmt: skip

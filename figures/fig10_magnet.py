@@ -22,8 +22,8 @@ from mmdit_probe import load
 from mmdit_probe.data import paper_table
 from mmdit_probe.plots import save
 from mmdit_probe.plots.magnet import differences, pipeline
-from mmdit_probe.plots.maps import map_sheet
-from mmdit_probe.plots.segmentation import blend
+from mmdit_probe.plots.segmentation import blend, palette
+from mmdit_probe.plots.sheet import sheet
 from mmdit_probe.scenes import CLASSES, scene
 
 RESULTS = Path(__file__).parents[1] / "analyses" / "results" / "magnet_scenes"
@@ -80,13 +80,15 @@ def draw_masks(examples: dict[str, dict[str, Any]], out: Path) -> None:
     kinds = {"named": ("fig11_masks_open", "classes present"),
              "unnamed": ("fig11_masks_unsupervised", "segments of the empty prompt, matched")}  # fmt: skip
     for key, (file, what) in kinds.items():
-        cells = []
+        cells, seen = [], set()
         for index in range(len(examples[BASE][key])):
             item = scene("test", index)
             found = [np.where(of[key][index] < len(CLASSES), of[key][index], UNMATCHED) for of in examples.values()]
             labels = [item.classes.astype(np.uint8), *found]
             cells.append([item.image, *(blend(item.image, one, 0.8) for one in labels)])
-        put(map_sheet(cells, columns=titles, title=f"Test scenes: {what}"), out / file)
+            seen |= {int(one) for of in labels for one in np.unique(of) if one < len(CLASSES)}
+        legend = {CLASSES[one]: palette(len(CLASSES))[one] / 255 for one in sorted(seen)}
+        put(sheet(cells, columns=titles, title=f"Test scenes: {what}", legend=legend), out / file)
 
 
 def draw_maps(examples: dict[str, dict[str, Any]], settings: dict[str, Any], out: Path) -> None:
@@ -108,7 +110,7 @@ def draw_maps(examples: dict[str, dict[str, Any]], settings: dict[str, Any], out
         cells.append(row)
         captions.append(above)
     put(
-        map_sheet(cells, rows=rows, captions=captions, title=f"I2T maps of words while generating, layer"
+        sheet(cells, rows=rows, captions=captions, title=f"I2T maps of words while generating, layer"
                   f" {settings['layer']}", note=" | ".join(prompts[k] for k in chosen)),
         out / "fig12_maps",
     )  # fmt: skip
@@ -118,7 +120,7 @@ def draw_pictures(examples: dict[str, dict[str, Any]], out: Path) -> None:
     """F13: the first test prompt of every category, the same seed in every variant."""
     prompts = json.loads(str(examples[BASE]["prompts"]))
     cells = [[of["pictures"][place] for of in examples.values()] for place in range(len(prompts))]
-    put(map_sheet(cells, columns=list(examples), rows=prompts, title="Generated with the same seeds"),
+    put(sheet(cells, columns=list(examples), rows=prompts, title="Generated with the same seeds"),
          out / "fig13_pictures")  # fmt: skip
 
 

@@ -27,6 +27,9 @@ Spec = str | int | Iterable[int]
 HeadSpec = Spec | Mapping[int, Spec]
 """One specification for all layers, or layer -> specification; a layer that is absent uses all its heads."""
 
+ALL_HEADS = -1
+"""Head index, in tables, of rows about all heads of a layer together."""
+
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _LAST = re.compile(r"last(?:-(\d+))?")
 

@@ -21,6 +21,8 @@ def test_matrices_add_up_over_images():
     truth, found = rng.integers(0, 5, (2, 8, 16, 16))
     parts = sum(confusion(t, f, 5) for t, f in zip(truth, found, strict=True))
     assert np.array_equal(parts, confusion(truth, found, 5))
+    several = confusion(truth[0], found, 5)  # many predictions of one label
+    assert np.array_equal(several, np.stack([confusion(truth[0], f, 5) for f in found]))
 
 
 def test_bad_maps_are_refused():

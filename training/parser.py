@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmdit_probe.evaluate import confusion, mean_iou
 from mmdit_probe.scenes.parser import SceneParser
-from mmdit_probe.scenes.world import NO_COLOUR
+from mmdit_probe.scenes.world import CLASSES, NO_COLOUR
 from training.loop import Stage, low_precision, run, trained_state, warmup_cosine
 from training.pool import Pool
 from training.session import Session
@@ -78,13 +79,9 @@ def validate(parser: SceneParser, val: Pool, device: torch.device, n: int = 256)
     images, classes, colours = batch_of(val, torch.arange(min(n, len(val))), device)
     for name, seen in (("clean", images), ("disturbed", disturb(images))):
         found, shades = (torch.from_numpy(x) for x in parser.label(seen))
-        truth = classes.cpu()
-        ious = [
-            float(((found == c) & (truth == c)).sum() / ((found == c) | (truth == c)).sum().clamp(min=1))
-            for c in torch.unique(truth).tolist()
-        ]
+        counts = confusion(classes.cpu().numpy(), found.numpy(), len(CLASSES))
         coloured = colours.cpu() != NO_COLOUR
-        numbers[f"miou_{name}"] = float(np.mean(ious))
+        numbers[f"miou_{name}"] = float(mean_iou(counts, "gt"))
         numbers[f"colour_{name}"] = float((shades == colours.cpu())[coloured].float().mean())
     return numbers
 

@@ -134,6 +134,12 @@ def watch(module: nn.Module, handler: Transform | Recorder | Edit, stage: Stage)
     return detach
 
 
+def attached(module: nn.Module) -> bool:
+    """Whether calls of a watched module still come to its handlers: someone may have given it another `forward`."""
+    wrapped = module.__dict__.get(f"{_MARK}_forward")
+    return wrapped is not None and wrapped.reachable(module.forward)
+
+
 def sole_output(module: nn.Module) -> bool:
     """Whether one handler at most computes this module's attention output, so that what follows it is the kernel."""
     watcher = module.__dict__.get(_Watcher.ATTRIBUTE)
@@ -141,6 +147,8 @@ def sole_output(module: nn.Module) -> bool:
 
 
 _SUSPENDED: list[bool] = []
+_MARK = "_mmdit_probe"
+"""Begins the name of everything that is put on an instance."""
 
 
 @contextmanager
@@ -156,7 +164,7 @@ def suspended() -> Iterator[None]:
 class _Watcher:
     """The handlers of one attention module, and the forward wrapper that runs them."""
 
-    ATTRIBUTE = "_mmdit_probe_watcher"
+    ATTRIBUTE = f"{_MARK}_watcher"
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -295,9 +303,6 @@ def hook(module: nn.Module, before: Callable[..., Any], after: Callable[..., Any
         _copy_as_before(module)
 
     return detach
-
-
-_MARK = "_mmdit_probe"
 
 
 class _Wrapped:

@@ -77,11 +77,13 @@ def check(
     lines += [f"not scored: {found.ignored:.1%} of pixels; {found.per_image:.1f} {what} per image"]
     lines += [f"never seen: {', '.join(found.never)}"] if found.never and not data.agnostic else []
     lines += [data.note] if data.note else []
+    lines += [f"note: {image}: {what}" for image, what in found.notes[:10]]
     lines += [f"wrong: {image}: {what}" for image, what in found.problems[:50]] or ["nothing is wrong"]
     document = {
         "dataset": data.name, "images": found.images, "classes": [one.name for one in data.classes],
         "pixels": found.pixels.tolist(), "ignored": found.ignored, "never": found.never, "note": data.note,
         "per_image": found.per_image, "problems": [list(problem) for problem in found.problems],
+        "notes": [list(note) for note in found.notes],
     }  # fmt: skip
     output.result(document, lines if data.agnostic else [table, *lines])
     if found.problems:

@@ -198,16 +198,12 @@ def _options(texts: list[str] | None) -> dict[str, dict[str, Any]]:
 
 
 def _read_tags(path: Path | None) -> dict[str, list[str]] | None:
-    import json
-
+    from mmdit_probe.data import read_json
     from mmdit_probe.errors import UserError
 
     if path is None:
         return None
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"--tags {str(path)!r} cannot be read as JSON: {error}") from error
+    data = read_json(path, "tags, image name -> list of class names")
     if not isinstance(data, dict) or not all(isinstance(value, list) for value in data.values()):
         raise UserError(f"--tags {str(path)!r}: expected an object, image name -> list of class names")
     return data

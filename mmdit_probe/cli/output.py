@@ -29,7 +29,9 @@ class Output:
     def __init__(self, *, quiet: bool = False, as_json: bool = False, debug: bool = False) -> None:
         self.quiet = quiet
         self.as_json = as_json
-        self.out = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False)
+        self.out = Console(
+            width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False, markup=False
+        )
         self.progress = Progress(quiet=quiet, bars=not as_json)
         if not debug:
             hush_libraries()

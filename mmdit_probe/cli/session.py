@@ -24,7 +24,9 @@ def output_of(session: Session) -> Output:
 def load_model(session: Session) -> MMDiT:
     """The model of the session."""
     from mmdit_probe import load
+    from mmdit_probe.attention import tiles
 
+    tiles.BFLOAT16_UNITS = True  # a command owns its process
     model = load(session.model, lora=session.lora, device=session.device, dtype=session.dtype, t5=not session.no_t5)
     if session.max_sequence_length is not None:
         model.max_sequence_length = session.max_sequence_length

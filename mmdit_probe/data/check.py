@@ -23,7 +23,7 @@ class Report:
     Attributes:
         images: images looked at. pixels: scored pixels per class [C]. ignored: share of pixels that are not scored.
         never: names of classes that no image holds. per_image: mean number of classes (or masks) in an image.
-        problems: (image, what is wrong).
+        problems: (image, what is wrong). notes: (image, what the opener decided).
     """
 
     images: int
@@ -32,6 +32,7 @@ class Report:
     never: list[str]
     per_image: float
     problems: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)
 
 
 def check(dataset: Dataset, advance: Callable[[], None] = lambda: None) -> Report:
@@ -57,4 +58,5 @@ def check(dataset: Dataset, advance: Callable[[], None] = lambda: None) -> Repor
         advance()
     ignored = 1.0 - pixels.sum() / total if total else float("nan")
     never = [one.name for one, amount in zip(dataset.classes, pixels, strict=True) if amount == 0]
-    return Report(len(dataset.samples), pixels, float(ignored), never, float(np.mean(there or [0])), problems)
+    notes = [(sample.name, note) for sample in dataset.samples for note in sample.notes]
+    return Report(len(dataset.samples), pixels, float(ignored), never, float(np.mean(there or [0])), problems, notes)

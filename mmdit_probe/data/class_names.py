@@ -40,7 +40,7 @@ def parse_classes(text: str | Path | Sequence[str | SegClass]) -> list[SegClass]
     if isinstance(text, str) and len(text) < 4096 and "\n" not in text and text.endswith(".txt"):
         text = Path(text)
     if isinstance(text, Path):
-        kept = [line for line in read_lines(text, "a text file with class names") if line.strip()]
+        kept = [line for line in read_lines(text, "a text file with class names", "class file") if line.strip()]
         entries: list[str | SegClass] = [name for line in kept for name in line.rstrip(", \t").split(",")]
     else:
         entries = list(text.split(",") if isinstance(text, str) else text)

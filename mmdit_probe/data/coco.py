@@ -24,7 +24,7 @@ import numpy as np
 
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.labels import Ids, read_label_map
-from mmdit_probe.data.masks import Masks, Regions, decode_rle, fitted, paint, stack
+from mmdit_probe.data.masks import Masks, Regions, check_size, decode_rle, fitted, paint, stack
 from mmdit_probe.data.picture import open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import read_json
@@ -136,7 +136,7 @@ def _parsed(content: Any, kind: str) -> tuple[dict[str, Any], dict[str, tuple[in
     """Annotations by file name, sizes by file name, class names by category."""
     file_of = {int(one["id"]): str(one["file_name"]) for one in content["images"]}
     sizes = {
-        str(one["file_name"]): (int(one["height"]), int(one["width"]))
+        str(one["file_name"]): check_size((one["height"], one["width"]))
         for one in content["images"] if "height" in one and "width" in one
     }  # fmt: skip
     names = {int(one["id"]): _called(one, kind) for one in content["categories"]}

@@ -66,7 +66,7 @@ def pictures(root: Path) -> Dataset:
     """
     names = _names(root / "masks" / "classes.json")
     masks = _by_stem(root / "masks") if (root / "masks").is_dir() else {}
-    known = sorted(set(names.values()), key=list(names.values()).index)
+    known = dict.fromkeys(names.values())
     samples = [picture(path, masks.get(path.stem), names) for path in listed(root)]
     return Dataset(str(root), [SegClass((name,)) for name in known], samples, agnostic=not names)
 
@@ -93,7 +93,11 @@ def _regions(file: Path, mask: Path, names: dict[int, str]) -> Regions:
             f"mask of {file.name!r} has ids {missing[:8]} that classes.json does not name; it names "
             f"{sorted(names)[:12]}"
         )
-    return Regions(stack([ids == i for i in present], ids.shape), tuple(names[i] for i in present if names))
+    groups: dict[object, list[int]] = {}
+    for i in present:
+        groups.setdefault(names.get(i, i), []).append(i)
+    masks = stack([np.isin(ids, group) for group in groups.values()], ids.shape)
+    return Regions(masks, tuple(str(name) for name in groups) if names else ())
 
 
 def _names(file: Path) -> dict[int, str]:
@@ -102,7 +106,10 @@ def _names(file: Path) -> dict[int, str]:
         return {}
     expected = '{"1": "cat", ...}'
     try:
-        return {int(key): str(value) for key, value in sorted(read_json(file, expected).items())}
+        names = {int(key): value for key, value in read_json(file, expected).items()}
+        if not all(isinstance(name, str) and name.strip() for name in names.values()):
+            raise ValueError("a name is no text")
+        return dict(sorted(names.items()))
     except (ValueError, AttributeError) as error:
         raise UserError(f"{str(file)!r} cannot be read: {error}; expected {expected}") from error
 

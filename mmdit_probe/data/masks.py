@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.labels import IGNORE
+from mmdit_probe.data.picture import BOMB
 from mmdit_probe.errors import UserError
 
 MAX_MASKS = 32
@@ -42,14 +43,26 @@ def decode_rle(rle: Mapping[str, Any]) -> Masks:
     Raises:
         ValueError: it is not such a mask, or its runs do not fill its size.
     """
-    height, width = (int(side) for side in rle["size"])
+    height, width = check_size(rle["size"])
     counts = rle["counts"]
     runs = np.asarray(_runs(counts) if isinstance(counts, str | bytes) else counts, np.int64)
-    if height < 1 or width < 1 or runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
+    if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
         raise ValueError(f"runs of {int(runs.sum())} pixels do not fill {height} x {width}")
     values = np.zeros(len(runs), bool)
     values[1::2] = True
     return np.repeat(values, runs).reshape(width, height).T
+
+
+def check_size(size: Sequence[Any]) -> tuple[int, int]:
+    """(height, width) that an annotation tells.
+
+    Raises:
+        ValueError: no pixels, or more than any picture may have.
+    """
+    height, width = (int(side) for side in size)
+    if min(height, width) < 1 or height * width > BOMB:
+        raise ValueError(f"{height} x {width} is no size of a picture")
+    return height, width
 
 
 def _runs(text: str | bytes) -> list[int]:
@@ -108,7 +121,7 @@ def fitted(masks: Masks, size: tuple[int, int], name: str) -> Masks:
     shape = masks.shape[1:]
     if shape == size:
         return masks
-    if 0 in shape or abs(shape[0] * size[1] / (shape[1] * size[0]) - 1.0) > 0.02:
+    if abs(shape[0] * size[1] / (shape[1] * size[0]) - 1.0) > 0.02:
         raise UserError(
             f"{name} holds masks of {shape[0]} x {shape[1]} pixels, the picture has {size[0]} x {size[1]}: "
             "they are not of one picture"

@@ -96,7 +96,7 @@ def opened(path: Path | str, what: str) -> Iterator[Image]:
     """
     from PIL import Image as pil
 
-    path = regular(path, "a picture file, or scenes:val:0" if what == "picture" else "a label PNG")
+    path = regular(path, "a picture file, or scenes:val:0" if what == "picture" else "a label PNG", what)
     pil.init()
     with _told(repr(str(path)), what), pil.open(path, formats=[name for name in FORMATS if name in pil.OPEN]) as image:
         if image.width * image.height > BOMB:

@@ -90,16 +90,19 @@ class Sample:
             return self._label()
         return None if self._masks is None else paint(self.regions().masks)
 
-    def regions(self) -> Regions:
-        """Masks of what is in the picture, with their names: those of the masks, or of the ids that the label holds."""
+    def regions(self, size: tuple[int, int] | None = None) -> Regions:
+        """Masks of what is in the picture, with their names: those of the masks, or of the ids that the label holds.
+
+        Args:
+            size: (height, width) of the picture, where it is known: one without truth is not opened for it.
+        """
         if callable(self._masks):
             return self._masks()
         if self._masks is not None:
             return Regions(self._masks, self._names)
         label = self.label()
         if label is None:
-            picture = self.open()
-            return Regions(np.zeros((0, picture.height, picture.width), bool))
+            return Regions(np.zeros((0, *(size or self.image.shape[:2])), bool))
         ids = [int(i) for i in np.unique(label) if i != IGNORE]
         return Regions(stack([label == i for i in ids], label.shape), tuple(self._names[i] for i in ids))
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from mmdit_probe.data.coco import KINDS, coco
 from mmdit_probe.data.folder import labelled, picture, pictures
-from mmdit_probe.data.picture import check_picture, listed
+from mmdit_probe.data.picture import SUFFIXES, check_picture, listed
 from mmdit_probe.data.prompt_sets import DEFAULT_COUNT, check_limit
 from mmdit_probe.data.public import SETS
 from mmdit_probe.data.sa1b import sa1b
@@ -26,6 +26,7 @@ from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.scenes import ScenesData, scene_sample, scenes
 from mmdit_probe.data.training import Data, PictureData
 from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.scenes import SPLITS
 
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
     **{one.name: one.read for one in SETS},
@@ -53,11 +54,15 @@ def samples(source: str, limit: int | None = None) -> list[Sample]:
         return [scene_sample(one[1], int(one[2]))]
     if source == "scenes" or source.startswith("scenes:"):
         split = source.removeprefix("scenes").removeprefix(":") or "val"
+        if split not in SPLITS:
+            raise unknown("picture set", source, [f"scenes:{name}" for name in SPLITS])
         return [scene_sample(split, index) for index in range(limit or DEFAULT_COUNT)]
     if _named(source):
         return dataset(source, limit).samples
     path = Path(source)
     if not os.path.isdir(path):
+        if not os.path.exists(path) and path.suffix.lower() not in SUFFIXES:
+            raise UserError(f"no folder {source!r}; expected a picture, a folder of pictures, or scenes:val")
         check_picture(path)
         return [picture(path)]
     if (path / "classes.txt").exists():
@@ -76,7 +81,7 @@ def single(source: str) -> Sample:
     many = source.startswith("scenes:") and source.count(":") < 2
     found = [] if many else samples(source)
     if len(found) != 1:
-        raise UserError(f"{source!r} is no single picture; expected a picture file, or scenes:val:0")
+        raise UserError(f"{source!r} is no single picture; expected scenes:val:0, or a picture file")
     return found[0]
 
 

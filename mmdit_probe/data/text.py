@@ -23,11 +23,11 @@ _KINDS = (
 )  # fmt: skip
 
 
-def regular(path: Path | str, expected: str) -> Path:
+def regular(path: Path | str, expected: str, what: str = "file") -> Path:
     """A path that is a regular file or a link to one: opening anything else may wait for ever or never end.
 
     Args:
-        expected: what the file should be, for the message: "a text file".
+        expected: what the file should be, for the message: "a text file". what: and what it is called.
 
     Raises:
         UserError: not there, a folder, a pipe, a device, or a name that no file can have.
@@ -36,7 +36,7 @@ def regular(path: Path | str, expected: str) -> Path:
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:
-        raise UserError(f"no file {str(path)!r}; expected {expected}") from error
+        raise UserError(f"no {what} {str(path)!r}; expected {expected}") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{str(path)!r} cannot be opened ({reason}); expected {expected}") from error
@@ -46,13 +46,13 @@ def regular(path: Path | str, expected: str) -> Path:
     return path
 
 
-def read_text(path: Path | str, expected: str = "a text file") -> str:
+def read_text(path: Path | str, expected: str = "a text file", what: str = "file") -> str:
     """The text of a file, without its byte order mark.
 
     Raises:
         UserError: no regular file, unreadable, or not UTF-8; the message names the file and the byte.
     """
-    path = regular(path, expected)
+    path = regular(path, expected, what)
     try:
         data = path.read_bytes()
         text = data.decode("utf-8")
@@ -71,9 +71,9 @@ def lines(text: str) -> list[str]:
     return found if found[-1] else found[:-1]
 
 
-def read_lines(path: Path | str, expected: str = "a text file") -> list[str]:
+def read_lines(path: Path | str, expected: str = "a text file", what: str = "file") -> list[str]:
     """The lines of a text file; errors as in `read_text`."""
-    return lines(read_text(path, expected))
+    return lines(read_text(path, expected, what))
 
 
 def one_line(text: str) -> str:

@@ -78,8 +78,9 @@ class PictureData:
 
     def __getitem__(self, index: int) -> Sample:
         sample: Sample = self.dataset.samples[index]
-        regions, picture = sample.regions(), sample.open()
-        fit = Fit.of((picture.height, picture.width), self.size, how=self.fit)
+        picture = sample.open()
+        stored = (picture.height, picture.width)
+        regions, fit = sample.regions(stored), Fit.of(stored, self.size, how=self.fit)
         masks, names = fit.masks(regions.masks), regions.names
         image = np.asarray(fit.apply(picture, smooth=True))
         text = first_sentences(self.captions.get(sample.name) or sample.prompt, self.sentences)

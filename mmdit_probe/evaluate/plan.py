@@ -218,7 +218,12 @@ class Plan:
             parts = {p for e in group for p in (*e.method.needs, *Refinement.parse(e.refine).keep)}
             layers = sorted({layer for e in group for layer in e.layers})
             reading = replace(self.reading, layers=layers, weights=None, sigmas=list(levels))
-            whole = captures.get(name, image, classes, reading, keep=sorted(parts), together=together)
+            kinds = [e.method.text_kinds for e in group]
+            whole = captures.get(
+                name, image, classes, reading, keep=sorted(parts), together=together,
+                heads_apart=any(e.method.reads_heads for e in group),
+                text_kinds=None if None in kinds else sorted({kind for some in kinds for kind in some or ()}),
+            )  # fmt: skip
             known: dict[tuple[int, tuple[int, ...]], Tensor] = {}
             for entry in group:
                 record = replace(whole, layers=entry.layers, weights=entry.weights)
@@ -289,7 +294,8 @@ class _Rows:
     def add(self, keys: tuple[str, ...], counts: Counts) -> None:
         """Counts [C, P]; of an empty last segment one cell is kept, since matching goes by the number of segments."""
         kept = counts > 0
-        kept[0, -1] |= counts.shape[1] > self.classes and keys[-1] == "segments"
+        if keys[-1] == "segments" and counts.shape[1] > self.classes and kept.any():
+            kept[kept.any(1).argmax(), -1] = True
         truth, found = np.nonzero(kept)
         self._parts.append((keys, truth, found, counts[truth, found]))
 

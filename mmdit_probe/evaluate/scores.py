@@ -52,25 +52,28 @@ DRAWS = 1000
 def confusion(
     label: NDArray[np.integer], prediction: NDArray[np.integer], classes: int, columns: int | None = None,
     ignore: int | Collection[int] = IGNORE,
-) -> Counts:  # fmt: skip
-    """Counts [C, P] of two id maps of one shape.
+) -> NDArray[np.int64]:  # fmt: skip
+    """Counts [..., C, P] of a label map and one or more predictions of it.
 
     Args:
-        label: true ids, 0..C-1 or `ignore`. prediction: ids 0..P-1.
+        label: true ids [H, W] (or of any shape), 0..C-1 or `ignore`. prediction: ids 0..P-1, [..., H, W].
         columns: P; C if None. ignore: ids of label pixels that are not counted.
 
     Raises:
         ValueError: shapes differ, or a counted pixel has another id.
     """
-    if label.shape != prediction.shape:
+    before = prediction.shape[: max(0, prediction.ndim - label.ndim)]
+    if prediction.shape != (*before, *label.shape):
         raise ValueError(f"the label has shape {label.shape}, the prediction {prediction.shape}")
     width = classes if columns is None else columns
     counted = ~np.isin(label, [ignore] if isinstance(ignore, int) else list(ignore))
-    rows, cells = label[counted].astype(np.int64), prediction[counted].astype(np.int64)
+    rows = label[counted].astype(np.int64)  # (n,)
+    cells = prediction.reshape(-1, *label.shape)[:, counted].astype(np.int64)  # (M, n)
     for name, ids, count in (("label", rows, classes), ("prediction", cells, width)):
         if ids.size and (ids.min() < 0 or ids.max() >= count):
             raise ValueError(f"{name} holds ids {ids.min()}..{ids.max()}, expected 0..{count - 1}")
-    return np.bincount(rows * width + cells, minlength=classes * width).reshape(classes, width)
+    flat = (np.arange(len(cells))[:, None] * classes + rows) * width + cells
+    return np.bincount(flat.ravel(), minlength=len(cells) * classes * width).reshape(*before, classes, width)
 
 
 def histogram(
@@ -161,9 +164,8 @@ def map_quality(
     sets = STRETCHES[stretch](maps.float()).reshape(-1, *maps.shape[-3:])  # (M, K, h, w)
     large = F.interpolate(sets, label.shape, mode="bilinear", align_corners=False)
     predictions = np.asarray(ids)[large.argmax(1).numpy()]
-    truth = np.where(np.isin(label, ids), label, -1)
-    counts = np.stack([confusion(truth, one, classes, ignore=-1) for one in predictions])
-    return counts.reshape(*maps.shape[:-3], classes, classes)
+    truth = np.where(np.isin(label, ids), label.astype(np.int64), -1)
+    return confusion(truth, predictions, classes, ignore=-1).reshape(*maps.shape[:-3], classes, classes)
 
 
 def area_under_curve(values: NDArray[Any], inside: NDArray[np.bool_]) -> NDArray[np.float64]:

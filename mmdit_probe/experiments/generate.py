@@ -149,7 +149,8 @@ class Generate(Sweep):
         return {"by_setting": result.summary}
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        from mmdit_probe.plots.perturb import contact_sheet, guidance_sweep
+        from mmdit_probe.plots.perturb import guidance_sweep
+        from mmdit_probe.plots.sheet import sheet
 
         request = result.request
         plan = request["conditions"]
@@ -157,7 +158,7 @@ class Generate(Sweep):
         cells = sheet_cells(result, [c[0] for c in plan], range(len(prompts)))
         guided = "perturbed guidance, " if len(plan) > 1 else ""
         title = f"{result.model_name}: {guided}g = {request['guidance']:g}"
-        figures = {"generate": contact_sheet(cells, [_heading(c) for c in plan], prompts, title=title)}
+        figures = {"generate": sheet(cells, [_heading(c) for c in plan], prompts, title=title)}
         if len(plan) > 1:
             count = result.summary["n"].max()
             figures["sweep"] = guidance_sweep(result.summary, title=f"{title}, n = {count}")

@@ -132,7 +132,8 @@ class Perturb(Places, Sweep):
         return {"perturb_by_place": result.summary}
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        from mmdit_probe.plots.perturb import contact_sheet, effects_by_layer, effects_grid
+        from mmdit_probe.plots.perturb import effects_by_layer, effects_grid
+        from mmdit_probe.plots.sheet import sheet
 
         summary, name = result.summary, result.model_name
         count = int(summary["n"].max())
@@ -150,7 +151,7 @@ class Perturb(Places, Sweep):
             if rows and len(columns) > 1:
                 cells = sheet_cells(result, [c[0] for c in columns], rows)
                 heads = ["none" if c[1]["layer"] < 0 else f"layer {c[1]['layer']}" for c in columns]
-                figures[f"perturb_{label}"] = contact_sheet(cells, heads, prompts, title=what)
+                figures[f"perturb_{label}"] = sheet(cells, heads, prompts, title=what)
         return figures
 
     def tell(self, result: Result) -> list[Text]:

@@ -21,7 +21,7 @@ import numpy as np
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.results import RunFolder, TableWriter, atomic, processes, read_items, read_table
-from mmdit_probe.results.rows import MemorySink, constant
+from mmdit_probe.results.tables import MemorySink, constant
 
 if TYPE_CHECKING:
     import pandas as pd

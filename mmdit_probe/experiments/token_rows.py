@@ -216,9 +216,10 @@ def unread(table: TokenTable) -> list[str]:
     Raises:
         UserError: words that every encoder cut off: nothing about them can be measured.
     """
-    read = {token.word_index for token in table.tokens}
-    lost = [word for index, word in enumerate(table.words) if index not in read]
+    lost = table.unread
     start = table.prompt if len(table.prompt) <= 40 else f"{table.prompt[:37]}..."
+    if lost and not table.truncated:
+        raise UserError(f"prompt {start!r}: the text encoders place {_some(lost)} differently; write it without them")
     if lost:
         what = f"prompt {start!r} is longer than the text encoders"
         raise UserError(f"{what}: {_some(lost)} fell off; shorten it to the words before")

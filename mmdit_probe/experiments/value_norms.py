@@ -19,6 +19,7 @@ from mmdit_probe.experiments.attention_budget import published
 from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.experiments.token_rows import TokenRows
 from mmdit_probe.results.statistics import compare, interval, measured
+from mmdit_probe.specs import ALL_HEADS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.text import Text
     from mmdit_probe.observe.observer import RowObserver
     from mmdit_probe.specs import HeadSpec
-
-CONCATENATED = -1
-"""Head index of the rows that hold the norm over all heads together."""
 
 PROMPT_SPANS = ("bos", "word", "eos", "template")
 """Text tokens that the paper calls prompt tokens: text without the trailing padding (and without null slots)."""
@@ -124,7 +122,7 @@ def per_call(rows: Rows) -> pd.DataFrame:
 def with_gap(by_item: pd.DataFrame) -> pd.DataFrame:
     """The rows over all heads together, with the gap: prompt minus image; text minus image where span kinds are
     unknown."""
-    wide = by_item[by_item["head"] == CONCATENATED]
+    wide = by_item[by_item["head"] == ALL_HEADS]
     return wide.assign(gap=wide["prompt"].fillna(wide["text"]) - wide["image"])
 
 
@@ -151,7 +149,7 @@ def by_layer(by_item: pd.DataFrame) -> pd.DataFrame:
 def by_head(by_item: pd.DataFrame) -> pd.DataFrame:
     """Mean norm per layer and head (without the concatenation): columns layer, head, and the groups that occur."""
     own = measured(by_item)
-    own = own[own["head"] != CONCATENATED]
+    own = own[own["head"] != ALL_HEADS]
     return own.groupby(["layer", "head"])[list(GROUPS)].mean().dropna(axis=1, how="all").reset_index()
 
 

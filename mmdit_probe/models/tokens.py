@@ -15,6 +15,8 @@ pooled embedding carries outside attention.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -76,6 +78,19 @@ class TokenTable:
     def words(self) -> list[str]:
         """The prompt's words in order, then those of other texts; `Token.word_index` counts them."""
         return [text[start:stop] for text, start, stop in _words_of(self)]
+
+    @property
+    def unread(self) -> list[str]:
+        """The words that no encoder reads: cut off by all of them, or without a position that they agree on."""
+        read = {
+            (text, place)
+            for token in self.tokens
+            if token.start >= 0
+            for text in (self.text(token.stream),)
+            for place in range(*_extent(token, text))
+        }
+        words_here = _words_of(self)
+        return [text[a:b] for text, a, b in words_here if not any((text, place) in read for place in range(a, b))]
 
     def text(self, stream: str) -> str:
         """The text that a stream was given."""
@@ -291,10 +306,13 @@ def _with_words(
 ) -> TokenTable:
     """The table with the word of every token, given the characters that each stream cut off, or has no place for."""
     known = _words_of(table)
+    numbers = {text: [n for n, (of, *_) in enumerate(known) if of == text] for text, *_ in known}
+    stops = {text: [known[n][2] for n in of] for text, of in numbers.items()}
 
     def overlapping(stream: str, start: int, stop: int) -> list[int]:
         own = table.text(stream)
-        return [n for n, (text, first, last) in enumerate(known) if text == own and first < stop and start < last]
+        after = numbers.get(own, [])[bisect.bisect_right(stops.get(own, []), start) :]
+        return list(itertools.takewhile(lambda n: known[n][1] < stop, after))
 
     def named(token: Token) -> Token:
         index = next(iter(overlapping(token.stream, *_extent(token, table.text(token.stream)))), -1)

@@ -30,10 +30,13 @@ def compute_dtype(transformer: nn.Module) -> torch.dtype:
     Raises:
         UserError: none of them is a dtype of computation.
     """
+    own: torch.dtype | None = getattr(transformer, "dtype", None)  # type: ignore[assignment]
+    if own in _COMPUTED:
+        return own
     config: Any = getattr(getattr(transformer, "hf_quantizer", None), "quantization_config", None)
     stated = [getattr(config, name, None) for name in ("compute_dtype", "bnb_4bit_compute_dtype")]
     weights = [tensor.dtype for tensor in (*transformer.parameters(), *transformer.buffers())]
-    for dtype in (getattr(transformer, "dtype", None), *stated, *weights):
+    for dtype in (*stated, *weights):
         if dtype in _COMPUTED:
             return dtype
     raise UserError(f"{type(transformer).__name__} holds no weight of a dtype that it could compute in: {set(weights)}")

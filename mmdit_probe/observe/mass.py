@@ -28,7 +28,8 @@ from mmdit_probe.attention import exact
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.observer import ALL_HEADS, LayerCall, RowBatch, RowObserver
+from mmdit_probe.observe.observer import LayerCall, RowBatch, RowObserver
+from mmdit_probe.specs import ALL_HEADS
 
 QUERIES = ("image", "text")
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.observer import ALL_HEADS, LayerCall, RowBatch, RowObserver
+from mmdit_probe.observe.observer import LayerCall, RowBatch, RowObserver
+from mmdit_probe.specs import ALL_HEADS
 
 COLUMNS = (
     "prompt", "seed", "step", "sigma", "branch", "layer", "head", "token", "span", "stream", "norm", "spread",

@@ -33,7 +33,7 @@ from mmdit_probe.attention.tiles import bias_of
 from mmdit_probe.errors import RunError, UserError, unknown
 from mmdit_probe.models.layout import Layer, Layout
 from mmdit_probe.models.tokens import TokenTable, unknown_table
-from mmdit_probe.results.rows import MemorySink, Sink, text_column
+from mmdit_probe.results.tables import MemorySink, Sink, text_column
 from mmdit_probe.specs import HeadSpec, heads_at
 
 if TYPE_CHECKING:
@@ -253,9 +253,6 @@ class RowObserver(Observer):
     def _heads(self, layer: int, count: int) -> tuple[int, ...]:
         return heads_at(self.heads, layer, count)
 
-
-ALL_HEADS = -1
-"""Head index of rows about all heads of a layer together: their mean, or of a norm the heads' concatenation."""
 
 Axis = Mapping[str, Sequence[Any] | np.ndarray]
 """Columns that vary together along one axis of a block of rows; all of one length."""

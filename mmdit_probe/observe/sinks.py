@@ -27,7 +27,6 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.models.layout import KINDS
 from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.observer import (
-    ALL_HEADS,
     DenoisingCall,
     LayerCall,
     Observer,
@@ -35,6 +34,7 @@ from mmdit_probe.observe.observer import (
     RowObserver,
     row_logsumexp,
 )
+from mmdit_probe.specs import ALL_HEADS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -4,16 +4,16 @@ One horizontal stacked bar per layer, layer 0 on top: of image queries (left), o
 part of the image queries' attention that goes to text, split by what kind of token it lands on (right). Dotted lines:
 uniform attention.
 
-    from mmdit_probe.experiments.budget_items import summarise
+    from mmdit_probe.experiments.budget_summary import summarise
     from mmdit_probe.plots import attention_budget, save
     save(attention_budget(summarise(table)), "attention_budget")
 
-Not here: any averaging. Numbers come from `mmdit_probe.observe.budget.summarise`.
+Not here: any averaging. Numbers come from `experiments.budget_summary.summarise`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mmdit_probe.plots import style
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Place = Literal["outside lower left", "outside lower right"]
 _KEYS = {"I": (style.IMAGE, "image keys"), "T": (style.TEXT, "text keys"), "O": (style.OTHER, "other keys")}
 
 
@@ -30,7 +29,7 @@ def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFr
     """The figure.
 
     Args:
-        summary: one row per layer, from `experiments.budget_items.summarise`: columns `layer`, `I2I`, `I2T`, `I2O`,
+        summary: one row per layer, from `experiments.budget_summary.summarise`: columns `layer`, `I2I`, `I2T`, `I2O`,
             `T2I`, `T2T`, `T2O`, `<name>_uniform`, `<name>_low`, `<name>_high` and `I2T_<span>`; shares in 0..1.
         title: a line above the panels, such as the model's name.
         paper: the published shares by layer (`paper_table("budget_by_layer")`), marked by diamonds.
@@ -39,16 +38,13 @@ def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFr
     """
     spans = [kind for kind in style.SPANS if f"I2T_{kind}" in summary and summary[f"I2T_{kind}_uniform"].max() > 0]
     with style.context():
-        figure = style.figure(width=7.2, height=max(2.6, 1.2 + 0.16 * len(summary)))
+        figure = style.figure(style.PAGE, max(2.6, 1.2 + 0.16 * len(summary)))
         image, text, split = figure.subplots(1, 3, sharey=True)
-        _stack(image, summary, [(f"I2{key}", *look) for key, look in _KEYS.items()])
-        image.set_title("image queries: I2I | I2T", loc="left")
-        image.set_ylabel("layer")
-        _stack(text, summary, [(f"T2{key}", *look) for key, look in _KEYS.items()])
-        text.set_title("text queries: T2I | T2T", loc="left")
         _stack(split, summary, [(f"I2T_{kind}", style.SPANS[kind], style.LABELS.get(kind, kind)) for kind in spans])
-        split.set_title("I2T by kind of text token", loc="left")
-        for axes, name in ((image, "I2I"), (text, "T2I")):
+        split.set_title("I2T by kind of text token")
+        for axes, name, words in ((image, "I2I", "image queries: I2I | I2T"), (text, "T2I", "text queries: T2I | T2T")):
+            _stack(axes, summary, [(f"{name[0]}2{key}", *look) for key, look in _KEYS.items()])
+            axes.set_title(words)
             _uniform(axes, summary[f"{name}_uniform"].mean())
             _interval(axes, summary, name)
             if paper is not None:
@@ -61,12 +57,12 @@ def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFr
         split.set_xlim(0, max(0.05, 1.05 * float(summary[["I2T", "I2T_uniform"]].max().max())))
         for axes in (image, text, split):
             axes.set_xlabel("share of attention")
-        _legend(figure, image, "outside lower left", 3)
-        _legend(figure, split, "outside lower right", 3)
+        style.legend(figure, image, place="outside lower left")
+        style.legend(figure, split, place="outside lower right")
+        image.set_ylabel("layer")
         image.set_yticks(_rows(summary), [str(layer) for layer in summary.layer])
         image.set_ylim(len(summary) - 0.4, -0.6)
-        if title:
-            figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+        style.title(figure, title)
     return figure
 
 
@@ -92,11 +88,6 @@ def _uniform(axes: Axes, value: float) -> None:
 
     outline = [withStroke(linewidth=2.2, foreground="white")]  # a dark line on a dark bar is lost in print
     axes.axvline(value, color="black", linestyle=":", linewidth=1.0, label="uniform", path_effects=outline)
-
-
-def _legend(figure: Figure, axes: Axes, place: Place, columns: int) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc=place, ncols=columns, handlelength=1.2, columnspacing=1.2)
 
 
 def _rows(summary: pd.DataFrame) -> range:

@@ -3,7 +3,7 @@
     save(pipeline(parts), "fig10_pipeline")
     save(differences(generation, "facts"), "table4_alignment")          # a table of `experiments.generation.compare`
 
-Sheets of maps and pictures (Fig. 11 to 13) are those of `plots.maps`.
+Sheets of maps and pictures (Fig. 11 to 13) are those of `plots.sheet`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mmdit_probe.plots import style
+from mmdit_probe.plots.sheet import draw
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-MARKS = "os^Dv<>p"
-COLOURS = ("#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#999999")
+METRICS = {"facts": "share of the prompt's facts shown", "all_right": "images with all facts right",
+           "clipscore": "CLIPScore", "things_right": "objects right", "grounds_right": "grounds right"}  # fmt: skip
 
 
 def pipeline(steps: Sequence[tuple[str, Any]], *, title: str = "") -> Figure:
@@ -28,29 +31,21 @@ def pipeline(steps: Sequence[tuple[str, Any]], *, title: str = "") -> Figure:
         steps: (name, picture uint8 [H, W, 3], map [h, w], or None for a box); a name that starts with "+" stands for a
             second input of the next stage and has no arrow before it.
     """
-    import numpy as np
-
     with style.context():
-        figure = style.figure(width=1.25 * len(steps), height=1.65)
+        figure = style.figure(1.1 * len(steps), 1.65)
         places = figure.subplots(1, len(steps), squeeze=False)[0]
         for index, (axes, (name, content)) in enumerate(zip(places, steps, strict=True)):
-            axes.set_xticks([])
-            axes.set_yticks([])
-            text = name.removeprefix("+ ")
+            draw(axes, content)
+            text = style.name(name.removeprefix("+ "))
             if content is None:
-                axes.set_box_aspect(1)
                 axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=6, transform=axes.transAxes)
                 axes.spines[:].set_visible(True)
             else:
-                shown = {"vmin": 0, "cmap": "viridis"} if np.ndim(content) == 2 else {}
-                axes.imshow(content, interpolation="nearest", **shown)
-                axes.set_title(text, fontsize=6)
-                axes.spines[:].set_visible(False)
+                axes.set_title(text, fontsize=6, loc="center")
             if index:
                 sign = "+" if name.startswith("+ ") else "→"
                 axes.text(-0.14, 0.5, sign, ha="center", va="center", fontsize=11, transform=axes.transAxes)
-        if title:
-            figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+        style.title(figure, title)
     return figure
 
 
@@ -64,20 +59,20 @@ def differences(table: pd.DataFrame, metric: str, baseline: str, *, title: str =
     part = table[(table["metric"] == metric) & (table["variant"] != baseline)]
     categories = list(dict.fromkeys(part["category"]))
     variants = list(dict.fromkeys(part["variant"]))
+    label, _, checkpoint = metric.partition("[")
+    label = METRICS.get(label, label) + (f" ({checkpoint.rstrip(']')})" if checkpoint else "")
+    count = part.loc[part["category"] == "all", "prompts"].max()
     with style.context():
-        figure = style.figure(width=1.2 + 0.85 * len(categories), height=2.6)
+        figure = style.figure(max(style.COLUMN, 1.0 + 0.8 * len(categories)), 2.7)
         axes = figure.subplots()
         axes.axhline(0, color="black", lw=0.6, ls=":")
         for place, name in enumerate(variants):
             rows = part[part["variant"] == name].set_index("category").loc[categories]
-            middle = rows["difference"]
-            error = [middle - rows["difference_low"], rows["difference_high"] - middle]
-            x = [k + 0.7 * ((place + 0.5) / len(variants) - 0.5) for k in range(len(categories))]
-            axes.errorbar(x, middle, yerr=error, fmt=MARKS[place % 8], ms=4, color=COLOURS[place % 8], mec="black",
-                          mew=0.4, elinewidth=1, capsize=2, label=name)  # fmt: skip
-        axes.set_xticks(range(len(categories)), categories)
-        axes.set_ylabel(f"{metric}\ndifference to {baseline}")
-        figure.legend(loc="outside lower center", ncols=len(variants))
-        if title:
-            figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+            at = np.arange(len(categories)) + style.dodge(place, len(variants), 0.7)
+            style.errorbars(axes, at, rows["difference"], rows["difference_low"], rows["difference_high"], place,
+                            label=name, joined=False)  # fmt: skip
+        axes.set_xticks(range(len(categories)), [style.name(one) for one in categories])
+        axes.set_ylabel(f"difference to {style.name(baseline)}\n(paired, 95 % interval)")
+        style.legend(figure, axes)
+        style.title(figure, title or f"{label}, n = {count} prompts")
     return figure

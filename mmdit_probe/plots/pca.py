@@ -3,7 +3,7 @@
     save(pca_maps(maps, images, kinds=["query", "key", "value"]), "pca_maps")
     save(pca_scores(summary), "pca_scores")
 
-Not here: fitting and scoring (`mmdit_probe.observe.pca`).
+Not here: fitting and scoring (`observe.pca`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmdit_probe.plots import style
+from mmdit_probe.plots.sheet import sheet
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-KIND_STYLE = {
-    "query": (style.IMAGE, "o", "-"),
-    "key": (style.TEXT, "s", "--"),
-    "value": ("#000000", "^", "-."),
-    "output": ("#CC79A7", "D", ":"),
-}
+KINDS = ("query", "key", "value", "output")
+"""In the order of the looks of `style`."""
 
 
 def to_rgb(maps: Any) -> Any:
@@ -50,60 +47,44 @@ def pca_maps(
         key: np.concatenate([to_rgb(value[i : i + 1]) for i in range(len(value))]) if each else to_rgb(value)
         for key, value in maps.items()
     }
-    rows = len(images) * len(kinds)
-    with style.context():
-        side = min(0.7, 9.5 / (len(layers) + 1))
-        figure = style.figure(width=0.6 + side * (len(layers) + 1), height=0.45 + (side + 0.03) * rows)
-        grid = figure.subplots(rows, len(layers) + 1, squeeze=False)
-        for axes in grid.ravel():
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
-        for k, layer in enumerate(layers):
-            grid[0, k + 1].set_title(f"layer {layer}", fontsize=6)
-        for i, image in enumerate(images):
-            grid[i * len(kinds), 0].imshow(image, interpolation="nearest")
-            for j, kind in enumerate(kinds):
-                row = grid[i * len(kinds) + j]
-                row[1].set_ylabel(kind, fontsize=6)
-                for k, layer in enumerate(layers):
-                    row[k + 1].imshow(colours[layer, kind][i], interpolation="nearest")
-        if title:
-            figure.suptitle(title, fontsize=8, x=0.01, ha="left")
-    return figure
+    cells = [
+        [image if kind == kinds[0] else None, *(colours[layer, kind][i] for layer in layers)]
+        for i, image in enumerate(images)
+        for kind in kinds
+    ]
+    return sheet(cells, ["", *(f"layer {layer}" for layer in layers)], [*kinds] * len(images), title=title)
 
 
 def pca_scores(summary: pd.DataFrame, *, title: str = "") -> Figure:
     """Class scores (with their control) and position score by layer, one line per kind of feature, 95 % intervals."""
-    from matplotlib.ticker import MaxNLocator
-
     place = "position" if "position" in summary else "coordinates"  # a basis per picture has no mean map
-    panels = [
-        ("class", "linear probe of the class: recall"),
-        ("silhouette", "silhouette of the classes"),
-        (place, "variance that position explains" if place == "position" else "R² of row and column"),
-    ]
-    panels = [(name, label) for name, label in panels if name in summary]
+    panels = {
+        "class": ("linear probe of the class", "recall"),
+        "silhouette": ("silhouette of the classes", "silhouette"),
+        place: ("variance that position explains", "share") if place == "position" else ("row and column", "R²"),
+    }
+    panels = {name: words for name, words in panels.items() if name in summary}
     with style.context():
-        figure = style.figure(width=0.4 + 3.0 * len(panels), height=2.7)
-        for axes, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for kind, (colour, marker, line) in KIND_STYLE.items():
+        figure = style.figure(style.COLUMN if len(panels) == 1 else style.PAGE, 2.6)
+        row = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (name, (words, label)) in zip(row, panels.items(), strict=True):
+            for number, kind in enumerate(KINDS):
                 part = summary[summary["kind"] == kind]
                 if part.empty:
                     continue
-                axes.plot(part["layer"], part[name], line, marker=marker, ms=3, color=colour, lw=1, label=kind)
-                axes.fill_between(
-                    part["layer"], part[f"{name}_low"], part[f"{name}_high"], color=colour, alpha=0.15, lw=0
-                )
+                at = part["layer"] + style.dodge(number, len(KINDS), 0.3)
+                style.errorbars(axes, at, part[name], part[f"{name}_low"], part[f"{name}_high"], number, label=kind)
                 if f"{name}_shuffled" in part:
-                    axes.plot(part["layer"], part[f"{name}_shuffled"], marker, ms=2.5, mfc="white", mec=colour, mew=0.6)
-            axes.set(title=label, xlabel="layer", ylim=(min(0, axes.get_ylim()[0]), None))
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        handles, labels = axes.get_legend_handles_labels()
+                    axes.plot(at, part[f"{name}_shuffled"], style.MARKERS[number], ms=2.5, mfc="white",
+                              mec=style.COLOURS[number], mew=0.6)  # fmt: skip
+            axes.set(title=words, ylabel=label)
+            style.whole(axes)
+            style.within(axes, "y", low=0)
+        control = []
         if "class" in summary:
-            (empty,) = axes.plot([], [], "o", ms=2.5, mfc="white", mec="black", mew=0.6)
-            handles, labels = [*handles, empty], [*labels, "another scene's classes (control)"]
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        if title:
-            figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+            (empty,) = row[0].plot([], [], "o", ms=2.5, mfc="white", mec="black", mew=0.6,
+                                   label="another scene's classes (control)")  # fmt: skip
+            control = [empty]
+        style.legend(figure, row[0], handles=control)
+        style.title(figure, title)
     return figure

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mmdit_probe.plots import style
-from mmdit_probe.plots.magnet import COLOURS, MARKS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,20 +23,15 @@ def scores(table: pd.DataFrame, metric: str, *, title: str = "") -> Figure:
     part = table[table["metric"] == metric]
     categories, variants = (list(dict.fromkeys(part[name])) for name in ("category", "variant"))
     with style.context():
-        figure = style.figure(width=1.2 + 0.85 * len(categories), height=2.6)
+        figure = style.figure(max(style.COLUMN, 1.0 + 0.8 * len(categories)), 2.7)
         axes = figure.subplots()
         for place, name in enumerate(variants):
             rows = part[part["variant"] == name].set_index("category").loc[categories]
-            error = [(rows["mean"] - rows["low"]).clip(lower=0), (rows["high"] - rows["mean"]).clip(lower=0)]
-            x = [k + 0.7 * ((place + 0.5) / len(variants) - 0.5) for k in range(len(categories))]
-            axes.errorbar(
-                x, rows["mean"], yerr=error, fmt=MARKS[place % len(MARKS)], ms=4, color=COLOURS[place % len(COLOURS)],
-                mec="black", mew=0.4, elinewidth=1, capsize=2, label=name,
-            )  # fmt: skip
-        axes.set_xticks(range(len(categories)), categories)
-        axes.set_ylabel(metric.replace("_", " "))
+            at = np.arange(len(categories)) + style.dodge(place, len(variants), 0.7)
+            style.errorbars(axes, at, rows["mean"], rows["low"], rows["high"], place, label=name, joined=False)
+        axes.set_xticks(range(len(categories)), [style.name(one) for one in categories])
+        axes.set_ylabel(f"{style.name(metric.replace('_', ' '))}\n(95 % interval)")
         if len(variants) > 1:
-            figure.legend(loc="outside lower center", ncols=len(variants))
-        if title:
-            figure.suptitle(title, fontsize=8, x=0.01, ha="left")
+            style.legend(figure, axes)
+        style.title(figure, title)
     return figure

@@ -1,4 +1,4 @@
-"""Label maps as pictures: palette PNGs, overlays, and the sheet that shows picture, labels and maps side by side.
+"""Label maps as pictures: palette PNGs, overlays, and the sheets that show picture, labels and maps side by side.
 
     write_labels(labels, "labels.png")              # indexed PNG with a palette
     save(overlay_sheet(image, labels, names, shares), "overlay")
@@ -9,7 +9,6 @@ Colours repeat in no map of fewer than 24 names and stay the same for the same i
 from __future__ import annotations
 
 import colorsys
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdit_probe.plots import style
+from mmdit_probe.plots.sheet import sheet, wrapped
+from mmdit_probe.results.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,12 +42,10 @@ def palette(count: int) -> NDArray[np.uint8]:
 def write_labels(labels: NDArray[Any], path: Path | str) -> Path:
     """An indexed 8-bit PNG of labels [H, W] (16-bit grey above 255 classes); unlabelled pixels are index 255, black.
 
-    Written atomically. Returns the path.
+    Errors as in `results.atomic.replacing`. Returns the path.
     """
     from PIL import Image
 
-    final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
     seen = labels[labels != np.iinfo(labels.dtype).max]
     if seen.size and int(seen.max()) >= UNLABELLED:
         image = Image.fromarray(labels.astype(np.uint16))
@@ -57,10 +55,9 @@ def write_labels(labels: NDArray[Any], path: Path | str) -> Path:
         table = np.zeros((256, 3), np.uint8)
         table[:UNLABELLED] = palette(UNLABELLED)
         image.putpalette(table.ravel().tolist())
-    temporary = final.with_suffix(".tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, final)
-    return final
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")
+    return Path(path)
 
 
 def blend(image: NDArray[np.uint8], labels: NDArray[Any], opacity: float = 0.55) -> NDArray[np.uint8]:
@@ -79,43 +76,19 @@ def blend(image: NDArray[np.uint8], labels: NDArray[Any], opacity: float = 0.55)
 
 
 def overlay_sheet(
-    image: NDArray[np.uint8],
-    labels: NDArray[Any],
-    names: list[str],
-    shares: NDArray[np.floating],
-    *,
-    title: str = "",
-    limit: int = 11,
-) -> Figure:
+    image: NDArray[np.uint8], labels: NDArray[Any], names: list[str], shares: NDArray[np.floating], *,
+    title: str = "", limit: int = 11,
+) -> Figure:  # fmt: skip
     """Picture, label map and up to `limit` probability maps [C, H, W] in one figure."""
-    from matplotlib.patches import Patch
-
     shown = min(limit, len(shares))
-    columns = min(4, shown + 2)
-    rows = -(-(shown + 2) // columns)
-    ratio = image.shape[0] / image.shape[1]
-    with style.context():
-        width = 1.65 * columns
-        figure = style.figure(width=width, height=rows * (1.65 * min(2.0, max(0.4, ratio)) + 0.2) + 0.7)
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
-        for one in axes:
-            one.set_axis_off()
-        axes[0].imshow(image)
-        axes[0].set_title("picture")
-        axes[1].imshow(blend(image, labels, 0.65), interpolation="nearest")
-        axes[1].set_title("labels")
-        for index in range(shown):
-            drawn = axes[2 + index].imshow(shares[index], cmap="viridis", vmin=0)
-            axes[2 + index].set_title(f"{names[index]} (max {float(shares[index].max()):.2f})", fontsize=7)
-            drawn.set_rasterized(True)
-        colours = palette(max(1, len(names))) / 255.0
-        owned = [i for i in range(len(names)) if (labels == i).any()]
-        handles = [Patch(color=tuple(colours[i]), label=f"{names[i]} {(labels == i).mean():.0%}") for i in owned[:16]]
-        if handles:
-            figure.legend(handles=handles, loc="outside lower left", ncols=min(4, len(handles)))
-        if title:
-            figure.suptitle(title, fontsize=8, x=0.01, ha="left")
-    return figure
+    captions = [f"{name} (max {float(one.max()):.2f})" for name, one in zip(names[:shown], shares, strict=False)]
+    cells, texts = wrapped(
+        [image, blend(image, labels, 0.65), *shares[:shown]], ["picture", "labels", *captions], min(4, shown + 2)
+    )
+    colours = palette(max(1, len(names))) / 255.0
+    owned = [index for index in range(len(names)) if (labels == index).any()]
+    legend = {f"{names[index]} {(labels == index).mean():.0%}": colours[index] for index in owned[:16]}
+    return sheet(cells, captions=texts, scale="own", side=1.5, legend=legend, title=title)
 
 
 def mask_sheet(
@@ -130,8 +103,6 @@ def mask_sheet(
             the labelled pixels that are right.
         names: of the classes, for the legend.
     """
-    from matplotlib.patches import Patch
-
     seen = [index for index in range(len(names)) if any((truth == index).any() for truth in truths)]
     colours = np.full((len(names) + 1, 3), 221, np.uint8)
     colours[seen] = palette(len(seen))  # few classes are told apart better than a data set's hundreds
@@ -139,27 +110,13 @@ def mask_sheet(
     def paint(labels: NDArray[Any]) -> NDArray[np.uint8]:
         return colours[np.where(labels < len(names), labels, len(names))]
 
-    columns = 2 + len(found)
-    with style.context():
-        side = min(1.0, 7.2 / columns)
-        figure = style.figure(width=side * columns + 0.2, height=(side + 0.14) * len(pictures) + 0.9)
-        grid = figure.subplots(len(pictures), columns, squeeze=False)
-        for axes in grid.ravel():
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.spines[:].set_visible(False)
-        for axes, name in zip(grid[0], ("picture", "truth", *found), strict=True):
-            axes.set_title(name.replace(" + ", "\n+ "), fontsize=6)
-        for row, picture, truth, *maps in zip(grid, pictures, truths, *found.values(), strict=True):
-            row[0].imshow(picture, interpolation="nearest")
-            row[1].imshow(paint(truth), interpolation="nearest")
-            for axes, labels in zip(row[2:], maps, strict=True):
-                axes.imshow(paint(labels), interpolation="nearest")
-                known = truth < UNLABELLED
-                axes.set_xlabel(f"{float((labels == truth)[known].mean()):.0%} right", fontsize=5, labelpad=1)
-        handles = [Patch(color=tuple(colours[index] / 255), label=names[index]) for index in seen]
-        handles.append(Patch(color=tuple(colours[-1] / 255), label="none"))
-        figure.legend(handles=handles, loc="outside lower left", ncols=min(8, len(handles)), handlelength=1)
-        if title:
-            figure.suptitle(title, fontsize=8, x=0.01, ha="left")
-    return figure
+    def right(labels: NDArray[Any], truth: NDArray[Any]) -> str:
+        return f"{float((labels == truth)[truth < UNLABELLED].mean()):.0%} right"
+
+    cells, below = [], []
+    for picture, truth, *maps in zip(pictures, truths, *found.values(), strict=True):
+        cells.append([picture, paint(truth), *map(paint, maps)])
+        below.append(["", "", *(right(labels, truth) for labels in maps)])
+    legend = {names[index]: tuple(colours[index] / 255) for index in seen} | {"none": tuple(colours[-1] / 255)}
+    columns = ["picture", "truth", *(name.replace(" + ", "\n+ ") for name in found)]
+    return sheet(cells, columns, below=below, legend=legend, title=title)

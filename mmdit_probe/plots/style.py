@@ -1,27 +1,48 @@
-"""One look for all figures: colour-blind-safe, readable in grey and at column width, the same bytes on every run.
+"""One look for all figures, and the pieces they are made of: error bars, heat maps, legends, titles, files.
 
-    >>> from mmdit_probe.plots import style
-    >>> with style.context():
-    ...     figure = style.figure(width=3.3, height=2.0)
+    with style.context():
+        figure = style.figure(style.COLUMN, 2.2)
+        axes = figure.subplots()
+        style.errorbars(axes, table["layer"], table["mean"], table["low"], table["high"], 0, label="images")
+        style.legend(figure, axes)
+        style.title(figure, "scenes-sd3, n = 40 prompts")
+    style.save(figure, "layers")
 
-Colours are Okabe and Ito's palette (Color Universal Design, 2008), ordered here so that neighbours in a stack differ in
-lightness as well. Figures are built without pyplot: no global state, no display needed.
+Colours are Okabe and Ito's (Color Universal Design, 2008); series differ in marker and line as well, so that they are
+told apart in grey. No text is below 6 pt at the figure's own size: one panel is a column wide (8 cm), several are a
+page wide. Names are drawn as they are (no mathtext). Figures are built without pyplot's global state. seaborn draws the
+heat maps; it computes its error bars from raw data, so that intervals that are known already are drawn here.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from textwrap import fill
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib as mpl
+import numpy as np
+
+from mmdit_probe.results.atomic import replacing
 
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import ArrayLike
+
+COLUMN, PAGE = 3.15, 6.7
+"""Widths in inches: of a column (8 cm) and of a page (17 cm)."""
 
 IMAGE, TEXT, OTHER = "#0072B2", "#E69F00", "#999999"
 """Colours of the three modalities, the same in every figure."""
+
+COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#777777")
+MARKERS = "os^Dv<>p"
+LINES = ("-", "--", "-.", ":")
+"""Looks of series by number."""
 
 SPANS = {
     "word": "#E69F00",
@@ -37,19 +58,27 @@ SPANS = {
 LABELS = {"word": "words", "bos": "BOS", "eos": "EOS", "template": "template", "pad": "padding", "null": "null slots"}
 """Names of the span kinds in legends and printed tables."""
 
+Place = Literal["outside lower left", "outside lower center", "outside lower right"]
+"""Of a legend, outside the panels."""
+
 _RC: Any = {
     "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
+    "font.size": 7,
+    "axes.titlesize": 7.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 7,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "legend.fontsize": 6.5,
     "legend.frameon": False,
+    "legend.handlelength": 1.6,
+    "legend.columnspacing": 1.2,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.6,
     "hatch.linewidth": 0.4,
+    "lines.linewidth": 1.0,
+    "text.parse_math": False,  # names hold $, _ and ^
     "pdf.fonttype": 42,  # text stays text in the PDF
     "savefig.dpi": 200,
 }
@@ -67,19 +96,122 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def name(text: str) -> str:
+    """A name as a label: what cannot be printed is marked, and a leading "_" does not hide it from legends."""
+    shown = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+    return f"\u200b{shown}" if shown.startswith("_") else shown
+
+
+def title(figure: Figure, text: str) -> None:
+    """A line above everything, folded where the figure is narrower."""
+    if text:
+        characters = int(figure.get_figwidth() * 14)
+        lines = (fill(line, characters) for line in name(text).split("\n"))
+        figure.suptitle("\n".join(lines), fontsize=8, x=0.01, ha="left")
+
+
+def legend(figure: Figure, *axes: Axes, handles: Sequence[Any] = (), place: Place = "outside lower center") -> None:
+    """One legend for all panels, each label once, in as many columns as fit."""
+    seen: dict[str, Any] = {one.get_label(): one for one in handles}
+    for one in axes:
+        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+            seen.setdefault(label, handle)
+    if seen:
+        room = figure.get_figwidth() * (0.5 if place.endswith(("left", "right")) else 1.0)
+        columns = int(room / (0.4 + 0.055 * max(len(label) for label in seen)))
+        figure.legend(list(seen.values()), list(seen), loc=place, ncols=min(len(seen), max(1, columns)))
+
+
+def errorbars(
+    axes: Axes, at: ArrayLike, middle: ArrayLike, low: ArrayLike, high: ArrayLike, number: int, *, label: str = "",
+    joined: bool = True, hollow: bool = False, horizontal: bool = False,
+) -> None:  # fmt: skip
+    """A series with its intervals, which lie inside the axes; without an interval (NaN) a point stands alone.
+
+    Args:
+        at, middle, low, high: one per point, at along the axes.
+        number: of the series; decides colour, marker and line.
+        joined: by a line. hollow: markers, as controls have them. horizontal: values run along x.
+    """
+    colour = COLOURS[number % len(COLOURS)]
+    value = np.asarray(middle, float)
+    error = np.maximum([value - np.asarray(low, float), np.asarray(high, float) - value], 0)
+    place = np.asarray(at, float)
+    x, y = (value, place) if horizontal else (place, value)
+    axes.errorbar(
+        x, y, xerr=error if horizontal else None, yerr=None if horizontal else error, color=colour,
+        marker=MARKERS[number % len(MARKERS)], ms=3.5, mfc="white" if hollow else colour, mec=colour, mew=0.7,
+        ls=LINES[number % len(LINES)] if joined else "", elinewidth=0.8, capsize=1.5, label=name(label),
+    )  # fmt: skip
+
+
+def dodge(place: int, count: int, width: float = 0.5) -> float:
+    """Shift of series `place` of `count`, so that bars at one position lie side by side within `width`."""
+    return width * ((place + 0.5) / count - 0.5)
+
+
+def within(axes: Axes, axis: str, low: float | None = None, high: float | None = None) -> None:
+    """Limits that hold `low` and `high` and all that is drawn, also in panels that share the axis."""
+    panels = getattr(axes, f"get_shared_{axis}_axes")().get_siblings(axes)
+    ends = np.array([getattr(one.dataLim, f"interval{axis}") for one in panels if one.has_data()])
+    first, last = ends[:, 0].min(), ends[:, 1].max()
+    pad = 0.04 * (last - first)
+    below = first - pad if low is None else min(low, first - pad * (first < low))
+    above = last + pad if high is None else max(high, last + pad * (last > high))
+    getattr(axes, f"set_{axis}lim")(below, above)
+
+
+def whole(axes: Axes, label: str = "layer") -> None:
+    """An x axis of whole numbers from 0, with room around a single one."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value >= 0 else ""))
+    axes.set_xlabel(label)
+    first, last = axes.dataLim.intervalx
+    if last - first < 2:
+        axes.set_xlim(first - 0.8, last + 0.8)
+
+
+def heat(
+    axes: Axes, grid: pd.DataFrame, *, low: float, high: float, label: str = "", colours: str = "cividis",
+    texts: Any = None, decimals: int | None = None,
+) -> Any:  # fmt: skip
+    """A heat map of a table, first row on top.
+
+    Args:
+        grid: index and columns are the tick labels and the names of the axes. low, high: ends of the colours.
+        label: of the colour bar; none without it. texts: [rows, columns] written into the cells; decimals: or the
+            values.
+
+    Returns: what `figure.colorbar` takes.
+    """
+    import seaborn as sns
+
+    written = texts if texts is not None else True if decimals is not None else None
+    bar = {"label": fill(name(label), 34)} if label else None
+    every = [-(-count // most) for count, most in zip(grid.shape, (24, 12), strict=True)]
+    sns.heatmap(
+        grid, ax=axes, vmin=low, vmax=high, cmap=colours, cbar=bool(label), cbar_kws=bar, annot=written,
+        fmt="" if texts is not None else f".{decimals or 0}f", annot_kws={"fontsize": 6}, yticklabels=every[0],
+        xticklabels=every[1],
+    )  # fmt: skip
+    axes.tick_params(length=0)
+    axes.tick_params(axis="y", labelrotation=0)
+    return axes.collections[0]
+
+
 def save(figure: Figure, path: Path | str) -> list[Path]:
     """Write `<path>.png` and `<path>.pdf`, without dates, so that equal figures are equal files.
 
-    Returns: the two paths. Files are replaced atomically.
+    Returns: the two paths. Errors as in `results.atomic.replacing`.
     """
-    stem = Path(path).with_suffix("")
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem = Path(path)
     written = []
     with context():
-        for suffix, metadata in ((".png", {"Software": None}), (".pdf", {"CreationDate": None, "Producer": None})):
-            final = stem.with_suffix(suffix)
-            temporary = final.with_suffix(f"{suffix}.tmp")
-            figure.savefig(temporary, format=suffix[1:], metadata=metadata)
-            os.replace(temporary, final)
+        for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None})):
+            final = stem.with_name(f"{stem.name}.{kind}")
+            with replacing(final) as temporary:
+                figure.savefig(temporary, format=kind, metadata=metadata)
             written.append(final)
     return written

@@ -24,7 +24,7 @@ def training_curves(curves: pd.DataFrame) -> Figure:
     """
     by_name = {str(name): part for name, part in curves.groupby("name")}
     with style.context():
-        figure = style.figure(width=6.9, height=4.3)
+        figure = style.figure(style.PAGE, 4.6)
         axes = figure.subplots(2, 3)
         losses, shuffled, empty, low, high, seen = axes.ravel()
         _lines(losses, by_name, {"flow": "flow matching", "align": "parser alignment"})
@@ -45,19 +45,17 @@ def training_curves(curves: pd.DataFrame) -> Figure:
         seen.set(title="samples, read by the parser", ylim=(0, 1.02))
         for axis in axes.ravel():
             axis.set_xlabel("step")
-            count = len(axis.lines)
-            axis.legend(fontsize=5, ncols=4 if count > 5 else 3, loc="upper center", bbox_to_anchor=(0.5, -0.28),
-                        columnspacing=0.8, handlelength=1.8)  # fmt: skip
+            axis.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.26), columnspacing=0.8,
+                        handlelength=1.8)  # fmt: skip
     return figure
 
 
-COLOURS = ("#0072B2", "#E69F00", "#000000")
-
-
 def _lines(axis: Axes, by_name: dict[str, pd.DataFrame], labels: dict[str, str], *, ordered: bool = False) -> None:
-    """One line per curve that exists; ``ordered`` curves run through one colour map and four dashes."""
+    """One line per curve that exists; ``ordered`` curves run through one colour map. Markers and dashes differ."""
     found = {name: label for name, label in labels.items() if name in by_name}
     for place, (name, label) in enumerate(found.items()):
-        colour = mpl.colormaps["viridis"](0.9 * place / max(1, len(found) - 1)) if ordered else COLOURS[place % 3]
-        axis.plot(by_name[name]["step"], by_name[name]["value"], label=label, color=colour, linewidth=1,
-                  linestyle=("-", "--", "-.", ":")[place % 4])  # fmt: skip
+        colour = mpl.colormaps["viridis"](0.9 * place / max(1, len(found) - 1)) if ordered else style.COLOURS[place]
+        steps = by_name[name]["step"]
+        axis.plot(steps, by_name[name]["value"], label=label, color=colour, marker=style.MARKERS[place % 8], ms=3,
+                  markevery=(place * len(steps) // (8 * len(found)), max(1, len(steps) // 8)),
+                  linestyle=style.LINES[place % 4])  # fmt: skip

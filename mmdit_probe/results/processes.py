@@ -35,6 +35,8 @@ T = TypeVar("T")
 PATIENCE = datetime.timedelta(days=7)
 """How long a process waits for the others: one may have hours of work left. A lost one is noticed at once."""
 
+KEPT = "finished items are kept, continue with --resume"
+
 _group: Any = None
 """The group of `joined`, over gloo."""
 _members: list[dict[str, Any]] = []
@@ -174,7 +176,7 @@ def _ended_by_launcher() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: _lost())
+    before = signal.signal(signal.SIGTERM, lambda *_: _lost(told=True))
     try:
         yield
     finally:
@@ -182,14 +184,23 @@ def _ended_by_launcher() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _lost(wait: float = 3.0) -> NoReturn:
-    """Ends this process because another one ended: names it once its process is gone from this machine."""
+def _lost(told: bool = False, wait: float = 10.0) -> NoReturn:
+    """Ends this process because another one ended: names it, once its process is gone from this machine.
+
+    Args:
+        told: by SIGTERM, which somebody else than the launcher may have sent.
+    """
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher's, on its way: the message comes first
+    others = [number for number in range(len(_members)) if number != rank()]
     until = time.monotonic() + wait
-    while not (gone := [number for number, one in enumerate(_members) if not is_running(one)]):
+    while not (gone := [number for number in others if not is_running(_members[number])]):
         if time.monotonic() > until:
             break
         time.sleep(0.05)
+    if not gone and not told:
+        gone = others if len(others) == 1 else []  # on another machine, or slow to end
+    if told and not gone:
+        raise RunError(f"this process was told to end (SIGTERM); {KEPT}") from None
     who = f"process {gone[0]} of {world()}" if gone else f"one of {world()} processes"
-    raise RunError(f"{who} ended; its own message says why; finished items are kept, continue with --resume") from None
+    raise RunError(f"{who} ended; its own message says why; {KEPT}") from None

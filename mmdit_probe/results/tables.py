@@ -12,8 +12,8 @@ was at and nothing else.
             with writer.item(index) as item:
                 item.write(frame)               # any number of times; rows are on disk when the block ends
 
-Text is stored as dictionaries (pandas' categories). Not a database: items are written once, in any order, and read back
-in the order of their index.
+`MemorySink` takes the same rows in memory. Text is stored as dictionaries (pandas' categories). Not a database: items
+are written once, in any order, and read back in the order of their index.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
 
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.results.atomic import RESUME, disk, make_folder, remove_leftovers, replacing
@@ -148,9 +150,101 @@ class ItemWriter:
         with disk(self.path, RESUME):
             if self._writer is None:
                 self._writer = pq.ParquetWriter(
-                    self.path, rows.schema, compression="zstd", use_dictionary=_repeating(rows)
+                    self.path,
+                    rows.schema,
+                    compression="zstd",
+                    use_dictionary=_repeating(rows),
+                    write_statistics=False,  # every row group holds every layer: nothing could be skipped by them
                 )
             self._writer.write_table(rows, row_group_size=rows.num_rows)
+
+
+class Sink(Protocol):
+    """Where finished rows go: `write` gets equally long columns, numbers as arrays, text as `pandas.Categorical`."""
+
+    def write(self, columns: dict[str, Any]) -> None: ...
+
+
+def text_column(codes: np.ndarray, words: Iterable[str]) -> Any:
+    """A column of text, `pandas.Categorical`, from the places of its entries among `words`."""
+    import pandas as pd
+
+    return pd.Categorical.from_codes(codes, pd.Index(list(words)))
+
+
+def constant(value: int | str, count: int) -> Any:
+    """A column of one value, as sinks take it."""
+    return text_column(np.zeros(count, np.int8), [value]) if isinstance(value, str) else np.full(count, value, np.int32)
+
+
+class MemorySink:
+    """Keeps rows in memory by column: text as codes, whole numbers in as few bytes as they fit, a constant once."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, list[np.ndarray]] = {}
+        self._types: dict[str, np.dtype] = {}
+        self._words: dict[str, dict[Any, int]] = {}
+        self._plain: set[str] = set()
+        self._lengths: list[int] = []
+
+    def write(self, columns: Mapping[str, Any]) -> None:
+        """Append columns of equal length: arrays, categories, or object arrays."""
+        self._lengths.append(len(next(iter(columns.values()))))
+        for name, column in columns.items():
+            if getattr(column, "dtype", None) is not None and getattr(column.dtype, "kind", "O") in "biuf":
+                numbers = np.asarray(column)
+                self._types[name] = np.promote_types(self._types.get(name, numbers.dtype), numbers.dtype)
+            else:
+                numbers = self._codes(name, column)
+            self._parts.setdefault(name, []).append(_packed(numbers))
+
+    def __len__(self) -> int:
+        return sum(self._lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the rows take."""
+        return sum(part.nbytes for parts in self._parts.values() for part in parts)
+
+    def table(self) -> pd.DataFrame:
+        """Everything written so far, in the order of the columns of the first write; categories stay categories."""
+        import pandas as pd
+
+        columns: dict[str, Any] = {}
+        for name, parts in self._parts.items():
+            whole = [
+                part if len(part) != 1 else np.repeat(part, n) for part, n in zip(parts, self._lengths, strict=True)
+            ]
+            numbers = np.concatenate(whole)
+            if name not in self._words:
+                columns[name] = numbers.astype(self._types[name], copy=False)
+            elif name in self._plain:
+                columns[name] = np.array([*self._words[name], None], dtype=object)[:-1][numbers]
+            else:
+                columns[name] = text_column(numbers, self._words[name])
+        return pd.DataFrame(columns)
+
+    def _codes(self, name: str, column: Any) -> np.ndarray:
+        known = self._words.setdefault(name, {})
+        column = getattr(column, "values", column)  # a Series' own array
+        if hasattr(column, "categories"):
+            places = [known.setdefault(word, len(known)) for word in column.categories]
+            return np.array(places, np.int32)[column.codes]
+        self._plain.add(name)
+        return np.fromiter((known.setdefault(value, len(known)) for value in column), np.int32, len(column))
+
+
+def _packed(numbers: np.ndarray) -> np.ndarray:
+    """A constant as one number, whole numbers in the smallest signed type that holds them."""
+    if len(numbers) == 0 or numbers.dtype.kind not in "iuf":
+        return numbers
+    low, high = numbers.min(), numbers.max()
+    if low == high:
+        return numbers[:1].copy()
+    if numbers.dtype.kind == "f":
+        return numbers
+    fits = (kind for kind in (np.int8, np.int16, np.int32) if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
+    return numbers.astype(next(fits, numbers.dtype))
 
 
 def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pd.DataFrame:
@@ -169,7 +263,7 @@ def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pd.Dat
     return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries().to_pandas()
 
 
-def read_items(path: Path | str, columns: Sequence[str]) -> Iterator[pd.DataFrame]:
+def read_items(path: Path | str, columns: Sequence[str] | None = None) -> Iterator[pd.DataFrame]:
     """The items of a table one by one, for tables larger than memory; columns that are absent are left out.
 
     Raises:

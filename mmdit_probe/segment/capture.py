@@ -9,7 +9,7 @@ seeds and levels happens here, so a method sees one record per layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import product
 
@@ -25,7 +25,7 @@ from mmdit_probe.observe.concepts import ConceptStream
 from mmdit_probe.observe.maps import PARTS, JointBlocks, second_attention
 from mmdit_probe.observe.observer import Observer
 from mmdit_probe.observe.probe import probe
-from mmdit_probe.segment.record import Capture, JointRecord, Pass, Reading, average
+from mmdit_probe.segment.record import Capture, JointRecord, Pass, Reading, average, head_mean, with_columns
 from mmdit_probe.segment.vocabulary import Prompt, pack
 from mmdit_probe.specs import Spec, layer_indices
 
@@ -46,7 +46,10 @@ def capture(
     *,
     keep: Iterable[str] = ("i2t",),
     together: bool = True,
+    heads_apart: bool = True,
+    text_kinds: Collection[str] | None = None,
     concept_stream: str | None = None,
+    encode: Callable[[str], TextCondition] | None = None,
 ) -> Capture:
     """Run the model on one picture and keep what methods need.
 
@@ -57,7 +60,11 @@ def capture(
         reading: layers, heads, noise levels and seeds, and how the picture is fitted.
         keep: parts of `JointRecord` ("concepts" runs a concept stream of the class names beside the forward).
         together: names share a prompt where they fit; False gives every name its own.
+        heads_apart: keep I2T of every head; False keeps the mean over heads where one prompt holds all names (what
+            methods read unless `Method.reads_heads`): [1, I, T].
+        text_kinds: span kinds whose text columns are kept one by one, the others as their sum; None keeps all.
         concept_stream: text encoder stream that concept vectors are read from; see `concept_embeddings`.
+        encode: prompt -> its encoding, in place of the model's, e.g. one that remembers.
     """
     count = len(model.layers)
     layers = layer_indices(middle_layers(count) if reading.layers is None else reading.layers, count)
@@ -74,14 +81,15 @@ def capture(
     concepts = concept_embeddings(model, names, concept_stream) if "concepts" in parts else None
     passes = []
     for number, prompt in enumerate(prompts):
-        text = model.encode_prompt(prompt.text)
+        text = (encode or model.encode_prompt)(prompt.text)
         samples: dict[int, list[JointRecord]] = {layer: [] for layer in layers}
         for sigma, seed in product(reading.sigmas, reading.seeds):
             noised = model.noise(latents, sigma, seed)
             beside = concepts if number == 0 else None
             for layer, record in _forward(model, noised, sigma, text, layers, parts, reading.heads, beside).items():
-                samples[layer].append(record)
-        passes.append(Pass(prompt, {layer: average(records) for layer, records in samples.items()}))
+                samples[layer].append(record if heads_apart or len(prompts) > 1 else head_mean(record))
+        whole = Pass(prompt, {layer: average(records) for layer, records in samples.items()})
+        passes.append(whole if text_kinds is None else with_columns(whole, text_kinds))
     grid = (fit.size[0] // model.size_multiple, fit.size[1] // model.size_multiple)
     return Capture(
         image, fit, grid, list(classes), passes, tuple(reading.sigmas), tuple(reading.seeds), layers,

@@ -14,8 +14,8 @@ record, whatever it was made from. Not here: running a model (`segment.capture`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -259,6 +259,43 @@ def average(records: Sequence[JointRecord]) -> JointRecord:
         if entry.name != "layer" and getattr(first, entry.name) is not None
     }
     return JointRecord(first.layer, **mean)
+
+
+def head_mean(record: JointRecord) -> JointRecord:
+    """The record with one head in place of all: their mean, [1, I, T]."""
+    text = {name: getattr(record, name) for name in ("i2t", "i2t_logit")}
+    means: dict[str, Any] = {name: part.mean(0, keepdim=True) for name, part in text.items() if part is not None}
+    return replace(record, **means)
+
+
+def with_columns(one: Pass, kinds: Collection[str]) -> Pass:
+    """The pass with the text columns of some span kinds, and one for all others together.
+
+    The last column is the sum of the others' probabilities (the log-sum-exp of their logits), so that each row's text
+    mass stays what it was; its token is of stream "rest" and kind "unknown".
+    """
+    tokens = one.prompt.table.tokens
+    kept = [place for place, token in enumerate(tokens) if token.kind in kinds]
+    rest = [place for place, token in enumerate(tokens) if token.kind not in kinds]
+    if not rest:
+        return one
+    table = TokenTable(one.prompt.text, (*(tokens[place] for place in kept), Token("rest", "unknown")))
+    to = {place: index for index, place in enumerate(kept)}
+    queries = [
+        replace(query, spans={stream: [to[place] for place in places] for stream, places in query.spans.items()})
+        for query in one.prompt.queries
+    ]
+    records = {}
+    for layer, record in one.records.items():
+        parts: dict[str, Any] = {}
+        for name in ("i2t", "i2t_logit"):
+            part: Tensor | None = getattr(record, name)
+            if part is not None:
+                others = part[..., rest]
+                last = others.sum(-1, keepdim=True) if name == "i2t" else others.logsumexp(-1, keepdim=True)
+                parts[name] = torch.cat([part[..., kept], last], -1)
+        records[layer] = replace(record, **parts)
+    return Pass(replace(one.prompt, table=table, queries=tuple(queries)), records)
 
 
 def region_ids(regions: Any, *sizes: tuple[int, int]) -> NDArray[np.int64]:

@@ -84,8 +84,7 @@ def segment(
     parsed = parse_classes(classes)
     chosen = _method(method, options, unsupervised=False)
     steps, rule = Refinement.parse(refine), Background.parse(background)
-    keep = (*chosen.needs, *steps.keep)
-    record = with_regions(capture(model, image, parsed, reading, keep=keep, together=chosen.together), regions)
+    record = _captured(model, image, parsed, reading, chosen, steps, regions)
     return finish(record, chosen(record), [one.name for one in parsed], steps, rule)
 
 
@@ -102,7 +101,7 @@ def discover(
     """Segments of one picture without any names, from the empty prompt. Arguments as in `segment`."""
     chosen = _method(method, options, unsupervised=True)
     steps = Refinement.parse(refine)
-    record = with_regions(capture(model, image, [], reading, keep=(*chosen.needs, *steps.keep)), regions)
+    record = _captured(model, image, [], reading, chosen, steps, regions)
     plain = bool((image == image[:1, :1]).all())  # one colour has no parts; maps of it are noise
     scores = torch.ones(1, *record.grid) if plain else chosen(record)
     return finish(record, scores, None, steps, Background())
@@ -130,8 +129,9 @@ def name_segments(
     old, parsed = found.capture, parse_classes(classes)
     chosen = _method(method, options, unsupervised=False)
     reading = Reading(list(old.layers), weights, None, old.sigmas, old.seeds, old.fit.how, old.fit.size)
-    record = capture(model, old.image, parsed, reading, keep=chosen.needs, together=chosen.together)
-    maps = Refinement.parse("centre")(chosen(record), record).flatten(1).numpy()  # (C, pixels)
+    steps = Refinement.parse("centre")
+    record = _captured(model, old.image, parsed, reading, chosen, steps)
+    maps = steps(chosen(record), record).flatten(1).numpy()  # (C, pixels)
     names: list[str] = []
     seen: dict[str, int] = {}
     for index in range(len(found.names)):
@@ -142,9 +142,16 @@ def name_segments(
     return replace(found, names=names)
 
 
-def with_regions(record: Capture, regions: Any) -> Capture:
-    """The capture with another program's regions, checked; itself without any."""
-    return record if regions is None else replace(record, regions=region_ids(regions, record.size))
+def _captured(
+    model: MMDiT, image: NDArray[np.uint8], classes: Sequence[SegClass], reading: Reading, method: Method,
+    refine: Refinement, regions: Any = None,
+) -> Capture:  # fmt: skip
+    """What a method and a refinement read of a picture."""
+    found = capture(
+        model, image, classes, reading, keep=(*method.needs, *refine.keep), together=method.together,
+        heads_apart=method.reads_heads, text_kinds=method.text_kinds,
+    )  # fmt: skip
+    return found if regions is None else replace(found, regions=region_ids(regions, found.size))
 
 
 def finish(

@@ -139,7 +139,10 @@ def test_check_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
     labels(root / "labels/d.png", [255])
     (root / "images/e.png").write_text("no picture")
     labels(root / "labels/e.png", [0])
-    found = dict(check(dataset(f"folder:{root}")).problems)
+    Image.fromarray(np.full((4, 6, 4), 90, np.uint8)).save(root / "images/a.png")
+    report = check(dataset(f"folder:{root}"))
+    assert report.notes == [("a", "transparency was laid on white")]
+    found = dict(report.problems)
     assert "ids [7]" in found["b"] and "differ in size" in found["c"] and "ignored" in found["d"]
     assert "cannot be read" in found["e"] and "a" not in found
     with pytest.raises(SystemExit) as stop:
@@ -215,3 +218,14 @@ def test_sa1b_paints_parts_on_wholes(tmp_path: Path, split: bool, capsys: pytest
     pairs[1][2].write_text("{}")
     with pytest.raises(UserError, match="no SA-1B annotation"):
         sa1b_masks(pairs[1][2])
+
+
+def test_names_print_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["[red]cat", "$x_$ / <b>", "[/]", "café, 🐈"]
+    (tmp_path / "classes.txt").write_text("\n".join(names), encoding="utf-8")
+    picture(tmp_path / "images/[bold]a.png")
+    labels(tmp_path / "labels/[bold]a.png", [0, 1, 2, 3, 9])
+    with pytest.raises(SystemExit):
+        main(["datasets", "check", "folder", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*names, "[bold]a: label"))

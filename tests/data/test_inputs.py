@@ -190,7 +190,7 @@ def bound(path: Path) -> None:
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     # name: (how to make it, what the line says beside the name)
-    "missing.png": (lambda p: None, "no file"),
+    "missing.png": (lambda p: None, "no picture"),
     "empty.png": (lambda p: p.touch(), "no picture format"),
     "text.png": (lambda p: p.write_text("no picture"), "no picture format"),
     "page.jpg": (lambda p: p.write_text("<!doctype html><html>404</html>"), "no picture format"),
@@ -199,7 +199,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "folder.png": (lambda p: p.mkdir(), "is a folder|no picture in"),
     "pipe.png": (lambda p: os.mkfifo(p), "is a pipe"),
     "socket.png": (bound, "is a socket"),
-    "link-to-nothing.png": (lambda p: p.symlink_to("gone"), "no file"),
+    "link-to-nothing.png": (lambda p: p.symlink_to("gone"), "no picture"),
     "link-to-itself.png": (lambda p: p.symlink_to(p), "cannot be opened"),
     "link-to-device.png": (lambda p: p.symlink_to("/dev/zero"), "is a device"),
     "cut.png": (lambda p: truncated(p, 0.7), "cannot be read"),
@@ -274,7 +274,7 @@ LABELS: dict[str, tuple[Callable[[Path], Any], Any]] = {
     "text.png": (lambda p: p.write_text("0 1 2"), "no picture format"),
     "cut.png": (lambda p: truncated(p, 0.7), "cannot be read"),
     "pipe.png": (lambda p: os.mkfifo(p), "is a pipe"),
-    "gone.png": (lambda p: None, "no file"),
+    "gone.png": (lambda p: None, "no label map"),
 }  # fmt: skip
 
 
@@ -438,6 +438,7 @@ def test_coco_masks_follow_the_stated_size(tmp_path: Path, segmentation: Any) ->
     [(LEFT, (10, 5)), (LEFT, None), (LEFT_RUNS, (10, 20)), ([[0, 0, 1]], (20, 40)), (None, (20, 40)),
      ([["x"]], (20, 40)),
      ({"size": [20, 40], "counts": [801]}, (20, 40)), ({"size": [-1, 4], "counts": []}, (20, 40)),
+     ({"size": [10**6, 10**6], "counts": [10**12]}, (20, 40)), ({"size": [20, 40], "counts": [10**30]}, (20, 40)),
      ([[0, 0, 9, float("inf"), 9, 19]], (20, 40)), ({"counts": "b6"}, (20, 40))],
 )  # fmt: skip
 def test_coco_masks_are_never_cut(tmp_path: Path, segmentation: Any, stated: Any) -> None:
@@ -481,6 +482,26 @@ def test_annotations_in_any_order_give_the_same_labels(tmp_path: Path) -> None:
     assert labels[0][0].tolist() == [1] * 5 + [0] * 5 + [255] * 30
 
 
+@pytest.mark.parametrize(
+    ("names", "want"),
+    [('{"1": "cat", "2": "dog"}', ("cat", "dog")), ('{"2": "cat", "1": "cat"}', ("cat",)),
+     ('{"1": "cat"}', r"ids \[2\]"), ("[]", "cannot be read"),
+     ('{"1": ["cat"], "2": "x"}', "no text"), ('{"x": "cat"}', "classes.json' cannot be read"),
+     ('{"1": " "}', "no text"), ("null", "cannot be read"), ("{", "cannot be read as JSON")],
+)  # fmt: skip
+def test_names_of_masks(tmp_path: Path, names: str, want: Any) -> None:
+    (tmp_path / "masks").mkdir()
+    saved(tmp_path / "a.png", RGB)
+    saved(tmp_path / "masks" / "a.png", (RAMP // 20 % 3).astype(np.uint8))
+    (tmp_path / "masks" / "classes.json").write_text(names)
+    if isinstance(want, str):
+        with pytest.raises(UserError, match=want):
+            _ = training_data(str(tmp_path), size=(3, 4))[0]
+    else:
+        sample = training_data(str(tmp_path), size=(3, 4))[0]
+        assert sample.names == want and sample.masks.sum() == 8 and sample.prompt == " ".join(want)
+
+
 def test_fingerprints_tell_replaced_inputs(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.png", RGB)
     first = samples(str(path))[0].fingerprint()
@@ -510,10 +531,10 @@ def test_big_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("source", "says"),
-    [("scenes:vall", "did you mean 'val'"), ("scenes:vall:0", "did you mean 'val'"),
+    [("scenes:vall", "did you mean '(scenes:)?val'"), ("scenes:vall:0", "did you mean 'val'"),
      ("vocc20:x", "did you mean 'voc20'"),
      ("voc20:", "needs its folder"), ("voc20:nowhere", "no folder"), ("sa1b:nowhere", "no folder"),
-     ("nowhere", "no file 'nowhere'"), ("folder:/dev/null", "no folder")],
+     ("nowhere", "no folder 'nowhere'"), ("folder:/dev/null", "no folder")],
 )  # fmt: skip
 def test_sources_that_are_not_there(source: str, says: str) -> None:
     for read in (samples, lambda s: training_data(s, size=(16, 16)) if s != "nowhere" else samples(s)):

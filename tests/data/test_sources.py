@@ -1,6 +1,11 @@
-"""Prompts and pictures from what a user types, and the shipped tables."""
+"""Prompts and pictures from what a user types, the shipped tables, and the room's own examples."""
 
 from __future__ import annotations
+
+import doctest
+import importlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -79,3 +84,14 @@ def test_paper_budget_adds_up():
 def test_unknown_paper_table():
     with pytest.raises(UserError, match="unknown paper table 'budget_by_layers': did you mean 'budget_by_layer'"):
         paper_table("budget_by_layers")
+
+
+@pytest.mark.parametrize("room", ["class_names", "paper", "prompt_sets", "text"])
+def test_examples_run(room: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"mmdit_probe.data.{room}"))
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_the_room_is_read_without_torch() -> None:
+    code = "import sys; from mmdit_probe.data import *; samples('scenes:val', 1); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

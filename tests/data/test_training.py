@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mmdit_probe import UserError
-from mmdit_probe.data import PictureData, ScenesData, training_data
+from mmdit_probe.data import PictureData, ScenesData, samples, training_data
 from mmdit_probe.data.masks import MAX_MASKS, largest
 from mmdit_probe.magnet.check import check
 from mmdit_probe.magnet.pseudo import SelfLabelled
@@ -75,6 +75,20 @@ def test_folder_crops_masks_with_the_picture(tmp_path: Path) -> None:
     assert [int(mask.any(0).argmax()) for mask in squashed.masks] == [20, 32]
     assert folder_data(tmp_path / "d", SIZE, prompt="list")[0].prompt == "cat red ring"
     assert data.describe()["count"] == 2
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 96), (100, 36)])
+@pytest.mark.parametrize("stored", [(64, 128), (37, 91), (200, 45), (48, 96)])
+def test_pixels_are_those_of_one_resize(tmp_path: Path, size: tuple[int, int], stored: tuple[int, int]) -> None:
+    """A training repeats bit by bit: PIL's own crop and Lanczos filter, nothing between."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*stored, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    turned, method = size[::-1], Image.Resampling.LANCZOS
+    for fit, want in (("crop", ImageOps.fit(image, turned, method)), ("squash", image.resize(turned, method))):
+        assert np.array_equal(folder_data(tmp_path, size, fit=fit)[0].image, np.asarray(want))
+    assert np.array_equal(
+        np.asarray(samples(str(tmp_path))[0].open(size)), np.asarray(ImageOps.fit(image, turned, method))
+    )
 
 
 def test_folder_without_names_has_unnamed_masks(tmp_path: Path) -> None:

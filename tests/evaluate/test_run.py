@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,20 @@ def test_protocols_see_their_own_vocabulary(root: Path, captures: Captures) -> N
         plan_of(data, captures, ["seg4diff"], protocols=["predicted"])
 
 
+def test_an_ignored_class_stands_in_prompts_and_is_not_scored(root: Path, captures: Captures) -> None:
+    """COCO-Object of the paper's Table 1: "background" competes as a word, its pixels are not counted."""
+    plain = dataset(f"folder:{root}", 2)
+    data = replace(plain, background=None, ignore=(0,))
+    plan = plan_of(data, captures, ["seg4diff", "seg4diff-unsup"], protocols=["present"])
+    truths = [np.array(sample.label()) for sample in data]
+    assert plan.vocabulary("present", "p0", truths[0]) == [0, 1]
+    counts = frame(plan, captures)
+    assert set(counts["truth"]) == {1, 2}
+    scored = counts[counts["method"] == "seg4diff"]
+    assert scored["pixels"].sum() == sum(np.isin(truth, (1, 2)).sum() for truth in truths)
+    assert 0 in set(scored["found"])  # what the word "red" wins of the others counts against them
+
+
 def test_sweeps_take_one_thing_at_a_time(root: Path, captures: Captures) -> None:
     data = dataset(f"folder:{root}", 1)
     one = {sweep: frame(plan_of(data, captures, ["seg4diff"], {"sigmas": (0.3, 0.6)}, sweep=sweep), captures)
@@ -135,6 +150,23 @@ def test_cache_answers_without_the_model(root: Path, pipe: Any, tmp_path: Path) 
         Captures(no_model, "other", tmp_path / "cache")
     with pytest.raises(AssertionError, match="was loaded"):
         frame(plan_of(data, again, methods, {"seeds": (5,)}), again)
+
+
+def test_a_cache_holds_half_precision_within_its_stated_error(root: Path, pipe: Any, tmp_path: Path) -> None:
+    data = dataset(f"folder:{root}", 1)
+    exact, kept = Captures(lambda: MMDiT(pipe), "tiny"), Captures(lambda: MMDiT(pipe), "tiny", tmp_path / "cache")
+    parts = ["feat_proj", "i2i", "i2t", "i2t_logit"]
+    one, other = (
+        captures.get("p0", data[0].image, data.classes[:2], Reading(layers="all"), keep=parts)
+        for captures in (exact, kept)
+    )
+    for layer, record in one.passes[0].records.items():
+        for part in parts:
+            want, found = record.part(part), other.passes[0].records[layer].part(part)
+            assert found.dtype == want.dtype and ((found - want).abs() <= 5e-4 * want.abs() + 3e-8).all()
+    stored = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.safetensors"))
+    values = sum(record.part(part).numel() for record in one.passes[0].records.values() for part in parts)
+    assert stored < 2 * values + 20_000
 
 
 def test_pictures_and_labels_of_different_size_are_named(root: Path, captures: Captures) -> None:

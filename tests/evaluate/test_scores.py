@@ -9,6 +9,8 @@ import torch
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate import confusion, map_quality, mean_iou, segmentation_score
+from mmdit_probe.evaluate.league import matched
+from mmdit_probe.evaluate.plan import _Rows
 from mmdit_probe.evaluate.scores import ImageCounts, area_under_curve, assign, histogram, matched_by_rows
 
 
@@ -188,7 +190,7 @@ def test_dataset_matching_is_one_assignment_of_the_sums() -> None:
 
 def test_map_quality_counts_the_argmax_of_every_set_of_maps() -> None:
     """Maps at the label's size. Raw, class 5 has the larger numbers everywhere; stretched, each finds its half."""
-    label = np.array([[2, 2, 5, 5], [2, 2, 5, 0]])
+    label = np.array([[2, 2, 5, 5], [2, 2, 5, 0]], np.uint8)
     left = torch.tensor([[1.0, 1, 0, 0], [1, 1, 0, 0]])
     maps = torch.stack([left, 3 - left])
     raw, stretched = (map_quality(torch.stack([maps, maps.flip(0)]), label, [2, 5], 6, s) for s in ("none", "minmax"))
@@ -204,3 +206,22 @@ def test_area_under_the_curve_by_hand() -> None:
     values = np.array([[3.0, 1, 2, 4], [0, 1, 2, 3], [1, 1, 1, 1]])
     assert area_under_curve(values, inside).tolist() == [1.0, 0.5, 0.5]
     assert np.isnan(area_under_curve(values, np.zeros(4, bool))).all()
+
+
+@pytest.mark.parametrize("match", ["upstream", "image"])
+@pytest.mark.parametrize("seed", range(4))
+def test_counts_on_disk_are_matched_as_the_maps_are(match: str, seed: int) -> None:
+    """Sparse rows keep how many segments there were, also where the last lies on ignored pixels only."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 3, (6, 9))
+    label[0] = 255
+    found = rng.integers(0, 6, (6, 9))
+    found[0, 0] = 8
+    rows = _Rows(0, 4)
+    rows.add(("unsupervised", "diffcut", "none", "", "", "", "segments"), histogram(label, found, 4))
+    part = pd.DataFrame(rows.columns())
+    counts = ImageCounts.from_table(matched(part, 4, match), 4)
+    want = segmentation_score(found, label, 4, match=match).counts
+    assert part["found"].max() == 8 and part["pixels"].sum() == (label != 255).sum()
+    for name in ("hit", "truth", "found"):
+        assert np.array_equal(getattr(counts, name), getattr(want, name)), name

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from mmdit_probe.experiments.evidence_names import EVIDENCE, evidence_names
 
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import evidence
-from mmdit_probe.experiments.evidence_names import EVIDENCE, evidence_names
 from mmdit_probe.results.selection import load_selection
 
 LAYERS = 6

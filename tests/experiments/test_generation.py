@@ -25,12 +25,13 @@ def test_clipscore_is_the_clamped_cosine_of_the_model() -> None:
     scorer = ClipScorer.load("scenes-clip")
     assert scorer.metric == "clipscore[scenes-clip]"
     picture, text = Image.fromarray(scene("val", 0).image), describe(scene("val", 0))
-    pixels = scorer.processor(images=[picture], return_tensors="pt")["pixel_values"]
-    length = scorer.model.config.text_config.max_position_embeddings
-    words = scorer.tokenizer([text], padding="max_length", max_length=length, return_tensors="pt")
+    clip = scorer.clip
+    pixels = clip.processor(images=[picture], return_tensors="pt")["pixel_values"]
+    length = clip.model.config.text_config.max_position_embeddings
+    words = clip.tokenizer([text], padding="max_length", max_length=length, return_tensors="pt")
     with torch.no_grad():
-        image = scorer.model.visual_projection(scorer.model.vision_model(pixels).pooler_output)[0]
-        said = scorer.model.text_projection(scorer.model.text_model(**words).pooler_output)[0]
+        image = clip.model.visual_projection(clip.model.vision_model(pixels).pooler_output)[0]
+        said = clip.model.text_projection(clip.model.text_model(**words).pooler_output)[0]
     expected = 100 * max(0.0, float(torch.nn.functional.cosine_similarity(image, said, dim=0)))
     assert scorer([picture], [text])[0] == pytest.approx(expected, abs=1e-3)
     with pytest.raises(UserError, match="1 images for 2 prompts"):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
+from mmdit_probe.experiments.budget_summary import robust_z, summarise
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.budget_summary import robust_z, summarise
 from tests.tables import SPANS, budget_table
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.families.registry import FAMILIES
-from mmdit_probe.models.tokens import TokenTable, token_tables, unknown_table
+from mmdit_probe.models.tokens import Token, TokenTable, token_tables, unknown_table
 from mmdit_probe.models.words import folded
 from tests import tiny
 from tests.pipelines import llm_tokenizer
@@ -87,6 +87,7 @@ def test_truncated_words_are_named_per_stream(pipe: Any) -> None:
     with pytest.raises(UserError, match="fell off"):
         found.word_spans("house")
     assert "pad" not in found.kinds
+    assert found.unread == ["red", "house"] and table(pipe, "a red ring").unread == []
 
 
 def test_unknown_words_name_the_closest(pipe: Any) -> None:
@@ -203,6 +204,13 @@ def test_any_part_of_a_prompt_is_found(
         assert expected.startswith(spelled(found, phrase)) and len(expected) - len(spelled(found, phrase)) <= 1
 
 
+def test_one_token_of_two_words_is_read_for_both() -> None:
+    tokens = (Token("llm", "word", "a", 0, 0, 1), Token("llm", "word", ".", 1, 1, 3))
+    found = TokenTable('a."', tokens)
+    assert found.words == ["a", ".", '"'] and found.unread == []
+    assert found.word_spans(".") == found.word_spans('"') == {"llm": [1]}
+
+
 def test_runs_without_blanks_have_the_tokens_for_words(tmp_path: Path) -> None:
     found = of(llm_tokenizer(), "一只猫 red")
     assert found.words == ["一", "只", "猫", "red"]
@@ -226,7 +234,7 @@ def shouting() -> Any:
 
 def test_encoders_that_disagree_are_named_and_the_others_read(shouting: Any) -> None:
     found = table(shouting, "a red !! cat")
-    assert found.disputed == {"clip": ("!", "!", "cat")} and found.truncated == {}
+    assert found.disputed == {"clip": ("!", "!", "cat")} and found.truncated == {} and found.unread == []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert set(found.word_spans("red")) == {"clip", "t5"}
@@ -234,5 +242,6 @@ def test_encoders_that_disagree_are_named_and_the_others_read(shouting: Any) -> 
         assert set(found.word_spans("cat")) == {"t5"}
     assert table(shouting, "a red ! cat!").disputed == {}
     shouting.text_encoder_3 = None
+    assert table(shouting, "a red !! cat").unread == ["!", "!", "cat"]
     with pytest.raises(UserError, match=r"'clip' place 'cat' differently .* no other text encoder reads it"):
         table(shouting, "a red !! cat").word_spans("cat")

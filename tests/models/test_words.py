@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
 import pytest
@@ -71,7 +72,8 @@ def test_what_is_cut_out_between_letters_is_found_in_any_form(text: str, start: 
     phrase = text[start : start + length]
     places = {place for found in find(phrase, text, whole=False) for place in range(*found)}
     edges = [unicodedata.category(text[at])[0] == "M" for at in (start, start + length) if at < len(text)]
-    if phrase.strip() and phrase.strip() == phrase and not any(edges) and text.count(phrase) == 1:
+    alike = re.findall(f"(?={re.escape(folded(phrase)[0])})", folded(text)[0])
+    if phrase.strip() and phrase.strip() == phrase and not any(edges) and len(alike) == 1:
         assert set(range(start, start + len(phrase))) == places
     composed = unicodedata.normalize("NFC", phrase)
     assert len(find(composed, unicodedata.normalize("NFD", text), whole=False)) == len(find(phrase, text, whole=False))

@@ -13,6 +13,8 @@ or the situation is refused, and the refusal names what stands in the way. Nothi
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from transformers import T5EncoderModel
 
 from mmdit_probe.attention import reference
 from mmdit_probe.errors import RunError, UserError
@@ -31,6 +34,7 @@ from mmdit_probe.models.layout import unwrap
 from mmdit_probe.observe.mass import attention_masses
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
+from tests import pipelines, tiny
 from tests.families import FIXTURES
 
 STOCK = torch.nn.functional.scaled_dot_product_attention
@@ -209,7 +213,7 @@ def _largest_error(
         ran = {path for path in paths if path in calls}
         there = {path for at, path in watched.seen if at == number}
         assert there == ran or (not every_step and not there), f"call {number}: layers {ran ^ there} differ"
-        sites = taint(plain, inputs) if there else {}
+        sites = taint(plain, _in_float32(inputs)) if there else {}
         for path in there:
             rows = [_expected(call, row, sites[path].labels) for call in calls[path] for row in range(_batch(call))]
             _, masses, n_query = watched.seen[number, path]
@@ -223,6 +227,14 @@ def _largest_error(
                         assert error < TOLERANCE[dtype], f"{path}: error {error:.1e}"
                         errors.append(error)
     return float(torch.stack(errors).max())
+
+
+def _in_float32(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _in_float32(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_in_float32(item) for item in value]
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _batch(call: dict[str, Any]) -> int:
@@ -406,12 +418,22 @@ def transformer_situations() -> list[Situation]:
         "autocast float16", ["sd3", "sd35", "flux", "qwen_image"], around=lambda _: torch.autocast("cpu", torch.float16)
     )
     rows += of_families("a function mode that changes calls", EVERY, around=lambda _: LouderQueries())
-    rows += of_families("the same, inside the probe", DISPATCHED, around=lambda _: LouderQueries(), inside=True)
+    rows += of_families(
+        "a function mode that changes calls, inside the probe",
+        DISPATCHED,
+        around=lambda _: LouderQueries(),
+        inside=True,
+    )
     rows += of_families("torch's default device", DISPATCHED, around=lambda _: torch.device("cpu"))
     rows += of_families("torch's function replaced by a wrapper", ["sd3", "mochi", "flux"], around=replaced_function)
     rows += of_families("sdpa_kernel(MATH)", DISPATCHED, around=lambda _: sdpa_kernel(SDPBackend.MATH))
     rows += of_families("attention_backend('_native_math')", DISPATCHED, around=backend("_native_math"))
-    rows += of_families("the same, inside the probe", DISPATCHED[:2], around=backend("_native_math"), inside=True)
+    rows += of_families(
+        "attention_backend('_native_math'), inside the probe",
+        DISPATCHED[:2],
+        around=backend("_native_math"),
+        inside=True,
+    )
     rows += of_families("set_attention_backend('_native_math')", DISPATCHED, around=own_backend("_native_math"))
     rows += of_families(
         "attention_backend('flex')", ["flux", "qwen_image"], around=backend("flex"), refusal="backend 'flex'"
@@ -448,7 +470,296 @@ def transformer_situations() -> list[Situation]:
     return rows
 
 
-SITUATIONS = {situation.name: situation for situation in transformer_situations()}
+# --- ways of running a pipeline ---------------------------------------------------------------------------------------
+
+PROMPT, NEGATIVE = "a red ring", "a blue house"
+T5 = ("sd3", "flux", "chroma", "cogvideox")
+"""Pipelines whose text length is set, to that of the tiny T5."""
+
+
+@functools.cache
+def shared(name: str) -> Any:
+    """A pipeline that no situation changes."""
+    return tiny.pipeline("sd3") if name == "sd3" else pipelines.build(name)
+
+
+def fresh(name: str, kind: str = "") -> Callable[[], Any]:
+    """A pipeline of one's own, or another one (`kind`, a class of diffusers) on its components."""
+
+    def build() -> Any:
+        import diffusers
+
+        if kind:
+            made = getattr(diffusers, kind)
+            known = inspect.signature(made.__init__).parameters
+            pipe = made(**{part: of for part, of in shared(name).components.items() if part in known})
+        else:
+            pipe = copy.deepcopy(shared(name))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return build
+
+
+def sample(pipe: Any, prompt: Any = PROMPT, steps: int = 2, **options: Any) -> list[Tensor]:
+    """A short run of a pipeline by its own names of arguments."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    size = 64 if "StableDiffusion3" in type(pipe).__name__ else 32
+    options = {
+        "num_inference_steps": steps, "height": size, "width": size, "num_frames": 5, "output_type": "latent",
+        "generator": torch.Generator().manual_seed(3), "use_dynamic_cfg": False,
+    } | options  # fmt: skip
+    if any(isinstance(module, T5EncoderModel) for module in pipe.components.values()):
+        options.setdefault("max_sequence_length", tiny.T5_LENGTH)
+    options = {name: value for name, value in options.items() if name in known}
+    output = pipe(options.pop("prompt", prompt), **options)
+    return _flat(next(iter(output.values())))
+
+
+def picture(side: int) -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (side, side), (200, 30, 60))
+
+
+def of_pipeline(name: str, way: str, kind: str = "", own: bool = False, **facts: Any) -> Situation:
+    """A way of running a pipeline; its own copy where it is changed."""
+    build = fresh(name, kind) if kind or own else functools.partial(shared, name)
+    return Situation(f"{kind or name} pipeline", way, build, **facts)
+
+
+def guided(name: str, **options: Any) -> Callable[[Any], list[Tensor]]:
+    """The pipeline with classifier-free guidance."""
+    scale = "true_cfg_scale" if name in ("flux", "qwen_image") else "guidance_scale"
+    return lambda pipe: sample(pipe, **({scale: 3.0, "negative_prompt": NEGATIVE} | options))
+
+
+def alternating(name: str, samples: int = 1, steps: int = 2) -> list[list[str]]:
+    """Branches call by call, as the pipelines make them."""
+    if name in ("flux", "qwen_image", "chroma"):
+        return [["cond"] * samples, ["uncond"] * samples] * steps
+    first, second = ("cond", "uncond") if name == "z_image" else ("uncond", "cond")
+    return [[first] * samples + [second] * samples] * steps
+
+
+STRENGTH = {
+    "sd3": "StableDiffusion3", "flux": "Flux", "qwen_image": "QwenImage", "chroma": "Chroma", "z_image": "ZImage",
+}  # fmt: skip
+
+
+def from_pictures() -> list[Situation]:
+    """Image to image and inpainting begin at a later step."""
+    rows = []
+    for name, prefix in STRENGTH.items():
+        side = 64 if name == "sd3" else 32
+        given = {"image": picture(side), "strength": 0.6, "steps": 5}
+        # The tiny SD3 has too few channels for inpainting, and Chroma's inpainting asks for a config it has not.
+        for kind in (f"{prefix}Img2ImgPipeline", f"{prefix}InpaintPipeline")[: 1 if name in ("sd3", "chroma") else 2]:
+            mask = {"mask_image": picture(side)} if "Inpaint" in kind else {}
+            run = functools.partial(sample, guidance_scale=0.0, **given, **mask)
+            labels = Labels(steps=[2, 3, 4], branches=[["cond"]] * 3, seeds={3}, prompts={PROMPT})
+            way = "5 steps at strength 0.6"
+            rows.append(of_pipeline(name, way, kind, run=run, labels=labels))
+            rows.append(
+                of_pipeline(name, f"{way}, step 3", kind, run=run, labels=Labels(steps=[3], seeds={3}), steps=3)
+            )
+            refusal = "no denoising call was at steps 0; the steps that ran are 2, 3, 4"
+            rows.append(of_pipeline(name, f"{way}, step 0", kind, run=run, steps=0, refusal=refusal))
+    return rows
+
+
+def copied_pipeline(name: str) -> Callable[[Any], list[Tensor]]:
+    """The run of a deep copy of the pipeline, which is nobody's call, and then the pipeline's own."""
+    run = guided(name)
+
+    def both(pipe: Any) -> list[Tensor]:
+        twin = copy.deepcopy(pipe)
+        assert not [attribute for attribute in twin.__dict__ if "mmdit" in attribute]
+        return [*run(twin), *run(pipe)]
+
+    return both
+
+
+def two_prompts(name: str) -> Callable[[Any], list[Tensor]]:
+    """Two prompts, a seed each, and one negative string for both."""
+    return lambda pipe: guided(
+        name, prompt=[PROMPT, "a cat"], generator=[torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    )(pipe)
+
+
+def own_noise(name: str) -> Callable[[Any], list[Tensor]]:
+    """Latents that the caller drew, and a generator that draws none."""
+
+    def run(pipe: Any) -> list[Tensor]:
+        drawn: list[Tensor] = []
+        prepare = pipe.prepare_latents
+
+        def keep(*args: Any, **kwargs: Any) -> Any:
+            result = prepare(*args, **kwargs)
+            drawn.append(result[0] if isinstance(result, tuple) else result)
+            raise InterruptedError
+
+        pipe.prepare_latents = keep
+        try:
+            guided(name)(pipe)
+        except InterruptedError:
+            pass
+        finally:
+            del pipe.prepare_latents
+        return guided(name, latents=drawn[0])(pipe)
+
+    return run
+
+
+def by_another(pipe: Any, kind: str) -> list[Tensor]:
+    """A run of the pipeline, and the same of another one on its components."""
+    off = {"guidance_scale": 0.0}
+    return [*sample(pipe, **off), *sample(fresh_like(pipe, kind), **off)]
+
+
+def fresh_like(pipe: Any, kind: str) -> Any:
+    import diffusers
+
+    other = getattr(diffusers, kind).from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def blanked(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """A callback that changes the text in place."""
+    tensors["prompt_embeds"].zero_()
+    return {}
+
+
+def ip_adapter(target: Any) -> Any:
+    """An image prompt's processor in every layer, as `load_ip_adapter` puts it there."""
+    from diffusers.models import attention_processor
+    from diffusers.models.transformers import transformer_flux
+
+    model = _transformer(target)
+    torch.manual_seed(0)
+    if "Flux" in type(model).__name__:
+        model.transformer_blocks[0].attn.processor = transformer_flux.FluxIPAdapterAttnProcessor(
+            32, 24, num_tokens=(4,)
+        )
+        options: dict[str, Any] = {"ip_hidden_states": [torch.randn(2, 1, 4, 24)], "ip_adapter_masks": None}
+    else:
+        processor = attention_processor.SD3IPAdapterJointAttnProcessor2_0(32, 24, 16, timesteps_emb_dim=32)
+        model.transformer_blocks[0].attn.processor = processor
+        options = {"ip_hidden_states": torch.randn(2, 4, 24), "temb": torch.randn(2, 32)}
+    model.test_inputs |= {"joint_attention_kwargs": options}
+    return nullcontext()
+
+
+def pag(scale: float) -> Callable[[Any], Any]:
+    """Perturbed-attention guidance in layer 1, beside classifier-free guidance of a scale."""
+    return lambda pipe: sample(pipe, guidance_scale=scale, pag_scale=2.0, negative_prompt=NEGATIVE)
+
+
+def guider(name: str) -> Callable[[Any], Any]:
+    """A guider that runs the transformer once more with something left out of layer 1."""
+
+    def around(pipe: Any) -> Any:
+        from diffusers import LayerSkipConfig, guiders
+
+        scores = name == "PerturbedAttentionGuidance"
+        what = {"skip_attention": not scores, "skip_attention_scores": scores, "skip_ff": not scores}
+        config = LayerSkipConfig(indices=[1], fqn="transformer_blocks", **what)
+        prefix, config_name = (
+            ("perturbed", "perturbed_guidance_config") if scores else ("skip_layer", "skip_layer_config")
+        )
+        options = {config_name: config, f"{prefix}_guidance_start": 0.0, f"{prefix}_guidance_stop": 1.0}
+        pipe.guider = getattr(guiders, name)(guidance_scale=3.0, **options)
+        return nullcontext()
+
+    return around
+
+
+def faster_cache(attention: bool) -> Callable[[Any], Any]:
+    """FasterCache: every second step without the unconditional half; with `attention`, without its attention too."""
+    return cache(
+        "FasterCache", spatial_attention_block_skip_range=2, unconditional_batch_skip_range=2, tensor_format="BFCHW",
+        spatial_attention_timestep_skip_range=(-1, 1001 if attention else 0), current_timestep_callback=lambda: 500,
+        unconditional_batch_timestep_skip_range=(-1, 1001), attention_weight_callback=lambda _: 0.5,
+    )  # fmt: skip
+
+
+def pipeline_situations() -> list[Situation]:
+    """Ways of running stock pipelines."""
+    changed = "is not what"
+    rows = from_pictures()
+    for name in ("sd3", "flux", "qwen_image", "chroma", "z_image", "cogvideox"):
+        one = Labels([0, 1], [["cond"]] * 2, {3}, {PROMPT})
+        off = {"guidance_scale": 0.0 if name in ("z_image", "chroma") else 1.0}
+        rows.append(of_pipeline(name, "without guidance", run=functools.partial(sample, **off), labels=one))
+        both = Labels(branches=alternating(name), seeds={3}, prompts={PROMPT})
+        rows.append(of_pipeline(name, "with guidance", run=guided(name), labels=both))
+        rows.append(
+            of_pipeline(
+                name, "with guidance, under autocast", run=guided(name), labels=both,
+                around=lambda _: torch.autocast("cpu", torch.bfloat16),
+            )
+        )  # fmt: skip
+        rows.append(
+            of_pipeline(name, "copy.deepcopy inside the probe", run=copied_pipeline(name), labels=both, own=True)
+        )
+        if name in ("flux", "qwen_image"):
+            labels = Labels(branches=alternating(name, 2), seeds={3, 4}, prompts={PROMPT, "a cat"})
+            rows.append(of_pipeline(name, "two prompts, one negative string", run=two_prompts(name), labels=labels))
+        given = own_noise(name)
+        rows.append(of_pipeline(name, "noise of one's own", run=given, labels=Labels(seeds={-1}, prompts={PROMPT})))
+    for name in ("sd3", "flux", "chroma", "qwen_image"):
+        inputs = {"callback_on_step_end": blanked, "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+        off = {"guidance_scale": 0.0 if name == "chroma" else 1.0}
+        rows.append(
+            of_pipeline(
+                name, "a callback that changes prompt_embeds", run=functools.partial(sample, **off, **inputs),
+                labels=Labels(prompts={PROMPT, ""}, seeds={3, -1}), note=changed,
+            )
+        )  # fmt: skip
+    for name, prefix in STRENGTH.items():
+        if name != "sd3":
+            run = functools.partial(by_another, kind=f"{prefix}Pipeline")
+            labels = Labels([0, 1, 0, 1], None, {3, -1}, {PROMPT, ""})
+            rows.append(
+                of_pipeline(name, "another pipeline on the transformer", run=run, labels=labels, note="probe that")
+            )
+    for way, scale, branches in (
+        ("PAG and guidance", 3.0, ["uncond", "cond", "perturbed"]),
+        ("PAG without guidance", 0.0, ["cond", "perturbed"]),
+    ):
+        labels = Labels([0, 1], [branches] * 2, {3}, {PROMPT})
+        rows.append(of_pipeline("sd3", way, "StableDiffusion3PAGPipeline", run=pag(scale), labels=labels))
+    for name in ("PerturbedAttentionGuidance", "SkipLayerGuidance"):
+        labels = Labels(branches=[["cond"], ["uncond"], ["cond"], ["uncond"], ["perturbed"]])
+        rows.append(
+            of_pipeline(
+                "hunyuan_image", f"guider {name}", own=True, run=sample, around=guider(name), labels=labels,
+                note="skips layers",
+            )
+        )  # fmt: skip
+    texts = Labels(words={"cat": {"clip": 1}, "house": {"t5": 1}})
+    run = functools.partial(sample, prompt="a cat", prompt_3="red house on grass", guidance_scale=1.0)
+    rows.append(of_pipeline("sd3", "another text for T5 (prompt_3)", run=run, labels=texts))
+    for way, attention, told in (
+        ("FasterCache of half the batch", False, {"refusal": "ran 1 of the 2 samples of step 1"}),
+        ("FasterCache of attention", True, {"note": "FasterCache"}),
+    ):
+        run = guided("cogvideox", steps=4)
+        rows.append(of_pipeline("cogvideox", way, own=True, around=faster_cache(attention), run=run, **told))
+    rows.append(
+        of_pipeline(
+            "cogvideox", "PyramidAttentionBroadcast", own=True, around=CACHES["PyramidAttentionBroadcast"],
+            run=functools.partial(sample, steps=4), note="PyramidAttentionBroadcast",
+        )
+    )  # fmt: skip
+    rows += of_families("an IP-Adapter", ["sd3", "flux"], around=ip_adapter, refusal="IPAdapter")
+    return rows
+
+
+_EVERY = (*transformer_situations(), *pipeline_situations())
+SITUATIONS = {situation.name: situation for situation in _EVERY}
+assert len(SITUATIONS) == len(_EVERY), "two situations of one name"
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:

@@ -11,10 +11,10 @@ import torch
 from mmdit_probe import ValueNorm, probe
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import norm_summary
-from mmdit_probe.experiments.norm_summary import CONCATENATED
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.tokens import token_tables
 from mmdit_probe.observe.norms import COLUMNS, value_norms
+from mmdit_probe.specs import ALL_HEADS
 from tests import tiny
 
 IMAGE = 16
@@ -65,11 +65,11 @@ def test_every_row_is_the_norm_of_the_values(variant: str) -> None:
             if row.token == "image"
             else [IMAGE + p for p in tables[row.branch].positions(kind=row.span, stream=row.stream)]
         )
-        chosen = value[:, keys].transpose(0, 1).flatten(1) if row.head == CONCATENATED else value[row.head, keys]
+        chosen = value[:, keys].transpose(0, 1).flatten(1) if row.head == ALL_HEADS else value[row.head, keys]
         assert row.norm == pytest.approx(chosen.norm(dim=-1).mean().item(), rel=1e-5), row
         assert row.spread == pytest.approx(chosen.norm(dim=-1).std(correction=0).item(), rel=1e-4, abs=1e-6)
         assert row.n_token == len(keys)
-    assert set(table["head"]) == {CONCATENATED, *range(tiny.HEADS)}
+    assert set(table["head"]) == {ALL_HEADS, *range(tiny.HEADS)}
     assert set(table["branch"]) == {"cond", "uncond"}
 
 
@@ -81,7 +81,7 @@ def test_lora_added_later_is_counted(pipe: Any) -> None:
         pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_v"], init_lora_weights=False))
         sample(pipe)
     table = run[ValueNorm].table()
-    rows = table[(table["token"] == "image") & (table["head"] == CONCATENATED) & (table["layer"] == 0)]
+    rows = table[(table["token"] == "image") & (table["head"] == ALL_HEADS) & (table["layer"] == 0)]
     before, after = np.split(rows["norm"].to_numpy(), 2)
     assert (np.abs(before - after) > 1e-3).all()
 
@@ -107,7 +107,7 @@ def test_summary_weighs_tokens_and_leaves_padding_out_of_the_prompt() -> None:
     for prompt, shift in (("a", 0.0), ("b", 2.0)):
         for span, norm, n in (("all", 1.0, 16), ("bos", 4.0, 1), ("word", 8.0, 3), ("pad", 100.0, 4)):
             token = "image" if span == "all" else "text"
-            for head in (CONCATENATED, 0):
+            for head in (ALL_HEADS, 0):
                 rows.append(
                     {"prompt": prompt, "seed": 0, "step": 0, "branch": "cond", "layer": 0, "head": head,
                      "token": token, "span": span, "norm": norm + shift, "n_token": n}

@@ -19,6 +19,7 @@ from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.observe.observer import LayerCall, Observer
 from tests import tiny
+from tests.families import FIXTURES
 
 PROMPTS = ["a red ring", "a cat"]
 
@@ -222,6 +223,19 @@ def test_steps_and_layers_are_selected(pipe: Any) -> None:
         probe(pipe, AttentionMass(), layers=3)
     with pytest.raises(UserError, match="step 7 does not exist"), probe(pipe, AttentionMass(), steps=7):
         sample(pipe)
+    refusal = "no denoising call was at steps 3; the steps that ran are 0, 1"
+    with pytest.raises(UserError, match=refusal), probe(pipe, AttentionMass(), steps=3):
+        sample(pipe, steps=4, callback_on_step_end=stop_after(1))
+
+
+def stop_after(last: int) -> Callable[..., dict[str, Any]]:
+    """A callback that ends the sampling early."""
+
+    def interrupt(pipe: Any, step: int, *others: Any) -> dict[str, Any]:
+        pipe._interrupt = step >= last
+        return {}
+
+    return interrupt
 
 
 def test_skipped_layers_are_no_error_and_their_pass_is_named(pipe: Any) -> None:
@@ -270,6 +284,75 @@ def test_nothing_seen_at_all_raises(pipe: Any) -> None:
 def test_a_call_that_bypasses_the_transformer_raises(pipe: Any) -> None:
     with pytest.raises(RunError, match="outside the transformer's own call"), probe(pipe, AttentionMass()):
         pipe.transformer.forward(**bare_inputs())
+
+
+def test_a_backend_that_the_processors_do_not_ask_for_changes_nothing(pipe: Any) -> None:
+    """SD3's processors call torch's function themselves, whatever diffusers' dispatch is set to."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    stock, process_wide = sample(pipe), _AttentionBackendRegistry._active_backend
+    _AttentionBackendRegistry._active_backend = AttentionBackendName.FLEX
+    try:
+        with probe(pipe, AttentionMass()):
+            assert np.array_equal(sample(pipe), stock)
+        assert _AttentionBackendRegistry._active_backend == AttentionBackendName.FLEX
+    finally:
+        _AttentionBackendRegistry._active_backend = process_wide
+
+
+def test_a_hook_put_on_inside_the_probe_stays_and_can_be_taken_off() -> None:
+    from diffusers import LayerSkipConfig
+    from diffusers.hooks.layer_skip import apply_layer_skip
+
+    model, inputs = FIXTURES["qwen_image"].build(), FIXTURES["qwen_image"].inputs()
+
+    def output() -> Tensor:
+        with torch.no_grad():
+            return model(**inputs, return_dict=False)[0]
+
+    stock = output()
+    with pytest.raises(RunError, match="AttentionProcessorSkipHook skips it"), probe(model, AttentionMass()):
+        apply_layer_skip(
+            model, LayerSkipConfig(indices=[1], skip_attention_scores=True, skip_attention=False, skip_ff=False)
+        )
+        skipped = output()
+    assert not torch.equal(skipped, stock) and torch.equal(output(), skipped)
+    with probe(model, AttentionMass()):
+        model.transformer_blocks[1].attn._diffusers_hook.remove_hook("layer_skip_hook")
+        assert torch.equal(output(), stock)
+
+
+def test_a_hook_of_before_that_is_taken_off_inside_the_probe_takes_the_probe_with_it() -> None:
+    from diffusers.hooks import HookRegistry, ModelHook
+
+    model, inputs = FIXTURES["qwen_image"].build(), FIXTURES["qwen_image"].inputs()
+    registry = HookRegistry.check_if_exists_or_initialize(model.transformer_blocks[1].attn)
+    registry.register_hook(ModelHook(), "somebody's")
+    with (
+        pytest.raises(RunError, match=r"layer 1 .* was given another forward"),
+        probe(model, AttentionMass()),
+        torch.no_grad(),
+    ):
+        registry.remove_hook("somebody's")
+        model(**inputs)
+
+
+def test_layers_left_out_by_a_cache_are_noted_once_and_the_others_reported() -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    model, inputs = FIXTURES["flux"].build(), FIXTURES["flux"].inputs()
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.5))
+    with (
+        pytest.warns(UserWarning, match=r"FirstBlockCache \(.*FBC.*disable_cache\(\)") as caught,
+        probe(model, AttentionMass()) as run,
+        model.cache_context("cond"),
+        torch.no_grad(),
+    ):
+        for timestep in (1.0, 0.9, 0.8):
+            model(**inputs | {"timestep": torch.full((2,), timestep)})
+    table = run[AttentionMass].table()
+    assert table.groupby("layer")["step"].unique().map(list).tolist() == [[0, 1, 2], [0], [0], [0]]
+    assert len(run.notes) == len([note for note in caught if "FirstBlockCache" in str(note.message)]) == 1
 
 
 def test_context_parallelism_is_refused(pipe: Any) -> None:

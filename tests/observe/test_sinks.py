@@ -115,7 +115,7 @@ def test_scores_of_planted_maps() -> None:
     from mmdit_probe.scenes.world import CLASSES
 
     model, frames = load("scenes-sd3"), []
-    for index in range(6):
+    for index in range(8):
         item = scene("val", index)
         (tokens,) = model.token_tables([" ".join(item.class_names)])
         labels = torch.from_numpy(token_classes(item.classes[None], (16, 16))[0])

@@ -70,7 +70,7 @@ def test_fig03(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fig05(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.edit.test_perturb import long_table
+    from tests.experiments.test_perturb import long_table
 
     run = folder_with(tmp_path, "perturb", {"perturb": long_table(0.3, 0.0)})
     names = draw("fig05_blur", run, tmp_path / "out", monkeypatch)

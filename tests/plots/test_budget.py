@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from mmdit_probe.experiments.budget_summary import summarise
 
 from mmdit_probe.data import paper_table
-from mmdit_probe.experiments.budget_summary import summarise
 from mmdit_probe.plots import attention_budget, save
 from tests.tables import budget_table
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -135,6 +136,25 @@ def test_a_process_is_told_from_a_later_one_of_the_same_number():
 def test_killed_before_the_first_record(tmp_path):
     (tmp_path / "run.json.12345678.partial").write_text("{")
     RunFolder.open("demo", REQUEST, out=tmp_path).finish()
+
+
+def test_a_full_disk_at_the_first_record_leaves_a_folder_that_can_be_used(tmp_path, monkeypatch):
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"writing '.*run\.json' failed: No space left on device"):
+        RunFolder.open("demo", REQUEST, out=tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+    monkeypatch.undo()
+    with (
+        pytest.raises(RunError, match="measured nothing"),
+        RunFolder.open("demo", REQUEST, out=tmp_path / "run") as run,
+    ):
+        monkeypatch.setattr(os, "fsync", full)  # also full when the failure is recorded: the first error is shown
+        raise RunError("measured nothing")
+    monkeypatch.undo()
+    assert RunFolder.open("demo", REQUEST, out=tmp_path / "run", resume=True).path == run.path
 
 
 def test_the_latest_run_is_taken(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.results import TableWriter, read_items, read_table
+from mmdit_probe.results.tables import MemorySink
 from tests.tables import budget_table
 
 
@@ -193,3 +194,13 @@ def test_a_finished_table_is_not_written_again(tmp_path):
         assert writer.done == {0, 3}
     assert {file: file.read_bytes() for file in (tmp_path / "t.parquet").iterdir()} == before
     assert read_table(tmp_path / "t.parquet")["item"].tolist() == [0, 0, 3, 3]
+
+
+def test_memory_takes_objects_and_numbers_of_growing_type() -> None:
+    sink = MemorySink()
+    sink.write({"a": np.array([1, 2], np.int16), "b": np.array(["x", None], object), "c": pd.Categorical(["u", "v"])})
+    sink.write({"a": np.array([2.5, 1e9]), "b": np.array([7, "x"], object), "c": pd.Categorical(["w", "u"])})
+    table = sink.table()
+    assert table["a"].tolist() == [1, 2, 2.5, 1e9]
+    assert table["b"].tolist() == ["x", None, 7, "x"]
+    assert table["c"].tolist() == ["u", "v", "w", "u"] and table["c"].dtype == "category"

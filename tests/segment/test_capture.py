@@ -15,6 +15,7 @@ from mmdit_probe.observe.maps import JointBlocks, second_eigenvalue
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.segment.capture import capture, concept_embeddings
+from mmdit_probe.segment.methods import METHODS
 from mmdit_probe.segment.record import Reading
 from mmdit_probe.segment.run import discover, segment
 from tests import tiny
@@ -149,3 +150,45 @@ def test_second_attention_is_the_image_only_softmax_of_dual_blocks(model: MMDiT,
         capture(dual, picture, [], Reading(layers="2"), keep=("i2i_attn2",))
     with pytest.raises(UserError, match="its blocks are not dual"):
         discover(model, picture, method="diffseg", options={"i2i": "attn2"})
+
+
+def test_the_mean_over_heads_is_all_that_most_methods_read(model: MMDiT, picture: np.ndarray) -> None:
+    classes, reading = parse_classes("red ring, cat"), Reading(layers="all")
+    parts = ("i2t", "i2t_logit")
+    whole, mean = (capture(model, picture, classes, reading, keep=parts, heads_apart=apart) for apart in (True, False))
+    for softmax, apart in (("joint", False), ("logit", False), ("text", True), ("image-odds", True)):
+        method = METHODS["seg4diff"].configure({"softmax": softmax})
+        assert method.reads_heads == apart
+        assert torch.allclose(method(whole), method(mean), atol=1e-6) == (not apart), softmax
+    assert METHODS["seg4diff"].configure({"heads": [0]}).reads_heads and not METHODS["iseg"].reads_heads
+    assert mean.passes[0].records[0].part("i2t").shape == (1, *whole.passes[0].records[0].part("i2t").shape[1:])
+
+
+def test_logits_are_the_scaled_products_before_the_softmax(model: MMDiT, picture: np.ndarray) -> None:
+    blocks, keep = JointBlocks([1], ("i2t_logit",)), Keep()
+    latents = model.encode_image(np.ascontiguousarray(picture[:48, :64]))
+    with probe(model, blocks, keep):
+        model.denoise(model.noise(latents, 0.5, 0), 0.5, model.encode_prompt("a red ring"))
+    call, layout = keep.calls[1].call, keep.calls[1].layout
+    query, key = call.query[:, :, layout.positions("image")].double(), call.key[:, :, layout.positions("text")].double()
+    want = query @ key.mT / call.query.shape[-1] ** 0.5
+    assert (blocks.kept[1]["i2t_logit"] - want).abs().max() < 1e-4
+
+
+def test_methods_read_the_same_from_the_columns_they_need(model: MMDiT, picture: np.ndarray) -> None:
+    classes, reading, parts = parse_classes("red ring, cat"), Reading(layers="all"), ("i2t", "i2t_logit", "i2i")
+    whole, words = (capture(model, picture, classes, reading, keep=parts, text_kinds=k) for k in (None, ("word",)))
+    record, few = whole.passes[0].records[0], words.passes[0].records[0]
+    spans = [place for query in whole.passes[0].prompt.queries for place in query.positions()]
+    assert few.part("i2t").shape[-1] == len(spans) + 1 < record.part("i2t").shape[-1]
+    assert torch.allclose(few.part("i2t").sum(-1), record.part("i2t").sum(-1), atol=1e-6)
+    assert torch.allclose(few.part("i2t_logit").logsumexp(-1), record.part("i2t_logit").logsumexp(-1), atol=1e-5)
+    for name in ("seg4diff", "diffsegmenter"):
+        for softmax in ("joint", "text", "image-odds", "words", "logit"):
+            method = METHODS[name].configure({"softmax": softmax})
+            assert method.text_kinds == ("word",) and torch.allclose(method(words), method(whole), atol=1e-5), softmax
+    assert METHODS["iseg"].text_kinds is None
+    blind, pads = (capture(model, picture, [], reading, text_kinds=kinds) for kinds in (None, ("pad", "eos")))
+    method = METHODS["seg4diff-unsup"]
+    assert method.text_kinds == ("pad", "eos") and torch.allclose(method(pads), method(blind), atol=1e-6)
+    assert method.configure({"kinds": "all"}).text_kinds is None

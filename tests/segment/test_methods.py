@@ -159,6 +159,7 @@ def test_options_are_checked() -> None:
     with pytest.raises(UserError, match="did you mean 'diffseg"):
         find("difseg")
     assert parse_option("tau=0.5") == ("tau", 0.5) and parse_option("cluster=false") == ("cluster", False)
+    assert parse_option("tau=0.9,0.5") == ("tau", (0.9, 0.5)) and parse_option("kinds=pad,eos") == ("kinds", "pad,eos")
     assert parse_option("order=2") == ("order", 2) and parse_option("stream=none") == ("stream", None)
 
 

@@ -4,8 +4,8 @@
     ('text', 'image')
 
 Every entry is tested against the mechanical layout (`models.discover_layout`), which knows nothing of it. Left out:
-classes whose layers make several attention calls, each with some of the queries (`models.families.registry.registry`
-refuses them and says why).
+classes whose layers make several attention calls, each with some of the queries (`models.families.registry` refuses
+them and says why).
 """
 
 from __future__ import annotations
@@ -16,28 +16,9 @@ from typing import Any
 
 import torch
 
+from mmdit_probe.models.families import prompts
 from mmdit_probe.models.families.facts import Family, TextStream
-from mmdit_probe.models.families.prompts import (
-    attribute,
-    chat,
-    flux2_chat,
-    glm_glyphs,
-    hunyuan_cut,
-    hunyuan_image_glyphs,
-    hunyuan_template,
-    hunyuan_video15_glyphs,
-    joy_cut,
-    joy_template,
-    krea2_prefix,
-    krea2_suffix,
-    longcat_pieces,
-    lumina2_system,
-    nucleus_system,
-    prx_cleaned,
-    spoken,
-    stream,
-    template,
-)  # fmt: skip
+from mmdit_probe.models.families.prompts import attribute, chat, stream, template
 from mmdit_probe.models.families.token_order import (
     Arrangement,
     Extent,
@@ -212,10 +193,15 @@ def _z_image(inputs: Inputs, config: Any) -> Arrangement:
     return Arrangement(tuple(found), (h, w), frames)
 
 
+def _krea2(inputs: Inputs, config: Any) -> Extent:
+    text = int(inputs["encoder_hidden_states"].shape[1])
+    return position_ids({"img_ids": inputs["position_ids"][..., text:, :]}, config)
+
+
 _LENGTH = "max_sequence_length"
 _UNCOND_FIRST = ("uncond", "cond")
 _T5 = (stream("t5"),)
-_HUNYUAN_VIDEO = (stream("llm", wrap=hunyuan_template, cut=hunyuan_cut),)
+_HUNYUAN_VIDEO = (stream("llm", wrap=prompts.hunyuan_template, cut=prompts.hunyuan_cut),)
 _TEXT_MASK = ("text", "mask")
 _TEXTS_MASKS = ("text", "mask", "negative text", "negative mask")
 _ALL_TEXTS_MASKS = ("text", "negative text", "mask", "negative mask")
@@ -251,9 +237,9 @@ ENTRIES: tuple[Family, ...] = (
     # transformer_flux2.py, without its key-value cache.
     Family(
         "flux2", "Flux2Transformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
-        sequence(position_ids, "text", "image"), streams=(stream("llm", wrap=flux2_chat),), length_argument=_LENGTH,
-        default_length=512, encoded=("text", "text ids"), pipelines=("Flux2Pipeline", "Flux2KleinPipeline"),
-        cell=2, form="packed", distilled=True,
+        sequence(position_ids, "text", "image"), streams=(stream("llm", wrap=prompts.flux2_chat),),
+        length_argument=_LENGTH, default_length=512, encoded=("text", "text ids"),
+        pipelines=("Flux2Pipeline", "Flux2KleinPipeline"), cell=2, form="packed", distilled=True,
     ),
     # transformer_flux3.py. Blocks of one modality come first and are no joint attention.
     Family(
@@ -284,7 +270,7 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "longcat_image", "LongCatImageTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
         sequence(position_ids, "text", "image"), encoded=("text", "text ids"),
-        streams=(stream("llm", texts=longcat_pieces, length="tokenizer_max_length", special_tokens=False),),
+        streams=(stream("llm", texts=prompts.longcat_pieces, length="tokenizer_max_length", special_tokens=False),),
         pipelines=("LongCatImagePipeline",), options=(("enable_prompt_rewrite", False),), cell=2, form="packed",
     ),
     Family(
@@ -344,7 +330,7 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "glm_image", "GlmImageTransformer2DModel", _BLOCKS, ("text", "image"), sequence(latents, "text", "image"),
         timesteps=1000.0, encoded=_TEXTS, length_argument=_LENGTH, default_length=2048,
-        streams=(stream("byt5", texts=glm_glyphs, padded=False, together=True, side="left"),),
+        streams=(stream("byt5", texts=prompts.glm_glyphs, padded=False, together=True, side="left"),),
     ),
     # transformer_hunyuan_video.py. The token refiner is text self-attention and does not match `layers`.
     Family(
@@ -365,7 +351,7 @@ ENTRIES: tuple[Family, ...] = (
         "hunyuan_image", "HunyuanImageTransformer2DModel", (_DOUBLE, _SINGLE), ("image", "text"), _reordered("_2", ""),
         timesteps=1000.0, encoded=("text", "mask", "glyphs", "glyph mask"),
         streams=(
-            _glyphs(hunyuan_image_glyphs),
+            _glyphs(prompts.hunyuan_image_glyphs),
             stream(
                 "llm", wrap=template("prompt_template_encode"), cut=attribute("prompt_template_encode_start_idx"),
                 length="tokenizer_max_length",
@@ -377,10 +363,10 @@ ENTRIES: tuple[Family, ...] = (
         "hunyuan_video15", "HunyuanVideo15Transformer3DModel", _DOUBLE, ("image", "other", "text"),
         _reordered("_2", ""), timesteps=1000.0, encoded=("text", "mask", "glyphs", "glyph mask"),
         streams=(
-            _glyphs(hunyuan_video15_glyphs),
+            _glyphs(prompts.hunyuan_video15_glyphs),
             stream(
                 "llm", wrap=chat(system=lambda pipeline: pipeline.system_message, add_generation_prompt=True),
-                texts=spoken, cut=attribute("prompt_template_encode_start_idx"), length="tokenizer_max_length",
+                texts=prompts.spoken, cut=attribute("prompt_template_encode_start_idx"), length="tokenizer_max_length",
                 special_tokens=False,
             ),
         ),
@@ -407,7 +393,7 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "lumina2", "Lumina2Transformer2DModel", r"layers\.(\d+)\.attn", ("text", "image"),
         packed(latents, "text", "image"), clean_timestep=1.0, towards_image=True,
-        streams=(stream("llm", wrap=lumina2_system),), length_argument=_LENGTH, default_length=256,
+        streams=(stream("llm", wrap=prompts.lumina2_system),), length_argument=_LENGTH, default_length=256,
         encoded=_TEXTS_MASKS,
         pipelines=("Lumina2Pipeline", "Lumina2Text2ImgPipeline"),
         template_arguments=("system_prompt",),
@@ -423,9 +409,12 @@ ENTRIES: tuple[Family, ...] = (
     # transformer_krea2.py: text [B, T, language model layers, width].
     Family(
         "krea2", "Krea2Transformer2DModel", _DOUBLE, ("text", "image"),
-        sequence(lambda inputs, config: _krea2(inputs), "text", "image"), encoded=_TEXT_MASK,
+        sequence(_krea2, "text", "image"), encoded=_TEXT_MASK,
         streams=(
-            stream("llm", wrap=krea2_prefix, cut=attribute("prompt_template_encode_start_idx"), tail=krea2_suffix),
+            stream(
+                "llm", wrap=prompts.krea2_prefix, cut=attribute("prompt_template_encode_start_idx"),
+                tail=prompts.krea2_suffix,
+            ),
         ),
         length_argument=_LENGTH, default_length=512, pipelines=("Krea2Pipeline",), cell=2, form="packed",
         scale_offset=1.0,
@@ -467,9 +456,13 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "joyimage_edit", "JoyImageEditTransformer3DModel", r"double_blocks\.(\d+)\.attn", ("image", "text"),
         sequence(_joy, "image", "text"), timesteps=1000.0, encoded=_TEXT_MASK,
-        streams=(stream("llm", wrap=joy_template, cut=joy_cut, padded=False),), length_argument=_LENGTH,
-        default_length=1024,
-        template_arguments=("template_type",),
+        streams=(
+            stream(
+                "llm", wrap=template("prompt_template_encode", "image"), padded=False,
+                cut=attribute("prompt_template_encode_start_idx", "image"),
+            ),
+        ),
+        length_argument=_LENGTH, default_length=1024, template_arguments=("template_type",),
     ),
     # transformer_joyimage_edit_plus.py: its text holds the references, as a vision-language model reads them.
     Family(
@@ -485,7 +478,7 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "prx", "PRXTransformer2DModel", r"blocks\.(\d+)\.attention", ("text", "image"),
         sequence(latents, "text", "image", queries=("image",)), guidance=_UNCOND_FIRST, encoded=_TEXTS_MASKS,
-        streams=(stream("t5", texts=prx_cleaned, length="tokenizer_max_length"),),
+        streams=(stream("t5", texts=prompts.prx_cleaned, length="tokenizer_max_length"),),
         length_argument="tokenizer_max_length", pipelines=("PRXPipeline",),
         options=(("use_resolution_binning", False),), size_in_pixels=True,
         template_arguments=("skip_text_cleaning",),
@@ -496,15 +489,12 @@ ENTRIES: tuple[Family, ...] = (
         streams=(
             stream(
                 "llm", "processor", padded=False, together=True, multiple=8,
-                wrap=chat(system=nucleus_system, listed=True, component="processor", add_generation_prompt=True),
+                wrap=chat(
+                    system=prompts.nucleus_system, listed=True, component="processor", add_generation_prompt=True
+                ),
             ),
         ),
         length_argument=_LENGTH, default_length=1024, pipelines=("NucleusMoEImagePipeline",), cell=2, form="packed",
         towards_image=True,
     ),
 )  # fmt: skip
-
-
-def _krea2(inputs: Inputs) -> Extent:
-    text = int(inputs["encoder_hidden_states"].shape[1])
-    return position_ids({"img_ids": inputs["position_ids"][..., text:, :]}, None)

@@ -1,7 +1,7 @@
 """What an entry of a model family states: names of inputs, token order, grid rule, text streams.
 
 No behaviour lives here and no family's name appears in another module than `models.families.entries`: the engine reads
-facts. The entries are looked up through `models.families.registry.registry`.
+facts. The entries are looked up through `models.families.registry`.
 """
 
 from __future__ import annotations

@@ -30,9 +30,14 @@ def stream(name: str, tokenizer: str = "tokenizer", encoder: str = "text_encoder
     return TextStream(name, (tokenizer,), (encoder,), **(known | facts))
 
 
-def template(attribute: str) -> Wrap:
-    """A text of the pipeline in which "{}" stands for the prompt."""
-    return lambda pipeline, negative: _around(getattr(pipeline, attribute).format(_MARK))
+def template(attribute: str, key: str = "") -> Wrap:
+    """A text of the pipeline (or the one it holds under `key`) in which "{}" stands for the prompt."""
+
+    def wrap(pipeline: Any, negative: bool) -> tuple[str, str]:
+        found = getattr(pipeline, attribute)
+        return _around((found[key] if key else found).format(_MARK))
+
+    return wrap
 
 
 def chat(
@@ -91,16 +96,6 @@ def krea2_prefix(pipeline: Any, negative: bool) -> tuple[str, str]:
 def krea2_suffix(pipeline: Any) -> tuple[str, int]:
     """Krea 2: the end of the template comes after the padding."""
     return pipeline.prompt_template_encode_suffix, int(pipeline.prompt_template_encode_num_suffix_tokens)
-
-
-def joy_template(pipeline: Any, negative: bool) -> tuple[str, str]:
-    """JoyImage without a reference image."""
-    return _around(pipeline.prompt_template_encode["image"].format(_MARK))
-
-
-def joy_cut(pipeline: Any) -> int:
-    """JoyImage without a reference image: the template's tokens before the prompt."""
-    return int(pipeline.prompt_template_encode_start_idx["image"])
 
 
 def prx_cleaned(pipeline: Any, prompt: str) -> list[list[Part]]:
@@ -199,9 +194,9 @@ def lumina2_system(pipeline: Any, negative: bool) -> tuple[str, str]:
     return ("", "") if negative else (f"{pipeline.system_prompt} <Prompt Start> ", "")
 
 
-def attribute(name: str) -> Callable[[Any], int]:
-    """A number that the pipeline holds."""
-    return lambda pipeline: int(getattr(pipeline, name))
+def attribute(name: str, key: str = "") -> Callable[[Any], int]:
+    """A number that the pipeline holds (under `key`)."""
+    return lambda pipeline: int(getattr(pipeline, name)[key] if key else getattr(pipeline, name))
 
 
 def _around(rendered: str) -> tuple[str, str]:

@@ -141,5 +141,5 @@ def _spread(options: Mapping[str, Any]) -> tuple[str, ...]:
 
 DIFFSEGMENTER = Method("diffsegmenter", diffsegmenter, _spread, "arXiv:2309.02773")
 PER_CLASS = Method("diffsegmenter-per-class", diffsegmenter, _spread, "arXiv:2309.02773", together=False)
-ISEG = Method("iseg", iseg, lambda options: ("i2t", i2i_part(options["i2i"])), "arXiv:2409.03209")
+ISEG = Method("iseg", iseg, lambda options: ("i2t", i2i_part(options["i2i"])), "arXiv:2409.03209", all_text=True)
 TOKENRANK = Method("tokenrank", tokenrank, lambda options: (text_part(options), "i2i_walk"), "arXiv:2507.17657")

@@ -28,6 +28,10 @@ Heads = HeadSpec
 """Which heads count: "mean" or "all", one or some for every layer, or some per layer."""
 
 
+PER_HEAD = ("text", "words", "image-odds")
+"""Softmaxes of which the heads' mean is not that of the mean; so is "auto" where the names fill several prompts."""
+
+
 @dataclass(frozen=True)
 class Method:
     """One segmentation method.
@@ -39,6 +43,7 @@ class Method:
         source: paper and section of the description that was implemented.
         unsupervised: it reads the empty prompt and returns proposals.
         together: names share a prompt where they fit.
+        all_text: it reads the columns of all text tokens, not the names' alone.
         options: values that differ from the defaults.
     """
 
@@ -48,6 +53,7 @@ class Method:
     source: str
     unsupervised: bool = False
     together: bool = True
+    all_text: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -60,6 +66,20 @@ class Method:
     def needs(self) -> tuple[str, ...]:
         """Parts of `JointRecord` it reads with its options."""
         return self.reads(self.defaults)
+
+    @property
+    def reads_heads(self) -> bool:
+        """Whether it reads I2T head by head: some heads only, or a softmax that is not the mean of the heads'."""
+        options = self.defaults
+        return options.get("heads", "mean") != "mean" or options.get("softmax") in PER_HEAD
+
+    @property
+    def text_kinds(self) -> tuple[str, ...] | None:
+        """Span kinds of the text tokens whose columns it reads one by one; None for all."""
+        if not self.unsupervised:
+            return None if self.all_text else ("word",)
+        kinds = self.defaults.get("kinds", "")
+        return None if kinds == "all" else tuple(kind.strip() for kind in kinds.split(","))
 
     def configure(self, options: Mapping[str, Any]) -> Method:
         """The method with other option values.
