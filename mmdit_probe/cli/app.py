@@ -42,8 +42,8 @@ from mmdit_probe.experiments import (
 )
 
 COMMANDS: tuple[Any, ...] = (
-    AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers, Segment, Discover,
-    Evaluate, Score, TrainMagnet,
+    AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers,
+    Segment, Discover, Evaluate, Score, TrainMagnet,
 )  # fmt: skip
 RESUMABLE = {one.name for one in COMMANDS if "resume" not in getattr(one, "without", ())}
 INTERRUPTED = 130

@@ -222,7 +222,7 @@ def _counted(seen: LayerCall, image: Tensor) -> Tensor:
     if layout.queries is not None:
         there = there * layout.queries.to(image.device)[:, image]
     live = exact.live_queries(call)
-    return there if live is None else there * live.any(1).expand(call.batch, call.query.shape[-2])[:, image]
+    return there if live is None else there * live.any(1).expand(call.query.shape[0], call.query.shape[-2])[:, image]
 
 
 def _groups(layout: Layout, table: TokenTable, sample: int) -> dict[Group, Tensor]:
