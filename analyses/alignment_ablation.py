@@ -149,7 +149,8 @@ def as_markdown(tables: dict[str, pd.DataFrame], samples: int, size: Size) -> st
         "# Does the expert follow the aligned layer?", "",
         "Written by `python analyses/alignment_ablation.py`. Recipes differ in what image tokens are taught",
         f"beside flow matching, through a head that does not ship; {samples} samples each. Held-out scenes,",
-        f"n = {size.n} (evidence n = {size.n_evidence}), sigma {size.sigma:g}, beside a transformer of random weights.", "",
+        f"n = {size.n} (evidence n = {size.n_evidence}), sigma {size.sigma:g}, beside a transformer of random",
+        "weights.", "",
         answer, "", "## Best layers", "", *_rows(best, 3), "",
         "## mIoU of the I2T maps by layer, raw / min-max", "",
     ]  # fmt: skip
