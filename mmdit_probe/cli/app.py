@@ -21,12 +21,13 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from mmdit_probe import __version__
-from mmdit_probe.cli import doctor, models
+from mmdit_probe.cli import compare, doctor, models
 from mmdit_probe.cli.adapter import command_of, epilog
 from mmdit_probe.errors import ProbeError
 from mmdit_probe.experiments import (
     AttentionBudget,
     Attribute,
+    ContributionBudget,
     Diagnose,
     Discover,
     Evaluate,
@@ -41,8 +42,8 @@ from mmdit_probe.experiments import (
 )
 
 COMMANDS: tuple[Any, ...] = (
-    AttentionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers, Segment, Discover,
-    Evaluate, Score, TrainMagnet,
+    AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers,
+    Segment, Discover, Evaluate, Score, TrainMagnet,
 )  # fmt: skip
 RESUMABLE = {one.name for one in COMMANDS if "resume" not in getattr(one, "without", ())}
 INTERRUPTED = 130
@@ -83,6 +84,7 @@ app = typer.Typer(
 for command in COMMANDS:
     app.command(command.name, epilog=epilog(command))(command_of(command))
 app.add_typer(models.app, name="models")
+app.command("compare")(compare.command)
 app.command("doctor")(doctor.command)
 
 

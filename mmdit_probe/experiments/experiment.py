@@ -25,6 +25,7 @@ from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.store import FolderStore, MemoryStore, Recorder, Store
 from mmdit_probe.options import Option, check
 from mmdit_probe.results import processes
+from mmdit_probe.results.statistics import compare
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,11 +119,19 @@ class Experiment:
         """The table that a reader wants first, with n and intervals."""
         raise NotImplementedError
 
-    def compare(self, result: Result) -> pd.DataFrame:
-        """The claim against each control, from `results.statistics.compare`; empty without controls."""
+    def scores(self, result: Result) -> pd.DataFrame:
+        """What is compared with controls, and with other runs; empty if nothing is.
+
+        Returns: columns item, control, value, and those of a cell (layer, outcome, ...), one row for each of them.
+        """
         import pandas as pd
 
         return pd.DataFrame()
+
+    def compare(self, result: Result) -> pd.DataFrame:
+        """The claim against each control, from `results.statistics.compare`; empty without controls."""
+        scores = self.scores(result)
+        return compare(scores, cell_of(scores)) if len(scores) else scores
 
     def claim(self, result: Result) -> str:
         """What the values of `compare` say, in words."""
@@ -219,6 +228,11 @@ def _tell_early(experiment: Experiment, store: Store, shown: Progress) -> None:
     table = experiment.tell(Result(experiment, store))[0]
     if isinstance(table, TextTable):
         shown.early(replace(table, title="so far"))
+
+
+def cell_of(scores: pd.DataFrame) -> list[str]:
+    """The columns of scores that say what is compared on its own."""
+    return [str(name) for name in scores.columns if name not in ("item", "control", "value")]
 
 
 def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:
