@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +40,6 @@ class ConceptStream(Observer):
     Attributes:
         outputs: layer -> [B, K, E] float32 on the CPU, of the last denoising call.
     """
-
-    needs: ClassVar[Literal["call", "lse"]] = "call"
 
     def __init__(self, target: MMDiT | nn.Module, embeddings: Tensor) -> None:
         self.transformer = unwrap(target.transformer if isinstance(target, MMDiT) else target)

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ class TextMaps(Observer):
     A word that is not in a sample's prompt gives zeros in the unconditional branch, and an error elsewhere.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
+    needs = "lse"
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class JointBlocks(Observer):
         heads: heads that count in the mean of "i2i"; None takes all.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
+    needs = "lse"
 
     def __init__(
         self, layers: Iterable[int], keep: Iterable[str] = ("i2t",), heads: Iterable[int] | None = None

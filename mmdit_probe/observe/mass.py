@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +99,7 @@ class AttentionMass(RowObserver):
     get no row; `other` always has one.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
+    needs = "lse"
 
     columns = COLUMNS
 

@@ -12,7 +12,7 @@ span kind of each encoder stream. Read from the values that enter attention, so 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +47,7 @@ class ValueNorm(RowObserver):
     prompt does not have get no row.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "call"
-    reads: ClassVar[str] = "the value"
+    reads = "the value"
 
     columns = COLUMNS
 

@@ -14,7 +14,7 @@ here: which images, noise level and prompts were seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -61,8 +61,7 @@ class PCA(Observer):
         heads: which heads' features; one specification, or layer -> specification.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "call"
-    reads: ClassVar[str] = "query, key, value or output"
+    reads = "query, key, value or output"
 
     def __init__(
         self, kinds: Sequence[str] = KINDS, components: int = 16, solver: str = "exact", heads: HeadSpec = "all"
@@ -203,8 +202,7 @@ class Projection(Observer):
         each: fit every image's own basis instead (the colours of two images are then not comparable).
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "call"
-    reads: ClassVar[str] = "query, key, value or output"
+    reads = "query, key, value or output"
 
     def __init__(self, basis: PCA, each: bool = False) -> None:
         self.basis, self.each = basis, each

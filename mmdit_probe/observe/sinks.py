@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -56,7 +56,7 @@ class KeyMass(RowObserver):
     uniform (1 / N).
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
+    needs = "lse"
 
     columns = (
         "prompt", "seed", "step", "sigma", "branch", "layer", "head", "query", "position", "token", "span", "stream",
@@ -96,8 +96,7 @@ class Channels(RowObserver):
     call.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "call"
-    reads: ClassVar[str] = "query, key, value or output"
+    reads = "query, key, value or output"
 
     columns = ("step", "layer", "kind", "token", "channel", "ratio", "outliers")
 
@@ -135,7 +134,7 @@ class SinkFree(Observer):
     query's other probabilities are divided by what they sum to.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
+    needs = "lse"
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
