@@ -77,7 +77,7 @@ class Record:
         return self._lse
 
 
-class Transform(Protocol):
+class InputHandler(Protocol):
     """A handler of stage "input"."""
 
     def __call__(self, call: SDPACall, module_call: ModuleCall) -> SDPACall: ...
@@ -93,18 +93,18 @@ class Recorder(Protocol):
     def record(self, record: Record) -> None: ...
 
 
-class Edit(Protocol):
+class OutputHandler(Protocol):
     """A handler of stage "output"."""
 
     def __call__(self, call: SDPACall, module_call: ModuleCall, proceed: Callable[[SDPACall], Tensor]) -> Tensor: ...
 
 
-def watch(module: nn.Module, handler: Transform | Recorder | Edit, stage: Stage) -> Detach:
+def watch(module: nn.Module, handler: InputHandler | Recorder | OutputHandler, stage: Stage) -> Detach:
     """Let `handler` see (and, by its stage, change) every attention call that `module`'s forward makes.
 
     Args:
         module: an attention module; any module whose forward calls `scaled_dot_product_attention`.
-        handler: see `Transform`, `Recorder` and `Edit`.
+        handler: see `InputHandler`, `Recorder` and `OutputHandler`.
         stage: where the handler comes; within a stage, in the order of attachment.
 
     Returns: a function that takes the handler off again; calling it twice does nothing more.

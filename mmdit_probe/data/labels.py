@@ -21,7 +21,7 @@ IGNORE = 255
 """Truth pixels with this id are not counted."""
 
 Ids = NDArray[np.int64]
-Mapping = dict[int, int] | Callable[[Ids], Ids]
+IdMapping = dict[int, int] | Callable[[Ids], Ids]
 
 
 def read_label_map(path: Path | str, colours: bool = False) -> Ids:
@@ -52,7 +52,7 @@ def read_label_map(path: Path | str, colours: bool = False) -> Ids:
     return array.astype(np.int64)
 
 
-def mapped(path: Path, table: Mapping, classes: int) -> Callable[[], Ids]:
+def mapped(path: Path, table: IdMapping, classes: int) -> Callable[[], Ids]:
     """A function that reads a label map and maps its values to class ids; values not in a table become IGNORE.
 
     Raises (when called):

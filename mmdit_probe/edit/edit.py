@@ -22,7 +22,7 @@ from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import ModuleCall, Stage, sole_output
 from mmdit_probe.errors import RunError, UserError, unknown
 from mmdit_probe.models.layout import Layer, Layout, Places
-from mmdit_probe.models.tokens import KINDS, TokenTable
+from mmdit_probe.models.tokens import SPAN_KINDS, TokenTable
 from mmdit_probe.observe.sample_order import (
     canonical_call,
     canonical_hidden,
@@ -145,8 +145,8 @@ class Edit(Addressed):
                 raise unknown("modality", modality, ("image", "text"))
         super().__post_init__()
         for span in self.spans or ():
-            if span not in KINDS:
-                raise unknown("span kind", span, KINDS)
+            if span not in SPAN_KINDS:
+                raise unknown("span kind", span, SPAN_KINDS)
         if self.key != "text" and (self.streams or self.spans or self.words):
             raise UserError("streams, spans and words select text keys; this edit's keys are image tokens")
 

@@ -24,6 +24,7 @@ from mmdit_probe.edit.control import EqualBudget
 from mmdit_probe.edit.edit import Edit
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.layout import Layer, unwrap
+from mmdit_probe.observe.pipeline_labels import PERTURBED
 from mmdit_probe.specs import Spec, layer_indices
 
 if TYPE_CHECKING:
@@ -31,9 +32,6 @@ if TYPE_CHECKING:
 
 Guide = Edit | EqualBudget | BlockEdit
 """What the perturbed forward does: an edit of attention, its control, or an operation on blocks."""
-
-PERTURBED = "perturbed"
-"""Branch of the extra forward, as a probe labels it."""
 
 BARELY_GUIDED = 1.0 + 1e-6
 """The stock pipeline makes the extra forward only if its guidance scale exceeds 1; this is c + 1e-6 (c - u)."""

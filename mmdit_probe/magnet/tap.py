@@ -21,7 +21,7 @@ from torch import Tensor
 from mmdit_probe.attention import gradients
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.gradients import Space
-from mmdit_probe.attention.intercept import ModuleCall, Stage, Transform
+from mmdit_probe.attention.intercept import InputHandler, ModuleCall, Stage
 from mmdit_probe.errors import RunError
 from mmdit_probe.models.layout import Layer, Layout
 from mmdit_probe.specs import HeadSpec, Spec, heads_at
@@ -76,7 +76,7 @@ class TextMapTap:
         maps, self._maps = self._maps, {}
         return {layer: maps[layer] for layer in sorted(maps)}
 
-    def handler(self, layer: Layer, run: Run) -> Transform:
+    def handler(self, layer: Layer, run: Run) -> InputHandler:
         """The handler of one layer, for `probe(edits=...)`."""
         self._layouts[layer.index] = None
 

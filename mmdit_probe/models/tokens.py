@@ -23,7 +23,7 @@ from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.models.families.facts import Family, Part, TextStream
 from mmdit_probe.models.words import blankless, find, folded, words
 
-KINDS = ("bos", "word", "eos", "pad", "template", "null", "unknown")
+SPAN_KINDS = ("bos", "word", "eos", "pad", "template", "null", "unknown")
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class TokenTable:
             kind: a span kind. stream: an encoder stream.
             word: a word or phrase (all its occurrences, as `word_spans` finds them) or a word index.
         """
-        if kind is not None and kind not in KINDS:
-            raise unknown("span kind", kind, KINDS)
+        if kind is not None and kind not in SPAN_KINDS:
+            raise unknown("span kind", kind, SPAN_KINDS)
         spans = self.word_spans(word, missing_ok=True) if isinstance(word, str) else {}
         named = {position for span in spans.values() for position in span}
         return [

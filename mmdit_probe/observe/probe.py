@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from mmdit_probe.attention.call import without_autocast
 from mmdit_probe.attention.intercept import (
     Detach,
-    Edit,
+    InputHandler,
     ModuleCall,
+    OutputHandler,
     Record,
     Stage,
-    Transform,
     attached,
     hook,
     interpose,
@@ -60,7 +60,7 @@ class ModelEdit(Protocol):
     @property
     def stage(self) -> Stage | Literal["block"]: ...
 
-    def handler(self, layer: Layer, run: Run) -> Transform | Edit | Callable[..., Any]:
+    def handler(self, layer: Layer, run: Run) -> InputHandler | OutputHandler | Callable[..., Any]:
         """The handler for one layer; `run.current` is the denoising call in progress.
 
         Of stage "block" it is called with the forward of the transformer block and that forward's arguments.

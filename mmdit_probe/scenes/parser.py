@@ -82,7 +82,7 @@ class SceneParser(nn.Module):
         classes, colours = self(images.to(next(self.parameters())))
         return classes.argmax(1).cpu().numpy(), colours.argmax(1).cpu().numpy()
 
-    def read(self, images: Sequence[Image.Image | NDArray[np.uint8]] | NDArray[np.uint8]) -> list[Reading]:
+    def read(self, images: Sequence[Image.Image | NDArray[np.uint8]] | NDArray[np.uint8]) -> list[SceneReading]:
         """Read images (PIL, or uint8 [S, S, 3], or uint8 [B, S, S, 3]); one reading each."""
         arrays = [np.asarray(images)] if isinstance(images, np.ndarray) and images.ndim == 3 else images
         return [read_maps(*maps) for maps in zip(*self.label(to_tensor(arrays)), strict=True)]
@@ -99,7 +99,7 @@ class SeenObject:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SceneReading:
     """What an image shows: objects and grounds (largest first), and the label maps [S, S] behind them."""
 
     objects: tuple[SeenObject, ...]
@@ -114,7 +114,7 @@ def to_tensor(images: Sequence[Image.Image | NDArray[np.uint8]] | NDArray[np.uin
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def read_maps(classes: NDArray[np.int64], colours: NDArray[np.int64]) -> Reading:
+def read_maps(classes: NDArray[np.int64], colours: NDArray[np.int64]) -> SceneReading:
     """Objects and grounds of label maps [S, S] (class ids and colour ids; the colour of stuff is ignored).
 
     Objects are the 8-connected patches of one noun and one colour. A patch's colour is decided per connected patch of
@@ -135,10 +135,10 @@ def read_maps(classes: NDArray[np.int64], colours: NDArray[np.int64]) -> Reading
     areas = np.bincount(classes.ravel(), minlength=len(CLASSES)) / pixels
     grounds = [name for name in STUFF if areas[CLASSES.index(name)] >= MIN_GROUND]
     grounds.sort(key=lambda name: -areas[CLASSES.index(name)])
-    return Reading(tuple(sorted(seen, key=lambda o: -o.area)), tuple(grounds), classes, colours)
+    return SceneReading(tuple(sorted(seen, key=lambda o: -o.area)), tuple(grounds), classes, colours)
 
 
-def check(facts: Facts, reading: Reading, *, exact_counts: bool = True) -> dict[str, bool]:
+def check(facts: Facts, reading: SceneReading, *, exact_counts: bool = True) -> dict[str, bool]:
     """Each fact of a caption and whether the image shows it.
 
     Args:
@@ -166,18 +166,18 @@ def check(facts: Facts, reading: Reading, *, exact_counts: bool = True) -> dict[
     return result
 
 
-def alignment(caption: str, reading: Reading) -> float:
+def alignment(caption: str, reading: SceneReading) -> float:
     """Share of the caption's facts that the image shows, in [0, 1]; the empty caption scores 1."""
     facts = check(parse(caption), reading)
     return sum(facts.values()) / len(facts) if facts else 1.0
 
 
-def aligned(caption: str, reading: Reading) -> bool:
+def aligned(caption: str, reading: SceneReading) -> bool:
     """Whether every fact of the caption holds."""
     return all(check(parse(caption), reading).values())
 
 
-def things_right(caption: str, reading: Reading) -> bool:
+def things_right(caption: str, reading: SceneReading) -> bool:
     """Whether every named object is there in its colour, as often as it is named (more of them do no harm)."""
     facts = parse(caption)
     named = Counter({(g.noun, g.colour): g.count for g in facts.groups})
@@ -187,7 +187,7 @@ def things_right(caption: str, reading: Reading) -> bool:
     )
 
 
-def grounds_right(caption: str, reading: Reading) -> bool:
+def grounds_right(caption: str, reading: SceneReading) -> bool:
     """Whether every named ground is there."""
     return all(name in reading.grounds for name in parse(caption).grounds)
 
@@ -198,7 +198,7 @@ SCORES = ("facts", "all_right", "things_right", "grounds_right", *(name for pair
 """Names of what `judge` says."""
 
 
-def judge(caption: str, reading: Reading) -> dict[str, float]:
+def judge(caption: str, reading: SceneReading) -> dict[str, float]:
     """Every score of an image against its caption, each beside its opposite, by name (`SCORES`).
 
     Returns: ``facts`` (share of the facts that hold), ``all_right``, ``things_right``, ``grounds_right``; and for each
@@ -221,7 +221,7 @@ def judge(caption: str, reading: Reading) -> dict[str, float]:
     return scores
 
 
-def _claims(caption: str, reading: Reading, what: str) -> dict[str, bool]:
+def _claims(caption: str, reading: SceneReading, what: str) -> dict[str, bool]:
     """The facts of a caption that a contrast is about: with relations, or only things."""
     facts = parse(caption)
     return check(facts if what == "relation" else replace(facts, relations=(), grounds=()), reading)
