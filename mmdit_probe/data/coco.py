@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.labels import Ids, read_label_map
@@ -160,8 +161,6 @@ def _filled(segmentation: Any, size: tuple[int, int]) -> Masks:
     Raises:
         ValueError: of another size, or it leaves the picture: that was stored smaller than it was annotated.
     """
-    from PIL import Image, ImageDraw
-
     if isinstance(segmentation, dict):
         mask = decode_rle(segmentation)
         if mask.shape != size:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image as pil
+from PIL.Image import Image
 
 from mmdit_probe.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
 HOW = ("squash", "letterbox", "crop", "aspect")
@@ -91,8 +92,6 @@ class Fit:
             smooth: Lanczos as training and probing pictures are resized, instead of bicubic as official code of
                 segmentation does.
         """
-        from PIL import Image as pil
-
         whole = pil.fromarray(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image
         up, across, down, over = self.target
         top, left, bottom, right = self.source

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ImageOps
 
 from mmdit_probe.data.picture import opened
 from mmdit_probe.errors import UserError
@@ -33,8 +34,6 @@ def read_label_map(path: Path | str, colours: bool = False) -> Ids:
     Raises:
         UserError: unreadable, lossy, several frames, or a colour picture where ids are expected (or the reverse).
     """
-    from PIL import ImageOps
-
     with opened(path, "label map") as image:
         if image.format in ("JPEG", "MPO"):
             raise UserError(f"label {str(path)!r} is a JPEG, which changes ids; expected a PNG")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mmdit_probe.data.class_names import SegClass, class_list
 from mmdit_probe.data.labels import IdMapping, mapped
@@ -25,6 +26,7 @@ from mmdit_probe.data.picture import open_picture
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import read_lines
 from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.results.atomic import make_folder, replacing
 
 ROOTS = ("", "VOCdevkit", "VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010", "coco", "cityscapes",
          "ADEChallengeData2016")  # fmt: skip
@@ -237,10 +239,6 @@ def prepare(kind: str, root: Path, out: Path) -> int:
 
     Returns: number of files. Raises UserError where the source labels are not there.
     """
-    from PIL import Image
-
-    from mmdit_probe.results.atomic import make_folder, replacing
-
     sources: dict[str, tuple[str, IdMapping, int]] = {
         "coco-object": ("stuffthingmaps/val2017", _objects, 81),
         "coco-stuff-27": ("stuffthingmaps/val2017", COARSE, 27),

@@ -12,6 +12,7 @@ edited instead. Both scales act on the velocity; the paper states neither the va
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from mmdit_probe.edit.edit import Edit
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.layout import Layer, unwrap
 from mmdit_probe.observe.pipeline_labels import PERTURBED
+from mmdit_probe.observe.probe import probe
 from mmdit_probe.specs import Spec, layer_indices
 
 if TYPE_CHECKING:
@@ -87,10 +89,6 @@ def perturbed_guidance(model: MMDiT, edit: Guide) -> Iterator[Guided]:
     Raises:
         UserError: the pipeline has no skip-layer guidance.
     """
-    import inspect
-
-    from mmdit_probe.observe.probe import probe
-
     if "skip_guidance_layers" not in inspect.signature(type(model.pipeline).__call__).parameters:
         raise UserError(
             f"{type(model.pipeline).__name__} makes no extra forward for guidance; use guided_calls around its sampling"
@@ -116,8 +114,6 @@ def guided_calls(target: Any, edit: Guide, scale: float, guidance: float) -> Ite
         edit: what the perturbed forward does, in its `layers`.
         scale, guidance: s and g; for guidance-distilled models and sampling without guidance, g = 1.
     """
-    from mmdit_probe.observe.probe import probe
-
     switched = _Switched(edit)
     with ExitStack() as stack:
         run = stack.enter_context(probe(target, edits=switched))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from mmdit_probe.errors import RunError, UserError, unknown
@@ -97,7 +98,6 @@ def save_lora(transformer: Any, directory: str | Path, metadata: Mapping[str, An
     """
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     inner = unwrap(transformer)
     config = inner.peft_config[adapter]

@@ -213,12 +213,11 @@ def rate_at(step: int, steps: int, warmup: int, floor: float) -> float:
 def items_at(step: int, effective: int, total: int, seed: int) -> list[int]:
     """The samples of an optimiser step: consecutive places of an endless run of shuffled passes over the data."""
     places = range(step * effective, (step + 1) * effective)
-    orders = {epoch: _order(epoch, total, seed) for epoch in {place // total for place in places}}
+    orders = {
+        epoch: np.random.default_rng([_ORDER, seed, epoch]).permutation(total)
+        for epoch in {place // total for place in places}
+    }
     return [int(orders[place // total][place % total]) for place in places]
-
-
-def _order(epoch: int, total: int, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng([_ORDER, seed, epoch]).permutation(total)
 
 
 def draws(place: int, seed: int) -> np.random.Generator:

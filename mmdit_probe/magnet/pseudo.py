@@ -17,11 +17,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdit_probe.data.masks import largest
+from mmdit_probe.data.masks import largest, stack
 from mmdit_probe.data.sample import Sample
 from mmdit_probe.data.training import Data
 from mmdit_probe.errors import unknown
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.segment.record import Reading
+from mmdit_probe.segment.run import discover, segment
 
 REFINE = "affinity"
 
@@ -63,9 +65,6 @@ class SelfLabelled:
         Raises:
             UserError: unknown source or step.
         """
-        from mmdit_probe.segment.record import Reading
-        from mmdit_probe.segment.run import discover, segment
-
         if source not in ("maps", "segments"):
             raise unknown("source", source, ("maps", "segments"))
         how: dict[str, Any] = {"layers": list(layers), "sigmas": list(sigmas), "seeds": list(seeds)}
@@ -92,7 +91,7 @@ class SelfLabelled:
         if not self.named:
             return Sample(key, sample.image, sample.prompt, largest([labels == i for i in np.unique(labels)]))
         present = [i for i in range(len(sample.names)) if (labels == i).any()]
-        masks = np.stack([labels == i for i in present]) if present else np.zeros((0, *labels.shape), bool)
+        masks = stack([labels == i for i in present], labels.shape)
         return Sample(key, sample.image, sample.prompt, masks, tuple(sample.names[i] for i in present))
 
     def describe(self) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from typing import Any
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmdit_probe.data.sample import Sample
@@ -345,8 +347,6 @@ class _Loop:
         facts |= self.options.as_request() | {"layers": list(self.layers)}
         lora.save_lora(self.model.transformer, self.path / name, facts)
         if self.head is not None:
-            from safetensors.torch import save_file
-
             state = self.accelerator.unwrap_model(self.head).state_dict()
             with replacing(self.path / name / "score_head.safetensors") as temporary:
                 save_file({k: t.detach().cpu().contiguous() for k, t in state.items()}, temporary)
@@ -371,8 +371,6 @@ def save_state(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
 
     No random state is kept: nothing is drawn from a running generator.
     """
-    from safetensors.torch import save_file
-
     with replacing(file, RESUME) as temporary:
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(plain, temporary, metadata={"facts": json.dumps(facts)})
@@ -384,8 +382,6 @@ def load_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     Raises:
         RunError: it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not file.exists():
         return None
     try:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from mmdit_probe.attention.gradients import Space
@@ -101,8 +102,6 @@ def _maps(
 
 def sample_grid(model: MMDiT, prompts: Sequence[str], *, steps: int, guidance: float, seed: int) -> Any:
     """One picture per prompt, side by side, as a PIL image."""
-    from PIL import Image
-
     images = model.generate(list(prompts), steps=steps, guidance=guidance, seed=seed)
     columns = min(8, len(images))
     rows = -(-len(images) // columns)

@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.quiet import quiet
 
@@ -96,8 +98,6 @@ def _header(file: Path) -> tuple[list[str], dict[str, str]]:
     Raises:
         UserError: not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(file), framework="pt") as opened:
             return list(opened.keys()), opened.metadata() or {}

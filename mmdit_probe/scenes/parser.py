@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file
 from scipy import ndimage
 from torch import Tensor, nn
 
+from mmdit_probe import assets
 from mmdit_probe.scenes.captions import RELATION_MARGIN, Facts, holds, opposites, parse
 from mmdit_probe.scenes.world import CLASSES, COLOUR_NAMES, STUFF, THINGS
 
@@ -229,11 +231,7 @@ def _claims(caption: str, reading: SceneReading, what: str) -> dict[str, bool]:
 
 def load_parser(folder: Path | None = None) -> SceneParser:
     """The trained parser that ships with the package (or one saved in ``folder``), in evaluation mode, on the CPU."""
-    from safetensors.torch import load_file
-
-    from mmdit_probe.assets import path
-
     parser = SceneParser()
-    state = load_file((folder or path("scenes-parser")) / "model.safetensors")
+    state = load_file((folder or assets.path("scenes-parser")) / "model.safetensors")
     parser.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return parser.eval().requires_grad_(False)

@@ -23,6 +23,7 @@ from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.tokens import Token, TokenTable
+from mmdit_probe.observe.maps import second_eigenvalue
 from mmdit_probe.segment.vocabulary import Prompt, Query
 from mmdit_probe.specs import Spec
 
@@ -360,8 +361,6 @@ def _prompt(spans: Mapping[str, Sequence[int]], kinds: Sequence[str] | None, len
 
 def _walk_mean(heads: Tensor) -> Tensor:
     """Rows [I, I] of renormalised blocks [H, I, I], heads weighted by how slowly their walk mixes (TokenRank)."""
-    from mmdit_probe.observe.maps import second_eigenvalue
-
     rows = heads / heads.sum(-1, keepdim=True).clamp(min=1e-12)
     if len(rows) == 1:
         return rows[0]
