@@ -27,7 +27,7 @@ from mmdit_probe.data.masks import Masks, Regions, check_size, decode_rle, fitte
 from mmdit_probe.data.picture import open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import read_json
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 
 KINDS = ("instances", "stuff", "panoptic")
 FIRST_STUFF = 92
@@ -43,8 +43,7 @@ def coco(root: Path, kind: str, split: str | None = None) -> Dataset:
     Raises:
         UserError: unknown kind, no annotations or pictures of the split, or a file that is no COCO annotation.
     """
-    if kind not in KINDS:
-        raise unknown("COCO annotations", kind, KINDS)
+    check_known("COCO annotations", kind, KINDS)
     if split is None:
         split = "val2017" if (root / "annotations" / f"{kind}_val2017.json").exists() else "train2017"
     path = root / "annotations" / f"{kind}_{split}.json"

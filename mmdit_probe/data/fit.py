@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image as pil
 from PIL.Image import Image
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,8 +63,7 @@ class Fit:
             UserError: unknown `how`, a picture without pixels, an input size that is no whole number of tokens, or one
                 that the network has no positions for.
         """
-        if how not in HOW:
-            raise unknown("fit", how, HOW)
+        check_known("fit", how, HOW)
         if min(picture) < 1:
             raise UserError(f"picture of {picture[0]} x {picture[1]} pixels: expected at least one")
         if multiple is not None:

@@ -25,7 +25,7 @@ from mmdit_probe.data.labels import IdMapping, mapped
 from mmdit_probe.data.picture import open_picture
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import read_lines
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.results.atomic import make_folder, replacing
 
 ROOTS = ("", "VOCdevkit", "VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010", "coco", "cityscapes",
@@ -244,8 +244,7 @@ def prepare(kind: str, root: Path, out: Path) -> int:
         "coco-stuff-27": ("stuffthingmaps/val2017", COARSE, 27),
         "pc60-last": ("SegmentationClassContext", {0: 59, **_minus_one(59)}, 60),
     }
-    if kind not in sources:
-        raise unknown("preparation", kind, sources)
+    check_known("preparation", kind, sources)
     place, mapping, classes = sources[kind]
     places = (root / place, root / "VOCdevkit/VOC2010" / place, root / "coco" / place)
     folder = next((path for path in places if path.is_dir()), None)

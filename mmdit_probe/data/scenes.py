@@ -16,7 +16,7 @@ import numpy as np
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.masks import largest, stack
 from mmdit_probe.data.sample import Dataset, Sample
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.scenes import CLASSES, SPLITS, WORLD_VERSION, describe, scene
 from mmdit_probe.scenes.captions import PLURALS
 
@@ -40,8 +40,7 @@ def scene_sample(split: str, index: int) -> Sample:
     Raises:
         UserError: unknown split.
     """
-    if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
+    check_known("split", split, SPLITS)
     return Sample(
         f"scenes:{split}:{index}", lambda: scene(split, index).image, lambda: describe(scene(split, index)),
         names=CLASSES, label=lambda: scene(split, index).classes.astype(np.int64),
@@ -67,10 +66,8 @@ class ScenesData:
     first: int = 0
 
     def __post_init__(self) -> None:
-        if self.masks not in ("class", "part"):
-            raise unknown("masks", self.masks, ("class", "part"))
-        if self.prompt not in ("list", "caption", "mixed"):
-            raise unknown("prompt", self.prompt, ("list", "caption", "mixed"))
+        check_known("masks", self.masks, ("class", "part"))
+        check_known("prompt", self.prompt, ("list", "caption", "mixed"))
         if self.count < 1:
             raise UserError(f"{self.count} scenes leave nothing to train on; expected 1 or more")
 

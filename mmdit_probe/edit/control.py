@@ -25,7 +25,7 @@ from torch import Tensor
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import ModuleCall, Stage
 from mmdit_probe.edit.edit import Edit, Handler, Proceed
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.models.layout import Layer
 from mmdit_probe.specs import Spec
 
@@ -52,8 +52,7 @@ class EqualBudget:
     def __post_init__(self) -> None:
         if not isinstance(self.edit, Edit):
             raise UserError(f"no equal-budget control of {type(self.edit).__name__}: expected an edit of attention")
-        if self.kind not in KINDS:
-            raise unknown("kind of control", self.kind, KINDS)
+        check_known("kind of control", self.kind, KINDS)
 
     @property
     def layers(self) -> Spec:

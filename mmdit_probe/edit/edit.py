@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import ModuleCall, Stage, sole_output
-from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.errors import RunError, UserError, check_known, unknown
 from mmdit_probe.models.layout import Layer, Layout, Places
 from mmdit_probe.models.tokens import SPAN_KINDS, TokenTable
 from mmdit_probe.observe.sample_order import (
@@ -72,8 +72,7 @@ class Addressed:
 
     def __post_init__(self) -> None:
         for branch in self.branches or ():
-            if branch not in BRANCHES:
-                raise unknown("guidance branch", branch, BRANCHES)
+            check_known("guidance branch", branch, BRANCHES)
 
     @property
     def neutral(self) -> bool:
@@ -141,12 +140,10 @@ class Edit(Addressed):
 
     def __post_init__(self) -> None:
         for modality in (self.query, self.key):
-            if modality not in ("image", "text"):
-                raise unknown("modality", modality, ("image", "text"))
+            check_known("modality", modality, ("image", "text"))
         super().__post_init__()
         for span in self.spans or ():
-            if span not in SPAN_KINDS:
-                raise unknown("span kind", span, SPAN_KINDS)
+            check_known("span kind", span, SPAN_KINDS)
         if self.key != "text" and (self.streams or self.spans or self.words):
             raise UserError("streams, spans and words select text keys; this edit's keys are image tokens")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.edit.edit import Edit, Factored, Place, Proceed, has_words
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 
 Where = Literal["probabilities", "logits"]
 Border = Literal["reflect", "symmetric", "replicate"]
@@ -48,10 +48,8 @@ class Gaussian(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         taps(self.sigma, self.kernel)
-        if self.border not in BORDERS:
-            raise unknown("border", self.border, BORDERS)
-        if self.where not in WHERE:
-            raise unknown("place of the blur", self.where, WHERE)
+        check_known("border", self.border, BORDERS)
+        check_known("place of the blur", self.where, WHERE)
 
     @property
     def neutral(self) -> bool:
@@ -248,8 +246,7 @@ def blur_matrix(length: int, weights: Tensor, border: Border = "reflect") -> Ten
         >>> [round(x, 2) for x in blur_matrix(12, taps(9.0, 5), "reflect").sum(0).tolist()[:4]]     # mass moves inwards
         [0.6, 1.2, 1.2, 1.0]
     """
-    if border not in BORDERS:
-        raise unknown("border", border, BORDERS)
+    check_known("border", border, BORDERS)
     matrix = torch.zeros(length, length, dtype=torch.float64)
     rows = torch.arange(length)[:, None]
     sources = _inside(rows + torch.arange(len(weights)) - len(weights) // 2, length, border)

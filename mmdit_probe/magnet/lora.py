@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.errors import RunError, UserError, check_known
 from mmdit_probe.models.adapters import FILE, KEY
 from mmdit_probe.models.families.registry import Family
 from mmdit_probe.models.layout import find_layers, unwrap
@@ -44,8 +44,7 @@ def target_modules(
 
     The text queries of a last block whose text output is dropped are left out: they never get a gradient.
     """
-    if streams not in ("image", "joint"):
-        raise unknown("LoRA streams", streams, ("image", "joint"))
+    check_known("LoRA streams", streams, ("image", "joint"))
     inner = unwrap(transformer)
     every = find_layers(family, inner)
     paths = []

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit_probe.attention.gradients import Space
-from mmdit_probe.errors import unknown
+from mmdit_probe.errors import check_known
 from mmdit_probe.magnet.config import LossWeights, Normalise
 from mmdit_probe.segment.tail import minmax, resized
 
@@ -56,8 +56,7 @@ def as_logits(maps: Tensor, space: Space, normalise: Normalise = "none") -> Tens
         maps: logits or probabilities, as `space` says.
         normalise: "minmax" stretches every map to [0, 1] over space (not over tokens) and reads it as a probability.
     """
-    if normalise not in ("none", "minmax"):
-        raise unknown("normalisation", normalise, ("none", "minmax"))
+    check_known("normalisation", normalise, ("none", "minmax"))
     if normalise == "minmax":
         maps = minmax(maps)
     elif space == "logit":

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from mmdit_probe.data.masks import largest, stack
 from mmdit_probe.data.sample import Sample
 from mmdit_probe.data.training import Data
-from mmdit_probe.errors import unknown
+from mmdit_probe.errors import check_known
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.segment.record import Reading
 from mmdit_probe.segment.run import discover, segment
@@ -65,8 +65,7 @@ class SelfLabelled:
         Raises:
             UserError: unknown source or step.
         """
-        if source not in ("maps", "segments"):
-            raise unknown("source", source, ("maps", "segments"))
+        check_known("source", source, ("maps", "segments"))
         how: dict[str, Any] = {"layers": list(layers), "sigmas": list(sigmas), "seeds": list(seeds)}
         reading = Reading(**how)
         labels = []

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mmdit_probe.attention import exact, gradients
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import TokenTable
@@ -64,10 +64,8 @@ class TextMaps(Observer):
         queries: Literal["image", "text"] = "image",
         stream: str | None = None,
     ) -> None:
-        if heads not in ("mean", "all"):
-            raise unknown("heads option", heads, ("mean", "all"))
-        if queries not in ("image", "text"):
-            raise unknown("queries option", queries, ("image", "text"))
+        check_known("heads option", heads, ("mean", "all"))
+        check_known("queries option", queries, ("image", "text"))
         self.words = [words] if isinstance(words, str) else words
         self.heads, self.queries, self.stream = heads, queries, stream
         self._kept: dict[tuple[int, int], list[tuple[DenoisingCall, Tensor]]] = {}
@@ -190,8 +188,7 @@ class JointBlocks(Observer):
     ) -> None:
         self.layers, self.keep = frozenset(layers), tuple(keep)
         for part in self.keep:
-            if part not in PARTS:
-                raise unknown("part of the joint attention", part, PARTS)
+            check_known("part of the joint attention", part, PARTS)
         self.heads = None if heads is None else list(heads)
         if self.heads == []:
             raise UserError("no heads to average over; name at least one")

@@ -25,7 +25,7 @@ from torch import Tensor
 from mmdit_probe.attention import exact, gradients
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import Record
-from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.errors import RunError, UserError, check_known
 from mmdit_probe.models.layout import Layer, Layout
 from mmdit_probe.models.tokens import TokenTable, unknown_table
 from mmdit_probe.results.tables import MemorySink, Sink, text_column
@@ -218,8 +218,7 @@ class RowObserver(Observer):
         heads: HeadSpec = "all",
         rows: Literal["head", "layer"] = "head",
     ) -> None:
-        if rows not in ("head", "layer"):
-            raise unknown("rows option", rows, ("head", "layer"))
+        check_known("rows option", rows, ("head", "layer"))
         self.sink: Any = MemorySink() if sink is None else sink
         self.heads, self.rows = heads, rows
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
 from mmdit_probe.specs import HeadSpec, heads_at
 
@@ -67,12 +67,10 @@ class PCA(Observer):
         self, kinds: Sequence[str] = KINDS, components: int = 16, solver: str = "exact", heads: HeadSpec = "all"
     ) -> None:
         for kind in kinds:
-            if kind not in KINDS:
-                raise unknown("kind of feature", kind, KINDS)
+            check_known("kind of feature", kind, KINDS)
         if components < 1:
             raise UserError(f"{components} components; expected 1 or more")
-        if solver not in SOLVERS:
-            raise unknown("solver", solver, SOLVERS)
+        check_known("solver", solver, SOLVERS)
         self.kinds, self.components, self.solver, self.heads = tuple(kinds), components, solver, heads
         self._fits: dict[tuple[int, str], _Moments | _Incremental] = {}
         self._bases: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}

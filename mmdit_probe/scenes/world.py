@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.scenes.shapes import OUTLINES, PART_SHADE, STUFF_COLOURS, TEXTURES, smooth_noise, stuff
 
 WORLD_VERSION = 1
@@ -114,8 +114,7 @@ def scene(split: str, index: int, *, size: int = SIZE, objects: tuple[int, int] 
     Raises:
         UserError: unknown split, negative index, or a number of objects outside 1..4.
     """
-    if split not in SPLITS:
-        raise unknown("split", split, list(SPLITS))
+    check_known("split", split, SPLITS)
     if index < 0:
         raise UserError(f"scene index {index}: expected an integer from 0")
     low, high = objects

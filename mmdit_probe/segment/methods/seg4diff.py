@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.segment.methods.base import Heads, Method, by_class, pick_heads
 from mmdit_probe.segment.record import Capture, JointRecord
 from mmdit_probe.segment.tail import minmax as over_space
@@ -50,10 +50,8 @@ def word_maps(
             prompt, image-odds for several.
         reduce: over the tokens of a name. stream: encoder stream to read; None reads all.
     """
-    if softmax not in SOFTMAX:
-        raise unknown("softmax", softmax, SOFTMAX)
-    if reduce not in REDUCE:
-        raise unknown("token reduction", reduce, REDUCE)
+    check_known("softmax", softmax, SOFTMAX)
+    check_known("token reduction", reduce, REDUCE)
     mode = ("joint" if len(capture.passes) == 1 else "image-odds") if softmax == "auto" else softmax
     found = []
     for index, one in enumerate(capture.passes):
@@ -151,8 +149,7 @@ def unsupervised(
         streams: text streams whose tokens propose, or "all".
         heads, softmax: as in `word_maps`.
     """
-    if axis not in ("space", "token", "none"):
-        raise unknown("min-max axis", axis, ("space", "token", "none"))
+    check_known("min-max axis", axis, ("space", "token", "none"))
     first = capture.passes[0]
     table = first.prompt.table
     wanted = None if kinds == "all" else [kind.strip() for kind in kinds.split(",")]
