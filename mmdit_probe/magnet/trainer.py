@@ -295,9 +295,9 @@ class _Loop:
                 scores = validate(
                     self.model, self.held_out, self.layers, sigma=options.validate_sigma, seed=options.seed
                 )
-                row |= {"miou": scores.miou, "n": len(scores.counts)}
-                if scores.miou > self.best:
-                    self.best = scores.miou
+                row |= {"miou": scores.miou(), "n": len(scores)}
+                if row["miou"] > self.best:
+                    self.best = row["miou"]
                     self._write("best")
             if options.sample_prompts:
                 sheet = sample_grid(self.model, options.sample_prompts, steps=options.sample_steps,
