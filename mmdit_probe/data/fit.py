@@ -119,11 +119,8 @@ class Fit:
         )
         return np.ascontiguousarray(masks[..., rows, :][..., columns])
 
-    def back(self, scores: Tensor, fill: float = 0.0) -> Tensor:
-        """Scores [C, h, w] over the result, bilinear, at the picture's pixels: [C, height, width] float32.
-
-        Pixels outside `source` (how="crop") get `fill`; see `unseen`.
-        """
+    def back(self, scores: Tensor) -> Tensor:
+        """Scores [C, h, w] over the result, bilinear, at the picture's pixels: [C, height, width]; 0 where `unseen`."""
         import torch
         from torch.nn import functional as F
 
@@ -136,7 +133,7 @@ class Fit:
         inner = F.interpolate(inner[None], (bottom - top, right - left), mode="bilinear", align_corners=False)[0]
         if self._shown == (0, 0, *self.picture):
             return inner
-        out = torch.full((len(scores), *self.picture), fill)
+        out = torch.zeros(len(scores), *self.picture)
         out[:, top:bottom, left:right] = inner
         return out
 

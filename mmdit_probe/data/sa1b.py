@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.labels import Ids
-from mmdit_probe.data.masks import MAX_MASKS, MIN_AREA, Masks, Regions, decode_rle, fitted, in_order, largest, paint
+from mmdit_probe.data.masks import MAX_MASKS, Masks, Regions, decode_rle, fitted, in_order, largest, paint
 from mmdit_probe.data.picture import by_name, open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import caption_beside, read_json
@@ -52,13 +52,11 @@ def _files(root: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     return by_name(files, root, lambda path: str(path.relative_to(root).with_suffix("")))
 
 
-def sa1b_masks(
-    path: Path, *, limit: int = SCORED_MASKS, min_area: float = MIN_AREA, size: tuple[int, int] | None = None
-) -> Masks:
+def sa1b_masks(path: Path, *, limit: int = SCORED_MASKS, size: tuple[int, int] | None = None) -> Masks:
     """Masks of one JSON file, boolean [K, H, W], largest first.
 
     Args:
-        path: the file. limit: at most so many. min_area: least share of the picture.
+        path: the file. limit: at most so many.
         size: (height, width) of the picture if it was stored smaller than its masks; masks are brought to it (nearest).
 
     Raises:
@@ -72,7 +70,7 @@ def sa1b_masks(
         raise UserError(f"{str(path)!r} is no SA-1B annotation with run-length masks ({reason})") from error
     if len({mask.shape for mask in masks}) > 1:
         raise UserError(f"{str(path)!r} holds masks of different sizes")
-    kept = largest(masks, size or (1, 1), limit=limit, min_area=min_area)
+    kept = largest(masks, size or (1, 1), limit=limit)
     return kept if size is None else fitted(kept, size, repr(str(path)))
 
 

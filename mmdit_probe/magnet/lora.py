@@ -83,7 +83,7 @@ def named_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return found
 
 
-def save_lora(transformer: Any, directory: str | Path, metadata: Mapping[str, Any], adapter: str = ADAPTER) -> Path:
+def save_lora(transformer: Any, directory: str | Path, metadata: Mapping[str, Any]) -> Path:
     """Write an adapter in diffusers' format, atomically; its tensors carry the scale, alpha over rank.
 
     Args:
@@ -99,9 +99,9 @@ def save_lora(transformer: Any, directory: str | Path, metadata: Mapping[str, An
     from peft import get_peft_model_state_dict
 
     inner = unwrap(transformer)
-    config = inner.peft_config[adapter]
+    config = inner.peft_config[ADAPTER]
     state = {}
-    for name, tensor in get_peft_model_state_dict(inner, adapter_name=adapter).items():
+    for name, tensor in get_peft_model_state_dict(inner, adapter_name=ADAPTER).items():
         scale = config.lora_alpha / config.r if ".lora_B." in name else 1.0
         state[f"transformer.{name}"] = (scale * tensor.detach().float()).cpu().contiguous()
         if not bool(state[f"transformer.{name}"].isfinite().all()):

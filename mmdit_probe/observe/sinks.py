@@ -173,18 +173,18 @@ class SinkFree(Observer):
         return self._kept[layer]
 
 
-def top_keys(table: pd.DataFrame, query: str = "image", branch: str = "cond") -> pd.DataFrame:
-    """Per layer and head: the share of attention on sinks (keys above `SINK` times uniform), mean over rows, and the
-    kind of token that takes most of it.
+def top_keys(table: pd.DataFrame) -> pd.DataFrame:
+    """Per layer and head, of image queries of branch cond: the share of attention on sinks (keys above `SINK` times
+    uniform), mean over rows, and the kind of token that takes most of it.
 
     Returns: layer, head, rows (n), sinks (mean number), sink_mass, largest (mean mass of the largest key), kind (of the
     largest key: text span and stream, or "image"; the most frequent over rows), kind_share (of the rows).
     """
     import pandas as pd
 
-    part = table[(table["query"] == query) & (table["branch"] == branch)]
+    part = table[(table["query"] == "image") & (table["branch"] == "cond")]
     if part.empty:
-        raise UserError(f"no keys were seen from {query} queries of branch {branch}")
+        raise UserError("no keys were seen from image queries of branch cond")
     text = part["span"].astype(str) + " " + part["stream"].astype(str)
     part = part.assign(kind=np.where(part["token"] == "text", text, part["token"].astype(str)))
     part = part.assign(sink=part["mass"] > SINK * part["uniform"])

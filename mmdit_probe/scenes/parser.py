@@ -140,22 +140,16 @@ def read_maps(classes: NDArray[np.int64], colours: NDArray[np.int64]) -> SceneRe
     return SceneReading(tuple(sorted(seen, key=lambda o: -o.area)), tuple(grounds), classes, colours)
 
 
-def check(facts: Facts, reading: SceneReading, *, exact_counts: bool = True) -> dict[str, bool]:
+def check(facts: Facts, reading: SceneReading) -> dict[str, bool]:
     """Each fact of a caption and whether the image shows it.
 
-    Args:
-        facts: what is claimed; a group without a colour takes any colour.
-        reading: what is seen.
-        exact_counts: a group holds with exactly its number of objects (a group of one: with at least one).
-
-    Returns:
-        One entry per group, relation and ground, keyed by its own words.
+    A group without a colour takes any colour; it holds with exactly its number of objects, a group of one with at
+    least one. Returns: one entry per group, relation and ground, keyed by its own words.
     """
     result: dict[str, bool] = {}
     matching = [[o for o in reading.objects if o.noun == g.noun and g.colour in (None, o.colour)] for g in facts.groups]
     for group, found in zip(facts.groups, matching, strict=True):
-        enough = len(found) == group.count if group.count > 1 and exact_counts else len(found) >= group.count
-        result[str(group)] = enough
+        result[str(group)] = len(found) == group.count if group.count > 1 else len(found) >= 1
     for first, relation, second in facts.relations:
         result[f"{facts.groups[first]} {relation} {facts.groups[second]}"] = any(
             holds(relation, a.centre, b.centre, RELATION_MARGIN / 2)

@@ -165,11 +165,11 @@ class CLIP:
 
 
 @torch.no_grad()
-def patch_features(name: str, image: Any, side: int | None = None) -> tuple[Tensor, tuple[int, int]]:
+def patch_features(name: str, image: Any) -> tuple[Tensor, tuple[int, int]]:
     """Patch features [n, E] and their grid of any vision transformer in transformers: DINO, DINOv2, DINOv3, SAM, ViT.
 
     Args:
-        name: folder or hub id. image: uint8 [H, W, 3], squashed to side x side (the model's own size if None).
+        name: folder or hub id. image: uint8 [H, W, 3], squashed to the model's own size.
 
     Raises:
         UserError: it cannot be loaded, or gives no patch grid.
@@ -177,8 +177,7 @@ def patch_features(name: str, image: Any, side: int | None = None) -> tuple[Tens
     model, processor = _vision(name)
     config = getattr(model.config, "vision_config", model.config)
     patch = int(config.patch_size)
-    size = side or int(getattr(config, "image_size", 224))
-    size = max(1, round(size / patch)) * patch
+    size = max(1, round(int(getattr(config, "image_size", 224)) / patch)) * patch
     pixels = _squashed(processor, [image], (size, size))
     if hasattr(model, "vision_encoder"):  # SAM: a map, not a sequence
         maps = model.vision_encoder(pixels).last_hidden_state

@@ -112,13 +112,9 @@ def symmetric_kl(left: Tensor, right: Tensor) -> Tensor:
     return 0.5 * (own - left @ log_right.T - log_left @ right.T)
 
 
-def greedy_merge(maps: Tensor, tau: float, distance: Tensor | None = None) -> Tensor:
-    """Proposals [P, I]: each map not yet taken, in order, is averaged with all maps nearer than tau (DiffSeg).
-
-    Args:
-        maps: distributions [A, I] over space. distance: [A, A], computed if None.
-    """
-    apart = symmetric_kl(maps, maps) if distance is None else distance
+def greedy_merge(maps: Tensor, tau: float) -> Tensor:
+    """Proposals [P, I]: each of maps [A, I] not yet taken, in order, is averaged with all nearer than tau (DiffSeg)."""
+    apart = symmetric_kl(maps, maps)
     taken = torch.zeros(len(maps), dtype=torch.bool)
     proposals = []
     for index in range(len(maps)):
