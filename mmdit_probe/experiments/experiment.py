@@ -164,15 +164,17 @@ class Experiment:
             UserError: bad options, inputs or model. RunError: a failure on the way; finished tasks stay.
         """
         from mmdit_probe.experiments.result import Result
-        from mmdit_probe.experiments.target import knows_scenes
+        from mmdit_probe.experiments.target import knows_scenes, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
+        target = named(target)
         inputs = self.gather(knows_scenes(target))
         model = self.load(target, shown)
         study = self.prepare(model, inputs)
         for note in study.notes:
             shown.note(note)
-        facts = self.describe(model) | study.facts | {"options": plain(asdict(self)), "seed": self.seed}
+        facts = self.describe(model) | study.facts | {"options": plain(asdict(self))}
+        facts |= {"seed": self.seed, "processes": processes.world()}
         with processes.joined():
             if out is None:
                 store: Store = MemoryStore(self.name, study.request, facts)
@@ -215,12 +217,10 @@ def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:
 def text_of(model: MMDiT) -> dict[str, Any]:
     """What a request says of how text is encoded where that is not the model's own way: neither weights nor prompts
     tell."""
-    from mmdit_probe.models.mmdit import default_length
-
     left_out = hasattr(model.pipeline, "text_encoder_3") and model.pipeline.text_encoder_3 is None
-    own = default_length(model.pipeline, model.family)
     length = model.max_sequence_length
-    return ({"no_t5": True} if left_out else {}) | ({"max_sequence_length": length} if length != own else {})
+    other = {} if length == model.own_sequence_length else {"max_sequence_length": length}
+    return ({"no_t5": True} if left_out else {}) | other
 
 
 def described(model: MMDiT) -> dict[str, Any]:
