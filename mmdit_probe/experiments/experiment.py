@@ -176,15 +176,17 @@ class Experiment:
             UserError: bad options, inputs or model. RunError: a failure on the way; finished tasks stay.
         """
         from mmdit_probe.experiments.result import Result
-        from mmdit_probe.experiments.target import knows_scenes
+        from mmdit_probe.experiments.target import knows_scenes, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
+        target = named(target)
         inputs = self.gather(knows_scenes(target))
         model = self.load(target, shown)
         study = self.prepare(model, inputs)
         for note in study.notes:
             shown.note(note)
-        facts = self.describe(model) | study.facts | {"options": plain(asdict(self)), "seed": self.seed}
+        facts = self.describe(model) | study.facts | {"options": plain(asdict(self))}
+        facts |= {"seed": self.seed, "processes": processes.world()}
         with processes.joined():
             if out is None:
                 store: Store = MemoryStore(self.name, study.request, facts)
