@@ -34,6 +34,7 @@ from mmdit_probe.experiments import (
     Perturb,
     Score,
     SelectLayers,
+    SwapTest,
     ValueNorms,
 )
 
@@ -73,7 +74,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for experiment in (
-    AttentionBudget, ValueNorms, ContributionBudget, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers,
+    AttentionBudget, ValueNorms, ContributionBudget, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers, SwapTest,
 ):  # fmt: skip
     app.command(experiment.name)(command_of(experiment))
 app.command("segment")(segment.command)

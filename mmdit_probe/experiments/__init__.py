@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.result import Result as Result
     from mmdit_probe.experiments.score import Score as Score
     from mmdit_probe.experiments.select_layers import SelectLayers as SelectLayers
+    from mmdit_probe.experiments.swap_test import SwapTest as SwapTest
     from mmdit_probe.experiments.value_norms import ValueNorms as ValueNorms
 
 OF_COMMAND = {
@@ -41,6 +42,7 @@ OF_COMMAND = {
     "select-layers": "SelectLayers",
     "score": "Score",
     "contribution-budget": "ContributionBudget",
+    "swap-test": "SwapTest",
 }
 """Command -> the experiment that it runs."""
 
@@ -56,6 +58,7 @@ _MODULES = {
     "Result": "result",
     "Score": "score",
     "SelectLayers": "select_layers",
+    "SwapTest": "swap_test",
     "ValueNorms": "value_norms",
 }
 

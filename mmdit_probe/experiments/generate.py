@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.options import METHOD, checked_heads, selected_places
+from mmdit_probe.experiments.options import METHOD, Edited, check_streams, checked_heads, selected_places
 from mmdit_probe.experiments.perturb import equal_budget
 from mmdit_probe.experiments.sweep import (
     AGAINST_STOCK,
@@ -50,7 +50,7 @@ SHOWN_PROMPTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Sweep):
+class Generate(Edited, Sweep):
     """Sample images; with --perturb-layers, guided away from what the model says when those layers read blurred text.
 
     eps = eps_uncond + g (eps_cond - eps_uncond) + s (eps_cond - eps_perturbed), with g = --guidance, s =
@@ -101,7 +101,8 @@ class Generate(Sweep):
             )
         return scales
 
-    def conditions(self, model: MMDiT) -> list[Condition]:
+    def conditions(self, model: MMDiT, prompts: Sequence[str]) -> list[Condition]:
+        check_streams(model, self.streams)
         stock = _condition((), 0.0)
         if self.selection is not None:
             layers, heads = selected_places(self.selection, model)
