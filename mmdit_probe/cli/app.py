@@ -74,7 +74,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for experiment in (
-    AttentionBudget, ValueNorms, ContributionBudget, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers, SwapTest,
+    AttentionBudget, ValueNorms, ContributionBudget, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers,
+    SwapTest, BlockOperations,
 ):  # fmt: skip
     app.command(experiment.name)(command_of(experiment))
 app.command("segment")(segment.command)

@@ -19,6 +19,7 @@ from mmdit_probe.errors import UserError, unknown
 if TYPE_CHECKING:
     from mmdit_probe.experiments.attention_budget import AttentionBudget as AttentionBudget
     from mmdit_probe.experiments.attribute import Attribute as Attribute
+    from mmdit_probe.experiments.block_operations import BlockOperations as BlockOperations
     from mmdit_probe.experiments.contribution_budget import ContributionBudget as ContributionBudget
     from mmdit_probe.experiments.diagnose import Diagnose as Diagnose
     from mmdit_probe.experiments.experiment import Experiment as Experiment
@@ -43,12 +44,14 @@ OF_COMMAND = {
     "score": "Score",
     "contribution-budget": "ContributionBudget",
     "swap-test": "SwapTest",
+    "block-operations": "BlockOperations",
 }
 """Command -> the experiment that it runs."""
 
 _MODULES = {
     "AttentionBudget": "attention_budget",
     "Attribute": "attribute",
+    "BlockOperations": "block_operations",
     "ContributionBudget": "contribution_budget",
     "Diagnose": "diagnose",
     "Experiment": "experiment",
