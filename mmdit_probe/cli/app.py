@@ -27,6 +27,7 @@ from mmdit_probe.errors import ProbeError
 from mmdit_probe.experiments import (
     AttentionBudget,
     Attribute,
+    BlockOperations,
     ContributionBudget,
     Diagnose,
     FeaturePCA,

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
 
 OPERATIONS = ("remove", "silence", "double")
+ALL_OPERATIONS = ",".join(OPERATIONS)
 ROW = ["item", "prompt", "seed", "control", "condition", "layer"]
 
 
@@ -146,7 +147,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def gains(table: pd.DataFrame) -> pd.DataFrame:
-    """Edited minus stock of the same model, prompt and seed: columns item, control, condition, layer, outcome, value."""
+    """Edited minus stock of the same model, prompt and seed: item, control, condition, layer, outcome, value."""
     import pandas as pd
 
     parts = []

@@ -205,8 +205,8 @@ def _heading(condition: Sequence[Any]) -> str:
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per setting and outcome: layers (none for stock), scale (0 without guidance), control (none, or which
-    control of equal size the perturbation is), n, mean, low, high (95 % interval over prompts), and, for settings other than stock, difference,
-    difference_low, difference_high (minus stock, paired). `change` is a difference as it is."""
+    control of equal size the perturbation is), n, mean, low, high (95 % interval over prompts), and, for settings other
+    than stock, difference, difference_low, difference_high (minus stock, paired). `change` is a difference as it is."""
     import pandas as pd
 
     table = own_rows(table)

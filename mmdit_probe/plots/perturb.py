@@ -101,7 +101,7 @@ def guidance_sweep(summary: pd.DataFrame, *, title: str = "") -> Figure:
         axes = figure.subplots()
         guided = _over_stock(axes, summary, name)
         for place, (key, rows) in enumerate(guided.groupby(["layers", "control"], observed=True)):
-            rows, random = rows.sort_values("scale"), bool(key[1])
+            rows, random = rows.sort_values("scale"), key[1] != "none"
             style.errorbars(
                 axes, rows["scale"], rows["difference"], rows["difference_low"], rows["difference_high"], place,
                 label=f"layer {key[0]}{' (random)' if random else ''}", hollow=random,
@@ -128,7 +128,7 @@ def guidance_by_layer(summary: pd.DataFrame, *, title: str = "") -> Figure:
             series = list(guided.groupby(["scale", "control"], observed=True))
             scales = sorted(set(guided["scale"]))
             for place, (key, rows) in enumerate(series):
-                scale, random = float(str(key[0])), bool(key[1])
+                scale, random = float(str(key[0])), key[1] != "none"
                 style.errorbars(
                     axes, rows["layers"].astype(int) + style.dodge(place, len(series)), rows["difference"],
                     rows["difference_low"], rows["difference_high"], scales.index(scale), joined=False, hollow=random,
