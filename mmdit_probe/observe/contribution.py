@@ -218,11 +218,11 @@ def _measures(parts: Tensor, masses: Tensor, weight: Tensor, gram: Tensor) -> Te
 def _counted(seen: LayerCall, image: Tensor) -> Tensor:
     """[B, I] which image tokens are averaged over: those that are there and see a key."""
     call, layout = seen.call, seen.layout
-    there = torch.ones(call.batch, len(image), device=image.device)
+    there = torch.ones(call.query.shape[0], len(image), device=image.device)
     if layout.queries is not None:
         there = there * layout.queries.to(image.device)[:, image]
     live = exact.live_queries(call)
-    return there if live is None else there * live.any(1).expand(call.batch, call.query.shape[-2])[:, image]
+    return there if live is None else there * live.any(1).expand(call.query.shape[0], call.query.shape[-2])[:, image]
 
 
 def _groups(layout: Layout, table: TokenTable, sample: int) -> dict[Group, Tensor]:

@@ -49,5 +49,5 @@ def run_differences(table: pd.DataFrame, title: str = "", margin: float | None =
             axes.set_xlabel("second minus first (95 %)")
             axes.set_yticks(range(len(names)), names)
             axes.invert_yaxis()
-        style.title(figure, title)
+        style.headline(figure, title)
     return figure

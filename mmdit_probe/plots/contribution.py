@@ -43,5 +43,5 @@ def contribution_budget(summary: pd.DataFrame, heads: pd.DataFrame, *, title: st
             grid = words.pivot(index="layer", columns="head", values="relative")
             style.heat(panels[2], grid, low=0, high=float(grid.max().max()), label="words, within the head")
         style.legend(figure, panels[0])
-        style.title(figure, title)
+        style.headline(figure, title)
     return figure

@@ -22,9 +22,7 @@ def swaps(summary: pd.DataFrame, *, title: str = "") -> Figure:
     Args:
         summary: from `experiments.swap_test.summarise`; layer -1 is all layers at once, drawn left of layer 0.
     """
-    with style.context():
-        figure = style.figure(style.PAGE, 2.6)
-        panels = figure.subplots(1, 2)
+    with style.panels(style.PAGE, 2.6, 2, title=title) as (figure, panels):
         for axes, outcome in zip(panels, ("exchanged", "kept"), strict=True):
             part = summary[summary["outcome"] == outcome]
             axes.axhline(part.loc[part["condition"] == "stock", "share"].mean(), color="black", lw=0.7, ls=":",
@@ -39,5 +37,4 @@ def swaps(summary: pd.DataFrame, *, title: str = "") -> Figure:
             style.whole(axes, "layer (all at once: left of 0)" if (part["layer"] < 0).sum() > 1 else "layer")
             style.within(axes, "y", low=0)
         style.legend(figure, panels[0])
-        style.title(figure, title)
     return figure
