@@ -34,6 +34,7 @@ from mmdit_probe.experiments import (
     Evaluate,
     FeaturePCA,
     Generate,
+    HeadTriage,
     Perturb,
     Score,
     Segment,
@@ -45,7 +46,7 @@ from mmdit_probe.experiments import (
 
 COMMANDS: tuple[Any, ...] = (
     AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers,
-    SwapTest, BlockOperations, Segment, Discover, Evaluate, Score, TrainMagnet,
+    SwapTest, HeadTriage, BlockOperations, Segment, Discover, Evaluate, Score, TrainMagnet,
 )  # fmt: skip
 RESUMABLE = {one.name for one in COMMANDS if "resume" not in getattr(one, "without", ())}
 INTERRUPTED = 130

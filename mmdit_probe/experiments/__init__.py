@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.experiment import Experiment as Experiment
     from mmdit_probe.experiments.feature_pca import FeaturePCA as FeaturePCA
     from mmdit_probe.experiments.generate import Generate as Generate
+    from mmdit_probe.experiments.head_triage import HeadTriage as HeadTriage
     from mmdit_probe.experiments.perturb import Perturb as Perturb
     from mmdit_probe.experiments.result import Result as Result
     from mmdit_probe.experiments.score import Score as Score
@@ -50,10 +51,12 @@ OF_COMMAND = {
     "contribution-budget": "ContributionBudget",
     "swap-test": "SwapTest",
     "block-operations": "BlockOperations",
+    "head-triage": "HeadTriage",
 }
 """Command -> the experiment that it runs."""
 
 MODULES = {
+    "HeadTriage": "head_triage",
     "TrainMagnet": "train_magnet",
     "Segment": "segment_picture",
     "Evaluate": "evaluate",
