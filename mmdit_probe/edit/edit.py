@@ -11,7 +11,7 @@ layer compose in the order given to `probe(edits=[...])`: the first is the outer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -119,7 +119,8 @@ class Edit(Addressed):
         layers, heads, steps: as in `mmdit_probe.specs`; heads may also be layer -> heads. Calls of `MMDiT.denoise`
             count as every step.
         branches: guidance branches concerned (cond, uncond, perturbed, unknown); None is all of them.
-        streams, spans, words: of text keys, only those of these encoder streams, span kinds, words; None is all.
+        streams, spans, words: of text keys, only those of these encoder streams, span kinds, words; None is all. Words
+            may differ between prompts: prompt -> words; other prompts are left alone.
         renormalise: divide by the row's new total probability, so that it is 1 again.
     """
 
@@ -131,7 +132,7 @@ class Edit(Addressed):
     branches: Sequence[str] | None = None
     streams: Sequence[str] | None = None
     spans: Sequence[str] | None = None
-    words: Sequence[str] | None = None
+    words: Sequence[str] | Mapping[str, Sequence[str]] | None = None
     renormalise: bool = False
 
     stage: ClassVar[Stage] = "output"
@@ -294,8 +295,14 @@ def _keys(edit: Edit, table: TokenTable, layout: Layout) -> Tensor:
     if edit.spans is not None:
         keys &= torch.tensor([kind in edit.spans for kind in table.kinds])
     if edit.words is not None:
-        keys &= _words(edit.words, table)
+        keys &= _words(words_of(edit, table), table)
     return keys
+
+
+def words_of(edit: Edit, table: TokenTable) -> Sequence[str]:
+    """The words that an edit names in the prompt of one sample."""
+    words = edit.words or ()
+    return words.get(table.prompt, ()) if isinstance(words, Mapping) else words
 
 
 def has_words(table: TokenTable, phrase: str) -> bool:

@@ -11,6 +11,7 @@ one more attention call in the edited layer. Not here: guidance with the perturb
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self, get_args
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.edit.edit import Edit, Factored, Place, Proceed, has_words
+from mmdit_probe.edit.edit import Edit, Factored, Place, Proceed, has_words, words_of
 from mmdit_probe.errors import UserError, check_known
 
 Where = Literal["probabilities", "logits"]
@@ -139,24 +140,26 @@ class Swap(KeyMix):
     words and exchanging their values is the same thing (and exchanging both changes nothing).
 
     Args:
-        words: the two words; rows whose prompt lacks one are left alone. In each encoder stream as many positions are
-            exchanged as the shorter word has.
+        words: the two words, or prompt -> two words; rows whose prompt lacks one are left alone. In each encoder stream
+            as many positions are exchanged as the shorter word has.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.words is None or len(self.words) != 2:
-            raise UserError(f"swap of words {self.words}: expected two words of the prompt")
+        pairs = self.words.values() if isinstance(self.words, Mapping) else [self.words or ()]
+        for words in pairs:
+            if len(words) != 2:
+                raise UserError(f"swap of words {list(words)}: expected two words of the prompt")
 
     def matrix(self, place: Place, row: int) -> Tensor:
-        assert self.words is not None
         chosen = place.keys[row].cpu()
         matrix = torch.eye(int(chosen.sum()), dtype=torch.float64)
         place_of = {int(p): k for k, p in enumerate(chosen.nonzero()[:, 0])}
         table = place.tables[row]
-        if not all(has_words(table, word) for word in self.words):
+        words = words_of(self, table)
+        if not words or not all(has_words(table, word) for word in words):
             return matrix
-        first, second = (table.word_spans(word) for word in self.words)
+        first, second = (table.word_spans(word) for word in words)
         for stream in first.keys() & second.keys():
             for a, b in zip(first[stream], second[stream], strict=False):
                 if a in place_of and b in place_of:

@@ -158,6 +158,17 @@ def compare(table: pd.DataFrame, cell: Sequence[str], value: str = "value") -> p
     return result.assign(verdict=np.where(result["n"] < FEWEST, TOO_FEW, np.where(above, ABOVE, NOT_ABOVE)))
 
 
+HIGHER, LOWER, ALIKE = "higher", "lower", "no difference shown"
+
+
+def two_sided(compared: pd.DataFrame) -> pd.Series:
+    """Verdicts on rows of `compare` where either sign is of interest: "higher" or "lower" than the control if the
+    interval excludes 0 and p_holm is at most .05, else "no difference shown"; "too few items" below `FEWEST`."""
+    sure = (compared["p_holm"] <= 1 - LEVEL) & ((compared["low"] > 0) | (compared["high"] < 0))
+    found = compared["difference"].gt(0).map({True: HIGHER, False: LOWER}).where(sure, ALIKE)
+    return found.where(compared["n"] >= FEWEST, TOO_FEW)
+
+
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     """p values corrected for being several, in the same order (Holm 1979); NaN stands outside the family."""
     found = np.asarray(p_values, float)
