@@ -75,6 +75,10 @@ def main() -> None:
             page.write(command_page(name, kind))
     with mkdocs_gen_files.open("commands/index.md", "w") as page:
         page.write("\n".join(index) + "\n")
+    table = (ROOT / "benchmarks" / "results" / "situations.md").read_text(encoding="utf-8")
+    with mkdocs_gen_files.open("guide/works-with-what.md", "w") as page:
+        page.write((ROOT / "docs" / "guide" / "works-with-what.md").read_text(encoding="utf-8"))
+        page.write("\n" + table)
     with mkdocs_gen_files.open("contributing.md", "w") as page:
         page.write((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     for picture in sorted(PICTURES.glob("*.png")):

@@ -111,7 +111,9 @@ def unpack(session: Session) -> None:
     shipped = load(str(assets / "scenes-sd3"), device="cpu", dtype="float32").pipeline
     torch.manual_seed(0)
     pair, restorer, aligned, vae = ClipPair(), Restorer(), AlignedTransformer(), build_vae()
-    pair.clip.load_state_dict(CLIPModel.from_pretrained(assets / "scenes-clip").float().state_dict())
+    pair.clip.load_state_dict(
+        CLIPModel.from_pretrained(assets / "scenes-clip", use_safetensors=True).float().state_dict()
+    )
     # The first tower ships twice, in the pipeline with all its digits.
     pair.clip.load_state_dict(shipped.text_encoder.state_dict(), strict=False)
     pair.second.load_state_dict(shipped.text_encoder_2.state_dict())
