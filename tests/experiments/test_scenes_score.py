@@ -1,4 +1,4 @@
-"""Score on the scenes world: a row per picture with its opposites, maps with their ceiling, resumed without repeating."""
+"""Score on the scenes world: a row per picture with its opposites, maps with their ceiling, resumed."""
 
 import pandas as pd
 import pytest
@@ -16,13 +16,14 @@ def model():
 
 
 def test_scores_have_a_row_per_picture_and_resume(model, tmp_path, monkeypatch):
-    ask = Score(n=3, categories="texture,2d-spatial", num_steps=2, guidance=4.0, clip="none", maps="0.5")
+    ask = Score(n=3, categories="texture,2d-spatial", num_steps=2, guidance=4.0, maps="0.5")
     out = tmp_path / "run"
     result = ask.run(model, out=out, progress=False)
     images, maps = read_table(out / "scores.parquet"), read_table(out / "maps.parquet")
     assert images.groupby("category").size().to_dict() == {"texture": 3, "2d-spatial": 3, "real": 3}
     assert images.loc[images["category"] == "real", "facts"].mean() > 0.8
     assert len(maps) == 8 * 3 * 5 * 2 and maps["miou"].between(0, maps["ceiling"].iloc[0]).all()
+    assert images.loc[images["category"] == "real", "clipscore[scenes-clip]"].between(1, 100).all()
     summary = result.summary.set_index(["category", "metric"])
     assert summary.loc[("texture", "facts"), "prompts"] == 3
     # The opposite stands beside what is stated, where something is stated.
@@ -40,6 +41,14 @@ def test_scores_have_a_row_per_picture_and_resume(model, tmp_path, monkeypatch):
     monkeypatch.setattr(Score, "_pictures", again)
     shown = ask.run(model, out=out, resume=True, progress=False)
     pd.testing.assert_frame_equal(shown.summary, result.summary)
+
+
+def test_maps_alone_are_measured_beside_the_limit_of_the_parser(model, tmp_path):
+    result = Score(n=2, categories="none", clip="none", maps="0.3,0.5").run(model, out=tmp_path / "run", progress=False)
+    maps = read_table(tmp_path / "run" / "maps.parquet")
+    assert sorted(maps["sigma"].unique()) == [0.3, 0.5] and set(result.summary["category"]) == {"all", "real"}
+    own = Score(n=2, prompts="a red ring", num_steps=1, maps="0.5").run(model, progress=False)
+    assert len(own.store.table("maps")) == 8 * 3 * 5 * 2 and "opposite" not in str(own.texts())
 
 
 def test_the_table_of_opposites_names_what_is_stated():
