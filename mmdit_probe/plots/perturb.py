@@ -66,7 +66,7 @@ def effects_by_layer(summary: pd.DataFrame, outcomes: Sequence[str], *, title: s
             axes.set(title=LABELS.get(name, name), ylabel="difference from unedited")
             style.whole(axes, "edited layer")
         style.legend(figure, grid[0])
-        style.title(figure, title)
+        style.headline(figure, title)
     return figure
 
 
@@ -77,9 +77,8 @@ def effects_grid(summary: pd.DataFrame, outcome: str, *, title: str = "") -> Fig
     grid = part.pivot(index="layer", columns=column, values="effect")
     marks = part.pivot(index="layer", columns=column, values="verdict")
     top = float(grid.abs().max().max()) or 1.0
-    with style.context():
-        figure = style.figure(max(style.COLUMN, 1.4 + 0.4 * len(grid.columns)), 1.3 + 0.22 * len(grid.index))
-        axes = figure.subplots()
+    width, height = max(style.COLUMN, 1.4 + 0.4 * len(grid.columns)), 1.3 + 0.22 * len(grid.index)
+    with style.panels(width, height, title=title) as (figure, axes):
         shown = style.heat(axes, grid, low=-top, high=top, colours="PuOr", decimals=2)
         for y, row in enumerate(marks.to_numpy()):
             for x, verdict in enumerate(row):
@@ -89,7 +88,6 @@ def effects_grid(summary: pd.DataFrame, outcome: str, *, title: str = "") -> Fig
         axes.set_title(LABELS.get(outcome, outcome))
         figure.colorbar(shown, ax=axes)
         style.legend(figure, axes)
-        style.title(figure, title)
     return figure
 
 
@@ -100,9 +98,7 @@ def guidance_sweep(summary: pd.DataFrame, *, title: str = "") -> Figure:
         summary: from `experiments.generate.summarise`. Hollow markers are controls of equal size.
     """
     name = next((n for n in ("facts", "clip_t") if n in set(summary["outcome"])), "change")
-    with style.context():
-        figure = style.figure(style.COLUMN, 2.7)
-        axes = figure.subplots()
+    with style.panels(style.COLUMN, 2.7, title=title) as (figure, axes):
         guided = _over_stock(axes, summary, name)
         for place, (key, rows) in enumerate(guided.groupby(["layers", "control"], observed=True)):
             rows, control = rows.sort_values("scale"), str(key[1])
@@ -113,7 +109,6 @@ def guidance_sweep(summary: pd.DataFrame, *, title: str = "") -> Figure:
         axes.set_xlabel("guidance scale s")
         axes.set_xticks(sorted(set(guided["scale"])))
         style.legend(figure, axes)
-        style.title(figure, title)
     return figure
 
 
@@ -124,9 +119,8 @@ def guidance_by_layer(summary: pd.DataFrame, *, title: str = "") -> Figure:
         summary: from `experiments.generate.summarise`, of single layers. Hollow markers are controls of equal size.
     """
     names = [name for name in ("facts", "clip_t", "change") if name in set(summary["outcome"])]
-    with style.context():
-        figure = style.figure(style.COLUMN if len(names) == 1 else style.PAGE, 2.6)
-        panels = figure.subplots(1, len(names), squeeze=False)[0]
+    width = style.COLUMN if len(names) == 1 else style.PAGE
+    with style.panels(width, 2.6, len(names), title=title) as (figure, panels):
         for axes, name in zip(panels, names, strict=True):
             guided = _over_stock(axes, summary, name)
             series = list(guided.groupby(["scale", "control"], observed=True))
@@ -140,7 +134,6 @@ def guidance_by_layer(summary: pd.DataFrame, *, title: str = "") -> Figure:
                 )  # fmt: skip
             style.whole(axes, "guiding layer")
         style.legend(figure, *panels)
-        style.title(figure, title)
     return figure
 
 

@@ -31,10 +31,15 @@ with processes.joined(), processes.from_first(lambda: RunFolder.open("demo", {},
     except UserError as error:
         refused = str(error)
     folder.record(rank=rank)
+    processes.barrier()
+    if rank == 1:
+        folder.record(second=True)
+    processes.barrier()
+    second = '"second"' in (out / "run" / "run.json").read_text()
     (out / f"{rank}.txt").write_text(str(rank))
     processes.collect([out / f"{rank}.txt"])
     processes.barrier()
-(out / f"{rank}.json").write_text(json.dumps([world, parts, refused, str(folder.path)]))
+(out / f"{rank}.json").write_text(json.dumps([world, parts, refused, second, str(folder.path)]))
 """
 
 LOSE = """
@@ -72,7 +77,7 @@ def test_two_processes_share_and_tell(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert first == second == [
-        2, [{"0": 0, "2": 0, "4": 0}, {"1": 1, "3": 1}], "refused by process 0", str(tmp_path / "run"),
+        2, [{"0": 0, "2": 0, "4": 0}, {"1": 1, "3": 1}], "refused by process 0", False, str(tmp_path / "run"),
     ]  # fmt: skip
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["status"], record["rank"]) == ("finished", 0)
