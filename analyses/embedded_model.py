@@ -18,8 +18,9 @@ import pandas as pd
 
 from mmdit_probe import load
 from mmdit_probe.experiments import Score
-from mmdit_probe.experiments.score import PARSED, REAL
+from mmdit_probe.experiments.score import REAL
 from mmdit_probe.results.statistics import interval
+from mmdit_probe.scenes.parser import SCORES
 
 OUT = Path(__file__).parent / "results" / "embedded_model"
 MODELS = {"scenes-sd3": "all", "scenes-sd3-random": "none"}
@@ -27,12 +28,10 @@ MODELS = {"scenes-sd3": "all", "scenes-sd3-random": "none"}
 
 
 def guidance_table(model: object, options: argparse.Namespace) -> pd.DataFrame:
-    """Scores on held-out captions of the "val" split, all categories alike, for each guidance; same seeds, best first."""
+    """Scores on captions of the "val" split, all categories alike, for each guidance with the same seeds; best first."""
     rows = []
     for guidance in options.guidance:
-        experiment = Score(
-            n=options.n_val, split="val", clip="none", num_steps=options.num_steps, guidance=guidance
-        )
+        experiment = Score(n=options.n_val, split="val", clip="none", num_steps=options.num_steps, guidance=guidance)
         table = experiment.run(model, out="auto", resume=True).table
         rows.append({"guidance": guidance, **means(table[table["category"] != REAL])})
     return pd.DataFrame(rows).sort_values("things_right", ascending=False, kind="stable")
@@ -49,7 +48,7 @@ def alignment_table(images: pd.DataFrame) -> pd.DataFrame:
 def means(part: pd.DataFrame) -> dict[str, object]:
     """Number of images, and each score's mean with its interval."""
     row: dict[str, object] = {"n": len(part)}
-    for name in PARSED:
+    for name in SCORES:
         row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(part[name].astype(float))
     return row
 

@@ -83,13 +83,21 @@ def markdown(
         )
     failed = int((against["verdict"] != ABOVE).sum())
     lines += ["", f"{failed} of {len(against)} comparisons are not above their control."]
-    lines += ["", "## Agreement", "", "Spearman correlation over layers, 95 % interval over items; p: of such a correlation among unrelated orders.", ""]
+    lines += [
+        "",
+        "## Agreement",
+        "",
+        "Spearman correlation over layers, 95 % interval over items; p: of such a correlation among unrelated orders.",
+        "",
+    ]
     lines += ["| first | second | rank correlation | p |", "|-|-|-|-|"]
     for row in agreement.to_dict("records"):
         same = row["first"] == row["second"]
         if same or row["first_split"] == row["second_split"] == report:
             first, second = (f"{row[k]} ({row[f'{k}_split']})" if same else row[k] for k in ("first", "second"))
-            lines.append(f"| {first} | {second} | {row['rho']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}] | {row['p']:.2f} |")
+            lines.append(
+                f"| {first} | {second} | {row['rho']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}] | {row['p']:.2f} |"
+            )
     return "\n".join(lines) + "\n"
 
 

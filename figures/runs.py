@@ -93,7 +93,7 @@ def given(options: argparse.Namespace, experiment: type[Experiment]) -> dict[str
     """
     from mmdit_probe.errors import unknown
     from mmdit_probe.options import described
-    from mmdit_probe.segment.methods.base import parse_option
+    from mmdit_probe.segment.settings import parse_option
 
     known = {field.name: "str" in str(field.type) for field in described(experiment)}
     found = {}

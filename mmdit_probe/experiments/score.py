@@ -12,7 +12,7 @@ parser reads the pictures back, its own limit stands beside ("real"), and `maps`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -42,12 +42,13 @@ _ADAPTER = "scored"
 
 @dataclass(frozen=True)
 class Job:
-    """A task: pictures of a variant by number ("pictures"), scenes as they are ("real"), maps at a sigma ("maps")."""
+    """A task: pictures of a variant by number ("pictures"), scenes as they are ("real"), or nothing but maps ("maps");
+    with the word maps at some noise levels."""
 
     kind: str
     variant: str = BASE
     numbers: Sequence[int] = ()
-    sigma: float = 0.0
+    sigmas: Sequence[float] = ()
 
 
 @dataclass
@@ -70,8 +71,6 @@ class Score(Sampling, Experiment):
     """
 
     name: ClassVar[str] = "score"
-    tables: ClassVar[tuple[str, ...]] = ("scores", "maps")
-
     lora: Annotated[
         Sequence[str], Option("Adapter to compare with the base model: [NAME=]PATH; repeatable.", panel=INPUT)
     ] = ()
@@ -118,8 +117,19 @@ class Score(Sampling, Experiment):
             self.vqa,
             self.export,
         )
+        if self.only_maps and not self.sigmas():
+            raise UserError("--categories none leaves nothing to score; give noise levels of the maps: --maps 0.5")
         if all(scorer is None for scorer in scorers):
             raise UserError("nothing to score with: give a CLIP or BLIP model, or a folder to export to")
+
+    @property
+    def only_maps(self) -> bool:
+        """Whether nothing is generated: the word maps alone are scored."""
+        return self.prompts is None and self.categories == "none"
+
+    @property
+    def tables(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("maps",) if self.only_maps else ("scores", "maps")
 
     def variants(self) -> dict[str, str | None]:
         """Name -> adapter; the base model first.
@@ -184,7 +194,11 @@ class Score(Sampling, Experiment):
         ]
         if self.prompts is None and inputs:
             tasks.append(Job(REAL))
-        tasks += [Job("maps", sigma=sigma) for sigma in self.sigmas()]
+        # A task counts by its rows of the main table: where pictures are scored, the maps go with the first of them.
+        if self.only_maps:
+            tasks = [Job("maps", sigmas=(sigma,)) for sigma in self.sigmas()]
+        else:
+            tasks[0] = replace(tasks[0], sigmas=self.sigmas())
         request = request_of(
             model, variants=scorers.variants, prompts=inputs, images_per_prompt=each, num_steps=self.num_steps,
             guidance=self.guidance, seed=self.seed, clip=self.clip, vqa=self.vqa, maps=self.sigmas(), n=self.n,
@@ -194,11 +208,11 @@ class Score(Sampling, Experiment):
 
     def measure(self, study: Study, task: Job, record: Recorder) -> None:
         jobs, scorers = study.state
-        if task.kind == "maps":
-            record.write("maps", self._maps(study.model, task.sigma))
-        elif task.kind == REAL:
+        for sigma in task.sigmas:
+            record.write("maps", self._maps(study.model, sigma))
+        if task.kind == REAL:
             record.write("scores", real_scenes(self.n, self.split))
-        else:
+        elif task.kind == "pictures":
             adapt(study.model, scorers, task.variant)
             record.write("scores", self._pictures(study.model, task, jobs, scorers))
 
@@ -240,16 +254,21 @@ class Score(Sampling, Experiment):
         return frame
 
     def summarise(self, result: Result) -> pd.DataFrame:
+        if self.only_maps:
+            return result.table[result.table["head"] == "mean"]
         table = result.table
         return compare_variants(table[table["category"] != REAL], self.baseline)
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
-        return {"comparison": result.summary}
+        return {"maps_by_layer" if self.only_maps else "comparison": result.summary}
 
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.magnet import differences
-        from mmdit_probe.plots.scores import scores
+        from mmdit_probe.plots.scores import map_scores, scores
 
+        if self.only_maps:
+            count = int(result.summary["n"].max())
+            return {"maps": map_scores(result.summary, title=f"{result.model_name}: I2T maps, n = {count} scenes")}
         title, main = f"{result.model_name}: {self._how(result)}", result.summary["metric"].iloc[0]
         figures = {"scores": scores(result.summary, main, title=title)}
         if result.summary["variant"].nunique() > 1:
@@ -261,6 +280,8 @@ class Score(Sampling, Experiment):
         return f"n = {count} prompts, {self.num_steps} steps, guidance {self.guidance:g}"
 
     def tell(self, result: Result) -> list[Text]:
+        if self.only_maps:
+            return [map_table(result.table)]
         from mmdit_probe.scenes.parser import SCORES
 
         shown = [
@@ -280,6 +301,8 @@ class Score(Sampling, Experiment):
 
     def document(self, result: Result) -> dict[str, Any]:
         maps = {"maps": result.store.table("maps")} if result.store.has("maps") else {}
+        if self.only_maps:
+            return maps
         return {"comparison": result.summary, **maps}
 
 
