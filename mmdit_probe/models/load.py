@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from mmdit_probe import assets
-from mmdit_probe.errors import RunError, UserError, first_line, unknown
+from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families.registry import FAMILIES, Family, refuse_class
 from mmdit_probe.models.mmdit import MMDiT, default_length
