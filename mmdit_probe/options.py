@@ -33,6 +33,7 @@ class Option:
         min, max: inclusive bounds of a number, or of each number in a sequence. above: exclusive lower bound.
         flag: its name on the command line; by default `--` and the field's name with hyphens.
         shown_default: what `--help` shows instead of the field's default. panel: heading in `--help`.
+        argument: whether it stands on the command line by its place, without a flag.
     """
 
     help: str
@@ -42,6 +43,7 @@ class Option:
     flag: str | None = None
     shown_default: str | None = None
     panel: str | None = None
+    argument: bool = False
 
 
 class Described(NamedTuple):
@@ -53,6 +55,8 @@ class Described(NamedTuple):
 
     @property
     def flag(self) -> str:
+        if self.option.argument:
+            return self.name.upper()
         return self.option.flag or "--" + self.name.replace("_", "-")
 
 

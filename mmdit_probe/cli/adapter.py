@@ -83,10 +83,12 @@ def _parameter(field: Described, default: Any) -> inspect.Parameter:
     if get_origin(kind) is list:
         default = list(default or [])
     shown = option.shown_default if option.shown_default is not None else default not in (None, [])
-    said = typer.Option(
+    said: Any = typer.Option(
         *([field.flag, *_SHORT.get(field.name, ())] if kind is bool or option.flag or field.name in _SHORT else []),
         help=option.help, rich_help_panel=option.panel, show_default=shown,
     )  # fmt: skip
+    if option.argument:
+        said = typer.Argument(help=option.help, show_default=shown)
     annotation: Any = Annotated[kind, said]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 

@@ -28,12 +28,15 @@ from mmdit_probe.experiments import (
     AttentionBudget,
     Attribute,
     Diagnose,
+    Explore,
     FeaturePCA,
     Generate,
     Perturb,
+    Report,
     Score,
     SelectLayers,
     ValueNorms,
+    WordMaps,
 )
 
 INTERRUPTED = 130
@@ -71,6 +74,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+for experiment in (WordMaps, Explore, Report):
+    app.command(experiment.name)(command_of(experiment))
 for experiment in (AttentionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers):
     app.command(experiment.name)(command_of(experiment))
 app.command("segment")(segment.command)

@@ -21,13 +21,16 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.attribute import Attribute as Attribute
     from mmdit_probe.experiments.diagnose import Diagnose as Diagnose
     from mmdit_probe.experiments.experiment import Experiment as Experiment
+    from mmdit_probe.experiments.explore import Explore as Explore
     from mmdit_probe.experiments.feature_pca import FeaturePCA as FeaturePCA
     from mmdit_probe.experiments.generate import Generate as Generate
     from mmdit_probe.experiments.perturb import Perturb as Perturb
+    from mmdit_probe.experiments.report import Report as Report
     from mmdit_probe.experiments.result import Result as Result
     from mmdit_probe.experiments.score import Score as Score
     from mmdit_probe.experiments.select_layers import SelectLayers as SelectLayers
     from mmdit_probe.experiments.value_norms import ValueNorms as ValueNorms
+    from mmdit_probe.experiments.word_maps import WordMaps as WordMaps
 
 OF_COMMAND = {
     "attention-budget": "AttentionBudget",
@@ -39,6 +42,9 @@ OF_COMMAND = {
     "generate": "Generate",
     "select-layers": "SelectLayers",
     "score": "Score",
+    "maps": "WordMaps",
+    "explore": "Explore",
+    "report": "Report",
 }
 """Command -> the experiment that it runs."""
 
@@ -47,13 +53,16 @@ _MODULES = {
     "Attribute": "attribute",
     "Diagnose": "diagnose",
     "Experiment": "experiment",
+    "Explore": "explore",
     "FeaturePCA": "feature_pca",
     "Generate": "generate",
     "Perturb": "perturb",
+    "Report": "report",
     "Result": "result",
     "Score": "score",
     "SelectLayers": "select_layers",
     "ValueNorms": "value_norms",
+    "WordMaps": "word_maps",
 }
 
 __all__ = ["OF_COMMAND", "experiment_of", *_MODULES]
@@ -78,6 +87,7 @@ def experiment_of(command: str, options: Mapping[str, Any]) -> Experiment:
 
 def read(folder: Path | str) -> Result:
     """The result that a run folder holds."""
+    from mmdit_probe.experiments.report import Report as Report
     from mmdit_probe.experiments.result import Result
 
     return Result.read(folder)

@@ -66,12 +66,10 @@ class Experiment:
     Class attributes:
         name: of the command, and of the folder that its runs lie in.
         tables: what `measure` writes; a task counts when its rows of the first are on disk.
-        arrays: names under which `measure` keeps arrays for figures.
     """
 
     name: ClassVar[str]
     tables: ClassVar[tuple[str, ...]]
-    arrays: ClassVar[tuple[str, ...]] = ()
 
     seed: Annotated[int, Option("Seed of the first item; item k uses seed + k.", min=0, max=2**63 - 1)] = 0
 
