@@ -53,6 +53,11 @@ KNOWN_LAYERS: tuple[tuple[str, tuple[int, ...], str], ...] = (
 """Part of a model's name, the layers that ground words in it, and who says so."""
 
 
+Side = Annotated[
+    int | None, Option("Of the picture in pixels.", min=1, shown_default="the model's own", panel=METHOD)
+]
+
+
 @dataclass(frozen=True)
 class Item:
     """One picture to make, or at hand."""
@@ -80,14 +85,15 @@ class Pictures(Sampling, Experiment):
         Any, Option("A photo to read instead of drawing: a file, a folder, or scenes:val:3.", panel=INPUT)
     ] = None
     limit: Annotated[int | None, Option("Use the first LIMIT prompts or pictures.", min=1, panel=INPUT)] = None
-    images_per_prompt: Annotated[int, Option("Pictures per prompt, each with a seed of its own.", min=1)] = 1
-    height: Annotated[int | None, Option("Of the picture in pixels.", min=1, shown_default="the model's own")] = None
-    width: Annotated[int | None, Option("Of the picture in pixels.", min=1, shown_default="the model's own")] = None
+    images_per_prompt: Annotated[int, Option("Pictures per prompt, each with a seed of its own.", min=1, panel=INPUT)] = 1
+    height: Side = None
+    width: Side = None
     stream: Annotated[
         str | None, Option("Tokens of this text encoder only, such as clip or t5.", shown_default="all", panel=METHOD)
     ] = None
     sigma: Annotated[
-        float, Option("Noise level of --image, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1)
+        float,
+        Option("Noise level of --image, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1, panel=METHOD),
     ] = 0.515
 
     def gather(self, scenes: bool) -> tuple[list[str], list[Sample]]:
@@ -201,7 +207,7 @@ class WordMaps(Pictures):
         )
         heads = checked_heads(self.heads, layers, model.heads)
         steps = [0] if self.image is not None else list(step_indices(self.steps, self.num_steps))
-        return {"layers": list(layers), "why": why, "heads": heads, "steps": steps}
+        return {"layers": sorted(layers), "why": why, "heads": heads, "steps": steps}
 
     def measure(self, study: Study, task: Item, record: Recorder) -> None:
         from mmdit_probe.observe.maps import TextMaps
@@ -329,19 +335,21 @@ def word_maps(
 
 def words_of(table: TokenTable, asked: Sequence[str] | None, stream: str | None = None) -> tuple[str, ...]:
     """The words of a prompt that are asked for (None: all but signs, each once) and that an encoder reads."""
-    named = table.words if asked is None else asked
-    found = {word.casefold(): word for word in reversed(named) if any(map(str.isalnum, word))}
-    spans = {word: table.word_spans(word, missing_ok=True) for word in reversed(found.values())}
+    found: dict[str, str] = {}
+    for word in table.words if asked is None else asked:
+        if any(map(str.isalnum, word)):
+            found.setdefault(word.casefold(), word)
+    spans = {word: table.word_spans(word, missing_ok=True) for word in found.values()}
     return tuple(word for word, of in spans.items() if (of if stream is None else stream in of))
 
 
 def grounding(model: MMDiT) -> tuple[tuple[int, ...], str]:
-    """The layers that ground words, and who says so: known ones, else the middle third."""
+    """The layers that ground words, best first, and who says so: known ones, else the middle third."""
     from mmdit_probe.segment.capture import middle_layers
 
     count = len(model.layers)
     names = (model.name, getattr(model.pipeline.config, "_name_or_path", None) or "")
     for part, layers, source in KNOWN_LAYERS:
         if any(part in Path(name).name.lower() for name in names) and max(layers) < count:
-            return tuple(sorted(layers)), source
+            return layers, source
     return middle_layers(count), "the middle third"

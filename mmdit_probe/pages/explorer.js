@@ -8,13 +8,17 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const [rows, columns] = data.grid;
 const at = (id) => document.getElementById(id);
 
-const clickable = [...document.querySelectorAll(".tokens button:not(:disabled)")].map((b) => Number(b.dataset.word));
-const start = data.layers.indexOf(data.chosen.length ? data.chosen[0] : data.layers[0]);
+// At first: the best layer, and the two words with the highest maps in it.
+const start = Math.max(0, data.layers.indexOf(data.chosen[0]));
+const tops = data.i2t[String(data.layers[start])].max[0];
+const strongest = [...data.words.keys()]
+  .sort((one, other) => data.special.includes(one) - data.special.includes(other) || tops[other] - tops[one]);
+
 const state = {
-  a: clickable[0],
-  b: clickable.find((word) => word !== clickable[0]) ?? clickable[0],
+  a: strongest[0],
+  b: strongest[Math.min(1, strongest.length - 1)],
   which: "a",
-  layer: Math.max(0, start), // place in data.layers
+  layer: start, // place in data.layers
   head: 0, // 0 is the mean over heads
   step: 0, // 0 is the mean over steps
   strength: 65,

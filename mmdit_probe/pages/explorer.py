@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mmdit_probe.pages.page import Page, data_url, picture_url
 from mmdit_probe.plots.overlay import colours
-from mmdit_probe.plots.style import LABELS, OTHER, SPANS
+from mmdit_probe.plots.style import IMAGE, LABELS, OTHER, SPANS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,8 +29,6 @@ LIMIT = 9_600_000
 """Bytes of maps in a page; base64 makes 4/3 of them, so that a page stays below 15 MB."""
 STEPS = 6
 """Most sampling steps in a page."""
-IMAGE = "#9A9A9A"
-
 
 class Plan(NamedTuple):
     """How much a page holds: `steps` single steps beside their mean, single heads of `layers` layers, and how many
@@ -51,7 +49,7 @@ def plan(words: int, layers: int, heads: int, grid: tuple[int, int], steps: int,
     while True:
         room = LIMIT // (-(-grid[0] // coarse) * -(-grid[1] // coarse))
         left = room - 2 * layers * words  # both directions
-        if left >= layers * words or min(grid) <= coarse * 4:
+        if left >= max(layers, 2 * heads) * words or min(grid) <= coarse * 4:
             break
         coarse *= 2
     fitting = max(0, min(head_layers, left // (4 * heads * words) or left // (2 * heads * words)))
@@ -65,8 +63,9 @@ class Exploration:
 
     Attributes:
         title, prompt, about: plain text. image: the picture.
-        words: names of the G maps. tokens: the prompt in order, (text, which word, or -1); special ones come last.
-        layers: indices. steps: names of the R rows.
+        words: names of the G maps; special: which of them are no words. tokens: the prompt in order, (text, which word,
+            or -1), then what is no word of it.
+        layers: indices; chosen: those that ground words, best first. steps: names of the R rows.
         i2t: [L, R, G, h, w], image queries. t2i: [L, G, h, w], text queries, mean over steps.
         heads: layer -> ([H, G, h, w] I2T, the same of T2I), mean over steps.
         kinds: names of the K kinds of key. budget: [L, 1 + H, R, 2, K] shares of attention of image and text queries,
@@ -101,6 +100,7 @@ def explorer(of: Exploration) -> Page:
         "words": list(of.words),
         "layers": list(of.layers),
         "chosen": list(of.chosen),
+        "special": sorted(of.special),
         "steps": list(of.steps),
         "heads": of.budget.shape[1] - 1,
         "i2t": {str(layer): atlas(of.i2t[k]) for k, layer in enumerate(of.layers)},
@@ -140,7 +140,8 @@ def coarser(maps: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
     return maps.astype(np.float32)
 
 
-_COLOURS = {**SPANS, "image": IMAGE, "other": OTHER}
+_COLOURS = SPANS | {"template": "#009E73", "image": IMAGE, "other": OTHER}
+"""Of the kinds of key: one bar holds them all, so that none shares the image's colour."""
 
 
 def _body(of: Exploration) -> str:
@@ -158,7 +159,7 @@ def _body(of: Exploration) -> str:
 
     def panel(letter: str, direction: str, words: str) -> str:
         return (
-            f'<figure class="{letter}"><canvas id="{letter}-{direction}" role="img"></canvas>'
+            f'<figure class="{letter} {letter}-{direction}"><canvas id="{letter}-{direction}" role="img"></canvas>'
             f'<figcaption><span class="name" id="{letter}-{direction}-name"></span> {words}<br>'
             f'<span class="soft" id="{letter}-{direction}-value"></span></figcaption></figure>'
         )
@@ -187,7 +188,6 @@ def _body(of: Exploration) -> str:
 <figure><img id="picture" alt="{escape(of.prompt)}"><figcaption>picture</figcaption></figure>
 {panel("a", "i2t", i2t)}
 {panel("a", "t2i", t2i)}
-<figure aria-hidden="true"></figure>
 {panel("b", "i2t", i2t)}
 {panel("b", "t2i", t2i)}
 </div>
