@@ -9,9 +9,9 @@ under `figures/out/<model>/`. Pictures are those of scenes:val unless `--images`
 
 from __future__ import annotations
 
+from mmdit_probe.experiments.pca_items import summarise
 from runs import model_of, options_of, run_folder, take, target, write
 
-from mmdit_probe.experiments.pca_items import summarise
 from mmdit_probe.plots.pca import pca_scores
 from mmdit_probe.results import read_table
 

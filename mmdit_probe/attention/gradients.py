@@ -167,13 +167,6 @@ def text_maps(
     return maps.mean(1) if heads == "mean" else maps
 
 
-def masses(call: SDPACall, text: Columns, rows: Columns = slice(None)) -> Tensor:
-    """Mass that queries give to the text keys, [B, H, R] float32, differentiable in q and k."""
-    weights = torch.zeros(1, call.key.shape[-2], 1, device=call.query.device)
-    weights[:, text] = 1.0
-    return weighted(call, weights, rows)[..., 0]
-
-
 def _streamed_lse(call: SDPACall) -> Tensor:
     """Row log-sum-exp by blocks of rows, for devices whose kernels give none."""
     parts = []

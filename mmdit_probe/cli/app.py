@@ -74,9 +74,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for experiment in (WordMaps, Explore, Report):
-    app.command(experiment.name)(command_of(experiment))
-for experiment in (AttentionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers):
+EXPERIMENTS = (
+    WordMaps, Explore, Report, AttentionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute,
+    SelectLayers,
+)  # fmt: skip
+for experiment in EXPERIMENTS:
     app.command(experiment.name)(command_of(experiment))
 app.command("segment")(segment.command)
 app.command("discover")(discover.command)

@@ -14,8 +14,9 @@ and processes, stands here and nowhere else. Not here: where rows go (`experimen
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -66,10 +67,12 @@ class Experiment:
     Class attributes:
         name: of the command, and of the folder that its runs lie in.
         tables: what `measure` writes; a task counts when its rows of the first are on disk.
+        early: whether the first table can be told from the first tasks, before all are done.
     """
 
     name: ClassVar[str]
     tables: ClassVar[tuple[str, ...]]
+    early: ClassVar[bool] = False
 
     seed: Annotated[int, Option("Seed of the first item; item k uses seed + k.", min=0, max=2**63 - 1)] = 0
 
@@ -171,8 +174,13 @@ class Experiment:
         return result
 
 
+EARLY = 8.0
+"""Seconds after which the first tasks are told, where an experiment can."""
+
+
 def _work(experiment: Experiment, study: Study, store: Store, shown: Progress) -> None:
     """The loop over tasks that are not done, of which this process takes its share."""
+    began, told = time.monotonic(), not experiment.early
     with store.writing(experiment.tables):
         mine = store.mine(len(study.tasks))
         left = [number for number in mine if number not in store.done]
@@ -180,7 +188,20 @@ def _work(experiment: Experiment, study: Study, store: Store, shown: Progress) -
             for number in left:
                 with store.task(number, advance, study.ticks) as record:
                     experiment.measure(study, study.tasks[number], record)
+                if not told and time.monotonic() - began > EARLY and number != left[-1]:
+                    told = True
+                    _tell_early(experiment, store, shown)
     experiment.finish(study, store)
+
+
+def _tell_early(experiment: Experiment, store: Store, shown: Progress) -> None:
+    """The first table, of the tasks done so far, above the bar."""
+    from mmdit_probe.experiments.result import Result
+    from mmdit_probe.experiments.text import TextTable
+
+    table = experiment.tell(Result(experiment, store))[0]
+    if isinstance(table, TextTable):
+        shown.early(replace(table, title="so far"))
 
 
 def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:
@@ -198,12 +219,9 @@ def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:
 def text_of(model: MMDiT) -> dict[str, Any]:
     """What a request says of how text is encoded where that is not the model's own way: neither weights nor prompts
     tell."""
-    from mmdit_probe.models.mmdit import default_length
-
     left_out = hasattr(model.pipeline, "text_encoder_3") and model.pipeline.text_encoder_3 is None
-    own = default_length(model.pipeline, model.family)
-    length = model.max_sequence_length
-    return ({"no_t5": True} if left_out else {}) | ({"max_sequence_length": length} if length != own else {})
+    length = {} if model.max_sequence_length == model.own_length else {"max_sequence_length": model.max_sequence_length}
+    return ({"no_t5": True} if left_out else {}) | length
 
 
 def described(model: MMDiT) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.options import METHOD
-from mmdit_probe.experiments.word_maps import Item, Pictures, grounding
+from mmdit_probe.experiments.pictured_words import Item, Pictures, grounding
 from mmdit_probe.options import Option
 from mmdit_probe.specs import Spec, layer_indices
 
@@ -70,7 +70,7 @@ class Explore(Pictures):
         model, chosen = study.model, study.request["chosen"]
         table = model.token_tables([task.prompt])[0]
         special = [pair for pair in special_spans(table) if self.stream in (None, pair[1])]
-        words = [*task.words, *special]
+        words: list[str | int | tuple[str, str]] = [*task.words, *special]
         layers = range(len(model.layers))
         grid = self._grid(model)
         total = 1 if task.picture else self.num_steps
@@ -80,7 +80,9 @@ class Explore(Pictures):
         first = [*chosen, *(layer for layer in layers if layer not in chosen)]
         apart = sorted(first[: fits.layers])
         i2t, t2i = (TextMaps(words, queries=queries, stream=self.stream) for queries in ("image", "text"))
-        heads = [TextMaps(words, heads="all", queries=q, stream=self.stream) for q in ("image", "text")] if apart else []
+        heads = (
+            [TextMaps(words, heads="all", queries=q, stream=self.stream) for q in ("image", "text")] if apart else []
+        )
         mass = AttentionMass()
         with probe(model, *heads, layers=apart or "all", steps=steps):
             image = self.look(model, task, [i2t, t2i, mass], "all", "all" if task.picture else steps)
@@ -192,9 +194,7 @@ def special_spans(table: TokenTable) -> list[tuple[str, str]]:
     return sorted((pair for pair in pairs if pair[0] in SPECIAL), key=lambda pair: SPECIAL.index(pair[0]))
 
 
-def budgets(
-    table: pd.DataFrame, layers: range, heads: int, steps: list[int]
-) -> tuple[list[str], np.ndarray]:
+def budgets(table: pd.DataFrame, layers: range, heads: int, steps: list[int]) -> tuple[list[str], np.ndarray]:
     """Kinds of key, and the shares [L, 1 + H, 1 + S, 2, K] of image and text queries: means over heads and steps first.
 
     Args:

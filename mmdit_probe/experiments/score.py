@@ -53,7 +53,7 @@ class Job:
 
 
 @dataclass
-class _Scorers:
+class Scorers:
     """What looks at the pictures, and which adapter is loaded."""
 
     parser: Any = None
@@ -171,7 +171,7 @@ class Score(Sampling, Experiment):
         from mmdit_probe.evaluate.clipscore import ClipScorer
         from mmdit_probe.scenes import load_parser
 
-        scorers = _Scorers(
+        scorers = Scorers(
             load_parser() if self.prompts is None else None,
             None if self.clip == "none" else ClipScorer.load(self.clip),
             None if self.vqa is None else BlipAsker.load(self.vqa),
@@ -215,7 +215,7 @@ class Score(Sampling, Experiment):
         return table.assign(ceiling=grid_ceiling(items, model.default_size[0] // model.size_multiple))
 
     def _pictures(
-        self, model: MMDiT, task: Job, jobs: Sequence[tuple[str, int, str]], scorers: _Scorers
+        self, model: MMDiT, task: Job, jobs: Sequence[tuple[str, int, str]], scorers: Scorers
     ) -> pd.DataFrame:
         """Rows of some pictures: picture j of prompt k is drawn from seed + images k + j whatever the variant."""
         import pandas as pd
@@ -282,7 +282,7 @@ class Score(Sampling, Experiment):
         return {"comparison": result.summary, **maps}
 
 
-def adapt(model: MMDiT, scorers: _Scorers, variant: str) -> None:
+def adapt(model: MMDiT, scorers: Scorers, variant: str) -> None:
     """Make a variant's adapter the loaded one."""
     from mmdit_probe.models.adapters import load_adapter
 

@@ -91,7 +91,7 @@ class MMDiT:
         pipeline: the stock diffusers pipeline. transformer, scheduler: its parts.
         name: what it was loaded as. family: the facts that apply.
         max_sequence_length: length of the text streams that have no fixed one (SD3: T5's positions). Default: the
-            smaller of the tokenizer's own limit and the family's default.
+            smaller of the tokenizer's own limit and the family's default. own_length: what it was at first.
         batch: what is known of the denoising call in progress (read by `probe`); None between calls.
     """
 
@@ -99,9 +99,8 @@ class MMDiT:
         self.pipeline = pipeline
         self.name = name or type(pipeline).__name__
         self.family: Family = family_of(unwrap(pipeline.transformer))
-        self.max_sequence_length = (
-            default_length(pipeline, self.family) if max_sequence_length is None else max_sequence_length
-        )
+        self.own_length = default_length(pipeline, self.family) if max_sequence_length is None else max_sequence_length
+        self.max_sequence_length = self.own_length
         self.batch: Batch | None = None
         self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
 

@@ -310,12 +310,12 @@ class Run:
     def _label(self, inputs: dict[str, Any], samples: int) -> DenoisingCall:
         """What is known of the call that begins; says too whether it is to be observed."""
         layout = next(iter(self._layouts.values()))[0]
-        caller = calling_pipeline(self.transformer) if self._rows is not None else None
+        caller = calling_pipeline(self.transformer) if self.pipeline is not None else None
         if caller is not None:
             self._clock.scheduler = caller.scheduler
         step, sigmas = self._clock.at(inputs.get(self.family.timestep_input), samples, self.family)
         batch = self.model.batch if self.model is not None else None
-        if batch is None and self._rows is not None and self._branches is None:
+        if batch is None and self.pipeline is not None and self._branches is None:
             batch = self._followed(caller, inputs[self.family.text_input], samples, sigmas[0])
         if batch is None:
             batch = Batch(None, [""] * samples, [-1] * samples, self._named_branches(samples))
@@ -342,19 +342,25 @@ class Run:
 
     def _followed(self, caller: Any, text: Any, samples: int, sigma: float) -> Batch | None:
         """The labels that the pipeline's own calls give; None, with a note, if it did not encode this text."""
-        assert self._rows is not None
+        name = type(self.pipeline).__name__
         if caller is not None and caller is not self.pipeline:
             self.note(
                 f"the transformer was called by another pipeline ({type(caller).__name__}) than the probed one: its"
                 " prompts, seeds and branches are unknown; probe that pipeline"
             )
             return None
-        batch = self._rows.batch(text, samples, self._context, sigma)
-        if batch is None and self._tokens is None:
+        batch = None if self._rows is None else self._rows.batch(text, samples, self._context, sigma)
+        if self._tokens is not None:
+            return batch
+        if self._rows is None:
+            self.note(f"prompts, words, seeds and branches of {name} are not followed: they are unknown")
+        elif batch is None:
             self.note(
-                f"the text of a denoising call is not what {type(self.pipeline).__name__}.encode_prompt gave (did a"
-                " callback change it?): its prompt, words, seed and branch are unknown"
+                f"the text of a denoising call is not what {name}.encode_prompt gave (did a callback change it?): its"
+                " prompt, words, seed and branch are unknown"
             )
+        elif not any(batch.tokens or ()):
+            self.note(f"{name} was given its text as embeddings, or in another template: its words are unknown")
         return batch
 
     def _given_tables(self, rows: int, length: int) -> list[TokenTable | None]:

@@ -30,6 +30,7 @@ LIMIT = 9_600_000
 STEPS = 6
 """Most sampling steps in a page."""
 
+
 class Plan(NamedTuple):
     """How much a page holds: `steps` single steps beside their mean, single heads of `layers` layers, and how many
     tokens a side are averaged into one (`coarse`)."""
@@ -128,7 +129,7 @@ def atlas(maps: NDArray[np.float32]) -> dict[str, Any]:
     return {"src": data_url(buffer.getvalue()), "max": [[float(f"{value:.4g}") for value in row] for row in top]}
 
 
-def coarser(maps: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
+def coarser(maps: NDArray[Any], factor: int) -> NDArray[Any]:
     """Maps [..., h, w] with `factor` x `factor` tokens averaged into one; a last part that is smaller too."""
     if factor == 1:
         return maps

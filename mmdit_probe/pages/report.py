@@ -1,6 +1,6 @@
 """The report's page: what was measured on a model, section by section, figures inside.
 
-    report("scenes-sd3", "which layers ground words", [Section("Attention budget", ["..."], [table], [figure])]).save(path)
+    report("scenes-sd3", ["what this is"], [Section("Attention budget", ["..."], [table])]).save("index.html")
 
 Not here: which experiments are run and what they say (`experiments.report`).
 """
@@ -8,7 +8,7 @@ Not here: which experiments are run and what they say (`experiments.report`).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from io import BytesIO
@@ -36,13 +36,20 @@ class Section:
     answer: str = ""
 
 
-def report(title: str, summary: Sequence[str], sections: Sequence[Section]) -> Page:
-    """The page of sections, with an overview that leads to them."""
+def report(
+    title: str, summary: Sequence[str], sections: Sequence[Section], links: Mapping[str, str] | None = None
+) -> Page:
+    """The page of sections, with an overview that leads to them.
+
+    Args:
+        title, summary: plain text. links: text -> name of a file beside the page.
+    """
     marks = [f"{number}-{re.sub(r'[^a-z]+', '-', one.title.lower())}" for number, one in enumerate(sections)]
     overview = "".join(
         f'<li><a href="#{mark}">{escape(one.title)}</a>{": " if one.answer else ""}{escape(one.answer)}</li>'
         for mark, one in zip(marks, sections, strict=True)
     )
+    overview += "".join(f'<li><a href="{escape(file)}">{escape(text)}</a></li>' for text, file in (links or {}).items())
     parts = "".join(_section(mark, one) for mark, one in zip(marks, sections, strict=True))
     lines = "".join(f"<p>{escape(line)}</p>" for line in summary)
     body = (
@@ -59,7 +66,9 @@ def _section(mark: str, one: Section) -> str:
     )
     tables = "".join(f'<div class="wide">{table}</div>' for table in one.tables)
     lines = "".join(f"<p>{escape(line)}</p>" for line in one.lines)
-    return f'<section aria-labelledby="{mark}"><h2 id="{mark}">{escape(one.title)}</h2>{figures}{tables}{lines}</section>'
+    return (
+        f'<section aria-labelledby="{mark}"><h2 id="{mark}">{escape(one.title)}</h2>{figures}{tables}{lines}</section>'
+    )
 
 
 def _png(drawn: Figure) -> str:

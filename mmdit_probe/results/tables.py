@@ -184,7 +184,6 @@ class MemorySink:
         self._parts: dict[str, list[np.ndarray]] = {}
         self._types: dict[str, np.dtype] = {}
         self._words: dict[str, dict[Any, int]] = {}
-        self._plain: set[str] = set()
         self._lengths: list[int] = []
 
     def write(self, columns: Mapping[str, Any]) -> None:
@@ -207,7 +206,8 @@ class MemorySink:
         return sum(part.nbytes for parts in self._parts.values() for part in parts)
 
     def table(self) -> pd.DataFrame:
-        """Everything written so far, in the order of the columns of the first write; categories stay categories."""
+        """Everything written so far, as `read_table` gives it: columns in the order of the first write, text as
+        categories."""
         import pandas as pd
 
         columns: dict[str, Any] = {}
@@ -216,12 +216,10 @@ class MemorySink:
                 part if len(part) != 1 else np.repeat(part, n) for part, n in zip(parts, self._lengths, strict=True)
             ]
             numbers = np.concatenate(whole)
-            if name not in self._words:
-                columns[name] = numbers.astype(self._types[name], copy=False)
-            elif name in self._plain:
-                columns[name] = np.array([*self._words[name], None], dtype=object)[:-1][numbers]
-            else:
+            if name in self._words:
                 columns[name] = text_column(numbers, self._words[name])
+            else:
+                columns[name] = numbers.astype(self._types[name], copy=False)
         return pd.DataFrame(columns)
 
     def _codes(self, name: str, column: Any) -> np.ndarray:
@@ -230,8 +228,8 @@ class MemorySink:
         if hasattr(column, "categories"):
             places = [known.setdefault(word, len(known)) for word in column.categories]
             return np.array(places, np.int32)[column.codes]
-        self._plain.add(name)
-        return np.fromiter((known.setdefault(value, len(known)) for value in column), np.int32, len(column))
+        places = (-1 if value is None else known.setdefault(value, len(known)) for value in column)
+        return np.fromiter(places, np.int32, len(column))
 
 
 def _packed(numbers: np.ndarray) -> np.ndarray:
