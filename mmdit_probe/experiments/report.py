@@ -154,6 +154,7 @@ class Report(Sampling, Experiment):
         found = self.results(result)
         sections = [_section(titles[name], one) for name, one in found.items() if name != "explore"]
         summary = [
+            *self.answer(result),
             f"{result.data['model']['family']}, {result.data['model']['layers']} layers x"
             f" {result.data['model']['heads']} heads; n = {request['limit']} prompts or pictures per analysis,"
             f" {request['num_steps']} steps, guidance {request['guidance']:g}. Layers are 0-based; I2T = image queries,"
@@ -162,6 +163,11 @@ class Report(Sampling, Experiment):
         links = {f"Every layer, head and step of {request['prompts'][0]!r}": EXPLORER}
         title = f"Which layers ground words in {result.model_name}?"
         return report(title, summary, [*sections, _provenance(result, found)], links)
+
+    def answer(self, result: Result) -> list[str]:
+        """What was selected, and how stable that is."""
+        lines = [text for text in self.results(result)["select-layers"].texts() if isinstance(text, str)]
+        return [line.split("; pass")[0] for line in lines if line.startswith(("stability", "selected"))][::-1]
 
     def files(self, result: Result, folder: Path) -> None:
         self.page(result).save(folder / PAGE)
@@ -182,10 +188,8 @@ class Report(Sampling, Experiment):
         table = TextTable(["analysis", "rows", "seconds"], left=("analysis",))
         for row in result.table.to_dict("records"):
             table.add(str(row["part"]), str(row["rows"]), f"{row['seconds']:.0f}")
-        lines = [text for text in self.results(result)["select-layers"].texts() if isinstance(text, str)]
-        chosen = [line for line in lines if line.startswith(("stability", "selected"))]
         assert result.path is not None
-        return [table, *chosen, f"open in a browser: {result.path / PAGE}"]
+        return [table, *self.answer(result), f"open in a browser: {result.path / PAGE}"]
 
     def document(self, result: Result) -> dict[str, Any]:
         assert result.path is not None
