@@ -28,7 +28,7 @@ MODELS = {"scenes-sd3": "all", "scenes-sd3-random": "none"}
 
 
 def guidance_table(model: object, options: argparse.Namespace) -> pd.DataFrame:
-    """Scores on captions of the "val" split, all categories alike, for each guidance with the same seeds; best first."""
+    """Scores on captions of the "val" split, all categories alike, for each guidance on the same seeds; best first."""
     rows = []
     for guidance in options.guidance:
         experiment = Score(n=options.n_val, split="val", clip="none", num_steps=options.num_steps, guidance=guidance)

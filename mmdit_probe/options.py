@@ -56,6 +56,8 @@ class Described(NamedTuple):
 
     @property
     def flag(self) -> str:
+        if self.option.argument:
+            return self.name.upper()
         return self.option.flag or "--" + self.name.replace("_", "-")
 
 

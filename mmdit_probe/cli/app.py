@@ -32,21 +32,24 @@ from mmdit_probe.experiments import (
     Diagnose,
     Discover,
     Evaluate,
+    Explore,
     FeaturePCA,
     Generate,
     HeadTriage,
     Perturb,
+    Report,
     Score,
     Segment,
     SelectLayers,
     SwapTest,
     TrainMagnet,
     ValueNorms,
+    WordMaps,
 )
 
 COMMANDS: tuple[Any, ...] = (
-    AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers,
-    SwapTest, HeadTriage, BlockOperations, Segment, Discover, Evaluate, Score, TrainMagnet,
+    WordMaps, Explore, Report, AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose,
+    Attribute, SelectLayers, SwapTest, HeadTriage, BlockOperations, Segment, Discover, Evaluate, Score, TrainMagnet,
 )  # fmt: skip
 RESUMABLE = {one.name for one in COMMANDS if "resume" not in getattr(one, "without", ())}
 INTERRUPTED = 130

@@ -69,14 +69,12 @@ class Experiment:
     Class attributes:
         name: of the command, and of the folder that its runs lie in.
         tables: what `measure` writes; a task counts when its rows of the first are on disk.
-        arrays: names under which `measure` keeps arrays for figures.
         early: whether the first table can be told from the first tasks, before all are done.
         examples: command lines below the help text.
     """
 
     name: ClassVar[str]
     tables: ClassVar[tuple[str, ...]]
-    arrays: ClassVar[tuple[str, ...]] = ()
     early: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ()
 
