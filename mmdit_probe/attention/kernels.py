@@ -113,7 +113,7 @@ def check(case: Case, dtype: str, device: str, kernel: str) -> dict[str, Any]:
     except Exception as error:
         return row | {"status": "fail", "reason": first_line(error)}
     host = [None if t is None else t.cpu() for t in (call.query, call.key, call.attn_mask)]
-    dense, true_lse = reference.probabilities(*host), reference.logsumexp(*host)
+    dense, true_lse = reference.probabilities(*host), reference.logsumexp(*host)  # type: ignore[arg-type]
     errors = {
         "lse": None if lse is None else _largest(lse, true_lse),
         "mass": _largest(masses, dense[..., text].sum(-1)[:, :, : case.image].mean(-1)),
