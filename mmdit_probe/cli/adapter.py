@@ -53,8 +53,7 @@ def run(experiment: Experiment, session: Session) -> None:
 
 def named(session: Session) -> Named:
     """The model of a session."""
-    options = {"device": session.device, "dtype": session.dtype, "t5": not session.no_t5, "lora": session.lora}
-    return Named(session.model, options, session.max_sequence_length)
+    return Named(session.model, session.loading, session.max_sequence_length)
 
 
 def _session_parameters() -> Iterator[tuple[str, inspect.Parameter]]:

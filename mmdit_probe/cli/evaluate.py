@@ -119,12 +119,11 @@ def command(
             "accelerate started one process only (--cpu leaves the others to MPI): use accelerate launch --multi_gpu "
             "--num_processes N, or torchrun --nproc_per_node N; both take CPUs where there is no GPU"
         )
-    model, lora = session.model, session.lora
+    model = session.model
     here = replace(session, device=processes.local_device(session.device))
-    named = model if lora is None else f"{model}+{lora}"
-    captures = Captures(lambda: load_model(here), named, cache, text_of(session))
-    if lora is not None:
-        _ = captures.model  # an adapter's folder may hold other weights than when the cache was made: compare now
+    captures = Captures(lambda: load_model(here), session.named, cache, text_of(session))
+    if session.named != model:
+        _ = captures.model  # an adapter's or GGUF file may hold other weights than when the cache was made: compare now
     facts = captures.facts
     selection = reading.selection
     if selection is not None and load_selection(selection).weight_hash != facts["weight_hash"]:

@@ -21,13 +21,23 @@ import typer
 
 DEFAULT_MODEL = "scenes-sd3"
 
-Model = Annotated[str, typer.Option("--model", "-m", help="Embedded model, diffusers directory or hub id.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Embedded model, diffusers directory, hub id or .safetensors file.")
+]
 Lora = Annotated[
     str | None,
     typer.Option(help="LoRA on the model: a folder as train-magnet or diffusers writes it, or a hub id."),
 ]
 Device = Annotated[str, typer.Option(help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps.")]
 Dtype = Annotated[str, typer.Option(help="auto (float32 on CPU, bfloat16 on CUDA), float32, bfloat16, float16.")]
+Offload = Annotated[
+    str | None,
+    typer.Option(help="Keep weights in the processor's memory until called for: model, sequential or group."),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(help="Store the transformer's weights in fewer bits: int8, fp8, nf4, or gguf:FILE in their place."),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the first item; item k uses seed + k.", min=0)]
 Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="Run folder.", show_default="runs/<command>/<time>-<hash>")
@@ -104,12 +114,25 @@ class Session:
     max_sequence_length: Length = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    offload: Offload = None
+    quantize: Quantize = None
     seed: Seed = 0
     out: Out = None
     resume: Resume = False
     quiet: Quiet = False
     as_json: Json = False
     debug: Debug = False
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """What `load` is told beside the model's name."""
+        told = {name: getattr(self, name) for name in ("device", "dtype", "lora", "offload", "quantize")}
+        return told | {"t5": not self.no_t5}
+
+    @property
+    def named(self) -> str:
+        """The name that `load` gives the model."""
+        return "+".join([self.model, *(more for more in (self.lora, self.quantize) if more is not None)])
 
     @property
     def embedded(self) -> bool:

@@ -27,7 +27,7 @@ def load_model(session: Session) -> MMDiT:
     from mmdit_probe.attention import tiles
 
     tiles.BFLOAT16_UNITS = True  # a command owns its process
-    model = load(session.model, lora=session.lora, device=session.device, dtype=session.dtype, t5=not session.no_t5)
+    model = load(session.model, **session.loading)
     if session.max_sequence_length is not None:
         model.max_sequence_length = session.max_sequence_length
     return model
