@@ -10,6 +10,7 @@ the pipeline (`models.load`).
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,9 @@ def base_of(file: str) -> str:
     """
     from diffusers.loaders import single_file_utils
 
-    kind = _NO_MODEL
-    try:
-        kind = single_file_utils.infer_diffusers_model_type(_shapes(file))
-    except (KeyError, UnboundLocalError, IndexError):  # a known name with a shape of no known model
-        pass
+    shapes, kind = _shapes(file), _NO_MODEL
+    with suppress(KeyError, UnboundLocalError, IndexError):  # a known name with a shape of no known model
+        kind = single_file_utils.infer_diffusers_model_type(shapes)
     if kind == _NO_MODEL:
         raise UserError(f"{file} is no checkpoint of a transformer that diffusers can tell by its weights; {_ADVICE}")
     return str(single_file_utils.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])

@@ -92,8 +92,9 @@ def test_a_quantised_transformer_is_probed_and_told_apart(
 
 
 def test_commands_take_and_record_it(tiny_directory: Path, tmp_path: Path, capsys: Any) -> None:
-    line = ["attention-budget", "--model", str(tiny_directory), "--offload", "group", "--device", "cpu", "--prompts",
-            "a red ring", "--num-steps", "1", "--control", "none", "--out", str(tmp_path / "run"), "--quiet"]  # fmt: skip
+    line = ["attention-budget", "--model", str(tiny_directory), "--offload", "group", "--device", "cpu"]
+    line += ["--prompts", "a red ring", "--num-steps", "1", "--control", "none"]
+    line += ["--out", str(tmp_path / "run"), "--quiet"]
     with pytest.raises(SystemExit) as stop:
         main(line)
     assert not stop.value.code, capsys.readouterr().err
