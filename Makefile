@@ -30,7 +30,7 @@ format: $(VENV)/.stamp
 	$(BIN)/ruff format .
 
 figures: $(VENV)/.stamp
-	$(BIN)/python figures/make.py --model $(MODEL) --device $(DEVICE) $(foreach name,DATASET IMAGES CLIP DINO JOBS,\
+	$(BIN)/python figures/make.py --model $(MODEL) --device $(DEVICE) $(foreach name,DATASET LORA IMAGES CLIP DINO JOBS,\
 		$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) $($(name)))) $(if $(FRESH),--fresh)
 
 notebooks: $(VENV)/.stamp-notebooks

@@ -34,6 +34,11 @@ class RunError(ProbeError):
     exit_code = 1
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, on one line; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def unknown(kind: str, found: object, known: Iterable[object], limit: int = 12) -> UserError:
     """The error for a name that does not exist, with the closest match and the names that do.
 

@@ -33,6 +33,7 @@ class Option:
         min, max: inclusive bounds of a number, or of each number in a sequence. above: exclusive lower bound.
         flag: its name on the command line; by default `--` and the field's name with hyphens.
         shown_default: what `--help` shows instead of the field's default. panel: heading in `--help`.
+        argument: on the command line it is given by its place, without a flag. values: what a shell may complete.
     """
 
     help: str
@@ -42,6 +43,8 @@ class Option:
     flag: str | None = None
     shown_default: str | None = None
     panel: str | None = None
+    argument: bool = False
+    values: tuple[str, ...] = ()
 
 
 class Described(NamedTuple):

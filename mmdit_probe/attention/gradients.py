@@ -36,7 +36,7 @@ from mmdit_probe.attention.tiles import Columns, bias_of
 Space = Literal["logit", "probability"]
 """Maps before the softmax (scale q k^T + bias) or after it."""
 
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 128
 
 
 @torch.library.custom_op("mmdit_probe::row_lse", mutates_args=())
@@ -44,7 +44,7 @@ def _row_lse(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, s
     call = SDPACall(query, key, key, mask, 0.0, is_causal, scale)
     lse = exact.logsumexp(call)
     # A fresh tensor in one memory order: a compiled graph is told nothing else.
-    return (_streamed_lse(call) if lse is None else lse.float()).clone(memory_format=torch.contiguous_format)
+    return (streamed_lse(call) if lse is None else lse.float()).clone(memory_format=torch.contiguous_format)
 
 
 @_row_lse.register_fake
@@ -82,7 +82,7 @@ def row_lse(call: SDPACall) -> Tensor:
     learned bias) gets its own as well, in O(N^2) memory, which is what such a mask has anyway.
     """
     if call.attn_mask is not None and call.attn_mask.requires_grad:
-        return _streamed_lse(call)
+        return streamed_lse(call)
     lse: Tensor = torch.ops.mmdit_probe.row_lse(
         call.query, call.expanded_key(), call.additive_mask(call.query.dtype), call.is_causal, call.scale_factor
     )
@@ -167,9 +167,10 @@ def text_maps(
     return maps.mean(1) if heads == "mean" else maps
 
 
-def _streamed_lse(call: SDPACall) -> Tensor:
-    """Row log-sum-exp by blocks of rows, for devices whose kernels give none."""
+def streamed_lse(call: SDPACall) -> Tensor:
+    """Row log-sum-exp [B, H, Nq] by blocks of rows, for devices whose kernels give none; 0 where no key is seen."""
     parts = []
     for start in range(0, call.query.shape[-2], _ROWS_AT_ONCE):
         parts.append(logits(call, slice(None), slice(start, start + _ROWS_AT_ONCE)).logsumexp(-1))
-    return torch.cat(parts, -1)
+    lse = torch.cat(parts, -1)
+    return lse.masked_fill(lse == float("-inf"), 0.0)

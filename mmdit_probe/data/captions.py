@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from mmdit_probe.data.text import read_json
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, first_line
 from mmdit_probe.results.atomic import write_json
 
 
@@ -45,9 +45,9 @@ class Captioner:
             model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True)
             processor = AutoProcessor.from_pretrained(name)
         except (OSError, ValueError, KeyError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"no captioning model {name!r}: expected a folder or a hub id of an image-to-text model ({first})"
+                f"no captioning model {name!r}: expected a folder or a hub id of an image-to-text model"
+                f" ({first_line(error)})"
             ) from error
         return cls(name, model.to(device).eval().requires_grad_(False), processor, instruction)
 

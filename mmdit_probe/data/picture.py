@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdit_probe.data.text import regular
-from mmdit_probe.errors import ProbeError, UserError
+from mmdit_probe.errors import ProbeError, UserError, first_line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,17 +128,26 @@ def listed(folder: Path) -> list[Path]:
         raise UserError(f"no folder {str(folder)!r}; expected a folder of pictures, or scenes:val")
     files = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and not p.is_dir()]
     files.sort(key=lambda p: (p.stem + p.suffix.lower(), p.name))
-    of_stem: dict[str, Path] = {}
-    for file in files:
-        if file.stem in of_stem:
-            raise UserError(
-                f"{str(folder)!r} holds {of_stem[file.stem].name!r} and {file.name!r}, which share captions and masks;"
-                " rename or remove one"
-            )
-        of_stem[file.stem] = file
     if not files:
         raise UserError(f"no picture in {str(folder)!r}; expected files ending in {', '.join(SUFFIXES)}")
-    return files
+    return list(by_name(files, folder, lambda file: file.stem).values())
+
+
+def by_name(files: Iterable[Path], folder: Path, name: Callable[[Path], str]) -> dict[str, Path]:
+    """Files of a folder by the name that a picture, its caption and its masks share.
+
+    Raises:
+        UserError: two of one name.
+    """
+    found: dict[str, Path] = {}
+    for file in files:
+        other = found.setdefault(name(file), file)
+        if other is not file:
+            raise UserError(
+                f"{str(folder)!r} holds {other.name!r} and {file.name!r}, which share captions and masks;"
+                " rename or remove one"
+            )
+    return found
 
 
 def _plain(image: Image, name: str, reduce: bool) -> Picture:
@@ -229,5 +238,4 @@ def _of_array(array: NDArray[Any]) -> Image:
 
 def _reason(error: Exception) -> str:
     names = {"UnidentifiedImageError": "no picture format", "DecompressionBombError": "too many pixels"}
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return names.get(type(error).__name__, first)
+    return names.get(type(error).__name__, first_line(error))

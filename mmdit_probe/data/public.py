@@ -27,6 +27,10 @@ from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import read_lines
 from mmdit_probe.errors import UserError, unknown
 
+ROOTS = ("", "VOCdevkit", "VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010", "coco", "cityscapes",
+         "ADEChallengeData2016")  # fmt: skip
+"""Where a data set may lie below the root that is given."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -50,12 +54,8 @@ class Layout:
 
     def there(self, root: Path) -> bool:
         """Both folders exist and hold at least one label file of this layout."""
-        labels = root / self.labels
-        return (
-            (root / self.images).is_dir()
-            and labels.is_dir()
-            and next(self._files(labels, self.suffix), None) is not None
-        )
+        images, labels = root / self.images, root / self.labels
+        return images.is_dir() and labels.is_dir() and any(True for _ in self._files(labels, self.suffix))
 
     def pairs(self, root: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:
         """(name, image, label) of every labelled image, and the names of images or labels without the other."""
@@ -102,16 +102,11 @@ class Public:
             UserError: none of the layouts is.
         """
         for layout in self.layouts:
-            for place in (root, *(p for p in (root / "VOCdevkit", *self._below(root)) if p.is_dir())):
+            for place in (root / name for name in ROOTS):
                 if layout.there(place):
                     return place, layout
         wanted = "; or ".join(f"{layout.images} and {layout.labels}" for layout in self.layouts)
         raise UserError(f"{str(root)!r} has no layout of {self.name}: expected {wanted}")
-
-    def _below(self, root: Path) -> list[Path]:
-        names = ("VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010", "coco", "cityscapes",
-                 "ADEChallengeData2016")  # fmt: skip
-        return [root / name for name in names]
 
     def read(self, root: Path) -> Dataset:
         """The data set below a root."""
@@ -247,23 +242,22 @@ def prepare(kind: str, root: Path, out: Path) -> int:
 
     from mmdit_probe.results.atomic import make_folder, replacing
 
-    sources = {
-        "coco-object": ("stuffthingmaps/val2017", _objects, None),
-        "coco-stuff-27": ("stuffthingmaps/val2017", None, COARSE),
-        "pc60-last": ("SegmentationClassContext", None, {0: 59, **_minus_one(59)}),
+    sources: dict[str, tuple[str, Mapping, int]] = {
+        "coco-object": ("stuffthingmaps/val2017", _objects, 81),
+        "coco-stuff-27": ("stuffthingmaps/val2017", COARSE, 27),
+        "pc60-last": ("SegmentationClassContext", {0: 59, **_minus_one(59)}, 60),
     }
     if kind not in sources:
         raise unknown("preparation", kind, sources)
-    place, function, table = sources[kind]
+    place, mapping, classes = sources[kind]
     places = (root / place, root / "VOCdevkit/VOC2010" / place, root / "coco" / place)
     folder = next((path for path in places if path.is_dir()), None)
     files = sorted(folder.glob("*.png")) if folder is not None else []
     if not files:
         raise UserError(f"{str(root)!r} has no {place} with label PNGs, which {kind} is made from")
     make_folder(out)
-    classes = {"coco-object": 81, "coco-stuff-27": 27, "pc60-last": 60}[kind]
     for path in files:
-        ids = mapped(path, function if function is not None else table or {}, classes)()
+        ids = mapped(path, mapping, classes)()
         with replacing(out / path.name) as temporary:
             Image.fromarray(ids.astype(np.uint8)).save(temporary, "PNG")
     return len(files)

@@ -20,7 +20,7 @@ from pathlib import Path
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.labels import Ids
 from mmdit_probe.data.masks import MAX_MASKS, MIN_AREA, Masks, Regions, decode_rle, fitted, in_order, largest, paint
-from mmdit_probe.data.picture import open_picture, picture_size
+from mmdit_probe.data.picture import by_name, open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import caption_beside, read_json
 from mmdit_probe.errors import UserError
@@ -38,26 +38,21 @@ def sa1b_pairs(root: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:
     """
     split = (root / "images").is_dir() and (root / "annotations").is_dir()
     of_pictures, of_masks = (root / "images", root / "annotations") if split else (root, root)
-    annotations = _by_name(of_masks, (".json",))
+    annotations = _files(of_masks, (".json",))
     if not annotations:
         raise UserError(
             f"{str(root)!r} has no SA-1B annotations; expected sa_*.jpg and sa_*.json side by side, or in images/ and "
             "annotations/"
         )
-    pictures = _by_name(of_pictures, SUFFIXES)
+    pictures = _files(of_pictures, SUFFIXES)
     pairs = [(name, pictures[name], annotations[name]) for name in sorted(pictures.keys() & annotations.keys())]
     return pairs, sorted(pictures.keys() ^ annotations.keys())
 
 
-def _by_name(root: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def _files(root: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """Files sa_* below a root by their path without the suffix."""
-    found: dict[str, Path] = {}
-    for path in sorted(p for p in root.rglob("sa_*") if p.suffix.lower() in suffixes):
-        name = str(path.relative_to(root).with_suffix(""))
-        if name in found:
-            raise UserError(f"{str(root)!r} holds {found[name].name!r} and {path.name!r} of one name; remove one")
-        found[name] = path
-    return found
+    files = sorted(path for path in root.rglob("sa_*") if path.suffix.lower() in suffixes)
+    return by_name(files, root, lambda path: str(path.relative_to(root).with_suffix("")))
 
 
 def sa1b_masks(

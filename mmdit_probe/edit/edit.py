@@ -12,6 +12,7 @@ Edits of one layer compose in the order given to `probe(edits=[...])`: the first
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -94,6 +95,22 @@ class Addressed:
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         plain = {name: list(v) if isinstance(v, tuple | list) else v for name, v in values.items()}
         return {"edit": type(self).__name__, **plain}
+
+
+@dataclass(frozen=True)
+class Factored(Addressed):
+    """What multiplies something by `factor`; 1 is the no-op."""
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.factor):
+            raise UserError(f"factor {self.factor}: expected a finite number")
+
+    @property
+    def neutral(self) -> bool:
+        return self.factor == 1.0
 
 
 @dataclass(frozen=True)
@@ -286,12 +303,17 @@ def _keys(edit: Edit, table: TokenTable, layout: Layout) -> Tensor:
     return keys
 
 
+def has_words(table: TokenTable, phrase: str) -> bool:
+    """Whether every word of a phrase is one of the prompt's."""
+    known = {word.lower() for word in table.words}
+    return all(part.lower() in known for part in phrase.split())
+
+
 def _words(words: Sequence[str], table: TokenTable) -> Tensor:
     """[T] boolean: the positions of these words; a word that a row's prompt does not have selects nothing there."""
     chosen = torch.zeros(len(table), dtype=torch.bool)
-    known = [word.lower() for word in table.words]
     for word in words:
-        if all(part.lower() in known for part in word.split()):
+        if has_words(table, word):
             for positions in table.word_spans(word).values():
                 chosen[positions] = True
     return chosen

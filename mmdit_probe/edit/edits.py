@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.edit.edit import Edit, Place, Proceed
+from mmdit_probe.edit.edit import Edit, Factored, Place, Proceed, has_words
 from mmdit_probe.errors import UserError, unknown
 
 Where = Literal["probabilities", "logits"]
@@ -117,19 +117,10 @@ class Blur(Gaussian, KeyMix):
 
 
 @dataclass(frozen=True)
-class Scale(KeyMix):
+class Scale(Factored, KeyMix):
     """Multiply the block's probabilities by `factor`; 0 removes what its queries read there, 1 is the no-op."""
 
     factor: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not math.isfinite(self.factor):
-            raise UserError(f"factor {self.factor}: expected a finite number")
-
-    @property
-    def neutral(self) -> bool:
-        return self.factor == 1.0
 
     def matrix(self, place: Place, row: int) -> Tensor:
         return self.factor * torch.eye(int(place.keys[row].sum()), dtype=torch.float64)
@@ -167,8 +158,7 @@ class Swap(KeyMix):
         matrix = torch.eye(int(chosen.sum()), dtype=torch.float64)
         place_of = {int(p): k for k, p in enumerate(chosen.nonzero()[:, 0])}
         table = place.tables[row]
-        known = [word.lower() for word in table.words]
-        if not all(part.lower() in known for word in self.words for part in word.split()):
+        if not all(has_words(table, word) for word in self.words):
             return matrix
         first, second = (table.word_spans(word) for word in self.words)
         for stream in first.keys() & second.keys():

@@ -32,7 +32,7 @@ from mmdit_probe.experiments.sweep import (
 )
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import NONE, compare, interval
+from mmdit_probe.results.statistics import NONE, interval
 from mmdit_probe.specs import Spec, layer_indices
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ class Generate(Sweep):
     def summarise(self, result: Result) -> pd.DataFrame:
         return summarise(result.table)
 
-    def compare(self, result: Result) -> pd.DataFrame:
-        return compare(gains(result.table), ["layers", "scale", "outcome"])
+    def scores(self, result: Result) -> pd.DataFrame:
+        return gains(result.table)
 
     def claim(self, result: Result) -> str:
         aligned = aligned_outcome(result.table.columns) or "no measure of it"

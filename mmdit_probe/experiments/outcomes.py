@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, first_line
 from mmdit_probe.evaluate.clipscore import cosine
 from mmdit_probe.segment.clip import CLIP
 
@@ -100,7 +100,7 @@ class Dino:
         from transformers import AutoImageProcessor, AutoModel
 
         self.device = device
-        self.model = _local(AutoModel, path).to(device).float().eval()
+        self.model = _local(AutoModel, path, use_safetensors=True).to(device).float().eval()
         self.processor = _local(AutoImageProcessor, path)
 
     @torch.no_grad()
@@ -147,9 +147,9 @@ def measure(
     return {name: values for outcome in outcomes for name, values in outcome(prompts, images, unedited).items()}
 
 
-def _local(kind: Any, path: Path | str) -> Any:
+def _local(kind: Any, path: Path | str, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(str(path))
+        return kind.from_pretrained(str(path), **options)
     except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or ["unreadable"])[0]
-        raise UserError(f"cannot load {getattr(kind, '__name__', 'model')} from {str(path)!r}: {first}") from error
+        name = getattr(kind, "__name__", "model")
+        raise UserError(f"cannot load {name} from {str(path)!r}: {first_line(error)}") from error

@@ -31,7 +31,7 @@ from mmdit_probe.experiments.sweep import (
 )
 from mmdit_probe.experiments.text import TextTable, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import FEWEST, NONE, compare, interval
+from mmdit_probe.results.statistics import FEWEST, NONE, interval
 from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
@@ -112,8 +112,8 @@ class Perturb(Places, Sweep):
     def summarise(self, result: Result) -> pd.DataFrame:
         return summarise(result.table)
 
-    def compare(self, result: Result) -> pd.DataFrame:
-        return compare(losses(result.table), [*PLACE, "outcome"])
+    def scores(self, result: Result) -> pd.DataFrame:
+        return losses(result.table)
 
     def claim(self, result: Result) -> str:
         main = self._main(result)

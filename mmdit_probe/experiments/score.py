@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
 
 BASE, REAL = "base", "real"
-PARSED = ("facts", "all_right", "things_right", "grounds_right")
-"""Scores of the scenes parser: share of the caption's facts that hold, and whether all, the objects, the grounds do."""
 KEYS = ["category", "index", "prompt", "seed"]
 STREAMS = ("all", "clip", "t5")
 """Whose tokens make a word's map: both streams of the joint text, or one of them."""
@@ -263,6 +261,8 @@ class Score(Sampling, Experiment):
         return f"n = {count} prompts, {self.num_steps} steps, guidance {self.guidance:g}"
 
     def tell(self, result: Result) -> list[Text]:
+        from mmdit_probe.scenes.parser import SCORES
+
         shown = [
             metric
             for metric in dict.fromkeys(result.summary.metric)
@@ -271,7 +271,8 @@ class Score(Sampling, Experiment):
         texts: list[Text] = [variant_table(result.summary, metric, self.baseline) for metric in shown]
         real = result.table[result.table["category"] == REAL]
         if len(real):
-            limits = ", ".join(f"{name.replace('_', ' ')} {real[name].astype(float).mean():.3f}" for name in PARSED)
+            texts.append(opposite_table(result.summary))
+            limits = ", ".join(f"{name.replace('_', ' ')} {real[name].astype(float).mean():.3f}" for name in SCORES)
             texts.append(f"the parser on {len(real)} real scenes, its own limit: {limits}.")
         if result.store.has("maps"):
             texts.append(map_table(result.store.table("maps")))
@@ -323,16 +324,12 @@ def prompts_by_category(source: str, n: int) -> list[tuple[str, str]]:
 
 
 def parsed(parser: Any, texts: Sequence[str], pictures: Sequence[Any]) -> pd.DataFrame:
-    """What the scenes parser reads in pictures: one column per score of `PARSED`."""
+    """What the scenes parser reads in pictures: one column per score of `scenes.parser.judge`."""
     import pandas as pd
 
-    from mmdit_probe.scenes.parser import aligned, alignment, grounds_right, things_right
+    from mmdit_probe.scenes.parser import judge
 
-    functions = dict(zip(PARSED, (alignment, aligned, things_right, grounds_right), strict=True))
-    return pd.DataFrame(
-        {name: float(function(text, reading)) for name, function in functions.items()}
-        for text, reading in zip(texts, parser.read(pictures), strict=True)
-    )
+    return pd.DataFrame(judge(text, reading) for text, reading in zip(texts, parser.read(pictures), strict=True))
 
 
 def real_scenes(n: int, split: str) -> pd.DataFrame:
@@ -411,6 +408,21 @@ def variant_table(comparison: pd.DataFrame, metric: str, baseline: str) -> TextT
             if name != baseline:
                 cells.append(signed(row.difference, row.difference_low, row.difference_high))
         table.add(*cells)
+    return table
+
+
+def opposite_table(comparison: pd.DataFrame) -> TextTable:
+    """What captions state beside its opposite: shares of pictures that show each, where captions state such a thing."""
+    from mmdit_probe.scenes.parser import CONTRASTS
+
+    columns = [name for pair in CONTRASTS.items() for name in pair]
+    title = "stated beside opposite: share of pictures [95 % interval over prompts]"
+    names = [name.replace("_", " ") for name in columns]
+    table = TextTable(["variant", "category", *names], left=("variant", "category"), title=title)
+    for (variant, category), part in comparison.groupby(["variant", "category"], sort=False):
+        cells = part.set_index("metric").loc[columns, ["mean", "low", "high"]]
+        if cells["mean"].notna().any():
+            table.add(str(variant), str(category), *(bounded(*row) for row in cells.to_numpy()))
     return table
 
 

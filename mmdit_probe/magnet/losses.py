@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from mmdit_probe.attention.gradients import Space
 from mmdit_probe.errors import unknown
 from mmdit_probe.magnet.config import LossWeights, Normalise
-from mmdit_probe.segment.tail import minmax
+from mmdit_probe.segment.tail import minmax, resized
 
 _EPS = 1e-4
 
@@ -76,7 +76,7 @@ def mask_loss(logits: Tensor, masks: Tensor, weights: LossWeights) -> tuple[Tens
         masks: [K, H, W] boolean or in [0, 1].
     """
     targets = masks.to(logits.device, logits.dtype)
-    large = F.interpolate(logits[None], targets.shape[-2:], mode="bilinear", align_corners=False)[0]
+    large = resized(logits, (targets.shape[-2], targets.shape[-1]))
     return focal(large, targets, weights).mean(), dice(large, targets).mean()
 
 

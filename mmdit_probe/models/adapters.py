@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.quiet import quiet
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -55,8 +55,7 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
         with quiet(bars=wanted is None):
             pipeline.load_lora_weights(folder, adapter_name=name, use_safetensors=True, **options)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(f"LoRA {source!r} cannot be loaded: {reason}") from error
+        raise RunError(f"LoRA {source!r} cannot be loaded: {first_line(error)}") from error
     if set(getattr(transformer, "peft_config", {})) == before:
         raise UserError(f"LoRA {source!r} has no weights for this transformer; nothing was loaded")
 

@@ -15,7 +15,6 @@ for experts with a capacity, which couple tokens.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -62,14 +61,6 @@ class Site:
         """Whether image and text keys share a softmax."""
         return all({0, 1} <= set(labels.tolist()) for labels in self.labels)
 
-    @property
-    def cross(self) -> bool:
-        """Whether queries attend to text alone, from another number of tokens."""
-        return all(
-            0 not in labels and 1 in labels and count != len(labels)
-            for labels, count in zip(self.labels, self.queries, strict=True)
-        )
-
     def order(self, sample: int = 0) -> list[tuple[str, int]]:
         """Runs of (kind, number of keys) of one sample, in order."""
         kinds, counts = torch.unique_consecutive(self.labels[sample], return_counts=True)
@@ -113,12 +104,19 @@ def input_names(inputs: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return image, text
 
 
-def bind(transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of one call of a transformer's forward, by name."""
-    inputs = inspect.signature(type(transformer).forward).bind_partial(transformer, *args, **kwargs).arguments
-    inputs.pop("self", None)
-    further = inputs.pop("kwargs", {})
-    return {**inputs, **further}
+def joint_sites(transformer: nn.Module, sites: Mapping[str, Site]) -> dict[str, Site]:
+    """The sites, in forward order, at which image and text keys share a softmax: the joint-attention layers.
+
+    Raises:
+        UserError: there are none.
+    """
+    joint = {path: site for path, site in sites.items() if site.joint and site.regular}
+    if not joint:
+        raise UserError(
+            f"{type(transformer).__name__} is not an MM-DiT: at none of its attention calls do image and text keys"
+            " share one softmax (cross-attention models have no joint attention to probe)"
+        )
+    return joint
 
 
 @dataclass(frozen=True)

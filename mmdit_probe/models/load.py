@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mmdit_probe import assets
-from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.errors import RunError, UserError, first_line, unknown
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families.registry import FAMILIES, Family, refuse_class
 from mmdit_probe.models.mmdit import MMDiT, default_length
@@ -162,7 +162,7 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
     from diffusers import DiffusionPipeline
 
     family = next(family for family in FAMILIES.values() if family.transformer == index["transformer"][1])
-    if not t5 and len({stream.length == "tokenizer" for stream in family.streams}) < 2:
+    if not t5 and not _optional_encoder(family):
         raise UserError(f"{source} reads its prompt with one text encoder only; it cannot be left out")
     open_ended = [stream for stream in family.streams if stream.length != "tokenizer"]
     # A directory saved without an optional encoder loads only if it is passed as None again.
@@ -179,7 +179,7 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
             pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **left_out)
     except Exception as error:
         if Path(source).exists():
-            raise RunError(f"{source} cannot be loaded: {_first_line(error)}") from error
+            raise RunError(f"{source} cannot be loaded: {first_line(error)}") from error
         raise _hub_error(source, error) from error
     _check_complete(source, pipeline, family, notices)
     # Read before the tokenizer goes: without its encoder the stream keeps its length and holds zeros.
@@ -187,6 +187,16 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
     if not t5:
         pipeline.register_modules(**dict.fromkeys(name for stream in open_ended for name in stream.tokenizers))
     return pipeline, length
+
+
+def can_leave_out_t5(name: str) -> bool:
+    """Whether `load(name, t5=False)` has an encoder to leave out and another one to read with. Errors as `load`."""
+    index = _checked_index(_source(name)[0])
+    return any(_optional_encoder(f) for f in FAMILIES.values() if f.transformer == index["transformer"][1])
+
+
+def _optional_encoder(family: Family) -> bool:
+    return len({stream.length == "tokenizer" for stream in family.streams}) > 1
 
 
 def _check_complete(source: str, pipeline: Any, family: Family, notices: list[str]) -> None:
@@ -227,10 +237,6 @@ def _hub_error(source: str, error: Exception) -> UserError:
         f"{source} is no directory here and the hub cannot be reached; download it first, or use an embedded model"
         f" ({', '.join(embedded_models()) or 'none installed'})"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def pick_device(device: str | torch.device) -> torch.device:

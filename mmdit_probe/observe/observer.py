@@ -26,10 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit_probe.attention import exact
+from mmdit_probe.attention import exact, gradients
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import Record
-from mmdit_probe.attention.tiles import bias_of
 from mmdit_probe.errors import RunError, UserError, unknown
 from mmdit_probe.models.layout import Layer, Layout
 from mmdit_probe.models.tokens import TokenTable, unknown_table
@@ -38,9 +37,6 @@ from mmdit_probe.specs import HeadSpec, heads_at
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_LSE_QUERIES = 128
-"""Queries per chunk where the log-sum-exp must be computed here."""
 
 
 @dataclass
@@ -104,7 +100,7 @@ class LayerCall:
     @cached_property
     def logsumexp(self) -> Tensor:
         """Row log-sum-exp [B, H, N] float32: the kernel's, else computed here over chunks of queries."""
-        return self.record.lse if self.record.lse is not None else row_logsumexp(self.call)
+        return self.record.lse if self.record.lse is not None else gradients.streamed_lse(self.call)
 
     @cached_property
     def finite(self) -> Tensor:
@@ -338,15 +334,3 @@ def _signs(measured: Any) -> Iterator[Tensor]:
 def _finite(tensor: Tensor) -> Tensor:
     """The sum, 0-dim float32 on the tensor's device: finite if every number of the tensor is. Nothing is copied."""
     return tensor.detach().sum(dtype=torch.float32)
-
-
-def row_logsumexp(call: SDPACall) -> Tensor:
-    """Row log-sum-exp [B, H, N] over chunks of queries, for devices whose kernels give none; 0 where no key is seen."""
-    key, parts = call.expanded_key().float().mT, []
-    for start in range(0, call.query.shape[-2], _LSE_QUERIES):
-        queries = slice(start, start + _LSE_QUERIES)
-        logits = call.query[:, :, queries].float() @ key * call.scale_factor
-        bias = bias_of(call, slice(None), queries)
-        parts.append((logits if bias is None else logits + bias).logsumexp(-1))
-    lse = torch.cat(parts, -1)
-    return lse.masked_fill_(lse == float("-inf"), 0.0)

@@ -37,14 +37,14 @@ from mmdit_probe.attention.intercept import (
     watch,
 )
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.models.discover_layout import bind
 from mmdit_probe.models.families.facts import Family
 from mmdit_probe.models.layout import Layer, Layout, Places, arranged, unwrap
+from mmdit_probe.models.layout_source import layout_source
 from mmdit_probe.models.mmdit import Batch, MMDiT
+from mmdit_probe.models.pipeline_call import bind
 from mmdit_probe.models.tokens import TokenTable, fitted
 from mmdit_probe.observe.backend import hiding, processor_of, refuse_sharded, skipping
 from mmdit_probe.observe.clock import Clock
-from mmdit_probe.observe.facts import Facts, facts_of
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, check_finite
 from mmdit_probe.observe.pipeline_labels import PERTURBED, PipelineRows, calling_pipeline, is_pipeline
 from mmdit_probe.observe.sample_order import canonical, canonical_hidden, hidden_keys, joined
@@ -124,14 +124,14 @@ class Run:
             raise UserError(f"cannot probe {type(target).__name__}: expected an MMDiT, a pipeline or a transformer")
         self._outer = outer
         self.transformer = unwrap(outer)
-        self._facts: Facts = facts_of(self.transformer)
+        self._source = layout_source(self.transformer)
         self._wanted = layers
         self.all_layers: list[Layer] = []
         self.layers: list[Layer] = []
         self.observers = list(observers)
         self.edits = list(edits)
-        if self._facts.layers is not None:
-            self._choose(self._facts.layers)
+        if self._source.layers is not None:
+            self._choose(self._source.layers)
         self.steps = steps
         self.current: DenoisingCall | None = None
         self.notes: list[str] = []
@@ -156,7 +156,7 @@ class Run:
     @property
     def family(self) -> Family:
         """The facts that apply."""
-        return self._facts.family
+        return self._source.family
 
     def layout(self, layer: Layer) -> Layout:
         """Which token is which at one layer, in the order of its own attention call, in the denoising call in progress.
@@ -277,9 +277,9 @@ class Run:
         """A transformer call begins: find out what it is."""
         inputs = bind(self.transformer, args, kwargs)
         self._calls += 1
-        arrangements = self._facts.arrange(inputs)
-        if not self.all_layers and self._facts.layers is not None:
-            self._choose(self._facts.layers)
+        arrangements = self._source.arrange(inputs)
+        if not self.all_layers and self._source.layers is not None:
+            self._choose(self._source.layers)
             self._watch(self._stack)
         samples = _batch_size(inputs[self.family.image_input], inputs[self.family.text_input])
         self._layouts = {path: _spread(*arranged(of), samples) for path, of in arrangements.items()}

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit_probe.attention import exact
+from mmdit_probe.attention import exact, gradients
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.layout import KINDS
 from mmdit_probe.models.tokens import TokenTable
@@ -32,7 +32,6 @@ from mmdit_probe.observe.observer import (
     Observer,
     RowBatch,
     RowObserver,
-    row_logsumexp,
 )
 from mmdit_probe.specs import ALL_HEADS
 
@@ -157,8 +156,7 @@ class SinkFree(Observer):
         known = call.additive_mask(torch.float32)
         bias = (bias if known is None else bias + known).to(call.query.dtype)  # [B, H, 1 or N, N]
         without = replace(call, attn_mask=bias.expand(*call.query.shape[:3], layout.total))
-        rest = exact.logsumexp(without)
-        clean = exact.reduce(without, row_logsumexp(without) if rest is None else rest, text, image)
+        clean = exact.reduce(without, gradients.row_lse(without), text, image)
         return plain.unflatten(2, grid).cpu(), clean.unflatten(2, grid).cpu(), taken.mean(-1).cpu()
 
     def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:

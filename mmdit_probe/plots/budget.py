@@ -37,9 +37,8 @@ def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFr
     Returns: a matplotlib figure with three panels.
     """
     spans = [kind for kind in style.SPANS if f"I2T_{kind}" in summary and summary[f"I2T_{kind}_uniform"].max() > 0]
-    with style.context():
-        figure = style.figure(style.PAGE, max(2.6, 1.2 + 0.16 * len(summary)))
-        image, text, split = figure.subplots(1, 3, sharey=True)
+    height = max(2.6, 1.2 + 0.16 * len(summary))
+    with style.panels(style.PAGE, height, 3, sharey=True, title=title) as (figure, (image, text, split)):
         _stack(split, summary, [(f"I2T_{kind}", style.SPANS[kind], style.LABELS.get(kind, kind)) for kind in spans])
         split.set_title("I2T by kind of text token")
         for axes, name, words in ((image, "I2I", "image queries: I2I | I2T"), (text, "T2I", "text queries: T2I | T2T")):
@@ -62,7 +61,6 @@ def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFr
         image.set_ylabel("layer")
         image.set_yticks(_rows(summary), [str(layer) for layer in summary.layer])
         image.set_ylim(len(summary) - 0.4, -0.6)
-        style.title(figure, title)
     return figure
 
 

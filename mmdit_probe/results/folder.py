@@ -224,7 +224,7 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 
 def _same_request(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    differing = list(_differences(before, now))
+    differing = list(differences(before, now))
     if differing:
         name, was, asked = differing[0]
         others = f" (and {len(differing) - 1} more differ)" if len(differing) > 1 else ""
@@ -234,18 +234,18 @@ def _same_request(path: Path, before: Mapping[str, Any], now: Mapping[str, Any])
         )
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(name, before, now) of each option that differs; entries of nested ones, such as the inputs, on their own, and
     those of lists that look the same from the start."""
     for name in sorted({*before, *now}):
         was, asked = before.get(name), now.get(name)
         if isinstance(was, dict) and isinstance(asked, dict):
-            yield from _differences(was, asked, f"{at}{name}: ")
+            yield from differences(was, asked, f"{at}{name}: ")
         elif isinstance(was, list) and isinstance(asked, list) and was != asked and _short(was) == _short(asked):
             if len(was) != len(asked):
                 yield f"{at}number of {name}", len(was), len(asked)
             else:
-                yield from _differences(_numbered(was), _numbered(asked), f"{at}{name}: ")
+                yield from differences(_numbered(was), _numbered(asked), f"{at}{name}: ")
         elif was != asked:
             yield f"{at}{name}", was, asked
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.results.atomic import RESUME, disk, make_folder, remove_leftovers, replacing
 
 if TYPE_CHECKING:
@@ -228,8 +228,8 @@ class MemorySink:
         if hasattr(column, "categories"):
             places = [known.setdefault(word, len(known)) for word in column.categories]
             return np.array(places, np.int32)[column.codes]
-        places = (-1 if value is None else known.setdefault(value, len(known)) for value in column)
-        return np.fromiter(places, np.int32, len(column))
+        codes = (-1 if value is None else known.setdefault(value, len(known)) for value in column)
+        return np.fromiter(codes, np.int32, len(column))
 
 
 def _packed(numbers: np.ndarray) -> np.ndarray:
@@ -292,7 +292,7 @@ def _read(file: Path, columns: Sequence[str] | None, absent: bool = False) -> pa
                 raise UserError(f"{str(file)!r} has no column {missing[0]!r}; it has: {', '.join(known)}")
             return _encoded(table.read(columns=known if columns is None else [n for n in columns if n in known]))
     except pa.ArrowException as error:
-        raise UserError(f"{str(file)!r} is not a parquet table: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{str(file)!r} is not a parquet table: {first_line(error)}") from error
 
 
 def _items(folder: Path) -> list[Path]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor, nn
 
-from mmdit_probe.scenes.captions import RELATION_MARGIN, Facts, holds, parse
+from mmdit_probe.scenes.captions import RELATION_MARGIN, Facts, holds, opposites, parse
 from mmdit_probe.scenes.world import CLASSES, COLOUR_NAMES, STUFF, THINGS
 
 MIN_OBJECT = 0.012
@@ -194,6 +194,41 @@ def things_right(caption: str, reading: Reading) -> bool:
 def grounds_right(caption: str, reading: Reading) -> bool:
     """Whether every named ground is there."""
     return all(name in reading.grounds for name in parse(caption).grounds)
+
+
+CONTRASTS = {"relation": "opposite_relation", "count": "wrong_count", "colours": "swapped_colours"}
+"""What a caption may state -> its opposite."""
+SCORES = ("facts", "all_right", "things_right", "grounds_right", *(name for pair in CONTRASTS.items() for name in pair))
+"""Names of what `judge` says."""
+
+
+def judge(caption: str, reading: Reading) -> dict[str, float]:
+    """Every score of an image against its caption, each beside its opposite, by name (`SCORES`).
+
+    Returns: ``facts`` (share of the facts that hold), ``all_right``, ``things_right``, ``grounds_right``; and for each
+    of `CONTRASTS` whether the image shows what is stated, and whether it shows the opposite (0 or 1; NaN where the
+    caption states no such thing). An image without the objects shows neither.
+    """
+    scores = {
+        "facts": alignment(caption, reading),
+        "all_right": float(aligned(caption, reading)),
+        "things_right": float(things_right(caption, reading)),
+        "grounds_right": float(grounds_right(caption, reading)),
+    }
+    turned = opposites(caption)
+    for stated, opposite in CONTRASTS.items():
+        scores |= {stated: np.nan, opposite: np.nan}
+        if opposite in turned:
+            right, wrong = (_claims(text, reading, stated) for text in (caption, turned[opposite]))
+            scores[stated] = float(all(shown for claim, shown in right.items() if claim not in wrong))
+            scores[opposite] = float(all(shown for claim, shown in wrong.items() if claim not in right))
+    return scores
+
+
+def _claims(caption: str, reading: Reading, what: str) -> dict[str, bool]:
+    """The facts of a caption that a contrast is about: with relations, or only things."""
+    facts = parse(caption)
+    return check(facts if what == "relation" else replace(facts, relations=(), grounds=()), reading)
 
 
 def load_parser(folder: Path | None = None) -> SceneParser:

@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit_probe import assets
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, first_line
+from mmdit_probe.segment.tail import resized
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "there is a {} in the scene.", "{}")
 """A short ensemble in place of the 80 ImageNet templates; the embedded CLIP takes the bare name."""
@@ -57,16 +58,16 @@ class CLIP:
             kind = AutoConfig.from_pretrained(place).model_type
             if kind != "clip":
                 raise UserError(f"{name!r} is a {kind!r} model; expected a CLIP model, e.g. scenes-clip")
-            model = CLIPModel.from_pretrained(place, dtype=torch.float32).eval().requires_grad_(False)
+            model = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
             tokenizer = AutoTokenizer.from_pretrained(place)
         except (OSError, ValueError) as error:
-            first = (str(error).strip().splitlines() or ["unreadable"])[0]
             raise UserError(
-                f"cannot load the CLIP {name!r}: expected scenes-clip, a folder or a hub id ({first})"
+                f"cannot load the CLIP {name!r}: expected scenes-clip, a folder or a hub id ({first_line(error)})"
             ) from error
         side = int(model.config.vision_config.image_size)
         processor = _processor(place) or CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
-        return CLIP(Path(name).name, model.to(device), tokenizer, processor)
+        model = model.to(device).eval().requires_grad_(False)
+        return CLIP(Path(name).name, model, tokenizer, processor)
 
     @property
     def layers(self) -> list[Any]:
@@ -138,8 +139,7 @@ class CLIP:
         """Value vectors [h w, E] of the last block for its input or another state, without CLS, on another grid."""
         block = self.layers[-1]
         value = block.self_attn.v_proj(block.layer_norm1(state))[1:]
-        maps = value.T.reshape(1, -1, *grid)
-        return F.interpolate(maps, out, mode="bilinear", align_corners=False)[0].flatten(1).T
+        return resized(value.T.reshape(-1, *grid), out).flatten(1).T
 
     @torch.no_grad()
     def head(self, mixed: Tensor) -> Tensor:
@@ -197,9 +197,9 @@ def _vision(name: str) -> tuple[Any, Any]:
     from transformers import AutoModel, CLIPImageProcessor
 
     try:
-        model = AutoModel.from_pretrained(name).eval()
+        model = AutoModel.from_pretrained(name, use_safetensors=True).eval()
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the features {name!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load the features {name!r}: {first_line(error)}") from error
     return model, _processor(name) or CLIPImageProcessor()
 
 

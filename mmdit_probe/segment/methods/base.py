@@ -122,33 +122,6 @@ def _check(method: str, name: str, kind: Any, value: Any) -> None:
         raise UserError(f"{method}.{name}={value}: expected {' or '.join(text for _, text in wanted)}")
 
 
-def parse_option(text: str) -> tuple[str, Any]:
-    """`name=value` from the command line; numbers, several numbers by comma, booleans and none are read as such.
-
-    Raises:
-        UserError: no `=`.
-    """
-    name, sign, value = text.partition("=")
-    if not sign or not name:
-        raise UserError(f"option {text!r}: expected name=value, e.g. tau=0.1")
-    words: dict[str, Any] = {"true": True, "false": False, "none": None}
-    if value.lower() in words:
-        return name.strip(), words[value.lower()]
-    parts = [_number(part) for part in value.split(",")]
-    if any(isinstance(part, str) for part in parts):
-        return name.strip(), value
-    return name.strip(), parts[0] if len(parts) == 1 else tuple(parts)
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
 def i2i_part(source: str) -> str:
     """Part of the record that holds the image-image attention of a source.
 
