@@ -10,7 +10,7 @@ features (arXiv:2509.18096, B.5). Not here: running the model (`experiments.swee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -50,7 +50,8 @@ class Change:
 
 class Parser:
     """The scenes parser: `facts` (share of the prompt's facts shown), `things_right`, `grounds_right`, and
-    `relabelled`, the share of pixels read as another class than in the unedited image."""
+    `relabelled`, the share of pixels read as another class than in the unedited image. The first three are NaN,
+    undefined, for prompts that are no captions of the scenes world."""
 
     names = ("facts", "things_right", "grounds_right", "relabelled")
 
@@ -67,13 +68,29 @@ class Parser:
         readings, before = self.parser.read(images), self.parser.read(unedited)
         pairs = list(zip(prompts, readings, strict=True))
         return {
-            "facts": np.array([alignment(text, reading) for text, reading in pairs]),
-            "things_right": np.array([float(things_right(text, reading)) for text, reading in pairs]),
-            "grounds_right": np.array([float(grounds_right(text, reading)) for text, reading in pairs]),
+            "facts": np.array([of_caption(alignment, *pair) for pair in pairs]),
+            "things_right": np.array([of_caption(things_right, *pair) for pair in pairs]),
+            "grounds_right": np.array([of_caption(grounds_right, *pair) for pair in pairs]),
             "relabelled": np.array(
                 [float((a.classes != b.classes).mean()) for a, b in zip(readings, before, strict=True)]
             ),
         }
+
+
+def of_caption(score: Callable[[str, Any], float], text: str, reading: Any) -> float:
+    """A score of the scenes parser; NaN where the text is no caption of the scenes world."""
+    return float(score(text, reading)) if is_caption(text) else float("nan")
+
+
+def is_caption(text: str) -> bool:
+    """Whether a text is a caption of the scenes world, with facts that can be looked for in an image."""
+    from mmdit_probe.scenes.captions import parse
+
+    try:
+        parse(text)
+    except UserError:
+        return False
+    return True
 
 
 class Clip:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
 from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Sampling
+from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import FEWEST, defined, interval
@@ -72,6 +73,10 @@ class Score(Sampling, Experiment):
     """
 
     name: ClassVar[str] = "score"
+    examples: ClassVar[tuple[str, ...]] = (
+        "score --n 5 --lora class=runs/magnet/lora",
+        "score --prompts T2I-CompBench/prompts --clip openai/clip-vit-base-patch16 --model MODEL",
+    )
     tables: ClassVar[tuple[str, ...]] = ("scores", "maps")
 
     lora: Annotated[
@@ -169,10 +174,12 @@ class Score(Sampling, Experiment):
     def prepare(self, model: MMDiT, inputs: list[tuple[str, str]]) -> Study:
         from mmdit_probe.evaluate.blip import BlipAsker
         from mmdit_probe.evaluate.clipscore import ClipScorer
+        from mmdit_probe.experiments.outcomes import is_caption
         from mmdit_probe.scenes import load_parser
 
+        scenes = self.prompts is None or (knows_scenes(model) and any(is_caption(text) for _, text in inputs))
         scorers = _Scorers(
-            load_parser() if self.prompts is None else None,
+            load_parser() if scenes else None,
             None if self.clip == "none" else ClipScorer.load(self.clip),
             None if self.vqa is None else BlipAsker.load(self.vqa),
             variants=self.variants(),
@@ -323,14 +330,15 @@ def prompts_by_category(source: str, n: int) -> list[tuple[str, str]]:
 
 
 def parsed(parser: Any, texts: Sequence[str], pictures: Sequence[Any]) -> pd.DataFrame:
-    """What the scenes parser reads in pictures: one column per score of `PARSED`."""
+    """What the scenes parser reads in pictures: one column per score of `PARSED`; NaN where it cannot read the text."""
     import pandas as pd
 
+    from mmdit_probe.experiments.outcomes import of_caption
     from mmdit_probe.scenes.parser import aligned, alignment, grounds_right, things_right
 
     functions = dict(zip(PARSED, (alignment, aligned, things_right, grounds_right), strict=True))
     return pd.DataFrame(
-        {name: float(function(text, reading)) for name, function in functions.items()}
+        {name: of_caption(function, text, reading) for name, function in functions.items()}
         for text, reading in zip(texts, parser.read(pictures), strict=True)
     )
 
