@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 # Idle OpenMP threads sleep instead of spinning: on a busy machine spinning halves the speed.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format figures notebooks bench install clean
+.PHONY: demo test lint format figures notebooks bench docs train install clean
 
 demo: $(VENV)/.stamp
 	$(BIN)/mmdit-probe attention-budget --layers all --model $(MODEL) --device $(DEVICE)
@@ -30,12 +30,20 @@ format: $(VENV)/.stamp
 	$(BIN)/ruff format .
 
 figures: $(VENV)/.stamp
-	$(BIN)/python figures/make.py --model $(MODEL) --device $(DEVICE) $(foreach name,DATASET IMAGES CLIP DINO JOBS,\
+	$(BIN)/python figures/make.py --model $(MODEL) --device $(DEVICE) $(foreach name,DATASET LORA IMAGES CLIP DINO JOBS,\
 		$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) $($(name)))) $(if $(FRESH),--fresh)
 
 notebooks: $(VENV)/.stamp-notebooks
 	for notebook in $(wildcard notebooks/*.ipynb); do \
 		$(BIN)/jupyter nbconvert --to notebook --execute --inplace $$notebook || exit 1; done
+
+# The site, strictly: a broken link, reference or page ends it. Code blocks of docs and README are run by the tests.
+docs: $(VENV)/.stamp-docs
+	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+
+# The embedded checkpoints, into .training: STAGE=vae for one stage, MINUTES=60 to stop in time; the same again goes on.
+train: $(VENV)/.stamp
+	$(BIN)/python -m training $(STAGE) --device $(DEVICE) $(if $(MINUTES),--minutes $(MINUTES))
 
 bench: $(VENV)/.stamp
 	$(BIN)/python benchmarks/overhead.py
@@ -56,5 +64,9 @@ $(VENV)/.stamp-notebooks: $(VENV)/.stamp
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[notebooks]"
 	touch $@
 
+$(VENV)/.stamp-docs: $(VENV)/.stamp
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache

@@ -78,19 +78,13 @@ class SDPACall:
         )
         return output
 
-    @property
-    def batch(self) -> int:
-        """B: a batch of one broadcasts."""
-        return max(len(self.query), len(self.key), len(self.value))
-
     def broadcast(self) -> SDPACall:
         """The call with the batch axes of query, key and value made equal, as views."""
-        tensors = [t if len(t) == self.batch else t.expand(self.batch, -1, -1, -1) for t in self._operands]
-        return replace(self, query=tensors[0], key=tensors[1], value=tensors[2])
-
-    @property
-    def _operands(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.query, self.key, self.value
+        batch = max(len(self.query), len(self.key), len(self.value))
+        query, key, value = (
+            t if len(t) == batch else t.expand(batch, -1, -1, -1) for t in (self.query, self.key, self.value)
+        )
+        return replace(self, query=query, key=key, value=value)
 
     def expanded_key(self) -> Tensor:
         """The key with grouped heads repeated, [B, H, Nk, D]."""

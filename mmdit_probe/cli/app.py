@@ -21,28 +21,32 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from mmdit_probe import __version__
-from mmdit_probe.cli import doctor, models
+from mmdit_probe.cli import compare, doctor, models
 from mmdit_probe.cli.adapter import command_of, epilog
 from mmdit_probe.errors import ProbeError
 from mmdit_probe.experiments import (
     AttentionBudget,
     Attribute,
+    BlockOperations,
+    ContributionBudget,
     Diagnose,
     Discover,
     Evaluate,
     FeaturePCA,
     Generate,
+    HeadTriage,
     Perturb,
     Score,
     Segment,
     SelectLayers,
+    SwapTest,
     TrainMagnet,
     ValueNorms,
 )
 
 COMMANDS: tuple[Any, ...] = (
-    AttentionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers, Segment, Discover,
-    Evaluate, Score, TrainMagnet,
+    AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers,
+    SwapTest, HeadTriage, BlockOperations, Segment, Discover, Evaluate, Score, TrainMagnet,
 )  # fmt: skip
 RESUMABLE = {one.name for one in COMMANDS if "resume" not in getattr(one, "without", ())}
 INTERRUPTED = 130
@@ -83,6 +87,7 @@ app = typer.Typer(
 for command in COMMANDS:
     app.command(command.name, epilog=epilog(command))(command_of(command))
 app.add_typer(models.app, name="models")
+app.command("compare")(compare.command)
 app.command("doctor")(doctor.command)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from mmdit_probe.cli.tables import fitted
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.text import TextTable, records
 
@@ -32,7 +33,7 @@ class Output:
         self.out = Console(
             width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False, markup=False
         )
-        self.progress = Progress(quiet=quiet, bars=not as_json)
+        self.progress = Progress(quiet, not as_json, lambda table, console: fitted(table, console)[0])
         if not debug:
             hush_libraries()
 
@@ -52,8 +53,6 @@ class Output:
                 self._print(text)
 
     def _print(self, text: Any) -> None:
-        from mmdit_probe.cli.tables import fitted
-
         if not isinstance(text, TextTable):
             self.out.print(text, markup=False)
             return

@@ -270,7 +270,8 @@ class _Rows:
     def add(self, keys: tuple[str, ...], counts: Counts) -> None:
         """Counts [C, P]; of an empty last segment one cell is kept, since matching goes by the number of segments."""
         kept = counts > 0
-        kept[0, -1] |= counts.shape[1] > self.classes and keys[-1] == "segments"
+        if keys[-1] == "segments" and counts.shape[1] > self.classes and kept.any():
+            kept[kept.any(1).argmax(), -1] = True
         truth, found = np.nonzero(kept)
         self._parts.append((keys, truth, found, counts[truth, found]))
 

@@ -167,7 +167,6 @@ def quality(
         said: image name -> tags. counts: rows of `evaluate.plan.COLUMNS`. samples: image names by index.
         names: of the classes. background: id that taggers do not name.
     """
-    counts = counts[counts["pixels"] > 0]
     wanted = np.zeros((len(samples), len(names)), bool)
     wanted[counts["image"].to_numpy(), counts["truth"].to_numpy()] = True
     there = np.unique(counts["image"].to_numpy())

@@ -14,8 +14,9 @@ and processes, stands here and nowhere else. Not here: where rows go (`experimen
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -24,6 +25,7 @@ from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.store import FolderStore, MemoryStore, Recorder, Store
 from mmdit_probe.options import Option, check
 from mmdit_probe.results import processes
+from mmdit_probe.results.statistics import compare
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,12 +70,14 @@ class Experiment:
         name: of the command, and of the folder that its runs lie in.
         tables: what `measure` writes; a task counts when its rows of the first are on disk.
         arrays: names under which `measure` keeps arrays for figures.
+        early: whether the first table can be told from the first tasks, before all are done.
         examples: command lines below the help text.
     """
 
     name: ClassVar[str]
     tables: ClassVar[tuple[str, ...]]
     arrays: ClassVar[tuple[str, ...]] = ()
+    early: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ()
 
     seed: Annotated[
@@ -115,11 +119,19 @@ class Experiment:
         """The table that a reader wants first, with n and intervals."""
         raise NotImplementedError
 
-    def compare(self, result: Result) -> pd.DataFrame:
-        """The claim against each control, from `results.statistics.compare`; empty without controls."""
+    def scores(self, result: Result) -> pd.DataFrame:
+        """What is compared with controls, and with other runs; empty if nothing is.
+
+        Returns: columns item, control, value, and those of a cell (layer, outcome, ...), one row for each of them.
+        """
         import pandas as pd
 
         return pd.DataFrame()
+
+    def compare(self, result: Result) -> pd.DataFrame:
+        """The claim against each control, from `results.statistics.compare`; empty without controls."""
+        scores = self.scores(result)
+        return compare(scores, cell_of(scores)) if len(scores) else scores
 
     def claim(self, result: Result) -> str:
         """What the values of `compare` say, in words."""
@@ -190,8 +202,13 @@ class Experiment:
         return result
 
 
+EARLY = 8.0
+"""Seconds after which the first tasks are told, where an experiment can."""
+
+
 def _work(experiment: Experiment, study: Study, store: Store, shown: Progress) -> None:
     """The loop over tasks that are not done, of which this process takes its share."""
+    began, told = time.monotonic(), not experiment.early
     with store.writing(experiment.tables):
         mine = store.mine(len(study.tasks))
         left = [number for number in mine if number not in store.done]
@@ -199,7 +216,25 @@ def _work(experiment: Experiment, study: Study, store: Store, shown: Progress) -
             for number in left:
                 with store.task(number, advance, study.ticks) as record:
                     experiment.measure(study, study.tasks[number], record)
+                if not told and time.monotonic() - began > EARLY and number != left[-1]:
+                    told = True
+                    _tell_early(experiment, store, shown)
     experiment.finish(study, store)
+
+
+def _tell_early(experiment: Experiment, store: Store, shown: Progress) -> None:
+    """The first table, of the tasks done so far, above the bar."""
+    from mmdit_probe.experiments.result import Result
+    from mmdit_probe.experiments.text import TextTable
+
+    table = experiment.tell(Result(experiment, store))[0]
+    if isinstance(table, TextTable):
+        shown.early(replace(table, title="so far"))
+
+
+def cell_of(scores: pd.DataFrame) -> list[str]:
+    """The columns of scores that say what is compared on its own."""
+    return [str(name) for name in scores.columns if name not in ("item", "control", "value")]
 
 
 def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:
@@ -218,9 +253,8 @@ def text_of(model: MMDiT) -> dict[str, Any]:
     """What a request says of how text is encoded where that is not the model's own way: neither weights nor prompts
     tell."""
     left_out = hasattr(model.pipeline, "text_encoder_3") and model.pipeline.text_encoder_3 is None
-    length = model.max_sequence_length
-    other = {} if length == model.own_sequence_length else {"max_sequence_length": length}
-    return ({"no_t5": True} if left_out else {}) | other
+    length = {} if model.max_sequence_length == model.own_length else {"max_sequence_length": model.max_sequence_length}
+    return ({"no_t5": True} if left_out else {}) | length
 
 
 def described(model: MMDiT) -> dict[str, Any]:

@@ -10,14 +10,14 @@ features (arXiv:2509.18096, B.5). Not here: running the model (`experiments.swee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, first_line
 from mmdit_probe.evaluate.clipscore import cosine
 from mmdit_probe.segment.clip import CLIP
 
@@ -63,34 +63,16 @@ class Parser:
     def __call__(
         self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
     ) -> dict[str, np.ndarray]:
-        from mmdit_probe.scenes.parser import alignment, grounds_right, things_right
+        from mmdit_probe.scenes.parser import judge
 
         readings, before = self.parser.read(images), self.parser.read(unedited)
-        pairs = list(zip(prompts, readings, strict=True))
+        scores = [judge(*pair) for pair in zip(prompts, readings, strict=True)]
         return {
-            "facts": np.array([of_caption(alignment, *pair) for pair in pairs]),
-            "things_right": np.array([of_caption(things_right, *pair) for pair in pairs]),
-            "grounds_right": np.array([of_caption(grounds_right, *pair) for pair in pairs]),
+            **{name: np.array([of[name] for of in scores]) for name in self.names[:-1]},
             "relabelled": np.array(
                 [float((a.classes != b.classes).mean()) for a, b in zip(readings, before, strict=True)]
             ),
         }
-
-
-def of_caption(score: Callable[[str, Any], float], text: str, reading: Any) -> float:
-    """A score of the scenes parser; NaN where the text is no caption of the scenes world."""
-    return float(score(text, reading)) if is_caption(text) else float("nan")
-
-
-def is_caption(text: str) -> bool:
-    """Whether a text is a caption of the scenes world, with facts that can be looked for in an image."""
-    from mmdit_probe.scenes.captions import parse
-
-    try:
-        parse(text)
-    except UserError:
-        return False
-    return True
 
 
 class Clip:
@@ -117,7 +99,7 @@ class Dino:
         from transformers import AutoImageProcessor, AutoModel
 
         self.device = device
-        self.model = _local(AutoModel, path).to(device).float().eval()
+        self.model = _local(AutoModel, path, use_safetensors=True).to(device).float().eval()
         self.processor = _local(AutoImageProcessor, path)
 
     @torch.no_grad()
@@ -164,9 +146,9 @@ def measure(
     return {name: values for outcome in outcomes for name, values in outcome(prompts, images, unedited).items()}
 
 
-def _local(kind: Any, path: Path | str) -> Any:
+def _local(kind: Any, path: Path | str, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(str(path))
+        return kind.from_pretrained(str(path), **options)
     except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or ["unreadable"])[0]
-        raise UserError(f"cannot load {getattr(kind, '__name__', 'model')} from {str(path)!r}: {first}") from error
+        name = getattr(kind, "__name__", "model")
+        raise UserError(f"cannot load {name} from {str(path)!r}: {first_line(error)}") from error

@@ -7,12 +7,17 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from mmdit_probe.experiments.text import TextTable
+
 
 class Progress:
-    """Shown on stderr unless quiet. `bars`: whether bars are drawn (not under `--json`)."""
+    """Shown on stderr unless quiet. `bars`: whether bars are drawn (not under `--json`). `render`: how a table is shown
+    before all tasks are done; None leaves it out."""
 
-    def __init__(self, quiet: bool = False, bars: bool = True) -> None:
-        self.quiet = quiet
+    def __init__(
+        self, quiet: bool = False, bars: bool = True, render: Callable[[TextTable, Console], object] | None = None
+    ) -> None:
+        self.quiet, self.render = quiet, render
         self.bars = bars and not quiet
         self.console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
@@ -20,6 +25,11 @@ class Progress:
         """A remark for the person who asked."""
         if not self.quiet:
             self.console.print(text, style="yellow", markup=False)
+
+    def early(self, table: TextTable) -> None:
+        """A table of what is done so far."""
+        if self.bars and self.render is not None and self.console.is_terminal:
+            self.console.print(self.render(table, self.console))
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:

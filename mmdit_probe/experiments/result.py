@@ -137,7 +137,7 @@ class Result:
         """Write summaries, claims and figures into an open run folder."""
         from mmdit_probe.plots import save
 
-        stem = self.experiment.tables[0]
+        stem = self.experiment.name.replace("-", "_")
         for name, frame in self.experiment.frames(self).items():
             atomic.write_text(folder.path / f"{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
         if len(self.claims):

@@ -24,10 +24,8 @@ from mmdit_probe.experiments.options import (
     METHOD,
     OUTPUT,
     EditControl,
-    Edited,
     Prompts,
     Sampling,
-    check_streams,
     prompts_of,
 )
 from mmdit_probe.experiments.target import knows_scenes
@@ -39,6 +37,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mmdit_probe.experiments.controls import Variant
+    from mmdit_probe.experiments.outcomes import Outcome
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import Recorder
     from mmdit_probe.models.mmdit import MMDiT
@@ -78,7 +77,7 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Edited, Sampling, Experiment):
+class Sweep(Sampling, Experiment):
     """Prompts under conditions, one row per image."""
 
     prompts: Prompts = None
@@ -105,7 +104,7 @@ class Sweep(Edited, Sampling, Experiment):
         return controls.parse(self.control, [*EQUAL, *controls.CONTROLS])
 
     @abstractmethod
-    def conditions(self, model: MMDiT) -> list[Condition]:
+    def conditions(self, model: MMDiT, prompts: Sequence[str]) -> list[Condition]:
         """Everything to sample, stock first."""
 
     @abstractmethod
@@ -119,11 +118,8 @@ class Sweep(Edited, Sampling, Experiment):
         return asked
 
     def prepare(self, model: MMDiT, inputs: list[str]) -> Study:
-        from mmdit_probe.experiments.outcomes import outcomes_of
-
-        check_streams(model, self.streams)
-        chosen, plan = self.chosen_controls(), self.conditions(model)
-        outcomes, checkpoints = outcomes_of(knows_scenes(model), model.device, self.clip, self.dino)
+        chosen, plan = self.chosen_controls(), self.conditions(model, inputs)
+        outcomes, checkpoints = self.outcomes(model)
         request = request_of(
             model,
             conditions=[[c.name, dict(c.labels), c.scale, None if c.edit is None else c.edit.record()] for c in plan],
@@ -144,6 +140,12 @@ class Sweep(Edited, Sampling, Experiment):
             model, request, tasks, "batches of images", len(plan), notes=notes, state=(inputs, plan, outcomes),
             facts=scheduled(model, self.num_steps) | {"remarks": notes},
         )  # fmt: skip
+
+    def outcomes(self, model: MMDiT) -> tuple[list[Outcome], dict[str, str | None]]:
+        """What is measured of the images, and the checkpoints it takes."""
+        from mmdit_probe.experiments.outcomes import outcomes_of
+
+        return outcomes_of(knows_scenes(model), model.device, self.clip, self.dino)
 
     def extra_request(self) -> dict[str, Any]:
         """Options of the subclass that decide the numbers and are in no condition."""
@@ -227,6 +229,24 @@ def aligned_outcome(table: pd.DataFrame) -> str | None:
 def own_rows(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the measurement itself, its controls of equal size among them."""
     return table[table["control"].isin([NONE, *EQUAL])]
+
+
+def effects(table: pd.DataFrame, row: Sequence[str]) -> pd.DataFrame:
+    """The measurement's own rows with every outcome as a paired effect: what compares with the unedited image as it is,
+    the others minus the value of the unedited image of the same prompt and seed.
+
+    Args:
+        row: the columns that are no outcomes, `condition` among them, which is "stock" for the unedited images.
+    """
+    table = own_rows(table)
+    stock = table[table["condition"] == STOCK].set_index("item")
+    result = table[table["condition"] != STOCK].copy()
+    for name in outcome_names(table, row):
+        if name in ("clip_i", "dino"):
+            result[name] = result[name] - 1.0  # the unedited image has cosine 1 with itself
+        elif name not in AGAINST_STOCK:
+            result[name] = result[name] - result["item"].map(stock[name])
+    return result
 
 
 def sheet_cells(result: Result, names: Sequence[str], rows: Iterable[int]) -> list[list[Image | None]]:

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from mmdit_probe.observe.observer import RowObserver
     from mmdit_probe.specs import HeadSpec
 
-DEFAULT_PROMPTS = 50
+DEFAULT_PROMPTS = 20
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,11 @@ class Item:
 class TokenRows(Places, Sampling, Experiment):
     """Rows per prompt, step, branch, layer, head and kind of token."""
 
+    early: ClassVar[bool] = True
+
     prompts: Prompts = None
     limit: Annotated[
-        int | None, Option("Use the first LIMIT prompts or pictures.", min=1, shown_default="50", panel=INPUT)
+        int | None, Option("Use the first LIMIT prompts or pictures.", min=1, shown_default="20", panel=INPUT)
     ] = None
     images: Annotated[
         str | Path | Sequence[Any] | None,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mmdit_probe.experiments.attention_budget import published
 from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.experiments.token_rows import TokenRows
-from mmdit_probe.results.statistics import compare, interval, measured
+from mmdit_probe.results.statistics import interval, measured
 from mmdit_probe.specs import ALL_HEADS
 
 if TYPE_CHECKING:
@@ -67,11 +67,10 @@ class ValueNorms(TokenRows):
     def summarise(self, result: Result) -> pd.DataFrame:
         return by_layer(self.by_item(result))
 
-    def compare(self, result: Result) -> pd.DataFrame:
+    def scores(self, result: Result) -> pd.DataFrame:
         wide = with_gap(self.by_item(result))
         wide = wide.assign(relative_gap=wide["gap"] / wide["image"])
-        long = wide.melt(["item", "control", "layer"], ["gap", "relative_gap"], "measure")
-        return compare(long, ["layer", "measure"])
+        return wide.melt(["item", "control", "layer"], ["gap", "relative_gap"], "measure")
 
     def claim(self, result: Result) -> str:
         return "prompt tokens have longer values than image tokens (gap over the image's norm) beyond the control"

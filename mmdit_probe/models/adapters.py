@@ -3,8 +3,7 @@
     model = load("scenes-sd3", lora="runs/train-magnet/.../lora")
     read_metadata("runs/train-magnet/.../lora")["mmdit_probe"]
 
-The format is diffusers' own, so adapters of other programs load as well. `pipeline.unload_lora_weights()` takes an
-adapter off; `merge` makes it part of the weights first.
+The format is diffusers' own. `pipeline.unload_lora_weights()` takes an adapter off.
 """
 
 from __future__ import annotations
@@ -13,7 +12,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmdit_probe.errors import RunError, UserError
+from safetensors import SafetensorError, safe_open
+
+from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.quiet import quiet
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -55,8 +56,7 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
         with quiet(bars=wanted is None):
             pipeline.load_lora_weights(folder, adapter_name=name, use_safetensors=True, **options)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(f"LoRA {source!r} cannot be loaded: {reason}") from error
+        raise RunError(f"LoRA {source!r} cannot be loaded: {first_line(error)}") from error
     if set(getattr(transformer, "peft_config", {})) == before:
         raise UserError(f"LoRA {source!r} has no weights for this transformer; nothing was loaded")
 
@@ -98,8 +98,6 @@ def _header(file: Path) -> tuple[list[str], dict[str, str]]:
     Raises:
         UserError: not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(file), framework="pt") as opened:
             return list(opened.keys()), opened.metadata() or {}

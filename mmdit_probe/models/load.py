@@ -4,9 +4,8 @@
     model = load("path/to/a/pipeline", device="cuda", t5=False)
     model = load("stabilityai/stable-diffusion-3-medium-diffusers")     # gated: accept its licence and log in first
 
-Weights are read from safetensors only, and all of them must be there. Nothing is printed but the bars of a download. A
-random-weight twin ("scenes-sd3-random") shares everything with its base but the transformer, which is built from the
-same configuration with seeded random weights: the control of every analysis.
+Weights are read from safetensors only, and all of them must be there. A random-weight twin ("scenes-sd3-random") shares
+everything with its base but the transformer, which has seeded random weights: the control of every analysis.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families.registry import FAMILIES, Family, refuse_class
 from mmdit_probe.models.mmdit import MMDiT, default_length
@@ -157,7 +156,7 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
             pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **left_out)
     except Exception as error:
         if Path(source).exists():
-            raise RunError(f"{source} cannot be loaded: {_first_line(error)}") from error
+            raise RunError(f"{source} cannot be loaded: {first_line(error)}") from error
         raise _hub_error(source, error) from error
     _check_complete(source, pipeline, family, notices)
     # Read before the tokenizer goes: without its encoder the stream keeps its length and holds zeros.
@@ -215,10 +214,6 @@ def _hub_error(source: str, error: Exception) -> UserError:
         f"{source} is no directory here and the hub cannot be reached; download it first, or use an embedded model"
         f" ({', '.join(embedded_models()) or 'none installed'})"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def pick_device(device: str | torch.device) -> torch.device:

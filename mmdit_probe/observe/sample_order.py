@@ -1,11 +1,10 @@
 """Attention calls whose samples differ, brought into one order that observers can read: image, text, other.
 
-Some families pack every sample's text without a gap, call attention once per sample, or let text be keys and not
-queries. Softmax does not depend on the order of keys, so a copy of the call in one order, with what is not there
-masked, has the same probabilities. Observers see that copy; an edit works on it, and what it changed is put back into
-the model's own order for the kernel.
-
     seen = canonical(record, places)                  # places from `models.layout.arranged`
+
+Some families pack every sample's text without a gap, call attention once per sample, or let text be keys and not
+queries. Softmax does not depend on the order of keys, so a copy in one order, with what is not there masked, has the
+same probabilities. Observers see that copy; what an edit changed in it is put back into the model's own order.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ def canonical(record: Record, places: Places) -> Record:
     Args:
         record: an attention call of B samples. places: of the N canonical tokens.
     """
-    queries = places.queries.to(record.call.query.device)
-    lse = None if record.lse is None else _gather(record.lse[..., None], queries)[..., 0]
-    return Record(canonical_call(record.call, places), _gather(record.output, queries), record.module_call, lse, True)
+    queries = places.queries
+    lse = None if record.lse is None else gathered(record.lse[..., None], queries)[..., 0]
+    return Record(canonical_call(record.call, places), gathered(record.output, queries), record.module_call, lse, True)
 
 
 def canonical_call(call: SDPACall, places: Places) -> SDPACall:
@@ -38,7 +37,7 @@ def canonical_call(call: SDPACall, places: Places) -> SDPACall:
     keys, queries = places.keys.to(call.query.device), places.queries.to(call.query.device)
     mask = _mask(call, keys, queries)
     return SDPACall(
-        _gather(call.query, queries), _gather(call.key, keys), _gather(call.value, keys), mask, 0.0, False,
+        gathered(call.query, queries), gathered(call.key, keys), gathered(call.value, keys), mask, 0.0, False,
         call.scale_factor, call.enable_gqa,
     )  # fmt: skip
 
@@ -66,11 +65,6 @@ def scattered(tokens: Tensor, onto: Tensor, places: Tensor) -> Tensor:
     return result.scatter(2, index, tokens)[:, :, :spare]
 
 
-def gathered(tokens: Tensor, places: Tensor) -> Tensor:
-    """Tokens of a call [B, H, N', D] in canonical order [B, H, N, D]; zeros where a place is -1."""
-    return _gather(tokens, places.to(tokens.device))
-
-
 def canonical_hidden(hidden: Tensor, places: Places) -> Tensor:
     """Which canonical tokens a mask hides, [B, N], from which keys of the call it hides, [B or 1, Nk]."""
     every = hidden.cpu().expand(len(places.keys), -1)
@@ -88,10 +82,9 @@ def joined(records: Sequence[Record]) -> Record:
         _stacked([c.query for c in calls]), _stacked([c.key for c in calls]), _stacked([c.value for c in calls]),
         _joined_masks(calls), 0.0, False, calls[0].scale_factor, calls[0].enable_gqa,
     )  # fmt: skip
-    rows = [record.lse for record in records]
-    lse = None if any(row is None for row in rows) else _stacked([row[..., None] for row in rows if row is not None])
-    output = _stacked([record.output for record in records])
-    return Record(call, output, records[0].module_call, None if lse is None else lse[..., 0], True)
+    known = [record.lse[..., None] for record in records if record.lse is not None]
+    lse = _stacked(known)[..., 0] if len(known) == len(records) else None
+    return Record(call, _stacked([record.output for record in records]), records[0].module_call, lse, True)
 
 
 def _joined_masks(calls: Sequence[SDPACall]) -> Tensor | None:
@@ -136,11 +129,12 @@ def _mask(call: SDPACall, keys: Tensor, queries: Tensor) -> Tensor:
     return mask & ~absent if mask.dtype == torch.bool else mask.masked_fill(absent, float("-inf"))
 
 
-def _gather(tensor: Tensor, places: Tensor) -> Tensor:
-    """Tokens of [B, H, N', D] at places [B, N], zeros where a place is -1."""
-    batch, heads, _, width = tensor.shape
+def gathered(tokens: Tensor, places: Tensor) -> Tensor:
+    """Tokens of a call [B, H, N', D] in canonical order [B, H, N, D]; zeros where a place is -1."""
+    batch, heads, _, width = tokens.shape
+    places = places.to(tokens.device)
     index = places.clamp(min=0)[:, None, :, None].expand(batch, heads, places.shape[1], width)
-    return tensor.gather(2, index) * (places >= 0)[:, None, :, None]
+    return tokens.gather(2, index) * (places >= 0)[:, None, :, None]
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:

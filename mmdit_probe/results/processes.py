@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from mmdit_probe.errors import ProbeError, RunError
+from mmdit_probe.errors import ProbeError, RunError, first_line
 from mmdit_probe.results.atomic import RESUME, write_bytes
 from mmdit_probe.results.provenance import is_running, this_process
 
@@ -95,7 +95,7 @@ def joined() -> Iterator[None]:
             dist.init_process_group("gloo", timeout=PATIENCE)
         _group = dist.group.WORLD if started else dist.new_group(backend="gloo", timeout=PATIENCE)
     except RuntimeError as error:
-        raise RunError(f"the {world()} processes do not find each other: {str(error).splitlines()[0]}") from error
+        raise RunError(f"the {world()} processes do not find each other: {first_line(error)}") from error
     try:
         with _ended_by_launcher():
             _members = gather(this_process())

@@ -16,11 +16,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.segment.settings import Background
 
-UNLABELLED = 255
+
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [C, h, w] at another size, bilinear; as they are where they have it."""
+    if tuple(maps.shape[-2:]) == size:
+        return maps
+    return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def minmax(maps: Tensor) -> Tensor:
@@ -63,8 +69,7 @@ def label(scores: Tensor, background: Background | None = None, names: list[str]
         best = torch.where(away, len(scores), best)
     elif rule.kind == "class":
         known = names or []
-        if rule.name not in known:
-            raise unknown("background class", rule.name, known)
+        check_known("background class", rule.name, known)
         index = known.index(rule.name)
         best = torch.where(best == index, len(scores), best)
     if len(scores) >= np.iinfo(np.uint16).max:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import ModuleCall, Record, interpose, watch
@@ -163,3 +165,72 @@ def test_interpose_gives_back_an_instance_method_of_before() -> None:
     module.forward = own  # type: ignore[method-assign]
     interpose(module, "forward", lambda proceed, *args: proceed(*args))()
     assert module.__dict__["forward"] is own
+
+
+class Halved(TorchFunctionMode):
+    """A mode that answers for attention with half of the values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return args[2] / 2
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("edited", [False, True])
+def test_other_modes_come_first_and_stay_where_they_were(edited: bool, tensors: Any) -> None:
+    """Handlers see what the others leave of a call: of this one, nothing."""
+    module, recorder = Attention(), Recorder()
+    watch(module, recorder, "record")
+    if edited:
+        watch(module, halves, "output")
+    with Halved() as mode:
+        assert torch.equal(module(*tensors), tensors[2] / 2)
+        with pytest.raises(TypeError):
+            module(*tensors[:2])
+        assert _get_current_function_mode_stack() == [mode]
+    assert recorder.records == []
+    module(*tensors)
+    assert len(recorder.records) == 1
+
+
+def test_handlers_run_without_modes_and_autocast_on_what_the_kernel_gets(tensors: Any) -> None:
+    module, recorder, seen = Attention(), Recorder(), []
+
+    def look(call: SDPACall, module_call: ModuleCall) -> SDPACall:
+        seen.append((torch.is_autocast_enabled("cpu"), len(_get_current_function_mode_stack())))
+        return call
+
+    with torch.autocast("cpu", torch.bfloat16), torch.device("cpu"):
+        stock = module(*tensors)
+        watch(module, recorder, "record")
+        watch(module, look, "input")
+        assert torch.equal(module(*tensors), stock)
+    (record,) = recorder.records
+    assert seen == [(False, 0)] and stock.dtype == torch.bfloat16
+    assert record.call.query.dtype == record.call.value.dtype == torch.bfloat16
+
+
+def test_a_call_whose_batch_broadcasts_is_seen_with_all_its_samples(tensors: Any) -> None:
+    module, recorder = Attention(), Recorder()
+    query, key, value = tensors
+    several = torch.cat([query, 2 * query])
+    stock = module(several, key, value)
+    watch(module, recorder, "record")
+    assert torch.equal(module(several, key, value), stock)
+    (record,) = recorder.records
+    assert record.lse is not None and len(record.call.key) == len(record.lse) == 2
+    expected = (0.5 * several.double() @ key.double().mT).logsumexp(-1)
+    assert (record.lse - expected).abs().max() < 1e-5
+
+
+def test_a_deep_copy_is_plain_whatever_wraps_the_forward(tensors: Any) -> None:
+    module, recorder = Attention(), Recorder()
+    plain = set(module.__dict__)
+    detach = watch(module, recorder, "record")
+    twin = copy.deepcopy(module)
+    assert torch.equal(twin(*tensors), Attention()(*tensors)) and recorder.records == []
+    assert set(twin.__dict__) == plain
+    module(*tensors)
+    assert len(recorder.records) == 1
+    detach()
+    assert set(module.__dict__) == plain

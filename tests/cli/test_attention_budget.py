@@ -108,9 +108,6 @@ def test_interrupted_run_resumes_without_repeating(budget, monkeypatch):
     def interrupted(self, study, task, record):
         if len(measured) == 1:
             raise KeyboardInterrupt
-        counted(self, study, task, record)
-
-    def counted(self, study, task, record):
         measured.append(task[1].index)
         stock(self, study, task, record)
 
@@ -118,6 +115,11 @@ def test_interrupted_run_resumes_without_repeating(budget, monkeypatch):
     code, _, err = budget(*request, "--out", "parts")
     assert code == 130
     assert "finished items are kept, continue with --resume" in err
+
+    def counted(self, study, task, record):
+        measured.append(task[1].index)
+        stock(self, study, task, record)
+
     monkeypatch.setattr(AttentionBudget, "measure", counted)
     assert budget(*request, "--out", "parts", "--resume")[0] == 0
     assert measured == [0, 1, 2]
@@ -173,7 +175,7 @@ def test_no_t5_gives_null_slots_of_the_same_length(budget):
             "--sigma is 1.5; expected a finite number",
         ),
         (["--limit", "0"], "--limit is 0; expected a whole number or nothing of at least 1"),
-        (["--num-steps", "0"], "--num-steps is 0; expected a whole number of at least 1"),
+        (["--num-steps", "0"], "--num-steps is 0; expected a whole number of at least 1 and at most 1000"),
         (["--layer", "3"], "No such option: --layer"),
         (
             ["--prompts", "red " * 10 + "ring cat"],

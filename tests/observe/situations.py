@@ -29,9 +29,10 @@ from transformers import T5EncoderModel
 
 from mmdit_probe.attention import reference
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.models.discover_layout import bind, taint
+from mmdit_probe.models.discover_layout import taint
 from mmdit_probe.models.layout import unwrap
-from mmdit_probe.observe.mass import attention_masses
+from mmdit_probe.models.pipeline_call import bind
+from mmdit_probe.observe.mass import KeyGroups, attention_masses
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 from tests import pipelines, tiny
@@ -94,7 +95,8 @@ class Watched(Observer):
 
     def observe(self, seen: LayerCall) -> None:
         groups = [[2] * seen.layout.counts["text"] for _ in seen.denoising.prompts]
-        masses, n_query = attention_masses(seen.call, seen.lse, seen.layout, groups)  # [B, H, 2, image | other | text]
+        keys = KeyGroups.of(seen.layout, groups, seen.call.query.device)
+        masses, n_query = attention_masses(seen.call, seen.lse, keys)  # [B, H, 2, image | other | text]
         self.seen[seen.denoising.number, seen.layer.path] = (seen.denoising, masses.double(), n_query)
 
 
@@ -418,12 +420,22 @@ def transformer_situations() -> list[Situation]:
         "autocast float16", ["sd3", "sd35", "flux", "qwen_image"], around=lambda _: torch.autocast("cpu", torch.float16)
     )
     rows += of_families("a function mode that changes calls", EVERY, around=lambda _: LouderQueries())
-    rows += of_families("the same, inside the probe", DISPATCHED, around=lambda _: LouderQueries(), inside=True)
+    rows += of_families(
+        "a function mode that changes calls, inside the probe",
+        DISPATCHED,
+        around=lambda _: LouderQueries(),
+        inside=True,
+    )
     rows += of_families("torch's default device", DISPATCHED, around=lambda _: torch.device("cpu"))
     rows += of_families("torch's function replaced by a wrapper", ["sd3", "mochi", "flux"], around=replaced_function)
     rows += of_families("sdpa_kernel(MATH)", DISPATCHED, around=lambda _: sdpa_kernel(SDPBackend.MATH))
     rows += of_families("attention_backend('_native_math')", DISPATCHED, around=backend("_native_math"))
-    rows += of_families("the same, inside the probe", DISPATCHED[:2], around=backend("_native_math"), inside=True)
+    rows += of_families(
+        "attention_backend('_native_math'), inside the probe",
+        DISPATCHED[:2],
+        around=backend("_native_math"),
+        inside=True,
+    )
     rows += of_families("set_attention_backend('_native_math')", DISPATCHED, around=own_backend("_native_math"))
     rows += of_families(
         "attention_backend('flex')", ["flux", "qwen_image"], around=backend("flex"), refusal="backend 'flex'"
@@ -747,7 +759,9 @@ def pipeline_situations() -> list[Situation]:
     return rows
 
 
-SITUATIONS = {situation.name: situation for situation in (*transformer_situations(), *pipeline_situations())}
+_EVERY = (*transformer_situations(), *pipeline_situations())
+SITUATIONS = {situation.name: situation for situation in _EVERY}
+assert len(SITUATIONS) == len(_EVERY), "two situations of one name"
 
 
 def markdown(outcomes: Sequence[Outcome]) -> str:

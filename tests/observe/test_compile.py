@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
+from torch.overrides import TorchFunctionMode
 
 from mmdit_probe import AttentionMass, probe
 from mmdit_probe.attention.call import SDPACall
@@ -144,6 +146,31 @@ def test_an_edit_of_a_compiled_model_is_that_of_the_eager_one_and_has_no_wrong_g
     assert not torch.allclose(output, expected, atol=1e-3)
     output.square().mean().backward()
     assert weight.grad is not None and weight.grad.abs().max() > 0
+
+
+class LouderQueries(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            args = (2.0 * args[0], *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("mode", [False, True])
+def test_a_function_mode_and_autocast_have_their_effect_in_a_compiled_model(mode: bool, autocast: bool) -> None:
+    model, inputs = FIXTURES["sd3"].build(num_layers=1), FIXTURES["sd3"].inputs()
+    plain = run(model, inputs)
+    with ExitStack() as stack:
+        if autocast:
+            stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+        if mode:
+            stack.enter_context(LouderQueries())
+        stock = run(model, inputs)
+        assert torch.equal(stock, plain) == (not autocast and not mode)
+        expected = probed(model, inputs)[1]
+        seen, found = probed(torch.compile(model, fullgraph=True, backend="eager"), inputs)
+    assert torch.equal(seen, stock)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_maps_for_training_refuse_a_compiled_model() -> None:

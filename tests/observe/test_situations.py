@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from tests.observe.situations import SITUATIONS
+from mmdit_probe.attention import exact
+from tests.observe.situations import SITUATIONS, Labels, markdown
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_situation(name: str) -> None:
     SITUATIONS[name].check()
+
+
+def test_the_table_is_long_and_can_be_rendered() -> None:
+    assert len(SITUATIONS) >= 150
+    outcomes = [SITUATIONS[name].check() for name in ("LoRA | flux", "LoRA | sd3", "attention_backend('flex') | flux")]
+    header, rule, lora, flex = markdown(outcomes).splitlines()
+    assert header.count("|") == rule.count("|") == lora.count("|") == flex.count("|")
+    assert lora.startswith("| LoRA | flux, sd3 | exact | ") and "refused: layer 0" in flex and "'flex'" in flex
+
+
+def test_a_situation_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The controls: a log-sum-exp that is off, an output, a label, a note and a refusal that are not as stated."""
+    plain = SITUATIONS["without guidance | sd3 pipeline"]
+    right = exact.attend
+    for wrong, message in (
+        (lambda call: (right(call)[0], right(call)[1] + 1e-3), "error"),
+        (lambda call: (right(call)[0] + 1e-6, right(call)[1]), "output"),
+    ):
+        monkeypatch.setattr(exact, "attend", wrong)
+        with pytest.raises(AssertionError, match=message):
+            plain.check()
+    monkeypatch.setattr(exact, "attend", right)
+    for changes, message in (
+        ({"labels": Labels(steps=[1, 2])}, "steps"),
+        ({"note": "cache"}, "notes: none"),
+        ({"refusal": "no"}, "not refused"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            replace(plain, **changes).check()

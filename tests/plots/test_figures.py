@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-
 from mmdit_probe.cli.attention_budget import budget_rows
-from mmdit_probe.data import paper_table
 from mmdit_probe.experiments.budget_summary import summarise
+
+from mmdit_probe.data import paper_table
 from mmdit_probe.results import RunFolder, TableWriter
 from tests.tables import budget_table
 

@@ -46,7 +46,7 @@ def test_classes_with_synonyms_and_several_words() -> None:
 def test_class_file(tmp_path) -> None:
     (tmp_path / "names.txt").write_text("cat; kitten\n\nsky\n", encoding="utf-8")
     assert [one.name for one in parse_classes(str(tmp_path / "names.txt"))] == ["cat", "sky"]
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="no class file"):
         parse_classes(str(tmp_path / "other.txt"))
 
 
@@ -97,7 +97,7 @@ def test_pictures_that_cannot_be_read(tmp_path) -> None:
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(UserError, match="cannot be read"):
         open_picture(tmp_path / "a.png")
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="no picture"):
         open_picture(tmp_path / "b.png")
 
 

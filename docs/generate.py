@@ -1,0 +1,89 @@
+"""Pages that are made from the code when the site is built: one per command, the contributor's page, pictures.
+
+Run by mkdocs (`mkdocs-gen-files`); writes nothing into the repository.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mkdocs_gen_files
+
+from mmdit_probe import experiments
+from mmdit_probe.options import described
+
+ROOT = Path(__file__).parents[1]
+PICTURES = ROOT / "figures" / "out" / "scenes-sd3"
+SHOWN = {
+    "attention-budget": "fig02_attention_budget",
+    "value-norms": "fig04_value_norms",
+    "pca": "fig03_pca_scores",
+    "perturb": "fig18_blur_scores",
+    "generate": "fig06_guidance",
+    "evaluate": "table12_league",
+}
+"""Command -> the committed figure that shows its result."""
+
+
+def options_table(options: Any) -> Iterator[str]:
+    """Rows of the table of options of a dataclass, as `--help` prints them."""
+    yield "| option | default | what it does |"
+    yield "|-|-|-|"
+    for field in described(options):
+        default = options.__dataclass_fields__[field.name].default
+        shown = field.option.shown_default
+        text = shown if shown is not None else "" if default in (None, ()) else default
+        if isinstance(text, dataclasses._MISSING_TYPE):
+            text = "required"
+        said = str(field.option.help).replace("|", "\\|")
+        yield f"| `{field.flag}` | {str(text).replace('|', chr(92) + '|')} | {said} |"
+
+
+def command_page(name: str, kind: Any) -> str:
+    """The page of one command."""
+    lines = [f"# {name}", "", inspect.getdoc(kind) or "", ""]
+    lines += ["```sh", *(getattr(kind, "examples", ()) or (f"mmdit-probe {name}",)), "```", ""]
+    lines += ["The same from Python:", "", "```python"]
+    lines += [f"from mmdit_probe.experiments import {kind.__name__}", ""]
+    lines += [
+        f'result = {kind.__name__}().run("scenes-sd3")',
+        "result.summary, result.claims, result.figure()",
+        "```",
+        "",
+    ]
+    if name in SHOWN:
+        lines += [f"![result of {name} on the embedded model](../pictures/{SHOWN[name]}.png)", ""]
+    lines += ["## Options", "", *options_table(kind), ""]
+    lines += [
+        "Every command also takes `--model`, `--device`, `--dtype`, `--lora`, `--no-t5`, `--out`, `--resume`,",
+    ]
+    lines += ["`--json`, `--quiet` and `--debug`."]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    index = ["# Commands", "", "| command | what it measures |", "|-|-|"]
+    for name, kind_name in experiments.OF_COMMAND.items():
+        kind = getattr(experiments, kind_name)
+        first = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
+        index.append(f"| [{name}]({name}.md) | {first} |")
+        with mkdocs_gen_files.open(f"commands/{name}.md", "w") as page:
+            page.write(command_page(name, kind))
+    with mkdocs_gen_files.open("commands/index.md", "w") as page:
+        page.write("\n".join(index) + "\n")
+    table = (ROOT / "benchmarks" / "results" / "situations.md").read_text(encoding="utf-8")
+    with mkdocs_gen_files.open("guide/works-with-what.md", "w") as page:
+        page.write((ROOT / "docs" / "guide" / "works-with-what.md").read_text(encoding="utf-8"))
+        page.write("\n" + table)
+    with mkdocs_gen_files.open("contributing.md", "w") as page:
+        page.write((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    for picture in sorted(PICTURES.glob("*.png")):
+        with mkdocs_gen_files.open(f"pictures/{picture.name}", "wb") as file:
+            file.write(picture.read_bytes())
+
+
+main()
