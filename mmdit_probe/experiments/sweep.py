@@ -98,8 +98,6 @@ class Sweep(Sampling, Experiment):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.chosen_controls()
-        if self.kernel % 2 == 0:
-            raise UserError(f"--kernel is {self.kernel}; expected an odd number of taps")
 
     def chosen_controls(self) -> tuple[str, ...]:
         """The controls asked for."""
