@@ -210,6 +210,11 @@ class Edited:
         str | None, Option("Text tokens of these encoders only, e.g. clip.", shown_default="all", panel=METHOD)
     ] = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        if self.kernel % 2 == 0:
+            raise UserError(f"--kernel is {self.kernel}; expected an odd number of taps")
+
     def change(
         self, *, renormalise: bool = False, steps: Spec = "all", branches: tuple[str, ...] | None = None
     ) -> Edit:

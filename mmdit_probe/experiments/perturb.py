@@ -60,6 +60,10 @@ class Perturb(Places, Edited, Sweep):
     """
 
     name: ClassVar[str] = "perturb"
+    examples: ClassVar[tuple[str, ...]] = (
+        "perturb --layers all --prompts scenes:val --limit 16",
+        "perturb --layers 4 --by heads --limit 8",
+    )
     tables: ClassVar[tuple[str, ...]] = ("perturb",)
 
     control: EditControl = BUDGET
@@ -123,10 +127,10 @@ class Perturb(Places, Edited, Sweep):
         )
 
     def _main(self, result: Result) -> str:
-        return aligned_outcome(result.table.columns) or "change"
+        return aligned_outcome(result.table) or "change"
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
-        main = aligned_outcome(claims["outcome"]) or "change"
+        main = aligned_outcome(claims) or "change"
         return claims[(claims["outcome"] == main) & ~claims["control"].isin(EQUAL)].drop(columns="outcome")
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
@@ -259,7 +263,7 @@ def effect_table(summary: pd.DataFrame) -> TextTable:
     """The table per place in text: the best measure of alignment there is first, then the change of the image."""
     from mmdit_probe.plots.perturb import LABELS
 
-    aligned = aligned_outcome(summary["outcome"])
+    aligned = aligned_outcome(summary)
     shown = [name for name in (aligned, "change") if name is not None]
     columns = [column for name in shown for column in (LABELS[name], "control", "verdict")]
     table = TextTable(["place", *columns], left=("place",))
