@@ -195,7 +195,7 @@ def test_every_command_on_a_model_shows_examples_and_headings():
     group = typer.main.get_command(cli.app)
     for command in cli.COMMANDS:
         found = group.commands[command.name]  # type: ignore[attr-defined]
-        lines = [line for line in found.epilog.split("\n\n")[1:]]
+        lines = found.epilog.split("\n\n")[1:]
         assert lines and all(line.startswith(f"mmdit-probe {command.name}") for line in lines)
         flags = {flag for one in found.params for flag in one.opts}
         assert {word for line in lines for word in re.findall(r" (-[-a-z0-9]+)", line)} <= flags
