@@ -246,15 +246,17 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+_HEADINGS = {"facts": "facts shown", "clip_t": "CLIP-T", "change": "change (RMS)"}
+
+
 def setting_table(summary: pd.DataFrame) -> TextTable:
     """One row per setting in text."""
-    from mmdit_probe.plots.perturb import LABELS
-
-    names = [name for name in ("facts", "clip_t", "change") if name in set(summary["outcome"])]
+    names = [name for name in _HEADINGS if name in set(summary["outcome"])]
     places, columns = ["layers", "s", "perturbation"], []
     for name in names:
-        columns += [LABELS[name], *(["difference from stock"] if name != "change" else [])]
-    table = TextTable([*places, *columns], left=places)
+        heading = _HEADINGS[name]
+        columns += [heading, *([f"{heading} - stock"] if name != "change" else [])]
+    table = TextTable([*places, *columns], left=places, spare=("CLIP-T - stock", "CLIP-T", "perturbation"))
     for place, part in summary.groupby(PLACE, observed=True, sort=True):
         layers, scale, control = str(place[0]), float(str(place[1])), str(place[2])
         rows = part.set_index("outcome")

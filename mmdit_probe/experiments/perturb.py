@@ -266,7 +266,7 @@ def effect_table(summary: pd.DataFrame) -> TextTable:
     aligned = aligned_outcome(summary)
     shown = [name for name in (aligned, "change") if name is not None]
     columns = [column for name in shown for column in (LABELS[name], "control", "verdict")]
-    table = TextTable(["place", *columns], left=("place",))
+    table = TextTable(["place", *columns], left=("place",), spare=("control",))
     for place, part in summary.groupby(PLACE, sort=True):
         layer, head, span = int(str(place[0])), int(str(place[1])), str(place[2])
         rows = part.set_index("outcome")
