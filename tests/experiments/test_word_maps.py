@@ -112,7 +112,7 @@ def test_a_sample_without_the_word_gets_nothing_in_a_run(model: MMDiT) -> None:
         maps.map("red")
     with pytest.raises(UserError, match="sample 2 does not exist"):
         maps.map("a", sample=2)
-    with pytest.raises(UserError, match="no maps of layer 2|layer 2 does not exist"):
+    with pytest.raises(UserError, match="layer 2 does not exist"):
         maps.map("a", layers=2)
 
 
@@ -183,7 +183,8 @@ def test_the_page_holds_what_was_measured(model: MMDiT, photo: Image.Image) -> N
     found = json.loads(re.search(r'id="data">(.*?)</script>', maps.explore().html, re.DOTALL)[1])  # type: ignore[index]
     assert found["words"] == ["a", "red", "ring", "BOS (clip)", "EOS (clip)", "EOS (t5)", "PAD (clip)", "PAD (t5)"]
     assert found["chosen"] == [2] and found["layers"] == [0, 1, 2] and found["steps"] == ["the one"]
-    attention, table = dense(model, photo, PROMPT), model.token_tables(PROMPT)[0]
+    attention = [one.numpy() for one in dense(model, photo, PROMPT)]
+    table = model.token_tables(PROMPT)[0]
     bos = [IMAGE + p for p in table.positions(kind="bos", stream="clip")]
     ring = [IMAGE + p for p in table.positions(word="ring")]
     for layer in range(3):
