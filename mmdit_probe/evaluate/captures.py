@@ -55,7 +55,7 @@ class Captures:
         self, open_model: Callable[[], MMDiT], name: str, cache: Path | None = None,
         text: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self._open, self.name, self.cache, self._text = open_model, name, cache, dict(text or {})
+        self._open, self.name, self.cache, self.text = open_model, name, cache, dict(text or {})
         self._model: MMDiT | None = None
         self._facts: dict[str, Any] | None = None
         self._encoded: dict[str, TextCondition] = {}
@@ -99,7 +99,7 @@ class Captures:
         how = {"keep": keep, "together": together, "heads_apart": heads_apart, "text_kinds": text_kinds}
         if self.cache is None:
             return self._captured(image, classes, reading, how)
-        path = self.cache / f"{_key(name, image, classes, asdict(reading) | how | self._text)}.safetensors"
+        path = self.cache / f"{_key(name, image, classes, asdict(reading) | how | self.text)}.safetensors"
         if not path.is_file():
             save_capture(self._captured(image, classes, reading, how), path)
         return load_capture(path, image)

@@ -2,7 +2,6 @@
 
     plan = Plan.of(dataset, ["seg4diff", "iseg"], protocols=["present", "full"], refine=["none", "pamr"], ...)
     plan.rows(captures, index)                      # sparse confusion counts of one image, every configuration
-    evaluate(plan, captures, folder)                # of all images, as a table; resumes where a killed run stopped
 
 One forward per prompt serves every method, layer and refinement. Protocols (who says which classes there are):
 
@@ -10,11 +9,13 @@ One forward per prompt serves every method, layer and refinement. Protocols (who
     predicted      the classes a tagger names (`evaluate.tagger`, or a JSON file {image name: [class names]})
     full           all classes of the data set
     unsupervised   no names: segments, matched afterwards (`evaluate.scores`)
+
+Not here: the loop over images (`experiments.evaluate`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -32,16 +33,15 @@ from mmdit_probe.data.sample import Dataset
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.evaluate.captures import Captures
 from mmdit_probe.evaluate.scores import Counts, histogram, matched_by_rows
-from mmdit_probe.results import RunFolder, TableWriter, processes
 from mmdit_probe.segment import methods as zoo
 from mmdit_probe.segment.capture import layer_weights, middle_layers
 from mmdit_probe.segment.methods.base import Method
 from mmdit_probe.segment.record import Capture, Reading
 from mmdit_probe.segment.refine import Refinement
-from mmdit_probe.segment.tail import Background, label
+from mmdit_probe.segment.settings import Background
+from mmdit_probe.segment.tail import label
 from mmdit_probe.specs import head_indices, layer_indices
 
-TABLE = "counts"
 PROTOCOLS = ("present", "predicted", "full")
 UNSUPERVISED = "unsupervised"
 SWEEPS = ("none", "layer", "head", "sigma")
@@ -258,30 +258,6 @@ class Plan:
                 noise = torch.rand(len(known), *record.grid, generator=generator)
                 guess = np.array(known)[record.fit.back(noise).argmax(0).numpy()]
                 rows.add((protocol, RANDOM, *keys[2:]), histogram(scored, guess, rows.classes))
-
-
-def evaluate(plan: Plan, captures: Captures, folder: RunFolder, advance: Callable[[], None] = lambda: None) -> None:
-    """Write `counts.parquet` of a plan into a run folder. An image counts when its part is complete, and never twice.
-
-    Counts are integers, so the table of several processes is that of one, bit for bit.
-
-    Args:
-        plan: what to do. captures: where forwards come from. folder: an open run folder.
-        advance: called after every image of this process.
-    """
-    writer = TableWriter(folder.path, TABLE)
-    processes.barrier()  # every writer has cleaned up before any item is begun
-    own = processes.share(range(len(plan.dataset.samples)))
-    for index in own:
-        if index in writer.done:
-            continue
-        with writer.item(index) as item:
-            item.write(plan.rows(captures, index))
-        advance()
-    processes.collect(writer.path / f"{index:06d}.parquet" for index in own)
-    if processes.rank() == 0:
-        writer.finish()
-    processes.barrier()
 
 
 class _Rows:

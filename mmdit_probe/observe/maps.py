@@ -7,14 +7,10 @@
     blocks = JointBlocks(layers=[3, 4], keep=("i2t", "i2i"))
     with second_attention(model, layers=[3, 4]) as second, probe(model, blocks):
         model.denoise(latents, 0.5, text)
-    blocks.kept[3]["i2t"].shape                      # [B, H, I, T]
-    second[3].shape                                  # [B, I, I], of dual-attention blocks
+    blocks.kept[3]["i2t"].shape, second[3].shape     # [B, H, I, T], [B, I, I] (of dual-attention blocks)
 
-Maps are columns of the exact attention probabilities: for `queries="image"` (I2T) the value at an image token is that
-query's probability on the word; for `queries="text"` (T2I) it is the word's probability on that image token.
-
-Unlike the other observers `TextMaps` grows with every call it sees, because maps were asked for by name: choose layers
-and steps. `JointBlocks` and `second_attention` keep the last call. Not here: what is made of maps (`segment`).
+Maps are columns of the exact attention probabilities. `TextMaps` grows with every call it sees: choose layers and
+steps. Not here: what is made of maps (`segment`).
 """
 
 from __future__ import annotations
@@ -24,14 +20,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from mmdit_probe.attention import exact, gradients
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known, unknown
 from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, not_finite
@@ -70,7 +66,7 @@ class TextMaps(Observer):
         run[TextMaps].overlay("ring", image)         # PIL
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
+    needs = "lse"
 
     def __init__(
         self,
@@ -79,10 +75,8 @@ class TextMaps(Observer):
         queries: Literal["image", "text"] = "image",
         stream: str | None = None,
     ) -> None:
-        if heads not in ("mean", "all"):
-            raise unknown("heads option", heads, ("mean", "all"))
-        if queries not in ("image", "text"):
-            raise unknown("queries option", queries, ("image", "text"))
+        check_known("heads option", heads, ("mean", "all"))
+        check_known("queries option", queries, ("image", "text"))
         self.words = [words] if isinstance(words, str) else words
         self.heads, self.queries, self.stream = heads, queries, stream
         self._kept: dict[tuple[int, int], list[tuple[DenoisingCall, Tensor]]] = {}
@@ -267,15 +261,14 @@ class JointBlocks(Observer):
         heads: heads that count in the mean of "i2i"; None takes all.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
+    needs = "lse"
 
     def __init__(
         self, layers: Iterable[int], keep: Iterable[str] = ("i2t",), heads: Iterable[int] | None = None
     ) -> None:
         self.layers, self.keep = frozenset(layers), tuple(keep)
         for part in self.keep:
-            if part not in PARTS:
-                raise unknown("part of the joint attention", part, PARTS)
+            check_known("part of the joint attention", part, PARTS)
         self.heads = None if heads is None else list(heads)
         if self.heads == []:
             raise UserError("no heads to average over; name at least one")

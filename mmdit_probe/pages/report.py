@@ -60,7 +60,7 @@ def _section(mark: str, one: Section) -> str:
         for what, drawn in one.figures.items()
     )
     tables = "".join(f'<div class="wide">{table}</div>' for table in one.tables)
+    folded = f"<details><summary>numbers</summary>{tables}</details>" if tables else ""
     lines = "".join(f"<p>{escape(line)}</p>" for line in one.lines)
-    return (
-        f'<section aria-labelledby="{mark}"><h2 id="{mark}">{escape(one.title)}</h2>{figures}{tables}{lines}</section>'
-    )
+    title = f'<h2 id="{mark}">{escape(one.title)}</h2>'
+    return f'<section aria-labelledby="{mark}">{title}{figures}{lines}{folded}</section>'
