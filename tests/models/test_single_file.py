@@ -1,4 +1,4 @@
-"""Checkpoints in a single file, in the names of SD3's authors: the folder's weights, or one line that says what to do."""
+"""Checkpoints in a single file, in the names of their authors: the weights of the folder, or a line on what to do."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_file_is_the_pipeline_that_it_belongs_to_with_its_weights(known: Path,
 def test_weights_that_are_missing_or_do_not_fit_are_a_failure(known: Path, tmp_path: Path) -> None:
     weights, file = by_its_authors(tiny.transformer()), tmp_path / "sd3.safetensors"
     save_file({name: value for name, value in weights.items() if "context_embedder" not in name}, file)
-    with pytest.raises(RunError, match="cannot be loaded as the SD3Transformer2DModel of .*context_embedder"):
+    with pytest.raises(RunError, match=r"cannot be loaded as the SD3Transformer2DModel of .*context_embedder"):
         load(file, device="cpu")
     save_file(by_its_authors(tiny.transformer(joint_attention_dim=24)), file)
     with pytest.raises(RunError, match="cannot be loaded as the SD3Transformer2DModel of"):
@@ -95,10 +95,10 @@ def test_the_pipeline_is_told_by_the_weights(tmp_path: Path) -> None:
         assert base in base_of(str(file))
     for weights in ({"weight": torch.zeros(3)}, {bias: torch.zeros(9216)}):
         save_file(weights, file)
-        with pytest.raises(UserError, match="no checkpoint of a transformer that diffusers can tell .* convert it"):
+        with pytest.raises(UserError, match=r"no checkpoint of a transformer that diffusers can tell .* convert it"):
             load(file, device="cpu")
     file.write_bytes(b"pickle")
-    with pytest.raises(UserError, match="no safetensors file .*'gguf:FILE'"):
+    with pytest.raises(UserError, match=r"no safetensors file .*'gguf:FILE'"):
         load(file, device="cpu")
 
 
