@@ -428,7 +428,9 @@ def transformer_situations() -> list[Situation]:
     rows: list[Situation] = []
     rows += of_families("autocast bfloat16", EVERY, around=lambda _: torch.autocast(DEVICE, torch.bfloat16))
     rows += of_families(
-        "autocast float16", ["sd3", "sd35", "flux", "qwen_image"], around=lambda _: torch.autocast(DEVICE, torch.float16)
+        "autocast float16",
+        ["sd3", "sd35", "flux", "qwen_image"],
+        around=lambda _: torch.autocast(DEVICE, torch.float16),
     )
     rows += of_families("a function mode that changes calls", EVERY, around=lambda _: LouderQueries())
     rows += of_families(
