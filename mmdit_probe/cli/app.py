@@ -39,6 +39,7 @@ from mmdit_probe.experiments import (
     Score,
     Segment,
     SelectLayers,
+    SigmaByLayer,
     SwapTest,
     TrainMagnet,
     ValueNorms,
@@ -46,7 +47,7 @@ from mmdit_probe.experiments import (
 
 COMMANDS: tuple[Any, ...] = (
     AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers,
-    SwapTest, HeadTriage, BlockOperations, Segment, Discover, Evaluate, Score, TrainMagnet,
+    SwapTest, SigmaByLayer, HeadTriage, BlockOperations, Segment, Discover, Evaluate, Score, TrainMagnet,
 )  # fmt: skip
 RESUMABLE = {one.name for one in COMMANDS if "resume" not in getattr(one, "without", ())}
 INTERRUPTED = 130
