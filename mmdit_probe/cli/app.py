@@ -32,10 +32,12 @@ from mmdit_probe.experiments import (
     Diagnose,
     Discover,
     Evaluate,
+    Explore,
     FeaturePCA,
     Generate,
     HeadTriage,
     Perturb,
+    Report,
     Score,
     Segment,
     SelectLayers,
@@ -43,11 +45,13 @@ from mmdit_probe.experiments import (
     SwapTest,
     TrainMagnet,
     ValueNorms,
+    WordMaps,
 )
 
 COMMANDS: tuple[Any, ...] = (
-    AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers,
-    SwapTest, SigmaByLayer, HeadTriage, BlockOperations, Segment, Discover, Evaluate, Score, TrainMagnet,
+    WordMaps, Explore, Report, AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose,
+    Attribute, SelectLayers, SwapTest, HeadTriage, SigmaByLayer, BlockOperations, Segment, Discover, Evaluate, Score,
+    TrainMagnet,
 )  # fmt: skip
 RESUMABLE = {one.name for one in COMMANDS if "resume" not in getattr(one, "without", ())}
 INTERRUPTED = 130

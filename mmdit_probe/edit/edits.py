@@ -4,11 +4,9 @@ another text.
     with probe(model, edits=Blur("image", "text", layers=[9], sigma=9, kernel=5)):
         image = model.generate("a red ring on grass")
 
-Exact and without the N x N matrix: a linear map M on the keys' probabilities is a map on what is read there,
-`A[:, keys] M^T v = A[:, keys] (M^T v)`, and one on logits is a map on the keys themselves; a map on query positions
-acts on outputs. So a blur along text tokens costs one more attention call in the edited layer.
-
-Not here: which layer to edit (`select`), and guidance with the perturbed model (`edit.guidance`).
+Exact and without the N x N matrix: a linear map M on the keys' probabilities is a map on what is read there, `A[:,
+keys] M^T v = A[:, keys] (M^T v)`, and one on logits is a map on the keys themselves. So a blur along text tokens costs
+one more attention call in the edited layer. Not here: guidance with the perturbed model (`edit.guidance`).
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.edit.edit import Edit, Factored, Place, Proceed, has_words, words_of
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 
 Where = Literal["probabilities", "logits"]
 Border = Literal["reflect", "symmetric", "replicate"]
@@ -52,10 +50,8 @@ class Gaussian(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         taps(self.sigma, self.kernel)
-        if self.border not in BORDERS:
-            raise unknown("border", self.border, BORDERS)
-        if self.where not in WHERE:
-            raise unknown("place of the blur", self.where, WHERE)
+        check_known("border", self.border, BORDERS)
+        check_known("place of the blur", self.where, WHERE)
 
     @property
     def neutral(self) -> bool:
@@ -278,8 +274,7 @@ def blur_matrix(length: int, weights: Tensor, border: Border = "reflect") -> Ten
         >>> [round(x, 2) for x in blur_matrix(12, taps(9.0, 5), "reflect").sum(0).tolist()[:4]]     # mass moves inwards
         [0.6, 1.2, 1.2, 1.0]
     """
-    if border not in BORDERS:
-        raise unknown("border", border, BORDERS)
+    check_known("border", border, BORDERS)
     matrix = torch.zeros(length, length, dtype=torch.float64)
     rows = torch.arange(length)[:, None]
     sources = _inside(rows + torch.arange(len(weights)) - len(weights) // 2, length, border)

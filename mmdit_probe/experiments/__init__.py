@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.diagnose import Diagnose as Diagnose
     from mmdit_probe.experiments.evaluate import Evaluate as Evaluate
     from mmdit_probe.experiments.experiment import Experiment as Experiment
+    from mmdit_probe.experiments.explore import Explore as Explore
     from mmdit_probe.experiments.feature_pca import FeaturePCA as FeaturePCA
     from mmdit_probe.experiments.generate import Generate as Generate
     from mmdit_probe.experiments.head_triage import HeadTriage as HeadTriage
     from mmdit_probe.experiments.perturb import Perturb as Perturb
+    from mmdit_probe.experiments.report import Report as Report
     from mmdit_probe.experiments.result import Result as Result
     from mmdit_probe.experiments.score import Score as Score
     from mmdit_probe.experiments.segment_picture import Discover as Discover
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.swap_test import SwapTest as SwapTest
     from mmdit_probe.experiments.train_magnet import TrainMagnet as TrainMagnet
     from mmdit_probe.experiments.value_norms import ValueNorms as ValueNorms
+    from mmdit_probe.experiments.word_maps import WordMaps as WordMaps
 
 OF_COMMAND = {
     "attention-budget": "AttentionBudget",
@@ -54,6 +57,9 @@ OF_COMMAND = {
     "block-operations": "BlockOperations",
     "head-triage": "HeadTriage",
     "sigma-map": "SigmaByLayer",
+    "maps": "WordMaps",
+    "explore": "Explore",
+    "report": "Report",
 }
 """Command -> the experiment that it runs."""
 
@@ -70,14 +76,17 @@ MODULES = {
     "ContributionBudget": "contribution_budget",
     "Diagnose": "diagnose",
     "Experiment": "experiment",
+    "Explore": "explore",
     "FeaturePCA": "feature_pca",
     "Generate": "generate",
     "Perturb": "perturb",
+    "Report": "report",
     "Result": "result",
     "Score": "score",
     "SelectLayers": "select_layers",
     "SwapTest": "swap_test",
     "ValueNorms": "value_norms",
+    "WordMaps": "word_maps",
 }
 """Name -> module that it is in."""
 
@@ -103,6 +112,7 @@ def experiment_of(command: str, options: Mapping[str, Any]) -> Experiment:
 
 def read(folder: Path | str) -> Result:
     """The result that a run folder holds."""
+    from mmdit_probe.experiments.report import Report as Report
     from mmdit_probe.experiments.result import Result
 
     return Result.read(folder)

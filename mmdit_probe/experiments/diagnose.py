@@ -51,7 +51,6 @@ class Diagnose(Pictured, Places, Experiment):
 
     name: ClassVar[str] = "diagnose"
     tables: ClassVar[tuple[str, ...]] = ("channels", "keys", "map_quality")
-    arrays: ClassVar[tuple[str, ...]] = (SHOWN,)
 
     control: Control = "none"
 

@@ -63,7 +63,6 @@ class FeaturePCA(Pictured, Places, Experiment):
 
     name: ClassVar[str] = "pca"
     tables: ClassVar[tuple[str, ...]] = ("pca", "pca_variance")
-    arrays: ClassVar[tuple[str, ...]] = (SHOWN,)
 
     kinds: Annotated[str, Option("Features: query,key,value,output.", panel=METHOD)] = ",".join(KINDS)
     components: Annotated[

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.options import Option, check, described
 from mmdit_probe.specs import Spec
 
@@ -243,6 +243,5 @@ def recipe(name: str, **changes: Any) -> TrainMagnet:
     Raises:
         UserError: there is none of that name.
     """
-    if name not in RECIPES:
-        raise unknown("recipe", name, RECIPES)
+    check_known("recipe", name, RECIPES)
     return TrainMagnet(**{**RECIPES[name], **changes})

@@ -3,8 +3,7 @@
     model = load("scenes-sd3", lora="runs/train-magnet/.../lora")
     read_metadata("runs/train-magnet/.../lora")["mmdit_probe"]
 
-The format is diffusers' own, so adapters of other programs load as well. `pipeline.unload_lora_weights()` takes an
-adapter off; `merge` makes it part of the weights first.
+The format is diffusers' own. `pipeline.unload_lora_weights()` takes an adapter off.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.quiet import quiet
@@ -97,8 +98,6 @@ def _header(file: Path) -> tuple[list[str], dict[str, str]]:
     Raises:
         UserError: not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(file), framework="pt") as opened:
             return list(opened.keys()), opened.metadata() or {}

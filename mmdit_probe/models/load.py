@@ -4,9 +4,8 @@
     model = load("path/to/a/pipeline", device="cuda", t5=False)
     model = load("stabilityai/stable-diffusion-3-medium-diffusers")     # gated: accept its licence and log in first
 
-Weights are read from safetensors only, and all of them must be there. Nothing is printed but the bars of a download. A
-random-weight twin ("scenes-sd3-random") shares everything with its base but the transformer, which is built from the
-same configuration with seeded random weights: the control of every analysis.
+Weights are read from safetensors only, and all of them must be there. A random-weight twin ("scenes-sd3-random") shares
+everything with its base but the transformer, which has seeded random weights: the control of every analysis.
 """
 
 from __future__ import annotations
@@ -19,16 +18,15 @@ from typing import Any
 
 import torch
 
-from mmdit_probe import assets
-from mmdit_probe.errors import RunError, UserError, first_line, unknown
+from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families.registry import FAMILIES, Family, refuse_class
 from mmdit_probe.models.mmdit import MMDiT, default_length
+from mmdit_probe.models.names import check_device, check_dtype, embedded_models, source_of
 from mmdit_probe.models.quiet import quiet
 
 _ENDLESS = 1 << 30
 """Tokenizers that do not say how long their texts are say more than this."""
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
@@ -57,7 +55,7 @@ def load(
     name = os.fspath(name_or_path)
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
-    source, twin = _source(name)
+    source, twin = source_of(name)
     with quiet(bars=not Path(source).exists()):
         index = _checked_index(source)
         pipeline, length = _pipeline(source, index, precision, t5)
@@ -84,27 +82,6 @@ def random_twin(transformer: Any, seed: int) -> Any:
                 if not parameter.any():
                     parameter.normal_(0.0, 0.02)
     return twin.to(transformer.dtype).eval()
-
-
-def embedded_models() -> list[str]:
-    """Names of the embedded models that `load` takes: pipeline directories and random-weight twins."""
-    found = [(name, assets.path(name)) for name in assets.names()]
-    return [name for name, path in found if path.suffix == ".json" or (path / "model_index.json").is_file()]
-
-
-def _source(name: str) -> tuple[str, dict[str, Any] | None]:
-    """The directory or hub id to read, and the description of the random-weight twin if it is one."""
-    if name in embedded_models():
-        path = assets.path(name)
-        if path.suffix != ".json":
-            return str(path), None
-        twin = json.loads(path.read_text())
-        return str(assets.path(twin["base"])), twin
-    if Path(name).exists():
-        return name, None
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name, None
-    raise unknown("model (no embedded model, directory or hub id of this name)", name, embedded_models())
 
 
 def pipeline_index(source: str) -> dict[str, Any]:
@@ -191,7 +168,7 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
 
 def can_leave_out_t5(name: str) -> bool:
     """Whether `load(name, t5=False)` has an encoder to leave out and another one to read with. Errors as `load`."""
-    index = _checked_index(_source(name)[0])
+    index = _checked_index(source_of(name)[0])
     return any(_optional_encoder(f) for f in FAMILIES.values() if f.transformer == index["transformer"][1])
 
 
@@ -248,10 +225,8 @@ def pick_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise unknown("device", device, ["auto", "cpu", "cuda", "mps"]) from None
+    check_device(str(device))
+    found = torch.device(device)
     if (found.type == "cuda" and not torch.cuda.is_available()) or (
         found.type == "mps" and not torch.backends.mps.is_available()
     ):
@@ -269,6 +244,5 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return dtype
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in _DTYPES:
-        raise unknown("dtype", dtype, ["auto", *_DTYPES])
-    return _DTYPES[dtype]
+    check_dtype(dtype)
+    return getattr(torch, dtype)  # type: ignore[no-any-return]

@@ -6,9 +6,8 @@
     velocity = model.denoise(latents, 0.5, text)          # one transformer call: what `probe` observes
     images = model.generate("a red ring on grass", seed=0)
 
-Rectified flow throughout: x_t = (1 - sigma) x + sigma n, the model predicts the velocity n - x. `model.pipeline` is the
-stock pipeline and stays one; this class copies none of its steps. It is not a trainer: `denoise` keeps no gradients
-unless asked.
+Rectified flow throughout: x_t = (1 - sigma) x + sigma n, the model predicts the velocity n - x. `model.pipeline` stays
+the stock pipeline; this class copies none of its steps.
 """
 
 from __future__ import annotations
