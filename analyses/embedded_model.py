@@ -28,7 +28,7 @@ MODELS = {"scenes-sd3": "all", "scenes-sd3-random": "none"}
 
 
 def guidance_table(model: object, options: argparse.Namespace) -> pd.DataFrame:
-    """Scores on captions of the "val" split, all categories alike, for each guidance on the same seeds; best first."""
+    """Scores on captions of the "val" split, all categories alike, per guidance with the same seeds; best first."""
     rows = []
     for guidance in options.guidance:
         experiment = Score(n=options.n_val, split="val", clip="none", num_steps=options.num_steps, guidance=guidance)
@@ -48,7 +48,7 @@ def alignment_table(images: pd.DataFrame) -> pd.DataFrame:
 def means(part: pd.DataFrame) -> dict[str, object]:
     """Number of images, and each score's mean with its interval."""
     row: dict[str, object] = {"n": len(part)}
-    for name in SCORES:
+    for name in (name for name in SCORES if name in part):
         row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(part[name].astype(float))
     return row
 

@@ -89,7 +89,8 @@ def run(options: Any, session: Session, offered: Any) -> None:
 
 def named(session: Session) -> Named:
     """The model of a session."""
-    options = {"device": session.device, "dtype": session.dtype, "t5": not session.no_t5, "lora": session.lora}
+    names = ("device", "dtype", "lora", "offload", "quantize")
+    options = {name: getattr(session, name) for name in names} | {"t5": not session.no_t5}
     return Named(session.model, options, session.max_sequence_length, owns_process=True)
 
 

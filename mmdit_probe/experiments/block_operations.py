@@ -52,6 +52,10 @@ class BlockOperations(Sweep):
     """
 
     name: ClassVar[str] = "block-operations"
+    examples: ClassVar[tuple[str, ...]] = (
+        "block-operations --limit 16",
+        "block-operations --operations remove,double --layers 2-5 --limit 16",
+    )
     tables: ClassVar[tuple[str, ...]] = ("blocks",)
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"
@@ -99,20 +103,20 @@ class BlockOperations(Sweep):
         return "the operation raises the outcome (edited minus stock) more than in the control"
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
-        told = claims[claims["outcome"] == (aligned_outcome(claims["outcome"]) or "change")]
+        told = claims[claims["outcome"] == (aligned_outcome(claims) or "change")]
         return told.rename(columns={"condition": "kind"}).drop(columns="outcome")
 
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.perturb import block_effects
 
         title = f"{result.model_name}: operations on single blocks, n = {result.summary['n'].max()} prompts"
-        names = [name for name in (aligned_outcome(result.table.columns), "change") if name]
+        names = [name for name in (aligned_outcome(result.table), "change") if name]
         return {"blocks": block_effects(result.summary, names, title=title)}
 
     def tell(self, result: Result) -> list[Text]:
         from mmdit_probe.plots.perturb import LABELS
 
-        main = aligned_outcome(result.table.columns) or "change"
+        main = aligned_outcome(result.table) or "change"
         part = result.summary[result.summary["outcome"] == main]
         table = TextTable(["layer", *(c for name in self.wanted() for c in (name, "verdict"))], title=LABELS[main])
         for layer, rows in part.groupby("layer"):

@@ -263,6 +263,8 @@ def described(model: MMDiT) -> dict[str, Any]:
             "family": model.family.name,
             "weight_hash": model.weight_hash,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "offload": model.offload,
+            "quantize": model.quantize,
             "layers": len(model.layers),
             "heads": model.heads,
             "text_length": model.text_length,

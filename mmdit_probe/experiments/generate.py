@@ -60,6 +60,10 @@ class Generate(Edited, Sweep):
     """
 
     name: ClassVar[str] = "generate"
+    examples: ClassVar[tuple[str, ...]] = (
+        'generate --prompts "a red ring and a blue house on grass"',
+        "generate --perturb-layers 4 --perturb-scale 1,2,4 --limit 8",
+    )
     tables: ClassVar[tuple[str, ...]] = ("images",)
 
     perturb_layers: Annotated[
@@ -151,11 +155,11 @@ class Generate(Edited, Sweep):
         return gains(result.table)
 
     def claim(self, result: Result) -> str:
-        aligned = aligned_outcome(result.table.columns) or "no measure of it"
+        aligned = aligned_outcome(result.table) or "no measure of it"
         return f"guidance adds more to the alignment ({aligned}) than in the control"
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
-        return claims[claims["outcome"] == aligned_outcome(claims["outcome"])].drop(columns="outcome")
+        return claims[claims["outcome"] == aligned_outcome(claims)].drop(columns="outcome")
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
         return {"by_setting": result.summary}

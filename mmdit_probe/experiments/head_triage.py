@@ -53,6 +53,7 @@ class HeadTriage(Experiment):
     """
 
     name: ClassVar[str] = "head-triage"
+    examples: ClassVar[tuple[str, ...]] = ("head-triage --n 32 --train 32",)
     tables: ClassVar[tuple[str, ...]] = ("head_triage", "heads")
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"

@@ -214,6 +214,11 @@ class Edited:
         int, Option("Directions of the coherent control of equal size; prompts take them in turn.", min=1, panel=METHOD)
     ] = 5
 
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        if self.kernel % 2 == 0:
+            raise UserError(f"--kernel is {self.kernel}; expected an odd number of taps")
+
     def change(
         self, *, renormalise: bool = False, steps: Spec = "all", branches: tuple[str, ...] | None = None
     ) -> Edit:

@@ -63,6 +63,10 @@ class Perturb(Places, Edited, Sweep):
     """
 
     name: ClassVar[str] = "perturb"
+    examples: ClassVar[tuple[str, ...]] = (
+        "perturb --layers all --prompts scenes:val --limit 16",
+        "perturb --layers 4 --by heads --limit 8",
+    )
     tables: ClassVar[tuple[str, ...]] = ("perturb",)
 
     control: EditControl = BUDGET
@@ -126,10 +130,10 @@ class Perturb(Places, Edited, Sweep):
         )
 
     def _main(self, result: Result) -> str:
-        return aligned_outcome(result.table.columns) or "change"
+        return aligned_outcome(result.table) or "change"
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
-        main = aligned_outcome(claims["outcome"]) or "change"
+        main = aligned_outcome(claims) or "change"
         return claims[(claims["outcome"] == main) & ~claims["control"].isin(EQUAL)].drop(columns="outcome")
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
@@ -261,7 +265,7 @@ def power(table: pd.DataFrame) -> list[str]:
 
     By the place whose effect spreads most, at 5 % over all places (Holm's first step), with power .8.
     """
-    main = aligned_outcome(table.columns)
+    main = aligned_outcome(table)
     edited = effects(table, ROW)
     edited = edited[edited["condition"] == EDIT]
     if main is None or edited["item"].nunique() < 2:
@@ -285,7 +289,7 @@ def effect_table(summary: pd.DataFrame) -> TextTable:
     from mmdit_probe.plots.perturb import LABELS
 
     there = set(summary["outcome"])
-    shown = [name for name in (aligned_outcome(there) or "", "things_right", "change") if name in there]
+    shown = [name for name in (aligned_outcome(summary) or "", "things_right", "change") if name in there]
     columns = [column for name in shown for column in (LABELS[name], "control", "verdict")]
     table = TextTable(["place", *columns], left=("place",))
     for place, part in summary.groupby(PLACE, sort=True):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
 from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Sampling
+from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import FEWEST, defined, interval
@@ -69,6 +70,10 @@ class Score(Sampling, Experiment):
     """
 
     name: ClassVar[str] = "score"
+    examples: ClassVar[tuple[str, ...]] = (
+        "score --n 5 --lora class=runs/magnet/lora",
+        "score --prompts T2I-CompBench/prompts --clip openai/clip-vit-base-patch16 --model MODEL",
+    )
     tables: ClassVar[tuple[str, ...]] = ("scores", "maps")
 
     lora: Annotated[
@@ -167,9 +172,11 @@ class Score(Sampling, Experiment):
         from mmdit_probe.evaluate.blip import BlipAsker
         from mmdit_probe.evaluate.clipscore import ClipScorer
         from mmdit_probe.scenes import load_parser
+        from mmdit_probe.scenes.captions import is_caption
 
+        scenes = self.prompts is None or (knows_scenes(model) and any(is_caption(text) for _, text in inputs))
         scorers = Scorers(
-            load_parser() if self.prompts is None else None,
+            load_parser() if scenes else None,
             None if self.clip == "none" else ClipScorer.load(self.clip),
             None if self.vqa is None else BlipAsker.load(self.vqa),
             variants=self.variants(),

@@ -55,6 +55,10 @@ class SwapTest(Places, Sweep):
     """
 
     name: ClassVar[str] = "swap-test"
+    examples: ClassVar[tuple[str, ...]] = (
+        "swap-test --limit 50",
+        "swap-test --swap nouns --layers 2-5 --together --limit 50",
+    )
     tables: ClassVar[tuple[str, ...]] = ("swaps",)
 
     swap: Annotated[Kind, Option("Words to exchange: the two colours or the two nouns.", panel=METHOD)] = "colours"

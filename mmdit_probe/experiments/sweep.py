@@ -138,9 +138,10 @@ class Sweep(Sampling, Experiment):
         groups = [range(first, min(first + self.batch, len(inputs))) for first in range(0, len(inputs), self.batch)]
         sampled = controls.variants(model, [name for name in chosen if name in ("random", "uniform")])
         tasks = [Group(variant, indices) for variant in sampled for indices in groups]
+        notes = [note for note in [model.unknown_words_note(inputs)] if note]
         return Study(
-            model, request, tasks, "batches of images", len(plan), facts=scheduled(model, self.num_steps),
-            state=(inputs, plan, outcomes),
+            model, request, tasks, "batches of images", len(plan), notes=notes, state=(inputs, plan, outcomes),
+            facts=scheduled(model, self.num_steps) | {"remarks": notes},
         )  # fmt: skip
 
     def outcomes(self, model: MMDiT) -> tuple[list[Outcome], dict[str, str | None]]:
@@ -215,9 +216,16 @@ def outcome_names(table: pd.DataFrame, row: Sequence[str]) -> list[str]:
     return [str(name) for name in table.columns if name not in row]
 
 
-def aligned_outcome(names: Iterable[str]) -> str | None:
-    """The best measure of alignment with the prompt among outcomes."""
-    names = set(names)
+def aligned_outcome(table: pd.DataFrame) -> str | None:
+    """The best measure of alignment with the prompt that is defined somewhere.
+
+    Args:
+        table: a sweep's, with a column per outcome, or a summary with columns outcome and n.
+    """
+    if "outcome" in table:
+        names = set(table.loc[table["n"] > 0, "outcome"])
+    else:
+        names = {str(name) for name in table.columns if table[name].notna().any()}
     return next((name for name in ("facts", "clip_t") if name in names), None)
 
 

@@ -1,8 +1,9 @@
-"""Load a model by name: an embedded one, a diffusers pipeline directory, or a hub id.
+"""Load a model by name: an embedded one, a diffusers pipeline directory, a hub id, or a single file of weights.
 
     model = load("scenes-sd3")                                          # ships with the package
     model = load("path/to/a/pipeline", device="cuda", t5=False)
     model = load("stabilityai/stable-diffusion-3-medium-diffusers")     # gated: accept its licence and log in first
+    model = load("sd3_medium.safetensors", offload="model")             # what is not in the file: from that hub id
 
 Weights are read from safetensors only, and all of them must be there. A random-weight twin ("scenes-sd3-random") shares
 everything with its base but the transformer, which has seeded random weights: the control of every analysis.
@@ -21,9 +22,12 @@ import torch
 from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families.registry import FAMILIES, Family, refuse_class
+from mmdit_probe.models.memory import check_memory_options, place, quantizer
 from mmdit_probe.models.mmdit import MMDiT, default_length
 from mmdit_probe.models.names import check_device, check_dtype, embedded_models, source_of
 from mmdit_probe.models.quiet import quiet
+from mmdit_probe.models.single_file import base_of, transformer_of
+from mmdit_probe.models.weights import compute_dtype
 
 _ENDLESS = 1 << 30
 """Tokenizers that do not say how long their texts are say more than this."""
@@ -36,36 +40,47 @@ def load(
     dtype: str | torch.dtype = "auto",
     t5: bool = True,
     lora: str | os.PathLike[str] | None = None,
+    offload: str | None = None,
+    quantize: str | None = None,
 ) -> MMDiT:
     """Load an MM-DiT in its stock pipeline.
 
     Args:
-        name_or_path: an embedded model's name, a diffusers pipeline directory, or a hub id ("owner/name").
+        name_or_path: an embedded model's name, a diffusers pipeline directory, a hub id ("owner/name"), or a
+            safetensors file of a transformer in its authors' names (`models.single_file`).
         device: "cpu", "cuda", "mps", ...; "auto" takes the first there is of cuda, mps, cpu.
         dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on cuda and float32 elsewhere.
         t5: False leaves out the text streams of the large language encoder: their positions hold zeros, as many as
-        before.
+            before.
         lora: an adapter for the transformer: a folder as diffusers writes it, its file, or a hub id.
+        offload: "model", "sequential" or "group": what of the weights waits in the processor's memory.
+        quantize: "int8", "fp8", "nf4", or "gguf:FILE" in place of the transformer's own weights (`models.memory`).
 
     Raises:
-        UserError: no such model, not a pipeline directory, not an MM-DiT, gated, an unknown device or dtype, or an
-            adapter that does not fit.
+        UserError: no such model, not a pipeline directory, not an MM-DiT, gated, an unknown device or dtype, an
+            adapter that does not fit, or a quantiser that is not installed.
         RunError: the files are there and cannot be read.
     """
     name = os.fspath(name_or_path)
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
+    check_memory_options(where, offload, quantize)
     source, twin = source_of(name)
     with quiet(bars=not Path(source).exists()):
+        file = source if Path(source).is_file() else None
+        if file is not None and (quantize or "").startswith("gguf:"):
+            raise UserError(f"{file} and quantize={quantize!r} both give the transformer's weights; take one of them")
+        source = source if file is None else base_of(file)
         index = _checked_index(source)
-        pipeline, length = _pipeline(source, index, precision, t5)
+        parts = _transformer_parts(source, index, precision, file, quantize)
+        pipeline, length = _pipeline(source, index, precision, t5, parts)
         if twin is not None:
             pipeline.register_modules(transformer=random_twin(pipeline.transformer, int(twin["seed"])))
         pipeline.set_progress_bar_config(disable=True)
         if lora is not None:
             load_adapter(pipeline, os.fspath(lora))
-            name = f"{name}+{os.fspath(lora)}"
-        return MMDiT(pipeline.to(where), name, length)
+        name = "+".join([name, *(os.fspath(more) for more in (lora, quantize) if more is not None)])
+        return MMDiT(place(pipeline, where, offload), name, length, offload, quantize)
 
 
 def random_twin(transformer: Any, seed: int) -> Any:
@@ -81,7 +96,7 @@ def random_twin(transformer: Any, seed: int) -> Any:
             for parameter in twin.parameters():
                 if not parameter.any():
                     parameter.normal_(0.0, 0.02)
-    return twin.to(transformer.dtype).eval()
+    return twin.to(compute_dtype(transformer)).eval()
 
 
 def pipeline_index(source: str) -> dict[str, Any]:
@@ -133,7 +148,24 @@ def _checked_index(source: str) -> dict[str, Any]:
     return index
 
 
-def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) -> tuple[Any, int]:
+def _transformer_parts(
+    source: str, index: dict[str, Any], dtype: torch.dtype, file: str | None, quantize: str | None
+) -> dict[str, Any]:
+    """What the pipeline's loader is told of a transformer whose weights are not simply its own."""
+    from diffusers import PipelineQuantizationConfig
+
+    kind, _, other = (quantize or "").partition(":")
+    if not kind and file is None:
+        return {}
+    how = quantizer(kind, dtype) if kind else None
+    if other or file:
+        return {"transformer": transformer_of(other or str(file), source, index["transformer"][1], dtype, how)}
+    return {"quantization_config": PipelineQuantizationConfig(quant_mapping={"transformer": how})}
+
+
+def _pipeline(
+    source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool, parts: dict[str, Any]
+) -> tuple[Any, int]:
     """The stock pipeline, and the length of its text streams without a fixed one (kept when their encoder is left
     out)."""
     from diffusers import DiffusionPipeline
@@ -153,7 +185,8 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
         left_out |= dict.fromkeys(name for stream in open_ended for name in stream.encoders)
     try:
         with quiet(bars=not Path(source).exists()) as notices:
-            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **left_out)
+            options = {**left_out, **parts}
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except Exception as error:
         if Path(source).exists():
             raise RunError(f"{source} cannot be loaded: {first_line(error)}") from error

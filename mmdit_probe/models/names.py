@@ -17,7 +17,7 @@ from mmdit_probe import assets
 from mmdit_probe.errors import unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def embedded_models() -> list[str]:
@@ -46,12 +46,12 @@ def source_of(name: str) -> tuple[str, dict[str, Any] | None]:
 
 
 def check_device(name: str) -> None:
-    """A device has this name: one of `DEVICES`, perhaps with a number.
+    """A device has this name: one of `DEVICES` or of torch's others, perhaps with a number.
 
     Raises:
         UserError: unknown.
     """
-    if not re.fullmatch(rf"auto|(?:{'|'.join(DEVICES[1:])})(?::\d+)?", name):
+    if not re.fullmatch(rf"auto|(?:{'|'.join(DEVICES[1:])}|xpu|meta)(?::\d+)?", name):
         raise unknown("device", name, DEVICES)
 
 

@@ -228,13 +228,23 @@ def _same_request(path: Path, before: Mapping[str, Any], now: Mapping[str, Any])
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(name, before, now) of each option that differs; entries of nested ones, such as the inputs, on their own."""
+    """(name, before, now) of each option that differs; entries of nested ones, such as the inputs, on their own, and
+    those of lists that look the same from the start."""
     for name in sorted({*before, *now}):
         was, asked = before.get(name), now.get(name)
         if isinstance(was, dict) and isinstance(asked, dict):
             yield from differences(was, asked, f"{at}{name}: ")
+        elif isinstance(was, list) and isinstance(asked, list) and was != asked and _short(was) == _short(asked):
+            if len(was) != len(asked):
+                yield f"{at}number of {name}", len(was), len(asked)
+            else:
+                yield from differences(_numbered(was), _numbered(asked), f"{at}{name}: ")
         elif was != asked:
             yield f"{at}{name}", was, asked
+
+
+def _numbered(values: list[Any]) -> dict[str, Any]:
+    return {f"[{number}]": value for number, value in enumerate(values)}
 
 
 def _short(value: Any) -> str:

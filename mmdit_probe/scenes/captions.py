@@ -207,6 +207,15 @@ def _swapped(groups: tuple[Group, ...]) -> tuple[Group, ...]:
     return groups
 
 
+def is_caption(text: str) -> bool:
+    """Whether a text is a caption of this world, with facts that can be looked for in an image."""
+    try:
+        parse(text)
+    except UserError:
+        return False
+    return True
+
+
 class _Reader:
     """Recursive descent over the words of one caption."""
 

@@ -23,7 +23,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from mmdit_probe import assets
-from mmdit_probe.scenes.captions import RELATION_MARGIN, Facts, holds, opposites, parse
+from mmdit_probe.scenes.captions import RELATION_MARGIN, Facts, holds, is_caption, opposites, parse
 from mmdit_probe.scenes.world import CLASSES, COLOUR_NAMES, STUFF, THINGS
 
 MIN_OBJECT = 0.012
@@ -199,8 +199,11 @@ def judge(caption: str, reading: SceneReading) -> dict[str, float]:
 
     Returns: ``facts`` (share of the facts that hold), ``all_right``, ``things_right``, ``grounds_right``; and for each
     of `CONTRASTS` whether the image shows what is stated, and whether it shows the opposite (0 or 1; NaN where the
-    caption states no such thing). An image without the objects shows neither.
+    caption states no such thing). An image without the objects shows neither. All are NaN, undefined, where the text is
+    no caption of this world.
     """
+    if not is_caption(caption):
+        return dict.fromkeys(SCORES, np.nan)
     scores = {
         "facts": alignment(caption, reading),
         "all_right": float(aligned(caption, reading)),

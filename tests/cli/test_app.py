@@ -67,7 +67,7 @@ def test_every_command_on_a_model_takes_the_shared_options():
 
     commands = dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
     on_a_model = {name: named(one) for name, one in commands.items() if "--model" in named(one)}
-    assert len(on_a_model) == 13
+    assert set(on_a_model) == {one.name for one in cli.COMMANDS}
     shared = [
         "-m", "--lora", "--no-t5", "--max-sequence-length", "--device", "--dtype", "--seed", "-o", "--resume", "-q",
         "--json", "--debug",
@@ -185,6 +185,42 @@ def test_a_wrong_call_is_one_line_and_needs_no_torch(tmp_path):
     for (line, words), error in zip(WRONG, errors, strict=True):
         assert error.startswith("error: ") and words in error, (line, error)
         assert "--debug" not in error
+
+
+def test_every_command_on_a_model_shows_examples_and_headings():
+    import re
+
+    import typer
+
+    group = typer.main.get_command(cli.app)
+    for command in cli.COMMANDS:
+        found = group.commands[command.name]  # type: ignore[attr-defined]
+        lines = found.epilog.split("\n\n")[1:]
+        assert lines and all(line.startswith(f"mmdit-probe {command.name}") for line in lines)
+        flags = {flag for one in found.params for flag in one.opts}
+        assert {word for line in lines for word in re.findall(r" (-[-a-z0-9]+)", line)} <= flags
+        panels = [one.rich_help_panel for one in found.params if one.name not in ("help", "image")]
+        assert None not in panels, [one.name for one in found.params if one.rich_help_panel is None]
+
+
+def test_a_table_leaves_out_its_spare_columns_and_says_so():
+    from rich.console import Console
+
+    from mmdit_probe.cli.tables import fitted
+    from mmdit_probe.experiments.text import TextTable
+
+    table = TextTable(
+        ["layer", *(f"a long column {k}" for k in range(8))], spare=[f"a long column {k}" for k in (7, 6, 5)]
+    )
+    table.add(*(["1"] * 9))
+    console = Console(width=90)
+    shown, remark = fitted(table, console)
+    assert len(shown.columns) == 6 and remark.startswith(
+        "not shown for lack of width: a long column 7, a long column 6"
+    )
+    with console.capture() as captured:
+        console.print(shown)
+    assert "a long column 4" in captured.get() and max(map(len, captured.get().splitlines())) <= 90
 
 
 def test_values_of_options_are_completed():
