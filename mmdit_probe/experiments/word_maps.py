@@ -23,7 +23,6 @@ import numpy as np
 
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.explore import Explore
-from mmdit_probe.experiments.known import KnownLayers
 from mmdit_probe.experiments.options import METHOD, checked_heads
 from mmdit_probe.experiments.pictured_words import Item, Pictures, grounding
 from mmdit_probe.experiments.progress import Progress
