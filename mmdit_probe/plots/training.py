@@ -34,11 +34,7 @@ def training_curves(curves: pd.DataFrame) -> Figure:
             _lines(axis, by_name, {name: f"sigma {name.split('@')[1]}" for name in names}, ordered=True)
             axis.set(title=f"text gain: {title}", ylabel="held-out loss, + %", ylim=(0, None))
         for axis, sigma in ((low, "0.5"), (high, "0.75")):
-            prefix = f"miou@{sigma}/layer"
-            names = sorted(
-                (name for name in by_name if name.startswith(prefix)), key=lambda n: int(n.split("layer")[1])
-            )
-            _lines(axis, by_name, {name: name.split("/")[1] for name in names}, ordered=True)
+            _layers(axis, {name: part for name, part in by_name.items() if name.startswith(f"miou@{sigma}/layer")})
             axis.set(title=f"I2T maps at sigma {sigma}", ylabel="mIoU of classes present", ylim=(0, 1))
         labels = {"things_right": "objects right", "grounds_right": "ground right", "facts": "facts"}
         _lines(seen, by_name, labels)
@@ -48,6 +44,15 @@ def training_curves(curves: pd.DataFrame) -> Figure:
             axis.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.45, -0.26), columnspacing=0.8,
                         handlelength=1.8)  # fmt: skip
     return figure
+
+
+def _layers(axis: Axes, curves: dict[str, pd.DataFrame], named: int = 3) -> None:
+    """The layers that end highest by name, the others as thin grey lines."""
+    ends = sorted(curves, key=lambda name: -float(curves[name]["value"].iloc[-1]))
+    for name in ends[named:]:
+        label = "other layers" if name == ends[-1] else "_other"
+        axis.plot(curves[name]["step"], curves[name]["value"], color="#BBBBBB", lw=0.7, label=label)
+    _lines(axis, curves, {name: f"layer {name.split('layer')[1]}" for name in ends[:named]})
 
 
 def _lines(axis: Axes, by_name: dict[str, pd.DataFrame], labels: dict[str, str], *, ordered: bool = False) -> None:
