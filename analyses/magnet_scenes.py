@@ -103,7 +103,7 @@ def choose_layer(plan: Plan, work: Path) -> None:
 
     def make(path: Path) -> None:
         model = plan.model()
-        scores = [validate(model, held_out(plan), [layer]).miou for layer in range(len(model.layers))]
+        scores = [validate(model, held_out(plan), [layer]).miou() for layer in range(len(model.layers))]
         path.write_text(json.dumps({"layer": int(np.argmax(scores)), "miou": scores}))
 
     once(work / "layer.json", make)
@@ -138,7 +138,7 @@ def pilot(plan: Plan, work: Path, name: str, options: dict[str, Any]) -> None:
         found = {
             "name": name,
             **options,
-            "miou": validate(plan.model(result.lora), held_out(plan), [layer_of(work)]).miou,
+            "miou": validate(plan.model(result.lora), held_out(plan), [layer_of(work)]).miou(),
         }
         path.write_text(json.dumps(found))
 
@@ -179,8 +179,7 @@ def save_counts(plan: Plan, path: Path, model: MMDiT, layer: int) -> None:
     """Counts per test scene of every protocol."""
     samples = [ScenesData("test", plan.maps)[index] for index in range(plan.maps)]
     found = {}
-    for kind, scores in readouts(model, samples, [layer], list(PROTOCOLS)).items():
-        counts = ImageCounts.of(scores.counts)
+    for kind, counts in readouts(model, samples, [layer], list(PROTOCOLS)).items():
         found[PROTOCOLS[kind]] = np.stack([counts.hit, counts.truth, counts.found])
     found[UNSUPERVISED] = np.zeros((3, plan.maps, len(CLASSES)))
     for index in range(plan.maps):

@@ -50,51 +50,90 @@ TARGETS = {"masses": 1.05, "norms": 1.05, "maps": 1.10, "blur": 1.05}
 BLOCKS = ("sd3-medium", "flux")
 TOKENS = (1024, 4096, 9216)
 OBSERVING = ("masses", "norms", "maps", "words")
-TEXT = {"sd3-medium": 333, "flux": 512}
+TEXT = {"sd3-medium": 333, "sd35-large": 333, "flux": 512, "qwen-image": 256}
+_SD3 = {
+    "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64, "joint_attention_dim": 4096,
+    "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+}  # fmt: skip
+SIZES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd3-medium": ("SD3Transformer2DModel", {**_SD3, "num_attention_heads": 24}),
+    "sd35-large": ("SD3Transformer2DModel", {**_SD3, "num_attention_heads": 38, "qk_norm": "rms_norm"}),
+    "flux": (
+        "FluxTransformer2DModel",
+        {"attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
+         "pooled_projection_dim": 768, "guidance_embeds": True},
+    ),
+    "qwen-image": (
+        "QwenImageTransformer2DModel",
+        {"attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584},
+    ),
+}  # fmt: skip
+"""Class and configuration of the real models' blocks, as their public configs state them."""
 
 
-def build(blocks: str, tokens: int, dtype: str, device: str, heads: int = 24) -> tuple[Any, Callable[[], Any]]:
-    """The transformer and the forward to measure, for a square image of `tokens` tokens."""
-    import diffusers
+def build(
+    blocks: str, tokens: int, dtype: str, device: str, heads: int | None = None, layers: int = 2
+) -> tuple[Any, Callable[[], Any]]:
+    """The transformer, made in its dtype, and the forward to measure, for a square image of `tokens` tokens.
+
+    Args:
+        blocks: one of `SIZES`. heads: fewer than the real model's, to try it in small.
+        layers: half of them double and half single where a family has both kinds.
+    """
     import torch
 
     torch.manual_seed(0)
-    kind, side = getattr(torch, dtype), math.isqrt(tokens)
+    kind, side, text = getattr(torch, dtype), math.isqrt(tokens), TEXT[blocks]
     make = {"dtype": kind, "device": device}
-    inputs: dict[str, Any]
-    if blocks == "sd3-medium":
-        transformer = diffusers.SD3Transformer2DModel(
-            sample_size=2 * side, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=64,
-            num_attention_heads=heads, joint_attention_dim=4096, caption_projection_dim=64 * heads,
-            pooled_projection_dim=2048, pos_embed_max_size=192,
-        )  # fmt: skip
-        inputs = {
-            "hidden_states": torch.randn(1, 16, 2 * side, 2 * side, **make),
-            "encoder_hidden_states": torch.randn(1, TEXT[blocks], 4096, **make),
-            "pooled_projections": torch.randn(1, 2048, **make),
-            "timestep": torch.full((1,), 500.0, device=device),
-        }
+    transformer = of_size(blocks, dtype, device, heads, layers, side)
+    inputs: dict[str, Any] = {
+        "encoder_hidden_states": torch.randn(1, text, transformer.config.joint_attention_dim, **make),
+        "timestep": torch.full((1,), 500.0 if blocks.startswith("sd3") else 0.5, device=device),
+    }
+    if "pooled_projection_dim" in transformer.config:
+        inputs["pooled_projections"] = torch.randn(1, transformer.config.pooled_projection_dim, **make)
+    if blocks.startswith("sd3"):
+        inputs["hidden_states"] = torch.randn(1, 16, 2 * side, 2 * side, **make)
     else:
-        transformer = diffusers.FluxTransformer2DModel(
-            num_layers=1, num_single_layers=1, attention_head_dim=128, num_attention_heads=heads
-        )
+        inputs["hidden_states"] = torch.randn(1, side * side, 64, **make)
+    if blocks == "flux":
         ids = torch.zeros(side, side, 3, device=device)
         ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
-        inputs = {
-            "hidden_states": torch.randn(1, side * side, 64, **make),
-            "encoder_hidden_states": torch.randn(1, TEXT[blocks], 4096, **make),
-            "pooled_projections": torch.randn(1, 768, **make),
-            "timestep": torch.full((1,), 0.5, device=device),
-            "img_ids": ids.reshape(-1, 3),
-            "txt_ids": torch.zeros(TEXT[blocks], 3, device=device),
-        }
-    transformer = transformer.to(device, kind).eval()
+        inputs |= {"img_ids": ids.reshape(-1, 3), "txt_ids": torch.zeros(text, 3, device=device)}
+        inputs["guidance"] = torch.full((1,), 3.5, device=device)
+    if blocks == "qwen-image":
+        inputs["img_shapes"] = [[(1, side, side)]]
 
     @torch.no_grad()
     def forward() -> Any:
         return transformer(**inputs, return_dict=False)[0]
 
     return transformer, forward
+
+
+def of_size(blocks: str, dtype: str, device: str, heads: int | None, layers: int, side: int) -> Any:
+    """A transformer of a real model's width with random weights; it never holds them in another dtype."""
+    import diffusers
+    import torch
+
+    from mmdit_probe.models.quiet import quiet
+
+    name, config = SIZES[blocks]
+    config = dict(config)
+    config["num_attention_heads"] = heads = heads or config["num_attention_heads"]
+    if blocks.startswith("sd3"):
+        config |= {"num_layers": layers, "sample_size": 2 * side, "caption_projection_dim": 64 * heads}
+    elif blocks == "flux":
+        config |= {"num_layers": layers - layers // 2, "num_single_layers": layers // 2}
+    else:
+        config |= {"num_layers": layers}
+    before, kind = torch.get_default_dtype(), getattr(torch, dtype)
+    torch.set_default_dtype(kind)
+    try:
+        with torch.device(device), quiet():  # of what casting could do to weights that are float32 on purpose
+            return getattr(diffusers, name)(**config).to(device, kind).eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Spent:
@@ -157,13 +196,13 @@ def explicit_softmax(call: Any, module_call: Any, proceed: Any) -> Any:
     return (attention @ call.value.float()).to(call.value.dtype)
 
 
-def fits(way: str, blocks: str, tokens: int, device: str, heads: int = 24) -> bool:
+def fits(way: str, blocks: str, tokens: int, device: str, heads: int | None = None) -> bool:
     """Whether the explicit softmax (three float32 N x N matrices for every head) fits into the memory there is."""
     import torch
 
     if way != "explicit":
         return True
-    needed = 3 * 4 * heads * (tokens + TEXT[blocks]) ** 2
+    needed = 3 * 4 * (heads or SIZES[blocks][1]["num_attention_heads"]) * (tokens + TEXT[blocks]) ** 2
     if device.startswith("cuda"):
         return needed < torch.cuda.mem_get_info(device)[0]
     return needed < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -191,7 +230,7 @@ def peak(forward: Callable[[], Any], device: str) -> int | None:
 
 
 def measure(
-    blocks: str, tokens: int, dtype: str, device: str, rounds: int, clock: str, heads: int = 24
+    blocks: str, tokens: int, dtype: str, device: str, rounds: int, clock: str, heads: int | None = None
 ) -> list[dict[str, Any]]:
     """One row for every way that fits: median seconds, time and peak memory against stock."""
     transformer, forward = build(blocks, tokens, dtype, device, heads)

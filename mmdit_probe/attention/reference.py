@@ -1,15 +1,12 @@
 """The explicit softmax of joint attention: the readable oracle that every fast path is tested against.
 
-Implements softmax(scale * q k^T + bias) over the joint keys, with everything torch's `scaled_dot_product_attention`
-accepts: boolean or additive masks, causal masks, a custom scale, grouped heads. Computed in float64 by default.
-
     >>> import torch
     >>> q = k = torch.randn(1, 2, 5, 4)
     >>> p = probabilities(q, k)
     >>> torch.allclose(p.sum(-1), torch.ones(1, 2, 5, dtype=p.dtype))
     True
 
-It materialises the N x N matrix, so it is for tests and benchmarks, never for the probe.
+Computed in float64 by default. It materialises the N x N matrix: for tests and benchmarks, never for the probe.
 """
 
 from __future__ import annotations

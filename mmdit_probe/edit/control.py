@@ -6,13 +6,10 @@
 Each token's attention output moves exactly as far as under the edit (L2 norm per sample, head and token). Two kinds:
 
     rotation    the edit's change, turned by one random orthogonal matrix per layer and head, the same for every token,
-                sample and step. Angles between tokens' changes stay: the control is as coherent over the picture and
-                the sampling as the edit, so that it moves the picture as far.
-    noise       a direction of its own for every token and denoising call. Such changes cancel out: the picture moves
-                less than under an edit of the same size, so that this is the weaker control.
+                sample and step: as coherent over picture and sampling as the edit, so it moves the picture as far
+    noise       a direction of its own for every token and denoising call; such changes cancel out: the weaker control
 
-A layer whose edit does no more harm than these is only sensitive, not special. One matrix is one direction out of many:
-compare with several, `EqualBudget(edit).directions(5)`.
+One matrix is one direction out of many: compare with several, `EqualBudget(edit).directions(5)`.
 """
 
 from __future__ import annotations
@@ -28,7 +25,7 @@ from torch import Tensor
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import ModuleCall, Stage
 from mmdit_probe.edit.edit import Edit, Handler, Proceed
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.models.layout import Layer
 from mmdit_probe.specs import Spec
 
@@ -55,8 +52,7 @@ class EqualBudget:
     def __post_init__(self) -> None:
         if not isinstance(self.edit, Edit):
             raise UserError(f"no equal-budget control of {type(self.edit).__name__}: expected an edit of attention")
-        if self.kind not in KINDS:
-            raise unknown("kind of control", self.kind, KINDS)
+        check_known("kind of control", self.kind, KINDS)
 
     @property
     def layers(self) -> Spec:

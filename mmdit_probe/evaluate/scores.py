@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.results.statistics import ends, resample_counts
 from mmdit_probe.segment.tail import STRETCHES
 
 if TYPE_CHECKING:
@@ -217,8 +218,7 @@ class ImageCounts:
     @cached_property
     def _draws(self) -> NDArray[np.float64]:
         """How often each image is in each bootstrap draw [DRAWS, n]; the same for every method on n images."""
-        count = len(self)
-        return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), DRAWS).astype(float)
+        return resample_counts(np.random.default_rng(0), len(self), DRAWS)
 
     def ious(self) -> NDArray[np.float64]:
         """IoU per class [C]; NaN where a class is in neither."""
@@ -242,8 +242,7 @@ class ImageCounts:
         """95 % interval of a score: percentiles over bootstrap draws of images; NaN with one image."""
         if len(self) < 2:
             return float("nan"), float("nan")
-        values = self._scores(name, self._draws)
-        return float(np.nanquantile(values, 0.025)), float(np.nanquantile(values, 0.975))
+        return ends(self._scores(name, self._draws))
 
     def gain(self, other: ImageCounts, name: str = "miou") -> tuple[float, float, float]:
         """How much better than `other` on the same images: difference and its 95 % interval, images paired."""
@@ -252,8 +251,7 @@ class ImageCounts:
         difference = self.score(name) - other.score(name)
         if len(self) < 2:
             return difference, float("nan"), float("nan")
-        values = self._scores(name, self._draws) - other._scores(name, self._draws)
-        return difference, float(np.nanquantile(values, 0.025)), float(np.nanquantile(values, 0.975))
+        return difference, *ends(self._scores(name, self._draws) - other._scores(name, self._draws))
 
     def _scores(self, name: str, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         hit, truth, found = weights @ self.hit, weights @ self.truth, weights @ self.found

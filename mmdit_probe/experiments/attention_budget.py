@@ -59,6 +59,10 @@ class AttentionBudget(TokenRows):
     """
 
     name: ClassVar[str] = "attention-budget"
+    examples: ClassVar[tuple[str, ...]] = (
+        "attention-budget --layers all",
+        "attention-budget --layers 2-5 --images scenes:val --control random,shuffled",
+    )
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
         from mmdit_probe.observe.mass import AttentionMass

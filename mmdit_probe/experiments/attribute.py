@@ -39,6 +39,10 @@ class Attribute(Places, Experiment):
     """
 
     name: ClassVar[str] = "attribute"
+    examples: ClassVar[tuple[str, ...]] = (
+        "attribute --limit 8",
+        "attribute --images scenes:val --layers all --limit 16",
+    )
     tables: ClassVar[tuple[str, ...]] = ("attribution",)
 
     method: Annotated[

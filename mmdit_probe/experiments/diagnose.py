@@ -50,8 +50,11 @@ class Diagnose(Pictured, Places, Experiment):
     """
 
     name: ClassVar[str] = "diagnose"
+    examples: ClassVar[tuple[str, ...]] = (
+        "diagnose --limit 8",
+        "diagnose --images photos --layers 2-5 --model MODEL",
+    )
     tables: ClassVar[tuple[str, ...]] = ("channels", "keys", "map_quality")
-    arrays: ClassVar[tuple[str, ...]] = (SHOWN,)
 
     control: Control = "none"
 

@@ -149,9 +149,9 @@ class Evaluate(Reads, Experiment):
             parse_steps(steps)
         Background.parse(self.background or "none")
         self.values()
-        if "predicted" in self.protocols and self.tagger is None and self.tags is None:
+        tagger = self.tagger_request()
+        if "predicted" in self.protocols and tagger is None and self.tags is None:
             raise UserError("protocol 'predicted' needs --tagger CLIP, or --tags FILE of another program's tags")
-        self.tagger_request()
 
     @property
     def how(self) -> Preset:

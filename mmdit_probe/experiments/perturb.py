@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.options import METHOD, OUTPUT, EditControl, Places
+from mmdit_probe.experiments.options import METHOD, OUTPUT, EditControl, Edited, Places, check_streams
 from mmdit_probe.experiments.sweep import (
     AGAINST_STOCK,
     BUDGET,
@@ -25,8 +25,8 @@ from mmdit_probe.experiments.sweep import (
     Condition,
     Sweep,
     aligned_outcome,
+    effects,
     outcome_names,
-    own_rows,
     sheet_cells,
 )
 from mmdit_probe.experiments.text import TextTable, signed
@@ -52,7 +52,7 @@ HARM_IS_RISE = ("change", "relabelled")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perturb(Places, Sweep):
+class Perturb(Places, Edited, Sweep):
     """Edit the I2T block of one layer at a time, sample with the same seeds, and measure what changes.
 
     Outcomes: change of the image; for models of the scenes world, which facts of the prompt the image still shows; with
@@ -60,6 +60,10 @@ class Perturb(Places, Sweep):
     """
 
     name: ClassVar[str] = "perturb"
+    examples: ClassVar[tuple[str, ...]] = (
+        "perturb --layers all --prompts scenes:val --limit 16",
+        "perturb --layers 4 --by heads --limit 8",
+    )
     tables: ClassVar[tuple[str, ...]] = ("perturb",)
 
     control: EditControl = BUDGET
@@ -80,7 +84,8 @@ class Perturb(Places, Sweep):
         if self.branch == "uncond" and self.guidance <= 1:
             raise UserError(f"--branch uncond: --guidance {self.guidance:g} runs without that branch")
 
-    def conditions(self, model: MMDiT) -> list[Condition]:
+    def conditions(self, model: MMDiT, prompts: Sequence[str]) -> list[Condition]:
+        check_streams(model, self.streams)
         layers, heads = self.places(model)
         branches = None if self.branch == "all" else (self.branch,)
         edit = self.change(renormalise=self.renormalise, steps=self.steps, branches=branches)
@@ -122,10 +127,10 @@ class Perturb(Places, Sweep):
         )
 
     def _main(self, result: Result) -> str:
-        return aligned_outcome(result.table.columns) or "change"
+        return aligned_outcome(result.table) or "change"
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
-        main = aligned_outcome(claims["outcome"]) or "change"
+        main = aligned_outcome(claims) or "change"
         return claims[(claims["outcome"] == main) & ~claims["control"].isin(EQUAL)].drop(columns="outcome")
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
@@ -191,20 +196,6 @@ def no_op_change(table: pd.DataFrame) -> float:
     return float(table.loc[table["condition"] == NO_OP, "change"].abs().max())
 
 
-def effects(table: pd.DataFrame) -> pd.DataFrame:
-    """The measurement's own rows with every outcome as a paired effect: what compares with the unedited image as it is,
-    the others minus the value of the unedited image of the same prompt and seed."""
-    table = own_rows(table)
-    stock = table[table["condition"] == STOCK].set_index("item")
-    result = table[table["condition"] != STOCK].copy()
-    for name in outcome_names(table, ROW):
-        if name in ("clip_i", "dino"):
-            result[name] = result[name] - 1.0  # the unedited image has cosine 1 with itself
-        elif name not in AGAINST_STOCK:
-            result[name] = result[name] - result["item"].map(stock[name])
-    return result
-
-
 def losses(table: pd.DataFrame) -> pd.DataFrame:
     """What every edit costs, for `results.statistics.compare`.
 
@@ -216,10 +207,10 @@ def losses(table: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for control in dict.fromkeys(table["control"]):
         if control in EQUAL:  # compared with the measurement's own stock rows
-            part = effects(table)
+            part = effects(table, ROW)
             part = part[part["control"] == control]
         else:
-            part = effects(table[table["control"] == control].assign(control=NONE))
+            part = effects(table[table["control"] == control].assign(control=NONE), ROW)
             part = part[part["condition"] == EDIT]
         names = outcome_names(part, ROW)
         if control == "shuffled":
@@ -241,7 +232,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    long = effects(table)
+    long = effects(table, ROW)
     standard = next((name for name in EQUAL if name in set(long["control"])), None)
     rows: list[dict[str, Any]] = []
     for place, part in long.groupby(PLACE, observed=True):
@@ -272,7 +263,7 @@ def effect_table(summary: pd.DataFrame) -> TextTable:
     """The table per place in text: the best measure of alignment there is first, then the change of the image."""
     from mmdit_probe.plots.perturb import LABELS
 
-    aligned = aligned_outcome(summary["outcome"])
+    aligned = aligned_outcome(summary)
     shown = [name for name in (aligned, "change") if name is not None]
     columns = [column for name in shown for column in (LABELS[name], "control", "verdict")]
     table = TextTable(["place", *columns], left=("place",))

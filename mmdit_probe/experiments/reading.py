@@ -16,7 +16,7 @@ from mmdit_probe.experiments.known import known_layers
 from mmdit_probe.experiments.options import METHOD, checked_heads
 from mmdit_probe.options import Option
 from mmdit_probe.segment.settings import parse_sigmas, parse_size
-from mmdit_probe.specs import HeadSpec, Spec, check_spec, layer_indices
+from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, layer_indices
 
 if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
@@ -86,6 +86,8 @@ class Reads:
             raise UserError("--selection names layers and heads already; leave --layers and --heads out")
         if self.layers is not None:
             check_spec(self.layers, layer_indices)
+        if self.heads is not None and not isinstance(self.heads, Mapping):
+            check_spec(self.heads, head_indices)
         self.sigmas()
         parse_size(self.size)
 

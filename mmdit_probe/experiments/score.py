@@ -12,13 +12,14 @@ parser reads the pictures back, its own limit stands beside ("real"), and `maps`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
 from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Sampling
+from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import FEWEST, defined, interval
@@ -42,13 +43,11 @@ _ADAPTER = "scored"
 
 @dataclass(frozen=True)
 class Job:
-    """A task: pictures of a variant by number ("pictures"), scenes as they are ("real"), or nothing but maps ("maps");
-    with the word maps at some noise levels."""
+    """A task: pictures of a variant by number ("pictures"), or scenes as they are with their maps ("real")."""
 
     kind: str
     variant: str = BASE
     numbers: Sequence[int] = ()
-    sigmas: Sequence[float] = ()
 
 
 @dataclass
@@ -71,6 +70,12 @@ class Score(Sampling, Experiment):
     """
 
     name: ClassVar[str] = "score"
+    examples: ClassVar[tuple[str, ...]] = (
+        "score --n 5 --lora class=runs/magnet/lora",
+        "score --prompts T2I-CompBench/prompts --clip openai/clip-vit-base-patch16 --model MODEL",
+    )
+    tables: ClassVar[tuple[str, ...]] = ("scores", "maps")
+
     lora: Annotated[
         Sequence[str], Option("Adapter to compare with the base model: [NAME=]PATH; repeatable.", panel=INPUT)
     ] = ()
@@ -117,19 +122,8 @@ class Score(Sampling, Experiment):
             self.vqa,
             self.export,
         )
-        if self.only_maps and not self.sigmas():
-            raise UserError("--categories none leaves nothing to score; give noise levels of the maps: --maps 0.5")
         if all(scorer is None for scorer in scorers):
             raise UserError("nothing to score with: give a CLIP or BLIP model, or a folder to export to")
-
-    @property
-    def only_maps(self) -> bool:
-        """Whether nothing is generated: the word maps alone are scored."""
-        return self.prompts is None and self.categories == "none"
-
-    @property
-    def tables(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("maps",) if self.only_maps else ("scores", "maps")
 
     def variants(self) -> dict[str, str | None]:
         """Name -> adapter; the base model first.
@@ -178,9 +172,11 @@ class Score(Sampling, Experiment):
         from mmdit_probe.evaluate.blip import BlipAsker
         from mmdit_probe.evaluate.clipscore import ClipScorer
         from mmdit_probe.scenes import load_parser
+        from mmdit_probe.scenes.captions import is_caption
 
+        scenes = self.prompts is None or (knows_scenes(model) and any(is_caption(text) for _, text in inputs))
         scorers = Scorers(
-            load_parser() if self.prompts is None else None,
+            load_parser() if scenes else None,
             None if self.clip == "none" else ClipScorer.load(self.clip),
             None if self.vqa is None else BlipAsker.load(self.vqa),
             variants=self.variants(),
@@ -192,13 +188,8 @@ class Score(Sampling, Experiment):
             for variant in scorers.variants
             for start in range(0, len(jobs), self.batch)
         ]
-        if self.prompts is None and inputs:
+        if self.sigmas() or (self.prompts is None and inputs):
             tasks.append(Job(REAL))
-        # A task counts by its rows of the main table: where pictures are scored, the maps go with the first of them.
-        if self.only_maps:
-            tasks = [Job("maps", sigmas=(sigma,)) for sigma in self.sigmas()]
-        else:
-            tasks[0] = replace(tasks[0], sigmas=self.sigmas())
         request = request_of(
             model, variants=scorers.variants, prompts=inputs, images_per_prompt=each, num_steps=self.num_steps,
             guidance=self.guidance, seed=self.seed, clip=self.clip, vqa=self.vqa, maps=self.sigmas(), n=self.n,
@@ -208,11 +199,11 @@ class Score(Sampling, Experiment):
 
     def measure(self, study: Study, task: Job, record: Recorder) -> None:
         jobs, scorers = study.state
-        for sigma in task.sigmas:
-            record.write("maps", self._maps(study.model, sigma))
         if task.kind == REAL:
-            record.write("scores", real_scenes(self.n, self.split))
-        elif task.kind == "pictures":
+            for sigma in self.sigmas():
+                record.write("maps", self._maps(study.model, sigma))
+            record.write("scores", real_scenes(self.n, self.split, scorers))
+        else:
             adapt(study.model, scorers, task.variant)
             record.write("scores", self._pictures(study.model, task, jobs, scorers))
 
@@ -240,35 +231,23 @@ class Score(Sampling, Experiment):
             {"variant": task.variant, "category": category, "prompt": text, "index": index, "seed": seed}
             for (category, index, text), seed in zip(chosen, seeds, strict=True)
         )
-        if scorers.parser is not None:
-            frame = frame.join(parsed(scorers.parser, texts, pictures))
-        if scorers.clip is not None:
-            cosines = scorers.clip.cosines(pictures, texts)
-            frame[scorers.clip.metric] = [100 * max(0.0, float(value)) for value in cosines]
-            frame[scorers.clip.cosine_metric] = [float(value) for value in cosines]
-        if scorers.asker is not None:
-            frame[scorers.asker.metric] = [float(value) for value in scorers.asker(pictures, texts)]
         if self.export is not None:
             for (category, _, text), number, picture in zip(chosen, task.numbers, pictures, strict=True):
                 export(picture, self.export / task.variant / category / "samples", text, number)
-        return frame
+        return scored(frame, pictures, scorers)
 
     def summarise(self, result: Result) -> pd.DataFrame:
-        if self.only_maps:
-            return result.table[result.table["head"] == "mean"]
         table = result.table
-        return compare_variants(table[table["category"] != REAL], self.baseline)
+        drawn = table[table["category"] != REAL]  # none with --categories none: the parser's limit is what there is
+        return compare_variants(drawn if len(drawn) else table, self.baseline)
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
-        return {"maps_by_layer" if self.only_maps else "comparison": result.summary}
+        return {"comparison": result.summary}
 
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.magnet import differences
-        from mmdit_probe.plots.scores import map_scores, scores
+        from mmdit_probe.plots.scores import scores
 
-        if self.only_maps:
-            count = int(result.summary["n"].max())
-            return {"maps": map_scores(result.summary, title=f"{result.model_name}: I2T maps, n = {count} scenes")}
         title, main = f"{result.model_name}: {self._how(result)}", result.summary["metric"].iloc[0]
         figures = {"scores": scores(result.summary, main, title=title)}
         if result.summary["variant"].nunique() > 1:
@@ -280,8 +259,6 @@ class Score(Sampling, Experiment):
         return f"n = {count} prompts, {self.num_steps} steps, guidance {self.guidance:g}"
 
     def tell(self, result: Result) -> list[Text]:
-        if self.only_maps:
-            return [map_table(result.table)]
         from mmdit_probe.scenes.parser import SCORES
 
         shown = [
@@ -291,7 +268,7 @@ class Score(Sampling, Experiment):
         ]
         texts: list[Text] = [variant_table(result.summary, metric, self.baseline) for metric in shown]
         real = result.table[result.table["category"] == REAL]
-        if len(real):
+        if "facts" in real:
             texts.append(opposite_table(result.summary))
             limits = ", ".join(f"{name.replace('_', ' ')} {real[name].astype(float).mean():.3f}" for name in SCORES)
             texts.append(f"the parser on {len(real)} real scenes, its own limit: {limits}.")
@@ -301,8 +278,6 @@ class Score(Sampling, Experiment):
 
     def document(self, result: Result) -> dict[str, Any]:
         maps = {"maps": result.store.table("maps")} if result.store.has("maps") else {}
-        if self.only_maps:
-            return maps
         return {"comparison": result.summary, **maps}
 
 
@@ -346,25 +321,36 @@ def prompts_by_category(source: str, n: int) -> list[tuple[str, str]]:
     return [(file.stem.removesuffix("_val"), text) for file in files for text in prompts(str(file), n)]
 
 
-def parsed(parser: Any, texts: Sequence[str], pictures: Sequence[Any]) -> pd.DataFrame:
-    """What the scenes parser reads in pictures: one column per score of `scenes.parser.judge`."""
+def scored(frame: pd.DataFrame, pictures: Sequence[Any], scorers: Scorers) -> pd.DataFrame:
+    """Rows of pictures with what every scorer says of each and its prompt: the parser's are those of `judge`."""
     import pandas as pd
 
     from mmdit_probe.scenes.parser import judge
 
-    return pd.DataFrame(judge(text, reading) for text, reading in zip(texts, parser.read(pictures), strict=True))
+    texts = frame["prompt"].tolist()
+    if scorers.parser is not None:
+        readings = scorers.parser.read(pictures)
+        frame = frame.join(pd.DataFrame(judge(*pair) for pair in zip(texts, readings, strict=True)))
+    if scorers.clip is not None:
+        cosines = scorers.clip.cosines(pictures, texts)
+        frame[scorers.clip.metric] = [100 * max(0.0, float(value)) for value in cosines]
+        frame[scorers.clip.cosine_metric] = [float(value) for value in cosines]
+    if scorers.asker is not None:
+        frame[scorers.asker.metric] = [float(value) for value in scorers.asker(pictures, texts)]
+    return frame
 
 
-def real_scenes(n: int, split: str) -> pd.DataFrame:
-    """The parser's own limit: captions of real scenes, checked against what it reads in those scenes."""
+def real_scenes(n: int, split: str, scorers: Scorers) -> pd.DataFrame:
+    """The scorers' own limit: real scenes and their captions, scored as pictures are."""
     import pandas as pd
+    from PIL import Image
 
-    from mmdit_probe.scenes import describe, load_parser, scene
+    from mmdit_probe.scenes import describe, scene
 
     items = [scene(split, index) for index in range(n)]
     texts = [describe(item) for item in items]
     frame = pd.DataFrame({"variant": BASE, "category": REAL, "prompt": texts, "index": range(n), "seed": range(n)})
-    return frame.join(parsed(load_parser(), texts, [item.image for item in items]))
+    return scored(frame, [Image.fromarray(item.image) for item in items], scorers)
 
 
 def export(picture: Any, folder: Path, prompt: str, number: int) -> None:

@@ -44,6 +44,10 @@ class SelectLayers(Sampling, Experiment):
     """
 
     name: ClassVar[str] = "select-layers"
+    examples: ClassVar[tuple[str, ...]] = (
+        "select-layers --evidence word_mass,segmentation --limit 24",
+        "select-layers --from runs/budget --from runs/perturb --top 2",
+    )
     tables: ClassVar[tuple[str, ...]] = ("evidence",)
 
     evidence: Annotated[

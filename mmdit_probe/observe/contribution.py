@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,8 @@ class Contribution(RowObserver):
         UserError: an attention module whose image tokens do not pass through an output projection of its own.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
-    reads: ClassVar[str] = "the attention output"
+    needs = "lse"
+    reads = "the attention output"
 
     columns = COLUMNS
 

@@ -1,16 +1,13 @@
 """AttentionMass: how much of its attention each kind of token gives to each kind of token (the paper's attention
 budget, Fig. 2).
 
-Per (sample, step, branch, layer, head): the mean over image queries, and over text queries, of the probability on image
-keys, on other keys, and on each text span kind of each encoder stream. Blocks are named query -> key; I2T is the sum of
-the rows with query "image" and key "text". The rows of one query kind sum to 1.
-
     with probe(model, AttentionMass(), layers="all") as run:
         model.generate("a red ring on grass")
     run[AttentionMass].table().query("query == 'image' and key == 'text'").groupby(["layer", "span"]).mass.mean()
 
-Exact, by columns from the row log-sum-exp (`attention.exact`); the image mass is the complement. Averaging over samples
-is up to the reader of the table. Not here: the mass of single keys (`observe.sinks`).
+Per (sample, step, branch, layer, head): the mean over image queries, and over text queries, of the probability on image
+keys, on other keys, and on each text span kind of each encoder stream; the rows of one query kind sum to 1. Not here:
+the mass of single keys (`observe.sinks`).
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +99,7 @@ class AttentionMass(RowObserver):
     get no row; `other` always has one.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
+    needs = "lse"
 
     columns = COLUMNS
 
