@@ -317,14 +317,22 @@ def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int,
         rule: "ranks" (least mean rank over all evidence), "median-ranks" (least median rank, so that one dissenter does
             not decide; ties go to the least mean rank), or the name of one evidence.
     """
-    if rule not in {*RANK_RULES, *table["evidence"]}:
-        raise unknown("rule", rule, [*RANK_RULES, *dict.fromkeys(table["evidence"])])
-    part = table if rule in RANK_RULES else table[table["evidence"] == rule]
-    keys = ["median", "mean"] if rule == "median-ranks" else ["mean"]
-    order = part.groupby("layer")["rank"].agg(["median", "mean"]).sort_values(keys, kind="stable")
+    ranks = table.pivot(index="layer", columns="evidence", values="rank")[list(dict.fromkeys(table["evidence"]))]
+    order = _best_first(ranks.to_numpy(float), list(ranks.columns), rule)
     if not 1 <= top <= len(order):
         raise UserError(f"--top {top}: expected 1 to {len(order)} layers")
-    return tuple(int(layer) for layer in order.index[:top])
+    return tuple(int(layer) for layer in ranks.index[order][:top])
+
+
+def _best_first(ranks: np.ndarray, names: Sequence[str], rule: str) -> np.ndarray:
+    """Places of the layers by their ranks (layers, evidences); NaN where an evidence does not know a layer."""
+    if rule not in {*RANK_RULES, *names}:
+        raise unknown("rule", rule, [*RANK_RULES, *names])
+    if rule not in RANK_RULES:
+        ranks = ranks[:, [list(names).index(rule)]]
+    known = np.flatnonzero(np.isfinite(ranks).any(1))
+    mean, median = np.nanmean(ranks[known], 1), np.nanmedian(ranks[known], 1)
+    return known[np.lexsort((mean, median) if rule == "median-ranks" else (mean,))]
 
 
 def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int = 500) -> pd.DataFrame:
@@ -337,21 +345,19 @@ def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int 
     Returns: layer, share.
     """
     import pandas as pd
+    from scipy.stats import rankdata
 
     values = _wide(long)
-    layers = sorted({int(layer) for table in values.values() for layer in table.columns})
-    rng = np.random.default_rng(0)
-    wins = dict.fromkeys(layers, 0)
+    layers = np.unique([layer for table in values.values() for layer in table.columns])
+    places = [np.searchsorted(layers, table.columns) for table in values.values()]
+    names, rng = [name for name, _ in values], np.random.default_rng(0)
+    wins = np.zeros(len(layers), int)
     for _ in range(draws):
-        means = _resampled(list(values.values()), rng)
-        table = pd.concat(
-            pd.DataFrame({"evidence": key[0], "layer": values[key].columns, "value": mean})
-            for key, mean in zip(values, means, strict=True)
-        )
-        table["rank"] = table.groupby("evidence")["value"].rank(ascending=False, method="min")
-        for layer in choose(table, top, rule):
-            wins[layer] += 1
-    return pd.DataFrame({"layer": layers, "share": [wins[layer] / draws for layer in layers]})
+        ranks = np.full((len(layers), len(values)), np.nan)
+        for column, mean in enumerate(_resampled(list(values.values()), rng)):
+            ranks[places[column], column] = rankdata(-mean, method="min", nan_policy="omit")
+        wins[_best_first(ranks, names, rule)[:top]] += 1
+    return pd.DataFrame({"layer": layers, "share": wins / draws})
 
 
 def weights_of(table: pd.DataFrame, layers: Sequence[int], rule: str = "equal") -> tuple[float, ...]:
