@@ -59,6 +59,7 @@ class Size:
     num_steps: int = 28
     guidance: float = 4.5
     sigma: float = 0.5
+    evidence: tuple[str, ...] = tuple(EVIDENCE)
 
 
 def runs(common: Session, seeds: Sequence[int], recipes: Sequence[str]) -> Iterator[tuple[Session, Path]]:
@@ -80,7 +81,7 @@ def measure(model: MMDiT, session: Session, size: Size) -> dict[str, pd.DataFram
         scores = alignment_of(model, parser, prompts, steps=size.num_steps, guidance=size.guidance)
         rows = [(name, *interval(scores[name])) for name in SCORES]
         found.append(pd.DataFrame(rows, columns=["score", "mean", "low", "high"]).assign(category=category, n=size.n))
-    every = pd.concat([evidence.measure(name, model, "val", amount) for name in EVIDENCE])
+    every = pd.concat([evidence.measure(name, model, "val", amount) for name in size.evidence])
     return {
         "maps": maps[maps["head"] == "mean"][["layer", "min_max", "sigma", "n", "miou"]],
         "evidence": evidence.by_layer(every),
@@ -148,19 +149,18 @@ def as_markdown(tables: dict[str, pd.DataFrame], samples: int, size: Size) -> st
     lines = [
         "# Does the expert follow the aligned layer?", "",
         "Written by `python analyses/alignment_ablation.py`. Recipes differ in what image tokens are taught",
-        f"beside flow matching, through a head that does not ship; {samples} samples each. Held-out scenes,",
-        f"n = {size.n} (evidence n = {size.n_evidence}), sigma {size.sigma:g}, beside a transformer of random",
-        "weights.", "",
+        f"beside flow matching, through heads that do not ship; {samples} samples each. Held-out scenes, n = {size.n}",
+        f"(evidence n = {size.n_evidence}), sigma {size.sigma:g}, beside a transformer of random weights.", "",
         answer, "", "## Best layers", "", *_rows(best, 3), "",
         "## mIoU of the I2T maps by layer, raw / min-max", "",
     ]  # fmt: skip
     maps = tables["maps"].assign(kind=lambda t: t["min_max"].map({False: "raw", True: "min-max"}))
     lines += _rows(maps.pivot_table(index=[*RUN, "kind"], columns="layer", values="miou", sort=False).reset_index(), 3)
-    for name, meaning in EVIDENCE.items():
+    for name in size.evidence:
         part = tables["evidence"][tables["evidence"]["evidence"] == name]
         cells = part.assign(cell=[bounded(*row) for row in part[["value", "low", "high"]].to_numpy()])
         wide = cells.pivot_table(index=RUN, columns="layer", values="cell", aggfunc="first", sort=False).reset_index()
-        lines += ["", f"## {name}: {meaning}, by layer", "", *_rows(wide, 3)]
+        lines += ["", f"## {name}: {EVIDENCE[name]}, by layer", "", *_rows(wide, 3)]
     found = tables["samples"].dropna(subset=["mean"])
     found = found.assign(cell=[bounded(*row) for row in found[["mean", "low", "high"]].to_numpy()])
     keys = [*RUN, "category"]

@@ -15,11 +15,12 @@ forward of the same round:
     blur        text-axis blur of I2T             target 1.05
     explicit    softmax(q k^T) held in float32    what is usually done; left out where it does not fit
 
-Times are taken in turns (CUDA: device events; `--clock cpu`: processor time, on a machine with other work), ratios are
-medians of per-round ratios. Between two forwards a shared machine drifts by more than an observer costs, so on a CPU
-the observers' own time within a forward is taken, too: the ratio of that forward to what it is without (`within`).
-Where it is known it decides whether a target is met, else the ratio to stock does. Catching the calls is not in it:
-that is less than a millisecond a layer (`watched` of `overhead.py`). Peak memory is that of a first, untimed forward
+Times are taken in turns, by the wall clock (CUDA: device events) and in processor time; `--clock` says which of them
+decides. Ratios are medians of per-round ratios with a 95 % interval (order statistics); a target is met or missed where
+the interval lies on one side of it, else it is undecided. Beside it stands an inner measure, on a CPU: the ratio of a
+forward to what it is without the observers' own time (`within`), which noise between two forwards does not touch. It
+leaves out the catching of calls, which is less than a millisecond a layer (`watched` of `overhead.py`). Blocks are
+built in their dtype. Peak memory is that of a first, untimed forward
 of each way: the peak allocation on CUDA, elsewhere the peak resident set, which Linux can reset (where it cannot,
 memory is left out). A cell (blocks, tokens, dtype) that the result file has is not measured again, so a stopped run
 goes on; `--fresh` measures anew.
@@ -43,58 +44,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from overhead import CLOCKS, Dropped, machine, results, timed
+from overhead import CLOCKS, Dropped, machine, ratio, results, timed, verdict
+from sizes import SIZES, TEXT, build
 
 WAYS = ("stock", "masses", "norms", "maps", "words", "blur", "explicit")
 TARGETS = {"masses": 1.05, "norms": 1.05, "maps": 1.10, "blur": 1.05}
 BLOCKS = ("sd3-medium", "flux")
 TOKENS = (1024, 4096, 9216)
 OBSERVING = ("masses", "norms", "maps", "words")
-TEXT = {"sd3-medium": 333, "flux": 512}
-
-
-def build(blocks: str, tokens: int, dtype: str, device: str, heads: int = 24) -> tuple[Any, Callable[[], Any]]:
-    """The transformer and the forward to measure, for a square image of `tokens` tokens."""
-    import diffusers
-    import torch
-
-    torch.manual_seed(0)
-    kind, side = getattr(torch, dtype), math.isqrt(tokens)
-    make = {"dtype": kind, "device": device}
-    inputs: dict[str, Any]
-    if blocks == "sd3-medium":
-        transformer = diffusers.SD3Transformer2DModel(
-            sample_size=2 * side, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=64,
-            num_attention_heads=heads, joint_attention_dim=4096, caption_projection_dim=64 * heads,
-            pooled_projection_dim=2048, pos_embed_max_size=192,
-        )  # fmt: skip
-        inputs = {
-            "hidden_states": torch.randn(1, 16, 2 * side, 2 * side, **make),
-            "encoder_hidden_states": torch.randn(1, TEXT[blocks], 4096, **make),
-            "pooled_projections": torch.randn(1, 2048, **make),
-            "timestep": torch.full((1,), 500.0, device=device),
-        }
-    else:
-        transformer = diffusers.FluxTransformer2DModel(
-            num_layers=1, num_single_layers=1, attention_head_dim=128, num_attention_heads=heads
-        )
-        ids = torch.zeros(side, side, 3, device=device)
-        ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
-        inputs = {
-            "hidden_states": torch.randn(1, side * side, 64, **make),
-            "encoder_hidden_states": torch.randn(1, TEXT[blocks], 4096, **make),
-            "pooled_projections": torch.randn(1, 768, **make),
-            "timestep": torch.full((1,), 0.5, device=device),
-            "img_ids": ids.reshape(-1, 3),
-            "txt_ids": torch.zeros(TEXT[blocks], 3, device=device),
-        }
-    transformer = transformer.to(device, kind).eval()
-
-    @torch.no_grad()
-    def forward() -> Any:
-        return transformer(**inputs, return_dict=False)[0]
-
-    return transformer, forward
 
 
 class Spent:
@@ -157,13 +114,13 @@ def explicit_softmax(call: Any, module_call: Any, proceed: Any) -> Any:
     return (attention @ call.value.float()).to(call.value.dtype)
 
 
-def fits(way: str, blocks: str, tokens: int, device: str, heads: int = 24) -> bool:
+def fits(way: str, blocks: str, tokens: int, device: str, heads: int | None = None) -> bool:
     """Whether the explicit softmax (three float32 N x N matrices for every head) fits into the memory there is."""
     import torch
 
     if way != "explicit":
         return True
-    needed = 3 * 4 * heads * (tokens + TEXT[blocks]) ** 2
+    needed = 3 * 4 * (heads or SIZES[blocks][1]["num_attention_heads"]) * (tokens + TEXT[blocks]) ** 2
     if device.startswith("cuda"):
         return needed < torch.cuda.mem_get_info(device)[0]
     return needed < 0.6 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -191,12 +148,12 @@ def peak(forward: Callable[[], Any], device: str) -> int | None:
 
 
 def measure(
-    blocks: str, tokens: int, dtype: str, device: str, rounds: int, clock: str, heads: int = 24
+    blocks: str, tokens: int, dtype: str, device: str, rounds: int, clock: str, heads: int | None = None
 ) -> list[dict[str, Any]]:
     """One row for every way that fits: median seconds, time and peak memory against stock."""
     transformer, forward = build(blocks, tokens, dtype, device, heads)
     ways = [way for way in WAYS if fits(way, blocks, tokens, device, heads)]
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    seconds: dict[str, dict[str, list[float]]] = {name: {way: [] for way in ways} for name in CLOCKS}
     own: dict[str, list[float]] = {way: [] for way in OBSERVING if way in ways and not device.startswith("cuda")}
     peaks: dict[str, int | None] = {}
     forward()  # what only a first forward allocates is no way's own
@@ -208,11 +165,16 @@ def measure(
         for way in ways[first:] + ways[:first]:
             spent = Spent(clock)
             with attached(way, transformer, spent):
-                seconds[way].append(timed(forward, device, clock))
+                for name, passed in timed(forward, device).items():
+                    seconds[name][way].append(passed)
             if way in own:
                 own[way].append(spent.seconds)
     cell = {"blocks": blocks, "image_tokens": tokens, "text_tokens": TEXT[blocks], "dtype": dtype, "rounds": rounds}
-    return [cell | row for row in ratios(seconds, peaks, own)]
+    (other,) = CLOCKS.keys() - {clock}
+    rows = [cell | row for row in ratios(seconds[clock], peaks, own)]
+    for row in rows:
+        row["other_ratio"], row["other_interval"] = ratio(seconds[other][row["way"]], seconds[other]["stock"])
+    return rows
 
 
 def ratios(
@@ -226,22 +188,20 @@ def ratios(
     rows = []
     stock = peaks["stock"]
     for way, values in seconds.items():
-        of_round = [mine / base for mine, base in zip(values, seconds["stock"], strict=True)]
         added = [mine - base for mine, base in zip(values, seconds["stock"], strict=True)]
         top, target = peaks[way], TARGETS.get(way)
         memory = None if top is None or stock is None else top / stock
-        time_ratio = statistics.median(of_round)
+        time_ratio, interval = ratio(values, seconds["stock"])
         within = None
         if way in own:
             within = statistics.median(whole / (whole - part) for whole, part in zip(values, own[way], strict=True))
             added = own[way]
-        decisive = time_ratio if within is None else within
         rows.append(
             {
                 "way": way, "seconds": statistics.median(values), "added_seconds": statistics.median(added),
-                "time_ratio": time_ratio, "time_ratio_range": [min(of_round), max(of_round)], "within": within,
+                "time_ratio": time_ratio, "time_ratio_interval": interval, "within": within,
                 "peak_bytes": top, "peak_ratio": memory, "target": target,
-                "time_met": None if target is None else decisive <= target,
+                "verdict": verdict(interval, target),
                 "memory_met": None if target is None or memory is None else memory <= target,
             }
         )  # fmt: skip
@@ -260,31 +220,37 @@ def growth(rows: list[dict[str, Any]], blocks: str, dtype: str, way: str, key: s
 
 def markdown(report: dict[str, Any]) -> str:
     rows = report["rows"]
-    missed = [row for row in rows if row["time_met"] is False or row["memory_met"] is False]
+    missed = [row for row in rows if row["verdict"] == "missed" or row["memory_met"] is False]
+    met = sum(row["verdict"] == "met" and row["memory_met"] is not False for row in rows)
     judged = sum(row["target"] is not None for row in rows)
     lines = [
         "# Cost of observing and editing at real block sizes",
         "",
         "Made by `python benchmarks/scaling.py`, which says what the ways are.",
         f"{report['machine']}, torch {report['torch']}, {report['threads']} threads; {CLOCKS[report['clock']]}.",
-        "Ratios are against the stock forward of the same round, median over rounds (range in brackets). 'within' is",
-        "the same forward with and without the observers' own time, 'added s' that time; it decides where it is known.",
+        "Ratios are against the stock forward of the same round, median and 95 % interval over rounds, which decides;",
+        "'other clock': the same in processor time (or by the wall clock). 'within' is the same forward with and",
+        "without the observers' own time, 'added s' that time.",
         "",
-        f"Targets: {judged - len(missed)} of {judged} cells met in time and memory."
-        + ("" if not missed else " Missed: " + ", ".join(_cell(row) for row in missed) + "."),
+        f"Targets: {met} of {judged} cells met in time and memory, {len(missed)} missed, {judged - met - len(missed)} "
+        "undecided." + ("" if not missed else " Missed: " + ", ".join(_cell(row) for row in missed) + "."),
         "",
-        "| blocks | dtype | image tokens | way | s / forward | added s | time ratio | within | peak ratio | target | |",
-        "|-|-|-:|-|-:|-:|-:|-:|-:|-:|-|",
+        "| blocks | dtype | image tokens | way | s / forward | added s | time ratio | other clock | within | "
+        "peak ratio | target | |",
+        "|-|-|-:|-|-:|-:|-:|-:|-:|-:|-:|-|",
     ]
     for row in rows:
-        low, high = row["time_ratio_range"]
+        spread, beside = (
+            f"{row[name]:.3f} [{row[of][0]:.3f}, {row[of][1]:.3f}]"
+            for name, of in (("time_ratio", "time_ratio_interval"), ("other_ratio", "other_interval"))
+        )
         memory = "-" if row["peak_ratio"] is None else f"{row['peak_ratio']:.3f}"
         target = "" if row["target"] is None else f"{row['target']:.2f}"
-        verdict = "" if row["target"] is None else "missed" if row in missed else "met"
+        told = "missed" if row in missed else row["verdict"]
         cells = (
             row["blocks"], row["dtype"], str(row["image_tokens"]), row["way"], f"{row['seconds']:.3f}",
-            f"{row['added_seconds']:.4f}", f"{row['time_ratio']:.3f} [{low:.3f}, {high:.3f}]",
-            "-" if row["within"] is None else f"{row['within']:.3f}", memory, target, verdict,
+            f"{row['added_seconds']:.4f}", spread, beside,
+            "-" if row["within"] is None else f"{row['within']:.3f}", memory, target, told,
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Growth: exponent p of seconds ~ (image tokens) ** p, smallest to largest image.", ""]
@@ -302,14 +268,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def _cell(row: dict[str, Any]) -> str:
     memory = "" if row["memory_met"] is not False else f", {row['peak_ratio']:.3f}x memory"
-    ratio = row["time_ratio"] if row["within"] is None else row["within"]
-    return f"{row['blocks']} {row['dtype']} {row['image_tokens']} {row['way']} ({ratio:.3f}x time{memory})"
-
-
-def value(row: dict[str, Any], key: str) -> float:
-    """A number of a row; of the time ratio, the decisive one."""
-    within = row["within"] if key == "time_ratio" else None
-    return float(row[key] if within is None else within)
+    return f"{row['blocks']} {row['dtype']} {row['image_tokens']} {row['way']} ({row['time_ratio']:.3f}x time{memory})"
 
 
 def plot(rows: list[dict[str, Any]]) -> Any:
@@ -335,7 +294,7 @@ def plot(rows: list[dict[str, Any]]) -> Any:
                     if key == "time_ratio" and way in ("stock", "explicit"):
                         continue  # the explicit softmax is far off this scale; its seconds are below
                     mine = (row for row in rows if (row["blocks"], row["dtype"], row["way"]) == (blocks, dtype, way))
-                    part = sorted((row["image_tokens"], value(row, key) / unit) for row in mine if row[key])
+                    part = sorted((row["image_tokens"], row[key] / unit) for row in mine if row[key])
                     if part:
                         axis.plot(*zip(*part, strict=True), marker=marks[way], markersize=3.5, linewidth=1,
                                   color=colours[way], label=way)  # fmt: skip
@@ -364,7 +323,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, action="append", help="image tokens, a square number; default: all three")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9, help="of each cell; below six there is no verdict")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, on a busy machine")
     parser.add_argument("--fresh", action="store_true", help="measure cells that the result file has, too")
     parser.add_argument("--no-write", action="store_true", help="print only")
@@ -396,11 +355,10 @@ def main() -> None:
             found = measure(blocks, tokens, options.dtype, options.device, options.rounds, options.clock)
             report["rows"] = sorted(report["rows"] + found, key=_order)
             for row in found:
-                verdict = {True: "met", False: "missed", None: ""}[row["time_met"]]
                 memory = "" if row["peak_ratio"] is None else f", {row['peak_ratio']:.3f}x memory"
                 within = "" if row["within"] is None else f" ({row['within']:.3f}x within)"
-                ratio = f"{row['time_ratio']:.3f}x time{within}"
-                print(f"{blocks} {tokens} {row['way']}: {ratio}{memory} {verdict}", flush=True)
+                told = f"{row['time_ratio']:.3f}x time{within}{memory} {row['verdict']}"
+                print(f"{blocks} {tokens} {row['way']}: {told}", flush=True)
             remark = f"explicit softmax left out at {blocks}, {tokens} image tokens: it does not fit into memory"
             if all(row["way"] != "explicit" for row in found) and remark not in report["skipped"]:
                 report["skipped"].append(remark)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
-from runs import CHOICE, chosen, file_suffix, given, model_of, options_of, paper_layers, run, target, write
+from runs import CHOICE, chosen, file_suffix, model_of, options_of, paper_layers, run, target, write
 
 from mmdit_probe.data import Dataset, dataset
 from mmdit_probe.data.labels import IGNORE
@@ -166,7 +166,7 @@ def settings(model: str) -> dict[str, Any]:
 def measured(options: argparse.Namespace, *, lora: bool = True, own: bool = False) -> Result:
     """The label maps of the model, with its LoRA if one is named."""
     how = {"dataset": options.dataset, "limit": options.limit, "own": own, **settings(options.model)}
-    return run(Masks(**how | given(options, Masks)), model_of(options, lora=lora), options)
+    return run(Masks(**how), model_of(options, lora=lora), options)
 
 
 def main() -> None:

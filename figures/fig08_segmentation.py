@@ -75,7 +75,7 @@ def settings(model: str, how: dict[str, Any]) -> dict[str, Any]:
         return {"layers": experts, **how} if experts else dict(how)
     methods = how["method"].split(",")
     how = {"sigma": ",".join(f"{level:g}" for level in found["sigma"]), **how}
-    how["set"] = [
+    how["options"] = [
         f"{method}.{name}={value}" for method in methods for name, value in found["options"].get(method, {}).items()
     ]
     if "layers" not in how:
@@ -126,8 +126,8 @@ def league(options: argparse.Namespace, how: dict[str, Any], lora: bool = False)
 
 def adapted(options: argparse.Namespace, how: dict[str, Any]) -> pd.DataFrame:
     """The paper's methods on the model with its LoRA, beside the base model's rows."""
-    kept = [text for text in how.get("set", []) if text.split(".")[0] in OWN.split(",")]
-    table = league(options, how | {"method": OWN, "set": kept}, lora=True)
+    kept = [text for text in how.get("options", []) if text.split(".")[0] in OWN.split(",")]
+    table = league(options, how | {"method": OWN, "options": kept}, lora=True)
     runs = table[table["method"].isin(OWN.split(","))]
     return runs.assign(method=runs["method"] + ", LoRA")
 
@@ -136,8 +136,8 @@ def normalisation(options: argparse.Namespace, how: dict[str, Any]) -> pd.DataFr
     """Table 5 on any data set: maps before and after the softmax, as they are and stretched to 0..1."""
     parts = []
     for softmax, value in SOFTMAX.items():
-        kept = [text for text in how.get("set", []) if not text.startswith("seg4diff.softmax=")]
-        table = league(options, how | {"set": [*kept, f"seg4diff.softmax={value}"]}, lora=bool(options.lora))
+        kept = [text for text in how.get("options", []) if not text.startswith("seg4diff.softmax=")]
+        table = league(options, how | {"options": [*kept, f"seg4diff.softmax={value}"]}, lora=bool(options.lora))
         table = table[table["method"] == "seg4diff"]
         parts.append(table.assign(softmax=softmax, min_max=table["refine"] == "minmax"))
     found = pd.concat(parts, ignore_index=True).rename(columns={"miou_low": "low", "miou_high": "high"})

@@ -24,7 +24,7 @@ import fig07_masks
 import numpy as np
 import pandas as pd
 from fig09_token_maps import TokenMaps, plain, shown_layers
-from runs import file_suffix, model_of, options_of, run, target, write, write_table
+from runs import file_suffix, given, model_of, options_of, run, target, write, write_table
 
 from mmdit_probe import assets, load
 from mmdit_probe.data import Dataset, dataset, paper_table
@@ -47,6 +47,8 @@ def main() -> None:
     parser = options_of(__doc__)
     parser.add_argument("--dataset", default="scenes:test", help="pictures of the label maps")
     parser.add_argument("--limit", type=int, default=6, help="number of these pictures")
+    parser.add_argument("--layers", help="the two layers of the maps, best first: 9,12")
+    parser.add_argument("--prompt", action="append", default=[], help="of Fig. 12 and 13, keywords in brackets")
     parser.add_argument("--prompts", help="prompts of Tables 3 and 4 (scenes categories for embedded models)")
     parser.add_argument("--clip", help="CLIP checkpoint (folder or hub id)")
     options = parser.parse_args()
@@ -92,7 +94,8 @@ def adapted(options: argparse.Namespace) -> None:
     variants: dict[str, dict[str, Any]] = {}
     for name, lora in ((BASE, False), (ADAPTED, True)):
         masks = fig07_masks.measured(options, lora=lora, own=True)
-        found = run(TokenMaps(layers=layers), model_of(options, lora=lora), options)
+        shown = TokenMaps(**{"prompts": options.prompt, "layers": layers} | given(options, TokenMaps))
+        found = run(shown, model_of(options, lora=lora), options)
         stored: list[Any] = [found.store.load_arrays(f"prompt{k}") for k in range(len(found.request["prompts"]))]
         layer = found.request["layers"][0]
         variants[name] = {

@@ -30,7 +30,7 @@ BLIND = {
 """Our names of the data sets of the paper's Tables 1 and 5, and of Table 2, which has the background as a class."""
 METHODS = {("present", "seg4diff"): "Seg4Diff (SD3, none)", ("unsupervised", "seg4diff-unsup"): "Seg4Diff (SD3, none)"}
 """What was measured in both worlds, if the model is the paper's; methods on other backbones stay apart."""
-TEXT = "T5 off, 154 text tokens"
+TEXT = "T5 off, length 77"
 SAMPLED, SEGMENTED = f"{TEXT}, step 20 of 28, guidance 7.5", f"{TEXT}, sigma 0.515, layers 9"
 AS_PUBLISHED = {
     "Fig. 2b, 2c": SAMPLED, "Fig. 4": SAMPLED, "Table 1": SEGMENTED, "Table 2": SEGMENTED, "Table 5": SEGMENTED,

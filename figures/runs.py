@@ -93,7 +93,7 @@ def given(options: argparse.Namespace, experiment: type[Experiment]) -> dict[str
     """
     from mmdit_probe.errors import unknown
     from mmdit_probe.options import described
-    from mmdit_probe.segment.methods.base import parse_option
+    from mmdit_probe.segment.settings import parse_option
 
     known = {field.name: "str" in str(field.type) for field in described(experiment)}
     found = {}
@@ -129,7 +129,7 @@ def paper_layers(model: str) -> list[int]:
 
 def text_of(request: Mapping[str, Any]) -> str:
     """How a run read its text, for tables that are compared with the paper's."""
-    return f"T5 {'off' if request.get('no_t5') else 'on'}, {request['text_length']} text tokens"
+    return f"T5 {'off' if request.get('no_t5') else 'on'}, length {request.get('max_sequence_length') or 'own'}"
 
 
 def protocol_of(request: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ This module is not for bugs: those keep their traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class ProbeError(Exception):
@@ -55,3 +55,9 @@ def unknown(kind: str, found: object, known: Iterable[object], limit: int = 12) 
     hint = f" did you mean {close[0]!r}?" if close else ""
     listed = ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
     return UserError(f"unknown {kind} {str(found)!r}:{hint} Known: {listed or 'none'}")
+
+
+def check_known(kind: str, found: object, known: Collection[object]) -> None:
+    """Refuse a name that is not among those that exist: raises the `UserError` of `unknown`."""
+    if found not in known:
+        raise unknown(kind, found, known)

@@ -244,9 +244,10 @@ class _Run:
 
     def land_in_time(self) -> None:
         """Begin the descent of the learning rate once a fifth of the time is left."""
+        if self.progress.landing is not None or not self.session.lands(self.stage.name) or len(self.clock) < 2:
+            return
         left = self.session.seconds_left()
-        begun = self.progress.landing is not None or not self.session.lands(self.stage.name)
-        if begun or len(self.clock) < 2 or left > LANDING * 60 * (self.session.minutes or 0):
+        if left > LANDING * 60 * (self.session.minutes or 0):
             return
         steps = int(0.9 * (left - self.evaluation) / self.pace)
         self.progress.landing = (self.progress.step, max(1, steps))

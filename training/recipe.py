@@ -2,7 +2,7 @@
 
     run_session(Session(stage="all", workdir=Path(".training"), minutes=120))
 
-About four hours on two CPU cores that compute in bfloat16 for all stages; minutes on a GPU.
+All stages take about five hours on one CPU core that computes in bfloat16.
 """
 
 from __future__ import annotations

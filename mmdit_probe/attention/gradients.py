@@ -1,8 +1,5 @@
-"""Text maps and masses with gradients, without the N x N matrix.
-
-`attention.exact` reads probabilities off the kernel's row log-sum-exp, which torch's kernels return without a gradient;
-a loss on such maps would get wrong gradients without a warning. Here every map is a function of the attention call
-alone: there is no argument through which a log-sum-exp could be handed in, so it cannot be a constant.
+"""Text maps and masses with gradients, without the N x N matrix: torch's kernels return a log-sum-exp without a
+gradient, so every map here is a function of the attention call alone.
 
     >>> import torch
     >>> q = torch.randn(1, 2, 6, 16, requires_grad=True)
@@ -13,12 +10,10 @@ alone: there is no argument through which a log-sum-exp could be handed in, so i
 
 Two ways, both exact, chosen by `text_maps`:
 
-    values     attention over indicator values: one more attention call, natively differentiable, any kernel and mask;
-               at most D groups of keys a call. Memory O(N D).
-    columns    exp(scale q k_text^T + bias - lse) with `row_lse`, the differentiable log-sum-exp. Memory O(N T).
+    values     attention over indicator values: one more attention call, any kernel and mask; memory O(N D)
+    columns    exp(scale q k_text^T + bias - lse) with `row_lse`, the differentiable log-sum-exp; memory O(N T)
 
-The edit "blur" and the maps of observers need no gradient and do not come here. Gradient checkpointing recomputes these
-functions like any other part of the forward (use_reentrant=False).
+Gradient checkpointing recomputes them like any other part of the forward (use_reentrant=False).
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
         print(row["kernel"], row["dtype"], row["case"], row["status"])
 
 Every kernel that torch can be told to use is tried with every precision on small calls that differ in what has gone
-wrong before: lengths off the kernels' tiles, both usual head widths, masks, grouped heads, transposed views. The
-reference is `attention.reference` on the CPU. Behind `mmdit-probe doctor --deep`; not a benchmark.
+wrong before. Behind `mmdit-probe doctor --deep`; not a benchmark.
 """
 
 from __future__ import annotations

@@ -14,16 +14,17 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
 from mmdit_probe.cli.options import Session
 from mmdit_probe.cli.output import Output
+from mmdit_probe.errors import unknown
 from mmdit_probe.experiments.experiment import AUTO
 from mmdit_probe.experiments.options import INPUT, METHOD, MODEL, OUTPUT
 from mmdit_probe.experiments.target import Named
-from mmdit_probe.options import Described, described
+from mmdit_probe.options import Described, choices_of, described
 
 _PANELS = {INPUT: 0, MODEL: 2, METHOD: 3, OUTPUT: 4}
 """Order of the headings; those that a command has of its own come second."""
@@ -42,6 +43,8 @@ def command_of(options: Any) -> Callable[..., None]:
     def command(context: typer.Context, **given: Any) -> None:
         asked = {name: given[name] for name in own if given[name] not in (None, [])}
         if recipes and (recipe := given["recipe"]) is not None:
+            if recipe not in recipes:
+                raise unknown("recipe", recipe, recipes)
             stated = {name: value for name, value in asked.items() if _stated(context, name)}
             asked = {**asked, **recipes[recipe], **stated}
         run(options(**asked), Session(**{name: given[name] for name in session}), session)
@@ -86,7 +89,8 @@ def run(options: Any, session: Session, offered: Any) -> None:
 
 def named(session: Session) -> Named:
     """The model of a session."""
-    options = {"device": session.device, "dtype": session.dtype, "t5": not session.no_t5, "lora": session.lora}
+    names = ("device", "dtype", "lora", "offload", "quantize")
+    options = {name: getattr(session, name) for name in names} | {"t5": not session.no_t5}
     return Named(session.model, options, session.max_sequence_length, owns_process=True)
 
 
@@ -121,8 +125,11 @@ def _place(parameter: inspect.Parameter, rank: Mapping[str, int]) -> tuple[int, 
 
 
 def _recipe(recipes: Any) -> inspect.Parameter:
-    said = typer.Option(help="A set of options; those that are given win.", rich_help_panel=INPUT)
-    return _keyword("recipe", Annotated[Literal[tuple(recipes)] | None, said], None)
+    said = typer.Option(
+        help="A set of options; those that are given win.", rich_help_panel=INPUT, metavar="|".join(recipes),
+        autocompletion=_completing(tuple(recipes)),
+    )  # fmt: skip
+    return _keyword("recipe", Annotated[str | None, said], None)
 
 
 def _parameter(field: Described, default: Any) -> inspect.Parameter:
@@ -132,8 +139,11 @@ def _parameter(field: Described, default: Any) -> inspect.Parameter:
         default = list(default or [])
     shown = option.shown_default if option.shown_default is not None else default not in (None, [], MISSING)
     how: dict[str, Any] = {"help": option.help, "rich_help_panel": option.panel, "show_default": shown}
-    if option.values:
-        how["autocompletion"] = _completing(option.values)
+    choices = tuple(choices_of(field.type))
+    if choices:
+        how["metavar"] = "|".join(choices)
+    if option.values or choices:
+        how["autocompletion"] = _completing(option.values or choices)
     if option.argument:
         said: Any = typer.Argument(metavar=field.name.upper(), **how | {"rich_help_panel": None})
     else:
@@ -153,13 +163,13 @@ def _completing(values: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def option_type(hint: Any) -> Any:
-    """What a command line gives for a field: numbers, flags, choices and lists as they are, all else as text."""
+    """What a command line gives for a field: numbers, flags, paths and lists as they are, all else as text."""
     parts = list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
     optional = type(None) in parts
     parts = [part for part in parts if part is not type(None)]
     kind: Any = str
-    if len(parts) == 1 and (parts[0] in (bool, int, float, Path) or get_origin(parts[0]) is Literal):
+    if len(parts) == 1 and parts[0] in (bool, int, float, Path):
         kind = parts[0]
-    elif len(parts) == 1 and get_origin(parts[0]) is not None and issubclass(get_origin(parts[0]), Sequence):
+    elif len(parts) == 1 and get_origin(parts[0]) is Sequence:
         kind = list[str]
     return kind | None if optional and kind is not bool else kind

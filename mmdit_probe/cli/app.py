@@ -27,23 +27,31 @@ from mmdit_probe.errors import ProbeError
 from mmdit_probe.experiments import (
     AttentionBudget,
     Attribute,
+    BlockOperations,
     ContributionBudget,
     Diagnose,
     Discover,
     Evaluate,
+    Explore,
     FeaturePCA,
     Generate,
+    HeadTriage,
     Perturb,
+    Report,
     Score,
     Segment,
     SelectLayers,
+    SigmaByLayer,
+    SwapTest,
     TrainMagnet,
     ValueNorms,
+    WordMaps,
 )
 
 COMMANDS: tuple[Any, ...] = (
-    AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers,
-    Segment, Discover, Evaluate, Score, TrainMagnet,
+    WordMaps, Explore, Report, AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose,
+    Attribute, SelectLayers, SwapTest, HeadTriage, SigmaByLayer, BlockOperations, Segment, Discover, Evaluate, Score,
+    TrainMagnet,
 )  # fmt: skip
 RESUMABLE = {one.name for one in COMMANDS if "resume" not in getattr(one, "without", ())}
 INTERRUPTED = 130

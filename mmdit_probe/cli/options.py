@@ -33,7 +33,12 @@ class Session:
 
     model: Annotated[
         str,
-        typer.Option("--model", "-m", help="Embedded model, diffusers directory or hub id.", rich_help_panel=MODEL),
+        typer.Option(
+            "--model",
+            "-m",
+            help="Embedded model, diffusers directory, hub id or .safetensors file.",
+            rich_help_panel=MODEL,
+        ),
     ] = "scenes-sd3"
     device: Device = "auto"
     dtype: Annotated[
@@ -42,6 +47,20 @@ class Session:
             help="auto (float32 on CPU, bfloat16 on CUDA), float32, bfloat16, float16.", rich_help_panel=MODEL
         ),
     ] = "auto"
+    offload: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep weights in the processor's memory until called for: model, sequential or group.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="Store the transformer's weights in fewer bits: int8, fp8, nf4, or gguf:FILE in their place.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None
     lora: Annotated[
         str | None,
         typer.Option(help="LoRA on the model: a folder as train-magnet or diffusers writes it, or a hub id.",

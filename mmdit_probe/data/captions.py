@@ -3,9 +3,8 @@
     captioner = Captioner.load("Salesforce/blip-image-captioning-base", device="cuda")     # a folder or a hub id
     texts = cached({"a.jpg": open_a, "b.jpg": open_b}, "captions.json", captioner)
 
-Any model of `AutoModelForImageTextToText` (BLIP, BLIP-2, GIT, LLaVA, ...). Decoding is greedy, so that a caption is a
-function of model, instruction and picture. The file holds what was captioned, by which model; it is written as it grows
-and read before the model is: with all captions there, no captioning model is needed.
+Any model of `AutoModelForImageTextToText` (BLIP, BLIP-2, GIT, LLaVA, ...), decoded greedily. With all captions in the
+file, no captioning model is needed.
 """
 
 from __future__ import annotations

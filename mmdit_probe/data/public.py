@@ -6,8 +6,7 @@
     coco-object-words  81; "background" stands in the prompt and competes, its pixels are not scored: what the official
                        code of Seg4Diff scores in its Table 1
 
-A root may be the folder itself or its parent (`VOCdevkit/VOC2012` or what holds `VOCdevkit`). The first layout that is
-there is taken; `datasets check` says which. Nothing is downloaded; class names come from `data/classes/`.
+The first layout that is there is taken; `datasets check` says which. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,13 +18,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mmdit_probe.data.class_names import SegClass, class_list
-from mmdit_probe.data.labels import Mapping, mapped
+from mmdit_probe.data.labels import IdMapping, mapped
 from mmdit_probe.data.picture import open_picture
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import read_lines
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.results.atomic import make_folder, replacing
 
 ROOTS = ("", "VOCdevkit", "VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010", "coco", "cityscapes",
          "ADEChallengeData2016")  # fmt: skip
@@ -33,7 +34,7 @@ ROOTS = ("", "VOCdevkit", "VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderLayout:
     """One way a data set lies on disk.
 
     Attributes:
@@ -46,7 +47,7 @@ class Layout:
     name: str
     images: str
     labels: str
-    mapping: Mapping
+    mapping: IdMapping
     suffix: str = ".png"
     image_suffix: str = ".jpg"
     listing: str | None = None
@@ -85,7 +86,7 @@ class Public:
 
     name: str
     classes: str
-    layouts: tuple[Layout, ...]
+    layouts: tuple[FolderLayout, ...]
     expected: int
     background: bool = False
     named: bool = False
@@ -95,7 +96,7 @@ class Public:
         classes = class_list(self.classes)
         return [SegClass(("background",)), *classes] if self.background else classes
 
-    def find(self, root: Path) -> tuple[Path, Layout]:
+    def find(self, root: Path) -> tuple[Path, FolderLayout]:
         """The folder and layout that are there.
 
         Raises:
@@ -184,44 +185,44 @@ _VOC_LIST = "ImageSets/Segmentation/val.txt"
 _PC_LIST = "ImageSets/SegmentationContext/val.txt"
 
 _OBJECT = (
-    Layout("mmseg", "images/val2017", "annotations/val2017", _same(81), suffix="_instanceTrainIds.png"),
-    Layout("detectron2", "val2017", "annotations_object/val2017", _same(81)),
-    Layout("stuffthingmaps", "images/val2017", "stuffthingmaps/val2017", _objects),
-    Layout("stuffthingmaps", "val2017", "stuffthingmaps/val2017", _objects),
+    FolderLayout("mmseg", "images/val2017", "annotations/val2017", _same(81), suffix="_instanceTrainIds.png"),
+    FolderLayout("detectron2", "val2017", "annotations_object/val2017", _same(81)),
+    FolderLayout("stuffthingmaps", "images/val2017", "stuffthingmaps/val2017", _objects),
+    FolderLayout("stuffthingmaps", "val2017", "stuffthingmaps/val2017", _objects),
 )  # fmt: skip
 
 SETS: tuple[Public, ...] = (
     Public("voc20", "voc20", (
-        Layout("mmseg", "JPEGImages", "SegmentationClass", _minus_one(20), listing=_VOC_LIST),
-        Layout("detectron2", "JPEGImages", "annotations_detectron2/val", _same(20)),
+        FolderLayout("mmseg", "JPEGImages", "SegmentationClass", _minus_one(20), listing=_VOC_LIST),
+        FolderLayout("detectron2", "JPEGImages", "annotations_detectron2/val", _same(20)),
     ), 1449),
     Public("voc21", "voc20", (
-        Layout("mmseg", "JPEGImages", "SegmentationClass", _same(21), listing=_VOC_LIST),
-        Layout("detectron2", "JPEGImages", "annotations_detectron2_bg/val", _last_first(21)),
+        FolderLayout("mmseg", "JPEGImages", "SegmentationClass", _same(21), listing=_VOC_LIST),
+        FolderLayout("detectron2", "JPEGImages", "annotations_detectron2_bg/val", _last_first(21)),
     ), 1449, background=True),
     Public("pc59", "pc59", (
-        Layout("mmseg", "JPEGImages", "SegmentationClassContext", _minus_one(59), listing=_PC_LIST),
-        Layout("detectron2", "JPEGImages", "annotations_detectron2/pc59_val", _same(59)),
+        FolderLayout("mmseg", "JPEGImages", "SegmentationClassContext", _minus_one(59), listing=_PC_LIST),
+        FolderLayout("detectron2", "JPEGImages", "annotations_detectron2/pc59_val", _same(59)),
     ), 5104),
     Public("pc60", "pc59", (
-        Layout("mmseg", "JPEGImages", "SegmentationClassContext", _same(60), listing=_PC_LIST),
-        Layout("detectron2", "JPEGImages", "annotations_detectron2_bg/pc59_val", _last_first(60)),
+        FolderLayout("mmseg", "JPEGImages", "SegmentationClassContext", _same(60), listing=_PC_LIST),
+        FolderLayout("detectron2", "JPEGImages", "annotations_detectron2_bg/pc59_val", _last_first(60)),
     ), 5104, background=True),
     Public("coco-object", "coco-object", _OBJECT, 5000, background=True),
     Public("coco-object-words", "coco-object", _OBJECT, 5000, background=True, named=True),
     Public("coco-stuff-27", "coco-stuff-27", (
-        Layout("detectron2", "val2017", "annotations_27_detectron2/val2017", _same(27)),
-        Layout("stuffthingmaps", "images/val2017", "stuffthingmaps/val2017", COARSE),
-        Layout("stuffthingmaps", "val2017", "stuffthingmaps/val2017", COARSE),
+        FolderLayout("detectron2", "val2017", "annotations_27_detectron2/val2017", _same(27)),
+        FolderLayout("stuffthingmaps", "images/val2017", "stuffthingmaps/val2017", COARSE),
+        FolderLayout("stuffthingmaps", "val2017", "stuffthingmaps/val2017", COARSE),
     ), 5000),
     Public("ade20k", "ade20k", (
-        Layout("mmseg", "images/validation", "annotations/validation", _minus_one(150)),
-        Layout("detectron2", "images/validation", "annotations_detectron2/validation", _same(150)),
+        FolderLayout("mmseg", "images/validation", "annotations/validation", _minus_one(150)),
+        FolderLayout("detectron2", "images/validation", "annotations_detectron2/validation", _same(150)),
     ), 2000),
     Public("cityscapes", "cityscapes", (
-        Layout("labelTrainIds", "leftImg8bit/val", "gtFine/val", _same(19), suffix="_gtFine_labelTrainIds.png",
+        FolderLayout("labelTrainIds", "leftImg8bit/val", "gtFine/val", _same(19), suffix="_gtFine_labelTrainIds.png",
                image_suffix="_leftImg8bit.png", nested=True),
-        Layout("labelIds", "leftImg8bit/val", "gtFine/val", _CITY, suffix="_gtFine_labelIds.png",
+        FolderLayout("labelIds", "leftImg8bit/val", "gtFine/val", _CITY, suffix="_gtFine_labelIds.png",
                image_suffix="_leftImg8bit.png", nested=True),
     ), 500),
 )  # fmt: skip
@@ -238,17 +239,12 @@ def prepare(kind: str, root: Path, out: Path) -> int:
 
     Returns: number of files. Raises UserError where the source labels are not there.
     """
-    from PIL import Image
-
-    from mmdit_probe.results.atomic import make_folder, replacing
-
-    sources: dict[str, tuple[str, Mapping, int]] = {
+    sources: dict[str, tuple[str, IdMapping, int]] = {
         "coco-object": ("stuffthingmaps/val2017", _objects, 81),
         "coco-stuff-27": ("stuffthingmaps/val2017", COARSE, 27),
         "pc60-last": ("SegmentationClassContext", {0: 59, **_minus_one(59)}, 60),
     }
-    if kind not in sources:
-        raise unknown("preparation", kind, sources)
+    check_known("preparation", kind, sources)
     place, mapping, classes = sources[kind]
     places = (root / place, root / "VOCdevkit/VOC2010" / place, root / "coco" / place)
     folder = next((path for path in places if path.is_dir()), None)

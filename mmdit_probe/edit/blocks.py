@@ -4,9 +4,8 @@
     with probe(model, edits=ScaleText(layers=[3, 4], factor=2.0)): ...      # their "enhance"; factor 0 is "disable"
 
 Unlike the edits of `edit.edits` these change the tokens that go into or come out of a block, not its attention, so they
-have no block query -> key, no heads and no control of equal size. What is scaled is the block's input: as published,
-the text goes on from there into the later blocks. Where a block normalises its text without learned weights (SD3, Flux)
-the doubled text reads the same in the block itself: what changes is how much the block's update weighs against it.
+have no block query -> key, no heads and no control of equal size. As published, scaled text goes on into the later
+blocks; where a block normalises its text without learned weights (SD3, Flux) the block itself reads it the same.
 """
 
 from __future__ import annotations

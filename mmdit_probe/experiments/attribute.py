@@ -39,6 +39,10 @@ class Attribute(Places, Experiment):
     """
 
     name: ClassVar[str] = "attribute"
+    examples: ClassVar[tuple[str, ...]] = (
+        "attribute -n 8",
+        "attribute --method gradients --target mass -n 16",
+    )
     tables: ClassVar[tuple[str, ...]] = ("attribution",)
 
     method: Annotated[

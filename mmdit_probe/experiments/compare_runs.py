@@ -20,7 +20,7 @@ from mmdit_probe.experiments.result import Result
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.results import RunFolder, atomic
 from mmdit_probe.results.folder import differences
-from mmdit_probe.results.statistics import NONE, TOO_FEW, compare, measured, no_worse
+from mmdit_probe.results.statistics import NONE, compare, measured, no_worse, two_sided
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 ITEMS = ("items", "n", "split", "seed", "prompts", "images")
 """Entries of a request that say what was measured on: where both runs have them they must be equal."""
 
-HIGHER, LOWER, ALIKE = "higher", "lower", "no difference shown"
 SHOWN = 40
 """Rows in the terminal's table."""
 
@@ -40,9 +39,8 @@ class Comparison:
 
     Attributes:
         first, second: the runs. margin: of non-inferiority, or None.
-        table: the columns of a cell, n, first, second (means), difference (second minus first), low, high, p_holm,
-            verdict: "higher" or "lower" if the interval excludes 0 and p_holm is at most .05; with a margin, where more
-            is better, "no worse", "worse" or "undecided" (`results.statistics.no_worse`); "too few items".
+        table: the columns of a cell, n, first, second (means), difference (second minus first), low, high, p_holm and
+            verdict: of `results.statistics.two_sided`; with a margin, where more is better, of `no_worse`.
         differs: the entries of the requests that differ, such as model or dtype.
     """
 
@@ -139,9 +137,7 @@ def _paired(first: pd.DataFrame, second: pd.DataFrame, margin: float | None) -> 
             "the runs have no cell (layer, outcome, ...) in common; run both with the same layers and outcomes"
         )
     table = table.rename(columns={"value": "second", "control_value": "first"})
-    sure = (table["p_holm"] <= 0.05) & (table["verdict"] != TOO_FEW)
-    moved = table["difference"].gt(0).map({True: HIGHER, False: LOWER})
-    table["verdict"] = table["verdict"].where(table["verdict"] == TOO_FEW, moved.where(sure & _apart(table), ALIKE))
+    table["verdict"] = two_sided(table)
     if margin is not None:
         pairs = first.merge(second, on=["item", *cell], suffixes=("_first", "_second"))
         pairs = pairs.assign(gain=pairs["value_second"] - pairs["value_first"])
@@ -149,11 +145,6 @@ def _paired(first: pd.DataFrame, second: pd.DataFrame, margin: float | None) -> 
         keys = pd.MultiIndex.from_frame(table[cell]) if len(cell) > 1 else table[cell[0]]
         table["verdict"] = verdicts.reindex(keys).to_numpy()
     return table[[*cell, *_NUMBERS]]
-
-
-def _apart(table: pd.DataFrame) -> pd.Series:
-    """Whether the interval excludes 0."""
-    return (table["low"] > 0) | (table["high"] < 0)
 
 
 def _short(value: Any) -> str:

@@ -41,6 +41,7 @@ class ContributionBudget(TokenRows):
     """
 
     name: ClassVar[str] = "contribution-budget"
+    examples: ClassVar[tuple[str, ...]] = ("contribution-budget --layers all --limit 8",)
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
         from mmdit_probe.observe.contribution import Contribution

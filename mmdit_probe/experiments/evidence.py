@@ -317,22 +317,14 @@ def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int,
         rule: "ranks" (least mean rank over all evidence), "median-ranks" (least median rank, so that one dissenter does
             not decide; ties go to the least mean rank), or the name of one evidence.
     """
-    ranks = table.pivot(index="layer", columns="evidence", values="rank")[list(dict.fromkeys(table["evidence"]))]
-    order = _best_first(ranks.to_numpy(float), list(ranks.columns), rule)
+    if rule not in {*RANK_RULES, *table["evidence"]}:
+        raise unknown("rule", rule, [*RANK_RULES, *dict.fromkeys(table["evidence"])])
+    part = table if rule in RANK_RULES else table[table["evidence"] == rule]
+    keys = ["median", "mean"] if rule == "median-ranks" else ["mean"]
+    order = part.groupby("layer")["rank"].agg(["median", "mean"]).sort_values(keys, kind="stable")
     if not 1 <= top <= len(order):
         raise UserError(f"--top {top}: expected 1 to {len(order)} layers")
-    return tuple(int(layer) for layer in ranks.index[order][:top])
-
-
-def _best_first(ranks: np.ndarray, names: Sequence[str], rule: str) -> np.ndarray:
-    """Places of the layers by their ranks (layers, evidences); NaN where an evidence does not know a layer."""
-    if rule not in {*RANK_RULES, *names}:
-        raise unknown("rule", rule, [*RANK_RULES, *names])
-    if rule not in RANK_RULES:
-        ranks = ranks[:, [list(names).index(rule)]]
-    known = np.flatnonzero(np.isfinite(ranks).any(1))
-    mean, median = np.nanmean(ranks[known], 1), np.nanmedian(ranks[known], 1)
-    return known[np.lexsort((mean, median) if rule == "median-ranks" else (mean,))]
+    return tuple(int(layer) for layer in order.index[:top])
 
 
 def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int = 500) -> pd.DataFrame:
@@ -348,15 +340,21 @@ def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int 
     from scipy.stats import rankdata
 
     values = _wide(long)
-    layers = np.unique([layer for table in values.values() for layer in table.columns])
-    places = [np.searchsorted(layers, table.columns) for table in values.values()]
-    names, rng = [name for name, _ in values], np.random.default_rng(0)
+    counted = [place for place, key in enumerate(values) if rule in (*RANK_RULES, key[0])]
+    if not counted:
+        raise unknown("rule", rule, [*RANK_RULES, *dict.fromkeys(key[0] for key in values)])
+    layers = sorted({int(layer) for table in values.values() for layer in table.columns})
+    columns = [np.searchsorted(layers, [int(layer) for layer in table.columns]) for table in values.values()]
+    rng = np.random.default_rng(0)
     wins = np.zeros(len(layers), int)
+    ranks = np.full((len(values), len(layers)), np.nan)
+    seen = np.unique(np.concatenate([columns[place] for place in counted]))
     for _ in range(draws):
-        ranks = np.full((len(layers), len(values)), np.nan)
-        for column, mean in enumerate(_resampled(list(values.values()), rng)):
-            ranks[places[column], column] = rankdata(-mean, method="min", nan_policy="omit")
-        wins[_best_first(ranks, names, rule)[:top]] += 1
+        for row, (at, mean) in enumerate(zip(columns, _resampled(list(values.values()), rng), strict=True)):
+            ranks[row, at] = rankdata(-np.asarray(mean), "min")
+        own = ranks[counted][:, seen]
+        keys = [np.nanmean(own, 0)] + [np.nanmedian(own, 0)] * (rule == "median-ranks")
+        wins[seen[np.lexsort(keys)[:top]]] += 1
     return pd.DataFrame({"layer": layers, "share": wins / draws})
 
 

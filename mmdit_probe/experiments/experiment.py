@@ -69,14 +69,12 @@ class Experiment:
     Class attributes:
         name: of the command, and of the folder that its runs lie in.
         tables: what `measure` writes; a task counts when its rows of the first are on disk.
-        arrays: names under which `measure` keeps arrays for figures.
         early: whether the first table can be told from the first tasks, before all are done.
         examples: command lines below the help text.
     """
 
     name: ClassVar[str]
     tables: ClassVar[tuple[str, ...]]
-    arrays: ClassVar[tuple[str, ...]] = ()
     early: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ()
 
@@ -176,15 +174,17 @@ class Experiment:
             UserError: bad options, inputs or model. RunError: a failure on the way; finished tasks stay.
         """
         from mmdit_probe.experiments.result import Result
-        from mmdit_probe.experiments.target import knows_scenes
+        from mmdit_probe.experiments.target import knows_scenes, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
+        target = named(target)
         inputs = self.gather(knows_scenes(target))
         model = self.load(target, shown)
         study = self.prepare(model, inputs)
         for note in study.notes:
             shown.note(note)
-        facts = self.describe(model) | study.facts | {"options": plain(asdict(self)), "seed": self.seed}
+        facts = self.describe(model) | study.facts | {"options": plain(asdict(self))}
+        facts |= {"seed": self.seed, "processes": processes.world()}
         with processes.joined():
             if out is None:
                 store: Store = MemoryStore(self.name, study.request, facts)
@@ -263,6 +263,8 @@ def described(model: MMDiT) -> dict[str, Any]:
             "family": model.family.name,
             "weight_hash": model.weight_hash,
             "dtype": str(model.dtype).removeprefix("torch."),
+            "offload": model.offload,
+            "quantize": model.quantize,
             "layers": len(model.layers),
             "heads": model.heads,
             "text_length": model.text_length,

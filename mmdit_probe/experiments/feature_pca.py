@@ -62,8 +62,11 @@ class FeaturePCA(Pictured, Places, Experiment):
     """
 
     name: ClassVar[str] = "pca"
+    examples: ClassVar[tuple[str, ...]] = (
+        "pca --layers all --limit 8",
+        'pca --images photos --prompts "a photo of a cat" --model MODEL',
+    )
     tables: ClassVar[tuple[str, ...]] = ("pca", "pca_variance")
-    arrays: ClassVar[tuple[str, ...]] = (SHOWN,)
 
     kinds: Annotated[str, Option("Features: query,key,value,output.", panel=METHOD)] = ",".join(KINDS)
     components: Annotated[

@@ -50,7 +50,8 @@ class Change:
 
 class Parser:
     """The scenes parser: `facts` (share of the prompt's facts shown), `things_right`, `grounds_right`, and
-    `relabelled`, the share of pixels read as another class than in the unedited image."""
+    `relabelled`, the share of pixels read as another class than in the unedited image. The first three are NaN,
+    undefined, for prompts that are no captions of the scenes world."""
 
     names = ("facts", "things_right", "grounds_right", "relabelled")
 
@@ -62,14 +63,12 @@ class Parser:
     def __call__(
         self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
     ) -> dict[str, np.ndarray]:
-        from mmdit_probe.scenes.parser import alignment, grounds_right, things_right
+        from mmdit_probe.scenes.parser import judge
 
         readings, before = self.parser.read(images), self.parser.read(unedited)
-        pairs = list(zip(prompts, readings, strict=True))
+        scores = [judge(*pair) for pair in zip(prompts, readings, strict=True)]
         return {
-            "facts": np.array([alignment(text, reading) for text, reading in pairs]),
-            "things_right": np.array([float(things_right(text, reading)) for text, reading in pairs]),
-            "grounds_right": np.array([float(grounds_right(text, reading)) for text, reading in pairs]),
+            **{name: np.array([of[name] for of in scores]) for name in self.names[:-1]},
             "relabelled": np.array(
                 [float((a.classes != b.classes).mean()) for a, b in zip(readings, before, strict=True)]
             ),

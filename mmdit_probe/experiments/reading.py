@@ -16,10 +16,11 @@ from mmdit_probe.experiments.known import known_layers
 from mmdit_probe.experiments.options import METHOD, checked_heads
 from mmdit_probe.options import Option
 from mmdit_probe.segment.settings import parse_sigmas, parse_size
-from mmdit_probe.specs import HeadSpec, Spec, check_spec, layer_indices
+from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, layer_indices
 
 if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
+    from mmdit_probe.results.selection import LayerSelection
     from mmdit_probe.segment.record import Reading
 
 SIGMA, FIT = "0.515", "squash"
@@ -86,6 +87,8 @@ class Reads:
             raise UserError("--selection names layers and heads already; leave --layers and --heads out")
         if self.layers is not None:
             check_spec(self.layers, layer_indices)
+        if self.heads is not None and not isinstance(self.heads, Mapping):
+            check_spec(self.heads, head_indices)
         self.sigmas()
         parse_size(self.size)
 
@@ -98,6 +101,16 @@ class Reads:
         asked = default if self.sigma is None else self.sigma
         levels = [asked] if isinstance(asked, int | float) else asked
         return parse_sigmas(levels if isinstance(levels, str) else ",".join(map(str, levels)))
+
+    def read_selection(self) -> LayerSelection | None:
+        """The selection, if one is named; read before weights are loaded.
+
+        Raises:
+            UserError: no such file, or not a selection.
+        """
+        from mmdit_probe.results.selection import load_selection
+
+        return None if self.selection is None else load_selection(self.selection)
 
     def reading(self, network: Network, sigma: str = SIGMA, fit: str = FIT, size: str | None = None) -> Read:
         """What is read of a network; `sigma`, `fit` and `size` where the options do not say.
@@ -133,10 +146,8 @@ class Reads:
         return layers, heads if heads is None else checked_heads(heads, layers, network.heads), weights, notes
 
     def _selected(self, network: Network) -> tuple[tuple[int, ...], HeadSpec | None, Mapping[int, float] | None, Any]:
-        from mmdit_probe.results.selection import load_selection
-
-        assert self.selection is not None
-        found = load_selection(self.selection)
+        found = self.read_selection()
+        assert found is not None
         if found.weight_hash != network.weight_hash:
             raise UserError(
                 f"the selection {str(self.selection)!r} was made with other weights; run select-layers on"

@@ -132,7 +132,7 @@ class Result:
                         item.write(self.store.table(name))
             for name, image in self.store.pictures().items():
                 copy.keep_picture(name, image)
-            for name in self.experiment.arrays:
+            for name in self.store.array_names():
                 if (found := self.store.load_arrays(name)) is not None:
                     copy.keep_arrays(name, found)
             self.write(target)

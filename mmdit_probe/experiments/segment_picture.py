@@ -98,10 +98,11 @@ class OnePicture(Reads, _Checked):
         from mmdit_probe.experiments.target import Named, as_model, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
+        target = named(target)
         sample, classes = self._sample(), self.names()
+        self.read_selection()
         pixels = sample.image
         regions = None if self.regions is None else read_label_map(self.regions)
-        target = named(target)
         if isinstance(target, Named):
             check_streams_read(self.values(), "no_t5" in target.text)
         model = as_model(target, shown)

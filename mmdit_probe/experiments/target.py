@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmdit_probe import assets
 from mmdit_probe.errors import UserError
+from mmdit_probe.models.names import check_device, check_dtype, source_of
 
 if TYPE_CHECKING:
     from mmdit_probe.experiments.progress import Progress
@@ -22,12 +23,22 @@ class Named:
         name: embedded model, diffusers folder or hub id. options: what `load` is told of it.
         max_sequence_length: of the text encoder without a length of its own; None: the model's default.
         owns_process: nothing else runs in this process, so that process-wide switches may be set (a command).
+
+    Raises:
+        UserError: no such model, device or precision, as far as that is known without torch.
     """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     max_sequence_length: int | None = None
     owns_process: bool = False
+
+    def __post_init__(self) -> None:
+        source_of(self.name)
+        check_device(str(self.options.get("device", "auto")))
+        dtype = self.options.get("dtype", "auto")
+        if isinstance(dtype, str):
+            check_dtype(dtype)
 
     @property
     def full_name(self) -> str:

@@ -48,6 +48,10 @@ class ValueNorms(TokenRows):
     """
 
     name: ClassVar[str] = "value-norms"
+    examples: ClassVar[tuple[str, ...]] = (
+        "value-norms --layers all --limit 8",
+        "value-norms --images scenes:val --sigma 0.515",
+    )
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
         from mmdit_probe.observe.norms import ValueNorm

@@ -3,8 +3,9 @@
     model = load("scenes-sd3", lora="runs/train-magnet/.../lora")
     read_metadata("runs/train-magnet/.../lora")["mmdit_probe"]
 
-The format is diffusers' own, so adapters of other programs load as well. `pipeline.unload_lora_weights()` takes an
-adapter off; `merge` makes it part of the weights first.
+The format is diffusers' own. Files in the names of other programs (kohya's scripts, ComfyUI) load where diffusers
+converts them: Flux, Qwen-Image and others, not SD3. `pipeline.unload_lora_weights()` takes an adapter off; `merge`
+makes it part of the weights first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.quiet import quiet
@@ -31,33 +34,54 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
         name: adapter name; diffusers counts up if None.
 
     Raises:
-        UserError: no adapter there, or it matches nothing in this transformer, or only a part of it.
+        UserError: no adapter there, or it matches nothing in this transformer, or only a part of it, or diffusers does
+            not read its names.
     """
     path = Path(source)
     if path.exists() and not _file(path).is_file():
         raise UserError(f"{source!r} holds no {FILE}; expected a LoRA folder as diffusers writes it")
     if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         raise UserError(f"no LoRA {source!r}: expected a folder with {FILE}, such a file, or a hub id")
-    wanted = _modules(path) if path.exists() else None
+    if path.exists():
+        _header(_file(path))
     transformer = pipeline.transformer
     before = set(getattr(transformer, "peft_config", {}))
-    own = {module for module, _ in transformer.named_modules()}
-    if wanted is not None and not wanted <= own:
+    options: dict[str, Any] = {"use_safetensors": True} | ({"weight_name": path.name} if path.is_file() else {})
+    folder = str(path.parent) if path.is_file() else source
+    try:
+        # The loader warns of every encoder that the adapter does not touch; what matters is checked here and below.
+        with quiet(bars=not path.exists()):
+            _check_fit(source, pipeline, list(pipeline.lora_state_dict(folder, **options)))
+            pipeline.load_lora_weights(folder, adapter_name=name, **options)
+    except UserError:
+        raise
+    except Exception as error:
+        raise RunError(f"LoRA {source!r} cannot be loaded: {first_line(error)}") from error
+    if set(getattr(transformer, "peft_config", {})) == before:
+        raise UserError(f"LoRA {source!r} has no weights for this transformer; nothing was loaded")
+
+
+def _check_fit(source: str, pipeline: Any, names: list[str]) -> None:
+    """Every tensor of an adapter, by its name in diffusers, belongs to a module of the pipeline.
+
+    Raises:
+        UserError: one does not, or the names are another program's.
+    """
+    foreign = [name for name in names if name.partition(".")[0] not in pipeline.components]
+    if foreign:
+        raise UserError(
+            f"LoRA {source!r} names its tensors as another program does (e.g. {foreign[0]!r}), and diffusers does not"
+            f" convert that for {type(pipeline).__name__}: export it in diffusers' format, or rename them to"
+            " transformer.MODULE.lora_A.weight and lora_B.weight, to_q, to_k and to_v apart, alpha / rank in lora_B"
+        )
+    wanted = _modules(names)
+    own = {module for module, _ in pipeline.transformer.named_modules()}
+    if not wanted <= own:
         missing = sorted(wanted - own)
         raise UserError(
             f"LoRA {source!r} does not fit this model: {len(missing)} of its {len(wanted)} modules are not there, e.g."
             f" {missing[0]!r}"
         )
-    options = {"weight_name": path.name} if path.is_file() else {}
-    folder = str(path.parent) if path.is_file() else source
-    try:
-        # The loader warns of every encoder that the adapter does not touch; what matters is checked above and below.
-        with quiet(bars=wanted is None):
-            pipeline.load_lora_weights(folder, adapter_name=name, use_safetensors=True, **options)
-    except Exception as error:
-        raise RunError(f"LoRA {source!r} cannot be loaded: {first_line(error)}") from error
-    if set(getattr(transformer, "peft_config", {})) == before:
-        raise UserError(f"LoRA {source!r} has no weights for this transformer; nothing was loaded")
 
 
 def merge(pipeline: Any) -> None:
@@ -83,9 +107,8 @@ def _file(path: Path) -> Path:
     return path / FILE if path.is_dir() else path
 
 
-def _modules(path: Path) -> set[str]:
-    """Transformer modules that an adapter file has weights for."""
-    keys, _ = _header(_file(path))
+def _modules(keys: list[str]) -> set[str]:
+    """Transformer modules that the tensors of an adapter belong to."""
     marks = (".lora_A.", ".lora_B.", ".lora.", ".lora_magnitude")
     inside = [key.removeprefix("transformer.") for key in keys if key.startswith("transformer.")]
     return {key.split(mark)[0] for key in inside for mark in marks if mark in key}
@@ -97,8 +120,6 @@ def _header(file: Path) -> tuple[list[str], dict[str, str]]:
     Raises:
         UserError: not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(file), framework="pt") as opened:
             return list(opened.keys()), opened.metadata() or {}

@@ -1,16 +1,12 @@
 """Which token is which, found mechanically: no knowledge of the family is needed.
 
-With attention replaced by the identity nothing mixes tokens, so a change of an input reaches its own rows only. The
-transformer runs once as it is called, once with other latents and once with other text; a value row at an attention
-call that moved with the latents is an image token, one that moved with the text is a text token, one that moved with
-neither is another (registers, pads). Where both moved it (a pooled text in the modulation), image wins.
-
     sites = taint(transformer, inputs)               # inputs: keyword arguments of one forward
     sites["transformer_blocks.0.attn"].labels        # per sample [N], index into KINDS
 
-It serves unknown models, and it is the test of the facts in `models.families.entries`. Cost: three forwards without
-attention, uncompiled. Zero-initialised paths hide what passes through them, so untrained models may show nothing. Not
-for experts with a capacity, which couple tokens.
+With attention replaced by the identity nothing mixes tokens, so a change of an input reaches its own rows only: a value
+row that moves with the latents is an image token, one that moves with the text a text token (where both move it, image
+wins), one that moves with neither is another (registers, pads). Cost: three forwards without attention, uncompiled.
+Zero-initialised paths hide what passes through them. Not for experts with a capacity, which couple tokens.
 """
 
 from __future__ import annotations

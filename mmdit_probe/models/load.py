@@ -1,12 +1,12 @@
-"""Load a model by name: an embedded one, a diffusers pipeline directory, or a hub id.
+"""Load a model by name: an embedded one, a diffusers pipeline directory, a hub id, or a single file of weights.
 
     model = load("scenes-sd3")                                          # ships with the package
     model = load("path/to/a/pipeline", device="cuda", t5=False)
     model = load("stabilityai/stable-diffusion-3-medium-diffusers")     # gated: accept its licence and log in first
+    model = load("sd3_medium.safetensors", offload="model")             # what is not in the file: from that hub id
 
-Weights are read from safetensors only, and all of them must be there. Nothing is printed but the bars of a download. A
-random-weight twin ("scenes-sd3-random") shares everything with its base but the transformer, which is built from the
-same configuration with seeded random weights: the control of every analysis.
+Weights are read from safetensors only, and all of them must be there. A random-weight twin ("scenes-sd3-random") shares
+everything with its base but the transformer, which has seeded random weights: the control of every analysis.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from typing import Any
 
 import torch
 
-from mmdit_probe import assets
-from mmdit_probe.errors import RunError, UserError, first_line, unknown
+from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families.registry import FAMILIES, Family, refuse_class
+from mmdit_probe.models.memory import check_memory_options, place, quantizer
 from mmdit_probe.models.mmdit import MMDiT, default_length
+from mmdit_probe.models.names import check_device, check_dtype, embedded_models, source_of
 from mmdit_probe.models.quiet import quiet
+from mmdit_probe.models.single_file import base_of, transformer_of
+from mmdit_probe.models.weights import compute_dtype
 
 _ENDLESS = 1 << 30
 """Tokenizers that do not say how long their texts are say more than this."""
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
@@ -38,36 +40,47 @@ def load(
     dtype: str | torch.dtype = "auto",
     t5: bool = True,
     lora: str | os.PathLike[str] | None = None,
+    offload: str | None = None,
+    quantize: str | None = None,
 ) -> MMDiT:
     """Load an MM-DiT in its stock pipeline.
 
     Args:
-        name_or_path: an embedded model's name, a diffusers pipeline directory, or a hub id ("owner/name").
+        name_or_path: an embedded model's name, a diffusers pipeline directory, a hub id ("owner/name"), or a
+            safetensors file of a transformer in its authors' names (`models.single_file`).
         device: "cpu", "cuda", "mps", ...; "auto" takes the first there is of cuda, mps, cpu.
         dtype: "float32", "bfloat16" or "float16"; "auto" is bfloat16 on cuda and float32 elsewhere.
         t5: False leaves out the text streams of the large language encoder: their positions hold zeros, as many as
-        before.
+            before.
         lora: an adapter for the transformer: a folder as diffusers writes it, its file, or a hub id.
+        offload: "model", "sequential" or "group": what of the weights waits in the processor's memory.
+        quantize: "int8", "fp8", "nf4", or "gguf:FILE" in place of the transformer's own weights (`models.memory`).
 
     Raises:
-        UserError: no such model, not a pipeline directory, not an MM-DiT, gated, an unknown device or dtype, or an
-            adapter that does not fit.
+        UserError: no such model, not a pipeline directory, not an MM-DiT, gated, an unknown device or dtype, an
+            adapter that does not fit, or a quantiser that is not installed.
         RunError: the files are there and cannot be read.
     """
     name = os.fspath(name_or_path)
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
-    source, twin = _source(name)
+    check_memory_options(where, offload, quantize)
+    source, twin = source_of(name)
     with quiet(bars=not Path(source).exists()):
+        file = source if Path(source).is_file() else None
+        if file is not None and (quantize or "").startswith("gguf:"):
+            raise UserError(f"{file} and quantize={quantize!r} both give the transformer's weights; take one of them")
+        source = source if file is None else base_of(file)
         index = _checked_index(source)
-        pipeline, length = _pipeline(source, index, precision, t5)
+        parts = _transformer_parts(source, index, precision, file, quantize)
+        pipeline, length = _pipeline(source, index, precision, t5, parts)
         if twin is not None:
             pipeline.register_modules(transformer=random_twin(pipeline.transformer, int(twin["seed"])))
         pipeline.set_progress_bar_config(disable=True)
         if lora is not None:
             load_adapter(pipeline, os.fspath(lora))
-            name = f"{name}+{os.fspath(lora)}"
-        return MMDiT(pipeline.to(where), name, length)
+        name = "+".join([name, *(os.fspath(more) for more in (lora, quantize) if more is not None)])
+        return MMDiT(place(pipeline, where, offload), name, length, offload, quantize)
 
 
 def random_twin(transformer: Any, seed: int) -> Any:
@@ -83,28 +96,7 @@ def random_twin(transformer: Any, seed: int) -> Any:
             for parameter in twin.parameters():
                 if not parameter.any():
                     parameter.normal_(0.0, 0.02)
-    return twin.to(transformer.dtype).eval()
-
-
-def embedded_models() -> list[str]:
-    """Names of the embedded models that `load` takes: pipeline directories and random-weight twins."""
-    found = [(name, assets.path(name)) for name in assets.names()]
-    return [name for name, path in found if path.suffix == ".json" or (path / "model_index.json").is_file()]
-
-
-def _source(name: str) -> tuple[str, dict[str, Any] | None]:
-    """The directory or hub id to read, and the description of the random-weight twin if it is one."""
-    if name in embedded_models():
-        path = assets.path(name)
-        if path.suffix != ".json":
-            return str(path), None
-        twin = json.loads(path.read_text())
-        return str(assets.path(twin["base"])), twin
-    if Path(name).exists():
-        return name, None
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name, None
-    raise unknown("model (no embedded model, directory or hub id of this name)", name, embedded_models())
+    return twin.to(compute_dtype(transformer)).eval()
 
 
 def pipeline_index(source: str) -> dict[str, Any]:
@@ -156,7 +148,24 @@ def _checked_index(source: str) -> dict[str, Any]:
     return index
 
 
-def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) -> tuple[Any, int]:
+def _transformer_parts(
+    source: str, index: dict[str, Any], dtype: torch.dtype, file: str | None, quantize: str | None
+) -> dict[str, Any]:
+    """What the pipeline's loader is told of a transformer whose weights are not simply its own."""
+    from diffusers import PipelineQuantizationConfig
+
+    kind, _, other = (quantize or "").partition(":")
+    if not kind and file is None:
+        return {}
+    how = quantizer(kind, dtype) if kind else None
+    if other or file:
+        return {"transformer": transformer_of(other or str(file), source, index["transformer"][1], dtype, how)}
+    return {"quantization_config": PipelineQuantizationConfig(quant_mapping={"transformer": how})}
+
+
+def _pipeline(
+    source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool, parts: dict[str, Any]
+) -> tuple[Any, int]:
     """The stock pipeline, and the length of its text streams without a fixed one (kept when their encoder is left
     out)."""
     from diffusers import DiffusionPipeline
@@ -176,7 +185,8 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
         left_out |= dict.fromkeys(name for stream in open_ended for name in stream.encoders)
     try:
         with quiet(bars=not Path(source).exists()) as notices:
-            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **left_out)
+            options = {**left_out, **parts}
+            pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except Exception as error:
         if Path(source).exists():
             raise RunError(f"{source} cannot be loaded: {first_line(error)}") from error
@@ -191,7 +201,7 @@ def _pipeline(source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool) 
 
 def can_leave_out_t5(name: str) -> bool:
     """Whether `load(name, t5=False)` has an encoder to leave out and another one to read with. Errors as `load`."""
-    index = _checked_index(_source(name)[0])
+    index = _checked_index(source_of(name)[0])
     return any(_optional_encoder(f) for f in FAMILIES.values() if f.transformer == index["transformer"][1])
 
 
@@ -248,10 +258,8 @@ def pick_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise unknown("device", device, ["auto", "cpu", "cuda", "mps"]) from None
+    check_device(str(device))
+    found = torch.device(device)
     if (found.type == "cuda" and not torch.cuda.is_available()) or (
         found.type == "mps" and not torch.backends.mps.is_available()
     ):
@@ -269,6 +277,5 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return dtype
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in _DTYPES:
-        raise unknown("dtype", dtype, ["auto", *_DTYPES])
-    return _DTYPES[dtype]
+    check_dtype(dtype)
+    return getattr(torch, dtype)  # type: ignore[no-any-return]

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,8 +76,8 @@ class Contribution(RowObserver):
         UserError: an attention module whose image tokens do not pass through an output projection of its own.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
-    reads: ClassVar[str] = "the attention output"
+    needs = "lse"
+    reads = "the attention output"
 
     columns = COLUMNS
 
@@ -90,7 +90,7 @@ class Contribution(RowObserver):
     def measure(self, seen: LayerCall) -> tuple[_Text, list[Tensor]]:
         tables, layout = seen.tokens, seen.layout
         if self._text is None or self._text.tables is not tables or self._text.layout is not layout:
-            columns = (layout.labels != 0).nonzero()[:, 0]
+            columns = layout.indices("text", "other")
             groups = [_groups(layout, table, sample) for sample, table in enumerate(tables)]
             self._text = _Text(tables, layout, columns.to(seen.call.query.device), groups)
         projection = projection_of(seen)
@@ -169,7 +169,7 @@ def contributions(seen: LayerCall, weight: Tensor, text: _Text) -> list[Tensor]:
     Args:
         weight: [H, Dv, E] of the output projection.
     """
-    image = torch.arange(seen.layout.total)[seen.layout.positions("image")].to(weight.device)
+    image = seen.layout.indices("image").to(weight.device)
     values = seen.call.expanded_value()[:, :, text.columns].float()  # [B, H, K, Dv]
     value_of_output = seen.output.float()
     gram = weight @ weight.mT  # [H, Dv, Dv]

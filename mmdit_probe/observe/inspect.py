@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,8 +34,6 @@ PROMPT = "a red ring on grass"
 
 class Kernels(Observer):
     """Observer of the kernel that each layer's attention call takes."""
-
-    needs: ClassVar[Literal["call", "lse"]] = "call"
 
     def __init__(self) -> None:
         self.names: dict[int, str] = {}

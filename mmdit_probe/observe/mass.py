@@ -1,16 +1,13 @@
 """AttentionMass: how much of its attention each kind of token gives to each kind of token (the paper's attention
 budget, Fig. 2).
 
-Per (sample, step, branch, layer, head): the mean over image queries, and over text queries, of the probability on image
-keys, on other keys, and on each text span kind of each encoder stream. Blocks are named query -> key; I2T is the sum of
-the rows with query "image" and key "text". The rows of one query kind sum to 1.
-
     with probe(model, AttentionMass(), layers="all") as run:
         model.generate("a red ring on grass")
     run[AttentionMass].table().query("query == 'image' and key == 'text'").groupby(["layer", "span"]).mass.mean()
 
-Exact, by columns from the row log-sum-exp (`attention.exact`); the image mass is the complement. Averaging over samples
-is up to the reader of the table. Not here: the mass of single keys (`observe.sinks`).
+Per (sample, step, branch, layer, head): the mean over image queries, and over text queries, of the probability on image
+keys, on other keys, and on each text span kind of each encoder stream; the rows of one query kind sum to 1. Not here:
+the mass of single keys (`observe.sinks`).
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,15 +64,14 @@ class KeyGroups:
         """
         count = 1 + max(1, *(max(of, default=1) for of in groups))
         of_key = torch.zeros(len(groups), layout.total, dtype=torch.long)
-        of_key[:, layout.labels == 2] = 1
-        of_key[:, layout.labels == 1] = torch.tensor(groups, dtype=torch.long).reshape(len(groups), -1)
+        of_key[:, layout.indices("other")] = 1
+        of_key[:, layout.indices("text")] = torch.tensor(groups, dtype=torch.long).reshape(len(groups), -1)
         weights = torch.stack([layout.labels == 0, layout.labels == 1]).float()[None]
         if layout.queries is not None:
             weights = weights * layout.queries[:, None].float()
-        keys = (layout.labels != 0).nonzero()[:, 0]
-        contiguous = len(keys) > 0 and int(keys[-1] - keys[0]) + 1 == len(keys)
-        columns = slice(int(keys[0]), int(keys[-1]) + 1) if contiguous else keys.to(device)
-        indicator = torch.nn.functional.one_hot(of_key[:, keys], count).float()
+        columns = layout.positions("text", "other")
+        indicator = torch.nn.functional.one_hot(of_key[:, columns], count).float()
+        columns = columns if isinstance(columns, slice) else columns.to(device)
         return cls(of_key.to(device), count, columns, indicator.to(device), weights.to(device))
 
 
@@ -102,7 +98,7 @@ class AttentionMass(RowObserver):
     get no row; `other` always has one.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
+    needs = "lse"
 
     columns = COLUMNS
 

@@ -1,17 +1,13 @@
 """What observers are: reducers that see every attention call of the selected layers and keep only numbers of one
 denoising call.
 
-An observer is a transaction. `measure` reduces one attention call; what it returns waits until the transformer's
-forward is over, and is handed to `commit` if that ended well and everything in it is finite. A call that failed or was
-cut short leaves nothing behind. State that outlives a denoising call goes to a sink as finished rows, so that it does
-not grow with prompts or steps.
-
     class MeanLength(Observer):                                  # keeps one number per layer, of the last call
         def measure(self, seen): return seen.call.query.norm(dim=-1).mean()
         def commit(self, denoising, measured): self.lengths = measured
 
-A row is always a row of a table here; the B entries of a batch are samples. Not here: where calls are caught
-(`attention.intercept`) and how probabilities are computed (`attention.exact`).
+An observer is a transaction: what `measure` makes of one attention call waits until the transformer's forward is over,
+and is handed to `commit` if that ended well and everything in it is finite. A call that failed or was cut short leaves
+nothing behind. State that outlives a call goes to a sink as finished rows.
 """
 
 from __future__ import annotations
@@ -29,7 +25,7 @@ from torch import Tensor
 from mmdit_probe.attention import exact, gradients
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import Record
-from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.errors import RunError, UserError, check_known
 from mmdit_probe.models.layout import Layer, Layout
 from mmdit_probe.models.tokens import TokenTable, unknown_table
 from mmdit_probe.results.tables import MemorySink, Sink, text_column
@@ -222,8 +218,7 @@ class RowObserver(Observer):
         heads: HeadSpec = "all",
         rows: Literal["head", "layer"] = "head",
     ) -> None:
-        if rows not in ("head", "layer"):
-            raise unknown("rows option", rows, ("head", "layer"))
+        check_known("rows option", rows, ("head", "layer"))
         self.sink: Any = MemorySink() if sink is None else sink
         self.heads, self.rows = heads, rows
 

@@ -4,11 +4,9 @@
         model.generate("a cat by the window")
     run[AttentionMass].table()
 
-With observers only, the model's output is bitwise the stock output. Everything is restored when the context ends, after
-an error too. A selected layer whose attention is never seen raises: an empty result must not look like a result. Where
-a cache or a guider leaves out layers of some steps, the others are reported, with a warning: `run.notes`.
-
-Layers are 0-based joint-attention layers in forward order; steps are 0-based sampling steps.
+With observers only, the model's output is bitwise the stock output. A selected layer whose attention is never seen
+raises: an empty result must not look like a result. Where a cache or a guider leaves out layers of some steps, the
+others are reported, with a warning: `run.notes`.
 """
 
 from __future__ import annotations
@@ -26,11 +24,11 @@ from torch import Tensor, nn
 from mmdit_probe.attention.call import without_autocast
 from mmdit_probe.attention.intercept import (
     Detach,
-    Edit,
+    InputHandler,
     ModuleCall,
+    OutputHandler,
     Record,
     Stage,
-    Transform,
     attached,
     hook,
     interpose,
@@ -62,7 +60,7 @@ class ModelEdit(Protocol):
     @property
     def stage(self) -> Stage | Literal["block"]: ...
 
-    def handler(self, layer: Layer, run: Run) -> Transform | Edit | Callable[..., Any]:
+    def handler(self, layer: Layer, run: Run) -> InputHandler | OutputHandler | Callable[..., Any]:
         """The handler for one layer; `run.current` is the denoising call in progress.
 
         Of stage "block" it is called with the forward of the transformer block and that forward's arguments.

@@ -1,14 +1,10 @@
 """The attention budget, after Fig. 2b and 2c of arXiv:2509.18096: where each layer's attention goes.
 
-One horizontal stacked bar per layer, layer 0 on top: of image queries (left), of text queries (middle), and of the
-part of the image queries' attention that goes to text, split by what kind of token it lands on (right). Dotted lines:
-uniform attention.
-
-    from mmdit_probe.experiments.budget_summary import summarise
     from mmdit_probe.plots import attention_budget, save
-    save(attention_budget(summarise(table)), "attention_budget")
+    save(attention_budget(summary), "attention_budget")
 
-Not here: any averaging. Numbers come from `experiments.budget_summary.summarise`.
+One horizontal stacked bar per layer, layer 0 on top: of image queries (left), of text queries (middle), and of the part
+of the image queries' attention that goes to text, by kind of token (right). Dotted lines: uniform attention.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ Not here: any averaging; the numbers come from `experiments.perturb.summarise` a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from mmdit_probe.plots import style
@@ -63,7 +64,7 @@ def effects_by_layer(summary: pd.DataFrame, outcomes: Sequence[str], *, title: s
                 )  # fmt: skip
             if len(idle):
                 axes.plot(idle["layer"], idle["effect"], "x", ms=5, color="black", label="no-op (left of layer 0)")
-            axes.set(title=LABELS.get(name, name), ylabel="difference from unedited")
+            axes.set(title=fill(LABELS.get(name, name), 28), ylabel="difference from unedited")
             style.whole(axes, "edited layer")
         style.legend(figure, grid[0])
         style.headline(figure, title)
@@ -145,8 +146,31 @@ def _equal(control: str) -> str:
 def _over_stock(axes: Axes, summary: pd.DataFrame, name: str) -> pd.DataFrame:
     """Label the axes as differences from stock, whose own mean the title tells; the rows of guided images."""
     part = summary[summary["outcome"] == name]
-    stock = part.loc[part["scale"] == 0, "mean"]
+    stock = part.loc[part["layers"] == "", "mean"]
     axes.axhline(0, color="black", lw=0.7, ls=":", label="stock")
     told = "" if name == "change" or stock.empty else f"\nstock: {float(stock.iloc[0]):.3f}"
     axes.set(title=f"{LABELS.get(name, name)}{told}", ylabel="difference from stock (95 %)")
-    return part[part["scale"] != 0]
+    return part[part["layers"] != ""]
+
+
+def block_effects(summary: pd.DataFrame, outcomes: Sequence[str], *, title: str = "") -> Figure:
+    """One panel per outcome: difference from stock by layer, a series per operation on the block.
+
+    Args:
+        summary: from `experiments.block_operations.summarise`.
+    """
+    names = list(dict.fromkeys(summary["condition"]))
+    width = style.PAGE if len(outcomes) > 1 else style.COLUMN
+    with style.panels(width, 2.6, len(outcomes), title=title) as (figure, panels):
+        for axes, outcome in zip(panels, outcomes, strict=True):
+            axes.axhline(0, color="black", lw=0.6, ls=":")
+            for number, name in enumerate(names):
+                part = summary[(summary["outcome"] == outcome) & (summary["condition"] == name)].sort_values("layer")
+                style.errorbars(
+                    axes, part["layer"] + style.dodge(number, len(names)), part["difference"], part["low"],
+                    part["high"], number, label=name, joined=False,
+                )  # fmt: skip
+            axes.set(title=LABELS.get(outcome, outcome), ylabel="difference from stock (95 %)")
+            style.whole(axes, "block")
+        style.legend(figure, panels[0])
+    return figure

@@ -43,3 +43,26 @@ def by_category(part: pd.DataFrame, columns: tuple[str, str, str], label: str, t
         if len(variants) > 1:
             style.legend(figure, axes)
     return figure
+
+
+def map_scores(table: pd.DataFrame, *, title: str = "") -> Figure:
+    """mIoU of word maps by layer: a panel per noise level, a line per stream of text tokens, raw and stretched.
+
+    Args:
+        table: columns stream, layer, sigma, min_max, miou, ceiling.
+    """
+    levels = list(table.groupby("sigma", observed=True))
+    width = max(style.COLUMN, 2.2 * len(levels))
+    with style.panels(width, 2.7, len(levels), title=title, sharey=True) as (figure, row):
+        for axes, (sigma, part) in zip(row, levels, strict=True):
+            for place, (key, line) in enumerate(part.groupby(["stream", "min_max"], observed=True, sort=False)):
+                rows, words = line.sort_values("layer"), f"{key[0]} tokens{', min-max' if key[1] else ''}"
+                nothing = np.full(len(rows), np.nan)
+                style.errorbars(axes, rows["layer"], rows["miou"], nothing, nothing, place, label=words)
+            axes.axhline(float(part["ceiling"].iloc[0]), color="black", lw=0.9, label="token-grid ceiling")
+            axes.set_title(f"sigma {sigma:g}")
+            style.whole(axes)
+            style.within(axes, "y", 0, 1)
+        row[0].set_ylabel("mIoU of the classes present")
+        style.legend(figure, *row)
+    return figure

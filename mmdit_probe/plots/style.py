@@ -5,10 +5,9 @@
         style.legend(figure, axes)
     style.save(figure, "layers")
 
-Colours are Okabe and Ito's (Color Universal Design, 2008); series differ in marker and line as well, so that they are
-told apart in grey. No text is below 6 pt at the figure's own size: one panel is a column wide (8 cm), several are a
-page wide. Names are drawn as they are (no mathtext). Figures are built without pyplot's global state. seaborn draws the
-heat maps; it computes its error bars from raw data, so that intervals that are known already are drawn here.
+Colours are Okabe and Ito's (Color Universal Design, 2008); series differ in marker and line as well. No text is below 6
+pt at the figure's own size. Figures are built without pyplot's global state. seaborn draws the heat maps; it computes
+its error bars from raw data, so that intervals that are known already are drawn here.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@
     with replacing(folder / "weights.safetensors") as temporary:
         save_file(tensors, temporary)
 
-Everything the package writes where somebody may look for it goes through here: first under a temporary name in the same
-folder (a rename between disks is a copy), flushed to the disk, then renamed. A write that fails is one line that names
-the file and the reason. Not here: formats.
+Everything the package writes where somebody may look for it goes through here: under a temporary name in the same
+folder, flushed to the disk, then renamed. A write that fails is one line that names the file and the reason.
 """
 
 from __future__ import annotations

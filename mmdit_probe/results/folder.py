@@ -1,19 +1,12 @@
 """One folder per command: tables, figures and `run.json`, the record of how they were made.
 
-    runs/<command>/<timestamp>-<short hash>/
-        attention_budget.parquet
-        run.json
-        attention_budget.png, .pdf
-
     with RunFolder.open("attention-budget", {"layers": "all", "seed": 0, "inputs": fingerprint([picture])}) as folder:
         folder.record(model={"id": "scenes-sd3", "weight_hash": "..."})
         with TableWriter(folder.path, "attention_budget") as writer: ...
 
-The short hash is that of the request (every option that decides the numbers, and the contents of what is read), so that
-`--resume` finds the unfinished run of the same request, and refuses to continue another one. The block's end marks the
-run as finished, interrupted (Ctrl-C) or failed (with the reason); a run whose process was killed reads as interrupted.
-A run folder is made when there is something to put into it: a bad request leaves none behind. With several processes,
-process 0 opens the folder, and `record` of the others does nothing.
+The folder, runs/<command>/<timestamp>-<hash of the request>, is made when there is something to put into it; `--resume`
+finds the unfinished run of the same request and refuses to continue another one. The block's end marks the run as
+finished, interrupted (Ctrl-C, or a process that was killed) or failed. With several processes, process 0 opens it.
 """
 
 from __future__ import annotations

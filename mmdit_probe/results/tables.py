@@ -1,19 +1,14 @@
 """Tidy tables on disk that grow item by item and survive a kill.
 
-A table is a folder, `<table>.parquet/`, with one parquet file per finished item (a prompt, an image): a parquet data
-set, which pandas, polars and duckdb (`'<table>.parquet/*.parquet'`) read as one table. Nothing is merged at the end, so
-the disk holds every row once. An item counts once its file has been renamed into place: a killed run loses the item it
-was at and nothing else.
-
     with TableWriter(folder, "attention_budget") as writer:
         for index, prompt in enumerate(prompts):
-            if index in writer.done:
-                continue                        # finished before the interruption
-            with writer.item(index) as item:
-                item.write(frame)               # any number of times; rows are on disk when the block ends
+            if index not in writer.done:            # else finished before the interruption
+                with writer.item(index) as item:
+                    item.write(frame)               # any number of times; rows are on disk when the block ends
 
-`MemorySink` takes the same rows in memory. Text is stored as dictionaries (pandas' categories). Not a database: items
-are written once, in any order, and read back in the order of their index.
+A table is a folder, `<table>.parquet/`, with one parquet file per finished item: a parquet data set, which pandas,
+polars and duckdb read as one table. A killed run loses the item it was at and nothing else. `MemorySink` takes the same
+rows in memory. Text is stored as dictionaries (pandas' categories).
 """
 
 from __future__ import annotations

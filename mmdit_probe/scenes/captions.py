@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known, unknown
 from mmdit_probe.scenes.world import CLASSES, COLOUR_NAMES, GROUNDS, THINGS, Scene, SceneObject, scene
 
 CATEGORIES: tuple[str, ...] = ("colour", "shape", "texture", "2d-spatial", "numeracy", "complex")
@@ -168,8 +168,7 @@ def parse(caption: str) -> Facts:
     """
     words = caption.lower().split()
     for word in words:
-        if word not in WORDS:
-            raise unknown("caption word", word, list(WORDS))
+        check_known("caption word", word, WORDS)
     if words and all(word in CLASSES for word in words):
         return Facts(
             groups=tuple(Group(1, w, None) for w in words if w in THINGS),
@@ -206,6 +205,15 @@ def _swapped(groups: tuple[Group, ...]) -> tuple[Group, ...]:
             if new and None not in (first.colour, second.colour):
                 return tuple(found)
     return groups
+
+
+def is_caption(text: str) -> bool:
+    """Whether a text is a caption of this world, with facts that can be looked for in an image."""
+    try:
+        parse(text)
+    except UserError:
+        return False
+    return True
 
 
 class _Reader:

@@ -4,9 +4,8 @@
     clip.vectors(clip.pixels([image]))               # [1, P], unit length, in the space of clip.text(["cat"])  [1, P]
     states, grid = clip.hidden(clip.pixels([image], (224, 336)))           # L + 1 states [1 + n, E], CLS first
 
-Pixels go through the checkpoint's own image processor. Written against the public parts of `CLIPModel` (layer_norm1,
-self_attn.{q,k,v,out}_proj, post_layernorm, ...): blocks are run here step by step where a method changes them, no
-module is patched. Works with transformers 5 and later.
+Pixels go through the checkpoint's own image processor. Blocks are run step by step, by the public parts of `CLIPModel`,
+where a method changes them; no module is patched.
 """
 
 from __future__ import annotations
@@ -166,11 +165,11 @@ class CLIP:
 
 
 @torch.no_grad()
-def patch_features(name: str, image: Any, side: int | None = None) -> tuple[Tensor, tuple[int, int]]:
+def patch_features(name: str, image: Any) -> tuple[Tensor, tuple[int, int]]:
     """Patch features [n, E] and their grid of any vision transformer in transformers: DINO, DINOv2, DINOv3, SAM, ViT.
 
     Args:
-        name: folder or hub id. image: uint8 [H, W, 3], squashed to side x side (the model's own size if None).
+        name: folder or hub id. image: uint8 [H, W, 3], squashed to the model's own size.
 
     Raises:
         UserError: it cannot be loaded, or gives no patch grid.
@@ -178,8 +177,7 @@ def patch_features(name: str, image: Any, side: int | None = None) -> tuple[Tens
     model, processor = _vision(name)
     config = getattr(model.config, "vision_config", model.config)
     patch = int(config.patch_size)
-    size = side or int(getattr(config, "image_size", 224))
-    size = max(1, round(size / patch)) * patch
+    size = max(1, round(int(getattr(config, "image_size", 224)) / patch)) * patch
     pixels = _squashed(processor, [image], (size, size))
     if hasattr(model, "vision_encoder"):  # SAM: a map, not a sequence
         maps = model.vision_encoder(pixels).last_hidden_state

@@ -8,12 +8,10 @@
     nosink[:n]       the same after taking out sink columns: tokens that many queries look at whatever they show
     regions          each token gets the mean scores of its region; regions are the capture's own, else diffcut's
     pamr[:n]         n rounds of pixel-adaptive averaging on the picture's colours (arXiv:2005.08104)
-    vote             each pixel of a region takes the region's most frequent label (CorrCLIP's map correction); regions
-                     as above, pixels of none (id 0) stay as they are
+    vote             each pixel of a region takes the region's most frequent label (CorrCLIP's map correction)
 
-The order of the names is the order of the steps; grid steps come before pixel steps. Columns of different words differ
-in their mean, and averaging over space leaves only that difference: put "minmax" or "centre" before "affinity" for
-methods whose scores are raw probabilities.
+Steps run in the order of their names, those on the grid before those on pixels. Put "minmax" or "centre" before
+"affinity" for methods whose scores are raw probabilities: averaging leaves only the difference of the words' means.
 """
 
 from __future__ import annotations

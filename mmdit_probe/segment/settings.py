@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known, unknown
 
 NAMED = (
     "seg4diff", "diffsegmenter", "diffsegmenter-per-class", "iseg", "tokenrank", "conceptattention", "proxyclip",
@@ -68,8 +68,7 @@ def check_method(name: str, unsupervised: bool | None = None) -> None:
     Raises:
         UserError: it does not, or is not; the message names the closest one, or those of the kind.
     """
-    if name not in (*NAMED, *BLIND):
-        raise unknown("method", name, (*NAMED, *BLIND))
+    check_known("method", name, (*NAMED, *BLIND))
     if unsupervised is not None and (name in BLIND) != unsupervised:
         raise wrong_kind(name, unsupervised)
 

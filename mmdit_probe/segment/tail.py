@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.segment.settings import Background
 
 
@@ -69,8 +69,7 @@ def label(scores: Tensor, background: Background | None = None, names: list[str]
         best = torch.where(away, len(scores), best)
     elif rule.kind == "class":
         known = names or []
-        if rule.name not in known:
-            raise unknown("background class", rule.name, known)
+        check_known("background class", rule.name, known)
         index = known.index(rule.name)
         best = torch.where(best == index, len(scores), best)
     if len(scores) >= np.iinfo(np.uint16).max:

@@ -255,3 +255,15 @@ def test_command_scores_a_folder_of_prompts_by_category(
     assert stopped.value.code == 2
     assert "nothing to score with" in capfd.readouterr().err
     assert not Path("nothing").exists()
+
+
+def test_maps_are_scored_with_pictures_and_alone(tmp_path: Path) -> None:
+    how = {"n": 2, "num_steps": 1, "clip": "none", "maps": "0.3,0.6"}
+    both = Score(categories="colour", **how).run("scenes-sd3", out=tmp_path / "both", progress=False)
+    alone = Score(categories="none", **how).run("scenes-sd3", out=tmp_path / "alone", progress=False)
+    assert set(both.table["category"]) == {"colour", "real"}
+    pd.testing.assert_frame_equal(both.store.table("maps"), alone.table)
+    assert set(alone.summary["sigma"]) == {0.3, 0.6} and set(alone.summary["head"]) == {"mean"}
+    assert (tmp_path / "alone" / "maps.png").exists()
+    with pytest.raises(UserError, match="leaves nothing to score"):
+        Score(categories="none")

@@ -118,3 +118,30 @@ def test_the_papers_model_is_measured_as_the_paper_did(monkeypatch):
     assert fig07.settings(options.model) == {"layers": (9,)}
     other = runs.options_of("").parse_args(["--model", "scenes-sd3"])
     assert runs.model_of(other).max_sequence_length is None and runs.paper_step(other) == {}
+
+
+def test_normalisation_is_measured_before_and_after_the_softmax(draw):
+    table = pd.read_csv(
+        draw("fig08_segmentation", "--only", "normalisation", "--limit", "1")["table5_normalisation.csv"]
+    )
+    ours = table[table["world"] == "measured"]
+    assert sorted(zip(ours["softmax"], ours["min_max"], strict=True)) == [
+        (s, m) for s in (False, True) for m in (False, True)
+    ]
+    assert ours["miou"].between(0, 1).all() and set(table["world"]) == {"measured", "paper"}
+
+
+def test_magnet_of_any_model_with_an_adapter(draw, tiny_directory, tmp_path):
+    from mmdit_probe import load
+    from mmdit_probe.magnet.lora import save_lora
+    from tests.magnet.test_lora import trained
+
+    save_lora(trained(load(tiny_directory).pipeline).transformer, tmp_path / "lora", {})
+    adapter = ("--lora", str(tmp_path / "lora"), "--limit", "1")
+    files = draw("fig10_magnet", *adapter, "--prompt", "a [red] [ring]", "--layers", "1,2", "num_steps=2")
+    drawn = {"fig10_pipeline", "fig11_masks_open", "fig11_masks_unsupervised", "fig12_maps", "fig13_pictures"}
+    assert {Path(name).stem for name in files} == drawn
+    files = draw("fig08_segmentation", "--only", "league", *adapter)
+    table = pd.read_csv(files["table12_league.csv"])
+    ours = set(table.loc[table["world"] == "measured", "method"])
+    assert {"seg4diff", "seg4diff, LoRA", "seg4diff-unsup, LoRA"} <= ours

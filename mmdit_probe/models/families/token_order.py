@@ -7,9 +7,7 @@
     >>> found.samples[0], found.grid
     ((('text', 5), ('image', 12)), (3, 4))
 
-The functions here turn the arguments of a transformer's forward into an `Arrangement`; entries of
-`models.families.entries` name the ones that apply. Masks are not looked at: what a mask hides is seen at the attention
-call.
+Masks are not looked at: what a mask hides is seen at the attention call.
 """
 
 from __future__ import annotations

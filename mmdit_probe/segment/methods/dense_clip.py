@@ -1,13 +1,9 @@
 """proxyclip and corrclip: CLIP's last values, gathered by a matrix of what belongs together, named by CLIP's text.
 
-The matrix is the method; value path and text head are CLIP's and stay fixed. It may come from the captured forward's
-attention ("i2i") or features ("features"), from another network or one's own features, or be the identity (the
-control). The class names reach CLIP only, but the capture still holds the forward of the joint prompt, shared with the
-other methods.
-
-The official ProxyCLIP is under a non-commercial licence and CorrCLIP under none: both are written here from their
-descriptions. The whole picture is one window; there is no sliding window. CorrCLIP's correction of the label map is the
-refinement "vote".
+The matrix is the method: from the captured forward's attention ("i2i") or features ("features"), from another network
+or one's own features, or the identity (the control). Both are written from their papers' descriptions (the official
+ProxyCLIP is under a non-commercial licence, CorrCLIP under none). The whole picture is one window. CorrCLIP's
+correction of the label map is the refinement "vote".
 """
 
 from __future__ import annotations

@@ -1,0 +1,81 @@
+"""Models that are larger than the memory of their GPU: weights that wait elsewhere, or are stored in fewer bits.
+
+    model = load("black-forest-labs/FLUX.1-dev", offload="model", quantize="nf4")
+    model = load("black-forest-labs/FLUX.1-dev", quantize="gguf:flux1-dev-Q4_K_S.gguf")
+
+Both are diffusers' own, with its quantisers; here stand their names and what is said where a package is missing. Only
+the transformer is quantised: text encoders and autoencoder work once per picture, and offloading does for them. Not
+here: what weights hash to and compute in however they are stored (`models.weights`).
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from mmdit_probe.errors import RunError, UserError, unknown
+
+OFFLOADS = ("model", "sequential", "group")
+"""Whole models, single weights, or single layers with the next one on its way while one computes."""
+
+QUANTIZERS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes", "gguf": "gguf"}
+"""Kind -> the package that does it, an extra of that name."""
+
+
+def check_memory_options(device: torch.device, offload: str | None, quantize: str | None) -> None:
+    """Refuse what cannot be met before anything is loaded.
+
+    Raises:
+        UserError: an unknown way, sequential offloading without an accelerator, a package that is not installed, or
+            "gguf" without a file.
+    """
+    if offload is not None and offload not in OFFLOADS:
+        raise unknown("offload", offload, OFFLOADS)
+    if offload == "sequential" and device.type == "cpu":
+        raise UserError(f"offload {offload!r} moves weights to an accelerator; the device is cpu: leave it out")
+    if quantize is None:
+        return
+    kind, _, file = quantize.partition(":")
+    if kind not in QUANTIZERS:
+        raise unknown("quantization", quantize, [*list(QUANTIZERS)[:3], "gguf:FILE"])
+    if (kind == "gguf") != bool(file):
+        raise UserError(f"quantization {quantize!r}: expected gguf:FILE, or {', '.join(list(QUANTIZERS)[:3])} alone")
+    package = QUANTIZERS[kind]
+    if find_spec(package) is None:
+        raise UserError(f"quantization {kind!r} needs {package}: pip install 'mmdit-probe[{package}]'")
+
+
+def quantizer(kind: str, dtype: torch.dtype) -> Any:
+    """diffusers' configuration of a quantiser whose weights compute in `dtype`."""
+    import diffusers
+
+    if kind == "gguf":
+        return diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
+    if kind == "nf4":
+        return diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    from torchao import quantization
+
+    made = quantization.Int8WeightOnlyConfig() if kind == "int8" else quantization.Float8WeightOnlyConfig()
+    return diffusers.TorchAoConfig(made)
+
+
+def place(pipeline: Any, device: torch.device, offload: str | None) -> Any:
+    """The pipeline on its device, or with its weights in the processor's memory until they are called for.
+
+    Raises:
+        RunError: diffusers cannot offload this pipeline here.
+    """
+    if offload is None:
+        return pipeline.to(device)
+    try:
+        if offload == "model":
+            pipeline.enable_model_cpu_offload(device=device)
+        elif offload == "sequential":
+            pipeline.enable_sequential_cpu_offload(device=device)
+        else:
+            pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
+    except (RuntimeError, ValueError, ImportError) as error:
+        raise RunError(f"cannot offload ({offload}) on {device}: {error}") from error
+    return pipeline

@@ -1,0 +1,71 @@
+"""LoRA files in the names of other programs: loaded as diffusers converts them, or refused with what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.models.adapters import load_adapter
+from tests import pipelines, tiny
+
+RANK, WIDTH = 2, 32
+KOHYA, PEFT = ("lora_up.weight", "lora_down.weight"), ("lora_B.weight", "lora_A.weight")
+
+
+def written(folder: Path, module: str, names: tuple[str, str], alpha: float | None = None) -> tuple[Path, torch.Tensor]:
+    """A file with one fused projection, and the change of weights that it means, [3 * WIDTH, WIDTH]."""
+    generator = torch.Generator().manual_seed(0)
+    up, down = (torch.randn(*shape, generator=generator) for shape in ((3 * WIDTH, RANK), (RANK, WIDTH)))
+    tensors = {f"{module}.{names[0]}": up, f"{module}.{names[1]}": down}
+    if alpha is not None:
+        tensors[f"{module}.alpha"] = torch.tensor(alpha)
+    file = folder / "lora.safetensors"
+    save_file(tensors, file)
+    return file, (1.0 if alpha is None else alpha / RANK) * up @ down
+
+
+def changes(pipe: Any, file: Path) -> list[torch.Tensor]:
+    """What an adapter adds to q, k and v of the first layer's image tokens."""
+    layers = [getattr(pipe.transformer.transformer_blocks[0].attn, name) for name in ("to_q", "to_k", "to_v")]
+    before = [layer.weight.detach().clone() for layer in layers]
+    load_adapter(pipe, str(file))
+    pipe.fuse_lora(components=["transformer"])
+    pipe.unload_lora_weights()
+    layers = [getattr(pipe.transformer.transformer_blocks[0].attn, name) for name in ("to_q", "to_k", "to_v")]
+    return [layer.weight.detach() - old for layer, old in zip(layers, before, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "module", ["lora_unet_double_blocks_0_img_attn_qkv", "diffusion_model.double_blocks.0.img_attn.qkv"]
+)
+def test_fused_projections_of_kohya_and_comfyui_arrive_in_flux(tmp_path: Path, module: str) -> None:
+    file, expected = written(tmp_path, module, KOHYA, alpha=1.0)
+    found = torch.cat(changes(pipelines.build("flux"), file))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [("lora_unet_joint_blocks_0_x_block_attn_qkv", KOHYA), ("diffusion_model.joint_blocks.0.x_block.attn.qkv", PEFT),
+     ("transformer_blocks.0.attn.to_q", PEFT)],
+)  # fmt: skip
+def test_names_that_diffusers_does_not_convert_are_refused_with_what_to_do(
+    tmp_path: Path, module: str, names: tuple[str, str]
+) -> None:
+    file, _ = written(tmp_path, module, names)
+    message = rf"e\.g\. '{module}.* does not convert that for StableDiffusion3Pipeline: export it in diffusers' format"
+    pipe = tiny.pipeline("sd3")
+    with pytest.raises(UserError, match=message):
+        load_adapter(pipe, str(file))
+    assert not hasattr(pipe.transformer, "peft_config")
+
+
+def test_a_module_that_is_not_there_after_conversion_is_named(tmp_path: Path) -> None:
+    file, _ = written(tmp_path, "lora_unet_double_blocks_9_img_attn_qkv", KOHYA, alpha=1.0)
+    with pytest.raises(UserError, match=r"3 of its 3 modules are not there, e\.g\. 'transformer_blocks\.9\.attn"):
+        load_adapter(pipelines.build("flux"), str(file))

@@ -1,0 +1,102 @@
+"""Models larger than their GPU: offloaded ones give the same pictures and masses, quantised ones say what they are."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mmdit_probe import AttentionMass, probe
+from mmdit_probe.cli.app import main
+from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.experiments.experiment import described
+from mmdit_probe.models import memory
+from mmdit_probe.models.load import load
+from mmdit_probe.models.mmdit import MMDiT
+from tests.devices import DEVICES, GPU
+
+
+def sampled(model: MMDiT) -> tuple[np.ndarray, pd.DataFrame]:
+    with probe(model, AttentionMass()) as run:
+        picture = model.generate("a red ring", seed=0, steps=2)[0]
+    return np.asarray(picture), run[AttentionMass].table()
+
+
+@pytest.mark.parametrize(
+    ("offload", "device"),
+    [*((way, "cpu") for way in ("model", "group")),
+     *(pytest.param(way, "cuda", marks=GPU) for way in memory.OFFLOADS)],
+)  # fmt: skip
+def test_offloading_changes_nothing_but_where_weights_wait(tiny_directory: Path, offload: str, device: str) -> None:
+    stock, plain = sampled(load(tiny_directory, device=device))
+    model = load(tiny_directory, device=device, offload=offload)
+    picture, masses = sampled(model)
+    assert np.array_equal(picture, stock) and masses.equals(plain)
+    assert model.device.type == device and model.weight_hash == load(tiny_directory, device="cpu").weight_hash
+    latents = model.encode_image(picture)
+    assert latents.device.type == device and torch.isfinite(model.denoise(latents, 0.5, model.encode_prompt("a"))).all()
+    assert described(model)["model"]["offload"] == offload
+
+
+def test_sequential_offloading_needs_something_to_move_weights_to(tiny_directory: Path) -> None:
+    with pytest.raises(UserError, match="'sequential' moves weights to an accelerator; the device is cpu"):
+        load(tiny_directory, device="cpu", offload="sequential")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"offload": "groups"}, "unknown offload 'groups': did you mean 'group'"),
+        ({"quantize": "int4"}, "unknown quantization 'int4'.* Known: int8, fp8, nf4, gguf:FILE"),
+        ({"quantize": "gguf"}, "'gguf': expected gguf:FILE"),
+        ({"quantize": "int8:file"}, "'int8:file': expected gguf:FILE, or int8, fp8, nf4 alone"),
+    ],
+)
+def test_what_cannot_be_met_is_refused_before_loading(options: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load("no/such-model", device="cpu", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4", "gguf:some.gguf"])
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    package = memory.QUANTIZERS[kind.partition(":")[0]]
+    monkeypatch.setattr(memory, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=rf"needs {package}: pip install 'mmdit-probe\[{package}\]'"):
+        load("scenes-sd3", device="cpu", quantize=kind)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("kind", "error"), [("int8", 0.03), ("fp8", 0.2), ("nf4", 0.3)])
+def test_a_quantised_transformer_is_probed_and_told_apart(
+    tiny_directory: Path, kind: str, error: float, device: str
+) -> None:
+    if find_spec(memory.QUANTIZERS[kind]) is None:
+        pytest.skip(f"{memory.QUANTIZERS[kind]} is not installed")
+    if kind == "nf4" and device == "cpu":
+        with pytest.raises(RunError, match="GPU is needed"):
+            load(tiny_directory, device=device, quantize=kind)
+        return
+    plain, model = load(tiny_directory, device=device), load(tiny_directory, device=device, quantize=kind)
+    assert model.name == f"{tiny_directory}+{kind}" and model.weight_hash != plain.weight_hash
+    assert described(model)["model"]["quantize"] == kind
+    table = sampled(model)[1]
+    assert 0 < (table.mass - sampled(plain)[1].mass).abs().max() < error
+    sums = table.groupby(["layer", "step", "branch", "head", "query"]).mass.sum()
+    assert np.allclose(sums, 1, atol=1e-5)
+
+
+def test_commands_take_and_record_it(tiny_directory: Path, tmp_path: Path, capsys: Any) -> None:
+    line = ["attention-budget", "--model", str(tiny_directory), "--offload", "group", "--device", "cpu"]
+    line += ["--prompts", "a red ring", "--num-steps", "1", "--control", "none"]
+    line += ["--out", str(tmp_path / "run"), "--quiet"]
+    with pytest.raises(SystemExit) as stop:
+        main(line)
+    assert not stop.value.code, capsys.readouterr().err
+    told = json.loads((tmp_path / "run" / "run.json").read_text())["model"]
+    assert (told["offload"], told["quantize"]) == ("group", None)
