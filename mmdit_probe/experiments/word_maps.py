@@ -70,9 +70,10 @@ class WordMaps(Pictures):
             step_indices(self.steps, self.num_steps)
 
     def places(self, model: MMDiT) -> dict[str, Any]:
-        layers, why = (
-            (layer_indices(self.layers, len(model.layers)), "") if self.layers is not None else grounding(model)
-        )
+        known = grounding(model)
+        if self.layers is not None:
+            known = KnownLayers(layer_indices(self.layers, len(model.layers)), "")
+        layers = known.layers
         heads = checked_heads(self.heads, layers, model.heads)
         steps = [0] if self.image is not None else list(step_indices(self.steps, self.num_steps))
         shares = known.weights or (1.0 / len(layers),) * len(layers)
