@@ -8,6 +8,7 @@ Not here: any averaging; the numbers come from `experiments.perturb.summarise` a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from mmdit_probe.plots import style
@@ -63,7 +64,7 @@ def effects_by_layer(summary: pd.DataFrame, outcomes: Sequence[str], *, title: s
                 )  # fmt: skip
             if len(idle):
                 axes.plot(idle["layer"], idle["effect"], "x", ms=5, color="black", label="no-op (left of layer 0)")
-            axes.set(title=LABELS.get(name, name), ylabel="difference from unedited")
+            axes.set(title=fill(LABELS.get(name, name), 28), ylabel="difference from unedited")
             style.whole(axes, "edited layer")
         style.legend(figure, grid[0])
         style.headline(figure, title)

@@ -41,7 +41,7 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert len(list(Path("runs").glob("*/*/run.json"))) == 1
     text = Path("results/summary.md").read_text()
-    assert "Mean rank of the selected layers" in text and "| segmentation (val) | segmentation (test) |" in text
+    assert "Mean rank of the selected layers" in text and "| segmentation (test) | segmentation (val) |" in text
     names = {path.name for path in Path("results").iterdir()}
     assert names == {"by_layer.csv", "controls.csv", "agreement.csv", "summary.md", "evidence.png", "evidence.pdf"}
     controls = pd.read_csv("results/controls.csv")
