@@ -374,6 +374,7 @@ def apart(name: str, task: Task, out: Path) -> dict[str, Any]:
             running.wait()
     rows = [json.loads(text) for text in file.read_text("utf-8").splitlines()] if file.is_file() else []
     wrong = [row for row in rows if not row["ok"]]
+    ended = ended or ("" if rows else "no time was left for it")
     return {"part": name, "seconds": time.time() - began, "rows": rows, "wrong": wrong, "ended": ended}
 
 
