@@ -11,7 +11,7 @@ PYTEST_ARGS ?=
 # Idle OpenMP threads sleep instead of spinning: on a busy machine spinning halves the speed.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format figures notebooks bench docs install clean
+.PHONY: demo test lint format figures notebooks bench docs train install clean
 
 demo: $(VENV)/.stamp
 	$(BIN)/mmdit-probe attention-budget --layers all --model $(MODEL) --device $(DEVICE)
@@ -30,7 +30,7 @@ format: $(VENV)/.stamp
 	$(BIN)/ruff format .
 
 figures: $(VENV)/.stamp
-	$(BIN)/python figures/make.py --model $(MODEL) --device $(DEVICE) $(foreach name,DATASET IMAGES CLIP DINO JOBS,\
+	$(BIN)/python figures/make.py --model $(MODEL) --device $(DEVICE) $(foreach name,DATASET LORA IMAGES CLIP DINO JOBS,\
 		$(if $($(name)),--$(shell echo $(name) | tr A-Z a-z) $($(name)))) $(if $(FRESH),--fresh)
 
 notebooks: $(VENV)/.stamp-notebooks
@@ -40,6 +40,10 @@ notebooks: $(VENV)/.stamp-notebooks
 # The site, strictly: a broken link, reference or page ends it. Code blocks of docs and README are run by the tests.
 docs: $(VENV)/.stamp-docs
 	NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+
+# The embedded checkpoints, into .training: STAGE=vae for one stage, MINUTES=60 to stop in time; the same again goes on.
+train: $(VENV)/.stamp
+	$(BIN)/python -m training $(STAGE) --device $(DEVICE) $(if $(MINUTES),--minutes $(MINUTES))
 
 bench: $(VENV)/.stamp
 	$(BIN)/python benchmarks/overhead.py

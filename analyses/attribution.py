@@ -18,28 +18,22 @@ from pathlib import Path
 import pandas as pd
 
 from mmdit_probe import load
-from mmdit_probe.experiments.attribute import agreement, attribute, by_scene
-from mmdit_probe.experiments.controls import variants
-from mmdit_probe.plots import attribute as plots
+from mmdit_probe.experiments import Attribute
 from mmdit_probe.plots import save
-from mmdit_probe.results import RunFolder, TableWriter, read_table
-from mmdit_probe.results.statistics import compare
-from mmdit_probe.scenes import scene
 
-NAME = "attribution"
 OUT = Path(__file__).parent / "results" / "attribution"
-SETTINGS = (("loss", "ablation", "random"), ("loss", "gradients", ""), ("mass", "ablation", "random"))
+SETTINGS = (("loss", "ablation", "random"), ("loss", "gradients", "none"), ("mass", "ablation", "random"))
 """Target, method, control. Integrated gradients of every map in every layer cost far more and are left to the command:
 `mmdit-probe attribute --target mass --method gradients --layers 4 -n 8`."""
 
 
-def markdown(table: pd.DataFrame, controls: pd.DataFrame, request: dict[str, object]) -> str:
+def markdown(table: pd.DataFrame, controls: pd.DataFrame, options: argparse.Namespace) -> str:
     """The tables for people."""
     lines = [
         "# Attention maps and causal attribution",
         "",
-        f"Written by `python analyses/attribution.py`. Model {request['model']}, scenes of `{request['split']}`, sigma"
-        f" {request['sigma']}. Spearman correlation over (word, region) pairs, 95 % interval over scenes;",
+        f"Written by `python analyses/attribution.py`. Model {options.model}, scenes of `{options.split}`, sigma"
+        f" {options.sigma}. Spearman correlation over (word, region) pairs, 95 % interval over scenes;",
         "control: the attention of the scene's next word. Last column: the rank correlation within scenes, minus that",
         "of the same network with random weights, paired.",
         "",
@@ -68,47 +62,23 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--sigma", type=float, default=0.7)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--run", type=Path, help="run folder")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
     options = parser.parse_args()
     model = load(options.model, device=options.device)
-    items = [item for item in (scene(options.split, k) for k in range(options.n)) if len(item.class_names) > 1]
-    request = {
-        "model": model.name, "weight_hash": model.weight_hash, "n": options.n, "split": options.split,
-        "sigma": options.sigma, "settings": SETTINGS,
-    }  # fmt: skip
-    folder = RunFolder.open(NAME, request, out=options.run, resume=True)
-    tasks = [
-        (target, method, variant, index)
-        for target, method, control in SETTINGS
-        for variant in variants(model, [control] if control else [])
-        for index in range(len(items))
-    ]
-    if not folder.complete:
-        with TableWriter(folder.path, NAME) as writer:
-            for number, (target, method, variant, index) in enumerate(tasks):
-                if number not in writer.done:
-                    frame = attribute(
-                        variant.model, [items[index]], method=method, target=target, sigma=options.sigma, seed=index
-                    )  # type: ignore[arg-type]
-                    with writer.item(number) as rows:
-                        rows.write(frame.assign(item=index, control=variant.name, target=target, method=method))
-                if index == len(items) - 1:
-                    print(f"{number + 1} of {len(tasks)}: {target}, {method}, control {variant.name}", flush=True)
-        folder.finish()
-    long = read_table(folder.path / f"{NAME}.parquet")
     tables, controls = [], []
     options.out.mkdir(parents=True, exist_ok=True)
-    for (target, method), part in long.groupby(["target", "method"], sort=False, observed=True):
-        named = {"target": target, "method": method}
-        tables.append(agreement(part).assign(**named))
-        controls.append(compare(by_scene(part), ["layer"]).assign(**named))
-        title = f"{model.name}: {target}, {method}, n = {tables[-1]['n'].max()}, sigma {options.sigma}"
-        save(plots.agreement(tables[-1], title=title), options.out / f"{target}_{method}")
+    for target, method, control in SETTINGS:
+        experiment = Attribute(
+            n=options.n, split=options.split, sigma=options.sigma, target=target, method=method, control=control
+        )  # type: ignore[arg-type]
+        result = experiment.run(model, out="auto", resume=True)
+        tables.append(result.summary.assign(target=target, method=method))
+        controls.append(result.claims.assign(target=target, method=method))
+        save(result.figure(), options.out / f"{target}_{method}")
     table, against = pd.concat(tables, ignore_index=True), pd.concat(controls, ignore_index=True)
     table.to_csv(options.out / "agreement.csv", index=False, float_format="%.5g")
     against.to_csv(options.out / "controls.csv", index=False, float_format="%.5g")
-    text = markdown(table, against, request)
+    text = markdown(table, against, options)
     (options.out / "summary.md").write_text(text, encoding="utf-8")
     print(text)
     print(options.out)

@@ -15,43 +15,42 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
-from mmdit_probe.experiments.scenes_report import SCORES, score_model
 
 from mmdit_probe import load
-from mmdit_probe.experiments.scenes_quality import alignment_of
-from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.results import read_table
+from mmdit_probe.experiments import Score
+from mmdit_probe.experiments.score import REAL
 from mmdit_probe.results.statistics import interval
-from mmdit_probe.scenes import CATEGORIES, captions, load_parser
+from mmdit_probe.scenes.parser import SCORES
 
 OUT = Path(__file__).parent / "results" / "embedded_model"
-MODELS: dict[str, tuple[str, ...]] = {"scenes-sd3": (*CATEGORIES, "real"), "scenes-sd3-random": ()}
+MODELS = {"scenes-sd3": "all", "scenes-sd3-random": "none"}
 """Caption categories to draw images for; the twin draws noise, so that only its maps are of interest."""
 
 
-def guidance_table(model: MMDiT, values: list[float], n: int, num_steps: int) -> pd.DataFrame:
-    """Scores on ``n`` held-out captions per category of the "val" split for each guidance, same seeds, best first."""
-    parser = load_parser()
-    prompts = [text for category in CATEGORIES for text in captions("val", n, category, distinct=False)]
+def guidance_table(model: object, options: argparse.Namespace) -> pd.DataFrame:
+    """Scores on captions of the "val" split, all categories alike, per guidance with the same seeds; best first."""
     rows = []
-    for guidance in values:
-        scores = alignment_of(model, parser, prompts, steps=num_steps, guidance=guidance)
-        row: dict[str, object] = {"guidance": guidance, "n": len(scores)}
-        for name in SCORES:
-            row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(scores[name].astype(float))
-        rows.append(row)
+    for guidance in options.guidance:
+        experiment = Score(n=options.n_val, split="val", clip="none", num_steps=options.num_steps, guidance=guidance)
+        table = experiment.run(model, out="auto", resume=True).table
+        rows.append({"guidance": guidance, **means(table[table["category"] != REAL])})
     return pd.DataFrame(rows).sort_values("things_right", ascending=False, kind="stable")
 
 
 def alignment_table(images: pd.DataFrame) -> pd.DataFrame:
     """Mean and 95 % interval over images per model and caption category."""
-    rows = []
-    for (model, category), part in images.groupby(["model", "category"], sort=False):
-        row: dict[str, object] = {"model": model, "category": category, "n": len(part)}
-        for name in SCORES:
-            row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(part[name].astype(float))
-        rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(
+        {"model": model, "category": category, **means(part)}
+        for (model, category), part in images.groupby(["model", "category"], sort=False, observed=True)
+    )
+
+
+def means(part: pd.DataFrame) -> dict[str, object]:
+    """Number of images, and each score's mean with its interval."""
+    row: dict[str, object] = {"n": len(part)}
+    for name in (name for name in SCORES if name in part):
+        row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(part[name].astype(float))
+    return row
 
 
 def as_markdown(
@@ -113,22 +112,17 @@ def main() -> None:
     options = parser.parse_args()
     images, maps = [], []
     chooser = load("scenes-sd3", device=options.device, dtype=options.dtype)
-    guidances = guidance_table(chooser, options.guidance, options.n_val, options.num_steps)
+    guidances = guidance_table(chooser, options)
     for name, categories in MODELS.items():
-        request = {
-            "n": options.n,
-            "guidance": float(guidances["guidance"].iloc[0]),
-            "num_steps": options.num_steps,
-            "sigmas": options.sigmas,
-            "split": "test",
-            "seed": 0,
-        }
-        report = score_model(
-            load(name, device=options.device, dtype=options.dtype), request, categories=categories, resume=True
-        )
-        if categories:
-            images.append(read_table(report.path / "alignment.parquet").assign(model=name))
-        maps.append(read_table(report.path / "maps.parquet").assign(model=name))
+        experiment = Score(
+            n=options.n, split="test", categories=categories, maps=",".join(map(str, options.sigmas)), clip="none",
+            num_steps=options.num_steps, guidance=float(guidances["guidance"].iloc[0]),
+        )  # fmt: skip
+        model = load(name, device=options.device, dtype=options.dtype)
+        result = experiment.run(model, out="auto", resume=True)
+        if categories != "none":
+            images.append(result.table.assign(model=name))
+        maps.append(result.store.table("maps").assign(model=name))
     options.out.mkdir(parents=True, exist_ok=True)
     alignment = alignment_table(pd.concat(images))
     every_map = pd.concat(maps)

@@ -16,16 +16,14 @@ import argparse
 from pathlib import Path
 
 import pandas as pd
-from mmdit_probe.experiments.evidence_names import CONTROLLED, EVIDENCE, RANK_RULES, evidence_names
 
 from mmdit_probe import load
-from mmdit_probe.experiments import evidence
+from mmdit_probe.experiments import SelectLayers, evidence
+from mmdit_probe.experiments.evidence import EVIDENCE, RANK_RULES
 from mmdit_probe.plots import save
 from mmdit_probe.plots.select import evidence as figure
-from mmdit_probe.results import RunFolder, TableWriter, read_table
 from mmdit_probe.results.statistics import ABOVE, NONE, compare
 
-NAME = "layer-evidence"
 OUT = Path(__file__).parent / "results" / "layer_evidence"
 
 
@@ -48,17 +46,17 @@ def verdicts(long: pd.DataFrame, layers: tuple[int, ...]) -> pd.DataFrame:
 
 def markdown(
     by_layer: pd.DataFrame, against: pd.DataFrame, agreement: pd.DataFrame, layers: tuple[int, ...],
-    request: dict[str, object],
+    options: argparse.Namespace,
 ) -> str:  # fmt: skip
     """The tables for people."""
-    select, report = str(request["select"]), str(request["report"])
+    select, report = options.select, options.report
     ranks = {split: part.groupby("layer")["rank"].mean() for split, part in by_layer.groupby("split")}
     lines = [
         "# Evidence per layer",
         "",
-        f"Written by `python analyses/layer_evidence.py`. Model {request['model']}, {request['n']} scenes and"
-        f" {request['prompts']} prompts ({request['num_steps']} steps) per split. Layers {list(layers)} were selected"
-        f" on `{select}` by {request['rule']}; every number below is from `{report}`, except where splits are named.",
+        f"Written by `python analyses/layer_evidence.py`. Model {options.model}, {options.n} scenes and"
+        f" {options.prompts} prompts ({options.num_steps} steps) per split. Layers {list(layers)} were selected"
+        f" on `{select}` by {options.rule}; every number below is from `{report}`, except where splits are named.",
         f"Mean rank of the selected layers on `{report}`: "
         + ", ".join(f"layer {layer}: {ranks[report][layer]:.1f} of {len(ranks[report])}" for layer in layers)
         + f"; least there: layer {ranks[report].idxmin()} ({ranks[report].min():.1f}).",
@@ -85,13 +83,21 @@ def markdown(
         )
     failed = int((against["verdict"] != ABOVE).sum())
     lines += ["", f"{failed} of {len(against)} comparisons are not above their control."]
-    lines += ["", "## Agreement", "", "Spearman correlation over layers, 95 % interval over items.", ""]
-    lines += ["| first | second | rank correlation |", "|-|-|-|"]
+    lines += [
+        "",
+        "## Agreement",
+        "",
+        "Spearman correlation over layers, 95 % interval over items; p: of such a correlation among unrelated orders.",
+        "",
+    ]
+    lines += ["| first | second | rank correlation | p |", "|-|-|-|-|"]
     for row in agreement.to_dict("records"):
         same = row["first"] == row["second"]
         if same or row["first_split"] == row["second_split"] == report:
             first, second = (f"{row[k]} ({row[f'{k}_split']})" if same else row[k] for k in ("first", "second"))
-            lines.append(f"| {first} | {second} | {row['rho']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}] |")
+            lines.append(
+                f"| {first} | {second} | {row['rho']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}] | {row['p']:.2f} |"
+            )
     return "\n".join(lines) + "\n"
 
 
@@ -107,35 +113,17 @@ def main() -> None:
     parser.add_argument("--rule", default="ranks", choices=[*RANK_RULES, *EVIDENCE])
     parser.add_argument("--top", type=int, default=1, help="layers to select")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--run", type=Path, help="run folder")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
     options = parser.parse_args()
-    names = evidence_names(options.evidence, False)
-    if options.select == options.report:
-        parser.error("--select and --report must be different splits")
+    # Controls belong to the split that an experiment selects on; here they are of the split that is reported.
+    experiment = SelectLayers(
+        evidence=options.evidence, limit=options.n, prompts=options.prompts, num_steps=options.num_steps,
+        split=options.report, report=options.select, top=options.top, control="random,shuffled,uniform",
+    )  # fmt: skip
     model = load(options.model, device=options.device)
-    request = {
-        "model": model.name, "weight_hash": model.weight_hash, "evidence": names, "n": options.n,
-        "prompts": options.prompts, "num_steps": options.num_steps, "select": options.select, "report": options.report,
-    }  # fmt: skip
-    folder = RunFolder.open(NAME, request, out=options.run, resume=True)
-    plan = evidence.Plan(n=options.n, prompts=options.prompts, num_steps=options.num_steps)
-    if not folder.complete:
-        tasks = [(name, split, NONE) for split in (options.select, options.report) for name in names]
-        # Random weights alone for the perturbation: blurring uniform attention changes next to nothing, by definition.
-        tasks += [
-            (name, options.report, control) for name in names for control in CONTROLLED[name]
-            if (name, control) != ("perturbation", "uniform")
-        ]  # fmt: skip
-        with TableWriter(folder.path, "evidence") as writer:
-            for number, (name, split, control) in enumerate(tasks):
-                if number not in writer.done:
-                    with writer.item(number) as item:
-                        item.write(evidence.measure(model, split, [name], plan, control=control))
-                    print(f"{number + 1} of {len(tasks)}: {name}, {split}, control {control}", flush=True)
-        folder.finish()
-    long = read_table(folder.path / "evidence.parquet")
-    by_layer, agreement = evidence.by_layer(long), evidence.agreement(long)
+    result = experiment.run(model, out="auto", resume=True)
+    long, by_layer = result.table, result.summary
+    agreement = evidence.agreement(long)
     layers = evidence.choose(by_layer[by_layer["split"] == options.select], options.top, options.rule)
     reported = long[long["split"] == options.report]
     against = verdicts(reported, layers)
@@ -143,7 +131,7 @@ def main() -> None:
     for name, table in (("by_layer", by_layer), ("controls", compare(reported, ["evidence", "layer"])),
                         ("agreement", agreement)):  # fmt: skip
         table.to_csv(options.out / f"{name}.csv", index=False, float_format="%.5g")
-    text = markdown(by_layer, against, agreement, layers, request | {"rule": options.rule})
+    text = markdown(by_layer, against, agreement, layers, options)
     (options.out / "summary.md").write_text(text, encoding="utf-8")
     here = agreement[(agreement["first_split"] == options.report) & (agreement["second_split"] == options.report)]
     title = (

@@ -33,19 +33,19 @@ import numpy as np
 import pandas as pd
 import torch
 from magnet_tables import BASE, CONTROL, PROTOCOLS, UNSUPERVISED, choose, write
-from mmdit_probe.experiments.generation import scene_prompts, score
 
 from mmdit_probe import TextMaps, load, probe
 from mmdit_probe.data import Data, Sample, ScenesData
-from mmdit_probe.evaluate.clipscore import ClipScorer
 from mmdit_probe.evaluate.scores import ImageCounts, assign, histogram, matched
+from mmdit_probe.experiments import Score
+from mmdit_probe.experiments.score import REAL, scene_prompts
 from mmdit_probe.magnet import SelfLabelled, TrainMagnet, train
 from mmdit_probe.magnet.trainer import TrainResult
 from mmdit_probe.magnet.validation import readouts, validate
 from mmdit_probe.models.adapters import merge
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results.folder import short_hash
-from mmdit_probe.scenes import CLASSES, load_parser, scene
+from mmdit_probe.scenes import CLASSES, scene
 from mmdit_probe.scenes.captions import PLURALS
 from mmdit_probe.segment import Reading, discover, segment
 
@@ -103,7 +103,7 @@ def choose_layer(plan: Plan, work: Path) -> None:
 
     def make(path: Path) -> None:
         model = plan.model()
-        scores = [validate(model, held_out(plan), [layer]).miou for layer in range(len(model.layers))]
+        scores = [validate(model, held_out(plan), [layer]).miou() for layer in range(len(model.layers))]
         path.write_text(json.dumps({"layer": int(np.argmax(scores)), "miou": scores}))
 
     once(work / "layer.json", make)
@@ -124,11 +124,9 @@ def fit(plan: Plan, work: Path, name: str, data: Data, steps: int, **options: An
 
 def pictures(plan: Plan, path: Path, name: str, lora: Path | None, count: int, split: str) -> None:
     """Generated pictures of held-out captions and their scores."""
-    model = plan.model(lora, pictures=True)
-    prompts = scene_prompts(count, split=split)
-    frame = score(model, prompts, variant=name, steps=plan.num_steps, guidance=plan.guidance, seed=SEED,
-                  parser=load_parser(), clip=ClipScorer.load("scenes-clip"))  # fmt: skip
-    frame.to_parquet(path)
+    experiment = Score(n=count, split=split, num_steps=plan.num_steps, guidance=plan.guidance, seed=SEED)  # type: ignore[arg-type]
+    table = experiment.run(plan.model(lora, pictures=True), progress=False).table
+    table[table["category"] != REAL].assign(variant=name).to_parquet(path)
 
 
 def pilot(plan: Plan, work: Path, name: str, options: dict[str, Any]) -> None:
@@ -140,7 +138,7 @@ def pilot(plan: Plan, work: Path, name: str, options: dict[str, Any]) -> None:
         found = {
             "name": name,
             **options,
-            "miou": validate(plan.model(result.lora), held_out(plan), [layer_of(work)]).miou,
+            "miou": validate(plan.model(result.lora), held_out(plan), [layer_of(work)]).miou(),
         }
         path.write_text(json.dumps(found))
 
@@ -181,8 +179,7 @@ def save_counts(plan: Plan, path: Path, model: MMDiT, layer: int) -> None:
     """Counts per test scene of every protocol."""
     samples = [ScenesData("test", plan.maps)[index] for index in range(plan.maps)]
     found = {}
-    for kind, scores in readouts(model, samples, [layer], list(PROTOCOLS)).items():
-        counts = ImageCounts.of(scores.counts)
+    for kind, counts in readouts(model, samples, [layer], list(PROTOCOLS)).items():
         found[PROTOCOLS[kind]] = np.stack([counts.hit, counts.truth, counts.found])
     found[UNSUPERVISED] = np.zeros((3, plan.maps, len(CLASSES)))
     for index in range(plan.maps):

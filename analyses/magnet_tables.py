@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from mmdit_probe.experiments.generation import compare
 
 from mmdit_probe.evaluate.scores import ImageCounts
+from mmdit_probe.experiments.score import compare_variants
 from mmdit_probe.magnet.validation import Readout
 
 BASE, CONTROL = "base", "control"
@@ -88,7 +88,7 @@ def choose(pilots: pd.DataFrame, frames: Mapping[str, pd.DataFrame]) -> pd.DataF
     for row in pilots.to_dict("records"):
         own = row["name"]
         control = pilots[(pilots["rate"] == row["rate"]) & (pilots["alignment"] == "none")]["name"].iloc[0]
-        table = compare(pd.concat([frames[name] for name in dict.fromkeys((control, own))]), control)
+        table = compare_variants(pd.concat([frames[name] for name in dict.fromkeys((control, own))]), control)
         facts = table[(table["variant"] == own) & (table["category"] == "all") & (table["metric"] == "facts")].iloc[0]
         kept = ("mean", "difference", "difference_low", "difference_high", "worse")
         rows.append(row | {f"facts_{key}".replace("facts_mean", "facts"): facts[key] for key in kept})
@@ -136,8 +136,8 @@ def write(
 ) -> None:  # fmt: skip
     """Write every table, `examples.npz`, `settings.json` and `summary.md`."""
     out.mkdir(parents=True, exist_ok=True)
-    miou, generation = miou_table(counts), compare(frames, CONTROL)
-    over_base = compare(frames, BASE)
+    miou, generation = miou_table(counts), compare_variants(frames, CONTROL)
+    over_base = compare_variants(frames, BASE)
     tables = {"miou": miou, "generation": generation, "generation_over_base": over_base, "pilot": pilots, **logs}
     for name, table in tables.items():
         table.to_csv(out / f"{name}.csv", index=False, float_format="%.5g")

@@ -6,31 +6,42 @@
 All classes of the data set are named in one prompt; a class's I2T map is reduced to one number per picture (its mean,
 its peak over its mean, its spread over its mean). Numbers of classes that are there are compared with those of classes
 that are not: the area under the ROC curve (0.5: the map knows nothing of presence), numbers centred per class over the
-pictures, 95 % bootstrap interval over pictures. Beside it stand two taggers that read the picture, and the network with
-random weights. Settings are those of `analyses/segmentation_choice.py`, where it was run. Writes `presence.{csv,md}`.
+pictures, 95 % interval over pictures. Beside it stand two taggers that read the picture, and the network with random
+weights. Settings are those of `analyses/segmentation_choice.py`, where it was run. Writes `presence.{csv,md}`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from mmdit_probe import load
-from mmdit_probe.data import dataset as read_dataset
+from mmdit_probe.data import Dataset, Sample, dataset
 from mmdit_probe.evaluate.scores import area_under_curve
 from mmdit_probe.evaluate.tagger import open_tagger
+from mmdit_probe.experiments import Experiment, Result
+from mmdit_probe.experiments.controls import Variant, variants
+from mmdit_probe.experiments.experiment import Study, request_of
+from mmdit_probe.results.statistics import NONE, resampled
 from mmdit_probe.segment.capture import capture
 from mmdit_probe.segment.methods import find
-from mmdit_probe.segment.record import Reading
+from mmdit_probe.segment.record import PAPER_SIGMA, Reading
+
+if TYPE_CHECKING:
+    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.models.mmdit import MMDiT
 
 RESULTS = Path(__file__).parent / "results"
 TAGGERS = ("scenes-clip", "scenes-parser")
+NETWORKS = {NONE: "trained", "random": "random weights"}
 
 
 def area(values: NDArray[np.float64], there: NDArray[np.bool_]) -> float:
@@ -45,54 +56,91 @@ def statistics_of(maps: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
     return {"mean": mean, "peak over mean": flat.max(1) / mean, "spread over mean": flat.std(1) / mean}
 
 
-def measure(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, NDArray[np.float64]]:
-    """Numbers [n, C] by what they are of; key "there": the truth."""
-    data = read_dataset(options.dataset, options.n)
-    found: dict[str, list[NDArray[np.float64]]] = {}
-    for kind, name in (("trained", options.model), ("random weights", f"{options.model}-random")):
-        model = load(name, device=options.device)
-        method = find("seg4diff").configure(settings["options"])
-        for sample in data.samples:
-            reading = Reading(layers=settings["layers"], sigmas=tuple(settings["sigma"]))
-            record = capture(model, sample.image, data.classes, reading)
-            for label, values in statistics_of(method(record).numpy()).items():
-                found.setdefault(f"{kind}: map's {label}", []).append(np.log(values))
-    for name in TAGGERS:
-        tagger = open_tagger(name, data.classes)
-        found[f"tagger: {name}"] = [tagger(sample.image) for sample in data.samples]
-    there = [np.isin(np.arange(len(data.classes)), np.asarray(sample.label())) for sample in data.samples]
-    return {key: np.stack(values) for key, values in found.items()} | {"there": np.stack(there)}
+@dataclass(frozen=True, kw_only=True)
+class Presence(Experiment):
+    """A number per picture and class from maps of all classes, of the network and its random twin, and from taggers.
+
+    Attributes:
+        dataset, n: the pictures. layers, sigmas, options: where and how seg4diff reads its maps.
+    """
+
+    name: ClassVar[str] = "presence"
+    tables: ClassVar[tuple[str, ...]] = ("presence",)
+
+    dataset: str = "scenes:val"
+    n: int = 200
+    layers: Sequence[int] | None = None
+    sigmas: Sequence[float] = (PAPER_SIGMA,)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def gather(self, scenes: bool) -> Dataset:
+        return dataset(self.dataset, self.n)
+
+    def prepare(self, model: MMDiT, inputs: Dataset) -> Study:
+        request = request_of(
+            model, dataset=self.dataset, content=[sample.fingerprint() for sample in inputs.samples],
+            layers=self.layers, sigmas=self.sigmas, options=self.options,
+        )  # fmt: skip
+        readers: list[Any] = [*variants(model, ["random"]), *(open_tagger(name, inputs.classes) for name in TAGGERS)]
+        names = [*(variant.name for variant in readers[:2]), *TAGGERS]
+        tasks = [(*of, item, one) for of in zip(names, readers, strict=True) for item, one in enumerate(inputs.samples)]
+        return Study(model, request, tasks, "pictures", state=inputs)
+
+    def measure(self, study: Study, task: tuple[str, Any, int, Sample], record: Recorder) -> None:
+        (name, reader, item, sample), classes = task, study.state.classes
+        if isinstance(reader, Variant):
+            reading = Reading(layers=self.layers, sigmas=tuple(self.sigmas))
+            maps = find("seg4diff").configure(self.options)(capture(reader.model, sample.image, classes, reading))
+            found = {
+                f"{NETWORKS[name]}: map's {label}": np.log(values)
+                for label, values in statistics_of(maps.numpy()).items()
+            }
+        else:
+            found = {f"tagger: {name}": reader(sample.image)}
+        there = np.isin(np.arange(len(classes)), np.asarray(sample.label()))
+        for what, values in found.items():
+            columns = {"class": np.arange(len(classes)), "value": np.asarray(values, np.float64), "there": there}
+            record.write("presence", columns, item=item, what=what)
+
+    def summarise(self, result: Result) -> pd.DataFrame:
+        rows = []
+        for what, part in result.table.groupby("what", observed=True, sort=False):
+            values, there = (
+                part.pivot(index="item", columns="class", values=name).to_numpy() for name in ("value", "there")
+            )
+            centred, there = values - values.mean(0), there.astype(bool)
+            auc, low, high = resampled(partial(_area_of, centred, there), len(there), 500)
+            rows.append({"what": what, "n": len(there), "auc": auc, "low": low, "high": high})
+        return pd.DataFrame(rows)
+
+    def draw(self, result: Result) -> dict[str, Any]:
+        return {}
+
+
+def _area_of(values: NDArray[np.float64], there: NDArray[np.bool_], drawn: NDArray[np.int64]) -> float:
+    return area(values[drawn], there[drawn])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="scenes-sd3")
-    parser.add_argument("--device", default="auto")
     parser.add_argument("--dataset", default="scenes:val")
     parser.add_argument("-n", type=int, default=200, help="number of pictures")
     parser.add_argument("--out", type=Path, default=RESULTS / "presence")
     options = parser.parse_args()
     file = RESULTS / "segmentation_choice" / "settings.json"
     chosen = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    settings: dict[str, Any] = {"layers": None, "sigma": [0.515], "options": {}}
+    settings: dict[str, Any] = {}
     if chosen.get("model") == options.model:
         selection = json.loads((file.parent / chosen["selection"]).read_text(encoding="utf-8"))
-        settings = {"layers": sorted(selection["layers"]), "sigma": chosen["sigma"],
+        settings = {"layers": sorted(selection["layers"]), "sigmas": chosen["sigma"],
                     "options": chosen["options"]["seg4diff"]}  # fmt: skip
-    found = measure(options, settings)
-    there = found.pop("there").astype(bool)
-    rng = np.random.default_rng(0)
-    rows = []
-    for key, values in found.items():
-        values = values - values.mean(0)
-        draws = [area(values[pick], there[pick]) for pick in rng.integers(0, len(there), (500, len(there)))]
-        low, high = np.quantile(draws, [0.025, 0.975])
-        rows.append({"what": key, "n": len(there), "auc": area(values, there), "low": low, "high": high})
-    table = pd.DataFrame(rows)
+    experiment = Presence(dataset=options.dataset, n=options.n, **settings)
+    table = experiment.run(options.model, out="auto", resume=True).summary
     options.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.out / "presence.csv", index=False, float_format="%.4g")
     lines = [
-        f"# Does a map say that its class is there? {options.model} on {options.dataset}, n = {len(there)}", "",
+        f"# Does a map say that its class is there? {options.model} on {options.dataset}, n = {table['n'].max()}", "",
         "Area under the ROC curve over (picture, class), 95 % interval over pictures; 0.5 knows nothing.", "",
         "| number per class | AUC |", "|-|-|",
         *(f"| {row.what} | {row.auc:.3f} [{row.low:.3f}, {row.high:.3f}] |" for row in table.itertuples()),

@@ -9,23 +9,16 @@ model is measured with the paper's text and step, and its values are marked.
 
 from __future__ import annotations
 
-from mmdit_probe.experiments.budget_summary import COLUMNS, summarise
-from runs import PAPER_TEXT, is_paper_model, model_of, parse, published, run_folder, target, write
+from runs import measured, options_of, paper_step, protocol_of, target, write
 
-from mmdit_probe.plots import attention_budget
-from mmdit_probe.results import read_items
-
-COMMAND, TABLE = "attention-budget", "attention_budget"
+from mmdit_probe.experiments import AttentionBudget
 
 
 def main() -> None:
-    options = parse(__doc__, COMMAND)
-    folder = run_folder(options, COMMAND, PAPER_TEXT if is_paper_model(options.model) else ())
-    model = model_of(folder)
-    summary = summarise(read_items(folder / f"{TABLE}.parquet", COLUMNS))
-    title = f"{model}: {int(summary.prompts.min())} prompts"
-    figure = attention_budget(summary, title=title, paper=published("budget_by_layer", model))
-    write(figure, target(options, model, "fig02_attention_budget"), summary)
+    options = options_of(__doc__).parse_args()
+    result = measured(options, AttentionBudget, **paper_step(options))
+    table = result.summary.assign(measured_as=protocol_of(result.request))
+    write(result.figure(), target(options, result.model_name, "fig02_attention_budget"), table)
 
 
 if __name__ == "__main__":

@@ -3,32 +3,24 @@
     python figures/fig03_pca.py
     python figures/fig03_pca.py --model ... --images photos/
 
-Writes `fig29_pca_maps` (all layers; Fig. 3 shows some of them) and, where masks exist, `fig03_pca_scores` with its CSV
-under `figures/out/<model>/`. Pictures are those of scenes:val unless `--images` says otherwise.
+Writes `fig29_pca_maps` (all layers; Fig. 3 shows some of them) and `fig03_pca_scores` with its CSV (class scores where
+masks exist) under `figures/out/<model>/`. Pictures are those of scenes:val unless `--images` says otherwise.
 """
 
 from __future__ import annotations
 
-from mmdit_probe.experiments.pca_items import summarise
-from runs import model_of, options_of, run_folder, take, target, write
+from runs import measured, options_of, target, write
 
-from mmdit_probe.plots.pca import pca_scores
-from mmdit_probe.results import read_table
-
-COMMAND = "pca"
+from mmdit_probe.experiments import FeaturePCA
 
 
 def main() -> None:
-    parser = options_of(__doc__, COMMAND)
+    parser = options_of(__doc__)
     parser.add_argument("--images", default="scenes:val", help="folder of pictures, or scenes:train|val|test")
     options = parser.parse_args()
-    folder = run_folder(options, COMMAND, ["--images", options.images])
-    model = model_of(folder)
-    take(folder, "pca_maps", target(options, model, "fig29_pca_maps"))
-    if (folder / "pca.parquet").exists():
-        summary = summarise(read_table(folder / "pca.parquet"))
-        figure = pca_scores(summary, title=f"{model}: n = {summary.n.max()} held out")
-        write(figure, target(options, model, "fig03_pca_scores"), summary)
+    result = measured(options, FeaturePCA, images=options.images)
+    write(result.figure("pca_maps"), target(options, result.model_name, "fig29_pca_maps"))
+    write(result.figure("pca_scores"), target(options, result.model_name, "fig03_pca_scores"), result.summary)
 
 
 if __name__ == "__main__":

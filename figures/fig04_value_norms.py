@@ -9,27 +9,21 @@ own model is measured with the paper's text and step, and its values are drawn a
 
 from __future__ import annotations
 
-from mmdit_probe.experiments.norm_summary import COLUMNS, by_head, by_layer
-from runs import PAPER_TEXT, is_paper_model, model_of, parse, published, run_folder, target, write
+from runs import measured, options_of, paper_step, protocol_of, published, target, write
 
-from mmdit_probe.plots.norms import value_norm_heads, value_norms
-from mmdit_probe.results import read_items
-
-COMMAND = "value-norms"
+from mmdit_probe.experiments import ValueNorms
 
 
 def main() -> None:
-    options = parse(__doc__, COMMAND)
-    folder = run_folder(options, COMMAND, PAPER_TEXT if is_paper_model(options.model) else ())
-    path, model = folder / "value_norms.parquet", model_of(folder)
-    summary, heads = (reduce(read_items(path, COLUMNS)) for reduce in (by_layer, by_head))
-    paper = published("value_norm_by_layer", model)
-    title = f"{model}: n = {int(summary.prompts.min())} prompts"
-    curves, grids = value_norms(summary, title=title, paper=paper), value_norm_heads(heads, title=title)
+    options = options_of(__doc__).parse_args()
+    result = measured(options, ValueNorms, **paper_step(options))
+    curves, heads = result.experiment.frames(result).values()
+    paper = published("value_norm_by_layer", result.model_name)
     if paper is not None:
-        summary = summary.merge(paper.rename(columns=lambda name: f"paper_{name}" if name != "layer" else name))
-    write(curves, target(options, model, "fig04_value_norms"), summary)
-    write(grids, target(options, model, "fig28_value_norm_heads"), heads)
+        curves = curves.merge(paper.rename(columns=lambda name: f"paper_{name}" if name != "layer" else name))
+    curves = curves.assign(measured_as=protocol_of(result.request))
+    write(result.figure(), target(options, result.model_name, "fig04_value_norms"), curves)
+    write(result.figure("value_norms_by_head"), target(options, result.model_name, "fig28_value_norm_heads"), heads)
 
 
 if __name__ == "__main__":

@@ -12,130 +12,172 @@ pc59 35, ade20k 36; without names coco-stuff-27 is 37, voc20 38, ade20k 39.
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
-from runs import CHOICE, chosen, options_of, target, write
+from runs import CHOICE, chosen, file_suffix, model_of, options_of, paper_layers, run, target, write
 
 from mmdit_probe.data import Dataset, dataset
+from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.evaluate.scores import assign, histogram
+from mmdit_probe.experiments import Experiment, Result
+from mmdit_probe.experiments.experiment import Study, request_of
 from mmdit_probe.plots.segmentation import mask_sheet
-from mmdit_probe.results import RunFolder
-from mmdit_probe.results.folder import read_record
+from mmdit_probe.results.selection import load_selection
+from mmdit_probe.segment.record import PAPER_SIGMA, Reading
+from mmdit_probe.segment.run import discover, segment
 
-COMMAND = "masks"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.models.mmdit import MMDiT
+
 OPEN = ("iseg", "tokenrank", "diffsegmenter")
 BLIND = ("seg4diff-unsup", "diffseg", "diffcut")
 REFINE, PIXELS = "centre+pamr", "pamr"
 """Refinement where none was chosen for the model, and that of segments, which have no scale to centre."""
-UNKNOWN = 255
+FILES = {"open": "fig07_masks_open", "blind": "fig37_masks_unsupervised"}
 
 
-def main() -> None:
-    parser = options_of(__doc__, "masks, the folder that this script makes")
-    parser.add_argument("--dataset", default="scenes:val")
-    parser.add_argument("--limit", type=int, default=6, help="number of pictures")
-    options = parser.parse_args()
-    data = dataset(options.dataset, options.limit)
-    folder = Path(options.run) if options.run else measured(options, data)
-    request = (read_record(folder) or {})["request"]
-    model = Path(request["model"]).name
-    suffix = "" if options.dataset == "scenes:val" else "_" + options.dataset.split(":")[0]
-    pictures = [sample.image for sample in data.samples]
-    truths = [sample.label() for sample in data.samples]
-    names = [one.name for one in data.classes]
-    with np.load(folder / "labels.npz") as stored:
-        for stem, kind in (("fig07_masks_open", "open"), ("fig37_masks_unsupervised", "blind")):
-            found: dict[str, list[np.ndarray]] = {}
-            for method, refine in request[kind]:
-                maps = [
-                    unpack(one, truth) for one, truth in zip(stored[f"{kind}/{method}/{refine}"], truths, strict=True)
-                ]
-                if kind == "blind":
-                    maps = [matched(one, truth, len(names)) for one, truth in zip(maps, truths, strict=True)]
-                found[method if refine == "none" else f"{method} + {refine}"] = maps
-            what = "classes named" if kind == "open" else "nothing named, segments matched to classes"
-            figure = mask_sheet(pictures, truths, found, names, title=f"{model} on {options.dataset}: {what}")
-            write(figure, target(options, model, stem + suffix), scores(data, truths, found))
+@dataclass(frozen=True, kw_only=True)
+class Masks(Experiment):
+    """Label maps of a few pictures by several methods.
 
+    Attributes:
+        dataset, limit: the pictures. layers, selection: where methods read, by number or as selected.
+        sigmas, noise_seeds: what they average over. refine: of named classes. options: method -> its options.
+        own: the paper's methods alone.
+    """
 
-def measured(options: argparse.Namespace, data: Dataset) -> Path:
-    """The run folder of this request, with the label maps of every method: measured unless it is there."""
-    from mmdit_probe.cli.session import open_model
-    from mmdit_probe.results.selection import load_selection
-    from mmdit_probe.segment.record import Reading
-    from mmdit_probe.segment.run import discover, segment
+    name: ClassVar[str] = "masks"
+    tables: ClassVar[tuple[str, ...]] = ("masks",)
 
-    model = open_model(options.model, debug=False, device=options.device)
-    setting = chosen(options.model)
-    how: dict[str, Any] = {}
-    if setting:
-        selection = load_selection(CHOICE / setting["selection"], model)
-        how = {
-            "layers": list(selection.layers), "weights": dict(zip(selection.layers, selection.weights, strict=True)),
-            "sigmas": setting["sigma"], "seeds": list(range(setting["noise_seeds"])),
-        }  # fmt: skip
-    best = setting.get("refine", REFINE)
-    named = [("seg4diff", "none"), ("seg4diff", best), *((method, best) for method in OPEN)]
-    unnamed = [(BLIND[0], "none"), *((method, PIXELS) for method in BLIND)]
-    settings, reading = setting.get("options", {}), Reading(**how)
-    request = {
-        "model": model.name, "weight_hash": model.weight_hash, "dataset": options.dataset,
-        "pictures": len(data.samples), "open": named, "blind": unnamed, "options": settings, **how,
-    }  # fmt: skip
-    folder = RunFolder.open(COMMAND, request, resume=not options.fresh)
-    if folder.complete:
-        return folder.path
-    stored: dict[str, Any] = {}
-    for method, refine in named:
-        maps = []
-        for sample in data.samples:
-            present = sorted(set(np.unique(sample.label())) & set(range(len(data.classes))))
-            classes = [data.classes[index] for index in present]
-            result = segment(
-                model, sample.image, classes, reading, method=method, options=settings.get(method), refine=refine
-            )
-            maps.append(np.array(present)[result.labels])
-        stored[f"open/{method}/{refine}"] = pack(maps)
-    for method, refine in unnamed:
-        maps = [
-            discover(model, sample.image, reading, method=method, options=settings.get(method), refine=refine).labels
-            for sample in data.samples
+    dataset: str = "scenes:val"
+    limit: int = 6
+    layers: tuple[int, ...] | None = None
+    selection: str | None = None
+    sigmas: Sequence[float] = (PAPER_SIGMA,)
+    noise_seeds: int = 1
+    refine: str = REFINE
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    own: bool = False
+
+    def runs(self) -> list[tuple[str, str, str]]:
+        """(kind, method, refinement) of every column."""
+        named = [
+            ("seg4diff", "none"),
+            ("seg4diff", self.refine),
+            *(() if self.own else [(m, self.refine) for m in OPEN]),
         ]
-        stored[f"blind/{method}/{refine}"] = pack(maps)
-    np.savez_compressed(folder.path / "labels.npz", **stored)
-    folder.finish(device=str(model.device))
-    return folder.path
+        unnamed = [(BLIND[0], "none"), *((method, PIXELS) for method in (BLIND[:1] if self.own else BLIND))]
+        return [("open", *one) for one in named] + [("blind", *one) for one in unnamed]
+
+    def gather(self, scenes: bool) -> Dataset:
+        return dataset(self.dataset, self.limit)
+
+    def prepare(self, model: MMDiT, inputs: Dataset) -> Study:
+        how: dict[str, Any] = {"layers": self.layers}
+        if self.selection is not None:
+            found = load_selection(self.selection, model)
+            how = {"layers": found.layers, "weights": dict(zip(found.layers, found.weights, strict=True))}
+        how |= {"sigmas": tuple(self.sigmas), "seeds": tuple(range(self.noise_seeds))}
+        request = request_of(
+            model, dataset=self.dataset, pictures=[sample.fingerprint() for sample in inputs.samples], runs=self.runs(),
+            options=self.options, **how,
+        )  # fmt: skip
+        tasks = list(enumerate(inputs.samples))
+        return Study(model, request, tasks, "pictures", state=(inputs, Reading(**how)))
+
+    def measure(self, study: Study, task: tuple[int, Any], record: Recorder) -> None:
+        (number, sample), (data, reading) = task, study.state
+        truth = sample.label()
+        present = [index for index in range(len(data.classes)) if (truth == index).any()]
+        maps, rows = {}, []
+        for kind, method, refine in self.runs():
+            how = {"method": method, "options": self.options.get(method), "refine": refine}
+            if kind == "open":
+                names = [data.classes[index] for index in present]
+                labels = np.array(present)[segment(study.model, sample.image, names, reading, **how).labels]
+            else:
+                labels = matched(discover(study.model, sample.image, reading, **how).labels, truth, len(data.classes))
+            maps[f"{kind} {method} {refine}"] = labels.astype(np.uint16)
+            right = float((labels == truth)[truth != IGNORE].mean())
+            rows.append(
+                {"picture": sample.name, "kind": kind, "method": column_name(method, refine), "right": right}
+            )  # fmt: skip
+        record.arrays(f"{number:03d}", **maps)
+        record.write("masks", pd.DataFrame(rows))
+
+    def summarise(self, result: Result) -> pd.DataFrame:
+        return result.table.groupby(["kind", "method"], observed=True, sort=False)["right"].mean().reset_index()
+
+    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
+        return {file: result.table[result.table["kind"] == kind].drop(columns="kind") for kind, file in FILES.items()}
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        data = self.gather(False)
+        what = {"open": "classes named", "blind": "nothing named, segments matched to classes"}
+        return {
+            FILES[kind]: mask_sheet(
+                [sample.image for sample in data.samples], [sample.label() for sample in data.samples],
+                label_maps(result, kind), [one.name for one in data.classes],
+                title=f"{result.model_name} on {self.dataset}: {words}",
+            )
+            for kind, words in what.items()
+        }  # fmt: skip
 
 
-def scores(data: Dataset, truths: list[np.ndarray], found: dict[str, list[np.ndarray]]) -> pd.DataFrame:
-    """Share of the labelled pixels that are right, by picture and method."""
-    rows = [
-        {"picture": sample.name, "method": name, "right": float((one == truth)[truth < UNKNOWN].mean())}
-        for name, maps in found.items() for sample, one, truth in zip(data.samples, maps, truths, strict=True)
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
+def label_maps(result: Result, kind: str) -> dict[str, list[np.ndarray]]:
+    """Column -> label map of each picture."""
+    masks: Any = result.experiment
+    stored = [result.store.load_arrays(f"{number:03d}") or {} for number in range(len(result.request["pictures"]))]
+    return {
+        column_name(method, refine): [maps[f"{kind} {method} {refine}"].astype(np.int64) for maps in stored]
+        for of, method, refine in masks.runs()
+        if of == kind
+    }
 
 
-def pack(maps: list[np.ndarray]) -> np.ndarray:
-    """Label maps of different sizes as one array [n, H, W], filled up with UNKNOWN."""
-    height, width = (max(one.shape[axis] for one in maps) for axis in (0, 1))
-    out = np.full((len(maps), height, width), UNKNOWN, np.uint16)
-    for place, one in enumerate(maps):
-        out[place, : one.shape[0], : one.shape[1]] = one
-    return out
-
-
-def unpack(packed: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    return packed[: truth.shape[0], : truth.shape[1]].astype(np.int64)
+def column_name(method: str, refine: str) -> str:
+    return method if refine == "none" else f"{method} + {refine}"
 
 
 def matched(found: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
-    """The class of each pixel's segment after one assignment per picture; UNKNOWN for segments left over."""
+    """The class of each pixel's segment after one assignment per picture; `IGNORE` for segments left over."""
     of = assign(histogram(truth, found, classes), "image")
-    return np.where(of == classes, UNKNOWN, of)[found]
+    return np.where(of == classes, IGNORE, of)[found]
+
+
+def settings(model: str) -> dict[str, Any]:
+    """Where methods read: as chosen for this model, as the paper reads it, or the defaults."""
+    found = chosen(model)
+    if not found:
+        return {"layers": tuple(paper_layers(model)) or None}
+    return {
+        "selection": str(CHOICE / found["selection"]), "sigmas": tuple(found["sigma"]), "refine": found["refine"],
+        "noise_seeds": found["noise_seeds"], "options": found["options"],
+    }  # fmt: skip
+
+
+def measured(options: argparse.Namespace, *, lora: bool = True, own: bool = False) -> Result:
+    """The label maps of the model, with its LoRA if one is named."""
+    how = {"dataset": options.dataset, "limit": options.limit, "own": own, **settings(options.model)}
+    return run(Masks(**how), model_of(options, lora=lora), options)
+
+
+def main() -> None:
+    parser = options_of(__doc__)
+    parser.add_argument("--dataset", default="scenes:val")
+    parser.add_argument("--limit", type=int, default=6, help="number of pictures")
+    options = parser.parse_args()
+    result = measured(options)
+    for name, table in result.experiment.frames(result).items():
+        stem = name + file_suffix(options.dataset)
+        write(result.figure(name), target(options, result.model_name, stem), table)
 
 
 if __name__ == "__main__":

@@ -1,94 +1,157 @@
-"""Fig. 8, 15 and 17 and Tables 1 and 2 of arXiv:2509.18096, re-measured: segmentation by layer, sigma and head; league.
+"""Fig. 8, 15 and 17 and Tables 1, 2 and 5 of arXiv:2509.18096, re-measured: segmentation by layer, sigma, head; league.
 
     python figures/fig08_segmentation.py --limit 200
     python figures/fig08_segmentation.py --model ... --dataset voc20:VOCdevkit/VOC2012 --only layer
+    python figures/fig08_segmentation.py --model ... --lora runs/magnet/lora --dataset ... --only league
 
-Writes `fig08_miou_by_layer`, `fig15_miou_by_sigma`, `fig17_miou_by_head` and `table12_league` as PNG, PDF and CSV under
-`figures/out/<model>/`. The league's CSV holds the paper's Tables 1 and 2 below the measured rows, as rows of another
-world (`world` = "paper": other models, other data sets), to be read beside them and not ranked with them.
+Writes `fig08_miou_by_layer`, `fig15_miou_by_sigma`, `fig17_miou_by_head` and `table12_league` as PNG, PDF and CSV, and
+`table5_normalisation.csv`, under `figures/out/<model>/`; other data sets than scenes:val have their name in the file's
+name. With `--lora` the league has the rows of the adapted model beside those of the base ("seg4diff, LoRA").
+
+The league's CSV holds the paper's Tables 1 and 2 below the measured rows, as rows of another world (`world` = "paper":
+other models, other data sets), to be read beside them and not ranked with them. Models that no settings were chosen for
+are read as the paper reads them, at the layers that it names, if any.
 """
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-from runs import CHOICE, chosen, options_of, paper_layers, published, run_folder, target, write
+from runs import (
+    CHOICE,
+    chosen,
+    file_suffix,
+    given,
+    model_of,
+    options_of,
+    paper_layers,
+    published,
+    run,
+    target,
+    text_of,
+    write,
+    write_table,
+)
 
 from mmdit_probe.data import paper_table
+from mmdit_probe.experiments import Evaluate
 from mmdit_probe.plots.league import head_figure, layer_figure, league_figure, sigma_figure
 
-COMMAND = "evaluate"
 OPEN = "seg4diff,diffsegmenter,iseg,tokenrank,conceptattention,proxyclip,corrclip"
 BLIND = "seg4diff-unsup,diffseg,diffcut"
+OWN = "seg4diff,seg4diff-unsup"
+"""The paper's methods, which are measured on an adapted model too."""
 TAGGER = "scenes-clip"
 LIMIT = 200
 
-RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "layer": ("fig08_miou_by_layer",
-              ("--method", "seg4diff", "--sweep", "layer", "--layers", "all", "--refine", "none,centre")),
+              {"method": "seg4diff", "sweep": "layer", "layers": "all", "refine": "none,centre"}),
     "sigma": ("fig15_miou_by_sigma",
-              ("--method", "seg4diff", "--sweep", "sigma", "--sigma", "0.05,0.2,0.35,0.5,0.65,0.8,0.95",
-               "--refine", "none,centre")),
+              {"method": "seg4diff", "sweep": "sigma", "sigma": "0.05,0.2,0.35,0.515,0.65,0.8,0.95",
+               "refine": "none,centre"}),
     "head": ("fig17_miou_by_head",
-             ("--method", "seg4diff", "--sweep", "head", "--layers", "all", "--refine", "centre")),
+             {"method": "seg4diff", "sweep": "head", "layers": "all", "refine": "centre"}),
     "league": ("table12_league",
-               ("--method", f"{OPEN},{BLIND}", "--protocol", "present,full",
-                "--refine", "none,centre,pamr,centre+pamr")),
+               {"method": f"{OPEN},{BLIND}", "protocol": "present,full", "refine": "none,centre,pamr,centre+pamr"}),
+    "normalisation": ("table5_normalisation", {"method": "seg4diff", "refine": "none,minmax"}),
 }  # fmt: skip
+SOFTMAX = {True: "joint", False: "logit"}
+"""Table 5's first choice: maps after or before the softmax -> value of the method's option."""
 
 
-def settings(model: str, arguments: tuple[str, ...]) -> list[str]:
-    """A run's arguments with what `analyses/segmentation_choice.py` chose for this model. Other models are read as
-    the paper reads them, at the layers that it names, if any.
+def settings(model: str, how: dict[str, Any]) -> dict[str, Any]:
+    """A run's options with what `analyses/segmentation_choice.py` chose for this model.
 
-    Sweeps take the noise level and seg4diff's options; the league takes the layers, the options of every method and the
-    chosen refinement too, with and without scaling of the maps, and a tagger for the protocol "predicted".
+    Sweeps take the noise level and seg4diff's options; the others take the layers too; the league the options of every
+    method and the chosen refinement, with and without scaling of the maps, and a tagger for the protocol "predicted".
     """
-    found, line = chosen(model), list(arguments)
+    found = chosen(model)
     if not found:
         experts = ",".join(map(str, paper_layers(model)))
-        return [*line, "--layers", experts] if experts and "--sweep" not in line else line
-    for method in line[line.index("--method") + 1].split(","):
-        for name, value in found["options"].get(method, {}).items():
-            line += ["--set", f"{method}.{name}={value}"]
-    if "--sigma" not in line:
-        line += ["--sigma", ",".join(f"{level:g}" for level in found["sigma"])]
-    if "--sweep" not in line:
-        line += ["--noise-seeds", str(found["noise_seeds"]), "--selection", str(CHOICE / found["selection"])]
+        return {"layers": experts, **how} if experts else dict(how)
+    methods = how["method"].split(",")
+    how = {"sigma": ",".join(f"{level:g}" for level in found["sigma"]), **how}
+    how["options"] = [
+        f"{method}.{name}={value}" for method in methods for name, value in found["options"].get(method, {}).items()
+    ]
+    if "layers" not in how:
+        how |= {"noise_seeds": found["noise_seeds"], "selection": str(CHOICE / found["selection"])}
+    if "protocol" in how:
         steps = found["refine"].split("+")
         pixels = "+".join(step for step in steps if step.startswith("pamr")) or "none"
-        place = line.index("--refine") + 1
-        line[place] = ",".join(dict.fromkeys([*line[place].split(","), found["refine"], pixels]))
-        line[line.index("--protocol") + 1] += ",predicted"
-        line += ["--tagger", TAGGER]
-    return line
+        how["refine"] = ",".join(dict.fromkeys([*how["refine"].split(","), found["refine"], pixels]))
+        how |= {"protocol": how["protocol"] + ",predicted", "tagger": TAGGER}
+    return how
 
 
 def main() -> None:
-    parser = options_of(__doc__, f"{COMMAND}; needs --only")
+    parser = options_of(__doc__)
     parser.add_argument("--limit", type=int, default=LIMIT, help="number of images")
     parser.add_argument("--dataset", default="scenes:val")
     parser.add_argument("--only", choices=list(RUNS), help="one of the figures")
     options = parser.parse_args()
     for name in [options.only] if options.only else RUNS:
-        file, arguments = RUNS[name]
-        line = ["--dataset", options.dataset, "--limit", str(options.limit), *settings(options.model, arguments)]
-        folder = run_folder(options, COMMAND, line)
-        measured = pd.read_csv(folder / "league.csv", keep_default_na=False, na_values=[""])
-        title = f"{Path(options.model).name} on {options.dataset}, n = {int(measured.n.max())}"
+        file, how = RUNS[name]
+        path = target(options, options.model, file + file_suffix(options.dataset))
+        how = settings(options.model, how)
+        if name == "normalisation":
+            write_table(normalisation(options, how), path)
+            continue
+        table = league(options, how)
+        if name == "league" and options.lora:
+            table = pd.concat([table, adapted(options, how)], ignore_index=True)
+        title = f"{Path(options.model).name} on {options.dataset}, n = {int(table['n'].max())}"
         if name == "layer":
-            figure = layer_figure(measured, title, published("miou_by_layer", options.model))
+            figure = layer_figure(table, title, published("miou_by_layer", options.model))
         else:
-            figure = {"league": league_figure, "head": head_figure, "sigma": sigma_figure}[name](measured, title)
-        table = measured.assign(world="measured", dataset=options.dataset)
+            figure = {"league": league_figure, "head": head_figure, "sigma": sigma_figure}[name](table, title)
         if name == "league":
             table = pd.concat([table, of_the_paper()], ignore_index=True)
-        write(figure, target(options, options.model, file), table)
+        write(figure, path, table)
+
+
+def league(options: argparse.Namespace, how: dict[str, Any], lora: bool = False) -> pd.DataFrame:
+    """The league table of one evaluation, with how its text was read."""
+    extra = given(options, Evaluate)
+    experiment = Evaluate(dataset=options.dataset, limit=options.limit, **how | extra)
+    result = run(experiment, model_of(options, lora=lora), options)
+    table = result.summary.assign(world="measured", dataset=options.dataset)
+    text = text_of(result.request)
+    return table.assign(measured_as=text + ", sigma " + table["sigma"] + ", layers " + table["layers"])
+
+
+def adapted(options: argparse.Namespace, how: dict[str, Any]) -> pd.DataFrame:
+    """The paper's methods on the model with its LoRA, beside the base model's rows."""
+    kept = [text for text in how.get("options", []) if text.split(".")[0] in OWN.split(",")]
+    table = league(options, how | {"method": OWN, "options": kept}, lora=True)
+    runs = table[table["method"].isin(OWN.split(","))]
+    return runs.assign(method=runs["method"] + ", LoRA")
+
+
+def normalisation(options: argparse.Namespace, how: dict[str, Any]) -> pd.DataFrame:
+    """Table 5 on any data set: maps before and after the softmax, as they are and stretched to 0..1."""
+    parts = []
+    for softmax, value in SOFTMAX.items():
+        kept = [text for text in how.get("options", []) if not text.startswith("seg4diff.softmax=")]
+        table = league(options, how | {"options": [*kept, f"seg4diff.softmax={value}"]}, lora=bool(options.lora))
+        table = table[table["method"] == "seg4diff"]
+        parts.append(table.assign(softmax=softmax, min_max=table["refine"] == "minmax"))
+    found = pd.concat(parts, ignore_index=True).rename(columns={"miou_low": "low", "miou_high": "high"})
+    found = found.assign(at="reading", variant="LoRA" if options.lora else "base")
+    paper = paper_table("normalisation_ablation")
+    paper = paper.assign(world="paper", at="reading", variant="SD3", softmax=paper["softmax"] == "yes",
+                         min_max=paper["min_max"] == "yes", miou_gt=paper["miou"] / 100)  # fmt: skip
+    keep = ["world", "at", "variant", "dataset", "softmax", "min_max", "layers", "sigma", "n", "miou_gt", "miou",
+            "low", "high", "measured_as"]  # fmt: skip
+    return pd.concat([found, paper.drop(columns="miou")]).reindex(columns=keep)
 
 
 def of_the_paper() -> pd.DataFrame:
-    """Tables 1 and 2 of the paper in the columns of the league, mIoU as a share."""
+    """Tables 1 and 2 of the paper in the columns of the league, mIoU as a share under the rule of its evaluators."""
     named = paper_table("ovss_table")
     blind = paper_table("unsupervised_table").assign(protocol="unsupervised")
     both = pd.concat([named, blind], ignore_index=True)

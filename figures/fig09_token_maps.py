@@ -19,100 +19,140 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
-from runs import model_of, options_of, paper_layers, run_folder, target, write
+from runs import given, model_of, options_of, paper_layers, run, target, write
 
-from mmdit_probe import assets
-from mmdit_probe.observe.maps import TextMaps
+from mmdit_probe import TextMaps, assets, probe
+from mmdit_probe.experiments import Experiment, Result, SelectLayers
+from mmdit_probe.experiments.experiment import Study, request_of, scheduled
 from mmdit_probe.plots.sheet import sheet, short, wrapped
-from mmdit_probe.results import RunFolder
-from mmdit_probe.results.folder import read_record
-from mmdit_probe.results.selection import load_selection
+from mmdit_probe.segment.record import PAPER_SIGMA
 
-COMMAND = "token-maps"
-SIGMA = 0.515
-"""The paper's t = 8 of 28 steps."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.models.mmdit import MMDiT
+
 PHOTO = ("a [mouse] using a [mushroom] as an [umbrella]", "a [bird] and a [bear] in a forest")
 """The subjects of the paper's Fig. 9, 26 and 27."""
-SELECT = ("--evidence", "segmentation", "--rule", "segmentation", "--split", "train", "--report", "val", "--top", "2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMaps(Experiment):
+    """Pictures with the maps of their prompts' tokens, and of the empty prompt.
+
+    Attributes:
+        prompts: with their keywords in brackets; by default captions of scenes, or the paper's subjects.
+        layers: whose maps are shown, best first; by default from the middle. num_steps: sampling steps.
+    """
+
+    name: ClassVar[str] = "token-maps"
+    tables: ClassVar[tuple[str, ...]] = ("token_maps",)
+
+    prompts: Sequence[str] = ()
+    layers: Sequence[int] = ()
+    num_steps: int = 28
+
+    def gather(self, scenes: bool) -> tuple[list[str], list[np.ndarray]]:
+        """Prompts, and pictures to read the empty prompt on; without any it is read on the first picture sampled."""
+        prompts = list(self.prompts) or (scene_prompts() if scenes else list(PHOTO))
+        return prompts, scene_pictures() if scenes and not self.prompts else []
+
+    def prepare(self, model: MMDiT, inputs: tuple[list[str], list[np.ndarray]]) -> Study:
+        prompts, pictures = inputs
+        middle, last = len(model.layers) // 2, len(model.layers) - 1
+        layers = tuple(self.layers) or (middle, min(middle + 3, last))
+        sigmas = model.sigmas(self.num_steps)
+        step = min(range(self.num_steps), key=lambda k: abs(sigmas[k] - PAPER_SIGMA))
+        request = request_of(
+            model, prompts=prompts, layers=layers, sigma=sigmas[step], num_steps=self.num_steps, seed=self.seed,
+            pictures=len(pictures),
+        )  # fmt: skip
+        tasks = [*enumerate(prompts), *((number, picture) for number, picture in enumerate(pictures))]
+        return Study(
+            model, request, tasks, "pictures", facts=scheduled(model, self.num_steps), state=(layers, step, pictures)
+        )
+
+    def measure(self, study: Study, task: tuple[int, Any], record: Recorder) -> None:
+        (number, what), (layers, step, pictures) = task, study.state
+        if not isinstance(what, str):
+            self._empty(study.model, layers[0], number, what, record)
+            return
+        model, prompt, words = study.model, plain(what), re.findall(r"\[(.+?)\]", what)
+        i2t, t2i = TextMaps(words, heads="all"), TextMaps(words, heads="all", queries="text")
+        every = TextMaps()
+        with probe(model, i2t, t2i, every, steps=step):
+            image = np.asarray(model.generate(prompt, steps=self.num_steps, seed=self.seed + number)[0])
+        maps = np.stack([i2t.maps(layer)[0].numpy() for layer in range(len(model.layers))])
+        record.arrays(
+            f"prompt{number}", image=image, prompt=np.array(prompt), words=np.array(words), i2t=maps,
+            t2i=t2i.maps(layers[0])[0].mean(0).numpy(), tokens=every.maps(layers[0])[0].numpy(), **named(model, prompt),
+        )  # fmt: skip
+        record.write("token_maps", masses(prompt, words, maps))
+        if number == 0 and not pictures:
+            self._empty(model, layers[0], 0, image, record)
+
+    def _empty(self, model: MMDiT, layer: int, number: int, picture: np.ndarray, record: Recorder) -> None:
+        noised = model.noise(model.encode_image(picture), PAPER_SIGMA, self.seed)
+        with probe(model, every := TextMaps(heads="all"), layers=layer):
+            model.denoise(noised, PAPER_SIGMA, model.encode_prompt(""))
+        maps, names = every.maps(layer).numpy(), named(model, "")
+        record.arrays(f"empty{number}", image=picture, prompt=np.array(""), tokens=maps[0].mean(0), **names)
+        found = masses("", list(names["labels"]), maps)
+        record.write("token_maps", found.assign(layer=layer))
+
+    def summarise(self, result: Result) -> pd.DataFrame:
+        cell = ["prompt", "word", "layer"]
+        return result.table.groupby(cell, observed=True, sort=False)[["mean", "maximum"]].mean().reset_index()
+
+    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
+        table = result.table
+        prompts = [plain(prompt) for prompt in result.request["prompts"][:2]]
+        return {
+            f"fig{26 + k}_heads": table[table["prompt"] == one].drop(columns="prompt") for k, one in enumerate(prompts)
+        }
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        request, name = result.request, result.model_name
+        layers: list[int] = request["layers"]
+        prompts: list[Any] = [result.store.load_arrays(f"prompt{k}") for k in range(len(request["prompts"]))]
+        empty: list[Any] = [result.store.load_arrays(f"empty{k}") for k in range(request["pictures"] or 1)]
+        at = f"layer {layers[0]}, sigma {request['sigma']:.3f}"
+        noised = f"layer {layers[0]}, sigma {PAPER_SIGMA}"
+        words = f"{name}: I2T maps of a word, sigma {request['sigma']:.3f}"
+        return {
+            "fig09a_token_maps": token_maps(prompts, layers, words),
+            "fig09b_pad_maps": pad_maps(empty, f"{name}: padding of the empty prompt, {noised}"),
+            "fig16_i2t_t2i": both_ways(prompts, layers[0], f"{name}: I2T and T2I of the same words, {at}"),
+            "fig25_all_tokens": all_tokens(prompts[0], f"{name}: I2T of every prompt token, {at}"),
+            **{f"fig{26 + k}_heads": heads_of(one, name) for k, one in enumerate(prompts[:2])},
+            "fig30_empty_prompt": all_tokens(empty[0], f"{name}: every token of the empty prompt, {noised}", True),
+        }
 
 
 def main() -> None:
-    parser = options_of(__doc__, "token-maps, the folder that this script makes")
-    parser.add_argument("--prompt", action="append", help="prompt with its keywords in brackets; repeatable")
+    parser = options_of(__doc__)
+    parser.add_argument(
+        "--prompt", action="append", default=[], help="prompt with its keywords in brackets; repeatable"
+    )
     parser.add_argument("--layers", help="the two layers to show, best first: 9,12")
-    parser.add_argument("--steps", type=int, default=28, help="sampling steps")
-    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    folder = options.run or measured(options)
-    record = read_record(folder) or {}
-    request = record["request"]
-    model, layers = model_of(folder), request["layers"]
-    name = Path(model).name
-    prompts = [load(folder / f"prompt{k}.npz") for k in range(len(request["prompts"]))]
-    empty = [load(folder / f"empty{k}.npz") for k in range(request["pictures"])]
-    sigma = f"sigma {record['sigma']:.3f}"
-    at, noised = f"layer {layers[0]}, {sigma}", f"layer {layers[0]}, sigma {SIGMA}"
-
-    def put(stem: str, figure: Any, table: pd.DataFrame | None = None) -> None:
-        write(figure, target(options, model, stem), table)
-
-    put("fig09a_token_maps", token_maps(prompts, layers, f"{name}: I2T maps of a word, {sigma}"))
-    put("fig09b_pad_maps", pad_maps(empty, f"{name}: padding of the empty prompt, {noised}"))
-    put("fig16_i2t_t2i", both_ways(prompts, layers[0], f"{name}: I2T and T2I of the same words, {at}"))
-    put("fig25_all_tokens", all_tokens(prompts[0], f"{name}: I2T of every prompt token, {at}"))
-    for k, one in enumerate(prompts[:2]):
-        put(f"fig{26 + k}_heads", heads_of(one, name), masses(one))
-    put("fig30_empty_prompt", all_tokens(empty[0], f"{name}: every token of the empty prompt, {noised}", whole=True))
+    how = {"prompts": options.prompt, "layers": shown_layers(options)} | given(options, TokenMaps)
+    result = run(TokenMaps(**how), model_of(options), options)
+    tables = result.experiment.frames(result)
+    for name, figure in result.figures.items():
+        write(figure, target(options, result.model_name, name), tables.get(name))
 
 
-def measured(options: argparse.Namespace) -> Path:
-    """The run folder of this request: prompts, pictures and maps as npz files. Measured unless it is there."""
-    layers = shown_layers(options)
-    from mmdit_probe.cli.session import open_model
-    from mmdit_probe.observe.probe import probe
-
-    model = open_model(options.model, debug=False, device=options.device)
-    layers = layers or [len(model.layers) // 2, min(len(model.layers) // 2 + 3, len(model.layers) - 1)]
-    prompts = options.prompt or (scene_prompts() if options.model in assets.names() else list(PHOTO))
-    pictures = scene_pictures() if options.model in assets.names() and not options.prompt else None
-    request = {
-        "model": model.name, "weight_hash": model.weight_hash, "prompts": prompts, "layers": layers, "sigma": SIGMA,
-        "steps": options.steps, "seed": options.seed, "pictures": 2 if pictures else 1,
-    }  # fmt: skip
-    folder = RunFolder.open(COMMAND, request, resume=not options.fresh)
-    if folder.complete:
-        return folder.path
-    sigmas = model.sigmas(options.steps)
-    step = min(range(options.steps), key=lambda k: abs(sigmas[k] - SIGMA))
-    made = []
-    for k, marked in enumerate(prompts):
-        prompt, words = marked.replace("[", "").replace("]", ""), re.findall(r"\[(.+?)\]", marked)
-        i2t, t2i = (TextMaps(words, heads="all", queries=side) for side in ("image", "text"))  # type: ignore[arg-type]
-        every = TextMaps()
-        with probe(model, i2t, t2i, every, steps=step):
-            image = model.generate(prompt, steps=options.steps, seed=options.seed + k)[0]
-        made.append(np.asarray(image))
-        count = range(len(model.layers))
-        np.savez_compressed(
-            folder.path / f"prompt{k}.npz", image=made[-1], prompt=prompt, words=words,
-            i2t=np.stack([i2t.maps(layer)[0].numpy() for layer in count]),
-            t2i=t2i.maps(layers[0])[0].mean(0).numpy(), tokens=every.maps(layers[0])[0].numpy(), **named(model, prompt),
-        )  # fmt: skip
-    for k, picture in enumerate(pictures or made[:1]):
-        noised = model.noise(model.encode_image(picture), SIGMA, options.seed)
-        with probe(model, every := TextMaps(), layers=layers[0]):
-            model.denoise(noised, SIGMA, model.encode_prompt(""))
-        tokens = every.maps(layers[0])[0].numpy()
-        np.savez_compressed(
-            folder.path / f"empty{k}.npz", image=picture, prompt="", tokens=tokens, **named(model, "")
-        )  # fmt: skip
-    folder.finish(device=str(model.device), seed=options.seed, sigma=sigmas[step])
-    return folder.path
+def plain(prompt: str) -> str:
+    """A prompt without the brackets around its keywords."""
+    return re.sub(r"[\[\]]", "", prompt)
 
 
 def named(model: Any, prompt: str) -> dict[str, Any]:
@@ -135,8 +175,8 @@ def shown_layers(options: argparse.Namespace) -> list[int]:
     if known:
         return known if len(known) > 1 else [known[0], known[0] + 3]  # Fig. 9 shows 9 and 12 of SD3
     if options.model in assets.names():
-        file = run_folder(argparse.Namespace(**vars(options) | {"run": None}), "select-layers", SELECT)
-        return list(load_selection(file).layers)
+        choice = SelectLayers(evidence="segmentation", rule="segmentation", split="train", report="val", top=2)
+        return list(choice.selected(run(choice, model_of(options), options)).layers)
     return []
 
 
@@ -160,11 +200,6 @@ def scene_pictures() -> list[np.ndarray]:
 
     scenes = (scene("val", index) for index in range(50))
     return [one.image for one in scenes if len(one.objects) > 1][:2]
-
-
-def load(path: Path) -> dict[str, Any]:
-    with np.load(path) as stored:
-        return dict(stored)
 
 
 def token_maps(prompts: list[dict[str, Any]], layers: list[int], title: str) -> Any:
@@ -234,15 +269,16 @@ def heads_of(one: dict[str, Any], name: str) -> Any:
     )  # fmt: skip
 
 
-def masses(one: dict[str, Any]) -> pd.DataFrame:
-    """Attention that an image token gives to each word, by layer and head: mean and maximum over the image."""
-    layers, heads, _, _, words = one["i2t"].shape
+def masses(prompt: str, words: Sequence[str], maps: np.ndarray) -> pd.DataFrame:
+    """Attention that an image token gives to each word, by layer and head: mean and maximum over the image.
+
+    Args:
+        maps: [L, H, h, w, W].
+    """
+    layer, head, word = (axis.ravel() for axis in np.indices((*maps.shape[:2], maps.shape[-1])))
     return pd.DataFrame(
-        [
-            {"word": one["words"][k], "layer": layer, "head": head, "mean": one["i2t"][layer, head, ..., k].mean(),
-             "maximum": one["i2t"][layer, head, ..., k].max()}
-            for k in range(words) for layer in range(layers) for head in range(heads)
-        ]
+        {"prompt": prompt, "word": np.array(words)[word], "layer": layer, "head": head,
+         "mean": maps.mean((2, 3)).ravel(), "maximum": maps.max((2, 3)).ravel()}
     )  # fmt: skip
 
 

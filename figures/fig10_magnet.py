@@ -1,177 +1,240 @@
-"""Fig. 10 to 13 and Tables 3 to 5 of arXiv:2509.18096 on the embedded world, drawn from analyses/magnet_scenes.py.
+"""Fig. 10 to 13 and Tables 3 to 5 of arXiv:2509.18096: what a LoRA trained by mask alignment changes.
 
-    python figures/fig10_magnet.py
-    python figures/fig10_magnet.py --run runs/somewhere
+    python figures/fig10_magnet.py                                                    # analyses/magnet_scenes.py, drawn
+    python figures/fig10_magnet.py --model ... --lora runs/magnet/lora --clip ... --prompts everyday   # any model
 
-Draws the folder that the analysis wrote (`--run`; it is committed) and measures nothing. The paper's values stand in
-the tables' CSVs as rows of another world (`world` = "paper": other model, other prompts), to be read beside ours and
-not ranked with them. For another model than the analysis' own there is nothing to draw, and it says so.
+Without `--lora` draws the folder that `analyses/magnet_scenes.py` wrote (`--run`; it is committed) and measures
+nothing; for another model than that analysis' own there is nothing to draw, and it says so. With `--lora` the adapted
+model is measured beside the base model: label maps, word maps and pictures on the same seeds, and, where a CLIP or the
+scenes parser can read the pictures, Tables 3 and 4. Its rows of Tables 1, 2 and 5 are those of `fig08_segmentation.py`.
+
+The paper's values stand in the tables' CSVs as rows of another world (`world` = "paper": other model, other prompts),
+to be read beside ours and not ranked with them.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import fig07_masks
 import numpy as np
 import pandas as pd
-from runs import parse
+from fig09_token_maps import TokenMaps, plain, shown_layers
+from runs import file_suffix, given, model_of, options_of, run, target, write, write_table
 
-from mmdit_probe import load
-from mmdit_probe.data import paper_table
-from mmdit_probe.plots import save
-from mmdit_probe.plots.magnet import differences, pipeline
-from mmdit_probe.plots.segmentation import blend, palette
+from mmdit_probe import assets, load
+from mmdit_probe.data import Dataset, dataset, paper_table
+from mmdit_probe.data.labels import IGNORE
+from mmdit_probe.experiments import Score
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.plots.magnet import METRICS, differences, pipeline
+from mmdit_probe.plots.segmentation import blend, mask_sheet
 from mmdit_probe.plots.sheet import sheet
-from mmdit_probe.scenes import CLASSES, scene
 
 RESULTS = Path(__file__).parents[1] / "analyses" / "results" / "magnet_scenes"
-COMMAND = "analyses/magnet_scenes.py"
-BASE, CONTROL = "base", "control"
-UNMATCHED = np.uint8(255)
+BASE, ADAPTED = "base", "LoRA"
+SIGMA = 0.5
+"""Noise level of the latent that Fig. 10 shows."""
+
+Variants = Mapping[str, Mapping[str, Any]]
 
 
 def main() -> None:
-    options = parse(__doc__, COMMAND)
+    parser = options_of(__doc__)
+    parser.add_argument("--dataset", default="scenes:test", help="pictures of the label maps")
+    parser.add_argument("--limit", type=int, default=6, help="number of these pictures")
+    parser.add_argument("--layers", help="the two layers of the maps, best first: 9,12")
+    parser.add_argument("--prompt", action="append", default=[], help="of Fig. 12 and 13, keywords in brackets")
+    parser.add_argument("--prompts", help="prompts of Tables 3 and 4 (scenes categories for embedded models)")
+    parser.add_argument("--clip", help="CLIP checkpoint (folder or hub id)")
+    options = parser.parse_args()
+    if options.lora:
+        adapted(options)
+    else:
+        analysed(options)
+
+
+def analysed(options: argparse.Namespace) -> None:
+    """The figures and tables of `analyses/magnet_scenes.py`."""
     folder = Path(options.run or RESULTS)
     if not (folder / "settings.json").is_file():
-        print(f"fig10_magnet: nothing in {folder}; run {COMMAND} first")
+        print(f"fig10_magnet: nothing in {folder}; run analyses/magnet_scenes.py first")
         return
-    settings = json.loads((folder / "settings.json").read_text())
-    if options.model != settings["model"]:
-        print(f"fig10_magnet: {COMMAND} is about {settings['model']}, not {options.model}; nothing to draw")
+    how = json.loads((folder / "settings.json").read_text())
+    if options.model != how["model"]:
+        print(f"fig10_magnet: {folder} is about {how['model']}, not {options.model}; name an adapter with --lora")
         return
-    out = options.out / settings["model"]
-    out.mkdir(parents=True, exist_ok=True)
+    variants: dict[str, dict[str, Any]] = {}
     with np.load(folder / "examples.npz") as kept:
-        examples: dict[str, dict[str, Any]] = {}
         for name in kept.files:
             variant, _, key = name.partition("/")
-            examples.setdefault(variant, {})[key] = kept[name]
-    draw_pipeline(examples, settings, out)
-    draw_masks(examples, out)
-    draw_maps(examples, settings, out)
-    draw_pictures(examples, out)
-    tables(folder, out)
+            variants.setdefault(variant, {})[key] = kept[name]
+    prompts, words = (json.loads(str(variants[BASE][key])) for key in ("prompts", "words"))
+    count = len(variants[BASE]["named"])
+    data = dataset("scenes:test", count)
+    whole = {name: of | {key: list(of[key]) for key in ("named", "unnamed")} for name, of in variants.items()}
+    place = f"n = {count} test scenes, LoRA of {how['steps']} steps"
+    draw_pipeline(options, load(how["model"]), data, how["layer"], variants["class"]["named"][0])
+    draw_masks(options, data, whole, place)
+    draw_maps(options, prompts, words, variants, f"layer {how['layer']}")
+    draw_pictures(options, prompts, variants)
+    tables(options, pd.read_csv(folder / "generation_over_base.csv"), "scenes captions")
+    write_table(readings(folder), target(options, options.model, "table5_magnet"))
 
 
-def draw_pipeline(examples: dict[str, dict[str, Any]], settings: dict[str, Any], out: Path) -> None:
-    """F10: the parts of a training step on a test scene; the mask is that of the scene's first class."""
-    item = scene("test", 0)
-    model = load(settings["model"])
-    latents = model.encode_image(item.image)
-    noised = np.asarray(model.decode(model.noise(latents, 0.5, seed=0))[0])
-    name = item.class_names[0]
-    mask = np.repeat((item.classes == CLASSES.index(name))[..., None], 3, -1).astype(np.uint8) * 255
+def adapted(options: argparse.Namespace) -> None:
+    """The same figures of any model and an adapter."""
+    options.run = None
+    data = dataset(options.dataset, options.limit)
+    layers = shown_layers(options)
+    variants: dict[str, dict[str, Any]] = {}
+    for name, lora in ((BASE, False), (ADAPTED, True)):
+        masks = fig07_masks.measured(options, lora=lora, own=True)
+        shown = TokenMaps(**{"prompts": options.prompt, "layers": layers} | given(options, TokenMaps))
+        found = run(shown, model_of(options, lora=lora), options)
+        stored: list[Any] = [found.store.load_arrays(f"prompt{k}") for k in range(len(found.request["prompts"]))]
+        layer = found.request["layers"][0]
+        variants[name] = {
+            "named": list(fig07_masks.label_maps(masks, "open").values())[-1],
+            "unnamed": list(fig07_masks.label_maps(masks, "blind").values())[-1],
+            "pictures": [one["image"] for one in stored],
+            "maps": [one["i2t"][layer].mean(0).transpose(2, 0, 1) for one in stored],
+        }
+    prompts, words = [plain(prompt) for prompt in found.request["prompts"]], [list(one["words"]) for one in stored]
+    model = load(options.model, device=options.device)
+    draw_pipeline(options, model, data, layer, variants[ADAPTED]["named"][0])
+    draw_masks(options, data, variants, f"n = {len(data)} pictures of {options.dataset}")
+    draw_maps(options, prompts, words, variants, f"layer {layer}, sigma {found.request['sigma']:.3f}")
+    draw_pictures(options, prompts, variants)
+    known = options.model in assets.names()
+    if known or options.clip:
+        prompt_set = options.prompts or (None if known else "everyday")
+        experiment = Score(
+            lora=[f"{ADAPTED}={options.lora}"], prompts=prompt_set, clip=options.clip or "scenes-clip", split="test"
+        )
+        scored = run(experiment, model_of(options, lora=False), options)
+        tables(options, scored.summary, prompt_set or "scenes captions")
+
+
+def put(options: argparse.Namespace, name: str, figure: Any, table: pd.DataFrame | None = None) -> None:
+    write(figure, target(options, options.model, name), table)
+
+
+def draw_pipeline(options: argparse.Namespace, model: MMDiT, data: Dataset, layer: int, found: np.ndarray) -> None:
+    """F10: the parts of a training step on a picture; the mask is that of its first class."""
+    sample = data.samples[0]
+    picture = np.asarray(sample.open(model.default_size))
+    noised = np.asarray(model.decode(model.noise(model.encode_image(picture), SIGMA, seed=0))[0])
+    regions = sample.regions()
+    names = list(regions.names)[:4]
+    mask = np.repeat(regions.masks[0][..., None], 3, -1).astype(np.uint8) * 255
     steps = [
-        ("picture", item.image), ("noised latent", noised), ("+ " + "\n".join(item.class_names), None),
-        (f"MM-DiT\n+ LoRA\n\nI2T of layer {settings['layer']}", None),
-        ("maps of the words\n(largest)", blend(item.image, examples["class"]["named"][0], 0.8)),
-        ("focal + dice\nto the mask,\nflow matching\nto the velocity", None), (f"mask of {name}", mask),
+        ("picture", sample.image), ("noised latent", noised), ("+ " + "\n".join(names), None),
+        (f"MM-DiT\n+ LoRA\n\nI2T of layer {layer}", None),
+        ("maps of the words\n(largest)", blend(sample.image, found.astype(np.int64), 0.8)),
+        ("focal + dice\nto the mask,\nflow matching\nto the velocity", None), (f"mask of {names[0]}", mask),
     ]  # fmt: skip
-    put(pipeline(steps, title="MAGNET: the I2T maps of a picture's words are aligned with its masks"),
-         out / "fig10_pipeline")  # fmt: skip
+    title = "MAGNET: the I2T maps of a picture's words are aligned with its masks"
+    put(options, "fig10_pipeline", pipeline(steps, title=title))
 
 
-def draw_masks(examples: dict[str, dict[str, Any]], out: Path) -> None:
-    """F11: label maps of the same test scenes, every variant."""
-    titles = ["picture", "truth", *examples]
-    kinds = {"named": ("fig11_masks_open", "classes present"),
-             "unnamed": ("fig11_masks_unsupervised", "segments of the empty prompt, matched")}  # fmt: skip
+def draw_masks(options: argparse.Namespace, data: Dataset, variants: Variants, place: str) -> None:
+    """F11: label maps of the same pictures, a column per variant."""
+    names = [one.name for one in data.classes]
+    kinds = {"named": ("fig11_masks_open", "classes present named"),
+             "unnamed": ("fig11_masks_unsupervised", "segments of the empty prompt, matched to classes")}  # fmt: skip
     for key, (file, what) in kinds.items():
-        cells, seen = [], set()
-        for index in range(len(examples[BASE][key])):
-            item = scene("test", index)
-            found = [np.where(of[key][index] < len(CLASSES), of[key][index], UNMATCHED) for of in examples.values()]
-            labels = [item.classes.astype(np.uint8), *found]
-            cells.append([item.image, *(blend(item.image, one, 0.8) for one in labels)])
-            seen |= {int(one) for of in labels for one in np.unique(of) if one < len(CLASSES)}
-        legend = {CLASSES[one]: palette(len(CLASSES))[one] / 255 for one in sorted(seen)}
-        put(sheet(cells, columns=titles, title=f"Test scenes: {what}", legend=legend), out / file)
+        found = {
+            name: [np.where(np.less(one, len(names)), one, IGNORE).astype(np.int64) for one in of[key]]
+            for name, of in variants.items()
+        }
+        pictures = [sample.image for sample in data.samples]
+        truths: list[Any] = [sample.label() for sample in data.samples]
+        title = f"{Path(options.model).name}: {what}, {place}"
+        suffix = "" if options.dataset == "scenes:test" else file_suffix(options.dataset)
+        put(options, file + suffix, mask_sheet(pictures, truths, found, names, title=title))
 
 
-def draw_maps(examples: dict[str, dict[str, Any]], settings: dict[str, Any], out: Path) -> None:
+def draw_maps(
+    options: argparse.Namespace, prompts: Sequence[str], words: Sequence[Sequence[str]], variants: Variants, at: str
+) -> None:
     """F12: generated pictures and the maps of their words halfway, by variant; the prompts that name most things."""
-    prompts, words = (json.loads(str(examples[BASE][key])) for key in ("prompts", "words"))
     chosen = sorted(sorted(range(len(prompts)), key=lambda k: -len(words[k]))[:3])
     most = min(3, max(map(len, words)))
-    cells, captions, rows = [], [], []
-    for variant in examples:
-        of = examples[variant]
-        rows.append(variant)
+    cells, captions = [], []
+    for of in variants.values():
         row: list[Any] = []
         above: list[str] = []
         for place in chosen:
             shown = words[place][:most]
-            maps = [of["maps"][place, k].astype(float) for k in range(len(shown))]
-            row += [of["pictures"][place], *maps, *[None] * (most - len(shown))]
-            above += ["picture", *shown, *[""] * (most - len(shown))]
+            blank = most - len(shown)
+            maps = [np.asarray(of["maps"][place][k], float) for k in range(len(shown))]
+            row += [of["pictures"][place], *maps, *[None] * blank]
+            above += ["picture", *shown, *[""] * blank]
         cells.append(row)
         captions.append(above)
-    put(
-        sheet(cells, rows=rows, captions=captions, title=f"I2T maps of words while generating, layer"
-                  f" {settings['layer']}", note=" | ".join(prompts[k] for k in chosen)),
-        out / "fig12_maps",
-    )  # fmt: skip
+    title = f"{Path(options.model).name}: I2T maps of words while generating, {at}"
+    note = " | ".join(prompts[k] for k in chosen)
+    put(options, "fig12_maps", sheet(cells, rows=list(variants), captions=captions, title=title, note=note))
 
 
-def draw_pictures(examples: dict[str, dict[str, Any]], out: Path) -> None:
-    """F13: the first test prompt of every category, the same seed in every variant."""
-    prompts = json.loads(str(examples[BASE]["prompts"]))
-    cells = [[of["pictures"][place] for of in examples.values()] for place in range(len(prompts))]
-    put(sheet(cells, columns=list(examples), rows=prompts, title="Generated with the same seeds"),
-         out / "fig13_pictures")  # fmt: skip
+def draw_pictures(options: argparse.Namespace, prompts: Sequence[str], variants: Variants) -> None:
+    """F13: the same prompts and seeds in every variant."""
+    cells = [[of["pictures"][place] for of in variants.values()] for place in range(len(prompts))]
+    title = f"{Path(options.model).name}: generated with the same seeds"
+    put(options, "fig13_pictures", sheet(cells, columns=list(variants), rows=list(prompts), title=title))
 
 
-def tables(folder: Path, out: Path) -> None:
-    """Tables 3 (CLIPScore), 4 (alignment by category) and 5 (softmax x min-max), and their figures."""
-    generation = pd.read_csv(folder / "generation_over_base.csv")
+def tables(options: argparse.Namespace, generation: pd.DataFrame, prompt_set: str) -> None:
+    """Tables 3 (CLIPScore) and 4 (alignment by category) with their figures."""
+    name = Path(options.model).name
+
+    def drawn(metric: str) -> Any:
+        part = generation[(generation["metric"] == metric) & (generation["category"] == "all")]
+        label, _, checkpoint = metric.partition("[")
+        what = METRICS.get(label, label) + (f" by {checkpoint.rstrip(']')}" if checkpoint else "")
+        title = f"{name}: {what}, n = {part['prompts'].max()} {prompt_set}"
+        return differences(generation, metric, BASE, title=title)
+
+    keep = ["prompts", "images", "mean", "low", "high", "difference", "difference_low", "difference_high"]
     clip = generation[generation["metric"].str.startswith("clipscore")]
-    metric = str(clip["metric"].iloc[0])
-    put(differences(generation, "facts", BASE), out / "table4_alignment")
-    put(differences(generation, metric, BASE), out / "table3_clipscore")
-    ours = clip[clip["category"] == "all"].assign(world="measured", prompt_set="scenes captions")
-    paper = paper_table("clipscore_table").rename(columns={"clipscore": "mean"})
-    paper = paper.assign(world="paper", variant=paper["method"] + ", " + paper["training"].fillna("none"), metric="")
-    keep = ["world", "variant", "prompt_set", "metric", "prompts", "images", "mean", "low", "high", "difference",
-            "difference_low", "difference_high"]  # fmt: skip
-    write(pd.concat([ours, paper]).reindex(columns=keep), out / "table3_clipscore.csv")
+    if len(clip):
+        ours = clip[clip["category"] == "all"].assign(world="measured", prompt_set=prompt_set)
+        columns = ["world", "variant", "prompt_set", "metric", *keep]
+        table = pd.concat([ours, published("clipscore_table", "clipscore", "")]).reindex(columns=columns)
+        put(options, "table3_clipscore", drawn(str(clip["metric"].iloc[0])), table)
     facts = generation[generation["metric"].isin(["facts", "all_right"])].assign(world="measured")
-    paper = paper_table("t2i_compbench_table").rename(columns={"score": "mean"})
-    paper = paper.assign(world="paper", variant=paper["method"] + ", " + paper["training"].fillna("none"),
-                         metric="T2I-CompBench++")  # fmt: skip
-    keep = ["world", "variant", "category", *keep[3:]]
-    write(pd.concat([facts, paper]).reindex(columns=keep), out / "table4_alignment.csv")
-    write(readings(folder), out / "table5_normalisation.csv")
+    if len(facts):
+        columns = ["world", "variant", "category", "metric", *keep]
+        paper = published("t2i_compbench_table", "score", "T2I-CompBench++")
+        put(options, "table4_alignment", drawn("facts"), pd.concat([facts, paper]).reindex(columns=columns))
+
+
+def published(name: str, value: str, metric: str) -> pd.DataFrame:
+    """A table of the paper in the columns of ours."""
+    table = paper_table(name).rename(columns={value: "mean"})
+    variant = table["method"] + ", " + table["training"].fillna("none")
+    return table.assign(world="paper", variant=variant, metric=metric)
 
 
 def readings(folder: Path) -> pd.DataFrame:
-    """Table 5: the same choice when maps are read (test), when they are trained on (val, short), and in the paper."""
+    """Table 5's choices when maps of the trained variants are read (test), and in the loss of short trainings (val)."""
     miou = pd.read_csv(folder / "miou.csv")
     present = miou[miou["protocol"].str.startswith("present") & ~miou["protocol"].str.contains("mean")]
     name = present["protocol"]
-    read = present.assign(world="measured", at="reading", softmax=~name.str.contains("before"),
-                          min_max=name.str.contains("min-max"), dataset="scenes:test")  # fmt: skip
+    read = present.assign(at="reading", softmax=~name.str.contains("before"), min_max=name.str.contains("min-max"),
+                          dataset="scenes:test")  # fmt: skip
     pilot = pd.read_csv(folder / "pilot.csv")
     pilot = pilot[pilot["alignment"] != "none"]
-    trained = pilot.assign(world="measured", at="loss, rate " + pilot["rate"].map("{:g}".format), variant="class",
+    trained = pilot.assign(at="loss, rate " + pilot["rate"].map("{:g}".format), variant="class",
                            softmax=pilot["space"] == "probability", min_max=pilot["normalise"] == "minmax",
                            dataset="scenes:val")  # fmt: skip
-    paper = paper_table("normalisation_ablation")
-    paper = paper.assign(world="paper", at="reading", variant="SD3", softmax=paper["softmax"] == "yes",
-                         min_max=paper["min_max"] == "yes", miou=paper["miou"] / 100)  # fmt: skip
     keep = ["world", "at", "variant", "dataset", "softmax", "min_max", "n", "miou", "low", "high"]
-    return pd.concat([read, trained, paper]).reindex(columns=keep)
-
-
-def put(figure: Any, path: Path) -> None:
-    print(*save(figure, path), sep="\n")
-
-
-def write(table: pd.DataFrame, path: Path) -> None:
-    table.to_csv(path, index=False, float_format="%.5g")
-    print(path)
+    return pd.concat([read, trained]).assign(world="measured").reindex(columns=keep)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
     python figures/make.py --only fig05_blur --fresh           # measure one of them anew
 
 A figure is up to date if all files that its script wrote are there unaltered, and the script, the drawing code that it
-imports, its options and the model's weights are those it was made with: `manifest.json` beside the figures remembers
-them. What was measured is kept in run folders, found again by request and weights. Measuring code is no part of
-it: after a change there, say `--fresh`.
+reaches, its options and the model's weights are those it was made with: `manifest.json` beside the figures remembers
+them. What was measured is kept in run folders, found again by request and weights. Measuring code below the experiments
+is no part of it: after a change there, say `--fresh`. Each script runs in a process of its own, several at a time.
 """
 
 from __future__ import annotations
@@ -29,13 +29,18 @@ from typing import Any
 from runs import OUT
 
 import mmdit_probe
-from mmdit_probe import assets
+from mmdit_probe import assets, experiments
 
 HERE = Path(__file__).parent
 MANIFEST = "manifest.json"
 _LOCK = Lock()
-DRAWING = ("mmdit_probe.plots", "mmdit_probe.data")
+DRAWING = ("mmdit_probe.plots", "mmdit_probe.data", "mmdit_probe.experiments")
 """Rooms whose modules count with everything that they import; of other rooms only what a script itself imports."""
+
+OF_CLASS = {
+    f"{experiments.__name__}.{name}": f"{experiments.__name__}.{module}" for name, module in experiments.MODULES.items()
+}
+"""Experiment as scripts import it -> its module."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Figure:
 CHOICE = "analyses/results/segmentation_choice/*.json"
 
 FIGURES = (
-    Figure("fig08_segmentation", ("dataset",), (CHOICE,)),
+    Figure("fig08_segmentation", ("dataset", "lora"), (CHOICE,)),
     Figure("fig05_blur", ("clip", "dino")),
     Figure("fig06_guidance", ("clip",)),
     Figure("fig07_masks", ("dataset",), (CHOICE,)),
@@ -66,7 +71,7 @@ FIGURES = (
     Figure("fig02_attention_budget"),
     Figure("fig04_value_norms"),
     Figure("fig03_pca", ("images",)),
-    Figure("fig10_magnet", reads=("analyses/results/magnet_scenes/*",), only="scenes-sd3"),
+    Figure("fig10_magnet", ("lora", "dataset", "clip"), (CHOICE, "analyses/results/magnet_scenes/*")),
     Figure("fig_embedded_training", only="scenes-sd3"),
     Figure("paper_vs_measured", reads=("*.csv",), last=True),
 )
@@ -78,6 +83,7 @@ def main() -> None:
     parser.add_argument("--model", default="scenes-sd3")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dataset", help="for figures of masks: NAME:ROOT")
+    parser.add_argument("--lora", help="adapter for MAGNET's rows and figures: a folder or a hub id")
     parser.add_argument("--images", help="for the PCA: folder of pictures")
     parser.add_argument("--clip", help="CLIP checkpoint for CLIP-T and CLIP-I")
     parser.add_argument("--dino", help="DINO checkpoint")
@@ -158,14 +164,19 @@ def sources(script: Path) -> list[Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """Names of the modules that a file imports at its top."""
+    """Names of the modules that a file imports, in functions too, but not for type checkers alone."""
     names: set[str] = set()
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        todo += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return {OF_CLASS.get(name, name) for name in names}
 
 
 def module_file(name: str) -> Path | None:

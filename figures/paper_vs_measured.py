@@ -2,10 +2,11 @@
 
     python figures/paper_vs_measured.py --model ...
 
-Reads the CSVs that the other scripts wrote to `figures/out/<model>/` and writes `paper_vs_measured.csv` and `.md`.
-For the paper's own model, on the same data set, a row has both values and their difference. For any other model the
-paper's rows are those of another world (Stable Diffusion 3, photographs): they are listed, marked, and never
-subtracted.
+Reads the CSVs that the other scripts wrote to `figures/out/<model>/`, of all data sets, and writes
+`paper_vs_measured.csv` and `.md`. For the paper's own model, on the same data set and measured as the paper measured
+(text, step, layer, averaging rule), a row has both values and their difference; measured otherwise, it says what
+differs in its place. For any other model the paper's rows are those of another world (Stable Diffusion 3, photographs):
+they are listed, marked, and never subtracted.
 """
 
 from __future__ import annotations
@@ -18,19 +19,29 @@ from runs import is_paper_model, options_of, target
 from mmdit_probe.data import paper_table
 
 KEYS = ["source", "place", "quantity"]
-DATASETS = {
-    "voc20": "VOC20", "voc21": "VOC21", "coco-object": "COCO-Object", "coco-stuff-27": "COCO-Stuff-27", "pc59": "PC59",
+NAMED = {
+    "voc20": "VOC20", "coco-object-words": "COCO-Object", "pc59": "PC59", "ade20k": "ADE20K-150",
+    "cityscapes": "Cityscapes",
+}  # fmt: skip
+BLIND = {
+    "voc21": "VOC21", "pc60": "PC59", "coco-object": "COCO-Object", "coco-stuff-27": "COCO-Stuff-27",
     "ade20k": "ADE20K-150", "cityscapes": "Cityscapes",
 }  # fmt: skip
-"""Our names of the paper's data sets."""
+"""Our names of the data sets of the paper's Tables 1 and 5, and of Table 2, which has the background as a class."""
 METHODS = {("present", "seg4diff"): "Seg4Diff (SD3, none)", ("unsupervised", "seg4diff-unsup"): "Seg4Diff (SD3, none)"}
 """What was measured in both worlds, if the model is the paper's; methods on other backbones stay apart."""
+TEXT = "T5 off, length 77"
+SAMPLED, SEGMENTED = f"{TEXT}, step 20 of 28, guidance 7.5", f"{TEXT}, sigma 0.515, layers 9"
+AS_PUBLISHED = {
+    "Fig. 2b, 2c": SAMPLED, "Fig. 4": SAMPLED, "Table 1": SEGMENTED, "Table 2": SEGMENTED, "Table 5": SEGMENTED,
+}  # fmt: skip
+"""How the paper measured, in the words of the column `measured_as`; a difference is taken where they are the same."""
 SOURCES = {
     "Fig. 2b, 2c": "share of attention: of image queries to text (I2T), of text queries to image (T2I)",
     "Fig. 4": "mean L2 norm of the values",
-    "Fig. 8": "mIoU of each layer alone, percent",
+    "Fig. 8": "mIoU of each layer alone, percent (the paper does not name its data set)",
     "Table 1": "open-vocabulary mIoU, percent",
-    "Table 2": "unsupervised mIoU, percent",
+    "Table 2": "unsupervised mIoU, percent; segments matched per image, as the paper's text has it",
     "Table 3": "CLIPScore, 0 to 100",
     "Table 4": "alignment by category (the paper: T2I-CompBench++; scenes: share of facts shown)",
     "Table 5": "mIoU by normalisation of the maps, percent",
@@ -38,7 +49,7 @@ SOURCES = {
 
 
 def main() -> None:
-    options = options_of(__doc__, "nothing").parse_args()
+    options = options_of(__doc__).parse_args()
     path = target(options, options.model, "paper_vs_measured")
     same = is_paper_model(options.model)
     table = joined(ours(path.parent, same), paper(), same)
@@ -53,33 +64,37 @@ def joined(measured: pd.DataFrame, published: pd.DataFrame, same_model: bool) ->
     measured = measured.assign(world=world)
     published = published.assign(world=world if same_model else "paper: another model and data")
     table = measured.merge(published, on=[*KEYS, "world"], how="outer", sort=False)
-    table["difference"] = table["measured"] - table["paper"]
+    alike = table["measured_as"] == table["source"].map(AS_PUBLISHED)
+    table["difference"] = (table["measured"] - table["paper"]).where(alike)
+    both = table["measured"].notna() & table["paper"].notna()
+    table["why_not"] = ("measured with " + table["measured_as"].fillna("unknown settings")).where(both & ~alike)
     rows = pd.concat([published, measured])[[*KEYS, "world"]].drop_duplicates()  # the paper's order, then ours
     table = rows.merge(table, on=[*KEYS, "world"], how="left")
     order = {name: place for place, name in enumerate(SOURCES)}
     table = table.sort_values("source", key=lambda column: column.map(order), kind="stable")
-    return table[["source", "world", "place", "quantity", "measured", "low", "high", "paper", "difference"]]
+    return table[[*KEYS[:1], "world", *KEYS[1:], "measured", "low", "high", "paper", "difference", "why_not"]]
 
 
 def ours(folder: Path, same_model: bool) -> pd.DataFrame:
-    """What the scripts have written, long: source, place, quantity, measured, low, high.
+    """What the scripts have written, long: source, place, quantity, measured, low, high, measured_as.
 
     Args:
-        same_model: rows that were measured as the paper's own ones take the paper's names.
+        same_model: rows that were measured as the paper's own ones take the paper's names, and its averaging rule.
     """
     rows: list[pd.DataFrame] = []
-    budget, norms = read(folder / "fig02_attention_budget.csv"), read(folder / "fig04_value_norms.csv")
+    budget, norms = read(folder, "fig02_attention_budget"), read(folder, "fig04_value_norms")
     layer = "layer " + budget["layer"].astype(str) if len(budget) else None
     rows += [long("Fig. 2b, 2c", layer, name, budget, name) for name in ("I2T", "T2I") if name in budget]
     layer = "layer " + norms["layer"].astype(str) if len(norms) else None
     rows += [long("Fig. 4", layer, name, norms, name) for name in ("image", "text", "prompt") if name in norms]
-    layers, table = read(folder / "fig08_miou_by_layer.csv"), read(folder / "table12_league.csv")
+    layers, table = read(folder, "fig08_miou_by_layer"), read(folder, "table12_league")
+    miou = "miou_gt" if same_model else "miou"
     if len(layers):
         alone = layers[layers["layers"].notna() & (layers["refine"].fillna("none") == "none")]
         alone = alone.sort_values("layers", key=lambda column: column.astype(int))
-        quantity = "mIoU, " + alone["dataset"].map(dataset_name)
+        quantity = "mIoU, " + dataset_names(alone, NAMED)
         place = "layer " + alone["layers"].astype(int).astype(str)
-        rows.append(long("Fig. 8", place, quantity, alone, "miou", 100))
+        rows.append(long("Fig. 8", place, quantity, alone, miou, 100))
     if len(table):
         table = table[table["world"] == "measured"]
         refine, names = table["refine"].fillna("none"), METHODS if same_model else {}
@@ -90,23 +105,24 @@ def ours(folder: Path, same_model: bool) -> pd.DataFrame:
                 else f"{method} + {how} [{protocol}]"
                 for protocol, method, how in zip(part["protocol"], part["method"], refine[part.index], strict=True)
             ]  # fmt: skip
-            rows.append(
-                long(source, pd.Series(place, part.index), part["dataset"].map(dataset_name), part, "miou", 100)
-            )
-    clip, facts, read_at = (
-        read(folder / f"{name}.csv") for name in ("table3_clipscore", "table4_alignment", "table5_normalisation")
-    )
+            quantity, column = dataset_names(part, BLIND if blind else NAMED), "miou" if blind else miou
+            rows.append(long(source, pd.Series(place, part.index), quantity, part, column, 100))
+    clip, facts = read(folder, "table3_clipscore"), read(folder, "table4_alignment")
     if len(clip):
         clip = clip[clip["world"] == "measured"]
         rows.append(long("Table 3", clip["variant"], clip["prompt_set"], clip, "mean", 1, "low", "high"))
     if len(facts):
         facts = facts[(facts["world"] == "measured") & (facts["metric"] == "facts")]
         rows.append(long("Table 4", facts["variant"], facts["category"], facts, "mean", 1, "low", "high"))
-    if len(read_at):
-        read_at = read_at[read_at["world"] == "measured"]
-        place = normalisation(read_at) + ", " + read_at["variant"] + ", " + read_at["at"]
-        rows.append(long("Table 5", place, read_at["dataset"], read_at, "miou", 100, "low", "high"))
-    empty = pd.DataFrame(columns=[*KEYS, "measured", "low", "high"])
+    for name in ("table5_normalisation", "table5_magnet"):
+        read_at = read(folder, name)
+        if len(read_at):
+            read_at = read_at[read_at["world"] == "measured"]
+            place, own = normalisation(read_at), same_model and name == "table5_normalisation"
+            place = place if own else place + ", " + read_at["variant"] + ", " + read_at["at"]
+            quantity, column = dataset_names(read_at, NAMED), miou if own else "miou"
+            rows.append(long("Table 5", place, quantity, read_at, column, 100, "low", "high"))
+    empty = pd.DataFrame(columns=[*KEYS, "measured", "low", "high", "measured_as"])
     return pd.concat(rows, ignore_index=True) if rows else empty
 
 
@@ -118,7 +134,7 @@ def paper() -> pd.DataFrame:
         rows.append(published("Fig. 2b, 2c", by_layer(budget), name.replace("i", "I").replace("t", "T"),
                               budget[f"{name}_share"]))  # fmt: skip
     rows += [published("Fig. 4", by_layer(norms), name, norms[name]) for name in ("image", "text", "prompt")]
-    rows.append(published("Fig. 8", by_layer(layers), "mIoU, VOC20", layers["miou"]))
+    rows.append(published("Fig. 8", by_layer(layers), "mIoU, data set not stated", layers["miou"]))
     for source, name in (("Table 1", "ovss_table"), ("Table 2", "unsupervised_table")):
         table = paper_table(name)
         method = table["method"] + " (" + table["backbone"] + ", " + table["training"] + ")"
@@ -131,9 +147,15 @@ def paper() -> pd.DataFrame:
     return pd.concat(rows, ignore_index=True)
 
 
-def read(path: Path) -> pd.DataFrame:
-    """A CSV, or an empty table where it is not there: a figure that was not drawn has nothing to compare."""
-    return pd.read_csv(path, keep_default_na=False, na_values=[""]) if path.is_file() else pd.DataFrame()
+def read(folder: Path, name: str) -> pd.DataFrame:
+    """The CSVs of a figure, of every data set, or an empty table: a figure that was not drawn has nothing to compare.
+
+    Raises:
+        OSError: as `read_csv`.
+    """
+    files = sorted(folder.glob(f"{name}*.csv"))
+    found = [pd.read_csv(path, keep_default_na=False, na_values=[""]) for path in files]
+    return pd.concat(found, ignore_index=True) if found else pd.DataFrame()
 
 
 def long(
@@ -143,7 +165,9 @@ def long(
     """One column of a table with its interval in the long form."""
     found = {"measured": column, "low": low or f"{column}_low", "high": high or f"{column}_high"}
     values = {name: table[of] * factor if of in table else float("nan") for name, of in found.items()}
-    return pd.DataFrame({"source": source, "place": place, "quantity": quantity, **values}, index=table.index)
+    how = table.get("measured_as")
+    named = {"source": source, "place": place, "quantity": quantity}
+    return pd.DataFrame({**named, **values, "measured_as": how}, index=table.index)
 
 
 def published(source: str, place: pd.Series, quantity: object, values: pd.Series) -> pd.DataFrame:
@@ -161,8 +185,9 @@ def normalisation(table: pd.DataFrame) -> pd.Series:
     return "softmax " + softmax.astype(str) + ", min-max " + min_max.astype(str)
 
 
-def dataset_name(name: str) -> str:
-    return DATASETS.get(str(name).split(":")[0], str(name))
+def dataset_names(table: pd.DataFrame, known: dict[str, str]) -> pd.Series:
+    """The paper's names of the data sets where it has them."""
+    return table["dataset"].map(lambda name: known.get(str(name).split(":")[0], str(name)))
 
 
 def markdown(table: pd.DataFrame, model: str) -> str:
@@ -170,7 +195,7 @@ def markdown(table: pd.DataFrame, model: str) -> str:
     same = is_paper_model(model)
     lines = [f"# Paper against measured: {Path(model).name}", ""]
     lines += [
-        "Measured value [95 % interval] | paper | difference, where both exist for the same data."
+        "Measured value [95 % interval] / paper / difference, where both exist for the same data and protocol."
         if same
         else "**The paper's numbers are of another world**: Stable Diffusion 3 on photographs. They are to be read"
         f" beside those of {Path(model).name}, not to be compared with them.",
@@ -196,6 +221,7 @@ def both(row: pd.Series) -> str:
         measured += f" [{row['low']:.3g}, {row['high']:.3g}]"
     parts = [measured, "" if pd.isna(row["paper"]) else f"{row['paper']:.3g}"]
     parts += [] if pd.isna(row["difference"]) else [f"{row['difference']:+.3g}"]
+    parts += [] if pd.isna(row["why_not"]) else [f"no difference: {row['why_not']}"]
     return " / ".join(part for part in parts if part)
 
 

@@ -1,32 +1,35 @@
-"""What the figure scripts share: a run folder in, files under `figures/out/<model>/` out.
+"""What the figure scripts share: an experiment in, files under `figures/out/<model>/` out.
 
-A script names a command and its arguments. A finished run of the same request (same weights included) is drawn again
-instead of being repeated; `--run` names a folder, `--fresh` measures anew, and what follows ` -- ` goes to the command:
+A script names an experiment. A finished run of the same request (same weights included) is drawn again instead of being
+repeated; `--run` names a run folder, `--fresh` measures anew, and `--set` passes further options of the experiment:
 
-    python figures/fig05_blur.py --model ... -- --limit 4 --num-steps 8 --dino facebook/dinov2-base
+    python figures/fig05_blur.py --model ... --set limit=4 --set num_steps=8 --set dino=facebook/dinov2-base
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from mmdit_probe.data import paper_table
+from mmdit_probe.experiments.target import Named
 from mmdit_probe.plots import save
-from mmdit_probe.results.folder import read_record
+
+if TYPE_CHECKING:
+    from mmdit_probe.experiments.experiment import Experiment
+    from mmdit_probe.experiments.result import Result
 
 OUT = Path(__file__).parent / "out"
 PAPER_MODEL = "stable-diffusion-3-medium"
-PAPER_TEXT = ("--no-t5", "--max-sequence-length", "77", "--steps", "last-8")
-"""The paper's text (77 CLIP and 77 zeroed T5 slots) and its step t = 8, for commands that have these options."""
+PAPER_LENGTH = 77
+"""The paper's text on its own model: T5 off, 77 CLIP tokens and 77 zeroed T5 slots."""
+PAPER_STEP = "last-8"
+"""The paper's step t = 8 of 28, counted from the clean end; sigma 0.515."""
 CHOICE = Path(__file__).parents[1] / "analyses" / "results" / "segmentation_choice"
 """Where `analyses/segmentation_choice.py` writes what segments best on training scenes."""
 PAPER_NAMES = {PAPER_MODEL: "SD3-medium", "stable-diffusion-3.5": "SD3.5-medium", "flux.1-dev": "FLUX.1-dev"}
@@ -40,41 +43,76 @@ def chosen(model: str) -> dict[str, Any]:
     return found if found.get("model") == model else {}
 
 
-def options_of(document: str | None, command: str) -> argparse.ArgumentParser:
+def options_of(document: str | None) -> argparse.ArgumentParser:
     """A parser with the options that every figure script has."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="scenes-sd3")
+    parser.add_argument("--lora", help="adapter to load onto the model: a folder or a hub id")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--run", type=Path, help=f"run folder of {command}")
+    parser.add_argument("--run", type=Path, help="run folder to draw")
     parser.add_argument("--fresh", action="store_true", help="measure even if a finished run is there")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
-    parser.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help=f"further arguments of {command}")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="further option of the experiment; repeatable"
+    )
     return parser
 
 
-def parse(document: str | None, command: str) -> argparse.Namespace:
-    """The options that every figure script has."""
-    return options_of(document, command).parse_args()
+def model_of(options: argparse.Namespace, *, lora: bool = True) -> Named:
+    """The model to measure; the paper's own with the paper's text. `lora`: with the adapter, if one is named."""
+    how: dict[str, Any] = {"device": options.device}
+    how |= {"lora": options.lora} if lora and options.lora else {}
+    if is_paper_model(options.model):
+        return Named(options.model, how | {"t5": False}, PAPER_LENGTH)
+    return Named(options.model, how)
 
 
-def run_folder(options: argparse.Namespace, command: str, arguments: Sequence[str] = ()) -> Path:
-    """The run to draw: the one named, or that of the request, measured now unless it is there."""
+def measured(options: argparse.Namespace, experiment: type[Experiment], **how: Any) -> Result:
+    """The result to draw: that of the run folder named, or of the experiment, measured now unless it is there.
+
+    Args:
+        how: options of the experiment; those of `--set` come after them.
+    """
+    from mmdit_probe.experiments.result import Result
+
     if options.run:
-        return Path(options.run)
-    line = [sys.executable, "-m", "mmdit_probe", command, *arguments]
-    line += ["--model", options.model, "--device", options.device, "-q", *options.arguments]
-    line += [] if options.fresh else ["--resume"]
-    return Path(subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
+        return Result.read(options.run)
+    return run(experiment(**how | given(options, experiment)), model_of(options), options)
 
 
-def model_of(folder: Path) -> str:
-    """Name of the model that a run folder is about."""
-    return str((read_record(folder) or {})["request"]["model"])
+def run(experiment: Experiment, target: Any, options: argparse.Namespace) -> Result:
+    """A finished run of the same request, or a new one in `runs/`."""
+    return experiment.run(target, out="auto", resume=not options.fresh)
+
+
+def given(options: argparse.Namespace, experiment: type[Experiment]) -> dict[str, Any]:
+    """What `--set` says, texts where the option may be one.
+
+    Raises:
+        UserError: no option of the experiment.
+    """
+    from mmdit_probe.errors import unknown
+    from mmdit_probe.options import described
+    from mmdit_probe.segment.settings import parse_option
+
+    known = {field.name: "str" in str(field.type) for field in described(experiment)}
+    found = {}
+    for text in options.set:
+        name, value = parse_option(text)
+        if name not in known:
+            raise unknown(f"option of {experiment.__name__}", name, known)
+        found[name] = text.partition("=")[2] if known[name] else value
+    return found
 
 
 def is_paper_model(model: str) -> bool:
     """Whether the paper's own numbers are about this model."""
     return PAPER_MODEL in model
+
+
+def paper_step(options: argparse.Namespace) -> dict[str, Any]:
+    """The paper's step, for its own model."""
+    return {"steps": PAPER_STEP} if is_paper_model(options.model) else {}
 
 
 def published(name: str, model: str) -> pd.DataFrame | None:
@@ -89,6 +127,18 @@ def paper_layers(model: str) -> list[int]:
     return [int(at) for at in layers.loc[layers["model"].isin(named) & (layers["role"] == "expert"), "layer"]]
 
 
+def text_of(request: Mapping[str, Any]) -> str:
+    """How a run read its text, for tables that are compared with the paper's."""
+    return f"T5 {'off' if request.get('no_t5') else 'on'}, length {request.get('max_sequence_length') or 'own'}"
+
+
+def protocol_of(request: Mapping[str, Any]) -> str:
+    """How a sampled run was measured, for tables that are compared with the paper's: text, steps, guidance."""
+    steps = request["steps"]
+    at = f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps"
+    return f"{text_of(request)}, {at} of {request['num_steps']}, guidance {request['guidance']:g}"
+
+
 def target(options: argparse.Namespace, model: str, name: str) -> Path:
     """Where a figure goes, without suffix."""
     path = Path(options.out) / Path(model).name / name
@@ -96,17 +146,19 @@ def target(options: argparse.Namespace, model: str, name: str) -> Path:
     return path
 
 
+def file_suffix(dataset: str) -> str:
+    """What the file names of a data set end in: nothing for scenes:val, else its name."""
+    return "" if dataset == "scenes:val" else f"_{dataset.split(':')[0]}"
+
+
 def write(figure: object, path: Path, table: pd.DataFrame | None = None) -> None:
     """Write a figure as PNG and PDF, the plotted numbers as CSV, and print the paths: `make.py` reads them."""
     print(*save(figure, path), sep="\n")  # type: ignore[arg-type]
     if table is not None:
-        table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
-        print(path.with_suffix(".csv"))
+        write_table(table, path)
 
 
-def take(folder: Path, name: str, path: Path) -> None:
-    """Copy a figure that the run folder already holds: of pictures and maps, which are kept there and not in tables."""
-    for suffix in (".png", ".pdf"):
-        if (folder / name).with_suffix(suffix).exists():
-            shutil.copyfile((folder / name).with_suffix(suffix), path.with_suffix(suffix))
-            print(path.with_suffix(suffix))
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """Write numbers alone, and print the path."""
+    table.to_csv(path.with_suffix(".csv"), index=False, float_format="%.6g")
+    print(path.with_suffix(".csv"))

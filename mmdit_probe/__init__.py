@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from mmdit_probe.errors import ProbeError as ProbeError
     from mmdit_probe.errors import RunError as RunError
     from mmdit_probe.errors import UserError as UserError
+    from mmdit_probe.experiments.word_maps import word_maps as word_maps
     from mmdit_probe.models.load import load as load
     from mmdit_probe.models.mmdit import MMDiT as MMDiT
     from mmdit_probe.models.mmdit import TextCondition as TextCondition
@@ -49,6 +50,7 @@ _EXPORTS = {
     "EqualBudget": "mmdit_probe.edit",
     "perturbed_guidance": "mmdit_probe.edit",
     "ValueNorm": "mmdit_probe.observe.norms",
+    "word_maps": "mmdit_probe.experiments.word_maps",
 }
 
 __all__ = ["__version__", *_EXPORTS]

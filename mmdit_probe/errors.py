@@ -13,7 +13,7 @@ This module is not for bugs: those keep their traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class ProbeError(Exception):
@@ -34,6 +34,11 @@ class RunError(ProbeError):
     exit_code = 1
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, on one line; its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def unknown(kind: str, found: object, known: Iterable[object], limit: int = 12) -> UserError:
     """The error for a name that does not exist, with the closest match and the names that do.
 
@@ -50,3 +55,9 @@ def unknown(kind: str, found: object, known: Iterable[object], limit: int = 12) 
     hint = f" did you mean {close[0]!r}?" if close else ""
     listed = ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
     return UserError(f"unknown {kind} {str(found)!r}:{hint} Known: {listed or 'none'}")
+
+
+def check_known(kind: str, found: object, known: Collection[object]) -> None:
+    """Refuse a name that is not among those that exist: raises the `UserError` of `unknown`."""
+    if found not in known:
+        raise unknown(kind, found, known)

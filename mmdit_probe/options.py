@@ -33,6 +33,7 @@ class Option:
         min, max: inclusive bounds of a number, or of each number in a sequence. above: exclusive lower bound.
         flag: its name on the command line; by default `--` and the field's name with hyphens.
         shown_default: what `--help` shows instead of the field's default. panel: heading in `--help`.
+        argument: on the command line it is given by its place, without a flag. values: what a shell may complete.
     """
 
     help: str
@@ -42,6 +43,8 @@ class Option:
     flag: str | None = None
     shown_default: str | None = None
     panel: str | None = None
+    argument: bool = False
+    values: tuple[str, ...] = ()
 
 
 class Described(NamedTuple):
@@ -53,6 +56,8 @@ class Described(NamedTuple):
 
     @property
     def flag(self) -> str:
+        if self.option.argument:
+            return self.name.upper()
         return self.option.flag or "--" + self.name.replace("_", "-")
 
 
@@ -83,7 +88,7 @@ def check(options: object) -> None:
 
 
 def _check(value: Any, field: Described) -> None:
-    choices = tuple(_choices(field.type))
+    choices = tuple(choices_of(field.type))
     if not _fits(value, field.type):
         if choices and isinstance(value, str):
             raise unknown(field.flag, value, choices)
@@ -124,12 +129,13 @@ def _elements(value: Any, origin: Any, inner: tuple[Any, ...]) -> Iterator[tuple
         yield from ((each, inner[0]) for each in value)
 
 
-def _choices(hint: Any) -> Iterator[Any]:
+def choices_of(hint: Any) -> Iterator[Any]:
+    """The values of the `Literal`s in a type."""
     if get_origin(hint) is Literal:
         yield from get_args(hint)
     elif get_origin(hint) is not None:
         for inner in get_args(hint):
-            yield from _choices(inner)
+            yield from choices_of(inner)
 
 
 def _numbers(value: Any) -> Iterator[Any]:
@@ -153,7 +159,7 @@ def _within(number: Any, option: Option) -> bool:
 
 def _expected(field: Described) -> str:
     """What an option may be, in words."""
-    choices, option = tuple(_choices(field.type)), field.option
+    choices, option = tuple(choices_of(field.type)), field.option
     kinds = [] if not choices else ["one of " + ", ".join(map(str, choices))]
     kinds += [words for kind, words in _WORDS.items() if _mentions(field.type, kind)]
     low = f" above {option.above:g}" if option.above is not None else ""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import SupportsIndex
 
 from mmdit_probe.errors import UserError
@@ -30,6 +30,8 @@ HeadSpec = Spec | Mapping[int, Spec]
 ALL_HEADS = -1
 """Head index, in tables, of rows about all heads of a layer together."""
 
+_ANY = 1_000_000
+"""More layers, heads or steps than any model has."""
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _LAST = re.compile(r"last(?:-(\d+))?")
 
@@ -64,6 +66,19 @@ def step_indices(spec: Spec, count: int) -> tuple[int, ...]:
     `last-1`.
     """
     return _indices(spec, count, "step", "all, last-8, 20, 0-4 or 0,20")
+
+
+def check_spec(spec: Spec, indices: Callable[[Spec, int], tuple[int, ...]]) -> None:
+    """Hold a specification to its grammar while no model says how many there are.
+
+    Args:
+        indices: what reads it: `layer_indices`, `head_indices` or `step_indices`.
+
+    Raises:
+        UserError: malformed or empty.
+    """
+    if str(spec).strip().lower() != "all":
+        indices(spec, _ANY)
 
 
 def seed_values(seed: int | Sequence[int], count: int, what: str = "images") -> list[int]:

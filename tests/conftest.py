@@ -31,3 +31,20 @@ def pipe() -> Any:
     from tests import tiny
 
     return tiny.pipeline("sd3")
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Any:
+    """A tiny SD3 with random weights, shared: a test that changes it builds its own."""
+    from mmdit_probe.models.mmdit import MMDiT
+    from tests import tiny
+
+    return MMDiT(tiny.pipeline("sd3"), "tiny", tiny.T5_LENGTH)
+
+
+@pytest.fixture(scope="session")
+def scenes_model() -> Any:
+    """The embedded model, shared: a test that changes it loads its own."""
+    from mmdit_probe import load
+
+    return load("scenes-sd3")

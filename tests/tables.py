@@ -6,6 +6,8 @@ from itertools import product
 
 import pandas as pd
 
+from mmdit_probe.experiments.token_rows import TokenRows
+
 SPANS = {
     ("clip", "bos"): 1,
     ("clip", "word"): 3,
@@ -20,7 +22,7 @@ IMAGE = 48
 BRANCHES = ("uncond", "cond")
 
 
-def budget_table(layers: int = 6, prompts: int = 3, steps: int = 2, heads: int = 2, item: bool = True) -> pd.DataFrame:
+def budget_table(layers: int = 6, prompts: int = 3, steps: int = 2, heads: int = 2) -> pd.DataFrame:
     """Image queries of layer l give (l + 1) / 10 to text, text queries half to image; spread evenly over text tokens.
 
     Head h and step s shift I2T by +-0.02 and +-0.01 (their means are 0), prompt p by 0.01 p; the unconditional branch
@@ -40,5 +42,13 @@ def budget_table(layers: int = 6, prompts: int = 3, steps: int = 2, heads: int =
             for (stream, span), n_key in SPANS.items():
                 words = {"key": "text", "span": span, "stream": stream, "mass": to_text[query] * n_key / text}
                 rows.append({**cell, **words, "n_key": n_key, "uniform": n_key / total})
-    table = pd.DataFrame(rows)
-    return table if item else table.drop(columns="item")
+    return pd.DataFrame(rows)
+
+
+def by_item(ask: TokenRows, table: pd.DataFrame) -> pd.DataFrame:
+    """What an experiment keeps of every item, from its long table: each denoising call is reduced, then joined."""
+    parts = []
+    for item, rows in table.groupby("item"):
+        calls = [ask.reduce({str(name): call[name] for name in call}) for _, call in rows.groupby("step")]
+        parts.append(ask.join(pd.concat(calls, ignore_index=True)).assign(item=item, control="none"))
+    return pd.concat(parts, ignore_index=True)

@@ -19,6 +19,7 @@ from mmdit_probe.scenes.parser import load_parser
 from mmdit_probe.scenes.world import SIZE, WORLD_VERSION
 from training.loop import adopt, weights
 from training.parser import load_trained_parser
+from training.session import Session
 from training.text import ClipPair, Restorer, clip_config, load_trained_text
 from training.tokenizers import clip_tokenizer, t5_tokenizer
 from training.transformer import SHIFT, AlignedTransformer, load_trained_transformer
@@ -42,14 +43,14 @@ def first_tower(pair: ClipPair) -> CLIPTextModelWithProjection:
     return tower.eval().requires_grad_(False)
 
 
-def assemble(workdir: Path, transformer: SD3Transformer2DModel | None = None) -> Any:
-    """The stock pipeline of the parts trained in ``workdir``; ``transformer`` replaces the one trained there."""
-    pair, t5 = load_trained_text(workdir)
+def assemble(session: Session, transformer: SD3Transformer2DModel | None = None) -> Any:
+    """The stock pipeline of the parts trained in the working folder; ``transformer`` replaces the one trained there."""
+    pair, t5 = load_trained_text(session.workdir)
     pair.second.set_attn_implementation("sdpa")
     pipeline = StableDiffusion3Pipeline(
-        transformer=transformer or load_trained_transformer(workdir),
+        transformer=transformer or load_trained_transformer(session.workdir / "transformer"),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
-        vae=load_trained_vae(workdir),
+        vae=load_trained_vae(session),
         text_encoder=first_tower(pair),
         tokenizer=clip_tokenizer(),
         text_encoder_2=pair.second,
@@ -61,14 +62,15 @@ def assemble(workdir: Path, transformer: SD3Transformer2DModel | None = None) ->
     return pipeline
 
 
-def export(workdir: Path, assets: Path) -> None:
-    """Write what ships into ``assets``: scenes-sd3, scenes-clip, scenes-parser and the training curves.
+def export(session: Session) -> None:
+    """Write what ships into the session's assets: scenes-sd3, scenes-clip, scenes-parser and the training curves.
 
     The folders are written beside the old ones and moved over them at the end.
     """
+    workdir, assets = session.workdir, session.shipped
     fresh = assets / "_fresh"
     shutil.rmtree(fresh, ignore_errors=True)
-    pipeline = assemble(workdir)
+    pipeline = assemble(session)
     # Only the transformer is stored in half precision: diffusers loads its own models in float32 by default,
     # transformers loads in the stored type, and a pipeline of both kinds must run as it is loaded.
     pipeline.transformer.to(torch.float16)
@@ -97,19 +99,21 @@ def export(workdir: Path, assets: Path) -> None:
     fresh.rmdir()
 
 
-def unpack(assets: Path, workdir: Path) -> None:
-    """Make the shipped weights the last checkpoints of all stages in ``workdir``; the inverse of ``export``.
+def unpack(session: Session) -> None:
+    """Make the shipped weights the last checkpoints of all stages in a working folder; the inverse of ``export``.
 
-    What does not ship starts anew: optimisers, T5's head, the head that the transformer's tokens are aligned through,
-    and the digits that half precision has cut off.
+    What does not ship starts anew: optimisers, T5's head, and the digits that half precision has cut off.
 
     Raises:
-        UserError: ``workdir`` holds checkpoints.
+        UserError: the working folder holds checkpoints.
     """
+    workdir, assets = session.workdir, session.shipped
     shipped = load(str(assets / "scenes-sd3"), device="cpu", dtype="float32").pipeline
     torch.manual_seed(0)
     pair, restorer, aligned, vae = ClipPair(), Restorer(), AlignedTransformer(), build_vae()
-    pair.clip.load_state_dict(CLIPModel.from_pretrained(assets / "scenes-clip").float().state_dict())
+    pair.clip.load_state_dict(
+        CLIPModel.from_pretrained(assets / "scenes-clip", use_safetensors=True).float().state_dict()
+    )
     # The first tower ships twice, in the pipeline with all its digits.
     pair.clip.load_state_dict(shipped.text_encoder.state_dict(), strict=False)
     pair.second.load_state_dict(shipped.text_encoder_2.state_dict())

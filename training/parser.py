@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -13,7 +12,8 @@ from mmdit_probe.evaluate import confusion, mean_iou
 from mmdit_probe.scenes.parser import SceneParser
 from mmdit_probe.scenes.world import CLASSES, NO_COLOUR
 from training.loop import Stage, low_precision, run, trained_state, warmup_cosine
-from training.pool import Pool, pool
+from training.pool import Pool
+from training.session import Session
 
 
 def disturb(images: Tensor) -> Tensor:
@@ -28,28 +28,29 @@ def disturb(images: Tensor) -> Tensor:
     return mixed * light + 0.2 * torch.rand(n, 1, 1, 1, device=images.device) * torch.randn_like(images)
 
 
-def batch_of(data: Pool, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Images [B, 3, S, S] in [-1, 1], class ids and colour ids [B, S, S]."""
-    rows = np.sort(indices.numpy())
-    images = torch.from_numpy(data.images[rows]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-    classes = torch.from_numpy(data.classes[rows]).to(device).long()
-    return images, classes, torch.from_numpy(data.colours[rows]).to(device).long()
+def images_of(data: Pool, rows: Tensor, device: torch.device) -> Tensor:
+    """Images [B, 3, S, S] in [-1, 1] of some scenes, in the order of ``rows``."""
+    return torch.from_numpy(data.images[rows.numpy()]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train_parser(
-    workdir: Path, *, steps: int = 1500, batch: int = 32, device: str = "cpu", resume: bool = True
-) -> None:
-    """Train the parser into ``workdir/parser``. A step sees a batch of full scenes; every fourth, small canvases."""
-    where = torch.device(device)
-    full = pool(workdir / "pools", "train", 40000)
-    small = pool(workdir / "pools", "train", 40000, size=32, objects=(1, 1))
-    val = pool(workdir / "pools", "val", 1000)
-    torch.manual_seed(0)
+def batch_of(data: Pool, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Images [B, 3, S, S] in [-1, 1], class ids and colour ids [B, S, S], in the order of the pool."""
+    rows = rows.sort().values
+    classes, colours = (torch.from_numpy(maps[rows.numpy()]).to(device).long() for maps in (data.classes, data.colours))
+    return images_of(data, rows, device), classes, colours
+
+
+def train_parser(session: Session) -> bool:
+    """Train the parser into ``workdir/parser``. A step sees 32 full scenes; every fourth, 64 small canvases."""
+    where, steps = session.where, session.steps or 1500
+    full, small = session.pool("train"), session.pool("train", size=32, objects=(1, 1))
+    val = session.pool("val")
+    torch.manual_seed(session.seed)
     parser = SceneParser().to(where)
     optimizer = torch.optim.AdamW(parser.parameters(), lr=3e-3, weight_decay=1e-3)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        data, n = (small, 2 * batch) if step % 4 == 3 else (full, batch)
+        data, n = (small, 64) if step % 4 == 3 else (full, 32)
         images, classes, colours = batch_of(data, torch.randint(len(data), (n,)), where)
         with low_precision(where):
             class_logits, colour_logits = parser(disturb(images))
@@ -64,23 +65,17 @@ def train_parser(
         return numbers
 
     stage = Stage(
-        "parser",
-        steps,
-        parser,
-        [optimizer],
-        loss,
-        lambda step: warmup_cosine(step, steps, 100),
-        evaluate,
+        "parser", steps, parser, [optimizer], loss, lambda step: warmup_cosine(step, steps, 100), evaluate,
         evaluate_every=500,
-    )
-    run(stage, workdir / "parser", resume=resume)
+    )  # fmt: skip
+    return run(stage, session.workdir / "parser", session)
 
 
 @torch.no_grad()
 def validate(parser: SceneParser, val: Pool, device: torch.device, n: int = 256) -> dict[str, float]:
     """Mean IoU over classes, and colour accuracy, on clean and on disturbed held-out scenes."""
     numbers: dict[str, float] = {}
-    images, classes, colours = batch_of(val, torch.arange(n), device)
+    images, classes, colours = batch_of(val, torch.arange(min(n, len(val))), device)
     for name, seen in (("clean", images), ("disturbed", disturb(images))):
         found, shades = (torch.from_numpy(x) for x in parser.label(seen))
         counts = confusion(classes.cpu().numpy(), found.numpy(), len(CLASSES))

@@ -10,11 +10,16 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
+from mmdit_probe.results.atomic import replacing, write_text
 from mmdit_probe.scenes import KINDS, SIZE, WORLD_VERSION, Scene, describe, scene
+
+console = Console(stderr=True, highlight=False)
 
 
 @dataclass(frozen=True)
@@ -59,18 +64,25 @@ def pool(
 ) -> Pool:
     """The first ``count`` scenes of a split, rendered once into ``folder`` and read from there afterwards."""
     name = f"world{WORLD_VERSION}-{split}-{size}px-{objects[0]}to{objects[1]}-{count}"
-    base = folder / name
-    if not base.with_suffix(".json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    captions = folder / f"{name}.json"
+    if not captions.exists():
+        console.print(f"rendering {count} scenes of {size} px ({split}) ...")
         chunks = [(split, range(i, min(i + 500, count)), size, objects) for i in range(0, count, 500)]
-        with ProcessPoolExecutor(workers or os.cpu_count()) as executor:
-            rows = [row for chunk in executor.map(_render, chunks) for row in chunk]
+        if len(chunks) == 1:
+            rows = _render(chunks[0])
+        else:
+            with ProcessPoolExecutor(workers or os.cpu_count()) as executor:
+                rows = [row for chunk in executor.map(_render, chunks) for row in chunk]
         for part, column in enumerate(("images", "classes", "colours")):
-            np.save(folder / f"{name}-{column}.npy", np.stack([row[part] for row in rows]))
-        partial = base.with_suffix(".partial")
-        partial.write_text(json.dumps([row[3] for row in rows]))
-        partial.rename(base.with_suffix(".json"))
+            save_array(folder / f"{name}-{column}.npy", np.stack([row[part] for row in rows]))
+        write_text(captions, json.dumps([row[3] for row in rows]))
     images, classes, colours = (
         np.load(folder / f"{name}-{column}.npy", mmap_mode="r") for column in ("images", "classes", "colours")
     )
-    return Pool(images, classes, colours, json.loads(base.with_suffix(".json").read_text()))
+    return Pool(images, classes, colours, json.loads(captions.read_text()))
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an array: complete or not at all."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)

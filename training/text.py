@@ -17,13 +17,15 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWit
 from mmdit_probe.scenes.captions import KINDS
 from mmdit_probe.scenes.world import SIZE
 from training.loop import Stage, low_precision, run, trained_state, warmup_cosine
-from training.parser import batch_of
-from training.pool import Pool, pool
+from training.parser import images_of
+from training.pool import Pool
+from training.session import Session
 from training.tokenizers import MASK, TEXT_LENGTH, clip_tokenizer, t5_tokenizer
 
 WIDTH = 64
 """Width of each CLIP text tower and of the shared space; T5 is twice as wide, so that both fit without padding."""
 
+BATCH = 128
 _KIND_WEIGHTS = {
     "colour": 4.0,
     "shape": 1.0,
@@ -94,12 +96,12 @@ class ClipPair(nn.Module):
         return F.normalize(pictures, dim=-1), F.normalize(first, dim=-1), F.normalize(second, dim=-1)
 
 
-def train_clip(workdir: Path, *, steps: int = 1500, batch: int = 128, device: str = "cpu", resume: bool = True) -> None:
+def train_clip(session: Session) -> bool:
     """Train both CLIP text towers contrastively into ``workdir/clip``."""
-    where = torch.device(device)
-    data, val = pool(workdir / "pools", "train", 40000), pool(workdir / "pools", "val", 1000)
+    where, steps = session.where, session.steps or 1500
+    data, val = session.pool("train"), session.pool("val")
     first, second = clip_tokenizer(), clip_tokenizer("!")
-    torch.manual_seed(0)
+    torch.manual_seed(session.seed)
     pair = ClipPair().to(where)
     optimizer = torch.optim.AdamW(pair.parameters(), lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98))
 
@@ -114,9 +116,9 @@ def train_clip(workdir: Path, *, steps: int = 1500, batch: int = 128, device: st
         return scale * pictures.float() @ one.float().T, scale * pictures.float() @ two.float().T
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        rows = torch.randint(len(data), (batch,)).sort().values
+        rows = torch.randint(len(data), (BATCH,)).sort().values
         texts = draw_captions(data, rows.tolist())
-        images, _, _ = batch_of(data, rows, where)
+        images = images_of(data, rows, where)
         same = torch.tensor([[a == b for b in texts] for a in texts], device=where).float()
         total = torch.zeros((), device=where)
         for logits in similarity(images, texts):
@@ -127,19 +129,19 @@ def train_clip(workdir: Path, *, steps: int = 1500, batch: int = 128, device: st
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
         pair.eval()
-        images, _, _ = batch_of(val, torch.arange(256), where)
-        texts = [val.captions[i][KINDS.index("complex")] for i in range(256)]
+        n = min(256, len(val))
+        images = images_of(val, torch.arange(n), where)
+        texts = [row[KINDS.index("complex")] for row in val.captions[:n]]
         scores = similarity(images, texts)
         pair.train()
-        truth = torch.arange(256, device=where)
+        truth = torch.arange(n, device=where)
         return {f"retrieval_{k}": float((s.argmax(0) == truth).float().mean()) for k, s in enumerate(scores, start=1)}
 
-    rate = lambda step: warmup_cosine(step, steps, 150)  # noqa: E731
-    run(
-        Stage("clip", steps, pair, [optimizer], loss, rate, evaluate, evaluate_every=500),
-        workdir / "clip",
-        resume=resume,
-    )
+    stage = Stage(
+        "clip", steps, pair, [optimizer], loss, lambda step: warmup_cosine(step, steps, 150), evaluate,
+        evaluate_every=500,
+    )  # fmt: skip
+    return run(stage, session.workdir / "clip", session)
 
 
 def t5_config() -> T5Config:
@@ -173,13 +175,13 @@ class Restorer(nn.Module):
         return self.head(self.encoder(input_ids=ids)[0])  # type: ignore[no-any-return]
 
 
-def train_t5(workdir: Path, *, steps: int = 1500, batch: int = 128, device: str = "cpu", resume: bool = True) -> None:
+def train_t5(session: Session) -> bool:
     """Train the T5 encoder into ``workdir/t5``: 20 % of the words hidden, 10 % exchanged, all positions restored."""
-    where = torch.device(device)
-    data, val = pool(workdir / "pools", "train", 40000), pool(workdir / "pools", "val", 1000)
+    where, steps = session.where, session.steps or 1500
+    data, val = session.pool("train"), session.pool("val")
     tokens = t5_tokenizer()
     mask_id = tokens.convert_tokens_to_ids(MASK)
-    torch.manual_seed(0)
+    torch.manual_seed(session.seed)
     model = Restorer().to(where)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
 
@@ -194,7 +196,7 @@ def train_t5(workdir: Path, *, steps: int = 1500, batch: int = 128, device: str 
         return seen.to(where), ids.to(where), (word & (seen == mask_id)).to(where)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        seen, truth, hidden = spoil(draw_captions(data, torch.randint(len(data), (batch,)).tolist()))
+        seen, truth, hidden = spoil(draw_captions(data, torch.randint(len(data), (BATCH,)).tolist()))
         each = F.cross_entropy(model(seen).flatten(0, 1), truth.flatten(), reduction="none").view(truth.shape)
         each = each * (truth != 0)
         masked = each[hidden].mean()
@@ -202,7 +204,7 @@ def train_t5(workdir: Path, *, steps: int = 1500, batch: int = 128, device: str 
 
     @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
-        seen, truth, hidden = spoil([val.captions[i][KINDS.index("complex")] for i in range(256)])
+        seen, truth, hidden = spoil([row[KINDS.index("complex")] for row in val.captions[:256]])
         found = model(seen).argmax(-1)
         kept = (truth > mask_id) & (seen == truth)
         return {
@@ -210,8 +212,11 @@ def train_t5(workdir: Path, *, steps: int = 1500, batch: int = 128, device: str 
             "kept_right": float((found == truth)[kept].float().mean()),
         }
 
-    rate = lambda step: warmup_cosine(step, steps, 100)  # noqa: E731
-    run(Stage("t5", steps, model, [optimizer], loss, rate, evaluate, evaluate_every=500), workdir / "t5", resume=resume)
+    stage = Stage(
+        "t5", steps, model, [optimizer], loss, lambda step: warmup_cosine(step, steps, 100), evaluate,
+        evaluate_every=500,
+    )  # fmt: skip
+    return run(stage, session.workdir / "t5", session)
 
 
 def load_trained_text(workdir: Path) -> tuple[ClipPair, T5EncoderModel]:

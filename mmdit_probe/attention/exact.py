@@ -1,12 +1,10 @@
-"""Exact attention probabilities without the N x N matrix.
-
-The kernel that computes the output also computes each row's log-sum-exp, and with it any set of columns is
+"""Exact attention probabilities without the N x N matrix, as columns from the kernel's row log-sum-exp:
 
     A[:, keys] = exp(scale * q k_keys^T + bias - lse)
 
-so masses and text maps cost O(N T) time and a few megabytes. q and k are upcast to float32 for those columns: a
-bfloat16 matmul would round its *output* logits and lose two digits. Where a kernel gives no lse (MPS, unknown devices),
-one more attention with indicator values gives the masses of key groups.
+so masses and text maps cost O(N T) time and a few megabytes. q and k are upcast to float32: a bfloat16 matmul would
+round its *output* logits and lose two digits. Where a kernel gives no lse (MPS, unknown devices), one more attention
+with indicator values gives the masses of key groups.
 
     >>> import torch
     >>> q = torch.randn(1, 2, 6, 16)
@@ -17,8 +15,7 @@ one more attention with indicator values gives the masses of key groups.
     >>> reduce(call, lse, slice(4, 6), query_weights=torch.ones(1, 1, 6)).shape    # summed over queries
     torch.Size([1, 2, 1, 2])
 
-Nothing here is differentiable: torch's kernels give lse without a gradient, and treating it as a constant gives wrong
-gradients without a warning. Every function therefore runs without gradients, except for `attend`'s output.
+Nothing here is differentiable but `attend`'s output: see `attention.gradients`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,5 @@
-"""Text maps and masses with gradients, without the N x N matrix.
-
-`attention.exact` reads probabilities off the kernel's row log-sum-exp, which torch's kernels return without a gradient;
-a loss on such maps would get wrong gradients without a warning. Here every map is a function of the attention call
-alone: there is no argument through which a log-sum-exp could be handed in, so it cannot be a constant.
+"""Text maps and masses with gradients, without the N x N matrix: torch's kernels return a log-sum-exp without a
+gradient, so every map here is a function of the attention call alone.
 
     >>> import torch
     >>> q = torch.randn(1, 2, 6, 16, requires_grad=True)
@@ -13,12 +10,10 @@ alone: there is no argument through which a log-sum-exp could be handed in, so i
 
 Two ways, both exact, chosen by `text_maps`:
 
-    values     attention over indicator values: one more attention call, natively differentiable, any kernel and mask;
-               at most D groups of keys a call. Memory O(N D).
-    columns    exp(scale q k_text^T + bias - lse) with `row_lse`, the differentiable log-sum-exp. Memory O(N T).
+    values     attention over indicator values: one more attention call, any kernel and mask; memory O(N D)
+    columns    exp(scale q k_text^T + bias - lse) with `row_lse`, the differentiable log-sum-exp; memory O(N T)
 
-The edit "blur" and the maps of observers need no gradient and do not come here. Gradient checkpointing recomputes these
-functions like any other part of the forward (use_reentrant=False).
+Gradient checkpointing recomputes them like any other part of the forward (use_reentrant=False).
 """
 
 from __future__ import annotations
@@ -36,7 +31,7 @@ from mmdit_probe.attention.tiles import Columns, bias_of
 Space = Literal["logit", "probability"]
 """Maps before the softmax (scale q k^T + bias) or after it."""
 
-_ROWS_AT_ONCE = 256
+_ROWS_AT_ONCE = 128
 
 
 @torch.library.custom_op("mmdit_probe::row_lse", mutates_args=())
@@ -44,7 +39,7 @@ def _row_lse(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, s
     call = SDPACall(query, key, key, mask, 0.0, is_causal, scale)
     lse = exact.logsumexp(call)
     # A fresh tensor in one memory order: a compiled graph is told nothing else.
-    return (_streamed_lse(call) if lse is None else lse.float()).clone(memory_format=torch.contiguous_format)
+    return (streamed_lse(call) if lse is None else lse.float()).clone(memory_format=torch.contiguous_format)
 
 
 @_row_lse.register_fake
@@ -82,7 +77,7 @@ def row_lse(call: SDPACall) -> Tensor:
     learned bias) gets its own as well, in O(N^2) memory, which is what such a mask has anyway.
     """
     if call.attn_mask is not None and call.attn_mask.requires_grad:
-        return _streamed_lse(call)
+        return streamed_lse(call)
     lse: Tensor = torch.ops.mmdit_probe.row_lse(
         call.query, call.expanded_key(), call.additive_mask(call.query.dtype), call.is_causal, call.scale_factor
     )
@@ -167,9 +162,10 @@ def text_maps(
     return maps.mean(1) if heads == "mean" else maps
 
 
-def _streamed_lse(call: SDPACall) -> Tensor:
-    """Row log-sum-exp by blocks of rows, for devices whose kernels give none."""
+def streamed_lse(call: SDPACall) -> Tensor:
+    """Row log-sum-exp [B, H, Nq] by blocks of rows, for devices whose kernels give none; 0 where no key is seen."""
     parts = []
     for start in range(0, call.query.shape[-2], _ROWS_AT_ONCE):
         parts.append(logits(call, slice(None), slice(start, start + _ROWS_AT_ONCE)).logsumexp(-1))
-    return torch.cat(parts, -1)
+    lse = torch.cat(parts, -1)
+    return lse.masked_fill(lse == float("-inf"), 0.0)

@@ -1,26 +1,20 @@
 """Where attention calls are seen and replaced: one hook per attention module, with an ordered list of handlers.
 
+    detach = watch(block.attn, recorder, "record")
+    detach()
+
 A `TorchFunctionMode` turns `torch.nn.functional.scaled_dot_product_attention` into a callback for exactly as long as
 one module's forward runs. No processor is rewritten and no global is patched. Handlers have a stage, which orders them
 however they were attached:
 
     input    changes the call (q, k, v, mask); everything later sees the changed call
-    record   sees one full call with its output; returns nothing
+    record   sees one full call with its output, also when an edit after it splits the call; returns nothing
     output   computes the output instead of the kernel (`proceed` is the next one, at last the kernel)
 
-so a recorder sees one full call even when an edit after it splits the call or changes the values.
-
-    detach = watch(block.attn, recorder, "record")
-    ...
-    detach()
-
-What is seen is what runs: other function modes (a guider's layer skip, torch's default device) come first, whenever
-they were entered, and handlers see what they leave of the call, as autocast casts it. The handlers themselves run
-without modes and without autocast.
-
-Removal works in any order: a module's hook goes when its last handler goes, and the module's own `forward` comes back.
-A deep copy of a watched module is a plain one. Not `diffusers.hooks.HookRegistry`, whose removal is right only last-in
-first-out. Under torch.compile: `attention.compiled`.
+Other function modes (a guider's layer skip, torch's default device) come first, and handlers see what they leave of the
+call, as autocast casts it; they themselves run without modes and without autocast. Removal works in any order, which
+diffusers' `HookRegistry` cannot, and a deep copy of a watched module is a plain one. Under torch.compile:
+`attention.compiled`.
 """
 
 from __future__ import annotations
@@ -83,7 +77,7 @@ class Record:
         return self._lse
 
 
-class Transform(Protocol):
+class InputHandler(Protocol):
     """A handler of stage "input"."""
 
     def __call__(self, call: SDPACall, module_call: ModuleCall) -> SDPACall: ...
@@ -99,18 +93,18 @@ class Recorder(Protocol):
     def record(self, record: Record) -> None: ...
 
 
-class Edit(Protocol):
+class OutputHandler(Protocol):
     """A handler of stage "output"."""
 
     def __call__(self, call: SDPACall, module_call: ModuleCall, proceed: Callable[[SDPACall], Tensor]) -> Tensor: ...
 
 
-def watch(module: nn.Module, handler: Transform | Recorder | Edit, stage: Stage) -> Detach:
+def watch(module: nn.Module, handler: InputHandler | Recorder | OutputHandler, stage: Stage) -> Detach:
     """Let `handler` see (and, by its stage, change) every attention call that `module`'s forward makes.
 
     Args:
         module: an attention module; any module whose forward calls `scaled_dot_product_attention`.
-        handler: see `Transform`, `Recorder` and `Edit`.
+        handler: see `InputHandler`, `Recorder` and `OutputHandler`.
         stage: where the handler comes; within a stage, in the order of attachment.
 
     Returns: a function that takes the handler off again; calling it twice does nothing more.

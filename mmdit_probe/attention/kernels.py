@@ -4,8 +4,7 @@
         print(row["kernel"], row["dtype"], row["case"], row["status"])
 
 Every kernel that torch can be told to use is tried with every precision on small calls that differ in what has gone
-wrong before: lengths off the kernels' tiles, both usual head widths, masks, grouped heads, transposed views. The
-reference is `attention.reference` on the CPU. Behind `mmdit-probe doctor --deep`; not a benchmark.
+wrong before. Behind `mmdit-probe doctor --deep`; not a benchmark.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmdit_probe.attention import exact, reference
 from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.errors import first_line
 
 DTYPES = ("float32", "bfloat16", "float16")
 INDICATOR = "indicator"
@@ -101,7 +101,7 @@ def check(case: Case, dtype: str, device: str, kernel: str) -> dict[str, Any]:
                 return row | {"reason": "torch does not take it for this call"}
             stock = call.stock()
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        return row | {"reason": _first_line(error)}
+        return row | {"reason": first_line(error)}
     # The model would run; if the probe does not, that is no missing kernel.
     try:
         with _chosen(kernel):
@@ -111,7 +111,7 @@ def check(case: Case, dtype: str, device: str, kernel: str) -> dict[str, Any]:
             text = slice(case.image, None)
             maps, masses = _maps(call, lse, text, case), _masses(call, lse, case)
     except Exception as error:
-        return row | {"status": "fail", "reason": _first_line(error)}
+        return row | {"status": "fail", "reason": first_line(error)}
     host = [None if t is None else t.cpu() for t in (call.query, call.key, call.attn_mask)]
     dense, true_lse = reference.probabilities(*host), reference.logsumexp(*host)  # type: ignore[arg-type]
     errors = {
@@ -130,10 +130,6 @@ def check(case: Case, dtype: str, device: str, kernel: str) -> dict[str, Any]:
 
 def _chosen(kernel: str) -> AbstractContextManager[Any]:
     return sdpa_kernel(BACKENDS[kernel]) if kernel in BACKENDS else nullcontext()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def rows(device: str) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,5 @@
 """Columns of the attention matrix block by block, in one reused buffer that stays in a processor's cache.
 
-Everything exact about single keys (masses, maps, sinks) reduces such columns, so the loop and what makes it fast are
-here once:
-
     >>> import torch
     >>> q = torch.randn(1, 2, 6, 16)
     >>> call = SDPACall(q, q, q)
@@ -10,9 +7,8 @@ here once:
     >>> [tuple(block.values.shape) for block in blocks(call, lse, slice(4, 6), slice(None))]
     [(1, 2, 6, 16)]
 
-Each block is exp(scale q k^T + bias - lse) in float32. Its keys are padded to a multiple of `ALIGNED` (333 text tokens
-would leave every row unaligned: twice the time); the pads are copies of the last key, so they are finite, and are cut
-off at the end by whoever reduces: `values[..., :K]`. Nothing here is differentiable, and nothing holds two blocks.
+Each block is exp(scale q k^T + bias - lse) in float32. Its keys are padded to a multiple of `ALIGNED` by copies of the
+last key, cut off by whoever reduces: `values[..., :K]`. Nothing here is differentiable, and nothing holds two blocks.
 """
 
 from __future__ import annotations

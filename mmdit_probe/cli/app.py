@@ -21,21 +21,39 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 
 from mmdit_probe import __version__
-from mmdit_probe.cli import discover, doctor, evaluate, models, segment, train_magnet
-from mmdit_probe.cli.adapter import command_of
+from mmdit_probe.cli import compare, doctor, models
+from mmdit_probe.cli.adapter import command_of, epilog
 from mmdit_probe.errors import ProbeError
 from mmdit_probe.experiments import (
     AttentionBudget,
     Attribute,
+    BlockOperations,
+    ContributionBudget,
     Diagnose,
+    Discover,
+    Evaluate,
+    Explore,
     FeaturePCA,
     Generate,
+    HeadTriage,
     Perturb,
+    Report,
     Score,
+    Segment,
     SelectLayers,
+    SigmaByLayer,
+    SwapTest,
+    TrainMagnet,
     ValueNorms,
+    WordMaps,
 )
 
+COMMANDS: tuple[Any, ...] = (
+    WordMaps, Explore, Report, AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose,
+    Attribute, SelectLayers, SwapTest, HeadTriage, SigmaByLayer, BlockOperations, Segment, Discover, Evaluate, Score,
+    TrainMagnet,
+)  # fmt: skip
+RESUMABLE = {one.name for one in COMMANDS if "resume" not in getattr(one, "without", ())}
 INTERRUPTED = 130
 LAZY = {
     "scenes": ("mmdit_probe.cli.scenes", "The embedded world: look at scenes."),
@@ -71,14 +89,10 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for experiment in (AttentionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose, Attribute, SelectLayers):
-    app.command(experiment.name)(command_of(experiment))
-app.command("segment")(segment.command)
-app.command("discover")(discover.command)
-app.command("evaluate")(evaluate.command)
+for command in COMMANDS:
+    app.command(command.name, epilog=epilog(command))(command_of(command))
 app.add_typer(models.app, name="models")
-app.command(Score.name)(command_of(Score))
-app.command("train-magnet")(train_magnet.command)
+app.command("compare")(compare.command)
 app.command("doctor")(doctor.command)
 
 
@@ -122,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         sys.exit(_fail(f"{reason}; run again with --debug for the traceback", 1, as_json))
     if code == INTERRUPTED:  # typer turns the key into this code
-        _fail("interrupted; finished items are kept, continue with --resume", INTERRUPTED, as_json)
+        kept = "; finished items are kept, continue with --resume" if RESUMABLE & set(arguments[:1]) else ""
+        _fail(f"interrupted{kept}", INTERRUPTED, as_json)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -17,14 +17,14 @@ Name = Annotated[str, typer.Argument(help="Name of a data set; `mmdit-probe data
 @app.command("list")
 def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> None:
     """Name the readers, their classes and the folders they look for."""
-    from rich.table import Table
-
     from mmdit_probe.cli.output import Output
     from mmdit_probe.data.public import SETS
+    from mmdit_probe.experiments.text import TextTable
 
-    table = Table(
-        "name", "classes", "images", "background", "folders, first layout found",
-        title="data sets; give them as NAME:ROOT", title_justify="left",
+    columns = ["name", "classes", "images", "background", "folders, first layout found"]
+    table = TextTable(
+        columns, left=("name", "background", columns[-1]), title="data sets; give them as NAME:ROOT",
+        spare=("images", "background", columns[-1]),
     )  # fmt: skip
     rows: list[dict[str, Any]] = [
         {
@@ -35,13 +35,15 @@ def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> 
         for source in SETS
     ]  # fmt: skip
     for row in rows:
-        folders = "\n".join(row["folders"])
+        first, *others = row["folders"]
         background = "a word, not scored" if row["ignored"] else "yes" if row["background"] else "no"
-        table.add_row(row["name"], str(row["classes"]), str(row["images"]), background, folders)
-    table.add_row("sa1b", "masks", "any", "no", "sa_*.jpg + sa_*.json; or images/ + annotations/")
-    table.add_row("coco-instances, -stuff, -panoptic", "the JSON's", "any", "no", "val2017 + annotations/*.json")
-    table.add_row("folder", "classes.txt", "", "if named", "images/ + labels/*.png")
-    table.add_row("scenes:SPLIT", "15", "any", "no", "none: embedded")
+        table.add(row["name"], str(row["classes"]), str(row["images"]), background, first)
+        for folder in others:
+            table.add("", "", "", "", folder)
+    table.add("sa1b", "masks", "any", "no", "sa_*.jpg + sa_*.json; or images/ + annotations/")
+    table.add("coco-instances, -stuff, -panoptic", "the JSON's", "any", "no", "val2017 + annotations/*.json")
+    table.add("folder", "classes.txt", "", "if named", "images/ + labels/*.png")
+    table.add("scenes:SPLIT", "15", "any", "no", "none: embedded")
     Output(quiet=quiet, as_json=as_json, debug=debug).result({"datasets": rows}, [table])
 
 
@@ -55,11 +57,10 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Open every picture and label and say what is found, missing or wrong. Exit code 1 if something is wrong."""
-    from rich.table import Table
-
     from mmdit_probe.cli.output import Output
     from mmdit_probe.data import dataset
     from mmdit_probe.data.check import check as run
+    from mmdit_probe.experiments.text import TextTable
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     data = dataset(f"{name}:{root}", limit)
@@ -67,11 +68,10 @@ def check(
         found = run(data, advance)
     held = "masks without names" if data.agnostic else f"{len(data.classes)} classes"
     title = f"{data.name}: {found.images} images, {held}"
-    table = Table("class", title=title, title_justify="left")
-    table.add_column("share of scored pixels", justify="right")
+    table = TextTable(["class", "share of scored pixels"], left=("class",), title=title)
     total = max(1, int(found.pixels.sum()))
     for one, pixels in zip(data.classes, found.pixels, strict=True):
-        table.add_row(one.name, f"{pixels / total:.2%}")
+        table.add(one.name, f"{pixels / total:.2%}")
     what = "masks" if data.agnostic else "classes"
     lines = [title] if data.agnostic else []
     lines += [f"not scored: {found.ignored:.1%} of pixels; {found.per_image:.1f} {what} per image"]

@@ -20,24 +20,25 @@ def command(
     device: Device = "auto", deep: Deep = False, as_json: Json = False, quiet: Quiet = False, debug: Debug = False
 ) -> None:
     """Print versions, devices, attention kernels and what the engine will do with them."""
-    from rich.table import Table
-
+    from mmdit_probe import assets
     from mmdit_probe.cli.output import Output
+    from mmdit_probe.experiments.text import TextTable
     from mmdit_probe.results import environment
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     report: dict[str, Any] = environment()
     report |= _devices(device)
     report["kernels"] = [kernel_report(report["device"], dtype) for dtype in ("float32", "bfloat16", "float16")]
-    report["embedded_models"] = _embedded()
+    report["embedded_models"] = list(assets.names())
 
-    versions = Table(title="versions", title_justify="left", show_header=False)
+    versions = TextTable(["package", "version"], left=("package", "version"), title="versions")
     for name, version in {"python": report["python"], **report["versions"]}.items():
-        versions.add_row(name, version or "not installed")
+        versions.add(name, version or "not installed")
     title = f"attention on {report['device']} ({report['device_name']})"
-    kernels = Table("dtype", "kernel", "log-sum-exp", "masses come from", title=title, title_justify="left")
+    columns = ["dtype", "kernel", "log-sum-exp", "masses come from"]
+    kernels = TextTable(columns, left=columns, title=title)
     for row in report["kernels"]:
-        kernels.add_row(row["dtype"], row["kernel"], "available" if row["logsumexp"] else "no", row["route"])
+        kernels.add(row["dtype"], row["kernel"], "available" if row["logsumexp"] else "no", row["route"])
     found = ", ".join(report["embedded_models"]) or "none found"
     parts: list[Any] = [versions, kernels, f"embedded models: {found}", f"platform: {report['platform']}"]
     if deep:
@@ -62,18 +63,18 @@ def parity(device: str, output: Any) -> list[dict[str, Any]]:
 
 
 def _parity_table(found: list[dict[str, Any]]) -> list[Any]:
-    from rich.table import Table
-
     from mmdit_probe.attention.kernels import LIMITS, summary
+    from mmdit_probe.experiments.text import TextTable
 
-    table = Table(
-        "kernel", "dtype", "log-sum-exp", "mean mass", "map", "passed", "failed", "not run", "remark",
-        title="largest errors against float64, by kernel", title_justify="left",
+    table = TextTable(
+        ["kernel", "dtype", "log-sum-exp", "mean mass", "map", "passed", "failed", "not run", "remark"],
+        left=("kernel", "dtype", "remark"), title="largest errors against float64, by kernel",
+        spare=("remark", "not run"),
     )  # fmt: skip
     for row in summary(found):
         errors = ["-" if row[name] is None else f"{row[name]:.1e}" for name in ("lse", "mass", "map")]
         counts = [str(row[status]) for status in ("pass", "fail", "unavailable")]
-        table.add_row(row["kernel"], row["dtype"], *errors, *counts, row["remark"])
+        table.add(row["kernel"], row["dtype"], *errors, *counts, row["remark"])
     limits = "; ".join(
         f"{dtype}: log-sum-exp {of['lse']:.0e}, mean mass {of['mass']:.0e}, map {of['map']:.0e}"
         for dtype, of in LIMITS.items()
@@ -123,9 +124,3 @@ def _devices(wanted: str) -> dict[str, Any]:
         "mps": torch.backends.mps.is_available(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _embedded() -> list[str]:
-    from mmdit_probe import assets
-
-    return list(assets.names())

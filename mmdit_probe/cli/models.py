@@ -18,11 +18,11 @@ def listing(context: typer.Context, as_json: Json = False, quiet: Quiet = False,
     """List the embedded models and the supported model families."""
     if context.invoked_subcommand is not None:
         return
-    from rich.table import Table
-
     from mmdit_probe import assets
     from mmdit_probe.cli.output import Output
+    from mmdit_probe.experiments.text import TextTable
     from mmdit_probe.models.families.registry import FAMILIES
+    from mmdit_probe.scenes.captions import WORDS
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     kinds = {name: describe(assets.path(name)) for name in assets.names()}
@@ -31,16 +31,16 @@ def listing(context: typer.Context, as_json: Json = False, quiet: Quiet = False,
         {"name": family.name, "transformer": family.transformer, "order": list(family.order)}
         for family in FAMILIES.values()
     ]
-    first = Table("name", "what", title="Embedded models (--model NAME)", title_justify="left")
+    first = TextTable(["name", "what"], left=("name", "what"), title="Embedded models (--model NAME)")
     for entry in embedded:
-        first.add_row(entry["name"], entry["what"])
-    second = Table(
-        "family", "diffusers transformer", "token order", title="Families (--model DIRECTORY or hub id)",
-        title_justify="left",
-    )  # fmt: skip
+        first.add(entry["name"], entry["what"])
+    columns = ["family", "diffusers transformer", "token order"]
+    second = TextTable(columns, left=columns, title="Families (--model DIRECTORY or hub id)")
     for fact in families:
-        second.add_row(str(fact["name"]), str(fact["transformer"]), ", ".join(fact["order"]))
-    output.result({"embedded": embedded, "families": families}, [first, second])
+        second.add(str(fact["name"]), str(fact["transformer"]), ", ".join(fact["order"]))
+    known = f"The embedded models know {len(WORDS)} words: {', '.join(WORDS)}."
+    document = {"embedded": embedded, "words": list(WORDS), "families": families}
+    output.result(document, [first, known, second])
 
 
 @app.command("inspect")
@@ -51,17 +51,16 @@ def inspect_command(
     debug: Debug = False,
 ) -> None:
     """Find out, mechanically, which layers of a model are joint attention and in which order its tokens are."""
-    from rich.table import Table
-
     from mmdit_probe.cli.output import Output
+    from mmdit_probe.experiments.text import TextTable
     from mmdit_probe.observe.inspect import inspect_model
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     found = inspect_model(path)
     title = f"{found['transformer']} (family: {found['family'] or 'none known'})"
-    layers = Table("layer", "module", "token order", "kernel", title=title, title_justify="left")
+    layers = TextTable(["layer", "module", "token order", "kernel"], left=("module", "token order"), title=title)
     for layer in found["layers"]:
-        layers.add_row(str(layer["index"]), layer["path"], _order(layer["order"]), layer["kernel"])
+        layers.add(str(layer["index"]), layer["path"], _order(layer["order"]), layer["kernel"])
     others = [f"Not joint: {other['path']} ({_order(other['order'])})" for other in found["other attention"]]
     if found["entry agrees"] is False:
         others.append("The family's entry names other layers: please report it.")

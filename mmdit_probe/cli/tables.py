@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from mmdit_probe.experiments.text import TextTable
 
+_ENDLESS = 100_000
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
@@ -15,11 +17,18 @@ def fitted(table: TextTable, console: Console) -> tuple[Table, str]:
     """The table for a console, without the spare columns that do not fit, and a line that names them."""
     spare, hidden = list(table.spare), list[str]()
     shown = as_rich(table, hidden)
-    while spare and console.measure(shown).maximum > console.width:
+    while spare and _width(shown, console) > console.width:
         if (name := spare.pop(0)) in table.columns:
             hidden.append(name)
             shown = as_rich(table, hidden)
     return shown, f"not shown for lack of width: {', '.join(hidden)} (see the CSV)" if hidden else ""
+
+
+def _width(shown: Table, console: Console) -> int:
+    """Columns that a table needs if nothing in it is folded."""
+    from rich.measure import Measurement
+
+    return Measurement.get(console, console.options.update(max_width=_ENDLESS), shown).maximum
 
 
 def as_rich(table: TextTable, hidden: list[str]) -> Table:

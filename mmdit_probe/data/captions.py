@@ -3,9 +3,8 @@
     captioner = Captioner.load("Salesforce/blip-image-captioning-base", device="cuda")     # a folder or a hub id
     texts = cached({"a.jpg": open_a, "b.jpg": open_b}, "captions.json", captioner)
 
-Any model of `AutoModelForImageTextToText` (BLIP, BLIP-2, GIT, LLaVA, ...). Decoding is greedy, so that a caption is a
-function of model, instruction and picture. The file holds what was captioned, by which model; it is written as it grows
-and read before the model is: with all captions there, no captioning model is needed.
+Any model of `AutoModelForImageTextToText` (BLIP, BLIP-2, GIT, LLaVA, ...), decoded greedily. With all captions in the
+file, no captioning model is needed.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 
 from mmdit_probe.data.text import read_json
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, first_line
 from mmdit_probe.results.atomic import write_json
 
 
@@ -45,9 +44,9 @@ class Captioner:
             model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True)
             processor = AutoProcessor.from_pretrained(name)
         except (OSError, ValueError, KeyError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"no captioning model {name!r}: expected a folder or a hub id of an image-to-text model ({first})"
+                f"no captioning model {name!r}: expected a folder or a hub id of an image-to-text model"
+                f" ({first_line(error)})"
             ) from error
         return cls(name, model.to(device).eval().requires_grad_(False), processor, instruction)
 

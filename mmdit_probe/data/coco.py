@@ -3,12 +3,10 @@
     data = coco(Path("coco"), "stuff", "train2017")                  # Dataset; what the paper trains on
     mmdit-probe train-magnet --data coco-stuff:coco
 
-Pictures in `train2017/` or `images/train2017/`, JSON in `annotations/`: `instances_*` (polygons and run-length masks of
-things), `stuff_*` (run-length masks of stuff), `panoptic_*` (both; with its PNG folder of the same name beside the JSON
-or the pictures), and `captions_*`, of which the first caption of a picture is taken. Masks of one class are united. A
-class is called by its whole name; COCO-Stuff's up to the first "-", as the paper does ("wall-brick": wall).
-
-Polygons are filled by PIL: pixels on an edge may differ from pycocotools' by one.
+Pictures in `train2017/` or `images/train2017/`, JSON in `annotations/`: `instances_*`, `stuff_*`, `panoptic_*` (with
+its PNG folder beside the JSON or the pictures), and `captions_*`, of which the first of a picture is taken. Masks of
+one class are united. COCO-Stuff's classes are called by their name up to the first "-", as in the paper. Polygons are
+filled by PIL: pixels on an edge may differ from pycocotools' by one.
 """
 
 from __future__ import annotations
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.labels import Ids, read_label_map
@@ -28,7 +27,7 @@ from mmdit_probe.data.masks import Masks, Regions, check_size, decode_rle, fitte
 from mmdit_probe.data.picture import open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import read_json
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 
 KINDS = ("instances", "stuff", "panoptic")
 FIRST_STUFF = 92
@@ -44,8 +43,7 @@ def coco(root: Path, kind: str, split: str | None = None) -> Dataset:
     Raises:
         UserError: unknown kind, no annotations or pictures of the split, or a file that is no COCO annotation.
     """
-    if kind not in KINDS:
-        raise unknown("COCO annotations", kind, KINDS)
+    check_known("COCO annotations", kind, KINDS)
     if split is None:
         split = "val2017" if (root / "annotations" / f"{kind}_val2017.json").exists() else "train2017"
     path = root / "annotations" / f"{kind}_{split}.json"
@@ -162,8 +160,6 @@ def _filled(segmentation: Any, size: tuple[int, int]) -> Masks:
     Raises:
         ValueError: of another size, or it leaves the picture: that was stored smaller than it was annotated.
     """
-    from PIL import Image, ImageDraw
-
     if isinstance(segmentation, dict):
         mask = decode_rle(segmentation)
         if mask.shape != size:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image as pil
+from PIL.Image import Image
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
 HOW = ("squash", "letterbox", "crop", "aspect")
@@ -62,8 +63,7 @@ class Fit:
             UserError: unknown `how`, a picture without pixels, an input size that is no whole number of tokens, or one
                 that the network has no positions for.
         """
-        if how not in HOW:
-            raise unknown("fit", how, HOW)
+        check_known("fit", how, HOW)
         if min(picture) < 1:
             raise UserError(f"picture of {picture[0]} x {picture[1]} pixels: expected at least one")
         if multiple is not None:
@@ -91,8 +91,6 @@ class Fit:
             smooth: Lanczos as training and probing pictures are resized, instead of bicubic as official code of
                 segmentation does.
         """
-        from PIL import Image as pil
-
         whole = pil.fromarray(np.ascontiguousarray(image)) if isinstance(image, np.ndarray) else image
         up, across, down, over = self.target
         top, left, bottom, right = self.source
@@ -121,11 +119,8 @@ class Fit:
         )
         return np.ascontiguousarray(masks[..., rows, :][..., columns])
 
-    def back(self, scores: Tensor, fill: float = 0.0) -> Tensor:
-        """Scores [C, h, w] over the result, bilinear, at the picture's pixels: [C, height, width] float32.
-
-        Pixels outside `source` (how="crop") get `fill`; see `unseen`.
-        """
+    def back(self, scores: Tensor) -> Tensor:
+        """Scores [C, h, w] over the result, bilinear, at the picture's pixels: [C, height, width]; 0 where `unseen`."""
         import torch
         from torch.nn import functional as F
 
@@ -138,7 +133,7 @@ class Fit:
         inner = F.interpolate(inner[None], (bottom - top, right - left), mode="bilinear", align_corners=False)[0]
         if self._shown == (0, 0, *self.picture):
             return inner
-        out = torch.full((len(scores), *self.picture), fill)
+        out = torch.zeros(len(scores), *self.picture)
         out[:, top:bottom, left:right] = inner
         return out
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from mmdit_probe.data.class_names import SegClass, read_classes
-from mmdit_probe.data.labels import IGNORE, Ids, mapped, read_label_map
+from mmdit_probe.data.labels import IGNORE, mapped, read_label_map
 from mmdit_probe.data.masks import Regions, stack
-from mmdit_probe.data.picture import listed, open_picture, picture_size
+from mmdit_probe.data.picture import by_name, listed, open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import caption_beside, read_json
 from mmdit_probe.errors import UserError
@@ -47,7 +47,7 @@ def labelled(root: Path) -> Dataset:
     samples = [
         Sample(
             path.stem, partial(open_picture, path, reduce=False), partial(caption_beside, path), names=names,
-            label=mapped(labels[path.stem], _as_stored, len(classes)),
+            label=mapped(labels[path.stem], lambda ids: ids, len(classes)),
             content=(path, labels[path.stem], root / "classes.txt"),
         )
         for path in pictures if path.stem in labels
@@ -115,19 +115,6 @@ def _names(file: Path) -> dict[int, str]:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    """The PNGs of a folder by the name before the suffix, whose case does not matter.
-
-    Raises:
-        UserError: two of one name.
-    """
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() == ".png" and path.name[0] != ".":
-            if path.stem in found:
-                raise UserError(f"{str(folder)!r} holds {found[path.stem].name!r} and {path.name!r}; remove one")
-            found[path.stem] = path
-    return found
-
-
-def _as_stored(ids: Ids) -> Ids:
-    return ids
+    """The PNGs of a folder by the name before the suffix, whose case does not matter; errors as in `by_name`."""
+    files = (path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".png" and path.name[0] != ".")
+    return by_name(files, folder, lambda path: path.stem)

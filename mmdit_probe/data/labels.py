@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import ImageOps
 
 from mmdit_probe.data.picture import opened
 from mmdit_probe.errors import UserError
@@ -21,7 +22,7 @@ IGNORE = 255
 """Truth pixels with this id are not counted."""
 
 Ids = NDArray[np.int64]
-Mapping = dict[int, int] | Callable[[Ids], Ids]
+IdMapping = dict[int, int] | Callable[[Ids], Ids]
 
 
 def read_label_map(path: Path | str, colours: bool = False) -> Ids:
@@ -33,8 +34,6 @@ def read_label_map(path: Path | str, colours: bool = False) -> Ids:
     Raises:
         UserError: unreadable, lossy, several frames, or a colour picture where ids are expected (or the reverse).
     """
-    from PIL import ImageOps
-
     with opened(path, "label map") as image:
         if image.format in ("JPEG", "MPO"):
             raise UserError(f"label {str(path)!r} is a JPEG, which changes ids; expected a PNG")
@@ -52,7 +51,7 @@ def read_label_map(path: Path | str, colours: bool = False) -> Ids:
     return array.astype(np.int64)
 
 
-def mapped(path: Path, table: Mapping, classes: int) -> Callable[[], Ids]:
+def mapped(path: Path, table: IdMapping, classes: int) -> Callable[[], Ids]:
     """A function that reads a label map and maps its values to class ids; values not in a table become IGNORE.
 
     Raises (when called):

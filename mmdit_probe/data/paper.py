@@ -12,7 +12,7 @@ from __future__ import annotations
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from mmdit_probe.errors import unknown
+from mmdit_probe.errors import check_known
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +33,6 @@ def paper_table(name: str) -> pd.DataFrame:
     """
     import pandas as pd
 
-    if name not in paper_tables():
-        raise unknown("paper table", name, paper_tables())
+    check_known("paper table", name, paper_tables())
     with (_FOLDER / f"{name}.csv").open("r", encoding="utf-8") as stream:
         return pd.read_csv(stream)

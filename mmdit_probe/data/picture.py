@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image as pil
+from PIL import ImageOps
+from PIL.Image import Image
 
 from mmdit_probe.data.text import regular
-from mmdit_probe.errors import ProbeError, UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from mmdit_probe.errors import ProbeError, UserError, first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """Which files of a folder are its pictures, in any case."""
@@ -60,8 +60,6 @@ def open_picture(source: Path | str | Image | NDArray[Any], *, reduce: bool = Tr
     Raises:
         UserError: it cannot be read rightly; the message names the file and the reason.
     """
-    from PIL import Image as pil
-
     if isinstance(source, np.ndarray):
         source = _of_array(source)
     if isinstance(source, pil.Image):
@@ -94,8 +92,6 @@ def opened(path: Path | str, what: str) -> Iterator[Image]:
     Raises:
         UserError: no regular file, no picture, damaged, or a decompression bomb.
     """
-    from PIL import Image as pil
-
     path = regular(path, "a picture file, or scenes:val:0" if what == "picture" else "a label PNG", what)
     pil.init()
     with _told(repr(str(path)), what), pil.open(path, formats=[name for name in FORMATS if name in pil.OPEN]) as image:
@@ -128,23 +124,30 @@ def listed(folder: Path) -> list[Path]:
         raise UserError(f"no folder {str(folder)!r}; expected a folder of pictures, or scenes:val")
     files = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.name[0] != "." and not p.is_dir()]
     files.sort(key=lambda p: (p.stem + p.suffix.lower(), p.name))
-    of_stem: dict[str, Path] = {}
-    for file in files:
-        if file.stem in of_stem:
-            raise UserError(
-                f"{str(folder)!r} holds {of_stem[file.stem].name!r} and {file.name!r}, which share captions and masks;"
-                " rename or remove one"
-            )
-        of_stem[file.stem] = file
     if not files:
         raise UserError(f"no picture in {str(folder)!r}; expected files ending in {', '.join(SUFFIXES)}")
-    return files
+    return list(by_name(files, folder, lambda file: file.stem).values())
+
+
+def by_name(files: Iterable[Path], folder: Path, name: Callable[[Path], str]) -> dict[str, Path]:
+    """Files of a folder by the name that a picture, its caption and its masks share.
+
+    Raises:
+        UserError: two of one name.
+    """
+    found: dict[str, Path] = {}
+    for file in files:
+        other = found.setdefault(name(file), file)
+        if other is not file:
+            raise UserError(
+                f"{str(folder)!r} holds {other.name!r} and {file.name!r}, which share captions and masks;"
+                " rename or remove one"
+            )
+    return found
 
 
 def _plain(image: Image, name: str, reduce: bool) -> Picture:
     """RGB, upright, 8 bits."""
-    from PIL import ImageOps
-
     notes: list[str] = []
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # MPO: a phone's photograph with its depth map
@@ -173,8 +176,6 @@ def _factor(image: Image) -> int:
 
 
 def _on_white(image: Image, notes: list[str]) -> Image:
-    from PIL import Image as pil
-
     image = image.convert("RGBA")
     if image.getchannel("A").getextrema() == (255, 255):
         return image.convert("RGB")
@@ -184,8 +185,6 @@ def _on_white(image: Image, notes: list[str]) -> Image:
 
 def _eight_bits(image: Image, most: float, name: str) -> Image:
     """Modes of 16 and 32 bits and floats scaled to 0..255 by their type; others as they are."""
-    from PIL import Image as pil
-
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
@@ -215,8 +214,6 @@ def _scaled(values: NDArray[Any], most: float, name: str) -> NDArray[np.uint8]:
 
 
 def _of_array(array: NDArray[Any]) -> Image:
-    from PIL import Image as pil
-
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
         raise UserError(f"picture of shape {array.shape}: expected [height, width], or [height, width, 3 or 4]")
     if array.dtype.kind not in "buif":
@@ -229,5 +226,4 @@ def _of_array(array: NDArray[Any]) -> Image:
 
 def _reason(error: Exception) -> str:
     names = {"UnidentifiedImageError": "no picture format", "DecompressionBombError": "too many pixels"}
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return names.get(type(error).__name__, first)
+    return names.get(type(error).__name__, first_line(error))

@@ -5,9 +5,8 @@
     >>> len(prompts("everyday"))
     50
 
-Sets: `scenes:train`, `scenes:val`, `scenes:test` (captions of the embedded world, first 50 unless a limit is given) and
-`everyday` (50 plain sentences written for this toolkit, for models trained on photographs). Every prompt counts once: a
-repeated line is a repeated measurement.
+Sets: `scenes:train`, `scenes:val`, `scenes:test` (captions of the embedded world) and `everyday` (50 plain sentences
+for models trained on photographs). Every prompt counts once: a repeated line is a repeated measurement.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from importlib import resources
 
 from mmdit_probe.data.text import lines, read_lines
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.scenes import SPLITS
+from mmdit_probe.scenes import SPLITS, captions
 
 DEFAULT_COUNT = 50
 SETS = ("everyday", *(f"scenes:{split}" for split in SPLITS))
@@ -73,6 +72,4 @@ def _of_file(source: str) -> list[str]:
 def _set(name: str, count: int) -> list[str]:
     if name == "everyday":
         return lines((resources.files("mmdit_probe.data") / "everyday.txt").read_text(encoding="utf-8"))
-    from mmdit_probe import scenes
-
-    return list(scenes.captions(name.removeprefix("scenes:"), count))
+    return captions(name.removeprefix("scenes:"), count)

@@ -6,8 +6,7 @@
     coco-object-words  81; "background" stands in the prompt and competes, its pixels are not scored: what the official
                        code of Seg4Diff scores in its Table 1
 
-A root may be the folder itself or its parent (`VOCdevkit/VOC2012` or what holds `VOCdevkit`). The first layout that is
-there is taken; `datasets check` says which. Nothing is downloaded; class names come from `data/classes/`.
+The first layout that is there is taken; `datasets check` says which. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -19,17 +18,23 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mmdit_probe.data.class_names import SegClass, class_list
-from mmdit_probe.data.labels import Mapping, mapped
+from mmdit_probe.data.labels import IdMapping, mapped
 from mmdit_probe.data.picture import open_picture
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import read_lines
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.results.atomic import make_folder, replacing
+
+ROOTS = ("", "VOCdevkit", "VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010", "coco", "cityscapes",
+         "ADEChallengeData2016")  # fmt: skip
+"""Where a data set may lie below the root that is given."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderLayout:
     """One way a data set lies on disk.
 
     Attributes:
@@ -42,7 +47,7 @@ class Layout:
     name: str
     images: str
     labels: str
-    mapping: Mapping
+    mapping: IdMapping
     suffix: str = ".png"
     image_suffix: str = ".jpg"
     listing: str | None = None
@@ -50,12 +55,8 @@ class Layout:
 
     def there(self, root: Path) -> bool:
         """Both folders exist and hold at least one label file of this layout."""
-        labels = root / self.labels
-        return (
-            (root / self.images).is_dir()
-            and labels.is_dir()
-            and next(self._files(labels, self.suffix), None) is not None
-        )
+        images, labels = root / self.images, root / self.labels
+        return images.is_dir() and labels.is_dir() and any(True for _ in self._files(labels, self.suffix))
 
     def pairs(self, root: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:
         """(name, image, label) of every labelled image, and the names of images or labels without the other."""
@@ -85,7 +86,7 @@ class Public:
 
     name: str
     classes: str
-    layouts: tuple[Layout, ...]
+    layouts: tuple[FolderLayout, ...]
     expected: int
     background: bool = False
     named: bool = False
@@ -95,23 +96,18 @@ class Public:
         classes = class_list(self.classes)
         return [SegClass(("background",)), *classes] if self.background else classes
 
-    def find(self, root: Path) -> tuple[Path, Layout]:
+    def find(self, root: Path) -> tuple[Path, FolderLayout]:
         """The folder and layout that are there.
 
         Raises:
             UserError: none of the layouts is.
         """
         for layout in self.layouts:
-            for place in (root, *(p for p in (root / "VOCdevkit", *self._below(root)) if p.is_dir())):
+            for place in (root / name for name in ROOTS):
                 if layout.there(place):
                     return place, layout
         wanted = "; or ".join(f"{layout.images} and {layout.labels}" for layout in self.layouts)
         raise UserError(f"{str(root)!r} has no layout of {self.name}: expected {wanted}")
-
-    def _below(self, root: Path) -> list[Path]:
-        names = ("VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010", "coco", "cityscapes",
-                 "ADEChallengeData2016")  # fmt: skip
-        return [root / name for name in names]
 
     def read(self, root: Path) -> Dataset:
         """The data set below a root."""
@@ -189,44 +185,44 @@ _VOC_LIST = "ImageSets/Segmentation/val.txt"
 _PC_LIST = "ImageSets/SegmentationContext/val.txt"
 
 _OBJECT = (
-    Layout("mmseg", "images/val2017", "annotations/val2017", _same(81), suffix="_instanceTrainIds.png"),
-    Layout("detectron2", "val2017", "annotations_object/val2017", _same(81)),
-    Layout("stuffthingmaps", "images/val2017", "stuffthingmaps/val2017", _objects),
-    Layout("stuffthingmaps", "val2017", "stuffthingmaps/val2017", _objects),
+    FolderLayout("mmseg", "images/val2017", "annotations/val2017", _same(81), suffix="_instanceTrainIds.png"),
+    FolderLayout("detectron2", "val2017", "annotations_object/val2017", _same(81)),
+    FolderLayout("stuffthingmaps", "images/val2017", "stuffthingmaps/val2017", _objects),
+    FolderLayout("stuffthingmaps", "val2017", "stuffthingmaps/val2017", _objects),
 )  # fmt: skip
 
 SETS: tuple[Public, ...] = (
     Public("voc20", "voc20", (
-        Layout("mmseg", "JPEGImages", "SegmentationClass", _minus_one(20), listing=_VOC_LIST),
-        Layout("detectron2", "JPEGImages", "annotations_detectron2/val", _same(20)),
+        FolderLayout("mmseg", "JPEGImages", "SegmentationClass", _minus_one(20), listing=_VOC_LIST),
+        FolderLayout("detectron2", "JPEGImages", "annotations_detectron2/val", _same(20)),
     ), 1449),
     Public("voc21", "voc20", (
-        Layout("mmseg", "JPEGImages", "SegmentationClass", _same(21), listing=_VOC_LIST),
-        Layout("detectron2", "JPEGImages", "annotations_detectron2_bg/val", _last_first(21)),
+        FolderLayout("mmseg", "JPEGImages", "SegmentationClass", _same(21), listing=_VOC_LIST),
+        FolderLayout("detectron2", "JPEGImages", "annotations_detectron2_bg/val", _last_first(21)),
     ), 1449, background=True),
     Public("pc59", "pc59", (
-        Layout("mmseg", "JPEGImages", "SegmentationClassContext", _minus_one(59), listing=_PC_LIST),
-        Layout("detectron2", "JPEGImages", "annotations_detectron2/pc59_val", _same(59)),
+        FolderLayout("mmseg", "JPEGImages", "SegmentationClassContext", _minus_one(59), listing=_PC_LIST),
+        FolderLayout("detectron2", "JPEGImages", "annotations_detectron2/pc59_val", _same(59)),
     ), 5104),
     Public("pc60", "pc59", (
-        Layout("mmseg", "JPEGImages", "SegmentationClassContext", _same(60), listing=_PC_LIST),
-        Layout("detectron2", "JPEGImages", "annotations_detectron2_bg/pc59_val", _last_first(60)),
+        FolderLayout("mmseg", "JPEGImages", "SegmentationClassContext", _same(60), listing=_PC_LIST),
+        FolderLayout("detectron2", "JPEGImages", "annotations_detectron2_bg/pc59_val", _last_first(60)),
     ), 5104, background=True),
     Public("coco-object", "coco-object", _OBJECT, 5000, background=True),
     Public("coco-object-words", "coco-object", _OBJECT, 5000, background=True, named=True),
     Public("coco-stuff-27", "coco-stuff-27", (
-        Layout("detectron2", "val2017", "annotations_27_detectron2/val2017", _same(27)),
-        Layout("stuffthingmaps", "images/val2017", "stuffthingmaps/val2017", COARSE),
-        Layout("stuffthingmaps", "val2017", "stuffthingmaps/val2017", COARSE),
+        FolderLayout("detectron2", "val2017", "annotations_27_detectron2/val2017", _same(27)),
+        FolderLayout("stuffthingmaps", "images/val2017", "stuffthingmaps/val2017", COARSE),
+        FolderLayout("stuffthingmaps", "val2017", "stuffthingmaps/val2017", COARSE),
     ), 5000),
     Public("ade20k", "ade20k", (
-        Layout("mmseg", "images/validation", "annotations/validation", _minus_one(150)),
-        Layout("detectron2", "images/validation", "annotations_detectron2/validation", _same(150)),
+        FolderLayout("mmseg", "images/validation", "annotations/validation", _minus_one(150)),
+        FolderLayout("detectron2", "images/validation", "annotations_detectron2/validation", _same(150)),
     ), 2000),
     Public("cityscapes", "cityscapes", (
-        Layout("labelTrainIds", "leftImg8bit/val", "gtFine/val", _same(19), suffix="_gtFine_labelTrainIds.png",
+        FolderLayout("labelTrainIds", "leftImg8bit/val", "gtFine/val", _same(19), suffix="_gtFine_labelTrainIds.png",
                image_suffix="_leftImg8bit.png", nested=True),
-        Layout("labelIds", "leftImg8bit/val", "gtFine/val", _CITY, suffix="_gtFine_labelIds.png",
+        FolderLayout("labelIds", "leftImg8bit/val", "gtFine/val", _CITY, suffix="_gtFine_labelIds.png",
                image_suffix="_leftImg8bit.png", nested=True),
     ), 500),
 )  # fmt: skip
@@ -243,27 +239,21 @@ def prepare(kind: str, root: Path, out: Path) -> int:
 
     Returns: number of files. Raises UserError where the source labels are not there.
     """
-    from PIL import Image
-
-    from mmdit_probe.results.atomic import make_folder, replacing
-
-    sources = {
-        "coco-object": ("stuffthingmaps/val2017", _objects, None),
-        "coco-stuff-27": ("stuffthingmaps/val2017", None, COARSE),
-        "pc60-last": ("SegmentationClassContext", None, {0: 59, **_minus_one(59)}),
+    sources: dict[str, tuple[str, IdMapping, int]] = {
+        "coco-object": ("stuffthingmaps/val2017", _objects, 81),
+        "coco-stuff-27": ("stuffthingmaps/val2017", COARSE, 27),
+        "pc60-last": ("SegmentationClassContext", {0: 59, **_minus_one(59)}, 60),
     }
-    if kind not in sources:
-        raise unknown("preparation", kind, sources)
-    place, function, table = sources[kind]
+    check_known("preparation", kind, sources)
+    place, mapping, classes = sources[kind]
     places = (root / place, root / "VOCdevkit/VOC2010" / place, root / "coco" / place)
     folder = next((path for path in places if path.is_dir()), None)
     files = sorted(folder.glob("*.png")) if folder is not None else []
     if not files:
         raise UserError(f"{str(root)!r} has no {place} with label PNGs, which {kind} is made from")
     make_folder(out)
-    classes = {"coco-object": 81, "coco-stuff-27": 27, "pc60-last": 60}[kind]
     for path in files:
-        ids = mapped(path, function if function is not None else table or {}, classes)()
+        ids = mapped(path, mapping, classes)()
         with replacing(out / path.name) as temporary:
             Image.fromarray(ids.astype(np.uint8)).save(temporary, "PNG")
     return len(files)

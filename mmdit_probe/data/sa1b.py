@@ -2,14 +2,11 @@
 
     masks = sa1b_masks(Path("sa_000020/sa_223750.json"))        # boolean [K, H, W], largest first
     mmdit-probe evaluate --dataset sa1b:ROOT --method diffcut,diffseg
-    mmdit-probe datasets check sa1b ROOT
 
-Layouts, below the root or below any number of sub-folders: `sa_1.jpg` and `sa_1.json` side by side (as the archives
-unpack), or `images/.../sa_1.jpg` and `annotations/.../sa_1.json` (as Seg4Diff's code expects). Masks overlap; for
-evaluation they are painted from the largest to the smallest, so that parts lie on their wholes, and pixels of no mask
-are not scored. Class k of a picture is its k-th largest mask: it means nothing in another picture, so scores are means
-over masks (`Dataset.agnostic`). Only run-length masks are read, the form of SA-1B. A caption is the text file beside
-the picture, or made by a model (`captions`).
+Layouts, below the root or any sub-folders: `sa_1.jpg` and `sa_1.json` side by side (as the archives unpack), or in
+`images/` and `annotations/` (as Seg4Diff's code expects). For evaluation masks are painted from the largest to the
+smallest, and pixels of no mask are not scored; class k of a picture is its k-th largest mask and means nothing in
+another one (`Dataset.agnostic`).
 """
 
 from __future__ import annotations
@@ -19,8 +16,8 @@ from pathlib import Path
 
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.labels import Ids
-from mmdit_probe.data.masks import MAX_MASKS, MIN_AREA, Masks, Regions, decode_rle, fitted, in_order, largest, paint
-from mmdit_probe.data.picture import open_picture, picture_size
+from mmdit_probe.data.masks import MAX_MASKS, Masks, Regions, decode_rle, fitted, in_order, largest, paint
+from mmdit_probe.data.picture import by_name, open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import caption_beside, read_json
 from mmdit_probe.errors import UserError
@@ -38,35 +35,28 @@ def sa1b_pairs(root: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:
     """
     split = (root / "images").is_dir() and (root / "annotations").is_dir()
     of_pictures, of_masks = (root / "images", root / "annotations") if split else (root, root)
-    annotations = _by_name(of_masks, (".json",))
+    annotations = _files(of_masks, (".json",))
     if not annotations:
         raise UserError(
             f"{str(root)!r} has no SA-1B annotations; expected sa_*.jpg and sa_*.json side by side, or in images/ and "
             "annotations/"
         )
-    pictures = _by_name(of_pictures, SUFFIXES)
+    pictures = _files(of_pictures, SUFFIXES)
     pairs = [(name, pictures[name], annotations[name]) for name in sorted(pictures.keys() & annotations.keys())]
     return pairs, sorted(pictures.keys() ^ annotations.keys())
 
 
-def _by_name(root: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+def _files(root: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """Files sa_* below a root by their path without the suffix."""
-    found: dict[str, Path] = {}
-    for path in sorted(p for p in root.rglob("sa_*") if p.suffix.lower() in suffixes):
-        name = str(path.relative_to(root).with_suffix(""))
-        if name in found:
-            raise UserError(f"{str(root)!r} holds {found[name].name!r} and {path.name!r} of one name; remove one")
-        found[name] = path
-    return found
+    files = sorted(path for path in root.rglob("sa_*") if path.suffix.lower() in suffixes)
+    return by_name(files, root, lambda path: str(path.relative_to(root).with_suffix("")))
 
 
-def sa1b_masks(
-    path: Path, *, limit: int = SCORED_MASKS, min_area: float = MIN_AREA, size: tuple[int, int] | None = None
-) -> Masks:
+def sa1b_masks(path: Path, *, limit: int = SCORED_MASKS, size: tuple[int, int] | None = None) -> Masks:
     """Masks of one JSON file, boolean [K, H, W], largest first.
 
     Args:
-        path: the file. limit: at most so many. min_area: least share of the picture.
+        path: the file. limit: at most so many.
         size: (height, width) of the picture if it was stored smaller than its masks; masks are brought to it (nearest).
 
     Raises:
@@ -80,7 +70,7 @@ def sa1b_masks(
         raise UserError(f"{str(path)!r} is no SA-1B annotation with run-length masks ({reason})") from error
     if len({mask.shape for mask in masks}) > 1:
         raise UserError(f"{str(path)!r} holds masks of different sizes")
-    kept = largest(masks, size or (1, 1), limit=limit, min_area=min_area)
+    kept = largest(masks, size or (1, 1), limit=limit)
     return kept if size is None else fitted(kept, size, repr(str(path)))
 
 

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
@@ -25,9 +26,6 @@ from mmdit_probe.data.labels import IGNORE, Ids
 from mmdit_probe.data.masks import Masks, Regions, paint, stack
 from mmdit_probe.data.picture import Picture, open_picture
 from mmdit_probe.data.text import regular
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 WHOLE, BLOCKS, BLOCK = 2**18, 4, 2**16
 """Bytes of a file that a fingerprint reads: all up to `WHOLE` (and of JSON), else `BLOCKS` of `BLOCK` over it."""

@@ -8,17 +8,17 @@ data[0].names, data[0].masks.shape                               # (("house", "g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mmdit_probe.data.class_names import SegClass
-from mmdit_probe.data.labels import Ids
 from mmdit_probe.data.masks import largest, stack
 from mmdit_probe.data.sample import Dataset, Sample
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.scenes import CLASSES, SPLITS, WORLD_VERSION, describe, scene
+from mmdit_probe.scenes.captions import PLURALS
 
 DEFAULT_COUNT = 200
 
@@ -29,8 +29,6 @@ def scenes(split: str, limit: int | None = None) -> Dataset:
     Raises:
         UserError: unknown split.
     """
-    from mmdit_probe.scenes import CLASSES
-
     count = DEFAULT_COUNT if limit is None else limit
     samples = [scene_sample(split, index) for index in range(count)]
     return Dataset(f"scenes:{split}", [SegClass((name,)) for name in CLASSES], samples)
@@ -42,32 +40,12 @@ def scene_sample(split: str, index: int) -> Sample:
     Raises:
         UserError: unknown split.
     """
-    from mmdit_probe.scenes import CLASSES, SPLITS, WORLD_VERSION
-
-    if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
+    check_known("split", split, SPLITS)
     return Sample(
-        f"scenes:{split}:{index}", partial(_image, split, index), partial(_caption, split, index), names=CLASSES,
-        label=partial(_label, split, index), content=(f"scenes {WORLD_VERSION}",),
+        f"scenes:{split}:{index}", lambda: scene(split, index).image, lambda: describe(scene(split, index)),
+        names=CLASSES, label=lambda: scene(split, index).classes.astype(np.int64),
+        content=(f"scenes {WORLD_VERSION}",),
     )  # fmt: skip
-
-
-def _image(split: str, index: int) -> NDArray[np.uint8]:
-    from mmdit_probe.scenes import scene
-
-    return scene(split, index).image
-
-
-def _caption(split: str, index: int) -> str:
-    from mmdit_probe.scenes import describe, scene
-
-    return describe(scene(split, index))
-
-
-def _label(split: str, index: int) -> Ids:
-    from mmdit_probe.scenes import scene
-
-    return scene(split, index).classes.astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -88,10 +66,8 @@ class ScenesData:
     first: int = 0
 
     def __post_init__(self) -> None:
-        if self.masks not in ("class", "part"):
-            raise unknown("masks", self.masks, ("class", "part"))
-        if self.prompt not in ("list", "caption", "mixed"):
-            raise unknown("prompt", self.prompt, ("list", "caption", "mixed"))
+        check_known("masks", self.masks, ("class", "part"))
+        check_known("prompt", self.prompt, ("list", "caption", "mixed"))
         if self.count < 1:
             raise UserError(f"{self.count} scenes leave nothing to train on; expected 1 or more")
 
@@ -108,9 +84,6 @@ class ScenesData:
 
 @lru_cache(maxsize=4096)
 def _drawn(split: str, index: int, masks: str, prompt: str) -> Sample:
-    from mmdit_probe.scenes import CLASSES, describe, scene
-    from mmdit_probe.scenes.captions import PLURALS
-
     item = scene(split, index)
     listed = prompt == "list" or (prompt == "mixed" and index % 2 == 0)
     text = describe(item, "list") if listed else describe(item)

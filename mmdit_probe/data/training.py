@@ -20,7 +20,7 @@ import numpy as np
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.masks import largest, stack
 from mmdit_probe.data.sample import Dataset, Sample
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known, unknown
 
 MAX_NAMES = 20
 """Names in a prompt that lists them, those of the largest masks: more do not fit the encoders of CLIP."""
@@ -57,8 +57,7 @@ class PictureData:
     sentences: int | None = None
 
     def __post_init__(self) -> None:
-        if self.fit not in ("crop", "squash"):
-            raise unknown("fit", self.fit, ("crop", "squash"))
+        check_known("fit", self.fit, ("crop", "squash"))
         if self.prompt not in (None, "caption", "list"):
             raise unknown("prompt", self.prompt, ("caption", "list"))
         if not self.dataset.samples:

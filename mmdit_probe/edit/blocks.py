@@ -4,14 +4,12 @@
     with probe(model, edits=ScaleText(layers=[3, 4], factor=2.0)): ...      # their "enhance"; factor 0 is "disable"
 
 Unlike the edits of `edit.edits` these change the tokens that go into or come out of a block, not its attention, so they
-have no block query -> key, no heads and no control of equal size. What is scaled is the block's input: as published,
-the text goes on from there into the later blocks. Where a block normalises its text without learned weights (SD3, Flux)
-the doubled text reads the same in the block itself: what changes is how much the block's update weighs against it.
+have no block query -> key, no heads and no control of equal size. As published, scaled text goes on into the later
+blocks; where a block normalises its text without learned weights (SD3, Flux) the block itself reads it the same.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,10 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mmdit_probe.edit.edit import Addressed
+from mmdit_probe.edit.edit import Addressed, Factored
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.models.discover_layout import bind
 from mmdit_probe.models.layout import KINDS, Layer
+from mmdit_probe.models.pipeline_call import bind
 from mmdit_probe.specs import Spec
 
 if TYPE_CHECKING:
@@ -83,19 +81,10 @@ class RemoveBlock(BlockEdit):
 
 
 @dataclass(frozen=True)
-class ScaleText(BlockEdit):
+class ScaleText(Factored, BlockEdit):
     """Text tokens that enter the block, times `factor`: 0 silences the block's text, 2 doubles it, 1 is the no-op."""
 
     factor: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not math.isfinite(self.factor):
-            raise UserError(f"factor {self.factor}: expected a finite number")
-
-    @property
-    def neutral(self) -> bool:
-        return self.factor == 1.0
 
     def run(self, block: Block, rows: Tensor) -> Any:
         name, tokens = (block.name, block.image) if block.text is None else (TEXT, block.text)

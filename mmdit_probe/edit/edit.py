@@ -1,18 +1,17 @@
 """What every edit shares: where it acts, and how its result is put into the call.
 
-An edit names a block (query -> key) and, optionally, layers, heads, steps, guidance branches and, among text keys,
-encoder streams, span kinds or words. Everything outside that address keeps the stock output bit for bit: the stock call
-is made first, and only the addressed (row, head, query) entries are replaced.
-
     class Half(Edit):
         def attend(self, call, place, proceed): return 0.5 * proceed(call)
 
-Edits of one layer compose in the order given to `probe(edits=[...])`: the first is the outermost.
+An edit names a block (query -> key) and, optionally, layers, heads, steps, guidance branches and, among text keys,
+encoder streams, span kinds or words. Everything outside that address keeps the stock output bit for bit. Edits of one
+layer compose in the order given to `probe(edits=[...])`: the first is the outermost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -21,9 +20,9 @@ from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import ModuleCall, Stage, sole_output
-from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.errors import RunError, UserError, check_known, unknown
 from mmdit_probe.models.layout import Layer, Layout, Places
-from mmdit_probe.models.tokens import KINDS, TokenTable
+from mmdit_probe.models.tokens import SPAN_KINDS, TokenTable
 from mmdit_probe.observe.sample_order import (
     canonical_call,
     canonical_hidden,
@@ -73,8 +72,7 @@ class Addressed:
 
     def __post_init__(self) -> None:
         for branch in self.branches or ():
-            if branch not in BRANCHES:
-                raise unknown("guidance branch", branch, BRANCHES)
+            check_known("guidance branch", branch, BRANCHES)
 
     @property
     def neutral(self) -> bool:
@@ -97,6 +95,22 @@ class Addressed:
 
 
 @dataclass(frozen=True)
+class Factored(Addressed):
+    """What multiplies something by `factor`; 1 is the no-op."""
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.factor):
+            raise UserError(f"factor {self.factor}: expected a finite number")
+
+    @property
+    def neutral(self) -> bool:
+        return self.factor == 1.0
+
+
+@dataclass(frozen=True)
 class Edit(Addressed):
     """Base of edits on one block of the joint attention.
 
@@ -105,7 +119,8 @@ class Edit(Addressed):
         layers, heads, steps: as in `mmdit_probe.specs`; heads may also be layer -> heads. Calls of `MMDiT.denoise`
             count as every step.
         branches: guidance branches concerned (cond, uncond, perturbed, unknown); None is all of them.
-        streams, spans, words: of text keys, only those of these encoder streams, span kinds, words; None is all.
+        streams, spans, words: of text keys, only those of these encoder streams, span kinds, words; None is all. Words
+            may differ between prompts: prompt -> words; other prompts are left alone.
         renormalise: divide by the row's new total probability, so that it is 1 again.
     """
 
@@ -117,7 +132,7 @@ class Edit(Addressed):
     branches: Sequence[str] | None = None
     streams: Sequence[str] | None = None
     spans: Sequence[str] | None = None
-    words: Sequence[str] | None = None
+    words: Sequence[str] | Mapping[str, Sequence[str]] | None = None
     renormalise: bool = False
 
     stage: ClassVar[Stage] = "output"
@@ -126,12 +141,10 @@ class Edit(Addressed):
 
     def __post_init__(self) -> None:
         for modality in (self.query, self.key):
-            if modality not in ("image", "text"):
-                raise unknown("modality", modality, ("image", "text"))
+            check_known("modality", modality, ("image", "text"))
         super().__post_init__()
         for span in self.spans or ():
-            if span not in KINDS:
-                raise unknown("span kind", span, KINDS)
+            check_known("span kind", span, SPAN_KINDS)
         if self.key != "text" and (self.streams or self.spans or self.words):
             raise UserError("streams, spans and words select text keys; this edit's keys are image tokens")
 
@@ -282,16 +295,27 @@ def _keys(edit: Edit, table: TokenTable, layout: Layout) -> Tensor:
     if edit.spans is not None:
         keys &= torch.tensor([kind in edit.spans for kind in table.kinds])
     if edit.words is not None:
-        keys &= _words(edit.words, table)
+        keys &= _words(words_of(edit, table), table)
     return keys
+
+
+def words_of(edit: Edit, table: TokenTable) -> Sequence[str]:
+    """The words that an edit names in the prompt of one sample."""
+    words = edit.words or ()
+    return words.get(table.prompt, ()) if isinstance(words, Mapping) else words
+
+
+def has_words(table: TokenTable, phrase: str) -> bool:
+    """Whether every word of a phrase is one of the prompt's."""
+    known = {word.lower() for word in table.words}
+    return all(part.lower() in known for part in phrase.split())
 
 
 def _words(words: Sequence[str], table: TokenTable) -> Tensor:
     """[T] boolean: the positions of these words; a word that a row's prompt does not have selects nothing there."""
     chosen = torch.zeros(len(table), dtype=torch.bool)
-    known = [word.lower() for word in table.words]
     for word in words:
-        if all(part.lower() in known for part in word.split()):
+        if has_words(table, word):
             for positions in table.word_spans(word).values():
                 chosen[positions] = True
     return chosen

@@ -1,18 +1,18 @@
-"""The edits: blur (the paper's perturbation, arXiv:2509.18096, section 3.3 and A.3), scale and zero, mean, swap.
+"""The edits: blur (the paper's perturbation, arXiv:2509.18096, section 3.3 and A.3), scale and zero, mean, swap,
+another text.
 
     with probe(model, edits=Blur("image", "text", layers=[9], sigma=9, kernel=5)):
         image = model.generate("a red ring on grass")
 
-Exact and without the N x N matrix: a linear map M on the keys' probabilities is a map on what is read there,
-`A[:, keys] M^T v = A[:, keys] (M^T v)`, and one on logits is a map on the keys themselves; a map on query positions
-acts on outputs. So a blur along text tokens costs one more attention call in the edited layer.
-
-Not here: which layer to edit (`select`), and guidance with the perturbed model (`edit.guidance`).
+Exact and without the N x N matrix: a linear map M on the keys' probabilities is a map on what is read there, `A[:,
+keys] M^T v = A[:, keys] (M^T v)`, and one on logits is a map on the keys themselves. So a blur along text tokens costs
+one more attention call in the edited layer. Not here: guidance with the perturbed model (`edit.guidance`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self, get_args
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.edit.edit import Edit, Place, Proceed
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.edit.edit import Edit, Factored, Place, Proceed, has_words, words_of
+from mmdit_probe.errors import UserError, check_known
 
 Where = Literal["probabilities", "logits"]
 Border = Literal["reflect", "symmetric", "replicate"]
@@ -50,10 +50,8 @@ class Gaussian(Edit):
     def __post_init__(self) -> None:
         super().__post_init__()
         taps(self.sigma, self.kernel)
-        if self.border not in BORDERS:
-            raise unknown("border", self.border, BORDERS)
-        if self.where not in WHERE:
-            raise unknown("place of the blur", self.where, WHERE)
+        check_known("border", self.border, BORDERS)
+        check_known("place of the blur", self.where, WHERE)
 
     @property
     def neutral(self) -> bool:
@@ -117,19 +115,10 @@ class Blur(Gaussian, KeyMix):
 
 
 @dataclass(frozen=True)
-class Scale(KeyMix):
+class Scale(Factored, KeyMix):
     """Multiply the block's probabilities by `factor`; 0 removes what its queries read there, 1 is the no-op."""
 
     factor: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not math.isfinite(self.factor):
-            raise UserError(f"factor {self.factor}: expected a finite number")
-
-    @property
-    def neutral(self) -> bool:
-        return self.factor == 1.0
 
     def matrix(self, place: Place, row: int) -> Tensor:
         return self.factor * torch.eye(int(place.keys[row].sum()), dtype=torch.float64)
@@ -152,31 +141,56 @@ class Swap(KeyMix):
     words and exchanging their values is the same thing (and exchanging both changes nothing).
 
     Args:
-        words: the two words; rows whose prompt lacks one are left alone. In each encoder stream as many positions are
-            exchanged as the shorter word has.
+        words: the two words, or prompt -> two words; rows whose prompt lacks one are left alone. In each encoder stream
+            as many positions are exchanged as the shorter word has.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.words is None or len(self.words) != 2:
-            raise UserError(f"swap of words {self.words}: expected two words of the prompt")
+        pairs = self.words.values() if isinstance(self.words, Mapping) else [self.words or ()]
+        for words in pairs:
+            if len(words) != 2:
+                raise UserError(f"swap of words {list(words)}: expected two words of the prompt")
 
     def matrix(self, place: Place, row: int) -> Tensor:
-        assert self.words is not None
         chosen = place.keys[row].cpu()
         matrix = torch.eye(int(chosen.sum()), dtype=torch.float64)
         place_of = {int(p): k for k, p in enumerate(chosen.nonzero()[:, 0])}
         table = place.tables[row]
-        known = [word.lower() for word in table.words]
-        if not all(part.lower() in known for word in self.words for part in word.split()):
+        words = words_of(self, table)
+        if not words or not all(has_words(table, word) for word in words):
             return matrix
-        first, second = (table.word_spans(word) for word in self.words)
+        first, second = (table.word_spans(word) for word in words)
         for stream in first.keys() & second.keys():
             for a, b in zip(first[stream], second[stream], strict=False):
                 if a in place_of and b in place_of:
                     one, two = place_of[a], place_of[b]
                     matrix[[one, two]] = matrix[[two, one]]
         return matrix
+
+
+@dataclass(frozen=True)
+class OtherText(Edit):
+    """Read another text: queries see the text keys and values of the batch's next sample (the last one: the first).
+
+    With two samples that differ in their prompt alone it puts one layer's text of the one into the other: activation
+    patching of what the layer reads. `spans`, `streams` and `words` choose whose place is taken.
+    """
+
+    by_rows = True
+
+    def attend(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
+        if call.attn_mask is not None and len(call.attn_mask) > 1:
+            raise UserError("the samples of this batch hide different keys: their texts cannot stand in for each other")
+        positions = place.layout.positions(self.key)
+        chosen = place.keys[:, None, :, None]
+
+        def exchanged(tokens: Tensor) -> Tensor:
+            own, result = tokens[:, :, positions], tokens.clone()
+            result[:, :, positions] = torch.where(chosen, own.roll(-1, 0), own)
+            return result
+
+        return proceed(replace(call, key=exchanged(call.key), value=exchanged(call.value)))
 
 
 @dataclass(frozen=True)
@@ -260,8 +274,7 @@ def blur_matrix(length: int, weights: Tensor, border: Border = "reflect") -> Ten
         >>> [round(x, 2) for x in blur_matrix(12, taps(9.0, 5), "reflect").sum(0).tolist()[:4]]     # mass moves inwards
         [0.6, 1.2, 1.2, 1.0]
     """
-    if border not in BORDERS:
-        raise unknown("border", border, BORDERS)
+    check_known("border", border, BORDERS)
     matrix = torch.zeros(length, length, dtype=torch.float64)
     rows = torch.arange(length)[:, None]
     sources = _inside(rows + torch.arange(len(weights)) - len(weights) // 2, length, border)

@@ -5,16 +5,14 @@
     with perturbed_guidance(model, Blur("image", "text", layers=[9])) as guided:
         images = guided.generate("a red ring on grass", guidance=7.5, scale=2.0)
 
-The stock SD3 pipeline already makes an extra conditional forward for its skip-layer guidance and adds
-`scale * (cond - skipped)`. Here that forward skips nothing: the layers' I2T block is edited instead. Combined with
-classifier-free guidance as written above; both scales act on the velocity. The paper states neither the value of s nor
-how it combines. `guided_calls` does the same from outside for pipelines without such a forward.
-
-Not here: diffusers' own PAG, SEG and SLG guiders, which do not work on SD3 in 0.42.1.
+The stock SD3 pipeline's extra conditional forward for skip-layer guidance skips nothing here: the layers' I2T block is
+edited instead. Both scales act on the velocity; the paper states neither the value of s nor how it combines.
+`guided_calls` does the same from outside for pipelines without such a forward.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -27,6 +25,8 @@ from mmdit_probe.edit.control import EqualBudget
 from mmdit_probe.edit.edit import Edit
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.layout import Layer, unwrap
+from mmdit_probe.observe.pipeline_labels import PERTURBED
+from mmdit_probe.observe.probe import probe
 from mmdit_probe.specs import Spec, layer_indices
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 
 Guide = Edit | EqualBudget | BlockEdit
 """What the perturbed forward does: an edit of attention, its control, or an operation on blocks."""
-
-PERTURBED = "perturbed"
-"""Branch of the extra forward, as a probe labels it."""
 
 BARELY_GUIDED = 1.0 + 1e-6
 """The stock pipeline makes the extra forward only if its guidance scale exceeds 1; this is c + 1e-6 (c - u)."""
@@ -92,10 +89,6 @@ def perturbed_guidance(model: MMDiT, edit: Guide) -> Iterator[Guided]:
     Raises:
         UserError: the pipeline has no skip-layer guidance.
     """
-    import inspect
-
-    from mmdit_probe.observe.probe import probe
-
     if "skip_guidance_layers" not in inspect.signature(type(model.pipeline).__call__).parameters:
         raise UserError(
             f"{type(model.pipeline).__name__} makes no extra forward for guidance; use guided_calls around its sampling"
@@ -103,7 +96,7 @@ def perturbed_guidance(model: MMDiT, edit: Guide) -> Iterator[Guided]:
     layers = layer_indices(edit.layers, len(model.layers))
     with ExitStack() as stack:
         # The probe sees the argument first (a hook on the call) and labels the forward; then it is taken out.
-        stack.enter_context(probe(model, edits=edit.at(branches=(PERTURBED,)), layers=[layers[0]]))
+        stack.enter_context(probe(model, edits=edit.at(branches=(PERTURBED,))))
         stack.callback(interpose(unwrap(model.transformer), "forward", _without(model.family.skip_input)))
         yield Guided(model, layers)
 
@@ -121,8 +114,6 @@ def guided_calls(target: Any, edit: Guide, scale: float, guidance: float) -> Ite
         edit: what the perturbed forward does, in its `layers`.
         scale, guidance: s and g; for guidance-distilled models and sampling without guidance, g = 1.
     """
-    from mmdit_probe.observe.probe import probe
-
     switched = _Switched(edit)
     with ExitStack() as stack:
         run = stack.enter_context(probe(target, edits=switched))

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, first_line
 
 SIZE = 480
 """Pixels per side that pictures are brought to, as in T2I-CompBench."""
@@ -75,8 +75,7 @@ class BlipAsker:
             model = BlipForQuestionAnswering.from_pretrained(name, use_safetensors=True)
             tokenizer, processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
         except (OSError, ValueError, KeyError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"no BLIP model {name!r}: expected a folder or a hub id ({first})") from error
+            raise UserError(f"no BLIP model {name!r}: expected a folder or a hub id ({first_line(error)})") from error
         for word in ("yes", "no"):
             if tokenizer.convert_tokens_to_ids(word) in (None, tokenizer.unk_token_id):
                 raise UserError(f"the tokenizer of {name!r} does not know the answer {word!r}")

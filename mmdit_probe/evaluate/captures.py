@@ -26,7 +26,7 @@ from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.models.tokens import Token, TokenTable
-from mmdit_probe.results.atomic import write_bytes, write_json
+from mmdit_probe.results.atomic import make_folder, write_bytes, write_json
 from mmdit_probe.segment.capture import capture, most_tokens
 from mmdit_probe.segment.record import Capture, JointRecord, Pass, Reading
 from mmdit_probe.segment.vocabulary import Prompt, Query
@@ -55,7 +55,7 @@ class Captures:
         self, open_model: Callable[[], MMDiT], name: str, cache: Path | None = None,
         text: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
-        self._open, self.name, self.cache, self._text = open_model, name, cache, dict(text or {})
+        self._open, self.name, self.cache, self.text = open_model, name, cache, dict(text or {})
         self._model: MMDiT | None = None
         self._facts: dict[str, Any] | None = None
         self._encoded: dict[str, TextCondition] = {}
@@ -78,7 +78,7 @@ class Captures:
                 raise UserError(f"cache {str(self.cache)!r} was made with other weights of {self.name}; remove it")
             self._facts = facts
             if self.cache is not None and not (self.cache / INDEX).is_file():
-                self.cache.mkdir(parents=True, exist_ok=True)
+                make_folder(self.cache)
                 write_json(self.cache / INDEX, {"version": VERSION, "model": facts})
         return self._model
 
@@ -99,7 +99,7 @@ class Captures:
         how = {"keep": keep, "together": together, "heads_apart": heads_apart, "text_kinds": text_kinds}
         if self.cache is None:
             return self._captured(image, classes, reading, how)
-        path = self.cache / f"{_key(name, image, classes, asdict(reading) | how | self._text)}.safetensors"
+        path = self.cache / f"{_key(name, image, classes, asdict(reading) | how | self.text)}.safetensors"
         if not path.is_file():
             save_capture(self._captured(image, classes, reading, how), path)
         return load_capture(path, image)
@@ -153,7 +153,6 @@ def save_capture(found: Capture, path: Path) -> None:
             for one in found.passes
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, save(tensors, {"about": json.dumps(about)}))
 
 

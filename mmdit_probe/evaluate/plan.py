@@ -2,7 +2,6 @@
 
     plan = Plan.of(dataset, ["seg4diff", "iseg"], protocols=["present", "full"], refine=["none", "pamr"], ...)
     plan.rows(captures, index)                      # sparse confusion counts of one image, every configuration
-    evaluate(plan, captures, folder)                # of all images, as a table; resumes where a killed run stopped
 
 One forward per prompt serves every method, layer and refinement. Protocols (who says which classes there are):
 
@@ -10,11 +9,13 @@ One forward per prompt serves every method, layer and refinement. Protocols (who
     predicted      the classes a tagger names (`evaluate.tagger`, or a JSON file {image name: [class names]})
     full           all classes of the data set
     unsupervised   no names: segments, matched afterwards (`evaluate.scores`)
+
+Not here: the loop over images (`experiments.evaluate`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -29,19 +30,18 @@ from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.data.sample import Dataset
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.evaluate.captures import Captures
 from mmdit_probe.evaluate.scores import Counts, histogram, matched_by_rows
-from mmdit_probe.results import RunFolder, TableWriter, processes
 from mmdit_probe.segment import methods as zoo
 from mmdit_probe.segment.capture import layer_weights, middle_layers
 from mmdit_probe.segment.methods.base import Method
 from mmdit_probe.segment.record import Capture, Reading
 from mmdit_probe.segment.refine import Refinement
-from mmdit_probe.segment.tail import Background, label
+from mmdit_probe.segment.settings import Background
+from mmdit_probe.segment.tail import label
 from mmdit_probe.specs import head_indices, layer_indices
 
-TABLE = "counts"
 PROTOCOLS = ("present", "predicted", "full")
 UNSUPERVISED = "unsupervised"
 SWEEPS = ("none", "layer", "head", "sigma")
@@ -99,10 +99,8 @@ class Plan:
             UserError: unknown names, or a protocol without what it needs.
         """
         for protocol in protocols:
-            if protocol not in PROTOCOLS:
-                raise unknown("protocol", protocol, PROTOCOLS)
-        if sweep not in SWEEPS:
-            raise unknown("sweep", sweep, SWEEPS)
+            check_known("protocol", protocol, PROTOCOLS)
+        check_known("sweep", sweep, SWEEPS)
         if "predicted" in protocols and tags is None:
             raise UserError(
                 "protocol 'predicted' needs a tagger: --tagger CLIP, or --tags FILE (JSON, image name -> class names)"
@@ -113,8 +111,7 @@ class Plan:
             raise UserError(f"{dataset.name} has masks without names; score it with {blind}")
         named = {one.name for one in chosen}
         for name in options or {}:
-            if name not in named:
-                raise unknown("method with options", name, named)
+            check_known("method with options", name, named)
         chosen = [one.configure((options or {}).get(one.name, {})) for one in chosen]
         if heads is not None:
             chosen = [one.configure({"heads": heads}) if "heads" in one.defaults else one for one in chosen]
@@ -198,8 +195,7 @@ class Plan:
             if name not in self.tags:
                 raise UserError(f"the tags say nothing of image {name!r}; give it an entry, an empty list if need be")
             for tag in self.tags[name]:
-                if tag not in self._names:
-                    raise unknown(f"class in the tags of {name}", tag, self._names)
+                check_known(f"class in the tags of {name}", tag, self._names)
             ids = sorted({self._names.index(tag) for tag in self.tags[name]})
         hidden = self.dataset.background if self.background.kind != "class" else None
         return [i for i in ids if i != hidden]
@@ -258,30 +254,6 @@ class Plan:
                 noise = torch.rand(len(known), *record.grid, generator=generator)
                 guess = np.array(known)[record.fit.back(noise).argmax(0).numpy()]
                 rows.add((protocol, RANDOM, *keys[2:]), histogram(scored, guess, rows.classes))
-
-
-def evaluate(plan: Plan, captures: Captures, folder: RunFolder, advance: Callable[[], None] = lambda: None) -> None:
-    """Write `counts.parquet` of a plan into a run folder. An image counts when its part is complete, and never twice.
-
-    Counts are integers, so the table of several processes is that of one, bit for bit.
-
-    Args:
-        plan: what to do. captures: where forwards come from. folder: an open run folder.
-        advance: called after every image of this process.
-    """
-    writer = TableWriter(folder.path, TABLE)
-    processes.barrier()  # every writer has cleaned up before any item is begun
-    own = processes.share(range(len(plan.dataset.samples)))
-    for index in own:
-        if index in writer.done:
-            continue
-        with writer.item(index) as item:
-            item.write(plan.rows(captures, index))
-        advance()
-    processes.collect(writer.path / f"{index:06d}.parquet" for index in own)
-    if processes.rank() == 0:
-        writer.finish()
-    processes.barrier()
 
 
 class _Rows:

@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit_probe.data.labels import IGNORE
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known, unknown
+from mmdit_probe.results.statistics import ends, resample_counts
 from mmdit_probe.segment.tail import STRETCHES
 
 if TYPE_CHECKING:
@@ -97,8 +98,7 @@ def assign(counts: Counts, match: str = "image", background: int | None = None) 
     """
     from scipy.optimize import linear_sum_assignment
 
-    if match not in MATCHES[:-1]:
-        raise unknown("matching", match, MATCHES[:-1])
+    check_known("matching", match, MATCHES[:-1])
     classes, segments = counts.shape
     if background is not None and not 0 <= background < classes:
         raise UserError(f"background class {background}: expected 0..{classes - 1}")
@@ -138,8 +138,7 @@ def ious(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def mean_iou(counts: NDArray[np.int64], rule: str = "union") -> Any:
     """Mean IoU [...] of counts [..., C, P] under one of `RULES`; NaN where nothing occurs."""
-    if rule not in RULES:
-        raise unknown("averaging rule", rule, RULES)
+    check_known("averaging rule", rule, RULES)
     hit, truth, found = _parts(counts)
     return _mean(np.where((truth > 0) | (rule == "union"), _ious(hit, truth, found), np.nan))[()]
 
@@ -159,8 +158,7 @@ def map_quality(
         label: ids [H, W]. ids: the K classes of the maps; pixels of others are not counted.
         stretch: what is done to each map over space first, one of `segment.tail.STRETCHES`.
     """
-    if stretch not in STRETCHES:
-        raise unknown("stretch", stretch, STRETCHES)
+    check_known("stretch", stretch, STRETCHES)
     sets = STRETCHES[stretch](maps.float()).reshape(-1, *maps.shape[-3:])  # (M, K, h, w)
     large = F.interpolate(sets, label.shape, mode="bilinear", align_corners=False)
     predictions = np.asarray(ids)[large.argmax(1).numpy()]
@@ -217,8 +215,7 @@ class ImageCounts:
     @cached_property
     def _draws(self) -> NDArray[np.float64]:
         """How often each image is in each bootstrap draw [DRAWS, n]; the same for every method on n images."""
-        count = len(self)
-        return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), DRAWS).astype(float)
+        return resample_counts(np.random.default_rng(0), len(self), DRAWS)
 
     def ious(self) -> NDArray[np.float64]:
         """IoU per class [C]; NaN where a class is in neither."""
@@ -234,16 +231,14 @@ class ImageCounts:
         Raises:
             UserError: an unknown rule.
         """
-        if rule not in RULES:
-            raise unknown("averaging rule", rule, RULES)
+        check_known("averaging rule", rule, RULES)
         return self.score("miou" if rule == "union" else "miou_gt")
 
     def interval(self, name: str) -> tuple[float, float]:
         """95 % interval of a score: percentiles over bootstrap draws of images; NaN with one image."""
         if len(self) < 2:
             return float("nan"), float("nan")
-        values = self._scores(name, self._draws)
-        return float(np.nanquantile(values, 0.025)), float(np.nanquantile(values, 0.975))
+        return ends(self._scores(name, self._draws))
 
     def gain(self, other: ImageCounts, name: str = "miou") -> tuple[float, float, float]:
         """How much better than `other` on the same images: difference and its 95 % interval, images paired."""
@@ -252,8 +247,7 @@ class ImageCounts:
         difference = self.score(name) - other.score(name)
         if len(self) < 2:
             return difference, float("nan"), float("nan")
-        values = self._scores(name, self._draws) - other._scores(name, self._draws)
-        return difference, float(np.nanquantile(values, 0.025)), float(np.nanquantile(values, 0.975))
+        return difference, *ends(self._scores(name, self._draws) - other._scores(name, self._draws))
 
     def _scores(self, name: str, weights: NDArray[np.float64]) -> NDArray[np.float64]:
         hit, truth, found = weights @ self.hit, weights @ self.truth, weights @ self.found

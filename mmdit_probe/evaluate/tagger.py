@@ -1,7 +1,7 @@
 """Taggers: which classes a picture may hold, said without its labels; the protocol "predicted" prompts with them.
 
     tagging = Tagging.of(dataset, "openai/clip-vit-base-patch16", split="voc20:ROOT-OF-TRAIN")
-    tagging.tags(Path("tags.json"))                 # image name -> class names
+    tagging.tags(dataset[0])                        # class names
 
 A CLIP scores every class name against the whole picture; a class is named if its cosine is at most the threshold below
 the best one (relative, as TagCLIP's), so at least one class is named. The threshold is the user's, or the one with the
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,12 +22,9 @@ from numpy.typing import NDArray
 
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.labels import IGNORE
-from mmdit_probe.data.sample import Dataset
+from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.sources import dataset as read_dataset
-from mmdit_probe.data.text import read_json
 from mmdit_probe.errors import UserError
-from mmdit_probe.results import processes
-from mmdit_probe.results.atomic import write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,9 +91,7 @@ def _parser(classes: Sequence[SegClass]) -> Tagger:
     return score
 
 
-def choose_threshold(
-    tagger: Tagger, dataset: Dataset, advance: Callable[[], None] = lambda: None
-) -> tuple[float, Quality]:
+def choose_threshold(tagger: Tagger, dataset: Dataset) -> tuple[float, Quality]:
     """The threshold with the best F1 over all (image, class) pairs of labelled images, and how right it is there.
 
     Raises:
@@ -109,7 +104,6 @@ def choose_threshold(
         ids = np.unique(np.asarray(sample.label()))
         there[ids[ids != IGNORE]] = True
         truth.append(there)
-        advance()
     values, wanted = np.stack(scores), np.stack(truth)
     if dataset.background is not None:
         values[:, dataset.background], wanted[:, dataset.background] = -np.inf, False
@@ -147,37 +141,20 @@ class Tagging:
             raise UserError(f"the images of {split!r} have other classes than {dataset.name}")
         return cls(dataset, open_tagger(name, dataset.classes), threshold, images)
 
-    @property
-    def steps(self) -> int:
-        """Pictures that this process looks at."""
-        choose = len(self.split.samples) if self.split is not None and processes.rank() == 0 else 0
-        return choose + len(processes.share(self.dataset.samples))
-
-    def tags(self, path: Path, advance: Callable[[], None] = lambda: None) -> dict[str, list[str]]:
-        """Image name -> class names, each process its own images; kept in a file, where a resumed run finds them."""
-        kept = processes.from_first(lambda: read_json(path, "the tags of this run") if path.is_file() else None)
-        if kept is not None:
-            return dict(kept["tags"])
-        about = processes.from_first(lambda: self._threshold(advance))
-        own = {}
-        for sample in processes.share(self.dataset.samples):
-            scores = self.tagger(sample.image)
-            if self.dataset.background is not None:
-                scores[self.dataset.background] = -np.inf
-            named = np.flatnonzero(scores >= about["threshold"])
-            own[sample.name] = [self.dataset.classes[index].name for index in named]
-            advance()
-        tags = {name: said for part in processes.gather(own) for name, said in part.items()}
-        if processes.rank() == 0:
-            write_json(path, {**about, "tags": tags})
-        return tags
-
-    def _threshold(self, advance: Callable[[], None]) -> dict[str, Any]:
+    @cached_property
+    def about(self) -> dict[str, Any]:
         """The threshold, and how it was chosen."""
         if self.split is None:
             return {"threshold": self.threshold}
-        threshold, there = choose_threshold(self.tagger, self.split, advance)
+        threshold, there = choose_threshold(self.tagger, self.split)
         return {"threshold": threshold, "chosen_on": self.split.name, "there": asdict(there) | {"f1": there.f1}}
+
+    def tags(self, sample: Sample) -> list[str]:
+        """Class names that the picture is said to hold."""
+        scores = self.tagger(sample.image)
+        if self.dataset.background is not None:
+            scores[self.dataset.background] = -np.inf
+        return [self.dataset.classes[index].name for index in np.flatnonzero(scores >= self.about["threshold"])]
 
 
 def quality(

@@ -19,15 +19,27 @@ from mmdit_probe.errors import UserError, unknown
 if TYPE_CHECKING:
     from mmdit_probe.experiments.attention_budget import AttentionBudget as AttentionBudget
     from mmdit_probe.experiments.attribute import Attribute as Attribute
+    from mmdit_probe.experiments.block_operations import BlockOperations as BlockOperations
+    from mmdit_probe.experiments.contribution_budget import ContributionBudget as ContributionBudget
     from mmdit_probe.experiments.diagnose import Diagnose as Diagnose
+    from mmdit_probe.experiments.evaluate import Evaluate as Evaluate
     from mmdit_probe.experiments.experiment import Experiment as Experiment
+    from mmdit_probe.experiments.explore import Explore as Explore
     from mmdit_probe.experiments.feature_pca import FeaturePCA as FeaturePCA
     from mmdit_probe.experiments.generate import Generate as Generate
+    from mmdit_probe.experiments.head_triage import HeadTriage as HeadTriage
     from mmdit_probe.experiments.perturb import Perturb as Perturb
+    from mmdit_probe.experiments.report import Report as Report
     from mmdit_probe.experiments.result import Result as Result
     from mmdit_probe.experiments.score import Score as Score
+    from mmdit_probe.experiments.segment_picture import Discover as Discover
+    from mmdit_probe.experiments.segment_picture import Segment as Segment
     from mmdit_probe.experiments.select_layers import SelectLayers as SelectLayers
+    from mmdit_probe.experiments.sigma_map import SigmaByLayer as SigmaByLayer
+    from mmdit_probe.experiments.swap_test import SwapTest as SwapTest
+    from mmdit_probe.experiments.train_magnet import TrainMagnet as TrainMagnet
     from mmdit_probe.experiments.value_norms import ValueNorms as ValueNorms
+    from mmdit_probe.experiments.word_maps import WordMaps as WordMaps
 
 OF_COMMAND = {
     "attention-budget": "AttentionBudget",
@@ -39,30 +51,52 @@ OF_COMMAND = {
     "generate": "Generate",
     "select-layers": "SelectLayers",
     "score": "Score",
+    "evaluate": "Evaluate",
+    "contribution-budget": "ContributionBudget",
+    "swap-test": "SwapTest",
+    "block-operations": "BlockOperations",
+    "head-triage": "HeadTriage",
+    "sigma-map": "SigmaByLayer",
+    "maps": "WordMaps",
+    "explore": "Explore",
+    "report": "Report",
 }
 """Command -> the experiment that it runs."""
 
-_MODULES = {
+MODULES = {
+    "HeadTriage": "head_triage",
+    "SigmaByLayer": "sigma_map",
+    "TrainMagnet": "train_magnet",
+    "Segment": "segment_picture",
+    "Evaluate": "evaluate",
+    "Discover": "segment_picture",
     "AttentionBudget": "attention_budget",
     "Attribute": "attribute",
+    "BlockOperations": "block_operations",
+    "ContributionBudget": "contribution_budget",
     "Diagnose": "diagnose",
     "Experiment": "experiment",
+    "Explore": "explore",
     "FeaturePCA": "feature_pca",
     "Generate": "generate",
     "Perturb": "perturb",
+    "Report": "report",
     "Result": "result",
     "Score": "score",
     "SelectLayers": "select_layers",
+    "SwapTest": "swap_test",
     "ValueNorms": "value_norms",
+    "WordMaps": "word_maps",
 }
+"""Name -> module that it is in."""
 
-__all__ = ["OF_COMMAND", "experiment_of", *_MODULES]
+__all__ = ["OF_COMMAND", "experiment_of", *MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{MODULES[name]}"), name)
 
 
 def experiment_of(command: str, options: Mapping[str, Any]) -> Experiment:
@@ -78,6 +112,7 @@ def experiment_of(command: str, options: Mapping[str, Any]) -> Experiment:
 
 def read(folder: Path | str) -> Result:
     """The result that a run folder holds."""
+    from mmdit_probe.experiments.report import Report as Report
     from mmdit_probe.experiments.result import Result
 
     return Result.read(folder)

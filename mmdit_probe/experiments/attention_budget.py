@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mmdit_probe.data import paper_table
 from mmdit_probe.experiments.text import TextTable, share
 from mmdit_probe.experiments.token_rows import TokenRows
-from mmdit_probe.results.statistics import compare, interval, measured
+from mmdit_probe.results.statistics import interval, measured
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,6 +59,10 @@ class AttentionBudget(TokenRows):
     """
 
     name: ClassVar[str] = "attention-budget"
+    examples: ClassVar[tuple[str, ...]] = (
+        "attention-budget --layers all",
+        "attention-budget --layers 2-5 --images scenes:val --control random,shuffled",
+    )
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
         from mmdit_probe.observe.mass import AttentionMass
@@ -74,9 +78,8 @@ class AttentionBudget(TokenRows):
     def summarise(self, result: Result) -> pd.DataFrame:
         return summarise(self.by_item(result))
 
-    def compare(self, result: Result) -> pd.DataFrame:
-        long = blocks(self.by_item(result)).melt(["item", "control", "layer"], ["I2T", "I2T_word"], "measure")
-        return compare(long, ["layer", "measure"])
+    def scores(self, result: Result) -> pd.DataFrame:
+        return blocks(self.by_item(result)).melt(["item", "control", "layer"], ["I2T", "I2T_word"], "measure")
 
     def claim(self, result: Result) -> str:
         return "image queries give words more attention than they do in the control"
@@ -146,7 +149,7 @@ def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
         summary[name] = values[name]
         summary[f"{name}_uniform"] = uniform[name]
         if name in BLOCKS or name == "I2T_word":
-            bounds = [interval(part) for _, part in layers[name]]
+            bounds = [interval(part.clip(0, 1), kind="share") for _, part in layers[name]]
             summary[f"{name}_low"], summary[f"{name}_high"] = ([b[k] for b in bounds] for k in (1, 2))
     marks = pd.DataFrame({name: _mark(name, robust_z(values[name].to_numpy())) for name in OUTLIER_MEASURES})
     summary["outlier"] = marks.apply(lambda row: " ".join(filter(None, row)), axis=1).to_numpy()

@@ -18,7 +18,6 @@ from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.options import INPUT, METHOD, Control, Places, plain_heads
 from mmdit_probe.experiments.text import TextTable, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import compare
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +39,10 @@ class Attribute(Places, Experiment):
     """
 
     name: ClassVar[str] = "attribute"
+    examples: ClassVar[tuple[str, ...]] = (
+        "attribute -n 8",
+        "attribute --method gradients --target mass -n 16",
+    )
     tables: ClassVar[tuple[str, ...]] = ("attribution",)
 
     method: Annotated[
@@ -94,10 +97,10 @@ class Attribute(Places, Experiment):
 
         return agreement(result.table)
 
-    def compare(self, result: Result) -> pd.DataFrame:
+    def scores(self, result: Result) -> pd.DataFrame:
         from mmdit_probe.experiments.word_attribution import by_scene
 
-        return compare(by_scene(result.table), ["layer"])
+        return by_scene(result.table)
 
     def claim(self, result: Result) -> str:
         return "attention and attribution agree (rank correlation within scenes) more than in the control"

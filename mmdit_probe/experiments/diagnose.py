@@ -17,7 +17,7 @@ from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.options import Control, Pictured, Places, plain_heads
 from mmdit_probe.experiments.text import TextTable, signed
-from mmdit_probe.results.statistics import compare, interval, measured
+from mmdit_probe.results.statistics import interval, measured
 from mmdit_probe.specs import heads_at
 
 if TYPE_CHECKING:
@@ -50,8 +50,11 @@ class Diagnose(Pictured, Places, Experiment):
     """
 
     name: ClassVar[str] = "diagnose"
+    examples: ClassVar[tuple[str, ...]] = (
+        "diagnose --limit 8",
+        "diagnose --images photos --layers 2-5 --model MODEL",
+    )
     tables: ClassVar[tuple[str, ...]] = ("channels", "keys", "map_quality")
-    arrays: ClassVar[tuple[str, ...]] = (SHOWN,)
 
     control: Control = "none"
 
@@ -116,10 +119,10 @@ class Diagnose(Pictured, Places, Experiment):
 
         return top_keys(measured(result.store.table("keys", KEY_COLUMNS)))
 
-    def compare(self, result: Result) -> pd.DataFrame:
+    def scores(self, result: Result) -> pd.DataFrame:
         from mmdit_probe.observe.sinks import sink_mass
 
-        return compare(sink_mass(result.store.chunks("keys", KEY_COLUMNS)), ["layer"])
+        return sink_mass(result.store.chunks("keys", KEY_COLUMNS))
 
     def claim(self, result: Result) -> str:
         return "sinks take more of the image queries' attention than in the control"
@@ -220,7 +223,8 @@ def quality_table(gain: pd.DataFrame) -> TextTable:
     from mmdit_probe.experiments.sink_quality import MEAN, SCORES
 
     gain = gain[gain["head"] == MEAN]
-    table = TextTable(["layer", *(c for name in SCORES for c in (name.replace("_", " "), "difference"))])
+    columns = [c for name in SCORES for c in (name.replace("_", " "), "difference")]
+    table = TextTable(["layer", *columns], spare=("difference", *reversed(columns[2:])))
     rows = gain.set_index(["layer", "score"])
     for layer in sorted(set(gain["layer"])):
         cells = [str(layer)]

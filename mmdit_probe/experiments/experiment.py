@@ -20,10 +20,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.store import FolderStore, MemoryStore, Recorder, Store
 from mmdit_probe.options import Option, check
 from mmdit_probe.results import processes
+from mmdit_probe.results.statistics import compare
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,7 +52,7 @@ class Study:
         state: whatever `measure` needs beside the task.
     """
 
-    model: MMDiT
+    model: Any
     request: dict[str, Any]
     tasks: Sequence[Any]
     unit: str = "items"
@@ -67,16 +69,18 @@ class Experiment:
     Class attributes:
         name: of the command, and of the folder that its runs lie in.
         tables: what `measure` writes; a task counts when its rows of the first are on disk.
-        arrays: names under which `measure` keeps arrays for figures.
         early: whether the first table can be told from the first tasks, before all are done.
+        examples: command lines below the help text.
     """
 
     name: ClassVar[str]
     tables: ClassVar[tuple[str, ...]]
-    arrays: ClassVar[tuple[str, ...]] = ()
     early: ClassVar[bool] = False
+    examples: ClassVar[tuple[str, ...]] = ()
 
-    seed: Annotated[int, Option("Seed of the first item; item k uses seed + k.", min=0, max=2**63 - 1)] = 0
+    seed: Annotated[
+        int, Option("Seed of the first item; item k uses seed + k.", min=0, max=2**63 - 1, panel=METHOD)
+    ] = 0
 
     def __post_init__(self) -> None:
         check(self)
@@ -88,7 +92,17 @@ class Experiment:
             scenes: whether the model knows the scenes world, which decides what is read by default.
         """
 
-    def prepare(self, model: MMDiT, inputs: Any) -> Study:
+    def load(self, target: Any, shown: Progress) -> Any:
+        """What `prepare` and `describe` get as the model: an `MMDiT`, unless the experiment says otherwise."""
+        from mmdit_probe.experiments.target import as_model
+
+        return as_model(target, shown)
+
+    def describe(self, model: Any) -> dict[str, Any]:
+        """What the record says of the model and the machine."""
+        return described(model)
+
+    def prepare(self, model: Any, inputs: Any) -> Study:
         """Settle what will be done; `inputs` is what `gather` returned."""
         raise NotImplementedError
 
@@ -103,11 +117,19 @@ class Experiment:
         """The table that a reader wants first, with n and intervals."""
         raise NotImplementedError
 
-    def compare(self, result: Result) -> pd.DataFrame:
-        """The claim against each control, from `results.statistics.compare`; empty without controls."""
+    def scores(self, result: Result) -> pd.DataFrame:
+        """What is compared with controls, and with other runs; empty if nothing is.
+
+        Returns: columns item, control, value, and those of a cell (layer, outcome, ...), one row for each of them.
+        """
         import pandas as pd
 
         return pd.DataFrame()
+
+    def compare(self, result: Result) -> pd.DataFrame:
+        """The claim against each control, from `results.statistics.compare`; empty without controls."""
+        scores = self.scores(result)
+        return compare(scores, cell_of(scores)) if len(scores) else scores
 
     def claim(self, result: Result) -> str:
         """What the values of `compare` say, in words."""
@@ -152,15 +174,17 @@ class Experiment:
             UserError: bad options, inputs or model. RunError: a failure on the way; finished tasks stay.
         """
         from mmdit_probe.experiments.result import Result
-        from mmdit_probe.experiments.target import as_model, knows_scenes
+        from mmdit_probe.experiments.target import knows_scenes, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
+        target = named(target)
         inputs = self.gather(knows_scenes(target))
-        model = as_model(target, shown)
+        model = self.load(target, shown)
         study = self.prepare(model, inputs)
         for note in study.notes:
             shown.note(note)
-        facts = described(model) | study.facts | {"options": plain(asdict(self)), "seed": self.seed}
+        facts = self.describe(model) | study.facts | {"options": plain(asdict(self))}
+        facts |= {"seed": self.seed, "processes": processes.world()}
         with processes.joined():
             if out is None:
                 store: Store = MemoryStore(self.name, study.request, facts)
@@ -206,6 +230,11 @@ def _tell_early(experiment: Experiment, store: Store, shown: Progress) -> None:
         shown.early(replace(table, title="so far"))
 
 
+def cell_of(scores: pd.DataFrame) -> list[str]:
+    """The columns of scores that say what is compared on its own."""
+    return [str(name) for name in scores.columns if name not in ("item", "control", "value")]
+
+
 def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:
     """A request: the weights that are measured, how text is encoded, and every option that decides the numbers."""
     return {
@@ -221,12 +250,9 @@ def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:
 def text_of(model: MMDiT) -> dict[str, Any]:
     """What a request says of how text is encoded where that is not the model's own way: neither weights nor prompts
     tell."""
-    from mmdit_probe.models.mmdit import default_length
-
     left_out = hasattr(model.pipeline, "text_encoder_3") and model.pipeline.text_encoder_3 is None
-    own = default_length(model.pipeline, model.family)
-    length = model.max_sequence_length
-    return ({"no_t5": True} if left_out else {}) | ({"max_sequence_length": length} if length != own else {})
+    length = {} if model.max_sequence_length == model.own_length else {"max_sequence_length": model.max_sequence_length}
+    return ({"no_t5": True} if left_out else {}) | length
 
 
 def described(model: MMDiT) -> dict[str, Any]:

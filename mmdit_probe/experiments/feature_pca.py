@@ -25,7 +25,7 @@ from mmdit_probe.experiments.options import METHOD, OUTPUT, Control, Pictured, P
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
-from mmdit_probe.results.statistics import NOT_ABOVE, compare, interval, measured
+from mmdit_probe.results.statistics import NOT_ABOVE, interval, measured
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,8 +62,11 @@ class FeaturePCA(Pictured, Places, Experiment):
     """
 
     name: ClassVar[str] = "pca"
+    examples: ClassVar[tuple[str, ...]] = (
+        "pca --layers all --limit 8",
+        'pca --images photos --prompts "a photo of a cat" --model MODEL',
+    )
     tables: ClassVar[tuple[str, ...]] = ("pca", "pca_variance")
-    arrays: ClassVar[tuple[str, ...]] = (SHOWN,)
 
     kinds: Annotated[str, Option("Features: query,key,value,output.", panel=METHOD)] = ",".join(KINDS)
     components: Annotated[
@@ -152,10 +155,9 @@ class FeaturePCA(Pictured, Places, Experiment):
     def summarise(self, result: Result) -> pd.DataFrame:
         return summarise(result.table)
 
-    def compare(self, result: Result) -> pd.DataFrame:
+    def scores(self, result: Result) -> pd.DataFrame:
         names = self._claimed(result)
-        long = result.table.melt(["item", "control", "layer", "kind"], names, "measure")
-        return compare(long, ["layer", "kind", "measure"])
+        return result.table.melt(["item", "control", "layer", "kind"], names, "measure")
 
     def _claimed(self, result: Result) -> list[str]:
         return [name for name in ("class", "silhouette", "coordinates") if name in result.summary]

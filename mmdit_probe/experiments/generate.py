@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.options import METHOD, checked_heads, selected_places
+from mmdit_probe.experiments.options import METHOD, Edited, check_streams, checked_heads, selected_places
 from mmdit_probe.experiments.perturb import equal_budget
 from mmdit_probe.experiments.sweep import (
     AGAINST_STOCK,
@@ -32,7 +32,7 @@ from mmdit_probe.experiments.sweep import (
 )
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import NONE, compare, interval
+from mmdit_probe.results.statistics import NONE, interval
 from mmdit_probe.specs import Spec, layer_indices
 
 if TYPE_CHECKING:
@@ -45,12 +45,14 @@ if TYPE_CHECKING:
 
 PLACE = ["layers", "scale", "control"]
 ROW = ["item", "prompt", "seed", *PLACE]
+SHARES = ("facts", "things_right", "grounds_right", "relabelled")
+"""Outcomes in [0, 1]."""
 SHOWN_PROMPTS = 8
 """Prompts in the contact sheet."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Sweep):
+class Generate(Edited, Sweep):
     """Sample images; with --perturb-layers, guided away from what the model says when those layers read blurred text.
 
     eps = eps_uncond + g (eps_cond - eps_uncond) + s (eps_cond - eps_perturbed), with g = --guidance, s =
@@ -58,6 +60,10 @@ class Generate(Sweep):
     """
 
     name: ClassVar[str] = "generate"
+    examples: ClassVar[tuple[str, ...]] = (
+        'generate --prompts "a red ring and a blue house on grass"',
+        "generate --perturb-layers 4 --perturb-scale 1,2,4 --limit 8",
+    )
     tables: ClassVar[tuple[str, ...]] = ("images",)
 
     perturb_layers: Annotated[
@@ -71,6 +77,11 @@ class Generate(Sweep):
     selection: Annotated[
         Path | str | None, Option("Layers and heads from select-layers, in place of --perturb-layers.", panel=METHOD)
     ] = None
+    enhance: Annotated[
+        Spec | None,
+        Option("Also sample with the text of these layers' blocks doubled (arXiv:2601.02211).", shown_default="none",
+               panel=METHOD),
+    ] = None  # fmt: skip
     start: Annotated[float, Option("Guide from this part of the sampling, 0 to 1.", min=0, max=1, panel=METHOD)] = 0.0
     stop: Annotated[float, Option("Guide up to this part of the sampling.", min=0, max=1, panel=METHOD)] = 1.0
 
@@ -101,23 +112,28 @@ class Generate(Sweep):
             )
         return scales
 
-    def conditions(self, model: MMDiT) -> list[Condition]:
-        stock = _condition((), 0.0)
+    def conditions(self, model: MMDiT, prompts: Sequence[str]) -> list[Condition]:
+        check_streams(model, self.streams)
+        from mmdit_probe.edit import ScaleText
+
+        plan = [_condition((), 0.0)]
+        if self.enhance is not None:
+            doubled = layer_indices(self.enhance, len(model.layers))
+            plan.append(_condition(doubled, 0.0, ScaleText(layers=list(doubled))))
         if self.selection is not None:
             layers, heads = selected_places(self.selection, model)
         elif self.perturb_layers is not None:
             layers = layer_indices(self.perturb_layers, len(model.layers))
             heads = checked_heads("all", layers, model.heads)
         else:
-            return [stock]
+            return plan
         edit = self.change().at(heads=heads)
-        plan = [stock]
         for these in [(layer,) for layer in layers] if self.each else [layers]:
             here = edit.at(layers=list(these))
             for scale in (scale for scale in self.scales() if scale != 0):
                 plan.append(_condition(these, scale, here))
                 plan += [
-                    _condition(these, scale, equal_budget(here, self.seed, name), name)
+                    _condition(these, scale, equal_budget(here, self.seed, name, self.directions), name)
                     for name in self.chosen_controls()
                     if name in EQUAL
                 ]
@@ -135,15 +151,15 @@ class Generate(Sweep):
     def summarise(self, result: Result) -> pd.DataFrame:
         return summarise(result.table)
 
-    def compare(self, result: Result) -> pd.DataFrame:
-        return compare(gains(result.table), ["layers", "scale", "outcome"])
+    def scores(self, result: Result) -> pd.DataFrame:
+        return gains(result.table)
 
     def claim(self, result: Result) -> str:
-        aligned = aligned_outcome(result.table.columns) or "no measure of it"
+        aligned = aligned_outcome(result.table) or "no measure of it"
         return f"guidance adds more to the alignment ({aligned}) than in the control"
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
-        return claims[claims["outcome"] == aligned_outcome(claims["outcome"])].drop(columns="outcome")
+        return claims[claims["outcome"] == aligned_outcome(claims)].drop(columns="outcome")
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
         return {"by_setting": result.summary}
@@ -179,7 +195,8 @@ class Generate(Sweep):
 
 def _condition(layers: Sequence[int], scale: float, edit: Any = None, control: str = NONE) -> Condition:
     place = f"-layers{'+'.join(map(str, layers))}-scale{scale:g}"
-    name = STOCK if scale == 0 else f"{'guided' if control == NONE else control}{place}"
+    kind = "guided" if control == NONE else control
+    name = f"{kind}{place}" if scale else f"enhanced{place}" if layers else STOCK
     labels = {"layers": ",".join(map(str, layers)), "scale": float(scale), "control": control}
     return Condition(name, labels, edit, scale, control)
 
@@ -187,26 +204,26 @@ def _condition(layers: Sequence[int], scale: float, edit: Any = None, control: s
 def _heading(condition: Sequence[Any]) -> str:
     _, labels, scale, _ = condition
     if scale == 0:
-        return STOCK
+        return f"text x 2\nlayer {labels['layers'].replace(',', '+')}" if labels["layers"] else STOCK
     equal = "" if labels["control"] == NONE else f"{labels['control']}, "
     return f"{equal}layer {labels['layers'].replace(',', '+')}\ns = {scale:g}"
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per setting and outcome: layers, scale, control (none, or which control of equal size the perturbation
-    is), n, mean, low, high (95 % interval over prompts), and, for settings other than stock, difference,
-    difference_low, difference_high (minus stock, paired). `change` is a difference as it is."""
+    """One row per setting and outcome: layers (none for stock), scale (0 without guidance), control (none, or which
+    control of equal size the perturbation is), n, mean, low, high (95 % interval over prompts), and, for settings other
+    than stock, difference, difference_low, difference_high (minus stock, paired). `change` is a difference as it is."""
     import pandas as pd
 
     table = own_rows(table)
-    stock = table[table["scale"] == 0].set_index("item")
+    stock = table[table["layers"] == ""].set_index("item")
     rows = []
     for place, part in table.groupby(PLACE, observed=True):
         for name in outcome_names(table, ROW):
             row: dict[str, Any] = dict(zip(PLACE, place, strict=True))
             row |= {"outcome": name, "n": int(part[name].notna().sum())}
-            row["mean"], row["low"], row["high"] = interval(part[name])
-            if row["scale"] != 0:
+            row["mean"], row["low"], row["high"] = interval(part[name], kind="share" if name in SHARES else "mean")
+            if row["layers"]:
                 paired = part[name] - part["item"].map(stock[name])
                 row["difference"], row["difference_low"], row["difference_high"] = interval(paired)
             rows.append(row)
@@ -222,8 +239,8 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
     names = [name for name in outcome_names(table, ROW) if name not in AGAINST_STOCK]
     for control in dict.fromkeys(table["control"]):
         base = table[table["control"] == (NONE if control in EQUAL else control)]
-        stock = base[base["scale"] == 0].set_index("item")
-        part = table[(table["control"] == control) & (table["scale"] != 0)]
+        stock = base[base["layers"] == ""].set_index("item")
+        part = table[(table["control"] == control) & (table["layers"] != "")]
         wide = part[["item", "control", "layers", "scale"]].copy()
         for name in names:
             wide[name] = part[name] - part["item"].map(stock[name])
@@ -231,25 +248,28 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+_HEADINGS = {"facts": "facts shown", "clip_t": "CLIP-T", "change": "change (RMS)"}
+
+
 def setting_table(summary: pd.DataFrame) -> TextTable:
     """One row per setting in text."""
-    from mmdit_probe.plots.perturb import LABELS
-
-    names = [name for name in ("facts", "clip_t", "change") if name in set(summary["outcome"])]
+    names = [name for name in _HEADINGS if name in set(summary["outcome"])]
     places, columns = ["layers", "s", "perturbation"], []
     for name in names:
-        columns += [LABELS[name], *(["difference from stock"] if name != "change" else [])]
-    table = TextTable([*places, *columns], left=places)
+        heading = _HEADINGS[name]
+        columns += [heading, *([f"{heading} - stock"] if name != "change" else [])]
+    table = TextTable([*places, *columns], left=places, spare=("CLIP-T - stock", "CLIP-T", "perturbation"))
     for place, part in summary.groupby(PLACE, observed=True, sort=True):
         layers, scale, control = str(place[0]), float(str(place[1])), str(place[2])
         rows = part.set_index("outcome")
-        cells = [layers or "-", f"{scale:g}", "none" if scale == 0 else "edit" if control == NONE else control]
+        what = "edit" if scale else "text x 2" if layers else "none"
+        cells = [layers or "-", f"{scale:g}", what if control == NONE else control]
         for name in names:
             row = rows.loc[name]
             cells.append(bounded(row["mean"], row["low"], row["high"]))
             if name != "change":
                 cells.append(
-                    "" if scale == 0 else signed(row["difference"], row["difference_low"], row["difference_high"])
+                    "" if not layers else signed(row["difference"], row["difference_low"], row["difference_high"])
                 )
         table.add(*cells)
     return table

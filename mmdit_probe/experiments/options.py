@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.options import Option
-from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices
+from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, heads_at, layer_indices
 
 if TYPE_CHECKING:
     from mmdit_probe.data import Sample
@@ -39,6 +39,9 @@ class Places:
         super().__post_init__()  # type: ignore[misc]
         if self.selection is not None and (self.layers != "all" or self.heads != "all"):
             raise UserError("--selection names layers and heads already; leave --layers and --heads out")
+        check_spec(self.layers, layer_indices)
+        if not isinstance(self.heads, Mapping):
+            check_spec(self.heads, head_indices)
 
     def places(self, model: MMDiT) -> tuple[tuple[int, ...], HeadSpec]:
         """Layers and heads of a model: indices, and a specification for all layers or layer -> heads.
@@ -206,6 +209,15 @@ class Edited:
     streams: Annotated[
         str | None, Option("Text tokens of these encoders only, e.g. clip.", shown_default="all", panel=METHOD)
     ] = None
+
+    directions: Annotated[
+        int, Option("Directions of the coherent control of equal size; prompts take them in turn.", min=1, panel=METHOD)
+    ] = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        if self.kernel % 2 == 0:
+            raise UserError(f"--kernel is {self.kernel}; expected an odd number of taps")
 
     def change(
         self, *, renormalise: bool = False, steps: Spec = "all", branches: tuple[str, ...] | None = None

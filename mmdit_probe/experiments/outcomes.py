@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, first_line
 from mmdit_probe.evaluate.clipscore import cosine
 from mmdit_probe.segment.clip import CLIP
 
@@ -50,7 +50,8 @@ class Change:
 
 class Parser:
     """The scenes parser: `facts` (share of the prompt's facts shown), `things_right`, `grounds_right`, and
-    `relabelled`, the share of pixels read as another class than in the unedited image."""
+    `relabelled`, the share of pixels read as another class than in the unedited image. The first three are NaN,
+    undefined, for prompts that are no captions of the scenes world."""
 
     names = ("facts", "things_right", "grounds_right", "relabelled")
 
@@ -62,14 +63,12 @@ class Parser:
     def __call__(
         self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
     ) -> dict[str, np.ndarray]:
-        from mmdit_probe.scenes.parser import alignment, grounds_right, things_right
+        from mmdit_probe.scenes.parser import judge
 
         readings, before = self.parser.read(images), self.parser.read(unedited)
-        pairs = list(zip(prompts, readings, strict=True))
+        scores = [judge(*pair) for pair in zip(prompts, readings, strict=True)]
         return {
-            "facts": np.array([alignment(text, reading) for text, reading in pairs]),
-            "things_right": np.array([float(things_right(text, reading)) for text, reading in pairs]),
-            "grounds_right": np.array([float(grounds_right(text, reading)) for text, reading in pairs]),
+            **{name: np.array([of[name] for of in scores]) for name in self.names[:-1]},
             "relabelled": np.array(
                 [float((a.classes != b.classes).mean()) for a, b in zip(readings, before, strict=True)]
             ),
@@ -100,7 +99,7 @@ class Dino:
         from transformers import AutoImageProcessor, AutoModel
 
         self.device = device
-        self.model = _local(AutoModel, path).to(device).float().eval()
+        self.model = _local(AutoModel, path, use_safetensors=True).to(device).float().eval()
         self.processor = _local(AutoImageProcessor, path)
 
     @torch.no_grad()
@@ -147,9 +146,9 @@ def measure(
     return {name: values for outcome in outcomes for name, values in outcome(prompts, images, unedited).items()}
 
 
-def _local(kind: Any, path: Path | str) -> Any:
+def _local(kind: Any, path: Path | str, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(str(path))
+        return kind.from_pretrained(str(path), **options)
     except (OSError, ValueError) as error:
-        first = (str(error).strip().splitlines() or ["unreadable"])[0]
-        raise UserError(f"cannot load {getattr(kind, '__name__', 'model')} from {str(path)!r}: {first}") from error
+        name = getattr(kind, "__name__", "model")
+        raise UserError(f"cannot load {name} from {str(path)!r}: {first_line(error)}") from error

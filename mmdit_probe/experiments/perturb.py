@@ -16,22 +16,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.options import METHOD, OUTPUT, EditControl, Places
+from mmdit_probe.experiments.options import METHOD, OUTPUT, EditControl, Edited, Places, check_streams
 from mmdit_probe.experiments.sweep import (
     AGAINST_STOCK,
     BUDGET,
     EQUAL,
+    MEANING,
     STOCK,
     Condition,
     Sweep,
     aligned_outcome,
+    effects,
     outcome_names,
-    own_rows,
     sheet_cells,
 )
 from mmdit_probe.experiments.text import TextTable, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import FEWEST, NONE, compare, interval
+from mmdit_probe.results.statistics import FEWEST, NONE, interval, n_for_effect
 from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
@@ -47,12 +48,14 @@ ALL_HEADS, ALL_SPANS = -1, "all"
 NO_OP, EDIT, CONTROL = "no-op", "edit", "control"
 PLACE = ["layer", "head", "span"]
 ROW = ["item", "prompt", "seed", "control", "condition", *PLACE]
+DRAWN = [name for name in MEANING if name not in ("grounds_right", "relabelled")]
+"""Outcomes of the figure."""
 HARM_IS_RISE = ("change", "relabelled")
 """Outcomes whose rise is harm; of the others it is the drop."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perturb(Places, Sweep):
+class Perturb(Places, Edited, Sweep):
     """Edit the I2T block of one layer at a time, sample with the same seeds, and measure what changes.
 
     Outcomes: change of the image; for models of the scenes world, which facts of the prompt the image still shows; with
@@ -60,6 +63,10 @@ class Perturb(Places, Sweep):
     """
 
     name: ClassVar[str] = "perturb"
+    examples: ClassVar[tuple[str, ...]] = (
+        "perturb --layers all --prompts scenes:val --limit 16",
+        "perturb --layers 4 --by heads --limit 8",
+    )
     tables: ClassVar[tuple[str, ...]] = ("perturb",)
 
     control: EditControl = BUDGET
@@ -80,7 +87,8 @@ class Perturb(Places, Sweep):
         if self.branch == "uncond" and self.guidance <= 1:
             raise UserError(f"--branch uncond: --guidance {self.guidance:g} runs without that branch")
 
-    def conditions(self, model: MMDiT) -> list[Condition]:
+    def conditions(self, model: MMDiT, prompts: Sequence[str]) -> list[Condition]:
+        check_streams(model, self.streams)
         layers, heads = self.places(model)
         branches = None if self.branch == "all" else (self.branch,)
         edit = self.change(renormalise=self.renormalise, steps=self.steps, branches=branches)
@@ -95,7 +103,7 @@ class Perturb(Places, Sweep):
                 here = edit.at(**address)
                 plan.append(_condition(EDIT, layer, head, span, here))
                 plan += [
-                    _condition(CONTROL, layer, head, span, equal_budget(here, self.seed, name), name)
+                    _condition(CONTROL, layer, head, span, equal_budget(here, self.seed, name, self.directions), name)
                     for name in self.chosen_controls()
                     if name in EQUAL
                 ]
@@ -112,8 +120,8 @@ class Perturb(Places, Sweep):
     def summarise(self, result: Result) -> pd.DataFrame:
         return summarise(result.table)
 
-    def compare(self, result: Result) -> pd.DataFrame:
-        return compare(losses(result.table), [*PLACE, "outcome"])
+    def scores(self, result: Result) -> pd.DataFrame:
+        return losses(result.table)
 
     def claim(self, result: Result) -> str:
         main = self._main(result)
@@ -122,10 +130,10 @@ class Perturb(Places, Sweep):
         )
 
     def _main(self, result: Result) -> str:
-        return aligned_outcome(result.table.columns) or "change"
+        return aligned_outcome(result.table) or "change"
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
-        main = aligned_outcome(claims["outcome"]) or "change"
+        main = aligned_outcome(claims) or "change"
         return claims[(claims["outcome"] == main) & ~claims["control"].isin(EQUAL)].drop(columns="outcome")
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
@@ -140,8 +148,7 @@ class Perturb(Places, Sweep):
         title = f"{name}: {self.edit} of I2T, n = {count} prompts"
         if self.by != "layers":
             return {"perturb": effects_grid(summary, self._main(result), title=title)}
-        order = ["facts", "clip_t", "change", "clip_i", "dino"]
-        figures = {"perturb": effects_by_layer(summary, order, title=title)}
+        figures = {"perturb": effects_by_layer(summary, DRAWN, title=title)}
         rows = sorted({int(kept.split("-")[0]) for kept in result.store.pictures()})
         prompts = [result.request["items"][row][0] for row in rows]
         for kind, label, what in (
@@ -159,8 +166,9 @@ class Perturb(Places, Sweep):
         moved = no_op_change(result.table)
         return [
             effect_table(result.summary),
+            *power(result.table),
             "Difference from the unedited image of the same prompt and seed, mean [95 % interval over prompts];"
-            " control: a change of equal size.",
+            " control: a change of equal size. Meaning comes first: a picture that moves may say the same.",
             f"n = {count} prompts, {request['num_steps']} steps, guidance {request['guidance']};"
             f" no-op row: largest change {moved:g}{'' if moved == 0 else ' (must be 0: results are not paired)'}",
         ]
@@ -169,11 +177,11 @@ class Perturb(Places, Sweep):
         return {"no_op_change": no_op_change(result.table), "places": result.summary, "controls": result.claims}
 
 
-def equal_budget(edit: Any, seed: int, control: str) -> Any:
+def equal_budget(edit: Any, seed: int, control: str, directions: int) -> Any:
     """The control of equal size of an edit."""
     from mmdit_probe.edit import EqualBudget
 
-    return EqualBudget(edit, seed, kind=EQUAL[control])
+    return EqualBudget(edit, seed, kind=EQUAL[control], directions=directions)
 
 
 def _condition(
@@ -191,20 +199,6 @@ def no_op_change(table: pd.DataFrame) -> float:
     return float(table.loc[table["condition"] == NO_OP, "change"].abs().max())
 
 
-def effects(table: pd.DataFrame) -> pd.DataFrame:
-    """The measurement's own rows with every outcome as a paired effect: what compares with the unedited image as it is,
-    the others minus the value of the unedited image of the same prompt and seed."""
-    table = own_rows(table)
-    stock = table[table["condition"] == STOCK].set_index("item")
-    result = table[table["condition"] != STOCK].copy()
-    for name in outcome_names(table, ROW):
-        if name in ("clip_i", "dino"):
-            result[name] = result[name] - 1.0  # the unedited image has cosine 1 with itself
-        elif name not in AGAINST_STOCK:
-            result[name] = result[name] - result["item"].map(stock[name])
-    return result
-
-
 def losses(table: pd.DataFrame) -> pd.DataFrame:
     """What every edit costs, for `results.statistics.compare`.
 
@@ -216,10 +210,10 @@ def losses(table: pd.DataFrame) -> pd.DataFrame:
     parts = []
     for control in dict.fromkeys(table["control"]):
         if control in EQUAL:  # compared with the measurement's own stock rows
-            part = effects(table)
+            part = effects(table, ROW)
             part = part[part["control"] == control]
         else:
-            part = effects(table[table["control"] == control].assign(control=NONE))
+            part = effects(table[table["control"] == control].assign(control=NONE), ROW)
             part = part[part["condition"] == EDIT]
         names = outcome_names(part, ROW)
         if control == "shuffled":
@@ -241,7 +235,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """
     import pandas as pd
 
-    long = effects(table)
+    long = effects(table, ROW)
     standard = next((name for name in EQUAL if name in set(long["control"])), None)
     rows: list[dict[str, Any]] = []
     for place, part in long.groupby(PLACE, observed=True):
@@ -257,7 +251,29 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
                 row["beyond"], row["beyond_low"], row["beyond_high"] = interval(difference)
                 row["verdict"] = _verdict(row)
             rows.append(row)
-    return pd.DataFrame(rows).sort_values(["outcome", *PLACE]).reset_index(drop=True)
+    found = pd.DataFrame(rows)
+    order = found["outcome"].map({name: place for place, name in enumerate(MEANING)})
+    return found.assign(order=order).sort_values(["order", *PLACE]).drop(columns="order").reset_index(drop=True)
+
+
+SMALL = 0.05
+"""Drop of the alignment that the power is told for."""
+
+
+def power(table: pd.DataFrame) -> list[str]:
+    """How many prompts would show a small drop of the alignment at every place; nothing without a measure of it.
+
+    By the place whose effect spreads most, at 5 % over all places (Holm's first step), with power .8.
+    """
+    main = aligned_outcome(table)
+    edited = effects(table, ROW)
+    edited = edited[edited["condition"] == EDIT]
+    if main is None or edited["item"].nunique() < 2:
+        return []
+    places = [part[main] for _, part in edited.groupby(PLACE, observed=True)]
+    needed = [n_for_effect(values, SMALL, comparisons=len(places)) for values in places]
+    most = max((n for n in needed if n is not None), default=None)
+    return [] if most is None else [f"Power: n = {most} would show a drop of {SMALL:g} at every place (80 %, {main})."]
 
 
 def _verdict(row: dict[str, Any]) -> str:
@@ -269,13 +285,13 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def effect_table(summary: pd.DataFrame) -> TextTable:
-    """The table per place in text: the best measure of alignment there is first, then the change of the image."""
+    """The table per place in text: alignment with the prompt first, the change of the image last."""
     from mmdit_probe.plots.perturb import LABELS
 
-    aligned = aligned_outcome(summary["outcome"])
-    shown = [name for name in (aligned, "change") if name is not None]
+    there = set(summary["outcome"])
+    shown = [name for name in (aligned_outcome(summary) or "", "things_right", "change") if name in there]
     columns = [column for name in shown for column in (LABELS[name], "control", "verdict")]
-    table = TextTable(["place", *columns], left=("place",))
+    table = TextTable(["place", *columns], left=("place",), spare=("control",))
     for place, part in summary.groupby(PLACE, sort=True):
         layer, head, span = int(str(place[0])), int(str(place[1])), str(place[2])
         rows = part.set_index("outcome")

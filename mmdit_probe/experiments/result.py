@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.controls import CONTROLS
 from mmdit_probe.experiments.store import FolderStore, Store
-from mmdit_probe.experiments.text import Text, TextTable, claim_lines, claim_table, records
+from mmdit_probe.experiments.text import Text, claim_lines, claim_table, page, records
 from mmdit_probe.results import RunFolder, TableWriter, atomic
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Result:
                         item.write(self.store.table(name))
             for name, image in self.store.pictures().items():
                 copy.keep_picture(name, image)
-            for name in self.experiment.arrays:
+            for name in self.store.array_names():
                 if (found := self.store.load_arrays(name)) is not None:
                     copy.keep_arrays(name, found)
             self.write(target)
@@ -137,7 +137,7 @@ class Result:
         """Write summaries, claims and figures into an open run folder."""
         from mmdit_probe.plots import save
 
-        stem = self.experiment.tables[0]
+        stem = self.experiment.name.replace("-", "_")
         for name, frame in self.experiment.frames(self).items():
             atomic.write_text(folder.path / f"{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
         if len(self.claims):
@@ -161,15 +161,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         """Figure and summary, for a notebook."""
-        import base64
-        from html import escape
-        from io import BytesIO
-
-        buffer = BytesIO()
-        self.figure().savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-        picture = base64.b64encode(buffer.getvalue()).decode()
-        parts = [text.html() if isinstance(text, TextTable) else f"<p>{escape(text)}</p>" for text in self.texts()]
-        return f'<img alt="{escape(repr(self))}" src="data:image/png;base64,{picture}">' + "".join(parts)
+        return page(repr(self), self.figure(), self.texts())
 
 
 _OF_A_FOLDER = ("command", "request", "status", "created", "wall_seconds", "peak_memory_bytes", "argv", "environment")

@@ -23,7 +23,7 @@ from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.maps import TextMaps
 from mmdit_probe.observe.probe import probe
-from mmdit_probe.scenes.parser import SceneParser, aligned, alignment, grounds_right, things_right
+from mmdit_probe.scenes.parser import SceneParser, judge
 from mmdit_probe.scenes.world import CLASSES, Scene, scene
 
 
@@ -118,7 +118,7 @@ def alignment_of(
         size: side in pixels; the model's own if None.
 
     Returns:
-        Columns caption, seed, facts (share of facts that hold), all_right, things_right, grounds_right.
+        Columns caption, seed, and the scores of `scenes.parser.judge`.
     """
     rows: list[dict[str, Any]] = []
     for start in range(0, len(prompts), batch):
@@ -126,16 +126,7 @@ def alignment_of(
         seeds = list(range(seed + start, seed + start + len(chunk)))
         images = model.generate(chunk, steps=steps, guidance=guidance, seed=seeds, height=size, width=size)
         for text, number, reading in zip(chunk, seeds, parser.read(images), strict=True):
-            rows.append(
-                {
-                    "caption": text,
-                    "seed": number,
-                    "facts": alignment(text, reading),
-                    "all_right": aligned(text, reading),
-                    "things_right": things_right(text, reading),
-                    "grounds_right": grounds_right(text, reading),
-                }
-            )
+            rows.append({"caption": text, "seed": number, **judge(text, reading)})
     return pd.DataFrame(rows)
 
 

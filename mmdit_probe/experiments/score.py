@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
 from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Sampling
+from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import FEWEST, defined, interval
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
 
 BASE, REAL = "base", "real"
-PARSED = ("facts", "all_right", "things_right", "grounds_right")
-"""Scores of the scenes parser: share of the caption's facts that hold, and whether all, the objects, the grounds do."""
 KEYS = ["category", "index", "prompt", "seed"]
 STREAMS = ("all", "clip", "t5")
 """Whose tokens make a word's map: both streams of the joint text, or one of them."""
@@ -44,16 +43,15 @@ _ADAPTER = "scored"
 
 @dataclass(frozen=True)
 class Job:
-    """A task: pictures of a variant by number ("pictures"), scenes as they are ("real"), maps at a sigma ("maps")."""
+    """A task: pictures of a variant by number ("pictures"), or scenes as they are with their maps ("real")."""
 
     kind: str
     variant: str = BASE
     numbers: Sequence[int] = ()
-    sigma: float = 0.0
 
 
 @dataclass
-class _Scorers:
+class Scorers:
     """What looks at the pictures, and which adapter is loaded."""
 
     parser: Any = None
@@ -72,6 +70,10 @@ class Score(Sampling, Experiment):
     """
 
     name: ClassVar[str] = "score"
+    examples: ClassVar[tuple[str, ...]] = (
+        "score --n 5 --lora class=runs/magnet/lora",
+        "score --prompts T2I-CompBench/prompts --clip openai/clip-vit-base-patch16 --model MODEL",
+    )
     tables: ClassVar[tuple[str, ...]] = ("scores", "maps")
 
     lora: Annotated[
@@ -170,9 +172,11 @@ class Score(Sampling, Experiment):
         from mmdit_probe.evaluate.blip import BlipAsker
         from mmdit_probe.evaluate.clipscore import ClipScorer
         from mmdit_probe.scenes import load_parser
+        from mmdit_probe.scenes.captions import is_caption
 
-        scorers = _Scorers(
-            load_parser() if self.prompts is None else None,
+        scenes = self.prompts is None or (knows_scenes(model) and any(is_caption(text) for _, text in inputs))
+        scorers = Scorers(
+            load_parser() if scenes else None,
             None if self.clip == "none" else ClipScorer.load(self.clip),
             None if self.vqa is None else BlipAsker.load(self.vqa),
             variants=self.variants(),
@@ -184,9 +188,8 @@ class Score(Sampling, Experiment):
             for variant in scorers.variants
             for start in range(0, len(jobs), self.batch)
         ]
-        if self.prompts is None and inputs:
+        if self.sigmas() or (self.prompts is None and inputs):
             tasks.append(Job(REAL))
-        tasks += [Job("maps", sigma=sigma) for sigma in self.sigmas()]
         request = request_of(
             model, variants=scorers.variants, prompts=inputs, images_per_prompt=each, num_steps=self.num_steps,
             guidance=self.guidance, seed=self.seed, clip=self.clip, vqa=self.vqa, maps=self.sigmas(), n=self.n,
@@ -196,10 +199,10 @@ class Score(Sampling, Experiment):
 
     def measure(self, study: Study, task: Job, record: Recorder) -> None:
         jobs, scorers = study.state
-        if task.kind == "maps":
-            record.write("maps", self._maps(study.model, task.sigma))
-        elif task.kind == REAL:
-            record.write("scores", real_scenes(self.n, self.split))
+        if task.kind == REAL:
+            for sigma in self.sigmas():
+                record.write("maps", self._maps(study.model, sigma))
+            record.write("scores", real_scenes(self.n, self.split, scorers))
         else:
             adapt(study.model, scorers, task.variant)
             record.write("scores", self._pictures(study.model, task, jobs, scorers))
@@ -215,7 +218,7 @@ class Score(Sampling, Experiment):
         return table.assign(ceiling=grid_ceiling(items, model.default_size[0] // model.size_multiple))
 
     def _pictures(
-        self, model: MMDiT, task: Job, jobs: Sequence[tuple[str, int, str]], scorers: _Scorers
+        self, model: MMDiT, task: Job, jobs: Sequence[tuple[str, int, str]], scorers: Scorers
     ) -> pd.DataFrame:
         """Rows of some pictures: picture j of prompt k is drawn from seed + images k + j whatever the variant."""
         import pandas as pd
@@ -228,22 +231,15 @@ class Score(Sampling, Experiment):
             {"variant": task.variant, "category": category, "prompt": text, "index": index, "seed": seed}
             for (category, index, text), seed in zip(chosen, seeds, strict=True)
         )
-        if scorers.parser is not None:
-            frame = frame.join(parsed(scorers.parser, texts, pictures))
-        if scorers.clip is not None:
-            cosines = scorers.clip.cosines(pictures, texts)
-            frame[scorers.clip.metric] = [100 * max(0.0, float(value)) for value in cosines]
-            frame[scorers.clip.cosine_metric] = [float(value) for value in cosines]
-        if scorers.asker is not None:
-            frame[scorers.asker.metric] = [float(value) for value in scorers.asker(pictures, texts)]
         if self.export is not None:
             for (category, _, text), number, picture in zip(chosen, task.numbers, pictures, strict=True):
                 export(picture, self.export / task.variant / category / "samples", text, number)
-        return frame
+        return scored(frame, pictures, scorers)
 
     def summarise(self, result: Result) -> pd.DataFrame:
         table = result.table
-        return compare_variants(table[table["category"] != REAL], self.baseline)
+        drawn = table[table["category"] != REAL]  # none with --categories none: the parser's limit is what there is
+        return compare_variants(drawn if len(drawn) else table, self.baseline)
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
         return {"comparison": result.summary}
@@ -263,6 +259,8 @@ class Score(Sampling, Experiment):
         return f"n = {count} prompts, {self.num_steps} steps, guidance {self.guidance:g}"
 
     def tell(self, result: Result) -> list[Text]:
+        from mmdit_probe.scenes.parser import SCORES
+
         shown = [
             metric
             for metric in dict.fromkeys(result.summary.metric)
@@ -270,8 +268,9 @@ class Score(Sampling, Experiment):
         ]
         texts: list[Text] = [variant_table(result.summary, metric, self.baseline) for metric in shown]
         real = result.table[result.table["category"] == REAL]
-        if len(real):
-            limits = ", ".join(f"{name.replace('_', ' ')} {real[name].astype(float).mean():.3f}" for name in PARSED)
+        if "facts" in real:
+            texts.append(opposite_table(result.summary))
+            limits = ", ".join(f"{name.replace('_', ' ')} {real[name].astype(float).mean():.3f}" for name in SCORES)
             texts.append(f"the parser on {len(real)} real scenes, its own limit: {limits}.")
         if result.store.has("maps"):
             texts.append(map_table(result.store.table("maps")))
@@ -282,7 +281,7 @@ class Score(Sampling, Experiment):
         return {"comparison": result.summary, **maps}
 
 
-def adapt(model: MMDiT, scorers: _Scorers, variant: str) -> None:
+def adapt(model: MMDiT, scorers: Scorers, variant: str) -> None:
     """Make a variant's adapter the loaded one."""
     from mmdit_probe.models.adapters import load_adapter
 
@@ -322,29 +321,36 @@ def prompts_by_category(source: str, n: int) -> list[tuple[str, str]]:
     return [(file.stem.removesuffix("_val"), text) for file in files for text in prompts(str(file), n)]
 
 
-def parsed(parser: Any, texts: Sequence[str], pictures: Sequence[Any]) -> pd.DataFrame:
-    """What the scenes parser reads in pictures: one column per score of `PARSED`."""
+def scored(frame: pd.DataFrame, pictures: Sequence[Any], scorers: Scorers) -> pd.DataFrame:
+    """Rows of pictures with what every scorer says of each and its prompt: the parser's are those of `judge`."""
     import pandas as pd
 
-    from mmdit_probe.scenes.parser import aligned, alignment, grounds_right, things_right
+    from mmdit_probe.scenes.parser import judge
 
-    functions = dict(zip(PARSED, (alignment, aligned, things_right, grounds_right), strict=True))
-    return pd.DataFrame(
-        {name: float(function(text, reading)) for name, function in functions.items()}
-        for text, reading in zip(texts, parser.read(pictures), strict=True)
-    )
+    texts = frame["prompt"].tolist()
+    if scorers.parser is not None:
+        readings = scorers.parser.read(pictures)
+        frame = frame.join(pd.DataFrame(judge(*pair) for pair in zip(texts, readings, strict=True)))
+    if scorers.clip is not None:
+        cosines = scorers.clip.cosines(pictures, texts)
+        frame[scorers.clip.metric] = [100 * max(0.0, float(value)) for value in cosines]
+        frame[scorers.clip.cosine_metric] = [float(value) for value in cosines]
+    if scorers.asker is not None:
+        frame[scorers.asker.metric] = [float(value) for value in scorers.asker(pictures, texts)]
+    return frame
 
 
-def real_scenes(n: int, split: str) -> pd.DataFrame:
-    """The parser's own limit: captions of real scenes, checked against what it reads in those scenes."""
+def real_scenes(n: int, split: str, scorers: Scorers) -> pd.DataFrame:
+    """The scorers' own limit: real scenes and their captions, scored as pictures are."""
     import pandas as pd
+    from PIL import Image
 
-    from mmdit_probe.scenes import describe, load_parser, scene
+    from mmdit_probe.scenes import describe, scene
 
     items = [scene(split, index) for index in range(n)]
     texts = [describe(item) for item in items]
     frame = pd.DataFrame({"variant": BASE, "category": REAL, "prompt": texts, "index": range(n), "seed": range(n)})
-    return frame.join(parsed(load_parser(), texts, [item.image for item in items]))
+    return scored(frame, [Image.fromarray(item.image) for item in items], scorers)
 
 
 def export(picture: Any, folder: Path, prompt: str, number: int) -> None:
@@ -402,7 +408,9 @@ def variant_table(comparison: pd.DataFrame, metric: str, baseline: str) -> TextT
     first, variants = part.iloc[0], list(dict.fromkeys(part.variant))
     columns = [c for name in variants for c in ((name,) if name == baseline else (name, f"{name} - {baseline}"))]
     title = f"{metric}: mean [95 % interval over prompts], differences paired; n = {first.prompts} prompts, "
-    table = TextTable(["category", *columns], left=("category",), title=f"{title}{first.images} pictures")
+    table = TextTable(
+        ["category", *columns], left=("category",), spare=columns[:1:-1], title=f"{title}{first.images} pictures"
+    )
     for category in dict.fromkeys(part.category):
         cells = [str(category)]
         for name in variants:
@@ -411,6 +419,21 @@ def variant_table(comparison: pd.DataFrame, metric: str, baseline: str) -> TextT
             if name != baseline:
                 cells.append(signed(row.difference, row.difference_low, row.difference_high))
         table.add(*cells)
+    return table
+
+
+def opposite_table(comparison: pd.DataFrame) -> TextTable:
+    """What captions state beside its opposite: shares of pictures that show each, where captions state such a thing."""
+    from mmdit_probe.scenes.parser import CONTRASTS
+
+    columns = [name for pair in CONTRASTS.items() for name in pair]
+    title = "stated beside opposite: share of pictures [95 % interval over prompts]"
+    names = [name.replace("_", " ") for name in columns]
+    table = TextTable(["variant", "category", *names], left=("variant", "category"), title=title)
+    for (variant, category), part in comparison.groupby(["variant", "category"], sort=False):
+        cells = part.set_index("metric").loc[columns, ["mean", "low", "high"]]
+        if cells["mean"].notna().any():
+            table.add(str(variant), str(category), *(bounded(*row) for row in cells.to_numpy()))
     return table
 
 

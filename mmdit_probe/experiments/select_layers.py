@@ -21,7 +21,6 @@ from mmdit_probe.experiments.experiment import Experiment, Study, request_of, te
 from mmdit_probe.experiments.options import INPUT, METHOD, Control, Sampling
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import compare
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,6 +44,10 @@ class SelectLayers(Sampling, Experiment):
     """
 
     name: ClassVar[str] = "select-layers"
+    examples: ClassVar[tuple[str, ...]] = (
+        "select-layers --evidence word_mass,segmentation --limit 24",
+        "select-layers --from runs/budget --from runs/perturb --top 2",
+    )
     tables: ClassVar[tuple[str, ...]] = ("evidence",)
 
     evidence: Annotated[
@@ -158,9 +161,9 @@ class SelectLayers(Sampling, Experiment):
         table = result.table
         return evidence.stability(table[table["split"] == self.split], self.top, self.rule)
 
-    def compare(self, result: Result) -> pd.DataFrame:
+    def scores(self, result: Result) -> pd.DataFrame:
         table = result.table
-        return compare(table[table["split"] == self.split], ["evidence", "layer"])
+        return table.loc[table["split"] == self.split, ["evidence", "layer", "item", "control", "value"]]
 
     def claim(self, result: Result) -> str:
         return "the layer shows more of the evidence than in the control"
@@ -235,7 +238,7 @@ def evidence_table(table: pd.DataFrame, split: str) -> TextTable:
     """One split's evidence in text: value, interval and rank per layer."""
     part = table[table["split"] == split]
     names = list(dict.fromkeys(part["evidence"]))
-    result = TextTable(["layer", *names], title=f"{split}: value [95 %] (rank)")
+    result = TextTable(["layer", *names], spare=names[:1:-1], title=f"{split}: value [95 %] (rank)")
     indexed = part.set_index(["evidence", "layer"])
     for layer in sorted(set(part["layer"])):
         cells = [str(layer)]

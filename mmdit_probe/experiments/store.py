@@ -92,6 +92,7 @@ class Store(Protocol):
     def pictures(self) -> dict[str, Image]: ...
     def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None: ...
     def load_arrays(self, name: str) -> dict[str, np.ndarray] | None: ...
+    def array_names(self) -> list[str]: ...
     def workplace(self, name: str) -> Path | None: ...
 
 
@@ -159,6 +160,9 @@ class MemoryStore:
 
     def load_arrays(self, name: str) -> dict[str, np.ndarray] | None:
         return self._arrays.get(name)
+
+    def array_names(self) -> list[str]:
+        return list(self._arrays)
 
     def workplace(self, name: str) -> Path | None:
         return None
@@ -268,6 +272,9 @@ class FolderStore:
             return None
         with np.load(path, allow_pickle=False) as found:
             return dict(found)
+
+    def array_names(self) -> list[str]:
+        return sorted(path.stem for path in (self.folder.path / ARRAYS).glob("*.npz"))
 
     def workplace(self, name: str) -> Path | None:
         """A folder for what a long task keeps of itself."""

@@ -24,10 +24,8 @@ from mmdit_probe.experiments.options import (
     METHOD,
     OUTPUT,
     EditControl,
-    Edited,
     Prompts,
     Sampling,
-    check_streams,
     prompts_of,
 )
 from mmdit_probe.experiments.target import knows_scenes
@@ -39,6 +37,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mmdit_probe.experiments.controls import Variant
+    from mmdit_probe.experiments.outcomes import Outcome
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import Recorder
     from mmdit_probe.models.mmdit import MMDiT
@@ -50,6 +49,9 @@ EQUAL: dict[str, Literal["rotation", "noise"]] = {BUDGET: "rotation", NOISE: "no
 """Control -> kind of `EqualBudget`."""
 AGAINST_STOCK = ("change", "relabelled", "clip_i", "dino")
 """Outcomes that already compare with the unedited image; the others are reported as differences from its value."""
+
+MEANING = ("facts", "things_right", "grounds_right", "clip_t", "dino", "clip_i", "relabelled", "change")
+"""Outcomes in the order in which they are told: what the image says of its prompt first, how far it moved last."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Group:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Edited, Sampling, Experiment):
+class Sweep(Sampling, Experiment):
     """Prompts under conditions, one row per image."""
 
     prompts: Prompts = None
@@ -105,7 +107,7 @@ class Sweep(Edited, Sampling, Experiment):
         return controls.parse(self.control, [*EQUAL, *controls.CONTROLS])
 
     @abstractmethod
-    def conditions(self, model: MMDiT) -> list[Condition]:
+    def conditions(self, model: MMDiT, prompts: Sequence[str]) -> list[Condition]:
         """Everything to sample, stock first."""
 
     @abstractmethod
@@ -119,11 +121,8 @@ class Sweep(Edited, Sampling, Experiment):
         return asked
 
     def prepare(self, model: MMDiT, inputs: list[str]) -> Study:
-        from mmdit_probe.experiments.outcomes import outcomes_of
-
-        check_streams(model, self.streams)
-        chosen, plan = self.chosen_controls(), self.conditions(model)
-        outcomes, checkpoints = outcomes_of(knows_scenes(model), model.device, self.clip, self.dino)
+        chosen, plan = self.chosen_controls(), self.conditions(model, inputs)
+        outcomes, checkpoints = self.outcomes(model)
         request = request_of(
             model,
             conditions=[[c.name, dict(c.labels), c.scale, None if c.edit is None else c.edit.record()] for c in plan],
@@ -139,10 +138,17 @@ class Sweep(Edited, Sampling, Experiment):
         groups = [range(first, min(first + self.batch, len(inputs))) for first in range(0, len(inputs), self.batch)]
         sampled = controls.variants(model, [name for name in chosen if name in ("random", "uniform")])
         tasks = [Group(variant, indices) for variant in sampled for indices in groups]
+        notes = [note for note in [model.unknown_words_note(inputs)] if note]
         return Study(
-            model, request, tasks, "batches of images", len(plan), facts=scheduled(model, self.num_steps),
-            state=(inputs, plan, outcomes),
+            model, request, tasks, "batches of images", len(plan), notes=notes, state=(inputs, plan, outcomes),
+            facts=scheduled(model, self.num_steps) | {"remarks": notes},
         )  # fmt: skip
+
+    def outcomes(self, model: MMDiT) -> tuple[list[Outcome], dict[str, str | None]]:
+        """What is measured of the images, and the checkpoints it takes."""
+        from mmdit_probe.experiments.outcomes import outcomes_of
+
+        return outcomes_of(knows_scenes(model), model.device, self.clip, self.dino)
 
     def extra_request(self) -> dict[str, Any]:
         """Options of the subclass that decide the numbers and are in no condition."""
@@ -210,15 +216,40 @@ def outcome_names(table: pd.DataFrame, row: Sequence[str]) -> list[str]:
     return [str(name) for name in table.columns if name not in row]
 
 
-def aligned_outcome(names: Iterable[str]) -> str | None:
-    """The best measure of alignment with the prompt among outcomes."""
-    names = set(names)
+def aligned_outcome(table: pd.DataFrame) -> str | None:
+    """The best measure of alignment with the prompt that is defined somewhere.
+
+    Args:
+        table: a sweep's, with a column per outcome, or a summary with columns outcome and n.
+    """
+    if "outcome" in table:
+        names = set(table.loc[table["n"] > 0, "outcome"])
+    else:
+        names = {str(name) for name in table.columns if table[name].notna().any()}
     return next((name for name in ("facts", "clip_t") if name in names), None)
 
 
 def own_rows(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of the measurement itself, its controls of equal size among them."""
     return table[table["control"].isin([NONE, *EQUAL])]
+
+
+def effects(table: pd.DataFrame, row: Sequence[str]) -> pd.DataFrame:
+    """The measurement's own rows with every outcome as a paired effect: what compares with the unedited image as it is,
+    the others minus the value of the unedited image of the same prompt and seed.
+
+    Args:
+        row: the columns that are no outcomes, `condition` among them, which is "stock" for the unedited images.
+    """
+    table = own_rows(table)
+    stock = table[table["condition"] == STOCK].set_index("item")
+    result = table[table["condition"] != STOCK].copy()
+    for name in outcome_names(table, row):
+        if name in ("clip_i", "dino"):
+            result[name] = result[name] - 1.0  # the unedited image has cosine 1 with itself
+        elif name not in AGAINST_STOCK:
+            result[name] = result[name] - result["item"].map(stock[name])
+    return result
 
 
 def sheet_cells(result: Result, names: Sequence[str], rows: Iterable[int]) -> list[list[Image | None]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmdit_probe import assets
 from mmdit_probe.errors import UserError
+from mmdit_probe.models.names import check_device, check_dtype, source_of
 
 if TYPE_CHECKING:
     from mmdit_probe.experiments.progress import Progress
@@ -16,11 +17,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Named:
-    """A model by name, with what `load` is told of it."""
+    """A model by name.
+
+    Attributes:
+        name: embedded model, diffusers folder or hub id. options: what `load` is told of it.
+        max_sequence_length: of the text encoder without a length of its own; None: the model's default.
+        owns_process: nothing else runs in this process, so that process-wide switches may be set (a command).
+
+    Raises:
+        UserError: no such model, device or precision, as far as that is known without torch.
+    """
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     max_sequence_length: int | None = None
+    owns_process: bool = False
+
+    def __post_init__(self) -> None:
+        source_of(self.name)
+        check_device(str(self.options.get("device", "auto")))
+        dtype = self.options.get("dtype", "auto")
+        if isinstance(dtype, str):
+            check_dtype(dtype)
+
+    @property
+    def full_name(self) -> str:
+        """The name that the loaded model has: with its adapter."""
+        lora = self.options.get("lora")
+        return self.name if lora is None else f"{self.name}+{lora}"
+
+    @property
+    def text(self) -> dict[str, Any]:
+        """What a request says of how text is encoded, before the model is there: nothing for the model's own way."""
+        asked = {"no_t5": not self.options.get("t5", True), "max_sequence_length": self.max_sequence_length}
+        return {name: value for name, value in asked.items() if value}
 
 
 def as_model(target: Any, shown: Progress) -> MMDiT:
@@ -29,18 +59,23 @@ def as_model(target: Any, shown: Progress) -> MMDiT:
     Raises:
         UserError: it is none, or the name is unknown.
     """
+    from mmdit_probe.attention import tiles
     from mmdit_probe.models.load import load
     from mmdit_probe.models.mmdit import MMDiT
+    from mmdit_probe.results import processes
 
     if isinstance(target, MMDiT):
         return target
     if hasattr(target, "transformer") and hasattr(target, "scheduler"):
         return MMDiT(target)
-    if isinstance(target, str) or hasattr(target, "__fspath__"):
-        target = Named(str(target))
+    target = named(target)
     if isinstance(target, Named):
+        if target.owns_process:
+            tiles.BFLOAT16_UNITS = True
+        options = dict(target.options)
+        options["device"] = processes.local_device(str(options.get("device", "auto")))
         with shown.waiting(f"loading {target.name} ..."):
-            model = load(target.name, **target.options)
+            model = load(target.name, **options)
         if target.max_sequence_length is not None:
             model.max_sequence_length = target.max_sequence_length
         return model
@@ -48,6 +83,11 @@ def as_model(target: Any, shown: Progress) -> MMDiT:
         f"cannot probe {type(target).__name__}: expected a model's name, a diffusers folder, a hub id, an MMDiT or a"
         " pipeline"
     )
+
+
+def named(target: Any) -> Any:
+    """A name or a folder as `Named`; anything else as it is."""
+    return Named(str(target)) if isinstance(target, str) or hasattr(target, "__fspath__") else target
 
 
 def knows_scenes(target: Any) -> bool:

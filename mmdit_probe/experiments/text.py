@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,19 @@ class TextTable:
 
 
 Text = str | TextTable
+
+
+def page(what: str, figure: Figure, texts: Iterable[Text]) -> str:
+    """A figure with tables and lines below it as HTML, for a notebook; `what` describes the picture."""
+    import base64
+    from html import escape
+    from io import BytesIO
+
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    picture = base64.b64encode(buffer.getvalue()).decode()
+    parts = [text.html() if isinstance(text, TextTable) else f"<p>{escape(text)}</p>" for text in texts]
+    return f'<img alt="{escape(what)}" src="data:image/png;base64,{picture}">' + "".join(parts)
 
 
 def share(value: Any) -> str:

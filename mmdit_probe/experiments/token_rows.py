@@ -130,6 +130,7 @@ class TokenRows(Places, Sampling, Experiment):
         variants = controls.variants(model, chosen, len(items))
         layers, heads = self.places(model)
         notes = [line for table in model.token_tables(texts) for line in unread(table)]
+        notes += [note for note in [model.unknown_words_note(texts)] if note]
         request = request_of(
             model,
             layers=list(layers),

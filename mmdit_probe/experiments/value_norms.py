@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mmdit_probe.experiments.attention_budget import published
 from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.experiments.token_rows import TokenRows
-from mmdit_probe.results.statistics import compare, interval, measured
+from mmdit_probe.results.statistics import interval, measured
 from mmdit_probe.specs import ALL_HEADS
 
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ class ValueNorms(TokenRows):
     """
 
     name: ClassVar[str] = "value-norms"
+    examples: ClassVar[tuple[str, ...]] = (
+        "value-norms --layers all --limit 8",
+        "value-norms --images scenes:val --sigma 0.515",
+    )
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
         from mmdit_probe.observe.norms import ValueNorm
@@ -63,11 +67,10 @@ class ValueNorms(TokenRows):
     def summarise(self, result: Result) -> pd.DataFrame:
         return by_layer(self.by_item(result))
 
-    def compare(self, result: Result) -> pd.DataFrame:
+    def scores(self, result: Result) -> pd.DataFrame:
         wide = with_gap(self.by_item(result))
         wide = wide.assign(relative_gap=wide["gap"] / wide["image"])
-        long = wide.melt(["item", "control", "layer"], ["gap", "relative_gap"], "measure")
-        return compare(long, ["layer", "measure"])
+        return wide.melt(["item", "control", "layer"], ["gap", "relative_gap"], "measure")
 
     def claim(self, result: Result) -> str:
         return "prompt tokens have longer values than image tokens (gap over the image's norm) beyond the control"

@@ -16,9 +16,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.options import Option, check, described
-from mmdit_probe.specs import Spec
+from mmdit_probe.specs import Spec, check_spec, layer_indices
 
 Space = Literal["logit", "probability"]
 Normalise = Literal["none", "minmax"]
@@ -209,8 +209,12 @@ class TrainMagnet(LossWeights):
         check(self)
         if self.layers is None and self.selection is None:
             raise UserError("which layers' maps are to be aligned? Give --layers 9, or --selection from select-layers")
-        if self.layers is not None and self.selection is not None:
-            raise UserError("--selection names layers already; leave --layers out")
+        if self.layers is not None:
+            if self.selection is not None:
+                raise UserError("--selection names layers already; leave --layers out")
+            check_spec(self.layers, layer_indices)
+        if self.lora_layers != "selected":
+            check_spec(self.lora_layers, layer_indices)
         if self.warmup_steps > self.steps:
             raise UserError(f"warm-up of {self.warmup} steps in a training of {self.steps}; expected at most as many")
         if self.score_head == "conv" and self.level != "token":
@@ -243,6 +247,5 @@ def recipe(name: str, **changes: Any) -> TrainMagnet:
     Raises:
         UserError: there is none of that name.
     """
-    if name not in RECIPES:
-        raise unknown("recipe", name, RECIPES)
+    check_known("recipe", name, RECIPES)
     return TrainMagnet(**{**RECIPES[name], **changes})

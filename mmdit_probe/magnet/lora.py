@@ -4,9 +4,8 @@
     attach(model.transformer, targets, rank=16, alpha=16, seed=0)
     save_lora(model.transformer, "out/lora", {"layers": [9]})
 
-Saved in diffusers' format. An adapter of another alpha than its rank has its scale folded into the up projections:
-`load_lora_weights` reads alpha from the file's header alone and, given a state dict, takes it to be the rank without a
-warning (diffusers 0.42.1). So the file, its tensors alone and a merged copy are all the same adapter.
+Saved in diffusers' format, the scale alpha / rank folded into the up projections: `load_lora_weights` takes alpha to be
+the rank where it is given a state dict (diffusers 0.42.1), so file, tensors and a merged copy are all the same adapter.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
-from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.errors import RunError, UserError, check_known
 from mmdit_probe.models.adapters import FILE, KEY
 from mmdit_probe.models.families.registry import Family
 from mmdit_probe.models.layout import find_layers, unwrap
@@ -44,8 +44,7 @@ def target_modules(
 
     The text queries of a last block whose text output is dropped are left out: they never get a gradient.
     """
-    if streams not in ("image", "joint"):
-        raise unknown("LoRA streams", streams, ("image", "joint"))
+    check_known("LoRA streams", streams, ("image", "joint"))
     inner = unwrap(transformer)
     every = find_layers(family, inner)
     paths = []
@@ -84,7 +83,7 @@ def named_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return found
 
 
-def save_lora(transformer: Any, directory: str | Path, metadata: Mapping[str, Any], adapter: str = ADAPTER) -> Path:
+def save_lora(transformer: Any, directory: str | Path, metadata: Mapping[str, Any]) -> Path:
     """Write an adapter in diffusers' format, atomically; its tensors carry the scale, alpha over rank.
 
     Args:
@@ -98,12 +97,11 @@ def save_lora(transformer: Any, directory: str | Path, metadata: Mapping[str, An
     """
     from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     inner = unwrap(transformer)
-    config = inner.peft_config[adapter]
+    config = inner.peft_config[ADAPTER]
     state = {}
-    for name, tensor in get_peft_model_state_dict(inner, adapter_name=adapter).items():
+    for name, tensor in get_peft_model_state_dict(inner, adapter_name=ADAPTER).items():
         scale = config.lora_alpha / config.r if ".lora_B." in name else 1.0
         state[f"transformer.{name}"] = (scale * tensor.detach().float()).cpu().contiguous()
         if not bool(state[f"transformer.{name}"].isfinite().all()):

@@ -1,15 +1,12 @@
 """The MAGNET objective: flow matching + lambda_mask (lambda_focal focal + lambda_dice dice), arXiv:2509.18096.
 
-Every term is a mean over samples of per-sample values, so that neither the split into micro-batches nor that over
-processes changes it.
-
     >>> import torch
     >>> plain = LossWeights(focal_alpha=-1.0, focal_gamma=0.0)                              # cross-entropy
     >>> float(focal(torch.tensor([6.0]), torch.tensor([0.0]), plain))
     6.0024...
 
-Focal and dice take logits: the published trainer overwrote the sigmoid by the logits themselves, which makes a wrong
-pixel at logit 6 cost 216. Maps after the softmax are probabilities already; `as_logits` brings both to one form.
+Every term is a mean over samples of per-sample values, so that neither the split into micro-batches nor that over
+processes changes it. Focal and dice take logits; `as_logits` brings maps after the softmax to that form.
 """
 
 from __future__ import annotations
@@ -20,9 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit_probe.attention.gradients import Space
-from mmdit_probe.errors import unknown
+from mmdit_probe.errors import check_known
 from mmdit_probe.magnet.config import LossWeights, Normalise
-from mmdit_probe.segment.tail import minmax
+from mmdit_probe.segment.tail import minmax, resized
 
 _EPS = 1e-4
 
@@ -59,8 +56,7 @@ def as_logits(maps: Tensor, space: Space, normalise: Normalise = "none") -> Tens
         maps: logits or probabilities, as `space` says.
         normalise: "minmax" stretches every map to [0, 1] over space (not over tokens) and reads it as a probability.
     """
-    if normalise not in ("none", "minmax"):
-        raise unknown("normalisation", normalise, ("none", "minmax"))
+    check_known("normalisation", normalise, ("none", "minmax"))
     if normalise == "minmax":
         maps = minmax(maps)
     elif space == "logit":
@@ -76,7 +72,7 @@ def mask_loss(logits: Tensor, masks: Tensor, weights: LossWeights) -> tuple[Tens
         masks: [K, H, W] boolean or in [0, 1].
     """
     targets = masks.to(logits.device, logits.dtype)
-    large = F.interpolate(logits[None], targets.shape[-2:], mode="bilinear", align_corners=False)[0]
+    large = resized(logits, (targets.shape[-2], targets.shape[-1]))
     return focal(large, targets, weights).mean(), dice(large, targets).mean()
 
 

@@ -1,11 +1,10 @@
 """One micro-batch: samples in, the MAGNET objective out, as a mean over samples.
 
-What is drawn and when (samples, noise, noise levels, dropped prompts) is a pure function of the seed and of the place
-in the training, and pictures and prompts are encoded one by one: an interrupted training continues exactly, two
-processes do what one does, and the result does not depend on how a batch is split.
-
     >>> [round(rate_at(s, steps=100, warmup=10, floor=0.01), 3) for s in (0, 10, 55, 99)]
     [0.01, 1.0, 0.5, 0.0]
+
+What is drawn (samples, noise, noise levels, dropped prompts) is a pure function of the seed and of the place in the
+training, and pictures and prompts are encoded one by one: the result does not depend on how a batch is split.
 """
 
 from __future__ import annotations
@@ -214,12 +213,11 @@ def rate_at(step: int, steps: int, warmup: int, floor: float) -> float:
 def items_at(step: int, effective: int, total: int, seed: int) -> list[int]:
     """The samples of an optimiser step: consecutive places of an endless run of shuffled passes over the data."""
     places = range(step * effective, (step + 1) * effective)
-    orders = {epoch: _order(epoch, total, seed) for epoch in {place // total for place in places}}
+    orders = {
+        epoch: np.random.default_rng([_ORDER, seed, epoch]).permutation(total)
+        for epoch in {place // total for place in places}
+    }
     return [int(orders[place // total][place % total]) for place in places]
-
-
-def _order(epoch: int, total: int, seed: int) -> NDArray[np.int64]:
-    return np.random.default_rng([_ORDER, seed, epoch]).permutation(total)
 
 
 def draws(place: int, seed: int) -> np.random.Generator:

@@ -3,10 +3,9 @@
     data = SelfLabelled.make(model, ScenesData("train", 500), source="maps", layers=(4,))
     train(model, data, TrainMagnet(layers=(4,)))
 
-Two sources: "maps" labels every pixel with the word of the prompt whose refined I2T map is strongest there (named
-masks, token-level); "segments" takes the unsupervised segments of the empty prompt (unnamed, head-level). Neither looks
-at an annotation: of the wrapped data only pictures, prompts and words are read. The maps of a teacher are averaged over
-noise draws and refined, which one training forward is not: that gap is what is learned from.
+"maps" labels every pixel with the word of the prompt whose refined I2T map is strongest there (named masks,
+token-level); "segments" takes the unsupervised segments of the empty prompt (unnamed, head-level). The teacher's maps
+are averaged over noise draws and refined, which one training forward is not: that gap is what is learned from.
 """
 
 from __future__ import annotations
@@ -18,11 +17,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdit_probe.data.masks import largest
+from mmdit_probe.data.masks import largest, stack
 from mmdit_probe.data.sample import Sample
 from mmdit_probe.data.training import Data
-from mmdit_probe.errors import unknown
+from mmdit_probe.errors import check_known
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.segment.record import Reading
+from mmdit_probe.segment.run import discover, segment
 
 REFINE = "affinity"
 
@@ -64,11 +65,7 @@ class SelfLabelled:
         Raises:
             UserError: unknown source or step.
         """
-        from mmdit_probe.segment.record import Reading
-        from mmdit_probe.segment.run import discover, segment
-
-        if source not in ("maps", "segments"):
-            raise unknown("source", source, ("maps", "segments"))
+        check_known("source", source, ("maps", "segments"))
         how: dict[str, Any] = {"layers": list(layers), "sigmas": list(sigmas), "seeds": list(seeds)}
         reading = Reading(**how)
         labels = []
@@ -93,7 +90,7 @@ class SelfLabelled:
         if not self.named:
             return Sample(key, sample.image, sample.prompt, largest([labels == i for i in np.unique(labels)]))
         present = [i for i in range(len(sample.names)) if (labels == i).any()]
-        masks = np.stack([labels == i for i in present]) if present else np.zeros((0, *labels.shape), bool)
+        masks = stack([labels == i for i in present], labels.shape)
         return Sample(key, sample.image, sample.prompt, masks, tuple(sample.names[i] for i in present))
 
     def describe(self) -> dict[str, Any]:

@@ -7,9 +7,8 @@
         maps = tap.take()[4]                             # [B, G, h, w], with gradients
         loss(velocity, maps).backward()
 
-A handler of the probe that looks and changes nothing: the transformer is the stock one, with LoRA, checkpointing or
-data parallelism around it or not. Memory is O(N T) per layer (O(N D) where a word map suffices), never N x N.
-Observers (`observe.maps.TextMaps`) give the same maps without gradients.
+A handler of the probe that changes nothing. Memory is O(N T) per layer (O(N D) where a word map suffices). Not here:
+maps without gradients (`observe.maps.TextMaps`).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from torch import Tensor
 from mmdit_probe.attention import gradients
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.gradients import Space
-from mmdit_probe.attention.intercept import ModuleCall, Stage, Transform
+from mmdit_probe.attention.intercept import InputHandler, ModuleCall, Stage
 from mmdit_probe.errors import RunError
 from mmdit_probe.models.layout import Layer, Layout
 from mmdit_probe.specs import HeadSpec, Spec, heads_at
@@ -77,7 +76,7 @@ class TextMapTap:
         maps, self._maps = self._maps, {}
         return {layer: maps[layer] for layer in sorted(maps)}
 
-    def handler(self, layer: Layer, run: Run) -> Transform:
+    def handler(self, layer: Layer, run: Run) -> InputHandler:
         """The handler of one layer, for `probe(edits=...)`."""
         self._layouts[layer.index] = None
 

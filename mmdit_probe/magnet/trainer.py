@@ -4,10 +4,9 @@
     result.lora                                    # a folder for `pipe.load_lora_weights`
     accelerate launch --num_processes 2 -m mmdit_probe train-magnet ...       # the same, in parallel
 
-Exact: what is drawn depends on (seed, place of the sample) alone, so that a killed training continues as if nothing had
+What is drawn depends on (seed, place of the sample) alone, so that a killed training continues as if nothing had
 happened, two micro-batches of four give the step of eight, and two processes that of one (up to the rounding of sums).
-Unlike the published trainer it accumulates in the loop, prints its parameter groups, and trains nothing in secret. The
-first loss, gradient or weight that is not finite ends it; the last checkpoint before that is kept.
+The first loss, gradient or weight that is not finite ends it; the last checkpoint before that is kept.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from typing import Any
 
 import pandas as pd
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mmdit_probe.data.sample import Sample
@@ -264,9 +265,7 @@ class _Loop:
             samples = [self.data[items[k]] for k in chosen]
             places = [self.step * effective + k for k in chosen]
             late = micro + 1 < options.accumulation
-            tapped = (
-                nullcontext() if tap is None else probe(self.model.transformer, edits=tap, layers=list(self.layers))
-            )
+            tapped = nullcontext() if tap is None else probe(self.model.transformer, edits=tap)
             with tapped, accelerator.no_sync(self.wrapped) if late else nullcontext():
                 loss, terms = self.objective(self.wrapped, tap, samples, places)
                 accelerator.backward(loss / options.accumulation)
@@ -294,9 +293,9 @@ class _Loop:
                 scores = validate(
                     self.model, self.held_out, self.layers, sigma=options.validate_sigma, seed=options.seed
                 )
-                row |= {"miou": scores.miou, "n": len(scores.counts)}
-                if scores.miou > self.best:
-                    self.best = scores.miou
+                row |= {"miou": scores.miou(), "n": len(scores)}
+                if row["miou"] > self.best:
+                    self.best = row["miou"]
                     self._write("best")
             if options.sample_prompts:
                 sheet = sample_grid(self.model, options.sample_prompts, steps=options.sample_steps,
@@ -346,8 +345,6 @@ class _Loop:
         facts |= self.options.as_request() | {"layers": list(self.layers)}
         lora.save_lora(self.model.transformer, self.path / name, facts)
         if self.head is not None:
-            from safetensors.torch import save_file
-
             state = self.accelerator.unwrap_model(self.head).state_dict()
             with replacing(self.path / name / "score_head.safetensors") as temporary:
                 save_file({k: t.detach().cpu().contiguous() for k, t in state.items()}, temporary)
@@ -372,8 +369,6 @@ def save_state(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
 
     No random state is kept: nothing is drawn from a running generator.
     """
-    from safetensors.torch import save_file
-
     with replacing(file, RESUME) as temporary:
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(plain, temporary, metadata={"facts": json.dumps(facts)})
@@ -385,8 +380,6 @@ def load_state(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     Raises:
         RunError: it cannot be read.
     """
-    from safetensors import SafetensorError, safe_open
-
     if not file.exists():
         return None
     try:

@@ -1,7 +1,7 @@
 """Validation on the way: do the words of held-out pictures own their regions, and what do samples look like?
 
     scores = validate(model, samples, layers=[4], sigma=0.515)
-    scores.miou
+    scores.miou()
     readouts(model, samples, [4], [("logit", "none"), ("probability", "minmax")])    # Table 5 of the paper, one forward
 
 The maps are those of evaluation (after the softmax, mean over heads and layers), not those of the loss; the protocol is
@@ -11,34 +11,19 @@ The maps are those of evaluation (after the softmax, mean over heads and layers)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from mmdit_probe.attention.gradients import Space
 from mmdit_probe.data.sample import Sample
-from mmdit_probe.evaluate.scores import map_quality, mean_iou
+from mmdit_probe.evaluate.scores import ImageCounts, map_quality
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.observe.probe import probe
-
-
-@dataclass(frozen=True)
-class PresentScores:
-    """Counts per picture [n, C, C] (truth by row) over the names that occur, in the order of `names`."""
-
-    counts: NDArray[np.int64]
-    names: tuple[str, ...]
-
-    @property
-    def miou(self) -> float:
-        """Mean IoU of the summed counts."""
-        return float(mean_iou(self.counts.sum(0)))
-
 
 Readout = tuple[Space, Literal["none", "minmax", "centre"]]
 """How a map is read: before ("logit") or after ("probability") the softmax; as it is, stretched to 0..1 over space,
@@ -47,7 +32,7 @@ or divided by its mean over space (probabilities): `segment.tail.STRETCHES`."""
 
 def validate(
     model: MMDiT, samples: Sequence[Sample], layers: Sequence[int], *, sigma: float = 0.515, seed: int = 0,
-) -> PresentScores:  # fmt: skip
+) -> ImageCounts:  # fmt: skip
     """Score the I2T maps (probabilities as they are) of the names of each picture's masks; arguments of `readouts`."""
     plain: Readout = ("probability", "none")
     return readouts(model, samples, layers, [plain], sigma=sigma, seed=seed)[plain]
@@ -57,7 +42,7 @@ def validate(
 def readouts(
     model: MMDiT, samples: Sequence[Sample], layers: Sequence[int], kinds: Sequence[Readout], *, sigma: float = 0.515,
     seed: int = 0, batch: int = 16,
-) -> dict[Readout, PresentScores]:  # fmt: skip
+) -> dict[Readout, ImageCounts]:  # fmt: skip
     """Score the maps of the names of each picture's masks, read in several ways, at full resolution on labelled pixels.
 
     Args:
@@ -84,7 +69,7 @@ def readouts(
             for space, stretch in kinds:
                 words = torch.stack([maps[space][row, span].mean(0) for span in spans])  # (K, h, w)
                 counts[space, stretch][start + row] = map_quality(words, label, ids, len(names), stretch)
-    return {kind: PresentScores(found, names) for kind, found in counts.items()}
+    return {kind: ImageCounts.of(found) for kind, found in counts.items()}
 
 
 def _maps(
@@ -92,7 +77,7 @@ def _maps(
 ) -> dict[Space, Tensor]:
     """Maps [B, T, h, w] of every text position by space, mean over layers and heads, from one forward."""
     taps = {space: TextMapTap(list(layers), space=space, reduce=True) for space in spaces}
-    with probe(model.transformer, edits=taps.values(), layers=list(layers)):
+    with probe(model.transformer, edits=taps.values()):
         for tap in taps.values():
             tap.begin()
         model.denoise(latents, sigma, text)
@@ -101,8 +86,6 @@ def _maps(
 
 def sample_grid(model: MMDiT, prompts: Sequence[str], *, steps: int, guidance: float, seed: int) -> Any:
     """One picture per prompt, side by side, as a PIL image."""
-    from PIL import Image
-
     images = model.generate(list(prompts), steps=steps, guidance=guidance, seed=seed)
     columns = min(8, len(images))
     rows = -(-len(images) // columns)

@@ -14,7 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmdit_probe.errors import RunError, UserError
+from safetensors import SafetensorError, safe_open
+
+from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.quiet import quiet
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -54,8 +56,7 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(f"LoRA {source!r} cannot be loaded: {reason}") from error
+        raise RunError(f"LoRA {source!r} cannot be loaded: {first_line(error)}") from error
     if set(getattr(transformer, "peft_config", {})) == before:
         raise UserError(f"LoRA {source!r} has no weights for this transformer; nothing was loaded")
 
@@ -119,8 +120,6 @@ def _header(file: Path) -> tuple[list[str], dict[str, str]]:
     Raises:
         UserError: not a safetensors file.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(file), framework="pt") as opened:
             return list(opened.keys()), opened.metadata() or {}

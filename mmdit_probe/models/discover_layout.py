@@ -1,21 +1,16 @@
 """Which token is which, found mechanically: no knowledge of the family is needed.
 
-With attention replaced by the identity nothing mixes tokens, so a change of an input reaches its own rows only. The
-transformer runs once as it is called, once with other latents and once with other text; a value row at an attention
-call that moved with the latents is an image token, one that moved with the text is a text token, one that moved with
-neither is another (registers, pads). Where both moved it (a pooled text in the modulation), image wins.
-
     sites = taint(transformer, inputs)               # inputs: keyword arguments of one forward
     sites["transformer_blocks.0.attn"].labels        # per sample [N], index into KINDS
 
-It serves unknown models, and it is the test of the facts in `models.families.entries`. Cost: three forwards without
-attention, uncompiled. Zero-initialised paths hide what passes through them, so untrained models may show nothing. Not
-for experts with a capacity, which couple tokens.
+With attention replaced by the identity nothing mixes tokens, so a change of an input reaches its own rows only: a value
+row that moves with the latents is an image token, one that moves with the text a text token (where both move it, image
+wins), one that moves with neither is another (registers, pads). Cost: three forwards without attention, uncompiled.
+Zero-initialised paths hide what passes through them. Not for experts with a capacity, which couple tokens.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -62,14 +57,6 @@ class Site:
         """Whether image and text keys share a softmax."""
         return all({0, 1} <= set(labels.tolist()) for labels in self.labels)
 
-    @property
-    def cross(self) -> bool:
-        """Whether queries attend to text alone, from another number of tokens."""
-        return all(
-            0 not in labels and 1 in labels and count != len(labels)
-            for labels, count in zip(self.labels, self.queries, strict=True)
-        )
-
     def order(self, sample: int = 0) -> list[tuple[str, int]]:
         """Runs of (kind, number of keys) of one sample, in order."""
         kinds, counts = torch.unique_consecutive(self.labels[sample], return_counts=True)
@@ -113,12 +100,19 @@ def input_names(inputs: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     return image, text
 
 
-def bind(transformer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of one call of a transformer's forward, by name."""
-    inputs = inspect.signature(type(transformer).forward).bind_partial(transformer, *args, **kwargs).arguments
-    inputs.pop("self", None)
-    further = inputs.pop("kwargs", {})
-    return {**inputs, **further}
+def joint_sites(transformer: nn.Module, sites: Mapping[str, Site]) -> dict[str, Site]:
+    """The sites, in forward order, at which image and text keys share a softmax: the joint-attention layers.
+
+    Raises:
+        UserError: there are none.
+    """
+    joint = {path: site for path, site in sites.items() if site.joint and site.regular}
+    if not joint:
+        raise UserError(
+            f"{type(transformer).__name__} is not an MM-DiT: at none of its attention calls do image and text keys"
+            " share one softmax (cross-attention models have no joint attention to probe)"
+        )
+    return joint
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,13 @@ class Layout:
         """N, the number of joint tokens."""
         return len(self.labels)
 
-    def positions(self, kind: str) -> slice | Tensor:
-        """Joint positions of one kind: a slice where they are contiguous, else a LongTensor."""
-        index = (self.labels == KINDS.index(kind)).nonzero()[:, 0]
+    def indices(self, *kinds: str) -> Tensor:
+        """Joint positions of the tokens of some kinds, in joint order, on the CPU."""
+        return torch.stack([self.labels == KINDS.index(kind) for kind in kinds]).any(0).nonzero()[:, 0]
+
+    def positions(self, *kinds: str) -> slice | Tensor:
+        """`indices`, as a slice where they are contiguous."""
+        index = self.indices(*kinds)
         if len(index) == 0:
             return slice(0, 0)
         first, last = int(index[0]), int(index[-1])
@@ -112,7 +116,7 @@ def arranged(arrangement: Arrangement) -> tuple[Layout, Places | None]:
         return replace(Layout.from_counts(runs, arrangement.grid), frames=arrangement.frames), None
     tokens = [{kind: _by_position(sample, kind) for kind in KINDS} for sample in arrangement.samples]
     counts = {kind: max(len(of[kind]) for of in tokens) for kind in KINDS}
-    keys = [[place for kind in KINDS for place in _padded(of[kind], counts[kind])] for of in tokens]
+    keys = [[p for kind in KINDS for p in of[kind] + [-1] * (counts[kind] - len(of[kind]))] for of in tokens]
     queries = []
     for row, sample in zip(keys, arrangement.samples, strict=True):
         asked = [place for place, kind in _in_order(sample) if kind in arrangement.queries]
@@ -133,10 +137,6 @@ def _by_position(sample: Sequence[Any], kind: str) -> list[int]:
     places = [place for place, of in _in_order(sample) if of == kind]
     found = dict(zip(positions(sample, kind), places, strict=True))
     return [found.get(position, -1) for position in range(max(found, default=-1) + 1)]
-
-
-def _padded(places: list[int], count: int) -> list[int]:
-    return places + [-1] * (count - len(places))
 
 
 def unwrap(transformer: Any) -> Any:

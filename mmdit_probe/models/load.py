@@ -5,9 +5,8 @@
     model = load("stabilityai/stable-diffusion-3-medium-diffusers")     # gated: accept its licence and log in first
     model = load("sd3_medium.safetensors", offload="model")             # what is not in the file: from that hub id
 
-Weights are read from safetensors only, and all of them must be there. Nothing is printed but the bars of a download. A
-random-weight twin ("scenes-sd3-random") shares everything with its base but the transformer, which is built from the
-same configuration with seeded random weights: the control of every analysis.
+Weights are read from safetensors only, and all of them must be there. A random-weight twin ("scenes-sd3-random") shares
+everything with its base but the transformer, which has seeded random weights: the control of every analysis.
 """
 
 from __future__ import annotations
@@ -20,19 +19,18 @@ from typing import Any
 
 import torch
 
-from mmdit_probe import assets
-from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families.registry import FAMILIES, Family, refuse_class
 from mmdit_probe.models.memory import check_memory_options, place, quantizer
 from mmdit_probe.models.mmdit import MMDiT, default_length
+from mmdit_probe.models.names import check_device, check_dtype, embedded_models, source_of
 from mmdit_probe.models.quiet import quiet
 from mmdit_probe.models.single_file import base_of, transformer_of
 from mmdit_probe.models.weights import compute_dtype
 
 _ENDLESS = 1 << 30
 """Tokenizers that do not say how long their texts are say more than this."""
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load(
@@ -67,7 +65,7 @@ def load(
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     check_memory_options(where, offload, quantize)
-    source, twin = _source(name)
+    source, twin = source_of(name)
     with quiet(bars=not Path(source).exists()):
         file = source if Path(source).is_file() else None
         if file is not None and (quantize or "").startswith("gguf:"):
@@ -99,27 +97,6 @@ def random_twin(transformer: Any, seed: int) -> Any:
                 if not parameter.any():
                     parameter.normal_(0.0, 0.02)
     return twin.to(compute_dtype(transformer)).eval()
-
-
-def embedded_models() -> list[str]:
-    """Names of the embedded models that `load` takes: pipeline directories and random-weight twins."""
-    found = [(name, assets.path(name)) for name in assets.names()]
-    return [name for name, path in found if path.suffix == ".json" or (path / "model_index.json").is_file()]
-
-
-def _source(name: str) -> tuple[str, dict[str, Any] | None]:
-    """The directory or hub id to read, and the description of the random-weight twin if it is one."""
-    if name in embedded_models():
-        path = assets.path(name)
-        if path.suffix != ".json":
-            return str(path), None
-        twin = json.loads(path.read_text())
-        return str(assets.path(twin["base"])), twin
-    if Path(name).exists():
-        return name, None
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return name, None
-    raise unknown("model (no embedded model, directory or hub id of this name)", name, embedded_models())
 
 
 def pipeline_index(source: str) -> dict[str, Any]:
@@ -194,7 +171,7 @@ def _pipeline(
     from diffusers import DiffusionPipeline
 
     family = next(family for family in FAMILIES.values() if family.transformer == index["transformer"][1])
-    if not t5 and len({stream.length == "tokenizer" for stream in family.streams}) < 2:
+    if not t5 and not _optional_encoder(family):
         raise UserError(f"{source} reads its prompt with one text encoder only; it cannot be left out")
     open_ended = [stream for stream in family.streams if stream.length != "tokenizer"]
     # A directory saved without an optional encoder loads only if it is passed as None again.
@@ -212,7 +189,7 @@ def _pipeline(
             pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except Exception as error:
         if Path(source).exists():
-            raise RunError(f"{source} cannot be loaded: {_first_line(error)}") from error
+            raise RunError(f"{source} cannot be loaded: {first_line(error)}") from error
         raise _hub_error(source, error) from error
     _check_complete(source, pipeline, family, notices)
     # Read before the tokenizer goes: without its encoder the stream keeps its length and holds zeros.
@@ -220,6 +197,16 @@ def _pipeline(
     if not t5:
         pipeline.register_modules(**dict.fromkeys(name for stream in open_ended for name in stream.tokenizers))
     return pipeline, length
+
+
+def can_leave_out_t5(name: str) -> bool:
+    """Whether `load(name, t5=False)` has an encoder to leave out and another one to read with. Errors as `load`."""
+    index = _checked_index(source_of(name)[0])
+    return any(_optional_encoder(f) for f in FAMILIES.values() if f.transformer == index["transformer"][1])
+
+
+def _optional_encoder(family: Family) -> bool:
+    return len({stream.length == "tokenizer" for stream in family.streams}) > 1
 
 
 def _check_complete(source: str, pipeline: Any, family: Family, notices: list[str]) -> None:
@@ -262,10 +249,6 @@ def _hub_error(source: str, error: Exception) -> UserError:
     )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def pick_device(device: str | torch.device) -> torch.device:
     """The device of this name; "auto" is the first there is of cuda, mps, cpu.
 
@@ -275,10 +258,8 @@ def pick_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError:
-        raise unknown("device", device, ["auto", "cpu", "cuda", "mps"]) from None
+    check_device(str(device))
+    found = torch.device(device)
     if (found.type == "cuda" and not torch.cuda.is_available()) or (
         found.type == "mps" and not torch.backends.mps.is_available()
     ):
@@ -296,6 +277,5 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return dtype
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in _DTYPES:
-        raise unknown("dtype", dtype, ["auto", *_DTYPES])
-    return _DTYPES[dtype]
+    check_dtype(dtype)
+    return getattr(torch, dtype)  # type: ignore[no-any-return]

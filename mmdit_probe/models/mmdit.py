@@ -6,9 +6,8 @@
     velocity = model.denoise(latents, 0.5, text)          # one transformer call: what `probe` observes
     images = model.generate("a red ring on grass", seed=0)
 
-Rectified flow throughout: x_t = (1 - sigma) x + sigma n, the model predicts the velocity n - x. `model.pipeline` is the
-stock pipeline and stays one; this class copies none of its steps. It is not a trainer: `denoise` keeps no gradients
-unless asked.
+Rectified flow throughout: x_t = (1 - sigma) x + sigma n, the model predicts the velocity n - x. `model.pipeline` stays
+the stock pipeline; this class copies none of its steps.
 """
 
 from __future__ import annotations
@@ -91,7 +90,7 @@ class MMDiT:
         pipeline: the stock diffusers pipeline. transformer, scheduler: its parts.
         name: what it was loaded as. family: the facts that apply.
         max_sequence_length: length of the text streams that have no fixed one (SD3: T5's positions). Default: the
-            smaller of the tokenizer's own limit and the family's default.
+            smaller of the tokenizer's own limit and the family's default. own_length: what it was at first.
         offload, quantize: as `load` was told; None where the pipeline came from elsewhere.
         batch: what is known of the denoising call in progress (read by `probe`); None between calls.
     """
@@ -108,9 +107,8 @@ class MMDiT:
         self.offload, self.quantize = offload, quantize
         self.name = name or type(pipeline).__name__
         self.family: Family = family_of(unwrap(pipeline.transformer))
-        self.max_sequence_length = (
-            default_length(pipeline, self.family) if max_sequence_length is None else max_sequence_length
-        )
+        self.own_length = default_length(pipeline, self.family) if max_sequence_length is None else max_sequence_length
+        self.max_sequence_length = self.own_length
         self.batch: Batch | None = None
         self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
 

@@ -8,14 +8,22 @@ So no pipeline's preparation (position ids, guidance embeddings, time shifts, si
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from mmdit_probe.errors import RunError
-from mmdit_probe.models.discover_layout import bind
 from mmdit_probe.models.layout import unwrap
+
+
+def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of one call of a module's forward, by name."""
+    inputs = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+    inputs.pop("self", None)
+    further = inputs.pop("kwargs", {})
+    return {**inputs, **further}
 
 
 class _Stopped(Exception):

@@ -1,16 +1,12 @@
 """What each text position is: encoder stream, span kind, word. From the tokenizers, by character offsets.
 
-Text positions follow the joint text order (SD3: CLIP's positions, then T5's). A text mass that is not split by span
-kind cannot be compared between models: much of it may sit on BOS, EOS or pads, which SD3 attends like words. Where the
-pipeline puts the prompt into a template (a chat, a system prompt), the template's tokens are a kind of their own.
-
     table = token_tables(pipeline, family, ["a red ring"], length=256)[0]
     table.positions(kind="word", stream="t5")
     table.word_spans("red ring")            # {"clip": [2, 3], "t5": [78, 79, 80]}
 
-Phrases are found by their characters in the text that each stream was given, so CLIP's and T5's pieces of one word are
-found alike. What counts as a word, and as the same letters, is the business of `models.words`. Not here: what the
-pooled embedding carries outside attention.
+Text positions follow the joint text order (SD3: CLIP's positions, then T5's). A text mass that is not split by span
+kind cannot be compared between models: much of it may sit on BOS, EOS, pads or a template. What counts as a word, and
+as the same letters, is the business of `models.words`.
 """
 
 from __future__ import annotations
@@ -27,7 +23,7 @@ from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.models.families.facts import Family, Part, TextStream
 from mmdit_probe.models.words import blankless, find, folded, words
 
-KINDS = ("bos", "word", "eos", "pad", "template", "null", "unknown")
+SPAN_KINDS = ("bos", "word", "eos", "pad", "template", "null", "unknown")
 
 
 @dataclass(frozen=True)
@@ -103,8 +99,8 @@ class TokenTable:
             kind: a span kind. stream: an encoder stream.
             word: a word or phrase (all its occurrences, as `word_spans` finds them) or a word index.
         """
-        if kind is not None and kind not in KINDS:
-            raise unknown("span kind", kind, KINDS)
+        if kind is not None and kind not in SPAN_KINDS:
+            raise unknown("span kind", kind, SPAN_KINDS)
         spans = self.word_spans(word, missing_ok=True) if isinstance(word, str) else {}
         named = {position for span in spans.values() for position in span}
         return [

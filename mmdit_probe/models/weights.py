@@ -1,10 +1,8 @@
-"""A transformer's weights however they are stored: the dtype it computes in, and one hash of them all.
+"""A transformer's weights however they are stored (quantised, cast layer by layer, offloaded): the dtype it computes
+in, and one hash of them all. Nothing is loaded or changed.
 
     compute_dtype(transformer)          # torch.bfloat16, also where weights are stored as float8, nf4 or GGUF
     weight_hash(transformer)            # "4c1f...": names, dtypes, shapes and bytes
-
-Stored weights may be quantised (tensor subclasses, packed parameters), cast layer by layer, or offloaded. Nothing is
-loaded or changed here.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@
     >>> find("猫", "一只猫"), find("CAFE\u0301", "a café")
     ([(2, 3)], [(2, 6)])
 
-A word is a run of letters, digits and the marks on them (accents, vowel signs), with apostrophes and hyphens inside, or
-a single sign. Texts of scripts without blanks (Chinese, Japanese, Thai, ...) have no words of their own: a run of them
-is one, or several where a tokenizer divides it.
+A word is a run of letters, digits and the marks on them, with apostrophes and hyphens inside, or a single sign. A run
+of a script without blanks (Chinese, Japanese, Thai, ...) is one word, or several where a tokenizer divides it.
 """
 
 from __future__ import annotations

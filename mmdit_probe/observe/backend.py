@@ -1,11 +1,10 @@
 """Why a layer's attention was not seen, and what a probe cannot look into.
 
-The user's own attention backend stays while a probe is open. Those that call `scaled_dot_product_attention` are seen;
-others (flash-attn, sage, xformers, flex, hub kernels) hide attention, as do hooks that skip or reuse a layer, function
-modes that answer for it, and processors of one's own. What it was is named, so that the user knows what to switch off.
-
     refuse_sharded(transformer)
     skipping(transformer, "transformer_blocks.3.attn")       # "FirstBlockCache (FBCBlockHook)"
+
+Backends that call `scaled_dot_product_attention` are seen; others (flash-attn, sage, xformers, flex, hub kernels) hide
+attention, as do hooks that skip or reuse a layer, function modes that answer for it, and processors of one's own.
 """
 
 from __future__ import annotations

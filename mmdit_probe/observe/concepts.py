@@ -1,23 +1,20 @@
 """ConceptStream: a text stream of concepts that reads the image and is read by nobody (arXiv:2502.04320).
 
-    stream = ConceptStream(model, embeddings, pooled_from=text)       # embeddings [K, C], one vector per concept
+    stream = ConceptStream(model, embeddings)                         # [K, C], one vector per concept
     with probe(model, stream), stream.listening():                    # or a bare transformer
         model.denoise(latents, 0.5, text)
     stream.outputs[3]                                                 # [B, K, E] attention output of the concepts
 
-Each joint block runs the concepts through its own text-stream weights and modulation; their queries attend to
-concepts and image tokens. Because neither the image nor the prompt ever attends to them, the stream runs beside the
-plain forward, block by block as calls pass, and the forward stays bitwise the stock one. Cost K (I + K) per block.
-
-Needs blocks with the parts of diffusers' `JointTransformerBlock` (SD3, SD3.5); others are refused with a message. The
-dual-attention blocks of SD3.5 differ on the image side only, so they need nothing of their own.
+Each joint block runs the concepts through its own text-stream weights and modulation; their queries attend to concepts
+and image tokens. The forward stays bitwise the stock one. Cost K (I + K) per block. Needs blocks with the parts of
+diffusers' `JointTransformerBlock` (SD3, SD3.5); others are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +40,6 @@ class ConceptStream(Observer):
     Attributes:
         outputs: layer -> [B, K, E] float32 on the CPU, of the last denoising call.
     """
-
-    needs: ClassVar[Literal["call", "lse"]] = "call"
 
     def __init__(self, target: MMDiT | nn.Module, embeddings: Tensor) -> None:
         self.transformer = unwrap(target.transformer if isinstance(target, MMDiT) else target)

@@ -10,21 +10,22 @@ compared.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from mmdit_probe import assets
 from mmdit_probe.attention import exact
-from mmdit_probe.errors import RunError, UserError, unknown
-from mmdit_probe.models.discover_layout import taint
+from mmdit_probe.errors import RunError, UserError, first_line, unknown
+from mmdit_probe.models.discover_layout import joint_sites, taint
 from mmdit_probe.models.families.registry import family_of, refuse_cross_attention
 from mmdit_probe.models.layout import unwrap
+from mmdit_probe.models.load import pipeline_index
 from mmdit_probe.models.pipeline_call import first_call
+from mmdit_probe.models.quiet import quiet
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 
@@ -33,8 +34,6 @@ PROMPT = "a red ring on grass"
 
 class Kernels(Observer):
     """Observer of the kernel that each layer's attention call takes."""
-
-    needs: ClassVar[Literal["call", "lse"]] = "call"
 
     def __init__(self) -> None:
         self.names: dict[int, str] = {}
@@ -70,12 +69,7 @@ def inspect_model(path: str | os.PathLike[str]) -> dict[str, Any]:
 def inspect_call(transformer: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """The same of a transformer and the arguments of one call of it. See `inspect_model`."""
     sites = taint(transformer, inputs)
-    joint = {place: site for place, site in sites.items() if site.joint and site.regular}
-    if not joint:
-        raise UserError(
-            f"{type(transformer).__name__} is not an MM-DiT: at none of its attention calls do image and text keys"
-            " share one softmax"
-        )
+    joint = joint_sites(transformer, sites)
     with torch.no_grad(), probe(transformer, Kernels()) as run:
         transformer(**inputs)
     try:
@@ -100,14 +94,12 @@ def inspect_call(transformer: nn.Module, inputs: dict[str, Any]) -> dict[str, An
 def _pipeline(source: Path) -> Any:
     from diffusers import DiffusionPipeline
 
-    index = source / "model_index.json"
-    if not index.is_file():
-        raise UserError(f"{source} is not a diffusers pipeline directory: it has no model_index.json")
-    if not json.loads(index.read_text(encoding="utf-8")).get("transformer"):
+    if not pipeline_index(str(source)).get("transformer"):
         raise UserError(f"{source} has no transformer: it is no MM-DiT")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(source, use_safetensors=True)
+        with quiet():
+            pipeline = DiffusionPipeline.from_pretrained(source, use_safetensors=True)
     except Exception as error:
-        raise RunError(f"{source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise RunError(f"{source} cannot be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

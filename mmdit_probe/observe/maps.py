@@ -7,34 +7,36 @@
     blocks = JointBlocks(layers=[3, 4], keep=("i2t", "i2i"))
     with second_attention(model, layers=[3, 4]) as second, probe(model, blocks):
         model.denoise(latents, 0.5, text)
-    blocks.kept[3]["i2t"].shape                      # [B, H, I, T]
-    second[3].shape                                  # [B, I, I], of dual-attention blocks
+    blocks.kept[3]["i2t"].shape, second[3].shape     # [B, H, I, T], [B, I, I] (of dual-attention blocks)
 
-Maps are columns of the exact attention probabilities: for `queries="image"` (I2T) the value at an image token is that
-query's probability on the word; for `queries="text"` (T2I) it is the word's probability on that image token.
-
-Unlike the other observers `TextMaps` grows with every call it sees, because maps were asked for by name: choose layers
-and steps. `JointBlocks` and `second_attention` keep the last call. Not here: what is made of maps (`segment`).
+Maps are columns of the exact attention probabilities. `TextMaps` grows with every call it sees: choose layers and
+steps. Not here: what is made of maps (`segment`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from mmdit_probe.attention import exact, gradients
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known, unknown
 from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, not_finite
+from mmdit_probe.plots.overlay import STRENGTH, overlay
+from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices, step_indices
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
 
 PARTS = ("i2t", "i2t_logit", "i2i", "i2i_walk", "feat_out", "feat_proj")
 """What `JointBlocks` can keep."""
@@ -51,27 +53,30 @@ class TextMaps(Observer):
 
     Args:
         words: None keeps every text position (T' = T); positions (ints) keep those; words or phrases (strings) keep one
-            map each, over all positions of the word in all encoder streams, or in `stream` alone.
+            map each, over all positions of the word in all encoder streams, or in `stream` alone; so do kinds of span
+            of a stream, as ("bos", "clip").
         heads: "mean" averages over heads, "all" keeps them.
         queries: "image" for I2T, the sum over a word's positions; "text" for T2I, the mean over a word's positions.
         stream: encoder stream to read words from; None takes all.
 
-    A word that is not in a sample's prompt gives zeros in the unconditional branch, and an error elsewhere.
+    A word that is not in a sample's prompt gives zeros; one that no conditional sample of a call has is an error.
+
+        with probe(pipe, TextMaps(["ring"]), layers=9) as run: image = pipe("a red ring").images[0]
+        run[TextMaps].map("ring")                    # [h, w]
+        run[TextMaps].overlay("ring", image)         # PIL
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
+    needs = "lse"
 
     def __init__(
         self,
-        words: Sequence[str] | Sequence[int] | None = None,
+        words: Sequence[str | int | tuple[str, str]] | None = None,
         heads: Literal["mean", "all"] = "mean",
         queries: Literal["image", "text"] = "image",
         stream: str | None = None,
     ) -> None:
-        if heads not in ("mean", "all"):
-            raise unknown("heads option", heads, ("mean", "all"))
-        if queries not in ("image", "text"):
-            raise unknown("queries option", queries, ("image", "text"))
+        check_known("heads option", heads, ("mean", "all"))
+        check_known("queries option", queries, ("image", "text"))
         self.words = [words] if isinstance(words, str) else words
         self.heads, self.queries, self.stream = heads, queries, stream
         self._kept: dict[tuple[int, int], list[tuple[DenoisingCall, Tensor]]] = {}
@@ -84,7 +89,7 @@ class TextMaps(Observer):
         if self.queries == "image":
             if groups is not None:  # only the positions that some map reads
                 read = groups.any(0).any(-1).nonzero()[:, 0]
-                text, groups = torch.arange(layout.total)[text][read].to(call.query.device), groups[:, read]
+                text, groups = layout.indices("text")[read].to(call.query.device), groups[:, read]
             maps = exact.reduce(call, seen.logsumexp, text, image, key_weights=groups, head_mean=head_mean)
         else:
             weights = _query_mean(seen, groups)
@@ -142,30 +147,99 @@ class TextMaps(Observer):
             for sample in _samples_of(call, branch)
         ]
 
+    def map(
+        self,
+        word: str | int,
+        *,
+        layers: Spec = "all",
+        steps: Spec = "all",
+        heads: HeadSpec = "all",
+        sample: int = 0,
+        branch: str | None = "cond",
+    ) -> np.ndarray:
+        """One word's map, the mean over layers, steps and heads; [h, w] float32, [F, h, w] of a video.
+
+        Args:
+            word: one of `words`; without `words`, any word of the sample's prompt.
+            layers, steps: of those that were kept, by default all. heads: of maps that were kept per head.
+            sample: which one of those that `maps` returns. branch: as for `maps`.
+
+        Raises:
+            UserError: nothing was kept there, or the sample's prompt does not have the word.
+        """
+        if not self._kept:
+            raise UserError("no maps were kept yet: call the model inside `with probe(...)`")
+        if self.heads == "mean" and heads != "all":
+            raise UserError('single heads were not kept; observe TextMaps(heads="all")')
+        kept = sorted({layer for layer, _ in self._kept})
+        chosen = kept if layers == "all" else layer_indices(layers, kept[-1] + 1)
+        at = self.steps if steps == "all" else step_indices(steps, self.steps[-1] + 1)
+        found = []
+        for layer, step in itertools.product(chosen, at):
+            maps = self.maps(layer, step, branch)
+            if not 0 <= sample < len(maps):
+                raise UserError(f"sample {sample} does not exist: there are {len(maps)}, from 0")
+            one = maps[sample]
+            if self.heads == "all":
+                one = one[list(heads_at(heads, layer, len(one)))].mean(0)
+            places = self._columns(word, layer, step, sample, branch, maps.shape[-1])
+            one = one[..., places]
+            found.append(one.sum(-1) if self.queries == "image" else one.mean(-1))
+        mean = torch.stack(found).mean(0).numpy()
+        if not mean.any():
+            prompt = self.samples(chosen[0], at[0], branch)[sample][0]
+            raise UserError(f"sample {sample}, {prompt!r}, has no word {word!r}")
+        return mean
+
+    def overlay(self, word: str | int, image: Any, *, strength: float = STRENGTH, **which: Any) -> Image:
+        """A picture under one word's map.
+
+        Args:
+            image: the sample's picture, PIL or uint8 [H, W, 3]. strength: of the colours, 0 to 1. which: as for `map`.
+        """
+        return overlay(image, self.map(word, **which), strength)
+
+    def _columns(
+        self, word: str | int, layer: int, step: int, sample: int, branch: str | None, length: int
+    ) -> list[int]:
+        """Which of a sample's kept maps are a word's."""
+        if self.words is not None:
+            if word not in self.words:
+                raise unknown("word", str(word), [str(one) for one in self.words])
+            return [list(self.words).index(word)]
+        if isinstance(word, int):
+            return [word]
+        calls = [(call, of) for call, _ in self._kept[layer, step] for of in _samples_of(call, branch)]
+        call, of = calls[sample]
+        spans = call.tokens(length)[of].word_spans(word)
+        return [p for stream, positions in spans.items() if self.stream in (None, stream) for p in positions]
+
     def _groups(self, seen: LayerCall) -> Tensor | None:
         """Which text positions make up each map, [B or 1, T, G] on the CPU; None for every position by itself."""
         length, words = seen.layout.counts["text"], self.words
         if words is None:
             return None
-        if all(isinstance(word, int) for word in words):
-            positions = torch.tensor(words, dtype=torch.long)
-            if len(positions) == 0 or positions.min() < 0 or positions.max() >= length:
-                raise UserError(f"text positions {list(words)}: expected positions in 0..{length - 1}")
-            return torch.nn.functional.one_hot(positions, length).float().t()[None]
+        if len(words) == 0:
+            raise UserError("no words and no text positions are named; expected one or more, or None for all")
         groups = torch.zeros(len(seen.tokens), length, len(words))
-        for sample, table in enumerate(seen.tokens):
-            for place, word in enumerate(words):
-                groups[sample, self._positions(table, str(word), seen.denoising.branches[sample]), place] = 1.0
-        return groups
+        for place, word in enumerate(words):
+            if isinstance(word, int):
+                if not 0 <= word < length:
+                    raise UserError(f"text positions {list(words)}: expected positions in 0..{length - 1}")
+                groups[:, word, place] = 1.0
+                continue
+            found = self._positions(seen, word) if isinstance(word, str) else _spans(seen, *word)
+            for sample, positions in enumerate(found):
+                groups[sample, positions, place] = 1.0
+        return groups[:1] if all(isinstance(word, int) for word in words) else groups
 
-    def _positions(self, table: TokenTable, word: str, branch: str) -> list[int]:
-        try:
-            spans = table.word_spans(word)
-        except UserError:
-            if branch == "uncond":
-                return []
-            raise
-        return [p for stream, positions in spans.items() if self.stream in (None, stream) for p in positions]
+    def _positions(self, seen: LayerCall, word: str) -> list[list[int]]:
+        """A word's positions per sample; none where a prompt does not have it."""
+        spans = [table.word_spans(word, missing_ok=True) for table in seen.tokens]
+        told = [sample for sample, branch in enumerate(seen.denoising.branches) if branch != "uncond"]
+        if told and not any(spans[sample] for sample in told):
+            seen.tokens[told[0]].word_spans(word)  # says why
+        return [[p for stream, of in span.items() if self.stream in (None, stream) for p in of] for span in spans]
 
 
 class JointBlocks(Observer):
@@ -187,15 +261,14 @@ class JointBlocks(Observer):
         heads: heads that count in the mean of "i2i"; None takes all.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
+    needs = "lse"
 
     def __init__(
         self, layers: Iterable[int], keep: Iterable[str] = ("i2t",), heads: Iterable[int] | None = None
     ) -> None:
         self.layers, self.keep = frozenset(layers), tuple(keep)
         for part in self.keep:
-            if part not in PARTS:
-                raise unknown("part of the joint attention", part, PARTS)
+            check_known("part of the joint attention", part, PARTS)
         self.heads = None if heads is None else list(heads)
         if self.heads == []:
             raise UserError("no heads to average over; name at least one")
@@ -302,6 +375,11 @@ def _keep_second(
     kept[layer] = (total / heads).cpu()
     if not kept[layer].isfinite().all():
         raise not_finite(layer, "the second attention", query.dtype)
+
+
+def _spans(seen: LayerCall, kind: str, stream: str) -> list[list[int]]:
+    """Positions of a kind of span per sample."""
+    return [table.positions(kind=kind, stream=stream) for table in seen.tokens]
 
 
 def _samples_of(call: DenoisingCall, branch: str | None) -> list[int]:

@@ -1,16 +1,13 @@
 """AttentionMass: how much of its attention each kind of token gives to each kind of token (the paper's attention
 budget, Fig. 2).
 
-Per (sample, step, branch, layer, head): the mean over image queries, and over text queries, of the probability on image
-keys, on other keys, and on each text span kind of each encoder stream. Blocks are named query -> key; I2T is the sum of
-the rows with query "image" and key "text". The rows of one query kind sum to 1.
-
     with probe(model, AttentionMass(), layers="all") as run:
         model.generate("a red ring on grass")
     run[AttentionMass].table().query("query == 'image' and key == 'text'").groupby(["layer", "span"]).mass.mean()
 
-Exact, by columns from the row log-sum-exp (`attention.exact`); the image mass is the complement. Averaging over samples
-is up to the reader of the table. Not here: the mass of single keys (`observe.sinks`).
+Per (sample, step, branch, layer, head): the mean over image queries, and over text queries, of the probability on image
+keys, on other keys, and on each text span kind of each encoder stream; the rows of one query kind sum to 1. Not here:
+the mass of single keys (`observe.sinks`).
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,18 +57,21 @@ class KeyGroups:
 
     @classmethod
     def of(cls, layout: Layout, groups: list[list[int]], device: torch.device) -> KeyGroups:
-        """Of a layout; `groups` as in `attention_masses`."""
+        """Of a layout.
+
+        Args:
+            groups: per sample, the group 2, 3, ... of every text position; groups 0 and 1 are image and other keys.
+        """
         count = 1 + max(1, *(max(of, default=1) for of in groups))
         of_key = torch.zeros(len(groups), layout.total, dtype=torch.long)
-        of_key[:, layout.labels == 2] = 1
-        of_key[:, layout.labels == 1] = torch.tensor(groups, dtype=torch.long).reshape(len(groups), -1)
+        of_key[:, layout.indices("other")] = 1
+        of_key[:, layout.indices("text")] = torch.tensor(groups, dtype=torch.long).reshape(len(groups), -1)
         weights = torch.stack([layout.labels == 0, layout.labels == 1]).float()[None]
         if layout.queries is not None:
             weights = weights * layout.queries[:, None].float()
-        keys = (layout.labels != 0).nonzero()[:, 0]
-        contiguous = len(keys) > 0 and int(keys[-1] - keys[0]) + 1 == len(keys)
-        columns = slice(int(keys[0]), int(keys[-1]) + 1) if contiguous else keys.to(device)
-        indicator = torch.nn.functional.one_hot(of_key[:, keys], count).float()
+        columns = layout.positions("text", "other")
+        indicator = torch.nn.functional.one_hot(of_key[:, columns], count).float()
+        columns = columns if isinstance(columns, slice) else columns.to(device)
         return cls(of_key.to(device), count, columns, indicator.to(device), weights.to(device))
 
 
@@ -98,7 +98,7 @@ class AttentionMass(RowObserver):
     get no row; `other` always has one.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
+    needs = "lse"
 
     columns = COLUMNS
 
@@ -110,7 +110,7 @@ class AttentionMass(RowObserver):
             names = [_names(table) for table in tables]
             groups = [_groups(table, of) for table, of in zip(tables, names, strict=True)]
             self._text = _Text(tables, layout, names, KeyGroups.of(layout, groups, seen.call.query.device))
-        return self._text, *grouped_masses(seen.call, seen.lse, self._text.keys)
+        return self._text, *attention_masses(seen.call, seen.lse, self._text.keys)
 
     def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
         counts = torch.stack([n_query for _, _, n_query in measured.values()]).cpu().numpy()  # [L, B, 2]
@@ -146,26 +146,17 @@ def _axes(text: _Text, sample: int, n_query: np.ndarray) -> tuple[Any, list[dict
     return np.ix_(queries, groups), axes
 
 
-def attention_masses(
-    call: SDPACall, lse: Tensor | None, layout: Layout, groups: list[list[int]]
-) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def attention_masses(call: SDPACall, lse: Tensor | None, keys: KeyGroups) -> tuple[Tensor, Tensor]:
     """Mean attention masses of one call, exact, without the N x N matrix.
 
     Args:
         call: query [B, H, N, D] and key over the same N joint tokens.
         lse: [B, H, N] row log-sum-exp of the call; None takes the indicator-values path.
-        layout: the kinds of the N tokens.
-        groups: per sample, the group 2, 3, ... of every text position; groups 0 and 1 are image and other keys.
 
     Returns: masses [B, H, 2, G] float32, mean over image (0) and text (1) queries, sums to 1 over the G groups; and
     n_query [B, 2], the queries averaged over (queries with every key masked are left out).
     """
-    return grouped_masses(call, lse, KeyGroups.of(layout, groups, call.query.device))
-
-
-@torch.no_grad()
-def grouped_masses(call: SDPACall, lse: Tensor | None, keys: KeyGroups) -> tuple[Tensor, Tensor]:
-    """`attention_masses` by groups of keys made before."""
     batch, _, n_rows, _ = call.query.shape
     weights = keys.weights
     live = exact.live_queries(call)

@@ -1,21 +1,18 @@
 """ValueNorm: how long the value vectors are that each kind of token brings into the joint attention (the paper's Fig. 4
 and 28; arXiv:2509.18096, section 3.3).
 
-Per (sample, step, branch, layer): the mean over tokens of the L2 norm of the value, for image tokens and for every text
-span kind of each encoder stream. It stands for how strongly a key can push its readers: what a query receives is the
-mass it gives times the value it meets.
-
     with probe(model, ValueNorm(), layers="all") as run:
         model.generate("a red ring on grass")
     run[ValueNorm].table().query("head == -1").groupby(["layer", "token", "span"]).norm.mean()
 
-Read from the values that enter attention, so LoRA counts. Rows of head -1 are the norm of the heads' concatenation (the
-paper's curves, as far as it says), rows of heads 0..H-1 each head's own. Not here: masses (`observe.mass`).
+Per (sample, step, branch, layer): the mean over tokens of the L2 norm of the value, for image tokens and for every text
+span kind of each encoder stream. Read from the values that enter attention, so LoRA counts. Not here: masses
+(`observe.mass`).
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +47,7 @@ class ValueNorm(RowObserver):
     prompt does not have get no row.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "call"
-    reads: ClassVar[str] = "the value"
+    reads = "the value"
 
     columns = COLUMNS
 
@@ -98,7 +94,7 @@ def value_norms(value: Tensor) -> Tensor:
 
 def _positions(layout: Layout, table: TokenTable, sample: int) -> dict[Group, Tensor]:
     """Joint positions of the tokens of every group that a sample has."""
-    places = {kind: torch.arange(layout.total)[layout.positions(kind)] for kind in ("image", "text", "other")}
+    places = {kind: layout.indices(kind) for kind in ("image", "text", "other")}
     groups: dict[Group, Tensor] = {(kind, "all", ""): places[kind] for kind in ("image", "other")}
     for kind, stream in dict.fromkeys((token.kind, token.stream) for token in table.tokens):
         groups["text", kind, stream] = places["text"][table.positions(kind=kind, stream=stream)]

@@ -1,17 +1,13 @@
 """What observers are: reducers that see every attention call of the selected layers and keep only numbers of one
 denoising call.
 
-An observer is a transaction. `measure` reduces one attention call; what it returns waits until the transformer's
-forward is over, and is handed to `commit` if that ended well and everything in it is finite. A call that failed or was
-cut short leaves nothing behind. State that outlives a denoising call goes to a sink as finished rows, so that it does
-not grow with prompts or steps.
-
     class MeanLength(Observer):                                  # keeps one number per layer, of the last call
         def measure(self, seen): return seen.call.query.norm(dim=-1).mean()
         def commit(self, denoising, measured): self.lengths = measured
 
-A row is always a row of a table here; the B entries of a batch are samples. Not here: where calls are caught
-(`attention.intercept`) and how probabilities are computed (`attention.exact`).
+An observer is a transaction: what `measure` makes of one attention call waits until the transformer's forward is over,
+and is handed to `commit` if that ended well and everything in it is finite. A call that failed or was cut short leaves
+nothing behind. State that outlives a call goes to a sink as finished rows.
 """
 
 from __future__ import annotations
@@ -26,11 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit_probe.attention import exact
+from mmdit_probe.attention import exact, gradients
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import Record
-from mmdit_probe.attention.tiles import bias_of
-from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.errors import RunError, UserError, check_known
 from mmdit_probe.models.layout import Layer, Layout
 from mmdit_probe.models.tokens import TokenTable, unknown_table
 from mmdit_probe.results.tables import MemorySink, Sink, text_column
@@ -38,9 +33,6 @@ from mmdit_probe.specs import HeadSpec, heads_at
 
 if TYPE_CHECKING:
     import pandas as pd
-
-_LSE_QUERIES = 128
-"""Queries per chunk where the log-sum-exp must be computed here."""
 
 
 @dataclass
@@ -104,7 +96,7 @@ class LayerCall:
     @cached_property
     def logsumexp(self) -> Tensor:
         """Row log-sum-exp [B, H, N] float32: the kernel's, else computed here over chunks of queries."""
-        return self.record.lse if self.record.lse is not None else row_logsumexp(self.call)
+        return self.record.lse if self.record.lse is not None else gradients.streamed_lse(self.call)
 
     @cached_property
     def finite(self) -> Tensor:
@@ -226,8 +218,7 @@ class RowObserver(Observer):
         heads: HeadSpec = "all",
         rows: Literal["head", "layer"] = "head",
     ) -> None:
-        if rows not in ("head", "layer"):
-            raise unknown("rows option", rows, ("head", "layer"))
+        check_known("rows option", rows, ("head", "layer"))
         self.sink: Any = MemorySink() if sink is None else sink
         self.heads, self.rows = heads, rows
 
@@ -338,15 +329,3 @@ def _signs(measured: Any) -> Iterator[Tensor]:
 def _finite(tensor: Tensor) -> Tensor:
     """The sum, 0-dim float32 on the tensor's device: finite if every number of the tensor is. Nothing is copied."""
     return tensor.detach().sum(dtype=torch.float32)
-
-
-def row_logsumexp(call: SDPACall) -> Tensor:
-    """Row log-sum-exp [B, H, N] over chunks of queries, for devices whose kernels give none; 0 where no key is seen."""
-    key, parts = call.expanded_key().float().mT, []
-    for start in range(0, call.query.shape[-2], _LSE_QUERIES):
-        queries = slice(start, start + _LSE_QUERIES)
-        logits = call.query[:, :, queries].float() @ key * call.scale_factor
-        bias = bias_of(call, slice(None), queries)
-        parts.append((logits if bias is None else logits + bias).logsumexp(-1))
-    lse = torch.cat(parts, -1)
-    return lse.masked_fill_(lse == float("-inf"), 0.0)

@@ -6,24 +6,22 @@ attention's output, heads concatenated, q and k after norm and rotary embedding.
     with probe(model, Projection(basis)) as run: ... # second pass: project
     run[Projection].maps(layer=4, kind="value")      # [B, h, w, 16]
 
-The fit is joint over all images seen and streams, with a state that does not grow with them. "exact" updates mean and
-covariance call by call, one D x D matrix per layer and kind; "incremental" is scikit-learn's IncrementalPCA, k x D
-numbers, for models too wide for that. Which images, noise level and prompts were seen is the caller's to record.
-Colours of different layers are not comparable: components have no common order between layers. `scores` and
-`own_scores` make the pictures quantitative where exact masks exist: see there.
+The fit is joint over all images seen and streams: "exact" keeps mean and covariance, one D x D matrix per layer and
+kind; "incremental" is scikit-learn's IncrementalPCA, k x D numbers. Components have no common order between layers. Not
+here: which images, noise level and prompts were seen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
 from mmdit_probe.specs import HeadSpec, heads_at
 
@@ -63,19 +61,16 @@ class PCA(Observer):
         heads: which heads' features; one specification, or layer -> specification.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "call"
-    reads: ClassVar[str] = "query, key, value or output"
+    reads = "query, key, value or output"
 
     def __init__(
         self, kinds: Sequence[str] = KINDS, components: int = 16, solver: str = "exact", heads: HeadSpec = "all"
     ) -> None:
         for kind in kinds:
-            if kind not in KINDS:
-                raise unknown("kind of feature", kind, KINDS)
+            check_known("kind of feature", kind, KINDS)
         if components < 1:
             raise UserError(f"{components} components; expected 1 or more")
-        if solver not in SOLVERS:
-            raise unknown("solver", solver, SOLVERS)
+        check_known("solver", solver, SOLVERS)
         self.kinds, self.components, self.solver, self.heads = tuple(kinds), components, solver, heads
         self._fits: dict[tuple[int, str], _Moments | _Incremental] = {}
         self._bases: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
@@ -205,8 +200,7 @@ class Projection(Observer):
         each: fit every image's own basis instead (the colours of two images are then not comparable).
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "call"
-    reads: ClassVar[str] = "query, key, value or output"
+    reads = "query, key, value or output"
 
     def __init__(self, basis: PCA, each: bool = False) -> None:
         self.basis, self.each = basis, each

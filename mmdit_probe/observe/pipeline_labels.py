@@ -1,15 +1,11 @@
 """What the rows of a denoising call are: prompts, token tables, seeds and guidance branches of a running stock
 pipeline.
 
-The pipeline's own `encode_prompt` and `prepare_latents` are listened to on the instance, for the length of a probe;
-their arguments say which prompt, which negative prompt and which generator every row has. Which branch of
-classifier-free guidance a call or a row of it belongs to is told by the text it carries: the rows of a call are
-compared with what was encoded for each branch. Where both branches have the same text, the order of the family's batch,
-the pipeline's own name for the call (`cache_context`), or the order of calls at one noise level decides. Nothing is
-changed and nothing is patched globally.
-
-Not here: embeddings that were computed elsewhere, or changed by a callback, and calls by another pipeline on the same
-transformer. Their text is unknown unless the caller passes token tables.
+The pipeline's own `encode_prompt` and `prepare_latents` are listened to on the instance, for the length of a probe.
+Which branch of classifier-free guidance a row belongs to is told by the text it carries; where both branches have the
+same text, by the order of the family's batch, the pipeline's own name for the call (`cache_context`), or the order of
+calls at one noise level. Not here: embeddings that were computed elsewhere, or changed by a callback: their text is
+unknown unless the caller passes token tables.
 """
 
 from __future__ import annotations

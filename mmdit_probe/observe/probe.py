@@ -4,11 +4,9 @@
         model.generate("a cat by the window")
     run[AttentionMass].table()
 
-With observers only, the model's output is bitwise the stock output. Everything is restored when the context ends, after
-an error too. A selected layer whose attention is never seen raises: an empty result must not look like a result. Where
-a cache or a guider leaves out layers of some steps, the others are reported, with a warning: `run.notes`.
-
-Layers are 0-based joint-attention layers in forward order; steps are 0-based sampling steps.
+With observers only, the model's output is bitwise the stock output. A selected layer whose attention is never seen
+raises: an empty result must not look like a result. Where a cache or a guider leaves out layers of some steps, the
+others are reported, with a warning: `run.notes`.
 """
 
 from __future__ import annotations
@@ -26,25 +24,25 @@ from torch import Tensor, nn
 from mmdit_probe.attention.call import without_autocast
 from mmdit_probe.attention.intercept import (
     Detach,
-    Edit,
+    InputHandler,
     ModuleCall,
+    OutputHandler,
     Record,
     Stage,
-    Transform,
     attached,
     hook,
     interpose,
     watch,
 )
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.models.discover_layout import bind
 from mmdit_probe.models.families.facts import Family
 from mmdit_probe.models.layout import Layer, Layout, Places, arranged, unwrap
+from mmdit_probe.models.layout_source import layout_source
 from mmdit_probe.models.mmdit import Batch, MMDiT
+from mmdit_probe.models.pipeline_call import bind
 from mmdit_probe.models.tokens import TokenTable, fitted
 from mmdit_probe.observe.backend import hiding, processor_of, refuse_sharded, skipping
 from mmdit_probe.observe.clock import Clock
-from mmdit_probe.observe.facts import Facts, facts_of
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, check_finite
 from mmdit_probe.observe.pipeline_labels import PERTURBED, PipelineRows, calling_pipeline, is_pipeline
 from mmdit_probe.observe.sample_order import canonical, canonical_hidden, hidden_keys, joined
@@ -62,7 +60,7 @@ class ModelEdit(Protocol):
     @property
     def stage(self) -> Stage | Literal["block"]: ...
 
-    def handler(self, layer: Layer, run: Run) -> Transform | Edit | Callable[..., Any]:
+    def handler(self, layer: Layer, run: Run) -> InputHandler | OutputHandler | Callable[..., Any]:
         """The handler for one layer; `run.current` is the denoising call in progress.
 
         Of stage "block" it is called with the forward of the transformer block and that forward's arguments.
@@ -124,14 +122,14 @@ class Run:
             raise UserError(f"cannot probe {type(target).__name__}: expected an MMDiT, a pipeline or a transformer")
         self._outer = outer
         self.transformer = unwrap(outer)
-        self._facts: Facts = facts_of(self.transformer)
+        self._source = layout_source(self.transformer)
         self._wanted = layers
         self.all_layers: list[Layer] = []
         self.layers: list[Layer] = []
         self.observers = list(observers)
         self.edits = list(edits)
-        if self._facts.layers is not None:
-            self._choose(self._facts.layers)
+        if self._source.layers is not None:
+            self._choose(self._source.layers)
         self.steps = steps
         self.current: DenoisingCall | None = None
         self.notes: list[str] = []
@@ -156,7 +154,7 @@ class Run:
     @property
     def family(self) -> Family:
         """The facts that apply."""
-        return self._facts.family
+        return self._source.family
 
     def layout(self, layer: Layer) -> Layout:
         """Which token is which at one layer, in the order of its own attention call, in the denoising call in progress.
@@ -277,9 +275,9 @@ class Run:
         """A transformer call begins: find out what it is."""
         inputs = bind(self.transformer, args, kwargs)
         self._calls += 1
-        arrangements = self._facts.arrange(inputs)
-        if not self.all_layers and self._facts.layers is not None:
-            self._choose(self._facts.layers)
+        arrangements = self._source.arrange(inputs)
+        if not self.all_layers and self._source.layers is not None:
+            self._choose(self._source.layers)
             self._watch(self._stack)
         samples = _batch_size(inputs[self.family.image_input], inputs[self.family.text_input])
         self._layouts = {path: _spread(*arranged(of), samples) for path, of in arrangements.items()}

@@ -1,11 +1,10 @@
 """Attention calls whose samples differ, brought into one order that observers can read: image, text, other.
 
-Some families pack every sample's text without a gap, call attention once per sample, or let text be keys and not
-queries. Softmax does not depend on the order of keys, so a copy of the call in one order, with what is not there
-masked, has the same probabilities. Observers see that copy; an edit works on it, and what it changed is put back into
-the model's own order for the kernel.
-
     seen = canonical(record, places)                  # places from `models.layout.arranged`
+
+Some families pack every sample's text without a gap, call attention once per sample, or let text be keys and not
+queries. Softmax does not depend on the order of keys, so a copy in one order, with what is not there masked, has the
+same probabilities. Observers see that copy; what an edit changed in it is put back into the model's own order.
 """
 
 from __future__ import annotations

@@ -5,24 +5,22 @@
     run[KeyMass].table()                # mass received by every key, per layer and head
     run[Channels].table()               # largest channel over median channel, per layer, kind and modality
 
-A key's mass is the mean, over the queries of one modality, of the probability on that one key; 1 / N is uniform. A sink
-is a key that takes far more (`top_keys`, `SINK`). Removing sinks from I2T maps and renormalising the rest (`SinkFree`)
-changes how maps look, but not which word wins at a pixel within a head: every word there is divided by the same number.
-What it does to a mean over heads, and to how one word's map ranks pixels, is measured in `experiments.sink_quality`.
-Not here: masses by kind of token (`observe.mass`).
+A key's mass is the mean, over the queries of one modality, of the probability on that one key; a sink takes far more
+than 1 / N. Removing sinks (`SinkFree`) does not change which word wins at a pixel within a head; what it does to a mean
+over heads is measured in `experiments.sink_quality`. Not here: masses by kind of token (`observe.mass`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit_probe.attention import exact
+from mmdit_probe.attention import exact, gradients
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.layout import KINDS
 from mmdit_probe.models.tokens import TokenTable
@@ -32,7 +30,6 @@ from mmdit_probe.observe.observer import (
     Observer,
     RowBatch,
     RowObserver,
-    row_logsumexp,
 )
 from mmdit_probe.specs import ALL_HEADS
 
@@ -59,7 +56,7 @@ class KeyMass(RowObserver):
     uniform (1 / N).
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
+    needs = "lse"
 
     columns = (
         "prompt", "seed", "step", "sigma", "branch", "layer", "head", "query", "position", "token", "span", "stream",
@@ -99,8 +96,7 @@ class Channels(RowObserver):
     call.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "call"
-    reads: ClassVar[str] = "query, key, value or output"
+    reads = "query, key, value or output"
 
     columns = ("step", "layer", "kind", "token", "channel", "ratio", "outliers")
 
@@ -138,7 +134,7 @@ class SinkFree(Observer):
     query's other probabilities are divided by what they sum to.
     """
 
-    needs: ClassVar[Literal["call", "lse"]] = "lse"
+    needs = "lse"
 
     def __init__(self) -> None:
         self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -157,8 +153,7 @@ class SinkFree(Observer):
         known = call.additive_mask(torch.float32)
         bias = (bias if known is None else bias + known).to(call.query.dtype)  # [B, H, 1 or N, N]
         without = replace(call, attn_mask=bias.expand(*call.query.shape[:3], layout.total))
-        rest = exact.logsumexp(without)
-        clean = exact.reduce(without, row_logsumexp(without) if rest is None else rest, text, image)
+        clean = exact.reduce(without, gradients.row_lse(without), text, image)
         return plain.unflatten(2, grid).cpu(), clean.unflatten(2, grid).cpu(), taken.mean(-1).cpu()
 
     def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
@@ -178,18 +173,18 @@ class SinkFree(Observer):
         return self._kept[layer]
 
 
-def top_keys(table: pd.DataFrame, query: str = "image", branch: str = "cond") -> pd.DataFrame:
-    """Per layer and head: the share of attention on sinks (keys above `SINK` times uniform), mean over rows, and the
-    kind of token that takes most of it.
+def top_keys(table: pd.DataFrame) -> pd.DataFrame:
+    """Per layer and head, of image queries of branch cond: the share of attention on sinks (keys above `SINK` times
+    uniform), mean over rows, and the kind of token that takes most of it.
 
     Returns: layer, head, rows (n), sinks (mean number), sink_mass, largest (mean mass of the largest key), kind (of the
     largest key: text span and stream, or "image"; the most frequent over rows), kind_share (of the rows).
     """
     import pandas as pd
 
-    part = table[(table["query"] == query) & (table["branch"] == branch)]
+    part = table[(table["query"] == "image") & (table["branch"] == "cond")]
     if part.empty:
-        raise UserError(f"no keys were seen from {query} queries of branch {branch}")
+        raise UserError("no keys were seen from image queries of branch cond")
     text = part["span"].astype(str) + " " + part["stream"].astype(str)
     part = part.assign(kind=np.where(part["token"] == "text", text, part["token"].astype(str)))
     part = part.assign(sink=part["mass"] > SINK * part["uniform"])
@@ -242,7 +237,7 @@ def _sinks(seen: LayerCall) -> Tensor:
     total = seen.layout.total
     weights = _query_weights(seen, "image")[None, None]
     masses = exact.reduce(seen.call, seen.logsumexp, slice(None), query_weights=weights)[:, :, 0]
-    text = torch.arange(total)[seen.layout.positions("text")]
+    text = seen.layout.indices("text")
     words = torch.zeros(len(seen.tokens), total, dtype=torch.bool)
     for sample, table in enumerate(seen.tokens):
         words[sample, text[table.positions(kind="word")]] = True

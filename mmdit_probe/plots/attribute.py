@@ -20,9 +20,7 @@ def agreement(table: pd.DataFrame, *, title: str = "") -> Figure:
     Args:
         table: from `experiments.attribute.agreement`.
     """
-    with style.context():
-        figure = style.figure(style.COLUMN, 2.5)
-        axes = figure.subplots()
+    with style.panels(style.COLUMN, 2.5, title=title) as (figure, axes):
         axes.axhline(0, color="black", lw=0.6, ls=":")
         for place, (name, prefix, label) in enumerate(
             (("rho", "", "same word"), ("control", "control_", "next word (control)"))
@@ -34,5 +32,4 @@ def agreement(table: pd.DataFrame, *, title: str = "") -> Figure:
         axes.set(ylabel="rank correlation", title="I2T attention and attribution to regions")
         style.whole(axes)
         style.legend(figure, axes)
-        style.title(figure, title)
     return figure

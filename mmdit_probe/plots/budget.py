@@ -1,14 +1,10 @@
 """The attention budget, after Fig. 2b and 2c of arXiv:2509.18096: where each layer's attention goes.
 
-One horizontal stacked bar per layer, layer 0 on top: of image queries (left), of text queries (middle), and of the
-part of the image queries' attention that goes to text, split by what kind of token it lands on (right). Dotted lines:
-uniform attention.
-
-    from mmdit_probe.experiments.budget_summary import summarise
     from mmdit_probe.plots import attention_budget, save
-    save(attention_budget(summarise(table)), "attention_budget")
+    save(attention_budget(summary), "attention_budget")
 
-Not here: any averaging. Numbers come from `experiments.budget_summary.summarise`.
+One horizontal stacked bar per layer, layer 0 on top: of image queries (left), of text queries (middle), and of the part
+of the image queries' attention that goes to text, by kind of token (right). Dotted lines: uniform attention.
 """
 
 from __future__ import annotations
@@ -37,9 +33,8 @@ def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFr
     Returns: a matplotlib figure with three panels.
     """
     spans = [kind for kind in style.SPANS if f"I2T_{kind}" in summary and summary[f"I2T_{kind}_uniform"].max() > 0]
-    with style.context():
-        figure = style.figure(style.PAGE, max(2.6, 1.2 + 0.16 * len(summary)))
-        image, text, split = figure.subplots(1, 3, sharey=True)
+    height = max(2.6, 1.2 + 0.16 * len(summary))
+    with style.panels(style.PAGE, height, 3, sharey=True, title=title) as (figure, (image, text, split)):
         _stack(split, summary, [(f"I2T_{kind}", style.SPANS[kind], style.LABELS.get(kind, kind)) for kind in spans])
         split.set_title("I2T by kind of text token")
         for axes, name, words in ((image, "I2I", "image queries: I2I | I2T"), (text, "T2I", "text queries: T2I | T2T")):
@@ -62,7 +57,6 @@ def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFr
         image.set_ylabel("layer")
         image.set_yticks(_rows(summary), [str(layer) for layer in summary.layer])
         image.set_ylim(len(summary) - 0.4, -0.6)
-        style.title(figure, title)
     return figure
 
 

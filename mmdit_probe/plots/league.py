@@ -40,9 +40,8 @@ def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
     order = list(dict.fromkeys(runs["method"]))
     refinements = sorted(set(runs["refine"]), key=lambda name: (name != "none", name.count("+"), name))
     step = max(0.2, 0.085 * len(refinements) + 0.05)
-    with style.context():
-        figure = style.figure(max(style.COLUMN, 1.2 + 1.85 * len(panels)), 1.3 + max(1, len(order)) * step)
-        row = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    width, height = max(style.COLUMN, 1.2 + 1.85 * len(panels)), 1.3 + max(1, len(order)) * step
+    with style.panels(width, height, len(panels), sharey=True, title=title) as (figure, row):
         for axes, protocol in zip(row, panels, strict=True):
             part = table[table["protocol"] == protocol]
             for place, refine in enumerate(refinements):
@@ -61,7 +60,6 @@ def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
         row[0].set_yticks(range(len(order)), [style.name(method) for method in order])
         row[0].set_ylim(max(1, len(order)) - 0.5, -0.5)
         style.legend(figure, *row)
-        style.title(figure, title)
     return figure
 
 
@@ -82,30 +80,32 @@ def sigma_figure(table: pd.DataFrame, title: str = "") -> Figure:
 def head_figure(table: pd.DataFrame, title: str = "") -> Figure:
     """mIoU of each head of each layer alone, one panel per method and protocol (after Fig. 17)."""
     groups = list(_groups(table))
-    with style.context():
-        figure = style.figure(max(style.COLUMN, 1.0 + 2.3 * len(groups)), 3.2)
-        row = figure.subplots(1, len(groups), squeeze=False)[0]
+    width, title = max(style.COLUMN, 1.0 + 2.3 * len(groups)), title + _shared(table)
+    with style.panels(width, 3.2, len(groups), title=title) as (figure, row):
         high = max(float(part["miou"].max()) for _, part in groups)
         for axes, (words, part) in zip(row, groups, strict=True):
             part = part.assign(layer=part["layers"].astype(int), head=part["heads"].astype(int))
             shown = style.heat(axes, part.pivot(index="layer", columns="head", values="miou"), low=0, high=high)
             axes.set_title(words.replace(", ", ",\n"))
         figure.colorbar(shown, ax=list(row), label="mIoU")
-        style.title(figure, title)
     return figure
 
 
 def _sweep(table: pd.DataFrame, column: str, label: str, title: str, paper: pd.DataFrame | None = None) -> Figure:
     groups = list(_groups(table))
-    with style.context():
-        figure = style.figure(style.COLUMN, 2.6 + 0.12 * len(groups))
-        axes = figure.subplots()
+    with style.panels(style.COLUMN, 2.6 + 0.12 * len(groups), title=title + _shared(table)) as (figure, axes):
         for number, (words, part) in enumerate(groups):
             part = part.assign(at=part[column].astype(float)).sort_values("at")
             style.errorbars(axes, part["at"], part["miou"], part["miou_low"], part["miou_high"], number, label=words)
         if paper is not None:
             axes.plot(
-                paper["layer"], paper["miou"] / 100, "D", ms=3, mfc="white", mec="black", label="paper (SD3, Fig. 8)"
+                paper["layer"],
+                paper["miou"] / 100,
+                "D",
+                ms=3,
+                mfc="white",
+                mec="black",
+                label="paper (SD3, data set not stated)",
             )
         _references(axes, table, axes.axhline)
         if column == "layers":
@@ -115,24 +115,39 @@ def _sweep(table: pd.DataFrame, column: str, label: str, title: str, paper: pd.D
         axes.set(xlabel=label, ylabel="mIoU (union rule)")
         style.within(axes, "y", 0, 1)
         style.legend(figure, axes)
-        style.title(figure, title)
     return figure
 
 
 def _groups(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Runs by method, protocol and refinement, in words."""
+    """Runs by method, protocol and refinement, named by what differs between them."""
     runs = table[~table["method"].isin(MARKS)]
+    one = {name: runs[name].nunique() < 2 for name in ("method", "protocol")}
     for (protocol, method, refine), part in runs.groupby(["protocol", "method", "refine"], sort=False):
         words = [
-            str(method),
-            PROTOCOLS.get(str(protocol), str(protocol)),
-            *([] if refine == "none" else [_steps(refine)]),
+            *([] if one["method"] else [str(method)]),
+            *([] if one["protocol"] else [PROTOCOLS.get(str(protocol), str(protocol))]),
+            *([] if refine == "none" and not all(one.values()) else [_steps(refine)]),
         ]
         yield style.name(", ".join(words)), part
 
 
+def _shared(table: pd.DataFrame) -> str:
+    """Method and protocol where all runs have the same, as a line of the title."""
+    runs = table[~table["method"].isin(MARKS)]
+    words = [str(runs["method"].iloc[0])] if runs["method"].nunique() == 1 else []
+    if runs["protocol"].nunique() == 1:
+        words.append(PROTOCOLS.get(str(runs["protocol"].iloc[0]), str(runs["protocol"].iloc[0])))
+    return f"\n{', '.join(words)}" if words else ""
+
+
 def _steps(refine: Any) -> str:
-    return " + ".join(STEPS.get(one, one) for one in str(refine).split("+"))
+    return " + ".join(_step(one) for one in str(refine).split("+"))
+
+
+def _step(text: str) -> str:
+    """A refinement in words, with its rounds if it says them: "PAMR (80 rounds)"."""
+    name, colon, rounds = text.partition(":")
+    return STEPS.get(name, name) + (f" ({rounds} rounds)" if colon else "")
 
 
 def _references(axes: Axes, table: pd.DataFrame, line: Any) -> None:

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from mmdit_probe.plots import style
+from mmdit_probe.plots.scores import by_category
 from mmdit_probe.plots.sheet import draw
 
 if TYPE_CHECKING:
@@ -31,9 +30,7 @@ def pipeline(steps: Sequence[tuple[str, Any]], *, title: str = "") -> Figure:
         steps: (name, picture uint8 [H, W, 3], map [h, w], or None for a box); a name that starts with "+" stands for a
             second input of the next stage and has no arrow before it.
     """
-    with style.context():
-        figure = style.figure(1.1 * len(steps), 1.65)
-        places = figure.subplots(1, len(steps), squeeze=False)[0]
+    with style.panels(1.1 * len(steps), 1.65, len(steps), title=title) as (figure, places):
         for index, (axes, (name, content)) in enumerate(zip(places, steps, strict=True)):
             draw(axes, content)
             text = style.name(name.removeprefix("+ "))
@@ -45,7 +42,28 @@ def pipeline(steps: Sequence[tuple[str, Any]], *, title: str = "") -> Figure:
             if index:
                 sign = "+" if name.startswith("+ ") else "→"
                 axes.text(-0.14, 0.5, sign, ha="center", va="center", fontsize=11, transform=axes.transAxes)
-        style.title(figure, title)
+    return figure
+
+
+def training(log: pd.DataFrame, validation: pd.DataFrame, *, title: str = "") -> Figure:
+    """The terms of the loss by step, and the held-out mIoU where there is one.
+
+    Args:
+        log: columns step, flow, focal, dice. validation: columns step and miou, or none.
+    """
+    held_out = validation.dropna(subset=["miou"]) if "miou" in validation else validation.iloc[:0]
+    width, count = (style.COLUMN, 1) if held_out.empty else (style.PAGE, 2)
+    with style.panels(width, 2.4, count, title=title) as (figure, (axes, *right)):
+        for place, name in enumerate(("flow", "focal", "dice")):
+            axes.plot(log["step"], log[name], color=style.COLOURS[place], ls=style.LINES[place], label=name)
+        style.whole(axes, "step")
+        axes.set(ylabel="loss", ylim=(0, None))
+        style.legend(figure, axes)
+        for panel in right:
+            panel.plot(held_out["step"], held_out["miou"], color=style.COLOURS[3], marker="o", ms=3)
+            style.whole(panel, "step")
+            panel.set_ylabel(f"held-out mIoU (n = {held_out['n'].iloc[-1]:.0f})")
+            style.within(panel, "y", 0, 1)
     return figure
 
 
@@ -57,22 +75,12 @@ def differences(table: pd.DataFrame, metric: str, baseline: str, *, title: str =
         metric: which of its metrics. baseline: what the differences are to; not drawn itself.
     """
     part = table[(table["metric"] == metric) & (table["variant"] != baseline)]
-    categories = list(dict.fromkeys(part["category"]))
-    variants = list(dict.fromkeys(part["variant"]))
     label, _, checkpoint = metric.partition("[")
     label = METRICS.get(label, label) + (f" ({checkpoint.rstrip(']')})" if checkpoint else "")
     count = part.loc[part["category"] == "all", "prompts"].max()
-    with style.context():
-        figure = style.figure(max(style.COLUMN, 1.0 + 0.8 * len(categories)), 2.7)
-        axes = figure.subplots()
-        axes.axhline(0, color="black", lw=0.6, ls=":")
-        for place, name in enumerate(variants):
-            rows = part[part["variant"] == name].set_index("category").loc[categories]
-            at = np.arange(len(categories)) + style.dodge(place, len(variants), 0.7)
-            style.errorbars(axes, at, rows["difference"], rows["difference_low"], rows["difference_high"], place,
-                            label=name, joined=False)  # fmt: skip
-        axes.set_xticks(range(len(categories)), [style.name(one) for one in categories])
-        axes.set_ylabel(f"difference to {style.name(baseline)}\n(paired, 95 % interval)")
-        style.legend(figure, axes)
-        style.title(figure, title or f"{label}, n = {count} prompts")
+    figure = by_category(
+        part, ("difference", "difference_low", "difference_high"),
+        f"difference to {style.name(baseline)}\n(paired, 95 % interval)", title or f"{label}, n = {count} prompts",
+    )  # fmt: skip
+    figure.axes[0].axhline(0, color="black", lw=0.6, ls=":")
     return figure

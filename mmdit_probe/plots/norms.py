@@ -28,9 +28,7 @@ def value_norms(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFrame |
         summary: from `by_layer`. title: a line above.
         paper: the published curves (`paper_table("value_norm_by_layer")`), as hollow diamonds.
     """
-    with style.context():
-        figure = style.figure(style.PAGE, 2.7)
-        curves, spans = figure.subplots(1, 2, sharey=True)
+    with style.panels(style.PAGE, 2.7, 2, sharey=True, title=title) as (figure, (curves, spans)):
         for number, (name, label) in enumerate(CURVES.items()):
             if name not in summary:
                 continue
@@ -50,7 +48,6 @@ def value_norms(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFrame |
             style.whole(axes)
             style.within(axes, "y", low=0)
         style.legend(figure, curves, spans)
-        style.title(figure, title)
     return figure
 
 
@@ -61,14 +58,12 @@ def value_norm_heads(heads: pd.DataFrame, *, title: str = "") -> Figure:
         heads: from `by_head`. title: a line above.
     """
     panels = [name for name in CURVES if name in heads]
-    with style.context():
-        figure = style.figure(style.PAGE, 1.2 + 0.13 * max(heads["layer"].nunique(), 8))
-        row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    height = 1.2 + 0.13 * max(heads["layer"].nunique(), 8)
+    with style.panels(style.PAGE, height, len(panels), sharey=True, title=title) as (figure, row):
         top = float(heads[panels].max().max())
         for axes, name in zip(row, panels, strict=True):
             grid = heads.pivot(index="layer", columns="head", values=name)
             shown = style.heat(axes, grid, low=0, high=top)
             axes.set(title=CURVES[name], ylabel="layer" if axes is row[0] else "")
         figure.colorbar(shown, ax=list(row), label="mean value norm", shrink=0.9)
-        style.title(figure, title)
     return figure

@@ -64,9 +64,7 @@ def pca_scores(summary: pd.DataFrame, *, title: str = "") -> Figure:
         place: ("variance that position explains", "share") if place == "position" else ("row and column", "R²"),
     }
     panels = {name: words for name, words in panels.items() if name in summary}
-    with style.context():
-        figure = style.figure(style.COLUMN if len(panels) == 1 else style.PAGE, 2.6)
-        row = figure.subplots(1, len(panels), squeeze=False)[0]
+    with style.panels(style.COLUMN if len(panels) == 1 else style.PAGE, 2.6, len(panels), title=title) as (figure, row):
         for axes, (name, (words, label)) in zip(row, panels.items(), strict=True):
             for number, kind in enumerate(KINDS):
                 part = summary[summary["kind"] == kind]
@@ -86,5 +84,4 @@ def pca_scores(summary: pd.DataFrame, *, title: str = "") -> Figure:
                                    label="another scene's classes (control)")  # fmt: skip
             control = [empty]
         style.legend(figure, row[0], handles=control)
-        style.title(figure, title)
     return figure

@@ -2,15 +2,17 @@
 
     save(effects_by_layer(summarise(table), outcomes=["facts", "change"]), "perturb")
 
-Not here: any averaging; the numbers come from `experiments.perturb.summarise` and `experiments.sweep.summarise`.
+Not here: any averaging; the numbers come from `experiments.perturb.summarise` and `experiments.generate.summarise`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from mmdit_probe.plots import style
+from mmdit_probe.results.statistics import NONE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,9 +30,12 @@ LABELS = {
     "dino": "DINO (with the unedited image)",
 }
 
+EQUAL = {"budget": "coherent change of equal size", "noise": "noise of equal size"}
+"""Names of the controls of equal size in legends."""
+
 
 def effects_by_layer(summary: pd.DataFrame, outcomes: Sequence[str], *, title: str = "") -> Figure:
-    """One panel per outcome: effect of editing each layer, with its interval, beside the random control of equal size.
+    """One panel per outcome: effect of editing each layer, with its interval, beside the control of equal size.
 
     Args:
         summary: from `summarise`, of whole layers.
@@ -51,7 +56,7 @@ def effects_by_layer(summary: pd.DataFrame, outcomes: Sequence[str], *, title: s
             axes.axhline(0, color="black", lw=0.6, ls=":")
             series = [("effect", "", "edit")]
             if "control" in part and part["control"].notna().any():
-                series.append(("control", "control_", "random, equal budget"))
+                series.append(("control", "control_", "control: a change of equal size"))
             for place, (middle, prefix, label) in enumerate(series):
                 style.errorbars(
                     axes, edited["layer"] + style.dodge(place, len(series)), edited[middle], edited[f"{prefix}low"],
@@ -59,10 +64,10 @@ def effects_by_layer(summary: pd.DataFrame, outcomes: Sequence[str], *, title: s
                 )  # fmt: skip
             if len(idle):
                 axes.plot(idle["layer"], idle["effect"], "x", ms=5, color="black", label="no-op (left of layer 0)")
-            axes.set(title=LABELS.get(name, name), ylabel="difference from unedited")
+            axes.set(title=fill(LABELS.get(name, name), 28), ylabel="difference from unedited")
             style.whole(axes, "edited layer")
         style.legend(figure, grid[0])
-        style.title(figure, title)
+        style.headline(figure, title)
     return figure
 
 
@@ -73,9 +78,8 @@ def effects_grid(summary: pd.DataFrame, outcome: str, *, title: str = "") -> Fig
     grid = part.pivot(index="layer", columns=column, values="effect")
     marks = part.pivot(index="layer", columns=column, values="verdict")
     top = float(grid.abs().max().max()) or 1.0
-    with style.context():
-        figure = style.figure(max(style.COLUMN, 1.4 + 0.4 * len(grid.columns)), 1.3 + 0.22 * len(grid.index))
-        axes = figure.subplots()
+    width, height = max(style.COLUMN, 1.4 + 0.4 * len(grid.columns)), 1.3 + 0.22 * len(grid.index)
+    with style.panels(width, height, title=title) as (figure, axes):
         shown = style.heat(axes, grid, low=-top, high=top, colours="PuOr", decimals=2)
         for y, row in enumerate(marks.to_numpy()):
             for x, verdict in enumerate(row):
@@ -85,7 +89,6 @@ def effects_grid(summary: pd.DataFrame, outcome: str, *, title: str = "") -> Fig
         axes.set_title(LABELS.get(outcome, outcome))
         figure.colorbar(shown, ax=axes)
         style.legend(figure, axes)
-        style.title(figure, title)
     return figure
 
 
@@ -93,23 +96,20 @@ def guidance_sweep(summary: pd.DataFrame, *, title: str = "") -> Figure:
     """Gain in alignment (or, without a measure of it, change) over stock, paired, against the guidance scale.
 
     Args:
-        summary: from `experiments.sweep.summarise`. Hollow markers are the random control.
+        summary: from `experiments.generate.summarise`. Hollow markers are controls of equal size.
     """
     name = next((n for n in ("facts", "clip_t") if n in set(summary["outcome"])), "change")
-    with style.context():
-        figure = style.figure(style.COLUMN, 2.7)
-        axes = figure.subplots()
+    with style.panels(style.COLUMN, 2.7, title=title) as (figure, axes):
         guided = _over_stock(axes, summary, name)
         for place, (key, rows) in enumerate(guided.groupby(["layers", "control"], observed=True)):
-            rows, random = rows.sort_values("scale"), bool(key[1])
+            rows, control = rows.sort_values("scale"), str(key[1])
             style.errorbars(
                 axes, rows["scale"], rows["difference"], rows["difference_low"], rows["difference_high"], place,
-                label=f"layer {key[0]}{' (random)' if random else ''}", hollow=random,
+                label=f"layer {key[0]}{_equal(control)}", hollow=control != NONE,
             )  # fmt: skip
         axes.set_xlabel("guidance scale s")
         axes.set_xticks(sorted(set(guided["scale"])))
         style.legend(figure, axes)
-        style.title(figure, title)
     return figure
 
 
@@ -117,34 +117,60 @@ def guidance_by_layer(summary: pd.DataFrame, *, title: str = "") -> Figure:
     """Gain over stock, paired, in alignment and change of the images against the one layer that guides.
 
     Args:
-        summary: from `experiments.sweep.summarise`, of single layers. Hollow markers are the random control.
+        summary: from `experiments.generate.summarise`, of single layers. Hollow markers are controls of equal size.
     """
     names = [name for name in ("facts", "clip_t", "change") if name in set(summary["outcome"])]
-    with style.context():
-        figure = style.figure(style.COLUMN if len(names) == 1 else style.PAGE, 2.6)
-        panels = figure.subplots(1, len(names), squeeze=False)[0]
+    width = style.COLUMN if len(names) == 1 else style.PAGE
+    with style.panels(width, 2.6, len(names), title=title) as (figure, panels):
         for axes, name in zip(panels, names, strict=True):
             guided = _over_stock(axes, summary, name)
             series = list(guided.groupby(["scale", "control"], observed=True))
             scales = sorted(set(guided["scale"]))
             for place, (key, rows) in enumerate(series):
-                scale, random = float(str(key[0])), bool(key[1])
+                scale, control = float(str(key[0])), str(key[1])
                 style.errorbars(
                     axes, rows["layers"].astype(int) + style.dodge(place, len(series)), rows["difference"],
-                    rows["difference_low"], rows["difference_high"], scales.index(scale), joined=False, hollow=random,
-                    label=f"s = {scale:g}{', random' if random else ''}",
+                    rows["difference_low"], rows["difference_high"], scales.index(scale), joined=False,
+                    hollow=control != NONE, label=f"s = {scale:g}{_equal(control)}",
                 )  # fmt: skip
             style.whole(axes, "guiding layer")
         style.legend(figure, *panels)
-        style.title(figure, title)
     return figure
+
+
+def _equal(control: str) -> str:
+    """What a legend adds for a control of equal size."""
+    return "" if control == NONE else f", {EQUAL.get(control, control)}"
 
 
 def _over_stock(axes: Axes, summary: pd.DataFrame, name: str) -> pd.DataFrame:
     """Label the axes as differences from stock, whose own mean the title tells; the rows of guided images."""
     part = summary[summary["outcome"] == name]
-    stock = part.loc[part["scale"] == 0, "mean"]
+    stock = part.loc[part["layers"] == "", "mean"]
     axes.axhline(0, color="black", lw=0.7, ls=":", label="stock")
     told = "" if name == "change" or stock.empty else f"\nstock: {float(stock.iloc[0]):.3f}"
     axes.set(title=f"{LABELS.get(name, name)}{told}", ylabel="difference from stock (95 %)")
-    return part[part["scale"] != 0]
+    return part[part["layers"] != ""]
+
+
+def block_effects(summary: pd.DataFrame, outcomes: Sequence[str], *, title: str = "") -> Figure:
+    """One panel per outcome: difference from stock by layer, a series per operation on the block.
+
+    Args:
+        summary: from `experiments.block_operations.summarise`.
+    """
+    names = list(dict.fromkeys(summary["condition"]))
+    width = style.PAGE if len(outcomes) > 1 else style.COLUMN
+    with style.panels(width, 2.6, len(outcomes), title=title) as (figure, panels):
+        for axes, outcome in zip(panels, outcomes, strict=True):
+            axes.axhline(0, color="black", lw=0.6, ls=":")
+            for number, name in enumerate(names):
+                part = summary[(summary["outcome"] == outcome) & (summary["condition"] == name)].sort_values("layer")
+                style.errorbars(
+                    axes, part["layer"] + style.dodge(number, len(names)), part["difference"], part["low"],
+                    part["high"], number, label=name, joined=False,
+                )  # fmt: skip
+            axes.set(title=LABELS.get(outcome, outcome), ylabel="difference from stock (95 %)")
+            style.whole(axes, "block")
+        style.legend(figure, panels[0])
+    return figure

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from mmdit_probe.plots.sheet import sheet, wrapped
 from mmdit_probe.results.atomic import replacing
@@ -44,8 +45,6 @@ def write_labels(labels: NDArray[Any], path: Path | str) -> Path:
 
     Errors as in `results.atomic.replacing`. Returns the path.
     """
-    from PIL import Image
-
     seen = labels[labels != np.iinfo(labels.dtype).max]
     if seen.size and int(seen.max()) >= UNLABELLED:
         image = Image.fromarray(labels.astype(np.uint16))

@@ -35,9 +35,7 @@ def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[i
     import pandas as pd
 
     names = list(dict.fromkeys(table["evidence"]))
-    with style.context():
-        figure = style.figure(style.PAGE, 2.9)
-        lines, matrix = figure.subplots(1, 2, width_ratios=[1.6, 1])
+    with style.panels(style.PAGE, 2.9, 2, width_ratios=[1.6, 1], title=title) as (figure, (lines, matrix)):
         for number, layer in enumerate(chosen):
             lines.axvspan(layer - 0.4, layer + 0.4, color="#DDDDDD", lw=0, label="" if number else "chosen")
         for number, name in enumerate(names):
@@ -59,5 +57,4 @@ def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[i
         matrix.set_xticks(matrix.get_xticks(), labels, rotation=40, ha="right")
         matrix.set_title("rank correlation over layers")
         style.legend(figure, lines)
-        style.title(figure, title)
     return figure

@@ -70,7 +70,7 @@ def sheet(
             axes.set_ylabel(folded, fontsize=FONT, rotation=0, ha="right", va="center")
         if legend:
             style.legend(figure, handles=[Patch(color=colour, label=style.name(n)) for n, colour in legend.items()])
-        style.title(figure, title)
+        style.headline(figure, title)
         if note:
             figure.supxlabel(fill(style.name(note), int(width * 18)), fontsize=FONT, x=0.01, ha="left")
     return figure

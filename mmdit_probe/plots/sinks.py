@@ -26,12 +26,9 @@ def sinks(top: pd.DataFrame, *, title: str = "") -> Figure:
     grid = top.pivot(index="layer", columns="head", values="sink_mass")
     kinds = top.pivot(index="layer", columns="head", values="kind")
     written = len(grid.columns) <= 12
-    with style.context():
-        width = 1.2 + (0.55 if written else 0.2) * len(grid.columns)
-        figure = style.figure(max(style.COLUMN, width), 1.0 + 0.2 * len(grid.index))
-        axes = figure.subplots()
+    width = 1.2 + (0.55 if written else 0.2) * len(grid.columns)
+    with style.panels(max(style.COLUMN, width), 1.0 + 0.2 * len(grid.index), title=title) as (figure, axes):
         style.heat(axes, grid, low=0, high=1, label="share of attention on sinks", texts=kinds if written else None)
-        style.title(figure, title)
     return figure
 
 

@@ -1,23 +1,19 @@
 """One look for all figures, and the pieces they are made of: error bars, heat maps, legends, titles, files.
 
-    with style.context():
-        figure = style.figure(style.COLUMN, 2.2)
-        axes = figure.subplots()
+    with style.panels(style.COLUMN, 2.2, title="scenes-sd3, n = 40 prompts") as (figure, axes):
         style.errorbars(axes, table["layer"], table["mean"], table["low"], table["high"], 0, label="images")
         style.legend(figure, axes)
-        style.title(figure, "scenes-sd3, n = 40 prompts")
     style.save(figure, "layers")
 
-Colours are Okabe and Ito's (Color Universal Design, 2008); series differ in marker and line as well, so that they are
-told apart in grey. No text is below 6 pt at the figure's own size: one panel is a column wide (8 cm), several are a
-page wide. Names are drawn as they are (no mathtext). Figures are built without pyplot's global state. seaborn draws the
-heat maps; it computes its error bars from raw data, so that intervals that are known already are drawn here.
+Colours are Okabe and Ito's (Color Universal Design, 2008); series differ in marker and line as well. No text is below 6
+pt at the figure's own size. Figures are built without pyplot's global state. seaborn draws the heat maps; it computes
+its error bars from raw data, so that intervals that are known already are drawn here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
@@ -96,13 +92,29 @@ def figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+@contextmanager
+def panels(
+    width: float, height: float, count: int | None = None, *, title: str = "", **options: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """A figure in the style, sizes in inches, with a row of `count` axes (None: one by itself), and a title above.
+
+    Args:
+        options: of `Figure.subplots`.
+    """
+    with context():
+        drawn = figure(width, height)
+        axes = drawn.subplots(1, count or 1, squeeze=False, **options)[0]
+        yield drawn, axes[0] if count is None else axes
+        headline(drawn, title)
+
+
 def name(text: str) -> str:
     """A name as a label: what cannot be printed is marked, and a leading "_" does not hide it from legends."""
     shown = "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
     return f"\u200b{shown}" if shown.startswith("_") else shown
 
 
-def title(figure: Figure, text: str) -> None:
+def headline(figure: Figure, text: str) -> None:
     """A line above everything, folded where the figure is narrower."""
     if text:
         characters = int(figure.get_figwidth() * 14)

@@ -4,9 +4,8 @@
     with replacing(folder / "weights.safetensors") as temporary:
         save_file(tensors, temporary)
 
-Everything the package writes where somebody may look for it goes through here: first under a temporary name in the same
-folder (a rename between disks is a copy), flushed to the disk, then renamed. A write that fails is one line that names
-the file and the reason. Not here: formats.
+Everything the package writes where somebody may look for it goes through here: under a temporary name in the same
+folder, flushed to the disk, then renamed. A write that fails is one line that names the file and the reason.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.errors import RunError, UserError, first_line
 
 SUFFIX = ".partial"
 """How temporary names end. A file of this name is what a killed process left."""
@@ -111,7 +110,7 @@ def disk(path: Path | str, advice: str = "") -> Iterator[None]:
         code = _code(error)
         if code is None:
             raise
-        reason = os.strerror(code) if code else str(error).splitlines()[0]
+        reason = os.strerror(code) if code else first_line(error)
         if code in _REFUSED:
             raise UserError(f"cannot write {str(path)!r}: {reason}; choose another folder with --out") from error
         raise RunError(

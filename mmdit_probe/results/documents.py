@@ -1,10 +1,7 @@
 """JSON documents with a schema version: run.json, selections, the indices of caches.
 
-    write_json(path, {"version": VERSION, **data})
-    data = read_document(path, "run record", VERSION)
-
-What an older version of the package wrote is read as it stands (the reader fills in what is missing); what a newer one
-wrote is refused by name. Not here: what a document must hold besides.
+write_json(path, {"version": VERSION, **data})
+data = read_document(path, "run record", VERSION)
 """
 
 from __future__ import annotations

@@ -1,19 +1,12 @@
 """One folder per command: tables, figures and `run.json`, the record of how they were made.
 
-    runs/<command>/<timestamp>-<short hash>/
-        attention_budget.parquet
-        run.json
-        attention_budget.png, .pdf
-
     with RunFolder.open("attention-budget", {"layers": "all", "seed": 0, "inputs": fingerprint([picture])}) as folder:
         folder.record(model={"id": "scenes-sd3", "weight_hash": "..."})
         with TableWriter(folder.path, "attention_budget") as writer: ...
 
-The short hash is that of the request (every option that decides the numbers, and the contents of what is read), so that
-`--resume` finds the unfinished run of the same request, and refuses to continue another one. The block's end marks the
-run as finished, interrupted (Ctrl-C) or failed (with the reason); a run whose process was killed reads as interrupted.
-A run folder is made when there is something to put into it: a bad request leaves none behind. With several processes,
-process 0 opens the folder, and `record` of the others does nothing.
+The folder, runs/<command>/<timestamp>-<hash of the request>, is made when there is something to put into it; `--resume`
+finds the unfinished run of the same request and refuses to continue another one. The block's end marks the run as
+finished, interrupted (Ctrl-C, or a process that was killed) or failed. With several processes, process 0 opens it.
 """
 
 from __future__ import annotations
@@ -224,7 +217,7 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 
 def _same_request(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    differing = list(_differences(before, now))
+    differing = list(differences(before, now))
     if differing:
         name, was, asked = differing[0]
         others = f" (and {len(differing) - 1} more differ)" if len(differing) > 1 else ""
@@ -234,14 +227,24 @@ def _same_request(path: Path, before: Mapping[str, Any], now: Mapping[str, Any])
         )
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(name, before, now) of each option that differs; entries of nested ones, such as the inputs, on their own."""
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(name, before, now) of each option that differs; entries of nested ones, such as the inputs, on their own, and
+    those of lists that look the same from the start."""
     for name in sorted({*before, *now}):
         was, asked = before.get(name), now.get(name)
         if isinstance(was, dict) and isinstance(asked, dict):
-            yield from _differences(was, asked, f"{at}{name}: ")
+            yield from differences(was, asked, f"{at}{name}: ")
+        elif isinstance(was, list) and isinstance(asked, list) and was != asked and _short(was) == _short(asked):
+            if len(was) != len(asked):
+                yield f"{at}number of {name}", len(was), len(asked)
+            else:
+                yield from differences(_numbered(was), _numbered(asked), f"{at}{name}: ")
         elif was != asked:
             yield f"{at}{name}", was, asked
+
+
+def _numbered(values: list[Any]) -> dict[str, Any]:
+    return {f"[{number}]": value for number, value in enumerate(values)}
 
 
 def _short(value: Any) -> str:

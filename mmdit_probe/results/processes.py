@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from mmdit_probe.errors import ProbeError, RunError
+from mmdit_probe.errors import ProbeError, RunError, first_line
 from mmdit_probe.results.atomic import RESUME, write_bytes
 from mmdit_probe.results.provenance import is_running, this_process
 
@@ -38,6 +38,8 @@ PATIENCE = datetime.timedelta(days=7)
 KEPT = "finished items are kept, continue with --resume"
 
 _group: Any = None
+_store: Any = None
+_blocks = 0
 """The group of `joined`, over gloo."""
 _members: list[dict[str, Any]] = []
 """`this_process` of every rank."""
@@ -92,10 +94,12 @@ def joined() -> Iterator[None]:
     started = not dist.is_initialized()
     try:
         if started:
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            dist.init_process_group(
+                "gloo", store=_fresh_store(), rank=rank(), world_size=world(), timeout=PATIENCE
+            )  # fmt: skip
         _group = dist.group.WORLD if started else dist.new_group(backend="gloo", timeout=PATIENCE)
     except RuntimeError as error:
-        raise RunError(f"the {world()} processes do not find each other: {str(error).splitlines()[0]}") from error
+        raise RunError(f"the {world()} processes do not find each other: {first_line(error)}") from error
     try:
         with _ended_by_launcher():
             _members = gather(this_process())
@@ -104,6 +108,18 @@ def joined() -> Iterator[None]:
         _group, _members = None, []
         if started:
             dist.destroy_process_group()
+
+
+def _fresh_store() -> Any:
+    """The launcher's store, under a prefix of this block: addresses that an earlier block left in it are stale."""
+    global _store, _blocks
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    if _store is None:
+        _store, _, _ = next(rendezvous("env://", rank(), world(), timeout=PATIENCE))
+    _blocks += 1
+    return dist.PrefixStore(f"mmdit-probe-{_blocks}", _store)
 
 
 def barrier() -> None:

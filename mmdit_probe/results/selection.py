@@ -3,9 +3,8 @@
     selection = load_selection("runs/select-layers/...", model)      # a run folder, or its selection.json
     selection.layers, selection.heads.get(5), selection.weights
 
-One JSON file: model, weight hash, layers, heads, weights, evidence, and how it was chosen. A selection is a statement
-about one set of weights; used with others it is refused unless the caller says so. Not here: how evidence is measured
-(`experiments.evidence`).
+A selection is a statement about one set of weights; used with others it is refused unless the caller says so. Not here:
+how evidence is measured (`experiments.evidence`).
 """
 
 from __future__ import annotations

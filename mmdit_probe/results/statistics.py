@@ -5,11 +5,9 @@
     no_worse(differences, margin=0.05).verdict                # "no worse", "worse" or "undecided"
     n_for_effect(differences, 0.05)                           # items that would show a difference of 0.05
 
-The table of a run holds its controls beside the measurement, told apart by the column `control` ("none" is the
-measurement itself). A claim is about the difference of the two on the same items, so items are what is resampled, not
-rows. Scores that are undefined for an item (NaN) are left out and counted. All intervals are of 95 %; how often they
-cover the truth, by n, is in benchmarks/results/interval_coverage.md. Not here: how a control is made
-(`experiments.controls`).
+A claim is about the difference of measurement and control on the same items, so items are what is resampled, not rows.
+Undefined scores (NaN) are left out and counted. All intervals are of 95 %; how often they cover the truth, by n, is in
+benchmarks/results/interval_coverage.md.
 """
 
 from __future__ import annotations
@@ -87,6 +85,13 @@ def defined(values: ArrayLike) -> NDArray[np.float64]:
     return data[np.isfinite(data)]
 
 
+def ends(draws: ArrayLike) -> tuple[float, float]:
+    """2.5 and 97.5 % of what resamples gave, undefined ones left out; NaN without any."""
+    known = defined(draws)
+    low, high = np.quantile(known, TAILS) if len(known) else (np.nan, np.nan)
+    return float(low), float(high)
+
+
 def resampled(statistic: Callable[[NDArray[np.int64]], float], n: int, draws: int = 1000) -> Interval:
     """A statistic of n items that is no mean (a correlation, an IoU over all) with its 95 % BCa bootstrap interval.
 
@@ -104,8 +109,7 @@ def resampled(statistic: Callable[[NDArray[np.int64]], float], n: int, draws: in
         found = bootstrap((everything,), statistic, vectorized=False, n_resamples=draws, rng=np.random.default_rng(0))
     low, high = found.confidence_interval
     if not np.isfinite([low, high]).all():  # without a jackknife estimate, or with undefined samples: percentiles
-        known = defined(found.bootstrap_distribution)
-        low, high = np.quantile(known, TAILS) if len(known) else (np.nan, np.nan)
+        low, high = ends(found.bootstrap_distribution)
     return Interval(value, float(low), float(high))
 
 
@@ -152,6 +156,17 @@ def compare(table: pd.DataFrame, cell: Sequence[str], value: str = "value") -> p
     result = pd.DataFrame(rows, columns=columns).assign(p_holm=holm(p_values))
     above = (result["low"] > 0) & (result["p_holm"] <= 1 - LEVEL)
     return result.assign(verdict=np.where(result["n"] < FEWEST, TOO_FEW, np.where(above, ABOVE, NOT_ABOVE)))
+
+
+HIGHER, LOWER, ALIKE = "higher", "lower", "no difference shown"
+
+
+def two_sided(compared: pd.DataFrame) -> pd.Series:
+    """Verdicts on rows of `compare` where either sign is of interest: "higher" or "lower" than the control if the
+    interval excludes 0 and p_holm is at most .05, else "no difference shown"; "too few items" below `FEWEST`."""
+    sure = (compared["p_holm"] <= 1 - LEVEL) & ((compared["low"] > 0) | (compared["high"] < 0))
+    found = compared["difference"].gt(0).map({True: HIGHER, False: LOWER}).where(sure, ALIKE)
+    return found.where(compared["n"] >= FEWEST, TOO_FEW)
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
@@ -259,14 +274,13 @@ def rank_agreement(
     if first.shape[1] != second.shape[1] or (same_items and len(first) != len(second)):
         raise ValueError(f"evidence of the same places and items expected; found {first.shape} and {second.shape}")
     rng = np.random.default_rng(0)
-    drawn = _counts(rng, len(first), draws)
-    other = drawn if same_items else _counts(rng, len(second), draws)
+    drawn = resample_counts(rng, len(first), draws)
+    other = drawn if same_items else resample_counts(rng, len(second), draws)
     low, high = np.nan, np.nan
     if min(len(first), len(second)) > 1:
-        known = defined(_rank_correlation(_means(drawn, first), _means(other, second)))
-        low, high = np.quantile(known, TAILS) if len(known) else (low, high)
+        low, high = ends(_rank_correlation(_means(drawn, first), _means(other, second)))
     one, two = np.nanmean(first, axis=0), np.nanmean(second, axis=0)
-    return Agreement(spearman(one, two), float(low), float(high), _rank_p(one, two), first.shape[1])
+    return Agreement(spearman(one, two), low, high, _rank_p(one, two), first.shape[1])
 
 
 def spearman(first: ArrayLike, second: ArrayLike) -> float:
@@ -314,7 +328,7 @@ def _rank_correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -
     return np.asarray(found.statistic)
 
 
-def _counts(rng: np.random.Generator, n: int, draws: int) -> NDArray[np.float64]:
+def resample_counts(rng: np.random.Generator, n: int, draws: int = DRAWS) -> NDArray[np.float64]:
     """How often each of n items is in each resample (draws, n)."""
     return rng.multinomial(n, np.full(n, 1 / n), draws).astype(float)
 
@@ -345,9 +359,7 @@ def _t_quantiles(data: NDArray[np.float64]) -> tuple[float, float]:
         return float(t.ppf(TAILS[0], n - 1)), float(t.ppf(TAILS[1], n - 1))
     drawn, noise = _resamples(n)
     again = data[drawn] + spread / np.sqrt(n) * noise  # (DRAWS, n)
-    found = (again.mean(1) - data.mean()) / (again.std(1, ddof=1) / np.sqrt(n))
-    low, high = np.quantile(found, TAILS)
-    return float(low), float(high)
+    return ends((again.mean(1) - data.mean()) / (again.std(1, ddof=1) / np.sqrt(n)))
 
 
 @lru_cache(maxsize=8)

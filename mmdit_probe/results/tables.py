@@ -1,19 +1,14 @@
 """Tidy tables on disk that grow item by item and survive a kill.
 
-A table is a folder, `<table>.parquet/`, with one parquet file per finished item (a prompt, an image): a parquet data
-set, which pandas, polars and duckdb (`'<table>.parquet/*.parquet'`) read as one table. Nothing is merged at the end, so
-the disk holds every row once. An item counts once its file has been renamed into place: a killed run loses the item it
-was at and nothing else.
-
     with TableWriter(folder, "attention_budget") as writer:
         for index, prompt in enumerate(prompts):
-            if index in writer.done:
-                continue                        # finished before the interruption
-            with writer.item(index) as item:
-                item.write(frame)               # any number of times; rows are on disk when the block ends
+            if index not in writer.done:            # else finished before the interruption
+                with writer.item(index) as item:
+                    item.write(frame)               # any number of times; rows are on disk when the block ends
 
-`MemorySink` takes the same rows in memory. Text is stored as dictionaries (pandas' categories). Not a database: items
-are written once, in any order, and read back in the order of their index.
+A table is a folder, `<table>.parquet/`, with one parquet file per finished item: a parquet data set, which pandas,
+polars and duckdb read as one table. A killed run loses the item it was at and nothing else. `MemorySink` takes the same
+rows in memory. Text is stored as dictionaries (pandas' categories).
 """
 
 from __future__ import annotations
@@ -29,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.results.atomic import RESUME, disk, make_folder, remove_leftovers, replacing
 
 if TYPE_CHECKING:
@@ -184,7 +179,6 @@ class MemorySink:
         self._parts: dict[str, list[np.ndarray]] = {}
         self._types: dict[str, np.dtype] = {}
         self._words: dict[str, dict[Any, int]] = {}
-        self._plain: set[str] = set()
         self._lengths: list[int] = []
 
     def write(self, columns: Mapping[str, Any]) -> None:
@@ -207,7 +201,8 @@ class MemorySink:
         return sum(part.nbytes for parts in self._parts.values() for part in parts)
 
     def table(self) -> pd.DataFrame:
-        """Everything written so far, in the order of the columns of the first write; categories stay categories."""
+        """Everything written so far, as `read_table` gives it: columns in the order of the first write, text as
+        categories."""
         import pandas as pd
 
         columns: dict[str, Any] = {}
@@ -216,12 +211,10 @@ class MemorySink:
                 part if len(part) != 1 else np.repeat(part, n) for part, n in zip(parts, self._lengths, strict=True)
             ]
             numbers = np.concatenate(whole)
-            if name not in self._words:
-                columns[name] = numbers.astype(self._types[name], copy=False)
-            elif name in self._plain:
-                columns[name] = np.array([*self._words[name], None], dtype=object)[:-1][numbers]
-            else:
+            if name in self._words:
                 columns[name] = text_column(numbers, self._words[name])
+            else:
+                columns[name] = numbers.astype(self._types[name], copy=False)
         return pd.DataFrame(columns)
 
     def _codes(self, name: str, column: Any) -> np.ndarray:
@@ -230,8 +223,8 @@ class MemorySink:
         if hasattr(column, "categories"):
             places = [known.setdefault(word, len(known)) for word in column.categories]
             return np.array(places, np.int32)[column.codes]
-        self._plain.add(name)
-        return np.fromiter((known.setdefault(value, len(known)) for value in column), np.int32, len(column))
+        codes = (-1 if value is None else known.setdefault(value, len(known)) for value in column)
+        return np.fromiter(codes, np.int32, len(column))
 
 
 def _packed(numbers: np.ndarray) -> np.ndarray:
@@ -294,7 +287,7 @@ def _read(file: Path, columns: Sequence[str] | None, absent: bool = False) -> pa
                 raise UserError(f"{str(file)!r} has no column {missing[0]!r}; it has: {', '.join(known)}")
             return _encoded(table.read(columns=known if columns is None else [n for n in columns if n in known]))
     except pa.ArrowException as error:
-        raise UserError(f"{str(file)!r} is not a parquet table: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{str(file)!r} is not a parquet table: {first_line(error)}") from error
 
 
 def _items(folder: Path) -> list[Path]:

@@ -14,11 +14,11 @@ them there are bare class lists and the empty caption.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known, unknown
 from mmdit_probe.scenes.world import CLASSES, COLOUR_NAMES, GROUNDS, THINGS, Scene, SceneObject, scene
 
 CATEGORIES: tuple[str, ...] = ("colour", "shape", "texture", "2d-spatial", "numeracy", "complex")
@@ -27,6 +27,9 @@ KINDS: tuple[str, ...] = (*CATEGORIES, "list", "empty")
 
 COUNTS: dict[int, str] = {2: "two", 3: "three", 4: "four"}
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+WRONG = {1: 1, 2: 3, 3: 2, 4: 3}
+"""Count -> the count that its opposite states; one stays, since "a" says nothing of others."""
 PLURALS: dict[str, str] = {noun: noun + ("es" if noun == "cross" else "s") for noun in THINGS}
 
 WORDS: tuple[str, ...] = (
@@ -165,14 +168,52 @@ def parse(caption: str) -> Facts:
     """
     words = caption.lower().split()
     for word in words:
-        if word not in WORDS:
-            raise unknown("caption word", word, list(WORDS))
+        check_known("caption word", word, WORDS)
     if words and all(word in CLASSES for word in words):
         return Facts(
             groups=tuple(Group(1, w, None) for w in words if w in THINGS),
             grounds=tuple(w for w in words if w not in THINGS),
         )
     return _Reader(words, caption).read()
+
+
+def opposites(caption: str) -> dict[str, str]:
+    """The caption with one thing turned round that it states; what it does not state is left out.
+
+    Returns: ``opposite_relation`` (left for right, above for below), ``wrong_count`` (three for two, two for three,
+    three for four), ``swapped_colours`` (of the first two groups for which that says something else).
+
+        >>> opposites("a red ring left of a blue house")["swapped_colours"]
+        'a blue ring left of a red house'
+    """
+    facts = parse(caption)
+    turned = {
+        "opposite_relation": replace(facts, relations=tuple((a, OPPOSITE[of], b) for a, of, b in facts.relations)),
+        "wrong_count": replace(facts, groups=tuple(replace(g, count=WRONG[g.count]) for g in facts.groups)),
+        "swapped_colours": replace(facts, groups=_swapped(facts.groups)),
+    }
+    return {name: str(other) for name, other in turned.items() if other != facts}
+
+
+def _swapped(groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """Groups with two colours exchanged, if there are two that would not name the same things again."""
+    for a, first in enumerate(groups):
+        for b in range(a + 1, len(groups)):
+            second, found = groups[b], list(groups)
+            found[a], found[b] = replace(first, colour=second.colour), replace(second, colour=first.colour)
+            new = set(found) != set(groups) and len(set(found)) == len(groups)
+            if new and None not in (first.colour, second.colour):
+                return tuple(found)
+    return groups
+
+
+def is_caption(text: str) -> bool:
+    """Whether a text is a caption of this world, with facts that can be looked for in an image."""
+    try:
+        parse(text)
+    except UserError:
+        return False
+    return True
 
 
 class _Reader:

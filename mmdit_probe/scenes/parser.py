@@ -1,31 +1,29 @@
-"""The scene parser: a small network that reads an image back into classes and colours, and the facts that follow.
-
-It plays the part that detectors and question-answering models play for T2I-CompBench++ (arXiv 2307.06350): whether a
-generated image shows what its caption claims is measured, not guessed.
+"""The scene parser: a small network that reads an image back into classes and colours, and the facts that follow: what
+detectors and question-answering models do for T2I-CompBench++ (arXiv 2307.06350). It knows this world only.
 
     >>> from mmdit_probe.scenes import load_parser, scene
     >>> parser = load_parser()
     >>> reading = parser.read(scene("val", 0).image)[0]  # doctest: +SKIP
     >>> alignment("a red ring on grass", reading)        # doctest: +SKIP
-
-It knows this world only; on a photograph its answer means nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file
 from scipy import ndimage
 from torch import Tensor, nn
 
-from mmdit_probe.scenes.captions import RELATION_MARGIN, Facts, holds, parse
+from mmdit_probe import assets
+from mmdit_probe.scenes.captions import RELATION_MARGIN, Facts, holds, is_caption, opposites, parse
 from mmdit_probe.scenes.world import CLASSES, COLOUR_NAMES, STUFF, THINGS
 
 MIN_OBJECT = 0.012
@@ -86,7 +84,7 @@ class SceneParser(nn.Module):
         classes, colours = self(images.to(next(self.parameters())))
         return classes.argmax(1).cpu().numpy(), colours.argmax(1).cpu().numpy()
 
-    def read(self, images: Sequence[Image.Image | NDArray[np.uint8]] | NDArray[np.uint8]) -> list[Reading]:
+    def read(self, images: Sequence[Image.Image | NDArray[np.uint8]] | NDArray[np.uint8]) -> list[SceneReading]:
         """Read images (PIL, or uint8 [S, S, 3], or uint8 [B, S, S, 3]); one reading each."""
         arrays = [np.asarray(images)] if isinstance(images, np.ndarray) and images.ndim == 3 else images
         return [read_maps(*maps) for maps in zip(*self.label(to_tensor(arrays)), strict=True)]
@@ -103,7 +101,7 @@ class SeenObject:
 
 
 @dataclass(frozen=True)
-class Reading:
+class SceneReading:
     """What an image shows: objects and grounds (largest first), and the label maps [S, S] behind them."""
 
     objects: tuple[SeenObject, ...]
@@ -118,7 +116,7 @@ def to_tensor(images: Sequence[Image.Image | NDArray[np.uint8]] | NDArray[np.uin
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def read_maps(classes: NDArray[np.int64], colours: NDArray[np.int64]) -> Reading:
+def read_maps(classes: NDArray[np.int64], colours: NDArray[np.int64]) -> SceneReading:
     """Objects and grounds of label maps [S, S] (class ids and colour ids; the colour of stuff is ignored).
 
     Objects are the 8-connected patches of one noun and one colour. A patch's colour is decided per connected patch of
@@ -139,25 +137,19 @@ def read_maps(classes: NDArray[np.int64], colours: NDArray[np.int64]) -> Reading
     areas = np.bincount(classes.ravel(), minlength=len(CLASSES)) / pixels
     grounds = [name for name in STUFF if areas[CLASSES.index(name)] >= MIN_GROUND]
     grounds.sort(key=lambda name: -areas[CLASSES.index(name)])
-    return Reading(tuple(sorted(seen, key=lambda o: -o.area)), tuple(grounds), classes, colours)
+    return SceneReading(tuple(sorted(seen, key=lambda o: -o.area)), tuple(grounds), classes, colours)
 
 
-def check(facts: Facts, reading: Reading, *, exact_counts: bool = True) -> dict[str, bool]:
+def check(facts: Facts, reading: SceneReading) -> dict[str, bool]:
     """Each fact of a caption and whether the image shows it.
 
-    Args:
-        facts: what is claimed; a group without a colour takes any colour.
-        reading: what is seen.
-        exact_counts: a group holds with exactly its number of objects (a group of one: with at least one).
-
-    Returns:
-        One entry per group, relation and ground, keyed by its own words.
+    A group without a colour takes any colour; it holds with exactly its number of objects, a group of one with at
+    least one. Returns: one entry per group, relation and ground, keyed by its own words.
     """
     result: dict[str, bool] = {}
     matching = [[o for o in reading.objects if o.noun == g.noun and g.colour in (None, o.colour)] for g in facts.groups]
     for group, found in zip(facts.groups, matching, strict=True):
-        enough = len(found) == group.count if group.count > 1 and exact_counts else len(found) >= group.count
-        result[str(group)] = enough
+        result[str(group)] = len(found) == group.count if group.count > 1 else len(found) >= 1
     for first, relation, second in facts.relations:
         result[f"{facts.groups[first]} {relation} {facts.groups[second]}"] = any(
             holds(relation, a.centre, b.centre, RELATION_MARGIN / 2)
@@ -170,18 +162,18 @@ def check(facts: Facts, reading: Reading, *, exact_counts: bool = True) -> dict[
     return result
 
 
-def alignment(caption: str, reading: Reading) -> float:
+def alignment(caption: str, reading: SceneReading) -> float:
     """Share of the caption's facts that the image shows, in [0, 1]; the empty caption scores 1."""
     facts = check(parse(caption), reading)
     return sum(facts.values()) / len(facts) if facts else 1.0
 
 
-def aligned(caption: str, reading: Reading) -> bool:
+def aligned(caption: str, reading: SceneReading) -> bool:
     """Whether every fact of the caption holds."""
     return all(check(parse(caption), reading).values())
 
 
-def things_right(caption: str, reading: Reading) -> bool:
+def things_right(caption: str, reading: SceneReading) -> bool:
     """Whether every named object is there in its colour, as often as it is named (more of them do no harm)."""
     facts = parse(caption)
     named = Counter({(g.noun, g.colour): g.count for g in facts.groups})
@@ -191,18 +183,52 @@ def things_right(caption: str, reading: Reading) -> bool:
     )
 
 
-def grounds_right(caption: str, reading: Reading) -> bool:
+def grounds_right(caption: str, reading: SceneReading) -> bool:
     """Whether every named ground is there."""
     return all(name in reading.grounds for name in parse(caption).grounds)
 
 
+CONTRASTS = {"relation": "opposite_relation", "count": "wrong_count", "colours": "swapped_colours"}
+"""What a caption may state -> its opposite."""
+SCORES = ("facts", "all_right", "things_right", "grounds_right", *(name for pair in CONTRASTS.items() for name in pair))
+"""Names of what `judge` says."""
+
+
+def judge(caption: str, reading: SceneReading) -> dict[str, float]:
+    """Every score of an image against its caption, each beside its opposite, by name (`SCORES`).
+
+    Returns: ``facts`` (share of the facts that hold), ``all_right``, ``things_right``, ``grounds_right``; and for each
+    of `CONTRASTS` whether the image shows what is stated, and whether it shows the opposite (0 or 1; NaN where the
+    caption states no such thing). An image without the objects shows neither. All are NaN, undefined, where the text is
+    no caption of this world.
+    """
+    if not is_caption(caption):
+        return dict.fromkeys(SCORES, np.nan)
+    scores = {
+        "facts": alignment(caption, reading),
+        "all_right": float(aligned(caption, reading)),
+        "things_right": float(things_right(caption, reading)),
+        "grounds_right": float(grounds_right(caption, reading)),
+    }
+    turned = opposites(caption)
+    for stated, opposite in CONTRASTS.items():
+        scores |= {stated: np.nan, opposite: np.nan}
+        if opposite in turned:
+            right, wrong = (_claims(text, reading, stated) for text in (caption, turned[opposite]))
+            scores[stated] = float(all(shown for claim, shown in right.items() if claim not in wrong))
+            scores[opposite] = float(all(shown for claim, shown in wrong.items() if claim not in right))
+    return scores
+
+
+def _claims(caption: str, reading: SceneReading, what: str) -> dict[str, bool]:
+    """The facts of a caption that a contrast is about: with relations, or only things."""
+    facts = parse(caption)
+    return check(facts if what == "relation" else replace(facts, relations=(), grounds=()), reading)
+
+
 def load_parser(folder: Path | None = None) -> SceneParser:
     """The trained parser that ships with the package (or one saved in ``folder``), in evaluation mode, on the CPU."""
-    from safetensors.torch import load_file
-
-    from mmdit_probe.assets import path
-
     parser = SceneParser()
-    state = load_file((folder or path("scenes-parser")) / "model.safetensors")
+    state = load_file((folder or assets.path("scenes-parser")) / "model.safetensors")
     parser.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     return parser.eval().requires_grad_(False)

@@ -47,31 +47,11 @@ def _polygon(u: Float, v: Float, corners: list[tuple[float, float]]) -> Bool:
     return inside
 
 
-def _ring(u: Float, v: Float) -> dict[str, Bool]:
-    return {"ring": _disc(u, v, 0, 0, 1) & ~_disc(u, v, 0, 0, 0.42)}
-
-
-def _star(u: Float, v: Float) -> dict[str, Bool]:
-    return {"star": _polygon(u, v, _STAR)}
-
-
-def _ball(u: Float, v: Float) -> dict[str, Bool]:
-    return {"ball": _disc(u, v, 0, 0, 0.92)}
-
-
-def _cross(u: Float, v: Float) -> dict[str, Bool]:
-    return {"cross": _rect(u, v, -0.34, -0.95, 0.34, 0.95) | _rect(u, v, -0.95, -0.34, 0.95, 0.34)}
-
-
 def _heart(u: Float, v: Float) -> dict[str, Bool]:
     lobes = _disc(u, v, -0.46, -0.38, 0.5) | _disc(u, v, 0.46, -0.38, 0.5)
     return {
         "heart": lobes | _polygon(u, v, [(-0.9, -0.16), (0.9, -0.16), (0.0, 0.95)]) | _rect(u, v, -0.5, -0.4, 0.5, -0.1)
     }
-
-
-def _moon(u: Float, v: Float) -> dict[str, Bool]:
-    return {"moon": _disc(u, v, 0, 0, 0.98) & ~_disc(u, v, 0.55, -0.1, 0.72)}
 
 
 def _house(u: Float, v: Float) -> dict[str, Bool]:
@@ -109,12 +89,12 @@ def _boat(u: Float, v: Float) -> dict[str, Bool]:
 
 
 OUTLINES: dict[str, Callable[[Float, Float], dict[str, Bool]]] = {
-    "ring": _ring,
-    "star": _star,
-    "ball": _ball,
-    "cross": _cross,
+    "ring": lambda u, v: {"ring": _disc(u, v, 0, 0, 1) & ~_disc(u, v, 0, 0, 0.42)},
+    "star": lambda u, v: {"star": _polygon(u, v, _STAR)},
+    "ball": lambda u, v: {"ball": _disc(u, v, 0, 0, 0.92)},
+    "cross": lambda u, v: {"cross": _rect(u, v, -0.34, -0.95, 0.34, 0.95) | _rect(u, v, -0.95, -0.34, 0.95, 0.34)},
     "heart": _heart,
-    "moon": _moon,
+    "moon": lambda u, v: {"moon": _disc(u, v, 0, 0, 0.98) & ~_disc(u, v, 0.55, -0.1, 0.72)},
     "house": _house,
     "tree": _tree,
     "car": _car,
@@ -138,30 +118,6 @@ def _two(mask: Bool, low: float = 0.72, high: float = 1.1) -> Float:
     return np.where(mask, high, low)
 
 
-def _row_stripes(x: Int, y: Int, p: int) -> Float:
-    return _two((y + p) % 4 < 2)
-
-
-def _column_stripes(x: Int, y: Int, p: int) -> Float:
-    return _two((x + p) % 4 < 2)
-
-
-def _checks(x: Int, y: Int, p: int) -> Float:
-    return _two(((x + p) // 3 + (y + p // 4) // 3) % 2 == 0)
-
-
-def _rising(x: Int, y: Int, p: int) -> Float:
-    return _two((x + y + p) % 6 < 3)
-
-
-def _falling(x: Int, y: Int, p: int) -> Float:
-    return _two((x - y + p) % 6 < 3)
-
-
-def _dots(x: Int, y: Int, p: int) -> Float:
-    return _two(((x + p) % 4 < 2) & ((y + p // 4) % 4 < 2), 0.84, 1.2)
-
-
 def _bricks(x: Int, y: Int, p: int) -> Float:
     row = (y + p) // 4
     return _two(((y + p) % 4 != 0) & ((x + 4 * (row % 2) + p // 2) % 8 != 0), 0.6, 1.05)
@@ -174,25 +130,17 @@ def _scales(x: Int, y: Int, p: int) -> Float:
     return _two(dx * dx + dy * dy < 7.0, 0.68, 1.1)
 
 
-def _wide_rows(x: Int, y: Int, p: int) -> Float:
-    return _two((y + p) % 8 < 4, 0.76, 1.08)
-
-
-def _wide_columns(x: Int, y: Int, p: int) -> Float:
-    return _two((x + p) % 8 < 4, 0.76, 1.08)
-
-
 TEXTURES: dict[str, Callable[[Int, Int, int], Float]] = {
-    "ring": _row_stripes,
-    "star": _column_stripes,
-    "ball": _checks,
-    "cross": _rising,
-    "heart": _falling,
-    "moon": _dots,
+    "ring": lambda x, y, p: _two((y + p) % 4 < 2),
+    "star": lambda x, y, p: _two((x + p) % 4 < 2),
+    "ball": lambda x, y, p: _two(((x + p) // 3 + (y + p // 4) // 3) % 2 == 0),
+    "cross": lambda x, y, p: _two((x + y + p) % 6 < 3),
+    "heart": lambda x, y, p: _two((x - y + p) % 6 < 3),
+    "moon": lambda x, y, p: _two(((x + p) % 4 < 2) & ((y + p // 4) % 4 < 2), 0.84, 1.2),
     "house": _bricks,
     "tree": _scales,
-    "car": _wide_rows,
-    "boat": _wide_columns,
+    "car": lambda x, y, p: _two((y + p) % 8 < 4, 0.76, 1.08),
+    "boat": lambda x, y, p: _two((x + p) % 8 < 4, 0.76, 1.08),
 }
 """Noun -> texture ``(x, y, phase) -> brightness factor``; phase is an integer in 0..23."""
 

@@ -2,9 +2,8 @@
 
     found = capture(model, picture, parse_classes("ring, house, grass"), Reading(layers=(2, 3)), keep=("i2t", "i2i"))
 
-One forward per prompt, noise level and seed; there is one prompt unless the names overflow the text encoders. The
-forward is the stock one (arXiv:2509.18096 section 3.4: encode, noise to sigma, one conditional call). Averaging over
-seeds and levels happens here, so a method sees one record per layer.
+One stock forward (arXiv:2509.18096 section 3.4: encode, noise to sigma, one conditional call) per prompt, noise level
+and seed; there is one prompt unless the names overflow the text encoders.
 """
 
 from __future__ import annotations

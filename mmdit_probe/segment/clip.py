@@ -4,9 +4,8 @@
     clip.vectors(clip.pixels([image]))               # [1, P], unit length, in the space of clip.text(["cat"])  [1, P]
     states, grid = clip.hidden(clip.pixels([image], (224, 336)))           # L + 1 states [1 + n, E], CLS first
 
-Pixels go through the checkpoint's own image processor. Written against the public parts of `CLIPModel` (layer_norm1,
-self_attn.{q,k,v,out}_proj, post_layernorm, ...): blocks are run here step by step where a method changes them, no
-module is patched. Works with transformers 5 and later.
+Pixels go through the checkpoint's own image processor. Blocks are run step by step, by the public parts of `CLIPModel`,
+where a method changes them; no module is patched.
 """
 
 from __future__ import annotations
@@ -24,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit_probe import assets
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, first_line
+from mmdit_probe.segment.tail import resized
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "there is a {} in the scene.", "{}")
 """A short ensemble in place of the 80 ImageNet templates; the embedded CLIP takes the bare name."""
@@ -57,16 +57,16 @@ class CLIP:
             kind = AutoConfig.from_pretrained(place).model_type
             if kind != "clip":
                 raise UserError(f"{name!r} is a {kind!r} model; expected a CLIP model, e.g. scenes-clip")
-            model = CLIPModel.from_pretrained(place, dtype=torch.float32).eval().requires_grad_(False)
+            model = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
             tokenizer = AutoTokenizer.from_pretrained(place)
         except (OSError, ValueError) as error:
-            first = (str(error).strip().splitlines() or ["unreadable"])[0]
             raise UserError(
-                f"cannot load the CLIP {name!r}: expected scenes-clip, a folder or a hub id ({first})"
+                f"cannot load the CLIP {name!r}: expected scenes-clip, a folder or a hub id ({first_line(error)})"
             ) from error
         side = int(model.config.vision_config.image_size)
         processor = _processor(place) or CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
-        return CLIP(Path(name).name, model.to(device), tokenizer, processor)
+        model = model.to(device).eval().requires_grad_(False)
+        return CLIP(Path(name).name, model, tokenizer, processor)
 
     @property
     def layers(self) -> list[Any]:
@@ -138,8 +138,7 @@ class CLIP:
         """Value vectors [h w, E] of the last block for its input or another state, without CLS, on another grid."""
         block = self.layers[-1]
         value = block.self_attn.v_proj(block.layer_norm1(state))[1:]
-        maps = value.T.reshape(1, -1, *grid)
-        return F.interpolate(maps, out, mode="bilinear", align_corners=False)[0].flatten(1).T
+        return resized(value.T.reshape(-1, *grid), out).flatten(1).T
 
     @torch.no_grad()
     def head(self, mixed: Tensor) -> Tensor:
@@ -166,11 +165,11 @@ class CLIP:
 
 
 @torch.no_grad()
-def patch_features(name: str, image: Any, side: int | None = None) -> tuple[Tensor, tuple[int, int]]:
+def patch_features(name: str, image: Any) -> tuple[Tensor, tuple[int, int]]:
     """Patch features [n, E] and their grid of any vision transformer in transformers: DINO, DINOv2, DINOv3, SAM, ViT.
 
     Args:
-        name: folder or hub id. image: uint8 [H, W, 3], squashed to side x side (the model's own size if None).
+        name: folder or hub id. image: uint8 [H, W, 3], squashed to the model's own size.
 
     Raises:
         UserError: it cannot be loaded, or gives no patch grid.
@@ -178,8 +177,7 @@ def patch_features(name: str, image: Any, side: int | None = None) -> tuple[Tens
     model, processor = _vision(name)
     config = getattr(model.config, "vision_config", model.config)
     patch = int(config.patch_size)
-    size = side or int(getattr(config, "image_size", 224))
-    size = max(1, round(size / patch)) * patch
+    size = max(1, round(int(getattr(config, "image_size", 224)) / patch)) * patch
     pixels = _squashed(processor, [image], (size, size))
     if hasattr(model, "vision_encoder"):  # SAM: a map, not a sequence
         maps = model.vision_encoder(pixels).last_hidden_state
@@ -197,9 +195,9 @@ def _vision(name: str) -> tuple[Any, Any]:
     from transformers import AutoModel, CLIPImageProcessor
 
     try:
-        model = AutoModel.from_pretrained(name).eval()
+        model = AutoModel.from_pretrained(name, use_safetensors=True).eval()
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the features {name!r}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load the features {name!r}: {first_line(error)}") from error
     return model, _processor(name) or CLIPImageProcessor()
 
 

@@ -3,13 +3,8 @@
     capture = Capture.of(grid=(2, 3), i2t=torch.rand(6, 5).softmax(-1), spans={"cat": [1, 2], "sky": [3]})
     METHODS["seg4diff"](capture)                    # scores [C, h, w]: every method is a pure function of a capture
 
-    Reading       what of a forward is read: layers, heads, noise levels and seeds, how the picture is fitted
-    JointRecord   one layer: i2t [H, I, T], i2i [I, I], features [I, E], concept outputs [K, E]
-    Pass          one prompt: its token table, the names in it, a record per layer
-    Capture       one picture: its passes, its grid, how picture and grid lie on each other
-
-Records of several noise seeds or noise levels are averaged part by part before a method sees them: a method reads one
-record, whatever it was made from. Not here: running a model (`segment.capture`).
+Records of several noise seeds or noise levels are averaged part by part before a method sees them. Not here: running a
+model (`segment.capture`).
 """
 
 from __future__ import annotations
@@ -28,6 +23,7 @@ from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.tokens import Token, TokenTable
+from mmdit_probe.observe.maps import second_eigenvalue
 from mmdit_probe.segment.vocabulary import Prompt, Query
 from mmdit_probe.specs import Spec
 
@@ -365,8 +361,6 @@ def _prompt(spans: Mapping[str, Sequence[int]], kinds: Sequence[str] | None, len
 
 def _walk_mean(heads: Tensor) -> Tensor:
     """Rows [I, I] of renormalised blocks [H, I, I], heads weighted by how slowly their walk mixes (TokenRank)."""
-    from mmdit_probe.observe.maps import second_eigenvalue
-
     rows = heads / heads.sum(-1, keepdim=True).clamp(min=1e-12)
     if len(rows) == 1:
         return rows[0]

@@ -8,12 +8,10 @@
     nosink[:n]       the same after taking out sink columns: tokens that many queries look at whatever they show
     regions          each token gets the mean scores of its region; regions are the capture's own, else diffcut's
     pamr[:n]         n rounds of pixel-adaptive averaging on the picture's colours (arXiv:2005.08104)
-    vote             each pixel of a region takes the region's most frequent label (CorrCLIP's map correction); regions
-                     as above, pixels of none (id 0) stay as they are
+    vote             each pixel of a region takes the region's most frequent label (CorrCLIP's map correction)
 
-The order of the names is the order of the steps; grid steps come before pixel steps. Columns of different words differ
-in their mean, and averaging over space leaves only that difference: put "minmax" or "centre" before "affinity" for
-methods whose scores are raw probabilities.
+Steps run in the order of their names, those on the grid before those on pixels. Put "minmax" or "centre" before
+"affinity" for methods whose scores are raw probabilities: averaging leaves only the difference of the words' means.
 """
 
 from __future__ import annotations
@@ -27,18 +25,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.segment.methods.base import renorm
 from mmdit_probe.segment.methods.clusters import diffcut
 from mmdit_probe.segment.methods.dense_clip import region_map
 from mmdit_probe.segment.record import Capture
-from mmdit_probe.segment.tail import STRETCHES, probabilities
-
-STEPS = {"minmax": 1, "centre": 1, "affinity": 2, "walk": 2, "nosink": 2, "regions": 1, "pamr": 10, "vote": 1}
-"""Steps and the number of rounds each takes when none is given."""
-
-PIXELS = ("pamr", "vote")
-"""Steps at the picture's size."""
+from mmdit_probe.segment.settings import PIXELS, parse_steps
+from mmdit_probe.segment.tail import STRETCHES, probabilities, resized
 
 _DILATIONS = (1, 2, 4, 8)
 _SIDE = 512
@@ -58,20 +50,7 @@ class Refinement:
         Raises:
             UserError: an unknown step or number, or a pixel step before a grid step.
         """
-        if text == "none":
-            return cls()
-        steps = []
-        for part in text.split("+"):
-            name, _, rounds = part.strip().partition(":")
-            if name not in STEPS:
-                raise unknown("refinement", name, ("none", *STEPS))
-            if rounds and not (rounds.isdigit() and int(rounds) > 0):
-                raise UserError(f"refinement {part!r}: expected {name} or {name}:ROUNDS with at least 1 round")
-            steps.append((name, int(rounds) if rounds else STEPS[name]))
-        kinds = [name in PIXELS for name, _ in steps]
-        if kinds != sorted(kinds):
-            raise UserError(f"refinement {text!r}: steps on pixels ({', '.join(PIXELS)}) come after those on tokens")
-        return cls(tuple(steps))
+        return cls(parse_steps(text))
 
     @property
     def keep(self) -> tuple[str, ...]:
@@ -88,8 +67,7 @@ class Refinement:
             if name in STRETCHES:
                 scores = STRETCHES[name](scores)
                 continue
-            if tuple(scores.shape[1:]) != capture.grid:
-                scores = F.interpolate(scores[None], capture.grid, mode="bilinear", align_corners=False)[0]
+            scores = resized(scores, capture.grid)
             if name == "regions":
                 scores = by_region(scores, regions_of(capture, capture.grid))
                 continue
@@ -197,17 +175,14 @@ class PixelAffinity:
 
     def spread(self, scores: Tensor, rounds: int) -> Tensor:
         """Shares of the scores [C, height, width] over classes, averaged `rounds` times."""
-        maps, inner = probabilities(scores), tuple(self.weights.shape[1:])
-        if inner != self.size:
-            maps = F.interpolate(maps[None], inner, mode="bilinear", align_corners=False)[0]
+        height, width = self.weights.shape[1:]
+        maps = resized(probabilities(scores), (height, width))
         for _ in range(rounds):
             out = torch.zeros_like(maps)
             for weight, part in zip(self.weights, _neighbours(maps, self.dilations), strict=True):
                 out.addcmul_(weight, part)
             maps = out
-        if inner != self.size:
-            maps = F.interpolate(maps[None], self.size, mode="bilinear", align_corners=False)[0]
-        return maps
+        return resized(maps, self.size)
 
 
 def _neighbours(maps: Tensor, dilations: tuple[int, ...]) -> Iterator[Tensor]:

@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdit_probe.data.class_names import SegClass, parse_classes
-from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.segment import methods
 from mmdit_probe.segment.capture import DEFAULT, capture
 from mmdit_probe.segment.methods.base import Method
 from mmdit_probe.segment.record import Capture, Reading, region_ids
 from mmdit_probe.segment.refine import Refinement
-from mmdit_probe.segment.tail import Background, label, probabilities
+from mmdit_probe.segment.settings import Background, wrong_kind
+from mmdit_probe.segment.tail import label, probabilities
 
 
 @dataclass
@@ -183,7 +183,5 @@ def finish(
 def _method(method: str | Method, options: Mapping[str, Any] | None, *, unsupervised: bool) -> Method:
     chosen = methods.find(method) if isinstance(method, str) else method
     if chosen.unsupervised != unsupervised:
-        fitting = ", ".join(name for name, one in methods.METHODS.items() if one.unsupervised == unsupervised)
-        kind = "takes no class names" if chosen.unsupervised else "needs class names"
-        raise UserError(f"method {chosen.name} {kind}; here: {fitting}")
+        raise wrong_kind(chosen.name, unsupervised)
     return chosen.configure(options or {})

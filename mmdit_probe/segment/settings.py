@@ -1,12 +1,36 @@
-"""What users type for segmentation, as values: sizes, noise levels, the layers and heads to read."""
+"""What users type for segmentation, as values: names of methods, refinements, background rules, sizes, noise levels.
+
+    parse_steps("affinity+pamr:5")                  # (("affinity", 2), ("pamr", 5))
+    Background.parse("threshold:0.5")
+
+No torch here: requests are read, offered and refused before any of it is imported. What the names do:
+`segment.methods`, `segment.refine`, `segment.tail`.
+"""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, check_known, unknown
+
+NAMED = (
+    "seg4diff", "diffsegmenter", "diffsegmenter-per-class", "iseg", "tokenrank", "conceptattention", "proxyclip",
+    "corrclip",
+)  # fmt: skip
+"""Methods that read class names."""
+BLIND = ("seg4diff-unsup", "diffseg", "diffcut")
+"""Methods that read none: they find segments."""
+
+STEPS = {"minmax": 1, "centre": 1, "affinity": 2, "walk": 2, "nosink": 2, "regions": 1, "pamr": 10, "vote": 1}
+"""Steps of a refinement and the number of rounds each takes when none is given."""
+
+PIXELS = ("pamr", "vote")
+"""Steps at the picture's size."""
+
+RULES = ("none", "threshold:T", "power:A", "class:NAME")
+"""Background rules."""
 
 
 def parse_sigmas(text: str) -> list[float]:
@@ -38,20 +62,98 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def selected(selection: Path | None, layers: str | None, heads: str | None) -> tuple[Any, Any, dict[int, float] | None]:
-    """Layers (None: the default), heads (None: all) and layer weights (None: equal), from a LayerSelection file or from
-    --layers and --heads.
+def check_method(name: str, unsupervised: bool | None = None) -> None:
+    """A method of this name exists, and is of the wanted kind.
 
     Raises:
-        UserError: both were given, or the file is not a selection.
+        UserError: it does not, or is not; the message names the closest one, or those of the kind.
     """
-    if selection is None:
-        return layers, heads, None
-    if layers is not None or heads is not None:
-        raise UserError("--selection names layers and heads already; leave --layers and --heads out")
-    from mmdit_probe.results.selection import load_selection
+    check_known("method", name, (*NAMED, *BLIND))
+    if unsupervised is not None and (name in BLIND) != unsupervised:
+        raise wrong_kind(name, unsupervised)
 
-    found = load_selection(selection)
-    weights = dict(zip(found.layers, found.weights, strict=True))
-    equal = max(found.weights) - min(found.weights) < 1e-9
-    return list(found.layers), found.heads or None, None if equal else weights
+
+def wrong_kind(name: str, unsupervised: bool) -> UserError:
+    """The refusal of a method that reads class names where one that does not is wanted, or the other way round."""
+    kind = "needs class names" if unsupervised else "takes no class names"
+    return UserError(f"method {name} {kind}; here: {', '.join(BLIND if unsupervised else NAMED)}")
+
+
+def parse_steps(text: str) -> tuple[tuple[str, int], ...]:
+    """Steps of a refinement with their rounds, from "none", "affinity", "affinity:3+pamr".
+
+    Raises:
+        UserError: an unknown step or number, or a pixel step before a grid step.
+    """
+    steps = []
+    for part in [] if text == "none" else text.split("+"):
+        name, _, rounds = part.strip().partition(":")
+        if name not in STEPS:
+            raise unknown("refinement", name, ("none", *STEPS))
+        if rounds and not (rounds.isdigit() and int(rounds) > 0):
+            raise UserError(f"refinement {part!r}: expected {name} or {name}:ROUNDS with at least 1 round")
+        steps.append((name, int(rounds) if rounds else STEPS[name]))
+    kinds = [name in PIXELS for name, _ in steps]
+    if kinds != sorted(kinds):
+        raise UserError(f"refinement {text!r}: steps on pixels ({', '.join(PIXELS)}) come after those on tokens")
+    return tuple(steps)
+
+
+def parse_option(text: str) -> tuple[str, Any]:
+    """`name=value` from the command line; numbers, several numbers by comma, booleans and none are read as such.
+
+    Raises:
+        UserError: no `=`.
+    """
+    name, sign, value = text.partition("=")
+    if not sign or not name:
+        raise UserError(f"option {text!r}: expected name=value, e.g. tau=0.1")
+    words: dict[str, Any] = {"true": True, "false": False, "none": None}
+    if value.lower() in words:
+        return name.strip(), words[value.lower()]
+    parts = [_number(part) for part in value.split(",")]
+    if any(isinstance(part, str) for part in parts):
+        return name.strip(), value
+    return name.strip(), parts[0] if len(parts) == 1 else tuple(parts)
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+@dataclass(frozen=True)
+class Background:
+    """A parsed background rule."""
+
+    kind: str = "none"
+    value: float = 0.0
+    name: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Background:
+        """From "none", "threshold:0.5", "power:2" or "class:sky".
+
+        Raises:
+            UserError: not one of these.
+        """
+        kind, _, rest = text.partition(":")
+        if kind == "none" and not rest:
+            return cls()
+        if kind == "class" and rest.strip():
+            return cls("class", name=rest.strip())
+        if kind in ("threshold", "power"):
+            try:
+                value = float(rest)
+            except ValueError:
+                raise unknown("background rule", text, RULES) from None
+            if kind == "threshold" and not 0.0 <= value <= 1.0:
+                raise UserError(f"background rule {text!r}: the threshold is a share, expected 0 to 1")
+            if kind == "power" and not 0.0 < value < float("inf"):
+                raise UserError(f"background rule {text!r}: expected a power above 0, e.g. power:2")
+            return cls(kind, value)
+        raise unknown("background rule", text, RULES)

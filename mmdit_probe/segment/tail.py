@@ -11,50 +11,22 @@ the picture, because methods differ in scale.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
-from mmdit_probe.errors import UserError, unknown
-
-UNLABELLED = 255
-RULES = ("none", "threshold:T", "power:A", "class:NAME")
+from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.segment.settings import Background
 
 
-@dataclass(frozen=True)
-class Background:
-    """A parsed background rule."""
-
-    kind: str = "none"
-    value: float = 0.0
-    name: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> Background:
-        """From "none", "threshold:0.5", "power:2" or "class:sky".
-
-        Raises:
-            UserError: not one of these.
-        """
-        kind, _, rest = text.partition(":")
-        if kind == "none" and not rest:
-            return cls()
-        if kind == "class" and rest.strip():
-            return cls("class", name=rest.strip())
-        if kind in ("threshold", "power"):
-            try:
-                value = float(rest)
-            except ValueError:
-                raise unknown("background rule", text, RULES) from None
-            if kind == "threshold" and not 0.0 <= value <= 1.0:
-                raise UserError(f"background rule {text!r}: the threshold is a share, expected 0 to 1")
-            if kind == "power" and not 0.0 < value < float("inf"):
-                raise UserError(f"background rule {text!r}: expected a power above 0, e.g. power:2")
-            return cls(kind, value)
-        raise unknown("background rule", text, RULES)
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps [C, h, w] at another size, bilinear; as they are where they have it."""
+    if tuple(maps.shape[-2:]) == size:
+        return maps
+    return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def minmax(maps: Tensor) -> Tensor:
@@ -97,8 +69,7 @@ def label(scores: Tensor, background: Background | None = None, names: list[str]
         best = torch.where(away, len(scores), best)
     elif rule.kind == "class":
         known = names or []
-        if rule.name not in known:
-            raise unknown("background class", rule.name, known)
+        check_known("background class", rule.name, known)
         index = known.index(rule.name)
         best = torch.where(best == index, len(scores), best)
     if len(scores) >= np.iinfo(np.uint16).max:

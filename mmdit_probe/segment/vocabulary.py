@@ -3,9 +3,8 @@
     prompts = pack(parse_classes("cat; kitten, wet grass"), lambda text: model.token_tables(text)[0])
     prompts[0].queries[2].spans                     # {"clip": [3, 4], "t5": [77, 78, 79]}: "wet grass"
 
-A prompt is the names one after the other, without a template. Names that do not fit into the text encoders' length go
-to further prompts; none is dropped. The positions of a name are found by its place in the prompt, not by its letters,
-so that "grass" does not answer for "wet grass".
+A prompt is the names one after the other, without a template; names that do not fit go to further prompts. A name is
+found by its place in the prompt, not by its letters, so that "grass" does not answer for "wet grass".
 """
 
 from __future__ import annotations

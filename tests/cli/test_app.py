@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,8 @@ from mmdit_probe import __version__
 from mmdit_probe.cli import app as cli
 from mmdit_probe.cli.models import describe
 from mmdit_probe.errors import RunError
+
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -37,7 +40,7 @@ def called(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, st
     ],
 )
 def test_help_needs_no_heavy_import(arguments):
-    heavy = "torch", "diffusers", "transformers", "pandas", "matplotlib", "numpy"
+    heavy = "torch", "diffusers", "transformers", "pandas", "matplotlib", "scipy", "pyarrow"
     script = (
         "import sys\nfrom mmdit_probe.cli.app import main\n"
         f"try:\n    main({arguments!r})\nfinally:\n"
@@ -59,23 +62,19 @@ def test_help_takes_less_than_a_second():
 def test_every_command_on_a_model_takes_the_shared_options():
     import typer
 
-    from mmdit_probe.cli import scenes
-
     def named(command: object) -> set[str]:
         return {name for one in command.params for name in one.opts}  # type: ignore[attr-defined]
 
     commands = dict(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
-    of_scenes = typer.main.get_command(scenes.app).commands  # type: ignore[attr-defined]
-    commands |= {f"scenes {name}": one for name, one in of_scenes.items()}
     on_a_model = {name: named(one) for name, one in commands.items() if "--model" in named(one)}
-    assert len(on_a_model) == 14
+    assert set(on_a_model) == {one.name for one in cli.COMMANDS}
     shared = [
         "-m", "--lora", "--no-t5", "--max-sequence-length", "--device", "--dtype", "--seed", "-o", "--resume", "-q",
         "--json", "--debug",
     ]  # fmt: skip
     missing = {name: [option for option in shared if option not in has] for name, has in on_a_model.items()}
     assert {name: options for name, options in missing.items() if options} == {
-        "segment": ["--resume"], "discover": ["--resume"], "scenes score": ["--no-t5", "--max-sequence-length"],
+        "segment": ["--resume"], "discover": ["--resume"],
     }  # fmt: skip
     # Help is rich markup, in which "[default: ...]" is a style and vanishes: such defaults are given as `show_default`.
     assert [
@@ -125,12 +124,116 @@ def test_failures_are_one_line(capsys, monkeypatch, error, code, message):
         raise error
 
     monkeypatch.setattr(cli, "app", fail)
-    found, out, err = called(capsys, "models")
+    found, out, err = called(capsys, "attention-budget")
     assert (found, out) == (code, "")
     assert err.startswith(message)
     assert len(err.strip().splitlines()) == 1
     found, out, _ = called(capsys, "models", "--json")
     assert json.loads(out)["exit_code"] == code
+
+
+@pytest.mark.parametrize("command", ["segment", "discover", "models", "doctor"])
+def test_nothing_is_said_of_resuming_where_it_cannot_be(capsys, monkeypatch, command):
+    def interrupt(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupt)
+    assert called(capsys, command) == (130, "", "error: interrupted\n")
+
+
+WRONG = [
+    (["perturb", "--layers", "nine"], "cannot read 'nine' as a layer"),
+    (["attention-budget", "--heads", "x"], "cannot read 'x' as a head"),
+    (["value-norms", "--steps", "some"], "cannot read 'some' as a step"),
+    (["attention-budget", "--prompts", "missing.txt"], "no prompts file 'missing.txt'"),
+    (["attention-budget", "--prompts", "a cat", "--model", "scenes-sd33"], "did you mean 'scenes-sd3'"),
+    (["generate", "--prompts", "a cat", "--device", "gpu"], "unknown device 'gpu'"),
+    (["pca", "--dtype", "float8"], "unknown dtype 'float8'"),
+    (["score", "--categories", "color"], "unknown category 'color'"),
+    (["select-layers", "--rule", "rank"], "did you mean 'ranks'"),
+    (["diagnose", "--images", "nowhere"], "no folder 'nowhere'"),
+    (["attribute", "--n", "0"], "--n is 0"),
+    (["segment", "none.png", "--classes", "cat"], "no picture 'none.png'"),
+    (["segment", "scenes:val:0", "--classes", "cat", "--method", "seg4dif"], "did you mean 'seg4diff'"),
+    (["segment", "scenes:val:0", "--classes", "cat", "--background", "treshold:1"], "unknown background rule"),
+    (["segment", "scenes:val:0"], "Missing option '--classes'"),
+    (["discover", "scenes:val:0", "--refine", "pammr"], "did you mean 'pamr'"),
+    (["discover", "scenes:val:0", "--fit", "stretch"], "unknown --fit 'stretch'"),
+    (["evaluate", "--dataset", "voc22:here"], "did you mean 'voc2"),
+    (["evaluate", "--preset", "seg4dif"], "did you mean 'seg4diff'"),
+    (["train-magnet", "--layers", "4", "--rank", "0"], "--rank is 0"),
+    (["train-magnet", "--layers", "4", "--recipe", "our"], "did you mean 'ours'"),
+    (["train-magnet", "--layers", "x"], "cannot read 'x' as a layer"),
+]  # fmt: skip
+
+
+def test_a_wrong_call_is_one_line_and_needs_no_torch(tmp_path):
+    """All in one process, so that the modules of one call are there for the next: none may bring torch."""
+    script = (
+        "import json, sys\nfrom mmdit_probe.cli.app import main\n"
+        "for line in json.load(sys.stdin):\n"
+        "    try:\n        main(line)\n"
+        "    except SystemExit as stop:\n        print(stop.code, 'torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=json.dumps([line for line, _ in WRONG]), capture_output=True, text=True,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.split("\n")[:-1] == ["2 False"] * len(WRONG), done.stderr
+    errors = done.stderr.splitlines()
+    assert len(errors) == len(WRONG), done.stderr
+    for (line, words), error in zip(WRONG, errors, strict=True):
+        assert error.startswith("error: ") and words in error, (line, error)
+        assert "--debug" not in error
+
+
+def test_every_command_on_a_model_shows_examples_and_headings():
+    import re
+
+    import typer
+
+    group = typer.main.get_command(cli.app)
+    for command in cli.COMMANDS:
+        found = group.commands[command.name]  # type: ignore[attr-defined]
+        lines = found.epilog.split("\n\n")[1:]
+        assert lines and all(line.startswith(f"mmdit-probe {command.name}") for line in lines)
+        flags = {flag for one in found.params for flag in one.opts}
+        assert {word for line in lines for word in re.findall(r" (-[-a-z0-9]+)", line)} <= flags
+        panels = [one.rich_help_panel for one in found.params if one.name not in ("help", "image")]
+        assert None not in panels, [one.name for one in found.params if one.rich_help_panel is None]
+
+
+def test_a_table_leaves_out_its_spare_columns_and_says_so():
+    from rich.console import Console
+
+    from mmdit_probe.cli.tables import fitted
+    from mmdit_probe.experiments.text import TextTable
+
+    table = TextTable(
+        ["layer", *(f"a long column {k}" for k in range(8))], spare=[f"a long column {k}" for k in (7, 6, 5)]
+    )
+    table.add(*(["1"] * 9))
+    console = Console(width=90)
+    shown, remark = fitted(table, console)
+    assert len(shown.columns) == 6 and remark.startswith(
+        "not shown for lack of width: a long column 7, a long column 6"
+    )
+    with console.capture() as captured:
+        console.print(shown)
+    assert "a long column 4" in captured.get() and max(map(len, captured.get().splitlines())) <= 90
+
+
+def test_values_of_options_are_completed():
+    def offered(words: str) -> set[str]:
+        parts = words.split(" ")
+        shell = {"_MMDIT_PROBE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(parts) - 1)}
+        script = "from mmdit_probe.cli.app import app; app(prog_name='mmdit-probe')"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | shell)
+        return set(done.stdout.split())
+
+    assert offered("mmdit-probe segment --method i") == {"iseg"}
+    assert offered("mmdit-probe evaluate --method iseg,diffc") == {"iseg,diffcut"}
+    assert offered("mmdit-probe discover --fit s") == {"squash"}
 
 
 def test_debug_shows_the_traceback(monkeypatch):

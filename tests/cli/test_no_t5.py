@@ -77,7 +77,11 @@ def test_evaluate_with_and_without_t5_share_neither_cache_nor_run(capsys: pytest
     assert len(added) == len(captures) == 2
     assert run(*EVALUATE, "--no-t5", "-o", "uncached") == 0
     tables = {name: read_table(Path(name, "counts.parquet")) for name in ("with", "without", "uncached")}
-    pd.testing.assert_frame_equal(tables["without"], tables["uncached"])
+    pixels = {name: table["pixels"].to_numpy().astype(int) for name, table in tables.items()}
+    cached, direct = (tables[name].drop(columns="pixels") for name in ("without", "uncached"))
+    pd.testing.assert_frame_equal(cached, direct)
+    # The cache holds float16: pixels on a border may fall to the other side.
+    assert np.abs(pixels["without"] - pixels["uncached"]).sum() < 1e-3 * pixels["without"].sum()
     assert not tables["with"].equals(tables["without"])
     assert request_of("without") == request_of("with") | {"no_t5": True}
     capsys.readouterr()

@@ -67,7 +67,7 @@ def test_a_pipeline_that_makes_no_image_of_a_text_is_refused(
     Path("other").mkdir()
     Path("other/model_index.json").write_text(json.dumps(index | {"_class_name": "FluxFillPipeline"}))
     assert exit_code("attention-budget", "--model", "other") == 2
-    error = capfd.readouterr().err.strip().splitlines()
+    error = [line for line in capfd.readouterr().err.strip().splitlines() if not line.startswith("loading ")]
     assert len(error) == 1 and "FluxFillPipeline" in error[0] and "give the pipeline to `probe`" in error[0]
     assert exit_code("attention-budget", "--model", directories["flux"], "--no-t5", "--device", "cpu") == 2
     assert "one text encoder only" in capfd.readouterr().err

@@ -35,8 +35,7 @@ from mmdit_probe.data.class_names import read_classes
 from mmdit_probe.data.picture import picture_size
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.segment.run import discover
-from tests import tiny
+from mmdit_probe.segment import Reading, discover
 
 RAMP = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 """Grey values of a picture of 3 x 4 pixels."""
@@ -561,9 +560,8 @@ def test_one_table_of_sources(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("colour", [0, 90, 255])
-def test_a_plain_picture_is_one_segment(colour: int) -> None:
-    model = MMDiT(tiny.pipeline(), "tiny", tiny.T5_LENGTH)
-    found = discover(model, np.full((20, 30, 3), colour, np.uint8), layers=[1])
+def test_a_plain_picture_is_one_segment(colour: int, tiny_model: MMDiT) -> None:
+    found = discover(tiny_model, np.full((20, 30, 3), colour, np.uint8), Reading(layers=[1]))
     assert found.names == ["segment 1"] and (found.labels == 0).all() and found.labels.shape == (20, 30)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,21 +85,22 @@ def test_the_first_step_is_guided_too() -> None:
         assert (guided.generate(PROMPT, scale=2.0, **options) - stock).abs().max() > 1e-3
 
 
-def test_sweep_pairs_every_setting_with_stock() -> None:
-    from mmdit_probe.experiments.perturb import Sampling
-    from mmdit_probe.experiments.sweep import summarise, sweep
+def test_sweep_pairs_every_setting_with_stock(tiny_model: MMDiT) -> None:
+    from mmdit_probe.experiments import Generate
 
-    model = MMDiT(tiny.pipeline())
-    table = sweep(
-        model, [PROMPT, "a cat"], Blur("image", "text"), [(1,), (0, 2)], [0, 2.0], control=True,
-        sampling=Sampling(2, 4.0, 3, 2),
+    ask = Generate(
+        prompts=[PROMPT, "a cat"], perturb_layers="0,2", perturb_scale=[0, 2.0], control="noise", num_steps=2,
+        guidance=4.0, seed=3, batch=2,
     )  # fmt: skip
-    assert len(table) == 2 * (1 + 2 * 2)
-    assert (table[table["scale"] == 0]["change"] == 0).all()
-    assert (table[table["scale"] != 0]["change"] > 0).all()
-    summary = summarise(table)
-    row = summary[(summary["layers"] == "0,2") & ~summary["control"]].iloc[0]
-    assert row["difference"] == pytest.approx(row["mean"])  # stock changes by 0
+    together, each = (replace(ask, each=each).run(tiny_model, progress=False) for each in (False, True))
+    assert len(together.table) == 2 * (1 + 2) and len(each.table) == 2 * (1 + 2 * 2)
+    for result, layers in ((together, "0,2"), (each, "0")):
+        table = result.table
+        assert (table[table["scale"] == 0]["change"] == 0).all()
+        assert (table[table["scale"] != 0]["change"] > 0).all()
+        summary = result.summary
+        row = summary[(summary["layers"] == layers) & (summary["control"] == "none")].iloc[0]
+        assert row["difference"] == pytest.approx(row["mean"])  # stock changes by 0
 
 
 def test_generate_command(tiny_directory: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

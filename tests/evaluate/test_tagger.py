@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -39,18 +38,35 @@ def test_the_threshold_is_the_one_with_the_best_f1() -> None:
     assert tagging.threshold == -0.75
 
 
-def test_tags_are_kept_in_a_file(tmp_path: Path) -> None:
-    dataset = made_up([[0], [1]])
+def test_tags_are_what_scores_above_the_threshold_which_is_chosen_once() -> None:
+    dataset, others = made_up([[0], [1]]), made_up([[0, 1], [0, 1]])
     calls = []
 
     def tagger(image: np.ndarray) -> np.ndarray:
         calls.append(1)
         return np.array([0.0, -0.5, -1.0])
 
-    path = tmp_path / "tags.json"
-    assert Tagging(dataset, tagger, -0.5, None).tags(path) == {"0": ["a", "b"], "1": ["a", "b"]}
-    assert Tagging(dataset, tagger, -0.1, None).tags(path) == {"0": ["a", "b"], "1": ["a", "b"]} and len(calls) == 2
-    assert json.loads(path.read_text())["threshold"] == -0.5
+    assert Tagging(dataset, tagger, -0.5, None).tags(dataset[0]) == ["a", "b"]
+    assert Tagging(dataset, tagger, -0.1, None).tags(dataset[1]) == ["a"] and len(calls) == 2
+    chosen = Tagging(dataset, tagger, None, others)
+    assert [chosen.tags(sample) for sample in dataset] == [["a", "b"]] * 2 and len(calls) == 2 + 2 + 2
+    assert chosen.about["threshold"] == -0.5 and chosen.about["chosen_on"] == "made-up"
+
+
+def test_the_tags_of_a_run_stand_in_its_table(tiny_directory: Path, tmp_path: Path) -> None:
+    from mmdit_probe.experiments import Evaluate, read
+
+    asked = Evaluate(limit=2, protocol="predicted", tagger="scenes-parser", tag_threshold=-2.0, layers="0")
+    found = asked.run(str(tiny_directory), out=tmp_path / "run", progress=False)
+    parser, val = open_tagger("scenes-parser", read_dataset("scenes:val", 2).classes), read_dataset("scenes:val", 2)
+    want = {
+        index: [one.name for one, score in zip(val.classes, parser(sample.image), strict=True) if score >= -2.0]
+        for index, sample in enumerate(val)
+    }
+    tags = found.store.table("tags")
+    assert {index: part["tag"].tolist() for index, part in tags.groupby("image")} == want
+    about = read(tmp_path / "run").document()["tagger"]
+    assert about["threshold"] == -2.0 and about["per_image"] == np.mean([len(names) for names in want.values()])
 
 
 def test_the_shipped_taggers_beat_chance_on_scenes() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.attribute import agreement, attribute, attributions
+from mmdit_probe.experiments.word_attribution import agreement, attribute, attributions
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.scenes import scene
 from mmdit_probe.scenes.world import CLASSES

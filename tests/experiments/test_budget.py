@@ -1,16 +1,20 @@
-"""The attention-budget library call: the same rows as the probe gives, streamed to a sink, the model left alone."""
+"""AttentionBudget: the same rows as the probe gives, written while the sampler runs, the model left alone."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mmdit_probe.experiments.budget_items import Budget, attention_budget
 from PIL import Image
 
 from mmdit_probe.data import Sample
 from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import AttentionBudget
+from mmdit_probe.experiments.target import Named
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.mass import AttentionMass
 from mmdit_probe.observe.probe import probe
@@ -22,52 +26,63 @@ def model() -> MMDiT:
     return MMDiT(tiny.pipeline("sd3"), "tiny", tiny.T5_LENGTH)
 
 
-QUICK = {"num_steps": 2, "guidance": 3.0}
+QUICK: dict[str, Any] = {"num_steps": 2, "guidance": 3.0, "prompts": "a cat"}
+
+
+def table_of(target: Any, **options: Any) -> pd.DataFrame:
+    return AttentionBudget(**QUICK | options).run(target, progress=False).table
+
+
+def study_of(model: MMDiT, **options: Any) -> Any:
+    ask = AttentionBudget(**QUICK | options)
+    return ask.prepare(model, ask.gather(scenes=False))
 
 
 class Kept:
-    """A sink that keeps what it gets, call by call."""
+    """A recorder that keeps what it gets, call by call."""
 
     def __init__(self) -> None:
         self.parts: list[pd.DataFrame] = []
 
-    def write(self, columns: dict[str, np.ndarray]) -> None:
-        self.parts.append(pd.DataFrame(columns))
+    def write(self, table: str, columns: Any, **labels: Any) -> None:
+        if table == "attention_budget":
+            self.parts.append(pd.DataFrame({**dict.fromkeys(labels), **columns}).assign(**labels))
+
+
+def kept(model: MMDiT, task: int, **options: Any) -> list[pd.DataFrame]:
+    ask, record = AttentionBudget(**QUICK | options), Kept()
+    study = ask.prepare(model, ask.gather(scenes=False))
+    ask.measure(study, study.tasks[task], record)  # type: ignore[arg-type]
+    return record.parts
 
 
 def test_rows_are_those_of_the_probe(model):
-    table = attention_budget(model, ["a cat", "a red ring"], seed=5, **QUICK)
-    assert table is not None
+    table = table_of(model, prompts=["a cat", "a red ring"], seed=5)
     with probe(model, AttentionMass()) as run:
         model.generate("a red ring", steps=2, guidance=3.0, seed=6)
-    second = table[table.item == 1].drop(columns="item").reset_index(drop=True)
+    second = table[table.item == 1].drop(columns=["control", "item"]).reset_index(drop=True)
     second["prompt"] = second["prompt"].cat.remove_unused_categories()
     pd.testing.assert_frame_equal(second, run[AttentionMass].table())
 
 
-def test_a_sink_gets_the_rows_while_the_sampler_runs(model):
-    sink = Kept()
-    assert attention_budget(model, "a cat", sink=sink, **QUICK) is None
-    assert len(sink.parts) >= 2  # not one heap at the end
-    assert {step for part in sink.parts for step in part.step} == {0, 1}
-    table = attention_budget(model, "a cat", **QUICK)
-    pd.testing.assert_frame_equal(pd.concat(sink.parts, ignore_index=True), table)
+def test_rows_are_written_while_the_sampler_runs(model):
+    parts = kept(model, 0)
+    assert len(parts) >= 2  # not one heap at the end
+    assert {step for part in parts for step in part.step} == {0, 1}
+    pd.testing.assert_frame_equal(pd.concat(parts, ignore_index=True).astype(object), table_of(model).astype(object))
 
 
-def test_text_length_is_set_for_this_measurement_only(model):
-    table = attention_budget(model, "a cat", max_sequence_length=6, **QUICK)
+def test_text_length_is_that_of_the_session(model, tiny_directory: Path):
+    table = table_of(Named(str(tiny_directory), max_sequence_length=6))
     per_query = ["step", "branch", "layer", "head", "query"]
-    text = table[table.key == "text"].groupby(per_query).n_key.sum()
+    text = table[table.key == "text"].groupby(per_query, observed=True).n_key.sum()
     assert set(text) == {tiny.CLIP_LENGTH + 6}
     assert model.max_sequence_length == tiny.T5_LENGTH
 
 
 def test_picture_is_noised_to_sigma_with_its_own_seed(model):
     pictures = [Sample(f"p{k}", Image.new("RGB", (64, 64), "red"), "a cat") for k in range(2)]
-    budget = Budget.of_pictures(model, pictures, sigma=0.5, seed=3, layers="1")
-    sink = Kept()
-    budget.measure(budget.items[1], sink)
-    rows = pd.concat(sink.parts)
+    rows = pd.concat(kept(model, 1, images=pictures, prompts=None, sigma=0.5, seed=3, layers="1"))
     latents = model.noise(model.encode_image(Image.new("RGB", (64, 64), "red")), 0.5, seed=4)
     with probe(model, AttentionMass(), layers=[1]) as run:
         model.denoise(latents, 0.5, model.encode_prompt("a cat"))
@@ -77,34 +92,36 @@ def test_picture_is_noised_to_sigma_with_its_own_seed(model):
 
 def test_request_tells_apart_what_changes_the_numbers(model):
     def request(**changes: object) -> dict[str, object]:
-        return Budget.of_prompts(model, ["a cat"], **{**QUICK, **changes}).request  # type: ignore[arg-type]
+        return study_of(model, **changes).request
 
     assert request() == request(layers="0-2", steps=[0, 1])
-    different = [{"seed": 1}, {"guidance": 1.0}, {"layers": 0}, {"steps": 0}, {"heads": 1}, {"max_sequence_length": 6}]
+    different = [{"seed": 1}, {"guidance": 1.0}, {"layers": 0}, {"steps": 0}, {"heads": 1}, {"rows": "layer"}]
     for changes in different:
         assert request(**changes) != request(), changes
+    shorter = MMDiT(model.pipeline, "tiny", 6)
+    assert study_of(shorter).request != request()
     before = request()
     with torch.no_grad():
         weight = model.transformer.proj_out.weight
         weight += 1
         changed = MMDiT(model.pipeline, "tiny", tiny.T5_LENGTH)
-        assert Budget.of_prompts(changed, ["a cat"], **QUICK).request != before
+        assert study_of(changed).request != before
         weight -= 1
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("options", "message"),
     [
-        (lambda m: attention_budget(m, []), "no prompt is given"),
-        (lambda m: attention_budget(m, "a cat", layers=7), "layer 7 does not exist: there are 3 layers"),
-        (lambda m: attention_budget(m, "red " * 20), r"'red.*' and \d+ more words fell off|fell off"),
-        (lambda m: Budget.of_pictures(m, []), "no picture is given"),
+        ({"prompts": []}, "no prompt is given"),
+        ({"layers": 7}, "layer 7 does not exist: there are 3 layers"),
+        ({"prompts": "red " * 20}, r"'red.*' and \d+ more words fell off|fell off"),
+        ({"images": []}, "no picture is given"),
         (
-            lambda m: Budget.of_pictures(m, [Sample("p", Image.new("RGB", (64, 64)))], ["a", "b"]),
+            {"images": [Sample("p", Image.new("RGB", (64, 64)))], "prompts": ["a", "b"]},
             "2 prompts for 1 pictures; expected none, one, or one per picture",
         ),
     ],
 )
-def test_refusals(model, call, message):
+def test_refusals(model, options, message):
     with pytest.raises(UserError, match=message):
-        call(model)
+        table_of(model, **options)

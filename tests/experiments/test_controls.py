@@ -14,8 +14,9 @@ import torch
 
 from mmdit_probe import AttentionMass, load, probe
 from mmdit_probe.cli.app import main
+from mmdit_probe.edit.uniform import Uniform
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.controls import Uniform, parse, random_model, variants
+from mmdit_probe.experiments.controls import parse, random_model, variants
 from mmdit_probe.models.load import random_twin
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from mmdit_probe.experiments.evidence_names import EVIDENCE, evidence_names
 
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import evidence
+from mmdit_probe.experiments.evidence import EVIDENCE, evidence_names
 from mmdit_probe.results.selection import load_selection
 
 LAYERS = 6
@@ -109,7 +109,7 @@ def test_from_run_folders_to_a_selection(
     assert list(selection.layers) == document["layers"] and len(selection.layers) == 2
     assert {row["evidence"] for row in selection.evidence} == {"word_mass", "value_gap", "perturbation"}
     assert Path("chosen/select_layers.png").exists()
-    masses = evidence._masses(pd.read_parquet("budget/attention_budget.parquet"))
+    masses = evidence.word_mass(pd.read_parquet("budget/attention_budget_by_item.parquet"))
     assert set(masses["layer"]) == {0, 1, 2} and (masses["value"] > 0).all()
 
     assert run("select-layers", "--model", str(tiny_directory), "--from", "chosen") == 2

@@ -116,7 +116,9 @@ def test_commands_measure_them(
     stock = table[(table["condition"] == "stock") & (table["control"] == "none")]
     assert stock["dino"].to_numpy() == pytest.approx(np.ones(5), abs=1e-6)
     record = json.loads(Path("perturb/run.json").read_text())
-    assert record["request"]["heads"] == {"2": [1]} and record["request"]["checkpoints"]["dino"] == str(dino)
+    edits = [(labels, edit) for _, labels, _, edit in record["request"]["conditions"]]
+    heads = {labels["layer"]: edit["heads"] for labels, edit in edits if labels["condition"] == "edit"}
+    assert heads[2] == [1] and record["request"]["checkpoints"]["dino"] == str(dino)
 
     document = run("generate", *shared, "--perturb-scale", "1", "--out", "generate")
     assert {row["layers"] for row in document["settings"]} == {"", "0,2"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,44 +11,41 @@ import pandas as pd
 import pytest
 
 from mmdit_probe.cli.app import main
-from mmdit_probe.edit import Blur, Scale
 from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import Perturb
 from mmdit_probe.experiments.outcomes import Change
-from mmdit_probe.experiments.perturb import CONTROL, EDIT, NO_OP, STOCK, Sampling, conditions, perturb, summarise
+from mmdit_probe.experiments.perturb import CONTROL, EDIT, NO_OP, STOCK, power, summarise
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table
-from tests import tiny
 
 PROMPTS = ["a red ring", "a cat", "a blue house"]
 
 
-def test_no_op_is_exactly_zero_and_images_do_not_depend_on_the_batch() -> None:
-    model = MMDiT(tiny.pipeline())
-    tables = [
-        perturb(model, PROMPTS, Scale(factor=0.0), layers="0-1", sampling=Sampling(2, 4.0, 7, batch))
-        for batch in (3, 2)
-    ]
+def test_no_op_is_exactly_zero_and_images_do_not_depend_on_the_batch(tiny_model: MMDiT) -> None:
+    ask = Perturb(prompts=PROMPTS, edit="zero", layers="0-1", num_steps=2, guidance=4.0, seed=7, batch=3)
+    tables = [replace(ask, batch=batch).run(tiny_model, progress=False).table for batch in (3, 2)]
     table = tables[0]
     assert len(table) == 3 * (2 + 2 * 2)
     assert (table[table["condition"].isin([STOCK, NO_OP])]["change"] == 0).all()
     assert (table[table["condition"].isin([EDIT, CONTROL])]["change"] > 0).all()
     by = ["item", "condition", "layer"]
-    one, two = (t.sort_values(by).reset_index(drop=True) for t in tables)
+    one, two = (t.astype({"condition": str}).sort_values(by).reset_index(drop=True) for t in tables)
     assert one[["item", "seed", "condition", "layer"]].equals(two[["item", "seed", "condition", "layer"]])
     np.testing.assert_allclose(one["change"], two["change"], atol=2e-3)  # 8-bit images round
 
 
-def test_places() -> None:
-    model = MMDiT(tiny.pipeline())
-    heads = conditions(model, Blur(), "1", "heads", control=False)
-    assert [(c.kind, c.layer, c.head) for c in heads[2:]] == [(EDIT, 1, 0), (EDIT, 1, 1)]
-    spans = conditions(model, Blur(), "1", "spans", control=False)
-    assert [c.span for c in spans[2:]] == ["word", "bos", "eos", "pad"]
+def test_places(tiny_model: MMDiT) -> None:
+    heads = Perturb(layers="1", by="heads", control="none").conditions(tiny_model, PROMPTS)
+    assert [(c.labels["condition"], c.labels["layer"], c.labels["head"]) for c in heads[2:]] == [
+        (EDIT, 1, 0), (EDIT, 1, 1),
+    ]  # fmt: skip
+    spans = Perturb(layers="1", by="spans", control="none").conditions(tiny_model, PROMPTS)
+    assert [c.labels["span"] for c in spans[2:]] == ["word", "bos", "eos", "pad"]
     assert spans[2].edit.spans == ("word",)
     with pytest.raises(UserError, match="layers"):
-        conditions(model, Blur(), "1", "tokens")  # type: ignore[arg-type]
+        Perturb(by="tokens")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="layer 9"):
-        conditions(model, Blur(), 9)
+        Perturb(layers=9).conditions(tiny_model, PROMPTS)
 
 
 def long_table(effect: float, random: float, n: int = 8) -> pd.DataFrame:
@@ -63,7 +61,8 @@ def long_table(effect: float, random: float, n: int = 8) -> pd.DataFrame:
             (CONTROL, 0, base - random + noise[item, 2]),
         ):
             rows.append(
-                {"item": item, "prompt": "", "seed": item, "condition": kind, "layer": layer, "head": -1, "span": "all",
+                {"item": item, "prompt": "", "seed": item, "control": "budget" if kind == CONTROL else "none",
+                 "condition": kind, "layer": layer, "head": -1, "span": "all",
                  "change": 0.0 if layer < 0 else 0.1, "facts": facts, "clip_i": 1.0 if layer < 0 else 0.9}
             )  # fmt: skip
     return pd.DataFrame(rows)
@@ -82,6 +81,18 @@ def test_summary_compares_with_the_same_prompt_and_seed(effect: float, random: f
     assert summary.loc["facts", -1]["effect"] == 0.0  # no-op
     assert summary.loc["change", 0]["effect"] == pytest.approx(0.1)
     assert summary.loc["clip_i", 0]["effect"] == pytest.approx(-0.1)
+
+
+def test_meaning_comes_first_and_power_is_told() -> None:
+    """Effects that spread by .1 tell a drop of .05 (dz = .5) from 34 pairs on (G*Power: two-sided 5 %, power .8)."""
+    table = long_table(0.3, 0.0, n=12)
+    assert list(dict.fromkeys(summarise(table)["outcome"])) == ["facts", "clip_i", "change"]
+    stock = table[table["condition"] == STOCK].set_index("item")["facts"]
+    edited = table["condition"] == EDIT
+    spread = 0.1 * np.tile([1.0, -1.0], 6) / np.sqrt(12 / 11)
+    table.loc[edited, "facts"] = stock.to_numpy() + spread
+    assert power(table) == ["Power: n = 34 would show a drop of 0.05 at every place (80 %, facts)."]
+    assert power(table.drop(columns="facts")) == []
 
 
 def test_few_prompts_decide_nothing() -> None:
@@ -113,7 +124,7 @@ def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert {"perturb.png", "perturb_sheet.png", "perturb_sheet_control.png", "perturb_by_place.csv"} <= names
     assert len(list(Path("run/images").iterdir())) == 6
     record = json.loads(Path("run/run.json").read_text())
-    assert record["request"]["edit"]["edit"] == "Scale"
+    assert [edit["edit"] for *_, edit in record["request"]["conditions"][1:3]] == ["Scale", "Scale"]
     with pytest.raises(SystemExit) as stopped:
         main(["perturb", "--model", str(tiny_directory), "--prompts", "a cat", "--kernel", "4"])
     assert stopped.value.code == 2

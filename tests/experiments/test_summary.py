@@ -5,10 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from mmdit_probe.experiments.budget_summary import robust_z, summarise
 
+from mmdit_probe.data import paper_table
 from mmdit_probe.errors import UserError
-from tests.tables import SPANS, budget_table
+from mmdit_probe.experiments import AttentionBudget, Result, ValueNorms
+from mmdit_probe.experiments.attention_budget import budget_table as shown
+from mmdit_probe.experiments.attention_budget import robust_z
+from mmdit_probe.experiments.attention_budget import summarise as summarise_items
+from mmdit_probe.experiments.store import MemoryStore
+from mmdit_probe.results.statistics import interval
+from tests.tables import SPANS, budget_table, by_item
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    items = by_item(AttentionBudget(), table)
+    return summarise_items(items[items["branch"] == "cond"])
 
 
 def test_masses_of_each_query_modality_sum_to_one():
@@ -34,25 +45,24 @@ def test_spans_add_up_over_encoders_and_to_the_block():
     assert (summary.I2T_null == 0).all()
 
 
-def test_interval_is_students_over_prompts():
-    from scipy import stats
-
+def test_interval_is_over_prompts():
     row = summarise(budget_table(layers=1, prompts=4)).iloc[0]
-    per_prompt = 0.1 + 0.01 * np.arange(4)
-    low, high = stats.t.interval(0.95, 3, per_prompt.mean(), stats.sem(per_prompt))
-    assert row.I2T_low == pytest.approx(low)
-    assert row.I2T_high == pytest.approx(high)
+    mean, low, high = interval(0.1 + 0.01 * np.arange(4))
+    assert (row.I2T, row.I2T_low, row.I2T_high) == (pytest.approx(mean), pytest.approx(low), pytest.approx(high))
+    assert low < mean < high
 
 
 def test_one_prompt_has_no_interval():
     assert summarise(budget_table(prompts=1))[["I2T_low", "I2T_high"]].isna().all().all()
 
 
-def test_parts_give_the_same_as_the_whole():
-    table = budget_table()
-    whole, parts = summarise(table), summarise([part for _, part in table.groupby("item")])
-    pd.testing.assert_frame_equal(whole, parts)
-    pd.testing.assert_frame_equal(whole, summarise(budget_table(item=False)))
+def test_calls_one_by_one_give_the_same_as_all_at_once():
+    ask, table = AttentionBudget(), budget_table()
+    parts = by_item(ask, table)
+    for item, rows in table.groupby("item"):
+        whole = ask.join(ask.reduce({name: rows[name] for name in rows}))
+        one = parts[parts["item"] == item].drop(columns=["item", "control"]).reset_index(drop=True)
+        pd.testing.assert_frame_equal(whole, one)
 
 
 def test_categories_change_nothing():
@@ -74,7 +84,21 @@ def test_robust_z_of_equal_values_is_zero():
     np.testing.assert_array_equal(robust_z(np.ones(5)), np.zeros(5))
 
 
-def test_missing_branch_is_said():
-    table = budget_table()
-    with pytest.raises(UserError, match="no rows of branch 'condd'; expected cond or uncond"):
-        summarise(table, branch="condd")
+@pytest.mark.parametrize(("ask", "branch"), [(AttentionBudget(), "condd"), (ValueNorms(), "uncond")])
+def test_missing_branch_is_said(ask, branch):
+    store = MemoryStore(ask.name, {}, {})
+    with store.task(0, lambda: None) as record:
+        record.write(ask.tables[-1], pd.DataFrame({"item": [0], "control": "none", "branch": "cond"}))
+    with pytest.raises(UserError, match=f"no rows of branch '{branch}'; expected cond or uncond"):
+        ask.by_item(Result(ask, store), branch)
+
+
+def test_the_table_in_text_puts_the_paper_beside_ours():
+    table = shown(summarise(budget_table()), paper_table("budget_by_layer"))
+    cells = {name: [row[place] for row in table.rows] for place, name in enumerate(table.columns)}
+    assert cells["layer"] == ["0", "1", "2", "3", "4", "5"]
+    assert cells["I2T"][0] == ".110 (.250)"
+    assert cells["paper I2T"][:2] == [".562", ".856"]
+    assert cells["paper T2I"][:2] == [".345", ".869"]
+    assert "to words" in cells
+    assert "to null slots" not in cells

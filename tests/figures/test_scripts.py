@@ -5,44 +5,30 @@ from __future__ import annotations
 import importlib
 import io
 import runpy
-import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pandas as pd
 import pytest
 
-from mmdit_probe.cli.app import main as command_line
+from mmdit_probe.errors import UserError
 
 FIGURES = Path(__file__).parents[2] / "figures"
-FEW = ["--limit", "2", "--num-steps", "2", "--prompts"]
-
-
-def in_process(line: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-    """`python -m mmdit_probe ...` without a new interpreter."""
-    assert line[1:3] == ["-m", "mmdit_probe"]
-    said = io.StringIO()
-    with redirect_stdout(said), pytest.raises(SystemExit) as stopped:
-        command_line(line[3:])
-    assert not stopped.value.code, line
-    return subprocess.CompletedProcess(line, 0, said.getvalue(), "")
+FEW = ["limit=2", "num_steps=2", "prompts=prompts.txt"]
 
 
 @pytest.fixture
 def draw(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Run a script on the tiny model: the names of the files it wrote, by suffix PNG."""
+    """Run a script on the tiny model: the files it wrote, by name. Words with `=` are options of the experiment."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(FIGURES))
-    runs = importlib.import_module("runs")
-    monkeypatch.setattr(runs, "subprocess", SimpleNamespace(run=in_process, PIPE=subprocess.PIPE))
     (tmp_path / "prompts.txt").write_text("a red ring\na cat on grass\n")
 
     def run(script: str, *arguments: str) -> dict[str, Path]:
-        given = ["--model", str(tiny_directory), "--out", str(tmp_path / "out"), *arguments]
-        monkeypatch.setattr(sys, "argv", [script, *given])
+        given = [part for text in arguments for part in (("--set", text) if "=" in text else (text,))]
+        line = [script, "--model", str(tiny_directory), "--out", str(tmp_path / "out"), *given]
+        monkeypatch.setattr(sys, "argv", line)
         said = io.StringIO()
         with redirect_stdout(said):
             runpy.run_path(str(FIGURES / f"{script}.py"), run_name="__main__")
@@ -57,23 +43,23 @@ def draw(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("script", "arguments", "expected"),
     [
-        ("fig02_attention_budget", [*FEW, "prompts.txt"], {"fig02_attention_budget.png"}),
-        ("fig03_pca", ["--images", "scenes:val", "--limit", "6"], {"fig29_pca_maps.png", "fig03_pca_scores.png"}),
-        ("fig04_value_norms", [*FEW, "prompts.txt"], {"fig04_value_norms.png", "fig28_value_norm_heads.png"}),
-        ("fig05_blur", [*FEW, "prompts.txt", "--layers", "1"],
+        ("fig02_attention_budget", FEW, {"fig02_attention_budget.png"}),
+        ("fig03_pca", ["--images", "scenes:val", "limit=6"], {"fig29_pca_maps.png", "fig03_pca_scores.png"}),
+        ("fig04_value_norms", FEW, {"fig04_value_norms.png", "fig28_value_norm_heads.png"}),
+        ("fig05_blur", [*FEW, "layers=1"],
          {"fig05_blur.png", "fig05_blur_control.png", "fig18_blur_scores.png"}),
-        ("fig06_guidance", [*FEW, "prompts.txt", "--perturb-layers", "0,2"],
+        ("fig06_guidance", [*FEW, "perturb_layers=0,2"],
          {"fig06_guidance.png", "fig06_guidance_scores.png"}),
     ],
 )  # fmt: skip
 def test_scripts_of_commands(draw, script, arguments, expected):
-    files = draw(script, "--", *arguments)
+    files = draw(script, *arguments)
     assert {name for name in files if name.endswith(".png")} == expected
     assert list(Path("runs").glob("*/*/run.json"))
 
 
 def test_blur_scores_keep_the_no_op_and_the_control(draw):
-    scores = pd.read_csv(draw("fig05_blur", "--", *FEW, "prompts.txt", "--layers", "1")["fig18_blur_scores.csv"])
+    scores = pd.read_csv(draw("fig05_blur", *FEW, "layers=1")["fig18_blur_scores.csv"])
     assert set(scores["outcome"]) == {"change"}  # nobody can read this model's images, and no CLIP was given
     assert scores.loc[scores["layer"] == -1, "effect"].item() == 0
     edited = scores[scores["layer"] == 1].iloc[0]
@@ -82,7 +68,7 @@ def test_blur_scores_keep_the_no_op_and_the_control(draw):
 
 
 def test_token_maps(draw):
-    given = ["--prompt", "a [red] [ring]", "--prompt", "a [cat] on [grass]", "--layers", "1,2", "--steps", "3"]
+    given = ["--prompt", "a [red] [ring]", "--prompt", "a [cat] on [grass]", "--layers", "1,2", "num_steps=3"]
     files = draw("fig09_token_maps", *given)
     assert {name for name in files if name.endswith(".png")} == {
         "fig09a_token_maps.png", "fig09b_pad_maps.png", "fig16_i2t_t2i.png", "fig25_all_tokens.png", "fig26_heads.png",
@@ -107,3 +93,55 @@ def test_segmentation_league_lists_the_paper_as_another_world(draw):
     table = pd.read_csv(files["fig08_miou_by_layer.csv"])
     assert sorted(set(table["layers"].dropna())) == [0, 1, 2]
     assert set(table["world"]) == {"measured"}
+
+
+def test_a_finished_run_is_drawn_again_and_fresh_measures_anew(draw):
+    for more, runs in (((), 1), ((), 1), (("--fresh",), 2)):
+        draw("fig02_attention_budget", *FEW, *more)
+        assert len(list(Path("runs").glob("*/*/run.json"))) == runs
+
+
+def test_unknown_options_are_refused(draw):
+    with pytest.raises(UserError, match="unknown option of AttentionBudget 'limits'"):
+        draw("fig02_attention_budget", "limits=2")
+
+
+def test_the_papers_model_is_measured_as_the_paper_did(monkeypatch):
+    monkeypatch.syspath_prepend(str(FIGURES))
+    runs, fig07, fig08 = (importlib.import_module(name) for name in ("runs", "fig07_masks", "fig08_segmentation"))
+    options = runs.options_of("").parse_args(["--model", "stabilityai/stable-diffusion-3-medium-diffusers"])
+    model = runs.model_of(options)
+    assert (model.options["t5"], model.max_sequence_length) == (False, 77)
+    assert runs.paper_step(options) == {"steps": "last-8"}
+    read = {name: fig08.settings(options.model, how)["layers"] for name, (_, how) in fig08.RUNS.items()}
+    assert read == {"layer": "all", "sigma": "9", "head": "all", "league": "9", "normalisation": "9"}
+    assert fig07.settings(options.model) == {"layers": (9,)}
+    other = runs.options_of("").parse_args(["--model", "scenes-sd3"])
+    assert runs.model_of(other).max_sequence_length is None and runs.paper_step(other) == {}
+
+
+def test_normalisation_is_measured_before_and_after_the_softmax(draw):
+    table = pd.read_csv(
+        draw("fig08_segmentation", "--only", "normalisation", "--limit", "1")["table5_normalisation.csv"]
+    )
+    ours = table[table["world"] == "measured"]
+    assert sorted(zip(ours["softmax"], ours["min_max"], strict=True)) == [
+        (s, m) for s in (False, True) for m in (False, True)
+    ]
+    assert ours["miou"].between(0, 1).all() and set(table["world"]) == {"measured", "paper"}
+
+
+def test_magnet_of_any_model_with_an_adapter(draw, tiny_directory, tmp_path):
+    from mmdit_probe import load
+    from mmdit_probe.magnet.lora import save_lora
+    from tests.magnet.test_lora import trained
+
+    save_lora(trained(load(tiny_directory).pipeline).transformer, tmp_path / "lora", {})
+    adapter = ("--lora", str(tmp_path / "lora"), "--limit", "1")
+    files = draw("fig10_magnet", *adapter, "--prompt", "a [red] [ring]", "--layers", "1,2", "num_steps=2")
+    drawn = {"fig10_pipeline", "fig11_masks_open", "fig11_masks_unsupervised", "fig12_maps", "fig13_pictures"}
+    assert {Path(name).stem for name in files} == drawn
+    files = draw("fig08_segmentation", "--only", "league", *adapter)
+    table = pd.read_csv(files["table12_league.csv"])
+    ours = set(table.loc[table["world"] == "measured", "method"])
+    assert {"seg4diff", "seg4diff, LoRA", "seg4diff-unsup, LoRA"} <= ours

@@ -111,9 +111,9 @@ def test_figures_and_tables(tables: dict[str, Any], tmp_path: Path, monkeypatch:
     drawn = {"fig10_pipeline", "fig11_masks_open", "fig11_masks_unsupervised", "fig12_maps", "fig13_pictures"}
     both = {"table3_clipscore", "table4_alignment"}
     expected = {f"{name}.{kind}" for name in drawn | both for kind in ("png", "pdf")}
-    assert names == expected | {f"{name}.csv" for name in (*both, "table5_normalisation")}
-    table = pd.read_csv(tmp_path / "out" / "scenes-sd3" / "table5_normalisation.csv")
-    assert set(table["world"]) == {"measured", "paper"}
+    assert names == expected | {f"{name}.csv" for name in (*both, "table5_magnet")}
+    table = pd.read_csv(tmp_path / "out" / "scenes-sd3" / "table5_magnet.csv")
+    assert set(table["world"]) == {"measured"}
     measured = table[(table["at"] == "reading") & (table["world"] == "measured")]
     assert len(measured) == 4 * len(VARIANTS)  # softmax and min-max, with and without
     clip = pd.read_csv(tmp_path / "out" / "scenes-sd3" / "table3_clipscore.csv")

@@ -198,7 +198,7 @@ def test_training_on_masks_lowers_the_mask_loss(tmp_path: Path) -> None:
 def test_words_of_the_embedded_model_come_to_own_their_regions(tmp_path: Path) -> None:
     held_out = [ScenesData("val", 24)[index] for index in range(24)]
     model = load("scenes-sd3")
-    untrained = [validate(model, held_out, [layer]).miou for layer in range(len(model.layers))]
+    untrained = [validate(model, held_out, [layer]).miou() for layer in range(len(model.layers))]
     layer = int(np.argmax(untrained))
     config = TrainMagnet(
         layers=(layer,), steps=24, batch=4, warmup=2, rate=3e-3, max_grad_norm=1.0, validate_every=12, save_every=12
@@ -207,7 +207,7 @@ def test_words_of_the_embedded_model_come_to_own_their_regions(tmp_path: Path) -
     assert result.validation.miou.max() > untrained[layer] + 0.01
     assert (tmp_path / "best" / FILE).exists()
     again = load("scenes-sd3", lora=result.lora)
-    assert validate(again, held_out, [layer]).miou == pytest.approx(result.validation.miou.iloc[-1], abs=1e-6)
+    assert validate(again, held_out, [layer]).miou() == pytest.approx(result.validation.miou.iloc[-1], abs=1e-6)
 
 
 def test_what_is_written(tmp_path: Path) -> None:

@@ -47,7 +47,12 @@ def test_a_model_without_joint_attention_is_refused(tmp_path: Path) -> None:
 
 def test_cross_attention_shows_as_text_keys_only() -> None:
     sites = taint(CROSS_ATTENTION["pixart"].build(), CROSS_ATTENTION["pixart"].inputs())
-    assert [site.cross for site in sites.values()] == [False, True] * 2
+    assert [[kind for kind, _ in site.order()] for site in sites.values()] == [["image"], ["text"]] * 2
+    from_others = [
+        {count != len(labels) for count, labels in zip(site.queries, site.labels, strict=True)}
+        for site in sites.values()
+    ]
+    assert from_others == [{False}, {True}] * 2
     assert not any(site.joint for site in sites.values())
 
 

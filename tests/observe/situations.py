@@ -29,9 +29,10 @@ from transformers import T5EncoderModel
 
 from mmdit_probe.attention import reference
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.models.discover_layout import bind, taint
+from mmdit_probe.models.discover_layout import taint
 from mmdit_probe.models.layout import unwrap
-from mmdit_probe.observe.mass import attention_masses
+from mmdit_probe.models.pipeline_call import bind
+from mmdit_probe.observe.mass import KeyGroups, attention_masses
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 from tests import pipelines, tiny
@@ -96,7 +97,8 @@ class Watched(Observer):
 
     def observe(self, seen: LayerCall) -> None:
         groups = [[2] * seen.layout.counts["text"] for _ in seen.denoising.prompts]
-        masses, n_query = attention_masses(seen.call, seen.lse, seen.layout, groups)  # [B, H, 2, image | other | text]
+        keys = KeyGroups.of(seen.layout, groups, seen.call.query.device)
+        masses, n_query = attention_masses(seen.call, seen.lse, keys)  # [B, H, 2, image | other | text]
         self.seen[seen.denoising.number, seen.layer.path] = (seen.denoising, masses.double().cpu(), n_query.cpu())
 
 

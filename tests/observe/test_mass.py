@@ -14,7 +14,7 @@ from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.tokens import token_tables
-from mmdit_probe.observe.mass import COLUMNS, attention_masses
+from mmdit_probe.observe.mass import COLUMNS, KeyGroups, attention_masses
 from tests import tiny
 from tests.observe.oracle import attentions
 
@@ -108,6 +108,8 @@ def joint(seed: int = 0) -> SDPACall:
 
 LAYOUT = Layout.from_counts([("image", 6), ("text", 4), ("other", 2)])
 GROUPS = [[2, 3, 3, 4]]
+CPU = torch.device("cpu")
+KEYS = KeyGroups.of(LAYOUT, GROUPS, CPU)
 
 
 def test_text_first_and_image_first_agree_after_relabelling() -> None:
@@ -115,8 +117,8 @@ def test_text_first_and_image_first_agree_after_relabelling() -> None:
     order = torch.tensor([*range(6, 12), *range(6)])
     turned = SDPACall(call.query[:, :, order], call.key[:, :, order], call.value[:, :, order])
     layout = Layout(LAYOUT.labels[order])
-    one = attention_masses(call, exact.attend(call)[1], LAYOUT, GROUPS)[0]
-    two = attention_masses(turned, exact.attend(turned)[1], layout, GROUPS)[0]
+    one = attention_masses(call, exact.attend(call)[1], KEYS)[0]
+    two = attention_masses(turned, exact.attend(turned)[1], KeyGroups.of(layout, GROUPS, CPU))[0]
     assert torch.allclose(one, two, atol=1e-6)
 
 
@@ -126,15 +128,15 @@ def test_scattered_text_takes_the_same_masses() -> None:
     mixed = SDPACall(call.query[:, :, order], call.key[:, :, order], call.value[:, :, order])
     labels = LAYOUT.labels[order]
     groups = [[GROUPS[0][int(place) - 6] for place in order if 6 <= place < 10]]
-    one = attention_masses(call, exact.attend(call)[1], LAYOUT, GROUPS)[0]
-    two = attention_masses(mixed, exact.attend(mixed)[1], Layout(labels), groups)[0]
+    one = attention_masses(call, exact.attend(call)[1], KEYS)[0]
+    two = attention_masses(mixed, exact.attend(mixed)[1], KeyGroups.of(Layout(labels), groups, CPU))[0]
     assert torch.allclose(one, two, atol=1e-6)
 
 
 def test_the_indicator_path_gives_the_same_numbers() -> None:
     call = joint()
-    with_lse, _ = attention_masses(call, exact.attend(call)[1], LAYOUT, GROUPS)
-    without, n_query = attention_masses(call, None, LAYOUT, GROUPS)
+    with_lse, _ = attention_masses(call, exact.attend(call)[1], KEYS)
+    without, n_query = attention_masses(call, None, KEYS)
     assert torch.allclose(with_lse, without, atol=1e-6)
     assert n_query.tolist() == [[6, 4]]
 
@@ -146,7 +148,7 @@ def test_fully_masked_queries_are_left_out_of_the_mean(use_lse: bool) -> None:
     mask[0, 0, 2] = False
     mask[0, 0, :, 11] = False
     masked = SDPACall(call.query, call.key, call.value, mask)
-    masses, n_query = attention_masses(masked, exact.attend(masked)[1] if use_lse else None, LAYOUT, GROUPS)
+    masses, n_query = attention_masses(masked, exact.attend(masked)[1] if use_lse else None, KEYS)
     assert n_query.tolist() == [[5, 4]]
     assert (masses.sum(-1) - 1).abs().max() < 1e-5
     from mmdit_probe.attention import reference

@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from mmdit_probe import ValueNorm, probe
-from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import norm_summary
+from mmdit_probe.experiments import ValueNorms, value_norms
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.tokens import token_tables
-from mmdit_probe.observe.norms import COLUMNS, value_norms
+from mmdit_probe.observe.norms import COLUMNS
+from mmdit_probe.observe.norms import value_norms as norms_of
+from mmdit_probe.results.statistics import interval
 from mmdit_probe.specs import ALL_HEADS
 from tests import tiny
+from tests.tables import by_item
 
 IMAGE = 16
 N = IMAGE + tiny.CLIP_LENGTH + tiny.T5_LENGTH
@@ -94,33 +96,30 @@ def test_observing_leaves_the_image_bitwise_equal(pipe: Any) -> None:
 
 def test_heads_add_up_in_squares() -> None:
     value = torch.randn(2, 3, 5, 4)
-    norms = value_norms(value)
+    norms = norms_of(value)
     assert norms.shape == (2, 4, 5)
     assert torch.allclose(norms[:, 0].square(), norms[:, 1:].square().sum(1), rtol=1e-5)
-    assert torch.allclose(value_norms(3 * value), 3 * norms, rtol=1e-5)
+    assert torch.allclose(norms_of(3 * value), 3 * norms, rtol=1e-5)
 
 
 def test_summary_weighs_tokens_and_leaves_padding_out_of_the_prompt() -> None:
     import pandas as pd
 
     rows = []
-    for prompt, shift in (("a", 0.0), ("b", 2.0)):
+    for item, shift in enumerate((0.0, 2.0)):
         for span, norm, n in (("all", 1.0, 16), ("bos", 4.0, 1), ("word", 8.0, 3), ("pad", 100.0, 4)):
             token = "image" if span == "all" else "text"
             for head in (ALL_HEADS, 0):
                 rows.append(
-                    {"prompt": prompt, "seed": 0, "step": 0, "branch": "cond", "layer": 0, "head": head,
+                    {"item": item, "step": 0, "branch": "cond", "layer": 0, "head": head,
                      "token": token, "span": span, "norm": norm + shift, "n_token": n}
                 )  # fmt: skip
-    table = pd.DataFrame(rows)
-    row = norm_summary.by_layer(table).iloc[0]
+    table = by_item(ValueNorms(), pd.DataFrame(rows))
+    row = value_norms.by_layer(table).iloc[0]
     assert (row["prompts"], row["image"], row["word"], row["pad"]) == (2, 2.0, 9.0, 101.0)
     assert row["prompt"] == pytest.approx((4 + 3 * 8) / 4 + 1)
     assert row["text"] == pytest.approx((4 + 3 * 8 + 4 * 100) / 8 + 1)
     assert row["gap"] == pytest.approx(row["prompt"] - row["image"])
-    # Student's t with one degree of freedom: 12.706 standard errors of a spread of sqrt(2).
-    assert row["image_high"] - row["image"] == pytest.approx(12.706, rel=1e-3)
+    assert (row["image_low"], row["image_high"]) == pytest.approx(interval([1.0, 3.0])[1:])
     assert row["gap_high"] == pytest.approx(row["gap"])
-    assert norm_summary.by_head(table)["word"].tolist() == [9.0]
-    with pytest.raises(UserError, match="uncond"):
-        norm_summary.by_layer(table, "uncond")
+    assert value_norms.by_head(table)["word"].tolist() == [9.0]

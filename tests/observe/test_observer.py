@@ -12,11 +12,12 @@ import torch
 from mmdit_probe import AttentionMass, TextMaps, ValueNorm, probe
 from mmdit_probe.attention import reference
 from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.attention.gradients import streamed_lse
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.concepts import ConceptStream
 from mmdit_probe.observe.maps import PARTS, JointBlocks
-from mmdit_probe.observe.observer import DenoisingCall, Observer, RowBatch, row_logsumexp
+from mmdit_probe.observe.observer import DenoisingCall, Observer, RowBatch
 from mmdit_probe.observe.pca import PCA, Projection
 from mmdit_probe.observe.sinks import Channels, KeyMass, SinkFree
 from mmdit_probe.results.tables import MemorySink, constant
@@ -236,5 +237,5 @@ def test_a_logsumexp_without_a_kernel_is_the_reference_s(masked: bool) -> None:
     live = torch.ones(2, 3, 300, dtype=torch.bool)
     if mask is not None:
         live[0, :, 5] = False
-    assert (row_logsumexp(call) - expected)[live].abs().max() < 1e-5
-    assert (row_logsumexp(call)[~live] == 0).all()  # as the kernels have it: such a row has no probabilities
+    assert (streamed_lse(call) - expected)[live].abs().max() < 1e-5
+    assert (streamed_lse(call)[~live] == 0).all()  # as the kernels have it: such a row has no probabilities

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mmdit_probe.experiments.pca_items import pca_of_pictures
 
 from mmdit_probe import probe
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import FeaturePCA
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.observer import Observer
 from mmdit_probe.observe.pca import KINDS, PCA, Projection, own_scores, scores, token_classes
@@ -121,8 +121,6 @@ def test_incremental_fit_spans_what_the_exact_one_does() -> None:
 
 @pytest.mark.parametrize("solver", ["exact", "incremental"])
 def test_an_interrupted_run_goes_on_where_it_was(solver: str, tmp_path: Path) -> None:
-    from mmdit_probe.data import samples
-
     model, left = MMDiT(tiny.pipeline()), [100]
     stock = model.denoise
 
@@ -133,17 +131,21 @@ def test_an_interrupted_run_goes_on_where_it_was(solver: str, tmp_path: Path) ->
         return stock(*args, **options)
 
     model.denoise = counted  # type: ignore[method-assign]
-    how: dict[str, Any] = {"kinds": ["key"], "components": 2, "batch": 2, "solver": solver}
-    pictures = samples("scenes:val", 6)
-    whole = pca_of_pictures(model, pictures, ["a cat"], **how)
+    ask = FeaturePCA(
+        images="scenes:val", limit=6, prompts="a cat", kinds="key", components=2, batch=2, solver=solver
+    )  # fmt: skip
+    whole = ask.run(model, progress=False)
     for _ in range(2):  # in the first pass, then in the second
         left[0] = 2
         with pytest.raises(KeyboardInterrupt):
-            pca_of_pictures(model, pictures, ["a cat"], state=tmp_path / "state", **how)
+            ask.run(model, out=tmp_path / "run", resume=True, progress=False)
     left[0] = 2  # six batches in all, four are done
-    again = pca_of_pictures(model, pictures, ["a cat"], state=tmp_path / "state", **how)
+    again = ask.run(model, out=tmp_path / "run", resume=True, progress=False)
     pd.testing.assert_frame_equal(whole.table, again.table)
-    np.testing.assert_array_equal(whole.maps[0, "key"], again.maps[0, "key"])
+    pd.testing.assert_frame_equal(whole.store.table("pca_variance"), again.store.table("pca_variance"))
+    np.testing.assert_array_equal(*(one.store.load_arrays("shown")["0:key"] for one in (whole, again)))
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {"pca.parquet"} and not left[0]
+    assert not (tmp_path / "run" / "state").exists()
 
 
 def test_own_scores_need_their_control() -> None:

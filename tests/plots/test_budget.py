@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from mmdit_probe.experiments.budget_summary import summarise
 
 from mmdit_probe.data import paper_table
+from mmdit_probe.experiments import AttentionBudget
+from mmdit_probe.experiments.attention_budget import summarise
 from mmdit_probe.plots import attention_budget, save
-from tests.tables import budget_table
+from tests.tables import budget_table, by_item
 
 
 @pytest.fixture(scope="module")
 def summary():
-    return summarise(budget_table(layers=8))
+    items = by_item(AttentionBudget(), budget_table(layers=8))
+    return summarise(items[items["branch"] == "cond"])
 
 
 def bars(axes, label):

@@ -33,11 +33,11 @@ def league(protocols: tuple[str, ...], orders: list[list[str]]) -> pd.DataFrame:
 
 
 def gains() -> pd.DataFrame:
-    rows = [{"layers": "", "scale": 0.0, "control": False, "outcome": "facts", "n": 9, "mean": 0.5, "low": 0.1,
+    rows = [{"layers": "", "scale": 0.0, "control": "none", "outcome": "facts", "n": 9, "mean": 0.5, "low": 0.1,
              "high": 0.9, "difference": np.nan, "difference_low": np.nan, "difference_high": np.nan}]  # fmt: skip
     for layer in range(3):
         rows.append(
-            {"layers": str(layer), "scale": 2.0, "control": False, "outcome": "facts", "n": 9, "mean": 0.6, "low": 0.2,
+            {"layers": str(layer), "scale": 2.0, "control": "none", "outcome": "facts", "n": 9, "mean": 0.6, "low": 0.2,
              "high": 1.0, "difference": 0.1, "difference_low": 0.08, "difference_high": 0.12}
         )  # fmt: skip
     return pd.DataFrame(rows)
@@ -117,6 +117,15 @@ def test_gains_are_paired_differences() -> None:
     (segments,) = (collection.get_segments() for collection in axes.containers[0].lines[2])
     np.testing.assert_allclose([segment[:, 1] for segment in segments], [[0.08, 0.12]] * 3)
     assert "stock: 0.500" in axes.get_title(loc="left")
+
+
+def test_controls_of_equal_size_are_hollow_and_named() -> None:
+    both = pd.concat([gains(), gains().query("scale > 0").assign(control="budget")])
+    figure = perturb.guidance_by_layer(both)
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert sorted(names) == ["s = 2", "s = 2, coherent change of equal size", "stock"]
+    faces = [container.lines[0].get_markerfacecolor() for container in figure.axes[0].containers]
+    assert faces[0] == "white" and faces[1] != "white"  # by control: budget comes before none
 
 
 def test_titles_tell_metric_and_number() -> None:

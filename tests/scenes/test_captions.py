@@ -4,7 +4,7 @@ import pytest
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.scenes import KINDS, THINGS, Facts, Group, captions, describe, parse, scene
-from mmdit_probe.scenes.captions import RELATION_MARGIN, RELATIONS, WORDS, holds
+from mmdit_probe.scenes.captions import RELATION_MARGIN, RELATIONS, WORDS, holds, opposites
 
 SCENES = [scene("val", index) for index in range(120)]
 
@@ -89,3 +89,46 @@ def test_held_out_captions_are_distinct_unless_asked():
 def test_unknown_kind_is_named():
     with pytest.raises(UserError, match="did you mean 'colour'"):
         describe(SCENES[0], "color")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {}),
+        ("house ring grass", {}),
+        ("a red ring on grass", {}),
+        ("a red ring and a red house", {}),
+        ("a red ring and a blue ring", {}),
+        ("a red ring and a blue house and a blue ring", {}),  # exchanged, it would name a blue ring twice
+        ("a ring above a house", {"opposite_relation": "a ring below a house"}),
+        ("two stars and a ring on sand", {"wrong_count": "three stars and a ring on sand"}),
+        ("three stars", {"wrong_count": "two stars"}),
+        ("four red stars", {"wrong_count": "three red stars"}),
+        (
+            "a red ring left of a blue house and two green stars on grass under sky",
+            {
+                "opposite_relation": "a red ring right of a blue house and two green stars on grass under sky",
+                "wrong_count": "a red ring left of a blue house and three green stars on grass under sky",
+                "swapped_colours": "a blue ring left of a red house and two green stars on grass under sky",
+            },
+        ),
+        ("a ring and two red stars and a blue house", {
+            "wrong_count": "a ring and three red stars and a blue house",
+            "swapped_colours": "a ring and two blue stars and a red house",
+        }),
+    ],
+)  # fmt: skip
+def test_opposites_turn_one_thing_round(text, expected):
+    assert opposites(text) == expected
+
+
+def test_opposites_are_captions_that_do_not_hold():
+    for item in SCENES:
+        for kind in ("2d-spatial", "numeracy", "complex"):
+            text = describe(item, kind)
+            for name, other in opposites(text).items():
+                assert parse(other) != parse(text) and str(parse(other)) == other
+                if name != "opposite_relation":
+                    assert opposites(other)  # what was turned can be turned back
+                else:
+                    assert opposites(other)[name] == text

@@ -6,7 +6,20 @@ import torch
 
 from mmdit_probe.evaluate import confusion, mean_iou
 from mmdit_probe.scenes import CLASSES, NO_COLOUR, SceneObject, describe, load_parser, scene
-from mmdit_probe.scenes.parser import aligned, alignment, check, parse, read_maps, things_right, to_tensor
+from mmdit_probe.scenes.parser import (
+    CONTRASTS,
+    SCORES,
+    SceneReading,
+    SeenObject,
+    aligned,
+    alignment,
+    check,
+    judge,
+    parse,
+    read_maps,
+    things_right,
+    to_tensor,
+)
 from training.parser import disturb
 
 SCENES = [scene("test", index) for index in range(100)]
@@ -71,3 +84,58 @@ def test_trained_parser_reads_captions_back():
     texts = [describe(item) for item in SCENES]
     readings = parser.read([item.image for item in SCENES])
     assert np.mean([aligned(text, reading) for text, reading in zip(texts, readings, strict=True)]) >= 0.85
+
+
+def seen(*objects, grounds=("grass",)):
+    """A reading of (noun, colour, x, y)."""
+    none = np.zeros((8, 8), np.int64)
+    return SceneReading(
+        tuple(SeenObject(noun, colour, (x, y), 0.1) for noun, colour, x, y in objects), grounds, none, none
+    )
+
+
+RING, HOUSE = ("ring", "red", 0.2, 0.5), ("house", "blue", 0.8, 0.5)
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("text", "reading", "relation", "count", "colours"),
+    [
+        ("a red ring left of a blue house", seen(RING, HOUSE), (1, 0), (NAN, NAN), (1, 0)),
+        ("a red ring right of a blue house", seen(RING, HOUSE), (0, 1), (NAN, NAN), (1, 0)),
+        # Side by side is neither above nor below, and a missing house stands nowhere.
+        ("a red ring above a blue house", seen(RING, HOUSE), (0, 0), (NAN, NAN), (1, 0)),
+        ("a red ring left of a blue house", seen(RING), (0, 0), (NAN, NAN), (0, 0)),
+        # A blue ring and a red house: the colours are exchanged, so that the named things stand nowhere.
+        (
+            "a red ring left of a blue house", seen(("ring", "blue", 0.2, 0.5), ("house", "red", 0.8, 0.5)),
+            (0, 0), (NAN, NAN), (0, 1),
+        ),
+        # Both pairs at once show what is stated and its opposite.
+        (
+            "a red ring and a blue house",
+            seen(RING, HOUSE, ("ring", "blue", 0.2, 0.1), ("house", "red", 0.8, 0.1)), (NAN, NAN), (NAN, NAN), (1, 1),
+        ),
+        ("a ring left of a house", seen(RING, HOUSE), (1, 0), (NAN, NAN), (NAN, NAN)),
+        ("two red rings", seen(RING, ("ring", "red", 0.8, 0.5)), (NAN, NAN), (1, 0), (NAN, NAN)),
+        ("two red rings", seen(RING, RING, RING), (NAN, NAN), (0, 1), (NAN, NAN)),
+        ("two red rings", seen(RING), (NAN, NAN), (0, 0), (NAN, NAN)),
+        ("three red rings and a blue house", seen(RING, RING), (NAN, NAN), (0, 1), (0, 0)),
+        ("a red ring on grass", seen(RING), (NAN, NAN), (NAN, NAN), (NAN, NAN)),
+        ("", seen(), (NAN, NAN), (NAN, NAN), (NAN, NAN)),
+    ],
+)  # fmt: skip
+def test_what_is_stated_stands_beside_its_opposite(text, reading, relation, count, colours):
+    scores = judge(text, reading)
+    assert tuple(scores) == SCORES
+    found = [(scores[stated], scores[opposite]) for stated, opposite in CONTRASTS.items()]
+    np.testing.assert_array_equal(found, [relation, count, colours])
+    assert scores["facts"] == alignment(text, reading) and scores["things_right"] == things_right(text, reading)
+
+
+def test_opposites_do_not_hold_in_scenes():
+    scores = [judge(describe(item, kind), reading_of(item)) for item in SCENES for kind in ("2d-spatial", "numeracy")]
+    for stated, opposite in CONTRASTS.items():
+        right, wrong = (np.array([row[name] for row in scores]) for name in (stated, opposite))
+        assert np.count_nonzero(~np.isnan(right)) >= 20
+        assert np.nanmean(right) >= 0.9 and np.nanmean(wrong) <= 0.05

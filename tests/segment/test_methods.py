@@ -12,9 +12,9 @@ import torch
 from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.scores import assign, histogram
 from mmdit_probe.segment.methods import METHODS, find
-from mmdit_probe.segment.methods.base import parse_option
 from mmdit_probe.segment.methods.clusters import normalised_cuts
 from mmdit_probe.segment.methods.seg4diff import greedy_merge, symmetric_kl
+from mmdit_probe.segment.settings import parse_option
 from mmdit_probe.segment.tail import label
 from tests.segment import worlds
 

@@ -11,7 +11,8 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.models.tokens import Token, TokenTable
 from mmdit_probe.models.words import words
 from mmdit_probe.segment.refine import PixelAffinity, Refinement, without_sinks
-from mmdit_probe.segment.tail import Background, label
+from mmdit_probe.segment.settings import Background
+from mmdit_probe.segment.tail import label
 from mmdit_probe.segment.vocabulary import pack
 from tests.segment import worlds
 

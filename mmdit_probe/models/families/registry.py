@@ -1,10 +1,8 @@
-"""The registry of model families: the entry of a transformer, or why there is none.
+"""The registry of model families: the entry of a transformer, or why there is none. A transformer without an entry is
+laid out mechanically (`models.discover_layout`).
 
     >>> FAMILIES["sd3"].order
     ('image', 'text')
-
-This is not a list of what could work: a transformer without an entry is laid out mechanically
-(`models.discover_layout`).
 """
 
 from __future__ import annotations

@@ -7,9 +7,7 @@
     >>> found.samples[0], found.grid
     ((('text', 5), ('image', 12)), (3, 4))
 
-The functions here turn the arguments of a transformer's forward into an `Arrangement`; entries of
-`models.families.entries` name the ones that apply. Masks are not looked at: what a mask hides is seen at the attention
-call.
+Masks are not looked at: what a mask hides is seen at the attention call.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 Inputs = Mapping[str, Any]
@@ -175,16 +172,6 @@ def packed(measure: Measure, *order: str) -> Rule:
         return Arrangement(found, extent.grid, extent.frames)
 
     return rule
-
-
-def from_labels(labels: Sequence[Tensor], kinds: Sequence[str], queries: Sequence[int]) -> Arrangement:
-    """What `models.discover_layout` found: per sample the kind of every key [N], and the number of queries."""
-    found = []
-    for of_sample in labels:
-        values, counts = torch.unique_consecutive(of_sample, return_counts=True)
-        found.append(tuple((kinds[k], n) for k, n in zip(values.tolist(), counts.tolist(), strict=True)))
-    every = all(count == len(of_sample) for count, of_sample in zip(queries, labels, strict=True))
-    return Arrangement(tuple(found), None, 1, ("image", "text", "other") if every else ("image",))
 
 
 def _sizes(value: Any) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmdit_probe.errors import unknown
+from mmdit_probe.errors import check_known
 from mmdit_probe.segment.methods.affinity import DIFFSEGMENTER, ISEG, PER_CLASS, TOKENRANK
 from mmdit_probe.segment.methods.base import Method
 from mmdit_probe.segment.methods.clusters import DIFFCUT, DIFFSEG
@@ -23,8 +23,7 @@ def find(name: str) -> Method:
     Raises:
         UserError: there is none; the message names the closest one.
     """
-    if name not in METHODS:
-        raise unknown("method", name, METHODS)
+    check_known("method", name, METHODS)
     return METHODS[name]
 
 

@@ -7,14 +7,14 @@ docstring.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mmdit_probe.segment.methods.base import Heads, Method, by_class, i2i_part, pick_heads, renorm
-from mmdit_probe.segment.methods.seg4diff import symmetric_kl, text_part, word_maps
+from mmdit_probe.segment.methods.seg4diff import QueryMap, symmetric_kl, text_part, word_maps
 from mmdit_probe.segment.record import Capture
 
 
@@ -31,14 +31,9 @@ def diffsegmenter(
         order: how often S is applied. heads, softmax, stream: as in seg4diff.
         i2i: where S comes from: "attn", or "attn2" in models that have an image-only attention.
     """
-    found = []
     walks = [renorm(capture.mean(i2i_part(i2i), of=index)) for index in range(len(capture.passes))]
-    for of_pass, query, values in word_maps(capture, heads=heads, softmax=softmax, stream=stream):
-        values = _unit(values)
-        for _ in range(order):
-            values = walks[of_pass] @ values
-        found.append((query, _unit(values)))
-    return by_class(capture, found)
+    maps = word_maps(capture, heads=heads, softmax=softmax, stream=stream)
+    return _walked(capture, [one._replace(values=_unit(one.values)) for one in maps], walks, order)
 
 
 def iseg(
@@ -90,15 +85,20 @@ def tokenrank(
         bounces: at least 1; 1 is the scaled seg4diff map. teleport: share of uniform steps, so that every state is
             reached. heads, softmax, stream: of the start, as in seg4diff.
     """
-    found = []
     chains = []
     for index in range(len(capture.passes)):
         chain = renorm(capture.mean("i2i_walk", of=index))
         chain = (1 - teleport) * chain + teleport / len(chain)
         chains.append(chain / chain.sum(0, keepdim=True))
-    for of_pass, query, values in word_maps(capture, heads=heads, softmax=softmax, stream=stream):
-        for _ in range(bounces - 1):
-            values = chains[of_pass] @ values
+    return _walked(capture, word_maps(capture, heads=heads, softmax=softmax, stream=stream), chains, bounces - 1)
+
+
+def _walked(capture: Capture, maps: Sequence[QueryMap], walks: Sequence[Tensor], steps: int) -> Tensor:
+    """Scores [C, h, w] of maps after some steps by the matrix [I, I] of their pass, scaled to 0..1."""
+    found = []
+    for of_pass, query, values in maps:
+        for _ in range(steps):
+            values = walks[of_pass] @ values
         found.append((query, _unit(values)))
     return by_class(capture, found)
 

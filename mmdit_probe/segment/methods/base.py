@@ -4,8 +4,7 @@
     method.needs, method(capture).shape             # ("i2t",), (C, h, w)
 
 Open-vocabulary methods return scores [C, h, w], one map per class; unsupervised ones proposals [P, h, w]. Both are on
-the token grid (or a coarser one) and go through the shared tail. A method's options are keyword arguments of its
-function with defaults; `Method.configure` checks names and returns a method with other values.
+the token grid (or a coarser one) and go through the shared tail.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import torch
 from torch import Tensor
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.segment.record import Capture
 from mmdit_probe.segment.vocabulary import Query
 from mmdit_probe.specs import HeadSpec, heads_at
@@ -89,8 +88,7 @@ class Method:
         """
         kinds = get_type_hints(self.run)
         for name, value in options.items():
-            if name not in self.defaults:
-                raise unknown(f"option of {self.name}", name, self.defaults)
+            check_known(f"option of {self.name}", name, self.defaults)
             _check(self.name, name, kinds[name], value)
         return replace(self, options={**self.options, **options})
 
@@ -122,33 +120,6 @@ def _check(method: str, name: str, kind: Any, value: Any) -> None:
         raise UserError(f"{method}.{name}={value}: expected {' or '.join(text for _, text in wanted)}")
 
 
-def parse_option(text: str) -> tuple[str, Any]:
-    """`name=value` from the command line; numbers, several numbers by comma, booleans and none are read as such.
-
-    Raises:
-        UserError: no `=`.
-    """
-    name, sign, value = text.partition("=")
-    if not sign or not name:
-        raise UserError(f"option {text!r}: expected name=value, e.g. tau=0.1")
-    words: dict[str, Any] = {"true": True, "false": False, "none": None}
-    if value.lower() in words:
-        return name.strip(), words[value.lower()]
-    parts = [_number(part) for part in value.split(",")]
-    if any(isinstance(part, str) for part in parts):
-        return name.strip(), value
-    return name.strip(), parts[0] if len(parts) == 1 else tuple(parts)
-
-
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
 def i2i_part(source: str) -> str:
     """Part of the record that holds the image-image attention of a source.
 
@@ -156,8 +127,7 @@ def i2i_part(source: str) -> str:
         source: "attn" for the image-image block of the joint softmax, "attn2" for the second, image-only attention.
     """
     parts = {"attn": "i2i", "attn2": "i2i_attn2"}
-    if source not in parts:
-        raise unknown("image-image attention", source, parts)
+    check_known("image-image attention", source, parts)
     return parts[source]
 
 

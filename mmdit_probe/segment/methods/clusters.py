@@ -1,8 +1,7 @@
-"""Unsupervised methods: diffseg merges attention maps, diffcut cuts a graph of features. Both from the empty prompt.
+"""Unsupervised methods, both from the empty prompt: diffseg merges attention maps, diffcut cuts a graph of features.
 
 Cost at 64 x 64 tokens on a laptop core: diffseg compares 256 anchors with 4096 maps in matrix products; diffcut pools
-features to 32 x 32 before it cuts (as its paper does) and computes only the second eigenvector of each part. Labels are
-assigned at the full grid in both.
+features to 32 x 32 before it cuts (as its paper does) and computes only the second eigenvector of each part.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.segment.methods.base import Method, i2i_part, renorm
 from mmdit_probe.segment.methods.seg4diff import greedy_merge, symmetric_kl
 from mmdit_probe.segment.record import Capture
@@ -78,10 +77,8 @@ def diffcut(
     them can collide, as sums of labels do in the official code after some 40 cuts, and tokens with an affinity of
     exactly 0 (the least similar pair) are cut like others, which that code stops to do.
     """
-    if features not in FEATURES:
-        raise unknown("features", features, FEATURES)
-    if output not in OUTPUTS:
-        raise unknown("output", output, OUTPUTS)
+    check_known("features", features, FEATURES)
+    check_known("output", output, OUTPUTS)
     whole = capture.features(features)  # (I, E)
     h, w = capture.grid
     grid = whole.T.reshape(1, -1, h, w)

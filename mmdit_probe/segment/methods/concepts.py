@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.errors import unknown
+from mmdit_probe.errors import check_known
 from mmdit_probe.segment.methods.base import Method, by_class
 from mmdit_probe.segment.record import Capture, JointRecord
 
@@ -40,10 +40,8 @@ def conceptattention(
         temperature: factor on the dot products.
         normalise: "concepts" to unit length, "both" vectors (cosines), or "none".
     """
-    if softmax not in ("auto", "before", "after", "none"):
-        raise unknown("softmax", softmax, ("auto", "before", "after", "none"))
-    if normalise not in ("auto", "none", "concepts", "both"):
-        raise unknown("normalise", normalise, ("auto", "none", "concepts", "both"))
+    check_known("softmax", softmax, ("auto", "before", "after", "none"))
+    check_known("normalise", normalise, ("auto", "none", "concepts", "both"))
     rule = RULES.get(capture.family, FLUX)
     softmax = rule.softmax if softmax == "auto" else softmax
     normalise = rule.normalise if normalise == "auto" else normalise

@@ -1,13 +1,9 @@
 """proxyclip and corrclip: CLIP's last values, gathered by a matrix of what belongs together, named by CLIP's text.
 
-The matrix is the method; value path and text head are CLIP's and stay fixed. It may come from the captured forward's
-attention ("i2i") or features ("features"), from another network or one's own features, or be the identity (the
-control). The class names reach CLIP only, but the capture still holds the forward of the joint prompt, shared with the
-other methods.
-
-The official ProxyCLIP is under a non-commercial licence and CorrCLIP under none: both are written here from their
-descriptions. The whole picture is one window; there is no sliding window. CorrCLIP's correction of the label map is the
-refinement "vote".
+The matrix is the method: from the captured forward's attention ("i2i") or features ("features"), from another network
+or one's own features, or the identity (the control). Both are written from their papers' descriptions (the official
+ProxyCLIP is under a non-commercial licence, CorrCLIP under none). The whole picture is one window. CorrCLIP's
+correction of the label map is the refinement "vote".
 """
 
 from __future__ import annotations
@@ -25,6 +21,7 @@ from mmdit_probe.segment.clip import CLIP, patch_features
 from mmdit_probe.segment.methods.base import Method, by_class, renorm
 from mmdit_probe.segment.methods.clusters import diffcut
 from mmdit_probe.segment.record import Capture
+from mmdit_probe.segment.tail import resized
 
 Grid = tuple[int, int]
 SPATIAL = {12: 5, 24: 12, 32: 28}
@@ -169,10 +166,8 @@ def _named(
     if words.shape != (len(queries), vectors.shape[-1]):
         raise UserError(f"text of shape {tuple(words.shape)}: expected [{len(queries)}, {vectors.shape[-1]}]")
     shares = (temperature * vectors @ words.T).softmax(-1)  # (M, P) x (P, Q) -> (M, Q)
-    if grid != capture.grid:
-        maps = shares.T.reshape(1, -1, *grid)
-        shares = F.interpolate(maps, capture.grid, mode="bilinear", align_corners=False)[0].flatten(1).T
-    return by_class(capture, [(query, shares[:, index]) for index, query in enumerate(queries)])
+    maps = resized(shares.T.reshape(-1, *grid), capture.grid).flatten(1)
+    return by_class(capture, list(zip(queries, maps, strict=True)))
 
 
 def _regions(capture: Capture, cut: float, out: Grid) -> Tensor:
@@ -180,10 +175,7 @@ def _regions(capture: Capture, cut: float, out: Grid) -> Tensor:
     given = region_map(capture, out)
     if given is not None:
         return given.flatten()
-    maps = diffcut(capture, tau=cut)
-    if tuple(maps.shape[1:]) != out:
-        maps = F.interpolate(maps[None], out, mode="bilinear", align_corners=False)[0]
-    return maps.argmax(0).flatten() + 1
+    return resized(diffcut(capture, tau=cut), out).argmax(0).flatten() + 1
 
 
 def _merged(features: Tensor, regions: Tensor, eps: float) -> Tensor:

@@ -2,11 +2,9 @@
 
     score_c = mean over the word tokens of c of the head-mean I2T columns, mean over layers
 
-and seg4diff-unsup: the columns of the empty prompt's padding tokens as mask proposals (section 3.5). Knobs beyond the
-paper: heads, the softmax the columns are read from, the reduction over tokens, the encoder stream, min-max.
-
-Columns of different prompts are not on one scale, because each joint softmax holds its own words' mass. When the names
-fill several prompts, "auto" reads odds against the image mass, which leave the other words out.
+and seg4diff-unsup: the columns of the empty prompt's padding tokens as mask proposals (section 3.5). Columns of
+different prompts are not on one scale, because each joint softmax holds its own words' mass: when the names fill
+several prompts, "auto" reads odds against the image mass.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.segment.methods.base import Heads, Method, by_class, pick_heads
 from mmdit_probe.segment.record import Capture, JointRecord
 from mmdit_probe.segment.tail import minmax as over_space
@@ -27,7 +25,7 @@ SOFTMAX = ("auto", "joint", "text", "image-odds", "words", "logit")
 REDUCE = ("mean", "sum", "max")
 
 
-class WordMap(NamedTuple):
+class QueryMap(NamedTuple):
     """The map [I] of one name, and the number of the pass that it was read from."""
 
     of_pass: int
@@ -42,7 +40,7 @@ def word_maps(
     softmax: str = "auto",
     reduce: str = "mean",
     stream: str | None = None,
-) -> list[WordMap]:
+) -> list[QueryMap]:
     """The map of every name of every pass, mean over the capture's layers.
 
     Args:
@@ -52,10 +50,8 @@ def word_maps(
             prompt, image-odds for several.
         reduce: over the tokens of a name. stream: encoder stream to read; None reads all.
     """
-    if softmax not in SOFTMAX:
-        raise unknown("softmax", softmax, SOFTMAX)
-    if reduce not in REDUCE:
-        raise unknown("token reduction", reduce, REDUCE)
+    check_known("softmax", softmax, SOFTMAX)
+    check_known("token reduction", reduce, REDUCE)
     mode = ("joint" if len(capture.passes) == 1 else "image-odds") if softmax == "auto" else softmax
     found = []
     for index, one in enumerate(capture.passes):
@@ -63,7 +59,7 @@ def word_maps(
         for query in one.prompt.queries:
             tokens = maps[:, query.positions(stream)]
             values = {"mean": tokens.mean(1), "sum": tokens.sum(1), "max": tokens.amax(1)}[reduce]
-            found.append(WordMap(index, query, values))
+            found.append(QueryMap(index, query, values))
     return found
 
 
@@ -116,13 +112,9 @@ def symmetric_kl(left: Tensor, right: Tensor) -> Tensor:
     return 0.5 * (own - left @ log_right.T - log_left @ right.T)
 
 
-def greedy_merge(maps: Tensor, tau: float, distance: Tensor | None = None) -> Tensor:
-    """Proposals [P, I]: each map not yet taken, in order, is averaged with all maps nearer than tau (DiffSeg).
-
-    Args:
-        maps: distributions [A, I] over space. distance: [A, A], computed if None.
-    """
-    apart = symmetric_kl(maps, maps) if distance is None else distance
+def greedy_merge(maps: Tensor, tau: float) -> Tensor:
+    """Proposals [P, I]: each of maps [A, I] not yet taken, in order, is averaged with all nearer than tau (DiffSeg)."""
+    apart = symmetric_kl(maps, maps)
     taken = torch.zeros(len(maps), dtype=torch.bool)
     proposals = []
     for index in range(len(maps)):
@@ -153,8 +145,7 @@ def unsupervised(
         streams: text streams whose tokens propose, or "all".
         heads, softmax: as in `word_maps`.
     """
-    if axis not in ("space", "token", "none"):
-        raise unknown("min-max axis", axis, ("space", "token", "none"))
+    check_known("min-max axis", axis, ("space", "token", "none"))
     first = capture.passes[0]
     table = first.prompt.table
     wanted = None if kinds == "all" else [kind.strip() for kind in kinds.split(",")]

@@ -1,7 +1,7 @@
-"""What a probe knows of a transformer's token layout: the family's entry, or what the mechanical layout finds.
+"""Where a transformer's token layout comes from: its family's entry, or the mechanical layout (`discover_layout`).
 
-    facts = facts_of(transformer)
-    facts.arrange(inputs)                    # {"": arrangement}, or one per layer for a model without an entry
+    source = layout_source(transformer)
+    source.arrange(inputs)                   # {"": arrangement}, or one per layer for a model without an entry
 
 A model without an entry is laid out at its first denoising call, and again when the shapes of its inputs change.
 """
@@ -18,17 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.discover_layout import IMAGE_NAMES, TEXT_NAMES, Site, input_names, taint
+from mmdit_probe.models.discover_layout import IMAGE_NAMES, TEXT_NAMES, Site, input_names, joint_sites, taint
 from mmdit_probe.models.families.facts import Family
 from mmdit_probe.models.families.registry import family_of, refuse_cross_attention
-from mmdit_probe.models.families.token_order import Arrangement, from_labels
-from mmdit_probe.models.layout import KINDS, Layer, find_layers
+from mmdit_probe.models.families.token_order import Arrangement
+from mmdit_probe.models.layout import Layer, find_layers
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 
 
-class Facts:
-    """Facts of a family's entry.
+class EntryLayout:
+    """The layout that a family's entry states.
 
     Attributes:
         family: the entry. layers: joint-attention layers, None until they are known.
@@ -43,8 +43,8 @@ class Facts:
         return {"": self.family.arrangement(inputs, self.transformer.config)}
 
 
-class Mechanical(Facts):
-    """Facts found by `models.discover_layout`, for a transformer without an entry."""
+class FoundLayout(EntryLayout):
+    """The layout of a transformer without an entry, found by `models.discover_layout`."""
 
     def __init__(self, transformer: nn.Module) -> None:
         name = type(transformer).__name__
@@ -63,27 +63,17 @@ class Mechanical(Facts):
         image, text = input_names(inputs)
         timestep = next((name for name in TIMESTEP_NAMES if name in inputs), "")
         self.family = replace(self.family, image_input=image[0], text_input=text[0], timestep_input=timestep)
-        sites = {path: site for path, site in taint(self.transformer, inputs).items() if site.joint and site.regular}
-        if not sites:
-            raise UserError(
-                f"{self.family.name} is not an MM-DiT: at none of its attention calls do image and text keys share one"
-                " softmax (cross-attention models have no joint attention to probe)"
-            )
+        sites = joint_sites(self.transformer, taint(self.transformer, inputs))
         layers = [Layer(n, path, self.transformer.get_submodule(path)) for n, path in enumerate(sites)]
         if self.layers is None:
             self.layers = layers
         elif [layer.path for layer in layers] != [layer.path for layer in self.layers]:
             raise UserError(f"{self.family.name} has other joint-attention layers in this call than in the first one")
-        return {path: self._arrangement(site, inputs[image[0]]) for path, site in sites.items()}
-
-    def _arrangement(self, site: Site, image: Any) -> Arrangement:
-        found = from_labels(site.labels, KINDS, site.queries)
-        count = int((site.labels[0] == 0).sum())
-        return replace(found, grid=guessed_grid(image, count))
+        return {path: _arrangement(site, inputs[image[0]]) for path, site in sites.items()}
 
 
-def facts_of(transformer: nn.Module) -> Facts:
-    """The facts that apply to an unwrapped transformer.
+def layout_source(transformer: nn.Module) -> EntryLayout:
+    """Where the layout of an unwrapped transformer comes from.
 
     Raises:
         UserError: it is no MM-DiT, or nothing in its forward's arguments looks like latents and text.
@@ -95,11 +85,18 @@ def facts_of(transformer: nn.Module) -> Facts:
         names = inspect.signature(type(transformer).forward).parameters
         if not set(IMAGE_NAMES) & set(names) or not any(name.startswith(TEXT_NAMES) for name in names):
             raise
-        return Mechanical(transformer)
-    return Facts(family, transformer)
+        return FoundLayout(transformer)
+    return EntryLayout(family, transformer)
 
 
-def guessed_grid(image: Any, count: int) -> tuple[int, int] | None:
+def _arrangement(site: Site, image: Any) -> Arrangement:
+    samples = tuple(tuple(site.order(sample)) for sample in range(len(site.labels)))
+    every = all(count == len(labels) for count, labels in zip(site.queries, site.labels, strict=True))
+    grid = _guessed_grid(image, int((site.labels[0] == 0).sum()))
+    return Arrangement(samples, grid, queries=("image", "text", "other") if every else ("image",))
+
+
+def _guessed_grid(image: Any, count: int) -> tuple[int, int] | None:
     """(h, w) of `count` image tokens cut from latents [B, C, h', w'] into square patches; None if that does not fit."""
     if not isinstance(image, Tensor) or image.ndim != 4:
         return None

@@ -1,8 +1,9 @@
-"""Generation scores: CLIPScore against its formula, pairing, intervals, the export layout."""
+"""Score: CLIPScore against its formula, pairing, intervals, the export layout."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mmdit_probe.experiments.generation import compare, scene_prompts, score
 from PIL import Image
 
 from mmdit_probe import UserError, load
 from mmdit_probe.cli.app import main
 from mmdit_probe.evaluate.blip import BlipAsker, phrases
 from mmdit_probe.evaluate.clipscore import ClipScorer
+from mmdit_probe.experiments import Score
+from mmdit_probe.experiments.experiment import Study
+from mmdit_probe.experiments.score import Job, Scorers, compare_variants, export, scene_prompts
+from mmdit_probe.experiments.store import MemoryStore
 from mmdit_probe.scenes import captions, describe, load_parser, scene
 from tests import blip
 
@@ -70,13 +74,14 @@ def frame(shift: float = 0.1, noise: float = 0.0) -> pd.DataFrame:
 
 
 def test_pairing_sees_a_difference_that_means_alone_do_not() -> None:
-    table = compare(frame(shift=0.03, noise=0.02), "base").set_index(["variant", "category"])
+    table = compare_variants(frame(shift=0.03, noise=0.02), "base").set_index(["variant", "category"])
     row = table.loc[("tuned", "all")]
     assert (row.prompts, row.images) == (40, 80)
     assert 0 < row.difference_low < 0.03 < row.difference_high < 0.05
     assert row.low < table.loc[("base", "all"), "mean"]  # unpaired, the intervals overlap
     assert not row.worse
-    assert compare(frame(shift=-0.1), "base").set_index(["variant", "category"]).loc[("tuned", "count"), "worse"]
+    lower = compare_variants(frame(shift=-0.1), "base").set_index(["variant", "category"])
+    assert lower.loc[("tuned", "count"), "worse"]
     assert table.loc[("base", "all"), "difference"] == 0
 
 
@@ -84,9 +89,9 @@ def test_variants_of_other_seeds_are_not_compared() -> None:
     other = frame()
     other.loc[other.variant == "tuned", "seed"] += 1
     with pytest.raises(UserError, match="other prompts or seeds"):
-        compare(other, "base")
+        compare_variants(other, "base")
     with pytest.raises(UserError, match="did you mean 'base'"):
-        compare(frame(), "bas")
+        compare_variants(frame(), "bas")
 
 
 @pytest.fixture(scope="module")
@@ -175,18 +180,26 @@ class Painter:
 
 
 def test_scores_and_export(tmp_path: Path) -> None:
-    prompts = [("colour", describe(scene("val", k))) for k in (0, 0, 2)]
+    prompts = [("colour", k, describe(scene("val", s))) for k, s in enumerate((0, 0, 2)) for _ in range(2)]
     painter: Any = Painter()
-    rows = score(painter, prompts, variant="base", images=2, seed=0, parser=load_parser(), export=tmp_path, batch=4)
+    ask, store = Score(images_per_prompt=2, export=tmp_path, batch=4, clip="none"), MemoryStore("score", {}, {})
+    study = Study(painter, {}, [], state=(prompts, Scorers(load_parser())))
+    for number, numbers in enumerate((range(4), range(4, 6))):
+        with store.task(number, lambda: None) as record:
+            ask.measure(study, Job("pictures", numbers=numbers), record)
+    rows = store.table("scores")
     assert painter.seeds == rows.seed.tolist() == list(range(6))
     assert rows["index"].tolist() == [0, 0, 1, 1, 2, 2]
     assert rows.facts[0] == 1.0  # the scene's own caption
-    names = sorted(path.name for path in (tmp_path / "colour" / "samples").iterdir())
-    assert names == sorted(f"{prompts[k // 2][1]}_{k:06d}.png" for k in range(6))
+    names = sorted(path.name for path in (tmp_path / "base" / "colour" / "samples").iterdir())
+    assert names == sorted(f"{prompts[k][2]}_{k:06d}.png" for k in range(6))
     with pytest.raises(UserError, match="nothing to score with"):
-        score(painter, prompts, variant="base")
+        Score(prompts="a cat", clip="none")
+    for levels in ("a,b", "1.5"):
+        with pytest.raises(UserError, match=re.escape("expected noise levels in 0..1")):
+            Score(maps=levels)
     with pytest.raises(UserError, match="underscore"):
-        score(painter, [("colour", "a_b")], variant="base", export=tmp_path)
+        export(None, tmp_path, "a_b", 0)
 
 
 def test_command_compares_an_adapter_with_the_base(
@@ -242,3 +255,15 @@ def test_command_scores_a_folder_of_prompts_by_category(
     assert stopped.value.code == 2
     assert "nothing to score with" in capfd.readouterr().err
     assert not Path("nothing").exists()
+
+
+def test_maps_are_scored_with_pictures_and_alone(tmp_path: Path) -> None:
+    how = {"n": 2, "num_steps": 1, "clip": "none", "maps": "0.3,0.6"}
+    both = Score(categories="colour", **how).run("scenes-sd3", out=tmp_path / "both", progress=False)
+    alone = Score(categories="none", **how).run("scenes-sd3", out=tmp_path / "alone", progress=False)
+    assert set(both.table["category"]) == {"colour", "real"}
+    pd.testing.assert_frame_equal(both.store.table("maps"), alone.table)
+    assert set(alone.summary["sigma"]) == {0.3, 0.6} and set(alone.summary["head"]) == {"mean"}
+    assert (tmp_path / "alone" / "maps.png").exists()
+    with pytest.raises(UserError, match="leaves nothing to score"):
+        Score(categories="none")

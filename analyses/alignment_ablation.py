@@ -1,0 +1,236 @@
+"""Does the expert follow the aligned layer? Transformers trained alike but for what their tokens were taught.
+
+    python -m training all && python -m training ssl
+    python analyses/alignment_ablation.py --device cuda
+    python analyses/alignment_ablation.py --minutes 60      # an hour of it; the same again goes on, exactly
+
+Six recipes: plain flow matching; self-supervised features on all blocks; the parser's labels on all blocks; the same
+labels on layer 2, 4 and 6. Equal samples, the same curriculum, batches and noise; the other stages are those of the
+working folder. Each transformer is trained into `<workdir>/ablation/`, then measured on held-out scenes beside a
+transformer of random weights: I2T mIoU by layer, all evidence of `select-layers` by layer, and what samples show of
+their captions, the opposite beside it. A run that was measured is not measured again.
+
+Writes `analyses/results/alignment_ablation/{maps,evidence,samples,gain}.csv` and `summary.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pandas as pd
+
+from mmdit_probe import load
+from mmdit_probe.experiments import evidence
+from mmdit_probe.experiments.evidence import EVIDENCE, Amount
+from mmdit_probe.experiments.scenes_quality import alignment_of, held_out, word_map_scores
+from mmdit_probe.experiments.text import bounded
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.results.atomic import replacing, write_text
+from mmdit_probe.results.statistics import interval
+from mmdit_probe.scenes import captions
+from mmdit_probe.scenes.parser import SCORES
+from training.align import Alignment
+from training.assemble import assemble
+from training.flow import CURRICULUM, fitted, train_transformer
+from training.loop import read_progress
+from training.parser import load_trained_parser
+from training.recipe import SHIPPED
+from training.session import Session
+from training.transformer import load_trained_transformer
+
+OUT = Path(__file__).parent / "results" / "alignment_ablation"
+RECIPES = ("none", "all:features", "all:labels", "layer:2", "layer:4", "layer:6")
+RANDOM = "random weights"
+CATEGORIES = ("colour", "2d-spatial", "numeracy")
+TABLES = ("maps", "evidence", "samples", "gain")
+RUN = ["recipe", "seed"]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured of each transformer."""
+
+    n: int = 200
+    n_evidence: int = 48
+    prompts: int = 8
+    num_steps: int = 28
+    guidance: float = 4.5
+    sigma: float = 0.5
+    evidence: tuple[str, ...] = tuple(EVIDENCE)
+
+
+def runs(common: Session, seeds: Sequence[int], recipes: Sequence[str]) -> Iterator[tuple[Session, Path]]:
+    """What is trained and where, one seed of every recipe after the other, in the time that is left of `common`."""
+    for seed in seeds:
+        for recipe in recipes:
+            left = None if common.minutes is None else max(0.0, common.seconds_left() / 60)
+            session = replace(common, stage="transformer", seed=seed, align=recipe, minutes=left)
+            yield session, common.workdir / "ablation" / f"{recipe.replace(':', '-')}-seed{seed}"
+
+
+def measure(model: MMDiT, session: Session, size: Size) -> dict[str, pd.DataFrame]:
+    """Maps by layer, evidence by layer, and scores of samples by caption category."""
+    amount = Amount(size.n_evidence, size.sigma, size.prompts, size.num_steps, size.guidance)
+    maps = word_map_scores(model, held_out(size.n), sigma=size.sigma)
+    parser, found = load_trained_parser(session.workdir), []
+    for category in CATEGORIES:
+        prompts = captions("val", size.n, category, distinct=False)
+        scores = alignment_of(model, parser, prompts, steps=size.num_steps, guidance=size.guidance)
+        rows = [(name, *interval(scores[name])) for name in SCORES]
+        found.append(pd.DataFrame(rows, columns=["score", "mean", "low", "high"]).assign(category=category, n=size.n))
+    every = pd.concat([evidence.measure(name, model, "val", amount) for name in size.evidence])
+    return {
+        "maps": maps[maps["head"] == "mean"][["layer", "min_max", "sigma", "n", "miou"]],
+        "evidence": evidence.by_layer(every),
+        "samples": pd.concat(found),
+    }
+
+
+def gain(folder: Path) -> pd.DataFrame:
+    """The last entries of the curves of held-out losses and text gains: name, value."""
+    curves = pd.read_csv(folder / "curves.csv")
+    last = curves.groupby("name", sort=False)["value"].last()
+    return last[[name for name in last.index if "@" in name and not name.startswith("miou")]].reset_index()
+
+
+def kept(folder: Path, session: Session, size: Size, transformer: Path | None) -> dict[str, pd.DataFrame]:
+    """The tables of one transformer (of random weights if None), measured once per checkpoint into `folder`."""
+    step = 0 if transformer is None else read_progress(transformer).step
+    paths = {name: folder / f"{name}-{step:07d}-n{size.n}.csv" for name in TABLES[:3]}
+    if not all(path.exists() for path in paths.values()):
+        if transformer is None:
+            network = load("scenes-sd3-random", device="cpu", dtype="float32").transformer
+        else:
+            network = load_trained_transformer(transformer)
+        # Under the name of the model of the scenes world: what experiments ask of it depends on that.
+        model = MMDiT(assemble(session, network).to(session.where), name="scenes-sd3")
+        for name, table in measure(model, session, size).items():
+            with replacing(paths[name]) as path:
+                table.to_csv(path, index=False)
+    tables = {name: pd.read_csv(path) for name, path in paths.items()}
+    return tables if transformer is None else {**tables, "gain": gain(transformer)}
+
+
+def best_layers(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """One row per run: the layer whose raw maps are best, its mIoU, the layer of the least mean rank over all evidence,
+    the aligned layer (NaN unless it is one), and whether each best layer is that one or the next, which reads it."""
+    rows = []
+    raw = tables["maps"][~tables["maps"]["min_max"]]
+    for (recipe, seed), part in raw.groupby(RUN, sort=False):
+        of = tables["evidence"]
+        of = of[(of["recipe"] == recipe) & (of["seed"] == seed)]
+        layers = Alignment.parse(recipe).layers if recipe != RANDOM else ()
+        aligned = layers[0] if len(layers) == 1 else float("nan")
+        best = part.loc[part["miou"].idxmax()]
+        rows.append(
+            {"recipe": recipe, "seed": seed, "aligned": aligned, "by_maps": int(best["layer"]), "miou": best["miou"],
+             "by_evidence": evidence.choose(of, 1)[0]}
+        )  # fmt: skip
+    table = pd.DataFrame(rows)
+    for name in ("by_maps", "by_evidence"):
+        table[f"{name}_follows"] = table[name].sub(table["aligned"]).isin((0, 1)).where(table["aligned"].notna())
+    return table
+
+
+def as_markdown(tables: dict[str, pd.DataFrame], samples: int, size: Size) -> str:
+    """The tables for people, and the answer."""
+    best = best_layers(tables)
+    one = best[best["aligned"].notna()]
+    layers = tables["maps"]["layer"].nunique()
+    answer = (
+        f"Of {len(one)} transformers with one aligned layer, the layer with the best maps is that layer or the next in"
+        f" {int(one['by_maps_follows'].sum())}, the layer that all evidence ranks first in"
+        f" {int(one['by_evidence_follows'].sum())}; two of {layers} layers drawn at random would be right in"
+        f" {len(one) * 2 / layers:.1f}."
+    )
+    lines = [
+        "# Does the expert follow the aligned layer?", "",
+        "Written by `python analyses/alignment_ablation.py`. Recipes differ in what image tokens are taught",
+        f"beside flow matching, through heads that do not ship; {samples} samples each. Held-out scenes, n = {size.n}",
+        f"(evidence n = {size.n_evidence}), sigma {size.sigma:g}, beside a transformer of random weights.", "",
+        answer, "", "## Best layers", "", *_rows(best, 3), "",
+        "## mIoU of the I2T maps by layer, raw / min-max", "",
+    ]  # fmt: skip
+    maps = tables["maps"].assign(kind=lambda t: t["min_max"].map({False: "raw", True: "min-max"}))
+    lines += _rows(maps.pivot_table(index=[*RUN, "kind"], columns="layer", values="miou", sort=False).reset_index(), 3)
+    for name in size.evidence:
+        part = tables["evidence"][tables["evidence"]["evidence"] == name]
+        cells = part.assign(cell=[bounded(*row) for row in part[["value", "low", "high"]].to_numpy()])
+        wide = cells.pivot_table(index=RUN, columns="layer", values="cell", aggfunc="first", sort=False).reset_index()
+        lines += ["", f"## {name}: {EVIDENCE[name]}, by layer", "", *_rows(wide, 3)]
+    found = tables["samples"].dropna(subset=["mean"])
+    found = found.assign(cell=[bounded(*row) for row in found[["mean", "low", "high"]].to_numpy()])
+    keys = [*RUN, "category"]
+    wide = found.pivot_table(index=keys, columns="score", values="cell", aggfunc="first", sort=False).reset_index()
+    lines += ["", "## What samples show, the opposite beside it", "", *_rows(wide.fillna(""), 3)]
+    text = tables["gain"].pivot_table(index=RUN, columns="name", values="value", sort=False).reset_index()
+    lines += ["", "## Held-out losses, and what a wrong caption adds in percent, by noise level", "", *_rows(text, 3)]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(table: pd.DataFrame, digits: int) -> list[str]:
+    """A table as Markdown."""
+    cells = [[f"{value:.{digits}f}" if isinstance(value, float) else str(value) for value in row]
+             for row in table.itertuples(index=False)]  # fmt: skip
+    head = [str(name) for name in table.columns]
+    return ["| " + " | ".join(row) + " |" for row in (head, ["-"] * len(head), *cells)]
+
+
+def ablation(common: Session, seeds: Sequence[int], size: Size, out: Path, recipes: Sequence[str] = RECIPES) -> bool:
+    """Train, measure, and write tables and summary of what is there; what the time does not allow is left.
+
+    Args:
+        common: the session of all runs; its `steps` are those of each transformer.
+
+    Returns: whether all was done.
+
+    Raises:
+        UserError: a stage that this needs is not trained in the working folder.
+    """
+    for name in (*SHIPPED[:-1], *(["ssl"] if "all:features" in recipes else [])):
+        read_progress(common.workdir / name)
+    random = kept(common.workdir / "ablation" / "random", common, size, None)
+    found = {name: [table.assign(recipe=RANDOM, seed=0)] for name, table in random.items()}
+    complete = True
+    for session, folder in runs(common, seeds, recipes):
+        complete = train_transformer(session, folder)
+        if not complete:
+            break
+        for name, table in kept(folder, session, size, folder).items():
+            found.setdefault(name, []).append(table.assign(recipe=session.align, seed=session.seed))
+    if "gain" in found:
+        tables = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
+        for name, table in tables.items():
+            columns = [*RUN, *(column for column in table.columns if column not in RUN)]
+            with replacing(out / f"{name}.csv") as path:
+                table[columns].to_csv(path, index=False, float_format="%.4f")
+        write_text(out / "summary.md", as_markdown(tables, samples_of(common.steps), size))
+    return complete
+
+
+def samples_of(steps: int | None) -> int:
+    """Samples that a transformer has seen after all its steps."""
+    return sum(phase.steps * phase.batch for phase in fitted(CURRICULUM, steps))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, default=Path(".training"), help="of `python -m training`")
+    parser.add_argument("--samples", type=int, default=100_000, help="of each transformer")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--n", type=int, default=Size.n, help="scenes, and captions per category")
+    parser.add_argument("--minutes", type=float, help="stop after this time; the same call goes on")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    steps = round(options.samples * sum(phase.steps for phase in CURRICULUM) / samples_of(None))
+    common = Session(workdir=options.workdir, steps=steps, minutes=options.minutes, device=options.device)
+    done = ablation(common, options.seeds, Size(n=options.n), options.out)
+    print(options.out / "summary.md" if done else "the time is over; the same call goes on")
+
+
+if __name__ == "__main__":
+    main()

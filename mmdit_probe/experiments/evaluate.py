@@ -1,0 +1,431 @@
+"""Evaluate: segmentation methods compared on the same forwards of the same images, under a named protocol.
+
+    result = Evaluate(dataset="scenes:val", method="seg4diff,iseg", limit=50).run("scenes-sd3")
+    result.summary                     # the league table: mIoU under both averaging rules, accuracy, intervals
+    Evaluate(preset="seg4diff", dataset="voc20:VOCdevkit").run("stabilityai/stable-diffusion-3-medium-diffusers")
+
+Rows of different protocols must not be ranked against each other. Not here: which forwards and counts an image needs
+(`evaluate.plan`), scores (`evaluate.league`), what papers did (`experiments.presets`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.experiments.experiment import Experiment, Study, plain, text_of
+from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT
+from mmdit_probe.experiments.presets import AS_WORD, PAPER_LENGTH, PRESETS, Preset
+from mmdit_probe.experiments.reading import FIT, SIGMA, Network, Reads, check_streams_read
+from mmdit_probe.experiments.text import TextTable, share, signed
+from mmdit_probe.options import Option
+from mmdit_probe.segment.settings import BLIND, NAMED, STEPS, Background, check_method, parse_option, parse_steps
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from mmdit_probe.data import Dataset
+    from mmdit_probe.evaluate.captures import Captures
+    from mmdit_probe.evaluate.plan import Plan
+    from mmdit_probe.experiments.progress import Progress
+    from mmdit_probe.experiments.result import Result
+    from mmdit_probe.experiments.store import Recorder, Store
+    from mmdit_probe.experiments.text import Text
+
+TAGS = "tags"
+PROTOCOLS = ("present", "predicted", "full")
+PLAIN = Preset("", "seg4diff")
+"""What is done where neither options nor a preset say otherwise."""
+SHOWN = 60
+"""Rows of the league table that the terminal shows."""
+PLACES = ("protocol", "method", "refine", "layers", "heads", "sigma")
+Words = str | Sequence[str]
+
+
+@dataclass
+class _State:
+    """What `measure` needs: the plan, its captures, and the tagger of the protocol "predicted"."""
+
+    plan: Plan
+    captures: Captures
+    tagging: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Reads, Experiment):
+    """Score segmentation methods on a data set: mIoU under both averaging rules, accuracy, intervals over images.
+
+    Writes counts.parquet (sparse confusion counts per image and configuration), league.csv, per_class.csv and the
+    figure. Rows of different protocols must not be ranked against each other.
+    """
+
+    name: ClassVar[str] = "evaluate"
+    tables: ClassVar[tuple[str, ...]] = ("counts", TAGS)
+    examples: ClassVar[tuple[str, ...]] = (
+        "evaluate --method seg4diff,iseg,diffcut --refine none,affinity+pamr --limit 20",
+        "evaluate --preset seg4diff --dataset voc20:VOCdevkit --model MODEL --device cuda",
+        "evaluate --sweep layer --layers all --limit 20",
+    )
+
+    dataset: Annotated[
+        str, Option("scenes:val, or NAME:ROOT; `mmdit-probe datasets list` names them.", panel=INPUT)
+    ] = "scenes:val"
+    limit: Annotated[
+        int | None, Option("Use the first LIMIT images.", min=1, shown_default="200 scenes, or all", panel=INPUT)
+    ] = None
+    preset: Annotated[
+        Literal[
+            "seg4diff", "seg4diff-unsup", "diffseg", "diffcut", "diffsegmenter", "iseg", "proxyclip", "corrclip"
+        ] | None,
+        Option("What the paper of this method did: text, noise level, background, resizing, matching. Options that are"
+               " given win.", panel=METHOD),
+    ] = None  # fmt: skip
+    method: Annotated[
+        Words | None,
+        Option(f"Methods by comma: {', '.join((*NAMED, *BLIND))}.", values=(*NAMED, *BLIND),
+               shown_default=PLAIN.methods, panel=METHOD),
+    ] = None  # fmt: skip
+    protocol: Annotated[
+        Words | None,
+        Option("Who says which classes there are: present, predicted, full; several by comma.",
+               values=PROTOCOLS, shown_default=PLAIN.protocol, panel=METHOD),
+    ] = None  # fmt: skip
+    refine: Annotated[
+        Words | None,
+        Option(f"Refinements by comma, each measured: none,pamr,affinity+pamr. Steps: {', '.join(STEPS)}.",
+               values=("none", *STEPS), shown_default=PLAIN.refine, panel=METHOD),
+    ] = None  # fmt: skip
+    options: Annotated[
+        Sequence[str], Option("Option of a method: iseg.ent=0.02; repeatable.", flag="--set", panel=METHOD)
+    ] = ()
+    background: Annotated[
+        str | None,
+        Option("Background rule: none, threshold:0.5, power:2 or class:NAME.",
+               values=("none", "threshold:0.5", "power:2", "class:"), shown_default=PLAIN.background, panel=METHOD),
+    ] = None  # fmt: skip
+    sweep: Annotated[
+        Literal["none", "layer", "head", "sigma"], Option("Each layer, head or sigma alone.", panel=METHOD)
+    ] = "none"
+    match: Annotated[
+        Literal["image", "upstream", "majority", "dataset", "row"] | None,
+        Option("Matching of segments to classes.", shown_default=PLAIN.match, panel=METHOD),
+    ] = None
+    many_to_one: Annotated[bool, Option("Segments left over join the background class (DiffCut).", panel=METHOD)] = (
+        False
+    )
+    tags: Annotated[
+        Path | None, Option("JSON for the protocol 'predicted': image name -> class names.", panel=INPUT)
+    ] = None
+    tagger: Annotated[
+        str | None,
+        Option("Tagger for the protocol 'predicted': a CLIP (embedded name, folder or hub id), or scenes-parser.",
+               panel=METHOD),
+    ] = None  # fmt: skip
+    tag_split: Annotated[
+        str | None,
+        Option("Labelled images that the tagger's threshold is chosen on.", shown_default="scenes:train for scenes",
+               panel=METHOD),
+    ] = None  # fmt: skip
+    tag_threshold: Annotated[
+        float | None,
+        Option("Threshold of the tagger, 0 or less, in place of one chosen on --tag-split.", max=0, panel=METHOD),
+    ] = None
+    cache: Annotated[
+        Path | None, Option("Keep captured forwards here, so that methods re-run without the model.", panel=OUTPUT)
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in self.methods:
+            check_method(name)
+        for protocol in self.protocols:
+            if protocol not in PROTOCOLS:
+                raise unknown("protocol", protocol, PROTOCOLS)
+        for steps in self.refinements:
+            parse_steps(steps)
+        Background.parse(self.background or "none")
+        for name in self.values():
+            if name not in self.methods:
+                raise unknown("method with options", name, self.methods)
+        tagger = self.tagger_request()
+        if "predicted" in self.protocols and tagger is None and self.tags is None:
+            raise UserError("protocol 'predicted' needs --tagger CLIP, or --tags FILE of another program's tags")
+
+    @property
+    def how(self) -> Preset:
+        """The preset, or the plain defaults."""
+        return PLAIN if self.preset is None else PRESETS[self.preset]
+
+    @property
+    def methods(self) -> list[str]:
+        return _split(self.method or self.how.methods)
+
+    @property
+    def protocols(self) -> list[str]:
+        return _split(self.protocol or self.how.protocol)
+
+    @property
+    def refinements(self) -> list[str]:
+        return _split(self.refine or self.how.refine)
+
+    @property
+    def matching(self) -> str:
+        return self.match or self.how.match
+
+    @property
+    def source(self) -> str:
+        """The data set, with COCO-Object's background as a word where the preset has it so."""
+        name, colon, root = self.dataset.partition(":")
+        return f"{AS_WORD.get(name, name) if self.how.as_word else name}{colon}{root}"
+
+    def values(self) -> dict[str, dict[str, Any]]:
+        """Method -> its options.
+
+        Raises:
+            UserError: not METHOD.OPTION=VALUE.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for text in self.options:
+            name, value = parse_option(text)
+            method, dot, option = name.partition(".")
+            if not dot:
+                raise UserError(f"--set {text!r}: expected METHOD.OPTION=VALUE, e.g. iseg.ent=0.02")
+            found.setdefault(method, {})[option] = value
+        return found
+
+    def tagger_request(self) -> dict[str, Any] | None:
+        """The tagger: its name, and a threshold or the images it is chosen on.
+
+        Raises:
+            UserError: options that belong to a tagger without one, two sources of tags, or no threshold.
+        """
+        split = self.tag_split
+        if self.tagger is None:
+            if split is not None or self.tag_threshold is not None:
+                raise UserError("--tag-split and --tag-threshold are of a tagger; name it with --tagger")
+            return None
+        if self.tags is not None:
+            raise UserError("--tags and --tagger both say which classes there are; give one of them")
+        if self.tag_threshold is None and split is None:
+            if not self.dataset.startswith("scenes"):
+                raise UserError(
+                    "a tagger needs a threshold: --tag-threshold, or --tag-split NAME:ROOT, other images to choose it"
+                    " on"
+                )
+            split = "scenes:train"
+        if split == self.dataset:
+            raise UserError(f"--tag-split {split!r} are the images that are evaluated; choose the threshold on others")
+        chosen = self.tag_threshold is None
+        return {"name": self.tagger, "split": split if chosen else None, "threshold": self.tag_threshold}
+
+    def gather(self, scenes: bool) -> tuple[Dataset, Mapping[str, Sequence[str]] | None]:
+        """The data set, and the tags of another program."""
+        from mmdit_probe.data.sources import dataset
+
+        self.read_selection()
+        data = dataset(self.source, self.limit)
+        if self.many_to_one and data.background is None:
+            raise UserError(f"{data.name} has no background class, so --many-to-one has nothing to join segments to")
+        return data, None if self.tags is None else _read_tags(self.tags)
+
+    def load(self, target: Any, shown: Progress) -> Captures:
+        """Captures of the model, which is loaded when one is missing."""
+        from mmdit_probe.evaluate.captures import Captures
+        from mmdit_probe.experiments.target import Named, as_model, named
+
+        target = named(target)
+        if isinstance(target, Named):
+            target = self._with_text(target)
+            text = target.text
+            captures = Captures(lambda: as_model(target, shown), target.full_name, self.cache, text)
+            if target.options.get("lora") is not None:
+                _ = captures.model  # its folder may hold other weights than when the cache was made: compare now
+        else:
+            model = as_model(target, shown)
+            text = text_of(model)
+            if self.how.paper_text and hasattr(model.pipeline, "text_encoder_3") and not text.get("no_t5"):
+                raise UserError(f"--preset {self.preset} reads text without T5: load the model with t5=False")
+            captures = Captures(lambda: model, model.name, self.cache, text)
+        for options in self.values().values():
+            check_streams_read(options, "no_t5" in text)
+        return captures
+
+    def _with_text(self, target: Any) -> Any:
+        """The target with the text of the preset: T5 left out where there is one, its slots as many as CLIP's."""
+        from mmdit_probe.experiments.target import knows_scenes
+        from mmdit_probe.models.load import can_leave_out_t5
+
+        if not self.how.paper_text or not can_leave_out_t5(target.name):
+            return target
+        # The embedded model's own length is its CLIP's already.
+        length = target.max_sequence_length or (None if knows_scenes(target) else PAPER_LENGTH)
+        return replace(target, options={**target.options, "t5": False}, max_sequence_length=length)
+
+    def describe(self, model: Captures) -> dict[str, Any]:
+        return {"model": model.facts}
+
+    def prepare(self, model: Captures, inputs: tuple[Dataset, Mapping[str, Sequence[str]] | None]) -> Study:
+        from mmdit_probe.evaluate.plan import Plan
+        from mmdit_probe.evaluate.tagger import Tagging
+
+        (data, tags), facts, how = inputs, model.facts, self.how
+        network = Network(facts["id"], facts["weight_hash"], facts["layers"], facts["heads"])
+        reading, heads, notes = self.reading(network, how.sigma or SIGMA, how.fit or FIT, how.size)
+        rule = self.background or (how.background if data.background is not None else "none")
+        tagger = self.tagger_request()
+        request: dict[str, Any] = {
+            "model": facts["id"], "weight_hash": facts["weight_hash"], "dtype": facts["dtype"], **model.text,
+            "dataset": self.source, "images": len(data.samples), "content": data.fingerprint(),
+            "methods": self.methods, "protocols": self.protocols, "refine": self.refinements,
+            "options": self.values(), "background": rule, "sweep": self.sweep, "layers": plain(reading.layers),
+            "heads": plain(heads), "weights": plain(reading.weights), "sigmas": list(reading.sigmas),
+            "seeds": list(reading.seeds), "fit": reading.fit, "size": plain(reading.size), "tags": tags,
+            "tagger": tagger, "by_rows": self.matching == "row",
+        }  # fmt: skip
+        plan = Plan.of(
+            data, self.methods, layer_count=network.layers, head_count=network.heads, reading=reading,
+            protocols=self.protocols, refine=self.refinements, options=self.values(), background=rule, heads=heads,
+            sweep=self.sweep, tags=tags if tagger is None else {}, by_rows=self.matching == "row",
+        )  # fmt: skip
+        notes += [data.note] if data.note else []
+        notes += [f"preset {self.preset} ({how.source}): {how.differs}"] if how.differs else []
+        tagging = None if tagger is None else Tagging.of(data, **tagger)
+        if tagging is not None and tagging.split is not None:
+            notes.append(f"the tagger's threshold is chosen on {len(tagging.split)} images of {tagger['split']}")  # type: ignore[index]
+        said = {
+            "classes": [list(one.synonyms) for one in data.classes], "agnostic": data.agnostic,
+            "images": [sample.name for sample in data.samples], "background": data.background, "remarks": notes,
+            "preset": self.preset, "dataset": data.facts,
+        }  # fmt: skip
+        tasks = range(len(data.samples))
+        return Study(model, request, tasks, facts=said, unit="images", notes=notes, state=_State(plan, model, tagging))
+
+    def measure(self, study: Study, task: int, record: Recorder) -> None:
+        state: _State = study.state
+        plan, sample = state.plan, state.plan.dataset.samples[task]
+        if state.tagging is not None:
+            tags = state.tagging.tags(sample)
+            plan = replace(plan, tags={sample.name: tags})
+            record.write(TAGS, {"tag": tags}, image=task)
+        record.write("counts", plan.rows(state.captures, task))
+
+    def finish(self, study: Study, store: Store) -> None:
+        if study.state.tagging is not None:
+            store.record(tagger=study.state.tagging.about)
+
+    def summarise(self, result: Result) -> pd.DataFrame:
+        from mmdit_probe.evaluate.league import league
+
+        facts = result.data
+        table = league(
+            result.table, len(facts["classes"]), match=self.matching, background=self._joined(result),
+            agnostic=facts["agnostic"],
+        )  # fmt: skip
+        if self.preset is not None:
+            table.insert(0, "preset", self.preset)
+        return table
+
+    def _joined(self, result: Result) -> int | None:
+        """The class that segments left over join."""
+        known: int | None = result.data["background"]
+        return known if self.many_to_one or self.how.many_to_one else None
+
+    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
+        from mmdit_probe.evaluate.league import per_class
+
+        if result.data["agnostic"]:
+            return {"league": result.summary}
+        names = [synonyms[0] for synonyms in result.data["classes"]]
+        by_class = per_class(result.table, names, match=self.matching, background=self._joined(result))
+        return {"league": result.summary, "per_class": by_class}
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        from mmdit_probe.data import paper_table
+        from mmdit_probe.experiments.attention_budget import PAPER_MODEL
+        from mmdit_probe.plots.league import head_figure, layer_figure, league_figure, sigma_figure
+
+        title = f"{result.model_name} on {result.request['dataset']}"
+        if self.sweep == "layer":
+            paper = paper_table("miou_by_layer") if PAPER_MODEL in result.data["model"]["id"] else None
+            return {"by_layer": layer_figure(result.summary, title, paper)}
+        drawn = {"none": league_figure, "head": head_figure, "sigma": sigma_figure}[self.sweep]
+        return {"league" if self.sweep == "none" else f"by_{self.sweep}": drawn(result.summary, title)}
+
+    def tell(self, result: Result) -> list[Text]:
+        rule = (
+            "mIoU: mean over the masks of all images, its 95 % interval over images."
+            if result.data["agnostic"]
+            else "mIoU: union rule, its 95 % interval over images; mIoU gt: classes of the truth only (Seg4Diff's"
+            " rule)."
+        )
+        said = self._tagger(result)
+        matched = f"Protocols are not comparable with each other. Segments matched: {self.matching}."
+        return [league_table(result.summary), rule, *([] if said is None else [_told(said)]), matched]
+
+    def document(self, result: Result) -> dict[str, Any]:
+        tagger = self._tagger(result)
+        return {"league": result.summary, "match": self.matching, "request": result.request, "tagger": tagger}
+
+    def _tagger(self, result: Result) -> dict[str, Any] | None:
+        """How right the tags of the protocol "predicted" were."""
+        from mmdit_probe.evaluate.tagger import quality
+
+        if "predicted" not in self.protocols:
+            return None
+        images, names = result.data["images"], [synonyms[0] for synonyms in result.data["classes"]]
+        about: dict[str, Any] = {"name": "tags of a file"}
+        said = result.request["tags"]
+        if self.tagger is not None:
+            about = {"name": self.tagger, **result.data["tagger"]}
+            said = {image: [] for image in images}
+            if result.store.has(TAGS):
+                for row in result.store.table(TAGS).itertuples():
+                    said[images[row.image]].append(str(row.tag))
+        found = quality(said, result.table, images, names, result.data["background"])
+        shown = {"precision": found.precision, "recall": found.recall, "f1": found.f1, "per_image": found.per_image}
+        return about | shown
+
+
+def league_table(table: pd.DataFrame) -> TextTable:
+    """The league table in text."""
+    columns = [*PLACES, "n", "mIoU", "95 %", "mIoU gt", "pixel acc", "mean acc", "gain", "segments"]
+    same = [name for name in PLACES[2:] if table[name].nunique() < 2]
+    spare = [*same, "mean acc", "pixel acc", "segments", "mIoU gt", "gain", "heads", "sigma", "layers"]
+    out = TextTable(columns, left=PLACES, spare=spare)
+    for row in table.head(SHOWN).to_dict("records"):
+        bounds = "" if row["miou_low"] != row["miou_low"] else f"{share(row['miou_low'])}-{share(row['miou_high'])}"
+        segments = "" if row["segments"] != row["segments"] else f"{row['segments']:.1f}"
+        scores = [share(row[name]) for name in ("miou_gt", "accuracy", "macc")]
+        gain = signed(row["gain"], row["gain_low"], row["gain_high"])
+        places = [str(row[name]) for name in PLACES]
+        out.add(*places, str(row["n"]), share(row["miou"]), bounds, *scores, gain, segments)
+    if len(table) > SHOWN:
+        out.add("...", f"{len(table) - SHOWN} more rows in league.csv", *[""] * (len(columns) - 2))
+    return out
+
+
+def _told(tagger: Mapping[str, Any]) -> str:
+    how = f", threshold {tagger['threshold']:.3g}" if "threshold" in tagger else ""
+    how += f" chosen on {tagger['chosen_on']}" if "chosen_on" in tagger else ""
+    return (
+        f"predicted: {tagger['name']}{how}; precision {tagger['precision']:.2f}, recall {tagger['recall']:.2f}, "
+        f"{tagger['per_image']:.1f} classes per image."
+    )
+
+
+def _split(text: Words) -> list[str]:
+    parts = text.split(",") if isinstance(text, str) else text
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _read_tags(path: Path) -> dict[str, list[str]]:
+    from mmdit_probe.data import read_json
+
+    data = read_json(path, "tags, image name -> list of class names")
+    if not isinstance(data, dict) or not all(isinstance(value, list) for value in data.values()):
+        raise UserError(f"--tags {str(path)!r}: expected an object, image name -> list of class names")
+    return data

@@ -1,0 +1,45 @@
+"""Layers that are known to ground words, by model: what is read where no layers are named.
+
+    known_layers("stabilityai/stable-diffusion-3-medium-diffusers", weight_hash).layers     # (9,)
+
+By name for public checkpoints, from the literature; by weights for the embedded model, from its own selection
+(`analyses/segmentation_choice.py`, on training images): other weights of the same name are another model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class KnownLayers:
+    """Layers, their weights in means over layers (none: equal), and who says so."""
+
+    layers: tuple[int, ...]
+    source: str
+    weights: tuple[float, ...] = ()
+
+
+_PAPER = "arXiv:2509.18096"
+_BY_NAME = {
+    "stable-diffusion-3-medium": KnownLayers((9,), f"{_PAPER}, section 3.3"),
+    "stable-diffusion-3.5-medium": KnownLayers((9,), f"{_PAPER}, appendix"),
+    "FLUX.1-dev": KnownLayers((12, 17), f"{_PAPER}, appendix"),
+}
+_BY_WEIGHTS = {
+    "0ae2e7a9c55fca30c40ba55f9bb60690579e5514cc6003443bb0d747b40d3a6a": KnownLayers(
+        (3, 4, 1), "its own selection on scenes:train", (0.3893019836018185, 0.3841109095658103, 0.2265871068323713)
+    ),
+}
+
+
+def known_layers(name: str, weight_hash: str) -> KnownLayers | None:
+    """The layers known for a model, or None.
+
+    Args:
+        name: hub id or folder, perhaps with an adapter ("name+adapter"); `-diffusers` at its end does not count.
+        weight_hash: of its transformer (`MMDiT.weight_hash`).
+    """
+    base = Path(name.partition("+")[0]).name.removesuffix("-diffusers")
+    return _BY_WEIGHTS.get(weight_hash) or _BY_NAME.get(base)

@@ -1,0 +1,171 @@
+"""Pictures of prompts, or photos with a text, and the words that are looked for in them: what maps and explore have in
+common. Not here: what is kept of them (`experiments.word_maps`, `experiments.explore`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
+from mmdit_probe.experiments.known import KnownLayers, known_layers
+from mmdit_probe.experiments.options import INPUT, METHOD, Sampling, captions_of, prompts_of, samples_of
+from mmdit_probe.experiments.token_rows import unread
+from mmdit_probe.options import Option
+from mmdit_probe.specs import Spec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from mmdit_probe.data import Sample
+    from mmdit_probe.models.mmdit import MMDiT
+    from mmdit_probe.models.tokens import TokenTable
+    from mmdit_probe.observe.observer import Observer
+
+Side = Annotated[int | None, Option("Of the picture in pixels.", min=1, shown_default="the model's own", panel=METHOD)]
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to make, or at hand."""
+
+    index: int
+    prompt: str
+    seed: int
+    words: tuple[str, ...]
+    picture: Sample | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures(Sampling, Experiment):
+    """Pictures of prompts, or photos with a text, and words of them: what maps and explore have in common."""
+
+    prompt: Annotated[
+        str | Sequence[str] | None,
+        Option("What to draw, or the text of --image; also a file of prompts or a set.", argument=True, panel=INPUT),
+    ] = None
+    words: Annotated[
+        str | Sequence[str] | None,
+        Option("Words or phrases of the prompt, by comma.", shown_default="all of them", panel=INPUT),
+    ] = None
+    image: Annotated[
+        Any, Option("A photo to read instead of drawing: a file, a folder, or scenes:val:3.", panel=INPUT)
+    ] = None
+    limit: Annotated[int | None, Option("Use the first LIMIT prompts or pictures.", min=1, panel=INPUT)] = None
+    images_per_prompt: Annotated[
+        int, Option("Pictures per prompt, each with a seed of its own.", min=1, panel=INPUT)
+    ] = 1
+    height: Side = None
+    width: Side = None
+    stream: Annotated[
+        str | None, Option("Tokens of this text encoder only, such as clip or t5.", shown_default="all", panel=METHOD)
+    ] = None
+    sigma: Annotated[
+        float,
+        Option("Noise level of --image, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1, panel=METHOD),
+    ] = 0.515
+
+    def gather(self, scenes: bool) -> tuple[list[str], list[Sample]]:
+        if self.prompt is None and self.image is None:
+            raise UserError('no prompt is given; expected one, such as "a red ring and a blue house on grass"')
+        if self.image is None:
+            return prompts_of(self.prompt, self.limit, scenes, 1), []
+        given = isinstance(self.image, str | Path | list | tuple)
+        pictures = samples_of(self.image if given else [self.image], self.limit)
+        texts = captions_of(self.prompt, pictures)
+        missing = next((one.name for one, text in zip(pictures, texts, strict=True) if not text), None)
+        if missing is not None:
+            raise UserError(f"picture {missing!r} has no caption: give the text whose words are looked for in it")
+        return texts, pictures
+
+    def items(self, model: MMDiT, inputs: tuple[list[str], list[Sample]]) -> list[Item]:
+        """What is to be looked at, each with the words that its prompt has.
+
+        Raises:
+            UserError: a word that no prompt has.
+        """
+        texts, pictures = inputs
+        tables = model.token_tables(texts)
+        if self.stream is not None and self.stream not in (known := dict.fromkeys(tables[0].streams)):
+            raise unknown("encoder stream", self.stream, known)
+        wanted = self.words.split(",") if isinstance(self.words, str) else self.words
+        asked = None if wanted is None else list(dict.fromkeys(word.strip() for word in wanted if word.strip()))
+        for word in asked or ():
+            if not any(table.word_spans(word, missing_ok=True) for table in tables):
+                tables[0].word_spans(word)  # says why
+        chosen = [words_of(table, asked, self.stream) for table in tables]
+        for table, words in zip(tables, chosen, strict=True):
+            if not words:
+                raise UserError(f"prompt {table.prompt!r} has none of the words asked for, or no word at all")
+        count = 1 if pictures else self.images_per_prompt
+        return [
+            Item(k, texts[of], self.seed + k, chosen[of], pictures[of] if pictures else None)
+            for k, of in enumerate(of for of in range(len(texts)) for _ in range(count))
+        ]
+
+    def prepare(self, model: MMDiT, inputs: tuple[list[str], list[Sample]]) -> Study:
+        items = self.items(model, inputs)
+        known = model.unknown_words_note(inputs[0])
+        notes = [*([known] if known else []), *(line for t in model.token_tables(inputs[0]) for line in unread(t))]
+        how: dict[str, Any] = {"stream": self.stream, "height": self.height, "width": self.width}
+        how |= {"sigma": self.sigma} if inputs[1] else {"num_steps": self.num_steps, "guidance": self.guidance}
+        request = request_of(
+            model,
+            items=[
+                [item.prompt, item.seed, list(item.words), *([item.picture.fingerprint()] if item.picture else [])]
+                for item in items
+            ],
+            **how,
+            **self.places(model),
+        )
+        facts: dict[str, Any] = {"remarks": notes}
+        facts |= {"sigmas": [self.sigma]} if inputs[1] else scheduled(model, self.num_steps)
+        return Study(model, request, items, "pictures", facts=facts, notes=notes)
+
+    def places(self, model: MMDiT) -> dict[str, Any]:
+        """Layers, steps and heads that are looked at, for the request."""
+        raise NotImplementedError
+
+    def look(self, model: MMDiT, item: Item, observers: Sequence[Observer], layers: Spec, steps: Spec = "all") -> Image:
+        """Make the picture, or read it, while observers look."""
+        from mmdit_probe.observe.probe import probe
+
+        if item.picture is None:
+            with probe(model, *observers, layers=layers, steps=steps):
+                found: Image = model.generate(
+                    item.prompt, steps=self.num_steps, guidance=self.guidance, seed=item.seed, height=self.height,
+                    width=self.width,
+                )[0]  # fmt: skip
+            return found
+        height, width = model.default_size
+        picture = item.picture.open((self.height or height, self.width or width))
+        latents = model.noise(model.encode_image(picture), self.sigma, item.seed)
+        with probe(model, *observers, layers=layers):
+            model.denoise(latents, self.sigma, model.encode_prompt([item.prompt]), seeds=item.seed)
+        return picture
+
+
+def words_of(table: TokenTable, asked: Sequence[str] | None, stream: str | None = None) -> tuple[str, ...]:
+    """The words of a prompt that are asked for (None: all but signs, each once) and that an encoder reads."""
+    found: dict[str, str] = {}
+    for word in table.words if asked is None else asked:
+        if any(map(str.isalnum, word)):
+            found.setdefault(word.casefold(), word)
+    spans = {word: table.word_spans(word, missing_ok=True) for word in found.values()}
+    return tuple(word for word, of in spans.items() if (of if stream is None else stream in of))
+
+
+def grounding(model: MMDiT) -> KnownLayers:
+    """The layers that ground words, best first: known ones, else the middle third."""
+    from mmdit_probe.segment.capture import middle_layers
+
+    count = len(model.layers)
+    # One's own pipeline has no name here, but the folder or hub id that it was loaded from.
+    for name in (model.name, str(getattr(model.pipeline.config, "_name_or_path", ""))):
+        known = known_layers(name, model.weight_hash)
+        if known is not None and max(known.layers) < count:
+            return known
+    return KnownLayers(middle_layers(count), "the middle third; none are known for this model")

@@ -1,0 +1,353 @@
+"""One labelled picture: the classes that are named (`Segment`), or what falls apart without names (`Discover`).
+
+    result = Segment(image="cat.jpg", classes="cat, wet grass, sky").run("scenes-sd3")
+    result.labels, result.areas; result.figure(); result.save("runs/cat")
+
+Section 3.4 and 3.5 of arXiv:2509.18096. One picture is done or not done: there is nothing to resume. Not here: the
+methods (`segment`), data sets (`experiments.evaluate`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from mmdit_probe.errors import UserError
+from mmdit_probe.experiments.experiment import AUTO, described, plain, request_of
+from mmdit_probe.experiments.options import INPUT, METHOD
+from mmdit_probe.experiments.progress import Progress
+from mmdit_probe.experiments.reading import Network, Read, Reads, check_streams_read
+from mmdit_probe.experiments.text import TextTable, page
+from mmdit_probe.options import Option, check
+from mmdit_probe.results import RunFolder, atomic
+from mmdit_probe.segment.settings import BLIND, NAMED, STEPS, Background, check_method, parse_option, parse_steps
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mmdit_probe.data import Sample
+    from mmdit_probe.data.class_names import SegClass
+    from mmdit_probe.experiments.text import Text
+    from mmdit_probe.models.mmdit import MMDiT
+    from mmdit_probe.segment.run import Segmentation
+
+REFINE = f"none, or steps joined by +: {', '.join(STEPS)}; affinity:3 for three rounds."
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Checked:
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnePicture(Reads, _Checked):
+    """What both have in common: a picture, a method and how its maps become labels."""
+
+    name: ClassVar[str]
+    without: ClassVar[tuple[str, ...]] = ("resume",)
+    unsupervised: ClassVar[bool]
+
+    image: Annotated[Any, Option("Picture file, or scenes:val:0.", argument=True, panel=INPUT)]
+    method: str
+    options: Annotated[
+        Sequence[str], Option("Option of the method: name=value; repeatable.", flag="--set", panel=METHOD)
+    ] = ()
+    refine: Annotated[str, Option(REFINE, values=("none", *STEPS), panel=METHOD)] = "none"
+    regions: Annotated[
+        Path | None,
+        Option("Label map of another program's regions (SAM, ...), 0 where there is none, for methods and steps that "
+               "take regions.", panel=INPUT),
+    ] = None  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_method(self.method, self.unsupervised)
+        parse_steps(self.refine)
+        self.values()
+
+    def values(self) -> dict[str, Any]:
+        """The options of the method."""
+        return dict(parse_option(text) for text in self.options)
+
+    @abstractmethod
+    def names(self) -> list[SegClass]:
+        """What is named to the model."""
+
+    @abstractmethod
+    def find(self, model: MMDiT, picture: Any, read: Read, values: dict[str, Any], regions: Any) -> Segmentation:
+        """Label the picture."""
+
+    def run(
+        self, target: Any = "scenes-sd3", out: Path | str | None = None, progress: bool | Progress = True
+    ) -> PictureResult:
+        """Label the picture.
+
+        Args:
+            target, progress: as in `Experiment.run`.
+            out: run folder to write into; "auto" stands for `runs/<name>/<time>-<hash>`; None writes nothing.
+
+        Raises:
+            UserError: bad options, picture or model.
+        """
+        from mmdit_probe.data.labels import read_label_map
+        from mmdit_probe.experiments.target import Named, as_model, named
+
+        shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
+        target = named(target)
+        sample, classes = self._sample(), self.names()
+        self.read_selection()
+        pixels = sample.image
+        regions = None if self.regions is None else read_label_map(self.regions)
+        if isinstance(target, Named):
+            check_streams_read(self.values(), "no_t5" in target.text)
+        model = as_model(target, shown)
+        read = self.reading(Network.of(model))
+        values = self.values() | ({} if read.heads is None else {"heads": read.heads})
+        notes = [f"{sample.name}: {note}" for note in sample.notes] + read.notes
+        notes += [note for note in [model.unknown_words_note([n for one in classes for n in one.synonyms])] if note]
+        found = self.find(model, pixels, read, values, regions)
+        notes += _overflow(found)
+        for note in notes:
+            shown.note(note)
+        request = request_of(model, image=sample.name, content=sample.fingerprint(), **self._request(read, values))
+        facts = described(model) | {
+            "seed": self.seed,
+            "remarks": notes,
+            "options": plain(asdict(self) | {"image": sample.name}),
+        }
+        result = PictureResult(self, found, request, facts)
+        if out is not None:
+            result.save(None if out == AUTO else out)
+        return result
+
+    def _sample(self) -> Sample:
+        from mmdit_probe.data import Sample, single
+
+        if isinstance(self.image, Sample):
+            return self.image
+        return single(str(self.image)) if isinstance(self.image, str | Path) else Sample("picture", self.image)
+
+    def _request(self, read: Read, values: dict[str, Any]) -> dict[str, Any]:
+        how = read.reading
+        return {
+            "method": self.method, "options": plain(values), "refine": self.refine, "layers": plain(how.layers),
+            "weights": plain(how.weights), "sigmas": list(how.sigmas), "seeds": list(how.seeds), "fit": how.fit,
+            "size": plain(how.size), "regions": plain(self.regions),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment(OnePicture):
+    """Label every pixel of a picture with one of the classes you name.
+
+    Writes labels.png (indexed, with a palette), overlay.png and the sheet of maps, probability maps as 8-bit PNG and as
+    safetensors, segmentation.json with the area of each class, and run.json into a run folder.
+    """
+
+    name: ClassVar[str] = "segment"
+    unsupervised: ClassVar[bool] = False
+    examples: ClassVar[tuple[str, ...]] = (
+        'segment scenes:val:3 --classes "tree, ring, grass, sky"',
+        'segment cat.jpg --classes "cat; kitten, wet grass" --method iseg --refine affinity+pamr',
+    )
+
+    classes: Annotated[
+        str | Path | Sequence[Any],
+        Option(
+            "Names by comma, synonyms by semicolon: 'cat; kitten, wet grass'; or a .txt file, one per line.",
+            panel=INPUT,
+        ),
+    ]
+    method: Annotated[str, Option(f"{', '.join(NAMED)}.", values=NAMED, panel=METHOD)] = "seg4diff"
+    background: Annotated[
+        str,
+        Option("Background rule: none, threshold:0.5, power:2 or class:NAME.",
+               values=("none", "threshold:0.5", "power:2", "class:"), panel=METHOD),
+    ] = "none"  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Background.parse(self.background)
+
+    def names(self) -> list[SegClass]:
+        from mmdit_probe.data import parse_classes
+
+        return parse_classes(self.classes)
+
+    def find(self, model: MMDiT, picture: Any, read: Read, values: dict[str, Any], regions: Any) -> Segmentation:
+        from mmdit_probe.segment.run import segment
+
+        return segment(
+            model, picture, self.names(), read.reading, method=self.method, options=values, refine=self.refine,
+            background=self.background, regions=regions,
+        )  # fmt: skip
+
+    def _request(self, read: Read, values: dict[str, Any]) -> dict[str, Any]:
+        classes = [list(one.synonyms) for one in self.names()]
+        return super()._request(read, values) | {"classes": classes, "background": self.background}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discover(OnePicture):
+    """Split a picture into segments without any class names, from the empty prompt. Files as `segment` writes them."""
+
+    name: ClassVar[str] = "discover"
+    unsupervised: ClassVar[bool] = True
+    examples: ClassVar[tuple[str, ...]] = (
+        "discover scenes:val:3",
+        'discover cat.jpg --method diffcut --names "cat, sofa, wall" --refine pamr',
+    )
+
+    method: Annotated[str, Option(f"{', '.join(BLIND)}.", values=BLIND, panel=METHOD)] = "seg4diff-unsup"
+    tau: Annotated[float | None, Option("Merging threshold of the method; scan it per model.", min=0, panel=METHOD)] = (
+        None
+    )
+    candidates: Annotated[
+        str | Path | Sequence[Any] | None,
+        Option("Candidate names by comma, or a .txt file: each segment takes the one that fits best.", flag="--names",
+               panel=INPUT),
+    ] = None  # fmt: skip
+    names_by: Annotated[
+        str, Option("Method whose maps of the candidates decide: seg4diff (the I2T words), proxyclip (a CLIP), ...",
+                    values=NAMED, panel=METHOD),
+    ] = "seg4diff"  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.names_by in BLIND:
+            raise UserError(f"--names-by {self.names_by!r} reads no names; take one of {', '.join(NAMED)}")
+        check_method(self.names_by)
+
+    def values(self) -> dict[str, Any]:
+        return super().values() | ({} if self.tau is None else {"tau": self.tau})
+
+    def names(self) -> list[SegClass]:
+        from mmdit_probe.data import parse_classes
+
+        return [] if self.candidates is None else parse_classes(self.candidates)
+
+    def find(self, model: MMDiT, picture: Any, read: Read, values: dict[str, Any], regions: Any) -> Segmentation:
+        from mmdit_probe.segment.run import discover, name_segments
+
+        found = discover(
+            model, picture, read.reading, method=self.method, options=values, refine=self.refine, regions=regions
+        )
+        if self.candidates is None:
+            return found
+        return name_segments(model, found, self.names(), method=self.names_by, weights=read.reading.weights)
+
+    def _request(self, read: Read, values: dict[str, Any]) -> dict[str, Any]:
+        named = {"names": [list(one.synonyms) for one in self.names()], "names_by": self.names_by}
+        return super()._request(read, values) | (named if self.candidates is not None else {})
+
+
+class PictureResult:
+    """A labelled picture.
+
+    Attributes:
+        found: labels, probabilities, names and the capture. request, data: as in `run.json`. path: the run folder.
+    """
+
+    def __init__(
+        self, experiment: OnePicture, found: Segmentation, request: dict[str, Any], facts: dict[str, Any]
+    ) -> None:
+        self.experiment, self.found, self.request, self.data = experiment, found, request, facts
+        self.path: Path | None = None
+
+    @property
+    def labels(self) -> Any:
+        """[height, width] index into `names`."""
+        return self.found.labels
+
+    @property
+    def names(self) -> list[str]:
+        return self.found.names
+
+    @property
+    def areas(self) -> dict[str, dict[str, Any]]:
+        """Pixels and share of the picture per name."""
+        return self.found.areas()
+
+    @cached_property
+    def _sheet(self) -> Figure:
+        from mmdit_probe.plots.segmentation import overlay_sheet
+
+        layers, sigmas = self.found.capture.layers, self.request["sigmas"]
+        where = f"layers {','.join(map(str, layers))}, sigma {', '.join(f'{sigma:g}' for sigma in sigmas)}"
+        title = f"{self.request['image']}: {self.request['method']}, {where}"
+        shares = self.found.probabilities.numpy()
+        return overlay_sheet(self.found.capture.image, self.labels, self.names, shares, title=title)
+
+    def figure(self) -> Figure:
+        """Picture, labels and maps."""
+        return self._sheet
+
+    def texts(self) -> list[Text]:
+        """What the command prints."""
+        table = TextTable(["index", "class", "pixels", "share"], left=("class",))
+        for index, (name, area) in enumerate(self.areas.items()):
+            table.add(str(index), name, str(area["pixels"]), f"{area['share']:.1%}")
+        alone = not self.experiment.unsupervised and len(self.names) == 1
+        return [table, "one class and no background rule: 100 % by definition"] if alone else [table]
+
+    def document(self) -> dict[str, Any]:
+        """What the command prints with `--json`, and segmentation.json holds."""
+        files: dict[str, Any] = {}
+        if (path := self.path) is not None:
+            files = {"run": str(path), "labels": str(path / "labels.png"), "overlay": str(path / "overlay.png")}
+            files |= {"figures": [str(path / f"sheet{suffix}") for suffix in (".png", ".pdf")]}
+        capture = self.found.capture
+        return files | {
+            "names": self.names, "areas": self.areas, "request": self.request,
+            "prompts": [one.prompt.text for one in capture.passes], "grid": list(capture.grid),
+            "layers": list(capture.layers), "remarks": self.data["remarks"],
+        }  # fmt: skip
+
+    def save(self, folder: Path | str | None = None) -> Path:
+        """Write what the command writes into a run folder: new or empty, `runs/<name>/...` if none is named."""
+        from mmdit_probe.plots import save
+
+        with RunFolder.open(self.experiment.name, self.request, out=folder) as opened:
+            opened.record(**self.data)
+            self.path = opened.path
+            self._write_pictures(opened.path)
+            save(self.figure(), opened.path / "sheet")
+            atomic.write_json(opened.path / "segmentation.json", self.document())
+        return opened.path
+
+    def _write_pictures(self, folder: Path) -> None:
+        import numpy as np
+        from PIL import Image
+        from safetensors.numpy import save_file
+
+        from mmdit_probe.plots.segmentation import blend, write_labels
+
+        shares = self.found.probabilities.numpy()
+        write_labels(self.labels, folder / "labels.png")
+        pictures = {"overlay.png": blend(self.found.capture.image, self.labels)}
+        for index, share in enumerate(shares):
+            stem = "".join(c if c.isalnum() else "_" for c in self.names[index])
+            pictures[f"maps/{index:03d}_{stem}.png"] = np.rint(255 * share).astype(np.uint8)
+        for name, pixels in pictures.items():
+            with atomic.replacing(folder / name) as temporary:
+                Image.fromarray(pixels).save(temporary, format="PNG")
+        with atomic.replacing(folder / "probabilities.safetensors") as temporary:
+            save_file({"probabilities": np.ascontiguousarray(shares, np.float32)}, temporary)
+
+    def __repr__(self) -> str:
+        return f"{type(self.experiment).__name__} of {self.request['image']}: {', '.join(self.names)}"
+
+    def _repr_html_(self) -> str:
+        return page(repr(self), self.figure(), self.texts())
+
+
+def _overflow(found: Segmentation) -> Iterator[str]:
+    """A remark where the names fill several prompts."""
+    passes = found.capture.passes
+    for extra in passes[1:2]:
+        yield f"{len(passes)} prompts: the names overflow the text encoders ({extra.prompt.text!r}, ...)"

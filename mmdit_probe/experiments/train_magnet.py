@@ -1,0 +1,121 @@
+"""TrainMagnet: LoRA mask alignment from a model's name, section 4.3 of arXiv:2509.18096.
+
+    result = TrainMagnet(layers="4", prompt="mixed", steps=400).run("scenes-sd3", out="runs/magnet")
+    result.log, result.validation; result.figure()
+    pipe.load_lora_weights(result.lora)            # in a program that knows nothing of this package
+
+The options are those of `magnet.TrainMagnet`; the loop is training's own, with its checkpoints (`magnet.trainer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mmdit_probe.experiments.experiment import AUTO
+from mmdit_probe.experiments.progress import Progress
+from mmdit_probe.experiments.text import page
+from mmdit_probe.magnet import config
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from mmdit_probe.experiments.text import Text
+    from mmdit_probe.magnet.trainer import TrainResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainMagnet(config.TrainMagnet):
+    """Fine-tune a LoRA so that words own their regions: flow matching plus mask alignment of I2T maps.
+
+    Writes lora/ (loads with pipe.load_lora_weights), best/, training.csv, validation.csv and samples/ into a run
+    folder. With --lora, that adapter is merged into the model before the new one is trained on it. Several processes:
+    accelerate launch --num_processes 2 -m mmdit_probe train-magnet ... Defaults are the paper's.
+    """
+
+    name: ClassVar[str] = "train-magnet"
+    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = config.RECIPES
+    examples: ClassVar[tuple[str, ...]] = (
+        "train-magnet --recipe ours --layers 4 --prompt mixed --validate-every 100",
+        "train-magnet --recipe paper --layers 9 --data coco-stuff:coco --model MODEL --device cuda --precision bf16",
+    )
+
+    def run(
+        self, target: Any = "scenes-sd3", out: Path | str | None = None, resume: bool = False,
+        progress: bool | Progress = True,
+    ) -> Training:  # fmt: skip
+        """Train; the model ends with the adapter attached.
+
+        Args:
+            target, resume, progress: as in `Experiment.run`. out: run folder; None and "auto" stand for
+                `runs/train-magnet/<time>-<hash>`: a training keeps checkpoints.
+
+        Raises:
+            UserError: options, data or model that do not fit. RunError: a loss, gradient or weight is not finite.
+        """
+        from mmdit_probe.experiments.experiment import text_of
+        from mmdit_probe.experiments.target import Named, as_model, named
+        from mmdit_probe.magnet.run import run
+        from mmdit_probe.models.adapters import merge
+
+        shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
+        target = named(target)
+        model = as_model(target, shown)
+        if isinstance(target, Named) and target.options.get("lora") is not None:
+            merge(model.pipeline)
+        place = None if out in (None, AUTO) else out
+        return Training(run(self, model, text=text_of(model), out=place, resume=resume, progress=shown.bar))
+
+
+class Training:
+    """A finished training.
+
+    Attributes:
+        path: the run folder. lora: the adapter's folder. log: one row per step. validation: one row each.
+    """
+
+    def __init__(self, found: TrainResult) -> None:
+        self.path, self.lora, self.log, self.validation = found.path, found.lora, found.log, found.validation
+
+    @property
+    def _held_out(self) -> pd.DataFrame:
+        """Validations with a score."""
+        return self.validation.dropna(subset=["miou"]) if "miou" in self.validation else self.validation.iloc[:0]
+
+    @cached_property
+    def _curves(self) -> Figure:
+        from mmdit_probe.plots.magnet import training
+
+        return training(self.log, self._held_out, title=f"MAGNET, {len(self.log)} steps")
+
+    def figure(self) -> Figure:
+        """Losses and held-out mIoU by step."""
+        return self._curves
+
+    def texts(self) -> list[Text]:
+        """What the command prints."""
+        first, last = self.log.iloc[0], self.log.iloc[-1]
+        lines: list[Text] = [f"{name}: {first[name]:.4f} -> {last[name]:.4f}" for name in ("flow", "focal", "dice")]
+        scores = self._held_out.tail(4).to_dict("records")
+        if scores:
+            shown = ", ".join(f"{row['miou']:.3f} at step {row['step']:.0f}" for row in scores)
+            lines.append(f"held-out mIoU (present classes, n = {scores[-1]['n']:.0f}): {shown}")
+        return [*lines, f"adapter: {self.lora}"]
+
+    def document(self) -> dict[str, Any]:
+        """What the command prints with `--json`."""
+        first, last = ({str(name): float(value) for name, value in self.log.iloc[at].items()} for at in (0, -1))
+        return {
+            "run": self.path, "lora": self.lora, "steps": len(self.log), "first": first, "last": last,
+            "validation": self.validation.to_dict("records"),
+        }  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"MAGNET training of {len(self.log)} steps, in {self.path}"
+
+    def _repr_html_(self) -> str:
+        return page(repr(self), self.figure(), self.texts())

@@ -1,0 +1,209 @@
+"""WordMaps: where the image looks for each word, as heat maps over the picture.
+
+    from mmdit_probe import word_maps
+    maps = word_maps(pipe, "a cat by the window", seed=0)     # one's own pipeline, an MMDiT, or a name
+    maps["cat"].overlay(); maps["cat"].array; maps.sheet(); maps.explore()
+
+    result = WordMaps(prompt="a red ring on grass", words="ring, grass").run("scenes-sd3")
+
+A map is the exact I2T attention of every image query to the word's tokens (summed over its tokens and encoders),
+averaged over heads, layers and sampling steps. Maps show where a word is looked for, not what it causes (`attribute`).
+Not here: the observer (`observe.maps`), the page with all layers, heads and steps (`experiments.explore`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import numpy as np
+
+from mmdit_probe.experiments.experiment import Study
+from mmdit_probe.experiments.explore import Explore
+from mmdit_probe.experiments.known import KnownLayers
+from mmdit_probe.experiments.options import METHOD, checked_heads
+from mmdit_probe.experiments.pictured_words import Item, Pictures, grounding
+from mmdit_probe.experiments.progress import Progress
+from mmdit_probe.experiments.target import as_model
+from mmdit_probe.experiments.text import TextTable
+from mmdit_probe.options import Option
+from mmdit_probe.results import atomic
+from mmdit_probe.specs import HeadSpec, Spec, layer_indices, step_indices
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from mmdit_probe.experiments.result import Result
+    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.experiments.text import Text
+    from mmdit_probe.models.mmdit import MMDiT
+    from mmdit_probe.plots.overlay import PictureMaps
+
+
+@dataclass(frozen=True, kw_only=True)
+class WordMaps(Pictures):
+    """Heat maps of a prompt's words over the picture: one overlay per word, a sheet of all, and the arrays.
+
+    mmdit-probe maps "a red ring and a blue house on grass" --words "ring, house, grass"
+    """
+
+    name: ClassVar[str] = "maps"
+    tables: ClassVar[tuple[str, ...]] = ("maps",)
+
+    layers: Annotated[
+        Spec | None,
+        Option(
+            "Joint-attention layers, 0-based: 9, 7-11 or all.", panel=METHOD,
+            shown_default="those known to ground words, else the middle third",
+        ),
+    ] = None  # fmt: skip
+    heads: Annotated[HeadSpec, Option("Attention heads: all, 3, 0-3 or 0,2.", panel=METHOD)] = "all"
+    steps: Annotated[Spec, Option("Sampling steps: all, 0,20, 0-4, last-8.", panel=METHOD)] = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image is None:
+            step_indices(self.steps, self.num_steps)
+
+    def places(self, model: MMDiT) -> dict[str, Any]:
+        known = grounding(model)
+        if self.layers is not None:
+            known = KnownLayers(layer_indices(self.layers, len(model.layers)), "")
+        layers = known.layers
+        heads = checked_heads(self.heads, layers, model.heads)
+        steps = [0] if self.image is not None else list(step_indices(self.steps, self.num_steps))
+        shares = known.weights or (1.0 / len(layers),) * len(layers)
+        weights = [share for _, share in sorted(zip(layers, shares, strict=True))]
+        return {"layers": sorted(layers), "weights": weights, "why": known.source, "heads": heads, "steps": steps}
+
+    def measure(self, study: Study, task: Item, record: Recorder) -> None:
+        from mmdit_probe.observe.maps import TextMaps
+
+        request, whole = study.request, len(study.request["heads"]) == study.model.heads
+        seen = TextMaps(task.words, heads="mean" if whole else "all", stream=self.stream)
+        steps = "all" if task.picture else request["steps"]
+        image = self.look(study.model, task, [seen], request["layers"], steps)
+        heads = "all" if whole else request["heads"]
+        found = np.stack(
+            [
+                sum(
+                    share * seen.map(word, layers=layer, heads=heads)
+                    for layer, share in zip(request["layers"], request["weights"], strict=True)
+                )
+                for word in task.words
+            ]
+        ).astype(np.float32)
+        record.arrays(f"maps-{task.index:03d}", words=np.array(task.words), maps=found)
+        record.picture(f"{task.index:03d}", image)
+        peaks = [np.unravel_index(one.argmax(), one.shape) for one in found]
+        rows, columns = (np.array([peak[axis] for peak in peaks], np.int32) for axis in (0, 1))
+        record.write(
+            "maps",
+            {"word": np.array(task.words, object), "mass": found.mean((1, 2)), "max": found.max((1, 2)),
+             "peak_row": rows, "peak_column": columns},
+            item=task.index, prompt=task.prompt, seed=task.seed,
+        )  # fmt: skip
+
+    def summarise(self, result: Result) -> pd.DataFrame:
+        return result.table
+
+    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
+        return {"maps": result.table}
+
+    def maps(self, result: Result, explorer: Any = None) -> list[PictureMaps]:
+        """What was found, per picture. `explorer`: function of an item's number that makes its page."""
+        from mmdit_probe.plots.overlay import PictureMaps
+
+        pictures, found = result.store.pictures(), []
+        for k, (prompt, seed, *_) in enumerate(result.request["items"]):
+            kept = result.store.load_arrays(f"maps-{k:03d}") or {}
+            arrays = dict(zip(map(str, kept["words"]), kept["maps"], strict=True))
+            page = None if explorer is None else lambda k=k: explorer(k)
+            found.append(PictureMaps(pictures[f"{k:03d}"], prompt, arrays, seed, self.about(result), page))
+        return found
+
+    def about(self, result: Result) -> str:
+        """What was averaged over, in words."""
+        request = result.request
+        weighted = "; weighted" if len(set(request["weights"])) > 1 else ""
+        why = f" ({request['why']}{weighted})" if request["why"] else ""
+        layers = f"layer{'s' if len(request['layers']) > 1 else ''} {', '.join(map(str, request['layers']))}{why}"
+        heads = "all heads" if len(request["heads"]) == result.data["model"]["heads"] else f"heads {request['heads']}"
+        if self.image is not None:
+            return f"{result.model_name}: {layers}, {heads}, sigma {self.sigma:g}"
+        return f"{result.model_name}: {layers}, {heads}, {len(request['steps'])} of {self.num_steps} steps"
+
+    def draw(self, result: Result) -> dict[str, Figure]:
+        from mmdit_probe.plots.overlay import maps_sheet
+
+        pictures = self.maps(result)
+        return {"maps": maps_sheet(pictures, title=pictures[0].prompt if len(pictures) == 1 else "")}
+
+    def files(self, result: Result, folder: Path) -> None:
+        for k, maps in enumerate(self.maps(result)):
+            for number, (word, one) in enumerate(maps.items()):
+                letters = re.sub(r"\W+", "-", word).strip("-")
+                name = f"{k:03d}-{number:02d}-{letters}.png"
+                with atomic.replacing(folder / "overlays" / name) as temporary:
+                    one.overlay().save(temporary, format="PNG")
+
+    def tell(self, result: Result) -> list[Text]:
+        several = len(result.request["items"]) > 1
+        table = TextTable(
+            [*(["picture"] if several else []), "word", "mass", "max", "peak (row, column)"], left=("word",)
+        )
+        for row in result.table.to_dict("records"):
+            cells = [str(row["item"])] if several else []
+            peak = f"{row['peak_row']}, {row['peak_column']}"
+            table.add(*cells, row["word"], f"{row['mass']:.4f}", f"{row['max']:.4f}", peak)
+        return [
+            table,
+            "mass: mean probability of the word as key of image queries; max: its largest, at the peak on the token"
+            " grid.",
+            f"{self.about(result)}.",
+        ]
+
+    def document(self, result: Result) -> dict[str, Any]:
+        overlays = None if result.path is None else sorted((result.path / "overlays").glob("*.png"))
+        return {"layers": result.request["layers"], "words": result.table, "overlays": overlays}
+
+
+def word_maps(
+    target: Any, prompt: str | Sequence[str] | None = None, *, progress: bool = False, **options: Any
+) -> PictureMaps | list[PictureMaps]:
+    """Heat maps of a prompt's words: the maps of one picture, or a list where several prompts or pictures are asked.
+
+    Args:
+        target: one's own stock pipeline, an `MMDiT`, or a name: an embedded model, a diffusers folder, a hub id.
+        prompt: one or several; with `image` the photo's text.
+        progress: whether to show it, on stderr.
+        options: those of `WordMaps`: words, seed, image (a file, a PIL picture, an array), images_per_prompt, layers,
+            heads, steps, stream, num_steps, guidance, height, width, sigma.
+
+    Raises:
+        UserError: a word that no prompt has, bad options, or no such model.
+    """
+    shown = Progress(quiet=not progress)
+    model = as_model(target, shown)
+    experiment = WordMaps(prompt=prompt, **options)
+    result = experiment.run(model, progress=shown)
+    items = result.request["items"]
+
+    def explorer(number: int) -> Any:
+        text, seed, words = items[number][:3]
+        picture = None
+        if experiment.image is not None:
+            picture = experiment.gather(False)[1][number].open()
+        shared = {
+            name: getattr(experiment, name) for name in ("num_steps", "guidance", "height", "width", "stream", "sigma")
+        }
+        page = Explore(prompt=[text], words=words, image=picture, seed=seed, layers=experiment.layers, **shared)
+        return page.pages(page.run(model, progress=shown))[0]
+
+    found = experiment.maps(result, explorer)
+    several = len(found) > 1 or isinstance(prompt, list | tuple)
+    return found if several else found[0]

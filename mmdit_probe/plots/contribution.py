@@ -1,0 +1,44 @@
+"""What text writes into image tokens, per layer: contribution beside mass, and heads.
+
+save(contribution_budget(summary, heads), "contribution_budget")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmdit_probe.plots import style
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+def contribution_budget(summary: pd.DataFrame, heads: pd.DataFrame, *, title: str = "") -> Figure:
+    """Norm of each span kind's contribution over the whole update's (left), its mass (middle), and the words' relative
+    norm within each head (right, where heads were kept).
+
+    Args:
+        summary, heads: from `experiments.contribution_budget.summarise`, by layer, and by layer and head.
+    """
+    kinds = [kind for kind in style.SPANS if kind in set(summary["group"])]
+    words = heads[heads["group"] == "word"]
+    with style.panels(style.PAGE, 2.7, 3 if len(words) else 2, title=title) as (figure, panels):
+        for axes, value, label in (
+            (panels[0], "relative", "norm / norm of the update"), (panels[1], "mass", "share of attention"),
+        ):  # fmt: skip
+            for number, kind in enumerate(kinds):
+                part = summary[summary["group"] == kind].sort_values("layer")
+                low, high = (part[f"relative_{end}"] if value == "relative" else part[value] for end in ("low", "high"))
+                style.errorbars(
+                    axes, part["layer"] + style.dodge(number, len(kinds), 0.3), part[value], low, high, number,
+                    label=style.LABELS.get(kind, kind),
+                )  # fmt: skip
+            axes.set(title="written into image tokens" if value == "relative" else "mass", ylabel=label)
+            style.whole(axes)
+            style.within(axes, "y", low=0)
+        if len(words):
+            grid = words.pivot(index="layer", columns="head", values="relative")
+            style.heat(panels[2], grid, low=0, high=float(grid.max().max()), label="words, within the head")
+        style.legend(figure, panels[0])
+    return figure

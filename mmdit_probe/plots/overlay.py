@@ -1,0 +1,174 @@
+"""Heat maps over pictures: overlays, one word's map, and all maps of a picture.
+
+    overlay(picture, heat)                          # PIL, of the picture's size
+    maps = PictureMaps(picture, "a red ring", {"ring": heat})
+    maps["ring"].overlay(); maps.sheet()
+
+Under the colours the picture is grey, so that no colour of its own is taken for heat. Dark is the map's minimum, light
+its maximum, bilinear between the tokens. Not here: what is measured, and the page to explore it (`pages`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.plots.sheet import sheet, short, wrapped
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+STRENGTH = 0.65
+"""Of the colours in an overlay: 0 the grey picture, 1 the map alone."""
+
+COLOURS = "viridis"
+
+
+def overlay(picture: Any, heat: NDArray[Any], strength: float = STRENGTH) -> Image:
+    """A picture under a heat map.
+
+    Args:
+        picture: PIL, or uint8 [H, W, 3]. heat: [h, w], stretched over the whole picture. strength: 0 to 1.
+
+    Raises:
+        UserError: the map is not two-dimensional, or the strength out of range.
+    """
+    from matplotlib import colormaps
+    from PIL import Image as pil
+
+    if np.ndim(heat) != 2:
+        raise UserError(f"a heat map has shape (h, w); found {np.shape(heat)} (of a video, choose a frame)")
+    if not 0.0 <= strength <= 1.0:
+        raise UserError(f"strength {strength}: expected a number from 0 to 1")
+    image = picture if hasattr(picture, "convert") else pil.fromarray(np.asarray(picture))
+    heat = np.asarray(heat, np.float32)
+    spread = float(heat.max() - heat.min())
+    level = pil.fromarray((heat - heat.min()) / spread if spread > 0 else np.zeros_like(heat))
+    large = np.asarray(level.resize(image.size, pil.Resampling.BILINEAR)).clip(0.0, 1.0)
+    grey = np.asarray(image.convert("L"), np.float32)[..., None]
+    colour = colormaps[COLOURS](large)[..., :3] * 255.0
+    return pil.fromarray(np.rint(grey * (1 - strength) + colour * strength).astype(np.uint8))
+
+
+@dataclass(frozen=True, eq=False)
+class WordMap:
+    """Where one word is looked for in a picture.
+
+    Attributes:
+        array: [h, w] float32 on the token grid: the mean probability of the word's tokens as keys of each image query.
+        image: the picture.
+    """
+
+    word: str
+    array: NDArray[np.float32]
+    image: Image
+
+    def overlay(self, strength: float = STRENGTH) -> Image:
+        """The picture under the map."""
+        return overlay(self.image, self.array, strength)
+
+    def __repr__(self) -> str:
+        rows, columns = self.array.shape
+        return f"WordMap({self.word!r}, {rows} x {columns} tokens, max {short(float(self.array.max()))})"
+
+    def _repr_png_(self) -> bytes:
+        return png(self.overlay())
+
+
+@dataclass(frozen=True, eq=False)
+class PictureMaps(Mapping[str, WordMap]):
+    """The maps of a picture's words: `maps["ring"]`.
+
+    Attributes:
+        image, prompt, seed: of the picture. arrays: word -> [h, w]. about: what they were averaged over, in words.
+        explorer: makes the page of `explore`.
+    """
+
+    image: Image
+    prompt: str
+    arrays: Mapping[str, NDArray[np.float32]]
+    seed: int = 0
+    about: str = ""
+    explorer: Any = field(default=None, repr=False)
+
+    def __getitem__(self, word: str) -> WordMap:
+        check_known("word", word, self.arrays)
+        return WordMap(word, self.arrays[word], self.image)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __contains__(self, word: object) -> bool:
+        return word in self.arrays
+
+    def __repr__(self) -> str:
+        return f"PictureMaps of {self.prompt!r} (seed {self.seed}): {', '.join(self)}"
+
+    def sheet(self) -> Figure:
+        """The picture and an overlay per word, as a figure."""
+        return maps_sheet([self])
+
+    def explore(self) -> Any:
+        """The page to explore it: the picture is made once more (same seed), with every layer observed.
+
+        Raises:
+            UserError: the maps were read from a folder, without the model.
+        """
+        if self.explorer is None:
+            raise UserError("these maps come without their model; run `mmdit-probe explore` with the same prompt")
+        return self.explorer()
+
+    def _repr_html_(self) -> str:
+        import base64
+
+        def cell(label: str, picture: Image) -> str:
+            shown = picture.resize((192, round(192 * picture.height / picture.width)))
+            data = base64.b64encode(png(shown)).decode()
+            return (
+                f'<figure style="display:inline-block;margin:4px"><img alt="{escape(label)}"'
+                f' src="data:image/png;base64,{data}"><figcaption>{escape(label)}</figcaption></figure>'
+            )
+
+        cells = [cell("picture", self.image), *(cell(word, one.overlay()) for word, one in self.items())]
+        return f"<p>{escape(self.prompt)}</p>{''.join(cells)}<p><small>{escape(self.about)}</small></p>"
+
+
+def maps_sheet(pictures: list[PictureMaps], title: str = "") -> Figure:
+    """Pictures and their overlays: one picture over as many rows as it needs, several a row each."""
+    across = 6
+    cells, captions, rows = [], [], []
+    for one in pictures:
+        shown = [one.image, *(found.overlay() for found in one.values())]
+        texts = ["picture", *(f"{word}\nmax {short(float(found.array.max()))}" for word, found in one.items())]
+        part, above = wrapped(shown, texts, min(across, max(len(found) + 1 for found in pictures)))
+        cells += part
+        captions += above
+        rows += [one.prompt, *[""] * (len(part) - 1)]
+    note = pictures[0].about if pictures else ""
+    return sheet(cells, rows=rows if len(pictures) > 1 else (), captions=captions, title=title, note=note, side=1.1)
+
+
+def png(image: Image) -> bytes:
+    """A picture as a PNG file's bytes."""
+    from io import BytesIO
+
+    buffer = BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def colours() -> list[list[int]]:
+    """The 256 colours of the maps, dark to light."""
+    from matplotlib import colormaps
+
+    return [[round(255 * part) for part in colormaps[COLOURS](level)[:3]] for level in range(256)]

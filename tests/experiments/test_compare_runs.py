@@ -1,0 +1,84 @@
+"""Two runs side by side: differences by hand, what is refused, and the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mmdit_probe import UserError
+from mmdit_probe.cli.app import main
+from mmdit_probe.experiments import AttentionBudget, Result, ValueNorms
+from mmdit_probe.experiments.attention_budget import blocks
+from mmdit_probe.experiments.compare_runs import compare_runs
+from mmdit_probe.models.mmdit import MMDiT
+from tests import tiny
+
+PROMPTS = ["a red ring", "a cat", "a blue house"]
+
+
+def run(kind: type = AttentionBudget, seed: int = 0, prompts: list[str] = PROMPTS, **options: Any) -> Result:
+    ask = kind(prompts=prompts, num_steps=1, guidance=3.0, rows="summary", **options)
+    return ask.run(MMDiT(tiny.pipeline("sd3", seed)), progress=False)
+
+
+def test_differences_are_paired_by_item() -> None:
+    first, second = run(seed=0), run(seed=1)
+    found = compare_runs(first, second)
+    one, two = (blocks(r.experiment.by_item(r)).set_index(["layer", "item"])["I2T"] for r in (first, second))  # type: ignore[attr-defined]
+    row = found.table.set_index(["measure", "layer"]).loc[("I2T", 2)]
+    assert row["difference"] == pytest.approx((two - one).loc[2].mean(), abs=1e-6)
+    assert row["low"] <= row["difference"] <= row["high"] and row["n"] == 3
+    assert row["verdict"] == "too few items"
+    same = compare_runs(first, first)
+    assert np.allclose(same.table["difference"], 0) and same.differs == []
+    assert "I2T_word" in str(found.texts()[1]) and found.figure().axes
+
+
+def test_verdicts() -> None:
+    """Ten items of which the second run has .1 more, up to noise; a margin is about losses."""
+    import pandas as pd
+
+    from mmdit_probe.experiments.compare_runs import _paired
+
+    noise = np.random.default_rng(0).normal(0, 0.01, (2, 10))
+    first, second = (
+        pd.DataFrame({"item": range(10), "control": "none", "layer": 0, "value": level + noise[k]})
+        for k, level in enumerate((0.5, 0.6))
+    )
+    assert _paired(first, second, None)["verdict"].tolist() == ["higher"]
+    assert _paired(second, first, None)["verdict"].tolist() == ["lower"]
+    assert _paired(second, first, 0.2)["verdict"].tolist() == ["no worse"]
+    assert _paired(second, first, 0.05)["verdict"].tolist() == ["worse"]
+
+
+def test_refused() -> None:
+    first = run()
+    with pytest.raises(UserError, match="value-norms"):
+        compare_runs(first, run(ValueNorms))
+    with pytest.raises(UserError, match="other items"):
+        compare_runs(first, run(prompts=["a cat", "a red ring", "a blue house"]))
+    with pytest.raises(UserError, match="--margin -1"):
+        compare_runs(first, first, -1.0)
+    with pytest.raises(UserError, match="in common"):
+        compare_runs(run(layers=0), run(layers=1))
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 0), ("b", 1)):
+        run(seed=seed).save(name)
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "a", "b", "--out", "c", "--json"])
+    out, err = capfd.readouterr()
+    assert stopped.value.code in (0, None), err
+    assert {row["layer"] for row in json.loads(out)["comparison"]} == {0, 1, 2}
+    assert {path.name for path in Path("c").iterdir()} == {
+        "comparison.csv", "comparison.png", "comparison.pdf", "run.json"
+    }  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        main(["compare", "a", "nowhere"])
+    assert stopped.value.code == 2

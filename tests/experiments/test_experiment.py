@@ -1,0 +1,338 @@
+"""What holds for every experiment: the library and the command give the same, in memory and in a folder; an interrupted
+run goes on; another request is refused; several processes give the table of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mmdit_probe import load
+from mmdit_probe.cli.app import main
+from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import (
+    OF_COMMAND,
+    AttentionBudget,
+    Attribute,
+    Diagnose,
+    Experiment,
+    FeaturePCA,
+    Generate,
+    Perturb,
+    Result,
+    Score,
+    SelectLayers,
+    ValueNorms,
+    read,
+)
+from mmdit_probe.experiments.experiment import plain
+from mmdit_probe.experiments.text import TextTable, records
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.options import described
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ["a red ring", "a cat", "a blue house"]
+SCENES = {"images": "scenes:val", "limit": 2, "prompts": "a red ring"}
+EXPERIMENTS: dict[str, tuple[type[Experiment], dict[str, Any]]] = {
+    "attention-budget": (AttentionBudget, {"num_steps": 1, "guidance": 2.0, "layers": "0-1"}),
+    "value-norms": (ValueNorms, {**SCENES, "layers": "0-1", "control": "uniform"}),
+    "pca": (FeaturePCA, {**SCENES, "limit": 4, "kinds": "key", "components": 2, "batch": 2, "control": "uniform"}),
+    "diagnose": (Diagnose, {**SCENES, "layers": "0-1"}),
+    "attribute": (Attribute, {"n": 4, "layers": "4", "target": "mass"}),
+    "perturb": (Perturb, {"num_steps": 1, "guidance": 1.0, "layers": "1", "edit": "zero", "batch": 2}),
+    "generate": (Generate, {"num_steps": 1, "guidance": 1.0, "perturb_layers": "1", "perturb_scale": "1", "batch": 2}),
+    "select-layers": (SelectLayers, {"evidence": "word_mass,segmentation", "limit": 4}),
+    "score": (Score, {"num_steps": 1, "guidance": 1.0, "batch": 2}),
+}
+"""Command -> experiment and a setting that takes a moment. Those without pictures read a file of prompts."""
+
+OF_SCENES = ("attribute", "select-layers")
+"""Those that measure on models of the scenes world only."""
+
+
+class Setting:
+    """One experiment on its model, and what it gives in memory."""
+
+    def __init__(self, name: str, ask: Experiment, model: MMDiT) -> None:
+        self.name, self.ask, self.model = name, ask, model
+        self.memory = ask.run(model, progress=False)
+
+    def arguments(self) -> list[str]:
+        """The same request on the command line."""
+        line = [self.name, "--model", self.model.name]
+        defaults = {field.name: field.default for field in fields(self.ask)}
+        for field in described(self.ask):
+            value = getattr(self.ask, field.name)
+            if defaults[field.name] in (value, MISSING):
+                continue
+            line += [field.flag, str(value)]
+        return line
+
+
+@pytest.fixture(scope="module")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_directory: Path) -> MMDiT:
+    return load(str(tiny_directory))
+
+
+@pytest.fixture(scope="module")
+def settings(prompts_file: Path, loaded: MMDiT, scenes_model: MMDiT) -> Callable[[str], Setting]:
+    known: dict[str, Setting] = {}
+
+    def of(name: str) -> Setting:
+        if name not in known:
+            kind, options = EXPERIMENTS[name]
+            if "prompts" not in options and name not in OF_SCENES:
+                options = options | {"prompts": str(prompts_file)}
+            known[name] = Setting(name, kind(**options), scenes_model if name in OF_SCENES else loaded)
+        return known[name]
+
+    return of
+
+
+@pytest.fixture(params=EXPERIMENTS)
+def setting(request: pytest.FixtureRequest, settings: Callable[[str], Setting]) -> Setting:
+    return settings(request.param)
+
+
+def same_tables(one: Result, two: Result) -> None:
+    """All tables of two results, value by value."""
+    for name in one.experiment.tables:
+        assert one.store.has(name) == two.store.has(name)
+        if one.store.has(name):
+            tables = (result.store.table(name) for result in (one, two))
+            pd.testing.assert_frame_equal(*tables, check_categorical=False)
+    pd.testing.assert_frame_equal(one.summary, two.summary, check_categorical=False)
+    pd.testing.assert_frame_equal(one.claims, two.claims, check_categorical=False)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_experiment_is_here() -> None:
+    assert list(EXPERIMENTS) == list(OF_COMMAND)
+    assert all(kind.name == name for name, (kind, _) in EXPERIMENTS.items())
+
+
+def test_the_command_and_the_library_give_the_same(
+    setting: Setting, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Tables, summary, claims and figures of the command are those in memory, and `save` writes its files."""
+    with pytest.raises(SystemExit) as stopped:
+        main([*setting.arguments(), "--out", str(tmp_path / "command"), "--json"])
+    out, err = capfd.readouterr()
+    assert stopped.value.code == 0, err
+    command = read(tmp_path / "command")
+    assert plain(asdict(command.experiment)) == plain(asdict(setting.ask))
+    assert command.request == setting.memory.request
+    same_tables(setting.memory, command)
+    document = json.loads(out)
+    own = json.loads(json.dumps(records(setting.memory.experiment.document(setting.memory)), default=str))
+    for name, value in own.items():
+        if name not in ("images", "selection"):  # paths of a folder
+            assert document[name] == value, name
+    assert setting.memory.save(tmp_path / "saved") == tmp_path / "saved"
+    same_tables(setting.memory, read(tmp_path / "saved"))
+    written = {
+        place: {name for name in files(tmp_path / place) if ".parquet/" not in name} for place in ("command", "saved")
+    }
+    assert written["command"] == written["saved"]
+    assert {f"{name}.{kind}" for name in setting.memory.figures for kind in ("png", "pdf")} <= written["command"]
+    for name in written["command"]:
+        if name.endswith((".csv", ".md", ".png")):
+            assert (tmp_path / "command" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes(), name
+    record = json.loads((tmp_path / "saved" / "run.json").read_text())
+    assert record["status"] == "finished" and record["command"] == setting.name
+
+
+def test_an_interrupted_run_goes_on_and_another_request_is_refused(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key is pressed in the second task, after its rows: they do not count, those of the first are not repeated."""
+    ask, stock, measured = setting.ask, type(setting.ask).measure, list[str]()
+
+    def interrupted(self: Experiment, study: Any, task: Any, record: Any) -> None:
+        stock(self, study, task, record)
+        if measured:
+            raise KeyboardInterrupt
+        measured.append(repr(task))
+
+    def counted(self: Experiment, study: Any, task: Any, record: Any) -> None:
+        measured.append(repr(task))
+        stock(self, study, task, record)
+
+    monkeypatch.setattr(type(ask), "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ask.run(setting.model, out=tmp_path / "run", progress=False)
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+    monkeypatch.setattr(type(ask), "measure", counted)
+    whole = ask.run(setting.model, out=tmp_path / "run", resume=True, progress=False)
+    same_tables(setting.memory, whole)
+    assert len(measured) == len(list((tmp_path / "run" / f"{ask.tables[0]}.parquet").iterdir())) > 1
+    before = len(measured)
+    again = ask.run(setting.model, out=tmp_path / "run", resume=True, progress=False)  # finished: opened as it is
+    same_tables(whole, again)
+    assert len(measured) == before
+
+    message = r"cannot continue .* it was made with (items|prompts|seed|conditions: .*: seed) = .*, this request has"
+    with pytest.raises(UserError, match=message):
+        replace(ask, seed=1).run(setting.model, out=tmp_path / "run", resume=True, progress=False)
+    with pytest.raises(UserError, match="holds a run already; continue it with --resume"):
+        ask.run(setting.model, out=tmp_path / "run", progress=False)
+    same_tables(whole, read(tmp_path / "run"))
+
+
+def test_a_notebook_shows_figure_and_tables(setting: Setting) -> None:
+    html = setting.memory._repr_html_()
+    assert html.startswith('<img alt="') and "data:image/png;base64," in html
+    shown = [text for text in setting.memory.texts() if isinstance(text, TextTable)]
+    assert shown and html.count("<table>") == len(shown)
+    assert setting.memory.figure() is setting.memory.figures[next(iter(setting.memory.figures))]
+    assert type(setting.ask).__name__ in repr(setting.memory)
+
+
+def test_what_a_notebook_shows_is_escaped() -> None:
+    result = AttentionBudget(prompts="a cat", num_steps=1).run(MMDiT(tiny.pipeline(), '<i>"tiny"'), progress=False)
+    html = result._repr_html_()
+    assert "<i>" not in html and "&lt;i&gt;&quot;tiny&quot;" in html
+    table = TextTable(["a|b"], [["<b>x</b>"]], title="<i>")
+    assert "<b>" not in table.html() and "&lt;b&gt;x&lt;/b&gt;" in table.html() and "<i>" not in table.html()
+    assert "a\\|b" in table.markdown()
+
+
+def test_targets(loaded: MMDiT, tiny_directory: Path) -> None:
+    """A stock pipeline of one's own, an MMDiT, a folder as text or path, and a name."""
+    ask = AttentionBudget(prompts="a red ring", num_steps=1, guidance=1.0)
+    targets = [loaded, tiny.pipeline(), str(tiny_directory), tiny_directory]
+    results = [ask.run(target, progress=False) for target in targets]
+    for result in results[1:]:
+        pd.testing.assert_frame_equal(results[0].table, result.table)
+    assert results[1].model_name == "StableDiffusion3Pipeline"
+    named = replace(ask, layers=4).run("scenes-sd3", progress=False)
+    assert named.model_name == "scenes-sd3" and set(named.table["layer"]) == {4}
+    with pytest.raises(UserError, match="cannot probe int: expected a model's name, a diffusers folder, a hub id"):
+        ask.run(3)
+    with pytest.raises(UserError, match=r"unknown model .*'scenes-sd33': did you mean 'scenes-sd3'"):
+        ask.run("scenes-sd33", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (AttentionBudget, {"num_steps": 0}, "--num-steps is 0; expected a whole number of at least 1"),
+        (AttentionBudget, {"seed": -1}, "--seed is -1; expected a whole number of at least 0"),
+        (AttentionBudget, {"guidance": float("nan")}, "--guidance is nan; expected a finite number"),
+        (AttentionBudget, {"rows": "heads"}, "unknown --rows 'heads': did you mean 'head'"),
+        (AttentionBudget, {"steps": "last-29"}, "step 'last-29' does not exist: there are 28 steps"),
+        (AttentionBudget, {"control": "shuffled"}, "shuffled captions need pictures"),
+        (ValueNorms, {"limit": 0}, "--limit is 0; expected a whole number or nothing of at least 1"),
+        (ValueNorms, {"selection": "s.json", "layers": 1}, "--selection names layers and heads already"),
+        (FeaturePCA, {"components": 0}, "--components is 0"),
+        (FeaturePCA, {"kinds": "keys"}, "unknown kind of feature 'keys': did you mean 'key'"),
+        (FeaturePCA, {"sigma": 1.5}, "--sigma is 1.5; expected a finite number of at least 0 and at most 1"),
+        (Diagnose, {"control": "randm"}, "unknown control 'randm': did you mean 'random'"),
+        (Attribute, {"sigma": 0.0}, "--sigma is 0.0; expected a finite number above 0"),
+        (Attribute, {"n": 1}, "--n is 1; expected a whole number of at least 2"),
+        (Perturb, {"kernel": 4}, "--kernel is 4; expected an odd number"),
+        (Perturb, {"by": "tokens"}, "unknown --by 'tokens'"),
+        (Perturb, {"branch": "uncond", "guidance": 1.0}, "--branch uncond: --guidance 1 runs without that branch"),
+        (Perturb, {"control": "budgets"}, "unknown control 'budgets': did you mean 'budget'"),
+        (Generate, {"start": 0.9, "stop": 0.1}, "--start 0.9 is after --stop 0.1"),
+        (Generate, {"perturb_scale": "two"}, "--perturb-scale 'two': expected a number"),
+        (Generate, {"perturb_layers": 1, "selection": "s.json"}, "--perturb-layers and --selection both name layers"),
+        (SelectLayers, {"rule": "rank"}, "unknown rule 'rank': did you mean 'ranks'"),
+        (SelectLayers, {"split": "val", "report": "val"}, "--split and --report are both 'val'"),
+        (SelectLayers, {"limit": 3}, "--limit is 3; expected a whole number of at least 4"),
+        (Score, {"baseline": "bas"}, "unknown variant 'bas': did you mean 'base'"),
+        (Score, {"maps": "2"}, "--maps '2': expected noise levels in 0..1"),
+        (Score, {"lora": ["nowhere/at/all"]}, "no LoRA 'nowhere/at/all'"),
+    ],
+)
+def test_options_are_refused_when_they_are_given(kind: type[Experiment], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        kind(**options)
+    assert message in str(refused.value)
+
+
+TOGETHER = """
+import os, signal, sys
+from mmdit_probe import load
+from mmdit_probe.errors import ProbeError, UserError
+from mmdit_probe.experiments import AttentionBudget, Perturb
+from mmdit_probe.results import processes
+
+folder, out, lose = sys.argv[1], sys.argv[2], sys.argv[3] == "lose"
+prompts = ["a red ring", "a cat", "a blue house"]
+asks = {
+    "budget": AttentionBudget(prompts=prompts, num_steps=1, guidance=2.0, layers="0-1"),
+    "perturb": Perturb(prompts=prompts, num_steps=1, guidance=1.0, layers="1", edit="zero", batch=1),
+}
+model = load(folder)
+if lose:
+    stock = Perturb.measure
+
+    def killed(self, study, task, record):
+        stock(self, study, task, record)
+        if processes.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Perturb.measure = killed
+    del asks["budget"]
+else:
+    try:
+        asks["budget"].run(model, progress=False)
+    except UserError as error:
+        assert "name one with out=" in str(error)
+    else:
+        raise AssertionError("several processes wrote into memory")
+try:
+    for name, ask in asks.items():
+        ask.run(model, out=f"{out}/{name}", progress=False)
+except ProbeError as error:
+    print(f"{processes.rank()}: {error}", flush=True)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows ends processes in another way")
+def test_two_processes_give_the_table_of_one(tiny_directory: Path, tmp_path: Path) -> None:
+    """And when one is lost the other ends with our message; what was finished stays and the run goes on."""
+    (tmp_path / "script.py").write_text(TOGETHER)
+
+    def launch(out: Path, how: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        line = [*command, tmp_path / "script.py", tiny_directory, out, how]
+        return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=240)
+
+    done = launch(tmp_path / "two", "share")
+    assert done.returncode == 0, done.stderr
+    model = load(str(tiny_directory))
+    for name in ("budget", "perturb"):
+        two = read(tmp_path / "two" / name)
+        same_tables(two.experiment.run(model, progress=False), two)
+        assert two.data["status"] == "finished"
+    lost = launch(tmp_path / "lost", "lose")
+    assert lost.returncode != 0
+    message = "0: process 1 of 2 ended; its own message says why; finished items are kept, continue with --resume"
+    assert message in lost.stdout.splitlines(), lost.stderr
+    whole = two.experiment.run(model, out=tmp_path / "lost" / "perturb", resume=True, progress=False)
+    same_tables(two, whole)
+    assert np.isfinite(whole.table["change"]).all()

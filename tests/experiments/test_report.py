@@ -1,0 +1,67 @@
+"""The report: one page of all parts, resumable, on a model that knows no scenes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mmdit_probe import MMDiT
+from mmdit_probe.experiments import Report, Result
+from mmdit_probe.results.selection import LayerSelection
+from tests import tiny
+
+PARTS = ["attention-budget", "value-norms", "perturb", "select-layers", "maps", "explore"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "run"
+    _report().run(_model(), path, progress=False)
+    return path
+
+
+def _model() -> MMDiT:
+    return MMDiT(tiny.pipeline("sd3"), "tiny", tiny.T5_LENGTH)
+
+
+def _report() -> Report:
+    prompts = ["a red ring", "a cat", "a blue house", "a ring on grass"]
+    return Report(prompts=prompts, limit=4, num_steps=2, guidance=2.0)
+
+
+def test_every_part_is_a_section(folder: Path) -> None:
+    html = (folder / "index.html").read_text("utf-8")
+    for title in (
+        "Attention budget",
+        "Contribution",
+        "Perturbation",
+        "Which layers ground words",
+        "Word maps",
+        "Provenance",
+    ):
+        assert f"{title}" in html
+    assert "Claim: " in html and "uniform attention in all layers" in html and "stability over resampled items" in html
+    assert _model().weight_hash in html and "torch" in html and "PCA of" not in html
+    assert html.count("data:image/png") >= 5 and 'href="explore.html"' in html
+    assert (folder / "explore.html").exists()
+
+
+def test_parts_are_run_folders_of_their_own(folder: Path) -> None:
+    result = Result.read(folder)
+    assert list(result.table["part"]) == PARTS
+    chosen = LayerSelection.read(folder / "state" / "select-layers" / "selection.json").layers
+    maps = Result.read(folder / "state" / "maps")
+    assert maps.request["layers"] == sorted(chosen)
+    assert len(maps.request["items"]) == 3
+
+
+def test_it_is_continued_without_doing_anything_again(folder: Path) -> None:
+    before = (folder / "state" / "perturb" / "run.json").stat().st_mtime_ns
+    table = folder / "parts.parquet" / "000003.parquet"
+    table.unlink()
+    record = (folder / "run.json").read_text().replace('"finished"', '"interrupted"')
+    (folder / "run.json").write_text(record)
+    result = _report().run(_model(), folder, resume=True, progress=False)
+    assert list(result.table["part"]) == PARTS
+    assert (folder / "state" / "perturb" / "run.json").stat().st_mtime_ns == before

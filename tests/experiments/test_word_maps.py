@@ -1,0 +1,222 @@
+"""Word maps against the explicit softmax in float64; batches, words that a prompt lacks, photos, folders, the page."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmdit_probe import MMDiT, TextMaps, probe, word_maps
+from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import Explore, Result, WordMaps, pictured_words
+from mmdit_probe.experiments.known import KnownLayers
+from mmdit_probe.experiments.pictured_words import grounding, words_of
+from mmdit_probe.plots.overlay import PictureMaps
+from tests import tiny
+from tests.observe.oracle import attentions
+
+IMAGE = 16
+QUICK: dict[str, Any] = {"num_steps": 2, "guidance": 1.0}
+PROMPT = "a red ring"
+
+
+@pytest.fixture(scope="module")
+def model() -> MMDiT:
+    return MMDiT(tiny.pipeline("sd3"), "tiny", tiny.T5_LENGTH)
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+
+
+def dense(model: MMDiT, photo: Image.Image, prompt: str, seed: int = 0) -> list[torch.Tensor]:
+    """[1, H, N, N] float64 of every layer at the photo's noise level."""
+    latents = model.noise(model.encode_image(photo), 0.5, seed)
+    text = model.encode_prompt([prompt])
+    return attentions(lambda: model.denoise(latents, 0.5, text), IMAGE + tiny.CLIP_LENGTH + tiny.T5_LENGTH)
+
+
+@pytest.mark.parametrize(
+    ("options", "layers", "heads"),
+    [({}, [1], [0, 1]), ({"layers": "0,2"}, [0, 2], [0, 1]), ({"layers": "all", "heads": "1"}, [0, 1, 2], [1])],
+)
+def test_a_photos_map_is_the_mean_of_the_words_columns(
+    model: MMDiT, photo: Image.Image, options: dict[str, Any], layers: list[int], heads: list[int]
+) -> None:
+    maps = word_maps(model, PROMPT, image=photo, sigma=0.5, **options)
+    assert isinstance(maps, PictureMaps) and list(maps) == ["a", "red", "ring"]
+    found = dense(model, photo, PROMPT)
+    table = model.token_tables(PROMPT)[0]
+    for word in maps:
+        keys = [IMAGE + p for p in table.positions(word=word)]
+        mean = torch.stack([found[layer][0, heads, :IMAGE][..., keys].sum(-1).mean(0) for layer in layers]).mean(0)
+        assert np.abs(maps[word].array - mean.view(4, 4).numpy()).max() < 2e-6
+    assert maps.image.size == (64, 64) and maps["ring"].overlay().size == (64, 64)
+
+
+def test_one_stream_is_part_of_the_whole(model: MMDiT, photo: Image.Image) -> None:
+    both, clip, t5 = (
+        word_maps(model, PROMPT, image=photo, stream=stream)["ring"].array for stream in (None, "clip", "t5")
+    )  # type: ignore[index]
+    np.testing.assert_allclose(clip + t5, both, atol=1e-6)
+    with pytest.raises(UserError, match="unknown encoder stream 'qwen'"):
+        word_maps(model, PROMPT, image=photo, stream="qwen")
+
+
+def test_ones_own_pipeline_gives_its_stock_picture() -> None:
+    pipe = tiny.pipeline("sd3")
+    maps = word_maps(pipe, PROMPT, seed=3, **QUICK)
+    assert isinstance(maps, PictureMaps)
+    again = MMDiT(pipe).generate(PROMPT, steps=2, guidance=1.0, seed=3)[0]
+    assert (np.asarray(maps.image) == np.asarray(again)).all()
+    with probe(pipe, TextMaps(["ring"]), layers=1) as run:
+        pipe(PROMPT, num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(3),
+             max_sequence_length=tiny.T5_LENGTH)  # fmt: skip
+    np.testing.assert_allclose(run[TextMaps].map("ring"), maps["ring"].array, atol=1e-7)
+    assert run[TextMaps].overlay("ring", maps.image) == maps["ring"].overlay()
+
+
+def test_several_prompts_and_pictures_give_a_list(model: MMDiT) -> None:
+    found = word_maps(model, [PROMPT, "a cat"], words=["ring", "cat", "a"], images_per_prompt=2, **QUICK)
+    assert isinstance(found, list)
+    assert [(one.prompt, one.seed, list(one)) for one in found] == [
+        (PROMPT, 0, ["ring", "a"]), (PROMPT, 1, ["ring", "a"]), ("a cat", 2, ["cat", "a"]), ("a cat", 3, ["cat", "a"]),
+    ]  # fmt: skip
+    alone = word_maps(model, "a cat", words="cat", seed=3, **QUICK)
+    assert isinstance(alone, PictureMaps)
+    np.testing.assert_array_equal(alone["cat"].array, found[3]["cat"].array)
+    assert isinstance(word_maps(model, [PROMPT], **QUICK), list)
+    with pytest.raises(UserError, match="unknown word 'dog'"):
+        word_maps(model, [PROMPT, "a cat"], words="cat, dog", **QUICK)
+
+
+def test_a_sample_without_the_word_gets_nothing_in_a_run(model: MMDiT) -> None:
+    with probe(model, TextMaps(["ring", "a"], heads="all"), layers="0-1") as run:
+        model.generate([PROMPT, "a cat"], steps=2, guidance=2.0, seed=0, output_type="latent")
+    maps = run[TextMaps]
+    assert (maps.maps(0)[1, ..., 0] == 0).all() and (maps.maps(0)[0, ..., 0] > 0).all()
+    with pytest.raises(UserError, match="sample 1, 'a cat', has no word 'ring'"):
+        maps.map("ring", sample=1)
+    expected = torch.stack([maps.maps(layer, step)[0, 1, ..., 0] for layer in (0, 1) for step in (0, 1)]).mean(0)
+    np.testing.assert_allclose(maps.map("ring", heads=1), expected, atol=1e-7)
+    np.testing.assert_allclose(
+        maps.map("a", layers=1, steps=0, sample=1), maps.maps(1, 0)[1, ..., 1].mean(0), atol=1e-7
+    )
+    with pytest.raises(UserError, match="unknown word 'red'"):
+        maps.map("red")
+    with pytest.raises(UserError, match="sample 2 does not exist"):
+        maps.map("a", sample=2)
+    with pytest.raises(UserError, match="layer 2 does not exist"):
+        maps.map("a", layers=2)
+
+
+def test_without_words_any_word_of_the_prompt_can_be_asked(model: MMDiT) -> None:
+    with probe(model, TextMaps(), TextMaps(queries="text"), layers=1) as run:
+        model.generate(PROMPT, steps=1, guidance=1.0, seed=0, output_type="latent")
+    i2t, t2i = run.observers
+    assert isinstance(i2t, TextMaps) and isinstance(t2i, TextMaps)
+    places = model.token_tables(PROMPT)[0].positions(word="red ring")
+    np.testing.assert_allclose(i2t.map("red ring"), i2t.maps(1)[0, ..., places].sum(-1), atol=1e-7)
+    np.testing.assert_allclose(t2i.map("red ring"), t2i.maps(1)[0, ..., places].mean(-1), atol=1e-7)
+    with pytest.raises(UserError, match=r'TextMaps\(heads="all"\)'):
+        i2t.map("ring", heads=0)
+
+
+def test_words_are_taken_once_without_signs(model: MMDiT) -> None:
+    table = model.token_tables("A cat, a red-cat!")[0]
+    assert words_of(table, None)[:2] == ("A", "cat")
+    assert "," not in words_of(table, None) and "a" not in words_of(table, None)
+    assert words_of(table, ["dog", "cat"]) == ("cat",)
+
+
+def test_known_layers_are_the_default_if_the_model_has_them(model: MMDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MMDiT, "name", "stabilityai/stable-diffusion-3-medium-diffusers", raising=False)
+    assert grounding(model).layers == (1,) and "middle third" in grounding(model).source
+    monkeypatch.setattr(MMDiT, "layers", model.layers * 8)
+    assert grounding(model).layers == (9,) and "2509.18096" in grounding(model).source
+
+
+def test_weighted_layers_are_averaged_with_their_weights(model: MMDiT, photo: Image.Image) -> None:
+    known = KnownLayers((2, 0), "told", (0.75, 0.25))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictured_words, "known_layers", lambda *_: known)
+        both = word_maps(model, PROMPT, image=photo)
+    each = [word_maps(model, PROMPT, image=photo, layers=layer)["ring"].array for layer in (2, 0)]  # type: ignore[index]
+    assert isinstance(both, PictureMaps) and "layers 0, 2 (told; weighted)" in both.about
+    np.testing.assert_allclose(both["ring"].array, 0.75 * each[0] + 0.25 * each[1], atol=1e-7)
+
+
+def test_the_folder_holds_overlays_arrays_and_a_sheet(model: MMDiT, tmp_path: Path) -> None:
+    experiment = WordMaps(prompt=PROMPT, words="ring, red ring", layers="0-1", heads="1", steps="1", **QUICK)
+    result = experiment.run(model, tmp_path / "run", progress=False)
+    assert [path.name for path in sorted((tmp_path / "run" / "overlays").iterdir())] == [
+        "000-00-ring.png", "000-01-red-ring.png",
+    ]  # fmt: skip
+    kept = np.load(tmp_path / "run" / "arrays" / "maps-000.npz")
+    assert kept["words"].tolist() == ["ring", "red ring"] and kept["maps"].shape == (2, 4, 4)
+    assert (tmp_path / "run" / "maps.png").exists() and (tmp_path / "run" / "images" / "000.png").exists()
+    row = result.table.iloc[0]
+    assert row["mass"] == pytest.approx(kept["maps"][0].mean()) and row["max"] == pytest.approx(kept["maps"][0].max())
+    assert np.unravel_index(kept["maps"][0].argmax(), (4, 4)) == (row["peak_row"], row["peak_column"])
+    again = Result.read(tmp_path / "run")
+    assert isinstance(again.experiment, WordMaps)
+    np.testing.assert_array_equal(again.experiment.maps(again)[0]["ring"].array, kept["maps"][0])
+    assert "layers 0, 1, heads [1], 1 of 2 steps" in again.texts()[-1]
+    assert again.save(tmp_path / "copy") and (tmp_path / "copy" / "arrays" / "maps-000.npz").exists()
+
+
+def test_what_is_missing_is_asked_for(model: MMDiT, photo: Image.Image) -> None:
+    with pytest.raises(UserError, match="no prompt is given"):
+        word_maps(model)
+    with pytest.raises(UserError, match="has no caption"):
+        word_maps(model, image=photo)
+    with pytest.raises(UserError, match="layer 7 does not exist"):
+        word_maps(model, PROMPT, layers=7, **QUICK)
+
+
+def test_unknown_words_of_the_embedded_model_are_told_once(model: MMDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MMDiT, "vocabulary", ("ring", "red", "a"))
+    study = WordMaps(prompt=[PROMPT, "a cat"], **QUICK).prepare(model, ([PROMPT, "a cat"], []))
+    assert [note for note in study.notes if "knows 3 words; not: cat" in note] == study.notes
+
+
+def test_the_page_holds_what_was_measured(model: MMDiT, photo: Image.Image) -> None:
+    maps = word_maps(model, PROMPT, image=photo, sigma=0.5, layers=2)
+    assert isinstance(maps, PictureMaps)
+    found = json.loads(re.search(r'id="data">(.*?)</script>', maps.explore().html, re.DOTALL)[1])  # type: ignore[index]
+    assert found["words"] == ["a", "red", "ring", "BOS (clip)", "EOS (clip)", "EOS (t5)", "PAD (clip)", "PAD (t5)"]
+    assert found["chosen"] == [2] and found["layers"] == [0, 1, 2] and found["steps"] == ["the one"]
+    attention = [one.numpy() for one in dense(model, photo, PROMPT)]
+    table = model.token_tables(PROMPT)[0]
+    bos = [IMAGE + p for p in table.positions(kind="bos", stream="clip")]
+    ring = [IMAGE + p for p in table.positions(word="ring")]
+    for layer in range(3):
+        mean = attention[layer][0].mean(0)
+        assert found["i2t"][str(layer)]["max"][0][3] == pytest.approx(mean[:IMAGE, bos].sum(-1).max(), rel=1e-3)
+        assert found["t2i"][str(layer)]["max"][0][2] == pytest.approx(mean[ring, :IMAGE].mean(0).max(), rel=1e-3)
+        head = attention[layer][0, 1]
+        assert found["i2tHeads"][str(layer)]["max"][1][2] == pytest.approx(head[:IMAGE, ring].sum(-1).max(), rel=1e-3)
+        words = [IMAGE + p for p in table.positions(kind="word")]
+        assert found["budget"][layer][2][0][0][0] == pytest.approx(head[:IMAGE, words].sum(-1).mean(), abs=1e-4)
+        assert np.allclose(np.sum(found["budget"][layer], -1), 1, atol=1e-3)
+
+
+def test_the_page_of_a_sampled_picture_has_its_steps(model: MMDiT, tmp_path: Path) -> None:
+    experiment = Explore(prompt=PROMPT, words="ring", num_steps=3, guidance=2.0)
+    result = experiment.run(model, tmp_path, progress=False)
+    kept = result.store.load_arrays("explore-000")
+    assert kept is not None and kept["i2t"].shape == (3, 4, 6, 4, 4)
+    np.testing.assert_allclose(kept["i2t"][:, 0], kept["i2t"][:, 1:].mean(1), atol=1e-7)
+    np.testing.assert_allclose(kept["i2t_heads"].mean(1), kept["i2t"][:, 0], atol=1e-6)
+    np.testing.assert_allclose(kept["budget"][:, :, 0], kept["budget"][:, :, 1:].mean(2), atol=1e-6)
+    assert (tmp_path / "explore.html").stat().st_size < 1e6
+    maps = word_maps(model, PROMPT, words="ring", layers="all", num_steps=3, guidance=2.0)
+    assert isinstance(maps, PictureMaps)
+    np.testing.assert_allclose(maps["ring"].array, kept["i2t"][:, 0, 0].mean(0), atol=1e-6)

@@ -1,0 +1,153 @@
+"""Stage 4: the joint transformer, trained by rectified flow on frozen text encoders and latents.
+
+The recipe, and where each part comes from:
+
+* velocity target ``n - x`` at logit-normal noise levels under shift 3 (SD3, arXiv 2403.03206, section 3);
+* every text encoder dropped at random by zeroing its rows, 10 % empty captions (same, section 5.2 and appendix B);
+* low resolution and few objects first: single objects on 32 px canvases (64 tokens), exactly two objects on 48 px (144
+  tokens), where a relation or a count is most of what there is to learn, then whole scenes (256 tokens);
+* the pooled text is zero throughout, so all text acts through the joint attention;
+* Muon for the matrices inside the blocks, AdamW for the rest.
+
+Pictures and captions are all it learns from. ``--align`` adds what `training.align` describes, as an ablation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training import align
+from training.features import load_trained_encoder
+from training.loop import AverageOfWeights, Stage, constant_then_linear, low_precision, run
+from training.measure import Measurements
+from training.parser import images_of, load_trained_parser
+from training.session import Session
+from training.text import draw_captions, load_trained_text
+from training.transformer import (
+    POOLS,
+    SHIFT,
+    AlignedTransformer,
+    Encoded,
+    ExplicitJointAttention,
+    TextEncoders,
+    encode_pool,
+)
+from training.vae import DOWN, load_trained_vae
+
+EMPTY = 0.1
+DROP = {"clip_l": 0.2, "clip_g": 0.2, "t5": 0.3}
+"""Probability that an encoder's rows are zeroed, independently of the others."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One part of the curriculum: which pool, how many steps, which batch."""
+
+    pool: str
+    steps: int
+    batch: int
+
+
+CURRICULUM = (Phase("single", 800, 96), Phase("pair", 1000, 64), Phase("scenes", 4000, 48))
+
+
+def fitted(curriculum: tuple[Phase, ...], steps: int | None) -> tuple[Phase, ...]:
+    """A curriculum of `steps` steps: fewer than it has shrink every phase alike, more lengthen the last."""
+    lengths = [phase.steps for phase in curriculum]
+    total = sum(lengths)
+    if steps is not None and steps < total:
+        ends = [round(steps * sum(lengths[: k + 1]) / total) for k in range(len(lengths))]
+        lengths = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    elif steps is not None:
+        lengths[-1] += steps - total
+    return tuple(Phase(phase.pool, n, phase.batch) for phase, n in zip(curriculum, lengths, strict=True))
+
+
+def phase_at(step: int, curriculum: tuple[Phase, ...]) -> Phase:
+    """The phase that a step belongs to; steps past the end stay in the last."""
+    for phase in curriculum:
+        if step < phase.steps:
+            return phase
+        step -= phase.steps
+    return curriculum[-1]
+
+
+def draw_sigmas(n: int) -> Tensor:
+    """Noise levels [n] in (0, 1): logit-normal(0, 1), then shift 3 (arXiv 2403.03206, eqs. 19 and 23)."""
+    u = torch.sigmoid(torch.randn(n))
+    return SHIFT * u / (1 + (SHIFT - 1) * u)
+
+
+def optimizers(model: nn.Module, muon_rate: float, adam_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the weight matrices inside the blocks (not those of the modulation), AdamW for everything else."""
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        inside = "transformer_blocks" in name and parameter.ndim == 2 and "norm1" not in name
+        (matrices if inside else rest).append(parameter)
+    muon = torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.02, adjust_lr_fn="match_rms_adamw")
+    return [muon, torch.optim.AdamW(rest, lr=adam_rate, weight_decay=0.0, betas=(0.9, 0.98))]
+
+
+def alignment_target(session: Session) -> align.Target:
+    """What the heads are compared with: the parser's reading, or features of the stage ssl."""
+    if session.alignment.target == "labels":
+        return align.reading(load_trained_parser(session.workdir).to(session.where), DOWN)
+    return load_trained_encoder(session.workdir).to(session.where)
+
+
+def train_transformer(session: Session, folder: Path | None = None) -> bool:
+    """Train the transformer into ``workdir/transformer``, or into another folder beside the same other stages."""
+    where, alignment = session.where, session.alignment
+    curriculum = fitted(CURRICULUM, session.steps)
+    steps = sum(phase.steps for phase in curriculum)
+    vae = load_trained_vae(session)
+    clip, t5 = load_trained_text(session.workdir)
+    encode = TextEncoders(clip.to(where), t5.to(where), where)
+
+    @cache
+    def encoded(split: str, name: str) -> Encoded:
+        return encode_pool(session.pool(split, **POOLS[name]), f"{split}-{name}", session.workdir, vae, where)
+
+    target = alignment_target(session) if alignment.layers else None
+    torch.manual_seed(session.seed)
+    model = AlignedTransformer(alignment).to(where)
+    model.transformer.set_attn_processor(ExplicitJointAttention())
+    forward = torch.compile(model) if session.compiled else model
+    average = AverageOfWeights(model, 0.999)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        phase = phase_at(step, curriculum)
+        data = encoded("train", phase.pool)
+        rows = torch.randint(len(data.data), (phase.batch,))
+        clean = data.clean(rows, where)
+        text = encode(draw_captions(data.data, rows.tolist(), EMPTY), DROP)
+        sigma = draw_sigmas(phase.batch).to(where)
+        noise = torch.randn(clean.shape).to(where)
+        with low_precision(where):
+            velocity, said = forward(torch.lerp(clean, noise, sigma[:, None, None, None]), text, 1000 * sigma)
+        flow = F.mse_loss(velocity.float(), noise - clean)
+        numbers = {"flow": float(flow.detach())}
+        if target is None:
+            return flow, numbers
+        aligned = alignment.loss(said, target(images_of(data.data, rows, where)))
+        return flow + align.WEIGHT * aligned, numbers | {"align": float(aligned.detach())}
+
+    measurements = Measurements(session, encode, lambda name: encoded("val", name))
+
+    def evaluate(step: int) -> dict[str, float]:
+        averaged = AlignedTransformer(alignment).to(where)
+        average.copy_to(averaged)
+        return measurements(averaged.eval().requires_grad_(False), phase_at(step - 1, curriculum).pool)
+
+    stage = Stage(
+        "transformer", steps, model, optimizers(model, 3e-3, 2e-3), loss,
+        lambda step: constant_then_linear(step, steps, 200), evaluate, average=average, recipe={"align": session.align},
+    )  # fmt: skip
+    return run(stage, folder or session.workdir / "transformer", session)
