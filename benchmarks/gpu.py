@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -97,33 +98,31 @@ def tests(task: Task) -> Rows:
 
 def unchanged(task: Task) -> Rows:
     """One row for each model size, precision and way of running it."""
-    import scaling
+    import sizes
 
-    for blocks in scaling.SIZES:
-        for dtype in ("bfloat16", "float16"):
-            for way in WAYS:
-                if task.left < 0:
-                    return
-                row = {"blocks": blocks, "dtype": dtype, "way": way}
-                try:
-                    yield row | compared(blocks, dtype, way, task)
-                except Exception as error:
-                    yield row | {"ok": False, "reason": f"{type(error).__name__}: {first_line(error)}"}
-                released(task.device)
+    dtypes = ("bfloat16",) if task.small else ("bfloat16", "float16")
+    for dtype, blocks, way in itertools.product(dtypes, sizes.SIZES, WAYS):
+        if task.left < 0:
+            return
+        row = {"blocks": blocks, "dtype": dtype, "way": way}
+        try:
+            yield row | compared(blocks, dtype, way, task)
+        except Exception as error:
+            yield row | {"ok": False, "reason": f"{type(error).__name__}: {first_line(error)}"}
+        released(task.device)
 
 
-WAYS: dict[str, Callable[[Any, str], Any]] = {
-    "eager": lambda target, device: None,
+PREPARED: dict[str, Callable[[Any, str], Any]] = {
     "pipeline": lambda target, device: None,
-    "autocast": lambda target, device: None,
     "lora": lambda target, device: with_lora(target.transformer),
-    "compiled": lambda target, device: None,
     "offload model": lambda target, device: target.enable_model_cpu_offload(device=device),
     "offload sequential": lambda target, device: offloaded(target.transformer, device),
     "offload group": lambda target, device: target.transformer.enable_group_offload(
         onload_device=device, offload_device="cpu", offload_type="leaf_level"
     ),
 }
+"""Ways of running a pipeline, and what makes them so."""
+WAYS = ("eager", "autocast", "compiled", *PREPARED)
 
 
 def with_lora(transformer: Any) -> None:
@@ -172,12 +171,12 @@ def compared(blocks: str, dtype: str, way: str, task: Task) -> dict[str, Any]:
 
 def subject(blocks: str, dtype: str, way: str, task: Task) -> tuple[Callable[[], Any], Any]:
     """What runs, and what is probed."""
-    import scaling
+    import sizes
     import torch
 
     tokens, heads = (16, 1) if task.small else (1024, None)
     built = "float32" if way == "autocast" else dtype
-    transformer, forward = scaling.build(blocks, tokens, built, task.device, heads)
+    transformer, forward = sizes.build(blocks, tokens, built, task.device, heads)
     if way in ("eager", "autocast"):
         kind = getattr(torch, dtype)
 
@@ -188,10 +187,10 @@ def subject(blocks: str, dtype: str, way: str, task: Task) -> tuple[Callable[[],
 
         return run, transformer
     if way == "compiled":
-        transformer.compile()
+        transformer.compile(backend="aot_eager" if task.small else "inductor")
         return forward, transformer
     pipe = pipeline(blocks, transformer)
-    WAYS[way](pipe, task.device)
+    PREPARED[way](pipe, task.device)
     return lambda: sampled(pipe, blocks, tokens, getattr(torch, dtype), task.device), pipe
 
 
@@ -210,7 +209,7 @@ def pipeline(blocks: str, transformer: Any) -> Any:
 
 def sampled(pipe: Any, blocks: str, tokens: int, dtype: Any, device: str) -> Any:
     """Latents of two steps, from text embeddings."""
-    import scaling
+    import sizes
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -219,7 +218,7 @@ def sampled(pipe: Any, blocks: str, tokens: int, dtype: Any, device: str) -> Any
     def draw(*shape: int) -> Any:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    text = draw(1, scaling.TEXT[blocks], config.joint_attention_dim)
+    text = draw(1, sizes.TEXT[blocks], config.joint_attention_dim)
     inputs: dict[str, Any] = {"prompt_embeds": text}
     if "pooled_projection_dim" in config:
         inputs["pooled_prompt_embeds"] = draw(1, config.pooled_projection_dim)
@@ -268,8 +267,8 @@ def cost(task: Task) -> Rows:
     import scaling
 
     scaling.TARGETS = TARGETS
-    heads, sizes = (1, (16, 36)) if task.small else (None, (4096, 1024, 9216))
-    for tokens in sizes:
+    heads, lengths = (1, (16, 36)) if task.small else (None, (4096, 1024, 9216))
+    for tokens in lengths:
         for blocks in scaling.BLOCKS:
             if task.left < 0:
                 return
@@ -286,17 +285,18 @@ def host(task: Task) -> Rows:
     """Processor and wall time of a call whose tensors are small, so that what remains is the host's work."""
     import tempfile
 
-    import scaling
+    import sizes
+    from overhead import Dropped
 
     from mmdit_probe import AttentionMass, ValueNorm, probe
     from mmdit_probe.results import TableWriter
 
     layers, heads = (2, 2) if task.small else (24, 24)
-    transformer, forward = scaling.build("sd3-medium", 16, "bfloat16", task.device, heads, layers)
+    transformer, forward = sizes.build("sd3-medium", 16, "bfloat16", task.device, heads, layers)
     forward()
     for way in ("stock", "dropped", "in memory", "on disk"):
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-            sinks: list[Any] = [None, None] if way == "in memory" else [scaling.Dropped(), scaling.Dropped()]
+            sinks: list[Any] = [None, None] if way == "in memory" else [Dropped(), Dropped()]
             if way == "on disk":
                 sinks = [stack.enter_context(TableWriter(folder, name).item(0)) for name in ("masses", "norms")]
             if way != "stock":
@@ -434,7 +434,9 @@ def cell(value: Any) -> str:
         return "[" + ", ".join(cell(item) for item in value) + "]"
     if isinstance(value, float):
         return f"{value:.4g}"
-    return {None: "", True: "yes", False: "**no**"}.get(value, str(value).replace("|", "/").replace("\n", " "))
+    if isinstance(value, bool):
+        return "yes" if value else "**no**"
+    return "" if value is None else str(value).replace("|", "/").replace("\n", " ")
 
 
 def main() -> None:

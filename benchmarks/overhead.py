@@ -6,12 +6,14 @@
 Four ways to run the same forward: `stock` (nothing attached), `watched` (every attention call is caught and left
 alone), `probe` (AttentionMass on every layer, rows to a sink that drops them) and `explicit` (softmax(q k^T)
 materialised in float32, masses read off it: what is usually done).
-Times are taken in turns within one process, so that a busy machine slows all three alike; ratios are medians of
-per-round ratios. Memory is the peak resident set (CUDA: peak allocation) of a process of its own for each way,
-because a peak never comes down again. <kind> is the kind of processor or GPU: how fast it multiplies decides what the
-rest costs beside it, so results of one kind say little of another.
+Times are taken in turns within one process, by the wall clock and in processor time, so that a busy machine slows all
+alike; ratios are medians of per-round ratios with their 95 % interval (by order statistics), and a target is met or
+missed where the interval lies on one side of it. Memory is the peak resident set (CUDA: peak allocation) of a process
+of its own for each way, because a peak never comes down again. <kind> is the kind of processor or GPU: how fast it
+multiplies decides what the rest costs beside it, so results of one kind say little of another.
 
-Target on CPU: probe at most 1.05x stock in both. The explicit softmax is reported, not a target. What bounds the
+Models are built in their dtype: what a cast leaves behind is no one's cost. Target on CPU: probe at most 1.05x stock in
+both. The explicit softmax is reported, not a target. What bounds the
 probe: on a small model, catching calls, which costs some microseconds for every torch function of an attention module,
 however small its tensors are (`watched`); on a large one, the text columns, whose profile is below the table: the
 product q k^T, begun with the shift by the log-sum-exp (baddbmm and a copy_; in bfloat16 bmm, add, and a copy_ of q in
@@ -33,6 +35,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("stock", "watched", "probe", "explicit")
 TARGET = 1.05
@@ -50,7 +54,6 @@ def build(case: str, dtype: str, device: str) -> tuple[Any, Callable[[], Any]]:
     import torch
 
     torch.manual_seed(0)
-    kind = getattr(torch, dtype)
     if case == "scenes-sd3":
         from mmdit_probe import load
 
@@ -60,26 +63,9 @@ def build(case: str, dtype: str, device: str) -> tuple[Any, Callable[[], Any]]:
         latents = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
         return model, lambda: model.denoise(latents, 0.5, text)
 
-    from diffusers import SD3Transformer2DModel
+    import sizes
 
-    # Configuration of stabilityai/stable-diffusion-3-medium-diffusers, two of its 24 layers.
-    transformer = SD3Transformer2DModel(
-        sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=64,
-        num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
-        pos_embed_max_size=192,
-    ).to(device, kind).eval()  # fmt: skip
-    inputs = {
-        "hidden_states": torch.randn(1, 16, 128, 128, dtype=kind, device=device),
-        "encoder_hidden_states": torch.randn(1, 333, 4096, dtype=kind, device=device),
-        "pooled_projections": torch.randn(1, 2048, dtype=kind, device=device),
-        "timestep": torch.full((1,), 500.0, device=device),
-    }
-
-    @torch.no_grad()
-    def forward() -> Any:
-        return transformer(**inputs, return_dict=False)[0]
-
-    return transformer, forward
+    return sizes.build("sd3-medium", 4096, dtype, device)
 
 
 def machine(device: str) -> tuple[str, str]:
@@ -158,34 +144,56 @@ def explicit_softmax(call: Any, module_call: Any, proceed: Any) -> Any:
     return (attention @ call.value.float()).to(call.value.dtype)
 
 
-def timings(case: str, dtype: str, device: str, rounds: int, clock: str) -> dict[str, list[float]]:
-    """Seconds per forward, `rounds` for each way, in turns; of a small model the mean of a second's forwards."""
+def timings(case: str, dtype: str, device: str, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds per forward by each clock, `rounds` for each way, in turns; of a small model the mean of a second's
+    forwards."""
     target, forward = build(case, dtype, device)
     forward()  # warms up
-    count = max(1, round(1 / timed(forward, device, clock)))
-    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    count = max(1, round(1 / timed(forward, device)["wall"]))
+    seconds: dict[str, dict[str, list[float]]] = {clock: {way: [] for way in WAYS} for clock in CLOCKS}
     for turn in range(rounds):
         for way in WAYS[turn % len(WAYS) :] + WAYS[: turn % len(WAYS)]:
             with attached(way, target):
-                seconds[way].append(timed(lambda: [forward() for _ in range(count)], device, clock) / count)
+                for clock, passed in timed(lambda: [forward() for _ in range(count)], device).items():
+                    seconds[clock][way].append(passed / count)
     return seconds
 
 
-def timed(forward: Callable[[], Any], device: str, clock: str) -> float:
-    """Seconds of one forward: device events on CUDA, else by the wall clock or the processor time of all threads."""
+def timed(forward: Callable[[], Any], device: str) -> dict[str, float]:
+    """Seconds of one forward by each clock; on CUDA, those between device events stand for the wall clock's."""
     import torch
 
     if device.startswith("cuda"):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin = time.process_time()
         start.record()
         forward()
         stop.record()
+        spent = time.process_time() - begin
         torch.cuda.synchronize()
-        return start.elapsed_time(stop) / 1000
-    now = time.process_time if clock == "cpu" else time.perf_counter
-    begin = now()
+        return {"wall": start.elapsed_time(stop) / 1000, "cpu": spent}
+    wall, begin = time.perf_counter(), time.process_time()
     forward()
-    return now() - begin
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - begin}
+
+
+def ratio(mine: list[float], stock: list[float]) -> tuple[float, list[float]]:
+    """Median of the per-round ratios, and its 95 % interval by order statistics; NaN below six rounds."""
+    from scipy.stats import quantile_test
+
+    of_round = [one / base for one, base in zip(mine, stock, strict=True)]
+    found = quantile_test(of_round).confidence_interval(0.95)
+    return statistics.median(of_round), [float(found.low), float(found.high)]
+
+
+def verdict(interval: list[float], target: float | None) -> str:
+    """Whether a ratio keeps a target, as far as its interval tells."""
+    low, high = interval
+    if target is None:
+        return ""
+    if not low <= high:
+        return "too few rounds"
+    return "met" if high <= target else "missed" if low > target else "undecided"
 
 
 def peak_of_this_process(case: str, dtype: str, device: str, way: str) -> dict[str, int]:
@@ -213,15 +221,17 @@ def memory(case: str, dtype: str, device: str, way: str) -> dict[str, int]:
 
 
 def measure(case: str, dtype: str, device: str, rounds: int, clock: str) -> dict[str, Any]:
-    seconds = timings(case, dtype, device, rounds, clock)
+    seconds = timings(case, dtype, device, rounds)
     bytes_ = {way: memory(case, dtype, device, way) for way in WAYS}
     row: dict[str, Any] = {"case": case, "dtype": dtype, "device": device, "rounds": rounds}
     for way in WAYS:
-        ratios = [mine / stock for mine, stock in zip(seconds[way], seconds["stock"], strict=True)]
+        found = {name: ratio(of[way], of["stock"]) for name, of in seconds.items()}
         row[way] = {
-            "seconds_median": statistics.median(seconds[way]),
-            "time_ratio_median": statistics.median(ratios),
-            "time_ratio_quartiles": statistics.quantiles(ratios, n=4)[::2] if len(ratios) > 1 else None,
+            "seconds_median": statistics.median(seconds[clock][way]),
+            "time_ratio_median": found[clock][0],
+            "time_ratio_interval": found[clock][1],
+            "ratios": found,
+            "verdict": verdict(found[clock][1], TARGET if way == "probe" else None),
             "peak_bytes": bytes_[way]["peak"],
             "peak_bytes_before_forward": bytes_[way]["before"],
             "peak_ratio": bytes_[way]["peak"] / bytes_["stock"]["peak"],
@@ -265,20 +275,23 @@ def markdown(report: dict[str, Any]) -> str:
         "Made by `python benchmarks/overhead.py`.",
         f"{report['machine']}, torch {report['torch']}, {report['threads']} threads; {CLOCKS[report['clock']]}; "
         f"{report['date']}.",
-        "Ratios are against the stock forward of the same run (median over rounds, quartiles in brackets); memory is",
+        "Ratios are against the stock forward of the same round (median, 95 % interval in brackets); memory is",
         "the peak of a process of its own; 'forward' is what the forward adds to the loaded model and libraries.",
         f"Target on CPU: probe at most {TARGET:.2f} in both ratios.",
         "",
-        "| case | dtype | device | way | s / forward | time ratio | forward MiB | peak MiB | peak ratio |",
-        "|-|-|-|-|-:|-:|-:|-:|-:|",
+        "| case | dtype | device | way | s / forward | time ratio | by the other clock | target | forward MiB | "
+        "peak MiB | peak ratio |",
+        "|-|-|-|-|-:|-:|-:|-|-:|-:|-:|",
     ]
     for row in report["rows"]:
         for way in (way for way in WAYS if way in row):
             cell = row[way]
-            spread = cell["time_ratio_quartiles"]
-            spread = f" [{spread[0]:.3f}, {spread[1]:.3f}]" if spread and way != "stock" else ""
-            time_ratio, mebibytes = f"{cell['time_ratio_median']:.3f}{spread}", f"{cell['peak_bytes'] / 2**20:.0f}"
-            cells = (row["case"], row["dtype"], row["device"], way, f"{cell['seconds_median']:.4f}", time_ratio)
+            shown = {name: f"{middle:.3f} [{low:.3f}, {high:.3f}]"
+                     for name, (middle, (low, high)) in cell["ratios"].items()}  # fmt: skip
+            own = shown.pop(report["clock"])
+            cells = (row["case"], row["dtype"], row["device"], way, f"{cell['seconds_median']:.4f}", own)
+            cells += (*shown.values(), cell["verdict"])
+            mebibytes = f"{cell['peak_bytes'] / 2**20:.0f}"
             forward = f"{cell['forward_bytes'] / 2**20:.0f}"
             lines.append("| " + " | ".join((*cells, forward, mebibytes, f"{cell['peak_ratio']:.3f}")) + " |")
     lines += ["", *(f"* `{case}`: {text}" for case, text in CASES.items())]

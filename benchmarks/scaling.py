@@ -15,11 +15,12 @@ forward of the same round:
     blur        text-axis blur of I2T             target 1.05
     explicit    softmax(q k^T) held in float32    what is usually done; left out where it does not fit
 
-Times are taken in turns (CUDA: device events; `--clock cpu`: processor time, on a machine with other work), ratios are
-medians of per-round ratios. Between two forwards a shared machine drifts by more than an observer costs, so on a CPU
-the observers' own time within a forward is taken, too: the ratio of that forward to what it is without (`within`).
-Where it is known it decides whether a target is met, else the ratio to stock does. Catching the calls is not in it:
-that is less than a millisecond a layer (`watched` of `overhead.py`). Peak memory is that of a first, untimed forward
+Times are taken in turns, by the wall clock (CUDA: device events) and in processor time; `--clock` says which of them
+decides. Ratios are medians of per-round ratios with a 95 % interval (order statistics); a target is met or missed where
+the interval lies on one side of it, else it is undecided. Beside it stands an inner measure, on a CPU: the ratio of a
+forward to what it is without the observers' own time (`within`), which noise between two forwards does not touch. It
+leaves out the catching of calls, which is less than a millisecond a layer (`watched` of `overhead.py`). Blocks are
+built in their dtype. Peak memory is that of a first, untimed forward
 of each way: the peak allocation on CUDA, elsewhere the peak resident set, which Linux can reset (where it cannot,
 memory is left out). A cell (blocks, tokens, dtype) that the result file has is not measured again, so a stopped run
 goes on; `--fresh` measures anew.
@@ -43,97 +44,14 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from overhead import CLOCKS, Dropped, machine, results, timed
+from overhead import CLOCKS, Dropped, machine, ratio, results, timed, verdict
+from sizes import SIZES, TEXT, build
 
 WAYS = ("stock", "masses", "norms", "maps", "words", "blur", "explicit")
 TARGETS = {"masses": 1.05, "norms": 1.05, "maps": 1.10, "blur": 1.05}
 BLOCKS = ("sd3-medium", "flux")
 TOKENS = (1024, 4096, 9216)
 OBSERVING = ("masses", "norms", "maps", "words")
-TEXT = {"sd3-medium": 333, "sd35-large": 333, "flux": 512, "qwen-image": 256}
-_SD3 = {
-    "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 64, "joint_attention_dim": 4096,
-    "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
-}  # fmt: skip
-SIZES: dict[str, tuple[str, dict[str, Any]]] = {
-    "sd3-medium": ("SD3Transformer2DModel", {**_SD3, "num_attention_heads": 24}),
-    "sd35-large": ("SD3Transformer2DModel", {**_SD3, "num_attention_heads": 38, "qk_norm": "rms_norm"}),
-    "flux": (
-        "FluxTransformer2DModel",
-        {"attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
-         "pooled_projection_dim": 768, "guidance_embeds": True},
-    ),
-    "qwen-image": (
-        "QwenImageTransformer2DModel",
-        {"attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 3584},
-    ),
-}  # fmt: skip
-"""Class and configuration of the real models' blocks, as their public configs state them."""
-
-
-def build(
-    blocks: str, tokens: int, dtype: str, device: str, heads: int | None = None, layers: int = 2
-) -> tuple[Any, Callable[[], Any]]:
-    """The transformer, made in its dtype, and the forward to measure, for a square image of `tokens` tokens.
-
-    Args:
-        blocks: one of `SIZES`. heads: fewer than the real model's, to try it in small.
-        layers: half of them double and half single where a family has both kinds.
-    """
-    import torch
-
-    torch.manual_seed(0)
-    kind, side, text = getattr(torch, dtype), math.isqrt(tokens), TEXT[blocks]
-    make = {"dtype": kind, "device": device}
-    transformer = of_size(blocks, dtype, device, heads, layers, side)
-    inputs: dict[str, Any] = {
-        "encoder_hidden_states": torch.randn(1, text, transformer.config.joint_attention_dim, **make),
-        "timestep": torch.full((1,), 500.0 if blocks.startswith("sd3") else 0.5, device=device),
-    }
-    if "pooled_projection_dim" in transformer.config:
-        inputs["pooled_projections"] = torch.randn(1, transformer.config.pooled_projection_dim, **make)
-    if blocks.startswith("sd3"):
-        inputs["hidden_states"] = torch.randn(1, 16, 2 * side, 2 * side, **make)
-    else:
-        inputs["hidden_states"] = torch.randn(1, side * side, 64, **make)
-    if blocks == "flux":
-        ids = torch.zeros(side, side, 3, device=device)
-        ids[..., 1], ids[..., 2] = torch.arange(side)[:, None], torch.arange(side)[None]
-        inputs |= {"img_ids": ids.reshape(-1, 3), "txt_ids": torch.zeros(text, 3, device=device)}
-        inputs["guidance"] = torch.full((1,), 3.5, device=device)
-    if blocks == "qwen-image":
-        inputs["img_shapes"] = [[(1, side, side)]]
-
-    @torch.no_grad()
-    def forward() -> Any:
-        return transformer(**inputs, return_dict=False)[0]
-
-    return transformer, forward
-
-
-def of_size(blocks: str, dtype: str, device: str, heads: int | None, layers: int, side: int) -> Any:
-    """A transformer of a real model's width with random weights; it never holds them in another dtype."""
-    import diffusers
-    import torch
-
-    from mmdit_probe.models.quiet import quiet
-
-    name, config = SIZES[blocks]
-    config = dict(config)
-    config["num_attention_heads"] = heads = heads or config["num_attention_heads"]
-    if blocks.startswith("sd3"):
-        config |= {"num_layers": layers, "sample_size": 2 * side, "caption_projection_dim": 64 * heads}
-    elif blocks == "flux":
-        config |= {"num_layers": layers - layers // 2, "num_single_layers": layers // 2}
-    else:
-        config |= {"num_layers": layers}
-    before, kind = torch.get_default_dtype(), getattr(torch, dtype)
-    torch.set_default_dtype(kind)
-    try:
-        with torch.device(device), quiet():  # of what casting could do to weights that are float32 on purpose
-            return getattr(diffusers, name)(**config).to(device, kind).eval()
-    finally:
-        torch.set_default_dtype(before)
 
 
 class Spent:
@@ -235,7 +153,7 @@ def measure(
     """One row for every way that fits: median seconds, time and peak memory against stock."""
     transformer, forward = build(blocks, tokens, dtype, device, heads)
     ways = [way for way in WAYS if fits(way, blocks, tokens, device, heads)]
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    seconds: dict[str, dict[str, list[float]]] = {name: {way: [] for way in ways} for name in CLOCKS}
     own: dict[str, list[float]] = {way: [] for way in OBSERVING if way in ways and not device.startswith("cuda")}
     peaks: dict[str, int | None] = {}
     forward()  # what only a first forward allocates is no way's own
@@ -247,11 +165,16 @@ def measure(
         for way in ways[first:] + ways[:first]:
             spent = Spent(clock)
             with attached(way, transformer, spent):
-                seconds[way].append(timed(forward, device, clock))
+                for name, passed in timed(forward, device).items():
+                    seconds[name][way].append(passed)
             if way in own:
                 own[way].append(spent.seconds)
     cell = {"blocks": blocks, "image_tokens": tokens, "text_tokens": TEXT[blocks], "dtype": dtype, "rounds": rounds}
-    return [cell | row for row in ratios(seconds, peaks, own)]
+    (other,) = CLOCKS.keys() - {clock}
+    rows = [cell | row for row in ratios(seconds[clock], peaks, own)]
+    for row in rows:
+        row["other_ratio"], row["other_interval"] = ratio(seconds[other][row["way"]], seconds[other]["stock"])
+    return rows
 
 
 def ratios(
@@ -265,22 +188,20 @@ def ratios(
     rows = []
     stock = peaks["stock"]
     for way, values in seconds.items():
-        of_round = [mine / base for mine, base in zip(values, seconds["stock"], strict=True)]
         added = [mine - base for mine, base in zip(values, seconds["stock"], strict=True)]
         top, target = peaks[way], TARGETS.get(way)
         memory = None if top is None or stock is None else top / stock
-        time_ratio = statistics.median(of_round)
+        time_ratio, interval = ratio(values, seconds["stock"])
         within = None
         if way in own:
             within = statistics.median(whole / (whole - part) for whole, part in zip(values, own[way], strict=True))
             added = own[way]
-        decisive = time_ratio if within is None else within
         rows.append(
             {
                 "way": way, "seconds": statistics.median(values), "added_seconds": statistics.median(added),
-                "time_ratio": time_ratio, "time_ratio_range": [min(of_round), max(of_round)], "within": within,
+                "time_ratio": time_ratio, "time_ratio_interval": interval, "within": within,
                 "peak_bytes": top, "peak_ratio": memory, "target": target,
-                "time_met": None if target is None else decisive <= target,
+                "verdict": verdict(interval, target),
                 "memory_met": None if target is None or memory is None else memory <= target,
             }
         )  # fmt: skip
@@ -299,31 +220,37 @@ def growth(rows: list[dict[str, Any]], blocks: str, dtype: str, way: str, key: s
 
 def markdown(report: dict[str, Any]) -> str:
     rows = report["rows"]
-    missed = [row for row in rows if row["time_met"] is False or row["memory_met"] is False]
+    missed = [row for row in rows if row["verdict"] == "missed" or row["memory_met"] is False]
+    met = sum(row["verdict"] == "met" and row["memory_met"] is not False for row in rows)
     judged = sum(row["target"] is not None for row in rows)
     lines = [
         "# Cost of observing and editing at real block sizes",
         "",
         "Made by `python benchmarks/scaling.py`, which says what the ways are.",
         f"{report['machine']}, torch {report['torch']}, {report['threads']} threads; {CLOCKS[report['clock']]}.",
-        "Ratios are against the stock forward of the same round, median over rounds (range in brackets). 'within' is",
-        "the same forward with and without the observers' own time, 'added s' that time; it decides where it is known.",
+        "Ratios are against the stock forward of the same round, median and 95 % interval over rounds, which decides;",
+        "'other clock': the same in processor time (or by the wall clock). 'within' is the same forward with and",
+        "without the observers' own time, 'added s' that time.",
         "",
-        f"Targets: {judged - len(missed)} of {judged} cells met in time and memory."
-        + ("" if not missed else " Missed: " + ", ".join(_cell(row) for row in missed) + "."),
+        f"Targets: {met} of {judged} cells met in time and memory, {len(missed)} missed, {judged - met - len(missed)} "
+        "undecided." + ("" if not missed else " Missed: " + ", ".join(_cell(row) for row in missed) + "."),
         "",
-        "| blocks | dtype | image tokens | way | s / forward | added s | time ratio | within | peak ratio | target | |",
-        "|-|-|-:|-|-:|-:|-:|-:|-:|-:|-|",
+        "| blocks | dtype | image tokens | way | s / forward | added s | time ratio | other clock | within | "
+        "peak ratio | target | |",
+        "|-|-|-:|-|-:|-:|-:|-:|-:|-:|-:|-|",
     ]
     for row in rows:
-        low, high = row["time_ratio_range"]
+        spread, beside = (
+            f"{row[name]:.3f} [{row[of][0]:.3f}, {row[of][1]:.3f}]"
+            for name, of in (("time_ratio", "time_ratio_interval"), ("other_ratio", "other_interval"))
+        )
         memory = "-" if row["peak_ratio"] is None else f"{row['peak_ratio']:.3f}"
         target = "" if row["target"] is None else f"{row['target']:.2f}"
-        verdict = "" if row["target"] is None else "missed" if row in missed else "met"
+        told = "missed" if row in missed else row["verdict"]
         cells = (
             row["blocks"], row["dtype"], str(row["image_tokens"]), row["way"], f"{row['seconds']:.3f}",
-            f"{row['added_seconds']:.4f}", f"{row['time_ratio']:.3f} [{low:.3f}, {high:.3f}]",
-            "-" if row["within"] is None else f"{row['within']:.3f}", memory, target, verdict,
+            f"{row['added_seconds']:.4f}", spread, beside,
+            "-" if row["within"] is None else f"{row['within']:.3f}", memory, target, told,
         )  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "Growth: exponent p of seconds ~ (image tokens) ** p, smallest to largest image.", ""]
@@ -341,14 +268,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def _cell(row: dict[str, Any]) -> str:
     memory = "" if row["memory_met"] is not False else f", {row['peak_ratio']:.3f}x memory"
-    ratio = row["time_ratio"] if row["within"] is None else row["within"]
-    return f"{row['blocks']} {row['dtype']} {row['image_tokens']} {row['way']} ({ratio:.3f}x time{memory})"
-
-
-def value(row: dict[str, Any], key: str) -> float:
-    """A number of a row; of the time ratio, the decisive one."""
-    within = row["within"] if key == "time_ratio" else None
-    return float(row[key] if within is None else within)
+    return f"{row['blocks']} {row['dtype']} {row['image_tokens']} {row['way']} ({row['time_ratio']:.3f}x time{memory})"
 
 
 def plot(rows: list[dict[str, Any]]) -> Any:
@@ -374,7 +294,7 @@ def plot(rows: list[dict[str, Any]]) -> Any:
                     if key == "time_ratio" and way in ("stock", "explicit"):
                         continue  # the explicit softmax is far off this scale; its seconds are below
                     mine = (row for row in rows if (row["blocks"], row["dtype"], row["way"]) == (blocks, dtype, way))
-                    part = sorted((row["image_tokens"], value(row, key) / unit) for row in mine if row[key])
+                    part = sorted((row["image_tokens"], row[key] / unit) for row in mine if row[key])
                     if part:
                         axis.plot(*zip(*part, strict=True), marker=marks[way], markersize=3.5, linewidth=1,
                                   color=colours[way], label=way)  # fmt: skip
@@ -403,7 +323,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, action="append", help="image tokens, a square number; default: all three")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9, help="of each cell; below six there is no verdict")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, on a busy machine")
     parser.add_argument("--fresh", action="store_true", help="measure cells that the result file has, too")
     parser.add_argument("--no-write", action="store_true", help="print only")
@@ -435,11 +355,10 @@ def main() -> None:
             found = measure(blocks, tokens, options.dtype, options.device, options.rounds, options.clock)
             report["rows"] = sorted(report["rows"] + found, key=_order)
             for row in found:
-                verdict = {True: "met", False: "missed", None: ""}[row["time_met"]]
                 memory = "" if row["peak_ratio"] is None else f", {row['peak_ratio']:.3f}x memory"
                 within = "" if row["within"] is None else f" ({row['within']:.3f}x within)"
-                ratio = f"{row['time_ratio']:.3f}x time{within}"
-                print(f"{blocks} {tokens} {row['way']}: {ratio}{memory} {verdict}", flush=True)
+                told = f"{row['time_ratio']:.3f}x time{within}{memory} {row['verdict']}"
+                print(f"{blocks} {tokens} {row['way']}: {told}", flush=True)
             remark = f"explicit softmax left out at {blocks}, {tokens} image tokens: it does not fit into memory"
             if all(row["way"] != "explicit" for row in found) and remark not in report["skipped"]:
                 report["skipped"].append(remark)

@@ -105,8 +105,9 @@ def train_ssl(session: Session) -> bool:
 def probe(data: Pool, tokens: Callable[[Tensor], Tensor], n: int, device: torch.device) -> float:
     """Accuracy of a linear classifier from tokens to the class that fills most of their pixels, fitted on half of n."""
     images, classes, _ = batch_of(data, torch.arange(n), device)
-    shares = F.avg_pool2d(F.one_hot(classes, len(CLASSES)).movedim(-1, 1).float(), PATCH).flatten(2).transpose(1, 2)
-    inputs = tokens(images).float()
+    of_pixels = F.one_hot(classes, len(CLASSES)).movedim(-1, 1).float()
+    shares = F.avg_pool2d(of_pixels, PATCH).flatten(2).transpose(1, 2).cpu()
+    inputs = tokens(images).float().cpu()
     inputs = torch.cat([inputs, torch.ones_like(inputs[..., :1])], dim=-1)
     fitted, tested = ((x[: n // 2].flatten(0, 1), x[n // 2 :].flatten(0, 1)) for x in (inputs, shares))
     weights = torch.linalg.lstsq(fitted[0], tested[0]).solution

@@ -11,6 +11,8 @@ Computed in float64 by default. It materialises the N x N matrix: for tests and 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -47,28 +49,14 @@ def logits(
     return scores
 
 
-def probabilities(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """Attention probabilities [B, H, Nq, Nk]; rows sum to 1, rows with every key masked are zero. See `logits`."""
-    return torch.nan_to_num(logits(query, key, attn_mask, is_causal, scale, dtype).softmax(-1))
+def probabilities(query: Tensor, key: Tensor, *options: Any, **named: Any) -> Tensor:
+    """Attention probabilities [B, H, Nq, Nk]; rows sum to 1, fully masked rows are zero. Arguments of `logits`."""
+    return torch.nan_to_num(logits(query, key, *options, **named).softmax(-1))
 
 
-def logsumexp(
-    query: Tensor,
-    key: Tensor,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
-    """Row log-sum-exp [B, H, Nq] of the logits, natural logarithm. See `logits`."""
-    return logits(query, key, attn_mask, is_causal, scale, dtype).logsumexp(-1)
+def logsumexp(query: Tensor, key: Tensor, *options: Any, **named: Any) -> Tensor:
+    """Row log-sum-exp [B, H, Nq] of the logits, natural logarithm. Arguments of `logits`."""
+    return logits(query, key, *options, **named).logsumexp(-1)
 
 
 def group_masses(attention: Tensor, groups: Tensor, count: int) -> Tensor:

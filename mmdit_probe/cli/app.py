@@ -41,6 +41,7 @@ from mmdit_probe.experiments import (
     Score,
     Segment,
     SelectLayers,
+    SigmaByLayer,
     SwapTest,
     TrainMagnet,
     ValueNorms,
@@ -49,7 +50,8 @@ from mmdit_probe.experiments import (
 
 COMMANDS: tuple[Any, ...] = (
     WordMaps, Explore, Report, AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose,
-    Attribute, SelectLayers, SwapTest, HeadTriage, BlockOperations, Segment, Discover, Evaluate, Score, TrainMagnet,
+    Attribute, SelectLayers, SwapTest, HeadTriage, SigmaByLayer, BlockOperations, Segment, Discover, Evaluate, Score,
+    TrainMagnet,
 )  # fmt: skip
 RESUMABLE = {one.name for one in COMMANDS if "resume" not in getattr(one, "without", ())}
 INTERRUPTED = 130

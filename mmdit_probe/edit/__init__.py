@@ -3,7 +3,7 @@ them; operations on whole transformer blocks; controls of equal size."""
 
 from mmdit_probe.edit.blocks import RemoveBlock, ScaleText
 from mmdit_probe.edit.control import EqualBudget
-from mmdit_probe.edit.edits import Blur, GridBlur, Mean, Scale, Swap
+from mmdit_probe.edit.edits import Blur, GridBlur, Mean, OtherText, Scale, Swap
 from mmdit_probe.edit.guidance import perturbed_guidance
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "EqualBudget",
     "GridBlur",
     "Mean",
+    "OtherText",
     "RemoveBlock",
     "Scale",
     "ScaleText",

@@ -9,7 +9,8 @@ Each token's attention output moves exactly as far as under the edit (L2 norm pe
                 sample and step: as coherent over picture and sampling as the edit, so it moves the picture as far
     noise       a direction of its own for every token and denoising call; such changes cancel out: the weaker control
 
-One matrix is one direction out of many: compare with several, `EqualBudget(edit).directions(5)`.
+One matrix is one direction out of many: with `directions=5` the images take five in turn, so that a mean over them is
+one over directions too.
 """
 
 from __future__ import annotations
@@ -41,11 +42,14 @@ class EqualBudget:
         edit: whose change is matched in size, where and when it acts.
         seed: of the direction.
         kind: "rotation" or "noise", see above.
+        directions: number of rotations; a sample takes the one of its image's seed modulo this number, whatever batch
+            it is in.
     """
 
     edit: Edit
     seed: int = 0
     kind: Kind = "rotation"
+    directions: int = 1
 
     stage: ClassVar[Stage] = "output"
 
@@ -53,6 +57,8 @@ class EqualBudget:
         if not isinstance(self.edit, Edit):
             raise UserError(f"no equal-budget control of {type(self.edit).__name__}: expected an edit of attention")
         check_known("kind of control", self.kind, KINDS)
+        if self.directions < 1:
+            raise UserError(f"{self.directions} directions of a control: expected one or more")
 
     @property
     def layers(self) -> Spec:
@@ -66,13 +72,10 @@ class EqualBudget:
         """The same control with another address or setting of its edit."""
         return replace(self, edit=self.edit.at(**changes))
 
-    def directions(self, count: int) -> tuple[EqualBudget, ...]:
-        """The same control in `count` directions: seeds from `seed` on."""
-        return tuple(replace(self, seed=self.seed + k) for k in range(count))
-
     def record(self) -> Mapping[str, Any]:
         """What it is, as JSON values, for a run record."""
-        return {"edit": "EqualBudget", "kind": self.kind, "seed": self.seed, "of": self.edit.record()}
+        own = {"kind": self.kind, "seed": self.seed, "directions": self.directions}
+        return {"edit": "EqualBudget", **own, "of": self.edit.record()}
 
 
 class ControlHandler:
@@ -80,23 +83,28 @@ class ControlHandler:
 
     def __init__(self, control: EqualBudget, inner: Handler) -> None:
         self.control, self.inner = control, inner
-        self._turn: Tensor | None = None
+        self._turns: Tensor | None = None
 
     def __call__(self, call: SDPACall, module_call: ModuleCall, proceed: Proceed) -> Tensor:
         stock = proceed(call)
         if self.inner.edit.neutral:
             return stock
         change = self.inner(call, module_call, proceed).float() - stock.float()  # (B, H, N, D)
-        moved = stock.float() + (self._turned(change) if self.control.kind == "rotation" else self._noise(change))
+        if self.control.kind == "rotation":
+            moved = stock.float() + self._turned(change, self.inner._samples(call, module_call))
+        else:
+            moved = stock.float() + self._noise(change)
         return torch.where((change != 0).any(-1, keepdim=True), moved.to(stock.dtype), stock)
 
-    def _turned(self, change: Tensor) -> Tensor:
-        if self._turn is None or self._turn.shape[0] != change.shape[1]:
-            seed, layer = self.control.seed, self.inner.layer.index
-            turn = rotations(change.shape[1], change.shape[-1], _generator(seed, layer))
-            self._turn = turn.to(change.device, torch.float32)
+    def _turned(self, change: Tensor, samples: slice) -> Tensor:
+        run, count = self.inner.run, self.control.directions
+        if self._turns is None or self._turns.shape[1] != change.shape[1]:
+            generators = (_generator(self.control.seed + k, self.inner.layer.index) for k in range(count))
+            turns = torch.stack([rotations(change.shape[1], change.shape[-1], one) for one in generators])
+            self._turns = turns.to(change.device, torch.float32)  # [directions, H, D, D]
+        seeds = [0] * len(change) if run.current is None else run.current.seeds[samples]
         with torch.autocast(change.device.type, enabled=False):
-            return change @ self._turn  # (B, H, N, D) x (H, D, D)
+            return change @ self._turns[[seed % count for seed in seeds]]  # (B, H, N, D) x (B, H, D, D)
 
     def _noise(self, change: Tensor) -> Tensor:
         run = self.inner.run

@@ -1,4 +1,5 @@
-"""The edits: blur (the paper's perturbation, arXiv:2509.18096, section 3.3 and A.3), scale and zero, mean, swap.
+"""The edits: blur (the paper's perturbation, arXiv:2509.18096, section 3.3 and A.3), scale and zero, mean, swap,
+another text.
 
     with probe(model, edits=Blur("image", "text", layers=[9], sigma=9, kernel=5)):
         image = model.generate("a red ring on grass")
@@ -166,6 +167,30 @@ class Swap(KeyMix):
                     one, two = place_of[a], place_of[b]
                     matrix[[one, two]] = matrix[[two, one]]
         return matrix
+
+
+@dataclass(frozen=True)
+class OtherText(Edit):
+    """Read another text: queries see the text keys and values of the batch's next sample (the last one: the first).
+
+    With two samples that differ in their prompt alone it puts one layer's text of the one into the other: activation
+    patching of what the layer reads. `spans`, `streams` and `words` choose whose place is taken.
+    """
+
+    by_rows = True
+
+    def attend(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
+        if call.attn_mask is not None and len(call.attn_mask) > 1:
+            raise UserError("the samples of this batch hide different keys: their texts cannot stand in for each other")
+        positions = place.layout.positions(self.key)
+        chosen = place.keys[:, None, :, None]
+
+        def exchanged(tokens: Tensor) -> Tensor:
+            own, result = tokens[:, :, positions], tokens.clone()
+            result[:, :, positions] = torch.where(chosen, own.roll(-1, 0), own)
+            return result
+
+        return proceed(replace(call, key=exchanged(call.key), value=exchanged(call.value)))
 
 
 @dataclass(frozen=True)

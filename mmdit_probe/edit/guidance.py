@@ -96,7 +96,7 @@ def perturbed_guidance(model: MMDiT, edit: Guide) -> Iterator[Guided]:
     layers = layer_indices(edit.layers, len(model.layers))
     with ExitStack() as stack:
         # The probe sees the argument first (a hook on the call) and labels the forward; then it is taken out.
-        stack.enter_context(probe(model, edits=edit.at(branches=(PERTURBED,)), layers=[layers[0]]))
+        stack.enter_context(probe(model, edits=edit.at(branches=(PERTURBED,))))
         stack.callback(interpose(unwrap(model.transformer), "forward", _without(model.family.skip_input)))
         yield Guided(model, layers)
 

@@ -26,7 +26,7 @@ from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.models.tokens import Token, TokenTable
-from mmdit_probe.results.atomic import write_bytes, write_json
+from mmdit_probe.results.atomic import make_folder, write_bytes, write_json
 from mmdit_probe.segment.capture import capture, most_tokens
 from mmdit_probe.segment.record import Capture, JointRecord, Pass, Reading
 from mmdit_probe.segment.vocabulary import Prompt, Query
@@ -78,7 +78,7 @@ class Captures:
                 raise UserError(f"cache {str(self.cache)!r} was made with other weights of {self.name}; remove it")
             self._facts = facts
             if self.cache is not None and not (self.cache / INDEX).is_file():
-                self.cache.mkdir(parents=True, exist_ok=True)
+                make_folder(self.cache)
                 write_json(self.cache / INDEX, {"version": VERSION, "model": facts})
         return self._model
 
@@ -153,7 +153,6 @@ def save_capture(found: Capture, path: Path) -> None:
             for one in found.passes
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, save(tensors, {"about": json.dumps(about)}))
 
 

@@ -30,7 +30,7 @@ from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.data.sample import Dataset
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.evaluate.captures import Captures
 from mmdit_probe.evaluate.scores import Counts, histogram, matched_by_rows
 from mmdit_probe.segment import methods as zoo
@@ -99,10 +99,8 @@ class Plan:
             UserError: unknown names, or a protocol without what it needs.
         """
         for protocol in protocols:
-            if protocol not in PROTOCOLS:
-                raise unknown("protocol", protocol, PROTOCOLS)
-        if sweep not in SWEEPS:
-            raise unknown("sweep", sweep, SWEEPS)
+            check_known("protocol", protocol, PROTOCOLS)
+        check_known("sweep", sweep, SWEEPS)
         if "predicted" in protocols and tags is None:
             raise UserError(
                 "protocol 'predicted' needs a tagger: --tagger CLIP, or --tags FILE (JSON, image name -> class names)"
@@ -113,8 +111,7 @@ class Plan:
             raise UserError(f"{dataset.name} has masks without names; score it with {blind}")
         named = {one.name for one in chosen}
         for name in options or {}:
-            if name not in named:
-                raise unknown("method with options", name, named)
+            check_known("method with options", name, named)
         chosen = [one.configure((options or {}).get(one.name, {})) for one in chosen]
         if heads is not None:
             chosen = [one.configure({"heads": heads}) if "heads" in one.defaults else one for one in chosen]
@@ -198,8 +195,7 @@ class Plan:
             if name not in self.tags:
                 raise UserError(f"the tags say nothing of image {name!r}; give it an entry, an empty list if need be")
             for tag in self.tags[name]:
-                if tag not in self._names:
-                    raise unknown(f"class in the tags of {name}", tag, self._names)
+                check_known(f"class in the tags of {name}", tag, self._names)
             ids = sorted({self._names.index(tag) for tag in self.tags[name]})
         hidden = self.dataset.background if self.background.kind != "class" else None
         return [i for i in ids if i != hidden]

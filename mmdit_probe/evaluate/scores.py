@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit_probe.data.labels import IGNORE
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known, unknown
 from mmdit_probe.results.statistics import ends, resample_counts
 from mmdit_probe.segment.tail import STRETCHES
 
@@ -98,8 +98,7 @@ def assign(counts: Counts, match: str = "image", background: int | None = None) 
     """
     from scipy.optimize import linear_sum_assignment
 
-    if match not in MATCHES[:-1]:
-        raise unknown("matching", match, MATCHES[:-1])
+    check_known("matching", match, MATCHES[:-1])
     classes, segments = counts.shape
     if background is not None and not 0 <= background < classes:
         raise UserError(f"background class {background}: expected 0..{classes - 1}")
@@ -139,8 +138,7 @@ def ious(counts: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def mean_iou(counts: NDArray[np.int64], rule: str = "union") -> Any:
     """Mean IoU [...] of counts [..., C, P] under one of `RULES`; NaN where nothing occurs."""
-    if rule not in RULES:
-        raise unknown("averaging rule", rule, RULES)
+    check_known("averaging rule", rule, RULES)
     hit, truth, found = _parts(counts)
     return _mean(np.where((truth > 0) | (rule == "union"), _ious(hit, truth, found), np.nan))[()]
 
@@ -160,8 +158,7 @@ def map_quality(
         label: ids [H, W]. ids: the K classes of the maps; pixels of others are not counted.
         stretch: what is done to each map over space first, one of `segment.tail.STRETCHES`.
     """
-    if stretch not in STRETCHES:
-        raise unknown("stretch", stretch, STRETCHES)
+    check_known("stretch", stretch, STRETCHES)
     sets = STRETCHES[stretch](maps.float()).reshape(-1, *maps.shape[-3:])  # (M, K, h, w)
     large = F.interpolate(sets, label.shape, mode="bilinear", align_corners=False)
     predictions = np.asarray(ids)[large.argmax(1).numpy()]
@@ -234,8 +231,7 @@ class ImageCounts:
         Raises:
             UserError: an unknown rule.
         """
-        if rule not in RULES:
-            raise unknown("averaging rule", rule, RULES)
+        check_known("averaging rule", rule, RULES)
         return self.score("miou" if rule == "union" else "miou_gt")
 
     def interval(self, name: str) -> tuple[float, float]:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.segment_picture import Discover as Discover
     from mmdit_probe.experiments.segment_picture import Segment as Segment
     from mmdit_probe.experiments.select_layers import SelectLayers as SelectLayers
+    from mmdit_probe.experiments.sigma_map import SigmaByLayer as SigmaByLayer
     from mmdit_probe.experiments.swap_test import SwapTest as SwapTest
     from mmdit_probe.experiments.train_magnet import TrainMagnet as TrainMagnet
     from mmdit_probe.experiments.value_norms import ValueNorms as ValueNorms
@@ -55,6 +56,7 @@ OF_COMMAND = {
     "swap-test": "SwapTest",
     "block-operations": "BlockOperations",
     "head-triage": "HeadTriage",
+    "sigma-map": "SigmaByLayer",
     "maps": "WordMaps",
     "explore": "Explore",
     "report": "Report",
@@ -63,6 +65,7 @@ OF_COMMAND = {
 
 MODULES = {
     "HeadTriage": "head_triage",
+    "SigmaByLayer": "sigma_map",
     "TrainMagnet": "train_magnet",
     "Segment": "segment_picture",
     "Evaluate": "evaluate",

@@ -149,7 +149,7 @@ def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
         summary[name] = values[name]
         summary[f"{name}_uniform"] = uniform[name]
         if name in BLOCKS or name == "I2T_word":
-            bounds = [interval(part) for _, part in layers[name]]
+            bounds = [interval(part.clip(0, 1), kind="share") for _, part in layers[name]]
             summary[f"{name}_low"], summary[f"{name}_high"] = ([b[k] for b in bounds] for k in (1, 2))
     marks = pd.DataFrame({name: _mark(name, robust_z(values[name].to_numpy())) for name in OUTLIER_MEASURES})
     summary["outlier"] = marks.apply(lambda row: " ".join(filter(None, row)), axis=1).to_numpy()

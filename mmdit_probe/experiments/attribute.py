@@ -40,8 +40,8 @@ class Attribute(Places, Experiment):
 
     name: ClassVar[str] = "attribute"
     examples: ClassVar[tuple[str, ...]] = (
-        "attribute --limit 8",
-        "attribute --images scenes:val --layers all --limit 16",
+        "attribute -n 8",
+        "attribute --method gradients --target mass -n 16",
     )
     tables: ClassVar[tuple[str, ...]] = ("attribution",)
 

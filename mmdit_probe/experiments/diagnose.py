@@ -223,7 +223,8 @@ def quality_table(gain: pd.DataFrame) -> TextTable:
     from mmdit_probe.experiments.sink_quality import MEAN, SCORES
 
     gain = gain[gain["head"] == MEAN]
-    table = TextTable(["layer", *(c for name in SCORES for c in (name.replace("_", " "), "difference"))])
+    columns = [c for name in SCORES for c in (name.replace("_", " "), "difference")]
+    table = TextTable(["layer", *columns], spare=("difference", *reversed(columns[2:])))
     rows = gain.set_index(["layer", "score"])
     for layer in sorted(set(gain["layer"])):
         cells = [str(layer)]

@@ -148,7 +148,9 @@ class Evaluate(Reads, Experiment):
         for steps in self.refinements:
             parse_steps(steps)
         Background.parse(self.background or "none")
-        self.values()
+        for name in self.values():
+            if name not in self.methods:
+                raise unknown("method with options", name, self.methods)
         tagger = self.tagger_request()
         if "predicted" in self.protocols and tagger is None and self.tags is None:
             raise UserError("protocol 'predicted' needs --tagger CLIP, or --tags FILE of another program's tags")
@@ -224,6 +226,7 @@ class Evaluate(Reads, Experiment):
         """The data set, and the tags of another program."""
         from mmdit_probe.data.sources import dataset
 
+        self.read_selection()
         data = dataset(self.source, self.limit)
         if self.many_to_one and data.background is None:
             raise UserError(f"{data.name} has no background class, so --many-to-one has nothing to join segments to")

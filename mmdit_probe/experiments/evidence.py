@@ -337,21 +337,25 @@ def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int 
     Returns: layer, share.
     """
     import pandas as pd
+    from scipy.stats import rankdata
 
     values = _wide(long)
+    counted = [place for place, key in enumerate(values) if rule in (*RANK_RULES, key[0])]
+    if not counted:
+        raise unknown("rule", rule, [*RANK_RULES, *dict.fromkeys(key[0] for key in values)])
     layers = sorted({int(layer) for table in values.values() for layer in table.columns})
+    columns = [np.searchsorted(layers, [int(layer) for layer in table.columns]) for table in values.values()]
     rng = np.random.default_rng(0)
-    wins = dict.fromkeys(layers, 0)
+    wins = np.zeros(len(layers), int)
+    ranks = np.full((len(values), len(layers)), np.nan)
+    seen = np.unique(np.concatenate([columns[place] for place in counted]))
     for _ in range(draws):
-        means = _resampled(list(values.values()), rng)
-        table = pd.concat(
-            pd.DataFrame({"evidence": key[0], "layer": values[key].columns, "value": mean})
-            for key, mean in zip(values, means, strict=True)
-        )
-        table["rank"] = table.groupby("evidence")["value"].rank(ascending=False, method="min")
-        for layer in choose(table, top, rule):
-            wins[layer] += 1
-    return pd.DataFrame({"layer": layers, "share": [wins[layer] / draws for layer in layers]})
+        for row, (at, mean) in enumerate(zip(columns, _resampled(list(values.values()), rng), strict=True)):
+            ranks[row, at] = rankdata(-np.asarray(mean), "min")
+        own = ranks[counted][:, seen]
+        keys = [np.nanmean(own, 0)] + [np.nanmedian(own, 0)] * (rule == "median-ranks")
+        wins[seen[np.lexsort(keys)[:top]]] += 1
+    return pd.DataFrame({"layer": layers, "share": wins / draws})
 
 
 def weights_of(table: pd.DataFrame, layers: Sequence[int], rule: str = "equal") -> tuple[float, ...]:

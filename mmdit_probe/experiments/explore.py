@@ -58,7 +58,7 @@ class Explore(Pictures):
     ] = None  # fmt: skip
 
     def places(self, model: MMDiT) -> dict[str, Any]:
-        chosen = layer_indices(self.layers, len(model.layers)) if self.layers is not None else grounding(model)[0]
+        chosen = layer_indices(self.layers, len(model.layers)) if self.layers is not None else grounding(model).layers
         return {"chosen": list(chosen)}
 
     def measure(self, study: Study, task: Item, record: Recorder) -> None:

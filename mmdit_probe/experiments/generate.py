@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 PLACE = ["layers", "scale", "control"]
 ROW = ["item", "prompt", "seed", *PLACE]
+SHARES = ("facts", "things_right", "grounds_right", "relabelled")
+"""Outcomes in [0, 1]."""
 SHOWN_PROMPTS = 8
 """Prompts in the contact sheet."""
 
@@ -131,7 +133,7 @@ class Generate(Edited, Sweep):
             for scale in (scale for scale in self.scales() if scale != 0):
                 plan.append(_condition(these, scale, here))
                 plan += [
-                    _condition(these, scale, equal_budget(here, self.seed, name), name)
+                    _condition(these, scale, equal_budget(here, self.seed, name, self.directions), name)
                     for name in self.chosen_controls()
                     if name in EQUAL
                 ]
@@ -220,7 +222,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         for name in outcome_names(table, ROW):
             row: dict[str, Any] = dict(zip(PLACE, place, strict=True))
             row |= {"outcome": name, "n": int(part[name].notna().sum())}
-            row["mean"], row["low"], row["high"] = interval(part[name])
+            row["mean"], row["low"], row["high"] = interval(part[name], kind="share" if name in SHARES else "mean")
             if row["layers"]:
                 paired = part[name] - part["item"].map(stock[name])
                 row["difference"], row["difference_low"], row["difference_high"] = interval(paired)
@@ -246,15 +248,17 @@ def gains(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+_HEADINGS = {"facts": "facts shown", "clip_t": "CLIP-T", "change": "change (RMS)"}
+
+
 def setting_table(summary: pd.DataFrame) -> TextTable:
     """One row per setting in text."""
-    from mmdit_probe.plots.perturb import LABELS
-
-    names = [name for name in ("facts", "clip_t", "change") if name in set(summary["outcome"])]
+    names = [name for name in _HEADINGS if name in set(summary["outcome"])]
     places, columns = ["layers", "s", "perturbation"], []
     for name in names:
-        columns += [LABELS[name], *(["difference from stock"] if name != "change" else [])]
-    table = TextTable([*places, *columns], left=places)
+        heading = _HEADINGS[name]
+        columns += [heading, *([f"{heading} - stock"] if name != "change" else [])]
+    table = TextTable([*places, *columns], left=places, spare=("CLIP-T - stock", "CLIP-T", "perturbation"))
     for place, part in summary.groupby(PLACE, observed=True, sort=True):
         layers, scale, control = str(place[0]), float(str(place[1])), str(place[2])
         rows = part.set_index("outcome")

@@ -21,6 +21,7 @@ from mmdit_probe.experiments.sweep import (
     AGAINST_STOCK,
     BUDGET,
     EQUAL,
+    MEANING,
     STOCK,
     Condition,
     Sweep,
@@ -31,7 +32,7 @@ from mmdit_probe.experiments.sweep import (
 )
 from mmdit_probe.experiments.text import TextTable, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import FEWEST, NONE, interval
+from mmdit_probe.results.statistics import FEWEST, NONE, interval, n_for_effect
 from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ ALL_HEADS, ALL_SPANS = -1, "all"
 NO_OP, EDIT, CONTROL = "no-op", "edit", "control"
 PLACE = ["layer", "head", "span"]
 ROW = ["item", "prompt", "seed", "control", "condition", *PLACE]
+DRAWN = [name for name in MEANING if name not in ("grounds_right", "relabelled")]
+"""Outcomes of the figure."""
 HARM_IS_RISE = ("change", "relabelled")
 """Outcomes whose rise is harm; of the others it is the drop."""
 
@@ -100,7 +103,7 @@ class Perturb(Places, Edited, Sweep):
                 here = edit.at(**address)
                 plan.append(_condition(EDIT, layer, head, span, here))
                 plan += [
-                    _condition(CONTROL, layer, head, span, equal_budget(here, self.seed, name), name)
+                    _condition(CONTROL, layer, head, span, equal_budget(here, self.seed, name, self.directions), name)
                     for name in self.chosen_controls()
                     if name in EQUAL
                 ]
@@ -145,8 +148,7 @@ class Perturb(Places, Edited, Sweep):
         title = f"{name}: {self.edit} of I2T, n = {count} prompts"
         if self.by != "layers":
             return {"perturb": effects_grid(summary, self._main(result), title=title)}
-        order = ["facts", "clip_t", "change", "clip_i", "dino"]
-        figures = {"perturb": effects_by_layer(summary, order, title=title)}
+        figures = {"perturb": effects_by_layer(summary, DRAWN, title=title)}
         rows = sorted({int(kept.split("-")[0]) for kept in result.store.pictures()})
         prompts = [result.request["items"][row][0] for row in rows]
         for kind, label, what in (
@@ -164,8 +166,9 @@ class Perturb(Places, Edited, Sweep):
         moved = no_op_change(result.table)
         return [
             effect_table(result.summary),
+            *power(result.table),
             "Difference from the unedited image of the same prompt and seed, mean [95 % interval over prompts];"
-            " control: a change of equal size.",
+            " control: a change of equal size. Meaning comes first: a picture that moves may say the same.",
             f"n = {count} prompts, {request['num_steps']} steps, guidance {request['guidance']};"
             f" no-op row: largest change {moved:g}{'' if moved == 0 else ' (must be 0: results are not paired)'}",
         ]
@@ -174,11 +177,11 @@ class Perturb(Places, Edited, Sweep):
         return {"no_op_change": no_op_change(result.table), "places": result.summary, "controls": result.claims}
 
 
-def equal_budget(edit: Any, seed: int, control: str) -> Any:
+def equal_budget(edit: Any, seed: int, control: str, directions: int) -> Any:
     """The control of equal size of an edit."""
     from mmdit_probe.edit import EqualBudget
 
-    return EqualBudget(edit, seed, kind=EQUAL[control])
+    return EqualBudget(edit, seed, kind=EQUAL[control], directions=directions)
 
 
 def _condition(
@@ -248,7 +251,29 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
                 row["beyond"], row["beyond_low"], row["beyond_high"] = interval(difference)
                 row["verdict"] = _verdict(row)
             rows.append(row)
-    return pd.DataFrame(rows).sort_values(["outcome", *PLACE]).reset_index(drop=True)
+    found = pd.DataFrame(rows)
+    order = found["outcome"].map({name: place for place, name in enumerate(MEANING)})
+    return found.assign(order=order).sort_values(["order", *PLACE]).drop(columns="order").reset_index(drop=True)
+
+
+SMALL = 0.05
+"""Drop of the alignment that the power is told for."""
+
+
+def power(table: pd.DataFrame) -> list[str]:
+    """How many prompts would show a small drop of the alignment at every place; nothing without a measure of it.
+
+    By the place whose effect spreads most, at 5 % over all places (Holm's first step), with power .8.
+    """
+    main = aligned_outcome(table)
+    edited = effects(table, ROW)
+    edited = edited[edited["condition"] == EDIT]
+    if main is None or edited["item"].nunique() < 2:
+        return []
+    places = [part[main] for _, part in edited.groupby(PLACE, observed=True)]
+    needed = [n_for_effect(values, SMALL, comparisons=len(places)) for values in places]
+    most = max((n for n in needed if n is not None), default=None)
+    return [] if most is None else [f"Power: n = {most} would show a drop of {SMALL:g} at every place (80 %, {main})."]
 
 
 def _verdict(row: dict[str, Any]) -> str:
@@ -260,13 +285,13 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def effect_table(summary: pd.DataFrame) -> TextTable:
-    """The table per place in text: the best measure of alignment there is first, then the change of the image."""
+    """The table per place in text: alignment with the prompt first, the change of the image last."""
     from mmdit_probe.plots.perturb import LABELS
 
-    aligned = aligned_outcome(summary)
-    shown = [name for name in (aligned, "change") if name is not None]
+    there = set(summary["outcome"])
+    shown = [name for name in (aligned_outcome(summary) or "", "things_right", "change") if name in there]
     columns = [column for name in shown for column in (LABELS[name], "control", "verdict")]
-    table = TextTable(["place", *columns], left=("place",))
+    table = TextTable(["place", *columns], left=("place",), spare=("control",))
     for place, part in summary.groupby(PLACE, sort=True):
         layer, head, span = int(str(place[0])), int(str(place[1])), str(place[2])
         rows = part.set_index("outcome")

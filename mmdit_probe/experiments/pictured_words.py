@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
+from mmdit_probe.experiments.known import KnownLayers, known_layers
 from mmdit_probe.experiments.options import INPUT, METHOD, Sampling, captions_of, prompts_of, samples_of
 from mmdit_probe.experiments.token_rows import unread
 from mmdit_probe.options import Option
@@ -23,15 +24,6 @@ if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.models.tokens import TokenTable
     from mmdit_probe.observe.observer import Observer
-
-KNOWN_LAYERS: tuple[tuple[str, tuple[int, ...], str], ...] = (
-    ("scenes-sd3", (3, 4, 1), "chosen by mIoU on training scenes, analyses/segmentation_choice.py"),
-    ("stable-diffusion-3-medium", (9,), "arXiv:2509.18096"),
-    ("stable-diffusion-3.5-medium", (9,), "arXiv:2509.18096"),
-    ("flux.1-dev", (12, 17), "arXiv:2509.18096"),
-)
-"""Part of a model's name, the layers that ground words in it, and who says so."""
-
 
 Side = Annotated[int | None, Option("Of the picture in pixels.", min=1, shown_default="the model's own", panel=METHOD)]
 
@@ -166,13 +158,14 @@ def words_of(table: TokenTable, asked: Sequence[str] | None, stream: str | None 
     return tuple(word for word, of in spans.items() if (of if stream is None else stream in of))
 
 
-def grounding(model: MMDiT) -> tuple[tuple[int, ...], str]:
-    """The layers that ground words, best first, and who says so: known ones, else the middle third."""
+def grounding(model: MMDiT) -> KnownLayers:
+    """The layers that ground words, best first: known ones, else the middle third."""
     from mmdit_probe.segment.capture import middle_layers
 
     count = len(model.layers)
-    names = (model.name, getattr(model.pipeline.config, "_name_or_path", None) or "")
-    for part, layers, source in KNOWN_LAYERS:
-        if any(part in Path(name).name.lower() for name in names) and max(layers) < count:
-            return layers, source
-    return middle_layers(count), "the middle third"
+    # One's own pipeline has no name here, but the folder or hub id that it was loaded from.
+    for name in (model.name, str(getattr(model.pipeline.config, "_name_or_path", ""))):
+        known = known_layers(name, model.weight_hash)
+        if known is not None and max(known.layers) < count:
+            return known
+    return KnownLayers(middle_layers(count), "the middle third; none are known for this model")

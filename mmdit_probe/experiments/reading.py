@@ -20,6 +20,7 @@ from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, layer_in
 
 if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
+    from mmdit_probe.results.selection import LayerSelection
     from mmdit_probe.segment.record import Reading
 
 SIGMA, FIT = "0.515", "squash"
@@ -101,6 +102,16 @@ class Reads:
         levels = [asked] if isinstance(asked, int | float) else asked
         return parse_sigmas(levels if isinstance(levels, str) else ",".join(map(str, levels)))
 
+    def read_selection(self) -> LayerSelection | None:
+        """The selection, if one is named; read before weights are loaded.
+
+        Raises:
+            UserError: no such file, or not a selection.
+        """
+        from mmdit_probe.results.selection import load_selection
+
+        return None if self.selection is None else load_selection(self.selection)
+
     def reading(self, network: Network, sigma: str = SIGMA, fit: str = FIT, size: str | None = None) -> Read:
         """What is read of a network; `sigma`, `fit` and `size` where the options do not say.
 
@@ -135,10 +146,8 @@ class Reads:
         return layers, heads if heads is None else checked_heads(heads, layers, network.heads), weights, notes
 
     def _selected(self, network: Network) -> tuple[tuple[int, ...], HeadSpec | None, Mapping[int, float] | None, Any]:
-        from mmdit_probe.results.selection import load_selection
-
-        assert self.selection is not None
-        found = load_selection(self.selection)
+        found = self.read_selection()
+        assert found is not None
         if found.weight_hash != network.weight_hash:
             raise UserError(
                 f"the selection {str(self.selection)!r} was made with other weights; run select-layers on"

@@ -154,7 +154,7 @@ class Report(Sampling, Experiment):
         found = self.results(result)
         sections = [_section(titles[name], one) for name, one in found.items() if name != "explore"]
         summary = [
-            *self.answer(result),
+            *_answer(found["select-layers"]),
             f"{result.data['model']['family']}, {result.data['model']['layers']} layers x"
             f" {result.data['model']['heads']} heads; n = {request['limit']} prompts or pictures per analysis,"
             f" {request['num_steps']} steps, guidance {request['guidance']:g}. Layers are 0-based; I2T = image queries,"
@@ -163,11 +163,6 @@ class Report(Sampling, Experiment):
         links = {f"Every layer, head and step of {request['prompts'][0]!r}": EXPLORER}
         title = f"Which layers ground words in {result.model_name}?"
         return report(title, summary, [*sections, _provenance(result, found)], links)
-
-    def answer(self, result: Result) -> list[str]:
-        """What was selected, and how stable that is."""
-        lines = [text for text in self.results(result)["select-layers"].texts() if isinstance(text, str)]
-        return [line.split("; pass")[0] for line in lines if line.startswith(("stability", "selected"))][::-1]
 
     def files(self, result: Result, folder: Path) -> None:
         self.page(result).save(folder / PAGE)
@@ -189,7 +184,7 @@ class Report(Sampling, Experiment):
         for row in result.table.to_dict("records"):
             table.add(str(row["part"]), str(row["rows"]), f"{row['seconds']:.0f}")
         assert result.path is not None
-        return [table, *self.answer(result), f"open in a browser: {result.path / PAGE}"]
+        return [table, *_answer(self.results(result)["select-layers"]), f"open in a browser: {result.path / PAGE}"]
 
     def document(self, result: Result) -> dict[str, Any]:
         assert result.path is not None
@@ -206,6 +201,12 @@ def _state(result: Result) -> Path:
     return place
 
 
+def _answer(selection: Result) -> list[str]:
+    """What was selected, and how stable that is."""
+    lines = [text for text in selection.texts() if isinstance(text, str)]
+    return [line.split("; pass")[0] for line in lines if line.startswith(("stability", "selected"))][::-1]
+
+
 def _section(title: str, result: Result) -> Section:
     from mmdit_probe.pages import Section
 
@@ -213,7 +214,10 @@ def _section(title: str, result: Result) -> Section:
     lines = [text for text in texts if isinstance(text, str)]
     tables = [text.html() for text in texts if isinstance(text, TextTable)]
     answer = next((line for line in reversed(lines) if line.startswith("selected") or "comparisons" in line), "")
-    figures = {f"{title}: {name.replace('_', ' ')}": drawn for name, drawn in result.figures.items()}
+    assert result.path is not None
+    figures = {
+        f"{title}: {file.stem.replace('_', ' ')}": file.read_bytes() for file in sorted(result.path.glob("*.png"))
+    }
     return Section(title, lines, tables, figures, answer.split("; pass")[0])
 
 

@@ -408,7 +408,9 @@ def variant_table(comparison: pd.DataFrame, metric: str, baseline: str) -> TextT
     first, variants = part.iloc[0], list(dict.fromkeys(part.variant))
     columns = [c for name in variants for c in ((name,) if name == baseline else (name, f"{name} - {baseline}"))]
     title = f"{metric}: mean [95 % interval over prompts], differences paired; n = {first.prompts} prompts, "
-    table = TextTable(["category", *columns], left=("category",), title=f"{title}{first.images} pictures")
+    table = TextTable(
+        ["category", *columns], left=("category",), spare=columns[:1:-1], title=f"{title}{first.images} pictures"
+    )
     for category in dict.fromkeys(part.category):
         cells = [str(category)]
         for name in variants:

@@ -100,6 +100,7 @@ class OnePicture(Reads, _Checked):
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
         target = named(target)
         sample, classes = self._sample(), self.names()
+        self.read_selection()
         pixels = sample.image
         regions = None if self.regions is None else read_label_map(self.regions)
         if isinstance(target, Named):

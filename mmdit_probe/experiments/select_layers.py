@@ -238,7 +238,7 @@ def evidence_table(table: pd.DataFrame, split: str) -> TextTable:
     """One split's evidence in text: value, interval and rank per layer."""
     part = table[table["split"] == split]
     names = list(dict.fromkeys(part["evidence"]))
-    result = TextTable(["layer", *names], title=f"{split}: value [95 %] (rank)")
+    result = TextTable(["layer", *names], spare=names[:1:-1], title=f"{split}: value [95 %] (rank)")
     indexed = part.set_index(["evidence", "layer"])
     for layer in sorted(set(part["layer"])):
         cells = [str(layer)]

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
-    from mmdit_probe.scenes.captions import Facts
 
 Kind = Literal["colours", "nouns"]
 SWAP, FUNCTION = "swap", "function"
@@ -161,14 +160,6 @@ def swapped_words(prompt: str, kind: Kind) -> tuple[str, str] | tuple[()]:
     return (one.noun, two.noun) if kind == "nouns" else (str(one.colour), str(two.colour))
 
 
-def exchanged(facts: Facts) -> Facts:
-    """The two objects with each other's colour."""
-    from dataclasses import replace
-
-    one, two = facts.groups
-    return replace(facts, groups=(replace(one, colour=two.colour), replace(two, colour=one.colour)), relations=())
-
-
 class Exchange:
     """`exchanged` and `kept`: 1 where the image shows both objects with each other's colour, or both with their own."""
 
@@ -182,13 +173,13 @@ class Exchange:
     def __call__(
         self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
     ) -> dict[str, np.ndarray]:
-        from mmdit_probe.scenes.captions import parse
+        from mmdit_probe.scenes.captions import opposites
         from mmdit_probe.scenes.parser import things_right
 
-        readings = list(zip(map(parse, prompts), self.parser.read(images), strict=True))
+        readings = list(zip(prompts, self.parser.read(images), strict=True))
         return {
-            name: np.array([float(things_right(str(of(facts)), seen)) for facts, seen in readings])
-            for name, of in (("exchanged", exchanged), ("kept", lambda facts: facts))
+            "exchanged": np.array([float(things_right(opposites(t)["swapped_colours"], seen)) for t, seen in readings]),
+            "kept": np.array([float(things_right(text, seen)) for text, seen in readings]),
         }
 
 

@@ -50,6 +50,9 @@ EQUAL: dict[str, Literal["rotation", "noise"]] = {BUDGET: "rotation", NOISE: "no
 AGAINST_STOCK = ("change", "relabelled", "clip_i", "dino")
 """Outcomes that already compare with the unedited image; the others are reported as differences from its value."""
 
+MEANING = ("facts", "things_right", "grounds_right", "clip_t", "dino", "clip_i", "relabelled", "change")
+"""Outcomes in the order in which they are told: what the image says of its prompt first, how far it moved last."""
+
 
 @dataclass(frozen=True)
 class Condition:

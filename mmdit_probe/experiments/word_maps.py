@@ -23,6 +23,7 @@ import numpy as np
 
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.explore import Explore
+from mmdit_probe.experiments.known import KnownLayers
 from mmdit_probe.experiments.options import METHOD, checked_heads
 from mmdit_probe.experiments.pictured_words import Item, Pictures, grounding
 from mmdit_probe.experiments.progress import Progress
@@ -69,12 +70,15 @@ class WordMaps(Pictures):
             step_indices(self.steps, self.num_steps)
 
     def places(self, model: MMDiT) -> dict[str, Any]:
-        layers, why = (
-            (layer_indices(self.layers, len(model.layers)), "") if self.layers is not None else grounding(model)
-        )
+        known = grounding(model)
+        if self.layers is not None:
+            known = KnownLayers(layer_indices(self.layers, len(model.layers)), "")
+        layers = known.layers
         heads = checked_heads(self.heads, layers, model.heads)
         steps = [0] if self.image is not None else list(step_indices(self.steps, self.num_steps))
-        return {"layers": sorted(layers), "why": why, "heads": heads, "steps": steps}
+        shares = known.weights or (1.0 / len(layers),) * len(layers)
+        weights = [share for _, share in sorted(zip(layers, shares, strict=True))]
+        return {"layers": sorted(layers), "weights": weights, "why": known.source, "heads": heads, "steps": steps}
 
     def measure(self, study: Study, task: Item, record: Recorder) -> None:
         from mmdit_probe.observe.maps import TextMaps
@@ -84,7 +88,15 @@ class WordMaps(Pictures):
         steps = "all" if task.picture else request["steps"]
         image = self.look(study.model, task, [seen], request["layers"], steps)
         heads = "all" if whole else request["heads"]
-        found = np.stack([seen.map(word, heads=heads) for word in task.words])
+        found = np.stack(
+            [
+                sum(
+                    share * seen.map(word, layers=layer, heads=heads)
+                    for layer, share in zip(request["layers"], request["weights"], strict=True)
+                )
+                for word in task.words
+            ]
+        ).astype(np.float32)
         record.arrays(f"maps-{task.index:03d}", words=np.array(task.words), maps=found)
         record.picture(f"{task.index:03d}", image)
         peaks = [np.unravel_index(one.argmax(), one.shape) for one in found]
@@ -117,7 +129,8 @@ class WordMaps(Pictures):
     def about(self, result: Result) -> str:
         """What was averaged over, in words."""
         request = result.request
-        why = f" ({request['why']})" if request["why"] else ""
+        weighted = "; weighted" if len(set(request["weights"])) > 1 else ""
+        why = f" ({request['why']}{weighted})" if request["why"] else ""
         layers = f"layer{'s' if len(request['layers']) > 1 else ''} {', '.join(map(str, request['layers']))}{why}"
         heads = "all heads" if len(request["heads"]) == result.data["model"]["heads"] else f"heads {request['heads']}"
         if self.image is not None:

@@ -265,9 +265,7 @@ class _Loop:
             samples = [self.data[items[k]] for k in chosen]
             places = [self.step * effective + k for k in chosen]
             late = micro + 1 < options.accumulation
-            tapped = (
-                nullcontext() if tap is None else probe(self.model.transformer, edits=tap, layers=list(self.layers))
-            )
+            tapped = nullcontext() if tap is None else probe(self.model.transformer, edits=tap)
             with tapped, accelerator.no_sync(self.wrapped) if late else nullcontext():
                 loss, terms = self.objective(self.wrapped, tap, samples, places)
                 accelerator.backward(loss / options.accumulation)

@@ -77,7 +77,7 @@ def _maps(
 ) -> dict[Space, Tensor]:
     """Maps [B, T, h, w] of every text position by space, mean over layers and heads, from one forward."""
     taps = {space: TextMapTap(list(layers), space=space, reduce=True) for space in spaces}
-    with probe(model.transformer, edits=taps.values(), layers=list(layers)):
+    with probe(model.transformer, edits=taps.values()):
         for tap in taps.values():
             tap.begin()
         model.denoise(latents, sigma, text)

@@ -71,9 +71,13 @@ class Layout:
         """N, the number of joint tokens."""
         return len(self.labels)
 
-    def positions(self, kind: str) -> slice | Tensor:
-        """Joint positions of one kind: a slice where they are contiguous, else a LongTensor."""
-        index = (self.labels == KINDS.index(kind)).nonzero()[:, 0]
+    def indices(self, *kinds: str) -> Tensor:
+        """Joint positions of the tokens of some kinds, in joint order, on the CPU."""
+        return torch.stack([self.labels == KINDS.index(kind) for kind in kinds]).any(0).nonzero()[:, 0]
+
+    def positions(self, *kinds: str) -> slice | Tensor:
+        """`indices`, as a slice where they are contiguous."""
+        index = self.indices(*kinds)
         if len(index) == 0:
             return slice(0, 0)
         first, last = int(index[0]), int(index[-1])

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdit_probe import assets
-from mmdit_probe.errors import unknown
+from mmdit_probe.errors import check_known, unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -61,5 +61,4 @@ def check_dtype(name: str) -> None:
     Raises:
         UserError: unknown.
     """
-    if name not in DTYPES:
-        raise unknown("dtype", name, DTYPES)
+    check_known("dtype", name, DTYPES)

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
-from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.errors import RunError, UserError, first_line
 
 _ADVICE = "convert it to a pipeline folder (diffusers' scripts/convert_*_to_diffusers.py) and load that"
 _NO_MODEL = "v1"
@@ -61,8 +62,7 @@ def transformer_of(file: str, base: str, kind: str, dtype: torch.dtype, quantiza
             file, config=base, subfolder="transformer", dtype=dtype, quantization_config=quantization
         )
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RunError(f"{file} cannot be loaded as the {kind} of {base}: {reason}") from error
+        raise RunError(f"{file} cannot be loaded as the {kind} of {base}: {first_line(error)}") from error
     missing = [name for name, tensor in transformer.state_dict().items() if tensor.is_meta]
     if missing:
         raise RunError(f"{file} cannot be loaded: {len(missing)} weights are missing in it, e.g. {missing[0]!r}")
@@ -71,8 +71,6 @@ def transformer_of(file: str, base: str, kind: str, dtype: torch.dtype, quantiza
 
 def _shapes(file: str) -> dict[str, torch.Tensor]:
     """Every tensor of a file without its values."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(file, framework="pt") as opened:
             return {

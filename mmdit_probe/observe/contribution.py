@@ -90,7 +90,7 @@ class Contribution(RowObserver):
     def measure(self, seen: LayerCall) -> tuple[_Text, list[Tensor]]:
         tables, layout = seen.tokens, seen.layout
         if self._text is None or self._text.tables is not tables or self._text.layout is not layout:
-            columns = (layout.labels != 0).nonzero()[:, 0]
+            columns = layout.indices("text", "other")
             groups = [_groups(layout, table, sample) for sample, table in enumerate(tables)]
             self._text = _Text(tables, layout, columns.to(seen.call.query.device), groups)
         projection = projection_of(seen)
@@ -169,7 +169,7 @@ def contributions(seen: LayerCall, weight: Tensor, text: _Text) -> list[Tensor]:
     Args:
         weight: [H, Dv, E] of the output projection.
     """
-    image = torch.arange(seen.layout.total)[seen.layout.positions("image")].to(weight.device)
+    image = seen.layout.indices("image").to(weight.device)
     values = seen.call.expanded_value()[:, :, text.columns].float()  # [B, H, K, Dv]
     value_of_output = seen.output.float()
     gram = weight @ weight.mT  # [H, Dv, Dv]

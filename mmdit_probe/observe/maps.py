@@ -89,7 +89,7 @@ class TextMaps(Observer):
         if self.queries == "image":
             if groups is not None:  # only the positions that some map reads
                 read = groups.any(0).any(-1).nonzero()[:, 0]
-                text, groups = torch.arange(layout.total)[text][read].to(call.query.device), groups[:, read]
+                text, groups = layout.indices("text")[read].to(call.query.device), groups[:, read]
             maps = exact.reduce(call, seen.logsumexp, text, image, key_weights=groups, head_mean=head_mean)
         else:
             weights = _query_mean(seen, groups)

@@ -64,15 +64,14 @@ class KeyGroups:
         """
         count = 1 + max(1, *(max(of, default=1) for of in groups))
         of_key = torch.zeros(len(groups), layout.total, dtype=torch.long)
-        of_key[:, layout.labels == 2] = 1
-        of_key[:, layout.labels == 1] = torch.tensor(groups, dtype=torch.long).reshape(len(groups), -1)
+        of_key[:, layout.indices("other")] = 1
+        of_key[:, layout.indices("text")] = torch.tensor(groups, dtype=torch.long).reshape(len(groups), -1)
         weights = torch.stack([layout.labels == 0, layout.labels == 1]).float()[None]
         if layout.queries is not None:
             weights = weights * layout.queries[:, None].float()
-        keys = (layout.labels != 0).nonzero()[:, 0]
-        contiguous = len(keys) > 0 and int(keys[-1] - keys[0]) + 1 == len(keys)
-        columns = slice(int(keys[0]), int(keys[-1]) + 1) if contiguous else keys.to(device)
-        indicator = torch.nn.functional.one_hot(of_key[:, keys], count).float()
+        columns = layout.positions("text", "other")
+        indicator = torch.nn.functional.one_hot(of_key[:, columns], count).float()
+        columns = columns if isinstance(columns, slice) else columns.to(device)
         return cls(of_key.to(device), count, columns, indicator.to(device), weights.to(device))
 
 

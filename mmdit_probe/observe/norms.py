@@ -94,7 +94,7 @@ def value_norms(value: Tensor) -> Tensor:
 
 def _positions(layout: Layout, table: TokenTable, sample: int) -> dict[Group, Tensor]:
     """Joint positions of the tokens of every group that a sample has."""
-    places = {kind: torch.arange(layout.total)[layout.positions(kind)] for kind in ("image", "text", "other")}
+    places = {kind: layout.indices(kind) for kind in ("image", "text", "other")}
     groups: dict[Group, Tensor] = {(kind, "all", ""): places[kind] for kind in ("image", "other")}
     for kind, stream in dict.fromkeys((token.kind, token.stream) for token in table.tokens):
         groups["text", kind, stream] = places["text"][table.positions(kind=kind, stream=stream)]

@@ -237,7 +237,7 @@ def _sinks(seen: LayerCall) -> Tensor:
     total = seen.layout.total
     weights = _query_weights(seen, "image")[None, None]
     masses = exact.reduce(seen.call, seen.logsumexp, slice(None), query_weights=weights)[:, :, 0]
-    text = torch.arange(total)[seen.layout.positions("text")]
+    text = seen.layout.indices("text")
     words = torch.zeros(len(seen.tokens), total, dtype=torch.bool)
     for sample, table in enumerate(seen.tokens):
         words[sample, text[table.positions(kind="word")]] = True

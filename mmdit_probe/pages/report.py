@@ -11,13 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from io import BytesIO
-from typing import TYPE_CHECKING
 
 from mmdit_probe.pages.page import Page, data_url
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,14 +20,14 @@ class Section:
     """A part of a report.
 
     Attributes:
-        title: plain text. lines: paragraphs, plain text. tables: as HTML. figures: by what they show, in words.
-        answer: the one line that the overview quotes.
+        title: plain text. lines: paragraphs, plain text. tables: as HTML. figures: PNG files' bytes by what they show,
+            in words. answer: the one line that the overview quotes.
     """
 
     title: str
     lines: Sequence[str] = ()
     tables: Sequence[str] = ()
-    figures: dict[str, Figure] = field(default_factory=dict)
+    figures: dict[str, bytes] = field(default_factory=dict)
     answer: str = ""
 
 
@@ -61,17 +56,11 @@ def report(
 
 def _section(mark: str, one: Section) -> str:
     figures = "".join(
-        f'<figure class="wide"><img alt="{escape(what)}" src="{_png(drawn)}"></figure>'
+        f'<figure class="wide"><img alt="{escape(what)}" src="{data_url(drawn)}"></figure>'
         for what, drawn in one.figures.items()
     )
     tables = "".join(f'<div class="wide">{table}</div>' for table in one.tables)
+    folded = f"<details><summary>numbers</summary>{tables}</details>" if tables else ""
     lines = "".join(f"<p>{escape(line)}</p>" for line in one.lines)
-    return (
-        f'<section aria-labelledby="{mark}"><h2 id="{mark}">{escape(one.title)}</h2>{figures}{tables}{lines}</section>'
-    )
-
-
-def _png(drawn: Figure) -> str:
-    buffer = BytesIO()
-    drawn.savefig(buffer, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
-    return data_url(buffer.getvalue())
+    title = f'<h2 id="{mark}">{escape(one.title)}</h2>'
+    return f'<section aria-labelledby="{mark}">{title}{figures}{lines}{folded}</section>'

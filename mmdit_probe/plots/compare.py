@@ -28,9 +28,8 @@ def run_differences(table: pd.DataFrame, title: str = "", margin: float | None =
     cell = [name for name in table.columns if name not in _NUMBERS and name != "layer" and table[name].nunique() > 1]
     labels = table[cell].astype(str).agg(" ".join, axis=1) if cell else table["difference"].map(lambda _: "difference")
     by_layer, names = "layer" in table, list(dict.fromkeys(labels))[:MOST]
-    with style.context():
-        figure = style.figure(style.COLUMN if by_layer else style.PAGE, 2.7 if by_layer else 1.2 + 0.2 * len(names))
-        axes = figure.subplots()
+    width, height = (style.COLUMN, 2.7) if by_layer else (style.PAGE, 1.2 + 0.2 * len(names))
+    with style.panels(width, height, title=title) as (figure, axes):
         lines = [(0.0, ":"), *([] if margin is None else [(-margin, "--")])]
         for value, dashes in lines:
             (axes.axhline if by_layer else axes.axvline)(value, color="black", lw=0.6, ls=dashes)
@@ -49,5 +48,4 @@ def run_differences(table: pd.DataFrame, title: str = "", margin: float | None =
             axes.set_xlabel("second minus first (95 %)")
             axes.set_yticks(range(len(names)), names)
             axes.invert_yaxis()
-        style.headline(figure, title)
     return figure

@@ -23,9 +23,7 @@ def contribution_budget(summary: pd.DataFrame, heads: pd.DataFrame, *, title: st
     """
     kinds = [kind for kind in style.SPANS if kind in set(summary["group"])]
     words = heads[heads["group"] == "word"]
-    with style.context():
-        figure = style.figure(style.PAGE, 2.7)
-        panels = figure.subplots(1, 3 if len(words) else 2)
+    with style.panels(style.PAGE, 2.7, 3 if len(words) else 2, title=title) as (figure, panels):
         for axes, value, label in (
             (panels[0], "relative", "norm / norm of the update"), (panels[1], "mass", "share of attention"),
         ):  # fmt: skip
@@ -43,5 +41,4 @@ def contribution_budget(summary: pd.DataFrame, heads: pd.DataFrame, *, title: st
             grid = words.pivot(index="layer", columns="head", values="relative")
             style.heat(panels[2], grid, low=0, high=float(grid.max().max()), label="words, within the head")
         style.legend(figure, panels[0])
-        style.headline(figure, title)
     return figure

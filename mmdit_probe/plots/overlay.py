@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.plots.sheet import sheet, short, wrapped
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ class PictureMaps(Mapping[str, WordMap]):
     explorer: Any = field(default=None, repr=False)
 
     def __getitem__(self, word: str) -> WordMap:
-        if word not in self.arrays:
-            raise unknown("word", word, self.arrays)
+        check_known("word", word, self.arrays)
         return WordMap(word, self.arrays[word], self.image)
 
     def __iter__(self) -> Iterator[str]:

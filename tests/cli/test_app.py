@@ -152,7 +152,7 @@ WRONG = [
     (["score", "--categories", "color"], "unknown category 'color'"),
     (["select-layers", "--rule", "rank"], "did you mean 'ranks'"),
     (["diagnose", "--images", "nowhere"], "no folder 'nowhere'"),
-    (["attribute", "--steps", "0"], "--steps is 0" ),
+    (["attribute", "--n", "0"], "--n is 0"),
     (["segment", "none.png", "--classes", "cat"], "no picture 'none.png'"),
     (["segment", "scenes:val:0", "--classes", "cat", "--method", "seg4dif"], "did you mean 'seg4diff'"),
     (["segment", "scenes:val:0", "--classes", "cat", "--background", "treshold:1"], "unknown background rule"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -260,7 +260,7 @@ def test_the_control_moves_each_token_as_far_and_elsewhere(kind: Any) -> None:
     assert wanted[:, 0, :IMAGE].mean() > 1e-3
     assert wanted[:, 1].max() < 1e-5
     assert not torch.allclose(edited.output, controlled.output, atol=1e-3)
-    again, other = under(control), under(control.directions(5)[4])
+    again, other = under(control), under(replace(control, seed=7))
     assert torch.equal(again.output, controlled.output)
     assert not torch.allclose(other.output, controlled.output, atol=1e-3)
 
@@ -304,6 +304,25 @@ def test_the_control_of_a_sample_is_the_same_alone_and_in_a_batch(kind: Any) -> 
     together = denoised(slice(None))
     for row in range(3):
         torch.testing.assert_close(denoised(slice(row, row + 1))[0], together[row], atol=1e-5, rtol=1e-4)
+
+
+def test_images_take_directions_in_turn_whatever_their_batch() -> None:
+    """With two directions the image of seed 5 moves along the second one, alone or beside the image of seed 4."""
+    model = MMDiT(tiny.pipeline())
+    blur = Blur("image", "text", layers=[LAYER])
+
+    def latents(seeds: list[int], control: EqualBudget) -> torch.Tensor:
+        with probe(model, edits=control):
+            return model.generate(["a cat"] * len(seeds), steps=2, guidance=3.0, seed=seeds, output_type="latent")
+
+    both = latents([4, 5], EqualBudget(blur, seed=1, directions=2))
+    for place, seed in enumerate((4, 5)):
+        alone = latents([seed], EqualBudget(blur, seed=1 + place))
+        torch.testing.assert_close(both[place], alone[0], atol=1e-4, rtol=1e-3)
+        other = latents([seed], EqualBudget(blur, seed=2 - place))
+        assert (both[place] - other[0]).abs().max() > 1e-3
+    with pytest.raises(UserError, match="one or more"):
+        EqualBudget(blur, directions=0)
 
 
 @pytest.mark.parametrize(

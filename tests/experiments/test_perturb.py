@@ -14,7 +14,7 @@ from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import Perturb
 from mmdit_probe.experiments.outcomes import Change
-from mmdit_probe.experiments.perturb import CONTROL, EDIT, NO_OP, STOCK, summarise
+from mmdit_probe.experiments.perturb import CONTROL, EDIT, NO_OP, STOCK, power, summarise
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table
 
@@ -35,17 +35,17 @@ def test_no_op_is_exactly_zero_and_images_do_not_depend_on_the_batch(tiny_model:
 
 
 def test_places(tiny_model: MMDiT) -> None:
-    heads = Perturb(layers="1", by="heads", control="none").conditions(tiny_model)
+    heads = Perturb(layers="1", by="heads", control="none").conditions(tiny_model, PROMPTS)
     assert [(c.labels["condition"], c.labels["layer"], c.labels["head"]) for c in heads[2:]] == [
         (EDIT, 1, 0), (EDIT, 1, 1),
     ]  # fmt: skip
-    spans = Perturb(layers="1", by="spans", control="none").conditions(tiny_model)
+    spans = Perturb(layers="1", by="spans", control="none").conditions(tiny_model, PROMPTS)
     assert [c.labels["span"] for c in spans[2:]] == ["word", "bos", "eos", "pad"]
     assert spans[2].edit.spans == ("word",)
     with pytest.raises(UserError, match="layers"):
         Perturb(by="tokens")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="layer 9"):
-        Perturb(layers=9).conditions(tiny_model)
+        Perturb(layers=9).conditions(tiny_model, PROMPTS)
 
 
 def long_table(effect: float, random: float, n: int = 8) -> pd.DataFrame:
@@ -81,6 +81,18 @@ def test_summary_compares_with_the_same_prompt_and_seed(effect: float, random: f
     assert summary.loc["facts", -1]["effect"] == 0.0  # no-op
     assert summary.loc["change", 0]["effect"] == pytest.approx(0.1)
     assert summary.loc["clip_i", 0]["effect"] == pytest.approx(-0.1)
+
+
+def test_meaning_comes_first_and_power_is_told() -> None:
+    """Effects that spread by .1 tell a drop of .05 (dz = .5) from 34 pairs on (G*Power: two-sided 5 %, power .8)."""
+    table = long_table(0.3, 0.0, n=12)
+    assert list(dict.fromkeys(summarise(table)["outcome"])) == ["facts", "clip_i", "change"]
+    stock = table[table["condition"] == STOCK].set_index("item")["facts"]
+    edited = table["condition"] == EDIT
+    spread = 0.1 * np.tile([1.0, -1.0], 6) / np.sqrt(12 / 11)
+    table.loc[edited, "facts"] = stock.to_numpy() + spread
+    assert power(table) == ["Power: n = 34 would show a drop of 0.05 at every place (80 %, facts)."]
+    assert power(table.drop(columns="facts")) == []
 
 
 def test_few_prompts_decide_nothing() -> None:

@@ -42,7 +42,7 @@ def test_every_part_is_a_section(folder: Path) -> None:
     ):
         assert f"{title}" in html
     assert "Claim: " in html and "uniform attention in all layers" in html and "stability over resampled items" in html
-    assert _model().weight_hash in html and "torch" in html and "PCA" not in html
+    assert _model().weight_hash in html and "torch" in html and "PCA of" not in html
     assert html.count("data:image/png") >= 5 and 'href="explore.html"' in html
     assert (folder / "explore.html").exists()
 

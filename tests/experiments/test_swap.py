@@ -12,10 +12,9 @@ import torch
 from mmdit_probe import UserError, load
 from mmdit_probe.edit import Swap
 from mmdit_probe.experiments import SwapTest
-from mmdit_probe.experiments.swap_test import Exchange, against, exchanged, summarise, swapped_words
+from mmdit_probe.experiments.swap_test import Exchange, against, summarise, swapped_words
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.scenes import scene
-from mmdit_probe.scenes.captions import parse
 from tests import tiny
 
 
@@ -27,7 +26,6 @@ def test_prompts_that_fit() -> None:
         "a red ring left of a blue house on grass", "a photo of a cat", "ring grass",
     ):  # fmt: skip
         assert swapped_words(other, "colours") == (), other
-    assert str(exchanged(parse(text))) == "a blue ring and a red house on grass"
 
 
 def test_words_may_differ_between_prompts(pipe: Any) -> None:

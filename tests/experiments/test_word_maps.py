@@ -14,7 +14,8 @@ from PIL import Image
 
 from mmdit_probe import MMDiT, TextMaps, probe, word_maps
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import Explore, Result, WordMaps
+from mmdit_probe.experiments import Explore, Result, WordMaps, pictured_words
+from mmdit_probe.experiments.known import KnownLayers
 from mmdit_probe.experiments.pictured_words import grounding, words_of
 from mmdit_probe.plots.overlay import PictureMaps
 from tests import tiny
@@ -112,7 +113,7 @@ def test_a_sample_without_the_word_gets_nothing_in_a_run(model: MMDiT) -> None:
         maps.map("red")
     with pytest.raises(UserError, match="sample 2 does not exist"):
         maps.map("a", sample=2)
-    with pytest.raises(UserError, match=r"no maps of layer 2|layer 2 does not exist"):
+    with pytest.raises(UserError, match="layer 2 does not exist"):
         maps.map("a", layers=2)
 
 
@@ -135,12 +136,21 @@ def test_words_are_taken_once_without_signs(model: MMDiT) -> None:
     assert words_of(table, ["dog", "cat"]) == ("cat",)
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("scenes-sd3", "middle third"), ("stabilityai/stable-diffusion-3-medium-diffusers", "middle third")],
-)
-def test_layers_that_a_model_does_not_have_are_no_default(name: str, expected: str) -> None:
-    assert expected in grounding(MMDiT(tiny.pipeline("sd3"), name, tiny.T5_LENGTH))[1]
+def test_known_layers_are_the_default_if_the_model_has_them(model: MMDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MMDiT, "name", "stabilityai/stable-diffusion-3-medium-diffusers", raising=False)
+    assert grounding(model).layers == (1,) and "middle third" in grounding(model).source
+    monkeypatch.setattr(MMDiT, "layers", model.layers * 8)
+    assert grounding(model).layers == (9,) and "2509.18096" in grounding(model).source
+
+
+def test_weighted_layers_are_averaged_with_their_weights(model: MMDiT, photo: Image.Image) -> None:
+    known = KnownLayers((2, 0), "told", (0.75, 0.25))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictured_words, "known_layers", lambda *_: known)
+        both = word_maps(model, PROMPT, image=photo)
+    each = [word_maps(model, PROMPT, image=photo, layers=layer)["ring"].array for layer in (2, 0)]  # type: ignore[index]
+    assert isinstance(both, PictureMaps) and "layers 0, 2 (told; weighted)" in both.about
+    np.testing.assert_allclose(both["ring"].array, 0.75 * each[0] + 0.25 * each[1], atol=1e-7)
 
 
 def test_the_folder_holds_overlays_arrays_and_a_sheet(model: MMDiT, tmp_path: Path) -> None:
@@ -183,7 +193,8 @@ def test_the_page_holds_what_was_measured(model: MMDiT, photo: Image.Image) -> N
     found = json.loads(re.search(r'id="data">(.*?)</script>', maps.explore().html, re.DOTALL)[1])  # type: ignore[index]
     assert found["words"] == ["a", "red", "ring", "BOS (clip)", "EOS (clip)", "EOS (t5)", "PAD (clip)", "PAD (t5)"]
     assert found["chosen"] == [2] and found["layers"] == [0, 1, 2] and found["steps"] == ["the one"]
-    attention, table = dense(model, photo, PROMPT), model.token_tables(PROMPT)[0]
+    attention = [one.numpy() for one in dense(model, photo, PROMPT)]
+    table = model.token_tables(PROMPT)[0]
     bos = [IMAGE + p for p in table.positions(kind="bos", stream="clip")]
     ring = [IMAGE + p for p in table.positions(word="ring")]
     for layer in range(3):

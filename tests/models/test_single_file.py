@@ -1,4 +1,4 @@
-"""Checkpoints in a single file, in the names of SD3's authors: the folder's weights, or a line on what to do."""
+"""Checkpoints in a single file, in the names of their authors: the weights of the folder, or a line on what to do."""
 
 from __future__ import annotations
 

@@ -38,6 +38,8 @@ from mmdit_probe.observe.probe import probe
 from tests import pipelines, tiny
 from tests.families import FIXTURES
 
+DEVICE = "cpu"
+"""Where the subjects run; a test on a GPU sets another one."""
 STOCK = torch.nn.functional.scaled_dot_product_attention
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-5, torch.float16: 6e-5}
 """Of a mean mass; half precision carries the error of its kernel's log-sum-exp."""
@@ -78,8 +80,8 @@ class WrittenDown(TorchFunctionMode):
         if func is STOCK and self.calls:
             names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
             call = dict(zip(names, args, strict=False)) | (kwargs or {})
-            if torch.is_autocast_enabled("cpu"):
-                dtype = torch.get_autocast_dtype("cpu")
+            if torch.is_autocast_enabled(DEVICE):
+                dtype = torch.get_autocast_dtype(DEVICE)
                 call |= {name: call[name].to(dtype) for name in ("query", "key", "value")}
             self.calls[-1].setdefault(self.running[-1], []).append(call)
         return func(*args, **(kwargs or {}))
@@ -97,7 +99,7 @@ class Watched(Observer):
         groups = [[2] * seen.layout.counts["text"] for _ in seen.denoising.prompts]
         keys = KeyGroups.of(seen.layout, groups, seen.call.query.device)
         masses, n_query = attention_masses(seen.call, seen.lse, keys)  # [B, H, 2, image | other | text]
-        self.seen[seen.denoising.number, seen.layer.path] = (seen.denoising, masses.double(), n_query)
+        self.seen[seen.denoising.number, seen.layer.path] = (seen.denoising, masses.double().cpu(), n_query.cpu())
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ def _expected(call: dict[str, Any], row: int, labels: list[Tensor]) -> tuple[lis
     """Masses of one sample by the explicit softmax, as a function of the kinds of its keys."""
 
     def one(tensor: Tensor) -> Tensor:
-        return tensor[row : row + 1] if len(tensor) > 1 else tensor
+        return (tensor[row : row + 1] if len(tensor) > 1 else tensor).cpu()
 
     def masses(kinds: Tensor) -> Tensor:
         mask = call.get("attn_mask")
@@ -255,7 +257,7 @@ def _expected(call: dict[str, Any], row: int, labels: list[Tensor]) -> tuple[lis
         p = reference.probabilities(
             one(call["query"]), one(call["key"]), mask, call.get("is_causal", False), call.get("scale")
         )[0]  # [H, Nq, Nk]
-        kinds = kinds.clone()
+        kinds = kinds.clone().cpu()
         if mask is not None:
             kept = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
             kinds[~kept.expand(1, -1, -1, len(kinds))[0].any(0).any(0)] = -1
@@ -275,13 +277,22 @@ def forward(model: Any, times: int = 1, **changes: Any) -> list[Tensor]:
     context = model.cache_context("cond") if hasattr(model, "cache_context") else nullcontext()
     with torch.no_grad(), context:
         for _ in range(times):
-            outputs += _flat(model(**(model.test_inputs | changes), return_dict=False))
+            outputs += _flat(model(**moved(model.test_inputs | changes), return_dict=False))
     return outputs
+
+
+def moved(value: Any) -> Any:
+    """Inputs on the device."""
+    if isinstance(value, dict):
+        return {name: moved(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(moved(item) for item in value)
+    return value.to(DEVICE) if isinstance(value, Tensor) else value
 
 
 def model_of(family: str, arrange: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> Callable[[], Any]:
     def build() -> Any:
-        model = FIXTURES[family].build()
+        model = FIXTURES[family].build().to(DEVICE)
         model.test_inputs = arrange(FIXTURES[family].inputs())
         return model
 
@@ -374,7 +385,9 @@ def lora(target: Any) -> Any:
     from peft import LoraConfig
 
     torch.manual_seed(0)
-    _transformer(target).add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))
+    model = _transformer(target)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_k"], init_lora_weights=False))
+    model.to(DEVICE)
     return nullcontext()
 
 
@@ -415,9 +428,11 @@ def transformer_situations() -> list[Situation]:
     """Ways of running a bare transformer."""
     reused, never = "reuses earlier results", "did not run at any selected step"
     rows: list[Situation] = []
-    rows += of_families("autocast bfloat16", EVERY, around=lambda _: torch.autocast("cpu", torch.bfloat16))
+    rows += of_families("autocast bfloat16", EVERY, around=lambda _: torch.autocast(DEVICE, torch.bfloat16))
     rows += of_families(
-        "autocast float16", ["sd3", "sd35", "flux", "qwen_image"], around=lambda _: torch.autocast("cpu", torch.float16)
+        "autocast float16",
+        ["sd3", "sd35", "flux", "qwen_image"],
+        around=lambda _: torch.autocast(DEVICE, torch.float16),
     )
     rows += of_families("a function mode that changes calls", EVERY, around=lambda _: LouderQueries())
     rows += of_families(
@@ -426,7 +441,7 @@ def transformer_situations() -> list[Situation]:
         around=lambda _: LouderQueries(),
         inside=True,
     )
-    rows += of_families("torch's default device", DISPATCHED, around=lambda _: torch.device("cpu"))
+    rows += of_families("torch's default device", DISPATCHED, around=lambda _: torch.device(DEVICE))
     rows += of_families("torch's function replaced by a wrapper", ["sd3", "mochi", "flux"], around=replaced_function)
     rows += of_families("sdpa_kernel(MATH)", DISPATCHED, around=lambda _: sdpa_kernel(SDPBackend.MATH))
     rows += of_families("attention_backend('_native_math')", DISPATCHED, around=backend("_native_math"))
@@ -480,9 +495,13 @@ T5 = ("sd3", "flux", "chroma", "cogvideox")
 
 
 @functools.cache
+def _shared(name: str, device: str) -> Any:
+    return (tiny.pipeline("sd3") if name == "sd3" else pipelines.build(name)).to(device)
+
+
 def shared(name: str) -> Any:
     """A pipeline that no situation changes."""
-    return tiny.pipeline("sd3") if name == "sd3" else pipelines.build(name)
+    return _shared(name, DEVICE)
 
 
 def fresh(name: str, kind: str = "") -> Callable[[], Any]:
@@ -643,11 +662,11 @@ def ip_adapter(target: Any) -> Any:
     if "Flux" in type(model).__name__:
         model.transformer_blocks[0].attn.processor = transformer_flux.FluxIPAdapterAttnProcessor(
             32, 24, num_tokens=(4,)
-        )
+        ).to(DEVICE)
         options: dict[str, Any] = {"ip_hidden_states": [torch.randn(2, 1, 4, 24)], "ip_adapter_masks": None}
     else:
         processor = attention_processor.SD3IPAdapterJointAttnProcessor2_0(32, 24, 16, timesteps_emb_dim=32)
-        model.transformer_blocks[0].attn.processor = processor
+        model.transformer_blocks[0].attn.processor = processor.to(DEVICE)
         options = {"ip_hidden_states": torch.randn(2, 4, 24), "temb": torch.randn(2, 32)}
     model.test_inputs |= {"joint_attention_kwargs": options}
     return nullcontext()
@@ -699,7 +718,7 @@ def pipeline_situations() -> list[Situation]:
         rows.append(
             of_pipeline(
                 name, "with guidance, under autocast", run=guided(name), labels=both,
-                around=lambda _: torch.autocast("cpu", torch.bfloat16),
+                around=lambda _: torch.autocast(DEVICE, torch.bfloat16),
             )
         )  # fmt: skip
         rows.append(

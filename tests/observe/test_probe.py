@@ -19,6 +19,7 @@ from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.observe.observer import LayerCall, Observer
 from tests import tiny
+from tests.devices import DEVICES
 from tests.families import FIXTURES
 
 PROMPTS = ["a red ring", "a cat"]
@@ -550,39 +551,41 @@ def test_a_transformer_inside_a_peft_model_is_probed() -> None:
 OFFLOADS = ["model", "sequential", "disk", "group", "layerwise casting"]
 
 
-def offload(pipe: Any, kind: str, folder: Path) -> None:
-    """What moves or casts weights around every forward, with the CPU as the device that computes."""
-    cpu = torch.device("cpu")
+def offload(pipe: Any, kind: str, folder: Path, device: str) -> None:
+    """What moves or casts weights around every forward; `device` computes."""
     if kind == "model":
-        pipe.enable_model_cpu_offload(device="cpu")
+        pipe.enable_model_cpu_offload(device=device)
     elif kind == "sequential":  # what `enable_sequential_cpu_offload` does to each of a pipeline's models
         from accelerate import cpu_offload
 
-        cpu_offload(pipe.transformer, execution_device=cpu)
+        cpu_offload(pipe.transformer, execution_device=torch.device(device))
     elif kind == "disk":
         from accelerate import disk_offload
 
-        disk_offload(pipe.transformer, str(folder), execution_device=cpu)
+        disk_offload(pipe.transformer, str(folder), execution_device=torch.device(device))
     elif kind == "group":
-        pipe.transformer.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+        pipe.transformer.enable_group_offload(
+            onload_device=torch.device(device), offload_device=torch.device("cpu"), offload_type="leaf_level"
+        )
     else:
         pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("first", ["offload", "probe"])
 @pytest.mark.parametrize("kind", OFFLOADS)
-def test_weights_that_come_and_go(pipe: Any, kind: str, first: str, tmp_path: Path) -> None:
+def test_weights_that_come_and_go(pipe: Any, kind: str, first: str, tmp_path: Path, device: str) -> None:
     """Hooks that were there before the probe, or came while it was attached, work on, and so does the probe."""
-    other = tiny.pipeline("sd3")
+    pipe, other = pipe.to(device), tiny.pipeline("sd3").to(device)
     with probe(other, AttentionMass()) as plain:
         sample(other)
-    offload(other, kind, tmp_path / "other")
+    offload(other, kind, tmp_path / "other", device)
     stock = sample(other)
     if first == "offload":
-        offload(pipe, kind, tmp_path / "own")
+        offload(pipe, kind, tmp_path / "own", device)
     with probe(pipe, AttentionMass()) as run:
         if first == "probe":
-            offload(pipe, kind, tmp_path / "own")
+            offload(pipe, kind, tmp_path / "own", device)
         assert np.array_equal(sample(pipe), stock)
     assert np.array_equal(sample(pipe), stock)
     one, two = (found[AttentionMass].table() for found in (run, plain))

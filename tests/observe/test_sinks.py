@@ -126,7 +126,7 @@ def test_scores_of_planted_maps() -> None:
         rows = torch.arange(16.0)[:, None, None] / 16
         plain, seen = torch.stack([truth * (0.02 + 0.9 * (1 - rows)), truth]), SinkFree()
         seen._kept[0] = (plain[None], torch.stack([truth, truth])[None], torch.zeros(1, 2))
-        frames.append(map_scores(seen, item, tokens, [0]).assign(item=index))
+        frames.append(map_scores(seen, item.classes, CLASSES, tokens, [0]).assign(item=index))
     table = pd.concat(frames)
     heads = table[(table["head"] == 0)].set_index(["item", "maps"])
     assert (heads.xs(CLEAN, level="maps")["auc"] > heads.xs(PLAIN, level="maps")["auc"]).all()

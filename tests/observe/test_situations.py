@@ -5,14 +5,25 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from mmdit_probe.attention import exact
+from tests.observe import situations
 from tests.observe.situations import SITUATIONS, Labels, markdown
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", SITUATIONS)
 def test_situation(name: str) -> None:
+    SITUATIONS[name].check()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_situation_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(situations, "DEVICE", "cuda")
     SITUATIONS[name].check()
 
 

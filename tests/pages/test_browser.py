@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmdit_probe.pages import Section, explorer, report
+from mmdit_probe.plots.overlay import png
 from tests.pages.arrays import WORDS, exploration
 
 pytestmark = pytest.mark.browser
@@ -201,10 +203,7 @@ def contrast(*colours: str) -> float:
 
 
 def test_a_report_opens_without_a_request(browser: Any, tmp_path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure()
-    figure.subplots().plot([0, 1])
+    figure = png(Image.new("RGB", (200, 100), "red"))
     sections = [
         Section("First", ["one"], ["<table><tr><td>1</td></tr></table>"], {"a figure": figure}),
         Section("Last"),

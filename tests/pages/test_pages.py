@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from mmdit_probe.pages import Page, Section, explorer, report
 from mmdit_probe.pages.explorer import LIMIT, atlas, coarser, plan
+from mmdit_probe.plots.overlay import png
 from tests.pages.arrays import WORDS, exploration
 
 
@@ -103,8 +103,7 @@ def test_coarser_maps_are_means_also_at_the_edge() -> None:
 
 
 def test_a_report_leads_to_its_sections() -> None:
-    figure = Figure()
-    figure.subplots().plot([0, 1])
+    figure = png(Image.new("RGB", (200, 100), "red"))
     sections = [
         Section("A < B", ["line & more"], ["<table></table>"], {"a 'figure'": figure}, "layer 4"),
         Section("C", ["last"]),

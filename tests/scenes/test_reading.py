@@ -9,7 +9,7 @@ from mmdit_probe.scenes import CLASSES, NO_COLOUR, SceneObject, describe, load_p
 from mmdit_probe.scenes.parser import (
     CONTRASTS,
     SCORES,
-    Reading,
+    SceneReading,
     SeenObject,
     aligned,
     alignment,
@@ -89,7 +89,9 @@ def test_trained_parser_reads_captions_back():
 def seen(*objects, grounds=("grass",)):
     """A reading of (noun, colour, x, y)."""
     none = np.zeros((8, 8), np.int64)
-    return Reading(tuple(SeenObject(noun, colour, (x, y), 0.1) for noun, colour, x, y in objects), grounds, none, none)
+    return SceneReading(
+        tuple(SeenObject(noun, colour, (x, y), 0.1) for noun, colour, x, y in objects), grounds, none, none
+    )
 
 
 RING, HOUSE = ("ring", "red", 0.2, 0.5), ("house", "blue", 0.8, 0.5)

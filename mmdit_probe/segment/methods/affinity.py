@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mmdit_probe.segment.methods.base import Heads, Method, by_class, i2i_part, pick_heads, renorm
-from mmdit_probe.segment.methods.seg4diff import WordMap, symmetric_kl, text_part, word_maps
+from mmdit_probe.segment.methods.seg4diff import QueryMap, symmetric_kl, text_part, word_maps
 from mmdit_probe.segment.record import Capture
 
 
@@ -93,7 +93,7 @@ def tokenrank(
     return _walked(capture, word_maps(capture, heads=heads, softmax=softmax, stream=stream), chains, bounces - 1)
 
 
-def _walked(capture: Capture, maps: Sequence[WordMap], walks: Sequence[Tensor], steps: int) -> Tensor:
+def _walked(capture: Capture, maps: Sequence[QueryMap], walks: Sequence[Tensor], steps: int) -> Tensor:
     """Scores [C, h, w] of maps after some steps by the matrix [I, I] of their pass, scaled to 0..1."""
     found = []
     for of_pass, query, values in maps:

@@ -25,7 +25,7 @@ SOFTMAX = ("auto", "joint", "text", "image-odds", "words", "logit")
 REDUCE = ("mean", "sum", "max")
 
 
-class WordMap(NamedTuple):
+class QueryMap(NamedTuple):
     """The map [I] of one name, and the number of the pass that it was read from."""
 
     of_pass: int
@@ -40,7 +40,7 @@ def word_maps(
     softmax: str = "auto",
     reduce: str = "mean",
     stream: str | None = None,
-) -> list[WordMap]:
+) -> list[QueryMap]:
     """The map of every name of every pass, mean over the capture's layers.
 
     Args:
@@ -59,7 +59,7 @@ def word_maps(
         for query in one.prompt.queries:
             tokens = maps[:, query.positions(stream)]
             values = {"mean": tokens.mean(1), "sum": tokens.sum(1), "max": tokens.amax(1)}[reduce]
-            found.append(WordMap(index, query, values))
+            found.append(QueryMap(index, query, values))
     return found
 
 

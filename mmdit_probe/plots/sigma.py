@@ -1,0 +1,39 @@
+"""The map of layers and noise levels: where nouns, colours, counts and relations are read.
+
+save(sigma_map(summary), "sigma_map")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mmdit_probe.plots import style
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+def sigma_map(summary: pd.DataFrame, *, title: str = "") -> Figure:
+    """A heat map of layer by noise level for every word kind, each in its own scale; dots mark rises above 0.
+
+    Args:
+        summary: from `experiments.sigma_map`; layer -1, where every layer reads the opposite, is left out.
+    """
+    part = summary[summary["layer"] >= 0]
+    kinds = list(dict.fromkeys(part["kind"]))
+    height = 1.4 + 0.16 * part["layer"].nunique()
+    with style.panels(style.PAGE, height, len(kinds), title=title) as (figure, panels):
+        for axes, kind in zip(panels, kinds, strict=True):
+            rows = part[part["kind"] == kind]
+            grid, verdicts = (rows.pivot(index="layer", columns="sigma", values=v) for v in ("difference", "verdict"))
+            top = float(grid.abs().max().max()) or 1.0
+            shown = style.heat(axes, grid, low=-top, high=top, colours="PuOr")
+            for y, of_layer in enumerate(verdicts.to_numpy()):
+                for x in (x for x, verdict in enumerate(of_layer) if verdict == "higher"):
+                    axes.plot(x + 0.5, y + 0.5, "o", ms=2.2, color="black", mec="white", mew=0.4)
+            axes.set_title(kind)
+            figure.colorbar(shown, ax=axes, orientation="horizontal", format="%.2g", pad=0.02)
+        for axes in panels[1:]:
+            axes.set_ylabel("")
+    return figure

@@ -1,0 +1,166 @@
+"""Evaluate, Segment and Discover as library calls: the command's results, papers' protocols by name, known layers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from mmdit_probe.cli.app import main
+from mmdit_probe.data.fit import HOW
+from mmdit_probe.data.scenes import scene_sample
+from mmdit_probe.errors import UserError
+from mmdit_probe.evaluate import plan
+from mmdit_probe.evaluate.scores import MATCHES
+from mmdit_probe.experiments import Discover, Evaluate, Segment, read
+from mmdit_probe.experiments.evaluate import PROTOCOLS
+from mmdit_probe.experiments.known import known_layers
+from mmdit_probe.experiments.presets import PRESETS
+from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.segment.methods import METHODS
+from mmdit_probe.segment.settings import BLIND, NAMED, parse_steps
+
+SCENES = "0ae2e7a9c55fca30c40ba55f9bb60690579e5514cc6003443bb0d747b40d3a6a"
+
+
+def command(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    return int(stop.value.code or 0)
+
+
+def literals(name: str) -> tuple[str, ...]:
+    return tuple(value for part in get_args(get_type_hints(Evaluate)[name]) for value in get_args(part))
+
+
+def test_what_is_offered_without_torch_is_what_there_is() -> None:
+    assert [name for name, one in METHODS.items() if not one.unsupervised] == list(NAMED)
+    assert [name for name, one in METHODS.items() if one.unsupervised] == list(BLIND)
+    assert literals("match") == MATCHES and literals("preset") == tuple(PRESETS) and literals("fit") == HOW
+    assert get_args(get_type_hints(Evaluate)["sweep"]) == plan.SWEEPS and PROTOCOLS == plan.PROTOCOLS
+    for one in PRESETS.values():
+        assert one.methods in METHODS and one.protocol in PROTOCOLS and one.match in MATCHES
+        parse_steps(one.refine)
+
+
+def test_the_library_gives_what_the_command_writes(tiny_directory: Path, tmp_path: Path) -> None:
+    asked = Evaluate(method="seg4diff,diffcut", refine=["none", "affinity"], layers="0-1", limit=2)
+    here = asked.run(str(tiny_directory), progress=False)
+    assert here.path is None
+    line = ["--method", "seg4diff,diffcut", "--refine", "none,affinity", "--layers", "0-1", "--limit", "2", "-q"]
+    assert command("evaluate", *line, "--model", str(tiny_directory), "-o", str(tmp_path / "run")) == 0
+    there = read(tmp_path / "run")
+    pd.testing.assert_frame_equal(here.table, there.table, check_dtype=False, check_categorical=False)
+    pd.testing.assert_frame_equal(here.summary, there.summary)
+    assert here.request == there.request
+    saved = read(here.save(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "per_class.csv").read_text() == (tmp_path / "run" / "per_class.csv").read_text()
+    assert saved.request == there.request
+
+
+def test_a_preset_sets_the_protocol_of_a_paper_and_is_recorded(tiny_directory: Path) -> None:
+    found = Evaluate(preset="seg4diff-unsup", limit=1, layers="0").run(str(tiny_directory), progress=False)
+    request = found.request
+    assert request["no_t5"] and request["max_sequence_length"] == 77
+    assert (request["methods"], request["by_rows"], request["fit"]) == (["seg4diff-unsup"], True, "squash")
+    assert set(found.summary["preset"]) == {"seg4diff-unsup"} and found.data["preset"] == "seg4diff-unsup"
+    assert any("released matching" in note for note in found.data["remarks"])
+    other = Evaluate(preset="seg4diff-unsup", match="image", sigma=0.3, limit=1, layers="0")
+    request = other.run(str(tiny_directory), progress=False).request
+    assert request["by_rows"] is False and request["sigmas"] == [0.3]
+
+
+def test_presets_ask_for_what_they_need(pipe: Any) -> None:
+    words = Evaluate(preset="seg4diff", dataset="coco-object:coco")
+    assert words.source == "coco-object-words:coco" and Evaluate(dataset="coco-object:coco").source == words.dataset
+    with pytest.raises(UserError, match="needs --tagger"):
+        Evaluate(preset="iseg")
+    with pytest.raises(UserError, match="reads text without T5: load the model with t5=False"):
+        Evaluate(preset="seg4diff", limit=1).run(MMDiT(pipe), progress=False)
+
+
+def test_layers_are_known_by_name_and_by_weights() -> None:
+    medium = known_layers("stabilityai/stable-diffusion-3-medium-diffusers", "0")
+    assert medium is not None and medium.layers == (9,)
+    tuned = known_layers("models/stable-diffusion-3.5-medium+runs/magnet/lora", "0")
+    flux = known_layers("black-forest-labs/FLUX.1-dev", "0")
+    assert tuned is not None and tuned.layers == (9,) and flux is not None and flux.layers == (12, 17)
+    own = known_layers("scenes-sd3", SCENES)
+    chosen = json.loads(Path("analyses/results/segmentation_choice/selection.json").read_text())
+    assert own is not None and [list(own.layers), list(own.weights)] == [chosen["layers"], chosen["weights"]]
+    assert known_layers("scenes-sd3", "0") is None and known_layers("stable-diffusion-3-medium-turbo", "0") is None
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 80, 3)).astype(np.uint8)).save(path)
+    return path
+
+
+def test_a_picture_is_labelled_in_memory_and_saved_as_the_command_does(
+    picture: Path, pipe: Any, tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = Segment(image=picture, classes="red ring, cat", layers=[0, 2], refine="pamr:1")
+    result = asked.run(str(tiny_directory), progress=False)
+    assert result.path is None and not Path("runs").exists() and result.labels.shape == (48, 80)
+    line = ["--classes", "red ring, cat", "--layers", "0,2", "--refine", "pamr:1", "--model", str(tiny_directory)]
+    assert command("segment", str(picture), *line, "-o", "run", "-q") == 0
+    result.save("saved")
+    assert Path("saved/labels.png").read_bytes() == Path("run/labels.png").read_bytes()
+    records = [json.loads(Path(name, "run.json").read_text()) for name in ("saved", "run")]
+    assert records[0]["request"] == records[1]["request"] and records[1]["status"] == "finished"
+    assert "<img" in result._repr_html_() and "red ring" in result._repr_html_()
+    array = Segment(image=np.array(Image.open(picture)), classes=["red ring", "cat"], layers="0,2", refine="pamr:1")
+    assert np.array_equal(array.run(MMDiT(pipe), progress=False).labels, result.labels)
+    assert Discover(image=picture, layers="0", tau=0.2).run(MMDiT(pipe), progress=False).names[0] == "segment 1"
+
+
+def test_one_class_is_right_by_definition(picture: Path, pipe: Any) -> None:
+    def said(**how: Any) -> str:
+        return str(Segment(image=picture, layers="0", **how).run(MMDiT(pipe), progress=False).texts()[1:])
+
+    assert "100 % by definition" in said(classes="cat")
+    assert "definition" not in said(classes="cat", background="threshold:0.5") + said(classes="cat, ring")
+
+
+def test_words_that_the_model_cannot_know_are_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("segment", "scenes:val:3", "--classes", "tree; kitten, wet grass", "-o", "run") == 0
+    errors = capsys.readouterr().err
+    assert errors.count("scenes-sd3 knows 43 words; not: kitten, wet (it knows ") == 1
+    remarks = json.loads(Path("run/run.json").read_text())["remarks"]
+    assert sum("not: kitten, wet" in remark for remark in remarks) == 1
+    assert any(remark.startswith("layers 1,3,4: its own selection") for remark in remarks)
+    asked = ["--prompts", "a kitten on grass", "--layers", "0", "--num-steps", "1", "--guidance", "1", "-o", "budget"]
+    assert command("attention-budget", *asked) == 0
+    assert capsys.readouterr().err.count("not: kitten") == 1
+    assert any("not: kitten" in one for one in json.loads(Path("budget/run.json").read_text())["remarks"])
+
+
+def test_pictures_of_prompts_that_the_parser_cannot_read_are_drawn(tmp_path: Path) -> None:
+    from mmdit_probe.experiments import Generate, Score
+
+    prompts = ["a red ring on grass", "Two red rings, please!"]
+    made = Generate(prompts=prompts, num_steps=1, guidance=1).run("scenes-sd3", progress=False)
+    table = made.table.set_index("prompt")
+    assert table["facts"].isna().tolist() == [False, True] and table["clip_t"].notna().all()
+    rows = made.summary.set_index("outcome")
+    assert (rows.loc["facts", "n"], rows.loc["clip_t", "n"], len(made.store.pictures())) == (1, 2, 2)
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    scored = Score(prompts=str(tmp_path / "prompts.txt"), num_steps=1, guidance=1).run("scenes-sd3", progress=False)
+    assert scored.table.set_index("prompt")["facts"].isna().tolist() == [False, True]
+    assert scored.table["clipscore[scenes-clip]"].notna().all()
+
+
+def test_scenes_are_pictures_too(pipe: Any) -> None:
+    result = Segment(image=scene_sample("val", 3), classes="tree, sky", layers="0").run(MMDiT(pipe), progress=False)
+    assert result.request["image"] == "scenes:val:3" and set(result.areas) == {"tree", "sky"}
