@@ -136,8 +136,8 @@ def test_words_are_taken_once_without_signs(model: MMDiT) -> None:
     assert words_of(table, ["dog", "cat"]) == ("cat",)
 
 
-def test_known_layers_are_the_default_if_the_model_has_them(model: MMDiT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MMDiT, "name", "stabilityai/stable-diffusion-3-medium-diffusers", raising=False)
+def test_known_layers_are_the_default_if_the_model_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MMDiT(tiny.pipeline("sd3"), "stabilityai/stable-diffusion-3-medium-diffusers", tiny.T5_LENGTH)
     assert grounding(model).layers == (1,) and "middle third" in grounding(model).source
     monkeypatch.setattr(MMDiT, "layers", model.layers * 8)
     assert grounding(model).layers == (9,) and "2509.18096" in grounding(model).source
