@@ -170,7 +170,8 @@ def within(axes: Axes, axis: str, low: float | None = None, high: float | None =
     pad = 0.04 * (last - first)
     below = first - pad if low is None else min(low, first - pad * (first < low))
     above = last + pad if high is None else max(high, last + pad * (last > high))
-    getattr(axes, f"set_{axis}lim")(below, above)
+    if above > below:
+        getattr(axes, f"set_{axis}lim")(below, above)
 
 
 def whole(axes: Axes, label: str = "layer") -> None:
