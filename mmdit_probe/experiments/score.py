@@ -124,6 +124,8 @@ class Score(Sampling, Experiment):
         )
         if all(scorer is None for scorer in scorers):
             raise UserError("nothing to score with: give a CLIP or BLIP model, or a folder to export to")
+        if self.prompts is None and self.categories == self.maps == "none":
+            raise UserError("--categories none without --maps leaves nothing to score; name categories or noise levels")
 
     def variants(self) -> dict[str, str | None]:
         """Name -> adapter; the base model first.

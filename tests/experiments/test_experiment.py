@@ -198,7 +198,7 @@ def test_an_interrupted_run_goes_on_and_another_request_is_refused(
     same_tables(whole, again)
     assert len(measured) == before
 
-    message = r"cannot continue .* it was made with (items|prompts|seed|conditions: .*: seed) = .*, this request has"
+    message = r"cannot continue .* it was made with (items|prompts|seeds?|conditions: .*: seed) = .*, this request has"
     with pytest.raises(UserError, match=message):
         replace(ask, seed=1).run(setting.model, out=tmp_path / "run", resume=True, progress=False)
     with pytest.raises(UserError, match="holds a run already; continue it with --resume"):
