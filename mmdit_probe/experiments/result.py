@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
     from mmdit_probe.experiments.experiment import Experiment
 
-EXPLAINED = CONTROLS | {"budget": "a coherent change of equal size", "noise": "white noise of equal size"}
+EXPLAINED = CONTROLS | {
+    "budget": "a coherent change of equal size", "noise": "white noise of equal size", "stock": "unedited images",
+    "function": "two function words exchanged", "raw": "the same maps as they are",
+    "random heads": "as many heads left out at random",
+}  # fmt: skip
 
 
 class Result:
