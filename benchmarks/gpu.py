@@ -80,7 +80,7 @@ def kernels(task: Task) -> Rows:
 def tests(task: Task) -> Rows:
     """One row for each test that ran, and for what pytest could not do."""
     files = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "gpu" in path.read_text("utf-8"))
-    line = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "--tb=short", *files]
+    line = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "-p", "no:cacheprovider", "--tb=short", *files]
     running = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said, count = [], 0
     assert running.stdout is not None
@@ -374,6 +374,7 @@ def apart(name: str, task: Task, out: Path) -> dict[str, Any]:
             running.wait()
     rows = [json.loads(text) for text in file.read_text("utf-8").splitlines()] if file.is_file() else []
     wrong = [row for row in rows if not row["ok"]]
+    ended = ended or ("" if rows else "no time was left for it")
     return {"part": name, "seconds": time.time() - began, "rows": rows, "wrong": wrong, "ended": ended}
 
 

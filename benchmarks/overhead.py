@@ -13,11 +13,11 @@ of its own for each way, because a peak never comes down again. <kind> is the ki
 multiplies decides what the rest costs beside it, so results of one kind say little of another.
 
 Models are built in their dtype: what a cast leaves behind is no one's cost. Target on CPU: probe at most 1.05x stock in
-both. The explicit softmax is reported, not a target. What bounds the
-probe: on a small model, catching calls, which costs some microseconds for every torch function of an attention module,
-however small its tensors are (`watched`); on a large one, the text columns, whose profile is below the table: the
-product q k^T, begun with the shift by the log-sum-exp (baddbmm and a copy_; in bfloat16 bmm, add, and a copy_ of q in
-float32), the exponential (exp_), the sums over queries (baddbmm_).
+both. The explicit softmax is reported, not a target. What bounds the probe: on a small model, catching calls, which
+costs some microseconds for every torch function of an attention module, however small its tensors are (`watched`); on a
+large one, the text columns, whose profile is below the table: the product q k^T, begun with the shift by the
+log-sum-exp (baddbmm and a copy_; in bfloat16 bmm, add, and a copy_ of q in float32), the exponential (exp_), the sums
+over queries (baddbmm_).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from mmdit_probe.experiments import ValueNorms
 def main() -> None:
     options = options_of(__doc__).parse_args()
     result = measured(options, ValueNorms, **paper_step(options))
-    curves, heads = result.experiment.frames(result).values()
+    curves, heads = result.frames.values()
     paper = published("value_norm_by_layer", result.model_name)
     if paper is not None:
         curves = curves.merge(paper.rename(columns=lambda name: f"paper_{name}" if name != "layer" else name))

@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=6, help="number of pictures")
     options = parser.parse_args()
     result = measured(options)
-    for name, table in result.experiment.frames(result).items():
+    for name, table in result.frames.items():
         stem = name + file_suffix(options.dataset)
         write(result.figure(name), target(options, result.model_name, stem), table)
 

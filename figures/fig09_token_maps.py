@@ -145,7 +145,7 @@ def main() -> None:
     options = parser.parse_args()
     how = {"prompts": options.prompt, "layers": shown_layers(options)} | given(options, TokenMaps)
     result = run(TokenMaps(**how), model_of(options), options)
-    tables = result.experiment.frames(result)
+    tables = result.frames
     for name, figure in result.figures.items():
         write(figure, target(options, result.model_name, name), tables.get(name))
 

@@ -52,13 +52,24 @@ def test_results_are_named_after_what_the_processor_computes_in(overhead, monkey
     assert overhead.results("overhead", "cpu").name == f"overhead-{kind}"
 
 
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [([1.01] * 7, "met"), ([1.04] * 6 + [1.2], "undecided"), ([1.2] * 7, "missed"), ([1.0] * 5, "too few rounds")],
+)
+def test_a_target_is_judged_by_the_interval_of_the_measured_ratio(overhead, ratios, expected):
+    _, interval = overhead.ratio(ratios, [1.0] * len(ratios))
+    assert overhead.verdict(interval, 1.05) == expected
+
+
 def test_report_has_a_row_for_each_way(overhead, monkeypatch):
-    seconds = {"stock": [1.0, 2.0, 4.0], "probe": [1.1, 2.0, 4.0], "explicit": [3.0, 6.0, 12.0]}
+    stock = [1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 1.0]
+    seconds = {"stock": stock, "probe": [1.1, *stock[1:]], "explicit": [3 * value for value in stock]}
     seconds["watched"] = seconds["stock"]
-    monkeypatch.setattr(overhead, "timings", lambda *_: seconds)
+    monkeypatch.setattr(overhead, "timings", lambda *_: {"wall": seconds, "cpu": seconds})
     monkeypatch.setattr(overhead, "memory", lambda *a: {"before": 0, "peak": 2**20 * (5 if a[-1] == "explicit" else 1)})
     row = overhead.measure("scenes-sd3", "float32", "cpu", 3, "wall")
-    assert row["probe"]["time_ratio_median"] == 1.0
+    assert row["probe"]["time_ratio_median"] == 1.0 and row["probe"]["verdict"] == "undecided"
+    assert row["probe"]["time_ratio_interval"] == [1.0, pytest.approx(1.1)] and row["stock"]["verdict"] == ""
     assert row["explicit"]["time_ratio_median"] == 3.0
     assert row["explicit"]["peak_ratio"] == 5.0
     text = overhead.markdown(
@@ -72,5 +83,7 @@ def test_report_has_a_row_for_each_way(overhead, monkeypatch):
             "shares": {"float32": overhead.shares("float32", "cpu", (64, 9))},
         }
     )
-    assert "| scenes-sd3 | float32 | cpu | explicit | 6.0000 | 3.000 [3.000, 3.000] | 5 | 5 | 5.000 |" in text
+    assert (
+        f"| scenes-sd3 | float32 | cpu | explicit | 6.0000{2 * ' | 3.000 [3.000, 3.000]'} |  | 5 | 5 | 5.000 |" in text
+    )
     assert "What the masses add in float32" in text and "bmm" in text.splitlines()[-1]

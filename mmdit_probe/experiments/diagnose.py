@@ -153,13 +153,13 @@ class Diagnose(Pictured, Places, Experiment):
             f"a sink: a key above {SINK:g} times the uniform share of image queries' attention; kind: of the largest"
             " key.",
         ]
-        if (gain := quality_gain(result)) is not None:
+        if (gain := result.frames.get("map_quality_by_head")) is not None:
             lines += [
                 quality_table(gain),
                 "maps of the classes that the prompt names, mean over heads, as they are -> with sinks other than words"
                 " removed and the rest renormalised; difference paired over pictures [95 % interval].",
             ]
-        channels = outliers(result)
+        channels = result.frames["outlier_channels"]
         worst = channels.sort_values("ratio").iloc[-1]
         ratio = f"{worst['ratio']:.1f} [{worst['ratio_low']:.1f}, {worst['ratio_high']:.1f}]"
         return [
@@ -171,8 +171,9 @@ class Diagnose(Pictured, Places, Experiment):
         ]
 
     def document(self, result: Result) -> dict[str, Any]:
-        gain = quality_gain(result)
-        found = {"sinks": result.summary, "outlier_channels": outliers(result), "controls": result.claims}
+        gain = result.frames.get("map_quality_by_head")
+        channels = result.frames["outlier_channels"]
+        found = {"sinks": result.summary, "outlier_channels": channels, "controls": result.claims}
         return found if gain is None else found | {"map_quality": gain}
 
 

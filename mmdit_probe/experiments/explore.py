@@ -47,6 +47,7 @@ class Explore(Pictures):
     """
 
     name: ClassVar[str] = "explore"
+    examples: ClassVar[tuple[str, ...]] = ('explore "a red ring and a blue house on grass"',)
     tables: ClassVar[tuple[str, ...]] = ("budget",)
 
     layers: Annotated[

@@ -253,7 +253,8 @@ _HEADINGS = {"facts": "facts shown", "clip_t": "CLIP-T", "change": "change (RMS)
 
 def setting_table(summary: pd.DataFrame) -> TextTable:
     """One row per setting in text."""
-    names = [name for name in _HEADINGS if name in set(summary["outcome"])]
+    known = set(summary.loc[summary["n"] > 0, "outcome"])
+    names = [name for name in _HEADINGS if name in known]
     places, columns = ["layers", "s", "perturbation"], []
     for name in names:
         heading = _HEADINGS[name]

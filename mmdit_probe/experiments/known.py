@@ -8,6 +8,7 @@ By name for public checkpoints, from the literature; by weights for the embedded
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,3 +44,18 @@ def known_layers(name: str, weight_hash: str) -> KnownLayers | None:
     """
     base = Path(name.partition("+")[0]).name.removesuffix("-diffusers")
     return _BY_WEIGHTS.get(weight_hash) or _BY_NAME.get(base)
+
+
+def grounding_layers(names: Iterable[str], weight_hash: str, count: int) -> KnownLayers:
+    """The layers that ground words in a model of `count` layers, best first: known ones, else the middle third.
+
+    Args:
+        names: what the model may be called, see `known_layers`.
+    """
+    from mmdit_probe.segment.capture import middle_layers
+
+    for name in names:
+        known = known_layers(name, weight_hash)
+        if known is not None and max(known.layers) < count:
+            return known
+    return KnownLayers(middle_layers(count), "the middle third; none are known for this model")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
-from mmdit_probe.experiments.known import KnownLayers, known_layers
+from mmdit_probe.experiments.known import KnownLayers, grounding_layers
 from mmdit_probe.experiments.options import INPUT, METHOD, Sampling, captions_of, prompts_of, samples_of
 from mmdit_probe.experiments.token_rows import unread
 from mmdit_probe.options import Option
@@ -159,13 +159,6 @@ def words_of(table: TokenTable, asked: Sequence[str] | None, stream: str | None 
 
 
 def grounding(model: MMDiT) -> KnownLayers:
-    """The layers that ground words, best first: known ones, else the middle third."""
-    from mmdit_probe.segment.capture import middle_layers
-
-    count = len(model.layers)
-    # One's own pipeline has no name here, but the folder or hub id that it was loaded from.
-    for name in (model.name, str(getattr(model.pipeline.config, "_name_or_path", ""))):
-        known = known_layers(name, model.weight_hash)
-        if known is not None and max(known.layers) < count:
-            return known
-    return KnownLayers(middle_layers(count), "the middle third; none are known for this model")
+    """The layers that ground words; one's own pipeline goes by the folder or hub id that it was loaded from."""
+    names = (model.name, str(getattr(model.pipeline.config, "_name_or_path", "")))
+    return grounding_layers(names, model.weight_hash, len(model.layers))

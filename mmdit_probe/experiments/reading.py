@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.known import known_layers
+from mmdit_probe.experiments.known import grounding_layers
 from mmdit_probe.experiments.options import METHOD, checked_heads
 from mmdit_probe.options import Option
 from mmdit_probe.segment.settings import parse_sigmas, parse_size
@@ -130,19 +130,16 @@ class Reads:
     def _places(
         self, network: Network
     ) -> tuple[tuple[int, ...], HeadSpec | None, Mapping[int, float] | None, list[str]]:
-        from mmdit_probe.segment.capture import middle_layers
-
         heads = self.heads
         if self.selection is not None:
             return self._selected(network)
         if self.layers is not None:
             layers = layer_indices(self.layers, network.layers)
             return layers, heads if heads is None else checked_heads(heads, layers, network.heads), None, []
-        known = known_layers(network.name, network.weight_hash)
-        layers = middle_layers(network.layers) if known is None else tuple(sorted(known.layers))
-        weights = dict(zip(known.layers, known.weights, strict=True)) if known and known.weights else None
-        who = "the middle third; none are known for this model" if known is None else known.source
-        notes = [f"layers {','.join(map(str, layers))}: {who}"]
+        known = grounding_layers([network.name], network.weight_hash, network.layers)
+        layers = tuple(sorted(known.layers))
+        weights = dict(zip(known.layers, known.weights, strict=True)) if known.weights else None
+        notes = [f"layers {','.join(map(str, layers))}: {known.source}"]
         return layers, heads if heads is None else checked_heads(heads, layers, network.heads), weights, notes
 
     def _selected(self, network: Network) -> tuple[tuple[int, ...], HeadSpec | None, Mapping[int, float] | None, Any]:

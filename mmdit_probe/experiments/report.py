@@ -66,6 +66,7 @@ class Report(Sampling, Experiment):
     """
 
     name: ClassVar[str] = "report"
+    examples: ClassVar[tuple[str, ...]] = ("report --model scenes-sd3 --out report",)
     tables: ClassVar[tuple[str, ...]] = ("parts",)
 
     prompts: Prompts = None

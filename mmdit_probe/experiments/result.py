@@ -90,6 +90,11 @@ class Result:
         return self.experiment.compare(self)
 
     @cached_property
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """What is written beside the tables, by file name without suffix."""
+        return self.experiment.frames(self)
+
+    @cached_property
     def figures(self) -> dict[str, Figure]:
         """All figures by name, the main one first."""
         return self.experiment.draw(self)
@@ -140,7 +145,7 @@ class Result:
         from mmdit_probe.plots import save
 
         stem = self.experiment.name.replace("-", "_")
-        for name, frame in self.experiment.frames(self).items():
+        for name, frame in self.frames.items():
             atomic.write_text(folder.path / f"{name}.csv", frame.to_csv(index=False, float_format="%.6g"))
         if len(self.claims):
             csv = self.claims.to_csv(index=False, float_format="%.6g")

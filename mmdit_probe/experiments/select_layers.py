@@ -148,18 +148,13 @@ class SelectLayers(Sampling, Experiment):
         here = result.summary[result.summary["split"] == self.split]
         chosen = evidence.choose(here, self.top, self.rule)
         heads = {int(layer): tuple(of) for layer, of in result.data.get("best_heads", {}).items()}
-        shares = {str(row["layer"]): row["share"] for row in _rows(self.stability(result))}
+        shares = {str(row["layer"]): row["share"] for row in _rows(result.frames["stability"])}
         return LayerSelection(
             result.data["model"]["id"], result.data["model"]["weight_hash"], chosen,
             weights=evidence.weights_of(here, chosen, self.weights), heads=heads,
             how=self._how() | {"what": EVIDENCE, "stability": shares},
             evidence=[{str(n): value for n, value in row.items()} for row in result.summary.to_dict("records")],
         )  # fmt: skip
-
-    def stability(self, result: Result) -> pd.DataFrame:
-        """How often each layer is selected over resampled items."""
-        table = result.table
-        return evidence.stability(table[table["split"] == self.split], self.top, self.rule)
 
     def scores(self, result: Result) -> pd.DataFrame:
         table = result.table
@@ -172,8 +167,12 @@ class SelectLayers(Sampling, Experiment):
         return {
             "evidence_by_layer": result.summary,
             "agreement": evidence.agreement(result.table),
-            "stability": self.stability(result),
+            "stability": evidence.stability(self._selected_on(result), self.top, self.rule),
         }
+
+    def _selected_on(self, result: Result) -> pd.DataFrame:
+        """The rows of the split that is selected on."""
+        return result.table[result.table["split"] == self.split]
 
     def files(self, result: Result, folder: Path) -> None:
         self.selected(result).save(folder / "selection.json")
@@ -184,7 +183,7 @@ class SelectLayers(Sampling, Experiment):
         layers = self.selected(result).layers
         title = f"{result.model_name}: selected layers {', '.join(map(str, layers))} on {self.split}"
         here = result.summary[result.summary["split"] == self.split]
-        return {"select_layers": figure(here, self._within(evidence.agreement(result.table)), layers, title=title)}
+        return {"select_layers": figure(here, self._within(result.frames["agreement"]), layers, title=title)}
 
     def _within(self, correlations: pd.DataFrame) -> pd.DataFrame:
         if correlations.empty:
@@ -195,7 +194,7 @@ class SelectLayers(Sampling, Experiment):
         lines: list[Text] = [evidence_table(result.summary, self.split)]
         if self.report in set(result.summary["split"]):
             lines.append(evidence_table(result.summary, self.report))
-        correlations = evidence.agreement(result.table)
+        correlations = result.frames["agreement"]
         if len(correlations):
             again = correlations[
                 (correlations["first"] == correlations["second"])
@@ -206,7 +205,7 @@ class SelectLayers(Sampling, Experiment):
             ]
             within = _rows(self._within(correlations))
             lines += [f"{row['first']} with {row['second']}: {_rho(row)}" for row in within]
-        own = _rows(self.stability(result).sort_values("share", ascending=False))
+        own = _rows(result.frames["stability"].sort_values("share", ascending=False))
         shares = ", ".join(f"layer {row['layer']} {row['share']:.0%}" for row in own if row["share"] > 0)
         lines.append(f"stability over resampled items: {shares}.")
         where = "" if result.path is None else f"; pass --selection {result.path / 'selection.json'}"
@@ -220,8 +219,8 @@ class SelectLayers(Sampling, Experiment):
             "heads": {str(layer): list(heads) for layer, heads in selection.heads.items()},
             "weights": list(selection.weights),
             "evidence": result.summary,
-            "agreement": evidence.agreement(result.table),
-            "stability": self.stability(result),
+            "agreement": result.frames["agreement"],
+            "stability": result.frames["stability"],
             "controls": result.claims,
         }
 

@@ -55,6 +55,7 @@ class SigmaByLayer(Experiment):
     """
 
     name: ClassVar[str] = "sigma-map"
+    examples: ClassVar[tuple[str, ...]] = ("sigma-map -n 4",)
     tables: ClassVar[tuple[str, ...]] = ("sigma_map",)
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"

@@ -41,7 +41,7 @@ class Recorder:
         self.ticked = 0
         self._advance = advance
 
-    def write(self, table: str, columns: Rows | pd.DataFrame, **labels: int | str) -> None:
+    def write(self, table: str, columns: Rows | pd.DataFrame, **labels: int | float | str) -> None:
         """Add rows to a table; `labels`, columns of one value, come before the others."""
         if not isinstance(columns, Mapping):
             columns = {str(name): columns[name].values for name in columns.columns}

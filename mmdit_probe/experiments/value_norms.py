@@ -87,7 +87,7 @@ class ValueNorms(TokenRows):
         title = f"{result.model_name}: {self.setting(result, int(result.summary.prompts.min()))}"
         figures = {self.stem: value_norms(result.summary, title=title, paper=published(result, "value_norm_by_layer"))}
         if self.rows == "head":
-            figures[f"{self.stem}_by_head"] = value_norm_heads(by_head(self.by_item(result)), title=title)
+            figures[f"{self.stem}_by_head"] = value_norm_heads(result.frames[f"{self.stem}_by_head"], title=title)
         return figures
 
     def tell(self, result: Result) -> list[Text]:

@@ -52,6 +52,10 @@ class WordMaps(Pictures):
     """
 
     name: ClassVar[str] = "maps"
+    examples: ClassVar[tuple[str, ...]] = (
+        'maps "a red ring and a blue house on grass" --words "ring, house, grass"',
+        'maps "a cat on a sofa" --image cat.jpg --model MODEL',
+    )
     tables: ClassVar[tuple[str, ...]] = ("maps",)
 
     layers: Annotated[

@@ -320,12 +320,13 @@ def _rank_p(first: NDArray[np.float64], second: NDArray[np.float64]) -> float:
 
 def _rank_correlation(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
     """Spearman's correlation along the last axis, NaN where values are equal."""
-    from scipy.stats import ConstantInputWarning, pearsonr, rankdata
+    from scipy.stats import rankdata
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConstantInputWarning)
-        found = pearsonr(rankdata(first, axis=-1), rankdata(second, axis=-1), axis=-1)
-    return np.asarray(found.statistic)
+    one, two = (
+        ranks - ranks.mean(-1, keepdims=True) for ranks in (rankdata(values, axis=-1) for values in (first, second))
+    )
+    with np.errstate(invalid="ignore"):
+        return np.asarray((one * two).sum(-1) / np.sqrt((one**2).sum(-1) * (two**2).sum(-1)))
 
 
 def resample_counts(rng: np.random.Generator, n: int, draws: int = DRAWS) -> NDArray[np.float64]:

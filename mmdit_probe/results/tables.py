@@ -167,9 +167,11 @@ def text_column(codes: np.ndarray, words: Iterable[str]) -> Any:
     return pd.Categorical.from_codes(codes, pd.Index(list(words)))
 
 
-def constant(value: int | str, count: int) -> Any:
+def constant(value: int | float | str, count: int) -> Any:
     """A column of one value, as sinks take it."""
-    return text_column(np.zeros(count, np.int8), [value]) if isinstance(value, str) else np.full(count, value, np.int32)
+    if isinstance(value, str):
+        return text_column(np.zeros(count, np.int8), [value])
+    return np.full(count, value, np.float64 if isinstance(value, float) else np.int32)
 
 
 class MemorySink:

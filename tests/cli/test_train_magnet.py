@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mmdit_probe.cli.app import main
+from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import TrainMagnet
+from mmdit_probe.magnet.config import RECIPES
 from mmdit_probe.models.adapters import read_metadata
 from tests.data.test_training import folder
 
@@ -53,6 +57,32 @@ def test_an_adapter_goes_on_from_another_one_merged(tiny_directory: Path, capfd:
     first, second = (json.loads(Path(name, "run.json").read_text())["request"]["model"] for name in ("first", "second"))
     assert second["id"].endswith("+first/lora")
     assert second["weight_hash"] != first["weight_hash"]
+
+
+def test_a_recipe_gives_way_to_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[TrainMagnet] = []
+
+    def stop(self: TrainMagnet, *_: object, **__: object) -> None:
+        seen.append(self)
+        raise UserError("seen")
+
+    monkeypatch.setattr(TrainMagnet, "run", stop)
+    samples = ["--sample-prompt", "a ring", "--sample-prompt", "a star"]
+    for line in ([], ["--recipe", "ours"], ["--recipe", "ours", "--steps", "3000", "--alignment", "head"]):
+        assert run("train-magnet", "--layers", "4", *samples, *line) == 2
+    plain, ours, changed = seen
+    assert plain == TrainMagnet(layers="4", sample_prompts=["a ring", "a star"])
+    assert ours == replace(plain, **RECIPES["ours"])
+    assert changed == replace(ours, steps=3000, alignment="head")  # 3000 is the plain default, and was asked for
+
+
+def test_a_training_is_shown(tiny_directory: Path) -> None:
+    folder(Path("data"))
+    asked = TrainMagnet(layers=(1,), data="data", validation="data", steps=2, batch=1, rank=2)
+    result = asked.run(str(tiny_directory), out="run", progress=False)
+    assert len(result.log) == 2 and result.document()["steps"] == 2 and result.path == Path("run")
+    assert len(result.figure().axes) == 2 and "<img" in result._repr_html_()
+    assert any(str(line).startswith("held-out mIoU") for line in result.texts())
 
 
 def test_refusals(tiny_directory: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -89,13 +89,14 @@ def test_sweep_pairs_every_setting_with_stock(tiny_model: MMDiT) -> None:
     from mmdit_probe.experiments import Generate
 
     ask = Generate(
-        prompts=[PROMPT, "a cat"], perturb_layers="0,2", perturb_scale=[0, 2.0], control="noise", num_steps=2,
+        prompts=[PROMPT, "a cat"], perturb_layers="0,2", perturb_scale=[0, 2.5], control="noise", num_steps=2,
         guidance=4.0, seed=3, batch=2,
     )  # fmt: skip
     together, each = (replace(ask, each=each).run(tiny_model, progress=False) for each in (False, True))
     assert len(together.table) == 2 * (1 + 2) and len(each.table) == 2 * (1 + 2 * 2)
     for result, layers in ((together, "0,2"), (each, "0")):
         table = result.table
+        assert set(table["scale"]) == {0.0, 2.5}
         assert (table[table["scale"] == 0]["change"] == 0).all()
         assert (table[table["scale"] != 0]["change"] > 0).all()
         summary = result.summary
