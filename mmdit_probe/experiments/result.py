@@ -73,8 +73,10 @@ class Result:
 
     @property
     def model_name(self) -> str:
-        """The model's name without the folders above it."""
-        return Path(self.data["model"]["id"]).name
+        """The model's name without the folders above it; of an adapter ("model+runs/mine/lora") its run's name too."""
+        whole = str(self.data["model"]["id"])
+        paths = [Path(whole)] if Path(whole).exists() else [Path(part) for part in whole.split("+")]
+        return "+".join(path.parent.name if path.name == "lora" and path.parent.name else path.name for path in paths)
 
     @cached_property
     def table(self) -> pd.DataFrame:
