@@ -23,7 +23,9 @@ from mmdit_probe.experiments import (
     OF_COMMAND,
     AttentionBudget,
     Attribute,
+    ContributionBudget,
     Diagnose,
+    Evaluate,
     Experiment,
     FeaturePCA,
     Generate,
@@ -50,16 +52,15 @@ EXPERIMENTS: dict[str, tuple[type[Experiment], dict[str, Any]]] = {
     "diagnose": (Diagnose, {**SCENES, "layers": "0-1"}),
     "attribute": (Attribute, {"n": 4, "layers": "4", "target": "mass"}),
     "perturb": (Perturb, {"num_steps": 1, "guidance": 1.0, "layers": "1", "edit": "zero", "batch": 2}),
-    "generate": (
-        Generate,
-        {"num_steps": 1, "guidance": 1.0, "perturb_layers": "1", "perturb_scale": "0.5", "batch": 2},
-    ),
+    "generate": (Generate, {"num_steps": 1, "perturb_layers": "1", "perturb_scale": "0.5", "batch": 2}),
     "select-layers": (SelectLayers, {"evidence": "word_mass,segmentation", "limit": 4}),
     "score": (Score, {"num_steps": 1, "guidance": 1.0, "batch": 2}),
+    "evaluate": (Evaluate, {"limit": 2, "method": "seg4diff,diffcut", "layers": "4"}),
+    "contribution-budget": (ContributionBudget, {"num_steps": 1, "guidance": 1.0, "layers": "1"}),
 }
 """Command -> experiment and a setting that takes a moment. Those without pictures read a file of prompts."""
 
-OF_SCENES = ("attribute", "select-layers")
+OF_SCENES = ("attribute", "select-layers", "evaluate")
 """Those that measure on models of the scenes world only."""
 
 

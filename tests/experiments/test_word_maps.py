@@ -14,7 +14,7 @@ from PIL import Image
 
 from mmdit_probe import MMDiT, TextMaps, probe, word_maps
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import Explore, Result, WordMaps, pictured_words
+from mmdit_probe.experiments import Explore, Result, WordMaps
 from mmdit_probe.experiments.known import KnownLayers
 from mmdit_probe.experiments.pictured_words import grounding, words_of
 from mmdit_probe.plots.overlay import PictureMaps
@@ -146,7 +146,7 @@ def test_known_layers_are_the_default_if_the_model_has_them(monkeypatch: pytest.
 def test_weighted_layers_are_averaged_with_their_weights(model: MMDiT, photo: Image.Image) -> None:
     known = KnownLayers((2, 0), "told", (0.75, 0.25))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictured_words, "known_layers", lambda *_: known)
+        patch.setattr("mmdit_probe.experiments.known.known_layers", lambda *_: known)
         both = word_maps(model, PROMPT, image=photo)
     each = [word_maps(model, PROMPT, image=photo, layers=layer)["ring"].array for layer in (2, 0)]  # type: ignore[index]
     assert isinstance(both, PictureMaps) and "layers 0, 2 (told; weighted)" in both.about

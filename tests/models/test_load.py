@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -213,7 +214,9 @@ for module, name in ((first, "diffusers"), (second, "transformers")):
     assert [type(handler).__name__ for handler in logging.getLogger(name).handlers] == ["StreamHandler"]
 print(model)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    # A command that ran in this process has told the libraries to be quiet, which children inherit.
+    clean = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=clean)
     assert done.stderr == ""
     name = str(tiny_directory)
     assert done.stdout == (
