@@ -224,7 +224,7 @@ def test_the_page_of_a_sampled_picture_has_its_steps(model: MMDiT, tmp_path: Pat
 
 def test_models_whose_text_is_no_query_have_a_page_without_t2i() -> None:
     maps = word_maps(pipelines.build("prx"), PROMPT, words="ring", num_steps=1, guidance=1.0, height=128, width=128)
-    assert isinstance(maps, PictureMaps) and maps["ring"].array.shape == (4, 4)
+    assert isinstance(maps, PictureMaps) and maps["ring"].array.shape == (8, 8)
     found = json.loads(re.search(r'id="data">(.*?)</script>', maps.explore().html, re.DOTALL)[1])  # type: ignore[index]
     assert np.max([layer["max"] for layer in found["t2i"].values()]) == 0
     assert np.min([np.array(layer["max"])[..., 0] for layer in found["i2t"].values()]) > 0
