@@ -199,12 +199,12 @@ class Score(Sampling, Experiment):
 
     def measure(self, study: Study, task: Job, record: Recorder) -> None:
         jobs, scorers = study.state
+        adapt(study.model, scorers, task.variant)
         if task.kind == REAL:
             for sigma in self.sigmas():
                 record.write("maps", self._maps(study.model, sigma))
             record.write("scores", real_scenes(self.n, self.split, scorers))
         else:
-            adapt(study.model, scorers, task.variant)
             record.write("scores", self._pictures(study.model, task, jobs, scorers))
 
     def finish(self, study: Study, store: Store) -> None:

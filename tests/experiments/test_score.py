@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -200,6 +201,22 @@ def test_scores_and_export(tmp_path: Path) -> None:
             Score(maps=levels)
     with pytest.raises(UserError, match="underscore"):
         export(None, tmp_path, "a_b", 0)
+
+
+def test_maps_are_those_of_the_base_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after pictures of an adapter."""
+    loaded: list[str | None] = []
+    monkeypatch.setattr("mmdit_probe.models.adapters.load_adapter", lambda _, path, name: loaded.append(path))
+    monkeypatch.setattr(Score, "_maps", lambda *_: pd.DataFrame({"adapter": [str(loaded[-1])]}))
+    painter: Any = Painter()
+    painter.pipeline = SimpleNamespace(unload_lora_weights=lambda: loaded.append(None))
+    prompts = [("colour", 0, describe(scene("val", 0)))]
+    scorers = Scorers(load_parser(), variants={"base": None, "tuned": "adapter"})
+    ask, store = Score(n=1, maps="0.5", clip="none"), MemoryStore("score", {}, {})
+    for number, task in enumerate((Job("pictures", "tuned", range(1)), Job("real"))):
+        with store.task(number, lambda: None) as record:
+            ask.measure(Study(painter, {}, [], state=(prompts, scorers)), task, record)
+    assert loaded == ["adapter", None] and store.table("maps")["adapter"].tolist() == ["None"]
 
 
 def test_command_compares_an_adapter_with_the_base(
