@@ -164,19 +164,19 @@ def sources(script: Path) -> list[Path]:
 
 
 def imported(path: Path) -> set[str]:
-    """Names of the modules that a file imports, in functions too, but not for type checkers alone."""
-    names: set[str] = set()
-    todo: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            continue
-        todo += ast.iter_child_nodes(node)
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {OF_CLASS.get(name, name) for name in names}
+    """Names of the modules that a file imports at its top, and of the drawing modules that its functions import."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {name for node in ast.walk(tree) for name in _names(node) if name.startswith(DRAWING[0])}
+    top = {name for node in tree.body for name in _names(node)}
+    return {OF_CLASS.get(name, name) for name in top | inside}
+
+
+def _names(node: ast.AST) -> set[str]:
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom) and node.module:
+        return {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return set()
 
 
 def module_file(name: str) -> Path | None:

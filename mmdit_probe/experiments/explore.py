@@ -9,9 +9,10 @@ All layers are seen as the mean over heads; single heads, in the layers that fit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from mmdit_probe.specs import Spec, layer_indices
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import Recorder
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.models.tokens import TokenTable
     from mmdit_probe.observe.maps import TextMaps
+    from mmdit_probe.observe.observer import LayerCall
     from mmdit_probe.pages import Exploration, Page
 
 SHOWN_LAYERS, SHOWN_WORDS = 12, 8
@@ -80,21 +83,20 @@ class Explore(Pictures):
         steps = sorted({round(at) for at in np.linspace(0, total - 1, min(total, fits.steps or STEPS))})
         first = [*chosen, *(layer for layer in layers if layer not in chosen)]
         apart = sorted(first[: fits.layers])
-        i2t, t2i = (TextMaps(words, queries=queries, stream=self.stream) for queries in ("image", "text"))
-        heads = (
-            [TextMaps(words, heads="all", queries=q, stream=self.stream) for q in ("image", "text")] if apart else []
-        )
+        i2t, t2i = TextMaps(words, stream=self.stream), textual(words, self.stream)
+        heads = [TextMaps(words, "all", stream=self.stream), textual(words, self.stream, "all")] if apart else []
         mass = AttentionMass()
         with probe(model, *heads, layers=apart or "all", steps=steps):
             image = self.look(model, task, [i2t, t2i, mass], "all", "all" if task.picture else steps)
         shown = [] if fits.steps == 0 else steps
-        sigmas = [0.0] if task.picture else model.sigmas(self.num_steps)
         kinds, budget = budgets(mass.table(), layers, model.heads, shown)
         record.arrays(
             f"explore-{task.index:03d}",
             names=np.array([*task.words, *(f"{kind.upper()} ({stream})" for kind, stream in special)]),
             special=np.array(len(special)),
-            steps=np.array(["mean" if shown else "the one", *(f"{s} (sigma {sigmas[s]:.2f})" for s in shown)]),
+            steps=np.array(
+                ["mean" if shown else "the one", *(f"{s} (sigma {i2t.samples(0, s)[0][2]:.2f})" for s in shown)]
+            ),
             mean_of=np.array(steps),
             coarse=np.array(fits.coarse),
             i2t=coarser(np.stack([_rows(i2t, layer, shown) for layer in layers]), fits.coarse),
@@ -111,8 +113,8 @@ class Explore(Pictures):
         record.write("budget", long(budget, kinds, layers), item=task.index, prompt=task.prompt, seed=task.seed)
 
     def _grid(self, model: MMDiT) -> tuple[int, int]:
-        height, width = model.default_size
-        return (self.height or height) // model.size_multiple, (self.width or width) // model.size_multiple
+        height, width = self.size(model)
+        return height // model.size_multiple, width // model.size_multiple
 
     def summarise(self, result: Result) -> pd.DataFrame:
         return result.table
@@ -187,6 +189,21 @@ class Explore(Pictures):
     def document(self, result: Result) -> dict[str, Any]:
         path = result.path
         return {"pages": [] if path is None else [path / name for name in self._names(result)]}
+
+
+def textual(words: Sequence[Any], stream: str | None, heads: Literal["mean", "all"] = "mean") -> TextMaps:
+    """An observer of T2I maps, which are 0 in models where text tokens are no queries."""
+    from mmdit_probe.observe.maps import TextMaps
+
+    class OrNothing(TextMaps):
+        def measure(self, seen: LayerCall) -> Tensor:
+            queries = seen.layout.queries
+            if queries is None or queries[:, seen.layout.positions("text")].any():
+                return super().measure(seen)
+            shape = (len(seen.tokens), *([seen.call.query.shape[1]] * (self.heads == "all")), *seen.grid, len(words))
+            return seen.call.query.new_zeros(shape)
+
+    return OrNothing(words, heads, "text", stream)
 
 
 def special_spans(table: TokenTable) -> list[tuple[str, str]]:

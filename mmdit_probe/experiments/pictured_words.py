@@ -129,19 +129,24 @@ class Pictures(Sampling, Experiment):
         """Layers, steps and heads that are looked at, for the request."""
         raise NotImplementedError
 
+    def size(self, model: MMDiT) -> tuple[int, int]:
+        """(height, width) of the pictures in pixels."""
+        height, width = model.default_size
+        return self.height or height, self.width or width
+
     def look(self, model: MMDiT, item: Item, observers: Sequence[Observer], layers: Spec, steps: Spec = "all") -> Image:
         """Make the picture, or read it, while observers look."""
         from mmdit_probe.observe.probe import probe
 
+        height, width = self.size(model)
         if item.picture is None:
             with probe(model, *observers, layers=layers, steps=steps):
                 found: Image = model.generate(
-                    item.prompt, steps=self.num_steps, guidance=self.guidance, seed=item.seed, height=self.height,
-                    width=self.width,
+                    item.prompt, steps=self.num_steps, guidance=self.guidance, seed=item.seed, height=height,
+                    width=width,
                 )[0]  # fmt: skip
             return found
-        height, width = model.default_size
-        picture = item.picture.open((self.height or height, self.width or width))
+        picture = item.picture.open((height, width))
         latents = model.noise(model.encode_image(picture), self.sigma, item.seed)
         with probe(model, *observers, layers=layers):
             model.denoise(latents, self.sigma, model.encode_prompt([item.prompt]), seeds=item.seed)

@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
     from mmdit_probe.experiments.experiment import Experiment
 
-EXPLAINED = CONTROLS | {"budget": "a coherent change of equal size", "noise": "white noise of equal size"}
+EXPLAINED = CONTROLS | {
+    "budget": "a coherent change of equal size", "noise": "white noise of equal size", "stock": "unedited images",
+    "function": "two function words exchanged", "raw": "the same maps as they are",
+    "random heads": "as many heads left out at random",
+}  # fmt: skip
 
 
 class Result:
@@ -69,8 +73,10 @@ class Result:
 
     @property
     def model_name(self) -> str:
-        """The model's name without the folders above it."""
-        return Path(self.data["model"]["id"]).name
+        """The model's name without the folders above it; of an adapter ("model+runs/mine/lora") its run's name too."""
+        whole = str(self.data["model"]["id"])
+        paths = [Path(whole)] if Path(whole).exists() else [Path(part) for part in whole.split("+")]
+        return "+".join(path.parent.name if path.name == "lora" and path.parent.name else path.name for path in paths)
 
     @cached_property
     def table(self) -> pd.DataFrame:

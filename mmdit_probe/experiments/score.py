@@ -271,7 +271,8 @@ class Score(Sampling, Experiment):
         texts: list[Text] = [variant_table(result.summary, metric, self.baseline) for metric in shown]
         real = result.table[result.table["category"] == REAL]
         if "facts" in real:
-            texts.append(opposite_table(result.summary))
+            stated = opposite_table(result.summary)
+            texts += [stated] if stated.rows else []
             limits = ", ".join(f"{name.replace('_', ' ')} {real[name].astype(float).mean():.3f}" for name in SCORES)
             texts.append(f"the parser on {len(real)} real scenes, its own limit: {limits}.")
         if result.store.has("maps"):

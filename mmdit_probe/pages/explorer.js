@@ -218,7 +218,8 @@ async function show() {
     const id = `${letter}-${direction}`;
     const { top, peak } = found[k];
     const word = data.words[state[letter]];
-    const value = `max ${top.toPrecision(3)} at row ${peak[0]}, column ${peak[1]}`;
+    const value = top > 0 ? `max ${top.toPrecision(3)} at row ${peak[0]}, column ${peak[1]}`
+      : direction === "t2i" ? "none: no text queries here" : "none";
     paint(at(id), found[k]);
     at(id + "-name").textContent = `${letter.toUpperCase()}: ${word}`;
     at(id + "-value").textContent = value;

@@ -48,7 +48,7 @@ def test_maps_alone_are_measured_beside_the_limit_of_the_parser(model, tmp_path)
     maps = read_table(tmp_path / "run" / "maps.parquet")
     assert sorted(maps["sigma"].unique()) == [0.3, 0.5] and set(result.summary["category"]) == {"all", "real"}
     own = Score(n=2, prompts="a red ring", num_steps=1, maps="0.5").run(model, progress=False)
-    assert len(own.store.table("maps")) == 8 * 3 * 5 * 2 and "opposite" not in str(own.texts())
+    assert len(own.store.table("maps")) == 8 * 3 * 5 * 2 and "stated beside opposite" not in str(own.texts())
 
 
 def test_the_table_of_opposites_names_what_is_stated():

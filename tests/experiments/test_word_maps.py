@@ -18,7 +18,7 @@ from mmdit_probe.experiments import Explore, Result, WordMaps
 from mmdit_probe.experiments.known import KnownLayers
 from mmdit_probe.experiments.pictured_words import grounding, words_of
 from mmdit_probe.plots.overlay import PictureMaps
-from tests import tiny
+from tests import pipelines, tiny
 from tests.observe.oracle import attentions
 
 IMAGE = 16
@@ -220,3 +220,11 @@ def test_the_page_of_a_sampled_picture_has_its_steps(model: MMDiT, tmp_path: Pat
     maps = word_maps(model, PROMPT, words="ring", layers="all", num_steps=3, guidance=2.0)
     assert isinstance(maps, PictureMaps)
     np.testing.assert_allclose(maps["ring"].array, kept["i2t"][:, 0, 0].mean(0), atol=1e-6)
+
+
+def test_models_whose_text_is_no_query_have_a_page_without_t2i() -> None:
+    maps = word_maps(pipelines.build("prx"), PROMPT, words="ring", num_steps=1, guidance=1.0, height=128, width=128)
+    assert isinstance(maps, PictureMaps) and maps["ring"].array.shape == (8, 8)
+    found = json.loads(re.search(r'id="data">(.*?)</script>', maps.explore().html, re.DOTALL)[1])  # type: ignore[index]
+    assert np.max([layer["max"] for layer in found["t2i"].values()]) == 0
+    assert np.min([np.array(layer["max"])[..., 0] for layer in found["i2t"].values()]) > 0

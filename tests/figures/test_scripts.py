@@ -8,11 +8,13 @@ import runpy
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import AttentionBudget, Result
 
 FIGURES = Path(__file__).parents[2] / "figures"
 FEW = ["limit=2", "num_steps=2", "prompts=prompts.txt"]
@@ -141,7 +143,20 @@ def test_magnet_of_any_model_with_an_adapter(draw, tiny_directory, tmp_path):
     files = draw("fig10_magnet", *adapter, "--prompt", "a [red] [ring]", "--layers", "1,2", "num_steps=2")
     drawn = {"fig10_pipeline", "fig11_masks_open", "fig11_masks_unsupervised", "fig12_maps", "fig13_pictures"}
     assert {Path(name).stem for name in files} == drawn
-    files = draw("fig08_segmentation", "--only", "league", *adapter)
+    files = draw("fig08_segmentation", "--only", "league", *adapter, "method=seg4diff,seg4diff-unsup", "refine=none")
     table = pd.read_csv(files["table12_league.csv"])
     ours = set(table.loc[table["world"] == "measured", "method"])
     assert {"seg4diff", "seg4diff, LoRA", "seg4diff-unsup, LoRA"} <= ours
+
+
+@pytest.mark.parametrize(
+    ("known", "name"),
+    [
+        ("scenes-sd3", "scenes-sd3"),
+        ("owner/model", "model"),
+        ("scenes-sd3+runs/magnet-40/lora", "scenes-sd3+magnet-40"),
+        ("owner/model+someone/adapter+int8", "model+adapter+int8"),
+    ],
+)
+def test_figures_of_an_adapted_model_are_named_after_both(known, name):
+    assert Result(AttentionBudget(), SimpleNamespace(data={"model": {"id": known}})).model_name == name
