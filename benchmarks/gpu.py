@@ -235,7 +235,7 @@ def checker() -> Any:
     import torch
 
     from mmdit_probe.attention import reference
-    from mmdit_probe.observe.mass import attention_masses
+    from mmdit_probe.observe.mass import KeyGroups, attention_masses
     from mmdit_probe.observe.observer import Observer
 
     class Checked(Observer):
@@ -245,7 +245,8 @@ def checker() -> Any:
         def measure(self, seen: Any) -> Any:
             call, kinds = seen.call, seen.layout.labels.to(seen.call.query.device)  # 0 image, 1 text
             groups = [[2] * seen.layout.counts["text"] for _ in seen.denoising.prompts]
-            masses, _ = attention_masses(call, seen.lse, seen.layout, groups)  # [B, H, 2, image | other | text]
+            keys = KeyGroups.of(seen.layout, groups, call.query.device)
+            masses, _ = attention_masses(call, seen.lse, keys)  # [B, H, 2, image | other | text]
             errors = []
             for head in range(call.query.shape[1]):  # one at a time: float64 of all of them is large
                 one = slice(head, head + 1)

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from mmdit_probe import assets
 from mmdit_probe.errors import UserError, first_line
+from mmdit_probe.models.quiet import quiet
 from mmdit_probe.segment.tail import resized
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "there is a {} in the scene.", "{}")
@@ -47,18 +48,16 @@ class CLIP:
         Raises:
             UserError: not there, or not a CLIP model.
         """
-        import transformers
         from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
 
         place = str(assets.path(name)) if name in assets.names() else name
-        if name in assets.names():
-            transformers.utils.logging.disable_progress_bar()  # a bar for one small local file
         try:
             kind = AutoConfig.from_pretrained(place).model_type
             if kind != "clip":
                 raise UserError(f"{name!r} is a {kind!r} model; expected a CLIP model, e.g. scenes-clip")
-            model = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(place)
+            with quiet(bars=not Path(place).exists()):
+                model = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
+                tokenizer = AutoTokenizer.from_pretrained(place)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"cannot load the CLIP {name!r}: expected scenes-clip, a folder or a hub id ({first_line(error)})"

@@ -68,7 +68,8 @@ def test_sweeps_draw_every_point(figure, columns: dict[str, list[str]], marks: i
     drawn = figure(table(**columns), "title")
     lines = {line.get_label(): line for line in drawn.axes[0].lines}
     (run,) = drawn.axes[0].containers
-    assert run.get_label() == "seg4diff, names of the classes present"
+    assert run.get_label() == "no refinement"
+    assert drawn.get_suptitle().endswith("seg4diff, names of the classes present")
     assert len(run.lines[0].get_xdata()) == marks
     assert "token-grid ceiling" in lines and "random" in lines
 
