@@ -39,7 +39,7 @@ from mmdit_probe.data import Data, Sample, ScenesData
 from mmdit_probe.evaluate.scores import ImageCounts, assign, histogram, matched
 from mmdit_probe.experiments import Score
 from mmdit_probe.experiments.score import REAL, scene_prompts
-from mmdit_probe.magnet import SelfLabelled, TrainMagnet, train
+from mmdit_probe.magnet import MagnetOptions, SelfLabelled, train
 from mmdit_probe.magnet.trainer import TrainResult
 from mmdit_probe.magnet.validation import readouts, validate
 from mmdit_probe.models.adapters import merge
@@ -115,7 +115,7 @@ def layer_of(work: Path) -> int:
 
 def fit(plan: Plan, work: Path, name: str, data: Data, steps: int, **options: Any) -> TrainResult:
     """One training, or the one that is there."""
-    chosen = TrainMagnet(
+    chosen = MagnetOptions(
         layers=(layer_of(work),), streams="joint", steps=steps, batch=plan.batch, warmup=steps // 20, max_grad_norm=1.0,
         drop_prompt=0.1, validate_every=max(1, steps // 4), save_every=50, **options,
     )  # fmt: skip

@@ -36,7 +36,7 @@ from mmdit_probe.segment.methods import find
 from mmdit_probe.segment.record import PAPER_SIGMA, Reading
 
 if TYPE_CHECKING:
-    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.experiments.store import TaskRecord
     from mmdit_probe.models.mmdit import MMDiT
 
 RESULTS = Path(__file__).parent / "results"
@@ -86,7 +86,7 @@ class Presence(Experiment):
         tasks = [(*of, item, one) for of in zip(names, readers, strict=True) for item, one in enumerate(inputs.samples)]
         return Study(model, request, tasks, "pictures", state=inputs)
 
-    def measure(self, study: Study, task: tuple[str, Any, int, Sample], record: Recorder) -> None:
+    def measure(self, study: Study, task: tuple[str, Any, int, Sample], record: TaskRecord) -> None:
         (name, reader, item, sample), classes = task, study.state.classes
         if isinstance(reader, Variant):
             reading = Reading(layers=self.layers, sigmas=tuple(self.sigmas))

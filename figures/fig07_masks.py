@@ -33,7 +33,7 @@ from mmdit_probe.segment.run import discover, segment
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.experiments.store import TaskRecord
     from mmdit_probe.models.mmdit import MMDiT
 
 OPEN = ("iseg", "tokenrank", "diffsegmenter")
@@ -92,7 +92,7 @@ class Masks(Experiment):
         tasks = list(enumerate(inputs.samples))
         return Study(model, request, tasks, "pictures", state=(inputs, Reading(**how)))
 
-    def measure(self, study: Study, task: tuple[int, Any], record: Recorder) -> None:
+    def measure(self, study: Study, task: tuple[int, Any], record: TaskRecord) -> None:
         (number, sample), (data, reading) = task, study.state
         truth = sample.label()
         present = [index for index in range(len(data.classes)) if (truth == index).any()]

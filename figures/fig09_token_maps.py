@@ -36,7 +36,7 @@ from mmdit_probe.segment.record import PAPER_SIGMA
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.experiments.store import TaskRecord
     from mmdit_probe.models.mmdit import MMDiT
 
 PHOTO = ("a [mouse] using a [mushroom] as an [umbrella]", "a [bird] and a [bear] in a forest")
@@ -79,7 +79,7 @@ class TokenMaps(Experiment):
             model, request, tasks, "pictures", facts=scheduled(model, self.num_steps), state=(layers, step, pictures)
         )
 
-    def measure(self, study: Study, task: tuple[int, Any], record: Recorder) -> None:
+    def measure(self, study: Study, task: tuple[int, Any], record: TaskRecord) -> None:
         (number, what), (layers, step, pictures) = task, study.state
         if not isinstance(what, str):
             self._empty(study.model, layers[0], number, what, record)
@@ -98,7 +98,7 @@ class TokenMaps(Experiment):
         if number == 0 and not pictures:
             self._empty(model, layers[0], 0, image, record)
 
-    def _empty(self, model: MMDiT, layer: int, number: int, picture: np.ndarray, record: Recorder) -> None:
+    def _empty(self, model: MMDiT, layer: int, number: int, picture: np.ndarray, record: TaskRecord) -> None:
         noised = model.noise(model.encode_image(picture), PAPER_SIGMA, self.seed)
         with probe(model, every := TextMaps(heads="all"), layers=layer):
             model.denoise(noised, PAPER_SIGMA, model.encode_prompt(""))

@@ -17,7 +17,7 @@ from mmdit_probe.errors import UserError
 
 
 @dataclass
-class Report:
+class DatasetReport:
     """Findings.
 
     Attributes:
@@ -35,7 +35,7 @@ class Report:
     notes: list[tuple[str, str]] = field(default_factory=list)
 
 
-def check(dataset: Dataset, advance: Callable[[], None] = lambda: None) -> Report:
+def check(dataset: Dataset, advance: Callable[[], None] = lambda: None) -> DatasetReport:
     """Open every picture and label: unreadable files, ids out of range, sizes that differ, nothing to score."""
     count = len(dataset.classes)
     pixels = np.zeros(count, np.int64)
@@ -59,4 +59,6 @@ def check(dataset: Dataset, advance: Callable[[], None] = lambda: None) -> Repor
     ignored = 1.0 - pixels.sum() / total if total else float("nan")
     never = [one.name for one, amount in zip(dataset.classes, pixels, strict=True) if amount == 0]
     notes = [(sample.name, note) for sample in dataset.samples for note in sample.notes]
-    return Report(len(dataset.samples), pixels, float(ignored), never, float(np.mean(there or [0])), problems, notes)
+    return DatasetReport(
+        len(dataset.samples), pixels, float(ignored), never, float(np.mean(there or [0])), problems, notes
+    )

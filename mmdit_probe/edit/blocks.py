@@ -45,7 +45,7 @@ class BlockEdit(Addressed):
 
     stage: ClassVar[Literal["block"]] = "block"
 
-    def run(self, block: Block, rows: Tensor) -> Any:
+    def run(self, block: BlockCall, rows: Tensor) -> Any:
         """The block's output under the operation. rows: [B, 1, 1] boolean, the samples concerned."""
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ class BlockEdit(Addressed):
             rows = torch.tensor([self.branches is None or branch in self.branches for branch in run.current.branches])
             if not run.at(self.steps) or not rows.any():
                 return proceed(*args, **kwargs)
-            block = Block(layer, run, proceed, args, kwargs)
+            block = BlockCall(layer, run, proceed, args, kwargs)
             return self.run(block, rows[:, None, None].to(block.image.device))
 
         return forward
@@ -73,7 +73,7 @@ class RemoveBlock(BlockEdit):
     It still runs, and what it computes is dropped: samples of other branches need it, and observers see its attention.
     """
 
-    def run(self, block: Block, rows: Tensor) -> Any:
+    def run(self, block: BlockCall, rows: Tensor) -> Any:
         output = block.proceed(*block.args, **block.kwargs)
         pairs = block.pairs(output)
         kept = [out if given is None else torch.where(rows, given.to(out.dtype), out) for out, given in pairs]
@@ -86,13 +86,13 @@ class ScaleText(Factored, BlockEdit):
 
     factor: float = 2.0
 
-    def run(self, block: Block, rows: Tensor) -> Any:
+    def run(self, block: BlockCall, rows: Tensor) -> Any:
         name, tokens = (block.name, block.image) if block.text is None else (TEXT, block.text)
         concerned = rows & block.is_text().to(tokens.device)[..., None]
         return block.proceed(**block.inputs | {name: torch.where(concerned, self.factor * tokens, tokens)})
 
 
-class Block:
+class BlockCall:
     """One call of a transformer block: its tokens, by stream or in one sequence, whatever their order in its output."""
 
     def __init__(

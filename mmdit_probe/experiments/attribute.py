@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
-from mmdit_probe.experiments.options import INPUT, METHOD, Control, Places, plain_heads
+from mmdit_probe.experiments.options import INPUT, METHOD, Control, LayersAndHeads, plain_heads
 from mmdit_probe.experiments.text import TextTable, signed
 from mmdit_probe.options import Option
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
     from mmdit_probe.experiments.controls import Variant
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.experiments.store import TaskRecord
     from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.scenes.world import Scene
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attribute(Places, Experiment):
+class Attribute(LayersAndHeads, Experiment):
     """By how much does each word lower the denoising loss in each region, and do I2T maps say the same, per layer?
 
     On scenes, where regions are known exactly. Control that is always there: the attention of the scene's next word.
@@ -82,7 +82,7 @@ class Attribute(Places, Experiment):
         tasks = [(variant, index, item) for variant in controls.variants(model, chosen) for index, item in inputs]
         return Study(model, request, tasks, "scenes", state=(layers, heads))
 
-    def measure(self, study: Study, task: tuple[Variant, int, Scene], record: Recorder) -> None:
+    def measure(self, study: Study, task: tuple[Variant, int, Scene], record: TaskRecord) -> None:
         from mmdit_probe.experiments.word_attribution import attribute
 
         (variant, index, item), (layers, heads) = task, study.state

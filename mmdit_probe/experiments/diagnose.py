@@ -15,7 +15,7 @@ import numpy as np
 
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
-from mmdit_probe.experiments.options import Control, Pictured, Places, plain_heads
+from mmdit_probe.experiments.options import Control, LayersAndHeads, Pictured, plain_heads
 from mmdit_probe.experiments.text import TextTable, signed
 from mmdit_probe.results.statistics import interval, measured
 from mmdit_probe.specs import heads_at
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mmdit_probe.data import Sample
     from mmdit_probe.experiments.controls import Variant
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.experiments.store import TaskRecord
     from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.models.tokens import TokenTable
@@ -42,7 +42,7 @@ SHOWN_MAPS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnose(Pictured, Places, Experiment):
+class Diagnose(Pictured, LayersAndHeads, Experiment):
     """Which single tokens take the attention (sinks), what word maps are without them, and outlier channels.
 
     A sink is a key that takes more than ten times the uniform share from image queries. On scenes: how good the maps
@@ -90,7 +90,7 @@ class Diagnose(Pictured, Places, Experiment):
         facts = {"pictures": [picture.name for picture in inputs]}
         return Study(model, request, tasks, "pictures", facts=facts, state=(inputs, layers, heads))
 
-    def measure(self, study: Study, task: tuple[Variant, int, str], record: Recorder) -> None:
+    def measure(self, study: Study, task: tuple[Variant, int, str], record: TaskRecord) -> None:
         from mmdit_probe.experiments.sink_quality import map_scores
         from mmdit_probe.observe.probe import probe
         from mmdit_probe.observe.sinks import Channels, KeyMass, SinkFree

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mmdit_probe.evaluate.plan import Plan
     from mmdit_probe.experiments.progress import Progress
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Recorder, Store
+    from mmdit_probe.experiments.store import Store, TaskRecord
     from mmdit_probe.experiments.text import Text
 
 TAGS = "tags"
@@ -304,7 +304,7 @@ class Evaluate(Reads, Experiment):
         tasks = range(len(data.samples))
         return Study(model, request, tasks, facts=said, unit="images", notes=notes, state=_State(plan, model, tagging))
 
-    def measure(self, study: Study, task: int, record: Recorder) -> None:
+    def measure(self, study: Study, task: int, record: TaskRecord) -> None:
         state: _State = study.state
         plan, sample = state.plan, state.plan.dataset.samples[task]
         if state.tagging is not None:

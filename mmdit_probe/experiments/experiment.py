@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.progress import Progress
-from mmdit_probe.experiments.store import FolderStore, MemoryStore, Recorder, Store
+from mmdit_probe.experiments.store import FolderStore, MemoryStore, Store, TaskRecord
 from mmdit_probe.options import Option, check
 from mmdit_probe.results import processes
 from mmdit_probe.results.statistics import compare
@@ -106,7 +106,7 @@ class Experiment:
         """Settle what will be done; `inputs` is what `gather` returned."""
         raise NotImplementedError
 
-    def measure(self, study: Study, task: Any, record: Recorder) -> None:
+    def measure(self, study: Study, task: Any, record: TaskRecord) -> None:
         """Do one task: rows, pictures and arrays go to `record`."""
         raise NotImplementedError
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.options import METHOD
-from mmdit_probe.experiments.pictured_words import Item, Pictures, grounding
+from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.options import Option
 from mmdit_probe.specs import Spec, layer_indices
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.experiments.store import TaskRecord
     from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.models.tokens import TokenTable
@@ -65,7 +65,7 @@ class Explore(Pictures):
         chosen = layer_indices(self.layers, len(model.layers)) if self.layers is not None else grounding(model).layers
         return {"chosen": list(chosen)}
 
-    def measure(self, study: Study, task: Item, record: Recorder) -> None:
+    def measure(self, study: Study, task: PicturedPrompt, record: TaskRecord) -> None:
         from mmdit_probe.observe.maps import TextMaps
         from mmdit_probe.observe.mass import AttentionMass
         from mmdit_probe.observe.probe import probe

@@ -21,7 +21,7 @@ import numpy as np
 from mmdit_probe.errors import unknown
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
-from mmdit_probe.experiments.options import METHOD, OUTPUT, Control, Pictured, Places, plain_heads
+from mmdit_probe.experiments.options import METHOD, OUTPUT, Control, LayersAndHeads, Pictured, plain_heads
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mmdit_probe.data import Sample
     from mmdit_probe.experiments.controls import Variant
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Recorder, Store
+    from mmdit_probe.experiments.store import Store, TaskRecord
     from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.observe.pca import PCA, Projection
@@ -54,7 +54,7 @@ SHOWN = "shown"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturePCA(Pictured, Places, Experiment):
+class FeaturePCA(Pictured, LayersAndHeads, Experiment):
     """PCA of the image tokens' query, key, value and attention output per layer, to RGB, explained variance and scores.
 
     On scenes: how well a linear probe on the components predicts the class mask of held-out images, how well classes
@@ -134,7 +134,7 @@ class FeaturePCA(Pictured, Places, Experiment):
         ticks = 2 * -(-len(inputs) // self.batch)
         return Study(model, request, tasks, "batches", ticks, facts, state=(inputs, captions, layers, heads, each))
 
-    def measure(self, study: Study, task: Variant, record: Recorder) -> None:
+    def measure(self, study: Study, task: Variant, record: TaskRecord) -> None:
         pictures, captions, layers, heads, each = study.state
         passes = _Passes(
             self, task, pictures, task.texts(captions), layers, heads, each, record.workplace(task.name), record.advance

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.experiments.store import TaskRecord
     from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.scenes.world import Scene
@@ -78,7 +78,7 @@ class HeadTriage(Experiment):
         state = Calibration(reader, several("train", self.train))
         return Study(model, request, list(enumerate(inputs)), "scenes", notes=[note], state=state)
 
-    def measure(self, study: Study, task: tuple[int, Scene], record: Recorder) -> None:
+    def measure(self, study: Study, task: tuple[int, Scene], record: TaskRecord) -> None:
         number, item = task
         calibration: Calibration = study.state
         if number == 0:

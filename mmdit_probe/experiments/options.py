@@ -25,7 +25,7 @@ INPUT, MODEL, METHOD, OUTPUT = "Input", "Model", "Method", "Output"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Places:
+class LayersAndHeads:
     """Layers and heads, named or selected."""
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.options import METHOD, OUTPUT, EditControl, Edited, Places, check_streams
+from mmdit_probe.experiments.options import METHOD, OUTPUT, EditControl, Edited, LayersAndHeads, check_streams
 from mmdit_probe.experiments.sweep import (
     AGAINST_STOCK,
     BUDGET,
@@ -55,7 +55,7 @@ HARM_IS_RISE = ("change", "relabelled")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perturb(Places, Edited, Sweep):
+class Perturb(LayersAndHeads, Edited, Sweep):
     """Edit the I2T block of one layer at a time, sample with the same seeds, and measure what changes.
 
     Outcomes: change of the image; for models of the scenes world, which facts of the prompt the image still shows; with

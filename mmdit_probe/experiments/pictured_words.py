@@ -29,7 +29,7 @@ Side = Annotated[int | None, Option("Of the picture in pixels.", min=1, shown_de
 
 
 @dataclass(frozen=True)
-class Item:
+class PicturedPrompt:
     """One picture to make, or at hand."""
 
     index: int
@@ -81,7 +81,7 @@ class Pictures(Sampling, Experiment):
             raise UserError(f"picture {missing!r} has no caption: give the text whose words are looked for in it")
         return texts, pictures
 
-    def items(self, model: MMDiT, inputs: tuple[list[str], list[Sample]]) -> list[Item]:
+    def items(self, model: MMDiT, inputs: tuple[list[str], list[Sample]]) -> list[PicturedPrompt]:
         """What is to be looked at, each with the words that its prompt has.
 
         Raises:
@@ -102,7 +102,7 @@ class Pictures(Sampling, Experiment):
                 raise UserError(f"prompt {table.prompt!r} has none of the words asked for, or no word at all")
         count = 1 if pictures else self.images_per_prompt
         return [
-            Item(k, texts[of], self.seed + k, chosen[of], pictures[of] if pictures else None)
+            PicturedPrompt(k, texts[of], self.seed + k, chosen[of], pictures[of] if pictures else None)
             for k, of in enumerate(of for of in range(len(texts)) for _ in range(count))
         ]
 
@@ -134,7 +134,9 @@ class Pictures(Sampling, Experiment):
         height, width = model.default_size
         return self.height or height, self.width or width
 
-    def look(self, model: MMDiT, item: Item, observers: Sequence[Observer], layers: Spec, steps: Spec = "all") -> Image:
+    def look(
+        self, model: MMDiT, item: PicturedPrompt, observers: Sequence[Observer], layers: Spec, steps: Spec = "all"
+    ) -> Image:
         """Make the picture, or read it, while observers look."""
         from mmdit_probe.observe.probe import probe
 

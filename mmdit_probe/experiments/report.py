@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from mmdit_probe.experiments.progress import Progress
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.experiments.store import TaskRecord
     from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.pages import Page, Section
@@ -129,7 +129,7 @@ class Report(Sampling, Experiment):
         """As `Experiment.run`; a report needs a folder, so that None is "auto"."""
         return super().run(target, AUTO if out is None else out, resume, progress)
 
-    def measure(self, study: Study, task: Part, record: Recorder) -> None:
+    def measure(self, study: Study, task: Part, record: TaskRecord) -> None:
         place = record.workplace(task.name)
         assert place is not None  # `run` always has a folder
         started = time.perf_counter()

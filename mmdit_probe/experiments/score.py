@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Recorder, Store
+    from mmdit_probe.experiments.store import Store, TaskRecord
     from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
@@ -199,7 +199,7 @@ class Score(Sampling, Experiment):
         )  # fmt: skip
         return Study(model, request, tasks, "batches", facts=scheduled(model, self.num_steps), state=(jobs, scorers))
 
-    def measure(self, study: Study, task: Job, record: Recorder) -> None:
+    def measure(self, study: Study, task: Job, record: TaskRecord) -> None:
         jobs, scorers = study.state
         adapt(study.model, scorers, task.variant)
         if task.kind == REAL:

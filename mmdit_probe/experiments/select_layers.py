@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Recorder, Store
+    from mmdit_probe.experiments.store import Store, TaskRecord
     from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.results.selection import LayerSelection
@@ -125,7 +125,7 @@ class SelectLayers(Sampling, Experiment):
             "prompts": self.prompts, "sigma": self.sigma, "seed": self.seed, "from": [str(run) for run in self.runs],
         }  # fmt: skip
 
-    def measure(self, study: Study, task: Any, record: Recorder) -> None:
+    def measure(self, study: Study, task: Any, record: TaskRecord) -> None:
         if isinstance(task, tuple):
             name, split, chosen = task
             task = evidence.measure(name, study.model, split, self.amount, chosen)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.experiments.store import TaskRecord
     from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.scenes.world import Scene
@@ -98,7 +98,7 @@ class SigmaByLayer(Experiment):
         )
         return Study(model, request, list(enumerate(inputs)), "scenes", state=layers)
 
-    def measure(self, study: Study, task: Any, record: Recorder) -> None:
+    def measure(self, study: Study, task: Any, record: TaskRecord) -> None:
         number, (item, pairs) = task
         for kind, pair in pairs.items():
             for sigma in self.levels():

@@ -33,7 +33,7 @@ Rows = Mapping[str, Any]
 """Columns of one length: arrays, or categories."""
 
 
-class Recorder:
+class TaskRecord:
     """What one task writes to."""
 
     def __init__(self, store: Store, sink_of: Callable[[str], Any], advance: Callable[[], None]) -> None:
@@ -127,8 +127,8 @@ class MemoryStore:
         yield
 
     @contextmanager
-    def task(self, number: int, advance: Callable[[], None], ticks: int = 1) -> Iterator[Recorder]:
-        recorder = Recorder(self, lambda name: self._sinks.setdefault(name, MemorySink()), advance)
+    def task(self, number: int, advance: Callable[[], None], ticks: int = 1) -> Iterator[TaskRecord]:
+        recorder = TaskRecord(self, lambda name: self._sinks.setdefault(name, MemorySink()), advance)
         yield recorder
         for _ in range(ticks - recorder.ticked):
             advance()
@@ -221,7 +221,7 @@ class FolderStore:
         processes.barrier()
 
     @contextmanager
-    def task(self, number: int, advance: Callable[[], None], ticks: int = 1) -> Iterator[Recorder]:
+    def task(self, number: int, advance: Callable[[], None], ticks: int = 1) -> Iterator[TaskRecord]:
         main = next(iter(self._writers))
         with ExitStack() as stack:
             # Closed last, so that a task counts only when its rows in the other tables are there.
@@ -232,7 +232,7 @@ class FolderStore:
                     items[name] = stack.enter_context(self._writers[name].item(number))
                 return items[name]
 
-            recorder = Recorder(self, sink_of, advance)
+            recorder = TaskRecord(self, sink_of, advance)
             yield recorder
         for _ in range(ticks - recorder.ticked):
             advance()

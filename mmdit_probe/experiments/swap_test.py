@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import numpy as np
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.options import INPUT, METHOD, Places, prompts_of
+from mmdit_probe.experiments.options import INPUT, METHOD, LayersAndHeads, prompts_of
 from mmdit_probe.experiments.sweep import STOCK, Condition, Sweep
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
@@ -47,7 +47,7 @@ POOL = 30
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwapTest(Places, Sweep):
+class SwapTest(LayersAndHeads, Sweep):
     """Exchange the two colours, or the two nouns, of a prompt at one layer: do the objects exchange them too?
 
     Prompts with two single objects of different nouns and colours. Outcomes, read by the parser: both objects have

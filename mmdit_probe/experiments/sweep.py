@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.controls import Variant
     from mmdit_probe.experiments.outcomes import Outcome
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.experiments.store import TaskRecord
     from mmdit_probe.models.mmdit import MMDiT
 
 STOCK = "stock"
@@ -72,7 +72,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptGroup:
     """A task: some prompts under one variant of the model."""
 
     variant: Variant
@@ -137,7 +137,7 @@ class Sweep(Sampling, Experiment):
         )
         groups = [range(first, min(first + self.batch, len(inputs))) for first in range(0, len(inputs), self.batch)]
         sampled = controls.variants(model, [name for name in chosen if name in ("random", "uniform")])
-        tasks = [Group(variant, indices) for variant in sampled for indices in groups]
+        tasks = [PromptGroup(variant, indices) for variant in sampled for indices in groups]
         notes = [note for note in [model.unknown_words_note(inputs)] if note]
         return Study(
             model, request, tasks, "batches of images", len(plan), notes=notes, state=(inputs, plan, outcomes),
@@ -154,7 +154,7 @@ class Sweep(Sampling, Experiment):
         """Options of the subclass that decide the numbers and are in no condition."""
         return {}
 
-    def measure(self, study: Study, task: Group, record: Recorder) -> None:
+    def measure(self, study: Study, task: PromptGroup, record: TaskRecord) -> None:
         from mmdit_probe.experiments.outcomes import measure
 
         prompts, plan, outcomes = study.state
@@ -183,7 +183,7 @@ class Sweep(Sampling, Experiment):
             record.advance()
 
     def _read(
-        self, task: Group, condition: Condition, prompts: Sequence[str], texts: list[str]
+        self, task: PromptGroup, condition: Condition, prompts: Sequence[str], texts: list[str]
     ) -> Iterable[tuple[str, list[str]]]:
         """(control, texts that the images are read against) of the rows of a condition."""
         own = task.variant.name == NONE

@@ -20,7 +20,7 @@ from mmdit_probe.experiments.options import (
     METHOD,
     OUTPUT,
     Control,
-    Places,
+    LayersAndHeads,
     Prompts,
     Sampling,
     captions_of,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mmdit_probe.data import Sample
     from mmdit_probe.experiments.controls import Variant
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Recorder, Rows
+    from mmdit_probe.experiments.store import Rows, TaskRecord
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.models.tokens import TokenTable
     from mmdit_probe.observe.observer import RowObserver
@@ -57,7 +57,7 @@ class Item:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenRows(Places, Sampling, Experiment):
+class TokenRows(LayersAndHeads, Sampling, Experiment):
     """Rows per prompt, step, branch, layer, head and kind of token."""
 
     early: ClassVar[bool] = True
@@ -156,7 +156,7 @@ class TokenRows(Places, Sampling, Experiment):
         steps = list(step_indices(self.steps, self.num_steps))
         return {"mode": "sample", "steps": steps, "num_steps": self.num_steps, "guidance": self.guidance}
 
-    def measure(self, study: Study, task: tuple[Variant, Item], record: Recorder) -> None:
+    def measure(self, study: Study, task: tuple[Variant, Item], record: TaskRecord) -> None:
         import pandas as pd
 
         from mmdit_probe.observe.probe import probe

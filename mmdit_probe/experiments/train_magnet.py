@@ -4,7 +4,7 @@
     result.log, result.validation; result.figure()
     pipe.load_lora_weights(result.lora)            # in a program that knows nothing of this package
 
-The options are those of `magnet.TrainMagnet`; the loop is training's own, with its checkpoints (`magnet.trainer`).
+The options are those of `magnet.MagnetOptions`; the loop is training's own, with its checkpoints (`magnet.trainer`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainMagnet(config.TrainMagnet):
+class TrainMagnet(config.MagnetOptions):
     """Fine-tune a LoRA so that words own their regions: flow matching plus mask alignment of I2T maps.
 
     Writes lora/ (loads with pipe.load_lora_weights), best/, training.csv, validation.csv and samples/ into a run

@@ -25,7 +25,7 @@ from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.explore import Explore
 from mmdit_probe.experiments.known import KnownLayers
 from mmdit_probe.experiments.options import METHOD, checked_heads
-from mmdit_probe.experiments.pictured_words import Item, Pictures, grounding
+from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.target import as_model
 from mmdit_probe.experiments.text import TextTable
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Recorder
+    from mmdit_probe.experiments.store import TaskRecord
     from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.plots.overlay import PictureMaps
@@ -84,7 +84,7 @@ class WordMaps(Pictures):
         weights = [share for _, share in sorted(zip(layers, shares, strict=True))]
         return {"layers": sorted(layers), "weights": weights, "why": known.source, "heads": heads, "steps": steps}
 
-    def measure(self, study: Study, task: Item, record: Recorder) -> None:
+    def measure(self, study: Study, task: PicturedPrompt, record: TaskRecord) -> None:
         from mmdit_probe.observe.maps import TextMaps
 
         request, whole = study.request, len(study.request["heads"]) == study.model.heads

@@ -2,9 +2,9 @@
 
     from mmdit_probe import load
     from mmdit_probe.data import ScenesData
-    from mmdit_probe.magnet import TrainMagnet, train
+    from mmdit_probe.magnet import MagnetOptions, train
     model = load("scenes-sd3")
-    train(model, ScenesData("train", 1000), TrainMagnet(layers=(4,), steps=200), out="runs/magnet")
+    train(model, ScenesData("train", 1000), MagnetOptions(layers=(4,), steps=200), out="runs/magnet")
     pipe.load_lora_weights("runs/magnet/lora")      # in a program that knows nothing of this package
 
 Not a general fine-tuning tool: what it trains is the attention that reads text into the image.
@@ -16,7 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmdit_probe.magnet.config import TrainMagnet, recipe
+    from mmdit_probe.magnet.config import MagnetOptions, recipe
     from mmdit_probe.magnet.lora import save_lora
     from mmdit_probe.magnet.pseudo import SelfLabelled
     from mmdit_probe.magnet.run import run
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "SelfLabelled": "mmdit_probe.magnet.pseudo",
     "TextMapTap": "mmdit_probe.magnet.tap",
-    "TrainMagnet": "mmdit_probe.magnet.config",
+    "MagnetOptions": "mmdit_probe.magnet.config",
     "recipe": "mmdit_probe.magnet.config",
     "run": "mmdit_probe.magnet.run",
     "save_lora": "mmdit_probe.magnet.lora",
@@ -34,9 +34,9 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "MagnetOptions",
     "SelfLabelled",
     "TextMapTap",
-    "TrainMagnet",
     "recipe",
     "run",
     "save_lora",

@@ -22,7 +22,7 @@ def check(data: Data, model: Any, alignment: str, probe_count: int = 32) -> None
     there, words found in the prompt and not cut off by the encoders.
 
     Args:
-        model: an `MMDiT`. alignment: `TrainMagnet.level`.
+        model: an `MMDiT`. alignment: `MagnetOptions.level`.
 
     Raises:
         UserError: names the sample and what is wrong with it.

@@ -1,6 +1,6 @@
 """Every choice of a MAGNET training, stated once: type, default, range and help text; defaults are the paper's.
 
-    >>> TrainMagnet(layers=(4,), steps=200).effective(processes=2)
+    >>> MagnetOptions(layers=(4,), steps=200).effective(processes=2)
     16
     >>> recipe("ours", layers=(4,)).max_grad_norm
     1.0
@@ -69,7 +69,7 @@ class LossWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainMagnet(LossWeights):
+class MagnetOptions(LossWeights):
     """Options of a training; `trainer.train` uses all but the data's, `run.run` those too.
 
     Raises:
@@ -241,11 +241,11 @@ class TrainMagnet(LossWeights):
         return values | lists | {"alignment": self.level, "warmup": self.warmup_steps}
 
 
-def recipe(name: str, **changes: Any) -> TrainMagnet:
+def recipe(name: str, **changes: Any) -> MagnetOptions:
     """The options of a recipe (see `RECIPES`), with changes.
 
     Raises:
         UserError: there is none of that name.
     """
     check_known("recipe", name, RECIPES)
-    return TrainMagnet(**{**RECIPES[name], **changes})
+    return MagnetOptions(**{**RECIPES[name], **changes})

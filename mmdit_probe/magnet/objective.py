@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mmdit_probe.data.sample import Sample
 from mmdit_probe.errors import UserError
-from mmdit_probe.magnet.config import TrainMagnet
+from mmdit_probe.magnet.config import MagnetOptions
 from mmdit_probe.magnet.losses import as_logits, flow_matching, mask_loss, match
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
@@ -90,7 +90,7 @@ class Objective:
         model: the model whose encoders and scheduler are used. config: the options. head: the ablation's head, or None.
     """
 
-    def __init__(self, model: MMDiT, config: TrainMagnet, head: nn.Module | None = None) -> None:
+    def __init__(self, model: MMDiT, config: MagnetOptions, head: nn.Module | None = None) -> None:
         self.model, self.config, self.head = model, config, head
         self.encode = Encoder(model)
         self.levels: NDArray[np.float64] = noise_levels(model.scheduler)
@@ -181,7 +181,7 @@ class Objective:
         return torch.stack(focals), torch.stack(dices)
 
 
-def columns_of(config: TrainMagnet, table: TokenTable) -> list[int]:
+def columns_of(config: MagnetOptions, table: TokenTable) -> list[int]:
     """The text positions whose maps are aligned.
 
     Raises:

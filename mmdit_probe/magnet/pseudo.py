@@ -1,7 +1,7 @@
 """MAGNET without annotations: the masks are the model's own, made before the training starts.
 
     data = SelfLabelled.make(model, ScenesData("train", 500), source="maps", layers=(4,))
-    train(model, data, TrainMagnet(layers=(4,)))
+    train(model, data, MagnetOptions(layers=(4,)))
 
 "maps" labels every pixel with the word of the prompt whose refined I2T map is strongest there (named masks,
 token-level); "segments" takes the unsupervised segments of the empty prompt (unnamed, head-level). The teacher's maps

@@ -1,6 +1,6 @@
 """A whole training from its options: data by name, captions, the model's own masks, held-out pictures, the loop.
 
-    result = run(TrainMagnet(layers=(4,), data="coco-stuff:coco", steps=400), load("scenes-sd3"), out="runs/magnet")
+    result = run(MagnetOptions(layers=(4,), data="coco-stuff:coco", steps=400), load("scenes-sd3"), out="runs/magnet")
 
 Where the data are objects of one's own, `trainer.train` is the call.
 """
@@ -18,7 +18,7 @@ from mmdit_probe.data import Data, PictureData, Sample, training_data
 from mmdit_probe.data.captions import Captioner, cached
 from mmdit_probe.errors import UserError
 from mmdit_probe.magnet.check import check
-from mmdit_probe.magnet.config import TrainMagnet
+from mmdit_probe.magnet.config import MagnetOptions
 from mmdit_probe.magnet.pseudo import SelfLabelled
 from mmdit_probe.magnet.trainer import TrainResult, train
 from mmdit_probe.models.mmdit import MMDiT
@@ -34,7 +34,7 @@ def _quiet(label: str, total: int) -> AbstractContextManager[Callable[[], None]]
 
 
 def run(
-    options: TrainMagnet, model: MMDiT, *, text: Mapping[str, Any] | None = None, out: Path | str | None = None,
+    options: MagnetOptions, model: MMDiT, *, text: Mapping[str, Any] | None = None, out: Path | str | None = None,
     resume: bool = False, progress: Progress = _quiet,
 ) -> TrainResult:  # fmt: skip
     """Train a LoRA on `model` as the options say; see `trainer.train`.
@@ -70,7 +70,7 @@ def run(
         )
 
 
-def validation_data(options: TrainMagnet, model: MMDiT) -> list[Sample]:
+def validation_data(options: MagnetOptions, model: MMDiT) -> list[Sample]:
     """Held-out pictures; none for data on disk unless named: validation on training pictures says nothing."""
     named = options.validation or ("scenes:val" if options.data.startswith("scenes:") else None)
     if named is None or options.validate_count == 0:
@@ -80,7 +80,7 @@ def validation_data(options: TrainMagnet, model: MMDiT) -> list[Sample]:
     return [held[index] for index in range(len(held))]
 
 
-def _captioned(data: Data, options: TrainMagnet, model: MMDiT, progress: Progress) -> Data:
+def _captioned(data: Data, options: MagnetOptions, model: MMDiT, progress: Progress) -> Data:
     """The data with captions from a file, written by a captioning model where they are missing."""
     file, name = options.captions, options.caption_model
     if file is None and name is None:

@@ -1,6 +1,6 @@
 """The MAGNET training loop on stock diffusers, peft and accelerate.
 
-    result = train(model, ScenesData("train", 1000), TrainMagnet(layers=(4,), steps=200, warmup=20))
+    result = train(model, ScenesData("train", 1000), MagnetOptions(layers=(4,), steps=200, warmup=20))
     result.lora                                    # a folder for `pipe.load_lora_weights`
     accelerate launch --num_processes 2 -m mmdit_probe train-magnet ...       # the same, in parallel
 
@@ -31,7 +31,7 @@ from mmdit_probe.data.training import Data
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.magnet import lora
 from mmdit_probe.magnet.check import check
-from mmdit_probe.magnet.config import TrainMagnet
+from mmdit_probe.magnet.config import MagnetOptions
 from mmdit_probe.magnet.objective import TERMS, ConvHead, Objective, columns_of, items_at, rate_at
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.magnet.validation import sample_grid, validate
@@ -59,7 +59,7 @@ class TrainResult:
 def train(
     model: MMDiT,
     data: Data,
-    options: TrainMagnet,
+    options: MagnetOptions,
     *,
     held_out: Sequence[Sample] = (),
     text: Mapping[str, Any] | None = None,
@@ -117,7 +117,7 @@ def train(
     return TrainResult(folder.path, folder.path / "lora", pd.DataFrame(loop.log), pd.DataFrame(loop.validations))
 
 
-def _checked(model: MMDiT, data: Data, options: TrainMagnet) -> tuple[list[str], tuple[int, ...]]:
+def _checked(model: MMDiT, data: Data, options: MagnetOptions) -> tuple[list[str], tuple[int, ...]]:
     """Modules to adapt and layers to align, once everything is known to fit."""
     if not model.family.fixed_length:
         raise UserError(
@@ -165,7 +165,7 @@ class _Loop:
     """The state of one training."""
 
     def __init__(
-        self, model: MMDiT, data: Data, options: TrainMagnet, held_out: Sequence[Sample], accelerator: Any,
+        self, model: MMDiT, data: Data, options: MagnetOptions, held_out: Sequence[Sample], accelerator: Any,
         targets: Sequence[str], layers: Sequence[int], path: Path,
     ) -> None:  # fmt: skip
         self.model, self.data, self.options, self.held_out = model, data, options, held_out

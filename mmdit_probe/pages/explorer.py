@@ -31,7 +31,7 @@ STEPS = 6
 """Most sampling steps in a page."""
 
 
-class Plan(NamedTuple):
+class PagePlan(NamedTuple):
     """How much a page holds: `steps` single steps beside their mean, single heads of `layers` layers, and how many
     tokens a side are averaged into one (`coarse`)."""
 
@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     coarse: int
 
 
-def plan(words: int, layers: int, heads: int, grid: tuple[int, int], steps: int, head_layers: int) -> Plan:
+def plan(words: int, layers: int, heads: int, grid: tuple[int, int], steps: int, head_layers: int) -> PagePlan:
     """What fits into `LIMIT`: first the mean of all layers, then heads of up to half of the rest, then steps.
 
     Args:
@@ -55,7 +55,7 @@ def plan(words: int, layers: int, heads: int, grid: tuple[int, int], steps: int,
         coarse *= 2
     fitting = max(0, min(head_layers, left // (4 * heads * words) or left // (2 * heads * words)))
     left -= 2 * heads * words * fitting
-    return Plan(max(0, min(steps, STEPS, left // (layers * words))), fitting, coarse)
+    return PagePlan(max(0, min(steps, STEPS, left // (layers * words))), fitting, coarse)
 
 
 @dataclass(frozen=True, eq=False)

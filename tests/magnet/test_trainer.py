@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from mmdit_probe import UserError, load
 from mmdit_probe.data import Sample, ScenesData
 from mmdit_probe.errors import RunError
-from mmdit_probe.magnet.config import TrainMagnet, recipe
+from mmdit_probe.magnet.config import MagnetOptions, recipe
 from mmdit_probe.magnet.lora import named_parameters
 from mmdit_probe.magnet.objective import items_at, level_of, noise_levels, noise_of, rate_at
 from mmdit_probe.magnet.trainer import CHECKPOINT, TrainResult, train
@@ -29,7 +29,7 @@ from mmdit_probe.models.adapters import FILE, read_metadata
 from mmdit_probe.models.mmdit import MMDiT
 from tests import tiny
 
-CONFIG = TrainMagnet(
+CONFIG = MagnetOptions(
     layers=(1,), rank=2, alpha=4, steps=5, batch=2, warmup=1, rate=0.05, max_grad_norm=1.0, streams="joint"
 )
 
@@ -69,7 +69,7 @@ def assert_equal(first: TrainResult, second: TrainResult) -> None:
     assert all(torch.equal(ours[name], other[name]) for name in ours)
 
 
-def run(out: Path, config: TrainMagnet = CONFIG, **options: Any) -> TrainResult:
+def run(out: Path, config: MagnetOptions = CONFIG, **options: Any) -> TrainResult:
     return train(fresh(), Pictures(), config, out=out, **options)
 
 
@@ -200,7 +200,7 @@ def test_words_of_the_embedded_model_come_to_own_their_regions(tmp_path: Path) -
     model = load("scenes-sd3")
     untrained = [validate(model, held_out, [layer]).miou() for layer in range(len(model.layers))]
     layer = int(np.argmax(untrained))
-    config = TrainMagnet(
+    config = MagnetOptions(
         layers=(layer,), steps=24, batch=4, warmup=2, rate=3e-3, max_grad_norm=1.0, validate_every=12, save_every=12
     )
     result = train(model, ScenesData("train", 96), config, held_out=held_out, out=tmp_path)

@@ -6,14 +6,14 @@ import numpy as np
 from PIL import Image
 
 from mmdit_probe.pages import Exploration
-from mmdit_probe.pages.explorer import Plan, plan
+from mmdit_probe.pages.explorer import PagePlan, plan
 
 WORDS = ["a", "red", "ring", "</script><img src=x>"]
 
 
 def exploration(
     layers: int, heads: int, grid: tuple[int, int], words: list[str], pixels: int, special: int = 1
-) -> tuple[Exploration, Plan]:
+) -> tuple[Exploration, PagePlan]:
     """What `plan` lets into a page, filled with noise: nothing compresses."""
     random = np.random.default_rng(0)
     fits = plan(len(words), layers, heads, grid, 28, layers)
