@@ -438,6 +438,16 @@ _HUNYUAN = {
     "num_layers": 2, "num_refiner_layers": 1, "text_embed_dim": TEXT, "rope_axes_dim": (4, 6, 6),
 }  # fmt: skip
 
+_JOY = {
+    "in_channels": CHANNELS,
+    "out_channels": CHANNELS,
+    "hidden_size": HEADS * WIDTH,
+    "num_attention_heads": HEADS,
+    "text_dim": TEXT,
+    "num_layers": 2,
+    "rope_dim_list": [4, 6, 6],
+}
+
 FIXTURES: dict[str, Fixture] = {
     "sd3": Fixture("SD3Transformer2DModel", _SD3, _sd3),
     "sd35": Fixture("SD3Transformer2DModel", _SD3 | {"dual_attention_layers": (0,), "qk_norm": "rms_norm"}, _sd3),
@@ -726,29 +736,13 @@ FIXTURES: dict[str, Fixture] = {
     ),
     "joyimage_edit": Fixture(
         "JoyImageEditTransformer3DModel",
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "hidden_size": HEADS * WIDTH,
-            "num_attention_heads": HEADS,
-            "text_dim": TEXT,
-            "num_layers": 2,
-            "rope_dim_list": [4, 6, 6],
-        },
+        _JOY,
         _easyanimate,
         frames=2,
     ),
     "joyimage_edit_plus": Fixture(
         "JoyImageEditPlusTransformer3DModel",
-        {
-            "in_channels": CHANNELS,
-            "out_channels": CHANNELS,
-            "hidden_size": HEADS * WIDTH,
-            "num_attention_heads": HEADS,
-            "text_dim": TEXT,
-            "num_layers": 2,
-            "rope_dim_list": [4, 6, 6],
-        },
+        _JOY,
         _joy_plus,
         lengths=(7, 5),
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,17 +11,15 @@ from types import ModuleType
 
 import pytest
 
+from tests.scripts import script
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 SIZES = ("sd3-medium", "sd35-large", "flux", "qwen-image")
 
 
 @pytest.fixture(scope="module")
 def gpu() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["gpu"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/gpu.py")
 
 
 @pytest.fixture

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from mmdit_probe.results.selection import LayerSelection
-
-
-def script(name: str) -> ModuleType:
-    path = Path(__file__).parents[1] / "analyses" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+from tests.scripts import script
 
 
 def test_choice_writes_what_evaluate_takes(
     tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    choice = script("segmentation_choice")
+    choice = script("analyses/segmentation_choice.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(choice, "SIGMAS", (0.3,))
     monkeypatch.setattr(choice, "SOFTMAX", ("joint",))
@@ -49,7 +38,7 @@ def test_choice_writes_what_evaluate_takes(
 
 
 def test_area_under_the_curve_by_hand() -> None:
-    presence = script("presence")
+    presence = script("analyses/presence.py")
     there = np.array([[True, False], [False, True]])
     assert presence.area(np.array([[2.0, 1.0], [0.0, 3.0]]), there) == 1.0
     assert presence.area(np.array([[1.0, 1.0], [1.0, 1.0]]), there) == 0.5

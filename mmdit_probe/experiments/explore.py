@@ -20,7 +20,7 @@ from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.options import Option
-from mmdit_probe.specs import Spec, layer_indices
+from mmdit_probe.specs import Spec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,8 +62,7 @@ class Explore(Pictures):
     ] = None  # fmt: skip
 
     def places(self, model: MMDiT) -> dict[str, Any]:
-        chosen = layer_indices(self.layers, len(model.layers)) if self.layers is not None else grounding(model).layers
-        return {"chosen": list(chosen)}
+        return {"chosen": list(grounding(model, self.layers).layers)}
 
     def measure(self, study: Study, task: PicturedPrompt, record: TaskRecord) -> None:
         from mmdit_probe.observe.maps import TextMaps

@@ -15,7 +15,7 @@ from mmdit_probe.experiments.known import KnownLayers, grounding_layers
 from mmdit_probe.experiments.options import INPUT, METHOD, Sampling, captions_of, prompts_of, samples_of
 from mmdit_probe.experiments.token_rows import unread
 from mmdit_probe.options import Option
-from mmdit_probe.specs import Spec
+from mmdit_probe.specs import Spec, layer_indices
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -165,7 +165,9 @@ def words_of(table: TokenTable, asked: Sequence[str] | None, stream: str | None 
     return tuple(word for word, of in spans.items() if (of if stream is None else stream in of))
 
 
-def grounding(model: MMDiT) -> KnownLayers:
-    """The layers that ground words; one's own pipeline goes by the folder or hub id that it was loaded from."""
+def grounding(model: MMDiT, asked: Spec | None = None) -> KnownLayers:
+    """The layers asked for, else those that ground words; a pipeline goes by where it was loaded from."""
+    if asked is not None:
+        return KnownLayers(layer_indices(asked, len(model.layers)), "")
     names = (model.name, str(getattr(model.pipeline.config, "_name_or_path", "")))
     return grounding_layers(names, model.weight_hash, len(model.layers))

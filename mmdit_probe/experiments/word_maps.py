@@ -23,7 +23,6 @@ import numpy as np
 
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.explore import Explore
-from mmdit_probe.experiments.known import KnownLayers
 from mmdit_probe.experiments.options import METHOD, checked_heads
 from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.experiments.progress import Progress
@@ -31,7 +30,7 @@ from mmdit_probe.experiments.target import as_model
 from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
-from mmdit_probe.specs import HeadSpec, Spec, layer_indices, step_indices
+from mmdit_probe.specs import HeadSpec, Spec, step_indices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,9 +73,7 @@ class WordMaps(Pictures):
             step_indices(self.steps, self.num_steps)
 
     def places(self, model: MMDiT) -> dict[str, Any]:
-        known = grounding(model)
-        if self.layers is not None:
-            known = KnownLayers(layer_indices(self.layers, len(model.layers)), "")
+        known = grounding(model, self.layers)
         layers = known.layers
         heads = checked_heads(self.heads, layers, model.heads)
         steps = [0] if self.image is not None else list(step_indices(self.steps, self.num_steps))

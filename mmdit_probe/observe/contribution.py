@@ -46,7 +46,7 @@ _QUERIES = 512
 
 
 @dataclass(frozen=True, eq=False)
-class _Text:
+class _Others:
     """What the layers of one denoising call share: per sample, the positions of every group among the other keys.
 
     Attributes:
@@ -81,18 +81,18 @@ class Contribution(RowObserver):
 
     columns = COLUMNS
 
-    _text: _Text | None = None
+    _text: _Others | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._refused: dict[int, UserError] = {}
 
-    def measure(self, seen: LayerCall) -> tuple[_Text, list[Tensor]]:
+    def measure(self, seen: LayerCall) -> tuple[_Others, list[Tensor]]:
         tables, layout = seen.tokens, seen.layout
         if self._text is None or self._text.tables is not tables or self._text.layout is not layout:
             columns = layout.indices("text", "other")
             groups = [_groups(layout, table, sample) for sample, table in enumerate(tables)]
-            self._text = _Text(tables, layout, columns.to(seen.call.query.device), groups)
+            self._text = _Others(tables, layout, columns.to(seen.call.query.device), groups)
         projection = projection_of(seen)
         weight = linear_map(projection, seen.call.query).unflatten(0, (seen.call.query.shape[1], -1))  # [H, Dv, E]
         self._check(seen, projection)
@@ -163,7 +163,7 @@ def linear_map(projection: nn.Module, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def contributions(seen: LayerCall, weight: Tensor, text: _Text) -> list[Tensor]:
+def contributions(seen: LayerCall, weight: Tensor, text: _Others) -> list[Tensor]:
     """Per sample [G, 1 + H, 4] float32: the values of `VALUES` of every group, all heads together first.
 
     Args:

@@ -1,6 +1,5 @@
 """The command, every stage in a few steps, what is measured on the way, what ships, and the ablation's script."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from mmdit_probe import load
 from mmdit_probe.errors import UserError
 from mmdit_probe.scenes import load_parser
 from mmdit_probe.scenes.captions import KINDS
+from tests.scripts import script
 from training import flow, measure
 from training.__main__ import main
 from training.assemble import first_tower
@@ -42,15 +42,6 @@ def workdir(tmp_path_factory, tiny_curriculum):
     folder = tmp_path_factory.mktemp("training")
     main(["all", "--workdir", str(folder), "--steps", "3", "--align", "all:features", *TINY])
     return folder
-
-
-def script(name):
-    """An analysis as a module."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / "analyses" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def session(workdir, **options):
@@ -196,7 +187,7 @@ def test_the_command_runs_as_a_module():
 
 
 def test_the_ablation_trains_measures_and_resumes(workdir, tmp_path, monkeypatch):
-    ablation = script("alignment_ablation")
+    ablation = script("analyses/alignment_ablation.py")
     asked, size = (
         session(workdir, steps=3),
         ablation.Size(n=2, n_evidence=4, num_steps=1, evidence=("word_mass", "segmentation")),
@@ -216,7 +207,7 @@ def test_the_ablation_trains_measures_and_resumes(workdir, tmp_path, monkeypatch
 
 
 def test_the_answer_counts_best_layers_at_the_aligned_one_and_the_next():
-    ablation = script("alignment_ablation")
+    ablation = script("analyses/alignment_ablation.py")
     best = {"random weights": 0, "none": 3, "layer:2": 2, "layer:4": 5, "layer:6": 4}
     keys = [(recipe, layer) for recipe in best for layer in range(8)]
     frame = pd.DataFrame(keys, columns=["recipe", "layer"]).assign(seed=0, min_max=False, evidence="segmentation")
