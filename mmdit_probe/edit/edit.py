@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from mmdit_probe.observe.probe import Run
 
 Proceed = Callable[[SDPACall], Tensor]
-Modality = Literal["image", "text"]
+Modality = Literal["image", "text", "reference"]
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
 BRANCHES = ("cond", "uncond", "perturbed", "unknown")
 
 
@@ -115,12 +116,13 @@ class Edit(Addressed):
     """Base of edits on one block of the joint attention.
 
     Args:
-        query, key: the block, "image" or "text" each: `("image", "text")` is I2T.
+        query, key: the block, "image", "text" or "reference" each: `("image", "text")` is I2T.
         layers, heads, steps: as in `mmdit_probe.specs`; heads may also be layer -> heads. Calls of `MMDiT.denoise`
             count as every step.
         branches: guidance branches concerned (cond, uncond, perturbed, unknown); None is all of them.
         streams, spans, words: of text keys, only those of these encoder streams, span kinds, words; None is all. Words
             may differ between prompts: prompt -> words; other prompts are left alone.
+        references: of reference keys, only those of these pictures by number, from 0; None is all.
         renormalise: divide by the row's new total probability, so that it is 1 again.
     """
 
@@ -133,6 +135,7 @@ class Edit(Addressed):
     streams: Sequence[str] | None = None
     spans: Sequence[str] | None = None
     words: Sequence[str] | Mapping[str, Sequence[str]] | None = None
+    references: Sequence[int] | None = None
     renormalise: bool = False
 
     stage: ClassVar[Stage] = "output"
@@ -141,12 +144,14 @@ class Edit(Addressed):
 
     def __post_init__(self) -> None:
         for modality in (self.query, self.key):
-            check_known("modality", modality, ("image", "text"))
+            check_known("modality", modality, MODALITIES)
         super().__post_init__()
         for span in self.spans or ():
             check_known("span kind", span, SPAN_KINDS)
         if self.key != "text" and (self.streams or self.spans or self.words):
-            raise UserError("streams, spans and words select text keys; this edit's keys are image tokens")
+            raise UserError(f"streams, spans and words select text keys; this edit's keys are {self.key} tokens")
+        if self.key != "reference" and self.references is not None:
+            raise UserError(f"references select reference keys; this edit's keys are {self.key} tokens")
 
     def attend(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
         """The attention output [B, H, N, Dv] under the edit; entries outside `place.mask` are ignored."""
@@ -221,8 +226,12 @@ class Handler:
             )
         if layout.queries is not None and not bool(layout.queries[:, layout.positions(edit.query)].any()):
             raise UserError(f"{edit.query} tokens are no queries in the joint attention of {self.run.family.name}")
+        if "reference" in (edit.query, edit.key) and not layout.counts["reference"]:
+            raise UserError("this call has no reference tokens: give the pipeline a picture to edit")
         tables = current.tokens(layout.counts["text"])[samples]
-        keys = torch.stack([_keys(edit, table, layout) for table in tables])
+        if len(layout.references) > 1:
+            layout = replace(layout, references=layout.references[samples])
+        keys = torch.stack([_keys(edit, table, layout, sample) for sample, table in enumerate(tables)])
         if hidden is not None:  # what the mask hides is not there to be mixed with
             keys &= ~hidden.cpu()[:, layout.positions(edit.key)]
         wanted = edit.branches
@@ -282,9 +291,11 @@ def edited(edit: Edit, call: SDPACall, place: Place, proceed: Proceed) -> Tensor
     return output / edit.attend(ones, place, proceed)
 
 
-def _keys(edit: Edit, table: TokenTable, layout: Layout) -> Tensor:
+def _keys(edit: Edit, table: TokenTable, layout: Layout, sample: int) -> Tensor:
     """[K] boolean: the keys concerned among those of the key modality."""
     keys = torch.ones(layout.counts[edit.key], dtype=torch.bool)
+    if edit.key == "reference":
+        return reference_keys(layout, sample, edit.references)
     if edit.key != "text":
         return keys
     if edit.streams is not None:
@@ -296,6 +307,23 @@ def _keys(edit: Edit, table: TokenTable, layout: Layout) -> Tensor:
         keys &= torch.tensor([kind in edit.spans for kind in table.kinds])
     if edit.words is not None:
         keys &= _words(words_of(edit, table), table)
+    return keys
+
+
+def reference_keys(layout: Layout, sample: int, numbers: Sequence[int] | None = None) -> Tensor:
+    """[K] boolean: the tokens of some references (None: all) of a sample among the K reference ones.
+
+    Raises:
+        UserError: the sample has no reference of a number.
+    """
+    counts = [len(positions) for _, positions in layout.references_of(sample)]
+    known = range(len(counts))
+    for number in numbers or ():
+        if number not in known:
+            raise UserError(f"no reference {number}: sample {sample} of this call has {len(counts)} (the first is 0)")
+    chosen = [number in (known if numbers is None else numbers) for number in known]
+    keys = torch.zeros(layout.counts["reference"], dtype=torch.bool)
+    keys[: sum(counts)] = torch.tensor(chosen, dtype=torch.bool).repeat_interleave(torch.tensor(counts).long())
     return keys
 
 

@@ -12,7 +12,7 @@ one more attention call in the edited layer. Not here: guidance with the perturb
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self, get_args
 
@@ -60,11 +60,10 @@ class Gaussian(Edit):
     def no_op(self) -> Self:
         return self.at(sigma=0.0)
 
-    def over_grid(self, place: Place) -> tuple[Tensor, Tensor]:
-        """The blurs along rows and along columns of the image grid, [h, h] and [w, w] float64."""
-        _, h, w = _grid(place)
+    def over_grid(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The blurs along rows and along columns of a picture's grid, [h, h] and [w, w] float64."""
         weights = taps(self.sigma, self.kernel)
-        return blur_matrix(h, weights, self.border), blur_matrix(w, weights, self.border)
+        return blur_matrix(grid[0], weights, self.border), blur_matrix(grid[1], weights, self.border)
 
 
 @dataclass(frozen=True)
@@ -98,13 +97,14 @@ class Blur(Gaussian, KeyMix):
     """Gaussian blur along the keys: the paper's perturbation with its defaults. Arguments: see `Gaussian`.
 
     Text keys are blurred in their joint order, over all selected positions as one sequence: with every stream selected
-    (the default) CLIP's last tokens mix with T5's first. Image keys are blurred in two dimensions on the grid.
+    (the default) CLIP's last tokens mix with T5's first. Image keys are blurred in two dimensions on the grid, those of
+    a reference picture on its own.
     """
 
     def matrix(self, place: Place, row: int) -> Tensor:
-        if self.key == "image":
-            frames = torch.eye(place.layout.frames, dtype=torch.float64)
-            return torch.kron(frames, torch.kron(*self.over_grid(place)))
+        if self.key != "text":
+            pictures = _pictures(place, self.key, row, self.references)
+            return torch.block_diag(*(torch.kron(*self.over_grid(grid)) for _, grid, n in pictures for _ in range(n)))
         return blur_matrix(int(place.keys[row].sum()), taps(self.sigma, self.kernel), self.border)
 
     def attend(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
@@ -135,7 +135,8 @@ class Mean(KeyMix):
 
 @dataclass(frozen=True)
 class Swap(KeyMix):
-    """Exchange two words: queries that look at the first read the second, and the other way round.
+    """Exchange two words: queries that look at the first read the second, and the other way round. Or, with reference
+    keys, two pictures of equal size, patch by patch.
 
     One edit for values and keys: the softmax does not know the order of its keys, so that exchanging the keys of two
     words and exchanging their values is the same thing (and exchanging both changes nothing).
@@ -143,10 +144,15 @@ class Swap(KeyMix):
     Args:
         words: the two words, or prompt -> two words; rows whose prompt lacks one are left alone. In each encoder stream
             as many positions are exchanged as the shorter word has.
+        references: the two pictures, by number.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.key == "reference":
+            if len(set(self.references or ())) != 2:
+                raise UserError(f"swap of references {self.references}: expected the numbers of two of them")
+            return
         pairs = self.words.values() if isinstance(self.words, Mapping) else [self.words or ()]
         for words in pairs:
             if len(words) != 2:
@@ -155,14 +161,19 @@ class Swap(KeyMix):
     def matrix(self, place: Place, row: int) -> Tensor:
         chosen = place.keys[row].cpu()
         matrix = torch.eye(int(chosen.sum()), dtype=torch.float64)
+        if self.key == "reference":
+            (_, *first), (_, *second) = _pictures(place, self.key, row, self.references)
+            if first != second:
+                raise UserError(f"references {self.references} differ in size, {first} and {second}: no exchange")
+            return matrix.roll(len(matrix) // 2, 0)
         place_of = {int(p): k for k, p in enumerate(chosen.nonzero()[:, 0])}
         table = place.tables[row]
         words = words_of(self, table)
         if not words or not all(has_words(table, word) for word in words):
             return matrix
-        first, second = (table.word_spans(word) for word in words)
-        for stream in first.keys() & second.keys():
-            for a, b in zip(first[stream], second[stream], strict=False):
+        spans = [table.word_spans(word) for word in words]
+        for stream in spans[0].keys() & spans[1].keys():
+            for a, b in zip(spans[0][stream], spans[1][stream], strict=False):
                 if a in place_of and b in place_of:
                     one, two = place_of[a], place_of[b]
                     matrix[[one, two]] = matrix[[two, one]]
@@ -195,16 +206,16 @@ class OtherText(Edit):
 
 @dataclass(frozen=True)
 class GridBlur(Gaussian):
-    """Blur of the block over the image grid of its queries, as SEG (arXiv:2408.00760) blurs queries; I2T by default.
+    """Blur of the block over the grid of its queries, as SEG (arXiv:2408.00760) blurs queries; I2T by default.
 
     With `where="probabilities"` each key's map over the image is blurred, and rows of the attention no longer sum to
-    one (see `renormalise`). Arguments: see `Gaussian`; the queries must be image tokens.
+    one (see `renormalise`). Arguments: see `Gaussian`; the queries must be image or reference tokens.
     """
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.query != "image":
-            raise UserError("a blur over the image grid needs image queries")
+        if self.query == "text":
+            raise UserError("a blur over a picture's grid needs image queries, or reference queries")
 
     def attend(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
         keys = torch.zeros(call.key.shape[0], call.key.shape[-2], dtype=torch.bool, device=call.key.device)
@@ -221,13 +232,14 @@ class GridBlur(Gaussian):
         return proceed(replace(call, query=query, key=key, value=value, scale=call.scale_factor))[..., :width]
 
     def _blurred(self, tokens: Tensor, place: Place) -> Tensor:
-        """Tokens [B, H, N, D] with the image ones blurred over the grid."""
-        rows, columns = (matrix.to(tokens.device, torch.float32) for matrix in self.over_grid(place))
-        positions = place.layout.positions("image")
-        grid = tokens[:, :, positions].float().unflatten(2, _grid(place))
-        blurred = torch.einsum("yi,xj,bhfijd->bhfyxd", rows, columns, grid).flatten(2, 4)
+        """Tokens [B, H, N, D] with those of the queries' kind blurred over their grids."""
         result = tokens.clone()
-        result[:, :, positions] = blurred.to(tokens.dtype)
+        for row, of_row in enumerate(tokens):
+            for positions, size, frames in _pictures(place, self.query, row):
+                rows, columns = (matrix.to(tokens.device, torch.float32) for matrix in self.over_grid(size))
+                grid = of_row[:, positions].float().unflatten(1, (frames, *size))
+                blurred = torch.einsum("yi,xj,hfijd->hfyxd", rows, columns, grid).flatten(1, 3)
+                result[row, :, positions] = blurred.to(tokens.dtype)
         return result
 
 
@@ -239,13 +251,19 @@ def _mixed(tokens: Tensor, maps: Tensor, kind: str, place: Place) -> Tensor:
     return result
 
 
-def _grid(place: Place) -> tuple[int, int, int]:
-    """Frames, rows and columns of the image tokens."""
+def _pictures(
+    place: Place, kind: str, row: int, numbers: Sequence[int] | None = None
+) -> list[tuple[Tensor, tuple[int, int], int]]:
+    """Positions, grid and frames of the image, or of the references (None: all) of sample `row`."""
     layout = place.layout
-    h, w = layout.grid or (0, 0)
-    if layout.frames * h * w != layout.counts["image"]:
-        raise UserError(f"the image tokens have no known grid: {layout.counts['image']} tokens")
-    return layout.frames, h, w
+    found = [(layout.indices("image"), layout.grid, layout.frames)]
+    if kind == "reference":
+        known = enumerate(layout.references_of(row))
+        found = [(at, of.grid, of.frames) for n, (of, at) in known if numbers is None or n in numbers]
+    for at, grid, frames in found:
+        if grid is None or frames * grid[0] * grid[1] != len(at):
+            raise UserError(f"the {kind} tokens have no known grid: {len(at)} tokens")
+    return found  # type: ignore[return-value]
 
 
 def taps(sigma: float, kernel: int) -> Tensor:

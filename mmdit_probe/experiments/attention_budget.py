@@ -37,6 +37,12 @@ BLOCKS = {
 }  # fmt: skip
 """Block name -> (query, key). `other` keys (registers, learned pads) are the fifth mass, seen from either modality."""
 
+REFERENCE_BLOCKS = {
+    "I2R": ("image", "reference"), "T2R": ("text", "reference"), "R2I": ("reference", "image"),
+    "R2T": ("reference", "text"), "R2R": ("reference", "reference"), "R2O": ("reference", "other"),
+}  # fmt: skip
+"""The blocks of editing models, whose sequence holds reference pictures; there where a table has any."""
+
 SPANS = ("word", "bos", "eos", "template", "pad", "null", "unknown")
 """Kinds of text token that the I2T mass is split into."""
 
@@ -105,7 +111,7 @@ class AttentionBudget(TokenRows):
         return [
             budget_table(result.summary, published(result, "budget_by_layer")),
             "I2T = image queries, text keys; shares of the query's attention, in brackets what uniform attention"
-            " gives; 'to ...' splits I2T.",
+            " gives; 'to ...' splits I2T." + (" R = reference pictures." if "I2R" in result.summary else ""),
             f"Mean over heads and steps (conditional branch): {setting}.",
         ]
 
@@ -134,8 +140,9 @@ def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
         layer, prompts: layer index, number of prompts n;
         I2I, I2T, I2O, T2I, T2T, T2O: mean mass (share of the query modality's attention, 0..1);
         I2T_<span>: the part of I2T on each kind of text token;
+        I2R, T2R, R2I, R2T, R2R, R2O, and I2R_<number> where there are several: of models with reference pictures;
         <name>_uniform: the same under uniform attention, n_key / N;
-        <name>_low, <name>_high: 95 % interval over prompts for the six blocks and I2T_word (NaN when n = 1);
+        <name>_low, <name>_high: 95 % interval over prompts for the blocks and I2T_word (NaN when n = 1);
         outlier: measures whose robust z-score over layers exceeds 3.5, with their sign, such as "I2T+ T2I-".
     """
     import pandas as pd
@@ -145,10 +152,10 @@ def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
     values = layers.mean(numeric_only=True)
     uniform = blocks(own, "uniform").groupby("layer").mean(numeric_only=True)
     summary = pd.DataFrame({"layer": values.index, "prompts": layers.size().to_numpy()}, index=values.index)
-    for name in (*BLOCKS, *(f"I2T_{kind}" for kind in SPANS)):
+    for name in values.columns.drop("item", errors="ignore"):
         summary[name] = values[name]
         summary[f"{name}_uniform"] = uniform[name]
-        if name in BLOCKS or name == "I2T_word":
+        if "_" not in name or name == "I2T_word":
             bounds = [interval(part.clip(0, 1), kind="share") for _, part in layers[name]]
             summary[f"{name}_low"], summary[f"{name}_high"] = ([b[k] for b in bounds] for k in (1, 2))
     marks = pd.DataFrame({name: _mark(name, robust_z(values[name].to_numpy())) for name in OUTLIER_MEASURES})
@@ -157,17 +164,21 @@ def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
 
 
 def blocks(by_item: pd.DataFrame, value: str = "mass") -> pd.DataFrame:
-    """One row per control, item and layer: those columns, the six blocks and I2T_<span>."""
+    """One row per control, item and layer: those columns, the blocks, I2T_<span> and I2R_<number>."""
     import pandas as pd
 
     cell = ["control", "item", "layer"]
     columns = {}
-    for name, (query, key) in BLOCKS.items():
+    numbers = sorted(by_item.loc[by_item["key"] == "reference", "span"].astype(str).unique(), key=int)
+    for name, (query, key) in (BLOCKS | (REFERENCE_BLOCKS if numbers else {})).items():
         chosen = by_item[(by_item["query"] == query) & (by_item["key"] == key)]
         columns[name] = chosen.groupby(cell, observed=True)[value].sum()
     into_text = by_item[(by_item["query"] == "image") & (by_item["key"] == "text")]
     for kind in SPANS:
         columns[f"I2T_{kind}"] = into_text[into_text["span"] == kind].groupby(cell, observed=True)[value].sum()
+    into = by_item[(by_item["query"] == "image") & (by_item["key"] == "reference")]
+    for number in numbers if len(numbers) > 1 else ():
+        columns[f"I2R_{number}"] = into[into["span"] == number].groupby(cell, observed=True)[value].sum()
     return pd.DataFrame(columns).astype("float64").fillna(0.0).reset_index()
 
 
@@ -185,12 +196,14 @@ def budget_table(summary: pd.DataFrame, paper: pd.DataFrame | None = None) -> Te
     from mmdit_probe.plots.style import LABELS
 
     spans = [kind for kind in LABELS if summary[f"I2T_{kind}_uniform"].max() > 0]
-    masses = [name for name in ("I2I", "I2T", "T2I", "T2T", "I2O") if summary[f"{name}_uniform"].max() > 0]
+    numbers = [name for name in summary if name.removeprefix("I2R_").isdigit()]
+    blocks = [name for name in (*BLOCKS, *REFERENCE_BLOCKS, *numbers) if name in summary and name[2] != "O"]
+    masses = [name for name in (*blocks, "I2O") if summary[f"{name}_uniform"].max() > 0]
     rest = [f"to {LABELS[kind]}" for kind in spans]
     columns = ["layer", *("other" if name == "I2O" else name for name in masses), *rest]
     known = paper.set_index("layer") if paper is not None else None
     columns += ["paper I2T", "paper T2I"] if known is not None else []
-    spare = ["T2T", "I2I", *(name for name in reversed(rest) if name != "to words")]
+    spare = ["R2R", "R2T", "R2I", "T2R", "T2T", "I2I", *(name for name in reversed(rest) if name != "to words")]
     table = TextTable([*columns, "outlier"], left=("outlier",), spare=spare)
     for row in summary.to_dict("records"):
         cells = [str(row["layer"])]

@@ -103,10 +103,12 @@ class ContributionBudget(TokenRows):
 
 
 def grouped(by_item: pd.DataFrame) -> pd.DataFrame:
-    """The rows of whole groups, with their name in `group`: all, image, other, text, or the span kind."""
+    """The rows of whole groups, with their name in `group`: all, image, other, text, reference, the span kind, or
+    "reference 0" and so on."""
     rows = by_item[by_item["word"] == ""]
-    kind = rows["span"].astype(str)
-    return rows.assign(group=kind.where(kind != "all", rows["key"].astype(str)))
+    kind, key = rows["span"].astype(str), rows["key"].astype(str)
+    kind = kind.where(key != "reference", "reference " + kind)
+    return rows.assign(group=kind.where(rows["span"] != "all", key))
 
 
 def summarise(by_item: pd.DataFrame, by: list[str]) -> pd.DataFrame:
@@ -141,7 +143,7 @@ def contribution_table(summary: pd.DataFrame) -> TextTable:
     from mmdit_probe.plots.style import LABELS
 
     there = summary.groupby("group", observed=True)["norm"].max()
-    groups = [name for name in ("image", "text", *LABELS) if there.get(name, 0) > 0]
+    groups = [name for name in ("image", "text", "reference", *LABELS) if there.get(name, 0) > 0]
     heads = [LABELS.get(name, name) for name in groups]
     table = TextTable(["layer", *heads, "cosine of words"], spare=heads[3:])
     for layer, part in summary.groupby("layer"):

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 SHOWN_LAYERS, SHOWN_WORDS = 12, 8
 """Most rows and columns of the figure."""
+QUERIES = ("image", "text", "reference")
+"""Kinds of query in a budget; the last one of editing models."""
 SPECIAL = ("bos", "eos", "template", "pad")
 """Kinds of text token that are shown beside words."""
 
@@ -149,7 +151,7 @@ class Explore(Pictures):
             tokens, range(len(kept["i2t"])), [str(step) for step in kept["steps"]], kept["i2t"], kept["t2i"],
             {layer: (kept["i2t_heads"][k], kept["t2i_heads"][k]) for k, layer in enumerate(apart)},
             [str(kind) for kind in kept["kinds"]], kept["budget"], result.request["chosen"],
-            frozenset(range(count, len(names))), self._about(result, kept, seed),
+            frozenset(range(count, len(names))), self._about(result, kept, seed), QUERIES[: kept["budget"].shape[3]],
         )  # fmt: skip
 
     def _about(self, result: Result, kept: dict[str, Any], seed: int) -> str:
@@ -212,7 +214,8 @@ def special_spans(table: TokenTable) -> list[tuple[str, str]]:
 
 
 def budgets(table: pd.DataFrame, layers: range, heads: int, steps: list[int]) -> tuple[list[str], np.ndarray]:
-    """Kinds of key, and the shares [L, 1 + H, 1 + S, 2, K] of image and text queries: means over heads and steps first.
+    """Kinds of key, and the shares [L, 1 + H, 1 + S, Q, K] of image, text and, where there are any, reference queries:
+    means over heads and steps first.
 
     Args:
         table: of `AttentionMass`, per head. steps: those that have a row of their own.
@@ -221,11 +224,12 @@ def budgets(table: pd.DataFrame, layers: range, heads: int, steps: list[int]) ->
     kind = own["span"].astype(str).where(own["key"].astype(str) == "text", own["key"].astype(str))
     cell = ["layer", "head", "step", "query"]
     sums = own.assign(kind=kind).groupby([*cell, "kind"], observed=True)["mass"].sum().unstack("kind").fillna(0.0)
-    order = ["word", "bos", "eos", "template", "pad", "null", "unknown", "image", "other"]
+    order = ["word", "bos", "eos", "template", "pad", "null", "unknown", "image", "reference", "other"]
     kinds = [name for name in order if name in sums and sums[name].any()]
     rows = sums[kinds].reset_index()
-    found = np.zeros((len(layers), 1 + heads, 1 + len(steps), 2, len(kinds)), np.float32)
-    for place, query in enumerate(("image", "text")):
+    queries = QUERIES if (rows["query"] == "reference").any() else QUERIES[:2]
+    found = np.zeros((len(layers), 1 + heads, 1 + len(steps), len(queries), len(kinds)), np.float32)
+    for place, query in enumerate(queries):
         of = rows[rows["query"] == query]
         parts = [of, *(of[of["step"] == step] for step in steps)]
         for row, part in enumerate(parts):
@@ -238,7 +242,7 @@ def budgets(table: pd.DataFrame, layers: range, heads: int, steps: list[int]) ->
 
 def long(budget: np.ndarray, kinds: list[str], layers: range) -> dict[str, Any]:
     """The budget's mean over heads and steps as columns."""
-    names = [f"{query} -> {kind}" for query in ("image", "text") for kind in kinds]
+    names = [f"{query} -> {kind}" for query in QUERIES[: budget.shape[3]] for kind in kinds]
     values = budget[:, 0, 0].reshape(len(layers), -1)
     return {"layer": np.array(layers, np.int16), **{name: values[:, k] for k, name in enumerate(names)}}
 

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 PROMPT_SPANS = ("bos", "word", "eos", "template")
 """Text tokens that the paper calls prompt tokens: text without the trailing padding (and without null slots)."""
 
-CURVES = ("image", "text", "prompt")
+CURVES = ("image", "text", "prompt", "reference")
+"""The last one where a call has reference pictures."""
 GROUPS = (*CURVES, "word", "bos", "eos", "template", "pad", "null", "unknown")
 _CELL = ["branch", "layer", "head"]
 
@@ -103,7 +104,8 @@ class ValueNorms(TokenRows):
 def per_call(rows: Rows) -> pd.DataFrame:
     """Rows of `ValueNorm` of one denoising call, the mean over the tokens of each group.
 
-    Returns: branch, layer, head and one column per group of `GROUPS` (NaN where it has no tokens).
+    Returns: branch, layer, head and one column per group of `GROUPS` (NaN where it has no tokens; none of references
+    where the call has none).
     """
     import pandas as pd
 
@@ -114,6 +116,8 @@ def per_call(rows: Rows) -> pd.DataFrame:
         "text": table["token"] == "text",
         "prompt": table["span"].isin(PROMPT_SPANS),
     }
+    if (table["token"] == "reference").any():
+        members["reference"] = table["token"] == "reference"
     members |= {kind: table["span"] == kind for kind in GROUPS if kind not in CURVES}
     columns = {}
     for name, chosen in members.items():
@@ -136,11 +140,11 @@ def by_layer(by_item: pd.DataFrame) -> pd.DataFrame:
         by_item: columns control, item, layer, head and the groups, of one branch.
 
     Returns: columns layer, prompts (n), one column per group of `GROUPS` that occurs (mean norm), `gap`, and
-    `<name>_low`, `<name>_high` (95 % interval over prompts; NaN when n = 1) for the three curves and the gap.
+    `<name>_low`, `<name>_high` (95 % interval over prompts; NaN when n = 1) for the curves and the gap.
     """
     wide = with_gap(measured(by_item))
     layers = wide.groupby("layer")
-    summary = layers[[*GROUPS, "gap"]].mean().dropna(axis=1, how="all")
+    summary = layers[[name for name in (*GROUPS, "gap") if name in wide]].mean().dropna(axis=1, how="all")
     summary.insert(0, "prompts", layers.size())
     for name in (*CURVES, "gap"):
         if name in summary:
@@ -153,7 +157,8 @@ def by_head(by_item: pd.DataFrame) -> pd.DataFrame:
     """Mean norm per layer and head (without the concatenation): columns layer, head, and the groups that occur."""
     own = measured(by_item)
     own = own[own["head"] != ALL_HEADS]
-    return own.groupby(["layer", "head"])[list(GROUPS)].mean().dropna(axis=1, how="all").reset_index()
+    groups = [name for name in GROUPS if name in own]
+    return own.groupby(["layer", "head"])[groups].mean().dropna(axis=1, how="all").reset_index()
 
 
 def norm_table(summary: pd.DataFrame, paper: pd.DataFrame | None = None) -> TextTable:

@@ -1,4 +1,4 @@
-"""Which joint token is which: image, text or other, and the joint-attention layers of a model.
+"""Which joint token is which: image, text, reference or other, and the joint-attention layers of a model.
 
     >>> layout = Layout.from_counts([("image", 4), ("text", 3)], grid=(2, 2))
     >>> layout.positions("text")
@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.families.facts import Family
-from mmdit_probe.models.families.token_order import Arrangement, positions
-
-KINDS = ("image", "text", "other")
+from mmdit_probe.models.families.token_order import KINDS as KINDS
+from mmdit_probe.models.families.token_order import Arrangement, Reference, positions
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Layout:
         frames: frames of a video, 1 for an image.
         keys, queries: boolean [B, N] on the CPU, which tokens are keys and which are queries; None if all are. A token
             that no query may attend to is neither.
+        references: per sample, the references in the order of their tokens; one entry stands for all samples.
     """
 
     labels: Tensor
@@ -54,6 +54,7 @@ class Layout:
     frames: int = 1
     keys: Tensor | None = None
     queries: Tensor | None = None
+    references: tuple[tuple[Reference, ...], ...] = ()
 
     @classmethod
     def from_counts(cls, runs: Sequence[tuple[str, int]], grid: tuple[int, int] | None = None) -> Layout:
@@ -77,11 +78,14 @@ class Layout:
 
     def positions(self, *kinds: str) -> slice | Tensor:
         """`indices`, as a slice where they are contiguous."""
-        index = self.indices(*kinds)
-        if len(index) == 0:
-            return slice(0, 0)
-        first, last = int(index[0]), int(index[-1])
-        return slice(first, last + 1) if last - first + 1 == len(index) else index
+        return as_slice(self.indices(*kinds))
+
+    def references_of(self, row: int) -> list[tuple[Reference, Tensor]]:
+        """The references of sample `row`, each with the joint positions of its tokens, on the CPU."""
+        known = self.references[row if len(self.references) > 1 else 0] if self.references else ()
+        counts = [one.count for one in known]
+        own = self.indices("reference")[: sum(counts)]
+        return list(zip(known, own.split(counts), strict=True)) if counts else []
 
     def key_count(self, kind: str, row: int) -> int:
         """Number of keys of one kind that sample `row` has."""
@@ -96,6 +100,14 @@ class Layout:
         return replace(self, keys=keys, queries=~hidden if self.queries is None else self.queries & ~hidden)
 
 
+def as_slice(index: Tensor) -> slice | Tensor:
+    """Rising positions as a slice where they are contiguous."""
+    if len(index) == 0:
+        return slice(0, 0)
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first + 1 == len(index) else index
+
+
 @dataclass(frozen=True)
 class Places:
     """Where the tokens of a canonical call are in the attention call: [B, N] each, -1 for one that is not there."""
@@ -108,12 +120,13 @@ class Places:
 def arranged(arrangement: Arrangement) -> tuple[Layout, Places | None]:
     """The layout of an arrangement, and where its tokens are in the attention call (None: in the same order).
 
-    Samples that differ, and text positions out of order, are brought into one order: image, text, other.
+    Samples that differ, and text positions out of order, are brought into one order, that of `KINDS`.
     """
     first = arrangement.samples[0]
     if arrangement.regular:
         runs = [(kind, extent) for kind, extent in first if isinstance(extent, int)]
-        return replace(Layout.from_counts(runs, arrangement.grid), frames=arrangement.frames), None
+        layout = Layout.from_counts(runs, arrangement.grid)
+        return replace(layout, frames=arrangement.frames, references=arrangement.references), None
     tokens = [{kind: _by_position(sample, kind) for kind in KINDS} for sample in arrangement.samples]
     counts = {kind: max(len(of[kind]) for of in tokens) for kind in KINDS}
     keys = [[p for kind in KINDS for p in of[kind] + [-1] * (counts[kind] - len(of[kind]))] for of in tokens]
@@ -124,7 +137,10 @@ def arranged(arrangement: Arrangement) -> tuple[Layout, Places | None]:
         queries.append([number.get(place, -1) for place in row])
     places = Places(torch.tensor(keys), torch.tensor(queries))
     labels = Layout.from_counts(list(counts.items())).labels
-    return Layout(labels, arrangement.grid, arrangement.frames, places.keys >= 0, places.queries >= 0), places
+    layout = Layout(
+        labels, arrangement.grid, arrangement.frames, places.keys >= 0, places.queries >= 0, arrangement.references
+    )
+    return layout, places
 
 
 def _in_order(sample: Sequence[Any]) -> list[tuple[int, str]]:

@@ -21,7 +21,7 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.models.discover_layout import IMAGE_NAMES, TEXT_NAMES, Site, input_names, joint_sites, taint
 from mmdit_probe.models.families.facts import Family
 from mmdit_probe.models.families.registry import family_of, refuse_cross_attention
-from mmdit_probe.models.families.token_order import Arrangement
+from mmdit_probe.models.families.token_order import KINDS, Arrangement
 from mmdit_probe.models.layout import Layer, find_layers
 
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
@@ -93,7 +93,7 @@ def _arrangement(site: Site, image: Any) -> Arrangement:
     samples = tuple(tuple(site.order(sample)) for sample in range(len(site.labels)))
     every = all(count == len(labels) for count, labels in zip(site.queries, site.labels, strict=True))
     grid = _guessed_grid(image, int((site.labels[0] == 0).sum()))
-    return Arrangement(samples, grid, queries=("image", "text", "other") if every else ("image",))
+    return Arrangement(samples, grid, queries=KINDS if every else ("image",))
 
 
 def _guessed_grid(image: Any, count: int) -> tuple[int, int] | None:

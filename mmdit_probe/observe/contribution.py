@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mmdit_probe.attention import exact
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.layout import Layout
+from mmdit_probe.models.layout import KINDS, Layout
 from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.observer import Axis, DenoisingCall, LayerCall, RowBatch, RowObserver
 from mmdit_probe.specs import ALL_HEADS
@@ -66,11 +66,12 @@ class Contribution(RowObserver):
         sink, heads, rows: as in `RowObserver`; rows of head -1 are of all heads together (the norm of the sum, not the
             mean of norms), and are always there.
 
-    Columns: prompt, seed, step, sigma, branch, layer, head, key (image | text | other | all), span and stream as in
-    `AttentionMass`, where span "all" and stream "" stand for all of them; word and word_index: one word of the prompt
-    in all its streams ("" and -1 in the other rows); norm: mean over image tokens of |c_i|; cosine: mean cosine of c_i
-    with the whole update u_i of all heads; share: mean of <c_i, u_i> / |u_i|^2, which adds up to 1 over a partition of
-    the keys and over heads; mass: attention that image tokens give to these keys; n_key. Key "all" is u_i itself.
+    Columns: prompt, seed, step, sigma, branch, layer, head, key (image | text | reference | other | all), span and
+    stream as in `AttentionMass`, where span "all" and stream "" stand for all of them; word and word_index: one word of
+    the prompt in all its streams ("" and -1 in the other rows); norm: mean over image tokens of |c_i|; cosine: mean
+    cosine of c_i with the whole update u_i of all heads; share: mean of <c_i, u_i> / |u_i|^2, which adds up to 1 over a
+    partition of the keys and over heads; mass: attention that image tokens give to these keys; n_key. Key "all" is u_i
+    itself.
 
     Raises:
         UserError: an attention module whose image tokens do not pass through an output projection of its own.
@@ -90,7 +91,7 @@ class Contribution(RowObserver):
     def measure(self, seen: LayerCall) -> tuple[_Others, list[Tensor]]:
         tables, layout = seen.tokens, seen.layout
         if self._text is None or self._text.tables is not tables or self._text.layout is not layout:
-            columns = layout.indices("text", "other")
+            columns = layout.indices(*KINDS[1:])
             groups = [_groups(layout, table, sample) for sample, table in enumerate(tables)]
             self._text = _Others(tables, layout, columns.to(seen.call.query.device), groups)
         projection = projection_of(seen)
@@ -193,7 +194,7 @@ def _parts(groups: dict[Group, Tensor], p: Tensor, value: Tensor, output: Tensor
     for (key, span, *_), index in groups.items():
         parts.append(p[..., index] @ value[:, index])
         masses.append(p[..., index].sum(-1))
-        if key in ("text", "other") and span == "all":
+        if key in KINDS[1:] and span == "all":
             rest, left = rest - parts[-1], left - masses[-1]
     for place, (key, *_) in enumerate(groups):
         if key in ("all", "image"):
@@ -228,6 +229,7 @@ def _counted(seen: LayerCall, image: Tensor) -> Tensor:
 def _groups(layout: Layout, table: TokenTable, sample: int) -> dict[Group, Tensor]:
     """The groups of a sample and the indices of their keys among those that are no image tokens."""
     labels = layout.labels[layout.labels != 0]
+    column = (layout.labels != 0).cumsum(0) - 1
     there = torch.ones(len(labels), dtype=torch.bool)
     if layout.keys is not None:
         there = layout.keys[sample][layout.labels != 0]
@@ -240,6 +242,10 @@ def _groups(layout: Layout, table: TokenTable, sample: int) -> dict[Group, Tenso
         of += [("word", "", token.word, token.word_index)] if token.word else []
         for group in of:
             members.setdefault(("text", *group), []).append(place)
+    for number, (_, positions) in enumerate(layout.references_of(sample)):
+        for span in ("all", str(number)):
+            places = [place for place in column[positions].tolist() if there[place]]
+            members.setdefault(("reference", span, "", "", -1), []).extend(places)
     other = ((labels == 2) & there).nonzero()[:, 0]
     return {
         WHOLE: none, ("image", "all", "", "", -1): none, ("other", "all", "", "", -1): other,
@@ -249,5 +255,5 @@ def _groups(layout: Layout, table: TokenTable, sample: int) -> dict[Group, Tenso
 
 def _count(layout: Layout, group: Group, positions: Tensor, sample: int) -> int:
     if group[0] == "all":
-        return sum(layout.key_count(kind, sample) for kind in ("image", "text", "other"))
+        return sum(layout.key_count(kind, sample) for kind in KINDS)
     return layout.key_count("image", sample) if group[0] == "image" else len(positions)

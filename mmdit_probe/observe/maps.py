@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -48,55 +48,24 @@ _QUERIES = 512
 """Queries per chunk of a second attention."""
 
 
-class TextMaps(Observer):
-    """Observer that keeps text maps.
+class GridMaps(Observer):
+    """Base of observers that keep maps over a picture's grid, which grow with every call.
 
-    Args:
-        words: None keeps every text position (T' = T); positions (ints) keep those; words or phrases (strings) keep one
-            map each, over all positions of the word in all encoder streams, or in `stream` alone; so do kinds of span
-            of a stream, as ("bos", "clip").
-        heads: "mean" averages over heads, "all" keeps them.
-        queries: "image" for I2T, the sum over a word's positions; "text" for T2I, the mean over a word's positions.
-        stream: encoder stream to read words from; None takes all.
-
-    A word that is not in a sample's prompt gives zeros; one that no conditional sample of a call has is an error.
-
-        with probe(pipe, TextMaps(["ring"]), layers=9) as run: image = pipe("a red ring").images[0]
-        run[TextMaps].map("ring")                    # [h, w]
-        run[TextMaps].overlay("ring", image)         # PIL
+    A subclass's `measure` gives [B, h, w, G], or [B, H, h, w, G] with heads="all".
     """
 
     needs = "lse"
 
-    def __init__(
-        self,
-        words: Sequence[str | int | tuple[str, str]] | None = None,
-        heads: Literal["mean", "all"] = "mean",
-        queries: Literal["image", "text"] = "image",
-        stream: str | None = None,
-    ) -> None:
-        check_known("heads option", heads, ("mean", "all"))
-        check_known("queries option", queries, ("image", "text"))
-        self.words = [words] if isinstance(words, str) else words
-        self.heads, self.queries, self.stream = heads, queries, stream
-        self._kept: dict[tuple[int, int], list[tuple[DenoisingCall, Tensor]]] = {}
+    summed = True
+    """Whether the map of several columns together is their sum; else their mean."""
 
-    def measure(self, seen: LayerCall) -> Tensor:
-        layout, call, grid, frames = seen.layout, seen.call, seen.grid, seen.layout.frames
-        groups = self._groups(seen)  # [B or 1, T, G]; None keeps every text position
-        head_mean = self.heads == "mean"
-        image, text = layout.positions("image"), layout.positions("text")
-        if self.queries == "image":
-            if groups is not None:  # only the positions that some map reads
-                read = groups.any(0).any(-1).nonzero()[:, 0]
-                text, groups = layout.indices("text")[read].to(call.query.device), groups[:, read]
-            maps = exact.reduce(call, seen.logsumexp, text, image, key_weights=groups, head_mean=head_mean)
-        else:
-            weights = _query_mean(seen, groups)
-            maps = exact.reduce(call, seen.logsumexp, image, text, query_weights=weights, head_mean=head_mean).mT
-        maps = maps.unflatten(-2, grid if frames == 1 else (frames, *grid))
-        # Small ones stay on the device until the call is over, so that it need not wait in every layer.
-        return maps if head_mean else maps.cpu()
+    of: ClassVar[str]
+    """What a map is of, for messages."""
+
+    def __init__(self, heads: Literal["mean", "all"] = "mean") -> None:
+        check_known("heads option", heads, ("mean", "all"))
+        self.heads = heads
+        self._kept: dict[tuple[int, int], list[tuple[DenoisingCall, Tensor]]] = {}
 
     def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
         for layer, maps in measured.items():
@@ -149,7 +118,7 @@ class TextMaps(Observer):
 
     def map(
         self,
-        word: str | int,
+        which: Any,
         *,
         layers: Spec = "all",
         steps: Spec = "all",
@@ -157,10 +126,11 @@ class TextMaps(Observer):
         sample: int = 0,
         branch: str | None = "cond",
     ) -> np.ndarray:
-        """One word's map, the mean over layers, steps and heads; [h, w] float32, [F, h, w] of a video.
+        """One map, the mean over layers, steps and heads; [h, w] float32, [F, h, w] of a video.
 
         Args:
-            word: one of `words`; without `words`, any word of the sample's prompt.
+            which: of `TextMaps`, one of its words; without `words`, any word of the sample's prompt. Of
+                `ReferenceMaps`, the number of a region.
             layers, steps: of those that were kept, by default all. heads: of maps that were kept per head.
             sample: which one of those that `maps` returns. branch: as for `maps`.
 
@@ -170,7 +140,7 @@ class TextMaps(Observer):
         if not self._kept:
             raise UserError("no maps were kept yet: call the model inside `with probe(...)`")
         if self.heads == "mean" and heads != "all":
-            raise UserError('single heads were not kept; observe TextMaps(heads="all")')
+            raise UserError(f'single heads were not kept; observe {type(self).__name__}(heads="all")')
         kept = sorted({layer for layer, _ in self._kept})
         chosen = kept if layers == "all" else layer_indices(layers, kept[-1] + 1)
         at = self.steps if steps == "all" else step_indices(steps, self.steps[-1] + 1)
@@ -182,22 +152,81 @@ class TextMaps(Observer):
             one = maps[sample]
             if self.heads == "all":
                 one = one[list(heads_at(heads, layer, len(one)))].mean(0)
-            places = self._columns(word, layer, step, sample, branch, maps.shape[-1])
+            places = self._columns(which, layer, step, sample, branch, maps.shape[-1])
             one = one[..., places]
-            found.append(one.sum(-1) if self.queries == "image" else one.mean(-1))
+            found.append(one.sum(-1) if self.summed else one.mean(-1))
         mean = torch.stack(found).mean(0).numpy()
         if not mean.any():
             prompt = self.samples(chosen[0], at[0], branch)[sample][0]
-            raise UserError(f"sample {sample}, {prompt!r}, has no word {word!r}")
+            raise UserError(f"sample {sample}, {prompt!r}, has no {self.of} {which!r}")
         return mean
 
-    def overlay(self, word: str | int, image: Any, *, strength: float = STRENGTH, **which: Any) -> Image:
-        """A picture under one word's map.
+    def overlay(self, which: Any, image: Any, *, strength: float = STRENGTH, **where: Any) -> Image:
+        """A picture under one map.
 
         Args:
-            image: the sample's picture, PIL or uint8 [H, W, 3]. strength: of the colours, 0 to 1. which: as for `map`.
+            which: as for `map`. image: the picture whose grid it is over, PIL or uint8 [H, W, 3].
+            strength: of the colours, 0 to 1. where: as for `map`.
         """
-        return overlay(image, self.map(word, **which), strength)
+        return overlay(image, self.map(which, **where), strength)
+
+    def _columns(self, which: Any, layer: int, step: int, sample: int, branch: str | None, length: int) -> list[int]:
+        """Which of a sample's kept columns make up one map."""
+        raise NotImplementedError
+
+
+class TextMaps(GridMaps):
+    """Observer that keeps text maps.
+
+    Args:
+        words: None keeps every text position (T' = T); positions (ints) keep those; words or phrases (strings) keep one
+            map each, over all positions of the word in all encoder streams, or in `stream` alone; so do kinds of span
+            of a stream, as ("bos", "clip").
+        heads: "mean" averages over heads, "all" keeps them.
+        queries: "image" for I2T, the sum over a word's positions; "text" for T2I, the mean over a word's positions.
+        stream: encoder stream to read words from; None takes all.
+        reference: number of the reference picture whose tokens stand for those of the image, from 0: its maps are R2T
+            and T2R; None is the image.
+
+    A word that is not in a sample's prompt gives zeros; one that no conditional sample of a call has is an error.
+
+        with probe(pipe, TextMaps(["ring"]), layers=9) as run: image = pipe("a red ring").images[0]
+        run[TextMaps].map("ring")                    # [h, w]
+        run[TextMaps].overlay("ring", image)         # PIL
+    """
+
+    of = "word"
+
+    def __init__(
+        self,
+        words: Sequence[str | int | tuple[str, str]] | None = None,
+        heads: Literal["mean", "all"] = "mean",
+        queries: Literal["image", "text"] = "image",
+        stream: str | None = None,
+        reference: int | None = None,
+    ) -> None:
+        super().__init__(heads)
+        check_known("queries option", queries, ("image", "text"))
+        self.words = [words] if isinstance(words, str) else words
+        self.queries, self.stream, self.reference = queries, stream, reference
+        self.summed = queries == "image"
+
+    def measure(self, seen: LayerCall) -> Tensor:
+        layout, call, picture = seen.layout, seen.call, seen.picture(self.reference)
+        groups = self._groups(seen)  # [B or 1, T, G]; None keeps every text position
+        head_mean = self.heads == "mean"
+        image, text = picture.positions, layout.positions("text")
+        if self.queries == "image":
+            if groups is not None:  # only the positions that some map reads
+                read = groups.any(0).any(-1).nonzero()[:, 0]
+                text, groups = layout.indices("text")[read].to(call.query.device), groups[:, read]
+            maps = exact.reduce(call, seen.logsumexp, text, image, key_weights=groups, head_mean=head_mean)
+        else:
+            weights = _query_mean(seen, groups)
+            maps = exact.reduce(call, seen.logsumexp, image, text, query_weights=weights, head_mean=head_mean).mT
+        maps = picture.unfold(maps, -2)
+        # Small ones stay on the device until the call is over, so that it need not wait in every layer.
+        return maps if head_mean else maps.cpu()
 
     def _columns(
         self, word: str | int, layer: int, step: int, sample: int, branch: str | None, length: int
@@ -259,14 +288,19 @@ class JointBlocks(Observer):
         layers: 0-based layers to keep; others that the probe watches are ignored.
         keep: which of `PARTS`.
         heads: heads that count in the mean of "i2i"; None takes all.
+        reference: number of the reference picture whose tokens stand for those of the image; None is the image.
     """
 
     needs = "lse"
 
     def __init__(
-        self, layers: Iterable[int], keep: Iterable[str] = ("i2t",), heads: Iterable[int] | None = None
+        self,
+        layers: Iterable[int],
+        keep: Iterable[str] = ("i2t",),
+        heads: Iterable[int] | None = None,
+        reference: int | None = None,
     ) -> None:
-        self.layers, self.keep = frozenset(layers), tuple(keep)
+        self.layers, self.keep, self.reference = frozenset(layers), tuple(keep), reference
         for part in self.keep:
             check_known("part of the joint attention", part, PARTS)
         self.heads = None if heads is None else list(heads)
@@ -283,7 +317,8 @@ class JointBlocks(Observer):
         self.kept = {layer: parts for layer, parts in measured.items() if layer in self.layers}
 
     def _part(self, part: str, seen: LayerCall) -> Tensor:
-        image, text = seen.layout.positions("image"), seen.layout.positions("text")
+        text = seen.layout.positions("text")
+        image = seen.layout.positions("image") if self.reference is None else seen.picture(self.reference).positions
         if part == "i2t":
             return exact.reduce(seen.call, seen.logsumexp, text, image)
         if part == "i2t_logit":

@@ -5,9 +5,9 @@ budget, Fig. 2).
         model.generate("a red ring on grass")
     run[AttentionMass].table().query("query == 'image' and key == 'text'").groupby(["layer", "span"]).mass.mean()
 
-Per (sample, step, branch, layer, head): the mean over image queries, and over text queries, of the probability on image
-keys, on other keys, and on each text span kind of each encoder stream; the rows of one query kind sum to 1. Not here:
-the mass of single keys (`observe.sinks`).
+Per (sample, step, branch, layer, head): the mean over image queries, over text queries, and over those of reference
+pictures, of the probability on image keys, on other keys, on each reference, and on each text span kind of each encoder
+stream; the rows of one query kind sum to 1. Not here: the mass of single keys (`observe.sinks`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 
 from mmdit_probe.attention import exact
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.models.layout import Layout
+from mmdit_probe.models.layout import KINDS, Layout
 from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.observer import LayerCall, RowBatch, RowObserver
 from mmdit_probe.specs import ALL_HEADS
 
-QUERIES = ("image", "text")
+QUERIES = ("image", "text", "reference")
 
 COLUMNS = (
     "prompt", "seed", "step", "sigma", "branch", "layer", "head", "query", "key", "span", "stream", "mass", "n_query",
@@ -36,7 +36,7 @@ COLUMNS = (
 )  # fmt: skip
 
 Group = tuple[str, str, str]
-"""(key, span, stream) of a row: ("text", "word", "t5"), ("image", "all", ""), ("other", "all", "")."""
+"""(key, span, stream) of a row: ("text", "word", "t5"), ("reference", "0", ""), ("image", "all", "")."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,8 @@ class KeyGroups:
     Attributes:
         of_key: [B, N] group of every key. count: number of groups G.
         columns: the keys that are no image tokens. indicator: [B, K, G] their groups.
-        weights: [B or 1, 2, N] which queries are averaged over: image (0) and text (1) ones.
+        weights: [B or 1, Q, N] which queries are averaged over: image (0), text (1) and, where there are any, reference
+            (2) ones.
     """
 
     of_key: Tensor
@@ -60,16 +61,22 @@ class KeyGroups:
         """Of a layout.
 
         Args:
-            groups: per sample, the group 2, 3, ... of every text position; groups 0 and 1 are image and other keys.
+            groups: per sample, the group 2, 3, ... of every text position; groups 0 and 1 are image and other keys. A
+                sample's references come after its text groups.
         """
-        count = 1 + max(1, *(max(of, default=1) for of in groups))
+        first = [1 + max([1, *of]) for of in groups]
+        count = max(start + len(layout.references_of(sample)) for sample, start in enumerate(first))
         of_key = torch.zeros(len(groups), layout.total, dtype=torch.long)
         of_key[:, layout.indices("other")] = 1
         of_key[:, layout.indices("text")] = torch.tensor(groups, dtype=torch.long).reshape(len(groups), -1)
-        weights = torch.stack([layout.labels == 0, layout.labels == 1]).float()[None]
+        for sample, start in enumerate(first):
+            for number, (_, positions) in enumerate(layout.references_of(sample)):
+                of_key[sample, positions] = start + number
+        queries = QUERIES if layout.counts["reference"] else QUERIES[:2]
+        weights = torch.stack([layout.labels == KINDS.index(kind) for kind in queries]).float()[None]
         if layout.queries is not None:
             weights = weights * layout.queries[:, None].float()
-        columns = layout.positions("text", "other")
+        columns = layout.positions(*KINDS[1:])
         indicator = torch.nn.functional.one_hot(of_key[:, columns], count).float()
         columns = columns if isinstance(columns, slice) else columns.to(device)
         return cls(of_key.to(device), count, columns, indicator.to(device), weights.to(device))
@@ -92,10 +99,11 @@ class AttentionMass(RowObserver):
         sink, heads, rows: as in `RowObserver`; rows are kept in memory without a sink.
 
     Columns: prompt, seed, step, sigma, branch (cond | uncond | unknown), layer, head (-1: mean over heads), query
-    (image | text), key (image | text | other), span (bos | word | eos | pad | template | null | unknown; "all" for
-    image and other keys), stream (clip | t5 | ...; "" for image and other keys), mass (mean over the query tokens),
-    n_query, n_key, uniform (n_key / N, the mass that uniform attention would give). Spans that a prompt does not have
-    get no row; `other` always has one.
+    (image | text | reference), key (image | text | reference | other), span (bos | word | eos | pad | template | null |
+    unknown; of references the number, from 0; "all" for image and other keys), stream (clip | t5 | ...; "" for keys
+    that are no text), mass (mean over the query tokens), n_query, n_key, uniform (n_key / N, the mass that uniform
+    attention would give). Spans that a prompt does not have get no row, nor do references that a call does not have;
+    `other` always has one.
     """
 
     needs = "lse"
@@ -107,13 +115,13 @@ class AttentionMass(RowObserver):
     def measure(self, seen: LayerCall) -> tuple[_Text, Tensor, Tensor]:
         tables, layout = seen.tokens, seen.layout
         if self._text is None or self._text.tables is not tables or self._text.layout is not layout:
-            names = [_names(table) for table in tables]
+            names = [_names(table, layout, sample) for sample, table in enumerate(tables)]
             groups = [_groups(table, of) for table, of in zip(tables, names, strict=True)]
             self._text = _Text(tables, layout, names, KeyGroups.of(layout, groups, seen.call.query.device))
         return self._text, *attention_masses(seen.call, seen.lse, self._text.keys)
 
     def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
-        counts = torch.stack([n_query for _, _, n_query in measured.values()]).cpu().numpy()  # [L, B, 2]
+        counts = torch.stack([n_query for _, _, n_query in measured.values()]).cpu().numpy()  # [L, B, Q]
         alike: dict[Any, list[int]] = {}
         for (layer, (text, masses, _)), count in zip(measured.items(), counts, strict=True):
             heads = self._heads(layer, masses.shape[1])
@@ -121,7 +129,7 @@ class AttentionMass(RowObserver):
         places = {layer: place for place, layer in enumerate(measured)}
         for (text, _, heads, _), layers in alike.items():
             kept = torch.stack([measured[layer][1] for layer in layers])[:, :, list(heads)]
-            masses = kept.cpu().double().numpy()  # [L, B, H, 2, G]
+            masses = kept.cpu().double().numpy()  # [L, B, H, Q, G]
             if self.rows == "layer":
                 masses, heads = masses.mean(2, keepdims=True), (ALL_HEADS,)
             for sample, count in enumerate(counts[places[layers[0]]]):
@@ -131,14 +139,14 @@ class AttentionMass(RowObserver):
 
 
 def _axes(text: _Text, sample: int, n_query: np.ndarray) -> tuple[Any, list[dict[str, Any]]]:
-    """The queries and groups that a sample has, as an index of [.., 2, G] and as columns along two axes."""
+    """The queries and groups that a sample has, as an index of [.., Q, G] and as columns along two axes."""
     layout = text.layout
-    queries = [place for place in range(len(QUERIES)) if n_query[place] > 0]
+    queries = [place for place in range(len(n_query)) if n_query[place] > 0]
     counts = np.array(_counts(layout, text.tables[sample], sample, text.names[sample]))
     # A span whose every position is missing or masked in this sample is none it has.
     groups = [place for place, (key, _, _) in enumerate(text.names[sample]) if key != "text" or counts[place] > 0]
     key, span, stream = zip(*(text.names[sample][place] for place in groups), strict=True)
-    total = sum(layout.key_count(kind, sample) for kind in ("image", "text", "other"))
+    total = sum(layout.key_count(kind, sample) for kind in KINDS)
     axes: list[dict[str, Any]] = [
         {"query": [QUERIES[place] for place in queries], "n_query": n_query[queries]},
         {"key": key, "span": span, "stream": stream, "n_key": counts[groups], "uniform": counts[groups] / total},
@@ -154,8 +162,8 @@ def attention_masses(call: SDPACall, lse: Tensor | None, keys: KeyGroups) -> tup
         call: query [B, H, N, D] and key over the same N joint tokens.
         lse: [B, H, N] row log-sum-exp of the call; None takes the indicator-values path.
 
-    Returns: masses [B, H, 2, G] float32, mean over image (0) and text (1) queries, sums to 1 over the G groups; and
-    n_query [B, 2], the queries averaged over (queries with every key masked are left out).
+    Returns: masses [B, H, Q, G] float32, mean over image (0), text (1) and reference (2) queries, sums to 1 over the G
+    groups; and n_query [B, Q], the queries averaged over (queries with every key masked are left out).
     """
     batch, _, n_rows, _ = call.query.shape
     weights = keys.weights
@@ -163,21 +171,22 @@ def attention_masses(call: SDPACall, lse: Tensor | None, keys: KeyGroups) -> tup
     if live is not None:
         # Masks of this family of calls are the same for all heads; a query is dropped if no head sees anything.
         weights = weights * live.any(1).expand(batch, n_rows)[:, None].float()
-    n_query = weights.sum(-1).expand(batch, 2)
+    n_query = weights.sum(-1).expand(batch, -1)
     if lse is None:
         each = exact.group_masses(call, None, keys.of_key, keys.count)  # [B, H, N, G]
-        sums = torch.einsum("bqn,bhng->bhqg", weights.expand(batch, 2, n_rows), each)
+        sums = torch.einsum("bqn,bhng->bhqg", weights.expand(batch, -1, n_rows), each)
         return sums / n_query[:, None, :, None].clamp(min=1), n_query.long()
-    sums = exact.reduce(call, lse, keys.columns, key_weights=keys.indicator, query_weights=weights)  # [B, H, 2, G]
+    sums = exact.reduce(call, lse, keys.columns, key_weights=keys.indicator, query_weights=weights)  # [B, H, Q, G]
     masses = sums / n_query[:, None, :, None].clamp(min=1)
     masses[..., 0] = 1.0 - masses[..., 1:].sum(-1)
     return masses, n_query.long()
 
 
-def _names(table: TokenTable) -> list[Group]:
+def _names(table: TokenTable, layout: Layout, sample: int) -> list[Group]:
     """The groups 0, 1, 2, ... of a sample's keys."""
     spans = dict.fromkeys(("text", token.kind, token.stream) for token in table.tokens)
-    return [("image", "all", ""), ("other", "all", ""), *spans]
+    references = [("reference", str(number), "") for number in range(len(layout.references_of(sample)))]
+    return [("image", "all", ""), ("other", "all", ""), *spans, *references]
 
 
 def _groups(table: TokenTable, names: list[Group]) -> list[int]:
@@ -187,6 +196,9 @@ def _groups(table: TokenTable, names: list[Group]) -> list[int]:
 
 def _counts(layout: Layout, table: TokenTable, sample: int, names: list[Group]) -> list[int]:
     """Keys of each group that a sample has."""
-    present = [True] * len(table) if layout.keys is None else layout.keys[sample][layout.labels == 1].tolist()
-    spans = Counter((token.kind, token.stream) for token, is_key in zip(table.tokens, present, strict=True) if is_key)
-    return [layout.key_count(key, sample) if key != "text" else spans[span, stream] for key, span, stream in names]
+    there = torch.ones(layout.total, dtype=torch.bool) if layout.keys is None else layout.keys[sample]
+    present = there[layout.labels == 1].tolist()
+    found = Counter(("text", of.kind, of.stream) for of, is_key in zip(table.tokens, present, strict=True) if is_key)
+    for number, (_, positions) in enumerate(layout.references_of(sample)):
+        found["reference", str(number), ""] = int(there[positions].sum())
+    return [found[name] if name[0] in ("text", "reference") else layout.key_count(name[0], sample) for name in names]

@@ -5,9 +5,9 @@ and 28; arXiv:2509.18096, section 3.3).
         model.generate("a red ring on grass")
     run[ValueNorm].table().query("head == -1").groupby(["layer", "token", "span"]).norm.mean()
 
-Per (sample, step, branch, layer): the mean over tokens of the L2 norm of the value, for image tokens and for every text
-span kind of each encoder stream. Read from the values that enter attention, so LoRA counts. Not here: masses
-(`observe.mass`).
+Per (sample, step, branch, layer): the mean over tokens of the L2 norm of the value, for image tokens, for every
+reference picture and for every text span kind of each encoder stream. Read from the values that enter attention, so
+LoRA counts. Not here: masses (`observe.mass`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TOKENS = 256
 """Tokens upcast at once, so that the copy stays in a processor's cache."""
 
 Group = tuple[str, str, str]
-"""(token, span, stream) of a row: ("text", "word", "t5"), ("image", "all", ""), ("other", "all", "")."""
+"""(token, span, stream) of a row: ("text", "word", "t5"), ("reference", "0", ""), ("image", "all", "")."""
 
 
 class ValueNorm(RowObserver):
@@ -41,10 +41,10 @@ class ValueNorm(RowObserver):
         sink, heads: as in `RowObserver`; `heads` get rows beside the concatenation.
         rows: "head", or "layer" for the concatenation alone.
 
-    Columns: prompt, seed, step, sigma, branch, layer, head (-1: all heads concatenated), token (image | text | other),
-    span (bos | word | eos | pad | template | null | unknown; "all" for image and other tokens), stream (encoder; "" for
-    image and other tokens), norm (mean over the tokens), spread (their standard deviation), n_token. Spans that a
-    prompt does not have get no row.
+    Columns: prompt, seed, step, sigma, branch, layer, head (-1: all heads concatenated), token (image | text |
+    reference | other), span (bos | word | eos | pad | template | null | unknown; of references the number, from 0;
+    "all" for image and other tokens), stream (encoder; "" for tokens that are no text), norm (mean over the tokens),
+    spread (their standard deviation), n_token. Spans that a prompt does not have get no row.
     """
 
     reads = "the value"
@@ -96,6 +96,8 @@ def _positions(layout: Layout, table: TokenTable, sample: int) -> dict[Group, Te
     """Joint positions of the tokens of every group that a sample has."""
     places = {kind: layout.indices(kind) for kind in ("image", "text", "other")}
     groups: dict[Group, Tensor] = {(kind, "all", ""): places[kind] for kind in ("image", "other")}
+    for number, (_, positions) in enumerate(layout.references_of(sample)):
+        groups["reference", str(number), ""] = positions
     for kind, stream in dict.fromkeys((token.kind, token.stream) for token in table.tokens):
         groups["text", kind, stream] = places["text"][table.positions(kind=kind, stream=stream)]
     if layout.keys is not None:  # tokens that this sample lacks, or that its mask hides

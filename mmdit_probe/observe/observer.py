@@ -26,7 +26,7 @@ from mmdit_probe.attention import exact, gradients
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import Record
 from mmdit_probe.errors import RunError, UserError, check_known
-from mmdit_probe.models.layout import Layer, Layout
+from mmdit_probe.models.layout import Layer, Layout, as_slice
 from mmdit_probe.models.tokens import TokenTable, unknown_table
 from mmdit_probe.results.tables import MemorySink, Sink, text_column
 from mmdit_probe.specs import HeadSpec, heads_at
@@ -67,6 +67,19 @@ class DenoisingCall:
                 for table, prompt in zip(self._tokens or [None] * len(self.prompts), self.prompts, strict=True)
             ]
         return self._tables[text_length]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The tokens of a picture among the N joint ones: their positions, (h, w) grid and frames."""
+
+    positions: exact.Columns
+    grid: tuple[int, int]
+    frames: int
+
+    def unfold(self, tokens: Tensor, axis: int) -> Tensor:
+        """An axis of tokens as h x w, or frames x h x w where there are several."""
+        return tokens.unflatten(axis, self.grid if self.frames == 1 else (self.frames, *self.grid))
 
 
 @dataclass
@@ -123,6 +136,27 @@ class LayerCall:
         if grid is None or self.layout.frames * math.prod(grid) != count:
             raise UserError(f"the image tokens have no known grid: {count} tokens")
         return grid
+
+    def picture(self, reference: int | None = None) -> Picture:
+        """Where the tokens of the image are, or those of a reference picture by number, from 0.
+
+        Raises:
+            UserError: no such reference, samples that differ in it, or an unknown grid.
+        """
+        if reference is None:
+            return Picture(self.layout.positions("image"), self.grid, self.layout.frames)
+        known = [self.layout.references_of(sample) for sample in range(len(self.denoising.prompts))]
+        fewest = min(map(len, known))
+        if not 0 <= reference < fewest:
+            raise UserError(f"no reference {reference}: the samples of this call have {fewest} (the first is 0)")
+        of, positions = known[0][reference]
+        if any(row[reference][0] != of or not row[reference][1].equal(positions) for row in known):
+            raise UserError(
+                f"the samples of this call differ in the size of reference {reference}: run them one by one"
+            )
+        if of.grid is None:
+            raise UserError(f"the tokens of reference {reference} have no known grid: {of.count} tokens")
+        return Picture(as_slice(positions), of.grid, of.frames)
 
 
 class Observer:

@@ -40,14 +40,16 @@ _OF_SKLEARN = (
 """What IncrementalPCA knows between two batches."""
 
 
-def image_features(seen: LayerCall, kind: str, heads: HeadSpec = "all") -> Tensor:
-    """Features of the image tokens of rows that are not unconditional, chosen heads concatenated: [B', I, H' * D]."""
+def image_features(seen: LayerCall, kind: str, heads: HeadSpec = "all", reference: int | None = None) -> Tensor:
+    """Features of the image tokens, or of those of a reference picture, of rows that are not unconditional, chosen
+    heads concatenated: [B', I, H' * D]."""
     call = seen.call
     tokens = {"query": call.query, "key": call.key, "value": call.value}.get(kind, seen.output)
     rows = [row for row, branch in enumerate(seen.denoising.branches) if branch != "uncond"]
     if heads != "all":
         tokens = tokens[:, list(heads_at(heads, seen.layer.index, tokens.shape[1]))]
-    chosen = tokens[rows][:, :, seen.layout.positions("image")]
+    positions = seen.layout.positions("image") if reference is None else seen.picture(reference).positions
+    chosen = tokens[rows][:, :, positions]
     return chosen.transpose(1, 2).flatten(2).float()
 
 
@@ -59,12 +61,18 @@ class PCA(Observer):
         components: how many to keep; at most the width of the features.
         solver: "exact" or "incremental" (scikit-learn).
         heads: which heads' features; one specification, or layer -> specification.
+        reference: number of the reference picture whose tokens are looked at, from 0; None for the image.
     """
 
     reads = "query, key, value or output"
 
     def __init__(
-        self, kinds: Sequence[str] = KINDS, components: int = 16, solver: str = "exact", heads: HeadSpec = "all"
+        self,
+        kinds: Sequence[str] = KINDS,
+        components: int = 16,
+        solver: str = "exact",
+        heads: HeadSpec = "all",
+        reference: int | None = None,
     ) -> None:
         for kind in kinds:
             check_known("kind of feature", kind, KINDS)
@@ -72,11 +80,12 @@ class PCA(Observer):
             raise UserError(f"{components} components; expected 1 or more")
         check_known("solver", solver, SOLVERS)
         self.kinds, self.components, self.solver, self.heads = tuple(kinds), components, solver, heads
+        self.reference = reference
         self._fits: dict[tuple[int, str], _Moments | _Incremental] = {}
         self._bases: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
 
     def measure(self, seen: LayerCall) -> dict[str, Tensor]:
-        return {kind: image_features(seen, kind, self.heads).flatten(0, 1) for kind in self.kinds}
+        return {kind: image_features(seen, kind, self.heads, self.reference).flatten(0, 1) for kind in self.kinds}
 
     def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
         for layer, of_layer in measured.items():
@@ -193,10 +202,10 @@ class _Incremental:
 
 
 class Projection(Observer):
-    """Projects image tokens on a fitted basis and keeps the maps, in the order seen; grows, because it was asked for.
+    """Projects the tokens of a basis on it and keeps the maps, in the order seen; grows, because it was asked for.
 
     Args:
-        basis: a fitted `PCA`; its layers, kinds and heads are projected.
+        basis: a fitted `PCA`; its layers, kinds, heads and picture are projected.
         each: fit every image's own basis instead (the colours of two images are then not comparable).
     """
 
@@ -216,7 +225,7 @@ class Projection(Observer):
 
     def _projected(self, seen: LayerCall, kind: str) -> tuple[Tensor, Tensor]:
         """Maps [B', h, w, k] and the sum of squares [B'] of each image's centred features."""
-        features = image_features(seen, kind, self.basis.heads).cpu().double()
+        features = image_features(seen, kind, self.basis.heads, self.basis.reference).cpu().double()
         if self.each:
             centred = features - features.mean(1, keepdim=True)
             maps = torch.stack([_own_components(image, self.basis.components) for image in centred])
@@ -224,7 +233,7 @@ class Projection(Observer):
             mean, vectors, _ = self.basis.basis(seen.layer.index, kind)
             centred = features - mean
             maps = centred @ vectors
-        return maps.float().unflatten(1, seen.grid), centred.square().sum((1, 2))
+        return maps.float().unflatten(1, seen.picture(self.basis.reference).grid), centred.square().sum((1, 2))
 
     def maps(self, layer: int, kind: str) -> Tensor:
         """[B, h, w, k] float32 on the CPU, all images in the order seen."""

@@ -42,7 +42,7 @@ SINK = 10.0
 OUTLIER = 10.0
 """A channel is called an outlier if its size is this many times the median channel's."""
 
-MODALITIES = ("image", "text")
+MODALITIES = ("image", "text", "reference")
 
 
 class KeyMass(RowObserver):
@@ -51,8 +51,8 @@ class KeyMass(RowObserver):
     Args:
         sink, heads, rows: as in `RowObserver`.
 
-    Columns: prompt, seed, step, sigma, branch, layer, head (-1: mean over heads), query, position (joint), token
-    (image | text | other), span, stream, word ("" without), place (position among the keys of its modality), mass,
+    Columns: prompt, seed, step, sigma, branch, layer, head (-1: mean over heads), query, position (joint), token (image
+    | text | reference | other), span, stream, word ("" without), place (position among the keys of its modality), mass,
     uniform (1 / N).
     """
 
@@ -64,9 +64,9 @@ class KeyMass(RowObserver):
     )  # fmt: skip
 
     def measure(self, seen: LayerCall) -> tuple[LayerCall, Tensor]:
-        weights = torch.stack([_query_weights(seen, modality) for modality in MODALITIES])
+        weights = torch.stack([_query_weights(seen, modality) for modality in _modalities(seen)])
         masses = exact.reduce(seen.call, seen.logsumexp, slice(None), query_weights=weights[None])
-        return seen, masses.cpu()  # [B, H, 2, N]
+        return seen, masses.cpu()  # [B, H, Q, N]
 
     def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
         for layer, (seen, masses) in measured.items():
@@ -82,7 +82,8 @@ class KeyMass(RowObserver):
             key |= {"uniform": np.full(len(tokens), 1.0 / len(tokens))}
             for sample, table in enumerate(seen.tokens):
                 keys = key | _names(table, tokens)
-                batch.add(sample, [{"layer": [layer]}, {"head": heads}, {"query": MODALITIES}, keys], mass=kept[sample])
+                queries = {"query": _modalities(seen)}
+                batch.add(sample, [{"layer": [layer]}, {"head": heads}, queries, keys], mass=kept[sample])
 
 
 class Channels(RowObserver):
@@ -223,6 +224,11 @@ def without_sinks(maps: Tensor, keep: list[int]) -> Tensor:
     """I2T maps [.., h, w, T] with only the `keep` positions, renormalised per pixel: [.., h, w, K], sum 1."""
     kept = maps[..., keep]
     return kept / kept.sum(-1, keepdim=True).clamp(min=1e-12)
+
+
+def _modalities(seen: LayerCall) -> tuple[str, ...]:
+    """The modalities of a call: references are one where it has any."""
+    return MODALITIES if seen.layout.counts["reference"] else MODALITIES[:2]
 
 
 def _query_weights(seen: LayerCall, modality: str) -> Tensor:

@@ -176,7 +176,7 @@ function showBudget() {
   const shares = data.budget[state.layer][state.head][state.step];
   const parts = data.kinds.map(([name, colour], kind) => ({ name, colour, kind }));
   const shown = parts.filter(({ kind }) => shares.some((of) => of[kind] > 0));
-  const bars = ["image queries", "text queries"].flatMap((label, query) => {
+  const bars = data.queries.flatMap((label, query) => {
     const bar = element("div", { className: "bar", role: "img" });
     const said = shown.map(({ name, kind }) => `${name} ${(100 * shares[query][kind]).toFixed(1)} %`);
     bar.setAttribute("aria-label", `${label}: ${said.join(", ")}`);
@@ -188,7 +188,7 @@ function showBudget() {
     }
     return [element("div", { className: "soft", textContent: label }), bar];
   });
-  const head = element("tr", {}, ["kind of key", "image queries", "text queries"].map((text) =>
+  const head = element("tr", {}, ["kind of key", ...data.queries].map((text) =>
     element("th", { textContent: text, scope: "col" })));
   const body = shown.map(({ name, colour, kind }) => {
     const key = element("span", { className: "key" });

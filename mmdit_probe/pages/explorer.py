@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mmdit_probe.pages.page import Page, data_url, picture_url
 from mmdit_probe.plots.overlay import colours
-from mmdit_probe.plots.style import IMAGE, LABELS, OTHER, SPANS
+from mmdit_probe.plots.style import IMAGE, LABELS, OTHER, REFERENCE, SPANS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,8 +69,8 @@ class Exploration:
         layers: indices; chosen: those that ground words, best first. steps: names of the R rows.
         i2t: [L, R, G, h, w], image queries. t2i: [L, G, h, w], text queries, mean over steps.
         heads: layer -> ([H, G, h, w] I2T, the same of T2I), mean over steps.
-        kinds: names of the K kinds of key. budget: [L, 1 + H, R, 2, K] shares of attention of image and text queries,
-            the heads' mean first.
+        kinds: names of the K kinds of key. budget: [L, 1 + H, R, Q, K] shares of attention of the Q `queries`, the
+            heads' mean first.
     """
 
     title: str
@@ -88,6 +88,7 @@ class Exploration:
     chosen: Sequence[int] = ()
     special: frozenset[int] = field(default_factory=frozenset)
     about: str = ""
+    queries: Sequence[str] = ("image", "text")
 
 
 def explorer(of: Exploration) -> Page:
@@ -109,6 +110,7 @@ def explorer(of: Exploration) -> Page:
         "i2tHeads": {str(layer): atlas(found[0]) for layer, found in of.heads.items()},
         "t2iHeads": {str(layer): atlas(found[1]) for layer, found in of.heads.items()},
         "kinds": [[LABELS.get(kind, kind), _COLOURS.get(kind, OTHER)] for kind in of.kinds],
+        "queries": [f"{query} queries" for query in of.queries],
         "budget": np.round(of.budget.astype(float), 4).tolist(),
         "colours": colours(),
     }
@@ -141,7 +143,7 @@ def coarser(maps: NDArray[Any], factor: int) -> NDArray[Any]:
     return maps.astype(np.float32)
 
 
-_COLOURS = SPANS | {"template": "#009E73", "image": IMAGE, "other": OTHER}
+_COLOURS = SPANS | {"template": "#009E73", "image": IMAGE, "reference": REFERENCE, "other": OTHER}
 """Of the kinds of key: one bar holds them all, so that none shares the image's colour."""
 
 

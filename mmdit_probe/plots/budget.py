@@ -3,8 +3,9 @@
     from mmdit_probe.plots import attention_budget, save
     save(attention_budget(summary), "attention_budget")
 
-One horizontal stacked bar per layer, layer 0 on top: of image queries (left), of text queries (middle), and of the part
-of the image queries' attention that goes to text, by kind of token (right). Dotted lines: uniform attention.
+One horizontal stacked bar per layer, layer 0 on top: of image queries (left), of text queries and, in editing models,
+of those of reference pictures (middle), and of the part of the image queries' attention that goes to text, by kind of
+token (right). Dotted lines: uniform attention.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_KEYS = {"I": (style.IMAGE, "image keys"), "T": (style.TEXT, "text keys"), "O": (style.OTHER, "other keys")}
+_KEYS = {
+    "I": (style.IMAGE, "image keys"), "T": (style.TEXT, "text keys"), "R": (style.REFERENCE, "reference keys"),
+    "O": (style.OTHER, "other keys"),
+}  # fmt: skip
 
 
 def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFrame | None = None) -> Figure:
@@ -26,23 +30,28 @@ def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFr
 
     Args:
         summary: one row per layer, from `experiments.budget_summary.summarise`: columns `layer`, `I2I`, `I2T`, `I2O`,
-            `T2I`, `T2T`, `T2O`, `<name>_uniform`, `<name>_low`, `<name>_high` and `I2T_<span>`; shares in 0..1.
+            `T2I`, `T2T`, `T2O`, those of references where there are any, `<name>_uniform`, `<name>_low`, `<name>_high`
+            and `I2T_<span>`; shares in 0..1.
         title: a line above the panels, such as the model's name.
         paper: the published shares by layer (`paper_table("budget_by_layer")`), marked by diamonds.
 
-    Returns: a matplotlib figure with three panels.
+    Returns: a matplotlib figure with three panels, or four.
     """
     spans = [kind for kind in style.SPANS if f"I2T_{kind}" in summary and summary[f"I2T_{kind}_uniform"].max() > 0]
     height = max(2.6, 1.2 + 0.16 * len(summary))
-    with style.panels(style.PAGE, height, 3, sharey=True, title=title) as (figure, (image, text, split)):
+    bars = {"I2I": "image queries: I2I | I2T", "T2I": "text queries: T2I | T2T"}
+    bars |= {"R2I": "reference queries: R2I | R2T"} if "R2I" in summary else {}
+    with style.panels(style.PAGE, height, len(bars) + 1, sharey=True, title=title) as (figure, (*stacks, split)):
+        image = stacks[0]
         _stack(split, summary, [(f"I2T_{kind}", style.SPANS[kind], style.LABELS.get(kind, kind)) for kind in spans])
         split.set_title("I2T by kind of text token")
-        for axes, name, words in ((image, "I2I", "image queries: I2I | I2T"), (text, "T2I", "text queries: T2I | T2T")):
-            _stack(axes, summary, [(f"{name[0]}2{key}", *look) for key, look in _KEYS.items()])
+        for axes, (name, words) in zip(stacks, bars.items(), strict=True):
+            keys = {key: look for key, look in _KEYS.items() if f"{name[0]}2{key}" in summary}
+            _stack(axes, summary, [(f"{name[0]}2{key}", *look) for key, look in keys.items()])
             axes.set_title(words)
             _uniform(axes, summary[f"{name}_uniform"].mean())
             _interval(axes, summary, name)
-            if paper is not None:
+            if paper is not None and name != "R2I":
                 share = {"I2I": 1 - paper.i2t_share, "T2I": paper.t2i_share}[name]
                 share = share[paper.layer.isin(summary.layer)]
                 axes.plot(share, _rows(summary)[: len(share)], "D", ms=3, mfc="white", mec="black", mew=0.7, ls="",
@@ -50,7 +59,7 @@ def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFr
             axes.set_xlim(0, 1)
         _uniform(split, summary["I2T_uniform"].mean())
         split.set_xlim(0, max(0.05, 1.05 * float(summary[["I2T", "I2T_uniform"]].max().max())))
-        for axes in (image, text, split):
+        for axes in (*stacks, split):
             axes.set_xlabel("share of attention")
         style.legend(figure, image, place="outside lower left")
         style.legend(figure, split, place="outside lower right")

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def contribution_budget(summary: pd.DataFrame, heads: pd.DataFrame, *, title: str = "") -> Figure:
-    """Norm of each span kind's contribution over the whole update's (left), its mass (middle), and the words' relative
+    """Norm of the contribution of each span kind, and of reference pictures, over the whole update's (left), its mass (middle), and the words' relative
     norm within each head (right, where heads were kept).
 
     Args:
         summary, heads: from `experiments.contribution_budget.summarise`, by layer, and by layer and head.
     """
-    kinds = [kind for kind in style.SPANS if kind in set(summary["group"])]
+    kinds = [kind for kind in (*style.SPANS, "reference") if kind in set(summary["group"])]
     words = heads[heads["group"] == "word"]
     with style.panels(style.PAGE, 2.7, 3 if len(words) else 2, title=title) as (figure, panels):
         for axes, value, label in (

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-CURVES = {"image": "image tokens", "text": "all text tokens", "prompt": "prompt tokens (no padding)"}
+CURVES = {"image": "image tokens", "text": "all text tokens", "prompt": "prompt tokens (no padding)",
+          "reference": "reference tokens"}  # fmt: skip
 """Group -> label, in the order of the looks of `style`."""
 
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 COLUMN, PAGE = 3.15, 6.7
 """Widths in inches: of a column (8 cm) and of a page (17 cm)."""
 
-IMAGE, TEXT, OTHER = "#0072B2", "#E69F00", "#999999"
-"""Colours of the three modalities, the same in every figure."""
+IMAGE, TEXT, OTHER, REFERENCE = "#0072B2", "#E69F00", "#999999", "#D55E00"
+"""Colours of the modalities, the same in every figure."""
 
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#777777")
 MARKERS = "os^Dv<>p"

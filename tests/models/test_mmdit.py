@@ -125,12 +125,12 @@ def test_layers_beyond_ten_are_in_forward_order() -> None:
 
 def test_a_layout_counts_and_places() -> None:
     layout = Layout.from_counts([("image", 6), ("text", 4)], (2, 3))
-    assert layout.counts == {"image": 6, "text": 4, "other": 0} and layout.total == 10
+    assert layout.counts == {"image": 6, "text": 4, "other": 0, "reference": 0} and layout.total == 10
     assert layout.positions("image") == slice(0, 6) and layout.positions("text") == slice(6, 10)
     split = Layout.from_counts([("other", 1), ("text", 2), ("image", 3), ("text", 1)])
     text = split.positions("text")
     assert isinstance(text, torch.Tensor) and text.tolist() == [1, 2, 6]
-    assert split.positions("other") == slice(0, 1) and len(KINDS) == 3
+    assert split.positions("other") == slice(0, 1) and len(KINDS) == 4
 
 
 def test_a_model_that_is_no_mmdit_is_refused() -> None:

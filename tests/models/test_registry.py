@@ -44,7 +44,8 @@ def test_references_of_joyimage_edit_plus_are_no_image_tokens(
     patches = torch.cat([inputs["hidden_states"], torch.randn(2, more, CHANNELS, 1, 2, 2)], 1)
     inputs |= {"hidden_states": patches, "shape_list": [[(1, 3, 4), *references], [(1, 3, 4)]]}
     layout, places = arranged(family_of(model).arrangement(inputs, model.config))
-    assert places is None and layout.grid == (3, 4) and layout.counts == {"image": 12, "text": 7, "other": more}
+    assert layout.grid == (3, 4) and layout.counts["reference"] == more and layout.counts["image"] == 12
+    assert [len(layout.references_of(row)) for row in (0, 1)] == [len(references), 0]
     values: list[torch.Tensor] = []
     stock = torch.nn.functional.scaled_dot_product_attention
 
@@ -58,4 +59,6 @@ def test_references_of_joyimage_edit_plus_are_no_image_tokens(
         calls = len(values)
         model(**inputs | {"hidden_states": torch.cat([patches[:, :12] + 1.0, patches[:, 12:]], 1)})
     moved = (values[0] != values[calls]).any(3).any(1)
-    assert torch.equal(moved, (layout.labels == KINDS.index("image")).expand(2, -1))
+    for row, image in enumerate(moved):
+        labels = layout.labels if places is None else layout.labels[places.keys[row].argsort()][-len(image) :]
+        assert torch.equal(image, labels == KINDS.index("image"))

@@ -14,9 +14,8 @@ from torch import Tensor
 from mmdit_probe import AttentionMass, probe
 from mmdit_probe.errors import RunError
 from mmdit_probe.models.discover_layout import taint
-from mmdit_probe.models.layout import KINDS
 from tests.families import FIXTURES
-from tests.observe.test_families import Case, expected, joint_paths, run, written_down
+from tests.observe.test_families import Case, by_key, expected, joint_paths, run, written_down
 from tests.observe.test_settings import stranger
 
 
@@ -32,8 +31,7 @@ def largest_error(case: Case, table: pd.DataFrame) -> float:
                 if wanted[:, q].isnan().any():
                     assert len(part) == 0  # text that is no query
                     continue
-                masses = part.pivot_table(index="head", columns="key", values="mass", aggfunc="sum")[list(KINDS)]
-                found.append((torch.tensor(masses.to_numpy()) - wanted[:, q]).abs().max())
+                found.append((by_key(part) - wanted[:, q]).abs().max())
     return float(torch.stack(found).max())
 
 

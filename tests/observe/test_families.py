@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from mmdit_probe.edit.edits import blur_matrix, taps
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.discover_layout import Site, taint
 from mmdit_probe.models.families.registry import FAMILIES, family_of
-from mmdit_probe.models.layout import KINDS, arranged, find_layers
+from mmdit_probe.models.layout import arranged, find_layers
 from mmdit_probe.observe.maps import TextMaps
 from mmdit_probe.observe.mass import AttentionMass
 from mmdit_probe.observe.norms import ValueNorm
@@ -29,7 +30,9 @@ from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 from tests.families import CROSS_ATTENTION, FIXTURES, SEVERAL_CALLS
 
-IMAGE, TEXT, OTHER = range(3)
+IMAGE, TEXT, OTHER, REFERENCE = range(4)
+FOUND = ["image", "text", "other"]
+"""Kinds of key that are told apart mechanically: references that are an input of their own are others there."""
 
 
 @dataclass
@@ -123,6 +126,12 @@ def expected(case: Case, path: str) -> list[Tensor]:
     return found
 
 
+def by_key(table: pd.DataFrame) -> Tensor:
+    """Masses [H, `FOUND`] of one query kind in one layer and sample."""
+    key = table["key"].astype(str).replace("reference", "other")
+    return torch.tensor(table.groupby(["head", key])["mass"].sum().unstack()[FOUND].to_numpy(float))
+
+
 def joint_paths(case: Case) -> list[str]:
     return [path for path, site in case.sites.items() if site.joint]
 
@@ -143,7 +152,7 @@ def test_the_entry_agrees_with_the_mechanical_layout(case: Case) -> None:
                 labels = torch.full_like(kinds, OTHER)  # padding of a shorter sample
                 there = places.keys[sample] >= 0
                 labels[places.keys[sample][there]] = layout.labels[there]
-            agreeing = (labels == kinds) | (kinds == -1)
+            agreeing = (labels == kinds) | (kinds == -1) | ((labels == REFERENCE) & (kinds == OTHER))
             assert len(labels) == len(kinds) and bool(agreeing.all()), (path, sample, labels, kinds)
     assert layout.grid == (3, 4) and layout.frames == case.frames
     assert layout.counts["image"] == 12 * case.frames
@@ -170,9 +179,9 @@ def test_masses_are_those_of_the_explicit_softmax(case: Case) -> None:
                 if masses[:, q].isnan().any():
                     assert len(part) == 0
                     continue
-                found = part.pivot_table(index="head", columns="key", values="mass")[list(KINDS)].to_numpy()
+                found = by_key(part)
                 # Keys that a sample lacks have no kind; what is masked has no mass.
-                torch.testing.assert_close(torch.tensor(found), masses[:, q], atol=2e-6, rtol=0)
+                torch.testing.assert_close(found, masses[:, q], atol=2e-6, rtol=0)
                 counts = part.groupby("key").n_key.first()
                 kinds = samples(case, path)[row][2]
                 assert counts["image"] == int((kinds == IMAGE).sum())
@@ -410,7 +419,7 @@ def test_the_picture_that_is_edited_is_no_image_token(items: int) -> None:
     moved = (before.value != after.value).any(3).any(1)[0]
     layout, places = arranged(family_of(model).arrangement(inputs, model.config))
     assert places is None and torch.equal(moved, layout.labels == IMAGE)
-    assert layout.counts == {"image": 24, "text": 7, "other": 24 * (items - 1)} and layout.frames == 2
+    assert layout.counts == {"image": 24, "text": 7, "other": 0, "reference": 24 * (items - 1)} and layout.frames == 2
 
 
 @pytest.mark.parametrize("name", sorted(CROSS_ATTENTION))
@@ -448,13 +457,13 @@ def test_conditions_of_minimax_are_no_image_tokens() -> None:
     inputs["timestep"] = torch.tensor([0.4, 0.9])
     inputs["timestep_indices"][inputs["video_indices"][:12]] = 1
     layout, places = arranged(family_of(model).arrangement(inputs, model.config))
-    assert places is None and layout.counts == {"image": 12, "text": 7, "other": 15}
+    assert places is None and layout.counts == {"image": 12, "text": 7, "other": 3, "reference": 12}
     assert (layout.grid, layout.frames) == ((3, 4), 1) and layout.positions("image") == slice(22, 34)
     with probe(model, AttentionMass()) as watched:
         run(model, inputs)
     table = watched[AttentionMass].table().query("layer == 0 and head == 0 and query == 'image'")
-    assert dict(zip(table["key"], table["n_key"], strict=True)) == {"image": 12, "text": 7, "other": 15}
-    assert table["sigma"].tolist() == pytest.approx([0.6] * 3)  # the noisiest rows'
+    assert dict(zip(table["key"], table["n_key"], strict=True)) == {"image": 12, "text": 7, "other": 3, "reference": 12}
+    assert table["sigma"].tolist() == pytest.approx([0.6] * 4)  # the noisiest rows'
     inputs["text_indices"] = inputs["text_indices"].flip(0)
     _, places = arranged(family_of(model).arrangement(inputs, model.config))
     assert places is not None and places.keys[0, 12:19].tolist() == [6, 5, 4, 3, 2, 1, 0]

@@ -266,18 +266,6 @@ def test_an_unknown_model_without_joint_attention_is_refused() -> None:
         watched.transformer(torch.randn(1, 5, 4), torch.randn(1, 3, 4))
 
 
-def test_a_call_with_reference_images_counts_them_as_other() -> None:
-    model, inputs = FIXTURES["flux"].build(), FIXTURES["flux"].inputs()
-    reference = inputs["img_ids"].clone()
-    reference[:, 0] = 1
-    inputs["img_ids"] = torch.cat([inputs["img_ids"], reference])
-    inputs["hidden_states"] = inputs["hidden_states"].repeat(1, 2, 1)
-    with probe(model, AttentionMass(), layers=0) as watched:
-        run(model, inputs)
-    counts = watched[AttentionMass].table().groupby("key").n_key.unique()
-    assert {key: list(count) for key, count in counts.items()} == {"image": [12], "other": [12], "text": [7]}
-
-
 def test_a_cached_call_that_shows_not_all_keys_is_an_error() -> None:
     model, inputs = FIXTURES["flux"].build(), FIXTURES["flux"].inputs()
     inputs["img_ids"] = inputs["img_ids"][:8]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mmdit_probe.errors import UserError
 from mmdit_probe.models.families import prompts
 from mmdit_probe.models.families.facts import Family, TextStream
 from mmdit_probe.models.families.prompts import attribute, chat, stream, template
@@ -23,8 +24,10 @@ from mmdit_probe.models.families.token_order import (
     Arrangement,
     Extent,
     Inputs,
+    Reference,
     Segment,
     frames_first,
+    id_runs,
     image_shapes,
     latents,
     packed,
@@ -64,34 +67,43 @@ def _reordered(*parts: str) -> Any:
             other: tuple[Segment, ...] = (("other", count),) if count else ()
             text: list[tuple[Segment, ...]] = [tuple(("text", p[row]) for p in part) for part in (front, back)]
             found.append((*extent.image, *(other if seen else ()), *text[0], *(() if seen else other), *text[1]))
-        return Arrangement(tuple(found), extent.grid, extent.frames)
+        return extent.arranged(found)
 
     return rule
 
 
+def _flux2(inputs: Inputs, config: Any) -> Extent:
+    """References follow the image, but not with a cache of their keys."""
+    if inputs.get("kv_cache_mode"):
+        raise UserError(
+            "with a cache of the references' keys a layer makes several attention calls, or one with keys that are no"
+            " queries (Flux2KleinKVPipeline): give the picture to Flux2KleinPipeline"
+        )
+    return position_ids(inputs, config)
+
+
 def _flux3(inputs: Inputs, config: Any) -> Extent:
     """Reference images come as an input of their own and follow the image."""
-    references: Any = inputs.get("image_cond_hidden_states")
-    return replace(position_ids(inputs, config), further=0 if references is None else int(references.shape[1]))
+    ids: Any = inputs.get("image_cond_ids")
+    return replace(position_ids(inputs, config), references=() if ids is None else tuple(id_runs(ids)))
 
 
 def _framepack(inputs: Inputs, config: Any) -> Arrangement:
-    """History frames, the frames being made, picture embeddings, text. Text that is masked is hidden, or cut off."""
+    """Frames made before, as references: the older, the coarser; the frames being made, picture embeddings, text. Text
+    that is masked is hidden, or cut off."""
     extent = latents(inputs, config)
     patch = config.patch_size
-    history = 0
-    for name, scale in (("latents_clean", 1), ("latents_history_2x", 2), ("latents_history_4x", 4)):
+    history = []
+    for name, scale in (("latents_history_4x", 4), ("latents_history_2x", 2), ("latents_clean", 1)):
         given: Any = inputs.get(name)
         if given is not None:
             frames, h, w = given.shape[-3:]
-            sides = (-(-frames // scale), -(-h // (scale * patch)), -(-w // (scale * patch)))
-            history += sides[0] * sides[1] * sides[2]
+            history.append(Reference.of(-(-frames // scale), -(-h // (scale * patch)), -(-w // (scale * patch))))
     mask: Any = inputs["encoder_attention_mask"]
     text = int(mask.sum()) if len(mask) == 1 else int(mask.shape[1])
-    before, between = ("other", history), ("other", int(inputs["image_embeds"].shape[1]))
-    return Arrangement(
-        ((before, *extent.image, between, ("text", text)),) * samples(inputs), extent.grid, extent.frames
-    )
+    before, between = [("reference", one.count) for one in history], ("other", int(inputs["image_embeds"].shape[1]))
+    sample = (*before, *extent.image, between, ("text", text))
+    return replace(extent, references=tuple(history)).arranged((sample,) * samples(inputs))
 
 
 def _glyphs(texts: Any) -> TextStream:
@@ -107,15 +119,21 @@ def _joy(inputs: Inputs, config: Any) -> Extent:
         return latents(inputs, config)
     own = latents({"hidden_states": image[:, -1]}, config)
     h, w = own.grid or (0, 0)
-    return replace(own, further=(image.shape[1] - 1) * own.frames * h * w)
+    return replace(own, references=(Reference.of(own.frames, h, w),) * (image.shape[1] - 1))
 
 
 def _joy_plus(inputs: Inputs, config: Any) -> Arrangement:
     """Patches [B, most patches, C, 1, p, p]: those of the image come first, then references and padding; `shape_list`
     has (frames, h, w) of each picture, per sample."""
-    frames, h, w = inputs["shape_list"][0][0]
-    own = Extent((h, w), frames, int(inputs["hidden_states"].shape[1]) - frames * h * w)
-    return sequence(lambda inputs, config: own, "image", "text")(inputs, config)
+    total, text = int(inputs["hidden_states"].shape[1]), text_count(inputs, ["encoder_hidden_states"])
+    extents = []
+    for (frames, h, w), *others in inputs["shape_list"]:
+        references = tuple(Reference.of(*size) for size in others)
+        padding = total - frames * h * w - sum(one.count for one in references)
+        extents.append(Extent((h, w), frames, references, padding))
+    found = tuple((*extent.image, ("text", text)) for extent in extents)
+    known = tuple(extent.references for extent in extents)
+    return replace(extents[0].arranged(found), references=known[:1] if len(set(known)) == 1 else known)
 
 
 def _ideogram4(inputs: Inputs, config: Any) -> Arrangement:
@@ -133,13 +151,16 @@ def _ideogram4(inputs: Inputs, config: Any) -> Arrangement:
 
 def _minimax_h3(inputs: Inputs, config: Any) -> Arrangement:
     """One sequence of text, sound and video rows, placed by index; video rows at another noise level than the last one
-    are conditions, and come first."""
+    are conditions, and come first: every frame of them is a reference."""
     rows, texts = inputs["video_indices"].cpu(), inputs["text_indices"].tolist()
     levels = inputs["timestep_indices"].cpu()
     own = rows[levels[rows] == levels[rows[-1]]]
+    ids = inputs["position_ids"].cpu()
+    conditions = rows[levels[rows] != levels[rows[-1]]]
     kinds = ["other"] * len(levels)
-    for row in own.tolist():
-        kinds[row] = "image"
+    for kind, of in (("image", own), ("reference", conditions)):
+        for row in of.tolist():
+            kinds[row] = kind
     place = {row: number for number, row in enumerate(texts)}
     sample: list[Segment] = []
     for kind, run in itertools.groupby(range(len(kinds)), lambda row: "text" if row in place else kinds[row]):
@@ -147,9 +168,13 @@ def _minimax_h3(inputs: Inputs, config: Any) -> Arrangement:
         sample.append((kind, tuple(place[row] for row in found) if kind == "text" else len(found)))
     if texts == sorted(texts):
         sample = [(kind, extent if isinstance(extent, int) else len(extent)) for kind, extent in sample]
-    frames, h, w = (len(axis.unique()) for axis in inputs["position_ids"].cpu()[own].T)
+    frames, h, w = (len(axis.unique()) for axis in ids[own].T)
     grid = (h, w) if frames * h * w == len(own) else None
-    return Arrangement((tuple(sample),) * samples(inputs), grid, frames)
+    references = []
+    for part in ids[conditions].split(torch.unique_consecutive(ids[conditions, 0], return_counts=True)[1].tolist()):
+        sides = (len(part[:, 1].unique()), len(part[:, 2].unique()))
+        references.append(Reference(len(part), sides if sides[0] * sides[1] == len(part) else None))
+    return Extent(grid, frames, tuple(references)).arranged((tuple(sample),) * samples(inputs))
 
 
 def _omnigen(inputs: Inputs, config: Any) -> Arrangement:
@@ -157,14 +182,18 @@ def _omnigen(inputs: Inputs, config: Any) -> Arrangement:
     time; the image."""
     extent, length = latents(inputs, config), int(inputs["input_ids"].shape[1])
     mask: Any = inputs["attention_mask"]
-    found = []
+    places: Any = inputs["input_image_sizes"]
+    sides = (tuple(side // config.patch_size for side in one.shape[-2:]) for one in inputs["input_img_latents"] or ())
+    known = {row: tuple(Reference.of(1, *next(sides)) for _ in of) for row, of in places.items()}
+    found, references = [], []
     for row in range(samples(inputs)):
-        references = {p for first, last in inputs["input_image_sizes"].get(row, ()) for p in range(first, last)}
+        inside = {p for first, last in places.get(row, ()) for p in range(first, last)}
         seen = (mask[row, -1, :length] > 0).tolist()
-        kinds = ["text" if seen[place] and place not in references else "other" for place in range(length)]
+        kinds = [("reference" if p in inside else "text") if seen[p] else "other" for p in range(length)]
         runs = tuple((kind, len(list(of))) for kind, of in itertools.groupby(kinds))
         found.append((*runs, ("other", 1), *extent.image))
-    return Arrangement(tuple(found), extent.grid)
+        references.append(known.get(row, ()))
+    return replace(extent.arranged(found), references=tuple(references))
 
 
 def _hidream(inputs: Inputs, config: Any) -> Arrangement:
@@ -177,7 +206,7 @@ def _hidream(inputs: Inputs, config: Any) -> Arrangement:
     else:
         h, w = image.shape[-2] // config.patch_size, image.shape[-1] // config.patch_size
         total = h * w if h == w else config.max_resolution[0] * config.max_resolution[1] // config.patch_size**2
-    sample = (*Extent((h, w), 1, total - h * w).image, ("text", text))
+    sample = (*Extent((h, w), padding=total - h * w).image, ("text", text))
     return Arrangement((sample,) * samples(inputs), (h, w))
 
 
@@ -237,7 +266,7 @@ ENTRIES: tuple[Family, ...] = (
     # transformer_flux2.py, without its key-value cache.
     Family(
         "flux2", "Flux2Transformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
-        sequence(position_ids, "text", "image"), streams=(stream("llm", wrap=prompts.flux2_chat),),
+        sequence(_flux2, "text", "image"), streams=(stream("llm", wrap=prompts.flux2_chat),),
         length_argument=_LENGTH, default_length=512, encoded=("text", "text ids"),
         pipelines=("Flux2Pipeline", "Flux2KleinPipeline"), cell=2, form="packed", distilled=True,
     ),
@@ -339,10 +368,10 @@ ENTRIES: tuple[Family, ...] = (
         default_length=256, encoded=("text", "pooled", "mask"),
         template_arguments=("prompt_template",),
     ),
-    # transformer_hunyuan_video_framepack.py: frames made before and picture embeddings are neither image nor text.
+    # transformer_hunyuan_video_framepack.py: picture embeddings are neither image nor text nor latents.
     Family(
         "hunyuan_video_framepack", "HunyuanVideoFramepackTransformer3DModel", (_DOUBLE, _SINGLE),
-        ("other", "image", "other", "text"), _framepack, timesteps=1000.0, streams=_HUNYUAN_VIDEO,
+        ("reference", "image", "other", "text"), _framepack, timesteps=1000.0, streams=_HUNYUAN_VIDEO,
         length_argument=_LENGTH, default_length=256, encoded=("text", "pooled", "mask"),
         template_arguments=("prompt_template",),
     ),

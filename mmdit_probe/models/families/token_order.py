@@ -1,4 +1,4 @@
-"""The order of image, text and other tokens in the keys of one denoising call, sample by sample.
+"""The order of image, text, reference and other tokens in the keys of one denoising call, sample by sample.
 
     >>> import torch
     >>> inputs = {"hidden_states": torch.zeros(2, 4, 6, 8), "encoder_hidden_states": torch.zeros(2, 5, 32)}
@@ -16,11 +16,30 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from mmdit_probe.errors import UserError
+
+KINDS = ("image", "text", "other", "reference")
+"""Kinds of token. References are clean latents of pictures that are given: to be edited, or to go by."""
 
 Inputs = Mapping[str, Any]
 Segment = tuple[str, "int | tuple[int, ...]"]
 """Kind of token, and how many; or which text positions, where they are not in order or not all there."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The tokens of one reference picture: how many, and (h, w), row-major, within each frame; None if unknown."""
+
+    count: int
+    grid: tuple[int, int] | None
+    frames: int = 1
+
+    @classmethod
+    def of(cls, frames: int, h: int, w: int) -> Reference:
+        return cls(frames * h * w, (h, w), frames)
 
 
 @dataclass(frozen=True)
@@ -31,12 +50,14 @@ class Arrangement:
         samples: per sample, segments in key order. Keys beyond the last segment are padding.
         grid: (h, w) of the image tokens, row-major, within each of `frames` frames.
         queries: kinds of tokens that are queries too.
+        references: per sample, the references in the order of their tokens; one entry stands for all samples.
     """
 
     samples: tuple[tuple[Segment, ...], ...]
     grid: tuple[int, int] | None
     frames: int = 1
-    queries: tuple[str, ...] = ("image", "text", "other")
+    queries: tuple[str, ...] = KINDS
+    references: tuple[tuple[Reference, ...], ...] = ()
 
     @property
     def text_length(self) -> int:
@@ -48,7 +69,7 @@ class Arrangement:
         """Whether all samples have the same keys in the same order, each kind of token complete and a query."""
         first = self.samples[0]
         return (
-            len(self.queries) == 3
+            len(self.queries) == len(KINDS)
             and all(sample == first for sample in self.samples)
             and all(isinstance(extent, int) for _, extent in first)
         )
@@ -66,17 +87,23 @@ def positions(sample: Sequence[Segment], kind: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Extent:
-    """Size of the image tokens: (h, w) grid, frames, and further latents (references, padding) that follow them."""
+    """Size of the image tokens: (h, w) grid and frames; and what follows them, references and then padding."""
 
     grid: tuple[int, int] | None
     frames: int = 1
-    further: int = 0
+    references: tuple[Reference, ...] = ()
+    padding: int = 0
 
     @property
     def image(self) -> tuple[Segment, ...]:
         h, w = self.grid or (0, 0)
-        segments: tuple[Segment, ...] = (("image", self.frames * h * w),)
-        return (*segments, ("other", self.further)) if self.further else segments
+        references = (("reference", one.count) for one in self.references)
+        padding: tuple[Segment, ...] = (("other", self.padding),) if self.padding else ()
+        return ("image", self.frames * h * w), *references, *padding
+
+    def arranged(self, samples: Sequence[tuple[Segment, ...]], queries: tuple[str, ...] = KINDS) -> Arrangement:
+        """The arrangement of samples that all have this extent."""
+        return Arrangement(tuple(samples), self.grid, self.frames, queries, (self.references,))
 
 
 Measure = Callable[[Inputs, Any], Extent]
@@ -99,21 +126,40 @@ def frames_first(inputs: Inputs, config: Any) -> Extent:
 
 def position_ids(inputs: Inputs, config: Any) -> Extent:
     """Packed latents [B, I, C] whose `img_ids` [I, axes] say (image, row, column); images after the first are
-    references."""
+    references.
+
+    Raises:
+        UserError: several images are made at once (VisualCloze), whose sizes may differ.
+    """
     ids = inputs["img_ids"]
-    ids = ids[0] if ids.ndim == 3 else ids
-    own = (ids[:, 0] == ids[0, 0]).cpu()
-    rows, columns = (ids[:, axis].cpu()[own] for axis in (1, 2))
-    grid = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
-    return Extent(grid, 1, len(own) - int(own.sum()))
+    own, *others = id_runs(ids[0] if ids.ndim == 3 else ids)
+    if others and (getattr(config, "out_channels", None) or config.in_channels) != config.in_channels:
+        raise UserError(
+            f"the {1 + len(others)} pictures of this call are denoised together, and are no references; a probe knows"
+            " one picture a sample"
+        )
+    return Extent(own.grid, 1, tuple(others))
+
+
+def id_runs(ids: Tensor) -> list[Reference]:
+    """The pictures whose tokens have positions (picture, row, column) [N, axes], in order."""
+    ids = ids.cpu()
+    _, counts = torch.unique_consecutive(ids[:, 0], return_counts=True)
+    found = []
+    for part in ids.split(counts.tolist()):
+        h, w = (int(part[:, axis].max() - part[:, axis].min()) + 1 for axis in (1, 2))
+        found.append(Reference(len(part), (h, w) if h * w == len(part) else None))
+    return found
 
 
 def image_shapes(inputs: Inputs, config: Any) -> Extent:
-    """Packed latents whose `img_shapes` list (frames, h, w), per sample, of the image and of its references."""
+    """Packed latents whose `img_shapes` list (frames, h, w), per sample, of the image and of its references; or of the
+    layers of a picture, which are made together, and of the picture."""
     shapes = inputs["img_shapes"]
-    own = shapes[0] if isinstance(shapes[0], list) else [shapes[0]]
-    sizes = [(int(f), int(h), int(w)) for f, h, w in own]
-    return Extent(sizes[0][1:], sizes[0][0], sum(f * h * w for f, h, w in sizes[1:]))
+    sizes = [(int(f), int(h), int(w)) for f, h, w in (shapes[0] if isinstance(shapes[0], list) else [shapes[0]])]
+    made = len(sizes) - 1 if getattr(config, "use_layer3d_rope", False) else 1
+    references = tuple(Reference.of(*size) for size in sizes[made:])
+    return Extent(sizes[0][1:], sum(frames for frames, _, _ in sizes[:made]), references)
 
 
 def text_count(inputs: Inputs, names: Sequence[str]) -> int:
@@ -126,7 +172,7 @@ def sequence(
     *order: str,
     text: Sequence[str] = ("encoder_hidden_states",),
     registers: int = 0,
-    queries: tuple[str, ...] = ("image", "text", "other"),
+    queries: tuple[str, ...] = KINDS,
 ) -> Rule:
     """Whole runs of tokens, the same for every sample.
 
@@ -143,7 +189,7 @@ def sequence(
             "other": (("other", registers),),
         }
         sample = tuple(segment for kind in order for segment in runs[kind])
-        return Arrangement((sample,) * samples(inputs), extent.grid, extent.frames, queries)
+        return extent.arranged((sample,) * samples(inputs), queries)
 
     return rule
 
@@ -169,7 +215,7 @@ def packed(measure: Measure, *order: str) -> Rule:
             tuple(s for kind in order for s in (extent.image if kind == "image" else (("text", kept),)))
             for kept in valid(inputs["encoder_attention_mask"])
         )
-        return Arrangement(found, extent.grid, extent.frames)
+        return extent.arranged(found)
 
     return rule
 
