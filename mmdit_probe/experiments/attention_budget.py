@@ -196,7 +196,7 @@ def budget_table(summary: pd.DataFrame, paper: pd.DataFrame | None = None) -> Te
     from mmdit_probe.plots.style import LABELS
 
     spans = [kind for kind in LABELS if summary[f"I2T_{kind}_uniform"].max() > 0]
-    numbers = [name for name in summary if name.removeprefix("I2R_").isdigit()]
+    numbers = [name for name in summary.columns.astype(str) if name.removeprefix("I2R_").isdigit()]
     blocks = [name for name in (*BLOCKS, *REFERENCE_BLOCKS, *numbers) if name in summary and name[2] != "O"]
     masses = [name for name in (*blocks, "I2O") if summary[f"{name}_uniform"].max() > 0]
     rest = [f"to {LABELS[kind]}" for kind in spans]

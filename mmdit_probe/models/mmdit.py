@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,12 +26,13 @@ import torch
 from torch import Tensor
 
 from mmdit_probe import assets
+from mmdit_probe.attention.intercept import interpose
 from mmdit_probe.errors import UserError
 from mmdit_probe.models import latents as packing
 from mmdit_probe.models.families.registry import Family, family_of
-from mmdit_probe.models.layout import Layer, find_layers, unwrap
+from mmdit_probe.models.layout import Layer, arranged, find_layers, unwrap
 from mmdit_probe.models.pipeline_call import first_call
-from mmdit_probe.models.tokens import TokenTable, stream_length, token_tables
+from mmdit_probe.models.tokens import TokenTable, picture_positions, stream_length, token_tables
 from mmdit_probe.models.weights import compute_dtype, weight_hash
 from mmdit_probe.models.words import find, words
 from mmdit_probe.scenes.captions import WORDS
@@ -93,6 +94,8 @@ class MMDiT:
             smaller of the tokenizer's own limit and the family's default. own_length: what it was at first.
         offload, quantize: as `load` was told; None where the pipeline came from elsewhere.
         batch: what is known of the denoising call in progress (read by `probe`); None between calls.
+        references: pictures (PIL) that an editing pipeline is given beside the prompt, by `generate`, `encode_prompt`
+            and `denoise`: what is edited, or gone by. The pipeline may resize them.
     """
 
     def __init__(
@@ -110,7 +113,8 @@ class MMDiT:
         self.own_length = default_length(pipeline, self.family) if max_sequence_length is None else max_sequence_length
         self.max_sequence_length = self.own_length
         self.batch: Batch | None = None
-        self._known: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self.references: Sequence[Any] = ()
+        self._known: dict[tuple[Any, ...], tuple[dict[str, Any], list[int]]] = {}
 
     def __repr__(self) -> str:
         """E.g. MMDiT('scenes-sd3': sd3, 12 layers x 6 heads, 48 text positions, 64 x 64 pixels, float32 on cpu)."""
@@ -204,20 +208,24 @@ class MMDiT:
         return f"{self.name} knows {len(self.vocabulary)} words; not: {', '.join(unknown)} (it knows {known}, ...)"
 
     def token_tables(self, prompts: str | Sequence[str]) -> list[TokenTable]:
-        """What each text position of these prompts is, without encoding them. `.truncated` names the words cut off."""
-        return token_tables(self.pipeline, self.family, _texts(prompts), self.max_sequence_length)
+        """What each text position of these prompts is, without encoding them. `.truncated` names the words cut off.
+
+        A reference that the text encoder is shown has one position here, and as many as it takes in `encode_prompt`.
+        """
+        texts = _texts(prompts)
+        shown = [1] * len(self.references) * len(texts)
+        return token_tables(self.pipeline, self.family, texts, self.max_sequence_length, pictures=shown)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: str | Sequence[str]) -> TextCondition:
         """Encode prompts as the stock pipeline does; the empty string is the unconditional text."""
         texts = _texts(prompts)
-        inputs = self._call(texts, self.default_size)
+        inputs, shown = self._call(texts, self.default_size)
+        tokens = token_tables(self.pipeline, self.family, texts, self.max_sequence_length, pictures=shown)
         text, pooled = inputs[self.family.text_input], inputs.get(self.family.pooled_input)
         if not isinstance(text, Tensor):
             text = torch.nn.utils.rnn.pad_sequence(list(text), batch_first=True)
-        return TextCondition(
-            text, text.new_zeros(len(texts), 0) if pooled is None else pooled, self.token_tables(texts)
-        )
+        return TextCondition(text, text.new_zeros(len(texts), 0) if pooled is None else pooled, tokens)
 
     @torch.no_grad()
     def encode_image(self, images: Any) -> Tensor:
@@ -302,10 +310,13 @@ class MMDiT:
         prompts = [table.prompt for table in text.tokens] * repeat
         if family.fixed_length:
             # Nothing but the text itself depends on the prompts, where there is no mask of theirs: encode none again.
-            blank = self._call([""] * len(latents), (height, width))
+            blank, _ = self._call([""] * len(latents), (height, width))
             prompts = prompts if any("mask" in name for name in blank) else [""] * len(latents)
-        inputs = dict(self._call(prompts, (height, width)))
-        inputs[family.image_input] = packing.pack(latents.to(self.device, self.dtype), family.form, family.cell)
+        inputs = dict(self._call(prompts, (height, width))[0])
+        packed = packing.pack(latents.to(self.device, self.dtype), family.form, family.cell)
+        if self.references:
+            packed = torch.cat([packed, inputs[family.image_input][:, packed.shape[1] :]], 1)
+        inputs[family.image_input] = packed
         inputs[family.timestep_input] = family.timestep(sigmas)
         if isinstance(inputs[family.text_input], Tensor):
             inputs[family.text_input] = torch.cat([text.prompt_embeds.to(self.device, self.dtype)] * repeat)
@@ -316,29 +327,60 @@ class MMDiT:
     def velocity(self, output: Any, latents: Tensor) -> Tensor:
         """The velocity n - x, [B, C, h, w] float32, of a transformer's output for these latents."""
         family = self.family
-        found = packing.unpack(output, family.form, family.cell, (latents.shape[-2], latents.shape[-1])).float()
+        h, w = latents.shape[-2:]
+        if self.references:  # some transformers give these back too
+            output = output[:, : h * w // family.cell**2]
+        found = packing.unpack(output, family.form, family.cell, (h, w)).float()
         return -found if family.towards_image else found
 
     @torch.no_grad()
-    def _call(self, prompts: Sequence[str], size: tuple[int, int]) -> dict[str, Any]:
-        """What the stock pipeline calls its transformer with for prompts, without guidance, at (height, width)."""
+    def _call(self, prompts: Sequence[str], size: tuple[int, int]) -> tuple[dict[str, Any], list[int]]:
+        """What the stock pipeline calls its transformer with for prompts, without guidance, at (height, width), and how
+        many text positions each picture takes that its text encoder is shown.
+
+        Raises:
+            UserError: no rectified flow, or the references are no tokens of this pipeline's calls.
+        """
         if "FlowMatch" not in type(self.scheduler).__name__:
             raise UserError(
                 f"{type(self.scheduler).__name__} is no rectified flow: sample with the pipeline, or give it to `probe`"
             )
-        key = (tuple(prompts), size, self.max_sequence_length)
+        pictures = tuple((picture.size, hash(picture.tobytes())) for picture in self.references)
+        key = (tuple(prompts), size, self.max_sequence_length, pictures)
         if key not in self._known:
             while len(self._known) >= _REMEMBERED:
                 self._known.pop(next(iter(self._known)))
-            inputs, scheduler = self._dry_run(prompts, _STEPS, height=size[0], width=size[1])
+            shown: list[int] = []
+
+            def listen(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+                shown[:] = picture_positions(self.pipeline, kwargs.get("image"))
+                return proceed(*args, **kwargs)
+
+            detach = interpose(self.pipeline, "encode_prompt", listen) if pictures else lambda: None
+            try:
+                inputs, scheduler = self._dry_run(prompts, _STEPS, height=size[0], width=size[1])
+            finally:
+                detach()
+            self._check_references(inputs)
             if abs(1000.0 * float(scheduler.sigmas[1]) - float(scheduler.timesteps[1])) > 1.0:
                 raise UserError(
                     f"{type(self.pipeline).__name__} gives its transformer timesteps that do not follow from the noise"
                     " level: sample with the pipeline, or give it to `probe`"
                 )
             inputs.pop("return_dict", None)
-            self._known[key] = inputs
+            self._known[key] = inputs, shown
         return self._known[key]
+
+    def _check_references(self, inputs: dict[str, Any]) -> None:
+        if not self.references:
+            return
+        layout, _ = arranged(self.family.arrangement(inputs, unwrap(self.transformer).config))
+        found = len(layout.references_of(0))
+        if found != len(self.references) or self.family.form != "packed":
+            raise UserError(
+                f"{type(self.pipeline).__name__} made {found} references of {len(self.references)} pictures, in"
+                f" {self.family.form}; expected an editing pipeline that takes as many, with packed latents"
+            )
 
     def _dry_run(self, prompts: Sequence[str], steps: int, **options: Any) -> tuple[dict[str, Any], Any]:
         """The first transformer call of a sampling run, and the scheduler as set for it; the model's own stays."""
@@ -356,6 +398,11 @@ class MMDiT:
     def _arguments(self, *, guidance: float | None, length: int | None = None, **options: Any) -> dict[str, Any]:
         """Arguments of the stock pipeline by its own names, as far as it takes them."""
         options = dict(self.family.options) | options
+        if self.references:
+            given = list(self.references) if len(self.references) > 1 else self.references[0]
+            options.setdefault(self.family.reference_argument, given)
+        if options.get("height") and options.get("width"):
+            options["max_area"] = options["height"] * options["width"]  # Kontext scales any size to its own area
         options[self.family.length_argument] = self.max_sequence_length if length is None else length
         if guidance is not None:
             options[self.family.scale_argument] = max(0.0, guidance - self.family.scale_offset)

@@ -23,7 +23,7 @@ from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.models.families.facts import Family, Part, TextStream
 from mmdit_probe.models.words import blankless, find, folded, words
 
-SPAN_KINDS = ("bos", "word", "eos", "pad", "template", "null", "unknown")
+SPAN_KINDS = ("bos", "word", "eos", "pad", "template", "picture", "null", "unknown")
 
 
 @dataclass(frozen=True)
@@ -225,6 +225,7 @@ def token_tables(
     prompts: Sequence[str] | Sequence[Sequence[str]],
     length: int | None = None,
     negative: bool = False,
+    pictures: Sequence[int] = (),
 ) -> list[TokenTable]:
     """The token tables of prompts as this pipeline encodes them in one call.
 
@@ -237,10 +238,15 @@ def token_tables(
             pipelines that were given different prompts for different encoders.
         length: value of the family's length argument (SD3: `max_sequence_length`); the family's default if None.
         negative: whether they are negative prompts, which some pipelines put into another template.
+        pictures: how many positions each of the pictures takes that the text encoder is shown, those of all prompts.
     """
     count = sum(len(stream.tokenizers) for stream in family.streams)
     texts = [[prompt] * count if isinstance(prompt, str) else list(prompt) for prompt in prompts]
-    tables = [_table(pipeline, family, text, length, negative) for text in texts]
+    shown = len(pictures) // max(1, len(texts))
+    tables = [
+        _table(pipeline, family, text, length, negative, pictures[k * shown : (k + 1) * shown])
+        for k, text in enumerate(texts)
+    ]
     stream = family.streams[-1]
     if not stream.together:
         return tables
@@ -254,6 +260,15 @@ def token_tables(
     return [replace(table, tokens=tokens) for table, tokens in zip(tables, filled, strict=True)]
 
 
+def picture_positions(pipeline: Any, pictures: Any) -> list[int]:
+    """How many text positions each picture takes that the pipeline's `encode_prompt` was given; none without any."""
+    if pictures is None or getattr(pipeline, "processor", None) is None:
+        return []
+    processor = pipeline.processor.image_processor
+    grids = processor(images=pictures, return_tensors="pt")["image_grid_thw"]  # frames, rows and columns of patches
+    return [int(grid.prod()) // processor.merge_size**2 for grid in grids]
+
+
 def stream_length(pipeline: Any, family: Family, stream: TextStream, length: int | None) -> int:
     """Number of text positions of one stream, at most where prompts are not padded. `length` as in `token_tables`."""
     if stream.length == family.length_argument and (length or family.default_length):
@@ -263,7 +278,9 @@ def stream_length(pipeline: Any, family: Family, stream: TextStream, length: int
     return int(getattr(pipeline, stream.length))
 
 
-def _table(pipeline: Any, family: Family, prompts: list[str], length: int | None, negative: bool) -> TokenTable:
+def _table(
+    pipeline: Any, family: Family, prompts: list[str], length: int | None, negative: bool, pictures: Sequence[int]
+) -> TokenTable:
     tokens: list[Token] = []
     texts: dict[str, str] = {}
     unread: dict[str, list[tuple[int, int]]] = {}
@@ -273,7 +290,7 @@ def _table(pipeline: Any, family: Family, prompts: list[str], length: int | None
         size = stream_length(pipeline, family, stream, length)
         given = [(*names, next(left)) for names in zip(stream.tokenizers, stream.encoders, strict=True)]
         read = [
-            (prompt, *_reading(pipeline, _tokenizer(pipeline, component), stream, prompt, size, negative))
+            (prompt, *_reading(pipeline, _tokenizer(pipeline, component), stream, prompt, size, negative, pictures))
             for component, encoder, prompt in given
             if getattr(pipeline, encoder, None) is not None
         ]
@@ -348,7 +365,13 @@ def _extent(token: Token, text: str) -> tuple[int, int]:
 
 
 def _reading(
-    pipeline: Any, tokenizer: Any, stream: TextStream, prompt: str, size: int, negative: bool
+    pipeline: Any,
+    tokenizer: Any,
+    stream: TextStream,
+    prompt: str,
+    size: int,
+    negative: bool,
+    pictures: Sequence[int],
 ) -> tuple[Sequence[Token], list[tuple[int, int]]]:
     """The tokens of one prompt in one tokenizer as the pipeline uses it, and the characters that were cut off."""
     if stream.blank and not prompt:
@@ -360,6 +383,7 @@ def _reading(
             return [Token(stream.name, "null")] * size, []
     if stream.wrap is not None:
         before, after = stream.wrap(pipeline, negative)
+        before += stream.pictures(pipeline, len(pictures)) if stream.pictures is not None else ""
         texts = [[part for part in ((before, -1), *parts, (after, -1)) if part[0]] for parts in texts]
     cut = 0 if stream.cut is None else stream.cut(pipeline)
     tail, left = ("", 0) if stream.tail is None else stream.tail(pipeline)
@@ -375,6 +399,9 @@ def _reading(
         tokens = [*_filled(tokens, size + cut - left, side, Token(stream.name, "pad"))]
     if tail:
         tokens += _read(tokenizer, stream, [(tail, -1)], size)[0]
+    if pictures:
+        counts = iter(pictures)
+        tokens = [token for token in tokens for _ in range(next(counts) if token.kind == "picture" else 1)]
     return tokens[cut:], unread
 
 
@@ -386,8 +413,12 @@ def _read(tokenizer: Any, stream: TextStream, parts: Sequence[Part], limit: int)
     tokens: list[Token] = []
     seen_text = False
     reach = 0
+    picture = tokenizer.convert_tokens_to_ids(stream.picture) if stream.picture in text and stream.picture else None
     for token_id, special, first, last in _encoded(tokenizer, text, limit, stream.special_tokens):
         place = _place(parts, first, last)
+        if token_id == picture:
+            tokens.append(Token(stream.name, "picture"))
+            continue
         if special:
             is_start = not seen_text and (token_id == tokenizer.bos_token_id or token_id != tokenizer.eos_token_id)
             # CLIP's end token is its pad too; other pads are read only where a pipeline puts them into the text.

@@ -26,7 +26,7 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.models.families.registry import Family
 from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.mmdit import Batch
-from mmdit_probe.models.tokens import TokenTable, token_tables
+from mmdit_probe.models.tokens import TokenTable, picture_positions, token_tables
 
 BOTH = ("cond", "uncond")
 PERTURBED = "perturbed"
@@ -182,7 +182,8 @@ class PipelineRows:
         if self.family.streams and not self._rewritten(given):
             length = given.get(self.family.length_argument)
             try:
-                tables = list(token_tables(self.pipeline, self.family, texts, length, negative))
+                shown = picture_positions(self.pipeline, given.get("image"))
+                tables = list(token_tables(self.pipeline, self.family, texts, length, negative, shown))
             except UserError as error:  # the pipeline runs with this tokenizer, so the probe must not stop it
                 warnings.warn(f"the kinds of the text tokens stay unknown: {error}", stacklevel=2)
         copies = max(1, len(rows) // len(texts))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def contribution_budget(summary: pd.DataFrame, heads: pd.DataFrame, *, title: str = "") -> Figure:
-    """Norm of the contribution of each span kind, and of reference pictures, over the whole update's (left), its mass (middle), and the words' relative
-    norm within each head (right, where heads were kept).
+    """Norm of the contribution of each span kind, and of reference pictures, over the whole update's (left), its mass
+    (middle), and the words' relative norm within each head (right, where heads were kept).
 
     Args:
         summary, heads: from `experiments.contribution_budget.summarise`, by layer, and by layer and head.

@@ -261,7 +261,7 @@ ENTRIES: tuple[Family, ...] = (
         sequence(position_ids, "text", "image"),
         pooled_input="pooled_projections", streams=(stream("t5", "tokenizer_2", "text_encoder_2"),),
         length_argument=_LENGTH, default_length=512, encoded=("text", "pooled", "text ids"),
-        pipelines=("FluxPipeline",), cell=2, form="packed", distilled=True,
+        pipelines=("FluxPipeline", "FluxKontextPipeline"), cell=2, form="packed", distilled=True,
     ),
     # transformer_flux2.py, without its key-value cache.
     Family(
@@ -328,10 +328,11 @@ ENTRIES: tuple[Family, ...] = (
         streams=(
             stream(
                 "llm", wrap=template("prompt_template_encode"), cut=attribute("prompt_template_encode_start_idx"),
-                padded=False,
+                padded=False, picture="<|image_pad|>", pictures=prompts.numbered_pictures,
             ),
         ),
-        length_argument=_LENGTH, default_length=512, encoded=_TEXT_MASK, pipelines=("QwenImagePipeline",),
+        length_argument=_LENGTH, default_length=512, encoded=_TEXT_MASK,
+        pipelines=("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
         scale_argument="true_cfg_scale", cell=2, form="packed",
     ),
     # cogvideox_transformer_3d.py and consisid_transformer_3d.py: latents [B, frames, C, h, w].

@@ -58,6 +58,11 @@ class TextStream:
     """Kind of the one token that stands for an empty prompt and fills its positions; empty if the tokenizer says."""
     special_tokens: bool = True
     """Whether the tokenizer adds its own special tokens."""
+    picture: str = ""
+    """The token that stands for a reference picture in the text and is repeated for its patches, where the encoder sees
+    pictures too."""
+    pictures: Callable[[Any, int], str] | None = None
+    """(pipeline, how many) -> the text before the prompt that names them, where it is not part of `wrap`."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,9 @@ class Family:
     """What `encode_prompt` returns: "text", "negative text" and others. Without a "negative text" the negative
     prompt is encoded by a call of its own."""
     pipelines: tuple[str, ...] = ()
-    """Classes of the stock text-to-image pipelines that `load` takes."""
+    """Classes of the stock text-to-image and editing pipelines that `load` takes."""
+    reference_argument: str = "image"
+    """Argument of these pipelines that takes a picture to edit, or several to go by."""
     options: tuple[tuple[str, Any], ...] = ()
     """Arguments of these pipelines that are always set: none may change the prompt or the size that was asked for."""
     scale_argument: str = "guidance_scale"

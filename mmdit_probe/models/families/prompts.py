@@ -40,6 +40,13 @@ def template(attribute: str, key: str = "") -> Wrap:
     return wrap
 
 
+def numbered_pictures(pipeline: Any, count: int) -> str:
+    """Qwen-Image-Edit-Plus: the pictures before the prompt, by number; the template of its predecessor has one."""
+    if "<|image_pad|>" in pipeline.prompt_template_encode:
+        return ""
+    return "".join(f"Picture {k + 1}: <|vision_start|><|image_pad|><|vision_end|>" for k in range(count))
+
+
 def chat(
     before: str = "",
     *,
