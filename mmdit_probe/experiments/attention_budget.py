@@ -44,7 +44,7 @@ REFERENCE_BLOCKS = {
 """The blocks of editing models, whose sequence holds reference pictures; there where a table has any."""
 
 SPANS = ("word", "bos", "eos", "template", "pad", "null", "unknown")
-"""Kinds of text token that the I2T mass is split into."""
+"""Kinds of text token that the I2T mass is split into; `vision` too, where the text encoder is shown any."""
 
 OUTLIER_Z = 3.5
 """Robust z-score beyond which a layer is marked; the usual limit of Iglewicz and Hoaglin (1993)."""
@@ -174,7 +174,7 @@ def blocks(by_item: pd.DataFrame, value: str = "mass") -> pd.DataFrame:
         chosen = by_item[(by_item["query"] == query) & (by_item["key"] == key)]
         columns[name] = chosen.groupby(cell, observed=True)[value].sum()
     into_text = by_item[(by_item["query"] == "image") & (by_item["key"] == "text")]
-    for kind in SPANS:
+    for kind in (*SPANS, *(("vision",) if (by_item["span"] == "vision").any() else ())):
         columns[f"I2T_{kind}"] = into_text[into_text["span"] == kind].groupby(cell, observed=True)[value].sum()
     into = by_item[(by_item["query"] == "image") & (by_item["key"] == "reference")]
     for number in numbers if len(numbers) > 1 else ():
@@ -195,7 +195,7 @@ def budget_table(summary: pd.DataFrame, paper: pd.DataFrame | None = None) -> Te
     """The per-layer table in text. `paper` adds the published shares."""
     from mmdit_probe.plots.style import LABELS
 
-    spans = [kind for kind in LABELS if summary[f"I2T_{kind}_uniform"].max() > 0]
+    spans = [kind for kind in LABELS if f"I2T_{kind}" in summary and summary[f"I2T_{kind}_uniform"].max() > 0]
     numbers = [name for name in summary.columns.astype(str) if name.removeprefix("I2R_").isdigit()]
     blocks = [name for name in (*BLOCKS, *REFERENCE_BLOCKS, *numbers) if name in summary and name[2] != "O"]
     masses = [name for name in (*blocks, "I2O") if summary[f"{name}_uniform"].max() > 0]

@@ -14,6 +14,7 @@ and processes, stands here and nowhere else. Not here: where rows go (`experimen
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -243,6 +244,7 @@ def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "text_length": model.text_length,
         **text_of(model),
+        **references_of(model),
         **options,
     }
 
@@ -253,6 +255,13 @@ def text_of(model: MMDiT) -> dict[str, Any]:
     left_out = hasattr(model.pipeline, "text_encoder_3") and model.pipeline.text_encoder_3 is None
     length = {} if model.max_sequence_length == model.own_length else {"max_sequence_length": model.max_sequence_length}
     return ({"no_t5": True} if left_out else {}) | length
+
+
+def references_of(model: MMDiT) -> dict[str, Any]:
+    """What a request says of the pictures that an editing model is given; nothing where there are none."""
+    hashes = [hashlib.sha256(one.tobytes()).hexdigest()[:16] for one in model.references]
+    sizes = [f"{one.height} x {one.width}" for one in model.references]
+    return {"references": list(zip(sizes, hashes, strict=True))} if hashes else {}
 
 
 def described(model: MMDiT) -> dict[str, Any]:

@@ -224,7 +224,7 @@ def budgets(table: pd.DataFrame, layers: range, heads: int, steps: list[int]) ->
     kind = own["span"].astype(str).where(own["key"].astype(str) == "text", own["key"].astype(str))
     cell = ["layer", "head", "step", "query"]
     sums = own.assign(kind=kind).groupby([*cell, "kind"], observed=True)["mass"].sum().unstack("kind").fillna(0.0)
-    order = ["word", "bos", "eos", "template", "pad", "null", "unknown", "image", "reference", "other"]
+    order = ["word", "bos", "eos", "template", "pad", "vision", "null", "unknown", "image", "reference", "other"]
     kinds = [name for name in order if name in sums and sums[name].any()]
     rows = sums[kinds].reset_index()
     queries = QUERIES if (rows["query"] == "reference").any() else QUERIES[:2]

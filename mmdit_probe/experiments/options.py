@@ -17,6 +17,7 @@ from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, heads_at
 if TYPE_CHECKING:
     from mmdit_probe.data import Sample
     from mmdit_probe.edit.edit import Edit
+    from mmdit_probe.experiments.progress import Progress
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.results.selection import LayerSelection
 
@@ -109,6 +110,28 @@ def prompts_of(prompts: str | Sequence[str] | None, limit: int | None, scenes: b
         return asked
     source = ("scenes:val" if scenes else "everyday") if prompts is None else prompts
     return read(source, default if limit is None and prompts is None else limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Referring:
+    """Pictures that an editing model is given beside the prompt."""
+
+    references: Annotated[
+        Any,
+        Option("Pictures that an editing model is given: files by comma, a folder, or scenes:val:3.", panel=INPUT),
+    ] = None
+
+    def load(self, target: Any, shown: Progress) -> Any:
+        from PIL.Image import fromarray
+
+        model = super().load(target, shown)  # type: ignore[misc]
+        if self.references is None:
+            return model
+        asked = self.references
+        if isinstance(asked, str) and "," in asked:
+            asked = [part.strip() for part in asked.split(",")]
+        given = asked if isinstance(asked, str | Path | list | tuple) else [asked]
+        return model.given([fromarray(one.image) for one in samples_of(given, None)])
 
 
 @dataclass(frozen=True, kw_only=True)

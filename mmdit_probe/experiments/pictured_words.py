@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
 from mmdit_probe.experiments.known import KnownLayers, grounding_layers
-from mmdit_probe.experiments.options import INPUT, METHOD, Sampling, captions_of, prompts_of, samples_of
+from mmdit_probe.experiments.options import INPUT, METHOD, Referring, Sampling, captions_of, prompts_of, samples_of
 from mmdit_probe.experiments.token_rows import unread
 from mmdit_probe.options import Option
 from mmdit_probe.specs import Spec, layer_indices
@@ -40,7 +40,7 @@ class PicturedPrompt:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures(Sampling, Experiment):
+class Pictures(Sampling, Referring, Experiment):
     """Pictures of prompts, or photos with a text, and words of them: what maps and explore have in common."""
 
     prompt: Annotated[

@@ -80,6 +80,10 @@ class Reads:
         str | None, Option("Network input, HxW in pixels.", shown_default="the model's own", panel=METHOD)
     ] = None
     seed: Annotated[int, Option("First noise seed.", min=0, max=2**63 - 1, panel=METHOD)] = 0
+    reference: Annotated[
+        Literal["none", "beside", "read"],
+        Option("Give an editing model the picture as its reference too, and read its tokens there.", panel=METHOD),
+    ] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
@@ -123,7 +127,7 @@ class Reads:
         layers, heads, weights, notes = self._places(network)
         reading = Reading(
             layers, weights, None, self.sigmas(sigma), range(self.seed, self.seed + self.noise_seeds), self.fit or fit,
-            parse_size(self.size or size),
+            parse_size(self.size or size), self.reference,
         )  # fmt: skip
         return Read(reading, heads, notes)
 

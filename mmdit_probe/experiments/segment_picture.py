@@ -138,6 +138,7 @@ class OnePicture(Reads, _Checked):
             "method": self.method, "options": plain(values), "refine": self.refine, "layers": plain(how.layers),
             "weights": plain(how.weights), "sigmas": list(how.sigmas), "seeds": list(how.seeds), "fit": how.fit,
             "size": plain(how.size), "regions": plain(self.regions),
+            **({"reference": how.reference} if how.reference != "none" else {}),
         }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from mmdit_probe.experiments.options import (
     Control,
     LayersAndHeads,
     Prompts,
+    Referring,
     Sampling,
     captions_of,
     plain_heads,
@@ -57,7 +58,7 @@ class Item:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenRows(LayersAndHeads, Sampling, Experiment):
+class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
     """Rows per prompt, step, branch, layer, head and kind of token."""
 
     early: ClassVar[bool] = True

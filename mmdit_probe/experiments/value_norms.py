@@ -35,8 +35,8 @@ PROMPT_SPANS = ("bos", "word", "eos", "template")
 """Text tokens that the paper calls prompt tokens: text without the trailing padding (and without null slots)."""
 
 CURVES = ("image", "text", "prompt", "reference")
-"""The last one where a call has reference pictures."""
-GROUPS = (*CURVES, "word", "bos", "eos", "template", "pad", "null", "unknown")
+"""The last one where a call has reference pictures; so the group `vision`, where the text encoder is shown any."""
+GROUPS = (*CURVES, "word", "bos", "eos", "template", "pad", "null", "unknown", "vision")
 _CELL = ["branch", "layer", "head"]
 
 
@@ -116,9 +116,9 @@ def per_call(rows: Rows) -> pd.DataFrame:
         "text": table["token"] == "text",
         "prompt": table["span"].isin(PROMPT_SPANS),
     }
-    if (table["token"] == "reference").any():
-        members["reference"] = table["token"] == "reference"
     members |= {kind: table["span"] == kind for kind in GROUPS if kind not in CURVES}
+    rare = {"reference": table["token"] == "reference", "vision": members.pop("vision")}
+    members |= {kind: chosen for kind, chosen in rare.items() if chosen.any()}
     columns = {}
     for name, chosen in members.items():
         sums = table[chosen].groupby(_CELL, observed=True)[["total", "n_token"]].sum()

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 
+from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.explore import Explore
 from mmdit_probe.experiments.options import METHOD, checked_heads
@@ -66,6 +67,10 @@ class WordMaps(Pictures):
     ] = None  # fmt: skip
     heads: Annotated[HeadSpec, Option("Attention heads: all, 3, 0-3 or 0,2.", panel=METHOD)] = "all"
     steps: Annotated[Spec, Option("Sampling steps: all, 0,20, 0-4, last-8.", panel=METHOD)] = "all"
+    over: Annotated[
+        int | None,
+        Option("Maps over this one of --references, from 0.", min=0, shown_default="over the picture", panel=METHOD),
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,13 +84,18 @@ class WordMaps(Pictures):
         steps = [0] if self.image is not None else list(step_indices(self.steps, self.num_steps))
         shares = known.weights or (1.0 / len(layers),) * len(layers)
         weights = [share for _, share in sorted(zip(layers, shares, strict=True))]
-        return {"layers": sorted(layers), "weights": weights, "why": known.source, "heads": heads, "steps": steps}
+        if self.over is not None and self.over >= len(model.references):
+            raise UserError(f"no reference {self.over}: {len(model.references)} are given (the first is 0)")
+        over = {} if self.over is None else {"over": self.over}
+        return {
+            "layers": sorted(layers), "weights": weights, "why": known.source, "heads": heads, "steps": steps, **over,
+        }  # fmt: skip
 
     def measure(self, study: Study, task: PicturedPrompt, record: TaskRecord) -> None:
         from mmdit_probe.observe.maps import TextMaps
 
         request, whole = study.request, len(study.request["heads"]) == study.model.heads
-        seen = TextMaps(task.words, heads="mean" if whole else "all", stream=self.stream)
+        seen = TextMaps(task.words, heads="mean" if whole else "all", stream=self.stream, reference=self.over)
         steps = "all" if task.picture else request["steps"]
         image = self.look(study.model, task, [seen], request["layers"], steps)
         heads = "all" if whole else request["heads"]
@@ -99,7 +109,7 @@ class WordMaps(Pictures):
             ]
         ).astype(np.float32)
         record.arrays(f"maps-{task.index:03d}", words=np.array(task.words), maps=found)
-        record.picture(f"{task.index:03d}", image)
+        record.picture(f"{task.index:03d}", image if self.over is None else study.model.references[self.over])
         peaks = [np.unravel_index(one.argmax(), one.shape) for one in found]
         rows, columns = (np.array([peak[axis] for peak in peaks], np.int32) for axis in (0, 1))
         record.write(
@@ -136,7 +146,8 @@ class WordMaps(Pictures):
         heads = "all heads" if len(request["heads"]) == result.data["model"]["heads"] else f"heads {request['heads']}"
         if self.image is not None:
             return f"{result.model_name}: {layers}, {heads}, sigma {self.sigma:g}"
-        return f"{result.model_name}: {layers}, {heads}, {len(request['steps'])} of {self.num_steps} steps"
+        over = "" if self.over is None else f", over reference {self.over}"
+        return f"{result.model_name}: {layers}, {heads}, {len(request['steps'])} of {self.num_steps} steps{over}"
 
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.overlay import maps_sheet
@@ -183,7 +194,8 @@ def word_maps(
         prompt: one or several; with `image` the photo's text.
         progress: whether to show it, on stderr.
         options: those of `WordMaps`: words, seed, image (a file, a PIL picture, an array), images_per_prompt, layers,
-            heads, steps, stream, num_steps, guidance, height, width, sigma.
+            heads, steps, stream, num_steps, guidance, height, width, sigma, references (for an editing model: pictures
+            or files) and over (the number of one of them: maps over it).
 
     Raises:
         UserError: a word that no prompt has, bad options, or no such model.
@@ -200,7 +212,8 @@ def word_maps(
         if experiment.image is not None:
             picture = experiment.gather(False)[1][number].open()
         shared = {
-            name: getattr(experiment, name) for name in ("num_steps", "guidance", "height", "width", "stream", "sigma")
+            name: getattr(experiment, name)
+            for name in ("num_steps", "guidance", "height", "width", "stream", "sigma", "references")
         }
         page = Explore(prompt=[text], words=words, image=picture, seed=seed, layers=experiment.layers, **shared)
         return page.pages(page.run(model, progress=shown))[0]

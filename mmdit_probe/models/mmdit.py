@@ -125,6 +125,12 @@ class MMDiT:
             f" {self.text_length} text positions, {height} x {width} pixels, {dtype} on {self.device})"
         )
 
+    def given(self, references: Sequence[Any]) -> MMDiT:
+        """The same model whose editing pipeline is given these pictures (PIL) beside the prompt."""
+        found = copy.copy(self)
+        found.references = tuple(references)
+        return found
+
     @property
     def transformer(self) -> Any:
         return self.pipeline.transformer

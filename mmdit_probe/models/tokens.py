@@ -23,7 +23,7 @@ from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.models.families.facts import Family, Part, TextStream
 from mmdit_probe.models.words import blankless, find, folded, words
 
-SPAN_KINDS = ("bos", "word", "eos", "pad", "template", "picture", "null", "unknown")
+SPAN_KINDS = ("bos", "word", "eos", "pad", "template", "vision", "null", "unknown")
 
 
 @dataclass(frozen=True)
@@ -401,7 +401,7 @@ def _reading(
         tokens += _read(tokenizer, stream, [(tail, -1)], size)[0]
     if pictures:
         counts = iter(pictures)
-        tokens = [token for token in tokens for _ in range(next(counts) if token.kind == "picture" else 1)]
+        tokens = [token for token in tokens for _ in range(next(counts) if token.kind == "vision" else 1)]
     return tokens[cut:], unread
 
 
@@ -417,7 +417,7 @@ def _read(tokenizer: Any, stream: TextStream, parts: Sequence[Part], limit: int)
     for token_id, special, first, last in _encoded(tokenizer, text, limit, stream.special_tokens):
         place = _place(parts, first, last)
         if token_id == picture:
-            tokens.append(Token(stream.name, "picture"))
+            tokens.append(Token(stream.name, "vision"))
             continue
         if special:
             is_start = not seen_text and (token_id == tokenizer.bos_token_id or token_id != tokenizer.eos_token_id)

@@ -289,6 +289,9 @@ class JointBlocks(Observer):
         keep: which of `PARTS`.
         heads: heads that count in the mean of "i2i"; None takes all.
         reference: number of the reference picture whose tokens stand for those of the image; None is the image.
+
+    Attributes:
+        kept: layer -> part -> tensor. grid: (h, w) of the tokens that are kept.
     """
 
     needs = "lse"
@@ -307,10 +310,12 @@ class JointBlocks(Observer):
         if self.heads == []:
             raise UserError("no heads to average over; name at least one")
         self.kept: dict[int, dict[str, Tensor]] = {}
+        self.grid: tuple[int, int] | None = None
 
     def measure(self, seen: LayerCall) -> dict[str, Tensor]:
         if seen.layer.index not in self.layers:
             return {}
+        self.grid = seen.picture(self.reference).grid if self.reference is not None else seen.layout.grid
         return {part: self._part(part, seen).detach().float().cpu().contiguous() for part in self.keep}
 
     def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:

@@ -99,9 +99,9 @@ class AttentionMass(RowObserver):
         sink, heads, rows: as in `RowObserver`; rows are kept in memory without a sink.
 
     Columns: prompt, seed, step, sigma, branch (cond | uncond | unknown), layer, head (-1: mean over heads), query
-    (image | text | reference), key (image | text | reference | other), span (bos | word | eos | pad | template | null |
-    unknown; of references the number, from 0; "all" for image and other keys), stream (clip | t5 | ...; "" for keys
-    that are no text), mass (mean over the query tokens), n_query, n_key, uniform (n_key / N, the mass that uniform
+    (image | text | reference), key (image | text | reference | other), span (bos | word | eos | pad | template | vision
+    | null | unknown; of references the number, from 0; "all" for image and other keys), stream (clip | t5 | ...; "" for
+    keys that are no text), mass (mean over the query tokens), n_query, n_key, uniform (n_key / N, the mass that uniform
     attention would give). Spans that a prompt does not have get no row, nor do references that a call does not have;
     `other` always has one.
     """

@@ -42,9 +42,9 @@ class ValueNorm(RowObserver):
         rows: "head", or "layer" for the concatenation alone.
 
     Columns: prompt, seed, step, sigma, branch, layer, head (-1: all heads concatenated), token (image | text |
-    reference | other), span (bos | word | eos | pad | template | null | unknown; of references the number, from 0;
-    "all" for image and other tokens), stream (encoder; "" for tokens that are no text), norm (mean over the tokens),
-    spread (their standard deviation), n_token. Spans that a prompt does not have get no row.
+    reference | other), span (bos | word | eos | pad | template | vision | null | unknown; of references the number,
+    from 0; "all" for image and other tokens), stream (encoder; "" for tokens that are no text), norm (mean over the
+    tokens), spread (their standard deviation), n_token. Spans that a prompt does not have get no row.
     """
 
     reads = "the value"

@@ -46,12 +46,14 @@ SPANS = {
     "eos": "#CC79A7",
     "template": "#0072B2",
     "pad": "#56B4E9",
+    "vision": "#F0E442",
     "null": "#D9D9D9",
     "unknown": "#999999",
 }
 """Colours of the span kinds, in stacking order; content words keep the colour of text."""
 
-LABELS = {"word": "words", "bos": "BOS", "eos": "EOS", "template": "template", "pad": "padding", "null": "null slots"}
+LABELS = {"word": "words", "bos": "BOS", "eos": "EOS", "template": "template", "pad": "padding", "null": "null slots",
+          "vision": "pictures"}  # fmt: skip
 """Names of the span kinds in legends and printed tables."""
 
 Place = Literal["outside lower left", "outside lower center", "outside lower right"]

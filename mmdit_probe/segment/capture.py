@@ -75,7 +75,12 @@ def capture(
         if "concepts" in parts:
             raise UserError("conceptattention needs class names")
         prompts = [Prompt("", model.token_tables("")[0], ())]
-    latents = model.encode_image(fit.apply(image))
+    shown = fit.apply(image)
+    if reading.reference != "none":
+        if reading.reference == "read" and {"concepts", "i2i_attn2"} & {*parts}:
+            raise UserError("concepts and a second attention have no tokens of a reference; read the picture itself")
+        model, encode = model.given([shown]), None  # an encoder may be shown the reference
+    latents = model.encode_image(shown)
     names = [query.text for prompt in prompts for query in prompt.queries]
     concepts = concept_embeddings(model, names, concept_stream) if "concepts" in parts else None
     passes = []
@@ -85,11 +90,11 @@ def capture(
         for sigma, seed in product(reading.sigmas, reading.seeds):
             noised = model.noise(latents, sigma, seed)
             beside = concepts if number == 0 else None
-            for layer, record in _forward(model, noised, sigma, text, layers, parts, reading.heads, beside).items():
+            records, grid = _forward(model, noised, sigma, text, layers, parts, reading, beside)
+            for layer, record in records.items():
                 samples[layer].append(record if heads_apart or len(prompts) > 1 else head_mean(record))
         whole = Pass(prompt, {layer: average(records) for layer, records in samples.items()})
         passes.append(whole if text_kinds is None else with_columns(whole, text_kinds))
-    grid = (fit.size[0] // model.size_multiple, fit.size[1] // model.size_multiple)
     return Capture(
         image, fit, grid, list(classes), passes, tuple(reading.sigmas), tuple(reading.seeds), layers,
         layer_weights(layers, reading.weights), family=model.family.name,
@@ -136,9 +141,11 @@ def concept_embeddings(model: MMDiT, names: Sequence[str], stream: str | None = 
 
 def _forward(
     model: MMDiT, noised: torch.Tensor, sigma: float, text: TextCondition, layers: Sequence[int],
-    parts: Sequence[str], heads: Iterable[int] | None, concepts: torch.Tensor | None,
-) -> dict[int, JointRecord]:  # fmt: skip
-    blocks = JointBlocks(layers, [part for part in parts if part in PARTS], heads)
+    parts: Sequence[str], reading: Reading, concepts: torch.Tensor | None,
+) -> tuple[dict[int, JointRecord], tuple[int, int]]:  # fmt: skip
+    """What is kept by layer, and the grid of its tokens."""
+    reference = 0 if reading.reference == "read" else None
+    blocks = JointBlocks(layers, [part for part in parts if part in PARTS], reading.heads, reference)
     observers: list[Observer] = [blocks]
     stream = ConceptStream(model, concepts) if concepts is not None else None
     watched: Spec = list(layers)
@@ -151,6 +158,7 @@ def _forward(
         stack.enter_context(torch.no_grad())
         stack.enter_context(probe(model, *observers, layers=watched))
         model.denoise(noised, sigma, text)
+    assert blocks.grid is not None
     return {
         layer: JointRecord(
             layer,
@@ -159,4 +167,4 @@ def _forward(
             i2i_attn2=second[layer][0] if second else None,
         )
         for layer in layers
-    }
+    }, blocks.grid

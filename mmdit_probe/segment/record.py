@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -41,6 +41,8 @@ class Reading:
         sigmas: noise levels, seeds: noise seeds; records are averaged over all pairs.
         fit: how the picture is brought to the input size, see `data.fit`.
         size: (height, width) of the network's input; the model's own if None.
+        reference: "beside" gives an editing model the picture as its reference too; "read" also reads its tokens there,
+            in place of the noised picture's.
 
     Raises:
         UserError: no noise level, or no seed.
@@ -53,6 +55,7 @@ class Reading:
     seeds: Sequence[int] = (0,)
     fit: str = "squash"
     size: tuple[int, int] | None = None
+    reference: Literal["none", "beside", "read"] = "none"
 
     def __post_init__(self) -> None:
         if not self.seeds or not self.sigmas:

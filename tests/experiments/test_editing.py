@@ -1,0 +1,208 @@
+"""Stock editing pipelines, end to end: what they are given, which text token is which, and what experiments make of it,
+against the float64 softmax over each pipeline's own calls."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mmdit_probe import AttentionMass, MMDiT, load, probe, word_maps
+from mmdit_probe.attention import reference
+from mmdit_probe.data import parse_classes
+from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import AttentionBudget, Explore, Segment, ValueNorms
+from mmdit_probe.models.latents import unpack
+from mmdit_probe.models.layout import find_layers
+from mmdit_probe.models.pipeline_call import first_call
+from mmdit_probe.segment.capture import Reading, capture
+from tests.editing_pipelines import PICTURE, PIPELINES, build, picture, small
+from tests.observe.test_families import written_down
+
+PROMPT = "a red ring"
+PICTURES = {
+    "kontext": [picture(48, 64)], "flux2": [picture(64, 96), picture(96, 64, 1)], "qwen_edit": [picture(32, 64)],
+    "qwen_edit_plus": [picture(32, 64), picture(64, 32, 1)],
+}  # fmt: skip
+REFERENCES = {"kontext": [12], "flux2": [24, 24], "qwen_edit": [8], "qwen_edit_plus": [8, 8]}
+HEIGHT, WIDTH, IMAGE = 32, 64, 8
+
+
+@pytest.fixture(autouse=True)
+def tiny_pictures() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        small(patch)
+        yield
+
+
+@functools.cache
+def model_of(name: str) -> MMDiT:
+    return MMDiT(build(name), name).given(PICTURES[name])
+
+
+def sample(model: MMDiT, **options: Any) -> Any:
+    how = {"steps": 1, "guidance": 1.0, "height": HEIGHT, "width": WIDTH, "output_type": "latent"}
+    return model.generate(PROMPT, **(how | options))
+
+
+def probabilities(model: MMDiT, run: Any, layer: int = 1) -> Tensor:
+    """[H, N, N] float64 of the one call that `run` makes."""
+    path = find_layers(model.family, model.transformer)[layer].path
+    with written_down(model.transformer) as calls:
+        run()
+    (call,) = calls[path]
+    return reference.probabilities(call.query, call.key, call.attn_mask, call.is_causal, call.scale)[0]
+
+
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_a_stock_pipeline_is_read_by_its_pictures_and_words(name: str) -> None:
+    """Text first, then the image, then the references: the pipelines' own order."""
+    model = model_of(name)
+    p = probabilities(model, lambda: sample(model))
+    with probe(model.pipeline, AttentionMass(), layers=[1]) as run:
+        sample(model)
+    table = run[AttentionMass].table()
+    assert set(table["prompt"]) == {PROMPT} and set(table["branch"]) == {"cond"}
+    text = p.shape[-1] - IMAGE - sum(REFERENCES[name])
+    edges = np.cumsum([text, IMAGE, *REFERENCES[name]]).tolist()
+    spans = [slice(0, text), *(slice(*pair) for pair in itertools.pairwise(edges))]
+    kinds = ["text", "image", *(["reference"] * len(REFERENCES[name]))]
+    numbers = ["", "all", *map(str, range(len(REFERENCES[name])))]
+    asked = {"image": spans[1], "text": spans[0], "reference": slice(edges[1], edges[-1])}
+    for query, rows in asked.items():
+        own = table[table["query"] == query]
+        for key, number, columns in zip(kinds, numbers, spans, strict=True):
+            part = own[(own["key"] == key) & ((own["span"] == number) | (key == "text"))]
+            wanted = p[:, rows][:, :, columns].sum(-1).mean(1)
+            np.testing.assert_allclose(part.groupby("head")["mass"].sum(), wanted, atol=3e-6)
+        np.testing.assert_allclose(own.groupby("head")["mass"].sum(), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen_edit", "qwen_edit_plus"])
+def test_text_positions_are_those_of_the_pipeline_s_own_processor(name: str) -> None:
+    model = model_of(name)
+    pipe, found = model.pipeline, []
+    processor = type(pipe.processor)
+    call = processor.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processor, "__call__", lambda *args, **kw: (found.append(call(*args, **kw)), found[-1])[1])
+        table = MMDiT(pipe, name).given(PICTURES[name]).encode_prompt(PROMPT).tokens[0]
+    ids = found[0]["input_ids"][0, pipe.prompt_template_encode_start_idx :].tolist()
+    assert len(ids) == len(table)
+    shown = pipe.tokenizer.convert_tokens_to_ids(PICTURE)
+    assert table.positions(kind="vision") == [p for p, token in enumerate(ids) if token == shown]
+    assert pipe.tokenizer.decode([ids[p] for p in table.positions(kind="word")]) == PROMPT
+    assert pipe.tokenizer.decode([ids[p] for p in table.positions(word="ring")]).strip() == "ring"
+
+
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_a_denoising_call_is_the_editing_pipeline_s_own(name: str) -> None:
+    model = model_of(name)
+    stepped: list[Tensor] = []
+    noise: list[Tensor] = []
+    step = model.scheduler.step
+    model.scheduler.step = lambda output, t, x, *args, **kwargs: (
+        stepped.append(output.clone()), noise.append(x.clone()), step(output, t, x, *args, **kwargs)
+    )[-1]  # fmt: skip
+    try:
+        sample(model, guidance=3.5 if model.family.distilled and name != "flux2" else 1.0)
+    finally:
+        del model.scheduler.step
+    size = (HEIGHT // model.latent_side, WIDTH // model.latent_side)
+    latents, wanted = (unpack(of, "packed", 2, size) for of in (noise[0], stepped[0]))
+    found = model.denoise(latents, 1.0, model.encode_prompt(PROMPT))
+    torch.testing.assert_close(found, wanted.float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kontext", "qwen_edit_plus"])
+def test_word_maps_over_the_picture_and_over_a_reference(name: str) -> None:
+    model = model_of(name)
+    of, number = MMDiT(model.pipeline, name), len(PICTURES[name]) - 1
+    p = probabilities(model, lambda: sample(model, seed=3)).mean(0)
+    text = p.shape[-1] - IMAGE - sum(REFERENCES[name])
+    table = model.encode_prompt(PROMPT).tokens[0] if name != "kontext" else model.token_tables(PROMPT)[0]
+    ring = table.positions(word="ring")
+    how: dict[str, Any] = {
+        "words": "ring", "layers": [1], "num_steps": 1, "guidance": 1.0, "seed": 3, "height": HEIGHT, "width": WIDTH,
+        "references": PICTURES[name],
+    }  # fmt: skip
+    maps = word_maps(of, PROMPT, **how)
+    np.testing.assert_allclose(maps["ring"].array.ravel(), p[text : text + IMAGE][:, ring].sum(1), atol=3e-6)
+    over = word_maps(of, PROMPT, over=number, **how)
+    own = p[-REFERENCES[name][number] :][:, ring].sum(1)
+    np.testing.assert_allclose(over["ring"].array.ravel(), own, atol=3e-6)
+    assert over["ring"].array.shape == {"kontext": (3, 4), "qwen_edit_plus": (2, 4)}[name]
+    assert over.image.size == PICTURES[name][number].size
+    assert not of.references  # only the run's own copy was given any
+    with pytest.raises(UserError, match=rf"no reference 2: {number + 1} are given"):
+        word_maps(of, PROMPT, over=2, **how)
+
+
+def test_budget_norms_and_explorer_have_the_references(tmp_path: Path) -> None:
+    model = MMDiT(build("flux2"), "flux2")
+    files = [tmp_path / "0.png", tmp_path / "1.png"]
+    for file, one in zip(files, PICTURES["flux2"], strict=True):
+        one.save(file)
+    how: dict[str, Any] = {"references": f"{files[0]}, {files[1]}", "num_steps": 1, "guidance": 1.0}
+    budget = AttentionBudget(prompts=[PROMPT], images=[picture(32, 32)], layers="0-1", **how).run(model, progress=False)
+    summary = budget.summary
+    np.testing.assert_allclose(summary[["I2I", "I2T", "I2R", "I2O"]].sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(summary[["T2I", "T2T", "T2R", "T2O"]].sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(summary[["R2I", "R2T", "R2R", "R2O"]].sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(summary[["I2R_0", "I2R_1"]].sum(axis=1), summary["I2R"], atol=1e-6)
+    assert {"I2R", "R2T", "I2R_1"} <= set(budget.texts()[0].columns)
+    assert [axes.get_title(loc="left") for axes in budget.figure().axes][2] == "reference queries: R2I | R2T"
+    assert len(budget.request["references"]) == 2
+    norms = ValueNorms(prompts=[PROMPT], images=[picture(32, 32)], layers="0-1", **how).run(model, progress=False)
+    assert (norms.summary["reference"] > 0).all() and norms.figure()
+    pages = Explore(prompt=PROMPT, image=picture(32, 32), **how).run(model, progress=False)
+    shown = pages.experiment.explorations(pages)[0]
+    assert "reference" in shown.kinds and list(shown.queries) == ["image", "text", "reference"]
+    np.testing.assert_allclose(shown.budget.sum(-1), 1, atol=1e-4)
+    assert "reference queries" in pages.experiment.pages(pages)[0].html
+
+
+def test_a_picture_is_segmented_beside_and_as_its_own_reference() -> None:
+    model = MMDiT(build("kontext"), "kontext")
+    image = np.asarray(picture(48, 64))
+    classes = parse_classes("ring, red")
+    for how in ("beside", "read"):
+        reading = Reading(layers=[1], size=(48, 64), reference=how)  # type: ignore[arg-type]
+        found: list[Any] = []
+        p = probabilities(model, lambda: found.append(capture(model, image, classes, reading)))  # noqa: B023
+        text = p.shape[-1] - 24
+        own = p[:, text : text + 12] if how == "beside" else p[:, text + 12 :]
+        np.testing.assert_allclose(found[0].passes[0].records[1].i2t, own[..., :text], atol=3e-6)
+        assert found[0].grid == (3, 4)
+    result = Segment(image=picture(48, 64), classes="ring, red", layers="1", size="48x64", reference="read").run(
+        model, progress=False
+    )
+    assert result.labels.shape == (48, 64) and result.request["reference"] == "read"
+    with pytest.raises(UserError, match="no tokens of a reference"):
+        capture(model, image, classes, Reading(layers=[1], reference="read"), keep=("concepts",))
+
+
+def test_pictures_that_a_pipeline_does_not_take_are_refused() -> None:
+    from tests.pipelines import build as plain
+
+    model = MMDiT(plain("flux"), "flux").given([picture(32, 32)])
+    with pytest.raises(UserError, match="made 0 references of 1 pictures"):
+        model.encode_prompt(PROMPT)
+
+
+@pytest.mark.parametrize("name", ["kontext", "qwen_edit_plus"])
+def test_a_directory_of_an_editing_pipeline_is_loaded(name: str, tmp_path: Path) -> None:
+    pipe = build(name)
+    if name == "kontext":
+        pipe.save_pretrained(tmp_path, safe_serialization=True)
+        model = load(tmp_path, device="cpu").given(PICTURES[name])
+        assert first_call(model.pipeline, PROMPT, image=PICTURES[name][0], height=32, width=32, max_area=1024)
+        assert model.encode_prompt("a red ring").tokens[0].word_spans("red")
+    assert type(pipe).__name__ in model_of(name).family.pipelines
