@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mmdit_probe.observe.norms import ValueNorm as ValueNorm
     from mmdit_probe.observe.probe import Run as Run
     from mmdit_probe.observe.probe import probe as probe
+    from mmdit_probe.observe.reference_maps import ReferenceMaps as ReferenceMaps
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ _EXPORTS = {
     "Run": "mmdit_probe.observe.probe",
     "AttentionMass": "mmdit_probe.observe.mass",
     "TextMaps": "mmdit_probe.observe.maps",
+    "ReferenceMaps": "mmdit_probe.observe.reference_maps",
     "Blur": "mmdit_probe.edit",
     "EqualBudget": "mmdit_probe.edit",
     "perturbed_guidance": "mmdit_probe.edit",

@@ -286,11 +286,29 @@ def test_references_without_a_grid_are_counted_and_have_no_maps() -> None:
 
 
 def test_pictures_that_are_made_together_are_no_references() -> None:
-    """VisualCloze fills several pictures, its transformer has more channels in than out; and keys from a cache."""
+    """VisualCloze fills several pictures, its transformer has more channels in than out."""
     case = CASES["flux"]()
     config = type("Config", (), {"in_channels": 12, "out_channels": 4})
     with pytest.raises(UserError, match="2 pictures of this call are denoised together"):
         FAMILIES["flux"].arrangement(case.inputs, config)
+
+
+def test_references_that_a_probe_does_not_see_are_refused() -> None:
+    """Keys from a cache, and pictures among several texts."""
+    from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
+
     case = CASES["flux2"]()
     with pytest.raises(UserError, match="Flux2KleinKVPipeline"), probe(case.model, AttentionMass()):
         case.model(**case.inputs, kv_cache_mode="extract", num_ref_tokens=12)
+    glm, caches = FIXTURES["glm_image"], GlmImageKVCache(num_layers=2)
+    model, inputs = glm.build(), glm.inputs(1)
+    for mode in (None, "skip"):
+        caches.set_mode(mode)
+        with probe(model, AttentionMass(), layers=0):
+            model(**inputs, kv_caches=caches)
+    caches.set_mode("write")
+    with pytest.raises(UserError, match="from a cache"), probe(model, AttentionMass()):
+        model(**inputs, kv_caches=caches)
+    z = FIXTURES["z_image"].inputs(1)
+    with pytest.raises(UserError, match="ZImageOmniPipeline"):
+        FAMILIES["z_image"].arrangement(z | {"x": [z["x"]], "cap_feats": [z["cap_feats"]]}, None)

@@ -75,11 +75,23 @@ def _reordered(*parts: str) -> Any:
 def _flux2(inputs: Inputs, config: Any) -> Extent:
     """References follow the image, but not with a cache of their keys."""
     if inputs.get("kv_cache_mode"):
-        raise UserError(
-            "with a cache of the references' keys a layer makes several attention calls, or one with keys that are no"
-            " queries (Flux2KleinKVPipeline): give the picture to Flux2KleinPipeline"
-        )
+        raise _cached("Flux2KleinKVPipeline", "give the picture to Flux2KleinPipeline")
     return position_ids(inputs, config)
+
+
+def _glm(inputs: Inputs, config: Any) -> Extent:
+    """Without the cache that holds the keys of pictures to be edited."""
+    caches: Any = inputs.get("kv_caches")
+    if caches is not None and caches[0].mode in ("read", "write"):
+        raise _cached("GlmImagePipeline with a picture", "probe it without one")
+    return latents(inputs, config)
+
+
+def _cached(pipeline: str, instead: str) -> UserError:
+    return UserError(
+        f"the references' keys come from a cache ({pipeline}): they are read in calls of their own, and are keys that"
+        f" are no tokens of the image's call; {instead}"
+    )
 
 
 def _flux3(inputs: Inputs, config: Any) -> Extent:
@@ -212,6 +224,8 @@ def _hidream(inputs: Inputs, config: Any) -> Arrangement:
 
 def _z_image(inputs: Inputs, config: Any) -> Arrangement:
     """Image, then text, each filled up with learned pads to a multiple of 32 tokens, which are attended to."""
+    if isinstance(inputs["x"][0], list):
+        raise UserError("several texts and pictures in one sequence (ZImageOmniPipeline) are not followed")
     patch = int(inputs.get("patch_size", 2))
     found = []
     for image, text in zip(inputs["x"], inputs["cap_feats"], strict=True):
@@ -358,7 +372,7 @@ ENTRIES: tuple[Family, ...] = (
         length_argument=_LENGTH, default_length=1024, encoded=_TEXTS, pipelines=("CogView4Pipeline",),
     ),
     Family(
-        "glm_image", "GlmImageTransformer2DModel", _BLOCKS, ("text", "image"), sequence(latents, "text", "image"),
+        "glm_image", "GlmImageTransformer2DModel", _BLOCKS, ("text", "image"), sequence(_glm, "text", "image"),
         timesteps=1000.0, encoded=_TEXTS, length_argument=_LENGTH, default_length=2048,
         streams=(stream("byt5", texts=prompts.glm_glyphs, padded=False, together=True, side="left"),),
     ),
