@@ -285,6 +285,7 @@ class Evaluate(Reads, Experiment):
             "heads": plain(heads), "weights": plain(reading.weights), "sigmas": list(reading.sigmas),
             "seeds": list(reading.seeds), "fit": reading.fit, "size": plain(reading.size), "tags": tags,
             "tagger": tagger, "by_rows": self.matching == "row",
+            **({"reference": reading.reference} if reading.reference != "none" else {}),
         }  # fmt: skip
         plan = Plan.of(
             data, self.methods, layer_count=network.layers, head_count=network.heads, reading=reading,

@@ -12,12 +12,12 @@ from mmdit_probe import UserError, probe
 from mmdit_probe.attention import reference
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.models.families.registry import FAMILIES, family_of
-from mmdit_probe.models.layout import find_layers
+from mmdit_probe.models.layout import arranged, find_layers
 from mmdit_probe.models.tokens import token_tables
 from mmdit_probe.observe.contribution import COLUMNS, Contribution, linear_map
 from tests import tiny
 from tests.families import FIXTURES
-from tests.observe.test_families import IMAGE, OTHER, TEXT, case_of, joint_paths, run, samples, written_down
+from tests.observe.test_families import IMAGE, OTHER, REFERENCE, TEXT, case_of, joint_paths, run, samples, written_down
 
 PROMPTS = ["a red ring", "a cat"]
 
@@ -146,8 +146,12 @@ def test_families_are_exact_or_refused_by_name(name: str) -> None:
         table = seen[Contribution].table()
         module = case.model.get_submodule(path).to_out
         weight = (module[0] if isinstance(module, torch.nn.ModuleList | torch.nn.Sequential) else module).weight
-        groups = {"all": (IMAGE, TEXT, OTHER), "image": (IMAGE,), "text": (TEXT,), "other": (OTHER,)}
+        groups = {"all": (IMAGE, TEXT, OTHER, REFERENCE), "image": (IMAGE,), "text": (TEXT,), "other": (OTHER,)}
+        layout, places = arranged(family_of(case.model).arrangement(case.inputs, case.model.config))
+        groups |= {"reference": (REFERENCE,)} if layout.counts["reference"] else {}
         for at, (call, row, kinds) in enumerate(samples(case, path)):
+            if places is None:  # references that are an input of their own are found as others
+                kinds = torch.where((kinds == OTHER) & (layout.labels == REFERENCE), REFERENCE, kinds)
             queries = (kinds == IMAGE).nonzero()[:, 0].tolist()
             if call.query.shape[-2] != len(kinds):
                 queries = list(range(call.query.shape[-2]))
