@@ -44,7 +44,8 @@ class Layout:
     Attributes:
         labels: int64 [N] on the CPU, index into `KINDS`.
         grid: (h, w) of the image tokens, row-major, with frames * h * w = I; None if unknown.
-        frames: frames of a video, 1 for an image.
+        frames: frames of a video in the transformer's own time (each stands for several of the decoded video); 1 for
+            an image.
         keys, queries: boolean [B, N] on the CPU, which tokens are keys and which are queries; None if all are. A token
             that no query may attend to is neither.
     """
@@ -77,11 +78,17 @@ class Layout:
 
     def positions(self, *kinds: str) -> slice | Tensor:
         """`indices`, as a slice where they are contiguous."""
-        index = self.indices(*kinds)
-        if len(index) == 0:
-            return slice(0, 0)
-        first, last = int(index[0]), int(index[-1])
-        return slice(first, last + 1) if last - first + 1 == len(index) else index
+        return _run(self.indices(*kinds))
+
+    @cached_property
+    def frame_positions(self) -> list[slice | Tensor]:
+        """Joint positions of each frame's image tokens; empty of a single picture, of an unknown grid, or where a
+        sample lacks image tokens."""
+        image = self.labels == KINDS.index("image")
+        complete = self.keys is None or bool(self.keys[:, image].all())
+        if self.frames == 1 or self.grid is None or not complete:
+            return []
+        return [_run(index) for index in image.nonzero()[:, 0].reshape(self.frames, -1)]
 
     def key_count(self, kind: str, row: int) -> int:
         """Number of keys of one kind that sample `row` has."""
@@ -125,6 +132,14 @@ def arranged(arrangement: Arrangement) -> tuple[Layout, Places | None]:
     places = Places(torch.tensor(keys), torch.tensor(queries))
     labels = Layout.from_counts(list(counts.items())).labels
     return Layout(labels, arrangement.grid, arrangement.frames, places.keys >= 0, places.queries >= 0), places
+
+
+def _run(index: Tensor) -> slice | Tensor:
+    """Rising positions, as a slice where they are contiguous."""
+    if len(index) == 0:
+        return slice(0, 0)
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first + 1 == len(index) else index
 
 
 def _in_order(sample: Sequence[Any]) -> list[tuple[int, str]]:

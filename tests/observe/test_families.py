@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from mmdit_probe.attention import reference
+from mmdit_probe.attention import exact, reference
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import watch
 from mmdit_probe.edit import Blur, GridBlur, Scale
@@ -170,13 +171,44 @@ def test_masses_are_those_of_the_explicit_softmax(case: Case) -> None:
                 if masses[:, q].isnan().any():
                     assert len(part) == 0
                     continue
-                found = part.pivot_table(index="head", columns="key", values="mass")[list(KINDS)].to_numpy()
+                found = part.pivot_table(index="head", columns="key", values="mass", aggfunc="sum")
+                found = found[list(KINDS)].to_numpy(np.float64)
                 # Keys that a sample lacks have no kind; what is masked has no mass.
                 torch.testing.assert_close(torch.tensor(found), masses[:, q], atol=2e-6, rtol=0)
-                counts = part.groupby("key").n_key.first()
+                counts = part[part["head"] == 0].groupby("key").n_key.sum()
                 kinds = samples(case, path)[row][2]
                 assert counts["image"] == int((kinds == IMAGE).sum())
                 assert counts["text"] == int((kinds == TEXT).sum())
+
+
+@pytest.mark.parametrize("case", [name for name, of in FIXTURES.items() if of.frames > 1], indirect=True)
+@pytest.mark.parametrize("use_lse", [True, False])
+def test_a_videos_image_mass_is_split_by_frame(case: Case, use_lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of the same frame are those whose place among the image tokens is in the same run of h w."""
+    if not use_lse:  # a device whose kernels give none
+        monkeypatch.setattr(exact, "logsumexp", lambda call: None)
+        monkeypatch.setattr(exact, "attend", lambda call: (call.stock(), None))
+    with probe(case.model, AttentionMass(), layers=[1]) as watched:
+        run(case.model, case.inputs)
+    table = watched[AttentionMass].table().query("key == 'image'")
+    frame = torch.arange(case.frames).repeat_interleave(12)
+    same = frame[:, None] == frame[None]
+    for row, (call, of, kinds) in enumerate(samples(case, joint_paths(case)[1])):
+        mask = None if call.attn_mask is None else call.attn_mask.expand(len(call.query), *call.attn_mask.shape[1:])
+        p = reference.probabilities(
+            call.query[of : of + 1], call.key[of : of + 1], None if mask is None else mask[of : of + 1],
+            call.is_causal, call.scale,
+        )[0]  # fmt: skip
+        image = kinds == IMAGE
+        block = (p[:, image] if p.shape[-2] == len(kinds) else p)[..., image]
+        for span, chosen in (("same frame", same), ("other frames", ~same)):
+            part = table[(table["query"] == "image") & (table["span"] == span)]
+            found = part[part.groupby("head").cumcount() == row]
+            wanted = (block * chosen).sum(-1).mean(-1)
+            np.testing.assert_allclose(found["mass"], wanted, atol=2e-6)
+            assert set(found["n_key"]) == {12 if span == "same frame" else 12 * (case.frames - 1)}
+    assert set(table.query("query == 'image'")["span"]) == {"same frame", "other frames"}
+    assert set(table.query("query == 'text'")["span"]) <= {"all"}
 
 
 def test_text_maps_are_columns_of_the_explicit_softmax(case: Case) -> None:
