@@ -243,6 +243,7 @@ def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "text_length": model.text_length,
         **text_of(model),
+        **made_of(model),
         **options,
     }
 
@@ -253,6 +254,12 @@ def text_of(model: MMDiT) -> dict[str, Any]:
     left_out = hasattr(model.pipeline, "text_encoder_3") and model.pipeline.text_encoder_3 is None
     length = {} if model.max_sequence_length == model.own_length else {"max_sequence_length": model.max_sequence_length}
     return ({"no_t5": True} if left_out else {}) | length
+
+
+def made_of(model: MMDiT) -> dict[str, Any]:
+    """What a request says of the size of what is made where that is not the model's own."""
+    size = {} if model.size is None else {"size": list(model.size)}
+    return size | ({"num_frames": model.num_frames} if model.makes_videos else {})
 
 
 def described(model: MMDiT) -> dict[str, Any]:

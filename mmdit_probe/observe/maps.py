@@ -36,7 +36,6 @@ from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices, step_indi
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL.Image import Image
 
 PARTS = ("i2t", "i2t_logit", "i2i", "i2i_walk", "feat_out", "feat_proj")
 """What `JointBlocks` can keep."""
@@ -82,7 +81,7 @@ class TextMaps(Observer):
         self._kept: dict[tuple[int, int], list[tuple[DenoisingCall, Tensor]]] = {}
 
     def measure(self, seen: LayerCall) -> Tensor:
-        layout, call, grid, frames = seen.layout, seen.call, seen.grid, seen.layout.frames
+        layout, call, space = seen.layout, seen.call, seen.space
         groups = self._groups(seen)  # [B or 1, T, G]; None keeps every text position
         head_mean = self.heads == "mean"
         image, text = layout.positions("image"), layout.positions("text")
@@ -94,7 +93,7 @@ class TextMaps(Observer):
         else:
             weights = _query_mean(seen, groups)
             maps = exact.reduce(call, seen.logsumexp, image, text, query_weights=weights, head_mean=head_mean).mT
-        maps = maps.unflatten(-2, grid if frames == 1 else (frames, *grid))
+        maps = maps.unflatten(-2, space)
         # Small ones stay on the device until the call is over, so that it need not wait in every layer.
         return maps if head_mean else maps.cpu()
 
@@ -191,11 +190,12 @@ class TextMaps(Observer):
             raise UserError(f"sample {sample}, {prompt!r}, has no word {word!r}")
         return mean
 
-    def overlay(self, word: str | int, image: Any, *, strength: float = STRENGTH, **which: Any) -> Image:
-        """A picture under one word's map.
+    def overlay(self, word: str | int, image: Any, *, strength: float = STRENGTH, **which: Any) -> Any:
+        """A picture, or a video, under one word's map: PIL, or a `plots.clip.Clip`.
 
         Args:
-            image: the sample's picture, PIL or uint8 [H, W, 3]. strength: of the colours, 0 to 1. which: as for `map`.
+            image: the sample's picture, PIL or uint8 [H, W, 3]; of a video the list of its frames.
+            strength: of the colours, 0 to 1. which: as for `map`.
         """
         return overlay(image, self.map(word, **which), strength)
 

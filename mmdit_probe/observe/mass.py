@@ -99,7 +99,8 @@ class AttentionMass(RowObserver):
 
     Columns: prompt, seed, step, sigma, branch (cond | uncond | unknown), layer, head (-1: mean over heads), query
     (image | text), key (image | text | other), span (bos | word | eos | pad | template | null | unknown; "all" for
-    image and other keys, but "same frame" and "other frames" for the image keys of a video's image queries), stream (clip | t5 | ...; "" for image and other keys), mass (mean over the query tokens),
+    image and other keys, but "same frame" and "other frames" for the image keys of a video's image queries), stream
+    (clip | t5 | ...; "" for image and other keys), mass (mean over the query tokens),
     n_query, n_key, uniform (n_key / N, the mass that uniform attention would give). Spans that a prompt does not have
     get no row; `other` always has one.
     """

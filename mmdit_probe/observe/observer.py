@@ -124,6 +124,12 @@ class LayerCall:
             raise UserError(f"the image tokens have no known grid: {count} tokens")
         return grid
 
+    @property
+    def space(self) -> tuple[int, ...]:
+        """`grid`, of a video (frames, h, w)."""
+        frames = self.layout.frames
+        return self.grid if frames == 1 else (frames, *self.grid)
+
 
 class Observer:
     """Base class of observers.

@@ -9,6 +9,7 @@ was asked fits, at a byte a token even where nothing compresses. Not here: what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -19,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdit_probe.pages.page import Page, data_url, picture_url
+from mmdit_probe.plots.clip import Clip
 from mmdit_probe.plots.overlay import colours
-from mmdit_probe.plots.style import IMAGE, LABELS, OTHER, SPANS
+from mmdit_probe.plots.style import FRAMES, IMAGE, LABELS, OTHER, SPANS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,17 +42,18 @@ class PagePlan(NamedTuple):
     coarse: int
 
 
-def plan(words: int, layers: int, heads: int, grid: tuple[int, int], steps: int, head_layers: int) -> PagePlan:
+def plan(words: int, layers: int, heads: int, grid: tuple[int, ...], steps: int, head_layers: int) -> PagePlan:
     """What fits into `LIMIT`: first the mean of all layers, then heads of up to half of the rest, then steps.
 
     Args:
-        words: maps per layer. steps: sampling steps that there are. head_layers: layers whose heads are asked for.
+        words: maps per layer. grid: (h, w), or (frames, h, w). steps: sampling steps that there are.
+        head_layers: layers whose heads are asked for.
     """
-    coarse = 1
+    coarse, (*frames, height, width) = 1, grid
     while True:
-        room = LIMIT // (-(-grid[0] // coarse) * -(-grid[1] // coarse))
+        room = LIMIT // (math.prod(frames) * -(-height // coarse) * -(-width // coarse))
         left = room - 2 * layers * words  # both directions
-        if left >= max(layers, 2 * heads) * words or min(grid) <= coarse * 4:
+        if left >= max(layers, 2 * heads) * words or min(height, width) <= coarse * 4:
             break
         coarse *= 2
     fitting = max(0, min(head_layers, left // (4 * heads * words) or left // (2 * heads * words)))
@@ -60,10 +63,11 @@ def plan(words: int, layers: int, heads: int, grid: tuple[int, int], steps: int,
 
 @dataclass(frozen=True, eq=False)
 class Exploration:
-    """What a page shows: L layers, R = 1 + S rows (the steps' mean, then S steps), G words, H heads, a grid (h, w).
+    """What a page shows: L layers, R = 1 + S rows (the steps' mean, then S steps), G words, H heads, a grid (h, w); of
+    a video F frames, and maps [.., F, h, w] in place of [.., h, w].
 
     Attributes:
-        title, prompt, about: plain text. image: the picture.
+        title, prompt, about: plain text. image: the picture, or a clip of F frames.
         words: names of the G maps; special: which of them are no words. tokens: the prompt in order, (text, which word,
             or -1), then what is no word of it.
         layers: indices; chosen: those that ground words, best first. steps: names of the R rows.
@@ -75,7 +79,7 @@ class Exploration:
 
     title: str
     prompt: str
-    image: Image
+    image: Image | Clip
     words: Sequence[str]
     tokens: Sequence[tuple[str, int]]
     layers: Sequence[int]
@@ -92,11 +96,11 @@ class Exploration:
 
 def explorer(of: Exploration) -> Page:
     """The page."""
-    grid = of.i2t.shape[-2:]
+    frames = list(of.image) if isinstance(of.image, Clip) else [of.image]
     data = {
-        "image": picture_url(of.image),
+        "images": [picture_url(frame) for frame in frames],
         "size": of.image.size,
-        "grid": grid,
+        "grid": of.i2t.shape[-2:],
         "prompt": of.prompt,
         "words": list(of.words),
         "layers": list(of.layers),
@@ -116,9 +120,11 @@ def explorer(of: Exploration) -> Page:
 
 
 def atlas(maps: NDArray[np.float32]) -> dict[str, Any]:
-    """Maps [R, G, h, w] >= 0 as one grey PNG of R x G tiles, and the maximum of each."""
+    """Maps [R, G, h, w] >= 0 as one grey PNG of R x G tiles, and the maximum of each; the frames of a map [F, h, w] lie
+    below each other in its tile."""
     from PIL import Image as pil
 
+    maps = maps.reshape(*maps.shape[:2], -1, maps.shape[-1])
     rows, words, height, width = maps.shape
     top = maps.max((2, 3))
     scaled = maps / np.maximum(top, np.finfo(np.float32).tiny)[..., None, None]
@@ -141,7 +147,7 @@ def coarser(maps: NDArray[Any], factor: int) -> NDArray[Any]:
     return maps.astype(np.float32)
 
 
-_COLOURS = SPANS | {"template": "#009E73", "image": IMAGE, "other": OTHER}
+_COLOURS = SPANS | FRAMES | {"template": "#009E73", "image": IMAGE, "other": OTHER}
 """Of the kinds of key: one bar holds them all, so that none shares the image's colour."""
 
 
@@ -168,6 +174,8 @@ def _body(of: Exploration) -> str:
     i2t, t2i = "I2T: where the image looks for it", "T2I: where it looks in the image"
     sliders = slider("layer", "Layer", len(of.layers) - 1) + slider("head", "Head", of.budget.shape[1] - 1)
     sliders += slider("step", "Step", len(of.steps) - 1)
+    if isinstance(of.image, Clip) and len(of.image) > 1:
+        sliders += slider("frame", "Frame", len(of.image) - 1)
     sliders += slider("strength", "Strength of the overlay", 100)
     return f"""
 <h1>{escape(of.title)}</h1>
@@ -186,7 +194,7 @@ def _body(of: Exploration) -> str:
 <p id="status" class="soft" role="status" aria-live="polite"></p>
 </div>
 <div class="panels">
-<figure><img id="picture" alt="{escape(of.prompt)}"><figcaption>picture</figcaption></figure>
+<figure><img id="picture" alt="{escape(of.prompt)}"><figcaption id="picture-name">picture</figcaption></figure>
 {panel("a", "i2t", i2t)}
 {panel("a", "t2i", t2i)}
 {panel("b", "i2t", i2t)}

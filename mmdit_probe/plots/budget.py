@@ -4,8 +4,8 @@
     save(attention_budget(summary), "attention_budget")
 
 One horizontal stacked bar per layer, layer 0 on top: of image queries (left), of text queries (middle), and of the part
-of the image queries' attention that goes to text, by kind of token (right). Of a video, I2I is split into the query's own
-frame and the other ones. Dotted lines: uniform attention.
+of the image queries' attention that goes to text, by kind of token (right). Of a video, I2I is split into the query's
+own frame and the other ones. Dotted lines: uniform attention.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ NOT_RUN = {"hunyuan_video_framepack", "joyimage_edit"}
 NAMES = sorted({*PIPELINES, *VIDEO_PIPELINES} - NOT_RUN)
 GUIDED = [name for name in NAMES if name not in ("ideogram4", "glm_image", "flux2")]
 """All but those whose unconditional branch is another transformer, or another prompt than the caller's."""
-LOADED = [name for name in NAMES if FAMILIES[name].pipelines]
+LOADED = [name for name in NAMES if FAMILIES[name].pipelines and FAMILIES[name].video_size is None]
 UNCONDITIONAL_FIRST = {
     "aura_flow", "bria", "prx", "bria_fibo", "easyanimate", "ernie_image", "cogview3plus", "cogvideox", "mochi",
 }  # fmt: skip
