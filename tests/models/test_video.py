@@ -17,7 +17,7 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.observe.mass import AttentionMass
 from mmdit_probe.plots.clip import Clip
-from tests.pipelines import build
+from tests.pipelines import build, transformer
 from tests.video_pipelines import VIDEO_PIPELINES
 
 LOADED = [name for name in VIDEO_PIPELINES if FAMILIES[name].pipelines]
@@ -86,6 +86,22 @@ def test_a_pipeline_that_wants_a_picture_is_given_to_the_probe(tmp_path: Path) -
     build("hunyuan_video_framepack").save_pretrained(tmp_path, safe_serialization=True)
     with pytest.raises(UserError, match=r"give the pipeline to `probe`; .* no pipeline of the hunyuan_video_framepack"):
         load(tmp_path, device="cpu")
+
+
+def test_frames_that_are_patched_together_are_one_frame_of_the_model() -> None:
+    """CogVideoX 1.5: two latent frames a token, the first one doubled where their number is odd."""
+    pipe = build("cogvideox")
+    pipe.register_modules(
+        transformer=transformer("cogvideox", patch_size_t=2, patch_bias=False, use_rotary_positional_embeddings=True)
+    )
+    model = MMDiT(pipe)
+    model.num_frames, model.size = 9, (32, 32)
+    assert model.token_grid(32, 32) == (2, 2, 2)
+    with probe(model, AttentionMass(heads=0), layers=0) as run:
+        (clip,) = model.generate("ring", steps=1, guidance=1.0)
+    assert len(clip) == 9 and clip.times(2) == [0] + [1] * 8
+    table = run[AttentionMass].table()
+    assert set(table[table["span"] == "other frames"]["n_key"]) == {4}
 
 
 def test_mochi_counts_from_noise() -> None:

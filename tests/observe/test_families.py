@@ -423,6 +423,23 @@ def test_edits_compose_and_act_on_the_grid_of_every_sample(case: Case) -> None:
         torch.testing.assert_close(found[number][row][:, queries].double(), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["cogvideox", "hunyuan_video"], indirect=True)
+def test_a_blur_of_image_keys_stays_within_each_frame(case: Case) -> None:
+    path = joint_paths(case)[0]
+    edit = Blur("image", "image", layers=[0], sigma=1.0, kernel=3)
+    with outputs_of(case.model, path) as found, probe(case.model, edits=edit):
+        run(case.model, case.inputs)
+    plane = torch.kron(blur_matrix(3, taps(1.0, 3)), blur_matrix(4, taps(1.0, 3)))
+    image = (arranged(family_of(case.model).arrangement(case.inputs, case.model.config))[0].labels == IMAGE).nonzero()
+
+    def blurred(p: Tensor, text: Tensor) -> Tensor:
+        block = p[:, :, image[:, 0]].unflatten(-1, (case.frames, 12))
+        return p.index_copy(2, image[:, 0], (block @ plane.T).flatten(-2))
+
+    for number, row, queries, wanted in dense(case, path, blurred):
+        torch.testing.assert_close(found[number][row][:, queries].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_an_edit_of_queries_that_are_none_is_refused() -> None:
     model, inputs = FIXTURES["prx"].build(), FIXTURES["prx"].inputs()
     with pytest.raises(UserError, match="text tokens are no queries"), probe(model, edits=Scale("text", "image")):
