@@ -21,7 +21,7 @@ from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.options import Option
-from mmdit_probe.plots.clip import Clip
+from mmdit_probe.results.clip import Clip
 from mmdit_probe.specs import Spec
 
 if TYPE_CHECKING:

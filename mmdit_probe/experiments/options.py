@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.options import Option
-from mmdit_probe.plots.clip import Clip, check_video_file
+from mmdit_probe.results.clip import Clip, check_video_file
 from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, heads_at, layer_indices
 
 if TYPE_CHECKING:

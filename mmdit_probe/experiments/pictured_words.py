@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.models.tokens import TokenTable
     from mmdit_probe.observe.observer import Observer
-    from mmdit_probe.plots.clip import Clip
+    from mmdit_probe.results.clip import Clip
 
 Side = Annotated[int | None, Option("Of the picture in pixels.", min=1, shown_default="the model's own", panel=METHOD)]
 

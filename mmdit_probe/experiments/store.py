@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import numpy as np
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.plots.clip import Clip
 from mmdit_probe.results import RunFolder, TableWriter, atomic, processes, read_items, read_table
+from mmdit_probe.results.clip import Clip
 from mmdit_probe.results.tables import MemorySink, constant
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from mmdit_probe.experiments.options import (
 )
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.options import Option
-from mmdit_probe.plots.clip import Clip, still, stills
+from mmdit_probe.results.clip import Clip, still, stills
 from mmdit_probe.results.statistics import NONE
 
 if TYPE_CHECKING:

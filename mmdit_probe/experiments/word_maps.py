@@ -30,8 +30,8 @@ from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.target import as_model
 from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.options import Option
-from mmdit_probe.plots.clip import Clip
 from mmdit_probe.results import atomic
+from mmdit_probe.results.clip import Clip
 from mmdit_probe.specs import HeadSpec, Spec, step_indices
 
 if TYPE_CHECKING:

@@ -34,7 +34,7 @@ from mmdit_probe.models.pipeline_call import first_call
 from mmdit_probe.models.tokens import TokenTable, stream_length, token_tables
 from mmdit_probe.models.weights import compute_dtype, weight_hash
 from mmdit_probe.models.words import find, words
-from mmdit_probe.plots.clip import Clip
+from mmdit_probe.results.clip import Clip
 from mmdit_probe.scenes.captions import WORDS
 from mmdit_probe.specs import number, seed_values
 
@@ -423,7 +423,7 @@ class MMDiT:
             num_images_per_prompt: images per prompt, consecutive in the result.
             options: passed to the pipeline as they are, e.g. `output_type="latent"`.
 
-        Returns: list of PIL images (of videos: of `plots.clip.Clip`), or what `output_type` asks for.
+        Returns: list of PIL images (of videos: of `results.clip.Clip`), or what `output_type` asks for.
         """
         texts = _texts(prompts)
         seeds = seed_values(seed, len(texts) * num_images_per_prompt)
@@ -478,8 +478,8 @@ def default_length(pipeline: Any, family: Family) -> int:
 
 def _own_frames(pipeline: Any) -> int:
     """Frames of the videos that a pipeline makes: the default of its argument, or what the transformer was made for."""
-    stated = inspect.signature(type(pipeline).__call__).parameters["num_frames"].default
-    return int(stated or pipeline.transformer.config.sample_frames)
+    stated = inspect.signature(type(pipeline).__call__).parameters.get("num_frames")
+    return int((stated and stated.default) or getattr(pipeline.transformer.config, "sample_frames", 1))
 
 
 @contextmanager

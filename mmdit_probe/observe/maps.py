@@ -191,7 +191,7 @@ class TextMaps(Observer):
         return mean
 
     def overlay(self, word: str | int, image: Any, *, strength: float = STRENGTH, **which: Any) -> Any:
-        """A picture, or a video, under one word's map: PIL, or a `plots.clip.Clip`.
+        """A picture, or a video, under one word's map: PIL, or a `results.clip.Clip`.
 
         Args:
             image: the sample's picture, PIL or uint8 [H, W, 3]; of a video the list of its frames.

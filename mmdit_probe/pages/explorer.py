@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdit_probe.pages.page import Page, data_url, picture_url
-from mmdit_probe.plots.clip import Clip
 from mmdit_probe.plots.overlay import colours
 from mmdit_probe.plots.style import FRAMES, IMAGE, LABELS, OTHER, SPANS
+from mmdit_probe.results.clip import Clip
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,6 +31,8 @@ LIMIT = 9_600_000
 """Bytes of maps in a page; base64 makes 4/3 of them, so that a page stays below 15 MB."""
 STEPS = 6
 """Most sampling steps in a page."""
+DRAWN = 512
+"""Longer side in pixels of a panel of the page."""
 
 
 class PagePlan(NamedTuple):
@@ -96,10 +98,10 @@ class Exploration:
 
 def explorer(of: Exploration) -> Page:
     """The page."""
-    frames = list(of.image) if isinstance(of.image, Clip) else [of.image]
+    frames = [_drawn(frame) for frame in of.image] if isinstance(of.image, Clip) else [of.image]
     data = {
         "images": [picture_url(frame) for frame in frames],
-        "size": of.image.size,
+        "size": frames[0].size,
         "grid": of.i2t.shape[-2:],
         "prompt": of.prompt,
         "words": list(of.words),
@@ -117,6 +119,13 @@ def explorer(of: Exploration) -> Page:
         "colours": colours(),
     }
     return Page.of(of.title, _body(of), script="explorer.js", data=data)
+
+
+def _drawn(frame: Image) -> Image:
+    """One of many pictures, at most as large as it is drawn."""
+    small = frame.copy()
+    small.thumbnail((DRAWN, DRAWN))
+    return small
 
 
 def atlas(maps: NDArray[np.float32]) -> dict[str, Any]:

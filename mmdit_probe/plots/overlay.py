@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdit_probe.errors import UserError, check_known
-from mmdit_probe.plots.clip import Clip, still, stills
 from mmdit_probe.plots.sheet import sheet, short, wrapped
+from mmdit_probe.results.clip import Clip, still, stills
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ from mmdit_probe import MMDiT, TextMaps, probe, word_maps
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import AttentionBudget, Explore, Generate, Result, Segment, ValueNorms, WordMaps
 from mmdit_probe.observe.pca import PCA, Projection
-from mmdit_probe.plots.clip import Clip
+from mmdit_probe.results.clip import Clip
 from tests import tiny
 from tests.observe.oracle import attentions
 from tests.pipelines import build
@@ -185,6 +185,6 @@ def test_what_reads_pictures_refuses_by_name(model: MMDiT, ask: Any) -> None:
 
 
 def test_mp4_is_refused_where_it_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mmdit_probe.plots.clip.find_spec", lambda name: None)
+    monkeypatch.setattr("mmdit_probe.results.clip.find_spec", lambda name: None)
     with pytest.raises(UserError, match="MP4 needs imageio-ffmpeg"):
         WordMaps(prompt=PROMPT, video="mp4")

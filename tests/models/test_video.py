@@ -16,7 +16,7 @@ from mmdit_probe import MMDiT, load, probe
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.observe.mass import AttentionMass
-from mmdit_probe.plots.clip import Clip
+from mmdit_probe.results.clip import Clip
 from tests.pipelines import build, transformer
 from tests.video_pipelines import VIDEO_PIPELINES
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 from mmdit_probe.pages import Exploration
 from mmdit_probe.pages.explorer import PagePlan, plan
-from mmdit_probe.plots.clip import Clip
+from mmdit_probe.results.clip import Clip
 
 WORDS = ["a", "red", "ring", "</script><img src=x>"]
 

@@ -9,9 +9,11 @@ Frames are PIL pictures of one size. GIF is written by Pillow and has 256 colour
 from __future__ import annotations
 
 import math
+from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -93,13 +95,12 @@ class Clip:
         """
         kind = check_video_file(Path(path).suffix.removeprefix("."))
         with atomic.replacing(Path(path)) as temporary:
-            if kind == "gif":
-                self.frames[0].save(
-                    temporary, format="GIF", save_all=True, append_images=self.frames[1:], loop=0, duration=1000 // FPS
-                )
-            else:
-                self._write_mp4(temporary)
+            (self._write_gif if kind == "gif" else self._write_mp4)(temporary)
         return Path(path)
+
+    def _write_gif(self, file: Any) -> None:
+        first, *others = self.frames
+        first.save(file, format="GIF", save_all=True, append_images=others, loop=0, duration=1000 // FPS)
 
     def _write_mp4(self, path: Path) -> None:
         import imageio_ffmpeg
@@ -114,18 +115,9 @@ class Clip:
         writer.close()
 
     def _repr_html_(self) -> str:
-        return f'<img alt="{self!r}" src="data:image/gif;base64,{self.base64()}">'
-
-    def base64(self) -> str:
-        """The GIF as base64 text."""
-        import base64
-        from io import BytesIO
-
         buffer = BytesIO()
-        self.frames[0].save(
-            buffer, format="GIF", save_all=True, append_images=self.frames[1:], loop=0, duration=1000 // FPS
-        )
-        return base64.b64encode(buffer.getvalue()).decode()
+        self._write_gif(buffer)
+        return f'<img alt="{self!r}" src="data:image/gif;base64,{b64encode(buffer.getvalue()).decode()}">'
 
 
 def check_video_file(kind: str) -> VideoFile:

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.plots.clip import Clip
 from mmdit_probe.plots.overlay import overlay
+from mmdit_probe.results.clip import Clip
 
 
 def clip(count: int, size: tuple[int, int] = (12, 8)) -> Clip:
