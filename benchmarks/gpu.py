@@ -102,20 +102,32 @@ def kernels(task: Task) -> Rows:
 def tests(task: Task) -> Rows:
     """One row for each test that ran, and for what pytest could not do."""
     files = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "gpu" in path.read_text("utf-8"))
-    line = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "-p", "no:cacheprovider", "--tb=short", *files]
+    workers = "0" if task.small else str(min(8, os.cpu_count() or 1))
+    line = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "-n", workers, "--tb=short", "-p", "no:cacheprovider"]
+    line += files
     running = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said, count = [], 0
     assert running.stdout is not None
     for text in running.stdout:
         said.append(text.rstrip())
-        found = re.match(r"(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", text)
+        found = ended_test(text)
         if found:
             count += 1
-            yield {"test": found[1], "status": found[2].lower(), "ok": found[2] not in ("FAILED", "ERROR")}
+            yield {"test": found[0], "status": found[1].lower(), "ok": found[1] not in ("FAILED", "ERROR")}
     if running.wait() not in (0, 1) or not count:
         yield {"test": "pytest", "status": f"exit code {running.returncode}", "ok": False, "says": said[-30:]}
     elif running.returncode:
         yield {"test": "pytest", "status": "failures", "ok": False, "says": said[-200:]}
+
+
+def ended_test(line: str) -> tuple[str, str] | None:
+    """A test and how it ended, where a line of pytest -vv tells that, in one process or in several."""
+    how = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
+    apart = re.match(rf"\[gw\d+\] \[ *\d+%\] {how} (\S+::.+)", line)
+    if apart:
+        return apart[2].rstrip(), apart[1]
+    alone = re.match(rf"(\S+::.+?) {how}\b", line)
+    return (alone[1], alone[2]) if alone else None
 
 
 def unchanged(task: Task) -> Rows:

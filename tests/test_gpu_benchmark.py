@@ -70,6 +70,20 @@ def test_parts_run_apart_and_one_that_fails_ends_alone(gpu: ModuleType, tmp_path
     assert broken["failed"] == "exit code 1: KeyError: 'no_such_part'" and not broken["rows"]
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_ends_of_tests_are_read_off_what_pytest_prints(gpu: ModuleType, tmp_path: Path, workers: str) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n\n@pytest.mark.parametrize('x', ['a b', 'c'])\ndef test_one(x):\n    assert x == 'c'\n\n"
+        "def test_two():\n    pytest.skip('FAILED to find a GPU')\n"
+    )
+    line = [sys.executable, "-m", "pytest", "-vv", "-n", workers, "-p", "no:cacheprovider", "test_some.py"]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=False)
+    found = sorted(filter(None, map(gpu.ended_test, done.stdout.splitlines())))
+    assert [(test.partition("::")[2], how) for test, how in found] == [
+        ("test_one[a b]", "FAILED"), ("test_one[c]", "PASSED"), ("test_two", "SKIPPED"),
+    ]  # fmt: skip
+
+
 def test_a_part_whose_time_is_up_is_stopped(gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "GRACE", 0.0)
     stopped = gpu.apart("unchanged", gpu.Task("cpu", time.time()), tmp_path)
