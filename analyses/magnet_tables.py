@@ -108,7 +108,7 @@ def miou_table(counts: Mapping[tuple[str, str], ImageCounts]) -> pd.DataFrame:
         row |= {"low": low, "high": high}
         for other in (BASE, CONTROL):
             gain = own.gain(counts[other, protocol])
-            row |= dict(zip((f"gain_{other}", f"gain_{other}_low", f"gain_{other}_high"), gain, strict=True))
+            row |= dict(zip((f"gain_{other}", f"gain_{other}_low", f"gain_{other}_high"), gain[:3], strict=True))
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -101,10 +101,10 @@ class Bench:
     def run(self, entries: Sequence[tuple[str, Entry]], seeds: int = 1) -> tuple[pd.DataFrame, dict[str, ImageCounts]]:
         """The league of labelled entries, and their counts by label."""
         dataset, facts = read_dataset(self.split, self.count), self.captures.facts
-        plan = Plan.of(dataset, ["seg4diff"], layer_count=facts["layers"], head_count=facts["heads"],
-                       reading=Reading(seeds=tuple(range(seeds))))  # fmt: skip
+        reading = Reading(seeds=tuple(range(seeds)))
+        plan = Plan.of(dataset, ["seg4diff"], (facts["layers"], facts["heads"]), reading=reading)
         renamed = [replace(entry, method=replace(entry.method, name=label)) for label, entry in entries]
-        plan = replace(plan, entries=tuple(renamed))
+        plan = replace(plan, entries=tuple(renamed), controls=False)
         counts = pd.concat([pd.DataFrame(plan.rows(self.captures, i)) for i in range(self.count)], ignore_index=True)
         table = league(counts, len(dataset.classes))
         groups = {str(key): part for key, part in counts.groupby("method", observed=True)}
@@ -252,7 +252,7 @@ def gains(bench: Bench, chosen: Setting, good: Mapping[int, tuple[int, ...]]) ->
     rows = []
     for step, before, after in pairs:
         one, other = counts[repr(before)], counts[repr(after)]
-        (gain, low, high), reached = other.gain(one), other.score("miou")
+        (gain, low, high, _), reached = other.gain(one), other.score("miou")
         rows.append(
             {"step": step, "before": before.refine, "after": after.refine, "n": len(one),
              "miou_before": one.score("miou"), "miou_after": reached, "gain": gain, "low": low, "high": high,

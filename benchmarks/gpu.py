@@ -13,10 +13,12 @@ Parts, the most worth first; `--part` picks some:
     host        processor time of a denoising call of 24 layers x 24 heads, by where the rows go
     magnet      memory and time of a training step with maps at SD3-medium size
 
-Widths are the real models', weights are random, layers are fewer. Every part runs in a process of its own, so that one
-that hangs, runs out of memory or breaks the device ends alone; what it does not use of its share of the time is the
-next ones'. Each row is written to DIR/PART.jsonl as it is found, and DIR/report.md after every part. Exit code 1: a
-part failed, or found something wrong; a missed target is told, no failure.
+Widths are the real models', weights are random, layers are fewer. On a processor heads, tokens and rounds are fewer
+still, one precision is tried, and tests that need a GPU are skipped: the report says so. Every part runs in a process
+of its own, so that one that hangs, runs out of memory or breaks the device ends alone; what it does not use of its
+share of the time is the next ones'. Three files come of it: a row is added to DIR/rows.jsonl as it is found, what parts
+print to DIR/log.txt, and DIR/report.md is written after every part. Exit code 1: a part failed, or found something
+wrong; a missed target, and what the time did not allow, is told, no failure.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +43,17 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-PARTS = {"kernels": 1.0, "tests": 3.0, "unchanged": 3.0, "cost": 4.0, "host": 1.0, "magnet": 1.5}
+PARTS = {"kernels": 1.0, "tests": 3.0, "unchanged": 4.0, "cost": 4.0, "host": 1.0, "magnet": 1.5}
 """Parts in order, with their share of the time."""
+IN_SMALL = {
+    "kernels": "those of a processor",
+    "tests": "collected; each needs a CUDA device and is skipped",
+    "unchanged": "bfloat16, 1 head, 16 image tokens, every way of one size, every size as a pipeline",
+    "cost": "1 head, 16 image tokens, 7 rounds; what a way costs beside so small a forward says nothing",
+    "host": "2 layers x 2 heads, 5 calls; no device to wait for",
+    "magnet": "float32, 2 heads, 16 image tokens, 2 rounds",
+}
+"""What each part leaves out on a processor."""
 TARGETS = {"masses": 1.02, "norms": 1.02, "maps": 1.05, "blur": 1.03}
 MEMORY_TARGET = 1.05
 GRACE = 10.0
@@ -65,6 +76,17 @@ class Task:
         """Seconds."""
         return self.ends - time.time()
 
+    def within(self, cells: Sequence[Any]) -> Iterator[Any]:
+        """The cells, as long as there is time."""
+        for number, cell in enumerate(cells):
+            if self.left < 0:
+                raise OutOfTime(f"its time was up after {number} of {len(cells)} cells")
+            yield cell
+
+
+class OutOfTime(Exception):
+    """What a part has found stands; the rest was not tried."""
+
 
 Rows = Iterator[dict[str, Any]]
 
@@ -80,30 +102,43 @@ def kernels(task: Task) -> Rows:
 def tests(task: Task) -> Rows:
     """One row for each test that ran, and for what pytest could not do."""
     files = sorted(str(path) for path in (ROOT / "tests").rglob("test_*.py") if "gpu" in path.read_text("utf-8"))
-    line = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "-p", "no:cacheprovider", "--tb=short", *files]
+    workers = "0" if task.small else str(min(8, os.cpu_count() or 1))
+    line = [sys.executable, "-m", "pytest", "-m", "gpu", "-vv", "-n", workers, "--tb=short", "-p", "no:cacheprovider"]
+    line += files
     running = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said, count = [], 0
     assert running.stdout is not None
     for text in running.stdout:
         said.append(text.rstrip())
-        found = re.match(r"(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL)", text)
+        found = ended_test(text)
         if found:
             count += 1
-            yield {"test": found[1], "status": found[2].lower(), "ok": found[2] not in ("FAILED", "ERROR")}
+            yield {"test": found[0], "status": found[1].lower(), "ok": found[1] not in ("FAILED", "ERROR")}
     if running.wait() not in (0, 1) or not count:
         yield {"test": "pytest", "status": f"exit code {running.returncode}", "ok": False, "says": said[-30:]}
     elif running.returncode:
         yield {"test": "pytest", "status": "failures", "ok": False, "says": said[-200:]}
 
 
+def ended_test(line: str) -> tuple[str, str] | None:
+    """A test and how it ended, where a line of pytest -vv tells that, in one process or in several."""
+    how = "(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)"
+    apart = re.match(rf"\[gw\d+\] \[ *\d+%\] {how} (\S+::.+)", line)
+    if apart:
+        return apart[2].rstrip(), apart[1]
+    alone = re.match(rf"(\S+::.+?) {how}\b", line)
+    return (alone[1], alone[2]) if alone else None
+
+
 def unchanged(task: Task) -> Rows:
     """One row for each model size, precision and way of running it."""
     import sizes
 
-    dtypes = ("bfloat16",) if task.small else ("bfloat16", "float16")
-    for dtype, blocks, way in itertools.product(dtypes, sizes.SIZES, WAYS):
-        if task.left < 0:
-            return
+    cells = list(itertools.product(WAYS, ("bfloat16", "float16"), sizes.SIZES))
+    if task.small:
+        first = next(iter(sizes.SIZES))
+        cells = [cell for cell in cells if cell[1] == "bfloat16" and (cell[2] == first or cell[0] == "pipeline")]
+    for way, dtype, blocks in task.within(cells):
         row = {"blocks": blocks, "dtype": dtype, "way": way}
         try:
             yield row | compared(blocks, dtype, way, task)
@@ -122,7 +157,8 @@ PREPARED: dict[str, Callable[[Any, str], Any]] = {
     ),
 }
 """Ways of running a pipeline, and what makes them so."""
-WAYS = ("eager", "autocast", "compiled", *PREPARED)
+WAYS = ("eager", "autocast", *PREPARED, "compiled")
+"""Compiling takes longest, so it comes last."""
 
 
 def with_lora(transformer: Any) -> None:
@@ -268,18 +304,14 @@ def cost(task: Task) -> Rows:
     import scaling
 
     scaling.TARGETS = TARGETS
-    heads, lengths = (1, (16, 36)) if task.small else (None, (4096, 1024, 9216))
-    for tokens in lengths:
-        for blocks in scaling.BLOCKS:
-            if task.left < 0:
-                return
-            rounds = 7 if task.small else 15
-            for row in scaling.measure(blocks, tokens, "bfloat16", task.device, rounds, "wall", heads):
-                memory = row["peak_ratio"]
-                yield row | {
-                    "ok": True, "memory_met": None if memory is None or not row["target"] else memory <= MEMORY_TARGET
-                }  # fmt: skip
-            released(task.device)
+    heads, lengths, rounds = (1, (16,), 7) if task.small else (None, (4096, 1024, 9216), 15)
+    for tokens, blocks in task.within(list(itertools.product(lengths, scaling.BLOCKS))):
+        for row in scaling.measure(blocks, tokens, "bfloat16", task.device, rounds, "wall", heads):
+            memory = row["peak_ratio"]
+            yield row | {
+                "ok": True, "memory_met": None if memory is None or not row["target"] else memory <= MEMORY_TARGET
+            }  # fmt: skip
+        released(task.device)
 
 
 def host(task: Task) -> Rows:
@@ -322,15 +354,12 @@ def timed_calls(forward: Callable[[], Any], task: Task) -> tuple[int, float, flo
 
 
 def magnet(task: Task) -> Rows:
-    """Rows of `magnet_memory`: each way in a process of its own, because a peak never comes down again."""
+    """Rows of `magnet_memory.measure`."""
     import magnet_memory
 
-    side, dtype = (8, "float32") if task.small else (64, "bfloat16")
-    for way in magnet_memory.WAYS:
-        if task.left < 0:
-            return
-        found = magnet_memory.apart(way, side, dtype, task.device)
-        yield {"way": way, "side": side, "dtype": dtype, "ok": True, **found}
+    side, dtype, rounds, heads = (4, "float32", 2, 2) if task.small else (64, "bfloat16", 7, magnet_memory.HEADS)
+    for row in magnet_memory.measure(side, dtype, task.device, rounds, "wall", heads):
+        yield row | {"ok": True}
 
 
 def released(device: str) -> None:
@@ -349,55 +378,67 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[0]
 
 
-def work(name: str, task: Task, file: Path) -> None:
+def work(name: str, task: Task, out: Path) -> None:
     """One part in this process: a line in the file for every row."""
-    from mmdit_probe.attention import tiles
+    import overhead
 
-    tiles.BFLOAT16_UNITS = True  # as in a command, which owns its process
-    with file.open("w", encoding="utf-8") as lines:
-        for row in globals()[name](task):
-            lines.write(json.dumps(row) + "\n")
-            lines.flush()
+    overhead.command_process()
+    with (out / "rows.jsonl").open("a", encoding="utf-8") as lines:
+        try:
+            for row in globals()[name](task):
+                lines.write(json.dumps({"part": name} | row) + "\n")
+                lines.flush()
+        except OutOfTime as error:
+            print(f"{LEFT}{error}")
+
+
+LEFT = "left out: "
 
 
 def apart(name: str, task: Task, out: Path) -> dict[str, Any]:
     """One part in a process of its own: what came of it."""
-    file, began = out / f"{name}.jsonl", time.time()
+    began = time.time()
     line = [sys.executable, __file__, "--worker", name, str(task.ends), "--device", task.device, "--out", str(out)]
-    with (out / f"{name}.log").open("w", encoding="utf-8") as log:
+    with (out / "log.txt").open("a", encoding="utf-8") as log:
+        log.write(f"\n=== {name}\n")
+        log.flush()
         running = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            running.wait(max(1.0, task.left) + GRACE)
-            ended = "" if running.returncode == 0 else f"exit code {running.returncode}: {last_line(out, name)}"
+            failed = f"exit code {running.returncode}: {last_line(out)}" if running.wait(task.left + GRACE) else ""
         except subprocess.TimeoutExpired:
-            ended = "stopped: its time was up"
+            failed = "stopped: its time was up"
             os.killpg(running.pid, signal.SIGKILL)
             running.wait()
-    rows = [json.loads(text) for text in file.read_text("utf-8").splitlines()] if file.is_file() else []
-    wrong = [row for row in rows if not row["ok"]]
-    ended = ended or ("" if rows else "no time was left for it")
-    return {"part": name, "seconds": time.time() - began, "rows": rows, "wrong": wrong, "ended": ended}
+    file = out / "rows.jsonl"
+    every = [json.loads(text) for text in file.read_text("utf-8").splitlines()] if file.is_file() else []
+    rows = [{key: value for key, value in row.items() if key != "part"} for row in every if row["part"] == name]
+    said = last_line(out)
+    return {
+        "part": name, "seconds": time.time() - began, "rows": rows, "wrong": [row for row in rows if not row["ok"]],
+        "failed": failed or ("" if rows or said.startswith(LEFT) else "it found nothing"),
+        "left": said.removeprefix(LEFT) if said.startswith(LEFT) else "",
+    }  # fmt: skip
 
 
-def last_line(out: Path, name: str) -> str:
-    lines = (out / f"{name}.log").read_text("utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "nothing was said"
+def last_line(out: Path) -> str:
+    return (out / "log.txt").read_text("utf-8", errors="replace").strip().splitlines()[-1]
 
 
-def report(done: list[dict[str, Any]], device: str) -> str:
+def report(done: list[dict[str, Any]], device: str, card: str) -> str:
     """All parts in markdown, the verdicts first."""
     import torch
-    from overhead import machine
 
-    lines = ["# What was seen on a GPU" if device.startswith("cuda") else "# In small, on a processor", ""]
-    lines += [f"Made by `python benchmarks/gpu.py`. {machine(device)[0]}, torch {torch.__version__}.", ""]
+    small = not device.startswith("cuda")
+    lines = ["# In small, on a processor" if small else "# What was seen on a GPU", ""]
+    lines += [f"Made by `python benchmarks/gpu.py`. {card}, torch {torch.__version__}.", ""]
     lines += ["| part | seconds | rows | wrong | ended |", "|-|-:|-:|-:|-|"]
     for part in done:
         counts = f"{part['seconds']:.0f} | {len(part['rows'])} | {len(part['wrong'])}"
-        lines.append(f"| {part['part']} | {counts} | {part['ended'] or 'well'} |")
+        lines.append(f"| {part['part']} | {counts} | {part['failed'] or part['left'] or 'well'} |")
     for part in done:
-        if part["rows"]:
-            lines += ["", f"## {part['part']}", "", *table(SHOWN[part["part"]](part["rows"]))]
+        lines += ["", f"## {part['part']}", ""]
+        lines += [f"In small: {IN_SMALL[part['part']]}.", ""] if small else []
+        lines += table(SHOWN[part["part"]](part["rows"])) if part["rows"] else ["Nothing was found."]
     return "\n".join(lines) + "\n"
 
 
@@ -414,13 +455,24 @@ def of_tests(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def of_cost(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    names = ("blocks", "image_tokens", "way", "seconds", "time_ratio", "time_ratio_interval", "verdict", "peak_ratio",
-             "memory_met")  # fmt: skip
-    return [{name: row[name] for name in names} for row in rows]
+    names = ("blocks", "image_tokens", "way", "seconds", "ratio", "other_clock", "verdict", "peak_ratio", "memory_met")
+    return [{name: (row | of_ratios(row))[name] for name in names} for row in rows]
+
+
+def of_magnet(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    names = ("side", "heads", "dtype", "way", "rounds", "seconds", "ratio", "other_clock", "added_bytes", "peak_ratio")
+    return [{name: (row | of_ratios(row))[name] for name in names} for row in rows]
+
+
+def of_ratios(row: dict[str, Any]) -> dict[str, str]:
+    from overhead import shown
+
+    return dict(zip(("ratio", "other_clock"), shown(row["ratios"], "wall"), strict=True))
 
 
 SHOWN: dict[str, Callable[[list[dict[str, Any]]], list[dict[str, Any]]]] = {
-    "kernels": of_kernels, "tests": of_tests, "unchanged": list, "cost": of_cost, "host": list, "magnet": list,
+    "kernels": of_kernels, "tests": of_tests, "unchanged": list, "cost": of_cost, "host": list,
+    "magnet": of_magnet,
 }  # fmt: skip
 
 
@@ -452,19 +504,29 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.worker:
         name, ends = options.worker
-        work(name, Task(options.device, float(ends)), options.out / f"{name}.jsonl")
+        work(name, Task(options.device, float(ends)), options.out)
         return
-    ends = time.time() + 60 * options.minutes
-    names, done = [name for name in PARTS if name in (options.part or PARTS)], []
+    (options.out / "rows.jsonl").unlink(missing_ok=True)
+    (options.out / "log.txt").unlink(missing_ok=True)
+    ends, done = time.time() + 60 * options.minutes, []
+    card = named(options.device)
+    names = [name for name in PARTS if name in (options.part or PARTS)]
     for number, name in enumerate(names):
         share = PARTS[name] / sum(PARTS[left] for left in names[number:])
         part = apart(name, Task(options.device, time.time() + share * (ends - time.time() - GRACE)), options.out)
         done.append(part)
-        (options.out / "report.md").write_text(report(done, options.device), encoding="utf-8")
-        told = f"{len(part['rows'])} rows, {len(part['wrong'])} wrong"
-        print(f"{name}: {told}, {part['seconds']:.0f} s {part['ended']}".rstrip(), flush=True)
+        (options.out / "report.md").write_text(report(done, options.device, card), encoding="utf-8")
+        told = f"{len(part['rows'])} rows, {len(part['wrong'])} wrong, {part['seconds']:.0f} s"
+        print(f"{name}: {told} {part['failed'] or part['left']}".rstrip(), flush=True)
     print(f"written: {options.out / 'report.md'}")
-    sys.exit(any(part["wrong"] or part["ended"] for part in done))
+    sys.exit(any(part["wrong"] or part["failed"] for part in done))
+
+
+def named(device: str) -> str:
+    """The machine in words; in a process of its own, so that this one holds nothing of a GPU."""
+    line = f"import overhead; print(overhead.machine({device!r})[0])"
+    done = subprocess.run([sys.executable, "-c", line], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() or f"unknown: {done.stderr.strip().splitlines()[-1]}"
 
 
 if __name__ == "__main__":

@@ -1,71 +1,66 @@
-"""What observing the attention budget costs: time and peak memory of a forward, against stock and the explicit softmax.
+"""What observing the attention budget costs on the embedded model: time and peak memory, against stock and the softmax.
 
-    python benchmarks/overhead.py                       # all cases; writes benchmarks/results/overhead-<kind>.{json,md}
-    python benchmarks/overhead.py --case scenes-sd3 --rounds 5   # one of them; what the file has of others stays
+    python benchmarks/overhead.py                       # writes benchmarks/results/overhead-<kind>.{json,md}
+    python benchmarks/overhead.py --dtype float32 --rounds 15
 
-Four ways to run the same forward: `stock` (nothing attached), `watched` (every attention call is caught and left
-alone), `probe` (AttentionMass on every layer, rows to a sink that drops them) and `explicit` (softmax(q k^T)
-materialised in float32, masses read off it: what is usually done).
+Five ways to run the same forward: `stock` (nothing attached), `again` (stock once more: its ratio is the noise),
+`watched` (every attention call is caught and left alone), `probe` (AttentionMass on every layer, rows to a sink that
+drops them) and `explicit` (softmax(q k^T) materialised in float32, masses read off it: what is usually done).
 Times are taken in turns within one process, by the wall clock and in processor time, so that a busy machine slows all
 alike; ratios are medians of per-round ratios with their 95 % interval (by order statistics), and a target is met or
-missed where the interval lies on one side of it. Memory is the peak resident set (CUDA: peak allocation) of a process
-of its own for each way, because a peak never comes down again. <kind> is the kind of processor or GPU: how fast it
-multiplies decides what the rest costs beside it, so results of one kind say little of another.
+missed where the interval of the deciding clock lies on one side of it. Memory is the peak while a way runs: of the
+resident set, which Linux can reset (elsewhere it is left out), on CUDA of what is allocated. <kind> is the kind of
+processor or GPU: how fast it multiplies decides what the rest costs beside it, so results of one kind say little of
+another.
 
-Models are built in their dtype: what a cast leaves behind is no one's cost. Target on CPU: probe at most 1.05x stock in
-both. The explicit softmax is reported, not a target. What bounds the probe: on a small model, catching calls, which
-costs some microseconds for every torch function of an attention module, however small its tensors are (`watched`); on a
-large one, the text columns, whose profile is below the table: the product q k^T, begun with the shift by the
-log-sum-exp (baddbmm and a copy_; in bfloat16 bmm, add, and a copy_ of q in float32), the exponential (exp_), the sums
-over queries (baddbmm_).
+Target on CPU: probe at most 1.05x stock in both. What bounds it on so small a model is catching calls, some
+microseconds for every torch function of an attention module, however small its tensors are (`watched`). Blocks of the
+real sizes are measured by `scaling.py`, other tools on them by `peers.py`; both use what stands here.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 RESULTS = Path(__file__).parent / "results"
-WAYS = ("stock", "watched", "probe", "explicit")
+WAYS = ("stock", "again", "watched", "probe", "explicit")
 TARGET = 1.05
-
-CASES = {
-    "scenes-sd3": "the embedded model, batch of 2 (both guidance branches)",
-    "sd3-medium-2-blocks": "two blocks of SD3-medium size, random weights: 24 heads x 64, 4096 + 333 tokens, batch 1",
-}
 DTYPES = ("float32", "bfloat16")
 CLOCKS = {"wall": "times by the wall clock", "cpu": "processor time of all threads, for a machine with other work"}
 
+Seconds = dict[str, dict[str, list[float]]]
+"""Of each clock and way, one for each round."""
+Attach = Callable[[str], AbstractContextManager[Any]]
+"""Gives what to enter for a way; what that yields is run in place of the forward, unless it is None."""
 
-def build(case: str, dtype: str, device: str) -> tuple[Any, Callable[[], Any]]:
-    """What to probe, and the forward to measure."""
+
+def build(dtype: str, device: str) -> tuple[Any, Callable[[], Any]]:
+    """The embedded model, and a denoising call of both guidance branches."""
     import torch
 
+    from mmdit_probe import load
+
     torch.manual_seed(0)
-    if case == "scenes-sd3":
-        from mmdit_probe import load
-
-        model = load("scenes-sd3", device=device, dtype=dtype)
-        text = model.encode_prompt(["", "a red ring and a blue house on grass"])
-        config = model.transformer.config
-        latents = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
-        return model, lambda: model.denoise(latents, 0.5, text)
-
-    import sizes
-
-    return sizes.build("sd3-medium", 4096, dtype, device)
+    model = load("scenes-sd3", device=device, dtype=dtype)
+    text = model.encode_prompt(["", "a red ring and a blue house on grass"])
+    config = model.transformer.config
+    latents = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
+    return model, lambda: model.denoise(latents, 0.5, text)
 
 
 def machine(device: str) -> tuple[str, str]:
@@ -81,9 +76,34 @@ def machine(device: str) -> tuple[str, str]:
     return f"{known.get('cpu_name', platform.machine())} with {kind}, {os.cpu_count()} cores", kind
 
 
+def described(device: str, clock: str) -> dict[str, Any]:
+    """What a result file says of how it was measured; rows of another machine or library are no company for these."""
+    import torch
+
+    return {"machine": machine(device)[0], "torch": torch.__version__, "threads": torch.get_num_threads(),
+            "clock": clock}  # fmt: skip
+
+
 def results(name: str, device: str) -> Path:
     """Where the results of a benchmark go on this machine, without the ending."""
     return RESULTS / f"{name}-{machine(device)[1]}"
+
+
+def kept(stem: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The report of an earlier, stopped run if it was measured in the same way, else an empty one."""
+    file = stem.with_suffix(".json")
+    before = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    same = all(before.get(key) == value for key, value in report.items())
+    return before if same and before else report | {"rows": []}
+
+
+def write(stem: Path, report: dict[str, Any], text: str) -> None:
+    """The report and its page, each whole or as it was before."""
+    stem.parent.mkdir(exist_ok=True)
+    for ending, content in ((".json", json.dumps(report, indent=2) + "\n"), (".md", text)):
+        part = stem.with_suffix(f"{ending}.tmp")
+        part.write_text(content, encoding="utf-8")
+        os.replace(part, stem.with_suffix(ending))
 
 
 class Dropped:
@@ -106,29 +126,30 @@ class Uninterested:
 @contextlib.contextmanager
 def attached(way: str, target: Any) -> Iterator[None]:
     """The target with one of the ways attached."""
-    if way == "stock":
+    with contextlib.ExitStack() as stack:
+        if way == "probe":
+            from mmdit_probe import AttentionMass, probe
+
+            stack.enter_context(probe(target, AttentionMass(Dropped())))
+        elif way == "explicit":
+            stack.enter_context(caught(target, explicit_softmax, "output"))
+        elif way == "watched":
+            stack.enter_context(caught(target, Uninterested(), "record"))
         yield
-    elif way == "probe":
-        from mmdit_probe import AttentionMass, probe
 
-        with probe(target, AttentionMass(Dropped())):
-            yield
-    else:
-        from mmdit_probe.attention.intercept import watch
-        from mmdit_probe.models.families.registry import family_of
-        from mmdit_probe.models.layout import find_layers
 
-        transformer = getattr(target, "transformer", target)
-        layers = find_layers(family_of(transformer), transformer)
-        if way == "explicit":
-            detach = [watch(layer.module, explicit_softmax, "output") for layer in layers]
-        else:
-            detach = [watch(layer.module, Uninterested(), "record") for layer in layers]
-        try:
-            yield
-        finally:
-            for undo in detach:
-                undo()
+@contextlib.contextmanager
+def caught(target: Any, handler: Any, kind: str) -> Iterator[None]:
+    """The attention calls of all layers handed to `handler`."""
+    from mmdit_probe.attention.intercept import watch
+    from mmdit_probe.models.families.registry import family_of
+    from mmdit_probe.models.layout import find_layers
+
+    transformer = getattr(target, "transformer", target)
+    with contextlib.ExitStack() as stack:
+        for layer in find_layers(family_of(transformer), transformer):
+            stack.callback(watch(layer.module, handler, kind))
+        yield
 
 
 def explicit_softmax(call: Any, module_call: Any, proceed: Any) -> Any:
@@ -144,19 +165,42 @@ def explicit_softmax(call: Any, module_call: Any, proceed: Any) -> Any:
     return (attention @ call.value.float()).to(call.value.dtype)
 
 
-def timings(case: str, dtype: str, device: str, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds per forward by each clock, `rounds` for each way, in turns; of a small model the mean of a second's
-    forwards."""
-    target, forward = build(case, dtype, device)
-    forward()  # warms up
-    count = max(1, round(1 / timed(forward, device)["wall"]))
-    seconds: dict[str, dict[str, list[float]]] = {clock: {way: [] for way in WAYS} for clock in CLOCKS}
+def in_turns(
+    ways: Sequence[str],
+    attach: Attach,
+    forward: Callable[[], Any],
+    device: str,
+    rounds: int,
+    least: float = 0.0,
+) -> Seconds:
+    """Seconds per forward of every way, the ways in turns.
+
+    Args:
+        least: seconds that one reading takes at least; of a small model it is the mean of many forwards.
+    """
+    count = max(1, round(least / timed(forward, device)["wall"])) if least else 1
+    seconds: Seconds = {clock: {way: [] for way in ways} for clock in CLOCKS}
     for turn in range(rounds):
-        for way in WAYS[turn % len(WAYS) :] + WAYS[: turn % len(WAYS)]:
-            with attached(way, target):
-                for clock, passed in timed(lambda: [forward() for _ in range(count)], device).items():
+        first = turn % len(ways)
+        for way in (*ways[first:], *ways[:first]):
+            with attach(way) as given:
+                run = given or forward
+                for clock, passed in timed(lambda run=run: [run() for _ in range(count)], device).items():
                     seconds[clock][way].append(passed / count)
     return seconds
+
+
+def peaks_of(
+    ways: Sequence[str], attach: Attach, forward: Callable[[], Any], device: str
+) -> dict[str, tuple[int, int] | None]:
+    """`peak` of every way, each after one of its own that warms up: what a first one loads and keeps is no cost."""
+    found = {}
+    for way in ways:
+        with attach(way) as given:
+            run = given or forward
+            run()
+            found[way] = peak(run, device)
+    return found
 
 
 def timed(forward: Callable[[], Any], device: str) -> dict[str, float]:
@@ -196,157 +240,135 @@ def verdict(interval: list[float], target: float | None) -> str:
     return "met" if high <= target else "missed" if low > target else "undecided"
 
 
-def peak_of_this_process(case: str, dtype: str, device: str, way: str) -> dict[str, int]:
-    """Peak memory in bytes of two forwards of one way, and what the process held before them."""
-    import torch
-
-    from mmdit_probe.results import peak_memory
-
-    target, forward = build(case, dtype, device)
+def peak(forward: Callable[[], Any], device: str) -> tuple[int, int] | None:
+    """Bytes held before `forward`, and the most while it runs; None where the system cannot tell."""
+    gc.collect()
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-    before = peak_memory()
-    with attached(way, target):
-        for _ in range(2):
-            forward()
-    key = "cuda" if device.startswith("cuda") else "resident"
-    return {"before": before[key], "peak": peak_memory()[key]}
+        import torch
+
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = int(torch.cuda.memory_allocated(device))
+        forward()
+        torch.cuda.synchronize(device)
+        return before, int(torch.cuda.max_memory_allocated(device))
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier forwards freed is not this one's
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    except (OSError, AttributeError):
+        return None
+    before = _resident_peak()
+    forward()
+    return before, _resident_peak()
 
 
-def memory(case: str, dtype: str, device: str, way: str) -> dict[str, int]:
-    """`peak_of_this_process`, in a new process."""
-    arguments = ["--case", case, "--dtype", dtype, "--device", device, "--worker", way]
-    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+def _resident_peak() -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
-def measure(case: str, dtype: str, device: str, rounds: int, clock: str) -> dict[str, Any]:
-    seconds = timings(case, dtype, device, rounds)
-    bytes_ = {way: memory(case, dtype, device, way) for way in WAYS}
-    row: dict[str, Any] = {"case": case, "dtype": dtype, "device": device, "rounds": rounds}
-    for way in WAYS:
-        found = {name: ratio(of[way], of["stock"]) for name, of in seconds.items()}
-        row[way] = {
-            "seconds_median": statistics.median(seconds[clock][way]),
-            "time_ratio_median": found[clock][0],
-            "time_ratio_interval": found[clock][1],
-            "ratios": found,
-            "verdict": verdict(found[clock][1], TARGET if way == "probe" else None),
-            "peak_bytes": bytes_[way]["peak"],
-            "peak_bytes_before_forward": bytes_[way]["before"],
-            "peak_ratio": bytes_[way]["peak"] / bytes_["stock"]["peak"],
-            "forward_bytes": bytes_[way]["peak"] - bytes_[way]["before"],
-        }
-    return row
+def compared(seconds: Seconds, peaks: dict[str, tuple[int, int] | None], clock: str, base: str) -> list[dict[str, Any]]:
+    """Per way: median seconds, its ratio to `base` with its interval by both clocks, memory and its ratio.
+
+    Args:
+        peaks: as `peak` gives them. clock: of the seconds.
+    """
+    rows, stock = [], peaks[base]
+    for way in seconds[clock]:
+        found, mine = peaks[way], {name: ratio(of[way], of[base]) for name, of in seconds.items()}
+        rows.append({
+            "way": way, "seconds": statistics.median(seconds[clock][way]), "ratios": mine,
+            "peak_bytes": found and found[1], "added_bytes": found and found[1] - found[0],
+            # Against the same base, whatever the process has come to hold between the two.
+            "peak_ratio": 1 + (found[1] - found[0] - stock[1] + stock[0]) / stock[1] if found and stock else None,
+        })  # fmt: skip
+    return rows
 
 
-def shares(dtype: str, device: str, tokens: tuple[int, int] = (4096, 333)) -> dict[str, float]:
-    """Where the masses' own time goes in one layer of SD3-medium size: share of each torch operator, profiled."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
+def shown(ratios: dict[str, Any], clock: str) -> tuple[str, str]:
+    """The ratio by the deciding clock and by the other one, as "median [low, high]"."""
+    told = {name: f"{middle:.3f} [{low:.3f}, {high:.3f}]" for name, (middle, (low, high)) in ratios.items()}
+    return told.pop(clock), *told.values()
 
-    from mmdit_probe.attention import exact
-    from mmdit_probe.attention.call import SDPACall
 
-    image, text = tokens
-    kind, cuda = getattr(torch, dtype), device.startswith("cuda")
-    query, key = (torch.randn(1, image + text, 24, 64, device=device).to(kind).transpose(1, 2) for _ in range(2))
-    call = SDPACall(query, key, key)
-    lse = exact.attend(call)[1]
-    if lse is None:
-        return {}
-    weights = torch.rand(1, 2, image + text, device=device)
-    exact.reduce(call, lse, slice(image, None), query_weights=weights)  # warms up
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
-        for _ in range(3):
-            exact.reduce(call, lse, slice(image, None), query_weights=weights)
-    field = "self_device_time_total" if cuda else "self_cpu_time_total"
-    spent = {event.key.removeprefix("aten::"): getattr(event, field) for event in profiler.key_averages()}
-    total = sum(spent.values())
-    return {
-        name: time / total for name, time in sorted(spent.items(), key=lambda item: -item[1]) if time > 0.02 * total
-    }
+def mebibytes(number: int | None) -> str:
+    return "-" if number is None else f"{number / 2**20:.0f}"
+
+
+def measure(dtype: str, device: str, rounds: int, clock: str) -> list[dict[str, Any]]:
+    """One row for each way, on the embedded model."""
+    target, forward = build(dtype, device)
+
+    def attach(way: str) -> AbstractContextManager[None]:
+        return attached(way, target)
+
+    peaks = peaks_of(WAYS, attach, forward, device)
+    seconds = in_turns(WAYS, attach, forward, device, rounds, least=1.0)
+    rows = compared(seconds, peaks, clock, "stock")
+    for row in rows:
+        row |= {"dtype": dtype, "rounds": rounds}
+        row["verdict"] = verdict(row["ratios"][clock][1], TARGET if row["way"] == "probe" else None)
+    return rows
 
 
 def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Overhead of observing the attention budget",
         "",
-        "Made by `python benchmarks/overhead.py`.",
-        f"{report['machine']}, torch {report['torch']}, {report['threads']} threads; {CLOCKS[report['clock']]}; "
-        f"{report['date']}.",
-        "Ratios are against the stock forward of the same round (median, 95 % interval in brackets); memory is",
-        "the peak of a process of its own; 'forward' is what the forward adds to the loaded model and libraries.",
-        f"Target on CPU: probe at most {TARGET:.2f} in both ratios.",
+        "Made by `python benchmarks/overhead.py`: the embedded model, a batch of both guidance branches.",
+        f"{report['machine']}, torch {report['torch']}, {report['threads']} threads; {CLOCKS[report['clock']]}.",
+        "Ratios are against the stock forward of the same round: median, and 95 % interval over rounds, which decides.",
+        "`again` is stock once more, so its interval is the noise. 'added' is the peak over what was held before.",
+        f"Target on CPU: probe at most {TARGET:.2f} in time and in peak memory.",
         "",
-        "| case | dtype | device | way | s / forward | time ratio | by the other clock | target | forward MiB | "
-        "peak MiB | peak ratio |",
-        "|-|-|-|-|-:|-:|-:|-|-:|-:|-:|",
+        "| dtype | way | rounds | s / forward | time ratio | by the other clock | target | added MiB | peak MiB | "
+        "peak ratio |",
+        "|-|-|-:|-:|-:|-:|-|-:|-:|-:|",
     ]
     for row in report["rows"]:
-        for way in (way for way in WAYS if way in row):
-            cell = row[way]
-            shown = {name: f"{middle:.3f} [{low:.3f}, {high:.3f}]"
-                     for name, (middle, (low, high)) in cell["ratios"].items()}  # fmt: skip
-            own = shown.pop(report["clock"])
-            cells = (row["case"], row["dtype"], row["device"], way, f"{cell['seconds_median']:.4f}", own)
-            cells += (*shown.values(), cell["verdict"])
-            mebibytes = f"{cell['peak_bytes'] / 2**20:.0f}"
-            forward = f"{cell['forward_bytes'] / 2**20:.0f}"
-            lines.append("| " + " | ".join((*cells, forward, mebibytes, f"{cell['peak_ratio']:.3f}")) + " |")
-    lines += ["", *(f"* `{case}`: {text}" for case, text in CASES.items())]
-    for dtype, parts in report["shares"].items():
-        listed = ", ".join(f"{name} {share:.0%}" for name, share in parts.items())
-        lines += ["", f"What the masses add in {dtype} at SD3-medium size, by torch operator (above 2 %): {listed}."]
+        memory = "-" if row["peak_ratio"] is None else f"{row['peak_ratio']:.3f}"
+        cells = (row["dtype"], row["way"], str(row["rounds"]), f"{row['seconds']:.4f}")
+        cells += (*shown(row["ratios"], report["clock"]), row["verdict"])
+        cells += (mebibytes(row["added_bytes"]), mebibytes(row["peak_bytes"]), memory)
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def command_process() -> None:
+    """This process as a command's: its own, so that the kernels' processor state may be set."""
+    from mmdit_probe.attention import tiles
+
+    tiles.BFLOAT16_UNITS = True
+
+
+def common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """The options that all benchmarks of ratios have."""
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=rounds, help="of each cell; below six there is no verdict")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, on a busy machine")
+    parser.add_argument("--fresh", action="store_true", help="measure what the result file has, too")
+    parser.add_argument("--no-write", action="store_true", help="print only")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, action="append", help="default: all")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=9, help="timed rounds per case")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, on a busy machine")
-    parser.add_argument("--no-write", action="store_true", help="print only")
-    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
+    common_options(parser, rounds=9)
     options = parser.parse_args()
-    from mmdit_probe.attention import tiles
-
-    tiles.BFLOAT16_UNITS = True  # as in a command, which owns its process
-    cases, dtypes = options.case or list(CASES), options.dtype or list(DTYPES)
-    if options.worker:
-        print(json.dumps(peak_of_this_process(cases[0], dtypes[0], options.device, options.worker)))
-        return
-
-    import torch
-
+    command_process()
     stem = results("overhead", options.device)
-    report: dict[str, Any] = {
-        "machine": machine(options.device)[0],
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "clock": options.clock,
-    }
-    before = json.loads(stem.with_suffix(".json").read_text()) if stem.with_suffix(".json").is_file() else {}
-    kept = before if all(before.get(key) == value for key, value in report.items()) else {"rows": [], "shares": {}}
-    rows = [row for row in kept["rows"] if row["case"] not in cases or row["dtype"] not in dtypes]
-    for case in cases:
-        for dtype in dtypes:
-            rows.append(measure(case, dtype, options.device, options.rounds, options.clock))
-            for way in WAYS[1:]:
-                cell = rows[-1][way]
-                print(f"{case} {dtype} {way}: {cell['time_ratio_median']:.3f}x time, {cell['peak_ratio']:.3f}x memory")
-    report |= {
-        "date": time.strftime("%Y-%m-%d"),
-        "rows": sorted(rows, key=lambda row: (list(CASES).index(row["case"]), DTYPES.index(row["dtype"]))),
-        "shares": kept["shares"] | {dtype: shares(dtype, options.device) for dtype in dtypes},
-    }
-    if not options.no_write:
-        RESULTS.mkdir(exist_ok=True)
-        stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-        stem.with_suffix(".md").write_text(markdown(report))
-        print(f"written: {stem}.json, {stem}.md")
+    report = kept(stem, described(options.device, options.clock))
+    for dtype in options.dtype or DTYPES:
+        if not options.fresh and any(row["dtype"] == dtype for row in report["rows"]):
+            print(f"{dtype}: in {stem.name}.json already; --fresh measures it again")
+            continue
+        report["rows"] = [row for row in report["rows"] if row["dtype"] != dtype]
+        report["rows"] += measure(dtype, options.device, options.rounds, options.clock)
+        for row in report["rows"][-len(WAYS) :]:
+            print(f"{dtype} {row['way']}: {shown(row['ratios'], options.clock)[0]} x time {row['verdict']}", flush=True)
+        if not options.no_write:
+            write(stem, report, markdown(report))
+            print(f"written: {stem}.json, {stem}.md")
 
 
 if __name__ == "__main__":

@@ -32,18 +32,25 @@ SIZES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(
-    blocks: str, tokens: int, dtype: str, device: str, heads: int | None = None, layers: int = 2
+    blocks: str,
+    tokens: int,
+    dtype: str,
+    device: str,
+    heads: int | None = None,
+    layers: int = 2,
+    text: int | None = None,
 ) -> tuple[Any, Callable[[], Any]]:
     """The transformer, made in its dtype, and the forward to measure, for a square image of `tokens` tokens.
 
     Args:
         blocks: one of `SIZES`. heads: fewer than the real model's, to try it in small.
         layers: half of them double and half single where a family has both kinds.
+        text: text tokens; the real model's if None.
     """
     import torch
 
     torch.manual_seed(0)
-    kind, side, text = getattr(torch, dtype), math.isqrt(tokens), TEXT[blocks]
+    kind, side, text = getattr(torch, dtype), math.isqrt(tokens), text or TEXT[blocks]
     make = {"dtype": kind, "device": device}
     transformer = of_size(blocks, dtype, device, heads, layers, side)
     inputs: dict[str, Any] = {

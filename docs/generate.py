@@ -65,6 +65,12 @@ def command_page(name: str, kind: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
+def followed(page: str, tables: list[Path]) -> None:
+    """A page of the guide, and below it what scripts measured."""
+    with mkdocs_gen_files.open(page, "w") as file:
+        file.write("\n".join(part.read_text(encoding="utf-8") for part in (ROOT / "docs" / page, *tables)))
+
+
 def main() -> None:
     index = ["# Commands", "", "| command | what it measures |", "|-|-|"]
     for name, kind_name in experiments.OF_COMMAND.items():
@@ -75,10 +81,9 @@ def main() -> None:
             page.write(command_page(name, kind))
     with mkdocs_gen_files.open("commands/index.md", "w") as page:
         page.write("\n".join(index) + "\n")
-    table = (ROOT / "benchmarks" / "results" / "situations.md").read_text(encoding="utf-8")
-    with mkdocs_gen_files.open("guide/works-with-what.md", "w") as page:
-        page.write((ROOT / "docs" / "guide" / "works-with-what.md").read_text(encoding="utf-8"))
-        page.write("\n" + table)
+    results = ROOT / "benchmarks" / "results"
+    followed("guide/works-with-what.md", [results / "situations.md"])
+    followed("guide/growth.md", sorted(results.glob("growth-*.md")))
     with mkdocs_gen_files.open("contributing.md", "w") as page:
         page.write((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     for picture in sorted(PICTURES.glob("*.png")):

@@ -71,6 +71,7 @@ FIGURES = (
     Figure("fig02_attention_budget"),
     Figure("fig04_value_norms"),
     Figure("fig03_pca", ("images",)),
+    Figure("fig_analyses"),
     Figure("fig10_magnet", ("lora", "dataset", "clip"), (CHOICE, "analyses/results/magnet_scenes/*")),
     Figure("fig_embedded_training", only="scenes-sd3"),
     Figure("paper_vs_measured", reads=("*.csv",), last=True),

@@ -45,6 +45,18 @@ def budget_table(layers: int = 6, prompts: int = 3, steps: int = 2, heads: int =
     return pd.DataFrame(rows)
 
 
+def of_video(table: pd.DataFrame) -> pd.DataFrame:
+    """The same of a video of four frames: a third of I2I stays in the query's own frame."""
+    inside = (table["query"] == "image") & (table["key"] == "image")
+    parts = [
+        table[inside].assign(
+            span=span, mass=mass * table["mass"], n_key=n * IMAGE // 4, uniform=n / 4 * table["uniform"]
+        )
+        for span, mass, n in (("same frame", 1 / 3, 1), ("other frames", 2 / 3, 3))
+    ]
+    return pd.concat([*parts, table[~inside]], ignore_index=True)
+
+
 def by_item(ask: TokenRows, table: pd.DataFrame) -> pd.DataFrame:
     """What an experiment keeps of every item, from its long table: each denoising call is reduced, then joined."""
     parts = []

@@ -74,8 +74,12 @@ def mochi() -> Any:
     from diffusers import AutoencoderKLMochi
 
     channels = {f"{part}_block_out_channels": (32, 32, 32, 32) for part in ("encoder", "decoder")}
-    autoencoder = AutoencoderKLMochi(latent_channels=CHANNELS, layers_per_block=(1, 1, 1, 1, 1), **channels)
-    return with_t5("MochiPipeline", "mochi", autoencoder, max_sequence_length=tiny.T5_LENGTH)
+    autoencoder = AutoencoderKLMochi(
+        latent_channels=CHANNELS, layers_per_block=(1, 1, 1, 1, 1), latents_mean=None, latents_std=None, **channels,
+    )  # fmt: skip
+    # As genmo/mochi-1-preview has it: the only schedule that counts from noise.
+    schedule = flow(invert_sigmas=True)
+    return with_t5("MochiPipeline", "mochi", autoencoder, schedule, max_sequence_length=tiny.T5_LENGTH)
 
 
 def easyanimate() -> Any:

@@ -20,6 +20,8 @@ Nothing here is differentiable but `attend`'s output: see `attention.gradients`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
@@ -186,6 +188,24 @@ def _maps(
         else:
             out[block.samples, block.heads, block.queries] = values
     return out.div_(heads) if head_mean else out
+
+
+@torch.no_grad()
+def within(call: SDPACall, lse: Tensor, parts: Sequence[Columns], query_weights: Tensor) -> Tensor:
+    """Probability that the queries of each part give to keys of the same part, summed over parts and queries.
+
+    Args:
+        call: the attention call, of which queries and keys are the same tokens. lse: [B, H, N] from `attend`.
+        parts: positions of each of P parts: of n tokens in all, n^2 / P probabilities are computed, block by block.
+        query_weights: [B or 1, N] weight of every query.
+
+    Returns: [B, H] float32.
+    """
+    total = torch.zeros(call.query.shape[:2], device=call.query.device)
+    for part in parts:
+        weights = query_weights[:, None, part]
+        total += reduce(call, lse, part, part, query_weights=weights).sum((-2, -1))
+    return total
 
 
 @torch.no_grad()

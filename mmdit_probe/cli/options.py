@@ -75,6 +75,16 @@ class Session:
         int | None,
         typer.Option("--max-sequence-length", help="T5 tokens (the paper: 77).", min=1, rich_help_panel=MODEL),
     ] = None
+    size: Annotated[
+        str | None,
+        typer.Option("--size", help="HEIGHTxWIDTH in pixels of what is made.", show_default="the model's own",
+                     rich_help_panel=MODEL),
+    ] = None  # fmt: skip
+    num_frames: Annotated[
+        int | None,
+        typer.Option("--num-frames", help="Frames of a video.", min=1, show_default="the model's own",
+                     rich_help_panel=MODEL),
+    ] = None  # fmt: skip
     out: Out = None
     resume: Annotated[
         bool,

@@ -12,7 +12,7 @@ the token grid instead: as many tokens as the model's own, in the picture's aspe
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -118,6 +118,16 @@ class Fit:
             )
         )
         return np.ascontiguousarray(masks[..., rows, :][..., columns])
+
+    def at(self, size: tuple[int, int]) -> Fit:
+        """The fit of the same part of the picture to another size (height, width).
+
+        Raises:
+            UserError: the picture does not fill the result ("letterbox").
+        """
+        if self.target != (0, 0, *self.size):
+            raise UserError(f"{self.how} leaves bars around the picture, so it has no other size; take squash or crop")
+        return replace(self, size=size, target=(0, 0, *size))
 
     def back(self, scores: Tensor) -> Tensor:
         """Scores [C, h, w] over the result, bilinear, at the picture's pixels: [C, height, width]; 0 where `unseen`."""

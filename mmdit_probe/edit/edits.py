@@ -97,8 +97,8 @@ class Blur(Gaussian, KeyMix):
     """Gaussian blur along the keys: the paper's perturbation with its defaults. Arguments: see `Gaussian`.
 
     Text keys are blurred in their joint order, over all selected positions as one sequence: with every stream selected
-    (the default) CLIP's last tokens mix with T5's first. Image keys are blurred in two dimensions on the grid, those of
-    a reference picture on its own.
+    (the default) CLIP's last tokens mix with T5's first. Image keys are blurred in two dimensions on the grid, of a
+    video within each frame: no mass moves from one frame to another; those of a reference picture on its own grid.
     """
 
     def matrix(self, place: Place, row: int) -> Tensor:
@@ -206,7 +206,8 @@ class OtherText(Edit):
 
 @dataclass(frozen=True)
 class GridBlur(Gaussian):
-    """Blur of the block over the grid of its queries, as SEG (arXiv:2408.00760) blurs queries; I2T by default.
+    """Blur of the block over the grid of its queries, as SEG (arXiv:2408.00760) blurs queries; I2T by default. Of a
+    video it is in two dimensions too, within each frame.
 
     With `where="probabilities"` each key's map over the image is blurred, and rows of the attention no longer sum to
     one (see `renormalise`). Arguments: see `Gaussian`; the queries must be image or reference tokens.

@@ -1,25 +1,34 @@
-"""The league table of an evaluation: one row per configuration, from the counts on disk.
+"""The league table of an evaluation: one row per configuration, from the counts on disk, each beside its controls.
 
     table = league(read_table(folder / "counts.parquet"), classes, match="image")
 
 Segments are matched here, so that every variant of matching reads the same counts. Two trivial rows need no run: one
-present class everywhere (the most frequent by the data set's pixels), and one segment everywhere.
+present class everywhere (the most frequent by the data set's pixels), and one segment everywhere. A method is compared
+with the strongest control of its protocol: these two, and what `evaluate.plan` counts with the method's refinement
+(random maps, one true token per class, the method's own maps with the words shifted).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mmdit_probe.evaluate.plan import CEILING, KEYS, ONE_CLASS, ONE_SEGMENT, RANDOM, UNSUPERVISED
+from mmdit_probe.evaluate.plan import CEILING, KEYS, ONE_CLASS, ONE_SEGMENT, ONE_TOKEN, RANDOM, SHIFTED, UNSUPERVISED
 from mmdit_probe.evaluate.scores import SCORES, ImageCounts, assign
+from mmdit_probe.results.statistics import ABOVE, FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, holm
 
 if TYPE_CHECKING:
     import pandas as pd
 
-BASELINES = (CEILING, RANDOM, ONE_CLASS, ONE_SEGMENT)
+METHOD, CONTROL, BOUND = "method", "control", "bound"
+"""Values of the column `role`: what is measured, what it is compared with, what no map of the grid can exceed."""
+_TRIVIAL = (ONE_CLASS, ONE_SEGMENT)
+_GAIN = ("gain", "gain_low", "gain_high")
+_OVER = ("over", "over_low", "over_high")
+Key = tuple[str, ...]
 
 
 def league(
@@ -32,52 +41,97 @@ def league(
         match: one of `evaluate.scores.MATCHES`, background: its background class for segments.
         agnostic: classes are masks of one image each (`Dataset.agnostic`).
 
-    Returns: columns `KEYS` without kind, n (images), the `SCORES` in 0..1 with `miou_low`, `miou_high` (95 % over
+    Returns: columns `KEYS` without kind, role, n (images), the `SCORES` in 0..1 with `miou_low`, `miou_high` (95 % over
     images), `gain`, `gain_low`, `gain_high` (mIoU over the same configuration without refinement, images paired),
-    `segments` (mean number per image; NaN for named classes). Best mIoU first within a protocol.
+    `control` (the strongest one), `over`, `over_low`, `over_high` (mIoU over it, paired), `p_holm` (corrected for all
+    methods of the table), `verdict`, and `segments` (mean number per image; NaN for named classes). Best mIoU first
+    within a protocol.
     """
     import pandas as pd
 
-    groups = _groups(counts)
-    found: dict[tuple[str, ...], ImageCounts] = {}
-    segments: dict[tuple[str, ...], float] = {}
-    for key, part in groups.items():
-        if key[-1] == "segments":
-            segments[key] = float(part[part["pixels"] > 0].groupby("image")["found"].nunique().mean())
-            part = matched(part, classes, match, background)
-        found[key] = ImageCounts.from_table(part, classes, agnostic)
-    for protocol in dict.fromkeys(key[0] for key in groups):
-        whole = groups.get((protocol, CEILING, "none", "", "", "", "classes"))
-        if whole is not None and not (protocol == UNSUPERVISED and match == "row"):  # the plan counted it by rows
-            name = ONE_SEGMENT if protocol == UNSUPERVISED else ONE_CLASS
-            key = (protocol, name, "none", "", "", "", "classes")
-            trivial = _trivial(whole, classes, protocol, match, background)
-            found[key] = ImageCounts.from_table(trivial, classes, agnostic)
-    rows = []
-    for key, scores in found.items():
-        low, high = scores.interval("miou")
-        row: dict[str, Any] = dict(zip(KEYS[:-1], key[:-1], strict=True)) | {"n": len(scores)}
-        row |= {name: scores.score(name) for name in SCORES} | {"miou_low": low, "miou_high": high}
-        plain = found.get((*key[:2], "none", *key[3:]))
-        if key[2] != "none" and plain is not None:
-            row |= dict(zip(("gain", "gain_low", "gain_high"), scores.gain(plain), strict=True))
-        row["segments"] = segments.get(key, float("nan"))
-        rows.append(row)
-    columns = [*KEYS[:-1], "n", *SCORES, "miou_low", "miou_high", "gain", "gain_low", "gain_high", "segments"]
-    table = pd.DataFrame(rows, columns=columns)
+    found, segments = _scored(counts, classes, match, background, agnostic)
+    numbers = ["n", *SCORES, "miou_low", "miou_high", *_GAIN]
+    columns = [*KEYS[:-1], "role", *numbers, "control", *_OVER, "p_holm", "verdict", "segments"]
+    table = pd.DataFrame([_row(key, found) for key in found], columns=columns)
+    table = table.assign(
+        p_holm=holm(table["p_holm"]), control=table["control"].fillna(""),
+        segments=[segments.get(key, float("nan")) for key in found],
+    )  # fmt: skip
+    above = (table["over_low"] > 0) & (table["p_holm"] <= 1 - LEVEL)
+    verdict = np.where(table["n"] < FEWEST, TOO_FEW, np.where(above, ABOVE, NOT_ABOVE))
+    table["verdict"] = np.where(table["control"] == "", "", verdict)
     order = {name: place for place, name in enumerate(dict.fromkeys(table["protocol"]))}
     table = table.assign(_order=table["protocol"].map(order))
     return table.sort_values(["_order", "miou"], ascending=[True, False], kind="stable").drop(columns="_order")
 
 
+def _scored(
+    counts: pd.DataFrame, classes: int, match: str, background: int | None, agnostic: bool
+) -> tuple[dict[Key, ImageCounts], dict[Key, float]]:
+    """Counts of every configuration, the trivial ones too, and the number of segments per image of those without
+    names."""
+    groups = _groups(counts)
+    found: dict[Key, ImageCounts] = {}
+    segments: dict[Key, float] = {}
+    for key, part in groups.items():
+        if key[-1] == "segments":
+            segments[key[:-1]] = float(part[part["pixels"] > 0].groupby("image")["found"].nunique().mean())
+            part = matched(part, classes, match, background)
+        found[key[:-1]] = ImageCounts.from_table(part, classes, agnostic)
+    for protocol in dict.fromkeys(key[0] for key in groups):
+        whole = groups.get((protocol, CEILING, "none", "", "", "", "classes"))
+        if whole is not None and not (protocol == UNSUPERVISED and match == "row"):  # the plan counted it by rows
+            name = ONE_SEGMENT if protocol == UNSUPERVISED else ONE_CLASS
+            trivial = _trivial(whole, classes, protocol, match, background)
+            found[protocol, name, "none", "", "", ""] = ImageCounts.from_table(trivial, classes, agnostic)
+    return found, segments
+
+
+def _row(key: Key, found: Mapping[Key, ImageCounts]) -> dict[str, Any]:
+    """A row of the table; `p_holm` is not corrected yet."""
+    scores = found[key]
+    low, high = scores.interval("miou")
+    row: dict[str, Any] = dict(zip(KEYS[:-1], key, strict=True)) | {"role": role(key[1]), "n": len(scores)}
+    row |= {name: scores.score(name) for name in SCORES} | {"miou_low": low, "miou_high": high}
+    plain = found.get((*key[:2], "none", *key[3:]))
+    if key[2] != "none" and plain is not None:
+        row |= dict(zip(_GAIN, scores.gain(plain), strict=False))
+    control = _strongest(key, found) if row["role"] == METHOD else None
+    if control is not None:
+        over = scores.gain(found[control])
+        row |= dict(zip(_OVER, over, strict=False)) | {"control": control[1]}
+        row["p_holm"] = over.p if len(scores) >= FEWEST else float("nan")
+    return row
+
+
+def role(name: str) -> str:
+    """What a row of this name is: a method, a control or a bound."""
+    if name == CEILING:
+        return BOUND
+    return CONTROL if name in (RANDOM, ONE_TOKEN, *_TRIVIAL) or name.endswith(SHIFTED) else METHOD
+
+
+def _strongest(key: Key, found: Mapping[Key, ImageCounts]) -> Key | None:
+    """The control with the highest mIoU among those of a method's row; None where the table has none."""
+    protocol, method, refine, layers, heads, sigma = key
+    asked = [(protocol, name, "none", "", "", "") for name in _TRIVIAL]
+    places = ("", "", ""), (layers, "", sigma)
+    asked += [(protocol, name, refine, *place) for name in (RANDOM, ONE_TOKEN) for place in places]
+    asked.append((protocol, method + SHIFTED, refine, layers, heads, sigma))
+    return max((one for one in asked if one in found), key=lambda one: found[one].miou(), default=None)
+
+
 def per_class(
     counts: pd.DataFrame, names: list[str], *, match: str = "image", background: int | None = None
 ) -> pd.DataFrame:
-    """IoU of every class of every configuration: columns `KEYS` without kind, class, iou (NaN: never seen)."""
+    """IoU of every class of every configuration but the controls: columns `KEYS` without kind, class, iou (NaN: never
+    seen)."""
     import pandas as pd
 
     rows = []
     for key, part in _groups(counts).items():
+        if role(key[1]) == CONTROL:
+            continue
         if key[-1] == "segments":
             part = matched(part, len(names), match, background)
         ious = ImageCounts.from_table(part, len(names)).ious()
@@ -102,7 +156,7 @@ def matched(part: pd.DataFrame, classes: int, match: str, background: int | None
     return pd.concat(frames)
 
 
-def _groups(counts: pd.DataFrame) -> dict[tuple[str, ...], pd.DataFrame]:
+def _groups(counts: pd.DataFrame) -> dict[Key, pd.DataFrame]:
     """Rows by configuration, in order of appearance."""
     return {tuple(map(str, key)): part for key, part in counts.groupby(list(KEYS), observed=True, sort=False)}
 

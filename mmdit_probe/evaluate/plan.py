@@ -1,6 +1,6 @@
 """What an evaluation does to each image: which prompts, which captured forwards, which methods read them.
 
-    plan = Plan.of(dataset, ["seg4diff", "iseg"], protocols=["present", "full"], refine=["none", "pamr"], ...)
+    plan = Plan.of(dataset, ["seg4diff", "iseg"], (24, 24), refine=["none", "pamr"], scoring=Scoring(("full",)))
     plan.rows(captures, index)                      # sparse confusion counts of one image, every configuration
 
 One forward per prompt serves every method, layer and refinement. Protocols (who says which classes there are):
@@ -10,14 +10,18 @@ One forward per prompt serves every method, layer and refinement. Protocols (who
     full           all classes of the data set
     unsupervised   no names: segments, matched afterwards (`evaluate.scores`)
 
+Controls are counted with every refinement that the methods are: maps of random numbers, one true token per class (a
+token of the class, drawn by chance, is 1 in its map, all others 0), and "words shifted": the method's own maps, each
+given to the next class of the list, which is right where order and layout alone are enough.
+
 Not here: the loop over images (`experiments.evaluate`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -38,14 +42,16 @@ from mmdit_probe.segment.capture import layer_weights, middle_layers
 from mmdit_probe.segment.methods.base import Method
 from mmdit_probe.segment.record import Capture, Reading
 from mmdit_probe.segment.refine import Refinement
-from mmdit_probe.segment.settings import Background
+from mmdit_probe.segment.settings import Background, scoring_size
 from mmdit_probe.segment.tail import label
 from mmdit_probe.specs import head_indices, layer_indices
 
 PROTOCOLS = ("present", "predicted", "full")
 UNSUPERVISED = "unsupervised"
 SWEEPS = ("none", "layer", "head", "sigma")
-CEILING, RANDOM = "token-grid ceiling", "random"
+CEILING = "token-grid ceiling"
+RANDOM, ONE_TOKEN, SHIFTED = "random", "one true token per class", ", words shifted"
+"""Controls; the last one follows the name of the method whose maps they are."""
 ONE_CLASS, ONE_SEGMENT = "one class everywhere", "one segment"
 KEYS = ("protocol", "method", "refine", "layers", "heads", "sigma", "kind")
 COLUMNS = ("image", *KEYS, "truth", "found", "pixels")
@@ -64,47 +70,89 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """Who says which classes there are, and how labels are compared.
+
+    Attributes:
+        protocols: for the open-vocabulary methods. tags: image name -> class names, for "predicted".
+        background: rule of `segment.tail`.
+        by_rows: match segments in each pixel row, as the released Seg4Diff evaluation does (`matched_by_rows`).
+        size: of what the network is shown, where label (nearest) and maps (bilinear) are compared: "128x128",
+            "short:640" (`settings.scoring_size`); None: the picture's own.
+
+    Raises:
+        UserError: unknown names, or a protocol without what it needs.
+    """
+
+    protocols: tuple[str, ...] = ("present",)
+    tags: Mapping[str, Sequence[str]] | None = None
+    background: str = "none"
+    by_rows: bool = False
+    size: str | None = None
+
+    def __post_init__(self) -> None:
+        for protocol in self.protocols:
+            check_known("protocol", protocol, PROTOCOLS)
+        if "predicted" in self.protocols and self.tags is None:
+            raise UserError(
+                "protocol 'predicted' needs a tagger: --tagger CLIP, or --tags FILE (JSON, image name -> class names)"
+            )
+        _ = self.rule
+
+    @property
+    def rule(self) -> Background:
+        return Background.parse(self.background)
+
+    def fit(self, fit: Fit) -> Fit:
+        """How the part of the picture that the network is shown lies in the scored label."""
+        top, left, bottom, right = (round(edge) for edge in fit.source)
+        return fit.at(scoring_size(str(self.size), (bottom - top, right - left)))
+
+    def view(self, record: Capture) -> Capture:
+        """The capture whose picture is what is scored: refinements and labels come at that size."""
+        if self.size is None:
+            return record
+        to = self.fit(record.fit)
+        fit = Fit(to.size, record.fit.size, (0, 0, *to.size), (0, 0, *record.fit.size), record.fit.how)
+        return replace(record, picture=np.array(to.apply(record.image)), fit=fit)
+
+    def label(self, truth: NDArray[np.integer], fit: Fit, ignore: Collection[int]) -> NDArray[np.integer]:
+        """The truth that is scored: without ignored ids, and without pixels that the network was not shown."""
+        kept = np.where(fit.unseen | np.isin(truth, list(ignore)), IGNORE, truth)
+        return kept if self.size is None else self.fit(fit).masks(kept)
+
+
+@dataclass(frozen=True)
 class Plan:
-    """See the module. Make it with `Plan.of`."""
+    """See the module. Make it with `Plan.of`. `controls`: whether they are counted."""
 
     dataset: Dataset
-    protocols: tuple[str, ...]
+    scoring: Scoring
     entries: tuple[Entry, ...]
-    background: Background
     reading: Reading
-    tags: Mapping[str, Sequence[str]]
-    by_rows: bool = False
+    controls: bool = True
 
     @classmethod
     def of(
-        cls, dataset: Dataset, methods: Sequence[str], *, layer_count: int, head_count: int,
-        reading: Reading | None = None, protocols: Sequence[str] = ("present",), refine: Sequence[str] = ("none",),
-        options: Mapping[str, Mapping[str, Any]] | None = None, background: str = "none", heads: Any = None,
-        sweep: str = "none", tags: Mapping[str, Sequence[str]] | None = None, by_rows: bool = False,
+        cls, dataset: Dataset, methods: Sequence[str], network: tuple[int, int], *, reading: Reading | None = None,
+        scoring: Scoring | None = None, refine: Sequence[str] = ("none",),
+        options: Mapping[str, Mapping[str, Any]] | None = None, heads: Any = None, sweep: str = "none",
     ) -> Plan:  # fmt: skip
         """A plan.
 
         Args:
             dataset: the images. methods: names of methods, open-vocabulary and unsupervised ones mixed.
-            layer_count, head_count: of the model.
+            network: numbers of layers and heads of the model.
             reading: layers and weights, noise levels (averaged, but one by one in the sweep over "sigma"), seeds, fit.
-            protocols: for the open-vocabulary methods. refine: every method is measured with each.
-            options: method name -> its options. background: rule of `segment.tail`.
+            scoring: protocols, and how labels are compared.
+            refine: every method is measured with each. options: method name -> its options.
             heads: that methods read; all if None.
             sweep: "none", "layer" (each layer alone), "head" (each head of each layer alone), "sigma".
-            tags: image name -> class names, for the protocol "predicted".
-            by_rows: match segments in each pixel row, as the released Seg4Diff evaluation does (`matched_by_rows`).
 
         Raises:
-            UserError: unknown names, or a protocol without what it needs.
+            UserError: unknown names.
         """
-        for protocol in protocols:
-            check_known("protocol", protocol, PROTOCOLS)
         check_known("sweep", sweep, SWEEPS)
-        if "predicted" in protocols and tags is None:
-            raise UserError(
-                "protocol 'predicted' needs a tagger: --tagger CLIP, or --tags FILE (JSON, image name -> class names)"
-            )
         chosen = [zoo.find(name) for name in dict.fromkeys(methods)]
         if dataset.agnostic and not all(one.unsupervised for one in chosen):
             blind = ", ".join(name for name, one in zoo.METHODS.items() if one.unsupervised)
@@ -116,20 +164,18 @@ class Plan:
         if heads is not None:
             chosen = [one.configure({"heads": heads}) if "heads" in one.defaults else one for one in chosen]
         how = reading or Reading()
-        layers = layer_indices(middle_layers(layer_count) if how.layers is None else how.layers, layer_count)
+        layers = layer_indices(middle_layers(network[0]) if how.layers is None else how.layers, network[0])
         for text in refine:
             Refinement.parse(text)
         entries = [
             Entry(_of_head(method, head), text, layer_set, head, levels, layer_weights(layer_set, how.weights))
             for method in chosen
             for text in refine
-            for layer_set, head, levels in _settings(method, sweep, layers, head_count, heads, tuple(how.sigmas))
+            for layer_set, head, levels in _settings(method, sweep, layers, network[1], heads, tuple(how.sigmas))
         ]
         if not entries:
             raise UserError("none of the methods reads single heads, so there is nothing to sweep over heads")
-        return cls(
-            dataset, tuple(protocols), tuple(entries), Background.parse(background), how, tags or {}, by_rows
-        )  # fmt: skip
+        return cls(dataset, scoring or Scoring(), tuple(entries), how)
 
     @cached_property
     def _names(self) -> list[str]:
@@ -145,36 +191,80 @@ class Plan:
                 f"{truth.shape[0]} x {truth.shape[1]}"
             )
         rows = _Rows(index, len(self.dataset.classes))
+        record = self._without_forward(captures, image)
+        scored = self.scoring.label(truth, record.fit, self.dataset.ignore)
+        ids = [int(i) for i in np.unique(scored) if i != IGNORE]
+        if not ids:
+            return rows.columns()
+        view = self.scoring.view(record)
+        shares = _shares(scored, ids, view)
+        best = np.array(ids)[view.fit.back(shares).argmax(0).numpy()]
+        tokens = dict(zip(ids, _true_tokens(shares, index), strict=True))
         named = [entry for entry in self.entries if not entry.method.unsupervised]
         blind = [entry for entry in self.entries if entry.method.unsupervised]
-        for protocol in self.protocols if named else ():
-            ids = self.vocabulary(protocol, sample.name, truth)
-            classes = [self.dataset.classes[i] for i in ids]
-            lookup = np.array([*ids, self._background_id])
-            for entry, record, scores in self._maps(captures, named, sample.name, image, classes):
-                found = np.full(truth.shape, self._background_id)
-                if len(ids):
-                    pixels = Refinement.parse(entry.refine)(scores, record)
-                    found = lookup[label(pixels, self.background, [one.name for one in classes])]
-                rows.add(_keys(protocol, entry, "classes"), histogram(self._scored(truth, record), found, rows.classes))
-        for entry, record, scores in self._maps(captures, blind, sample.name, image, []):
-            segments = label(Refinement.parse(entry.refine)(scores, record))
-            self._add_segments(rows, _keys(UNSUPERVISED, entry, "segments"), self._scored(truth, record), segments)
-        self._baselines(rows, self._without_forward(captures, image), sample.name, truth, bool(named), bool(blind))
+        for protocol in self.scoring.protocols if named else ():
+            known = self.vocabulary(protocol, sample.name, truth)
+            count = partial(self._add_classes, rows, scored, known)
+            count((protocol, CEILING, "none", "", "", ""), found=best)
+            entries = self._maps(captures, named, sample.name, image, [self.dataset.classes[i] for i in known])
+            nowhere = torch.zeros(view.grid)
+            seeds = torch.stack([tokens.get(i, nowhere) for i in known]) if known else torch.zeros(0, *view.grid)
+            self._count(protocol, entries, count, seeds, index)
+        if blind:
+            rows.add((UNSUPERVISED, CEILING, "none", "", "", "", "classes"), histogram(scored, best, rows.classes))
+            if self.scoring.by_rows:
+                whole = (UNSUPERVISED, ONE_SEGMENT, "none", "", "", "")
+                self._add_segments(rows, scored, whole, torch.zeros(1, *scored.shape))
+            entries = self._maps(captures, blind, sample.name, image, [])
+            count = partial(self._add_segments, rows, scored)
+            self._count(UNSUPERVISED, entries, count, torch.stack([tokens[i] for i in ids]), index)
         return rows.columns()
 
-    def _scored(self, truth: NDArray[np.integer], record: Capture) -> NDArray[np.integer]:
-        """The truth without what is not scored: ignored ids, and pixels that the network was not shown."""
-        return np.where(record.fit.unseen | np.isin(truth, self.dataset.ignore), IGNORE, truth)
+    def _count(
+        self, protocol: str, entries: Iterable[tuple[Entry, Capture, Tensor]], count: Callable[..., None],
+        tokens: Tensor, seed: int,
+    ) -> None:  # fmt: skip
+        """Every entry, and the controls with its refinement.
 
-    def _add_segments(
-        self, rows: _Rows, keys: tuple[str, ...], truth: NDArray[np.integer], segments: NDArray[np.integer]
-    ) -> None:
+        Args:
+            count: takes the keys and maps [C, H, W] at the scored size.
+            tokens: [C, h, w] of "one true token per class".
+        """
+        noise = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed))
+        done: set[tuple[str, ...]] = set()
+        for entry, record, scores in entries:
+            steps, keys = Refinement.parse(entry.refine), _keys(protocol, entry)
+            pixels = steps(scores, record) if len(scores) else torch.zeros(0, *record.size)
+            count(keys, pixels)
+            if not self.controls:
+                continue
+            if not entry.method.unsupervised:
+                count((protocol, f"{entry.method.name}{SHIFTED}", *keys[2:]), pixels.roll(1, 0))
+            place = (entry.refine, keys[3], "", keys[5]) if steps.keep else (entry.refine, "", "", "")
+            for name, maps in ((RANDOM, noise), (ONE_TOKEN, tokens)) if place not in done else ():
+                refined = steps(maps, record) if len(maps) else torch.zeros(0, *record.size)
+                count((protocol, name, *place), refined)
+            done.add(place)
+
+    def _add_classes(
+        self, rows: _Rows, scored: NDArray[np.integer], known: Sequence[int], keys: tuple[str, ...],
+        maps: Tensor | None = None, *, found: NDArray[np.integer] | None = None,
+    ) -> None:  # fmt: skip
+        """Counts of a label map, or of maps [C, H, W] of the classes that are known; without any all is background."""
+        if found is None and maps is not None and len(maps):
+            names = [self._names[i] for i in known]
+            found = np.array([*known, self._background_id])[label(maps, self.scoring.rule, names)]
+        elif found is None:
+            found = np.full(scored.shape, self._background_id)
+        rows.add((*keys, "classes"), histogram(scored, found, rows.classes))
+
+    def _add_segments(self, rows: _Rows, scored: NDArray[np.integer], keys: tuple[str, ...], maps: Tensor) -> None:
         """Counts of segments, to be matched later; or of classes, matched row by row now."""
-        if self.by_rows:
-            rows.add((*keys[:-1], "classes"), matched_by_rows(truth, segments, rows.classes))
+        segments = label(maps)
+        if self.scoring.by_rows:
+            rows.add((*keys, "classes"), matched_by_rows(scored, segments, rows.classes))
         else:
-            rows.add(keys, histogram(truth, segments, rows.classes))
+            rows.add((*keys, "segments"), histogram(scored, segments, rows.classes))
 
     @property
     def _background_id(self) -> int:
@@ -192,23 +282,24 @@ class Plan:
         elif protocol == "full":
             ids = list(range(len(self.dataset.classes)))
         else:
-            if name not in self.tags:
+            tags = self.scoring.tags or {}
+            if name not in tags:
                 raise UserError(f"the tags say nothing of image {name!r}; give it an entry, an empty list if need be")
-            for tag in self.tags[name]:
+            for tag in tags[name]:
                 check_known(f"class in the tags of {name}", tag, self._names)
-            ids = sorted({self._names.index(tag) for tag in self.tags[name]})
-        hidden = self.dataset.background if self.background.kind != "class" else None
+            ids = sorted({self._names.index(tag) for tag in tags[name]})
+        hidden = self.dataset.background if self.scoring.rule.kind != "class" else None
         return [i for i in ids if i != hidden]
 
     def _maps(
         self, captures: Captures, entries: Sequence[Entry], name: str, image: NDArray[np.uint8],
         classes: Sequence[SegClass],
     ) -> Iterator[tuple[Entry, Capture, Tensor]]:  # fmt: skip
-        """(entry, capture, maps) of every entry; entries with the same forward and the same method share them."""
+        """(entry, capture as it is scored, maps) of every entry; entries of one forward and one method share them."""
         for levels, together in dict.fromkeys((entry.sigmas, entry.method.together) for entry in entries):
             group = [e for e in entries if (e.sigmas, e.method.together) == (levels, together)]
             if not classes and not group[0].method.unsupervised:
-                record = self._without_forward(captures, image)
+                record = self.scoring.view(self._without_forward(captures, image))
                 yield from ((entry, record, torch.zeros(0, *record.grid)) for entry in group)
                 continue
             parts = {p for e in group for p in (*e.method.needs, *Refinement.parse(e.refine).keep)}
@@ -220,40 +311,19 @@ class Plan:
                 heads_apart=any(e.method.reads_heads for e in group),
                 text_kinds=None if None in kinds else sorted({kind for some in kinds for kind in some or ()}),
             )  # fmt: skip
+            view = self.scoring.view(whole)
             known: dict[tuple[int, tuple[int, ...]], Tensor] = {}
             for entry in group:
-                record = replace(whole, layers=entry.layers, weights=entry.weights)
                 key = (id(entry.method), entry.layers)  # one plan gives a layer set one set of weights
                 if key not in known:
-                    known[key] = entry.method(record)
-                yield entry, record, known[key]
+                    known[key] = entry.method(replace(whole, layers=entry.layers, weights=entry.weights))
+                yield entry, replace(view, layers=entry.layers, weights=entry.weights), known[key]
 
     def _without_forward(self, captures: Captures, image: NDArray[np.uint8]) -> Capture:
         facts = captures.facts
         size, multiple = self.reading.size or tuple(facts["size"]), facts["multiple"]
         fit = Fit.of(image.shape[:2], size, multiple, self.reading.fit, facts["most"])  # type: ignore[arg-type]
         return Capture(image, fit, (fit.size[0] // multiple, fit.size[1] // multiple), [], [], (), ())
-
-    def _baselines(
-        self, rows: _Rows, record: Capture, name: str, truth: NDArray[np.integer], named: bool, blind: bool
-    ) -> None:
-        """The best any map of this token grid can do, and random tokens, under every protocol asked for."""
-        scored = self._scored(truth, record)
-        ids = [int(i) for i in np.unique(scored) if i != IGNORE]
-        if not ids:
-            return
-        best = np.array(ids)[record.fit.back(_shares(truth, ids, record)).argmax(0).numpy()]
-        generator = torch.Generator().manual_seed(rows.index)
-        for protocol in [*(self.protocols if named else ()), *([UNSUPERVISED] if blind else [])]:
-            keys = (protocol, CEILING, "none", "", "", "", "classes")
-            rows.add(keys, histogram(scored, best, rows.classes))
-            if protocol == UNSUPERVISED and self.by_rows:
-                self._add_segments(rows, (protocol, ONE_SEGMENT, *keys[2:]), scored, np.zeros_like(scored))
-            known = self.vocabulary(protocol, name, truth) if protocol != UNSUPERVISED else ids
-            if known:
-                noise = torch.rand(len(known), *record.grid, generator=generator)
-                guess = np.array(known)[record.fit.back(noise).argmax(0).numpy()]
-                rows.add((protocol, RANDOM, *keys[2:]), histogram(scored, guess, rows.classes))
 
 
 class _Rows:
@@ -295,10 +365,24 @@ def _shares(truth: NDArray[np.integer], ids: Sequence[int], record: Capture) -> 
     return F.adaptive_avg_pool2d(canvas, record.grid)
 
 
-def _keys(protocol: str, entry: Entry, kind: str) -> tuple[str, ...]:
+def _true_tokens(shares: Tensor, seed: int) -> Tensor:
+    """One token of each class as a map [K, h, w] of 0 and 1, of shares [K, h, w]: by chance among those where the class
+    has the largest share, else the token where its share is largest."""
+    generator = torch.Generator().manual_seed(seed)
+    flat, owner = shares.flatten(1), shares.argmax(0).flatten()
+    found = torch.zeros_like(flat)
+    for index, share in enumerate(flat):
+        own = ((owner == index) & (share > 0)).nonzero()[:, 0]
+        pick = int(torch.randint(max(1, len(own)), (), generator=generator))
+        found[index, own[pick] if len(own) else share.argmax()] = 1.0
+    return found.reshape(shares.shape)
+
+
+def _keys(protocol: str, entry: Entry) -> tuple[str, ...]:
+    """All of `KEYS` but the last."""
     layers = ",".join(str(layer) for layer in entry.layers)
     levels = ",".join(f"{level:g}" for level in entry.sigmas)
-    return protocol, entry.method.name, entry.refine, layers, entry.heads, levels, kind
+    return protocol, entry.method.name, entry.refine, layers, entry.heads, levels
 
 
 def _settings(

@@ -3,7 +3,7 @@
     score = segmentation_score(predictions, labels, classes=["cat", "sky"], rule="gt")    # arrays, or lists of arrays
     score.miou, score.accuracy, score.iou["cat"], score.interval()
 
-Counts are summed over images before any ratio is taken, and intervals resample images. Two rules of averaging stand
+Counts are summed over images before any ratio is taken; intervals are over images. Two rules of averaging stand
 side by side in the literature; they differ when a class is predicted that occurs nowhere:
 
     union   mean IoU over classes in label or prediction (mmseg; used beside CLIP methods)
@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +34,7 @@ from torch.nn import functional as F
 
 from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.errors import UserError, check_known, unknown
-from mmdit_probe.results.statistics import ends, resample_counts
+from mmdit_probe.results.statistics import Jackknife, jackknife
 from mmdit_probe.segment.tail import STRETCHES
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ Counts = NDArray[np.int64]
 RULES = ("union", "gt")
 MATCHES = ("image", "upstream", "majority", "dataset", "row")
 SCORES = ("miou", "miou_gt", "accuracy", "macc", "fwiou")
-DRAWS = 1000
 
 
 def confusion(
@@ -212,18 +210,13 @@ class ImageCounts:
     def __len__(self) -> int:
         return len(self.hit)
 
-    @cached_property
-    def _draws(self) -> NDArray[np.float64]:
-        """How often each image is in each bootstrap draw [DRAWS, n]; the same for every method on n images."""
-        return resample_counts(np.random.default_rng(0), len(self), DRAWS)
-
     def ious(self) -> NDArray[np.float64]:
         """IoU per class [C]; NaN where a class is in neither."""
         return _ious(self.hit.sum(0), self.truth.sum(0), self.found.sum(0))
 
     def score(self, name: str) -> float:
         """One of `SCORES` over all images."""
-        return float(self._scores(name, np.ones((1, len(self))))[0])
+        return float(self._scores(name)[0])
 
     def miou(self, rule: str = "union") -> float:
         """Mean IoU under a rule.
@@ -235,27 +228,26 @@ class ImageCounts:
         return self.score("miou" if rule == "union" else "miou_gt")
 
     def interval(self, name: str) -> tuple[float, float]:
-        """95 % interval of a score: percentiles over bootstrap draws of images; NaN with one image."""
-        if len(self) < 2:
-            return float("nan"), float("nan")
-        return ends(self._scores(name, self._draws))
+        """95 % interval of a score over images (`jackknife`), within 0..1; NaN with one image."""
+        scores = self._scores(name)
+        found = jackknife(scores[0], scores[1:])
+        low, high = np.clip([found.low, found.high], 0, 1)
+        return float(low), float(high)
 
-    def gain(self, other: ImageCounts, name: str = "miou") -> tuple[float, float, float]:
-        """How much better than `other` on the same images: difference and its 95 % interval, images paired."""
+    def gain(self, other: ImageCounts, name: str = "miou") -> Jackknife:
+        """How much better than `other` on the same images: difference, its 95 % interval and p value, images paired."""
         if len(self) != len(other):
             raise ValueError(f"paired scores need the same images; found {len(self)} and {len(other)}")
-        difference = self.score(name) - other.score(name)
-        if len(self) < 2:
-            return difference, float("nan"), float("nan")
-        return difference, *ends(self._scores(name, self._draws) - other._scores(name, self._draws))
+        differences = self._scores(name) - other._scores(name)
+        return jackknife(differences[0], differences[1:])
 
-    def _scores(self, name: str, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        hit, truth, found = weights @ self.hit, weights @ self.truth, weights @ self.found
-        total = truth.sum(-1)
+    def _scores(self, name: str) -> NDArray[np.float64]:
+        """A score of all images, then of all but each one [1 + n]."""
+        hit, truth, found = map(_but_one, (self.hit, self.truth, self.found))
         if name == "accuracy":
-            return _ratio(hit.sum(-1), total)
+            return _ratio(hit.sum(-1), truth.sum(-1))
         if self.agnostic and name in SCORES:
-            return self._over_masks(name, weights)
+            return self._over_masks(name)
         if name == "macc":
             return _mean(_ratio(hit, truth))
         by_class = _ious(hit, truth, found)
@@ -264,15 +256,16 @@ class ImageCounts:
         if name == "miou_gt":
             return _mean(np.where(truth > 0, by_class, np.nan))
         if name == "fwiou":
-            return _ratio(np.nansum(by_class * truth, -1), total)
+            return _ratio(np.nansum(by_class * truth, -1), truth.sum(-1))
         raise unknown("score", name, SCORES)
 
-    def _over_masks(self, name: str, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """A score as the mean over masks of the weighted images; fwIoU weights a mask by its pixels."""
+    def _over_masks(self, name: str) -> NDArray[np.float64]:
+        """A score as the mean over masks of the images; fwIoU weights a mask by its pixels."""
         there = self.truth > 0
         of_mask = _ratio(self.hit, self.truth) if name == "macc" else _ious(self.hit, self.truth, self.found)
         share = self.truth if name == "fwiou" else there.astype(float)
-        return _ratio(weights @ np.where(there, of_mask * share, 0.0).sum(1), weights @ share.sum(1))
+        sums = np.where(there, of_mask * share, 0.0).sum(1), share.sum(1)
+        return _ratio(*map(_but_one, sums))
 
 
 @dataclass(frozen=True)
@@ -357,6 +350,12 @@ def _counted(
     tables = [np.pad(one, ((0, 0), (0, width - one.shape[1]))) for one in tables]
     to = assign(np.sum(tables, axis=0), match, background)
     return [matched(one, to) for one in tables]
+
+
+def _but_one(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The sum of values [n, ...] over images, then without each one: [1 + n, ...]."""
+    total = values.sum(0)
+    return np.concatenate([total[None], total - values])
 
 
 def _parts(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:

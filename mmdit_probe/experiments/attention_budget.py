@@ -46,6 +46,9 @@ REFERENCE_BLOCKS = {
 SPANS = ("word", "bos", "eos", "template", "pad", "null", "unknown")
 """Kinds of text token that the I2T mass is split into; `vision` too, where the text encoder is shown any."""
 
+FRAMES = {"I2I_same_frame": "same frame", "I2I_other_frames": "other frames"}
+"""Of a video, the parts of I2I: keys of the query's own frame and of other frames."""
+
 OUTLIER_Z = 3.5
 """Robust z-score beyond which a layer is marked; the usual limit of Iglewicz and Hoaglin (1993)."""
 
@@ -111,7 +114,8 @@ class AttentionBudget(TokenRows):
         return [
             budget_table(result.summary, published(result, "budget_by_layer")),
             "I2T = image queries, text keys; shares of the query's attention, in brackets what uniform attention"
-            " gives; 'to ...' splits I2T." + (" R = reference pictures." if "I2R" in result.summary else ""),
+            f" gives; 'to ...' splits I2T{', same + other frames = I2I' if _split(result.summary) else ''}"
+            f"{'; R = reference pictures' if 'I2R' in result.summary else ''}.",
             f"Mean over heads and steps (conditional branch): {setting}.",
         ]
 
@@ -140,9 +144,10 @@ def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
         layer, prompts: layer index, number of prompts n;
         I2I, I2T, I2O, T2I, T2T, T2O: mean mass (share of the query modality's attention, 0..1);
         I2T_<span>: the part of I2T on each kind of text token;
+        I2I_same_frame, I2I_other_frames: the parts of I2I, of a video only;
         I2R, T2R, R2I, R2T, R2R, R2O, and I2R_<number> where there are several: of models with reference pictures;
         <name>_uniform: the same under uniform attention, n_key / N;
-        <name>_low, <name>_high: 95 % interval over prompts for the blocks and I2T_word (NaN when n = 1);
+        <name>_low, <name>_high: 95 % interval over prompts for all but I2T_<span>, and for I2T_word (NaN when n = 1);
         outlier: measures whose robust z-score over layers exceeds 3.5, with their sign, such as "I2T+ T2I-".
     """
     import pandas as pd
@@ -152,10 +157,13 @@ def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
     values = layers.mean(numeric_only=True)
     uniform = blocks(own, "uniform").groupby("layer").mean(numeric_only=True)
     summary = pd.DataFrame({"layer": values.index, "prompts": layers.size().to_numpy()}, index=values.index)
-    for name in values.columns.drop("item", errors="ignore"):
+    names = [str(name) for name in values]
+    spans = [name for name in names if name.startswith("I2T_")]
+    rest = [name for name in names if name not in (*BLOCKS, *FRAMES, *spans, "item")]
+    for name in (*BLOCKS, *_split(values), *spans, *rest):
         summary[name] = values[name]
         summary[f"{name}_uniform"] = uniform[name]
-        if "_" not in name or name == "I2T_word":
+        if name not in spans or name == "I2T_word":
             bounds = [interval(part.clip(0, 1), kind="share") for _, part in layers[name]]
             summary[f"{name}_low"], summary[f"{name}_high"] = ([b[k] for b in bounds] for k in (1, 2))
     marks = pd.DataFrame({name: _mark(name, robust_z(values[name].to_numpy())) for name in OUTLIER_MEASURES})
@@ -164,7 +172,8 @@ def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
 
 
 def blocks(by_item: pd.DataFrame, value: str = "mass") -> pd.DataFrame:
-    """One row per control, item and layer: those columns, the blocks, I2T_<span> and I2R_<number>."""
+    """One row per control, item and layer: those columns, the blocks, I2T_<span>, of a video the parts of I2I, and of
+    several references I2R_<number>."""
     import pandas as pd
 
     cell = ["control", "item", "layer"]
@@ -179,6 +188,10 @@ def blocks(by_item: pd.DataFrame, value: str = "mass") -> pd.DataFrame:
     into = by_item[(by_item["query"] == "image") & (by_item["key"] == "reference")]
     for number in numbers if len(numbers) > 1 else ():
         columns[f"I2R_{number}"] = into[into["span"] == number].groupby(cell, observed=True)[value].sum()
+    into_image = by_item[(by_item["query"] == "image") & (by_item["key"] == "image")]
+    for name, span in FRAMES.items():
+        if len(part := into_image[into_image["span"] == span]):
+            columns[name] = part.groupby(cell, observed=True)[value].sum()
     return pd.DataFrame(columns).astype("float64").fillna(0.0).reset_index()
 
 
@@ -200,7 +213,8 @@ def budget_table(summary: pd.DataFrame, paper: pd.DataFrame | None = None) -> Te
     blocks = [name for name in (*BLOCKS, *REFERENCE_BLOCKS, *numbers) if name in summary and name[2] != "O"]
     masses = [name for name in (*blocks, "I2O") if summary[f"{name}_uniform"].max() > 0]
     rest = [f"to {LABELS[kind]}" for kind in spans]
-    columns = ["layer", *("other" if name == "I2O" else name for name in masses), *rest]
+    masses[1:1] = _split(summary)
+    columns = ["layer", *(FRAMES.get(name, "other" if name == "I2O" else name) for name in masses), *rest]
     known = paper.set_index("layer") if paper is not None else None
     columns += ["paper I2T", "paper T2I"] if known is not None else []
     spare = ["R2R", "R2T", "R2I", "T2R", "T2T", "I2I", *(name for name in reversed(rest) if name != "to words")]
@@ -214,6 +228,11 @@ def budget_table(summary: pd.DataFrame, paper: pd.DataFrame | None = None) -> Te
             cells += ["", ""] if of is None else [share(of.i2t_share), share(of.t2i_share)]
         table.add(*cells, str(row["outlier"]))
     return table
+
+
+def _split(table: pd.DataFrame) -> list[str]:
+    """The parts of I2I that a table has: none but of a video."""
+    return [name for name in FRAMES if name in table]
 
 
 def _frame(rows: Rows, names: Sequence[str]) -> pd.DataFrame:

@@ -101,4 +101,6 @@ def random_model(model: MMDiT, seed: int = 0) -> MMDiT:
     parts = {**pipeline.components, "transformer": random_twin(unwrap(pipeline.transformer), seed).to(model.device)}
     twin = type(pipeline)(**parts)
     twin.set_progress_bar_config(disable=True)
-    return type(model)(twin, f"{model.name}-random", model.max_sequence_length)
+    found = type(model)(twin, f"{model.name}-random", model.max_sequence_length)
+    found.num_frames, found.size = model.num_frames, model.size
+    return found

@@ -22,7 +22,17 @@ from mmdit_probe.experiments.presets import AS_WORD, PAPER_LENGTH, PRESETS, Pres
 from mmdit_probe.experiments.reading import FIT, SIGMA, Network, Reads, check_streams_read
 from mmdit_probe.experiments.text import TextTable, share, signed
 from mmdit_probe.options import Option
-from mmdit_probe.segment.settings import BLIND, NAMED, STEPS, Background, check_method, parse_option, parse_steps
+from mmdit_probe.results.statistics import ABOVE, FEWEST, TOO_FEW
+from mmdit_probe.segment.settings import (
+    BLIND,
+    NAMED,
+    STEPS,
+    Background,
+    check_method,
+    parse_option,
+    parse_steps,
+    scoring_size,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -104,8 +114,9 @@ class Evaluate(Reads, Experiment):
     ] = ()
     background: Annotated[
         str | None,
-        Option("Background rule: none, threshold:0.5, power:2 or class:NAME.",
-               values=("none", "threshold:0.5", "power:2", "class:"), shown_default=PLAIN.background, panel=METHOD),
+        Option("Background rule: none, threshold:0.5, probability:0.2, power:2 or class:NAME.",
+               values=("none", "threshold:0.5", "probability:0.2", "power:2", "class:"),
+               shown_default=PLAIN.background, panel=METHOD),
     ] = None  # fmt: skip
     sweep: Annotated[
         Literal["none", "layer", "head", "sigma"], Option("Each layer, head or sigma alone.", panel=METHOD)
@@ -114,6 +125,11 @@ class Evaluate(Reads, Experiment):
         Literal["image", "upstream", "majority", "dataset", "row"] | None,
         Option("Matching of segments to classes.", shown_default=PLAIN.match, panel=METHOD),
     ] = None
+    score_size: Annotated[
+        str | None,
+        Option("Compare labels at HxW, or short:SIDE, of what the network is shown.", shown_default="the label's own",
+               panel=METHOD),
+    ] = None  # fmt: skip
     many_to_one: Annotated[bool, Option("Segments left over join the background class (DiffCut).", panel=METHOD)] = (
         False
     )
@@ -148,6 +164,10 @@ class Evaluate(Reads, Experiment):
         for steps in self.refinements:
             parse_steps(steps)
         Background.parse(self.background or "none")
+        if self.scored_at is not None:
+            scoring_size(self.scored_at, (1, 1))
+            if (self.fit or self.how.fit) == "letterbox":
+                raise UserError("--fit letterbox leaves bars around the picture; with --score-size take another fit")
         for name in self.values():
             if name not in self.methods:
                 raise unknown("method with options", name, self.methods)
@@ -157,8 +177,8 @@ class Evaluate(Reads, Experiment):
 
     @property
     def how(self) -> Preset:
-        """The preset, or the plain defaults."""
-        return PLAIN if self.preset is None else PRESETS[self.preset]
+        """The preset, as it is on this data set, or the plain defaults."""
+        return PLAIN if self.preset is None else PRESETS[self.preset].on(self.dataset.partition(":")[0])
 
     @property
     def methods(self) -> list[str]:
@@ -177,6 +197,10 @@ class Evaluate(Reads, Experiment):
         return self.match or self.how.match
 
     @property
+    def scored_at(self) -> str | None:
+        return self.score_size or self.how.score_size
+
+    @property
     def source(self) -> str:
         """The data set, with COCO-Object's background as a word where the preset has it so."""
         name, colon, root = self.dataset.partition(":")
@@ -188,8 +212,9 @@ class Evaluate(Reads, Experiment):
         Raises:
             UserError: not METHOD.OPTION=VALUE.
         """
+        of_preset = [text for text in self.how.options if text.partition(".")[0] in self.methods]
         found: dict[str, dict[str, Any]] = {}
-        for text in self.options:
+        for text in (*of_preset, *self.options):
             name, value = parse_option(text)
             method, dot, option = name.partition(".")
             if not dot:
@@ -269,7 +294,7 @@ class Evaluate(Reads, Experiment):
         return {"model": model.facts}
 
     def prepare(self, model: Captures, inputs: tuple[Dataset, Mapping[str, Sequence[str]] | None]) -> Study:
-        from mmdit_probe.evaluate.plan import Plan
+        from mmdit_probe.evaluate.plan import Plan, Scoring
         from mmdit_probe.evaluate.tagger import Tagging
 
         (data, tags), facts, how = inputs, model.facts, self.how
@@ -277,6 +302,9 @@ class Evaluate(Reads, Experiment):
         reading, heads, notes = self.reading(network, how.sigma or SIGMA, how.fit or FIT, how.size)
         rule = self.background or (how.background if data.background is not None else "none")
         tagger = self.tagger_request()
+        scoring = Scoring(
+            tuple(self.protocols), tags if tagger is None else {}, rule, self.matching == "row", self.scored_at
+        )
         request: dict[str, Any] = {
             "model": facts["id"], "weight_hash": facts["weight_hash"], "dtype": facts["dtype"], **model.text,
             "dataset": self.source, "images": len(data.samples), "content": data.fingerprint(),
@@ -284,13 +312,12 @@ class Evaluate(Reads, Experiment):
             "options": self.values(), "background": rule, "sweep": self.sweep, "layers": plain(reading.layers),
             "heads": plain(heads), "weights": plain(reading.weights), "sigmas": list(reading.sigmas),
             "seeds": list(reading.seeds), "fit": reading.fit, "size": plain(reading.size), "tags": tags,
-            "tagger": tagger, "by_rows": self.matching == "row",
+            "tagger": tagger, "by_rows": scoring.by_rows, "score_size": scoring.size,
             **({"reference": reading.reference} if reading.reference != "none" else {}),
         }  # fmt: skip
         plan = Plan.of(
-            data, self.methods, layer_count=network.layers, head_count=network.heads, reading=reading,
-            protocols=self.protocols, refine=self.refinements, options=self.values(), background=rule, heads=heads,
-            sweep=self.sweep, tags=tags if tagger is None else {}, by_rows=self.matching == "row",
+            data, self.methods, (network.layers, network.heads), reading=reading, scoring=scoring,
+            refine=self.refinements, options=self.values(), heads=heads, sweep=self.sweep,
         )  # fmt: skip
         notes += [data.note] if data.note else []
         notes += [f"preset {self.preset} ({how.source}): {how.differs}"] if how.differs else []
@@ -310,7 +337,7 @@ class Evaluate(Reads, Experiment):
         plan, sample = state.plan, state.plan.dataset.samples[task]
         if state.tagging is not None:
             tags = state.tagging.tags(sample)
-            plan = replace(plan, tags={sample.name: tags})
+            plan = replace(plan, scoring=replace(plan.scoring, tags={sample.name: tags}))
             record.write(TAGS, {"tag": tags}, image=task)
         record.write("counts", plan.rows(state.captures, task))
 
@@ -328,6 +355,8 @@ class Evaluate(Reads, Experiment):
         )  # fmt: skip
         if self.preset is not None:
             table.insert(0, "preset", self.preset)
+        if self.scored_at is not None:
+            table.insert(0, "score_size", self.scored_at)
         return table
 
     def _joined(self, result: Result) -> int | None:
@@ -365,7 +394,8 @@ class Evaluate(Reads, Experiment):
         )
         said = self._tagger(result)
         matched = f"Protocols are not comparable with each other. Segments matched: {self.matching}."
-        return [league_table(result.summary), rule, *([] if said is None else [_told(said)]), matched]
+        told = [] if said is None else [_told(said)]
+        return [league_table(result.summary), rule, beside_controls(result.summary), *told, matched]
 
     def document(self, result: Result) -> dict[str, Any]:
         tagger = self._tagger(result)
@@ -392,8 +422,11 @@ class Evaluate(Reads, Experiment):
 
 
 def league_table(table: pd.DataFrame) -> TextTable:
-    """The league table in text."""
-    columns = [*PLACES, "n", "mIoU", "95 %", "mIoU gt", "pixel acc", "mean acc", "gain", "segments"]
+    """The league table in text, without the rows of shifted words: one for each method, they stand in league.csv."""
+    from mmdit_probe.evaluate.plan import SHIFTED
+
+    table = table[~table["method"].str.endswith(SHIFTED)]
+    columns = [*PLACES, "n", "mIoU", "95 %", "over control", "mIoU gt", "pixel acc", "mean acc", "gain", "segments"]
     same = [name for name in PLACES[2:] if table[name].nunique() < 2]
     spare = [*same, "mean acc", "pixel acc", "segments", "mIoU gt", "gain", "heads", "sigma", "layers"]
     out = TextTable(columns, left=PLACES, spare=spare)
@@ -402,11 +435,28 @@ def league_table(table: pd.DataFrame) -> TextTable:
         segments = "" if row["segments"] != row["segments"] else f"{row['segments']:.1f}"
         scores = [share(row[name]) for name in ("miou_gt", "accuracy", "macc")]
         gain = signed(row["gain"], row["gain_low"], row["gain_high"])
+        over = signed(row["over"], row["over_low"], row["over_high"])
         places = [str(row[name]) for name in PLACES]
-        out.add(*places, str(row["n"]), share(row["miou"]), bounds, *scores, gain, segments)
+        out.add(*places, str(row["n"]), share(row["miou"]), bounds, over, *scores, gain, segments)
     if len(table) > SHOWN:
         out.add("...", f"{len(table) - SHOWN} more rows in league.csv", *[""] * (len(columns) - 2))
     return out
+
+
+def beside_controls(table: pd.DataFrame) -> str:
+    """How many methods are above their strongest control, and which those are."""
+    from mmdit_probe.evaluate.plan import SHIFTED
+
+    methods = table[table["control"] != ""]
+    if methods.empty:
+        return "No control was counted."
+    met = methods["control"].where(~methods["control"].str.endswith(SHIFTED), SHIFTED.removeprefix(", "))
+    names = ", ".join(f"{name} {count}" for name, count in met.value_counts().items())
+    few = f"; {TOO_FEW}: no verdict below {FEWEST} images" if (methods["verdict"] == TOO_FEW).any() else ""
+    return (
+        f"over control: mIoU over the strongest control with the same refinement ({names}), images paired; above it"
+        f" with p <= .05 by Holm's correction: {int((methods['verdict'] == ABOVE).sum())} of {len(methods)} rows{few}."
+    )
 
 
 def _told(tagger: Mapping[str, Any]) -> str:

@@ -245,6 +245,7 @@ def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:
         "text_length": model.text_length,
         **text_of(model),
         **references_of(model),
+        **made_of(model),
         **options,
     }
 
@@ -262,6 +263,12 @@ def references_of(model: MMDiT) -> dict[str, Any]:
     hashes = [hashlib.sha256(one.tobytes()).hexdigest()[:16] for one in model.references]
     sizes = [f"{one.height} x {one.width}" for one in model.references]
     return {"references": list(zip(sizes, hashes, strict=True))} if hashes else {}
+
+
+def made_of(model: MMDiT) -> dict[str, Any]:
+    """What a request says of the size of what is made where that is not the model's own."""
+    size = {} if model.size is None else {"size": list(model.size)}
+    return size | ({"num_frames": model.num_frames} if model.makes_videos else {})
 
 
 def described(model: MMDiT) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
+from mmdit_probe.experiments.attention_budget import FRAMES
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.options import Option
+from mmdit_probe.results.clip import Clip
 from mmdit_probe.specs import Spec
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ class Explore(Pictures):
         special = [pair for pair in special_spans(table) if self.stream in (None, pair[1])]
         words: list[str | int | tuple[str, str]] = [*task.words, *special]
         layers = range(len(model.layers))
-        grid = self._grid(model)
+        grid = model.token_grid(*self.size(model))
         total = 1 if task.picture else self.num_steps
         fits = plan(len(words), len(layers), model.heads, grid, 0 if total == 1 else total, len(layers))
         # A page that holds no single step still shows a mean over several.
@@ -113,10 +115,6 @@ class Explore(Pictures):
         record.picture(f"{task.index:03d}", image)
         record.write("budget", long(budget, kinds, layers), item=task.index, prompt=task.prompt, seed=task.seed)
 
-    def _grid(self, model: MMDiT) -> tuple[int, int]:
-        height, width = self.size(model)
-        return height // model.size_multiple, width // model.size_multiple
-
     def summarise(self, result: Result) -> pd.DataFrame:
         return result.table
 
@@ -146,8 +144,12 @@ class Explore(Pictures):
         here = {text.casefold() for text, _ in tokens}
         tokens += [(name, k) for k, name in enumerate(names) if k >= count or name.casefold() not in here]
         apart = [int(layer) for layer in kept["apart"]]
+        picture = result.store.pictures()[f"{number:03d}"]
+        # A page shows one picture for each of the model's frames.
+        frames = kept["i2t"].shape[3] if kept["i2t"].ndim == 6 else 1
+        shown = picture.keyframes(frames) if isinstance(picture, Clip) else picture.convert("RGB")
         return Exploration(
-            f"{result.model_name}: {prompt}", prompt, result.store.pictures()[f"{number:03d}"].convert("RGB"), names,
+            f"{result.model_name}: {prompt}", prompt, shown, names,
             tokens, range(len(kept["i2t"])), [str(step) for step in kept["steps"]], kept["i2t"], kept["t2i"],
             {layer: (kept["i2t_heads"][k], kept["t2i_heads"][k]) for k, layer in enumerate(apart)},
             [str(kind) for kind in kept["kinds"]], kept["budget"], result.request["chosen"],
@@ -178,7 +180,9 @@ class Explore(Pictures):
 
         one = self._exploration(result, 0)
         layers = sorted({round(at) for at in np.linspace(0, len(one.layers) - 1, SHOWN_LAYERS)})
-        cells = [list(one.i2t[layer, 0, :SHOWN_WORDS]) for layer in layers]
+        maps = one.i2t[:, 0, :SHOWN_WORDS]
+        maps = maps[:, :, maps.shape[2] // 2] if maps.ndim == 5 else maps  # of a video the middle frame
+        cells = [list(maps[layer]) for layer in layers]
         rows = [f"layer {layer}" for layer in layers]
         return {"explore": sheet(cells, one.words[:SHOWN_WORDS], rows, title=f"{one.title}, I2T", note=one.about)}
 
@@ -201,8 +205,8 @@ def textual(words: Sequence[Any], stream: str | None, heads: Literal["mean", "al
             queries = seen.layout.queries
             if queries is None or queries[:, seen.layout.positions("text")].any():
                 return super().measure(seen)
-            shape = (len(seen.tokens), *([seen.call.query.shape[1]] * (self.heads == "all")), *seen.grid, len(words))
-            return seen.call.query.new_zeros(shape)
+            heads = [seen.call.query.shape[1]] * (self.heads == "all")
+            return seen.call.query.new_zeros(len(seen.tokens), *heads, *seen.space, len(words))
 
     return OrNothing(words, heads, "text", stream)
 
@@ -221,10 +225,12 @@ def budgets(table: pd.DataFrame, layers: range, heads: int, steps: list[int]) ->
         table: of `AttentionMass`, per head. steps: those that have a row of their own.
     """
     own = table[table["branch"] == "cond"] if (table["branch"] == "cond").any() else table
-    kind = own["span"].astype(str).where(own["key"].astype(str) == "text", own["key"].astype(str))
+    kind, key = own["span"].astype(str), own["key"].astype(str)
+    kind = kind.where((kind != "all") & (key != "reference"), key)
     cell = ["layer", "head", "step", "query"]
     sums = own.assign(kind=kind).groupby([*cell, "kind"], observed=True)["mass"].sum().unstack("kind").fillna(0.0)
-    order = ["word", "bos", "eos", "template", "pad", "vision", "null", "unknown", "image", "reference", "other"]
+    order = ["word", "bos", "eos", "template", "pad", "vision", "null", "unknown"]
+    order += ["image", *FRAMES.values(), "reference", "other"]
     kinds = [name for name in order if name in sums and sums[name].any()]
     rows = sums[kinds].reset_index()
     queries = QUERIES if (rows["query"] == "reference").any() else QUERIES[:2]
@@ -248,11 +254,11 @@ def long(budget: np.ndarray, kinds: list[str], layers: range) -> dict[str, Any]:
 
 
 def _rows(maps: TextMaps, layer: int, steps: list[int]) -> np.ndarray:
-    """[1 + S, G, h, w]: the mean over all kept steps, then single ones."""
+    """[1 + S, G, h, w], of a video [1 + S, G, F, h, w]: the mean over all kept steps, then single ones."""
     parts = [maps.maps(layer), *(maps.maps(layer, step) for step in steps)]
     return np.stack([part[0].movedim(-1, 0).numpy() for part in parts])
 
 
 def _of_heads(maps: TextMaps, layer: int) -> np.ndarray:
-    """[H, G, h, w], the mean over steps."""
+    """[H, G, h, w], of a video [H, G, F, h, w], the mean over steps."""
     return maps.maps(layer)[0].movedim(-1, 1).numpy()

@@ -113,7 +113,8 @@ class HeadTriage(Experiment):
         from mmdit_probe.plots.triage import triage
 
         heads = verdicts(result.store.table("heads"))
-        title = f"{result.model_name}: heads chosen on {self.train} training scenes, mIoU on {self.split}"
+        n = int(result.summary["n"].max())
+        title = f"{result.model_name}: heads chosen on {self.train} training scenes, mIoU on {n} scenes of {self.split}"
         return {"head_triage": triage(result.summary, heads, title=f"{title}, sigma {self.sigma:g}")}
 
     def tell(self, result: Result) -> list[Text]:

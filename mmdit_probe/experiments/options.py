@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.options import Option
+from mmdit_probe.results.clip import Clip, check_video_file
 from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, heads_at, layer_indices
 
 if TYPE_CHECKING:
     from mmdit_probe.data import Sample
     from mmdit_probe.edit.edit import Edit
     from mmdit_probe.experiments.progress import Progress
+    from mmdit_probe.experiments.result import Result
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.results.selection import LayerSelection
 
@@ -97,6 +99,26 @@ class Sampling:
     guidance: Annotated[
         float, Option("Classifier-free guidance scale; 1 or less runs without it.", min=0, max=1000, panel=METHOD)
     ] = 7.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filmed:
+    """How videos are written, of models that make them."""
+
+    video: Annotated[
+        Literal["gif", "mp4"],
+        Option("File of videos: gif, or mp4 (with imageio-ffmpeg).", panel=OUTPUT),
+    ] = "gif"  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[misc]
+        check_video_file(self.video)
+
+    def write_videos(self, result: Result, folder: Path) -> None:
+        """The videos that a run kept, beside their frames."""
+        for name, picture in result.store.pictures().items():
+            if isinstance(picture, Clip):
+                picture.save(folder / "images" / f"{name}.{self.video}")
 
 
 def prompts_of(prompts: str | Sequence[str] | None, limit: int | None, scenes: bool, default: int) -> list[str]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.models.tokens import TokenTable
     from mmdit_probe.observe.observer import Observer
+    from mmdit_probe.results.clip import Clip
 
 Side = Annotated[int | None, Option("Of the picture in pixels.", min=1, shown_default="the model's own", panel=METHOD)]
 
@@ -136,14 +137,14 @@ class Pictures(Sampling, Referring, Experiment):
 
     def look(
         self, model: MMDiT, item: PicturedPrompt, observers: Sequence[Observer], layers: Spec, steps: Spec = "all"
-    ) -> Image:
-        """Make the picture, or read it, while observers look."""
+    ) -> Image | Clip:
+        """Make the picture or the video, or read a picture, while observers look."""
         from mmdit_probe.observe.probe import probe
 
         height, width = self.size(model)
         if item.picture is None:
             with probe(model, *observers, layers=layers, steps=steps):
-                found: Image = model.generate(
+                found: Image | Clip = model.generate(
                     item.prompt, steps=self.num_steps, guidance=self.guidance, seed=item.seed, height=height,
                     width=width,
                 )[0]  # fmt: skip

@@ -8,7 +8,9 @@ reproduce stands in `differs` and is said with every run. No torch here: `--help
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,9 @@ class Preset:
         background: rule on sets that have a background class. many_to_one: segments left over join that class.
         as_word: on COCO-Object, "background" stands in the prompt and competes, and its pixels are not scored.
         sigma, fit, size: what the network is shown; None: the toolkit's default, the model's own size.
+        score_size: what prediction and label are brought to before they are compared; None: the label's own size.
+        options: of the methods, as --set takes them.
+        on_set: data set -> what is otherwise there.
         paper_text: T5 left out, its slots zero and as many as CLIP's, as SD3's text in arXiv:2509.18096.
         differs: what is not as in the paper, for the record.
     """
@@ -35,8 +40,27 @@ class Preset:
     sigma: str | None = None
     fit: str | None = None
     size: str | None = None
+    score_size: str | None = None
+    options: tuple[str, ...] = ()
+    on_set: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     paper_text: bool = False
     differs: str = ""
+
+    def on(self, dataset: str) -> Preset:
+        """The preset on a data set."""
+        return replace(self, **self.on_set.get(dataset, {}))
+
+
+def _windows(method: str) -> dict[str, Any]:
+    """CLIP's view and the threshold on its probabilities, as both papers' configs have them by data set."""
+    large, street = f"{method}.side=448,336,112", f"{method}.side=448,224,112"
+    sets: dict[str, dict[str, Any]] = {
+        name: {"background": f"probability:{least}"}
+        for name, least in (("voc21", 0.2), ("pc60", 0.15), ("coco-object", 0.25))
+    }
+    sets |= {"ade20k": {"options": (large,)}, "cityscapes": {"options": (street,)}}
+    return {"protocol": "full", "background": "probability:0.2", "fit": "squash", "on_set": sets,
+            "options": (f"{method}.side=336,336,112",)}  # fmt: skip
 
 
 PRESETS = {
@@ -45,31 +69,39 @@ PRESETS = {
         "arXiv:2509.18096, Table 1", "seg4diff", as_word=True, sigma="0.515", fit="squash", paper_text=True,
     ),
     # train_net.py:68 assigns per pixel row; appendix A.4 describes one assignment per image (--match image).
+    # Labels as its loader resizes them: config.yaml INPUT, MIN_SIZE_TEST 640, MAX_SIZE_TEST 2560.
     "seg4diff-unsup": Preset(
         "arXiv:2509.18096, Table 2", "seg4diff-unsup", match="row", sigma="0.515", fit="squash", paper_text=True,
-        differs="whether Table 2 was made with the released matching by rows is not known",
+        score_size="short:640",
+        differs="whether Table 2 was made with the released matching by rows is not known; the released code cuts maps"
+                " of pictures whose shorter side exceeds 640 pixels, here they are whole",
     ),
+    # coco_data.py:RESOLUTION; utils.py:hungarian_matching (b x 512 x 512).
     "diffseg": Preset(
-        "arXiv:2308.12469", "diffseg", match="upstream", fit="crop", size="512x512",
-        differs="the paper's network is a U-Net; pictures are scored at their own size, not at 512 x 512",
+        "arXiv:2308.12469", "diffseg", match="upstream", fit="crop", size="512x512", score_size="512x512",
+        differs="the paper's network is a U-Net on the clean latent, with four scales of attention",
     ),
-    # eval_diffcut.py:121 (what is left over joins the background).
+    # eval_diffcut.py:114 (labels and masks of 128 x 128), :121 (what is left over joins the background).
     "diffcut": Preset(
         "arXiv:2406.02842", "diffcut", match="upstream", many_to_one=True, fit="crop", size="1024x1024",
-        differs="labels are scored at their own size, not at 128 x 128",
+        score_size="128x128",
+        differs="labels are read at the middle of each of 128 x 128 cells, not at their corner",
     ),
     "diffsegmenter": Preset(
         "arXiv:2309.02773", "diffsegmenter", protocol="predicted", background="threshold:0.5",
         differs="the paper sweeps its threshold on the evaluated images; here it stands at 0.5",
     ),
     "iseg": Preset("arXiv:2409.03209", "iseg", protocol="predicted", background="power:2"),
+    # configs/cfg_*.py (Resize, slide_crop, slide_stride, prob_thd), proxyclip_segmentor.py:forward_slide.
     "proxyclip": Preset(
-        "arXiv:2408.04883", "proxyclip", protocol="full", background="threshold:0.2",
-        differs="the paper slides windows of 336 pixels; its threshold is on softmax(40 cos), here on scaled scores",
+        "arXiv:2408.04883", "proxyclip", **_windows("proxyclip"),
+        differs="features are the probed model's, one forward of the whole picture, unless proxyclip.source names a"
+                " network (the paper's: DINO ViT-B/8); CLIP is proxyclip.clip, its text a short ensemble of templates",
     ),
     "corrclip": Preset(
-        "arXiv:2411.10086", "corrclip", protocol="full", background="threshold:0.2",
-        differs="the paper slides windows of 336 pixels and takes SAM's regions; its threshold is on softmax(40 cos)",
+        "arXiv:2411.10086", "corrclip", refine="vote", **_windows("corrclip"),
+        differs="regions are diffcut's, not SAM's; features are the probed model's unless corrclip.source names a"
+                " network; CLIP is corrclip.clip, its text a short ensemble of templates",
     ),
 }  # fmt: skip
 

@@ -167,8 +167,8 @@ class Segment(OnePicture):
     method: Annotated[str, Option(f"{', '.join(NAMED)}.", values=NAMED, panel=METHOD)] = "seg4diff"
     background: Annotated[
         str,
-        Option("Background rule: none, threshold:0.5, power:2 or class:NAME.",
-               values=("none", "threshold:0.5", "power:2", "class:"), panel=METHOD),
+        Option("Background rule: none, threshold:0.5, probability:0.2, power:2 or class:NAME.",
+               values=("none", "threshold:0.5", "probability:0.2", "power:2", "class:"), panel=METHOD),
     ] = "none"  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.results import RunFolder, TableWriter, atomic, processes, read_items, read_table
+from mmdit_probe.results.clip import Clip
 from mmdit_probe.results.tables import MemorySink, constant
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ class TaskRecord:
             repeated = {name: constant(value, count) for name, value in labels.items()}
             self._sink_of(table).write(repeated | dict(columns))
 
-    def picture(self, name: str, image: Image) -> None:
-        """Keep a picture."""
+    def picture(self, name: str, image: Image | Clip) -> None:
+        """Keep a picture or a video."""
         self._store.keep_picture(name, image)
 
     def arrays(self, name: str, **arrays: np.ndarray) -> None:
@@ -88,8 +89,8 @@ class Store(Protocol):
     def table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame: ...
     def chunks(self, name: str, columns: Sequence[str]) -> Iterable[pd.DataFrame]: ...
     def has(self, name: str) -> bool: ...
-    def keep_picture(self, name: str, image: Image) -> None: ...
-    def pictures(self) -> dict[str, Image]: ...
+    def keep_picture(self, name: str, image: Image | Clip) -> None: ...
+    def pictures(self) -> dict[str, Image | Clip]: ...
     def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None: ...
     def load_arrays(self, name: str) -> dict[str, np.ndarray] | None: ...
     def array_names(self) -> list[str]: ...
@@ -107,7 +108,7 @@ class MemoryStore:
         self._data: dict[str, Any] = {"command": command, "request": dict(request), **facts}
         self.done: set[int] = set()
         self._sinks: dict[str, MemorySink] = {}
-        self._pictures: dict[str, Image] = {}
+        self._pictures: dict[str, Image | Clip] = {}
         self._arrays: dict[str, dict[str, np.ndarray]] = {}
 
     @property
@@ -149,10 +150,10 @@ class MemoryStore:
     def chunks(self, name: str, columns: Sequence[str]) -> Iterable[pd.DataFrame]:
         return [self.table(name, columns)]
 
-    def keep_picture(self, name: str, image: Image) -> None:
+    def keep_picture(self, name: str, image: Image | Clip) -> None:
         self._pictures[name] = image
 
-    def pictures(self) -> dict[str, Image]:
+    def pictures(self) -> dict[str, Image | Clip]:
         return dict(self._pictures)
 
     def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -253,14 +254,24 @@ class FolderStore:
     def chunks(self, name: str, columns: Sequence[str]) -> Iterable[pd.DataFrame]:
         return read_items(self.folder.path / f"{name}.parquet", columns)
 
-    def keep_picture(self, name: str, image: Image) -> None:
-        with atomic.replacing(self.folder.path / PICTURES / f"{name}.png") as temporary:
-            image.save(temporary, format="PNG")
+    def keep_picture(self, name: str, image: Image | Clip) -> None:
+        """A picture as PNG, a video as a folder of them."""
+        place = self.folder.path / PICTURES / name
+        for number, frame in enumerate(image) if isinstance(image, Clip) else ():
+            with atomic.replacing(place / f"{number:03d}.png") as temporary:
+                frame.save(temporary, format="PNG")
+        if not isinstance(image, Clip):
+            with atomic.replacing(place.with_name(f"{name}.png")) as temporary:
+                image.save(temporary, format="PNG")
 
-    def pictures(self) -> dict[str, Image]:
+    def pictures(self) -> dict[str, Image | Clip]:
         from PIL import Image as pil
 
-        return {path.stem: pil.open(path) for path in sorted((self.folder.path / PICTURES).glob("*.png"))}
+        folder = self.folder.path / PICTURES
+        found: dict[str, Image | Clip] = {path.stem: pil.open(path) for path in sorted(folder.glob("*.png"))}
+        for path in sorted(one for one in folder.glob("*") if one.is_dir()):
+            found[path.name] = Clip.of([pil.open(frame) for frame in sorted(path.glob("*.png"))])
+        return found
 
     def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         with atomic.replacing(self.folder.path / ARRAYS / f"{name}.npz") as temporary, temporary.open("wb") as file:

@@ -24,15 +24,19 @@ from mmdit_probe.experiments.options import (
     METHOD,
     OUTPUT,
     EditControl,
+    Filmed,
     Prompts,
     Sampling,
     prompts_of,
 )
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.options import Option
+from mmdit_probe.results.clip import Clip, still, stills
 from mmdit_probe.results.statistics import NONE
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
     from PIL.Image import Image
 
@@ -80,7 +84,7 @@ class PromptGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Sampling, Experiment):
+class Sweep(Sampling, Filmed, Experiment):
     """Prompts under conditions, one row per image."""
 
     prompts: Prompts = None
@@ -139,6 +143,7 @@ class Sweep(Sampling, Experiment):
         sampled = controls.variants(model, [name for name in chosen if name in ("random", "uniform")])
         tasks = [PromptGroup(variant, indices) for variant in sampled for indices in groups]
         notes = [note for note in [model.unknown_words_note(inputs)] if note]
+        notes += ["outcomes are those of each video's middle frame"] if model.makes_videos else []
         return Study(
             model, request, tasks, "batches of images", len(plan), notes=notes, state=(inputs, plan, outcomes),
             facts=scheduled(model, self.num_steps) | {"remarks": notes},
@@ -161,7 +166,7 @@ class Sweep(Sampling, Experiment):
         own = task.variant.name == NONE
         texts = [prompts[index] for index in task.indices]
         seeds = [self.seed + index for index in task.indices]
-        stock: list[Image] = []
+        stock: list[Image | Clip] = []
         for condition in plan:
             if condition.control != NONE and not own:
                 continue  # a change of equal size is the measurement's own control
@@ -172,7 +177,7 @@ class Sweep(Sampling, Experiment):
                     "item": np.array(task.indices, np.int64),
                     "prompt": np.array(read, dtype=object),
                     "seed": np.array(seeds, np.int64),
-                    **measure(outcomes, read, images, stock),
+                    **measure(outcomes, read, stills(images), stills(stock)),
                 }
                 labels = {name: value for name, value in condition.labels.items() if name != "control"}
                 record.write(self.tables[0], columns, control=control, **labels)
@@ -191,8 +196,8 @@ class Sweep(Sampling, Experiment):
         if own and condition.control == NONE and "shuffled" in self.chosen_controls():
             yield "shuffled", [prompts[(index + 1) % len(prompts)] for index in task.indices]
 
-    def sample(self, variant: Variant, condition: Condition, texts: list[str], seeds: list[int]) -> list[Image]:
-        """Images of a condition."""
+    def sample(self, variant: Variant, condition: Condition, texts: list[str], seeds: list[int]) -> list[Image | Clip]:
+        """Images, or videos, of a condition."""
         from mmdit_probe.edit.guidance import perturbed_guidance
         from mmdit_probe.observe.probe import probe
 
@@ -205,6 +210,9 @@ class Sweep(Sampling, Experiment):
                 return variant.model.generate(texts, **options)
             guided = stack.enter_context(perturbed_guidance(variant.model, condition.edit))
             return guided.generate(texts, scale=condition.scale, **options, **self.guided_options())
+
+    def files(self, result: Result, folder: Path) -> None:
+        self.write_videos(result, folder)
 
     def guided_options(self) -> dict[str, Any]:
         """Options of guided sampling beside the scale."""
@@ -253,6 +261,6 @@ def effects(table: pd.DataFrame, row: Sequence[str]) -> pd.DataFrame:
 
 
 def sheet_cells(result: Result, names: Sequence[str], rows: Iterable[int]) -> list[list[Image | None]]:
-    """Kept images: one row per prompt, one column per condition."""
-    pictures = result.store.pictures()
+    """Kept images, of videos the middle frame: one row per prompt, one column per condition."""
+    pictures = {name: still(one) for name, one in result.store.pictures().items()}
     return [[pictures.get(f"{row:03d}-{name}") for name in names] for row in rows]

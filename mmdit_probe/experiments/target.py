@@ -22,6 +22,7 @@ class Named:
     Attributes:
         name: embedded model, diffusers folder or hub id. options: what `load` is told of it.
         max_sequence_length: of the text encoder without a length of its own; None: the model's default.
+        num_frames: of a video; None: the model's own. size: (height, width) in pixels of what is made; None: its own.
         owns_process: nothing else runs in this process, so that process-wide switches may be set (a command).
 
     Raises:
@@ -31,6 +32,8 @@ class Named:
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     max_sequence_length: int | None = None
+    num_frames: int | None = None
+    size: tuple[int, int] | None = None
     owns_process: bool = False
 
     def __post_init__(self) -> None:
@@ -78,6 +81,9 @@ def as_model(target: Any, shown: Progress) -> MMDiT:
             model = load(target.name, **options)
         if target.max_sequence_length is not None:
             model.max_sequence_length = target.max_sequence_length
+        if target.num_frames is not None and not model.makes_videos:
+            raise UserError(f"{model.name} makes pictures, no videos: leave --num-frames out")
+        model.num_frames, model.size = target.num_frames or model.num_frames, target.size
         return model
     raise UserError(
         f"cannot probe {type(target).__name__}: expected a model's name, a diffusers folder, a hub id, an MMDiT or a"

@@ -7,7 +7,8 @@
     result = WordMaps(prompt="a red ring on grass", words="ring, grass").run("scenes-sd3")
 
 A map is the exact I2T attention of every image query to the word's tokens (summed over its tokens and encoders),
-averaged over heads, layers and sampling steps. Maps show where a word is looked for, not what it causes (`attribute`).
+averaged over heads, layers and sampling steps; of a video there is one per frame of the model. Maps show where a word
+is looked for, not what it causes (`attribute`).
 Not here: the observer (`observe.maps`), the page with all layers, heads and steps (`experiments.explore`).
 """
 
@@ -24,13 +25,14 @@ import numpy as np
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.explore import Explore
-from mmdit_probe.experiments.options import METHOD, checked_heads
+from mmdit_probe.experiments.options import METHOD, Filmed, checked_heads
 from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.target import as_model
 from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
+from mmdit_probe.results.clip import Clip
 from mmdit_probe.specs import HeadSpec, Spec, step_indices
 
 if TYPE_CHECKING:
@@ -45,8 +47,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WordMaps(Pictures):
-    """Heat maps of a prompt's words over the picture: one overlay per word, a sheet of all, and the arrays.
+class WordMaps(Filmed, Pictures):
+    """Heat maps of a prompt's words over the picture: one overlay per word, a sheet of all, and the arrays. Of a model
+    of videos the overlays are animated.
 
     mmdit-probe maps "a red ring and a blue house on grass" --words "ring, house, grass"
     """
@@ -110,12 +113,13 @@ class WordMaps(Pictures):
         ).astype(np.float32)
         record.arrays(f"maps-{task.index:03d}", words=np.array(task.words), maps=found)
         record.picture(f"{task.index:03d}", image if self.over is None else study.model.references[self.over])
-        peaks = [np.unravel_index(one.argmax(), one.shape) for one in found]
-        rows, columns = (np.array([peak[axis] for peak in peaks], np.int32) for axis in (0, 1))
+        peaks = np.array([np.unravel_index(one.argmax(), one.shape) for one in found], np.int32)
+        values = found.reshape(len(found), -1)
+        places = ("peak_frame", "peak_row", "peak_column")[-peaks.shape[1] :]
         record.write(
             "maps",
-            {"word": np.array(task.words, object), "mass": found.mean((1, 2)), "max": found.max((1, 2)),
-             "peak_row": rows, "peak_column": columns},
+            {"word": np.array(task.words, object), "mass": values.mean(1), "max": values.max(1),
+             **dict(zip(places, peaks.T, strict=True))},
             item=task.index, prompt=task.prompt, seed=task.seed,
         )  # fmt: skip
 
@@ -156,22 +160,26 @@ class WordMaps(Pictures):
         return {"maps": maps_sheet(pictures, title=pictures[0].prompt if len(pictures) == 1 else "")}
 
     def files(self, result: Result, folder: Path) -> None:
+        self.write_videos(result, folder)
         for k, maps in enumerate(self.maps(result)):
             for number, (word, one) in enumerate(maps.items()):
                 letters = re.sub(r"\W+", "-", word).strip("-")
-                name = f"{k:03d}-{number:02d}-{letters}.png"
-                with atomic.replacing(folder / "overlays" / name) as temporary:
-                    one.overlay().save(temporary, format="PNG")
+                place, shown = folder / "overlays" / f"{k:03d}-{number:02d}-{letters}", one.overlay()
+                if isinstance(shown, Clip):
+                    shown.save(place.with_suffix(f".{self.video}"))
+                    continue
+                with atomic.replacing(place.with_suffix(".png")) as temporary:
+                    shown.save(temporary, format="PNG")
 
     def tell(self, result: Result) -> list[Text]:
         several = len(result.request["items"]) > 1
-        table = TextTable(
-            [*(["picture"] if several else []), "word", "mass", "max", "peak (row, column)"], left=("word",)
-        )
+        places = [str(name) for name in result.table if str(name).startswith("peak_")]
+        peak = f"peak ({', '.join(name.removeprefix('peak_') for name in places)})"
+        table = TextTable([*(["picture"] if several else []), "word", "mass", "max", peak], left=("word",))
         for row in result.table.to_dict("records"):
             cells = [str(row["item"])] if several else []
-            peak = f"{row['peak_row']}, {row['peak_column']}"
-            table.add(*cells, row["word"], f"{row['mass']:.4f}", f"{row['max']:.4f}", peak)
+            cells += [row["word"], f"{row['mass']:.4f}", f"{row['max']:.4f}"]
+            table.add(*cells, ", ".join(str(row[name]) for name in places))
         return [
             table,
             "mass: mean probability of the word as key of image queries; max: its largest, at the peak on the token"
@@ -180,7 +188,7 @@ class WordMaps(Pictures):
         ]
 
     def document(self, result: Result) -> dict[str, Any]:
-        overlays = None if result.path is None else sorted((result.path / "overlays").glob("*.png"))
+        overlays = None if result.path is None else sorted((result.path / "overlays").glob("*.*"))
         return {"layers": result.request["layers"], "words": result.table, "overlays": overlays}
 
 

@@ -86,6 +86,7 @@ def train(
     targets, layers = _checked(model, data, options)
     with _precision_of_its_own():
         accelerator = Accelerator(mixed_precision=options.precision, cpu=model.device.type == "cpu")
+        processes.end_in_time()
         if accelerator.device.type != "cpu" and model.device != accelerator.device:
             model.pipeline.to(accelerator.device)
         request = {

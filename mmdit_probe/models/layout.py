@@ -43,7 +43,8 @@ class Layout:
     Attributes:
         labels: int64 [N] on the CPU, index into `KINDS`.
         grid: (h, w) of the image tokens, row-major, with frames * h * w = I; None if unknown.
-        frames: frames of a video, 1 for an image.
+        frames: frames of a video in the transformer's own time (each stands for several of the decoded video); 1 for
+            an image.
         keys, queries: boolean [B, N] on the CPU, which tokens are keys and which are queries; None if all are. A token
             that no query may attend to is neither.
         references: per sample, the references in the order of their tokens; one entry stands for all samples.
@@ -86,6 +87,16 @@ class Layout:
         counts = [one.count for one in known]
         own = self.indices("reference")[: sum(counts)]
         return list(zip(known, own.split(counts), strict=True)) if counts else []
+
+    @cached_property
+    def frame_positions(self) -> list[slice | Tensor]:
+        """Joint positions of each frame's image tokens; empty of a single picture, of an unknown grid, or where a
+        sample lacks image tokens."""
+        image = self.labels == KINDS.index("image")
+        complete = self.keys is None or bool(self.keys[:, image].all())
+        if self.frames == 1 or self.grid is None or not complete:
+            return []
+        return [as_slice(index) for index in image.nonzero()[:, 0].reshape(self.frames, -1)]
 
     def key_count(self, kind: str, row: int) -> int:
         """Number of keys of one kind that sample `row` has."""

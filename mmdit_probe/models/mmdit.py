@@ -35,6 +35,7 @@ from mmdit_probe.models.pipeline_call import first_call
 from mmdit_probe.models.tokens import TokenTable, picture_positions, stream_length, token_tables
 from mmdit_probe.models.weights import compute_dtype, weight_hash
 from mmdit_probe.models.words import find, words
+from mmdit_probe.results.clip import Clip
 from mmdit_probe.scenes.captions import WORDS
 from mmdit_probe.specs import number, seed_values
 
@@ -92,6 +93,8 @@ class MMDiT:
         name: what it was loaded as. family: the facts that apply.
         max_sequence_length: length of the text streams that have no fixed one (SD3: T5's positions). Default: the
             smaller of the tokenizer's own limit and the family's default. own_length: what it was at first.
+        num_frames: of the videos that it makes, 1 of pictures. own_frames: what it was at first.
+        size: (height, width) in pixels of what it makes where nobody says; None: the model's own.
         offload, quantize: as `load` was told; None where the pipeline came from elsewhere.
         batch: what is known of the denoising call in progress (read by `probe`); None between calls.
         references: pictures (PIL) that an editing pipeline is given beside the prompt, by `generate`, `encode_prompt`
@@ -112,6 +115,9 @@ class MMDiT:
         self.family: Family = family_of(unwrap(pipeline.transformer))
         self.own_length = default_length(pipeline, self.family) if max_sequence_length is None else max_sequence_length
         self.max_sequence_length = self.own_length
+        self.own_frames = _own_frames(pipeline) if self.family.video_size else 1
+        self.num_frames = self.own_frames
+        self.size: tuple[int, int] | None = None
         self.batch: Batch | None = None
         self.references: Sequence[Any] = ()
         self._known: dict[tuple[Any, ...], tuple[dict[str, Any], list[int]]] = {}
@@ -120,9 +126,10 @@ class MMDiT:
         """E.g. MMDiT('scenes-sd3': sd3, 12 layers x 6 heads, 48 text positions, 64 x 64 pixels, float32 on cpu)."""
         height, width = self.default_size
         dtype = str(self.dtype).removeprefix("torch.")
+        frames = f"{self.num_frames} frames of " if self.makes_videos else ""
         return (
             f"MMDiT({self.name!r}: {self.family.name}, {len(self.layers)} layers x {self.heads} heads,"
-            f" {self.text_length} text positions, {height} x {width} pixels, {dtype} on {self.device})"
+            f" {self.text_length} text positions, {frames}{height} x {width} pixels, {dtype} on {self.device})"
         )
 
     def given(self, references: Sequence[Any]) -> MMDiT:
@@ -130,6 +137,11 @@ class MMDiT:
         found = copy.copy(self)
         found.references = tuple(references)
         return found
+
+    @property
+    def makes_videos(self) -> bool:
+        """Whether its pipeline makes videos, and no pictures."""
+        return self.family.video_size is not None
 
     @property
     def transformer(self) -> Any:
@@ -169,12 +181,24 @@ class MMDiT:
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """(height, width) in pixels that the model was made for."""
+        """(height, width) in pixels of what it makes where nobody says: `size`, or what the model was made for."""
+        if self.size is not None:
+            return self.size
+        if self.family.video_size is not None:
+            return self.family.video_size(self.pipeline)
         config: Any = self.transformer.config
         size = getattr(self.pipeline, "default_sample_size", None) or getattr(config, "sample_size", None)
         unit = 1 if self.family.size_in_pixels and size else int(self.pipeline.vae_scale_factor)
         side = int(size or _LATENTS) * unit
         return side, side
+
+    def check_pictures(self) -> None:
+        """Raises a UserError of a model of videos, where pictures are read."""
+        if self.makes_videos:
+            raise UserError(
+                f"{type(self.pipeline).__name__} makes videos and reads no pictures here: give prompts in place of"
+                " pictures, or a model that makes pictures"
+            )
 
     @property
     def latent_side(self) -> int:
@@ -183,8 +207,17 @@ class MMDiT:
 
     @property
     def size_multiple(self) -> int:
-        """Heights and widths must be multiples of this many pixels: one token's side."""
+        """Heights and widths of pictures must be multiples of this many pixels: one token's side."""
+        self.check_pictures()
         return self.latent_side * int(self.family.cell or self.transformer.config.patch_size)
+
+    def token_grid(self, height: int, width: int) -> tuple[int, ...]:
+        """(h, w) of the image tokens of a picture of so many pixels; (frames, h, w) of a video."""
+        if not self.makes_videos:
+            return height // self.size_multiple, width // self.size_multiple
+        inputs, _ = self._dry_run([""], _STEPS, height=height, width=width)
+        found = self.family.arrangement(inputs, unwrap(self.transformer).config)
+        return (found.frames, *(found.grid or ()))
 
     @cached_property
     def weight_hash(self) -> str:
@@ -241,8 +274,9 @@ class MMDiT:
             images: a PIL image, a uint8 array [H, W, 3], or a list of either, all of one size.
 
         Raises:
-            UserError: sizes differ or are no multiple of one token's side.
+            UserError: sizes differ or are no multiple of one token's side, or the model makes videos.
         """
+        self.check_pictures()
         arrays = [_rgb(image) for image in (images if isinstance(images, list | tuple) else [images])]
         sizes = sorted({array.shape[:2] for array in arrays})
         if len(sizes) > 1:
@@ -396,13 +430,14 @@ class MMDiT:
         # A generator of its own: nobody else's random numbers are used up.
         generator = torch.Generator().manual_seed(0)
         options |= {"num_inference_steps": steps, "output_type": "latent", "generator": generator}
+        options["num_frames"] = self.num_frames
         try:
             return first_call(self.pipeline, prompts, **self._arguments(guidance=guidance, **options)), scheduler
         finally:
             self.pipeline.scheduler = before
 
     def _arguments(self, *, guidance: float | None, length: int | None = None, **options: Any) -> dict[str, Any]:
-        """Arguments of the stock pipeline by its own names, as far as it takes them."""
+        """Arguments of the stock pipeline by its own names, as far as it takes them; its own defaults for None."""
         options = dict(self.family.options) | options
         if self.references:
             given = list(self.references) if len(self.references) > 1 else self.references[0]
@@ -413,7 +448,7 @@ class MMDiT:
         if guidance is not None:
             options[self.family.scale_argument] = max(0.0, guidance - self.family.scale_offset)
         known = inspect.signature(type(self.pipeline).__call__).parameters
-        return {name: value for name, value in options.items() if name in known}
+        return {name: value for name, value in options.items() if name in known and value is not None}
 
     def generate(
         self,
@@ -429,32 +464,40 @@ class MMDiT:
         num_images_per_prompt: int = 1,
         **options: Any,
     ) -> Any:
-        """Sample images with the stock pipeline.
+        """Sample images, or videos, with the stock pipeline.
 
         Args:
             prompts: one prompt or several; they run as one batch.
             steps: sampling steps. guidance: classifier-free guidance scale; at most 1 runs without it.
             seed: one per image, or an int for seeds seed, seed + 1, ...; the image depends on its own seed alone.
-            height, width: pixels; the model's own size if None.
+            height, width: pixels; `default_size` if None. A video has `num_frames` frames.
             negative: the unconditional text.
             max_sequence_length: as the attribute, for this call.
             num_images_per_prompt: images per prompt, consecutive in the result.
             options: passed to the pipeline as they are, e.g. `output_type="latent"`.
 
-        Returns: list of PIL images, or what `output_type` asks for.
+        Returns: list of PIL images (of videos: of `results.clip.Clip`), or what `output_type` asks for.
         """
         texts = _texts(prompts)
         seeds = seed_values(seed, len(texts) * num_images_per_prompt)
         guidance, steps = number("guidance", guidance), int(number("steps", steps, 1))
         generators = [torch.Generator().manual_seed(s) for s in seeds]
+        own = self.size or (None, None)
+        if self.makes_videos:  # some of their pipelines make one per prompt, whatever is asked for
+            texts, num_images_per_prompt = [text for text in texts for _ in range(num_images_per_prompt)], 1
         arguments = self._arguments(
             guidance=guidance, length=max_sequence_length, num_inference_steps=steps, generator=generators,
-            height=height, width=width, negative_prompt=[negative] * len(texts),
-            num_images_per_prompt=num_images_per_prompt,
+            height=height or own[0], width=width or own[1], negative_prompt=[negative] * len(texts),
+            num_images_per_prompt=num_images_per_prompt, num_frames=self.num_frames,
         )  # fmt: skip
         if negative and "negative_prompt" not in arguments:
             raise UserError(f"{type(self.pipeline).__name__} takes no negative prompt; leave it out")
-        return self.pipeline(prompt=texts, **arguments, **options).images
+        if not self.makes_videos:
+            return self.pipeline(prompt=texts, **arguments, **options).images
+        options = {"output_type": "pil"} | options
+        with _guided(self.pipeline, guidance):
+            videos = self.pipeline(prompt=texts, **arguments, **options).frames
+        return [Clip.of(frames) for frames in videos] if options["output_type"] == "pil" else videos
 
     def sigmas(self, steps: int, size: tuple[int, int] | None = None) -> list[float]:
         """The noise level at which each of `steps` sampling steps calls the transformer, from noise to image.
@@ -465,7 +508,7 @@ class MMDiT:
         height, width = size or self.default_size
         with torch.no_grad():
             _, scheduler = self._dry_run([""], steps, height=height, width=width)
-        return [float(sigma) for sigma in scheduler.sigmas[:steps]]
+        return self.family.levels(scheduler)[:steps]
 
     @contextmanager
     def _labelled(self, batch: Batch) -> Iterator[None]:
@@ -484,6 +527,27 @@ def default_length(pipeline: Any, family: Family) -> int:
             tokenizers = (getattr(pipeline, name, None) for name in stream.tokenizers)
             lengths += [int(tokenizer.model_max_length) for tokenizer in tokenizers if tokenizer is not None]
     return min(lengths, default=0)
+
+
+def _own_frames(pipeline: Any) -> int:
+    """Frames of the videos that a pipeline makes: the default of its argument, or what the transformer was made for."""
+    stated = inspect.signature(type(pipeline).__call__).parameters.get("num_frames")
+    default: Any = None if stated is None else stated.default
+    return int(default or getattr(pipeline.transformer.config, "sample_frames", 1))
+
+
+@contextmanager
+def _guided(pipeline: Any, scale: float) -> Iterator[None]:
+    """The scale of guidance of a pipeline that has an object for it in place of an argument."""
+    guider = getattr(pipeline, "guider", None)
+    if guider is None:
+        yield
+        return
+    before, guider.guidance_scale = guider.guidance_scale, scale
+    try:
+        yield
+    finally:
+        guider.guidance_scale = before
 
 
 def _texts(prompts: str | Sequence[str]) -> list[str]:

@@ -44,8 +44,7 @@ class Clock:
             # A rescaled timestep is a scheduler's by chance only: 1.0 is the first level and the last timestep.
             place = self._near(sigmas[0]) if family.timesteps == 1.0 else self._exact(values[0], sigmas[0])
             if place is not None:
-                levels = getattr(self.scheduler, "sigmas", None)
-                return place, sigmas if levels is None else [float(levels[place])] * samples
+                return place, [family.levels(self.scheduler)[place]] * samples
         if sigmas[0] != self._last:
             # Sampling runs from noise to image: a rise of the noise level is the start of another image.
             self._count, self._last = (0 if sigmas[0] > self._last else self._count + 1), sigmas[0]

@@ -36,7 +36,6 @@ from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices, step_indi
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL.Image import Image
 
 PARTS = ("i2t", "i2t_logit", "i2i", "i2i_walk", "feat_out", "feat_proj")
 """What `JointBlocks` can keep."""
@@ -161,11 +160,12 @@ class GridMaps(Observer):
             raise UserError(f"sample {sample}, {prompt!r}, has no {self.of} {which!r}")
         return mean
 
-    def overlay(self, which: Any, image: Any, *, strength: float = STRENGTH, **where: Any) -> Image:
-        """A picture under one map.
+    def overlay(self, which: Any, image: Any, *, strength: float = STRENGTH, **where: Any) -> Any:
+        """A picture, or a video, under one map: PIL, or a `results.clip.Clip`.
 
         Args:
-            which: as for `map`. image: the picture whose grid it is over, PIL or uint8 [H, W, 3].
+            which: as for `map`. image: the picture whose grid it is over, PIL or uint8 [H, W, 3]; of a video the
+                list of its frames.
             strength: of the colours, 0 to 1. where: as for `map`.
         """
         return overlay(image, self.map(which, **where), strength)
@@ -224,7 +224,7 @@ class TextMaps(GridMaps):
         else:
             weights = _query_mean(seen, groups)
             maps = exact.reduce(call, seen.logsumexp, image, text, query_weights=weights, head_mean=head_mean).mT
-        maps = picture.unfold(maps, -2)
+        maps = maps.unflatten(-2, picture.space)
         # Small ones stay on the device until the call is over, so that it need not wait in every layer.
         return maps if head_mean else maps.cpu()
 

@@ -7,13 +7,14 @@ budget, Fig. 2).
 
 Per (sample, step, branch, layer, head): the mean over image queries, over text queries, and over those of reference
 pictures, of the probability on image keys, on other keys, on each reference, and on each text span kind of each encoder
-stream; the rows of one query kind sum to 1. Not here: the mass of single keys (`observe.sinks`).
+stream; the rows of one query kind sum to 1. Of a video, the mass of image queries on image keys is two rows: keys of
+the query's own frame, and of other frames. Not here: the mass of single keys (`observe.sinks`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmdit_probe.attention import exact
+from mmdit_probe.attention import exact, gradients
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.models.layout import KINDS, Layout
 from mmdit_probe.models.tokens import TokenTable
@@ -38,6 +39,9 @@ COLUMNS = (
 Group = tuple[str, str, str]
 """(key, span, stream) of a row: ("text", "word", "t5"), ("reference", "0", ""), ("image", "all", "")."""
 
+SAME_FRAME, OTHER_FRAMES = "same frame", "other frames"
+"""Spans of the image keys of a video's image queries; they sum to I2I."""
+
 
 @dataclass(frozen=True, eq=False)
 class KeyGroups:
@@ -48,6 +52,7 @@ class KeyGroups:
         columns: the keys that are no image tokens. indicator: [B, K, G] their groups.
         weights: [B or 1, Q, N] which queries are averaged over: image (0), text (1) and, where there are any, reference
             (2) ones.
+        frames: positions of each frame's image tokens; none of a single picture.
     """
 
     of_key: Tensor
@@ -55,6 +60,7 @@ class KeyGroups:
     columns: exact.Columns
     indicator: Tensor
     weights: Tensor
+    frames: Sequence[exact.Columns] = ()
 
     @classmethod
     def of(cls, layout: Layout, groups: list[list[int]], device: torch.device) -> KeyGroups:
@@ -78,8 +84,8 @@ class KeyGroups:
             weights = weights * layout.queries[:, None].float()
         columns = layout.positions(*KINDS[1:])
         indicator = torch.nn.functional.one_hot(of_key[:, columns], count).float()
-        columns = columns if isinstance(columns, slice) else columns.to(device)
-        return cls(of_key.to(device), count, columns, indicator.to(device), weights.to(device))
+        columns, *frames = (of if isinstance(of, slice) else of.to(device) for of in (columns, *layout.frame_positions))
+        return cls(of_key.to(device), count, columns, indicator.to(device), weights.to(device), frames)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,10 +106,10 @@ class AttentionMass(RowObserver):
 
     Columns: prompt, seed, step, sigma, branch (cond | uncond | unknown), layer, head (-1: mean over heads), query
     (image | text | reference), key (image | text | reference | other), span (bos | word | eos | pad | template | vision
-    | null | unknown; of references the number, from 0; "all" for image and other keys), stream (clip | t5 | ...; "" for
-    keys that are no text), mass (mean over the query tokens), n_query, n_key, uniform (n_key / N, the mass that uniform
-    attention would give). Spans that a prompt does not have get no row, nor do references that a call does not have;
-    `other` always has one.
+    | null | unknown; of references the number, from 0; "all" for image and other keys, but "same frame" and "other
+    frames" for the image keys of a video's image queries), stream (clip | t5 | ...; "" for keys that are no text), mass
+    (mean over the query tokens), n_query, n_key, uniform (n_key / N, the mass that uniform attention would give). Spans
+    that a prompt does not have get no row, nor do references that a call does not have; `other` always has one.
     """
 
     needs = "lse"
@@ -133,25 +139,36 @@ class AttentionMass(RowObserver):
             if self.rows == "layer":
                 masses, heads = masses.mean(2, keepdims=True), (ALL_HEADS,)
             for sample, count in enumerate(counts[places[layers[0]]]):
-                shown, axes = _axes(text, sample, count)
-                mass = masses[:, sample][..., *shown]  # [L, H, queries, groups]
-                batch.add(sample, [{"layer": layers}, {"head": heads}, *axes], mass=mass)
+                for shown, axes in _axes(text, sample, count):
+                    mass = masses[:, sample][..., *shown]  # [L, H, queries, groups]
+                    batch.add(sample, [{"layer": layers}, {"head": heads}, *axes], mass=mass)
 
 
-def _axes(text: _Text, sample: int, n_query: np.ndarray) -> tuple[Any, list[dict[str, Any]]]:
-    """The queries and groups that a sample has, as an index of [.., Q, G] and as columns along two axes."""
-    layout = text.layout
-    queries = [place for place in range(len(n_query)) if n_query[place] > 0]
-    counts = np.array(_counts(layout, text.tables[sample], sample, text.names[sample]))
-    # A span whose every position is missing or masked in this sample is none it has.
-    groups = [place for place, (key, _, _) in enumerate(text.names[sample]) if key != "text" or counts[place] > 0]
-    key, span, stream = zip(*(text.names[sample][place] for place in groups), strict=True)
+def _axes(text: _Text, sample: int, n_query: np.ndarray) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+    """The queries and groups that a sample has, as an index of [.., Q, G] and as columns along two axes; of a video for
+    image queries, whose image keys are split, and for the others."""
+    layout, names = text.layout, text.names[sample]
+    counts = _counts(layout, text.tables[sample], sample, names)
     total = sum(layout.key_count(kind, sample) for kind in KINDS)
-    axes: list[dict[str, Any]] = [
-        {"query": [QUERIES[place] for place in queries], "n_query": n_query[queries]},
-        {"key": key, "span": span, "stream": stream, "n_key": counts[groups], "uniform": counts[groups] / total},
-    ]
-    return np.ix_(queries, groups), axes
+    # A span whose every position is missing or masked in this sample is none it has.
+    groups = [(k, names[k], counts[k]) for k, (key, _, _) in enumerate(names) if key != "text" or counts[k] > 0]
+    queries = [place for place in range(len(n_query)) if n_query[place] > 0]
+    chosen = [(queries, groups)]
+    if text.keys.frames:
+        own = counts[0] // len(text.keys.frames)
+        split = [(-2, ("image", SAME_FRAME, ""), own), (-1, ("image", OTHER_FRAMES, ""), counts[0] - own)]
+        chosen = [([0], [*split, *groups[1:]]), ([place for place in queries if place > 0], groups)]
+    for those, of in chosen:
+        places, named, held = zip(*of, strict=True)
+        key, span, stream = zip(*named, strict=True)
+        if those:
+            yield (
+                np.ix_(those, places),
+                [
+                    {"query": [QUERIES[place] for place in those], "n_query": n_query[those]},
+                    {"key": key, "span": span, "stream": stream, "n_key": held, "uniform": np.array(held) / total},
+                ],
+            )
 
 
 @torch.no_grad()
@@ -163,7 +180,8 @@ def attention_masses(call: SDPACall, lse: Tensor | None, keys: KeyGroups) -> tup
         lse: [B, H, N] row log-sum-exp of the call; None takes the indicator-values path.
 
     Returns: masses [B, H, Q, G] float32, mean over image (0), text (1) and reference (2) queries, sums to 1 over the G
-    groups; and n_query [B, Q], the queries averaged over (queries with every key masked are left out).
+    groups; and n_query [B, Q], the queries averaged over (queries with every key masked are left out). Of a video
+    [B, H, Q, G + 2]: the last two are the parts of group 0 in the image query's own frame and in other frames.
     """
     batch, _, n_rows, _ = call.query.shape
     weights = keys.weights
@@ -172,6 +190,8 @@ def attention_masses(call: SDPACall, lse: Tensor | None, keys: KeyGroups) -> tup
         # Masks of this family of calls are the same for all heads; a query is dropped if no head sees anything.
         weights = weights * live.any(1).expand(batch, n_rows)[:, None].float()
     n_query = weights.sum(-1).expand(batch, -1)
+    if lse is None and keys.frames:  # which keys are of a query's own frame differs between queries
+        lse = gradients.streamed_lse(call)
     if lse is None:
         each = exact.group_masses(call, None, keys.of_key, keys.count)  # [B, H, N, G]
         sums = torch.einsum("bqn,bhng->bhqg", weights.expand(batch, -1, n_rows), each)
@@ -179,6 +199,10 @@ def attention_masses(call: SDPACall, lse: Tensor | None, keys: KeyGroups) -> tup
     sums = exact.reduce(call, lse, keys.columns, key_weights=keys.indicator, query_weights=weights)  # [B, H, Q, G]
     masses = sums / n_query[:, None, :, None].clamp(min=1)
     masses[..., 0] = 1.0 - masses[..., 1:].sum(-1)
+    if keys.frames:
+        same = torch.zeros_like(masses[..., 0])
+        same[..., 0] = exact.within(call, lse, keys.frames, weights[:, 0]) / n_query[:, None, 0].clamp(min=1)
+        masses = torch.cat([masses, torch.stack([same, masses[..., 0] - same], -1)], -1)
     return masses, n_query.long()
 
 

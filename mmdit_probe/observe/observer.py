@@ -77,9 +77,10 @@ class Picture:
     grid: tuple[int, int]
     frames: int
 
-    def unfold(self, tokens: Tensor, axis: int) -> Tensor:
-        """An axis of tokens as h x w, or frames x h x w where there are several."""
-        return tokens.unflatten(axis, self.grid if self.frames == 1 else (self.frames, *self.grid))
+    @property
+    def space(self) -> tuple[int, ...]:
+        """`grid`, where there are several frames (frames, h, w)."""
+        return self.grid if self.frames == 1 else (self.frames, *self.grid)
 
 
 @dataclass
@@ -136,6 +137,11 @@ class LayerCall:
         if grid is None or self.layout.frames * math.prod(grid) != count:
             raise UserError(f"the image tokens have no known grid: {count} tokens")
         return grid
+
+    @property
+    def space(self) -> tuple[int, ...]:
+        """`grid`, of a video (frames, h, w)."""
+        return self.picture().space
 
     def picture(self, reference: int | None = None) -> Picture:
         """Where the tokens of the image are, or those of a reference picture by number, from 0.

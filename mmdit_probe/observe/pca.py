@@ -224,7 +224,7 @@ class Projection(Observer):
                 self._kept.setdefault((layer, kind), []).append(pair)
 
     def _projected(self, seen: LayerCall, kind: str) -> tuple[Tensor, Tensor]:
-        """Maps [B', h, w, k] and the sum of squares [B'] of each image's centred features."""
+        """Maps [B', h, w, k], of a video [B', F, h, w, k], and each one's sum of squared centred features, [B']."""
         features = image_features(seen, kind, self.basis.heads, self.basis.reference).cpu().double()
         if self.each:
             centred = features - features.mean(1, keepdim=True)
@@ -233,10 +233,10 @@ class Projection(Observer):
             mean, vectors, _ = self.basis.basis(seen.layer.index, kind)
             centred = features - mean
             maps = centred @ vectors
-        return maps.float().unflatten(1, seen.picture(self.basis.reference).grid), centred.square().sum((1, 2))
+        return maps.float().unflatten(1, seen.picture(self.basis.reference).space), centred.square().sum((1, 2))
 
     def maps(self, layer: int, kind: str) -> Tensor:
-        """[B, h, w, k] float32 on the CPU, all images in the order seen."""
+        """[B, h, w, k] float32 on the CPU, of videos [B, F, h, w, k], all in the order seen."""
         return torch.cat([maps for maps, _ in self._of(layer, kind)])
 
     def totals(self, layer: int, kind: str) -> Tensor:

@@ -64,14 +64,14 @@ class ReferenceMaps(GridMaps):
                 seen.call, seen.logsumexp, reference.positions, image.positions, query_weights=weights,
                 head_mean=head_mean,
             ).mT  # fmt: skip
-            maps = reference.unfold(maps, -2)
+            maps = maps.unflatten(-2, reference.space)
         else:
             groups = torch.stack(self._masks(reference), -1)[None]  # [1, R, G]
             maps = exact.reduce(
                 seen.call, seen.logsumexp, reference.positions, image.positions, key_weights=groups,
                 head_mean=head_mean,
             )  # fmt: skip
-            maps = image.unfold(maps, -2)
+            maps = maps.unflatten(-2, image.space)
         return maps if head_mean else maps.cpu()
 
     def _masks(self, picture: Picture) -> list[Tensor]:

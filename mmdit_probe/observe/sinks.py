@@ -141,7 +141,7 @@ class SinkFree(Observer):
         self._kept: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def measure(self, seen: LayerCall) -> tuple[Tensor, Tensor, Tensor]:
-        layout, call, lse, grid = seen.layout, seen.call, seen.logsumexp, seen.grid
+        layout, call, lse, space = seen.layout, seen.call, seen.logsumexp, seen.space
         image, text = layout.positions("image"), layout.positions("text")
         sinks = _sinks(seen)  # [B, H, N]
         plain = exact.reduce(call, lse, text, image)  # [B, H, I, T]
@@ -155,7 +155,7 @@ class SinkFree(Observer):
         bias = (bias if known is None else bias + known).to(call.query.dtype)  # [B, H, 1 or N, N]
         without = replace(call, attn_mask=bias.expand(*call.query.shape[:3], layout.total))
         clean = exact.reduce(without, gradients.row_lse(without), text, image)
-        return plain.unflatten(2, grid).cpu(), clean.unflatten(2, grid).cpu(), taken.mean(-1).cpu()
+        return plain.unflatten(2, space).cpu(), clean.unflatten(2, space).cpu(), taken.mean(-1).cpu()
 
     def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
         self._kept = measured

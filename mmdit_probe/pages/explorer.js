@@ -1,11 +1,13 @@
 // The map explorer: reads the page's data, keeps one state, and draws it. No library, no network.
 //
 // Maps lie in atlases, grey PNGs of tiles: column = word, row = step (the first is the steps' mean) or head. A tile's
-// bytes are its values in 255ths of its maximum.
+// bytes are its values in 255ths of its maximum. The frames of a video's map lie below each other in its tile.
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const [rows, columns] = data.grid;
+const frames = data.images.length; // 1 of a picture
+const cells = rows * columns; // of one frame
 const at = (id) => document.getElementById(id);
 
 // At first: the best layer, and the two words with the highest maps in it.
@@ -21,6 +23,7 @@ const state = {
   layer: start, // place in data.layers
   head: 0, // 0 is the mean over heads
   step: 0, // 0 is the mean over steps
+  frame: Math.floor(frames / 2),
   strength: 65,
 };
 
@@ -63,13 +66,13 @@ function place(direction) {
   return { atlas, row, missing };
 }
 
-/** A word's map: {values (bytes), top (its maximum), low, peak [row, column]}. */
+/** A word's map, of all frames: {values (bytes), top (its maximum), low, peak [frame, row, column]}. */
 async function map(direction, word) {
   const { atlas, row } = place(direction);
   const { width, bytes } = await pixels(atlas.src);
-  const values = new Uint8Array(rows * columns);
-  for (let y = 0; y < rows; y++) {
-    const first = (row * rows + y) * width + word * columns;
+  const values = new Uint8Array(frames * cells);
+  for (let y = 0; y < frames * rows; y++) {
+    const first = (row * frames * rows + y) * width + word * columns;
     values.set(bytes.subarray(first, first + columns), y * columns);
   }
   const top = atlas.max[row][word];
@@ -79,11 +82,12 @@ async function map(direction, word) {
     if (value > values[best]) best = k;
     if (value < low) low = value;
   });
-  return { values, top, low, peak: [Math.floor(best / columns), best % columns] };
+  const peak = [Math.floor(best / cells), Math.floor((best % cells) / columns), best % columns];
+  return { values, top, low, peak };
 }
 
-/** The picture in grey, at the size of the panels: large ones smaller, small ones by whole pixels. */
-function greyPicture() {
+/** A picture in grey, at the size of the panels: large ones smaller, small ones by whole pixels. */
+function greyPicture(picture) {
   const canvas = document.createElement("canvas");
   const side = Math.max(...data.size);
   const scale = side > 512 ? 512 / side : Math.max(1, Math.floor(384 / side));
@@ -100,8 +104,9 @@ function greyPicture() {
   return canvas;
 }
 
-/** Draw a map over the grey picture. */
+/** Draw the shown frame of a map over its grey picture. */
 function paint(canvas, found) {
+  const grey = greys[state.frame];
   canvas.width = grey.width;
   canvas.height = grey.height;
   const context = canvas.getContext("2d");
@@ -111,7 +116,7 @@ function paint(canvas, found) {
   small.height = rows;
   const image = new ImageData(columns, rows);
   const spread = Math.max(1, 255 - found.low);
-  found.values.forEach((value, k) => {
+  found.values.subarray(state.frame * cells, (state.frame + 1) * cells).forEach((value, k) => {
     const colour = data.colours[Math.round((255 * (value - found.low)) / spread)];
     image.data.set([...colour, 255], 4 * k);
   });
@@ -143,6 +148,7 @@ const names = {
   layer: () => String(data.layers[state.layer]) + (data.chosen.includes(data.layers[state.layer]) ? " (chosen)" : ""),
   head: () => (state.head === 0 ? "mean of all" : String(state.head - 1)),
   step: () => data.steps[state.step],
+  ...(frames > 1 ? { frame: () => `${state.frame} of 0 to ${frames - 1}` } : {}),
   strength: () => `${state.strength} %`,
 };
 
@@ -213,12 +219,15 @@ async function show() {
   const panels = ["a", "b"].flatMap((letter) => ["i2t", "t2i"].map((direction) => [letter, direction]));
   const found = await Promise.all(panels.map(([letter, direction]) => map(direction, state[letter])));
   if (mine !== latest) return;
+  if (picture.src !== data.images[state.frame]) picture.src = data.images[state.frame];
+  if (frames > 1) at("picture-name").textContent = `frame ${state.frame} of the model`;
   const said = [];
   panels.forEach(([letter, direction], k) => {
     const id = `${letter}-${direction}`;
     const { top, peak } = found[k];
     const word = data.words[state[letter]];
-    const value = top > 0 ? `max ${top.toPrecision(3)} at row ${peak[0]}, column ${peak[1]}`
+    const where = `${frames > 1 ? `frame ${peak[0]}, ` : ""}row ${peak[1]}, column ${peak[2]}`;
+    const value = top > 0 ? `max ${top.toPrecision(3)} at ${where}`
       : direction === "t2i" ? "none: no text queries here" : "none";
     paint(at(id), found[k]);
     at(id + "-name").textContent = `${letter.toUpperCase()}: ${word}`;
@@ -227,7 +236,8 @@ async function show() {
     if (direction === "i2t") said.push(`${word}: ${value}`);
   });
   at("status").textContent =
-    `Layer ${names.layer()}, head ${names.head()}, step ${names.step()}. I2T of ${said.join("; ")}.`;
+    `Layer ${names.layer()}, head ${names.head()}, step ${names.step()}` +
+    `${frames > 1 ? `, frame ${state.frame}` : ""}. I2T of ${said.join("; ")}.`;
   document.body.dataset.drawn = String(mine);
 }
 
@@ -254,9 +264,15 @@ at("ramp").style.background = `linear-gradient(to right, ${data.colours
   .map((colour) => `rgb(${colour.join(",")})`)
   .join(",")})`;
 const picture = at("picture");
-picture.src = data.image;
-let grey = null;
-picture.decode().then(() => {
-  grey = greyPicture();
+let greys = [];
+Promise.all(
+  data.images.map(async (source) => {
+    const image = new Image();
+    image.src = source;
+    await image.decode();
+    return greyPicture(image);
+  })
+).then((found) => {
+  greys = found;
   return show();
 });

@@ -9,6 +9,7 @@ was asked fits, at a byte a token even where nothing compresses. Not here: what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 
 from mmdit_probe.pages.page import Page, data_url, picture_url
 from mmdit_probe.plots.overlay import colours
-from mmdit_probe.plots.style import IMAGE, LABELS, OTHER, REFERENCE, SPANS
+from mmdit_probe.plots.style import FRAMES, IMAGE, LABELS, OTHER, REFERENCE, SPANS
+from mmdit_probe.results.clip import Clip
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,6 +31,8 @@ LIMIT = 9_600_000
 """Bytes of maps in a page; base64 makes 4/3 of them, so that a page stays below 15 MB."""
 STEPS = 6
 """Most sampling steps in a page."""
+DRAWN = 512
+"""Longer side in pixels of a panel of the page."""
 
 
 class PagePlan(NamedTuple):
@@ -40,17 +44,18 @@ class PagePlan(NamedTuple):
     coarse: int
 
 
-def plan(words: int, layers: int, heads: int, grid: tuple[int, int], steps: int, head_layers: int) -> PagePlan:
+def plan(words: int, layers: int, heads: int, grid: tuple[int, ...], steps: int, head_layers: int) -> PagePlan:
     """What fits into `LIMIT`: first the mean of all layers, then heads of up to half of the rest, then steps.
 
     Args:
-        words: maps per layer. steps: sampling steps that there are. head_layers: layers whose heads are asked for.
+        words: maps per layer. grid: (h, w), or (frames, h, w). steps: sampling steps that there are.
+        head_layers: layers whose heads are asked for.
     """
-    coarse = 1
+    coarse, (*frames, height, width) = 1, grid
     while True:
-        room = LIMIT // (-(-grid[0] // coarse) * -(-grid[1] // coarse))
+        room = LIMIT // (math.prod(frames) * -(-height // coarse) * -(-width // coarse))
         left = room - 2 * layers * words  # both directions
-        if left >= max(layers, 2 * heads) * words or min(grid) <= coarse * 4:
+        if left >= max(layers, 2 * heads) * words or min(height, width) <= coarse * 4:
             break
         coarse *= 2
     fitting = max(0, min(head_layers, left // (4 * heads * words) or left // (2 * heads * words)))
@@ -60,10 +65,11 @@ def plan(words: int, layers: int, heads: int, grid: tuple[int, int], steps: int,
 
 @dataclass(frozen=True, eq=False)
 class Exploration:
-    """What a page shows: L layers, R = 1 + S rows (the steps' mean, then S steps), G words, H heads, a grid (h, w).
+    """What a page shows: L layers, R = 1 + S rows (the steps' mean, then S steps), G words, H heads, a grid (h, w); of
+    a video F frames, and maps [.., F, h, w] in place of [.., h, w].
 
     Attributes:
-        title, prompt, about: plain text. image: the picture.
+        title, prompt, about: plain text. image: the picture, or a clip of F frames.
         words: names of the G maps; special: which of them are no words. tokens: the prompt in order, (text, which word,
             or -1), then what is no word of it.
         layers: indices; chosen: those that ground words, best first. steps: names of the R rows.
@@ -75,7 +81,7 @@ class Exploration:
 
     title: str
     prompt: str
-    image: Image
+    image: Image | Clip
     words: Sequence[str]
     tokens: Sequence[tuple[str, int]]
     layers: Sequence[int]
@@ -93,11 +99,11 @@ class Exploration:
 
 def explorer(of: Exploration) -> Page:
     """The page."""
-    grid = of.i2t.shape[-2:]
+    frames = [_drawn(frame) for frame in of.image] if isinstance(of.image, Clip) else [of.image]
     data = {
-        "image": picture_url(of.image),
-        "size": of.image.size,
-        "grid": grid,
+        "images": [picture_url(frame) for frame in frames],
+        "size": frames[0].size,
+        "grid": of.i2t.shape[-2:],
         "prompt": of.prompt,
         "words": list(of.words),
         "layers": list(of.layers),
@@ -117,10 +123,19 @@ def explorer(of: Exploration) -> Page:
     return Page.of(of.title, _body(of), script="explorer.js", data=data)
 
 
+def _drawn(frame: Image) -> Image:
+    """One of many pictures, at most as large as it is drawn."""
+    small = frame.copy()
+    small.thumbnail((DRAWN, DRAWN))
+    return small
+
+
 def atlas(maps: NDArray[np.float32]) -> dict[str, Any]:
-    """Maps [R, G, h, w] >= 0 as one grey PNG of R x G tiles, and the maximum of each."""
+    """Maps [R, G, h, w] >= 0 as one grey PNG of R x G tiles, and the maximum of each; the frames of a map [F, h, w] lie
+    below each other in its tile."""
     from PIL import Image as pil
 
+    maps = maps.reshape(*maps.shape[:2], -1, maps.shape[-1])
     rows, words, height, width = maps.shape
     top = maps.max((2, 3))
     scaled = maps / np.maximum(top, np.finfo(np.float32).tiny)[..., None, None]
@@ -143,7 +158,7 @@ def coarser(maps: NDArray[Any], factor: int) -> NDArray[Any]:
     return maps.astype(np.float32)
 
 
-_COLOURS = SPANS | {"template": "#009E73", "image": IMAGE, "reference": REFERENCE, "other": OTHER}
+_COLOURS = SPANS | FRAMES | {"template": "#009E73", "image": IMAGE, "reference": REFERENCE, "other": OTHER}
 """Of the kinds of key: one bar holds them all, so that none shares the image's colour."""
 
 
@@ -170,6 +185,8 @@ def _body(of: Exploration) -> str:
     i2t, t2i = "I2T: where the image looks for it", "T2I: where it looks in the image"
     sliders = slider("layer", "Layer", len(of.layers) - 1) + slider("head", "Head", of.budget.shape[1] - 1)
     sliders += slider("step", "Step", len(of.steps) - 1)
+    if isinstance(of.image, Clip) and len(of.image) > 1:
+        sliders += slider("frame", "Frame", len(of.image) - 1)
     sliders += slider("strength", "Strength of the overlay", 100)
     return f"""
 <h1>{escape(of.title)}</h1>
@@ -188,7 +205,7 @@ def _body(of: Exploration) -> str:
 <p id="status" class="soft" role="status" aria-live="polite"></p>
 </div>
 <div class="panels">
-<figure><img id="picture" alt="{escape(of.prompt)}"><figcaption>picture</figcaption></figure>
+<figure><img id="picture" alt="{escape(of.prompt)}"><figcaption id="picture-name">picture</figcaption></figure>
 {panel("a", "i2t", i2t)}
 {panel("a", "t2i", t2i)}
 {panel("b", "i2t", i2t)}

@@ -5,7 +5,7 @@
 
 One horizontal stacked bar per layer, layer 0 on top: of image queries (left), of text queries and, in editing models,
 of those of reference pictures (middle), and of the part of the image queries' attention that goes to text, by kind of
-token (right). Dotted lines: uniform attention.
+token (right). Of a video, I2I is split into the query's own frame and the other ones. Dotted lines: uniform attention.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFr
     """The figure.
 
     Args:
-        summary: one row per layer, from `experiments.budget_summary.summarise`: columns `layer`, `I2I`, `I2T`, `I2O`,
+        summary: one row per layer, from `experiments.attention_budget.summarise`: columns `layer`, `I2I`, `I2T`, `I2O`,
             `T2I`, `T2T`, `T2O`, those of references where there are any, `<name>_uniform`, `<name>_low`, `<name>_high`
-            and `I2T_<span>`; shares in 0..1.
+            and `I2T_<span>`, of a video `I2I_same_frame` and `I2I_other_frames`; shares in 0..1.
         title: a line above the panels, such as the model's name.
         paper: the published shares by layer (`paper_table("budget_by_layer")`), marked by diamonds.
 
@@ -47,7 +47,11 @@ def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFr
         split.set_title("I2T by kind of text token")
         for axes, (name, words) in zip(stacks, bars.items(), strict=True):
             keys = {key: look for key, look in _KEYS.items() if f"{name[0]}2{key}" in summary}
-            _stack(axes, summary, [(f"{name[0]}2{key}", *look) for key, look in keys.items()])
+            parts = [(f"{name[0]}2{key}", *look) for key, look in keys.items()]
+            if name == "I2I" and "I2I_same_frame" in summary:
+                looks = style.FRAMES.items()
+                parts[:1] = [(f"I2I_{of.replace(' ', '_')}", colour, f"image keys, {of}") for of, colour in looks]
+            _stack(axes, summary, parts)
             axes.set_title(words)
             _uniform(axes, summary[f"{name}_uniform"].mean())
             _interval(axes, summary, name)
@@ -61,7 +65,7 @@ def attention_budget(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFr
         split.set_xlim(0, max(0.05, 1.05 * float(summary[["I2T", "I2T_uniform"]].max().max())))
         for axes in (*stacks, split):
             axes.set_xlabel("share of attention")
-        style.legend(figure, image, place="outside lower left")
+        style.legend(figure, *stacks, place="outside lower left")
         style.legend(figure, split, place="outside lower right")
         image.set_ylabel("layer")
         image.set_yticks(_rows(summary), [str(layer) for layer in summary.layer])

@@ -7,7 +7,7 @@ Tables come from `evaluate.league.league`; nothing is computed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mmdit_probe.plots import style
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CEILING = "token-grid ceiling"
-TRIVIAL = ("random", "one class everywhere", "one segment")
-MARKS = dict(zip((CEILING, *TRIVIAL), ("-", ":", "--", "-."), strict=True))
-"""Reference rows -> line."""
+LINES = {"token-grid ceiling": "-", "one class everywhere": "--", "one segment": "-."}
+"""Rows without a refinement -> line across the panel."""
+CONTROLS = {"random": ":", "one true token per class": (0, (1, 3))}
+"""Rows with the refinement of the methods: rows of their own in the league, lines of the strongest one in sweeps."""
+STRONGEST = "strongest control of the row"
 PROTOCOLS = {
     "present": "names of the classes present",
     "full": "names of all classes",
@@ -32,12 +33,14 @@ STEPS = {"none": "no refinement", "centre": "centred", "pamr": "PAMR"}
 def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
     """mIoU with its interval: a panel per protocol, a row per method, a marker per refinement.
 
-    Rows have one order in all panels, that of the table (best first in the first protocol). Ceiling and trivial
-    predictions are vertical lines.
+    Rows have one order in all panels, that of the table (best first in the first protocol); controls with the methods'
+    refinements follow, hollow. Ceiling and trivial predictions are vertical lines, and a grey tick is the strongest
+    control of a method with its refinement (which may be its own maps with the words shifted).
     """
-    runs = table[~table["method"].isin(MARKS)]
+    runs = _methods(table)
     panels = list(dict.fromkeys(table["protocol"]))
-    order = list(dict.fromkeys(runs["method"]))
+    methods = list(dict.fromkeys(runs["method"]))
+    order = [*methods, *(name for name in CONTROLS if (table["method"] == name).any())]
     refinements = sorted(set(runs["refine"]), key=lambda name: (name != "none", name.count("+"), name))
     step = max(0.2, 0.085 * len(refinements) + 0.05)
     width, height = max(style.COLUMN, 1.2 + 1.85 * len(panels)), 1.3 + max(1, len(order)) * step
@@ -45,16 +48,20 @@ def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
         for axes, protocol in zip(row, panels, strict=True):
             part = table[table["protocol"] == protocol]
             for place, refine in enumerate(refinements):
-                shown = part[(part["refine"] == refine) & ~part["method"].isin(MARKS)]
-                at = shown["method"].map(order.index) + style.dodge(place, len(refinements), 0.75)
-                style.errorbars(
-                    axes, at, shown["miou"], shown["miou_low"], shown["miou_high"], place, joined=False,
-                    horizontal=True, label=_steps(refine),
-                )  # fmt: skip
+                for names in (methods, CONTROLS):
+                    shown = part[(part["refine"] == refine) & part["method"].isin(names)]
+                    shift = style.dodge(place, len(refinements), 0.75)
+                    at = [order.index(name) + shift for name in shown["method"]]
+                    style.errorbars(
+                        axes, at, shown["miou"], shown["miou_low"], shown["miou_high"], place, joined=False,
+                        horizontal=True, hollow=names is CONTROLS, label=_steps(refine) if names is methods else "",
+                    )  # fmt: skip
+                    axes.plot(shown["miou"] - shown["over"], at, "|", color="#888888", ms=5, mew=1.2, zorder=1,
+                              label=STRONGEST if names is methods and not place else "")  # fmt: skip
             for border in range(1, len(order)):
-                axes.axhline(border - 0.5, color="#DDDDDD", lw=0.5)
+                axes.axhline(border - 0.5, color="#DDDDDD" if border < len(methods) else "black", lw=0.5)
             axes.set_title(f"{PROTOCOLS.get(protocol, style.name(protocol))}\n(n = {int(part['n'].max())})")
-            _references(axes, part, axes.axvline)
+            _references(axes, part, axes.axvline, LINES)
             style.within(axes, "x", 0, 1)
             axes.set_xlabel("mIoU (union rule)")
         row[0].set_yticks(range(len(order)), [style.name(method) for method in order])
@@ -107,7 +114,7 @@ def _sweep(table: pd.DataFrame, column: str, label: str, title: str, paper: pd.D
                 mec="black",
                 label="paper (SD3, data set not stated)",
             )
-        _references(axes, table, axes.axhline)
+        _references(axes, table, axes.axhline, LINES | CONTROLS)
         if column == "layers":
             style.whole(axes, label)
         elif table[column].nunique() < 3:
@@ -120,7 +127,7 @@ def _sweep(table: pd.DataFrame, column: str, label: str, title: str, paper: pd.D
 
 def _groups(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Runs by method, protocol and refinement, named by what differs between them."""
-    runs = table[~table["method"].isin(MARKS)]
+    runs = _methods(table)
     one = {name: runs[name].nunique() < 2 for name in ("method", "protocol")}
     for (protocol, method, refine), part in runs.groupby(["protocol", "method", "refine"], sort=False):
         words = [
@@ -133,7 +140,7 @@ def _groups(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def _shared(table: pd.DataFrame) -> str:
     """Method and protocol where all runs have the same, as a line of the title."""
-    runs = table[~table["method"].isin(MARKS)]
+    runs = _methods(table)
     words = [str(runs["method"].iloc[0])] if runs["method"].nunique() == 1 else []
     if runs["protocol"].nunique() == 1:
         words.append(PROTOCOLS.get(str(runs["protocol"].iloc[0]), str(runs["protocol"].iloc[0])))
@@ -150,8 +157,14 @@ def _step(text: str) -> str:
     return STEPS.get(name, name) + (f" ({rounds} rounds)" if colon else "")
 
 
-def _references(axes: Axes, table: pd.DataFrame, line: Any) -> None:
-    """The ceiling and the trivial predictions as lines across the axes."""
-    for mark, dash in MARKS.items():
-        for value in table.loc[table["method"] == mark, "miou"].drop_duplicates().head(1):
-            line(float(value), color="black", ls=dash, lw=0.9, label=mark)
+def _methods(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of what is measured, without bounds and controls."""
+    return table[table["role"] == "method"]
+
+
+def _references(axes: Axes, table: pd.DataFrame, line: Any, marks: Mapping[str, Any]) -> None:
+    """Bounds and trivial predictions as lines across the axes; of several refinements the strongest."""
+    for mark, dash in marks.items():
+        values = table.loc[table["method"] == mark, "miou"]
+        if len(values):
+            line(float(values.max()), color="black", ls=dash, lw=0.9, label=mark)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.plots.sheet import sheet, short, wrapped
+from mmdit_probe.results.clip import Clip, still, stills
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,27 +32,42 @@ STRENGTH = 0.65
 COLOURS = "viridis"
 
 
-def overlay(picture: Any, heat: NDArray[Any], strength: float = STRENGTH) -> Image:
-    """A picture under a heat map.
+def overlay(picture: Any, heat: NDArray[Any], strength: float = STRENGTH) -> Any:
+    """A picture under a heat map, or a video under a video's map.
 
     Args:
-        picture: PIL, or uint8 [H, W, 3]. heat: [h, w], stretched over the whole picture. strength: 0 to 1.
+        picture: PIL, or uint8 [H, W, 3]; of a video a `Clip`, or a list of its frames.
+        heat: [h, w], stretched over the whole picture; of a video [F, h, w], each of the model's frames over those that
+            are decoded from it, with one scale of colours for all. strength: 0 to 1.
 
     Raises:
-        UserError: the map is not two-dimensional, or the strength out of range.
+        UserError: the map fits neither, or the strength is out of range.
     """
+    heat = np.asarray(heat, np.float32)
+    moving = isinstance(picture, Clip | list | tuple)
+    heat = heat[None] if moving and heat.ndim == 2 else heat  # one frame of the model
+    if heat.ndim != (3 if moving else 2):
+        wanted = "of a video has shape (frames, h, w)" if moving else "has shape (h, w)"
+        raise UserError(f"a heat map {wanted}; found {heat.shape}")
+    if not 0.0 <= strength <= 1.0:
+        raise UserError(f"strength {strength}: expected a number from 0 to 1")
+    spread = float(heat.max() - heat.min())
+    level = (heat - heat.min()) / spread if spread > 0 else np.zeros_like(heat)
+    if not moving:
+        return _coloured(picture, level, strength)
+    clip = Clip.of(picture)
+    return Clip(
+        tuple(_coloured(frame, level[k], strength) for frame, k in zip(clip, clip.times(len(level)), strict=True))
+    )
+
+
+def _coloured(picture: Any, level: NDArray[np.float32], strength: float) -> Image:
+    """A picture under numbers [h, w] of 0 to 1."""
     from matplotlib import colormaps
     from PIL import Image as pil
 
-    if np.ndim(heat) != 2:
-        raise UserError(f"a heat map has shape (h, w); found {np.shape(heat)} (of a video, choose a frame)")
-    if not 0.0 <= strength <= 1.0:
-        raise UserError(f"strength {strength}: expected a number from 0 to 1")
     image = picture if hasattr(picture, "convert") else pil.fromarray(np.asarray(picture))
-    heat = np.asarray(heat, np.float32)
-    spread = float(heat.max() - heat.min())
-    level = pil.fromarray((heat - heat.min()) / spread if spread > 0 else np.zeros_like(heat))
-    large = np.asarray(level.resize(image.size, pil.Resampling.BILINEAR)).clip(0.0, 1.0)
+    large = np.asarray(pil.fromarray(level).resize(image.size, pil.Resampling.BILINEAR)).clip(0.0, 1.0)
     grey = np.asarray(image.convert("L"), np.float32)[..., None]
     colour = colormaps[COLOURS](large)[..., :3] * 255.0
     return pil.fromarray(np.rint(grey * (1 - strength) + colour * strength).astype(np.uint8))
@@ -62,24 +78,24 @@ class WordMap:
     """Where one word is looked for in a picture.
 
     Attributes:
-        array: [h, w] float32 on the token grid: the mean probability of the word's tokens as keys of each image query.
-        image: the picture.
+        array: [h, w] float32 on the token grid, [F, h, w] of a video: the mean probability of the word's tokens as keys
+            of each image query. image: the picture, or the video.
     """
 
     word: str
     array: NDArray[np.float32]
-    image: Image
+    image: Image | Clip
 
-    def overlay(self, strength: float = STRENGTH) -> Image:
-        """The picture under the map."""
+    def overlay(self, strength: float = STRENGTH) -> Any:
+        """The picture, or the video, under the map."""
         return overlay(self.image, self.array, strength)
 
     def __repr__(self) -> str:
-        rows, columns = self.array.shape
-        return f"WordMap({self.word!r}, {rows} x {columns} tokens, max {short(float(self.array.max()))})"
+        side = " x ".join(map(str, self.array.shape))
+        return f"WordMap({self.word!r}, {side} tokens, max {short(float(self.array.max()))})"
 
     def _repr_png_(self) -> bytes:
-        return png(self.overlay())
+        return png(still(self.overlay()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,11 +103,11 @@ class PictureMaps(Mapping[str, WordMap]):
     """The maps of a picture's words: `maps["ring"]`.
 
     Attributes:
-        image, prompt, seed: of the picture. arrays: word -> [h, w]. about: what they were averaged over, in words.
-        explorer: makes the page of `explore`.
+        image, prompt, seed: of the picture, or the video. arrays: word -> [h, w], of a video [F, h, w].
+        about: what they were averaged over, in words. explorer: makes the page of `explore`.
     """
 
-    image: Image
+    image: Image | Clip
     prompt: str
     arrays: Mapping[str, NDArray[np.float32]]
     seed: int = 0
@@ -115,7 +131,7 @@ class PictureMaps(Mapping[str, WordMap]):
         return f"PictureMaps of {self.prompt!r} (seed {self.seed}): {', '.join(self)}"
 
     def sheet(self) -> Figure:
-        """The picture and an overlay per word, as a figure."""
+        """The picture and an overlay per word, as a figure; of a video their middle frames."""
         return maps_sheet([self])
 
     def explore(self) -> Any:
@@ -131,7 +147,8 @@ class PictureMaps(Mapping[str, WordMap]):
     def _repr_html_(self) -> str:
         import base64
 
-        def cell(label: str, picture: Image) -> str:
+        def cell(label: str, picture: Image | Clip) -> str:
+            picture = still(picture)
             shown = picture.resize((192, round(192 * picture.height / picture.width)))
             data = base64.b64encode(png(shown)).decode()
             return (
@@ -148,8 +165,11 @@ def maps_sheet(pictures: list[PictureMaps], title: str = "") -> Figure:
     across = 6
     cells, captions, rows = [], [], []
     for one in pictures:
-        shown = [one.image, *(found.overlay() for found in one.values())]
-        texts = ["picture", *(f"{word}\nmax {short(float(found.array.max()))}" for word, found in one.items())]
+        shown = stills([one.image, *(found.overlay() for found in one.values())])
+        texts = [
+            "middle frame" if isinstance(one.image, Clip) else "picture",
+            *(f"{word}\nmax {short(float(found.array.max()))}" for word, found in one.items()),
+        ]
         part, above = wrapped(shown, texts, min(across, max(len(found) + 1 for found in pictures)))
         cells += part
         captions += above

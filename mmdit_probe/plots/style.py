@@ -35,6 +35,9 @@ COLUMN, PAGE = 3.15, 6.7
 IMAGE, TEXT, OTHER, REFERENCE = "#0072B2", "#E69F00", "#999999", "#D55E00"
 """Colours of the modalities, the same in every figure."""
 
+FRAMES = {"same frame": "#6A5ACD", "other frames": "#1B1464"}
+"""Colours of the image keys of a video's image queries."""
+
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#56B4E9", "#D55E00", "#777777")
 MARKERS = "os^Dv<>p"
 LINES = ("-", "--", "-.", ":")

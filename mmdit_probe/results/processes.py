@@ -16,6 +16,7 @@ is one process, every function is trivial, and torch is not imported. Not here: 
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 import signal
@@ -120,6 +121,25 @@ def _fresh_store() -> Any:
         _store, _, _ = next(rendezvous("env://", rank(), world(), timeout=PATIENCE))
     _blocks += 1
     return dist.PrefixStore(f"mmdit-probe-{_blocks}", _store)
+
+
+def end_in_time() -> None:
+    """Sees to it that the default group, made by whoever (accelerate), ends before the interpreter does.
+
+    Left to the interpreter's end, gloo's threads free tensors that Python has a hand in, and now and then abort the
+    process after all its work is done (pytorch/pytorch#179291).
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        atexit.register(_end_group)
+
+
+def _end_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def barrier() -> None:

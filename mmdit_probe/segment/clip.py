@@ -10,6 +10,7 @@ where a method changes them; no module is patched.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -76,6 +77,11 @@ class CLIP:
     def patch(self) -> int:
         """Side of a patch in pixels."""
         return int(self.model.config.vision_config.patch_size)
+
+    @property
+    def width(self) -> int:
+        """Channels of the space that pictures and texts share."""
+        return int(self.model.config.projection_dim)
 
     def side(self, wanted: int | None = None) -> int:
         """Side of a square input in pixels: the model's own, or the whole number of patches nearest to `wanted`."""
@@ -163,12 +169,31 @@ class CLIP:
         return state + layer.mlp(layer.layer_norm2(state))
 
 
+@dataclass(frozen=True)
+class ClipInput:
+    """A CLIP with one's own inputs, in place of what would be made of the picture and of the class names.
+
+    Attributes:
+        clip: embedded name, folder or hub id; or a loaded one.
+        text: [Q, P] unit vectors of the names, in order. pixels: [3, H, W] CLIP's input.
+    """
+
+    clip: str | CLIP = "scenes-clip"
+    text: Tensor | None = None
+    pixels: Tensor | None = None
+
+    @property
+    def model(self) -> CLIP:
+        return self.clip if isinstance(self.clip, CLIP) else CLIP.open(self.clip)
+
+
 @torch.no_grad()
-def patch_features(name: str, image: Any) -> tuple[Tensor, tuple[int, int]]:
+def patch_features(name: str, image: Any, size: tuple[int, int] | None = None) -> tuple[Tensor, tuple[int, int]]:
     """Patch features [n, E] and their grid of any vision transformer in transformers: DINO, DINOv2, DINOv3, SAM, ViT.
 
     Args:
         name: folder or hub id. image: uint8 [H, W, 3], squashed to the model's own size.
+        size: (H, W) to squash it to instead, in whole patches, where the model interpolates its positions.
 
     Raises:
         UserError: it cannot be loaded, or gives no patch grid.
@@ -176,13 +201,15 @@ def patch_features(name: str, image: Any) -> tuple[Tensor, tuple[int, int]]:
     model, processor = _vision(name)
     config = getattr(model.config, "vision_config", model.config)
     patch = int(config.patch_size)
-    size = max(1, round(int(getattr(config, "image_size", 224)) / patch)) * patch
-    pixels = _squashed(processor, [image], (size, size))
+    given = inspect.signature(model.forward).parameters
+    own = size is None or "interpolate_pos_encoding" not in given
+    wanted = (int(getattr(config, "image_size", 224)),) * 2 if own or size is None else size
+    grid = (max(1, round(wanted[0] / patch)), max(1, round(wanted[1] / patch)))
+    pixels = _squashed(processor, [image], (grid[0] * patch, grid[1] * patch))
     if hasattr(model, "vision_encoder"):  # SAM: a map, not a sequence
         maps = model.vision_encoder(pixels).last_hidden_state
         return maps[0].flatten(1).T, tuple(maps.shape[-2:])
-    states = model(pixels).last_hidden_state[0]
-    grid = (size // patch, size // patch)
+    states = model(pixels, **({} if own else {"interpolate_pos_encoding": True})).last_hidden_state[0]
     extra = len(states) - grid[0] * grid[1]
     if extra < 0:
         raise UserError(f"{name!r} gives {len(states)} tokens for {grid[0]} x {grid[1]} patches; it has no patch grid")

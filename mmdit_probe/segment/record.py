@@ -21,12 +21,14 @@ from torch.nn import functional as F
 
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
-from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.errors import RunError, UserError, check_known
 from mmdit_probe.models.tokens import Token, TokenTable
 from mmdit_probe.observe.maps import second_eigenvalue
 from mmdit_probe.segment.vocabulary import Prompt, Query
 from mmdit_probe.specs import Spec
 
+OWN_PARTS = ("i2t", "i2t_logit", "i2i", "features", "concepts")
+"""What `Capture.of` takes of one's own tensors."""
 PAPER_SIGMA = 0.515
 """The paper's noise level: the 8th of 28 steps from the clean end of SD3's schedule."""
 
@@ -137,9 +139,8 @@ class Capture:
 
     @classmethod
     def of(
-        cls, grid: tuple[int, int], *, i2t: Any = None, i2t_logit: Any = None, i2i: Any = None, features: Any = None,
-        concepts: Any = None, regions: Any = None, spans: Mapping[str, Sequence[int]] | None = None,
-        kinds: Sequence[str] | None = None, image: Any = None, family: str = "",
+        cls, grid: tuple[int, int], *, spans: Mapping[str, Sequence[int]] | None = None,
+        kinds: Sequence[str] | None = None, regions: Any = None, image: Any = None, family: str = "", **parts: Any,
     ) -> Capture:  # fmt: skip
         """A capture of one's own tensors or arrays, for any method and refinement; no model is needed.
 
@@ -153,31 +154,32 @@ class Capture:
 
         Args:
             grid: (h, w) of the image tokens, I = h * w, row-major.
-            i2t: [I, T] or [H, I, T] probabilities of the text keys. i2t_logit: the same before the softmax.
-            i2i: [I, I] or [H, I, I] image-image attention, query by key.
-            features: [I, E] or [h, w, E]. concepts: [K, E], one row per name.
-            regions: whole ids [h, w], or of the picture's size, 0 where there is none.
             spans: class -> its text positions, in the order of the classes; an empty list where only the name is read.
             kinds: span kind of each of the T positions; if None, "word" within spans and "pad" elsewhere.
+            regions: whole ids [h, w], or of the picture's size, 0 where there is none.
             image: uint8 [height, width, 3], for what reads pixels; label maps are of its size (the grid's without it).
             family: model family, for ConceptAttention's default rule.
+            parts: what was measured, by name: i2t, [I, T] or [H, I, T] probabilities of the text keys; i2t_logit, the
+                same before the softmax; i2i, [I, I] or [H, I, I] image-image attention, query by key; features, [I, E]
+                or [h, w, E]; concepts, [K, E], one row per name.
 
         Raises:
-            UserError: a shape that does not fit the grid, layers that differ, positions outside the text.
+            UserError: an unknown part, a shape that does not fit the grid, layers that differ, positions outside the
+                text.
         """
-        tokens = grid[0] * grid[1]
-        given = {"i2t": i2t, "i2t_logit": i2t_logit, "i2i": i2i, "features": features, "concepts": concepts}
-        parts = {
+        for name in parts:
+            check_known("part of a capture", name, OWN_PARTS)
+        by_part = {
             name: {layer: torch.as_tensor(one).float() for layer, one in _by_layer(value).items()}
-            for name, value in given.items()
+            for name, value in parts.items()
             if value is not None
         }
-        layers = sorted({layer for by_layer in parts.values() for layer in by_layer} or {0})
-        for name, by_layer in parts.items():
+        layers = sorted({layer for by_layer in by_part.values() for layer in by_layer} or {0})
+        for name, by_layer in by_part.items():
             if sorted(by_layer) != layers:
                 raise UserError(f"{name} has layers {sorted(by_layer)}, other parts {layers}; give the same to all")
         records = {
-            layer: _record(layer, {name: by_layer[layer] for name, by_layer in parts.items()}, tokens, grid)
+            layer: _record(layer, {name: by_layer[layer] for name, by_layer in by_part.items()}, grid)
             for layer in layers
         }
         first = records[layers[0]]
@@ -314,9 +316,9 @@ def _by_layer(value: Any) -> Mapping[int, Any]:
     return value if isinstance(value, Mapping) else {0: value}
 
 
-def _record(layer: int, parts: dict[str, Tensor], tokens: int, grid: tuple[int, int]) -> JointRecord:
+def _record(layer: int, parts: dict[str, Tensor], grid: tuple[int, int]) -> JointRecord:
     """One's own parts of a layer as a record, shapes checked."""
-    found = JointRecord(layer)
+    found, tokens = JointRecord(layer), grid[0] * grid[1]
     for name, value in parts.items():
         shape = tuple(value.shape)
         if name == "concepts":

@@ -174,7 +174,7 @@ def finish(
         names = [f"segment {number}" for number in range(1, len(order) + 1)]
     else:
         names = list(names)
-        if background.kind in ("threshold", "power", "class"):
+        if background.kind != "none":
             names.append("background")
     labels[record.fit.unseen] = Segmentation.UNLABELLED
     return Segmentation(labels, shares, names, record)

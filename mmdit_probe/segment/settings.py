@@ -29,7 +29,7 @@ STEPS = {"minmax": 1, "centre": 1, "affinity": 2, "walk": 2, "nosink": 2, "regio
 PIXELS = ("pamr", "vote")
 """Steps at the picture's size."""
 
-RULES = ("none", "threshold:T", "power:A", "class:NAME")
+RULES = ("none", "threshold:T", "probability:T", "power:A", "class:NAME")
 """Background rules."""
 
 
@@ -60,6 +60,25 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if not match:
         raise UserError(f"size {text!r}: expected HEIGHTxWIDTH in pixels, e.g. 512x768")
     return int(match[1]), int(match[2])
+
+
+def scoring_size(text: str, shown: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) at which labels are compared, of a picture part of size `shown`: "128x128", or "short:640" (the
+    shorter side, aspect kept, the longer one at most four times as long: detectron2's loader).
+
+    Raises:
+        UserError: another form.
+    """
+    if not text.startswith("short:"):
+        size = parse_size(text)
+        assert size is not None
+        return size
+    side = text.removeprefix("short:")
+    if not (side.isdigit() and int(side) > 0):
+        raise UserError(f"scoring size {text!r}: expected HEIGHTxWIDTH or short:SIDE in pixels, e.g. short:640")
+    scale = min(int(side) / min(shown), 4 * int(side) / max(shown))
+    height, width = (max(1, int(length * scale + 0.5)) for length in shown)
+    return height, width
 
 
 def check_method(name: str, unsupervised: bool | None = None) -> None:
@@ -136,7 +155,7 @@ class Background:
 
     @classmethod
     def parse(cls, text: str) -> Background:
-        """From "none", "threshold:0.5", "power:2" or "class:sky".
+        """From "none", "threshold:0.5", "probability:0.2", "power:2" or "class:sky".
 
         Raises:
             UserError: not one of these.
@@ -146,12 +165,12 @@ class Background:
             return cls()
         if kind == "class" and rest.strip():
             return cls("class", name=rest.strip())
-        if kind in ("threshold", "power"):
+        if kind in ("threshold", "probability", "power"):
             try:
                 value = float(rest)
             except ValueError:
                 raise unknown("background rule", text, RULES) from None
-            if kind == "threshold" and not 0.0 <= value <= 1.0:
+            if kind != "power" and not 0.0 <= value <= 1.0:
                 raise UserError(f"background rule {text!r}: the threshold is a share, expected 0 to 1")
             if kind == "power" and not 0.0 < value < float("inf"):
                 raise UserError(f"background rule {text!r}: expected a power above 0, e.g. power:2")

@@ -3,9 +3,10 @@
     scores [C, h, w] -> bilinear to the picture -> optional refinement -> background rule -> argmax
 
 Scores are upsampled, never labels. Background rules, by name: "none" (every pixel gets a class), "threshold:T" (pixels
-whose best probability is below T), "power:A" (a background score (1 - max)^A competes, as in iSeg), "class:NAME" (one
-class of the vocabulary is the background). "threshold" and "power" read scores that were scaled to 0..1 per class over
-the picture, because methods differ in scale.
+whose best score is below T), "power:A" (a background score (1 - max)^A competes, as in iSeg), "probability:T" (pixels
+whose best score, as the method gives it, is below T: for methods that give probabilities), "class:NAME" (one class of
+the vocabulary is the background). "threshold" and "power" read scores that were scaled to 0..1 per class over the
+picture, because methods differ in scale.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def label(scores: Tensor, background: Background | None = None, names: list[str]
         top = minmax(scores).amax(0)
         away = top < rule.value if rule.kind == "threshold" else top < (1.0 - top) ** rule.value
         best = torch.where(away, len(scores), best)
+    elif rule.kind == "probability":
+        best = torch.where(scores.amax(0) < rule.value, len(scores), best)
     elif rule.kind == "class":
         known = names or []
         check_known("background class", rule.name, known)

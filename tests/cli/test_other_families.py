@@ -23,7 +23,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
-    for name in ("flux", "aura_flow"):
+    for name in ("flux", "aura_flow", "cogvideox"):
         found[name] = tmp_path_factory.mktemp(name)
         build(name).save_pretrained(found[name], safe_serialization=True)
     return found
@@ -47,6 +47,34 @@ def test_the_budget_of_another_family(name: str, branches: set[str], directories
     np.testing.assert_allclose(sums, 1.0, atol=1e-5)
     record = json.loads(Path("run/run.json").read_text())
     assert record["model"]["family"] == name and len(record["sigmas"]) == 2
+
+
+def test_word_maps_of_a_video(directories: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--num-steps", 1, "--guidance", 1, "--device", "cpu", "--model", directories["cogvideox"]]
+    asked = ["maps", "a red ring", "--words", "ring", *options, "--out", "run"]
+    assert exit_code(*asked, "--num-frames", 9, "--size", "32x48") == 0
+    assert "peak (frame, row, column)" in capsys.readouterr().out
+    assert len(list(Path("run/images/000").glob("*.png"))) == 9
+    for path in (Path("run/images/000.gif"), Path("run/overlays/000-00-ring.gif")):
+        with Image.open(path) as gif:
+            assert gif.size == (48, 32) and gif.is_animated
+    assert np.load("run/arrays/maps-000.npz")["maps"].shape == (1, 3, 2, 3)
+    request = json.loads(Path("run/run.json").read_text())["request"]
+    assert request["num_frames"] == 9 and request["size"] == [32, 48]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--size", "32by48"], "expected height x width in pixels, such as 480x720"),
+        (["--num-frames", 5], "makes pictures, no videos: leave --num-frames out"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    options: list[Any], told: str, directories: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code("maps", "a ring", *options, "--model", directories["flux"], "--device", "cpu") == 2
+    assert told in " ".join(capsys.readouterr().err.split())
 
 
 def test_pictures_of_another_family(directories: dict[str, Path]) -> None:

@@ -75,6 +75,33 @@ def test_a_preset_sets_the_protocol_of_a_paper_and_is_recorded(tiny_directory: P
     assert request["by_rows"] is False and request["sigmas"] == [0.3]
 
 
+def test_presets_set_what_each_paper_did_on_a_data_set() -> None:
+    def asked(preset: str, name: str, **how: Any) -> Evaluate:
+        return Evaluate(preset=preset, dataset=f"{name}:root", **how)  # type: ignore[arg-type]
+
+    sizes = {"diffseg": "512x512", "diffcut": "128x128", "seg4diff-unsup": "short:640", "seg4diff": None}
+    assert {name: asked(name, "voc21").scored_at for name in sizes} == sizes
+    assert asked("diffcut", "voc21", score_size="64x64").scored_at == "64x64"
+    for name in ("proxyclip", "corrclip"):
+        sides = {data: asked(name, data).values()[name]["side"] for data in ("voc20", "ade20k", "cityscapes")}
+        assert sides == {"voc20": (336, 336, 112), "ade20k": (448, 336, 112), "cityscapes": (448, 224, 112)}
+        rules = {data: asked(name, data).how.background for data in ("voc21", "pc60", "coco-object")}
+        assert rules == {"voc21": "probability:0.2", "pc60": "probability:0.15", "coco-object": "probability:0.25"}
+        assert asked(name, "voc20", options=[f"{name}.side=224"]).values() == {name: {"side": 224}}
+        assert asked(name, "voc20", method="seg4diff").values() == {}
+    assert asked("corrclip", "voc21").refinements == ["vote"]
+    with pytest.raises(UserError, match="--score-size take another fit"):
+        Evaluate(preset="diffcut", fit="letterbox")
+
+
+def test_a_preset_scores_at_the_papers_size(tiny_directory: Path) -> None:
+    asked = Evaluate(preset="diffcut", dataset="scenes:val", limit=1, layers="0", size="32x32")
+    found = asked.run(str(tiny_directory), progress=False)
+    assert found.request["score_size"] == "128x128" and set(found.summary["score_size"]) == {"128x128"}
+    table = found.table
+    assert set(table.groupby(["method", "refine"], observed=True)["pixels"].sum()) == {128 * 128}
+
+
 def test_presets_ask_for_what_they_need(pipe: Any) -> None:
     words = Evaluate(preset="seg4diff", dataset="coco-object:coco")
     assert words.source == "coco-object-words:coco" and Evaluate(dataset="coco-object:coco").source == words.dataset

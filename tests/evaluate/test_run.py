@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mmdit_probe.data import dataset
 from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.captures import Captures
 from mmdit_probe.evaluate.league import league
-from mmdit_probe.evaluate.plan import COLUMNS, Plan
+from mmdit_probe.evaluate.plan import COLUMNS, Plan, Scoring
 from mmdit_probe.evaluate.scores import matched_by_rows
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table
@@ -60,7 +60,9 @@ def plan_of(
     dataset: Any, captures: Captures, methods: list[str], read: dict[str, Any] | None = None, **how: Any
 ) -> Plan:
     facts, reading = captures.facts, Reading(layers="all", **(read or {}))
-    return Plan.of(dataset, methods, layer_count=facts["layers"], head_count=facts["heads"], reading=reading, **how)
+    of_scoring = [field.name for field in fields(Scoring) if field.name in how]
+    scoring = Scoring(**{name: how.pop(name) for name in of_scoring})
+    return Plan.of(dataset, methods, (facts["layers"], facts["heads"]), reading=reading, scoring=scoring, **how)
 
 
 def frame(plan: Plan, captures: Captures) -> pd.DataFrame:
@@ -79,12 +81,13 @@ def test_every_pixel_is_counted_once_per_configuration(root: Path, captures: Cap
     want = sum((np.array(sample.label()) != 255).sum() for sample in data.samples)
     sums = counts.groupby(["protocol", "method", "refine"])["pixels"].sum()
     assert set(sums) == {want}
-    assert len(sums) == 2 * (2 * 2 + 2) + 2 * 2 + 2  # named x (runs + ceiling + random), unsupervised alike
+    # per protocol: 4 runs, as many with words shifted, 2 controls x 2 refinements, the ceiling; unsupervised unshifted
+    assert len(sums) == 2 * (4 + 4 + 4 + 1) + 4 + 4 + 1
     table = league(counts, 4)
     assert {"one class everywhere", "one segment", "token-grid ceiling", "random"} <= set(table["method"])
     ceiling = table[table["method"] == "token-grid ceiling"]["miou"].min()
     assert 0.7 < ceiling <= 1.0 and (table["miou"] <= ceiling + 1e-9).all()
-    assert table[table["refine"] != "none"]["gain"].notna().all()
+    assert table[(table["refine"] != "none") & (table["role"] == "method")]["gain"].notna().all()
 
 
 def test_protocols_see_their_own_vocabulary(root: Path, captures: Captures) -> None:

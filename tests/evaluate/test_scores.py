@@ -61,7 +61,7 @@ def test_interval_holds_the_score_and_shrinks_with_images(random_counts: list[np
     few, many = (ImageCounts.from_table(table(random_counts * times), 4) for times in (1, 9))
     (low, high), (low9, high9) = few.interval("miou"), many.interval("miou")
     assert low < few.score("miou") < high and high9 - low9 < 0.6 * (high - low)
-    difference, d_low, d_high = few.gain(few)
+    difference, d_low, d_high, _ = few.gain(few)
     assert (difference, d_low, d_high) == (0.0, 0.0, 0.0)
     assert np.isnan(ImageCounts.from_table(table(random_counts[:1]), 4).interval("miou")).all()
 

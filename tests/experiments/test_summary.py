@@ -14,7 +14,7 @@ from mmdit_probe.experiments.attention_budget import robust_z
 from mmdit_probe.experiments.attention_budget import summarise as summarise_items
 from mmdit_probe.experiments.store import MemoryStore
 from mmdit_probe.results.statistics import interval
-from tests.tables import SPANS, budget_table, by_item
+from tests.tables import SPANS, budget_table, by_item, of_video
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -43,6 +43,20 @@ def test_spans_add_up_over_encoders_and_to_the_block():
     np.testing.assert_allclose(summary.I2T_word / summary.I2T, words / sum(SPANS.values()))
     np.testing.assert_allclose(summary.I2T_word_uniform, words / 64)
     assert (summary.I2T_null == 0).all()
+
+
+def test_of_a_video_the_image_mass_is_split_and_nothing_else_changes():
+    plain, video = summarise(budget_table()), summarise(of_video(budget_table()))
+    parts = ["I2I_same_frame", "I2I_other_frames"]
+    np.testing.assert_allclose(video[parts].to_numpy(), np.outer(plain.I2I, [1 / 3, 2 / 3]))
+    np.testing.assert_allclose(video[[f"{name}_uniform" for name in parts]], [[12 / 64, 36 / 64]] * 6)
+    new = [name for name in video if name.startswith(tuple(parts))]
+    assert sorted(new) == sorted(f"{name}{of}" for name in parts for of in ("", "_uniform", "_low", "_high"))
+    pd.testing.assert_frame_equal(video.drop(columns=new), plain)
+    table = shown(video)
+    assert table.columns[1:5] == ["I2I", "same frame", "other frames", "I2T"]
+    assert table.rows[0][1:4] == [".890 (.750)", ".297 (.188)", ".593 (.562)"]
+    assert "same frame" not in shown(plain).columns
 
 
 def test_interval_is_over_prompts():

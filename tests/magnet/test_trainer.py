@@ -151,6 +151,7 @@ def test_two_processes_give_the_step_of_one(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     two = load_file(tmp_path / "two" / "lora" / FILE)
+    assert [(tmp_path / f"group-{rank}").read_text() for rank in (0, 1)] == ["ended", "ended"]
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
     ours = weights(one)
     assert all(torch.allclose(ours[name], two[name], atol=2e-4) for name in ours)

@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from torch import Tensor
 
-from mmdit_probe.attention import reference
+from mmdit_probe.attention import exact, reference
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import watch
 from mmdit_probe.edit import Blur, GridBlur, Scale
@@ -182,10 +183,40 @@ def test_masses_are_those_of_the_explicit_softmax(case: Case) -> None:
                 found = by_key(part)
                 # Keys that a sample lacks have no kind; what is masked has no mass.
                 torch.testing.assert_close(found, masses[:, q], atol=2e-6, rtol=0)
-                counts = part.groupby("key").n_key.first()
+                counts = part[part["head"] == 0].groupby("key").n_key.sum()
                 kinds = samples(case, path)[row][2]
                 assert counts["image"] == int((kinds == IMAGE).sum())
                 assert counts["text"] == int((kinds == TEXT).sum())
+
+
+@pytest.mark.parametrize("case", [name for name, of in FIXTURES.items() if of.frames > 1], indirect=True)
+@pytest.mark.parametrize("use_lse", [True, False])
+def test_a_videos_image_mass_is_split_by_frame(case: Case, use_lse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of the same frame are those whose place among the image tokens is in the same run of h w."""
+    if not use_lse:  # a device whose kernels give none
+        monkeypatch.setattr(exact, "logsumexp", lambda call: None)
+        monkeypatch.setattr(exact, "attend", lambda call: (call.stock(), None))
+    with probe(case.model, AttentionMass(), layers=[1]) as watched:
+        run(case.model, case.inputs)
+    table = watched[AttentionMass].table().query("key == 'image'")
+    frame = torch.arange(case.frames).repeat_interleave(12)
+    same = frame[:, None] == frame[None]
+    for row, (call, of, kinds) in enumerate(samples(case, joint_paths(case)[1])):
+        mask = None if call.attn_mask is None else call.attn_mask.expand(len(call.query), *call.attn_mask.shape[1:])
+        p = reference.probabilities(
+            call.query[of : of + 1], call.key[of : of + 1], None if mask is None else mask[of : of + 1],
+            call.is_causal, call.scale,
+        )[0]  # fmt: skip
+        image = kinds == IMAGE
+        block = (p[:, image] if p.shape[-2] == len(kinds) else p)[..., image]
+        for span, chosen in (("same frame", same), ("other frames", ~same)):
+            part = table[(table["query"] == "image") & (table["span"] == span)]
+            found = part[part.groupby("head").cumcount() == row]
+            wanted = (block * chosen).sum(-1).mean(-1)
+            np.testing.assert_allclose(found["mass"], wanted, atol=2e-6)
+            assert set(found["n_key"]) == {12 if span == "same frame" else 12 * (case.frames - 1)}
+    assert set(table.query("query == 'image'")["span"]) == {"same frame", "other frames"}
+    assert set(table.query("query == 'text'")["span"]) <= {"all"}
 
 
 def test_text_maps_are_columns_of_the_explicit_softmax(case: Case) -> None:
@@ -397,6 +428,23 @@ def test_edits_compose_and_act_on_the_grid_of_every_sample(case: Case) -> None:
         return p.index_copy(2, text, space @ p[:, :, text] @ matrix.T)
 
     for number, row, queries, wanted in dense(case, path, both):
+        torch.testing.assert_close(found[number][row][:, queries].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["cogvideox", "hunyuan_video"], indirect=True)
+def test_a_blur_of_image_keys_stays_within_each_frame(case: Case) -> None:
+    path = joint_paths(case)[0]
+    edit = Blur("image", "image", layers=[0], sigma=1.0, kernel=3)
+    with outputs_of(case.model, path) as found, probe(case.model, edits=edit):
+        run(case.model, case.inputs)
+    plane = torch.kron(blur_matrix(3, taps(1.0, 3)), blur_matrix(4, taps(1.0, 3)))
+    image = (arranged(family_of(case.model).arrangement(case.inputs, case.model.config))[0].labels == IMAGE).nonzero()
+
+    def blurred(p: Tensor, text: Tensor) -> Tensor:
+        block = p[:, :, image[:, 0]].unflatten(-1, (case.frames, 12))
+        return p.index_copy(2, image[:, 0], (block @ plane.T).flatten(-2))
+
+    for number, row, queries, wanted in dense(case, path, blurred):
         torch.testing.assert_close(found[number][row][:, queries].double(), wanted, atol=1e-5, rtol=1e-5)
 
 

@@ -152,6 +152,44 @@ def test_sliders_move_with_the_keyboard(page: Any, shown: Any) -> None:
     assert "head 1, step mean. I2T of red" in text(page, "status")
 
 
+def test_a_video_has_a_slider_for_its_frames(browser: Any, tmp_path: Path) -> None:
+    """One scale of colours for all frames, and the picture of the shown one."""
+    from selenium.webdriver.common.keys import Keys
+
+    film = exploration(2, 2, (3, 4, 6), WORDS, 24)[0]
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    browser.get(explorer(film).save(tmp_path / "film.html").as_uri())
+    drawn(browser, 1)
+    click(browser, "red")
+    values = film.i2t[1, 0, 1]
+    frame, row, column = np.unravel_index(values.argmax(), values.shape)
+    assert f"at frame {frame}, row {row}, column {column}" in text(browser, "a-i2t-value")
+    assert text(browser, "frame-value") == "1 of 0 to 2" and text(browser, "picture-name") == "frame 1 of the model"
+    move(browser, "strength", Keys.END)
+    seen, shown = [], []
+    move(browser, "frame", Keys.HOME)
+    for number in range(3):
+        assert text(browser, "frame-value") == f"{number} of 0 to 2" and f"frame {number}. I2T" in text(
+            browser, "status"
+        )
+        pixels = canvas(browser, "a-i2t").astype(int)
+        tall, wide = pixels.shape[0] / 4, pixels.shape[1] / 6
+        seen.append(pixels[int(2.5 * tall), int(3.5 * wide)])
+        if number == frame:
+            top = pixels[int((row + 0.5) * tall), int((column + 0.5) * wide)]
+            assert np.abs(top - [253, 231, 37]).max() < 40
+        shown.append(browser.find_element("id", "picture").get_attribute("src"))
+        if number < 2:
+            move(browser, "frame", Keys.ARROW_RIGHT)
+    assert len(set(shown)) == 3
+    # Brighter where the map is higher, across frames: viridis' green rises with the value.
+    order = np.argsort(values[:, 2, 3])
+    assert (np.diff([seen[k][1] for k in order]) > 0).all()
+    assert browser.find_element("id", "frame").accessible_name.startswith("Frame")
+    quiet(browser)
+
+
 def test_pixels_are_the_maps_colours(page: Any, shown: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 

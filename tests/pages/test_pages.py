@@ -60,10 +60,11 @@ def test_a_notebook_shows_it_in_a_frame_and_it_can_be_saved(tmp_path: Path) -> N
         (24, 24, (64, 64), 60, 1024, 15e6),
         (57, 24, (64, 64), 14, 1024, 15e6),  # Flux.1
         (60, 24, (128, 128), 30, 1024, 15e6),
+        (60, 24, (33, 45, 80), 8, 64, 15e6),  # HunyuanVideo, without its pictures
     ],
 )
 def test_pages_stay_within_their_size_even_where_nothing_compresses(
-    layers: int, heads: int, grid: tuple[int, int], words: int, pixels: int, most: float
+    layers: int, heads: int, grid: tuple[int, ...], words: int, pixels: int, most: float
 ) -> None:
     found, fits = exploration(layers, heads, grid, [f"w{k}" for k in range(words)], pixels)
     assert len(explorer(found).html) < most
@@ -89,6 +90,17 @@ def test_an_atlas_gives_back_every_map_to_half_a_255th() -> None:
     back = tiles * np.array(found["max"])[..., None, None]
     top = maps.max((2, 3), keepdims=True)
     assert (np.abs(back - maps) <= top * (0.5 / 255 + 1e-3)).all()
+
+
+def test_frames_lie_below_each_other_under_one_maximum() -> None:
+    maps = np.random.default_rng(2).random((2, 3, 4, 5, 6)).astype(np.float32)
+    found = atlas(maps)
+    picture = np.asarray(Image.open(BytesIO(base64.b64decode(found["src"].split(",")[1]))))
+    assert picture.shape == (2 * 4 * 5, 3 * 6)
+    tiles = picture.reshape(2, 4, 5, 3, 6).transpose(0, 3, 1, 2, 4) / 255.0
+    top = maps.max((2, 3, 4))
+    np.testing.assert_allclose(found["max"], top, rtol=1e-3)
+    np.testing.assert_allclose(tiles * top[..., None, None, None], maps, atol=0.5 / 255 + 1e-6)
 
 
 def test_coarser_maps_are_means_also_at_the_edge() -> None:

@@ -9,7 +9,7 @@ from mmdit_probe.data import paper_table
 from mmdit_probe.experiments import AttentionBudget
 from mmdit_probe.experiments.attention_budget import summarise
 from mmdit_probe.plots import attention_budget, save
-from tests.tables import budget_table, by_item
+from tests.tables import budget_table, by_item, of_video
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,16 @@ def test_bars_are_the_masses_and_fill_the_row(summary):
     np.testing.assert_allclose(bars(text, "image keys")[:, 1], summary.T2I)
     np.testing.assert_allclose(bars(split, "words")[:, 1], summary.I2T_word)
     np.testing.assert_allclose(bars(split, "padding").sum(axis=1), summary.I2T)
+
+
+def test_a_videos_frames_share_the_image_bar(summary):
+    items = by_item(AttentionBudget(), of_video(budget_table(layers=8)))
+    image, text, _ = attention_budget(summarise(items[items["branch"] == "cond"])).axes
+    same, other = (bars(image, f"image keys, {of}") for of in ("same frame", "other frames"))
+    np.testing.assert_allclose(same[:, 1], summary.I2I / 3)
+    np.testing.assert_allclose(other[:, 1], summary.I2I * 2 / 3)
+    np.testing.assert_allclose(other.sum(axis=1), bars(image, "text keys")[:, 0])
+    np.testing.assert_allclose(bars(text, "image keys")[:, 1], summary.T2I)
 
 
 def test_dotted_line_is_uniform_attention(summary):

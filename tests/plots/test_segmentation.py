@@ -18,11 +18,12 @@ def table(**columns: list[str]) -> pd.DataFrame:
     """A league with one run per given setting, a ceiling and a random row."""
     count = len(next(iter(columns.values())))
     base = {"protocol": "present", "method": "seg4diff", "refine": "none", "layers": "1", "heads": "mean",
-            "sigma": "0.5", "n": 9, "miou_low": 0.2, "miou_high": 0.6}  # fmt: skip
+            "sigma": "0.5", "n": 9, "miou_low": 0.2, "miou_high": 0.6, "role": "method", "over": 0.05}  # fmt: skip
     runs = pd.DataFrame({**{name: [value] * count for name, value in base.items()}, **columns})
     runs["miou"] = np.linspace(0.3, 0.5, count)
-    marks = pd.DataFrame([{**base, "method": name, "miou": value, "layers": "", "heads": "", "sigma": ""}
-                          for name, value in (("token-grid ceiling", 0.9), ("random", 0.1))])  # fmt: skip
+    beside = {**base, "layers": "", "heads": "", "sigma": "", "over": np.nan, "role": "control"}
+    values = {"token-grid ceiling": 0.9, "random": 0.1, "seg4diff, words shifted": 0.2}
+    marks = pd.DataFrame([{**beside, "method": name, "miou": value} for name, value in values.items()])
     return pd.concat([runs, marks], ignore_index=True)
 
 
@@ -79,6 +80,8 @@ def test_heads_and_league() -> None:
     assert heads.axes[0].collections[0].get_array().shape == (2, 2)
     league = league_figure(table(method=["seg4diff", "iseg"], refine=["none", "pamr"]))
     names = [text.get_text() for text in league.axes[0].get_yticklabels()]
-    assert names == ["seg4diff", "iseg"]
+    assert names == ["seg4diff", "iseg", "random"]  # shifted words have no row of their own, but are drawn as ticks
+    ticks = np.concatenate([line.get_xdata() for line in league.axes[0].lines if line.get_color() == "#888888"])
+    assert sorted(ticks[np.isfinite(ticks)]) == pytest.approx([0.25, 0.45])  # the strongest controls of 0.3 and 0.5
     (legend,) = league.legends
     assert {"no refinement", "PAMR"} <= {text.get_text() for text in legend.get_texts()}

@@ -12,7 +12,7 @@ import torch
 from mmdit_probe import assets
 from mmdit_probe.data import Fit, SegClass
 from mmdit_probe.errors import UserError
-from mmdit_probe.segment.clip import CLIP, patch_features
+from mmdit_probe.segment.clip import CLIP, ClipInput, patch_features
 from mmdit_probe.segment.methods import find
 from mmdit_probe.segment.methods.dense_clip import _region_tokens
 from mmdit_probe.segment.record import Capture, Pass
@@ -217,7 +217,7 @@ def test_proxyclip_is_its_formula(deep: str, grid: tuple[int, int], seed: int) -
     weights = np.where(similarity < 0, 0.0, np.exp(similarity))  # the diagonal is like any other entry
     matrix = weights / weights.sum(1, keepdims=True)
     want = tower.named(tower.branch(matrix, tower.states(start)[-2]), given["text"].numpy())  # type: ignore[attr-defined]
-    method = find("proxyclip").configure({"clip": clip, "pixels": given["pixels"], "text": given["text"]})
+    method = find("proxyclip").configure({"clip": ClipInput(clip, given["text"], given["pixels"])})
     found = method(captured(grid, given["features"])).flatten(1).numpy()
     assert found.shape == (3, grid[0] * grid[1]) and np.abs(found - want).max() < 1e-4
     source = torch.from_numpy(unit).float().reshape(*grid, -1)  # another network's features
@@ -227,9 +227,11 @@ def test_proxyclip_is_its_formula(deep: str, grid: tuple[int, int], seed: int) -
 
 def test_proxyclip_rows_that_resemble_none_keep_themselves() -> None:
     """Two equal tokens: centred by 1.2 times their mean every similarity is negative."""
-    from mmdit_probe.segment.methods.dense_clip import _matrix
+    from mmdit_probe.segment.methods.dense_clip import Part, _matrix
 
-    found, grid = _matrix(captured((1, 2), [[1.0, 0.0], [1.0, 0.0]]), "features", 1.2, 3.0, (1, 2))
+    one = captured((1, 2), [[1.0, 0.0], [1.0, 0.0]])
+    part = Part(one, None, torch.zeros(3, 8, 16), (8, 16))  # type: ignore[arg-type]
+    found, grid = _matrix(part, "features", 1.2, 3.0, (1, 2))
     assert found.tolist() == [[1.0, 0.0], [0.0, 1.0]] and grid == (1, 2)
 
 
@@ -269,7 +271,7 @@ def test_corrclip_is_its_formula(deep: str, grid: tuple[int, int], seed: int, re
         token = tower.states(np.concatenate([start[:1], start]), mask)[-1][0]
         mixed[merged == region] += 0.5 * tower.norm("vision_model.post_layernorm", token)
     want = tower.named(mixed, given["text"].numpy())  # type: ignore[attr-defined]
-    method = find("corrclip").configure({"clip": clip, "pixels": given["pixels"], "text": given["text"]})
+    method = find("corrclip").configure({"clip": ClipInput(clip, given["text"], given["pixels"])})
     found = method(captured(grid, given["features"], regions=ids)).flatten(1).numpy()
     assert np.abs(found - want).max() < 1e-4
     assert len(np.unique(merged)) < len(np.unique(flat))
@@ -284,3 +286,53 @@ def test_regions_reach_the_grid_as_the_picture_does() -> None:
     found = region_map(one, (4, 4))
     assert found is not None
     assert found.tolist() == [[0, 0, 0, 0], [1, 1, 2, 2], [3, 3, 3, 3], [0, 0, 0, 0]]
+
+
+def test_windows_are_averaged_where_they_overlap(deep: str) -> None:
+    """16 x 24 pixels in windows of 16, stride 8: two of them, which share the middle 8 columns."""
+    given, clip, tower = own(deep, (2, 3), 3), CLIP.open(deep), Numpy(deep)
+    pixels, text = given["pixels"], given["text"].double()  # type: ignore[attr-defined]
+    assert isinstance(pixels, torch.Tensor)
+    logits, seen = torch.zeros(3, 16, 24, dtype=torch.float64), torch.zeros(24)
+    for left in (0, 8):
+        start = clip.hidden(pixels[:, :, left : left + 16])[0][0].double().numpy()
+        vectors = torch.from_numpy(tower.linear("visual_projection", tower.branch(np.eye(4), tower.states(start)[-2])))
+        maps = (torch.nn.functional.normalize(vectors, dim=-1) @ text.T).T.reshape(1, 3, 2, 2)
+        logits[:, :, left : left + 16] += torch.nn.functional.interpolate(maps, (16, 16), mode="bilinear")[0]
+        seen[left : left + 16] += 1
+    assert seen.tolist() == [1.0] * 8 + [2.0] * 8 + [1.0] * 8
+    # a pixel of the 2 x 3 picture is read between the fourth and fifth pixels of its 8 x 8: the mean of the four
+    centres = (logits / seen).unfold(1, 8, 8).unfold(2, 8, 8)[..., 3:5, 3:5].mean((-2, -1))
+    want = (40 * centres).softmax(0)
+    given_to = ClipInput(clip, given["text"], pixels)  # type: ignore[arg-type]
+    method = find("proxyclip").configure({"clip": given_to, "source": "identity", "side": (16, 16, 8)})
+    found = method(captured((2, 3), np.eye(6)))
+    assert found.shape == (3, 2, 3) and (found.double() - want).abs().max() < 1e-4
+    for side, told in (((16, 16, 24), "stride <= window"), ((16, 12, 8), "whole patches"), ((16, 16), "or three")):
+        with pytest.raises(UserError, match=told):
+            find("proxyclip").configure({"clip": given_to, "side": side})(captured((2, 3), np.eye(6)))
+
+
+def test_a_window_reads_the_tokens_and_the_regions_that_lie_in_it() -> None:
+    from mmdit_probe.segment.methods.dense_clip import Part
+
+    ids = np.array([[1, 2, 3], [4, 5, 6]])
+    one = captured((2, 3), np.arange(6)[:, None] == np.arange(6), regions=ids)
+    part = Part(one, None, torch.zeros(3, 16, 16), (16, 24), (0, 8))  # type: ignore[arg-type]
+    places, grid = part.tokens((2, 3))
+    assert places.tolist() == [1, 2, 4, 5] and grid == (2, 2)
+    features, out = part.features("features")
+    assert features.argmax(1).tolist() == [1, 2, 4, 5] and out == (2, 2)
+    assert part.regions((2, 2), 0.5).tolist() == [2, 3, 5, 6]
+    assert part.tokens((1, 1))[0].tolist() == [0]  # no centre lies in it: the nearest token
+    own = torch.arange(24.0).reshape(4, 6, 1).cos()
+    assert part.features(torch.cat([own, own.sin()], -1))[1] == (4, 4)
+
+
+@pytest.mark.parametrize("name", ["proxyclip", "corrclip"])
+def test_one_window_of_the_whole_picture_is_the_picture(deep: str, name: str) -> None:
+    one = worlds.capture(worlds.masks(), noise=0.05)
+    whole = find(name).configure({"clip": deep, "side": 64})
+    found, window = whole(one), whole.configure({"side": (64, 64, 64)})(one)
+    assert window.shape == (3, 64, 64)
+    assert (label(one.fit.back(found)) == label(one.fit.back(window))).mean() > 0.98  # logits, not shares, are enlarged

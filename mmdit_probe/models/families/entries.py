@@ -10,6 +10,7 @@ them and says why).
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from dataclasses import replace
 from typing import Any
@@ -241,6 +242,24 @@ def _krea2(inputs: Inputs, config: Any) -> Extent:
     return position_ids({"img_ids": inputs["position_ids"][..., text:, :]}, config)
 
 
+def _stated_size(pipeline: Any) -> tuple[int, int]:
+    """Where a pipeline's own arguments have the height and the width as defaults."""
+    known = inspect.signature(type(pipeline).__call__).parameters
+    return known["height"].default, known["width"].default
+
+
+def _sample_size(pipeline: Any) -> tuple[int, int]:
+    """CogVideoX: in the transformer's config, in latent cells."""
+    config, side = pipeline.transformer.config, pipeline.vae_scale_factor_spatial
+    return config.sample_height * side, config.sample_width * side
+
+
+def _aspect_size(pipeline: Any) -> tuple[int, int]:
+    """HunyuanVideo 1.5: the size of its own shape that has about as many pixels as a square of its target size."""
+    width, height = pipeline.default_aspect_ratio
+    return pipeline.video_processor.calculate_default_height_width(height, width, pipeline.target_size)
+
+
 _LENGTH = "max_sequence_length"
 _UNCOND_FIRST = ("uncond", "cond")
 _T5 = (stream("t5"),)
@@ -353,7 +372,7 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "cogvideox", "CogVideoXTransformer3DModel", _BLOCKS, ("text", "image"), sequence(frames_first, "text", "image"),
         timesteps=1000.0, guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH,
-        default_length=226, encoded=_TEXTS,
+        default_length=226, encoded=_TEXTS, pipelines=("CogVideoXPipeline",), video_size=_sample_size,
     ),
     Family(
         "consisid", "ConsisIDTransformer3DModel", _BLOCKS, ("text", "image"), sequence(frames_first, "text", "image"),
@@ -380,8 +399,8 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "hunyuan_video", "HunyuanVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),
         sequence(latents, "image", "text"), timesteps=1000.0, streams=_HUNYUAN_VIDEO, length_argument=_LENGTH,
-        default_length=256, encoded=("text", "pooled", "mask"),
-        template_arguments=("prompt_template",),
+        default_length=256, encoded=("text", "pooled", "mask"), pipelines=("HunyuanVideoPipeline",), distilled=True,
+        template_arguments=("prompt_template",), video_size=_stated_size,
     ),
     # transformer_hunyuan_video_framepack.py: picture embeddings are neither image nor text nor latents.
     Family(
@@ -406,6 +425,7 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "hunyuan_video15", "HunyuanVideo15Transformer3DModel", _DOUBLE, ("image", "other", "text"),
         _reordered("_2", ""), timesteps=1000.0, encoded=("text", "mask", "glyphs", "glyph mask"),
+        pipelines=("HunyuanVideo15Pipeline",), video_size=_aspect_size,
         streams=(
             _glyphs(prompts.hunyuan_video15_glyphs),
             stream(
@@ -415,10 +435,12 @@ ENTRIES: tuple[Family, ...] = (
             ),
         ),
     ),
-    # transformer_mochi.py: one attention call per sample, over its valid text.
+    # transformer_mochi.py: one attention call per sample, over its valid text. Its schedule counts from noise, 0.
     Family(
         "mochi", "MochiTransformer3DModel", _BLOCKS, ("image", "text"), packed(latents, "image", "text"),
-        timesteps=1000.0, guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH, default_length=256,
+        timesteps=1000.0, clean_timestep=1000.0, towards_image=True, pipelines=("MochiPipeline",),
+        video_size=lambda pipeline: (pipeline.default_height, pipeline.default_width),
+        guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH, default_length=256,
         encoded=_TEXTS_MASKS,
     ),
     Family(
@@ -495,7 +517,7 @@ ENTRIES: tuple[Family, ...] = (
         sequence(latents, "text", "image", text=("encoder_hidden_states", "encoder_hidden_states_t5")),
         timesteps=1000.0, guidance=_UNCOND_FIRST, encoded=_ALL_TEXTS_MASKS,
         streams=(stream("llm", wrap=chat(listed=True, add_generation_prompt=True), side="right"),),
-        length_argument=_LENGTH, default_length=256,
+        length_argument=_LENGTH, default_length=256, pipelines=("EasyAnimatePipeline",), video_size=_stated_size,
     ),
     Family(
         "joyimage_edit", "JoyImageEditTransformer3DModel", r"double_blocks\.(\d+)\.attn", ("image", "text"),
@@ -516,7 +538,7 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "motif_video", "MotifVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),
         sequence(latents, "image", "text"), timesteps=1000.0, streams=_T5, length_argument=_LENGTH,
-        default_length=512, encoded=_ALL_TEXTS_MASKS,
+        default_length=512, encoded=_ALL_TEXTS_MASKS, pipelines=("MotifVideoPipeline",), video_size=_stated_size,
     ),
     # transformer_prx.py and transformer_nucleusmoe_image.py: text tokens are keys only, so there is no T2I and no T2T.
     Family(

@@ -85,7 +85,7 @@ class Family:
     timesteps: float = 1.0
     """timestep = timesteps * sigma."""
     clean_timestep: float = 0.0
-    """The timestep of a clean image; where it is 1, timesteps = 1 - sigma."""
+    """The timestep of a clean image; where it is not 0, timestep = clean_timestep * (1 - sigma)."""
     towards_image: bool = False
     """Whether the transformer predicts x - n, the way from noise to image, and not the velocity n - x."""
     pooled_input: str = ""
@@ -125,6 +125,8 @@ class Family:
     """Whether the pipeline's default_sample_size is in pixels, and not in units of its vae_scale_factor."""
     form: Form = "latents"
     """How the transformer is given latents: see `models.latents`."""
+    video_size: Callable[[Any], tuple[int, int]] | None = None
+    """(pipeline) -> own (height, width) in pixels of the videos that it makes; None where it makes pictures."""
 
     @property
     def fixed_length(self) -> bool:
@@ -146,8 +148,19 @@ class Family:
 
     def timestep(self, sigma: Any) -> Any:
         """The timestep that the transformer gets at a noise level."""
-        return 1.0 - sigma if self.clean_timestep == 1.0 else self.timesteps * sigma
+        return self.clean_timestep * (1.0 - sigma) if self.clean_timestep else self.timesteps * sigma
 
     def sigma(self, timestep: float) -> float:
         """The noise level of a timestep as the transformer gets it."""
-        return 1.0 - timestep if self.clean_timestep == 1.0 else timestep / self.timesteps
+        return 1.0 - timestep / self.clean_timestep if self.clean_timestep else timestep / self.timesteps
+
+    def levels(self, scheduler: Any) -> list[float]:
+        """The noise level at each of a scheduler's timesteps.
+
+        One that is no rectified flow has levels by its timesteps only; Mochi's counts from noise to image.
+        """
+        known = getattr(scheduler, "sigmas", None)
+        if known is None:
+            return [self.sigma(float(timestep)) for timestep in scheduler.timesteps]
+        inverted = getattr(getattr(scheduler, "config", None), "invert_sigmas", False)
+        return [1.0 - float(sigma) if inverted else float(sigma) for sigma in known[: len(scheduler.timesteps)]]

@@ -146,8 +146,10 @@ def pick_heads(maps: Tensor, heads: Heads, layer: int) -> Tensor:
 
 
 def by_class(capture: Capture, per_query: Sequence[tuple[Query, Tensor]]) -> Tensor:
-    """Class maps [C, h, w]: the pixelwise maximum over the names of a class, from maps [I] per name."""
+    """Class maps [C, h, w]: the pixelwise maximum over the names of a class, from maps [I], or [h, w] of any size, per
+    name."""
     maps: list[list[Tensor]] = [[] for _ in capture.classes]
     for query, values in per_query:
         maps[query.of_class].append(values)
-    return torch.stack([torch.stack(of_class).amax(0) for of_class in maps]).reshape(-1, *capture.grid)
+    found = torch.stack([torch.stack(of_class).amax(0) for of_class in maps])
+    return found if found.ndim == 3 else found.reshape(-1, *capture.grid)
