@@ -182,8 +182,8 @@ class WordMaps(Filmed, Pictures):
             table.add(*cells, ", ".join(str(row[name]) for name in places))
         return [
             table,
-            "mass: mean probability of the word as key of image queries; max: its largest, at the peak on the token"
-            " grid.",
+            f"mass: mean probability of the word as key of {'image' if self.over is None else 'reference'} queries;"
+            " max: its largest, at the peak on the token grid.",
             f"{self.about(result)}.",
         ]
 
