@@ -1,19 +1,22 @@
-"""What does MAGNET gain and lose? One LoRA trained in several ways on scenes-sd3, measured on the same held-out scenes.
+"""What does MAGNET gain and lose? LoRAs trained in several ways on scenes-sd3, measured on the same held-out scenes.
 
-    python analyses/magnet_scenes.py --processes 2                       # well under an hour on two idle cores
-    python analyses/magnet_scenes.py --steps 4 --train 16 --maps 6 --prompts 2 --num-steps 3 --pilot-steps 2 \
-        --pilot-prompts 1 --rates 1e-3 --validation 4 --work /tmp/quick --out /tmp/quick/out
+    python analyses/magnet_scenes.py --processes 2                       # some hours on two cores: 3 seeds, 2 recipes
+    python analyses/magnet_scenes.py --steps 4 --long-steps 6 --seeds 2 --train 16 --maps 6 --prompts 2 --num-steps 3 \
+        --pilot-steps 2 --pilot-prompts 1 --rates 1e-3 --validation 4 --work /tmp/quick --out /tmp/quick/out
 
 Variants: `class` (token-level, class masks), `part` (head-level, part masks), `self` (token-level, the model's own
-refined maps, no annotation), and `control`: the same LoRA, pictures, steps and seeds with flow matching alone, so that
-what more training does is not taken for what mask alignment does.
+refined maps, no annotation), `released` (`class` with the published code's focal loss, which takes logits for
+probabilities), and `control`: the same LoRA, pictures, steps and seeds with flow matching alone, so that what more
+training does is not taken for what mask alignment does. Each is trained with several seeds, whose spread is in every
+interval. Recipes: `ours`, and `paper`, the paper's as it stands (`MagnetOptions`' defaults), with one longer training.
 
-What is chosen is chosen on the "val" scenes: the layer (the best of the base model), and the loss's form and rate by a
-pilot of short trainings (the highest mIoU among those whose pictures are not significantly worse than a control's of
+What is chosen is chosen on the "val" scenes: the layer (the best of the base model), and the loss's form and rate of
+our recipe by a pilot of short trainings (the highest mIoU among those whose pictures are no worse than a control's of
 the same rate). Everything reported is of "test". Each training and each measurement is a file in `--work`, under a hash
 of the options and weights: what is there is not done again, and a killed training continues.
 
-Writes tables, `examples.npz` (what figures/fig10_magnet.py draws), `settings.json` and `summary.md` into `--out`.
+Writes tables, `examples.npz` (what figures/fig10_magnet.py draws), `settings.json` and `summary.md` into `--out`, those
+of the paper's recipe into `paper` below it.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from mmdit_probe.evaluate.scores import ImageCounts, assign, histogram, matched
 from mmdit_probe.experiments import Score
 from mmdit_probe.experiments.score import REAL, scene_prompts
 from mmdit_probe.magnet import MagnetOptions, SelfLabelled, train
+from mmdit_probe.magnet.config import RECIPES
 from mmdit_probe.magnet.trainer import TrainResult
 from mmdit_probe.magnet.validation import readouts, validate
 from mmdit_probe.models.adapters import merge
@@ -51,7 +55,18 @@ from mmdit_probe.segment import Reading, discover, segment
 
 OUT = Path(__file__).parent / "results" / "magnet_scenes"
 MODEL = "scenes-sd3"
-ALIGNMENT = {CONTROL: "none", "class": "token", "part": "head", "self": "token"}
+VARIANTS: dict[str, dict[str, Any]] = {
+    CONTROL: {"alignment": "none"}, "class": {"alignment": "token"}, "part": {"alignment": "head"},
+    "self": {"alignment": "token"}, "released": {"alignment": "token", "focal": "released"},
+}  # fmt: skip
+DRAWN = (BASE, CONTROL, "class", "part", "self")
+"""Variants that figures show."""
+LONG = "class-long"
+OURS, PAPER = "ours", "paper"
+COMMON: dict[str, dict[str, Any]] = {
+    OURS: {"streams": "joint", "max_grad_norm": 1.0, "drop_prompt": 0.1}, PAPER: RECIPES["paper"],
+}  # fmt: skip
+"""Recipe -> what all its trainings share; the pilot chooses the rest of ours."""
 SHOWN = 6
 """Scenes whose label maps are kept for the figures; of the pictures, the first prompt of every category is."""
 SEED = 10_000
@@ -62,6 +77,8 @@ class Plan:
     """Every option that decides the numbers."""
 
     steps: int
+    long_steps: int
+    seeds: int
     batch: int
     train: int
     rates: tuple[float, ...]
@@ -83,6 +100,25 @@ class Plan:
         if pictures and self.precision != "float32":
             model.pipeline.to(getattr(torch, self.precision))
         return model
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training and its measurement; the base model, which is not trained, belongs to every recipe."""
+
+    recipe: str
+    variant: str
+    seed: int = 0
+
+    @property
+    def file(self) -> str:
+        return BASE if self.variant == BASE else f"{self.recipe}-{self.variant}-{self.seed}"
+
+
+def jobs(plan: Plan, recipe: str) -> list[Job]:
+    """All of a recipe, the base model first."""
+    found = [Job(recipe, BASE), *(Job(recipe, name, seed) for seed in range(plan.seeds) for name in VARIANTS)]
+    return [*found, Job(recipe, LONG)] if recipe == PAPER and plan.long_steps else found
 
 
 def once(path: Path, make: Callable[[Path], None]) -> Path:
@@ -116,8 +152,8 @@ def layer_of(work: Path) -> int:
 def fit(plan: Plan, work: Path, name: str, data: Data, steps: int, **options: Any) -> TrainResult:
     """One training, or the one that is there."""
     chosen = MagnetOptions(
-        layers=(layer_of(work),), streams="joint", steps=steps, batch=plan.batch, warmup=steps // 20, max_grad_norm=1.0,
-        drop_prompt=0.1, validate_every=max(1, steps // 4), save_every=50, **options,
+        layers=(layer_of(work),), steps=steps, batch=plan.batch, warmup=steps // 20, validate_every=max(1, steps // 4),
+        save_every=50, **options,
     )  # fmt: skip
     return train(plan.model(), data, chosen, held_out=held_out(plan), out=work / name, resume=True)
 
@@ -132,7 +168,7 @@ def pictures(plan: Plan, path: Path, name: str, lora: Path | None, count: int, s
 def pilot(plan: Plan, work: Path, name: str, options: dict[str, Any]) -> None:
     """A short training on class masks with one form of the loss, measured on val."""
     data = ScenesData("train", plan.train, "class", "mixed")
-    result = fit(plan, work, name, data, plan.pilot_steps, **options)
+    result = fit(plan, work, name, data, plan.pilot_steps, **COMMON[OURS] | options)
 
     def measured(path: Path) -> None:
         found = {
@@ -165,14 +201,17 @@ def data_of(plan: Plan, work: Path, variant: str) -> Data:
         return SelfLabelled(named, kept["labels"], True, settings)
 
 
-def variant(plan: Plan, work: Path, name: str, options: dict[str, Any]) -> None:
+def variant(plan: Plan, work: Path, job: Job, options: dict[str, Any]) -> None:
     """Train a variant (none for the base model) and measure it on test."""
-    layer, lora = layer_of(work), None
-    if name != BASE:
-        lora = fit(plan, work, name, data_of(plan, work, name), plan.steps, **options).lora
+    layer, lora, name = layer_of(work), None, job.file
+    if job.variant != BASE:
+        steps = plan.long_steps if job.variant == LONG else plan.steps
+        found = COMMON[job.recipe] | VARIANTS["class" if job.variant == LONG else job.variant] | options
+        lora = fit(plan, work, name, data_of(plan, work, job.variant), steps, **found, seed=job.seed).lora
     once(work / f"{name}-counts.npz", lambda path: save_counts(plan, path, plan.model(lora), layer))
-    once(work / f"{name}-examples.npz", lambda path: save_examples(plan, path, lora, layer))
-    once(work / f"{name}.parquet", lambda path: pictures(plan, path, name, lora, plan.prompts, "test"))
+    if job.seed == 0 and job.variant in DRAWN:
+        once(work / f"{name}-examples.npz", lambda path: save_examples(plan, path, lora, layer))
+    once(work / f"{name}.parquet", lambda path: pictures(plan, path, job.variant, lora, plan.prompts, "test"))
 
 
 def save_counts(plan: Plan, path: Path, model: MMDiT, layer: int) -> None:
@@ -250,6 +289,11 @@ def pilot_table(plan: Plan, work: Path) -> pd.DataFrame:
     return choose(pd.DataFrame(rows), {name: pd.read_parquet(work / f"{name}.parquet") for name in pilots(plan)})
 
 
+def chosen_by_pilot(plan: Plan, work: Path) -> pd.Series:
+    table = pilot_table(plan, work)
+    return table[table["chosen"]].iloc[0]
+
+
 def run(plan: Plan, work: Path, processes: int) -> None:
     """All jobs, as many at a time as there are processes."""
     began = time.perf_counter()
@@ -260,7 +304,8 @@ def run(plan: Plan, work: Path, processes: int) -> None:
             pool.submit(pilot, plan, work, name, options): name for name, options in pilots(plan).items()
         }
         left = len(waiting)
-        waiting[pool.submit(variant, plan, work, BASE, {})] = BASE
+        for job in jobs(plan, PAPER):
+            waiting[pool.submit(variant, plan, work, job, {})] = job.file
         while waiting:
             for done in wait(waiting, return_when=FIRST_COMPLETED).done:
                 name = waiting.pop(done)
@@ -269,13 +314,11 @@ def run(plan: Plan, work: Path, processes: int) -> None:
                 left -= name.startswith("pilot")
                 if left == 0:
                     left = -1
-                    table = pilot_table(plan, work)
-                    taken = table[table["chosen"]].iloc[0]
+                    taken = chosen_by_pilot(plan, work)
                     print(f"chosen on val: {taken['name']}", flush=True)
                     shared = {key: taken[key] for key in ("space", "normalise")} | {"rate": float(taken["rate"])}
-                    for of, alignment in ALIGNMENT.items():
-                        job = pool.submit(variant, plan, work, of, {"alignment": alignment, **shared})
-                        waiting[job] = of
+                    for job in jobs(plan, OURS)[1:]:
+                        waiting[pool.submit(variant, plan, work, job, shared)] = job.file
 
 
 def start() -> None:
@@ -283,28 +326,35 @@ def start() -> None:
     torch.set_num_threads(1)
 
 
-def collect(plan: Plan, work: Path, out: Path) -> None:
-    """The tables of finished jobs."""
-    counts, examples = {}, {}
-    for name in (BASE, *ALIGNMENT):
-        with np.load(work / f"{name}-counts.npz") as kept:
-            counts |= {(name, protocol): ImageCounts(*kept[protocol]) for protocol in kept.files}
-        with np.load(work / f"{name}-examples.npz") as kept:
-            examples |= {f"{name}/{key}": kept[key] for key in kept.files}
-    frames = pd.concat([pd.read_parquet(work / f"{name}.parquet") for name in (BASE, *ALIGNMENT)])
+def collect(plan: Plan, work: Path, recipe: str, out: Path) -> None:
+    """The tables of a recipe's finished jobs."""
+    counts, examples, frames = {}, {}, []
+    for job in jobs(plan, recipe):
+        with np.load(work / f"{job.file}-counts.npz") as kept:
+            counts |= {(job.variant, job.seed, protocol): ImageCounts(*kept[protocol]) for protocol in kept.files}
+        if job.seed == 0 and job.variant in DRAWN:
+            with np.load(work / f"{job.file}-examples.npz") as kept:
+                examples |= {f"{job.variant}/{key}": kept[key] for key in kept.files}
+        frames.append(pd.read_parquet(work / f"{job.file}.parquet").assign(training_seed=job.seed))
+    trained = jobs(plan, recipe)[1:]
     logs = {
-        kind: pd.concat([pd.read_csv(work / name / f"{kind}.csv").assign(variant=name) for name in ALIGNMENT])
+        kind: pd.concat(
+            [pd.read_csv(work / job.file / f"{kind}.csv").assign(variant=job.variant, seed=job.seed) for job in trained]
+        )
         for kind in ("training", "validation")
     }
     layer = json.loads((work / "layer.json").read_text())
     settings = asdict(plan) | {"model": MODEL, "weight_hash": plan.model().weight_hash, "layer": layer["layer"],
-                               "layer_miou_val": layer["miou"], "seed": SEED}  # fmt: skip
-    write(out, counts, frames, pilot_table(plan, work), logs, examples, settings)
+                               "layer_miou_val": layer["miou"], "seed": SEED, "recipe": recipe}  # fmt: skip
+    pilots_of = pilot_table(plan, work) if recipe == OURS else None
+    write(out, counts, pd.concat(frames), pilots_of, logs, examples, settings)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--long-steps", type=int, default=3000, help="of the paper's longer training; 0: none")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of every variant")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--train", type=int, default=800, help="training scenes")
     parser.add_argument("--rates", default="1e-3,3e-3", help="learning rates of the pilot")
@@ -327,7 +377,8 @@ def main() -> None:
     work = work / short_hash(asdict(plan) | {"weights": plan.model().weight_hash})
     work.mkdir(parents=True, exist_ok=True)
     run(plan, work, processes)
-    collect(plan, work, out)
+    collect(plan, work, OURS, out)
+    collect(plan, work, PAPER, out / PAPER)
     print(f"written: {out}")
 
 

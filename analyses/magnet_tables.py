@@ -17,8 +17,19 @@ import numpy as np
 import pandas as pd
 
 from mmdit_probe.evaluate.scores import ImageCounts
-from mmdit_probe.experiments.score import compare_variants
+from mmdit_probe.experiments.score import KEYS, compare_variants, margin_of
 from mmdit_probe.magnet.validation import Readout
+from mmdit_probe.results.statistics import (
+    NO_WORSE,
+    TOO_FEW,
+    UNDECIDED,
+    WORSE,
+    Interval,
+    Jackknife,
+    across_seeds,
+    jackknife,
+    judged,
+)
 
 BASE, CONTROL = "base", "control"
 PROTOCOLS: dict[Readout, str] = {
@@ -33,7 +44,7 @@ UNSUPERVISED = "unsupervised"
 SHOWN = ("facts", "all_right")
 """Metrics of the summary beside CLIPScore; generation.csv has all."""
 TARGET = 0.05
-"""Gain in mIoU (present) over the base model that was asked for."""
+"""Gain in mIoU (present) over the base model that was asked for; its interval must lie above."""
 
 HEAD = """\
 # MAGNET on scenes-sd3, measured
@@ -41,16 +52,23 @@ HEAD = """\
 Written by `python analyses/magnet_scenes.py`; every number is from the checkpoint in `mmdit_probe/assets`.
 
 Maps of layer {layer}: of {layers} layers the one whose maps name the val scenes best in the base model. {steps} steps
-of {batch} on {train} training scenes, LoRA on both streams of all layers. The loss reads {space} maps, normalisation
-{normalise}, rate {rate:g}: chosen on val by the pilot below. All that follows is of test scenes and test captions;
+of {batch} on {train} training scenes. {recipe} All that follows is of test scenes and test captions;
 pictures have {num_steps} steps, guidance {guidance:g}, {precision}, and the same seeds in every variant. `control` is
-the same LoRA trained with flow matching alone.
+the same LoRA trained with flow matching alone. Every training has {seeds} seeds, the control's the same; means are
+over seeds, and the seeds' spread is in every interval.
 """
+RECIPE = {
+    "ours": "LoRA on both streams of all layers. The loss reads {space} maps, normalisation {normalise}, rate {rate:g}:"
+            " chosen on val by the pilot below.",
+    "paper": "The paper's recipe as it stands: LoRA on the image stream of all layers, CLIP's maps before the softmax,"
+             " rate 1e-4, gradient norm 0.01; `class-long` has {long_steps} steps and one seed.",
+}  # fmt: skip
 MIOU = """
 ## mIoU on test scenes
 
-95 % intervals over images; gains are paired. *present*: the classes of the picture compete; the other readings of the
-same maps are those of the paper's Table 5. *unsupervised*: segments of the empty prompt, matched within each picture.
+95 % intervals over images and seeds; gains are paired by image and seed. *present*: the classes of the picture compete;
+the other readings of the same maps are those of the paper's Table 5. *unsupervised*: segments of the empty prompt,
+matched within each picture.
 
 | variant | protocol | n | mIoU | gain over base | gain over control |
 |-|-|-|-|-|-|
@@ -58,9 +76,9 @@ same maps are those of the paper's Table 5. *unsupervised*: segments of the empt
 PICTURES = """
 ## Generated pictures
 
-Mean, and paired difference to the control with its 95 % interval over prompts. *(worse)*: the interval lies below zero;
-of 40 differences that are nothing, one is called so. *facts*: share of the caption's facts that the scene parser reads
-in the picture.
+Mean, and paired difference to the control with its 95 % interval over prompts and seeds. *no worse*: the interval lies
+above a loss of .05 (one point of CLIPScore); *worse*: it lies below zero; else undecided. *facts*: share of the
+caption's facts that the scene parser reads in the picture.
 
 """
 PILOT = """\
@@ -77,8 +95,8 @@ val: mIoU (present), and the share of facts against a control of the same rate a
 def choose(pilots: pd.DataFrame, frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """Pilots with what their pictures lost against the control of their rate, and which one is taken.
 
-    Taken is the highest mIoU among those whose share of facts is not significantly below the control's; if all are
-    below, the one that loses least.
+    Taken is the highest mIoU among those whose share of facts is no worse than the control's; if there is none, the one
+    that loses least.
 
     Args:
         pilots: columns name, alignment, rate, miou, and space and normalise (empty for controls).
@@ -90,55 +108,99 @@ def choose(pilots: pd.DataFrame, frames: Mapping[str, pd.DataFrame]) -> pd.DataF
         control = pilots[(pilots["rate"] == row["rate"]) & (pilots["alignment"] == "none")]["name"].iloc[0]
         table = compare_variants(pd.concat([frames[name] for name in dict.fromkeys((control, own))]), control)
         facts = table[(table["variant"] == own) & (table["category"] == "all") & (table["metric"] == "facts")].iloc[0]
-        kept = ("mean", "difference", "difference_low", "difference_high", "worse")
+        kept = ("mean", "difference", "difference_low", "difference_high", "verdict")
         rows.append(row | {f"facts_{key}".replace("facts_mean", "facts"): facts[key] for key in kept})
     found = pd.DataFrame(rows)
     aligned = found[found["alignment"] != "none"]
-    harmless = aligned[~aligned["facts_worse"].astype(bool)]
+    harmless = aligned[aligned["facts_verdict"] == NO_WORSE]
     taken = harmless["miou"].idxmax() if len(harmless) else aligned["facts_difference"].idxmax()
     return found.assign(chosen=found.index == taken)
 
 
-def miou_table(counts: Mapping[tuple[str, str], ImageCounts]) -> pd.DataFrame:
-    """mIoU per variant and protocol with intervals, and paired gains over the base model and over the control."""
+def miou_table(counts: Mapping[tuple[str, int, str], ImageCounts]) -> pd.DataFrame:
+    """mIoU per variant and protocol, mean over training seeds, with intervals over images and seeds, and paired gains
+    over the base model and over the control.
+
+    Args:
+        counts: by variant, training seed (the base model has seed 0 alone) and protocol.
+    """
     rows = []
-    for (variant, protocol), own in counts.items():
-        low, high = own.interval("miou")
-        row: dict[str, object] = {"variant": variant, "protocol": protocol, "n": len(own), "miou": own.miou()}
-        row |= {"low": low, "high": high}
+    for variant, protocol in dict.fromkeys((variant, protocol) for variant, _, protocol in counts):
+        seeds = [seed for name, seed, of in counts if (name, of) == (variant, protocol)]
+        own = {seed: counts[variant, seed, protocol].leave_one_out("miou") for seed in seeds}
+        found = _over_seeds(own)
+        row: dict[str, object] = {"variant": variant, "protocol": protocol, "n": len(own[seeds[0]]) - 1}
+        row |= {"seeds": len(seeds), "miou": found.value, "low": found.low, "high": found.high}
         for other in (BASE, CONTROL):
-            gain = own.gain(counts[other, protocol])
+            of_other = {seed: counts.get((other, seed, protocol), counts[other, 0, protocol]) for seed in seeds}
+            gain = _over_seeds({seed: own[seed] - of_other[seed].leave_one_out("miou") for seed in seeds})
             row |= dict(zip((f"gain_{other}", f"gain_{other}_low", f"gain_{other}_high"), gain[:3], strict=True))
         rows.append(row)
     return pd.DataFrame(rows)
 
 
+def _over_seeds(values: Mapping[int, np.ndarray]) -> Jackknife:
+    """Of scores by seed, each of all images and then of all but one [1 + n]."""
+    mean = np.mean(list(values.values()), axis=0)
+    return across_seeds(jackknife(mean[0], mean[1:]), [of[0] for of in values.values()], len(mean) - 1)
+
+
+def generation_table(frames: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """`compare_variants` of the means over training seeds, the seeds' spread in the intervals of the differences.
+
+    Args:
+        frames: rows of `score` with the columns variant and training_seed (the base model has seed 0 alone).
+    """
+    keys = ["variant", *KEYS]
+    mean = frames.drop(columns="training_seed").groupby(keys, sort=False).mean().reset_index()
+    whole = compare_variants(mean, baseline)
+    place = ["variant", "category", "metric"]
+    seeds = {}
+    for seed in dict.fromkeys(frames["training_seed"]):
+        lone = frames[(frames["training_seed"] == seed) | (frames["variant"] == BASE)].drop(columns="training_seed")
+        if baseline in set(lone["variant"]):
+            seeds[seed] = compare_variants(lone, baseline).set_index(place)["difference"]
+    rows = []
+    for row in whole.to_dict("records"):
+        key = tuple(row[name] for name in place)
+        single = row["variant"] == BASE or baseline == row["variant"]
+        per_seed = [] if single else [of[key] for of in seeds.values() if key in of.index]
+        found = Interval(row["difference"], row["difference_low"], row["difference_high"])
+        spread = across_seeds(found, per_seed, row["prompts"])
+        told = judged(spread.low, spread.high, margin_of(row["metric"]))
+        row |= {"seeds": max(1, len(per_seed)), "difference_low": spread.low, "difference_high": spread.high}
+        rows.append(row | {"verdict": row["verdict"] if row["verdict"] == TOO_FEW else told})
+    return pd.DataFrame(rows)
+
+
 def verdict(miou: pd.DataFrame, generation: pd.DataFrame) -> list[str]:
-    """One line per aligned variant: what it gained, and where its pictures are worse than the control's."""
+    """One line per aligned variant: what it gained, and where its pictures are no worse than the control's."""
     lines = []
     present = miou[miou["protocol"] == "present"].set_index("variant")
     for variant in (name for name in present.index if name not in (BASE, CONTROL)):
         gain = present.loc[variant]
         part = generation[(generation["variant"] == variant) & (generation["metric"] == "facts")]
-        worse = list(part[part["worse"].astype(bool)]["category"])
-        reached = "reached" if gain["gain_base"] >= TARGET and not worse else "not reached"
-        lost = f"worse than the control in {', '.join(worse)}" if worse else "no category worse than the control"
+        of = {word: list(part[part["verdict"] == word]["category"]) for word in (WORSE, UNDECIDED, TOO_FEW)}
+        told = [f"{word} in {', '.join(names)}" for word, names in of.items() if names]
+        reached = "reached" if gain["gain_base_low"] >= TARGET and not told else "not reached"
         lines.append(
-            f"* `{variant}`: {100 * gain['gain_base']:+.1f} points over the base model,"
-            f" {100 * gain['gain_control']:+.1f} over the control; {lost}. Target {reached}."
+            f"* `{variant}` ({int(gain['seeds'])} seeds): {100 * gain['gain_base']:+.1f} points over the base model,"
+            f" {100 * gain['gain_control']:+.1f} over the control; facts against the control's, margin"
+            f" {margin_of('facts'):g}: {'; '.join(told) or 'no worse in every category'}. Target {reached}."
         )
     return lines
 
 
 def write(
-    out: Path, counts: Mapping[tuple[str, str], ImageCounts], frames: pd.DataFrame, pilots: pd.DataFrame,
+    out: Path, counts: Mapping[tuple[str, int, str], ImageCounts], frames: pd.DataFrame, pilots: pd.DataFrame | None,
     logs: Mapping[str, pd.DataFrame], examples: Mapping[str, Any], settings: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Write every table, `examples.npz`, `settings.json` and `summary.md`."""
+    """Write every table, `examples.npz`, `settings.json` and `summary.md`. `pilots`: None where nothing was chosen."""
     out.mkdir(parents=True, exist_ok=True)
-    miou, generation = miou_table(counts), compare_variants(frames, CONTROL)
-    over_base = compare_variants(frames, BASE)
-    tables = {"miou": miou, "generation": generation, "generation_over_base": over_base, "pilot": pilots, **logs}
+    miou, generation = miou_table(counts), generation_table(frames, CONTROL)
+    over_base = generation_table(frames, BASE)
+    tables = {"miou": miou, "generation": generation, "generation_over_base": over_base, **logs}
+    tables |= {} if pilots is None else {"pilot": pilots}
     for name, table in tables.items():
         table.to_csv(out / f"{name}.csv", index=False, float_format="%.5g")
     np.savez_compressed(out / "examples.npz", **examples)
@@ -146,11 +208,14 @@ def write(
     (out / "summary.md").write_text(summary(miou, generation, pilots, settings), encoding="utf-8")
 
 
-def summary(miou: pd.DataFrame, generation: pd.DataFrame, pilots: pd.DataFrame, settings: Mapping[str, Any]) -> str:
+def summary(
+    miou: pd.DataFrame, generation: pd.DataFrame, pilots: pd.DataFrame | None, settings: Mapping[str, Any]
+) -> str:  # fmt: skip
     """All tables for people."""
-    taken = pilots[pilots["chosen"]].iloc[0]
-    lines = [*HEAD.format(**settings | taken.to_dict(), layers=len(settings["layer_miou_val"])).splitlines(),
-             "", *verdict(miou, generation), *MIOU.splitlines()]  # fmt: skip
+    taken = {} if pilots is None else pilots[pilots["chosen"]].iloc[0].to_dict()
+    words = {"recipe": RECIPE[settings["recipe"]].format(**settings | taken), "layers": len(settings["layer_miou_val"])}
+    head = HEAD.format(**settings | words).splitlines()
+    lines = [*head, "", *verdict(miou, generation), *MIOU.splitlines()]
     for row in miou.to_dict("records"):
         gains = [interval(row[f"gain_{o}"], row[f"gain_{o}_low"], row[f"gain_{o}_high"], "+") for o in (BASE, CONTROL)]
         own = interval(row["miou"], row["low"], row["high"])
@@ -167,9 +232,12 @@ def summary(miou: pd.DataFrame, generation: pd.DataFrame, pilots: pd.DataFrame, 
             cells = []
             for row in of.set_index("category").loc[categories].to_dict("records"):
                 change = interval(row["difference"], row["difference_low"], row["difference_high"], "+")
-                cells.append(f"{row['mean']:.3f}, {change}{' (worse)' if row['worse'] else ''}")
+                told = "" if variant == CONTROL else f" ({row['verdict']})"
+                cells.append(f"{row['mean']:.3f}, {change}{told}")
             lines.append(f"| {variant} | {' | '.join(cells)} |")
         lines.append("")
+    if pilots is None:
+        return "\n".join([*lines, ""])
     lines += PILOT.format(**settings).splitlines()
     for row in pilots.fillna("").to_dict("records"):
         change = interval(row["facts_difference"], row["facts_difference_low"], row["facts_difference_high"], "+")

@@ -96,7 +96,8 @@ def ours(folder: Path, same_model: bool) -> pd.DataFrame:
         place = "layer " + alone["layers"].astype(int).astype(str)
         rows.append(long("Fig. 8", place, quantity, alone, miou, 100))
     if len(table):
-        table = table[table["world"] == "measured"]
+        shifted = table["method"].str.endswith(", words shifted")
+        table = table[(table["world"] == "measured") & ~shifted]
         refine, names = table["refine"].fillna("none"), METHODS if same_model else {}
         for source, blind in (("Table 1", False), ("Table 2", True)):
             part = table[(table["protocol"] == "unsupervised") == blind]

@@ -216,7 +216,7 @@ class ImageCounts:
 
     def score(self, name: str) -> float:
         """One of `SCORES` over all images."""
-        return float(self._scores(name)[0])
+        return float(self.leave_one_out(name)[0])
 
     def miou(self, rule: str = "union") -> float:
         """Mean IoU under a rule.
@@ -229,7 +229,7 @@ class ImageCounts:
 
     def interval(self, name: str) -> tuple[float, float]:
         """95 % interval of a score over images (`jackknife`), within 0..1; NaN with one image."""
-        scores = self._scores(name)
+        scores = self.leave_one_out(name)
         found = jackknife(scores[0], scores[1:])
         low, high = np.clip([found.low, found.high], 0, 1)
         return float(low), float(high)
@@ -238,10 +238,10 @@ class ImageCounts:
         """How much better than `other` on the same images: difference, its 95 % interval and p value, images paired."""
         if len(self) != len(other):
             raise ValueError(f"paired scores need the same images; found {len(self)} and {len(other)}")
-        differences = self._scores(name) - other._scores(name)
+        differences = self.leave_one_out(name) - other.leave_one_out(name)
         return jackknife(differences[0], differences[1:])
 
-    def _scores(self, name: str) -> NDArray[np.float64]:
+    def leave_one_out(self, name: str) -> NDArray[np.float64]:
         """A score of all images, then of all but each one [1 + n]."""
         hit, truth, found = map(_but_one, (self.hit, self.truth, self.found))
         if name == "accuracy":

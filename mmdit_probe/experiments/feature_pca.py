@@ -25,7 +25,7 @@ from mmdit_probe.experiments.options import METHOD, OUTPUT, Control, LayersAndHe
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
-from mmdit_probe.results.statistics import NOT_ABOVE, interval, measured
+from mmdit_probe.results.statistics import FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, holm, interval, measured, p_value
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -348,7 +348,8 @@ class _Kept:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per layer and kind: n and, of each score, the mean and its 95 % interval over pictures.
 
-    `beyond` and `silhouette_beyond` are the differences to the shuffled masks, paired.
+    `beyond` and `silhouette_beyond` are the differences to the shuffled masks, paired; their `p_holm` are corrected for
+    the rows of the table.
     """
     import pandas as pd
 
@@ -362,9 +363,11 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             if name in row and f"{name}_shuffled" in row:
                 difference = (part[name] - part[f"{name}_shuffled"]).dropna()
                 ends = (f"{prefix}beyond{end}" for end in ("", "_low", "_high"))
-                row |= dict(zip(ends, interval(difference), strict=True))
+                row |= dict(zip(ends, interval(difference), strict=True)) | {f"{prefix}p_holm": p_value(difference)}
         rows.append(row)
-    return pd.DataFrame(rows)
+    found = pd.DataFrame(rows)
+    corrected = {name: holm(found[name]) for name in ("p_holm", "silhouette_p_holm") if name in found}
+    return found.assign(**corrected)
 
 
 def score_table(summary: pd.DataFrame) -> TextTable:
@@ -379,10 +382,11 @@ def score_table(summary: pd.DataFrame) -> TextTable:
         cells = [str(row["layer"]), str(row["kind"]), f"{row['explained_3']:.2f}"]
         if has_classes:
             beyond = signed(row["beyond"], row["beyond_low"], row["beyond_high"])
+            lacks = TOO_FEW if row["n"] < FEWEST else NOT_ABOVE
             cells += [
                 bounded(row["class"], row["class_low"], row["class_high"]),
                 f"{row['class_shuffled']:.3f}",
-                beyond if row["beyond_low"] > 0 else f"{beyond} {NOT_ABOVE}",
+                beyond if row["beyond_low"] > 0 and row["p_holm"] <= 1 - LEVEL else f"{beyond} {lacks}",
                 f"{row['silhouette']:+.3f}",
                 f"{row['silhouette_shuffled']:+.3f}",
             ]

@@ -23,7 +23,7 @@ from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.options import INPUT, METHOD
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import NONE, interval
+from mmdit_probe.results.statistics import ALIKE, HIGHER, LOWER, NONE, TOO_FEW, holm, interval, p_value, two_sided
 from mmdit_probe.specs import Spec, layer_indices
 
 if TYPE_CHECKING:
@@ -266,18 +266,22 @@ LOCALISES, AWAY, NEITHER = "localises", "looks away", "neither"
 
 
 def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
-    """Per layer and head, over training scenes (all streams): n, auc with low and high (95 % interval), verdict:
-    "localises" if the interval lies above one half, "looks away" below it, else "neither"."""
+    """Per layer and head, over training scenes (all streams): n, auc with low and high (95 % interval), p_holm (of one
+    half, corrected for all heads), verdict: "localises" if the interval lies above one half and p_holm is at most .05,
+    "looks away" if below it, else "neither"; "too few items" below `FEWEST` scenes, and then no head is left out."""
     import pandas as pd
 
     found = []
     for (layer, head), part in rows[rows["stream"] == ALL].groupby(["layer", "head"], observed=True):
         items = part.groupby("train_item")["auc"].mean()
         auc, low, high = interval(items, kind="share")
-        verdict = LOCALISES if low > 0.5 else AWAY if high < 0.5 else NEITHER
         found.append({"layer": layer, "head": head, "n": len(items), "auc": auc, "low": low, "high": high,
-                      "verdict": verdict})  # fmt: skip
-    return pd.DataFrame(found)
+                      "p_holm": p_value(items - 0.5)})  # fmt: skip
+    heads = pd.DataFrame(found)
+    heads["p_holm"] = holm(heads["p_holm"])
+    away = heads.assign(difference=heads["auc"] - 0.5, low=heads["low"] - 0.5, high=heads["high"] - 0.5)
+    told = {HIGHER: LOCALISES, LOWER: AWAY, ALIKE: NEITHER, TOO_FEW: TOO_FEW}
+    return heads.assign(verdict=two_sided(away).map(told))
 
 
 def looking_away(heads: pd.DataFrame, count: int) -> dict[int, list[int]]:

@@ -11,9 +11,11 @@ effect that a control shows as well says that the layer is sensitive, not what i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import numpy as np
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.options import METHOD, OUTPUT, EditControl, Edited, LayersAndHeads, check_streams
@@ -32,7 +34,7 @@ from mmdit_probe.experiments.sweep import (
 )
 from mmdit_probe.experiments.text import TextTable, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import FEWEST, NONE, interval, n_for_effect
+from mmdit_probe.results.statistics import FEWEST, LEVEL, NONE, holm, interval, n_for_effect, p_value
 from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
@@ -229,9 +231,10 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns: columns layer, head, span, outcome, n, effect, low, high (mean and 95 % interval over prompts of the paired
     effect), control, control_low, control_high, beyond, beyond_low, beyond_high (edit minus control of equal size,
-    paired; the coherent one where both are there) and verdict: "beyond control" if that interval excludes 0, "as
-    control" if not, "no effect" if the effect's own interval includes 0, "too few" below `FEWEST` prompts, "" without a
-    control. The no-op has layer -1.
+    paired; the coherent one where both are there), p_holm (of that difference, corrected for the places of an outcome)
+    and verdict: "beyond control" if that interval excludes 0 and p_holm is at most .05, "as control" if not, "no
+    effect" if the effect's own interval includes 0, "too few" below `FEWEST` prompts, "" without a control. The no-op
+    has layer -1.
     """
     import pandas as pd
 
@@ -244,14 +247,16 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         for name in outcome_names(long, ROW):
             row = dict(zip(PLACE, place, strict=True)) | {"outcome": name, "n": int(edited[name].notna().sum())}
             row["effect"], row["low"], row["high"] = interval(edited[name])
-            row["verdict"] = ""
+            row["p_holm"] = float("nan")
             if len(equal):
                 row["control"], row["control_low"], row["control_high"] = interval(equal[name])
                 difference = edited[name] - equal[name].reindex(edited.index)
                 row["beyond"], row["beyond_low"], row["beyond_high"] = interval(difference)
-                row["verdict"] = _verdict(row)
+                row["p_holm"] = p_value(difference)
             rows.append(row)
     found = pd.DataFrame(rows)
+    found["p_holm"] = found.groupby("outcome")["p_holm"].transform(holm)
+    found["verdict"] = [_verdict(row) for row in found.to_dict("records")]
     order = found["outcome"].map({name: place for place, name in enumerate(MEANING)})
     return found.assign(order=order).sort_values(["order", *PLACE]).drop(columns="order").reset_index(drop=True)
 
@@ -276,12 +281,15 @@ def power(table: pd.DataFrame) -> list[str]:
     return [] if most is None else [f"Power: n = {most} would show a drop of {SMALL:g} at every place (80 %, {main})."]
 
 
-def _verdict(row: dict[str, Any]) -> str:
+def _verdict(row: Mapping[Any, Any]) -> str:
+    if row.get("beyond", np.nan) != row.get("beyond", np.nan):
+        return ""
     if row["n"] < FEWEST:
         return "too few"
     if row["low"] <= 0 <= row["high"]:
         return "no effect"
-    return "as control" if row["beyond_low"] <= 0 <= row["beyond_high"] else "beyond control"
+    beyond = row["p_holm"] <= 1 - LEVEL and not row["beyond_low"] <= 0 <= row["beyond_high"]
+    return "beyond control" if beyond else "as control"
 
 
 def effect_table(summary: pd.DataFrame) -> TextTable:

@@ -22,7 +22,7 @@ from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Sampling
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import FEWEST, defined, interval
+from mmdit_probe.results.statistics import defined, interval, no_worse
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -365,12 +365,20 @@ def export(picture: Any, folder: Path, prompt: str, number: int) -> None:
     picture.save(folder / f"{prompt}_{number:06d}.png")
 
 
+MARGINS = {"clipscore": 1.0, "": 0.05}
+"""Largest loss that does not matter: one point of CLIPScore, .05 of the scores from 0 to 1."""
+
+
+def margin_of(metric: str) -> float:
+    return next(margin for start, margin in MARGINS.items() if metric.startswith(start))
+
+
 def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Means per variant, category and metric, and paired differences to a baseline.
 
     Returns: columns variant, category ("all" for every prompt), metric, prompts (of the mean: those where the metric is
-    defined), images, mean, low, high (95 % interval of the mean), difference, difference_low, difference_high, worse
-    (the interval lies below zero, over enough prompts).
+    defined), images, mean, low, high (95 % interval of the mean), difference, difference_low, difference_high, verdict
+    (`statistics.no_worse` with `MARGINS`).
 
     Raises:
         UserError: unknown baseline, or a variant that was scored on other prompts or seeds.
@@ -392,14 +400,12 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
             for metric in metrics:
                 own, other = (t[metric].groupby(["category", "index"]).mean().to_numpy() for t in (chosen, base))
                 mean, low, high = interval(own)
-                gain, gain_low, gain_high = interval(own - other)
-                enough = len(defined(own - other)) >= FEWEST
+                gain = no_worse(own - other, margin_of(metric))
                 rows.append(
                     {
                         "variant": name, "category": category, "metric": metric, "prompts": len(defined(own)),
-                        "images": len(chosen), "mean": mean, "low": low, "high": high, "difference": gain,
-                        "difference_low": gain_low, "difference_high": gain_high,
-                        "worse": bool(enough and gain_high < 0),
+                        "images": len(chosen), "mean": mean, "low": low, "high": high, "difference": gain.mean,
+                        "difference_low": gain.low, "difference_high": gain.high, "verdict": gain.verdict,
                     }
                 )  # fmt: skip
     return pd.DataFrame(rows)

@@ -26,7 +26,17 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.scores import area_under_curve, map_quality, mean_iou
 from mmdit_probe.observe.pca import token_classes
 from mmdit_probe.observe.sinks import SinkFree, without_sinks
-from mmdit_probe.results.statistics import FEWEST, TOO_FEW, interval, measured
+from mmdit_probe.results.statistics import (
+    ALIKE,
+    HIGHER,
+    LOWER,
+    TOO_FEW,
+    holm,
+    interval,
+    measured,
+    p_value,
+    two_sided,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,8 +93,8 @@ def improvement(table: pd.DataFrame, against: str = PLAIN, of: str = CLEAN) -> p
     Args:
         table: from `map_scores`, with the column item. against, of: which maps; by default what removing sinks adds.
 
-    Returns: layer, head, score, n, before, after, difference, low, high (95 % over images), verdict: better, worse, "no
-    difference", or "too few items".
+    Returns: layer, head, score, n, before, after, difference, low, high (95 % over images), p_holm (corrected for all
+    rows of a score), verdict: better, worse, "no difference", or "too few items".
     """
     import pandas as pd
 
@@ -94,13 +104,16 @@ def improvement(table: pd.DataFrame, against: str = PLAIN, of: str = CLEAN) -> p
     for (layer, head, score), part in long.groupby(["layer", "head", "score"], sort=True, observed=True):
         wide = part.pivot(index="item", columns="maps", values="value")[[against, of]].dropna()
         difference, low, high = interval(wide[of] - wide[against])
-        verdict = TOO_FEW if len(wide) < FEWEST else "better" if low > 0 else "worse" if high < 0 else "no difference"
         rows.append(
             {"layer": layer, "head": head, "score": score, "n": len(wide), "before": float(wide[against].mean()),
-             "after": float(wide[of].mean()), "difference": difference, "low": low, "high": high, "verdict": verdict}
+             "after": float(wide[of].mean()), "difference": difference, "low": low, "high": high,
+             "p_holm": p_value(wide[of] - wide[against])}
         )  # fmt: skip
-    columns = ["layer", "head", "score", "n", "before", "after", "difference", "low", "high", "verdict"]
-    return pd.DataFrame(rows, columns=columns)
+    columns = ["layer", "head", "score", "n", "before", "after", "difference", "low", "high", "p_holm"]
+    found = pd.DataFrame(rows, columns=columns)
+    found["p_holm"] = found.groupby("score")["p_holm"].transform(holm)
+    told = {HIGHER: "better", LOWER: "worse", ALIKE: "no difference", TOO_FEW: TOO_FEW}
+    return found.assign(verdict=two_sided(found).map(told))
 
 
 def _span(tokens: TokenTable, name: str) -> list[int]:

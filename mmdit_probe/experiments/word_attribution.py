@@ -28,7 +28,7 @@ from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.observe.probe import probe
-from mmdit_probe.results.statistics import FEWEST, TOO_FEW, measured, resampled, spearman
+from mmdit_probe.results.statistics import FEWEST, LEVEL, TOO_FEW, holm, measured, resampled, spearman
 from mmdit_probe.specs import HeadSpec, Spec, layer_indices
 
 if TYPE_CHECKING:
@@ -85,11 +85,13 @@ def agreement(table: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
     """Per layer: Spearman correlation over all (word, region) pairs, 95 % BCa bootstrap interval over scenes.
 
     Returns: layer, n (scenes), rho, low, high, control, control_low, control_high, difference, difference_low,
-    difference_high, verdict. The control pairs each word's attribution with the attention of the scene's next word; the
-    difference is paired (the same scenes drawn for both). "beyond control" if both rho's and its interval lie above 0,
-    "as control" if not, "too few items" below `FEWEST` scenes.
+    difference_high, p_holm, verdict. The control pairs each word's attribution with the attention of the scene's next
+    word; the difference is paired (the same scenes drawn for both), its p value that of a normal estimate whose
+    interval is as wide, corrected for the layers (Holm). "beyond control" if rho's interval and the difference's lie
+    above 0 and p_holm is at most .05, "as control" if not, "too few items" below `FEWEST` scenes.
     """
     import pandas as pd
+    from scipy.stats import norm
 
     rows = []
     for layer, part in measured(table).groupby("layer"):
@@ -102,10 +104,13 @@ def agreement(table: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
             prefix = "" if name == "rho" else f"{name}_"
             ends = (name, f"{prefix}low", f"{prefix}high")
             row |= dict(zip(ends, resampled(partial(_rho, scenes, places), len(scenes), draws), strict=True))
-        beyond = row["low"] > 0 and row["difference_low"] > 0
-        row["verdict"] = TOO_FEW if len(scenes) < FEWEST else "beyond control" if beyond else "as control"
         rows.append(row)
-    return pd.DataFrame(rows)
+    found = pd.DataFrame(rows)
+    reach = (found["difference_high"] - found["difference_low"]) / 2
+    found["p_holm"] = holm(2 * norm.sf(1.96 * found["difference"].abs() / reach)) if len(found) else []
+    beyond = (found["low"] > 0) & (found["difference_low"] > 0) & (found["p_holm"] <= 1 - LEVEL)
+    verdict = np.where(found["n"] < FEWEST, TOO_FEW, np.where(beyond, "beyond control", "as control"))
+    return found.assign(verdict=verdict)
 
 
 def by_scene(table: pd.DataFrame) -> pd.DataFrame:

@@ -120,6 +120,32 @@ def jackknife(value: float, without: ArrayLike) -> Jackknife:
     return Jackknife(float(value), value - reach, value + reach, p)
 
 
+def across_seeds(found: Jackknife | Interval, per_seed: ArrayLike, items: int) -> Jackknife:
+    """The interval of a mean over training seeds, their spread in it beside that of the items.
+
+    Args:
+        found: of the seeds' mean, over `items` items. per_seed: what each seed gave.
+
+    Both errors are added in squares, with the degrees of freedom after Satterthwaite (1946): three seeds that differ
+    much say little, however many items there are. With one seed the interval is that of the items.
+    """
+    from scipy.stats import t
+
+    values, value, reach = defined(per_seed), found[0], (found[2] - found[1]) / 2
+    if not np.isfinite(reach) or items < 2:
+        return Jackknife(value, np.nan, np.nan, np.nan)
+    inside, between, free = reach / float(t.ppf(TAILS[1], items - 1)), 0.0, float(items - 1)
+    if len(values) > 1:
+        between = float(values.std(ddof=1)) / np.sqrt(len(values))
+    error = float(np.hypot(inside, between))
+    if error == 0:
+        return Jackknife(value, value, value, float(value == 0))
+    if len(values) > 1:
+        free = error**4 / (inside**4 / (items - 1) + between**4 / (len(values) - 1))
+    reach = float(t.ppf(TAILS[1], free)) * error
+    return Jackknife(value, value - reach, value + reach, 2 * float(t.sf(abs(value) / error, free)))
+
+
 def resampled(statistic: Callable[[NDArray[np.int64]], float], n: int, draws: int = 1000) -> Interval:
     """A statistic of n items that is no mean (a correlation, an IoU over all) with its 95 % BCa bootstrap interval.
 
@@ -173,7 +199,7 @@ def compare(table: pd.DataFrame, cell: Sequence[str], value: str = "value") -> p
                 continue
             differences = both[NONE] - both[control]
             difference, low, high = interval(differences)
-            p_values.append(_p_value(differences) if len(both) >= FEWEST else np.nan)
+            p_values.append(p_value(differences))
             rows.append(
                 dict(zip(cell, place, strict=True))
                 | {"control": control, "n": len(both), "n_undefined": len(pairs) - len(both),
@@ -195,6 +221,18 @@ def two_sided(compared: pd.DataFrame) -> pd.Series:
     sure = (compared["p_holm"] <= 1 - LEVEL) & ((compared["low"] > 0) | (compared["high"] < 0))
     found = compared["difference"].gt(0).map({True: HIGHER, False: LOWER}).where(sure, ALIKE)
     return found.where(compared["n"] >= FEWEST, TOO_FEW)
+
+
+def p_value(differences: ArrayLike) -> float:
+    """Two-sided p value of a paired t test; equal differences are certain, unless they are 0; NaN below `FEWEST`."""
+    from scipy.stats import ttest_1samp
+
+    data = defined(differences)
+    if len(data) < FEWEST:
+        return float("nan")
+    if np.ptp(data) <= EQUAL * np.abs(data).max():
+        return float(data[0] == 0)
+    return float(ttest_1samp(data, 0).pvalue)
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
@@ -231,8 +269,12 @@ def no_worse(differences: ArrayLike, margin: float) -> NonInferiority:
         raise ValueError(f"margin {margin}: expected the largest loss that does not matter, above 0")
     data = defined(differences)
     found = interval(data)
-    verdict = NO_WORSE if found.low > -margin else WORSE if found.high < 0 else UNDECIDED
-    return NonInferiority(*found, margin, TOO_FEW if len(data) < FEWEST else verdict)
+    return NonInferiority(*found, margin, TOO_FEW if len(data) < FEWEST else judged(found.low, found.high, margin))
+
+
+def judged(low: float, high: float, margin: float) -> str:
+    """The verdict of `no_worse` on an interval."""
+    return NO_WORSE if low > -margin else WORSE if high < 0 else UNDECIDED
 
 
 def n_for_effect(differences: ArrayLike, effect: float, *, power: float = 0.8, comparisons: int = 1) -> int | None:
@@ -367,16 +409,6 @@ def _means(counts: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[
     known = np.isfinite(values)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (counts @ np.where(known, values, 0)) / (counts @ known)
-
-
-def _p_value(differences: ArrayLike) -> float:
-    """Two-sided p value of a paired t test; equal differences are certain, unless they are 0."""
-    from scipy.stats import ttest_1samp
-
-    data = np.asarray(differences, float)
-    if np.ptp(data) <= EQUAL * np.abs(data).max():
-        return float(data[0] == 0)
-    return float(ttest_1samp(data, 0).pvalue)
 
 
 def _t_quantiles(data: NDArray[np.float64]) -> tuple[float, float]:

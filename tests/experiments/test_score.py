@@ -80,9 +80,9 @@ def test_pairing_sees_a_difference_that_means_alone_do_not() -> None:
     assert (row.prompts, row.images) == (40, 80)
     assert 0 < row.difference_low < 0.03 < row.difference_high < 0.05
     assert row.low < table.loc[("base", "all"), "mean"]  # unpaired, the intervals overlap
-    assert not row.worse
+    assert row.verdict != "worse"
     lower = compare_variants(frame(shift=-0.1), "base").set_index(["variant", "category"])
-    assert lower.loc[("tuned", "count"), "worse"]
+    assert lower.loc[("tuned", "count"), "verdict"] == "worse"
     assert table.loc[("base", "all"), "difference"] == 0
 
 

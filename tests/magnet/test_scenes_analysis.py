@@ -58,7 +58,7 @@ def test_the_pilot_with_the_best_maps_that_harms_no_picture_is_taken(tables: dic
     frames["probability-0.003"] = scores("probability-0.003", -0.3)
     found = tables["choose"](pilots, frames).set_index("name")
     assert found.index[found["chosen"]].tolist() == ["probability-0.001"]
-    assert found.loc["probability-0.003", "facts_worse"]
+    assert found.loc["probability-0.003", "facts_verdict"] != "no worse"
     harmful = {name: f if name.startswith("None") else scores(name, -0.3) for name, f in frames.items()}
     harmful["logit-0.001"] = scores("logit-0.001", -0.2)
     found = tables["choose"](pilots, harmful).set_index("name")
@@ -69,8 +69,10 @@ def written(tables: dict[str, Any], out: Path) -> Path:
     """An output folder in which `class` reaches the target, `part` harms colours, and `self` gains too little."""
     share = {"base": 0.5, "control": 0.51, "class": 0.6, "part": 0.6, "self": 0.52}
     protocols = [*tables["PROTOCOLS"].values(), tables["UNSUPERVISED"]]
-    of = {(name, protocol): counts(share[name]) for name in VARIANTS for protocol in protocols}
-    frames = pd.concat([scores(name, -0.3 if name == "part" else 0.0) for name in VARIANTS])
+    of = {(name, seed, protocol): counts(share[name])
+          for name in VARIANTS for seed in range(1 if name == "base" else 3) for protocol in protocols}  # fmt: skip
+    frames = pd.concat([scores(name, -0.3 if name == "part" else 0.0).assign(training_seed=seed)
+                        for name, seed, protocol in of if protocol == protocols[0]])  # fmt: skip
     pilots = tables["choose"](pilot_rows(), {name: scores(name) for name in pilot_rows()["name"]})
     examples: dict[str, Any] = {}
     for name in VARIANTS:
@@ -84,7 +86,7 @@ def written(tables: dict[str, Any], out: Path) -> Path:
         }
     settings = {"model": "scenes-sd3", "layer": 4, "layer_miou_val": [0.1, 0.2], "steps": 400, "batch": 8,
                 "train": 800, "num_steps": 28, "guidance": 7.5, "precision": "bfloat16",
-                "pilot_steps": 100}  # fmt: skip
+                "pilot_steps": 100, "seeds": 3, "recipe": "ours", "long_steps": 0}  # fmt: skip
     tables["write"](out, of, frames, pilots, {}, examples, settings)
     return out
 
@@ -92,9 +94,9 @@ def written(tables: dict[str, Any], out: Path) -> Path:
 def test_the_summary_says_who_reached_the_target(tables: dict[str, Any], tmp_path: Path) -> None:
     lines = (written(tables, tmp_path) / "summary.md").read_text().splitlines()
     verdicts = {name: next(line for line in lines if line.startswith(f"* `{name}`")) for name in VARIANTS[2:]}
-    assert "+10.0 points over the base model, +9.0 over the control" in verdicts["class"]
-    assert verdicts["class"].endswith("no category worse than the control. Target reached.")
-    assert "worse than the control in all, colour. Target not reached" in verdicts["part"]
+    assert "(3 seeds): +10.0 points over the base model, +9.0 over the control" in verdicts["class"]
+    assert verdicts["class"].endswith("no worse in every category. Target reached.")
+    assert "worse in all, colour. Target not reached." in verdicts["part"]
     assert verdicts["self"].endswith("Target not reached.")
 
 
@@ -119,3 +121,30 @@ def test_figures_and_tables(tables: dict[str, Any], tmp_path: Path, monkeypatch:
     clip = pd.read_csv(tmp_path / "out" / "scenes-sd3" / "table3_clipscore.csv")
     assert clip[clip["world"] == "measured"]["variant"].tolist() == list(VARIANTS)
     assert clip[clip["world"] == "paper"]["mean"].between(25, 29).all()
+
+
+def test_the_spread_of_the_seeds_is_in_the_interval(tables: dict[str, Any]) -> None:
+    """All images alike: what is left is the seeds' own error, t with 2 degrees of freedom."""
+    of = {("class", seed, "present"): counts(share) for seed, share in enumerate((0.5, 0.6, 0.7))}
+    of |= {("control", seed, "present"): counts(share) for seed, share in enumerate((0.4, 0.4, 0.4))}
+    row = tables["miou_table"](of | {("base", 0, "present"): counts(0.3)}).set_index("variant").loc["class"]
+    reach = 4.302652729749464 * 0.1 / np.sqrt(3)
+    assert row["seeds"] == 3 and row["miou"] == pytest.approx(0.6)
+    assert row["high"] - row["miou"] == pytest.approx(reach)
+    assert (row["gain_base"], row["gain_control"]) == pytest.approx((0.3, 0.2))
+    assert row["gain_control_low"] == pytest.approx(0.2 - reach)
+
+
+def test_pictures_of_seeds_that_differ_decide_less(tables: dict[str, Any]) -> None:
+    def table(shifts: tuple[float, ...]) -> pd.Series:
+        frames = [scores("base").assign(training_seed=0)]
+        for seed, shift in enumerate(shifts):
+            frames.append(scores("control").assign(training_seed=seed))
+            frames.append(scores("class", shift).assign(training_seed=seed))
+        found = tables["generation_table"](pd.concat(frames), "control")
+        return found.set_index(["variant", "category", "metric"]).loc["class", "colour", "facts"]
+
+    same, apart = table((-0.02, -0.02, -0.02)), table((-0.12, -0.02, 0.08))
+    assert same["difference"] == pytest.approx(apart["difference"]) == pytest.approx(-0.02)
+    assert same["verdict"] == "no worse" and apart["verdict"] == "undecided"
+    assert apart["difference_low"] == pytest.approx(-0.02 - 4.302652729749464 * 0.1 / np.sqrt(3), abs=1e-3)
