@@ -48,6 +48,8 @@ train: $(VENV)/.stamp
 bench: $(VENV)/.stamp
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/magnet_memory.py
 
 install: $(VENV)/.stamp
 

@@ -367,7 +367,10 @@ def main() -> None:
     parser.add_argument("--dtype", choices=overhead.DTYPES, default="bfloat16")
     overhead.common_options(parser, rounds=7)
     options = parser.parse_args()
+    import diffusers
+
     overhead.command_process()
+    diffusers.utils.logging.set_verbosity_error()  # a tool's remark on every call is no part of what it costs
     stem = overhead.results("peers", options.device)
     report = overhead.kept(stem, overhead.described(options.device, options.clock))
     for blocks in options.blocks or OF_BLOCKS:

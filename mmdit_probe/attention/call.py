@@ -121,7 +121,9 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
 
 
 def _autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Whether a type of device has autocast at all cannot be asked inside a graph of torch 2.11.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
 
 
 def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:
