@@ -98,7 +98,9 @@ class Watched(Observer):
     def observe(self, seen: LayerCall) -> None:
         groups = [[2] * seen.layout.counts["text"] for _ in seen.denoising.prompts]
         keys = KeyGroups.of(seen.layout, groups, seen.call.query.device)
-        masses, n_query = attention_masses(seen.call, seen.lse, keys)  # [B, H, 2, image | other | text | ...]
+        masses, n_query = attention_masses(seen.call, seen.lse, keys)
+        # [B, H, 2, image | other | text | references | frames]; by what moves them, references are "other".
+        masses[..., 1] += masses[..., 3 : keys.count].sum(-1)
         masses = masses[..., :3]
         self.seen[seen.denoising.number, seen.layer.path] = (seen.denoising, masses.double().cpu(), n_query.cpu())
 
