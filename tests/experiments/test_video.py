@@ -86,6 +86,8 @@ def test_a_word_has_a_map_per_frame(model: MMDiT, dense: np.ndarray) -> None:
         np.testing.assert_allclose(maps[word].array, columns.reshape(FRAMES, ROWS, COLUMNS), atol=2e-6)
     shown = maps["ring"].overlay()
     assert isinstance(shown, Clip) and len(shown) == 9 and shown.size == (48, 32)
+    short: Any = word_maps(model, PROMPT, num_frames=5, **QUICK)  # of which its autoencoder makes eight
+    assert short["ring"].array.shape == (2, ROWS, COLUMNS) and len(short.image) == 8 and model.num_frames == 9
     assert repr(maps["ring"]).startswith("WordMap('ring', 3 x 2 x 3 tokens") and "middle frame" in caption(maps.sheet())
     pipe = model.pipeline
     with probe(pipe, TextMaps(["ring"]), layers="0-1") as run:
