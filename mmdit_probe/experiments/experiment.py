@@ -271,6 +271,11 @@ def made_of(model: MMDiT) -> dict[str, Any]:
     return size | ({"num_frames": model.num_frames} if model.makes_videos else {})
 
 
+def read_of_videos(model: MMDiT) -> list[str]:
+    """The remark of what scores pictures: which of a video's frames it is given."""
+    return ["scores and outcomes are those of each video's middle frame"] if model.makes_videos else []
+
+
 def described(model: MMDiT) -> dict[str, Any]:
     """What a record says of a model and the machine it is on."""
     return {

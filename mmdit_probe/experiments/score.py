@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
+from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
 from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Sampling
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
+from mmdit_probe.results.clip import stills
 from mmdit_probe.results.statistics import defined, interval, no_worse
 
 if TYPE_CHECKING:
@@ -197,7 +198,9 @@ class Score(Sampling, Experiment):
             guidance=self.guidance, seed=self.seed, clip=self.clip, vqa=self.vqa, maps=self.sigmas(), n=self.n,
             split=self.split, export=None if self.export is None else str(self.export), batch=self.batch,
         )  # fmt: skip
-        return Study(model, request, tasks, "batches", facts=scheduled(model, self.num_steps), state=(jobs, scorers))
+        notes = read_of_videos(model)
+        facts = scheduled(model, self.num_steps) | {"remarks": notes}
+        return Study(model, request, tasks, "batches", facts=facts, notes=notes, state=(jobs, scorers))
 
     def measure(self, study: Study, task: Job, record: TaskRecord) -> None:
         jobs, scorers = study.state
@@ -228,7 +231,7 @@ class Score(Sampling, Experiment):
         chosen = [jobs[number] for number in task.numbers]
         seeds = [self.seed + number for number in task.numbers]
         texts = [text for _, _, text in chosen]
-        pictures = model.generate(texts, steps=self.num_steps, guidance=self.guidance, seed=seeds)
+        pictures = stills(model.generate(texts, steps=self.num_steps, guidance=self.guidance, seed=seeds))
         frame = pd.DataFrame(
             {"variant": task.variant, "category": category, "prompt": text, "index": index, "seed": seed}
             for (category, index, text), seed in zip(chosen, seeds, strict=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
+from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
 from mmdit_probe.experiments.options import (
     INPUT,
     METHOD,
@@ -143,7 +143,7 @@ class Sweep(Sampling, Filmed, Experiment):
         sampled = controls.variants(model, [name for name in chosen if name in ("random", "uniform")])
         tasks = [PromptGroup(variant, indices) for variant in sampled for indices in groups]
         notes = [note for note in [model.unknown_words_note(inputs)] if note]
-        notes += ["outcomes are those of each video's middle frame"] if model.makes_videos else []
+        notes += read_of_videos(model)
         return Study(
             model, request, tasks, "batches of images", len(plan), notes=notes, state=(inputs, plan, outcomes),
             facts=scheduled(model, self.num_steps) | {"remarks": notes},

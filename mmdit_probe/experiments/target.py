@@ -81,8 +81,6 @@ def as_model(target: Any, shown: Progress) -> MMDiT:
             model = load(target.name, **options)
         if target.max_sequence_length is not None:
             model.max_sequence_length = target.max_sequence_length
-        if target.num_frames is not None and not model.makes_videos:
-            raise UserError(f"{model.name} makes pictures, no videos: leave --num-frames out")
         model.num_frames, model.size = target.num_frames or model.num_frames, target.size
         return model
     raise UserError(

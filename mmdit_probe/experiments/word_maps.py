@@ -14,6 +14,7 @@ Not here: the observer (`observe.maps`), the page with all layers, heads and ste
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -193,14 +194,19 @@ class WordMaps(Filmed, Pictures):
 
 
 def word_maps(
-    target: Any, prompt: str | Sequence[str] | None = None, *, progress: bool = False, **options: Any
+    target: Any,
+    prompt: str | Sequence[str] | None = None,
+    *,
+    progress: bool = False,
+    num_frames: int | None = None,
+    **options: Any,
 ) -> PictureMaps | list[PictureMaps]:
     """Heat maps of a prompt's words: the maps of one picture, or a list where several prompts or pictures are asked.
 
     Args:
         target: one's own stock pipeline, an `MMDiT`, or a name: an embedded model, a diffusers folder, a hub id.
         prompt: one or several; with `image` the photo's text.
-        progress: whether to show it, on stderr.
+        progress: whether to show it, on stderr. num_frames: of a video; the model's own if None.
         options: those of `WordMaps`: words, seed, image (a file, a PIL picture, an array), images_per_prompt, layers,
             heads, steps, stream, num_steps, guidance, height, width, sigma, references (for an editing model: pictures
             or files) and over (the number of one of them: maps over it).
@@ -210,6 +216,9 @@ def word_maps(
     """
     shown = Progress(quiet=not progress)
     model = as_model(target, shown)
+    if num_frames is not None:  # of this call, and no more
+        model = copy.copy(model)
+        model.num_frames = num_frames
     experiment = WordMaps(prompt=prompt, **options)
     result = experiment.run(model, progress=shown)
     items = result.request["items"]

@@ -93,7 +93,7 @@ class MMDiT:
         name: what it was loaded as. family: the facts that apply.
         max_sequence_length: length of the text streams that have no fixed one (SD3: T5's positions). Default: the
             smaller of the tokenizer's own limit and the family's default. own_length: what it was at first.
-        num_frames: of the videos that it makes, 1 of pictures. own_frames: what it was at first.
+        num_frames: of the videos that it makes, 1 of pictures.
         size: (height, width) in pixels of what it makes where nobody says; None: the model's own.
         offload, quantize: as `load` was told; None where the pipeline came from elsewhere.
         batch: what is known of the denoising call in progress (read by `probe`); None between calls.
@@ -115,8 +115,7 @@ class MMDiT:
         self.family: Family = family_of(unwrap(pipeline.transformer))
         self.own_length = default_length(pipeline, self.family) if max_sequence_length is None else max_sequence_length
         self.max_sequence_length = self.own_length
-        self.own_frames = _own_frames(pipeline) if self.family.video_size else 1
-        self.num_frames = self.own_frames
+        self._num_frames = _own_frames(pipeline) if self.makes_videos else 1
         self.size: tuple[int, int] | None = None
         self.batch: Batch | None = None
         self.references: Sequence[Any] = ()
@@ -210,6 +209,17 @@ class MMDiT:
         """Heights and widths of pictures must be multiples of this many pixels: one token's side."""
         self.check_pictures()
         return self.latent_side * int(self.family.cell or self.transformer.config.patch_size)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of what it makes. Setting it raises a UserError of a model of pictures."""
+        return self._num_frames
+
+    @num_frames.setter
+    def num_frames(self, count: int) -> None:
+        if count != 1 and not self.makes_videos:
+            raise UserError(f"{self.name} makes pictures, no videos: leave num_frames out")
+        self._num_frames = count
 
     def token_grid(self, height: int, width: int) -> tuple[int, ...]:
         """(h, w) of the image tokens of a picture of so many pixels; (frames, h, w) of a video."""

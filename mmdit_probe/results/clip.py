@@ -73,11 +73,13 @@ class Clip:
     def times(self, count: int) -> list[int]:
         """Which of the model's `count` frames each frame of the clip is decoded from.
 
-        A causal autoencoder makes one frame of the first and r = (P - 1) / (count - 1) of every other one; where that
-        is no whole number, frames are shared out evenly.
+        A causal autoencoder makes one frame of the first and r = (P - 1) / (count - 1) of every other one. CogVideoX's
+        makes r = P / count of each where their number is even; r is even, as time is doubled, so it is one or the
+        other. Where it is neither, frames are shared out evenly.
         """
         last = len(self) - 1
-        if last and count > 1 and last % (count - 1) == 0:
+        alike = len(self) % (2 * count) == 0
+        if last and count > 1 and last % (count - 1) == 0 and not alike:
             return [math.ceil(place * (count - 1) / last) for place in range(last + 1)]
         return [place * count // (last + 1) for place in range(last + 1)]
 

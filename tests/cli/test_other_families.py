@@ -67,7 +67,7 @@ def test_word_maps_of_a_video(directories: dict[str, Path], capsys: pytest.Captu
     ("options", "told"),
     [
         (["--size", "32by48"], "expected height x width in pixels, such as 480x720"),
-        (["--num-frames", 5], "makes pictures, no videos: leave --num-frames out"),
+        (["--num-frames", 5], "makes pictures, no videos: leave num_frames out"),
     ],
 )
 def test_what_does_not_fit_is_refused(

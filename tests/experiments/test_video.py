@@ -14,7 +14,8 @@ from PIL import Image
 
 from mmdit_probe import MMDiT, TextMaps, probe, word_maps
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import AttentionBudget, Explore, Generate, Result, Segment, ValueNorms, WordMaps
+from mmdit_probe.evaluate.clipscore import ClipScorer
+from mmdit_probe.experiments import AttentionBudget, Explore, Generate, Result, Score, Segment, ValueNorms, WordMaps
 from mmdit_probe.observe.pca import PCA, Projection
 from mmdit_probe.results.clip import Clip
 from tests import tiny
@@ -86,6 +87,8 @@ def test_a_word_has_a_map_per_frame(model: MMDiT, dense: np.ndarray) -> None:
         np.testing.assert_allclose(maps[word].array, columns.reshape(FRAMES, ROWS, COLUMNS), atol=2e-6)
     shown = maps["ring"].overlay()
     assert isinstance(shown, Clip) and len(shown) == 9 and shown.size == (48, 32)
+    short: Any = word_maps(model, PROMPT, num_frames=5, **QUICK)  # of which its autoencoder makes eight
+    assert short["ring"].array.shape == (2, ROWS, COLUMNS) and len(short.image) == 8 and model.num_frames == 9
     assert repr(maps["ring"]).startswith("WordMap('ring', 3 x 2 x 3 tokens") and "middle frame" in caption(maps.sheet())
     pipe = model.pipeline
     with probe(pipe, TextMaps(["ring"]), layers="0-1") as run:
@@ -153,6 +156,19 @@ def test_generate_keeps_videos_and_scores_their_middle_frames(model: MMDiT, tmp_
     )
     change = np.sqrt(np.mean((np.asarray(edited.middle, float) - np.asarray(stock.middle, float)) ** 2)) / 255
     assert result.table["change"].tolist() == [0.0, pytest.approx(change, rel=1e-5)] and change > 0
+
+
+def test_a_score_is_that_of_the_middle_frame(model: MMDiT, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ring\n")
+    ask = Score(prompts=str(prompts), clip="scenes-clip", maps="none", images_per_prompt=1, **QUICK)
+    result = ask.run(model, progress=False)
+    assert "middle frame" in " ".join(result.data["remarks"])
+    row = result.table[result.table["prompt"] == "a red ring"].iloc[0]
+    clip = model.generate("a red ring", steps=2, guidance=1.0, seed=int(row["seed"]))[0]
+    expected = ClipScorer.load("scenes-clip")([clip.frames[4]], ["a red ring"])[0]
+    values = [value for value in row if isinstance(value, float) and value == pytest.approx(expected, abs=1e-3)]
+    assert values
 
 
 def test_value_norms_are_over_all_frames(model: MMDiT) -> None:

@@ -104,6 +104,28 @@ def test_frames_that_are_patched_together_are_one_frame_of_the_model() -> None:
     assert set(table[table["span"] == "other frames"]["n_key"]) == {4}
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "least"),
+    [("motif_video", 3, 1e-3), ("hunyuan_video15", 3, 1e-3), ("mochi", 2, 1e-3), ("cogvideox", 2, 0.2)],
+)
+@torch.no_grad()
+def test_frames_come_from_the_latent_frame_that_the_autoencoder_says(name: str, count: int, least: float) -> None:
+    """A causal autoencoder: what a latent frame changes begins where the frames made of it begin. CogVideoX's, whose
+    normalisation is over time, changes all of them a little."""
+    vae = model_of(name).pipeline.vae
+    channels = getattr(vae.config, "latent_channels", None) or vae.config.z_dim
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, channels, count, 2, 2, generator=generator)
+    before, begins = vae.decode(latents, return_dict=False)[0], []
+    for frame in range(count):
+        other = latents.clone()
+        other[:, :, frame] += 2 * torch.randn(1, channels, 2, 2, generator=generator)
+        change = (vae.decode(other, return_dict=False)[0] - before).abs().mean((0, 1, 3, 4))
+        begins.append(int((change > least * change.max()).nonzero()[0]))
+    times = Clip.of([Image.new("RGB", (4, 4))] * before.shape[2]).times(count)
+    assert [times.index(frame) for frame in range(count)] == begins
+
+
 def test_mochi_counts_from_noise() -> None:
     """genmo/mochi-1-preview: timestep 0 is noise, and the transformer predicts the way to the image."""
     model = model_of("mochi")

@@ -23,7 +23,9 @@ def clip(count: int, size: tuple[int, int] = (12, 8)) -> Clip:
         (9, 3, [0, 1, 1, 1, 1, 2, 2, 2, 2]),  # a causal autoencoder: one frame, then four of each
         (7, 2, [0, 1, 1, 1, 1, 1, 1]),  # Mochi: one, then six
         (5, 5, [0, 1, 2, 3, 4]),
-        (6, 3, [0, 0, 1, 1, 2, 2]),  # no whole number: shared out
+        (8, 2, [0, 0, 0, 0, 1, 1, 1, 1]),  # CogVideoX with an even number: four of each
+        (7, 3, [0, 1, 1, 1, 2, 2, 2]),
+        (8, 3, [0, 0, 0, 1, 1, 1, 2, 2]),  # neither: shared out
         (4, 1, [0, 0, 0, 0]),
         (1, 1, [0]),
         (1, 2, [0]),
