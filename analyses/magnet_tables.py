@@ -130,7 +130,12 @@ def miou_table(counts: Mapping[tuple[str, int, str], ImageCounts]) -> pd.DataFra
         own = {seed: counts[variant, seed, protocol].leave_one_out("miou") for seed in seeds}
         found = _over_seeds(own)
         row: dict[str, object] = {"variant": variant, "protocol": protocol, "n": len(own[seeds[0]]) - 1}
-        row |= {"seeds": len(seeds), "miou": found.value, "low": found.low, "high": found.high}
+        row |= {
+            "seeds": len(seeds),
+            "miou": found.value,
+            "low": np.clip(found.low, 0, 1),
+            "high": np.clip(found.high, 0, 1),
+        }
         for other in (BASE, CONTROL):
             of_other = {seed: counts.get((other, seed, protocol), counts[other, 0, protocol]) for seed in seeds}
             gain = _over_seeds({seed: own[seed] - of_other[seed].leave_one_out("miou") for seed in seeds})

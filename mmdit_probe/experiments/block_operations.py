@@ -144,7 +144,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
     own = gains(measured(table))
     paired = pd.concat([own, own.assign(control=STOCK, value=0.0)], ignore_index=True)
-    found = compare(paired, ["condition", "layer", "outcome"])
+    found = compare(paired, ["condition", "layer", "outcome"], family="outcome")
     return found.assign(verdict=two_sided(found))[
         ["condition", "layer", "outcome", "n", "difference", "low", "high", "p_holm", "verdict"]
     ]

@@ -128,9 +128,11 @@ class Experiment:
         return pd.DataFrame()
 
     def compare(self, result: Result) -> pd.DataFrame:
-        """The claim against each control, from `results.statistics.compare`; empty without controls."""
+        """The claim against each control, from `results.statistics.compare`, each outcome corrected on its own; empty
+        without controls."""
         scores = self.scores(result)
-        return compare(scores, cell_of(scores)) if len(scores) else scores
+        family = "outcome" if "outcome" in scores else None
+        return compare(scores, cell_of(scores), family=family) if len(scores) else scores
 
     def claim(self, result: Result) -> str:
         """What the values of `compare` say, in words."""

@@ -33,6 +33,7 @@ from mmdit_probe.experiments.sweep import (
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import NONE, interval
+from mmdit_probe.scenes.captions import STATED
 from mmdit_probe.specs import Spec, layer_indices
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 PLACE = ["layers", "scale", "control"]
 ROW = ["item", "prompt", "seed", *PLACE]
-SHARES = ("facts", "things_right", "grounds_right", "relabelled")
+SHARES = ("facts", "things_right", "grounds_right", *STATED, "relabelled")
 """Outcomes in [0, 1]."""
 SHOWN_PROMPTS = 8
 """Prompts in the contact sheet."""

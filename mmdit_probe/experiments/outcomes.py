@@ -19,6 +19,7 @@ import torch
 
 from mmdit_probe.errors import UserError, first_line
 from mmdit_probe.evaluate.clipscore import cosine
+from mmdit_probe.scenes.captions import STATED
 from mmdit_probe.segment.clip import CLIP
 
 if TYPE_CHECKING:
@@ -49,11 +50,11 @@ class Change:
 
 
 class Parser:
-    """The scenes parser: `facts` (share of the prompt's facts shown), `things_right`, `grounds_right`, and
-    `relabelled`, the share of pixels read as another class than in the unedited image. The first three are NaN,
-    undefined, for prompts that are no captions of the scenes world."""
+    """The scenes parser: `facts` (share of the prompt's facts shown), `things_right`, `grounds_right`, what is stated
+    beside its opposite (`CONTRASTS`: relation, count, colours), and `relabelled`, the share of pixels read as another
+    class than in the unedited image. All but the last are NaN, undefined, where the prompt states no such thing."""
 
-    names = ("facts", "things_right", "grounds_right", "relabelled")
+    names = ("facts", "things_right", "grounds_right", *STATED, "relabelled")
 
     def __init__(self) -> None:
         from mmdit_probe.scenes.parser import load_parser

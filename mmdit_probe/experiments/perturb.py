@@ -35,6 +35,7 @@ from mmdit_probe.experiments.sweep import (
 from mmdit_probe.experiments.text import TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import FEWEST, LEVEL, NONE, holm, interval, n_for_effect, p_value
+from mmdit_probe.scenes.captions import CONTRASTS, STATED
 from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ ALL_HEADS, ALL_SPANS = -1, "all"
 NO_OP, EDIT, CONTROL = "no-op", "edit", "control"
 PLACE = ["layer", "head", "span"]
 ROW = ["item", "prompt", "seed", "control", "condition", *PLACE]
-DRAWN = [name for name in MEANING if name not in ("grounds_right", "relabelled")]
+DRAWN = [name for name in MEANING if name not in ("grounds_right", *STATED, "relabelled")]
 """Outcomes of the figure."""
-HARM_IS_RISE = ("change", "relabelled")
+HARM_IS_RISE = ("change", "relabelled", *CONTRASTS.values())
 """Outcomes whose rise is harm; of the others it is the drop."""
 
 

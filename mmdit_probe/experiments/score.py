@@ -436,7 +436,7 @@ def variant_table(comparison: pd.DataFrame, metric: str, baseline: str) -> TextT
 
 def opposite_table(comparison: pd.DataFrame) -> TextTable:
     """What captions state beside its opposite: shares of pictures that show each, where captions state such a thing."""
-    from mmdit_probe.scenes.parser import CONTRASTS
+    from mmdit_probe.scenes.captions import CONTRASTS
 
     columns = [name for pair in CONTRASTS.items() for name in pair]
     title = "stated beside opposite: share of pictures [95 % interval over prompts]"

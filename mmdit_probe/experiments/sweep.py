@@ -33,6 +33,7 @@ from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.options import Option
 from mmdit_probe.results.clip import Clip, still, stills
 from mmdit_probe.results.statistics import NONE
+from mmdit_probe.scenes.captions import STATED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,7 +55,7 @@ EQUAL: dict[str, Literal["rotation", "noise"]] = {BUDGET: "rotation", NOISE: "no
 AGAINST_STOCK = ("change", "relabelled", "clip_i", "dino")
 """Outcomes that already compare with the unedited image; the others are reported as differences from its value."""
 
-MEANING = ("facts", "things_right", "grounds_right", "clip_t", "dino", "clip_i", "relabelled", "change")
+MEANING = ("facts", "things_right", "grounds_right", *STATED, "clip_t", "dino", "clip_i", "relabelled", "change")
 """Outcomes in the order in which they are told: what the image says of its prompt first, how far it moved last."""
 
 

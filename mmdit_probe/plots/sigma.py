@@ -33,7 +33,8 @@ def sigma_map(summary: pd.DataFrame, *, title: str = "") -> Figure:
                 for x in (x for x, verdict in enumerate(of_layer) if verdict == "higher"):
                     axes.plot(x + 0.5, y + 0.5, "o", ms=2.2, color="black", mec="white", mew=0.4)
             axes.set_title(kind)
-            figure.colorbar(shown, ax=axes, orientation="horizontal", format="%.2g", pad=0.02)
+            ticks = [-top, 0, top]  # three: numbers of several digits run into each other
+            figure.colorbar(shown, ax=axes, orientation="horizontal", format="%.2g", pad=0.02, ticks=ticks)
         for axes in panels[1:]:
             axes.set_ylabel("")
     return figure

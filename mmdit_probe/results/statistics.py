@@ -174,16 +174,19 @@ def measured(table: pd.DataFrame, control: str = NONE) -> pd.DataFrame:
     return table[table["control"] == control]
 
 
-def compare(table: pd.DataFrame, cell: Sequence[str], value: str = "value") -> pd.DataFrame:
+def compare(
+    table: pd.DataFrame, cell: Sequence[str], value: str = "value", *, family: str | None = None
+) -> pd.DataFrame:  # fmt: skip
     """The measurement minus each of its controls, paired by item.
 
     Args:
         table: columns item, control, those of `cell`, and `value`; one row for each of them.
         cell: what is compared on its own, such as ["layer"].
+        family: column of `cell` whose values are questions of their own, such as outcomes; None: the table is one.
 
     Returns: the columns of `cell`, control, n (items that have both), n_undefined (items that lack one), value,
     control_value (means), difference, low, high (as `interval`), p_holm (paired t test, by Holm's method corrected for
-    all comparisons of the table that have enough items) and verdict: "above its control" if the interval lies above 0
+    all comparisons of the family that have enough items) and verdict: "above its control" if the interval lies above 0
     and p_holm is at most .05, "not above its control" if not, "too few items" below `FEWEST`.
     """
     import pandas as pd
@@ -207,7 +210,9 @@ def compare(table: pd.DataFrame, cell: Sequence[str], value: str = "value") -> p
                    "difference": difference, "low": low, "high": high}
             )  # fmt: skip
     columns = [*cell, "control", "n", "n_undefined", "value", "control_value", "difference", "low", "high"]
-    result = pd.DataFrame(rows, columns=columns).assign(p_holm=holm(p_values))
+    result = pd.DataFrame(rows, columns=columns).assign(p_holm=np.asarray(p_values, float))
+    families = result[family] if family else pd.Series(0, result.index)
+    result["p_holm"] = result["p_holm"].groupby(families, observed=True).transform(holm)
     above = (result["low"] > 0) & (result["p_holm"] <= 1 - LEVEL)
     return result.assign(verdict=np.where(result["n"] < FEWEST, TOO_FEW, np.where(above, ABOVE, NOT_ABOVE)))
 

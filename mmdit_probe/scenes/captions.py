@@ -177,6 +177,12 @@ def parse(caption: str) -> Facts:
     return _Reader(words, caption).read()
 
 
+CONTRASTS = {"relation": "opposite_relation", "count": "wrong_count", "colours": "swapped_colours"}
+"""What a caption may state -> its opposite, by its name in `opposites`."""
+STATED = tuple(name for pair in CONTRASTS.items() for name in pair)
+"""What captions state and its opposite, one after the other."""
+
+
 def opposites(caption: str) -> dict[str, str]:
     """The caption with one thing turned round that it states; what it does not state is left out.
 

@@ -23,7 +23,7 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from mmdit_probe import assets
-from mmdit_probe.scenes.captions import RELATION_MARGIN, Facts, holds, is_caption, opposites, parse
+from mmdit_probe.scenes.captions import CONTRASTS, RELATION_MARGIN, Facts, holds, is_caption, opposites, parse
 from mmdit_probe.scenes.world import CLASSES, COLOUR_NAMES, STUFF, THINGS
 
 MIN_OBJECT = 0.012
@@ -188,8 +188,6 @@ def grounds_right(caption: str, reading: SceneReading) -> bool:
     return all(name in reading.grounds for name in parse(caption).grounds)
 
 
-CONTRASTS = {"relation": "opposite_relation", "count": "wrong_count", "colours": "swapped_colours"}
-"""What a caption may state -> its opposite."""
 SCORES = ("facts", "all_right", "things_right", "grounds_right", *(name for pair in CONTRASTS.items() for name in pair))
 """Names of what `judge` says."""
 

@@ -14,7 +14,7 @@ from PIL import Image
 from mmdit_probe import load
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.outcomes import Clip, Dino
+from mmdit_probe.experiments.outcomes import Clip, Dino, Parser
 from mmdit_probe.results import read_table
 from mmdit_probe.results.selection import LayerSelection
 from tests import tiny
@@ -134,3 +134,25 @@ def test_commands_measure_them(
         main(["perturb", *shared, "--layers", "1"])
     assert stopped.value.code == 2
     assert "leave --layers and --heads out" in capfd.readouterr().err
+
+
+def test_what_is_stated_stands_beside_its_opposite() -> None:
+    """True pictures, and pictures of the swapped caption: read by the parser, right and opposite change places."""
+    from mmdit_probe.scenes import scene
+    from mmdit_probe.scenes.captions import describe, opposites
+
+    items = [item for item in (scene("val", index) for index in range(60)) if len(item.objects) == 2]
+    pairs = [(item, describe(item, "complex")) for item in items]
+    pairs = [(item, text) for item, text in pairs if "swapped_colours" in opposites(text)][:6]
+    images = [Image.fromarray(item.image) for item, _ in pairs]
+    parser, texts = Parser(), [text for _, text in pairs]
+    stated, turned = (
+        parser(texts, images, images),
+        parser([opposites(t)["swapped_colours"] for t in texts], images, images),
+    )
+    assert set(stated) == set(parser.names) >= {"relation", "opposite_relation", "count", "wrong_count"}
+    assert stated["colours"].mean() > 0.8 and stated["swapped_colours"].mean() < 0.2
+    assert np.array_equal(stated["colours"], turned["swapped_colours"])
+    assert np.array_equal(stated["swapped_colours"], turned["colours"])
+    plain = parser(["a ring on grass"], images[:1], images[:1])
+    assert all(np.isnan(plain[name][0]) for name in ("relation", "wrong_count", "colours"))

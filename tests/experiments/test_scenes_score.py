@@ -6,8 +6,8 @@ import pytest
 from mmdit_probe import load
 from mmdit_probe.experiments.score import Score, opposite_table, scene_prompts
 from mmdit_probe.results import read_table
-from mmdit_probe.scenes.captions import opposites
-from mmdit_probe.scenes.parser import CONTRASTS, SCORES
+from mmdit_probe.scenes.captions import CONTRASTS, opposites
+from mmdit_probe.scenes.parser import SCORES
 
 
 @pytest.fixture(scope="module")

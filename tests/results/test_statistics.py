@@ -106,6 +106,13 @@ def test_many_comparisons_are_corrected() -> None:
     assert strong["verdict"][0] == ABOVE
 
 
+def test_outcomes_are_families_of_their_own() -> None:
+    rows = pd.concat([table({0: spread(0.8)}).assign(outcome=name) for name in "abcdef"])
+    together, apart = (compare(rows, ["layer", "outcome"], family=family) for family in (None, "outcome"))
+    assert together["p_holm"][0] == pytest.approx(6 * apart["p_holm"][0])
+    assert set(together["verdict"]) == {NOT_ABOVE} and set(apart["verdict"]) == {ABOVE}
+
+
 def test_too_few_items_and_undefined_ones() -> None:
     values = [*spread(5, FEWEST), np.nan]
     (row,) = compare(table({0: values}), ["layer"]).to_dict("records")
