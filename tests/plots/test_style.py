@@ -27,7 +27,8 @@ def league(protocols: tuple[str, ...], orders: list[list[str]]) -> pd.DataFrame:
             middle = 0.97 - 0.2 * place
             rows.append(
                 {"protocol": protocol, "method": method, "refine": "none", "layers": "3", "heads": "mean", "n": 9,
-                 "sigma": "0.5", "miou": middle, "miou_low": middle - 0.3, "miou_high": middle + 0.1}
+                 "sigma": "0.5", "miou": middle, "miou_low": middle - 0.3, "miou_high": middle + 0.1,
+                 "role": "method", "over": 0.1}
             )  # fmt: skip
     return pd.DataFrame(rows)
 
