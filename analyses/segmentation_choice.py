@@ -32,7 +32,7 @@ from mmdit_probe import load
 from mmdit_probe.data import dataset as read_dataset
 from mmdit_probe.evaluate.captures import Captures
 from mmdit_probe.evaluate.league import league
-from mmdit_probe.evaluate.plan import CEILING, KEYS, Entry, Plan
+from mmdit_probe.evaluate.plan import CEILING, KEYS, Comparison, Entry, Plan
 from mmdit_probe.evaluate.scores import ImageCounts
 from mmdit_probe.results import RunFolder
 from mmdit_probe.results.selection import LayerSelection
@@ -101,11 +101,11 @@ class Bench:
     def run(self, entries: Sequence[tuple[str, Entry]], seeds: int = 1) -> tuple[pd.DataFrame, dict[str, ImageCounts]]:
         """The league of labelled entries, and their counts by label."""
         dataset, facts = read_dataset(self.split, self.count), self.captures.facts
-        plan = Plan.of(dataset, ["seg4diff"], layer_count=facts["layers"], head_count=facts["heads"],
-                       reading=Reading(seeds=tuple(range(seeds))))  # fmt: skip
+        plan = Plan.of(dataset, Comparison(["seg4diff"]), Reading(seeds=tuple(range(seeds))),
+                       layer_count=facts["layers"], head_count=facts["heads"])  # fmt: skip
         renamed = [replace(entry, method=replace(entry.method, name=label)) for label, entry in entries]
         plan = replace(plan, entries=tuple(renamed))
-        counts = pd.concat([pd.DataFrame(plan.rows(self.captures, i)) for i in range(self.count)], ignore_index=True)
+        counts = pd.concat(map(pd.DataFrame, plan.rows(self.captures, range(self.count))), ignore_index=True)
         table = league(counts, len(dataset.classes))
         groups = {str(key): part for key, part in counts.groupby("method", observed=True)}
         return table, {key: ImageCounts.from_table(part, len(dataset.classes)) for key, part in groups.items()}

@@ -351,9 +351,7 @@ def first_line(error: BaseException) -> str:
 
 def work(name: str, task: Task, file: Path) -> None:
     """One part in this process: a line in the file for every row."""
-    from mmdit_probe.attention import tiles
 
-    tiles.BFLOAT16_UNITS = True  # as in a command, which owns its process
     with file.open("w", encoding="utf-8") as lines:
         for row in globals()[name](task):
             lines.write(json.dumps(row) + "\n")

@@ -311,9 +311,7 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true", help="print only")
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    from mmdit_probe.attention import tiles
 
-    tiles.BFLOAT16_UNITS = True  # as in a command, which owns its process
     cases, dtypes = options.case or list(CASES), options.dtype or list(DTYPES)
     if options.worker:
         print(json.dumps(peak_of_this_process(cases[0], dtypes[0], options.device, options.worker)))

@@ -331,10 +331,6 @@ def main() -> None:
 
     import torch
 
-    from mmdit_probe.attention import tiles
-
-    tiles.BFLOAT16_UNITS = True  # as in a command, which owns its process
-
     stem = results("scaling", options.device)
     report: dict[str, Any] = {
         "machine": machine(options.device)[0], "torch": torch.__version__, "threads": torch.get_num_threads(),

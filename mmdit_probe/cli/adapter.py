@@ -91,7 +91,7 @@ def named(session: Session) -> Named:
     """The model of a session."""
     names = ("device", "dtype", "lora", "offload", "quantize")
     options = {name: getattr(session, name) for name in names} | {"t5": not session.no_t5}
-    return Named(session.model, options, session.max_sequence_length, owns_process=True)
+    return Named(session.model, options, session.max_sequence_length)
 
 
 def _stated(context: typer.Context, name: str) -> bool:

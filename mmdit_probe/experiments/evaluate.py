@@ -10,8 +10,8 @@ Rows of different protocols must not be ranked against each other. Not here: whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -22,7 +22,16 @@ from mmdit_probe.experiments.presets import AS_WORD, PAPER_LENGTH, PRESETS, Pres
 from mmdit_probe.experiments.reading import FIT, SIGMA, Network, Reads, check_streams_read
 from mmdit_probe.experiments.text import TextTable, share, signed
 from mmdit_probe.options import Option
-from mmdit_probe.segment.settings import BLIND, NAMED, STEPS, Background, check_method, parse_option, parse_steps
+from mmdit_probe.segment.settings import (
+    BLIND,
+    NAMED,
+    STEPS,
+    Background,
+    check_method,
+    parse_batch,
+    parse_option,
+    parse_steps,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,11 +57,12 @@ Words = str | Sequence[str]
 
 @dataclass
 class _State:
-    """What `measure` needs: the plan, its captures, and the tagger of the protocol "predicted"."""
+    """What `measure` needs: the plan, its captures, the tagger of the protocol "predicted", and the counts to come."""
 
     plan: Plan
     captures: Captures
     tagging: Any
+    counts: Iterator[dict[str, Any]] = field(default_factory=lambda: iter(()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +144,11 @@ class Evaluate(Reads, Experiment):
         float | None,
         Option("Threshold of the tagger, 0 or less, in place of one chosen on --tag-split.", max=0, panel=METHOD),
     ] = None
+    batch: Annotated[
+        str | int,
+        Option("Rows of a forward, of several images and prompts: auto (what a GPU's memory holds, what is fastest on a"
+               " CPU) or a number. Scores do not depend on it.", values=("auto",), panel=METHOD),
+    ] = "auto"  # fmt: skip
     cache: Annotated[
         Path | None, Option("Keep captured forwards here, so that methods re-run without the model.", panel=OUTPUT)
     ] = None
@@ -148,6 +163,7 @@ class Evaluate(Reads, Experiment):
         for steps in self.refinements:
             parse_steps(steps)
         Background.parse(self.background or "none")
+        parse_batch(self.batch)
         for name in self.values():
             if name not in self.methods:
                 raise unknown("method with options", name, self.methods)
@@ -237,11 +253,11 @@ class Evaluate(Reads, Experiment):
         from mmdit_probe.evaluate.captures import Captures
         from mmdit_probe.experiments.target import Named, as_model, named
 
-        target = named(target)
+        target, rows = named(target), parse_batch(self.batch)
         if isinstance(target, Named):
             target = self._with_text(target)
             text = target.text
-            captures = Captures(lambda: as_model(target, shown), target.full_name, self.cache, text)
+            captures = Captures(lambda: as_model(target, shown), target.full_name, self.cache, text, rows)
             if target.options.get("lora") is not None:
                 _ = captures.model  # its folder may hold other weights than when the cache was made: compare now
         else:
@@ -249,7 +265,7 @@ class Evaluate(Reads, Experiment):
             text = text_of(model)
             if self.how.paper_text and hasattr(model.pipeline, "text_encoder_3") and not text.get("no_t5"):
                 raise UserError(f"--preset {self.preset} reads text without T5: load the model with t5=False")
-            captures = Captures(lambda: model, model.name, self.cache, text)
+            captures = Captures(lambda: model, model.name, self.cache, text, rows)
         for options in self.values().values():
             check_streams_read(options, "no_t5" in text)
         return captures
@@ -269,7 +285,7 @@ class Evaluate(Reads, Experiment):
         return {"model": model.facts}
 
     def prepare(self, model: Captures, inputs: tuple[Dataset, Mapping[str, Sequence[str]] | None]) -> Study:
-        from mmdit_probe.evaluate.plan import Plan
+        from mmdit_probe.evaluate.plan import Comparison, Plan
         from mmdit_probe.evaluate.tagger import Tagging
 
         (data, tags), facts, how = inputs, model.facts, self.how
@@ -286,14 +302,14 @@ class Evaluate(Reads, Experiment):
             "seeds": list(reading.seeds), "fit": reading.fit, "size": plain(reading.size), "tags": tags,
             "tagger": tagger, "by_rows": self.matching == "row",
         }  # fmt: skip
-        plan = Plan.of(
-            data, self.methods, layer_count=network.layers, head_count=network.heads, reading=reading,
-            protocols=self.protocols, refine=self.refinements, options=self.values(), background=rule, heads=heads,
-            sweep=self.sweep, tags=tags if tagger is None else {}, by_rows=self.matching == "row",
+        tagging = None if tagger is None else Tagging.of(data, **tagger)
+        compared = Comparison(
+            self.methods, self.values(), self.protocols, self.refinements, rule, heads, self.sweep,
+            tags if tagging is None else tagging, self.matching == "row",
         )  # fmt: skip
+        plan = Plan.of(data, compared, reading, layer_count=network.layers, head_count=network.heads)
         notes += [data.note] if data.note else []
         notes += [f"preset {self.preset} ({how.source}): {how.differs}"] if how.differs else []
-        tagging = None if tagger is None else Tagging.of(data, **tagger)
         if tagging is not None and tagging.split is not None:
             notes.append(f"the tagger's threshold is chosen on {len(tagging.split)} images of {tagger['split']}")  # type: ignore[index]
         said = {
@@ -304,14 +320,15 @@ class Evaluate(Reads, Experiment):
         tasks = range(len(data.samples))
         return Study(model, request, tasks, facts=said, unit="images", notes=notes, state=_State(plan, model, tagging))
 
+    def begin(self, study: Study, tasks: Sequence[int]) -> None:
+        study.state.counts = study.state.plan.rows(study.state.captures, tasks)
+
     def measure(self, study: Study, task: int, record: TaskRecord) -> None:
         state: _State = study.state
-        plan, sample = state.plan, state.plan.dataset.samples[task]
+        counts = next(state.counts)
         if state.tagging is not None:
-            tags = state.tagging.tags(sample)
-            plan = replace(plan, tags={sample.name: tags})
-            record.write(TAGS, {"tag": tags}, image=task)
-        record.write("counts", plan.rows(state.captures, task))
+            record.write(TAGS, {"tag": state.tagging[state.plan.dataset.samples[task].name]}, image=task)
+        record.write("counts", counts)
 
     def finish(self, study: Study, store: Store) -> None:
         if study.state.tagging is not None:

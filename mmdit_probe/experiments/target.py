@@ -22,7 +22,6 @@ class Named:
     Attributes:
         name: embedded model, diffusers folder or hub id. options: what `load` is told of it.
         max_sequence_length: of the text encoder without a length of its own; None: the model's default.
-        owns_process: nothing else runs in this process, so that process-wide switches may be set (a command).
 
     Raises:
         UserError: no such model, device or precision, as far as that is known without torch.
@@ -31,7 +30,6 @@ class Named:
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
     max_sequence_length: int | None = None
-    owns_process: bool = False
 
     def __post_init__(self) -> None:
         source_of(self.name)
@@ -59,7 +57,6 @@ def as_model(target: Any, shown: Progress) -> MMDiT:
     Raises:
         UserError: it is none, or the name is unknown.
     """
-    from mmdit_probe.attention import tiles
     from mmdit_probe.models.load import load
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.results import processes
@@ -70,8 +67,6 @@ def as_model(target: Any, shown: Progress) -> MMDiT:
         return MMDiT(target)
     target = named(target)
     if isinstance(target, Named):
-        if target.owns_process:
-            tiles.BFLOAT16_UNITS = True
         options = dict(target.options)
         options["device"] = processes.local_device(str(options.get("device", "auto")))
         with shown.waiting(f"loading {target.name} ..."):

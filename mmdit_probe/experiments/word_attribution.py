@@ -45,7 +45,6 @@ TARGETS: tuple[Target, ...] = ("loss", "mass")
 def attribute(
     model: MMDiT, items: Sequence[Scene], *, method: Method = "ablation", target: Target = "loss", sigma: float = 0.7,
     seed: int = 0, steps: int = 16, layers: Spec = "all", heads: HeadSpec = "all", edits: Sequence[Any] = (),
-    advance: Callable[[], None] = lambda: None,
 ) -> pd.DataFrame:  # fmt: skip
     """Attribution and attention of every (word, region) of every scene.
 
@@ -77,7 +76,6 @@ def attribute(
         if len(item.class_names) > 1:
             scene = _SceneTargets(model, item, sigma, seed + index, chosen, heads, edits)
             parts.append(scene.table(method, target, steps).assign(item=index))
-        advance()
     if not parts:
         raise UserError("no scene has two classes; attribution compares words")
     return pd.concat(parts, ignore_index=True)
