@@ -180,7 +180,7 @@ class Experiment:
         from mmdit_probe.experiments.target import knows_scenes, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
-        target = named(target)
+        target = named(target, self)
         inputs = self.gather(knows_scenes(target))
         model = self.load(target, shown)
         study = self.prepare(model, inputs)
