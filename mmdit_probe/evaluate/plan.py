@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.labels import IGNORE
@@ -369,14 +368,21 @@ class _Rows:
 
 
 def _shares(truth: NDArray[np.integer], ids: Sequence[int], record: Capture) -> Tensor:
-    """Share of each class in each token [K, h, w]."""
-    shares = torch.stack([torch.from_numpy(truth == i).float() for i in ids])
+    """Share of each class in each token [K, h, w]: pooled to the network's input, then to its grid."""
     top, left, bottom, right = (round(edge) for edge in record.fit.source)
     up, across, down, over = record.fit.target
-    canvas = torch.zeros(len(ids), *record.fit.size)
-    part = shares[None, :, top:bottom, left:right]
-    canvas[:, up:down, across:over] = F.adaptive_avg_pool2d(part, (down - up, over - across))[0]
-    return F.adaptive_avg_pool2d(canvas, record.grid)
+    (height, width), (rows, columns) = record.fit.size, record.grid
+    below = _pooling(height, rows)[:, up:down] @ _pooling(bottom - top, down - up)
+    beside = _pooling(width, columns)[:, across:over] @ _pooling(right - left, over - across)
+    shown = torch.from_numpy(truth[top:bottom, left:right])
+    return torch.stack([below @ (shown == i).float() @ beside.T for i in ids])
+
+
+def _pooling(count: int, bins: int) -> Tensor:
+    """The means of adaptive average pooling as a matrix [bins, count]: both of its axes are linear and separate."""
+    places, first = torch.arange(count), torch.arange(bins)[:, None]
+    inside = (places >= first * count // bins) & (places < -((first + 1) * count // -bins))
+    return inside / inside.sum(1, keepdim=True)
 
 
 def _keys(entry: Entry) -> tuple[str, ...]:

@@ -13,20 +13,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from mmdit_probe.cli.app import main
-from mmdit_probe.data import dataset
+from mmdit_probe.data import Fit, dataset
 from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.captures import Captures
 from mmdit_probe.evaluate.league import league
-from mmdit_probe.evaluate.plan import COLUMNS, Comparison, Plan
+from mmdit_probe.evaluate.plan import COLUMNS, Comparison, Plan, _shares
 from mmdit_probe.evaluate.scores import matched_by_rows
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table
 from mmdit_probe.results.processes import alone_under_launcher
 from mmdit_probe.segment.capture import Request
-from mmdit_probe.segment.record import Reading
+from mmdit_probe.segment.record import Capture, Reading
 
 NAMES = ("red", "ring", "cat", "background")
 
@@ -286,3 +287,18 @@ def test_two_processes_give_the_table_of_one(root: Path, tiny_directory: Path, t
     tables = [read_table(tmp_path / name / "counts.parquet") for name in ("one", "two")]
     pd.testing.assert_frame_equal(*tables)
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+
+
+@pytest.mark.parametrize("how", ["squash", "letterbox", "crop", "aspect"])
+@pytest.mark.parametrize("size", [(64, 64), (75, 100), (140, 60)])
+def test_shares_of_tokens_are_those_of_torchs_pooling(how: str, size: tuple[int, int]) -> None:
+    truth, ids = np.random.default_rng(0).integers(0, 4, size), [0, 1, 3]
+    fit = Fit.of(size, (96, 96), 16, how)
+    grid = (fit.size[0] // 16, fit.size[1] // 16)
+    top, left, bottom, right = (round(edge) for edge in fit.source)
+    up, across, down, over = fit.target
+    canvas = torch.zeros(3, *fit.size)
+    masks = torch.from_numpy(np.stack([truth[top:bottom, left:right] == i for i in ids])).float()
+    canvas[:, up:down, across:over] = torch.nn.functional.adaptive_avg_pool2d(masks, (down - up, over - across))
+    want = torch.nn.functional.adaptive_avg_pool2d(canvas, grid)
+    assert torch.allclose(_shares(truth, ids, Capture(None, fit, grid, [], [], (), ())), want, atol=1e-5)
