@@ -105,7 +105,7 @@ class Bench:
         plan = Plan.of(dataset, ["seg4diff"], (facts["layers"], facts["heads"]), reading=reading)
         renamed = [replace(entry, method=replace(entry.method, name=label)) for label, entry in entries]
         plan = replace(plan, entries=tuple(renamed), controls=False)
-        counts = pd.concat([pd.DataFrame(plan.rows(self.captures, i)) for i in range(self.count)], ignore_index=True)
+        counts = pd.concat(map(pd.DataFrame, plan.rows(self.captures, range(self.count))), ignore_index=True)
         table = league(counts, len(dataset.classes))
         groups = {str(key): part for key, part in counts.groupby("method", observed=True)}
         return table, {key: ImageCounts.from_table(part, len(dataset.classes)) for key, part in groups.items()}

@@ -380,9 +380,6 @@ def first_line(error: BaseException) -> str:
 
 def work(name: str, task: Task, out: Path) -> None:
     """One part in this process: a line in the file for every row."""
-    import overhead
-
-    overhead.command_process()
     with (out / "rows.jsonl").open("a", encoding="utf-8") as lines:
         try:
             for row in globals()[name](task):

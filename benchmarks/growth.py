@@ -203,7 +203,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="runs of each command")
     overhead.common_options(parser, rounds=7)
     options = parser.parse_args()
-    overhead.command_process()
     stem = overhead.results("growth", options.device)
     report = overhead.kept(stem, overhead.described(options.device, options.clock))
     for axis in options.axis or (*FORWARD, *COMMANDS):

@@ -334,13 +334,6 @@ def markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def command_process() -> None:
-    """This process as a command's: its own, so that the kernels' processor state may be set."""
-    from mmdit_probe.attention import tiles
-
-    tiles.BFLOAT16_UNITS = True
-
-
 def common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     """The options that all benchmarks of ratios have."""
     parser.add_argument("--device", default="cpu")
@@ -355,7 +348,6 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
     common_options(parser, rounds=9)
     options = parser.parse_args()
-    command_process()
     stem = results("overhead", options.device)
     report = kept(stem, described(options.device, options.clock))
     for dtype in options.dtype or DTYPES:

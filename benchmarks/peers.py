@@ -369,7 +369,6 @@ def main() -> None:
     options = parser.parse_args()
     import diffusers
 
-    overhead.command_process()
     diffusers.utils.logging.set_verbosity_error()  # a tool's remark on every call is no part of what it costs
     stem = overhead.results("peers", options.device)
     report = overhead.kept(stem, overhead.described(options.device, options.clock))

@@ -247,7 +247,6 @@ def main() -> None:
     parser.add_argument("--dtype", choices=overhead.DTYPES, default="bfloat16")
     overhead.common_options(parser, rounds=9)
     options = parser.parse_args()
-    overhead.command_process()
     stem = overhead.results("scaling", options.device)
     report = overhead.kept(stem, overhead.described(options.device, options.clock))
     for blocks in options.blocks or BLOCKS:

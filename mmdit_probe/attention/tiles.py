@@ -14,6 +14,7 @@ last key, cut off by whoever reduces: `values[..., :K]`. Nothing here is differe
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -29,10 +30,8 @@ CHUNK_ELEMENTS = {"cpu": 3 << 17, "cuda": 1 << 24}
 """Probabilities held at once: on a CPU per thread, 1.5 MiB of float32, which stays in a core's second-level cache; on a
 GPU in all, enough to fill it."""
 
-BFLOAT16_UNITS = False
-"""Whether a CPU multiplies upcast bfloat16 values on its bfloat16 units. Torch's switch for that is process-wide: it is
-on during those products alone, but a float32 product of another thread at that moment would be rounded. So only a
-program that owns its process sets this, as the command line does; in a library's user's process it is off."""
+IDLE_THREADS = ("tqdm", "ipykernel", "IPython", "IOPub", "Control")
+"""Threads that multiply nothing, by their name or their class's package: of progress bars and of notebooks."""
 
 ALIGNED = 16
 """Keys per block are a multiple of this: a cache line, or a vector register, of float32."""
@@ -185,14 +184,23 @@ def _logits(origin: Tensor) -> Callable[[Tensor, Tensor, Tensor, float, Tensor],
     Operands are float32, or 16-bit, with values of `origin`'s dtype. A 16-bit matmul would round its *output* logits
     and lose two digits; here the result is float32 in every way. On a CPU, products of upcast bfloat16 values run on
     bfloat16 units where there are some: they are exact either way, and accumulation and result stay float32 (checked:
-    closer to float64 than the plain float32 matmul, three times faster); see `BFLOAT16_UNITS`.
+    closer to float64 than the plain float32 matmul, three times faster). Torch's switch for that is process-wide: it is
+    on during those products alone, but a float32 product of another thread at that moment would be rounded. So they run
+    there only while no other thread can multiply.
     """
     if _mixed_products(origin):
         return _on_tensor_cores
-    if origin.dtype == torch.bfloat16 and origin.device.type == "cpu" and BFLOAT16_UNITS:
+    if origin.dtype == torch.bfloat16 and origin.device.type == "cpu" and _no_other_thread():
         return _on_bfloat16_units
     # The shift is where the product starts adding, so that no pass of its own goes over the block.
     return lambda shift, left, right, scale, out: torch.baddbmm(shift, left, right, alpha=scale, out=out)
+
+
+def _no_other_thread() -> bool:
+    """Whether no Python thread but this one can be at work."""
+    here = threading.current_thread()
+    others = (thread for thread in threading.enumerate() if thread is not here)
+    return all({thread.name, type(thread).__module__.split(".")[0]} & set(IDLE_THREADS) for thread in others)
 
 
 def _on_tensor_cores(shift: Tensor, left: Tensor, right: Tensor, scale: float, out: Tensor) -> None:

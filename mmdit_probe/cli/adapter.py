@@ -92,9 +92,7 @@ def named(session: Session) -> Named:
     """The model of a session."""
     names = ("device", "dtype", "lora", "offload", "quantize")
     options = {name: getattr(session, name) for name in names} | {"t5": not session.no_t5}
-    return Named(
-        session.model, options, session.max_sequence_length, session.num_frames, _size(session.size), owns_process=True
-    )
+    return Named(session.model, options, session.max_sequence_length, session.num_frames, _size(session.size))
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -22,6 +22,9 @@ from mmdit_probe.scenes.captions import PLURALS
 
 DEFAULT_COUNT = 200
 
+_scene = lru_cache(maxsize=256)(scene)
+"""Scenes that were drawn last: the picture, the labels and the caption of one are asked for one by one."""
+
 
 def scenes(split: str, limit: int | None = None) -> Dataset:
     """The first `limit` scenes of a split (default 200).
@@ -42,8 +45,8 @@ def scene_sample(split: str, index: int) -> Sample:
     """
     check_known("split", split, SPLITS)
     return Sample(
-        f"scenes:{split}:{index}", lambda: scene(split, index).image, lambda: describe(scene(split, index)),
-        names=CLASSES, label=lambda: scene(split, index).classes.astype(np.int64),
+        f"scenes:{split}:{index}", lambda: _scene(split, index).image, lambda: describe(_scene(split, index)),
+        names=CLASSES, label=lambda: _scene(split, index).classes.astype(np.int64),
         content=(f"scenes {WORLD_VERSION}",),
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ from mmdit_probe.data.sa1b import sa1b
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.scenes import ScenesData, scene_sample, scenes
 from mmdit_probe.data.training import Data, PictureData
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known, unknown
 from mmdit_probe.scenes import SPLITS
 
 DATASETS: dict[str, Callable[[Path], Dataset]] = {
@@ -129,6 +129,21 @@ def training_data(
     return PictureData(found, size, fit, prompt, sentences=sentences)
 
 
+def check_source(source: str) -> None:
+    """A source of this name exists, as far as that is known without reading it.
+
+    Raises:
+        UserError: an unknown name, or a folder that is not there.
+    """
+    name, _, rest = source.partition(":")
+    if name == "scenes":
+        check_known("split", rest or "train", SPLITS)
+    elif _named(source):
+        _root(name, rest)
+    elif not os.path.exists(source):
+        raise UserError(f"no folder {source!r}; expected a folder of pictures, scenes:train, or NAME:ROOT")
+
+
 def _named(source: str) -> bool:
     """Whether a text is NAME:ROOT rather than a path.
 
@@ -144,16 +159,21 @@ def _named(source: str) -> bool:
 
 
 def _read(name: str, rest: str, split: str | None) -> Dataset:
+    root = _root(name, rest)
+    if split is not None and name.startswith("coco-") and name.removeprefix("coco-") in KINDS:
+        return coco(root, name.removeprefix("coco-"), split)
+    return DATASETS[name](root)
+
+
+def _root(name: str, rest: str) -> Path:
+    """The folder of NAME:ROOT."""
     if name not in DATASETS:
         raise unknown("dataset", name, ("scenes", *DATASETS))
     if not rest:
         raise UserError(f"dataset {name!r} needs its folder: {name}:ROOT")
-    root = Path(rest)
-    if not os.path.isdir(root):
+    if not os.path.isdir(rest):
         raise UserError(f"no folder {rest!r}; expected the root of {name}")
-    if split is not None and name.startswith("coco-") and name.removeprefix("coco-") in KINDS:
-        return coco(root, name.removeprefix("coco-"), split)
-    return DATASETS[name](root)
+    return Path(rest)
 
 
 def _nonempty(found: Dataset, name: str, rest: str) -> Dataset:

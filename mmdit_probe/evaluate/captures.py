@@ -1,7 +1,7 @@
 """Captured forwards that several methods share, and that may be kept on disk so that methods re-run without the model.
 
     captures = Captures(lambda: load("scenes-sd3"), name="scenes-sd3", cache=Path("captures"))
-    record = captures.get("scenes:val:0", image, classes, Reading(layers=(2, 3)), keep=("i2t",))
+    [record] = captures.get([("scenes:val:0", Request(image, classes, Reading(layers=(2, 3)), keep=("i2t",)))])
 
 A cache folder holds one safetensors file per capture and index.json: the model it was made with and what each file
 answers to. It is asked first; the model is loaded when something is missing. A cache made with other weights is refused
@@ -24,18 +24,18 @@ from numpy.typing import NDArray
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.models.mmdit import MMDiT, TextCondition
+from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import Token, TokenTable
 from mmdit_probe.results.atomic import make_folder, write_bytes, write_json
-from mmdit_probe.segment.capture import capture, most_tokens
-from mmdit_probe.segment.record import Capture, JointRecord, Pass, Reading
+from mmdit_probe.segment.capture import Reader, Request, most_tokens
+from mmdit_probe.segment.record import Capture, JointRecord, Pass
 from mmdit_probe.segment.vocabulary import Prompt, Query
 
 INDEX = "index.json"
 VERSION = 2
 """Of the files in a cache; 1 knew no model family and held float32."""
-PROMPTS = 32
-"""Prompts whose encodings are remembered over images (5 MB each with SD3's T5)."""
+UNREAD = 8
+"""Pictures at once as long as all were in the cache, and the model was not loaded."""
 
 
 class Captures:
@@ -46,6 +46,7 @@ class Captures:
         name: of the model, as asked for. cache: folder of kept captures; None keeps nothing.
         text: how the model encodes text, where not in its own way (T5 left out, another length): with the same weights
             and prompts, captures differ.
+        rows: of one forward at most; None takes what is fastest.
 
     Raises:
         UserError: the cache belongs to another model.
@@ -53,12 +54,13 @@ class Captures:
 
     def __init__(
         self, open_model: Callable[[], MMDiT], name: str, cache: Path | None = None,
-        text: Mapping[str, Any] | None = None,
+        text: Mapping[str, Any] | None = None, rows: int | None = None,
     ) -> None:  # fmt: skip
         self._open, self.name, self.cache, self.text = open_model, name, cache, dict(text or {})
         self._model: MMDiT | None = None
+        self._rows = rows
+        self._reader: Reader | None = None
         self._facts: dict[str, Any] | None = None
-        self._encoded: dict[str, TextCondition] = {}
         if cache is not None and (cache / INDEX).is_file():
             index = json.loads((cache / INDEX).read_text(encoding="utf-8"))
             if index.get("version", 1) != VERSION:
@@ -90,32 +92,42 @@ class Captures:
         assert self._facts is not None
         return self._facts
 
-    def get(
-        self, name: str, image: NDArray[np.uint8], classes: Sequence[SegClass], reading: Reading, *,
-        keep: Sequence[str], together: bool = True, heads_apart: bool = True,
-        text_kinds: Sequence[str] | None = None,
-    ) -> Capture:  # fmt: skip
-        """A capture, from the cache or from the model; arguments as in `segment.capture`."""
-        how = {"keep": keep, "together": together, "heads_apart": heads_apart, "text_kinds": text_kinds}
+    @property
+    def pictures(self) -> int:
+        """How many pictures to ask for at once, so that forwards are full."""
+        if self._reader is None:
+            return self._rows or UNREAD
+        return self._reader.limit.pictures
+
+    @property
+    def workers(self) -> int:
+        """Threads that may work beside the forwards: none where those take the processors."""
+        return 0 if self._model is None or self._model.device.type == "cpu" else 2
+
+    def get(self, asked: Sequence[tuple[str, Request]]) -> list[Capture]:
+        """The captures of requests, each with the name of its picture: from the cache, or from the model."""
+        paths = [self._path(name, request) for name, request in asked]
+        missing = [place for place, path in enumerate(paths) if path is None or not path.is_file()]
+        if missing and self._reader is None:
+            self._reader = Reader(self.model, self._rows)
+        fresh = self._reader([asked[place][1] for place in missing]) if self._reader is not None else []
+        made, found = dict(zip(missing, fresh, strict=True)), []
+        for place, (path, (_, request)) in enumerate(zip(paths, asked, strict=True)):
+            if path is not None and place in made:
+                save_capture(made[place], path)
+            found.append(made[place] if path is None else load_capture(path, request.image))
+        return found
+
+    def _path(self, name: str, request: Request) -> Path | None:
+        """Where the capture of a request is kept."""
         if self.cache is None:
-            return self._captured(image, classes, reading, how)
-        path = self.cache / f"{_key(name, image, classes, asdict(reading) | how | self.text)}.safetensors"
-        if not path.is_file():
-            save_capture(self._captured(image, classes, reading, how), path)
-        return load_capture(path, image)
-
-    def _captured(
-        self, image: NDArray[np.uint8], classes: Sequence[SegClass], reading: Reading, how: Mapping[str, Any]
-    ) -> Capture:
-        return capture(self.model, image, classes, reading, encode=self._encode, **how)
-
-    def _encode(self, prompt: str) -> TextCondition:
-        """The encoding of a prompt; those of the last `PROMPTS` prompts are remembered."""
-        if prompt not in self._encoded:
-            if len(self._encoded) == PROMPTS:
-                self._encoded.pop(next(iter(self._encoded)))
-            self._encoded[prompt] = self.model.encode_prompt(prompt)
-        return self._encoded[prompt]
+            return None
+        how = {
+            "keep": request.keep, "together": request.together, "heads_apart": request.heads_apart,
+            "text_kinds": request.text_kinds,
+        }  # fmt: skip
+        key = _key(name, request.image, request.classes, asdict(request.reading) | how | self.text)
+        return self.cache / f"{key}.safetensors"
 
 
 def save_capture(found: Capture, path: Path) -> None:

@@ -1,7 +1,7 @@
 """What an evaluation does to each image: which prompts, which captured forwards, which methods read them.
 
     plan = Plan.of(dataset, ["seg4diff", "iseg"], (24, 24), refine=["none", "pamr"], scoring=Scoring(("full",)))
-    plan.rows(captures, index)                      # sparse confusion counts of one image, every configuration
+    for columns in plan.rows(captures, range(100)): ...   # sparse confusion counts of an image, every configuration
 
 One forward per prompt serves every method, layer and refinement. Protocols (who says which classes there are):
 
@@ -22,28 +22,28 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
-from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.data.sample import Dataset
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.evaluate.captures import Captures
+from mmdit_probe.evaluate.overlap import overlapped
 from mmdit_probe.evaluate.scores import Counts, histogram, matched_by_rows
 from mmdit_probe.segment import methods as zoo
-from mmdit_probe.segment.capture import layer_weights, middle_layers
+from mmdit_probe.segment.capture import Request, layer_weights, middle_layers
 from mmdit_probe.segment.methods.base import Method
 from mmdit_probe.segment.record import Capture, Reading
 from mmdit_probe.segment.refine import Refinement
 from mmdit_probe.segment.settings import Background, scoring_size
-from mmdit_probe.segment.tail import label
+from mmdit_probe.segment.tail import label, strongest
 from mmdit_probe.specs import head_indices, layer_indices
 
 PROTOCOLS = ("present", "predicted", "full")
@@ -181,8 +181,22 @@ class Plan:
     def _names(self) -> list[str]:
         return [one.name for one in self.dataset.classes]
 
-    def rows(self, captures: Captures, index: int) -> dict[str, NDArray[Any]]:
-        """Columns `COLUMNS` of one image."""
+    def rows(self, captures: Captures, indices: Iterable[int]) -> Iterator[dict[str, NDArray[Any]]]:
+        """Columns `COLUMNS` of each of these images, in order.
+
+        Several images share their forwards; beside those of a GPU, images are read and methods run in threads.
+        """
+        return overlapped(
+            indices,
+            self._opened,
+            lambda batch: self._captured(captures, batch),
+            lambda opened, found: self._counted(captures, opened, found),
+            size=lambda: captures.pictures,
+            workers=captures.workers,
+        )
+
+    def _opened(self, index: int) -> _Opened:
+        """An image, its truth, and what is to be read of it."""
         sample = self.dataset.samples[index]
         image, truth = sample.image, np.array(sample.label())
         if image.shape[:2] != truth.shape:
@@ -190,34 +204,69 @@ class Plan:
                 f"{sample.name}: the picture has {image.shape[0]} x {image.shape[1]} pixels, its label "
                 f"{truth.shape[0]} x {truth.shape[1]}"
             )
-        rows = _Rows(index, len(self.dataset.classes))
-        record = self._without_forward(captures, image)
-        scored = self.scoring.label(truth, record.fit, self.dataset.ignore)
+        named = [entry for entry in self.entries if not entry.method.unsupervised]
+        blind = [entry for entry in self.entries if entry.method.unsupervised]
+        asked = [(one, self.vocabulary(one, sample.name, truth)) for one in (self.scoring.protocols if named else ())]
+        groups = [group for protocol, ids in asked for group in self._groups(protocol, named, image, ids)]
+        groups += self._groups(UNSUPERVISED, blind, image, [])
+        return _Opened(index, sample.name, image, truth, groups)
+
+    def _groups(
+        self, protocol: str, entries: Sequence[Entry], image: NDArray[np.uint8], ids: Sequence[int]
+    ) -> list[_Group]:
+        """Entries by what they read: those of one group share a capture; without classes there is none to read."""
+        groups = []
+        for levels, together in dict.fromkeys((entry.sigmas, entry.method.together) for entry in entries):
+            group = [e for e in entries if (e.sigmas, e.method.together) == (levels, together)]
+            if not ids and protocol != UNSUPERVISED:
+                groups.append(_Group(protocol, group, ids, None))
+                continue
+            parts = {p for e in group for p in (*e.method.needs, *Refinement.parse(e.refine).keep)}
+            layers = sorted({layer for e in group for layer in e.layers})
+            kinds = [e.method.text_kinds for e in group]
+            request = Request(
+                image, [self.dataset.classes[i] for i in ids],
+                replace(self.reading, layers=layers, weights=None, sigmas=list(levels)), sorted(parts), together,
+                heads_apart=any(e.method.reads_heads for e in group),
+                text_kinds=None if None in kinds else sorted({kind for some in kinds for kind in some or ()}),
+            )  # fmt: skip
+            groups.append(_Group(protocol, group, ids, request))
+        return groups
+
+    def _captured(self, captures: Captures, batch: Sequence[_Opened]) -> dict[_Group, Capture]:
+        """A capture of every group of these images that reads one."""
+        asked = [(one.name, group) for one in batch for group in one.groups if group.request is not None]
+        requests = [(name, group.request) for name, group in asked if group.request is not None]
+        return dict(zip([group for _, group in asked], captures.get(requests), strict=True))
+
+    def _counted(self, captures: Captures, image: _Opened, found: Mapping[_Group, Capture]) -> dict[str, NDArray[Any]]:
+        """Columns of one image."""
+        index, rows = image.index, _Rows(image.index, len(self.dataset.classes))
+        record = _without_forward(self.reading, captures, image)
+        scored = self.scoring.label(image.truth, record.fit, self.dataset.ignore)
         ids = [int(i) for i in np.unique(scored) if i != IGNORE]
         if not ids:
             return rows.columns()
         view = self.scoring.view(record)
         shares = _shares(scored, ids, view)
-        best = np.array(ids)[view.fit.back(shares).argmax(0).numpy()]
+        best = np.array(ids)[strongest(view.fit.back(shares)).numpy()]
         tokens = dict(zip(ids, _true_tokens(shares, index), strict=True))
-        named = [entry for entry in self.entries if not entry.method.unsupervised]
-        blind = [entry for entry in self.entries if entry.method.unsupervised]
-        for protocol in self.scoring.protocols if named else ():
-            known = self.vocabulary(protocol, sample.name, truth)
+        for protocol, together in groupby(image.groups, lambda group: group.protocol):
+            groups = list(together)
+            entries = chain.from_iterable(self._maps(group, found.get(group, record)) for group in groups)
+            if protocol == UNSUPERVISED:
+                rows.add((UNSUPERVISED, CEILING, "none", "", "", "", "classes"), histogram(scored, best, rows.classes))
+                if self.scoring.by_rows:
+                    whole = (UNSUPERVISED, ONE_SEGMENT, "none", "", "", "")
+                    self._add_segments(rows, scored, whole, torch.zeros(1, *scored.shape))
+                count = partial(self._add_segments, rows, scored)
+                self._count(protocol, entries, count, torch.stack([tokens[i] for i in ids]), index)
+                continue
+            known, nowhere = groups[0].ids, torch.zeros(view.grid)
             count = partial(self._add_classes, rows, scored, known)
             count((protocol, CEILING, "none", "", "", ""), found=best)
-            entries = self._maps(captures, named, sample.name, image, [self.dataset.classes[i] for i in known])
-            nowhere = torch.zeros(view.grid)
             seeds = torch.stack([tokens.get(i, nowhere) for i in known]) if known else torch.zeros(0, *view.grid)
             self._count(protocol, entries, count, seeds, index)
-        if blind:
-            rows.add((UNSUPERVISED, CEILING, "none", "", "", "", "classes"), histogram(scored, best, rows.classes))
-            if self.scoring.by_rows:
-                whole = (UNSUPERVISED, ONE_SEGMENT, "none", "", "", "")
-                self._add_segments(rows, scored, whole, torch.zeros(1, *scored.shape))
-            entries = self._maps(captures, blind, sample.name, image, [])
-            count = partial(self._add_segments, rows, scored)
-            self._count(UNSUPERVISED, entries, count, torch.stack([tokens[i] for i in ids]), index)
         return rows.columns()
 
     def _count(
@@ -291,39 +340,47 @@ class Plan:
         hidden = self.dataset.background if self.scoring.rule.kind != "class" else None
         return [i for i in ids if i != hidden]
 
-    def _maps(
-        self, captures: Captures, entries: Sequence[Entry], name: str, image: NDArray[np.uint8],
-        classes: Sequence[SegClass],
-    ) -> Iterator[tuple[Entry, Capture, Tensor]]:  # fmt: skip
-        """(entry, capture as it is scored, maps) of every entry; entries of one forward and one method share them."""
-        for levels, together in dict.fromkeys((entry.sigmas, entry.method.together) for entry in entries):
-            group = [e for e in entries if (e.sigmas, e.method.together) == (levels, together)]
-            if not classes and not group[0].method.unsupervised:
-                record = self.scoring.view(self._without_forward(captures, image))
-                yield from ((entry, record, torch.zeros(0, *record.grid)) for entry in group)
+    def _maps(self, group: _Group, whole: Capture) -> Iterator[tuple[Entry, Capture, Tensor]]:
+        """(entry, capture as it is scored, maps) of every entry; entries with the same method share them."""
+        view = self.scoring.view(whole)
+        known: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        for entry in group.entries:
+            if group.request is None:
+                yield entry, view, torch.zeros(0, *view.grid)
                 continue
-            parts = {p for e in group for p in (*e.method.needs, *Refinement.parse(e.refine).keep)}
-            layers = sorted({layer for e in group for layer in e.layers})
-            reading = replace(self.reading, layers=layers, weights=None, sigmas=list(levels))
-            kinds = [e.method.text_kinds for e in group]
-            whole = captures.get(
-                name, image, classes, reading, keep=sorted(parts), together=together,
-                heads_apart=any(e.method.reads_heads for e in group),
-                text_kinds=None if None in kinds else sorted({kind for some in kinds for kind in some or ()}),
-            )  # fmt: skip
-            view = self.scoring.view(whole)
-            known: dict[tuple[int, tuple[int, ...]], Tensor] = {}
-            for entry in group:
-                key = (id(entry.method), entry.layers)  # one plan gives a layer set one set of weights
-                if key not in known:
-                    known[key] = entry.method(replace(whole, layers=entry.layers, weights=entry.weights))
-                yield entry, replace(view, layers=entry.layers, weights=entry.weights), known[key]
+            key = (id(entry.method), entry.layers)  # one plan gives a layer set one set of weights
+            if key not in known:
+                known[key] = entry.method(replace(whole, layers=entry.layers, weights=entry.weights))
+            yield entry, replace(view, layers=entry.layers, weights=entry.weights), known[key]
 
-    def _without_forward(self, captures: Captures, image: NDArray[np.uint8]) -> Capture:
-        facts = captures.facts
-        size, multiple = self.reading.size or tuple(facts["size"]), facts["multiple"]
-        fit = Fit.of(image.shape[:2], size, multiple, self.reading.fit, facts["most"])  # type: ignore[arg-type]
-        return Capture(image, fit, (fit.size[0] // multiple, fit.size[1] // multiple), [], [], (), ())
+
+@dataclass(frozen=True, eq=False)
+class _Group:
+    """Entries that read one capture of an image, under a protocol and the class ids that it names."""
+
+    protocol: str
+    entries: Sequence[Entry]
+    ids: Sequence[int]
+    request: Request | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Opened:
+    """An image, its truth, and what is to be read of it."""
+
+    index: int
+    name: str
+    image: NDArray[np.uint8]
+    truth: NDArray[np.integer]
+    groups: Sequence[_Group]
+
+
+def _without_forward(reading: Reading, captures: Captures, opened: _Opened) -> Capture:
+    """How an image lies in the network's input, and nothing read."""
+    facts = captures.facts
+    size, multiple = reading.size or tuple(facts["size"]), facts["multiple"]
+    fit = Fit.of(opened.image.shape[:2], size, multiple, reading.fit, facts["most"])  # type: ignore[arg-type]
+    return Capture(opened.image, fit, (fit.size[0] // multiple, fit.size[1] // multiple), [], [], (), ())
 
 
 class _Rows:
@@ -355,14 +412,21 @@ class _Rows:
 
 
 def _shares(truth: NDArray[np.integer], ids: Sequence[int], record: Capture) -> Tensor:
-    """Share of each class in each token [K, h, w]."""
-    shares = torch.stack([torch.from_numpy(truth == i).float() for i in ids])
+    """Share of each class in each token [K, h, w]: pooled to the network's input, then to its grid."""
     top, left, bottom, right = (round(edge) for edge in record.fit.source)
     up, across, down, over = record.fit.target
-    canvas = torch.zeros(len(ids), *record.fit.size)
-    part = shares[None, :, top:bottom, left:right]
-    canvas[:, up:down, across:over] = F.adaptive_avg_pool2d(part, (down - up, over - across))[0]
-    return F.adaptive_avg_pool2d(canvas, record.grid)
+    (height, width), (rows, columns) = record.fit.size, record.grid
+    below = _pooling(height, rows)[:, up:down] @ _pooling(bottom - top, down - up)
+    beside = _pooling(width, columns)[:, across:over] @ _pooling(right - left, over - across)
+    shown = torch.from_numpy(truth[top:bottom, left:right])
+    return torch.stack([below @ (shown == i).float() @ beside.T for i in ids])
+
+
+def _pooling(count: int, bins: int) -> Tensor:
+    """The means of adaptive average pooling as a matrix [bins, count]: both of its axes are linear and separate."""
+    places, first = torch.arange(count), torch.arange(bins)[:, None]
+    inside = (places >= first * count // bins) & (places < -((first + 1) * count // -bins))
+    return inside / inside.sum(1, keepdim=True)
 
 
 def _true_tokens(shares: Tensor, seed: int) -> Tensor:
@@ -388,6 +452,7 @@ def _keys(protocol: str, entry: Entry) -> tuple[str, ...]:
 def _settings(
     method: Method, sweep: str, layers: tuple[int, ...], head_count: int, heads: Any, sigmas: tuple[float, ...]
 ) -> list[tuple[tuple[int, ...], str, tuple[float, ...]]]:
+    """Layers, heads and noise levels of every entry of a method."""
     label_of = "mean" if heads is None else str(heads)
     if sweep == "layer":
         return [((layer,), label_of, sigmas) for layer in layers]

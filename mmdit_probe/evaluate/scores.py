@@ -65,7 +65,7 @@ def confusion(
     if prediction.shape != (*before, *label.shape):
         raise ValueError(f"the label has shape {label.shape}, the prediction {prediction.shape}")
     width = classes if columns is None else columns
-    counted = ~np.isin(label, [ignore] if isinstance(ignore, int) else list(ignore))
+    counted = label != ignore if isinstance(ignore, int) else ~np.isin(label, list(ignore))
     rows = label[counted].astype(np.int64)  # (n,)
     cells = prediction.reshape(-1, *label.shape)[:, counted].astype(np.int64)  # (M, n)
     for name, ids, count in (("label", rows, classes), ("prediction", cells, width)):

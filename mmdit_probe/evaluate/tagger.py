@@ -1,7 +1,7 @@
 """Taggers: which classes a picture may hold, said without its labels; the protocol "predicted" prompts with them.
 
     tagging = Tagging.of(dataset, "openai/clip-vit-base-patch16", split="voc20:ROOT-OF-TRAIN")
-    tagging.tags(dataset[0])                        # class names
+    tagging[dataset[0].name]                        # class names
 
 A CLIP scores every class name against the whole picture; a class is named if its cosine is at most the threshold below
 the best one (relative, as TagCLIP's), so at least one class is named. The threshold is the user's, or the one with the
@@ -12,8 +12,8 @@ program (BLIP, GPT-4o, ...) come as a JSON file instead.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -114,9 +114,11 @@ def choose_threshold(tagger: Tagger, dataset: Dataset) -> tuple[float, Quality]:
     return threshold, quality
 
 
-@dataclass(frozen=True)
-class Tagging:
-    """One tagger on one data set: the tags of every image, with one threshold.
+@dataclass(frozen=True, eq=False)
+class Tagging(Mapping[str, list[str]]):
+    """One tagger on one data set: name of an image -> classes that it is said to hold, with one threshold.
+
+    An image is looked at when its tags are first asked for.
 
     Attributes:
         dataset: the images to tag. tagger: scores them. threshold: None is chosen on `split`.
@@ -126,6 +128,7 @@ class Tagging:
     tagger: Tagger
     threshold: float | None
     split: Dataset | None
+    _said: dict[str, list[str]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, dataset: Dataset, name: str, threshold: float | None = None, split: str | None = None) -> Tagging:
@@ -149,12 +152,24 @@ class Tagging:
         threshold, there = choose_threshold(self.tagger, self.split)
         return {"threshold": threshold, "chosen_on": self.split.name, "there": asdict(there) | {"f1": there.f1}}
 
-    def tags(self, sample: Sample) -> list[str]:
-        """Class names that the picture is said to hold."""
-        scores = self.tagger(sample.image)
-        if self.dataset.background is not None:
-            scores[self.dataset.background] = -np.inf
-        return [self.dataset.classes[index].name for index in np.flatnonzero(scores >= self.about["threshold"])]
+    def __getitem__(self, name: str) -> list[str]:
+        if name not in self._said:
+            scores = self.tagger(self._samples[name].image)
+            if self.dataset.background is not None:
+                scores[self.dataset.background] = -np.inf
+            above = np.flatnonzero(scores >= self.about["threshold"])
+            self._said[name] = [self.dataset.classes[index].name for index in above]
+        return self._said[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    @cached_property
+    def _samples(self) -> dict[str, Sample]:
+        return {sample.name: sample for sample in self.dataset.samples}
 
 
 def quality(

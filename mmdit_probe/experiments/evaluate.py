@@ -10,8 +10,8 @@ Rows of different protocols must not be ranked against each other. Not here: whi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -29,6 +29,7 @@ from mmdit_probe.segment.settings import (
     STEPS,
     Background,
     check_method,
+    parse_batch,
     parse_option,
     parse_steps,
     scoring_size,
@@ -58,11 +59,12 @@ Words = str | Sequence[str]
 
 @dataclass
 class _State:
-    """What `measure` needs: the plan, its captures, and the tagger of the protocol "predicted"."""
+    """What `measure` needs: the plan, its captures, the tagger of the protocol "predicted", and the counts to come."""
 
     plan: Plan
     captures: Captures
     tagging: Any
+    counts: Iterator[dict[str, Any]] = field(default_factory=lambda: iter(()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +152,11 @@ class Evaluate(Reads, Experiment):
         float | None,
         Option("Threshold of the tagger, 0 or less, in place of one chosen on --tag-split.", max=0, panel=METHOD),
     ] = None
+    batch: Annotated[
+        str | int,
+        Option("Rows of a forward, of several images and prompts: auto (what a GPU's memory holds, what is fastest on a"
+               " CPU) or a number. Scores do not depend on it.", values=("auto",), panel=METHOD),
+    ] = "auto"  # fmt: skip
     cache: Annotated[
         Path | None, Option("Keep captured forwards here, so that methods re-run without the model.", panel=OUTPUT)
     ] = None
@@ -168,6 +175,7 @@ class Evaluate(Reads, Experiment):
             scoring_size(self.scored_at, (1, 1))
             if (self.fit or self.how.fit) == "letterbox":
                 raise UserError("--fit letterbox leaves bars around the picture; with --score-size take another fit")
+        parse_batch(self.batch)
         for name in self.values():
             if name not in self.methods:
                 raise unknown("method with options", name, self.methods)
@@ -262,11 +270,11 @@ class Evaluate(Reads, Experiment):
         from mmdit_probe.evaluate.captures import Captures
         from mmdit_probe.experiments.target import Named, as_model, named
 
-        target = named(target)
+        target, rows = named(target), parse_batch(self.batch)
         if isinstance(target, Named):
             target = self._with_text(target)
             text = target.text
-            captures = Captures(lambda: as_model(target, shown), target.full_name, self.cache, text)
+            captures = Captures(lambda: as_model(target, shown), target.full_name, self.cache, text, rows)
             if target.options.get("lora") is not None:
                 _ = captures.model  # its folder may hold other weights than when the cache was made: compare now
         else:
@@ -274,7 +282,7 @@ class Evaluate(Reads, Experiment):
             text = text_of(model)
             if self.how.paper_text and hasattr(model.pipeline, "text_encoder_3") and not text.get("no_t5"):
                 raise UserError(f"--preset {self.preset} reads text without T5: load the model with t5=False")
-            captures = Captures(lambda: model, model.name, self.cache, text)
+            captures = Captures(lambda: model, model.name, self.cache, text, rows)
         for options in self.values().values():
             check_streams_read(options, "no_t5" in text)
         return captures
@@ -302,9 +310,9 @@ class Evaluate(Reads, Experiment):
         reading, heads, notes = self.reading(network, how.sigma or SIGMA, how.fit or FIT, how.size)
         rule = self.background or (how.background if data.background is not None else "none")
         tagger = self.tagger_request()
-        scoring = Scoring(
-            tuple(self.protocols), tags if tagger is None else {}, rule, self.matching == "row", self.scored_at
-        )
+        tagging = None if tagger is None else Tagging.of(data, **tagger)
+        said_tags = tags if tagging is None else tagging
+        scoring = Scoring(tuple(self.protocols), said_tags, rule, self.matching == "row", self.scored_at)
         request: dict[str, Any] = {
             "model": facts["id"], "weight_hash": facts["weight_hash"], "dtype": facts["dtype"], **model.text,
             "dataset": self.source, "images": len(data.samples), "content": data.fingerprint(),
@@ -321,7 +329,6 @@ class Evaluate(Reads, Experiment):
         )  # fmt: skip
         notes += [data.note] if data.note else []
         notes += [f"preset {self.preset} ({how.source}): {how.differs}"] if how.differs else []
-        tagging = None if tagger is None else Tagging.of(data, **tagger)
         if tagging is not None and tagging.split is not None:
             notes.append(f"the tagger's threshold is chosen on {len(tagging.split)} images of {tagger['split']}")  # type: ignore[index]
         said = {
@@ -332,14 +339,15 @@ class Evaluate(Reads, Experiment):
         tasks = range(len(data.samples))
         return Study(model, request, tasks, facts=said, unit="images", notes=notes, state=_State(plan, model, tagging))
 
+    def begin(self, study: Study, tasks: Sequence[int]) -> None:
+        study.state.counts = study.state.plan.rows(study.state.captures, tasks)
+
     def measure(self, study: Study, task: int, record: TaskRecord) -> None:
         state: _State = study.state
-        plan, sample = state.plan, state.plan.dataset.samples[task]
+        counts = next(state.counts)
         if state.tagging is not None:
-            tags = state.tagging.tags(sample)
-            plan = replace(plan, scoring=replace(plan.scoring, tags={sample.name: tags}))
-            record.write(TAGS, {"tag": tags}, image=task)
-        record.write("counts", plan.rows(state.captures, task))
+            record.write(TAGS, {"tag": state.tagging[state.plan.dataset.samples[task].name]}, image=task)
+        record.write("counts", counts)
 
     def finish(self, study: Study, store: Store) -> None:
         if study.state.tagging is not None:

@@ -107,6 +107,9 @@ class Experiment:
         """Settle what will be done; `inputs` is what `gather` returned."""
         raise NotImplementedError
 
+    def begin(self, study: Study, tasks: Sequence[Any]) -> None:
+        """Told once which tasks `measure` will get, in this order, so that several can be worked on together."""
+
     def measure(self, study: Study, task: Any, record: TaskRecord) -> None:
         """Do one task: rows, pictures and arrays go to `record`."""
         raise NotImplementedError
@@ -180,7 +183,7 @@ class Experiment:
         from mmdit_probe.experiments.target import knows_scenes, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
-        target = named(target)
+        target = named(target, self)
         inputs = self.gather(knows_scenes(target))
         model = self.load(target, shown)
         study = self.prepare(model, inputs)
@@ -213,6 +216,7 @@ def _work(experiment: Experiment, study: Study, store: Store, shown: Progress) -
     with store.writing(experiment.tables):
         mine = store.mine(len(study.tasks))
         left = [number for number in mine if number not in store.done]
+        experiment.begin(study, [study.tasks[number] for number in left])
         with shown.bar(study.unit, len(mine) * study.ticks, (len(mine) - len(left)) * study.ticks) as advance:
             for number in left:
                 with store.task(number, advance, study.ticks) as record:

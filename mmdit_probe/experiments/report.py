@@ -80,6 +80,10 @@ class Report(Sampling, Experiment):
     def gather(self, scenes: bool) -> list[str]:
         if processes.world() > 1:
             raise UserError("report runs its analyses one after the other; start it in one process")
+        if self.images is not None:
+            from mmdit_probe.data.sources import samples
+
+            samples(str(self.images), self.limit)
         return prompts_of(self.prompts, self.limit, scenes, self.limit)
 
     def parts(self, scenes: bool, prompts: Sequence[str]) -> list[Part]:

@@ -98,7 +98,7 @@ class OnePicture(Reads, _Checked):
         from mmdit_probe.experiments.target import Named, as_model, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
-        target = named(target)
+        target = named(target, self)
         sample, classes = self._sample(), self.names()
         self.read_selection()
         pixels = sample.image

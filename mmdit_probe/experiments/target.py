@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 from mmdit_probe import assets
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.names import check_device, check_dtype, source_of
+from mmdit_probe.models.names import check_device, check_dtype, counts_of, source_of
+from mmdit_probe.specs import head_indices, layer_indices
 
 if TYPE_CHECKING:
     from mmdit_probe.experiments.progress import Progress
     from mmdit_probe.models.mmdit import MMDiT
+
+
+LAYERS = ("layers", "enhance", "perturb_layers", "lora_layers")
+"""Options that name layers."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,6 @@ class Named:
         name: embedded model, diffusers folder or hub id. options: what `load` is told of it.
         max_sequence_length: of the text encoder without a length of its own; None: the model's default.
         num_frames: of a video; None: the model's own. size: (height, width) in pixels of what is made; None: its own.
-        owns_process: nothing else runs in this process, so that process-wide switches may be set (a command).
 
     Raises:
         UserError: no such model, device or precision, as far as that is known without torch.
@@ -34,7 +38,6 @@ class Named:
     max_sequence_length: int | None = None
     num_frames: int | None = None
     size: tuple[int, int] | None = None
-    owns_process: bool = False
 
     def __post_init__(self) -> None:
         source_of(self.name)
@@ -62,7 +65,6 @@ def as_model(target: Any, shown: Progress) -> MMDiT:
     Raises:
         UserError: it is none, or the name is unknown.
     """
-    from mmdit_probe.attention import tiles
     from mmdit_probe.models.load import load
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.results import processes
@@ -73,8 +75,6 @@ def as_model(target: Any, shown: Progress) -> MMDiT:
         return MMDiT(target)
     target = named(target)
     if isinstance(target, Named):
-        if target.owns_process:
-            tiles.BFLOAT16_UNITS = True
         options = dict(target.options)
         options["device"] = processes.local_device(str(options.get("device", "auto")))
         with shown.waiting(f"loading {target.name} ..."):
@@ -89,9 +89,31 @@ def as_model(target: Any, shown: Progress) -> MMDiT:
     )
 
 
-def named(target: Any) -> Any:
-    """A name or a folder as `Named`; anything else as it is."""
-    return Named(str(target)) if isinstance(target, str) or hasattr(target, "__fspath__") else target
+def named(target: Any, asked: Any = None) -> Any:
+    """A name or a folder as `Named`; anything else as it is.
+
+    Args:
+        asked: an options dataclass; a selection that it names must be one, and layers and heads must exist.
+
+    Raises:
+        UserError: they do not, as far as the model's configuration on this machine tells.
+    """
+    from mmdit_probe.results.selection import load_selection
+
+    if getattr(asked, "selection", None) is not None:
+        load_selection(asked.selection)
+    found = Named(str(target)) if isinstance(target, str) or hasattr(target, "__fspath__") else target
+    counts = counts_of(found.name) if isinstance(found, Named) and asked is not None else None
+    if counts is not None:
+        layers, heads = counts
+        for name in LAYERS:
+            spec = getattr(asked, name, None)
+            if spec not in (None, "all", "selected"):
+                layer_indices(spec, layers)
+        spec = getattr(asked, "heads", None)
+        if spec is not None and not isinstance(spec, Mapping):
+            head_indices(spec, heads)
+    return found
 
 
 def knows_scenes(target: Any) -> bool:

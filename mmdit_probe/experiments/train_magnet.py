@@ -57,13 +57,16 @@ class TrainMagnet(config.MagnetOptions):
         Raises:
             UserError: options, data or model that do not fit. RunError: a loss, gradient or weight is not finite.
         """
+        from mmdit_probe.data.sources import check_source
         from mmdit_probe.experiments.experiment import text_of
         from mmdit_probe.experiments.target import Named, as_model, named
-        from mmdit_probe.magnet.run import run
-        from mmdit_probe.models.adapters import merge
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
-        target = named(target)
+        target = named(target, self)
+        check_source(self.data)
+        from mmdit_probe.magnet.run import run  # torch, only for a request that can be met
+        from mmdit_probe.models.adapters import merge
+
         model = as_model(target, shown)
         if isinstance(target, Named) and target.options.get("lora") is not None:
             merge(model.pipeline)

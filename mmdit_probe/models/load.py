@@ -24,7 +24,7 @@ from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families.registry import FAMILIES, Family, refuse_class
 from mmdit_probe.models.memory import check_memory_options, place, quantizer
 from mmdit_probe.models.mmdit import MMDiT, default_length
-from mmdit_probe.models.names import check_device, check_dtype, embedded_models, source_of
+from mmdit_probe.models.names import check_device, check_dtype, embedded_models, index_of, source_of
 from mmdit_probe.models.quiet import quiet
 from mmdit_probe.models.single_file import base_of, transformer_of
 from mmdit_probe.models.weights import compute_dtype
@@ -113,9 +113,7 @@ def pipeline_index(source: str) -> dict[str, Any]:
         except Exception as error:
             raise _hub_error(source, error) from error
         return found
-    path = Path(source) / "model_index.json"
-    if not path.is_file():
-        raise UserError(f"{source} is not a diffusers pipeline directory: it has no model_index.json")
+    path = index_of(source)
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -349,13 +349,13 @@ class MMDiT:
         levels = _per_row(sigma, count)
         labels = [-1] * count if seeds == -1 else seed_values(seeds, count)
         batch = Batch(tokens, [table.prompt for table in tokens], labels, [branch] * count, levels, step)
-        inputs = self.inputs(latents, torch.tensor(levels, device=self.device), text)
+        inputs = self.inputs(latents, torch.tensor(levels), text)
         with self._labelled(batch), torch.set_grad_enabled(grad and torch.is_grad_enabled()):
             return self.velocity(self.transformer(**inputs, return_dict=False)[0], latents)
 
     def inputs(self, latents: Tensor, sigmas: Tensor, text: TextCondition) -> dict[str, Any]:
         """Arguments of the transformer's forward for latents [B, C, h, w] at noise levels [B]; see `denoise`."""
-        family, repeat = self.family, len(latents) // len(text)
+        family, repeat, device, dtype = self.family, len(latents) // len(text), self.device, self.dtype
         height, width = (int(side) * self.latent_side for side in latents.shape[-2:])
         prompts = [table.prompt for table in text.tokens] * repeat
         if family.fixed_length:
@@ -363,15 +363,15 @@ class MMDiT:
             blank, _ = self._call([""] * len(latents), (height, width))
             prompts = prompts if any("mask" in name for name in blank) else [""] * len(latents)
         inputs = dict(self._call(prompts, (height, width))[0])
-        packed = packing.pack(latents.to(self.device, self.dtype), family.form, family.cell)
+        packed = packing.pack(latents.to(device, dtype), family.form, family.cell)
         if self.references:
             packed = torch.cat([packed, inputs[family.image_input][:, packed.shape[1] :]], 1)
         inputs[family.image_input] = packed
-        inputs[family.timestep_input] = family.timestep(sigmas)
+        inputs[family.timestep_input] = family.timestep(sigmas.to(device))
         if isinstance(inputs[family.text_input], Tensor):
-            inputs[family.text_input] = torch.cat([text.prompt_embeds.to(self.device, self.dtype)] * repeat)
+            inputs[family.text_input] = torch.cat([text.prompt_embeds.to(device, dtype)] * repeat)
         if family.pooled_input in inputs:
-            inputs[family.pooled_input] = text.pooled.to(self.device, self.dtype).repeat(repeat, 1)
+            inputs[family.pooled_input] = text.pooled.to(device, dtype).repeat(repeat, 1)
         return inputs
 
     def velocity(self, output: Any, latents: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdit_probe import assets
-from mmdit_probe.errors import check_known, unknown
+from mmdit_probe.errors import UserError, check_known, unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -39,10 +39,44 @@ def source_of(name: str) -> tuple[str, dict[str, Any] | None]:
         twin = json.loads(path.read_text())
         return str(assets.path(twin["base"])), twin
     if Path(name).exists():
+        if Path(name).is_dir():
+            index_of(name)
         return name, None
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name, None
     raise unknown("model (no embedded model, directory or hub id of this name)", name, embedded_models())
+
+
+def index_of(folder: str) -> Path:
+    """The `model_index.json` of a pipeline's folder.
+
+    Raises:
+        UserError: it has none.
+    """
+    path = Path(folder) / "model_index.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a diffusers pipeline directory: it has no model_index.json")
+    return path
+
+
+LAYER_COUNTS = ("num_layers", "num_single_layers", "num_mmdit_layers", "num_single_dit_layers", "n_layers", "depth")
+HEAD_COUNTS = ("num_attention_heads", "n_heads", "num_heads")
+"""What configurations of transformers call them; the kinds of layers add up."""
+
+
+def counts_of(name: str) -> tuple[int, int] | None:
+    """Joint-attention layers and heads of a model whose configuration lies on this machine, read without its weights.
+
+    Returns: None for a hub id, a single file, or a configuration that does not tell; else no fewer than there are.
+    """
+    folder, _ = source_of(name)
+    try:
+        config = json.loads((Path(folder) / "transformer" / "config.json").read_text(encoding="utf-8"))
+        layers = sum(int(config.get(key) or 0) for key in LAYER_COUNTS)
+        heads = next((int(config[key]) for key in HEAD_COUNTS if config.get(key)), 0)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None  # whatever is wrong with it, loading says it better
+    return (layers, heads) if layers and heads else None
 
 
 def check_device(name: str) -> None:

@@ -288,6 +288,7 @@ class JointBlocks(Observer):
         layers: 0-based layers to keep; others that the probe watches are ignored.
         keep: which of `PARTS`.
         heads: heads that count in the mean of "i2i"; None takes all.
+        heads_apart: False keeps the mean over heads of "i2t" and "i2t_logit", [B, 1, I, T].
         reference: number of the reference picture whose tokens stand for those of the image; None is the image.
 
     Attributes:
@@ -301,12 +302,13 @@ class JointBlocks(Observer):
         layers: Iterable[int],
         keep: Iterable[str] = ("i2t",),
         heads: Iterable[int] | None = None,
+        heads_apart: bool = True,
         reference: int | None = None,
     ) -> None:
         self.layers, self.keep, self.reference = frozenset(layers), tuple(keep), reference
         for part in self.keep:
             check_known("part of the joint attention", part, PARTS)
-        self.heads = None if heads is None else list(heads)
+        self.heads, self.heads_apart = None if heads is None else list(heads), heads_apart
         if self.heads == []:
             raise UserError("no heads to average over; name at least one")
         self.kept: dict[int, dict[str, Tensor]] = {}
@@ -316,7 +318,7 @@ class JointBlocks(Observer):
         if seen.layer.index not in self.layers:
             return {}
         self.grid = seen.picture(self.reference).grid if self.reference is not None else seen.layout.grid
-        return {part: self._part(part, seen).detach().float().cpu().contiguous() for part in self.keep}
+        return {part: self._part(part, seen).detach().float().contiguous() for part in self.keep}
 
     def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
         self.kept = {layer: parts for layer, parts in measured.items() if layer in self.layers}
@@ -325,9 +327,11 @@ class JointBlocks(Observer):
         text = seen.layout.positions("text")
         image = seen.layout.positions("image") if self.reference is None else seen.picture(self.reference).positions
         if part == "i2t":
-            return exact.reduce(seen.call, seen.logsumexp, text, image)
+            maps = exact.reduce(seen.call, seen.logsumexp, text, image, head_mean=not self.heads_apart)
+            return maps if self.heads_apart else maps[:, None]
         if part == "i2t_logit":
-            return gradients.logits(seen.call, text, image).float().clamp(min=MASKED)
+            logits = gradients.logits(seen.call, text, image).float().clamp(min=MASKED)
+            return logits if self.heads_apart else logits.mean(1, keepdim=True)
         if part == "i2i":
             return exact.reduce(*_of_heads(seen, self.heads), image, image, head_mean=True)
         if part == "i2i_walk":

@@ -51,6 +51,10 @@ from mmdit_probe.specs import Spec, layer_indices, step_indices
 Seen = TypeVar("Seen", bound=Observer)
 
 
+class ForwardEnded(Exception):
+    """Ends the forward of a transformer that need not run to its end; see `probe(to_end=False)`."""
+
+
 class ModelEdit(Protocol):
     """An intervention that `probe(edits=...)` attaches: its layers, its stage, and a handler for each layer."""
 
@@ -76,6 +80,7 @@ def probe(
     edits: ModelEdit | Iterable[ModelEdit] = (),
     tokens: TokenTable | Sequence[TokenTable] | None = None,
     branches: Sequence[str] | None = None,
+    to_end: bool = True,
 ) -> Run:
     """A context manager that observes (and edits) joint attention.
 
@@ -88,13 +93,16 @@ def probe(
         edits: interventions, each with layers of its own.
         tokens: token tables for prompts that came as embeddings: one for all rows, or one per row of the batch.
         branches: for a bare transformer, the branches of a batch in order, e.g. ("uncond", "cond").
+        to_end: False ends each forward with the last attention that is watched, for calls whose output is not wanted:
+            what is observed stays the same, and the call raises `ForwardEnded`. One that is compiled or wrapped, or
+            whose later modules have hooks (of another probe, of diffusers' offloading and caches), runs to its end.
 
     Raises:
         UserError: not an MM-DiT, unknown layers; on exit, no call was at the selected steps. RunError: a selected layer
             was not seen, or only in part of the samples.
     """
     every = [edits] if hasattr(edits, "handler") else list(edits)  # type: ignore[arg-type]
-    return Run(target, observers, layers, steps, every, tokens, branches)
+    return Run(target, observers, layers, steps, every, tokens, branches, to_end)
 
 
 class Run:
@@ -114,6 +122,7 @@ class Run:
         edits: Sequence[Any] = (),
         tokens: TokenTable | Sequence[TokenTable] | None = None,
         branches: Sequence[str] | None = None,
+        to_end: bool = True,
     ) -> None:
         self.model = target if isinstance(target, MMDiT) else None
         self.pipeline = target.pipeline if isinstance(target, MMDiT) else target if is_pipeline(target) else None
@@ -135,6 +144,7 @@ class Run:
         self.notes: list[str] = []
         self._tokens = tokens
         self._branches = tuple(branches) if branches is not None else None
+        self._to_end = to_end
         follow = self.pipeline is not None and bool(self.family.encoded)
         self._rows = PipelineRows(self.pipeline, self.family) if follow else None
         self._context: str | None = None
@@ -223,6 +233,29 @@ class Run:
             stack.callback(watch(layer.module, recorder, "record"))
             for edit in edited.get(layer.index, ()):
                 stack.callback(self._attach(edit, layer))
+        # Not knowing its layers before a call, a probe cannot tell which will be the last one.
+        if self._recorders and not self._to_end and self._nobody_waits():
+            self._recorders[-1].ends = True
+
+    def _nobody_waits(self) -> bool:
+        """Whether a forward may end in the last watched layer: nothing else is told of what comes behind it."""
+        if self._outer is not self.transformer or len(self._outer._forward_hooks) > 1:
+            return False  # a wrapper may have split or compiled it; another probe, or hooks of others
+        modules: dict[nn.Module, None] = {}
+        for layer in self.all_layers[self._recorders[-1].layer.index :]:
+            modules |= dict.fromkeys(self.block(layer).modules())
+        return not any(map(_heard, modules)) and not _stateful(self.transformer)
+
+    def end_forward(self) -> None:
+        """Hand on what was measured, and end the forward in progress.
+
+        Raises:
+            ForwardEnded: always, unless something is wrong with what was measured.
+        """
+        assert self.current is not None
+        # Not when the forward is over: torch hides errors of hooks behind the error that ended it.
+        self._finish(self.current)
+        raise ForwardEnded
 
     def _attach(self, edit: ModelEdit, layer: Layer) -> Detach:
         """Put an edit around the layer's attention calls, or around the forward of the block that holds it."""
@@ -292,18 +325,21 @@ class Run:
         """A transformer call is over: hand finished rows on. `output` is None if the call raised."""
         denoising, self.current = self.current, None
         try:
-            if denoising is None or output is None:
-                return
-            for recorder in self._recorders:
-                self._check_seen(recorder, denoising)
-            if self._observing:
-                with without_autocast(self._device):
-                    check_finite(self.observers, denoising)
-                    for observer in self.observers:
-                        observer.end_call(denoising)
+            if denoising is not None and output is not None:
+                self._finish(denoising)
         finally:
             for observer in self.observers:
                 observer.abandon_call()
+
+    def _finish(self, denoising: DenoisingCall) -> None:
+        """All watched layers have run: hand what was measured on."""
+        for recorder in self._recorders:
+            self._check_seen(recorder, denoising)
+        if self._observing:
+            with without_autocast(self._device):
+                check_finite(self.observers, denoising)
+                for observer in self.observers:
+                    observer.end_call(denoising)
 
     def _label(self, inputs: dict[str, Any], samples: int) -> DenoisingCall:
         """What is known of the call that begins; says too whether it is to be observed."""
@@ -421,11 +457,12 @@ class _LayerRecorder:
     Attributes:
         calls: attention calls in the denoising call in progress. ever: whether an observed call was ever seen.
         parts: calls of some samples each, until all samples are there. skipped_by: what left the layer out last.
+        ends: whether forwards end with this layer's attention.
     """
 
     def __init__(self, run: Run, layer: Layer, observers: Sequence[Observer]) -> None:
         self.run, self.layer, self.observers = run, layer, observers
-        self.calls, self.ever, self.skipped_by = 0, False, ""
+        self.calls, self.ever, self.skipped_by, self.ends = 0, False, "", False
         self.parts: list[Record] = []
 
     @property
@@ -472,6 +509,8 @@ class _LayerRecorder:
         seen = LayerCall(self.layer, layout, run.current, record if places is None else canonical(record, places))
         for observer in self.observers:
             observer.observe(seen)
+        if self.ends:
+            run.end_forward()
 
     def _check(self, record: Record, layout: Layout, places: Places | None) -> None:
         samples, n_query, n_key = len(record.call.query), record.call.query.shape[-2], record.call.key.shape[-2]
@@ -487,6 +526,16 @@ class _LayerRecorder:
                 f" {layout.counts['image']} image and {layout.counts['text']} text tokens in one softmax, in {expected}"
                 " samples. A processor that attends to more than these (an IP-Adapter's) cannot be probed: unload it"
             )
+
+
+def _stateful(module: nn.Module) -> bool:
+    """Whether a module is compiled, or diffusers keeps state over its forwards."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod") or hasattr(module, "_diffusers_hook")
+
+
+def _heard(module: nn.Module) -> bool:
+    """Whether anyone is told of a module's forwards, or they must not be cut short."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or _stateful(module)
 
 
 def _batch_size(image: Any, text: Any) -> int:

@@ -160,6 +160,7 @@ class _Canvas:
         self.instances = np.zeros((size, size), np.uint8)
         self.parts = np.zeros((size, size), np.uint8)
         self.objects: list[SceneObject] = []
+        self.pixels: list[int] = []  # of every object, as if nothing hid it
 
     def _uniform(self, low: float, high: float) -> float:
         return low + (high - low) * float(self.rng.random())
@@ -191,27 +192,25 @@ class _Canvas:
                 return
 
     def _keeps_others_visible(self, whole: NDArray[np.bool_]) -> bool:
-        for k, other in enumerate(self.objects, start=1):
-            u = (self.x + 0.5 - other.centre[0]) / other.radius
-            v = (self.y + 0.5 - other.centre[1]) / other.radius
-            own = np.logical_or.reduce(list(OUTLINES[other.noun](u, v).values()))
-            if np.count_nonzero((self.instances == k) & ~whole) < _VISIBLE * np.count_nonzero(own):
-                return False
-        return True
+        return all(
+            np.count_nonzero((self.instances == k) & ~whole) >= _VISIBLE * own
+            for k, own in enumerate(self.pixels, start=1)
+        )
 
     def _touches_twin(self, noun: str, colour: str, whole: NDArray[np.bool_]) -> bool:
         """Objects of one noun and colour keep a gap, so that they can be counted."""
+        twins = [k for k, one in enumerate(self.objects, start=1) if (one.noun, one.colour) == (noun, colour)]
+        if not twins:
+            return False
         wide = whole.copy()
         for axis in (0, 1):
             for step in (-2, -1, 1, 2):
                 wide |= np.roll(whole, step, axis)
-        return any(
-            (other.noun, other.colour) == (noun, colour) and bool(np.any(wide & (self.instances == k)))
-            for k, other in enumerate(self.objects, start=1)
-        )
+        return bool(np.isin(self.instances[wide], twins).any())
 
     def _draw(self, item: SceneObject, shape: dict[str, NDArray[np.bool_]], whole: NDArray[np.bool_]) -> None:
         self.objects.append(item)
+        self.pixels.append(int(np.count_nonzero(whole)))
         jitter = self.rng.random(3) * 24 - 12
         base = np.array(COLOURS[item.colour], float) + jitter
         light = TEXTURES[item.noun](self.x, self.y, int(self.rng.integers(0, 24)))

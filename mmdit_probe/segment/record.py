@@ -10,7 +10,7 @@ model (`segment.capture`).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -251,22 +251,10 @@ class Capture:
         return self._derived[key]
 
 
-def average(records: Sequence[JointRecord]) -> JointRecord:
-    """The mean of records of one layer, part by part."""
-    first = records[0]
-    mean = {
-        entry.name: torch.stack([record.part(entry.name) for record in records]).mean(0)
-        for entry in fields(JointRecord)
-        if entry.name != "layer" and getattr(first, entry.name) is not None
-    }
-    return JointRecord(first.layer, **mean)
-
-
-def head_mean(record: JointRecord) -> JointRecord:
-    """The record with one head in place of all: their mean, [1, I, T]."""
-    text = {name: getattr(record, name) for name in ("i2t", "i2t_logit")}
-    means: dict[str, Any] = {name: part.mean(0, keepdim=True) for name, part in text.items() if part is not None}
-    return replace(record, **means)
+def on_cpu(record: JointRecord) -> JointRecord:
+    """The record with its tensors on the CPU."""
+    there = {name: part.cpu() for name in JointRecord.PARTS if (part := getattr(record, name)) is not None}
+    return replace(record, **there)
 
 
 def with_columns(one: Pass, kinds: Collection[str]) -> Pass:

@@ -30,7 +30,7 @@ from mmdit_probe.segment.methods.clusters import diffcut
 from mmdit_probe.segment.methods.dense_clip import region_map
 from mmdit_probe.segment.record import Capture
 from mmdit_probe.segment.settings import PIXELS, parse_steps
-from mmdit_probe.segment.tail import STRETCHES, probabilities, resized
+from mmdit_probe.segment.tail import STRETCHES, probabilities, resized, strongest
 
 _DILATIONS = (1, 2, 4, 8)
 _SIDE = 512
@@ -104,7 +104,7 @@ def pixel_regions(capture: Capture) -> Tensor:
         return torch.from_numpy(capture.regions)
     ids = regions_of(capture, capture.grid)
     names, place = torch.unique(ids, return_inverse=True)
-    return names[capture.fit.back(F.one_hot(place).permute(2, 0, 1)).argmax(0)]
+    return names[strongest(capture.fit.back(F.one_hot(place).permute(2, 0, 1)))]
 
 
 def voted(scores: Tensor, regions: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def voted(scores: Tensor, regions: Tensor) -> Tensor:
 
     Of labels that are equally frequent in a region the first wins.
     """
-    votes = F.one_hot(scores.argmax(0), len(scores)).permute(2, 0, 1).to(scores)
+    votes = F.one_hot(strongest(scores), len(scores)).permute(2, 0, 1).to(scores)
     return by_region(torch.where(regions == 0, scores, votes), regions)
 
 

@@ -48,6 +48,19 @@ def parse_sigmas(text: str) -> list[float]:
     return values
 
 
+def parse_batch(value: str | int) -> int | None:
+    """Rows of a forward; None for "auto".
+
+    Raises:
+        UserError: neither "auto" nor a whole number from 1.
+    """
+    if value == "auto":
+        return None
+    if not str(value).isdecimal() or int(value) < 1:
+        raise UserError(f"--batch is {value!r}; expected auto, or a whole number of at least 1")
+    return int(value)
+
+
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """(height, width) from "512x768".
 

@@ -45,6 +45,11 @@ STRETCHES: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda maps: maps, "
 """What may be done to each map over space before maps compete, by name."""
 
 
+def strongest(maps: Tensor) -> Tensor:
+    """The first of the largest of maps [C, ...] at each place, [...]: argmax(0), which takes several times as long."""
+    return maps.max(0).indices
+
+
 def probabilities(scores: Tensor, temperature: float | None = None) -> Tensor:
     """Shares [C, h, w] over classes per pixel: softmax with a temperature, else each score's share of the sum."""
     if temperature is not None:
@@ -63,7 +68,7 @@ def label(scores: Tensor, background: Background | None = None, names: list[str]
         UserError: the rule names a class that is not among `names`.
     """
     rule = background or Background()
-    best = scores.argmax(0)
+    best = strongest(scores)
     if rule.kind in ("threshold", "power"):
         top = minmax(scores).amax(0)
         away = top < rule.value if rule.kind == "threshold" else top < (1.0 - top) ** rule.value

@@ -9,8 +9,10 @@ found by its place in the prompt, not by its letters, so that "grass" does not a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.errors import UserError
@@ -59,18 +61,26 @@ def pack(classes: Iterable[SegClass], tables: Callable[[str], TokenTable], toget
         UserError: a single name is longer than the text encoders.
     """
     names = [(index, name) for index, one in enumerate(classes) for name in one.synonyms]
-    groups: list[list[tuple[int, str]]] = []
-    for entry in names:
-        if together and groups and not tables(" ".join(n for _, n in [*groups[-1], entry])).truncated:
-            groups[-1].append(entry)
-        else:
-            cut = tables(entry[1]).truncated
-            if cut:
-                lost = ", ".join(sorted({word for words in cut.values() for word in words}))
-                name = entry[1] if len(entry[1]) <= 60 else f"{entry[1][:57]}..."
-                raise UserError(f"class name {name!r} is longer than a text encoder: {lost} fell off; shorten it")
-            groups.append([entry])
-    return [_prompt(group, tables) for group in groups]
+
+    def truncated(count: int) -> Mapping[str, tuple[str, ...]]:
+        return tables(" ".join(name for _, name in names[:count])).truncated
+
+    prompts = []
+    while names:
+        most = len(names) if together else 1
+        if truncated(most):  # as a rule all fit
+            most = bisect_left(range(1, most), True, key=lambda count: bool(truncated(count)))
+        if not most:
+            _refuse(names[0][1], truncated(1))
+        prompts.append(_prompt(names[:most], tables))
+        names = names[most:]
+    return prompts
+
+
+def _refuse(name: str, cut: Mapping[str, tuple[str, ...]]) -> NoReturn:
+    lost = ", ".join(sorted({word for words in cut.values() for word in words}))
+    name = name if len(name) <= 60 else f"{name[:57]}..."
+    raise UserError(f"class name {name!r} is longer than a text encoder: {lost} fell off; shorten it")
 
 
 def _prompt(group: Sequence[tuple[int, str]], tables: Callable[[str], TokenTable]) -> Prompt:

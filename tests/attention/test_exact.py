@@ -4,6 +4,7 @@ fail."""
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import pytest
@@ -307,13 +308,14 @@ def test_queries_of_one_stride_are_multiplied_where_they_are(
     assert (found - dense(packed)[:, :, rows, IMAGE:]).abs().max() < tolerance
 
 
-@pytest.mark.parametrize("owned", [False, True])
-def test_the_process_wide_precision_is_touched_only_in_a_process_that_is_ours(
-    owned: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("other", [None, "worker", "IOPub"])
+def test_the_process_wide_precision_is_touched_only_while_no_other_thread_multiplies(
+    other: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, seen = matmul.fp32_precision, []
-    monkeypatch.setattr(tiles, "BFLOAT16_UNITS", owned)
+    before, seen, done = matmul.fp32_precision, [], threading.Event()
+    beside = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    monkeypatch.setattr(tiles, "IDLE_THREADS", (*tiles.IDLE_THREADS, *(thread.name for thread in beside)))
 
     def spy(product: Any, *operands: Tensor, **options: Any) -> Tensor:
         seen.append(matmul.fp32_precision)
@@ -324,9 +326,14 @@ def test_the_process_wide_precision_is_touched_only_in_a_process_that_is_ours(
     call = make(torch.bfloat16)
     lse = exact.logsumexp(call)
     assert lse is not None
-    found = exact.reduce(call, lse, slice(IMAGE, N))
+    if other is not None:
+        threading.Thread(target=done.wait, args=(60,), name=other, daemon=True).start()
+    try:
+        found = exact.reduce(call, lse, slice(IMAGE, N))
+    finally:
+        done.set()
     assert (found - dense(call)[..., IMAGE:]).abs().max() < 1e-4
-    assert set(seen) == {"bf16" if owned else before} and matmul.fp32_precision == before
+    assert set(seen) == {before if other == "worker" else "bf16"} and matmul.fp32_precision == before
     with pytest.raises(RuntimeError):
         tiles._logits(call.query)(torch.ones(1), torch.ones(1, 2, 3), torch.ones(1, 2, 3), 1.0, torch.empty(1))
     assert matmul.fp32_precision == before

@@ -15,6 +15,7 @@ from mmdit_probe import __version__
 from mmdit_probe.cli import app as cli
 from mmdit_probe.cli.models import describe
 from mmdit_probe.errors import RunError
+from mmdit_probe.experiments.target import LAYERS
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,6 +142,14 @@ def test_nothing_is_said_of_resuming_where_it_cannot_be(capsys, monkeypatch, com
     assert called(capsys, command) == (130, "", "error: interrupted\n")
 
 
+NEEDED = {"maps": ["a ring", "--words", "ring"], "explore": ["a ring"], "discover": ["scenes:val:0"],
+          "segment": ["scenes:val:0", "--classes", "ring"]}  # fmt: skip
+LAYERED = [
+    ([one.name, *NEEDED.get(one.name, [])], ["--" + name.replace("_", "-")])
+    for one in cli.COMMANDS for name in LAYERS if name in one.__dataclass_fields__ and name != "lora_layers"
+] + [(["train-magnet", "--layers", "4"], ["--lora-layers"])]  # fmt: skip
+"""Every command that names layers, with each option that does."""
+SELECTED = [["perturb"], ["generate"], ["evaluate"], ["train-magnet"]]
 WRONG = [
     (["perturb", "--layers", "nine"], "cannot read 'nine' as a layer"),
     (["attention-budget", "--heads", "x"], "cannot read 'x' as a head"),
@@ -164,6 +173,13 @@ WRONG = [
     (["train-magnet", "--layers", "4", "--rank", "0"], "--rank is 0"),
     (["train-magnet", "--layers", "4", "--recipe", "our"], "did you mean 'ours'"),
     (["train-magnet", "--layers", "x"], "cannot read 'x' as a layer"),
+    (["train-magnet", "--layers", "4", "--data", "voc20:gone"], "no folder 'gone'"),
+    (["report", "--images", "gone"], "no folder 'gone'"),
+    (["evaluate", "--batch", "0"], "expected auto, or a whole number of at least 1"),
+    (["value-norms", "--model", "."], "it has no model_index.json"),
+    *(([*line, *which, "99"], "layer 99 does not exist: there are 8 layers, 0 to 7") for line, which in LAYERED),
+    *(([*line, "--selection", "gone.json"], "no selection 'gone.json'") for line in SELECTED),
+    (["pca", "--heads", "77"], "head 77 does not exist: there are 4 heads, 0 to 3"),
 ]  # fmt: skip
 
 

@@ -46,10 +46,10 @@ def test_tags_are_what_scores_above_the_threshold_which_is_chosen_once() -> None
         calls.append(1)
         return np.array([0.0, -0.5, -1.0])
 
-    assert Tagging(dataset, tagger, -0.5, None).tags(dataset[0]) == ["a", "b"]
-    assert Tagging(dataset, tagger, -0.1, None).tags(dataset[1]) == ["a"] and len(calls) == 2
+    assert Tagging(dataset, tagger, -0.5, None)[dataset[0].name] == ["a", "b"]
+    assert Tagging(dataset, tagger, -0.1, None)[dataset[1].name] == ["a"] and len(calls) == 2
     chosen = Tagging(dataset, tagger, None, others)
-    assert [chosen.tags(sample) for sample in dataset] == [["a", "b"]] * 2 and len(calls) == 2 + 2 + 2
+    assert [chosen[sample.name] for sample in dataset] == [["a", "b"]] * 2 and len(calls) == 2 + 2 + 2
     assert chosen.about["threshold"] == -0.5 and chosen.about["chosen_on"] == "made-up"
 
 

@@ -18,6 +18,7 @@ from mmdit_probe import AttentionMass, MMDiT, TextMaps, load, probe
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.observe.observer import LayerCall, Observer
+from mmdit_probe.observe.probe import ForwardEnded
 from tests import tiny
 from tests.devices import DEVICES
 from tests.families import FIXTURES
@@ -671,3 +672,59 @@ def test_a_probe_opened_and_closed_by_a_callback_sees_the_steps_between(pipe: An
     sums = [table.groupby(keys)["mass"].sum() for table in (late, full)]
     assert sums[0].index.equals(sums[1].index)
     assert np.allclose(sums[0], sums[1], atol=1e-5)
+
+
+def call(model: MMDiT) -> Tensor:
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return model.denoise(latents, 0.5, model.encode_prompt(PROMPTS))
+
+
+@pytest.fixture
+def began(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the blocks whose forward began."""
+    found: list[int] = []
+    for index, block in enumerate(pipe.transformer.transformer_blocks):
+        forward = block.forward
+        monkeypatch.setattr(
+            block, "forward", lambda *args, index=index, of=forward, **named: found.append(index) or of(*args, **named)
+        )
+    return found
+
+
+@pytest.mark.parametrize("last", [0, 1, 2])
+def test_a_forward_that_ends_early_gives_the_rows_of_a_whole_one(pipe: Any, began: list[int], last: int) -> None:
+    model, before = MMDiT(pipe), state(pipe)
+    with probe(model, AttentionMass(), layers=f"0-{last}") as whole:
+        call(model)
+    began.clear()
+    with probe(model, AttentionMass(), layers=f"0-{last}", to_end=False) as run:
+        for _ in range(2):
+            with pytest.raises(ForwardEnded):
+                call(model)
+    assert began == 2 * list(range(last + 1)) and state(pipe) == before
+    assert np.array_equal(run[AttentionMass].table()["mass"], np.tile(whole[AttentionMass].table()["mass"], 2))
+    assert np.array_equal(call(model), call(MMDiT(tiny.pipeline())))
+
+
+def test_a_forward_that_others_listen_to_runs_to_its_end(pipe: Any, began: list[int]) -> None:
+    model, every = MMDiT(pipe), list(range(tiny.LAYERS))
+    with probe(model, AttentionMass()) as outer, probe(model, AttentionMass(), layers=[0], to_end=False):
+        call(model)
+    assert set(outer[AttentionMass].table()["layer"]) == set(every) and began == every
+    handle = pipe.transformer.transformer_blocks[1].attn.to_q.register_forward_hook(lambda *_: None)
+    with probe(model, AttentionMass(), layers=[1], to_end=False):
+        call(model)
+    handle.remove()
+    assert began == 2 * every
+
+
+def test_a_forward_that_ends_early_still_stops_at_what_is_not_finite(pipe: Any) -> None:
+    model = MMDiT(pipe)
+    pipe.transformer.transformer_blocks[1].attn.to_k.weight.data.fill_(float("nan"))
+    rows: list[Any] = []
+    with (
+        pytest.raises(RunError, match=r"^layer 1: attention is not finite"),
+        probe(model, AttentionMass(rows.append), layers=[0, 1], to_end=False),
+    ):
+        call(model)
+    assert not rows

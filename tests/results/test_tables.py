@@ -204,3 +204,24 @@ def test_memory_takes_objects_and_numbers_of_growing_type() -> None:
     assert table["a"].tolist() == [1, 2, 2.5, 1e9]
     assert table["b"].astype(object).where(table["b"].notna(), None).tolist() == ["x", None, 7, "x"]
     assert table["c"].tolist() == ["u", "v", "w", "u"] and table["c"].dtype == "category"
+
+
+def test_memory_does_not_grow_with_the_number_of_items(tmp_path: Path) -> None:
+    """Rows of one item at a time: the same peak for a few items and for many."""
+    import tracemalloc
+
+    import pyarrow as pa
+
+    peaks = []
+    for count in (3, 3, 60):  # the first for what is made once
+        columns = {"head": np.arange(10_000, dtype=np.int16), "mass": np.linspace(0, 1, 10_000, dtype=np.float32)}
+        tracemalloc.start()
+        before = pa.total_allocated_bytes()
+        with TableWriter(tmp_path / str(len(peaks)), "t") as writer:
+            for index in range(count):
+                with writer.item(index) as item:
+                    for _ in range(2):
+                        item.write(columns)
+        peaks.append(tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes() - before)
+        tracemalloc.stop()
+    assert peaks[2] < 1.2 * peaks[1] + 50_000 < 60 * 2 * 60_000

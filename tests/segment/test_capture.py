@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from mmdit_probe.attention.reference import probabilities as explicit
-from mmdit_probe.data import parse_classes
+from mmdit_probe.data import Fit, parse_classes
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.concepts import ConceptStream
 from mmdit_probe.observe.maps import JointBlocks, second_eigenvalue
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
-from mmdit_probe.segment.capture import capture, concept_embeddings
+from mmdit_probe.segment.capture import Reader, Request, capture, concept_embeddings
 from mmdit_probe.segment.methods import METHODS
 from mmdit_probe.segment.record import Reading
+from mmdit_probe.segment.rows import RowLimit
 from mmdit_probe.segment.run import discover, segment
-from tests import tiny
+from tests import pipelines, tiny
 
 
 class Keep(Observer):
@@ -192,3 +195,91 @@ def test_methods_read_the_same_from_the_columns_they_need(model: MMDiT, picture:
     method = METHODS["seg4diff-unsup"]
     assert method.text_kinds == ("pad", "eos") and torch.allclose(method(pads), method(blind), atol=1e-6)
     assert method.configure({"kinds": "all"}).text_kinds is None
+
+
+def alone(model: MMDiT, request: Request, text: str, part: str, layer: int) -> torch.Tensor:
+    """A part of a layer's record by whole forwards of one row each, without a reader."""
+    latents, found = model.encode_image(Fit.of(request.image.shape[:2], (64, 64)).apply(request.image)), []
+    for sigma, seed in itertools.product(request.reading.sigmas, request.reading.seeds):
+        blocks = JointBlocks([layer], [part])
+        with probe(model, blocks, layers=[layer]):
+            model.denoise(model.noise(latents, sigma, seed), sigma, model.encode_prompt(text))
+        found.append(blocks.kept[layer][part][0])
+    return torch.stack(found).mean(0)
+
+
+@pytest.mark.parametrize("rows", [1, 3, None])
+def test_pictures_read_together_are_what_they_are_alone(model: MMDiT, picture: np.ndarray, rows: int | None) -> None:
+    other, levels = picture[::-1].copy(), Reading(layers="0-1", sigmas=(0.3, 0.6), seeds=(0, 1))
+    named = Request(picture, parse_classes("red ring, cat"), levels)
+    asked = [
+        named,
+        Request(other, parse_classes("cat"), Reading(layers="0-1")),
+        Request(picture, [], Reading(layers="1"), keep=("i2i", "feat_proj")),
+        Request(other, [], Reading(layers="0-1"), keep=("i2t", "i2i")),
+    ]
+    texts = ("red ring cat", "cat", "", "")
+    calls: list[int] = []
+    model.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    found = Reader(model, rows)(asked)
+    assert sum(calls) == 4 + 1 + 1 + 1 and max(calls) == {1: 1, 3: 3, None: 5}[rows]
+    for request, text, one in zip(asked, texts, found, strict=True):
+        assert one.image is request.image and one.passes[0].prompt.text == text
+        for layer, part in itertools.product(one.layers, request.keep):
+            want = alone(model, request, text, part, layer)
+            assert torch.allclose(one.passes[0].records[layer].part(part), want, atol=1e-5)
+
+
+def test_texts_and_shared_pictures_are_encoded_once(model: MMDiT, picture: np.ndarray, monkeypatch) -> None:
+    texts, pictures = [], []
+    encode_prompt, encode_image = model.encode_prompt, model.encode_image
+    monkeypatch.setattr(model, "encode_prompt", lambda some: texts.extend(some) or encode_prompt(some))
+    monkeypatch.setattr(model, "encode_image", lambda some: pictures.extend(some) or encode_image(some))
+    classes, reading = parse_classes("cat"), Reading(layers="0")
+    read = Reader(model)
+    for _ in range(2):
+        read(
+            [Request(picture, classes, reading), Request(picture, [], reading), Request(picture + 1, classes, reading)]
+        )
+    assert sorted(texts) == ["", "cat"] and len(pictures) == 2 * 2
+
+
+def test_prompts_of_other_lengths_do_not_share_a_forward(picture: np.ndarray) -> None:
+    """Where prompts are not padded, a longer neighbour would add text positions to a shorter one."""
+    model = MMDiT(pipelines.build("qwen_image"))
+    assert not model.family.fixed_length
+    asked = [Request(picture, parse_classes(text), Reading(layers="0")) for text in ("cat", "cat, red house", "cat")]
+    both, read = Reader(model)(asked), [Reader(model)([one])[0] for one in asked]
+    for one, single in zip(both, read, strict=True):
+        assert torch.allclose(one.mean("i2t"), single.mean("i2t"), atol=1e-6)
+        assert one.mean("i2t").shape[-1] == len(model.token_tables(one.passes[0].prompt.text)[0])
+
+
+def test_a_forward_that_does_not_fit_is_halved_and_nothing_is_read_twice(model: MMDiT) -> None:
+    done: list[int] = []
+
+    def forward(rows: list[int]) -> None:
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError
+        done.extend(rows)
+
+    RowLimit(model, 8).run(range(11), forward, "kind", tokens=20)
+    assert done == list(range(11))
+    with pytest.raises(torch.OutOfMemoryError):
+        RowLimit(model, 1).run([0], lambda rows: forward([0, 0, 0]), "kind", tokens=20)
+
+
+def test_a_gpu_is_filled_after_one_row_was_measured(model: MMDiT, monkeypatch) -> None:
+    taken = []
+    monkeypatch.setattr(type(model), "device", property(lambda self: torch.device("cuda")))
+    for name, value in {
+        "mem_get_info": (1000, 2000), "memory_reserved": 300, "memory_allocated": 200, "max_memory_allocated": 300,
+        "reset_peak_memory_stats": None,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    limit = RowLimit(model)
+    assert limit.pictures == 1
+    limit.run(range(20), lambda rows: taken.append(len(rows)), "kind", tokens=20)
+    assert taken == [1, 8, 8, 3] and limit.pictures == 8  # 0.8 x (1000 + 300 - 200) bytes at 300 - 200 each

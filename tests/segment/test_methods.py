@@ -206,7 +206,7 @@ def test_the_second_attention_is_read_where_it_is_asked_for(name: str) -> None:
         ("conceptattention", "temperature=abc", "a number of 0 or more or none"),
         ("seg4diff", "minmax=5", "true or false"),
         ("seg4diff", "heads=none", "a word"),
-        ("proxyclip", "side=0", "whole number of 1 or more or none"),
+        ("proxyclip", "side=0", "whole number of 1 or more or several by comma or none"),
         ("diffseg", "tau=nan", "a number of 0 or more"),
     ],
 )
