@@ -37,6 +37,7 @@ from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 from tests import pipelines, tiny
 from tests.families import FIXTURES
+from tests.observe.quantised import STORAGES, missing
 
 DEVICE = "cpu"
 """Where the subjects run; a test on a GPU sets another one."""
@@ -126,7 +127,7 @@ class Situation:
         build: makes the transformer or pipeline anew. run: runs it and gives tensors.
         around: a context for the run, given the subject. inside: whether it is entered after the probe.
         labels: what is known of the samples. note: of the warning; None if there may be none.
-        refusal: of the error; empty if it is exact. steps: which are observed.
+        refusal: of the error; empty if it is exact. steps: which are observed. needs: a package beyond the tests' own.
     """
 
     subject: str
@@ -139,6 +140,12 @@ class Situation:
     note: str | None = None
     refusal: str = ""
     steps: str | int = "all"
+    needs: str = ""
+
+    @property
+    def lacks(self) -> str:
+        """Why it cannot be tried here; empty if it can."""
+        return f"{self.needs} is not installed" if self.needs and missing(self.needs) else ""
 
     @property
     def name(self) -> str:
@@ -397,6 +404,14 @@ def lora(target: Any) -> Any:
 def layerwise_casting(target: Any) -> Any:
     _transformer(target).enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
     return nullcontext()
+
+
+def quantised(quantise: Callable[[Any], None]) -> Callable[[Any], Any]:
+    def around(target: Any) -> Any:
+        quantise(_transformer(target))
+        return nullcontext()
+
+    return around
 
 
 def copied(model: Any) -> list[Tensor]:
@@ -777,6 +792,14 @@ def pipeline_situations() -> list[Situation]:
             run=functools.partial(sample, steps=4), note="PyramidAttentionBroadcast",
         )
     )  # fmt: skip
+    for storage, (package, quantise) in STORAGES.items():
+        for name in ("sd3", "flux", "qwen_image"):
+            labels = Labels(branches=alternating(name), seeds={3}, prompts={PROMPT})
+            rows.append(
+                of_pipeline(
+                    name, storage, own=True, around=quantised(quantise), run=guided(name), labels=labels, needs=package
+                )
+            )  # fmt: skip
     rows += of_families("an IP-Adapter", ["sd3", "flux"], around=ip_adapter, refusal="IPAdapter")
     return rows
 
