@@ -508,6 +508,8 @@ def transformer_situations() -> list[Situation]:
 # --- ways of running a pipeline ---------------------------------------------------------------------------------------
 
 PROMPT, NEGATIVE = "a red ring", "a blue house"
+LONG = "a red ring, " * 130 + "then a house and a cat by the house"
+"""About 700 tokens of the language models' tokenizers, one for each letter of most words."""
 T5 = ("sd3", "flux", "chroma", "cogvideox")
 """Pipelines whose text length is set, to that of the tiny T5."""
 
@@ -780,12 +782,19 @@ def pipeline_situations() -> list[Situation]:
     texts = Labels(words={"cat": {"clip": 1}, "house": {"t5": 1}})
     run = functools.partial(sample, prompt="a cat", prompt_3="red house on grass", guidance_scale=1.0)
     rows.append(of_pipeline("sd3", "another text for T5 (prompt_3)", run=run, labels=texts))
-    for way, attention, told in (
-        ("FasterCache of half the batch", False, {"refusal": "ran 1 of the 2 samples of step 1"}),
-        ("FasterCache of attention", True, {"note": "FasterCache"}),
+    halves = Labels([0, 1, 2, 3], [["uncond", "cond"], ["cond"]] * 2, {3}, {PROMPT})
+    every = Labels([0, 2], [["uncond", "cond"]] * 2, {3}, {PROMPT})
+    for way, attention, labels, note in (
+        ("FasterCache of half the batch", False, halves, "half of the batch"),
+        ("FasterCache of attention", True, every, "reuses earlier results"),
     ):
-        run = guided("cogvideox", steps=4)
-        rows.append(of_pipeline("cogvideox", way, own=True, around=faster_cache(attention), run=run, **told))
+        run, around = guided("cogvideox", steps=4), faster_cache(attention)
+        rows.append(of_pipeline("cogvideox", way, own=True, around=around, run=run, labels=labels, note=note))
+    for name in ("qwen_image", "cogview4", "krea2"):
+        off = 0.0 if name == "krea2" else 1.0
+        run = functools.partial(sample, prompt=LONG, max_sequence_length=1000, guidance_scale=off)
+        labels = Labels([0, 1], [["cond"]] * 2, {3}, {LONG}, {"cat": {"llm": 4}, "then": {"llm": 5}})
+        rows.append(of_pipeline(name, "a prompt of 700 tokens", run=run, labels=labels))
     rows.append(
         of_pipeline(
             "cogvideox", "PyramidAttentionBroadcast", own=True, around=CACHES["PyramidAttentionBroadcast"],

@@ -37,6 +37,13 @@ def test_the_table_is_long_and_can_be_rendered() -> None:
     assert lora.startswith("| LoRA | flux, sd3 | exact | ") and "refused: layer 0" in flex and "'flex'" in flex
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_half_a_batch_of_an_unknown_hook_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmdit_probe.observe.probe.drops_unconditional", lambda transformer: False)
+    half = SITUATIONS["FasterCache of half the batch | cogvideox pipeline"]
+    replace(half, note=None, refusal="ran 1 of the 2 samples of step 1, it is unknown which").check()
+
+
 def test_a_situation_notices_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """The controls: a log-sum-exp that is off, an output, a label, a note and a refusal that are not as stated."""
     plain = SITUATIONS["without guidance | sd3 pipeline"]
