@@ -458,8 +458,9 @@ class MMDiT:
             self.pipeline.scheduler = before
 
     def _arguments(self, *, guidance: float | None, length: int | None = None, **options: Any) -> dict[str, Any]:
-        """Arguments of the stock pipeline by its own names, as far as it takes them; its own defaults for None."""
-        options = dict(self.family.options) | options
+        """Arguments of the stock pipeline by its own names, as far as it takes them; its own defaults for None, but for
+        what the family sets."""
+        options = dict(self.family.options) | {name: value for name, value in options.items() if value is not None}
         if self.references:
             given = list(self.references) if len(self.references) > 1 else self.references[0]
             options.setdefault(self.family.reference_argument, given)
@@ -469,7 +470,7 @@ class MMDiT:
         if guidance is not None:
             options[self.family.scale_argument] = max(0.0, guidance - self.family.scale_offset)
         known = inspect.signature(type(self.pipeline).__call__).parameters
-        return {name: value for name, value in options.items() if name in known and value is not None}
+        return {name: value for name, value in options.items() if name in known}
 
     def generate(
         self,
