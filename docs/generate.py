@@ -1,4 +1,4 @@
-"""Pages that are made from the code when the site is built: one per command, the contributor's page, pictures.
+"""Pages that are made from the code when the site is built: one per command, one per family, tables, pictures.
 
 Run by mkdocs (`mkdocs-gen-files`); writes nothing into the repository.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,14 @@ from typing import Any
 import mkdocs_gen_files
 
 from mmdit_probe import experiments
+from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.options import described
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(Path(__file__).parent))
+from families import family_page, index_page, tried  # noqa: E402, beside this script
+
 PICTURES = ROOT / "figures" / "out" / "scenes-sd3"
 SHOWN = {
     "attention-budget": "fig02_attention_budget",
@@ -81,9 +87,17 @@ def main() -> None:
             page.write(command_page(name, kind))
     with mkdocs_gen_files.open("commands/index.md", "w") as page:
         page.write("\n".join(index) + "\n")
-    results = ROOT / "benchmarks" / "results"
-    followed("guide/works-with-what.md", [results / "situations.md"])
-    followed("guide/growth.md", sorted(results.glob("growth-*.md")))
+    table = RESULTS / "situations.md"
+    followed("guide/works-with-what.md", [table])
+    followed("guide/growth.md", sorted(RESULTS.glob("growth-*.md")))
+    with mkdocs_gen_files.open("guide/models.md", "w") as page:
+        text = (ROOT / "docs" / "guide" / "models.md").read_text(encoding="utf-8")
+        page.write(text.replace("<!-- model_memory -->", (RESULTS / "model_memory.md").read_text(encoding="utf-8")))
+    with mkdocs_gen_files.open("families/index.md", "w") as page:
+        page.write(index_page())
+    for name, family in FAMILIES.items():
+        with mkdocs_gen_files.open(f"families/{name}.md", "w") as page:
+            page.write(family_page(family, tried(name, family.pipelines, table.read_text(encoding="utf-8"))))
     with mkdocs_gen_files.open("contributing.md", "w") as page:
         page.write((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     for picture in sorted(PICTURES.glob("*.png")):

@@ -29,7 +29,7 @@ CHAT = (
 )
 
 
-def llm_tokenizer(side: str = "right", length: int = 512) -> Any:
+def llm_tokenizer(side: str = "right", length: int = 512, **special: Any) -> Any:
     """Byte-level BPE with a chat template: one token per byte, except the merged words."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
@@ -40,7 +40,7 @@ def llm_tokenizer(side: str = "right", length: int = 512) -> Any:
     return Qwen2Tokenizer(
         vocab={token: index for index, token in enumerate(tokens)}, merges=merges, pad_token="<|endoftext|>",
         eos_token="<|im_end|>", model_max_length=length, padding_side=side, chat_template=CHAT,
-        additional_special_tokens=["<|im_start|>"],
+        **({"additional_special_tokens": ["<|im_start|>"]} | special),
     )  # fmt: skip
 
 
@@ -155,6 +155,25 @@ def flux() -> Any:
     )  # fmt: skip
 
 
+def cogview4() -> Any:
+    """Its language model's tokenizer puts two tokens before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    time_shift = {"base_shift": 0.25, "max_shift": 0.75, "base_image_seq_len": 256, "time_shift_type": "linear"}
+    pipe = _with_llm(
+        "CogView4Pipeline", "cogview4", vae(shift_factor=None), side="left",
+        scheduler=flow(use_dynamic_shifting=True, **time_shift),
+    )  # fmt: skip
+    backend = pipe.tokenizer.backend_tokenizer
+    signs = ["[gMASK]", "<sop>"]
+    pipe.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *signs]})
+    backend.post_processor = TemplateProcessing(
+        single=f"{signs[0]} {signs[1]} $A", special_tokens=[(s, pipe.tokenizer.convert_tokens_to_ids(s)) for s in signs]
+    )  # fmt: skip
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    return pipe
+
+
 def cogview3plus() -> Any:
     from diffusers import CogVideoXDDIMScheduler
 
@@ -225,15 +244,42 @@ def bria_fibo() -> Any:
 
 
 def glm_image() -> Any:
-    """Without the language model that draws the prior tokens: they are given."""
+    """With a language model that draws the prior tokens: some of 64."""
     from diffusers import GlmImagePipeline
     from transformers import ByT5Tokenizer
 
-    tokenizer = ByT5Tokenizer()
-    return GlmImagePipeline(
-        tokenizer=tokenizer, processor=None, text_encoder=t5(tokenizer), vision_language_encoder=None, vae=vae(),
-        transformer=transformer("glm_image"), scheduler=flow(use_dynamic_shifting=True, time_shift_type="linear"),
+    tokenizer, (processor, drawing) = ByT5Tokenizer(), _prior()
+    pipe = GlmImagePipeline(
+        tokenizer=tokenizer, processor=processor, text_encoder=t5(tokenizer), vision_language_encoder=drawing,
+        vae=vae(latents_mean=[0.1] * CHANNELS, latents_std=[1.2] * CHANNELS),
+        transformer=transformer("glm_image", prior_vq_quantizer_codebook_size=64),
+        scheduler=flow(use_dynamic_shifting=True, time_shift_type="linear"),
     )  # fmt: skip
+    pipe.default_sample_size = SIDE // pipe.vae_scale_factor  # prior tokens are drawn one by one
+    return pipe
+
+
+def _prior() -> tuple[Any, Any]:
+    from transformers import GlmImageConfig, GlmImageForConditionalGeneration, GlmImageProcessor
+    from transformers.models.glm_image.image_processing_pil_glm_image import GlmImageImageProcessorPil
+
+    signs = {"image_token": "<|image|>", "grid_bos_token": "<sop>", "grid_eos_token": "<eop>"}
+    tokenizer = llm_tokenizer("left", bos_token="<bos>", extra_special_tokens=signs)
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "vision_vocab_size": 64, "eos_token_id": 63,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    config = GlmImageConfig(
+        text_config=text, vq_config={"embed_dim": 8, "num_embeddings": 60, "latent_channels": 16},
+        vision_config={"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "image_size": 64},
+        image_token_id=tokenizer.convert_tokens_to_ids("<|image|>"), image_start_token_id=60, image_end_token_id=61,
+    )  # fmt: skip
+    model = GlmImageForConditionalGeneration(config).eval()
+    # A random model would end too early.
+    model.generation_config.eos_token_id = None
+    return GlmImageProcessor(GlmImageImageProcessorPil(), tokenizer, chat_template=CHAT), model
 
 
 def hunyuan_image() -> Any:
@@ -298,7 +344,7 @@ def ideogram4() -> Any:
     # 13 of the 36 layers are read.
     changes = {"in_channels": 4 * CHANNELS, "llm_features_dim": 13 * 8}
     return Ideogram4Pipeline(
-        scheduler=flow(), vae=vae(), text_encoder=vision_llm(tokenizer, 8, 36), tokenizer=tokenizer,
+        scheduler=flow(), vae=flux2_vae(), text_encoder=vision_llm(tokenizer, 8, 36), tokenizer=tokenizer,
         transformer=transformer("ideogram4", **changes), unconditional_transformer=transformer("ideogram4", **changes),
     )  # fmt: skip
 
@@ -309,15 +355,7 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "bria": lambda: with_t5("BriaPipeline", "bria", in_channels=4 * CHANNELS),
     "aura_flow": lambda: with_t5("AuraFlowPipeline", "aura_flow", vae(shift_factor=None)),
     "cogview3plus": cogview3plus,
-    "cogview4": lambda: _with_llm(
-        "CogView4Pipeline",
-        "cogview4",
-        vae(shift_factor=None),
-        side="left",
-        scheduler=flow(
-            use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, base_image_seq_len=256, time_shift_type="linear"
-        ),
-    ),
+    "cogview4": cogview4,
     "qwen_image": lambda: _with_llm("QwenImagePipeline", "qwen_image", qwen_vae(), in_channels=4 * CHANNELS),
     "lumina2": lambda: _with_llm("Lumina2Pipeline", "lumina2", axes_lens=(300, 16, 16)),
     "z_image": lambda: _with_llm("ZImagePipeline", "z_image"),

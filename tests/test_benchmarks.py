@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -33,6 +34,20 @@ def test_all_ways_compute_the_same_forward(overhead):
     assert all(torch.equal(results[way], results["stock"]) for way in ("again", "watched", "probe"))
     torch.testing.assert_close(results["explicit"], results["stock"], atol=1e-4, rtol=1e-4)
     assert torch.equal(transformer(**inputs, return_dict=False)[0], results["stock"])
+
+
+def test_memory_is_counted_from_configurations(monkeypatch):
+    memory = script("benchmarks/model_memory.py")
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.LayerNorm(4), torch.nn.BatchNorm1d(4))
+    weights = memory.weights_of(model)  # 32 + 4, 8, 8 parameters; 4 + 4 + 1 in buffers
+    assert (weights.parameters, weights.linear, weights.buffers) == (52, 32, 9)
+    assert weights.gib(4.5) * 2**30 == 32 * 4.5 / 8 + 29 * 2
+    monkeypatch.setattr(
+        memory, "built", lambda module, *_: memory.Weights(2**30 * (5 if module == "diffusers" else 3), 0, 0)
+    )
+    assert memory.row("Flux.1") == f"| Flux.1 (5.37 B) | 10.0 | 12.0 | 32.0 |{3 * ' 10.0 |'}"
+    committed = (Path(memory.__file__).parent / "results" / "model_memory.md").read_text()
+    assert [line.split(" (")[0][2:] for line in committed.splitlines()[2:]] == list(memory.MODELS)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from mmdit_probe.cli.app import main
+from mmdit_probe.models.families.registry import FAMILIES
+from tests.scripts import script
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "docs/index.md", "docs/guide/own-analysis.md"]
@@ -29,6 +31,22 @@ def test_python_blocks_run_in_their_order(page: str, tmp_path: Path, monkeypatch
     assert found
     for block in found:
         exec(compile(block, page, "exec"), names)
+
+
+def test_every_family_has_a_page_of_what_was_tried() -> None:
+    families = script("docs/families.py")
+    table = (ROOT / "benchmarks" / "results" / "situations.md").read_text(encoding="utf-8")
+    for name, family in FAMILIES.items():
+        rows = families.tried(name, family.pipelines, table)
+        page = families.family_page(family, rows)
+        assert ("autocast bfloat16", "exact") in [(way, outcome.partition(" (")[0]) for way, outcome in rows]
+        assert family.transformer in page and all(f"**{stream.name}**" in page for stream in family.streams)
+        assert f"[{name}]({name}.md)" in families.index_page()
+    flux = dict(families.tried("flux", FAMILIES["flux"].pipelines, table))
+    assert flux["an IP-Adapter"] == "refused" and "5 steps at strength 0.6" in flux
+    glm = families.family_page(FAMILIES["glm_image"], [])
+    assert "reads what stands in quotation marks" in glm and "maps 'a sign that says \"OPEN\"' --model" in glm
+    assert "`transformer_blocks.N.attn1`" in glm and "order: text, image." in glm
 
 
 def commands(page: str) -> list[str]:

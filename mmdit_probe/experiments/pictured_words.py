@@ -100,7 +100,10 @@ class Pictures(Sampling, Referring, Experiment):
         chosen = [words_of(table, asked, self.stream) for table in tables]
         for table, words in zip(tables, chosen, strict=True):
             if not words:
-                raise UserError(f"prompt {table.prompt!r} has none of the words asked for, or no word at all")
+                what = f"prompt {table.prompt!r} has none of the words asked for, or no word at all"
+                parts = [f"{stream.name} reads only {stream.reads}" for stream in model.family.streams if stream.reads]
+                every = len(parts) == len(model.family.streams) > 0
+                raise UserError(f"{what}: {' and '.join(parts)}" if every else what)
         count = 1 if pictures else self.images_per_prompt
         return [
             PicturedPrompt(k, texts[of], self.seed + k, chosen[of], pictures[of] if pictures else None)

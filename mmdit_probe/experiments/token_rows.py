@@ -215,19 +215,20 @@ def _under(variant: Variant, items: Sequence[Item]) -> list[Item]:
 
 
 def unread(table: TokenTable) -> list[str]:
-    """Remarks on words that some encoder cut off.
+    """Remarks on words that some encoder cut off, or that none is given.
 
     Raises:
-        UserError: words that every encoder cut off: nothing about them can be measured.
+        UserError: words that every encoder cut off or misplaced: nothing about them can be measured.
     """
     lost = table.unread
     start = table.prompt if len(table.prompt) <= 40 else f"{table.prompt[:37]}..."
-    if lost and not table.truncated:
-        raise UserError(f"prompt {start!r}: the text encoders place {_some(lost)} differently; write it without them")
-    if lost:
+    if lost and table.truncated:
         what = f"prompt {start!r} is longer than the text encoders"
         raise UserError(f"{what}: {_some(lost)} fell off; shorten it to the words before")
-    return [
+    if lost and table.disputed:
+        raise UserError(f"prompt {start!r}: the text encoders place {_some(lost)} differently; write it without them")
+    remarks = [f"prompt {start!r}: no text encoder reads {_some(lost)}: there is no text token of it"] if lost else []
+    return remarks + [
         f"prompt {start!r}: {_some(words)} fell off the end of {stream}; the other encoders read them"
         for stream, words in table.truncated.items()
     ]

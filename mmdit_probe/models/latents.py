@@ -11,12 +11,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmdit_probe.errors import UserError
 
-Form = Literal["latents", "packed", "listed"]
-"""Latents [B, C, h, w]; tokens [B, I, C * cell^2]; or a list of [C, frames, h, w]."""
+Form = Literal["latents", "packed", "listed", "joined"]
+"""Latents [B, C, h, w]; tokens [B, I, C * cell^2]; a list of [C, frames, h, w]; or tokens after places for the text,
+which the stock pipeline alone makes."""
 
 
 def pack(latents: Tensor, form: Form, cell: int) -> Any:
@@ -67,7 +68,7 @@ def decode(vae: Any, latents: Tensor, cell: int = 0) -> Tensor:
 
 
 def _is_video(vae: Any) -> bool:
-    return hasattr(vae.config, "latents_mean") and vae.config.latents_mean is not None
+    return any(isinstance(module, nn.Conv3d) for module in vae.modules())
 
 
 def _normalisation(vae: Any, cell: int, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ def _normalisation(vae: Any, cell: int, latents: Tensor) -> tuple[Tensor, Tensor
         repeats = (1, latents.shape[-2] // cell, latents.shape[-1] // cell)
         mean, std = (of.view(-1, cell, cell).repeat(repeats) for of in (vae.bn.running_mean.float(), variance.sqrt()))
         return mean, 1.0 / std
-    if _is_video(vae):
+    if getattr(config, "latents_mean", None) is not None:
         mean, std = (torch.tensor(values)[:, None, None] for values in (config.latents_mean, config.latents_std))
         return mean, 1.0 / std
     if getattr(config, "scaling_factor", None) is None:

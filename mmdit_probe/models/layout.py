@@ -127,6 +127,16 @@ class Places:
     queries: Tensor
 
 
+def of_samples(layout: Layout, places: Places | None, rows: slice) -> tuple[Layout, Places | None]:
+    """The layout of some samples of a call, and the places of their tokens."""
+
+    def some(which: Tensor | None) -> Tensor | None:
+        return which if which is None or len(which) == 1 else which[rows]
+
+    layout = replace(layout, keys=some(layout.keys), queries=some(layout.queries))
+    return layout, None if places is None else Places(places.keys[rows], places.queries[rows])
+
+
 @functools.lru_cache(maxsize=64)
 def arranged(arrangement: Arrangement) -> tuple[Layout, Places | None]:
     """The layout of an arrangement, and where its tokens are in the attention call (None: in the same order).

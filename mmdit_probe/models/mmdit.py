@@ -287,6 +287,7 @@ class MMDiT:
             UserError: sizes differ or are no multiple of one token's side, or the model makes videos.
         """
         self.check_pictures()
+        self._check_latents()
         arrays = [_rgb(image) for image in (images if isinstance(images, list | tuple) else [images])]
         sizes = sorted({array.shape[:2] for array in arrays})
         if len(sizes) > 1:
@@ -302,6 +303,7 @@ class MMDiT:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> list[Any]:
         """PIL images of latents [B, C, h, w]."""
+        self._check_latents()
         pixels = packing.decode(self.pipeline.vae, latents.to(self.device), self.family.cell)
         return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
 
@@ -383,6 +385,14 @@ class MMDiT:
         found = packing.unpack(output, family.form, family.cell, (h, w)).float()
         return -found if family.towards_image else found
 
+    def _check_latents(self) -> None:
+        """Raises a UserError where only the stock pipeline puts latents into the transformer."""
+        if self.family.form == "joined":
+            raise UserError(
+                f"{type(self.pipeline).__name__} puts image and text into one input of its transformer: sample with"
+                " the pipeline, or give it to `probe`"
+            )
+
     @torch.no_grad()
     def _call(self, prompts: Sequence[str], size: tuple[int, int]) -> tuple[dict[str, Any], list[int]]:
         """What the stock pipeline calls its transformer with for prompts, without guidance, at (height, width), and how
@@ -391,6 +401,7 @@ class MMDiT:
         Raises:
             UserError: no rectified flow, or the references are no tokens of this pipeline's calls.
         """
+        self._check_latents()
         if "FlowMatch" not in type(self.scheduler).__name__:
             raise UserError(
                 f"{type(self.scheduler).__name__} is no rectified flow: sample with the pipeline, or give it to `probe`"
@@ -447,8 +458,9 @@ class MMDiT:
             self.pipeline.scheduler = before
 
     def _arguments(self, *, guidance: float | None, length: int | None = None, **options: Any) -> dict[str, Any]:
-        """Arguments of the stock pipeline by its own names, as far as it takes them; its own defaults for None."""
-        options = dict(self.family.options) | options
+        """Arguments of the stock pipeline by its own names, as far as it takes them; its own defaults for None, but for
+        what the family sets."""
+        options = dict(self.family.options) | {name: value for name, value in options.items() if value is not None}
         if self.references:
             given = list(self.references) if len(self.references) > 1 else self.references[0]
             options.setdefault(self.family.reference_argument, given)
@@ -458,7 +470,7 @@ class MMDiT:
         if guidance is not None:
             options[self.family.scale_argument] = max(0.0, guidance - self.family.scale_offset)
         known = inspect.signature(type(self.pipeline).__call__).parameters
-        return {name: value for name, value in options.items() if name in known and value is not None}
+        return {name: value for name, value in options.items() if name in known}
 
     def generate(
         self,
@@ -502,12 +514,12 @@ class MMDiT:
         )  # fmt: skip
         if negative and "negative_prompt" not in arguments:
             raise UserError(f"{type(self.pipeline).__name__} takes no negative prompt; leave it out")
-        if not self.makes_videos:
-            return self.pipeline(prompt=texts, **arguments, **options).images
-        options = {"output_type": "pil"} | options
+        options |= {"output_type": "pil"} if self.makes_videos and "output_type" not in options else {}
         with _guided(self.pipeline, guidance):
-            videos = self.pipeline(prompt=texts, **arguments, **options).frames
-        return [Clip.of(frames) for frames in videos] if options["output_type"] == "pil" else videos
+            made = self.pipeline(prompt=texts, **arguments, **options)
+        if not self.makes_videos:
+            return made.images
+        return [Clip.of(frames) for frames in made.frames] if options["output_type"] == "pil" else made.frames
 
     def sigmas(self, steps: int, size: tuple[int, int] | None = None) -> list[float]:
         """The noise level at which each of `steps` sampling steps calls the transformer, from noise to image.
@@ -548,16 +560,17 @@ def _own_frames(pipeline: Any) -> int:
 
 @contextmanager
 def _guided(pipeline: Any, scale: float) -> Iterator[None]:
-    """The scale of guidance of a pipeline that has an object for it in place of an argument."""
-    guider = getattr(pipeline, "guider", None)
-    if guider is None:
-        yield
-        return
-    before, guider.guidance_scale = guider.guidance_scale, scale
+    """The scale of guidance of a pipeline that has objects for it in place of an argument."""
+    given = [getattr(pipeline, name, None) for name in ("guider", "ocr_guider")]
+    guiders = [guider for guider in given if guider is not None]
+    before = [guider.guidance_scale for guider in guiders]
     try:
+        for guider in guiders:
+            guider.guidance_scale = max(1.0, scale)
         yield
     finally:
-        guider.guidance_scale = before
+        for guider, kept in zip(guiders, before, strict=True):
+            guider.guidance_scale = kept
 
 
 def _texts(prompts: str | Sequence[str]) -> list[str]:

@@ -193,6 +193,8 @@ class TokenTable:
                 f"the tokenizers of {disputing[0]!r} place {phrase!r} differently in {self.prompt!r}, and no other text"
                 " encoder reads it; write the prompt without runs of '!', and with one text for all of them"
             )
+        if not self.truncated:
+            return UserError(f"{phrase!r} has no text token: no text encoder reads it in the prompt {self.prompt!r}")
         return UserError(
             f"{phrase!r} fell off the end of every text encoder for the prompt {self.prompt!r}; shorten it"
         )

@@ -61,6 +61,14 @@ def skipping(transformer: nn.Module, path: str) -> str:
     return f"{type(cache).__name__.removesuffix('Config')} ({named})" if cache is not None and hooks else named
 
 
+def drops_unconditional(transformer: nn.Module) -> bool:
+    """Whether a hook may run the second half of a batch alone: FasterCache, which takes the first one for the
+    unconditional samples (diffusers `hooks/faster_cache.py`, `_get_cond_input`)."""
+    registry = getattr(transformer, "_diffusers_hook", None)
+    hooks = () if registry is None else registry.hooks.values()
+    return any(type(hook).__name__ == "FasterCacheDenoiserHook" for hook in hooks)
+
+
 def hiding(module: nn.Module) -> str:
     """What an attention module runs in, for a message: its processor, its backend, a replaced torch function."""
     found = f"{processor_of(module)}, backend {backend_of(module)!r}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -55,6 +55,11 @@ class DenoisingCall:
     grid: tuple[int, int]
     _tokens: Sequence[TokenTable | None] = field(default=(), repr=False)
     _tables: dict[int, list[TokenTable]] = field(default_factory=dict, repr=False)
+
+    def of_samples(self, rows: slice) -> DenoisingCall:
+        """The same call with some of its samples."""
+        names = ("sigmas", "prompts", "seeds", "branches", "_tokens")
+        return replace(self, _tables={}, **{name: getattr(self, name)[rows] for name in names})
 
     def tokens(self, text_length: int) -> list[TokenTable]:
         """One token table per sample; of kind "unknown" where the text is not known to have this many positions.

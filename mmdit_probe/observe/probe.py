@@ -36,12 +36,12 @@ from mmdit_probe.attention.intercept import (
 )
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.families.facts import Family
-from mmdit_probe.models.layout import Layer, Layout, Places, arranged, unwrap
+from mmdit_probe.models.layout import Layer, Layout, Places, arranged, of_samples, unwrap
 from mmdit_probe.models.layout_source import layout_source
 from mmdit_probe.models.mmdit import Batch, MMDiT
 from mmdit_probe.models.pipeline_call import bind
 from mmdit_probe.models.tokens import TokenTable, fitted
-from mmdit_probe.observe.backend import hiding, processor_of, refuse_sharded, skipping
+from mmdit_probe.observe.backend import drops_unconditional, hiding, processor_of, refuse_sharded, skipping
 from mmdit_probe.observe.clock import Clock
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, check_finite
 from mmdit_probe.observe.pipeline_labels import PERTURBED, PipelineRows, calling_pipeline, is_pipeline
@@ -326,7 +326,7 @@ class Run:
         denoising, self.current = self.current, None
         try:
             if denoising is not None and output is not None:
-                self._finish(denoising)
+                self._finish(self._that_ran(denoising))
         finally:
             for observer in self.observers:
                 observer.abandon_call()
@@ -340,6 +340,25 @@ class Run:
                 check_finite(self.observers, denoising)
                 for observer in self.observers:
                     observer.end_call(denoising)
+
+    def _that_ran(self, denoising: DenoisingCall) -> DenoisingCall:
+        """The call with the samples that its layers were given, where a hook left out the first half of them."""
+        half, rest = divmod(len(denoising.prompts), 2)
+        ran = {recorder.waiting for recorder in self._recorders if recorder.calls}
+        if rest or ran != {half} or not drops_unconditional(self.transformer):
+            return denoising
+        rows = slice(half, None)
+        denoising = denoising.of_samples(rows)
+        for recorder in self._recorders:
+            if recorder.parts:
+                record, recorder.parts = joined(recorder.parts), []
+                recorder.show(record, denoising, *of_samples(*self.arranged(recorder.layer), rows))
+        hook = skipping(self.transformer, recorder.layer.path)
+        self.note(
+            f"{hook} runs half of the batch at some steps: the other half has no rows there"
+            " (transformer.disable_cache() ends a cache)"
+        )
+        return denoising
 
     def _label(self, inputs: dict[str, Any], samples: int) -> DenoisingCall:
         """What is known of the call that begins; says too whether it is to be observed."""
@@ -424,11 +443,11 @@ class Run:
     def _check_seen(self, recorder: _LayerRecorder, denoising: DenoisingCall) -> None:
         layer = recorder.layer
         if recorder.parts:
-            part = sum(len(record.call.query) for record in recorder.parts)
+            why = skipping(self.transformer, layer.path) or hiding(layer.module)
             raise RunError(
-                f"{recorder.name} ran {part} of the {len(denoising.prompts)} samples of step {denoising.step}, it is"
-                f" unknown which ({skipping(self.transformer, layer.path) or hiding(layer.module)}); switch that off"
-                " (a cache: transformer.disable_cache())"
+                f"{recorder.name} ran {recorder.waiting} of the {len(denoising.prompts)} samples of step"
+                f" {denoising.step}, it is unknown which ({why}); switch that off (a cache:"
+                " transformer.disable_cache())"
             )
         if recorder.calls or layer.index in self._left_out:
             return
@@ -469,6 +488,11 @@ class _LayerRecorder:
     def name(self) -> str:
         return f"layer {self.layer.index} ({self.layer.path}, {processor_of(self.layer.module)})"
 
+    @property
+    def waiting(self) -> int:
+        """Samples of the calls that wait for the others."""
+        return sum(len(part.call.query) for part in self.parts)
+
     def begin(self) -> None:
         """A denoising call begins."""
         self.calls, self.parts = 0, []
@@ -499,27 +523,29 @@ class _LayerRecorder:
         if len(record.call.query) != samples:
             # Several attention calls of some samples each are looked at together when the last one is there.
             self.parts.append(record)
-            if sum(len(part.call.query) for part in self.parts) < samples:
+            if self.waiting < samples:
                 return
             record, self.parts = joined(self.parts), []
-        self._check(record, layout, places)
+        self.show(record, run.current, layout, places)
+
+    def show(self, record: Record, denoising: DenoisingCall, layout: Layout, places: Places | None) -> None:
+        """Let the observers see the attention of all samples of a denoising call."""
+        self._check(record, len(denoising.prompts), layout, places)
         hidden = hidden_keys(record.call)
         if hidden is not None and bool(hidden.any()):
             layout = layout.without(hidden if places is None else canonical_hidden(hidden, places))
-        seen = LayerCall(self.layer, layout, run.current, record if places is None else canonical(record, places))
+        seen = LayerCall(self.layer, layout, denoising, record if places is None else canonical(record, places))
         for observer in self.observers:
             observer.observe(seen)
         if self.ends:
             run.end_forward()
 
-    def _check(self, record: Record, layout: Layout, places: Places | None) -> None:
+    def _check(self, record: Record, expected: int, layout: Layout, places: Places | None) -> None:
         samples, n_query, n_key = len(record.call.query), record.call.query.shape[-2], record.call.key.shape[-2]
         if places is None:
             fits = layout.total == n_query == n_key
         else:
             fits = int(places.keys.max()) < n_key and int(places.queries.max()) < n_query
-        assert self.run.current is not None
-        expected = len(self.run.current.prompts)
         if not fits or samples != expected:
             raise RunError(
                 f"{self.name} attends from {n_query} to {n_key} tokens in {samples} samples; expected"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmdit_probe import MMDiT, TextMaps, probe, word_maps
+from mmdit_probe import AttentionMass, MMDiT, TextMaps, probe, word_maps
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import Explore, Result, WordMaps
 from mmdit_probe.experiments.known import KnownLayers
@@ -81,6 +81,50 @@ def test_ones_own_pipeline_gives_its_stock_picture() -> None:
              max_sequence_length=tiny.T5_LENGTH)  # fmt: skip
     np.testing.assert_allclose(run[TextMaps].map("ring"), maps["ring"].array, atol=1e-7)
     assert run[TextMaps].overlay("ring", maps.image) == maps["ring"].overlay()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(pipelines.PIPELINES))
+def test_every_stock_pipeline_of_pictures_has_word_maps(name: str) -> None:
+    """A prompt of one word: the mean of its map is the mass of words among the keys that image tokens attend to."""
+    pipe, side = pipelines.build(name), 128 if name == "prx" else pipelines.SIDE
+    prompt = '"ring"' if name == "glm_image" else "ring"  # it reads quotations only
+    how = {"guidance": 2.0, "height": side, "width": side}
+    maps = word_maps(pipe, prompt, words="ring", layers="all", num_steps=2, **how)
+    assert isinstance(maps, PictureMaps) and maps.image.size == (side, side)
+    with probe(pipe, AttentionMass()) as run:
+        image = MMDiT(pipe).generate(prompt, steps=2, seed=0, **how)[0]
+    assert (np.asarray(image) == np.asarray(maps.image)).all()
+    rows = run[AttentionMass].table().query("query == 'image' and span == 'word' and branch == 'cond'")
+    masses = rows.groupby(["layer", "step", "head"])["mass"].sum()
+    assert masses.index.nunique() == len(MMDiT(pipe).layers) * 2 * MMDiT(pipe).heads
+    assert maps["ring"].array.mean() == pytest.approx(masses.mean(), rel=1e-5) and masses.min() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "words", "message"),
+    [
+        ("glm_image", "a red ring", None, "or no word at all: byt5 reads only what stands in quotation marks"),
+        ("glm_image", 'a red "ring"', "red", "'red' has no text token: no text encoder reads it"),
+    ],
+)
+def test_a_word_that_no_encoder_is_given_is_refused(name: str, prompt: str, words: str | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        word_maps(pipelines.build(name), prompt, words=words, **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cogview3plus", "CogVideoXDDIMScheduler is no rectified flow: sample with the pipeline"),
+        ("cogview4", "timesteps that do not follow from the noise level: sample with the pipeline"),
+        ("ideogram4", "puts image and text into one input of its transformer: sample with the pipeline"),
+        ("ernie_image", "normalised in a way that is not known here"),
+    ],
+)
+def test_a_photo_is_read_or_refused_by_name(photo: Image.Image, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        word_maps(pipelines.build(name), '"ring"', words="ring", image=photo, height=32, width=32)
 
 
 def test_several_prompts_and_pictures_give_a_list(model: MMDiT) -> None:

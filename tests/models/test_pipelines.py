@@ -33,6 +33,11 @@ UNCONDITIONAL_FIRST = {
     "aura_flow", "bria", "prx", "bria_fibo", "easyanimate", "ernie_image", "cogview3plus", "cogvideox", "mochi",
 }  # fmt: skip
 """Pipelines that run both branches in one call, the unconditional rows before the others."""
+SAMPLED_ONLY = {
+    "cogview3plus": "is no rectified flow", "cogview4": "do not follow from the noise level",
+    "glm_image": "do not follow from the noise level", "ideogram4": "puts image and text into one input",
+}  # fmt: skip
+"""Pipelines without calls of the model's own, and why."""
 LENGTHS = {"hunyuan_video": 500, "ideogram4": 64}
 """Text lengths, where the family's own holds no prompt of a tokenizer of letters, or is slow."""
 OPTIONS = {
@@ -112,9 +117,8 @@ def test_prompts_of_different_lengths_and_several_images(name: str) -> None:
 def test_a_denoising_call_is_the_pipelines_own(name: str) -> None:
     """At the first step of sampling the model gets pure noise; `denoise` then gives what the scheduler stepped with."""
     model = model_of(name)
-    if name in ("cogview3plus", "cogview4"):
-        why = {"cogview3plus": "is no rectified flow", "cogview4": "do not follow from the noise level"}
-        with pytest.raises(UserError, match=why[name]):
+    if name in SAMPLED_ONLY:
+        with pytest.raises(UserError, match=SAMPLED_ONLY[name]):
             model.encode_prompt("a red ring")
         return
     stepped: list[torch.Tensor] = []
@@ -208,7 +212,7 @@ def test_an_autoencoder_of_unknown_normalisation_is_refused() -> None:
         model.encode_image(np.zeros((SIDE, SIDE, 3), np.uint8))
 
 
-@pytest.mark.parametrize("name", [name for name in LOADED if name != "ernie_image"])
+@pytest.mark.parametrize("name", [name for name in LOADED if name not in ("ernie_image", "ideogram4")])
 def test_images_are_those_of_the_pipelines_own_autoencoder(name: str) -> None:
     model = model_of(name)
     options: Any = {"steps": 1, "guidance": 1.0, "seed": 3, "height": SIDE, "width": SIDE}
@@ -291,6 +295,21 @@ def test_an_only_encoder_whose_length_is_fixed_cannot_be_left_out(tmp_path: Path
     assert load(tmp_path, device="cpu").token_tables("a ring")[0].kinds == ["word"] * 2
     with pytest.raises(UserError, match="one text encoder only"):
         load(tmp_path, device="cpu", t5=False)
+
+
+@pytest.mark.parametrize("name", ["glm_image", "hunyuan_image", "ideogram4"])
+def test_a_directory_with_further_models_is_loaded_and_sampled(name: str, tmp_path: Path) -> None:
+    build(name).save_pretrained(tmp_path, safe_serialization=True)
+    model, how = load(tmp_path, device="cpu"), {"steps": 2, "height": SIDE, "width": SIDE, "seed": 5}
+    model.max_sequence_length = LENGTHS.get(name, model.max_sequence_length)
+    for guidance, branches in ((3.0, {"cond"} if name == "ideogram4" else {"cond", "uncond"}), (1.0, {"cond"})):
+        with probe(model, AttentionMass(heads=0), layers=0) as run:
+            (image,) = model.generate('a "ring"', guidance=guidance, **how)
+        table = run[AttentionMass].table()
+        assert set(table["branch"]) == branches and set(table["seed"]) == {5} and set(table["prompt"]) == {'a "ring"'}
+        assert image.size == (SIDE, SIDE)
+    spans = model.token_tables('a "ring"')[0].word_spans("ring")
+    assert set(spans) == {"glm_image": {"byt5"}, "hunyuan_image": {"byt5", "llm"}, "ideogram4": {"llm"}}[name]
 
 
 @pytest.mark.parametrize(("name", "layers"), [("aura_flow", 4), ("bria", 4), ("prx", 2)])

@@ -37,6 +37,7 @@ from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 from tests import pipelines, tiny
 from tests.families import FIXTURES
+from tests.observe.quantised import STORAGES, missing
 
 DEVICE = "cpu"
 """Where the subjects run; a test on a GPU sets another one."""
@@ -126,7 +127,7 @@ class Situation:
         build: makes the transformer or pipeline anew. run: runs it and gives tensors.
         around: a context for the run, given the subject. inside: whether it is entered after the probe.
         labels: what is known of the samples. note: of the warning; None if there may be none.
-        refusal: of the error; empty if it is exact. steps: which are observed.
+        refusal: of the error; empty if it is exact. steps: which are observed. needs: a package beyond the tests' own.
     """
 
     subject: str
@@ -139,6 +140,12 @@ class Situation:
     note: str | None = None
     refusal: str = ""
     steps: str | int = "all"
+    needs: str = ""
+
+    @property
+    def lacks(self) -> str:
+        """Why it cannot be tried here; empty if it can."""
+        return f"{self.needs} is not installed" if self.needs and missing(self.needs) else ""
 
     @property
     def name(self) -> str:
@@ -399,6 +406,14 @@ def layerwise_casting(target: Any) -> Any:
     return nullcontext()
 
 
+def quantised(quantise: Callable[[Any], None]) -> Callable[[Any], Any]:
+    def around(target: Any) -> Any:
+        quantise(_transformer(target))
+        return nullcontext()
+
+    return around
+
+
 def copied(model: Any) -> list[Tensor]:
     """The run of a deep copy, which is nobody's call, and then the model's own."""
     twin = copy.deepcopy(model)
@@ -493,6 +508,8 @@ def transformer_situations() -> list[Situation]:
 # --- ways of running a pipeline ---------------------------------------------------------------------------------------
 
 PROMPT, NEGATIVE = "a red ring", "a blue house"
+LONG = "a red ring, " * 130 + "then a house and a cat by the house"
+"""About 700 tokens of the language models' tokenizers, one for each letter of most words."""
 T5 = ("sd3", "flux", "chroma", "cogvideox")
 """Pipelines whose text length is set, to that of the tiny T5."""
 
@@ -765,18 +782,33 @@ def pipeline_situations() -> list[Situation]:
     texts = Labels(words={"cat": {"clip": 1}, "house": {"t5": 1}})
     run = functools.partial(sample, prompt="a cat", prompt_3="red house on grass", guidance_scale=1.0)
     rows.append(of_pipeline("sd3", "another text for T5 (prompt_3)", run=run, labels=texts))
-    for way, attention, told in (
-        ("FasterCache of half the batch", False, {"refusal": "ran 1 of the 2 samples of step 1"}),
-        ("FasterCache of attention", True, {"note": "FasterCache"}),
+    halves = Labels([0, 1, 2, 3], [["uncond", "cond"], ["cond"]] * 2, {3}, {PROMPT})
+    every = Labels([0, 2], [["uncond", "cond"]] * 2, {3}, {PROMPT})
+    for way, attention, labels, note in (
+        ("FasterCache of half the batch", False, halves, "half of the batch"),
+        ("FasterCache of attention", True, every, "reuses earlier results"),
     ):
-        run = guided("cogvideox", steps=4)
-        rows.append(of_pipeline("cogvideox", way, own=True, around=faster_cache(attention), run=run, **told))
+        run, around = guided("cogvideox", steps=4), faster_cache(attention)
+        rows.append(of_pipeline("cogvideox", way, own=True, around=around, run=run, labels=labels, note=note))
+    for name in ("qwen_image", "cogview4", "krea2"):
+        off = 0.0 if name == "krea2" else 1.0
+        run = functools.partial(sample, prompt=LONG, max_sequence_length=1000, guidance_scale=off)
+        labels = Labels([0, 1], [["cond"]] * 2, {3}, {LONG}, {"cat": {"llm": 4}, "then": {"llm": 5}})
+        rows.append(of_pipeline(name, "a prompt of 700 tokens", run=run, labels=labels))
     rows.append(
         of_pipeline(
             "cogvideox", "PyramidAttentionBroadcast", own=True, around=CACHES["PyramidAttentionBroadcast"],
             run=functools.partial(sample, steps=4), note="PyramidAttentionBroadcast",
         )
     )  # fmt: skip
+    for storage, (package, quantise) in STORAGES.items():
+        for name in ("sd3", "flux", "qwen_image"):
+            labels = Labels(branches=alternating(name), seeds={3}, prompts={PROMPT})
+            rows.append(
+                of_pipeline(
+                    name, storage, own=True, around=quantised(quantise), run=guided(name), labels=labels, needs=package
+                )
+            )  # fmt: skip
     rows += of_families("an IP-Adapter", ["sd3", "flux"], around=ip_adapter, refusal="IPAdapter")
     return rows
 

@@ -39,6 +39,8 @@ from mmdit_probe.models.families.token_order import (
     valid,
 )  # fmt: skip
 
+_LENGTH = "max_sequence_length"
+_QUOTED = "what stands in quotation marks"
 _DOUBLE = r"transformer_blocks\.(\d+)\.attn"
 _SINGLE = r"single_transformer_blocks\.(\d+)\.attn"
 _BLOCKS = r"transformer_blocks\.(\d+)\.attn1"
@@ -121,7 +123,9 @@ def _framepack(inputs: Inputs, config: Any) -> Arrangement:
 
 def _glyphs(texts: Any) -> TextStream:
     """ByT5, which reads what stands in quotation marks; its positions hold zeros where nothing does."""
-    return stream("byt5", "tokenizer_2", "text_encoder_2", texts=texts, length="tokenizer_2_max_length")
+    return stream(
+        "byt5", "tokenizer_2", "text_encoder_2", texts=texts, length="tokenizer_2_max_length", reads=_QUOTED
+    )  # fmt: skip
 
 
 def _joy(inputs: Inputs, config: Any) -> Extent:
@@ -260,7 +264,6 @@ def _aspect_size(pipeline: Any) -> tuple[int, int]:
     return pipeline.video_processor.calculate_default_height_width(height, width, pipeline.target_size)
 
 
-_LENGTH = "max_sequence_length"
 _UNCOND_FIRST = ("uncond", "cond")
 _T5 = (stream("t5"),)
 _HUNYUAN_VIDEO = (stream("llm", wrap=prompts.hunyuan_template, cut=prompts.hunyuan_cut),)
@@ -393,7 +396,10 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "glm_image", "GlmImageTransformer2DModel", _BLOCKS, ("text", "image"), sequence(_glm, "text", "image"),
         timesteps=1000.0, encoded=_TEXTS, length_argument=_LENGTH, default_length=2048,
-        streams=(stream("byt5", texts=prompts.glm_glyphs, padded=False, together=True, side="left"),),
+        streams=(
+            stream("byt5", texts=prompts.glm_glyphs, padded=False, together=True, side="left", reads=_QUOTED),
+        ),
+        pipelines=("GlmImagePipeline",),
     ),
     # transformer_hunyuan_video.py. The token refiner is text self-attention and does not match `layers`.
     Family(
@@ -420,6 +426,7 @@ ENTRIES: tuple[Family, ...] = (
                 length="tokenizer_max_length",
             ),
         ),
+        pipelines=("HunyuanImagePipeline",), scale_argument="distilled_guidance_scale", distilled=True, cell=1,
     ),
     # transformer_hunyuan_video15.py: the same, and picture embeddings, which are neither image nor text tokens.
     Family(
@@ -499,7 +506,8 @@ ENTRIES: tuple[Family, ...] = (
         streams=(
             stream("llm", wrap=chat(listed=True, add_generation_prompt=True), padded=False, special_tokens=False),
         ),
-        length_argument=_LENGTH, default_length=2048,
+        length_argument=_LENGTH, default_length=2048, pipelines=("Ideogram4Pipeline",),
+        options=(("guidance_schedule", None),), cell=2, form="joined",
     ),
     # transformer_omnigen.py: text comes as ids and attends to what precedes it; one token holds the time.
     Family(

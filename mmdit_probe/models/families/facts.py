@@ -52,6 +52,8 @@ class TextStream:
     longest of them by the tokenizer; else the pipeline does so afterwards, at the end."""
     multiple: int = 1
     """Prompts that are padded together have a multiple of this many positions."""
+    reads: str = ""
+    """What of the prompt it reads, where that is not all: "what stands in quotation marks"."""
     side: str = ""
     """"left" or "right", where the tokenizer pads; empty if it is the tokenizer's own choice."""
     blank: str = ""
