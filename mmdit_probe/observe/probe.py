@@ -538,7 +538,7 @@ class _LayerRecorder:
         for observer in self.observers:
             observer.observe(seen)
         if self.ends:
-            run.end_forward()
+            self.run.end_forward()
 
     def _check(self, record: Record, expected: int, layout: Layout, places: Places | None) -> None:
         samples, n_query, n_key = len(record.call.query), record.call.query.shape[-2], record.call.key.shape[-2]
