@@ -59,7 +59,7 @@ def test_word_maps_of_a_video(directories: dict[str, Path], capsys: pytest.Captu
         with Image.open(path) as gif:
             assert gif.size == (48, 32) and gif.is_animated
     assert np.load("run/arrays/maps-000.npz")["maps"].shape == (1, 3, 2, 3)
-    request = json.loads(Path("run/run.json").read_text())["request"]
+    request = json.loads(Path("run/run.json").read_text(encoding="utf-8"))["request"]
     assert request["num_frames"] == 9 and request["size"] == [32, 48]
 
 
