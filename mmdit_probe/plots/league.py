@@ -51,6 +51,8 @@ def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
             for place, refine in enumerate(refinements):
                 for names in (methods, CONTROLS):
                     shown = part[(part["refine"] == refine) & part["method"].isin(names)]
+                    if shown.empty:
+                        continue
                     shift = style.dodge(place, len(refinements), 0.75)
                     at = [order.index(name) + shift for name in shown["method"]]
                     style.errorbars(
