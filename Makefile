@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+LOWEST ?= .venv-lowest
+TORCH_BACKEND ?= cpu
 MODEL ?= scenes-sd3
 DEVICE ?= auto
 PYTEST_ARGS ?=
@@ -11,13 +13,21 @@ PYTEST_ARGS ?=
 # Idle OpenMP threads sleep instead of spinning: on a busy machine spinning halves the speed.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint format figures notebooks bench docs train install clean
+.PHONY: demo test test-lowest lint format figures notebooks bench docs train install clean
 
 demo: $(VENV)/.stamp
 	$(BIN)/mmdit-probe attention-budget --layers all --model $(MODEL) --device $(DEVICE)
 
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
+
+# The tests with the lowest versions that pyproject.toml declares. TORCH_BACKEND= takes the package index's build of torch.
+test-lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct \
+		$(if $(TORCH_BACKEND),--torch-backend $(TORCH_BACKEND)) -e ".[dev]"
+	$(LOWEST)/bin/python -m pytest -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .
@@ -71,4 +81,4 @@ $(VENV)/.stamp-docs: $(VENV)/.stamp
 	touch $@
 
 clean:
-	rm -rf $(VENV) dist build site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LOWEST) dist build site .pytest_cache .mypy_cache .ruff_cache

@@ -140,7 +140,7 @@ def choose_layer(plan: Plan, work: Path) -> None:
     def make(path: Path) -> None:
         model = plan.model()
         scores = [validate(model, held_out(plan), [layer]).miou() for layer in range(len(model.layers))]
-        path.write_text(json.dumps({"layer": int(np.argmax(scores)), "miou": scores}))
+        path.write_text(json.dumps({"layer": int(np.argmax(scores)), "miou": scores}), encoding="utf-8")
 
     once(work / "layer.json", make)
 
@@ -176,7 +176,7 @@ def pilot(plan: Plan, work: Path, name: str, options: dict[str, Any]) -> None:
             **options,
             "miou": validate(plan.model(result.lora), held_out(plan), [layer_of(work)]).miou(),
         }
-        path.write_text(json.dumps(found))
+        path.write_text(json.dumps(found), encoding="utf-8")
 
     once(work / f"{name}.json", measured)
     once(work / f"{name}.parquet", lambda path: pictures(plan, path, name, result.lora, plan.pilot_prompts, "val"))

@@ -254,7 +254,7 @@ def peak(forward: Callable[[], Any], device: str) -> tuple[int, int] | None:
         return before, int(torch.cuda.max_memory_allocated(device))
     try:
         ctypes.CDLL(None).malloc_trim(0)  # what earlier forwards freed is not this one's
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again from here
     except (OSError, AttributeError):
         return None
     before = _resident_peak()
@@ -263,7 +263,7 @@ def peak(forward: Callable[[], Any], device: str) -> tuple[int, int] | None:
 
 
 def _resident_peak() -> int:
-    status = Path("/proc/self/status").read_text().splitlines()
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 

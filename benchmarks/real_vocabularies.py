@@ -68,7 +68,10 @@ def clip_tokenizer(path: Path, pad: str) -> CLIPTokenizer:
 
 def qwen_tokenizer(path: Path) -> Qwen2Tokenizer:
     """Qwen's byte-level BPE from a tiktoken file (base64 of a token, rank), with a chat template."""
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, path.read_text().splitlines())}
+    ranks = {
+        base64.b64decode(token): int(rank)
+        for token, rank in map(str.split, path.read_text(encoding="utf-8").splitlines())
+    }
     letters = bytes_to_unicode()
 
     def spelled(token: bytes) -> str:

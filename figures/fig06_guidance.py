@@ -49,7 +49,7 @@ def images_of(result: Result) -> Any:
     prompts = [prompt for prompt, _ in request["items"]][:ROWS]
     cells = sheet_cells(result, [file for file, _ in shown], range(len(prompts)))
     columns = [f"layer {layers}" if layers else STOCK for _, layers in shown]
-    title = f"{result.model_name}: guided by I2T blurred at one layer; g = {request['guidance']:g}, s = {top:g}"
+    title = f"{result.model_name}: guided away from blurred I2T, scale {top:g}; guidance {request['guidance']:g}"
     return sheet(cells, columns, prompts, title=title)
 
 

@@ -133,7 +133,7 @@ def unpack(session: Session) -> None:
 
 def _copy_curves(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open(newline="") as file:
+    with source.open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
-    with target.open("w", newline="") as file:
+    with target.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(rows)

@@ -364,9 +364,9 @@ class _Curves:
         self.path = path
         rows: Iterable[list[str]] = []
         if start and path.exists():
-            with path.open(newline="") as file:
+            with path.open(encoding="utf-8", newline="") as file:
                 rows = [row for row in csv.reader(file) if row[0] != "step" and int(row[0]) <= start]
-        with path.open("w", newline="") as file:
+        with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["step", "name", "value"])
             writer.writerows(rows)

@@ -14,6 +14,7 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -48,11 +49,18 @@ from mmdit_probe.experiments import (
     WordMaps,
 )
 
-COMMANDS: tuple[Any, ...] = (
-    WordMaps, Explore, Report, AttentionBudget, ContributionBudget, ValueNorms, Perturb, Generate, FeaturePCA, Diagnose,
-    Attribute, SelectLayers, SwapTest, HeadTriage, SigmaByLayer, BlockOperations, Segment, Discover, Evaluate, Score,
-    TrainMagnet,
-)  # fmt: skip
+QUESTIONS: dict[str, tuple[Any, ...]] = {
+    "Where is each word looked for?": (WordMaps, Explore, Report),
+    "Where does attention go, what does text write?": (AttentionBudget, ContributionBudget, Diagnose),
+    "How strongly do tokens speak, what do features carry?": (ValueNorms, FeaturePCA),
+    "Is it causal?": (Perturb, Generate, Attribute, SwapTest, BlockOperations, SigmaByLayer),
+    "Which layer, which heads ground words?": (SelectLayers, HeadTriage),
+    "Segment with it; how good is that?": (Segment, Discover, Evaluate),
+    "Better maps": (TrainMagnet, Score),
+}
+"""Heading of the help -> its commands."""
+OTHER = "Runs, models, data"
+COMMANDS: tuple[Any, ...] = tuple(one for commands in QUESTIONS.values() for one in commands)
 RESUMABLE = {one.name for one in COMMANDS if "resume" not in getattr(one, "without", ())}
 INTERRUPTED = 130
 LAZY = {
@@ -70,7 +78,7 @@ class LazyGroup(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name in LAZY:
-            return TyperCommand(cmd_name, help=LAZY[cmd_name][1])
+            return TyperCommand(cmd_name, help=LAZY[cmd_name][1], rich_help_panel=OTHER)
         return super().get_command(ctx, cmd_name)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
@@ -86,14 +94,16 @@ app = typer.Typer(
     cls=LazyGroup,
     help="Exact attention probing of multi-modal diffusion transformers. Blocks are named query -> key: "
     "I2T = image queries, text keys.",
+    epilog='Start: mmdit-probe maps "a red ring on grass". Each command\'s --help has examples that run.',
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-for command in COMMANDS:
-    app.command(command.name, epilog=epilog(command))(command_of(command))
-app.add_typer(models.app, name="models")
-app.command("compare")(compare.command)
-app.command("doctor")(doctor.command)
+for question, commands in QUESTIONS.items():
+    for command in commands:
+        app.command(command.name, epilog=epilog(command), rich_help_panel=question)(command_of(command))
+app.command("compare", rich_help_panel=OTHER)(compare.command)
+app.command("doctor", rich_help_panel=OTHER)(doctor.command)
+app.add_typer(models.app, name="models", rich_help_panel=OTHER)
 
 
 def _version(value: bool) -> None:
@@ -121,6 +131,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug, as_json = "--debug" in arguments, "--json" in arguments
+    if isinstance(sys.stdout, TextIOWrapper):  # Windows writes a pipe in its code page, which lacks most prompts' signs
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = app(args=arguments, prog_name="mmdit-probe", standalone_mode=False)
     except (ProbeError, TyperException) as error:

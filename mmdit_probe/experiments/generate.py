@@ -174,7 +174,7 @@ class Generate(Edited, Sweep):
         prompts = [prompt for prompt, _ in request["items"]][:SHOWN_PROMPTS]
         cells = sheet_cells(result, [c[0] for c in plan], range(len(prompts)))
         guided = "perturbed guidance, " if len(plan) > 1 else ""
-        title = f"{result.model_name}: {guided}g = {request['guidance']:g}"
+        title = f"{result.model_name}: {guided}guidance {request['guidance']:g}"
         figures = {"generate": sheet(cells, [_heading(c) for c in plan], prompts, title=title)}
         if len(plan) > 1:
             count = result.summary["n"].max()
@@ -187,7 +187,7 @@ class Generate(Edited, Sweep):
         if len(request["conditions"]) > 1:
             texts.append("in brackets: 95 % interval over prompts; differences are paired with stock by seed.")
         kept = "" if result.path is None else f"; images: {result.path / 'images'}"
-        return [*texts, f"{len(request['items'])} prompts, {request['num_steps']} steps{kept}"]
+        return [*texts, f"n = {len(request['items'])} prompts, {request['num_steps']} steps{kept}"]
 
     def document(self, result: Result) -> dict[str, Any]:
         images = None if result.path is None else result.path / "images"
@@ -207,7 +207,7 @@ def _heading(condition: Sequence[Any]) -> str:
     if scale == 0:
         return f"text x 2\nlayer {labels['layers'].replace(',', '+')}" if labels["layers"] else STOCK
     equal = "" if labels["control"] == NONE else f"{labels['control']}, "
-    return f"{equal}layer {labels['layers'].replace(',', '+')}\ns = {scale:g}"
+    return f"{equal}layer {labels['layers'].replace(',', '+')}\nscale {scale:g}"
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -256,7 +256,7 @@ def setting_table(summary: pd.DataFrame) -> TextTable:
     """One row per setting in text."""
     known = set(summary.loc[summary["n"] > 0, "outcome"])
     names = [name for name in _HEADINGS if name in known]
-    places, columns = ["layers", "s", "perturbation"], []
+    places, columns = ["layers", "scale", "perturbation"], []
     for name in names:
         heading = _HEADINGS[name]
         columns += [heading, *([f"{heading} - stock"] if name != "change" else [])]

@@ -11,6 +11,7 @@ parser reads the pictures back, its own limit stands beside ("real"), and `maps`
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Sampling
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
+from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import stills
 from mmdit_probe.results.statistics import defined, interval, no_worse
 
@@ -362,10 +364,11 @@ def real_scenes(n: int, split: str, scorers: Scorers) -> pd.DataFrame:
 def export(picture: Any, folder: Path, prompt: str, number: int) -> None:
     """Write a picture as T2I-CompBench's evaluator wants it: `<prompt>_<number>.png`."""
     # It reads the prompt back as the text before the first underscore.
-    if "_" in prompt or "/" in prompt:
-        raise UserError(f"prompt {prompt!r} cannot be a T2I-CompBench file name: it has an underscore or a slash")
-    folder.mkdir(parents=True, exist_ok=True)
-    picture.save(folder / f"{prompt}_{number:06d}.png")
+    refused = "_/" + ('\\<>:"|?*' if sys.platform == "win32" else "")
+    if found := sorted(set(prompt) & set(refused)):
+        raise UserError(f"prompt {prompt!r} cannot be a T2I-CompBench file name: it has {' '.join(found)}")
+    with atomic.replacing(folder / f"{prompt}_{number:06d}.png") as temporary:
+        picture.save(temporary, format="PNG")
 
 
 MARGINS = {"clipscore": 1.0, "": 0.05}

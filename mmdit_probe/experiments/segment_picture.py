@@ -332,8 +332,9 @@ class PictureResult:
         write_labels(self.labels, folder / "labels.png")
         pictures = {"overlay.png": blend(self.found.capture.image, self.labels)}
         for index, share in enumerate(shares):
-            stem = "".join(c if c.isalnum() else "_" for c in self.names[index])
-            pictures[f"maps/{index:03d}_{stem}.png"] = np.rint(255 * share).astype(np.uint8)
+            pictures[f"maps/{index:03d}-{atomic.letters(self.names[index])}.png"] = np.rint(255 * share).astype(
+                np.uint8
+            )
         for name, pixels in pictures.items():
             with atomic.replacing(folder / name) as temporary:
                 Image.fromarray(pixels).save(temporary, format="PNG")

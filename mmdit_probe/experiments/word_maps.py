@@ -15,7 +15,6 @@ Not here: the observer (`observe.maps`), the page with all layers, heads and ste
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,8 +163,8 @@ class WordMaps(Filmed, Pictures):
         self.write_videos(result, folder)
         for k, maps in enumerate(self.maps(result)):
             for number, (word, one) in enumerate(maps.items()):
-                letters = re.sub(r"\W+", "-", word).strip("-")
-                place, shown = folder / "overlays" / f"{k:03d}-{number:02d}-{letters}", one.overlay()
+                place = folder / "overlays" / f"{k:03d}-{number:02d}-{atomic.letters(word)}"
+                shown = one.overlay()
                 if isinstance(shown, Clip):
                     shown.save(place.with_suffix(f".{self.video}"))
                     continue

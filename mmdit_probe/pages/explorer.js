@@ -202,7 +202,7 @@ function showBudget() {
     const label = element("th", { scope: "row" }, [key, name]);
     return element("tr", {}, [label, ...shares.map((of) => element("td", { textContent: of[kind].toFixed(3) }))]);
   });
-  const table = element("table", {}, [element("thead", {}, [head]), element("tbody", {}, body)]);
+  const table = element("table", { ariaLabel: "Shares of attention by kind of key" }, [element("thead", {}, [head]), element("tbody", {}, body)]);
   at("budget").replaceChildren(...bars, table);
 }
 

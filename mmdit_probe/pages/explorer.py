@@ -214,5 +214,5 @@ def _body(of: Exploration) -> str:
 </div>
 <h2>What the shown layer attends to</h2>
 <div id="budget"></div>
-<p class="soft">Shares of the attention of image and of text queries, by kind of key; each row sums to 1.</p>
+<p class="soft">Shares of the attention of image and of text queries, by kind of key; each bar sums to 1.</p>
 """

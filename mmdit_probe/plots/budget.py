@@ -79,7 +79,8 @@ def _stack(axes: Axes, summary: pd.DataFrame, parts: list[tuple[str, str, str]])
         width = summary[name].to_numpy()
         if name.endswith("O") and width.max() == 0:
             continue
-        axes.barh(_rows(summary), width, left=left, height=0.8, color=colour, edgecolor="white", lw=0.4, label=label)
+        axes.barh(_rows(summary), width, left=left, height=0.8, color=colour, edgecolor="white", lw=0.4, label=label,
+                  hatch=style.HATCHES.get(colour))  # fmt: skip
         left = left + width
 
 

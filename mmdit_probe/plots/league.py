@@ -8,6 +8,7 @@ Tables come from `evaluate.league.league`; nothing is computed here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from mmdit_probe.plots import style
@@ -43,7 +44,7 @@ def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
     order = [*methods, *(name for name in CONTROLS if (table["method"] == name).any())]
     refinements = sorted(set(runs["refine"]), key=lambda name: (name != "none", name.count("+"), name))
     step = max(0.2, 0.085 * len(refinements) + 0.05)
-    width, height = max(style.COLUMN, 1.2 + 1.85 * len(panels)), 1.3 + max(1, len(order)) * step
+    width, height = min(style.PAGE, 1.3 + 1.85 * len(panels)), 1.3 + max(1, len(order)) * step
     with style.panels(width, height, len(panels), sharey=True, title=title) as (figure, row):
         for axes, protocol in zip(row, panels, strict=True):
             part = table[table["protocol"] == protocol]
@@ -62,7 +63,8 @@ def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
                               label=STRONGEST if names is methods and not place else "")  # fmt: skip
             for border in range(1, len(order)):
                 axes.axhline(border - 0.5, color="#DDDDDD" if border < len(methods) else "black", lw=0.5)
-            axes.set_title(f"{PROTOCOLS.get(protocol, style.name(protocol))}\n(n = {int(part['n'].max())})")
+            words = fill(PROTOCOLS.get(protocol, style.name(protocol)), 20)
+            axes.set_title(f"{words}\n(n = {int(part['n'].max())})")
             _references(axes, part, axes.axvline, LINES)
             style.within(axes, "x", 0, 1)
             axes.set_xlabel("mIoU (union rule)")

@@ -113,7 +113,7 @@ def guidance_sweep(summary: pd.DataFrame, *, title: str = "") -> Figure:
                 axes, rows["scale"], rows["difference"], rows["difference_low"], rows["difference_high"], place,
                 label=f"layer {key[0]}{_equal(control)}", hollow=control != NONE,
             )  # fmt: skip
-        axes.set_xlabel("guidance scale s")
+        axes.set_xlabel("scale of the perturbed guidance")
         axes.set_xticks(sorted(set(guided["scale"])))
         style.legend(figure, axes)
     return figure
@@ -137,7 +137,7 @@ def guidance_by_layer(summary: pd.DataFrame, *, title: str = "") -> Figure:
                 style.errorbars(
                     axes, rows["layers"].astype(int) + style.dodge(place, len(series)), rows["difference"],
                     rows["difference_low"], rows["difference_high"], scales.index(scale), joined=False,
-                    hollow=control != NONE, label=f"s = {scale:g}{_equal(control)}",
+                    hollow=control != NONE, label=f"scale {scale:g}{_equal(control)}",
                 )  # fmt: skip
             style.whole(axes, "guiding layer")
         style.legend(figure, *panels)

@@ -27,11 +27,12 @@ UNLABELLED = 255
 """Index of unlabelled pixels in a palette PNG (as in VOC)."""
 
 _FIRST = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666",
-          "#332288", "#882255", "#999933")  # fmt: skip
+          "#000088", "#333300", "#0022FF", "#88CC88", "#FFFFBB", "#443388")  # fmt: skip
 
 
 def palette(count: int) -> NDArray[np.uint8]:
-    """Colours [count, 3] by index: Okabe and Ito's, three of Tol's, then hues by the golden angle in three
+    """Colours [count, 3] by index: Okabe and Ito's; six that lie farthest from them and each other in CAM02-UCS, also
+    as deuteranopes and protanopes see them (no pair nearer than 12.7); then hues by the golden angle in three
     lightnesses."""
     colours = [tuple(int(h[i : i + 2], 16) for i in (1, 3, 5)) for h in _FIRST]
     for index in range(len(colours), count):
@@ -66,12 +67,17 @@ def blend(image: NDArray[np.uint8], labels: NDArray[Any], opacity: float = 0.55)
     tint = colours[np.where(known, labels, 0)]
     out = image * (1 - opacity) + tint * opacity
     out = np.where(known[..., None], out, image)
+    if min(labels.shape) >= 128:
+        out[_borders(labels)] = 255
+    return np.clip(np.rint(out), 0, 255).astype(np.uint8)
+
+
+def _borders(labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """The first pixels [H, W] of other labels than to the left or above."""
     border = np.zeros(labels.shape, bool)
     border[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     border[1:] |= labels[1:] != labels[:-1]
-    if min(labels.shape) >= 128:
-        out[border] = 255
-    return np.clip(np.rint(out), 0, 255).astype(np.uint8)
+    return border
 
 
 def overlay_sheet(
@@ -107,7 +113,10 @@ def mask_sheet(
     colours[seen] = palette(len(seen))  # few classes are told apart better than a data set's hundreds
 
     def paint(labels: NDArray[Any]) -> NDArray[np.uint8]:
-        return colours[np.where(labels < len(names), labels, len(names))]
+        fine = np.kron(labels, np.ones((-(-192 // len(labels)),) * 2, labels.dtype))  # so that borders are thin
+        painted = colours[np.where(fine < len(names), fine, len(names))]
+        painted[_borders(fine)] = 0  # in grey print, classes of like lightness meet
+        return painted
 
     def right(labels: NDArray[Any], truth: NDArray[Any]) -> str:
         return f"{float((labels == truth)[truth < UNLABELLED].mean()):.0%} right"

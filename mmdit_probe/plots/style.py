@@ -55,6 +55,9 @@ SPANS = {
 }
 """Colours of the span kinds, in stacking order; content words keep the colour of text."""
 
+HATCHES = {SPANS["eos"]: "....", SPANS["pad"]: "/////"}
+"""Colour -> hatch of stacked areas: words, EOS and padding are one grey in print."""
+
 LABELS = {"word": "words", "bos": "BOS", "eos": "EOS", "template": "template", "pad": "padding", "null": "null slots",
           "vision": "pictures"}  # fmt: skip
 """Names of the span kinds in legends and printed tables."""

@@ -58,7 +58,7 @@ def training_curves(curves: pd.DataFrame) -> Figure:
         for axis, level in zip(axes[1 + len(gains) :], levels, strict=False):
             _maps(axis, by_name, level)
         _seen(axes[panels - 1], by_name)
-        style.legend(figure, *axes[1:panels])
+        style.legend(figure, *axes[1 : 1 + len(gains)])
         for axis in axes[panels:]:
             axis.set_axis_off()
     return figure
@@ -93,7 +93,7 @@ def _maps(axis: Axes, by_name: Curves, level: str) -> None:
     grid = pd.DataFrame({int(name[len(prefix) :]): by_name[name].set_index("step")["value"] for name in layers}).T
     grid = grid.rename_axis(index="layer", columns="step")
     values = grid.to_numpy()
-    style.heat(axis, grid, low=0, high=float(values.max()), label="mIoU", colours="viridis")
+    style.heat(axis, grid, low=0, high=float(values.max()), label="mIoU")
     steps = [step + 0.5 for step in range(values.shape[1])]
     axis.scatter(steps, values.argmax(0) + 0.5, s=6, color="white", edgecolor="black", linewidth=0.5)
     axis.set_title(f"I2T maps at sigma {level}")
@@ -106,4 +106,6 @@ def _seen(axis: Axes, by_name: Curves) -> None:
             opposite = name.startswith(("opposite", "wrong"))
             axis.plot(by_name[name]["step"], by_name[name]["value"], ":" if opposite else "-", ms=2.5, label=label,
                       color=style.COLOURS[number], marker=style.MARKERS[number])  # fmt: skip
-    axis.set(title="samples, read by the parser", xlabel="step", ylabel="share of captions", ylim=(-0.02, 1.02))
+    axis.set(title="what samples show", xlabel="step", ylabel="share of captions", ylim=(-0.02, 1.02))
+    if axis.lines:
+        axis.legend(loc="lower right")

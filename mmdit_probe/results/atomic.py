@@ -78,6 +78,14 @@ def write_json(path: Path | str, value: Any, advice: str = "") -> Path:
     return write_text(path, json.dumps(value, indent=2, default=str) + "\n", advice)
 
 
+def letters(text: str) -> str:
+    """What of a text can stand in a file's name on every system: letters and digits, at most 40, else "-".
+
+    Not unique, and maybe a name that Windows keeps for a device: put a number before it.
+    """
+    return re.sub(r"\W+", "-", text)[:40].strip("-")
+
+
 def make_folder(path: Path | str) -> Path:
     """Make a folder and those above it; errors as in `replacing`. Returns: the path."""
     with disk(path):

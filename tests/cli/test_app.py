@@ -283,7 +283,7 @@ def test_doctor_reports_the_kernel_that_runs(capsys):
     code, out, _ = called(capsys, "doctor", "--device", "cpu", "--json")
     assert code == 0
     report = json.loads(out)
-    assert report["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["versions"]["torch"])  # without the build, which PyPI does not name
     kernels = {row["dtype"]: row for row in report["kernels"]}
     assert kernels["float32"] == {
         "dtype": "float32", "kernel": "flash", "logsumexp": True, "route": "the kernel's log-sum-exp",

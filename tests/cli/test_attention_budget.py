@@ -89,7 +89,7 @@ def test_selected_layers_steps_and_heads_equal_the_same_cells_of_all(budget):
 
 
 def test_a_prompt_has_the_same_numbers_alone_and_in_a_list(budget):
-    Path("two.txt").write_text("a cat\n\n# a comment\na red ring\n")
+    Path("two.txt").write_text("a cat\n\n# a comment\na red ring\n", encoding="utf-8")
     assert budget(*QUICK[:4], "--prompts", "two.txt", "--out", "two")[0] == 0
     assert budget(*QUICK[:4], "--prompts", "a red ring", "--seed", "1", "--out", "one")[0] == 0
     two, one = read_table("two/attention_budget.parquet"), read_table("one/attention_budget.parquet")
@@ -100,7 +100,7 @@ def test_a_prompt_has_the_same_numbers_alone_and_in_a_list(budget):
 def test_interrupted_run_resumes_without_repeating(budget, monkeypatch):
     from mmdit_probe.experiments import AttentionBudget
 
-    Path("three.txt").write_text("a cat\na red ring\nblue grass\n")
+    Path("three.txt").write_text("a cat\na red ring\nblue grass\n", encoding="utf-8")
     request = [*QUICK[:4], "--prompts", "three.txt"]
     assert budget(*request, "--out", "whole")[0] == 0
     stock, measured = AttentionBudget.measure, []
@@ -135,7 +135,7 @@ def test_pictures_with_sidecar_captions(budget):
     for index, name in enumerate(("a.png", "b.jpg")):
         noise = np.random.default_rng(index).integers(0, 255, (70, 90, 3), dtype=np.uint8)
         Image.fromarray(noise).save(Path("photos") / name)
-    Path("photos/a.txt").write_text("a cat\n")
+    Path("photos/a.txt").write_text("a cat\n", encoding="utf-8")
     code, out, _ = budget("--images", "photos", "--sigma", "0.25", "--out", "run")
     assert code == 0
     assert "n = 2 pictures, sigma 0.25." in out

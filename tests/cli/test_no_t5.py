@@ -32,7 +32,7 @@ def run(*arguments: str) -> int:
 
 
 def request_of(path: str | Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(Path(path, "run.json").read_text())["request"]
+    found: dict[str, Any] = json.loads(Path(path, "run.json").read_text(encoding="utf-8"))["request"]
     return found
 
 

@@ -45,7 +45,7 @@ def test_the_budget_of_another_family(name: str, branches: set[str], directories
     assert set(table["sigma"]) == {1.0} and set(table["prompt"]) == {"a red ring"}
     sums = table.groupby(["branch", "layer", "head", "query"])["mass"].sum()
     np.testing.assert_allclose(sums, 1.0, atol=1e-5)
-    record = json.loads(Path("run/run.json").read_text())
+    record = json.loads(Path("run/run.json").read_text(encoding="utf-8"))
     assert record["model"]["family"] == name and len(record["sigmas"]) == 2
 
 
@@ -59,7 +59,7 @@ def test_word_maps_of_a_video(directories: dict[str, Path], capsys: pytest.Captu
         with Image.open(path) as gif:
             assert gif.size == (48, 32) and gif.is_animated
     assert np.load("run/arrays/maps-000.npz")["maps"].shape == (1, 3, 2, 3)
-    request = json.loads(Path("run/run.json").read_text())["request"]
+    request = json.loads(Path("run/run.json").read_text(encoding="utf-8"))["request"]
     assert request["num_frames"] == 9 and request["size"] == [32, 48]
 
 
@@ -81,7 +81,7 @@ def test_pictures_of_another_family(directories: dict[str, Path]) -> None:
     Path("pictures").mkdir()
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
     Image.fromarray(pixels).save("pictures/a.png")
-    Path("pictures/a.txt").write_text("a red ring")
+    Path("pictures/a.txt").write_text("a red ring", encoding="utf-8")
     options = ["--images", "pictures", "--sigma", 0.5, "--prompts", "a red ring", "--device", "cpu", "--quiet"]
     assert exit_code("attention-budget", "--model", directories["aura_flow"], *options, "--out", "run") == 0
     table = read_table(Path("run/attention_budget.parquet"))
@@ -93,7 +93,7 @@ def test_a_pipeline_that_makes_no_image_of_a_text_is_refused(
 ) -> None:
     index = json.loads((directories["flux"] / "model_index.json").read_text())
     Path("other").mkdir()
-    Path("other/model_index.json").write_text(json.dumps(index | {"_class_name": "FluxFillPipeline"}))
+    Path("other/model_index.json").write_text(json.dumps(index | {"_class_name": "FluxFillPipeline"}), encoding="utf-8")
     assert exit_code("attention-budget", "--model", "other") == 2
     error = [line for line in capfd.readouterr().err.strip().splitlines() if not line.startswith("loading ")]
     assert len(error) == 1 and "FluxFillPipeline" in error[0] and "give the pipeline to `probe`" in error[0]

@@ -44,7 +44,7 @@ def test_a_folder_trains_and_the_adapter_loads(tiny_directory: Path, capfd: pyte
     assert capfd.readouterr().out.strip() == "run"
     budget = ["attention-budget", "--prompts", "a cat", "--num-steps", "1", "--lora", "run/lora", "--out", "budget"]
     assert run(*budget, *model) == 0, capfd.readouterr().err
-    assert json.loads(Path("budget/run.json").read_text())["model"]["id"].endswith("+run/lora")
+    assert json.loads(Path("budget/run.json").read_text(encoding="utf-8"))["model"]["id"].endswith("+run/lora")
 
 
 def test_an_adapter_goes_on_from_another_one_merged(tiny_directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +54,10 @@ def test_an_adapter_goes_on_from_another_one_merged(tiny_directory: Path, capfd:
     asked = ["train-magnet", "--data", "data", *model, *QUICK[:-2]]
     assert run(*asked, "--rate", "0.05", "--out", "first") == 0, capfd.readouterr().err
     assert run(*asked, "--lora", "first/lora", "--out", "second") == 0, capfd.readouterr().err
-    first, second = (json.loads(Path(name, "run.json").read_text())["request"]["model"] for name in ("first", "second"))
+    first, second = (
+        json.loads(Path(name, "run.json").read_text(encoding="utf-8"))["request"]["model"]
+        for name in ("first", "second")
+    )
     assert second["id"].endswith("+first/lora")
     assert second["weight_hash"] != first["weight_hash"]
 

@@ -213,13 +213,13 @@ def test_coco_and_sa1b_train_from_the_command_line(
     monkeypatch.chdir(tmp_path)
     root, pieces, model = coco(tmp_path / "coco"), sa1b(tmp_path / "sa"), str(tiny_directory)
     assert train("--data", f"coco-panoptic:{root}", "--model", model, "--out", "a") == 0, capfd.readouterr().err
-    request = json.loads(Path("a/run.json").read_text())["request"]
+    request = json.loads(Path("a/run.json").read_text(encoding="utf-8"))["request"]
     assert (request["data"]["kind"], request["data"]["prompt"], request["alignment"]) == ("panoptic", "list", "token")
     blip.save(tmp_path / "blip", "caption")
     captioned = ["--data", f"sa1b:{pieces}", "--masks", "part", "--captions", "c.json", "--caption-model", "blip"]
     assert train(*captioned, "--model", model, "--out", "b") == 0, capfd.readouterr().err
-    assert json.loads(Path("b/run.json").read_text())["request"]["data"]["captions"]
-    assert list(json.loads(Path("c.json").read_text())["captions"]) == ["sa_5"]
+    assert json.loads(Path("b/run.json").read_text(encoding="utf-8"))["request"]["data"]["captions"]
+    assert list(json.loads(Path("c.json").read_text(encoding="utf-8"))["captions"]) == ["sa_5"]
     capfd.readouterr()
     for arguments, words in (
         (["--data", f"sa1b:{pieces}"], "token-level alignment needs named masks"),

@@ -37,7 +37,7 @@ def labels(path: Path, values: list[int], size: tuple[int, int] = (4, 6)) -> Non
 
 def listing(path: Path, names: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(names) + "\n")
+    path.write_text("\n".join(names) + "\n", encoding="utf-8")
 
 
 CASES = [

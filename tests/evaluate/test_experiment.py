@@ -118,7 +118,7 @@ def test_layers_are_known_by_name_and_by_weights() -> None:
     flux = known_layers("black-forest-labs/FLUX.1-dev", "0")
     assert tuned is not None and tuned.layers == (9,) and flux is not None and flux.layers == (12, 17)
     own = known_layers("scenes-sd3", SCENES)
-    chosen = json.loads(Path("analyses/results/segmentation_choice/selection.json").read_text())
+    chosen = json.loads(Path("analyses/results/segmentation_choice/selection.json").read_text(encoding="utf-8"))
     assert own is not None and [list(own.layers), list(own.weights)] == [chosen["layers"], chosen["weights"]]
     assert known_layers("scenes-sd3", "0") is None and known_layers("stable-diffusion-3-medium-turbo", "0") is None
 
@@ -141,7 +141,7 @@ def test_a_picture_is_labelled_in_memory_and_saved_as_the_command_does(
     assert command("segment", str(picture), *line, "-o", "run", "-q") == 0
     result.save("saved")
     assert Path("saved/labels.png").read_bytes() == Path("run/labels.png").read_bytes()
-    records = [json.loads(Path(name, "run.json").read_text()) for name in ("saved", "run")]
+    records = [json.loads(Path(name, "run.json").read_text(encoding="utf-8")) for name in ("saved", "run")]
     assert records[0]["request"] == records[1]["request"] and records[1]["status"] == "finished"
     assert "<img" in result._repr_html_() and "red ring" in result._repr_html_()
     array = Segment(image=np.array(Image.open(picture)), classes=["red ring", "cat"], layers="0,2", refine="pamr:1")
@@ -164,13 +164,15 @@ def test_words_that_the_model_cannot_know_are_named_once(
     assert command("segment", "scenes:val:3", "--classes", "tree; kitten, wet grass", "-o", "run") == 0
     errors = capsys.readouterr().err
     assert errors.count("scenes-sd3 knows 43 words; not: kitten, wet (it knows ") == 1
-    remarks = json.loads(Path("run/run.json").read_text())["remarks"]
+    remarks = json.loads(Path("run/run.json").read_text(encoding="utf-8"))["remarks"]
     assert sum("not: kitten, wet" in remark for remark in remarks) == 1
     assert any(remark.startswith("layers 1,3,4: its own selection") for remark in remarks)
     asked = ["--prompts", "a kitten on grass", "--layers", "0", "--num-steps", "1", "--guidance", "1", "-o", "budget"]
     assert command("attention-budget", *asked) == 0
     assert capsys.readouterr().err.count("not: kitten") == 1
-    assert any("not: kitten" in one for one in json.loads(Path("budget/run.json").read_text())["remarks"])
+    assert any(
+        "not: kitten" in one for one in json.loads(Path("budget/run.json").read_text(encoding="utf-8"))["remarks"]
+    )
 
 
 def test_pictures_of_prompts_that_the_parser_cannot_read_are_drawn(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.Monke
     )
     # One prompt for all pictures: shuffling changes nothing, and that is said.
     assert all(row["verdict"] == NOT_ABOVE for row in rows if row["control"] == "shuffled")
-    assert NOT_ABOVE in Path("controls/value_norms_controls.md").read_text()
+    assert NOT_ABOVE in Path("controls/value_norms_controls.md").read_text(encoding="utf-8")
     plain, beside = (pd.read_csv(f"{out}/value_norms_by_layer.csv") for out in ("plain", "controls"))
     pd.testing.assert_frame_equal(plain, beside)
     with pytest.raises(SystemExit) as stopped:

@@ -40,7 +40,7 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):  # the second time from the run folder
         runpy.run_path(str(SCRIPT), run_name="__main__")
     assert len(list(Path("runs").glob("*/*/run.json"))) == 1
-    text = Path("results/summary.md").read_text()
+    text = Path("results/summary.md").read_text(encoding="utf-8")
     assert "Mean rank of the selected layers" in text and "| segmentation (test) | segmentation (val) |" in text
     names = {path.name for path in Path("results").iterdir()}
     assert names == {"by_layer.csv", "controls.csv", "agreement.csv", "summary.md", "evidence.png", "evidence.pdf"}

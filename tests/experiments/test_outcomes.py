@@ -94,7 +94,7 @@ def test_commands_measure_them(
     model = load(tiny_directory)
     chosen = LayerSelection(model.name, model.weight_hash, (2, 0), heads={2: (1,)})
     chosen.save("selection.json")
-    Path("prompts.txt").write_text("a red ring\na cat\na blue house\na red house\na cat on grass\n")
+    Path("prompts.txt").write_text("a red ring\na cat\na blue house\na red house\na cat on grass\n", encoding="utf-8")
     shared = ["--model", str(tiny_directory), "--prompts", "prompts.txt", "--num-steps", "1", "--guidance", "2"]
     shared += ["--selection", "selection.json", "--control", "budget,random,shuffled,uniform", "--clip", str(clip)]
 
@@ -115,7 +115,7 @@ def test_commands_measure_them(
     table = read_table("perturb/perturb.parquet")
     stock = table[(table["condition"] == "stock") & (table["control"] == "none")]
     assert stock["dino"].to_numpy() == pytest.approx(np.ones(5), abs=1e-6)
-    record = json.loads(Path("perturb/run.json").read_text())
+    record = json.loads(Path("perturb/run.json").read_text(encoding="utf-8"))
     edits = [(labels, edit) for _, labels, _, edit in record["request"]["conditions"]]
     heads = {labels["layer"]: edit["heads"] for labels, edit in edits if labels["condition"] == "edit"}
     assert heads[2] == [1] and record["request"]["checkpoints"]["dino"] == str(dino)

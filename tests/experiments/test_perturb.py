@@ -108,7 +108,7 @@ def test_change_is_a_root_mean_square() -> None:
 
 def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("prompts.txt").write_text("\n".join(PROMPTS))
+    Path("prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     arguments = ["perturb", "--model", str(tiny_directory), "--prompts", "prompts.txt", "--layers", "0,2"]
     arguments += ["--num-steps", "2", "--guidance", "3", "--edit", "zero", "--batch", "2", "--sheet", "1", "--json"]
     with pytest.raises(SystemExit) as stopped:
@@ -123,7 +123,7 @@ def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.Monke
     names = {path.name for path in Path("run").iterdir()}
     assert {"perturb.png", "perturb_sheet.png", "perturb_sheet_control.png", "perturb_by_place.csv"} <= names
     assert len(list(Path("run/images").iterdir())) == 6
-    record = json.loads(Path("run/run.json").read_text())
+    record = json.loads(Path("run/run.json").read_text(encoding="utf-8"))
     assert [edit["edit"] for *_, edit in record["request"]["conditions"][1:3]] == ["Scale", "Scale"]
     with pytest.raises(SystemExit) as stopped:
         main(["perturb", "--model", str(tiny_directory), "--prompts", "a cat", "--kernel", "4"])

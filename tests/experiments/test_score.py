@@ -199,7 +199,7 @@ def test_scores_and_export(tmp_path: Path) -> None:
     for levels in ("a,b", "1.5"):
         with pytest.raises(UserError, match=re.escape("expected noise levels in 0..1")):
             Score(maps=levels)
-    with pytest.raises(UserError, match="underscore"):
+    with pytest.raises(UserError, match="it has _"):
         export(None, tmp_path, "a_b", 0)
 
 
@@ -250,8 +250,8 @@ def test_command_scores_a_folder_of_prompts_by_category(
     """One file per category as in T2I-CompBench; BLIP's answers; pictures in the layout of the official evaluator."""
     monkeypatch.chdir(tmp_path)
     Path("prompts").mkdir()
-    Path("prompts/color_val.txt").write_text("a red ring\na cat on grass\na house\n")
-    Path("prompts/shape.txt").write_text("two rings\n")
+    Path("prompts/color_val.txt").write_text("a red ring\na cat on grass\na house\n", encoding="utf-8")
+    Path("prompts/shape.txt").write_text("two rings\n", encoding="utf-8")
     blip.save(tmp_path / "tiny-blip")
     arguments = ["score", "--model", str(tiny_directory), "--prompts", "prompts", "-n", "2", "--num-steps", "1",
                  "--clip", "none"]  # fmt: skip

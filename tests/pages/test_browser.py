@@ -206,7 +206,7 @@ def test_pixels_are_the_maps_colours(page: Any, shown: Any) -> None:
 
 
 def test_every_control_has_a_name_and_can_be_reached(page: Any) -> None:
-    for element in page.find_elements("css selector", "button, input, canvas, img, [role]"):
+    for element in page.find_elements("css selector", "button, input, canvas, img, table, [role]"):
         if element.get_attribute("id") != "status":
             assert element.accessible_name, element.get_attribute("outerHTML")
     reached = page.execute_script(

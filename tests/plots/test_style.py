@@ -124,7 +124,7 @@ def test_controls_of_equal_size_are_hollow_and_named() -> None:
     both = pd.concat([gains(), gains().query("scale > 0").assign(control="budget")])
     figure = perturb.guidance_by_layer(both)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert sorted(names) == ["s = 2", "s = 2, coherent change of equal size", "stock"]
+    assert sorted(names) == ["scale 2", "scale 2, coherent change of equal size", "stock"]
     faces = [container.lines[0].get_markerfacecolor() for container in figure.axes[0].containers]
     assert faces[0] == "white" and faces[1] != "white"  # by control: budget comes before none
 

@@ -24,7 +24,7 @@ def test_maps_are_a_heat_map_with_a_dot_on_the_best_layer():
     mesh, dots = axis.collections
     np.testing.assert_allclose(mesh.get_array().reshape(3, 2), values)
     assert dots.get_offsets().tolist() == [[0.5, 1.5], [1.5, 2.5]]  # column, layer, each in the middle of its cell
-    assert titles(figure) == ["training losses", "I2T maps at sigma 0.5", "samples, read by the parser"]
+    assert titles(figure) == ["training losses", "I2T maps at sigma 0.5", "what samples show"]
 
 
 def test_gains_and_opposites_are_drawn_where_they_were_measured():
@@ -32,7 +32,7 @@ def test_gains_and_opposites_are_drawn_where_they_were_measured():
             ("flow", "relation_wrong@0.85", "relation_wrong@0.5", "relation", "opposite_relation")]  # fmt: skip
     figure = training_curves(frame(rows))
     assert titles(figure) == [
-        "training losses", "text gain: the opposite relation", "samples, read by the parser",
+        "training losses", "text gain: the opposite relation", "what samples show",
     ]  # fmt: skip
     gain, seen = figure.axes[1:3]
     assert [line.get_label() for line in gain.lines[:2]] == ["sigma 0.5", "sigma 0.85"]

@@ -72,7 +72,7 @@ def test_a_full_disk_is_told_whatever_library_writes(tmp_path: Path, kind: str) 
     told = pytest.raises(RunError, match=r"writing '.*a' failed: .*; come back later")
     with told, atomic.disk(tmp_path / "a", "come back later"):
         if kind == "python":
-            Path("/dev/full").write_text("x")
+            Path("/dev/full").write_text("x", encoding="utf-8")
         elif kind == "torch":
             torch.save({"x": torch.zeros(100_000)}, "/dev/full")
         else:
