@@ -343,8 +343,9 @@ def test_a_class_file_takes_commas_and_a_list_of_ids_does_not(tmp_path: Path) ->
     names = [one.synonyms for one in parse_classes(path)]
     assert names == [("cat",), ("dog", "hound"), ("wet grass",), ("[b]$x$/y\u2028z",)]
     assert names == [one.synonyms for one in parse_classes("cat, dog; hound, wet grass, [b]$x$/y\u2028z")]
-    path.write_text("traffic light, red\nt-shirt\n\n\n", encoding="utf-8")
-    assert [one.name for one in read_classes(path)] == ["traffic light, red", "t-shirt"]
+    for blank in ("", "\n", "\n\n", "\n\n\n"):
+        path.write_text(f"traffic light, red\nt-shirt{blank}", encoding="utf-8")
+        assert [one.name for one in read_classes(path)] == ["traffic light, red", "t-shirt"]
     path.write_text("cat\n\ndog\n", encoding="utf-8")
     with pytest.raises(UserError, match="line 2 is empty"):
         read_classes(path)
@@ -517,7 +518,11 @@ def test_fingerprints_tell_replaced_inputs(tmp_path: Path) -> None:
     assert fingerprint(samples("scenes:val", 2)) == fingerprint(samples("scenes:val", 2))
     assert fingerprint(samples("scenes:val", 2)) != fingerprint(samples("scenes:test", 2))
     masks = np.ones((1, 3, 4), bool)
-    assert Sample("x", RGB, "a", masks).fingerprint() != Sample("x", RGB, "a", ~masks).fingerprint()
+    held = Sample("x", RGB, "a", masks).fingerprint()
+    assert held == Sample("x", RGB.copy(), "a", masks.copy()).fingerprint()
+    assert (
+        held != Sample("x", RGB, "a", ~masks).fingerprint() and held != Sample("x", 255 - RGB, "a", masks).fingerprint()
+    )
 
 
 def test_big_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
