@@ -80,7 +80,7 @@ class SigmaByLayer(Experiment):
         except ValueError:
             told = {}
         levels = list(told.values())
-        if not levels or not all(0 < level <= 1 for level in levels):
+        if not levels or not all(1e-6 <= level <= 1 for level in levels):
             raise UserError(f"--sigmas {self.sigmas!r}: expected noise levels above 0 and up to 1, e.g. 0.3,0.6,0.9")
         return levels
 

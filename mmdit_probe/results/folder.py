@@ -216,7 +216,8 @@ def latest_run(command: str, request: Mapping[str, Any], *, root: Path | str = R
 
 def _to_continue(path: Path, command: str, request: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
     """The record of the run in a folder, if it may be continued; None for a folder that is free."""
-    old = read_record(path)
+    with atomic.disk(path):  # a name that no file can have
+        old = read_record(path)
     if old is None:
         if path.is_dir() and any(not one.name.endswith(atomic.SUFFIX) for one in path.iterdir()):
             raise UserError(f"{str(path)!r} is not empty and holds no {RECORD}; choose a new folder for --out")

@@ -81,6 +81,8 @@ def test_run() -> None:
     assert result.figure().axes and "noun" in str(result.texts()[0])
     assert SigmaByLayer(sigmas="0.5, 0.50000001,1").levels() == [0.50000001, 1.0]  # one name in the table
     with pytest.raises(UserError, match="above 0"):
+        SigmaByLayer(sigmas="1e-320")
+    with pytest.raises(UserError, match="above 0"):
         SigmaByLayer(sigmas="0,0.5")
     with pytest.raises(UserError, match="does not know"):
         SigmaByLayer().run(MMDiT(tiny.pipeline()), progress=False)

@@ -290,3 +290,8 @@ def test_peak_memory_is_this_process_and_not_its_parent():
     script = "from mmdit_probe.results import peak_memory; print(peak_memory()['resident'])"
     child = int(subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True).stdout)
     assert child < len(held) < peak_memory()["resident"]
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write .*too long; choose another folder with --out"):
+        RunFolder.open("demo", REQUEST, out=tmp_path / ("x" * 300))
