@@ -134,7 +134,7 @@ class Masks(Experiment):
 def label_maps(result: Result, kind: str) -> dict[str, list[np.ndarray]]:
     """Column -> label map of each picture."""
     masks: Any = result.experiment
-    stored = [result.store.load_arrays(f"{number:03d}") or {} for number in range(len(result.request["pictures"]))]
+    stored = [result.store.load_arrays(f"{number:03d}") for number in range(len(result.request["pictures"]))]
     return {
         column_name(method, refine): [maps[f"{kind} {method} {refine}"].astype(np.int64) for maps in stored]
         for of, method, refine in masks.runs()

@@ -23,6 +23,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 
 from mmdit_probe.errors import UserError, unknown
 
+MOST = 10_000_000
+"""Largest whole number where an option states none: more pictures, prompts or steps than anybody means."""
+
+LAST_SEED = 2**62
+"""Largest first seed: item k uses seed + k, and tables hold whole numbers below 2^63."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -30,7 +36,8 @@ class Option:
 
     Args:
         help: one sentence for `--help` and the docs.
-        min, max: inclusive bounds of a number, or of each number in a sequence. above: exclusive lower bound.
+        min, max: inclusive bounds of a number, or of each number in a sequence; a whole number is at most `MOST` where
+            no other is stated. above: exclusive lower bound.
         flag: its name on the command line; by default `--` and the field's name with hyphens.
         shown_default: what `--help` shows instead of the field's default. panel: heading in `--help`.
         argument: on the command line it is given by its place, without a flag. values: what a shell may complete.
@@ -148,11 +155,17 @@ def _numbers(value: Any) -> Iterator[Any]:
             yield from _numbers(each)
 
 
+def _most(option: Option, whole: bool) -> float | None:
+    return MOST if option.max is None and whole else option.max
+
+
 def _within(number: Any, option: Option) -> bool:
+    whole = isinstance(number, Integral)
+    most = _most(option, whole)
     return (
-        (isinstance(number, Integral) or math.isfinite(number))
+        (whole or math.isfinite(number))
         and (option.min is None or number >= option.min)
-        and (option.max is None or number <= option.max)
+        and (most is None or number <= most)
         and (option.above is None or number > option.above)
     )
 
@@ -164,7 +177,8 @@ def _expected(field: Described) -> str:
     kinds += [words for kind, words in _WORDS.items() if _mentions(field.type, kind)]
     low = f" above {option.above:g}" if option.above is not None else ""
     low += f" of at least {option.min:g}" if option.min is not None else ""
-    high = f"{' and' if low else ''} at most {option.max:g}" if option.max is not None else ""
+    most = _most(option, _mentions(field.type, int) and not _mentions(field.type, float))
+    high = f"{' and' if low else ''} at most {most:g}" if most is not None else ""
     return (" or ".join(kinds) or str(field.type)) + low + high
 
 

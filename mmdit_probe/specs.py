@@ -99,6 +99,12 @@ def seed_values(seed: int | Sequence[int], count: int, what: str = "images") -> 
     return [int(one) for one in seeds]
 
 
+def listed(text: str | Iterable[object]) -> list[str]:
+    """What is named by comma, or in a list: without blanks around, each once, in order."""
+    parts = text.split(",") if isinstance(text, str) else map(str, text)
+    return list(dict.fromkeys(part.strip() for part in parts))
+
+
 def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite number from `low` to `high`, both included; `name` stands in the message.
 

@@ -21,7 +21,8 @@ class Weights:
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: Annotated[int, Option("Steps.", min=1, max=10**7)] = 400
+    steps: Annotated[int, Option("Steps.", min=1)] = 400
+    seed: Annotated[int, Option("Seed.", max=2**62)] = 0
     rate: Annotated[float, Option("Learning rate.", above=0.0, max=1.0, flag="--learning-rate")] = 1e-4
     share: Annotated[float | None, Option("A share.", min=0.0, max=1.0)] = None
     space: Annotated[Literal["logit", "probability"], Option("Space.")] = "logit"
@@ -40,7 +41,8 @@ class Recipe:
 @pytest.mark.parametrize(
     "change",
     [
-        {}, {"rate": 1}, {"rate": np.float32(0.5)}, {"steps": np.int64(3)}, {"share": 1.0}, {"report_to": "wandb"},
+        {}, {"steps": 10**7}, {"seed": 2**62},
+        {"rate": 1}, {"rate": np.float32(0.5)}, {"steps": np.int64(3)}, {"share": 1.0}, {"report_to": "wandb"},
         {"sizes": (1, 2)}, {"names": ["a"]}, {"layers": [0, 1]}, {"layers": 4}, {"out": Path("x")}, {"more": object()},
     ],
 )  # fmt: skip
@@ -52,7 +54,9 @@ def test_what_fits_passes(change: dict[str, Any]) -> None:
     ("change", "said"),
     [
         ({"steps": 0}, "--steps is 0; expected a whole number of at least 1 and at most 1e+07"),
+        ({"steps": 10**7 + 1}, "and at most 1e+07"),
         ({"steps": 10**400}, "and at most 1e+07"),
+        ({"seed": 2**62 + 1}, "--seed is 4611686018427387905; expected a whole number at most 4.61169e+18"),
         ({"steps": 1.5}, "--steps is 1.5; expected a whole number"),
         ({"steps": True}, "--steps is True; expected a whole number"),
         ({"rate": 0.0}, "--learning-rate is 0.0; expected a finite number above 0 and at most 1"),
@@ -79,7 +83,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], said: str) -> None
 
 def test_fields_are_described_in_order() -> None:
     fields = {each.name: each for each in described(Recipe)}
-    assert list(fields)[:3] == ["steps", "rate", "share"]
+    assert list(fields)[:3] == ["steps", "seed", "rate"]
     assert fields["rate"].flag == "--learning-rate" and fields["report_to"].flag == "--report-to"
     assert fields["steps"].type is int and fields["steps"].option.help == "Steps."
     assert fields["on"].option == Option("")

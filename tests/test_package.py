@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,25 @@ EXAMPLES = [
     "mmdit_probe.models.layout",
     "mmdit_probe.segment.record",
 ]
+
+
+NO_WEIGHTS = ("Config", "Tokenizer", "Processor")
+"""Ends of the names of what holds no weights."""
+
+
+def test_weights_are_read_as_safetensors_only() -> None:
+    """Every place that loads by name says so; one that does not would unpickle what a folder offers."""
+    found = 0
+    for file in Path(mmdit_probe.__file__).parent.rglob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
+            kind = ast.unparse(call.args[0]) if name == "_local" else name.removesuffix(".from_pretrained")
+            if kind == name or kind.endswith(NO_WEIGHTS) or kind == "kind":  # "kind": inside `_local`
+                continue
+            found += 1
+            said = {word.arg: ast.unparse(word.value) for word in call.keywords}
+            assert said.get("use_safetensors") == "True", f"{file.name}: {ast.unparse(call)}"
+    assert found >= 7
 
 
 def test_importing_the_package_imports_neither_torch_nor_diffusers() -> None:

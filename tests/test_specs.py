@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.specs import head_indices, layer_indices, number, seed_values, step_indices
+from mmdit_probe.specs import head_indices, layer_indices, listed, number, seed_values, step_indices
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,9 @@ def test_seeds_count_up_or_are_given():
     assert seed_values(3, 2) == [3, 4] and seed_values([7, np.int64(5)], 2) == [7, 5]
     assert seed_values((1 << 63) - 1, 1) == [(1 << 63) - 1] and seed_values(0, 0) == []
     assert number("sigma", 0, 0, 1) == 0.0 and number("sigma", 1, 0, 1) == 1.0
+
+
+def test_what_is_listed_counts_once_in_order() -> None:
+    assert (
+        listed(" b,a , b,,") == ["b", "a", ""] and listed(["b ", "a", "b"]) == ["b", "a"] and listed([2.0]) == ["2.0"]
+    )

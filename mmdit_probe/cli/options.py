@@ -73,7 +73,9 @@ class Session:
     ] = False  # fmt: skip
     max_sequence_length: Annotated[
         int | None,
-        typer.Option("--max-sequence-length", help="T5 tokens (the paper: 77).", min=1, rich_help_panel=MODEL),
+        typer.Option(
+            "--max-sequence-length", help="T5 tokens (the paper: 77).", min=1, max=65536, rich_help_panel=MODEL
+        ),
     ] = None
     size: Annotated[
         str | None,

@@ -67,7 +67,7 @@ class Fit:
         if min(picture) < 1:
             raise UserError(f"picture of {picture[0]} x {picture[1]} pixels: expected at least one")
         if multiple is not None:
-            _check_tokens(size, multiple, most)
+            check_size(size, multiple, most)
         (height, width), (rows, columns) = picture, size
         source: Box = (0, 0, height, width)
         target = (0, 0, rows, columns)
@@ -162,7 +162,12 @@ class Fit:
         return top, left, bottom, right
 
 
-def _check_tokens(size: tuple[int, int], multiple: int, most: int | None) -> None:
+def check_size(size: tuple[int, int], multiple: int, most: int | None) -> None:
+    """Hold an input size (height, width) in pixels to whole tokens, and to those that the network has positions for.
+
+    Raises:
+        UserError: it is another.
+    """
     rows, columns = size
     if rows % multiple or columns % multiple or min(size) < multiple:
         raise UserError(f"input size {rows} x {columns}: both sides must be multiples of {multiple}")

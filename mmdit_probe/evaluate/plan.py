@@ -395,6 +395,8 @@ class _Rows:
         kept = counts > 0
         if keys[-1] == "segments" and counts.shape[1] > self.classes and kept.any():
             kept[kept.any(1).argmax(), -1] = True
+        if not kept.any():  # a picture without a scored pixel counts as one that says nothing
+            kept[0, 0] = True
         truth, found = np.nonzero(kept)
         self._parts.append((keys, truth, found, counts[truth, found]))
 

@@ -29,7 +29,7 @@ from mmdit_probe.experiments.sweep import (
 from mmdit_probe.experiments.text import TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import NONE, compare, measured, two_sided
-from mmdit_probe.specs import Spec, layer_indices, step_indices
+from mmdit_probe.specs import Spec, layer_indices, listed, step_indices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +73,7 @@ class BlockOperations(Sweep):
 
     def wanted(self) -> list[str]:
         """The operations asked for."""
-        names = [name.strip() for name in self.operations.split(",")]
+        names = listed(self.operations)
         for name in names:
             if name not in OPERATIONS:
                 raise unknown("operation", name, OPERATIONS)

@@ -9,6 +9,7 @@ Every experiment says what its numbers per item are (`Experiment.scores`); the i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -110,7 +111,7 @@ def compare_runs(first: Path | str | Result, second: Path | str | Result, margin
     name = one.experiment.name
     if two.experiment.name != name:
         raise UserError(f"a run of {name} and one of {two.experiment.name}; expected two runs of one experiment")
-    if margin is not None and not margin > 0:
+    if margin is not None and not 0 < margin < math.inf:
         raise UserError(f"--margin {margin:g}: expected the largest loss that does not matter, above 0")
     found = list(differences(one.request, two.request))
     for entry, was, now in found:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.results.statistics import NONE
+from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
@@ -68,7 +69,7 @@ def parse(text: str, known: Sequence[str] = tuple(CONTROLS)) -> tuple[str, ...]:
     Raises:
         UserError: an unknown control, or one that makes no sense for this measurement.
     """
-    names = [part.strip() for part in text.split(",")]
+    names = listed(text)
     if names == [NONE]:
         return ()
     for name in names:

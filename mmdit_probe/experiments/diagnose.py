@@ -138,8 +138,8 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
         count = len(result.request["items"])
         title = f"{result.model_name}: attention of image queries on sinks, n = {count}, sigma {self.sigma:g}"
         figures = {"diagnose": sinks(result.summary, title=title)}
-        shown = result.store.load_arrays(SHOWN)
-        if shown is not None and "names" in shown:
+        shown = result.store.load_arrays(SHOWN) if SHOWN in result.store.array_names() else {}
+        if "names" in shown:
             where = f"layer {shown['layer']}, where sinks take most: {result.request['items'][0][1]}"
             names = [str(name) for name in shown["names"]]
             figures["diagnose_maps"] = sink_maps(shown["image"], shown["plain"], names, shown["clean"], title=where)

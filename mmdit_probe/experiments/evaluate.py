@@ -34,6 +34,7 @@ from mmdit_probe.segment.settings import (
     parse_steps,
     scoring_size,
 )
+from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -477,8 +478,7 @@ def _told(tagger: Mapping[str, Any]) -> str:
 
 
 def _split(text: Words) -> list[str]:
-    parts = text.split(",") if isinstance(text, str) else text
-    return [part.strip() for part in parts if part.strip()]
+    return [part for part in listed(text) if part]
 
 
 def _read_tags(path: Path) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ import numpy as np
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.results.statistics import NONE, defined, interval, measured, rank_agreement
+from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,7 +78,7 @@ def evidence_names(asked: str | None, from_runs: bool) -> list[str]:
         return [] if from_runs else list(EVIDENCE)
     if asked.strip() == "all":
         return list(EVIDENCE)
-    names = [name.strip() for name in asked.split(",")]
+    names = listed(asked)
     for name in names:
         if name not in EVIDENCE:
             raise unknown("evidence", name, EVIDENCE)
@@ -239,6 +240,8 @@ def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any]) -> pd.Da
         "perturb": lambda: perturbation(found.table),
     }
     frame = measured(tables[command]().assign(evidence=OF_COMMAND[command], split=Path(folder).name))
+    if frame.empty:
+        raise UserError(f"{str(folder)!r} holds no {OF_COMMAND[command]}: has any of its prompts a word?")
     return frame[COLUMNS]
 
 

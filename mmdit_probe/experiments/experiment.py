@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.store import FolderStore, MemoryStore, Store, TaskRecord
-from mmdit_probe.options import Option, check
+from mmdit_probe.options import LAST_SEED, Option, check
 from mmdit_probe.results import processes
 from mmdit_probe.results.statistics import compare
 
@@ -80,7 +80,7 @@ class Experiment:
     examples: ClassVar[tuple[str, ...]] = ()
 
     seed: Annotated[
-        int, Option("Seed of the first item; item k uses seed + k.", min=0, max=2**63 - 1, panel=METHOD)
+        int, Option("Seed of the first item; item k uses seed + k.", min=0, max=LAST_SEED, panel=METHOD)
     ] = 0
 
     def __post_init__(self) -> None:

@@ -136,7 +136,7 @@ class Explore(Pictures):
         from mmdit_probe.pages import Exploration
 
         prompt, seed = result.request["items"][number][:2]
-        kept = result.store.load_arrays(f"explore-{number:03d}") or {}
+        kept = result.store.load_arrays(f"explore-{number:03d}")
         names = [str(name) for name in kept["names"]]
         count = len(names) - int(kept["special"])
         known = {name.casefold(): k for k, name in enumerate(names[:count])}
@@ -144,7 +144,7 @@ class Explore(Pictures):
         here = {text.casefold() for text, _ in tokens}
         tokens += [(name, k) for k, name in enumerate(names) if k >= count or name.casefold() not in here]
         apart = [int(layer) for layer in kept["apart"]]
-        picture = result.store.pictures()[f"{number:03d}"]
+        picture = result.store.load_picture(f"{number:03d}")
         # A page shows one picture for each of the model's frames.
         frames = kept["i2t"].shape[3] if kept["i2t"].ndim == 6 else 1
         shown = picture.keyframes(frames) if isinstance(picture, Clip) else picture.convert("RGB")

@@ -26,6 +26,7 @@ from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.statistics import FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, holm, interval, measured, p_value
+from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -96,7 +97,7 @@ class FeaturePCA(Pictured, LayersAndHeads, Experiment):
         Raises:
             UserError: one does not exist.
         """
-        kinds = [kind.strip() for kind in self.kinds.split(",")]
+        kinds = listed(self.kinds)
         for kind in kinds:
             if kind not in KINDS:
                 raise unknown("kind of feature", kind, KINDS)
@@ -174,7 +175,7 @@ class FeaturePCA(Pictured, LayersAndHeads, Experiment):
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.pca import pca_maps, pca_scores
 
-        shown = result.store.load_arrays(SHOWN) or {}
+        shown = result.store.load_arrays(SHOWN)
         pictures = list(shown.pop("pictures"))
         maps = {(int(layer), kind): array for (layer, kind), array in ((k.split(":"), v) for k, v in shown.items())}
         name, request = result.model_name, result.request

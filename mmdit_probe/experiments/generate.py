@@ -34,7 +34,7 @@ from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import NONE, interval
 from mmdit_probe.scenes.captions import STATED
-from mmdit_probe.specs import Spec, layer_indices
+from mmdit_probe.specs import Spec, layer_indices, listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,9 +102,9 @@ class Generate(Edited, Sweep):
         Raises:
             UserError: they are no finite numbers.
         """
-        asked = self.perturb_scale.split(",") if isinstance(self.perturb_scale, str) else self.perturb_scale
+        asked = self.perturb_scale
         try:
-            scales = [float(part) for part in (asked if isinstance(asked, Sequence) else [asked])]
+            scales = [float(part) for part in listed(asked if isinstance(asked, str | Sequence) else [asked])]
         except ValueError:
             scales = [math.nan]
         if not all(math.isfinite(scale) and abs(scale) <= 1000 for scale in scales):

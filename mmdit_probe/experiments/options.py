@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.options import Option
 from mmdit_probe.results.clip import Clip, check_video_file
-from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, heads_at, layer_indices
+from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, heads_at, layer_indices, listed
 
 if TYPE_CHECKING:
     from mmdit_probe.data import Sample
@@ -271,7 +271,7 @@ class Edited:
         from mmdit_probe.edit import Blur, GridBlur, Mean, Scale
 
         address: dict[str, Any] = {
-            "streams": tuple(self.streams.split(",")) if self.streams else None,
+            "streams": tuple(listed(self.streams)) if self.streams else None,
             "renormalise": renormalise,
             "steps": steps,
             "branches": branches,
@@ -293,6 +293,6 @@ def check_streams(model: MMDiT, streams: str | None) -> None:
         UserError: one does not.
     """
     known = dict.fromkeys(model.token_tables([""])[0].streams)
-    for name in streams.split(",") if streams else ():
+    for name in listed(streams) if streams else ():
         if name not in known:
             raise unknown("encoder stream", name, known)

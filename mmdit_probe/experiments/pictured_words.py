@@ -15,7 +15,7 @@ from mmdit_probe.experiments.known import KnownLayers, grounding_layers
 from mmdit_probe.experiments.options import INPUT, METHOD, Referring, Sampling, captions_of, prompts_of, samples_of
 from mmdit_probe.experiments.token_rows import unread
 from mmdit_probe.options import Option
-from mmdit_probe.specs import Spec, layer_indices
+from mmdit_probe.specs import Spec, check_spec, layer_indices, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from mmdit_probe.observe.observer import Observer
     from mmdit_probe.results.clip import Clip
 
-Side = Annotated[int | None, Option("Of the picture in pixels.", min=1, shown_default="the model's own", panel=METHOD)]
+MOST_PIXELS = 1 << 14
+"""Of a side: more than any model makes."""
+
+Side = Annotated[
+    int | None,
+    Option("Of the picture in pixels.", min=1, max=MOST_PIXELS, shown_default="the model's own", panel=METHOD),
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,12 @@ class Pictures(Sampling, Referring, Experiment):
         Option("Noise level of --image, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1, panel=METHOD),
     ] = 0.515
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layers = getattr(self, "layers", None)
+        if layers is not None:
+            check_spec(layers, layer_indices)
+
     def gather(self, scenes: bool) -> tuple[list[str], list[Sample]]:
         if self.prompt is None and self.image is None:
             raise UserError('no prompt is given; expected one, such as "a red ring and a blue house on grass"')
@@ -92,8 +104,7 @@ class Pictures(Sampling, Referring, Experiment):
         tables = model.token_tables(texts)
         if self.stream is not None and self.stream not in (known := dict.fromkeys(tables[0].streams)):
             raise unknown("encoder stream", self.stream, known)
-        wanted = self.words.split(",") if isinstance(self.words, str) else self.words
-        asked = None if wanted is None else list(dict.fromkeys(word.strip() for word in wanted if word.strip()))
+        asked = None if self.words is None else [word for word in listed(self.words) if word]
         for word in asked or ():
             if not any(table.word_spans(word, missing_ok=True) for table in tables):
                 tables[0].word_spans(word)  # says why
@@ -112,6 +123,7 @@ class Pictures(Sampling, Referring, Experiment):
 
     def prepare(self, model: MMDiT, inputs: tuple[list[str], list[Sample]]) -> Study:
         items = self.items(model, inputs)
+        self.size(model)
         known = model.unknown_words_note(inputs[0])
         notes = [*([known] if known else []), *(line for t in model.token_tables(inputs[0]) for line in unread(t))]
         how: dict[str, Any] = {"stream": self.stream, "height": self.height, "width": self.width}
@@ -134,9 +146,19 @@ class Pictures(Sampling, Referring, Experiment):
         raise NotImplementedError
 
     def size(self, model: MMDiT) -> tuple[int, int]:
-        """(height, width) of the pictures in pixels."""
+        """(height, width) of the pictures in pixels.
+
+        Raises:
+            UserError: sides that were asked for are no whole tokens, or more than the model has positions for.
+        """
+        from mmdit_probe.data.fit import check_size
+        from mmdit_probe.segment.capture import most_tokens
+
         height, width = model.default_size
-        return self.height or height, self.width or width
+        size = self.height or height, self.width or width
+        if size != (height, width):
+            check_size(size, model.size_multiple, most_tokens(model))
+        return size
 
     def look(
         self, model: MMDiT, item: PicturedPrompt, observers: Sequence[Observer], layers: Spec, steps: Spec = "all"

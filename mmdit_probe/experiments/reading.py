@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.known import grounding_layers
 from mmdit_probe.experiments.options import METHOD, checked_heads
-from mmdit_probe.options import Option
+from mmdit_probe.options import LAST_SEED, Option
 from mmdit_probe.segment.settings import parse_sigmas, parse_size
 from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, layer_indices
 
@@ -79,7 +79,7 @@ class Reads:
     size: Annotated[
         str | None, Option("Network input, HxW in pixels.", shown_default="the model's own", panel=METHOD)
     ] = None
-    seed: Annotated[int, Option("First noise seed.", min=0, max=2**63 - 1, panel=METHOD)] = 0
+    seed: Annotated[int, Option("First noise seed.", min=0, max=LAST_SEED, panel=METHOD)] = 0
     reference: Annotated[
         Literal["none", "beside", "read"],
         Option("Give an editing model the picture as its reference too, and read its tokens there.", panel=METHOD),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import numpy as np
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.attention_budget import AttentionBudget
 from mmdit_probe.experiments.experiment import AUTO, Experiment, Study, request_of
 from mmdit_probe.experiments.explore import Explore
@@ -76,6 +77,10 @@ class Report(Sampling, Experiment):
     ] = None
     limit: Annotated[int, Option("Prompts and pictures per analysis.", min=4, panel=INPUT)] = 8
     control: Control = "uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        controls.parse(self.control)
 
     def gather(self, scenes: bool) -> list[str]:
         if processes.world() > 1:

@@ -53,7 +53,7 @@ class Result:
         from mmdit_probe.results.folder import read_record
 
         record = read_record(folder)
-        if record is None or "options" not in record:
+        if record is None or "options" not in record or "model" not in record:
             raise UserError(f"{str(folder)!r} is no run folder of an experiment")
         found = RunFolder(Path(folder), record)
         return cls(experiment_of(record["command"], record["options"]), FolderStore(found))
@@ -139,8 +139,7 @@ class Result:
             for name, image in self.store.pictures().items():
                 copy.keep_picture(name, image)
             for name in self.store.array_names():
-                if (found := self.store.load_arrays(name)) is not None:
-                    copy.keep_arrays(name, found)
+                copy.keep_arrays(name, self.store.load_arrays(name))
             self.write(target)
         return target.path
 

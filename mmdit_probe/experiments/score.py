@@ -26,6 +26,7 @@ from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import stills
 from mmdit_probe.results.statistics import defined, interval, no_worse
+from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -156,7 +157,7 @@ class Score(Sampling, Experiment):
         if self.maps == "none":
             return []
         try:
-            levels = [float(part) for part in self.maps.split(",")]
+            levels = [float(part) for part in listed(self.maps)]
         except ValueError:
             levels = []
         if not levels or not all(0 <= level <= 1 for level in levels):
@@ -170,7 +171,7 @@ class Score(Sampling, Experiment):
             return prompts_by_category(self.prompts, self.n)
         if self.categories == "none":
             return []
-        chosen = () if self.categories == "all" else tuple(part.strip() for part in self.categories.split(","))
+        chosen = () if self.categories == "all" else listed(self.categories)
         return scene_prompts(self.n, chosen, self.split)
 
     def prepare(self, model: MMDiT, inputs: list[tuple[str, str]]) -> Study:

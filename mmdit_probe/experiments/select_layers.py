@@ -106,6 +106,10 @@ class SelectLayers(Sampling, Experiment):
         chosen = controls.parse(self.control)
         read = [evidence.from_run(run, model, text_of(model)) for run in self.runs]
         names = self.wanted()
+        held = [*names, *(str(frame["evidence"].iloc[0]) for frame in read)]
+        twice = next((name for name in held if held.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"evidence {twice!r} is given twice; give one run of its command, or measure it here")
         # Controls belong to the split that is selected on.
         tasks: list[Any] = [frame.assign(split=self.split) for frame in read]
         tasks += [

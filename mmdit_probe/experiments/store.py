@@ -16,10 +16,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
+from zipfile import BadZipFile
 
 import numpy as np
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, first_line
 from mmdit_probe.results import RunFolder, TableWriter, atomic, processes, read_items, read_table
 from mmdit_probe.results.clip import Clip
 from mmdit_probe.results.tables import MemorySink, constant
@@ -92,7 +93,8 @@ class Store(Protocol):
     def keep_picture(self, name: str, image: Image | Clip) -> None: ...
     def pictures(self) -> dict[str, Image | Clip]: ...
     def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None: ...
-    def load_arrays(self, name: str) -> dict[str, np.ndarray] | None: ...
+    def load_picture(self, name: str) -> Image | Clip: ...
+    def load_arrays(self, name: str) -> dict[str, np.ndarray]: ...
     def array_names(self) -> list[str]: ...
     def workplace(self, name: str) -> Path | None: ...
 
@@ -159,8 +161,11 @@ class MemoryStore:
     def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         self._arrays[name] = dict(arrays)
 
-    def load_arrays(self, name: str) -> dict[str, np.ndarray] | None:
-        return self._arrays.get(name)
+    def load_picture(self, name: str) -> Image | Clip:
+        return self._pictures[name]
+
+    def load_arrays(self, name: str) -> dict[str, np.ndarray]:
+        return dict(self._arrays[name])
 
     def array_names(self) -> list[str]:
         return list(self._arrays)
@@ -185,7 +190,9 @@ class FolderStore:
     ) -> FolderStore:
         """Make the folder, or find the one to continue; of several processes the first does, the others join it."""
         store = cls(processes.from_first(lambda: RunFolder.open(command, request, out=out, resume=resume)))
-        if store.first and not store.complete:
+        if store.complete:
+            store.folder.data = {**facts, **store.folder.data}
+        elif store.first:
             store.folder.record(**facts)
         return store
 
@@ -265,23 +272,39 @@ class FolderStore:
                 image.save(temporary, format="PNG")
 
     def pictures(self) -> dict[str, Image | Clip]:
-        from PIL import Image as pil
 
         folder = self.folder.path / PICTURES
-        found: dict[str, Image | Clip] = {path.stem: pil.open(path) for path in sorted(folder.glob("*.png"))}
-        for path in sorted(one for one in folder.glob("*") if one.is_dir()):
-            found[path.name] = Clip.of([pil.open(frame) for frame in sorted(path.glob("*.png"))])
-        return found
+        names = [*(path.stem for path in sorted(folder.glob("*.png")))]
+        names += [path.name for path in sorted(one for one in folder.glob("*") if one.is_dir())]
+        return {name: self.load_picture(name) for name in names}
+
+    def load_picture(self, name: str) -> Image | Clip:
+        """A picture, or a video, that was kept.
+
+        Raises:
+            UserError: the file is gone, or is no longer a picture.
+        """
+        from PIL import Image as pil
+
+        path = self.folder.path / PICTURES / f"{name}.png"
+        frames = path.with_suffix("")
+        with _as_written(path):
+            return (
+                Clip.of([pil.open(one) for one in sorted(frames.glob("*.png"))]) if frames.is_dir() else pil.open(path)
+            )
 
     def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         with atomic.replacing(self.folder.path / ARRAYS / f"{name}.npz") as temporary, temporary.open("wb") as file:
             np.savez(file, **dict(arrays))  # type: ignore[arg-type]
 
-    def load_arrays(self, name: str) -> dict[str, np.ndarray] | None:
+    def load_arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Arrays that were kept.
+
+        Raises:
+            UserError: the file is gone, or no longer holds arrays.
+        """
         path = self.folder.path / ARRAYS / f"{name}.npz"
-        if not path.exists():
-            return None
-        with np.load(path, allow_pickle=False) as found:
+        with _as_written(path), np.load(path, allow_pickle=False) as found:
             return dict(found)
 
     def array_names(self) -> list[str]:
@@ -290,3 +313,16 @@ class FolderStore:
     def workplace(self, name: str) -> Path | None:
         """A folder for what a long task keeps of itself."""
         return self.folder.path / "state" / name
+
+
+@contextmanager
+def _as_written(path: Path) -> Iterator[None]:
+    """Reads a file of a run folder that may no longer be what was written there.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        yield
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {first_line(error)}; run again into another folder") from error

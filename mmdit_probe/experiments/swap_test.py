@@ -23,7 +23,7 @@ from mmdit_probe.experiments.sweep import STOCK, Condition, Sweep
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import NONE, compare, interval
-from mmdit_probe.specs import Spec, heads_at
+from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,6 +70,7 @@ class SwapTest(LayersAndHeads, Sweep):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        step_indices(self.steps, self.num_steps)
         if set(self.chosen_controls()) - {"random"}:
             raise UserError(f"--control {self.control}: a swap test has its own; expected random or none")
 

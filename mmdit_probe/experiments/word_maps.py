@@ -15,7 +15,7 @@ Not here: the observer (`observe.maps`), the page with all layers, heads and ste
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -33,7 +33,7 @@ from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import Clip
-from mmdit_probe.specs import HeadSpec, Spec, step_indices
+from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, step_indices
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,6 +77,8 @@ class WordMaps(Filmed, Pictures):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.heads, Mapping):
+            check_spec(self.heads, head_indices)
         if self.image is None:
             step_indices(self.steps, self.num_steps)
 
@@ -133,12 +135,12 @@ class WordMaps(Filmed, Pictures):
         """What was found, per picture. `explorer`: function of an item's number that makes its page."""
         from mmdit_probe.plots.overlay import PictureMaps
 
-        pictures, found = result.store.pictures(), []
+        store, found = result.store, []
         for k, (prompt, seed, *_) in enumerate(result.request["items"]):
-            kept = result.store.load_arrays(f"maps-{k:03d}") or {}
+            kept = store.load_arrays(f"maps-{k:03d}")
             arrays = dict(zip(map(str, kept["words"]), kept["maps"], strict=True))
             page = None if explorer is None else lambda k=k: explorer(k)
-            found.append(PictureMaps(pictures[f"{k:03d}"], prompt, arrays, seed, self.about(result), page))
+            found.append(PictureMaps(store.load_picture(f"{k:03d}"), prompt, arrays, seed, self.about(result), page))
         return found
 
     def about(self, result: Result) -> str:

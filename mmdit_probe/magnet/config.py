@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mmdit_probe.errors import UserError, check_known
-from mmdit_probe.options import Option, check, described
+from mmdit_probe.options import LAST_SEED, Option, check, described
 from mmdit_probe.specs import Spec, check_spec, layer_indices
 
 Space = Literal["logit", "probability"]
@@ -181,7 +181,7 @@ class MagnetOptions(LossWeights):
         Literal["no", "bf16", "fp16"], Option("Autocast; the adapter stays float32.", panel=OPTIMISER)
     ] = "no"
     checkpointing: Annotated[bool, Option("Recompute activations to save memory.", panel=OPTIMISER)] = False
-    seed: Annotated[int, Option("Of everything that is drawn.", min=0, max=2**63 - 1, panel=OPTIMISER)] = 0
+    seed: Annotated[int, Option("Of everything that is drawn.", min=0, max=LAST_SEED, panel=OPTIMISER)] = 0
 
     validation: Annotated[
         str | None,

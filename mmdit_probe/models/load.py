@@ -220,6 +220,9 @@ def _check_complete(source: str, pipeline: Any, family: Family, notices: list[st
             what = f"{len(names)} weights are" if len(names) > 1 else "a weight is"
             raise RunError(f"{source} cannot be loaded: {what} missing in its files, e.g. {names[0]!r}; fetch it again")
     for stream in family.streams:
+        for name, encoder in zip(stream.tokenizers, stream.encoders, strict=False):
+            if getattr(pipeline, name, None) is None and getattr(pipeline, encoder, None) is not None:
+                raise RunError(f"{source} cannot be loaded: it has {encoder} but no {name}")
         for name in stream.tokenizers:
             component = getattr(pipeline, name, None)
             tokenizer = getattr(component, "tokenizer", component)

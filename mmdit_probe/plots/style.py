@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from io import BytesIO
 from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import matplotlib as mpl
 import numpy as np
 
-from mmdit_probe.results.atomic import replacing
+from mmdit_probe.results.atomic import write_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -232,7 +233,7 @@ def save(figure: Figure, path: Path | str) -> list[Path]:
     with context():
         for kind, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None})):
             final = stem.with_name(f"{stem.name}.{kind}")
-            with replacing(final) as temporary:
-                figure.savefig(temporary, format=kind, metadata=metadata)
-            written.append(final)
+            drawn = BytesIO()  # a full disk in the middle of a PDF would be an error of the writer's own
+            figure.savefig(drawn, format=kind, metadata=metadata)
+            written.append(write_bytes(final, drawn.getvalue()))
     return written

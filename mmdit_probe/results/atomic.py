@@ -28,7 +28,16 @@ SUFFIX = ".partial"
 RESUME = "finished items are kept; free some space and continue with --resume"
 """Advice where a run's items are on disk and its command has --resume."""
 
-_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+_REFUSED = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+}
 _NOT_OSERROR = re.compile(r"\(os error (\d+)\)|PytorchStreamWriter failed|unexpected pos")
 """How safetensors (written in Rust) and torch.save tell that the system refused a write."""
 

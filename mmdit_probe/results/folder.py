@@ -16,11 +16,11 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from mmdit_probe.errors import ProbeError, UserError
 from mmdit_probe.results import atomic, processes
@@ -167,18 +167,47 @@ def read_record(path: Path | str) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     data = read_document(file, "run record", VERSION)
-    if not isinstance(data.get("request"), dict):
-        raise UserError(f"{str(file)!r} is not a run record: it has no 'request'")
-    if data.get("status") == "running" and not ("process" in data and is_running(data["process"])):
+    wrong = next((name for name, fits in _ENTRIES.items() if not fits(data.get(name))), None)
+    if wrong is not None:
+        found = f"its {wrong!r} is {_short(data[wrong])}" if wrong in data else f"it has no {wrong!r}"
+        raise UserError(f"{str(file)!r} is not a run record: {found}")
+    if data["status"] == "running" and not (data.get("process") and is_running(data["process"])):
         data["status"] = "interrupted"
     return data
+
+
+def _moment(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(datetime.datetime.fromisoformat(value))
+    except ValueError:
+        return False
+
+
+def _process(value: Any) -> bool:
+    """Whether this is what `this_process` gives, or nothing (version 1, or a run that ended)."""
+    if value is None:
+        return True
+    kinds = {"pid": int, "host": str, "started": int | float}
+    return isinstance(value, dict) and all(isinstance(value.get(name), kind) for name, kind in kinds.items())
+
+
+_ENTRIES: dict[str, Callable[[Any], bool]] = {
+    "request": lambda value: isinstance(value, dict),
+    "command": lambda value: isinstance(value, str),
+    "status": lambda value: value in get_args(Status),
+    "created": _moment,
+    "process": _process,
+    "model": lambda value: value is None or (isinstance(value, dict) and isinstance(value.get("id"), str)),
+    "wall_seconds": lambda value: value is None or isinstance(value, int | float),
+}
+"""Entries of a record that this module goes by, each with what tells a sound one."""
 
 
 def latest_run(command: str, request: Mapping[str, Any], *, root: Path | str = ROOT) -> Path | None:
     """The newest run folder of this request, by its record, finished or not. None: no such run."""
     wanted = json.loads(json.dumps(dict(request)))
     runs = [
-        (datetime.datetime.fromisoformat(data["created"]), path.name, path)
+        (datetime.datetime.fromisoformat(data["created"]).astimezone(), path.name, path)
         for path in (Path(root) / command).glob(f"*-{short_hash(wanted)}*")
         if (data := read_record(path)) is not None and data["request"] == wanted
     ]
@@ -187,7 +216,8 @@ def latest_run(command: str, request: Mapping[str, Any], *, root: Path | str = R
 
 def _to_continue(path: Path, command: str, request: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
     """The record of the run in a folder, if it may be continued; None for a folder that is free."""
-    old = read_record(path)
+    with atomic.disk(path):  # a name that no file can have
+        old = read_record(path)
     if old is None:
         if path.is_dir() and any(not one.name.endswith(atomic.SUFFIX) for one in path.iterdir()):
             raise UserError(f"{str(path)!r} is not empty and holds no {RECORD}; choose a new folder for --out")

@@ -50,7 +50,7 @@ def is_running(process: Mapping[str, Any]) -> bool:
         found = psutil.Process(process["pid"])
         # A number is used again; the start time, which drifts with the clock by less than a second, is not.
         return found.status() != psutil.STATUS_ZOMBIE and abs(found.create_time() - process["started"]) < 2
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, ValueError):  # ValueError: below 0
         return False
     except psutil.AccessDenied:
         return True

@@ -171,7 +171,9 @@ def constant(value: int | float | str, count: int) -> Any:
     """A column of one value, as sinks take it."""
     if isinstance(value, str):
         return text_column(np.zeros(count, np.int8), [value])
-    return np.full(count, value, np.float64 if isinstance(value, float) else np.int32)
+    small = np.iinfo(np.int32)
+    whole = np.int32 if small.min <= value <= small.max else np.int64  # seeds may be large
+    return np.full(count, value, np.float64 if isinstance(value, float) else whole)
 
 
 class MemorySink:
@@ -255,7 +257,10 @@ def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pd.Dat
     import pyarrow as pa
 
     tables = [_read(file, columns) for file in _files(path)]
-    return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries().to_pandas()
+    try:
+        return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries().to_pandas()
+    except pa.ArrowException as error:
+        raise UserError(f"the files of {str(path)!r} are not of one table: {first_line(error)}") from error
 
 
 def read_items(path: Path | str, columns: Sequence[str] | None = None) -> Iterator[pd.DataFrame]:
@@ -288,7 +293,7 @@ def _read(file: Path, columns: Sequence[str] | None, absent: bool = False) -> pa
             if missing:
                 raise UserError(f"{str(file)!r} has no column {missing[0]!r}; it has: {', '.join(known)}")
             return _encoded(table.read(columns=known if columns is None else [n for n in columns if n in known]))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{str(file)!r} is not a parquet table: {first_line(error)}") from error
 
 

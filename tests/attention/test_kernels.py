@@ -92,3 +92,10 @@ def test_doctor_deep_prints_all_rows_and_fails_if_one_does(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_kernel_of_the_gpu_passes() -> None:
     assert [row for row in kernels.rows("cuda") if row["status"] == "fail"] == []
+
+
+def test_the_summary_is_of_what_was_measured() -> None:
+    row = {"kernel": "flash", "dtype": "float16", "case": "a", "status": "pass", "reason": "", "mass": 0.1, "map": None}
+    found = kernels.summary([row | {"lse": 0.2}, row | {"lse": None}, row | {"lse": 0.3, "status": "fail"}])
+    (one,) = found
+    assert (one["lse"], one["mass"], one["map"], one["pass"], one["fail"]) == (0.3, 0.1, None, 2, 1)

@@ -164,6 +164,12 @@ def test_prepared_labels_read_back_as_their_source(tmp_path: Path, capsys: pytes
     with pytest.raises(SystemExit) as stop:
         main(["datasets", "prepare", "pc60-last", str(tmp_path), str(tmp_path / "out")])
     assert stop.value.code == 2
+    labels(tmp_path / "SegmentationClassContext/a.png", [0, 1, 2, 59])
+    with pytest.raises(SystemExit) as stop:
+        main(["datasets", "prepare", "pc60-last", str(tmp_path), str(tmp_path / "out")])
+    assert stop.value.code == 0
+    last = np.asarray(Image.open(tmp_path / "out/a.png"))  # the background behind the classes
+    assert last.flat[:4].tolist() == [59, 0, 1, 58]
     capsys.readouterr()
 
 

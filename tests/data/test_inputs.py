@@ -32,6 +32,8 @@ from mmdit_probe.data import (
 )
 from mmdit_probe.data import picture as opener
 from mmdit_probe.data.class_names import read_classes
+from mmdit_probe.data.fit import Fit
+from mmdit_probe.data.masks import largest
 from mmdit_probe.data.picture import picture_size
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
@@ -343,8 +345,9 @@ def test_a_class_file_takes_commas_and_a_list_of_ids_does_not(tmp_path: Path) ->
     names = [one.synonyms for one in parse_classes(path)]
     assert names == [("cat",), ("dog", "hound"), ("wet grass",), ("[b]$x$/y\u2028z",)]
     assert names == [one.synonyms for one in parse_classes("cat, dog; hound, wet grass, [b]$x$/y\u2028z")]
-    path.write_text("traffic light, red\nt-shirt\n\n\n", encoding="utf-8")
-    assert [one.name for one in read_classes(path)] == ["traffic light, red", "t-shirt"]
+    for blank in ("", "\n", "\n\n", "\n\n\n"):
+        path.write_text(f"traffic light, red\nt-shirt{blank}", encoding="utf-8")
+        assert [one.name for one in read_classes(path)] == ["traffic light, red", "t-shirt"]
     path.write_text("cat\n\ndog\n", encoding="utf-8")
     with pytest.raises(UserError, match="line 2 is empty"):
         read_classes(path)
@@ -517,7 +520,11 @@ def test_fingerprints_tell_replaced_inputs(tmp_path: Path) -> None:
     assert fingerprint(samples("scenes:val", 2)) == fingerprint(samples("scenes:val", 2))
     assert fingerprint(samples("scenes:val", 2)) != fingerprint(samples("scenes:test", 2))
     masks = np.ones((1, 3, 4), bool)
-    assert Sample("x", RGB, "a", masks).fingerprint() != Sample("x", RGB, "a", ~masks).fingerprint()
+    held = Sample("x", RGB, "a", masks).fingerprint()
+    assert held == Sample("x", RGB.copy(), "a", masks.copy()).fingerprint()
+    assert (
+        held != Sample("x", RGB, "a", ~masks).fingerprint() and held != Sample("x", 255 - RGB, "a", masks).fingerprint()
+    )
 
 
 def test_big_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -577,3 +584,26 @@ def test_notes_reach_the_training_sample(tmp_path: Path) -> None:
     saved(tmp_path / "a.png", ALPHA)
     sample = training_data(str(tmp_path), size=(16, 16))[0]
     assert sample.notes == ["transparency was laid on white"]
+
+
+def test_letterbox_fills_up_with_the_mean_on_both_sides() -> None:
+    wide = np.zeros((2, 4, 3), np.uint8)
+    wide[0] = (200, 100, 0)
+    for picture, rows in ((wide, slice(1, 3)), (wide.transpose(1, 0, 2), slice(0, 4))):
+        found = np.asarray(Fit.of(picture.shape[:2], (4, 4), 1, "letterbox").apply(picture)).astype(int)
+        columns = slice(0, 4) if rows == slice(1, 3) else slice(1, 3)
+        assert found.shape == (4, 4, 3) and (found[rows, columns] == picture).all()
+        border = np.ones((4, 4), bool)
+        border[rows, columns] = False
+        assert border.sum() == 8 and (found[border] == (100, 50, 0)).all()
+
+
+def test_aspect_keeps_the_area_in_whole_tokens() -> None:
+    assert Fit.of((200, 100), (64, 64), 16, "aspect").size == (96, 48)  # 64 * 2**.5 and 64 / 2**.5, in sixteens
+    assert Fit.of((100, 200), (32, 128), 16, "aspect").size == (48, 96)
+
+
+def test_masks_of_just_the_least_area_are_kept() -> None:
+    half, less = np.array([[True, False]]), np.array([[False, False]])
+    assert largest([less, half], min_area=0.5).tolist() == [[[True, False]]]
+    assert len(largest([half], min_area=0.51)) == 0

@@ -57,10 +57,25 @@ def test_sums_over_images_come_before_ratios(random_counts: list[np.ndarray]) ->
     assert ImageCounts.from_table(table(square), 4).miou() == pytest.approx(mean_iou(np.sum(square, 0)))
 
 
+def test_a_picture_without_a_scored_pixel_says_nothing() -> None:
+    columns = []
+    for index, counts in enumerate((np.diag([3, 1]), np.zeros((2, 2), int))):
+        rows = _Rows(index, 2)
+        rows.add(("p", "m", "r", "4", "mean", "0.5", "classes"), counts)
+        columns.append(pd.DataFrame(rows.columns()))
+    one, both = (ImageCounts.from_table(pd.concat(of), 2) for of in (columns[:1], columns))
+    assert columns[1]["pixels"].tolist() == [0] and len(both) == 2
+    assert both.miou() == one.miou() == 1.0 and both.score("accuracy") == 1.0
+
+
 def test_interval_holds_the_score_and_shrinks_with_images(random_counts: list[np.ndarray]) -> None:
     few, many = (ImageCounts.from_table(table(random_counts * times), 4) for times in (1, 9))
     (low, high), (low9, high9) = few.interval("miou"), many.interval("miou")
     assert low < few.score("miou") < high and high9 - low9 < 0.6 * (high - low)
+    right, wrong = np.eye(2, dtype=int), np.eye(2, dtype=int)[::-1]
+    half = ImageCounts.from_table(table([right, wrong] * 100), 2)
+    low, high = half.interval("accuracy")  # of a share of one half over 200 images, 95 %
+    assert high - low == pytest.approx(2 * 1.96 * (0.25 / 200) ** 0.5, rel=0.1)
     difference, d_low, d_high, _ = few.gain(few)
     assert (difference, d_low, d_high) == (0.0, 0.0, 0.0)
     assert np.isnan(ImageCounts.from_table(table(random_counts[:1]), 4).interval("miou")).all()

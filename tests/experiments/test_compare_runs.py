@@ -61,8 +61,9 @@ def test_refused() -> None:
         compare_runs(first, run(ValueNorms))
     with pytest.raises(UserError, match="other items"):
         compare_runs(first, run(prompts=["a cat", "a red ring", "a blue house"]))
-    with pytest.raises(UserError, match="--margin -1"):
-        compare_runs(first, first, -1.0)
+    for margin in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(UserError, match=f"--margin {margin:g}: expected"):
+            compare_runs(first, first, margin)
     with pytest.raises(UserError, match="in common"):
         compare_runs(run(layers=0), run(layers=1))
 

@@ -80,6 +80,7 @@ def test_names() -> None:
     assert evidence_names(None, False) == evidence_names("all", True) == list(EVIDENCE)
     assert evidence_names(None, True) == []
     assert evidence_names("segmentation, word_mass", False) == ["segmentation", "word_mass"]
+    assert evidence_names("word_mass,word_mass", False) == ["word_mass"]
     with pytest.raises(UserError, match="value_gap"):
         evidence_names("value_gaps", False)
 
@@ -116,6 +117,8 @@ def test_from_run_folders_to_a_selection(
     assert "no run folder" in capfd.readouterr().err
     assert run("select-layers", "--model", str(tiny_directory), "--from", "norms", "--no-t5") == 2
     assert "text encoded in another way (the model's own way; here: no_t5=True)" in capfd.readouterr().err
+    assert run("select-layers", "--model", str(tiny_directory), "--from", "norms", "--from", "norms") == 2
+    assert "evidence 'value_gap' is given twice" in capfd.readouterr().err
     assert run("select-layers", "--model", str(tiny_directory), "--split", "test") == 2
     assert "another" in capfd.readouterr().err
     assert run("select-layers", "--model", str(tiny_directory), "--rule", "rank") == 2

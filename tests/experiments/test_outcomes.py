@@ -78,10 +78,13 @@ def test_dino_is_the_cosine_of_class_features(dino: Path) -> None:
 
 def test_clip_scores_text_and_image(clip: Path) -> None:
     images = pictures()
-    found = Clip(clip)(["a red ring", "a cat"], images, images)
+    texts = ["a red ring", "a cat"]
+    found = Clip(clip)(texts, images, images)
     assert found["clip_i"] == pytest.approx([1, 1], abs=1e-6)
     other = Clip(clip)(["a cat", "a red ring"], images, images)
     assert np.abs(found["clip_t"] - other["clip_t"]).min() > 1e-4
+    alone = [Clip(clip)([text], [image], [image])["clip_t"][0] for text, image in zip(texts, images, strict=True)]
+    assert found["clip_t"] == pytest.approx(alone, abs=1e-6)
     with pytest.raises(UserError, match="cannot load the CLIP"):
         Clip(clip / "nowhere")
 

@@ -79,6 +79,9 @@ def test_run() -> None:
     values = result.table.query("kind == 'noun' and layer == 3 and sigma == '0.9'")["value"]
     assert row["difference"] == pytest.approx(values.mean()) and row["verdict"] == "too few items"
     assert result.figure().axes and "noun" in str(result.texts()[0])
+    assert SigmaByLayer(sigmas="0.5, 0.50000001,1").levels() == [0.50000001, 1.0]  # one name in the table
+    with pytest.raises(UserError, match="above 0"):
+        SigmaByLayer(sigmas="1e-320")
     with pytest.raises(UserError, match="above 0"):
         SigmaByLayer(sigmas="0,0.5")
     with pytest.raises(UserError, match="does not know"):

@@ -223,6 +223,31 @@ def test_what_is_missing_is_asked_for(model: MMDiT, photo: Image.Image) -> None:
         word_maps(model, image=photo)
     with pytest.raises(UserError, match="layer 7 does not exist"):
         word_maps(model, PROMPT, layers=7, **QUICK)
+    with pytest.raises(UserError, match="input size 33 x 64: both sides must be multiples of 16"):
+        word_maps(model, PROMPT, height=33, **QUICK)
+    with pytest.raises(UserError, match="positions for"):
+        word_maps(model, PROMPT, width=1 << 14, **QUICK)
+    with pytest.raises(UserError, match="--height is 16385; expected a whole number or nothing of at least 1"):
+        word_maps(model, PROMPT, height=(1 << 14) + 1, **QUICK)
+
+
+def test_every_option_that_decides_the_maps_is_in_the_request(model: MMDiT, photo: Image.Image) -> None:
+    changes: list[dict[str, Any]] = [
+        {}, {"guidance": 2.0}, {"num_steps": 3}, {"seed": 1}, {"words": "ring"}, {"images_per_prompt": 2},
+        {"layers": 0}, {"heads": "1"}, {"steps": "0"}, {"stream": "clip"}, {"height": 32}, {"width": 32},
+        {"prompt": "a blue ring"},
+    ]  # fmt: skip
+    asked = [WordMaps(**{"prompt": PROMPT, **QUICK, **change}) for change in changes]
+    found = [one.prepare(model, one.gather(False)).request for one in asked]
+    assert all(first != second for k, first in enumerate(found) for second in found[:k])
+    pictured = [WordMaps(prompt=PROMPT, image=photo, sigma=sigma) for sigma in (0.2, 0.3)]
+    assert len({one.prepare(model, one.gather(False)).request["sigma"] for one in pictured}) == 2
+
+
+def test_seeds_may_be_large(model: MMDiT) -> None:
+    seed = 2**62
+    result = WordMaps(prompt=PROMPT, words="ring", images_per_prompt=2, seed=seed, **QUICK).run(model, progress=False)
+    assert result.table["seed"].tolist() == [seed, seed + 1]
 
 
 def test_unknown_words_of_the_embedded_model_are_told_once(model: MMDiT, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,3 +189,11 @@ def test_a_writer_gets_plain_columns_and_has_the_table(pipe: Any) -> None:
     assert len(writer.parts) == 2 and joined["prompt"].dtype == object  # one batch per denoising call
     with pytest.raises(UserError, match="Writer"):
         run.observers[0].table()  # type: ignore[attr-defined]
+
+
+def test_keys_that_a_mask_hides_are_not_counted() -> None:
+    layout = Layout.from_counts([("image", 4), ("text", 3)], (2, 2))
+    hidden = torch.tensor([[False] * 7, [False] * 3 + [True] + [False, True, True]])
+    seen = layout.without(hidden)
+    assert [seen.key_count("text", row) for row in (0, 1)] == [3, 1]
+    assert [seen.key_count("image", row) for row in (0, 1)] == [4, 3] and layout.key_count("text", 0) == 3

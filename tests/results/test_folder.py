@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -225,6 +227,35 @@ def test_versions_of_the_record(tmp_path):
         read_record(tmp_path)
 
 
+SOUND: dict[str, Any] = {"command": "demo", "request": {}, "status": "failed", "created": "2026-01-01T00:00:00"}
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "said"),
+    [
+        ("command", None, "no 'command'"), ("command", 5, "its 'command' is 5"), ("request", [1], "its 'request' is"),
+        ("status", "done", "its 'status' is \"done\""), ("status", [], "its 'status'"), ("created", "no", "'created'"),
+        ("created", 5, "its 'created' is 5"), ("wall_seconds", "x", "its 'wall_seconds'"),
+        ("process", "x", "its 'process'"), ("process", {"pid": "1", "host": "a", "started": 0}, "its 'process'"),
+        ("process", {"pid": 1, "host": "a"}, "its 'process'"),
+        ("model", "x", "its 'model' is"), ("model", {"id": 5}, "its 'model'"),
+    ],
+)  # fmt: skip
+def test_an_entry_that_no_run_writes_is_named(tmp_path: Path, entry: str, value: Any, said: str) -> None:
+    broken = {name: of for name, of in SOUND.items() if name != entry} | ({} if value is None else {entry: value})
+    (tmp_path / "run.json").write_text(json.dumps(broken))
+    with pytest.raises(UserError, match="is not a run record: it") as refused:
+        RunFolder.open("demo", {}, out=tmp_path, resume=True)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("process", [{"pid": -1}, {"pid": 2**70}, {"pid": os.getpid()}])
+def test_a_process_that_cannot_be_is_gone(tmp_path: Path, process: dict[str, int]) -> None:
+    here = process | {"host": platform.node(), "started": 0}
+    (tmp_path / "run.json").write_text(json.dumps(SOUND | {"status": "running", "process": here}))
+    assert read_record(tmp_path)["status"] == "interrupted"
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"request": 1}', '{"request": {}, "version": 0}', "[" * 100_000])
 def test_broken_records(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
@@ -259,3 +290,8 @@ def test_peak_memory_is_this_process_and_not_its_parent():
     script = "from mmdit_probe.results import peak_memory; print(peak_memory()['resident'])"
     child = int(subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True).stdout)
     assert child < len(held) < peak_memory()["resident"]
+
+
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot write .*too long; choose another folder with --out"):
+        RunFolder.open("demo", REQUEST, out=tmp_path / ("x" * 300))

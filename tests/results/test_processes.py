@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.results import processes
 
 ROOT = Path(__file__).parents[2]
@@ -37,9 +37,15 @@ with processes.joined(), processes.from_first(lambda: RunFolder.open("demo", {},
     processes.barrier()
     second = '"second"' in (out / "run" / "run.json").read_text()
     (out / f"{rank}.txt").write_text(str(rank))
+    written = []
+    if rank == 0:  # as on a machine that does not see the other's disk
+        exists, Path.exists = Path.exists, lambda path: path.name != "1.txt" and exists(path)
+        processes.write_bytes = lambda path, data, advice: written.append([path.name, data.decode()])
     processes.collect([out / f"{rank}.txt"])
+    if rank == 0:
+        Path.exists = exists
     processes.barrier()
-(out / f"{rank}.json").write_text(json.dumps([world, parts, refused, second, str(folder.path)]))
+(out / f"{rank}.json").write_text(json.dumps([world, parts, refused, second, str(folder.path), written]))
 """
 
 LOSE = """
@@ -76,6 +82,7 @@ def test_two_processes_share_and_tell(tmp_path: Path) -> None:
     done = launch(tmp_path, TALK, tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert (first.pop(), second.pop()) == ([["1.txt", "1"]], [])
     assert first == second == [
         2, [{"0": 0, "2": 0, "4": 0}, {"1": 1, "3": 1}], "refused by process 0", False, str(tmp_path / "run"),
     ]  # fmt: skip
@@ -114,6 +121,37 @@ def test_shares_cover_everything_once(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("RANK", str(number))
         found.append(list(processes.share(range(10, 20))))
     assert found == [[10, 13, 16, 19], [11, 14, 17], [12, 15, 18]]
+
+
+def test_the_lost_process_is_waited_for_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
+    looks: list[int] = []
+
+    def running(process: dict[str, int]) -> bool:
+        looks.append(process["pid"])
+        return len(looks) < 4  # process 2 is gone at the second look
+
+    monkeypatch.setattr(processes, "_members", [{"pid": number} for number in range(3)])
+    monkeypatch.setattr(processes, "is_running", running)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(RunError, match="process 2 of 3 ended; its own message says why"):
+            processes._lost()
+        monkeypatch.setattr(processes, "is_running", lambda process: True)
+        with pytest.raises(RunError, match="one of 3 processes ended"):
+            processes._lost(wait=0.0)
+        with pytest.raises(RunError, match="was told to end"):
+            processes._lost(told=True, wait=0.0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert looks == [1, 2, 1, 2]
+
+
+def test_processes_talk_inside_the_block_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(AssertionError, match="inside `with processes"):
+        processes.gather(0)
 
 
 def test_errors_of_the_first_process_are_raised() -> None:

@@ -161,6 +161,7 @@ def test_spearman_is_scipys() -> None:
     one, two = rng.integers(0, 5, 30), rng.normal(size=30)
     assert spearman(one, two) == pytest.approx(stats.spearmanr(one, two).statistic)
     assert np.isnan(spearman([1.0], [2.0])) and np.isnan(spearman([1, 1 + 1e-9], [1, 2]))
+    assert np.isnan(spearman([1, 2, np.inf], [1, 2, 3]))
 
 
 def test_rank_agreement_pairs_items_and_counts_places() -> None:

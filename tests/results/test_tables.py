@@ -13,7 +13,7 @@ import pytest
 
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.results import TableWriter, read_items, read_table
-from mmdit_probe.results.tables import MemorySink
+from mmdit_probe.results.tables import MemorySink, constant
 from tests.tables import budget_table
 
 
@@ -194,6 +194,13 @@ def test_a_finished_table_is_not_written_again(tmp_path):
         assert writer.done == {0, 3}
     assert {file: file.read_bytes() for file in (tmp_path / "t.parquet").iterdir()} == before
     assert read_table(tmp_path / "t.parquet")["item"].tolist() == [0, 0, 3, 3]
+
+
+def test_a_column_of_one_value_takes_large_whole_numbers() -> None:
+    for value, kind in ((2**31 - 1, np.int32), (-(2**31), np.int32), (2**31, np.int64), (2**63 - 1, np.int64)):
+        column = constant(value, 2)
+        assert column.tolist() == [value, value] and column.dtype == kind
+    assert constant(2.5, 1).tolist() == [2.5] and list(constant("a", 2)) == ["a", "a"]
 
 
 def test_memory_takes_objects_and_numbers_of_growing_type() -> None:

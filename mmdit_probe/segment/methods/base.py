@@ -21,7 +21,7 @@ from torch import Tensor
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.segment.record import Capture
 from mmdit_probe.segment.vocabulary import Query
-from mmdit_probe.specs import HeadSpec, heads_at
+from mmdit_probe.specs import HeadSpec, heads_at, listed
 
 Heads = HeadSpec
 """Which heads count: "mean" or "all", one or some for every layer, or some per layer."""
@@ -78,7 +78,7 @@ class Method:
         if not self.unsupervised:
             return None if self.all_text else ("word",)
         kinds = self.defaults.get("kinds", "")
-        return None if kinds == "all" else tuple(kind.strip() for kind in kinds.split(","))
+        return None if kinds == "all" else tuple(listed(kinds))
 
     def configure(self, options: Mapping[str, Any]) -> Method:
         """The method with other option values.

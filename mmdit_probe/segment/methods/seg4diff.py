@@ -20,6 +20,7 @@ from mmdit_probe.segment.methods.base import Heads, Method, by_class, pick_heads
 from mmdit_probe.segment.record import Capture, JointRecord
 from mmdit_probe.segment.tail import minmax as over_space
 from mmdit_probe.segment.vocabulary import Query
+from mmdit_probe.specs import listed
 
 SOFTMAX = ("auto", "joint", "text", "image-odds", "words", "logit")
 REDUCE = ("mean", "sum", "max")
@@ -148,11 +149,11 @@ def unsupervised(
     check_known("min-max axis", axis, ("space", "token", "none"))
     first = capture.passes[0]
     table = first.prompt.table
-    wanted = None if kinds == "all" else [kind.strip() for kind in kinds.split(",")]
+    wanted = None if kinds == "all" else listed(kinds)
     places = [
         place
         for place, token in enumerate(table.tokens)
-        if (wanted is None or token.kind in wanted) and (streams == "all" or token.stream in streams.split(","))
+        if (wanted is None or token.kind in wanted) and (streams == "all" or token.stream in listed(streams))
     ]
     if not places:
         raise UserError(
