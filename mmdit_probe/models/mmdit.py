@@ -459,8 +459,11 @@ class MMDiT:
 
     def _arguments(self, *, guidance: float | None, length: int | None = None, **options: Any) -> dict[str, Any]:
         """Arguments of the stock pipeline by its own names, as far as it takes them; its own defaults for None, but for
-        what the family sets."""
-        options = dict(self.family.options) | {name: value for name, value in options.items() if value is not None}
+        what the family sets, and a picture's sides: without any, pipelines take the size that the model was made for,
+        which is not the default of all of them (AuraFlow's is 1024)."""
+        sides = () if self.makes_videos else {"height", "width"} - dict(self.family.options).keys()
+        stated = {name: value for name, value in options.items() if value is not None or name in sides}
+        options = dict(self.family.options) | stated
         if self.references:
             given = list(self.references) if len(self.references) > 1 else self.references[0]
             options.setdefault(self.family.reference_argument, given)

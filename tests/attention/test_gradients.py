@@ -207,6 +207,7 @@ def test_probabilities_for_observers_cannot_carry_a_gradient() -> None:
             exact.reduce(inner, lse, TEXT_KEYS, IMAGE_ROWS, head_mean=True),
         ],
         "group_masses": [exact.group_masses(inner, lse, groups, 2), exact.group_masses(inner, None, groups, 2)],
+        "within": [exact.within(inner, lse, [TEXT_KEYS], torch.ones(1, N))],
     }
     takes_one = {name for name, of in vars(exact).items() if inspect.isfunction(of) and of.__module__ == exact.__name__
                  and "lse" in inspect.signature(of).parameters and not name.startswith("_")}  # fmt: skip
