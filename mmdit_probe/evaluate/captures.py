@@ -27,7 +27,7 @@ from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import Token, TokenTable
 from mmdit_probe.results.atomic import make_folder, write_bytes, write_json
-from mmdit_probe.segment.capture import Reader, Request, most_tokens
+from mmdit_probe.segment.capture import PictureReader, Request, most_tokens
 from mmdit_probe.segment.record import Capture, JointRecord, Pass
 from mmdit_probe.segment.vocabulary import Prompt, Query
 
@@ -59,7 +59,7 @@ class Captures:
         self._open, self.name, self.cache, self.text = open_model, name, cache, dict(text or {})
         self._model: MMDiT | None = None
         self._rows = rows
-        self._reader: Reader | None = None
+        self._reader: PictureReader | None = None
         self._facts: dict[str, Any] | None = None
         if cache is not None and (cache / INDEX).is_file():
             index = json.loads((cache / INDEX).read_text(encoding="utf-8"))
@@ -109,7 +109,7 @@ class Captures:
         paths = [self._path(name, request) for name, request in asked]
         missing = [place for place, path in enumerate(paths) if path is None or not path.is_file()]
         if missing and self._reader is None:
-            self._reader = Reader(self.model, self._rows)
+            self._reader = PictureReader(self.model, self._rows)
         fresh = self._reader([asked[place][1] for place in missing]) if self._reader is not None else []
         made, found = dict(zip(missing, fresh, strict=True)), []
         for place, (path, (_, request)) in enumerate(zip(paths, asked, strict=True)):

@@ -3,9 +3,9 @@
     outcomes = [Change(), Parser()]
     rows = measure(outcomes, prompts, images, unedited)
 
-`Change` needs nothing. `Parser` reads images of the scenes world. `Clip` and `Dino` take transformers checkpoints that
-the user names: CLIP-T is image against prompt, CLIP-I and DINO are image against the unedited image, cosines of pooled
-features (arXiv:2509.18096, B.5). Not here: running the model (`experiments.sweep`).
+`Change` needs nothing. `Parser` reads images of the scenes world. `ClipScores` and `Dino` take transformers checkpoints
+that the user names: CLIP-T is image against prompt, CLIP-I and DINO are image against the unedited image, cosines of
+pooled features (arXiv:2509.18096, B.5). Not here: running the model (`experiments.sweep`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Parser:
         }
 
 
-class Clip:
+class ClipScores:
     """`clip_t`: cosine of image and prompt, `clip_i`: of image and unedited image, in a CLIP model."""
 
     names = ("clip_t", "clip_i")
@@ -134,7 +134,7 @@ def outcomes_of(
         clip = DEFAULT_CLIP if clip is None else clip
     clip = None if clip == "none" else clip
     if clip is not None:
-        outcomes.append(Clip(assets.path(clip) if clip in assets.names() else clip, device))
+        outcomes.append(ClipScores(assets.path(clip) if clip in assets.names() else clip, device))
     if dino is not None:
         outcomes.append(Dino(dino, device))
     return outcomes, {"clip": clip, "dino": dino}

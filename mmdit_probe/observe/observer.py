@@ -75,7 +75,7 @@ class DenoisingCall:
 
 
 @dataclass(frozen=True)
-class Picture:
+class PictureTokens:
     """The tokens of a picture among the N joint ones: their positions, (h, w) grid and frames."""
 
     positions: exact.Columns
@@ -148,14 +148,14 @@ class LayerCall:
         """`grid`, of a video (frames, h, w)."""
         return self.picture().space
 
-    def picture(self, reference: int | None = None) -> Picture:
+    def picture(self, reference: int | None = None) -> PictureTokens:
         """Where the tokens of the image are, or those of a reference picture by number, from 0.
 
         Raises:
             UserError: no such reference, samples that differ in it, or an unknown grid.
         """
         if reference is None:
-            return Picture(self.layout.positions("image"), self.grid, self.layout.frames)
+            return PictureTokens(self.layout.positions("image"), self.grid, self.layout.frames)
         known = [self.layout.references_of(sample) for sample in range(len(self.denoising.prompts))]
         fewest = min(map(len, known))
         if not 0 <= reference < fewest:
@@ -167,7 +167,7 @@ class LayerCall:
             )
         if of.grid is None:
             raise UserError(f"the tokens of reference {reference} have no known grid: {of.count} tokens")
-        return Picture(as_slice(positions), of.grid, of.frames)
+        return PictureTokens(as_slice(positions), of.grid, of.frames)
 
 
 class Observer:

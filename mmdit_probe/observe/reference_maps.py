@@ -21,7 +21,7 @@ from torch import Tensor
 from mmdit_probe.attention import exact
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.observe.maps import GridMaps
-from mmdit_probe.observe.observer import LayerCall, Picture
+from mmdit_probe.observe.observer import LayerCall, PictureTokens
 
 Region = tuple[int, int] | tuple[int, int, int, int] | np.ndarray | Tensor
 """A token (row, column); a box of tokens (top, left, bottom, right), the last two outside it; or a mask [h, w], of a
@@ -74,7 +74,7 @@ class ReferenceMaps(GridMaps):
             maps = maps.unflatten(-2, image.space)
         return maps if head_mean else maps.cpu()
 
-    def _masks(self, picture: Picture) -> list[Tensor]:
+    def _masks(self, picture: PictureTokens) -> list[Tensor]:
         """Which of the picture's tokens are in each region, float32 of 0 and 1 [tokens]."""
         whole = torch.ones(picture.frames, *picture.grid)
         if self.regions is None:
@@ -87,7 +87,7 @@ class ReferenceMaps(GridMaps):
         return [which]
 
 
-def _mask(region: Region, picture: Picture) -> Tensor:
+def _mask(region: Region, picture: PictureTokens) -> Tensor:
     """A region as a mask [h, w] or [frames, h, w] of 0 and 1.
 
     Raises:

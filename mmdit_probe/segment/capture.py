@@ -1,7 +1,7 @@
 """capture: pictures, a few noised forwards, everything that methods read.
 
     found = capture(model, picture, parse_classes("ring, house, grass"), Reading(layers=(2, 3)), keep=("i2t", "i2i"))
-    read = Reader(model)                            # of many pictures: remembers texts, and fills its forwards
+    read = PictureReader(model)                            # of many pictures: remembers texts, and fills its forwards
     read([Request(one, classes), Request(other, [], keep=("feat_proj",))])              # a capture of each
 
 One stock forward (arXiv:2509.18096 section 3.4: encode, noise to sigma, one conditional call) per prompt, noise level
@@ -87,10 +87,10 @@ def capture(
     Args:
         model: the model. image, classes, reading, how: as in `Request`.
     """
-    return Reader(model)([Request(image, classes, reading, **how)])[0]
+    return PictureReader(model)([Request(image, classes, reading, **how)])[0]
 
 
-class Reader:
+class PictureReader:
     """Reads pictures with one model.
 
     Texts and class vectors are encoded once for all pictures that have them.
@@ -116,7 +116,7 @@ class Reader:
         if request.reading.reference == "read" and {"concepts", "i2i_attn2"} & {*request.keep}:
             raise UserError("concepts and a second attention have no tokens of a reference; read the picture itself")
         shown = self._fit(request).apply(request.image)
-        return Reader(self.model.given([shown]), self.limit.rows)._read([request])[0]
+        return PictureReader(self.model.given([shown]), self.limit.rows)._read([request])[0]
 
     def _fit(self, request: Request) -> Fit:
         model, reading = self.model, request.reading

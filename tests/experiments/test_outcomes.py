@@ -14,7 +14,7 @@ from PIL import Image
 from mmdit_probe import load
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.outcomes import Clip, Dino, Parser
+from mmdit_probe.experiments.outcomes import ClipScores, Dino, Parser
 from mmdit_probe.results import read_table
 from mmdit_probe.results.selection import LayerSelection
 from tests import tiny
@@ -79,14 +79,14 @@ def test_dino_is_the_cosine_of_class_features(dino: Path) -> None:
 def test_clip_scores_text_and_image(clip: Path) -> None:
     images = pictures()
     texts = ["a red ring", "a cat"]
-    found = Clip(clip)(texts, images, images)
+    found = ClipScores(clip)(texts, images, images)
     assert found["clip_i"] == pytest.approx([1, 1], abs=1e-6)
-    other = Clip(clip)(["a cat", "a red ring"], images, images)
+    other = ClipScores(clip)(["a cat", "a red ring"], images, images)
     assert np.abs(found["clip_t"] - other["clip_t"]).min() > 1e-4
-    alone = [Clip(clip)([text], [image], [image])["clip_t"][0] for text, image in zip(texts, images, strict=True)]
+    alone = [ClipScores(clip)([text], [image], [image])["clip_t"][0] for text, image in zip(texts, images, strict=True)]
     assert found["clip_t"] == pytest.approx(alone, abs=1e-6)
     with pytest.raises(UserError, match="cannot load the CLIP"):
-        Clip(clip / "nowhere")
+        ClipScores(clip / "nowhere")
 
 
 def test_commands_measure_them(

@@ -16,7 +16,7 @@ from mmdit_probe.observe.concepts import ConceptStream
 from mmdit_probe.observe.maps import JointBlocks, second_eigenvalue
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
-from mmdit_probe.segment.capture import Reader, Request, capture, concept_embeddings
+from mmdit_probe.segment.capture import PictureReader, Request, capture, concept_embeddings
 from mmdit_probe.segment.methods import METHODS
 from mmdit_probe.segment.record import Reading
 from mmdit_probe.segment.rows import RowLimit
@@ -223,7 +223,7 @@ def test_pictures_read_together_are_what_they_are_alone(model: MMDiT, picture: n
     model.transformer.register_forward_pre_hook(
         lambda module, args, kwargs: calls.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
-    found = Reader(model, rows)(asked)
+    found = PictureReader(model, rows)(asked)
     assert sum(calls) == 4 + 1 + 1 + 1 and max(calls) == {1: 1, 3: 3, None: 5}[rows]
     for request, text, one in zip(asked, texts, found, strict=True):
         assert one.image is request.image and one.passes[0].prompt.text == text
@@ -238,7 +238,7 @@ def test_texts_and_shared_pictures_are_encoded_once(model: MMDiT, picture: np.nd
     monkeypatch.setattr(model, "encode_prompt", lambda some: texts.extend(some) or encode_prompt(some))
     monkeypatch.setattr(model, "encode_image", lambda some: pictures.extend(some) or encode_image(some))
     classes, reading = parse_classes("cat"), Reading(layers="0")
-    read = Reader(model)
+    read = PictureReader(model)
     for _ in range(2):
         read(
             [Request(picture, classes, reading), Request(picture, [], reading), Request(picture + 1, classes, reading)]
@@ -251,7 +251,7 @@ def test_prompts_of_other_lengths_do_not_share_a_forward(picture: np.ndarray) ->
     model = MMDiT(pipelines.build("qwen_image"))
     assert not model.family.fixed_length
     asked = [Request(picture, parse_classes(text), Reading(layers="0")) for text in ("cat", "cat, red house", "cat")]
-    both, read = Reader(model)(asked), [Reader(model)([one])[0] for one in asked]
+    both, read = PictureReader(model)(asked), [PictureReader(model)([one])[0] for one in asked]
     for one, single in zip(both, read, strict=True):
         assert torch.allclose(one.mean("i2t"), single.mean("i2t"), atol=1e-6)
         assert one.mean("i2t").shape[-1] == len(model.token_tables(one.passes[0].prompt.text)[0])

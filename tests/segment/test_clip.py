@@ -227,10 +227,10 @@ def test_proxyclip_is_its_formula(deep: str, grid: tuple[int, int], seed: int) -
 
 def test_proxyclip_rows_that_resemble_none_keep_themselves() -> None:
     """Two equal tokens: centred by 1.2 times their mean every similarity is negative."""
-    from mmdit_probe.segment.methods.dense_clip import Part, _matrix
+    from mmdit_probe.segment.methods.dense_clip import View, _matrix
 
     one = captured((1, 2), [[1.0, 0.0], [1.0, 0.0]])
-    part = Part(one, None, torch.zeros(3, 8, 16), (8, 16))  # type: ignore[arg-type]
+    part = View(one, None, torch.zeros(3, 8, 16), (8, 16))  # type: ignore[arg-type]
     found, grid = _matrix(part, "features", 1.2, 3.0, (1, 2))
     assert found.tolist() == [[1.0, 0.0], [0.0, 1.0]] and grid == (1, 2)
 
@@ -314,11 +314,11 @@ def test_windows_are_averaged_where_they_overlap(deep: str) -> None:
 
 
 def test_a_window_reads_the_tokens_and_the_regions_that_lie_in_it() -> None:
-    from mmdit_probe.segment.methods.dense_clip import Part
+    from mmdit_probe.segment.methods.dense_clip import View
 
     ids = np.array([[1, 2, 3], [4, 5, 6]])
     one = captured((2, 3), np.arange(6)[:, None] == np.arange(6), regions=ids)
-    part = Part(one, None, torch.zeros(3, 16, 16), (16, 24), (0, 8))  # type: ignore[arg-type]
+    part = View(one, None, torch.zeros(3, 16, 16), (16, 24), (0, 8))  # type: ignore[arg-type]
     places, grid = part.tokens((2, 3))
     assert places.tolist() == [1, 2, 4, 5] and grid == (2, 2)
     features, out = part.features("features")

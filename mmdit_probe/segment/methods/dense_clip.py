@@ -53,7 +53,7 @@ def proxyclip(
             windows overlap (the papers' 336,336,112); scores then have the picture's size.
     """
 
-    def look(part: Part) -> tuple[Tensor, Grid]:
+    def look(part: View) -> tuple[Tensor, Grid]:
         states, grid = part.clip.hidden(part.pixels)
         matrix, out = _matrix(part, source, beta, gamma, grid)
         return part.clip.head(matrix @ part.clip.values(states[-2], grid, out)), out  # (M, M) x (M, E)
@@ -89,7 +89,7 @@ def corrclip(
     if len(weights) != 2:
         raise UserError(f"corrclip.weights={weights}: expected two, of the earlier blocks and of the region's token")
 
-    def look(part: Part) -> tuple[Tensor, Grid]:
+    def look(part: View) -> tuple[Tensor, Grid]:
         clip, (states, grid) = part.clip, part.clip.hidden(part.pixels)
         features, out = part.features(source)
         merged = _merged(features, part.regions(out, cut), eps)
@@ -107,7 +107,7 @@ def corrclip(
 
 
 @dataclass(frozen=True)
-class Part:
+class View:
     """What CLIP is shown at once: the whole picture, or a window of it.
 
     Attributes:
@@ -169,7 +169,7 @@ class Part:
 
 def _named(
     capture: Capture, clip: str | CLIP | ClipInput, temperature: float, side: int | Sequence[float] | None,
-    look: Callable[[Part], tuple[Tensor, Grid]],
+    look: Callable[[View], tuple[Tensor, Grid]],
 ) -> Tensor:  # fmt: skip
     """Probabilities over names, the better synonym of each class: [C, h, w] on the capture's grid, or of the picture's
     size where windows slide.
@@ -183,7 +183,7 @@ def _named(
     if words.ndim != 2 or words.shape != (len(queries), model.width):
         raise UserError(f"text of shape {tuple(words.shape)}: expected [{len(queries)}, {model.width}]")
 
-    def logits(part: Part) -> Tensor:
+    def logits(part: View) -> Tensor:
         features, grid = look(part)
         return (model.project(features) @ words.T).T.reshape(-1, *grid)  # (M, P) x (P, Q) -> (Q, h, w)
 
@@ -196,12 +196,12 @@ def _named(
         if pixels is None:
             pixels = model.pixels([capture.fit.apply(capture.image)], (model.side(side),) * 2)
         pixels = pixels if pixels.ndim == 3 else pixels[0]
-        one = Part(capture, model, pixels, (pixels.shape[-2], pixels.shape[-1]))
+        one = View(capture, model, pixels, (pixels.shape[-2], pixels.shape[-1]))
         maps = resized((temperature * logits(one)).softmax(0), capture.grid)
     return by_class(capture, list(zip(queries, maps, strict=True)))
 
 
-def _slid(capture: Capture, given: ClipInput, side: Sequence[float], logits: Callable[[Part], Tensor]) -> Tensor:
+def _slid(capture: Capture, given: ClipInput, side: Sequence[float], logits: Callable[[View], Tensor]) -> Tensor:
     """Logits [Q, H, W] of a picture in sliding windows, averaged where they overlap."""
     if len(side) != 3:
         raise UserError(f"side={tuple(side)}: expected one number, or three: short side, window, stride")
@@ -222,7 +222,7 @@ def _slid(capture: Capture, given: ClipInput, side: Sequence[float], logits: Cal
     total, seen = torch.zeros(1, *whole), torch.zeros(*whole)
     for top in _starts(whole[0], window, stride):
         for left in _starts(whole[1], window, stride):
-            part = Part(capture, model, pixels[:, top : top + window, left : left + window], whole, (top, left))
+            part = View(capture, model, pixels[:, top : top + window, left : left + window], whole, (top, left))
             found = resized(logits(part), (window, window))
             total = total.expand(len(found), -1, -1).clone() if len(total) != len(found) else total
             total[:, top : top + window, left : left + window] += found
@@ -255,7 +255,7 @@ def _nearest(ids: Tensor, size: Grid) -> Tensor:
     return F.interpolate(ids[None, None].double(), size, mode="nearest")[0, 0].long()
 
 
-def _matrix(part: Part, source: str | Tensor, beta: float, gamma: float, grid: Grid) -> tuple[Tensor, Grid]:
+def _matrix(part: View, source: str | Tensor, beta: float, gamma: float, grid: Grid) -> tuple[Tensor, Grid]:
     """Which tokens are mixed: rows [M, M] that sum to 1, and their grid."""
     if isinstance(source, str) and source == "identity":
         return torch.eye(grid[0] * grid[1]), grid
