@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests import tiny
 from tests.families import CHANNELS, TEXT
-from tests.pipelines import clip, flow, flux2, llm_tokenizer, qwen_vae, t5, transformer, vae
+from tests.pipelines import flow, flux, flux2, llm_tokenizer, qwen_vae, transformer
 
 PICTURE = "<|image_pad|>"
 
@@ -40,14 +39,7 @@ def small(patch: pytest.MonkeyPatch) -> None:
 
 
 def kontext() -> Any:
-    from diffusers import FluxKontextPipeline
-
-    clip_tokenizer, tokenizer = tiny.clip_tokenizer("<|endoftext|>"), tiny.t5_tokenizer()
-    return FluxKontextPipeline(
-        transformer=transformer("flux", in_channels=4 * CHANNELS), scheduler=flow(use_dynamic_shifting=True),
-        vae=vae(), text_encoder=clip(clip_tokenizer), tokenizer=clip_tokenizer, text_encoder_2=t5(tokenizer),
-        tokenizer_2=tokenizer,
-    )  # fmt: skip
+    return flux("FluxKontextPipeline")
 
 
 def picture_tokenizer() -> Any:

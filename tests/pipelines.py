@@ -144,11 +144,12 @@ def clip(tokenizer: Any, length: int = tiny.CLIP_LENGTH) -> Any:
     return CLIPTextModel(config).eval()
 
 
-def flux() -> Any:
-    from diffusers import FluxPipeline
+def flux(kind: str = "FluxPipeline") -> Any:
+    """A pipeline of Flux's parts, by its class in diffusers."""
+    import diffusers
 
     clip_tokenizer, tokenizer = tiny.clip_tokenizer("<|endoftext|>"), tiny.t5_tokenizer()
-    return FluxPipeline(
+    return getattr(diffusers, kind)(
         transformer=transformer("flux", in_channels=4 * CHANNELS), scheduler=flow(use_dynamic_shifting=True),
         vae=vae(), text_encoder=clip(clip_tokenizer), tokenizer=clip_tokenizer, text_encoder_2=t5(tokenizer),
         tokenizer_2=tokenizer,
