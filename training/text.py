@@ -7,6 +7,7 @@ mask hides the padding, just as the SD3 pipeline calls it.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from mmdit_probe.scenes.captions import KINDS
-from mmdit_probe.scenes.world import SIZE
+from mmdit_probe.scenes.captions import KINDS, PLURALS, opposites
+from mmdit_probe.scenes.world import COLOUR_NAMES, SIZE, THINGS
 from training.loop import Stage, low_precision, run, trained_state, warmup_cosine
 from training.parser import images_of
 from training.pool import Pool
@@ -46,6 +47,27 @@ def draw_captions(
     kinds = torch.multinomial(odds, len(rows), replacement=True).tolist()
     blank = (torch.rand(len(rows)) < empty).tolist()
     return ["" if b else data.captions[row][kind] for row, kind, b in zip(rows, kinds, blank, strict=True)]
+
+
+def wrong_caption(caption: str, captions: Collection[str] = ()) -> str | None:
+    """What a picture's caption says, with one change that makes it wrong; None where there is nothing to change.
+
+    One of: the relation turned round, another count, two colours exchanged (`scenes.captions.opposites`), a noun or a
+    colour replaced by one that no caption of the picture has. Drawn with torch's generator, every change that is
+    possible equally likely. Nothing but words is read: these are the hard negatives of NegCLIP (arXiv 2210.01936).
+
+    Args:
+        captions: all captions of the picture.
+    """
+    words, said = caption.split(), set(" ".join([caption, *captions]).split())
+    found = list(opposites(caption).values())
+    for alike in ({noun: noun for noun in THINGS}, PLURALS, {colour: colour for colour in COLOUR_NAMES}):
+        places = [k for k, word in enumerate(words) if word in alike.values()]
+        free = [word for name, word in alike.items() if not said & {name, word, PLURALS.get(name)}]
+        if places and free:
+            k = places[int(torch.randint(len(places), ()))]
+            found.append(" ".join([*words[:k], free[int(torch.randint(len(free), ()))], *words[k + 1 :]]))
+    return found[int(torch.randint(len(found), ()))] if found else None
 
 
 def clip_config(layers: int, pad: str) -> CLIPConfig:

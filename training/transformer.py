@@ -123,12 +123,12 @@ class TextEncoders:
     device: torch.device
 
     @torch.no_grad()
-    def __call__(self, texts: list[str], drop: dict[str, float] | None = None) -> Tensor:
+    def __call__(self, texts: list[str], kept: dict[str, Tensor] | None = None) -> Tensor:
         """Embeddings [B, 48, 128]: 24 CLIP rows (both towers side by side), then 24 T5 rows.
 
         Args:
             texts: captions.
-            drop: probability by encoder that its rows are zero for a caption (drawn from torch's generator).
+            kept: encoder -> for each caption whether its rows stay [B], else they are zero (`draw_kept`).
         """
 
         def ids(tokens: Any) -> Tensor:
@@ -138,10 +138,17 @@ class TextEncoders:
         first = self.clip.clip.text_model(input_ids=ids(_TOKENS["clip_l"]), output_hidden_states=True).hidden_states[-2]
         second = self.clip.second(input_ids=ids(_TOKENS["clip_g"]), output_hidden_states=True).hidden_states[-2]
         third = self.t5(ids(_TOKENS["t5"]))[0]
-        kept = {name: torch.rand(len(texts), 1, 1) >= p for name, p in (drop or {}).items()}
-        if drop:
-            first, second, third = (x * kept[name].to(x) for x, name in zip((first, second, third), drop, strict=True))
+        if kept:
+            first, second, third = (
+                rows * kept[name][:, None, None].to(rows)
+                for rows, name in zip((first, second, third), ("clip_l", "clip_g", "t5"), strict=True)
+            )
         return torch.cat([torch.cat([first, second], dim=-1), third], dim=1)
+
+
+def draw_kept(n: int, drop: dict[str, float]) -> dict[str, Tensor]:
+    """Encoder -> which of n captions keep its rows [n], dropped with its probability (torch's generator)."""
+    return {name: torch.rand(n) >= p for name, p in drop.items()}
 
 
 _TOKENS: dict[str, Any] = {"clip_l": clip_tokenizer(), "clip_g": clip_tokenizer("!"), "t5": t5_tokenizer()}

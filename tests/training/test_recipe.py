@@ -32,7 +32,7 @@ TINY = ("--scenes", "24", "--held-out", "4", "--no-compile", "--device", "cpu")
 @pytest.fixture(scope="module")
 def tiny_curriculum():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flow, "CURRICULUM", (Phase("single", 1, 4), Phase("pair", 1, 4), Phase("scenes", 1, 4)))
+        patch.setattr(flow, "CURRICULUM", (Phase("single", 1, 4), Phase("pair", 1, 4), Phase("scenes", 1, 4, wrong=2)))
         yield
 
 
@@ -71,7 +71,7 @@ def test_recipes_stand_side_by_side_and_heads_do_not_ship(workdir, tmp_path, ali
     average = trained_state(tmp_path, average=True)
     assert all(torch.equal(tensor, average[f"transformer.{name}"]) for name, tensor in stock.state_dict().items())
     names_logged = set(pd.read_csv(tmp_path / "curves.csv")["name"])
-    assert names_logged == ({"loss", "flow"} if align == "none" else {"loss", "flow", "align"})
+    assert names_logged == {"loss", "flow", "excess"} | (set() if align == "none" else {"align"})
 
 
 def test_a_transformer_that_was_stopped_is_the_one_that_was_not(workdir, tmp_path, monkeypatch):

@@ -8,13 +8,13 @@ from torch.nn import functional as F
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.scenes import KINDS, NO_COLOUR, load_parser, scene
-from mmdit_probe.scenes.parser import to_tensor
+from mmdit_probe.scenes.parser import aligned, read_maps, to_tensor
 from training.align import READ, Alignment, feature_loss, reading, reading_loss
 from training.features import BLOCK, HIDDEN, SceneEncoder, draw_hidden, patches
-from training.flow import CURRICULUM, Phase, draw_sigmas, fitted, optimizers, phase_at
+from training.flow import CURRICULUM, Phase, contrasted, draw_sigmas, fitted, optimizers, phase_at
 from training.pool import pool
-from training.text import ClipPair, Restorer, draw_captions
-from training.transformer import AlignedTransformer, ExplicitJointAttention, TextEncoders
+from training.text import ClipPair, Restorer, draw_captions, wrong_caption
+from training.transformer import AlignedTransformer, ExplicitJointAttention, TextEncoders, draw_kept
 
 
 def live_model(alignment=None):
@@ -138,9 +138,9 @@ def test_hidden_tokens_are_blocks_that_the_encoder_cannot_see():
 def test_dropped_encoders_are_zero_rows(encode):
     kept = encode(["a red ring"])
     assert kept.shape == (1, 48, 128) and (kept.abs().sum(-1) > 0).all()
-    without_t5 = encode(["a red ring"], {"clip_l": 0.0, "clip_g": 0.0, "t5": 1.0})
+    without_t5 = encode(["a red ring"], draw_kept(1, {"clip_l": 0.0, "clip_g": 0.0, "t5": 1.0}))
     assert torch.equal(without_t5[:, :24], kept[:, :24]) and (without_t5[:, 24:] == 0).all()
-    without_g = encode(["a red ring"], {"clip_l": 0.0, "clip_g": 1.0, "t5": 0.0})
+    without_g = encode(["a red ring"], draw_kept(1, {"clip_l": 0.0, "clip_g": 1.0, "t5": 0.0}))
     assert (without_g[:, :24, 64:] == 0).all() and torch.equal(without_g[:, :24, :64], kept[:, :24, :64])
 
 
@@ -164,11 +164,44 @@ def test_phases_follow_each_other():
 
 
 def test_fewer_steps_shrink_every_phase_and_more_lengthen_the_last():
-    assert fitted(CURRICULUM, None) == fitted(CURRICULUM, 5800) == CURRICULUM
-    assert [phase.steps for phase in fitted(CURRICULUM, 6000)] == [800, 1000, 4200]
-    assert [phase.steps for phase in fitted(CURRICULUM, 1450)] == [200, 250, 1000]
+    total = sum(phase.steps for phase in CURRICULUM)
+    assert fitted(CURRICULUM, None) == fitted(CURRICULUM, total) == CURRICULUM
+    assert fitted(CURRICULUM, total + 200)[-1].steps == CURRICULUM[-1].steps + 200
+    three = (Phase("single", 800, 96), Phase("pair", 1000, 64, wrong=8), Phase("scenes", 4000, 48))
+    assert [phase.steps for phase in fitted(three, 1450)] == [200, 250, 1000]
+    assert fitted(three, 1450)[1] == Phase("pair", 250, 64, wrong=8)
     for steps in range(1, 30):
         assert sum(phase.steps for phase in fitted(CURRICULUM, steps)) == steps
+
+
+def test_a_wrong_caption_is_not_true_of_its_picture(tmp_path):
+    data = pool(tmp_path, "val", 40, workers=1)
+    torch.manual_seed(0)
+    right, wrong, changed = 0, 0, set()
+    for row, captions in enumerate(data.captions):
+        reading = read_maps(np.asarray(data.classes[row]), np.asarray(data.colours[row]))
+        for kind, caption in zip(KINDS, captions, strict=True):
+            other = wrong_caption(caption, captions)
+            if kind in ("list", "texture", "empty"):
+                assert (other is None) == (kind != "list")
+                continue
+            assert other is not None and other != caption
+            changed |= set(zip(caption.split(), other.split(), strict=False))
+            right, wrong = right + aligned(caption, reading), wrong + aligned(other, reading)
+    assert right > 0.95 * 5 * 40 and wrong == 0
+    assert {("left", "right"), ("above", "below"), ("two", "three")} <= changed
+    assert all("house" not in str(wrong_caption("a ring", ["a ring", "two houses"])) for _ in range(50))
+
+
+def test_the_excess_of_a_wrong_caption_lowers_the_loss_until_it_is_large():
+    error = torch.tensor([0.5, 0.7, 0.9, 0.5, 1.7], requires_grad=True)
+    loss, numbers = contrasted(error, Phase("pair", 1, 3, wrong=2))
+    # The first picture's excess is 0 (log 2), the second's is 1 (nothing left to gain).
+    assert float(loss.detach()) == pytest.approx(0.7 + 0.1 * np.log(2) / 2, rel=1e-5)
+    assert numbers == pytest.approx({"flow": 0.7, "excess": 0.5})
+    loss.backward()
+    assert error.grad.tolist() == pytest.approx([1 / 3 + 2.5, 1 / 3, 1 / 3, -2.5, 0], rel=1e-5, abs=1e-6)
+    assert contrasted(torch.tensor([1.0, 2.0]), Phase("pair", 1, 2)) == (1.5, {"flow": 1.5})
 
 
 def test_pool_holds_the_scenes_and_their_captions(tmp_path):
