@@ -6,8 +6,8 @@ The recipe, and where each part comes from:
 * every text encoder dropped at random by zeroing its rows, 10 % empty captions (same, section 5.2 and appendix B);
 * low resolution and few objects first: single objects on 32 px canvases (64 tokens), exactly two objects on 48 px (144
   tokens), where a relation or a count is most of what there is to learn, then whole scenes (256 tokens);
-* hard negatives: part of a batch is also read with a caption in which one word is wrong, and must come out worse that
-  way (below `CONTRAST`); without it, relations and counts cost more steps than a CPU has;
+* hard negatives: part of a batch is also read with the opposite of what its caption states, and must come out worse
+  that way (below `CONTRAST`); without it, relations and counts cost more steps than a CPU has;
 * the pooled text is zero throughout, so all text acts through the joint attention;
 * Muon for the matrices inside the blocks, AdamW for the rest.
 
@@ -30,7 +30,7 @@ from training.loop import AverageOfWeights, Stage, constant_then_linear, low_pre
 from training.measure import Measurements
 from training.parser import images_of, load_trained_parser
 from training.session import Session
-from training.text import draw_captions, load_trained_text, wrong_caption
+from training.text import STATED, draw_captions, load_trained_text, wrong_caption
 from training.transformer import (
     POOLS,
     SHIFT,
@@ -72,8 +72,8 @@ CURRICULUM = (
     Phase("single", 800, 96),
     Phase("pair", 1000, 64),
     Phase("scenes", 1251, 48),
-    Phase("pair", 150, 32, wrong=32),
-    Phase("scenes", 2600, 32, wrong=16),
+    Phase("pair", 250, 32, wrong=32),
+    Phase("scenes", 2500, 24, wrong=24),
 )
 """As the shipped transformer was trained."""
 
@@ -164,17 +164,16 @@ def train_transformer(session: Session, folder: Path | None = None) -> bool:
         data = encoded("train", phase.pool)
         rows = torch.randint(len(data.data), (phase.batch,))
         clean = data.clean(rows, where)
-        captions = draw_captions(data.data, rows.tolist(), EMPTY)
-        wrong = [
-            wrong_caption(caption, data.data.captions[row]) or caption
-            for row, caption in zip(rows[: phase.wrong].tolist(), captions, strict=False)
-        ]
+        scenes, n = rows.tolist(), phase.wrong
+        stated = draw_captions(data.data, scenes[:n], weights=STATED)
+        captions = stated + draw_captions(data.data, scenes[n:], EMPTY)
+        wrong = [wrong_caption(caption) for caption in stated]
         kept = draw_kept(phase.batch, DROP)
-        text = encode(captions + wrong, {name: torch.cat([one, one[: phase.wrong]]) for name, one in kept.items()})
+        text = encode(captions + wrong, {name: torch.cat([one, one[:n]]) for name, one in kept.items()})
         sigma = draw_sigmas(phase.batch)
-        sigma[: phase.wrong] = 1 - torch.rand(phase.wrong) / 2
+        sigma[:n] = 1 - 0.4 * torch.rand(n)
         noise = torch.randn(clean.shape)
-        again = torch.cat([torch.arange(phase.batch), torch.arange(phase.wrong)])
+        again = torch.cat([torch.arange(phase.batch), torch.arange(n)])
         clean, noise, sigma = clean[again], noise[again].to(where), sigma[again].to(where)
         with low_precision(where):
             velocity, said = forward(torch.lerp(clean, noise, sigma[:, None, None, None]), text, 1000 * sigma)

@@ -7,7 +7,6 @@ mask hides the padding, just as the SD3 pipeline calls it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from mmdit_probe.scenes.captions import KINDS, PLURALS, opposites
-from mmdit_probe.scenes.world import COLOUR_NAMES, SIZE, THINGS
+from mmdit_probe.scenes.captions import KINDS, opposites
+from mmdit_probe.scenes.world import SIZE
 from training.loop import Stage, low_precision, run, trained_state, warmup_cosine
 from training.parser import images_of
 from training.pool import Pool
@@ -42,6 +41,8 @@ def draw_captions(
     data: Pool, rows: list[int], empty: float = 0.0, weights: dict[str, float] | None = None
 ) -> list[str]:
     """One caption per scene, its kind drawn with torch's generator; a share ``empty`` of them is the empty caption."""
+    if not rows:
+        return []
     table = weights or _KIND_WEIGHTS
     odds = torch.tensor([table.get(kind, 0.0) for kind in KINDS])
     kinds = torch.multinomial(odds, len(rows), replacement=True).tolist()
@@ -49,25 +50,21 @@ def draw_captions(
     return ["" if b else data.captions[row][kind] for row, kind, b in zip(rows, kinds, blank, strict=True)]
 
 
-def wrong_caption(caption: str, captions: Collection[str] = ()) -> str | None:
-    """What a picture's caption says, with one change that makes it wrong; None where there is nothing to change.
+_CHANGES = {"opposite_relation": 4.0, "wrong_count": 4.0, "swapped_colours": 1.0}
+STATED = {"2d-spatial": 3.0, "numeracy": 1.0, "complex": 1.0}
+"""Kinds of captions for `wrong_caption`, and how often each is drawn."""
 
-    One of: the relation turned round, another count, two colours exchanged (`scenes.captions.opposites`), a noun or a
-    colour replaced by one that no caption of the picture has. Drawn with torch's generator, every change that is
-    possible equally likely. Nothing but words is read: these are the hard negatives of NegCLIP (arXiv 2210.01936).
 
-    Args:
-        captions: all captions of the picture.
+def wrong_caption(caption: str) -> str:
+    """One of the caption's `opposites`, drawn with torch's generator; the caption itself where it has none.
+
+    Nothing but words is read. Such captions are the hard negatives of NegCLIP (arXiv 2210.01936).
     """
-    words, said = caption.split(), set(" ".join([caption, *captions]).split())
-    found = list(opposites(caption).values())
-    for alike in ({noun: noun for noun in THINGS}, PLURALS, {colour: colour for colour in COLOUR_NAMES}):
-        places = [k for k, word in enumerate(words) if word in alike.values()]
-        free = [word for name, word in alike.items() if not said & {name, word, PLURALS.get(name)}]
-        if places and free:
-            k = places[int(torch.randint(len(places), ()))]
-            found.append(" ".join([*words[:k], free[int(torch.randint(len(free), ()))], *words[k + 1 :]]))
-    return found[int(torch.randint(len(found), ()))] if found else None
+    found = opposites(caption)
+    if not found:
+        return caption
+    odds = torch.tensor([_CHANGES[change] for change in found])
+    return list(found.values())[int(torch.multinomial(odds, 1))]
 
 
 def clip_config(layers: int, pad: str) -> CLIPConfig:
