@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 BASE = {"image tokens": 1024, "text tokens": TEXT["sd3-medium"], "layers": 2, "heads": 24}
 FORWARD = {
     "image tokens": (256, 1024, 2304),
-    "text tokens": (77, 154, 333),
+    "text tokens": (77, 154, 333, 512, 1024),
     "layers": (2, 4, 8),
     "heads": (6, 12, 24),
 }
