@@ -103,5 +103,5 @@ def random_model(model: MMDiT, seed: int = 0) -> MMDiT:
     twin = type(pipeline)(**parts)
     twin.set_progress_bar_config(disable=True)
     found = type(model)(twin, f"{model.name}-random", model.max_sequence_length)
-    found.num_frames, found.size = model.num_frames, model.size
+    found.num_frames, found.size, found.references = model.num_frames, model.size, model.references
     return found

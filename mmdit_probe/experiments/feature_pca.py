@@ -21,7 +21,15 @@ import numpy as np
 from mmdit_probe.errors import unknown
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
-from mmdit_probe.experiments.options import METHOD, OUTPUT, Control, LayersAndHeads, Pictured, plain_heads
+from mmdit_probe.experiments.options import (
+    METHOD,
+    OUTPUT,
+    Control,
+    LayersAndHeads,
+    OverReference,
+    Pictured,
+    plain_heads,
+)
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
@@ -55,7 +63,7 @@ SHOWN = "shown"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FeaturePCA(Pictured, LayersAndHeads, Experiment):
+class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
     """PCA of the image tokens' query, key, value and attention output per layer, to RGB, explained variance and scores.
 
     On scenes: how well a linear probe on the components predicts the class mask of held-out images, how well classes
@@ -122,6 +130,7 @@ class FeaturePCA(Pictured, LayersAndHeads, Experiment):
             sigma=self.sigma,
             shown=self.shown,
             controls=list(chosen),
+            **self.requested_over(model),
             items=[
                 [p.fingerprint(), text, self.seed + k] for k, (p, text) in enumerate(zip(inputs, captions, strict=True))
             ],
@@ -144,7 +153,10 @@ class FeaturePCA(Pictured, LayersAndHeads, Experiment):
         if task is study.tasks[0]:
             size = study.model.default_size
             shown = {f"{layer}:{kind}": maps for (layer, kind), maps in found.maps.items()}
-            shown["pictures"] = np.stack([np.asarray(p.open(size)) for p in pictures[: self.shown]])
+            seen = [p.open(size) for p in pictures[: self.shown]]
+            if self.over is not None:
+                seen = [study.model.references[self.over]] * len(seen)
+            shown["pictures"] = np.stack([np.asarray(one) for one in seen])
             record.arrays(SHOWN, **shown)
         record.write("pca_variance", found.variance, control=task.name)
         record.write("pca", found.table, control=task.name)
@@ -179,7 +191,8 @@ class FeaturePCA(Pictured, LayersAndHeads, Experiment):
         pictures = list(shown.pop("pictures"))
         maps = {(int(layer), kind): array for (layer, kind), array in ((k.split(":"), v) for k, v in shown.items())}
         name, request = result.model_name, result.request
-        title = f"{name}: PCA of image tokens, {self.fit} basis, sigma {self.sigma:g}"
+        of = "image tokens" if self.over is None else f"tokens of reference {self.over}"
+        title = f"{name}: PCA of {of}, {self.fit} basis, sigma {self.sigma:g}"
         figures = {"pca_maps": pca_maps(maps, pictures, request["kinds"], each=self.fit == "image", title=title)}
         count = result.summary["n"].max()
         scored = f"{name}: {self.components} components, n = {count} pictures"
@@ -232,7 +245,7 @@ class _Passes:
     def __post_init__(self) -> None:
         from mmdit_probe.observe.pca import PCA, Projection
 
-        self.basis = PCA(self.ask.wanted_kinds(), self.ask.components, self.ask.solver, self.heads)
+        self.basis = PCA(self.ask.wanted_kinds(), self.ask.components, self.ask.solver, self.heads, self.ask.over)
         self.projection = Projection(self.basis, self.each)
 
     def run(self) -> Found:
@@ -270,7 +283,7 @@ class _Passes:
 
         from mmdit_probe.observe.pca import own_scores, scores, token_classes
 
-        masks = class_masks(self.pictures)
+        masks = class_masks(self.pictures) if self.ask.over is None else None
         tables: list[pd.DataFrame] = []
         variance: list[dict[str, Any]] = []
         maps = {}

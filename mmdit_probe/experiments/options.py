@@ -16,6 +16,8 @@ from mmdit_probe.results.clip import Clip, check_video_file
 from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, heads_at, layer_indices, listed
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mmdit_probe.data import Sample
     from mmdit_probe.edit.edit import Edit
     from mmdit_probe.experiments.progress import Progress
@@ -144,16 +146,49 @@ class Referring:
     ] = None
 
     def load(self, target: Any, shown: Progress) -> Any:
+        from mmdit_probe.experiments.target import as_model
+
+        given = self.pictures_given()
+        model = as_model(target, shown, len(given))
+        return model.given(given) if given else model
+
+    def pictures_given(self) -> list[Image]:
+        """The pictures (PIL).
+
+        Raises:
+            UserError: one cannot be read.
+        """
         from PIL.Image import fromarray
 
-        model = super().load(target, shown)  # type: ignore[misc]
-        if self.references is None:
-            return model
         asked = self.references
+        if asked is None:
+            return []
         if isinstance(asked, str) and "," in asked:
             asked = [part.strip() for part in asked.split(",")]
         given = asked if isinstance(asked, str | Path | list | tuple) else [asked]
-        return model.given([fromarray(one.image) for one in samples_of(given, None)])
+        return [fromarray(one.image) for one in samples_of(given, None)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverReference(Referring):
+    """Maps over the picture, or over one of the references."""
+
+    over: Annotated[
+        int | None,
+        Option("Maps over this one of --references, from 0.", min=0, shown_default="over the picture", panel=METHOD),
+    ] = None
+
+    def requested_over(self, model: MMDiT) -> dict[str, int]:
+        """What a request says of it; nothing of maps over the picture.
+
+        Raises:
+            UserError: the model is given no such reference.
+        """
+        if self.over is None:
+            return {}
+        if self.over >= len(model.references):
+            raise UserError(f"no reference {self.over}: {len(model.references)} are given (the first is 0)")
+        return {"over": self.over}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,12 +271,16 @@ EditControl = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Edited:
-    """How the I2T block is edited."""
+    """How the I2T block is edited, or what the image reads of the references."""
 
     edit: Annotated[
         Literal["blur", "grid-blur", "zero", "mean"],
         Option("blur along text tokens (the paper), grid-blur, zero, mean.", panel=METHOD),
     ] = "blur"
+    key: Annotated[
+        Literal["text", "reference"],
+        Option("Keys that are edited: text, or the tokens of --references, each picture on its grid.", panel=METHOD),
+    ] = "text"
     blur_sigma: Annotated[float, Option("Blur width in tokens; 0 is the no-op.", min=0, max=1e6, panel=METHOD)] = 9.0
     kernel: Annotated[int, Option("Taps of the blur, odd.", min=1, max=9999, panel=METHOD)] = 5
     border: Annotated[
@@ -263,6 +302,8 @@ class Edited:
         super().__post_init__()  # type: ignore[misc]
         if self.kernel % 2 == 0:
             raise UserError(f"--kernel is {self.kernel}; expected an odd number of taps")
+        if self.key == "reference" and self.streams:
+            raise UserError("--streams selects text keys; with --key reference leave it out")
 
     def change(
         self, *, renormalise: bool = False, steps: Spec = "all", branches: tuple[str, ...] | None = None
@@ -277,12 +318,12 @@ class Edited:
             "branches": branches,
         }
         if self.edit == "zero":
-            return Scale("image", "text", factor=0.0, **address)
+            return Scale("image", self.key, factor=0.0, **address)
         if self.edit == "mean":
-            return Mean("image", "text", **address)
+            return Mean("image", self.key, **address)
         blur = Blur if self.edit == "blur" else GridBlur
         return blur(
-            "image", "text", sigma=self.blur_sigma, kernel=self.kernel, border=self.border, where=self.where, **address
+            "image", self.key, sigma=self.blur_sigma, kernel=self.kernel, border=self.border, where=self.where, **address
         )
 
 

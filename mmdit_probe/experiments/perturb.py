@@ -87,6 +87,8 @@ class Perturb(LayersAndHeads, Edited, Sweep):
     def __post_init__(self) -> None:
         super().__post_init__()
         step_indices(self.steps, self.num_steps)
+        if self.by == "spans" and self.key != "text":
+            raise UserError("--by spans tells kinds of text tokens apart; --key reference has none")
         if self.branch == "uncond" and self.guidance <= 1:
             raise UserError(f"--branch uncond: --guidance {self.guidance:g} runs without that branch")
 
@@ -148,7 +150,7 @@ class Perturb(LayersAndHeads, Edited, Sweep):
 
         summary, name = result.summary, result.model_name
         count = int(summary["n"].max())
-        title = f"{name}: {self.edit} of I2T, n = {count} prompts"
+        title = f"{name}: {self.edit} of {'I2T' if self.key == 'text' else 'I2R'}, n = {count} prompts"
         if self.by != "layers":
             return {"perturb": effects_grid(summary, self._main(result), title=title)}
         figures = {"perturb": effects_by_layer(summary, DRAWN, title=title)}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
-from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Sampling
+from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Referring, Sampling
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
@@ -66,7 +66,7 @@ class Scorers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(Sampling, Experiment):
+class Score(Sampling, Referring, Experiment):
     """Text-image alignment per category, CLIPScore and BLIP answers, paired over prompts and seeds between variants.
 
     Writes scores.parquet (one row per picture), comparison.csv (means, paired differences, 95 % intervals over prompts,

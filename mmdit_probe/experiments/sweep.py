@@ -26,6 +26,7 @@ from mmdit_probe.experiments.options import (
     EditControl,
     Filmed,
     Prompts,
+    Referring,
     Sampling,
     prompts_of,
 )
@@ -85,7 +86,7 @@ class PromptGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sweep(Sampling, Filmed, Experiment):
+class Sweep(Sampling, Filmed, Referring, Experiment):
     """Prompts under conditions, one row per image."""
 
     prompts: Prompts = None

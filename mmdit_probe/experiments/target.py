@@ -59,13 +59,16 @@ class Named:
         return {name: value for name, value in asked.items() if value}
 
 
-def as_model(target: Any, shown: Progress) -> MMDiT:
+def as_model(target: Any, shown: Progress, references: int = 0) -> MMDiT:
     """The model that a target means.
 
+    Args:
+        references: how many pictures it will be given beside the prompt; a name is refused before it is loaded.
+
     Raises:
-        UserError: it is none, or the name is unknown.
+        UserError: it is none, the name is unknown, or its pipeline does not take so many pictures.
     """
-    from mmdit_probe.models.load import load
+    from mmdit_probe.models.load import check_references_of, load
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.results import processes
 
@@ -75,6 +78,7 @@ def as_model(target: Any, shown: Progress) -> MMDiT:
         return MMDiT(target)
     target = named(target)
     if isinstance(target, Named):
+        check_references_of(target.name, references)
         options = dict(target.options)
         options["device"] = processes.local_device(str(options.get("device", "auto")))
         with shown.waiting(f"loading {target.name} ..."):

@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 
-from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.explore import Explore
-from mmdit_probe.experiments.options import METHOD, Filmed, checked_heads
+from mmdit_probe.experiments.options import METHOD, Filmed, OverReference, checked_heads
 from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.target import as_model
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WordMaps(Filmed, Pictures):
+class WordMaps(OverReference, Filmed, Pictures):
     """Heat maps of a prompt's words over the picture: one overlay per word, a sheet of all, and the arrays. Of a model
     of videos the overlays are animated.
 
@@ -70,10 +69,6 @@ class WordMaps(Filmed, Pictures):
     ] = None  # fmt: skip
     heads: Annotated[HeadSpec, Option("Attention heads: all, 3, 0-3 or 0,2.", panel=METHOD)] = "all"
     steps: Annotated[Spec, Option("Sampling steps: all, 0,20, 0-4, last-8.", panel=METHOD)] = "all"
-    over: Annotated[
-        int | None,
-        Option("Maps over this one of --references, from 0.", min=0, shown_default="over the picture", panel=METHOD),
-    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,11 +84,9 @@ class WordMaps(Filmed, Pictures):
         steps = [0] if self.image is not None else list(step_indices(self.steps, self.num_steps))
         shares = known.weights or (1.0 / len(layers),) * len(layers)
         weights = [share for _, share in sorted(zip(layers, shares, strict=True))]
-        if self.over is not None and self.over >= len(model.references):
-            raise UserError(f"no reference {self.over}: {len(model.references)} are given (the first is 0)")
-        over = {} if self.over is None else {"over": self.over}
         return {
-            "layers": sorted(layers), "weights": weights, "why": known.source, "heads": heads, "steps": steps, **over,
+            "layers": sorted(layers), "weights": weights, "why": known.source, "heads": heads, "steps": steps,
+            **self.requested_over(model),
         }  # fmt: skip
 
     def measure(self, study: Study, task: PicturedPrompt, record: TaskRecord) -> None:
@@ -216,11 +209,11 @@ def word_maps(
         UserError: a word that no prompt has, bad options, or no such model.
     """
     shown = Progress(quiet=not progress)
-    model = as_model(target, shown)
+    experiment = WordMaps(prompt=prompt, **options)
+    model = as_model(target, shown, len(experiment.pictures_given()))
     if num_frames is not None:  # of this call, and no more
         model = copy.copy(model)
         model.num_frames = num_frames
-    experiment = WordMaps(prompt=prompt, **options)
     result = experiment.run(model, progress=shown)
     items = result.request["items"]
 

@@ -23,7 +23,7 @@ from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families.registry import FAMILIES, Family, refuse_class
 from mmdit_probe.models.memory import check_memory_options, place, quantizer
-from mmdit_probe.models.mmdit import MMDiT, default_length
+from mmdit_probe.models.mmdit import MMDiT, check_references, default_length
 from mmdit_probe.models.names import check_device, check_dtype, embedded_models, index_of, source_of
 from mmdit_probe.models.quiet import quiet
 from mmdit_probe.models.single_file import base_of, transformer_of
@@ -195,6 +195,20 @@ def _pipeline(
     if not t5:
         pipeline.register_modules(**dict.fromkeys(name for stream in open_ended for name in stream.tokenizers))
     return pipeline, length
+
+
+def check_references_of(name: str, count: int) -> None:
+    """Whether the pipeline that `load(name)` gives takes so many pictures beside the prompt, before it is loaded.
+
+    Raises:
+        UserError: it does not, or what `load` refuses.
+    """
+    import diffusers
+
+    source = source_of(name)[0]
+    index = _checked_index(base_of(source) if Path(source).is_file() else source)
+    family = next(family for family in FAMILIES.values() if family.transformer == index["transformer"][1])
+    check_references(getattr(diffusers, index["_class_name"]), family, count)
 
 
 def can_leave_out_t5(name: str) -> bool:

@@ -464,6 +464,7 @@ class MMDiT:
         sides = () if self.makes_videos else {"height", "width"} - dict(self.family.options).keys()
         stated = {name: value for name, value in options.items() if value is not None or name in sides}
         options = dict(self.family.options) | stated
+        check_references(type(self.pipeline), self.family, len(self.references))
         if self.references:
             given = list(self.references) if len(self.references) > 1 else self.references[0]
             options.setdefault(self.family.reference_argument, given)
@@ -542,6 +543,22 @@ class MMDiT:
             yield
         finally:
             self.batch = before
+
+
+def check_references(pipeline: type, family: Family, count: int) -> None:
+    """Whether the call of a pipeline's class takes so many pictures beside the prompt.
+
+    Raises:
+        UserError: it takes none, begins with one, or makes its videos from one only.
+    """
+    name = pipeline.__name__
+    argument = inspect.signature(pipeline.__call__).parameters.get(family.reference_argument)
+    if argument is None and count:
+        raise UserError(f"{name} takes no pictures beside the prompt: leave the references out")
+    if argument is not None and argument.default is argument.empty and not count:
+        raise UserError(f"{name} begins with a picture: give it one as reference (--references FILE)")
+    if family.video_size is not None and count > 1:
+        raise UserError(f"{name} makes a video of one picture; {count} references are given")
 
 
 def default_length(pipeline: Any, family: Family) -> int:
