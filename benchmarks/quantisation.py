@@ -16,7 +16,6 @@ The site's page "Real models" shows the result.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
@@ -187,6 +186,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="sampling steps")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
+    from mmdit_probe.errors import RunError, first_line
     from mmdit_probe.experiments import AttentionBudget
     from mmdit_probe.models.load import load
     from tests.observe.quantised import missing
@@ -195,18 +195,24 @@ def main() -> None:
     ways = {way: WAYS[way][0] for way in options.way or WAYS}
     lacking = {way: f"{package} is not installed" for way, package in ways.items() if missing(package)}
     setting = f"{options.prompts} prompts, {options.steps} steps, {options.layers} layers of full width"
-    report: dict[str, Any] = {"packages": packages(), "setting": setting, "left out": lacking, "rows": []}
+    report = overhead.kept(STEM, {"packages": packages(), "setting": setting})
+    report["left out"] = report.get("left out", {}) | lacking
     for model in options.model or MODELS:
+        known = [row["way"] for row in report["rows"] if row["model"] == model]
+        left = [way for way in ways if way not in (*lacking, *known)]
+        if not left:
+            continue
         with tempfile.TemporaryDirectory() as place:
             folder = made(model, Path(place) / "model", options.layers)
             plain = ask.run(load(folder, device="cpu"), progress=False)
-            for way in (way for way in ways if way not in lacking):
-                report["rows"].append(measured(folder, model, way, plain, ask))
-                print(json.dumps(report["rows"][-1]), flush=True)
-    if options.no_write:
-        print(markdown(report))
-    else:
-        overhead.write(STEM, report, markdown(report))
+            for way in left:
+                try:
+                    report["rows"].append(measured(folder, model, way, plain, ask))
+                except RunError as error:
+                    report["left out"][f"{model}, {way}"] = first_line(error)
+                if not options.no_write:
+                    overhead.write(STEM, report, markdown(report))
+    print(markdown(report))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import inspect
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import mkdocs_gen_files
 
 from mmdit_probe import experiments
+from mmdit_probe.cli.options import Session
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.options import described
 
@@ -49,6 +50,17 @@ def options_table(options: Any) -> Iterator[str]:
         yield f"| `{field.flag}` | {str(text).replace('|', chr(92) + '|')} | {said} |"
 
 
+def session_flags() -> dict[str, str]:
+    """Option of every command on a model -> its flag."""
+    hints = get_type_hints(Session, include_extras=True)
+    flags = {}
+    for field in dataclasses.fields(Session):
+        (said,) = hints[field.name].__metadata__
+        stated = [flag for flag in said.param_decls or () if flag.startswith("--")]
+        flags[field.name] = stated[0] if stated else f"--{field.name.replace('_', '-')}"
+    return flags
+
+
 def command_page(name: str, kind: Any) -> str:
     """The page of one command."""
     lines = [f"# {name}", "", inspect.getdoc(kind) or "", ""]
@@ -64,10 +76,9 @@ def command_page(name: str, kind: Any) -> str:
     if name in SHOWN:
         lines += [f"![result of {name} on the embedded model](../pictures/{SHOWN[name]}.png)", ""]
     lines += ["## Options", "", *options_table(kind), ""]
-    lines += [
-        "Every command also takes `--model`, `--device`, `--dtype`, `--lora`, `--no-t5`, `--out`, `--resume`,",
-    ]
-    lines += ["`--json`, `--quiet` and `--debug`."]
+    own = {field.name for field in described(kind)} | set(getattr(kind, "without", ()))
+    *flags, last = (f"`{flag}`" for name, flag in session_flags().items() if name not in own)
+    lines += [f"Every command on a model also takes {', '.join(flags)} and {last}."]
     return "\n".join(lines) + "\n"
 
 
@@ -92,7 +103,9 @@ def main() -> None:
     followed("guide/growth.md", sorted(RESULTS.glob("growth-*.md")))
     with mkdocs_gen_files.open("guide/models.md", "w") as page:
         text = (ROOT / "docs" / "guide" / "models.md").read_text(encoding="utf-8")
-        page.write(text.replace("<!-- model_memory -->", (RESULTS / "model_memory.md").read_text(encoding="utf-8")))
+        for name in ("model_memory", "quantisation"):
+            text = text.replace(f"<!-- {name} -->", (RESULTS / f"{name}.md").read_text(encoding="utf-8"))
+        page.write(text)
     with mkdocs_gen_files.open("families/index.md", "w") as page:
         page.write(index_page())
     for name, family in FAMILIES.items():

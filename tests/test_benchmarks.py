@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -48,6 +49,23 @@ def test_memory_is_counted_from_configurations(monkeypatch):
     assert memory.row("Flux.1") == f"| Flux.1 (5.37 B) | 10.0 | 12.0 | 32.0 |{3 * ' 10.0 |'}"
     committed = (Path(memory.__file__).parent / "results" / "model_memory.md").read_text()
     assert [line.split(" (")[0][2:] for line in committed.splitlines()[2:]] == list(memory.MODELS)
+
+
+def test_changes_by_quantisation_are_told_with_their_reasons():
+    quantisation = script("benchmarks/quantisation.py")
+    of = {"layer": 1, "first": 0.25, "difference": -0.125, "low": -0.5, "high": 0.0, "layers": 2, "differ": 1}
+    row = {"model": "embedded", "way": "nf4", "mib": 4.4, "remark": "a GPU", "I2T": of, "I2T_word": of, "largest": 0.5}
+    report = {"rows": [row], "packages": "torch t", "setting": "8 prompts", "left out": {"embedded, fp8": "NaN"}}
+    text, change = quantisation.markdown(report), "-0.12500 [-0.50000, +0.00000]"
+    assert f"| embedded | nf4 | 4 | 0.2500 | {change} | {change} | 1 of 2, 1 of 2 | 0.5000 |" in text
+    assert (
+        "nf4 cannot run there (a GPU): bitsandbytes stored it" in text and "Not measured: embedded, fp8 (NaN)" in text
+    )
+    committed = json.loads(quantisation.STEM.with_suffix(".json").read_text(encoding="utf-8"))
+    assert quantisation.markdown(committed) == quantisation.STEM.with_suffix(".md").read_text(encoding="utf-8")
+    measured = {(row["model"], row["way"]) for row in committed["rows"]}
+    missing = {(model, way) for model in quantisation.MODELS for way in quantisation.WAYS} - measured
+    assert {f"{model}, {way}" for model, way in missing} == set(committed["left out"])
 
 
 @pytest.mark.parametrize(
