@@ -47,6 +47,7 @@ class Captures:
         text: how the model encodes text, where not in its own way (T5 left out, another length): with the same weights
             and prompts, captures differ.
         rows: of one forward at most; None takes what is fastest.
+        memory: what a record says of where the model's weights wait and how they are stored.
 
     Raises:
         UserError: the cache belongs to another model.
@@ -54,8 +55,9 @@ class Captures:
 
     def __init__(
         self, open_model: Callable[[], MMDiT], name: str, cache: Path | None = None,
-        text: Mapping[str, Any] | None = None, rows: int | None = None,
+        text: Mapping[str, Any] | None = None, rows: int | None = None, memory: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
+        self.memory = dict(memory or {})
         self._open, self.name, self.cache, self.text = open_model, name, cache, dict(text or {})
         self._model: MMDiT | None = None
         self._rows = rows

@@ -275,15 +275,16 @@ class Evaluate(Reads, Experiment):
         if isinstance(target, Named):
             target = self._with_text(target)
             text = target.text
-            captures = Captures(lambda: as_model(target, shown), target.full_name, self.cache, text, rows)
-            if target.options.get("lora") is not None:
-                _ = captures.model  # its folder may hold other weights than when the cache was made: compare now
+            memory = {name: target.options.get(name) for name in ("offload", "quantize")}
+            captures = Captures(lambda: as_model(target, shown), target.full_name, self.cache, text, rows, memory)
+            if target.options.get("lora") or str(memory["quantize"]).startswith("gguf:"):
+                _ = captures.model  # its files may hold other weights than when the cache was made: compare now
         else:
             model = as_model(target, shown)
             text = text_of(model)
             if self.how.paper_text and hasattr(model.pipeline, "text_encoder_3") and not text.get("no_t5"):
                 raise UserError(f"--preset {self.preset} reads text without T5: load the model with t5=False")
-            captures = Captures(lambda: model, model.name, self.cache, text, rows)
+            captures = Captures(lambda: model, model.name, self.cache, text, rows, model.memory)
         for options in self.values().values():
             check_streams_read(options, "no_t5" in text)
         return captures
@@ -300,7 +301,7 @@ class Evaluate(Reads, Experiment):
         return replace(target, options={**target.options, "t5": False}, max_sequence_length=length)
 
     def describe(self, model: Captures) -> dict[str, Any]:
-        return {"model": model.facts}
+        return {"model": model.facts | model.memory}
 
     def prepare(self, model: Captures, inputs: tuple[Dataset, Mapping[str, Sequence[str]] | None]) -> Study:
         from mmdit_probe.evaluate.plan import Plan, Scoring

@@ -323,7 +323,13 @@ class Edited:
             return Mean("image", self.key, **address)
         blur = Blur if self.edit == "blur" else GridBlur
         return blur(
-            "image", self.key, sigma=self.blur_sigma, kernel=self.kernel, border=self.border, where=self.where, **address
+            "image",
+            self.key,
+            sigma=self.blur_sigma,
+            kernel=self.kernel,
+            border=self.border,
+            where=self.where,
+            **address,
         )
 
 

@@ -48,9 +48,8 @@ class Named:
 
     @property
     def full_name(self) -> str:
-        """The name that the loaded model has: with its adapter."""
-        lora = self.options.get("lora")
-        return self.name if lora is None else f"{self.name}+{lora}"
+        """The name that the loaded model has: with its adapter, and how its weights are stored."""
+        return "+".join([self.name, *(str(self.options[of]) for of in ("lora", "quantize") if self.options.get(of))])
 
     @property
     def text(self) -> dict[str, Any]:

@@ -102,7 +102,8 @@ def train(
             with opened as folder:
                 loop = _Loop(model, data, options, held_out, accelerator, targets, layers, folder.path)
                 if not folder.complete:
-                    folder.record(model=request["model"], dtype=str(model.dtype), device=str(model.device),
+                    told = request["model"] | model.memory
+                    folder.record(model=told, dtype=str(model.dtype), device=str(model.device),
                                   processes=accelerator.num_processes, trainable=loop.trainable(targets))  # fmt: skip
                 if resume:
                     loop.restore()

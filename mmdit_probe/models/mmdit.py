@@ -138,6 +138,11 @@ class MMDiT:
         return found
 
     @property
+    def memory(self) -> dict[str, str | None]:
+        """What a record says of where the weights wait and how they are stored."""
+        return {"offload": self.offload, "quantize": self.quantize}
+
+    @property
     def makes_videos(self) -> bool:
         """Whether its pipeline makes videos, and no pictures."""
         return self.family.video_size is not None
