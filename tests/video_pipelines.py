@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests import tiny
-from tests.families import CHANNELS
+from tests.families import CHANNELS, TEXT
 from tests.pipelines import clip, flow, llm, llm_tokenizer, t5, transformer, with_t5
 
 CLIP_LENGTH = 77
@@ -40,24 +40,25 @@ def hunyuan_video(pipeline: str = "HunyuanVideoPipeline", name: str = "hunyuan_v
     )  # fmt: skip
 
 
-def hunyuan_video15() -> Any:
-    from diffusers import AutoencoderKLHunyuanVideo15, HunyuanVideo15Pipeline
+def hunyuan_video15(pipeline: str = "HunyuanVideo15Pipeline", **parts: Any) -> Any:
+    import diffusers
+    from diffusers import AutoencoderKLHunyuanVideo15
     from transformers import ByT5Tokenizer
 
     tokenizer, glyphs = llm_tokenizer(), ByT5Tokenizer()
     autoencoder = AutoencoderKLHunyuanVideo15(
         latent_channels=CHANNELS, block_out_channels=(32, 32, 32, 32), layers_per_block=1, spatial_compression_ratio=8
     )
-    pipe = HunyuanVideo15Pipeline(
+    pipe = getattr(diffusers, pipeline)(
         text_encoder=llm(tokenizer), tokenizer=tokenizer, vae=autoencoder, scheduler=flow(), text_encoder_2=t5(glyphs),
         tokenizer_2=glyphs, guider=guider(),
-        transformer=transformer("hunyuan_video15", in_channels=2 * CHANNELS + 1, target_size=64),
+        transformer=transformer("hunyuan_video15", in_channels=2 * CHANNELS + 1, target_size=64), **parts,
     )  # fmt: skip
     pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 500, 20, 3
     return pipe
 
 
-def cogvideox() -> Any:
+def cogvideox(pipeline: str = "CogVideoXPipeline", channels: int = CHANNELS) -> Any:
     from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler
 
     autoencoder = AutoencoderKLCogVideoX(
@@ -65,8 +66,8 @@ def cogvideox() -> Any:
         block_out_channels=(8, 8, 8, 8), latent_channels=CHANNELS, layers_per_block=1,
     )  # fmt: skip
     return with_t5(
-        "CogVideoXPipeline", "cogvideox", autoencoder, CogVideoXDDIMScheduler(),
-        max_text_seq_length=tiny.T5_LENGTH, sample_width=4, sample_height=4,
+        pipeline, "cogvideox", autoencoder, CogVideoXDDIMScheduler(),
+        max_text_seq_length=tiny.T5_LENGTH, sample_width=4, sample_height=4, in_channels=channels,
     )  # fmt: skip
 
 
@@ -123,6 +124,24 @@ def joy_llm(tokenizer: Any) -> Any:
     model = Qwen3VLForConditionalGeneration(vision_llm(tokenizer).config)
     return model.eval()
 
+
+def seeing() -> dict[str, Any]:
+    """A tiny SigLIP, and what prepares pictures for it."""
+    from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionModel
+
+    config = SiglipVisionConfig(
+        hidden_size=TEXT, intermediate_size=TEXT, num_hidden_layers=1, num_attention_heads=2, image_size=16,
+        patch_size=8,
+    )  # fmt: skip
+    size = {"height": 16, "width": 16}
+    return {"image_encoder": SiglipVisionModel(config).eval(), "feature_extractor": SiglipImageProcessor(size=size)}
+
+
+FROM_A_PICTURE: dict[str, Callable[[], Any]] = {
+    "cogvideox": lambda: cogvideox("CogVideoXImageToVideoPipeline", 2 * CHANNELS),
+    "hunyuan_video15": lambda: hunyuan_video15("HunyuanVideo15ImageToVideoPipeline", **seeing()),
+}
+"""Pipelines whose videos begin with a picture."""
 
 VIDEO_PIPELINES: dict[str, Callable[[], Any]] = {
     "hunyuan_video": hunyuan_video,

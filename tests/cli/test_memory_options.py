@@ -91,4 +91,4 @@ def test_a_command_runs_on_a_quantised_model(name: str, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     told = run(name, "--quantize", "int8")
     assert told["quantize"] == "int8" and told["id"] == "scenes-sd3+int8"
-    assert json.loads(Path("run/run.json").read_text(encoding="utf-8"))["complete"]
+    assert json.loads(Path("run/run.json").read_text(encoding="utf-8"))["status"] == "finished"

@@ -13,14 +13,19 @@ import torch
 from PIL import Image
 
 from mmdit_probe import MMDiT, TextMaps, probe, word_maps
+from mmdit_probe.attention import reference
 from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.clipscore import ClipScorer
 from mmdit_probe.experiments import AttentionBudget, Explore, Generate, Result, Score, Segment, ValueNorms, WordMaps
+from mmdit_probe.models.layout import find_layers
 from mmdit_probe.observe.pca import PCA, Projection
 from mmdit_probe.results.clip import Clip
 from tests import tiny
+from tests.editing_pipelines import picture
 from tests.observe.oracle import attentions
+from tests.observe.test_families import written_down
 from tests.pipelines import build
+from tests.video_pipelines import FROM_A_PICTURE
 
 PROMPT = "a red ring"
 FRAMES, ROWS, COLUMNS = 3, 2, 3
@@ -204,3 +209,55 @@ def test_mp4_is_refused_where_it_cannot_be_written(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("mmdit_probe.results.clip.find_spec", lambda name: None)
     with pytest.raises(UserError, match="MP4 needs imageio-ffmpeg"):
         WordMaps(prompt=PROMPT, video="mp4")
+
+
+IMAGE_TO_VIDEO = {
+    # (frames, h, w), and how many text tokens come before them; what is after them is text, too.
+    "cogvideox": ((3, 2, 3), tiny.T5_LENGTH),
+    "hunyuan_video15": ((3, 6, 9), 0),
+}
+
+
+@pytest.mark.parametrize("name", FROM_A_PICTURE)
+def test_a_video_that_begins_with_a_picture(name: str) -> None:
+    """The picture is in channels of the image's own tokens (CogVideoX), or also embedded beside them."""
+    model = MMDiT(FROM_A_PICTURE[name](), name)
+    model.pipeline.set_progress_bar_config(disable=True)
+    model.num_frames, model.size = 9, (32, 48)
+    space, before = IMAGE_TO_VIDEO[name]
+    frames, cells = space[0], space[1] * space[2]
+    how: dict[str, Any] = {"prompts": [PROMPT], "layers": 0, "num_steps": 1, "guidance": 1.0}
+    given = picture(32, 48)
+    budget = AttentionBudget(references=given, **how).run(model, progress=False)
+    with written_down(model.transformer) as calls:
+        model.given([given]).generate(PROMPT, steps=1, guidance=1.0, seed=0, output_type="latent")
+    call = calls[find_layers(model.family, model.transformer)[0].path][0]
+    p = reference.probabilities(call.query, call.key, call.attn_mask, call.is_causal, call.scale)[0]
+    inside = p[:, before : before + frames * cells]
+    own = inside[..., before : before + frames * cells]
+    same = own.reshape(len(p), frames, cells, frames, cells).sum(-1).diagonal(dim1=1, dim2=3).mean()
+    row = budget.summary.iloc[0]
+    np.testing.assert_allclose(row["I2I"], own.sum(-1).mean(), atol=3e-6)
+    np.testing.assert_allclose(row["I2I_same_frame"], same, atol=3e-6)
+    np.testing.assert_allclose(row["I2I_same_frame"] + row["I2I_other_frames"], row["I2I"], atol=1e-6)
+    np.testing.assert_allclose(row["I2T"] + row["I2O"] + row["I2I"], 1, atol=1e-5)
+    assert len(budget.request["references"]) == 1
+    with pytest.raises(UserError, match=r"begins with a picture: give it one as reference \(--references FILE\)"):
+        AttentionBudget(**how).run(model, progress=False)
+    with pytest.raises(UserError, match="makes a video of one picture; 2 references are given"):
+        AttentionBudget(references=[given, given], **how).run(model, progress=False)
+
+
+def test_pictures_are_asked_for_and_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mmdit_probe.models.load.load", lambda *_, **__: pytest.fail("loaded"))
+    for pipeline, references, told in (
+        ("CogVideoXPipeline", picture(32, 48), "CogVideoXPipeline takes no pictures beside the prompt"),
+        ("CogVideoXImageToVideoPipeline", None, "begins with a picture"),
+    ):
+        index = {"_class_name": pipeline, "transformer": ["diffusers", "CogVideoXTransformer3DModel"]}
+        (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+        for ask in (WordMaps(prompt=PROMPT, references=references), Score(references=references)):
+            with pytest.raises(UserError, match=told):
+                ask.run(tmp_path, progress=False)

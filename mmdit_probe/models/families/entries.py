@@ -375,7 +375,8 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "cogvideox", "CogVideoXTransformer3DModel", _BLOCKS, ("text", "image"), sequence(frames_first, "text", "image"),
         timesteps=1000.0, guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH,
-        default_length=226, encoded=_TEXTS, pipelines=("CogVideoXPipeline",), video_size=_sample_size,
+        default_length=226, encoded=_TEXTS,
+        pipelines=("CogVideoXPipeline", "CogVideoXImageToVideoPipeline"), video_size=_sample_size,
     ),
     Family(
         "consisid", "ConsisIDTransformer3DModel", _BLOCKS, ("text", "image"), sequence(frames_first, "text", "image"),
@@ -432,7 +433,7 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "hunyuan_video15", "HunyuanVideo15Transformer3DModel", _DOUBLE, ("image", "other", "text"),
         _reordered("_2", ""), timesteps=1000.0, encoded=("text", "mask", "glyphs", "glyph mask"),
-        pipelines=("HunyuanVideo15Pipeline",), video_size=_aspect_size,
+        pipelines=("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline"), video_size=_aspect_size,
         streams=(
             _glyphs(prompts.hunyuan_video15_glyphs),
             stream(
