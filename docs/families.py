@@ -47,7 +47,8 @@ def stream_line(stream: TextStream) -> str:
 def recipe(family: Family) -> Iterator[str]:
     """Lines that show how a model of the family is probed."""
     if not family.pipelines:
-        yield from ("Load its pipeline with diffusers and give it to `probe`:", "", "```python")
+        yield f"`load` and the commands take none of its pipelines: {family.not_loaded}."
+        yield from ("Load it with diffusers and give it, or its transformer alone, to `probe`:", "", "```python")
         yield from ("from mmdit_probe import AttentionMass, probe", "", "with probe(pipe, AttentionMass()) as run:")
         yield from ('    pipe("a cat on a sofa")', "run[AttentionMass].table()", "```")
         return

@@ -138,10 +138,11 @@ def _checked_index(source: str) -> dict[str, Any]:
         raise UserError(f"{source} ({kind}, {found}) is not a known MM-DiT; known transformers: {', '.join(known)}")
     family = known[found]
     if kind not in family.pipelines:
-        taken = " or ".join(family.pipelines)
+        taken = " or ".join(family.pipelines) or "no pipeline"
+        why = f": {family.not_loaded}" if family.not_loaded else ""
         raise UserError(
-            f"{source} is a {kind}: load it with diffusers and give the pipeline to `probe`; commands and `load` take "
-            + (f"{taken} of the {family.name} family" if taken else f"no pipeline of the {family.name} family")
+            f"{source} is a {kind}: load it with diffusers and give the pipeline to `probe`; commands and `load` take"
+            f" {taken} of the {family.name} family{why}"
         )
     return index
 
@@ -208,7 +209,9 @@ def check_references_of(name: str, count: int) -> None:
     source = source_of(name)[0]
     index = _checked_index(base_of(source) if Path(source).is_file() else source)
     family = next(family for family in FAMILIES.values() if family.transformer == index["transformer"][1])
-    check_references(getattr(diffusers, index["_class_name"]), family, count)
+    # An old name of a class, as Lumina 2's pipelines were saved with, is known to diffusers' loader alone.
+    kind = next(name for name in (index["_class_name"], *family.pipelines) if hasattr(diffusers, name))
+    check_references(getattr(diffusers, kind), family, count)
 
 
 def can_leave_out_t5(name: str) -> bool:

@@ -217,7 +217,9 @@ def fitted(family: Family, tables: Sequence[TokenTable | None], length: int) -> 
             return [None] * len(tables)
         pad = Token(family.streams[-1].name, "pad")
         return [None if t is None else replace(t, tokens=(*t.tokens, *(pad,) * (length - len(t)))) for t in tables]
-    cut = [None if table is None or set(table.kinds[length:]) - {"pad"} else table for table in tables]
+    # Longer ones: other pipelines of the family put more than the prompt into the text (HunyuanVideo's picture).
+    fit = [t is not None and len(t) >= length and not set(t.kinds[length:]) - {"pad"} for t in tables]
+    cut = [table if fits else None for table, fits in zip(tables, fit, strict=True)]
     return [None if table is None else replace(table, tokens=table.tokens[:length]) for table in cut]
 
 

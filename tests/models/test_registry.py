@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 
+from mmdit_probe import load
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.families.registry import CROSS_ATTENTION, FAMILIES, SEVERAL_CALLS, family_of
 from mmdit_probe.models.layout import KINDS, arranged
@@ -25,6 +28,18 @@ def test_every_transformer_of_the_library_has_an_entry_or_a_reason() -> None:
     known = {family.transformer for family in FAMILIES.values()} | {*CROSS_ATTENTION, *SEVERAL_CALLS}
     there = {name for name in dir(diffusers) if "Transformer" in name and name.endswith(("Model", "Transformer"))}
     assert there - known == NO_TEXT_TO_IMAGE
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_a_family_is_loaded_or_says_why_not(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    assert bool(family.pipelines) != bool(family.not_loaded)
+    assert not family.pipelines or hasattr(diffusers, family.pipelines[0])
+    index = {"_class_name": "OtherPipeline", "transformer": ["diffusers", family.transformer]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    with pytest.raises(UserError, match=r"OtherPipeline: load it with diffusers and give .* `probe`") as told:
+        load(tmp_path)
+    assert family.not_loaded in str(told.value) and all(one in str(told.value) for one in family.pipelines)
 
 
 @pytest.mark.parametrize("name", sorted(CROSS_ATTENTION))

@@ -11,7 +11,7 @@ import pytest
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.families.registry import FAMILIES
-from mmdit_probe.models.tokens import Token, TokenTable, token_tables, unknown_table
+from mmdit_probe.models.tokens import Token, TokenTable, fitted, token_tables, unknown_table
 from mmdit_probe.models.words import folded
 from tests import tiny
 from tests.pipelines import llm_tokenizer
@@ -245,3 +245,12 @@ def test_encoders_that_disagree_are_named_and_the_others_read(shouting: Any) -> 
     assert table(shouting, "a red !! cat").unread == ["!", "!", "cat"]
     with pytest.raises(UserError, match=r"'clip' place 'cat' differently .* no other text encoder reads it"):
         table(shouting, "a red !! cat").word_spans("cat")
+
+
+def test_tables_of_fixed_length_are_not_of_a_call_with_more_text() -> None:
+    """As HunyuanVideo's image-to-video pipeline has it: the embedded picture stands before the text."""
+    table = TokenTable("a", (Token("t5", "word"), Token("t5", "pad"), Token("t5", "pad")))
+    assert fitted(FAMILIES["flux"], [table], 4) == [None]
+    assert fitted(FAMILIES["flux"], [table], 3) == [table]
+    assert [len(one) for one in fitted(FAMILIES["flux"], [table], 2) if one is not None] == [2]
+    assert fitted(FAMILIES["flux"], [table], 0) == [None]

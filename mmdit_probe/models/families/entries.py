@@ -40,6 +40,7 @@ from mmdit_probe.models.families.token_order import (
 )  # fmt: skip
 
 _LENGTH = "max_sequence_length"
+_JOY = "its pipeline makes pictures of a megapixel only, and reads a prompt with a picture in another way than text"
 _QUOTED = "what stands in quotation marks"
 _DOUBLE = r"transformer_blocks\.(\d+)\.attn"
 _SINGLE = r"single_transformer_blocks\.(\d+)\.attn"
@@ -309,6 +310,7 @@ ENTRIES: tuple[Family, ...] = (
     # transformer_flux3.py. Blocks of one modality come first and are no joint attention.
     Family(
         "flux3", "Flux3Transformer2DModel", _SINGLE, ("text", "image"), sequence(_flux3, "text", "image"),
+        not_loaded="diffusers has modular blocks for it, and no pipeline",
     ),
     # transformer_chroma.py. The mask is an outer product: masked rows see nothing.
     Family(
@@ -382,6 +384,7 @@ ENTRIES: tuple[Family, ...] = (
         "consisid", "ConsisIDTransformer3DModel", _BLOCKS, ("text", "image"), sequence(frames_first, "text", "image"),
         timesteps=1000.0, guidance=_UNCOND_FIRST, streams=_T5, length_argument=_LENGTH,
         default_length=226, encoded=_TEXTS,
+        not_loaded="its pipeline wants embeddings of a face beside the picture",
     ),
     Family(
         "cogview3plus", "CogView3PlusTransformer2DModel", _BLOCKS, ("text", "image"),
@@ -415,6 +418,7 @@ ENTRIES: tuple[Family, ...] = (
         ("reference", "image", "other", "text"), _framepack, timesteps=1000.0, streams=_HUNYUAN_VIDEO,
         length_argument=_LENGTH, default_length=256, encoded=("text", "pooled", "mask"),
         template_arguments=("prompt_template",),
+        not_loaded="its pipeline makes a video section by section, each with all sampling steps",
     ),
     # transformer_hunyuanimage.py: text is [ByT5, language model].
     Family(
@@ -514,12 +518,15 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "omnigen", "OmniGenTransformer2DModel", r"layers\.(\d+)\.self_attn", ("text", "other", "image"), _omnigen,
         text_input="input_ids", clean_timestep=1.0, towards_image=True,
+        not_loaded="its text goes into the transformer as token ids, pictures between them, with the rows of guidance"
+        " in every call: no step of the pipeline encodes a prompt whose words could be followed",
     ),
     # transformer_minimax_h3.py: text, sound and video in one sequence, without a mask. Its timesteps are those that
     # occur in the sequence, in rising order: the first is the noisiest rows'.
     Family(
         "minimax_h3", "MiniMaxH3Transformer3DModel", r"transformer_blocks\.(\d+)\.attn", ("text", "other", "image"),
         _minimax_h3, clean_timestep=1.0, towards_image=True,
+        not_loaded="diffusers has modular blocks for it, and no pipeline",
     ),
     Family(
         "easyanimate", "EasyAnimateTransformer3DModel", _BLOCKS, ("text", "image"),
@@ -537,12 +544,12 @@ ENTRIES: tuple[Family, ...] = (
                 cut=attribute("prompt_template_encode_start_idx", "image"),
             ),
         ),
-        length_argument=_LENGTH, default_length=1024, template_arguments=("template_type",),
+        length_argument=_LENGTH, default_length=1024, template_arguments=("template_type",), not_loaded=_JOY,
     ),
     # transformer_joyimage_edit_plus.py: its text holds the references, as a vision-language model reads them.
     Family(
         "joyimage_edit_plus", "JoyImageEditPlusTransformer3DModel", r"double_blocks\.(\d+)\.attn", ("image", "text"),
-        _joy_plus, timesteps=1000.0, guidance=_UNCOND_FIRST,
+        _joy_plus, timesteps=1000.0, guidance=_UNCOND_FIRST, not_loaded=_JOY,
     ),
     Family(
         "motif_video", "MotifVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),

@@ -109,6 +109,8 @@ class Family:
     prompt is encoded by a call of its own."""
     pipelines: tuple[str, ...] = ()
     """Classes of the stock text-to-image and editing pipelines that `load` takes."""
+    not_loaded: str = ""
+    """Why `load` takes none, where that is so: the pipeline, or the transformer, is given to `probe`."""
     reference_argument: str = "image"
     """Argument of these pipelines that takes a picture to edit, or several to go by."""
     options: tuple[tuple[str, Any], ...] = ()
