@@ -17,8 +17,9 @@ from torch import Tensor
 from mmdit_probe import AttentionMass, MMDiT, load, probe, word_maps
 from mmdit_probe.attention import reference
 from mmdit_probe.data import parse_classes
+from mmdit_probe.edit import Scale
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import AttentionBudget, Explore, Segment, ValueNorms
+from mmdit_probe.experiments import AttentionBudget, Explore, FeaturePCA, Perturb, Segment, ValueNorms
 from mmdit_probe.models.latents import unpack
 from mmdit_probe.models.layout import find_layers
 from mmdit_probe.models.pipeline_call import first_call
@@ -206,3 +207,26 @@ def test_a_directory_of_an_editing_pipeline_is_loaded(name: str, tmp_path: Path)
         assert first_call(model.pipeline, PROMPT, image=PICTURES[name][0], height=32, width=32, max_area=1024)
         assert model.encode_prompt("a red ring").tokens[0].word_spans("red")
     assert type(pipe).__name__ in model_of(name).family.pipelines
+
+
+def test_perturb_and_pca_are_given_the_references() -> None:
+    """Zeroing I2R is Scale's zero on the same pictures; the control of random weights has the references, too."""
+    model = MMDiT(build("kontext"), "kontext")
+    model.size = (HEIGHT, WIDTH)
+    how: dict[str, Any] = {"references": PICTURES["kontext"], "num_steps": 1, "guidance": 1.0, "clip": "none"}
+    ask = Perturb(layers="0", prompts=[PROMPT], key="reference", edit="zero", control="random", sheet=1, **how)
+    found = ask.run(model, progress=False)
+    stock = sample(model.given(PICTURES["kontext"]), guidance=1.0, seed=0, output_type="pil")[0]
+    with probe(model, edits=Scale("image", "reference", factor=0.0, layers=[0])):
+        edited = sample(model.given(PICTURES["kontext"]), guidance=1.0, seed=0, output_type="pil")[0]
+    pictures = found.store.pictures()
+    assert np.array_equal(pictures["000-stock"], stock) and np.array_equal(pictures["000-edit-layer0"], edited)
+    change = found.table.set_index(["control", "condition"])["change"]
+    assert change["none", "edit"] > 0 and change["random", "edit"] > 0 and change["none", "no-op"] == 0
+    assert found.request["references"] and "I2R" in str(found.figure().get_suptitle())
+    maps = FeaturePCA(images=[picture(32, 64)], prompts=PROMPT, references=PICTURES["kontext"], layers="0",
+                      components=2, kinds="value", over=0).run(model, progress=False)  # fmt: skip
+    shown = maps.store.load_arrays("shown")
+    assert shown["0:value"].shape == (1, 3, 4, 2) and np.array_equal(shown["pictures"][0], PICTURES["kontext"][0])
+    with pytest.raises(UserError, match="--by spans tells kinds of text tokens apart"):
+        Perturb(by="spans", key="reference")
