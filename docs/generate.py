@@ -56,7 +56,8 @@ def session_flags() -> dict[str, str]:
     flags = {}
     for field in dataclasses.fields(Session):
         (said,) = hints[field.name].__metadata__
-        stated = [flag for flag in said.param_decls or () if flag.startswith("--")]
+        # Typer takes the first flag of an annotation for its default, until the command is made.
+        stated = [flag for flag in (said.default, *(said.param_decls or ())) if str(flag).startswith("--")]
         flags[field.name] = stated[0] if stated else f"--{field.name.replace('_', '-')}"
     return flags
 
