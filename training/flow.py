@@ -30,7 +30,7 @@ from training.loop import AverageOfWeights, Stage, constant_then_linear, low_pre
 from training.measure import Measurements
 from training.parser import images_of, load_trained_parser
 from training.session import Session
-from training.text import STATED, draw_captions, load_trained_text, wrong_caption
+from training.text import Negative, draw_captions, draw_negatives, hard_negatives, load_trained_text
 from training.transformer import (
     POOLS,
     SHIFT,
@@ -73,7 +73,8 @@ CURRICULUM = (
     Phase("pair", 1000, 64),
     Phase("scenes", 1251, 48),
     Phase("pair", 250, 32, wrong=32),
-    Phase("scenes", 2500, 24, wrong=24),
+    Phase("scenes", 1325, 24, wrong=24),
+    Phase("scenes", 1175, 36, wrong=12),
 )
 """As the shipped transformer was trained."""
 
@@ -152,6 +153,10 @@ def train_transformer(session: Session, folder: Path | None = None) -> bool:
     def encoded(split: str, name: str) -> Encoded:
         return encode_pool(session.pool(split, **POOLS[name]), f"{split}-{name}", session.workdir, vae, where)
 
+    @cache
+    def negatives(name: str) -> dict[str, list[Negative]]:
+        return hard_negatives(encoded("train", name).data)
+
     target = alignment_target(session) if alignment.layers else None
     torch.manual_seed(session.seed)
     model = AlignedTransformer(alignment).to(where)
@@ -162,12 +167,13 @@ def train_transformer(session: Session, folder: Path | None = None) -> bool:
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         phase = phase_at(step, curriculum)
         data = encoded("train", phase.pool)
-        rows = torch.randint(len(data.data), (phase.batch,))
+        n = phase.wrong
+        drawn = draw_negatives(negatives(phase.pool), n)
+        scenes = [row for row, _, _ in drawn] + torch.randint(len(data.data), (phase.batch - n,)).tolist()
+        captions = [caption for _, caption, _ in drawn] + draw_captions(data.data, scenes[n:], EMPTY)
+        wrong = [turned for _, _, turned in drawn]
+        rows = torch.tensor(scenes)
         clean = data.clean(rows, where)
-        scenes, n = rows.tolist(), phase.wrong
-        stated = draw_captions(data.data, scenes[:n], weights=STATED)
-        captions = stated + draw_captions(data.data, scenes[n:], EMPTY)
-        wrong = [wrong_caption(caption) for caption in stated]
         kept = draw_kept(phase.batch, DROP)
         text = encode(captions + wrong, {name: torch.cat([one, one[:n]]) for name, one in kept.items()})
         sigma = draw_sigmas(phase.batch)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from mmdit_probe.scenes.captions import KINDS, opposites
+from mmdit_probe.scenes.captions import KINDS, is_caption, opposites
 from mmdit_probe.scenes.world import SIZE
 from training.loop import Stage, low_precision, run, trained_state, warmup_cosine
 from training.parser import images_of
@@ -50,21 +50,33 @@ def draw_captions(
     return ["" if b else data.captions[row][kind] for row, kind, b in zip(rows, kinds, blank, strict=True)]
 
 
-_CHANGES = {"opposite_relation": 4.0, "wrong_count": 4.0, "swapped_colours": 1.0}
-STATED = {"2d-spatial": 3.0, "numeracy": 1.0, "complex": 1.0}
-"""Kinds of captions for `wrong_caption`, and how often each is drawn."""
+Negative = tuple[int, str, str]
+"""A scene, a caption of it, and the caption with one thing turned round."""
+
+CHANGES = {"opposite_relation": 2.0, "wrong_count": 2.0, "swapped_colours": 1.0}
+"""How often each change of a caption (`scenes.captions.opposites`) is drawn."""
 
 
-def wrong_caption(caption: str) -> str:
-    """One of the caption's `opposites`, drawn with torch's generator; the caption itself where it has none.
+def hard_negatives(data: Pool) -> dict[str, list[Negative]]:
+    """Change -> every scene with a caption that it makes wrong.
 
-    Nothing but words is read. Such captions are the hard negatives of NegCLIP (arXiv 2210.01936).
+    Nothing but captions is read. They are the hard negatives of NegCLIP (arXiv 2210.01936).
     """
-    found = opposites(caption)
-    if not found:
-        return caption
-    odds = torch.tensor([_CHANGES[change] for change in found])
-    return list(found.values())[int(torch.multinomial(odds, 1))]
+    found: dict[str, list[Negative]] = {change: [] for change in CHANGES}
+    for row, captions in enumerate(data.captions):
+        for caption in dict.fromkeys(captions):
+            if is_caption(caption):
+                for change, wrong in opposites(caption).items():
+                    found[change].append((row, caption, wrong))
+    return {change: some for change, some in found.items() if some}
+
+
+def draw_negatives(negatives: dict[str, list[Negative]], n: int) -> list[Negative]:
+    """n of them, the change drawn by ``CHANGES``, then one of its scenes; by torch's generator."""
+    changes = list(negatives)
+    odds = torch.tensor([CHANGES[change] for change in changes])
+    drawn = [changes[k] for k in torch.multinomial(odds, n, replacement=True).tolist()] if n else []
+    return [negatives[change][int(torch.randint(len(negatives[change]), ()))] for change in drawn]
 
 
 def clip_config(layers: int, pad: str) -> CLIPConfig:

@@ -8,12 +8,14 @@ from torch.nn import functional as F
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.scenes import KINDS, NO_COLOUR, load_parser, scene
+from mmdit_probe.scenes.captions import RELATIONS
 from mmdit_probe.scenes.parser import aligned, read_maps, to_tensor
+from mmdit_probe.scenes.world import COLOUR_NAMES
 from training.align import READ, Alignment, feature_loss, reading, reading_loss
 from training.features import BLOCK, HIDDEN, SceneEncoder, draw_hidden, patches
 from training.flow import CURRICULUM, Phase, contrasted, draw_sigmas, fitted, optimizers, phase_at
 from training.pool import pool
-from training.text import ClipPair, Restorer, draw_captions, wrong_caption
+from training.text import CHANGES, ClipPair, Restorer, draw_captions, draw_negatives, hard_negatives
 from training.transformer import AlignedTransformer, ExplicitJointAttention, TextEncoders, draw_kept
 
 
@@ -174,29 +176,29 @@ def test_fewer_steps_shrink_every_phase_and_more_lengthen_the_last():
         assert sum(phase.steps for phase in fitted(CURRICULUM, steps)) == steps
 
 
-def test_a_wrong_caption_is_not_true_of_its_picture(tmp_path):
-    data = pool(tmp_path, "val", 40, workers=1)
-    torch.manual_seed(0)
-    stated, right, wrong, changed = 0, 0, 0, set()
-    for row, captions in enumerate(data.captions):
-        reading = read_maps(np.asarray(data.classes[row]), np.asarray(data.colours[row]))
-        for kind, caption in zip(KINDS, captions, strict=True):
-            other = wrong_caption(caption)
-            if kind in ("list", "texture", "empty", "shape"):
-                assert other == caption or kind == "shape"
-            if other != caption:
-                stated += 1
-                right, wrong = right + aligned(caption, reading), wrong + aligned(other, reading)
-                changed |= set(zip(caption.split(), other.split(), strict=False))
-    assert stated > 60 and right > 0.95 * stated and wrong == 0
-    assert {("left", "right"), ("above", "below"), ("two", "three")} <= changed
+def test_a_hard_negative_is_not_true_of_its_picture(tmp_path):
+    data = pool(tmp_path, "val", 60, workers=1)
+    negatives = hard_negatives(data)
+    assert set(negatives) == set(CHANGES) and min(map(len, negatives.values())) > 10
+    words = {"opposite_relation": set(RELATIONS) | {"left", "right"}, "wrong_count": {"two", "three", "four"}}
+    for change, some in negatives.items():
+        for row, caption, wrong in some:
+            reading = read_maps(np.asarray(data.classes[row]), np.asarray(data.colours[row]))
+            assert caption in data.captions[row] and not aligned(wrong, reading)
+            turned = {word for a, b in zip(caption.split(), wrong.split(), strict=True) if a != b for word in (a, b)}
+            assert turned and turned <= words.get(change, set(COLOUR_NAMES))
 
 
-def test_relations_and_counts_are_turned_more_often_than_colours():
+def test_every_change_is_drawn_as_often_as_it_says():
+    negatives = {change: [(k, change, "") for k in range(3)] for change in CHANGES}
     torch.manual_seed(0)
-    drawn = [wrong_caption("a red ring left of a blue house") for _ in range(2000)]
-    assert set(drawn) == {"a red ring right of a blue house", "a blue ring left of a red house"}
-    assert drawn.count("a red ring right of a blue house") / 2000 == pytest.approx(4 / 5, abs=0.03)
+    drawn = draw_negatives(negatives, 3000)
+    for change, odds in CHANGES.items():
+        some = [row for row, caption, _ in drawn if caption == change]
+        assert len(some) / 3000 == pytest.approx(odds / sum(CHANGES.values()), abs=0.03) and set(some) == {0, 1, 2}
+    assert draw_negatives(negatives, 0) == []
+    only = {"wrong_count": [(7, "two rings", "three rings")]}
+    assert draw_negatives(only, 2) == only["wrong_count"] * 2
 
 
 def test_the_excess_of_a_wrong_caption_lowers_the_loss_until_it_is_large():
