@@ -21,7 +21,7 @@ def main() -> None:
     paper = published("value_norm_by_layer", result.model_name)
     if paper is not None:
         curves = curves.merge(paper.rename(columns=lambda name: f"paper_{name}" if name != "layer" else name))
-    curves = curves.assign(measured_as=protocol_of(result.request))
+    curves = curves.assign(measured_as=protocol_of(result))
     write(result.figure(), target(options, result.model_name, "fig04_value_norms"), curves)
     write(result.figure("value_norms_by_head"), target(options, result.model_name, "fig28_value_norm_heads"), heads)
 

@@ -6,7 +6,8 @@
 
 Writes `fig08_miou_by_layer`, `fig15_miou_by_sigma`, `fig17_miou_by_head` and `table12_league` as PNG, PDF and CSV, and
 `table5_normalisation.csv`, under `figures/out/<model>/`; other data sets than scenes:val have their name in the file's
-name. With `--lora` the league has the rows of the adapted model beside those of the base ("seg4diff, LoRA").
+name. With `--lora` league and Table 5 have the rows of the adapted model beside those of the base ("seg4diff, LoRA").
+The paper's own model is measured by the presets of its two methods.
 
 The league's CSV holds the paper's Tables 1 and 2 below the measured rows, as rows of another world (`world` = "paper":
 other models, other data sets), to be read beside them and not ranked with them. Models that no settings were chosen for
@@ -16,15 +17,19 @@ are read as the paper reads them, at the layers that it names, if any.
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from runs import (
     CHOICE,
+    adapter_of,
+    as_measured,
     chosen,
     file_suffix,
     given,
+    is_paper_model,
     model_of,
     options_of,
     paper_layers,
@@ -59,6 +64,8 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
                {"method": f"{OPEN},{BLIND}", "protocol": "present,full", "refine": "none,centre,pamr,centre+pamr"}),
     "normalisation": ("table5_normalisation", {"method": "seg4diff", "refine": "none,minmax"}),
 }  # fmt: skip
+ADAPTED = ", LoRA"
+"""What follows a method's name in the rows of an adapted model."""
 SOFTMAX = {True: "joint", False: "logit"}
 """Table 5's first choice: maps after or before the softmax -> value of the method's option."""
 
@@ -114,14 +121,48 @@ def main() -> None:
         write(figure, path, table)
 
 
+def as_published(model: str, how: dict[str, Any]) -> list[dict[str, Any]]:
+    """The evaluations that a run is: of the paper's model one by each of its two presets, else the one."""
+    if not is_paper_model(model):
+        return [how]
+    methods, blind = how["method"].split(","), BLIND.split(",")
+    named = [name for name in methods if name not in blind]
+    unnamed = [name for name in methods if name in blind]
+    # The released code matches per pixel row, the paper's appendix A.4 per image.
+    kinds = ((named, {"preset": "seg4diff"}), (unnamed, {"preset": "seg4diff-unsup", "match": "image"}))
+    options = how.get("options", [])
+    return [
+        preset | how | {"method": ",".join(names), "options": [o for o in options if o.partition(".")[0] in names]}
+        for names, preset in kinds
+        if names
+    ]
+
+
 def league(options: argparse.Namespace, how: dict[str, Any], lora: bool = False) -> pd.DataFrame:
-    """The league table of one evaluation, with how its text was read."""
-    extra = given(options, Evaluate)
-    experiment = Evaluate(dataset=options.dataset, limit=options.limit, **how | extra)
-    result = run(experiment, model_of(options, lora=lora), options)
-    table = result.summary.assign(world="measured", dataset=options.dataset)
-    text = text_of(result.request)
-    return table.assign(measured_as=text + ", sigma " + table["sigma"] + ", layers " + table["layers"])
+    """The league table of one run, with how each row was measured."""
+    parts = []
+    for one in as_published(options.model, how | given(options, Evaluate)):
+        experiment = Evaluate(dataset=options.dataset, limit=options.limit, **one)
+        result = run(experiment, model_of(options, lora=lora), options)
+        adapter = adapter_of(options.lora if lora else None)
+        rows = result.summary.to_dict("records")
+        said = [row_settings(experiment, result.request, row, adapter) for row in rows]
+        parts.append(result.summary.assign(world="measured", dataset=experiment.source, measured_as=said))
+    return pd.concat(parts, ignore_index=True)
+
+
+def row_settings(experiment: Evaluate, request: dict[str, Any], row: dict[str, Any], adapter: str) -> str:
+    """How a row of the league was measured."""
+    options, size = request["options"].get(row["method"], {}), request["size"] or ["own"]
+    blind = row["protocol"] == "unsupervised"
+    return as_measured(
+        text=text_of(request), sigma=row["sigma"], layers=row["layers"], heads=row["heads"],
+        draws=len(request["seeds"]), fit=request["fit"], size="x".join(map(str, size)),
+        reference=request.get("reference", "none"),
+        options=", ".join(f"{name}={value}" for name, value in sorted(options.items())) or "none",
+        refine=row["refine"], background=request["background"], matching=experiment.matching if blind else "none",
+        compared=request["score_size"] or "own size", pictures=row["n"], adapter=adapter,
+    )  # fmt: skip
 
 
 def adapted(options: argparse.Namespace, how: dict[str, Any]) -> pd.DataFrame:
@@ -129,19 +170,20 @@ def adapted(options: argparse.Namespace, how: dict[str, Any]) -> pd.DataFrame:
     kept = [text for text in how.get("options", []) if text.split(".")[0] in OWN.split(",")]
     table = league(options, how | {"method": OWN, "options": kept}, lora=True)
     runs = table[table["method"].isin(OWN.split(","))]
-    return runs.assign(method=runs["method"] + ", LoRA")
+    return runs.assign(method=runs["method"] + ADAPTED)
 
 
 def normalisation(options: argparse.Namespace, how: dict[str, Any]) -> pd.DataFrame:
-    """Table 5 on any data set: maps before and after the softmax, as they are and stretched to 0..1."""
+    """Table 5 on any data set: maps before and after the softmax, as they are and stretched to 0..1; with an adapter
+    the base model's rows and its own."""
     parts = []
-    for softmax, value in SOFTMAX.items():
+    for (softmax, value), lora in product(SOFTMAX.items(), (False, True) if options.lora else (False,)):
         kept = [text for text in how.get("options", []) if not text.startswith("seg4diff.softmax=")]
-        table = league(options, how | {"options": [*kept, f"seg4diff.softmax={value}"]}, lora=bool(options.lora))
-        table = table[table["method"] == "seg4diff"]
+        table = league(options, how | {"options": [*kept, f"seg4diff.softmax={value}"]}, lora)
+        table = table[table["method"] == "seg4diff"].assign(variant="LoRA" if lora else "base")
         parts.append(table.assign(softmax=softmax, min_max=table["refine"] == "minmax"))
     found = pd.concat(parts, ignore_index=True).rename(columns={"miou_low": "low", "miou_high": "high"})
-    found = found.assign(at="reading", variant="LoRA" if options.lora else "base")
+    found = found.assign(at="reading")
     paper = paper_table("normalisation_ablation")
     paper = paper.assign(world="paper", at="reading", variant="SD3", softmax=paper["softmax"] == "yes",
                          min_max=paper["min_max"] == "yes", miou_gt=paper["miou"] / 100)  # fmt: skip

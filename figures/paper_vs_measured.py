@@ -4,19 +4,24 @@
 
 Reads the CSVs that the other scripts wrote to `figures/out/<model>/`, of all data sets, and writes
 `paper_vs_measured.csv` and `.md`. For the paper's own model, on the same data set and measured as the paper measured
-(text, step, layer, averaging rule), a row has both values and their difference; measured otherwise, it says what
-differs in its place. For any other model the paper's rows are those of another world (Stable Diffusion 3, photographs):
-they are listed, marked, and never subtracted.
+(every setting of `measured_as`, and the averaging rule), a row has both values and their difference; measured
+otherwise, it says in its place which settings differ. For any other model the paper's rows are those of another world
+(Stable Diffusion 3, photographs): they are listed, marked, and never subtracted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-from runs import is_paper_model, options_of, target
+from fig08_segmentation import ADAPTED
+from runs import as_measured, is_paper_model, options_of, target
 
 from mmdit_probe.data import paper_table
+from mmdit_probe.data.public import SETS
+from mmdit_probe.experiments.presets import PRESETS
 
 KEYS = ["source", "place", "quantity"]
 NAMED = {
@@ -28,14 +33,24 @@ BLIND = {
     "ade20k": "ADE20K-150", "cityscapes": "Cityscapes",
 }  # fmt: skip
 """Our names of the data sets of the paper's Tables 1 and 5, and of Table 2, which has the background as a class."""
-METHODS = {("present", "seg4diff"): "Seg4Diff (SD3, none)", ("unsupervised", "seg4diff-unsup"): "Seg4Diff (SD3, none)"}
-"""What was measured in both worlds, if the model is the paper's; methods on other backbones stay apart."""
-TEXT = "T5 off, length 77"
-SAMPLED, SEGMENTED = f"{TEXT}, step 20 of 28, guidance 7.5", f"{TEXT}, sigma 0.515, layers 9"
-AS_PUBLISHED = {
-    "Fig. 2b, 2c": SAMPLED, "Fig. 4": SAMPLED, "Table 1": SEGMENTED, "Table 2": SEGMENTED, "Table 5": SEGMENTED,
+OWN = {("present", "seg4diff"), ("unsupervised", "seg4diff-unsup")}
+"""Protocol and method of Tables 1 and 2 that are measured on the paper's model; other methods had other backbones."""
+SEGMENTED = {
+    "text": "T5 off, length 77", "sigma": "0.515", "layers": "9", "heads": "mean", "draws": "1", "fit": "squash",
+    "size": "own", "reference": "none", "options": "none", "refine": "none", "background": "none", "matching": "none",
+    "compared": "own size", "adapter": "none",
 }  # fmt: skip
-"""How the paper measured, in the words of the column `measured_as`; a difference is taken where they are the same."""
+BY_PADS = SEGMENTED | {
+    "options": ", ".join(sorted(text.partition(".")[2] for text in PRESETS["seg4diff-unsup"].options)),
+    "matching": "image", "compared": str(PRESETS["seg4diff-unsup"].score_size),
+}  # fmt: skip
+SAMPLED = {
+    "text": "T5 off, length 77", "mode": "sample", "guidance": "7.5", "step": "20 of 28", "heads": "all",
+    "prompts": "50 of drawbench",
+}  # fmt: skip
+"""How the paper measured, in the words of the column `measured_as`."""
+ADAPTERS = {"COCO": "chyun/seg4diff-coco-lora on COCO", "SA-1B": "chyun/seg4diff-sa1b-lora on SA-1B"}
+"""The paper's adapters by the data that they were trained on."""
 SOURCES = {
     "Fig. 2b, 2c": "share of attention: of image queries to text (I2T), of text queries to image (T2I)",
     "Fig. 4": "mean L2 norm of the values",
@@ -64,15 +79,35 @@ def joined(measured: pd.DataFrame, published: pd.DataFrame, same_model: bool) ->
     measured = measured.assign(world=world)
     published = published.assign(world=world if same_model else "paper: another model and data")
     table = measured.merge(published, on=[*KEYS, "world"], how="outer", sort=False)
-    alike = table["measured_as"] == table["source"].map(AS_PUBLISHED)
-    table["difference"] = (table["measured"] - table["paper"]).where(alike)
     both = table["measured"].notna() & table["paper"].notna()
-    table["why_not"] = ("measured with " + table["measured_as"].fillna("unknown settings")).where(both & ~alike)
+    table["why_not"] = [
+        unlike(*row) if there else None
+        for there, *row in zip(both, table["measured_as"], table["published_as"], strict=True)
+    ]
+    table["difference"] = (table["measured"] - table["paper"]).where(table["why_not"].isna())
     rows = pd.concat([published, measured])[[*KEYS, "world"]].drop_duplicates()  # the paper's order, then ours
     table = rows.merge(table, on=[*KEYS, "world"], how="left")
     order = {name: place for place, name in enumerate(SOURCES)}
     table = table.sort_values("source", key=lambda column: column.map(order), kind="stable")
     return table[[*KEYS[:1], "world", *KEYS[1:], "measured", "low", "high", "paper", "difference", "why_not"]]
+
+
+def unlike(measured: object, published: object) -> str | None:
+    """Which settings are not those of the paper; None where all are."""
+    if not isinstance(measured, str) or not isinstance(published, str):
+        return "measured with unknown settings"
+    found, wanted = settings(measured), settings(published)
+    others = [
+        f"{name} {found.get(name, 'unknown')} (the paper: {wanted.get(name, 'unknown')})"
+        for name in {**wanted, **found}
+        if found.get(name) != wanted.get(name)
+    ]
+    return f"measured with {'; '.join(others)}" if others else None
+
+
+def settings(text: str) -> dict[str, str]:
+    """What `runs.as_measured` wrote, setting by setting."""
+    return dict(part.split(": ", 1) for part in text.split("; "))
 
 
 def ours(folder: Path, same_model: bool) -> pd.DataFrame:
@@ -97,15 +132,10 @@ def ours(folder: Path, same_model: bool) -> pd.DataFrame:
         rows.append(long("Fig. 8", place, quantity, alone, miou, 100))
     if len(table):
         shifted = table["method"].str.endswith(", words shifted")
-        table = table[(table["world"] == "measured") & ~shifted]
-        refine, names = table["refine"].fillna("none"), METHODS if same_model else {}
+        table = table[(table["world"] == "measured") & ~shifted].fillna({"refine": "none"})
         for source, blind in (("Table 1", False), ("Table 2", True)):
             part = table[(table["protocol"] == "unsupervised") == blind]
-            place = [
-                names.get((protocol, method), f"{method} [{protocol}]") if how == "none"
-                else f"{method} + {how} [{protocol}]"
-                for protocol, method, how in zip(part["protocol"], part["method"], refine[part.index], strict=True)
-            ]  # fmt: skip
+            place = [league_place(row, same_model) for row in part.to_dict("records")]
             quantity, column = dataset_names(part, BLIND if blind else NAMED), "miou" if blind else miou
             rows.append(long(source, pd.Series(place, part.index), quantity, part, column, 100))
     clip, facts = read(folder, "table3_clipscore"), read(folder, "table4_alignment")
@@ -119,33 +149,63 @@ def ours(folder: Path, same_model: bool) -> pd.DataFrame:
         read_at = read(folder, name)
         if len(read_at):
             read_at = read_at[read_at["world"] == "measured"]
-            place, own = normalisation(read_at), same_model and name == "table5_normalisation"
-            place = place if own else place + ", " + read_at["variant"] + ", " + read_at["at"]
-            quantity, column = dataset_names(read_at, NAMED), miou if own else "miou"
-            rows.append(long("Table 5", place, quantity, read_at, column, 100, "low", "high"))
+            place = normalisation(read_at)
+            own = same_model & (read_at["variant"] == "base") & (name == "table5_normalisation")
+            place = place.where(own, place + ", " + read_at["variant"] + ", " + read_at["at"])
+            column = miou if miou in read_at else "miou"
+            rows.append(long("Table 5", place, dataset_names(read_at, NAMED), read_at, column, 100, "low", "high"))
     empty = pd.DataFrame(columns=[*KEYS, "measured", "low", "high", "measured_as"])
     return pd.concat(rows, ignore_index=True) if rows else empty
 
 
+def league_place(row: Mapping[str, Any], same_model: bool) -> str:
+    """The name of a row of the league; as in Tables 1 and 2 where it is of the paper's methods and model."""
+    method, adapted, _ = row["method"].partition(ADAPTED)
+    trained = settings(row["measured_as"])["adapter"].rpartition(" on ")[2] if adapted else ""
+    own = (row["protocol"], method) in OWN and (not adapted or trained in ADAPTERS)
+    if same_model and own and row["refine"] == "none":
+        return f"Seg4Diff+MAGNET (SD3, {trained})" if adapted else "Seg4Diff (SD3, none)"
+    refined = "" if row["refine"] == "none" else f" + {row['refine']}"
+    return f"{row['method']}{refined} [{row['protocol']}]"
+
+
 def paper() -> pd.DataFrame:
-    """The published numbers, long: source, place, quantity, paper."""
+    """The published numbers, long: source, place, quantity, paper, and how they were measured, if that is known."""
     rows = []
     budget, norms, layers = (paper_table(f"{name}_by_layer") for name in ("budget", "value_norm", "miou"))
+    sampled = as_measured(**SAMPLED)
     for name in ("i2t", "t2i"):
         rows.append(published("Fig. 2b, 2c", by_layer(budget), name.replace("i", "I").replace("t", "T"),
-                              budget[f"{name}_share"]))  # fmt: skip
-    rows += [published("Fig. 4", by_layer(norms), name, norms[name]) for name in ("image", "text", "prompt")]
-    rows.append(published("Fig. 8", by_layer(layers), "mIoU, data set not stated", layers["miou"]))
-    for source, name in (("Table 1", "ovss_table"), ("Table 2", "unsupervised_table")):
+                              budget[f"{name}_share"], sampled))  # fmt: skip
+    rows += [published("Fig. 4", by_layer(norms), name, norms[name], sampled) for name in ("image", "text", "prompt")]
+    rows.append(published("Fig. 8", by_layer(layers), "mIoU, data set not stated", layers["miou"], None))
+    for source, name, how in (("Table 1", "ovss_table", SEGMENTED), ("Table 2", "unsupervised_table", BY_PADS)):
         table = paper_table(name)
         method = table["method"] + " (" + table["backbone"] + ", " + table["training"] + ")"
-        rows.append(published(source, method, table["dataset"], table["miou"]))
+        said = [
+            segmented(how, dataset, adapter=ADAPTERS.get(training, "none"))
+            for dataset, training in zip(table["dataset"], table["training"], strict=True)
+        ]
+        rows.append(published(source, method, table["dataset"], table["miou"], said))
     clip, bench = paper_table("clipscore_table"), paper_table("t2i_compbench_table")
-    rows.append(published("Table 3", clip["method"] + ", " + clip["training"], clip["prompt_set"], clip["clipscore"]))
-    rows.append(published("Table 4", bench["method"] + ", " + bench["training"], bench["category"], bench["score"]))
+    trained = (table["method"] + ", " + table["training"] for table in (clip, bench))
+    rows.append(published("Table 3", next(trained), clip["prompt_set"], clip["clipscore"], None))
+    rows.append(published("Table 4", next(trained), bench["category"], bench["score"], None))
     maps = paper_table("normalisation_ablation")
-    rows.append(published("Table 5", normalisation(maps), maps["dataset"], maps["miou"]))
+    said = [
+        segmented(SEGMENTED, dataset, options=f"softmax={'joint' if softmax == 'yes' else 'logit'}",
+                  refine="minmax" if stretched == "yes" else "none")
+        for dataset, softmax, stretched in zip(maps["dataset"], maps["softmax"], maps["min_max"], strict=True)
+    ]  # fmt: skip
+    rows.append(published("Table 5", normalisation(maps), maps["dataset"], maps["miou"], said))
     return pd.concat(rows, ignore_index=True)
+
+
+def segmented(how: Mapping[str, str], dataset: str, **more: str) -> str:
+    """How a value of Tables 1, 2 and 5 was measured on one of the paper's data sets: on all of its pictures."""
+    names = BLIND if how is BY_PADS else NAMED
+    pictures = [one.expected for one in SETS if names.get(one.name) == dataset]
+    return as_measured(**how | more | {"pictures": str(*pictures)})
 
 
 def read(folder: Path, name: str) -> pd.DataFrame:
@@ -171,8 +231,9 @@ def long(
     return pd.DataFrame({**named, **values, "measured_as": how}, index=table.index)
 
 
-def published(source: str, place: pd.Series, quantity: object, values: pd.Series) -> pd.DataFrame:
-    return pd.DataFrame({"source": source, "place": place, "quantity": quantity, "paper": values})
+def published(source: str, place: pd.Series, quantity: object, values: pd.Series, how: object) -> pd.DataFrame:
+    named = {"source": source, "place": place, "quantity": quantity}
+    return pd.DataFrame({**named, "paper": values, "published_as": how})
 
 
 def by_layer(table: pd.DataFrame) -> pd.Series:

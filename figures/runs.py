@@ -32,6 +32,8 @@ PAPER_STEP = "last-8"
 """The paper's step t = 8 of 28, counted from the clean end; sigma 0.515."""
 CHOICE = Path(__file__).parents[1] / "analyses" / "results" / "segmentation_choice"
 """Where `analyses/segmentation_choice.py` writes what segments best on training scenes."""
+TRAINED_ON = {"coco": "COCO", "sa1b": "SA-1B", "sa-1b": "SA-1B"}
+"""Word in an adapter's name or record -> the paper's name of its data."""
 PAPER_NAMES = {PAPER_MODEL: "SD3-medium", "stable-diffusion-3.5": "SD3.5-medium", "flux.1-dev": "FLUX.1-dev"}
 """Part of a model's name -> its name in the paper's list of layers."""
 
@@ -127,16 +129,38 @@ def paper_layers(model: str) -> list[int]:
     return [int(at) for at in layers.loc[layers["model"].isin(named) & (layers["role"] == "expert"), "layer"]]
 
 
+def as_measured(**settings: object) -> str:
+    """How a value was measured, for tables that are compared with the paper's: "sigma: 0.515; layers: 9"."""
+    return "; ".join(f"{name}: {value}" for name, value in settings.items())
+
+
 def text_of(request: Mapping[str, Any]) -> str:
-    """How a run read its text, for tables that are compared with the paper's."""
+    """How a run read its text."""
     return f"T5 {'off' if request.get('no_t5') else 'on'}, length {request.get('max_sequence_length') or 'own'}"
 
 
-def protocol_of(request: Mapping[str, Any]) -> str:
-    """How a sampled run was measured, for tables that are compared with the paper's: text, steps, guidance."""
-    steps = request["steps"]
-    at = f"step {steps[0]}" if len(steps) == 1 else f"{len(steps)} steps"
-    return f"{text_of(request)}, {at} of {request['num_steps']}, guidance {request['guidance']:g}"
+def protocol_of(result: Result) -> str:
+    """How a sampled run was measured: text, steps, guidance, heads, prompts."""
+    request, asked = result.request, result.experiment.prompts  # type: ignore[attr-defined]
+    steps, heads = request["steps"], len(request["heads"])
+    of = "own" if isinstance(asked, list | tuple) else "default" if asked is None else Path(asked).stem.lower()
+    return as_measured(
+        text=text_of(request), mode=request["mode"], guidance=f"{request['guidance']:g}",
+        step=f"{steps[0] if len(steps) == 1 else f'{len(steps)} steps'} of {request['num_steps']}",
+        heads="all" if heads == result.data["model"]["heads"] else heads, prompts=f"{len(request['items'])} of {of}",
+    )  # fmt: skip
+
+
+def adapter_of(name: str | None) -> str:
+    """An adapter and the data that it was trained on, as far as its record or its name say: "me/lora on COCO"."""
+    from mmdit_probe.models.adapters import KEY, read_metadata
+
+    if name is None:
+        return "none"
+    record = read_metadata(name)[KEY] if Path(name).exists() else {}
+    said = str(record.get("data", {}).get("data", name)).lower()
+    known = {data for word, data in TRAINED_ON.items() if word in said}
+    return f"{name} on {known.pop() if len(known) == 1 else 'other data'}"
 
 
 def target(options: argparse.Namespace, model: str, name: str) -> Path:

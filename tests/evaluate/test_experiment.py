@@ -75,23 +75,74 @@ def test_a_preset_sets_the_protocol_of_a_paper_and_is_recorded(tiny_directory: P
     assert request["by_rows"] is False and request["sigmas"] == [0.3]
 
 
-def test_presets_set_what_each_paper_did_on_a_data_set() -> None:
-    def asked(preset: str, name: str, **how: Any) -> Evaluate:
-        return Evaluate(preset=preset, dataset=f"{name}:root", **how)  # type: ignore[arg-type]
+def windows(method: str, text: str) -> dict[str, Any]:
+    return {"options": {method: {"side": tuple(map(int, text.split(",")))}}}
 
-    sizes = {"diffseg": "512x512", "diffcut": "128x128", "seg4diff-unsup": "short:640", "seg4diff": None}
-    assert {name: asked(name, "voc21").scored_at for name in sizes} == sizes
-    assert asked("diffcut", "voc21", score_size="64x64").scored_at == "64x64"
+
+SETS = ("voc20", "voc21", "pc60", "coco-object", "coco-stuff-27", "ade20k", "cityscapes")
+CLIPS = {"protocol": "full", "fit": "squash"}
+DONE: dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]] = {
+    # preset -> settings on every data set, and what is otherwise on some; sources: the papers and their official code
+    "seg4diff": ({"method": "seg4diff", "protocol": "present", "sigma": "0.515", "fit": "squash", "text": True},
+                 {"coco-object": {"dataset": "coco-object-words"}}),
+    "seg4diff-unsup": ({"method": "seg4diff-unsup", "sigma": "0.515", "fit": "squash", "text": True, "match": "row",
+                        "compared": "short:640", "options": {"seg4diff-unsup": {
+                            "tau": 0.1, "axis": "token", "kinds": "all", "streams": "clip"}}}, {}),
+    "diffseg": ({"method": "diffseg", "sigma": "0.454", "fit": "crop", "size": "512x512", "compared": "512x512",
+                 "match": "upstream", "options": {"diffseg": {"tau": 0.9}}},
+                {"coco-stuff-27": {"options": {"diffseg": {"tau": 1.1}}}}),
+    "diffcut": ({"method": "diffcut", "sigma": "0.184", "fit": "crop", "size": "1024x1024", "compared": "128x128",
+                 "match": "upstream", "many_to_one": True, "options": {"diffcut": {"tau": 0.5, "alpha": 10}}}, {}),
+    "diffsegmenter": ({"method": "diffsegmenter-per-class", "protocol": "predicted", "sigma": "0.256", "fit": "squash",
+                       "size": "512x512", "background": "threshold:0.5"}, {}),
+    "iseg": ({"method": "iseg", "protocol": "predicted", "sigma": "0.256", "fit": "squash", "size": "512x512",
+              "background": "power:2", "options": {"iseg": {"ent": 0.015, "rounds": 8}}},
+             {"pc60": {"options": {"iseg": {"ent": 0.002, "rounds": 5}}},
+              "coco-object": {"options": {"iseg": {"ent": 0.2, "rounds": 10}}, "background": "threshold:0.45"}}),
+    **{name: (CLIPS | {"method": name, "refine": "vote" if name == "corrclip" else "none",
+                       "background": "probability:0.2", **windows(name, "336,336,112")},
+              {"pc60": {"background": "probability:0.15"}, "coco-object": {"background": "probability:0.25"},
+               "ade20k": windows(name, "448,336,112"), "cityscapes": windows(name, "448,224,112")})
+       for name in ("proxyclip", "corrclip")},
+}  # fmt: skip
+PLAIN = {"protocol": "present", "refine": "none", "match": "image", "background": "none", "many_to_one": False,
+         "sigma": None, "fit": None, "size": None, "compared": None, "options": {}, "text": False}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("data", SETS)
+def test_presets_set_what_each_paper_did_on_a_data_set(name: str, data: str) -> None:
+    usual, there = DONE[name]
+    tagged = {"tagger": "scenes-clip", "tag_threshold": 0.0} if usual.get("protocol") == "predicted" else {}
+    one = Evaluate(preset=name, dataset=f"{data}:root", **tagged)  # type: ignore[arg-type]
+    how = one.how
+    assert {
+        "method": ",".join(one.methods), "protocol": ",".join(one.protocols), "refine": ",".join(one.refinements),
+        "match": one.matching, "background": how.background, "many_to_one": how.many_to_one, "sigma": how.sigma,
+        "fit": how.fit, "size": how.size, "compared": one.scored_at, "options": one.values(), "text": how.paper_text,
+        "dataset": one.source.removesuffix(":root"),
+    } == PLAIN | {"dataset": data} | usual | there.get(data, {})  # fmt: skip
+
+
+def test_options_that_are_given_win_over_a_preset() -> None:
+    assert Evaluate(preset="diffcut", score_size="64x64").scored_at == "64x64"
     for name in ("proxyclip", "corrclip"):
-        sides = {data: asked(name, data).values()[name]["side"] for data in ("voc20", "ade20k", "cityscapes")}
-        assert sides == {"voc20": (336, 336, 112), "ade20k": (448, 336, 112), "cityscapes": (448, 224, 112)}
-        rules = {data: asked(name, data).how.background for data in ("voc21", "pc60", "coco-object")}
-        assert rules == {"voc21": "probability:0.2", "pc60": "probability:0.15", "coco-object": "probability:0.25"}
-        assert asked(name, "voc20", options=[f"{name}.side=224"]).values() == {name: {"side": 224}}
-        assert asked(name, "voc20", method="seg4diff").values() == {}
-    assert asked("corrclip", "voc21").refinements == ["vote"]
+        assert Evaluate(preset=name, options=[f"{name}.side=224"]).values() == {name: {"side": 224}}
+        assert Evaluate(preset=name, method="seg4diff").values() == {}
     with pytest.raises(UserError, match="--score-size take another fit"):
         Evaluate(preset="diffcut", fit="letterbox")
+
+
+def test_presets_are_what_is_asked_of_the_model(tiny_directory: Path, tmp_path: Path) -> None:
+    """Not only set: iseg's and diffsegmenter's own noise level, size, background and options reach the request."""
+    (tmp_path / "tags.json").write_text(json.dumps({scene_sample("val", 0).name: ["tree", "sky"]}))
+    for name in ("iseg", "diffsegmenter"):
+        asked = Evaluate(preset=name, limit=1, layers="0", size="32x32", tags=tmp_path / "tags.json")
+        request = asked.run(str(tiny_directory), progress=False).request
+        usual = DONE[name][0]
+        assert request["sigmas"] == [0.256] and request["size"] == [32, 32] and request["fit"] == "squash"
+        assert request["methods"] == [usual["method"]] and request["options"] == usual.get("options", {})
+        assert request["background"] == "none"  # scenes have no background class
 
 
 def test_a_preset_scores_at_the_papers_size(tiny_directory: Path) -> None:

@@ -10,8 +10,10 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import AttentionBudget, Result
@@ -133,20 +135,61 @@ def test_normalisation_is_measured_before_and_after_the_softmax(draw):
     assert ours["miou"].between(0, 1).all() and set(table["world"]) == {"measured", "paper"}
 
 
-def test_magnet_of_any_model_with_an_adapter(draw, tiny_directory, tmp_path):
+@pytest.fixture
+def adapter(tiny_directory, tmp_path):
     from mmdit_probe import load
     from mmdit_probe.magnet.lora import save_lora
     from tests.magnet.test_lora import trained
 
-    save_lora(trained(load(tiny_directory).pipeline).transformer, tmp_path / "lora", {})
-    adapter = ("--lora", str(tmp_path / "lora"), "--limit", "1")
-    files = draw("fig10_magnet", *adapter, "--prompt", "a [red] [ring]", "--layers", "1,2", "num_steps=2")
+    save_lora(trained(load(tiny_directory).pipeline).transformer, tmp_path / "lora", {"data": {"data": "sa1b:SA"}})
+    return str(tmp_path / "lora")
+
+
+def test_magnet_of_any_model_with_an_adapter(draw, adapter):
+    how = ("--lora", adapter, "--limit", "1")
+    files = draw("fig10_magnet", *how, "--prompt", "a [red] [ring]", "--layers", "1,2", "num_steps=2")
     drawn = {"fig10_pipeline", "fig11_masks_open", "fig11_masks_unsupervised", "fig12_maps", "fig13_pictures"}
     assert {Path(name).stem for name in files} == drawn
-    files = draw("fig08_segmentation", "--only", "league", *adapter, "method=seg4diff,seg4diff-unsup", "refine=none")
+    files = draw("fig08_segmentation", "--only", "league", *how, "method=seg4diff,seg4diff-unsup", "refine=none")
     table = pd.read_csv(files["table12_league.csv"])
     ours = set(table.loc[table["world"] == "measured", "method"])
     assert {"seg4diff", "seg4diff, LoRA", "seg4diff-unsup, LoRA"} <= ours
+
+
+def test_the_papers_model_differs_from_the_paper_in_what_was_asked_for_alone(
+    draw, adapter, tiny_directory, tmp_path, monkeypatch
+):
+    """Tiny weights under the name of the paper's model, one picture, layer 1, its own adapter: all else is the
+    paper's."""
+    for folder in ("JPEGImages", "SegmentationClass"):
+        (tmp_path / "VOC" / folder).mkdir(parents=True)
+    Image.fromarray(np.zeros((40, 48, 3), np.uint8)).save(tmp_path / "VOC/JPEGImages/a.jpg")
+    Image.fromarray(np.repeat(np.array([0, 8, 12, 255], np.uint8), 12)[None].repeat(40, 0)).save(
+        tmp_path / "VOC/SegmentationClass/a.png"
+    )
+    (tmp_path / "stable-diffusion-3-medium").symlink_to(tiny_directory)
+    own = ("--model", str(tmp_path / "stable-diffusion-3-medium"), "--out", str(tmp_path / "out"))
+    for name, method, only in (
+        ("voc20", "seg4diff", "league"),
+        ("voc21", "seg4diff-unsup", "league"),
+        ("voc20", "seg4diff", "normalisation"),
+    ):
+        league = ("protocol=present", "refine=none") if only == "league" else ()
+        how = ("--lora", adapter, "--limit", "1", "layers=1", f"method={method}", *league)
+        draw("fig08_segmentation", *own, *how, "--dataset", f"{name}:VOC", "--only", only)
+    table = pd.read_csv(draw("paper_vs_measured", *own)["paper_vs_measured.csv"])
+    found = table[table["measured"].notna() & table["paper"].notna()]
+    assert found["difference"].isna().all() and not found.duplicated(["source", "place", "quantity"]).any()
+    other = "measured with layers 1 (the paper: 9); pictures 1 (the paper: 1449)"
+    adapted = (f"measured with layers 1 (the paper: 9); adapter {adapter} on SA-1B (the paper: chyun/seg4diff-sa1b-lora"
+               " on SA-1B); pictures 1 (the paper: 1449)")  # fmt: skip
+    assert {(row.source, row.place): row.why_not for row in found.itertuples()} == {
+        ("Table 1", "Seg4Diff (SD3, none)"): other,
+        ("Table 1", "Seg4Diff+MAGNET (SD3, SA-1B)"): adapted,
+        ("Table 2", "Seg4Diff (SD3, none)"): other,
+        ("Table 2", "Seg4Diff+MAGNET (SD3, SA-1B)"): adapted,
+        **{("Table 5", f"softmax {s}, min-max {m}"): other for s in ("yes", "no") for m in ("yes", "no")},
+    }
 
 
 @pytest.mark.parametrize(
