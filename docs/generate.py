@@ -5,82 +5,22 @@ Run by mkdocs (`mkdocs-gen-files`); writes nothing into the repository.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
 
 import mkdocs_gen_files
 
 from mmdit_probe import experiments
-from mmdit_probe.cli.options import Session
 from mmdit_probe.models.families.registry import FAMILIES
-from mmdit_probe.options import described
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(Path(__file__).parent))
+from commands import command_page  # noqa: E402, beside this script
 from families import family_page, index_page, tried  # noqa: E402, beside this script
 
 PICTURES = ROOT / "figures" / "out" / "scenes-sd3"
-SHOWN = {
-    "attention-budget": "fig02_attention_budget",
-    "value-norms": "fig04_value_norms",
-    "pca": "fig03_pca_scores",
-    "perturb": "fig18_blur_scores",
-    "generate": "fig06_guidance",
-    "evaluate": "table12_league",
-}
-"""Command -> the committed figure that shows its result."""
-
-
-def options_table(options: Any) -> Iterator[str]:
-    """Rows of the table of options of a dataclass, as `--help` prints them."""
-    yield "| option | default | what it does |"
-    yield "|-|-|-|"
-    for field in described(options):
-        default = options.__dataclass_fields__[field.name].default
-        shown = field.option.shown_default
-        text = shown if shown is not None else "" if default in (None, ()) else default
-        if isinstance(text, dataclasses._MISSING_TYPE):
-            text = "required"
-        said = str(field.option.help).replace("|", "\\|")
-        yield f"| `{field.flag}` | {str(text).replace('|', chr(92) + '|')} | {said} |"
-
-
-def session_flags() -> dict[str, str]:
-    """Option of every command on a model -> its flag."""
-    hints = get_type_hints(Session, include_extras=True)
-    flags = {}
-    for field in dataclasses.fields(Session):
-        (said,) = hints[field.name].__metadata__
-        # Typer takes the first flag of an annotation for its default, until the command is made.
-        stated = [flag for flag in (said.default, *(said.param_decls or ())) if str(flag).startswith("--")]
-        flags[field.name] = stated[0] if stated else f"--{field.name.replace('_', '-')}"
-    return flags
-
-
-def command_page(name: str, kind: Any) -> str:
-    """The page of one command."""
-    lines = [f"# {name}", "", inspect.getdoc(kind) or "", ""]
-    lines += ["```sh", *(getattr(kind, "examples", ()) or (f"mmdit-probe {name}",)), "```", ""]
-    lines += ["The same from Python:", "", "```python"]
-    lines += [f"from mmdit_probe.experiments import {kind.__name__}", ""]
-    lines += [
-        f'result = {kind.__name__}().run("scenes-sd3")',
-        "result.summary, result.claims, result.figure()",
-        "```",
-        "",
-    ]
-    if name in SHOWN:
-        lines += [f"![result of {name} on the embedded model](../pictures/{SHOWN[name]}.png)", ""]
-    lines += ["## Options", "", *options_table(kind), ""]
-    own = {field.name for field in described(kind)} | set(getattr(kind, "without", ()))
-    *flags, last = (f"`{flag}`" for name, flag in session_flags().items() if name not in own)
-    lines += [f"Every command on a model also takes {', '.join(flags)} and {last}."]
-    return "\n".join(lines) + "\n"
 
 
 def followed(page: str, tables: list[Path]) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from mmdit_probe import experiments
 from mmdit_probe.cli.app import main
 from mmdit_probe.models.families.registry import FAMILIES
+from tests import editing_pipelines
 from tests.scripts import script
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "docs/index.md", "docs/guide/own-analysis.md"]
 HUB = "stabilityai/"
 
 
@@ -23,14 +28,79 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.S)
 
 
+TEXTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for folder, depth in {"": "*.md", "docs": "**/*.md", "figures": "*.md", "benchmarks": "*.md"}.items()
+    for path in (ROOT / folder).glob(depth)
+)
+PAGES = [page for page in TEXTS if blocks(page, "python")]
+"""Every page with Python; pages that are made when the site is built are tested below."""
+
+
+def own_tensors(patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the page on segmentation takes for granted: attention of 4 x 6 tokens to 6 text tokens, and labels."""
+    shares = torch.rand(2, 24, 30, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    return {
+        "h": 4,
+        "w": 6,
+        "i2t": shares[..., 24:],
+        "i2i": shares[..., :24],
+        "truth": torch.arange(24).reshape(4, 6) % 2,
+    }
+
+
+def editing(patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the page on editing takes for granted: a pipeline and a picture, here of 24 x 32 tokens."""
+    from diffusers.pipelines.flux import pipeline_flux_kontext
+
+    patch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(128, 96)])
+    pipe = editing_pipelines.build("kontext")
+    pipe.default_sample_size = 128 // pipe.vae_scale_factor
+    return {"pipe": pipe, "picture": editing_pipelines.picture(96, 128)}
+
+
+GIVEN = {"docs/guide/segmentation.md": own_tensors, "docs/guide/editing.md": editing}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_run_in_their_order(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    found = blocks(page, "python")
-    assert found
-    for block in found:
+    names = GIVEN[page](monkeypatch) if page in GIVEN else {}
+    for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), names)
+
+
+def test_no_python_is_spelled_so_that_no_test_runs_it() -> None:
+    assert set(GIVEN) <= set(PAGES)
+    for page in TEXTS:
+        kinds = re.findall(r"^ *```(\S*)", (ROOT / page).read_text(encoding="utf-8"), flags=re.M)
+        assert set(kinds) <= {"", "python", "sh"}, page
+        assert kinds.count("python") == len(blocks(page, "python")), page
+
+
+@pytest.mark.parametrize("name", experiments.OF_COMMAND)
+def test_python_of_a_commands_page_is_a_call_that_can_be_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options are checked and the result has what is shown; whole analyses run in the tests of their commands."""
+    kind = getattr(experiments, experiments.OF_COMMAND[name])
+    module = sys.modules[kind.__module__]
+    result = getattr(module, str(inspect.signature(kind.run).return_annotation), experiments.Result)
+    known = {*dir(result), *result.__init__.__code__.co_names}
+    stub = SimpleNamespace(**dict.fromkeys(known - set(dir(object)), lambda: None))
+    asked: list[Any] = []
+    monkeypatch.setattr(kind, "run", lambda self, target: asked.append((self, target)) or stub)
+    page = script("docs/commands.py").command_page(name, kind)
+    code = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    assert len(code) == 1
+    exec(compile(code[0], name, "exec"), {})
+    assert [(type(one), target) for one, target in asked] == [(kind, "scenes-sd3")]
+
+
+def test_python_of_a_familys_page_runs(pipe: Any) -> None:
+    families = script("docs/families.py")
+    bare = [family for family in FAMILIES.values() if not family.pipelines]
+    code = {"\n".join(families.recipe(family)) for family in bare}
+    assert len(code) == 1
+    exec(compile(re.findall(r"```python\n(.*?)```", code.pop(), flags=re.S)[0], "families", "exec"), {"pipe": pipe})
 
 
 def test_every_family_has_a_page_of_what_was_tried() -> None:

@@ -11,7 +11,7 @@ where a method changes them; no module is patched.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -170,21 +170,94 @@ class CLIP:
 
 
 @dataclass(frozen=True)
+class PatchVectors:
+    """Patch vectors of any CLIP, made beforehand, in the place of the CLIP: what it would gather and project.
+
+    Attributes:
+        vectors: [h, w, P] in the space of the text; any length.
+    """
+
+    vectors: Tensor
+
+    patch = 1
+
+    @property
+    def width(self) -> int:
+        return int(self.vectors.shape[-1])
+
+    @property
+    def pixels(self) -> Tensor:
+        """A picture [3, h, w] of one pixel per patch, of which nothing is read."""
+        return torch.zeros(3, *self.vectors.shape[:2])
+
+    def hidden(self, pixels: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
+        """The vectors [h w, P] as every state, and their grid."""
+        return [self.vectors.flatten(0, 1)] * 2, (self.vectors.shape[0], self.vectors.shape[1])
+
+    def values(self, state: Tensor, grid: tuple[int, int], out: tuple[int, int]) -> Tensor:
+        return resized(state.T.reshape(-1, *grid), out).flatten(1).T
+
+    def head(self, mixed: Tensor) -> Tensor:
+        return mixed
+
+    def project(self, features: Tensor) -> Tensor:
+        return F.normalize(features, dim=-1)
+
+
+@dataclass(frozen=True)
 class ClipInput:
     """A CLIP with one's own inputs, in place of what would be made of the picture and of the class names.
 
     Attributes:
-        clip: embedded name, folder or hub id; or a loaded one.
+        clip: embedded name, folder or hub id; or a loaded one. Not used where there are `features`.
         text: [Q, P] unit vectors of the names, in order. pixels: [3, H, W] CLIP's input.
+        features: [h, w, P] patch vectors in the space of the text, on any grid over the whole picture; no CLIP is run.
+            They are gathered as they are: a CLIP's last norm, which lies between gathering and projection, is theirs.
+
+    Raises:
+        UserError: features without text, with pixels, or of another shape.
     """
 
     clip: str | CLIP = "scenes-clip"
     text: Tensor | None = None
     pixels: Tensor | None = None
+    features: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.features is None:
+            return
+        if self.text is None or self.pixels is not None:
+            raise UserError("CLIP features stand for the picture: give text vectors beside them, and no pixels")
+        if self.features.ndim != 3 or not self.features.isfinite().all():
+            raise UserError(f"CLIP features of shape {tuple(self.features.shape)}: expected finite [h, w, P]")
 
     @property
-    def model(self) -> CLIP:
+    def model(self) -> CLIP | PatchVectors:
+        if self.features is not None:
+            return PatchVectors(self.features.float())
         return self.clip if isinstance(self.clip, CLIP) else CLIP.open(self.clip)
+
+    def vectors(self, names: Sequence[str]) -> Tensor:
+        """Unit vectors [Q, P] of the names: one's own, or those of the CLIP.
+
+        Raises:
+            UserError: one's own have another shape.
+        """
+        model = self.model
+        if self.text is None and isinstance(model, CLIP):
+            return model.text(names)
+        if self.text is None or self.text.shape != (len(names), model.width):
+            found = None if self.text is None else tuple(self.text.shape)
+            raise UserError(f"text of shape {found}: expected [{len(names)}, {model.width}]")
+        return self.text.float()
+
+    def input(self, picture: Callable[[], Any], size: tuple[int, int]) -> Tensor:
+        """CLIP's input [3, H, W]: one's own pixels, or a picture squashed to a size."""
+        model = self.model
+        if isinstance(model, PatchVectors):
+            return model.pixels
+        found = model.pixels([picture()], size) if self.pixels is None else self.pixels
+        return found if found.ndim == 3 else found[0]
 
 
 @torch.no_grad()

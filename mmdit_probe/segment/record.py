@@ -29,6 +29,8 @@ from mmdit_probe.specs import Spec
 
 OWN_PARTS = ("i2t", "i2t_logit", "i2i", "features", "concepts")
 """What `Capture.of` takes of one's own tensors."""
+_GIVEN_AS = {"i2i_walk": "i2i", "i2i_attn2": "i2i", "feat_out": "features", "feat_proj": "features"}
+"""Part of a record -> what it is made of, where that has another name."""
 PAPER_SIGMA = 0.515
 """The paper's noise level: the 8th of 28 steps from the clean end of SD3's schedule."""
 
@@ -74,6 +76,7 @@ class JointRecord:
         i2i_attn2: [I, I] head mean of the second, image-only attention (SD3.5), rows sum to 1.
         feat_out, feat_proj: [I, E] attention output before and after the output projection.
         concepts: [K, E] attention output of the concept stream, one row per name of the pass.
+        own: it holds one's own tensors (`Capture.of`), not those of a captured forward.
     """
 
     layer: int
@@ -85,6 +88,7 @@ class JointRecord:
     concepts: Tensor | None = None
     i2i_attn2: Tensor | None = None
     i2t_logit: Tensor | None = None
+    own: bool = False
 
     PARTS = ("i2t", "i2i", "i2i_walk", "feat_out", "feat_proj", "concepts", "i2i_attn2", "i2t_logit")
 
@@ -92,9 +96,12 @@ class JointRecord:
         """A part that must be there.
 
         Raises:
-            RunError: it was not captured.
+            UserError: it is not among one's own tensors. RunError: it was not captured.
         """
         value: Tensor | None = getattr(self, name)
+        if value is None and self.own:
+            given = _GIVEN_AS.get(name, name)
+            raise UserError(f"this reads {given}, and the capture has none; pass {given}= to Capture.of")
         if value is None:
             raise RunError(f"layer {self.layer}: {name} was not captured; pass keep={name!r} to capture")
         return value
@@ -183,8 +190,12 @@ class Capture:
             for layer in layers
         }
         first = records[layers[0]]
-        text = first.i2t if first.i2t is not None else first.i2t_logit
-        prompt = _prompt(spans or {}, kinds, None if text is None else text.shape[-1])
+        if first.concepts is not None and len(first.concepts) != len(spans or {}):
+            raise UserError(f"{len(first.concepts)} concepts for {len(spans or {})} names in spans; expected as many")
+        texts = {one.shape[-1] for name in ("i2t", "i2t_logit") for one in by_part.get(name, {}).values()}
+        if len(texts) > 1:
+            raise UserError(f"i2t and i2t_logit of {sorted(texts)} text positions; expected as many in every layer")
+        prompt = _prompt(spans or {}, kinds, texts.pop() if texts else None)
         picture = None if image is None else np.asarray(image)
         if picture is not None and (picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8):
             raise UserError(f"image {picture.dtype} {picture.shape}: expected uint8 [height, width, 3]")
@@ -306,7 +317,7 @@ def _by_layer(value: Any) -> Mapping[int, Any]:
 
 def _record(layer: int, parts: dict[str, Tensor], grid: tuple[int, int]) -> JointRecord:
     """One's own parts of a layer as a record, shapes checked."""
-    found, tokens = JointRecord(layer), grid[0] * grid[1]
+    found, tokens = JointRecord(layer, own=True), grid[0] * grid[1]
     for name, value in parts.items():
         shape = tuple(value.shape)
         if name == "concepts":
@@ -330,6 +341,9 @@ def _record(layer: int, parts: dict[str, Tensor], grid: tuple[int, int]) -> Join
             found.concepts = value
         else:
             setattr(found, name, value.reshape(-1, tokens, shape[-1]))
+    image, concepts = found.feat_out, found.concepts
+    if image is not None and concepts is not None and image.shape[1] != concepts.shape[1]:
+        raise UserError(f"features have {image.shape[1]} channels, concepts {concepts.shape[1]}; expected as many")
     return found
 
 

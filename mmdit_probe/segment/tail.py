@@ -22,6 +22,9 @@ from torch.nn import functional as F
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.segment.settings import Background
 
+ROUNDING = 1e-6
+"""Share of a map's largest value below which differences are those of float32 sums, not of the map."""
+
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Maps [C, h, w] at another size, bilinear; as they are where they have it."""
@@ -30,10 +33,16 @@ def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
 
 
+def above_least(maps: Tensor) -> Tensor:
+    """Each map [..., h, w] less its least value; 0 everywhere where its values differ by rounding alone."""
+    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
+    return (maps - low) * (high - low > ROUNDING * maps.abs().amax((-2, -1), keepdim=True))
+
+
 def minmax(maps: Tensor) -> Tensor:
     """Scale each map [..., h, w] to 0..1 over space; a constant map becomes 0."""
-    low, high = maps.amin((-2, -1), keepdim=True), maps.amax((-2, -1), keepdim=True)
-    return (maps - low) / (high - low).clamp(min=1e-12)
+    found = above_least(maps)
+    return found / found.amax((-2, -1), keepdim=True).clamp(min=1e-30)
 
 
 def centre(maps: Tensor) -> Tensor:

@@ -185,9 +185,9 @@ class Numpy:
         mixed = self.linear(f"{base}.self_attn.out_proj", matrix @ value)
         return self.norm("vision_model.post_layernorm", mixed)
 
-    def named(self, features: np.ndarray, text: np.ndarray) -> np.ndarray:
+    def named(self, features: np.ndarray, text: np.ndarray, temperature: float = 40) -> np.ndarray:
         vectors = self.linear("visual_projection", features)
-        logits = np.exp(40 * (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)) @ text.T)
+        logits = np.exp(temperature * (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)) @ text.T)
         return (logits / logits.sum(1, keepdims=True)).T
 
 
@@ -235,6 +235,38 @@ def test_proxyclip_rows_that_resemble_none_keep_themselves() -> None:
     assert found.tolist() == [[1.0, 0.0], [0.0, 1.0]] and grid == (1, 2)
 
 
+def corrclip_of(tower: Numpy, start: np.ndarray, unit: np.ndarray, ids: np.ndarray, earlier: slice) -> np.ndarray:
+    """CorrCLIP written out in float64: features [M, E] before the projection.
+
+    Args:
+        unit: unit features [M, E]. ids: regions [M], 0 for none. earlier: states of the spatial branch.
+    """
+    count, cosine = len(unit), unit @ unit.T
+    known = [i for i in np.unique(ids) if i > 0]
+    means = np.stack([unit[ids == i].mean(0) for i in known])
+    means = means / np.linalg.norm(means, axis=1, keepdims=True)
+    near = (means @ means.T).max() - means @ means.T <= 0.2
+    for _ in known:  # regions that are linked are one
+        near = near @ near
+    merged = np.zeros(count, int)
+    for place, i in enumerate(known):
+        merged[ids == i] = 1 + int(near[place].argmax())
+    none = merged == 0
+    allowed = (merged[:, None] == merged) & ~none
+    allowed |= (none[:, None] | none) & (cosine > cosine.mean())
+    weights = np.exp(4 * cosine) * allowed
+    matrix = weights / weights.sum(1, keepdims=True)
+    states = tower.states(start)
+    mixed = tower.branch(matrix, states[-2]) + tower.branch(matrix, np.mean(states[earlier], axis=0))
+    for region in np.unique(merged):  # one class token per merged region
+        sees = np.concatenate([[False, True], merged == region])
+        mask = np.ones((count + 2, count + 2), bool)
+        mask[:, 0], mask[0] = False, sees
+        token = tower.states(np.concatenate([start[:1], start]), mask)[-1][0]
+        mixed[merged == region] += 0.5 * tower.norm("vision_model.post_layernorm", token)
+    return mixed
+
+
 @pytest.mark.parametrize(("grid", "seed"), [((2, 5), 0), ((4, 3), 1)])
 @pytest.mark.parametrize("regions", ["all", "some"])
 def test_corrclip_is_its_formula(deep: str, grid: tuple[int, int], seed: int, regions: str) -> None:
@@ -242,39 +274,72 @@ def test_corrclip_is_its_formula(deep: str, grid: tuple[int, int], seed: int, re
     given, clip, tower = own(deep, grid, seed), CLIP.open(deep), Numpy(deep)
     count = grid[0] * grid[1]
     rng = np.random.default_rng(seed + 5)
-    ids = rng.permutation(np.arange(count) % 5 if regions == "some" else 1 + np.arange(count) % 4).reshape(grid)
-    kinds = rng.normal(0, 1, (4, 6))[np.array([0, 1, 2, 3, 3])[ids.ravel()]]  # regions 3 and 4 are alike
+    ids = rng.permutation(np.arange(count) % 5 if regions == "some" else 1 + np.arange(count) % 4)
+    kinds = rng.normal(0, 1, (4, 6))[np.array([0, 1, 2, 3, 3])[ids]]  # regions 3 and 4 are alike
     given["features"] = kinds + 0.3 * rng.normal(0, 1, (count, 6))
     start = clip.hidden(given["pixels"])[0][0].double().numpy()  # type: ignore[arg-type]
     unit = given["features"] / np.linalg.norm(given["features"], axis=1, keepdims=True)  # type: ignore[operator]
-    flat, cosine = ids.ravel(), unit @ unit.T
-    known = [i for i in np.unique(flat) if i > 0]
-    means = np.stack([unit[flat == i].mean(0) for i in known])
-    means = means / np.linalg.norm(means, axis=1, keepdims=True)
-    near = (means @ means.T).max() - means @ means.T <= 0.2
-    for _ in known:  # regions that are linked are one
-        near = near @ near
-    merged = np.zeros(count, int)
-    for place, i in enumerate(known):
-        merged[flat == i] = 1 + int(near[place].argmax())
-    none = merged == 0
-    allowed = (merged[:, None] == merged) & ~none
-    allowed |= (none[:, None] | none) & (cosine > cosine.mean())
-    weights = np.exp(4 * cosine) * allowed
-    matrix = weights / weights.sum(1, keepdims=True)
-    states = tower.states(start)
-    mixed = tower.branch(matrix, states[-2]) + tower.branch(matrix, np.mean(states[3:6], axis=0))
-    for region in np.unique(merged):  # one class token per merged region
-        sees = np.concatenate([[False, True], merged == region])
-        mask = np.ones((count + 2, count + 2), bool)
-        mask[:, 0], mask[0] = False, sees
-        token = tower.states(np.concatenate([start[:1], start]), mask)[-1][0]
-        mixed[merged == region] += 0.5 * tower.norm("vision_model.post_layernorm", token)
-    want = tower.named(mixed, given["text"].numpy())  # type: ignore[attr-defined]
+    want = tower.named(corrclip_of(tower, start, unit, ids, slice(3, 6)), given["text"].numpy())  # type: ignore[attr-defined]
     method = find("corrclip").configure({"clip": ClipInput(clip, given["text"], given["pixels"])})
-    found = method(captured(grid, given["features"], regions=ids)).flatten(1).numpy()
+    found = method(captured(grid, given["features"], regions=ids.reshape(grid))).flatten(1).numpy()
     assert np.abs(found - want).max() < 1e-4
-    assert len(np.unique(merged)) < len(np.unique(flat))
+
+
+@pytest.mark.parametrize(
+    ("depth", "earlier"),
+    [(12, (6, 11)), (24, (11, 23)), (32, (3, 31)), (4, (2, 3)), (5, (3, 4)), (16, (3, 15))],
+)
+def test_corrclip_adds_as_many_blocks_as_published(tmp_path: Path, depth: int, earlier: tuple[int, int]) -> None:
+    """Outputs of blocks L - 2 - n to L - 3, n = 5, 12, 28 of 12, 24, 32 blocks; of others all but 4, at least one."""
+    path = checkpoint(tmp_path / "clip", depth)
+    given, clip, tower = own(path, (1, 3), depth), CLIP.open(path), Numpy(path)
+    start = clip.hidden(given["pixels"])[0][0].double().numpy()  # type: ignore[arg-type]
+    unit = given["features"] / np.linalg.norm(given["features"], axis=1, keepdims=True)  # type: ignore[operator]
+    ids, text = np.array([1, 2, 2]), given["text"].numpy()  # type: ignore[attr-defined]
+    method = find("corrclip").configure(
+        {"clip": ClipInput(clip, given["text"], given["pixels"]), "temperature": 1.0}  # type: ignore[arg-type]
+    )
+    found = method(captured((1, 3), given["features"], regions=ids[None])).flatten(1).numpy()
+
+    def off(first: int, last: int) -> float:
+        want = tower.named(corrclip_of(tower, start, unit, ids, slice(first, last)), text, 1.0)
+        return float(np.abs(found - want).max())
+
+    first, last = earlier
+    assert off(first, last) < 1e-5
+    for others in ((first + 1, last), (first - 1, last), (first, last + 1)):
+        assert others[0] >= others[1] or off(*others) > 1e-4
+
+
+def test_patch_vectors_take_the_place_of_a_clip() -> None:
+    """Of any CLIP, on any grid, with texts of any width; what only a CLIP has is asked for by name."""
+    rng = np.random.default_rng(0)
+    vectors, text = rng.normal(0, 1, (2, 3, 7)), rng.normal(0, 1, (3, 7))
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    given = ClipInput(text=torch.from_numpy(text).float(), features=torch.from_numpy(vectors))
+    one = captured((4, 6), np.eye(24), regions=np.ones((4, 6), int))
+    plain = find("proxyclip").configure({"clip": given, "source": "identity", "temperature": 1.0})
+    unit = vectors.reshape(6, 7) / np.linalg.norm(vectors.reshape(6, 7), axis=1, keepdims=True)
+    shares = np.exp(unit @ text.T)
+    shares = (shares / shares.sum(1, keepdims=True)).T.reshape(1, 3, 2, 3)
+    want = torch.nn.functional.interpolate(torch.from_numpy(shares), (4, 6), mode="bilinear")[0]
+    assert (plain(one).double() - want).abs().max() < 1e-5
+    corrclip = find("corrclip").configure({"clip": given})
+    assert corrclip.configure({"weights": (0, 0)})(one).shape == (3, 4, 6)
+    for method, told in (
+        (corrclip, "set corrclip.weights to 0,0"),
+        (plain.configure({"side": (16, 16, 8)}), "windows slide over pixels"),
+        (plain.configure({"clip": ClipInput(text=torch.ones(2, 7), features=given.features)}), r"expected \[3, 7\]"),
+    ):
+        with pytest.raises(UserError, match=told):
+            method(one)
+    for wrong, told in (
+        ({"features": given.features}, "give text vectors beside them"),
+        ({"features": torch.ones(6, 7), "text": given.text}, r"of shape \(6, 7\): expected finite \[h, w, P\]"),
+        ({"features": given.features, "text": given.text, "pixels": torch.ones(3, 8, 8)}, "and no pixels"),
+    ):
+        with pytest.raises(UserError, match=told):
+            ClipInput(**wrong)  # type: ignore[arg-type]
 
 
 def test_regions_reach_the_grid_as_the_picture_does() -> None:

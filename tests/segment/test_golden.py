@@ -1,389 +1,384 @@
-"""Every method against answers derived by hand, or by a few lines of float64 numpy from the paper's formula.
+"""Every method of the registry against answers that were derived by hand; the words say which step gives which number.
 
-Grids are not square, classes are fewer than tokens and have several text tokens, some own no pixel. The CLIP-based
-methods are in test_clip.
+At least two cases each. Grids are not square and never have as many tokens as there are classes; of the cases of a
+method at least one has a class (or a proposal) that wins no token and one has a tie for the first place, which a test
+reads off the answers; where a method reads words, a class has two. Random tensors and options are in test_formulas.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.data import SegClass
 from mmdit_probe.segment import METHODS, Capture
+from mmdit_probe.segment.clip import ClipInput
 
-SPANS = {"wet grass": [1, 2], "cat": [4], "blue old house": [5, 6, 7]}
-LAYERS = (2, 5)
+SPANS = {"wet grass": [1, 2], "cat": [3], "sky": [4]}
+READ_WORDS = ("seg4diff", "diffsegmenter", "diffsegmenter-per-class", "iseg", "tokenrank")
+E4 = np.array([[4, 2, 1, 1, 1, 1], [1, 2, 4, 1, 1, 1], [2, 2, 2, 1, 2, 1], [3, 2, 2, 1, 1, 1]]) / 10
+"""Four distributions over 2 x 3 tokens. Tokens 1, 3 and 5 are ties of all; the last distribution wins no token.
 
-
-def joint(seed: int, h: int, w: int, text: int = 9, heads: int = 3) -> dict[int, dict[str, np.ndarray]]:
-    """Random joint attention of two layers: logits [H, I, I + T] and its softmax, cut into blocks; features [I, 7]."""
-    rng = np.random.default_rng(seed)
-    found = {}
-    for layer in LAYERS:
-        logits = rng.normal(0, 1.5, (heads, h * w, h * w + text))
-        shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-        found[layer] = {
-            "logits": logits[..., h * w :], "i2t": shares[..., h * w :], "i2i": shares[..., : h * w],
-            "features": rng.normal(0, 1, (h * w, 7)), "concepts": rng.normal(0, 1, (len(SPANS), 7)),
-        }  # fmt: skip
-    return found
+Half the sum of (p - q) ln(p / q): first to last .049, third to last .055, every other pair .13 or more.
+"""
 
 
-def capture_of(parts: dict[int, dict[str, np.ndarray]], grid: tuple[int, int], **how) -> Capture:
-    return Capture.of(
-        grid,
-        i2t={layer: one["i2t"] for layer, one in parts.items()},
-        i2t_logit={layer: one["logits"] for layer, one in parts.items()},
-        i2i={layer: one["i2i"] for layer, one in parts.items()},
-        features={layer: one["features"] for layer, one in parts.items()},
-        concepts={layer: one["concepts"] for layer, one in parts.items()},
-        **{"spans": SPANS, **how},
+class Golden(NamedTuple):
+    """A case: scores [C, I] that a method must give of a capture."""
+
+    capture: Capture
+    want: Sequence[Sequence[float]]
+    options: Mapping[str, Any] = MappingProxyType({})
+    within: float = 1e-5
+
+
+def world(**how: Any) -> Capture:
+    """2 x 3 tokens; text: BOS, wet, grass, cat, sky. Tokens 0 and 1, and 3 and 4, attend to each other; 2 and 5 alone.
+
+    Over two layers and two heads the map of "wet grass" is .2 .1 .05 .05 .15 .05, of "cat" .1 .1 .2 .2 .1 .1, of "sky"
+    .04 everywhere; rows of I2I have other sums, as the text's mass is missing.
+    """
+    columns = np.array([[0.3] * 6, [0.3, 0.05, 0.05, 0.05, 0.1, 0.05], [0.1, 0.15, 0.05, 0.05, 0.2, 0.05],
+                        [0.1, 0.1, 0.2, 0.2, 0.1, 0.1], [0.04] * 6]).T  # fmt: skip
+    away = np.random.default_rng(0).uniform(0, 0.01, (2, *columns.shape))  # layers and heads differ, not their mean
+    i2t = {2: np.stack([columns + away[0], columns - away[0]]), 5: np.stack([columns - away[1], columns + away[1]])}
+    walk = np.zeros((6, 6))
+    for pair in ([0, 1], [3, 4], [2], [5]):
+        walk[np.ix_(pair, pair)] = 1 / len(pair)
+    walk = np.array([0.5, 0.4, 0.6, 0.3, 0.5, 0.55])[:, None] * walk
+    return Capture.of((2, 3), i2t=i2t, i2i={2: walk, 5: 0.8 * walk}, **{"spans": SPANS, **how})
+
+
+SPREAD = [[1, 1, 0, 0.5, 0.5, 0], [0, 0, 1, 0.5, 0.5, 0], [0] * 6]
+"""The world's maps after the walk, scaled: pairs take their mean, .15 .15 .05 .1 .1 .05 and .1 .1 .2 .15 .15 .1; a map
+that is the same everywhere is nowhere."""
+
+
+def line(i2i: Any, *maps: Sequence[float]) -> Capture:
+    """3 x 1 tokens and one word per map, behind a BOS."""
+    i2t = np.array([[0.5] * 3, *maps]).T
+    return Capture.of((3, 1), i2t=i2t, i2i=i2i, spans={f"class {k}": [k + 1] for k in range(len(maps))})
+
+
+def prompts(*captures: Capture) -> Capture:
+    """Captures of one name each as the prompts of one, of these classes."""
+    passes = []
+    for index, one in enumerate(captures):
+        query = replace(one.passes[0].prompt.queries[0], of_class=index)
+        passes.append(replace(one.passes[0], prompt=replace(one.passes[0].prompt, queries=(query,))))
+    return replace(captures[0], classes=[SegClass((str(k),)) for k in range(len(captures))], passes=passes)
+
+
+# Class maps
+
+
+def seg4diff_joint() -> Golden:
+    """Means over layers, heads and words; the second token is a tie of .1, sky wins nowhere."""
+    return Golden(world(), [[0.2, 0.1, 0.05, 0.05, 0.15, 0.05], [0.1, 0.1, 0.2, 0.2, 0.1, 0.1], [0.04] * 6])
+
+
+def seg4diff_prompts() -> Golden:
+    """Of two prompts odds are read: .1 of text mass .5 is .2, .3 of .25 is .4; the first prompt alone reads .1."""
+    first = Capture.of((3, 1), i2t=[[0.4, 0.1], [0.4, 0.1], [0.0, 0.3]], spans={"a": [1]})
+    second = Capture.of((3, 1), i2t=[[0.4, 0.1], [0.3, 0.2], [0.5, 0.3]], spans={"b": [1]})
+    return Golden(prompts(first, second), [[0.2, 0.2, 3 / 7], [0.2, 0.4, 1.5]])
+
+
+def spread() -> Golden:
+    return Golden(world(), SPREAD)
+
+
+def turned() -> Golden:
+    """Token 0 looks at 1, 1 at 2, 2 at 0: after two steps each has the value of the one before it."""
+    return Golden(line(np.roll(np.eye(3), 1, 1), [0.3, 0.2, 0.1], [0.1, 0.2, 0.2]), [[0, 1, 0.5], [1, 0, 1]],
+                  {"order": 2})  # fmt: skip
+
+
+def each_prompt_has_its_walk() -> Golden:
+    """The first prompt's tokens stay where they are, the second's move on by one."""
+    still, moved = line(np.eye(3), [0.3, 0.2, 0.1]), line(np.roll(np.eye(3), 1, 1), [0.3, 0.2, 0.1])
+    return Golden(prompts(still, moved), [[1, 0.5, 0], [0.5, 0, 1]], {"softmax": "joint"})
+
+
+def iseg_spread() -> Golden:
+    """Both words of "wet grass" have the same sum, so the mean of their shares is that of their maps."""
+    return Golden(world(), SPREAD, {"cluster": False, "rounds": 3}, 1e-4)
+
+
+def iseg_cuts_weak_links() -> Golden:
+    """Links of .25 of their column's largest become .25 + 2 log10(.25 e) < 0 and are cut: the map stays."""
+    i2i = [[0.4, 0.1, 0.0], [0.1, 0.4, 0.0], [0.0, 0.0, 0.9]]
+    return Golden(line(i2i, [0.3, 0.2, 0.1], [0.1, 0.2, 0.3]), [[1, 0.5, 0], [0, 0.5, 1]],
+                  {"ent": 2.0, "rounds": 1, "cluster": False})  # fmt: skip
+
+
+def iseg_keeps_weak_links() -> Golden:
+    """Without the entropy term the rows are .8 .2 and .2 .8: .2 .1 0 becomes .18 .12 0, and 0 .1 .2 becomes .02 .08
+    .2."""
+    i2i = [[0.4, 0.1, 0.0], [0.1, 0.4, 0.0], [0.0, 0.0, 0.9]]
+    return Golden(line(i2i, [0.3, 0.2, 0.1], [0.1, 0.2, 0.3]), [[1, 2 / 3, 0], [0, 1 / 3, 1]],
+                  {"ent": 0.0, "rounds": 1, "cluster": False})  # fmt: skip
+
+
+def iseg_clusters() -> Golden:
+    """12 x 13 pixels of two kinds; seeds are every second one. The others have noise and go to their kind's seed, the
+    seeds to the first of theirs: two clusters, each of one value."""
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, 2, (12, 13))
+    noise = rng.uniform(0.9, 1.1, (12, 13, 3))
+    noise[::2, ::2] = 1.0
+    i2t = (np.array([[0.4, 0.3, 0.1], [0.4, 0.1, 0.3]])[kind] * noise).reshape(-1, 3)
+    one = Capture.of((12, 13), i2t=i2t, i2i=np.eye(len(i2t)), spans={"a": [1], "b": [2]})
+    return Golden(one, [(kind.ravel() == 0).tolist(), (kind.ravel() == 1).tolist()], {"rounds": 1}, 1e-3)
+
+
+def tokenrank_spread() -> Golden:
+    """The pairs' walk has columns that sum to 1 as well, so uniform steps add one number everywhere."""
+    return Golden(world(), SPREAD, {}, 1e-4)
+
+
+def tokenrank_columns() -> Golden:
+    """Columns .5 1 .5, .5 0 0 and 0 0 .5 divided by their sums: .4 .1 .2 becomes .2 .2 .3, then .25 .1 .35;
+    .2 everywhere .25 .1 .25, then .1625 .125 .3125."""
+    i2i = [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.5, 0.0, 0.5]]
+    return Golden(line(i2i, [0.4, 0.1, 0.2], [0.2, 0.2, 0.2]), [[0.6, 0, 1], [0.2, 0, 1]],
+                  {"bounces": 3, "teleport": 0.0}, 1e-4)  # fmt: skip
+
+
+# Concepts
+
+
+def concepts(family: str, vectors: Any, features: Any) -> Capture:
+    spans: dict[str, list[int]] = {name: [] for name in ("a", "b", "c")}
+    return Capture.of((1, 4), features=features, concepts=vectors, spans=spans, family=family)
+
+
+def concepts_sd3() -> Golden:
+    """Unit concepts, (1, 0), (0, 1) and (1, -1) by the root of 2; softmax of their products with four tokens."""
+    e, half = np.e, 2**-0.5
+    one = concepts("sd3", [[4.0, 0], [0, 1], [3, -3]], [[1.0, 0], [0, 1], [1, 1], [1, -1]])
+    powers = np.array([[e, 1, e, e], [1, e, e, 1 / e], [e**half, e**-half, 1, e ** (2 * half)]])
+    return Golden(one, (powers / powers.sum(0)).tolist())
+
+
+def concepts_flux() -> Golden:
+    """Products ln 4, ln 2, 0 as they are; softmax in each of two layers, then the mean."""
+    two, four = np.log(2), np.log(4)
+    one = concepts(
+        "flux", {0: [[four, 0], [0, two], [0, 0]], 1: [[0, 0], [0, 0], [0, 0]]},
+        {layer: [[1.0, 0], [0, 1], [0, 0], [1, 2]] for layer in (0, 1)},
+    )  # fmt: skip
+    want = np.array([[4 / 6, 1 / 4, 1 / 3, 4 / 9], [1 / 6, 2 / 4, 1 / 3, 4 / 9], [1 / 6, 1 / 4, 1 / 3, 1 / 9]])
+    return Golden(one, ((want + 1 / 3) / 2).tolist())
+
+
+def concepts_flux2() -> Golden:
+    """Products of two layers are averaged first, over 1000: ln 4 and 0 to ln 2."""
+    four = 1000 * np.log(4)
+    one = concepts(
+        "flux2", {0: [[four, 0], [0, four], [0, 0]], 1: [[0, 0], [0, 0], [0, 0]]},
+        {layer: [[1.0, 0], [0, 1], [1, 1], [2, 0]] for layer in (0, 1)},
+    )  # fmt: skip
+    return Golden(one, [[2 / 4, 1 / 4, 2 / 5, 4 / 6], [1 / 4, 2 / 4, 2 / 5, 1 / 6], [1 / 4, 1 / 4, 1 / 5, 1 / 6]])
+
+
+# CLIP
+
+
+ROOT = 2**0.5
+GATHERED = np.array([[2, 2, 1, 1], [2, 2, 2**ROOT, 2**ROOT], [0.5, 0.5, 1, 1]])
+"""Tokens 0 and 1 take the mean (.5, .5) of (1, 0) and (0, 1), tokens 2 and 3 that of (0, 2) and (0, 4): unit vectors at
+45 and 90 degrees. Their products with the texts are .707, .707, -.707 and 0, 1, 0; times ln 2 and the root of 2, and in
+the exponent, 2, 2, 1/2 and 1, 2^1.41, 1, as shares."""
+TWO = [[1.0, 0], [2, 0], [0, 1], [0, 3]]
+"""Features of two kinds: cosines 1 within the first and the last two tokens, 0 between them, mean .5."""
+
+
+def by_clip(features: Any, want: Any = GATHERED, regions: Any = None, **options: Any) -> Golden:
+    text = torch.tensor([[1.0, 0], [0, 1], [-1, 0]])
+    vectors = torch.tensor([[[1.0, 0], [0, 1], [0, 2], [0, 4]]])
+    spans: dict[str, list[int]] = {"cat": [], "wet grass": [], "sky": []}
+    one = Capture.of((1, 4), features=features, regions=regions, spans=spans)
+    given = {"clip": ClipInput(text=text, features=vectors), "temperature": float(np.log(2) * ROOT)}
+    return Golden(one, (want / want.sum(0)).tolist(), given | options)
+
+
+def proxyclip_features() -> Golden:
+    """3 (1 - 1.2 .5) = 1.2 within a kind, the diagonal too; 3 (0 - 1.2 .5) < 0 between them, which is cut."""
+    return by_clip(TWO)
+
+
+def proxyclip_attention() -> Golden:
+    """Rows of I2I brought to a sum of 1."""
+    walk = np.kron(np.eye(2), np.ones((2, 2))) * np.array([[0.2], [0.1], [0.3], [0.45]])
+    golden = by_clip(TWO, source="i2i")
+    return golden._replace(capture=Capture.of((1, 4), i2i=walk, spans={"cat": [], "wet grass": [], "sky": []}))
+
+
+def proxyclip_weighs_the_diagonal() -> Golden:
+    """Without centring, 2 ln 2 times the cosine: weights 4 on the diagonal, 2^1.41 at 45 degrees, 1 at 90."""
+    near = 2**ROOT
+    weights = np.array([[4, near, 1, 1], [near, 4, near, near], [1, near, 4, 4], [1, near, 4, 4]])
+    mixed = weights / weights.sum(1, keepdims=True) @ np.array([[1.0, 0], [0, 1], [0, 2], [0, 4]])
+    unit = mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
+    want = 2 ** (ROOT * np.array([[1.0, 0], [0, 1], [-1, 0]]) @ unit.T)
+    return by_clip([[1.0, 0], [1, 1], [0, 1], [0, 3]], want, beta=0.0, gamma=float(2 * np.log(2)))
+
+
+def corrclip_regions() -> Golden:
+    """Tokens of one region mix evenly, whose cosines are 1; those of another do not."""
+    return by_clip(TWO, regions=[[1, 1, 2, 2]], weights=(0, 0))
+
+
+def corrclip_merges() -> Golden:
+    """Regions 1 and 2 have one mean feature: they are one region."""
+    return by_clip(TWO, regions=[[1, 2, 3, 3]], weights=(0, 0))
+
+
+def corrclip_no_region() -> Golden:
+    """Token 1 has no region: it mixes with token 0, whose cosine 1 is above the mean .5, and with no other."""
+    return by_clip(TWO, regions=[[1, 0, 2, 2]], weights=(0, 0))
+
+
+def corrclip_splits() -> Golden:
+    """A cosine of .79 lies .21 below the largest, which is more than .2: three regions, the last of two tokens."""
+    want = 2 ** (ROOT * np.array([[1, 0, 0, 0], [0, 1, 1, 1], [-1, 0, 0, 0]]))
+    return by_clip([[1.0, 0], [0.79, 0.6131], [-1, 0], [-2, 0]], want, regions=[[1, 2, 3, 3]], weights=(0, 0))
+
+
+def corrclip_weighs_cosines() -> Golden:
+    """Within a region ln 2 times the cosines 1 and 0: 2/3 of oneself, 1/3 of the other."""
+    unit = np.array([[2, 1], [1, 2]]) / 5**0.5
+    want = 2 ** (ROOT * np.array([[1.0, 0], [0, 1], [-1, 0]]) @ np.array([*unit, [0, 1], [0, 1]]).T)
+    return by_clip([[1.0, 0], [0, 1], [-1, 0], [-1, 0]], want, regions=[[1, 1, 2, 2]], weights=(0, 0),
+                   tau=float(np.log(2)))  # fmt: skip
+
+
+# Segments
+
+
+def pads(**options: Any) -> Golden:
+    """Columns whose softmax over space is `E4`."""
+    return Golden(Capture.of((2, 3), i2t=0.1 * np.log(10 * E4).T), [], {"axis": "none", **options})
+
+
+def pads_apart() -> Golden:
+    """Logarithms of the distributions are their columns; a tenth of them flattens each to p^.1."""
+    powers = E4**0.1
+    return pads(tau=0.0)._replace(want=(powers / powers.sum(1, keepdims=True)).tolist())
+
+
+def pads_merged() -> Golden:
+    """First and last are near; so are third and last, which was taken and may be again. Two of the others are not."""
+    one = Capture.of((2, 3), i2t=np.log(10 * E4).T)
+    first, second, third, last = E4
+    return Golden(one, [((first + last) / 2).tolist(), second.tolist(), ((third + last) / 2).tolist()],
+                  {"axis": "none", "tau": 0.1})  # fmt: skip
+
+
+def pads_over_tokens() -> Golden:
+    """At each of 2 x 2 pixels the least token is 0, the largest 1; softmax over space of 1 0 1 0: e / (2 e + 2), ..."""
+    e = np.e
+    one = Capture.of((1, 4), i2t=[[0.2, 0.1, 0.1], [0.2, 0.3, 0.2], [0.4, 0.2, 0.2], [0.1, 0.2, 0.1]],
+                     kinds=["bos", "pad", "eos"])  # fmt: skip
+    high, low = e / (2 * e + 2), 1 / (2 * e + 2)
+    return Golden(one, [[high, low, high, low], [low, high, low, high], [0.25] * 4],
+                  {"axis": "token", "tau": 0.0, "kinds": "all"})  # fmt: skip
+
+
+def attention(tau: Any) -> Golden:
+    """Tokens 0 and 1 have the first of `E4`, 2 and 3 the second, 4 the third, 5 the last; the text has a third."""
+    rows = E4[[0, 0, 1, 1, 2, 3]]
+    return Golden(Capture.of((2, 3), i2i=rows * np.linspace(0.5, 0.8, 6)[:, None]), [], {"tau": tau})
+
+
+def diffseg_equal() -> Golden:
+    """Equal rows are one proposal, others are not; the last wins no token."""
+    return attention((0.01, 0.01))._replace(want=[list(p) for p in E4])
+
+
+def diffseg_rounds() -> Golden:
+    """The first round finds equal rows; the second merges .049 and .055 below .1: the first two rows and the last."""
+    first, second, third, last = E4
+    return attention((0.01, 0.1))._replace(
+        want=[((2 * first + last) / 3).tolist(), second.tolist(), ((third + last) / 2).tolist()]
     )
 
 
-def scores(name: str, capture: Capture, **options) -> np.ndarray:
-    return METHODS[name].configure(options)(capture).numpy().reshape(-1, capture.grid[0] * capture.grid[1])
-
-
-def close(found: np.ndarray, want: np.ndarray, within: float = 1e-5) -> None:
-    assert found.shape == want.shape and np.abs(found - want).max() <= within
-
-
-def over_layers(parts: dict[int, dict[str, np.ndarray]], read) -> np.ndarray:
-    return np.mean([read(one) for one in parts.values()], axis=0)
-
-
-def words(maps: np.ndarray) -> np.ndarray:
-    """[I, T] -> [C, I]."""
-    return np.stack([maps[:, span].mean(1) for span in SPANS.values()])
-
-
-def unit_range(rows: np.ndarray) -> np.ndarray:
-    low, high = rows.min(-1, keepdims=True), rows.max(-1, keepdims=True)
-    return (rows - low) / (high - low)
-
-
-@pytest.fixture(params=[(0, 2, 5), (1, 4, 3)], ids=["2x5", "4x3"])
-def world(request) -> tuple[dict[int, dict[str, np.ndarray]], Capture]:
-    seed, h, w = request.param
-    parts = joint(seed, h, w)
-    return parts, capture_of(parts, (h, w))
-
-
-# seg4diff
-
-
-def test_seg4diff_by_hand() -> None:
-    """1 x 3 tokens, text: bos, wet, grass, cat. The mean of "wet grass" is .2, .15, .1; ties go to the first class."""
-    i2t = [[0.3, 0.1, 0.3, 0.1], [0.3, 0.2, 0.1, 0.15], [0.3, 0.1, 0.1, 0.2]]
-    found = METHODS["seg4diff"](Capture.of((1, 3), i2t=i2t, spans={"wet grass": [1, 2], "cat": [3]}))
-    assert found.flatten(1).tolist() == [pytest.approx([0.2, 0.15, 0.1]), pytest.approx([0.1, 0.15, 0.2])]
-    assert found.argmax(0).tolist() == [[0, 0, 1]]
-    added = METHODS["seg4diff"].configure({"reduce": "sum"})
-    assert added(Capture.of((1, 3), i2t=i2t, spans={"wet grass": [1, 2], "cat": [3]})).argmax(0).tolist() == [[0, 0, 0]]
-
-
-def test_seg4diff_readings(world) -> None:
-    parts, one = world
-    close(scores("seg4diff", one), words(over_layers(parts, lambda p: p["i2t"].mean(0))))
-    close(scores("seg4diff", one, heads=[0, 2]), words(over_layers(parts, lambda p: p["i2t"][[0, 2]].mean(0))))
-    close(scores("seg4diff", one, heads={2: [1]}), words((parts[2]["i2t"][1] + parts[5]["i2t"].mean(0)) / 2))
-    close(scores("seg4diff", one, softmax="logit"), words(over_layers(parts, lambda p: p["logits"].mean(0))))
-    raw = words(over_layers(parts, lambda p: p["logits"].mean(0)))
-    close(scores("seg4diff", one, softmax="logit", minmax=True), unit_range(raw))
-    odds = over_layers(parts, lambda p: (p["i2t"] / p["i2i"].sum(-1, keepdims=True)).mean(0))
-    close(scores("seg4diff", one, softmax="image-odds"), words(odds), 1e-4)
-    text = over_layers(parts, lambda p: (p["i2t"] / p["i2t"].sum(-1, keepdims=True)).mean(0))
-    close(scores("seg4diff", one, softmax="text"), words(text))
-
-
-# diffsegmenter, tokenrank, iseg
-
-
-@pytest.mark.parametrize("name", ["diffsegmenter", "diffsegmenter-per-class"])
-@pytest.mark.parametrize("order", [1, 3])
-def test_diffsegmenter(world, name: str, order: int) -> None:
-    parts, one = world
-    walk = over_layers(parts, lambda p: p["i2i"].mean(0))
-    walk = walk / walk.sum(1, keepdims=True)
-    start = unit_range(words(over_layers(parts, lambda p: p["i2t"].mean(0))))
-    want = unit_range((np.linalg.matrix_power(walk, order) @ start.T).T)
-    close(scores(name, one, order=order), want, 1e-4)
-
-
-@pytest.mark.parametrize("bounces", [1, 2, 4])
-def test_tokenrank(world, bounces: int) -> None:
-    parts, one = world
-
-    start = words(over_layers(parts, lambda p: p["i2t"].mean(0)))
-
-    def want(rows: np.ndarray) -> np.ndarray:
-        chain = 0.99 * rows / rows.sum(1, keepdims=True) + 0.01 / len(rows)
-        return unit_range((np.linalg.matrix_power(chain / chain.sum(0), bounces - 1) @ start.T).T)
-
-    single = {layer: p | {"i2i": p["i2i"][0]} for layer, p in parts.items()}
-    rows = over_layers(single, lambda p: p["i2i"] / p["i2i"].sum(-1, keepdims=True))
-    close(scores("tokenrank", capture_of(single, one.grid), bounces=bounces), want(rows), 1e-4)
-
-    def weighted(p: dict[str, np.ndarray]) -> np.ndarray:
-        heads = p["i2i"] / p["i2i"].sum(-1, keepdims=True)
-        weights = [np.sort(np.abs(np.linalg.eigvals(head)))[-2] for head in heads]
-        return np.average(heads, axis=0, weights=weights)
-
-    # |lambda_2| comes from 40 rounds of iteration, which leaves percents where further eigenvalues are as large
-    close(scores("tokenrank", one, bounces=bounces), want(over_layers(parts, weighted)), 5e-3)
-
-
-def test_diffsegmenter_by_hand() -> None:
-    """Tokens 0 and 1 look at each other, token 2 at itself: the map 1, 0, 0 spreads to .5, .5, 0 and is scaled."""
-    i2i = 0.6 * np.array([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 1]])
-    one = Capture.of((1, 3), i2t=[[0.1, 0.3], [0.1, 0.1], [0.1, 0.1]], i2i=i2i, spans={"cat": [1]})
-    assert scores("diffsegmenter", one).tolist() == [pytest.approx([1.0, 1.0, 0.0])]
-    assert scores("tokenrank", one, bounces=2, teleport=0.0).tolist() == [pytest.approx([1.0, 1.0, 0.0])]
-
-
-def iseg_of(maps: np.ndarray, block: np.ndarray, grid: tuple[int, int], ent: float, rounds: int, cluster: bool):
-    """iSeg written out pixel by pixel: maps [I, T], block [I, I]."""
-    h, w = grid
-    profile = maps / maps.sum(0)
-    if cluster:
-        value = np.where(profile < 1e-6, 1e-6, profile)
-        logs = np.log(value + 1e-5)
-        step = max(1, int(min(h, w) // 32**0.5))
-        centres = [value[y * w + x] for y in range(0, h, step) for x in range(0, w, step)]
-        for _ in range(20):
-            far = [[0.5 * ((v + 1e-5 - c - 1e-5) * (log - np.log(c + 1e-5))).sum() for c in centres]
-                   for v, log in zip(value, logs, strict=True)]  # fmt: skip
-            members = np.argmin(far, axis=1)
-            centres = [value[members == k].mean(0) for k in np.unique(members)]
-            members = np.unique(members, return_inverse=True)[1]
-        profile = np.stack([centres[k] for k in members])
-    affinity = block / block.sum(1, keepdims=True)
-    affinity = affinity / affinity.max(0)
-    affinity = np.maximum(affinity + ent * np.log10(np.e * affinity), 0)
-    affinity = affinity / affinity.sum(1, keepdims=True)
-    out = []
-    for span in SPANS.values():
-        c = profile[:, span].mean(1)
-        for _ in range(rounds + 1):
-            c = (c - c.min()) / (c - c.min()).sum()
-            if _ < rounds:
-                c = affinity @ c
-        out.append(unit_range(c))
-    return np.stack(out)
-
-
-@pytest.mark.parametrize(("ent", "rounds"), [(0.015, 8), (0.2, 2)])
-def test_iseg(world, ent: float, rounds: int) -> None:
-    parts, one = world
-    maps = over_layers(parts, lambda p: p["i2t"].mean(0))
-    block = over_layers(parts, lambda p: p["i2i"].mean(0))
-    want = iseg_of(maps, block, one.grid, ent, rounds, cluster=False)
-    close(scores("iseg", one, ent=ent, rounds=rounds, cluster=False), want, 2e-3)
-
-
-def test_iseg_clusters_pixels_of_like_profiles() -> None:
-    grid = (12, 14)
-    parts = joint(3, *grid, heads=1)
-    kinds = np.random.default_rng(0).integers(0, 4, 12 * 14)
-    for one in parts.values():  # four kinds of pixels and little else, so that no assignment hangs on rounding
-        one["i2t"] = one["i2t"][:, :4][:, kinds] * np.random.default_rng(1).uniform(0.98, 1.02, one["i2t"].shape)
-    maps = over_layers(parts, lambda p: p["i2t"].mean(0))
-    block = over_layers(parts, lambda p: p["i2i"].mean(0))
-    found = scores("iseg", capture_of(parts, grid), rounds=1)
-    close(found, iseg_of(maps, block, grid, 0.015, 1, cluster=True), 2e-3)
-    assert np.abs(found - iseg_of(maps, block, grid, 0.015, 1, cluster=False)).max() > 0.01
-
-
-# conceptattention
-
-
-@pytest.mark.parametrize("family", ["sd3", "flux", "flux2", ""])
-def test_conceptattention_has_the_rule_of_the_family(world, family: str) -> None:
-    """SD3: unit concepts, softmax by layer; Flux: softmax by layer; Flux.2: softmax of the mean over 1000."""
-    parts, _ = world
-    one = capture_of(parts, world[1].grid, family=family)
-
-    def products(p: dict[str, np.ndarray]) -> np.ndarray:
-        length = np.linalg.norm(p["concepts"], axis=1, keepdims=True) if family == "sd3" else 1.0
-        return p["concepts"] / length @ p["features"].T
-
-    def softmax(x: np.ndarray) -> np.ndarray:
-        return np.exp(x) / np.exp(x).sum(0)
-
-    want = over_layers(parts, lambda p: softmax(products(p)))
-    if family == "flux2":
-        want = softmax(over_layers(parts, products) / 1000)
-    close(scores("conceptattention", one), want)
-
-
-def test_conceptattention_by_hand() -> None:
-    """A long concept wins everywhere under Flux's rule, not under SD3's; equal products are a tie at one half."""
-    concepts, image = [[4.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
-    given = {"features": np.array(image), "concepts": np.array(concepts), "spans": {"a": [], "b": []}}
-    sd3 = scores("conceptattention", Capture.of((3, 1), family="sd3", **given))
-    flux = scores("conceptattention", Capture.of((3, 1), family="flux", **given))
-    e = np.e
-    close(sd3, np.array([[e / (1 + e), 1 / (1 + e), 0.5], [1 / (1 + e), e / (1 + e), 0.5]]))
-    close(flux[0], np.array([e**4 / (e**4 + 1), 1 / (1 + e), e**4 / (e**4 + e)]))
-
-
-# unsupervised
-
-
-def distance(p: np.ndarray, q: np.ndarray) -> float:
-    return float(0.5 * ((p - q) * (np.log(p) - np.log(q))).sum())
-
-
-def merged(maps: list[np.ndarray], tau: float) -> list[np.ndarray]:
-    taken, proposals = set(), []
-    for i, one in enumerate(maps):
-        if i not in taken:
-            group = [j for j, other in enumerate(maps) if j == i or distance(one, other) < tau]
-            taken |= set(group)
-            proposals.append(np.mean([maps[j] for j in group], axis=0))
-    return proposals
-
-
-@pytest.mark.parametrize("tau", [0.0, 0.002, 0.02, 1e9])
-@pytest.mark.parametrize("axis", ["token", "space"])
-def test_seg4diff_unsup(world, tau: float, axis: str) -> None:
-    """With axis "token" and every kind of token it is the official function."""
-    parts, one = world
-    maps = over_layers(parts, lambda p: p["i2t"].mean(0))
-    if axis == "token":
-        low, high = maps.min(1, keepdims=True), maps.max(1, keepdims=True)
-        maps = (maps - low) / (high - low + 1e-6)
-    else:
-        maps = unit_range(maps.T).T
-    shares = np.exp(maps) / np.exp(maps).sum(0)
-    want = merged(list(shares.T), tau)
-    close(scores("seg4diff-unsup", one, tau=tau, axis=axis, kinds="all"), np.stack(want))
-
-
-def test_seg4diff_unsup_by_hand() -> None:
-    """Tokens 1 and 2 have one map, token 3 the opposite: two proposals; BOS proposes only where every kind does."""
-    i2t = np.array([[0.5, 0.2, 0.2, 0.1], [0.5, 0.1, 0.1, 0.2]])
-    one = Capture.of((2, 1), i2t=i2t, kinds=["bos", "pad", "pad", "eos"])
-    assert scores("seg4diff-unsup", one).argmax(0).tolist() == [0, 1] and len(scores("seg4diff-unsup", one)) == 2
-    assert len(scores("seg4diff-unsup", one, kinds="all", axis="none", tau=0.0)) == 4
-
-
-@pytest.mark.parametrize("tau", [(0.5, 0.5, 0.5), (0.9, 0.3), (0.2, 0.6, 0.1), (0.4,)])
-def test_diffseg_has_a_threshold_per_round(tau: tuple[float, ...]) -> None:
-    h, w, side = 5, 9, 4
-    block = joint(4, h, w)[2]["i2i"]
-    maps = block.mean(0)
-    maps = maps / maps.sum(1, keepdims=True)
-    rows = [0, 1, 2, 3]  # (5 - 1) // (4 - 1) = 1, centred: start (4 - 3) // 2 = 0
-    columns = [1, 3, 5, 7]  # (9 - 1) // 3 = 2, start (8 - 6) // 2 = 1
-    anchors = [maps[y * w + x] for y in rows for x in columns]
-    found = [np.mean([m for m in maps if m is a or distance(a, m) < tau[0]], axis=0) for a in anchors]
-    for threshold in tau[1:]:
-        found = merged(found, threshold)
-    one = Capture.of((h, w), i2i=block)
-    close(scores("diffseg", one, tau=tau, anchors=side), np.stack(found))
-    if len(set(tau)) == 1:
-        close(scores("diffseg", one, tau=tau[0], rounds=len(tau), anchors=side), np.stack(found))
-    with pytest.raises(UserError, match=f"{len(tau)} thresholds for 9 rounds"):
-        scores("diffseg", one, tau=tau, rounds=9)
-
-
-def cut(affinity: np.ndarray, nodes: list[int], tau: float) -> list[list[int]]:
-    """Recursive normalised cut by the indicator form z'(D - A)z / z'Dz of Shi and Malik, all eigenvectors."""
-    if len(nodes) == 1:
-        return [nodes]
-    a = affinity[np.ix_(nodes, nodes)]
-    d = np.diag(a.sum(1))
-    half = np.diag(a.sum(1) ** -0.5)
-    y = half @ np.linalg.eigh(half @ (d - a) @ half)[1][:, 1]
-    y = y * np.sign(y[np.abs(y).argmax()])
-    best, side = np.inf, None
-    for threshold in np.linspace(0.99 * y.min(), 0.99 * y.max(), 100):
-        x = np.where(y > threshold, 1.0, -1.0)
-        share = d.diagonal()[x > 0].sum() / d.sum()
-        if 0 < share < 1:
-            z = (1 + x) - share / (1 - share) * (1 - x)
-            value = z @ (d - a) @ z / (z @ d @ z)
-            if value < best - 1e-12:
-                best, side = value, x > 0
-    if side is None or best >= tau:
-        return [nodes]
-    parts = [[n for n, s in zip(nodes, side, strict=True) if s == want] for want in (True, False)]
-    return [group for part in parts for group in cut(affinity, part, tau)]
-
-
-@pytest.mark.parametrize(("seed", "tau", "alpha"), [(5, 0.5, 10.0), (6, 0.7, 5.0), (7, 0.85, 3.0)])
-def test_diffcut(seed: int, tau: float, alpha: float) -> None:
-    h, w = 4, 7
-    rng = np.random.default_rng(seed)
-    features = rng.normal(0, 1, (5, 6))[rng.integers(0, 5, h * w)] + 0.3 * rng.normal(0, 1, (h * w, 6))
-    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
-    affinity = unit @ unit.T
-    affinity = ((affinity - affinity.min()) / (affinity.max() - affinity.min())) ** alpha
-    groups = sorted(cut(affinity, list(range(h * w)), tau), key=min)
-    one = Capture.of((h, w), features=features)
-    clusters = scores("diffcut", one, tau=tau, alpha=alpha, output="clusters")
-    assert [np.flatnonzero(row).tolist() for row in clusters] == [sorted(group) for group in groups] and len(groups) > 2
-    centres = np.stack([unit[group].mean(0) for group in groups])
-    close(scores("diffcut", one, tau=tau, alpha=alpha), centres @ unit.T)
-
-
-def test_diffcut_parts_a_group_of_two() -> None:
-    """Orthogonal tokens: affinity 1 to oneself and 0 to the other, a cut of 0: each is a segment of its own."""
-    one = Capture.of((1, 2), features=np.eye(2))
-    assert scores("diffcut", one, output="clusters").tolist() == [[1.0, 0.0], [0.0, 1.0]]
-
-
-def test_diffcut_centres_are_means_of_unit_features() -> None:
-    """A wide cluster has a short mean, so a token between the clusters goes to the narrow one."""
-    angles = np.deg2rad([0, 0, 0, 90, 170])
+def diffcut_empty() -> Golden:
+    """1 x 6 tokens pooled to three nodes at 0, 90 and 45 degrees, cosines 0 and .707^10 = .03: three clusters. The
+    tokens of the third are those of the others, so that it wins none."""
+    features = np.array([[1.0, 0], [2, 0], [0, 1], [0, 3], [1, 0], [0, 1]])
+    half = 2**-0.5
+    return Golden(Capture.of((1, 6), features=features),
+                  [[1, 1, 0, 0, 1, 0], [0, 0, 1, 1, 0, 1], [half] * 6], {"pool": 3, "alpha": 10})  # fmt: skip
+
+
+def diffcut_tie() -> Golden:
+    """The fifth token lies between the first two clusters and as near to the third, whose other token is upright."""
+    half = 2**-0.5
+    features = np.array([[1.0, 0, 0], [2, 0, 0], [0, 1, 0], [0, 3, 0], [1, 1, 0], [0, 0, 4]])
+    return Golden(Capture.of((1, 6), features=features),
+                  [[1, 1, 0, 0, half, 0], [0, 0, 1, 1, half, 0], [0.5, 0.5, 0.5, 0.5, half, half]],
+                  {"pool": 3, "alpha": 10})  # fmt: skip
+
+
+def diffcut_short_centres() -> Golden:
+    """Tokens at 0 (three), 80 and 110 degrees: of the affinities 1, .59, .008 and 0 the .59 is not cut (.74 > .5). The
+    centre of the last two is their mean, .97 long."""
+    angles = np.deg2rad([0, 0, 0, 80, 110])
     unit = np.stack([np.cos(angles), np.sin(angles)], 1)
-    one = Capture.of((1, 5), features=3.0 * unit)
-    clusters = scores("diffcut", one, output="clusters")
-    groups = [np.flatnonzero(row).tolist() for row in clusters]
-    assert groups == [[0, 1, 2], [3, 4]] or [0, 1, 2] in groups
-    want = np.stack([unit[group].mean(0) for group in groups]) @ unit.T
-    close(scores("diffcut", one), want)
-    assert np.linalg.norm(unit[[3, 4]].mean(0)) < 0.8
+    centre = np.cos(np.deg2rad(15)) * np.array([np.cos(np.deg2rad(95)), np.sin(np.deg2rad(95))])
+    return Golden(Capture.of((1, 5), features=unit * np.array([1, 2, 3, 4, 5])[:, None]),
+                  [np.cos(angles).tolist(), (unit @ centre).tolist()], {"alpha": 5, "tau": 0.5})  # fmt: skip
 
 
-# one's own tensors
+GOLDEN: dict[str, list[Callable[[], Golden]]] = {
+    "seg4diff": [seg4diff_joint, seg4diff_prompts],
+    "diffsegmenter": [spread, turned],
+    "diffsegmenter-per-class": [spread, turned, each_prompt_has_its_walk],
+    "iseg": [iseg_spread, iseg_cuts_weak_links, iseg_keeps_weak_links, iseg_clusters],
+    "tokenrank": [tokenrank_spread, tokenrank_columns],
+    "conceptattention": [concepts_sd3, concepts_flux, concepts_flux2],
+    "proxyclip": [proxyclip_features, proxyclip_attention, proxyclip_weighs_the_diagonal],
+    "corrclip": [corrclip_regions, corrclip_merges, corrclip_no_region, corrclip_splits, corrclip_weighs_cosines],
+    "seg4diff-unsup": [pads_apart, pads_merged, pads_over_tokens],
+    "diffseg": [diffseg_equal, diffseg_rounds],
+    "diffcut": [diffcut_empty, diffcut_tie, diffcut_short_centres],
+}
+"""Method -> its cases; `test_every_method_has_its_cases` compares them with the registry."""
 
 
-def test_shapes_are_checked() -> None:
-    for given, message in [
-        ({"i2t": np.ones((5, 3)) / 9}, r"i2t of shape \(5, 3\): expected \[6, T\]"),
-        ({"i2i": np.ones((6, 5))}, r"i2i of shape \(6, 5\)"),
-        ({"features": np.ones((3, 2, 4))}, r"features of shape .* \[2, 3, E\]"),
-        ({"features": np.full((6, 4), np.nan)}, "not finite"),
-        ({"i2t": np.ones((6, 3)), "spans": {"cat": [3]}}, r"positions \[3\] lie outside the text's 0\.\.2"),
-        ({"i2t": np.ones((6, 3)), "kinds": ["pad"]}, "1 span kinds for 3 text positions"),
-        ({"regions": np.zeros((3, 2), int)}, "expected whole ids"),
-        ({"regions": np.full((2, 3), 0.5)}, "expected whole ids"),
-        ({"image": np.zeros((4, 4, 3))}, "expected uint8"),
-        ({"i2t": {0: np.ones((6, 3))}, "i2i": {1: np.ones((6, 6))}}, "give the same to all"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            Capture.of((2, 3), **given)
-    one = Capture.of((2, 3), i2t=torch.ones(6, 3), spans={"cat": [], "sky": [1]})
-    with pytest.raises(UserError, match="'cat' has no tokens"):
-        METHODS["seg4diff"](one)
-    with pytest.raises(UserError, match="the capture has none"):
-        METHODS["proxyclip"](Capture.of((2, 3), features=np.eye(6), spans={"cat": []}))
+@pytest.mark.parametrize(("name", "case"), [(name, case) for name, cases in GOLDEN.items() for case in cases])
+def test_golden(name: str, case: Callable[[], Golden]) -> None:
+    capture, want, options, within = case()
+    found = METHODS[name].configure(options)(capture).flatten(1).double().numpy()
+    assert found.shape == np.shape(want)
+    assert np.abs(found - np.array(want)).max() <= within
 
 
-def test_every_method_says_what_it_reads() -> None:
-    """A capture that holds only what a method says it needs is enough for it."""
-    parts, grid = joint(8, 3, 4), (3, 4)
-    for name, method in METHODS.items():
-        if "clip" in name:
-            continue
-        one = capture_of(parts, grid)
-        for record in one.passes[0].records.values():
-            for part in record.PARTS:
-                if part not in method.needs:
-                    setattr(record, part, None)
-        assert torch.isfinite(method(one)).all(), name
+def tied(want: np.ndarray) -> bool:
+    """Two of the scores above 0 share the first place of a token."""
+    ranked = np.sort(want, axis=0)
+    return bool(((ranked[-1] - ranked[-2] < 1e-9) & (ranked[-1] > 0)).any())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_its_cases(name: str) -> None:
+    cases = [case() for case in GOLDEN[name]]
+    wants = [np.array(case.want, float) for case in cases]
+    assert len(cases) >= 2
+    for case, want in zip(cases, wants, strict=True):
+        height, width = case.capture.grid
+        assert height != width and len(want) != height * width
+    assert any(len(set(want.argmax(0))) < len(want) for want in wants), "no class wins nothing"
+    assert any(map(tied, wants)), "no tie"
+    if name in READ_WORDS:
+        queries = [query for case in cases for _, query in case.capture.queries]
+        assert any(len(query.positions()) > 1 for query in queries), "no class has several words"

@@ -16,6 +16,7 @@ from torch import Tensor
 from mmdit_probe.segment.methods.base import Heads, Method, by_class, i2i_part, pick_heads, renorm
 from mmdit_probe.segment.methods.seg4diff import QueryMap, symmetric_kl, text_part, word_maps
 from mmdit_probe.segment.record import Capture
+from mmdit_probe.segment.tail import above_least, minmax
 
 
 def diffsegmenter(
@@ -104,12 +105,12 @@ def _walked(capture: Capture, maps: Sequence[QueryMap], walks: Sequence[Tensor],
 
 
 def _unit(values: Tensor) -> Tensor:
-    return (values - values.min()) / (values.max() - values.min()).clamp(min=1e-12)
+    return minmax(values[None])[0]
 
 
 def _share(values: Tensor) -> Tensor:
-    values = values - values.min()
-    return values / values.sum().clamp(min=1e-12)
+    values = above_least(values[None])[0]
+    return values / values.sum().clamp(min=1e-30)
 
 
 def _sharpened(walk: Tensor, ent: float) -> Tensor:

@@ -93,7 +93,13 @@ class Method:
         return replace(self, options={**self.options, **options})
 
     def __call__(self, capture: Capture) -> Tensor:
-        """Maps of one capture; see `run`."""
+        """Maps of one capture; see `run`.
+
+        Raises:
+            UserError: it needs class names, and the capture has none; or it reads what the capture does not hold.
+        """
+        if not self.unsupervised and not capture.classes:
+            raise UserError(f"{self.name} needs class names, and the capture has none (spans= of Capture.of)")
         return self.run(capture, **self.options)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.segment.clip import CLIP, ClipInput, patch_features
+from mmdit_probe.segment.clip import CLIP, ClipInput, PatchVectors, patch_features
 from mmdit_probe.segment.methods.base import Method, by_class, renorm
 from mmdit_probe.segment.methods.clusters import diffcut
 from mmdit_probe.segment.record import Capture
@@ -41,8 +41,8 @@ def proxyclip(
     """Scores [C, h, w], probabilities over names (arXiv:2408.04883).
 
     Args:
-        clip: CLIP checkpoint: embedded name, folder or hub id; or a loaded one; or one with one's own pixels and text
-            vectors.
+        clip: CLIP checkpoint: embedded name, folder or hub id; or a loaded one; or one's own inputs in its place:
+            pixels, text vectors, patch vectors (`ClipInput`).
         source: of the matrix: "features" of the forward, its "i2i" attention, "identity", a folder or hub id of a
             vision transformer (DINO, DINOv2, SAM, ...), or one's own features [h', w', E] of the network's input.
         beta, gamma: similarities become gamma (s - beta mean s), negative ones are cut, rows are softmaxed. The mean is
@@ -81,7 +81,7 @@ def corrclip(
         clip, source, temperature, side: as in proxyclip ("i2i" is not a feature space and is refused).
         tau: factor on cosines before the softmax. eps: regions whose mean features are nearer than this are merged.
         weights: of the mean of the `blocks` blocks before the last but one (None: `SPATIAL`), and of the class token
-            that sees a merged region only: the paper's alpha and beta.
+            that sees a merged region only: the paper's alpha and beta. 0 for patch vectors, which have neither.
         cut: diffcut's threshold for the regions.
     """
     if isinstance(source, str) and source in ("i2i", "identity"):
@@ -94,10 +94,14 @@ def corrclip(
         features, out = part.features(source)
         merged = _merged(features, part.regions(out, cut), eps)
         matrix = _scoped(features, merged, tau)
+        mixed = clip.head(matrix @ clip.values(states[-2], grid, out))
+        if isinstance(clip, PatchVectors):
+            if any(weights):
+                raise UserError("CLIP features have no earlier blocks and no class token: set corrclip.weights to 0,0")
+            return mixed, out
         depth = len(states) - 1
         count = blocks or SPATIAL.get(depth, max(1, depth - 4))
         spatial = torch.stack(states[max(1, depth - 1 - count) : depth - 1] or [states[-2]]).mean(0)
-        mixed = clip.head(matrix @ clip.values(states[-2], grid, out))
         mixed = mixed + weights[0] * clip.head(matrix @ clip.values(spatial, grid, out))
         _, place = torch.unique(_nearest(merged.reshape(out), grid), return_inverse=True)
         tokens = _region_tokens(clip, states[0], place)  # (R, E)
@@ -116,7 +120,7 @@ class View:
     """
 
     capture: Capture
-    clip: CLIP
+    clip: CLIP | PatchVectors
     pixels: Tensor
     whole: Grid
     at: Grid = (0, 0)
@@ -178,10 +182,8 @@ def _named(
         look: features [M, E] of a part of the picture, and their grid.
     """
     given = clip if isinstance(clip, ClipInput) else ClipInput(clip)
-    model, queries = given.model, [query for _, query in capture.queries]
-    words = model.text([query.text for query in queries]) if given.text is None else given.text.float()
-    if words.ndim != 2 or words.shape != (len(queries), model.width):
-        raise UserError(f"text of shape {tuple(words.shape)}: expected [{len(queries)}, {model.width}]")
+    queries = [query for _, query in capture.queries]
+    model, words = given.model, given.vectors([query.text for query in queries])
 
     def logits(part: View) -> Tensor:
         features, grid = look(part)
@@ -192,10 +194,8 @@ def _named(
         slid = resized(_slid(capture, given, side, logits), (bottom - top, right - left))
         maps = (temperature * slid).softmax(0)
     else:
-        pixels = given.pixels
-        if pixels is None:
-            pixels = model.pixels([capture.fit.apply(capture.image)], (model.side(side),) * 2)
-        pixels = pixels if pixels.ndim == 3 else pixels[0]
+        size = (model.side(side),) * 2 if isinstance(model, CLIP) else capture.grid
+        pixels = given.input(lambda: capture.fit.apply(capture.image), size)
         one = View(capture, model, pixels, (pixels.shape[-2], pixels.shape[-1]))
         maps = resized((temperature * logits(one)).softmax(0), capture.grid)
     return by_class(capture, list(zip(queries, maps, strict=True)))
@@ -206,18 +206,18 @@ def _slid(capture: Capture, given: ClipInput, side: Sequence[float], logits: Cal
     if len(side) != 3:
         raise UserError(f"side={tuple(side)}: expected one number, or three: short side, window, stride")
     short, window, stride = (round(value) for value in side)
-    model, pixels = given.model, given.pixels
+    model = given.model
+    if isinstance(model, PatchVectors):
+        raise UserError("windows slide over pixels; with CLIP features leave side out")
     if window % model.patch or not 0 < stride <= window <= short:
         raise UserError(
             f"side={short},{window},{stride}: expected stride <= window <= short side, and a window of whole patches of"
             f" {model.patch} pixels"
         )
-    if pixels is None:
-        top, left, bottom, right = (round(edge) for edge in capture.fit.source)
-        scale = short / min(bottom - top, right - left)
-        size = int((bottom - top) * scale + 0.5), int((right - left) * scale + 0.5)
-        pixels = model.pixels([capture.fit.at(size).apply(capture.image)], size)
-    pixels = pixels if pixels.ndim == 3 else pixels[0]
+    top, left, bottom, right = (round(edge) for edge in capture.fit.source)
+    scale = short / min(bottom - top, right - left)
+    size = int((bottom - top) * scale + 0.5), int((right - left) * scale + 0.5)
+    pixels = given.input(lambda: capture.fit.at(size).apply(capture.image), size)
     whole = (pixels.shape[-2], pixels.shape[-1])
     total, seen = torch.zeros(1, *whole), torch.zeros(*whole)
     for top in _starts(whole[0], window, stride):

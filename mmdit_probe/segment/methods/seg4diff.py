@@ -149,6 +149,8 @@ def unsupervised(
     check_known("min-max axis", axis, ("space", "token", "none"))
     first = capture.passes[0]
     table = first.prompt.table
+    mode = "joint" if softmax == "auto" else softmax
+    maps = capture.over_layers(_columns(mode, table.positions("word"), heads))  # [I, T]
     wanted = None if kinds == "all" else listed(kinds)
     places = [
         place
@@ -159,8 +161,7 @@ def unsupervised(
         raise UserError(
             f"the prompt has no tokens of kind {kinds} in stream {streams}; it has {sorted(set(table.kinds))}"
         )
-    mode = "joint" if softmax == "auto" else softmax
-    maps = capture.over_layers(_columns(mode, table.positions("word"), heads))[:, places].T  # [A, I]
+    maps = maps[:, places].T  # [A, I]
     if axis == "space":
         maps = over_space(maps.reshape(-1, *capture.grid)).flatten(1)
     elif axis == "token":
