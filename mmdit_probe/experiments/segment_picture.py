@@ -96,13 +96,14 @@ class OnePicture(Reads, _Checked):
         """
         from mmdit_probe.data.labels import read_label_map
         from mmdit_probe.experiments.target import Named, as_model, named
+        from mmdit_probe.segment.record import region_ids
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
         target = named(target, self)
         sample, classes = self._sample(), self.names()
         self.read_selection()
         pixels = sample.image
-        regions = None if self.regions is None else read_label_map(self.regions)
+        regions = None if self.regions is None else region_ids(read_label_map(self.regions), pixels.shape[:2])
         if isinstance(target, Named):
             check_streams_read(self.values(), "no_t5" in target.text)
         model = as_model(target, shown)

@@ -76,7 +76,6 @@ class JointRecord:
         i2i_attn2: [I, I] head mean of the second, image-only attention (SD3.5), rows sum to 1.
         feat_out, feat_proj: [I, E] attention output before and after the output projection.
         concepts: [K, E] attention output of the concept stream, one row per name of the pass.
-        own: it holds one's own tensors (`Capture.of`), not those of a captured forward.
     """
 
     layer: int
@@ -88,7 +87,6 @@ class JointRecord:
     concepts: Tensor | None = None
     i2i_attn2: Tensor | None = None
     i2t_logit: Tensor | None = None
-    own: bool = False
 
     PARTS = ("i2t", "i2i", "i2i_walk", "feat_out", "feat_proj", "concepts", "i2i_attn2", "i2t_logit")
 
@@ -96,15 +94,24 @@ class JointRecord:
         """A part that must be there.
 
         Raises:
-            UserError: it is not among one's own tensors. RunError: it was not captured.
+            RunError: it was not captured. UserError: it is not among one's own tensors.
         """
         value: Tensor | None = getattr(self, name)
-        if value is None and self.own:
-            given = _GIVEN_AS.get(name, name)
-            raise UserError(f"this reads {given}, and the capture has none; pass {given}= to Capture.of")
         if value is None:
-            raise RunError(f"layer {self.layer}: {name} was not captured; pass keep={name!r} to capture")
+            raise self.without(name)
         return value
+
+    def without(self, name: str) -> Exception:
+        """What to say of a part that is not there."""
+        return RunError(f"layer {self.layer}: {name} was not captured; pass keep={name!r} to capture")
+
+
+class OwnRecord(JointRecord):
+    """A record of one's own tensors (`Capture.of`), not of a captured forward."""
+
+    def without(self, name: str) -> Exception:
+        given = _GIVEN_AS.get(name, name)
+        return UserError(f"this reads {given}, and the capture has none; pass {given}= to Capture.of")
 
 
 @dataclass
@@ -317,7 +324,7 @@ def _by_layer(value: Any) -> Mapping[int, Any]:
 
 def _record(layer: int, parts: dict[str, Tensor], grid: tuple[int, int]) -> JointRecord:
     """One's own parts of a layer as a record, shapes checked."""
-    found, tokens = JointRecord(layer, own=True), grid[0] * grid[1]
+    found, tokens = OwnRecord(layer), grid[0] * grid[1]
     for name, value in parts.items():
         shape = tuple(value.shape)
         if name == "concepts":

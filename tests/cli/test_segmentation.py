@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,67 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == 2 and error.startswith("error: ") and words in error
     assert not (tmp_path / "run").exists()
+
+
+def test_regions_of_another_program(picture: str, tiny_directory: Path, tmp_path: Path) -> None:
+    """A PNG of masks, 0 for none: each mask takes its most frequent label; pixels of none keep theirs."""
+    ids = np.zeros((75, 130), np.uint8)
+    ids[:40, :50], ids[30:, 60:], ids[:10, 120:] = 1, 7, 200
+    Image.fromarray(ids).save(tmp_path / "masks.png")
+    given = ("--regions", str(tmp_path / "masks.png"))
+
+    def made(name: str, *more: str) -> Path:
+        line = ("segment", picture, "--classes", "red ring, cat", "--model", str(tiny_directory), "--layers", "0")
+        assert run(*line, *more, "--out", str(tmp_path / name), "-q") == 0
+        return tmp_path / name
+
+    plain, voted = made("plain", "--refine", "centre"), made("voted", "--refine", "centre+vote", *given)
+    before, found = (np.array(Image.open(folder / "labels.png")) for folder in (plain, voted))
+    want = before.copy()
+    for one in (1, 7, 200):
+        want[ids == one] = np.bincount(before[ids == one]).argmax()
+    assert np.array_equal(found, want) and (want != before).any()
+    assert json.loads((voted / "run.json").read_text())["request"]["regions"] == given[1]
+    corrclip = ("--method", "corrclip", "--set", "temperature=1")
+    own, masks = (
+        load_file(made(name, *corrclip, *more) / "probabilities.safetensors")["probabilities"]
+        for name, more in (("own", ()), ("masks", given))
+    )
+    assert np.abs(own - masks).max() > 1e-3  # the method itself reads them, too
+
+
+@pytest.mark.parametrize(
+    ("regions", "words"),
+    [
+        (np.zeros((10, 10), np.uint8), "regions int64 (10, 10): expected whole ids from 0 (0: no region), 75 x 130"),
+        (np.zeros((75, 130, 3), np.uint8), "is a colour picture"),
+        (None, "no label map"),
+    ],
+)
+def test_regions_that_do_not_fit_are_refused_before_the_model_runs(
+    regions: np.ndarray | None, words: str, picture: str, tiny_directory: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from mmdit_probe.experiments import target
+
+    def loaded(*arguments: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(target, "as_model", loaded)
+    if regions is not None:
+        Image.fromarray(regions).save(tmp_path / "masks.png")
+    line = (
+        "segment",
+        picture,
+        "--classes",
+        "cat",
+        "--model",
+        str(tiny_directory),
+        "--regions",
+        str(tmp_path / "masks.png"),
+    )
+    assert run(*line) == 2
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_no_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

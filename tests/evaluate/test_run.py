@@ -26,7 +26,7 @@ from mmdit_probe.evaluate.scores import matched_by_rows
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table
 from mmdit_probe.results.processes import alone_under_launcher
-from mmdit_probe.segment.capture import Request
+from mmdit_probe.segment.capture import Request, capture
 from mmdit_probe.segment.record import Capture, Reading
 
 NAMES = ("red", "ring", "cat", "background")
@@ -123,6 +123,44 @@ def test_an_ignored_class_stands_in_prompts_and_is_not_scored(root: Path, captur
     scored = counts[counts["method"] == "seg4diff"]
     assert scored["pixels"].sum() == sum(np.isin(truth, (1, 2)).sum() for truth in truths)
     assert 0 in set(scored["found"])  # what the word "red" wins of the others counts against them
+
+
+def test_maps_before_the_softmax_from_the_command_line(
+    root: Path, tiny_directory: Path, tmp_path: Path, pipe: Any
+) -> None:
+    """`--set seg4diff.softmax=logit`: the argmax of q k / sqrt(D), mean over heads, layers and a class's tokens."""
+    line = ["evaluate", "--dataset", f"folder:{root}", "--layers", "all", "--limit", "2", "-q", "--model"]
+    for name, more in (("before", ["--set", "seg4diff.softmax=logit"]), ("after", [])):
+        with pytest.raises(SystemExit) as stop:
+            main([*line, str(tiny_directory), "--out", str(tmp_path / name), *more])
+        assert stop.value.code == 0
+    tables = {name: read_table(tmp_path / name / "counts.parquet") for name in ("before", "after")}
+    found = {name: table[table["method"] == "seg4diff"] for name, table in tables.items()}
+    assert json.loads((tmp_path / "before/run.json").read_text())["request"]["options"] == {
+        "seg4diff": {"softmax": "logit"}
+    }
+    data, model, keys = dataset(f"folder:{root}", 2), MMDiT(pipe), ["image", "truth", "found"]
+    want: dict[tuple[int, int, int], int] = {}
+    for index, sample in enumerate(data.samples):
+        truth = np.array(sample.label())
+        ids = [i for i in np.unique(truth) if i not in (255, data.background)]
+        one = capture(model, sample.image, [data.classes[i] for i in ids], Reading(layers="all"), keep=("i2t_logit",))
+        queries = one.passes[0].prompt.queries
+        logits = torch.stack(
+            [one.passes[0].records[layer].part("i2t_logit").double().mean(0) for layer in range(3)]
+        ).mean(0)
+        by_class = [
+            torch.stack([logits[:, query.positions()].mean(1) for query in queries if query.of_class == k]).amax(0)
+            for k in range(len(ids))
+        ]
+        maps = torch.stack(by_class).reshape(1, len(ids), *one.grid)
+        large = torch.nn.functional.interpolate(maps, truth.shape, mode="bilinear")[0].argmax(0).numpy()
+        for pair in zip(truth[truth != 255], np.array(ids)[large[truth != 255]], strict=True):
+            want[index, int(pair[0]), int(pair[1])] = want.get((index, int(pair[0]), int(pair[1])), 0) + 1
+    pixels = found["before"].groupby(keys)["pixels"].sum()
+    off = pixels.sub(pd.Series(want).rename_axis(keys), fill_value=0).abs().sum() / 2
+    assert len(queries) > 1 and off <= 2  # float32 beside float64
+    assert not pixels.equals(found["after"].groupby(keys)["pixels"].sum())
 
 
 def test_sweeps_take_one_thing_at_a_time(root: Path, captures: Captures) -> None:

@@ -126,6 +126,16 @@ def iseg_keeps_weak_links() -> Golden:
                   {"ent": 0.0, "rounds": 1, "cluster": False})  # fmt: skip
 
 
+def iseg_divides_by_columns() -> Golden:
+    """Links .5 and 1 by their columns' largest, .5 and 1, are 1 and .5; plus .5 log10(e a), shares .682 and .318 of .2
+    and .1, which is .168. Two words of sums .5 and 1 share .35 .3 .35, whose .05 0 .05 become .034 0 .05."""
+    first, second = 1 + 0.5 * np.log10(np.e), 0.5 + 0.5 * np.log10(np.e / 2)
+    mine = first / (first + second)
+    i2t = np.array([[0.2] * 3, [0.3, 0.2, 0.1], [0.3, 0.1, 0.1], [0.1, 0.4, 0.5]]).T
+    one = Capture.of((3, 1), i2t=i2t, i2i=[[0.3, 0.3, 0], [0, 0.7, 0], [0, 0, 0.4]], spans={"a": [1], "b": [2, 3]})
+    return Golden(one, [[1, 0.1 / (0.1 + 0.1 * mine), 0], [mine, 0, 1]], {"ent": 0.5, "rounds": 1, "cluster": False})
+
+
 def iseg_clusters() -> Golden:
     """12 x 13 pixels of two kinds; seeds are every second one. The others have noise and go to their kind's seed, the
     seeds to the first of theirs: two clusters, each of one value."""
@@ -149,6 +159,18 @@ def tokenrank_columns() -> Golden:
     i2i = [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0], [0.5, 0.0, 0.5]]
     return Golden(line(i2i, [0.4, 0.1, 0.2], [0.2, 0.2, 0.2]), [[0.6, 0, 1], [0.2, 0, 1]],
                   {"bounces": 3, "teleport": 0.0}, 1e-4)  # fmt: skip
+
+
+def tokenrank_flat() -> Golden:
+    """Rows and columns of a circulant sum to 1: a map of one token becomes the weights, a flat one stays flat, and the
+    rounding of its sums (1e-8 here) is not stretched to 0..1."""
+    weights = np.random.default_rng(0).integers(1, 40, 11) / 1.0
+    i2t = np.array([[0.1] * 11, [0.7] + [0.0] * 10, [0.04] * 11]).T
+    circulant = np.stack([np.roll(weights, k) for k in range(11)]) / weights.sum()
+    one = Capture.of((11, 1), i2t=i2t, i2i=circulant, spans={"a": [1], "b": [2]})
+    column = np.roll(weights[::-1], 1)
+    least, most = column.min(), column.max()
+    return Golden(one, [((column - least) / (most - least)).tolist(), [0] * 11])
 
 
 # Concepts
@@ -252,6 +274,12 @@ def corrclip_splits() -> Golden:
     return by_clip([[1.0, 0], [0.79, 0.6131], [-1, 0], [-2, 0]], want, regions=[[1, 2, 3, 3]], weights=(0, 0))
 
 
+def corrclip_two_without_a_region() -> Golden:
+    """Tokens 0 and 1 have no region, which is not one region: their cosine 0 is below the mean, 2 / 16."""
+    want = 2 ** (ROOT * np.array([[1, 0, 0, 0], [0, 1, 1, 1], [-1, 0, 0, 0]]))
+    return by_clip([[1.0, 0], [0, 1], [-1, 0], [-2, 0]], want, regions=[[0, 0, 1, 1]], weights=(0, 0))
+
+
 def corrclip_weighs_cosines() -> Golden:
     """Within a region ln 2 times the cosines 1 and 0: 2/3 of oneself, 1/3 of the other."""
     unit = np.array([[2, 1], [1, 2]]) / 5**0.5
@@ -343,15 +371,22 @@ GOLDEN: dict[str, list[Callable[[], Golden]]] = {
     "seg4diff": [seg4diff_joint, seg4diff_prompts],
     "diffsegmenter": [spread, turned],
     "diffsegmenter-per-class": [spread, turned, each_prompt_has_its_walk],
-    "iseg": [iseg_spread, iseg_cuts_weak_links, iseg_keeps_weak_links, iseg_clusters],
-    "tokenrank": [tokenrank_spread, tokenrank_columns],
+    "iseg": [iseg_spread, iseg_cuts_weak_links, iseg_keeps_weak_links, iseg_divides_by_columns, iseg_clusters],
+    "tokenrank": [tokenrank_spread, tokenrank_columns, tokenrank_flat],
     "conceptattention": [concepts_sd3, concepts_flux, concepts_flux2],
     "proxyclip": [proxyclip_features, proxyclip_attention, proxyclip_weighs_the_diagonal],
-    "corrclip": [corrclip_regions, corrclip_merges, corrclip_no_region, corrclip_splits, corrclip_weighs_cosines],
+    "corrclip": [
+        corrclip_regions,
+        corrclip_merges,
+        corrclip_no_region,
+        corrclip_splits,
+        corrclip_weighs_cosines,
+        corrclip_two_without_a_region,
+    ],
     "seg4diff-unsup": [pads_apart, pads_merged, pads_over_tokens],
     "diffseg": [diffseg_equal, diffseg_rounds],
     "diffcut": [diffcut_empty, diffcut_tie, diffcut_short_centres],
-}
+}  # fmt: skip
 """Method -> its cases; `test_every_method_has_its_cases` compares them with the registry."""
 
 
