@@ -18,11 +18,13 @@ from PIL import Image
 
 from mmdit_probe.cli.app import main
 from mmdit_probe.data import Fit, dataset
+from mmdit_probe.data.class_names import SegClass, class_list
 from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.captures import Captures
 from mmdit_probe.evaluate.league import league
 from mmdit_probe.evaluate.plan import COLUMNS, Plan, Scoring, _shares
 from mmdit_probe.evaluate.scores import matched_by_rows
+from mmdit_probe.experiments import Evaluate
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table
 from mmdit_probe.results.processes import alone_under_launcher
@@ -123,6 +125,44 @@ def test_an_ignored_class_stands_in_prompts_and_is_not_scored(root: Path, captur
     scored = counts[counts["method"] == "seg4diff"]
     assert scored["pixels"].sum() == sum(np.isin(truth, (1, 2)).sum() for truth in truths)
     assert 0 in set(scored["found"])  # what the word "red" wins of the others counts against them
+
+
+def test_the_best_word_map_of_coco_object_scores_one(tmp_path: Path, captures: Captures, monkeypatch: Any) -> None:
+    """One cat in a quarter of the picture, its word's map right, that of "background" flat. As Table 1 has it, label 0
+    competes and is not scored: 1. With background scored and not named, the cat takes all: (1/4 + 0) / 2."""
+    cat = [one.name for one in class_list("coco-object")].index("cat") + 1
+    label = np.zeros((64, 64), np.uint8)
+    label[:32, 32:] = cat
+    for folder, name in (("val2017", "a.jpg"), ("annotations_object/val2017", "a.png")):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(label).save(tmp_path / folder / name)
+    original = captures.get
+
+    def best(requests: Any) -> list[Capture]:
+        found = original(requests)
+        for one in found:
+            h, w = one.grid
+            inside = torch.zeros(h, w)
+            inside[: h // 2, w // 2 :] = 1.0
+            for part in one.passes:
+                for record in part.records.values():
+                    record.i2t = torch.zeros_like(record.part("i2t"))
+                    for query in part.prompt.queries:
+                        flat = query.text == "red"  # below the least of the cat's map after it was enlarged, .28
+                        record.i2t[..., query.positions()] = 0.25 if flat else inside.reshape(1, -1, 1)
+        return found
+
+    monkeypatch.setattr(captures, "get", best)
+
+    def miou(name: str) -> float:
+        data = dataset(f"{name}:{tmp_path}")
+        data = replace(data, classes=[SegClass(("red",)), *data.classes[1:]])  # "background" is too long for this model
+        plan = plan_of(data, captures, ["seg4diff"], options={"seg4diff": {"softmax": "joint"}})
+        table = league(frame(plan, captures), len(data.classes)).set_index("method")
+        return float(table.loc["seg4diff", "miou"])
+
+    asked = Evaluate(preset="seg4diff", dataset="coco-object:x").source.partition(":")[0]
+    assert miou(asked) == 1.0 and miou("coco-object") == 0.125
 
 
 def test_maps_before_the_softmax_from_the_command_line(
