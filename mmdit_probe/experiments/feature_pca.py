@@ -28,6 +28,7 @@ from mmdit_probe.experiments.options import (
     LayersAndHeads,
     OverReference,
     Pictured,
+    notes_on,
     plain_heads,
 )
 from mmdit_probe.experiments.text import TextTable, bounded, signed
@@ -136,13 +137,14 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
             ],
         )
         basis = "one basis per picture" if each else f"one basis for all pictures, {self.solver}, streaming"
+        notes = notes_on(model, inputs, captions)
         facts = {
-            "pictures": [picture.name for picture in inputs], "basis": basis,
+            "pictures": [picture.name for picture in inputs], "basis": basis, "remarks": notes,
             "features": "heads concatenated, q and k after norm and rotary embedding, conditional rows",
         }  # fmt: skip
         tasks = controls.variants(model, chosen, len(inputs))
         ticks = 2 * -(-len(inputs) // self.batch)
-        return Study(model, request, tasks, "batches", ticks, facts, state=(inputs, captions, layers, heads, each))
+        return Study(model, request, tasks, "batches", ticks, facts, notes, (inputs, captions, layers, heads, each))
 
     def measure(self, study: Study, task: Variant, record: TaskRecord) -> None:
         pictures, captions, layers, heads, each = study.state
@@ -390,7 +392,7 @@ def score_table(summary: pd.DataFrame) -> TextTable:
     columns = ["layer", "feature", "3 components"]
     columns += ["class", "of another", "beyond it", "silhouette", "of another's"] if has_classes else []
     columns += ["position"] if "position" in summary else []
-    spare = ("of another's", "silhouette", "position", "3 components")
+    spare = ("of another's", "silhouette", "position", "3 components", "coordinates", "of another")
     table = TextTable([*columns, "coordinates"], left=("feature",), spare=spare)
     for row in summary.to_dict("records"):
         cells = [str(row["layer"]), str(row["kind"]), f"{row['explained_3']:.2f}"]

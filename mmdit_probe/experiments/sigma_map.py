@@ -186,7 +186,8 @@ def rises(
 
 def strongest(summary: pd.DataFrame) -> TextTable:
     """Per word kind: the rise when every layer reads the opposite, at its largest, and the layers that weigh most."""
-    table = TextTable(["words", "every layer", "at sigma", "layer that weighs most", "at sigma", "layers that matter"])
+    columns = ["words", "every layer", "at sigma", "layer that weighs most", "at sigma", "layers that matter"]
+    table = TextTable(columns, left=columns[-1:], spare=("at sigma",))
     for kind in (kind for kind in KINDS if kind in set(summary["kind"])):
         part = summary[summary["kind"] == kind]
         cells = [kind]

@@ -232,7 +232,7 @@ def _processor(place: str) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(place, use_fast=False)
+        return AutoImageProcessor.from_pretrained(place, backend="pil")
     except (OSError, ValueError):
         return None
 
