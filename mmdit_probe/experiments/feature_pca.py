@@ -34,7 +34,7 @@ from mmdit_probe.experiments.options import (
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
-from mmdit_probe.results.statistics import FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, holm, interval, measured, p_value
+from mmdit_probe.results.statistics import FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, Kind, holm, interval, measured, p_value
 from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
@@ -374,7 +374,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, Any] = {"layer": layer, "kind": kind, "n": len(part)}
         for name in (name for name in SCORES if name in part):
             if part[name].notna().any():
-                row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(part[name].dropna())
+                kind_of: Kind = "share" if name == "class" else "mean"
+                row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(part[name].dropna(), kind_of)
         for name, prefix in (("class", ""), ("silhouette", "silhouette_")):
             if name in row and f"{name}_shuffled" in row:
                 difference = (part[name] - part[f"{name}_shuffled"]).dropna()

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,8 @@ WRONG = [
     (["value-norms", "--model", "."], "it has no model_index.json"),
     *(([*line, *which, "99"], "layer 99 does not exist: there are 8 layers, 0 to 7") for line, which in LAYERED),
     *(([*line, "--selection", "gone.json"], "no selection 'gone.json'") for line in SELECTED),
+    *((["train-magnet", "--layers", "4", "--report-to", name], "the package is not installed")
+      for name in ("tensorboard", "wandb") if not find_spec(name) and not find_spec(f"{name}X")),
     (["pca", "--heads", "77"], "head 77 does not exist: there are 4 heads, 0 to 3"),
 ]  # fmt: skip
 
