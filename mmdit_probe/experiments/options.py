@@ -269,6 +269,7 @@ Control = Annotated[
     Option(
         "Also measure controls, by comma: random (the same network, random weights), shuffled (another item's caption),"
         " uniform (uniform attention); or none.",
+        values=("none", "random", "shuffled", "uniform"),
         panel=METHOD,
     ),
 ]
@@ -277,6 +278,7 @@ EditControl = Annotated[
     Option(
         "Controls by comma: budget (a coherent change of equal size), noise (a random one), random (the same edits on"
         " random weights), shuffled (images against another caption), uniform (under uniform attention); or none.",
+        values=("none", "budget", "noise", "random", "shuffled", "uniform"),
         panel=METHOD,
     ),
 ]

@@ -168,7 +168,7 @@ WRONG = [
     (["report", "--control", "uniforn"], "did you mean 'uniform'"),
     (["select-layers", "--rule", "rank"], "did you mean 'ranks'"),
     (["diagnose", "--images", "nowhere"], "no folder 'nowhere'"),
-    (["attribute", "--n", "0"], "--n is 0"),
+    (["attribute", "--limit", "0"], "--limit is 0"),
     (["segment", "none.png", "--classes", "cat"], "no picture 'none.png'"),
     (["segment", "scenes:val:0", "--classes", "cat", "--method", "seg4dif"], "did you mean 'seg4diff'"),
     (["segment", "scenes:val:0", "--classes", "cat", "--background", "treshold:1"], "unknown background rule"),
@@ -285,6 +285,8 @@ def test_values_of_options_are_completed():
     assert offered("mmdit-probe segment --method i") == {"iseg"}
     assert offered("mmdit-probe evaluate --method iseg,diffc") == {"iseg,diffcut"}
     assert offered("mmdit-probe discover --fit s") == {"squash"}
+    assert offered("mmdit-probe value-norms --control random,u") == {"random,uniform"}
+    assert offered("mmdit-probe maps --model s") == {"scenes-sd3", "scenes-sd3-random"}
 
 
 def test_debug_shows_the_traceback(monkeypatch):
