@@ -24,7 +24,7 @@ from mmdit_probe.plots import save
 OUT = Path(__file__).parent / "results" / "attribution"
 SETTINGS = (("loss", "ablation", "random"), ("loss", "gradients", "none"), ("mass", "ablation", "random"))
 """Target, method, control. Integrated gradients of every map in every layer cost far more and are left to the command:
-`mmdit-probe attribute --target mass --method gradients --layers 4 -n 8`."""
+`mmdit-probe attribute --target mass --method gradients --layers 4 --limit 8`."""
 
 
 def markdown(table: pd.DataFrame, controls: pd.DataFrame, options: argparse.Namespace) -> str:
@@ -69,7 +69,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for target, method, control in SETTINGS:
         experiment = Attribute(
-            n=options.n, split=options.split, sigma=options.sigma, target=target, method=method, control=control
+            limit=options.n, split=options.split, sigma=options.sigma, target=target, method=method, control=control
         )  # type: ignore[arg-type]
         result = experiment.run(model, out="auto", resume=True)
         tables.append(result.summary.assign(target=target, method=method))

@@ -12,7 +12,7 @@ pc59 35, ade20k 36; without names coco-stuff-27 is 37, voc20 38, ade20k 39.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,6 +25,7 @@ from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.evaluate.scores import assign, histogram
 from mmdit_probe.experiments import Experiment, Result
 from mmdit_probe.experiments.experiment import Study, request_of
+from mmdit_probe.plots.league import refinement
 from mmdit_probe.plots.segmentation import mask_sheet
 from mmdit_probe.results.selection import load_selection
 from mmdit_probe.segment.record import PAPER_SIGMA, Reading
@@ -125,7 +126,7 @@ class Masks(Experiment):
             FILES[kind]: mask_sheet(
                 [sample.image for sample in data.samples], [sample.label() for sample in data.samples],
                 label_maps(result, kind), [one.name for one in data.classes],
-                title=f"{result.model_name} on {self.dataset}: {words}",
+                title=f"{result.model_name} on {self.dataset}: {words}, n = {len(data)} pictures",
             )
             for kind, words in what.items()
         }  # fmt: skip
@@ -136,14 +137,14 @@ def label_maps(result: Result, kind: str) -> dict[str, list[np.ndarray]]:
     masks: Any = result.experiment
     stored = [result.store.load_arrays(f"{number:03d}") for number in range(len(result.request["pictures"]))]
     return {
-        column_name(method, refine): [maps[f"{kind} {method} {refine}"].astype(np.int64) for maps in stored]
+        column_name(method, refine, refinement): [maps[f"{kind} {method} {refine}"].astype(np.int64) for maps in stored]
         for of, method, refine in masks.runs()
         if of == kind
     }
 
 
-def column_name(method: str, refine: str) -> str:
-    return method if refine == "none" else f"{method} + {refine}"
+def column_name(method: str, refine: str, told: Callable[[str], str] = str) -> str:
+    return method if refine == "none" else f"{method} + {told(refine)}"
 
 
 def matched(found: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:

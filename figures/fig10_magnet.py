@@ -37,6 +37,8 @@ from mmdit_probe.plots.sheet import sheet
 
 RESULTS = Path(__file__).parents[1] / "analyses" / "results" / "magnet_scenes"
 BASE, ADAPTED = "base", "LoRA"
+NAMES = {"control": "no masks", "class": "class masks", "part": "part masks", "self": "own labels"}
+"""What the adapters of `analyses/magnet_scenes.py` are called in figures: the masks that they were aligned with."""
 SIGMA = 0.5
 """Noise level of the latent that Fig. 10 shows."""
 
@@ -72,13 +74,13 @@ def analysed(options: argparse.Namespace) -> None:
     with np.load(folder / "examples.npz") as kept:
         for name in kept.files:
             variant, _, key = name.partition("/")
-            variants.setdefault(variant, {})[key] = kept[name]
+            variants.setdefault(NAMES.get(variant, variant), {})[key] = kept[name]
     prompts, words = (json.loads(str(variants[BASE][key])) for key in ("prompts", "words"))
     count = len(variants[BASE]["named"])
     data = dataset("scenes:test", count)
     whole = {name: of | {key: list(of[key]) for key in ("named", "unnamed")} for name, of in variants.items()}
     place = f"n = {count} test scenes, LoRA of {how['steps']} steps"
-    draw_pipeline(options, load(how["model"]), data, how["layer"], variants["class"]["named"][0])
+    draw_pipeline(options, load(how["model"]), data, how["layer"], variants[NAMES["class"]]["named"][0])
     draw_masks(options, data, whole, place)
     draw_maps(options, prompts, words, variants, f"layer {how['layer']}")
     draw_pictures(options, prompts, variants)
@@ -177,15 +179,15 @@ def draw_maps(
             above += ["picture", *shown, *[""] * blank]
         cells.append(row)
         captions.append(above)
-    title = f"{Path(options.model).name}: I2T maps of words while generating, {at}"
-    note = " | ".join(prompts[k] for k in chosen)
+    title = f"{Path(options.model).name}: I2T maps of words while generating, {at}, by the masks of the LoRA"
+    note = f"{' | '.join(prompts[k] for k in chosen)}; each map from 0 to its maximum"
     put(options, "fig12_maps", sheet(cells, rows=list(variants), captions=captions, title=title, note=note))
 
 
 def draw_pictures(options: argparse.Namespace, prompts: Sequence[str], variants: Variants) -> None:
     """F13: the same prompts and seeds in every variant."""
     cells = [[of["pictures"][place] for of in variants.values()] for place in range(len(prompts))]
-    title = f"{Path(options.model).name}: generated with the same seeds"
+    title = f"{Path(options.model).name}: generated with the same seeds, by the masks of the LoRA"
     put(options, "fig13_pictures", sheet(cells, columns=list(variants), rows=list(prompts), title=title))
 
 
@@ -198,7 +200,8 @@ def tables(options: argparse.Namespace, generation: pd.DataFrame, prompt_set: st
         label, _, checkpoint = metric.partition("[")
         what = METRICS.get(label, label) + (f" by {checkpoint.rstrip(']')}" if checkpoint else "")
         title = f"{name}: {what}, n = {part['prompts'].max()} {prompt_set}"
-        return differences(generation, metric, BASE, title=title)
+        shown = generation.assign(variant=generation["variant"].replace(NAMES))
+        return differences(shown, metric, BASE, title=title)
 
     keep = ["prompts", "images", "mean", "low", "high", "difference", "difference_low", "difference_high"]
     clip = generation[generation["metric"].str.startswith("clipscore")]

@@ -25,7 +25,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
     options, _ = parser.parse_known_args()
     curves = pd.read_csv(assets.path("scenes-sd3") / "training" / "transformer.csv")
-    for path in save(training_curves(curves), options.out / "scenes-sd3" / "embedded_training"):
+    for path in save(
+        training_curves(curves, title="scenes-sd3: how the transformer was trained"),
+        options.out / "scenes-sd3" / "embedded_training",
+    ):
         print(path)
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from mmdit_probe import experiments
-from mmdit_probe.cli.app import main
+from mmdit_probe.cli.app import app, main
 from mmdit_probe.models.families.registry import FAMILIES
 from tests import editing_pipelines
 from tests.scripts import script
@@ -130,6 +131,40 @@ def test_readme_commands_run(command: str, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(SystemExit) as ended:
         main(shlex.split(command)[1:])
     assert ended.value.code == 0
+
+
+class Loaded(Exception):
+    """Stands for the weights that would be loaded next."""
+
+
+DOCS = [
+    line.replace("--model ...", "")
+    for page in sorted((ROOT / "docs" / "guide").glob("*.md"))
+    for line in commands(str(page.relative_to(ROOT)))
+    if not line.startswith("mmdit-probe datasets")
+]
+
+
+@pytest.mark.parametrize("command", DOCS)
+def test_commands_of_the_docs_are_ones_that_start(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they ask for is there, up to the weights: options, layers of the model, files that the text speaks of."""
+
+    def load(*_: Any, **__: Any) -> None:
+        raise Loaded
+
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for name in ("cat.jpg", "hat.png", "cat.png", "ring.png", "photos/cat.jpg"):
+        Image.new("RGB", (64, 64)).save(name)
+    Path("prompts.txt").write_text("a red ring\n", encoding="utf-8")
+    Path("runs/magnet/lora").mkdir(parents=True)
+    Path("sd3.5_large.safetensors").touch()
+    monkeypatch.setattr("mmdit_probe.experiments.target.as_model", load)
+    monkeypatch.setattr("mmdit_probe.models.load.load", load)
+    with pytest.raises(Loaded):
+        app(shlex.split(command, comments=True)[1:], standalone_mode=False)
 
 
 def test_readme_names_targets_that_exist_and_is_short() -> None:

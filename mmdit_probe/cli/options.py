@@ -38,6 +38,7 @@ class Session:
             "-m",
             help="Embedded model, diffusers directory, hub id or .safetensors file.",
             rich_help_panel=MODEL,
+            autocompletion=lambda: ["scenes-sd3", "scenes-sd3-random"],
         ),
     ] = "scenes-sd3"
     device: Device = "auto"

@@ -64,6 +64,11 @@ class Sample:
         """The picture's text; empty where none is known."""
         return self._prompt() if callable(self._prompt) else self._prompt
 
+    @property
+    def is_file(self) -> bool:
+        """Whether the picture is read from a file, and not drawn or held in memory."""
+        return any(isinstance(part, Path) for part in self._content)
+
     def open(self, size: tuple[int, int] | None = None, fit: str = "crop") -> Image:
         """The picture, RGB; of `size` (height, width) in pixels if given. What the opener decided goes to `notes`.
 

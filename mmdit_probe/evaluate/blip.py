@@ -62,7 +62,9 @@ class BlipAsker:
         Raises:
             UserError: there is none of that name, or it is no BLIP model that answers questions with "yes" and "no".
         """
-        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BlipForQuestionAnswering
+        from transformers import AutoConfig, AutoTokenizer, BlipForQuestionAnswering
+
+        from mmdit_probe.segment.clip import image_processor
 
         try:
             config = AutoConfig.from_pretrained(name)
@@ -73,7 +75,7 @@ class BlipAsker:
                     " Salesforce/blip-vqa-base"
                 )
             model = BlipForQuestionAnswering.from_pretrained(name, use_safetensors=True)
-            tokenizer, processor = AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
+            tokenizer, processor = AutoTokenizer.from_pretrained(name), image_processor(name)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"no BLIP model {name!r}: expected a folder or a hub id ({first_line(error)})") from error
         for word in ("yes", "no"):

@@ -1,6 +1,6 @@
 """Attribute: causal attribution of words to regions (captum), and where attention agrees with it.
 
-    result = Attribute(n=24).run("scenes-sd3")
+    result = Attribute(limit=24).run("scenes-sd3")
     result.summary                     # per layer: rank correlation of attention and attribution, with a control
 
 Control that is always there: the attention of the scene's next word. Not here: the attribution itself
@@ -40,8 +40,8 @@ class Attribute(LayersAndHeads, Experiment):
 
     name: ClassVar[str] = "attribute"
     examples: ClassVar[tuple[str, ...]] = (
-        "attribute -n 8",
-        "attribute --method gradients --target mass -n 16",
+        "attribute --limit 8",
+        "attribute --method gradients --target mass --limit 16",
     )
     tables: ClassVar[tuple[str, ...]] = ("attribution",)
 
@@ -52,7 +52,7 @@ class Attribute(LayersAndHeads, Experiment):
         Literal["loss", "mass"],
         Option("A region's denoising loss, or the mass of the word's own map in it, per layer.", panel=METHOD),
     ] = "loss"
-    n: Annotated[int, Option("Scenes.", min=2, panel=INPUT)] = 24
+    limit: Annotated[int, Option("Scenes.", min=2, panel=INPUT)] = 24
     split: Annotated[Literal["train", "val", "test"], Option("Scenes split.", panel=INPUT)] = "val"
     sigma: Annotated[float, Option("Noise level, above 0 (clean) to 1 (noise).", above=0, max=1, panel=METHOD)] = 0.7
     control: Control = "none"
@@ -66,17 +66,17 @@ class Attribute(LayersAndHeads, Experiment):
 
         if not scenes:
             raise UserError("attribution compares words with the regions of scenes, which this model does not know")
-        items = [(index, scene(self.split, index)) for index in range(self.n)]
+        items = [(index, scene(self.split, index)) for index in range(self.limit)]
         several = [(index, item) for index, item in items if len(item.class_names) > 1]
         if not several:
-            raise UserError(f"none of {self.n} scenes has two classes; attribution compares words: raise -n")
+            raise UserError(f"none of {self.limit} scenes has two classes; attribution compares words: raise --limit")
         return several
 
     def prepare(self, model: MMDiT, inputs: list[tuple[int, Scene]]) -> Study:
         layers, heads = self.places(model)
         chosen = controls.parse(self.control)
         request = request_of(
-            model, method=self.method, target=self.target, layers=list(layers), heads=plain_heads(heads), n=self.n,
+            model, method=self.method, target=self.target, layers=list(layers), heads=plain_heads(heads), n=self.limit,
             split=self.split, sigma=self.sigma, seed=self.seed, controls=list(chosen),
         )  # fmt: skip
         tasks = [(variant, index, item) for variant in controls.variants(model, chosen) for index, item in inputs]

@@ -69,7 +69,9 @@ class Comparison:
         """What the command prints."""
         cell = [name for name in cell_of(self.table) if name not in _NUMBERS]
         cell = [name for name in cell if self.table[name].nunique() > 1] or cell[:1]
-        table = TextTable([*cell, "n", "first", "second", "difference", "verdict"], left=("verdict",))
+        table = TextTable(
+            [*cell, "n", "first", "second", "difference", "verdict"], left=("verdict",), spare=("second", "first")
+        )
         for row in self.table.head(SHOWN).to_dict("records"):
             difference = signed(row["difference"], row["low"], row["high"])
             numbers = (str(row["n"]), f"{row['first']:.3f}", f"{row['second']:.3f}", difference, str(row["verdict"]))

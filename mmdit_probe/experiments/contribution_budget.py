@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _CELL = ["branch", "layer", "head", "key", "span", "word"]
 _VALUES = ["norm", "relative", "cosine", "share", "mass"]
+_ENDS = ["relative_low", "relative_high", "mass_low", "mass_high"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +119,7 @@ def summarise(by_item: pd.DataFrame, by: list[str]) -> pd.DataFrame:
         by_item: rows of one guidance branch; with a column `group` or as `grouped` takes them. by: layer, head, group.
 
     Returns: the columns `by`, n, norm, relative (norm over the norm of the whole update), cosine (with that update),
-    share (along it), mass, relative_low and relative_high (95 % interval over items).
+    share (along it), mass, and relative_low, relative_high, mass_low, mass_high (95 % intervals over items).
     """
     import pandas as pd
 
@@ -127,14 +128,13 @@ def summarise(by_item: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     rows: list[dict[str, Any]] = []
     for place, part in own.groupby(by, observed=True):
         items = part.groupby("item")[_VALUES].mean()
-        _, low, high = interval(items["relative"])
         means = {name: float(items[name].mean()) for name in _VALUES}
-        ends = {"relative_low": low, "relative_high": high}
+        ends = dict(zip(_ENDS, (*interval(items["relative"])[1:], *interval(items["mass"])[1:]), strict=True))
         rows.append(dict(zip(by, place, strict=True)) | {"n": len(items)} | means | ends)
-    return pd.DataFrame(rows, columns=[*by, "n", *_VALUES, "relative_low", "relative_high"])
+    return pd.DataFrame(rows, columns=[*by, "n", *_VALUES, *_ENDS])
 
 
-_NOTHING = dict.fromkeys([*_VALUES, "relative_low", "relative_high"], 0.0)
+_NOTHING = dict.fromkeys([*_VALUES, *_ENDS], 0.0)
 """Of a group that a prompt does not have: no keys write nothing."""
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
-from mmdit_probe.experiments.options import Control, LayersAndHeads, Pictured, plain_heads
+from mmdit_probe.experiments.options import Control, LayersAndHeads, Pictured, notes_on, plain_heads
 from mmdit_probe.experiments.text import TextTable, signed
 from mmdit_probe.results.statistics import interval, measured
 from mmdit_probe.specs import heads_at
@@ -87,8 +87,9 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
             for variant in controls.variants(model, chosen, len(inputs))
             for number, text in enumerate(variant.texts(captions))
         ]
-        facts = {"pictures": [picture.name for picture in inputs]}
-        return Study(model, request, tasks, "pictures", facts=facts, state=(inputs, layers, heads))
+        notes = notes_on(model, inputs, captions)
+        facts = {"pictures": [picture.name for picture in inputs], "remarks": notes}
+        return Study(model, request, tasks, "pictures", facts=facts, notes=notes, state=(inputs, layers, heads))
 
     def measure(self, study: Study, task: tuple[Variant, int, str], record: TaskRecord) -> None:
         from mmdit_probe.experiments.sink_quality import map_scores

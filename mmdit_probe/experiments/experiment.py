@@ -182,6 +182,7 @@ class Experiment:
         from mmdit_probe.experiments.result import Result
         from mmdit_probe.experiments.target import knows_scenes, named
 
+        began = time.monotonic()
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
         target = named(target, self)
         inputs = self.gather(knows_scenes(target))
@@ -199,20 +200,20 @@ class Experiment:
                 store = FolderStore.open(self.name, study.request, facts, out=place, resume=resume)
             with store:
                 if not store.complete:
-                    _work(self, study, store, shown)
+                    _work(self, study, store, shown, began)
                 result = Result(self, store)
                 if isinstance(store, FolderStore) and store.first:
                     result.write(store.folder)
         return result
 
 
-EARLY = 8.0
-"""Seconds after which the first tasks are told, where an experiment can."""
+EARLY = 5.0
+"""Seconds since a run began, loading included, after which what is done so far is told, where an experiment can."""
 
 
-def _work(experiment: Experiment, study: Study, store: Store, shown: Progress) -> None:
+def _work(experiment: Experiment, study: Study, store: Store, shown: Progress, began: float) -> None:
     """The loop over tasks that are not done, of which this process takes its share."""
-    began, told = time.monotonic(), not experiment.early
+    told = not experiment.early
     with store.writing(experiment.tables):
         mine = store.mine(len(study.tasks))
         left = [number for number in mine if number not in store.done]
@@ -223,18 +224,20 @@ def _work(experiment: Experiment, study: Study, store: Store, shown: Progress) -
                     experiment.measure(study, study.tasks[number], record)
                 if not told and time.monotonic() - began > EARLY and number != left[-1]:
                     told = True
-                    _tell_early(experiment, store, shown)
+                    _tell_early(
+                        experiment, store, shown, f"so far: {left.index(number) + 1} of {len(left)} {study.unit}"
+                    )
     experiment.finish(study, store)
 
 
-def _tell_early(experiment: Experiment, store: Store, shown: Progress) -> None:
+def _tell_early(experiment: Experiment, store: Store, shown: Progress, title: str) -> None:
     """The first table, of the tasks done so far, above the bar."""
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.text import TextTable
 
     table = experiment.tell(Result(experiment, store))[0]
     if isinstance(table, TextTable):
-        shown.early(replace(table, title="so far"))
+        shown.early(replace(table, title=title))
 
 
 def cell_of(scores: pd.DataFrame) -> list[str]:

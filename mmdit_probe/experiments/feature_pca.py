@@ -28,12 +28,13 @@ from mmdit_probe.experiments.options import (
     LayersAndHeads,
     OverReference,
     Pictured,
+    notes_on,
     plain_heads,
 )
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
-from mmdit_probe.results.statistics import FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, holm, interval, measured, p_value
+from mmdit_probe.results.statistics import FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, Kind, holm, interval, measured, p_value
 from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
@@ -136,13 +137,14 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
             ],
         )
         basis = "one basis per picture" if each else f"one basis for all pictures, {self.solver}, streaming"
+        notes = notes_on(model, inputs, captions)
         facts = {
-            "pictures": [picture.name for picture in inputs], "basis": basis,
+            "pictures": [picture.name for picture in inputs], "basis": basis, "remarks": notes,
             "features": "heads concatenated, q and k after norm and rotary embedding, conditional rows",
         }  # fmt: skip
         tasks = controls.variants(model, chosen, len(inputs))
         ticks = 2 * -(-len(inputs) // self.batch)
-        return Study(model, request, tasks, "batches", ticks, facts, state=(inputs, captions, layers, heads, each))
+        return Study(model, request, tasks, "batches", ticks, facts, notes, (inputs, captions, layers, heads, each))
 
     def measure(self, study: Study, task: Variant, record: TaskRecord) -> None:
         pictures, captions, layers, heads, each = study.state
@@ -372,7 +374,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         row: dict[str, Any] = {"layer": layer, "kind": kind, "n": len(part)}
         for name in (name for name in SCORES if name in part):
             if part[name].notna().any():
-                row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(part[name].dropna())
+                kind_of: Kind = "share" if name == "class" else "mean"
+                row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(part[name].dropna(), kind_of)
         for name, prefix in (("class", ""), ("silhouette", "silhouette_")):
             if name in row and f"{name}_shuffled" in row:
                 difference = (part[name] - part[f"{name}_shuffled"]).dropna()
@@ -390,7 +393,7 @@ def score_table(summary: pd.DataFrame) -> TextTable:
     columns = ["layer", "feature", "3 components"]
     columns += ["class", "of another", "beyond it", "silhouette", "of another's"] if has_classes else []
     columns += ["position"] if "position" in summary else []
-    spare = ("of another's", "silhouette", "position", "3 components")
+    spare = ("of another's", "silhouette", "position", "3 components", "coordinates", "of another")
     table = TextTable([*columns, "coordinates"], left=("feature",), spare=spare)
     for row in summary.to_dict("records"):
         cells = [str(row["layer"]), str(row["kind"]), f"{row['explained_3']:.2f}"]

@@ -1,6 +1,6 @@
 """HeadTriage: which heads localise words, which do the opposite, and what maps gain when that is put right.
 
-    result = HeadTriage(n=64, train=64).run("scenes-sd3")
+    result = HeadTriage(limit=64, train=64).run("scenes-sd3")
     result.summary                     # per layer, encoder stream and way to read the maps: mIoU on other scenes
 
 Two faults of word maps cost more than the choice of the layer: words differ in how much attention they draw anywhere,
@@ -53,11 +53,11 @@ class HeadTriage(Experiment):
     """
 
     name: ClassVar[str] = "head-triage"
-    examples: ClassVar[tuple[str, ...]] = ("head-triage --n 32 --train 32",)
+    examples: ClassVar[tuple[str, ...]] = ("head-triage --limit 32 --train 32",)
     tables: ClassVar[tuple[str, ...]] = ("head_triage", "heads")
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"
-    n: Annotated[int, Option("Scenes to report on.", min=2, panel=INPUT)] = 64
+    limit: Annotated[int, Option("Scenes to report on.", min=2, panel=INPUT)] = 64
     split: Annotated[Literal["val", "test"], Option("Scenes split to report on.", panel=INPUT)] = "test"
     train: Annotated[int, Option("Training scenes to select and calibrate on.", min=2, panel=INPUT)] = 64
     sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise.", min=0, max=1, panel=METHOD)] = 0.515
@@ -65,12 +65,13 @@ class HeadTriage(Experiment):
     def gather(self, scenes: bool) -> list[Scene]:
         if not scenes:
             raise UserError("head triage compares maps with the regions of scenes, which this model does not know")
-        return several(self.split, self.n)
+        return several(self.split, self.limit)
 
     def prepare(self, model: MMDiT, inputs: list[Scene]) -> Study:
         layers = layer_indices(self.layers, len(model.layers))
         request = request_of(
-            model, layers=list(layers), n=self.n, split=self.split, train=self.train, sigma=self.sigma, seed=self.seed
+            model, layers=list(layers), n=self.limit, split=self.split, train=self.train, sigma=self.sigma,
+            seed=self.seed,
         )  # fmt: skip
         streams = [ALL, *dict.fromkeys(model.token_tables(["grass"])[0].streams)]
         reader = Reader(model, layers, [*streams] if len(streams) > 2 else [ALL], self.sigma, self.seed)

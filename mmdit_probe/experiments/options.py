@@ -251,11 +251,25 @@ def captions_of(prompts: str | Sequence[str] | None, pictures: Sequence[Sample])
     return [picture.prompt for picture in pictures] if not texts else texts * (len(pictures) // len(texts))
 
 
+def notes_on(model: MMDiT, pictures: Sequence[Sample], texts: Sequence[str] = ()) -> list[str]:
+    """Remarks on pictures and the texts they are read with: files that a model of drawn scenes cannot know, and the
+    empty prompt where there is no caption."""
+    notes = []
+    if model.vocabulary and any(picture.is_file for picture in pictures):
+        notes.append(f"{model.name} was trained on drawn scenes alone: what it finds in other pictures means nothing")
+    if bare := sum(not text for text in texts):
+        notes.append(
+            f"{bare} of {len(texts)} pictures have no caption: the empty prompt was used; --prompts gives another"
+        )
+    return notes
+
+
 Control = Annotated[
     str,
     Option(
         "Also measure controls, by comma: random (the same network, random weights), shuffled (another item's caption),"
         " uniform (uniform attention); or none.",
+        values=("none", "random", "shuffled", "uniform"),
         panel=METHOD,
     ),
 ]
@@ -264,6 +278,7 @@ EditControl = Annotated[
     Option(
         "Controls by comma: budget (a coherent change of equal size), noise (a random one), random (the same edits on"
         " random weights), shuffled (images against another caption), uniform (under uniform attention); or none.",
+        values=("none", "budget", "noise", "random", "shuffled", "uniform"),
         panel=METHOD,
     ),
 ]

@@ -97,11 +97,16 @@ class Dino:
     names = ("dino",)
 
     def __init__(self, path: Path | str, device: str | torch.device = "cpu") -> None:
-        from transformers import AutoImageProcessor, AutoModel
+        from transformers import AutoModel
+
+        from mmdit_probe.segment.clip import image_processor
 
         self.device = device
         self.model = _local(AutoModel, path, use_safetensors=True).to(device).float().eval()
-        self.processor = _local(AutoImageProcessor, path)
+        try:
+            self.processor = image_processor(str(path))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the image processor of {str(path)!r}: {first_line(error)}") from error
 
     @torch.no_grad()
     def __call__(

@@ -157,7 +157,7 @@ class Perturb(LayersAndHeads, Edited, Sweep):
         rows = sorted({int(kept.split("-")[0]) for kept in result.store.pictures()})
         prompts = [result.request["items"][row][0] for row in rows]
         for kind, label, what in (
-            (EDIT, "sheet", title), (CONTROL, "sheet_control", f"{name}: a change of equal size"),
+            (EDIT, "sheet", title), (CONTROL, "sheet_control", f"{name}: a change of equal size in place of the edit"),
         ):  # fmt: skip
             columns = [c for c in result.request["conditions"] if c[1]["condition"] in (STOCK, kind)]
             if rows and len(columns) > 1:
@@ -269,14 +269,15 @@ SMALL = 0.05
 
 
 def power(table: pd.DataFrame) -> list[str]:
-    """How many prompts would show a small drop of the alignment at every place; nothing without a measure of it.
+    """How many prompts would show a small drop of the alignment at every place; nothing without a measure of it, or
+    from fewer prompts than a verdict needs.
 
     By the place whose effect spreads most, at 5 % over all places (Holm's first step), with power .8.
     """
     main = aligned_outcome(table)
     edited = effects(table, ROW)
     edited = edited[edited["condition"] == EDIT]
-    if main is None or edited["item"].nunique() < 2:
+    if main is None or edited["item"].nunique() < FEWEST:
         return []
     places = [part[main] for _, part in edited.groupby(PLACE, observed=True)]
     needed = [n_for_effect(values, SMALL, comparisons=len(places)) for values in places]

@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
 from mmdit_probe.experiments.known import KnownLayers, grounding_layers
-from mmdit_probe.experiments.options import INPUT, METHOD, Referring, Sampling, captions_of, prompts_of, samples_of
+from mmdit_probe.experiments.options import (
+    INPUT,
+    METHOD,
+    Referring,
+    Sampling,
+    captions_of,
+    notes_on,
+    prompts_of,
+    samples_of,
+)
 from mmdit_probe.experiments.token_rows import unread
 from mmdit_probe.options import Option
 from mmdit_probe.specs import Spec, check_spec, layer_indices, listed
@@ -126,6 +135,7 @@ class Pictures(Sampling, Referring, Experiment):
         self.size(model)
         known = model.unknown_words_note(inputs[0])
         notes = [*([known] if known else []), *(line for t in model.token_tables(inputs[0]) for line in unread(t))]
+        notes += notes_on(model, inputs[1])
         how: dict[str, Any] = {"stream": self.stream, "height": self.height, "width": self.width}
         how |= {"sigma": self.sigma} if inputs[1] else {"num_steps": self.num_steps, "guidance": self.guidance}
         request = request_of(

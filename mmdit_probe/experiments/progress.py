@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 
@@ -47,7 +49,8 @@ class Progress:
 
     @contextmanager
     def bar(self, label: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
-        """A bar with the time left; yields the function that advances it by one."""
+        """A bar with the time left, by the mean speed since it began: an item may take minutes. Yields the function
+        that advances it by one."""
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
@@ -55,6 +58,8 @@ class Progress:
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
-        with Bar(*columns, console=self.console, disable=not self.bars, transient=True) as shown:
+        how: dict[str, Any] = {"console": self.console, "disable": not self.bars, "transient": True}
+        with Bar(*columns, speed_estimate_period=math.inf, **how) as shown:
             task = shown.add_task(label, total=total, completed=done)
+            shown.advance(task, 0)  # the first reading of the speed: the time left is known after one advance
             yield lambda: shown.advance(task)

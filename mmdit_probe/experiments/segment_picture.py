@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import AUTO, described, plain, request_of
-from mmdit_probe.experiments.options import INPUT, METHOD
+from mmdit_probe.experiments.options import INPUT, METHOD, notes_on
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.reading import Network, Read, Reads, check_streams_read
 from mmdit_probe.experiments.text import TextTable, page
@@ -111,6 +111,7 @@ class OnePicture(Reads, _Checked):
         values = self.values() | ({} if read.heads is None else {"heads": read.heads})
         notes = [f"{sample.name}: {note}" for note in sample.notes] + read.notes
         notes += [note for note in [model.unknown_words_note([n for one in classes for n in one.synonyms])] if note]
+        notes += notes_on(model, [sample])
         found = self.find(model, pixels, read, values, regions)
         notes += _overflow(found)
         for note in notes:

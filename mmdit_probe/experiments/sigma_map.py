@@ -1,6 +1,6 @@
 """SigmaByLayer: at which noise level does which layer read nouns, colours, counts and relations?
 
-    result = SigmaByLayer(n=32, sigmas="0.3,0.6,0.9").run("scenes-sd3")
+    result = SigmaByLayer(limit=32, sigmas="0.3,0.6,0.9").run("scenes-sd3")
     result.summary                     # per word kind, layer and sigma: what reading the stated word there is worth
 
 A scene, noised, is denoised once with its true caption and once with a caption that states the opposite (another noun,
@@ -55,14 +55,14 @@ class SigmaByLayer(Experiment):
     """
 
     name: ClassVar[str] = "sigma-map"
-    examples: ClassVar[tuple[str, ...]] = ("sigma-map -n 4",)
+    examples: ClassVar[tuple[str, ...]] = ("sigma-map --limit 4",)
     tables: ClassVar[tuple[str, ...]] = ("sigma_map",)
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"
     sigmas: Annotated[str, Option("Noise levels by comma, above 0 (clean) to 1 (noise).", panel=METHOD)] = (
         "0.1,0.3,0.5,0.7,0.9,1.0"
     )
-    n: Annotated[int, Option("Scenes.", min=1, panel=INPUT)] = 48
+    limit: Annotated[int, Option("Scenes.", min=1, panel=INPUT)] = 48
     split: Annotated[Literal["train", "val", "test"], Option("Scenes split.", panel=INPUT)] = "val"
 
     def __post_init__(self) -> None:
@@ -89,13 +89,13 @@ class SigmaByLayer(Experiment):
 
         if not scenes:
             raise UserError("a sigma map states the opposite of scenes' captions, which this model does not know")
-        items = [scene(self.split, index) for index in range(self.n)]
+        items = [scene(self.split, index) for index in range(self.limit)]
         return [(item, stated_and_opposite(item)) for item in items]
 
     def prepare(self, model: MMDiT, inputs: list[tuple[Scene, dict[str, tuple[str, str]]]]) -> Study:
         layers = layer_indices(self.layers, len(model.layers))
         request = request_of(
-            model, layers=list(layers), sigmas=self.levels(), n=self.n, split=self.split, seed=self.seed
+            model, layers=list(layers), sigmas=self.levels(), n=self.limit, split=self.split, seed=self.seed
         )
         return Study(model, request, list(enumerate(inputs)), "scenes", state=layers)
 
@@ -186,7 +186,8 @@ def rises(
 
 def strongest(summary: pd.DataFrame) -> TextTable:
     """Per word kind: the rise when every layer reads the opposite, at its largest, and the layers that weigh most."""
-    table = TextTable(["words", "every layer", "at sigma", "layer that weighs most", "at sigma", "layers that matter"])
+    columns = ["words", "every layer", "at sigma", "layer that weighs most", "at sigma", "layers that matter"]
+    table = TextTable(columns, left=columns[-1:], spare=("at sigma",))
     for kind in (kind for kind in KINDS if kind in set(summary["kind"])):
         part = summary[summary["kind"] == kind]
         cells = [kind]

@@ -17,7 +17,8 @@ class TextTable:
 
     Attributes:
         columns: headings. rows: cells, as many as columns. left: columns that are set flush left.
-        title: a line above. spare: columns that a narrow terminal leaves out, the first one first.
+        title: a line above. spare: columns that a narrow terminal leaves out, the first one first; after them it leaves
+            out those furthest right that are not in `left`.
     """
 
     columns: Sequence[str]
@@ -91,7 +92,10 @@ def claim_table(claims: pd.DataFrame) -> TextTable:
     names = [c for c in claims.columns if c not in values and (c == "layer" or claims[c].nunique() > 1)]
     names = [c for c in names if c in _PLACES]
     names += [] if "control" in names else ["control"]
-    table = TextTable([*names, "n", "value", "control's", "difference", "verdict"], left=("control", "verdict"))
+    table = TextTable(
+        [*names, "n", "value", "control's", "difference", "verdict"], left=("control", "verdict"),
+        spare=("control's", "value"),
+    )  # fmt: skip
     for row in claims.to_dict("records"):
         table.add(
             *(str(row[name]) for name in names), str(row["n"]), f"{row['value']:.3f}", f"{row['control_value']:.3f}",

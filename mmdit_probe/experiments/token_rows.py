@@ -25,6 +25,7 @@ from mmdit_probe.experiments.options import (
     Referring,
     Sampling,
     captions_of,
+    notes_on,
     plain_heads,
     prompts_of,
     samples_of,
@@ -132,6 +133,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         layers, heads = self.places(model)
         notes = [line for table in model.token_tables(texts) for line in unread(table)]
         notes += [note for note in [model.unknown_words_note(texts)] if note]
+        notes += notes_on(model, pictures, texts) if pictures else []
         request = request_of(
             model,
             layers=list(layers),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,9 @@ Space = Literal["logit", "probability"]
 Normalise = Literal["none", "minmax"]
 Masks = Literal["class", "part", "self", "self-segments", "none"]
 Alignment = Literal["token", "head", "none"]
+
+_TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}
+"""Tracker -> the packages of which accelerate needs one."""
 
 _LEVEL: dict[str, Alignment] = {
     "class": "token",
@@ -217,6 +221,10 @@ class MagnetOptions(LossWeights):
             check_spec(self.lora_layers, layer_indices)
         if self.warmup_steps > self.steps:
             raise UserError(f"warm-up of {self.warmup} steps in a training of {self.steps}; expected at most as many")
+        if self.report_to is not None and not any(map(find_spec, _TRACKERS[self.report_to])):
+            raise UserError(
+                f"--report-to {self.report_to}: the package is not installed; pip install 'mmdit-probe[track]'"
+            )
         if self.score_head == "conv" and self.level != "token":
             raise UserError("the convolution head reads token maps; use it with alignment 'token'")
 

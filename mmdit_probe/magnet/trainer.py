@@ -138,7 +138,6 @@ def _checked(model: MMDiT, data: Data, options: MagnetOptions) -> tuple[list[str
         raise UserError(f"{model.name} has an adapter already; merge it (pipeline.fuse_lora) or load the base model")
     if options.precision == "fp16" and model.device.type == "cpu":
         raise UserError("precision fp16 needs a GPU; on a CPU train with bf16 or no")
-    _check_tracker(options.report_to)
     return targets, layers
 
 
@@ -154,13 +153,6 @@ def _precision_of_its_own() -> Iterator[None]:
     finally:
         if not foreign:
             AcceleratorState._reset_state()
-
-
-def _check_tracker(name: str | None) -> None:
-    from accelerate.tracking import get_available_trackers
-
-    if name is not None and name not in {kind.value for kind in get_available_trackers()}:
-        raise UserError(f"--report-to {name}: the package {name} is not installed; pip install 'mmdit-probe[track]'")
 
 
 class _Loop:

@@ -36,7 +36,7 @@ def source_of(name: str) -> tuple[str, dict[str, Any] | None]:
         path = assets.path(name)
         if path.suffix != ".json":
             return str(path), None
-        twin = json.loads(path.read_text())
+        twin = json.loads(path.read_text(encoding="utf-8"))
         return str(assets.path(twin["base"])), twin
     if Path(name).exists():
         if Path(name).is_dir():

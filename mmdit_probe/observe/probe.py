@@ -161,6 +161,11 @@ class Run:
         if self._clock.steps is None and "last" in str(steps):
             raise UserError(f"steps {steps!r} of a bare transformer: the number of steps is unknown; name the indices")
 
+    def __repr__(self) -> str:
+        held = ", ".join(type(one).__name__ for one in [*self.observers, *self.edits]) or "nothing"
+        layers = ", ".join(str(layer.index) for layer in self.layers) or str(self._wanted)
+        return f"Run of {type(self.transformer).__name__}: {held}; layers {layers}; {self._calls} denoising calls"
+
     @property
     def family(self) -> Family:
         """The facts that apply."""

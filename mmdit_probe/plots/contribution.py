@@ -29,7 +29,7 @@ def contribution_budget(summary: pd.DataFrame, heads: pd.DataFrame, *, title: st
         ):  # fmt: skip
             for number, kind in enumerate(kinds):
                 part = summary[summary["group"] == kind].sort_values("layer")
-                low, high = (part[f"relative_{end}"] if value == "relative" else part[value] for end in ("low", "high"))
+                low, high = (part[f"{value}_{end}"] for end in ("low", "high"))
                 style.errorbars(
                     axes, part["layer"] + style.dodge(number, len(kinds), 0.3), part[value], low, high, number,
                     label=style.LABELS.get(kind, kind),
@@ -39,6 +39,8 @@ def contribution_budget(summary: pd.DataFrame, heads: pd.DataFrame, *, title: st
             style.within(axes, "y", low=0)
         if len(words):
             grid = words.pivot(index="layer", columns="head", values="relative")
-            style.heat(panels[2], grid, low=0, high=float(grid.max().max()), label="words, within the head")
+            style.heat(
+                panels[2], grid, low=0, high=float(grid.max().max()), label="words: norm / norm of the head's update"
+            )
         style.legend(figure, panels[0])
     return figure

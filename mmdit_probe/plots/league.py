@@ -57,7 +57,7 @@ def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
                     at = [order.index(name) + shift for name in shown["method"]]
                     style.errorbars(
                         axes, at, shown["miou"], shown["miou_low"], shown["miou_high"], place, joined=False,
-                        horizontal=True, hollow=names is CONTROLS, label=_steps(refine) if names is methods else "",
+                        horizontal=True, hollow=names is CONTROLS, label=refinement(refine) if names is methods else "",
                     )  # fmt: skip
                     axes.plot(shown["miou"] - shown["over"], at, "|", color="#888888", ms=5, mew=1.2, zorder=1,
                               label=STRONGEST if names is methods and not place else "")  # fmt: skip
@@ -137,7 +137,7 @@ def _groups(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         words = [
             *([] if one["method"] else [str(method)]),
             *([] if one["protocol"] else [PROTOCOLS.get(str(protocol), str(protocol))]),
-            *([] if refine == "none" and not all(one.values()) else [_steps(refine)]),
+            *([] if refine == "none" and not all(one.values()) else [refinement(refine)]),
         ]
         yield style.name(", ".join(words)), part
 
@@ -151,7 +151,8 @@ def _shared(table: pd.DataFrame) -> str:
     return f"\n{', '.join(words)}" if words else ""
 
 
-def _steps(refine: Any) -> str:
+def refinement(refine: Any) -> str:
+    """The steps of a refinement in words: "centred + PAMR (80 rounds)"."""
     return " + ".join(_step(one) for one in str(refine).split("+"))
 
 

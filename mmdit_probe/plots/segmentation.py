@@ -126,5 +126,5 @@ def mask_sheet(
         cells.append([picture, paint(truth), *map(paint, maps)])
         below.append(["", "", *(right(labels, truth) for labels in maps)])
     legend = {names[index]: tuple(colours[index] / 255) for index in seen} | {"none": tuple(colours[-1] / 255)}
-    columns = ["picture", "truth", *(name.replace(" + ", "\n+ ") for name in found)]
+    columns = ["picture", "truth", *(name.replace(" + ", "\n+ ", 1) for name in found)]
     return sheet(cells, columns, below=below, legend=legend, title=title)

@@ -5,7 +5,7 @@ save(sigma_map(summary), "sigma_map")
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmdit_probe.plots import style
 
@@ -20,9 +20,12 @@ def sigma_map(summary: pd.DataFrame, *, title: str = "") -> Figure:
     Args:
         summary: from `experiments.sigma_map`; layer -1, where every layer reads the opposite, is left out.
     """
+    from matplotlib.lines import Line2D
+
     part = summary[summary["layer"] >= 0]
     kinds = list(dict.fromkeys(part["kind"]))
-    height = 1.4 + 0.16 * part["layer"].nunique()
+    height = 1.6 + 0.16 * part["layer"].nunique()
+    dot: dict[str, Any] = {"marker": "o", "ls": "none", "ms": 2.2, "color": "black", "mec": "white", "mew": 0.4}
     with style.panels(style.PAGE, height, len(kinds), title=title) as (figure, panels):
         for axes, kind in zip(panels, kinds, strict=True):
             rows = part[part["kind"] == kind]
@@ -31,10 +34,12 @@ def sigma_map(summary: pd.DataFrame, *, title: str = "") -> Figure:
             shown = style.heat(axes, grid, low=-top, high=top, colours="PuOr")
             for y, of_layer in enumerate(verdicts.to_numpy()):
                 for x in (x for x, verdict in enumerate(of_layer) if verdict == "higher"):
-                    axes.plot(x + 0.5, y + 0.5, "o", ms=2.2, color="black", mec="white", mew=0.4)
+                    axes.plot(x + 0.5, y + 0.5, **dot)
             axes.set_title(kind)
             ticks = [-top, 0, top]  # three: numbers of several digits run into each other
             figure.colorbar(shown, ax=axes, orientation="horizontal", format="%.2g", pad=0.02, ticks=ticks)
         for axes in panels[1:]:
             axes.set_ylabel("")
+        if (part["verdict"] == "higher").any():
+            style.legend(figure, handles=[Line2D([], [], label="above 0, corrected for all cells (Holm)", **dot)])
     return figure

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import pandas as pd
+from matplotlib.lines import Line2D
 
 from mmdit_probe.plots import style
 
@@ -33,7 +34,10 @@ SEEN = {
 """Scores of samples: label, and number of the colour, which a score shares with its opposite."""
 
 
-def training_curves(curves: pd.DataFrame) -> Figure:
+_BEST: Any = {"marker": "o", "ls": "none", "ms": 2.5, "color": "white", "mec": "black", "mew": 0.5}
+
+
+def training_curves(curves: pd.DataFrame, *, title: str = "") -> Figure:
     """The transformer's training curves, a panel per kind; what was not measured is left out.
 
     Maps by layer are heat maps, layer by step, so that eight layers can be told apart; a dot marks the best of a step.
@@ -58,14 +62,16 @@ def training_curves(curves: pd.DataFrame) -> Figure:
         for axis, level in zip(axes[1 + len(gains) :], levels, strict=False):
             _maps(axis, by_name, level)
         _seen(axes[panels - 1], by_name)
-        style.legend(figure, *axes[1 : 1 + len(gains)])
+        best = Line2D([], [], label="best layer of the step", **_BEST)
+        style.legend(figure, *axes[1 : 1 + len(gains)], handles=[best] if levels else [])
+        style.headline(figure, title)
         for axis in axes[panels:]:
             axis.set_axis_off()
     return figure
 
 
 def _losses(axis: Axes, by_name: Curves) -> None:
-    for number, (name, label) in enumerate({"flow": "flow matching", "align": "alignment"}.items()):
+    for number, (name, label) in enumerate({"flow": "flow matching", "align": "auxiliary head"}.items()):
         if name in by_name:
             axis.plot(by_name[name]["step"], by_name[name]["value"], style.LINES[number], color=style.COLOURS[number],
                       label=label)  # fmt: skip
@@ -95,7 +101,7 @@ def _maps(axis: Axes, by_name: Curves, level: str) -> None:
     values = grid.to_numpy()
     style.heat(axis, grid, low=0, high=float(values.max()), label="mIoU")
     steps = [step + 0.5 for step in range(values.shape[1])]
-    axis.scatter(steps, values.argmax(0) + 0.5, s=6, color="white", edgecolor="black", linewidth=0.5)
+    axis.plot(steps, values.argmax(0) + 0.5, **_BEST)
     axis.set_title(f"I2T maps at sigma {level}")
 
 

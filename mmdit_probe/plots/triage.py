@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+LABELS = {
+    "triaged": "without heads that look away",
+    "triaged, scaled": "without them, scaled",
+    "random heads": "without random heads",
+}
+"""Names of the ways to read maps, where the table's are short."""
+
+
 def triage(summary: pd.DataFrame, heads: pd.DataFrame, *, title: str = "") -> Figure:
     """AUC by layer and head on training scenes (left), and mIoU by layer on others for every way to read maps (right).
 
@@ -29,7 +37,7 @@ def triage(summary: pd.DataFrame, heads: pd.DataFrame, *, title: str = "") -> Fi
             rows = part[part["way"] == way].sort_values("layer")
             style.errorbars(
                 right, rows["layer"] + style.dodge(number, len(names)), rows["miou"], rows["low"], rows["high"], number,
-                label=way, joined=False, hollow=way == "random heads",
+                label=LABELS.get(way, way), joined=False, hollow=way == "random heads",
             )  # fmt: skip
         right.set_ylabel("mIoU, mean over scenes (95 %)")
         style.whole(right)

@@ -300,12 +300,22 @@ def _vision(name: str) -> tuple[Any, Any]:
     return model, _processor(name) or CLIPImageProcessor()
 
 
+def image_processor(place: str) -> Any:
+    """A checkpoint's image processor, which works with PIL whether or not torchvision is there.
+
+    Raises:
+        OSError, ValueError: it has none.
+    """
+    # By its module: the package's own name for it asks for torchvision in many versions (5.5 to 5.17 at least).
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+    return AutoImageProcessor.from_pretrained(place, backend="pil")
+
+
 def _processor(place: str) -> Any:
     """The checkpoint's image processor; None where it has none."""
-    from transformers import AutoImageProcessor
-
     try:
-        return AutoImageProcessor.from_pretrained(place, use_fast=False)
+        return image_processor(place)
     except (OSError, ValueError):
         return None
 

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -167,7 +168,7 @@ WRONG = [
     (["report", "--control", "uniforn"], "did you mean 'uniform'"),
     (["select-layers", "--rule", "rank"], "did you mean 'ranks'"),
     (["diagnose", "--images", "nowhere"], "no folder 'nowhere'"),
-    (["attribute", "--n", "0"], "--n is 0"),
+    (["attribute", "--limit", "0"], "--limit is 0"),
     (["segment", "none.png", "--classes", "cat"], "no picture 'none.png'"),
     (["segment", "scenes:val:0", "--classes", "cat", "--method", "seg4dif"], "did you mean 'seg4diff'"),
     (["segment", "scenes:val:0", "--classes", "cat", "--background", "treshold:1"], "unknown background rule"),
@@ -185,6 +186,8 @@ WRONG = [
     (["value-norms", "--model", "."], "it has no model_index.json"),
     *(([*line, *which, "99"], "layer 99 does not exist: there are 8 layers, 0 to 7") for line, which in LAYERED),
     *(([*line, "--selection", "gone.json"], "no selection 'gone.json'") for line in SELECTED),
+    *((["train-magnet", "--layers", "4", "--report-to", name], "the package is not installed")
+      for name in ("tensorboard", "wandb") if not find_spec(name) and not find_spec(f"{name}X")),
     (["pca", "--heads", "77"], "head 77 does not exist: there are 4 heads, 0 to 3"),
 ]  # fmt: skip
 
@@ -231,18 +234,44 @@ def test_a_table_leaves_out_its_spare_columns_and_says_so():
     from mmdit_probe.cli.tables import fitted
     from mmdit_probe.experiments.text import TextTable
 
-    table = TextTable(
-        ["layer", *(f"a long column {k}" for k in range(8))], spare=[f"a long column {k}" for k in (7, 6, 5)]
-    )
+    names = [f"long-column-{k}" for k in range(8)]
+    table = TextTable(["layer", *names], spare=names[:4:-1])
     table.add(*(["1"] * 9))
     console = Console(width=90)
     shown, remark = fitted(table, console)
-    assert len(shown.columns) == 6 and remark.startswith(
-        "not shown for lack of width: a long column 7, a long column 6"
-    )
+    assert len(shown.columns) == 6 and remark.startswith("not shown for lack of width: long-column-7, long-column-6")
     with console.capture() as captured:
         console.print(shown)
-    assert "a long column 4" in captured.get() and max(map(len, captured.get().splitlines())) <= 90
+    assert "long-column-4" in captured.get() and max(map(len, captured.get().splitlines())) <= 90
+
+
+def test_cells_are_never_folded():
+    """Headings are, then what is spare goes, then the columns furthest right but those that name the row."""
+    from rich.console import Console
+
+    from mmdit_probe.cli.tables import fitted
+    from mmdit_probe.experiments.text import TextTable
+
+    interval = "+0.000 [+0.000, +0.000]"
+
+    def columns(width: int) -> tuple[list[str], str]:
+        names = ["place", "share of the facts that the prompt states", "control", "objects right", "control", "verdict"]
+        table = TextTable(names, left=("verdict",), spare=("control",))
+        table.add("layer 3", *([interval, "+0.000"] * 2), "too few")
+        shown, remark = fitted(table, console := Console(width=width))
+        with console.capture() as captured:
+            console.print(shown)
+        lines = captured.get().splitlines()
+        assert max(map(len, lines)) <= width
+        assert sum("layer 3" in line and "too few" in line and interval in line for line in lines) == 1
+        return [str(one.header) for one in shown.columns], remark
+
+    whole, remark = columns(110)
+    assert len(whole) == 6 and remark == ""
+    folded, hidden = "share of the facts that\nthe prompt states", "not shown for lack of width: control"
+    assert columns(86)[0] == ["place", folded, "control", "objects right", "control", "verdict"]
+    assert columns(70) == (["place", folded, "objects right", "verdict"], f"{hidden} (see the CSV)")
+    assert columns(50) == (["place", folded, "verdict"], f"{hidden}, objects right (see the CSV)")
 
 
 def test_values_of_options_are_completed():
@@ -256,6 +285,8 @@ def test_values_of_options_are_completed():
     assert offered("mmdit-probe segment --method i") == {"iseg"}
     assert offered("mmdit-probe evaluate --method iseg,diffc") == {"iseg,diffcut"}
     assert offered("mmdit-probe discover --fit s") == {"squash"}
+    assert offered("mmdit-probe value-norms --control random,u") == {"random,uniform"}
+    assert offered("mmdit-probe maps --model s") == {"scenes-sd3", "scenes-sd3-random"}
 
 
 def test_debug_shows_the_traceback(monkeypatch):

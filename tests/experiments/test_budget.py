@@ -125,3 +125,17 @@ def test_request_tells_apart_what_changes_the_numbers(model):
 def test_refusals(model, options, message):
     with pytest.raises(UserError, match=message):
         table_of(model, **options)
+
+
+def test_photos_without_a_caption_are_remarked_on(scenes_model, tmp_path: Path):
+    from PIL import Image
+
+    from mmdit_probe.experiments.options import notes_on, samples_of
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "cat.png")
+    photo, drawn = samples_of(tmp_path, None), samples_of("scenes:val", 1)
+    unknown, bare = notes_on(scenes_model, photo, [one.prompt for one in photo])
+    assert unknown == "scenes-sd3 was trained on drawn scenes alone: what it finds in other pictures means nothing"
+    assert bare.startswith("1 of 1 pictures have no caption: the empty prompt was used")
+    assert notes_on(scenes_model, drawn, [one.prompt for one in drawn]) == []
+    assert notes_on(scenes_model, photo, ["a cat"]) == [unknown]

@@ -73,7 +73,7 @@ def test_rises_are_those_of_two_plain_forwards() -> None:
 
 
 def test_run() -> None:
-    result = SigmaByLayer(n=2, layers="3,4", sigmas="0.5,0.9").run(load("scenes-sd3"), progress=False)
+    result = SigmaByLayer(limit=2, layers="3,4", sigmas="0.5,0.9").run(load("scenes-sd3"), progress=False)
     assert set(result.table["layer"]) == {-1, 3, 4} and set(result.table["sigma"]) == {"0.5", "0.9"}
     row = result.summary.query("kind == 'noun' and layer == 3 and sigma == '0.9'").iloc[0]
     values = result.table.query("kind == 'noun' and layer == 3 and sigma == '0.9'")["value"]

@@ -729,3 +729,10 @@ def test_a_forward_that_ends_early_still_stops_at_what_is_not_finite(pipe: Any) 
     ):
         call(model)
     assert not rows
+
+
+def test_a_run_says_what_it_holds(pipe: Any) -> None:
+    with probe(pipe, AttentionMass(), layers=[1]) as run:
+        assert repr(run) == "Run of SD3Transformer2DModel: AttentionMass; layers 1; 0 denoising calls"
+        sample(pipe)
+    assert repr(run).endswith("AttentionMass; layers 1; 2 denoising calls")

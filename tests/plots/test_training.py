@@ -21,9 +21,9 @@ def test_maps_are_a_heat_map_with_a_dot_on_the_best_layer():
     rows += [(1000, "miou@0.5/head", 0.9), (1000, "flow", 1.0)]
     figure = training_curves(frame(rows))
     axis = next(axis for axis in figure.axes if axis.get_ylabel() == "layer")
-    mesh, dots = axis.collections
+    (mesh,), (dots,) = axis.collections, axis.lines
     np.testing.assert_allclose(mesh.get_array().reshape(3, 2), values)
-    assert dots.get_offsets().tolist() == [[0.5, 1.5], [1.5, 2.5]]  # column, layer, each in the middle of its cell
+    assert dots.get_xydata().tolist() == [[0.5, 1.5], [1.5, 2.5]]  # column, layer, each in the middle of its cell
     assert titles(figure) == ["training losses", "I2T maps at sigma 0.5", "what samples show"]
 
 
