@@ -430,6 +430,15 @@ def test_coco_masks_follow_the_stated_size(tmp_path: Path, segmentation: Any) ->
         want = np.full(stored, 255)
         want[:, : stored[1] // 4] = 0
         assert np.array_equal(label, want) and sample.names == ("t-shirt",)
+    content = json.loads((root / "annotations" / "instances_val2017.json").read_text())
+    del content["images"][0]["width"]  # half a size is none: the file's own
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    label = dataset(f"coco-instances:{root}")[0].label
+    if isinstance(segmentation, dict):  # which says its own size
+        with pytest.raises(UserError, match="it has 20 x 40 pixels, its picture 40 x 80"):
+            label()
+    else:
+        assert (label() == 0).sum() == 20 * 10
     turned_root = coco(tmp_path / "turned", "instances", cat, segmentation, (20, 40), (40, 20))
     with pytest.raises(UserError, match="not of one picture"):
         dataset(f"coco-instances:{turned_root}")[0].label()

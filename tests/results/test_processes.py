@@ -154,6 +154,20 @@ def test_processes_talk_inside_the_block_only(monkeypatch: pytest.MonkeyPatch) -
         processes.gather(0)
 
 
+def test_a_block_leaves_the_signal_as_it_was() -> None:
+    """But one that ended because another process was lost ignores the launcher's until the message is out."""
+    mine = signal.getsignal(signal.SIGTERM)
+    try:
+        for inside, after in ((None, mine), (signal.SIG_IGN, signal.SIG_IGN)):
+            with processes._ended_by_launcher():
+                assert signal.getsignal(signal.SIGTERM) is not mine
+                if inside is not None:
+                    signal.signal(signal.SIGTERM, inside)
+            assert signal.getsignal(signal.SIGTERM) is after
+    finally:
+        signal.signal(signal.SIGTERM, mine)
+
+
 def test_errors_of_the_first_process_are_raised() -> None:
     def refuse() -> None:
         raise UserError("no")
