@@ -77,7 +77,9 @@ CASES = [
     ("cityscapes", "leftImg8bit/val/ulm/a_leftImg8bit.png", "gtFine/val/ulm/a_gtFine_labelTrainIds.png", None,
      [0, 18, 255], [0, 18, 255]),
     ("cityscapes", "leftImg8bit/val/ulm/a_leftImg8bit.png", "gtFine/val/ulm/a_gtFine_labelIds.png", None,
-     [7, 33, 0, 9], [0, 18, 255, 255]),
+     [*range(24)], [*[255] * 7, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, 6, 7, 8, 9, 10]),
+    ("cityscapes", "leftImg8bit/val/ulm/a_leftImg8bit.png", "gtFine/val/ulm/a_gtFine_labelIds.png", None,
+     [*range(24, 34)], [11, 12, 13, 14, 15, 255, 255, 16, 17, 18]),
 ]  # fmt: skip
 
 
@@ -99,6 +101,15 @@ def test_layout(
     assert data.background == (0 if name in ("voc21", "pc60", "coco-object") else None)
     assert data.ignore == ((0,) if name == "coco-object-words" else ())
     assert (data.classes[0].name == "background") == BY_NAME[name].background
+
+
+def test_an_id_beyond_a_byte_is_no_background(tmp_path: Path) -> None:
+    picture(tmp_path / "val2017/a.jpg")
+    file = tmp_path / "stuffthingmaps/val2017/a.png"
+    file.parent.mkdir(parents=True)
+    Image.fromarray(np.full((4, 6), 256, np.uint16)).save(file)
+    with pytest.raises(UserError, match="256"):
+        dataset(f"coco-object:{tmp_path}").samples[0].label()
 
 
 def test_roots_above_the_data_set(tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ def test_the_row_wise_defect() -> None:
     found = np.zeros_like(truth)
     per_row = matched_by_rows(truth, found, 3)
     assert np.trace(per_row[:, :3]) == truth.size
+    with pytest.raises(ValueError, match="shorter"):
+        matched_by_rows(truth, found[:2], 3)
     ids = assign(histogram(truth, found, 3))
     right = confusion(truth, ids[found], 3)
     assert np.trace(right) * 3 == truth.size

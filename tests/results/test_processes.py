@@ -143,6 +143,10 @@ def test_the_lost_process_is_waited_for_and_named(monkeypatch: pytest.MonkeyPatc
             processes._lost(wait=0.0)
         with pytest.raises(RunError, match="was told to end"):
             processes._lost(told=True, wait=0.0)
+        monkeypatch.setattr(processes, "_members", [{"pid": number} for number in range(2)])
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(RunError, match="process 1 of 2 ended"):  # there is no other that it could be
+            processes._lost(wait=0.0)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert looks == [1, 2, 1, 2]
