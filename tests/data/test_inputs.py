@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -458,6 +459,30 @@ def test_coco_masks_are_never_cut(tmp_path: Path, segmentation: Any, stated: Any
     root = coco(tmp_path, "instances", {"id": 1, "name": "cat"}, segmentation, stated, stored)
     with pytest.raises(UserError, match=r"a COCO mask of '1.png' is damaged"):
         dataset(f"coco-instances:{root}")[0].label()
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [(None, {"images": None}), (None, {"images": {"a": 1}}), (None, {"annotations": "abc"}),
+     ("images", {"id": float("inf")}), ("images", {"height": float("inf")}), ("images", {"height": "x"}),
+     ("annotations", {"image_id": 7}), ("annotations", {"image_id": [1]}), ("categories", {"id": float("inf")})],
+)  # fmt: skip
+def test_an_annotation_file_of_another_shape_is_refused(tmp_path: Path, part: str | None, change: Any) -> None:
+    root = coco(tmp_path, "instances", {"id": 1, "name": "cat"}, LEFT, (20, 40), (20, 40))
+    file = root / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    (content if part is None else content[part][0]).update(change)
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"instances_val2017\.json is no COCO annotation file"):
+        dataset(f"coco-instances:{root}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_file_whose_name_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    saved(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    with pytest.raises(UserError, match=r"holds 'caf\\udce9.png', a name that is not UTF-8"):
+        samples(str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -82,12 +82,12 @@ def test_one_class_and_one_segment_are_scored_from_the_truth_alone() -> None:
     """Class 1 is the larger part of the second picture only, class 0 of all pictures together."""
     truth = [np.diag([90, 10]), np.diag([4, 6])]
     counts = by_hand(
-        ("full", "wrong", "classes", [one[:, ::-1] for one in truth]), ("full", "right", "classes", truth),
-        ("full", CEILING, "classes", truth), ("unsupervised", CEILING, "classes", truth),
         ("unsupervised", "swapped", "segments", [one[:, ::-1] for one in truth]),
+        ("unsupervised", CEILING, "classes", truth), ("full", CEILING, "classes", truth),
+        ("full", "wrong", "classes", [one[:, ::-1] for one in truth]), ("full", "right", "classes", truth),
     )  # fmt: skip
     table = league(counts, 2)
-    assert list(table["protocol"]) == ["full"] * 4 + ["unsupervised"] * 3
+    assert list(table["protocol"]) == ["unsupervised"] * 3 + ["full"] * 4  # as they were asked for
     rows = {(row["protocol"], row["method"]): row["miou"] for row in table.to_dict("records")}
     assert rows["full", ONE_CLASS] == pytest.approx((94 / 110 + 0) / 2)  # class 0 everywhere
     # one segment is class 0 in the first picture, class 1 in the second
