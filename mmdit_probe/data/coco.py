@@ -147,7 +147,9 @@ def _parsed(content: Any, kind: str) -> tuple[dict[str, Any], dict[str, tuple[in
 
 
 def _called(category: Any, kind: str) -> str | None:
-    name = str(category["name"])
+    name = category["name"]
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"category {category['id']} has the name {name!r}")
     if kind == "instances" or int(category["id"]) < FIRST_STUFF or category.get("isthing") == 1:
         return name
     name = name.split("-")[0]

@@ -465,7 +465,8 @@ def test_coco_masks_are_never_cut(tmp_path: Path, segmentation: Any, stated: Any
     ("part", "change"),
     [(None, {"images": None}), (None, {"images": {"a": 1}}), (None, {"annotations": "abc"}),
      ("images", {"id": float("inf")}), ("images", {"height": float("inf")}), ("images", {"height": "x"}),
-     ("annotations", {"image_id": 7}), ("annotations", {"image_id": [1]}), ("categories", {"id": float("inf")})],
+     ("annotations", {"image_id": 7}), ("annotations", {"image_id": [1]}), ("categories", {"id": float("inf")}),
+     ("categories", {"name": None}), ("categories", {"name": " "}), ("categories", {"name": 5})],
 )  # fmt: skip
 def test_an_annotation_file_of_another_shape_is_refused(tmp_path: Path, part: str | None, change: Any) -> None:
     root = coco(tmp_path, "instances", {"id": 1, "name": "cat"}, LEFT, (20, 40), (20, 40))

@@ -101,6 +101,22 @@ def test_one_class_and_one_segment_are_scored_from_the_truth_alone() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_a_picture_without_a_scored_pixel_stands_in_every_row_and_changes_none(by_rows: bool) -> None:
+    """COCO has pictures without an annotation."""
+    data, captures = world(2)
+    ignored = Sample("ignored", data[1].image, label=lambda: np.full_like(data[0].label(), 255))
+    whole, one = (replace(data, samples=samples) for samples in ([data[0], ignored], [data[0]]))
+    tables = []
+    for of in (whole, one):
+        scoring = Scoring(("present", "full"), by_rows=by_rows)
+        plan = Plan.of(of, ["seg4diff", "diffcut"], (2, 2), reading=Reading(layers="all"), scoring=scoring)
+        counts = pd.concat(map(pd.DataFrame, plan.rows(captures, range(len(of)))))
+        tables.append(league(counts, 3, match="row" if by_rows else "image").set_index(["protocol", "method"]))
+    assert set(tables[0]["n"]) == {2} and set(tables[1]["n"]) == {1}
+    assert tables[0]["miou"].to_dict() == tables[1]["miou"].to_dict() and len(tables[0]) >= 8
+
+
 def test_shifted_words_give_each_class_the_map_of_the_one_before() -> None:
     counts = table_of(1, ["seg4diff"], ["none"]).query("method == 'seg4diff, words shifted'")
     most = counts.sort_values("pixels").groupby("truth")["found"].last()

@@ -180,7 +180,7 @@ def test_pamr_is_the_mean_over_neighbours_written_out() -> None:
 def test_refinement_names() -> None:
     assert Refinement.parse("affinity:3+pamr").steps == (("affinity", 3), ("pamr", 10))
     assert Refinement.parse("none").steps == () and Refinement.parse("pamr").keep == ()
-    for bad in ("pamr+affinity", "afinity", "pamr:0", "affinity:x"):
+    for bad in ("pamr+affinity", "afinity", "pamr:0", "affinity:x", "pamr:99999999999", "pamr:²"):
         with pytest.raises(UserError):
             Refinement.parse(bad)
 
