@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import struct
 import sys
@@ -549,6 +550,7 @@ def test_fingerprints_tell_replaced_inputs(tmp_path: Path) -> None:
     assert len({first, told, samples(str(path))[0].fingerprint()}) == 3
     root = generic(tmp_path / "set", ["a.png", "b.png"])
     whole = dataset(f"folder:{root}").fingerprint()
+    assert re.fullmatch("[0-9a-f]{16}", whole)
     assert whole == fingerprint(dataset(f"folder:{root}").samples) != dataset(f"folder:{root}", 1).fingerprint()
     saved(root / "labels" / "b.png", RAMP * 0)
     assert dataset(f"folder:{root}").fingerprint() != whole

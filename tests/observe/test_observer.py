@@ -160,6 +160,7 @@ CALL = DenoisingCall(4, 3, [0.7, 0.6], ["a", "b"], [5, -1], ["cond", "uncond"])
 
 
 def test_a_batch_is_the_outer_product_of_its_axes() -> None:
+    assert "_tables" not in repr(CALL)  # which would print every token
     batch = RowBatch(CALL)
     values = np.arange(8.0).reshape(2, 2, 2)
     for number in range(2):
