@@ -389,10 +389,10 @@ def run(work: Path, tree: Path, numbers: list[int], again: bool, named: list[str
 
 def check(tree: Path, rows: list[dict[str, Any]]) -> int:
     """Run the tests that killed a mutant, without any: those that fail, or are there no more, have shown nothing."""
-    killers = {row["by"].split()[1] for row in rows if row["state"] == "killed" and row["by"]}
-    there = sorted(test for test in killers if (tree / test.split("::")[0]).exists())
-    print(f"{len(killers)} tests killed a mutant, the files of {len(there)} are there", flush=True)
-    code = forked(tree.parent, lambda: pytest_run(tree, there), 1800)
+    killers = {row["by"].split()[1].split("[")[0] for row in rows if row["state"] == "killed" and row["by"]}
+    files = sorted({file for test in killers if (tree / (file := test.split("::")[0])).exists()})
+    print(f"{len(killers)} tests killed a mutant, in {len(files)} files that are there", flush=True)
+    code = forked(tree.parent, lambda: pytest_run(tree, files, Chosen(sorted(killers))), 1800)
     print((tree.parent / "log.txt").read_text(errors="replace"))
     return code
 
