@@ -2,7 +2,10 @@
 
     python -m pip install coverage
     python benchmarks/mutants.py map                # which tests run which lines: once, 20 minutes of one core
-    python benchmarks/mutants.py run                # 60 mutants a room; again: goes on, and tries the survivors anew
+    python benchmarks/mutants.py run                # 60 mutants a room, the nearest tests of each; again: goes on
+    python benchmarks/mutants.py run --again        # survivors, against every test of their line
+    python benchmarks/mutants.py run 12 40 --tests tests/data/test_coco.py      # these two, against these tests
+    python benchmarks/mutants.py check              # do the tests that killed one pass without any?
     python benchmarks/mutants.py report             # results/mutants.md from results/mutants.json
 
 A mutant is one changed node of the syntax tree: a comparison, an operator, `and` for `or`, a condition turned round, a
@@ -10,19 +13,21 @@ number plus one, a truth value, a keyword argument left out, a returned value le
 `max`. Annotations, docstrings, texts of messages and what is only for type checkers are no candidates. All candidates
 of a room are equally likely.
 
-Mutants are made of the package as it was committed when they were drawn, and run against the tests as committed now:
-tests that were written for survivors count, the sample stays. Everything happens in a copied tree under --work. One
-process imports torch and diffusers and forks per mutant, so that a mutant costs seconds. Killed: a test fails, or the
-tests exceed five times their time. Tests that fail without a mutant are left out, so are those that need a GPU.
+The sample and the map are of the package as it was committed when they were drawn. A mutant is run where its lines
+stand in the package as committed now, against the tests as committed now: tests that were written for survivors count,
+the sample stays. One whose lines stand no longer, killed or not, is "gone" and counted apart. Everything happens in a
+copied tree under --work. One process imports torch and diffusers and forks per mutant, so that a mutant costs seconds.
+Killed: a test fails, or the tests exceed five times their time. Tests that failed without a mutant are left out, so are
+those that need a GPU; `check` runs those that killed one once more without any.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import difflib
 import fcntl
 import gc
-import hashlib
 import importlib
 import itertools
 import json
@@ -36,7 +41,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +50,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
 ROOMS = ("attention", "observe", "data", "results", "evaluate")
 SEED = 13
 A_ROOM = 60
-ENOUGH_SECONDS = 12.0
+ENOUGH_SECONDS = 5.0
 """Tests per mutant end after these seconds of their own time in the first pass; survivors meet all of them."""
 
 NO_TESTS = 5
@@ -86,6 +91,16 @@ class Mutant:
     def apply(self, source: bytes) -> bytes:
         assert source[self.start : self.end].decode() == self.before
         return source[: self.start] + self.after.encode() + source[self.end :]
+
+    def carried(self, drawn: bytes, now: bytes) -> Mutant | None:
+        """The same change in a later text of its file; None where its lines no longer stand."""
+        old, new = drawn.splitlines(keepends=True), now.splitlines(keepends=True)
+        first, last = self.line - 1, drawn[: self.end].count(b"\n")
+        for a, b, size in difflib.SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks():
+            if a <= first and last < a + size:
+                moved = sum(map(len, new[: first + b - a])) - sum(map(len, old[:first]))
+                return replace(self, line=self.line + b - a, start=self.start + moved, end=self.end + moved)
+        return None
 
 
 def changes(node: ast.AST) -> Iterator[tuple[str, ast.AST, ast.AST]]:
@@ -181,17 +196,19 @@ def git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def plant(place: Path, package: str) -> Path:
-    """A copied tree: the package of one commit, everything else as committed now. No stamp: a mutant was left in it."""
-    tree, stamp = place / "tree", f"{git('rev-parse', 'HEAD')} {package}"
-    if not (place / "stamp").exists() or (place / "stamp").read_text() != stamp:
+def git_bytes(commit: str, file: str) -> bytes:
+    return subprocess.run(["git", "show", f"{commit}:{file}"], cwd=ROOT, capture_output=True, check=True).stdout
+
+
+def plant(place: Path, commit: str) -> Path:
+    """A copied tree of one commit. No stamp: a mutant was left in it."""
+    tree = place / "tree"
+    if not (place / "stamp").exists() or (place / "stamp").read_text() != commit:
         shutil.rmtree(tree, ignore_errors=True)
         tree.mkdir(parents=True)
-        for commit, paths in (("HEAD", ["."]), (package, ["mmdit_probe"])):
-            shutil.rmtree(tree / "mmdit_probe", ignore_errors=True)
-            archive = subprocess.Popen(["git", "archive", commit, *paths], cwd=ROOT, stdout=subprocess.PIPE)
-            subprocess.run(["tar", "-x", "-C", str(tree)], stdin=archive.stdout, check=True)
-        (place / "stamp").write_text(stamp)
+        archive = subprocess.Popen(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE)
+        subprocess.run(["tar", "-x", "-C", str(tree)], stdin=archive.stdout, check=True)
+        (place / "stamp").write_text(commit)
     return tree
 
 
@@ -270,20 +287,26 @@ class Watch:
 
 
 class Chosen:
-    """Pytest plugin: only these tests, in this order."""
+    """Pytest plugin: only these tests (or files of them), in this order."""
 
     def __init__(self, tests: list[str]) -> None:
         self.rank = {test: i for i, test in enumerate(tests)}
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        items[:] = sorted((item for item in items if item.nodeid in self.rank), key=lambda i: self.rank[i.nodeid])
+        ranks = [(min(self.rank.get(name, 1e9) for name in names(item.nodeid)), item) for item in items]
+        items[:] = [item for rank, item in sorted(ranks, key=lambda r: r[0]) if rank < 1e9]
+
+
+def names(test: str) -> tuple[str, str, str]:
+    """A test by its whole name, without its parameters, and by its file."""
+    return test, test.split("[")[0], test.split("::")[0]
 
 
 class Map:
     """What `map` found: tests that run a line of the rooms."""
 
-    def __init__(self, work: Path, tree: Path) -> None:
-        parts = [json.loads(path.read_text()) for file in test_files(tree) if (path := part(work, tree, file)).exists()]
+    def __init__(self, work: Path) -> None:
+        parts = [json.loads(path.read_text()) for path in sorted((work / "map").glob("*.json"))]
         self.tests = {test: about for found in parts for test, about in found["tests"].items() if about["passed"]}
         self.lines: dict[str, dict[int, set[str]]] = {}
         for found in parts:
@@ -298,7 +321,8 @@ class Map:
         """
         lines = self.lines.get(mutant.file, {})
         tests = (lines.get(mutant.line) or set().union(*lines.values(), set())) & set(self.tests)
-        chosen, total = [], 0.0
+        chosen: list[str] = []
+        total = 0.0
         for test in sorted(tests, key=lambda t: (f"/{mutant.room}/" not in t, self.tests[t]["seconds"], t)):
             total += self.tests[test]["seconds"]
             if chosen and total > most:
@@ -314,12 +338,6 @@ def test_files(tree: Path) -> list[str]:
     """Test files, those of the rooms first."""
     files = [path.relative_to(tree).as_posix() for path in (tree / "tests").rglob("test_*.py")]
     return sorted(files, key=lambda file: (file.split("/")[1] not in ROOMS, file))
-
-
-def part(work: Path, tree: Path, file: str) -> Path:
-    """Where the map of a test file lies: another file once the test file has changed."""
-    digest = hashlib.sha256((tree / file).read_bytes()).hexdigest()[:12]
-    return work / "map" / f"{file.replace('/', '.')}-{digest}.json"
 
 
 def imports(work: Path) -> None:
@@ -338,31 +356,45 @@ def imports(work: Path) -> None:
 def map_tests(work: Path, tree: Path, only: str) -> None:
     (work / "map").mkdir(exist_ok=True)
     for file in test_files(tree):
-        out = part(work, tree, file)
+        out = work / "map" / f"{file.replace('/', '.')}.json"
         if only in file and not out.exists():
             began = time.monotonic()
             code = forked(tree.parent, lambda file=file, out=out: pytest_run(tree, [file], Watch(tree, out)), 900)  # type: ignore[misc]
             print(f"{file}: exit {code}, {time.monotonic() - began:.0f} s", flush=True)
 
 
-def run(work: Path, tree: Path, numbers: range, again: bool) -> None:
+def run(work: Path, tree: Path, numbers: list[int], again: bool, named: list[str]) -> None:
     """Run what has not been killed yet of these mutants; the result of each is stored at once."""
-    known = Map(work, tree)
+    known, package = Map(work), json.loads(RESULTS.read_text())["package"]
     for number in numbers:
         row = kept(number)
-        if row["state"] == "killed" or (row["state"] == "survived" and not again):
+        drawn = Mutant(**row["mutant"])
+        mutant = drawn.carried(git_bytes(package, drawn.file), (tree / drawn.file).read_bytes())
+        if mutant is None:
+            kept(number, {"mutant": row["mutant"], "state": "gone"})
+        if mutant is None or row["state"] == "killed" or (row["state"] == "survived" and not (again or named)):
             continue
-        mutant = Mutant(**row["mutant"])
-        tests = known.related(mutant, 1e9 if again else ENOUGH_SECONDS)
+        tests = named or known.related(drawn, 1e9 if again else ENOUGH_SECONDS)
         began = time.monotonic()
-        code = outcome(tree, mutant, tests, 5 * known.seconds(tests) + 30) if tests else 0
+        code = outcome(tree, mutant, tests, 60 if named else 5 * known.seconds(tests) + 10) if tests else 0
         row.update(state="survived" if code in (0, NO_TESTS) else "killed", tests=len(tests), exit=code)
-        if tests:
-            log = (tree.parent / "log.txt").read_text(errors="replace").splitlines()
-            row["by"] = next((line for line in log if line.startswith(("FAILED", "ERROR"))), "")[:200]
+        log = (tree.parent / "log.txt").read_text(errors="replace").splitlines() if tests else []
+        row["by"] = next((line for line in log if line.startswith(("FAILED", "ERROR"))), "")[:200]
         kept(number, row)
         told = f"{mutant.file}:{mutant.line} {mutant.before!r} -> {mutant.after!r}"
-        print(f"{row['state']} ({code}, {len(tests)} tests, {time.monotonic() - began:.0f} s) {told}", flush=True)
+        print(
+            f"{number} {row['state']} ({code}, {len(tests)} tests, {time.monotonic() - began:.0f} s) {told}", flush=True
+        )
+
+
+def check(tree: Path, rows: list[dict[str, Any]]) -> int:
+    """Run the tests that killed a mutant, without any: those that fail, or are there no more, have shown nothing."""
+    killers = {row["by"].split()[1].split("[")[0] for row in rows if row["state"] == "killed" and row["by"]}
+    files = sorted({file for test in killers if (tree / (file := test.split("::")[0])).exists()})
+    print(f"{len(killers)} tests killed a mutant, in {len(files)} files that are there", flush=True)
+    code = forked(tree.parent, lambda: pytest_run(tree, files, Chosen(sorted(killers))), 1800)
+    print((tree.parent / "log.txt").read_text(errors="replace"))
+    return code
 
 
 def kept(number: int, row: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -390,7 +422,8 @@ def outcome(tree: Path, mutant: Mutant, tests: list[str], seconds: float) -> int
     def action() -> int:
         sys.dont_write_bytecode = True
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-        return pytest_run(tree, ["-x", *sorted({test.split("::")[0] for test in tests})], Chosen(tests))
+        files = sorted({test.split("::")[0] for test in tests})
+        return pytest_run(tree, ["-x", *(file for file in files if (tree / file).exists())], Chosen(tests))
 
     stamp.unlink()
     try:
@@ -406,15 +439,23 @@ def report(stored: dict[str, Any]) -> str:
     """The result in markdown: shares with Wilson's intervals, and every survivor with what is said of it ("note")."""
     from mmdit_probe.results.statistics import interval
 
-    rows = [row for row in stored["mutants"] if row["state"] != "drawn"]
-    lines = ["| room | drawn | run | killed | share [95 %] |", "|-|-|-|-|-|"]
+    rows = [row for row in stored["mutants"] if row["state"] in ("killed", "survived")]
+    lines = [
+        "| room | drawn | gone | run | killed | share [95 %] | equal | without those [95 %] |",
+        "|-|-|-|-|-|-|-|-|",
+    ]
     for room in (*ROOMS, "all"):
-        drawn, own = (
+        every, own = (
             [r for r in of if room in ("all", Mutant(**r["mutant"]).room)] for of in (stored["mutants"], rows)
         )
-        found = interval([float(row["state"] == "killed") for row in own], "share")
-        share = f"{found.mean:.1%} [{found.low:.1%}, {found.high:.1%}]"
-        lines.append(f"| {room} | {len(drawn)} | {len(own)} | {sum(r['state'] == 'killed' for r in own)} | {share} |")
+        told = [r for r in own if not r.get("note", "").startswith("equal")]
+        gone, killed = (sum(r["state"] == state for r in every) for state in ("gone", "killed"))
+        shares = []
+        for of in (own, told):
+            found = interval([float(row["state"] == "killed") for row in of], "share")
+            shares.append(f"{found.mean:.1%} [{found.low:.1%}, {found.high:.1%}]")
+        cells = (room, len(every), gone, len(own), killed, shares[0], len(own) - len(told), shares[1])
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += ["", "Survivors:", ""]
     for row in (row for row in rows if row["state"] == "survived"):
         mutant = Mutant(**row["mutant"])
@@ -427,10 +468,12 @@ def report(stored: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("map", "run", "report"))
+    parser.add_argument("what", choices=("map", "run", "check", "report"))
+    parser.add_argument("numbers", type=int, nargs="*", help="run: these mutants only")
     parser.add_argument("--work", type=Path, default=ROOT / ".mutants", help="folder of the copied tree and the map")
     parser.add_argument("--only", default="", help="map: test files whose path holds this")
     parser.add_argument("--again", action="store_true", help="run: survivors too, against every test of their line")
+    parser.add_argument("--tests", nargs="+", default=[], help="run: against these tests, instead of the map's")
     parser.add_argument("--share", default="0/1", help="run: which mutants, where several workers run: 0/2 and 1/2")
     options = parser.parse_args()
     if options.what == "report":
@@ -440,15 +483,20 @@ def main() -> None:
     place = options.work / f"worker-{first}"
     place.mkdir(parents=True, exist_ok=True)
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"package": git("rev-parse", "HEAD")}
-    tree = plant(place, stored["package"])
+    tree = plant(
+        place, stored["package"] if options.what == "map" or "mutants" not in stored else git("rev-parse", "HEAD")
+    )
     if "mutants" not in stored:
         stored |= {"seed": SEED, "mutants": [{"mutant": asdict(one), "state": "drawn"} for one in drawn(tree)]}
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
     imports(options.work)
     if options.what == "map":
         map_tests(options.work, tree, options.only)
-    elif options.what == "run":
-        run(options.work, tree, range(first, len(stored["mutants"]), workers), options.again)
+    elif options.what == "check":
+        sys.exit(check(tree, stored["mutants"]))
+    else:
+        numbers = options.numbers or list(range(first, len(stored["mutants"]), workers))
+        run(options.work, tree, numbers, options.again, options.tests)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,15 @@ class RunError(ProbeError):
     exit_code = 1
 
 
+MISSHAPEN = (LookupError, TypeError, ValueError, OverflowError, AttributeError, MemoryError, RecursionError)
+"""What it raises to read a document whose entries are missing, of another kind, or too large."""
+
+
+def is_text(text: str) -> bool:
+    """Whether a name or an argument can be written: bytes that are not UTF-8 come as lone surrogates, NUL ends it."""
+    return not any(character == "\0" or "\ud800" <= character <= "\udfff" for character in text)
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, on one line; its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

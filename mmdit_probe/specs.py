@@ -32,6 +32,8 @@ ALL_HEADS = -1
 
 _ANY = 1_000_000
 """More layers, heads or steps than any model has."""
+MOST_SIDE = 8192
+"""Pixels a side, above what any model makes."""
 _RANGE = re.compile(r"(\d+)-(\d+)")
 _LAST = re.compile(r"last(?:-(\d+))?")
 
@@ -79,6 +81,22 @@ def check_spec(spec: Spec, indices: Callable[[Spec, int], tuple[int, ...]]) -> N
     """
     if str(spec).strip().lower() != "all":
         indices(spec, _ANY)
+
+
+def parse_size(text: str | None, what: str = "size") -> tuple[int, int] | None:
+    """(height, width) from "512x768"; None from None. `what` stands in the message.
+
+    Raises:
+        UserError: another form, or more pixels than anything here makes or reads.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip().lower())
+    if not match or max(int(match[1]), int(match[2])) > MOST_SIDE:
+        raise UserError(
+            f"{what} {text!r}: expected height x width in pixels, such as 480x720, at most {MOST_SIDE} a side"
+        )
+    return int(match[1]), int(match[2])
 
 
 def seed_values(seed: int | Sequence[int], count: int, what: str = "images") -> list[int]:
@@ -150,5 +168,7 @@ def _one(part: str, count: int, kind: str, forms: str) -> Iterable[int]:
 
 def _existing(index: int, count: int, kind: str) -> int:
     if not 0 <= index < count:
+        if count == _ANY:  # no model has said how many there are
+            raise UserError(f"{kind} {index} does not exist: they count from 0 and no model has {count:,}")
         raise UserError(f"{kind} {index} does not exist: there are {count} {kind}s, 0 to {count - 1}")
     return index

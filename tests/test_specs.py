@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.specs import head_indices, layer_indices, listed, number, seed_values, step_indices
+from mmdit_probe.specs import (
+    check_spec,
+    head_indices,
+    layer_indices,
+    listed,
+    number,
+    parse_size,
+    seed_values,
+    step_indices,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +62,12 @@ def test_a_written_list_is_read_back(chosen):
         (lambda: layer_indices(9.0, 12), "cannot read '9.0' as a layer"),
         (lambda: seed_values(1 << 63, 1), r"seed 9223372036854775808: expected whole numbers from 0 to 2\^63"),
         (lambda: seed_values((1 << 63) - 1, 2), r"seed 9223372036854775808: expected whole numbers"),
+        (
+            lambda: check_spec("-1", head_indices),
+            "head -1 does not exist: they count from 0 and no model",
+        ),
+        (lambda: parse_size("0x64"), "size '0x64': expected height x width in pixels"),
+        (lambda: parse_size("64x8193", "--size"), "--size '64x8193': .*at most 8192 a side"),
         (lambda: seed_values(-1, 1), "seed -1: expected whole numbers from 0"),
         (lambda: seed_values([0, 1.5], 2), "seed 1.5: expected whole numbers"),
         (lambda: seed_values([1, 2, 3], 1, "pictures"), "3 seeds for 1 pictures; give one each"),

@@ -10,7 +10,6 @@ the same words.
 from __future__ import annotations
 
 import inspect
-import re
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -21,11 +20,12 @@ import typer
 
 from mmdit_probe.cli.options import Session
 from mmdit_probe.cli.output import Output
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import unknown
 from mmdit_probe.experiments.experiment import AUTO
 from mmdit_probe.experiments.options import INPUT, METHOD, MODEL, OUTPUT
 from mmdit_probe.experiments.target import Named
 from mmdit_probe.options import Described, choices_of, described
+from mmdit_probe.specs import parse_size
 
 _PANELS = {INPUT: 0, MODEL: 2, METHOD: 3, OUTPUT: 4}
 """Order of the headings; those that a command has of its own come second."""
@@ -92,17 +92,9 @@ def named(session: Session) -> Named:
     """The model of a session."""
     names = ("device", "dtype", "lora", "offload", "quantize")
     options = {name: getattr(session, name) for name in names} | {"t5": not session.no_t5}
-    return Named(session.model, options, session.max_sequence_length, session.num_frames, _size(session.size))
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    """(height, width) of a text such as 480x720."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None:
-        raise UserError(f"--size {text!r}: expected height x width in pixels, such as 480x720")
-    return int(match[1]), int(match[2])
+    return Named(
+        session.model, options, session.max_sequence_length, session.num_frames, parse_size(session.size, "--size")
+    )
 
 
 def _stated(context: typer.Context, name: str) -> bool:

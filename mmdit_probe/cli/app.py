@@ -24,7 +24,7 @@ from typer.exceptions import Abort, TyperException
 from mmdit_probe import __version__
 from mmdit_probe.cli import compare, doctor, models
 from mmdit_probe.cli.adapter import command_of, epilog
-from mmdit_probe.errors import ProbeError
+from mmdit_probe.errors import ProbeError, is_text
 from mmdit_probe.experiments import (
     AttentionBudget,
     Attribute,
@@ -133,6 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     debug, as_json = "--debug" in arguments, "--json" in arguments
     if isinstance(sys.stdout, TextIOWrapper):  # Windows writes a pipe in its code page, which lacks most prompts' signs
         sys.stdout.reconfigure(errors="backslashreplace")
+    foreign = next((one for one in arguments if not is_text(one)), None)
+    if foreign is not None:
+        sys.exit(_fail(f"{foreign!r} is not UTF-8 text or holds NUL; write it in UTF-8, rename a file", 2, as_json))
     try:
         code = app(args=arguments, prog_name="mmdit-probe", standalone_mode=False)
     except (ProbeError, TyperException) as error:

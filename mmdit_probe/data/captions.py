@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mmdit_probe.data.text import read_json
-from mmdit_probe.errors import UserError, first_line
+from mmdit_probe.errors import MISSHAPEN, UserError, first_line
 from mmdit_probe.results.atomic import write_json
 
 
@@ -122,6 +122,6 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         if not all(isinstance(text, str) for text in known["captions"].values()):
             raise TypeError("captions that are no texts")
-    except (KeyError, TypeError, AttributeError) as error:
+    except MISSHAPEN as error:
         raise UserError(f"{str(path)!r} is no caption file ({error!r}); expected {expected}") from error
     return dict(known)

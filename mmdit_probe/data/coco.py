@@ -27,7 +27,7 @@ from mmdit_probe.data.masks import Masks, Regions, check_size, decode_rle, fitte
 from mmdit_probe.data.picture import open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import read_json
-from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.errors import MISSHAPEN, UserError, check_known
 
 KINDS = ("instances", "stuff", "panoptic")
 FIRST_STUFF = 92
@@ -55,7 +55,7 @@ def coco(root: Path, kind: str, split: str | None = None) -> Dataset:
     painted = (root / "annotations" / f"panoptic_{split}", root / f"panoptic_{split}")
     try:
         file = _Annotations(kind, next((p for p in painted if p.is_dir()), root), *_parsed(content, kind))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except MISSHAPEN as error:
         raise UserError(f"{path.name} is no COCO annotation file ({error!r})") from error
     captions = _captions(root / "annotations" / f"captions_{split}.json")
     found = sorted(name for name in file.of_picture if (pictures / name).is_file())
@@ -126,7 +126,7 @@ class _Annotations:
                 raise ValueError(f"it has {ids.shape[0]} x {ids.shape[1]} pixels, its picture {size[0]} x {size[1]}")
             for one in found["segments_info"]:
                 yield int(one["category_id"]), ids == int(one["id"])
-        except (ValueError, TypeError, KeyError, OverflowError, AttributeError, MemoryError) as error:
+        except MISSHAPEN as error:
             raise UserError(f"a COCO mask of {name!r} is damaged: {error}") from error
 
 
@@ -147,7 +147,9 @@ def _parsed(content: Any, kind: str) -> tuple[dict[str, Any], dict[str, tuple[in
 
 
 def _called(category: Any, kind: str) -> str | None:
-    name = str(category["name"])
+    name = category["name"]
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"category {category['id']} has the name {name!r}")
     if kind == "instances" or int(category["id"]) < FIRST_STUFF or category.get("isthing") == 1:
         return name
     name = name.split("-")[0]
@@ -186,6 +188,6 @@ def _captions(path: Path) -> dict[str, str]:
         file_of = {int(one["id"]): str(one["file_name"]) for one in content["images"]}
         for one in sorted(content["annotations"], key=lambda a: int(a["id"])):
             found.setdefault(file_of[int(one["image_id"])], " ".join(str(one["caption"]).split()))
-    except (KeyError, TypeError, ValueError) as error:
+    except MISSHAPEN as error:
         raise UserError(f"{path.name} is no COCO caption file ({error!r})") from error
     return found

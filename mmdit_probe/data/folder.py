@@ -26,7 +26,7 @@ from mmdit_probe.data.masks import Regions, stack
 from mmdit_probe.data.picture import by_name, listed, open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import caption_beside, read_json
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import MISSHAPEN, UserError
 
 
 def labelled(root: Path) -> Dataset:
@@ -110,7 +110,7 @@ def _names(file: Path) -> dict[int, str]:
         if not all(isinstance(name, str) and name.strip() for name in names.values()):
             raise ValueError("a name is no text")
         return dict(sorted(names.items()))
-    except (ValueError, AttributeError) as error:
+    except MISSHAPEN as error:
         raise UserError(f"{str(file)!r} cannot be read: {error}; expected {expected}") from error
 
 

@@ -24,7 +24,7 @@ from PIL import ImageOps
 from PIL.Image import Image
 
 from mmdit_probe.data.text import regular
-from mmdit_probe.errors import ProbeError, UserError, first_line
+from mmdit_probe.errors import ProbeError, UserError, first_line, is_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """Which files of a folder are its pictures, in any case."""
@@ -133,10 +133,12 @@ def by_name(files: Iterable[Path], folder: Path, name: Callable[[Path], str]) ->
     """Files of a folder by the name that a picture, its caption and its masks share.
 
     Raises:
-        UserError: two of one name.
+        UserError: two of one name, or one that is not UTF-8.
     """
     found: dict[str, Path] = {}
     for file in files:
+        if not is_text(file.name):
+            raise UserError(f"{str(folder)!r} holds {file.name!r}, a name that is not UTF-8; rename it")
         other = found.setdefault(name(file), file)
         if other is not file:
             raise UserError(

@@ -20,7 +20,7 @@ from mmdit_probe.data.masks import MAX_MASKS, Masks, Regions, decode_rle, fitted
 from mmdit_probe.data.picture import by_name, open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import caption_beside, read_json
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import MISSHAPEN, UserError
 
 SCORED_MASKS = 64
 """Masks per picture that are scored, the largest ones; head-level training takes `MAX_MASKS`."""
@@ -65,7 +65,7 @@ def sa1b_masks(path: Path, *, limit: int = SCORED_MASKS, size: tuple[int, int] |
     content = read_json(path, "an SA-1B annotation")
     try:
         masks = in_order([decode_rle(one["segmentation"]) for one in content["annotations"]])
-    except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
+    except MISSHAPEN as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"{str(path)!r} is no SA-1B annotation with run-length masks ({reason})") from error
     if len({mask.shape for mask in masks}) > 1:

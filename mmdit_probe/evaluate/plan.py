@@ -245,12 +245,12 @@ class Plan:
         record = _without_forward(self.reading, captures, image)
         scored = self.scoring.label(image.truth, record.fit, self.dataset.ignore)
         ids = [int(i) for i in np.unique(scored) if i != IGNORE]
-        if not ids:
-            return rows.columns()
         view = self.scoring.view(record)
-        shares = _shares(scored, ids, view)
-        best = np.array(ids)[strongest(view.fit.back(shares)).numpy()]
-        tokens = dict(zip(ids, _true_tokens(shares, index), strict=True))
+        best, nowhere, tokens = np.zeros_like(scored), torch.zeros(view.grid), {}
+        if ids:  # a picture without a scored pixel says nothing of any row, and stands in each
+            shares = _shares(scored, ids, view)
+            best = np.array(ids)[strongest(view.fit.back(shares)).numpy()]
+            tokens = dict(zip(ids, _true_tokens(shares, index), strict=True))
         for protocol, together in groupby(image.groups, lambda group: group.protocol):
             groups = list(together)
             entries = chain.from_iterable(self._maps(group, found.get(group, record)) for group in groups)
@@ -260,9 +260,9 @@ class Plan:
                     whole = (UNSUPERVISED, ONE_SEGMENT, "none", "", "", "")
                     self._add_segments(rows, scored, whole, torch.zeros(1, *scored.shape))
                 count = partial(self._add_segments, rows, scored)
-                self._count(protocol, entries, count, torch.stack([tokens[i] for i in ids]), index)
+                self._count(protocol, entries, count, torch.stack(list(tokens.values()) or [nowhere]), index)
                 continue
-            known, nowhere = groups[0].ids, torch.zeros(view.grid)
+            known = groups[0].ids
             count = partial(self._add_classes, rows, scored, known)
             count((protocol, CEILING, "none", "", "", ""), found=best)
             seeds = torch.stack([tokens.get(i, nowhere) for i in known]) if known else torch.zeros(0, *view.grid)

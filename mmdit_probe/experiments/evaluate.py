@@ -487,6 +487,8 @@ def _read_tags(path: Path) -> dict[str, list[str]]:
     from mmdit_probe.data import read_json
 
     data = read_json(path, "tags, image name -> list of class names")
-    if not isinstance(data, dict) or not all(isinstance(value, list) for value in data.values()):
+    if not isinstance(data, dict) or not all(
+        isinstance(names, list) and all(isinstance(name, str) for name in names) for names in data.values()
+    ):
         raise UserError(f"--tags {str(path)!r}: expected an object, image name -> list of class names")
     return data

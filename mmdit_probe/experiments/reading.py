@@ -15,8 +15,8 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.known import grounding_layers
 from mmdit_probe.experiments.options import METHOD, checked_heads
 from mmdit_probe.options import LAST_SEED, Option
-from mmdit_probe.segment.settings import parse_sigmas, parse_size
-from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, layer_indices
+from mmdit_probe.segment.settings import parse_sigmas
+from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, layer_indices, parse_size
 
 if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT

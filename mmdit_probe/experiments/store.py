@@ -214,11 +214,14 @@ class FolderStore:
         """Tables are open for writing inside; the first must get rows, the others may."""
         self._writers = {name: TableWriter(self.folder.path, name) for name in tables}
         main, *others = self._writers.values()
-        self.done = set(main.done)
+        for number in main.done & {number for writer in others for number in writer.cut}:
+            with atomic.disk(main.file(number)):  # on disk too: one that is killed again must not count it as done
+                main.file(number).unlink(missing_ok=True)
         processes.barrier()  # every writer has cleaned up before any task is begun
+        self.done = {number for number in main.done if main.file(number).exists()}
         yield
         for writer in self._writers.values():
-            own = (writer.path / f"{number:06d}.parquet" for number in sorted(writer.done))
+            own = map(writer.file, sorted(writer.done))
             processes.collect(path for path in own if path.exists())
         main.finish()
         if self.first:

@@ -16,7 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from mmdit_probe.errors import RunError, UserError, first_line
+from mmdit_probe.errors import MISSHAPEN, RunError, UserError, first_line
 from mmdit_probe.models.quiet import quiet
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -94,13 +94,16 @@ def read_metadata(source: str | Path) -> dict[str, Any]:
     """Header of an adapter file: `lora` (rank, alpha, targets as peft names them) and `mmdit_probe` (ours), {} if none.
 
     Raises:
-        UserError: no adapter there.
+        UserError: no adapter there, or what stands in the header is no JSON.
     """
     file = _file(Path(source))
     if not file.is_file():
         raise UserError(f"{str(source)!r} holds no {FILE}; expected a LoRA folder as diffusers writes it")
     _, header = _header(file)
-    return {"lora": json.loads(header.get("lora_adapter_metadata", "{}")), KEY: json.loads(header.get(KEY, "{}"))}
+    try:
+        return {name: json.loads(header.get(at, "{}")) for name, at in (("lora", "lora_adapter_metadata"), (KEY, KEY))}
+    except MISSHAPEN as error:
+        raise UserError(f"the header of {str(file)!r} is damaged: {first_line(error)}") from error
 
 
 def _file(path: Path) -> Path:

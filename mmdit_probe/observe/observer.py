@@ -43,7 +43,6 @@ class DenoisingCall:
         number: 0-based count of transformer calls in this probe.
         step: 0-based sampling step. sigmas: noise level per sample.
         prompts, seeds, branches: per sample; "" and -1 and "unknown" where unknown.
-        grid: (h, w) of the image tokens.
     """
 
     number: int
@@ -52,7 +51,6 @@ class DenoisingCall:
     prompts: list[str]
     seeds: list[int]
     branches: list[str]
-    grid: tuple[int, int]
     _tokens: Sequence[TokenTable | None] = field(default=(), repr=False)
     _tables: dict[int, list[TokenTable]] = field(default_factory=dict, repr=False)
 

@@ -394,7 +394,6 @@ class Run:
             prompts=prompts,
             seeds=batch.seeds,
             branches=[PERTURBED] * samples if self._left_out or self._context == PERTURBED else batch.branches,
-            grid=layout.grid or (0, 0),
             _tokens=tables,
         )
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import MISSHAPEN, UserError
 from mmdit_probe.results.atomic import write_json
 from mmdit_probe.results.documents import read_document
 
@@ -88,10 +88,10 @@ class LayerSelection:
                 layers=tuple(data["layers"]),
                 weights=tuple(float(weight) for weight in data.get("weights", ())),
                 heads={int(layer): tuple(heads) for layer, heads in data.get("heads", {}).items()},
-                evidence=tuple(data.get("evidence", ())),
-                how=data.get("how", {}),
+                evidence=tuple(dict(one) for one in data.get("evidence", ())),
+                how=dict(data.get("how", {})),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+        except (*MISSHAPEN, UserError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{str(path)!r} is no layer selection ({reason}); make one with select-layers") from error
 

@@ -56,13 +56,19 @@ class TableWriter:
         self.path = make_folder(Path(folder) / f"{name}.parquet")
         remove_leftovers(self.path)
         self.done: set[int] = set()
+        self.cut: set[int] = set()
         for path in _items(self.path):
             if _complete(path):
                 self.done.add(int(path.stem))
                 continue
             warnings.warn(f"{str(path)!r} is cut off (power loss?): item {int(path.stem)} is done again", stacklevel=2)
+            self.cut.add(int(path.stem))
             with disk(path):
                 path.unlink()
+
+    def file(self, index: int) -> Path:
+        """Where an item's rows are, or will be."""
+        return self.path / f"{index:06d}.parquet"
 
     @contextmanager
     def item(self, index: int) -> Iterator[ItemWriter]:
@@ -71,7 +77,7 @@ class TableWriter:
         Raises:
             UserError: no rights, or something in the way. RunError: the disk is full, or the block wrote no rows.
         """
-        final = self.path / f"{index:06d}.parquet"
+        final = self.file(index)
         with ItemWriter(final.with_name(f"{final.name}.{os.getpid()}.partial")) as item:
             yield item
             item.close()

@@ -9,11 +9,11 @@ No torch here: requests are read, offered and refused before any of it is import
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from mmdit_probe.errors import UserError, check_known, unknown
+from mmdit_probe.specs import MOST_SIDE, parse_size
 
 NAMED = (
     "seg4diff", "diffsegmenter", "diffsegmenter-per-class", "iseg", "tokenrank", "conceptattention", "proxyclip",
@@ -26,6 +26,7 @@ BLIND = ("seg4diff-unsup", "diffseg", "diffcut")
 STEPS = {"minmax": 1, "centre": 1, "affinity": 2, "walk": 2, "nosink": 2, "regions": 1, "pamr": 10, "vote": 1}
 """Steps of a refinement and the number of rounds each takes when none is given."""
 
+MOST_ROUNDS = 1000
 PIXELS = ("pamr", "vote")
 """Steps at the picture's size."""
 
@@ -61,20 +62,6 @@ def parse_batch(value: str | int) -> int | None:
     return int(value)
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(height, width) from "512x768".
-
-    Raises:
-        UserError: another form.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
-    if not match:
-        raise UserError(f"size {text!r}: expected HEIGHTxWIDTH in pixels, e.g. 512x768")
-    return int(match[1]), int(match[2])
-
-
 def scoring_size(text: str, shown: tuple[int, int]) -> tuple[int, int]:
     """(height, width) at which labels are compared, of a picture part of size `shown`: "128x128", or "short:640" (the
     shorter side, aspect kept, the longer one at most four times as long: detectron2's loader).
@@ -87,7 +74,7 @@ def scoring_size(text: str, shown: tuple[int, int]) -> tuple[int, int]:
         assert size is not None
         return size
     side = text.removeprefix("short:")
-    if not (side.isdigit() and int(side) > 0):
+    if not (side.isdecimal() and 0 < int(side) <= MOST_SIDE):
         raise UserError(f"scoring size {text!r}: expected HEIGHTxWIDTH or short:SIDE in pixels, e.g. short:640")
     scale = min(int(side) / min(shown), 4 * int(side) / max(shown))
     height, width = (max(1, int(length * scale + 0.5)) for length in shown)
@@ -122,8 +109,8 @@ def parse_steps(text: str) -> tuple[tuple[str, int], ...]:
         name, _, rounds = part.strip().partition(":")
         if name not in STEPS:
             raise unknown("refinement", name, ("none", *STEPS))
-        if rounds and not (rounds.isdigit() and int(rounds) > 0):
-            raise UserError(f"refinement {part!r}: expected {name} or {name}:ROUNDS with at least 1 round")
+        if rounds and not (rounds.isdecimal() and 0 < int(rounds) <= MOST_ROUNDS):
+            raise UserError(f"refinement {part!r}: expected {name} or {name}:ROUNDS with 1 to {MOST_ROUNDS} rounds")
         steps.append((name, int(rounds) if rounds else STEPS[name]))
     kinds = [name in PIXELS for name, _ in steps]
     if kinds != sorted(kinds):

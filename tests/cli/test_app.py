@@ -109,6 +109,13 @@ def test_unknown_command_names_the_closest(capsys):
     assert err == "error: No such command 'modles'. Did you mean 'models'?\n"
 
 
+@pytest.mark.parametrize("argument", ["caf\udce9 ring", "a\0b.png"])
+def test_an_argument_that_is_no_text_is_refused_by_name(capsys, argument):
+    """A shell in another encoding hands over bytes that are not UTF-8; nothing could write them down."""
+    code, _, err = called(capsys, "maps", argument)
+    assert code == 2 and err.startswith(f"error: {argument!r} is not UTF-8 text")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import BatchFeature
 
 from mmdit_probe import UserError
 from mmdit_probe.cli.app import main
 from mmdit_probe.data import Fit, training_data
 from mmdit_probe.data.captions import Captioner, cached
-from mmdit_probe.data.training import first_sentences
+from mmdit_probe.data.training import first_sentences, says
 from tests import blip
 
 SIZE = (64, 64)
@@ -157,6 +159,11 @@ def test_a_long_caption_is_cut_at_sentences() -> None:
     assert first_sentences("a b. c", None) == "a b. c"
 
 
+def test_a_name_is_said_as_whole_words() -> None:
+    assert says("A T-shirt, red.", "t shirt") and not says("a tshirt", "t-shirt") and not says("a catfish", "cat")
+    assert says("what (?!)", "?!") and not says("what?", "?!")
+
+
 def pictures(count: int = 3) -> dict[str, Any]:
     def draw(k: int) -> Image.Image:
         return Image.fromarray(np.random.default_rng(k).integers(0, 255, (40, 30, 3), np.uint8))
@@ -199,6 +206,32 @@ def test_captions_of_another_model_are_not_mixed_in(tmp_path: Path) -> None:
         cached(pictures(1), file, None)
     with pytest.raises(UserError, match="no captioning model 'nowhere'"):
         Captioner.load("nowhere")
+
+
+def test_questions_of_different_lengths_are_asked_together() -> None:
+    """Wider pictures have more tokens; a decoder repeats what it was told before it answers."""
+
+    class Chatty:
+        chat_template = "of the model"
+
+        def apply_chat_template(self, talks: Any, *, padding: bool = False, **_: Any) -> BatchFeature:
+            ids = [[7] * talk[0]["content"][0]["image"].width for talk in talks]
+            assert talks[0][0]["content"][1]["text"] == "What is it?"
+            longest = max(map(len, ids))
+            ids = [[0] * (longest - len(row)) + row for row in ids] if padding else ids
+            return BatchFeature({"input_ids": torch.tensor(ids)})
+
+        def batch_decode(self, written: torch.Tensor, **_: Any) -> list[str]:
+            return [" ".join(map(str, row)) for row in written.tolist()]
+
+    class Echo:
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def generate(self, input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+            return torch.cat([input_ids, (input_ids != 0).sum(1, keepdim=True)], 1)
+
+    images = [Image.new("RGB", (width, 4)) for width in (2, 5)]
+    assert Captioner("chat", Echo(), Chatty(), "What is it?")(images) == ["2", "5"]
 
 
 def train(*arguments: str) -> int:

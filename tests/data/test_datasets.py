@@ -51,7 +51,7 @@ CASES = [
     ("voc21", "JPEGImages/a.jpg", "annotations_detectron2_bg/val/a.png", None,
      [20, 0, 19, 255], [0, 1, 20, 255]),
     ("pc59", "JPEGImages/a.jpg", "SegmentationClassContext/a.png", "ImageSets/SegmentationContext/val.txt",
-     [0, 1, 59], [255, 0, 58]),
+     [0, 1, 59, 60, 2], [255, 0, 58, 255, 1]),
     ("pc59", "JPEGImages/a.jpg", "annotations_detectron2/pc59_val/a.png", None,
      [0, 58, 255], [0, 58, 255]),
     ("pc60", "JPEGImages/a.jpg", "SegmentationClassContext/a.png", "ImageSets/SegmentationContext/val.txt",
@@ -64,6 +64,8 @@ CASES = [
      [0, 80], [0, 80]),
     ("coco-object", "images/val2017/a.jpg", "stuffthingmaps/val2017/a.png", None,
      [0, 12, 89, 95, 255], [1, 12, 80, 0, 0]),
+    ("coco-object-words", "images/val2017/a.jpg", "stuffthingmaps/val2017/a.png", None,
+     [0, 12, 89, 95, 255], [1, 12, 80, 0, 0]),
     ("coco-stuff-27", "val2017/a.jpg", "annotations_27_detectron2/val2017/a.png", None,
      [0, 26, 255], [0, 26, 255]),
     ("coco-stuff-27", "images/val2017/a.jpg", "stuffthingmaps/val2017/a.png", None,
@@ -75,7 +77,9 @@ CASES = [
     ("cityscapes", "leftImg8bit/val/ulm/a_leftImg8bit.png", "gtFine/val/ulm/a_gtFine_labelTrainIds.png", None,
      [0, 18, 255], [0, 18, 255]),
     ("cityscapes", "leftImg8bit/val/ulm/a_leftImg8bit.png", "gtFine/val/ulm/a_gtFine_labelIds.png", None,
-     [7, 33, 0, 9], [0, 18, 255, 255]),
+     [*range(24)], [*[255] * 7, 0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, 6, 7, 8, 9, 10]),
+    ("cityscapes", "leftImg8bit/val/ulm/a_leftImg8bit.png", "gtFine/val/ulm/a_gtFine_labelIds.png", None,
+     [*range(24, 34)], [11, 12, 13, 14, 15, 255, 255, 16, 17, 18]),
 ]  # fmt: skip
 
 
@@ -93,9 +97,19 @@ def test_layout(
     read = np.asarray(data.samples[0].label())
     assert read.flat[: len(want)].tolist() == want
     assert data.samples[0].image.shape == (4, 6, 3)
-    assert (data.background == 0) == BY_NAME[name].background
-    if data.background == 0:
-        assert data.classes[0].name == "background"
+    # what no class claims is background, or, with its name in the prompt, scored nowhere
+    assert data.background == (0 if name in ("voc21", "pc60", "coco-object") else None)
+    assert data.ignore == ((0,) if name == "coco-object-words" else ())
+    assert (data.classes[0].name == "background") == BY_NAME[name].background
+
+
+def test_an_id_beyond_a_byte_is_no_background(tmp_path: Path) -> None:
+    picture(tmp_path / "val2017/a.jpg")
+    file = tmp_path / "stuffthingmaps/val2017/a.png"
+    file.parent.mkdir(parents=True)
+    Image.fromarray(np.full((4, 6), 256, np.uint16)).save(file)
+    with pytest.raises(UserError, match="256"):
+        dataset(f"coco-object:{tmp_path}").samples[0].label()
 
 
 def test_roots_above_the_data_set(tmp_path: Path) -> None:
@@ -105,16 +119,21 @@ def test_roots_above_the_data_set(tmp_path: Path) -> None:
     assert len(dataset(f"voc20:{tmp_path}").samples) == 1
 
 
+COARSE_LETTERS = "abcdefghijklmnopqrstuvwxyzA"
+STEGOS_COARSE = (
+    "jlllllllliiiiiihhhhhhhhhhggggggggkkkkkkkkkkffffffffccccccccccddddddddddaaaaaabbbbbbeeeeeeeerrwuuwpzqnmmrrxpprpv"
+    "pznnnnnwAoopwvvyuwprqpwyvrzqvrwqvvzvAvyurovApxuvypywzpurrwosssssssAAtty"
+)
+"""The coarse class of COCO-Stuff's stored values 0..181, a letter each: `fine_to_coarse` of STEGO's data.py."""
+
+
 def test_class_lists_and_coarse_map() -> None:
     counts = {source.name: len(source.names) for source in SETS}
     assert counts == {"voc20": 20, "voc21": 21, "pc59": 59, "pc60": 60, "coco-object": 81,
                       "coco-object-words": 81, "coco-stuff-27": 27,
                       "ade20k": 150, "cityscapes": 19}  # fmt: skip
-    assert set(COARSE.values()) == set(range(27)) and len(THINGS) == 80
-    # Of the values 0..181 only the unused ids have no coarse class.
-    things = set(THINGS)
-    stuff = set(range(91, 182))
-    assert things | stuff <= set(COARSE)
+    assert "".join(COARSE_LETTERS[COARSE[value]] for value in range(182)) == STEGOS_COARSE
+    assert len(COARSE) == 182 and len(THINGS) == 80 and set(THINGS) <= set(range(90))
 
 
 def test_layout_that_is_not_there(tmp_path: Path) -> None:
@@ -221,6 +240,10 @@ def test_sa1b_paints_parts_on_wholes(tmp_path: Path, split: bool, capsys: pytest
     assert stop.value.code == 1 and "masks per image" in capsys.readouterr().out
     pairs, lost = sa1b_pairs(tmp_path)
     assert len(pairs) == 3 and not lost and sa1b_masks(pairs[0][2], limit=1).all()
+    sizes = [{"segmentation": {"size": size, "counts": [0, size[0] * size[1]]}} for size in ([40, 60], [20, 30])]
+    pairs[1][2].write_text(json.dumps({"annotations": sizes}))
+    with pytest.raises(UserError, match="masks of different sizes"):
+        sa1b_masks(pairs[1][2])
     pairs[1][2].write_text("{}")
     with pytest.raises(UserError, match="no SA-1B annotation"):
         sa1b_masks(pairs[1][2])

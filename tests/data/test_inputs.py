@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import struct
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -430,6 +432,15 @@ def test_coco_masks_follow_the_stated_size(tmp_path: Path, segmentation: Any) ->
         want = np.full(stored, 255)
         want[:, : stored[1] // 4] = 0
         assert np.array_equal(label, want) and sample.names == ("t-shirt",)
+    content = json.loads((root / "annotations" / "instances_val2017.json").read_text())
+    del content["images"][0]["width"]  # half a size is none: the file's own
+    (root / "annotations" / "instances_val2017.json").write_text(json.dumps(content))
+    label = dataset(f"coco-instances:{root}")[0].label
+    if isinstance(segmentation, dict):  # which says its own size
+        with pytest.raises(UserError, match="it has 20 x 40 pixels, its picture 40 x 80"):
+            label()
+    else:
+        assert (label() == 0).sum() == 20 * 10
     turned_root = coco(tmp_path / "turned", "instances", cat, segmentation, (20, 40), (40, 20))
     with pytest.raises(UserError, match="not of one picture"):
         dataset(f"coco-instances:{turned_root}")[0].label()
@@ -449,6 +460,31 @@ def test_coco_masks_are_never_cut(tmp_path: Path, segmentation: Any, stated: Any
     root = coco(tmp_path, "instances", {"id": 1, "name": "cat"}, segmentation, stated, stored)
     with pytest.raises(UserError, match=r"a COCO mask of '1.png' is damaged"):
         dataset(f"coco-instances:{root}")[0].label()
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [(None, {"images": None}), (None, {"images": {"a": 1}}), (None, {"annotations": "abc"}),
+     ("images", {"id": float("inf")}), ("images", {"height": float("inf")}), ("images", {"height": "x"}),
+     ("annotations", {"image_id": 7}), ("annotations", {"image_id": [1]}), ("categories", {"id": float("inf")}),
+     ("categories", {"name": None}), ("categories", {"name": " "}), ("categories", {"name": 5})],
+)  # fmt: skip
+def test_an_annotation_file_of_another_shape_is_refused(tmp_path: Path, part: str | None, change: Any) -> None:
+    root = coco(tmp_path, "instances", {"id": 1, "name": "cat"}, LEFT, (20, 40), (20, 40))
+    file = root / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    (content if part is None else content[part][0]).update(change)
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"instances_val2017\.json is no COCO annotation file"):
+        dataset(f"coco-instances:{root}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_file_whose_name_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    saved(tmp_path / "a.png", np.zeros((4, 4, 3), np.uint8))
+    os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+    with pytest.raises(UserError, match=r"holds 'caf\\udce9.png', a name that is not UTF-8"):
+        samples(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -514,6 +550,7 @@ def test_fingerprints_tell_replaced_inputs(tmp_path: Path) -> None:
     assert len({first, told, samples(str(path))[0].fingerprint()}) == 3
     root = generic(tmp_path / "set", ["a.png", "b.png"])
     whole = dataset(f"folder:{root}").fingerprint()
+    assert re.fullmatch("[0-9a-f]{16}", whole)
     assert whole == fingerprint(dataset(f"folder:{root}").samples) != dataset(f"folder:{root}", 1).fingerprint()
     saved(root / "labels" / "b.png", RAMP * 0)
     assert dataset(f"folder:{root}").fingerprint() != whole

@@ -13,8 +13,8 @@ import torch
 
 from mmdit_probe.data import Dataset, Fit, Sample, SegClass
 from mmdit_probe.errors import UserError
-from mmdit_probe.evaluate.league import league
-from mmdit_probe.evaluate.plan import Plan, Scoring, _true_tokens
+from mmdit_probe.evaluate.league import league, per_class
+from mmdit_probe.evaluate.plan import CEILING, COLUMNS, ONE_CLASS, ONE_SEGMENT, Plan, Scoring, _true_tokens
 from mmdit_probe.evaluate.scores import ImageCounts
 from mmdit_probe.experiments.evaluate import beside_controls
 from mmdit_probe.results.statistics import ABOVE, NOT_ABOVE, TOO_FEW
@@ -65,6 +65,56 @@ def test_controls_stand_in_the_league_with_the_same_refinement() -> None:
     assert {row["role"] for row in rows.values()} == {"method", "control", "bound"}
     assert [row["control"] != "" for row in rows.values()] == [row["role"] == "method" for row in rows.values()]
     assert "(one true token per class 2)" in beside_controls(table) and "1 of 2 rows." in beside_controls(table)
+
+
+def by_hand(*parts: tuple[str, str, str, list[Any]]) -> pd.DataFrame:
+    """Rows of (protocol, method, kind, one matrix [classes, found] per image)."""
+    rows = [
+        (image, protocol, method, "none", "", "", "", kind, truth, found, counts[truth, found])
+        for protocol, method, kind, images in parts
+        for image, counts in enumerate(map(np.asarray, images))
+        for truth, found in zip(*np.nonzero(counts), strict=True)
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def test_one_class_and_one_segment_are_scored_from_the_truth_alone() -> None:
+    """Class 1 is the larger part of the second picture only, class 0 of all pictures together."""
+    truth = [np.diag([90, 10]), np.diag([4, 6])]
+    counts = by_hand(
+        ("unsupervised", "swapped", "segments", [one[:, ::-1] for one in truth]),
+        ("unsupervised", CEILING, "classes", truth), ("full", CEILING, "classes", truth),
+        ("full", "wrong", "classes", [one[:, ::-1] for one in truth]), ("full", "right", "classes", truth),
+    )  # fmt: skip
+    table = league(counts, 2)
+    assert list(table["protocol"]) == ["unsupervised"] * 3 + ["full"] * 4  # as they were asked for
+    rows = {(row["protocol"], row["method"]): row["miou"] for row in table.to_dict("records")}
+    assert rows["full", ONE_CLASS] == pytest.approx((94 / 110 + 0) / 2)  # class 0 everywhere
+    # one segment is class 0 in the first picture, class 1 in the second
+    assert rows["unsupervised", ONE_SEGMENT] == pytest.approx((90 / (94 + 100 - 90) + 6 / (16 + 10 - 6)) / 2)
+    assert rows["unsupervised", "swapped"] == rows["full", "right"] == 1 and rows["full", "wrong"] == 0
+    for _, part in table.groupby("protocol"):
+        assert list(part["miou"]) == sorted(part["miou"], reverse=True)
+    classes = per_class(counts, ["a", "b"])
+    assert classes.groupby("method")["iou"].apply(list).to_dict() == {
+        CEILING: [1.0] * 4, "right": [1.0] * 2, "swapped": [1.0] * 2, "wrong": [0.0] * 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_a_picture_without_a_scored_pixel_stands_in_every_row_and_changes_none(by_rows: bool) -> None:
+    """COCO has pictures without an annotation."""
+    data, captures = world(2)
+    ignored = Sample("ignored", data[1].image, label=lambda: np.full_like(data[0].label(), 255))
+    whole, one = (replace(data, samples=samples) for samples in ([data[0], ignored], [data[0]]))
+    tables = []
+    for of in (whole, one):
+        scoring = Scoring(("present", "full"), by_rows=by_rows)
+        plan = Plan.of(of, ["seg4diff", "diffcut"], (2, 2), reading=Reading(layers="all"), scoring=scoring)
+        counts = pd.concat(map(pd.DataFrame, plan.rows(captures, range(len(of)))))
+        tables.append(league(counts, 3, match="row" if by_rows else "image").set_index(["protocol", "method"]))
+    assert set(tables[0]["n"]) == {2} and set(tables[1]["n"]) == {1}
+    assert tables[0]["miou"].to_dict() == tables[1]["miou"].to_dict() and len(tables[0]) >= 8
 
 
 def test_shifted_words_give_each_class_the_map_of_the_one_before() -> None:

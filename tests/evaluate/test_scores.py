@@ -39,6 +39,9 @@ def test_rules_by_hand() -> None:
     assert counts.score("fwiou") == pytest.approx((0.75 * 8 + 1 * 2) / 10)
     with pytest.raises(UserError):
         counts.miou("mean")
+    # a class of one true pixel is there; one that is only said counts as 0 by "union" and not at all by "gt"
+    assert [mean_iou(np.array([[0, 1], [0, 3]]), rule) for rule in ("union", "gt")] == [3 / 8, 3 / 8]
+    assert [mean_iou(np.array([[0, 0], [1, 3]]), rule) for rule in ("union", "gt")] == [3 / 8, 3 / 4]
 
 
 def test_no_class_is_a_miss_of_one_class_and_an_alarm_of_none() -> None:
@@ -101,8 +104,11 @@ def test_segments_left_over_are_no_class_by_default_and_absent_classes_upstream(
 def test_background_takes_what_is_left_over() -> None:
     counts = np.array([[2, 6, 7], [9, 0, 1]])  # class 0 is the background
     assert assign(counts, background=0).tolist() == [1, 0, 0]
-    with pytest.raises(UserError):
-        assign(counts, background=5)
+    # the best pairing of all classes would give the first segment to the background
+    assert assign(np.array([[9, 0], [8, 1]]), background=0).tolist() == [1, 0]
+    for wrong in (-1, 2):
+        with pytest.raises(UserError, match=r"expected 0\.\.1"):
+            assign(counts, background=wrong)
     with pytest.raises(UserError):
         assign(counts, "hungarian")
 
@@ -113,6 +119,8 @@ def test_the_row_wise_defect() -> None:
     found = np.zeros_like(truth)
     per_row = matched_by_rows(truth, found, 3)
     assert np.trace(per_row[:, :3]) == truth.size
+    with pytest.raises(ValueError, match="shorter"):
+        matched_by_rows(truth, found[:2], 3)
     ids = assign(histogram(truth, found, 3))
     right = confusion(truth, ids[found], 3)
     assert np.trace(right) * 3 == truth.size

@@ -35,6 +35,7 @@ def test_the_threshold_is_the_one_with_the_best_f1() -> None:
     said = {"0": ["a", "b"], "1": ["a", "c"], "2": []}
     right = quality(said, counts, ["0", "1", "2"], ["a", "b", "c"])
     assert right.precision == pytest.approx(3 / 4) and right.recall == pytest.approx(3 / 5)
+    assert right.f1 == pytest.approx(2 * 3 / (4 + 5))  # twice the hits over what is said and what is true
     assert tagging.threshold == -0.75
 
 

@@ -134,6 +134,9 @@ def test_a_prompt_is_the_product_of_its_phrases(asker: BlipAsker) -> None:
     image = painted(2)
     cat, ring = asker.yes([image] * 2, ["a cat?", "a red ring?"]).tolist()
     assert asker([image, image], ["a cat and a red ring", ""]).tolist() == pytest.approx([cat * ring, 1.0])
+    # 96 positions: [ENC], 94 words, [SEP]; what is longer is cut
+    cut, long = asker.yes([image] * 2, [" ".join(["cat"] * count) for count in (94, 200)]).tolist()
+    assert cut == long != cat
     with pytest.raises(UserError, match="1 images for 2 prompts"):
         asker([image], ["a cat", "a ring"])
 

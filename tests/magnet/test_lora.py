@@ -115,6 +115,10 @@ def test_metadata_says_rank_alpha_and_what_we_know(tmp_path: Path) -> None:
     assert found[KEY] == {"layers": [0, 2], "seed": 5}
     with pytest.raises(UserError, match="holds no pytorch_lora_weights"):
         read_metadata(tmp_path / "nowhere")
+    for damaged in ("{not json", "[" * 100_000):
+        save_file({"a": torch.ones(1)}, tmp_path / FILE, metadata={KEY: damaged})
+        with pytest.raises(UserError, match=f"header of .*{FILE}.* is damaged"):
+            read_metadata(tmp_path)
 
 
 def test_merging_equals_the_adapter_and_unloading_restores(tmp_path: Path) -> None:

@@ -63,3 +63,30 @@ def test_guidance_branches_that_come_one_by_one(flux: Any) -> None:
     table = run[AttentionMass].table()
     assert table.groupby("step").branch.agg(set).tolist() == [{"cond", "uncond"}] * 2
     assert set(table.prompt) == {"a red ring"}
+
+
+def test_a_loop_of_ones_own_that_says_nothing_calls_the_prompt_first(flux: Any) -> None:
+    """Two texts alike, encoded one by one; a text that is encoded after a call is the next prompt."""
+    inputs = FIXTURES["flux"].inputs(batch=1, lengths=(10,))
+
+    def call(embeddings: tuple[torch.Tensor, ...], moment: float) -> None:
+        given = {"encoder_hidden_states": embeddings[0], "pooled_projections": embeddings[1]}
+        flux.transformer(
+            **inputs | given | {"hidden_states": torch.randn(1, 12, 16), "timestep": torch.tensor([moment])}
+        )
+
+    def encoded(text: str) -> tuple[torch.Tensor, ...]:
+        return flux.encode_prompt(text, None, max_sequence_length=10)
+
+    with probe(flux, AttentionMass(), layers=0) as run, torch.no_grad():
+        both = encoded("a red ring"), encoded("a red ring")
+        for moment in (0.9, 0.5):
+            for one in both:
+                call(one, moment)
+        call(encoded("a blue house"), 0.3)
+    table = run[AttentionMass].table()
+    calls = table.drop_duplicates(["step", "branch"])
+    assert calls[["step", "branch"]].to_numpy().tolist() == [
+        [0, "cond"], [0, "uncond"], [1, "cond"], [1, "uncond"], [2, "cond"],
+    ]  # fmt: skip
+    assert calls["prompt"].tolist() == ["a red ring"] * 4 + ["a blue house"]

@@ -114,6 +114,11 @@ def test_what_was_not_kept_is_named(model: MMDiT) -> None:
         run[TextMaps].maps(2)
     with pytest.raises(UserError, match="branch uncond"):
         run[TextMaps].maps(1, branch="uncond")
+    with probe(model, TextMaps(words=["red", "cat"]), layers=1) as run:
+        model.denoise(latents(), 0.5, model.encode_prompt(PROMPTS))
+    for sample, word in enumerate(["cat", "red"]):
+        with pytest.raises(UserError, match=rf"sample {sample}, '{PROMPTS[sample]}', has no .*'{word}'"):
+            run[TextMaps].map(word, sample=sample)
     with pytest.raises(UserError, match="unknown word 'dog'"):
         maps(model, words=["dog"])
     with pytest.raises(UserError, match="unknown queries option"):

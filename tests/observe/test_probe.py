@@ -6,7 +6,9 @@ import functools
 import gc
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,9 @@ from torch import Tensor
 from mmdit_probe import AttentionMass, MMDiT, TextMaps, load, probe
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.models.layout import Layout, Places
 from mmdit_probe.observe.observer import LayerCall, Observer
-from mmdit_probe.observe.probe import ForwardEnded
+from mmdit_probe.observe.probe import ForwardEnded, _LayerRecorder, _spread
 from tests import tiny
 from tests.devices import DEVICES
 from tests.families import FIXTURES
@@ -361,6 +364,26 @@ def test_context_parallelism_is_refused(pipe: Any) -> None:
     pipe.transformer._parallel_config = object()
     with pytest.raises(UserError, match="context parallelism"), probe(pipe, AttentionMass()):
         sample(pipe)
+
+
+@pytest.mark.parametrize(("keys", "queries"), [(6, 5), (5, 6)])
+def test_a_call_that_lacks_the_last_token_is_refused(keys: int, queries: int) -> None:
+    """Tokens 0..5 are looked for; the call has one fewer on a side."""
+    tokens = torch.arange(6)[None]
+    call = SDPACall(torch.zeros(1, 1, queries, 4), torch.zeros(1, 1, keys, 4), torch.zeros(1, 1, keys, 4))
+    layout, places = Layout.from_counts([("image", 4), ("text", 2)]), Places(tokens, tokens)
+    recorder = SimpleNamespace(name="layer 0")
+    with pytest.raises(RunError, match=f"attends from {queries} to {keys} tokens in 1 samples"):
+        _LayerRecorder._check(recorder, SimpleNamespace(call=call), 1, layout, places)  # type: ignore[arg-type]
+
+
+def test_tokens_that_are_there_for_one_sample_are_so_for_all() -> None:
+    there, places = torch.tensor([[True, False, True]]), torch.tensor([[0, -1, 1]])
+    layout = replace(Layout.from_counts([("image", 2), ("text", 1)]), keys=there, queries=~there)
+    layout, found = _spread(layout, Places(places, places + 1), 2)
+    assert layout.keys is not None and layout.queries is not None and found is not None
+    assert layout.keys.tolist() == there.tolist() * 2 and layout.queries.tolist() == (~there).tolist() * 2
+    assert found.keys.tolist() == places.tolist() * 2 and found.queries.tolist() == (places + 1).tolist() * 2
 
 
 def test_things_that_are_no_model_are_refused() -> None:

@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mmdit_probe.errors import RunError, UserError
-from mmdit_probe.results import RunFolder, latest_run, peak_memory
+from mmdit_probe.results import RunFolder, latest_run, peak_memory, provenance
 from mmdit_probe.results.folder import fingerprint, read_record, short_hash
 from mmdit_probe.results.provenance import is_running, this_process
 
@@ -290,6 +291,18 @@ def test_peak_memory_is_this_process_and_not_its_parent():
     script = "from mmdit_probe.results import peak_memory; print(peak_memory()['resident'])"
     child = int(subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, check=True).stdout)
     assert child < len(held) < peak_memory()["resident"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such call")
+@pytest.mark.parametrize(("system", "unit"), [("darwin", 1), ("freebsd", 1024)])
+def test_peak_memory_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch, system: str, unit: int) -> None:
+    """getrusage(2): kibibytes, but bytes on macOS."""
+    import resource
+
+    monkeypatch.setattr(provenance, "Path", lambda place: Path("/nowhere"))
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=7))
+    assert peak_memory()["resident"] == 7 * unit
 
 
 def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:

@@ -143,6 +143,10 @@ def test_the_lost_process_is_waited_for_and_named(monkeypatch: pytest.MonkeyPatc
             processes._lost(wait=0.0)
         with pytest.raises(RunError, match="was told to end"):
             processes._lost(told=True, wait=0.0)
+        monkeypatch.setattr(processes, "_members", [{"pid": number} for number in range(2)])
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(RunError, match="process 1 of 2 ended"):  # there is no other that it could be
+            processes._lost(wait=0.0)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert looks == [1, 2, 1, 2]
@@ -152,6 +156,20 @@ def test_processes_talk_inside_the_block_only(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(AssertionError, match="inside `with processes"):
         processes.gather(0)
+
+
+def test_a_block_leaves_the_signal_as_it_was() -> None:
+    """But one that ended because another process was lost ignores the launcher's until the message is out."""
+    mine = signal.getsignal(signal.SIGTERM)
+    try:
+        for inside, after in ((None, mine), (signal.SIG_IGN, signal.SIG_IGN)):
+            with processes._ended_by_launcher():
+                assert signal.getsignal(signal.SIGTERM) is not mine
+                if inside is not None:
+                    signal.signal(signal.SIGTERM, inside)
+            assert signal.getsignal(signal.SIGTERM) is after
+    finally:
+        signal.signal(signal.SIGTERM, mine)
 
 
 def test_errors_of_the_first_process_are_raised() -> None:

@@ -73,6 +73,10 @@ def test_other_weights_and_missing_layers_are_refused(tmp_path: Path) -> None:
         '{"model": "m", "weight_hash": "h", "layers": [1.7]}',
         '{"model": "m", "weight_hash": "h", "layers": [1], "heads": {"1": ["0"]}}',
         '{"model": "m", "weight_hash": "h", "layers": [1], "weights": [NaN]}',
+        '{"model": "m", "weight_hash": "h", "layers": [1], "weights": [1' + "0" * 400 + "]}",
+        '{"model": "m", "weight_hash": "h", "layers": [1], "heads": {"Infinity": [1]}}',
+        '{"model": "m", "weight_hash": "h", "layers": [1], "how": [1]}',
+        '{"model": "m", "weight_hash": "h", "layers": [1], "evidence": [1]}',
         '{"version": "two", "model": "m", "weight_hash": "h", "layers": [1]}',
     ],
 )

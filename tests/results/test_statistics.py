@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -192,6 +194,9 @@ def test_resampled_statistics() -> None:
     again = resampled(lambda drawn: spearman(*data[drawn].T), 40)
     assert again == (value, low, high)
     assert np.isnan(resampled(lambda drawn: 1.0, 1)[1:]).all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert resampled(lambda drawn: 0.5, 9) == (0.5, 0.5, 0.5)  # all draws alike: nothing to warn of
     half = resampled(lambda drawn: float("nan") if len(set(drawn)) < 3 else float(drawn.mean()), 4)
     assert half.mean == 1.5 and np.isfinite([half.low, half.high]).all()
     assert statistics.LEVEL == 0.95 and statistics.TAILS == (0.025, 0.975)

@@ -200,13 +200,15 @@ def test_the_second_attention_is_read_where_it_is_asked_for(name: str) -> None:
 @pytest.mark.parametrize(
     ("method", "text", "words"),
     [
-        ("iseg", "rounds=-1", "whole number of 1 or more"),
+        ("iseg", "rounds=-1", "whole number from 1 to 10000000"),
+        ("iseg", "rounds=1e300", "whole number from 1"),
+        ("iseg", "rounds=99999999999", "whole number from 1"),
         ("iseg", "ent=abc", "a number of 0 or more"),
         ("diffsegmenter", "order=2.5", "whole number"),
         ("conceptattention", "temperature=abc", "a number of 0 or more or none"),
         ("seg4diff", "minmax=5", "true or false"),
         ("seg4diff", "heads=none", "a word"),
-        ("proxyclip", "side=0", "whole number of 1 or more or several by comma or none"),
+        ("proxyclip", "side=0", "whole number from 1 to 10000000 or several by comma or none"),
         ("diffseg", "tau=nan", "a number of 0 or more"),
     ],
 )

@@ -86,6 +86,15 @@ def test_a_half_stays_a_half(how: str, size: tuple[int, int]) -> None:
     assert bool(fit.unseen.any()) == (how == "crop")
 
 
+def test_bars_repeat_the_edge_of_a_label_map() -> None:
+    """Four rows, doubled, in the middle of sixteen."""
+    ids = np.repeat(np.arange(4)[:, None], 8, 1)
+    found = Fit.of((4, 8), (16, 16), 8, "letterbox").masks(ids)
+    rows = [0] * 4 + [0, 0, 1, 1, 2, 2, 3, 3] + [3] * 4
+    assert np.array_equal(found, np.repeat(np.array(rows)[:, None], 16, 1))
+    assert np.array_equal(Fit.of((8, 4), (16, 16), 8, "letterbox").masks(ids.T), found.T)
+
+
 def test_fit_refuses() -> None:
     with pytest.raises(UserError, match="squash"):
         Fit.of((10, 10), (64, 64), 8, "sqash")
@@ -171,7 +180,7 @@ def test_pamr_is_the_mean_over_neighbours_written_out() -> None:
 def test_refinement_names() -> None:
     assert Refinement.parse("affinity:3+pamr").steps == (("affinity", 3), ("pamr", 10))
     assert Refinement.parse("none").steps == () and Refinement.parse("pamr").keep == ()
-    for bad in ("pamr+affinity", "afinity", "pamr:0", "affinity:x"):
+    for bad in ("pamr+affinity", "afinity", "pamr:0", "affinity:x", "pamr:99999999999", "pamr:²"):
         with pytest.raises(UserError):
             Refinement.parse(bad)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.options import MOST
 from mmdit_probe.segment.record import Capture
 from mmdit_probe.segment.vocabulary import Query
 from mmdit_probe.specs import HeadSpec, heads_at, listed
@@ -104,12 +105,12 @@ class Method:
 
 
 def _check(method: str, name: str, kind: Any, value: Any) -> None:
-    """Refuse a value that is not of an option's kind: whole numbers from 1, other numbers from 0, on or off, words,
-    or an object of a class that the option names."""
+    """Refuse a value that is not of an option's kind: whole numbers from 1 to `MOST`, other numbers from 0, on or off,
+    words, or an object of a class that the option names."""
     allowed = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     fits: dict[Any, tuple[bool, str]] = {
-        int: (number and float(value).is_integer() and value >= 1, "a whole number of 1 or more"),
+        int: (number and isinstance(value, int) and 1 <= value <= MOST, f"a whole number from 1 to {MOST}"),
         float: (number and 0 <= value < float("inf"), "a number of 0 or more"),
         bool: (isinstance(value, bool), "true or false"),
         # heads may be numbers or a mapping; they are read with the layer's own count
