@@ -79,7 +79,7 @@ def measure(model: MMDiT, session: Session, size: Size) -> dict[str, pd.DataFram
     for category in CATEGORIES:
         prompts = captions("val", size.n, category, distinct=False)
         scores = alignment_of(model, parser, prompts, steps=size.num_steps, guidance=size.guidance)
-        rows = [(name, *interval(scores[name])) for name in SCORES]
+        rows = [(name, *interval(scores[name], "share")) for name in SCORES]
         found.append(pd.DataFrame(rows, columns=["score", "mean", "low", "high"]).assign(category=category, n=size.n))
     every = pd.concat([evidence.measure(name, model, "val", amount) for name in size.evidence])
     return {

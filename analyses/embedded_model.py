@@ -49,7 +49,7 @@ def means(part: pd.DataFrame) -> dict[str, object]:
     """Number of images, and each score's mean with its interval."""
     row: dict[str, object] = {"n": len(part)}
     for name in (name for name in SCORES if name in part):
-        row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(part[name].astype(float))
+        row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(part[name].astype(float), "share")
     return row
 
 

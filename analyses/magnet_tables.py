@@ -49,7 +49,8 @@ TARGET = 0.05
 HEAD = """\
 # MAGNET on scenes-sd3, measured
 
-Written by `python analyses/magnet_scenes.py`; every number is from the checkpoint in `mmdit_probe/assets`.
+Written by `python analyses/magnet_scenes.py`; every number is from a checkpoint with these
+weights: `{weight_hash:.8}`.
 
 Maps of layer {layer}: of {layers} layers the one whose maps name the val scenes best in the base model. {steps} steps
 of {batch} on {train} training scenes. {recipe} All that follows is of test scenes and test captions;

@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--prompts", help="prompts of Tables 3 and 4 (scenes categories for embedded models)")
     parser.add_argument("--clip", help="CLIP checkpoint (folder or hub id)")
     options = parser.parse_args()
+    options.label = Path(options.model).name
     if options.lora:
         adapted(options)
     else:
@@ -70,6 +71,10 @@ def analysed(options: argparse.Namespace) -> None:
     if options.model != how["model"]:
         print(f"fig10_magnet: {folder} is about {how['model']}, not {options.model}; name an adapter with --lora")
         return
+    model = load(how["model"])
+    if model.weight_hash != how["weight_hash"]:
+        options.label += f" (earlier weights {how['weight_hash'][:8]})"
+        print(f"fig10_magnet: {folder} is about earlier weights; run analyses/magnet_scenes.py for those that ship")
     variants: dict[str, dict[str, Any]] = {}
     with np.load(folder / "examples.npz") as kept:
         for name in kept.files:
@@ -80,7 +85,7 @@ def analysed(options: argparse.Namespace) -> None:
     data = dataset("scenes:test", count)
     whole = {name: of | {key: list(of[key]) for key in ("named", "unnamed")} for name, of in variants.items()}
     place = f"n = {count} test scenes, LoRA of {how['steps']} steps"
-    draw_pipeline(options, load(how["model"]), data, how["layer"], variants[NAMES["class"]]["named"][0])
+    draw_pipeline(options, model, data, how["layer"], variants[NAMES["class"]]["named"][0])
     draw_masks(options, data, whole, place)
     draw_maps(options, prompts, words, variants, f"layer {how['layer']}")
     draw_pictures(options, prompts, variants)
@@ -156,7 +161,7 @@ def draw_masks(options: argparse.Namespace, data: Dataset, variants: Variants, p
         }
         pictures = [sample.image for sample in data.samples]
         truths: list[Any] = [sample.label() for sample in data.samples]
-        title = f"{Path(options.model).name}: {what}, {place}"
+        title = f"{options.label}: {what}, {place}"
         suffix = "" if options.dataset == "scenes:test" else file_suffix(options.dataset)
         put(options, file + suffix, mask_sheet(pictures, truths, found, names, title=title))
 
@@ -179,7 +184,7 @@ def draw_maps(
             above += ["picture", *shown, *[""] * blank]
         cells.append(row)
         captions.append(above)
-    title = f"{Path(options.model).name}: I2T maps of words while generating, {at}, by the masks of the LoRA"
+    title = f"{options.label}: I2T maps of words while generating, {at}, by the masks of the LoRA"
     note = f"{' | '.join(prompts[k] for k in chosen)}; each map from 0 to its maximum"
     put(options, "fig12_maps", sheet(cells, rows=list(variants), captions=captions, title=title, note=note))
 
@@ -187,13 +192,13 @@ def draw_maps(
 def draw_pictures(options: argparse.Namespace, prompts: Sequence[str], variants: Variants) -> None:
     """F13: the same prompts and seeds in every variant."""
     cells = [[of["pictures"][place] for of in variants.values()] for place in range(len(prompts))]
-    title = f"{Path(options.model).name}: generated with the same seeds, by the masks of the LoRA"
+    title = f"{options.label}: generated with the same seeds, by the masks of the LoRA"
     put(options, "fig13_pictures", sheet(cells, columns=list(variants), rows=list(prompts), title=title))
 
 
 def tables(options: argparse.Namespace, generation: pd.DataFrame, prompt_set: str) -> None:
     """Tables 3 (CLIPScore) and 4 (alignment by category) with their figures."""
-    name = Path(options.model).name
+    name = options.label
 
     def drawn(metric: str) -> Any:
         part = generation[(generation["metric"] == metric) & (generation["category"] == "all")]

@@ -76,7 +76,7 @@ CURRICULUM = (
     Phase("scenes", 1325, 24, wrong=24),
     Phase("scenes", 1175, 36, wrong=12),
 )
-"""As the shipped transformer was trained."""
+"""No phase has wrong captions before objects are drawn: a relation needs two of them."""
 
 
 def fitted(curriculum: tuple[Phase, ...], steps: int | None) -> tuple[Phase, ...]:
