@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,3 +73,16 @@ def mapped(path: Path, table: IdMapping, classes: int) -> Callable[[], Ids]:
         return ids
 
     return read
+
+
+def region_ids(regions: Any, *sizes: tuple[int, int]) -> NDArray[np.int64]:
+    """A region map [H, W] of whole ids from 0, an array or tensor of one of these sizes.
+
+    Raises:
+        UserError: another size, other numbers.
+    """
+    ids = np.asarray(regions)
+    if ids.shape not in sizes or ids.dtype.kind not in "iu" or (ids.size and ids.min() < 0):
+        sides = " or ".join(f"{height} x {width}" for height, width in dict.fromkeys(sizes))
+        raise UserError(f"regions {ids.dtype} {ids.shape}: expected whole ids from 0 (0: no region), {sides}")
+    return ids.astype(np.int64)

@@ -94,9 +94,8 @@ class OnePicture(Reads, _Checked):
         Raises:
             UserError: bad options, picture or model.
         """
-        from mmdit_probe.data.labels import read_label_map
+        from mmdit_probe.data.labels import read_label_map, region_ids
         from mmdit_probe.experiments.target import Named, as_model, named
-        from mmdit_probe.segment.record import region_ids
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
         target = named(target, self)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
+from mmdit_probe.data.labels import region_ids
 from mmdit_probe.errors import RunError, UserError, check_known
 from mmdit_probe.models.tokens import Token, TokenTable
 from mmdit_probe.observe.maps import second_eigenvalue
@@ -303,19 +304,6 @@ def with_columns(one: Pass, kinds: Collection[str]) -> Pass:
                 parts[name] = torch.cat([part[..., kept], last], -1)
         records[layer] = replace(record, **parts)
     return Pass(replace(one.prompt, table=table, queries=tuple(queries)), records)
-
-
-def region_ids(regions: Any, *sizes: tuple[int, int]) -> NDArray[np.int64]:
-    """A region map [H, W] of whole ids from 0, an array or tensor of one of these sizes.
-
-    Raises:
-        UserError: another size, other numbers.
-    """
-    ids = np.asarray(regions)
-    if ids.shape not in sizes or ids.dtype.kind not in "iu" or (ids.size and ids.min() < 0):
-        sides = " or ".join(f"{height} x {width}" for height, width in dict.fromkeys(sizes))
-        raise UserError(f"regions {ids.dtype} {ids.shape}: expected whole ids from 0 (0: no region), {sides}")
-    return ids.astype(np.int64)
 
 
 def _by_layer(value: Any) -> Mapping[int, Any]:

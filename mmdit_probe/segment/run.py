@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdit_probe.data.class_names import SegClass, parse_classes
+from mmdit_probe.data.labels import region_ids
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.segment import methods
 from mmdit_probe.segment.capture import DEFAULT, capture
 from mmdit_probe.segment.methods.base import Method
-from mmdit_probe.segment.record import Capture, Reading, region_ids
+from mmdit_probe.segment.record import Capture, Reading
 from mmdit_probe.segment.refine import Refinement
 from mmdit_probe.segment.settings import Background, wrong_kind
 from mmdit_probe.segment.tail import label, probabilities

@@ -75,4 +75,4 @@ def test_verdicts(verdict: Callable[[Values], str], alone: str, among: str, few:
     nothing = {place: spread(0.0) for place in range(1, 21)}
     assert verdict({0: spread(0.8)}) == alone
     assert verdict({0: spread(0.8)} | nothing) == among
-    assert verdict({0: spread(5.0, n=7)}) == few
+    assert verdict({0: spread(3.0, n=7)}) == few

@@ -84,8 +84,8 @@ def written(tables: dict[str, Any], out: Path) -> Path:
             f"{name}/words": json.dumps([["ring"], ["house", "grass"]]),
             f"{name}/prompts": json.dumps(["a ring", "a house on grass"]),
         }
-    settings = {"model": "scenes-sd3", "layer": 4, "layer_miou_val": [0.1, 0.2], "steps": 400, "batch": 8,
-                "train": 800, "num_steps": 28, "guidance": 7.5, "precision": "bfloat16",
+    settings = {"model": "scenes-sd3", "weight_hash": "0123456789", "layer": 4, "layer_miou_val": [0.1, 0.2],
+                "steps": 400, "batch": 8, "train": 800, "num_steps": 28, "guidance": 7.5, "precision": "bfloat16",
                 "pilot_steps": 100, "seeds": 3, "recipe": "ours", "long_steps": 0}  # fmt: skip
     tables["write"](out, of, frames, pilots, {}, examples, settings)
     return out

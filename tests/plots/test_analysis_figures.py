@@ -20,14 +20,14 @@ from mmdit_probe.experiments.store import FolderStore
 from tests.tables import budget_table, by_item
 
 FIGURES = Path(__file__).parents[2] / "figures"
-SAMPLED = {"mode": "sample", "steps": [0, 1], "num_steps": 2, "guidance": 7.5}
+SAMPLED = {"mode": "sample", "steps": [0, 1], "num_steps": 2, "guidance": 7.5, "heads": [0, 1], "items": ["a"]}
 
 
 def folder_with(
     tmp_path: Path, ask: Experiment, tables: Mapping[str, pd.DataFrame], request: Mapping[str, Any] = SAMPLED,
     model: str = "tiny", arrays: Mapping[str, np.ndarray] | None = None,
 ) -> Path:  # fmt: skip
-    facts = {"model": {"id": model}, "options": plain(asdict(ask))}
+    facts = {"model": {"id": model, "heads": 2}, "options": plain(asdict(ask))}
     store = FolderStore.open(ask.name, {"model": model, **request}, facts, out=tmp_path / "run", resume=False)
     with store, store.writing(tuple(tables)), store.task(0, lambda: None) as record:
         for name, table in tables.items():
