@@ -16,6 +16,7 @@ Pictures and captions are all it learns from. ``--align`` adds what `training.al
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ from training.features import load_trained_encoder
 from training.loop import AverageOfWeights, Stage, constant_then_linear, low_precision, run
 from training.measure import Measurements
 from training.parser import images_of, load_trained_parser
+from training.pool import Pool
 from training.session import Session
 from training.text import Negative, draw_captions, draw_negatives, hard_negatives, load_trained_text
 from training.transformer import (
@@ -124,6 +126,20 @@ def alignment_target(session: Session) -> align.Target:
     return load_trained_encoder(session.workdir).to(session.where)
 
 
+def draw_scenes(
+    phase: Phase, data: Pool, negatives: Callable[[str], dict[str, list[Negative]]]
+) -> tuple[Tensor, list[str], list[str]]:
+    """Scenes of a step [batch], their captions, and wrong captions of the first of them.
+
+    Args:
+        negatives: name of a pool -> its `hard_negatives`; it reads every caption, so only where some are drawn.
+    """
+    drawn = draw_negatives(negatives(phase.pool), phase.wrong) if phase.wrong else []
+    rows = [row for row, _, _ in drawn] + torch.randint(len(data), (phase.batch - phase.wrong,)).tolist()
+    captions = [caption for _, caption, _ in drawn] + draw_captions(data, rows[phase.wrong :], EMPTY)
+    return torch.tensor(rows), captions, [wrong for _, _, wrong in drawn]
+
+
 def contrasted(error: Tensor, phase: Phase) -> tuple[Tensor, dict[str, float]]:
     """The loss of a step, and what is logged of it.
 
@@ -168,11 +184,7 @@ def train_transformer(session: Session, folder: Path | None = None) -> bool:
         phase = phase_at(step, curriculum)
         data = encoded("train", phase.pool)
         n = phase.wrong
-        drawn = draw_negatives(negatives(phase.pool), n)
-        scenes = [row for row, _, _ in drawn] + torch.randint(len(data.data), (phase.batch - n,)).tolist()
-        captions = [caption for _, caption, _ in drawn] + draw_captions(data.data, scenes[n:], EMPTY)
-        wrong = [turned for _, _, turned in drawn]
-        rows = torch.tensor(scenes)
+        rows, captions, wrong = draw_scenes(phase, data.data, negatives)
         clean = data.clean(rows, where)
         kept = draw_kept(phase.batch, DROP)
         text = encode(captions + wrong, {name: torch.cat([one, one[:n]]) for name, one in kept.items()})

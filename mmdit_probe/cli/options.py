@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from mmdit_probe.experiments.options import MODEL, OUTPUT
+from mmdit_probe.models.names import embedded_models
 
 Device = Annotated[
     str, typer.Option(help="auto (cuda, then mps, then cpu), cpu, cuda, cuda:1, mps.", rich_help_panel=MODEL)
@@ -38,7 +39,7 @@ class Session:
             "-m",
             help="Embedded model, diffusers directory, hub id or .safetensors file.",
             rich_help_panel=MODEL,
-            autocompletion=lambda: ["scenes-sd3", "scenes-sd3-random"],
+            autocompletion=embedded_models,
         ),
     ] = "scenes-sd3"
     device: Device = "auto"

@@ -102,9 +102,7 @@ def train(
             with opened as folder:
                 loop = _Loop(model, data, options, held_out, accelerator, targets, layers, folder.path)
                 if not folder.complete:
-                    told = request["model"] | model.memory
-                    folder.record(model=told, dtype=str(model.dtype), device=str(model.device),
-                                  processes=accelerator.num_processes, trainable=loop.trainable(targets))  # fmt: skip
+                    folder.record(model=request["model"] | model.memory, **loop.facts(targets))
                 if resume:
                     loop.restore()
                 start(loop.step)
@@ -183,9 +181,11 @@ class _Loop:
         self.validations: list[dict[str, Any]] = []
         self.best = float("-inf")
 
-    def trainable(self, targets: Sequence[str]) -> dict[str, int]:
-        """What is trained, in numbers."""
-        return {"modules": len(targets), "parameters": sum(p.numel() for p in self.parameters.values())}
+    def facts(self, targets: Sequence[str]) -> dict[str, Any]:
+        """What the run's record says beside the model: on what it is trained, and how much of it."""
+        trainable = {"modules": len(targets), "parameters": sum(p.numel() for p in self.parameters.values())}
+        return {"dtype": str(self.model.dtype), "device": str(self.model.device),
+                "processes": self.accelerator.num_processes, "trainable": trainable}  # fmt: skip
 
     def restore(self) -> None:
         """Go on from the checkpoint, if there is one."""
