@@ -29,8 +29,8 @@ _BY_NAME = {
     "FLUX.1-dev": KnownLayers((12, 17), f"{_PAPER}, appendix"),
 }
 _BY_WEIGHTS = {
-    "0ae2e7a9c55fca30c40ba55f9bb60690579e5514cc6003443bb0d747b40d3a6a": KnownLayers(
-        (3, 4, 1), "its own selection on scenes:train", (0.3893019836018185, 0.3841109095658103, 0.2265871068323713)
+    "beb51cdab59d6bdbf09539c6069b6733bc5e37b500c80ec07224a273dc92c742": KnownLayers(
+        (3, 0), "its own selection on scenes:train", (0.5683468073619105, 0.43165319263808954)
     ),
 }
 

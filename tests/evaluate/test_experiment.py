@@ -21,11 +21,12 @@ from mmdit_probe.experiments import Discover, Evaluate, Segment, read
 from mmdit_probe.experiments.evaluate import PROTOCOLS
 from mmdit_probe.experiments.known import known_layers
 from mmdit_probe.experiments.presets import PRESETS
+from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.segment.methods import METHODS
 from mmdit_probe.segment.settings import BLIND, NAMED, parse_steps
 
-SCENES = "0ae2e7a9c55fca30c40ba55f9bb60690579e5514cc6003443bb0d747b40d3a6a"
+ROOT = Path(__file__).parents[2]
 
 
 def command(*arguments: str) -> int:
@@ -168,8 +169,9 @@ def test_layers_are_known_by_name_and_by_weights() -> None:
     tuned = known_layers("models/stable-diffusion-3.5-medium+runs/magnet/lora", "0")
     flux = known_layers("black-forest-labs/FLUX.1-dev", "0")
     assert tuned is not None and tuned.layers == (9,) and flux is not None and flux.layers == (12, 17)
-    own = known_layers("scenes-sd3", SCENES)
     chosen = json.loads(Path("analyses/results/segmentation_choice/selection.json").read_text(encoding="utf-8"))
+    assert chosen["weight_hash"] == load("scenes-sd3").weight_hash  # chosen on the weights that ship
+    own = known_layers("scenes-sd3", chosen["weight_hash"])
     assert own is not None and [list(own.layers), list(own.weights)] == [chosen["layers"], chosen["weights"]]
     assert known_layers("scenes-sd3", "0") is None and known_layers("stable-diffusion-3-medium-turbo", "0") is None
 
@@ -217,7 +219,9 @@ def test_words_that_the_model_cannot_know_are_named_once(
     assert errors.count("scenes-sd3 knows 43 words; not: kitten, wet (it knows ") == 1
     remarks = json.loads(Path("run/run.json").read_text(encoding="utf-8"))["remarks"]
     assert sum("not: kitten, wet" in remark for remark in remarks) == 1
-    assert any(remark.startswith("layers 1,3,4: its own selection") for remark in remarks)
+    chosen = json.loads((ROOT / "analyses/results/segmentation_choice/selection.json").read_text(encoding="utf-8"))
+    known = ",".join(str(layer) for layer in sorted(chosen["layers"]))
+    assert any(remark.startswith(f"layers {known}: its own selection") for remark in remarks)
     asked = ["--prompts", "a kitten on grass", "--layers", "0", "--num-steps", "1", "--guidance", "1", "-o", "budget"]
     assert command("attention-budget", *asked) == 0
     assert capsys.readouterr().err.count("not: kitten") == 1
