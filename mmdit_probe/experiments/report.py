@@ -148,6 +148,7 @@ class Report(Sampling, Experiment):
             "seconds": np.array([time.perf_counter() - started]),
         }  # fmt: skip
         record.write("parts", columns)
+        record.files.append(place)
 
     def results(self, result: Result) -> dict[str, Result]:
         """The result of each part."""

@@ -29,8 +29,9 @@ from mmdit_probe.results.provenance import environment, is_running, peak_memory,
 
 ROOT = Path("runs")
 RECORD = "run.json"
-VERSION = 2
-"""Of run.json. 2: version, process, reason, and statuses other than running and finished."""
+VERSION = 3
+"""Of run.json. 2: version, process, reason, and statuses other than running and finished. 3: tables, whose files say
+what they are."""
 
 Status = Literal["running", "finished", "interrupted", "failed"]
 
@@ -78,12 +79,17 @@ class RunFolder:
             path = _new_folder(Path(root) / command, f"{now:%Y%m%d-%H%M%S}-{short_hash(request)}")
         atomic.make_folder(path)
         made = {"version": VERSION, "command": command, "request": request, "created": now.isoformat()}
-        folder = cls(path, made if old is None else old | {"version": VERSION})
+        folder = cls(path, made if old is None else old)
         if not folder.complete:
-            atomic.remove_leftovers(path)
-            folder.data.pop("reason", None)
-            folder.record(argv=sys.argv, process=this_process(), environment=environment(), status="running")
+            folder.begin()
         return folder
+
+    def begin(self) -> None:
+        """Mark the run as running, in this process."""
+        self.complete = False
+        atomic.remove_leftovers(self.path)
+        self.data.pop("reason", None)
+        self.record(argv=sys.argv, process=this_process(), environment=environment(), status="running")
 
     def record(self, **facts: Any) -> None:
         """Add facts to `run.json` (replacing those of the same name).
@@ -198,6 +204,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "created": _moment,
     "process": _process,
     "model": lambda value: value is None or (isinstance(value, dict) and isinstance(value.get("id"), str)),
+    "tables": lambda value: value is None or (isinstance(value, dict) and all(type(n) is int for n in value.values())),
     "wall_seconds": lambda value: value is None or isinstance(value, int | float),
 }
 """Entries of a record that this module goes by, each with what tells a sound one."""

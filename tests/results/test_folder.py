@@ -222,9 +222,10 @@ def test_versions_of_the_record(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(old))  # version 1 named no process
     assert read_record(tmp_path)["status"] == "interrupted"
     RunFolder.open("demo", REQUEST, out=tmp_path, resume=True).finish()
-    assert read_record(tmp_path)["version"] == 2
-    (tmp_path / "run.json").write_text(json.dumps(old | {"version": 3}))
-    with pytest.raises(UserError, match="run record of version 3; this mmdit-probe reads up to 2: update it"):
+    assert read_record(tmp_path)["version"] == 1  # its tables stay as they were
+    assert RunFolder.open("demo", REQUEST, out=tmp_path / "new").data["version"] == 3
+    (tmp_path / "run.json").write_text(json.dumps(old | {"version": 4}))
+    with pytest.raises(UserError, match="run record of version 4; this mmdit-probe reads up to 3: update it"):
         read_record(tmp_path)
 
 
