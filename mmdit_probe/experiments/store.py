@@ -290,7 +290,7 @@ class FolderStore:
                 if not any(writer.path.iterdir()):
                     writer.path.rmdir()
             counts = {name: len(items(writer.path)) for name, writer in self._writers.items()}
-            self.folder.record(tables=counts)
+            self.folder.record(tables={name: count for name, count in counts.items() if count})
         self._writers = {}
         processes.barrier()
 
