@@ -6,8 +6,9 @@
     run[Channels].table()               # largest channel over median channel, per layer, kind and modality
 
 A key's mass is the mean, over the queries of one modality, of the probability on that one key; a sink takes far more
-than 1 / N. Tokens that a sample lacks, or that a mask hides, are neither keys nor queries, nor counted in N. Removing sinks (`SinkFree`) does not change which word wins at a pixel within a head; what it does to a mean
-over heads is measured in `experiments.sink_quality`. Not here: masses by kind of token (`observe.mass`).
+than 1 / N. Tokens that a sample lacks, or that a mask hides, are neither keys nor queries, nor counted in N. Removing
+sinks (`SinkFree`) does not change which word wins at a pixel within a head; what it does to a mean over heads is
+measured in `experiments.sink_quality`. Not here: masses by kind of token (`observe.mass`).
 """
 
 from __future__ import annotations
