@@ -276,13 +276,9 @@ def pick_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    check_device(str(device))
-    found = torch.device(device)
-    if (found.type == "cuda" and not torch.cuda.is_available()) or (
-        found.type == "mps" and not torch.backends.mps.is_available()
-    ):
-        raise UserError(f"device {found.type!r} is not available here; use --device auto or cpu")
-    return found
+    backends = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count, "mps": torch.mps.device_count}
+    check_device(str(device), lambda kind: backends.get(kind, lambda: 1)())
+    return torch.device(device)
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
