@@ -117,16 +117,20 @@ PRESETS = {
                 " by 1.6; its classes are tagged by TagCLIP; its network is a U-Net, two scales and two heads of which"
                 " are read",
     ),
-    # configs/cfg_*.py (Resize, slide_crop, slide_stride, prob_thd), proxyclip_segmentor.py:forward_slide.
+    # configs/cfg_*.py (Resize, slide_crop, slide_stride, prob_thd), proxyclip_segmentor.py:forward_slide; the words of
+    # the background are the first line of configs/cls_voc21.txt and cls_coco_object.txt.
     "proxyclip": Preset(
         "arXiv:2408.04883", "proxyclip", **_windows("proxyclip"),
         differs="features are the probed model's, one forward of the whole picture, unless proxyclip.source names a"
-                " network (the paper's: DINO ViT-B/8); CLIP is proxyclip.clip, its text a short ensemble of templates",
+                " network (the paper's: DINO ViT-B/8); CLIP is proxyclip.clip, its text a short ensemble of templates;"
+                " the background is what is below the threshold, there words of it compete too",
     ),
     "corrclip": Preset(
         "arXiv:2411.10086", "corrclip", refine="vote", **_windows("corrclip"),
         differs="regions are diffcut's, not SAM's; features are the probed model's unless corrclip.source names a"
-                " network; CLIP is corrclip.clip, its text a short ensemble of templates",
+                " network, whose last output is read, there DINO's last queries plus keys; CLIP is corrclip.clip, its"
+                " text a short ensemble of templates; the background is what is below the threshold, there words of"
+                " it compete too",
     ),
 }  # fmt: skip
 
