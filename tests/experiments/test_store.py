@@ -23,7 +23,7 @@ def test_an_item_of_which_any_table_was_cut_is_done_again(tmp_path: Path, cut: s
         return store
 
     def do(store: FolderStore, number: int) -> None:
-        with store.task(number, lambda: None) as task:
+        with store.task(number, lambda _: None) as task:
             for table in TABLES[: 1 if number == 2 else 2]:
                 task.write(table, {"value": [10 * number, 10 * number + 1]})
 
