@@ -43,9 +43,9 @@ Rows = Mapping[str, Any]
 class TaskRecord:
     """What one task writes to."""
 
-    def __init__(self, store: Store, sink_of: Callable[[str], Any], advance: Callable[[], None]) -> None:
+    def __init__(self, store: Store, sink_of: Callable[[str], Any], advance: Callable[..., None]) -> None:
         self._store, self._sink_of = store, sink_of
-        self.ticked = 0
+        self.ticked = 0.0
         self._advance = advance
         self.files: list[Path] = []
         """What was kept beside rows: without these files the task is not done."""
@@ -71,10 +71,10 @@ class TaskRecord:
         """A folder for what a long task keeps of itself; None in memory."""
         return self._store.workplace(name)
 
-    def advance(self) -> None:
-        """One tick of the progress bar, for tasks of several."""
-        self.ticked += 1
-        self._advance()
+    def advance(self, ticks: float = 1) -> None:
+        """Move the progress bar, for tasks of several ticks, or by a part of one; the task's end adds what is left."""
+        self.ticked += ticks
+        self._advance(ticks)
 
 
 class Store(Protocol):
@@ -91,7 +91,7 @@ class Store(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
     def writing(self, tables: Sequence[str]) -> Any: ...
-    def task(self, number: int, advance: Callable[[], None], ticks: int = 1) -> Any: ...
+    def task(self, number: int, advance: Callable[..., None], ticks: int = 1) -> Any: ...
     def mine(self, count: int) -> list[int]: ...
     def record(self, **facts: Any) -> None: ...
     def table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame: ...
@@ -137,11 +137,11 @@ class MemoryStore:
         yield
 
     @contextmanager
-    def task(self, number: int, advance: Callable[[], None], ticks: int = 1) -> Iterator[TaskRecord]:
+    def task(self, number: int, advance: Callable[..., None], ticks: int = 1) -> Iterator[TaskRecord]:
         recorder = TaskRecord(self, lambda name: self._sinks.setdefault(name, MemorySink()), advance)
         yield recorder
-        for _ in range(ticks - recorder.ticked):
-            advance()
+        if ticks > recorder.ticked:
+            advance(ticks - recorder.ticked)
 
     def mine(self, count: int) -> list[int]:
         return list(range(count))
@@ -295,7 +295,7 @@ class FolderStore:
         processes.barrier()
 
     @contextmanager
-    def task(self, number: int, advance: Callable[[], None], ticks: int = 1) -> Iterator[TaskRecord]:
+    def task(self, number: int, advance: Callable[..., None], ticks: int = 1) -> Iterator[TaskRecord]:
         main = next(iter(self._writers))
         with ExitStack() as stack:
             # Closed last, so that a task counts only when its rows in the other tables are there.
@@ -308,10 +308,15 @@ class FolderStore:
 
             recorder = TaskRecord(self, sink_of, advance)
             yield recorder
+<<<<<<< HEAD
             files = recorder.files + [self._writers[name].file(number) for name in sinks if name != main]
             sinks[main].needs = [file.relative_to(self.folder.path).as_posix() for file in files]
         for _ in range(ticks - recorder.ticked):
             advance()
+=======
+        if ticks > recorder.ticked:
+            advance(ticks - recorder.ticked)
+>>>>>>> contact
 
     def mine(self, count: int) -> list[int]:
         return list(processes.share(range(count)))

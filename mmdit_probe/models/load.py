@@ -210,8 +210,10 @@ def check_references_of(name: str, count: int) -> None:
     index = _checked_index(base_of(source) if Path(source).is_file() else source)
     family = next(family for family in FAMILIES.values() if family.transformer == index["transformer"][1])
     # An old name of a class, as Lumina 2's pipelines were saved with, is known to diffusers' loader alone.
-    kind = next(name for name in (index["_class_name"], *family.pipelines) if hasattr(diffusers, name))
-    check_references(getattr(diffusers, kind), family, count)
+    with quiet():  # its module is imported here
+        kind = next(name for name in (index["_class_name"], *family.pipelines) if hasattr(diffusers, name))
+        pipeline = getattr(diffusers, kind)
+    check_references(pipeline, family, count)
 
 
 def can_leave_out_t5(name: str) -> bool:

@@ -36,6 +36,15 @@ what they are."""
 Status = Literal["running", "finished", "interrupted", "failed"]
 
 
+AUTO = "auto"
+"""Value of `out` that stands for `runs/<command>/<time>-<hash>`."""
+FILES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".svg", ".pdf", ".html", ".json", ".csv", ".parquet", ".npz",
+    ".safetensors", ".txt", ".md",
+)  # fmt: skip
+"""Suffixes of what is written into run folders, or might be expected of a command."""
+
+
 class RunFolder:
     """A run folder that is open for writing. Use `RunFolder.open`, as a context manager.
 
@@ -221,16 +230,43 @@ def latest_run(command: str, request: Mapping[str, Any], *, root: Path | str = R
     return max(runs)[-1] if runs else None
 
 
-def _to_continue(path: Path, command: str, request: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
-    """The record of the run in a folder, if it may be continued; None for a folder that is free."""
+def check_out(out: Path | str | None, resume: bool = False) -> dict[str, Any] | None:
+    """Refuse a folder that no run can be written into, before anything is computed.
+
+    Of several processes only the first looks: by the time the others do, it may be writing there.
+
+    Args:
+        out: the folder, which may not be there yet; None and "auto" are named later. resume: it may hold a run.
+
+    Returns: the record of the run that it holds.
+
+    Raises:
+        UserError: it is a file, or is called like one; it holds other things; it holds a run and `resume` is off.
+    """
+    if out in (None, AUTO) or processes.rank() != 0:
+        return None
+    path = Path(str(out))
+    if path.suffix.lower() in FILES:
+        raise UserError(
+            f"--out {str(path)!r} is called like a file; it names the folder that files of known names are written "
+            f"into: {str(path.with_suffix(''))!r}"
+        )
     with atomic.disk(path):  # a name that no file can have
         old = read_record(path)
-    if old is None:
-        if path.is_dir() and any(not one.name.endswith(atomic.SUFFIX) for one in path.iterdir()):
-            raise UserError(f"{str(path)!r} is not empty and holds no {RECORD}; choose a new folder for --out")
-        return None
-    if not resume:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {str(path)!r} is a file; choose another folder with --out")
+    if old is None and path.is_dir() and any(not one.name.endswith(atomic.SUFFIX) for one in path.iterdir()):
+        raise UserError(f"{str(path)!r} is not empty and holds no {RECORD}; choose a new folder for --out")
+    if old is not None and not resume:
         raise UserError(f"{str(path)!r} holds a run already; continue it with --resume or choose another --out")
+    return old
+
+
+def _to_continue(path: Path, command: str, request: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
+    """The record of the run in a folder, if it may be continued; None for a folder that is free."""
+    old = check_out(path, resume)
+    if old is None:
+        return None
     if old["command"] != command:
         raise UserError(f"{str(path)!r} holds a run of {old['command']}, not of {command}; choose another --out")
     _same_request(path, old["request"], request)

@@ -52,7 +52,18 @@ def test_an_item_of_which_any_table_was_cut_is_done_again(tmp_path: Path, cut: s
     not take it for done either."""
 
     def opened(resume: bool) -> FolderStore:
+<<<<<<< HEAD
         return opened_in(tmp_path, resume)
+=======
+        store = FolderStore.open("demo", {}, {}, out=tmp_path / "run", resume=resume)
+        store.complete = False
+        return store
+
+    def do(store: FolderStore, number: int) -> None:
+        with store.task(number, lambda _: None) as task:
+            for table in TABLES[: 1 if number == 2 else 2]:
+                task.write(table, {"value": [10 * number, 10 * number + 1]})
+>>>>>>> contact
 
     with pytest.raises(KeyboardInterrupt), (store := opened(False)), store.writing(TABLES):
         for number in range(3):

@@ -246,6 +246,8 @@ def test_loading_says_nothing_and_leaves_no_trace(tiny_directory: Path) -> None:
     script = f"""
 import logging
 from mmdit_probe import load
+from mmdit_probe.models.load import check_references_of
+check_references_of({str(tiny_directory)!r}, 0)
 model = load({str(tiny_directory)!r}, device="cpu")
 from diffusers.utils import logging as first
 from transformers.utils import logging as second
