@@ -308,15 +308,10 @@ class FolderStore:
 
             recorder = TaskRecord(self, sink_of, advance)
             yield recorder
-<<<<<<< HEAD
             files = recorder.files + [self._writers[name].file(number) for name in sinks if name != main]
             sinks[main].needs = [file.relative_to(self.folder.path).as_posix() for file in files]
-        for _ in range(ticks - recorder.ticked):
-            advance()
-=======
         if ticks > recorder.ticked:
             advance(ticks - recorder.ticked)
->>>>>>> contact
 
     def mine(self, count: int) -> list[int]:
         return list(processes.share(range(count)))

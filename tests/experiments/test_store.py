@@ -31,7 +31,7 @@ def opened_in(folder: Path, resume: bool) -> FolderStore:
 
 def do(store: FolderStore, number: int) -> None:
     """A task of two rows in each table; the third has none in the second table."""
-    with store.task(number, lambda: None) as task:
+    with store.task(number, lambda _: None) as task:
         for table in TABLES[: 1 if number == 2 else 2]:
             task.write(table, {"value": [10 * number, 10 * number + 1]})
         task.picture(f"{number:03d}", Image.new("RGB", (2, 2)))
@@ -52,18 +52,7 @@ def test_an_item_of_which_any_table_was_cut_is_done_again(tmp_path: Path, cut: s
     not take it for done either."""
 
     def opened(resume: bool) -> FolderStore:
-<<<<<<< HEAD
         return opened_in(tmp_path, resume)
-=======
-        store = FolderStore.open("demo", {}, {}, out=tmp_path / "run", resume=resume)
-        store.complete = False
-        return store
-
-    def do(store: FolderStore, number: int) -> None:
-        with store.task(number, lambda _: None) as task:
-            for table in TABLES[: 1 if number == 2 else 2]:
-                task.write(table, {"value": [10 * number, 10 * number + 1]})
->>>>>>> contact
 
     with pytest.raises(KeyboardInterrupt), (store := opened(False)), store.writing(TABLES):
         for number in range(3):
