@@ -138,11 +138,12 @@ def draw_pipeline(options: argparse.Namespace, model: MMDiT, data: Dataset, laye
     noised = np.asarray(model.decode(model.noise(model.encode_image(picture), SIGMA, seed=0))[0])
     regions = sample.regions()
     names = list(regions.names)[:4]
+    labels = blend(sample.image, found.astype(np.int64), [one.name for one in data.classes], 0.8)
     mask = np.repeat(regions.masks[0][..., None], 3, -1).astype(np.uint8) * 255
     steps = [
         ("picture", sample.image), ("noised latent", noised), ("+ " + "\n".join(names), None),
         (f"MM-DiT\n+ LoRA\n\nI2T of layer {layer}", None),
-        ("maps of the words\n(largest)", blend(sample.image, found.astype(np.int64), 0.8)),
+        ("maps of the words\n(largest)", labels),
         ("focal + dice\nto the mask,\nflow matching\nto the velocity", None), (f"mask of {names[0]}", mask),
     ]  # fmt: skip
     title = "MAGNET: the I2T maps of a picture's words are aligned with its masks"

@@ -34,6 +34,10 @@ class RunError(ProbeError):
     exit_code = 1
 
 
+class ProbeWarning(UserWarning):
+    """What this package warns of. Commands show it as a remark."""
+
+
 MISSHAPEN = (LookupError, TypeError, ValueError, OverflowError, AttributeError, MemoryError, RecursionError)
 """What it raises to read a document whose entries are missing, of another kind, or too large."""
 

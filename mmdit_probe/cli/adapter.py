@@ -21,10 +21,10 @@ import typer
 from mmdit_probe.cli.options import Session
 from mmdit_probe.cli.output import Output
 from mmdit_probe.errors import unknown
-from mmdit_probe.experiments.experiment import AUTO
 from mmdit_probe.experiments.options import INPUT, METHOD, MODEL, OUTPUT
 from mmdit_probe.experiments.target import Named
 from mmdit_probe.options import Described, choices_of, described
+from mmdit_probe.results.folder import AUTO
 from mmdit_probe.specs import parse_size
 
 _PANELS = {INPUT: 0, MODEL: 2, METHOD: 3, OUTPUT: 4}

@@ -24,8 +24,10 @@ def command(
 ) -> None:
     """Second run minus first, paired by item, with intervals: two models, with and without a LoRA, two dtypes."""
     from mmdit_probe.experiments.compare_runs import compare_runs
+    from mmdit_probe.results.folder import check_out
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
+    check_out(out)
     found = compare_runs(first, second, margin)
     path = found.save(out)
     document = {"run": path, "differs": found.differs, "comparison": found.table}

@@ -23,8 +23,10 @@ def command(
     from mmdit_probe import assets
     from mmdit_probe.cli.output import Output
     from mmdit_probe.experiments.text import TextTable
+    from mmdit_probe.models.names import check_device
     from mmdit_probe.results import environment
 
+    check_device(device)
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     report: dict[str, Any] = environment()
     report |= _devices(device)

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from mmdit_probe.cli.tables import fitted
+from mmdit_probe.errors import ProbeWarning
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.text import TextTable, records
 
@@ -36,6 +37,7 @@ class Output:
         self.progress = Progress(quiet, not as_json, lambda table, console: fitted(table, console)[0])
         if not debug:
             hush_libraries()
+            warnings.showwarning = lambda message, *_: self.note(str(message))
 
     def note(self, text: str) -> None:
         """A remark for the person at the terminal, on stderr. Not printed with `-q`."""
@@ -65,5 +67,6 @@ class Output:
 def hush_libraries() -> None:
     """Only errors from the libraries underneath: their advice is about calls that users of a command do not make."""
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", category=ProbeWarning)
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")

@@ -14,7 +14,7 @@ app = typer.Typer(help="The embedded world: look at scenes.", rich_markup_mode=N
 @app.command()
 def show(
     split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
-    n: Annotated[int, typer.Option("-n", help="How many scenes.", min=1, max=60)] = 12,
+    n: Annotated[int, typer.Option("--limit", "-n", help="How many scenes.", min=1, max=60)] = 12,
     start: Annotated[int, typer.Option(help="Index of the first scene.", min=0)] = 0,
     kind: Annotated[str | None, typer.Option(help="Caption kind; a mixture by default.")] = None,
     out: Out = None,

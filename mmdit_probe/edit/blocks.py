@@ -116,7 +116,8 @@ class BlockCall:
             found = torch.zeros(len(tokens), tokens.shape[1] + 1, dtype=torch.bool)
             return found.scatter(1, self.places.keys[:, self.layout.positions("text")] % found.shape[1], True)[:, :-1]
         if self.text is not None:
-            labels = labels[labels != KINDS.index("image")]
+            inside = torch.tensor([KINDS.index(kind) for kind in ("image", "reference")])
+            labels = labels[~torch.isin(labels, inside)]
         if len(labels) != tokens.shape[1]:
             raise self._unreadable("it is not known which of its tokens are text")
         return (labels == KINDS.index("text"))[None]

@@ -43,7 +43,7 @@ from mmdit_probe.segment.methods.base import Method
 from mmdit_probe.segment.record import Capture, Reading
 from mmdit_probe.segment.refine import Refinement
 from mmdit_probe.segment.settings import Background, scoring_size
-from mmdit_probe.segment.tail import label, strongest
+from mmdit_probe.segment.tail import strongest
 from mmdit_probe.specs import head_indices, layer_indices
 
 PROTOCOLS = ("present", "predicted", "full")
@@ -258,58 +258,63 @@ class Plan:
                 rows.add((UNSUPERVISED, CEILING, "none", "", "", "", "classes"), histogram(scored, best, rows.classes))
                 if self.scoring.by_rows:
                     whole = (UNSUPERVISED, ONE_SEGMENT, "none", "", "", "")
-                    self._add_segments(rows, scored, whole, torch.zeros(1, *scored.shape))
+                    self._add_segments(rows, scored, whole, np.zeros_like(scored))
                 count = partial(self._add_segments, rows, scored)
-                self._count(protocol, entries, count, torch.stack(list(tokens.values()) or [nowhere]), index)
+                self._count(protocol, entries, None, count, torch.stack(list(tokens.values()) or [nowhere]), index)
                 continue
             known = groups[0].ids
-            count = partial(self._add_classes, rows, scored, known)
-            count((protocol, CEILING, "none", "", "", ""), found=best)
+            rows.add((protocol, CEILING, "none", "", "", "", "classes"), histogram(scored, best, rows.classes))
             seeds = torch.stack([tokens.get(i, nowhere) for i in known]) if known else torch.zeros(0, *view.grid)
-            self._count(protocol, entries, count, seeds, index)
+            self._count(protocol, entries, known, partial(self._add_classes, rows, scored, known), seeds, index)
         return rows.columns()
 
     def _count(
-        self, protocol: str, entries: Iterable[tuple[Entry, Capture, Tensor]], count: Callable[..., None],
-        tokens: Tensor, seed: int,
+        self, protocol: str, entries: Iterable[tuple[Entry, Capture, Tensor]], known: Sequence[int] | None,
+        count: Callable[..., None], tokens: Tensor, seed: int,
     ) -> None:  # fmt: skip
         """Every entry, and the controls with its refinement.
 
         Args:
-            count: takes the keys and maps [C, H, W] at the scored size.
+            known: class ids of the maps; None: they are segments.
+            count: takes the keys and labels [H, W] of the maps at the scored size.
             tokens: [C, h, w] of "one true token per class".
         """
+        names = None if known is None else [self._names[i] for i in known]
+        rule = None if known is None else self.scoring.rule
         noise = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed))
         done: set[tuple[str, ...]] = set()
         for entry, record, scores in entries:
             steps, keys = Refinement.parse(entry.refine), _keys(protocol, entry)
+
+            def counted(
+                of: tuple[str, ...], pixels: Tensor, steps: Refinement = steps, record: Capture = record
+            ) -> None:
+                count(
+                    of, steps.labels(pixels, record, rule, names) if len(pixels) else np.zeros(record.size, np.uint16)
+                )
+
             pixels = steps(scores, record) if len(scores) else torch.zeros(0, *record.size)
-            count(keys, pixels)
+            counted(keys, pixels)
             if not self.controls:
                 continue
             if not entry.method.unsupervised:
-                count((protocol, f"{entry.method.name}{SHIFTED}", *keys[2:]), pixels.roll(1, 0))
+                counted((protocol, f"{entry.method.name}{SHIFTED}", *keys[2:]), pixels.roll(1, 0))
             place = (entry.refine, keys[3], "", keys[5]) if steps.keep else (entry.refine, "", "", "")
             for name, maps in ((RANDOM, noise), (ONE_TOKEN, tokens)) if place not in done else ():
-                refined = steps(maps, record) if len(maps) else torch.zeros(0, *record.size)
-                count((protocol, name, *place), refined)
+                counted((protocol, name, *place), steps(maps, record) if len(maps) else torch.zeros(0, *record.size))
             done.add(place)
 
     def _add_classes(
         self, rows: _Rows, scored: NDArray[np.integer], known: Sequence[int], keys: tuple[str, ...],
-        maps: Tensor | None = None, *, found: NDArray[np.integer] | None = None,
+        labels: NDArray[np.integer],
     ) -> None:  # fmt: skip
-        """Counts of a label map, or of maps [C, H, W] of the classes that are known; without any all is background."""
-        if found is None and maps is not None and len(maps):
-            names = [self._names[i] for i in known]
-            found = np.array([*known, self._background_id])[label(maps, self.scoring.rule, names)]
-        elif found is None:
-            found = np.full(scored.shape, self._background_id)
-        rows.add((*keys, "classes"), histogram(scored, found, rows.classes))
+        """Counts of labels, whose number C is the background: all of them where no class is known."""
+        rows.add((*keys, "classes"), histogram(scored, np.array([*known, self._background_id])[labels], rows.classes))
 
-    def _add_segments(self, rows: _Rows, scored: NDArray[np.integer], keys: tuple[str, ...], maps: Tensor) -> None:
+    def _add_segments(
+        self, rows: _Rows, scored: NDArray[np.integer], keys: tuple[str, ...], segments: NDArray[np.integer]
+    ) -> None:
         """Counts of segments, to be matched later; or of classes, matched row by row now."""
-        segments = label(maps)
         if self.scoring.by_rows:
             rows.add((*keys, "classes"), matched_by_rows(scored, segments, rows.classes))
         else:

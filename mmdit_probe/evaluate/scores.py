@@ -65,7 +65,7 @@ def confusion(
     if prediction.shape != (*before, *label.shape):
         raise ValueError(f"the label has shape {label.shape}, the prediction {prediction.shape}")
     width = classes if columns is None else columns
-    counted = label != ignore if isinstance(ignore, int) else ~np.isin(label, list(ignore))
+    counted = ~np.isin(label, list(ignore)) if isinstance(ignore, Collection) else label != ignore
     rows = label[counted].astype(np.int64)  # (n,)
     cells = prediction.reshape(-1, *label.shape)[:, counted].astype(np.int64)  # (M, n)
     for name, ids, count in (("label", rows, classes), ("prediction", cells, width)):
@@ -89,7 +89,7 @@ def assign(counts: Counts, match: str = "image", background: int | None = None) 
         counts: [C, P] of `histogram`; for "dataset" the sum over images.
         match: one of `MATCHES` but "row", which has no counts of whole images.
         background: with a class id, DiffCut's rule: segments match the other classes first, and all that are left over
-            join this one.
+            join this one; "upstream" matches once more what they became (`_many_to_one`).
 
     Raises:
         UserError: unknown variant, or a background that is no class.
@@ -100,6 +100,8 @@ def assign(counts: Counts, match: str = "image", background: int | None = None) 
     classes, segments = counts.shape
     if background is not None and not 0 <= background < classes:
         raise UserError(f"background class {background}: expected 0..{classes - 1}")
+    if match == "upstream" and background is not None:
+        return _many_to_one(counts, background)
     if match == "majority":
         return np.where(counts.sum(0) > 0, counts.argmax(0), classes)
     rows = np.arange(classes) if match in ("upstream", "dataset") else np.flatnonzero(counts.sum(1))
@@ -111,6 +113,33 @@ def assign(counts: Counts, match: str = "image", background: int | None = None) 
         useful = np.ones(len(left), bool) if match == "upstream" else counts[rows][left, right] > 0
         result[right[useful]] = rows[left[useful]]
     return result
+
+
+def _many_to_one(counts: Counts, background: int) -> NDArray[np.int64]:
+    """Class of each segment as in DiffCut's released evaluation (eval_diffcut.py): without the background, segments are
+    matched to all other classes; all but those of classes that occur become one; all classes are matched to what is
+    then there. With the order of rows and columns of that code, on which ties depend."""
+    from scipy.optimize import linear_sum_assignment
+
+    classes, width = counts.shape
+    rows = np.array([*(one for one in range(classes) if one != background), background])
+    used = np.flatnonzero(counts.any(0))
+    last = width if width > classes or not len(used) else int(used[-1]) + 1  # number of segments
+    first = counts[rows[:-1], : max(classes - 1, last)]
+    _, column = linear_sum_assignment(first, maximize=True)
+    kept = np.zeros(width + 1, bool)
+    kept[column[first.any(1)]] = True
+    joined = np.flatnonzero(~kept[:last])
+    table = np.zeros((classes, max(classes, last + bool(len(joined)))), np.int64)
+    table[:, :last] = np.where(kept[:last], counts[rows, :last], 0)
+    if len(joined):
+        table[:, last] = counts[rows][:, joined].sum(1)
+    left, right = linear_sum_assignment(table, maximize=True)
+    to = np.full(max(width, table.shape[1]), classes, np.int64)
+    to[right] = rows[left]
+    if len(joined):
+        to[joined] = to[last]
+    return to[:width]
 
 
 def matched(counts: Counts, to: NDArray[np.int64]) -> Counts:
@@ -315,7 +344,7 @@ def segmentation_score(
     predictions, labels = _maps(prediction), _maps(label)
     if len(predictions) != len(labels) or not labels:
         raise UserError(f"{len(predictions)} predictions for {len(labels)} labels; expected as many, at least one")
-    names = list(range(classes)) if isinstance(classes, int) else list(classes)
+    names = list(range(classes)) if isinstance(classes, int | np.integer) else list(classes)
     try:
         counts = _counted(predictions, labels, len(names), ignore, match, background)
     except ValueError as error:

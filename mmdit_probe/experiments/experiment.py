@@ -26,6 +26,7 @@ from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.store import FolderStore, MemoryStore, Store, TaskRecord
 from mmdit_probe.options import LAST_SEED, Option, check
 from mmdit_probe.results import processes
+from mmdit_probe.results.folder import AUTO, check_out
 from mmdit_probe.results.statistics import compare
 
 if TYPE_CHECKING:
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
-
-AUTO = "auto"
-"""Value of `out` that stands for `runs/<command>/<time>-<hash>`."""
 
 
 @dataclass
@@ -184,6 +182,7 @@ class Experiment:
 
         began = time.monotonic()
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
+        check_out(out, resume)
         target = named(target, self)
         inputs = self.gather(knows_scenes(target))
         model = self.load(target, shown)

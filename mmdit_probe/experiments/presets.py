@@ -81,7 +81,8 @@ PRESETS = {
         "arXiv:2509.18096, Table 2", "seg4diff-unsup", match="row", sigma="0.515", fit="squash", paper_text=True,
         score_size="short:640", options=_of("seg4diff-unsup", tau=0.1, axis="token", kinds="all", streams="clip"),
         differs="whether Table 2 was made with the released matching by rows is not known; the released code cuts maps"
-                " of pictures whose shorter side exceeds 640 pixels, here they are whole",
+                " of pictures whose shorter side exceeds 640 pixels, here they are whole; on pc60 it knows the 59 names"
+                " alone and drops the background's pixels, here they are a class",
     ),
     # coco_data.py:RESOLUTION; utils.py:hungarian_matching (b x 512 x 512); its t = 300 at the noise level of equal SNR.
     "diffseg": Preset(
@@ -89,7 +90,7 @@ PRESETS = {
         sigma="0.454", options=_of("diffseg", tau=0.9), on_set={"coco-stuff-27": {"options": _of("diffseg", tau=1.1)}},
         differs="the paper's network is a U-Net with four scales of attention, told t = 300 of a latent without noise,"
                 " here noised to the level of equal signal-to-noise ratio; its thresholds are of that attention;"
-                " Cityscapes has 19 classes here, 27 there",
+                " Cityscapes has 19 classes here, 27 there; COCO is val2017 here, 2175 pictures of it there",
     ),
     # eval_diffcut.py:114 (labels and masks of 128 x 128), :121 (what is left over joins the background); t = 50.
     "diffcut": Preset(
@@ -97,7 +98,9 @@ PRESETS = {
         score_size="128x128", sigma="0.184", options=_of("diffcut", tau=0.5, alpha=10),
         differs="the paper's network is a U-Net, its alpha that of its features; labels are read at the middle of each"
                 " of 128 x 128 cells, not at their corner; VOC's boundary pixels are not scored, there they are"
-                " background; Cityscapes has 19 classes here, 27 there; its rows with PAMR are --refine pamr",
+                " background; Cityscapes has 19 classes here, 27 there; COCO is val2017 here, there 2175 of it;"
+                " ADE20K's other is ignored here, the first of 150 there, and the last is not scored; its rows"
+                " with PAMR are --refine pamr",
     ),
     # ptp_stable_best.py:311 (squashed to 512), :393 (one forward per class); t = 100.
     "diffsegmenter": Preset(
@@ -117,16 +120,20 @@ PRESETS = {
                 " by 1.6; its classes are tagged by TagCLIP; its network is a U-Net, two scales and two heads of which"
                 " are read",
     ),
-    # configs/cfg_*.py (Resize, slide_crop, slide_stride, prob_thd), proxyclip_segmentor.py:forward_slide.
+    # configs/cfg_*.py (Resize, slide_crop, slide_stride, prob_thd), proxyclip_segmentor.py:forward_slide; the words of
+    # the background are the first line of configs/cls_voc21.txt and cls_coco_object.txt.
     "proxyclip": Preset(
         "arXiv:2408.04883", "proxyclip", **_windows("proxyclip"),
         differs="features are the probed model's, one forward of the whole picture, unless proxyclip.source names a"
-                " network (the paper's: DINO ViT-B/8); CLIP is proxyclip.clip, its text a short ensemble of templates",
+                " network (the paper's: DINO ViT-B/8); CLIP is proxyclip.clip, its text a short ensemble of templates;"
+                " the background is what is below the threshold, there words of it compete too",
     ),
     "corrclip": Preset(
         "arXiv:2411.10086", "corrclip", refine="vote", **_windows("corrclip"),
         differs="regions are diffcut's, not SAM's; features are the probed model's unless corrclip.source names a"
-                " network; CLIP is corrclip.clip, its text a short ensemble of templates",
+                " network, whose last output is read, there DINO's last queries plus keys; CLIP is corrclip.clip, its"
+                " text a short ensemble of templates; the background is what is below the threshold, there words of"
+                " it compete too",
     ),
 }  # fmt: skip
 

@@ -48,9 +48,9 @@ class Progress:
                 yield
 
     @contextmanager
-    def bar(self, label: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
+    def bar(self, label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
         """A bar with the time left, by the mean speed since it began: an item may take minutes. Yields the function
-        that advances it by one."""
+        that advances it, by one or by a part of one."""
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
@@ -62,4 +62,10 @@ class Progress:
         with Bar(*columns, speed_estimate_period=math.inf, **how) as shown:
             task = shown.add_task(label, total=total, completed=done)
             shown.advance(task, 0)  # the first reading of the speed: the time left is known after one advance
-            yield lambda: shown.advance(task)
+            at = [float(done)]
+
+            def advance(items: float = 1) -> None:
+                at[0] = round(at[0] + items, 6)  # parts of one add up to one
+                shown.update(task, completed=at[0])
+
+            yield advance

@@ -20,7 +20,7 @@ import numpy as np
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.attention_budget import AttentionBudget
-from mmdit_probe.experiments.experiment import AUTO, Experiment, Study, request_of
+from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.explore import Explore
 from mmdit_probe.experiments.feature_pca import FeaturePCA
 from mmdit_probe.experiments.options import INPUT, Control, Prompts, Sampling, prompts_of
@@ -32,6 +32,7 @@ from mmdit_probe.experiments.value_norms import ValueNorms
 from mmdit_probe.experiments.word_maps import WordMaps
 from mmdit_probe.options import Option
 from mmdit_probe.results import processes
+from mmdit_probe.results.folder import AUTO
 from mmdit_probe.results.selection import FILE, LayerSelection
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ class Report(Sampling, Experiment):
             "seconds": np.array([time.perf_counter() - started]),
         }  # fmt: skip
         record.write("parts", columns)
+        record.files.append(place)
 
     def results(self, result: Result) -> dict[str, Result]:
         """The result of each part."""

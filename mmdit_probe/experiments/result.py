@@ -132,14 +132,16 @@ class Result:
         with target:
             target.record(**{name: value for name, value in self.data.items() if name not in _OF_A_FOLDER})
             copy = FolderStore(target)
-            for name in self.experiment.tables:
-                if self.store.has(name):
-                    with TableWriter(target.path, name) as writer, writer.item(0) as item:
-                        item.write(self.store.table(name))
-            for name, image in self.store.pictures().items():
-                copy.keep_picture(name, image)
+            files = [file for name, image in self.store.pictures().items() for file in copy.keep_picture(name, image)]
             for name in self.store.array_names():
-                copy.keep_arrays(name, self.store.load_arrays(name))
+                files += copy.keep_arrays(name, self.store.load_arrays(name))
+            kept = [name for name in self.experiment.tables if self.store.has(name)]
+            for name in kept[::-1]:  # the first last: it says what belongs to it
+                with TableWriter(target.path, name) as writer, writer.item(0) as item:
+                    item.write(self.store.table(name))
+                    item.needs = [file.relative_to(target.path).as_posix() for file in files]
+                files.append(writer.file(0))
+            target.record(tables=dict.fromkeys(kept, 1))
             self.write(target)
         return target.path
 
@@ -174,4 +176,5 @@ class Result:
         return page(repr(self), self.figure(), self.texts())
 
 
-_OF_A_FOLDER = ("command", "request", "status", "created", "wall_seconds", "peak_memory_bytes", "argv", "environment")
+_OF_A_FOLDER = ("command", "request", "status", "created", "wall_seconds", "peak_memory_bytes", "argv", "environment",
+                "version", "tables")  # fmt: skip

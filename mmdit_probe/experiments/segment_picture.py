@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.experiment import AUTO, described, plain, request_of
+from mmdit_probe.experiments.experiment import described, plain, request_of
 from mmdit_probe.experiments.options import INPUT, METHOD, notes_on
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.reading import Network, Read, Reads, check_streams_read
 from mmdit_probe.experiments.text import TextTable, page
 from mmdit_probe.options import Option, check
 from mmdit_probe.results import RunFolder, atomic
+from mmdit_probe.results.folder import AUTO, check_out
 from mmdit_probe.segment.settings import BLIND, NAMED, STEPS, Background, check_method, parse_option, parse_steps
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class OnePicture(Reads, _Checked):
         from mmdit_probe.experiments.target import Named, as_model, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
+        check_out(out)
         target = named(target, self)
         sample, classes = self._sample(), self.names()
         self.read_selection()
@@ -330,8 +332,8 @@ class PictureResult:
         from mmdit_probe.plots.segmentation import blend, write_labels
 
         shares = self.found.probabilities.numpy()
-        write_labels(self.labels, folder / "labels.png")
-        pictures = {"overlay.png": blend(self.found.capture.image, self.labels)}
+        write_labels(self.labels, folder / "labels.png", self.names)
+        pictures = {"overlay.png": blend(self.found.capture.image, self.labels, self.names)}
         for index, share in enumerate(shares):
             pictures[f"maps/{index:03d}-{atomic.letters(self.names[index])}.png"] = np.rint(255 * share).astype(
                 np.uint8

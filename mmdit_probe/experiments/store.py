@@ -11,25 +11,30 @@ was cut short never count. In a run folder several processes share the tasks (`r
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 
-from mmdit_probe.errors import UserError, first_line
+from mmdit_probe.errors import ProbeWarning, UserError, first_line
 from mmdit_probe.results import RunFolder, TableWriter, atomic, processes, read_items, read_table
 from mmdit_probe.results.clip import Clip
-from mmdit_probe.results.tables import MemorySink, constant
+from mmdit_probe.results.folder import read_record
+from mmdit_probe.results.tables import MemorySink, check_items, complete, constant, items, needed
 
 if TYPE_CHECKING:
     import pandas as pd
     from PIL.Image import Image
 
 PICTURES, ARRAYS = "images", "arrays"
+
+AGAIN = "run the same command with --resume, which measures what is lost again"
 
 Rows = Mapping[str, Any]
 """Columns of one length: arrays, or categories."""
@@ -38,10 +43,12 @@ Rows = Mapping[str, Any]
 class TaskRecord:
     """What one task writes to."""
 
-    def __init__(self, store: Store, sink_of: Callable[[str], Any], advance: Callable[[], None]) -> None:
+    def __init__(self, store: Store, sink_of: Callable[[str], Any], advance: Callable[..., None]) -> None:
         self._store, self._sink_of = store, sink_of
-        self.ticked = 0
+        self.ticked = 0.0
         self._advance = advance
+        self.files: list[Path] = []
+        """What was kept beside rows: without these files the task is not done."""
 
     def write(self, table: str, columns: Rows | pd.DataFrame, **labels: int | float | str) -> None:
         """Add rows to a table; `labels`, columns of one value, come before the others."""
@@ -54,20 +61,20 @@ class TaskRecord:
 
     def picture(self, name: str, image: Image | Clip) -> None:
         """Keep a picture or a video."""
-        self._store.keep_picture(name, image)
+        self.files += self._store.keep_picture(name, image)
 
     def arrays(self, name: str, **arrays: np.ndarray) -> None:
         """Keep arrays that a figure needs."""
-        self._store.keep_arrays(name, arrays)
+        self.files += self._store.keep_arrays(name, arrays)
 
     def workplace(self, name: str) -> Path | None:
         """A folder for what a long task keeps of itself; None in memory."""
         return self._store.workplace(name)
 
-    def advance(self) -> None:
-        """One tick of the progress bar, for tasks of several."""
-        self.ticked += 1
-        self._advance()
+    def advance(self, ticks: float = 1) -> None:
+        """Move the progress bar, for tasks of several ticks, or by a part of one; the task's end adds what is left."""
+        self.ticked += ticks
+        self._advance(ticks)
 
 
 class Store(Protocol):
@@ -84,15 +91,15 @@ class Store(Protocol):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
     def writing(self, tables: Sequence[str]) -> Any: ...
-    def task(self, number: int, advance: Callable[[], None], ticks: int = 1) -> Any: ...
+    def task(self, number: int, advance: Callable[..., None], ticks: int = 1) -> Any: ...
     def mine(self, count: int) -> list[int]: ...
     def record(self, **facts: Any) -> None: ...
     def table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame: ...
     def chunks(self, name: str, columns: Sequence[str]) -> Iterable[pd.DataFrame]: ...
     def has(self, name: str) -> bool: ...
-    def keep_picture(self, name: str, image: Image | Clip) -> None: ...
+    def keep_picture(self, name: str, image: Image | Clip) -> list[Path]: ...
     def pictures(self) -> dict[str, Image | Clip]: ...
-    def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None: ...
+    def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> list[Path]: ...
     def load_picture(self, name: str) -> Image | Clip: ...
     def load_arrays(self, name: str) -> dict[str, np.ndarray]: ...
     def array_names(self) -> list[str]: ...
@@ -130,11 +137,11 @@ class MemoryStore:
         yield
 
     @contextmanager
-    def task(self, number: int, advance: Callable[[], None], ticks: int = 1) -> Iterator[TaskRecord]:
+    def task(self, number: int, advance: Callable[..., None], ticks: int = 1) -> Iterator[TaskRecord]:
         recorder = TaskRecord(self, lambda name: self._sinks.setdefault(name, MemorySink()), advance)
         yield recorder
-        for _ in range(ticks - recorder.ticked):
-            advance()
+        if ticks > recorder.ticked:
+            advance(ticks - recorder.ticked)
 
     def mine(self, count: int) -> list[int]:
         return list(range(count))
@@ -152,14 +159,16 @@ class MemoryStore:
     def chunks(self, name: str, columns: Sequence[str]) -> Iterable[pd.DataFrame]:
         return [self.table(name, columns)]
 
-    def keep_picture(self, name: str, image: Image | Clip) -> None:
+    def keep_picture(self, name: str, image: Image | Clip) -> list[Path]:
         self._pictures[name] = image
+        return []
 
     def pictures(self) -> dict[str, Image | Clip]:
         return dict(self._pictures)
 
-    def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+    def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> list[Path]:
         self._arrays[name] = dict(arrays)
+        return []
 
     def load_picture(self, name: str) -> Image | Clip:
         return self._pictures[name]
@@ -183,40 +192,92 @@ class FolderStore:
         self.complete = folder.complete
         self.done: set[int] = set()
         self._writers: dict[str, TableWriter] = {}
+        self._open = ExitStack()
 
     @classmethod
     def open(
         cls, command: str, request: Mapping[str, Any], facts: Mapping[str, Any], *, out: Path | None, resume: bool
     ) -> FolderStore:
-        """Make the folder, or find the one to continue; of several processes the first does, the others join it."""
-        store = cls(processes.from_first(lambda: RunFolder.open(command, request, out=out, resume=resume)))
-        if store.complete:
-            store.folder.data = {**facts, **store.folder.data}
-        elif store.first:
-            store.folder.record(**facts)
+        """Make the folder, or find the one to continue; of several processes the first does, the others join it. A
+        finished run that has lost something since goes on."""
+
+        def opened() -> RunFolder:
+            folder = RunFolder.open(command, request, out=out, resume=resume)
+            if folder.complete and cls(folder).lost():
+                folder.begin()
+            return folder
+
+        with atomic.resumable():
+            store = cls(processes.from_first(opened))
+            if store.complete:
+                store.folder.data = {**facts, **store.folder.data}
+            elif store.first:
+                store.folder.record(**facts)
         return store
+
+    def lost(self) -> bool:
+        """Whether items of a finished run are cut off, or gone."""
+        tables = self.data.get("tables") or {}
+        if any(self._lacks(name) > 0 for name in tables):
+            return True
+        main = items(self._path(next(iter(tables)))) if tables else []
+        return any(_unsound(file) for file in main)
+
+    def _lacks(self, name: str) -> int:
+        """How many items a finished run's table had and has no more."""
+        return int((self.data.get("tables") or {}).get(name, 0)) - sum(map(complete, items(self._path(name))))
+
+    def _path(self, name: str) -> Path:
+        return self.folder.path / f"{name}.parquet"
+
+    @property
+    def _own(self) -> bool:
+        """Whether the tables' files say what they are."""
+        return bool(self.data["version"] >= 3)
+
+    def _whole(self, name: str) -> Path:
+        """A table to be read.
+
+        Raises:
+            UserError: items of it are cut off, or gone.
+        """
+        if (lost := self._lacks(name)) > 0:
+            raise UserError(f"{str(self._path(name))!r} lacks {lost} of its items (cut off, or gone); {AGAIN}")
+        return self._path(name)
 
     @property
     def data(self) -> dict[str, Any]:
         return self.folder.data
 
     def __enter__(self) -> Self:
-        self.folder.__enter__()
+        self._open.enter_context(atomic.resumable())
+        self._open.enter_context(self.folder)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.folder.__exit__(kind, error, trace)
+        self._open.__exit__(kind, error, trace)
 
     @contextmanager
     def writing(self, tables: Sequence[str]) -> Iterator[None]:
         """Tables are open for writing inside; the first must get rows, the others may."""
         self._writers = {name: TableWriter(self.folder.path, name) for name in tables}
+        if self._own:
+            for writer in self._writers.values():
+                check_items(writer.path)
+        processes.barrier()  # nothing is removed while another process reads
         main, *others = self._writers.values()
-        for number in main.done & {number for writer in others for number in writer.cut}:
-            with atomic.disk(main.file(number)):  # on disk too: one that is killed again must not count it as done
-                main.file(number).unlink(missing_ok=True)
+        for number in sorted(main.done):
+            file = _unsound(main.file(number))
+            if file is not None:
+                text = f"{str(file)!r} is cut off, or gone: item {number} is done again"
+                warnings.warn(text, ProbeWarning, stacklevel=2)
+            if file is not None or any(number in writer.cut for writer in others):
+                main.remove(number)  # on disk too: a run that is killed again must not count it as done
+        for writer in others:
+            for number in writer.done - main.done:
+                writer.remove(number)
         processes.barrier()  # every writer has cleaned up before any task is begun
         self.done = {number for number in main.done if main.file(number).exists()}
         yield
@@ -228,25 +289,29 @@ class FolderStore:
             for writer in others:
                 if not any(writer.path.iterdir()):
                     writer.path.rmdir()
+            counts = {name: len(items(writer.path)) for name, writer in self._writers.items()}
+            self.folder.record(tables={name: count for name, count in counts.items() if count})
         self._writers = {}
         processes.barrier()
 
     @contextmanager
-    def task(self, number: int, advance: Callable[[], None], ticks: int = 1) -> Iterator[TaskRecord]:
+    def task(self, number: int, advance: Callable[..., None], ticks: int = 1) -> Iterator[TaskRecord]:
         main = next(iter(self._writers))
         with ExitStack() as stack:
             # Closed last, so that a task counts only when its rows in the other tables are there.
-            items = {main: stack.enter_context(self._writers[main].item(number))}
+            sinks = {main: stack.enter_context(self._writers[main].item(number))}
 
             def sink_of(name: str) -> Any:
-                if name not in items:
-                    items[name] = stack.enter_context(self._writers[name].item(number))
-                return items[name]
+                if name not in sinks:
+                    sinks[name] = stack.enter_context(self._writers[name].item(number))
+                return sinks[name]
 
             recorder = TaskRecord(self, sink_of, advance)
             yield recorder
-        for _ in range(ticks - recorder.ticked):
-            advance()
+            files = recorder.files + [self._writers[name].file(number) for name in sinks if name != main]
+            sinks[main].needs = [file.relative_to(self.folder.path).as_posix() for file in files]
+        if ticks > recorder.ticked:
+            advance(ticks - recorder.ticked)
 
     def mine(self, count: int) -> list[int]:
         return list(processes.share(range(count)))
@@ -256,26 +321,27 @@ class FolderStore:
             self.folder.record(**facts)
 
     def has(self, name: str) -> bool:
-        return any((self.folder.path / f"{name}.parquet").glob("*.parquet"))
+        return bool(items(self._path(name))) or name in (self.data.get("tables") or {})
 
     def table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
-        return read_table(self.folder.path / f"{name}.parquet", columns)
+        return read_table(self._whole(name), columns, self._own)
 
     def chunks(self, name: str, columns: Sequence[str]) -> Iterable[pd.DataFrame]:
-        return read_items(self.folder.path / f"{name}.parquet", columns)
+        return read_items(self._whole(name), columns, self._own)
 
-    def keep_picture(self, name: str, image: Image | Clip) -> None:
-        """A picture as PNG, a video as a folder of them."""
-        place = self.folder.path / PICTURES / name
-        for number, frame in enumerate(image) if isinstance(image, Clip) else ():
-            with atomic.replacing(place / f"{number:03d}.png") as temporary:
-                frame.save(temporary, format="PNG")
-        if not isinstance(image, Clip):
-            with atomic.replacing(place.with_name(f"{name}.png")) as temporary:
-                image.save(temporary, format="PNG")
+    def keep_picture(self, name: str, image: Image | Clip) -> list[Path]:
+        """A picture as PNG, a video as a folder of them. Returns: the files."""
+        place = self.folder.path / PICTURES
+        if isinstance(image, Clip):
+            files = {place / name / f"{number:03d}.png": frame for number, frame in enumerate(image)}
+        else:
+            files = {place / f"{name}.png": image}
+        for file, one in files.items():
+            with atomic.replacing(file) as temporary:
+                one.save(temporary, format="PNG")
+        return list(files)
 
     def pictures(self) -> dict[str, Image | Clip]:
-
         folder = self.folder.path / PICTURES
         names = [*(path.stem for path in sorted(folder.glob("*.png")))]
         names += [path.name for path in sorted(one for one in folder.glob("*") if one.is_dir())]
@@ -296,9 +362,11 @@ class FolderStore:
                 Clip.of([pil.open(one) for one in sorted(frames.glob("*.png"))]) if frames.is_dir() else pil.open(path)
             )
 
-    def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
-        with atomic.replacing(self.folder.path / ARRAYS / f"{name}.npz") as temporary, temporary.open("wb") as file:
+    def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> list[Path]:
+        path = self.folder.path / ARRAYS / f"{name}.npz"
+        with atomic.replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **dict(arrays))  # type: ignore[arg-type]
+        return [path]
 
     def load_arrays(self, name: str) -> dict[str, np.ndarray]:
         """Arrays that were kept.
@@ -318,6 +386,30 @@ class FolderStore:
         return self.folder.path / "state" / name
 
 
+def _unsound(item: Path) -> Path | None:
+    """The first of an item's other files that is cut off, or gone."""
+    return next((file for file in needed(item) if not _sound(file)), None)
+
+
+def _sound(path: Path) -> bool:
+    """Whether a file of a run has its end, which is written last; whether a run in a run is finished and has lost
+    nothing."""
+    if path.is_dir():
+        record = read_record(path)
+        found = None if record is None else FolderStore(RunFolder(path, record))
+        return found is not None and found.complete and not found.lost()
+    checks = {".parquet": complete, ".npz": is_zipfile, ".png": _has_end}
+    return path.is_file() and checks.get(path.suffix, Path.exists)(path)
+
+
+def _has_end(picture: Path) -> bool:
+    """Whether a PNG has its last chunk."""
+    with suppress(OSError), picture.open("rb") as file:
+        file.seek(-12, os.SEEK_END)
+        return file.read()[4:8] == b"IEND"
+    return False
+
+
 @contextmanager
 def _as_written(path: Path) -> Iterator[None]:
     """Reads a file of a run folder that may no longer be what was written there.
@@ -328,4 +420,4 @@ def _as_written(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, EOFError, BadZipFile) as error:
-        raise UserError(f"{str(path)!r} cannot be read: {first_line(error)}; run again into another folder") from error
+        raise UserError(f"{str(path)!r} cannot be read: {first_line(error)}; {AGAIN}") from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -67,29 +69,45 @@ def as_model(target: Any, shown: Progress, references: int = 0) -> MMDiT:
     Raises:
         UserError: it is none, the name is unknown, or its pipeline does not take so many pictures.
     """
-    from mmdit_probe.models.load import check_references_of, load
-    from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.results import processes
 
-    if isinstance(target, MMDiT):
-        return target
-    if hasattr(target, "transformer") and hasattr(target, "scheduler"):
-        return MMDiT(target)
     target = named(target)
     if isinstance(target, Named):
-        check_references_of(target.name, references)
-        options = dict(target.options)
-        options["device"] = processes.local_device(str(options.get("device", "auto")))
         with shown.waiting(f"loading {target.name} ..."):
+            with _uncollected():
+                from mmdit_probe.models.load import check_references_of, load
+
+                check_references_of(target.name, references)
+            options = dict(target.options)
+            options["device"] = processes.local_device(str(options.get("device", "auto")))
             model = load(target.name, **options)
         if target.max_sequence_length is not None:
             model.max_sequence_length = target.max_sequence_length
         model.num_frames, model.size = target.num_frames or model.num_frames, target.size
         return model
+    from mmdit_probe.models.mmdit import MMDiT
+
+    if isinstance(target, MMDiT):
+        return target
+    if hasattr(target, "transformer") and hasattr(target, "scheduler"):
+        return MMDiT(target)
     raise UserError(
         f"cannot probe {type(target).__name__}: expected a model's name, a diffusers folder, a hub id, an MMDiT or a"
         " pipeline"
     )
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: torch, diffusers and transformers make millions of objects that stay, and it
+    looks them all through again and again, for a quarter of the time that their import takes."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def named(target: Any, asked: Any = None) -> Any:

@@ -168,13 +168,18 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         labels: dict[str, Any] = {"control": variant.name, "item": item.index}
         labels |= {"picture": item.picture.name} if item.picture else {}
         calls: list[pd.DataFrame] = []
+        seen: set[int] = set()
 
         def take(rows: Rows) -> None:
             calls.append(self.reduce(rows))
+            if (step := int(rows["step"][0])) not in seen:  # guidance may take two calls a step
+                seen.add(step)
+                record.advance(0.999 * part)  # the last thousandth is the task's end: what is written
             if self.rows != "summary":
                 record.write(self.stem, rows, **labels)
 
         steps: Spec = "all" if item.picture else study.request["steps"]
+        part = 1 if item.picture else 1 / len(study.request["steps"])
         with probe(variant.model, self.observer(take, heads), layers=layers, steps=steps, edits=variant.edits):
             if item.picture is None:
                 variant.model.generate(

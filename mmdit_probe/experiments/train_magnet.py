@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mmdit_probe.experiments.experiment import AUTO
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.text import page
 from mmdit_probe.magnet import config
+from mmdit_probe.results.folder import AUTO, check_out
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -62,6 +62,7 @@ class TrainMagnet(config.MagnetOptions):
         from mmdit_probe.experiments.target import Named, as_model, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
+        check_out(out, resume)
         target = named(target, self)
         check_source(self.data)
         from mmdit_probe.magnet.run import run  # torch, only for a request that can be met

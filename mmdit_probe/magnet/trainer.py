@@ -39,7 +39,7 @@ from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.results import RunFolder, processes
-from mmdit_probe.results.atomic import RESUME, replacing, write_text
+from mmdit_probe.results.atomic import replacing, resumable, write_text
 from mmdit_probe.specs import Spec, layer_indices
 
 COMMAND = "train-magnet"
@@ -97,7 +97,7 @@ def train(
             "effective_batch": options.effective(accelerator.num_processes),
             **(text or {}),
         }
-        with processes.joined():
+        with processes.joined(), resumable():
             opened = processes.from_first(lambda: RunFolder.open(COMMAND, request, out=out, resume=resume))
             with opened as folder:
                 loop = _Loop(model, data, options, held_out, accelerator, targets, layers, folder.path)
@@ -327,9 +327,9 @@ class _Loop:
                  "scaler": None if scaler is None else scaler.state_dict()}  # fmt: skip
         save_state(self.path / CHECKPOINT, tensors, facts)
         self.saved = self.step
-        write_text(self.path / "training.csv", pd.DataFrame(self.log).to_csv(index=False), RESUME)
+        write_text(self.path / "training.csv", pd.DataFrame(self.log).to_csv(index=False))
         if self.validations:
-            write_text(self.path / "validation.csv", pd.DataFrame(self.validations).to_csv(index=False), RESUME)
+            write_text(self.path / "validation.csv", pd.DataFrame(self.validations).to_csv(index=False))
         if last:
             with self._averaged():
                 self._write("lora")
@@ -363,7 +363,7 @@ def save_state(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, An
 
     No random state is kept: nothing is drawn from a running generator.
     """
-    with replacing(file, RESUME) as temporary:
+    with replacing(file) as temporary:
         plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(plain, temporary, metadata={"facts": json.dumps(facts)})
 

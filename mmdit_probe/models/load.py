@@ -210,8 +210,10 @@ def check_references_of(name: str, count: int) -> None:
     index = _checked_index(base_of(source) if Path(source).is_file() else source)
     family = next(family for family in FAMILIES.values() if family.transformer == index["transformer"][1])
     # An old name of a class, as Lumina 2's pipelines were saved with, is known to diffusers' loader alone.
-    kind = next(name for name in (index["_class_name"], *family.pipelines) if hasattr(diffusers, name))
-    check_references(getattr(diffusers, kind), family, count)
+    with quiet():  # its module is imported here
+        kind = next(name for name in (index["_class_name"], *family.pipelines) if hasattr(diffusers, name))
+        pipeline = getattr(diffusers, kind)
+    check_references(pipeline, family, count)
 
 
 def can_leave_out_t5(name: str) -> bool:
@@ -276,13 +278,9 @@ def pick_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
-    check_device(str(device))
-    found = torch.device(device)
-    if (found.type == "cuda" and not torch.cuda.is_available()) or (
-        found.type == "mps" and not torch.backends.mps.is_available()
-    ):
-        raise UserError(f"device {found.type!r} is not available here; use --device auto or cpu")
-    return found
+    backends = {"cuda": torch.cuda.device_count, "xpu": torch.xpu.device_count, "mps": torch.mps.device_count}
+    check_device(str(device), lambda kind: backends.get(kind, lambda: 1)())
+    return torch.device(device)
 
 
 def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -404,9 +405,15 @@ class MMDiT:
         many text positions each picture takes that its text encoder is shown.
 
         Raises:
-            UserError: no rectified flow, or the references are no tokens of this pipeline's calls.
+            UserError: no rectified flow, the references are no tokens of this pipeline's calls, or several prompts
+                where a text encoder is shown the references.
         """
         self._check_latents()
+        if len(prompts) > 1 and self.references and self.family.reads_pictures:
+            raise UserError(
+                f"{type(self.pipeline).__name__} takes one prompt at a time beside pictures, and {len(prompts)} are"
+                " given: take them one by one (--batch 1)"
+            )
         if "FlowMatch" not in type(self.scheduler).__name__:
             raise UserError(
                 f"{type(self.scheduler).__name__} is no rectified flow: sample with the pipeline, or give it to `probe`"
@@ -498,7 +505,7 @@ class MMDiT:
         """Sample images, or videos, with the stock pipeline.
 
         Args:
-            prompts: one prompt or several; they run as one batch.
+            prompts: one prompt or several; they run as one batch, except beside pictures that a text encoder is shown.
             steps: sampling steps. guidance: classifier-free guidance scale; at most 1 runs without it.
             seed: one per image, or an int for seeds seed, seed + 1, ...; the image depends on its own seed alone.
             height, width: pixels; `default_size` if None. A video has `num_frames` frames.
@@ -511,6 +518,13 @@ class MMDiT:
         """
         texts = _texts(prompts)
         seeds = seed_values(seed, len(texts) * num_images_per_prompt)
+        if len(texts) > 1 and self.references and self.family.reads_pictures:
+            options |= {
+                "steps": steps, "guidance": guidance, "height": height, "width": width, "negative": negative,
+                "max_sequence_length": max_sequence_length, "num_images_per_prompt": num_images_per_prompt,
+            }  # fmt: skip
+            rows = np.reshape(seeds, (len(texts), -1)).tolist()
+            return _joined([self.generate(text, seed=row, **options) for text, row in zip(texts, rows, strict=True)])
         guidance, steps = number("guidance", guidance), int(number("steps", steps, 1))
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         own = self.size or (None, None)
@@ -554,14 +568,16 @@ def check_references(pipeline: type, family: Family, count: int) -> None:
     """Whether the call of a pipeline's class takes so many pictures beside the prompt.
 
     Raises:
-        UserError: it takes none, begins with one, or makes its videos from one only.
+        UserError: it takes none, edits or begins with one, or makes its videos from one only.
     """
     name = pipeline.__name__
     argument = inspect.signature(pipeline.__call__).parameters.get(family.reference_argument)
     if argument is None and count:
         raise UserError(f"{name} takes no pictures beside the prompt: leave the references out")
-    if argument is not None and argument.default is argument.empty and not count:
-        raise UserError(f"{name} begins with a picture: give it one as reference (--references FILE)")
+    needed = argument is not None and argument.default is argument.empty
+    if (needed or name in family.editing) and not count:
+        what = "edits a picture" if name in family.editing else "begins with a picture"
+        raise UserError(f"{name} {what}: give it one as reference (--references FILE, or model.given([picture]))")
     if family.video_size is not None and count > 1:
         raise UserError(f"{name} makes a video of one picture; {count} references are given")
 
@@ -596,6 +612,13 @@ def _guided(pipeline: Any, scale: float) -> Iterator[None]:
     finally:
         for guider, kept in zip(guiders, before, strict=True):
             guider.guidance_scale = kept
+
+
+def _joined(made: Sequence[Any]) -> Any:
+    """Lists, arrays or tensors of pictures, one after the other."""
+    if isinstance(made[0], Tensor):
+        return torch.cat(list(made))
+    return np.concatenate(made) if isinstance(made[0], np.ndarray) else list(chain.from_iterable(made))
 
 
 def _texts(prompts: str | Sequence[str]) -> list[str]:

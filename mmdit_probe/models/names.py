@@ -3,13 +3,19 @@
     source_of("scenes-sd3")         # the folder, or the hub id, that a name means
     check_device("gpu")             # UserError: unknown device 'gpu'
 
-Not here: whether a hub id exists, whether a device is there (`models.load`).
+Not here: whether a hub id exists (`models.load`).
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import json
+import platform
 import re
+import runpy
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +23,7 @@ from mmdit_probe import assets
 from mmdit_probe.errors import UserError, check_known, unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 
 
 def embedded_models() -> list[str]:
@@ -79,14 +85,51 @@ def counts_of(name: str) -> tuple[int, int] | None:
     return (layers, heads) if layers and heads else None
 
 
-def check_device(name: str) -> None:
-    """A device has this name: one of `DEVICES` or of torch's others, perhaps with a number.
+def check_device(name: str, count: Callable[[str], int | None] | None = None) -> None:
+    """A device has this name, one of `DEVICES`, perhaps with a number, and is there.
+
+    Args:
+        count: how many devices of a kind there are, None if it cannot tell; by default what is known without torch.
 
     Raises:
-        UserError: unknown.
+        UserError: unknown, or not there.
     """
-    if not re.fullmatch(rf"auto|(?:{'|'.join(DEVICES[1:])}|xpu|meta)(?::\d+)?", name):
+    found = re.fullmatch(rf"(auto)|({'|'.join(DEVICES[1:])})(?::(\d+))?", name)
+    if found is None:
         raise unknown("device", name, DEVICES)
+    there = 1 if found[1] else (count or devices)(found[2])
+    if there is not None and int(found[3] or 0) >= there:
+        many = f"there is no {found[2]} device" if there == 0 else f"the last one is {found[2]}:{there - 1}"
+        raise UserError(f"device {name!r} is not available here: {many} for this torch; use --device auto or cpu")
+
+
+def devices(kind: str) -> int | None:
+    """How many devices of a kind this machine has for the torch that is installed, which is not imported for it.
+
+    Returns: None where torch alone can tell (ROCm, XPU).
+    """
+    if kind == "mps":
+        return int(sys.platform == "darwin" and platform.machine() == "arm64")
+    if kind == "cpu":
+        return 1
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        return None
+    built = runpy.run_path(str(Path(torch.origin).with_name("version.py")))
+    if kind == "cuda" and built.get("hip") is None:
+        return _cuda_devices() if built.get("cuda") else 0
+    return None if built.get("hip" if kind == "cuda" else "xpu") else 0
+
+
+def _cuda_devices() -> int:
+    """Devices that NVIDIA's driver shows this process."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+    except (OSError, AttributeError):  # no driver
+        return 0
+    return 0 if failed else count.value
 
 
 def check_dtype(name: str) -> None:

@@ -26,6 +26,10 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return {**inputs, **further}
 
 
+_PICTURES = ("image", "images", "video")
+"""Last words of arguments that take pictures."""
+
+
 class _Stopped(Exception):
     """The pipeline has called its transformer: nothing more is needed of it."""
 
@@ -54,7 +58,10 @@ def first_call(pipeline: Any, prompt: str | Sequence[str], **options: Any) -> di
     except _Stopped:
         return found
     except Exception as error:
-        raise RunError(f"{type(pipeline).__name__} cannot be run with a prompt alone: {error}") from error
+        known = inspect.signature(type(pipeline).__call__).parameters
+        left = [name for name in known if name.rpartition("_")[2] in _PICTURES and name not in options]
+        without = f" (without {', '.join(left)})" if left else ""
+        raise RunError(f"{type(pipeline).__name__} cannot be run with a prompt alone{without}: {error}") from error
     finally:
         handle.remove()
     raise RunError(f"{type(pipeline).__name__} made an image without calling its transformer")

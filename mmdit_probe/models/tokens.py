@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import ProbeWarning, UserError, unknown
 from mmdit_probe.models.families.facts import Family, Part, TextStream
 from mmdit_probe.models.words import blankless, find, folded, words
 
@@ -166,6 +166,7 @@ class TokenTable:
             warnings.warn(
                 f"the tokenizers of {disputing[0]!r} place {phrase!r} differently in {self.prompt!r}, so it has no"
                 f" position there; {', '.join(positions)} alone is read",
+                ProbeWarning,
                 stacklevel=2,
             )
         if not positions and not missing_ok:
@@ -181,6 +182,7 @@ class TokenTable:
             if places:
                 warnings.warn(
                     f"{phrase!r} is no word of {next(iter(places))!r}: its letters within a word are taken",
+                    ProbeWarning,
                     stacklevel=3,
                 )
         return places

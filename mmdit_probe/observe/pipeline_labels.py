@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mmdit_probe.attention.intercept import Detach, interpose
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import ProbeWarning, UserError
 from mmdit_probe.models.families.registry import Family
 from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.mmdit import Batch
@@ -185,7 +185,7 @@ class PipelineRows:
                 shown = picture_positions(self.pipeline, given.get("image"))
                 tables = list(token_tables(self.pipeline, self.family, texts, length, negative, shown))
             except UserError as error:  # the pipeline runs with this tokenizer, so the probe must not stop it
-                warnings.warn(f"the kinds of the text tokens stay unknown: {error}", stacklevel=2)
+                warnings.warn(f"the kinds of the text tokens stay unknown: {error}", ProbeWarning, stacklevel=2)
         copies = max(1, len(rows) // len(texts))
         return _Branch(
             rows, [text[0] for text in texts for _ in range(copies)], [table for table in tables for _ in range(copies)]

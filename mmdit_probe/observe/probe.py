@@ -34,7 +34,7 @@ from mmdit_probe.attention.intercept import (
     interpose,
     watch,
 )
-from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.errors import ProbeWarning, RunError, UserError
 from mmdit_probe.models.families.facts import Family
 from mmdit_probe.models.layout import Layer, Layout, Places, arranged, of_samples, unwrap
 from mmdit_probe.models.layout_source import layout_source
@@ -301,7 +301,7 @@ class Run:
         """Say once what the tables lack or do not know."""
         if text not in self.notes:
             self.notes.append(text)
-            warnings.warn(text, stacklevel=3)
+            warnings.warn(text, ProbeWarning, stacklevel=3)
 
     def at(self, steps: Spec) -> bool:
         """Whether the denoising call in progress is at one of these sampling steps; calls of `MMDiT.denoise` are."""

@@ -6,13 +6,14 @@
     run[Channels].table()               # largest channel over median channel, per layer, kind and modality
 
 A key's mass is the mean, over the queries of one modality, of the probability on that one key; a sink takes far more
-than 1 / N. Removing sinks (`SinkFree`) does not change which word wins at a pixel within a head; what it does to a mean
-over heads is measured in `experiments.sink_quality`. Not here: masses by kind of token (`observe.mass`).
+than 1 / N. Tokens that a sample lacks, or that a mask hides, are neither keys nor queries, nor counted in N. Removing
+sinks (`SinkFree`) does not change which word wins at a pixel within a head; what it does to a mean over heads is
+measured in `experiments.sink_quality`. Not here: masses by kind of token (`observe.mass`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ class KeyMass(RowObserver):
 
     Columns: prompt, seed, step, sigma, branch, layer, head (-1: mean over heads), query, position (joint), token (image
     | text | reference | other), span, stream, word ("" without), place (position among the keys of its modality), mass,
-    uniform (1 / N).
+    uniform (what uniform attention gives: 1 / N, and 0 to a token that is no key of the sample).
     """
 
     needs = "lse"
@@ -64,8 +65,8 @@ class KeyMass(RowObserver):
     )  # fmt: skip
 
     def measure(self, seen: LayerCall) -> tuple[LayerCall, Tensor]:
-        weights = torch.stack([_query_weights(seen, modality) for modality in _modalities(seen)])
-        masses = exact.reduce(seen.call, seen.logsumexp, slice(None), query_weights=weights[None])
+        weights = _query_weights(seen, _modalities(seen))
+        masses = exact.reduce(seen.call, seen.logsumexp, slice(None), query_weights=weights)
         return seen, masses.cpu()  # [B, H, Q, N]
 
     def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
@@ -79,9 +80,9 @@ class KeyMass(RowObserver):
             for kind in KINDS:
                 places[tokens == kind] = np.arange((tokens == kind).sum())
             key = {"position": np.arange(len(tokens)), "token": tokens, "place": places}
-            key |= {"uniform": np.full(len(tokens), 1.0 / len(tokens))}
+            uniform = _uniform(seen).double().numpy()
             for sample, table in enumerate(seen.tokens):
-                keys = key | _names(table, tokens)
+                keys = key | {"uniform": uniform[sample]} | _names(table, tokens)
                 queries = {"query": _modalities(seen)}
                 batch.add(sample, [{"layer": [layer]}, {"head": heads}, queries, keys], mass=kept[sample])
 
@@ -231,23 +232,33 @@ def _modalities(seen: LayerCall) -> tuple[str, ...]:
     return MODALITIES if seen.layout.counts["reference"] else MODALITIES[:2]
 
 
-def _query_weights(seen: LayerCall, modality: str) -> Tensor:
-    """Weight of every query in the mean over those of one modality, [N] on the device."""
-    chosen = (seen.layout.labels == KINDS.index(modality)).float()
-    return (chosen / chosen.sum().clamp(min=1)).to(seen.call.query.device)
+def _query_weights(seen: LayerCall, modalities: Sequence[str]) -> Tensor:
+    """Weight of every query of a sample in the mean over those of each modality, [B or 1, Q, N] on the device."""
+    layout = seen.layout
+    chosen = torch.stack([layout.labels == KINDS.index(modality) for modality in modalities])[None].float()
+    if layout.queries is not None:
+        chosen = chosen * layout.queries[:, None]
+    return (chosen / chosen.sum(-1, keepdim=True).clamp(min=1)).to(seen.call.query.device)
+
+
+def _uniform(seen: LayerCall) -> Tensor:
+    """What uniform attention gives to every token of a sample, [B, N] on the CPU: nothing to one that is no key."""
+    layout, shape = seen.layout, (len(seen.tokens), seen.layout.total)
+    there = (torch.ones(shape) if layout.keys is None else layout.keys.float()).expand(shape)
+    return there / there.sum(-1, keepdim=True)
 
 
 def _sinks(seen: LayerCall) -> Tensor:
     """Keys, content words excepted, that take more than `SINK` times the uniform share of a head's image queries:
     boolean [B, H, N]."""
     total = seen.layout.total
-    weights = _query_weights(seen, "image")[None, None]
+    weights = _query_weights(seen, ["image"])
     masses = exact.reduce(seen.call, seen.logsumexp, slice(None), query_weights=weights)[:, :, 0]
     text = seen.layout.indices("text")
     words = torch.zeros(len(seen.tokens), total, dtype=torch.bool)
     for sample, table in enumerate(seen.tokens):
         words[sample, text[table.positions(kind="word")]] = True
-    return (masses > SINK / total) & ~words[:, None].to(masses.device)
+    return (masses > SINK * _uniform(seen)[:, None].to(masses.device)) & ~words[:, None].to(masses.device)
 
 
 def _names(table: TokenTable, tokens: np.ndarray) -> dict[str, np.ndarray]:

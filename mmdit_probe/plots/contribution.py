@@ -22,25 +22,26 @@ def contribution_budget(summary: pd.DataFrame, heads: pd.DataFrame, *, title: st
         summary, heads: from `experiments.contribution_budget.summarise`, by layer, and by layer and head.
     """
     kinds = [kind for kind in (*style.SPANS, "reference") if kind in set(summary["group"])]
-    words = heads[heads["group"] == "word"]
-    with style.panels(style.PAGE, 2.7, 3 if len(words) else 2, title=title) as (figure, panels):
-        for axes, value, label in (
-            (panels[0], "relative", "norm / norm of the update"), (panels[1], "mass", "share of attention"),
-        ):  # fmt: skip
+    of_words = heads[heads["group"] == "word"]
+    with style.panels(style.PAGE, 2.7, 3 if len(of_words) else 2, title=title) as (figure, panels):
+        for axes, value, words, label in (
+            (panels[0], "relative", "written into image tokens", "norm / norm of the update"),
+            (panels[1], "mass", "mass: what image tokens look at", "share of attention"),
+        ):
             for number, kind in enumerate(kinds):
                 part = summary[summary["group"] == kind].sort_values("layer")
                 low, high = (part[f"{value}_{end}"] for end in ("low", "high"))
                 style.errorbars(
-                    axes, part["layer"] + style.dodge(number, len(kinds), 0.3), part[value], low, high, number,
+                    axes, part["layer"] + style.dodge(number, len(kinds), 0.3), part[value], low, high, kind,
                     label=style.LABELS.get(kind, kind),
                 )  # fmt: skip
-            axes.set(title="written into image tokens" if value == "relative" else "mass", ylabel=label)
+            axes.set(title=words, ylabel=label)
             style.whole(axes)
             style.within(axes, "y", low=0)
-        if len(words):
-            grid = words.pivot(index="layer", columns="head", values="relative")
-            style.heat(
-                panels[2], grid, low=0, high=float(grid.max().max()), label="words: norm / norm of the head's update"
-            )
+        if len(of_words):
+            grid = of_words.pivot(index="layer", columns="head", values="relative")
+            top = float(grid.max().max())
+            style.heat(panels[2], grid, low=0, high=top, label="norm / norm of the head's update")
+            panels[2].set_title("written by words, per head")
         style.legend(figure, panels[0])
     return figure

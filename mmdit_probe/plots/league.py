@@ -67,6 +67,7 @@ def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
             axes.set_title(f"{words}\n(n = {int(part['n'].max())})")
             _references(axes, part, axes.axvline, LINES)
             style.within(axes, "x", 0, 1)
+            axes.set_xticks([0, 0.5, 1], ["0", ".5", "1"])
             axes.set_xlabel("mIoU (union rule)")
         row[0].set_yticks(range(len(order)), [style.name(method) for method in order])
         row[0].set_ylim(max(1, len(order)) - 0.5, -0.5)
@@ -91,8 +92,8 @@ def sigma_figure(table: pd.DataFrame, title: str = "") -> Figure:
 def head_figure(table: pd.DataFrame, title: str = "") -> Figure:
     """mIoU of each head of each layer alone, one panel per method and protocol (after Fig. 17)."""
     groups = list(_groups(table))
-    width, title = max(style.COLUMN, 1.0 + 2.3 * len(groups)), title + _shared(table)
-    with style.panels(width, 3.2, len(groups), title=title) as (figure, row):
+    width = style.COLUMN if len(groups) == 1 else min(style.PAGE, 1.0 + 2.3 * len(groups))
+    with style.panels(width, 3.2, len(groups), title=title + _shared(table)) as (figure, row):
         high = max(float(part["miou"].max()) for _, part in groups)
         for axes, (words, part) in zip(row, groups, strict=True):
             part = part.assign(layer=part["layers"].astype(int), head=part["heads"].astype(int))

@@ -30,7 +30,7 @@ def pipeline(steps: Sequence[tuple[str, Any]], *, title: str = "") -> Figure:
         steps: (name, picture uint8 [H, W, 3], map [h, w], or None for a box); a name that starts with "+" stands for a
             second input of the next stage and has no arrow before it.
     """
-    with style.panels(1.1 * len(steps), 1.65, len(steps), title=title) as (figure, places):
+    with style.panels(min(style.PAGE, 1.1 * len(steps)), 1.5, len(steps), title=title) as (figure, places):
         for index, (axes, (name, content)) in enumerate(zip(places, steps, strict=True)):
             draw(axes, content)
             text = style.name(name.removeprefix("+ "))

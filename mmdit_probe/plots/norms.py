@@ -39,9 +39,9 @@ def value_norms(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFrame |
                 curves.plot(paper["layer"], paper[name], "D", ms=3, mfc="none", mec=style.COLOURS[number], mew=0.7,
                             ls="", label=f"paper, {name}")  # fmt: skip
         spans.plot(summary["layer"], summary["image"], "-", color=style.IMAGE, label="image tokens")
-        for number, kind in enumerate(kind for kind in style.SPANS if kind in summary):
-            colour = "#555555" if kind == "null" else style.SPANS[kind]
-            spans.plot(summary["layer"], summary[kind], ":", marker=style.MARKERS[number], ms=3, color=colour,
+        for kind in (kind for kind in style.SPANS if kind in summary):
+            colour, marker, _ = style.look(kind)
+            spans.plot(summary["layer"], summary[kind], ":", marker=marker, ms=3, color=colour,
                        label=style.LABELS.get(kind, kind))  # fmt: skip
         curves.set(title="by modality, 95 % over prompts", ylabel="mean value norm")
         spans.set(title="by kind of text token")

@@ -52,7 +52,9 @@ def pca_maps(
         for i, image in enumerate(images)
         for kind in kinds
     ]
-    return sheet(cells, ["", *(f"layer {layer}" for layer in layers)], [*kinds] * len(images), title=title)
+    columns = ["picture", *(f"layer {layer}" for layer in layers)]
+    note = "red, green, blue: components 1, 2, 3; they share a scale " + ("per picture" if each else "over pictures")
+    return sheet(cells, columns, [*kinds] * len(images), title=title, note=note)
 
 
 def pca_scores(summary: pd.DataFrame, *, title: str = "") -> Figure:

@@ -3,7 +3,7 @@
     write_labels(labels, "labels.png")              # indexed PNG with a palette
     save(overlay_sheet(image, labels, names, shares), "overlay")
 
-Colours repeat in no map of fewer than 24 names and stay the same for the same index.
+Colours repeat in no map of fewer than 24 names; a class of scenes has the same colour everywhere.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mmdit_probe.plots.sheet import sheet, wrapped
+from mmdit_probe.plots import style
+from mmdit_probe.plots.sheet import FONT, sheet, wrapped
 from mmdit_probe.results.atomic import replacing
+from mmdit_probe.scenes.world import CLASSES
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 UNLABELLED = 255
 """Index of unlabelled pixels in a palette PNG (as in VOC)."""
 
-_FIRST = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#666666",
-          "#000088", "#333300", "#0022FF", "#88CC88", "#FFFFBB", "#443388")  # fmt: skip
+_FIRST = ("#0076FF", "#EB8900", "#D814B1", "#623B4E", "#EB1400", "#B19DFF", "#FF9DC4", "#00764E", "#3CF53C", "#3B3B00",
+          "#8DB36A", "#E8D5A6", "#1D3F73", "#8A8A8A", "#CFE6F7")  # fmt: skip
+"""The classes of scenes, in their order: grounds near their own colours, things far from these and from each other in
+CAM02-UCS (no pair nearer than 22, nor than 12 for deuteranopes, protanopes and tritanopes). Fifteen colours cannot
+differ in grey print as well: hence borders, and names in the regions."""
 
 
 def palette(count: int) -> NDArray[np.uint8]:
-    """Colours [count, 3] by index: Okabe and Ito's; six that lie farthest from them and each other in CAM02-UCS, also
-    as deuteranopes and protanopes see them (no pair nearer than 12.7); then hues by the golden angle in three
-    lightnesses."""
+    """Colours [count, 3] by index: fifteen that are told apart, then hues by the golden angle in three lightnesses."""
     colours = [tuple(int(h[i : i + 2], 16) for i in (1, 3, 5)) for h in _FIRST]
     for index in range(len(colours), count):
         r, g, b = colorsys.hls_to_rgb((index * 0.61803) % 1.0, (0.35, 0.55, 0.72)[index % 3], 0.75)
@@ -41,8 +45,17 @@ def palette(count: int) -> NDArray[np.uint8]:
     return np.array(colours[:count], np.uint8).reshape(-1, 3)
 
 
-def write_labels(labels: NDArray[Any], path: Path | str) -> Path:
+def class_colours(names: Sequence[str]) -> NDArray[np.uint8]:
+    """Colours [n, 3] by name: a class of scenes has the same in every picture; the rest take those that are left."""
+    own = {name: CLASSES.index(name) for name in names if name in CLASSES}
+    free = iter(index for index in range(len(names) + len(own)) if index not in own.values())
+    return palette(len(names) + len(CLASSES))[[own[name] if name in own else next(free) for name in names]]
+
+
+def write_labels(labels: NDArray[Any], path: Path | str, names: Sequence[str] = ()) -> Path:
     """An indexed 8-bit PNG of labels [H, W] (16-bit grey above 255 classes); unlabelled pixels are index 255, black.
+
+    `names` give the indices the colours of their classes.
 
     Errors as in `results.atomic.replacing`. Returns the path.
     """
@@ -54,22 +67,41 @@ def write_labels(labels: NDArray[Any], path: Path | str) -> Path:
         image = Image.fromarray(indexed, mode="P")
         table = np.zeros((256, 3), np.uint8)
         table[:UNLABELLED] = palette(UNLABELLED)
+        table[: len(names[:UNLABELLED])] = class_colours(names[:UNLABELLED])
         image.putpalette(table.ravel().tolist())
     with replacing(path) as temporary:
         image.save(temporary, format="PNG")
     return Path(path)
 
 
-def blend(image: NDArray[np.uint8], labels: NDArray[Any], opacity: float = 0.55) -> NDArray[np.uint8]:
-    """The picture [H, W, 3] tinted by its labels, with the borders between labels drawn white."""
-    known = labels < 255
-    colours = palette(max(1, int(labels[known].max(initial=0)) + 1))
-    tint = colours[np.where(known, labels, 0)]
+def blend(
+    image: NDArray[np.uint8], labels: NDArray[Any], names: Sequence[str], opacity: float = 0.55
+) -> NDArray[np.uint8]:
+    """The picture [H, W, 3] tinted by its labels, indices into `names`, with the borders between labels drawn white."""
+    known = labels < len(names)
+    tint = class_colours(names)[np.where(known, labels, 0)]
     out = image * (1 - opacity) + tint * opacity
     out = np.where(known[..., None], out, image)
     if min(labels.shape) >= 128:
         out[_borders(labels)] = 255
     return np.clip(np.rint(out), 0, 255).astype(np.uint8)
+
+
+def write_names(axes: Axes, labels: NDArray[Any], names: Sequence[str], side: float) -> None:
+    """Each class's name where it fits into what is labelled so, of a map that is `side` inches wide."""
+    from matplotlib.patheffects import withStroke
+    from scipy.ndimage import distance_transform_edt, uniform_filter
+
+    pixels = labels.shape[1] / (72 * side)  # per point
+    for index in (index for index in np.unique(labels) if index < len(names)):
+        box = (int(1.2 * FONT * pixels) + 1, int(0.62 * FONT * len(names[index]) * pixels) + 1)
+        own = labels == index
+        inside = uniform_filter(own.astype(np.float32), box, mode="constant")
+        depth = distance_transform_edt(np.pad(own, 1))[1:-1, 1:-1]
+        y, x = np.unravel_index((np.minimum(inside, 0.95) + 1e-3 * depth).argmax(), inside.shape)
+        if inside[y, x] > 0.8:
+            axes.text(x, y, style.name(names[index]), fontsize=FONT, ha="center", va="center", color="black",
+                      path_effects=[withStroke(linewidth=1.2, foreground="white")])  # fmt: skip
 
 
 def _borders(labels: NDArray[Any]) -> NDArray[np.bool_]:
@@ -88,12 +120,14 @@ def overlay_sheet(
     shown = min(limit, len(shares))
     captions = [f"{name} (max {float(one.max()):.2f})" for name, one in zip(names[:shown], shares, strict=False)]
     cells, texts = wrapped(
-        [image, blend(image, labels, 0.65), *shares[:shown]], ["picture", "labels", *captions], min(4, shown + 2)
+        [image, blend(image, labels, names, 0.65), *shares[:shown]], ["picture", "labels", *captions], min(4, shown + 2)
     )
-    colours = palette(max(1, len(names))) / 255.0
+    colours = class_colours(names) / 255.0
     owned = [index for index in range(len(names)) if (labels == index).any()]
     legend = {f"{names[index]} {(labels == index).mean():.0%}": colours[index] for index in owned[:16]}
-    return sheet(cells, captions=texts, scale="own", side=1.5, legend=legend, title=title)
+    drawn = sheet(cells, captions=texts, scale="own", side=1.5, legend=legend, title=title)
+    write_names(drawn.axes[1], labels, names, 1.5)
+    return drawn
 
 
 def mask_sheet(
@@ -110,21 +144,30 @@ def mask_sheet(
     """
     seen = [index for index in range(len(names)) if any((truth == index).any() for truth in truths)]
     colours = np.full((len(names) + 1, 3), 221, np.uint8)
-    colours[seen] = palette(len(seen))  # few classes are told apart better than a data set's hundreds
+    colours[seen] = class_colours([names[index] for index in seen])  # few are told apart better than hundreds
+
+    def enlarged(labels: NDArray[Any]) -> NDArray[Any]:
+        return np.kron(labels, np.ones((-(-192 // len(labels)),) * 2, labels.dtype))  # so that borders are thin
 
     def paint(labels: NDArray[Any]) -> NDArray[np.uint8]:
-        fine = np.kron(labels, np.ones((-(-192 // len(labels)),) * 2, labels.dtype))  # so that borders are thin
-        painted = colours[np.where(fine < len(names), fine, len(names))]
-        painted[_borders(fine)] = 0  # in grey print, classes of like lightness meet
+        painted = colours[np.where(labels < len(names), labels, len(names))]
+        painted[_borders(labels)] = 0  # in grey print, classes of like lightness meet
         return painted
 
     def right(labels: NDArray[Any], truth: NDArray[Any]) -> str:
         return f"{float((labels == truth)[truth < UNLABELLED].mean()):.0%} right"
 
-    cells, below = [], []
-    for picture, truth, *maps in zip(pictures, truths, *found.values(), strict=True):
-        cells.append([picture, paint(truth), *map(paint, maps)])
-        below.append(["", "", *(right(labels, truth) for labels in maps)])
+    rows = [[enlarged(labels) for labels in of_picture] for of_picture in zip(truths, *found.values(), strict=True)]
+    cells = [[picture, *map(paint, row)] for picture, row in zip(pictures, rows, strict=True)]
+    below = [
+        ["", "", *(right(labels, truth) for labels in maps)]
+        for truth, *maps in zip(truths, *found.values(), strict=True)
+    ]
     legend = {names[index]: tuple(colours[index] / 255) for index in seen} | {"none": tuple(colours[-1] / 255)}
     columns = ["picture", "truth", *(name.replace(" + ", "\n+ ", 1) for name in found)]
-    return sheet(cells, columns, below=below, legend=legend, title=title)
+    drawn = sheet(cells, columns, below=below, legend=legend, title=title)
+    side = min(0.95, style.PAGE / len(columns) - 0.06)
+    for y, row in enumerate(rows):
+        for labels, panel in zip(row, drawn.axes[y * len(columns) + 1 :], strict=False):
+            write_names(panel, labels, names, side)
+    return drawn

@@ -56,6 +56,9 @@ SPANS = {
 }
 """Colours of the span kinds, in stacking order; content words keep the colour of text."""
 
+DARK = {"null": "#555555", "vision": "#A89B00"}
+"""Span kinds whose areas are too light for a line."""
+
 HATCHES = {SPANS["eos"]: "....", SPANS["pad"]: "/////"}
 """Colour -> hatch of stacked areas: words, EOS and padding are one grey in print."""
 
@@ -143,26 +146,33 @@ def legend(figure: Figure, *axes: Axes, handles: Sequence[Any] = (), place: Plac
         figure.legend(list(seen.values()), list(seen), loc=place, ncols=min(len(seen), max(1, columns)))
 
 
+def look(series: int | str) -> tuple[str, str, str]:
+    """Colour, marker and line of a series by number, or of a span kind by name."""
+    number = series if isinstance(series, int) else list(SPANS).index(series) if series in SPANS else len(SPANS)
+    colour = COLOURS[number % len(COLOURS)] if isinstance(series, int) else DARK.get(series) or SPANS.get(series, OTHER)
+    return colour, MARKERS[number % len(MARKERS)], LINES[number % len(LINES)]
+
+
 def errorbars(
-    axes: Axes, at: ArrayLike, middle: ArrayLike, low: ArrayLike, high: ArrayLike, number: int, *, label: str = "",
-    joined: bool = True, hollow: bool = False, horizontal: bool = False,
+    axes: Axes, at: ArrayLike, middle: ArrayLike, low: ArrayLike, high: ArrayLike, number: int | str, *,
+    label: str = "", joined: bool = True, hollow: bool = False, horizontal: bool = False,
 ) -> None:  # fmt: skip
     """A series with its intervals, which lie inside the axes; without an interval (NaN) a point stands alone.
 
     Args:
         at, middle, low, high: one per point, at along the axes.
-        number: of the series; decides colour, marker and line.
+        number: of the series; decides colour, marker and line. A span kind has its own: give its name.
         joined: by a line. hollow: markers, as controls have them. horizontal: values run along x.
     """
-    colour = COLOURS[number % len(COLOURS)]
+    colour, marker, line = look(number)
     value = np.asarray(middle, float)
     error = np.maximum([value - np.asarray(low, float), np.asarray(high, float) - value], 0)
     place = np.asarray(at, float)
     x, y = (value, place) if horizontal else (place, value)
     axes.errorbar(
         x, y, xerr=error if horizontal else None, yerr=None if horizontal else error, color=colour,
-        marker=MARKERS[number % len(MARKERS)], ms=3.5, mfc="white" if hollow else colour, mec=colour, mew=0.7,
-        ls=LINES[number % len(LINES)] if joined else "", elinewidth=0.8, capsize=1.5, label=name(label),
+        marker=marker, ms=3.5, mfc="white" if hollow else colour, mec=colour, mew=0.7,
+        ls=line if joined else "", elinewidth=0.8, capsize=1.5, label=name(label),
     )  # fmt: skip
 
 

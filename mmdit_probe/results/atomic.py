@@ -17,6 +17,7 @@ import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from mmdit_probe.errors import RunError, UserError, first_line
 SUFFIX = ".partial"
 """How temporary names end. A file of this name is what a killed process left."""
 
-RESUME = "finished items are kept; free some space and continue with --resume"
-"""Advice where a run's items are on disk and its command has --resume."""
+_advice: ContextVar[str] = ContextVar("advice", default="free some space and run again")
+"""What to do when the disk is full."""
 
 _REFUSED = {
     errno.EACCES,
@@ -43,14 +44,21 @@ _NOT_OSERROR = re.compile(r"\(os error (\d+)\)|PytorchStreamWriter failed|unexpe
 
 
 @contextmanager
-def replacing(path: Path | str, advice: str = "") -> Iterator[Path]:
+def resumable() -> Iterator[None]:
+    """The block in which a run writes that `--resume` continues: there a full disk's message says so."""
+    before = _advice.set("finished items are kept; free some space and continue with --resume")
+    try:
+        yield
+    finally:
+        _advice.reset(before)
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
     """A temporary path beside `path`, which becomes `path` when the block ends and is removed when it fails.
 
     The temporary name ends in ".partial": tell the writer its format. Missing folders are made. What stands under
     `path` stays there until the new file is complete.
-
-    Args:
-        advice: as in `disk`.
 
     Raises:
         UserError: `path` cannot be written (no rights, a file or a folder in the way).
@@ -59,7 +67,7 @@ def replacing(path: Path | str, advice: str = "") -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f"{path.name[:200]}.{uuid.uuid4().hex[:8]}{SUFFIX}")
     try:
-        with disk(path, advice):
+        with disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             if not temporary.exists():
@@ -70,21 +78,21 @@ def replacing(path: Path | str, advice: str = "") -> Iterator[Path]:
         _discard(temporary)
 
 
-def write_bytes(path: Path | str, data: bytes, advice: str = "") -> Path:
+def write_bytes(path: Path | str, data: bytes) -> Path:
     """Write a file; errors as in `replacing`. Returns: the path."""
-    with replacing(path, advice) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)
     return Path(path)
 
 
-def write_text(path: Path | str, text: str, advice: str = "") -> Path:
+def write_text(path: Path | str, text: str) -> Path:
     """Write a text file: UTF-8, lines as they stand on every system. Errors as in `replacing`."""
-    return write_bytes(path, text.encode(), advice)
+    return write_bytes(path, text.encode())
 
 
-def write_json(path: Path | str, value: Any, advice: str = "") -> Path:
+def write_json(path: Path | str, value: Any) -> Path:
     """Write indented JSON; values that JSON does not know as their text. Errors as in `replacing`."""
-    return write_text(path, json.dumps(value, indent=2, default=str) + "\n", advice)
+    return write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
 def letters(text: str) -> str:
@@ -110,11 +118,11 @@ def remove_leftovers(folder: Path | str) -> None:
 
 
 @contextmanager
-def disk(path: Path | str, advice: str = "") -> Iterator[None]:
+def disk(path: Path | str) -> Iterator[None]:
     """Turns a write that the system refuses into one line. For writers that stream; others use `replacing`.
 
     Args:
-        path: what is being written. advice: what to do when the disk is full, such as `RESUME`.
+        path: what is being written.
 
     Raises:
         UserError: no rights, or something in the way. RunError: the disk is full, or writing failed otherwise.
@@ -130,9 +138,7 @@ def disk(path: Path | str, advice: str = "") -> Iterator[None]:
         reason = os.strerror(code) if code else first_line(error)
         if code in _REFUSED:
             raise UserError(f"cannot write {str(path)!r}: {reason}; choose another folder with --out") from error
-        raise RunError(
-            f"writing {str(path)!r} failed: {reason}; {advice or 'free some space and run again'}"
-        ) from error
+        raise RunError(f"writing {str(path)!r} failed: {reason}; {_advice.get()}") from error
 
 
 def _code(error: Exception) -> int | None:

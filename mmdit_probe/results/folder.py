@@ -29,10 +29,20 @@ from mmdit_probe.results.provenance import environment, is_running, peak_memory,
 
 ROOT = Path("runs")
 RECORD = "run.json"
-VERSION = 2
-"""Of run.json. 2: version, process, reason, and statuses other than running and finished."""
+VERSION = 3
+"""Of run.json. 2: version, process, reason, and statuses other than running and finished. 3: tables, whose files say
+what they are."""
 
 Status = Literal["running", "finished", "interrupted", "failed"]
+
+
+AUTO = "auto"
+"""Value of `out` that stands for `runs/<command>/<time>-<hash>`."""
+FILES = (
+    ".png", ".jpg", ".jpeg", ".webp", ".gif", ".mp4", ".svg", ".pdf", ".html", ".json", ".csv", ".parquet", ".npz",
+    ".safetensors", ".txt", ".md",
+)  # fmt: skip
+"""Suffixes of what is written into run folders, or might be expected of a command."""
 
 
 class RunFolder:
@@ -78,12 +88,17 @@ class RunFolder:
             path = _new_folder(Path(root) / command, f"{now:%Y%m%d-%H%M%S}-{short_hash(request)}")
         atomic.make_folder(path)
         made = {"version": VERSION, "command": command, "request": request, "created": now.isoformat()}
-        folder = cls(path, made if old is None else old | {"version": VERSION})
+        folder = cls(path, made if old is None else old)
         if not folder.complete:
-            atomic.remove_leftovers(path)
-            folder.data.pop("reason", None)
-            folder.record(argv=sys.argv, process=this_process(), environment=environment(), status="running")
+            folder.begin()
         return folder
+
+    def begin(self) -> None:
+        """Mark the run as running, in this process."""
+        self.complete = False
+        atomic.remove_leftovers(self.path)
+        self.data.pop("reason", None)
+        self.record(argv=sys.argv, process=this_process(), environment=environment(), status="running")
 
     def record(self, **facts: Any) -> None:
         """Add facts to `run.json` (replacing those of the same name).
@@ -198,6 +213,7 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
     "created": _moment,
     "process": _process,
     "model": lambda value: value is None or (isinstance(value, dict) and isinstance(value.get("id"), str)),
+    "tables": lambda value: value is None or (isinstance(value, dict) and all(type(n) is int for n in value.values())),
     "wall_seconds": lambda value: value is None or isinstance(value, int | float),
 }
 """Entries of a record that this module goes by, each with what tells a sound one."""
@@ -214,16 +230,43 @@ def latest_run(command: str, request: Mapping[str, Any], *, root: Path | str = R
     return max(runs)[-1] if runs else None
 
 
-def _to_continue(path: Path, command: str, request: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
-    """The record of the run in a folder, if it may be continued; None for a folder that is free."""
+def check_out(out: Path | str | None, resume: bool = False) -> dict[str, Any] | None:
+    """Refuse a folder that no run can be written into, before anything is computed.
+
+    Of several processes only the first looks: by the time the others do, it may be writing there.
+
+    Args:
+        out: the folder, which may not be there yet; None and "auto" are named later. resume: it may hold a run.
+
+    Returns: the record of the run that it holds.
+
+    Raises:
+        UserError: it is a file, or is called like one; it holds other things; it holds a run and `resume` is off.
+    """
+    if out in (None, AUTO) or processes.rank() != 0:
+        return None
+    path = Path(str(out))
+    if path.suffix.lower() in FILES:
+        raise UserError(
+            f"--out {str(path)!r} is called like a file; it names the folder that files of known names are written "
+            f"into: {str(path.with_suffix(''))!r}"
+        )
     with atomic.disk(path):  # a name that no file can have
         old = read_record(path)
-    if old is None:
-        if path.is_dir() and any(not one.name.endswith(atomic.SUFFIX) for one in path.iterdir()):
-            raise UserError(f"{str(path)!r} is not empty and holds no {RECORD}; choose a new folder for --out")
-        return None
-    if not resume:
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {str(path)!r} is a file; choose another folder with --out")
+    if old is None and path.is_dir() and any(not one.name.endswith(atomic.SUFFIX) for one in path.iterdir()):
+        raise UserError(f"{str(path)!r} is not empty and holds no {RECORD}; choose a new folder for --out")
+    if old is not None and not resume:
         raise UserError(f"{str(path)!r} holds a run already; continue it with --resume or choose another --out")
+    return old
+
+
+def _to_continue(path: Path, command: str, request: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
+    """The record of the run in a folder, if it may be continued; None for a folder that is free."""
+    old = check_out(path, resume)
+    if old is None:
+        return None
     if old["command"] != command:
         raise UserError(f"{str(path)!r} holds a run of {old['command']}, not of {command}; choose another --out")
     _same_request(path, old["request"], request)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from mmdit_probe.errors import ProbeError, RunError, first_line
-from mmdit_probe.results.atomic import RESUME, write_bytes
+from mmdit_probe.results.atomic import write_bytes
 from mmdit_probe.results.provenance import is_running, this_process
 
 T = TypeVar("T")
@@ -192,7 +192,7 @@ def collect(files: Iterable[Path]) -> None:
     with _talking():
         dist.gather_object(sent, received if rank() == 0 else None, dst=0, group=_group)
     for path, data in ((path, data) for one in received if one for path, data in one.items()):
-        write_bytes(path, data, RESUME)
+        write_bytes(path, data)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ rows in memory. Text is stored as dictionaries (pandas' categories).
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from mmdit_probe.errors import RunError, UserError, first_line
-from mmdit_probe.results.atomic import RESUME, disk, make_folder, remove_leftovers, replacing
+from mmdit_probe.errors import ProbeWarning, RunError, UserError, first_line
+from mmdit_probe.results.atomic import disk, make_folder, remove_leftovers, replacing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +35,12 @@ if TYPE_CHECKING:
 
 ROW_GROUP = 1 << 17
 """Rows of an item that wait in memory before they are written."""
+
+MARK, NEEDS = b"mmdit_probe", b"mmdit_probe_needs"
+"""Entries of a file's metadata: the table that its rows are of, its columns and the version of this layout; the other
+files of its item."""
+
+VERSION = 1
 
 _SAMPLED = 1024
 """So many numbers of a column tell whether its values repeat."""
@@ -49,7 +56,7 @@ class TableWriter:
     Attributes:
         path: the table.
         done: indices of the items already on disk. Files that a power loss left empty or cut off are removed with a
-            warning; their items are not done.
+            warning; their items, `cut`, are not done.
     """
 
     def __init__(self, folder: Path | str, name: str) -> None:
@@ -57,18 +64,24 @@ class TableWriter:
         remove_leftovers(self.path)
         self.done: set[int] = set()
         self.cut: set[int] = set()
-        for path in _items(self.path):
-            if _complete(path):
+        for path in items(self.path):
+            if complete(path):
                 self.done.add(int(path.stem))
                 continue
-            warnings.warn(f"{str(path)!r} is cut off (power loss?): item {int(path.stem)} is done again", stacklevel=2)
+            text = f"{str(path)!r} is cut off (power loss?): item {int(path.stem)} is done again"
+            warnings.warn(text, ProbeWarning, stacklevel=2)
             self.cut.add(int(path.stem))
-            with disk(path):
-                path.unlink()
+            self.remove(int(path.stem))
 
     def file(self, index: int) -> Path:
         """Where an item's rows are, or will be."""
         return self.path / f"{index:06d}.parquet"
+
+    def remove(self, index: int) -> None:
+        """Take an item's rows away."""
+        with disk(self.file(index)):
+            self.file(index).unlink(missing_ok=True)
+        self.done.discard(index)
 
     @contextmanager
     def item(self, index: int) -> Iterator[ItemWriter]:
@@ -83,7 +96,7 @@ class TableWriter:
             item.close()
             if item.rows == 0:
                 raise RunError(f"item {index} of {self.path.stem} gave no rows; nothing was captured")
-            with replacing(final, RESUME) as temporary:
+            with replacing(final) as temporary:
                 os.replace(item.path, temporary)
         self.done.add(index)
 
@@ -93,7 +106,7 @@ class TableWriter:
         Raises:
             RunError: it has no items.
         """
-        if not _items(self.path):
+        if not items(self.path):
             raise RunError(f"{self.path.name} has no rows: no item was finished")
         return self.path
 
@@ -106,10 +119,15 @@ class TableWriter:
 
 
 class ItemWriter:
-    """Rows of one item, gathered into row groups. Columns and types are fixed by the first write."""
+    """Rows of one item, gathered into row groups. Columns and types are fixed by the first write.
+
+    Attributes:
+        needs: other files of the item, by their path in the run folder; without them it is not whole.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.needs: list[str] = []
         self.rows = 0
         self._waiting: list[pa.Table] = []
         self._writer: pq.ParquetWriter | None = None
@@ -126,7 +144,8 @@ class ItemWriter:
         self._flush()
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            with disk(self.path, RESUME):
+            with disk(self.path):
+                writer.add_key_value_metadata({NEEDS: json.dumps(self.needs)})
                 writer.close()
 
     def __enter__(self) -> Self:
@@ -146,9 +165,9 @@ class ItemWriter:
 
         if not self._waiting:
             return
-        rows = pa.concat_tables(self._waiting).unify_dictionaries().combine_chunks()
+        rows = _marked(pa.concat_tables(self._waiting).unify_dictionaries().combine_chunks(), self.path.parent.stem)
         self._waiting = []
-        with disk(self.path, RESUME):
+        with disk(self.path):
             if self._writer is None:
                 self._writer = pq.ParquetWriter(
                     self.path,
@@ -250,44 +269,75 @@ def _packed(numbers: np.ndarray) -> np.ndarray:
     return numbers.astype(next(fits, numbers.dtype))
 
 
-def read_table(path: Path | str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+def read_table(path: Path | str, columns: Sequence[str] | None = None, own: bool = False) -> pd.DataFrame:
     """A table of a run folder, finished or not, text as categories (shares memory for millions of rows).
 
     Args:
         path: `<table>.parquet`, or one parquet file.
-        columns: read these only.
+        columns: read these only. own: only what `TableWriter` wrote under this name, unchanged.
 
     Raises:
-        UserError: no such table, no rows in it, or not parquet.
+        UserError: no such table, no rows in it, not parquet, or not our own.
     """
     import pyarrow as pa
 
-    tables = [_read(file, columns) for file in _files(path)]
+    tables = [_read(file, columns, own=own) for file in _files(path)]
     try:
         return pa.concat_tables(tables, promote_options="permissive").unify_dictionaries().to_pandas()
     except pa.ArrowException as error:
         raise UserError(f"the files of {str(path)!r} are not of one table: {first_line(error)}") from error
 
 
-def read_items(path: Path | str, columns: Sequence[str] | None = None) -> Iterator[pd.DataFrame]:
+def read_items(path: Path | str, columns: Sequence[str] | None = None, own: bool = False) -> Iterator[pd.DataFrame]:
     """The items of a table one by one, for tables larger than memory; columns that are absent are left out.
 
     Raises:
         UserError: as `read_table`.
     """
     for file in _files(path):
-        yield _read(file, columns, absent=True).to_pandas()
+        yield _read(file, columns, absent=True, own=own).to_pandas()
+
+
+def items(path: Path | str) -> list[Path]:
+    """The files of a table's items, in order; none where there is no table."""
+    files = (file for file in Path(path).glob("*.parquet") if file.stem.isdecimal())
+    return sorted(files, key=lambda file: int(file.stem))
+
+
+def complete(file: Path) -> bool:
+    """Whether an item's file has its end, which is written last, and rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return bool(pq.read_metadata(file).num_rows)
+    except (pa.ArrowException, OSError):
+        return False
+
+
+def needed(file: Path) -> list[Path]:
+    """The other files that a complete item consists of."""
+    import pyarrow.parquet as pq
+
+    written = pq.read_metadata(file).metadata or {}
+    return [file.parent.parent / name for name in json.loads(written.get(NEEDS, b"[]"))]
+
+
+def check_items(path: Path | str) -> None:
+    """Refuse a table with an item that `TableWriter` did not write under its name, by a `UserError`."""
+    for file in items(path):
+        _read(file, [], own=True)
 
 
 def _files(path: Path | str) -> list[Path]:
     path = Path(path)
-    files = _items(path) if path.is_dir() else [path] if path.exists() else []
+    files = items(path) if path.is_dir() else [path] if path.exists() else []
     if not files:
         raise UserError(f"no table {str(path)!r}; expected a .parquet folder of a run folder with items in it")
     return files
 
 
-def _read(file: Path, columns: Sequence[str] | None, absent: bool = False) -> pa.Table:
+def _read(file: Path, columns: Sequence[str] | None, absent: bool = False, own: bool = False) -> pa.Table:
     """Some columns (all if None) of one file; columns that are `absent` may be left out."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -295,6 +345,8 @@ def _read(file: Path, columns: Sequence[str] | None, absent: bool = False) -> pa
     try:
         with pq.ParquetFile(file) as table:
             known = table.schema_arrow.names
+            if own and (found := _foreign(table, file.parent.stem)):
+                raise UserError(f"{str(file)!r} is not the table {file.parent.stem!r} that a run wrote: {found}")
             missing = [] if columns is None or absent else [name for name in columns if name not in known]
             if missing:
                 raise UserError(f"{str(file)!r} has no column {missing[0]!r}; it has: {', '.join(known)}")
@@ -303,19 +355,32 @@ def _read(file: Path, columns: Sequence[str] | None, absent: bool = False) -> pa
         raise UserError(f"{str(file)!r} is not a parquet table: {first_line(error)}") from error
 
 
-def _items(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("*.parquet") if path.stem.isdigit()), key=lambda path: int(path.stem))
+def _marked(rows: pa.Table, name: str) -> pa.Table:
+    """Rows whose file will say that it is ours."""
+    mark = json.dumps({"table": name, "version": VERSION, "columns": _types(rows.schema)})
+    return rows.replace_schema_metadata({**(rows.schema.metadata or {}), MARK: mark})
 
 
-def _complete(path: Path) -> bool:
-    """Whether a file has its end, which is written last, and rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _types(schema: pa.Schema) -> dict[str, str]:
+    return {field.name: str(field.type) for field in schema}
 
+
+def _foreign(file: pq.ParquetFile, name: str) -> str:
+    """In what a file is not what `TableWriter` wrote for a table; "" for one that is."""
+    schema = file.schema_arrow
     try:
-        return bool(pq.read_metadata(path).num_rows)
-    except (pa.ArrowException, OSError):
-        return False
+        mark = json.loads((schema.metadata or {})[MARK])
+        table, version, columns = mark["table"], int(mark["version"]), dict(mark["columns"])
+    except (LookupError, TypeError, ValueError):
+        return f"another program wrote it (columns {', '.join(schema.names)})"
+    if version > VERSION:
+        return f"it is of version {version}; this mmdit-probe reads up to {VERSION}: update it"
+    if table != name:
+        return f"it is of the table {table!r}"
+    changed = sorted({name for name, _ in columns.items() ^ _types(schema).items()})
+    if changed:
+        return f"its column {changed[0]!r} was changed"
+    return "" if file.metadata.num_rows else "it has no rows"
 
 
 def _arrow(columns: pd.DataFrame | Mapping[str, Any]) -> pa.Table:

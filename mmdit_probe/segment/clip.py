@@ -174,16 +174,17 @@ class PatchVectors:
     """Patch vectors of any CLIP, made beforehand, in the place of the CLIP: what it would gather and project.
 
     Attributes:
-        vectors: [h, w, P] in the space of the text; any length.
+        vectors, last: `features` and `head` of `ClipInput`.
     """
 
     vectors: Tensor
+    last: Callable[[Tensor], Tensor] | None = None
 
     patch = 1
 
     @property
     def width(self) -> int:
-        return int(self.vectors.shape[-1])
+        return int(self.project(self.vectors[0, :1]).shape[-1])
 
     @property
     def pixels(self) -> Tensor:
@@ -201,7 +202,7 @@ class PatchVectors:
         return mixed
 
     def project(self, features: Tensor) -> Tensor:
-        return F.normalize(features, dim=-1)
+        return F.normalize(features if self.last is None else self.last(features), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -211,30 +212,36 @@ class ClipInput:
     Attributes:
         clip: embedded name, folder or hub id; or a loaded one. Not used where there are `features`.
         text: [Q, P] unit vectors of the names, in order. pixels: [3, H, W] CLIP's input.
-        features: [h, w, P] patch vectors in the space of the text, on any grid over the whole picture; no CLIP is run.
-            They are gathered as they are: a CLIP's last norm, which lies between gathering and projection, is theirs.
+        features: [h, w, E] patch vectors on any grid over the whole picture; no CLIP is run. Without `head` they are in
+            the space of the text (E = P) and gathered there. The official codes gather the last block's values and
+            norm what was gathered, which a mean of normed vectors is not: for their result give values and a head.
+        head: from gathered features [M, E] to the text's space [M, P]: for values after the output projection the last
+            norm and the projection, in front of them the output projection for plain values.
 
     Raises:
-        UserError: features without text, with pixels, or of another shape.
+        UserError: features without text, with pixels, or of another shape; a head without features.
     """
 
     clip: str | CLIP = "scenes-clip"
     text: Tensor | None = None
     pixels: Tensor | None = None
     features: Tensor | None = None
+    head: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.features is None:
+            if self.head is not None:
+                raise UserError("a head is of CLIP features; give them beside it")
             return
         if self.text is None or self.pixels is not None:
             raise UserError("CLIP features stand for the picture: give text vectors beside them, and no pixels")
         if self.features.ndim != 3 or not self.features.isfinite().all():
-            raise UserError(f"CLIP features of shape {tuple(self.features.shape)}: expected finite [h, w, P]")
+            raise UserError(f"CLIP features of shape {tuple(self.features.shape)}: expected finite [h, w, E]")
 
     @property
     def model(self) -> CLIP | PatchVectors:
         if self.features is not None:
-            return PatchVectors(self.features.float())
+            return PatchVectors(self.features.float(), self.head)
         return self.clip if isinstance(self.clip, CLIP) else CLIP.open(self.clip)
 
     def vectors(self, names: Sequence[str]) -> Tensor:

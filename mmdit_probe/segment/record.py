@@ -185,7 +185,7 @@ class Capture:
         for name in parts:
             check_known("part of a capture", name, OWN_PARTS)
         by_part = {
-            name: {layer: torch.as_tensor(one).float() for layer, one in _by_layer(value).items()}
+            name: {layer: torch.as_tensor(one).detach().cpu().float() for layer, one in _by_layer(value).items()}
             for name, value in parts.items()
             if value is not None
         }

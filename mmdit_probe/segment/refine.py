@@ -10,7 +10,8 @@
     pamr[:n]         n rounds of pixel-adaptive averaging on the picture's colours (arXiv:2005.08104)
     vote             each pixel of a region takes the region's most frequent label (CorrCLIP's map correction)
 
-Steps run in the order of their names, those on the grid before those on pixels. Put "minmax" or "centre" before
+Steps run in the order of their names, those on the grid before those on pixels. "vote" is the last: it counts labels,
+the background's too, so it comes after the background rule (`Refinement.labels`). Put "minmax" or "centre" before
 "affinity" for methods whose scores are raw probabilities: averaging leaves only the difference of the words' means.
 """
 
@@ -29,8 +30,8 @@ from mmdit_probe.segment.methods.base import renorm
 from mmdit_probe.segment.methods.clusters import diffcut
 from mmdit_probe.segment.methods.dense_clip import region_map
 from mmdit_probe.segment.record import Capture
-from mmdit_probe.segment.settings import PIXELS, parse_steps
-from mmdit_probe.segment.tail import STRETCHES, probabilities, resized, strongest
+from mmdit_probe.segment.settings import PIXELS, Background, parse_steps
+from mmdit_probe.segment.tail import STRETCHES, label, probabilities, resized, strongest
 
 _DILATIONS = (1, 2, 4, 8)
 _SIDE = 512
@@ -83,12 +84,19 @@ class Refinement:
         for name, rounds in self.steps:
             if name == "pamr":
                 scores = capture.once("pamr", lambda: PixelAffinity.of(capture.image)).spread(scores, rounds)
-            elif name == "vote":
-                scores = voted(scores, pixel_regions(capture))
         return scores
 
+    def labels(
+        self, scores: Tensor, capture: Capture, background: Background | None = None, names: list[str] | None = None
+    ) -> NDArray[np.uint16]:
+        """Labels [H, W] of scores [C, H, W] that the other steps were taken on, as `tail.label`, after the vote."""
+        found = label(scores, background, names)
+        if not any(name == "vote" for name, _ in self.steps):
+            return found
+        return voted(found, capture.once("pixel regions", lambda: pixel_regions(capture)).numpy(), len(scores))
+
     def __call__(self, scores: Tensor, capture: Capture) -> Tensor:
-        """Scores [C, height, width] at the picture's size, every step taken in its place."""
+        """Scores [C, height, width] at the picture's size, every step but the vote taken in its place."""
         return self.on_pixels(capture.fit.back(self.on_grid(scores, capture)), capture)
 
 
@@ -107,13 +115,20 @@ def pixel_regions(capture: Capture) -> Tensor:
     return names[strongest(capture.fit.back(F.one_hot(place).permute(2, 0, 1)))]
 
 
-def voted(scores: Tensor, regions: Tensor) -> Tensor:
-    """Scores [C, h, w] as each region's shares of votes, one for each of its pixels; region 0 keeps its scores.
+def voted(labels: NDArray[np.uint16], regions: NDArray[np.integer], background: int) -> NDArray[np.uint16]:
+    """Labels [h, w] of which each region's most frequent one is taken; region 0 keeps its own.
 
-    Of labels that are equally frequent in a region the first wins.
+    Of labels that are equally frequent in a region the background wins, else the first: it is class 0 in the official
+    code.
+
+    Args:
+        labels: 0..C-1, or C, the `background`.
     """
-    votes = F.one_hot(strongest(scores), len(scores)).permute(2, 0, 1).to(scores)
-    return by_region(torch.where(regions == 0, scores, votes), regions)
+    _, place = np.unique(regions.ravel(), return_inverse=True)
+    ranks = (labels.ravel().astype(np.int64) + 1) % (background + 1)  # the background first
+    votes = np.bincount(place * (background + 1) + ranks, minlength=(int(place.max()) + 1) * (background + 1))
+    best = (votes.reshape(-1, background + 1).argmax(1) + background) % (background + 1)
+    return np.where(regions == 0, labels, best[place].reshape(labels.shape)).astype(np.uint16)
 
 
 def _chain(capture: Capture, name: str) -> Tensor:

@@ -28,10 +28,13 @@ class RowLimit:
     """The number of rows of a forward.
 
     Args:
-        model: whose forwards they are. rows: the number; None finds it out.
+        model: whose forwards they are. rows: the number; None finds it out. 1 where a text encoder is shown pictures,
+            whose pipelines take one prompt at a time.
     """
 
     def __init__(self, model: MMDiT, rows: int | None = None) -> None:
+        if model.references and model.family.reads_pictures:
+            rows = 1
         self.model, self.rows = model, rows
         self._most = MOST if rows is None else rows
         self._bytes: dict[Hashable, int] = {}

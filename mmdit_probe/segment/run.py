@@ -28,7 +28,7 @@ from mmdit_probe.segment.methods.base import Method
 from mmdit_probe.segment.record import Capture, Reading
 from mmdit_probe.segment.refine import Refinement
 from mmdit_probe.segment.settings import Background, wrong_kind
-from mmdit_probe.segment.tail import label, probabilities
+from mmdit_probe.segment.tail import probabilities
 
 
 @dataclass
@@ -164,7 +164,7 @@ def finish(
         names: of the maps; None numbers those that own at least one pixel by area, the largest first.
     """
     pixels = refine(scores, record)
-    labels = label(pixels, background, names)
+    labels = refine.labels(pixels, record, background, names)
     shares = probabilities(pixels)
     if names is None:
         counts = np.bincount(labels.ravel(), minlength=len(shares))

@@ -102,7 +102,7 @@ def parse_steps(text: str) -> tuple[tuple[str, int], ...]:
     """Steps of a refinement with their rounds, from "none", "affinity", "affinity:3+pamr".
 
     Raises:
-        UserError: an unknown step or number, or a pixel step before a grid step.
+        UserError: an unknown step or number, a pixel step before a grid step, or a step after the vote.
     """
     steps = []
     for part in [] if text == "none" else text.split("+"):
@@ -115,6 +115,8 @@ def parse_steps(text: str) -> tuple[tuple[str, int], ...]:
     kinds = [name in PIXELS for name, _ in steps]
     if kinds != sorted(kinds):
         raise UserError(f"refinement {text!r}: steps on pixels ({', '.join(PIXELS)}) come after those on tokens")
+    if any(name == "vote" for name, _ in steps[:-1]):
+        raise UserError(f"refinement {text!r}: vote is of labels, so it is the last step")
     return tuple(steps)
 
 

@@ -35,6 +35,8 @@ class Query:
         """
         found = [p for name, positions in self.spans.items() if stream in (None, name) for p in positions]
         if not found:
+            if stream is None:
+                raise UserError(f"{self.text!r} has no text positions; name at least one in spans")
             there = ", ".join(self.spans)
             raise UserError(f"{self.text!r} has no tokens in the text stream {stream!r}; take {there}")
         return found

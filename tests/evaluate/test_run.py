@@ -165,6 +165,17 @@ def test_the_best_word_map_of_coco_object_scores_one(tmp_path: Path, captures: C
     assert miou(asked) == 1.0 and miou("coco-object") == 0.125
 
 
+def test_the_vote_counts_what_the_background_rule_made_of_the_maps(root: Path, captures: Captures) -> None:
+    """Every probability is below 1, so all is background; a region's share of votes for a class would be 1."""
+    data = replace(dataset(f"folder:{root}", 2), background=3)
+    plan = plan_of(data, captures, ["seg4diff"], refine=["none", "vote"], background="probability:1")
+    table = frame(plan, captures)
+    for refine in ("none", "vote"):
+        for method in ("seg4diff", "seg4diff, words shifted", "random"):
+            found = table[(table["refine"] == refine) & (table["method"] == method)]
+            assert set(found["found"]) == {3}, (refine, method)
+
+
 def test_maps_before_the_softmax_from_the_command_line(
     root: Path, tiny_directory: Path, tmp_path: Path, pipe: Any
 ) -> None:

@@ -113,6 +113,39 @@ def test_background_takes_what_is_left_over() -> None:
         assign(counts, "hungarian")
 
 
+def diffcuts(label: np.ndarray, segments: np.ndarray, classes: int) -> tuple[np.ndarray, ...]:
+    """TP, FP, FN of DiffCut's evaluation with a background, class C - 1, from its definition: segments are matched
+    without it, those of no class that occurs become one, then all classes are matched."""
+    from scipy.optimize import linear_sum_assignment
+
+    known = np.where(label == classes - 1, -1, label)
+    table = np.zeros((classes - 1, max(classes - 1, segments.max() + 1)), int)
+    for one, segment in zip(known.ravel(), segments.ravel(), strict=True):
+        if one >= 0:
+            table[one, segment] += 1
+    of, to = linear_sum_assignment(table, maximize=True)
+    taken = {segment for one, segment in zip(of, to, strict=True) if table[one].max() > 0}
+    joined = np.array([[one if one in taken else segments.max() + 1 for one in row] for row in segments])
+    return released(label, joined, classes)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_upstream_with_a_background_is_diffcuts_evaluation(seed: int) -> None:
+    """Fewer and more segments than classes, absent classes, ties; on disk the same."""
+    rng = np.random.default_rng(seed)
+    classes = int(rng.integers(3, 8))
+    present = rng.integers(0, classes, classes)
+    label = present[rng.integers(0, classes, (9, 7))]
+    found = rng.integers(0, rng.integers(1, 12), (9, 7))
+    parts = diffcuts(label, found, classes)
+    last = segmentation_score(found, label, classes, match="upstream", background=classes - 1).counts
+    first = segmentation_score(found, (label + 1) % classes, classes, match="upstream", background=0).counts
+    for counts, place in ((last, np.arange(classes)), (first, (np.arange(classes) + 1) % classes)):
+        assert counts.hit[0][place].tolist() == parts[0].tolist()
+        assert (counts.found - counts.hit)[0][place].tolist() == parts[1].tolist()
+        assert (counts.truth - counts.hit)[0][place].tolist() == parts[2].tolist()
+
+
 def test_the_row_wise_defect() -> None:
     """Three bands and one segment: 100 % with an assignment per pixel row, 33 % with one per image."""
     truth = np.repeat(np.arange(3), 6).reshape(3, 6)
@@ -183,7 +216,10 @@ def test_one_call_scores_arrays_tensors_and_lists() -> None:
     assert none.iou[2] != none.iou[2] and none.miou == pytest.approx((0 + 2 / 4) / 2)
     two = segmentation_score([found, found], [label, label], 3)
     assert two.iou[0] == pytest.approx(1 / 3) and len(two.counts) == 2 and two.interval()[0] == pytest.approx(two.miou)
-    ignored = segmentation_score(found, label, 3, ignore=(0, 255))
+    ignored = segmentation_score(found, label, np.int64(3), ignore=np.array([0, 255]))
+    assert segmentation_score(found, label, np.array(["a", "b", "c"]), ignore=np.uint8(255)).iou["a"] == pytest.approx(
+        1 / 3
+    )
     assert ignored.iou[1] == pytest.approx(2 / 3) and ignored.accuracy == pytest.approx(2 / 3)
 
 

@@ -43,6 +43,10 @@ class Kept:
 
     def __init__(self) -> None:
         self.parts: list[pd.DataFrame] = []
+        self.ticks = 0.0
+
+    def advance(self, ticks: float = 1) -> None:
+        self.ticks += ticks
 
     def write(self, table: str, columns: Any, **labels: Any) -> None:
         if table == "attention_budget":

@@ -12,14 +12,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmdit_probe import AttentionMass, MMDiT, load, probe, word_maps
 from mmdit_probe.attention import reference
 from mmdit_probe.data import parse_classes
-from mmdit_probe.edit import Scale
-from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import AttentionBudget, Explore, FeaturePCA, Perturb, Segment, ValueNorms
+from mmdit_probe.edit import RemoveBlock, Scale, ScaleText, Swap
+from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.experiments import (
+    AttentionBudget,
+    BlockOperations,
+    Explore,
+    FeaturePCA,
+    Perturb,
+    Score,
+    Segment,
+    SwapTest,
+    ValueNorms,
+)
 from mmdit_probe.models.latents import unpack
 from mmdit_probe.models.layout import find_layers
 from mmdit_probe.models.pipeline_call import first_call
@@ -230,3 +241,103 @@ def test_perturb_and_pca_are_given_the_references() -> None:
     assert shown["0:value"].shape == (1, 3, 4, 2) and np.array_equal(shown["pictures"][0], PICTURES["kontext"][0])
     with pytest.raises(UserError, match="--by spans tells kinds of text tokens apart"):
         Perturb(by="spans", key="reference")
+
+
+@pytest.mark.parametrize("factor", [0.0, 2.0])
+def test_a_block_s_text_is_scaled_beside_references(factor: float) -> None:
+    """Stock blocks whose text comes in scaled by a hook of one's own; image and references stay as they are."""
+    model = model_of("kontext")
+    double, single = len(model.transformer.transformer_blocks), model.transformer.single_transformer_blocks
+    for layer, block in ((0, model.transformer.transformer_blocks[0]), (double, single[0])):
+
+        def scaled(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, kwargs | {"encoder_hidden_states": factor * kwargs["encoder_hidden_states"]}
+
+        handle = block.register_forward_pre_hook(scaled, with_kwargs=True)
+        wanted = sample(model, seed=2)
+        handle.remove()
+        with probe(model, edits=ScaleText(layers=[layer], factor=factor)):
+            found = sample(model, seed=2)
+        assert torch.equal(found, wanted) and not torch.equal(found, sample(model, seed=2))
+
+
+def test_block_operations_are_given_the_references() -> None:
+    model = MMDiT(build("flux2"), "flux2")
+    model.size = (HEIGHT, WIDTH)
+    found = BlockOperations(layers="0", prompts=[PROMPT], references=PICTURES["flux2"], operations="remove,silence",
+                            num_steps=1, guidance=1.0, clip="none").run(model, progress=False)  # fmt: skip
+    own = model.given(PICTURES["flux2"])
+    stock = sample(own, seed=0, output_type="pil")[0]
+    with probe(own, edits=RemoveBlock(layers=[0])):
+        removed = sample(own, seed=0, output_type="pil")[0]
+    pictures = found.store.pictures()
+    assert np.array_equal(pictures["000-stock"], stock) and np.array_equal(pictures["000-remove-layer0"], removed)
+    assert (found.summary.query("outcome == 'change'")["difference"] > 0).all() and found.figure()
+    assert len(found.request["references"]) == 2
+
+
+@pytest.mark.parametrize("name", ["kontext", "qwen_edit_plus"])
+def test_scores_are_of_the_stock_pipeline_s_edits(name: str, tmp_path: Path) -> None:
+    """Several prompts and pictures of each, also where a pipeline takes one prompt at a time."""
+    model, prompts = MMDiT(build(name), name), [PROMPT, "a blue house"]
+    model.size = (HEIGHT, WIDTH)
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    found = Score(prompts=str(tmp_path / "prompts.txt"), references=PICTURES[name], num_steps=1, guidance=1.0,
+                  images_per_prompt=2, export=tmp_path / "out").run(model, progress=False)  # fmt: skip
+    assert len(found.table) == 4 and len(found.request["references"]) == len(PICTURES[name])
+    for row in found.table.to_dict("records"):
+        given = PICTURES[name] if len(PICTURES[name]) > 1 else PICTURES[name][0]
+        scale = "guidance_scale" if name == "kontext" else "true_cfg_scale"
+        size = {"height": HEIGHT, "width": WIDTH, "max_sequence_length": model.max_sequence_length}
+        size |= {"max_area": HEIGHT * WIDTH} if name == "kontext" else {}
+        made = model.pipeline(
+            image=given, prompt=row["prompt"], generator=torch.Generator().manual_seed(row["seed"]),
+            num_inference_steps=1, **{scale: 1.0}, **size,
+        ).images[0]  # fmt: skip
+        written = [np.asarray(Image.open(file)) for file in (tmp_path / "out").rglob(f"{row['prompt']}_*.png")]
+        assert len(written) == 2 and any(np.abs(one.astype(int) - np.asarray(made)).max() <= 1 for one in written)
+
+
+def test_words_are_exchanged_beside_references() -> None:
+    """A model of the scenes world that edits: swap-test ends, and its swaps are those of the same pictures."""
+    model = MMDiT(build("kontext"), "scenes-sd3")
+    model.size = (HEIGHT, WIDTH)
+    text = "a red ring and a blue house on grass"
+    found = SwapTest(prompts=[text], layers="0", references=PICTURES["kontext"], num_steps=1, guidance=1.0,
+                     control="none").run(model, progress=False)  # fmt: skip
+    own = model.given(PICTURES["kontext"])
+    with probe(own, edits=Swap(words=("red", "blue"), layers=[0])):
+        swapped = own.generate(text, steps=1, guidance=1.0, seed=0)[0]
+    assert np.array_equal(found.store.pictures()["000-swap-layer0"], swapped)
+    change = found.table.set_index("condition")["change"]
+    assert change["swap"] > 0 and change["stock"] == 0 and len(found.request["references"]) == 1
+
+
+def test_a_pipeline_that_only_edits_asks_for_a_picture_before_it_is_loaded(tmp_path: Path) -> None:
+    told = "edits a picture: give it one as reference"
+    model = MMDiT(build("qwen_edit"), "qwen_edit")
+    for use in (lambda: model.generate(PROMPT), lambda: model.encode_prompt(PROMPT)):
+        with pytest.raises(UserError, match=f"QwenImageEditPipeline {told}"):
+            use()
+    with pytest.raises(UserError, match=r"one prompt at a time beside pictures, and 2 are given: .*--batch 1"):
+        model.given(PICTURES["qwen_edit"]).encode_prompt([PROMPT, PROMPT])
+    (tmp_path / "model_index.json").write_text(
+        '{"_class_name": "QwenImageEditPlusPipeline", "transformer": ["diffusers", "QwenImageTransformer2DModel"]}'
+    )
+    with pytest.raises(UserError, match=f"QwenImageEditPlusPipeline {told}"):
+        AttentionBudget(prompts=[PROMPT]).run(str(tmp_path), progress=False)
+
+
+def test_pictures_that_a_call_was_not_given_are_named() -> None:
+    """A pipeline that is given whole, and edits: what it says itself, and the arguments that were left out."""
+
+    class Filling:
+        transformer = torch.nn.Linear(1, 1)
+
+        def __call__(
+            self, prompt: str, image: Any = None, mask_image: Any = None, num_inference_steps: int = 1
+        ) -> None:
+            image.size  # noqa: B018
+
+    with pytest.raises(RunError, match=r"Filling cannot be run with a prompt alone \(without image, mask_image\)"):
+        first_call(Filling(), PROMPT)

@@ -189,7 +189,7 @@ def test_scores_and_export(tmp_path: Path) -> None:
     ask, store = Score(images_per_prompt=2, export=tmp_path, batch=4, clip="none"), MemoryStore("score", {}, {})
     study = Study(painter, {}, [], state=(prompts, Scorers(load_parser())))
     for number, numbers in enumerate((range(4), range(4, 6))):
-        with store.task(number, lambda: None) as record:
+        with store.task(number, lambda _: None) as record:
             ask.measure(study, Job("pictures", numbers=numbers), record)
     rows = store.table("scores")
     assert painter.seeds == rows.seed.tolist() == list(range(6))
@@ -217,7 +217,7 @@ def test_maps_are_those_of_the_base_model(monkeypatch: pytest.MonkeyPatch) -> No
     scorers = Scorers(load_parser(), variants={"base": None, "tuned": "adapter"})
     ask, store = Score(n=1, maps="0.5", clip="none"), MemoryStore("score", {}, {})
     for number, task in enumerate((Job("pictures", "tuned", range(1)), Job("real"))):
-        with store.task(number, lambda: None) as record:
+        with store.task(number, lambda _: None) as record:
             ask.measure(Study(painter, {}, [], state=(prompts, scorers)), task, record)
     assert loaded == ["adapter", None] and store.table("maps")["adapter"].tolist() == ["None"]
 

@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
+from PIL import Image
 
+from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.experiments.store import FolderStore
+from mmdit_probe.pages import Page
+from mmdit_probe.plots import save
+from mmdit_probe.results import RunFolder, atomic
+from mmdit_probe.results.clip import Clip
+from mmdit_probe.results.folder import read_record
 
 TABLES = ("main", "side")
+
+
+def opened_in(folder: Path, resume: bool) -> FolderStore:
+    return FolderStore.open("demo", {}, {}, out=folder / "run", resume=resume)
+
+
+def do(store: FolderStore, number: int) -> None:
+    """A task of two rows in each table; the third has none in the second table."""
+    with store.task(number, lambda _: None) as task:
+        for table in TABLES[: 1 if number == 2 else 2]:
+            task.write(table, {"value": [10 * number, 10 * number + 1]})
+        task.picture(f"{number:03d}", Image.new("RGB", (2, 2)))
+        task.picture(f"clip{number}", Clip.of([Image.new("RGB", (2, 2))] * 2))
+        task.arrays(f"{number:03d}", a=np.full(2, number))
+
+
+def values(store: FolderStore) -> list[list[int]]:
+    return [store.table(name)["value"].tolist() for name in TABLES]
+
+
+WHOLE = [[0, 1, 10, 11, 20, 21], [0, 1, 10, 11]]
 
 
 @pytest.mark.parametrize("cut", TABLES)
@@ -18,14 +52,7 @@ def test_an_item_of_which_any_table_was_cut_is_done_again(tmp_path: Path, cut: s
     not take it for done either."""
 
     def opened(resume: bool) -> FolderStore:
-        store = FolderStore.open("demo", {}, {}, out=tmp_path / "run", resume=resume)
-        store.complete = False
-        return store
-
-    def do(store: FolderStore, number: int) -> None:
-        with store.task(number, lambda: None) as task:
-            for table in TABLES[: 1 if number == 2 else 2]:
-                task.write(table, {"value": [10 * number, 10 * number + 1]})
+        return opened_in(tmp_path, resume)
 
     with pytest.raises(KeyboardInterrupt), (store := opened(False)), store.writing(TABLES):
         for number in range(3):
@@ -43,4 +70,107 @@ def test_an_item_of_which_any_table_was_cut_is_done_again(tmp_path: Path, cut: s
     with (store := opened(True)), store.writing(TABLES):
         assert store.done == {0, 2}
         do(store, 1)
-    assert [store.table(name)["value"].tolist() for name in TABLES] == [[0, 1, 10, 11, 20, 21], [0, 1, 10, 11]]
+    assert values(store) == WHOLE
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A finished run of three tasks."""
+    with (store := opened_in(tmp_path, False)), store.writing(TABLES):
+        for number in range(3):
+            do(store, number)
+    return tmp_path / "run"
+
+
+def reading(folder: Path) -> FolderStore:
+    record = read_record(folder)
+    assert record is not None
+    return FolderStore(RunFolder(folder, record))
+
+
+PARTS = ("main.parquet/000001.parquet", "side.parquet/000001.parquet", "images/001.png", "images/clip1/001.png",
+         "arrays/001.npz")  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*is cut off")
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_what_a_finished_run_lost_is_measured_again(finished: Path, part: str, gone: bool) -> None:
+    """A part cut off, or gone: readers refuse and say how to go on, `--resume` does that item again."""
+    assert opened_in(finished.parent, True).complete
+    file = finished / part
+    whole = file.read_bytes() if file.suffix == ".png" else b""
+    file.unlink() if gone else os.truncate(file, 60)
+    if part.endswith(".parquet"):
+        with pytest.raises(UserError, match=r"lacks 1 of its items \(cut off, or gone\); .* --resume"):
+            values(reading(finished))
+    store = opened_in(finished.parent, True)
+    assert not store.complete and store.data["status"] == "running"
+    with store, store.writing(TABLES):
+        assert store.done == {0, 2}
+        do(store, 1)
+    assert values(store) == WHOLE == values(reading(finished))
+    assert whole in (b"", file.read_bytes()) and reading(finished).load_arrays("001")["a"].tolist() == [1, 1]
+    assert opened_in(finished.parent, True).complete
+
+
+def test_a_foreign_part_is_refused_before_anything_is_measured(finished: Path) -> None:
+    part = finished / "side.parquet" / "000001.parquet"
+    pd.DataFrame({"value": [10, 11]}).to_parquet(part)
+    message = "000001.parquet' is not the table 'side' that a run wrote: another program wrote it"
+    with pytest.raises(UserError, match=message):
+        values(reading(finished))
+    os.truncate(finished / "main.parquet" / "000002.parquet", 100)
+    store = opened_in(finished.parent, True)
+    with (
+        pytest.warns(UserWarning, match="item 2 is done again"),
+        pytest.raises(UserError, match=message),
+        store,
+        store.writing(TABLES),
+    ):
+        pass
+    assert part.exists()
+
+
+def test_runs_from_before_tables_said_what_they_are_stay_readable(finished: Path) -> None:
+    record = json.loads((finished / "run.json").read_text())
+    del record["tables"]
+    (finished / "run.json").write_text(json.dumps(record | {"version": 2}))
+    pd.DataFrame({"value": [10, 11]}).to_parquet(finished / "main.parquet" / "000001.parquet")
+    assert values(reading(finished)) == WHOLE
+    assert opened_in(finished.parent, True).complete
+
+
+@pytest.mark.parametrize("write", ["rows", "picture", "arrays", "csv", "page", "figure", "record"])
+def test_a_full_disk_at_any_write_of_a_run_advises_to_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
+    """The same writes outside of a run that can be continued do not."""
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    flush = atomic._flush
+    picture, axes = Image.new("RGB", (2, 2)), Figure()
+    store = opened_in(tmp_path, False)
+    writes: dict[str, Callable[[], object]] = {
+        "rows": lambda: do(store, 1),
+        "picture": lambda: store.keep_picture("a", picture),
+        "arrays": lambda: store.keep_arrays("a", {"a": np.zeros(2)}),
+        "csv": lambda: atomic.write_text(tmp_path / "a.csv", "a"),
+        "page": lambda: Page("a", "<p>").save(tmp_path / "a.html"),
+        "figure": lambda: save(axes, tmp_path / "a"),
+        "record": lambda: store.record(a=1),
+    }
+
+    told = pytest.raises(RunError, match=r"No space left on device; finished items are kept; .* with --resume")
+    with told, store, store.writing(TABLES):
+        do(store, 0)
+        monkeypatch.setattr(atomic, "_flush", full)
+        writes[write]()
+    if write != "rows":
+        with pytest.raises(RunError, match="No space left on device; free some space and run again"):
+            writes[write]()
+    monkeypatch.setattr(atomic, "_flush", flush)
+    with (again := opened_in(tmp_path, True)), again.writing(TABLES):
+        assert again.done == {0}

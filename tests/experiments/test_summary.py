@@ -101,7 +101,7 @@ def test_robust_z_of_equal_values_is_zero():
 @pytest.mark.parametrize(("ask", "branch"), [(AttentionBudget(), "condd"), (ValueNorms(), "uncond")])
 def test_missing_branch_is_said(ask, branch):
     store = MemoryStore(ask.name, {}, {})
-    with store.task(0, lambda: None) as record:
+    with store.task(0, lambda _: None) as record:
         record.write(ask.tables[-1], pd.DataFrame({"item": [0], "control": "none", "branch": "cond"}))
     with pytest.raises(UserError, match=f"no rows of branch '{branch}'; expected cond or uncond"):
         ask.by_item(Result(ask, store), branch)

@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from mmdit_probe import assets
 from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.models import names
 from mmdit_probe.models.adapters import read_metadata
 from mmdit_probe.models.load import load, pick_device, random_twin
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.models.names import check_device, devices
 from mmdit_probe.models.quiet import quiet
 from tests import tiny
 
@@ -165,12 +167,50 @@ def test_missing_weights_are_a_failure_in_one_line(broken: Path) -> None:
 def test_devices_and_dtypes(tiny_directory: Path) -> None:
     with pytest.raises(UserError, match="unknown dtype"):
         load(tiny_directory, dtype="float23")
-    with pytest.raises(UserError, match="unknown device"):
-        pick_device("gpu")
+    for name in ("gpu", "meta", "cuda:", "cpu:-1", "auto:0", "CUDA", "", "cuda:0:1", torch.device("meta")):
+        for check in (pick_device, lambda name: check_device(str(name))):
+            with pytest.raises(UserError, match="unknown device"):
+                check(name)
     assert load(tiny_directory, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="not available"):
-            pick_device("cuda")
+    absent = ["cuda:99", "mps:1", "cpu:1", "xpu:99"]
+    absent += [] if torch.cuda.is_available() else ["cuda", "cuda:0"]
+    absent += [] if torch.backends.mps.is_available() else ["mps"]
+    for name in absent:
+        with pytest.raises(UserError, match=f"device '{name}' is not available here: .*; use --device auto or cpu"):
+            pick_device(name)
+
+
+def test_devices_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told before torch is imported is what torch tells, for the build and the driver at hand."""
+    assert devices("cuda") == torch.cuda.device_count() or torch.version.hip is not None
+    assert devices("xpu") == torch.xpu.device_count() or torch.version.xpu is not None
+    assert devices("mps") == torch.mps.device_count() and devices("cpu") == 1
+    for built, said in (({"cuda": "13.0", "hip": None}, 2), ({"cuda": None, "hip": "7"}, None), ({"cuda": None}, 0)):
+        monkeypatch.setattr("runpy.run_path", lambda path, built=built: built)
+        monkeypatch.setattr("mmdit_probe.models.names._cuda_devices", lambda: 2)
+        assert devices("cuda") == said
+    monkeypatch.setattr("runpy.run_path", lambda path: {"cuda": "13.0"})
+    with pytest.raises(UserError, match=r"device 'cuda:2' is not available here: the last one is cuda:1"):
+        check_device("cuda:2")
+    check_device("cuda:1")
+
+
+@pytest.mark.parametrize(("failed", "count"), [(0, 3), (100, 0)])
+def test_the_driver_counts_devices(monkeypatch: pytest.MonkeyPatch, failed: int, count: int) -> None:
+    """`cuInit` fails with 100 where a driver finds no device; no driver is no device."""
+
+    class Driver:
+        def cuInit(self, flags: int) -> int:
+            return failed
+
+        def cuDeviceGetCount(self, found: Any) -> int:
+            found._obj.value = 3
+            return 0
+
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Driver())
+    assert names._cuda_devices() == count
+    monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    assert names._cuda_devices() == 0
 
 
 def test_a_gated_or_missing_repository_says_which() -> None:
@@ -206,6 +246,8 @@ def test_loading_says_nothing_and_leaves_no_trace(tiny_directory: Path) -> None:
     script = f"""
 import logging
 from mmdit_probe import load
+from mmdit_probe.models.load import check_references_of
+check_references_of({str(tiny_directory)!r}, 0)
 model = load({str(tiny_directory)!r}, device="cpu")
 from diffusers.utils import logging as first
 from transformers.utils import logging as second

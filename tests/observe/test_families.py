@@ -29,6 +29,7 @@ from mmdit_probe.observe.mass import AttentionMass
 from mmdit_probe.observe.norms import ValueNorm
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
+from mmdit_probe.observe.sinks import KeyMass
 from tests.families import CROSS_ATTENTION, FIXTURES, SEVERAL_CALLS
 
 IMAGE, TEXT, OTHER, REFERENCE = range(4)
@@ -187,6 +188,28 @@ def test_masses_are_those_of_the_explicit_softmax(case: Case) -> None:
                 kinds = samples(case, path)[row][2]
                 assert counts["image"] == int((kinds == IMAGE).sum())
                 assert counts["text"] == int((kinds == TEXT).sum())
+
+
+@pytest.mark.parametrize("case", ["qwen_image", "hunyuan_video", "lumina2", "flux"], indirect=True)
+def test_single_keys_are_counted_without_those_that_a_sample_lacks(case: Case) -> None:
+    """Padding is neither key nor query: the mean over text queries leaves it out, and uniform attention gives 1 / N to
+    each of the N keys that are there."""
+    with probe(case.model, KeyMass()) as watched:
+        run(case.model, case.inputs)
+    table = watched[KeyMass].table()
+    place = ["layer", "head", "query", "position"]
+    table["row"] = table.groupby(place).cumcount()
+    for layer, path in enumerate(joint_paths(case)):
+        for row, (masses, (_, _, kinds)) in enumerate(zip(expected(case, path), samples(case, path), strict=True)):
+            part = table[(table["layer"] == layer) & (table["row"] == row)]
+            for q, query in enumerate(("image", "text")):
+                found = part[part["query"] == query]
+                sums = found.groupby(["head", "token"])["mass"].sum().unstack().reindex(columns=FOUND, fill_value=0.0)
+                torch.testing.assert_close(torch.tensor(sums.to_numpy(float)), masses[:, q], atol=2e-6, rtol=0)
+                there = int((kinds >= 0).sum())
+                shares = found[found["head"] == 0]["uniform"]
+                assert sorted(shares[shares > 0]) == pytest.approx([1 / there] * there)
+                assert (found[found["uniform"] == 0]["mass"] == 0).all()
 
 
 @pytest.mark.parametrize("case", [name for name, of in FIXTURES.items() if of.frames > 1], indirect=True)

@@ -11,7 +11,15 @@ from PIL import Image
 
 from mmdit_probe.plots import save
 from mmdit_probe.plots.league import head_figure, layer_figure, league_figure, sigma_figure
-from mmdit_probe.plots.segmentation import blend, overlay_sheet, palette, write_labels
+from mmdit_probe.plots.segmentation import (
+    blend,
+    class_colours,
+    mask_sheet,
+    overlay_sheet,
+    palette,
+    write_labels,
+)
+from mmdit_probe.scenes import CLASSES
 
 
 def table(**columns: list[str]) -> pd.DataFrame:
@@ -41,11 +49,49 @@ def test_palette_has_no_twins_among_the_first() -> None:
     assert apart.min() > 20 and palette(200).shape == (200, 3)
 
 
+def test_a_class_of_scenes_has_one_colour_whatever_stands_beside_it() -> None:
+    one, other = class_colours(["cat", "sky", "ring", "dog"]), class_colours(["ring", "grass", "sky"])
+    assert one[2].tolist() == other[0].tolist() == palette(15)[0].tolist() and (one[1] == other[2]).all()
+    assert len({tuple(colour) for colour in class_colours([*"abcdefghijkl", *CLASSES])}) == 27
+
+
+def test_colours_of_scenes_are_told_apart_by_the_colour_blind() -> None:
+    """Machado et al. 2009 (severity 1) of linear RGB, then distances in CIELAB."""
+    seen = {
+        "normal": "1 0 0 0 1 0 0 0 1",
+        "protanopia": "0.152286 1.052583 -0.204868 0.114503 0.786281 0.099216 -0.003882 -0.048116 1.051998",
+        "deuteranopia": "0.367322 0.860646 -0.227968 0.280085 0.672501 0.047413 -0.011820 0.042940 0.968881",
+        "tritanopia": "1.255528 -0.076749 -0.178779 -0.078411 0.930809 0.147602 0.004733 0.691367 0.303900",
+    }
+    rgb = class_colours(CLASSES) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    for name, numbers in seen.items():
+        matrix = np.array(numbers.split(), float).reshape(3, 3)
+        xyz = np.clip(linear @ matrix.T, 0, 1) @ to_xyz.T / to_xyz.sum(1)
+        f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+        lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], 1)
+        apart = np.linalg.norm(lab[:, None] - lab[None], axis=-1) + 1000 * np.eye(len(lab))
+        assert apart.min() > (20 if name == "normal" else 10), name
+
+
+def test_names_stand_in_their_regions_or_nowhere() -> None:
+    labels = np.zeros((64, 64), np.uint8)
+    labels[:, 32:], labels[:3, :3] = 1, 2
+    image = np.zeros((64, 64, 3), np.uint8)
+    figure = mask_sheet([image], [labels], {"seg4diff": [labels]}, ["sand", "ring", "heart"])
+    for axes in figure.axes[1:]:
+        texts = {text.get_text(): text.get_position() for text in axes.texts}
+        assert texts.keys() == {"sand", "ring"}  # the heart is smaller than its name
+        assert texts["sand"][0] < 96 < texts["ring"][0]  # drawn three times as large
+    assert not figure.axes[0].texts
+
+
 def test_unlabelled_pixels_are_not_tinted() -> None:
     image = np.full((4, 4, 3), 100, np.uint8)
     labels = np.zeros((4, 4), np.uint16)
     labels[:, 2:] = 65535
-    tinted = blend(image, labels)
+    tinted = blend(image, labels, ["ring"])
     assert (tinted[:, 2:] == 100).all() and (tinted[:, :2] != 100).any()
 
 

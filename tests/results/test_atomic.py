@@ -69,8 +69,8 @@ def test_no_rights(tmp_path: Path) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 @pytest.mark.parametrize("kind", ["python", "safetensors", "torch"])
 def test_a_full_disk_is_told_whatever_library_writes(tmp_path: Path, kind: str) -> None:
-    told = pytest.raises(RunError, match=r"writing '.*a' failed: .*; come back later")
-    with told, atomic.disk(tmp_path / "a", "come back later"):
+    told = pytest.raises(RunError, match=r"writing '.*a' failed: .*; finished items are kept; .* with --resume")
+    with told, atomic.resumable(), atomic.disk(tmp_path / "a"):
         if kind == "python":
             Path("/dev/full").write_text("x", encoding="utf-8")
         elif kind == "torch":

@@ -222,9 +222,10 @@ def test_versions_of_the_record(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(old))  # version 1 named no process
     assert read_record(tmp_path)["status"] == "interrupted"
     RunFolder.open("demo", REQUEST, out=tmp_path, resume=True).finish()
-    assert read_record(tmp_path)["version"] == 2
-    (tmp_path / "run.json").write_text(json.dumps(old | {"version": 3}))
-    with pytest.raises(UserError, match="run record of version 3; this mmdit-probe reads up to 2: update it"):
+    assert read_record(tmp_path)["version"] == 1  # its tables stay as they were
+    assert RunFolder.open("demo", REQUEST, out=tmp_path / "new").data["version"] == 3
+    (tmp_path / "run.json").write_text(json.dumps(old | {"version": 4}))
+    with pytest.raises(UserError, match="run record of version 4; this mmdit-probe reads up to 3: update it"):
         read_record(tmp_path)
 
 
@@ -281,8 +282,16 @@ def test_folder_of_someone_else_is_refused(tmp_path):
 
 def test_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot write .* choose another folder with --out"):
+    with pytest.raises(UserError, match="is a file; choose another folder with --out"):
         RunFolder.open("demo", REQUEST, out=tmp_path / "file")
+
+
+def test_a_folder_is_not_called_like_a_picture(tmp_path):
+    for name in ("maps.png", "run.JSON", "table.csv"):
+        with pytest.raises(UserError, match=r"called like a file.*" + name.partition(".")[0]):
+            RunFolder.open("demo", REQUEST, out=tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    assert RunFolder.open("demo", REQUEST, out=tmp_path / "sigma_0.5").path.is_dir()
 
 
 def test_peak_memory_is_this_process_and_not_its_parent():

@@ -40,7 +40,7 @@ with processes.joined(), processes.from_first(lambda: RunFolder.open("demo", {},
     written = []
     if rank == 0:  # as on a machine that does not see the other's disk
         exists, Path.exists = Path.exists, lambda path: path.name != "1.txt" and exists(path)
-        processes.write_bytes = lambda path, data, advice: written.append([path.name, data.decode()])
+        processes.write_bytes = lambda path, data: written.append([path.name, data.decode()])
     processes.collect([out / f"{rank}.txt"])
     if rank == 0:
         Path.exists = exists

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.results import TableWriter, read_items, read_table
-from mmdit_probe.results.tables import MemorySink, constant
+from mmdit_probe.results.atomic import resumable
+from mmdit_probe.results.tables import MemorySink, check_items, constant
 from tests.tables import budget_table
 
 
@@ -147,7 +151,7 @@ def test_full_disk_says_what_is_kept(tmp_path, monkeypatch, call):
     monkeypatch.setattr(pq.ParquetWriter, "__del__", lambda writer: None)
     monkeypatch.setattr(owner, name, full)
     message = r"No space left on device; finished items are kept.*--resume"
-    with pytest.raises(RunError, match=message), writer.item(1) as item:
+    with pytest.raises(RunError, match=message), resumable(), writer.item(1) as item:
         item.write(rows(1))
     monkeypatch.undo()
     assert [file.name for file in writer.path.iterdir()] == ["000000.parquet"]
@@ -194,6 +198,34 @@ def test_a_finished_table_is_not_written_again(tmp_path):
         assert writer.done == {0, 3}
     assert {file: file.read_bytes() for file in (tmp_path / "t.parquet").iterdir()} == before
     assert read_table(tmp_path / "t.parquet")["item"].tolist() == [0, 0, 3, 3]
+
+
+def test_a_table_that_another_program_wrote_or_changed_is_refused(tmp_path: Path) -> None:
+    """Every way in which a file is not what was written under its name."""
+    path = written(tmp_path, 0, 1).finish()
+    file = path / "000001.parquet"
+    whole, own = pq.read_table(file), file.read_bytes()
+    assert read_table(path, own=True)["item"].tolist() == [0, 0, 1, 1]
+    mark = json.loads(whole.schema.metadata[b"mmdit_probe"])
+    newer = whole.replace_schema_metadata({b"mmdit_probe": json.dumps(mark | {"version": 2})})
+    foreign = {
+        "another program wrote it .columns item, mass": pd.DataFrame({"item": [1], "mass": [0.5]}),
+        "another program": whole.replace_schema_metadata({b"mmdit_probe": b"[1"}),
+        "its column 'span' was changed": whole.drop_columns(["span"]),
+        "its column 'mass' was changed": whole.set_column(2, "mass", pa.array([1, 2])),
+        "it has no rows": whole.slice(0, 0),
+        "it is of version 2; this mmdit-probe reads up to 1": newer,
+    }
+    for said, table in foreign.items():
+        table.to_parquet(file) if isinstance(table, pd.DataFrame) else pq.write_table(table, file)
+        for read in (check_items, partial(read_table, own=True), lambda path: list(read_items(path, own=True))):
+            with pytest.raises(UserError, match=f"000001.parquet' is not the table 't' that a run wrote: {said}"):
+                read(path)
+    file.write_bytes(own)
+    assert len(read_table(path, ["span"], own=True)) == 4
+    path.rename(tmp_path / "u.parquet")
+    with pytest.raises(UserError, match="is not the table 'u' that a run wrote: it is of the table 't'"):
+        read_table(tmp_path / "u.parquet", own=True)
 
 
 def test_a_column_of_one_value_takes_large_whole_numbers() -> None:

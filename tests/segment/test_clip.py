@@ -16,7 +16,8 @@ from mmdit_probe.segment.clip import CLIP, ClipInput, patch_features
 from mmdit_probe.segment.methods import find
 from mmdit_probe.segment.methods.dense_clip import _region_tokens
 from mmdit_probe.segment.record import Capture, Pass
-from mmdit_probe.segment.refine import voted
+from mmdit_probe.segment.refine import Refinement
+from mmdit_probe.segment.settings import Background
 from mmdit_probe.segment.tail import label
 from mmdit_probe.segment.vocabulary import Query
 from tests import tiny
@@ -85,12 +86,25 @@ def test_text_is_the_mean_over_templates(folder: str) -> None:
     assert not torch.allclose(clip.text(["cat"], ["{}"]), clip.text(["cat"], ["a {} on it"]))
 
 
-def test_vote_is_one_label_per_region() -> None:
-    scores = torch.tensor([[[0.9, 0.1, 0.8, 0.2]], [[0.1, 0.9, 0.2, 0.8]]])
-    found = voted(scores, torch.tensor([[1, 1, 1, 2]]))
-    assert found.argmax(0).tolist() == [[0, 0, 0, 1]] and found[0, 0, 0] == pytest.approx(2 / 3)
-    kept = voted(scores, torch.tensor([[1, 0, 1, 0]]))  # pixels of no region keep their scores
-    assert torch.equal(kept[:, 0, 1], scores[:, 0, 1]) and kept.argmax(0).tolist() == [[0, 1, 0, 1]]
+def test_vote_is_one_label_per_region_of_labels_with_the_background() -> None:
+    scores = torch.tensor([[[0.9, 0.1, 0.8, 0.2, 0.3]], [[0.1, 0.9, 0.2, 0.8, 0.1]]])
+    vote, rule = Refinement.parse("vote"), Background.parse("probability:0.85")
+
+    def of(regions: list[int], background: Background | None = None) -> list[int]:
+        capture = Capture.of((1, 5), regions=[regions])
+        return vote.labels(vote(scores, capture), capture, background)[0].tolist()
+
+    assert of([1, 1, 1, 2, 2]) == [0, 0, 0, 0, 0]  # two for the first class; one each, of which the first wins
+    assert of([1, 0, 1, 0, 1]) == [0, 1, 0, 1, 0]  # pixels of no region keep their labels
+    # Below the threshold are the last three: in the first region a class has more pixels, in the second all are
+    # background; a region of both has as many of each, and the background, the first class there, wins.
+    assert of([1, 2, 2, 2, 3], rule) == [0, 2, 2, 2, 2]
+    assert of([1, 2, 1, 3, 3], rule) == [2, 1, 2, 2, 2]
+
+
+def test_the_vote_ends_a_refinement() -> None:
+    with pytest.raises(UserError, match="it is the last step"):
+        Refinement.parse("vote+pamr")
 
 
 def test_features_of_a_vision_transformer(tmp_path: Path, image: np.ndarray) -> None:
@@ -335,11 +349,40 @@ def test_patch_vectors_take_the_place_of_a_clip() -> None:
             method(one)
     for wrong, told in (
         ({"features": given.features}, "give text vectors beside them"),
-        ({"features": torch.ones(6, 7), "text": given.text}, r"of shape \(6, 7\): expected finite \[h, w, P\]"),
+        ({"head": torch.nn.Identity()}, "a head is of CLIP features"),
+        ({"features": torch.ones(6, 7), "text": given.text}, r"of shape \(6, 7\): expected finite \[h, w, E\]"),
         ({"features": given.features, "text": given.text, "pixels": torch.ones(3, 8, 8)}, "and no pixels"),
     ):
         with pytest.raises(UserError, match=told):
             ClipInput(**wrong)  # type: ignore[arg-type]
+
+
+def test_values_and_a_head_are_gathered_before_the_last_norm(deep: str) -> None:
+    """Values of a CLIP of one's own, and what follows them, give what the CLIP gives; its normed vectors do not."""
+    grid = (3, 4)
+    given, clip, tower = own(deep, grid, 1), CLIP.open(deep), Numpy(deep)
+    start = clip.hidden(given["pixels"])[0][0].double().numpy()  # type: ignore[arg-type]
+    text, last = given["text"].numpy(), f"vision_model.encoder.layers.{tower.depth - 1}"  # type: ignore[attr-defined]
+    unit = given["features"] / np.linalg.norm(given["features"], axis=1, keepdims=True)  # type: ignore[operator]
+    similarity = 3.0 * (unit @ unit.T - 1.2 * (unit @ unit.T).mean())
+    matrix = np.where(similarity < 0, 0.0, np.exp(similarity))
+    matrix /= matrix.sum(1, keepdims=True)
+    state = tower.states(start)[-2]
+    want = tower.named(tower.branch(matrix, state), text, 1.0)
+    values = tower.linear(f"{last}.self_attn.v_proj", tower.norm(f"{last}.layer_norm1", state))[1:]
+
+    def head(values: np.ndarray) -> np.ndarray:
+        mixed = tower.linear(f"{last}.self_attn.out_proj", values)
+        return tower.linear("visual_projection", tower.norm("vision_model.post_layernorm", mixed))
+
+    def scores(features: np.ndarray, **how: object) -> np.ndarray:
+        clip = ClipInput(text=given["text"], features=torch.from_numpy(features).reshape(*grid, -1), **how)  # type: ignore[arg-type]
+        method = find("proxyclip").configure({"clip": clip, "temperature": 1.0})
+        return method(captured(grid, given["features"])).flatten(1).numpy()
+
+    found = scores(values, head=lambda mixed: torch.from_numpy(head(mixed.double().numpy())).float())
+    assert np.abs(found - want).max() < 1e-5
+    assert np.abs(scores(head(values)) - want).max() > 1e-3
 
 
 def test_regions_reach_the_grid_as_the_picture_does() -> None:

@@ -375,7 +375,7 @@ def test_shapes_are_checked() -> None:
         with pytest.raises(UserError, match=message):
             Capture.of((2, 3), **given)
     one = Capture.of((2, 3), i2t=torch.ones(6, 3), spans={"cat": [], "sky": [1]})
-    with pytest.raises(UserError, match="'cat' has no tokens"):
+    with pytest.raises(UserError, match="'cat' has no text positions; name at least one in spans"):
         METHODS["seg4diff"](one)
     with pytest.raises(UserError, match="the capture has none"):
         METHODS["proxyclip"](Capture.of((2, 3), features=np.eye(6), spans={"cat": []}))
@@ -406,6 +406,9 @@ def test_the_advice_for_own_tensors_is_what_their_owner_can_do(name: str, missin
     with pytest.raises(UserError, match=rf"this reads {missing}, and .* pass {missing}= to Capture\.of"):
         method(one)
     assert torch.isfinite(method(Capture.of((2, 3), spans={"cat": [1]}, **PARTS))).all()
+    learned = {part: torch.as_tensor(value, dtype=torch.bfloat16).requires_grad_() for part, value in PARTS.items()}
+    found = method(Capture.of((2, 3), spans={"cat": [1]}, **learned))
+    assert torch.isfinite(found).all() and not found.requires_grad
 
 
 def test_the_advice_for_a_captured_forward_is_of_the_capture() -> None:

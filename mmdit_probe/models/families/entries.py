@@ -40,6 +40,7 @@ from mmdit_probe.models.families.token_order import (
 )  # fmt: skip
 
 _LENGTH = "max_sequence_length"
+_QWEN_EDIT = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 _JOY = "its pipeline makes pictures of a megapixel only, and reads a prompt with a picture in another way than text"
 _QUOTED = "what stands in quotation marks"
 _DOUBLE = r"transformer_blocks\.(\d+)\.attn"
@@ -370,7 +371,7 @@ ENTRIES: tuple[Family, ...] = (
             ),
         ),
         length_argument=_LENGTH, default_length=512, encoded=_TEXT_MASK,
-        pipelines=("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline"),
+        pipelines=("QwenImagePipeline", *_QWEN_EDIT), editing=_QWEN_EDIT,
         scale_argument="true_cfg_scale", cell=2, form="packed",
     ),
     # cogvideox_transformer_3d.py and consisid_transformer_3d.py: latents [B, frames, C, h, w].

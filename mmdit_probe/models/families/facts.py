@@ -111,6 +111,8 @@ class Family:
     """Classes of the stock text-to-image and editing pipelines that `load` takes."""
     not_loaded: str = ""
     """Why `load` takes none, where that is so: the pipeline, or the transformer, is given to `probe`."""
+    editing: tuple[str, ...] = ()
+    """Those of `pipelines` that only edit a picture, although the argument for it may be left out of their calls."""
     reference_argument: str = "image"
     """Argument of these pipelines that takes a picture to edit, or several to go by."""
     options: tuple[tuple[str, Any], ...] = ()
@@ -131,6 +133,11 @@ class Family:
     """How the transformer is given latents: see `models.latents`."""
     video_size: Callable[[Any], tuple[int, int]] | None = None
     """(pipeline) -> own (height, width) in pixels of the videos that it makes; None where it makes pictures."""
+
+    @property
+    def reads_pictures(self) -> bool:
+        """Whether a text encoder is shown reference pictures; its pipelines take one prompt at a time with them."""
+        return any(stream.picture for stream in self.streams)
 
     @property
     def fixed_length(self) -> bool:

@@ -37,7 +37,7 @@ def diffseg(
         rounds: with one threshold, how often it is used (3 if None).
         anchors: per side of the grid.
         kmeans: move the merged proposals by k-means over all maps, started at them (the original's option, off there
-            too; it keeps their number).
+            too).
         i2i: "attn", or "attn2" in models that have an image-only attention.
     """
     first, *others = (tau,) * (rounds or 3) if isinstance(tau, int | float) else tau
@@ -54,8 +54,8 @@ def diffseg(
     if kmeans and len(proposals) > 1:
         from sklearn.cluster import KMeans
 
-        found = KMeans(len(proposals), init=proposals.numpy(), n_init=1, max_iter=50).fit(maps.numpy())
-        proposals = torch.from_numpy(found.cluster_centers_).to(maps)
+        members = KMeans(len(proposals), init=proposals.numpy(), n_init=1).fit(maps.numpy()).labels_
+        proposals = torch.stack([maps[torch.from_numpy(members == index)].mean(0) for index in np.unique(members)])
     return proposals.reshape(-1, h, w)
 
 
