@@ -74,7 +74,8 @@ def check(
         table.add(one.name, f"{pixels / total:.2%}")
     what = "masks" if data.agnostic else "classes"
     lines = [title] if data.agnostic else []
-    lines += [f"not scored: {found.ignored:.1%} of pixels; {found.per_image:.1f} {what} per image"]
+    if found.ignored == found.ignored:  # NaN where no picture could be read
+        lines += [f"not scored: {found.ignored:.1%} of pixels; {found.per_image:.1f} {what} per image"]
     lines += [f"never seen: {', '.join(found.never)}"] if found.never and not data.agnostic else []
     lines += [data.note] if data.note else []
     lines += [f"note: {image}: {what}" for image, what in found.notes[:10]]
