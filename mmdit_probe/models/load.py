@@ -61,6 +61,9 @@ def load(
             adapter that does not fit, or a quantiser that is not installed.
         RunError: the files are there and cannot be read.
     """
+    for what, given in (("model", name_or_path), ("lora", lora)):
+        if not isinstance(given, str | os.PathLike) and (given is not None or what == "model"):
+            raise UserError(f"{what} is {given!r}; expected a name, a folder or a hub id")
     name = os.fspath(name_or_path)
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
