@@ -325,7 +325,9 @@ def _with_words(
 ) -> TokenTable:
     """The table with the word of every token, given the characters that each stream cut off, or has no place for."""
     known = _words_of(table)
-    numbers = {text: [n for n, (of, *_) in enumerate(known) if of == text] for text, *_ in known}
+    numbers: dict[str, list[int]] = {}
+    for number, (text, *_) in enumerate(known):
+        numbers.setdefault(text, []).append(number)
     stops = {text: [known[n][2] for n in of] for text, of in numbers.items()}
 
     def overlapping(stream: str, start: int, stop: int) -> list[int]:
