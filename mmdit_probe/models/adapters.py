@@ -62,7 +62,8 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise RunError(f"LoRA {source!r} cannot be loaded: {first_line(error)}") from error
+        advice = f"; {_ADVICE}" if isinstance(error, ValueError) and path.exists() else ""
+        raise RunError(f"LoRA {source!r} cannot be loaded: {first_line(error)}{advice}") from error
     if set(getattr(transformer, "peft_config", {})) == before:
         raise UserError(
             f"LoRA {source!r} has no weights for this transformer; nothing was loaded. Where another program named its"
