@@ -240,7 +240,7 @@ def agreement_table(rows: list[dict[Any, Any]]) -> TextTable:
         known = row["rho"] == row["rho"]
         table.add(
             row["first"], f"itself on {row['second_split']}" if same else row["second"],
-            signed(row["rho"], row["low"], row["high"], 2) if known else "-", f"{row['p']:.2f}" if known else "-",
+            signed(row["rho"], row["low"], row["high"], 2) if known else "-", ("<0.01" if row["p"] < 0.005 else f"{row['p']:.2f}") if known else "-",
         )  # fmt: skip
     return table
 

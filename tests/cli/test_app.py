@@ -349,11 +349,8 @@ def test_the_number_of_items_in_help_is_how_many_are_taken():
     shown, taken = {}, {}
     for one in cli.COMMANDS:
         option = next((o for o in commands[one.name].params if "--limit" in o.opts), None)
-        text = (
-            ""
-            if option is None
-            else str(option.show_default if isinstance(option.show_default, str) else option.default)
-        )
+        said = getattr(option, "show_default", None)
+        text = str(said if isinstance(said, str) else getattr(option, "default", ""))
         if text.isdigit() and hasattr(one, "gather") and (inputs := one().gather(True)) is not None:
             shown[one.name] = int(text)
             items = inputs[0] if isinstance(inputs, tuple) else inputs
