@@ -204,7 +204,8 @@ class SelectLayers(Sampling, Experiment):
                 (correlations["first"] == correlations["second"])
                 & (correlations["first_split"] != correlations["second_split"])
             ]
-            lines.append(agreement_table([*_rows(again), *_rows(self._within(correlations))]))
+            rows = [*_rows(again), *_rows(self._within(correlations))]
+            lines += [agreement_table(rows)] if rows else []
         own = _rows(result.frames["stability"].sort_values("share", ascending=False))
         shares = ", ".join(f"layer {row['layer']} {row['share']:.0%}" for row in own if row["share"] > 0)
         lines.append(f"stability over resampled items: {shares}.")
@@ -237,10 +238,10 @@ def agreement_table(rows: list[dict[Any, Any]]) -> TextTable:
     table = TextTable(["evidence", "with", "correlation", "p"], left=("evidence", "with"), title=title)
     for row in rows:
         same = row["first"] == row["second"]
-        known = row["rho"] == row["rho"]
+        rho, p = signed(row["rho"], row["low"], row["high"], 2), "<0.01" if row["p"] < 0.005 else f"{row['p']:.2f}"
         table.add(
             row["first"], f"itself on {row['second_split']}" if same else row["second"],
-            signed(row["rho"], row["low"], row["high"], 2) if known else "-", ("<0.01" if row["p"] < 0.005 else f"{row['p']:.2f}") if known else "-",
+            *((rho, p) if row["rho"] == row["rho"] else ("-", "-")),
         )  # fmt: skip
     return table
 
