@@ -256,7 +256,8 @@ class MMDiT:
 
         "scenes-sd3 knows 43 words; not: cat, kitten (it knows ring, star, ...)"
         """
-        unknown = dict.fromkeys(word.lower() for text in _texts(prompts) for word in self.unknown_words(text))
+        texts = _texts(prompts) if len(prompts) else []
+        unknown = dict.fromkeys(word.lower() for text in texts for word in self.unknown_words(text))
         if not unknown:
             return ""
         known = ", ".join(self.vocabulary[:_LISTED])
