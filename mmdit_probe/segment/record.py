@@ -207,9 +207,7 @@ class Capture:
         if len(texts) > 1:
             raise UserError(f"i2t and i2t_logit of {sorted(texts)} text positions; expected as many in every layer")
         prompt = _prompt(spans or {}, kinds, texts.pop() if texts else None)
-        picture = None if image is None else np.asarray(image)
-        if picture is not None and (picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8):
-            raise UserError(f"image {picture.dtype} {picture.shape}: expected uint8 [height, width, 3]")
+        picture = None if image is None else _pixels(image)
         size = grid if picture is None else (picture.shape[0], picture.shape[1])
         names = [SegClass((name,)) for name in spans or {}]
         return cls(
@@ -328,6 +326,14 @@ def _numbers(name: str, value: Any) -> Tensor:
         where = "without contents" if found.is_meta else f"of {found.dtype}, {found.layout}"
         raise UserError(f"{name} is a tensor {where}; {expected}")
     return found.detach().cpu().float()
+
+
+def _pixels(image: Any) -> NDArray[np.uint8]:
+    """One's own picture."""
+    found: NDArray[np.uint8] = np.asarray(image)
+    if found.ndim != 3 or found.shape[2] != 3 or found.dtype != np.uint8:
+        raise UserError(f"image {found.dtype} {found.shape}: expected uint8 [height, width, 3]")
+    return found
 
 
 def _record(layer: int, parts: dict[str, Tensor], grid: tuple[int, int]) -> JointRecord:
