@@ -208,6 +208,7 @@ def main() -> None:
             for way in left:
                 try:
                     report["rows"].append(measured(folder, model, way, plain, ask))
+                    report["left out"].pop(f"{model}, {way}", None)
                 except RunError as error:
                     report["left out"][f"{model}, {way}"] = first_line(error)
                 if not options.no_write:

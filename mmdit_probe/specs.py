@@ -135,6 +135,13 @@ def number(name: str, value: float, low: float = -math.inf, high: float = math.i
     return float(value)
 
 
+def whole(name: str, value: float, low: int) -> int:
+    """A whole number of at least `low`; errors as in `number`."""
+    if number(name, value, low) % 1:
+        raise UserError(f"{name} {value}: expected a whole number")
+    return int(value)
+
+
 def _indices(spec: Spec, count: int, kind: str, forms: str) -> tuple[int, ...]:
     if isinstance(spec, Iterable) and not isinstance(spec, str):
         parts = [str(index) for index in spec]

@@ -49,8 +49,9 @@ def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> 
 
 @app.command("check")
 def check(
-    name: Name,
-    root: Annotated[str, typer.Argument(help="Folder of the data set (for scenes: the split).")],
+    source: Annotated[
+        str, typer.Argument(metavar="NAME:ROOT", help="Data set and its folder, such as voc20:VOCdevkit/VOC2012.")
+    ],
     limit: Annotated[int | None, typer.Option(help="Look at the first LIMIT images.", min=1)] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -63,7 +64,7 @@ def check(
     from mmdit_probe.experiments.text import TextTable
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
-    data = dataset(f"{name}:{root}", limit)
+    data = dataset(source, limit)
     with output.progress.bar("images", len(data.samples)) as advance:
         found = run(data, advance)
     held = "masks without names" if data.agnostic else f"{len(data.classes)} classes"
@@ -74,7 +75,8 @@ def check(
         table.add(one.name, f"{pixels / total:.2%}")
     what = "masks" if data.agnostic else "classes"
     lines = [title] if data.agnostic else []
-    lines += [f"not scored: {found.ignored:.1%} of pixels; {found.per_image:.1f} {what} per image"]
+    if found.ignored == found.ignored:  # NaN where no picture could be read
+        lines += [f"not scored: {found.ignored:.1%} of pixels; {found.per_image:.1f} {what} per image"]
     lines += [f"never seen: {', '.join(found.never)}"] if found.never and not data.agnostic else []
     lines += [data.note] if data.note else []
     lines += [f"note: {image}: {what}" for image, what in found.notes[:10]]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from mmdit_probe.data.text import read_json
-from mmdit_probe.errors import MISSHAPEN, UserError, first_line
+from mmdit_probe.errors import UserError, first_line
 from mmdit_probe.results.atomic import write_json
 
 
@@ -119,9 +119,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {"captions": {}}
     expected = '{"captions": {"a.jpg": "..."}}'
     known = read_json(path, expected)
-    try:
-        if not all(isinstance(text, str) for text in known["captions"].values()):
-            raise TypeError("captions that are no texts")
-    except MISSHAPEN as error:
-        raise UserError(f"{str(path)!r} is no caption file ({error!r}); expected {expected}") from error
+    texts = known.get("captions") if isinstance(known, dict) else None
+    if not isinstance(texts, dict) or not all(isinstance(text, str) for text in texts.values()):
+        raise UserError(f"{str(path)!r} is no caption file; expected {expected}")
     return dict(known)

@@ -179,7 +179,7 @@ def fingerprint(samples: Iterable[Sample]) -> str:
 
 
 def _file(path: Path) -> bytes:
-    facts = regular(path, "the file that was there before").stat()
+    facts = regular(path, "a picture, a label map or annotations").stat()
     return _digest(path, facts.st_size, facts.st_mtime_ns)
 
 

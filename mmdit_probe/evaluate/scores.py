@@ -320,6 +320,10 @@ class SegmentationScore:
         return self.counts.interval("miou" if self.rule == "union" else "miou_gt")
 
 
+MOST_IDS = 10_000
+"""So many classes or segments, and no more, are counted against each other."""
+
+
 def segmentation_score(
     prediction: Any, label: Any, classes: int | Sequence[str], *, ignore: int | Collection[int] = IGNORE,
     rule: str = "union", match: str | None = None, background: int | None = None,
@@ -344,7 +348,10 @@ def segmentation_score(
     predictions, labels = _maps(prediction), _maps(label)
     if len(predictions) != len(labels) or not labels:
         raise UserError(f"{len(predictions)} predictions for {len(labels)} labels; expected as many, at least one")
-    names = list(range(classes)) if isinstance(classes, int | np.integer) else list(classes)
+    names = _class_names(classes)
+    largest = max(int(one.max()) for one in predictions)
+    if largest >= MOST_IDS:
+        raise UserError(f"predictions hold ids up to {largest}; expected below {MOST_IDS}: renumber them from 0")
     try:
         counts = _counted(predictions, labels, len(names), ignore, match, background)
     except ValueError as error:
@@ -355,10 +362,21 @@ def segmentation_score(
     return SegmentationScore(found.miou(rule), right, recall, weighted, by_class, found, rule, match)
 
 
+def _class_names(classes: Any) -> list[Any]:
+    """The classes by name, or by number."""
+    if isinstance(classes, int | np.integer) and classes is not True and 0 < classes < MOST_IDS:
+        return list(range(int(classes)))
+    names = list(classes) if isinstance(classes, Collection) and not isinstance(classes, str) else []
+    if not 0 < len(set(names)) == len(names) < MOST_IDS:
+        found = f"{len(names)} names, {len(set(names))} of them different" if names else repr(classes)
+        raise UserError(f"classes are {found}; expected their number, or different names, at most {MOST_IDS - 1}")
+    return names
+
+
 def _maps(given: Any) -> list[NDArray[np.integer]]:
     maps = [np.asarray(one) for one in (given if isinstance(given, list | tuple) else [given])]
     for one in maps:
-        if one.ndim != 2 or one.dtype.kind not in "iu":
+        if one.ndim != 2 or one.dtype.kind not in "iu" or not one.size:
             raise UserError(f"a map of shape {one.shape} and type {one.dtype}: expected whole-number ids [H, W]")
     return maps
 

@@ -21,7 +21,7 @@ from mmdit_probe.experiments.sweep import (
     AGAINST_STOCK,
     STOCK,
     Condition,
-    Sweep,
+    JudgedSweep,
     aligned_outcome,
     effects,
     outcome_names,
@@ -45,7 +45,7 @@ ROW = ["item", "prompt", "seed", "control", "condition", "layer"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockOperations(Sweep):
+class BlockOperations(JudgedSweep):
     """Remove a block, silence its text (zeros) or double it, one layer at a time, and sample with the same seeds.
 
     Outcomes as in perturb: what the image still shows of the prompt, and how far it moves.

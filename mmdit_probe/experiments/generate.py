@@ -24,7 +24,7 @@ from mmdit_probe.experiments.sweep import (
     EQUAL,
     STOCK,
     Condition,
-    Sweep,
+    JudgedSweep,
     aligned_outcome,
     outcome_names,
     own_rows,
@@ -53,7 +53,7 @@ SHOWN_PROMPTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(Edited, Sweep):
+class Generate(Edited, JudgedSweep):
     """Sample images; with --perturb-layers, guided away from what the model says when those layers read blurred text.
 
     eps = eps_uncond + g (eps_cond - eps_uncond) + s (eps_cond - eps_perturbed), with g = --guidance, s =

@@ -26,7 +26,7 @@ from mmdit_probe.experiments.sweep import (
     MEANING,
     STOCK,
     Condition,
-    Sweep,
+    JudgedSweep,
     aligned_outcome,
     effects,
     outcome_names,
@@ -58,7 +58,7 @@ HARM_IS_RISE = ("change", "relabelled", *CONTRASTS.values())
 
 
 @dataclass(frozen=True, kw_only=True)
-class Perturb(LayersAndHeads, Edited, Sweep):
+class Perturb(LayersAndHeads, Edited, JudgedSweep):
     """Edit the I2T block of one layer at a time, sample with the same seeds, and measure what changes.
 
     Outcomes: change of the image; for models of the scenes world, which facts of the prompt the image still shows; with

@@ -19,7 +19,7 @@ from mmdit_probe.experiments import controls, evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, RANK_RULES, Amount, evidence_names
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, text_of
 from mmdit_probe.experiments.options import INPUT, METHOD, Control, Sampling
-from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.experiments.text import TextTable, signed
 from mmdit_probe.options import Option
 
 if TYPE_CHECKING:
@@ -204,16 +204,15 @@ class SelectLayers(Sampling, Experiment):
                 (correlations["first"] == correlations["second"])
                 & (correlations["first_split"] != correlations["second_split"])
             ]
-            lines += [
-                f"{row['first']}: rank correlation {self.split} with {self.report} {_rho(row)}" for row in _rows(again)
-            ]
-            within = _rows(self._within(correlations))
-            lines += [f"{row['first']} with {row['second']}: {_rho(row)}" for row in within]
+            rows = [*_rows(again), *_rows(self._within(correlations))]
+            lines += [agreement_table(rows)] if rows else []
         own = _rows(result.frames["stability"].sort_values("share", ascending=False))
         shares = ", ".join(f"layer {row['layer']} {row['share']:.0%}" for row in own if row["share"] > 0)
         lines.append(f"stability over resampled items: {shares}.")
         where = "" if result.path is None else f"; pass --selection {result.path / 'selection.json'}"
-        return [*lines, f"selected ({self.rule}): layers {list(self.selected(result).layers)}{where}"]
+        chosen = self.selected(result).layers
+        word = "layer" if len(chosen) == 1 else "layers"
+        return [*lines, f"selected by {self.rule}: {word} {', '.join(map(str, chosen))}{where}"]
 
     def document(self, result: Result) -> dict[str, Any]:
         selection = self.selected(result)
@@ -233,15 +232,27 @@ def _rows(frame: pd.DataFrame) -> list[dict[Any, Any]]:
     return frame.to_dict("records")
 
 
-def _rho(row: dict[Any, Any]) -> str:
-    return f"{signed(row['rho'], row['low'], row['high'], 2)}, p {row['p']:.2f} over {row['layers']} layers"
+def agreement_table(rows: list[dict[Any, Any]]) -> TextTable:
+    """Rank correlations over layers of two evidences, or of one on two splits; "-" where one is alike in all layers."""
+    title = f"rank correlation over {rows[0]['layers']} layers, 95 % interval over items"
+    table = TextTable(["evidence", "with", "correlation", "p"], left=("evidence", "with"), title=title)
+    for row in rows:
+        same = row["first"] == row["second"]
+        rho, p = signed(row["rho"], row["low"], row["high"], 2), "<0.01" if row["p"] < 0.005 else f"{row['p']:.2f}"
+        table.add(
+            row["first"], f"itself on {row['second_split']}" if same else row["second"],
+            *((rho, p) if row["rho"] == row["rho"] else ("-", "-")),
+        )  # fmt: skip
+    return table
 
 
 def evidence_table(table: pd.DataFrame, split: str) -> TextTable:
-    """One split's evidence in text: value, interval and rank per layer."""
+    """One split's evidence in text: value and rank per layer; with intervals five evidences are wider than a screen."""
     part = table[table["split"] == split]
     names = list(dict.fromkeys(part["evidence"]))
-    result = TextTable(["layer", *names], spare=names[:1:-1], title=f"{split}: value [95 %] (rank)")
+    result = TextTable(
+        ["layer", *names], spare=names[:1:-1], title=f"{split}: value (rank); intervals stand in the figure and the CSV"
+    )
     indexed = part.set_index(["evidence", "layer"])
     for layer in sorted(set(part["layer"])):
         cells = [str(layer)]
@@ -250,6 +261,6 @@ def evidence_table(table: pd.DataFrame, split: str) -> TextTable:
                 cells.append("")
                 continue
             row = indexed.loc[(name, layer)]
-            cells.append(f"{bounded(row['value'], row['low'], row['high'])} ({int(row['rank'])})")
+            cells.append(f"{row['value']:.3f} ({int(row['rank'])})")
         result.add(*cells)
     return result

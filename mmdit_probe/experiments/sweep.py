@@ -92,14 +92,6 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
     prompts: Prompts = None
     limit: Annotated[int | None, Option("Use the first LIMIT prompts.", min=1, panel=INPUT)] = None
     control: EditControl = NONE
-    clip: Annotated[
-        str | None,
-        Option(
-            "CLIP checkpoint for CLIP-T and CLIP-I: a folder, a hub id, or none.",
-            shown_default="scenes-clip for embedded models", panel=METHOD,
-        ),
-    ] = None  # fmt: skip
-    dino: Annotated[str | None, Option("DINO checkpoint for image similarity (folder or hub id).", panel=METHOD)] = None
     batch: Annotated[int, Option("Prompts sampled at once.", min=1, panel=OUTPUT)] = 8
 
     default_prompts = 16
@@ -151,11 +143,9 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
             facts=scheduled(model, self.num_steps) | {"remarks": notes},
         )  # fmt: skip
 
+    @abstractmethod
     def outcomes(self, model: MMDiT) -> tuple[list[Outcome], dict[str, str | None]]:
         """What is measured of the images, and the checkpoints it takes."""
-        from mmdit_probe.experiments.outcomes import outcomes_of
-
-        return outcomes_of(knows_scenes(model), model.device, self.clip, self.dino)
 
     def extra_request(self) -> dict[str, Any]:
         """Options of the subclass that decide the numbers and are in no condition."""
@@ -219,6 +209,26 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
     def guided_options(self) -> dict[str, Any]:
         """Options of guided sampling beside the scale."""
         return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedSweep(Sweep):
+    """A sweep whose images are judged by the scenes parser, CLIP and DINO."""
+
+    clip: Annotated[
+        str | None,
+        Option(
+            "CLIP checkpoint for CLIP-T and CLIP-I: a folder, a hub id, or none.",
+            shown_default="scenes-clip for embedded models", panel=METHOD,
+        ),
+    ] = None  # fmt: skip
+    dino: Annotated[str | None, Option("DINO checkpoint for image similarity (folder or hub id).", panel=METHOD)] = None
+
+    def outcomes(self, model: MMDiT) -> tuple[list[Outcome], dict[str, str | None]]:
+        """What is measured of the images, and the checkpoints it takes."""
+        from mmdit_probe.experiments.outcomes import outcomes_of
+
+        return outcomes_of(knows_scenes(model), model.device, self.clip, self.dino)
 
 
 def outcome_names(table: pd.DataFrame, row: Sequence[str]) -> list[str]:

@@ -117,9 +117,11 @@ def claim_lines(claims: pd.DataFrame, claim: str, explained: dict[str, str]) -> 
 
     known = "; ".join(f"{name}: {explained.get(name, name)}" for name in dict.fromkeys(claims["control"]))
     failed, undecided = (int((claims["verdict"] == verdict).sum()) for verdict in (NOT_ABOVE, TOO_FEW))
-    verdict = f"{failed} of {len(claims)} comparisons are not above their control."
+    decided = len(claims) - undecided
+    verdict = f"{failed} of {decided} comparisons are not above their control." if decided else ""
     if undecided:
-        verdict += f" {undecided} have fewer than {FEWEST} items, which decides nothing."
+        of = f"{undecided} more" if decided else f"All {undecided} comparisons"
+        verdict = f"{verdict} {of} have fewer than the {FEWEST} items that a verdict takes.".lstrip()
     claimed = (
         f"Claim: {claim}. Paired differences over items, 95 % interval; verdicts are corrected for many comparisons"
         f" (Holm). Controls: {known}."

@@ -25,6 +25,12 @@ KEY = "mmdit_probe"
 """Entry of the safetensors header that holds our metadata as JSON."""
 
 
+_ADVICE = (
+    "export it in diffusers' format, or rename its tensors to transformer.MODULE.lora_A.weight and lora_B.weight, to_q,"
+    " to_k and to_v apart, alpha / rank in lora_B"
+)
+
+
 def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
     """Load a LoRA into a pipeline's transformer.
 
@@ -35,7 +41,7 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
 
     Raises:
         UserError: no adapter there, or it matches nothing in this transformer, or only a part of it, or diffusers does
-            not read its names.
+            not read its names, or loads none into this pipeline.
     """
     path = Path(source)
     if path.exists() and not _file(path).is_file():
@@ -51,14 +57,40 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
     try:
         # The loader warns of every encoder that the adapter does not touch; what matters is checked here and below.
         with quiet(bars=not path.exists()):
-            _check_fit(source, pipeline, list(pipeline.lora_state_dict(folder, **options)))
+            _check_fit(source, pipeline, _converted(source, pipeline, folder, options))
             pipeline.load_lora_weights(folder, adapter_name=name, **options)
     except UserError:
         raise
     except Exception as error:
-        raise RunError(f"LoRA {source!r} cannot be loaded: {first_line(error)}") from error
+        advice = f"; {_ADVICE}" if isinstance(error, ValueError) and path.exists() else ""
+        raise RunError(f"LoRA {source!r} cannot be loaded: {first_line(error)}{advice}") from error
     if set(getattr(transformer, "peft_config", {})) == before:
-        raise UserError(f"LoRA {source!r} has no weights for this transformer; nothing was loaded")
+        raise UserError(
+            f"LoRA {source!r} has no weights for this transformer; nothing was loaded. Where another program named its"
+            f" tensors: {_ADVICE}"
+        )
+
+
+def _converted(source: str, pipeline: Any, folder: str, options: dict[str, Any]) -> list[str]:
+    """The names of an adapter's tensors as diffusers has them.
+
+    Raises:
+        UserError: diffusers loads none into this pipeline, or stops at the names in a file.
+    """
+    kind = type(pipeline).__name__
+    if "transformer" not in getattr(pipeline, "_lora_loadable_modules", ()):
+        raise UserError(
+            f"diffusers loads no LoRA into a {kind}: add the changes of {source!r} to the transformer's weights, and"
+            " load the folder that they are saved to"
+        )
+    try:
+        return list(pipeline.lora_state_dict(folder, **options))
+    except Exception as error:
+        if not Path(folder).exists():
+            raise
+        raise UserError(
+            f"LoRA {source!r} has names that diffusers does not convert for a {kind} ({first_line(error)}): {_ADVICE}"
+        ) from error
 
 
 def _check_fit(source: str, pipeline: Any, names: list[str]) -> None:
@@ -71,8 +103,7 @@ def _check_fit(source: str, pipeline: Any, names: list[str]) -> None:
     if foreign:
         raise UserError(
             f"LoRA {source!r} names its tensors as another program does (e.g. {foreign[0]!r}), and diffusers does not"
-            f" convert that for {type(pipeline).__name__}: export it in diffusers' format, or rename them to"
-            " transformer.MODULE.lora_A.weight and lora_B.weight, to_q, to_k and to_v apart, alpha / rank in lora_B"
+            f" convert that for {type(pipeline).__name__}: {_ADVICE}"
         )
     wanted = _modules(names)
     own = {module for module, _ in pipeline.transformer.named_modules()}
@@ -80,7 +111,7 @@ def _check_fit(source: str, pipeline: Any, names: list[str]) -> None:
         missing = sorted(wanted - own)
         raise UserError(
             f"LoRA {source!r} does not fit this model: {len(missing)} of its {len(wanted)} modules are not there, e.g."
-            f" {missing[0]!r}"
+            f" {missing[0]!r}; it is another model's, or named in a way that diffusers does not convert: {_ADVICE}"
         )
 
 

@@ -22,7 +22,7 @@ import torch
 from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families.registry import FAMILIES, Family, refuse_class
-from mmdit_probe.models.memory import check_memory_options, place, quantizer
+from mmdit_probe.models.memory import check_memory_options, mend_empty_rows, place, quantizer
 from mmdit_probe.models.mmdit import MMDiT, check_references, default_length
 from mmdit_probe.models.names import check_device, check_dtype, embedded_models, index_of, source_of
 from mmdit_probe.models.quiet import quiet
@@ -61,6 +61,9 @@ def load(
             adapter that does not fit, or a quantiser that is not installed.
         RunError: the files are there and cannot be read.
     """
+    for what, given in (("model", name_or_path), ("lora", lora)):
+        if not isinstance(given, str | os.PathLike) and (given is not None or what == "model"):
+            raise UserError(f"{what} is {given!r}; expected a name, a folder or a hub id")
     name = os.fspath(name_or_path)
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
@@ -74,6 +77,8 @@ def load(
         index = _checked_index(source)
         parts = _transformer_parts(source, index, precision, file, quantize)
         pipeline, length = _pipeline(source, index, precision, t5, parts)
+        if quantize == "fp8":
+            mend_empty_rows(pipeline.transformer)
         if twin is not None:
             pipeline.register_modules(transformer=random_twin(pipeline.transformer, int(twin["seed"])))
         pipeline.set_progress_bar_config(disable=True)

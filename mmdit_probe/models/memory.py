@@ -61,6 +61,15 @@ def quantizer(kind: str, dtype: torch.dtype) -> Any:
     return diffusers.TorchAoConfig(made)
 
 
+def mend_empty_rows(transformer: Any) -> None:
+    """Give the rows of fp8 weights that are all 0 a scale: torchao's is 0 there, and it reads 0 / 0."""
+    for weight in transformer.parameters():
+        if hasattr(weight, "qdata") and hasattr(weight, "scale"):
+            empty = weight.scale == 0  # [rows, 1]
+            weight.qdata.view(torch.uint8).masked_fill_(empty, 0)
+            weight.scale.masked_fill_(empty, 1.0)
+
+
 def place(pipeline: Any, device: torch.device, offload: str | None) -> Any:
     """The pipeline on its device, or with its weights in the processor's memory until they are called for.
 

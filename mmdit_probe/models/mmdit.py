@@ -38,7 +38,7 @@ from mmdit_probe.models.weights import compute_dtype, weight_hash
 from mmdit_probe.models.words import find, words
 from mmdit_probe.results.clip import Clip
 from mmdit_probe.scenes.captions import WORDS
-from mmdit_probe.specs import number, seed_values
+from mmdit_probe.specs import number, seed_values, whole
 
 _REMEMBERED = 8
 """Transformer calls whose arguments are kept: one per set of prompts and size."""
@@ -256,7 +256,8 @@ class MMDiT:
 
         "scenes-sd3 knows 43 words; not: cat, kitten (it knows ring, star, ...)"
         """
-        unknown = dict.fromkeys(word.lower() for text in _texts(prompts) for word in self.unknown_words(text))
+        texts = _texts(prompts) if len(prompts) else []
+        unknown = dict.fromkeys(word.lower() for text in texts for word in self.unknown_words(text))
         if not unknown:
             return ""
         known = ", ".join(self.vocabulary[:_LISTED])
@@ -525,7 +526,7 @@ class MMDiT:
             }  # fmt: skip
             rows = np.reshape(seeds, (len(texts), -1)).tolist()
             return _joined([self.generate(text, seed=row, **options) for text, row in zip(texts, rows, strict=True)])
-        guidance, steps = number("guidance", guidance), int(number("steps", steps, 1))
+        guidance, steps = number("guidance", guidance), whole("steps", steps, 1)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         own = self.size or (None, None)
         if self.makes_videos:  # some of their pipelines make one per prompt, whatever is asked for
@@ -622,7 +623,10 @@ def _joined(made: Sequence[Any]) -> Any:
 
 
 def _texts(prompts: str | Sequence[str]) -> list[str]:
-    return [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"prompts are {prompts!r}; expected a text, or one text or more in a list")
+    return list(texts)
 
 
 def _per_row(value: float | Sequence[float], count: int) -> list[float]:

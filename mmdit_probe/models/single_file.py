@@ -20,6 +20,17 @@ from safetensors import SafetensorError, safe_open
 from mmdit_probe.errors import RunError, UserError, first_line
 
 _ADVICE = "convert it to a pipeline folder (diffusers' scripts/convert_*_to_diffusers.py) and load that"
+_SCALES = (
+    "scaled_fp8",
+    "scale_weight",
+    "weight_scale",
+    "scale_input",
+    "input_scale",
+    "comfy_quant",
+    "absmax",
+    "quant_map",
+)
+"""Last names of tensors that stored numbers are to be multiplied by, as ComfyUI and bitsandbytes write them."""
 _NO_MODEL = "v1"
 """What diffusers takes a file for that it does not know."""
 
@@ -28,7 +39,8 @@ def base_of(file: str) -> str:
     """Hub id of the pipeline that a file of weights belongs to.
 
     Raises:
-        UserError: not a safetensors file, or none that diffusers knows.
+        UserError: not a safetensors file, or none that diffusers knows, or one of weights with scales, which diffusers
+            would leave out.
     """
     from diffusers.loaders import single_file_utils
 
@@ -62,7 +74,7 @@ def transformer_of(file: str, base: str, kind: str, dtype: torch.dtype, quantiza
             file, config=base, subfolder="transformer", dtype=dtype, quantization_config=quantization
         )
     except Exception as error:
-        raise RunError(f"{file} cannot be loaded as the {kind} of {base}: {first_line(error)}") from error
+        raise RunError(f"{file} cannot be loaded as the {kind} of {base}: {first_line(error)}; {_ADVICE}") from error
     missing = [name for name, tensor in transformer.state_dict().items() if tensor.is_meta]
     if missing:
         raise RunError(f"{file} cannot be loaded: {len(missing)} weights are missing in it, e.g. {missing[0]!r}")
@@ -73,11 +85,21 @@ def _shapes(file: str) -> dict[str, torch.Tensor]:
     """Every tensor of a file without its values."""
     try:
         with safe_open(file, framework="pt") as opened:
-            return {
-                name: torch.empty(opened.get_slice(name).get_shape(), device="meta")
-                for name in opened.keys()  # noqa: SIM118, not a mapping
-            }
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118, not a mapping
+            _check_stored(file, slices)
+            return {name: torch.empty(one.get_shape(), device="meta") for name, one in slices.items()}
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{file} is no safetensors file ({error}); weights are read from safetensors, or as quantize='gguf:FILE'"
         ) from error
+
+
+def _check_stored(file: str, slices: dict[str, Any]) -> None:
+    """Raises a UserError of weights that are numbers times scales: diffusers takes the numbers for the weights."""
+    scaled = [name for name in slices if name.rpartition(".")[2] in _SCALES]
+    packed = [name for name, one in slices.items() if name.endswith("weight") and one.get_dtype() in ("I8", "U8")]
+    for name in (*scaled, *packed)[:1]:
+        raise UserError(
+            f"{file} stores its weights with scales of their own (e.g. {name!r}), which diffusers would leave out: take"
+            " the file in bfloat16 (with quantize='fp8' it is as small), or a GGUF one (quantize='gguf:FILE')"
+        )

@@ -23,6 +23,9 @@ from mmdit_probe.errors import ProbeWarning, UserError, unknown
 from mmdit_probe.models.families.facts import Family, Part, TextStream
 from mmdit_probe.models.words import blankless, find, folded, words
 
+LONGEST = 20_000
+"""Characters of the longest prompt that is read: no text encoder of these pipelines takes nearly as many."""
+
 SPAN_KINDS = ("bos", "word", "eos", "pad", "template", "vision", "null", "unknown")
 
 
@@ -245,9 +248,14 @@ def token_tables(
         length: value of the family's length argument (SD3: `max_sequence_length`); the family's default if None.
         negative: whether they are negative prompts, which some pipelines put into another template.
         pictures: how many positions each of the pictures takes that the text encoder is shown, those of all prompts.
+
+    Raises:
+        UserError: a prompt of more than `LONGEST` characters.
     """
     count = sum(len(stream.tokenizers) for stream in family.streams)
     texts = [[prompt] * count if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    for text in (one for of_sample in texts for one in of_sample if len(one) > LONGEST):
+        raise UserError(f"prompt {text[:40]!r}... has {len(text)} characters; at most {LONGEST} are read: shorten it")
     shown = len(pictures) // max(1, len(texts))
     tables = [
         _table(pipeline, family, text, length, negative, pictures[k * shown : (k + 1) * shown])
@@ -325,7 +333,9 @@ def _with_words(
 ) -> TokenTable:
     """The table with the word of every token, given the characters that each stream cut off, or has no place for."""
     known = _words_of(table)
-    numbers = {text: [n for n, (of, *_) in enumerate(known) if of == text] for text, *_ in known}
+    numbers: dict[str, list[int]] = {}
+    for number, (text, *_) in enumerate(known):
+        numbers.setdefault(text, []).append(number)
     stops = {text: [known[n][2] for n in of] for text, of in numbers.items()}
 
     def overlapping(stream: str, start: int, stop: int) -> list[int]:

@@ -135,6 +135,9 @@ class Run:
         self._wanted = layers
         self.all_layers: list[Layer] = []
         self.layers: list[Layer] = []
+        for one in (*observers, *edits):
+            if isinstance(one, type):
+                raise UserError(f"{one.__name__} is a class; expected an observer or an edit: {one.__name__}(...)")
         self.observers = list(observers)
         self.edits = list(edits)
         if self._source.layers is not None:

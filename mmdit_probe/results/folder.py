@@ -14,6 +14,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -176,9 +177,9 @@ def read_record(path: Path | str) -> dict[str, Any] | None:
     """`run.json` of a folder, or None where there is none. A run whose process is gone reads as interrupted.
 
     Raises:
-        UserError: the file is there but is not a record, or was written by a newer version.
+        UserError: no path; the file is there but is not a record, or was written by a newer version.
     """
-    file = Path(path) / RECORD
+    file = _folder(path) / RECORD
     if not file.is_file():
         return None
     data = read_document(file, "run record", VERSION)
@@ -189,6 +190,13 @@ def read_record(path: Path | str) -> dict[str, Any] | None:
     if data["status"] == "running" and not (data.get("process") and is_running(data["process"])):
         data["status"] = "interrupted"
     return data
+
+
+def _folder(path: Any) -> Path:
+    """A folder's path, as a user gave it."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{path!r} is no folder; expected its path")
+    return Path(path)
 
 
 def _moment(value: Any) -> bool:
@@ -245,7 +253,7 @@ def check_out(out: Path | str | None, resume: bool = False) -> dict[str, Any] | 
     """
     if out in (None, AUTO) or processes.rank() != 0:
         return None
-    path = Path(str(out))
+    path = _folder(out)
     if path.suffix.lower() in FILES:
         raise UserError(
             f"--out {str(path)!r} is called like a file; it names the folder that files of known names are written "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -22,8 +23,8 @@ from torch.nn import functional as F
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.labels import region_ids
-from mmdit_probe.errors import RunError, UserError, check_known
-from mmdit_probe.models.tokens import Token, TokenTable
+from mmdit_probe.errors import RunError, UserError, check_known, first_line
+from mmdit_probe.models.tokens import SPAN_KINDS, Token, TokenTable
 from mmdit_probe.observe.maps import second_eigenvalue
 from mmdit_probe.segment.vocabulary import Prompt, Query
 from mmdit_probe.specs import Spec
@@ -179,13 +180,15 @@ class Capture:
                 or [h, w, E]; concepts, [K, E], one row per name.
 
         Raises:
-            UserError: an unknown part, a shape that does not fit the grid, layers that differ, positions outside the
-                text.
+            UserError: an unknown part, something that is no array of real numbers, a shape that does not fit the grid,
+                layers that differ, positions outside the text.
         """
         for name in parts:
             check_known("part of a capture", name, OWN_PARTS)
+        if not isinstance(grid, Sequence) or len(grid) != 2 or not all(_whole(side) and side > 0 for side in grid):
+            raise UserError(f"grid is {grid!r}; expected (h, w), whole numbers of image tokens")
         by_part = {
-            name: {layer: torch.as_tensor(one).detach().cpu().float() for layer, one in _by_layer(value).items()}
+            name: {layer: _numbers(name, one) for layer, one in _by_layer(value).items()}
             for name, value in parts.items()
             if value is not None
         }
@@ -204,9 +207,7 @@ class Capture:
         if len(texts) > 1:
             raise UserError(f"i2t and i2t_logit of {sorted(texts)} text positions; expected as many in every layer")
         prompt = _prompt(spans or {}, kinds, texts.pop() if texts else None)
-        picture = None if image is None else np.asarray(image)
-        if picture is not None and (picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8):
-            raise UserError(f"image {picture.dtype} {picture.shape}: expected uint8 [height, width, 3]")
+        picture = None if image is None else _pixels(image)
         size = grid if picture is None else (picture.shape[0], picture.shape[1])
         names = [SegClass((name,)) for name in spans or {}]
         return cls(
@@ -310,6 +311,31 @@ def _by_layer(value: Any) -> Mapping[int, Any]:
     return value if isinstance(value, Mapping) else {0: value}
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _numbers(name: str, value: Any) -> Tensor:
+    """A part as a float tensor."""
+    expected = "expected a dense array or tensor of real numbers"
+    try:
+        found = value if isinstance(value, Tensor) else torch.as_tensor(np.ascontiguousarray(value))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{name} cannot be read: {first_line(error)}; {expected}") from error
+    if found.is_complex() or found.is_meta or found.layout != torch.strided:
+        where = "without contents" if found.is_meta else f"of {found.dtype}, {found.layout}"
+        raise UserError(f"{name} is a tensor {where}; {expected}")
+    return found.detach().cpu().float()
+
+
+def _pixels(image: Any) -> NDArray[np.uint8]:
+    """One's own picture."""
+    found: NDArray[np.uint8] = np.asarray(image)
+    if found.ndim != 3 or found.shape[2] != 3 or found.dtype != np.uint8:
+        raise UserError(f"image {found.dtype} {found.shape}: expected uint8 [height, width, 3]")
+    return found
+
+
 def _record(layer: int, parts: dict[str, Tensor], grid: tuple[int, int]) -> JointRecord:
     """One's own parts of a layer as a record, shapes checked."""
     found, tokens = OwnRecord(layer), grid[0] * grid[1]
@@ -344,6 +370,14 @@ def _record(layer: int, parts: dict[str, Tensor], grid: tuple[int, int]) -> Join
 
 def _prompt(spans: Mapping[str, Sequence[int]], kinds: Sequence[str] | None, length: int | None) -> Prompt:
     """A prompt whose words are the spans."""
+    fits = isinstance(spans, Mapping) and all(
+        isinstance(name, str) and isinstance(places, Sequence | np.ndarray) and all(map(_whole, places))
+        for name, places in spans.items()
+    )
+    if not fits:
+        raise UserError('spans: expected class name -> its text positions, such as {"cat": [1, 2]}')
+    for kind in kinds if kinds is not None else ():
+        check_known("span kind", kind, SPAN_KINDS)
     owner = {place: (index, name) for index, (name, places) in enumerate(spans.items()) for place in places}
     total = length if length is not None else max([*owner, -1]) + 1
     if kinds is not None and len(kinds) != total:

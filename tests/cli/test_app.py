@@ -339,3 +339,20 @@ def test_doctor_refuses_an_unknown_device(capsys):
     code, _, err = called(capsys, "doctor", "--device", "gpu")
     assert code == 2
     assert err.startswith("error: unknown device 'gpu'")
+
+
+def test_the_number_of_items_in_help_is_how_many_are_taken():
+    """`--limit` of every command, as shown, against what it takes of the scenes when nothing is said."""
+    import typer
+
+    commands = typer.main.get_command(cli.app).commands
+    shown, taken = {}, {}
+    for one in cli.COMMANDS:
+        option = next((o for o in commands[one.name].params if "--limit" in o.opts), None)
+        said = getattr(option, "show_default", None)
+        text = str(said if isinstance(said, str) else getattr(option, "default", ""))
+        if text.isdigit() and hasattr(one, "gather") and (inputs := one().gather(True)) is not None:
+            shown[one.name] = int(text)
+            items = inputs[0] if isinstance(inputs, tuple) else inputs
+            taken[one.name] = len(items)
+    assert len(shown) >= 5 and shown == taken

@@ -165,7 +165,7 @@ def test_check_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "ids [7]" in found["b"] and "differ in size" in found["c"] and "ignored" in found["d"]
     assert "cannot be read" in found["e"] and "a" not in found
     with pytest.raises(SystemExit) as stop:
-        main(["datasets", "check", "folder", str(root), "--json"])
+        main(["datasets", "check", f"folder:{root}", "--json"])
     assert stop.value.code == 1
     assert len(json.loads(capsys.readouterr().out)["problems"]) == 4
 
@@ -236,7 +236,7 @@ def test_sa1b_paints_parts_on_wholes(tmp_path: Path, split: bool, capsys: pytest
     assert "not of one picture" in found.problems[0][1]
     assert found.per_image == 1.5  # the picture of the damaged pair is not counted
     with pytest.raises(SystemExit) as stop:
-        main(["datasets", "check", "sa1b", str(tmp_path)])
+        main(["datasets", "check", f"sa1b:{tmp_path}"])
     assert stop.value.code == 1 and "masks per image" in capsys.readouterr().out
     pairs, lost = sa1b_pairs(tmp_path)
     assert len(pairs) == 3 and not lost and sa1b_masks(pairs[0][2], limit=1).all()
@@ -255,6 +255,6 @@ def test_names_print_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[s
     picture(tmp_path / "images/[bold]a.png")
     labels(tmp_path / "labels/[bold]a.png", [0, 1, 2, 3, 9])
     with pytest.raises(SystemExit):
-        main(["datasets", "check", "folder", str(tmp_path)])
+        main(["datasets", "check", f"folder:{tmp_path}"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*names, "[bold]a: label"))

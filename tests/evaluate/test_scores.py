@@ -240,6 +240,20 @@ def test_what_cannot_be_scored_is_said(prediction: object, label: object, how: d
         segmentation_score(prediction, label, 3, **how)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("classes", [0, -1, 2.5, None, "cat", [], ["cat", "cat"], True, 10**9])
+def test_classes_are_a_number_or_different_names(classes: object) -> None:
+    with pytest.raises(UserError, match=r"classes are .*; expected their number, or different names"):
+        segmentation_score(np.zeros((2, 2), int), np.zeros((2, 2), int), classes)  # type: ignore[arg-type]
+
+
+def test_scattered_segment_ids_are_to_be_renumbered() -> None:
+    maps = np.zeros((2, 2), int)
+    with pytest.raises(UserError, match=r"predictions hold ids up to 1000000000000; .* renumber them from 0"):
+        segmentation_score(maps + 10**12, maps, 2, match="image")
+    with pytest.raises(UserError, match=r"a map of shape \(0, 0\)"):
+        segmentation_score(np.zeros((0, 0), int), np.zeros((0, 0), int), 2)
+
+
 def test_dataset_matching_is_one_assignment_of_the_sums() -> None:
     """Segment 0 is class 0 in the larger image; alone the second image would have it as class 1."""
     labels, found = [np.zeros((4, 4), int), np.array([[1, 1]])], [np.zeros((4, 4), int), np.array([[0, 0]])]

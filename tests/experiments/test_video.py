@@ -242,7 +242,7 @@ def test_a_video_that_begins_with_a_picture(name: str) -> None:
     np.testing.assert_allclose(row["I2I_same_frame"] + row["I2I_other_frames"], row["I2I"], atol=1e-6)
     np.testing.assert_allclose(row["I2T"] + row["I2O"] + row["I2I"], 1, atol=1e-5)
     assert len(budget.request["references"]) == 1
-    with pytest.raises(UserError, match=r"begins with a picture: give it one as reference \(--references FILE\)"):
+    with pytest.raises(UserError, match=r"begins with a picture: give it one as reference \(--references FILE"):
         AttentionBudget(**how).run(model, progress=False)
     with pytest.raises(UserError, match="makes a video of one picture; 2 references are given"):
         AttentionBudget(references=[given, given], **how).run(model, progress=False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.adapters import load_adapter
 from tests import pipelines, tiny
 
@@ -63,6 +63,33 @@ def test_names_that_diffusers_does_not_convert_are_refused_with_what_to_do(
     with pytest.raises(UserError, match=message):
         load_adapter(pipe, str(file))
     assert not hasattr(pipe.transformer, "peft_config")
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "names", "told"),
+    [("cogview4", "transformer.transformer_blocks.0.attn1.to_q", KOHYA, "cannot be loaded: Invalid LoRA checkpoint"),
+     ("krea2", "diffusion_model.transformer_blocks.0.attn.to_q", PEFT, r"does not convert for a Krea2Pipeline \("),
+     ("lumina2", "diffusion_model.layers.0.attn.to_q", PEFT, r"does not convert for a Lumina2Pipeline \("),
+     ("chroma", "lora_unet_transformer_blocks_0_attn_to_q", KOHYA, r"does not convert for a ChromaPipeline \("),
+     ("flux2", "lora_unet_transformer_blocks_0_attn_to_q", KOHYA, "no weights for this transformer; nothing was load"),
+     ("z_image", "lora_transformer_layers_0_attention_to_q", KOHYA, "does not fit this model: 1 of its 1 modules")],
+)  # fmt: skip
+def test_names_at_which_the_conversion_stops_are_refused_with_what_to_do(
+    tmp_path: Path, family: str, module: str, names: tuple[str, str], told: str
+) -> None:
+    file, _ = written(tmp_path, module, names, alpha=1.0 if names is KOHYA else None)
+    with pytest.raises(
+        (UserError, RunError), match=told + r".*[:;] export it in diffusers' format, or rename its tensors"
+    ):
+        load_adapter(pipelines.build(family), str(file))
+
+
+@pytest.mark.parametrize(("family", "kind"), [("bria", "BriaPipeline"), ("prx", "PRXPipeline")])
+def test_a_pipeline_into_which_diffusers_loads_none_is_named(tmp_path: Path, family: str, kind: str) -> None:
+    """PRX's has a loader, which is that of U-Nets."""
+    file, _ = written(tmp_path, "transformer.transformer_blocks.0.attn.to_q", PEFT)
+    with pytest.raises(UserError, match=f"diffusers loads no LoRA into a {kind}: add the changes of"):
+        load_adapter(pipelines.build(family), str(file))
 
 
 def test_a_module_that_is_not_there_after_conversion_is_named(tmp_path: Path) -> None:

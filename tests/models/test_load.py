@@ -167,6 +167,11 @@ def test_missing_weights_are_a_failure_in_one_line(broken: Path) -> None:
 def test_devices_and_dtypes(tiny_directory: Path) -> None:
     with pytest.raises(UserError, match="unknown dtype"):
         load(tiny_directory, dtype="float23")
+    for given in (None, 3, ["scenes-sd3"]):
+        with pytest.raises(UserError, match=r"model is .*; expected a name, a folder or a hub id"):
+            load(given)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"lora is \{\}; expected a name"):
+        load(tiny_directory, lora={})  # type: ignore[arg-type]
     for name in ("gpu", "meta", "cuda:", "cpu:-1", "auto:0", "CUDA", "", "cuda:0:1", torch.device("meta")):
         for check in (pick_device, lambda name: check_device(str(name))):
             with pytest.raises(UserError, match="unknown device"):

@@ -160,6 +160,12 @@ def test_seeds_and_numbers_are_checked_before_anything_runs(model: MMDiT) -> Non
         model.generate("a cat", guidance=float("nan"))
     with pytest.raises(UserError, match="steps 0: expected a finite number from 1"):
         model.generate("a cat", steps=0)
+    with pytest.raises(UserError, match=r"steps 1\.5: expected a whole number"):
+        model.generate("a cat", steps=1.5)  # type: ignore[arg-type]
+    for prompts in (None, 3, [], b"a cat", ["a cat", None], {"a cat": 1}):
+        for ask in (model.generate, model.encode_prompt):
+            with pytest.raises(UserError, match="expected a text, or one text or more in a list"):
+                ask(prompts)  # type: ignore[operator]
     with pytest.raises(UserError, match="sigma nan"):
         model.noise(clean, float("nan"))
 

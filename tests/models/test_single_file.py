@@ -77,6 +77,25 @@ def test_a_file_is_the_pipeline_that_it_belongs_to_with_its_weights(known: Path,
     assert torch.equal(model.encode_prompt("a cat").prompt_embeds, base.encode_prompt("a cat").prompt_embeds)
 
 
+def test_weights_with_scales_of_their_own_are_refused(known: Path, tmp_path: Path) -> None:
+    """As ComfyUI stores float8: diffusers reads the numbers without their scales, and says nothing."""
+    file, weights = tmp_path / "sd3.safetensors", by_its_authors(tiny.transformer(pos_embed_max_size=16))
+    name = "joint_blocks.0.x_block.attn.qkv.weight"
+    scale = weights[name].abs().max() / 448
+    stored = weights | {name: (weights[name] / scale).to(torch.float8_e4m3fn)}
+    for more in ({name.replace("weight", "scale_weight"): scale[None]}, {"scaled_fp8": torch.zeros(2)}):
+        save_file({f"model.diffusion_model.{key}": value for key, value in (stored | more).items()}, file)
+        with pytest.raises(UserError, match=r"scales of their own \(e\.g\. .*scale.* take the file in bfloat16"):
+            load(file, device="cpu")
+    save_file(weights | {name: (100 * weights[name]).to(torch.int8)}, file)
+    with pytest.raises(UserError, match=rf"scales of their own \(e\.g\. '{name}'"):
+        load(file, device="cpu")
+    # float8 without scales is what it says.
+    save_file(weights | {name: weights[name].to(torch.float8_e4m3fn)}, file)
+    found = load(file, device="cpu").transformer.transformer_blocks[0].attn.to_q.weight
+    torch.testing.assert_close(found, weights[name].to(torch.float8_e4m3fn).float()[: len(found)], atol=0, rtol=0)
+
+
 def test_weights_that_are_missing_or_do_not_fit_are_a_failure(known: Path, tmp_path: Path) -> None:
     weights, file = by_its_authors(tiny.transformer()), tmp_path / "sd3.safetensors"
     save_file({name: value for name, value in weights.items() if "context_embedder" not in name}, file)

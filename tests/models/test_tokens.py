@@ -254,3 +254,9 @@ def test_tables_of_fixed_length_are_not_of_a_call_with_more_text() -> None:
     assert fitted(FAMILIES["flux"], [table], 3) == [table]
     assert [len(one) for one in fitted(FAMILIES["flux"], [table], 2) if one is not None] == [2]
     assert fitted(FAMILIES["flux"], [table], 0) == [None]
+
+
+def test_a_prompt_beyond_all_encoders_is_refused(pipe: Any) -> None:
+    with pytest.raises(UserError, match=r"prompt 'a red .* has 30000 characters; at most 20000 are read"):
+        table(pipe, "a red ring" * 3000)
+    assert len(table(pipe, "a red ring " * 1800).tokens) == tiny.CLIP_LENGTH + tiny.T5_LENGTH

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdit_probe import AttentionMass, MMDiT, TextMaps, load, probe
+from mmdit_probe import AttentionMass, Blur, MMDiT, TextMaps, load, probe
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.layout import Layout, Places
@@ -759,3 +759,9 @@ def test_a_run_says_what_it_holds(pipe: Any) -> None:
         assert repr(run) == "Run of SD3Transformer2DModel: AttentionMass; layers 1; 0 denoising calls"
         sample(pipe)
     assert repr(run).endswith("AttentionMass; layers 1; 2 denoising calls")
+
+
+def test_a_class_in_place_of_an_observer_is_refused(pipe: Any) -> None:
+    for given, how in (([AttentionMass], {}), ([], {"edits": [Blur]})):
+        with pytest.raises(UserError, match=r"(AttentionMass|Blur) is a class; expected an observer or an edit"):
+            probe(pipe, *given, **how)

@@ -29,7 +29,7 @@ def folder_with(
 ) -> Path:  # fmt: skip
     facts = {"model": {"id": model, "heads": 2}, "options": plain(asdict(ask))}
     store = FolderStore.open(ask.name, {"model": model, **request}, facts, out=tmp_path / "run", resume=False)
-    with store, store.writing(tuple(tables)), store.task(0, lambda: None) as record:
+    with store, store.writing(tuple(tables)), store.task(0, lambda _: None) as record:
         for name, table in tables.items():
             record.write(name, table)
         if arrays is not None:

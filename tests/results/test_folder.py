@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from typing import Any
 import pytest
 
 from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.experiments.result import Result
 from mmdit_probe.results import RunFolder, latest_run, peak_memory, provenance
-from mmdit_probe.results.folder import fingerprint, read_record, short_hash
+from mmdit_probe.results.folder import check_out, fingerprint, read_record, short_hash
 from mmdit_probe.results.provenance import is_running, this_process
 
 REQUEST = {"layers": "all", "seed": 0}
@@ -317,3 +319,10 @@ def test_peak_memory_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch, sys
 def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot write .*too long; choose another folder with --out"):
         RunFolder.open("demo", REQUEST, out=tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("wrong", [3, 0.5, ["run"]])
+def test_what_is_no_path_is_refused_by_its_value(wrong: Any) -> None:
+    for use in (read_record, check_out, Result.read):
+        with pytest.raises(UserError, match=f"{re.escape(repr(wrong))} is no folder; expected its path"):
+            use(wrong)

@@ -7,6 +7,7 @@ tower is a real one, in test_clip. And what is refused of one's own tensors.
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -369,11 +370,28 @@ def test_shapes_are_checked() -> None:
         ({"i2t": {0: np.ones((6, 3))}, "i2i": {1: np.ones((6, 6))}}, "give the same to all"),
         ({"i2t": {0: np.ones((6, 3)), 1: np.ones((6, 4))}}, r"of \[3, 4\] text positions"),
         ({"i2t": np.ones((6, 3)), "i2t_logit": np.ones((6, 4))}, r"of \[3, 4\] text positions"),
+        ({"i2t": np.ones((6, 3)).astype(object)}, "i2t cannot be read: .* expected a dense array or tensor of real"),
+        ({"i2t": [[1, 2], [1]]}, "i2t cannot be read"),
+        ({"i2t": "abc"}, "i2t cannot be read"),
+        ({"i2t": np.ones((6, 3), complex)}, "i2t is a tensor of torch.complex128"),
+        ({"i2t": torch.ones(6, 3, device="meta")}, "i2t is a tensor without contents"),
+        ({"i2t": torch.eye(6, 3).to_sparse()}, "i2t is a tensor of .* torch.sparse_coo"),
+        ({"i2t": np.ones((6, 3)), "spans": ["cat"]}, "spans: expected class name -> its text positions"),
+        ({"i2t": np.ones((6, 3)), "spans": {"cat": "12"}}, "spans: expected class name"),
+        ({"i2t": np.ones((6, 3)), "spans": {"cat": None}}, "spans: expected class name"),
+        ({"i2t": np.ones((6, 3)), "spans": {"cat": [1.5]}}, "spans: expected class name"),
+        ({"i2t": np.ones((6, 3)), "spans": {3: [1]}}, "spans: expected class name"),
+        ({"i2t": np.ones((6, 3)), "kinds": ["noun"] * 3}, "unknown span kind 'noun'"),
         ({"concepts": np.ones((2, 4)), "spans": {"cat": []}}, "2 concepts for 1 names in spans"),
         ({"concepts": np.ones((1, 4)), "features": np.ones((6, 5)), "spans": {"cat": []}}, "5 channels, concepts 4"),
     ]:
         with pytest.raises(UserError, match=message):
             Capture.of((2, 3), **given)
+    for grid in (6, None, (2, 3, 1), (2.0, 3.0), (0, 6), (-2, -3), "23"):
+        with pytest.raises(UserError, match=r"grid is .*; expected \(h, w\)"):
+            Capture.of(grid, i2t=np.ones((6, 3)))
+    turned = Capture.of((2, 3), i2t=pd.DataFrame(np.arange(18.0).reshape(6, 3))[::-1], spans={"cat": [1]})
+    assert METHODS["seg4diff"](turned).flatten().tolist() == [16, 13, 10, 7, 4, 1]
     one = Capture.of((2, 3), i2t=torch.ones(6, 3), spans={"cat": [], "sky": [1]})
     with pytest.raises(UserError, match="'cat' has no text positions; name at least one in spans"):
         METHODS["seg4diff"](one)
