@@ -12,7 +12,9 @@ checkpoint was replaced: nothing else states these numbers.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -20,7 +22,7 @@ from mmdit_probe import load
 from mmdit_probe.experiments import Score
 from mmdit_probe.experiments.score import REAL
 from mmdit_probe.results.statistics import interval
-from mmdit_probe.scenes.parser import SCORES
+from mmdit_probe.scenes.parser import CONTRASTS, SCORES
 
 OUT = Path(__file__).parent / "results" / "embedded_model"
 MODELS = {"scenes-sd3": "all", "scenes-sd3-random": "none"}
@@ -50,7 +52,7 @@ def means(part: pd.DataFrame) -> dict[str, object]:
     row: dict[str, object] = {"n": len(part)}
     for name in (name for name in SCORES if name in part):
         row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(part[name].astype(float), "share")
-    return row
+    return row | {f"{name}_n": int(part[name].notna().sum()) for name in CONTRASTS if name in part}
 
 
 def as_markdown(
@@ -73,11 +75,23 @@ def as_markdown(
         "|-|-|-|-|-|-|-|",
     ]
     for row in alignment.to_dict("records"):
-        cells = [
-            f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
-            for name in ("things_right", "grounds_right", "all_right", "facts")
-        ]
+        cells = [told(row, name) for name in ("things_right", "grounds_right", "all_right", "facts")]
         lines.append(f"| {row['model']} | {row['category']} | {row['n']} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "What a caption states beside its opposite, of the captions that state it (n): both are false in an image that",
+        "lacks the objects.",
+        "",
+        "| model | category | of | n | shown | the opposite shown |",
+        "|-|-|-|-|-|-|",
+    ]
+    lines += [
+        f"| {row['model']} | {row['category']} | {name} | {row[f'{name}_n']:.0f} | {told(row, name)} |"
+        f" {told(row, opposite)} |"
+        for row in alignment.to_dict("records")
+        for name, opposite in CONTRASTS.items()
+        if row[f"{name}_n"]
+    ]
     n, ceiling = int(maps["n"].iloc[0]), float(maps["ceiling"].iloc[0])
     means = maps[maps["head"] == "mean"]
     table = means.pivot(index=["model", "stream", "layer"], columns=["sigma", "min_max"], values="miou")
@@ -97,10 +111,17 @@ def as_markdown(
     return "\n".join(lines) + "\n"
 
 
+def told(row: Mapping[Any, Any], name: str) -> str:
+    """A score with its interval."""
+    return f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=200, help="captions per category, and scenes")
-    parser.add_argument("--guidance", type=float, nargs="+", default=[3.0, 4.5, 6.0, 7.5], help="chosen among these")
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[3.0, 4.5, 6.0, 7.5, 9.0, 12.0], help="chosen among these"
+    )
     parser.add_argument("--n-val", type=int, default=32, help="val captions per category that choose the guidance")
     parser.add_argument("--num-steps", type=int, default=28)
     parser.add_argument("--sigmas", type=float, nargs="+", default=[0.3, 0.5, 0.75])

@@ -42,6 +42,7 @@ def main() -> None:
     table = RESULTS / "situations.md"
     followed("guide/works-with-what.md", [table])
     followed("guide/growth.md", sorted(RESULTS.glob("growth-*.md")))
+    followed("guide/paper-and-embedded.md", [PICTURES / "paper_findings.md"])
     with mkdocs_gen_files.open("guide/models.md", "w") as page:
         text = (ROOT / "docs" / "guide" / "models.md").read_text(encoding="utf-8")
         for name in ("model_memory", "quantisation"):

@@ -75,6 +75,7 @@ FIGURES = (
     Figure("fig10_magnet", ("lora", "dataset", "clip"), (CHOICE, "analyses/results/magnet_scenes/*")),
     Figure("fig_embedded_training", only="scenes-sd3"),
     Figure("paper_vs_measured", reads=("*.csv",), last=True),
+    Figure("paper_findings", reads=("*.csv",), last=True),
 )
 """In the order of their run time, longest first."""
 

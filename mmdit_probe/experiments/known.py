@@ -29,8 +29,8 @@ _BY_NAME = {
     "FLUX.1-dev": KnownLayers((12, 17), f"{_PAPER}, appendix"),
 }
 _BY_WEIGHTS = {
-    "beb51cdab59d6bdbf09539c6069b6733bc5e37b500c80ec07224a273dc92c742": KnownLayers(
-        (3, 0), "its own selection on scenes:train", (0.5683468073619105, 0.43165319263808954)
+    "33c8d3b44c9b2505c401220210309f2eaf0592a49320df4a7dd3d8381f6349a3": KnownLayers(
+        (3, 1, 5, 0), "its own selection on scenes:train", (0.25, 0.25, 0.25, 0.25)
     ),
 }
 

@@ -203,3 +203,32 @@ def test_the_papers_model_differs_from_the_paper_in_what_was_asked_for_alone(
 )
 def test_figures_of_an_adapted_model_are_named_after_both(known, name):
     assert Result(AttentionBudget(), SimpleNamespace(data={"model": {"id": known}})).model_name == name
+
+
+@pytest.mark.parametrize(
+    ("miou", "prompt", "blurred", "verdicts"),
+    [
+        ({1: 0.60, 2: 0.30}, 9.0, {1: -0.2}, ["agrees, by disjoint intervals", "agrees", "agrees"]),
+        ({1: 0.31, 2: 0.30}, 5.0, {}, ["not decided", "not decided", "not decided"]),
+        ({1: 0.60, 2: 0.30}, 2.0, {2: -0.2}, ["agrees, by disjoint intervals", "differs", "differs"]),
+    ],
+)
+def test_findings_of_the_paper_are_decided_by_intervals(tmp_path, monkeypatch, miou, prompt, blurred, verdicts):
+    """Image values have norm 5; intervals are 0.02 wide for mIoU, 1 for norms. Layer 1 segments best."""
+    monkeypatch.syspath_prepend(str(FIGURES))
+    layers = pd.DataFrame({"layers": list(miou), "role": "method", "refine": "none", "miou": list(miou.values())})
+    layers.assign(miou_low=layers["miou"] - 0.01, miou_high=layers["miou"] + 0.01).to_csv(
+        tmp_path / "fig08_miou_by_layer.csv", index=False
+    )
+    norms = {"layer": [1, 2], "prompt": prompt, "prompt_low": prompt - 0.5, "prompt_high": prompt + 0.5}
+    pd.DataFrame(norms | {"image": 5.0, "image_low": 4.5, "image_high": 5.5}).to_csv(
+        tmp_path / "fig04_value_norms.csv", index=False
+    )
+    rows = [
+        {"layer": layer, "outcome": "facts", "n": 99, "effect": effect, "low": effect, "high": effect,
+         "verdict": "beyond control" if effect else "no effect"}
+        for layer, effect in ({1: 0.0, 2: 0.0} | blurred).items()
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_csv(tmp_path / "fig18_blur_scores.csv", index=False)
+    text = importlib.import_module("paper_findings").markdown(tmp_path, "tiny")
+    assert [line.split(" | ")[-1].rstrip(" |") for line in text.splitlines() if line.startswith("| ")][1:] == verdicts

@@ -1,0 +1,138 @@
+"""What arXiv:2509.18096 finds in Stable Diffusion 3, and whether this model shows it: `paper_findings.md`.
+
+    python figures/paper_findings.py --model ...
+
+Reads the CSVs that the other scripts wrote to `figures/out/<model>/` and says of every finding what was measured here,
+and whether it agrees. Where it does not, what else was measured that bears on it stands below. The paper's layers have
+no counterpart in another model; the same question is asked of the layer whose raw I2T maps segment best in it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from paper_vs_measured import read
+from runs import options_of, target
+
+from mmdit_probe.data import paper_table
+
+AGREES, DIFFERS, OPEN = "agrees", "differs", "not decided"
+BLUR_EXPERT = 9
+"""The layer of SD3-medium whose blur costs most in the paper's Fig. 18, whose numbers are only drawn."""
+
+
+def main() -> None:
+    options = options_of(__doc__).parse_args()
+    path = target(options, options.model, "paper_findings").with_suffix(".md")
+    path.write_text(markdown(path.parent, Path(options.model).name), encoding="utf-8")
+    print(path)
+
+
+def markdown(folder: Path, model: str) -> str:
+    """The findings as a table, and what else was measured as a list; only that of which there are files."""
+    layers = read(folder, "fig08_miou_by_layer")
+    if layers.empty:
+        return f"# The paper's findings in {model}\n\nNot measured: `fig08_miou_by_layer` is not there.\n"
+    raw, centred = alone(layers, "none"), alone(layers, "centre")
+    best = int(raw.index[0])
+    rows = [
+        one_layer(raw), *value_norms(read(folder, "fig04_value_norms"), best),
+        *blur(read(folder, "fig18_blur_scores"), best),
+    ]  # fmt: skip
+    lines = [
+        f"# The paper's findings in {model}",
+        "",
+        "Written by `python figures/paper_findings.py`. [95 % intervals]",
+    ]
+    lines += ["", "| finding | the paper, SD3-medium | here | |", "|-|-|-|-|"]
+    lines += [f"| {' | '.join(row)} |" for row in rows]
+    beside = [*rescaled(centred, best), *written(read(folder, "contribution_budget"), best)]
+    return "\n".join([*lines, "", *([f"Beside it, where layer {best} of {model} is concerned:", ""] if beside else []),
+                      *(f"* {line}" for line in beside)]) + "\n"  # fmt: skip
+
+
+def alone(layers: pd.DataFrame, refine: str) -> pd.DataFrame:
+    """The mIoU of each layer alone, best first, by layer."""
+    found = layers[layers["layers"].notna() & (layers["role"] == "method") & (layers["refine"] == refine)]
+    return found.assign(layer=found["layers"].astype(int)).set_index("layer").sort_values("miou", ascending=False)
+
+
+def one_layer(raw: pd.DataFrame) -> list[str]:
+    """Whether the best layer's interval lies above that of the second."""
+    paper = paper_table("miou_by_layer").set_index("layer")["miou"].sort_values(ascending=False)
+    first, second = raw.iloc[0], raw.iloc[1]
+    told = [f"layer {row.name}: {interval(row, 'miou', '{:.3f}')}" for row in (first, second)]
+    stands = first["miou_low"] > second["miou_high"]
+    return [
+        "one layer's raw I2T maps segment best (Fig. 8, mIoU)",
+        "; ".join(f"layer {layer}: {value / 100:.3f}" for layer, value in paper.iloc[:2].items()), "; ".join(told),
+        f"{AGREES}, by disjoint intervals" if stands else OPEN,
+    ]  # fmt: skip
+
+
+def value_norms(norms: pd.DataFrame, best: int) -> list[list[str]]:
+    """Whether prompt tokens have larger value norms than image tokens in the layer that segments best."""
+    if norms.empty:
+        return []
+    paper = paper_table("value_norm_by_layer").set_index("layer").loc[BLUR_EXPERT]
+    here = norms.set_index("layer").loc[best]
+    verdict = AGREES if here["prompt_low"] > here["image_high"] else DIFFERS
+    if here["prompt_low"] <= here["image_high"] and here["prompt_high"] >= here["image_low"]:
+        verdict = OPEN
+    larger = [str(row["layer"]) for row in norms.to_dict("records") if row["prompt_low"] > row["image_high"]]
+    told = f"layer {best}: {interval(here, 'prompt', '{:.1f}')} against {interval(here, 'image', '{:.1f}')}"
+    return [[
+        "in it, the values of prompt tokens are larger than those of image tokens (Fig. 4)",
+        f"layer {BLUR_EXPERT}: {paper['prompt']:.1f} against {paper['image']:.1f}",
+        f"{told}; larger in layer {', '.join(larger) or 'none'}", verdict,
+    ]]  # fmt: skip
+
+
+def blur(scores: pd.DataFrame, best: int) -> list[list[str]]:
+    """Whether blurring I2T costs alignment in that layer, and where else it does, beyond a change of equal size."""
+    if scores.empty or "facts" not in set(scores["outcome"]):
+        return []
+    facts = scores[(scores["outcome"] == "facts") & (scores["layer"] >= 0)].set_index("layer")
+    beyond = [layer for layer, row in facts.iterrows() if row["verdict"] == "beyond control" and row["effect"] < 0]
+    told = "; ".join(f"layer {layer}: {interval(facts.loc[layer], 'effect', '{:+.3f}')}"
+                     for layer in dict.fromkeys([best, *beyond]))  # fmt: skip
+    verdict = AGREES if beyond == [best] else DIFFERS if beyond else OPEN
+    return [[
+        "blurring its I2T costs most of what the prompt asked for (Fig. 5, 18)", f"layer {BLUR_EXPERT}, as drawn",
+        f"share of facts, n = {int(facts['n'].max())}: {told}; beyond the control in layer "
+        f"{', '.join(map(str, beyond)) or 'none'}", verdict,
+    ]]  # fmt: skip
+
+
+def rescaled(centred: pd.DataFrame, best: int) -> list[str]:
+    """Which layer is best once each word's map is rescaled: the scale of a map is not where it looks."""
+    if centred.empty:
+        return []
+    first = centred.iloc[0]
+    same = "the same" if first.name == best else "another"
+    return [f"with each map centred, layer {first.name} segments best, {interval(first, 'miou', '{:.3f}')}: {same}"
+            " layer. Raw maps are compared in their scale as well as in their place."]  # fmt: skip
+
+
+def written(budget: pd.DataFrame, best: int) -> list[str]:
+    """Which layer's words write most into image tokens."""
+    if budget.empty:
+        return []
+    words = budget[budget["group"] == "word"].set_index("layer").sort_values("relative", ascending=False)
+    first, own = words.iloc[0], words.loc[best]
+    return [
+        f"words write most into image tokens at layer {first.name}: norm {interval(first, 'relative', '{:.2f}')} of"
+        f" all that attention writes; at layer {best}: {interval(own, 'relative', '{:.2f}')} (contribution budget)"
+    ]
+
+
+def interval(row: pd.Series, name: str, form: str) -> str:
+    """A value with its interval."""
+    ends = [f"{name}_{end}" if f"{name}_{end}" in row else end for end in ("low", "high")]
+    value, *ends = (form.format(row[column]) for column in (name, *ends))
+    return f"{value} [{', '.join(ends)}]"
+
+
+if __name__ == "__main__":
+    main()
