@@ -218,6 +218,16 @@ def test_options_of_another_kind_are_refused(method: str, text: str, words: str)
         METHODS[method].configure({name: value})
 
 
+@pytest.mark.parametrize("option", ["softmax", "normalise"])
+def test_a_written_none_is_the_word_where_an_option_knows_it(option: str) -> None:
+    """`--set conceptattention.normalise=none` was refused: the text was read as nothing at all."""
+    one = worlds.capture(worlds.masks(), noise=0.2)
+    name, value = parse_option(f"{option}=none")
+    written = METHODS["conceptattention"].configure({name: value})
+    assert written.options == {option: "none"}
+    assert torch.equal(written(one), METHODS["conceptattention"].configure({option: "none"})(one))
+
+
 def test_one_head_may_be_named_by_its_number() -> None:
     one = worlds.capture(worlds.masks(), heads=3, noise=0.2)
     by_number, by_list = (METHODS["seg4diff"].configure({"heads": heads})(one) for heads in (2, [2]))

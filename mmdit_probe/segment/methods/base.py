@@ -88,10 +88,13 @@ class Method:
             UserError: it has no such option, or the value is of another kind than the option's.
         """
         kinds = get_type_hints(self.run)
+        read = {}
         for name, value in options.items():
             check_known(f"option of {self.name}", name, self.defaults)
-            _check(self.name, name, kinds[name], value)
-        return replace(self, options={**self.options, **options})
+            # A written "none" is the word where the option has no other use of it.
+            read[name] = "none" if value is None and kinds[name] is str and name != "heads" else value
+            _check(self.name, name, kinds[name], read[name])
+        return replace(self, options={**self.options, **read})
 
     def __call__(self, capture: Capture) -> Tensor:
         """Maps of one capture; see `run`.
