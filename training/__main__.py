@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             run_session(asked)
     except (ProbeError, TyperException) as error:
-        message = error.format_message() if isinstance(error, TyperException) else str(error)
+        message = (
+            error.format_message().replace("Value error, ", "") if isinstance(error, TyperException) else str(error)
+        )
         print(f"error: {message}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, Abort):

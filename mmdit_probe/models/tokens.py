@@ -487,7 +487,7 @@ def _piece_places(pieces: Sequence[str], text: str, unknown_piece: str) -> list[
     """First and last character of every token of a text where these are its pieces, in order (SentencePiece); nothing
     if they are not. Unknown pieces and bytes stand for what lies between the others."""
     letters, origins = folded(text)
-    letters, origins = f"{letters} ", [*origins, len(text), len(text)]
+    letters, origins = f"{letters} ", (*origins, len(text), len(text))
     found: list[tuple[int, int]] = []
     at = waiting = 0
     for piece in [*pieces, ""]:

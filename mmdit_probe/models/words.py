@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Collection
+from functools import lru_cache
 
 _WORD = re.compile(r"w[wm]*(?:jw[wm]*)*|b[bm]*|[jom]m*")
 """A word in the classes of its characters: w letter or digit, b the same of a script without blanks, m mark or joiner,
@@ -56,8 +57,8 @@ def find(phrase: str, text: str, *, whole: bool = True) -> list[tuple[int, int]]
     """
     wanted = folded(phrase)[0].strip()
     letters, places = folded(text)
-    places.append(len(text))
-    edges = {edge for first, last in words(text, range(len(text))) for edge in (first, last)}
+    places = (*places, len(text))
+    edges = _edges(text)
     found: list[tuple[int, int]] = []
     at = letters.find(wanted) if wanted else -1
     while at >= 0:
@@ -72,7 +73,8 @@ def find(phrase: str, text: str, *, whole: bool = True) -> list[tuple[int, int]]
     return found
 
 
-def folded(text: str) -> tuple[str, list[int]]:
+@lru_cache(4096)  # every word of a prompt is looked for in the same few texts
+def folded(text: str) -> tuple[str, tuple[int, ...]]:
     """A text as it is compared, and the place in the original of each of its characters."""
     units: list[tuple[str, int]] = []
     for place, character in enumerate(text):
@@ -86,7 +88,13 @@ def folded(text: str) -> tuple[str, list[int]]:
             while last > 0 and unicodedata.combining(units[last - 1][0]) > unicodedata.combining(units[last][0]) > 0:
                 units[last - 1], units[last] = units[last], units[last - 1]
                 last -= 1
-    return "".join(letter for letter, _ in units), [place for _, place in units]
+    return "".join(letter for letter, _ in units), tuple(place for _, place in units)
+
+
+@lru_cache(256)
+def _edges(text: str) -> frozenset[int]:
+    """Where a word begins or ends; in a script without blanks, anywhere."""
+    return frozenset(edge for span in words(text, range(len(text))) for edge in span)
 
 
 def _class_of(character: str) -> str:
@@ -99,7 +107,7 @@ def _class_of(character: str) -> str:
     return " " if character.isspace() else "o"
 
 
-def _starts_letter(letters: str, places: list[int], at: int) -> bool:
+def _starts_letter(letters: str, places: tuple[int, ...], at: int) -> bool:
     """Whether a letter of the original begins here, and no mark on the one before."""
     if at == 0 or at >= len(letters):
         return True

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import time
 import unicodedata
 
 import pytest
@@ -84,3 +86,12 @@ def test_every_character_of_a_folded_text_has_its_place(text: str) -> None:
     letters, places = folded(text)
     assert len(letters) == len(places) and set(places) <= set(range(len(text)))
     assert folded(unicodedata.normalize("NFD", text))[0] == letters
+
+
+def test_every_word_of_a_long_text_is_found_in_little_time() -> None:
+    """3000 different words took minutes: the text was read anew for each."""
+    long = [a + b + c for a, b, c in itertools.product("abcdefghijklmno", repeat=3)][:3000]
+    text = " ".join(long)
+    start = time.process_time()
+    assert [find(word, text) for word in long] == [[(at, at + 3)] for at in range(0, 4 * len(long), 4)]
+    assert time.process_time() - start < 5
