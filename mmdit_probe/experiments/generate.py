@@ -34,7 +34,7 @@ from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import NONE, interval
 from mmdit_probe.scenes.captions import STATED
-from mmdit_probe.specs import Spec, layer_indices, listed
+from mmdit_probe.specs import Spec, layer_indices, numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,12 +102,11 @@ class Generate(Edited, JudgedSweep):
         Raises:
             UserError: they are no finite numbers.
         """
-        asked = self.perturb_scale
         try:
-            scales = [float(part) for part in listed(asked if isinstance(asked, str | Sequence) else [asked])]
+            scales = numbers(self.perturb_scale)
         except ValueError:
-            scales = [math.nan]
-        if not all(math.isfinite(scale) and abs(scale) <= 1000 for scale in scales):
+            scales = []
+        if not scales or not all(math.isfinite(scale) and abs(scale) <= 1000 for scale in scales):
             raise UserError(
                 f"--perturb-scale {self.perturb_scale!r}: expected a number of -1000 to 1000, or numbers by comma"
             )

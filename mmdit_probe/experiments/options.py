@@ -42,7 +42,7 @@ class LayersAndHeads:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
-        if self.selection is not None and (self.layers != "all" or self.heads != "all"):
+        if self.selection is not None and (str(self.layers) != "all" or str(self.heads) != "all"):
             raise UserError("--selection names layers and heads already; leave --layers and --heads out")
         check_spec(self.layers, layer_indices)
         if not isinstance(self.heads, Mapping):
@@ -61,8 +61,15 @@ class LayersAndHeads:
 
 
 def checked_heads(heads: HeadSpec, layers: Sequence[int], count: int) -> HeadSpec:
-    """Heads as indices: of all layers, or layer -> heads."""
+    """Heads as indices: of all layers, or layer -> heads.
+
+    Raises:
+        UserError: they do not exist, or are named for a layer that is not read.
+    """
     if isinstance(heads, Mapping):
+        unread = next((layer for layer in heads if layer not in layers), None)
+        if unread is not None:
+            raise UserError(f"heads are named of layer {unread!r}; read are layers {', '.join(map(str, layers))}")
         return {layer: heads_at(heads, layer, count) for layer in layers}
     return heads_at(heads, -1, count)
 

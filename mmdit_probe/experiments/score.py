@@ -26,7 +26,7 @@ from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import stills
 from mmdit_probe.results.statistics import defined, interval, no_worse
-from mmdit_probe.specs import listed
+from mmdit_probe.specs import listed, numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -157,7 +157,7 @@ class Score(Sampling, Referring, Experiment):
         if self.maps == "none":
             return []
         try:
-            levels = [float(part) for part in listed(self.maps)]
+            levels = numbers(self.maps)
         except ValueError:
             levels = []
         if not levels or not all(0 <= level <= 1 for level in levels):
