@@ -151,7 +151,7 @@ def _paired(first: pd.DataFrame, second: pd.DataFrame, margin: float | None) -> 
 
 
 def _whole_entry(name: str) -> str:
-    """The entry of a request that a name of `results.folder.differences` is in, also where it tells one of its parts."""
+    """The entry of a request that a name from `results.folder.differences` belongs to, which may tell a part of it."""
     return name.removeprefix("number of ").partition(":")[0]
 
 

@@ -243,7 +243,9 @@ class Discover(OnePicture):
         )
         if self.candidates is None:
             return found
-        return name_segments(model, found, self.names(), method=self.names_by, weights=read.reading.weights)
+        return name_segments(
+            model, found, self.names(), method=self.names_by, weights=read.reading.weights, reference=self.reference
+        )
 
     def _request(self, read: Read, values: dict[str, Any]) -> dict[str, Any]:
         named = {"names": [list(one.synonyms) for one in self.names()], "names_by": self.names_by}
