@@ -210,8 +210,10 @@ class Pictured:
         ),
     ] = None  # fmt: skip
     prompts: Annotated[
-        str | Sequence[str] | None, Option("One prompt for all pictures.", shown_default="their captions", panel=INPUT)
-    ] = None
+        str | Sequence[str] | None,
+        Option("A text for all pictures, or a file with one per line and picture.", shown_default="their captions",
+               panel=INPUT),
+    ] = None  # fmt: skip
     limit: Annotated[int | None, Option("Use the first LIMIT pictures.", min=1, panel=INPUT)] = None
     sigma: Annotated[
         float, Option("Noise level, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1, panel=METHOD)
@@ -251,11 +253,13 @@ def samples_of(source: str | Path | Sequence[Any], limit: int | None) -> list[Sa
 
 
 def captions_of(prompts: str | Sequence[str] | None, pictures: Sequence[Sample]) -> list[str]:
-    """Each picture's own caption, one text for all, or one per picture."""
-    texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
-    if len(texts) not in (0, 1, len(pictures)):
+    """Each picture's own caption, one text for all, or one per picture; a file and a set are read."""
+    if prompts is None:
+        return [picture.prompt for picture in pictures]
+    texts = prompts_of(prompts, None, False, len(pictures))
+    if len(texts) not in (1, len(pictures)):
         raise UserError(f"{len(texts)} prompts for {len(pictures)} pictures; expected none, one, or one per picture")
-    return [picture.prompt for picture in pictures] if not texts else texts * (len(pictures) // len(texts))
+    return texts * (len(pictures) // len(texts))
 
 
 def notes_on(model: MMDiT, pictures: Sequence[Sample], texts: Sequence[str] = ()) -> list[str]:

@@ -69,7 +69,8 @@ class OnePicture(Reads, _Checked):
         super().__post_init__()
         check_method(self.method, self.unsupervised)
         parse_steps(self.refine)
-        self.values()
+        if "heads" in self.values() and (self.heads is not None or self.selection is not None):
+            raise UserError("--set heads and --heads or --selection both name heads; give one")
 
     def values(self) -> dict[str, Any]:
         """The options of the method."""
@@ -97,6 +98,7 @@ class OnePicture(Reads, _Checked):
         """
         from mmdit_probe.data.labels import read_label_map, region_ids
         from mmdit_probe.experiments.target import Named, as_model, named
+        from mmdit_probe.segment.methods import METHODS
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
         check_out(out)
@@ -109,7 +111,8 @@ class OnePicture(Reads, _Checked):
             check_streams_read(self.values(), "no_t5" in target.text)
         model = as_model(target, shown)
         read = self.reading(Network.of(model))
-        values = self.values() | ({} if read.heads is None else {"heads": read.heads})
+        reads_heads = self.heads is not None or "heads" in METHODS[self.method].defaults
+        values = self.values() | ({"heads": read.heads} if read.heads is not None and reads_heads else {})
         notes = [f"{sample.name}: {note}" for note in sample.notes] + read.notes
         notes += [note for note in [model.unknown_words_note([n for one in classes for n in one.synonyms])] if note]
         notes += notes_on(model, [sample])

@@ -119,8 +119,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         if self.images is None:
             return prompts_of(self.prompts, self.limit, scenes, DEFAULT_PROMPTS), []
         pictures = samples_of(self.images, self.limit)
-        texts = [] if self.prompts is None else prompts_of(self.prompts, None, scenes, len(pictures))
-        return captions_of(texts, pictures), pictures
+        return captions_of(self.prompts, pictures), pictures
 
     def prepare(self, model: MMDiT, inputs: tuple[list[str], list[Sample]]) -> Study:
         texts, pictures = inputs

@@ -30,10 +30,12 @@ from mmdit_probe.experiments import (
     FeaturePCA,
     Generate,
     Perturb,
+    Report,
     Result,
     Score,
     SelectLayers,
     ValueNorms,
+    WordMaps,
     experiment_of,
     read,
 )
@@ -269,6 +271,7 @@ def test_targets(loaded: MMDiT, tiny_directory: Path) -> None:
         (SelectLayers, {"rule": "rank"}, "unknown rule 'rank': did you mean 'ranks'"),
         (SelectLayers, {"split": "val", "report": "val"}, "--split and --report are both 'val'"),
         (SelectLayers, {"limit": 3}, "--limit is 3; expected a whole number of at least 4"),
+        (Report, {"control": "shuffled"}, "unknown control 'shuffled'"),
         (Score, {"baseline": "bas"}, "unknown variant 'bas': did you mean 'base'"),
         (Score, {"maps": "2"}, "--maps '2': expected noise levels in 0..1"),
         (Score, {"lora": ["nowhere/at/all"]}, "no LoRA 'nowhere/at/all'"),
@@ -297,6 +300,18 @@ def test_options_come_back_from_a_record(ask: Experiment, read: dict[str, Any]) 
     again = experiment_of(ask.name, record)
     assert {name: getattr(again, name) for name in read} == read
     assert plain(asdict(again)) == plain(asdict(ask))
+
+
+def test_texts_of_pictures_may_stand_in_a_file(tmp_path: Path) -> None:
+    """The name of the file was taken for the text."""
+    (tmp_path / "texts.txt").write_text("a cat\n# a remark\n\na red ring\n", encoding="utf-8")
+    told = {"images": "scenes:val", "limit": 2, "prompts": str(tmp_path / "texts.txt")}
+    for ask in (Diagnose(**told), FeaturePCA(**told)):  # type: ignore[arg-type]
+        assert ask.captions(ask.gather(True)) == ["a cat", "a red ring"]
+    drawn = WordMaps(prompt=str(tmp_path / "texts.txt"), image="scenes:val", limit=2)
+    assert drawn.gather(True)[0] == AttentionBudget(**told).gather(True)[0] == ["a cat", "a red ring"]  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="2 prompts for 3 pictures"):
+        replace(drawn, limit=3).gather(True)
 
 
 def test_a_number_that_is_written_twice_counts_once() -> None:
