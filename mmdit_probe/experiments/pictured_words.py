@@ -86,6 +86,8 @@ class Pictures(Sampling, Referring, Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.image is not None and self.images_per_prompt != 1:
+            raise UserError("--images-per-prompt is of pictures that are drawn; with --image leave it out")
         layers = getattr(self, "layers", None)
         if layers is not None:
             check_spec(layers, layer_indices)

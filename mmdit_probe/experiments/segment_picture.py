@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.segment.run import Segmentation
 
+READ_REGIONS = ("corrclip", "regions", "vote")
+"""Methods and steps that take another program's regions."""
 REFINE = f"none, or steps joined by +: {', '.join(STEPS)}; affinity:3 for three rounds."
 
 
@@ -68,7 +70,9 @@ class OnePicture(Reads, _Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_method(self.method, self.unsupervised)
-        parse_steps(self.refine)
+        steps = {name for name, _ in parse_steps(self.refine)}
+        if self.regions is not None and not {self.method, *steps} & {*READ_REGIONS}:
+            raise UserError(f"--regions are read by {', '.join(READ_REGIONS)} alone; name one as method or refinement")
         if "heads" in self.values() and (self.heads is not None or self.selection is not None):
             raise UserError("--set heads and --heads or --selection both name heads; give one")
 
@@ -229,6 +233,8 @@ class Discover(OnePicture):
         if self.names_by in BLIND:
             raise UserError(f"--names-by {self.names_by!r} reads no names; take one of {', '.join(NAMED)}")
         check_method(self.names_by)
+        if self.candidates is None and self.names_by != type(self).names_by:
+            raise UserError("--names-by says how segments take one of the candidates; give them with --names")
 
     def values(self) -> dict[str, Any]:
         return super().values() | ({} if self.tau is None else {"tau": self.tau})

@@ -181,6 +181,8 @@ def test_regions_that_do_not_fit_are_refused_before_the_model_runs(
         picture,
         "--classes",
         "cat",
+        "--refine",
+        "vote",
         "--model",
         str(tiny_directory),
         "--regions",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -154,6 +155,20 @@ def test_what_says_nothing_or_is_not_read_is_refused(options: dict[str, Any], wo
     with pytest.raises(UserError) as refused:
         Evaluate(**options)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Segment(image="a.png", classes="cat", regions="r.png", refine="pamr"), "--regions are read by corrclip"),
+        (lambda: Segment(image="a.png", classes="cat", heads=0, options=["heads=1"]), "--set heads and --heads"),
+        (lambda: Discover(image="a.png", names_by="proxyclip"), "give them with --names"),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_of_one_picture_is_refused(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make()
+    assert Segment(image="a.png", classes="cat", regions="r.png", refine="vote").regions == Path("r.png")
 
 
 def test_rows_tell_the_heads_that_a_method_reads() -> None:

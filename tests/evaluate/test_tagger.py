@@ -91,7 +91,7 @@ def test_the_shipped_taggers_beat_chance_on_scenes() -> None:
         (["--tagger", "scenes-clip", "--tag-split", "scenes:val"], "choose the threshold on others"),
         (
             ["--tagger", "scenes-parser", "--dataset", "scenes", "--tag-split", "scenes:val"],
-            "scenes:val:0 of 'scenes:val' is",
+            "val:0 of 'scenes:val' is",
         ),
         (["--tagger", "scenes-clip", "--tag-split", "scenes:train", "--tag-threshold", "0"], "give one of them"),
         (["--tagger", "scenes-clip", "--protocol", "present"], "for --protocol predicted alone"),

@@ -268,6 +268,9 @@ def test_targets(loaded: MMDiT, tiny_directory: Path) -> None:
         (Generate, {"perturb_scale": "two"}, "--perturb-scale 'two': expected a number"),
         (Generate, {"perturb_layers": 1, "selection": "s.json"}, "--perturb-layers and --selection both name layers"),
         (Generate, {"perturb_scale": []}, "--perturb-scale []: expected a number"),
+        (Generate, {"each": True}, "--each is of perturbed guidance: name its layers"),
+        (Generate, {"control": "random,noise"}, "--control is of perturbed guidance"),
+        (WordMaps, {"image": "a.png", "images_per_prompt": 2}, "--images-per-prompt is of pictures that are drawn"),
         (SelectLayers, {"rule": "rank"}, "unknown rule 'rank': did you mean 'ranks'"),
         (SelectLayers, {"split": "val", "report": "val"}, "--split and --report are both 'val'"),
         (SelectLayers, {"limit": 3}, "--limit is 3; expected a whole number of at least 4"),
@@ -291,7 +294,7 @@ def test_options_are_refused_when_they_are_given(kind: type[Experiment], options
         (AttentionBudget(layers=range(2)), {"layers": [0, 1]}),
         (AttentionBudget(layers=np.array([2, 4])), {"layers": [2, 4]}),
         (AttentionBudget(layers={3}, heads={3: (0, 1)}), {"layers": [3], "heads": {3: [0, 1]}}),
-        (Generate(perturb_scale=(1.0, 2.0)), {"perturb_scale": [1.0, 2.0]}),
+        (Generate(perturb_layers=1, perturb_scale=(1.0, 2.0)), {"perturb_scale": [1.0, 2.0]}),
     ],
 )
 def test_options_come_back_from_a_record(ask: Experiment, read: dict[str, Any]) -> None:
@@ -315,7 +318,7 @@ def test_texts_of_pictures_may_stand_in_a_file(tmp_path: Path) -> None:
 
 
 def test_a_number_that_is_written_twice_counts_once() -> None:
-    assert Generate(perturb_scale="2,2.0,1").scales() == [2.0, 1.0]
+    assert Generate(perturb_layers=1, perturb_scale="2,2.0,1").scales() == [2.0, 1.0]
     assert Score(maps="0.5,0.50").sigmas() == [0.5]
     assert Evaluate(sigma="0.3,0.30,0.5").sigmas() == Evaluate(sigma=[0.3, 0.5, 0.3]).sigmas() == [0.3, 0.5]
 
