@@ -81,6 +81,13 @@ def described(options: Any) -> Iterator[Described]:
         yield Described(field.name, hint, said)
 
 
+def changed(options: Any, *names: str) -> str | None:
+    """The flag of the first of these options that has another value than its default: what nothing would read."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    told = (one for one in described(options) if one.name in names)
+    return next((one.flag for one in told if str(getattr(options, one.name)) != str(defaults[one.name])), None)
+
+
 def check(options: object) -> None:
     """Hold every field of an options dataclass to its type, choices and range; nested dataclasses too. A text becomes a
     path where the option is one: so it is written in Python, and read from a record.

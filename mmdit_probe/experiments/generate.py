@@ -31,7 +31,7 @@ from mmdit_probe.experiments.sweep import (
     sheet_cells,
 )
 from mmdit_probe.experiments.text import TextTable, bounded, signed
-from mmdit_probe.options import Option
+from mmdit_probe.options import Option, changed
 from mmdit_probe.results.statistics import NONE, interval
 from mmdit_probe.scenes.captions import STATED
 from mmdit_probe.specs import Spec, layer_indices, numbers
@@ -48,8 +48,6 @@ PLACE = ["layers", "scale", "control"]
 ROW = ["item", "prompt", "seed", *PLACE]
 SHARES = ("facts", "things_right", "grounds_right", *STATED, "relabelled")
 """Outcomes in [0, 1]."""
-_GUIDED = ("perturb_scale", "each", "start", "stop")
-"""Options that no image depends on without perturbed layers."""
 SHOWN_PROMPTS = 8
 """Prompts in the contact sheet."""
 
@@ -97,11 +95,10 @@ class Generate(Edited, JudgedSweep):
         if self.start > self.stop:
             raise UserError(f"--start {self.start:g} is after --stop {self.stop:g}: nothing would be guided")
         self.scales()
-        unread = [name for name in _GUIDED if getattr(self, name) != getattr(type(self), name)]
-        unread += ["control"] * bool({*EQUAL} & {*self.chosen_controls()})
+        equal = bool({*EQUAL} & {*self.chosen_controls()})
+        unread = changed(self, "perturb_scale", "each", "start", "stop", *(["control"] if equal else []))
         if self.perturb_layers is None and self.selection is None and unread:
-            flag = f"--{unread[0].replace('_', '-')}"
-            raise UserError(f"{flag} is of perturbed guidance: name its layers with --perturb-layers or --selection")
+            raise UserError(f"{unread} is of perturbed guidance: name its layers with --perturb-layers or --selection")
 
     def scales(self) -> list[float]:
         """The scales of the guidance.

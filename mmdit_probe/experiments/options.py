@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.options import Option
+from mmdit_probe.options import Option, changed
 from mmdit_probe.results.clip import Clip, check_video_file
 from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, heads_at, layer_indices, listed
 
@@ -328,6 +328,9 @@ class Edited:
         super().__post_init__()  # type: ignore[misc]
         if self.kernel % 2 == 0:
             raise UserError(f"--kernel is {self.kernel}; expected an odd number of taps")
+        unread = changed(self, "blur_sigma", "kernel", "border", "where")
+        if self.edit in ("zero", "mean") and unread:
+            raise UserError(f"{unread} is of blurs; with --edit {self.edit} leave it out")
         if self.key == "reference" and self.streams:
             raise UserError("--streams selects text keys; with --key reference leave it out")
 

@@ -160,7 +160,7 @@ def test_what_says_nothing_or_is_not_read_is_refused(options: dict[str, Any], wo
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: Segment(image="a.png", classes="cat", regions="r.png", refine="pamr"), "--regions are read by corrclip"),
+        (lambda: Segment(image="a.png", classes="cat", regions="r.png", refine="pamr"), "read by corrclip"),
         (lambda: Segment(image="a.png", classes="cat", heads=0, options=["heads=1"]), "--set heads and --heads"),
         (lambda: Discover(image="a.png", names_by="proxyclip"), "give them with --names"),
     ],

@@ -44,6 +44,15 @@ def draw(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
+def test_an_option_keeps_the_words_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A written none is the word where there is one, and nothing where the option may be nothing."""
+    monkeypatch.syspath_prepend(str(FIGURES))
+    given = importlib.import_module("runs").given
+    told = SimpleNamespace(set=["sweep=none", "limit=none", "preset=none", "noise_seeds=2", "background=none"])
+    expected = {"sweep": "none", "limit": None, "preset": None, "noise_seeds": 2, "background": "none"}
+    assert given(told, Evaluate) == expected and Evaluate(**expected).sweep == "none"
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "expected"),
     [
@@ -56,15 +65,6 @@ def draw(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
          {"fig06_guidance.png", "fig06_guidance_scores.png"}),
     ],
 )  # fmt: skip
-def test_an_option_keeps_the_words_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A written none is the word where there is one, and nothing where the option may be nothing."""
-    monkeypatch.syspath_prepend(str(FIGURES))
-    given = importlib.import_module("runs").given
-    told = SimpleNamespace(set=["sweep=none", "limit=none", "preset=none", "noise_seeds=2", "background=none"])
-    expected = {"sweep": "none", "limit": None, "preset": None, "noise_seeds": 2, "background": "none"}
-    assert given(told, Evaluate) == expected and Evaluate(**expected).sweep == "none"
-
-
 def test_scripts_of_commands(draw, script, arguments, expected):
     files = draw(script, *arguments)
     assert {name for name in files if name.endswith(".png")} == expected

@@ -75,7 +75,6 @@ def run(out: Path, config: MagnetOptions = CONFIG, **options: Any) -> TrainResul
     return train(fresh(), Pictures(), config, out=out, **options)
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.6])
 def test_scenes_by_their_short_name_are_validated_too() -> None:
     """`scenes` means scenes:train, and was trained on without held-out pictures."""
     model = SimpleNamespace(default_size=(64, 64))
@@ -85,6 +84,7 @@ def test_scenes_by_their_short_name_are_validated_too() -> None:
         assert [one.name for one in held] == ["scenes:val:0", "scenes:val:1"][:count]
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.6])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, ema: float) -> None:
     config, held_out = replace(CONFIG, ema=ema, validate_every=2, save_every=2), [Pictures()[0]]
     whole = run(tmp_path / "whole", config, held_out=held_out)
