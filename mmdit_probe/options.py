@@ -19,6 +19,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from mmdit_probe.errors import UserError, unknown
@@ -80,14 +81,25 @@ def described(options: Any) -> Iterator[Described]:
         yield Described(field.name, hint, said)
 
 
+def changed(options: Any, *names: str) -> str | None:
+    """The flag of the first of these options that has another value than its default: what nothing would read."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    told = (one for one in described(options) if one.name in names)
+    return next((one.flag for one in told if str(getattr(options, one.name)) != str(defaults[one.name])), None)
+
+
 def check(options: object) -> None:
-    """Hold every field of an options dataclass to its type, choices and range; nested dataclasses too.
+    """Hold every field of an options dataclass to its type, choices and range; nested dataclasses too. A text becomes a
+    path where the option is one: so it is written in Python, and read from a record.
 
     Raises:
         UserError: names the flag, the value, and what was expected.
     """
     for field in described(options):
         value = getattr(options, field.name)
+        if isinstance(value, str) and _mentions(field.type, Path) and not _mentions(field.type, str):
+            value = Path(value)
+            object.__setattr__(options, field.name, value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             check(value)
         else:
@@ -182,7 +194,10 @@ def _expected(field: Described) -> str:
     return (" or ".join(kinds) or str(field.type)) + low + high
 
 
-_WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", type(None): "nothing"}
+_WORDS = {
+    int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", Path: "a path",
+    type(None): "nothing",
+}  # fmt: skip
 
 
 def _mentions(hint: Any, kind: type) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import SupportsIndex
 
 from mmdit_probe.errors import UserError
@@ -57,8 +58,17 @@ def head_indices(spec: Spec, count: int) -> tuple[int, ...]:
 
 
 def heads_at(spec: HeadSpec, layer: int, count: int) -> tuple[int, ...]:
-    """Attention heads that `spec` names in one layer, as `head_indices`."""
-    return head_indices(spec.get(layer, "all") if isinstance(spec, Mapping) else spec, count)
+    """Attention heads that `spec` names in one layer, as `head_indices`.
+
+    Raises:
+        UserError: as there, or a layer is no whole number: all heads of the one that was meant would count.
+    """
+    if not isinstance(spec, Mapping):
+        return head_indices(spec, count)
+    for key in spec:
+        if not isinstance(key, Integral) or isinstance(key, bool):
+            raise UserError(f"heads of layer {key!r}: expected a whole number, such as {{4: [0, 2]}}")
+    return head_indices(spec.get(layer, "all"), count)
 
 
 def step_indices(spec: Spec, count: int) -> tuple[int, ...]:
@@ -121,6 +131,16 @@ def listed(text: str | Iterable[object]) -> list[str]:
     """What is named by comma, or in a list: without blanks around, each once, in order."""
     parts = text.split(",") if isinstance(text, str) else map(str, text)
     return list(dict.fromkeys(part.strip() for part in parts))
+
+
+def numbers(asked: str | float | Iterable[object]) -> list[float]:
+    """Different numbers in their order, from "0.3,0.5", a number or several: those of six equal digits are one.
+
+    Raises:
+        ValueError: one is no number.
+    """
+    parts = asked.split(",") if isinstance(asked, str) else [asked] if isinstance(asked, Real) else asked
+    return list({f"{float(part):g}": float(part) for part in parts}.values())  # type: ignore[arg-type, union-attr]
 
 
 def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:

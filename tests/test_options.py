@@ -33,6 +33,7 @@ class Recipe:
     layers: str | int | Iterable[int] = "all"
     on: bool = False
     out: Path | str | None = None
+    file: Path | None = None
     more: Any = None
     table: Mapping[str, int] = field(default_factory=dict)
     weights: Weights = field(default_factory=Weights)
@@ -71,6 +72,7 @@ def test_what_fits_passes(change: dict[str, Any]) -> None:
         ({"pair": (1, 2)}, "--pair is"),
         ({"pair": (1,)}, "--pair is"),
         ({"names": "abc"}, "--names is 'abc'; expected a text"),
+        ({"file": 3}, "--file is 3; expected a path or nothing"),
         ({"on": 1}, "--on is 1; expected true or false"),
         ({"weights": Weights(focal=-1.0)}, "--focal is -1.0; expected a finite number of at least 0"),
     ],
@@ -79,6 +81,13 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], said: str) -> None
     with pytest.raises(UserError) as refused:
         check(replace(Recipe(), **change))
     assert said in str(refused.value)
+
+
+def test_a_text_stands_for_a_path() -> None:
+    """As a record holds it, and as one writes it in Python: it was refused with "expected nothing"."""
+    written = Recipe(file="a.json", out="b")  # type: ignore[arg-type]
+    check(written)
+    assert written.file == Path("a.json") and written.out == "b"
 
 
 def test_fields_are_described_in_order() -> None:

@@ -13,9 +13,11 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.specs import (
     check_spec,
     head_indices,
+    heads_at,
     layer_indices,
     listed,
     number,
+    numbers,
     parse_size,
     seed_values,
     step_indices,
@@ -78,6 +80,7 @@ def test_a_written_list_is_read_back(chosen):
         (lambda: step_indices("last-29", 28), "step 'last-29' does not exist: there are 28 steps"),
         (lambda: step_indices("last-0", 28), "step 'last-0' does not exist"),
         (lambda: step_indices("first", 28), "cannot read 'first' as a step; expected all, last-8, 20, 0-4 or 0,20"),
+        (lambda: heads_at({"2": [0]}, 2, 4), "heads of layer '2': expected a whole number"),
         (lambda: head_indices("4", 4), "head 4 does not exist: there are 4 heads, 0 to 3"),
     ],
 )
@@ -96,3 +99,10 @@ def test_what_is_listed_counts_once_in_order() -> None:
     assert (
         listed(" b,a , b,,") == ["b", "a", ""] and listed(["b ", "a", "b"]) == ["b", "a"] and listed([2.0]) == ["2.0"]
     )
+
+
+def test_numbers_count_once_in_order() -> None:
+    assert numbers("0.5, 0.3,0.50,5e-1") == [0.5, 0.3] and numbers(2) == [2.0] and numbers([1, 2.0, 1.0]) == [1.0, 2.0]
+    for text in ("", "0.3,", "a"):
+        with pytest.raises(ValueError):
+            numbers(text)

@@ -37,7 +37,7 @@ def parse_classes(text: str | Path | Sequence[str | SegClass]) -> list[SegClass]
     Raises:
         UserError: no class, an empty name, a name given twice, or a file that is not there or no text.
     """
-    if isinstance(text, str) and len(text) < 4096 and "\n" not in text and text.endswith(".txt"):
+    if isinstance(text, str) and len(text) < 4096 and "\n" not in text and text.lower().endswith(".txt"):
         text = Path(text)
     if isinstance(text, Path):
         kept = [line for line in read_lines(text, "a text file with class names", "class file") if line.strip()]

@@ -72,6 +72,11 @@ class Addressed:
     branches: Sequence[str] | None
 
     def __post_init__(self) -> None:
+        for name in ("branches", "streams", "spans", "words"):
+            told = getattr(self, name, None)
+            for one in told.values() if isinstance(told, Mapping) else (told,):
+                if isinstance(one, str):  # letter by letter, no word would be found
+                    raise UserError(f"{name} is {one!r}: expected a list, such as {[one]}")
         for branch in self.branches or ():
             check_known("guidance branch", branch, BRANCHES)
 

@@ -44,7 +44,7 @@ from mmdit_probe.segment.record import Capture, Reading
 from mmdit_probe.segment.refine import Refinement
 from mmdit_probe.segment.settings import Background, scoring_size
 from mmdit_probe.segment.tail import strongest
-from mmdit_probe.specs import head_indices, layer_indices
+from mmdit_probe.specs import heads_at, layer_indices
 
 PROTOCOLS = ("present", "predicted", "full")
 UNSUPERVISED = "unsupervised"
@@ -459,8 +459,8 @@ def _keys(protocol: str, entry: Entry) -> tuple[str, ...]:
 def _settings(
     method: Method, sweep: str, layers: tuple[int, ...], head_count: int, heads: Any, sigmas: tuple[float, ...]
 ) -> list[tuple[tuple[int, ...], str, tuple[float, ...]]]:
-    """Layers, heads and noise levels of every entry of a method."""
-    label_of = "mean" if heads is None else str(heads)
+    """Layers, heads ("mean" for a method that has no such option) and noise levels of every entry of a method."""
+    label_of = str(method.defaults.get("heads", "mean"))
     if sweep == "layer":
         return [((layer,), label_of, sigmas) for layer in layers]
     if sweep == "sigma":
@@ -468,7 +468,8 @@ def _settings(
     if sweep == "head":
         if "heads" not in method.defaults:
             return []
-        return [((layer,), str(head), sigmas) for layer in layers for head in head_indices("all", head_count)]
+        read = "all" if heads is None else heads
+        return [((layer,), str(head), sigmas) for layer in layers for head in heads_at(read, layer, head_count)]
     return [(layers, label_of, sigmas)]
 
 

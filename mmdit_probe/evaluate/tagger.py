@@ -135,13 +135,17 @@ class Tagging(Mapping[str, list[str]]):
         """A tagger by name with a threshold, or with the data set (`scenes:train`, `NAME:ROOT`) to choose it on.
 
         Raises:
-            UserError: neither is given, or the classes of the split are others.
+            UserError: neither is given, or the split has other classes, or images of the data set.
         """
         if threshold is None and split is None:
             raise UserError("a tagger needs a threshold, or labelled images to choose it on")
         images = read_dataset(split, SPLIT_IMAGES) if threshold is None and split is not None else None
         if images is not None and [one.name for one in images.classes] != [one.name for one in dataset.classes]:
             raise UserError(f"the images of {split!r} have other classes than {dataset.name}")
+        known = {sample.name: sample for sample in dataset.samples}
+        for one in images.samples if images is not None else ():
+            if one.name in known and known[one.name].fingerprint() == one.fingerprint():
+                raise UserError(f"{one.name} of {split!r} is evaluated too; choose the threshold on other images")
         return cls(dataset, open_tagger(name, dataset.classes), threshold, images)
 
     @cached_property

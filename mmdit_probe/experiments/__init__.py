@@ -100,12 +100,14 @@ def __getattr__(name: str) -> Any:
 
 
 def experiment_of(command: str, options: Mapping[str, Any]) -> Experiment:
-    """The experiment of a command, from its options as a run's record holds them."""
+    """The experiment of a command, from its options as a run's record holds them: JSON has layers as texts."""
     if command not in OF_COMMAND:
         raise unknown("command of an experiment", command, OF_COMMAND)
+    heads = options.get("heads")
     try:
-        found: Experiment = __getattr__(OF_COMMAND[command])(**options)
-    except TypeError as error:
+        by_layer = {"heads": {int(layer): of for layer, of in heads.items()}} if isinstance(heads, Mapping) else {}
+        found: Experiment = __getattr__(OF_COMMAND[command])(**{**options, **by_layer})
+    except (TypeError, ValueError) as error:
         raise UserError(f"a run of {command} with options of another version: {error}; run it again") from error
     return found
 

@@ -117,7 +117,7 @@ def compare_runs(first: Path | str | Result, second: Path | str | Result, margin
         raise UserError(f"--margin {margin:g}: expected the largest loss that does not matter, above 0")
     found = list(differences(one.request, two.request))
     for entry, was, now in found:
-        if entry in ITEMS and was is not None and now is not None:
+        if _whole_entry(entry) in ITEMS and was is not None and now is not None:
             raise UserError(f"the runs have other {entry}: {_short(was)} and {_short(now)}; pairs need the same items")
     scores = [measured(run.experiment.scores(run)) for run in (one, two)]
     if any(not len(table) for table in scores):
@@ -148,6 +148,11 @@ def _paired(first: pd.DataFrame, second: pd.DataFrame, margin: float | None) -> 
         keys = pd.MultiIndex.from_frame(table[cell]) if len(cell) > 1 else table[cell[0]]
         table["verdict"] = verdicts.reindex(keys).to_numpy()
     return table[[*cell, *_NUMBERS]]
+
+
+def _whole_entry(name: str) -> str:
+    """The entry of a request that a name from `results.folder.differences` belongs to, which may tell a part of it."""
+    return name.removeprefix("number of ").partition(":")[0]
 
 
 def _short(value: Any) -> str:

@@ -164,6 +164,9 @@ class Evaluate(Reads, Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for flag, names in (("method", self.methods), ("protocol", self.protocols), ("refine", self.refinements)):
+            if not names:
+                raise UserError(f"--{flag} names nothing; expected one or several by comma")
         for name in self.methods:
             check_method(name)
         for protocol in self.protocols:
@@ -171,18 +174,23 @@ class Evaluate(Reads, Experiment):
                 raise unknown("protocol", protocol, PROTOCOLS)
         for steps in self.refinements:
             parse_steps(steps)
-        Background.parse(self.background or "none")
+        Background.parse("none" if self.background is None else self.background)
         if self.scored_at is not None:
             scoring_size(self.scored_at, (1, 1))
             if (self.fit or self.how.fit) == "letterbox":
                 raise UserError("--fit letterbox leaves bars around the picture; with --score-size take another fit")
         parse_batch(self.batch)
-        for name in self.values():
+        for name, options in self.values().items():
             if name not in self.methods:
                 raise unknown("method with options", name, self.methods)
-        tagger = self.tagger_request()
-        if "predicted" in self.protocols and tagger is None and self.tags is None:
-            raise UserError("protocol 'predicted' needs --tagger CLIP, or --tags FILE of another program's tags")
+            if "heads" in options and (self.sweep == "head" or self.heads is not None or self.selection is not None):
+                raise UserError(f"--set {name}.heads and --heads, --selection or --sweep head all name heads; give one")
+        tagged = self.tagger_request() is not None or self.tags is not None
+        if tagged != ("predicted" in self.protocols):
+            raise UserError(
+                "--tagger and --tags say which classes there are for --protocol predicted alone; name it too"
+                if tagged else "protocol 'predicted' needs --tagger CLIP, or --tags FILE of another program's tags"
+            )  # fmt: skip
 
     @property
     def how(self) -> Preset:
@@ -191,15 +199,15 @@ class Evaluate(Reads, Experiment):
 
     @property
     def methods(self) -> list[str]:
-        return _split(self.method or self.how.methods)
+        return _split(self.how.methods if self.method is None else self.method)
 
     @property
     def protocols(self) -> list[str]:
-        return _split(self.protocol or self.how.protocol)
+        return _split(self.how.protocol if self.protocol is None else self.protocol)
 
     @property
     def refinements(self) -> list[str]:
-        return _split(self.refine or self.how.refine)
+        return _split(self.how.refine if self.refine is None else self.refine)
 
     @property
     def matching(self) -> str:
@@ -207,7 +215,7 @@ class Evaluate(Reads, Experiment):
 
     @property
     def scored_at(self) -> str | None:
-        return self.score_size or self.how.score_size
+        return self.how.score_size if self.score_size is None else self.score_size
 
     @property
     def source(self) -> str:
@@ -244,6 +252,8 @@ class Evaluate(Reads, Experiment):
             return None
         if self.tags is not None:
             raise UserError("--tags and --tagger both say which classes there are; give one of them")
+        if split is not None and self.tag_threshold is not None:
+            raise UserError("--tag-threshold stands in place of one chosen on --tag-split; give one of them")
         if self.tag_threshold is None and split is None:
             if not self.dataset.startswith("scenes"):
                 raise UserError(

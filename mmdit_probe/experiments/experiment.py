@@ -311,9 +311,11 @@ def scheduled(model: MMDiT, num_steps: int) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Options as JSON values: paths as text, tuples as lists."""
+    """Options as JSON values: paths as text, rows of numbers (tuples, ranges, sets, arrays of one axis) as lists."""
     if isinstance(value, Mapping):
         return {str(name): plain(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | range | set | frozenset):
         return [plain(inner) for inner in value]
+    if hasattr(value, "tolist") and getattr(value, "ndim", 2) < 2:  # pictures have more axes
+        return value.tolist()
     return str(value) if isinstance(value, Path) else value

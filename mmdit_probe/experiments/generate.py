@@ -31,10 +31,10 @@ from mmdit_probe.experiments.sweep import (
     sheet_cells,
 )
 from mmdit_probe.experiments.text import TextTable, bounded, signed
-from mmdit_probe.options import Option
+from mmdit_probe.options import Option, changed
 from mmdit_probe.results.statistics import NONE, interval
 from mmdit_probe.scenes.captions import STATED
-from mmdit_probe.specs import Spec, layer_indices, listed
+from mmdit_probe.specs import Spec, layer_indices, numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,6 +95,10 @@ class Generate(Edited, JudgedSweep):
         if self.start > self.stop:
             raise UserError(f"--start {self.start:g} is after --stop {self.stop:g}: nothing would be guided")
         self.scales()
+        equal = bool({*EQUAL} & {*self.chosen_controls()})
+        unread = changed(self, "perturb_scale", "each", "start", "stop", *(["control"] if equal else []))
+        if self.perturb_layers is None and self.selection is None and unread:
+            raise UserError(f"{unread} is of perturbed guidance: name its layers with --perturb-layers or --selection")
 
     def scales(self) -> list[float]:
         """The scales of the guidance.
@@ -102,12 +106,11 @@ class Generate(Edited, JudgedSweep):
         Raises:
             UserError: they are no finite numbers.
         """
-        asked = self.perturb_scale
         try:
-            scales = [float(part) for part in listed(asked if isinstance(asked, str | Sequence) else [asked])]
+            scales = numbers(self.perturb_scale)
         except ValueError:
-            scales = [math.nan]
-        if not all(math.isfinite(scale) and abs(scale) <= 1000 for scale in scales):
+            scales = []
+        if not scales or not all(math.isfinite(scale) and abs(scale) <= 1000 for scale in scales):
             raise UserError(
                 f"--perturb-scale {self.perturb_scale!r}: expected a number of -1000 to 1000, or numbers by comma"
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.options import Option
+from mmdit_probe.options import Option, changed
 from mmdit_probe.results.clip import Clip, check_video_file
 from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, heads_at, layer_indices, listed
 
@@ -42,7 +42,7 @@ class LayersAndHeads:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
-        if self.selection is not None and (self.layers != "all" or self.heads != "all"):
+        if self.selection is not None and (str(self.layers) != "all" or str(self.heads) != "all"):
             raise UserError("--selection names layers and heads already; leave --layers and --heads out")
         check_spec(self.layers, layer_indices)
         if not isinstance(self.heads, Mapping):
@@ -61,8 +61,15 @@ class LayersAndHeads:
 
 
 def checked_heads(heads: HeadSpec, layers: Sequence[int], count: int) -> HeadSpec:
-    """Heads as indices: of all layers, or layer -> heads."""
+    """Heads as indices: of all layers, or layer -> heads.
+
+    Raises:
+        UserError: they do not exist, or are named for a layer that is not read.
+    """
     if isinstance(heads, Mapping):
+        unread = next((layer for layer in heads if layer not in layers), None)
+        if unread is not None:
+            raise UserError(f"heads are named of layer {unread!r}; read are layers {', '.join(map(str, layers))}")
         return {layer: heads_at(heads, layer, count) for layer in layers}
     return heads_at(heads, -1, count)
 
@@ -203,8 +210,10 @@ class Pictured:
         ),
     ] = None  # fmt: skip
     prompts: Annotated[
-        str | Sequence[str] | None, Option("One prompt for all pictures.", shown_default="their captions", panel=INPUT)
-    ] = None
+        str | Sequence[str] | None,
+        Option("A text for all pictures, or a file with one per line and picture.", shown_default="their captions",
+               panel=INPUT),
+    ] = None  # fmt: skip
     limit: Annotated[int | None, Option("Use the first LIMIT pictures.", min=1, panel=INPUT)] = None
     sigma: Annotated[
         float, Option("Noise level, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1, panel=METHOD)
@@ -244,11 +253,13 @@ def samples_of(source: str | Path | Sequence[Any], limit: int | None) -> list[Sa
 
 
 def captions_of(prompts: str | Sequence[str] | None, pictures: Sequence[Sample]) -> list[str]:
-    """Each picture's own caption, one text for all, or one per picture."""
-    texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
-    if len(texts) not in (0, 1, len(pictures)):
+    """Each picture's own caption, one text for all, or one per picture; a file and a set are read."""
+    if prompts is None:
+        return [picture.prompt for picture in pictures]
+    texts = prompts_of(prompts, None, False, len(pictures))
+    if len(texts) not in (1, len(pictures)):
         raise UserError(f"{len(texts)} prompts for {len(pictures)} pictures; expected none, one, or one per picture")
-    return [picture.prompt for picture in pictures] if not texts else texts * (len(pictures) // len(texts))
+    return texts * (len(pictures) // len(texts))
 
 
 def notes_on(model: MMDiT, pictures: Sequence[Sample], texts: Sequence[str] = ()) -> list[str]:
@@ -317,6 +328,9 @@ class Edited:
         super().__post_init__()  # type: ignore[misc]
         if self.kernel % 2 == 0:
             raise UserError(f"--kernel is {self.kernel}; expected an odd number of taps")
+        unread = changed(self, "blur_sigma", "kernel", "border", "where")
+        if self.edit in ("zero", "mean") and unread:
+            raise UserError(f"{unread} is of blurs; with --edit {self.edit} leave it out")
         if self.key == "reference" and self.streams:
             raise UserError("--streams selects text keys; with --key reference leave it out")
 

@@ -23,7 +23,7 @@ from mmdit_probe.experiments.options import (
     samples_of,
 )
 from mmdit_probe.experiments.token_rows import unread
-from mmdit_probe.options import Option
+from mmdit_probe.options import Option, changed
 from mmdit_probe.specs import Spec, check_spec, layer_indices, listed
 
 if TYPE_CHECKING:
@@ -86,6 +86,12 @@ class Pictures(Sampling, Referring, Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        unread = changed(self, "sigma") if self.image is None else changed(self, "images_per_prompt", "steps")
+        if unread:
+            raise UserError(
+                f"{unread} is of photos (--image); what is drawn has --steps" if self.image is None
+                else f"{unread} is of pictures that are drawn; with --image leave it out"
+            )  # fmt: skip
         layers = getattr(self, "layers", None)
         if layers is not None:
             check_spec(layers, layer_indices)

@@ -81,7 +81,7 @@ class Report(Sampling, Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        controls.parse(self.control)
+        controls.parse(self.control, [name for name in controls.CONTROLS if name != "shuffled"])  # none has pictures
 
     def gather(self, scenes: bool) -> list[str]:
         if processes.world() > 1:

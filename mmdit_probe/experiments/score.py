@@ -26,7 +26,7 @@ from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import stills
 from mmdit_probe.results.statistics import defined, interval, no_worse
-from mmdit_probe.specs import listed
+from mmdit_probe.specs import listed, numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,7 +139,9 @@ class Score(Sampling, Referring, Experiment):
         """
         found: dict[str, str | None] = {BASE: None}
         for text in self.lora:
-            name, _, path = text.rpartition("=")
+            name, named, path = text.partition("=")
+            if not named or Path(text).exists():  # the sign may be the path's own
+                name, path = "", text
             name = name or (Path(path).parent.name if Path(path).name == "lora" else Path(path).name)
             if name in found:
                 raise UserError(f"two variants are called {name!r}; name them: --lora NAME=PATH")
@@ -157,7 +159,7 @@ class Score(Sampling, Referring, Experiment):
         if self.maps == "none":
             return []
         try:
-            levels = [float(part) for part in listed(self.maps)]
+            levels = numbers(self.maps)
         except ValueError:
             levels = []
         if not levels or not all(0 <= level <= 1 for level in levels):
@@ -201,7 +203,7 @@ class Score(Sampling, Referring, Experiment):
             guidance=self.guidance, seed=self.seed, clip=self.clip, vqa=self.vqa, maps=self.sigmas(), n=self.n,
             split=self.split, export=None if self.export is None else str(self.export), batch=self.batch,
         )  # fmt: skip
-        notes = read_of_videos(model)
+        notes = read_of_videos(model) + strangers(scorers, self.clip, knows_scenes(model))
         facts = scheduled(model, self.num_steps) | {"remarks": notes}
         return Study(model, request, tasks, "batches", facts=facts, notes=notes, state=(jobs, scorers))
 
@@ -288,6 +290,13 @@ class Score(Sampling, Referring, Experiment):
     def document(self, result: Result) -> dict[str, Any]:
         maps = {"maps": result.store.table("maps")} if result.store.has("maps") else {}
         return {"comparison": result.summary, **maps}
+
+
+def strangers(scorers: Scorers, clip: str, scenes: bool) -> list[str]:
+    """A remark where what looks at the pictures knows the scenes world, and the model does not."""
+    known = [clip] * (clip == Score.clip) + ["the scenes parser"] * (scorers.parser is not None)
+    told = f"scores of {' and '.join(known)} mean nothing here: drawn scenes alone are known to it"
+    return [told] if known and not scenes else []
 
 
 def adapt(model: MMDiT, scorers: Scorers, variant: str) -> None:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.segment.run import Segmentation
 
+READ_REGIONS = ("corrclip", "regions", "vote")
+"""Methods and steps that take another program's regions."""
 REFINE = f"none, or steps joined by +: {', '.join(STEPS)}; affinity:3 for three rounds."
 
 
@@ -68,8 +70,11 @@ class OnePicture(Reads, _Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_method(self.method, self.unsupervised)
-        parse_steps(self.refine)
-        self.values()
+        steps = {name for name, _ in parse_steps(self.refine)}
+        if self.regions is not None and not {self.method, *steps} & {*READ_REGIONS}:
+            raise UserError(f"--regions are read by {', '.join(READ_REGIONS)} alone; name one as method or refinement")
+        if "heads" in self.values() and (self.heads is not None or self.selection is not None):
+            raise UserError("--set heads and --heads or --selection both name heads; give one")
 
     def values(self) -> dict[str, Any]:
         """The options of the method."""
@@ -97,6 +102,7 @@ class OnePicture(Reads, _Checked):
         """
         from mmdit_probe.data.labels import read_label_map, region_ids
         from mmdit_probe.experiments.target import Named, as_model, named
+        from mmdit_probe.segment.methods import METHODS
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
         check_out(out)
@@ -109,7 +115,8 @@ class OnePicture(Reads, _Checked):
             check_streams_read(self.values(), "no_t5" in target.text)
         model = as_model(target, shown)
         read = self.reading(Network.of(model))
-        values = self.values() | ({} if read.heads is None else {"heads": read.heads})
+        reads_heads = self.heads is not None or "heads" in METHODS[self.method].defaults
+        values = self.values() | ({"heads": read.heads} if read.heads is not None and reads_heads else {})
         notes = [f"{sample.name}: {note}" for note in sample.notes] + read.notes
         notes += [note for note in [model.unknown_words_note([n for one in classes for n in one.synonyms])] if note]
         notes += notes_on(model, [sample])
@@ -226,6 +233,8 @@ class Discover(OnePicture):
         if self.names_by in BLIND:
             raise UserError(f"--names-by {self.names_by!r} reads no names; take one of {', '.join(NAMED)}")
         check_method(self.names_by)
+        if self.candidates is None and self.names_by != type(self).names_by:
+            raise UserError("--names-by says how segments take one of the candidates; give them with --names")
 
     def values(self) -> dict[str, Any]:
         return super().values() | ({} if self.tau is None else {"tau": self.tau})
@@ -243,7 +252,9 @@ class Discover(OnePicture):
         )
         if self.candidates is None:
             return found
-        return name_segments(model, found, self.names(), method=self.names_by, weights=read.reading.weights)
+        return name_segments(
+            model, found, self.names(), method=self.names_by, weights=read.reading.weights, reference=self.reference
+        )
 
     def _request(self, read: Read, values: dict[str, Any]) -> dict[str, Any]:
         named = {"names": [list(one.synonyms) for one in self.names()], "names_by": self.names_by}

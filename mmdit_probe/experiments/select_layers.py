@@ -99,10 +99,14 @@ class SelectLayers(Sampling, Experiment):
                 "evidence is measured on scenes, which this model does not know; run attention-budget, value-norms and"
                 " perturb on it and pass their folders with --from"
             )
+        if self.heads and not scenes:
+            raise UserError("--heads are selected by their maps on scenes, which this model does not know")
 
     def prepare(self, model: MMDiT, inputs: None) -> Study:
         if self.top > len(model.layers):
             raise UserError(f"--top {self.top}: expected 1 to {len(model.layers)} layers")
+        if self.heads > model.heads:
+            raise UserError(f"--heads {self.heads}: expected at most {model.heads} heads, or 0 for all")
         chosen = controls.parse(self.control)
         read = [evidence.from_run(run, model, text_of(model)) for run in self.runs]
         names = self.wanted()
@@ -110,6 +114,8 @@ class SelectLayers(Sampling, Experiment):
         twice = next((name for name in held if held.count(name) > 1), None)
         if twice is not None:
             raise UserError(f"evidence {twice!r} is given twice; give one run of its command, or measure it here")
+        if self.rule not in (*RANK_RULES, *held):
+            raise unknown("rule", self.rule, (*RANK_RULES, *held))
         # Controls belong to the split that is selected on.
         tasks: list[Any] = [frame.assign(split=self.split) for frame in read]
         tasks += [

@@ -22,7 +22,7 @@ from mmdit_probe.experiments.options import INPUT, METHOD
 from mmdit_probe.experiments.text import TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import HIGHER, NONE, compare, two_sided
-from mmdit_probe.specs import Spec, layer_indices, listed
+from mmdit_probe.specs import Spec, layer_indices, numbers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,10 +76,9 @@ class SigmaByLayer(Experiment):
             UserError: they are none above 0 and up to 1.
         """
         try:
-            told = {f"{float(part):g}": float(part) for part in listed(self.sigmas)}
+            levels = numbers(self.sigmas)
         except ValueError:
-            told = {}
-        levels = list(told.values())
+            levels = []
         if not levels or not all(1e-6 <= level <= 1 for level in levels):
             raise UserError(f"--sigmas {self.sigmas!r}: expected noise levels above 0 and up to 1, e.g. 0.3,0.6,0.9")
         return levels

@@ -11,6 +11,7 @@ was cut short never count. In a run folder several processes share the tasks (`r
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -114,7 +115,8 @@ class MemoryStore:
     def __init__(self, command: str, request: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         if processes.world() > 1:
             raise UserError("several processes share a run through its folder: name one with out=")
-        self._data: dict[str, Any] = {"command": command, "request": dict(request), **facts}
+        # As a run folder holds it: both can be compared.
+        self._data: dict[str, Any] = {"command": command, "request": json.loads(json.dumps(dict(request))), **facts}
         self.done: set[int] = set()
         self._sinks: dict[str, MemorySink] = {}
         self._pictures: dict[str, Image | Clip] = {}

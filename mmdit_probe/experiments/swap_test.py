@@ -78,7 +78,8 @@ class SwapTest(LayersAndHeads, Sweep):
         if not scenes:
             raise UserError("a swap test reads images by the scenes parser, which does not know this model's world")
         wanted = self.limit or self.default_prompts
-        asked = prompts_of(self.prompts or SOURCE, None if self.prompts else POOL * wanted, scenes, wanted)
+        own = self.prompts is None
+        asked = prompts_of(SOURCE if own else self.prompts, POOL * wanted if own else None, scenes, wanted)
         fit = [text for text in asked if swapped_words(text, self.swap)][:wanted]
         if not fit:
             raise UserError(

@@ -30,7 +30,7 @@ from mmdit_probe.experiments.options import (
     prompts_of,
     samples_of,
 )
-from mmdit_probe.options import Option
+from mmdit_probe.options import Option, changed
 from mmdit_probe.specs import Spec, step_indices
 
 if TYPE_CHECKING:
@@ -90,6 +90,12 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         chosen = controls.parse(self.control)
         if "shuffled" in chosen and self.images is None:
             raise UserError("shuffled captions need pictures: a sampled image has no caption but its prompt")
+        unread = changed(self, "sigma" if self.images is None else "steps")
+        if unread:
+            raise UserError(
+                f"{unread} is of pictures (--images); sampling has --steps" if self.images is None
+                else f"{unread} is of sampling; pictures are read at --sigma"
+            )  # fmt: skip
         if self.images is None:
             step_indices(self.steps, self.num_steps)
 
@@ -119,8 +125,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         if self.images is None:
             return prompts_of(self.prompts, self.limit, scenes, DEFAULT_PROMPTS), []
         pictures = samples_of(self.images, self.limit)
-        texts = [] if self.prompts is None else prompts_of(self.prompts, None, scenes, len(pictures))
-        return captions_of(texts, pictures), pictures
+        return captions_of(self.prompts, pictures), pictures
 
     def prepare(self, model: MMDiT, inputs: tuple[list[str], list[Sample]]) -> Study:
         texts, pictures = inputs

@@ -92,7 +92,7 @@ class WordMaps(OverReference, Filmed, Pictures):
     def measure(self, study: Study, task: PicturedPrompt, record: TaskRecord) -> None:
         from mmdit_probe.observe.maps import TextMaps
 
-        request, whole = study.request, len(study.request["heads"]) == study.model.heads
+        request, whole = study.request, _every(study.request["heads"], study.model.heads)
         seen = TextMaps(task.words, heads="mean" if whole else "all", stream=self.stream, reference=self.over)
         steps = "all" if task.picture else request["steps"]
         image = self.look(study.model, task, [seen], request["layers"], steps)
@@ -142,7 +142,8 @@ class WordMaps(OverReference, Filmed, Pictures):
         weighted = "; weighted" if len(set(request["weights"])) > 1 else ""
         why = f" ({request['why']}{weighted})" if request["why"] else ""
         layers = f"layer{'s' if len(request['layers']) > 1 else ''} {', '.join(map(str, request['layers']))}{why}"
-        heads = "all heads" if len(request["heads"]) == result.data["model"]["heads"] else f"heads {request['heads']}"
+        every = _every(request["heads"], result.data["model"]["heads"])
+        heads = "all heads" if every else f"heads {request['heads']}"
         if self.image is not None:
             return f"{result.model_name}: {layers}, {heads}, sigma {self.sigma:g}"
         over = "" if self.over is None else f", over reference {self.over}"
@@ -185,6 +186,11 @@ class WordMaps(OverReference, Filmed, Pictures):
     def document(self, result: Result) -> dict[str, Any]:
         overlays = None if result.path is None else sorted((result.path / "overlays").glob("*.*"))
         return {"layers": result.request["layers"], "words": result.table, "overlays": overlays}
+
+
+def _every(heads: Any, count: int) -> bool:
+    """Whether these are all heads of every layer."""
+    return not isinstance(heads, Mapping) and len(heads) == count
 
 
 def word_maps(

@@ -217,7 +217,7 @@ class MagnetOptions(LossWeights):
             if self.selection is not None:
                 raise UserError("--selection names layers already; leave --layers out")
             check_spec(self.layers, layer_indices)
-        if self.lora_layers != "selected":
+        if str(self.lora_layers) != "selected":
             check_spec(self.lora_layers, layer_indices)
         if self.warmup_steps > self.steps:
             raise UserError(f"warm-up of {self.warmup} steps in a training of {self.steps}; expected at most as many")

@@ -72,7 +72,8 @@ def run(
 
 def validation_data(options: MagnetOptions, model: MMDiT) -> list[Sample]:
     """Held-out pictures; none for data on disk unless named: validation on training pictures says nothing."""
-    named = options.validation or ("scenes:val" if options.data.startswith("scenes:") else None)
+    of_scenes = options.data.partition(":")[0] == "scenes"
+    named = options.validation or ("scenes:val" if of_scenes else None)
     if named is None or options.validate_count == 0:
         return []
     held = training_data(named, size=model.default_size, prompt="list", limit=options.validate_count, fit=options.fit,

@@ -127,7 +127,7 @@ def _checked(model: MMDiT, data: Data, options: MagnetOptions) -> tuple[list[str
     if options.layers is None:
         raise UserError("which layers' maps are to be aligned? Read them from the selection: layers=(4,)")
     layers = layer_indices(options.layers, len(model.layers))
-    adapted: Spec = list(layers) if options.lora_layers == "selected" else options.lora_layers
+    adapted: Spec = list(layers) if str(options.lora_layers) == "selected" else options.lora_layers
     targets = lora.target_modules(model.family, model.transformer, adapted, options.streams)
     if options.level != "none":
         columns_of(options, model.token_tables("")[0])

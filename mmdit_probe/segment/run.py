@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Segmentation:
 
     Attributes:
         labels: [height, width] index into `names`; `unlabelled` where the network was not shown the picture, or where
-            the background rule says so (then "background" is the last name).
+            the background rule says so (then "background" is the last name, "background 2" beside a class so called).
         probabilities: [C, height, width] share of each class per pixel.
         names: class names, or "segment 1", ... of unsupervised methods.
         capture: what the method read.
@@ -116,6 +117,7 @@ def name_segments(
     method: str | Method = "seg4diff",
     options: Mapping[str, Any] | None = None,
     weights: Mapping[int, float] | None = None,
+    reference: Literal["none", "beside", "read"] = "none",
 ) -> Segmentation:
     """Segments of `discover` with the name that fits each best: "cat", "cat 2", ... by area.
 
@@ -126,21 +128,25 @@ def name_segments(
         found: what `discover` gave. classes: candidates, as in `segment`.
         method: open-vocabulary method whose maps are read: "seg4diff" (the I2T words), "proxyclip" (a CLIP), ...
         options: of that method. weights: layer -> weight in means over layers.
+        reference: as in the reading that `found` was made with.
     """
     old, parsed = found.capture, parse_classes(classes)
     chosen = _method(method, options, unsupervised=False)
-    reading = Reading(list(old.layers), weights, None, old.sigmas, old.seeds, old.fit.how, old.fit.size)
+    reading = Reading(list(old.layers), weights, None, old.sigmas, old.seeds, old.fit.how, old.fit.size, reference)
     steps = Refinement.parse("centre")
     record = _captured(model, old.image, parsed, reading, chosen, steps)
     maps = steps(chosen(record), record).flatten(1).numpy()  # (C, pixels)
     names: list[str] = []
-    seen: dict[str, int] = {}
     for index in range(len(found.names)):
         inside = found.labels.ravel() == index
         name = parsed[int(maps[:, inside].mean(1).argmax())].name if inside.any() else found.names[index]
-        seen[name] = seen.get(name, 0) + 1
-        names.append(name if seen[name] == 1 else f"{name} {seen[name]}")
+        names.append(_unlike(name, names))
     return replace(found, names=names)
+
+
+def _unlike(name: str, names: Sequence[str]) -> str:
+    """The name, or with the first number from 2 that makes it differ from the others."""
+    return next(one for one in chain([name], (f"{name} {number}" for number in count(2))) if one not in names)
 
 
 def _captured(
@@ -176,7 +182,7 @@ def finish(
     else:
         names = list(names)
         if background.kind != "none":
-            names.append("background")
+            names.append(_unlike("background", names))
     labels[record.fit.unseen] = Segmentation.UNLABELLED
     return Segmentation(labels, shares, names, record)
 

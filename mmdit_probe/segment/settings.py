@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmdit_probe.errors import UserError, check_known, unknown
-from mmdit_probe.specs import MOST_SIDE, parse_size
+from mmdit_probe.specs import MOST_SIDE, numbers, parse_size
 
 NAMED = (
     "seg4diff", "diffsegmenter", "diffsegmenter-per-class", "iseg", "tokenrank", "conceptattention", "proxyclip",
@@ -35,13 +35,13 @@ RULES = ("none", "threshold:T", "probability:T", "power:A", "class:NAME")
 
 
 def parse_sigmas(text: str) -> list[float]:
-    """Noise levels from "0.515" or "0.3,0.5".
+    """Noise levels from "0.515" or "0.3,0.5", each once.
 
     Raises:
         UserError: no number in 0..1.
     """
     try:
-        values = [float(part) for part in text.split(",")]
+        values = numbers(text)
     except ValueError:
         values = []
     if not values or not all(0.0 <= value <= 1.0 for value in values):

@@ -75,9 +75,18 @@ def test_segments_take_the_name_that_fits_best(monkeypatch: pytest.MonkeyPatch) 
     maps = regions[order].repeat_interleave(worlds.TOKEN, 1).repeat_interleave(worlds.TOKEN, 2)
     found = room.Segmentation(maps.argmax(0).numpy().astype(np.uint16), maps, ["segment 1", "segment 2", "segment 3"],
                               blind)  # fmt: skip
-    monkeypatch.setattr(room, "capture", lambda *arguments, **how: named)
+    read = []
+
+    def capture(model: Any, image: Any, classes: Any, reading: Any, **how: Any) -> Any:
+        read.append(reading.reference)
+        return named
+
+    monkeypatch.setattr(room, "capture", capture)
     names = room.name_segments(None, found, ["lower right", "left; west"]).names  # type: ignore[arg-type]
     assert names[:2] == ["left", "lower right"] and names[2] in {"left 2", "lower right 2"}
+    names = room.name_segments(None, found, ["left 2", "left"], reference="read").names  # type: ignore[arg-type]
+    assert names[:2] == ["left", "left 2"] and names[2] in {"left 3", "left 2 2"}
+    assert read == ["none", "read"]
 
 
 def test_discover_names_segments(
@@ -172,6 +181,8 @@ def test_regions_that_do_not_fit_are_refused_before_the_model_runs(
         picture,
         "--classes",
         "cat",
+        "--refine",
+        "vote",
         "--model",
         str(tiny_directory),
         "--regions",

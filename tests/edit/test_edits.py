@@ -338,6 +338,9 @@ def test_images_take_directions_in_turn_whatever_their_batch() -> None:
         (lambda: Blur("text", "image", spans=("word",)), "image tokens"),
         (lambda: GridBlur("text", "text"), "image queries"),
         (lambda: Swap(words=("a",)), "two words"),
+        (lambda: Blur(words="red ring"), r"words is 'red ring': expected a list, such as \['red ring'\]"),
+        (lambda: Scale(words={"a red ring": "ring"}), "words is 'ring': expected a list"),
+        (lambda: Blur(spans="word"), "spans is 'word': expected a list"),
         (lambda: Scale(factor=float("nan")), "finite"),
         (lambda: Blur(sigma=float("inf")), "finite"),
         (lambda: EqualBudget(Blur(), kind="rotated"), "rotation"),  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from mmdit_probe.cli.app import main
 from mmdit_probe.data.fit import HOW
-from mmdit_probe.data.scenes import scene_sample
+from mmdit_probe.data.scenes import scene_sample, scenes
 from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate import plan
 from mmdit_probe.evaluate.scores import MATCHES
@@ -24,6 +25,7 @@ from mmdit_probe.experiments.presets import PRESETS
 from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.segment.methods import METHODS
+from mmdit_probe.segment.record import Reading
 from mmdit_probe.segment.settings import BLIND, NAMED, parse_steps
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +134,56 @@ def test_options_that_are_given_win_over_a_preset() -> None:
         assert Evaluate(preset=name, method="seg4diff").values() == {}
     with pytest.raises(UserError, match="--score-size take another fit"):
         Evaluate(preset="diffcut", fit="letterbox")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": ","}, "--method names nothing"),
+        ({"method": []}, "--method names nothing"),
+        ({"protocol": ""}, "--protocol names nothing"),
+        ({"refine": ()}, "--refine names nothing"),
+        ({"background": ""}, "unknown background rule ''"),
+        ({"score_size": ""}, "expected height x width"),
+        ({"tags": "tags.json"}, "--tagger and --tags say which classes there are for --protocol predicted alone"),
+        ({"tagger": "scenes-clip", "protocol": "full"}, "for --protocol predicted alone"),
+        ({"options": ["seg4diff.heads=1"], "heads": 0}, "--set seg4diff.heads and --heads"),
+        ({"options": ["seg4diff.heads=1"], "sweep": "head"}, "all name heads; give one"),
+    ],
+)
+def test_what_says_nothing_or_is_not_read_is_refused(options: dict[str, Any], words: str) -> None:
+    """Not taken for the default, and not left unread."""
+    with pytest.raises(UserError) as refused:
+        Evaluate(**options)
+    assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Segment(image="a.png", classes="cat", regions="r.png", refine="pamr"), "read by corrclip"),
+        (lambda: Segment(image="a.png", classes="cat", heads=0, options=["heads=1"]), "--set heads and --heads"),
+        (lambda: Discover(image="a.png", names_by="proxyclip"), "give them with --names"),
+    ],
+)  # fmt: skip
+def test_what_is_not_read_of_one_picture_is_refused(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make()
+    assert Segment(image="a.png", classes="cat", regions="r.png", refine="vote").regions == Path("r.png")
+
+
+def test_rows_tell_the_heads_that_a_method_reads() -> None:
+    """Of a method without such an option all; of a sweep those that were asked for."""
+    data, network = scenes("val", 1), (3, 2)
+
+    def rows(**how: Any) -> list[tuple[str, tuple[int, ...], str]]:
+        found = plan.Plan.of(data, ["seg4diff", "diffcut"], network, reading=Reading([0, 2]), **how)
+        return [(entry.method.name, entry.layers, entry.heads) for entry in found.entries]
+
+    assert rows(heads=(1,)) == [("seg4diff", (0, 2), "(1,)"), ("diffcut", (0, 2), "mean")]
+    assert rows(options={"seg4diff": {"heads": 1}}) == [("seg4diff", (0, 2), "1"), ("diffcut", (0, 2), "mean")]
+    alone = [("seg4diff", (0,), "1"), ("seg4diff", (2,), "0"), ("seg4diff", (2,), "1")]
+    assert rows(sweep="head", heads={0: [1]}) == alone
 
 
 def test_presets_are_what_is_asked_of_the_model(tiny_directory: Path, tmp_path: Path) -> None:

@@ -89,6 +89,12 @@ def test_the_shipped_taggers_beat_chance_on_scenes() -> None:
         ([], "--tagger CLIP"),
         (["--tag-threshold", "-0.1"], "name it with --tagger"),
         (["--tagger", "scenes-clip", "--tag-split", "scenes:val"], "choose the threshold on others"),
+        (
+            ["--tagger", "scenes-parser", "--dataset", "scenes", "--tag-split", "scenes:val"],
+            "val:0 of 'scenes:val' is",
+        ),
+        (["--tagger", "scenes-clip", "--tag-split", "scenes:train", "--tag-threshold", "0"], "give one of them"),
+        (["--tagger", "scenes-clip", "--protocol", "present"], "for --protocol predicted alone"),
         (["--tagger", "no/such-clip", "--tag-threshold", "0"], "cannot load the CLIP"),
     ],
 )
@@ -97,7 +103,8 @@ def test_mistakes_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    line = ["evaluate", "--limit", "1", "--protocol", "predicted", "--model", str(tiny_directory), *arguments]
+    line = ["evaluate", "--limit", "1", "--model", str(tiny_directory), *arguments]
+    line += [] if "--protocol" in line else ["--protocol", "predicted"]
     with pytest.raises(SystemExit) as stop:
         main([*line, "--out", str(tmp_path / "run")])
     assert stop.value.code == 2 and words in capsys.readouterr().err

@@ -61,6 +61,10 @@ def test_refused() -> None:
         compare_runs(first, run(ValueNorms))
     with pytest.raises(UserError, match="other items"):
         compare_runs(first, run(prompts=["a cat", "a red ring", "a blue house"]))
+    longer = run(prompts=[*PROMPTS, *PROMPTS])  # the first difference lies behind what a message tells
+    for others in ([*PROMPTS, *PROMPTS[:2], "a dog"], [*PROMPTS, *PROMPTS[:2]]):
+        with pytest.raises(UserError, match=r"other (number of )?items"):
+            compare_runs(longer, run(prompts=others))
     for margin in (-1.0, float("inf"), float("nan")):
         with pytest.raises(UserError, match=f"--margin {margin:g}: expected"):
             compare_runs(first, first, margin)

@@ -11,9 +11,11 @@ import pytest
 
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import evidence
+from mmdit_probe.experiments import SelectLayers, evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, evidence_names
+from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results.selection import load_selection
+from tests import tiny
 
 LAYERS = 6
 
@@ -74,6 +76,17 @@ def test_weights_follow_ranks_and_controls_are_not_ranked() -> None:
     louder = pd.concat([long, long.assign(control="random", value=long["value"] + 100)])
     pd.testing.assert_frame_equal(evidence.by_layer(louder), table)
     pd.testing.assert_frame_equal(evidence.agreement(louder, draws=20), evidence.agreement(long, draws=20))
+
+
+def test_what_cannot_be_selected_is_refused_before_it_is_measured() -> None:
+    """Heads beyond the model's were cut to those there are; a rule without its evidence failed after the measuring."""
+    model = MMDiT(tiny.pipeline("sd3"))
+    with pytest.raises(UserError, match="--heads 3: expected at most 2 heads"):
+        SelectLayers(evidence="word_mass", heads=3).prepare(model, None)
+    with pytest.raises(UserError, match=r"unknown rule 'segmentation'.* Known: ranks, median-ranks, word_mass"):
+        SelectLayers(evidence="word_mass", rule="segmentation").prepare(model, None)
+    with pytest.raises(UserError, match="--heads are selected by their maps on scenes"):
+        SelectLayers(runs=["runs/budget"], heads=1).gather(False)
 
 
 def test_names() -> None:

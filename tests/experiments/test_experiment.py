@@ -30,10 +30,13 @@ from mmdit_probe.experiments import (
     FeaturePCA,
     Generate,
     Perturb,
+    Report,
     Result,
     Score,
     SelectLayers,
     ValueNorms,
+    WordMaps,
+    experiment_of,
     read,
 )
 from mmdit_probe.experiments.experiment import plain
@@ -232,7 +235,7 @@ def test_targets(loaded: MMDiT, tiny_directory: Path) -> None:
     for result in results[1:]:
         pd.testing.assert_frame_equal(results[0].table, result.table)
     assert results[1].model_name == "StableDiffusion3Pipeline"
-    named = replace(ask, layers=4).run("scenes-sd3", progress=False)
+    named = replace(ask, layers=np.array([4])).run("scenes-sd3", progress=False)
     assert named.model_name == "scenes-sd3" and set(named.table["layer"]) == {4}
     with pytest.raises(UserError, match="cannot probe int: expected a model's name, a diffusers folder, a hub id"):
         ask.run(3)
@@ -264,9 +267,19 @@ def test_targets(loaded: MMDiT, tiny_directory: Path) -> None:
         (Generate, {"start": 0.9, "stop": 0.1}, "--start 0.9 is after --stop 0.1"),
         (Generate, {"perturb_scale": "two"}, "--perturb-scale 'two': expected a number"),
         (Generate, {"perturb_layers": 1, "selection": "s.json"}, "--perturb-layers and --selection both name layers"),
+        (Generate, {"perturb_scale": []}, "--perturb-scale []: expected a number"),
+        (Generate, {"each": True}, "--each is of perturbed guidance: name its layers"),
+        (Generate, {"control": "random,noise"}, "--control is of perturbed guidance"),
+        (AttentionBudget, {"sigma": 0.3}, "--sigma is of pictures (--images)"),
+        (ValueNorms, {"images": "scenes:val", "steps": "0"}, "--steps is of sampling; pictures are read at --sigma"),
+        (Perturb, {"edit": "zero", "where": "logits"}, "--where is of blurs; with --edit zero leave it out"),
+        (WordMaps, {"prompt": "a", "sigma": 0.3}, "--sigma is of photos (--image)"),
+        (WordMaps, {"image": "a.png", "steps": [0]}, "--steps is of pictures that are drawn"),
+        (WordMaps, {"image": "a.png", "images_per_prompt": 2}, "--images-per-prompt is of pictures that are drawn"),
         (SelectLayers, {"rule": "rank"}, "unknown rule 'rank': did you mean 'ranks'"),
         (SelectLayers, {"split": "val", "report": "val"}, "--split and --report are both 'val'"),
         (SelectLayers, {"limit": 3}, "--limit is 3; expected a whole number of at least 4"),
+        (Report, {"control": "shuffled"}, "unknown control 'shuffled'"),
         (Score, {"baseline": "bas"}, "unknown variant 'bas': did you mean 'base'"),
         (Score, {"maps": "2"}, "--maps '2': expected noise levels in 0..1"),
         (Score, {"lora": ["nowhere/at/all"]}, "no LoRA 'nowhere/at/all'"),
@@ -276,6 +289,43 @@ def test_options_are_refused_when_they_are_given(kind: type[Experiment], options
     with pytest.raises(UserError) as refused:
         kind(**options)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("ask", "read"),
+    [
+        (Score(export=Path("pictures")), {"export": Path("pictures")}),
+        (Evaluate(protocol="predicted", tags=Path("tags.json"), cache=Path("kept")), {"tags": Path("tags.json")}),
+        (AttentionBudget(layers=range(2)), {"layers": [0, 1]}),
+        (AttentionBudget(layers=np.array([2, 4])), {"layers": [2, 4]}),
+        (AttentionBudget(layers={3}, heads={3: (0, 1)}), {"layers": [3], "heads": {3: [0, 1]}}),
+        (Generate(perturb_layers=1, perturb_scale=(1.0, 2.0)), {"perturb_scale": [1.0, 2.0]}),
+    ],
+)
+def test_options_come_back_from_a_record(ask: Experiment, read: dict[str, Any]) -> None:
+    """As `run.json` holds them; paths were refused, and ranges read as their Python text."""
+    record = json.loads(json.dumps(plain(asdict(ask)), default=str))
+    again = experiment_of(ask.name, record)
+    assert {name: getattr(again, name) for name in read} == read
+    assert plain(asdict(again)) == plain(asdict(ask))
+
+
+def test_texts_of_pictures_may_stand_in_a_file(tmp_path: Path) -> None:
+    """The name of the file was taken for the text."""
+    (tmp_path / "texts.txt").write_text("a cat\n# a remark\n\na red ring\n", encoding="utf-8")
+    told = {"images": "scenes:val", "limit": 2, "prompts": str(tmp_path / "texts.txt")}
+    for ask in (Diagnose(**told), FeaturePCA(**told)):  # type: ignore[arg-type]
+        assert ask.captions(ask.gather(True)) == ["a cat", "a red ring"]
+    drawn = WordMaps(prompt=str(tmp_path / "texts.txt"), image="scenes:val", limit=2)
+    assert drawn.gather(True)[0] == AttentionBudget(**told).gather(True)[0] == ["a cat", "a red ring"]  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="2 prompts for 3 pictures"):
+        replace(drawn, limit=3).gather(True)
+
+
+def test_a_number_that_is_written_twice_counts_once() -> None:
+    assert Generate(perturb_layers=1, perturb_scale="2,2.0,1").scales() == [2.0, 1.0]
+    assert Score(maps="0.5,0.50").sigmas() == [0.5]
+    assert Evaluate(sigma="0.3,0.30,0.5").sigmas() == Evaluate(sigma=[0.3, 0.5, 0.3]).sigmas() == [0.3, 0.5]
 
 
 TOGETHER = """

@@ -26,6 +26,15 @@ from mmdit_probe.scenes import captions, describe, load_parser, scene
 from tests import blip
 
 
+def test_the_path_of_an_adapter_may_hold_an_equals_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was cut at the last one: "1e-4/lora" looks like a hub id."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "rate=1e-4" / "lora").mkdir(parents=True)
+    path = "runs/rate=1e-4/lora"
+    assert Score(lora=[path]).variants() == {"base": None, "rate=1e-4": path}
+    assert Score(lora=[f"mine={path}"]).variants() == {"base": None, "mine": path}
+
+
 def test_clipscore_is_the_clamped_cosine_of_the_model() -> None:
     scorer = ClipScorer.load("scenes-clip")
     assert scorer.metric == "clipscore[scenes-clip]"

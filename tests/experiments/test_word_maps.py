@@ -61,6 +61,20 @@ def test_a_photos_map_is_the_mean_of_the_words_columns(
     assert maps.image.size == (64, 64) and maps["ring"].overlay().size == (64, 64)
 
 
+def test_heads_may_be_named_by_layer(model: MMDiT, photo: Image.Image) -> None:
+    """Two layers of a model with two heads: as many entries as there are heads are not all heads."""
+    found = dense(model, photo, PROMPT)
+    keys = [IMAGE + p for p in model.token_tables(PROMPT)[0].positions(word="ring")]
+    maps = word_maps(model, PROMPT, image=photo, sigma=0.5, layers="0,2", heads={0: [1], 2: [0]})
+    columns = [found[layer][0, head, :IMAGE][:, keys].sum(-1) for layer, head in ((0, 1), (2, 0))]
+    assert np.abs(maps["ring"].array - torch.stack(columns).mean(0).view(4, 4).numpy()).max() < 2e-6  # type: ignore[index]
+    assert "all heads" not in maps.about  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="heads are named of layer 1; read are layers 0, 2"):
+        word_maps(model, PROMPT, image=photo, layers="0,2", heads={1: [0]})
+    with pytest.raises(UserError, match="heads are named of layer '0'"):
+        word_maps(model, PROMPT, image=photo, layers="0,2", heads={"0": [1]})
+
+
 def test_one_stream_is_part_of_the_whole(model: MMDiT, photo: Image.Image) -> None:
     both, clip, t5 = (
         word_maps(model, PROMPT, image=photo, stream=stream)["ring"].array for stream in (None, "clip", "t5")

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import AttentionBudget, Result
+from mmdit_probe.experiments import AttentionBudget, Evaluate, Result
 
 FIGURES = Path(__file__).parents[2] / "figures"
 FEW = ["limit=2", "num_steps=2", "prompts=prompts.txt"]
@@ -42,6 +42,15 @@ def draw(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         return {path.name: path for path in files}
 
     return run
+
+
+def test_an_option_keeps_the_words_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A written none is the word where there is one, and nothing where the option may be nothing."""
+    monkeypatch.syspath_prepend(str(FIGURES))
+    given = importlib.import_module("runs").given
+    told = SimpleNamespace(set=["sweep=none", "limit=none", "preset=none", "noise_seeds=2", "background=none"])
+    expected = {"sweep": "none", "limit": None, "preset": None, "noise_seeds": 2, "background": "none"}
+    assert given(told, Evaluate) == expected and Evaluate(**expected).sweep == "none"
 
 
 @pytest.mark.parametrize(

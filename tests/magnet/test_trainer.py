@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from mmdit_probe.errors import RunError
 from mmdit_probe.magnet.config import MagnetOptions, recipe
 from mmdit_probe.magnet.lora import named_parameters
 from mmdit_probe.magnet.objective import items_at, level_of, noise_levels, noise_of, rate_at
+from mmdit_probe.magnet.run import validation_data
 from mmdit_probe.magnet.trainer import CHECKPOINT, TrainResult, train
 from mmdit_probe.magnet.validation import validate
 from mmdit_probe.models.adapters import FILE, read_metadata
@@ -71,6 +73,15 @@ def assert_equal(first: TrainResult, second: TrainResult) -> None:
 
 def run(out: Path, config: MagnetOptions = CONFIG, **options: Any) -> TrainResult:
     return train(fresh(), Pictures(), config, out=out, **options)
+
+
+def test_scenes_by_their_short_name_are_validated_too() -> None:
+    """`scenes` means scenes:train, and was trained on without held-out pictures."""
+    model = SimpleNamespace(default_size=(64, 64))
+    for data, count in (("scenes", 2), ("scenes:val", 2), ("folder", 0)):
+        asked = MagnetOptions(layers=(0,), data=data, validate_count=2)
+        held = validation_data(asked, model)  # type: ignore[arg-type]
+        assert [one.name for one in held] == ["scenes:val:0", "scenes:val:1"][:count]
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.6])

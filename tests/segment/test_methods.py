@@ -218,6 +218,13 @@ def test_options_of_another_kind_are_refused(method: str, text: str, words: str)
         METHODS[method].configure({name: value})
 
 
+def test_every_kind_of_token_that_is_named_is_one() -> None:
+    """One of two that was misspelt was left out."""
+    one = worlds.capture(worlds.masks(), empty=True)
+    with pytest.raises(UserError, match="unknown span kind 'eoss': did you mean 'eos'"):
+        METHODS["seg4diff-unsup"].configure({"kinds": "pad,eoss"})(one)
+
+
 @pytest.mark.parametrize("option", ["softmax", "normalise"])
 def test_a_written_none_is_the_word_where_an_option_knows_it(option: str) -> None:
     """`--set conceptattention.normalise=none` was refused: the text was read as nothing at all."""

@@ -67,6 +67,19 @@ def test_names_that_overflow_go_to_further_prompts() -> None:
         pack(parse_classes("a" * 60), tables(10))
 
 
+def test_a_class_called_background_keeps_its_own_pixels() -> None:
+    """Beside the background of a rule: areas are told by name, and one of the two was lost."""
+    from mmdit_probe.segment.run import finish
+
+    regions = worlds.masks()
+    record = worlds.capture(regions)
+    found = finish(record, regions[:2], ["cat", "background"], Refinement(), Background.parse("threshold:0.5"))
+    assert found.names == ["cat", "background", "background 2"]
+    counted = [int((found.labels == index).sum()) for index in range(3)]
+    assert [area["pixels"] for area in found.areas().values()] == counted and sum(counted) == found.labels.size
+    assert min(counted) > found.labels.size // 8
+
+
 @pytest.mark.parametrize("how", ["squash", "letterbox", "crop", "aspect"])
 @pytest.mark.parametrize("size", [(48, 160), (160, 48), (33, 77)])
 def test_a_half_stays_a_half(how: str, size: tuple[int, int]) -> None:

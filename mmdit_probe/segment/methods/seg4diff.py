@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.models.tokens import SPAN_KINDS
 from mmdit_probe.segment.methods.base import Heads, Method, by_class, pick_heads
 from mmdit_probe.segment.record import Capture, JointRecord
 from mmdit_probe.segment.tail import minmax as over_space
@@ -152,6 +153,8 @@ def unsupervised(
     mode = "joint" if softmax == "auto" else softmax
     maps = capture.over_layers(_columns(mode, table.positions("word"), heads))  # [I, T]
     wanted = None if kinds == "all" else listed(kinds)
+    for kind in wanted or ():
+        check_known("span kind", kind, SPAN_KINDS)
     places = [
         place
         for place, token in enumerate(table.tokens)
