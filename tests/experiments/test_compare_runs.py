@@ -63,7 +63,7 @@ def test_verdicts() -> None:
         [pd.concat([frame.assign(**{name: k}) for k in range(5)]) for frame in (one, two)]
         for name in ("layer", "outcome")
     )
-    assert set(_paired(*layers, margin)["verdict"]) == {"undecided"}
+    assert set(_paired(*layers, margin)["verdict"]) == {"worse"}  # that there is one is beyond doubt
     assert set(_paired(*outcomes, margin)["verdict"]) == {"no worse"}
 
 
