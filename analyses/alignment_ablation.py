@@ -29,7 +29,7 @@ from mmdit_probe.experiments.scenes_quality import alignment_of, held_out, word_
 from mmdit_probe.experiments.text import bounded
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results.atomic import replacing, write_text
-from mmdit_probe.results.statistics import interval
+from mmdit_probe.results.statistics import defined, interval
 from mmdit_probe.scenes import captions
 from mmdit_probe.scenes.parser import SCORES
 from training.align import Alignment
@@ -79,8 +79,8 @@ def measure(model: MMDiT, session: Session, size: Size) -> dict[str, pd.DataFram
     for category in CATEGORIES:
         prompts = captions("val", size.n, category, distinct=False)
         scores = alignment_of(model, parser, prompts, steps=size.num_steps, guidance=size.guidance)
-        rows = [(name, *interval(scores[name], "share")) for name in SCORES]
-        found.append(pd.DataFrame(rows, columns=["score", "mean", "low", "high"]).assign(category=category, n=size.n))
+        rows = [(name, len(defined(scores[name])), *interval(scores[name], "share")) for name in SCORES]
+        found.append(pd.DataFrame(rows, columns=["score", "n", "mean", "low", "high"]).assign(category=category))
     every = pd.concat([evidence.measure(name, model, "val", amount) for name in size.evidence])
     return {
         "maps": maps[maps["head"] == "mean"][["layer", "min_max", "sigma", "n", "miou"]],

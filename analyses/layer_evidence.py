@@ -20,6 +20,7 @@ import pandas as pd
 from mmdit_probe import load
 from mmdit_probe.experiments import SelectLayers, evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, RANK_RULES
+from mmdit_probe.experiments.text import signed
 from mmdit_probe.plots import save
 from mmdit_probe.plots.select import evidence as figure
 from mmdit_probe.results.statistics import ABOVE, NONE, compare
@@ -87,7 +88,8 @@ def markdown(
         "",
         "## Agreement",
         "",
-        "Spearman correlation over layers, 95 % interval over items; p: of such a correlation among unrelated orders.",
+        "Spearman correlation over layers, 95 % interval over items; p: of such a correlation among unrelated orders,"
+        f" corrected for {len(agreement)} comparisons (Holm).",
         "",
     ]
     lines += ["| first | second | rank correlation | p |", "|-|-|-|-|"]
@@ -95,9 +97,8 @@ def markdown(
         same = row["first"] == row["second"]
         if same or row["first_split"] == row["second_split"] == report:
             first, second = (f"{row[k]} ({row[f'{k}_split']})" if same else row[k] for k in ("first", "second"))
-            lines.append(
-                f"| {first} | {second} | {row['rho']:+.2f} [{row['low']:+.2f}, {row['high']:+.2f}] | {row['p']:.2f} |"
-            )
+            rho = signed(row["rho"], row["low"], row["high"], 2)
+            lines.append(f"| {first} | {second} | {rho} | {row['p_holm']:.2f} |")
     return "\n".join(lines) + "\n"
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from mmdit_probe.evaluate.scores import ImageCounts
-from mmdit_probe.experiments.score import KEYS, compare_variants, margin_of
+from mmdit_probe.experiments.score import KEYS, compare_variants, margin_of, with_verdicts
 from mmdit_probe.magnet.validation import Readout
 from mmdit_probe.results.statistics import (
     NO_WORSE,
@@ -28,8 +28,8 @@ from mmdit_probe.results.statistics import (
     Jackknife,
     across_seeds,
     jackknife,
-    judged,
 )
+from mmdit_probe.scenes.captions import CONTRASTS
 
 BASE, CONTROL = "base", "control"
 PROTOCOLS: dict[Readout, str] = {
@@ -78,8 +78,8 @@ PICTURES = """
 ## Generated pictures
 
 Mean, and paired difference to the control with its 95 % interval over prompts and seeds. *no worse*: the interval lies
-above a loss of .05 (one point of CLIPScore); *worse*: it lies below zero; else undecided. *facts*: share of the
-caption's facts that the scene parser reads in the picture.
+above a loss of .05 (one point of CLIPScore); *worse*: it lies below zero; else undecided. Both are corrected for the
+rows of a metric (Holm). *facts*: share of the caption's facts that the scene parser reads in the picture.
 
 """
 PILOT = """\
@@ -169,14 +169,14 @@ def generation_table(frames: pd.DataFrame, baseline: str) -> pd.DataFrame:
     rows = []
     for row in whole.to_dict("records"):
         key = tuple(row[name] for name in place)
-        single = row["variant"] == BASE or baseline == row["variant"]
-        per_seed = [] if single else [of[key] for of in seeds.values() if key in of.index]
+        per_seed = [of[key] for of in seeds.values() if key in of.index] if row["variant"] != baseline else []
         found = Interval(row["difference"], row["difference_low"], row["difference_high"])
         spread = across_seeds(found, per_seed, row["prompts"])
-        told = judged(spread.low, spread.high, margin_of(row["metric"]))
+        loss = -margin_of(row["metric"]) * (-1 if row["metric"] in CONTRASTS.values() else 1)
+        from_margin = across_seeds(Interval(*(x - loss for x in found)), [x - loss for x in per_seed], row["prompts"])
         row |= {"seeds": max(1, len(per_seed)), "difference_low": spread.low, "difference_high": spread.high}
-        rows.append(row | {"verdict": row["verdict"] if row["verdict"] == TOO_FEW else told})
-    return pd.DataFrame(rows)
+        rows.append(row | {"p_holm": spread.p, "p_margin": from_margin.p})
+    return with_verdicts(pd.DataFrame(rows), baseline)
 
 
 def verdict(miou: pd.DataFrame, generation: pd.DataFrame) -> list[str]:

@@ -30,7 +30,7 @@ from mmdit_probe.evaluate.tagger import open_tagger
 from mmdit_probe.experiments import Experiment, Result
 from mmdit_probe.experiments.controls import Variant, variants
 from mmdit_probe.experiments.experiment import Study, request_of
-from mmdit_probe.results.statistics import NONE, resampled
+from mmdit_probe.results.statistics import NONE, jackknifed
 from mmdit_probe.segment.capture import capture
 from mmdit_probe.segment.methods import find
 from mmdit_probe.segment.record import PAPER_SIGMA, Reading
@@ -109,8 +109,8 @@ class Presence(Experiment):
                 part.pivot(index="item", columns="class", values=name).to_numpy() for name in ("value", "there")
             )
             centred, there = values - values.mean(0), there.astype(bool)
-            auc, low, high = resampled(partial(_area_of, centred, there), len(there), 500)
-            rows.append({"what": what, "n": len(there), "auc": auc, "low": low, "high": high})
+            auc, low, high, _ = jackknifed(partial(_area_of, centred, there), len(there))
+            rows.append({"what": what, "n": len(there), "auc": auc, "low": max(0.0, low), "high": min(1.0, high)})
         return pd.DataFrame(rows)
 
     def draw(self, result: Result) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from mmdit_probe.evaluate.plan import CEILING, KEYS, Entry, Plan
 from mmdit_probe.evaluate.scores import ImageCounts
 from mmdit_probe.results import RunFolder
 from mmdit_probe.results.selection import LayerSelection
+from mmdit_probe.results.statistics import corrected
 from mmdit_probe.segment.capture import layer_weights
 from mmdit_probe.segment.methods import find
 from mmdit_probe.segment.record import Reading
@@ -252,13 +253,13 @@ def gains(bench: Bench, chosen: Setting, good: Mapping[int, tuple[int, ...]]) ->
     rows = []
     for step, before, after in pairs:
         one, other = counts[repr(before)], counts[repr(after)]
-        (gain, low, high, _), reached = other.gain(one), other.score("miou")
+        (gain, low, high, p), reached = other.gain(one), other.score("miou")
         rows.append(
             {"step": step, "before": before.refine, "after": after.refine, "n": len(one),
              "miou_before": one.score("miou"), "miou_after": reached, "gain": gain, "low": low, "high": high,
-             "share_of_ceiling": reached / ceiling}
+             "p_holm": p, "share_of_ceiling": reached / ceiling}
         )  # fmt: skip
-    return pd.DataFrame(rows)
+    return corrected(pd.DataFrame(rows), ["p_holm"])
 
 
 def main() -> None:
@@ -313,14 +314,14 @@ def _markdown(table: pd.DataFrame, options: argparse.Namespace) -> str:
         f"# What each refinement is worth: {options.model} on {options.report}, n = {int(table['n'].max())}",
         "",
         f"mIoU (union rule), protocol present, seg4diff in the setting chosen on {options.split} (n = {options.n}).",
-        "Gains with 95 % intervals over paired images.",
+        f"Gains with 95 % intervals over paired images; p: of no gain, corrected for {len(table)} steps (Holm).",
         "",
-        "| step | mIoU before | after | gain | of the ceiling |",
-        "|-|-|-|-|-|",
+        "| step | mIoU before | after | gain | p | of the ceiling |",
+        "|-|-|-|-|-|-|",
     ]
     lines += [
         f"| {row.step} | {row.miou_before:.3f} | {row.miou_after:.3f} "
-        f"| {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] | {row.share_of_ceiling:.0%} |"
+        f"| {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] | {row.p_holm:.3f} | {row.share_of_ceiling:.0%} |"
         for row in table.itertuples()
     ]
     return "\n".join(lines) + "\n"

@@ -3,8 +3,9 @@
     python benchmarks/interval_coverage.py            # eight minutes on one core; results/interval_coverage.md
 
 For each kind of score, n and method: the share of simulated samples whose interval holds the true mean. Methods of a
-mean: percentile bootstrap, BCa (both scipy), studentised bootstrap, t. Of a share (0 or 1 per item): Wilson, t. The
-package uses `results.statistics.interval`; its column is measured through that function and no copy of it.
+mean: percentile bootstrap, BCa (both scipy), studentised bootstrap, t. Of a share (0 or 1 per item): Wilson, t. Of
+pairs of yes and no, some lost and half as many won: Bonett and Price, t. The package uses
+`results.statistics.interval`; its column is measured through that function and no copy of it.
 
 `statistics.FEWEST` is the smallest n from which on no kind of mean, and no share of .2 or more, falls below 93 % by
 more than two standard errors of the simulation. (Few items say nothing of rare events: Wilson's interval of a share of
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,6 +51,7 @@ MEANS: dict[str, tuple[float, Draw]] = {
 }
 SHARES = {f"share of {p:g}": p for p in (0.5, 0.2, 0.05)}
 RARE = "share of 0.05"
+CHANGES = {f"pairs of yes and no, {p:g} lost": p for p in (0.2, 0.05, 0.02)}
 METHODS = ("percentile", "BCa", "studentised", "t", "interval()")
 
 
@@ -111,7 +114,22 @@ def simulate(repeats: int) -> pd.DataFrame:
                 {"scores": name, "n": n, "t": coverage(truth, by_t(data)),
                  "interval()": coverage(truth, ours(data, "share"))}
             )  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows + changes(repeats))
+
+
+def changes(repeats: int) -> list[dict[str, Any]]:
+    """Rows of paired differences of yes and no, from draws of their own."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for name, lost in CHANGES.items():
+        for n in SIZES:
+            draw = rng.random((repeats, n))
+            data = (draw > 1 - lost / 2).astype(float) - (draw < lost)
+            rows.append(
+                {"scores": name, "n": n, "t": coverage(-lost / 2, by_t(data)),
+                 "interval()": coverage(-lost / 2, ours(data, "change"))}
+            )  # fmt: skip
+    return rows
 
 
 def fewest(table: pd.DataFrame, repeats: int) -> int:
@@ -127,7 +145,8 @@ def report(table: pd.DataFrame, repeats: int) -> str:
         "",
         f"Share of {repeats} simulated samples whose interval holds the true mean (standard error"
         f" {np.sqrt(0.95 * 0.05 / repeats):.3f}); bootstraps of {RESAMPLES} resamples, those of `interval()` as the"
-        " package has them. `interval()`: smoothed studentised bootstrap for means, Wilson for shares.",
+        " package has them. `interval()`: smoothed studentised bootstrap for means, Wilson for shares, Bonett and Price"
+        " for pairs of yes and no (half as many won as lost).",
         "",
         f"Below n = {fewest(table, repeats)} some kind of score other than rare events ({RARE}) is covered in less than"
         f" {ENOUGH:.0%}: `statistics.FEWEST` = {FEWEST}, and no verdict below it.",

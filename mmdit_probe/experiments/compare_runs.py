@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import cell_of
 from mmdit_probe.experiments.result import Result
-from mmdit_probe.experiments.text import Text, TextTable, signed
+from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.results import RunFolder, atomic
 from mmdit_probe.results.folder import differences
-from mmdit_probe.results.statistics import NONE, compare, measured, no_worse, two_sided
+from mmdit_probe.results.statistics import NONE, compare, judged, measured, two_sided
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +41,7 @@ class Comparison:
     Attributes:
         first, second: the runs. margin: of non-inferiority, or None.
         table: the columns of a cell, n, first, second (means), difference (second minus first), low, high, p_holm and
-            verdict: of `results.statistics.two_sided`; with a margin, where more is better, of `no_worse`.
+            verdict: of `results.statistics.two_sided`; with a margin, where more is better, of `judged`.
         differs: the entries of the requests that differ, such as model or dtype.
     """
 
@@ -74,7 +74,8 @@ class Comparison:
         )
         for row in self.table.head(SHOWN).to_dict("records"):
             difference = signed(row["difference"], row["low"], row["high"])
-            numbers = (str(row["n"]), f"{row['first']:.3f}", f"{row['second']:.3f}", difference, str(row["verdict"]))
+            both = (bounded(row[name], math.nan, math.nan) for name in ("first", "second"))
+            numbers = (str(row["n"]), *both, difference, str(row["verdict"]))
             table.add(*(str(row[name]) for name in cell), *numbers)
         rest = len(self.table) - SHOWN
         told = f" {rest} more rows are in comparison.csv." if rest > 0 else ""
@@ -134,19 +135,14 @@ def _paired(first: pd.DataFrame, second: pd.DataFrame, margin: float | None) -> 
 
     cell = cell_of(first)
     both = pd.concat([second.assign(control=NONE), first.assign(control="first")], ignore_index=True)
-    table = compare(both, cell).drop(columns="control")
+    family = "outcome" if "outcome" in cell else None
+    table = compare(both, cell, family=family, margin=margin).drop(columns="control")
     if table.empty:
         raise UserError(
             "the runs have no cell (layer, outcome, ...) in common; run both with the same layers and outcomes"
         )
     table = table.rename(columns={"value": "second", "control_value": "first"})
-    table["verdict"] = two_sided(table)
-    if margin is not None:
-        pairs = first.merge(second, on=["item", *cell], suffixes=("_first", "_second"))
-        pairs = pairs.assign(gain=pairs["value_second"] - pairs["value_first"])
-        verdicts = pairs.groupby(cell, observed=True)["gain"].agg(lambda gain: no_worse(gain, margin).verdict)
-        keys = pd.MultiIndex.from_frame(table[cell]) if len(cell) > 1 else table[cell[0]]
-        table["verdict"] = verdicts.reindex(keys).to_numpy()
+    table["verdict"] = two_sided(table) if margin is None else judged(table.assign(margin=margin))
     return table[[*cell, *_NUMBERS]]
 
 

@@ -129,7 +129,8 @@ def summarise(by_item: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     for place, part in own.groupby(by, observed=True):
         items = part.groupby("item")[_VALUES].mean()
         means = {name: float(items[name].mean()) for name in _VALUES}
-        ends = dict(zip(_ENDS, (*interval(items["relative"])[1:], *interval(items["mass"])[1:]), strict=True))
+        mass = interval(items["mass"].clip(0, 1), kind="share")
+        ends = dict(zip(_ENDS, (*interval(items["relative"])[1:], *mass[1:]), strict=True))
         rows.append(dict(zip(by, place, strict=True)) | {"n": len(items)} | means | ends)
     return pd.DataFrame(rows, columns=[*by, "n", *_VALUES, *_ENDS])
 

@@ -16,7 +16,7 @@ import numpy as np
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.options import Control, LayersAndHeads, Pictured, notes_on, plain_heads
-from mmdit_probe.experiments.text import TextTable, signed
+from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.results.statistics import interval, measured
 from mmdit_probe.specs import heads_at
 
@@ -162,7 +162,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
             ]
         channels = result.frames["outlier_channels"]
         worst = channels.sort_values("ratio").iloc[-1]
-        ratio = f"{worst['ratio']:.1f} [{worst['ratio_low']:.1f}, {worst['ratio_high']:.1f}]"
+        ratio = bounded(worst["ratio"], worst["ratio_low"], worst["ratio_high"], 1)
         return [
             *lines,
             f"largest outlier channel: layer {worst['layer']}, {worst['kind']} of {worst['token']} tokens, channel"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.results.statistics import NONE, defined, interval, measured, rank_agreement
+from mmdit_probe.results.statistics import NONE, corrected, count_means, defined, interval, measured, rank_agreement
 from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
@@ -201,14 +201,16 @@ def _segmentation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.
     return pd.concat(parts, ignore_index=True)
 
 
-def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any]) -> pd.DataFrame:
+def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any], kept: str = "") -> pd.DataFrame:
     """The evidence that a run folder of another command holds, as `measure` gives it; its split is the folder's name.
 
     Args:
         text: how text is encoded where not in the model's own way, as requests say it: `no_t5`, `max_sequence_length`.
+        kept: pictures or prompts that are kept for the report, such as "scenes:test".
 
     Raises:
-        UserError: no run folder, no evidence in it, or one of other weights or of text encoded in another way.
+        UserError: no run folder, no evidence in it, or one of other weights, of text encoded in another way, or of what
+            is kept for the report.
     """
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.results.folder import read_record
@@ -221,6 +223,11 @@ def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any]) -> pd.Da
     if request.get("weight_hash") != model.weight_hash:
         raise UserError(
             f"{str(folder)!r} was measured on other weights than those of {model.name}; run {command} on it"
+        )
+    sources = [str(record.get("options", {}).get(name)) for name in ("images", "prompts")]
+    if kept and any(source == kept or source.startswith(f"{kept}:") for source in sources):
+        raise UserError(
+            f"{str(folder)!r} was measured on {kept}, which is reported on: select on other scenes, or --report others"
         )
     told, asked = ({n: of.get(n) for n in ("no_t5", "max_sequence_length")} for of in (request, text))
     if told != asked:
@@ -256,7 +263,7 @@ def by_layer(long: pd.DataFrame) -> pd.DataFrame:
 
     rows = []
     for (split, name, layer), part in measured(long).groupby(["split", "evidence", "layer"], sort=False, observed=True):
-        value, low, high = interval(part["value"])
+        value, low, high = interval(part["value"], "share" if name == "segmentation" else "mean")
         rows.append(
             {"split": split, "evidence": name, "layer": layer, "value": value, "low": low, "high": high,
              "n": len(defined(part["value"]))}
@@ -282,7 +289,8 @@ def _resampled(tables: Sequence[pd.DataFrame], rng: np.random.Generator) -> list
         key = tuple(table.index)
         if key not in drawn:
             drawn[key] = rng.integers(0, len(key), len(key))
-        means.append(table.to_numpy()[drawn[key]].mean(0))
+        counts = np.bincount(drawn[key], minlength=len(key)).astype(float)
+        means.append(count_means(counts[None], table.to_numpy())[0])
     return means
 
 
@@ -291,8 +299,8 @@ def agreement(long: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
 
     Two evidences measured on the same items draw the same ones.
 
-    Returns: first, first_split, second, second_split, rho, low, high, p (of such a correlation among unrelated orders
-    of so few layers), layers.
+    Returns: first, first_split, second, second_split, rho, low, high, p_holm (of such a correlation among unrelated
+    orders of so few layers, corrected for the rows of the table), layers.
     """
     import pandas as pd
 
@@ -307,9 +315,9 @@ def agreement(long: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
             found = rank_agreement(one, two, same_items=same, draws=draws)
             rows.append(
                 {"first": first[0], "first_split": first[1], "second": second[0], "second_split": second[1],
-                 "rho": found.rho, "low": found.low, "high": found.high, "p": found.p, "layers": found.places}
+                 "rho": found.rho, "low": found.low, "high": found.high, "p_holm": found.p, "layers": found.places}
             )  # fmt: skip
-    return pd.DataFrame(rows)
+    return corrected(pd.DataFrame(rows), ["p_holm"]) if rows else pd.DataFrame()
 
 
 def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int, ...]:

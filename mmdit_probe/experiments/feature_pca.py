@@ -34,7 +34,7 @@ from mmdit_probe.experiments.options import (
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
-from mmdit_probe.results.statistics import FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, Kind, holm, interval, measured, p_value
+from mmdit_probe.results.statistics import FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, corrected, interval, measured, p_value
 from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
@@ -58,6 +58,9 @@ SCORES = (
 )  # fmt: skip
 """Columns of the table: those of `observe.pca.scores`, and the share of the picture's variance in the first three and
 in all kept components."""
+
+SHARES = ("class", "class_shuffled", "explained_3", "explained")
+"""Scores within 0..1; the others may be negative."""
 
 SHOWN = "shown"
 """Name of the arrays of the figure: the first pictures' maps and pixels."""
@@ -361,8 +364,9 @@ class _Kept:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
 
 
-def summarise(table: pd.DataFrame) -> pd.DataFrame:
-    """One row per layer and kind: n and, of each score, the mean and its 95 % interval over pictures.
+def summarise(by_picture: pd.DataFrame) -> pd.DataFrame:
+    """One row per layer and kind: n (pictures; those with scores of classes, where there are any) and, of each score,
+    the mean and its 95 % interval over pictures.
 
     `beyond` and `silhouette_beyond` are the differences to the shuffled masks, paired; their `p_holm` are corrected for
     the rows of the table.
@@ -370,21 +374,22 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for (layer, kind), part in measured(table).groupby(["layer", "kind"], observed=True, sort=False):
+    for (layer, kind), part in measured(by_picture).groupby(["layer", "kind"], observed=True, sort=False):
         row: dict[str, Any] = {"layer": layer, "kind": kind, "n": len(part)}
         for name in (name for name in SCORES if name in part):
             if part[name].notna().any():
-                kind_of: Kind = "share" if name == "class" else "mean"
-                row[name], row[f"{name}_low"], row[f"{name}_high"] = interval(part[name].dropna(), kind_of)
+                found = interval(part[name].clip(0, 1), "share") if name in SHARES else interval(part[name])
+                row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
         for name, prefix in (("class", ""), ("silhouette", "silhouette_")):
             if name in row and f"{name}_shuffled" in row:
-                difference = (part[name] - part[f"{name}_shuffled"]).dropna()
+                difference = part[name] - part[f"{name}_shuffled"]
+                if name == "class":
+                    row["n"] = int(difference.notna().sum())
                 ends = (f"{prefix}beyond{end}" for end in ("", "_low", "_high"))
                 row |= dict(zip(ends, interval(difference), strict=True)) | {f"{prefix}p_holm": p_value(difference)}
         rows.append(row)
-    found = pd.DataFrame(rows)
-    corrected = {name: holm(found[name]) for name in ("p_holm", "silhouette_p_holm") if name in found}
-    return found.assign(**corrected)
+    table = pd.DataFrame(rows)
+    return corrected(table, [name for name in ("p_holm", "silhouette_p_holm") if name in table])
 
 
 def score_table(summary: pd.DataFrame) -> TextTable:

@@ -32,7 +32,7 @@ from mmdit_probe.experiments.sweep import (
 )
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option, changed
-from mmdit_probe.results.statistics import NONE, interval
+from mmdit_probe.results.statistics import NONE, interval, kind_of
 from mmdit_probe.scenes.captions import STATED
 from mmdit_probe.specs import Spec, layer_indices, numbers
 
@@ -188,7 +188,10 @@ class Generate(Edited, JudgedSweep):
         request = result.request
         texts: list[Text] = [setting_table(result.summary)]
         if len(request["conditions"]) > 1:
-            texts.append("in brackets: 95 % interval over prompts; differences are paired with stock by seed.")
+            texts.append(
+                "in brackets: 95 % interval over prompts, each on its own (not corrected for several settings);"
+                " differences are paired with stock by seed."
+            )
         kept = "" if result.path is None else f"; images: {result.path / 'images'}"
         return [*texts, f"n = {len(request['items'])} prompts, {request['num_steps']} steps{kept}"]
 
@@ -228,8 +231,9 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             row |= {"outcome": name, "n": int(part[name].notna().sum())}
             row["mean"], row["low"], row["high"] = interval(part[name], kind="share" if name in SHARES else "mean")
             if row["layers"]:
-                paired = part[name] - part["item"].map(stock[name])
-                row["difference"], row["difference_low"], row["difference_high"] = interval(paired)
+                before = part["item"].map(stock[name])
+                gain = interval(part[name] - before, kind_of(part[name], before))
+                row["difference"], row["difference_low"], row["difference_high"] = gain
             rows.append(row)
     return pd.DataFrame(rows).sort_values(["outcome", *PLACE]).reset_index(drop=True)
 

@@ -276,7 +276,7 @@ def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     for (layer, head), part in rows[rows["stream"] == ALL].groupby(["layer", "head"], observed=True):
         items = part.groupby("train_item")["auc"].mean()
         auc, low, high = interval(items, kind="share")
-        found.append({"layer": layer, "head": head, "n": len(items), "auc": auc, "low": low, "high": high,
+        found.append({"layer": layer, "head": head, "n": int(items.notna().sum()), "auc": auc, "low": low, "high": high,
                       "p_holm": p_value(items - 0.5)})  # fmt: skip
     heads = pd.DataFrame(found)
     heads["p_holm"] = holm(heads["p_holm"])

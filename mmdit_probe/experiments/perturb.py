@@ -34,7 +34,20 @@ from mmdit_probe.experiments.sweep import (
 )
 from mmdit_probe.experiments.text import TextTable, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import FEWEST, LEVEL, NONE, holm, interval, n_for_effect, p_value
+from mmdit_probe.results.statistics import (
+    BEYOND,
+    FEWEST,
+    LEVEL,
+    NONE,
+    NOT_BEYOND,
+    TOO_FEW,
+    Kind,
+    corrected,
+    interval,
+    kind_of,
+    n_for_effect,
+    p_value,
+)
 from mmdit_probe.scenes.captions import CONTRASTS, STATED
 from mmdit_probe.specs import Spec, heads_at, step_indices
 
@@ -49,6 +62,7 @@ if TYPE_CHECKING:
 SPANS = ("word", "bos", "eos", "pad")
 ALL_HEADS, ALL_SPANS = -1, "all"
 NO_OP, EDIT, CONTROL = "no-op", "edit", "control"
+NO_EFFECT = "no effect shown"
 PLACE = ["layer", "head", "span"]
 ROW = ["item", "prompt", "seed", "control", "condition", *PLACE]
 DRAWN = [name for name in MEANING if name not in ("grounds_right", *STATED, "relabelled")]
@@ -233,35 +247,49 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per place and outcome.
 
     Returns: columns layer, head, span, outcome, n, effect, low, high (mean and 95 % interval over prompts of the paired
-    effect), control, control_low, control_high, beyond, beyond_low, beyond_high (edit minus control of equal size,
-    paired; the coherent one where both are there), p_holm (of that difference, corrected for the places of an outcome)
-    and verdict: "beyond control" if that interval excludes 0 and p_holm is at most .05, "as control" if not, "no
-    effect" if the effect's own interval includes 0, "too few" below `FEWEST` prompts, "" without a control. The no-op
-    has layer -1.
+    effect); of the strongest control of equal size there: equal (its name), control, control_low,
+    control_high, beyond, beyond_low, beyond_high (edit minus control, paired) and p_holm (of that difference, corrected
+    for the places of an outcome); and verdict: "beyond control" if the effect's interval excludes 0, beyond's does on
+    the same side, and p_holm is at most .05; "no effect shown" if the effect's own includes 0; else "not beyond
+    control"; "too few items" below `FEWEST` prompts, "" without a control. The no-op has layer -1.
     """
     import pandas as pd
 
     long = effects(table, ROW)
-    standard = next((name for name in EQUAL if name in set(long["control"])), None)
     rows: list[dict[str, Any]] = []
     for place, part in long.groupby(PLACE, observed=True):
         edited = part[part["condition"] != CONTROL].set_index("item")
-        equal = part[(part["condition"] == CONTROL) & (part["control"] == standard)].set_index("item")
+        equal = [of.set_index("item") for _, of in part[part["condition"] == CONTROL].groupby("control", observed=True)]
         for name in outcome_names(long, ROW):
             row = dict(zip(PLACE, place, strict=True)) | {"outcome": name, "n": int(edited[name].notna().sum())}
-            row["effect"], row["low"], row["high"] = interval(edited[name])
+            # The no-op is no sample of anything: it must be 0, not about 0.
+            kind: Kind = kind_of(edited[name]) if edited["layer"].iloc[0] >= 0 else "mean"
+            row["effect"], row["low"], row["high"] = interval(edited[name], kind)
             row["p_holm"] = float("nan")
-            if len(equal):
-                row["control"], row["control_low"], row["control_high"] = interval(equal[name])
-                difference = edited[name] - equal[name].reindex(edited.index)
-                row["beyond"], row["beyond_low"], row["beyond_high"] = interval(difference)
-                row["p_holm"] = p_value(difference)
+            if equal:
+                row |= _strongest(edited[name], {str(of["control"].iloc[0]): of[name] for of in equal})
             rows.append(row)
-    found = pd.DataFrame(rows)
-    found["p_holm"] = found.groupby("outcome")["p_holm"].transform(holm)
+    found = corrected(pd.DataFrame(rows), ["p_holm"], "outcome")
     found["verdict"] = [_verdict(row) for row in found.to_dict("records")]
     order = found["outcome"].map({name: place for place, name in enumerate(MEANING)})
     return found.assign(order=order).sort_values(["order", *PLACE]).drop(columns="order").reset_index(drop=True)
+
+
+def _strongest(edited: pd.Series, equal: Mapping[str, pd.Series]) -> dict[str, Any]:
+    """The columns of `summarise` about the strongest control: the one whose interval of edit minus control reaches
+    least far in the direction of the edit's effect. What is beyond it is beyond each, so p is the largest of all."""
+    rows = []
+    for name, control in equal.items():
+        control = control.reindex(edited.index)
+        difference, kind = edited - control, kind_of(edited, control)
+        beyond, p = interval(difference, kind), p_value(difference, kind)
+        row: dict[str, Any] = {"equal": name, "p_holm": p}
+        for of, found in (("control", interval(control, kind_of(control))), ("beyond", beyond)):
+            row |= dict(zip((of, f"{of}_low", f"{of}_high"), found, strict=True))
+        rows.append(row)
+    rises = edited.mean() > 0
+    least = min(rows, key=lambda row: np.nan_to_num(row["beyond_low"] if rises else -row["beyond_high"], nan=np.inf))
+    return least | {"p_holm": max(row["p_holm"] for row in rows)}
 
 
 SMALL = 0.05
@@ -269,31 +297,37 @@ SMALL = 0.05
 
 
 def power(table: pd.DataFrame) -> list[str]:
-    """How many prompts would show a small drop of the alignment at every place; nothing without a measure of it, or
-    from fewer prompts than a verdict needs.
+    """How many prompts would show a small drop of the alignment at every place, also beyond the controls of equal size,
+    as the verdict asks; nothing without a measure of it, or from fewer prompts than a verdict needs.
 
-    By the place whose effect spreads most, at 5 % over all places (Holm's first step), with power .8.
+    By the place and control whose differences spread most, at 5 % over all places (Holm's first step), with power .8.
     """
     main = aligned_outcome(table)
-    edited = effects(table, ROW)
-    edited = edited[edited["condition"] == EDIT]
-    if main is None or edited["item"].nunique() < FEWEST:
+    long = effects(table, ROW)
+    if main is None or long["item"].nunique() < FEWEST:
         return []
-    places = [part[main] for _, part in edited.groupby(PLACE, observed=True)]
-    needed = [n_for_effect(values, SMALL, comparisons=len(places)) for values in places]
+    differences = []
+    for _, part in long[long["condition"] != NO_OP].groupby(PLACE, observed=True):
+        edited = part[part["condition"] == EDIT].set_index("item")[main]
+        equal = part[part["condition"] == CONTROL].groupby("control", observed=True)
+        differences.append([edited, *(edited - of.set_index("item")[main] for _, of in equal)])
+    needed = [n_for_effect(one, SMALL, comparisons=len(differences)) for place in differences for one in place]
     most = max((n for n in needed if n is not None), default=None)
-    return [] if most is None else [f"Power: n = {most} would show a drop of {SMALL:g} at every place (80 %, {main})."]
+    beyond = " beyond the control" if (table["condition"] == CONTROL).any() else ""
+    if most is None:
+        return []
+    return [f"Power: n = {most} would show a drop of {SMALL:g}{beyond} at every place (80 %, {main})."]
 
 
 def _verdict(row: Mapping[Any, Any]) -> str:
     if row.get("beyond", np.nan) != row.get("beyond", np.nan):
         return ""
     if row["n"] < FEWEST:
-        return "too few"
+        return TOO_FEW
     if row["low"] <= 0 <= row["high"]:
-        return "no effect"
-    beyond = row["p_holm"] <= 1 - LEVEL and not row["beyond_low"] <= 0 <= row["beyond_high"]
-    return "beyond control" if beyond else "as control"
+        return NO_EFFECT
+    same_side = row["beyond_low"] > 0 if row["low"] > 0 else row["beyond_high"] < 0
+    return BEYOND if same_side and row["p_holm"] <= 1 - LEVEL else NOT_BEYOND
 
 
 def effect_table(summary: pd.DataFrame) -> TextTable:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+import numpy as np
+
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
 from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Referring, Sampling
@@ -25,7 +27,8 @@ from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import stills
-from mmdit_probe.results.statistics import defined, interval, no_worse
+from mmdit_probe.results.statistics import Kind, corrected, defined, interval, judged, kind_of, no_worse
+from mmdit_probe.scenes.captions import CONTRASTS
 from mmdit_probe.specs import listed, numbers
 
 if TYPE_CHECKING:
@@ -381,8 +384,9 @@ def export(picture: Any, folder: Path, prompt: str, number: int) -> None:
         picture.save(temporary, format="PNG")
 
 
-MARGINS = {"clipscore": 1.0, "": 0.05}
-"""Largest loss that does not matter: one point of CLIPScore, .05 of the scores from 0 to 1."""
+MARGINS = {"clipscore": 1.0, "clip_similarity": 0.01, "": 0.05}
+"""Largest loss that does not matter: one point of CLIPScore, also where it is told as a cosine; .05 of the scores from
+0 to 1. Of an opposite, such as swapped colours, it is the largest rise."""
 
 
 def margin_of(metric: str) -> float:
@@ -393,8 +397,9 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Means per variant, category and metric, and paired differences to a baseline.
 
     Returns: columns variant, category ("all" for every prompt), metric, prompts (of the mean: those where the metric is
-    defined), images, mean, low, high (95 % interval of the mean), difference, difference_low, difference_high, verdict
-    (`statistics.no_worse` with `MARGINS`).
+    defined), images, mean, low, high (95 % interval of the mean), difference, difference_low, difference_high; and, of
+    variants other than the baseline, p_margin and p_holm (of the difference being -margin, and 0, corrected for the
+    rows of a metric) and verdict (`statistics.judged` with `MARGINS`).
 
     Raises:
         UserError: unknown baseline, or a variant that was scored on other prompts or seeds.
@@ -409,22 +414,41 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     for name, table in wide.items():
         if not table.index.equals(wide[baseline].index):
             raise UserError(f"variant {name!r} was scored on other prompts or seeds than {baseline!r}")
+    shares = frame[metrics].astype(float).agg(["min", "max"]).T
+    kinds: dict[Any, Kind] = {
+        name: "share" if 0 <= ends["min"] <= ends["max"] <= 1 else "mean" for name, ends in shares.iterrows()
+    }
     rows: list[dict[str, Any]] = []
     for name in names:
         for category in ("all", *dict.fromkeys(frame["category"])):
             chosen, base = (t if category == "all" else t.loc[[category]] for t in (wide[name], wide[baseline]))
             for metric in metrics:
                 own, other = (t[metric].groupby(["category", "index"]).mean().to_numpy() for t in (chosen, base))
-                mean, low, high = interval(own)
-                gain = no_worse(own - other, margin_of(metric))
+                mean, low, high = interval(own, kinds[metric])
+                sign = -1.0 if metric in CONTRASTS.values() else 1.0  # of an opposite, less is better
+                gain = no_worse(sign * (own - other), margin_of(metric), kind_of(own, other))
+                ends = sorted((sign * gain.low, sign * gain.high))
                 rows.append(
                     {
                         "variant": name, "category": category, "metric": metric, "prompts": len(defined(own)),
-                        "images": len(chosen), "mean": mean, "low": low, "high": high, "difference": gain.mean,
-                        "difference_low": gain.low, "difference_high": gain.high, "verdict": gain.verdict,
+                        "images": len(chosen), "mean": mean, "low": low, "high": high, "difference": sign * gain.mean,
+                        "difference_low": ends[0], "difference_high": ends[1], "p_margin": gain.p_margin,
+                        "p_holm": gain.p,
                     }
                 )  # fmt: skip
-    return pd.DataFrame(rows)
+    return with_verdicts(pd.DataFrame(rows), baseline)
+
+
+def with_verdicts(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
+    """The table of `compare_variants` with p values corrected and verdicts; rows of the baseline are no comparison."""
+    tests = ["p_margin", "p_holm"]
+    table = table.assign(**{name: table[name].mask(table["variant"] == baseline) for name in tests})
+    table = corrected(table, tests, "metric")
+    low, high, less = table["difference_low"], table["difference_high"], table["metric"].isin(CONTRASTS.values())
+    rows = table[["p_margin", "p_holm"]].assign(
+        n=table["prompts"], margin=table["metric"].map(margin_of), low=low.mask(less, -high), high=high.mask(less, -low)
+    )
+    return table.assign(verdict=np.where(table["variant"] == baseline, "", judged(rows)))
 
 
 def variant_table(comparison: pd.DataFrame, metric: str, baseline: str) -> TextTable:
@@ -449,8 +473,6 @@ def variant_table(comparison: pd.DataFrame, metric: str, baseline: str) -> TextT
 
 def opposite_table(comparison: pd.DataFrame) -> TextTable:
     """What captions state beside its opposite: shares of pictures that show each, where captions state such a thing."""
-    from mmdit_probe.scenes.captions import CONTRASTS
-
     columns = [name for pair in CONTRASTS.items() for name in pair]
     title = "stated beside opposite: share of pictures [95 % interval over prompts]"
     names = [name.replace("_", " ") for name in columns]

@@ -89,6 +89,11 @@ class SelectLayers(Sampling, Experiment):
         return evidence_names(self.evidence, bool(self.runs))
 
     @property
+    def selected_on(self) -> str:
+        """What the layers are selected on, in words."""
+        return " and ".join([self.split] * bool(self.wanted()) + ["given runs"] * bool(self.runs))
+
+    @property
     def amount(self) -> Amount:
         """How much of each is measured."""
         return Amount(self.limit, self.sigma, self.prompts, self.num_steps, self.guidance, self.seed)
@@ -108,8 +113,9 @@ class SelectLayers(Sampling, Experiment):
         if self.heads > model.heads:
             raise UserError(f"--heads {self.heads}: expected at most {model.heads} heads, or 0 for all")
         chosen = controls.parse(self.control)
-        read = [evidence.from_run(run, model, text_of(model)) for run in self.runs]
         names = self.wanted()
+        kept = f"scenes:{self.report}" if names else ""
+        read = [evidence.from_run(run, model, text_of(model), kept) for run in self.runs]
         held = [*names, *(str(frame["evidence"].iloc[0]) for frame in read)]
         twice = next((name for name in held if held.count(name) > 1), None)
         if twice is not None:
@@ -191,7 +197,7 @@ class SelectLayers(Sampling, Experiment):
         from mmdit_probe.plots.select import evidence as figure
 
         layers = self.selected(result).layers
-        title = f"{result.model_name}: selected layers {', '.join(map(str, layers))} on {self.split}"
+        title = f"{result.model_name}: selected layers {', '.join(map(str, layers))} on {self.selected_on}"
         here = result.summary[result.summary["split"] == self.split]
         return {"select_layers": figure(here, self._within(result.frames["agreement"]), layers, title=title)}
 
@@ -201,9 +207,9 @@ class SelectLayers(Sampling, Experiment):
         return correlations[(correlations["first_split"] == self.split) & (correlations["second_split"] == self.split)]
 
     def tell(self, result: Result) -> list[Text]:
-        lines: list[Text] = [evidence_table(result.summary, self.split)]
+        lines: list[Text] = [evidence_table(result.summary, self.split, self.selected_on)]
         if self.report in set(result.summary["split"]):
-            lines.append(evidence_table(result.summary, self.report))
+            lines.append(evidence_table(result.summary, self.report, self.report))
         correlations = result.frames["agreement"]
         if len(correlations):
             again = correlations[
@@ -241,10 +247,11 @@ def _rows(frame: pd.DataFrame) -> list[dict[Any, Any]]:
 def agreement_table(rows: list[dict[Any, Any]]) -> TextTable:
     """Rank correlations over layers of two evidences, or of one on two splits; "-" where one is alike in all layers."""
     title = f"rank correlation over {rows[0]['layers']} layers, 95 % interval over items"
-    table = TextTable(["evidence", "with", "correlation", "p"], left=("evidence", "with"), title=title)
+    table = TextTable(["evidence", "with", "correlation", "p (Holm)"], left=("evidence", "with"), title=title)
     for row in rows:
         same = row["first"] == row["second"]
-        rho, p = signed(row["rho"], row["low"], row["high"], 2), "<0.01" if row["p"] < 0.005 else f"{row['p']:.2f}"
+        rho = signed(row["rho"], row["low"], row["high"], 2)
+        p = "<0.01" if row["p_holm"] < 0.005 else f"{row['p_holm']:.2f}"
         table.add(
             row["first"], f"itself on {row['second_split']}" if same else row["second"],
             *((rho, p) if row["rho"] == row["rho"] else ("-", "-")),
@@ -252,12 +259,12 @@ def agreement_table(rows: list[dict[Any, Any]]) -> TextTable:
     return table
 
 
-def evidence_table(table: pd.DataFrame, split: str) -> TextTable:
+def evidence_table(table: pd.DataFrame, split: str, where: str) -> TextTable:
     """One split's evidence in text: value and rank per layer; with intervals five evidences are wider than a screen."""
     part = table[table["split"] == split]
     names = list(dict.fromkeys(part["evidence"]))
     result = TextTable(
-        ["layer", *names], spare=names[:1:-1], title=f"{split}: value (rank); intervals stand in the figure and the CSV"
+        ["layer", *names], spare=names[:1:-1], title=f"{where}: value (rank); intervals stand in the figure and the CSV"
     )
     indexed = part.set_index(["evidence", "layer"])
     for layer in sorted(set(part["layer"])):

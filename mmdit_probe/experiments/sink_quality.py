@@ -94,7 +94,7 @@ def improvement(table: pd.DataFrame, against: str = PLAIN, of: str = CLEAN) -> p
         table: from `map_scores`, with the column item. against, of: which maps; by default what removing sinks adds.
 
     Returns: layer, head, score, n, before, after, difference, low, high (95 % over images), p_holm (corrected for all
-    rows of a score), verdict: better, worse, "no difference", or "too few items".
+    rows of a score), verdict: better, worse, "no difference shown", or "too few items".
     """
     import pandas as pd
 
@@ -112,7 +112,7 @@ def improvement(table: pd.DataFrame, against: str = PLAIN, of: str = CLEAN) -> p
     columns = ["layer", "head", "score", "n", "before", "after", "difference", "low", "high", "p_holm"]
     found = pd.DataFrame(rows, columns=columns)
     found["p_holm"] = found.groupby("score")["p_holm"].transform(holm)
-    told = {HIGHER: "better", LOWER: "worse", ALIKE: "no difference", TOO_FEW: TOO_FEW}
+    told = {HIGHER: "better", LOWER: "worse", ALIKE: ALIKE, TOO_FEW: TOO_FEW}
     return found.assign(verdict=two_sided(found).map(told))
 
 

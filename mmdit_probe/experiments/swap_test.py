@@ -212,7 +212,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             row = {"condition": condition, "layer": layer, "outcome": outcome, "n": len(part)}
             row |= {"share": share, "low": low, "high": high}
             if condition != STOCK:
-                away = interval(part[outcome] - part["item"].map(stock[outcome]))
+                away = interval(part[outcome] - part["item"].map(stock[outcome]), kind="change")
                 row |= dict(zip(("difference", "difference_low", "difference_high"), away, strict=True))
             rows.append(row)
     return pd.DataFrame(rows)

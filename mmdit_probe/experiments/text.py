@@ -97,10 +97,9 @@ def claim_table(claims: pd.DataFrame) -> TextTable:
         spare=("control's", "value"),
     )  # fmt: skip
     for row in claims.to_dict("records"):
-        table.add(
-            *(str(row[name]) for name in names), str(row["n"]), f"{row['value']:.3f}", f"{row['control_value']:.3f}",
-            signed(row["difference"], row["low"], row["high"]), str(row["verdict"]),
-        )  # fmt: skip
+        both = (bounded(row[name], float("nan"), float("nan")) for name in ("value", "control_value"))
+        difference = signed(row["difference"], row["low"], row["high"])
+        table.add(*(str(row[name]) for name in names), str(row["n"]), *both, difference, str(row["verdict"]))
     return table
 
 

@@ -28,7 +28,17 @@ from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.observe.probe import probe
-from mmdit_probe.results.statistics import FEWEST, LEVEL, TOO_FEW, holm, measured, resampled, spearman
+from mmdit_probe.results.statistics import (
+    BEYOND,
+    FEWEST,
+    LEVEL,
+    NOT_BEYOND,
+    TOO_FEW,
+    corrected,
+    jackknifed,
+    measured,
+    spearman,
+)
 from mmdit_probe.specs import HeadSpec, Spec, layer_indices
 
 if TYPE_CHECKING:
@@ -81,17 +91,16 @@ def attribute(
     return pd.concat(parts, ignore_index=True)
 
 
-def agreement(table: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
-    """Per layer: Spearman correlation over all (word, region) pairs, 95 % BCa bootstrap interval over scenes.
+def agreement(table: pd.DataFrame) -> pd.DataFrame:
+    """Per layer: Spearman correlation over all (word, region) pairs, 95 % jackknife interval over scenes.
 
     Returns: layer, n (scenes), rho, low, high, control, control_low, control_high, difference, difference_low,
     difference_high, p_holm, verdict. The control pairs each word's attribution with the attention of the scene's next
-    word; the difference is paired (the same scenes drawn for both), its p value that of a normal estimate whose
-    interval is as wide, corrected for the layers (Holm). "beyond control" if rho's interval and the difference's lie
-    above 0 and p_holm is at most .05, "as control" if not, "too few items" below `FEWEST` scenes.
+    word; the difference is paired (the same scene left out of both), its p value corrected for the layers (Holm).
+    "beyond control" if rho's interval and the difference's lie above 0 and p_holm is at most .05, "not beyond control"
+    if not, "too few items" below `FEWEST` scenes.
     """
     import pandas as pd
-    from scipy.stats import norm
 
     rows = []
     for layer, part in measured(table).groupby("layer"):
@@ -100,17 +109,16 @@ def agreement(table: pd.DataFrame, draws: int = 1000) -> pd.DataFrame:
             causal, seen = _matrices(one)
             scenes.append((causal.ravel(), seen.ravel(), np.roll(seen, 1, axis=0).ravel()))
         row: dict[str, Any] = {"layer": layer, "n": len(scenes)}
-        for name, places in (("rho", (1,)), ("control", (2,)), ("difference", (1, 2))):
+        for name, places, most in (("rho", (1,), 1.0), ("control", (2,), 1.0), ("difference", (1, 2), 2.0)):
             prefix = "" if name == "rho" else f"{name}_"
-            ends = (name, f"{prefix}low", f"{prefix}high")
-            row |= dict(zip(ends, resampled(partial(_rho, scenes, places), len(scenes), draws), strict=True))
-        rows.append(row)
-    found = pd.DataFrame(rows)
-    reach = (found["difference_high"] - found["difference_low"]) / 2
-    found["p_holm"] = holm(2 * norm.sf(1.96 * found["difference"].abs() / reach)) if len(found) else []
-    beyond = (found["low"] > 0) & (found["difference_low"] > 0) & (found["p_holm"] <= 1 - LEVEL)
-    verdict = np.where(found["n"] < FEWEST, TOO_FEW, np.where(beyond, "beyond control", "as control"))
-    return found.assign(verdict=verdict)
+            found = jackknifed(partial(_rho, scenes, places), len(scenes))
+            low, high = np.clip([found.low, found.high], -most, most)
+            row |= {name: found.value, f"{prefix}low": low, f"{prefix}high": high}
+        rows.append(row | {"p_holm": found.p if len(scenes) >= FEWEST else np.nan})
+    result = corrected(pd.DataFrame(rows), ["p_holm"])
+    beyond = (result["low"] > 0) & (result["difference_low"] > 0) & (result["p_holm"] <= 1 - LEVEL)
+    verdict = np.where(result["n"] < FEWEST, TOO_FEW, np.where(beyond, BEYOND, NOT_BEYOND))
+    return result.assign(verdict=verdict)
 
 
 def by_scene(table: pd.DataFrame) -> pd.DataFrame:

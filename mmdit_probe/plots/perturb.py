@@ -12,7 +12,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING
 
 from mmdit_probe.plots import style
-from mmdit_probe.results.statistics import NONE
+from mmdit_probe.results.statistics import BEYOND, NONE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +89,7 @@ def effects_grid(summary: pd.DataFrame, outcome: str, *, title: str = "") -> Fig
         shown = style.heat(axes, grid, low=-top, high=top, colours="PuOr", decimals=2)
         for y, row in enumerate(marks.to_numpy()):
             for x, verdict in enumerate(row):
-                if verdict == "beyond control":
+                if verdict == BEYOND:
                     axes.plot(x + 0.88, y + 0.2, "o", ms=2.5, color="black", mec="white", mew=0.4,
                               label="" if axes.lines else "beyond its control")  # fmt: skip
         axes.set_title(LABELS.get(outcome, outcome))

@@ -3,6 +3,7 @@
     mean, low, high = interval([0.1, 0.2, 0.3, 0.2])          # of a share of yes and no: interval(values, "share")
     compare(table, ["layer"], "value")                        # one row per layer and control, with a verdict
     no_worse(differences, margin=0.05).verdict                # "no worse", "worse" or "undecided"
+    judged(table)                                             # the same of many rows, corrected for being many
     n_for_effect(differences, 0.05)                           # items that would show a difference of 0.05
 
 A claim is about the difference of measurement and control on the same items, so items are what is resampled, not rows.
@@ -12,7 +13,6 @@ benchmarks/results/interval_coverage.md.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -23,12 +23,13 @@ from numpy.typing import ArrayLike, NDArray
 if TYPE_CHECKING:
     import pandas as pd
 
-Kind = Literal["mean", "share"]
+Kind = Literal["mean", "share", "change"]
 
 NONE = "none"
 """Value of the column `control` in rows of the measurement itself."""
 
 ABOVE, NOT_ABOVE, TOO_FEW = "above its control", "not above its control", "too few items"
+BEYOND, NOT_BEYOND = "beyond control", "not beyond control"
 NO_WORSE, WORSE, UNDECIDED = "no worse", "worse", "undecided"
 
 FEWEST = 8
@@ -57,17 +58,27 @@ def interval(values: ArrayLike, kind: Kind = "mean") -> Interval:
         values: one per item; undefined ones (not finite) are left out.
         kind: "mean": studentised bootstrap, smoothed (Polansky and Schucany 1997: without the smoothing, resamples of
             equal values have no t statistic), fixed seed. "share": values in [0, 1], and so is the interval; Wilson's
-            where all are 0 or 1.
+            where all are 0 or 1. "change": differences of such scores per item, see `kind_of`; where half of them or
+            more are equal (the same yes or no both times), the t interval of these and two items more, one for each
+            direction (Bonett and Price 2012): twenty pairs that do not change do not say that none ever does.
 
     Raises:
-        ValueError: a share outside [0, 1].
+        ValueError: a share outside [0, 1], a change outside [-1, 1].
     """
     data = defined(values)
-    if kind == "share" and data.size and not 0 <= data.min() <= data.max() <= 1:
-        raise ValueError(f"shares lie in [0, 1]; found {data.min():g} to {data.max():g}")
+    lowest = {"share": 0.0, "change": -1.0}.get(kind, -np.inf)
+    if np.isfinite(lowest) and data.size and not lowest <= data.min() <= data.max() <= 1:
+        raise ValueError(f"{kind}s lie in [{lowest:g}, 1]; found {data.min():g} to {data.max():g}")
     if len(data) < 2:
         return Interval(float(data.mean()) if len(data) else np.nan, np.nan, np.nan)
     mean = float(data.mean())
+    if kind == "change" and _mostly_equal(data):
+        from scipy.stats import t
+
+        more = _both_ways(data)
+        reach = float(t.ppf(TAILS[1], len(more) - 1) * more.std(ddof=1) / np.sqrt(len(more)))
+        low, high = min(mean, float(more.mean()) - reach), max(mean, float(more.mean()) + reach)
+        return Interval(mean, max(-1.0, low), min(1.0, high))
     if kind == "share" and np.isin(data, (0, 1)).all():
         from scipy.stats import binomtest
 
@@ -77,6 +88,26 @@ def interval(values: ArrayLike, kind: Kind = "mean") -> Interval:
     error = float(data.std(ddof=1)) / np.sqrt(len(data))
     low, high = float(mean - above * error), float(mean - below * error)
     return Interval(mean, max(0.0, low), min(1.0, high)) if kind == "share" else Interval(mean, low, high)
+
+
+def kind_of(*scores: ArrayLike) -> Kind:
+    """The kind of differences between these scores: "change" where all are in [-1, 1] and many are equal, as yes and
+    no or k facts of four are; "mean" of numbers without such steps."""
+    for values in map(defined, scores):
+        if not len(values) or np.abs(values).max() > 1 or 4 * len(np.unique(values)) > 3 * len(values):
+            return "mean"
+    return "change"
+
+
+def _mostly_equal(data: NDArray[np.float64]) -> bool:
+    _, counts = np.unique(data.round(9), return_counts=True)
+    return bool(2 * counts.max() >= len(data))
+
+
+def _both_ways(data: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The data and the largest change among them (1 where there is none) once in each direction."""
+    largest = float(np.abs(data).max()) or 1.0
+    return np.concatenate([data, [largest, -largest]])
 
 
 def defined(values: ArrayLike) -> NDArray[np.float64]:
@@ -102,7 +133,8 @@ class Jackknife(NamedTuple):
 
 
 def jackknife(value: float, without: ArrayLike) -> Jackknife:
-    """A smooth statistic that is no mean, such as an IoU of summed counts: t interval with the jackknife's error.
+    """A smooth statistic that is no mean, such as an IoU of summed counts or a correlation over pairs of several items:
+    t interval with the jackknife's error.
 
     Args:
         value: of all items. without: of all items but each one (n).
@@ -146,25 +178,15 @@ def across_seeds(found: Jackknife | Interval, per_seed: ArrayLike, items: int) -
     return Jackknife(value, value - reach, value + reach, 2 * float(t.sf(abs(value) / error, free)))
 
 
-def resampled(statistic: Callable[[NDArray[np.int64]], float], n: int, draws: int = 1000) -> Interval:
-    """A statistic of n items that is no mean (a correlation, an IoU over all) with its 95 % BCa bootstrap interval.
+def jackknifed(statistic: Callable[[NDArray[np.int64]], float], n: int) -> Jackknife:
+    """The `jackknife` of a statistic of n items.
 
     Args:
-        statistic: of the items with these indices. It may be NaN for some samples; those are left out.
+        statistic: of the items with these indices.
     """
-    from scipy.stats import DegenerateDataWarning, bootstrap
-
     everything = np.arange(n)
-    value = float(statistic(everything))
-    if n < 2 or not np.isfinite(value):
-        return Interval(value, np.nan, np.nan)
-    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)
-        found = bootstrap((everything,), statistic, vectorized=False, n_resamples=draws, rng=np.random.default_rng(0))
-    low, high = found.confidence_interval
-    if not np.isfinite([low, high]).all():  # without a jackknife estimate, or with undefined samples: percentiles
-        low, high = ends(found.bootstrap_distribution)
-    return Interval(value, float(low), float(high))
+    without = [statistic(np.delete(everything, k)) for k in range(n)] if n > 1 else []
+    return jackknife(float(statistic(everything)), without)
 
 
 def measured(table: pd.DataFrame, control: str = NONE) -> pd.DataFrame:
@@ -175,7 +197,8 @@ def measured(table: pd.DataFrame, control: str = NONE) -> pd.DataFrame:
 
 
 def compare(
-    table: pd.DataFrame, cell: Sequence[str], value: str = "value", *, family: str | None = None
+    table: pd.DataFrame, cell: Sequence[str], value: str = "value", *, family: str | None = None,
+    margin: float | None = None,
 ) -> pd.DataFrame:  # fmt: skip
     """The measurement minus each of its controls, paired by item.
 
@@ -183,38 +206,44 @@ def compare(
         table: columns item, control, those of `cell`, and `value`; one row for each of them.
         cell: what is compared on its own, such as ["layer"].
         family: column of `cell` whose values are questions of their own, such as outcomes; None: the table is one.
+        margin: also test the difference being -margin, for `judged`.
 
     Returns: the columns of `cell`, control, n (items that have both), n_undefined (items that lack one), value,
     control_value (means), difference, low, high (as `interval`), p_holm (paired t test, by Holm's method corrected for
     all comparisons of the family that have enough items) and verdict: "above its control" if the interval lies above 0
-    and p_holm is at most .05, "not above its control" if not, "too few items" below `FEWEST`.
+    and p_holm is at most .05, "not above its control" if not, "too few items" below `FEWEST`, also where no item has
+    both (n = 0). With a margin p_margin too, corrected likewise.
     """
     import pandas as pd
 
     rows: list[dict[str, Any]] = []
-    p_values: list[float] = []
     for place, part in table.groupby(list(cell), sort=False, observed=True):
         wide = part.pivot(index="item", columns="control", values=value).astype(float)
         for control in (name for name in dict.fromkeys(part["control"]) if name != NONE and NONE in wide):
             pairs = wide[[NONE, control]]
             both = pairs[np.isfinite(pairs).all(axis=1)]
-            if both.empty:
-                continue
-            differences = both[NONE] - both[control]
-            difference, low, high = interval(differences)
-            p_values.append(p_value(differences))
+            differences, kind = both[NONE] - both[control], kind_of(both[NONE], both[control])
+            difference, low, high = interval(differences, kind)
             rows.append(
                 dict(zip(cell, place, strict=True))
                 | {"control": control, "n": len(both), "n_undefined": len(pairs) - len(both),
                    "value": float(both[NONE].mean()), "control_value": float(both[control].mean()),
-                   "difference": difference, "low": low, "high": high}
+                   "difference": difference, "low": low, "high": high, "p_holm": p_value(differences, kind)}
+                | ({} if margin is None else {"p_margin": p_value(differences, kind, -margin)})
             )  # fmt: skip
-    columns = [*cell, "control", "n", "n_undefined", "value", "control_value", "difference", "low", "high"]
-    result = pd.DataFrame(rows, columns=columns).assign(p_holm=np.asarray(p_values, float))
-    families = result[family] if family else pd.Series(0, result.index)
-    result["p_holm"] = result["p_holm"].groupby(families, observed=True).transform(holm)
+    tests = ["p_holm"] if margin is None else ["p_holm", "p_margin"]
+    columns = [*cell, "control", "n", "n_undefined", "value", "control_value", "difference", "low", "high", *tests]
+    result = corrected(pd.DataFrame(rows, columns=columns), tests, family)
     above = (result["low"] > 0) & (result["p_holm"] <= 1 - LEVEL)
     return result.assign(verdict=np.where(result["n"] < FEWEST, TOO_FEW, np.where(above, ABOVE, NOT_ABOVE)))
+
+
+def corrected(table: pd.DataFrame, tests: Sequence[str], family: str | None = None) -> pd.DataFrame:
+    """The table with the p values of these columns corrected (`holm`) for its rows, or for those of each family."""
+    families = table[family] if family else np.zeros(len(table))
+    return table.assign(
+        **{name: table[name].astype(float).groupby(families, observed=True).transform(holm) for name in tests}
+    )
 
 
 HIGHER, LOWER, ALIKE = "higher", "lower", "no difference shown"
@@ -228,16 +257,19 @@ def two_sided(compared: pd.DataFrame) -> pd.Series:
     return found.where(compared["n"] >= FEWEST, TOO_FEW)
 
 
-def p_value(differences: ArrayLike) -> float:
-    """Two-sided p value of a paired t test; equal differences are certain, unless they are 0; NaN below `FEWEST`."""
+def p_value(differences: ArrayLike, kind: Kind = "mean", null: float = 0.0) -> float:
+    """Two-sided p value of a paired t test of the mean difference being `null`, of the same kind of numbers as the
+    `interval`; NaN below `FEWEST`. Differences without steps that are all equal are certain."""
     from scipy.stats import ttest_1samp
 
     data = defined(differences)
     if len(data) < FEWEST:
         return float("nan")
+    if kind == "change" and _mostly_equal(data):
+        data = _both_ways(data)
     if np.ptp(data) <= EQUAL * np.abs(data).max():
-        return float(data[0] == 0)
-    return float(ttest_1samp(data, 0).pvalue)
+        return float(np.isclose(data[0], null, rtol=EQUAL, atol=0))
+    return float(ttest_1samp(data, null).pvalue)
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
@@ -251,16 +283,24 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 class NonInferiority(NamedTuple):
-    """Whether something is no worse by more than a margin."""
+    """Whether something is no worse by more than a margin.
+
+    Attributes:
+        mean, low, high: of the paired differences, new minus old. margin: as it was stated.
+        p_margin, p: two-sided, of the true difference being -margin, and of its being 0.
+        verdict: of this comparison alone; of many in one table: `judged`.
+    """
 
     mean: float
     low: float
     high: float
     margin: float
+    p_margin: float
+    p: float
     verdict: str
 
 
-def no_worse(differences: ArrayLike, margin: float) -> NonInferiority:
+def no_worse(differences: ArrayLike, margin: float, kind: Kind = "mean") -> NonInferiority:
     """Non-inferiority: the interval of the paired differences (new minus old, more is better) against a stated margin.
 
     Returns: the interval and the verdict: "no worse" if it lies above -margin, "worse" if it lies below 0, else
@@ -273,13 +313,22 @@ def no_worse(differences: ArrayLike, margin: float) -> NonInferiority:
     if not margin > 0:
         raise ValueError(f"margin {margin}: expected the largest loss that does not matter, above 0")
     data = defined(differences)
-    found = interval(data)
-    return NonInferiority(*found, margin, TOO_FEW if len(data) < FEWEST else judged(found.low, found.high, margin))
+    found = interval(data, kind)
+    few, lossless = len(data) < FEWEST, found.low > -margin
+    verdict = TOO_FEW if few else NO_WORSE if lossless else WORSE if found.high < 0 else UNDECIDED
+    return NonInferiority(*found, margin, p_value(data, kind, -margin), p_value(data, kind), verdict)
 
 
-def judged(low: float, high: float, margin: float) -> str:
-    """The verdict of `no_worse` on an interval."""
-    return NO_WORSE if low > -margin else WORSE if high < 0 else UNDECIDED
+def judged(table: pd.DataFrame) -> NDArray[np.str_]:
+    """The verdicts of `no_worse` on the rows of a table, whose p values are `corrected` for their being many.
+
+    Args:
+        table: columns n, low, high, margin, p_margin and p_holm (of the difference being -margin, and 0).
+    """
+    lossless = (table["low"] > -table["margin"]) & (table["p_margin"] <= 1 - LEVEL)
+    lossy = (table["high"] < 0) & (table["p_holm"] <= 1 - LEVEL)
+    verdicts = np.where(lossless, NO_WORSE, np.where(lossy, WORSE, UNDECIDED))
+    return np.where(table["n"] < FEWEST, TOO_FEW, verdicts)
 
 
 def n_for_effect(differences: ArrayLike, effect: float, *, power: float = 0.8, comparisons: int = 1) -> int | None:
@@ -289,7 +338,8 @@ def n_for_effect(differences: ArrayLike, effect: float, *, power: float = 0.8, c
         differences: of the items measured so far; their spread is what counts. comparisons: tests in the table, each
             at 5 % / comparisons (Holm's first step).
 
-    Returns: at least `FEWEST`; None where fewer than two differences are defined, or a million items would not do.
+    Returns: at least `FEWEST`; None where the differences do not vary, so that nothing is known of their spread, or a
+    million items would not do.
 
     Raises:
         ValueError: an effect of 0, or a power outside (0, 1).
@@ -299,13 +349,13 @@ def n_for_effect(differences: ArrayLike, effect: float, *, power: float = 0.8, c
     if not (effect and np.isfinite(effect) and 0 < power < 1):
         raise ValueError(f"effect {effect} at power {power}: expected an effect other than 0 and a power in (0, 1)")
     data = defined(differences)
-    if len(data) < 2:
+    if len(data) < 2 or np.ptp(data) <= EQUAL * np.abs(data).max():
         return None
-    size = abs(effect) / float(data.std(ddof=1)) if data.std() > 0 else np.inf
+    size = min(abs(effect) / float(data.std(ddof=1)), 100.0)  # far beyond, scipy's noncentral t is NaN
 
     def enough(n: int) -> bool:
         limit = t.ppf(1 - (1 - LEVEL) / (2 * comparisons), n - 1)
-        return not np.isfinite(size) or float(nct.sf(limit, n - 1, size * np.sqrt(n))) >= power
+        return float(nct.sf(limit, n - 1, size * np.sqrt(n))) >= power
 
     low, high = FEWEST - 1, FEWEST
     while not enough(high):
@@ -353,7 +403,7 @@ def rank_agreement(
     other = drawn if same_items else resample_counts(rng, len(second), draws)
     low, high = np.nan, np.nan
     if min(len(first), len(second)) > 1:
-        low, high = ends(_rank_correlation(_means(drawn, first), _means(other, second)))
+        low, high = ends(_rank_correlation(count_means(drawn, first), count_means(other, second)))
     one, two = np.nanmean(first, axis=0), np.nanmean(second, axis=0)
     return Agreement(spearman(one, two), low, high, _rank_p(one, two), first.shape[1])
 
@@ -409,8 +459,9 @@ def resample_counts(rng: np.random.Generator, n: int, draws: int = DRAWS) -> NDA
     return rng.multinomial(n, np.full(n, 1 / n), draws).astype(float)
 
 
-def _means(counts: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Means of resamples over items: (draws, items) x (items, places) -> (draws, places); undefined values left out."""
+def count_means(counts: NDArray[np.float64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means of resamples over items, from how often each is drawn: (draws, items) x (items, places) -> (draws, places);
+    undefined values left out."""
     known = np.isfinite(values)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (counts @ np.where(known, values, 0)) / (counts @ known)

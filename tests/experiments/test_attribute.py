@@ -49,12 +49,12 @@ def planted(link: float, seed: int = 0, scenes: int = 20) -> pd.DataFrame:
 
 
 def test_agreement_and_its_control() -> None:
-    row = agreement(planted(1.0), draws=100).iloc[0]
+    row = agreement(planted(1.0)).iloc[0]
     assert row["rho"] == pytest.approx(1)
     assert row["control"] < 0 and row["verdict"] == "beyond control"
-    unrelated = [agreement(planted(0.0, seed), draws=100).iloc[0] for seed in range(8)]
+    unrelated = [agreement(planted(0.0, seed)).iloc[0] for seed in range(8)]
     assert max(abs(row["rho"]) for row in unrelated) < 0.3
-    assert sum(row["verdict"] == "as control" for row in unrelated) >= 7  # 95 % intervals
+    assert sum(row["verdict"] == "not beyond control" for row in unrelated) >= 7  # 95 % intervals
 
 
 def test_every_word_region_and_layer_of_a_scene() -> None:

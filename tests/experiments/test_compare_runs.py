@@ -53,6 +53,18 @@ def test_verdicts() -> None:
     assert _paired(second, first, None)["verdict"].tolist() == ["lower"]
     assert _paired(second, first, 0.2)["verdict"].tolist() == ["no worse"]
     assert _paired(second, first, 0.05)["verdict"].tolist() == ["worse"]
+    # This loss is excluded at p = .018 alone, not among five layers; outcomes are families of their own.
+    one, two = second.assign(outcome="facts"), first.assign(outcome="facts")
+    difference = (two["value"] - one["value"]).to_numpy()
+    error = difference.std(ddof=1) / np.sqrt(10)
+    margin = -difference.mean() + 2.9 * error  # of t with 9 degrees of freedom
+    assert _paired(one, two, margin)["verdict"].tolist() == ["no worse"]
+    layers, outcomes = (
+        [pd.concat([frame.assign(**{name: k}) for k in range(5)]) for frame in (one, two)]
+        for name in ("layer", "outcome")
+    )
+    assert set(_paired(*layers, margin)["verdict"]) == {"worse"}  # that there is one is beyond doubt
+    assert set(_paired(*outcomes, margin)["verdict"]) == {"no worse"}
 
 
 def test_refused() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from mmdit_probe import load
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import SelectLayers, evidence
@@ -25,7 +26,7 @@ def long_table(noise: float = 0.01) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     truth = np.array([0.0, 1, 2, 5, 4, 3])
     rows = []
-    for name, values in (("word_mass", truth), ("segmentation", 10 * truth), ("value_gap", -truth)):
+    for name, values in (("word_mass", truth), ("segmentation", 0.2 + truth / 10), ("value_gap", -truth)):
         for item in range(10):
             for layer in range(LAYERS):
                 value = values[layer] + noise * rng.normal()
@@ -49,6 +50,28 @@ def test_agreement_is_the_rank_correlation() -> None:
     noisy = evidence.agreement(long_table(noise=20.0), draws=50)
     assert (noisy["high"] - noisy["low"]).min() > 0.3
     assert set(pairs["layers"]) == {LAYERS}
+    # Of 720 orders two agree so well, or so badly; three comparisons are told.
+    assert pairs["p_holm"].tolist() == pytest.approx([3 * 2 / 720] * 3)
+
+
+def test_undefined_items_are_left_out_of_every_number() -> None:
+    """As many items without the one that has no value in one layer: the same order, the same layers win."""
+    long = long_table()
+    long.loc[(long["item"] == 4) & (long["layer"] == 3), "value"] = np.nan
+    table = evidence.by_layer(long)
+    assert set(table.loc[table["layer"] == 3, "n"]) == {9}
+    shares = evidence.stability(long, rule="word_mass", draws=50).set_index("layer")["share"]
+    assert shares.to_dict() == {layer: float(layer == 3) for layer in range(LAYERS)}
+    assert evidence.agreement(long, draws=50)["rho"].abs().tolist() == pytest.approx([1, 1, 1])
+
+
+def test_shares_stay_within_their_bounds() -> None:
+    """mIoU near 1, skewed: the interval of a mean without bounds would reach beyond."""
+    values = [1.0] * 7 + [0.2]
+    rows = [{"evidence": "segmentation", "split": "val", "item": item, "layer": 0, "value": value}
+            for item, value in enumerate(values)]  # fmt: skip
+    (row,) = evidence.by_layer(pd.DataFrame(rows)).to_dict("records")
+    assert 0 <= row["low"] < row["value"] == pytest.approx(0.9) and row["high"] == 1
 
 
 def test_choice_by_ranks_and_by_one_evidence() -> None:
@@ -126,6 +149,8 @@ def test_from_run_folders_to_a_selection(
     masses = evidence.word_mass(pd.read_parquet("budget/attention_budget_by_item.parquet"))
     assert set(masses["layer"]) == {0, 1, 2} and (masses["value"] > 0).all()
 
+    with pytest.raises(UserError, match=r"'norms' was measured on scenes:val, which is reported on"):
+        evidence.from_run("norms", load(tiny_directory), {}, kept="scenes:val")
     assert run("select-layers", "--model", str(tiny_directory), "--from", "chosen") == 2
     assert "no run folder" in capfd.readouterr().err
     assert run("select-layers", "--model", str(tiny_directory), "--from", "norms", "--no-t5") == 2

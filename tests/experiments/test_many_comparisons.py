@@ -66,8 +66,8 @@ def of_components(values: Values) -> str:
     ("verdict", "alone", "among", "few"),
     [
         (of_heads, "localises", "neither", "too few items"),
-        (of_sinks, "better", "no difference", "too few items"),
-        (of_edits, "beyond control", "as control", "too few"),
+        (of_sinks, "better", "no difference shown", "too few items"),
+        (of_edits, "beyond control", "not beyond control", "too few items"),
         (of_components, "beyond", "not beyond", "few"),
     ],
 )

@@ -69,7 +69,14 @@ def long_table(effect: float, random: float, n: int = 8) -> pd.DataFrame:
 
 
 @pytest.mark.parametrize(
-    ("effect", "random", "verdict"), [(0.3, 0.0, "beyond control"), (0.3, 0.3, "as control"), (0.0, 0.0, "no effect")]
+    ("effect", "random", "verdict"),
+    [
+        (0.3, 0.0, "beyond control"),
+        (0.3, 0.3, "not beyond control"),
+        (0.0, 0.0, "no effect shown"),
+        (0.1, 0.3, "not beyond control"),
+        (0.1, -0.3, "beyond control"),
+    ],
 )
 def test_summary_compares_with_the_same_prompt_and_seed(effect: float, random: float, verdict: str) -> None:
     summary = summarise(long_table(effect, random)).set_index(["outcome", "layer"])
@@ -83,21 +90,36 @@ def test_summary_compares_with_the_same_prompt_and_seed(effect: float, random: f
     assert summary.loc["clip_i", 0]["effect"] == pytest.approx(-0.1)
 
 
+def test_the_verdict_is_against_the_stronger_control() -> None:
+    """Noise that does as much as the edit takes from it what the coherent control does not, and the other way round."""
+    weak, strong = long_table(0.3, 0.0), long_table(0.3, 0.3)
+    for name, other in (("budget", "noise"), ("noise", "budget")):
+        second = strong[strong["condition"] == CONTROL].assign(control=other)
+        table = pd.concat([weak.replace({"control": {"budget": name}}), second], ignore_index=True)
+        row = summarise(table).set_index(["outcome", "layer"]).loc["facts", 0]
+        assert (row["equal"], row["verdict"]) == (other, "not beyond control")
+        assert row["control"] == pytest.approx(-0.3, abs=0.02) and row["p_holm"] > 0.05
+
+
 def test_meaning_comes_first_and_power_is_told() -> None:
-    """Effects that spread by .1 tell a drop of .05 (dz = .5) from 34 pairs on (G*Power: two-sided 5 %, power .8)."""
+    """Effects that spread by .1 tell a drop of .05 (dz = .5) from 34 pairs on (G*Power: two-sided 5 %, power .8);
+    where the control spreads as much the other way, the difference has twice the spread: dz = .25 takes 128."""
     table = long_table(0.3, 0.0, n=12)
     assert list(dict.fromkeys(summarise(table)["outcome"])) == ["facts", "clip_i", "change"]
     stock = table[table["condition"] == STOCK].set_index("item")["facts"]
     edited = table["condition"] == EDIT
     spread = 0.1 * np.tile([1.0, -1.0], 6) / np.sqrt(12 / 11)
     table.loc[edited, "facts"] = stock.to_numpy() + spread
-    assert power(table) == ["Power: n = 34 would show a drop of 0.05 at every place (80 %, facts)."]
+    alone = table[table["condition"] != CONTROL]
+    assert power(alone) == ["Power: n = 34 would show a drop of 0.05 at every place (80 %, facts)."]
+    table.loc[table["condition"] == CONTROL, "facts"] = stock.to_numpy() - spread
+    assert power(table) == ["Power: n = 128 would show a drop of 0.05 beyond the control at every place (80 %, facts)."]
     assert power(table.drop(columns="facts")) == []
 
 
 def test_few_prompts_decide_nothing() -> None:
     summary = summarise(long_table(0.3, 0.0, n=3)).set_index(["outcome", "layer"])
-    assert summary.loc["facts", 0]["verdict"] == "too few"
+    assert summary.loc["facts", 0]["verdict"] == "too few items"
 
 
 def test_change_is_a_root_mean_square() -> None:

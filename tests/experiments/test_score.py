@@ -95,6 +95,46 @@ def test_pairing_sees_a_difference_that_means_alone_do_not() -> None:
     assert table.loc[("base", "all"), "difference"] == 0
 
 
+def yes_and_no(name: str, tuned: int, n: int = 60) -> pd.DataFrame:
+    """A metric that 30 of n pictures of the base model show, and `tuned` of the other variant."""
+    rows = [
+        {"variant": variant, "category": "colour", "prompt": f"p{k}", "index": k, "seed": k, name: float(k < count)}
+        for variant, count in (("base", 30), ("tuned", tuned)) for k in range(n)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_verdicts_and_intervals_of_yes_and_no() -> None:
+    """A fall of the opposite is no loss; shares stay within 0..1; a few items that are alike exclude no loss."""
+
+    def row(name: str, tuned: int, n: int = 60) -> pd.Series:
+        return (
+            compare_variants(yes_and_no(name, tuned, n), "base").set_index(["variant", "category"]).loc["tuned", "all"]
+        )
+
+    assert [row("colours", count)["verdict"] for count in (10, 50)] == ["worse", "no worse"]
+    assert [row("swapped_colours", count)["verdict"] for count in (10, 50)] == ["no worse", "worse"]
+    fall = row("swapped_colours", 10)
+    assert fall["difference"] == pytest.approx(-1 / 3)
+    assert fall["difference_low"] < fall["difference"] < fall["difference_high"] < 0
+    assert row("facts", 30, 30)["verdict"] == "undecided" and row("facts", 30, 200)["verdict"] == "no worse"
+    whole = row("facts", 30, 30)
+    assert whole["mean"] == whole["high"] == 1 and whole["low"] == pytest.approx(1 / (1 + 1.959964**2 / 30))  # Wilson
+    assert compare_variants(yes_and_no("facts", 30), "base").set_index("variant").loc["base", "verdict"].eq("").all()
+
+
+def test_the_margin_of_a_cosine_is_that_of_the_clipscore() -> None:
+    rng = np.random.default_rng(0)
+    cosines = np.stack([rng.normal(0.3, 0.02, 80)] * 2) - [[0.0], [0.03]] + rng.normal(0, 0.001, (2, 80))
+    rows = [
+        {"variant": variant, "category": "colour", "prompt": f"p{k}", "index": k, "seed": k,
+         "clipscore[m]": 100 * value, "clip_similarity[m]": value}
+        for variant, values in zip(("base", "tuned"), cosines, strict=True) for k, value in enumerate(values)
+    ]  # fmt: skip
+    found = compare_variants(pd.DataFrame(rows), "base")
+    assert set(found[found["variant"] == "tuned"]["verdict"]) == {"worse"}
+
+
 def test_variants_of_other_seeds_are_not_compared() -> None:
     other = frame()
     other.loc[other.variant == "tuned", "seed"] += 1

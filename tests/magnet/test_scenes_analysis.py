@@ -144,6 +144,15 @@ def test_pictures_of_seeds_that_differ_decide_less(tables: dict[str, Any]) -> No
         found = tables["generation_table"](pd.concat(frames), "control")
         return found.set_index(["variant", "category", "metric"]).loc["class", "colour", "facts"]
 
+    def base(shifts: tuple[float, ...]) -> pd.Series:
+        frames = [scores("base").assign(training_seed=0)]
+        frames += [scores("control", shift).assign(training_seed=seed) for seed, shift in enumerate(shifts)]
+        found = tables["generation_table"](pd.concat(frames), "control")
+        return found.set_index(["variant", "category", "metric"]).loc["base", "colour", "facts"]
+
+    spread = base((-0.12, -0.02, 0.08))  # the seeds are the control's here
+    assert spread["seeds"] == 3
+    assert spread["difference_low"] == pytest.approx(0.02 - 4.302652729749464 * 0.1 / np.sqrt(3), abs=1e-3)
     same, apart = table((-0.02, -0.02, -0.02)), table((-0.12, -0.02, 0.08))
     assert same["difference"] == pytest.approx(apart["difference"]) == pytest.approx(-0.02)
     assert same["verdict"] == "no worse" and apart["verdict"] == "undecided"

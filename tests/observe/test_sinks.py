@@ -132,7 +132,7 @@ def test_scores_of_planted_maps() -> None:
     assert (heads.xs(CLEAN, level="maps")["auc"] > heads.xs(PLAIN, level="maps")["auc"]).all()
     assert heads.xs(CLEAN, level="maps")["auc"].min() == 1.0
     gain = improvement(table).set_index(["head", "score"])
-    assert gain.loc[(0, "auc"), "verdict"] == "better" and gain.loc[(1, "auc"), "verdict"] == "no difference"
+    assert gain.loc[(0, "auc"), "verdict"] == "better" and gain.loc[(1, "auc"), "verdict"] == "no difference shown"
     assert gain.loc[(MEAN, "miou"), "after"] > 0.8
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,10 +20,10 @@ from mmdit_probe.results.statistics import (
     compare,
     holm,
     interval,
+    jackknifed,
     n_for_effect,
     no_worse,
     rank_agreement,
-    resampled,
     spearman,
 )  # fmt: skip
 
@@ -122,7 +120,8 @@ def test_too_few_items_and_undefined_ones() -> None:
     few = compare(table({0: spread(5, FEWEST - 1), 1: spread(5)}), ["layer"])
     assert few["verdict"].tolist() == [TOO_FEW, ABOVE] and np.isnan(few["p_holm"][0])
     assert few["p_holm"][1] == pytest.approx(stats.ttest_1samp(spread(5), 0).pvalue)  # a family of one
-    assert compare(table({0: [np.nan]}), ["layer"]).empty
+    (none,) = compare(table({0: [np.nan] * 9}), ["layer"]).to_dict("records")
+    assert (none["n"], none["n_undefined"], none["verdict"]) == (0, 9, TOO_FEW) and np.isnan(none["difference"])
 
 
 def test_holm() -> None:
@@ -143,6 +142,66 @@ def test_no_worse_needs_a_margin() -> None:
         no_worse([0.0], margin=0)
 
 
+def test_yes_and_no_that_seldom_change() -> None:
+    """Pairs of yes and no: that none of 20 changed does not exclude a loss of .05, which then happens in .95 ** 20 =
+    36 % of samples. The bounds are the formula of Bonett and Price (2012): both discordant counts and n with one, and
+    two, more; z is t with n + 1 degrees of freedom."""
+    for lost, gained, n in ((0, 0, 20), (1, 0, 40), (3, 1, 200), (12, 0, 12)):
+        changes = [-1.0] * lost + [1.0] * gained + [0.0] * (n - lost - gained)
+        one, other = (lost + 1) / (n + 2), (gained + 1) / (n + 2)
+        middle, error = other - one, np.sqrt((other + one - (other - one) ** 2) / (n + 1))
+        bounds = np.clip(middle + stats.t.ppf([0.025, 0.975], n + 1) * error, -1, 1)
+        found = interval(changes, "change")
+        assert found.mean == pytest.approx((gained - lost) / n) and found.low <= found.mean <= found.high
+        np.testing.assert_allclose([found.low, found.high], bounds, rtol=1e-9)
+        p = 2 * stats.t.sf(abs(middle) / error, n + 1)
+        assert statistics.p_value(changes, "change") == pytest.approx(p)
+    assert no_worse([0.0] * 20, 0.05, "change").verdict == UNDECIDED
+    assert no_worse([0.0] * 200, 0.05, "change").verdict == NO_WORSE
+    rows = [{"item": k, "control": name, "layer": 0, "value": 1.0} for k in range(20) for name in ("none", "stock")]
+    (same,) = compare(pd.DataFrame(rows), ["layer"]).to_dict("records")
+    assert (same["low"], same["high"], same["p_holm"]) == (*interval([0.0] * 20, "change")[1:], 1)
+    with pytest.raises(ValueError, match="changes lie in"):
+        interval([1.5, 0.0], "change")
+
+
+def test_changes_of_yes_and_no_are_covered() -> None:
+    """A t interval of such differences holds the truth in .14 to .9 of samples: most samples have no loss at all."""
+    rng = np.random.default_rng(0)
+    for n, rate in ((FEWEST, 0.02), (20, 0.05), (40, 0.1)):
+        losses = -(rng.random((300, n)) < rate).astype(float)
+        bounds = np.array([interval(one, "change")[1:] for one in losses])
+        assert ((bounds[:, 0] <= -rate) & (-rate <= bounds[:, 1])).mean() > 0.93
+
+
+def test_what_has_steps_and_what_has_none() -> None:
+    rng = np.random.default_rng(0)
+    assert statistics.kind_of([0, 1, 1, 0, 1, 1, 0, 1], [1.0] * 8) == "change"
+    assert statistics.kind_of(rng.integers(0, 5, 20) / 4, rng.integers(0, 5, 20) / 4) == "change"
+    assert statistics.kind_of(rng.random(20)) == statistics.kind_of([2.0, 3, 2, 3]) == statistics.kind_of([]) == "mean"
+    same = rng.random(20)  # two runs that agree to the last bit
+    (row,) = compare(pd.DataFrame([{"item": k, "control": name, "layer": 0, "value": value}
+                                   for k, value in enumerate(same) for name in ("none", "stock")]), ["layer"]
+                     ).to_dict("records")  # fmt: skip
+    assert (row["difference"], row["low"], row["high"], row["p_holm"]) == (0, 0, 0, 1)
+
+
+def test_no_worse_among_many() -> None:
+    """Of one comparison the loss is excluded at p = .01; of twenty such it is not by Holm's method, of twenty that are
+    clear all are."""
+
+    def told(p_margin: float, p_zero: float, low: float, high: float, count: int) -> set[str]:
+        rows = pd.DataFrame(
+            [{"n": 20, "low": low, "high": high, "margin": 0.05, "p_margin": p_margin, "p_holm": p_zero}]
+        )
+        rows = pd.concat([rows] * count, ignore_index=True)
+        return set(statistics.judged(statistics.corrected(rows, ["p_margin", "p_holm"])))
+
+    assert told(0.01, 0.9, -0.04, 0.03, 1) == {NO_WORSE} and told(0.01, 0.9, -0.04, 0.03, 20) == {UNDECIDED}
+    assert told(0.5, 0.01, -0.09, -0.01, 1) == {WORSE} and told(0.5, 0.01, -0.09, -0.01, 20) == {UNDECIDED}
+    assert told(1e-4, 0.9, -0.04, 0.03, 20) == {NO_WORSE}
+
+
 def test_power_is_that_of_the_t_test() -> None:
     """Cohen's tables: d = .5 takes 34 pairs at 80 % power; simulated, 34 pairs find it in 80 % of samples."""
     pilot = np.array([-1, 1, -1, 1, -1, 1, -1, 1, -1, 1.0])
@@ -152,8 +211,8 @@ def test_power_is_that_of_the_t_test() -> None:
     found = stats.ttest_1samp(np.random.default_rng(0).normal(0.5, 1, (4000, n)), 0, axis=1).pvalue < 0.05
     assert found.mean() == pytest.approx(0.8, abs=0.03)
     assert n_for_effect(pilot, -0.5) == n < n_for_effect(pilot, 0.5, comparisons=10) < n_for_effect(pilot, 0.25)
-    assert n_for_effect(pilot, 100.0) == n_for_effect([1, 1, 1], 0.1) == FEWEST
-    assert n_for_effect([1.0], 0.1) is None and n_for_effect(pilot, 1e-9) is None
+    assert n_for_effect(pilot, 100.0) == n_for_effect(pilot / 1e9, 100.0) == FEWEST
+    assert n_for_effect([1.0], 0.1) is n_for_effect([1, 1, 1], 0.1) is n_for_effect(pilot, 1e-9) is None
     with pytest.raises(ValueError, match="effect"):
         n_for_effect(pilot, 0)
 
@@ -186,17 +245,29 @@ def test_rank_agreement_pairs_items_and_counts_places() -> None:
         rank_agreement(one, one[:5], same_items=True)
 
 
-def test_resampled_statistics() -> None:
+def test_statistics_that_are_no_means() -> None:
+    """A correlation's error is that of large samples, (1 - rho^2) / sqrt(n); of a mean it is the t interval's."""
     data = np.random.default_rng(0).normal(size=(40, 2)) @ [[1, 0.8], [0, 0.6]]
-    value, low, high = resampled(lambda drawn: spearman(*data[drawn].T), 40)
-    assert value == pytest.approx(stats.spearmanr(*data.T).statistic) and low < value < high
+    value, low, high, p = jackknifed(lambda kept: spearman(*data[kept].T), 40)
+    assert value == pytest.approx(stats.spearmanr(*data.T).statistic) and low < value < high and p < 1e-6
     assert (high - low) == pytest.approx(2 * 1.96 * (1 - value**2) / np.sqrt(40), rel=0.5)
-    again = resampled(lambda drawn: spearman(*data[drawn].T), 40)
-    assert again == (value, low, high)
-    assert np.isnan(resampled(lambda drawn: 1.0, 1)[1:]).all()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert resampled(lambda drawn: 0.5, 9) == (0.5, 0.5, 0.5)  # all draws alike: nothing to warn of
-    half = resampled(lambda drawn: float("nan") if len(set(drawn)) < 3 else float(drawn.mean()), 4)
-    assert half.mean == 1.5 and np.isfinite([half.low, half.high]).all()
+    mean = jackknifed(lambda kept: float(data[kept, 0].mean()), 40)
+    expected = stats.t.interval(0.95, 39, data[:, 0].mean(), stats.sem(data[:, 0]))
+    assert (mean.low, mean.high) == pytest.approx(expected)
+    assert mean.p == pytest.approx(stats.ttest_1samp(data[:, 0], 0).pvalue)
+    assert np.isnan(jackknifed(lambda kept: 1.0, 1)[1:]).all()
+    assert jackknifed(lambda kept: 0.5, 9) == (0.5, 0.5, 0.5, 0)
     assert statistics.LEVEL == 0.95 and statistics.TAILS == (0.025, 0.975)
+
+
+def test_a_correlation_over_the_pairs_of_few_items_is_covered() -> None:
+    """Eight items of four pairs each, alike within an item: 88 % by a BCa bootstrap of items, and by pairs far less."""
+    rng = np.random.default_rng(0)
+    truth = 6 / np.pi * np.arcsin(0.5 / 2)  # Spearman's of a normal pair of correlation .5
+    hits = 0
+    for _ in range(200):
+        shared = rng.normal(size=(8, 1, 2)) * np.sqrt(0.3)
+        pairs = (shared + rng.normal(size=(8, 4, 2)) * np.sqrt(0.7)) @ [[1, 0.5], [0, np.sqrt(0.75)]]
+        found = jackknifed(lambda kept, pairs=pairs: spearman(*pairs[kept].reshape(-1, 2).T), 8)
+        hits += found.low <= truth <= found.high
+    assert hits / 200 > 0.91
