@@ -66,7 +66,7 @@ def heads_at(spec: HeadSpec, layer: int, count: int) -> tuple[int, ...]:
     if not isinstance(spec, Mapping):
         return head_indices(spec, count)
     for key in spec:
-        if not isinstance(key, Integral) or isinstance(key, bool):
+        if isinstance(key, bool) or not isinstance(key, Integral):
             raise UserError(f"heads of layer {key!r}: expected a whole number, such as {{4: [0, 2]}}")
     return head_indices(spec.get(layer, "all"), count)
 

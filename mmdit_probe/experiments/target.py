@@ -129,7 +129,7 @@ def named(target: Any, asked: Any = None) -> Any:
         layers, heads = counts
         for name in LAYERS:
             spec = getattr(asked, name, None)
-            if str(spec) not in ("None", "all", "selected"):  # an array is compared number by number
+            if spec is not None and str(spec) not in ("all", "selected"):  # an array is compared number by number
                 layer_indices(spec, layers)
         spec = getattr(asked, "heads", None)
         if spec is not None and not isinstance(spec, Mapping):
