@@ -150,9 +150,9 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
         from mmdit_probe.observe.sinks import OUTLIER, SINK
 
         lines: list[Text] = [
-            sink_table(result.summary),
-            f"a sink: a key above {SINK:g} times the uniform share of image queries' attention; kind: of the largest"
-            " key.",
+            sink_table(result.summary, measured(self.scores(result))),
+            f"a sink: a key above {SINK:g} times the uniform share of image queries' attention; mass: mean over heads,"
+            " 95 % interval over pictures; kind: of the largest key.",
         ]
         if (gain := result.frames.get("map_quality_by_head")) is not None:
             lines += [
@@ -240,13 +240,14 @@ def quality_table(gain: pd.DataFrame) -> TextTable:
     return table
 
 
-def sink_table(top: pd.DataFrame) -> TextTable:
-    """One row per layer in text: mass on sinks by head, and what the largest key is."""
+def sink_table(top: pd.DataFrame, masses: pd.DataFrame) -> TextTable:
+    """One row per layer in text: mass on sinks (of every picture in `masses`), and what the largest key is."""
     table = TextTable(["layer", "mass on sinks", "head with most", "its largest key", "kind"], left=("kind",))
     for layer, part in top.groupby("layer"):
         row = part.sort_values("sink_mass").iloc[-1]
+        mass = interval(masses.loc[masses["layer"] == layer, "value"].clip(0, 1), kind="share")
         table.add(
-            str(layer), f"{part['sink_mass'].mean():.3f}", f"{row['head']}: {row['sink_mass']:.3f}",
+            str(layer), bounded(*mass), f"{row['head']}: {row['sink_mass']:.3f}",
             f"{row['largest']:.3f}", f"{row['kind']} ({row['kind_share']:.0%})",
         )  # fmt: skip
     return table

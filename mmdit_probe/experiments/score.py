@@ -280,6 +280,7 @@ class Score(Sampling, Referring, Experiment):
             if metric in _SHOWN or metric.startswith(("clipscore", "blip_yes"))
         ]
         texts: list[Text] = [variant_table(result.summary, metric, self.baseline) for metric in shown]
+        texts += [line for metric in shown for line in verdict_lines(result.summary, metric, self.baseline)]
         real = result.table[result.table["category"] == REAL]
         if "facts" in real:
             stated = opposite_table(result.summary)
@@ -469,6 +470,17 @@ def variant_table(comparison: pd.DataFrame, metric: str, baseline: str) -> TextT
                 cells.append(signed(row.difference, row.difference_low, row.difference_high))
         table.add(*cells)
     return table
+
+
+def verdict_lines(comparison: pd.DataFrame, metric: str, baseline: str) -> list[str]:
+    """In which categories each variant is no worse than the baseline, in which worse, in which that is open."""
+    lines = []
+    part = comparison[(comparison["metric"] == metric) & (comparison["variant"] != baseline)]
+    for variant, rows in part.groupby("variant", sort=False):
+        told = [f"{verdict} in {', '.join(of['category'])}" for verdict, of in rows.groupby("verdict", sort=False)]
+        how = f"margin {margin_of(metric):g}, corrected for {len(part)} comparisons (Holm)"
+        lines.append(f"{metric} of {variant} against {baseline}: {'; '.join(told)} ({how}).")
+    return lines
 
 
 def opposite_table(comparison: pd.DataFrame) -> TextTable:

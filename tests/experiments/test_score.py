@@ -20,7 +20,7 @@ from mmdit_probe.evaluate.blip import BlipAsker, phrases
 from mmdit_probe.evaluate.clipscore import ClipScorer
 from mmdit_probe.experiments import Score
 from mmdit_probe.experiments.experiment import Study
-from mmdit_probe.experiments.score import Job, Scorers, compare_variants, export, scene_prompts
+from mmdit_probe.experiments.score import Job, Scorers, compare_variants, export, scene_prompts, verdict_lines
 from mmdit_probe.experiments.store import MemoryStore
 from mmdit_probe.scenes import captions, describe, load_parser, scene
 from tests import blip
@@ -121,6 +121,15 @@ def test_verdicts_and_intervals_of_yes_and_no() -> None:
     whole = row("facts", 30, 30)
     assert whole["mean"] == whole["high"] == 1 and whole["low"] == pytest.approx(1 / (1 + 1.959964**2 / 30))  # Wilson
     assert compare_variants(yes_and_no("facts", 30), "base").set_index("variant").loc["base", "verdict"].eq("").all()
+
+
+def test_verdicts_are_told_with_their_margin() -> None:
+    parts = [yes_and_no("facts", 10), yes_and_no("facts", 30).assign(category="count")]
+    found = compare_variants(pd.concat(parts), "base")
+    assert verdict_lines(found, "facts", "base") == [
+        "facts of tuned against base: worse in all, colour; no worse in count"
+        " (margin 0.05, corrected for 3 comparisons (Holm))."
+    ]
 
 
 def test_the_margin_of_a_cosine_is_that_of_the_clipscore() -> None:
