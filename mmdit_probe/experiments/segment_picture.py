@@ -102,7 +102,6 @@ class OnePicture(Reads, _Checked):
         """
         from mmdit_probe.data.labels import read_label_map, region_ids
         from mmdit_probe.experiments.target import Named, as_model, named
-        from mmdit_probe.segment.methods import METHODS
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
         check_out(out)
@@ -114,6 +113,8 @@ class OnePicture(Reads, _Checked):
         if isinstance(target, Named):
             check_streams_read(self.values(), "no_t5" in target.text)
         model = as_model(target, shown)
+        from mmdit_probe.segment.methods import METHODS  # torch, only for a request that can be met
+
         read = self.reading(Network.of(model))
         reads_heads = self.heads is not None or "heads" in METHODS[self.method].defaults
         values = self.values() | ({"heads": read.heads} if read.heads is not None and reads_heads else {})
