@@ -116,7 +116,7 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
         return kinds
 
     def gather(self, scenes: bool) -> list[Sample]:
-        return self.pictures(scenes, self.default_pictures)
+        return self.pictures(scenes)
 
     def prepare(self, model: MMDiT, inputs: list[Sample]) -> Study:
         layers, heads = self.places(model)
