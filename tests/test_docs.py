@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
@@ -205,6 +206,30 @@ def test_commands_of_the_docs_are_ones_that_start(
     monkeypatch.setattr("mmdit_probe.models.load.load", load)
     with pytest.raises(Loaded):
         app(shlex.split(command, comments=True)[1:], standalone_mode=False)
+
+
+def test_the_errors_that_the_page_explains_are_raised() -> None:
+    """The words of each message are those of a text in the code, in this order; `...` stands for what is filled in."""
+    said = []
+    for path in (ROOT / "mmdit_probe").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                said.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+    page = (ROOT / "docs" / "guide" / "errors.md").read_text(encoding="utf-8")
+    rows = [row.split(" | ")[0] for row in page.splitlines() if row.startswith("| `")]
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    assert len(messages) > 60
+    unsaid = []
+    for message in messages:
+        words = ".*".join(re.escape(part.strip()) for part in message.split("..."))
+        kind = words.removeprefix(r"unknown\ ")  # `errors.unknown` is given the rest
+        if not any(re.search(words, text, flags=re.S) or (kind != words and re.match(kind, text)) for text in said):
+            unsaid.append(message)
+    assert unsaid == []
 
 
 def test_readme_names_targets_that_exist_and_is_short() -> None:
