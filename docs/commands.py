@@ -41,7 +41,7 @@ OF_COMMAND = {one.name: one for one in COMMANDS}
 
 
 def cell(text: object) -> str:
-    return str(text).replace("|", r"\|")
+    return str(text).replace("|", r"\|").replace("<", "&lt;")
 
 
 def default(option: Any) -> str:

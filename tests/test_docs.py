@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mmdit_probe
 from mmdit_probe import experiments
 from mmdit_probe.cli.app import COMMANDS, app, every_command, main
 from mmdit_probe.models.families.registry import FAMILIES
@@ -230,6 +231,13 @@ def test_the_errors_that_the_page_explains_are_raised() -> None:
         if not any(re.search(words, text, flags=re.S) or (kind != words and re.match(kind, text)) for text in said):
             unsaid.append(message)
     assert unsaid == []
+
+
+def test_the_reference_has_every_module_that_users_import_from() -> None:
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
+    told = set(re.findall(r"^::: (\S+)$", pages, flags=re.M))
+    public = {getattr(mmdit_probe, name).__module__ for name in mmdit_probe.__all__ if not name.startswith("__")}
+    assert public | {f"mmdit_probe.experiments.{name}" for name in experiments.MODULES.values()} <= told
 
 
 def test_readme_names_targets_that_exist_and_is_short() -> None:
