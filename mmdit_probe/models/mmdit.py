@@ -587,7 +587,7 @@ def check_references(pipeline: type, family: Family, count: int) -> None:
 def is_embedded(pipeline: Any) -> bool:
     """Whether a pipeline was loaded from the checkpoints that ship."""
     source = getattr(pipeline.config, "_name_or_path", None)
-    return bool(source) and assets.folder().resolve() in Path(source).resolve().parents
+    return bool(source) and assets.folder().resolve() in Path(str(source)).resolve().parents
 
 
 def default_length(pipeline: Any, family: Family) -> int:
