@@ -112,7 +112,7 @@ class SelectLayers(Sampling, Experiment):
         if self.top > len(model.layers):
             raise UserError(f"--top {self.top}: expected 1 to {len(model.layers)} layers")
         if self.heads > model.heads:
-            raise UserError(f"--heads {self.heads}: expected at most {model.heads} heads, or 0 for all")
+            raise UserError(f"--top-heads {self.heads}: expected at most {model.heads} heads, or 0 for all")
         chosen = controls.parse(self.control)
         names = self.wanted()
         kept = f"scenes:{self.report}" if names else ""
