@@ -1,74 +1,93 @@
-"""The page of every command: what it does, the same from Python, its options.
+"""The page of every command: what it does, examples, the same from Python, its options.
 
-Written from the options of the experiments when the site is built (`generate`).
+Written from the commands themselves when the site is built (`generate`): a page says what `--help` says.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any
 
-from mmdit_probe.cli.options import Session
-from mmdit_probe.options import described
+from mmdit_probe.cli.app import COMMANDS
 
 SHOWN = {
+    "maps": "word_maps",
     "attention-budget": "fig02_attention_budget",
+    "contribution-budget": "contribution_budget",
     "value-norms": "fig04_value_norms",
     "pca": "fig03_pca_scores",
     "perturb": "fig18_blur_scores",
     "generate": "fig06_guidance",
+    "sigma-map": "sigma_map",
+    "head-triage": "head_triage",
+    "segment": "fig07_masks_open",
+    "discover": "fig37_masks_unsupervised",
     "evaluate": "table12_league",
 }
 """Command -> the committed figure that shows its result."""
 LABELS = "result.labels, result.names, result.areas"
+PROMPT = 'prompt="a red ring on grass"'
 CALLS = {
+    "maps": (PROMPT, "result.summary"),
+    "explore": (PROMPT, "result.summary"),
+    "report": ("", "result.summary"),
     "segment": ('image="scenes:val:3", classes="tree, ring, grass, sky"', LABELS),
     "discover": ('image="scenes:val:3"', LABELS),
     "train-magnet": ('layers="2-3", steps=100', "result.log, result.lora"),
 }
 """Command -> the options that it cannot do without, and what its result has, where that is no summary and claims."""
+OF_COMMAND = {one.name: one for one in COMMANDS}
+"""Command -> the experiment that it runs."""
 
 
-def options_table(options: Any) -> Iterator[str]:
-    """Rows of the table of options of a dataclass, as `--help` prints them."""
-    yield "| option | default | what it does |"
-    yield "|-|-|-|"
-    for field in described(options):
-        default = options.__dataclass_fields__[field.name].default
-        shown = field.option.shown_default
-        text = shown if shown is not None else "" if default in (None, ()) else default
-        if isinstance(text, dataclasses._MISSING_TYPE):
-            text = "required"
-        said = str(field.option.help).replace("|", "\\|")
-        yield f"| `{field.flag}` | {str(text).replace('|', chr(92) + '|')} | {said} |"
+def cell(text: object) -> str:
+    return str(text).replace("|", r"\|").replace("<", "&lt;")
 
 
-def session_flags() -> dict[str, str]:
-    """Option of every command on a model -> its flag."""
-    hints = get_type_hints(Session, include_extras=True)
-    flags = {}
-    for field in dataclasses.fields(Session):
-        (said,) = hints[field.name].__metadata__
-        # Typer takes the first flag of an annotation for its default, until the command is made.
-        stated = [flag for flag in (said.default, *(said.param_decls or ())) if str(flag).startswith("--")]
-        flags[field.name] = stated[0] if stated else f"--{field.name.replace('_', '-')}"
-    return flags
+def default(option: Any) -> str:
+    """What `--help` shows as the default of an option or an argument."""
+    if option.required:
+        return "required"
+    if isinstance(option.show_default, str):
+        return option.show_default
+    shown = option.show_default and option.default not in (None, False)
+    return str(option.default) if shown else ""
 
 
-def command_page(name: str, kind: Any) -> str:
-    """The page of one command."""
-    lines = [f"# {name}", "", inspect.getdoc(kind) or "", ""]
-    lines += ["```sh", *(getattr(kind, "examples", ()) or (f"mmdit-probe {name}",)), "```", ""]
-    lines += ["The same from Python:", "", "```python", python(name, kind), "```", ""]
+def options_tables(command: Any) -> Iterator[str]:
+    """A table of options per heading of `--help`."""
+    panels: dict[str, list[Any]] = {}
+    for one in command.params:
+        if one.name != "help":
+            panels.setdefault(one.rich_help_panel or "Arguments", []).append(one)
+    for panel, options in panels.items():
+        yield from (f"## {panel}", "", "| option | default | what it does |", "|-|-|-|")
+        for one in options:
+            names = one.opts if one.param_type_name == "option" else [one.metavar]
+            flags = ", ".join(f"`{name}`" for name in names)
+            values = f" One of {', '.join(one.metavar.split('|'))}." if "|" in (one.metavar or "") else ""
+            yield f"| {flags} | {cell(default(one))} | {cell(one.help + values)} |"
+        yield ""
+
+
+def summary(command: Any) -> str:
+    """The first sentence or two of the help text."""
+    return str(command.help).split("\n\n")[0].replace("\n", " ")
+
+
+def command_page(name: str, command: Any) -> str:
+    """The page of one command.
+
+    Args:
+        name: what is typed after the program's name. command: as `cli.app.every_command` has it.
+    """
+    examples = [line.replace(r"\[", "[") for line in command.epilog.split("\n\n")[1:]]
+    lines = [f"# {name}", "", str(command.help), "", "```sh", *examples, "```", ""]
+    if name in OF_COMMAND:
+        lines += ["The same from Python:", "", "```python", python(name, OF_COMMAND[name]), "```", ""]
     if name in SHOWN:
         lines += [f"![result of {name} on the embedded model](../pictures/{SHOWN[name]}.png)", ""]
-    lines += ["## Options", "", *options_table(kind), ""]
-    own = {field.name for field in described(kind)} | set(getattr(kind, "without", ()))
-    *flags, last = (f"`{flag}`" for name, flag in session_flags().items() if name not in own)
-    lines += [f"Every command on a model also takes {', '.join(flags)} and {last}."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *options_tables(command)])
 
 
 def python(name: str, kind: Any) -> str:

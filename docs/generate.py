@@ -5,20 +5,21 @@ Run by mkdocs (`mkdocs-gen-files`); writes nothing into the repository.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from pathlib import Path
 
 import mkdocs_gen_files
 
-from mmdit_probe import experiments
+from mmdit_probe.cli.app import every_command
 from mmdit_probe.models.families.registry import FAMILIES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(Path(__file__).parent))
-from commands import command_page  # noqa: E402, beside this script
+from commands import cell, command_page, summary  # noqa: E402, beside this script
 from families import family_page, index_page, tried  # noqa: E402, beside this script
+
+from notebooks import tutorial  # noqa: E402, beside this script
 
 PICTURES = ROOT / "figures" / "out" / "scenes-sd3"
 
@@ -30,13 +31,12 @@ def followed(page: str, tables: list[Path]) -> None:
 
 
 def main() -> None:
-    index = ["# Commands", "", "| command | what it measures |", "|-|-|"]
-    for name, kind_name in experiments.OF_COMMAND.items():
-        kind = getattr(experiments, kind_name)
-        first = (inspect.getdoc(kind) or "").split("\n\n")[0].replace("\n", " ")
-        index.append(f"| [{name}]({name}.md) | {first} |")
-        with mkdocs_gen_files.open(f"commands/{name}.md", "w") as page:
-            page.write(command_page(name, kind))
+    index = ["# Commands", "", "| command | what it does |", "|-|-|"]
+    for name, command in every_command().items():
+        file = f"{name.replace(' ', '-')}.md"
+        index.append(f"| [{name}]({file}) | {cell(summary(command))} |")
+        with mkdocs_gen_files.open(f"commands/{file}", "w") as page:
+            page.write(command_page(name, command))
     with mkdocs_gen_files.open("commands/index.md", "w") as page:
         page.write("\n".join(index) + "\n")
     table = RESULTS / "situations.md"
@@ -53,6 +53,9 @@ def main() -> None:
     for name, family in FAMILIES.items():
         with mkdocs_gen_files.open(f"families/{name}.md", "w") as page:
             page.write(family_page(family, tried(name, family.pipelines, table.read_text(encoding="utf-8"))))
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        with mkdocs_gen_files.open(f"tutorials/{notebook.stem}.md", "w") as page:
+            page.write(tutorial(notebook))
     with mkdocs_gen_files.open("contributing.md", "w") as page:
         page.write((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     for picture in sorted(PICTURES.glob("*.png")):

@@ -40,8 +40,10 @@ class Option:
         min, max: inclusive bounds of a number, or of each number in a sequence; a whole number is at most `MOST` where
             no other is stated. above: exclusive lower bound.
         flag: its name on the command line; by default `--` and the field's name with hyphens.
-        shown_default: what `--help` shows instead of the field's default. panel: heading in `--help`.
+        shown_default: what `--help` shows instead of the field's default; "{0.name}" is an attribute of the dataclass.
+        panel: heading in `--help`.
         argument: on the command line it is given by its place, without a flag. values: what a shell may complete.
+        command: whether the command line has it, or the library alone.
     """
 
     help: str
@@ -53,6 +55,7 @@ class Option:
     panel: str | None = None
     argument: bool = False
     values: tuple[str, ...] = ()
+    command: bool = True
 
 
 class Described(NamedTuple):
@@ -66,6 +69,8 @@ class Described(NamedTuple):
     def flag(self) -> str:
         if self.option.argument:
             return self.name.upper()
+        if not self.option.command:
+            return self.name
         return self.option.flag or "--" + self.name.replace("_", "-")
 
 

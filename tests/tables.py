@@ -1,11 +1,14 @@
-"""A small attention-mass table whose right answers are known in closed form."""
+"""A small attention-mass table whose right answers are known in closed form; which columns the docs explain."""
 
 from __future__ import annotations
 
+import re
 from itertools import product
+from pathlib import Path
 
 import pandas as pd
 
+from mmdit_probe.experiments.result import Result
 from mmdit_probe.experiments.token_rows import TokenRows
 
 SPANS = {
@@ -64,3 +67,13 @@ def by_item(ask: TokenRows, table: pd.DataFrame) -> pd.DataFrame:
         calls = [ask.reduce({str(name): call[name] for name in call}) for _, call in rows.groupby("step")]
         parts.append(ask.join(pd.concat(calls, ignore_index=True)).assign(item=item, control="none"))
     return pd.concat(parts, ignore_index=True)
+
+
+def unexplained(result: Result) -> set[str]:
+    """Columns of a result's tables and summaries that the page on tables does not name."""
+    page = (Path(__file__).parents[1] / "docs" / "guide" / "tables.md").read_text(encoding="utf-8")
+    told = [re.sub(r"<\w+>", ".+", re.escape(name)) for name in re.findall(r"`([^`\n]+)`", page)]
+    known = re.compile(rf"(?:{'|'.join(told)})(?:_low|_high|_uniform)?")
+    held = [result.store.table(name) for name in result.experiment.tables if result.store.has(name)]
+    columns = {str(name) for frame in (*held, *result.frames.values(), result.claims) for name in frame.columns}
+    return {name for name in columns if not known.fullmatch(name)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import json
 import re
 import shlex
 import sys
@@ -14,8 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
+import mmdit_probe
 from mmdit_probe import experiments
-from mmdit_probe.cli.app import app, main
+from mmdit_probe.cli.app import COMMANDS, app, every_command, main
 from mmdit_probe.models.families.registry import FAMILIES
 from tests import editing_pipelines
 from tests.scripts import script
@@ -79,21 +82,55 @@ def test_no_python_is_spelled_so_that_no_test_runs_it() -> None:
         assert kinds.count("python") == len(blocks(page, "python")), page
 
 
-@pytest.mark.parametrize("name", experiments.OF_COMMAND)
+@pytest.mark.parametrize("name", [one.name for one in COMMANDS])
 def test_python_of_a_commands_page_is_a_call_that_can_be_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The options are checked and the result has what is shown; whole analyses run in the tests of their commands."""
-    kind = getattr(experiments, experiments.OF_COMMAND[name])
+    pages = script("docs/commands.py")
+    kind = pages.OF_COMMAND[name]
     module = sys.modules[kind.__module__]
     result = getattr(module, str(inspect.signature(kind.run).return_annotation), experiments.Result)
     known = {*dir(result), *result.__init__.__code__.co_names}
     stub = SimpleNamespace(**dict.fromkeys(known - set(dir(object)), lambda: None))
     asked: list[Any] = []
     monkeypatch.setattr(kind, "run", lambda self, target: asked.append((self, target)) or stub)
-    page = script("docs/commands.py").command_page(name, kind)
+    page = pages.command_page(name, every_command()[name])
     code = re.findall(r"```python\n(.*?)```", page, flags=re.S)
     assert len(code) == 1
     exec(compile(code[0], name, "exec"), {})
     assert [(type(one), target) for one, target in asked] == [(kind, "scenes-sd3")]
+
+
+def test_a_commands_page_shows_lines_that_run_and_every_option() -> None:
+    for name, command in every_command().items():
+        page = script("docs/commands.py").command_page(name, command)
+        lines = re.search(r"```sh\n(.*?)```", page, flags=re.S)
+        assert lines and all(line.startswith(f"mmdit-probe {name}") for line in lines[1].splitlines())
+        flags = [flag for one in command.params for flag in one.opts if flag.startswith("-") and one.name != "help"]
+        assert [flag for flag in flags if f"`{flag}`" not in page] == []
+    pictures = [*(ROOT / "docs" / "pictures").glob("*.png"), *(ROOT / "figures" / "out" / "scenes-sd3").glob("*.png")]
+    assert set(script("docs/commands.py").SHOWN.values()) <= {path.stem for path in pictures}
+
+
+def test_tutorials_show_what_the_notebooks_do(tmp_path: Path) -> None:
+    path = tmp_path / "one.ipynb"
+    cells = [
+        {"cell_type": "markdown", "source": ["# One"], "metadata": {}},
+        {
+            "cell_type": "code", "source": "1 + 1", "metadata": {}, "execution_count": 1,
+            "outputs": [
+                {"output_type": "execute_result", "data": {"text/plain": "2"}, "metadata": {}, "execution_count": 1},
+                {"output_type": "display_data", "data": {"text/html": ["<b>", "x</b>"], "text/plain": "x"}},
+                {"output_type": "stream", "name": "stdout", "text": ["said\n"]},
+            ],
+        },
+    ]  # fmt: skip
+    path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}), encoding="utf-8")
+    text = script("docs/notebooks.py").tutorial(path)
+    parts = ("# One", "```python\n1 + 1\n```", "```\n2\n```", "<b>x</b>", "```\nsaid\n```", "notebooks/one.ipynb")
+    at = [text.index(part) for part in parts]
+    assert at == sorted(at)
+    nav = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert all(f"tutorials/{path.stem}.md" in nav for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
 def test_python_of_a_familys_page_runs(pipe: Any) -> None:
@@ -170,6 +207,37 @@ def test_commands_of_the_docs_are_ones_that_start(
     monkeypatch.setattr("mmdit_probe.models.load.load", load)
     with pytest.raises(Loaded):
         app(shlex.split(command, comments=True)[1:], standalone_mode=False)
+
+
+def test_the_errors_that_the_page_explains_are_raised() -> None:
+    """The words of each message are those of a text in the code, in this order; `...` stands for what is filled in."""
+    said = []
+    for path in (ROOT / "mmdit_probe").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                said.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                said.append(node.value)
+    page = (ROOT / "docs" / "guide" / "errors.md").read_text(encoding="utf-8")
+    rows = [row.split(" | ")[0] for row in page.splitlines() if row.startswith("| `")]
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    assert len(messages) > 60
+    unsaid = []
+    for message in messages:
+        words = ".*".join(re.escape(part.strip()) for part in message.split("..."))
+        kind = words.removeprefix(r"unknown\ ")  # `errors.unknown` is given the rest
+        if not any(re.search(words, text, flags=re.S) or (kind != words and re.match(kind, text)) for text in said):
+            unsaid.append(message)
+    assert unsaid == []
+
+
+def test_the_reference_has_every_module_that_users_import_from() -> None:
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md"))
+    told = set(re.findall(r"^::: (\S+)$", pages, flags=re.M))
+    public = {getattr(mmdit_probe, name).__module__ for name in mmdit_probe.__all__ if not name.startswith("__")}
+    assert public | {f"mmdit_probe.experiments.{name}" for name in experiments.MODULES.values()} <= told
 
 
 def test_readme_names_targets_that_exist_and_is_short() -> None:

@@ -1,6 +1,6 @@
 """An options dataclass that runs as a command: stated once, with help, defaults, headings and completion.
 
-    app.command("perturb", epilog=epilog(Perturb))(command_of(Perturb))
+    app.command("perturb", epilog=epilog(*Perturb.examples))(command_of(Perturb))
 
 It is a dataclass of `options.Option` fields with `run(target, out, resume, progress)` that returns a result with
 `path`, `texts()` and `document()`. Values are checked by the class, so that the command and the library refuse them in
@@ -18,17 +18,17 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from mmdit_probe.cli.options import Session
+from mmdit_probe.cli.options import Session, completing
 from mmdit_probe.cli.output import Output
 from mmdit_probe.errors import unknown
-from mmdit_probe.experiments.options import INPUT, METHOD, MODEL, OUTPUT
+from mmdit_probe.experiments.options import DETAIL, INPUT, METHOD, MODEL, OUTPUT
 from mmdit_probe.experiments.target import Named
 from mmdit_probe.options import Described, choices_of, described
 from mmdit_probe.results.folder import AUTO
 from mmdit_probe.specs import parse_size
 
-_PANELS = {INPUT: 0, MODEL: 2, METHOD: 3, OUTPUT: 4}
-"""Order of the headings; those that a command has of its own come second."""
+_PANELS = {INPUT: 0, MODEL: 2, METHOD: 3, OUTPUT: 4, DETAIL: 5}
+"""Order of the headings, what matters most first; those that a command has of its own come second."""
 _FIRST = ("prompts", "images", "dataset", "classes", "method", "layers", "heads")
 """Options that stand at the top of their heading."""
 _SHORT = {"n": ("-n",)}
@@ -36,7 +36,7 @@ _SHORT = {"n": ("-n",)}
 
 def command_of(options: Any) -> Callable[..., None]:
     """The command that runs an options dataclass: its options, and those of every command on a model."""
-    own = {field.name: field for field in described(options)}
+    own = {field.name: field for field in described(options) if field.option.command}
     left_out = (*own, *getattr(options, "without", ()))
     session = {name: parameter for name, parameter in _session_parameters() if name not in left_out}
     recipes = getattr(options, "recipes", {})
@@ -50,7 +50,7 @@ def command_of(options: Any) -> Callable[..., None]:
             asked = {**asked, **recipes[recipe], **stated}
         run(options(**asked), Session(**{name: given[name] for name in session}), session)
 
-    parameters = [_parameter(field, options.__dataclass_fields__[field.name].default) for field in own.values()]
+    parameters = [_parameter(field, options) for field in own.values()]
     parameters += [_recipe(recipes)] if recipes else []
     rank = {name: place for place, name in enumerate(_by_class(options))}
     parameters = sorted([*parameters, *session.values()], key=lambda one: _place(one, rank))
@@ -60,12 +60,6 @@ def command_of(options: Any) -> Callable[..., None]:
     marks.__signature__ = inspect.Signature([context, *parameters], return_annotation=None)
     marks.__annotations__ = {p.name: p.annotation for p in [context, *parameters]}
     return command
-
-
-def epilog(options: Any) -> str:
-    """The examples below a command's help text."""
-    lines = [f"mmdit-probe {line}".replace("[", r"\[") for line in options.examples]
-    return "\n\n".join([f"Example{'s' if len(lines) > 1 else ''}:", *lines])
 
 
 def run(options: Any, session: Session, offered: Any) -> None:
@@ -130,39 +124,32 @@ def _place(parameter: inspect.Parameter, rank: Mapping[str, int]) -> tuple[int, 
 def _recipe(recipes: Any) -> inspect.Parameter:
     said = typer.Option(
         help="A set of options; those that are given win.", rich_help_panel=INPUT, metavar="|".join(recipes),
-        autocompletion=_completing(tuple(recipes)),
+        autocompletion=completing(tuple(recipes)),
     )  # fmt: skip
     return _keyword("recipe", Annotated[str | None, said], None)
 
 
-def _parameter(field: Described, default: Any) -> inspect.Parameter:
+def _parameter(field: Described, options: Any) -> inspect.Parameter:
     kind, option = option_type(field.type), field.option
+    default = options.__dataclass_fields__[field.name].default
     needed = default is MISSING
     if get_origin(kind) is list:
         default = list(default or [])
-    shown = option.shown_default if option.shown_default is not None else default not in (None, [], MISSING)
+    shown: Any = default not in (None, [], MISSING)
+    if option.shown_default is not None:
+        shown = option.shown_default.format(options)
     how: dict[str, Any] = {"help": option.help, "rich_help_panel": option.panel, "show_default": shown}
     choices = tuple(choices_of(field.type))
     if choices:
         how["metavar"] = "|".join(choices)
     if option.values or choices:
-        how["autocompletion"] = _completing(option.values or choices)
+        how["autocompletion"] = completing(option.values or choices)
     if option.argument:
         said: Any = typer.Argument(metavar=field.name.upper(), **how | {"rich_help_panel": None})
     else:
         flags = [field.flag, *_SHORT.get(field.name, ())]
         said = typer.Option(*(flags if kind is bool or option.flag or field.name in _SHORT else []), **how)
     return _keyword(field.name, Annotated[kind, said], inspect.Parameter.empty if needed else default)
-
-
-def _completing(values: Sequence[str]) -> Callable[[str], list[str]]:
-    """Completion of one value, or of the last of several by comma or plus."""
-
-    def complete(incomplete: str) -> list[str]:
-        cut = max(incomplete.rfind(","), incomplete.rfind("+")) + 1
-        return [incomplete[:cut] + value for value in values if value.startswith(incomplete[cut:])]
-
-    return complete
 
 
 def option_type(hint: Any) -> Any:

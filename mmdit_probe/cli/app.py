@@ -23,7 +23,8 @@ from typer.exceptions import Abort, TyperException
 
 from mmdit_probe import __version__
 from mmdit_probe.cli import compare, doctor, models
-from mmdit_probe.cli.adapter import command_of, epilog
+from mmdit_probe.cli.adapter import command_of
+from mmdit_probe.cli.options import epilog
 from mmdit_probe.errors import ProbeError, is_text
 from mmdit_probe.experiments import (
     AttentionBudget,
@@ -100,10 +101,19 @@ app = typer.Typer(
 )
 for question, commands in QUESTIONS.items():
     for command in commands:
-        app.command(command.name, epilog=epilog(command), rich_help_panel=question)(command_of(command))
-app.command("compare", rich_help_panel=OTHER)(compare.command)
-app.command("doctor", rich_help_panel=OTHER)(doctor.command)
+        app.command(command.name, epilog=epilog(*command.examples), rich_help_panel=question)(command_of(command))
+app.command("compare", epilog=epilog(*compare.EXAMPLES), rich_help_panel=OTHER)(compare.command)
+app.command("doctor", epilog=epilog(*doctor.EXAMPLES), rich_help_panel=OTHER)(doctor.command)
 app.add_typer(models.app, name="models", rich_help_panel=OTHER)
+
+
+def every_command() -> dict[str, Any]:
+    """What is typed after the program's name -> the command, those of groups and `models` itself included."""
+    group: Any = typer.main.get_command(app)
+    found = dict(group.commands)
+    found |= {name: typer.main.get_group(importlib.import_module(module).app) for name, (module, _) in LAZY.items()}
+    inner = {f"{name} {of}": one for name, each in found.items() for of, one in getattr(each, "commands", {}).items()}
+    return {name: one for name, one in found.items() if name not in LAZY} | inner
 
 
 def _version(value: bool) -> None:

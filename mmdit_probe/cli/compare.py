@@ -9,13 +9,19 @@ import typer
 
 from mmdit_probe.cli.options import Debug, Json, Out, Quiet
 from mmdit_probe.cli.output import Output
+from mmdit_probe.experiments.options import METHOD
+
+EXAMPLES = ("compare runs/float32 runs/bfloat16", "compare runs/base runs/lora --margin 0.01")
 
 
 def command(
-    first: Annotated[Path, typer.Argument(help="Run folder.")],
-    second: Annotated[Path, typer.Argument(help="Run folder of the same command and items.")],
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="Run folder.")],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="Run folder of the same command and items.")],
     margin: Annotated[
-        float | None, typer.Option(help="Largest loss that does not matter: verdicts are 'no worse' and 'worse'.")
+        float | None,
+        typer.Option(
+            help="Largest loss that does not matter: verdicts are 'no worse' and 'worse'.", rich_help_panel=METHOD
+        ),
     ] = None,
     out: Out = None,
     quiet: Quiet = False,

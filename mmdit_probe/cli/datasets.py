@@ -7,14 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
-from mmdit_probe.cli.options import Debug, Json, Quiet
+from mmdit_probe.cli.options import Debug, Json, Quiet, completing, epilog
+from mmdit_probe.experiments.options import INPUT
 
-app = typer.Typer(help="Segmentation data sets: list, check, prepare.", rich_markup_mode=None)
+app = typer.Typer(
+    help="Segmentation data sets: list, check, prepare.",
+    epilog=epilog("datasets list", "datasets check voc20:VOCdevkit/VOC2012"), rich_markup_mode="rich",
+)  # fmt: skip
 
-Name = Annotated[str, typer.Argument(help="Name of a data set; `mmdit-probe datasets list` names them.")]
 
-
-@app.command("list")
+@app.command("list", epilog=epilog("datasets list"))
 def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> None:
     """Name the readers, their classes and the folders they look for."""
     from mmdit_probe.cli.output import Output
@@ -47,12 +49,17 @@ def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> 
     Output(quiet=quiet, as_json=as_json, debug=debug).result({"datasets": rows}, [table])
 
 
-@app.command("check")
+@app.command("check", epilog=epilog("datasets check voc20:VOCdevkit/VOC2012", "datasets check scenes:val --limit 20"))
 def check(
     source: Annotated[
         str, typer.Argument(metavar="NAME:ROOT", help="Data set and its folder, such as voc20:VOCdevkit/VOC2012.")
     ],
-    limit: Annotated[int | None, typer.Option(help="Look at the first LIMIT images.", min=1)] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Look at the first LIMIT images.", min=1, show_default="200 scenes, or all", rich_help_panel=INPUT
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -92,11 +99,18 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command("prepare")
+@app.command("prepare", epilog=epilog("datasets prepare coco-object coco coco-object-labels"))
 def prepare(
-    kind: Annotated[str, typer.Argument(help="coco-object, coco-stuff-27 or pc60-last.")],
-    root: Annotated[Path, typer.Argument(help="Folder of the data set.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write label PNGs to.")],
+    kind: Annotated[
+        str,
+        typer.Argument(
+            metavar="KIND",
+            help="coco-object, coco-stuff-27 or pc60-last.",
+            autocompletion=completing(("coco-object", "coco-stuff-27", "pc60-last")),
+        ),
+    ],
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="Folder of the data set.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write label PNGs to.")],
     quiet: Quiet = False,
     as_json: Json = False,
     debug: Debug = False,

@@ -10,9 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from mmdit_probe.cli.options import Debug, Device, Json, Quiet
+from mmdit_probe.experiments.options import METHOD
+
+EXAMPLES = ("doctor", "doctor --deep --device cuda")
 
 Deep = Annotated[
-    bool, typer.Option("--deep", help="Check log-sum-exp, masses and maps of every attention kernel against float64.")
+    bool,
+    typer.Option(
+        "--deep",
+        rich_help_panel=METHOD,
+        help="Check log-sum-exp, masses and maps of every attention kernel against float64.",
+    ),
 ]
 
 

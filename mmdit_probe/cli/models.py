@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
-from mmdit_probe.cli.options import Debug, Json, Quiet
+from mmdit_probe.cli.options import Debug, Json, Quiet, epilog
 
-app = typer.Typer(help="Embedded models and supported families.", invoke_without_command=True)
+app = typer.Typer(
+    help="Embedded models and supported families.", invoke_without_command=True,
+    epilog=epilog("models", "models inspect scenes-sd3"),
+)  # fmt: skip
 
 
 @app.callback()
@@ -43,9 +46,11 @@ def listing(context: typer.Context, as_json: Json = False, quiet: Quiet = False,
     output.result(document, [first, known, second])
 
 
-@app.command("inspect")
+@app.command("inspect", epilog=epilog("models inspect scenes-sd3"))
 def inspect_command(
-    path: Annotated[str, typer.Argument(help="Embedded model or diffusers pipeline directory, of any family.")],
+    path: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Embedded model or diffusers pipeline directory, of any family.")
+    ],
     as_json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

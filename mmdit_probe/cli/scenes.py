@@ -6,17 +6,31 @@ from typing import Annotated
 
 import typer
 
-from mmdit_probe.cli.options import Debug, Json, Out, Quiet
+from mmdit_probe.cli.options import Debug, Json, Out, Quiet, completing, epilog
+from mmdit_probe.experiments.options import INPUT
+from mmdit_probe.scenes import KINDS, SPLITS
 
-app = typer.Typer(help="The embedded world: look at scenes.", rich_markup_mode=None)
+app = typer.Typer(help="The embedded world: look at scenes.", epilog=epilog("scenes show"), rich_markup_mode="rich")
 
 
-@app.command()
+@app.command(epilog=epilog("scenes show --split test --limit 6", "scenes show --kind 2d-spatial"))
 def show(
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "val",
-    n: Annotated[int, typer.Option("--limit", "-n", help="How many scenes.", min=1, max=60)] = 12,
-    start: Annotated[int, typer.Option(help="Index of the first scene.", min=0)] = 0,
-    kind: Annotated[str | None, typer.Option(help="Caption kind; a mixture by default.")] = None,
+    split: Annotated[
+        str, typer.Option(help="train, val or test.", rich_help_panel=INPUT, autocompletion=completing(SPLITS))
+    ] = "val",
+    n: Annotated[
+        int, typer.Option("--limit", "-n", help="How many scenes.", min=1, max=60, rich_help_panel=INPUT)
+    ] = 12,
+    start: Annotated[int, typer.Option("--first", help="Index of the first scene.", min=0, rich_help_panel=INPUT)] = 0,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Caption kind: {', '.join(KINDS)}.",
+            show_default="a mixture",
+            rich_help_panel=INPUT,
+            autocompletion=completing(KINDS),
+        ),
+    ] = None,
     out: Out = None,
     quiet: Quiet = False,
     as_json: Json = False,

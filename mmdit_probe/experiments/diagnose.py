@@ -65,7 +65,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
         controls.parse(self.control)
 
     def gather(self, scenes: bool) -> list[Sample]:
-        return self.pictures(scenes, self.default_pictures)
+        return self.pictures(scenes)
 
     def prepare(self, model: MMDiT, inputs: list[Sample]) -> Study:
         layers, heads = self.places(model)

@@ -48,10 +48,7 @@ SPECIAL = ("bos", "eos", "template", "pad")
 
 @dataclass(frozen=True, kw_only=True)
 class Explore(Pictures):
-    """One HTML page to explore where words look and are looked for: no server, no network.
-
-    mmdit-probe explore "a red ring and a blue house on grass"
-    """
+    """One HTML page to explore where words look and are looked for: no server, no network."""
 
     name: ClassVar[str] = "explore"
     examples: ClassVar[tuple[str, ...]] = ('explore "a red ring and a blue house on grass"',)

@@ -83,7 +83,13 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
 
     kinds: Annotated[str, Option("Features: query,key,value,output.", panel=METHOD)] = ",".join(KINDS)
     components: Annotated[
-        int, Option("Components kept and scored; three are drawn.", min=1, max=4096, panel=METHOD)
+        int,
+        Option(
+            "Components kept and scored; three are drawn, in grey if one.",
+            min=1,
+            max=4096,
+            panel=METHOD,
+        ),
     ] = 16
     fit: Annotated[
         Literal["joint", "image"], Option("One basis for all pictures, or one per picture.", panel=METHOD)
@@ -116,7 +122,7 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
         return kinds
 
     def gather(self, scenes: bool) -> list[Sample]:
-        return self.pictures(scenes, self.default_pictures)
+        return self.pictures(scenes)
 
     def prepare(self, model: MMDiT, inputs: list[Sample]) -> Study:
         layers, heads = self.places(model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.options import Option, changed
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.results.selection import LayerSelection
 
-INPUT, MODEL, METHOD, OUTPUT = "Input", "Model", "Method", "Output"
+INPUT, MODEL, METHOD, OUTPUT, DETAIL = "Input", "Model", "Method", "Output", "Model: memory, text, size"
 """Headings of the options in `--help`."""
 
 
@@ -94,7 +94,7 @@ def plain_heads(heads: HeadSpec) -> Any:
 Prompts = Annotated[
     str | Sequence[str] | None,
     Option(
-        "File with one prompt per line, a text, or a set: everyday, scenes:train|val|test.",
+        "File with one prompt per line, a text, or a set: everyday, scenes:train|val|test (50 prompts).",
         shown_default="scenes:val for embedded models, else everyday", panel=INPUT,
     ),
 ]  # fmt: skip
@@ -214,12 +214,22 @@ class Pictured:
         Option("A text for all pictures, or a file with one per line and picture.", shown_default="their captions",
                panel=INPUT),
     ] = None  # fmt: skip
-    limit: Annotated[int | None, Option("Use the first LIMIT pictures.", min=1, panel=INPUT)] = None
+    limit: Annotated[
+        int | None,
+        Option(
+            "Use the first LIMIT pictures.",
+            min=1,
+            shown_default="{0.default_pictures}, or all of --images",
+            panel=INPUT,
+        ),
+    ] = None
     sigma: Annotated[
         float, Option("Noise level, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1, panel=METHOD)
     ] = 0.515
 
-    def pictures(self, scenes: bool, default: int) -> list[Sample]:
+    default_pictures: ClassVar[int]
+
+    def pictures(self, scenes: bool) -> list[Sample]:
         """The pictures to probe.
 
         Raises:
@@ -228,7 +238,7 @@ class Pictured:
         if self.images is None and not scenes:
             raise UserError("no pictures are given; name a folder with --images")
         source = "scenes:val" if self.images is None else self.images
-        return samples_of(source, default if self.limit is None and self.images is None else self.limit)
+        return samples_of(source, self.default_pictures if self.limit is None and self.images is None else self.limit)
 
     def captions(self, pictures: Sequence[Sample]) -> list[str]:
         """The text of each picture."""

@@ -40,7 +40,7 @@ MOST_PIXELS = 1 << 14
 
 Side = Annotated[
     int | None,
-    Option("Of the picture in pixels.", min=1, max=MOST_PIXELS, shown_default="the model's own", panel=METHOD),
+    Option("Of the picture in pixels; the model's own if None.", min=1, max=MOST_PIXELS, command=False),
 ]
 
 
@@ -70,7 +70,9 @@ class Pictures(Sampling, Referring, Experiment):
     image: Annotated[
         Any, Option("A photo to read instead of drawing: a file, a folder, or scenes:val:3.", panel=INPUT)
     ] = None
-    limit: Annotated[int | None, Option("Use the first LIMIT prompts or pictures.", min=1, panel=INPUT)] = None
+    limit: Annotated[
+        int | None, Option("Use the first LIMIT prompts or pictures.", min=1, shown_default="all", panel=INPUT)
+    ] = None
     images_per_prompt: Annotated[
         int, Option("Pictures per prompt, each with a seed of its own.", min=1, panel=INPUT)
     ] = 1

@@ -62,9 +62,8 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Report(Sampling, Experiment):
-    """Which layer grounds words in a model, as one page: every analysis, small, with its controls and claims in words.
-
-    mmdit-probe report --model scenes-sd3 --out report
+    """Which layer grounds words in a model, as one page: every analysis, small, with its controls and claims in
+    words.
     """
 
     name: ClassVar[str] = "report"

@@ -78,7 +78,7 @@ class Score(Sampling, Referring, Experiment):
 
     name: ClassVar[str] = "score"
     examples: ClassVar[tuple[str, ...]] = (
-        "score --n 5 --lora class=runs/magnet/lora",
+        "score --limit 5 --lora class=runs/magnet/lora",
         "score --prompts T2I-CompBench/prompts --clip openai/clip-vit-base-patch16 --model MODEL",
     )
     tables: ClassVar[tuple[str, ...]] = ("scores", "maps")
@@ -88,7 +88,7 @@ class Score(Sampling, Referring, Experiment):
     ] = ()
     baseline: Annotated[str, Option("Variant that differences are taken to.", panel=METHOD)] = BASE
     categories: Annotated[str, Option("all, none, or categories of scenes: colour,numeracy,...", panel=INPUT)] = "all"
-    n: Annotated[int, Option("Prompts per category.", min=1, panel=INPUT)] = 20
+    n: Annotated[int, Option("Prompts per category.", min=1, flag="--limit", panel=INPUT)] = 20
     split: Annotated[Literal["train", "val", "test"], Option("Split of the scenes captions.", panel=INPUT)] = "val"
     prompts: Annotated[
         str | None,
@@ -102,7 +102,7 @@ class Score(Sampling, Referring, Experiment):
     maps: Annotated[
         str,
         Option(
-            "Noise levels at which the word maps of n scenes are scored per layer, by comma; or none.", panel=METHOD
+            "Noise levels at which the word maps of LIMIT scenes are scored per layer, by comma; or none.", panel=METHOD
         ),
     ] = "none"
     clip: Annotated[

@@ -66,12 +66,13 @@ class SelectLayers(Sampling, Experiment):
     top: Annotated[int, Option("Layers to select.", min=1, panel=METHOD)] = 1
     weights: Annotated[Literal["equal", "ranks"], Option("Weights of several layers.", panel=METHOD)] = "equal"
     heads: Annotated[
-        int, Option("Heads to select per layer, by their maps on scenes; 0: all.", min=0, panel=METHOD)
+        int,
+        Option("Heads to select per layer, by their maps on scenes; 0: all.", min=0, flag="--top-heads", panel=METHOD),
     ] = 0
     split: Annotated[Split, Option("Scenes to select on.", panel=INPUT)] = "val"
     report: Annotated[Split, Option("Other scenes to report on.", panel=INPUT)] = "test"
     limit: Annotated[int, Option("Scenes per evidence.", min=4, panel=INPUT)] = 24
-    prompts: Annotated[int, Option("Prompts of the perturbation.", min=1, panel=INPUT)] = 8
+    prompts: Annotated[int, Option("Prompts of the perturbation.", min=1, flag="--perturb-limit", panel=INPUT)] = 8
     sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise.", min=0, max=1, panel=METHOD)] = 0.515
     control: Control = "none"
 
@@ -111,7 +112,7 @@ class SelectLayers(Sampling, Experiment):
         if self.top > len(model.layers):
             raise UserError(f"--top {self.top}: expected 1 to {len(model.layers)} layers")
         if self.heads > model.heads:
-            raise UserError(f"--heads {self.heads}: expected at most {model.heads} heads, or 0 for all")
+            raise UserError(f"--top-heads {self.heads}: expected at most {model.heads} heads, or 0 for all")
         chosen = controls.parse(self.control)
         names = self.wanted()
         kept = f"scenes:{self.report}" if names else ""

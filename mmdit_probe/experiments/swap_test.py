@@ -62,7 +62,7 @@ class SwapTest(LayersAndHeads, Sweep):
     tables: ClassVar[tuple[str, ...]] = ("swaps",)
 
     swap: Annotated[Kind, Option("Words to exchange: the two colours or the two nouns.", panel=METHOD)] = "colours"
-    limit: Annotated[int | None, Option("Prompts (n).", min=1, shown_default="200", panel=INPUT)] = None
+    limit: Annotated[int | None, Option("Prompts (n).", min=1, shown_default="{0.default_prompts}", panel=INPUT)] = None
     steps: Annotated[Spec, Option("Sampling steps to edit: all, 0,20, 0-4, last-8.", panel=METHOD)] = "all"
     together: Annotated[bool, Option("Also exchange the words in all these layers at once.", panel=METHOD)] = False
 

@@ -90,7 +90,12 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
     """Prompts under conditions, one row per image."""
 
     prompts: Prompts = None
-    limit: Annotated[int | None, Option("Use the first LIMIT prompts.", min=1, panel=INPUT)] = None
+    limit: Annotated[
+        int | None,
+        Option(
+            "Use the first LIMIT prompts.", min=1, shown_default="{0.default_prompts}, or all of --prompts", panel=INPUT
+        ),
+    ] = None
     control: EditControl = NONE
     batch: Annotated[int, Option("Prompts sampled at once.", min=1, panel=OUTPUT)] = 8
 

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from mmdit_probe import assets
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.names import check_device, check_dtype, counts_of, source_of
+from mmdit_probe.models.names import (
+    check_adapter,
+    check_device,
+    check_dtype,
+    check_memory_options,
+    counts_of,
+    source_of,
+)
 from mmdit_probe.specs import head_indices, layer_indices
 
 if TYPE_CHECKING:
@@ -32,7 +39,8 @@ class Named:
         num_frames: of a video; None: the model's own. size: (height, width) in pixels of what is made; None: its own.
 
     Raises:
-        UserError: no such model, device or precision, as far as that is known without torch.
+        UserError: no such model, device, precision, adapter or way to store weights, as far as that is known without
+            torch.
     """
 
     name: str
@@ -47,6 +55,9 @@ class Named:
         dtype = self.options.get("dtype", "auto")
         if isinstance(dtype, str):
             check_dtype(dtype)
+        check_memory_options(self.options.get("offload"), self.options.get("quantize"))
+        if self.options.get("lora") is not None:
+            check_adapter(str(self.options["lora"]))
 
     @property
     def full_name(self) -> str:
@@ -84,6 +95,11 @@ def as_model(target: Any, shown: Progress, references: int = 0) -> MMDiT:
         if target.max_sequence_length is not None:
             model.max_sequence_length = target.max_sequence_length
         model.num_frames, model.size = target.num_frames or model.num_frames, target.size
+        if model.size is not None and not model.makes_videos:
+            from mmdit_probe.data.fit import check_size
+            from mmdit_probe.segment.capture import most_tokens
+
+            check_size(model.size, model.size_multiple, most_tokens(model))
         return model
     from mmdit_probe.models.mmdit import MMDiT
 

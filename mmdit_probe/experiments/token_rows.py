@@ -66,8 +66,12 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
 
     prompts: Prompts = None
     limit: Annotated[
-        int | None, Option("Use the first LIMIT prompts or pictures.", min=1, shown_default="20", panel=INPUT)
-    ] = None
+        int | None,
+        Option(
+            "Use the first LIMIT prompts or pictures.", min=1, panel=INPUT,
+            shown_default=f"{DEFAULT_PROMPTS}, or all of --prompts or --images",
+        ),
+    ] = None  # fmt: skip
     images: Annotated[
         str | Path | Sequence[Any] | None,
         Option("Probe real pictures instead of sampling: a folder, or scenes:train|val|test.", panel=INPUT),

@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 class WordMaps(OverReference, Filmed, Pictures):
     """Heat maps of a prompt's words over the picture: one overlay per word, a sheet of all, and the arrays. Of a model
     of videos the overlays are animated.
-
-    mmdit-probe maps "a red ring and a blue house on grass" --words "ring, house, grass"
     """
 
     name: ClassVar[str] = "maps"

@@ -20,9 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mmdit_probe.errors import RunError, UserError, check_known
-from mmdit_probe.models.adapters import FILE, KEY
+from mmdit_probe.models.adapters import KEY
 from mmdit_probe.models.families.registry import Family
 from mmdit_probe.models.layout import find_layers, unwrap
+from mmdit_probe.models.names import ADAPTER_FILE
 from mmdit_probe.results.atomic import replacing
 from mmdit_probe.specs import Spec, layer_indices
 
@@ -112,9 +113,9 @@ def save_lora(transformer: Any, directory: str | Path, metadata: Mapping[str, An
         LORA_ADAPTER_METADATA_KEY: json.dumps(facts | {"transformer.lora_alpha": config.r}, sort_keys=True),
         KEY: json.dumps(dict(metadata), sort_keys=True, default=str),
     }
-    with replacing(Path(directory) / FILE) as temporary:
+    with replacing(Path(directory) / ADAPTER_FILE) as temporary:
         save_file(state, temporary, metadata=header)
-    return Path(directory) / FILE
+    return Path(directory) / ADAPTER_FILE
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -17,10 +17,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from mmdit_probe.errors import MISSHAPEN, RunError, UserError, first_line
+from mmdit_probe.models.names import ADAPTER_FILE, adapter_file, check_adapter
 from mmdit_probe.models.quiet import quiet
 
-FILE = "pytorch_lora_weights.safetensors"
-"""File name of an adapter in its folder; diffusers' default."""
 KEY = "mmdit_probe"
 """Entry of the safetensors header that holds our metadata as JSON."""
 
@@ -43,13 +42,10 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
         UserError: no adapter there, or it matches nothing in this transformer, or only a part of it, or diffusers does
             not read its names, or loads none into this pipeline.
     """
+    check_adapter(source)
     path = Path(source)
-    if path.exists() and not _file(path).is_file():
-        raise UserError(f"{source!r} holds no {FILE}; expected a LoRA folder as diffusers writes it")
-    if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
-        raise UserError(f"no LoRA {source!r}: expected a folder with {FILE}, such a file, or a hub id")
     if path.exists():
-        _header(_file(path))
+        _header(adapter_file(path))
     transformer = pipeline.transformer
     before = set(getattr(transformer, "peft_config", {}))
     options: dict[str, Any] = {"use_safetensors": True} | ({"weight_name": path.name} if path.is_file() else {})
@@ -127,18 +123,14 @@ def read_metadata(source: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no adapter there, or what stands in the header is no JSON.
     """
-    file = _file(Path(source))
+    file = adapter_file(Path(source))
     if not file.is_file():
-        raise UserError(f"{str(source)!r} holds no {FILE}; expected a LoRA folder as diffusers writes it")
+        raise UserError(f"{str(source)!r} holds no {ADAPTER_FILE}; expected a LoRA folder as diffusers writes it")
     _, header = _header(file)
     try:
         return {name: json.loads(header.get(at, "{}")) for name, at in (("lora", "lora_adapter_metadata"), (KEY, KEY))}
     except MISSHAPEN as error:
         raise UserError(f"the header of {str(file)!r} is damaged: {first_line(error)}") from error
-
-
-def _file(path: Path) -> Path:
-    return path / FILE if path.is_dir() else path
 
 
 def _modules(keys: list[str]) -> set[str]:

@@ -22,9 +22,16 @@ import torch
 from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families.registry import FAMILIES, Family, refuse_class
-from mmdit_probe.models.memory import check_memory_options, mend_empty_rows, place, quantizer
+from mmdit_probe.models.memory import mend_empty_rows, place, quantizer
 from mmdit_probe.models.mmdit import MMDiT, check_references, default_length
-from mmdit_probe.models.names import check_device, check_dtype, embedded_models, index_of, source_of
+from mmdit_probe.models.names import (
+    check_device,
+    check_dtype,
+    check_memory_options,
+    embedded_models,
+    index_of,
+    source_of,
+)
 from mmdit_probe.models.quiet import quiet
 from mmdit_probe.models.single_file import base_of, transformer_of
 from mmdit_probe.models.weights import compute_dtype
@@ -67,7 +74,9 @@ def load(
     name = os.fspath(name_or_path)
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
-    check_memory_options(where, offload, quantize)
+    check_memory_options(offload, quantize)
+    if offload == "sequential" and where.type == "cpu":
+        raise UserError(f"offload {offload!r} moves weights to an accelerator; the device is cpu: leave it out")
     source, twin = source_of(name)
     with quiet(bars=not Path(source).exists()):
         file = source if Path(source).is_file() else None

@@ -3,48 +3,18 @@
     model = load("black-forest-labs/FLUX.1-dev", offload="model", quantize="nf4")
     model = load("black-forest-labs/FLUX.1-dev", quantize="gguf:flux1-dev-Q4_K_S.gguf")
 
-Both are diffusers' own, with its quantisers; here stand their names and what is said where a package is missing. Only
-the transformer is quantised: text encoders and autoencoder work once per picture, and offloading does for them. Not
-here: what weights hash to and compute in however they are stored (`models.weights`).
+Both are diffusers' own, with its quantisers. Only the transformer is quantised: text encoders and autoencoder work once
+per picture, and offloading does for them. Not here: their names (`models.names`), and what weights hash to and compute
+in however they are stored (`models.weights`).
 """
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from mmdit_probe.errors import RunError, UserError, unknown
-
-OFFLOADS = ("model", "sequential", "group")
-"""Whole models, single weights, or single layers with the next one on its way while one computes."""
-
-QUANTIZERS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes", "gguf": "gguf"}
-"""Kind -> the package that does it, an extra of that name."""
-
-
-def check_memory_options(device: torch.device, offload: str | None, quantize: str | None) -> None:
-    """Refuse what cannot be met before anything is loaded.
-
-    Raises:
-        UserError: an unknown way, sequential offloading without an accelerator, a package that is not installed, or
-            "gguf" without a file.
-    """
-    if offload is not None and offload not in OFFLOADS:
-        raise unknown("offload", offload, OFFLOADS)
-    if offload == "sequential" and device.type == "cpu":
-        raise UserError(f"offload {offload!r} moves weights to an accelerator; the device is cpu: leave it out")
-    if quantize is None:
-        return
-    kind, _, file = quantize.partition(":")
-    if kind not in QUANTIZERS:
-        raise unknown("quantization", quantize, [*list(QUANTIZERS)[:3], "gguf:FILE"])
-    if (kind == "gguf") != bool(file):
-        raise UserError(f"quantization {quantize!r}: expected gguf:FILE, or {', '.join(list(QUANTIZERS)[:3])} alone")
-    package = QUANTIZERS[kind]
-    if find_spec(package) is None:
-        raise UserError(f"quantization {kind!r} needs {package}: pip install 'mmdit-probe[{package}]'")
+from mmdit_probe.errors import RunError
 
 
 def quantizer(kind: str, dtype: torch.dtype) -> Any:

@@ -33,6 +33,7 @@ from mmdit_probe.models import latents as packing
 from mmdit_probe.models.families.registry import Family, family_of
 from mmdit_probe.models.layout import Layer, arranged, find_layers, unwrap
 from mmdit_probe.models.pipeline_call import first_call
+from mmdit_probe.models.quiet import barless
 from mmdit_probe.models.tokens import TokenTable, picture_positions, stream_length, token_tables
 from mmdit_probe.models.weights import compute_dtype, weight_hash
 from mmdit_probe.models.words import find, words
@@ -243,8 +244,7 @@ class MMDiT:
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
         """The words that the model can know: of an embedded model those of the scenes world; () if any."""
-        source = getattr(self.pipeline.config, "_name_or_path", None)
-        return WORDS if source and assets.folder().resolve() in Path(source).resolve().parents else ()
+        return WORDS if is_embedded(self.pipeline) else ()
 
     def unknown_words(self, prompt: str) -> list[str]:
         """Words of a prompt that the model has never met, in order; signs are no words. Empty where it may know any."""
@@ -466,7 +466,8 @@ class MMDiT:
         options |= {"num_inference_steps": steps, "output_type": "latent", "generator": generator}
         options["num_frames"] = self.num_frames
         try:
-            return first_call(self.pipeline, prompts, **self._arguments(guidance=guidance, **options)), scheduler
+            with barless(self.pipeline):
+                return first_call(self.pipeline, prompts, **self._arguments(guidance=guidance, **options)), scheduler
         finally:
             self.pipeline.scheduler = before
 
@@ -503,7 +504,7 @@ class MMDiT:
         num_images_per_prompt: int = 1,
         **options: Any,
     ) -> Any:
-        """Sample images, or videos, with the stock pipeline.
+        """Sample images, or videos, with the stock pipeline, without its progress bar.
 
         Args:
             prompts: one prompt or several; they run as one batch, except beside pictures that a text encoder is shown.
@@ -539,7 +540,7 @@ class MMDiT:
         if negative and "negative_prompt" not in arguments:
             raise UserError(f"{type(self.pipeline).__name__} takes no negative prompt; leave it out")
         options |= {"output_type": "pil"} if self.makes_videos and "output_type" not in options else {}
-        with _guided(self.pipeline, guidance):
+        with _guided(self.pipeline, guidance), barless(self.pipeline):
             made = self.pipeline(prompt=texts, **arguments, **options)
         if not self.makes_videos:
             return made.images
@@ -581,6 +582,12 @@ def check_references(pipeline: type, family: Family, count: int) -> None:
         raise UserError(f"{name} {what}: give it one as reference (--references FILE, or model.given([picture]))")
     if family.video_size is not None and count > 1:
         raise UserError(f"{name} makes a video of one picture; {count} references are given")
+
+
+def is_embedded(pipeline: Any) -> bool:
+    """Whether a pipeline was loaded from the checkpoints that ship."""
+    source = getattr(pipeline.config, "_name_or_path", None)
+    return bool(source) and assets.folder().resolve() in Path(str(source)).resolve().parents
 
 
 def default_length(pipeline: Any, family: Family) -> int:

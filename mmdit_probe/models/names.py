@@ -1,4 +1,4 @@
-"""Names of models, devices and precisions, checked before torch is imported.
+"""Names of models, adapters, devices and precisions, checked before torch is imported.
 
     source_of("scenes-sd3")         # the folder, or the hub id, that a name means
     check_device("gpu")             # UserError: unknown device 'gpu'
@@ -9,13 +9,13 @@ Not here: whether a hub id exists (`models.load`).
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import platform
 import re
 import runpy
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,15 @@ from mmdit_probe.errors import UserError, check_known, unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+
+OFFLOADS = ("model", "sequential", "group")
+"""Whole models, single weights, or single layers with the next one on its way while one computes."""
+
+QUANTIZERS = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes", "gguf": "gguf"}
+"""Kind -> the package that does it, an extra of that name."""
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+"""File name of an adapter in its folder; diffusers' default."""
 
 
 def embedded_models() -> list[str]:
@@ -112,7 +121,7 @@ def devices(kind: str) -> int | None:
         return int(sys.platform == "darwin" and platform.machine() == "arm64")
     if kind == "cpu":
         return 1
-    torch = importlib.util.find_spec("torch")
+    torch = find_spec("torch")
     if torch is None or torch.origin is None:
         return None
     built = runpy.run_path(str(Path(torch.origin).with_name("version.py")))
@@ -139,3 +148,41 @@ def check_dtype(name: str) -> None:
         UserError: unknown.
     """
     check_known("dtype", name, DTYPES)
+
+
+def check_memory_options(offload: str | None, quantize: str | None) -> None:
+    """Ways of keeping and storing weights have these names, and their packages are there.
+
+    Raises:
+        UserError: unknown, a package that is not installed, or "gguf" without a file.
+    """
+    if offload is not None:
+        check_known("offload", offload, OFFLOADS)
+    if quantize is None:
+        return
+    kind, _, file = quantize.partition(":")
+    if kind not in QUANTIZERS:
+        raise unknown("quantization", quantize, [*list(QUANTIZERS)[:3], "gguf:FILE"])
+    if (kind == "gguf") != bool(file):
+        raise UserError(f"quantization {quantize!r}: expected gguf:FILE, or {', '.join(list(QUANTIZERS)[:3])} alone")
+    package = QUANTIZERS[kind]
+    if find_spec(package) is None:
+        raise UserError(f"quantization {kind!r} needs {package}: pip install 'mmdit-probe[{package}]'")
+
+
+def check_adapter(source: str) -> None:
+    """An adapter's folder, file or hub id may be one.
+
+    Raises:
+        UserError: there is no such file or folder, or no adapter in the folder.
+    """
+    path = Path(source)
+    if path.exists() and not adapter_file(path).is_file():
+        raise UserError(f"{source!r} holds no {ADAPTER_FILE}; expected a LoRA folder as diffusers writes it")
+    if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        raise UserError(f"no LoRA {source!r}: expected a folder with {ADAPTER_FILE}, such a file, or a hub id")
+
+
+def adapter_file(path: Path) -> Path:
+    """The weights in an adapter's folder, or the file itself."""
+    return path / ADAPTER_FILE if path.is_dir() else path

@@ -1,8 +1,10 @@
-"""Loading without the libraries' chatter: what diffusers and transformers would print is kept for the caller instead.
+"""Loading and sampling without the libraries' chatter: what they would print at loading is kept for the caller instead.
 
 with quiet() as notices:
     pipeline = DiffusionPipeline.from_pretrained(folder)
 notices                                          # e.g. ["Some weights of ... are newly initialized: ..."]
+with barless(pipeline):
+    pipeline("a red ring")
 """
 
 from __future__ import annotations
@@ -66,3 +68,17 @@ def _without_bars(module: Any) -> Iterator[None]:
     finally:
         if loud:
             module.enable_progress_bar()
+
+
+@contextmanager
+def barless(pipeline: Any) -> Iterator[None]:
+    """Without the progress bar of a pipeline, which is what its owner made it again afterwards."""
+    before = vars(pipeline).get("_progress_bar_config")
+    pipeline.set_progress_bar_config(**(before or {}) | {"disable": True})
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipeline._progress_bar_config
+        else:
+            pipeline._progress_bar_config = before

@@ -38,7 +38,7 @@ from mmdit_probe.errors import ProbeWarning, RunError, UserError
 from mmdit_probe.models.families.facts import Family
 from mmdit_probe.models.layout import Layer, Layout, Places, arranged, of_samples, unwrap
 from mmdit_probe.models.layout_source import layout_source
-from mmdit_probe.models.mmdit import Batch, MMDiT
+from mmdit_probe.models.mmdit import Batch, MMDiT, default_length, is_embedded
 from mmdit_probe.models.pipeline_call import bind
 from mmdit_probe.models.tokens import TokenTable, fitted
 from mmdit_probe.observe.backend import drops_unconditional, hiding, processor_of, refuse_sharded, skipping
@@ -421,7 +421,20 @@ class Run:
             )
         elif not any(batch.tokens or ()):
             self.note(f"{name} was given its text as embeddings, or in another template: its words are unknown")
+        else:
+            self._note_length(next(table for table in batch.tokens or () if table is not None))
         return batch
+
+    def _note_length(self, table: TokenTable) -> None:
+        """Say that an embedded model is given more text positions than it was trained with."""
+        length, argument = default_length(self.pipeline, self.family), self.family.length_argument
+        for stream in self.family.streams:
+            found = len(table.positions(stream=stream.name))
+            if stream.length == argument and 0 < length < found and is_embedded(self.pipeline):
+                self.note(
+                    f"{stream.name} has {found} text positions, and this embedded model was trained with {length}: give"
+                    f" {argument}={length}"
+                )
 
     def _given_tables(self, rows: int, length: int) -> list[TokenTable | None]:
         """The caller's token tables, one per row; none if none were given."""

@@ -25,9 +25,10 @@ KINDS = ("query", "key", "value", "output")
 
 
 def to_rgb(maps: Any) -> Any:
-    """The first three components [n, h, w, k] as colours [n, h, w, 3] in 0..1, 2nd to 98th percentile over images."""
+    """The first three components [n, h, w, k] as colours [n, h, w, 3] in 0..1, 2nd to 98th percentile over images; a
+    single one in grey."""
     first = np.zeros((*maps.shape[:3], 3))
-    first[..., : min(3, maps.shape[-1])] = maps[..., :3]
+    first[..., : maps.shape[-1] if maps.shape[-1] > 1 else 3] = maps[..., :3]
     low, high = np.percentile(first, [2, 98], axis=(0, 1, 2))
     return np.clip((first - low) / np.maximum(high - low, 1e-12), 0, 1)
 
@@ -36,7 +37,7 @@ def pca_maps(
     maps: Mapping[tuple[int, str], Any], images: Sequence[Any], kinds: Sequence[str], *, each: bool = False,
     title: str = "",
 ) -> Figure:  # fmt: skip
-    """One block of rows per image: a row per kind, a column per layer, three components as RGB.
+    """One block of rows per image: a row per kind, a column per layer, three components as RGB, a single one in grey.
 
     Args:
         maps: (layer, kind) -> [n, h, w, k]. images: the n pictures.
@@ -53,7 +54,9 @@ def pca_maps(
         for kind in kinds
     ]
     columns = ["picture", *(f"layer {layer}" for layer in layers)]
-    note = "red, green, blue: components 1, 2, 3; they share a scale " + ("per picture" if each else "over pictures")
+    single = all(value.shape[-1] == 1 for value in maps.values())
+    note = "grey: component 1" if single else "red, green, blue: components 1, 2, 3"
+    note += f", on one scale {'per picture' if each else 'over pictures'}"
     return sheet(cells, columns, [*kinds] * len(images), title=title, note=note)
 
 

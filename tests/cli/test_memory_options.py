@@ -14,7 +14,7 @@ from mmdit_probe import MMDiT
 from mmdit_probe.cli.app import COMMANDS, main
 from mmdit_probe.experiments import experiment
 from mmdit_probe.models import load as loading
-from mmdit_probe.models import memory
+from mmdit_probe.models import names
 
 ONE = ["--limit", 1, "--num-steps", 1]
 LINES: dict[str, list[Any]] = {
@@ -31,14 +31,14 @@ LINES: dict[str, list[Any]] = {
     "attribute": ["--limit", 2, "--layers", 0],
     "swap-test": ["--layers", 0, *ONE],
     "block-operations": ["--layers", 0, *ONE],
-    "sigma-map": ["--limit", 2, "--layers", 0, "--sigmas", "0.5"],
+    "sigma-map": ["--limit", 2, "--layers", 0, "--sigma", "0.5"],
     "select-layers": ["--evidence", "word_mass", "--limit", 4, "--num-steps", 1],
     "head-triage": ["--limit", 4, "--train", 4, "--layers", 0],
     "segment": ["scenes:val:0", "--classes", "ring,house"],
     "discover": ["scenes:val:0"],
     "evaluate": ["--limit", 1],
     "train-magnet": ["--layers", 4, "--steps", 1, "--batch", 1, "--limit", 2, "--validate-count", 0],
-    "score": ["--n", 1, "--categories", "colour", "--num-steps", 1],
+    "score": ["--limit", 1, "--categories", "colour", "--num-steps", 1],
 }
 """A short run of each command on the embedded model."""
 
@@ -86,8 +86,8 @@ def test_a_command_hands_them_on_and_records_them(
 
 @pytest.mark.parametrize("name", LINES)
 def test_a_command_runs_on_a_quantised_model(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    if find_spec(memory.QUANTIZERS["int8"]) is None:
-        pytest.skip(f"{memory.QUANTIZERS['int8']} is not installed")
+    if find_spec(names.QUANTIZERS["int8"]) is None:
+        pytest.skip(f"{names.QUANTIZERS['int8']} is not installed")
     monkeypatch.chdir(tmp_path)
     told = run(name, "--quantize", "int8")
     assert told["quantize"] == "int8" and told["id"] == "scenes-sd3+int8"

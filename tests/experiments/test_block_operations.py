@@ -16,12 +16,14 @@ from mmdit_probe.experiments.block_operations import summarise
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table
 from tests import tiny
+from tests.tables import unexplained
 
 
 def test_each_block_is_operated_on_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = MMDiT(tiny.pipeline())
     ask = BlockOperations(prompts=["a red ring", "a cat"], num_steps=2, guidance=3.0, steps="1", control="shuffled")
     result = ask.run(model, progress=False)
+    assert unexplained(result) == set()
     moved = result.table.query("control == 'none'").groupby(["condition", "layer"], observed=True)["change"].max()
     assert len(moved) == 1 + 3 * tiny.LAYERS and moved["stock", -1] == 0
     last = ("double", tiny.LAYERS - 1)  # normalises its text, and hands it to no later block

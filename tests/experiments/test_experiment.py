@@ -44,6 +44,7 @@ from mmdit_probe.experiments.text import TextTable, records
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.options import described
 from tests import tiny
+from tests.tables import unexplained
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ["a red ring", "a cat", "a blue house"]
@@ -207,6 +208,10 @@ def test_an_interrupted_run_goes_on_and_another_request_is_refused(
     with pytest.raises(UserError, match="holds a run already; continue it with --resume"):
         ask.run(setting.model, out=tmp_path / "run", progress=False)
     same_tables(whole, read(tmp_path / "run"))
+
+
+def test_every_column_is_explained(setting: Setting) -> None:
+    assert unexplained(setting.memory) == set()
 
 
 def test_a_notebook_shows_figure_and_tables(setting: Setting) -> None:

@@ -13,6 +13,7 @@ from mmdit_probe.experiments.head_triage import RAW, WAYS, Calibration, Reader, 
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.scenes.world import CLASSES
 from tests import tiny
+from tests.tables import unexplained
 
 
 def test_heads_by_their_auc_on_training_scenes() -> None:
@@ -67,6 +68,7 @@ def test_rows_of_training_scenes_are_computed_from_the_maps(model: MMDiT) -> Non
 
 def test_run(model: MMDiT) -> None:
     result = HeadTriage(limit=3, train=3, layers="3,4").run(model, progress=False)
+    assert unexplained(result) == set()
     assert set(result.table["way"]) == set(WAYS) and set(result.table["stream"]) == {"all", "clip", "t5"}
     assert result.table["miou"].between(0, 1).all()
     raw = result.summary.query(f"way == '{RAW}'")

@@ -10,6 +10,7 @@ from mmdit_probe import MMDiT
 from mmdit_probe.experiments import Report, Result
 from mmdit_probe.results.selection import LayerSelection
 from tests import tiny
+from tests.tables import unexplained
 
 PARTS = ["attention-budget", "value-norms", "perturb", "select-layers", "maps", "explore"]
 
@@ -63,5 +64,6 @@ def test_it_is_continued_without_doing_anything_again(folder: Path) -> None:
     record = (folder / "run.json").read_text().replace('"finished"', '"interrupted"')
     (folder / "run.json").write_text(record)
     result = _report().run(_model(), folder, resume=True, progress=False)
+    assert unexplained(result) == set()
     assert list(result.table["part"]) == PARTS
     assert (folder / "state" / "perturb" / "run.json").stat().st_mtime_ns == before

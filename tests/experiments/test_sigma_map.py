@@ -18,6 +18,7 @@ from mmdit_probe.scenes import scene
 from mmdit_probe.scenes.captions import parse
 from tests import tiny
 from tests.observe.test_families import written_down
+from tests.tables import unexplained
 
 
 def test_captions_differ_in_the_word_of_their_kind() -> None:
@@ -74,6 +75,7 @@ def test_rises_are_those_of_two_plain_forwards() -> None:
 
 def test_run() -> None:
     result = SigmaByLayer(limit=2, layers="3,4", sigmas="0.5,0.9").run(load("scenes-sd3"), progress=False)
+    assert unexplained(result) == set()
     assert set(result.table["layer"]) == {-1, 3, 4} and set(result.table["sigma"]) == {"0.5", "0.9"}
     row = result.summary.query("kind == 'noun' and layer == 3 and sigma == '0.9'").iloc[0]
     values = result.table.query("kind == 'noun' and layer == 3 and sigma == '0.9'")["value"]

@@ -16,6 +16,7 @@ from mmdit_probe.experiments.swap_test import Exchange, against, summarise, swap
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.scenes import scene
 from tests import tiny
+from tests.tables import unexplained
 
 
 def test_prompts_that_fit() -> None:
@@ -83,6 +84,7 @@ def test_shares_and_controls_are_paired() -> None:
 def test_run_on_the_embedded_model() -> None:
     ask = SwapTest(limit=2, layers="4", num_steps=2, batch=2, together=True)
     result = ask.run(load("scenes-sd3"), progress=False)
+    assert unexplained(result) == set()
     assert len(result.table) == 2 * (1 + 2 * 2)
     assert set(result.summary["condition"]) == {"stock", "swap", "function"}
     assert (result.table.query("condition == 'swap'")["change"] > 0).all()

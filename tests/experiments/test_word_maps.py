@@ -20,6 +20,7 @@ from mmdit_probe.experiments.pictured_words import grounding, words_of
 from mmdit_probe.plots.overlay import PictureMaps
 from tests import pipelines, tiny
 from tests.observe.oracle import attentions
+from tests.tables import unexplained
 
 IMAGE = 16
 QUICK: dict[str, Any] = {"num_steps": 2, "guidance": 1.0}
@@ -214,6 +215,7 @@ def test_weighted_layers_are_averaged_with_their_weights(model: MMDiT, photo: Im
 def test_the_folder_holds_overlays_arrays_and_a_sheet(model: MMDiT, tmp_path: Path) -> None:
     experiment = WordMaps(prompt=PROMPT, words="ring, red ring", layers="0-1", heads="1", steps="1", **QUICK)
     result = experiment.run(model, tmp_path / "run", progress=False)
+    assert unexplained(result) == set()
     assert [path.name for path in sorted((tmp_path / "run" / "overlays").iterdir())] == [
         "000-00-ring.png", "000-01-red-ring.png",
     ]  # fmt: skip
@@ -241,7 +243,7 @@ def test_what_is_missing_is_asked_for(model: MMDiT, photo: Image.Image) -> None:
         word_maps(model, PROMPT, height=33, **QUICK)
     with pytest.raises(UserError, match="positions for"):
         word_maps(model, PROMPT, width=1 << 14, **QUICK)
-    with pytest.raises(UserError, match="--height is 16385; expected a whole number or nothing of at least 1"):
+    with pytest.raises(UserError, match="height is 16385; expected a whole number or nothing of at least 1"):
         word_maps(model, PROMPT, height=(1 << 14) + 1, **QUICK)
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from mmdit_probe import UserError, load
 from mmdit_probe.errors import RunError
 from mmdit_probe.magnet.lora import ADAPTER, attach, named_parameters, save_lora, target_modules
-from mmdit_probe.models.adapters import FILE, KEY, merge, read_metadata
+from mmdit_probe.models.adapters import KEY, merge, read_metadata
 from mmdit_probe.models.families.entries import SD3
+from mmdit_probe.models.names import ADAPTER_FILE
 from tests import tiny
 from tests.magnet.test_tap import inputs
 
@@ -75,7 +76,7 @@ def test_round_trip_through_the_stock_loader(tmp_path: Path, alpha: float) -> No
     )  # alpha over rank is rounded into the tensors
     assert alpha != 3 or torch.equal(output(fresh.transformer), expected)
     assert (expected - untrained).abs().max() > 1e-2
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [ADAPTER_FILE]
 
 
 @pytest.mark.parametrize("alpha", [3, 7, 0.5])
@@ -85,7 +86,7 @@ def test_the_tensors_alone_are_the_adapter(tmp_path: Path, alpha: float) -> None
     trained_output, untrained = output(pipe.transformer), output(tiny.pipeline().transformer)
     file = save_lora(pipe.transformer, tmp_path / "whole", {})
     (tmp_path / "bare").mkdir()
-    save_file(load_file(file), tmp_path / "bare" / FILE, metadata={"format": "pt"})
+    save_file(load_file(file), tmp_path / "bare" / ADAPTER_FILE, metadata={"format": "pt"})
     found = []
     for source in (str(tmp_path / "whole"), str(tmp_path / "bare"), load_file(file)):
         fresh = tiny.pipeline()
@@ -99,13 +100,13 @@ def test_the_tensors_alone_are_the_adapter(tmp_path: Path, alpha: float) -> None
 def test_an_adapter_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     pipe = trained(tiny.pipeline())
     save_lora(pipe.transformer, tmp_path, {})
-    before = load_file(tmp_path / FILE)
+    before = load_file(tmp_path / ADAPTER_FILE)
     with torch.no_grad():
         named_parameters(pipe.transformer)[3][1][0, 0] = float("inf")
     with pytest.raises(RunError, match="is not finite: it is not saved"):
         save_lora(pipe.transformer, tmp_path, {})
-    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(tmp_path / FILE).items())
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in load_file(tmp_path / ADAPTER_FILE).items())
+    assert [path.name for path in tmp_path.iterdir()] == [ADAPTER_FILE]
 
 
 def test_metadata_says_rank_alpha_and_what_we_know(tmp_path: Path) -> None:
@@ -116,8 +117,8 @@ def test_metadata_says_rank_alpha_and_what_we_know(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no pytorch_lora_weights"):
         read_metadata(tmp_path / "nowhere")
     for damaged in ("{not json", "[" * 100_000):
-        save_file({"a": torch.ones(1)}, tmp_path / FILE, metadata={KEY: damaged})
-        with pytest.raises(UserError, match=f"header of .*{FILE}.* is damaged"):
+        save_file({"a": torch.ones(1)}, tmp_path / ADAPTER_FILE, metadata={KEY: damaged})
+        with pytest.raises(UserError, match=f"header of .*{ADAPTER_FILE}.* is damaged"):
             read_metadata(tmp_path)
 
 
@@ -139,7 +140,7 @@ def test_merging_equals_the_adapter_and_unloading_restores(tmp_path: Path) -> No
 def test_load_takes_a_lora_and_the_name_and_hash_say_so(tiny_directory: Path, tmp_path: Path) -> None:
     base = load(tiny_directory)
     save_lora(trained(load(tiny_directory).pipeline).transformer, tmp_path, {})
-    for source in (tmp_path, tmp_path / FILE):
+    for source in (tmp_path, tmp_path / ADAPTER_FILE):
         model = load(tiny_directory, lora=source)
         assert model.name == f"{tiny_directory}+{source}"
         assert model.weight_hash != base.weight_hash

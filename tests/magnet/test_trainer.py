@@ -27,8 +27,9 @@ from mmdit_probe.magnet.objective import items_at, level_of, noise_levels, noise
 from mmdit_probe.magnet.run import validation_data
 from mmdit_probe.magnet.trainer import CHECKPOINT, TrainResult, train
 from mmdit_probe.magnet.validation import validate
-from mmdit_probe.models.adapters import FILE, read_metadata
+from mmdit_probe.models.adapters import read_metadata
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.models.names import ADAPTER_FILE
 from tests import tiny
 
 CONFIG = MagnetOptions(
@@ -62,7 +63,7 @@ def fresh() -> MMDiT:
 
 
 def weights(result: TrainResult) -> dict[str, torch.Tensor]:
-    return load_file(result.lora / FILE)
+    return load_file(result.lora / ADAPTER_FILE)
 
 
 def assert_equal(first: TrainResult, second: TrainResult) -> None:
@@ -161,7 +162,7 @@ def test_two_processes_give_the_step_of_one(tmp_path: Path) -> None:
         command, env=environment, capture_output=True, text=True, timeout=240, cwd=environment["PYTHONPATH"]
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    two = load_file(tmp_path / "two" / "lora" / FILE)
+    two = load_file(tmp_path / "two" / "lora" / ADAPTER_FILE)
     assert [(tmp_path / f"group-{rank}").read_text() for rank in (0, 1)] == ["ended", "ended"]
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
     ours = weights(one)
@@ -217,7 +218,7 @@ def test_words_of_the_embedded_model_come_to_own_their_regions(tmp_path: Path) -
     )
     result = train(model, ScenesData("train", 96), config, held_out=held_out, out=tmp_path)
     assert result.validation.miou.max() > untrained[layer] + 0.01
-    assert (tmp_path / "best" / FILE).exists()
+    assert (tmp_path / "best" / ADAPTER_FILE).exists()
     again = load("scenes-sd3", lora=result.lora)
     assert validate(again, held_out, [layer]).miou() == pytest.approx(result.validation.miou.iloc[-1], abs=1e-6)
 

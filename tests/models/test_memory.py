@@ -16,7 +16,7 @@ import torch
 from mmdit_probe import AttentionMass, probe
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.experiments.experiment import described
-from mmdit_probe.models import memory
+from mmdit_probe.models import names
 from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT
 from tests.devices import DEVICES, GPU
@@ -31,7 +31,7 @@ def sampled(model: MMDiT) -> tuple[np.ndarray, pd.DataFrame]:
 @pytest.mark.parametrize(
     ("offload", "device"),
     [*((way, "cpu") for way in ("model", "group")),
-     *(pytest.param(way, "cuda", marks=GPU) for way in memory.OFFLOADS)],
+     *(pytest.param(way, "cuda", marks=GPU) for way in names.OFFLOADS)],
 )  # fmt: skip
 def test_offloading_changes_nothing_but_where_weights_wait(tiny_directory: Path, offload: str, device: str) -> None:
     stock, plain = sampled(load(tiny_directory, device=device))
@@ -65,8 +65,8 @@ def test_what_cannot_be_met_is_refused_before_loading(options: dict[str, str], m
 
 @pytest.mark.parametrize("kind", ["int8", "fp8", "nf4", "gguf:some.gguf"])
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    package = memory.QUANTIZERS[kind.partition(":")[0]]
-    monkeypatch.setattr(memory, "find_spec", lambda name: None)
+    package = names.QUANTIZERS[kind.partition(":")[0]]
+    monkeypatch.setattr(names, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"needs {package}: pip install 'mmdit-probe\[{package}\]'"):
         load("scenes-sd3", device="cpu", quantize=kind)
 
@@ -76,8 +76,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, kind: str) 
 def test_a_quantised_transformer_is_probed_and_told_apart(
     tiny_directory: Path, kind: str, error: float, device: str
 ) -> None:
-    if find_spec(memory.QUANTIZERS[kind]) is None:
-        pytest.skip(f"{memory.QUANTIZERS[kind]} is not installed")
+    if find_spec(names.QUANTIZERS[kind]) is None:
+        pytest.skip(f"{names.QUANTIZERS[kind]} is not installed")
     if kind == "nf4" and device == "cpu":
         with pytest.raises(RunError, match="GPU is needed"):
             load(tiny_directory, device=device, quantize=kind)

@@ -37,6 +37,18 @@ def test_generate_is_the_stock_pipeline(model: MMDiT) -> None:
     assert not np.array_equal(ours[0], model.generate("a red ring", steps=2, seed=5, output_type="np")[0])
 
 
+def test_it_is_quiet_and_leaves_the_pipelines_own_bar(capfd: pytest.CaptureFixture[str]) -> None:
+    pipe = tiny.pipeline()
+    del pipe._progress_bar_config  # as a stock pipeline comes
+    model = MMDiT(pipe)
+    model.generate("a red ring", steps=1, guidance=1.0, output_type="latent")
+    model.sigmas(1)
+    assert capfd.readouterr().err == "" and "_progress_bar_config" not in vars(pipe)
+    pipe.set_progress_bar_config(leave=False)
+    model.sigmas(1)
+    assert pipe._progress_bar_config == {"leave": False}
+
+
 def test_seeds_belong_to_images(model: MMDiT) -> None:
     both = model.generate("a cat", steps=2, seed=[7, 9], num_images_per_prompt=2, output_type="np")
     alone = model.generate("a cat", steps=2, seed=9, output_type="np")

@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmdit_probe import AttentionMass, Blur, MMDiT, TextMaps, load, probe
+from mmdit_probe import AttentionMass, Blur, MMDiT, TextMaps, assets, load, probe
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.errors import ProbeWarning, RunError, UserError
 from mmdit_probe.models.layout import Layout, Places
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import ForwardEnded, _LayerRecorder, _spread
@@ -340,6 +340,20 @@ def test_a_hook_of_before_that_is_taken_off_inside_the_probe_takes_the_probe_wit
     ):
         registry.remove_hook("somebody's")
         model(**inputs)
+
+
+def test_more_text_positions_than_an_embedded_model_was_trained_with_are_noted() -> None:
+    """Stock SD3 pipelines pad T5 to 256. How many positions another model takes is its own affair."""
+    pipe, embedded = tiny.pipeline(), tiny.pipeline()
+    embedded.register_to_config(_name_or_path=str(assets.path("scenes-sd3")))
+    for pipeline, length in ((pipe, 16), (embedded, tiny.T5_LENGTH)):
+        with probe(pipeline, AttentionMass()) as run:
+            pipeline("a red ring", num_inference_steps=1, max_sequence_length=length, output_type="latent")
+        assert run.notes == []
+    message = f"t5 has 16 text positions, and this embedded model was trained with {tiny.T5_LENGTH}"
+    with pytest.warns(ProbeWarning, match=message), probe(embedded, AttentionMass()) as run:
+        embedded("a red ring", num_inference_steps=2, max_sequence_length=16, output_type="latent")
+    assert len(run.notes) == 1
 
 
 def test_layers_left_out_by_a_cache_are_noted_once_and_the_others_reported() -> None:

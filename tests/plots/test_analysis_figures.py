@@ -98,6 +98,15 @@ def test_fig03(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names == maps_and_scores | {"fig03_pca_scores.csv"}
 
 
+def test_one_component_is_grey_and_two_are_two_colours() -> None:
+    from mmdit_probe.plots.pca import to_rgb
+
+    maps = np.arange(100.0).reshape(1, 10, 10, 1)
+    grey, two = to_rgb(maps), to_rgb(np.concatenate([maps, maps], -1))
+    assert (grey == grey[..., :1]).all() and grey[0, 0, 0, 0] == 0 and grey[0, -1, -1, 0] == 1
+    assert (two[..., :2] == grey[..., :2]).all() and not two[..., 2].any()
+
+
 def test_fig05(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.experiments.test_perturb import long_table
 
