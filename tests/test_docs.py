@@ -201,8 +201,11 @@ def test_commands_of_the_docs_are_ones_that_start(
         Image.new("RGB", (64, 64)).save(name)
     Path("prompts.txt").write_text("a red ring\n", encoding="utf-8")
     Path("runs/magnet/lora").mkdir(parents=True)
+    Path("runs/magnet/lora/pytorch_lora_weights.safetensors").touch()
     Path("sd3.5_large.safetensors").touch()
     monkeypatch.setattr("mmdit_probe.models.names.devices", lambda kind: None)  # as if every device might be there
+    installed = dict.fromkeys(("int8", "fp8", "nf4", "gguf"), "json")  # and every quantiser
+    monkeypatch.setattr("mmdit_probe.models.names.QUANTIZERS", installed)
     monkeypatch.setattr("mmdit_probe.experiments.target.as_model", load)
     monkeypatch.setattr("mmdit_probe.models.load.load", load)
     with pytest.raises(Loaded):
