@@ -21,6 +21,7 @@ import pandas as pd
 from mmdit_probe import load
 from mmdit_probe.experiments import Score
 from mmdit_probe.experiments.score import REAL
+from mmdit_probe.experiments.text import bounded
 from mmdit_probe.results.statistics import interval
 from mmdit_probe.scenes.parser import CONTRASTS, SCORES
 
@@ -113,7 +114,7 @@ def as_markdown(
 
 def told(row: Mapping[Any, Any], name: str) -> str:
     """A score with its interval."""
-    return f"{row[name]:.3f} [{row[f'{name}_low']:.3f}, {row[f'{name}_high']:.3f}]"
+    return bounded(row[name], row[f"{name}_low"], row[f"{name}_high"])
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from mmdit_probe.evaluate.scores import ImageCounts
-from mmdit_probe.experiments.score import KEYS, compare_variants, margin_of, with_verdicts
+from mmdit_probe.experiments.score import KEYS, compare_variants, margin_of, sign_of, with_verdicts
 from mmdit_probe.magnet.validation import Readout
 from mmdit_probe.results.statistics import (
     NO_WORSE,
@@ -29,7 +29,6 @@ from mmdit_probe.results.statistics import (
     across_seeds,
     jackknife,
 )
-from mmdit_probe.scenes.captions import CONTRASTS
 
 BASE, CONTROL = "base", "control"
 PROTOCOLS: dict[Readout, str] = {
@@ -172,7 +171,7 @@ def generation_table(frames: pd.DataFrame, baseline: str) -> pd.DataFrame:
         per_seed = [of[key] for of in seeds.values() if key in of.index] if row["variant"] != baseline else []
         found = Interval(row["difference"], row["difference_low"], row["difference_high"])
         spread = across_seeds(found, per_seed, row["prompts"])
-        loss = -margin_of(row["metric"]) * (-1 if row["metric"] in CONTRASTS.values() else 1)
+        loss = -margin_of(row["metric"]) * sign_of(row["metric"])
         from_margin = across_seeds(Interval(*(x - loss for x in found)), [x - loss for x in per_seed], row["prompts"])
         row |= {"seeds": max(1, len(per_seed)), "difference_low": spread.low, "difference_high": spread.high}
         rows.append(row | {"p_holm": spread.p, "p_margin": from_margin.p})

@@ -16,6 +16,8 @@ from paper_vs_measured import read
 from runs import options_of, target
 
 from mmdit_probe.data import paper_table
+from mmdit_probe.experiments.text import bounded, signed
+from mmdit_probe.results.statistics import BEYOND
 
 AGREES, DIFFERS, OPEN = "agrees", "differs", "not decided"
 BLUR_EXPERT = 9
@@ -62,7 +64,7 @@ def one_layer(raw: pd.DataFrame) -> list[str]:
     """Whether the best layer's interval lies above that of the second."""
     paper = paper_table("miou_by_layer").set_index("layer")["miou"].sort_values(ascending=False)
     first, second = raw.iloc[0], raw.iloc[1]
-    told = [f"layer {row.name}: {interval(row, 'miou', '{:.3f}')}" for row in (first, second)]
+    told = [f"layer {row.name}: {bounded(*ends(row, 'miou'))}" for row in (first, second)]
     stands = first["miou_low"] > second["miou_high"]
     return [
         "one layer's raw I2T maps segment best (Fig. 8, mIoU)",
@@ -81,7 +83,7 @@ def value_norms(norms: pd.DataFrame, best: int) -> list[list[str]]:
     if here["prompt_low"] <= here["image_high"] and here["prompt_high"] >= here["image_low"]:
         verdict = OPEN
     larger = [str(row["layer"]) for row in norms.to_dict("records") if row["prompt_low"] > row["image_high"]]
-    told = f"layer {best}: {interval(here, 'prompt', '{:.1f}')} against {interval(here, 'image', '{:.1f}')}"
+    told = f"layer {best}: {bounded(*ends(here, 'prompt'), 1)} against {bounded(*ends(here, 'image'), 1)}"
     return [[
         "in it, the values of prompt tokens are larger than those of image tokens (Fig. 4)",
         f"layer {BLUR_EXPERT}: {paper['prompt']:.1f} against {paper['image']:.1f}",
@@ -94,9 +96,11 @@ def blur(scores: pd.DataFrame, best: int) -> list[list[str]]:
     if scores.empty or "facts" not in set(scores["outcome"]):
         return []
     facts = scores[(scores["outcome"] == "facts") & (scores["layer"] >= 0)].set_index("layer")
-    beyond = [layer for layer, row in facts.iterrows() if row["verdict"] == "beyond control" and row["effect"] < 0]
-    told = "; ".join(f"layer {layer}: {interval(facts.loc[layer], 'effect', '{:+.3f}')}"
-                     for layer in dict.fromkeys([best, *beyond]))  # fmt: skip
+    beyond = [layer for layer, row in facts.iterrows() if row["verdict"] == BEYOND and row["effect"] < 0]
+    told = "; ".join(
+        f"layer {layer}: {signed(*facts.loc[layer, ['effect', 'low', 'high']])}"
+        for layer in dict.fromkeys([best, *beyond])
+    )
     verdict = AGREES if beyond == [best] else DIFFERS if beyond else OPEN
     return [[
         "blurring its I2T costs most of what the prompt asked for (Fig. 5, 18)", f"layer {BLUR_EXPERT}, as drawn",
@@ -111,7 +115,7 @@ def rescaled(centred: pd.DataFrame, best: int) -> list[str]:
         return []
     first = centred.iloc[0]
     same = "the same" if first.name == best else "another"
-    return [f"with each map centred, layer {first.name} segments best, {interval(first, 'miou', '{:.3f}')}: {same}"
+    return [f"with each map centred, layer {first.name} segments best, {bounded(*ends(first, 'miou'))}: {same}"
             " layer. Raw maps are compared in their scale as well as in their place."]  # fmt: skip
 
 
@@ -122,16 +126,14 @@ def written(budget: pd.DataFrame, best: int) -> list[str]:
     words = budget[budget["group"] == "word"].set_index("layer").sort_values("relative", ascending=False)
     first, own = words.iloc[0], words.loc[best]
     return [
-        f"words write most into image tokens at layer {first.name}: norm {interval(first, 'relative', '{:.2f}')} of"
-        f" all that attention writes; at layer {best}: {interval(own, 'relative', '{:.2f}')} (contribution budget)"
+        f"words write most into image tokens at layer {first.name}: norm {bounded(*ends(first, 'relative'), 2)} of"
+        f" all that attention writes; at layer {best}: {bounded(*ends(own, 'relative'), 2)} (contribution budget)"
     ]
 
 
-def interval(row: pd.Series, name: str, form: str) -> str:
-    """A value with its interval."""
-    ends = [f"{name}_{end}" if f"{name}_{end}" in row else end for end in ("low", "high")]
-    value, *ends = (form.format(row[column]) for column in (name, *ends))
-    return f"{value} [{', '.join(ends)}]"
+def ends(row: pd.Series, name: str) -> tuple[float, float, float]:
+    """A value and its interval."""
+    return row[name], row[f"{name}_low"], row[f"{name}_high"]
 
 
 if __name__ == "__main__":

@@ -394,6 +394,11 @@ def margin_of(metric: str) -> float:
     return next(margin for start, margin in MARGINS.items() if metric.startswith(start))
 
 
+def sign_of(metric: str) -> float:
+    """1 where more is better; -1 of an opposite, such as swapped colours, where less is."""
+    return -1.0 if metric in CONTRASTS.values() else 1.0
+
+
 def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Means per variant, category and metric, and paired differences to a baseline.
 
@@ -426,7 +431,7 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
             for metric in metrics:
                 own, other = (t[metric].groupby(["category", "index"]).mean().to_numpy() for t in (chosen, base))
                 mean, low, high = interval(own, kinds[metric])
-                sign = -1.0 if metric in CONTRASTS.values() else 1.0  # of an opposite, less is better
+                sign = sign_of(metric)
                 gain = no_worse(sign * (own - other), margin_of(metric), kind_of(own, other))
                 ends = sorted((sign * gain.low, sign * gain.high))
                 rows.append(
@@ -445,8 +450,8 @@ def with_verdicts(table: pd.DataFrame, baseline: str) -> pd.DataFrame:
     tests = ["p_margin", "p_holm"]
     table = table.assign(**{name: table[name].mask(table["variant"] == baseline) for name in tests})
     table = corrected(table, tests, "metric")
-    low, high, less = table["difference_low"], table["difference_high"], table["metric"].isin(CONTRASTS.values())
-    rows = table[["p_margin", "p_holm"]].assign(
+    low, high, less = table["difference_low"], table["difference_high"], table["metric"].map(sign_of) < 0
+    rows = table[tests].assign(
         n=table["prompts"], margin=table["metric"].map(margin_of), low=low.mask(less, -high), high=high.mask(less, -low)
     )
     return table.assign(verdict=np.where(table["variant"] == baseline, "", judged(rows)))
