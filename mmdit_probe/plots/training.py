@@ -114,4 +114,4 @@ def _seen(axis: Axes, by_name: Curves) -> None:
                       color=style.COLOURS[number], marker=style.MARKERS[number])  # fmt: skip
     axis.set(title="what samples show", xlabel="step", ylabel="share of captions", ylim=(-0.02, 1.02))
     if axis.lines:
-        axis.legend(loc="lower right")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.32), ncols=2)  # the curves fill the panel
