@@ -1,11 +1,14 @@
 """How often 95 % intervals over n items cover the true mean: what decides the methods of `results.statistics`.
 
-    python benchmarks/interval_coverage.py            # eight minutes on one core; results/interval_coverage.md
+    python benchmarks/interval_coverage.py            # five minutes on one core; results/interval_coverage.md
 
 For each kind of score, n and method: the share of simulated samples whose interval holds the true mean. Methods of a
 mean: percentile bootstrap, BCa (both scipy), studentised bootstrap, t. Of a share (0 or 1 per item): Wilson, t. Of
 pairs of yes and no, some lost and half as many won: Bonett and Price, t. The package uses
 `results.statistics.interval`; its column is measured through that function and no copy of it.
+
+Items that share something beside what they are samples of cover less: a second table has edit minus control over n
+prompts where the control moves along one of five directions, or along one of the prompt's own (`edit.control`).
 
 `statistics.FEWEST` is the smallest n from which on no kind of mean, and no share of .2 or more, falls below 93 % by
 more than two standard errors of the simulation. (Few items say nothing of rare events: Wilson's interval of a share of
@@ -50,9 +53,15 @@ MEANS: dict[str, tuple[float, Draw]] = {
     "very skewed (exponential, skewness 2)": (1.0, lambda rng, size: rng.exponential(size=size)),
 }
 SHARES = {f"share of {p:g}": p for p in (0.5, 0.2, 0.05)}
+PARTS = {f"facts shown of four, {p:g} of images lack some": p for p in (0.2, 0.05)}
 RARE = "share of 0.05"
+WITHIN = (0.02, 0.05, 0.1, 0.2)
+"""Share of the variance of edit minus control that lies between directions of the control."""
+SHARED = 5
+"""Directions that all prompts take in turn."""
 CHANGES = {f"pairs of yes and no, {p:g} lost": p for p in (0.2, 0.05, 0.02)}
 METHODS = ("percentile", "BCa", "studentised", "t", "interval()")
+DESIGNS = (f"{SHARED} shared directions", "one direction per prompt")
 
 
 def by_t(data: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -77,12 +86,18 @@ def by_studentised(
     return low, high
 
 
-def by_scipy(data: NDArray[np.float64], method: str, rng: np.random.Generator) -> tuple[NDArray[np.float64], ...]:
-    bounds = [
-        stats.bootstrap((part,), np.mean, axis=-1, n_resamples=RESAMPLES, method=method, rng=rng).confidence_interval
-        for part in np.array_split(data, max(1, data.size // 2000))
-    ]
-    return np.concatenate([b.low for b in bounds]), np.concatenate([b.high for b in bounds])
+def by_scipy(data: NDArray[np.float64], rng: np.random.Generator) -> dict[str, tuple[NDArray[np.float64], ...]]:
+    """Percentile and BCa bounds, of the same resamples."""
+    found: dict[str, list[Any]] = {"percentile": [], "BCa": []}
+    for part in np.array_split(data, max(1, data.size // 2000)):
+        drawn = None
+        for method, bounds in found.items():
+            drawn = stats.bootstrap(
+                (part,), np.mean, axis=-1, n_resamples=0 if drawn else RESAMPLES, bootstrap_result=drawn,
+                method=method, rng=rng,
+            )  # fmt: skip
+            bounds.append(drawn.confidence_interval)
+    return {name: tuple(np.concatenate(ends) for ends in zip(*bounds, strict=True)) for name, bounds in found.items()}
 
 
 def ours(data: NDArray[np.float64], kind: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -103,13 +118,17 @@ def simulate(repeats: int) -> pd.DataFrame:
             data = draw(rng, (repeats, n))
             with np.errstate(all="ignore"):
                 found = {
-                    "percentile": by_scipy(data, "percentile", rng), "BCa": by_scipy(data, "BCa", rng),
-                    "studentised": by_studentised(data, rng), "t": by_t(data), "interval()": ours(data, "mean"),
+                    **by_scipy(data, rng), "studentised": by_studentised(data, rng), "t": by_t(data),
+                    "interval()": ours(data, "mean"),
                 }  # fmt: skip
             rows.append({"scores": name, "n": n, **{m: coverage(truth, bounds) for m, bounds in found.items()}})
-    for name, truth in SHARES.items():
+    for name, p in (SHARES | PARTS).items():
         for n in SIZES:
-            data = (rng.random((repeats, n)) < truth).astype(float)
+            some = (rng.random((repeats, n)) < p).astype(float)
+            # Of four facts one or two are lacking, equally often.
+            data, truth = (
+                (some, p) if name in SHARES else (1 - some * rng.integers(1, 3, some.shape) / 4, 1 - 3 * p / 8)
+            )
             rows.append(
                 {"scores": name, "n": n, "t": coverage(truth, by_t(data)),
                  "interval()": coverage(truth, ours(data, "share"))}
@@ -132,6 +151,19 @@ def changes(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def directions(repeats: int) -> pd.DataFrame:
+    """Coverage of edit minus control by n, and by how much of its variance lies between directions of the control."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for share in WITHIN:
+        for n in (40, 120, 200):
+            own = np.sqrt(1 - share) * rng.normal(size=(repeats, n))
+            shared, each = (np.sqrt(share) * rng.normal(size=(repeats, count)) for count in (SHARED, n))
+            found = (coverage(0.0, ours(own + between, "mean")) for between in (shared[:, np.arange(n) % SHARED], each))
+            rows.append({"between directions": share, "n": n, **dict(zip(DESIGNS, found, strict=True))})
+    return pd.DataFrame(rows)
+
+
 def fewest(table: pd.DataFrame, repeats: int) -> int:
     """Smallest n from which on `interval` covers enough, by the simulation."""
     noise = 2 * np.sqrt(ENOUGH * (1 - ENOUGH) / repeats)
@@ -139,7 +171,7 @@ def fewest(table: pd.DataFrame, repeats: int) -> int:
     return min(n for n in SIZES if n > short.max()) if len(short) else SIZES[0]
 
 
-def report(table: pd.DataFrame, repeats: int) -> str:
+def report(table: pd.DataFrame, controls: pd.DataFrame, repeats: int) -> str:
     lines = [
         "# Coverage of 95 % intervals by n",
         "",
@@ -157,6 +189,22 @@ def report(table: pd.DataFrame, repeats: int) -> str:
     for row in table.to_dict("records"):
         cells = ["" if pd.isna(row.get(name, np.nan)) else f"{row[name]:.3f}" for name in METHODS]
         lines.append(f"| {row['scores']} | {row['n']} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "# Directions of the control of equal size",
+        "",
+        "The same for edit minus control over n prompts, both normal, where the control's effect differs by its"
+        " direction.",
+        f"Directions that all prompts share are {SHARED} values, however many prompts there are. Intervals over prompts"
+        " hold",
+        "where each prompt has a direction of its own, as in the controls of the package.",
+        "",
+        f"| variance between directions | n | {' | '.join(DESIGNS)} |",
+        "|-|-|-|-|",
+    ]
+    for row in controls.to_dict("records"):
+        cells = " | ".join(f"{row[name]:.3f}" for name in DESIGNS)
+        lines.append(f"| {row['between directions']:.0%} | {row['n']} | {cells} |")
     return "\n".join([*lines, ""])
 
 
@@ -165,7 +213,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2500, help="simulated samples per kind of score and n")
     options = parser.parse_args()
     table = simulate(options.repeats)
-    write_text(OUT, report(table, options.repeats))
+    write_text(OUT, report(table, directions(options.repeats), options.repeats))
     print(f"FEWEST by this simulation: {fewest(table, options.repeats)}; in the package: {FEWEST}; {OUT}")
 
 

@@ -137,7 +137,7 @@ class Generate(Edited, JudgedSweep):
             for scale in (scale for scale in self.scales() if scale != 0):
                 plan.append(_condition(these, scale, here))
                 plan += [
-                    _condition(these, scale, equal_budget(here, self.seed, name, self.directions), name)
+                    _condition(these, scale, equal_budget(here, self.seed, name), name)
                     for name in self.chosen_controls()
                     if name in EQUAL
                 ]

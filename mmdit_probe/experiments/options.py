@@ -330,10 +330,6 @@ class Edited:
         str | None, Option("Text tokens of these encoders only, e.g. clip.", shown_default="all", panel=METHOD)
     ] = None
 
-    directions: Annotated[
-        int, Option("Directions of the coherent control of equal size; prompts take them in turn.", min=1, panel=METHOD)
-    ] = 5
-
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
         if self.kernel % 2 == 0:

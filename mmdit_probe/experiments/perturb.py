@@ -122,7 +122,7 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
                 here = edit.at(**address)
                 plan.append(_condition(EDIT, layer, head, span, here))
                 plan += [
-                    _condition(CONTROL, layer, head, span, equal_budget(here, self.seed, name, self.directions), name)
+                    _condition(CONTROL, layer, head, span, equal_budget(here, self.seed, name), name)
                     for name in self.chosen_controls()
                     if name in EQUAL
                 ]
@@ -196,11 +196,11 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
         return {"no_op_change": no_op_change(result.table), "places": result.summary, "controls": result.claims}
 
 
-def equal_budget(edit: Any, seed: int, control: str, directions: int) -> Any:
+def equal_budget(edit: Any, seed: int, control: str) -> Any:
     """The control of equal size of an edit."""
     from mmdit_probe.edit import EqualBudget
 
-    return EqualBudget(edit, seed, kind=EQUAL[control], directions=directions)
+    return EqualBudget(edit, seed, kind=EQUAL[control])
 
 
 def _condition(

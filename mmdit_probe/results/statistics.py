@@ -474,13 +474,19 @@ def _t_quantiles(data: NDArray[np.float64]) -> tuple[float, float]:
         from scipy.stats import t
 
         return float(t.ppf(TAILS[0], n - 1)), float(t.ppf(TAILS[1], n - 1))
-    drawn, noise = _resamples(n)
-    again = data[drawn] + spread / np.sqrt(n) * noise  # (DRAWS, n)
-    return ends((again.mean(1) - data.mean()) / (again.std(1, ddof=1) / np.sqrt(n)))
+    counts, noise, total, squares = _resamples(n)
+    away, scale = data - data.mean(), spread / np.sqrt(n)
+    sums = counts @ away + scale * total  # (DRAWS,)
+    variance = (counts @ away**2 + 2 * scale * (noise @ away) + scale**2 * squares - sums**2 / n) / (n - 1)
+    return ends(sums / np.sqrt(n * variance))
 
 
 @lru_cache(maxsize=8)
-def _resamples(n: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Indices and standard normal noise of the resamples of n items, the same at every call."""
+def _resamples(n: int) -> tuple[NDArray[np.float64], ...]:
+    """Resamples of n items, the same at every call: how often each item is drawn and the sum of its standard normal
+    noise (DRAWS, n), and over items the sum of the noise and of its squares (DRAWS,)."""
     rng = np.random.default_rng(0)
-    return rng.integers(0, n, (DRAWS, n)), rng.standard_normal((DRAWS, n))
+    drawn, noise = rng.integers(0, n, (DRAWS, n)), rng.standard_normal((DRAWS, n))
+    cell = (np.arange(DRAWS)[:, None] * n + drawn).ravel()
+    counts, of_item = (np.bincount(cell, w, DRAWS * n).reshape(DRAWS, n) for w in (None, noise.ravel()))
+    return counts.astype(float), of_item, noise.sum(1), (noise**2).sum(1)
