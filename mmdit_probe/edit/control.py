@@ -90,10 +90,9 @@ class ControlHandler:
         change = self.inner(call, module_call, proceed).float() - stock.float()  # (B, H, N, D)
         seeds = self.inner.run.current.seeds  # the edit has refused a call without
         samples = self.inner._samples(call, module_call)
-        moved = stock.float() + (self._turned if self.control.kind == "rotation" else self._noise)(
-            change, seeds, samples
-        )
-        return torch.where((change != 0).any(-1, keepdim=True), moved.to(stock.dtype), stock)
+        elsewhere = self._turned if self.control.kind == "rotation" else self._noise
+        moved = (stock.float() + elsewhere(change, seeds, samples)).to(stock.dtype)
+        return torch.where((change != 0).any(-1, keepdim=True), moved, stock)
 
     def _turned(self, change: Tensor, seeds: Sequence[int], samples: slice) -> Tensor:
         # Of all images at work, also where each has an attention call of its own: a matrix is made once.

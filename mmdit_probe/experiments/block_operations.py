@@ -94,10 +94,10 @@ class BlockOperations(JudgedSweep):
         return index < 2
 
     def summarise(self, result: Result) -> pd.DataFrame:
-        return summarise(result.table)
+        return summarise(self.rows(result))
 
     def scores(self, result: Result) -> pd.DataFrame:
-        return gains(result.table)
+        return gains(self.rows(result))
 
     def claim(self, result: Result) -> str:
         return "the operation raises the outcome (edited minus stock) more than in the control"

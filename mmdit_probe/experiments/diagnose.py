@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.experiment import Experiment, Study, request_of
+from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, request_of
 from mmdit_probe.experiments.options import Control, LayersAndHeads, Pictured, notes_on, plain_heads
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.results.statistics import interval, measured
@@ -123,7 +123,8 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
     def scores(self, result: Result) -> pd.DataFrame:
         from mmdit_probe.observe.sinks import sink_mass
 
-        return sink_mass(result.store.chunks("keys", KEY_COLUMNS))
+        masses = sink_mass(result.store.chunks("keys", KEY_COLUMNS))
+        return one_per_item(masses, result.request["items"], ["control", "layer"])
 
     def claim(self, result: Result) -> str:
         return "sinks take more of the image queries' attention than in the control"
@@ -152,7 +153,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
         lines: list[Text] = [
             sink_table(result.summary, measured(self.scores(result))),
             f"a sink: a key above {SINK:g} times the uniform share of image queries' attention; mass: mean over heads,"
-            " 95 % interval over pictures; kind: of the largest key.",
+            " 95 % interval over pictures; the head with most was found on the same ones; kind: of the largest key.",
         ]
         if (gain := result.frames.get("map_quality_by_head")) is not None:
             lines += [
@@ -167,7 +168,8 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
             *lines,
             f"largest outlier channel: layer {worst['layer']}, {worst['kind']} of {worst['token']} tokens, channel"
             f" {worst['channel']} (in {worst['channel_share']:.0%} of pictures), {ratio} times the median channel;"
-            f" {int((channels['ratio'] > OUTLIER).sum())} of {len(channels)} (layer, kind, tokens) exceed {OUTLIER:g}.",
+            f" {int((channels['ratio'] > OUTLIER).sum())} of {len(channels)} (layer, kind, tokens) exceed {OUTLIER:g}."
+            f" It is the largest of {len(channels)} on the same pictures, which its interval does not allow for.",
             f"n = {len(result.request['items'])} pictures, sigma {self.sigma:g}.",
         ]
 
@@ -199,7 +201,10 @@ def quality_gain(result: Result) -> pd.DataFrame | None:
     """What removing sinks adds to map quality, per layer and head; None without masks."""
     from mmdit_probe.experiments.sink_quality import improvement
 
-    return improvement(result.store.table("map_quality")) if result.store.has("map_quality") else None
+    if not result.store.has("map_quality"):
+        return None
+    table, labels = result.store.table("map_quality"), ["control", "layer", "head", "maps"]
+    return improvement(one_per_item(table, result.request["items"], labels))
 
 
 def outliers(result: Result) -> pd.DataFrame:
@@ -211,10 +216,11 @@ def outliers(result: Result) -> pd.DataFrame:
     rows = []
     for (layer, kind, token), part in channels.groupby(["layer", "kind", "token"], observed=True):
         often = part["channel"].value_counts()
-        ratio, low, high = interval(part["ratio"])
+        ratios = one_per_item(part[["item", "ratio"]], result.request["items"], [])["ratio"]
+        ratio, low, high = interval(ratios)
         rows.append(
             {"layer": layer, "kind": kind, "token": token, "channel": int(often.index[0]),
-             "channel_share": float(often.iloc[0] / len(part)), "n": len(part), "ratio": ratio, "ratio_low": low,
+             "channel_share": float(often.iloc[0] / len(part)), "n": len(ratios), "ratio": ratio, "ratio_low": low,
              "ratio_high": high, "outliers": float(part["outliers"].mean())}
         )  # fmt: skip
     return pd.DataFrame(rows)

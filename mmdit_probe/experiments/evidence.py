@@ -155,33 +155,39 @@ def pca_class(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _perturbation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
+    import pandas as pd
+
+    from mmdit_probe.experiments import controls
     from mmdit_probe.experiments.perturb import Perturb
+    from mmdit_probe.observe.probe import probe
 
     ask = Perturb(
         prompts=f"scenes:{split}", limit=amount.prompts, num_steps=amount.num_steps, guidance=amount.guidance,
-        seed=amount.seed, sheet=0, clip="none", control="budget" if control == NONE else f"budget,{control}",
+        seed=amount.seed, sheet=0, clip="none", control="budget",
     )  # fmt: skip
-    return perturbation(ask.run(model, progress=False).table)
+    parts = []
+    for variant in controls.variants(model, controls.parse(control)):  # each beside its own changes of equal size
+        with probe(variant.model, edits=variant.edits):
+            found = perturbation(ask.run(variant.model, progress=False).table)
+        parts.append(found.assign(control=variant.name))
+    return pd.concat(parts, ignore_index=True)
 
 
 def perturbation(table: pd.DataFrame) -> pd.DataFrame:
-    """What the edit of a layer changes beyond a change of equal size, where that was sampled."""
-    import pandas as pd
-
+    """What the edit of a layer changes beyond a change of equal size, where that was sampled: beyond the coherent one,
+    or the noise if it alone was."""
     from mmdit_probe.experiments.perturb import CONTROL, EDIT
     from mmdit_probe.experiments.sweep import EQUAL
 
     name = "relabelled" if "relabelled" in table else "change"
-    whole = table[(table["head"] == -1) & (table["span"] == "all")]
-    parts = []
-    for control in (of for of in dict.fromkeys(whole["control"]) if of not in EQUAL):
-        edited, equal = (
-            whole[(whole["condition"] == kind) & whole["control"].isin(of)].groupby(["item", "layer"])[name].mean()
-            for kind, of in ((EDIT, (control,)), (CONTROL, tuple(EQUAL) if control == NONE else ()))
-        )
-        value = edited - equal.reindex(edited.index).fillna(0.0)
-        parts.append(value.rename("value").reset_index().assign(control=control))
-    return pd.concat(parts, ignore_index=True)
+    whole = table[(table["head"] == -1) & (table["span"] == "all") & table["control"].isin([NONE, *EQUAL])]
+    equal = next((of for of in EQUAL if (whole["control"] == of).any()), NONE)
+    edited, moved = (
+        whole[(whole["condition"] == kind) & (whole["control"] == of)].set_index(["item", "layer"])[name]
+        for kind, of in ((EDIT, NONE), (CONTROL, equal))
+    )
+    value = edited if moved.empty else edited - moved
+    return value.rename("value").reset_index().assign(control=NONE)
 
 
 def _segmentation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:

@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+import numpy as np
+
 from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.store import FolderStore, MemoryStore, Store, TaskRecord
@@ -127,6 +129,10 @@ class Experiment:
         import pandas as pd
 
         return pd.DataFrame()
+
+    def sign(self, outcome: str) -> float:
+        """1 where more of an outcome of the scores is better, -1 where less is ("" for scores without outcomes)."""
+        return 1.0
 
     def compare(self, result: Result) -> pd.DataFrame:
         """The claim against each control, from `results.statistics.compare`, each outcome corrected on its own; empty
@@ -242,6 +248,27 @@ def _tell_early(experiment: Experiment, store: Store, shown: Progress, title: st
 def cell_of(scores: pd.DataFrame) -> list[str]:
     """The columns of scores that say what is compared on its own."""
     return [str(name) for name in scores.columns if name not in ("item", "control", "value")]
+
+
+def one_per_item(table: pd.DataFrame, items: Sequence[Sequence[Any]], labels: Sequence[str]) -> pd.DataFrame:
+    """The rows of items that differ by nothing but their seed as those of one, their numbers averaged: a prompt that is
+    measured twice is one of the n that an interval is over, not two.
+
+    Args:
+        table: columns item, `labels` and numbers. items: of the request, by number: texts and a seed each. labels: the
+            columns that tell the rows of an item apart.
+    """
+    first: dict[tuple[Any, ...], int] = {}
+    own = [
+        first.setdefault(tuple(part for part in item if not isinstance(part, int)), number)
+        for number, item in enumerate(items)
+    ]
+    if len(first) == len(items):
+        return table
+    keys = ["item", *labels]
+    values = [name for name in table.select_dtypes("number").columns if name not in (*keys, "seed")]
+    table = table.assign(item=np.array(own)[table["item"].to_numpy(int)])
+    return table.groupby(keys, sort=False, observed=True)[values].mean().reset_index()
 
 
 def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:

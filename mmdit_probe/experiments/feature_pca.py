@@ -20,7 +20,7 @@ import numpy as np
 
 from mmdit_probe.errors import unknown
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.experiment import Experiment, Study, request_of
+from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, request_of
 from mmdit_probe.experiments.options import (
     METHOD,
     OUTPUT,
@@ -177,11 +177,14 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
             shutil.rmtree(place, ignore_errors=True)
 
     def summarise(self, result: Result) -> pd.DataFrame:
-        return summarise(result.table)
+        return summarise(self._rows(result))
 
     def scores(self, result: Result) -> pd.DataFrame:
         names = self._claimed(result)
-        return result.table.melt(["item", "control", "layer", "kind"], names, "measure")
+        return self._rows(result).melt(["item", "control", "layer", "kind"], names, "measure")
+
+    def _rows(self, result: Result) -> pd.DataFrame:
+        return one_per_item(result.table, result.request["items"], ["control", "layer", "kind"])
 
     def _claimed(self, result: Result) -> list[str]:
         return [name for name in ("class", "silhouette", "coordinates") if name in result.summary]

@@ -32,7 +32,7 @@ from mmdit_probe.experiments.sweep import (
 )
 from mmdit_probe.experiments.text import TextTable, bounded, signed
 from mmdit_probe.options import Option, changed
-from mmdit_probe.results.statistics import NONE, interval, kind_of
+from mmdit_probe.results.statistics import NONE, corrected, interval, kind_of, p_value, two_sided
 from mmdit_probe.scenes.captions import STATED
 from mmdit_probe.specs import Spec, layer_indices, numbers
 
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 PLACE = ["layers", "scale", "control"]
 ROW = ["item", "prompt", "seed", *PLACE]
+DIFFERENCE = ("difference", "difference_low", "difference_high")
 SHARES = ("facts", "things_right", "grounds_right", *STATED, "relabelled")
 """Outcomes in [0, 1]."""
 SHOWN_PROMPTS = 8
@@ -153,10 +154,10 @@ class Generate(Edited, JudgedSweep):
         return True
 
     def summarise(self, result: Result) -> pd.DataFrame:
-        return summarise(result.table)
+        return summarise(self.rows(result))
 
     def scores(self, result: Result) -> pd.DataFrame:
-        return gains(result.table)
+        return gains(self.rows(result))
 
     def claim(self, result: Result) -> str:
         aligned = aligned_outcome(result.table) or "no measure of it"
@@ -189,11 +190,11 @@ class Generate(Edited, JudgedSweep):
         texts: list[Text] = [setting_table(result.summary)]
         if len(request["conditions"]) > 1:
             texts.append(
-                "in brackets: 95 % interval over prompts, each on its own (not corrected for several settings);"
-                " differences are paired with stock by seed."
+                "in brackets: 95 % interval over prompts; differences are paired with stock by seed, their verdicts are"
+                " corrected for the settings of the table (Holm)."
             )
         kept = "" if result.path is None else f"; images: {result.path / 'images'}"
-        return [*texts, f"n = {len(request['items'])} prompts, {request['num_steps']} steps{kept}"]
+        return [*texts, f"n = {result.summary['n'].max()} prompts, {request['num_steps']} steps{kept}"]
 
     def document(self, result: Result) -> dict[str, Any]:
         images = None if result.path is None else result.path / "images"
@@ -219,7 +220,8 @@ def _heading(condition: Sequence[Any]) -> str:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per setting and outcome: layers (none for stock), scale (0 without guidance), control (none, or which
     control of equal size the perturbation is), n, mean, low, high (95 % interval over prompts), and, for settings other
-    than stock, difference, difference_low, difference_high (minus stock, paired). `change` is a difference as it is."""
+    than stock, difference, difference_low, difference_high (minus stock, paired), p_holm (corrected for the settings of
+    an outcome) and verdict (`results.statistics.two_sided`). `change` is a difference as it is."""
     import pandas as pd
 
     table = own_rows(table)
@@ -230,12 +232,16 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             row: dict[str, Any] = dict(zip(PLACE, place, strict=True))
             row |= {"outcome": name, "n": int(part[name].notna().sum())}
             row["mean"], row["low"], row["high"] = interval(part[name], kind="share" if name in SHARES else "mean")
+            row |= dict.fromkeys((*DIFFERENCE, "p_holm"), math.nan)
             if row["layers"]:
                 before = part["item"].map(stock[name])
-                gain = interval(part[name] - before, kind_of(part[name], before))
-                row["difference"], row["difference_low"], row["difference_high"] = gain
+                gain, kind = part[name] - before, kind_of(part[name], before)
+                row |= dict(zip(DIFFERENCE, interval(gain, kind), strict=True)) | {"p_holm": p_value(gain, kind)}
             rows.append(row)
-    return pd.DataFrame(rows).sort_values(["outcome", *PLACE]).reset_index(drop=True)
+    found = corrected(pd.DataFrame(rows), ["p_holm"], "outcome").sort_values(["outcome", *PLACE], ignore_index=True)
+    ends = dict(zip(DIFFERENCE[1:], ("low", "high"), strict=True))
+    told = two_sided(found.drop(columns=[*ends.values()]).rename(columns=ends))
+    return found.assign(verdict=told.where(found["layers"] != "", ""))
 
 
 def gains(table: pd.DataFrame) -> pd.DataFrame:
@@ -267,7 +273,10 @@ def setting_table(summary: pd.DataFrame) -> TextTable:
     for name in names:
         heading = _HEADINGS[name]
         columns += [heading, *([f"{heading} - stock"] if name != "change" else [])]
-    table = TextTable([*places, *columns], left=places, spare=("CLIP-T - stock", "CLIP-T", "perturbation"))
+    main = aligned_outcome(summary)
+    columns += ["verdict"] if main else []
+    spare = ("CLIP-T - stock", "CLIP-T", "perturbation")
+    table = TextTable([*places, *columns], left=[*places, "verdict"], spare=spare)
     for place, part in summary.groupby(PLACE, observed=True, sort=True):
         layers, scale, control = str(place[0]), float(str(place[1])), str(place[2])
         rows = part.set_index("outcome")
@@ -280,5 +289,5 @@ def setting_table(summary: pd.DataFrame) -> TextTable:
                 cells.append(
                     "" if not layers else signed(row["difference"], row["difference_low"], row["difference_high"])
                 )
-        table.add(*cells)
+        table.add(*cells, *([str(rows.loc[main, "verdict"])] if main else []))
     return table

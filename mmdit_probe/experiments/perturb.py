@@ -23,6 +23,7 @@ from mmdit_probe.experiments.sweep import (
     AGAINST_STOCK,
     BUDGET,
     EQUAL,
+    HARM_IS_RISE,
     MEANING,
     STOCK,
     Condition,
@@ -48,7 +49,7 @@ from mmdit_probe.results.statistics import (
     n_for_effect,
     p_value,
 )
-from mmdit_probe.scenes.captions import CONTRASTS, STATED
+from mmdit_probe.scenes.captions import STATED
 from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
@@ -67,8 +68,6 @@ PLACE = ["layer", "head", "span"]
 ROW = ["item", "prompt", "seed", "control", "condition", *PLACE]
 DRAWN = [name for name in MEANING if name not in ("grounds_right", *STATED, "relabelled")]
 """Outcomes of the figure."""
-HARM_IS_RISE = ("change", "relabelled", *CONTRASTS.values())
-"""Outcomes whose rise is harm; of the others it is the drop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +136,13 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
         return index < self.sheet
 
     def summarise(self, result: Result) -> pd.DataFrame:
-        return summarise(result.table)
+        return summarise(self.rows(result))
 
     def scores(self, result: Result) -> pd.DataFrame:
-        return losses(result.table)
+        return losses(self.rows(result))
+
+    def sign(self, outcome: str) -> float:
+        return -1.0  # the scores are what an edit costs
 
     def claim(self, result: Result) -> str:
         main = self._main(result)
@@ -185,7 +187,7 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
         moved = no_op_change(result.table)
         return [
             effect_table(result.summary),
-            *power(result.table),
+            *power(self.rows(result)),
             "Difference from the unedited image of the same prompt and seed, mean [95 % interval over prompts];"
             " control: a change of equal size. Meaning comes first: a picture that moves may say the same.",
             f"n = {count} prompts, {request['num_steps']} steps, guidance {request['guidance']};"

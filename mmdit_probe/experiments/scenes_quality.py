@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.evaluate import ious, map_quality, mean_iou
+from mmdit_probe.evaluate import map_quality, mean_iou
+from mmdit_probe.evaluate.scores import ImageCounts
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.maps import TextMaps
@@ -58,9 +59,9 @@ def word_map_scores(
     Returns:
         Columns layer, stream, head ("mean" or the index), min_max (whether each map was stretched to 0..1 over the
         image, as in the paper's Table 5: that takes away that some words draw more attention everywhere), sigma, n,
-        miou, and one column ``iou_<class>`` per class.
+        miou with low and high (95 % interval over scenes, `ImageCounts`), and one column ``iou_<class>`` per class.
     """
-    sums: dict[tuple[int, str, bool], NDArray[np.int64]] = {}
+    counted: dict[tuple[int, str, bool], list[NDArray[np.int64]]] = {}
     for start in range(0, len(items), batch):
         chunk = items[start : start + batch]
         text = model.encode_prompt([" ".join(item.class_names) for item in chunk])
@@ -76,15 +77,19 @@ def word_map_scores(
                     for stretched in (False, True):
                         stretch = "minmax" if stretched else "none"
                         counts = map_quality(maps, item.classes, ids, len(CLASSES), stretch)  # (1 + H, C, C)
-                        key = (layer, stream, stretched)
-                        sums[key] = sums[key] + counts if key in sums else counts
+                        counted.setdefault((layer, stream, stretched), []).append(counts)
     return pd.DataFrame(
         {"layer": layer, "stream": stream, "head": "mean" if head == 0 else str(head - 1), "min_max": stretched}
-        | {"sigma": sigma, "n": len(items), "miou": float(mean_iou(counts[head]))}
-        | {f"iou_{name}": value for name, value in zip(CLASSES, ious(counts[head]), strict=True)}
-        for (layer, stream, stretched), counts in sums.items()
-        for head in range(len(counts))
+        | {"sigma": sigma, "n": len(items), **_scored(ImageCounts.of(of_head))}
+        for (layer, stream, stretched), counts in counted.items()
+        for head, of_head in enumerate(np.stack(counts, 1))
     )
+
+
+def _scored(counts: ImageCounts) -> dict[str, float]:
+    low, high = counts.interval("miou")
+    by_class = {f"iou_{name}": float(value) for name, value in zip(CLASSES, counts.ious(), strict=True)}
+    return {"miou": counts.miou(), "low": low, "high": high, **by_class}
 
 
 def class_scores(maps: Tensor, tokens: TokenTable, names: Sequence[str], stream: str = "all") -> Tensor:

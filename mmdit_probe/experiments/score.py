@@ -402,10 +402,11 @@ def sign_of(metric: str) -> float:
 def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Means per variant, category and metric, and paired differences to a baseline.
 
-    Returns: columns variant, category ("all" for every prompt), metric, prompts (of the mean: those where the metric is
-    defined), images, mean, low, high (95 % interval of the mean), difference, difference_low, difference_high; and, of
-    variants other than the baseline, p_margin and p_holm (of the difference being -margin, and 0, corrected for the
-    rows of a metric) and verdict (`statistics.judged` with `MARGINS`).
+    Returns: columns variant, category ("all" for every prompt), metric, prompts (of the mean: different ones where the
+    metric is defined; a caption that comes up twice is one), images, mean, low, high (95 % interval of the mean),
+    difference, difference_low, difference_high; and, of variants other than the baseline, p_margin and p_holm (of the
+    difference being -margin, and 0, corrected for the rows of a metric) and verdict (`statistics.judged` with
+    `MARGINS`).
 
     Raises:
         UserError: unknown baseline, or a variant that was scored on other prompts or seeds.
@@ -429,7 +430,7 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
         for category in ("all", *dict.fromkeys(frame["category"])):
             chosen, base = (t if category == "all" else t.loc[[category]] for t in (wide[name], wide[baseline]))
             for metric in metrics:
-                own, other = (t[metric].groupby(["category", "index"]).mean().to_numpy() for t in (chosen, base))
+                own, other = (t[metric].groupby(["category", "prompt"]).mean().to_numpy() for t in (chosen, base))
                 mean, low, high = interval(own, kinds[metric])
                 sign = sign_of(metric)
                 gain = no_worse(sign * (own - other), margin_of(metric), kind_of(own, other))
@@ -504,10 +505,20 @@ def opposite_table(comparison: pd.DataFrame) -> TextTable:
 def map_table(maps: pd.DataFrame) -> TextTable:
     """mIoU of the I2T maps of the classes present, per stream and layer, head mean."""
     n, ceiling = int(maps["n"].iloc[0]), float(maps["ceiling"].iloc[0])
-    means = maps[maps["head"] == "mean"].pivot(index=["stream", "layer"], columns=["sigma", "min_max"], values="miou")
-    title = f"I2T maps of the classes present, argmax, upsampled: mIoU (n {n}, token-grid ceiling {ceiling:.3f})"
+    means = map_cells(maps, ["stream", "layer"])
+    title = (
+        f"I2T maps of the classes present, argmax, upsampled: mIoU [95 % interval over {n} scenes], token-grid ceiling"
+        f" {ceiling:.3f}"
+    )
     names = [f"sigma {column[0]}, {'min-max' if column[1] else 'raw'}" for column in means.columns]
     table = TextTable(["text tokens", "layer", *names], left=("text tokens",), title=title)
     for key, row in zip(means.index.to_list(), means.to_numpy(), strict=True):
-        table.add(*map(str, key), *(f"{value:.3f}" for value in row))
+        table.add(*map(str, key), *row)
     return table
+
+
+def map_cells(maps: pd.DataFrame, index: list[str]) -> pd.DataFrame:
+    """The mIoU of maps averaged over heads, with its interval, as text: a column per sigma and min_max."""
+    means = maps[maps["head"] == "mean"]
+    cells = [bounded(*row) for row in means.reindex(columns=["miou", "low", "high"]).to_numpy()]
+    return means.assign(cell=cells).pivot(index=index, columns=["sigma", "min_max"], values="cell")

@@ -115,7 +115,7 @@ class SwapTest(LayersAndHeads, Sweep):
         return index < 4
 
     def scores(self, result: Result) -> pd.DataFrame:
-        return against(result.table)
+        return against(self.rows(result))
 
     def compare(self, result: Result) -> pd.DataFrame:
         return compare(self.scores(result).query("outcome == 'exchanged'"), ["layer", "outcome"])
@@ -127,7 +127,7 @@ class SwapTest(LayersAndHeads, Sweep):
         return claims.drop(columns="outcome")
 
     def summarise(self, result: Result) -> pd.DataFrame:
-        return summarise(result.table)
+        return summarise(self.rows(result))
 
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.swap import swaps

@@ -18,7 +18,14 @@ import numpy as np
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
+from mmdit_probe.experiments.experiment import (
+    Experiment,
+    Study,
+    one_per_item,
+    read_of_videos,
+    request_of,
+    scheduled,
+)
 from mmdit_probe.experiments.options import (
     INPUT,
     METHOD,
@@ -34,7 +41,7 @@ from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.options import Option
 from mmdit_probe.results.clip import Clip, still, stills
 from mmdit_probe.results.statistics import NONE
-from mmdit_probe.scenes.captions import STATED
+from mmdit_probe.scenes.captions import CONTRASTS, STATED
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,6 +65,10 @@ AGAINST_STOCK = ("change", "relabelled", "clip_i", "dino")
 
 MEANING = ("facts", "things_right", "grounds_right", *STATED, "clip_t", "dino", "clip_i", "relabelled", "change")
 """Outcomes in the order in which they are told: what the image says of its prompt first, how far it moved last."""
+
+
+HARM_IS_RISE = ("change", "relabelled", *CONTRASTS.values())
+"""Outcomes whose rise is harm; of the others it is the drop."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +219,17 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
             guided = stack.enter_context(perturbed_guidance(variant.model, condition.edit))
             return guided.generate(texts, scale=condition.scale, **options, **self.guided_options())
 
+    def sign(self, outcome: str) -> float:
+        return -1.0 if outcome in HARM_IS_RISE else 1.0
+
     def files(self, result: Result, folder: Path) -> None:
         self.write_videos(result, folder)
+
+    def rows(self, result: Result) -> pd.DataFrame:
+        """The table with the images of one prompt averaged, where a prompt was given several times."""
+        request = result.request
+        labels = dict.fromkeys(("control", *request["conditions"][0][1]))
+        return one_per_item(result.table, request["items"], [*labels])
 
     def guided_options(self) -> dict[str, Any]:
         """Options of guided sampling beside the scale."""

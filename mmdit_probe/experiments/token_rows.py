@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
+from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, request_of, scheduled
 from mmdit_probe.experiments.options import (
     INPUT,
     METHOD,
@@ -216,7 +216,8 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         chosen = table[table["branch"] == branch]
         if chosen.empty:
             raise UserError(f"the table has no rows of branch {branch!r}; expected cond or uncond of a guided run")
-        return chosen
+        labels = [n for n in chosen.columns if chosen[n].dtype.kind != "f" and n not in ("item", "picture")]
+        return one_per_item(chosen, result.request["items"], labels)
 
 
 def denoise_picture(model: MMDiT, picture: Sample, text: str, sigma: float, seed: int) -> None:
