@@ -264,26 +264,37 @@ def _said(text: Mapping[str, Any]) -> str:
 
 def by_layer(long: pd.DataFrame) -> pd.DataFrame:
     """One row per split, evidence and layer: value, low and high (95 % interval over items), n, rank; of the
-    measurement itself, without its controls."""
+    measurement itself, without its controls. A layer for which no item has a value has no row.
+
+    Raises:
+        UserError: no item has any value.
+    """
     import pandas as pd
 
     rows = []
-    for (split, name, layer), part in measured(long).groupby(["split", "evidence", "layer"], sort=False, observed=True):
+    for (split, name, layer), part in _known(long).groupby(["split", "evidence", "layer"], sort=False, observed=True):
         value, low, high = interval(part["value"], "share" if name == "segmentation" else "mean")
         rows.append(
             {"split": split, "evidence": name, "layer": layer, "value": value, "low": low, "high": high,
              "n": len(defined(part["value"]))}
         )  # fmt: skip
+    if not rows:
+        raise UserError("the evidence is undefined for every item: has any of its prompts a word?")
     table = pd.DataFrame(rows)
     table["rank"] = table.groupby(["split", "evidence"])["value"].rank(ascending=False, method="min").astype(int)
     return table
+
+
+def _known(long: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the measurement itself that have a value."""
+    return measured(long).dropna(subset=["value"])
 
 
 def _wide(long: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
     """(evidence, split) -> values, items by row and layers by column."""
     return {
         (str(key[0]), str(key[1])): part.pivot(index="item", columns="layer", values="value")
-        for key, part in measured(long).groupby(["evidence", "split"], sort=False, observed=True)
+        for key, part in _known(long).groupby(["evidence", "split"], sort=False, observed=True)
     }
 
 
@@ -346,7 +357,7 @@ def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int,
 
 def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int = 500) -> pd.DataFrame:
     """How often each layer is among the selected ones when the items are drawn again (bootstrap, paired over the
-    evidences measured on the same items).
+    evidences measured on the same items). Layers that tie in a draw win it equally often.
 
     Args:
         long: of one split.
@@ -362,7 +373,7 @@ def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int 
         raise unknown("rule", rule, [*RANK_RULES, *dict.fromkeys(key[0] for key in values)])
     layers = sorted({int(layer) for table in values.values() for layer in table.columns})
     columns = [np.searchsorted(layers, [int(layer) for layer in table.columns]) for table in values.values()]
-    rng = np.random.default_rng(0)
+    rng, ties = np.random.default_rng(0), np.random.default_rng(1)
     wins = np.zeros(len(layers), int)
     ranks = np.full((len(values), len(layers)), np.nan)
     seen = np.unique(np.concatenate([columns[place] for place in counted]))
@@ -371,7 +382,7 @@ def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int 
             ranks[row, at] = rankdata(-np.asarray(mean), "min")
         own = ranks[counted][:, seen]
         keys = [np.nanmean(own, 0)] + [np.nanmedian(own, 0)] * (rule == "median-ranks")
-        wins[seen[np.lexsort(keys)[:top]]] += 1
+        wins[seen[np.lexsort([ties.random(len(seen)), *keys])[:top]]] += 1
     return pd.DataFrame({"layer": layers, "share": wins / draws})
 
 

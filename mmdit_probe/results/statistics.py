@@ -404,7 +404,7 @@ def rank_agreement(
     low, high = np.nan, np.nan
     if min(len(first), len(second)) > 1:
         low, high = ends(_rank_correlation(count_means(drawn, first), count_means(other, second)))
-    one, two = np.nanmean(first, axis=0), np.nanmean(second, axis=0)
+    one, two = (count_means(np.ones((1, len(values))), values)[0] for values in (first, second))
     return Agreement(spearman(one, two), low, high, _rank_p(one, two), first.shape[1])
 
 

@@ -55,6 +55,18 @@ def test_agreement_is_the_rank_correlation() -> None:
     assert pairs["p_holm"].tolist() == pytest.approx([3 * 2 / 720] * 3)
 
 
+def test_layers_that_tie_win_equally_often_and_one_without_values_never() -> None:
+    """Three layers of equal values: each wins a third of 300 draws, within four binomial standard errors."""
+    rows = [{"evidence": "segmentation", "split": "val", "item": item, "layer": layer,
+             "value": np.nan if layer == 1 else 0.5} for item in range(9) for layer in range(4)]  # fmt: skip
+    shares = evidence.stability(pd.DataFrame(rows), draws=300).set_index("layer")["share"]
+    assert set(shares.index) == {0, 2, 3} and shares.sum() == pytest.approx(1)
+    assert (shares - 1 / 3).abs().max() < 4 * np.sqrt(2 / 9 / 300)
+    assert evidence.by_layer(pd.DataFrame(rows))["layer"].tolist() == [0, 2, 3]
+    with pytest.raises(UserError, match="undefined for every item"):
+        evidence.by_layer(pd.DataFrame(rows).assign(value=np.nan))
+
+
 def test_undefined_items_are_left_out_of_every_number() -> None:
     """As many items without the one that has no value in one layer: the same order, the same layers win."""
     long = long_table()
