@@ -17,9 +17,9 @@ over n images would be one over those few, and an interval over images would not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from mmdit_probe.edit.edit import Edit, Handler, Proceed
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.models.layout import Layer
 from mmdit_probe.specs import Spec
+
+if TYPE_CHECKING:
+    from mmdit_probe.observe.observer import DenoisingCall
 
 Kind = Literal["rotation", "noise"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -88,13 +91,14 @@ class ControlHandler:
         if self.inner.edit.neutral:
             return stock
         change = self.inner(call, module_call, proceed).float() - stock.float()  # (B, H, N, D)
-        seeds = self.inner.run.current.seeds  # the edit has refused a call without
-        samples = self.inner._samples(call, module_call)
+        current, samples = self.inner.run.current, self.inner._samples(call, module_call)
+        assert current is not None  # else the edit has refused the call
         elsewhere = self._turned if self.control.kind == "rotation" else self._noise
-        moved = (stock.float() + elsewhere(change, seeds, samples)).to(stock.dtype)
+        moved = (stock.float() + elsewhere(change, current, samples)).to(stock.dtype)
         return torch.where((change != 0).any(-1, keepdim=True), moved, stock)
 
-    def _turned(self, change: Tensor, seeds: Sequence[int], samples: slice) -> Tensor:
+    def _turned(self, change: Tensor, current: DenoisingCall, samples: slice) -> Tensor:
+        seeds = current.seeds
         # Of all images at work, also where each has an attention call of its own: a matrix is made once.
         self._turns = {seed: self._turns[seed] if seed in self._turns else self._turn(seed, change) for seed in seeds}
         with torch.autocast(change.device.type, enabled=False):
@@ -104,13 +108,13 @@ class ControlHandler:
         generator = _generator(self.control.seed, self.inner.layer.index, seed)
         return rotations(change.shape[1], change.shape[-1], generator).to(change)
 
-    def _noise(self, change: Tensor, seeds: Sequence[int], samples: slice) -> Tensor:
-        place = self.inner.layer.index, self.inner.run.current.number
+    def _noise(self, change: Tensor, current: DenoisingCall, samples: slice) -> Tensor:
+        seeds, place = current.seeds[samples], (self.inner.layer.index, current.number)
         draws = {
             seed: torch.randn(change.shape[1:], generator=_generator(self.control.seed, *place, seed))
-            for seed in dict.fromkeys(seeds[samples])
+            for seed in dict.fromkeys(seeds)
         }
-        draw = torch.stack([draws[seed] for seed in seeds[samples]]).to(change.device)
+        draw = torch.stack([draws[seed] for seed in seeds]).to(change.device)
         return change.norm(dim=-1, keepdim=True) * draw / draw.norm(dim=-1, keepdim=True)
 
 

@@ -189,7 +189,8 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
             effect_table(result.summary),
             *power(self.rows(result)),
             "Difference from the unedited image of the same prompt and seed, mean [95 % interval over prompts];"
-            " control: a change of equal size. Meaning comes first: a picture that moves may say the same.",
+            " control: a change of equal size; verdicts are corrected for the places (Holm). Meaning comes first: a"
+            " picture that moves may say the same.",
             f"n = {count} prompts, {request['num_steps']} steps, guidance {request['guidance']};"
             f" no-op row: largest change {moved:g}{'' if moved == 0 else ' (must be 0: results are not paired)'}",
         ]
