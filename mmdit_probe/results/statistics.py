@@ -371,6 +371,9 @@ def n_for_effect(differences: ArrayLike, effect: float, *, power: float = 0.8, c
 class Agreement(NamedTuple):
     """Rank correlation of two orders of the same places, such as layers.
 
+    It is that of the means as measured, which noise lowers: orders that agree in truth stay below 1 with few items, and so
+    does their interval. It is no proof of disagreement.
+
     Attributes:
         rho: Spearman's; NaN where one has no order. low, high: 95 % interval over items, the places being as they are.
         p: chance of such a correlation (either sign) among orders without relation; with few places it is never small.

@@ -86,12 +86,8 @@ def test_the_perturbation_of_a_control_is_beyond_its_own_change_of_equal_size(mo
     def sampled(ask: Perturb, model: MMDiT, **_: object) -> SimpleNamespace:
         assert ask.control == "budget"
         edited, equal = moved[model.name]
-        places = [
-            ("stock", "none", 0.0),
-            ("edit", "none", edited),
-            ("control", "budget", equal),
-            ("control", "noise", 0.0),
-        ]
+        model.generate("a cat", steps=1, guidance=1.0, seed=0, output_type="latent")
+        places = [("edit", "none", edited), ("control", "budget", equal), ("control", "noise", 0.0)]
         cells = [(kind, name, value + item / 100, item) for item in range(2) for kind, name, value in places]
         table = pd.DataFrame(cells, columns=["condition", "control", "relabelled", "item"])
         return SimpleNamespace(table=table.assign(layer=0, head=-1, span="all"))
