@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from mmdit_probe.data import paper_table
 from mmdit_probe.experiments.text import TextTable, share
 from mmdit_probe.experiments.token_rows import TokenRows
-from mmdit_probe.results.statistics import interval, measured
+from mmdit_probe.results.statistics import Interval, interval, measured
 
 if TYPE_CHECKING:
     import numpy as np
@@ -164,11 +164,17 @@ def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
         summary[name] = values[name]
         summary[f"{name}_uniform"] = uniform[name]
         if name not in spans or name == "I2T_word":
-            bounds = [interval(part.clip(0, 1), kind="share") for _, part in layers[name]]
+            bounds = [mass_interval(part) for _, part in layers[name]]
             summary[f"{name}_low"], summary[f"{name}_high"] = ([b[k] for b in bounds] for k in (1, 2))
     marks = pd.DataFrame({name: _mark(name, robust_z(values[name].to_numpy())) for name in OUTLIER_MEASURES})
     summary["outlier"] = marks.apply(lambda row: " ".join(filter(None, row)), axis=1).to_numpy()
     return summary.reset_index(drop=True)
+
+
+def mass_interval(masses: pd.Series) -> Interval:
+    """A mean mass with its interval. Attention gives every key something: what has none in any item are no keys, and
+    nothing is sampled there."""
+    return interval(masses.clip(0, 1), kind="share" if masses.any() else "mean")
 
 
 def blocks(by_item: pd.DataFrame, value: str = "mass") -> pd.DataFrame:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mmdit_probe.experiments.attention_budget import mass_interval
 from mmdit_probe.experiments.text import TextTable, bounded, share
 from mmdit_probe.experiments.token_rows import TokenRows
 from mmdit_probe.results.statistics import interval, measured
@@ -129,7 +130,7 @@ def summarise(by_item: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     for place, part in own.groupby(by, observed=True):
         items = part.groupby("item")[_VALUES].mean()
         means = {name: float(items[name].mean()) for name in _VALUES}
-        mass = interval(items["mass"].clip(0, 1), kind="share")
+        mass = mass_interval(items["mass"])
         ends = dict(zip(_ENDS, (*interval(items["relative"])[1:], *mass[1:]), strict=True))
         rows.append(dict(zip(by, place, strict=True)) | {"n": len(items)} | means | ends)
     return pd.DataFrame(rows, columns=[*by, "n", *_VALUES, *_ENDS])

@@ -58,7 +58,8 @@ def interval(values: ArrayLike, kind: Kind = "mean") -> Interval:
         values: one per item; undefined ones (not finite) are left out.
         kind: "mean": studentised bootstrap, smoothed (Polansky and Schucany 1997: without the smoothing, resamples of
             equal values have no t statistic), fixed seed. "share": values in [0, 1], and so is the interval; Wilson's
-            where all are 0 or 1. "change": differences of such scores per item, see `kind_of`; where half of them or
+            where all are 0 or 1; where all are equal, such as two facts of four in every picture, the t interval of
+            these and of 0 and 1. "change": differences of such scores per item, see `kind_of`; where half of them or
             more are equal (the same yes or no both times), the t interval of these and two items more, one for each
             direction (Bonett and Price 2012): twenty pairs that do not change do not say that none ever does.
 
@@ -73,17 +74,14 @@ def interval(values: ArrayLike, kind: Kind = "mean") -> Interval:
         return Interval(float(data.mean()) if len(data) else np.nan, np.nan, np.nan)
     mean = float(data.mean())
     if kind == "change" and _mostly_equal(data):
-        from scipy.stats import t
-
-        more = _both_ways(data)
-        reach = float(t.ppf(TAILS[1], len(more) - 1) * more.std(ddof=1) / np.sqrt(len(more)))
-        low, high = min(mean, float(more.mean()) - reach), max(mean, float(more.mean()) + reach)
-        return Interval(mean, max(-1.0, low), min(1.0, high))
+        return _with_more(data, _both_ways(data), -1.0)
     if kind == "share" and np.isin(data, (0, 1)).all():
         from scipy.stats import binomtest
 
         found = binomtest(int(data.sum()), len(data)).proportion_ci(LEVEL, method="wilson")
         return Interval(mean, float(found.low), float(found.high))
+    if kind == "share" and np.ptp(data) <= EQUAL * data.max():
+        return _with_more(data, np.concatenate([data, [0.0, 1.0]]), 0.0)
     below, above = _t_quantiles(data)
     error = float(data.std(ddof=1)) / np.sqrt(len(data))
     low, high = float(mean - above * error), float(mean - below * error)
@@ -102,6 +100,15 @@ def kind_of(*scores: ArrayLike) -> Kind:
 def _mostly_equal(data: NDArray[np.float64]) -> bool:
     _, counts = np.unique(data.round(9), return_counts=True)
     return bool(2 * counts.max() >= len(data))
+
+
+def _with_more(data: NDArray[np.float64], more: NDArray[np.float64], lowest: float) -> Interval:
+    """The mean of the data with the t interval of these and some values more, within `lowest` to 1."""
+    from scipy.stats import t
+
+    mean, middle = float(data.mean()), float(more.mean())
+    reach = float(t.ppf(TAILS[1], len(more) - 1) * more.std(ddof=1) / np.sqrt(len(more)))
+    return Interval(mean, max(lowest, min(mean, middle - reach)), min(1.0, max(mean, middle + reach)))
 
 
 def _both_ways(data: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -371,8 +378,8 @@ def n_for_effect(differences: ArrayLike, effect: float, *, power: float = 0.8, c
 class Agreement(NamedTuple):
     """Rank correlation of two orders of the same places, such as layers.
 
-    It is that of the means as measured, which noise lowers: orders that agree in truth stay below 1 with few items, and so
-    does their interval. It is no proof of disagreement.
+    It is that of the means as measured, which noise lowers: orders that agree in truth stay below 1 with few items, and
+    so does their interval. It is no proof of disagreement.
 
     Attributes:
         rho: Spearman's; NaN where one has no order. low, high: 95 % interval over items, the places being as they are.
