@@ -498,5 +498,8 @@ def _resamples(n: int) -> tuple[NDArray[np.float64], ...]:
     rng = np.random.default_rng(0)
     drawn, noise = rng.integers(0, n, (DRAWS, n)), rng.standard_normal((DRAWS, n))
     cell = (np.arange(DRAWS)[:, None] * n + drawn).ravel()
-    counts, of_item = (np.bincount(cell, w, DRAWS * n).reshape(DRAWS, n) for w in (None, noise.ravel()))
-    return counts.astype(float), of_item, noise.sum(1), (noise**2).sum(1)
+    counts, of_item = (
+        np.bincount(cell, weights, DRAWS * n).reshape(DRAWS, n).astype(np.float64)
+        for weights in (np.ones(cell.size), noise.ravel())
+    )
+    return counts, of_item, noise.sum(1), (noise**2).sum(1)
