@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.data import paper_table
 from mmdit_probe.experiments.text import TextTable, share
 from mmdit_probe.experiments.token_rows import TokenRows
@@ -22,7 +23,6 @@ from mmdit_probe.results.statistics import interval, measured
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
@@ -150,8 +150,6 @@ def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
         <name>_low, <name>_high: 95 % interval over prompts for all but I2T_<span>, and for I2T_word (NaN when n = 1);
         outlier: measures whose robust z-score over layers exceeds 3.5, with their sign, such as "I2T+ T2I-".
     """
-    import pandas as pd
-
     own = measured(by_item)
     layers = blocks(own).groupby("layer")
     values = layers.mean(numeric_only=True)
@@ -174,8 +172,6 @@ def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
 def blocks(by_item: pd.DataFrame, value: str = "mass") -> pd.DataFrame:
     """One row per control, item and layer: those columns, the blocks, I2T_<span>, of a video the parts of I2I, and of
     several references I2R_<number>."""
-    import pandas as pd
-
     cell = ["control", "item", "layer"]
     columns = {}
     numbers = sorted(by_item.loc[by_item["key"] == "reference", "span"].astype(str).unique(), key=int)
@@ -236,8 +232,6 @@ def _split(table: pd.DataFrame) -> list[str]:
 
 
 def _frame(rows: Rows, names: Sequence[str]) -> pd.DataFrame:
-    import pandas as pd
-
     return pd.DataFrame({name: rows[name] for name in names}, copy=False)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.sweep import (
@@ -32,7 +33,6 @@ from mmdit_probe.results.statistics import NONE, compare, measured, two_sided
 from mmdit_probe.specs import Spec, layer_indices, listed, step_indices
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
@@ -140,8 +140,6 @@ class BlockOperations(JudgedSweep):
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """The measurement beside its stock images: columns condition, layer, outcome, n, difference, low, high, p_holm and
     verdict (higher, lower, no difference shown, too few items)."""
-    import pandas as pd
-
     own = gains(measured(table))
     paired = pd.concat([own, own.assign(control=STOCK, value=0.0)], ignore_index=True)
     found = compare(paired, ["condition", "layer", "outcome"], family="outcome")
@@ -152,8 +150,6 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 def gains(table: pd.DataFrame) -> pd.DataFrame:
     """Edited minus stock of the same model, prompt and seed: item, control, condition, layer, outcome, value."""
-    import pandas as pd
-
     parts = []
     for control in dict.fromkeys(table["control"]):
         part = effects(table[table["control"] == control].assign(control=NONE), ROW)

@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import cell_of
 from mmdit_probe.experiments.result import Result
@@ -24,7 +25,6 @@ from mmdit_probe.results.folder import differences
 from mmdit_probe.results.statistics import NONE, compare, judged, measured, two_sided
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 ITEMS = ("items", "n", "split", "seed", "prompts", "images")
@@ -131,8 +131,6 @@ _UNTOLD = ("weight_hash",)
 
 
 def _paired(first: pd.DataFrame, second: pd.DataFrame, margin: float | None) -> pd.DataFrame:
-    import pandas as pd
-
     cell = cell_of(first)
     both = pd.concat([second.assign(control=NONE), first.assign(control="first")], ignore_index=True)
     family = "outcome" if "outcome" in cell else None

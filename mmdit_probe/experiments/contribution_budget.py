@@ -13,13 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.experiments.text import TextTable, bounded, share
 from mmdit_probe.experiments.token_rows import TokenRows
 from mmdit_probe.results.statistics import interval, measured
 from mmdit_probe.specs import ALL_HEADS
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
@@ -50,8 +50,6 @@ class ContributionBudget(TokenRows):
         return Contribution(sink, heads=heads, rows="layer" if self.rows == "layer" else "head")
 
     def reduce(self, rows: Rows) -> pd.DataFrame:
-        import pandas as pd
-
         table = pd.DataFrame({n: rows[n] for n in [*_CELL, "stream", *_VALUES] if n != "relative"}, copy=False)
         table = table[table["stream"] == ""].drop(columns="stream")
         whole = table[table["key"] == "all"].groupby(["branch", "layer", "head"], observed=True)["norm"].mean()
@@ -121,8 +119,6 @@ def summarise(by_item: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     Returns: the columns `by`, n, norm, relative (norm over the norm of the whole update), cosine (with that update),
     share (along it), mass, and relative_low, relative_high, mass_low, mass_high (95 % intervals over items).
     """
-    import pandas as pd
-
     own = measured(by_item)
     own = own if "group" in own else grouped(own)
     rows: list[dict[str, Any]] = []

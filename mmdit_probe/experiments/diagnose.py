@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.options import Control, LayersAndHeads, Pictured, notes_on, plain_heads
@@ -21,7 +22,6 @@ from mmdit_probe.results.statistics import interval, measured
 from mmdit_probe.specs import heads_at
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.data import Sample
@@ -205,8 +205,6 @@ def quality_gain(result: Result) -> pd.DataFrame | None:
 def outliers(result: Result) -> pd.DataFrame:
     """Per layer, kind and modality: the largest channel (and in what share of the pictures it is the largest), its
     ratio to the median channel with a 95 % interval over pictures, and the mean number of outliers."""
-    import pandas as pd
-
     channels = measured(result.store.table("channels"))
     rows = []
     for (layer, kind, token), part in channels.groupby(["layer", "kind", "token"], observed=True):

@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.results.statistics import NONE, corrected, count_means, defined, interval, measured, rank_agreement
 from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from mmdit_probe.models.mmdit import MMDiT
 
 EVIDENCE = {
@@ -166,8 +165,6 @@ def _perturbation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.
 
 def perturbation(table: pd.DataFrame) -> pd.DataFrame:
     """What the edit of a layer changes beyond a change of equal size, where that was sampled."""
-    import pandas as pd
-
     from mmdit_probe.experiments.perturb import CONTROL, EDIT
     from mmdit_probe.experiments.sweep import EQUAL
 
@@ -185,8 +182,6 @@ def perturbation(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _segmentation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
-    import pandas as pd
-
     from mmdit_probe.experiments import controls
     from mmdit_probe.experiments.scenes_quality import held_out, word_map_scores
     from mmdit_probe.observe.probe import probe
@@ -259,8 +254,6 @@ def _said(text: Mapping[str, Any]) -> str:
 def by_layer(long: pd.DataFrame) -> pd.DataFrame:
     """One row per split, evidence and layer: value, low and high (95 % interval over items), n, rank; of the
     measurement itself, without its controls."""
-    import pandas as pd
-
     rows = []
     for (split, name, layer), part in measured(long).groupby(["split", "evidence", "layer"], sort=False, observed=True):
         value, low, high = interval(part["value"], "share" if name == "segmentation" else "mean")
@@ -302,8 +295,6 @@ def agreement(long: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
     Returns: first, first_split, second, second_split, rho, low, high, p_holm (of such a correlation among unrelated
     orders of so few layers, corrected for the rows of the table), layers.
     """
-    import pandas as pd
-
     values = _wide(long)
     keys = list(values)
     rows = []
@@ -347,7 +338,6 @@ def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int 
 
     Returns: layer, share.
     """
-    import pandas as pd
     from scipy.stats import rankdata
 
     values = _wide(long)

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.store import FolderStore, MemoryStore, Store, TaskRecord
@@ -30,7 +31,6 @@ from mmdit_probe.results.folder import AUTO, check_out
 from mmdit_probe.results.statistics import compare
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
@@ -124,8 +124,6 @@ class Experiment:
 
         Returns: columns item, control, value, and those of a cell (layer, outcome, ...), one row for each of them.
         """
-        import pandas as pd
-
         return pd.DataFrame()
 
     def compare(self, result: Result) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import unknown
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
@@ -38,7 +39,6 @@ from mmdit_probe.results.statistics import FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, co
 from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
     from torch import Tensor
@@ -290,8 +290,6 @@ class _Passes:
             model.denoise(noised, ask.sigma, model.encode_prompt(list(self.captions[part])), seeds=ask.seed + start)
 
     def _scored(self) -> Found:
-        import pandas as pd
-
         from mmdit_probe.observe.pca import own_scores, scores, token_classes
 
         masks = class_masks(self.pictures) if self.ask.over is None else None
@@ -377,8 +375,6 @@ def summarise(by_picture: pd.DataFrame) -> pd.DataFrame:
     `beyond` and `silhouette_beyond` are the differences to the shuffled masks, paired; their `p_holm` are corrected for
     the rows of the table.
     """
-    import pandas as pd
-
     rows = []
     for (layer, kind), part in measured(by_picture).groupby(["layer", "kind"], observed=True, sort=False):
         row: dict[str, Any] = {"layer": layer, "kind": kind, "n": len(part)}

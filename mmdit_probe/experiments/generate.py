@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.options import METHOD, Edited, check_streams, checked_heads, selected_places
 from mmdit_probe.experiments.perturb import equal_budget
@@ -37,7 +38,6 @@ from mmdit_probe.scenes.captions import STATED
 from mmdit_probe.specs import Spec, layer_indices, numbers
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
@@ -220,8 +220,6 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per setting and outcome: layers (none for stock), scale (0 without guidance), control (none, or which
     control of equal size the perturbation is), n, mean, low, high (95 % interval over prompts), and, for settings other
     than stock, difference, difference_low, difference_high (minus stock, paired). `change` is a difference as it is."""
-    import pandas as pd
-
     table = own_rows(table)
     stock = table[table["layers"] == ""].set_index("item")
     rows = []
@@ -241,8 +239,6 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 def gains(table: pd.DataFrame) -> pd.DataFrame:
     """What guidance adds to stock sampling, for `results.statistics.compare`: columns item, control, layers, scale,
     outcome, value (guided minus stock of the same model, prompt and seed)."""
-    import pandas as pd
-
     parts = []
     names = [name for name in outcome_names(table, ROW) if name not in AGAINST_STOCK]
     for control in dict.fromkeys(table["control"]):

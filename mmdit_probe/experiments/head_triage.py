@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.options import INPUT, METHOD
@@ -27,7 +28,6 @@ from mmdit_probe.results.statistics import ALIKE, HIGHER, LOWER, NONE, TOO_FEW, 
 from mmdit_probe.specs import Spec, layer_indices
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
     from torch import Tensor
 
@@ -91,8 +91,6 @@ class HeadTriage(Experiment):
 
     def scores(self, result: Result) -> pd.DataFrame:
         """Each way beside raw maps, and triage beside as many heads at random: the way is part of the cell."""
-        import pandas as pd
-
         table = result.table.rename(columns={"miou": "value", "stream": "span", "way": "kind"})
         raw = table[table["kind"] == RAW].drop(columns="kind")
         random = table[table["kind"] == RANDOM].assign(control=RANDOM, kind=TRIAGED)
@@ -178,8 +176,6 @@ class Calibration:
     @cached_property
     def rows(self) -> pd.DataFrame:
         """Per training scene, layer, stream, head and word: auc of its map against the region, mean of its map."""
-        import pandas as pd
-
         return pd.concat([self._rows(item, number) for number, item in enumerate(self.items)], ignore_index=True)
 
     @cached_property
@@ -188,8 +184,6 @@ class Calibration:
         return looking_away(verdicts(self.rows), self.reader.model.heads)
 
     def _rows(self, item: Scene, number: int) -> pd.DataFrame:
-        import pandas as pd
-
         from mmdit_probe.evaluate.scores import area_under_curve
         from mmdit_probe.observe.pca import token_classes
         from mmdit_probe.scenes.world import CLASSES
@@ -215,7 +209,6 @@ class Calibration:
 
     def report(self, item: Scene, number: int) -> pd.DataFrame:
         """mIoU of one scene: layer, stream, way, miou (mean IoU over its classes)."""
-        import pandas as pd
         import torch
 
         from mmdit_probe.evaluate.scores import map_quality, mean_iou
@@ -270,8 +263,6 @@ def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     """Per layer and head, over training scenes (all streams): n, auc with low and high (95 % interval), p_holm (of one
     half, corrected for all heads), verdict: "localises" if the interval lies above one half and p_holm is at most .05,
     "looks away" if below it, else "neither"; "too few items" below `FEWEST` scenes, and then no head is left out."""
-    import pandas as pd
-
     found = []
     for (layer, head), part in rows[rows["stream"] == ALL].groupby(["layer", "head"], observed=True):
         items = part.groupby("train_item")["auc"].mean()
@@ -297,8 +288,6 @@ def looking_away(heads: pd.DataFrame, count: int) -> dict[int, list[int]]:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Per layer, stream and way: n, miou, low, high, and difference, difference_low, difference_high (paired, from raw
     maps of the same layer and stream)."""
-    import pandas as pd
-
     rows = []
     for (layer, stream), part in table.groupby(["layer", "stream"], observed=True, sort=False):
         wide = part.pivot(index="item", columns="way", values="miou")

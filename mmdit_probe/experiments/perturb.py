@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.options import METHOD, OUTPUT, EditControl, Edited, LayersAndHeads, check_streams
 from mmdit_probe.experiments.sweep import (
@@ -52,7 +53,6 @@ from mmdit_probe.scenes.captions import CONTRASTS, STATED
 from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
@@ -224,8 +224,6 @@ def losses(table: pd.DataFrame) -> pd.DataFrame:
     Returns: columns item, control, layer, head, span, outcome, value. The value is the effect with the sign that
     makes harm positive: a drop of alignment or similarity, a rise of change.
     """
-    import pandas as pd
-
     parts = []
     for control in dict.fromkeys(table["control"]):
         if control in EQUAL:  # compared with the measurement's own stock rows
@@ -253,8 +251,6 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     the same side, and p_holm is at most .05; "no effect shown" if the effect's own includes 0; else "not beyond
     control"; "too few items" below `FEWEST` prompts, "" without a control. The no-op has layer -1.
     """
-    import pandas as pd
-
     long = effects(table, ROW)
     rows: list[dict[str, Any]] = []
     for place, part in long.groupby(PLACE, observed=True):

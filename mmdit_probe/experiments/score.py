@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
 from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Referring, Sampling
@@ -32,7 +33,6 @@ from mmdit_probe.scenes.captions import CONTRASTS
 from mmdit_probe.specs import listed, numbers
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
@@ -234,8 +234,6 @@ class Score(Sampling, Referring, Experiment):
         self, model: MMDiT, task: Job, jobs: Sequence[tuple[str, int, str]], scorers: Scorers
     ) -> pd.DataFrame:
         """Rows of some pictures: picture j of prompt k is drawn from seed + images k + j whatever the variant."""
-        import pandas as pd
-
         chosen = [jobs[number] for number in task.numbers]
         seeds = [self.seed + number for number in task.numbers]
         texts = [text for _, _, text in chosen]
@@ -345,8 +343,6 @@ def prompts_by_category(source: str, n: int) -> list[tuple[str, str]]:
 
 def scored(frame: pd.DataFrame, pictures: Sequence[Any], scorers: Scorers) -> pd.DataFrame:
     """Rows of pictures with what every scorer says of each and its prompt: the parser's are those of `judge`."""
-    import pandas as pd
-
     from mmdit_probe.scenes.parser import judge
 
     texts = frame["prompt"].tolist()
@@ -364,7 +360,6 @@ def scored(frame: pd.DataFrame, pictures: Sequence[Any], scorers: Scorers) -> pd
 
 def real_scenes(n: int, split: str, scorers: Scorers) -> pd.DataFrame:
     """The scorers' own limit: real scenes and their captions, scored as pictures are."""
-    import pandas as pd
     from PIL import Image
 
     from mmdit_probe.scenes import describe, scene
@@ -410,8 +405,6 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     Raises:
         UserError: unknown baseline, or a variant that was scored on other prompts or seeds.
     """
-    import pandas as pd
-
     names = list(dict.fromkeys(frame["variant"]))
     if baseline not in names:
         raise unknown("variant", baseline, names)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.options import INPUT, METHOD
@@ -25,7 +26,6 @@ from mmdit_probe.results.statistics import HIGHER, NONE, compare, two_sided
 from mmdit_probe.specs import Spec, layer_indices, numbers
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
@@ -114,14 +114,10 @@ class SigmaByLayer(Experiment):
 
     def scores(self, result: Result) -> pd.DataFrame:
         """The rises, beside 0 of the model that reads the true caption everywhere."""
-        import pandas as pd
-
         own = result.table[["item", "control", "kind", "layer", "sigma", "value"]]
         return pd.concat([own, own.assign(control=UNEDITED, value=0.0)], ignore_index=True)
 
     def compare(self, result: Result) -> pd.DataFrame:
-        import pandas as pd
-
         return pd.DataFrame()  # the summary is the comparison, cell by cell
 
     def draw(self, result: Result) -> dict[str, Figure]:

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.scores import area_under_curve, map_quality, mean_iou
 from mmdit_probe.observe.pca import token_classes
@@ -39,8 +40,6 @@ from mmdit_probe.results.statistics import (
 )
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from mmdit_probe.models.tokens import TokenTable
 
 PLAIN, CLEAN, WORDS = "as they are", "without sinks", "words only"
@@ -63,8 +62,6 @@ def map_scores(
     with every map stretched to 0..1 first), auc (mean over classes of the probability that a token inside the class
     has a higher value than one outside). NaN where fewer than two classes are named.
     """
-    import pandas as pd
-
     present = [int(index) for index in np.unique(label) if index < len(names)]
     spans = {index: span for index in present if (span := _span(tokens, names[index]))}
     ids = list(spans)
@@ -96,8 +93,6 @@ def improvement(table: pd.DataFrame, against: str = PLAIN, of: str = CLEAN) -> p
     Returns: layer, head, score, n, before, after, difference, low, high (95 % over images), p_holm (corrected for all
     rows of a score), verdict: better, worse, "no difference shown", or "too few items".
     """
-    import pandas as pd
-
     table = measured(table)
     long = table.melt(["item", "layer", "head", "maps"], list(SCORES), "score").dropna(subset=["value"])
     rows = []

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.options import INPUT, METHOD, LayersAndHeads, prompts_of
 from mmdit_probe.experiments.sweep import STOCK, Condition, Sweep
@@ -26,7 +27,6 @@ from mmdit_probe.results.statistics import NONE, compare, interval
 from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
@@ -187,8 +187,6 @@ class Exchange:
 
 def against(table: pd.DataFrame) -> pd.DataFrame:
     """The swap beside its controls: columns item, control (none, stock, function, random), layer, outcome, value."""
-    import pandas as pd
-
     own = table[table["control"] == NONE]
     swaps, stock = own[own["condition"] == SWAP], own[own["condition"] == STOCK]
     parts = [swaps, own[own["condition"] == FUNCTION].assign(control=FUNCTION)]
@@ -201,7 +199,6 @@ def against(table: pd.DataFrame) -> pd.DataFrame:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per condition, layer and outcome: n, share, low, high (95 % interval over prompts), and its difference
     from stock with difference_low and difference_high (paired). Stock has layer -1 and no difference."""
-    import pandas as pd
 
     own = table[table["control"] == NONE]
     stock = own[own["condition"] == STOCK].set_index("item")

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mmdit_probe import lazy_pandas as pd
+
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 
@@ -130,8 +131,6 @@ def claim_lines(claims: pd.DataFrame, claim: str, explained: dict[str, str]) -> 
 
 def records(value: Any) -> Any:
     """Data frames as JSON values: NaN (no interval with one item) becomes null."""
-    import pandas as pd
-
     if isinstance(value, pd.DataFrame):
         return [{str(name): records(cell) for name, cell in row.items()} for row in value.to_dict("records")]
     if isinstance(value, dict):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
@@ -34,8 +35,6 @@ from mmdit_probe.options import Option, changed
 from mmdit_probe.specs import Spec, step_indices
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from mmdit_probe.data import Sample
     from mmdit_probe.experiments.controls import Variant
     from mmdit_probe.experiments.result import Result
@@ -169,8 +168,6 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         return {"mode": "sample", "steps": steps, "num_steps": self.num_steps, "guidance": self.guidance}
 
     def measure(self, study: Study, task: tuple[Variant, Item], record: TaskRecord) -> None:
-        import pandas as pd
-
         from mmdit_probe.observe.probe import probe
 
         (variant, item), (layers, heads) = task, study.state

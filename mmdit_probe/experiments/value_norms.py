@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.experiments.attention_budget import published
 from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.experiments.token_rows import TokenRows
@@ -22,7 +23,6 @@ from mmdit_probe.results.statistics import interval, measured
 from mmdit_probe.specs import ALL_HEADS
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
@@ -107,8 +107,6 @@ def per_call(rows: Rows) -> pd.DataFrame:
     Returns: branch, layer, head and one column per group of `GROUPS` (NaN where it has no tokens; none of references
     where the call has none).
     """
-    import pandas as pd
-
     table = pd.DataFrame({n: rows[n] for n in (*_CELL, "token", "span", "norm", "n_token")}, copy=False)
     table["total"] = table["norm"] * table["n_token"]
     members = {

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
@@ -42,8 +43,6 @@ from mmdit_probe.results.statistics import (
 from mmdit_probe.specs import HeadSpec, Spec, layer_indices
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from mmdit_probe.scenes.world import Scene
 
 Method = Literal["ablation", "gradients"]
@@ -72,8 +71,6 @@ def attribute(
     Raises:
         UserError: unknown method or target, sigma out of range, or no scene with two classes.
     """
-    import pandas as pd
-
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     if target not in TARGETS:
@@ -100,8 +97,6 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
     "beyond control" if rho's interval and the difference's lie above 0 and p_holm is at most .05, "not beyond control"
     if not, "too few items" below `FEWEST` scenes.
     """
-    import pandas as pd
-
     rows = []
     for layer, part in measured(table).groupby("layer"):
         scenes = []
@@ -126,8 +121,6 @@ def by_scene(table: pd.DataFrame) -> pd.DataFrame:
 
     Attention without differences (uniform) has no ranks: its correlation counts as 0.
     """
-    import pandas as pd
-
     rows = []
     for (control, item, layer), part in table.groupby(["control", "item", "layer"], observed=True):
         value = spearman(*(matrix.ravel() for matrix in _matrices(part)))
@@ -174,8 +167,6 @@ class _SceneTargets:
         self.edits = list(edits)
 
     def table(self, method: Method, target: Target, steps: int) -> pd.DataFrame:
-        import pandas as pd
-
         embeddings, baseline = self.text.prompt_embeds.float(), self.empty.prompt_embeds.float()
         words, layers = len(self.names), len(self.layers)
         with torch.no_grad():

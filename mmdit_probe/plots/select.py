@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.plots import style
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 NAMES = {
@@ -32,8 +32,6 @@ def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[i
         table: of one split, from `experiments.evidence.by_layer`. correlations: of the same split, from `agreement`.
         chosen: selected layers.
     """
-    import pandas as pd
-
     names = list(dict.fromkeys(table["evidence"]))
     with style.panels(style.PAGE, 2.9, 2, width_ratios=[1.6, 1], title=title) as (figure, (lines, matrix)):
         for number, layer in enumerate(chosen):
