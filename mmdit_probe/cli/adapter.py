@@ -24,6 +24,7 @@ from mmdit_probe.errors import unknown
 from mmdit_probe.experiments.options import DETAIL, INPUT, METHOD, MODEL, OUTPUT
 from mmdit_probe.experiments.target import Named
 from mmdit_probe.options import Described, choices_of, described
+from mmdit_probe.results import processes
 from mmdit_probe.results.folder import AUTO
 from mmdit_probe.specs import parse_size
 
@@ -68,8 +69,6 @@ def run(options: Any, session: Session, offered: Any) -> None:
     Args:
         offered: names of the session's options that the command has.
     """
-    from mmdit_probe.results import processes
-
     output = Output(quiet=session.quiet, as_json=session.as_json, debug=session.debug)
     if processes.alone_under_launcher():
         output.note(

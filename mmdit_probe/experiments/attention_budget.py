@@ -15,19 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.data import paper_table
-from mmdit_probe.experiments.text import TextTable, share
+from mmdit_probe.experiments.text import Text, TextTable, share
 from mmdit_probe.experiments.token_rows import TokenRows
 from mmdit_probe.results.statistics import interval, measured
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import Rows
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.observe.observer import RowObserver
     from mmdit_probe.specs import HeadSpec
 
@@ -193,8 +193,6 @@ def blocks(by_item: pd.DataFrame, value: str = "mass") -> pd.DataFrame:
 
 def robust_z(values: np.ndarray) -> np.ndarray:
     """Robust z-scores `0.6745 (x - median) / MAD`, 0 where the median absolute deviation is 0. (L,) -> (L,)."""
-    import numpy as np
-
     away = values - np.median(values)
     scale = np.median(np.abs(away))
     return 0.6745 * away / scale if scale > 0 else np.zeros_like(away)

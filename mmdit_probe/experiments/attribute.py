@@ -16,8 +16,9 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.options import INPUT, METHOD, Control, LayersAndHeads, plain_heads
-from mmdit_probe.experiments.text import TextTable, signed
+from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
+from mmdit_probe.scenes import scene
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.controls import Variant
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.scenes.world import Scene
 
@@ -62,8 +62,6 @@ class Attribute(LayersAndHeads, Experiment):
         controls.parse(self.control, [name for name in controls.CONTROLS if name != "shuffled"])
 
     def gather(self, scenes: bool) -> list[tuple[int, Scene]]:
-        from mmdit_probe.scenes import scene
-
         if not scenes:
             raise UserError("attribution compares words with the regions of scenes, which this model does not know")
         items = [(index, scene(self.split, index)) for index in range(self.limit)]

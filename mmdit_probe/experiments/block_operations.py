@@ -27,7 +27,7 @@ from mmdit_probe.experiments.sweep import (
     effects,
     outcome_names,
 )
-from mmdit_probe.experiments.text import TextTable, signed
+from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import NONE, compare, measured, two_sided
 from mmdit_probe.specs import Spec, layer_indices, listed, step_indices
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
 OPERATIONS = ("remove", "silence", "double")

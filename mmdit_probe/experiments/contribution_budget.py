@@ -14,19 +14,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.experiments.text import TextTable, bounded, share
+from mmdit_probe.experiments.text import Text, TextTable, bounded, share
 from mmdit_probe.experiments.token_rows import TokenRows
 from mmdit_probe.results.statistics import interval, measured
-from mmdit_probe.specs import ALL_HEADS
+from mmdit_probe.specs import ALL_HEADS, HeadSpec
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import Rows
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.observe.observer import RowObserver
-    from mmdit_probe.specs import HeadSpec
 
 _CELL = ["branch", "layer", "head", "key", "span", "word"]
 _VALUES = ["norm", "relative", "cosine", "share", "mass"]

@@ -15,12 +15,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from mmdit_probe.data import Dataset, paper_table, read_json
 from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.experiments.attention_budget import PAPER_MODEL
 from mmdit_probe.experiments.experiment import Experiment, Study, plain, text_of
 from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT
 from mmdit_probe.experiments.presets import AS_WORD, PAPER_LENGTH, PRESETS, Preset
 from mmdit_probe.experiments.reading import FIT, SIGMA, Network, Reads, check_streams_read
-from mmdit_probe.experiments.text import TextTable, share, signed
+from mmdit_probe.experiments.target import knows_scenes
+from mmdit_probe.experiments.text import Text, TextTable, share, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import ABOVE, FEWEST, TOO_FEW
 from mmdit_probe.segment.settings import (
@@ -40,13 +43,11 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from mmdit_probe.data import Dataset
     from mmdit_probe.evaluate.captures import Captures
     from mmdit_probe.evaluate.plan import Plan
     from mmdit_probe.experiments.progress import Progress
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import Store, TaskRecord
-    from mmdit_probe.experiments.text import Text
 
 TAGS = "tags"
 PROTOCOLS = ("present", "predicted", "full")
@@ -301,7 +302,6 @@ class Evaluate(Reads, Experiment):
 
     def _with_text(self, target: Any) -> Any:
         """The target with the text of the preset: T5 left out where there is one, its slots as many as CLIP's."""
-        from mmdit_probe.experiments.target import knows_scenes
         from mmdit_probe.models.load import can_leave_out_t5
 
         if not self.how.paper_text or not can_leave_out_t5(target.name):
@@ -394,8 +394,6 @@ class Evaluate(Reads, Experiment):
         return {"league": result.summary, "per_class": by_class}
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        from mmdit_probe.data import paper_table
-        from mmdit_probe.experiments.attention_budget import PAPER_MODEL
         from mmdit_probe.plots.league import head_figure, layer_figure, league_figure, sigma_figure
 
         title = f"{result.model_name} on {result.request['dataset']}"
@@ -494,8 +492,6 @@ def _split(text: Words) -> list[str]:
 
 
 def _read_tags(path: Path) -> dict[str, list[str]]:
-    from mmdit_probe.data import read_json
-
     data = read_json(path, "tags, image name -> list of class names")
     if not isinstance(data, dict) or not all(
         isinstance(names, list) and all(isinstance(name, str) for name in names) for names in data.values()

@@ -25,6 +25,7 @@ from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.store import FolderStore, MemoryStore, Store, TaskRecord
+from mmdit_probe.experiments.text import Text, TextTable
 from mmdit_probe.options import LAST_SEED, Option, check
 from mmdit_probe.results import processes
 from mmdit_probe.results.folder import AUTO, check_out
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
 
@@ -230,7 +230,6 @@ def _work(experiment: Experiment, study: Study, store: Store, shown: Progress, b
 def _tell_early(experiment: Experiment, store: Store, shown: Progress, title: str) -> None:
     """The first table, of the tasks done so far, above the bar."""
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.text import TextTable
 
     table = experiment.tell(Result(experiment, store))[0]
     if isinstance(table, TextTable):

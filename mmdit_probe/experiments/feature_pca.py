@@ -32,7 +32,7 @@ from mmdit_probe.experiments.options import (
     notes_on,
     plain_heads,
 )
-from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.statistics import FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, corrected, interval, measured, p_value
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.controls import Variant
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import Store, TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.observe.pca import PCA, Projection
 

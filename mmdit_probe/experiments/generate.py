@@ -31,7 +31,7 @@ from mmdit_probe.experiments.sweep import (
     own_rows,
     sheet_cells,
 )
-from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option, changed
 from mmdit_probe.results.statistics import NONE, interval, kind_of
 from mmdit_probe.scenes.captions import STATED
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
 PLACE = ["layers", "scale", "control"]

@@ -22,9 +22,11 @@ from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.options import INPUT, METHOD
-from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import ALIKE, HIGHER, LOWER, NONE, TOO_FEW, holm, interval, p_value, two_sided
+from mmdit_probe.scenes import scene
+from mmdit_probe.scenes.world import CLASSES, Scene
 from mmdit_probe.specs import Spec, layer_indices
 
 if TYPE_CHECKING:
@@ -33,9 +35,7 @@ if TYPE_CHECKING:
 
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
-    from mmdit_probe.scenes.world import Scene
 
 ALL = "all"
 RAW, CENTRED, SCALED, TRIAGED, BOTH, RANDOM = "raw", "centred", "scaled", "triaged", "triaged, scaled", "random heads"
@@ -132,8 +132,6 @@ class HeadTriage(Experiment):
 
 def several(split: str, count: int) -> list[Scene]:
     """The scenes with two classes or more among the first `count` of a split."""
-    from mmdit_probe.scenes import scene
-
     found = [item for item in (scene(split, index) for index in range(count)) if len(item.class_names) > 1]
     if len(found) < 2:
         raise UserError(f"{len(found)} of {count} scenes have two classes; triage compares words: take more scenes")
@@ -186,7 +184,6 @@ class Calibration:
     def _rows(self, item: Scene, number: int) -> pd.DataFrame:
         from mmdit_probe.evaluate.scores import area_under_curve
         from mmdit_probe.observe.pca import token_classes
-        from mmdit_probe.scenes.world import CLASSES
 
         parts = []
         for (layer, stream), maps in self.reader.maps(item, number).items():
@@ -212,7 +209,6 @@ class Calibration:
         import torch
 
         from mmdit_probe.evaluate.scores import map_quality, mean_iou
-        from mmdit_probe.scenes.world import CLASSES
 
         names, rows = item.class_names, []
         ids = [CLASSES.index(name) for name in names]

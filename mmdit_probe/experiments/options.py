@@ -10,20 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from mmdit_probe.data import Sample, samples
+from mmdit_probe.data import prompts as read
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.options import Option, changed
 from mmdit_probe.results.clip import Clip, check_video_file
+from mmdit_probe.results.selection import LayerSelection, load_selection
 from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, heads_at, layer_indices, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mmdit_probe.data import Sample
     from mmdit_probe.edit.edit import Edit
     from mmdit_probe.experiments.progress import Progress
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.models.mmdit import MMDiT
-    from mmdit_probe.results.selection import LayerSelection
 
 INPUT, MODEL, METHOD, OUTPUT, DETAIL = "Input", "Model", "Method", "Output", "Model: memory, text, size"
 """Headings of the options in `--help`."""
@@ -76,8 +77,6 @@ def checked_heads(heads: HeadSpec, layers: Sequence[int], count: int) -> HeadSpe
 
 def selected_places(selection: Path | str | LayerSelection, model: MMDiT) -> tuple[tuple[int, ...], HeadSpec]:
     """Layers and heads of a selection made on this model."""
-    from mmdit_probe.results.selection import load_selection
-
     found = load_selection(selection, model)
     chosen = tuple(sorted(found.layers))
     heads = {layer: tuple(found.heads[layer]) for layer in chosen if layer in found.heads}
@@ -132,8 +131,6 @@ class Filmed:
 
 def prompts_of(prompts: str | Sequence[str] | None, limit: int | None, scenes: bool, default: int) -> list[str]:
     """The prompts to sample: what was asked for, else `default` held-out captions or the everyday set."""
-    from mmdit_probe.data import prompts as read
-
     if prompts is not None and not isinstance(prompts, str):
         asked = list(prompts)[:limit]
         if not asked:
@@ -247,8 +244,6 @@ class Pictured:
 
 def samples_of(source: str | Path | Sequence[Any], limit: int | None) -> list[Sample]:
     """Pictures by source, or pictures at hand (samples, files, PIL images, arrays)."""
-    from mmdit_probe.data import Sample, samples
-
     if isinstance(source, str | Path):
         found = samples(str(source), limit)
     else:

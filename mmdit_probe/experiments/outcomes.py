@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import torch
 
+from mmdit_probe import assets
 from mmdit_probe.errors import UserError, first_line
 from mmdit_probe.evaluate.clipscore import cosine
 from mmdit_probe.scenes.captions import STATED
@@ -131,8 +132,6 @@ def outcomes_of(
     The change always; the scenes parser and scenes-clip for models of the scenes world; CLIP and DINO where named
     ("none" leaves CLIP out).
     """
-    from mmdit_probe import assets
-
     outcomes: list[Outcome] = [Change()]
     if scenes:
         outcomes.append(Parser())

@@ -33,7 +33,7 @@ from mmdit_probe.experiments.sweep import (
     outcome_names,
     sheet_cells,
 )
-from mmdit_probe.experiments.text import TextTable, signed
+from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import (
     BEYOND,
@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
 SPANS = ("word", "bos", "eos", "pad")

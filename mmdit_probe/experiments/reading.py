@@ -15,12 +15,12 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.known import grounding_layers
 from mmdit_probe.experiments.options import METHOD, checked_heads
 from mmdit_probe.options import LAST_SEED, Option
+from mmdit_probe.results.selection import LayerSelection, load_selection
 from mmdit_probe.segment.settings import parse_sigmas
 from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, layer_indices, parse_size
 
 if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
-    from mmdit_probe.results.selection import LayerSelection
     from mmdit_probe.segment.record import Reading
 
 SIGMA, FIT = "0.515", "squash"
@@ -112,8 +112,6 @@ class Reads:
         Raises:
             UserError: no such file, or not a selection.
         """
-        from mmdit_probe.results.selection import load_selection
-
         return None if self.selection is None else load_selection(self.selection)
 
     def reading(self, network: Network, sigma: str = SIGMA, fit: str = FIT, size: str | None = None) -> Read:

@@ -27,7 +27,7 @@ from mmdit_probe.experiments.options import INPUT, Control, Prompts, Sampling, p
 from mmdit_probe.experiments.perturb import Perturb
 from mmdit_probe.experiments.select_layers import SelectLayers
 from mmdit_probe.experiments.target import knows_scenes
-from mmdit_probe.experiments.text import TextTable
+from mmdit_probe.experiments.text import Text, TextTable
 from mmdit_probe.experiments.value_norms import ValueNorms
 from mmdit_probe.experiments.word_maps import WordMaps
 from mmdit_probe.options import Option
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.progress import Progress
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.pages import Page, Section
 

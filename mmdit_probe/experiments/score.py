@@ -20,16 +20,18 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.data import prompts
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
 from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Referring, Sampling
 from mmdit_probe.experiments.target import knows_scenes
-from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import stills
 from mmdit_probe.results.statistics import Kind, corrected, defined, interval, judged, kind_of, no_worse
-from mmdit_probe.scenes.captions import CONTRASTS
+from mmdit_probe.scenes import CATEGORIES, captions, describe, scene
+from mmdit_probe.scenes.captions import CONTRASTS, is_caption
 from mmdit_probe.specs import listed, numbers
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import Store, TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
 BASE, REAL = "base", "real"
@@ -183,7 +184,6 @@ class Score(Sampling, Referring, Experiment):
         from mmdit_probe.evaluate.blip import BlipAsker
         from mmdit_probe.evaluate.clipscore import ClipScorer
         from mmdit_probe.scenes import load_parser
-        from mmdit_probe.scenes.captions import is_caption
 
         scenes = self.prompts is None or (knows_scenes(model) and any(is_caption(text) for _, text in inputs))
         scorers = Scorers(
@@ -317,8 +317,6 @@ def adapt(model: MMDiT, scorers: Scorers, variant: str) -> None:
 
 def scene_prompts(n: int, categories: Sequence[str] = (), split: str = "val") -> list[tuple[str, str]]:
     """(category, prompt): `n` held-out captions of each category of the scenes world, of all if none is named."""
-    from mmdit_probe.scenes import CATEGORIES, captions
-
     for category in categories:
         if category not in CATEGORIES:
             raise unknown("category", category, CATEGORIES)
@@ -331,8 +329,6 @@ def scene_prompts(n: int, categories: Sequence[str] = (), split: str = "val") ->
 
 def prompts_by_category(source: str, n: int) -> list[tuple[str, str]]:
     """(category, prompt) pairs of a prompt source; of a folder, at most `n` of each text file."""
-    from mmdit_probe.data import prompts
-
     if not Path(source).is_dir():
         return [("prompts", text) for text in prompts(source, n)]
     files = sorted(Path(source).glob("*.txt"))
@@ -361,8 +357,6 @@ def scored(frame: pd.DataFrame, pictures: Sequence[Any], scorers: Scorers) -> pd
 def real_scenes(n: int, split: str, scorers: Scorers) -> pd.DataFrame:
     """The scorers' own limit: real scenes and their captions, scored as pictures are."""
     from PIL import Image
-
-    from mmdit_probe.scenes import describe, scene
 
     items = [scene(split, index) for index in range(n)]
     texts = [describe(item) for item in items]

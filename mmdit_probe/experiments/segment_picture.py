@@ -16,12 +16,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+import numpy as np
+
+from mmdit_probe.data import Sample, parse_classes, single
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import described, plain, request_of
 from mmdit_probe.experiments.options import INPUT, METHOD, notes_on
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.reading import Network, Read, Reads, check_streams_read
-from mmdit_probe.experiments.text import TextTable, page
+from mmdit_probe.experiments.text import Text, TextTable, page
 from mmdit_probe.options import Option, check
 from mmdit_probe.results import RunFolder, atomic
 from mmdit_probe.results.folder import AUTO, check_out
@@ -30,9 +33,7 @@ from mmdit_probe.segment.settings import BLIND, NAMED, STEPS, Background, check_
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mmdit_probe.data import Sample
     from mmdit_probe.data.class_names import SegClass
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.segment.run import Segmentation
 
@@ -137,8 +138,6 @@ class OnePicture(Reads, _Checked):
         return result
 
     def _sample(self) -> Sample:
-        from mmdit_probe.data import Sample, single
-
         if isinstance(self.image, Sample):
             return self.image
         return single(str(self.image)) if isinstance(self.image, str | Path) else Sample("picture", self.image)
@@ -187,8 +186,6 @@ class Segment(OnePicture):
         Background.parse(self.background)
 
     def names(self) -> list[SegClass]:
-        from mmdit_probe.data import parse_classes
-
         return parse_classes(self.classes)
 
     def find(self, model: MMDiT, picture: Any, read: Read, values: dict[str, Any], regions: Any) -> Segmentation:
@@ -241,8 +238,6 @@ class Discover(OnePicture):
         return super().values() | ({} if self.tau is None else {"tau": self.tau})
 
     def names(self) -> list[SegClass]:
-        from mmdit_probe.data import parse_classes
-
         return [] if self.candidates is None else parse_classes(self.candidates)
 
     def find(self, model: MMDiT, picture: Any, read: Read, values: dict[str, Any], regions: Any) -> Segmentation:
@@ -337,7 +332,6 @@ class PictureResult:
         return opened.path
 
     def _write_pictures(self, folder: Path) -> None:
-        import numpy as np
         from PIL import Image
         from safetensors.numpy import save_file
 

@@ -19,8 +19,9 @@ from mmdit_probe.experiments import controls, evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, RANK_RULES, Amount, evidence_names
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, text_of
 from mmdit_probe.experiments.options import INPUT, METHOD, Control, Sampling
-from mmdit_probe.experiments.text import TextTable, signed
+from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
+from mmdit_probe.results.selection import LayerSelection
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
 
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import Store, TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
-    from mmdit_probe.results.selection import LayerSelection
 
 Split = Literal["train", "val", "test"]
 
@@ -160,8 +159,6 @@ class SelectLayers(Sampling, Experiment):
 
     def selected(self, result: Result) -> LayerSelection:
         """The selection that the evidence makes."""
-        from mmdit_probe.results.selection import LayerSelection
-
         here = result.summary[result.summary["split"] == self.split]
         chosen = evidence.choose(here, self.top, self.rule)
         heads = {int(layer): tuple(of) for layer, of in result.data.get("best_heads", {}).items()}

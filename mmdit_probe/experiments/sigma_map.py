@@ -11,7 +11,7 @@ loss is the velocity's mean squared error over the image; its rise is told as a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -20,9 +20,12 @@ from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.options import INPUT, METHOD
-from mmdit_probe.experiments.text import TextTable, signed
+from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import HIGHER, NONE, compare, two_sided
+from mmdit_probe.scenes import scene
+from mmdit_probe.scenes.captions import describe, opposites, parse
+from mmdit_probe.scenes.world import THINGS, Scene
 from mmdit_probe.specs import Spec, layer_indices, numbers
 
 if TYPE_CHECKING:
@@ -30,9 +33,7 @@ if TYPE_CHECKING:
 
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
-    from mmdit_probe.scenes.world import Scene
 
 KINDS = ("noun", "colour", "count", "relation")
 EVERY = -1
@@ -84,8 +85,6 @@ class SigmaByLayer(Experiment):
         return levels
 
     def gather(self, scenes: bool) -> list[tuple[Scene, dict[str, tuple[str, str]]]]:
-        from mmdit_probe.scenes import scene
-
         if not scenes:
             raise UserError("a sigma map states the opposite of scenes' captions, which this model does not know")
         items = [scene(self.split, index) for index in range(self.limit)]
@@ -139,10 +138,6 @@ class SigmaByLayer(Experiment):
 
 def stated_and_opposite(item: Scene) -> dict[str, tuple[str, str]]:
     """Word kind -> (a true caption, the same with the opposite word), for the kinds that the scene can state."""
-    from dataclasses import replace
-
-    from mmdit_probe.scenes.captions import describe, opposites, parse
-    from mmdit_probe.scenes.world import THINGS
 
     caption = describe(item, "complex")
     facts = parse(caption)

@@ -21,9 +21,10 @@ from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.options import INPUT, METHOD, LayersAndHeads, prompts_of
 from mmdit_probe.experiments.sweep import STOCK, Condition, Sweep
-from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import NONE, compare, interval
+from mmdit_probe.scenes.captions import opposites, parse
 from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from mmdit_probe.experiments.outcomes import Outcome
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
 Kind = Literal["colours", "nouns"]
@@ -148,8 +148,6 @@ class SwapTest(LayersAndHeads, Sweep):
 def swapped_words(prompt: str, kind: Kind) -> tuple[str, str] | tuple[()]:
     """The two colours, or nouns, of a prompt; nothing unless it names two single objects of different nouns and colours
     and has both function words."""
-    from mmdit_probe.scenes.captions import parse
-
     try:
         groups = parse(prompt).groups
     except UserError:
@@ -175,7 +173,6 @@ class Exchange:
     def __call__(
         self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
     ) -> dict[str, np.ndarray]:
-        from mmdit_probe.scenes.captions import opposites
         from mmdit_probe.scenes.parser import things_right
 
         readings = list(zip(prompts, self.parser.read(images), strict=True))

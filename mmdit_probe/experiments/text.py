@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.results.statistics import FEWEST, NOT_ABOVE, TOO_FEW
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,9 +57,7 @@ Text = str | TextTable
 
 def page(what: str, figure: Figure, texts: Iterable[Text]) -> str:
     """A figure with tables and lines below it as HTML, for a notebook; `what` describes the picture."""
-    import base64
     from html import escape
-    from io import BytesIO
 
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
@@ -113,8 +114,6 @@ def claim_lines(claims: pd.DataFrame, claim: str, explained: dict[str, str]) -> 
     Args:
         claims: the rows that are told. claim: what the value says. explained: control -> what it is.
     """
-    from mmdit_probe.results.statistics import FEWEST, NOT_ABOVE, TOO_FEW
-
     known = "; ".join(f"{name}: {explained.get(name, name)}" for name in dict.fromkeys(claims["control"]))
     failed, undecided = (int((claims["verdict"] == verdict).sum()) for verdict in (NOT_ABOVE, TOO_FEW))
     decided = len(claims) - undecided

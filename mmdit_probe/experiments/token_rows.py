@@ -32,7 +32,7 @@ from mmdit_probe.experiments.options import (
     samples_of,
 )
 from mmdit_probe.options import Option, changed
-from mmdit_probe.specs import Spec, step_indices
+from mmdit_probe.specs import HeadSpec, Spec, step_indices
 
 if TYPE_CHECKING:
     from mmdit_probe.data import Sample
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.models.tokens import TokenTable
     from mmdit_probe.observe.observer import RowObserver
-    from mmdit_probe.specs import HeadSpec
 
 DEFAULT_PROMPTS = 20
 

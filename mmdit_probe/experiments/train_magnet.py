@@ -15,8 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mmdit_probe.experiments.experiment import text_of
 from mmdit_probe.experiments.progress import Progress
-from mmdit_probe.experiments.text import page
+from mmdit_probe.experiments.text import Text, page
 from mmdit_probe.magnet import config
 from mmdit_probe.results.folder import AUTO, check_out
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.magnet.trainer import TrainResult
 
 
@@ -58,7 +58,6 @@ class TrainMagnet(config.MagnetOptions):
             UserError: options, data or model that do not fit. RunError: a loss, gradient or weight is not finite.
         """
         from mmdit_probe.data.sources import check_source
-        from mmdit_probe.experiments.experiment import text_of
         from mmdit_probe.experiments.target import Named, as_model, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,10 +40,8 @@ from mmdit_probe.results.statistics import (
     measured,
     spearman,
 )
+from mmdit_probe.scenes.world import CLASSES, Scene
 from mmdit_probe.specs import HeadSpec, Spec, layer_indices
-
-if TYPE_CHECKING:
-    from mmdit_probe.scenes.world import Scene
 
 Method = Literal["ablation", "gradients"]
 METHODS: tuple[Method, ...] = ("ablation", "gradients")
@@ -148,8 +146,6 @@ class _SceneTargets:
         self, model: MMDiT, item: Scene, sigma: float, seed: int, layers: Sequence[int], heads: HeadSpec,
         edits: Sequence[Any],
     ) -> None:  # fmt: skip
-        from mmdit_probe.scenes.world import CLASSES
-
         self.model, self.names, self.sigma, self.layers = model, item.class_names, sigma, layers
         self.text, self.empty = model.encode_prompt(" ".join(self.names)), model.encode_prompt("")
         clean = model.encode_image(item.image)

@@ -28,7 +28,7 @@ from mmdit_probe.experiments.options import METHOD, Filmed, OverReference, check
 from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.target import as_model
-from mmdit_probe.experiments.text import TextTable
+from mmdit_probe.experiments.text import Text, TextTable
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import Clip
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.plots.overlay import PictureMaps
 
