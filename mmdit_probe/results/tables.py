@@ -151,7 +151,7 @@ class ItemWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._waiting.clear()
         if self._writer is not None:
             with contextlib.suppress(OSError):  # dropped anyway; a full disk must not hide the first error
