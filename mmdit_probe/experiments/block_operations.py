@@ -19,17 +19,15 @@ from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.sweep import (
-    AGAINST_STOCK,
     STOCK,
     Condition,
     JudgedSweep,
     aligned_outcome,
-    effects,
-    outcome_names,
+    gains,
 )
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import NONE, compare, measured, two_sided
+from mmdit_probe.results.statistics import compare, measured, two_sided
 from mmdit_probe.specs import Spec, layer_indices, listed, step_indices
 
 if TYPE_CHECKING:
@@ -40,7 +38,8 @@ if TYPE_CHECKING:
 
 OPERATIONS = ("remove", "silence", "double")
 ALL_OPERATIONS = ",".join(OPERATIONS)
-ROW = ["item", "prompt", "seed", "control", "condition", "layer"]
+PLACE = ["condition", "layer"]
+ROW = ["item", "prompt", "seed", "control", *PLACE]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +57,7 @@ class BlockOperations(JudgedSweep):
     tables: ClassVar[tuple[str, ...]] = ("blocks",)
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"
-    operations: Annotated[str, Option("Some of remove, silence, double, by comma.", panel=METHOD)] = ",".join(
-        OPERATIONS
-    )
+    operations: Annotated[str, Option("Some of remove, silence, double, by comma.", panel=METHOD)] = ALL_OPERATIONS
     steps: Annotated[Spec, Option("Sampling steps concerned: all, 0,20, 0-4, last-8.", panel=METHOD)] = "all"
 
     def __post_init__(self) -> None:
@@ -96,7 +93,7 @@ class BlockOperations(JudgedSweep):
         return summarise(result.table)
 
     def scores(self, result: Result) -> pd.DataFrame:
-        return gains(result.table)
+        return gains(result.table, ROW, PLACE)
 
     def claim(self, result: Result) -> str:
         return "the operation raises the outcome (edited minus stock) more than in the control"
@@ -139,19 +136,9 @@ class BlockOperations(JudgedSweep):
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """The measurement beside its stock images: columns condition, layer, outcome, n, difference, low, high, p_holm and
     verdict (higher, lower, no difference shown, too few items)."""
-    own = gains(measured(table))
+    own = gains(measured(table), ROW, PLACE)
     paired = pd.concat([own, own.assign(control=STOCK, value=0.0)], ignore_index=True)
-    found = compare(paired, ["condition", "layer", "outcome"], family="outcome")
+    found = compare(paired, [*PLACE, "outcome"], family="outcome")
     return found.assign(verdict=two_sided(found))[
-        ["condition", "layer", "outcome", "n", "difference", "low", "high", "p_holm", "verdict"]
+        [*PLACE, "outcome", "n", "difference", "low", "high", "p_holm", "verdict"]
     ]
-
-
-def gains(table: pd.DataFrame) -> pd.DataFrame:
-    """Edited minus stock of the same model, prompt and seed: item, control, condition, layer, outcome, value."""
-    parts = []
-    for control in dict.fromkeys(table["control"]):
-        part = effects(table[table["control"] == control].assign(control=NONE), ROW)
-        names = [n for n in outcome_names(part, ROW) if control != "shuffled" or n not in AGAINST_STOCK]
-        parts.append(part.assign(control=control).melt(["item", "control", "condition", "layer"], names, "outcome"))
-    return pd.concat(parts, ignore_index=True)

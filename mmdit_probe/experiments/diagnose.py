@@ -63,9 +63,6 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
         super().__post_init__()
         controls.parse(self.control)
 
-    def gather(self, scenes: bool) -> list[Sample]:
-        return self.pictures(scenes)
-
     def prepare(self, model: MMDiT, inputs: list[Sample]) -> Study:
         layers, heads = self.places(model)
         chosen = controls.parse(self.control)

@@ -116,8 +116,8 @@ class Experiment:
         """What is left to do when all tasks are done."""
 
     def summarise(self, result: Result) -> pd.DataFrame:
-        """The table that a reader wants first, with n and intervals."""
-        raise NotImplementedError
+        """The table that a reader wants first, with n and intervals; by default the first table itself."""
+        return result.table
 
     def scores(self, result: Result) -> pd.DataFrame:
         """What is compared with controls, and with other runs; empty if nothing is.
@@ -143,7 +143,8 @@ class Experiment:
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
         """What is written beside the tables, by file name without suffix."""
-        return {f"{self.tables[0]}_by_layer": result.summary}
+        table = self.tables[0]
+        return {table if result.summary is result.table else f"{table}_by_layer": result.summary}
 
     def files(self, result: Result, folder: Path) -> None:
         """Write what is neither table nor figure into a run folder."""

@@ -112,12 +112,6 @@ class Explore(Pictures):
         record.picture(f"{task.index:03d}", image)
         record.write("budget", long(budget, kinds, layers), item=task.index, prompt=task.prompt, seed=task.seed)
 
-    def summarise(self, result: Result) -> pd.DataFrame:
-        return result.table
-
-    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
-        return {"budget": result.table}
-
     def explorations(self, result: Result) -> list[Exploration]:
         """What the pages show."""
         return [self._exploration(result, k) for k in range(len(result.request["items"]))]

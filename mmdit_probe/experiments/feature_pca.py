@@ -120,9 +120,6 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
                 raise unknown("kind of feature", kind, KINDS)
         return kinds
 
-    def gather(self, scenes: bool) -> list[Sample]:
-        return self.pictures(scenes)
-
     def prepare(self, model: MMDiT, inputs: list[Sample]) -> Study:
         layers, heads = self.places(model)
         chosen = controls.parse(self.control)
@@ -190,9 +187,6 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
         return claims[claims["measure"] == claims["measure"].iloc[0]].drop(columns="measure")
-
-    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
-        return {"pca_by_layer": result.summary}
 
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.pca import pca_maps, pca_scores

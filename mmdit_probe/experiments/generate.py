@@ -27,6 +27,7 @@ from mmdit_probe.experiments.sweep import (
     Condition,
     JudgedSweep,
     aligned_outcome,
+    gains,
     outcome_names,
     own_rows,
     sheet_cells,
@@ -155,7 +156,10 @@ class Generate(Edited, JudgedSweep):
         return summarise(result.table)
 
     def scores(self, result: Result) -> pd.DataFrame:
-        return gains(result.table)
+        """What guidance adds to stock sampling."""
+        table = result.table.assign(condition=result.table["layers"].map(lambda layers: "guided" if layers else STOCK))
+        found = gains(table, [*ROW, "condition"], ["layers", "scale"])
+        return found[~found["outcome"].isin(AGAINST_STOCK)]
 
     def claim(self, result: Result) -> str:
         aligned = aligned_outcome(result.table) or "no measure of it"
@@ -233,22 +237,6 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
                 row["difference"], row["difference_low"], row["difference_high"] = gain
             rows.append(row)
     return pd.DataFrame(rows).sort_values(["outcome", *PLACE]).reset_index(drop=True)
-
-
-def gains(table: pd.DataFrame) -> pd.DataFrame:
-    """What guidance adds to stock sampling, for `results.statistics.compare`: columns item, control, layers, scale,
-    outcome, value (guided minus stock of the same model, prompt and seed)."""
-    parts = []
-    names = [name for name in outcome_names(table, ROW) if name not in AGAINST_STOCK]
-    for control in dict.fromkeys(table["control"]):
-        base = table[table["control"] == (NONE if control in EQUAL else control)]
-        stock = base[base["layers"] == ""].set_index("item")
-        part = table[(table["control"] == control) & (table["layers"] != "")]
-        wide = part[["item", "control", "layers", "scale"]].copy()
-        for name in names:
-            wide[name] = part[name] - part["item"].map(stock[name])
-        parts.append(wide.melt(["item", "control", "layers", "scale"], names, "outcome"))
-    return pd.concat(parts, ignore_index=True)
 
 
 _HEADINGS = {"facts": "facts shown", "clip_t": "CLIP-T", "change": "change (RMS)"}

@@ -226,7 +226,7 @@ class Pictured:
 
     default_pictures: ClassVar[int]
 
-    def pictures(self, scenes: bool) -> list[Sample]:
+    def gather(self, scenes: bool) -> list[Sample]:
         """The pictures to probe.
 
         Raises:

@@ -21,7 +21,6 @@ from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.options import METHOD, OUTPUT, EditControl, Edited, LayersAndHeads, check_streams
 from mmdit_probe.experiments.sweep import (
-    AGAINST_STOCK,
     BUDGET,
     EQUAL,
     MEANING,
@@ -30,6 +29,7 @@ from mmdit_probe.experiments.sweep import (
     JudgedSweep,
     aligned_outcome,
     effects,
+    gains,
     outcome_names,
     sheet_cells,
 )
@@ -223,21 +223,10 @@ def losses(table: pd.DataFrame) -> pd.DataFrame:
     Returns: columns item, control, layer, head, span, outcome, value. The value is the effect with the sign that
     makes harm positive: a drop of alignment or similarity, a rise of change.
     """
-    parts = []
-    for control in dict.fromkeys(table["control"]):
-        if control in EQUAL:  # compared with the measurement's own stock rows
-            part = effects(table, ROW)
-            part = part[part["control"] == control]
-        else:
-            part = effects(table[table["control"] == control].assign(control=NONE), ROW)
-            part = part[part["condition"] == EDIT]
-        names = outcome_names(part, ROW)
-        if control == "shuffled":
-            names = [name for name in names if name not in AGAINST_STOCK]  # those read no text
-        harm = part[names] * [1.0 if name in HARM_IS_RISE else -1.0 for name in names]
-        wide = pd.concat([part[["item", *PLACE]], harm], axis=1).assign(control=control)
-        parts.append(wide.melt(["item", "control", *PLACE], names, "outcome"))
-    return pd.concat(parts, ignore_index=True)
+    found = gains(table, ROW, ["condition", *PLACE])
+    found = found[found["condition"] != NO_OP].drop(columns="condition")
+    harm = np.where(found["outcome"].isin(HARM_IS_RISE), 1.0, -1.0)
+    return found.assign(value=found["value"] * harm)
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:

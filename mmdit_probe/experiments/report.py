@@ -36,7 +36,6 @@ from mmdit_probe.results.folder import AUTO
 from mmdit_probe.results.selection import FILE, LayerSelection
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.progress import Progress
@@ -179,12 +178,6 @@ class Report(Sampling, Experiment):
         explored = self.results(result)["explore"]
         assert isinstance(explored.experiment, Explore)
         explored.experiment.pages(explored)[0].save(folder / EXPLORER)
-
-    def summarise(self, result: Result) -> pd.DataFrame:
-        return result.table
-
-    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
-        return {"parts": result.table}
 
     def draw(self, result: Result) -> dict[str, Figure]:
         return {"report": self.results(result)["select-layers"].figure()}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
@@ -33,13 +34,12 @@ from mmdit_probe.experiments.options import (
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.options import Option
 from mmdit_probe.results.clip import Clip, still, stills
-from mmdit_probe.results.statistics import NONE
+from mmdit_probe.results.statistics import NONE, measured
 from mmdit_probe.scenes.captions import STATED
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pandas as pd
     from PIL.Image import Image
 
     from mmdit_probe.experiments.controls import Variant
@@ -266,8 +266,28 @@ def effects(table: pd.DataFrame, row: Sequence[str]) -> pd.DataFrame:
     Args:
         row: the columns that are no outcomes, `condition` among them, which is "stock" for the unedited images.
     """
-    table = own_rows(table)
-    stock = table[table["condition"] == STOCK].set_index("item")
+    return _paired(own_rows(table), measured(table), row)
+
+
+def gains(table: pd.DataFrame, row: Sequence[str], place: Sequence[str]) -> pd.DataFrame:
+    """The paired effects of the measurement and of its controls, for `results.statistics.compare`: columns item,
+    control, those of `place`, outcome, value. Controls of equal size are paired with the measurement's own unedited
+    images, the others with theirs; another item's caption has no effect on outcomes that read no text.
+
+    Args:
+        row: as `effects` takes it. place: the columns that say what was done.
+    """
+    parts = []
+    for control in dict.fromkeys(table["control"]):
+        own = table[table["control"] == control]
+        part = _paired(own, measured(table) if control in EQUAL else own, row)
+        names = [name for name in outcome_names(part, row) if control != "shuffled" or name not in AGAINST_STOCK]
+        parts.append(part.melt(["item", "control", *place], names, "outcome"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _paired(table: pd.DataFrame, unedited: pd.DataFrame, row: Sequence[str]) -> pd.DataFrame:
+    stock = unedited[unedited["condition"] == STOCK].set_index("item")
     result = table[table["condition"] != STOCK].copy()
     for name in outcome_names(table, row):
         if name in ("clip_i", "dino"):

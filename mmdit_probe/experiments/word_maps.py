@@ -35,7 +35,6 @@ from mmdit_probe.results.clip import Clip
 from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, step_indices
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
@@ -114,12 +113,6 @@ class WordMaps(OverReference, Filmed, Pictures):
              **dict(zip(places, peaks.T, strict=True))},
             item=task.index, prompt=task.prompt, seed=task.seed,
         )  # fmt: skip
-
-    def summarise(self, result: Result) -> pd.DataFrame:
-        return result.table
-
-    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
-        return {"maps": result.table}
 
     def maps(self, result: Result, explorer: Any = None) -> list[PictureMaps]:
         """What was found, per picture. `explorer`: function of an item's number that makes its page."""
