@@ -40,9 +40,8 @@ def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[i
             part = table[table["evidence"] == name].sort_values("layer")
             low, high = part["value"].min(), part["value"].max()
             scaled = (part[["value", "low", "high"]] - low) / ((high - low) or 1.0)
-            at = part["layer"] + style.dodge(number, len(names), 0.3)
-            style.errorbars(lines, at, scaled["value"], scaled["low"], scaled["high"], number,
-                            label=NAMES.get(name, name))  # fmt: skip
+            scaled["layer"] = part["layer"]
+            style.errorbars(lines, scaled, "value", number, of=len(names), label=NAMES.get(name, name))
         lines.set(ylabel="evidence (0: least, 1: most)", title="evidence by layer, 95 % over items")
         style.whole(lines)
         grid = np.eye(len(names))
