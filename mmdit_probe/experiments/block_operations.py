@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.options import METHOD
-from mmdit_probe.experiments.sweep import (
-    STOCK,
-    Condition,
-    JudgedSweep,
-    aligned_outcome,
-    gains,
-)
+from mmdit_probe.experiments.sweep import STOCK, Condition, JudgedSweep, aligned_outcome, gains
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import compare, measured, two_sided

@@ -49,10 +49,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
     """
 
     name: ClassVar[str] = "diagnose"
-    examples: ClassVar[tuple[str, ...]] = (
-        "diagnose --limit 8",
-        "diagnose --images photos --layers 2-5 --model MODEL",
-    )
+    examples: ClassVar[tuple[str, ...]] = ("diagnose --limit 8", "diagnose --images photos --layers 2-5 --model MODEL")
     tables: ClassVar[tuple[str, ...]] = ("channels", "keys", "map_quality")
 
     control: Control = "none"

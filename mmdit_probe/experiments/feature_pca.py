@@ -82,13 +82,7 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
 
     kinds: Annotated[str, Option("Features: query,key,value,output.", panel=METHOD)] = ",".join(KINDS)
     components: Annotated[
-        int,
-        Option(
-            "Components kept and scored; three are drawn, in grey if one.",
-            min=1,
-            max=4096,
-            panel=METHOD,
-        ),
+        int, Option("Components kept and scored; three are drawn, in grey if one.", min=1, max=4096, panel=METHOD)
     ] = 16
     fit: Annotated[
         Literal["joint", "image"], Option("One basis for all pictures, or one per picture.", panel=METHOD)

@@ -10,7 +10,6 @@ controls of equal size say how much of it any perturbation would do. Not here: t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,15 +105,8 @@ class Generate(Edited, JudgedSweep):
         Raises:
             UserError: they are no finite numbers.
         """
-        try:
-            scales = numbers(self.perturb_scale)
-        except ValueError:
-            scales = []
-        if not scales or not all(math.isfinite(scale) and abs(scale) <= 1000 for scale in scales):
-            raise UserError(
-                f"--perturb-scale {self.perturb_scale!r}: expected a number of -1000 to 1000, or numbers by comma"
-            )
-        return scales
+        refusal = f"--perturb-scale {self.perturb_scale!r}: expected a number of -1000 to 1000, or numbers by comma"
+        return numbers(self.perturb_scale, -1000, 1000, refusal)
 
     def conditions(self, model: MMDiT, prompts: Sequence[str]) -> list[Condition]:
         check_streams(model, self.streams)

@@ -145,8 +145,7 @@ class Referring:
     """Pictures that an editing model is given beside the prompt."""
 
     references: Annotated[
-        Any,
-        Option("Pictures that an editing model is given: files by comma, a folder, or scenes:val:3.", panel=INPUT),
+        Any, Option("Pictures that an editing model is given: files by comma, a folder, or scenes:val:3.", panel=INPUT)
     ] = None
 
     def load(self, target: Any, shown: Progress) -> Any:

@@ -39,8 +39,7 @@ MOST_PIXELS = 1 << 14
 """Of a side: more than any model makes."""
 
 Side = Annotated[
-    int | None,
-    Option("Of the picture in pixels; the model's own if None.", min=1, max=MOST_PIXELS, command=False),
+    int | None, Option("Of the picture in pixels; the model's own if None.", min=1, max=MOST_PIXELS, command=False)
 ]
 
 

@@ -162,13 +162,8 @@ class Score(Sampling, Referring, Experiment):
         """
         if self.maps == "none":
             return []
-        try:
-            levels = numbers(self.maps)
-        except ValueError:
-            levels = []
-        if not levels or not all(0 <= level <= 1 for level in levels):
-            raise UserError(f"--maps {self.maps!r}: expected noise levels in 0..1, e.g. 0.5 or 0.3,0.5, or none")
-        return levels
+        refusal = f"--maps {self.maps!r}: expected noise levels in 0..1, e.g. 0.5 or 0.3,0.5, or none"
+        return numbers(self.maps, 0, 1, refusal)
 
     def gather(self, scenes: bool) -> list[tuple[str, str]]:
         if self.sigmas() and not scenes:

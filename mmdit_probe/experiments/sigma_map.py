@@ -76,13 +76,8 @@ class SigmaByLayer(Experiment):
         Raises:
             UserError: they are none above 0 and up to 1.
         """
-        try:
-            levels = numbers(self.sigmas)
-        except ValueError:
-            levels = []
-        if not levels or not all(1e-6 <= level <= 1 for level in levels):
-            raise UserError(f"--sigma {self.sigmas!r}: expected noise levels above 0 and up to 1, e.g. 0.3,0.6,0.9")
-        return levels
+        refusal = f"--sigma {self.sigmas!r}: expected noise levels above 0 and up to 1, e.g. 0.3,0.6,0.9"
+        return numbers(self.sigmas, 1e-6, 1, refusal)
 
     def gather(self, scenes: bool) -> list[tuple[Scene, dict[str, tuple[str, str]]]]:
         if not scenes:

@@ -27,17 +27,7 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.scores import area_under_curve, map_quality, mean_iou
 from mmdit_probe.observe.pca import token_classes
 from mmdit_probe.observe.sinks import SinkFree, without_sinks
-from mmdit_probe.results.statistics import (
-    ALIKE,
-    HIGHER,
-    LOWER,
-    TOO_FEW,
-    holm,
-    interval,
-    measured,
-    p_value,
-    two_sided,
-)
+from mmdit_probe.results.statistics import ALIKE, HIGHER, LOWER, TOO_FEW, holm, interval, measured, p_value, two_sided
 
 if TYPE_CHECKING:
     from mmdit_probe.models.tokens import TokenTable
