@@ -1,6 +1,6 @@
 """An options dataclass that runs as a command: stated once, with help, defaults, headings and completion.
 
-    app.command("perturb", epilog=epilog(*Perturb.examples))(command_of(Perturb))
+    app.command(Perturb.name)(command_of(Perturb))
 
 It is a dataclass of `options.Option` fields with `run(target, out, resume, progress)` that returns a result with
 `path`, `texts()` and `document()`. Values are checked by the class, so that the command and the library refuse them in

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -67,11 +67,8 @@ class AttentionBudget(TokenRows):
     the per-layer summary, the figure and run.json into a run folder.
     """
 
-    name: ClassVar[str] = "attention-budget"
-    examples: ClassVar[tuple[str, ...]] = (
-        "attention-budget --layers all",
-        "attention-budget --layers 2-5 --images scenes:val --control random,shuffled",
-    )
+    name = "attention-budget"
+    examples = ("--layers all", "--layers 2-5 --images scenes:val --control random,shuffled")
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
         from mmdit_probe.observe.mass import AttentionMass

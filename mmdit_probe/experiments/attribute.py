@@ -10,7 +10,7 @@ Control that is always there: the attention of the scene's next word. Not here: 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
@@ -38,12 +38,9 @@ class Attribute(LayersAndHeads, Experiment):
     On scenes, where regions are known exactly. Control that is always there: the attention of the scene's next word.
     """
 
-    name: ClassVar[str] = "attribute"
-    examples: ClassVar[tuple[str, ...]] = (
-        "attribute --limit 8",
-        "attribute --method gradients --target mass --limit 16",
-    )
-    tables: ClassVar[tuple[str, ...]] = ("attribution",)
+    name = "attribute"
+    examples = ("--limit 8", "--method gradients --target mass --limit 16")
+    tables = ("attribution",)
 
     method: Annotated[
         Literal["ablation", "gradients"], Option("Feature ablation, or integrated gradients.", panel=METHOD)

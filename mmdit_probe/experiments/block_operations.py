@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError, unknown
@@ -43,12 +43,9 @@ class BlockOperations(JudgedSweep):
     Outcomes as in perturb: what the image still shows of the prompt, and how far it moves.
     """
 
-    name: ClassVar[str] = "block-operations"
-    examples: ClassVar[tuple[str, ...]] = (
-        "block-operations --limit 16",
-        "block-operations --operations remove,double --layers 2-5 --limit 16",
-    )
-    tables: ClassVar[tuple[str, ...]] = ("blocks",)
+    name = "block-operations"
+    examples = ("--limit 16", "--operations remove,double --layers 2-5 --limit 16")
+    tables = ("blocks",)
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"
     operations: Annotated[str, Option("Some of remove, silence, double, by comma.", panel=METHOD)] = ALL_OPERATIONS

@@ -11,7 +11,7 @@ with short values takes mass and writes little. Not here: the measurement (`obse
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.experiments.text import Text, TextTable, bounded, share
@@ -39,8 +39,8 @@ class ContributionBudget(TokenRows):
     item, the summaries per layer, per head and per word, the figure and run.json into a run folder.
     """
 
-    name: ClassVar[str] = "contribution-budget"
-    examples: ClassVar[tuple[str, ...]] = ("contribution-budget --layers all --limit 8",)
+    name = "contribution-budget"
+    examples = ("--layers all --limit 8",)
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
         from mmdit_probe.observe.contribution import Contribution

@@ -9,7 +9,7 @@ A sink is a key that takes more than ten times the uniform share from image quer
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -48,9 +48,9 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
     of the prompt's classes are before and after sinks (but no content words) are removed and the rest renormalised.
     """
 
-    name: ClassVar[str] = "diagnose"
-    examples: ClassVar[tuple[str, ...]] = ("diagnose --limit 8", "diagnose --images photos --layers 2-5 --model MODEL")
-    tables: ClassVar[tuple[str, ...]] = ("channels", "keys", "map_quality")
+    name = "diagnose"
+    examples = ("--limit 8", "--images photos --layers 2-5 --model MODEL")
+    tables = ("channels", "keys", "map_quality")
 
     control: Control = "none"
 

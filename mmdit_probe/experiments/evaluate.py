@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.data import Dataset, paper_table, read_json
 from mmdit_probe.errors import UserError, unknown
@@ -77,12 +77,12 @@ class Evaluate(Reads, Experiment):
     figure. Rows of different protocols must not be ranked against each other.
     """
 
-    name: ClassVar[str] = "evaluate"
-    tables: ClassVar[tuple[str, ...]] = ("counts", TAGS)
-    examples: ClassVar[tuple[str, ...]] = (
-        "evaluate --method seg4diff,iseg,diffcut --refine none,affinity+pamr --limit 20",
-        "evaluate --preset seg4diff --dataset voc20:VOCdevkit --model MODEL --device cuda",
-        "evaluate --sweep layer --layers all --limit 20",
+    name = "evaluate"
+    tables = ("counts", TAGS)
+    examples = (
+        "--method seg4diff,iseg,diffcut --refine none,affinity+pamr --limit 20",
+        "--preset seg4diff --dataset voc20:VOCdevkit --model MODEL --device cuda",
+        "--sweep layer --layers all --limit 20",
     )
 
     dataset: Annotated[

@@ -69,7 +69,7 @@ class Experiment:
         name: of the command, and of the folder that its runs lie in.
         tables: what `measure` writes; a task counts when its rows of the first are on disk.
         early: whether the first table can be told from the first tasks, before all are done.
-        examples: command lines below the help text.
+        examples: command lines below the help text, without the command.
     """
 
     name: ClassVar[str]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -50,9 +50,9 @@ SPECIAL = ("bos", "eos", "template", "pad")
 class Explore(Pictures):
     """One HTML page to explore where words look and are looked for: no server, no network."""
 
-    name: ClassVar[str] = "explore"
-    examples: ClassVar[tuple[str, ...]] = ('explore "a red ring and a blue house on grass"',)
-    tables: ClassVar[tuple[str, ...]] = ("budget",)
+    name = "explore"
+    examples = ('"a red ring and a blue house on grass"',)
+    tables = ("budget",)
 
     layers: Annotated[
         Spec | None,

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -73,12 +73,9 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
     separate without one (silhouette), both beside the same with another scene's mask, and how much is mere position.
     """
 
-    name: ClassVar[str] = "pca"
-    examples: ClassVar[tuple[str, ...]] = (
-        "pca --layers all --limit 8",
-        'pca --images photos --prompts "a photo of a cat" --model MODEL',
-    )
-    tables: ClassVar[tuple[str, ...]] = ("pca", "pca_variance")
+    name = "pca"
+    examples = ("--layers all --limit 8", '--images photos --prompts "a photo of a cat" --model MODEL')
+    tables = ("pca", "pca_variance")
 
     kinds: Annotated[str, Option("Features: query,key,value,output.", panel=METHOD)] = ",".join(KINDS)
     components: Annotated[

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
@@ -59,12 +59,12 @@ class Generate(Edited, JudgedSweep):
     --perturb-scale. Stock images of the same seeds are sampled too; alignment is compared pairwise.
     """
 
-    name: ClassVar[str] = "generate"
-    examples: ClassVar[tuple[str, ...]] = (
-        'generate --prompts "a red ring and a blue house on grass"',
-        "generate --perturb-layers 4 --perturb-scale 1,2,4 --limit 8",
+    name = "generate"
+    examples = (
+        '--prompts "a red ring and a blue house on grass"',
+        "--perturb-layers 4 --perturb-scale 1,2,4 --limit 8",
     )
-    tables: ClassVar[tuple[str, ...]] = ("images",)
+    tables = ("images",)
 
     perturb_layers: Annotated[
         Spec | None,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 
@@ -52,9 +52,9 @@ class HeadTriage(Experiment):
     training scene, layer, head and word: AUC and mean of its map).
     """
 
-    name: ClassVar[str] = "head-triage"
-    examples: ClassVar[tuple[str, ...]] = ("head-triage --limit 32 --train 32",)
-    tables: ClassVar[tuple[str, ...]] = ("head_triage", "heads")
+    name = "head-triage"
+    examples = ("--limit 32 --train 32",)
+    tables = ("head_triage", "heads")
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"
     limit: Annotated[int, Option("Scenes to report on.", min=2, panel=INPUT)] = 64

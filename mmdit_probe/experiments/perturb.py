@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -78,12 +78,9 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
     --clip and --dino, the paper's CLIP-T, CLIP-I and DINO similarity. The no-op row must be exactly 0.
     """
 
-    name: ClassVar[str] = "perturb"
-    examples: ClassVar[tuple[str, ...]] = (
-        "perturb --layers all --prompts scenes:val --limit 16",
-        "perturb --layers 4 --by heads --limit 8",
-    )
-    tables: ClassVar[tuple[str, ...]] = ("perturb",)
+    name = "perturb"
+    examples = ("--layers all --prompts scenes:val --limit 16", "--layers 4 --by heads --limit 8")
+    tables = ("perturb",)
 
     control: EditControl = BUDGET
     by: Annotated[

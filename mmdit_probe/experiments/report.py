@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -64,9 +64,9 @@ class Report(Sampling, Experiment):
     words.
     """
 
-    name: ClassVar[str] = "report"
-    examples: ClassVar[tuple[str, ...]] = ("report --model scenes-sd3 --out report",)
-    tables: ClassVar[tuple[str, ...]] = ("parts",)
+    name = "report"
+    examples = ("--model scenes-sd3 --out report",)
+    tables = ("parts",)
 
     prompts: Prompts = None
     images: Annotated[

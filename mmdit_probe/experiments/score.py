@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -77,12 +77,12 @@ class Score(Sampling, Referring, Experiment):
     n) and run.json.
     """
 
-    name: ClassVar[str] = "score"
-    examples: ClassVar[tuple[str, ...]] = (
-        "score --limit 5 --lora class=runs/magnet/lora",
-        "score --prompts T2I-CompBench/prompts --clip openai/clip-vit-base-patch16 --model MODEL",
+    name = "score"
+    examples = (
+        "--limit 5 --lora class=runs/magnet/lora",
+        "--prompts T2I-CompBench/prompts --clip openai/clip-vit-base-patch16 --model MODEL",
     )
-    tables: ClassVar[tuple[str, ...]] = ("scores", "maps")
+    tables = ("scores", "maps")
 
     lora: Annotated[
         Sequence[str], Option("Adapter to compare with the base model: [NAME=]PATH; repeatable.", panel=INPUT)

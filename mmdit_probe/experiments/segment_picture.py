@@ -160,11 +160,11 @@ class Segment(OnePicture):
     safetensors, segmentation.json with the area of each class, and run.json into a run folder.
     """
 
-    name: ClassVar[str] = "segment"
-    unsupervised: ClassVar[bool] = False
-    examples: ClassVar[tuple[str, ...]] = (
-        'segment scenes:val:3 --classes "tree, ring, grass, sky"',
-        'segment cat.jpg --classes "cat; kitten, wet grass" --method iseg --refine affinity+pamr',
+    name = "segment"
+    unsupervised = False
+    examples = (
+        'scenes:val:3 --classes "tree, ring, grass, sky"',
+        'cat.jpg --classes "cat; kitten, wet grass" --method iseg --refine affinity+pamr',
     )
 
     classes: Annotated[
@@ -205,12 +205,9 @@ class Segment(OnePicture):
 class Discover(OnePicture):
     """Split a picture into segments without any class names, from the empty prompt. Files as `segment` writes them."""
 
-    name: ClassVar[str] = "discover"
-    unsupervised: ClassVar[bool] = True
-    examples: ClassVar[tuple[str, ...]] = (
-        "discover scenes:val:3",
-        'discover cat.jpg --method diffcut --names "cat, sofa, wall" --refine pamr',
-    )
+    name = "discover"
+    unsupervised = True
+    examples = ("scenes:val:3", 'cat.jpg --method diffcut --names "cat, sofa, wall" --refine pamr')
 
     method: Annotated[str, Option(f"{', '.join(BLIND)}.", values=BLIND, panel=METHOD)] = "seg4diff-unsup"
     tau: Annotated[float | None, Option("Merging threshold of the method; scan it per model.", min=0, panel=METHOD)] = (

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments import controls, evidence
@@ -42,12 +42,9 @@ class SelectLayers(Sampling, Experiment):
     folders with --from.
     """
 
-    name: ClassVar[str] = "select-layers"
-    examples: ClassVar[tuple[str, ...]] = (
-        "select-layers --evidence word_mass,segmentation --limit 24",
-        "select-layers --from runs/budget --from runs/perturb --top 2",
-    )
-    tables: ClassVar[tuple[str, ...]] = ("evidence",)
+    name = "select-layers"
+    examples = ("--evidence word_mass,segmentation --limit 24", "--from runs/budget --from runs/perturb --top 2")
+    tables = ("evidence",)
 
     evidence: Annotated[
         str | None,

@@ -12,7 +12,7 @@ loss is the velocity's mean squared error over the image; its rise is told as a 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -55,9 +55,9 @@ class SigmaByLayer(Experiment):
     and run.json into a run folder.
     """
 
-    name: ClassVar[str] = "sigma-map"
-    examples: ClassVar[tuple[str, ...]] = ("sigma-map --limit 4",)
-    tables: ClassVar[tuple[str, ...]] = ("sigma_map",)
+    name = "sigma-map"
+    examples = ("--limit 4",)
+    tables = ("sigma_map",)
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"
     sigmas: Annotated[

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -54,12 +54,9 @@ class SwapTest(LayersAndHeads, Sweep):
     each other's attribute, or both their own. Compared with stock images and with the exchange of two function words.
     """
 
-    name: ClassVar[str] = "swap-test"
-    examples: ClassVar[tuple[str, ...]] = (
-        "swap-test --limit 50",
-        "swap-test --swap nouns --layers 2-5 --together --limit 50",
-    )
-    tables: ClassVar[tuple[str, ...]] = ("swaps",)
+    name = "swap-test"
+    examples = ("--limit 50", "--swap nouns --layers 2-5 --together --limit 50")
+    tables = ("swaps",)
 
     swap: Annotated[Kind, Option("Words to exchange: the two colours or the two nouns.", panel=METHOD)] = "colours"
     limit: Annotated[int | None, Option("Prompts (n).", min=1, shown_default="{0.default_prompts}", panel=INPUT)] = None

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
@@ -60,7 +60,7 @@ class Item:
 class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
     """Rows per prompt, step, branch, layer, head and kind of token."""
 
-    early: ClassVar[bool] = True
+    early = True
 
     prompts: Prompts = None
     limit: Annotated[

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.experiments.attention_budget import published
@@ -46,11 +46,8 @@ class ValueNorms(TokenRows):
     a run folder.
     """
 
-    name: ClassVar[str] = "value-norms"
-    examples: ClassVar[tuple[str, ...]] = (
-        "value-norms --layers all --limit 8",
-        "value-norms --images scenes:val --sigma 0.515",
-    )
+    name = "value-norms"
+    examples = ("--layers all --limit 8", "--images scenes:val --sigma 0.515")
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
         from mmdit_probe.observe.norms import ValueNorm

@@ -18,7 +18,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
@@ -49,12 +49,12 @@ class WordMaps(OverReference, Filmed, Pictures):
     of videos the overlays are animated.
     """
 
-    name: ClassVar[str] = "maps"
-    examples: ClassVar[tuple[str, ...]] = (
-        'maps "a red ring and a blue house on grass" --words "ring, house, grass"',
-        'maps "a cat on a sofa" --image cat.jpg --model MODEL',
+    name = "maps"
+    examples = (
+        '"a red ring and a blue house on grass" --words "ring, house, grass"',
+        '"a cat on a sofa" --image cat.jpg --model MODEL',
     )
-    tables: ClassVar[tuple[str, ...]] = ("maps",)
+    tables = ("maps",)
 
     layers: Annotated[
         Spec | None,
