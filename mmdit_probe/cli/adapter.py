@@ -71,7 +71,7 @@ def run(options: Any, session: Session, offered: Any) -> None:
     """
     output = Output(quiet=session.quiet, as_json=session.as_json, debug=session.debug)
     if processes.alone_under_launcher():
-        output.note(
+        output.progress.note(
             "accelerate started one process only (--cpu leaves the others to MPI): use accelerate launch --multi_gpu "
             "--num_processes N, or torchrun --nproc_per_node N; both take CPUs where there is no GPU"
         )

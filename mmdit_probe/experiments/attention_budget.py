@@ -11,7 +11,6 @@ layer grounds words (the paper's layer 9 is no outlier here); it is evidence, no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +75,9 @@ class AttentionBudget(TokenRows):
         return AttentionMass(sink, heads=heads, rows="layer" if self.rows == "layer" else "head")
 
     def reduce(self, rows: Rows) -> pd.DataFrame:
-        return per_call(_frame(rows, [*_CELL, "step", "head", "mass", "uniform"]))
+        table = pd.DataFrame({name: rows[name] for name in [*_CELL, "step", "head", "mass", "uniform"]}, copy=False)
+        sums = table.groupby([*_CELL, "step", "head"], observed=True, sort=False)[["mass", "uniform"]].sum()  # streams
+        return sums.groupby([*_CELL, "step"], observed=True, sort=False).mean().reset_index()
 
     def join(self, calls: pd.DataFrame) -> pd.DataFrame:
         return calls.groupby(_CELL, observed=True, sort=False)[["mass", "uniform"]].mean().reset_index()
@@ -120,15 +121,6 @@ class AttentionBudget(TokenRows):
 def published(result: Result, name: str) -> pd.DataFrame | None:
     """The paper's numbers of a table, for the model they are of."""
     return paper_table(name) if PAPER_MODEL in result.data["model"]["id"] else None
-
-
-def per_call(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `AttentionMass`, the streams added up within each step and head, then the mean over heads.
-
-    Returns: branch, layer, query, key, span, step, mass, uniform.
-    """
-    sums = rows.groupby([*_CELL, "step", "head"], observed=True, sort=False)[["mass", "uniform"]].sum()
-    return sums.groupby([*_CELL, "step"], observed=True, sort=False).mean().reset_index()
 
 
 def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
@@ -224,10 +216,6 @@ def budget_table(summary: pd.DataFrame, paper: pd.DataFrame | None = None) -> Te
 def _split(table: pd.DataFrame) -> list[str]:
     """The parts of I2I that a table has: none but of a video."""
     return [name for name in FRAMES if name in table]
-
-
-def _frame(rows: Rows, names: Sequence[str]) -> pd.DataFrame:
-    return pd.DataFrame({name: rows[name] for name in names}, copy=False)
 
 
 def _mark(name: str, scores: np.ndarray) -> list[str]:

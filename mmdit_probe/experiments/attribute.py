@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.experiment import Experiment, Study, request_of
-from mmdit_probe.experiments.options import INPUT, METHOD, Control, LayersAndHeads, plain_heads
+from mmdit_probe.experiments.experiment import Experiment, Study, plain, request_of
+from mmdit_probe.experiments.options import INPUT, METHOD, Control, LayersAndHeads
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.scenes import scene
@@ -71,7 +71,7 @@ class Attribute(LayersAndHeads, Experiment):
         layers, heads = self.places(model)
         chosen = controls.parse(self.control)
         request = request_of(
-            model, method=self.method, target=self.target, layers=list(layers), heads=plain_heads(heads), n=self.limit,
+            model, method=self.method, target=self.target, layers=list(layers), heads=plain(heads), n=self.limit,
             split=self.split, sigma=self.sigma, seed=self.seed, controls=list(chosen),
         )  # fmt: skip
         tasks = [(variant, index, item) for variant in controls.variants(model, chosen) for index, item in inputs]

@@ -15,8 +15,8 @@ import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.experiment import Experiment, Study, request_of
-from mmdit_probe.experiments.options import Control, LayersAndHeads, Pictured, notes_on, plain_heads
+from mmdit_probe.experiments.experiment import Experiment, Study, plain, request_of
+from mmdit_probe.experiments.options import Control, LayersAndHeads, Pictured, notes_on
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.results.statistics import interval, measured
 from mmdit_probe.specs import heads_at
@@ -67,7 +67,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
         request = request_of(
             model,
             layers=list(layers),
-            heads=plain_heads(heads),
+            heads=plain(heads),
             sigma=self.sigma,
             controls=list(chosen),
             items=[
@@ -122,9 +122,12 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
         return "sinks take more of the image queries' attention than in the control"
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
+        from mmdit_probe.experiments.sink_quality import improvement
+
         frames = {"sinks": result.summary, "outlier_channels": outliers(result)}
-        gain = quality_gain(result)
-        return frames if gain is None else frames | {"map_quality_by_head": gain}
+        if result.store.has("map_quality"):
+            frames["map_quality_by_head"] = improvement(result.store.table("map_quality"))
+        return frames
 
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.sinks import sink_maps, sinks
@@ -186,13 +189,6 @@ def shown_maps(run: Any, table: TokenTable) -> dict[str, np.ndarray]:
     return {
         "layer": np.array(layer), "names": np.array(names), "plain": plain[..., shown], "clean": clean[..., shown]
     }  # fmt: skip
-
-
-def quality_gain(result: Result) -> pd.DataFrame | None:
-    """What removing sinks adds to map quality, per layer and head; None without masks."""
-    from mmdit_probe.experiments.sink_quality import improvement
-
-    return improvement(result.store.table("map_quality")) if result.store.has("map_quality") else None
 
 
 def outliers(result: Result) -> pd.DataFrame:

@@ -21,7 +21,7 @@ import numpy as np
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import unknown
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.experiment import Experiment, Study, request_of
+from mmdit_probe.experiments.experiment import Experiment, Study, plain, request_of
 from mmdit_probe.experiments.options import (
     METHOD,
     OUTPUT,
@@ -30,7 +30,6 @@ from mmdit_probe.experiments.options import (
     OverReference,
     Pictured,
     notes_on,
-    plain_heads,
 )
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
@@ -119,7 +118,7 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
         request = request_of(
             model,
             layers=list(layers),
-            heads=plain_heads(heads),
+            heads=plain(heads),
             kinds=self.wanted_kinds(),
             components=self.components,
             fit=self.fit,
@@ -244,23 +243,29 @@ class _Passes:
         self.projection = Projection(self.basis, self.each)
 
     def run(self) -> Found:
+        import torch
+
         from mmdit_probe.observe.pca import Projection
 
         kept, size = _Kept(self.place), self.ask.batch
         starts = range(0, len(self.pictures), size)
-        fitted = kept.fit(self.basis)
+        fitted = 0
+        if (fit := kept.load("fit")) is not None:
+            fitted = int(fit.pop("batches"))
+            self.basis.restore(fit)
         for number, start in enumerate(starts):
             if number >= fitted:
                 self._denoise(self.basis, start)
-                kept.save_fit(self.basis, number + 1)
+                kept.save("fit", self.basis.state() | {"batches": torch.tensor(number + 1)})
             self.advance()
         for number, start in enumerate(starts):
-            if not kept.maps(self.projection, number):
+            maps = kept.load(f"maps-{number:05d}")
+            if maps is None:
                 now = Projection(self.basis, self.each)
                 self._denoise(now, start)
-                taken = now.take()
-                kept.save_maps(taken, number)
-                self.projection.put(taken)
+                maps = now.take()
+                kept.save(f"maps-{number:05d}", maps)
+            self.projection.put(maps)
             self.advance()
         return self._scored()
 
@@ -310,41 +315,18 @@ def class_masks(pictures: Sequence[Sample]) -> NDArray[np.integer[Any]] | None:
 
 
 class _Kept:
-    """Finished batches on disk: the fit so far, and the maps of each batch. Without a folder nothing is kept."""
+    """Tensors of finished batches on disk by name: the fit so far, the maps of each. No folder: nothing is kept."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def fit(self, basis: PCA) -> int:
-        """Restore the fit; how many batches it has seen."""
+    def load(self, name: str) -> dict[str, Tensor] | None:
         from safetensors.torch import load_file
 
-        if self.folder is None or not (self.folder / "fit.safetensors").exists():
-            return 0
-        tensors = load_file(self.folder / "fit.safetensors")
-        count = int(tensors.pop("batches"))
-        basis.restore(tensors)
-        return count
+        path = None if self.folder is None else self.folder / f"{name}.safetensors"
+        return None if path is None or not path.exists() else load_file(path)
 
-    def save_fit(self, basis: PCA, batches: int) -> None:
-        import torch
-
-        self._save("fit", basis.state() | {"batches": torch.tensor(batches)})
-
-    def maps(self, projection: Projection, number: int) -> bool:
-        """Put the maps of a batch into the projection; whether they were there."""
-        from safetensors.torch import load_file
-
-        path = None if self.folder is None else self.folder / f"maps-{number:05d}.safetensors"
-        if path is None or not path.exists():
-            return False
-        projection.put(load_file(path))
-        return True
-
-    def save_maps(self, taken: dict[str, Tensor], number: int) -> None:
-        self._save(f"maps-{number:05d}", taken)
-
-    def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
         if self.folder is not None:

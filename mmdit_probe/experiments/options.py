@@ -80,14 +80,7 @@ def selected_places(selection: Path | str | LayerSelection, model: MMDiT) -> tup
     found = load_selection(selection, model)
     chosen = tuple(sorted(found.layers))
     heads = {layer: tuple(found.heads[layer]) for layer in chosen if layer in found.heads}
-    return chosen, checked_heads(heads, chosen, model.heads) if heads else checked_heads("all", chosen, model.heads)
-
-
-def plain_heads(heads: HeadSpec) -> Any:
-    """Heads as JSON values."""
-    if isinstance(heads, Mapping):
-        return {str(layer): list(of) for layer, of in heads.items()}  # type: ignore[arg-type]
-    return list(heads)  # type: ignore[arg-type]
+    return chosen, checked_heads(heads or "all", chosen, model.heads)
 
 
 Prompts = Annotated[

@@ -230,7 +230,6 @@ class JudgedSweep(Sweep):
     dino: Annotated[str | None, Option("DINO checkpoint for image similarity (folder or hub id).", panel=METHOD)] = None
 
     def outcomes(self, model: MMDiT) -> tuple[list[Outcome], dict[str, str | None]]:
-        """What is measured of the images, and the checkpoints it takes."""
         from mmdit_probe.experiments.outcomes import outcomes_of
 
         return outcomes_of(knows_scenes(model), model.device, self.clip, self.dino)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -94,14 +94,17 @@ def claim_table(claims: pd.DataFrame) -> TextTable:
     names = [c for c in claims.columns if c not in values and (c == "layer" or claims[c].nunique() > 1)]
     names = [c for c in names if c in _PLACES]
     names += [] if "control" in names else ["control"]
-    table = TextTable(
-        [*names, "n", "value", "control's", "difference", "verdict"], left=("control", "verdict"),
-        spare=("control's", "value"),
-    )  # fmt: skip
-    for row in claims.to_dict("records"):
-        both = (bounded(row[name], float("nan"), float("nan")) for name in ("value", "control_value"))
+    return paired_table(claims, names, {"value": "value", "control's": "control_value"})
+
+
+def paired_table(rows: pd.DataFrame, names: Sequence[str], both: Mapping[str, str]) -> TextTable:
+    """The columns `names`, two means (heading -> column), and their difference with its interval and verdict."""
+    columns = [*names, "n", *both, "difference", "verdict"]
+    table = TextTable(columns, left=("control", "verdict"), spare=[*both][::-1])
+    for row in rows.to_dict("records"):
+        means = (bounded(row[column], float("nan"), float("nan")) for column in both.values())
         difference = signed(row["difference"], row["low"], row["high"])
-        table.add(*(str(row[name]) for name in names), str(row["n"]), *both, difference, str(row["verdict"]))
+        table.add(*(str(row[name]) for name in names), str(row["n"]), *means, difference, str(row["verdict"]))
     return table
 
 

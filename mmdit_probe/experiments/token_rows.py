@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
+from mmdit_probe.experiments.experiment import Experiment, Study, plain, request_of, scheduled
 from mmdit_probe.experiments.options import (
     INPUT,
     METHOD,
@@ -27,7 +27,6 @@ from mmdit_probe.experiments.options import (
     Sampling,
     captions_of,
     notes_on,
-    plain_heads,
     prompts_of,
     samples_of,
 )
@@ -144,7 +143,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         request = request_of(
             model,
             layers=list(layers),
-            heads=plain_heads(heads),
+            heads=plain(heads),
             controls=list(chosen),
             rows=self.rows,
             **self._how(),

@@ -55,7 +55,23 @@ class ValueNorms(TokenRows):
         return ValueNorm(sink, heads=heads, rows="layer" if self.rows == "layer" else "head")
 
     def reduce(self, rows: Rows) -> pd.DataFrame:
-        return per_call(rows)
+        """Means over the tokens of each group of `GROUPS`, a column each: NaN where it has no tokens, and none of
+        references where the call has none."""
+        table = pd.DataFrame({n: rows[n] for n in (*_CELL, "token", "span", "norm", "n_token")}, copy=False)
+        table["total"] = table["norm"] * table["n_token"]
+        members = {
+            "image": table["token"] == "image",
+            "text": table["token"] == "text",
+            "prompt": table["span"].isin(PROMPT_SPANS),
+        }
+        members |= {kind: table["span"] == kind for kind in GROUPS if kind not in CURVES}
+        rare = {"reference": table["token"] == "reference", "vision": members.pop("vision")}
+        members |= {kind: chosen for kind, chosen in rare.items() if chosen.any()}
+        columns = {}
+        for name, chosen in members.items():
+            sums = table[chosen].groupby(_CELL, observed=True)[["total", "n_token"]].sum()
+            columns[name] = sums["total"] / sums["n_token"]
+        return pd.DataFrame(columns).astype("float64").rename_axis(_CELL).reset_index()
 
     def join(self, calls: pd.DataFrame) -> pd.DataFrame:
         return calls.groupby(_CELL, observed=True, sort=False).mean().reset_index()
@@ -94,29 +110,6 @@ class ValueNorms(TokenRows):
             " interval over prompts.",
             f"Mean over tokens and steps (conditional branch): {setting}.",
         ]
-
-
-def per_call(rows: Rows) -> pd.DataFrame:
-    """Rows of `ValueNorm` of one denoising call, the mean over the tokens of each group.
-
-    Returns: branch, layer, head and one column per group of `GROUPS` (NaN where it has no tokens; none of references
-    where the call has none).
-    """
-    table = pd.DataFrame({n: rows[n] for n in (*_CELL, "token", "span", "norm", "n_token")}, copy=False)
-    table["total"] = table["norm"] * table["n_token"]
-    members = {
-        "image": table["token"] == "image",
-        "text": table["token"] == "text",
-        "prompt": table["span"].isin(PROMPT_SPANS),
-    }
-    members |= {kind: table["span"] == kind for kind in GROUPS if kind not in CURVES}
-    rare = {"reference": table["token"] == "reference", "vision": members.pop("vision")}
-    members |= {kind: chosen for kind, chosen in rare.items() if chosen.any()}
-    columns = {}
-    for name, chosen in members.items():
-        sums = table[chosen].groupby(_CELL, observed=True)[["total", "n_token"]].sum()
-        columns[name] = sums["total"] / sums["n_token"]
-    return pd.DataFrame(columns).astype("float64").rename_axis(_CELL).reset_index()
 
 
 def with_gap(by_item: pd.DataFrame) -> pd.DataFrame:

@@ -154,13 +154,8 @@ def _shared(table: pd.DataFrame) -> str:
 
 def refinement(refine: Any) -> str:
     """The steps of a refinement in words: "centred + PAMR (80 rounds)"."""
-    return " + ".join(_step(one) for one in str(refine).split("+"))
-
-
-def _step(text: str) -> str:
-    """A refinement in words, with its rounds if it says them: "PAMR (80 rounds)"."""
-    name, colon, rounds = text.partition(":")
-    return STEPS.get(name, name) + (f" ({rounds} rounds)" if colon else "")
+    steps = (step.partition(":") for step in str(refine).split("+"))
+    return " + ".join(STEPS.get(name, name) + (f" ({rounds} rounds)" if colon else "") for name, colon, rounds in steps)
 
 
 def _methods(table: pd.DataFrame) -> pd.DataFrame:
