@@ -21,9 +21,9 @@ import typer
 from mmdit_probe.cli.options import Session, completing
 from mmdit_probe.cli.output import Output
 from mmdit_probe.errors import unknown
-from mmdit_probe.experiments.options import DETAIL, INPUT, METHOD, MODEL, OUTPUT
+from mmdit_probe.experiments.options import DETAIL, INPUT, MODEL, OUTPUT
 from mmdit_probe.experiments.target import Named
-from mmdit_probe.options import Described, choices_of, described
+from mmdit_probe.options import METHOD, Described, choices_of, described
 from mmdit_probe.results import processes
 from mmdit_probe.results.folder import AUTO
 from mmdit_probe.specs import parse_size

@@ -9,7 +9,7 @@ import typer
 
 from mmdit_probe.cli.options import Debug, Json, Out, Quiet
 from mmdit_probe.cli.output import Output
-from mmdit_probe.experiments.options import METHOD
+from mmdit_probe.options import METHOD
 from mmdit_probe.results.folder import check_out
 
 EXAMPLES = ("compare runs/float32 runs/bfloat16", "compare runs/base runs/lora --margin 0.01")

@@ -13,9 +13,9 @@ import typer
 from mmdit_probe import assets
 from mmdit_probe.cli.options import Debug, Device, Json, Quiet
 from mmdit_probe.cli.output import Output
-from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.models.names import check_device
+from mmdit_probe.options import METHOD
 from mmdit_probe.results import environment
 
 EXAMPLES = ("doctor", "doctor --deep --device cuda")

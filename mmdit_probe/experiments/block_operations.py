@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.sweep import STOCK, Condition, JudgedSweep, aligned_outcome, gains
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
@@ -47,9 +46,9 @@ class BlockOperations(JudgedSweep):
     examples = ("--limit 16", "--operations remove,double --layers 2-5 --limit 16")
     tables = ("blocks",)
 
-    layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"
-    operations: Annotated[str, Option("Some of remove, silence, double, by comma.", panel=METHOD)] = ALL_OPERATIONS
-    steps: Annotated[Spec, Option("Sampling steps concerned: all, 0,20, 0-4, last-8.", panel=METHOD)] = "all"
+    layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.")] = "all"
+    operations: Annotated[str, Option("Some of remove, silence, double, by comma.")] = ALL_OPERATIONS
+    steps: Annotated[Spec, Option("Sampling steps concerned: all, 0,20, 0-4, last-8.")] = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()

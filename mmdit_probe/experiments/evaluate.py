@@ -19,7 +19,7 @@ from mmdit_probe.data import Dataset, paper_table, read_json
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.attention_budget import PAPER_MODEL
 from mmdit_probe.experiments.experiment import Experiment, Study, plain, text_of
-from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT
+from mmdit_probe.experiments.options import INPUT, OUTPUT
 from mmdit_probe.experiments.presets import AS_WORD, PAPER_LENGTH, PRESETS, Preset
 from mmdit_probe.experiments.reading import FIT, SIGMA, Network, Reads, check_streams_read
 from mmdit_probe.experiments.target import knows_scenes
@@ -96,68 +96,58 @@ class Evaluate(Reads, Experiment):
             "seg4diff", "seg4diff-unsup", "diffseg", "diffcut", "diffsegmenter", "iseg", "proxyclip", "corrclip"
         ] | None,
         Option("What the paper of this method did: text, noise level, background, resizing, matching. Options that are"
-               " given win.", panel=METHOD),
+               " given win."),
     ] = None  # fmt: skip
     method: Annotated[
         Words | None,
         Option(f"Methods by comma: {', '.join((*NAMED, *BLIND))}.", values=(*NAMED, *BLIND),
-               shown_default=PLAIN.methods, panel=METHOD),
+               shown_default=PLAIN.methods),
     ] = None  # fmt: skip
     protocol: Annotated[
         Words | None,
         Option("Who says which classes there are: present, predicted, full; several by comma.",
-               values=PROTOCOLS, shown_default=PLAIN.protocol, panel=METHOD),
+               values=PROTOCOLS, shown_default=PLAIN.protocol),
     ] = None  # fmt: skip
     refine: Annotated[
         Words | None,
         Option(f"Refinements by comma, each measured: none,pamr,affinity+pamr. Steps: {', '.join(STEPS)}.",
-               values=("none", *STEPS), shown_default=PLAIN.refine, panel=METHOD),
+               values=("none", *STEPS), shown_default=PLAIN.refine),
     ] = None  # fmt: skip
-    options: Annotated[
-        Sequence[str], Option("Option of a method: iseg.ent=0.02; repeatable.", flag="--set", panel=METHOD)
-    ] = ()
+    options: Annotated[Sequence[str], Option("Option of a method: iseg.ent=0.02; repeatable.", flag="--set")] = ()
     background: Annotated[
         str | None,
         Option("Background rule: none, threshold:0.5, probability:0.2, power:2 or class:NAME.",
                values=("none", "threshold:0.5", "probability:0.2", "power:2", "class:"),
-               shown_default=PLAIN.background, panel=METHOD),
+               shown_default=PLAIN.background),
     ] = None  # fmt: skip
-    sweep: Annotated[
-        Literal["none", "layer", "head", "sigma"], Option("Each layer, head or sigma alone.", panel=METHOD)
-    ] = "none"
+    sweep: Annotated[Literal["none", "layer", "head", "sigma"], Option("Each layer, head or sigma alone.")] = "none"
     match: Annotated[
         Literal["image", "upstream", "majority", "dataset", "row"] | None,
-        Option("Matching of segments to classes.", shown_default=PLAIN.match, panel=METHOD),
+        Option("Matching of segments to classes.", shown_default=PLAIN.match),
     ] = None
     score_size: Annotated[
         str | None,
-        Option("Compare labels at HxW, or short:SIDE, of what the network is shown.", shown_default="the label's own",
-               panel=METHOD),
-    ] = None  # fmt: skip
-    many_to_one: Annotated[bool, Option("Segments left over join the background class (DiffCut).", panel=METHOD)] = (
-        False
-    )
+        Option("Compare labels at HxW, or short:SIDE, of what the network is shown.", shown_default="the label's own"),
+    ] = None
+    many_to_one: Annotated[bool, Option("Segments left over join the background class (DiffCut).")] = False
     tags: Annotated[
         Path | None, Option("JSON for the protocol 'predicted': image name -> class names.", panel=INPUT)
     ] = None
     tagger: Annotated[
         str | None,
-        Option("Tagger for the protocol 'predicted': a CLIP (embedded name, folder or hub id), or scenes-parser.",
-               panel=METHOD),
-    ] = None  # fmt: skip
+        Option("Tagger for the protocol 'predicted': a CLIP (embedded name, folder or hub id), or scenes-parser."),
+    ] = None
     tag_split: Annotated[
         str | None,
-        Option("Labelled images that the tagger's threshold is chosen on.", shown_default="scenes:train for scenes",
-               panel=METHOD),
-    ] = None  # fmt: skip
+        Option("Labelled images that the tagger's threshold is chosen on.", shown_default="scenes:train for scenes"),
+    ] = None
     tag_threshold: Annotated[
-        float | None,
-        Option("Threshold of the tagger, 0 or less, in place of one chosen on --tag-split.", max=0, panel=METHOD),
+        float | None, Option("Threshold of the tagger, 0 or less, in place of one chosen on --tag-split.", max=0)
     ] = None
     batch: Annotated[
         str | int,
         Option("Rows of a forward, of several images and prompts: auto (what a GPU's memory holds, what is fastest on a"
-               " CPU) or a number. Scores do not depend on it.", values=("auto",), panel=METHOD),
+               " CPU) or a number. Scores do not depend on it.", values=("auto",)),
     ] = "auto"  # fmt: skip
     cache: Annotated[
         Path | None, Option("Keep captured forwards here, so that methods re-run without the model.", panel=OUTPUT)

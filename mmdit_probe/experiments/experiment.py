@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.store import FolderStore, MemoryStore, Store, TaskRecord
 from mmdit_probe.experiments.text import Text, TextTable
@@ -77,9 +76,7 @@ class Experiment:
     early: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ()
 
-    seed: Annotated[
-        int, Option("Seed of the first item; item k uses seed + k.", min=0, max=LAST_SEED, panel=METHOD)
-    ] = 0
+    seed: Annotated[int, Option("Seed of the first item; item k uses seed + k.", min=0, max=LAST_SEED)] = 0
 
     def __post_init__(self) -> None:
         check(self)

@@ -18,7 +18,6 @@ import numpy as np
 
 from mmdit_probe.experiments.attention_budget import FRAMES
 from mmdit_probe.experiments.experiment import Study
-from mmdit_probe.experiments.options import METHOD
 from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.options import Option
 from mmdit_probe.results.clip import Clip
@@ -57,10 +56,10 @@ class Explore(Pictures):
     layers: Annotated[
         Spec | None,
         Option(
-            "Layers whose single heads come first where not all fit; all layers are shown.", panel=METHOD,
+            "Layers whose single heads come first where not all fit; all layers are shown.",
             shown_default="those known to ground words, else the middle third",
         ),
-    ] = None  # fmt: skip
+    ] = None
 
     def places(self, model: MMDiT) -> dict[str, Any]:
         return {"chosen": list(grounding(model, self.layers).layers)}

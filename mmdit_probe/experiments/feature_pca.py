@@ -23,7 +23,6 @@ from mmdit_probe.errors import unknown
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, plain, request_of
 from mmdit_probe.experiments.options import (
-    METHOD,
     OUTPUT,
     Control,
     LayersAndHeads,
@@ -76,16 +75,14 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
     examples = ("--layers all --limit 8", '--images photos --prompts "a photo of a cat" --model MODEL')
     tables = ("pca", "pca_variance")
 
-    kinds: Annotated[str, Option("Features: query,key,value,output.", panel=METHOD)] = ",".join(KINDS)
+    kinds: Annotated[str, Option("Features: query,key,value,output.")] = ",".join(KINDS)
     components: Annotated[
-        int, Option("Components kept and scored; three are drawn, in grey if one.", min=1, max=4096, panel=METHOD)
+        int, Option("Components kept and scored; three are drawn, in grey if one.", min=1, max=4096)
     ] = 16
-    fit: Annotated[
-        Literal["joint", "image"], Option("One basis for all pictures, or one per picture.", panel=METHOD)
-    ] = "joint"
+    fit: Annotated[Literal["joint", "image"], Option("One basis for all pictures, or one per picture.")] = "joint"
     solver: Annotated[
         Literal["exact", "incremental"],
-        Option("Streaming fit: exact (D x D per layer), or scikit-learn's IncrementalPCA.", panel=METHOD),
+        Option("Streaming fit: exact (D x D per layer), or scikit-learn's IncrementalPCA."),
     ] = "exact"
     shown: Annotated[int, Option("Pictures in the figure.", min=1, panel=OUTPUT)] = 2
     batch: Annotated[int, Option("Pictures per denoising call.", min=1, panel=OUTPUT)] = 8

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.options import METHOD, Edited, check_streams, checked_heads, selected_places
+from mmdit_probe.experiments.options import Edited, check_streams, checked_heads, selected_places
 from mmdit_probe.experiments.perturb import equal_budget
 from mmdit_probe.experiments.sweep import (
     AGAINST_STOCK,
@@ -67,23 +67,21 @@ class Generate(Edited, JudgedSweep):
     tables = ("images",)
 
     perturb_layers: Annotated[
-        Spec | None,
-        Option("Layers whose I2T is perturbed in the extra forward: 4, 3-5.", shown_default="none", panel=METHOD),
+        Spec | None, Option("Layers whose I2T is perturbed in the extra forward: 4, 3-5.", shown_default="none")
     ] = None
     perturb_scale: Annotated[
-        str | float | Sequence[float], Option("Scale s of the guidance; several for a sweep: 1,2,4.", panel=METHOD)
+        str | float | Sequence[float], Option("Scale s of the guidance; several for a sweep: 1,2,4.")
     ] = "2"
-    each: Annotated[bool, Option("Perturb each layer on its own: a sweep over layers.", panel=METHOD)] = False
+    each: Annotated[bool, Option("Perturb each layer on its own: a sweep over layers.")] = False
     selection: Annotated[
-        Path | str | None, Option("Layers and heads from select-layers, in place of --perturb-layers.", panel=METHOD)
+        Path | str | None, Option("Layers and heads from select-layers, in place of --perturb-layers.")
     ] = None
     enhance: Annotated[
         Spec | None,
-        Option("Also sample with the text of these layers' blocks doubled (arXiv:2601.02211).", shown_default="none",
-               panel=METHOD),
-    ] = None  # fmt: skip
-    start: Annotated[float, Option("Guide from this part of the sampling, 0 to 1.", min=0, max=1, panel=METHOD)] = 0.0
-    stop: Annotated[float, Option("Guide up to this part of the sampling.", min=0, max=1, panel=METHOD)] = 1.0
+        Option("Also sample with the text of these layers' blocks doubled (arXiv:2601.02211).", shown_default="none"),
+    ] = None
+    start: Annotated[float, Option("Guide from this part of the sampling, 0 to 1.", min=0, max=1)] = 0.0
+    stop: Annotated[float, Option("Guide up to this part of the sampling.", min=0, max=1)] = 1.0
 
     default_prompts = 8
 

@@ -26,19 +26,18 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.models.mmdit import MMDiT
 
-INPUT, MODEL, METHOD, OUTPUT, DETAIL = "Input", "Model", "Method", "Output", "Model: memory, text, size"
-"""Headings of the options in `--help`."""
+INPUT, MODEL, OUTPUT, DETAIL = "Input", "Model", "Output", "Model: memory, text, size"
+"""Headings of the options in `--help`, beside `options.METHOD`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayersAndHeads:
     """Layers and heads, named or selected."""
 
-    layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"
-    heads: Annotated[HeadSpec, Option("Attention heads: all, 3, 0-3 or 0,2.", panel=METHOD)] = "all"
+    layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.")] = "all"
+    heads: Annotated[HeadSpec, Option("Attention heads: all, 3, 0-3 or 0,2.")] = "all"
     selection: Annotated[
-        Path | str | None,
-        Option("Layers and heads from select-layers, in place of --layers and --heads.", panel=METHOD),
+        Path | str | None, Option("Layers and heads from select-layers, in place of --layers and --heads.")
     ] = None
 
     def __post_init__(self) -> None:
@@ -96,9 +95,9 @@ Prompts = Annotated[
 class Sampling:
     """How images are sampled."""
 
-    num_steps: Annotated[int, Option("Number of sampling steps.", min=1, max=1000, panel=METHOD)] = 28
+    num_steps: Annotated[int, Option("Number of sampling steps.", min=1, max=1000)] = 28
     guidance: Annotated[
-        float, Option("Classifier-free guidance scale; 1 or less runs without it.", min=0, max=1000, panel=METHOD)
+        float, Option("Classifier-free guidance scale; 1 or less runs without it.", min=0, max=1000)
     ] = 7.5
 
 
@@ -170,8 +169,7 @@ class OverReference(Referring):
     """Maps over the picture, or over one of the references."""
 
     over: Annotated[
-        int | None,
-        Option("Maps over this one of --references, from 0.", min=0, shown_default="over the picture", panel=METHOD),
+        int | None, Option("Maps over this one of --references, from 0.", min=0, shown_default="over the picture")
     ] = None
 
     def requested_over(self, model: MMDiT) -> dict[str, int]:
@@ -212,9 +210,7 @@ class Pictured:
             panel=INPUT,
         ),
     ] = None
-    sigma: Annotated[
-        float, Option("Noise level, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1, panel=METHOD)
-    ] = 0.515
+    sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1)] = 0.515
 
     default_pictures: ClassVar[int]
 
@@ -278,7 +274,6 @@ Control = Annotated[
         "Also measure controls, by comma: random (the same network, random weights), shuffled (another item's caption),"
         " uniform (uniform attention); or none.",
         values=("none", "random", "shuffled", "uniform"),
-        panel=METHOD,
     ),
 ]
 EditControl = Annotated[
@@ -287,7 +282,6 @@ EditControl = Annotated[
         "Controls by comma: budget (a coherent change of equal size), noise (a random one), random (the same edits on"
         " random weights), shuffled (images against another caption), uniform (under uniform attention); or none.",
         values=("none", "budget", "noise", "random", "shuffled", "uniform"),
-        panel=METHOD,
     ),
 ]
 
@@ -298,27 +292,25 @@ class Edited:
 
     edit: Annotated[
         Literal["blur", "grid-blur", "zero", "mean"],
-        Option("blur along text tokens (the paper), grid-blur, zero, mean.", panel=METHOD),
+        Option("blur along text tokens (the paper), grid-blur, zero, mean."),
     ] = "blur"
     key: Annotated[
         Literal["text", "reference"],
-        Option("Keys that are edited: text, or the tokens of --references, each picture on its grid.", panel=METHOD),
+        Option("Keys that are edited: text, or the tokens of --references, each picture on its grid."),
     ] = "text"
-    blur_sigma: Annotated[float, Option("Blur width in tokens; 0 is the no-op.", min=0, max=1e6, panel=METHOD)] = 9.0
-    kernel: Annotated[int, Option("Taps of the blur, odd.", min=1, max=9999, panel=METHOD)] = 5
+    blur_sigma: Annotated[float, Option("Blur width in tokens; 0 is the no-op.", min=0, max=1e6)] = 9.0
+    kernel: Annotated[int, Option("Taps of the blur, odd.", min=1, max=9999)] = 5
     border: Annotated[
         Literal["reflect", "symmetric", "replicate"],
-        Option("reflect (the paper), symmetric (keeps mass) or replicate.", panel=METHOD),
+        Option("reflect (the paper), symmetric (keeps mass) or replicate."),
     ] = "reflect"
-    where: Annotated[
-        Literal["probabilities", "logits"], Option("Blur probabilities (the paper) or logits.", panel=METHOD)
-    ] = "probabilities"
-    streams: Annotated[
-        str | None, Option("Text tokens of these encoders only, e.g. clip.", shown_default="all", panel=METHOD)
-    ] = None
+    where: Annotated[Literal["probabilities", "logits"], Option("Blur probabilities (the paper) or logits.")] = (
+        "probabilities"
+    )
+    streams: Annotated[str | None, Option("Text tokens of these encoders only, e.g. clip.", shown_default="all")] = None
 
     directions: Annotated[
-        int, Option("Directions of the coherent control of equal size; prompts take them in turn.", min=1, panel=METHOD)
+        int, Option("Directions of the coherent control of equal size; prompts take them in turn.", min=1)
     ] = 5
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.options import METHOD, OUTPUT, EditControl, Edited, LayersAndHeads, check_streams
+from mmdit_probe.experiments.options import OUTPUT, EditControl, Edited, LayersAndHeads, check_streams
 from mmdit_probe.experiments.sweep import (
     BUDGET,
     EQUAL,
@@ -84,12 +84,11 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
 
     control: EditControl = BUDGET
     by: Annotated[
-        Literal["layers", "heads", "spans"],
-        Option("Edit whole layers, single heads, or span kinds one at a time.", panel=METHOD),
+        Literal["layers", "heads", "spans"], Option("Edit whole layers, single heads, or span kinds one at a time.")
     ] = "layers"
-    renormalise: Annotated[bool, Option("Rescale edited rows to a total of 1.", panel=METHOD)] = False
-    steps: Annotated[Spec, Option("Sampling steps to edit: all, 0,20, 0-4, last-8.", panel=METHOD)] = "all"
-    branch: Annotated[Literal["all", "cond", "uncond"], Option("Guidance branch to edit.", panel=METHOD)] = "all"
+    renormalise: Annotated[bool, Option("Rescale edited rows to a total of 1.")] = False
+    steps: Annotated[Spec, Option("Sampling steps to edit: all, 0,20, 0-4, last-8.")] = "all"
+    branch: Annotated[Literal["all", "cond", "uncond"], Option("Guidance branch to edit.")] = "all"
     sheet: Annotated[
         int, Option("Keep the images of this many prompts for the contact sheet.", min=0, panel=OUTPUT)
     ] = 4

@@ -23,7 +23,7 @@ from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.data import prompts
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
-from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Referring, Sampling
+from mmdit_probe.experiments.options import INPUT, OUTPUT, Referring, Sampling
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
@@ -87,7 +87,7 @@ class Score(Sampling, Referring, Experiment):
     lora: Annotated[
         Sequence[str], Option("Adapter to compare with the base model: [NAME=]PATH; repeatable.", panel=INPUT)
     ] = ()
-    baseline: Annotated[str, Option("Variant that differences are taken to.", panel=METHOD)] = BASE
+    baseline: Annotated[str, Option("Variant that differences are taken to.")] = BASE
     categories: Annotated[str, Option("all, none, or categories of scenes: colour,numeracy,...", panel=INPUT)] = "all"
     n: Annotated[int, Option("Prompts per category.", min=1, flag="--limit", panel=INPUT)] = 20
     split: Annotated[Literal["train", "val", "test"], Option("Split of the scenes captions.", panel=INPUT)] = "val"
@@ -101,18 +101,13 @@ class Score(Sampling, Referring, Experiment):
     ] = None
     images_per_prompt: Annotated[int, Option("Pictures per prompt.", min=1, panel=INPUT)] = 1
     maps: Annotated[
-        str,
-        Option(
-            "Noise levels at which the word maps of LIMIT scenes are scored per layer, by comma; or none.", panel=METHOD
-        ),
+        str, Option("Noise levels at which the word maps of LIMIT scenes are scored per layer, by comma; or none.")
     ] = "none"
     clip: Annotated[
-        str,
-        Option("CLIP model of CLIPScore and CLIP similarity: scenes-clip, a folder, a hub id, or none.", panel=METHOD),
+        str, Option("CLIP model of CLIPScore and CLIP similarity: scenes-clip, a folder, a hub id, or none.")
     ] = "scenes-clip"
     vqa: Annotated[
-        str | None,
-        Option("BLIP question-answering model (folder or hub id): P(yes) of each noun phrase.", panel=METHOD),
+        str | None, Option("BLIP question-answering model (folder or hub id): P(yes) of each noun phrase.")
     ] = None
     export: Annotated[
         Path | None, Option("Also write the pictures in T2I-CompBench's folder layout.", panel=OUTPUT)

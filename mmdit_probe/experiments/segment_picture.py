@@ -21,7 +21,7 @@ import numpy as np
 from mmdit_probe.data import Sample, parse_classes, single
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import described, plain, request_of
-from mmdit_probe.experiments.options import INPUT, METHOD, notes_on
+from mmdit_probe.experiments.options import INPUT, notes_on
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.reading import Network, Read, Reads, check_streams_read
 from mmdit_probe.experiments.text import Text, TextTable, page
@@ -58,10 +58,8 @@ class OnePicture(Reads, _Checked):
 
     image: Annotated[Any, Option("Picture file, or scenes:val:0.", argument=True, panel=INPUT)]
     method: str
-    options: Annotated[
-        Sequence[str], Option("Option of the method: name=value; repeatable.", flag="--set", panel=METHOD)
-    ] = ()
-    refine: Annotated[str, Option(REFINE, values=("none", *STEPS), panel=METHOD)] = "none"
+    options: Annotated[Sequence[str], Option("Option of the method: name=value; repeatable.", flag="--set")] = ()
+    refine: Annotated[str, Option(REFINE, values=("none", *STEPS))] = "none"
     regions: Annotated[
         Path | None,
         Option("Label map of another program's regions (SAM, ...), 0 where there is none, for methods and steps that "
@@ -174,11 +172,11 @@ class Segment(OnePicture):
             panel=INPUT,
         ),
     ]
-    method: Annotated[str, Option(f"{', '.join(NAMED)}.", values=NAMED, panel=METHOD)] = "seg4diff"
+    method: Annotated[str, Option(f"{', '.join(NAMED)}.", values=NAMED)] = "seg4diff"
     background: Annotated[
         str,
         Option("Background rule: none, threshold:0.5, probability:0.2, power:2 or class:NAME.",
-               values=("none", "threshold:0.5", "probability:0.2", "power:2", "class:"), panel=METHOD),
+               values=("none", "threshold:0.5", "probability:0.2", "power:2", "class:")),
     ] = "none"  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -209,10 +207,8 @@ class Discover(OnePicture):
     unsupervised = True
     examples = ("scenes:val:3", 'cat.jpg --method diffcut --names "cat, sofa, wall" --refine pamr')
 
-    method: Annotated[str, Option(f"{', '.join(BLIND)}.", values=BLIND, panel=METHOD)] = "seg4diff-unsup"
-    tau: Annotated[float | None, Option("Merging threshold of the method; scan it per model.", min=0, panel=METHOD)] = (
-        None
-    )
+    method: Annotated[str, Option(f"{', '.join(BLIND)}.", values=BLIND)] = "seg4diff-unsup"
+    tau: Annotated[float | None, Option("Merging threshold of the method; scan it per model.", min=0)] = None
     candidates: Annotated[
         str | Path | Sequence[Any] | None,
         Option("Candidate names by comma, or a .txt file: each segment takes the one that fits best.", flag="--names",
@@ -220,7 +216,7 @@ class Discover(OnePicture):
     ] = None  # fmt: skip
     names_by: Annotated[
         str, Option("Method whose maps of the candidates decide: seg4diff (the I2T words), proxyclip (a CLIP), ...",
-                    values=NAMED, panel=METHOD),
+                    values=NAMED),
     ] = "seg4diff"  # fmt: skip
 
     def __post_init__(self) -> None:

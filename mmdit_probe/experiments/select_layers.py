@@ -18,7 +18,7 @@ from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments import controls, evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, RANK_RULES, Amount, evidence_names
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, text_of
-from mmdit_probe.experiments.options import INPUT, METHOD, Control, Sampling
+from mmdit_probe.experiments.options import INPUT, Control, Sampling
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.selection import LayerSelection
@@ -58,18 +58,17 @@ class SelectLayers(Sampling, Experiment):
         Sequence[Path | str],
         Option("Run folder of attention-budget, value-norms, pca or perturb; repeatable.", flag="--from", panel=INPUT),
     ] = ()
-    rule: Annotated[str, Option("ranks (least mean rank), median-ranks, or one evidence.", panel=METHOD)] = "ranks"
-    top: Annotated[int, Option("Layers to select.", min=1, panel=METHOD)] = 1
-    weights: Annotated[Literal["equal", "ranks"], Option("Weights of several layers.", panel=METHOD)] = "equal"
+    rule: Annotated[str, Option("ranks (least mean rank), median-ranks, or one evidence.")] = "ranks"
+    top: Annotated[int, Option("Layers to select.", min=1)] = 1
+    weights: Annotated[Literal["equal", "ranks"], Option("Weights of several layers.")] = "equal"
     heads: Annotated[
-        int,
-        Option("Heads to select per layer, by their maps on scenes; 0: all.", min=0, flag="--top-heads", panel=METHOD),
+        int, Option("Heads to select per layer, by their maps on scenes; 0: all.", min=0, flag="--top-heads")
     ] = 0
     split: Annotated[Split, Option("Scenes to select on.", panel=INPUT)] = "val"
     report: Annotated[Split, Option("Other scenes to report on.", panel=INPUT)] = "test"
     limit: Annotated[int, Option("Scenes per evidence.", min=4, panel=INPUT)] = 24
     prompts: Annotated[int, Option("Prompts of the perturbation.", min=1, flag="--perturb-limit", panel=INPUT)] = 8
-    sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise.", min=0, max=1, panel=METHOD)] = 0.515
+    sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise.", min=0, max=1)] = 0.515
     control: Control = "none"
 
     def __post_init__(self) -> None:

@@ -22,7 +22,6 @@ from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
 from mmdit_probe.experiments.options import (
     INPUT,
-    METHOD,
     OUTPUT,
     EditControl,
     Filmed,
@@ -224,10 +223,10 @@ class JudgedSweep(Sweep):
         str | None,
         Option(
             "CLIP checkpoint for CLIP-T and CLIP-I: a folder, a hub id, or none.",
-            shown_default="scenes-clip for embedded models", panel=METHOD,
+            shown_default="scenes-clip for embedded models",
         ),
-    ] = None  # fmt: skip
-    dino: Annotated[str | None, Option("DINO checkpoint for image similarity (folder or hub id).", panel=METHOD)] = None
+    ] = None
+    dino: Annotated[str | None, Option("DINO checkpoint for image similarity (folder or hub id).")] = None
 
     def outcomes(self, model: MMDiT) -> tuple[list[Outcome], dict[str, str | None]]:
         from mmdit_probe.experiments.outcomes import outcomes_of

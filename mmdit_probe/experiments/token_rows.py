@@ -18,7 +18,6 @@ from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, plain, request_of, scheduled
 from mmdit_probe.experiments.options import (
     INPUT,
-    METHOD,
     OUTPUT,
     Control,
     LayersAndHeads,
@@ -74,12 +73,9 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         Option("Probe real pictures instead of sampling: a folder, or scenes:train|val|test.", panel=INPUT),
     ] = None
     sigma: Annotated[
-        float,
-        Option("Noise level of --images, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1, panel=METHOD),
+        float, Option("Noise level of --images, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1)
     ] = 0.515
-    steps: Annotated[
-        Spec, Option("Sampling steps: all, 0,20, 0-4; last-8 is the 8th from the clean end.", panel=METHOD)
-    ] = "all"
+    steps: Annotated[Spec, Option("Sampling steps: all, 0,20, 0-4; last-8 is the 8th from the clean end.")] = "all"
     control: Control = "none"
     rows: Annotated[
         Literal["head", "layer", "summary"],

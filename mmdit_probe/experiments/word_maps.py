@@ -24,7 +24,7 @@ import numpy as np
 
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.explore import Explore
-from mmdit_probe.experiments.options import METHOD, Filmed, OverReference, checked_heads
+from mmdit_probe.experiments.options import Filmed, OverReference, checked_heads
 from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.target import as_model
@@ -59,12 +59,12 @@ class WordMaps(OverReference, Filmed, Pictures):
     layers: Annotated[
         Spec | None,
         Option(
-            "Joint-attention layers, 0-based: 9, 7-11 or all.", panel=METHOD,
+            "Joint-attention layers, 0-based: 9, 7-11 or all.",
             shown_default="those known to ground words, else the middle third",
         ),
-    ] = None  # fmt: skip
-    heads: Annotated[HeadSpec, Option("Attention heads: all, 3, 0-3 or 0,2.", panel=METHOD)] = "all"
-    steps: Annotated[Spec, Option("Sampling steps: all, 0,20, 0-4, last-8.", panel=METHOD)] = "all"
+    ] = None
+    heads: Annotated[HeadSpec, Option("Attention heads: all, 3, 0-3 or 0,2.")] = "all"
+    steps: Annotated[Spec, Option("Sampling steps: all, 0,20, 0-4, last-8.")] = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
