@@ -41,6 +41,7 @@ class Attribute(LayersAndHeads, Experiment):
     name = "attribute"
     examples = ("--limit 8", "--method gradients --target mass --limit 16")
     tables = ("attribution",)
+    possible = ("random", "uniform")
 
     method: Annotated[Literal["ablation", "gradients"], Option("Feature ablation, or integrated gradients.")] = (
         "ablation"
@@ -54,10 +55,6 @@ class Attribute(LayersAndHeads, Experiment):
     sigma: Annotated[float, Option("Noise level, above 0 (clean) to 1 (noise).", above=0, max=1)] = 0.7
     control: Control = "none"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        controls.parse(self.control, [name for name in controls.CONTROLS if name != "shuffled"])
-
     def gather(self, scenes: bool) -> list[tuple[int, Scene]]:
         if not scenes:
             raise UserError("attribution compares words with the regions of scenes, which this model does not know")
@@ -69,7 +66,7 @@ class Attribute(LayersAndHeads, Experiment):
 
     def prepare(self, model: MMDiT, inputs: list[tuple[int, Scene]]) -> Study:
         layers, heads = self.places(model)
-        chosen = controls.parse(self.control)
+        chosen = self.chosen_controls()
         request = request_of(
             model, method=self.method, target=self.target, layers=list(layers), heads=plain(heads), n=self.limit,
             split=self.split, sigma=self.sigma, seed=self.seed, controls=list(chosen),

@@ -56,13 +56,9 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
 
     default_pictures = 8
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        controls.parse(self.control)
-
     def prepare(self, model: MMDiT, inputs: list[Sample]) -> Study:
         layers, heads = self.places(model)
-        chosen = controls.parse(self.control)
+        chosen = self.chosen_controls()
         captions = self.captions(inputs)
         request = request_of(
             model,

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.store import FolderStore, MemoryStore, Store, TaskRecord
 from mmdit_probe.experiments.text import Text, TextTable
 from mmdit_probe.options import LAST_SEED, Option, check
 from mmdit_probe.results import processes
 from mmdit_probe.results.folder import AUTO, check_out
-from mmdit_probe.results.statistics import compare
+from mmdit_probe.results.statistics import NONE, compare
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,12 +68,14 @@ class Experiment:
     Class attributes:
         name: of the command, and of the folder that its runs lie in.
         tables: what `measure` writes; a task counts when its rows of the first are on disk.
+        possible: the controls that make sense, where there is the option `control`.
         early: whether the first table can be told from the first tasks, before all are done.
         examples: command lines below the help text, without the command.
     """
 
     name: ClassVar[str]
     tables: ClassVar[tuple[str, ...]]
+    possible: ClassVar[tuple[str, ...]] = tuple(controls.CONTROLS)
     early: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ()
 
@@ -80,6 +83,15 @@ class Experiment:
 
     def __post_init__(self) -> None:
         check(self)
+        self.chosen_controls()
+
+    def chosen_controls(self) -> tuple[str, ...]:
+        """The controls asked for.
+
+        Raises:
+            UserError: one is unknown, or makes no sense here.
+        """
+        return controls.parse(getattr(self, "control", NONE), self.possible)
 
     def gather(self, scenes: bool) -> Any:
         """Read what is named in the options from outside, before any weights are loaded.

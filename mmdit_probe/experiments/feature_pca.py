@@ -93,7 +93,6 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.wanted_kinds()
-        controls.parse(self.control)
 
     def wanted_kinds(self) -> list[str]:
         """The features to fit.
@@ -109,7 +108,7 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
 
     def prepare(self, model: MMDiT, inputs: list[Sample]) -> Study:
         layers, heads = self.places(model)
-        chosen = controls.parse(self.control)
+        chosen = self.chosen_controls()
         captions = self.captions(inputs)
         each = self.fit == "image" or len(inputs) == 1
         request = request_of(

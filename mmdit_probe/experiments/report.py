@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.attention_budget import AttentionBudget
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.explore import Explore
@@ -67,6 +66,7 @@ class Report(Sampling, Experiment):
     name = "report"
     examples = ("--model scenes-sd3 --out report",)
     tables = ("parts",)
+    possible = ("random", "uniform")  # shuffled captions take pictures
 
     prompts: Prompts = None
     images: Annotated[
@@ -75,10 +75,6 @@ class Report(Sampling, Experiment):
     ] = None
     limit: Annotated[int, Option("Prompts and pictures per analysis.", min=4, panel=INPUT)] = 8
     control: Control = "uniform"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        controls.parse(self.control, [name for name in controls.CONTROLS if name != "shuffled"])  # none has pictures
 
     def gather(self, scenes: bool) -> list[str]:
         if processes.world() > 1:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.experiments import controls, evidence
+from mmdit_probe.experiments import evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, RANK_RULES, Amount, evidence_names
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, text_of
 from mmdit_probe.experiments.options import INPUT, Control, Sampling
@@ -78,7 +78,6 @@ class SelectLayers(Sampling, Experiment):
             raise unknown("rule", self.rule, (*RANK_RULES, *EVIDENCE))
         if self.split == self.report and wanted:
             raise UserError(f"--split and --report are both {self.split!r}: select on one split, report on another")
-        controls.parse(self.control)
 
     def wanted(self) -> list[str]:
         """The evidence to measure."""
@@ -108,7 +107,7 @@ class SelectLayers(Sampling, Experiment):
             raise UserError(f"--top {self.top}: expected 1 to {len(model.layers)} layers")
         if self.heads > model.heads:
             raise UserError(f"--top-heads {self.heads}: expected at most {model.heads} heads, or 0 for all")
-        chosen = controls.parse(self.control)
+        chosen = self.chosen_controls()
         names = self.wanted()
         kept = f"scenes:{self.report}" if names else ""
         read = [evidence.from_run(run, model, text_of(model), kept) for run in self.runs]

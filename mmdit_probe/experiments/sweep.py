@@ -99,14 +99,7 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
     batch: Annotated[int, Option("Prompts sampled at once.", min=1, panel=OUTPUT)] = 8
 
     default_prompts = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.chosen_controls()
-
-    def chosen_controls(self) -> tuple[str, ...]:
-        """The controls asked for."""
-        return controls.parse(self.control, [*EQUAL, *controls.CONTROLS])
+    possible = (*EQUAL, *controls.CONTROLS)
 
     @abstractmethod
     def conditions(self, model: MMDiT, prompts: Sequence[str]) -> list[Condition]:

@@ -84,8 +84,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        chosen = controls.parse(self.control)
-        if "shuffled" in chosen and self.images is None:
+        if "shuffled" in self.chosen_controls() and self.images is None:
             raise UserError("shuffled captions need pictures: a sampled image has no caption but its prompt")
         unread = changed(self, "sigma" if self.images is None else "steps")
         if unread:
@@ -130,7 +129,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
             Item(index, text, self.seed + index, pictures[index] if pictures else None)
             for index, text in enumerate(texts)
         ]
-        chosen = controls.parse(self.control)
+        chosen = self.chosen_controls()
         variants = controls.variants(model, chosen, len(items))
         layers, heads = self.places(model)
         notes = [line for table in model.token_tables(texts) for line in unread(table)]
