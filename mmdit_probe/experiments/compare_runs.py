@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import cell_of
 from mmdit_probe.experiments.result import Result
-from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
+from mmdit_probe.experiments.text import Text, paired_table
 from mmdit_probe.results import RunFolder, atomic
 from mmdit_probe.results.folder import differences
 from mmdit_probe.results.statistics import NONE, compare, judged, measured, two_sided
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 ITEMS = ("items", "n", "split", "seed", "prompts", "images")
@@ -74,14 +74,7 @@ class Comparison:
         """What the command prints."""
         cell = [name for name in cell_of(self.table) if name not in _NUMBERS]
         cell = [name for name in cell if self.table[name].nunique() > 1] or cell[:1]
-        table = TextTable(
-            [*cell, "n", "first", "second", "difference", "verdict"], left=("verdict",), spare=("second", "first")
-        )
-        for row in self.table.head(SHOWN).to_dict("records"):
-            difference = signed(row["difference"], row["low"], row["high"])
-            both = (bounded(row[name], math.nan, math.nan) for name in ("first", "second"))
-            numbers = (str(row["n"]), *both, difference, str(row["verdict"]))
-            table.add(*(str(row[name]) for name in cell), *numbers)
+        table = paired_table(self.table.head(SHOWN), cell, {"first": "first", "second": "second"})
         rest = len(self.table) - SHOWN
         told = f" {rest} more rows are in comparison.csv." if rest > 0 else ""
         margin = "" if self.margin is None else f" Margin of 'no worse': {self.margin:g}."
@@ -139,8 +132,6 @@ def compare_runs(first: Path | str | Result, second: Path | str | Result, margin
 def _paired(
     first: pd.DataFrame, second: pd.DataFrame, margin: float | None, sign: Callable[[str], float] = lambda outcome: 1.0
 ) -> pd.DataFrame:
-    import pandas as pd
-
     cell = cell_of(first)
     if margin is not None:  # a loss is a fall: where less is better, the values are turned round and back
         first, second = (_turned(table, ["value"], sign) for table in (first, second))

@@ -12,20 +12,26 @@ correlations say so. Not here: the analyses themselves, which are the other expe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.experiments import experiment_of
+from mmdit_probe.experiments.controls import parse, variants
+from mmdit_probe.experiments.perturb import CONTROL, EDIT
+from mmdit_probe.experiments.sweep import EQUAL
+from mmdit_probe.experiments.value_norms import with_gap
+from mmdit_probe.results.folder import read_record
 from mmdit_probe.results.statistics import NONE, corrected, count_means, defined, interval, measured, rank_agreement
 from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
-    import pandas as pd
-
+    from mmdit_probe.experiments.experiment import Experiment
     from mmdit_probe.models.mmdit import MMDiT
 
 EVIDENCE = {
@@ -91,59 +97,39 @@ def measure(name: str, model: MMDiT, split: str, amount: Amount, controls: Seque
     Returns: evidence, split, control, item, layer, value.
     """
     chosen = ",".join(of for of in controls if of in CONTROLLED[name]) or NONE
-    measures = {
-        "word_mass": _word_mass,
-        "value_gap": _value_gap,
-        "pca_class": _pca_class,
-        "perturbation": _perturbation,
-        "segmentation": _segmentation,
-    }
-    found = measures[name](model, split, amount, chosen)
+    if name in ("segmentation", "perturbation"):
+        found = {"segmentation": _segmentation, "perturbation": _perturbation}[name](model, split, amount, chosen)
+    else:
+        table, read = TABLES[name]
+        found = read(_asked(name, split, amount, chosen).run(model, progress=False).store.table(table))
     return found.assign(evidence=name, split=split)[COLUMNS]
 
 
-def _pictures(split: str, amount: Amount) -> dict[str, Any]:
-    return {"images": f"scenes:{split}", "limit": amount.n, "sigma": amount.sigma, "seed": amount.seed}
-
-
-def _word_mass(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
-    from mmdit_probe.experiments.attention_budget import AttentionBudget
-
-    ask = AttentionBudget(**_pictures(split, amount), control=control, rows="summary")
-    return word_mass(ask.run(model, progress=False).table)
+def _asked(name: str, split: str, amount: Amount, control: str) -> Experiment:
+    """The experiment that an evidence is read from."""
+    command = next(command for command, of in OF_COMMAND.items() if of == name)
+    options: dict[str, Any] = {"seed": amount.seed, "control": control}
+    if name == "perturbation":
+        options |= {
+            "prompts": f"scenes:{split}", "limit": amount.prompts, "num_steps": amount.num_steps,
+            "guidance": amount.guidance, "sheet": 0, "clip": "none",
+        }  # fmt: skip
+    else:
+        options |= {"images": f"scenes:{split}", "limit": amount.n, "sigma": amount.sigma}
+        options |= {"kinds": "output"} if name == "pca_class" else {"rows": "summary"}
+    return experiment_of(command, options)
 
 
 def word_mass(by_item: pd.DataFrame) -> pd.DataFrame:
     """I2T mass on words of the reduced table of `AttentionBudget`, in units of what uniform attention gives."""
-    words = by_item[
-        (by_item["branch"] != "uncond")
-        & (by_item["query"] == "image")
-        & (by_item["key"] == "text")
-        & (by_item["span"] == "word")
-    ]
+    words = by_item.query("branch != 'uncond' and query == 'image' and key == 'text' and span == 'word'")
     return words.assign(value=words["mass"] / words["uniform"])
-
-
-def _value_gap(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
-    from mmdit_probe.experiments.value_norms import ValueNorms
-
-    ask = ValueNorms(**_pictures(split, amount), control=control, rows="summary")
-    return value_gap(ask.run(model, progress=False).table)
 
 
 def value_gap(by_item: pd.DataFrame) -> pd.DataFrame:
     """Prompt minus image norm of the reduced table of `ValueNorms`, relative because layers differ in scale."""
-    from mmdit_probe.experiments.value_norms import with_gap
-
     wide = with_gap(by_item[by_item["branch"] != "uncond"])
     return wide.assign(value=wide["gap"] / wide["image"])
-
-
-def _pca_class(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
-    from mmdit_probe.experiments.feature_pca import FeaturePCA
-
-    ask = FeaturePCA(**_pictures(split, amount), control=control, kinds="output")
-    return pca_class(ask.run(model, progress=False).table)
 
 
 def pca_class(table: pd.DataFrame) -> pd.DataFrame:
@@ -155,18 +141,10 @@ def pca_class(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _perturbation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
-    import pandas as pd
-
-    from mmdit_probe.experiments import controls
-    from mmdit_probe.experiments.perturb import Perturb
     from mmdit_probe.observe.probe import probe
 
-    ask = Perturb(
-        prompts=f"scenes:{split}", limit=amount.prompts, num_steps=amount.num_steps, guidance=amount.guidance,
-        seed=amount.seed, sheet=0, clip="none", control="budget",
-    )  # fmt: skip
-    parts = []
-    for variant in controls.variants(model, controls.parse(control)):  # each beside its own changes of equal size
+    ask, parts = _asked("perturbation", split, amount, "budget"), []
+    for variant in variants(model, parse(control)):  # each beside its own changes of equal size
         with probe(variant.model, edits=variant.edits):
             found = perturbation(ask.run(variant.model, progress=False).table)
         parts.append(found.assign(control=variant.name))
@@ -176,9 +154,6 @@ def _perturbation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.
 def perturbation(table: pd.DataFrame) -> pd.DataFrame:
     """What the edit of a layer changes beyond a change of equal size, where that was sampled: beyond the coherent one,
     or the noise if it alone was."""
-    from mmdit_probe.experiments.perturb import CONTROL, EDIT
-    from mmdit_probe.experiments.sweep import EQUAL
-
     name = "relabelled" if "relabelled" in table else "change"
     whole = table[(table["head"] == -1) & (table["span"] == "all") & table["control"].isin([NONE, *EQUAL])]
     equal = next((of for of in EQUAL if (whole["control"] == of).any()), NONE)
@@ -190,15 +165,21 @@ def perturbation(table: pd.DataFrame) -> pd.DataFrame:
     return value.rename("value").reset_index().assign(control=NONE)
 
 
-def _segmentation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
-    import pandas as pd
+TABLES: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame]]] = {
+    "word_mass": ("attention_budget_by_item", word_mass),
+    "value_gap": ("value_norms_by_item", value_gap),
+    "pca_class": ("pca", pca_class),
+    "perturbation": ("perturb", perturbation),
+}
+"""Evidence -> the table of its experiment, and what reads it there."""
 
-    from mmdit_probe.experiments import controls
+
+def _segmentation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
     from mmdit_probe.experiments.scenes_quality import held_out, word_map_scores
     from mmdit_probe.observe.probe import probe
 
     parts = []
-    for variant in controls.variants(model, controls.parse(control)):
+    for variant in variants(model, parse(control)):
         with probe(variant.model, edits=variant.edits):
             for index, item in enumerate(held_out(amount.n, split)):
                 table = word_map_scores(variant.model, [item], sigma=amount.sigma, seed=amount.seed + index)
@@ -219,7 +200,6 @@ def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any], kept: st
             is kept for the report.
     """
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.results.folder import read_record
 
     record = read_record(folder)
     command = "" if record is None else str(record.get("command"))
@@ -245,16 +225,11 @@ def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any], kept: st
         raise UserError(
             f"{str(folder)!r} has a basis per picture, whose class scores are another measure; run pca joint"
         )
-    found = Result.read(folder)
-    tables = {
-        "attention-budget": lambda: word_mass(measured(found.store.table("attention_budget_by_item"))),
-        "value-norms": lambda: value_gap(measured(found.store.table("value_norms_by_item"))),
-        "pca": lambda: pca_class(measured(found.table)),
-        "perturb": lambda: perturbation(found.table),
-    }
-    frame = measured(tables[command]().assign(evidence=OF_COMMAND[command], split=Path(folder).name))
+    name = OF_COMMAND[command]
+    table, read = TABLES[name]
+    frame = measured(read(Result.read(folder).store.table(table)).assign(evidence=name, split=Path(folder).name))
     if frame.empty:
-        raise UserError(f"{str(folder)!r} holds no {OF_COMMAND[command]}: has any of its prompts a word?")
+        raise UserError(f"{str(folder)!r} holds no {name}: has any of its prompts a word?")
     return frame[COLUMNS]
 
 
@@ -269,8 +244,6 @@ def by_layer(long: pd.DataFrame) -> pd.DataFrame:
     Raises:
         UserError: no item has any value.
     """
-    import pandas as pd
-
     rows = []
     for (split, name, layer), part in _known(long).groupby(["split", "evidence", "layer"], sort=False, observed=True):
         value, low, high = interval(part["value"], "share" if name == "segmentation" else "mean")
@@ -319,8 +292,6 @@ def agreement(long: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
     Returns: first, first_split, second, second_split, rho, low, high, p_holm (of such a correlation among unrelated
     orders of so few layers, corrected for the rows of the table), layers.
     """
-    import pandas as pd
-
     values = _wide(long)
     keys = list(values)
     rows = []
@@ -364,7 +335,6 @@ def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int 
 
     Returns: layer, share.
     """
-    import pandas as pd
     from scipy.stats import rankdata
 
     values = _wide(long)

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.options import METHOD, OUTPUT, EditControl, Edited, LayersAndHeads, check_streams
+from mmdit_probe.experiments.options import OUTPUT, EditControl, Edited, LayersAndHeads, check_streams
 from mmdit_probe.experiments.sweep import (
-    AGAINST_STOCK,
     BUDGET,
     EQUAL,
     HARM_IS_RISE,
@@ -30,10 +30,11 @@ from mmdit_probe.experiments.sweep import (
     JudgedSweep,
     aligned_outcome,
     effects,
+    gains,
     outcome_names,
     sheet_cells,
 )
-from mmdit_probe.experiments.text import TextTable, signed
+from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import (
     BEYOND,
@@ -53,11 +54,9 @@ from mmdit_probe.scenes.captions import STATED
 from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
 SPANS = ("word", "bos", "eos", "pad")
@@ -78,21 +77,17 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
     --clip and --dino, the paper's CLIP-T, CLIP-I and DINO similarity. The no-op row must be exactly 0.
     """
 
-    name: ClassVar[str] = "perturb"
-    examples: ClassVar[tuple[str, ...]] = (
-        "perturb --layers all --prompts scenes:val --limit 16",
-        "perturb --layers 4 --by heads --limit 8",
-    )
-    tables: ClassVar[tuple[str, ...]] = ("perturb",)
+    name = "perturb"
+    examples = ("--layers all --prompts scenes:val --limit 16", "--layers 4 --by heads --limit 8")
+    tables = ("perturb",)
 
     control: EditControl = BUDGET
     by: Annotated[
-        Literal["layers", "heads", "spans"],
-        Option("Edit whole layers, single heads, or span kinds one at a time.", panel=METHOD),
+        Literal["layers", "heads", "spans"], Option("Edit whole layers, single heads, or span kinds one at a time.")
     ] = "layers"
-    renormalise: Annotated[bool, Option("Rescale edited rows to a total of 1.", panel=METHOD)] = False
-    steps: Annotated[Spec, Option("Sampling steps to edit: all, 0,20, 0-4, last-8.", panel=METHOD)] = "all"
-    branch: Annotated[Literal["all", "cond", "uncond"], Option("Guidance branch to edit.", panel=METHOD)] = "all"
+    renormalise: Annotated[bool, Option("Rescale edited rows to a total of 1.")] = False
+    steps: Annotated[Spec, Option("Sampling steps to edit: all, 0,20, 0-4, last-8.")] = "all"
+    branch: Annotated[Literal["all", "cond", "uncond"], Option("Guidance branch to edit.")] = "all"
     sheet: Annotated[
         int, Option("Keep the images of this many prompts for the contact sheet.", min=0, panel=OUTPUT)
     ] = 4
@@ -227,23 +222,10 @@ def losses(table: pd.DataFrame) -> pd.DataFrame:
     Returns: columns item, control, layer, head, span, outcome, value. The value is the effect with the sign that
     makes harm positive: a drop of alignment or similarity, a rise of change.
     """
-    import pandas as pd
-
-    parts = []
-    for control in dict.fromkeys(table["control"]):
-        if control in EQUAL:  # compared with the measurement's own stock rows
-            part = effects(table, ROW)
-            part = part[part["control"] == control]
-        else:
-            part = effects(table[table["control"] == control].assign(control=NONE), ROW)
-            part = part[part["condition"] == EDIT]
-        names = outcome_names(part, ROW)
-        if control == "shuffled":
-            names = [name for name in names if name not in AGAINST_STOCK]  # those read no text
-        harm = part[names] * [1.0 if name in HARM_IS_RISE else -1.0 for name in names]
-        wide = pd.concat([part[["item", *PLACE]], harm], axis=1).assign(control=control)
-        parts.append(wide.melt(["item", "control", *PLACE], names, "outcome"))
-    return pd.concat(parts, ignore_index=True)
+    found = gains(table, ROW, ["condition", *PLACE])
+    found = found[found["condition"] != NO_OP].drop(columns="condition")
+    harm = np.where(found["outcome"].isin(HARM_IS_RISE), 1.0, -1.0)
+    return found.assign(value=found["value"] * harm)
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
@@ -256,8 +238,6 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     the same side, and p_holm is at most .05; "no effect shown" if the effect's own includes 0; else "not beyond
     control"; "too few items" below `FEWEST` prompts, "" without a control. The no-op has layer -1.
     """
-    import pandas as pd
-
     long = effects(table, ROW)
     rows: list[dict[str, Any]] = []
     for place, part in long.groupby(PLACE, observed=True):

@@ -27,6 +27,9 @@ from mmdit_probe.observe.probe import probe
 from mmdit_probe.scenes.parser import SceneParser, judge
 from mmdit_probe.scenes.world import CLASSES, Scene, scene
 
+BATCH = 32
+"""Pictures in a forward."""
+
 
 def grid_ceiling(items: Sequence[Scene], grid: int) -> float:
     """Mean IoU when every token knows the share of each class inside it: what no token map of this grid can pass."""
@@ -39,13 +42,7 @@ def grid_ceiling(items: Sequence[Scene], grid: int) -> float:
 
 
 def word_map_scores(
-    model: MMDiT,
-    items: Sequence[Scene],
-    *,
-    sigma: float = 0.5,
-    seed: int = 0,
-    batch: int = 32,
-    streams: Sequence[str] = ("all",),
+    model: MMDiT, items: Sequence[Scene], *, sigma: float = 0.5, seed: int = 0, streams: Sequence[str] = ("all",)
 ) -> pd.DataFrame:
     """Quality of the I2T maps of the classes present, by layer, for the head mean and for every head.
 
@@ -62,8 +59,8 @@ def word_map_scores(
         miou with low and high (95 % interval over scenes, `ImageCounts`), and one column ``iou_<class>`` per class.
     """
     counted: dict[tuple[int, str, bool], list[NDArray[np.int64]]] = {}
-    for start in range(0, len(items), batch):
-        chunk = items[start : start + batch]
+    for start in range(0, len(items), BATCH):
+        chunk = items[start : start + BATCH]
         text = model.encode_prompt([" ".join(item.class_names) for item in chunk])
         latents = model.noise(model.encode_image([item.image for item in chunk]), sigma, seed + start)
         with probe(model, TextMaps(heads="all")) as run:
@@ -106,29 +103,20 @@ def class_scores(maps: Tensor, tokens: TokenTable, names: Sequence[str], stream:
 
 
 def alignment_of(
-    model: MMDiT,
-    parser: SceneParser,
-    prompts: Sequence[str],
-    *,
-    steps: int = 28,
-    guidance: float = 7.5,
-    seed: int = 0,
-    batch: int = 32,
-    size: int | None = None,
+    model: MMDiT, parser: SceneParser, prompts: Sequence[str], *, steps: int, guidance: float, size: int | None = None
 ) -> pd.DataFrame:
-    """Generate one image per prompt and read it back, one row per image.
+    """Generate one image per prompt and read it back, one row per image; image k is drawn from seed k.
 
     Args:
-        seed: image k is drawn from seed + k.
         size: side in pixels; the model's own if None.
 
     Returns:
         Columns caption, seed, and the scores of `scenes.parser.judge`.
     """
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(prompts), batch):
-        chunk = list(prompts[start : start + batch])
-        seeds = list(range(seed + start, seed + start + len(chunk)))
+    for start in range(0, len(prompts), BATCH):
+        chunk = list(prompts[start : start + BATCH])
+        seeds = list(range(start, start + len(chunk)))
         images = model.generate(chunk, steps=steps, guidance=guidance, seed=seeds, height=size, width=size)
         for text, number, reading in zip(chunk, seeds, parser.read(images), strict=True):
             rows.append({"caption": text, "seed": number, **judge(text, reading)})

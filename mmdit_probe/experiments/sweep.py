@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import (
@@ -28,7 +29,6 @@ from mmdit_probe.experiments.experiment import (
 )
 from mmdit_probe.experiments.options import (
     INPUT,
-    METHOD,
     OUTPUT,
     EditControl,
     Filmed,
@@ -40,13 +40,12 @@ from mmdit_probe.experiments.options import (
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.options import Option
 from mmdit_probe.results.clip import Clip, still, stills
-from mmdit_probe.results.statistics import NONE
+from mmdit_probe.results.statistics import NONE, measured
 from mmdit_probe.scenes.captions import CONTRASTS, STATED
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pandas as pd
     from PIL.Image import Image
 
     from mmdit_probe.experiments.controls import Variant
@@ -111,14 +110,7 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
     batch: Annotated[int, Option("Prompts sampled at once.", min=1, panel=OUTPUT)] = 8
 
     default_prompts = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.chosen_controls()
-
-    def chosen_controls(self) -> tuple[str, ...]:
-        """The controls asked for."""
-        return controls.parse(self.control, [*EQUAL, *controls.CONTROLS])
+    possible = (*EQUAL, *controls.CONTROLS)
 
     @abstractmethod
     def conditions(self, model: MMDiT, prompts: Sequence[str]) -> list[Condition]:
@@ -244,13 +236,12 @@ class JudgedSweep(Sweep):
         str | None,
         Option(
             "CLIP checkpoint for CLIP-T and CLIP-I: a folder, a hub id, or none.",
-            shown_default="scenes-clip for embedded models", panel=METHOD,
+            shown_default="scenes-clip for embedded models",
         ),
-    ] = None  # fmt: skip
-    dino: Annotated[str | None, Option("DINO checkpoint for image similarity (folder or hub id).", panel=METHOD)] = None
+    ] = None
+    dino: Annotated[str | None, Option("DINO checkpoint for image similarity (folder or hub id).")] = None
 
     def outcomes(self, model: MMDiT) -> tuple[list[Outcome], dict[str, str | None]]:
-        """What is measured of the images, and the checkpoints it takes."""
         from mmdit_probe.experiments.outcomes import outcomes_of
 
         return outcomes_of(knows_scenes(model), model.device, self.clip, self.dino)
@@ -286,8 +277,28 @@ def effects(table: pd.DataFrame, row: Sequence[str]) -> pd.DataFrame:
     Args:
         row: the columns that are no outcomes, `condition` among them, which is "stock" for the unedited images.
     """
-    table = own_rows(table)
-    stock = table[table["condition"] == STOCK].set_index("item")
+    return _paired(own_rows(table), measured(table), row)
+
+
+def gains(table: pd.DataFrame, row: Sequence[str], place: Sequence[str]) -> pd.DataFrame:
+    """The paired effects of the measurement and of its controls, for `results.statistics.compare`: columns item,
+    control, those of `place`, outcome, value. Controls of equal size are paired with the measurement's own unedited
+    images, the others with theirs; another item's caption has no effect on outcomes that read no text.
+
+    Args:
+        row: as `effects` takes it. place: the columns that say what was done.
+    """
+    parts = []
+    for control in dict.fromkeys(table["control"]):
+        own = table[table["control"] == control]
+        part = _paired(own, measured(table) if control in EQUAL else own, row)
+        names = [name for name in outcome_names(part, row) if control != "shuffled" or name not in AGAINST_STOCK]
+        parts.append(part.melt(["item", "control", *place], names, "outcome"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _paired(table: pd.DataFrame, unedited: pd.DataFrame, row: Sequence[str]) -> pd.DataFrame:
+    stock = unedited[unedited["condition"] == STOCK].set_index("item")
     result = table[table["condition"] != STOCK].copy()
     for name in outcome_names(table, row):
         if name in ("clip_i", "dino"):

@@ -18,6 +18,8 @@ from mmdit_probe.models.names import (
     counts_of,
     source_of,
 )
+from mmdit_probe.results import processes
+from mmdit_probe.results.selection import load_selection
 from mmdit_probe.specs import head_indices, layer_indices
 
 if TYPE_CHECKING:
@@ -80,7 +82,6 @@ def as_model(target: Any, shown: Progress, references: int = 0) -> MMDiT:
     Raises:
         UserError: it is none, the name is unknown, or its pipeline does not take so many pictures.
     """
-    from mmdit_probe.results import processes
 
     target = named(target)
     if isinstance(target, Named):
@@ -135,8 +136,6 @@ def named(target: Any, asked: Any = None) -> Any:
     Raises:
         UserError: they do not, as far as the model's configuration on this machine tells.
     """
-    from mmdit_probe.results.selection import load_selection
-
     if getattr(asked, "selection", None) is not None:
         load_selection(asked.selection)
     found = Named(str(target)) if isinstance(target, str) or hasattr(target, "__fspath__") else target

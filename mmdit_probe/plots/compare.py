@@ -37,10 +37,7 @@ def run_differences(table: pd.DataFrame, title: str = "", margins: Collection[fl
         for number, name in enumerate(names):
             part = table[labels == name]
             at = part["layer"] + style.dodge(number, len(names)) if by_layer else [number] * len(part)
-            style.errorbars(
-                axes, at, part["difference"], part["low"], part["high"], number, label=name, joined=False,
-                horizontal=not by_layer,
-            )  # fmt: skip
+            style.errorbars(axes, part, "difference", number, at=at, label=name, joined=False, horizontal=not by_layer)
         if by_layer:
             axes.set_ylabel("second minus first (95 %)")
             style.whole(axes)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.plots import style
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 NAMES = {
@@ -32,8 +32,6 @@ def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[i
         table: of one split, from `experiments.evidence.by_layer`. correlations: of the same split, from `agreement`.
         chosen: selected layers.
     """
-    import pandas as pd
-
     names = list(dict.fromkeys(table["evidence"]))
     with style.panels(style.PAGE, 2.9, 2, width_ratios=[1.6, 1], title=title) as (figure, (lines, matrix)):
         for number, layer in enumerate(chosen):
@@ -42,9 +40,8 @@ def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[i
             part = table[table["evidence"] == name].sort_values("layer")
             low, high = part["value"].min(), part["value"].max()
             scaled = (part[["value", "low", "high"]] - low) / ((high - low) or 1.0)
-            at = part["layer"] + style.dodge(number, len(names), 0.3)
-            style.errorbars(lines, at, scaled["value"], scaled["low"], scaled["high"], number,
-                            label=NAMES.get(name, name))  # fmt: skip
+            scaled["layer"] = part["layer"]
+            style.errorbars(lines, scaled, "value", number, of=len(names), label=NAMES.get(name, name))
         lines.set(ylabel="evidence (0: least, 1: most)", title="evidence by layer, 95 % over items")
         style.whole(lines)
         grid = np.eye(len(names))

@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-if TYPE_CHECKING:
-    import pandas as pd
+from mmdit_probe import lazy_pandas as pd
 
 Kind = Literal["mean", "share", "change"]
 
@@ -221,8 +220,6 @@ def compare(
     and p_holm is at most .05, "not above its control" if not, "too few items" below `FEWEST`, also where no item has
     both (n = 0). With a margin p_margin too, corrected likewise.
     """
-    import pandas as pd
-
     rows: list[dict[str, Any]] = []
     for place, part in table.groupby(list(cell), sort=False, observed=True):
         wide = part.pivot(index="item", columns="control", values=value).astype(float)

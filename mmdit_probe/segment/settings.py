@@ -40,13 +40,7 @@ def parse_sigmas(text: str) -> list[float]:
     Raises:
         UserError: no number in 0..1.
     """
-    try:
-        values = numbers(text)
-    except ValueError:
-        values = []
-    if not values or not all(0.0 <= value <= 1.0 for value in values):
-        raise UserError(f"sigma {text!r}: expected numbers in 0..1 separated by commas, e.g. 0.515")
-    return values
+    return numbers(text, 0, 1, f"sigma {text!r}: expected numbers in 0..1 separated by commas, e.g. 0.515")
 
 
 def parse_batch(value: str | int) -> int | None:
