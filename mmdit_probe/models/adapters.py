@@ -22,8 +22,6 @@ from mmdit_probe.models.quiet import quiet
 
 KEY = "mmdit_probe"
 """Entry of the safetensors header that holds our metadata as JSON."""
-
-
 _ADVICE = (
     "export it in diffusers' format, or rename its tensors to transformer.MODULE.lora_A.weight and lora_B.weight, to_q,"
     " to_k and to_v apart, alpha / rank in lora_B"

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mmdit_probe.errors import ProbeWarning, UserError, unknown
+from mmdit_probe.errors import ProbeWarning, UserError, check_known, unknown
 from mmdit_probe.models.families.facts import Family, Part, TextStream
 from mmdit_probe.models.words import blankless, find, folded, words
 
@@ -102,8 +102,8 @@ class TokenTable:
             kind: a span kind. stream: an encoder stream.
             word: a word or phrase (all its occurrences, as `word_spans` finds them) or a word index.
         """
-        if kind is not None and kind not in SPAN_KINDS:
-            raise unknown("span kind", kind, SPAN_KINDS)
+        if kind is not None:
+            check_known("span kind", kind, SPAN_KINDS)
         spans = self.word_spans(word, missing_ok=True) if isinstance(word, str) else {}
         named = {position for span in spans.values() for position in span}
         return [
