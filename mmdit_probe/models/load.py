@@ -230,11 +230,7 @@ def _optional_encoder(family: Family) -> bool:
 
 
 def _check_complete(source: str, pipeline: Any, family: Family, notices: list[str]) -> None:
-    """Every weight and every vocabulary was read from the files; the libraries make up what is missing.
-
-    Raises:
-        RunError: one is missing.
-    """
+    """Refuse files that lack a weight or a vocabulary: the libraries make up what is missing."""
     for notice in notices:
         if "newly initialized" in notice:
             missing = re.findall(r"'([\w.]+)'|^([\w.]+)\s*\|\s*MISSING", notice, re.MULTILINE)

@@ -403,12 +403,7 @@ class MMDiT:
     @torch.no_grad()
     def _call(self, prompts: Sequence[str], size: tuple[int, int]) -> tuple[dict[str, Any], list[int]]:
         """What the stock pipeline calls its transformer with for prompts, without guidance, at (height, width), and how
-        many text positions each picture takes that its text encoder is shown.
-
-        Raises:
-            UserError: no rectified flow, the references are no tokens of this pipeline's calls, or several prompts
-                where a text encoder is shown the references.
-        """
+        many text positions each picture takes that its text encoder is shown."""
         self._check_latents()
         if len(prompts) > 1 and self.references and self.family.reads_pictures:
             raise UserError(

@@ -449,11 +449,7 @@ def _read(tokenizer: Any, stream: TextStream, parts: Sequence[Part], limit: int)
 
 
 def _encoded(tokenizer: Any, text: str, limit: int, special_tokens: bool) -> list[tuple[int, bool, int, int]]:
-    """(id, whether it is special, first and last character) of every token of a text.
-
-    Raises:
-        UserError: a tokenizer that does not say which characters a token stands for.
-    """
+    """(id, whether it is special, first and last character) of every token of a text."""
     options = {"truncation": True, "max_length": limit, "add_special_tokens": special_tokens}
     if getattr(tokenizer, "is_fast", False):
         found = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, **options)
