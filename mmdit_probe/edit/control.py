@@ -1,4 +1,5 @@
-"""The equal-budget control: the edit's own change, in a direction that means nothing.
+"""What edits, and attention itself, are compared with: the equal-budget control, the edit's own change in a direction
+that means nothing; and uniform attention, under which masses and norms are what they are by count.
 
     control = EqualBudget(Blur("image", "text", layers=[9]), seed=0)
     with probe(model, edits=control): ...
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
 Kind = Literal["rotation", "noise"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+
+FLAT = 1e-30
+"""Scale of the logits under uniform attention: all probabilities equal in any precision. Not 0, which times the minus
+infinity of a masked key is no number."""
 
 
 @dataclass(frozen=True)
@@ -131,3 +136,19 @@ def _generator(*numbers: int) -> torch.Generator:
     """A generator on the CPU for a tuple of numbers: the same draws on every device."""
     seed = np.random.SeedSequence([number % (1 << 64) for number in numbers]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> 1))
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """An edit after which every query gives every key it sees the same probability. Observers see it too."""
+
+    layers: Spec = "all"
+
+    stage: ClassVar[Stage] = "input"
+
+    def handler(self, layer: Layer, run: object) -> Uniform:
+        """The handler of one layer, for `probe(edits=...)`."""
+        return self
+
+    def __call__(self, call: SDPACall, module_call: ModuleCall) -> SDPACall:
+        return replace(call, scale=FLAT)

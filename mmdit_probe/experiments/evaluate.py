@@ -33,9 +33,9 @@ from mmdit_probe.segment.settings import (
     Background,
     check_method,
     parse_batch,
-    parse_option,
     parse_steps,
     scoring_size,
+    split_option,
 )
 from mmdit_probe.specs import listed
 
@@ -171,7 +171,7 @@ class Evaluate(Reads, Experiment):
             if (self.fit or self.how.fit) == "letterbox":
                 raise UserError("--fit letterbox leaves bars around the picture; with --score-size take another fit")
         parse_batch(self.batch)
-        for name, options in self.values().items():
+        for name, options in self.asked().items():
             if name not in self.methods:
                 raise unknown("method with options", name, self.methods)
             if "heads" in options and (self.sweep == "head" or self.heads is not None or self.selection is not None):
@@ -215,15 +215,21 @@ class Evaluate(Reads, Experiment):
         return f"{AS_WORD.get(name, name) if self.how.as_word else name}{colon}{root}"
 
     def values(self) -> dict[str, dict[str, Any]]:
-        """Method -> its options.
+        """Method -> its options."""
+        from mmdit_probe.segment.methods import METHODS
+
+        return {name: dict(METHODS[name].configure(asked).options) for name, asked in self.asked().items()}
+
+    def asked(self) -> dict[str, dict[str, str]]:
+        """Method -> the texts of its options.
 
         Raises:
             UserError: not METHOD.OPTION=VALUE.
         """
         of_preset = [text for text in self.how.options if text.partition(".")[0] in self.methods]
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, str]] = {}
         for text in (*of_preset, *self.options):
-            name, value = parse_option(text)
+            name, value = split_option(text)
             method, dot, option = name.partition(".")
             if not dot:
                 raise UserError(f"--set {text!r}: expected METHOD.OPTION=VALUE, e.g. iseg.ent=0.02")
@@ -286,7 +292,7 @@ class Evaluate(Reads, Experiment):
             if self.how.paper_text and hasattr(model.pipeline, "text_encoder_3") and not text.get("no_t5"):
                 raise UserError(f"--preset {self.preset} reads text without T5: load the model with t5=False")
             captures = Captures(lambda: model, model.name, self.cache, text, rows, model.memory)
-        for options in self.values().values():
+        for options in self.asked().values():
             check_streams_read(options, "no_t5" in text)
         return captures
 

@@ -28,7 +28,7 @@ from mmdit_probe.experiments.text import Text, TextTable, page
 from mmdit_probe.options import Option, check
 from mmdit_probe.results import RunFolder, atomic
 from mmdit_probe.results.folder import AUTO, check_out
-from mmdit_probe.segment.settings import BLIND, NAMED, STEPS, Background, check_method, parse_option, parse_steps
+from mmdit_probe.segment.settings import BLIND, NAMED, STEPS, Background, check_method, parse_steps, split_option
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,12 +72,12 @@ class OnePicture(Reads, _Checked):
         steps = {name for name, _ in parse_steps(self.refine)}
         if self.regions is not None and not {self.method, *steps} & {*READ_REGIONS}:
             raise UserError(f"--regions are read by {', '.join(READ_REGIONS)} alone; name one as method or refinement")
-        if "heads" in self.values() and (self.heads is not None or self.selection is not None):
+        if "heads" in self.asked() and (self.heads is not None or self.selection is not None):
             raise UserError("--set heads and --heads or --selection both name heads; give one")
 
-    def values(self) -> dict[str, Any]:
-        """The options of the method."""
-        return dict(parse_option(text) for text in self.options)
+    def asked(self) -> dict[str, Any]:
+        """The options of the method: texts, or values."""
+        return dict(split_option(text) for text in self.options)
 
     @abstractmethod
     def names(self) -> list[SegClass]:
@@ -110,13 +110,15 @@ class OnePicture(Reads, _Checked):
         pixels = sample.image
         regions = None if self.regions is None else region_ids(read_label_map(self.regions), pixels.shape[:2])
         if isinstance(target, Named):
-            check_streams_read(self.values(), "no_t5" in target.text)
+            check_streams_read(self.asked(), "no_t5" in target.text)
         model = as_model(target, shown)
         from mmdit_probe.segment.methods import METHODS  # torch, only for a request that can be met
 
         read = self.reading(Network.of(model))
-        reads_heads = self.heads is not None or "heads" in METHODS[self.method].defaults
-        values = self.values() | ({"heads": read.heads} if read.heads is not None and reads_heads else {})
+        method = METHODS[self.method]
+        reads_heads = self.heads is not None or "heads" in method.defaults
+        heads = {"heads": read.heads} if read.heads is not None and reads_heads else {}
+        values = dict(method.configure(self.asked() | heads).options)
         notes = [f"{sample.name}: {note}" for note in sample.notes] + read.notes
         notes += [note for note in [model.unknown_words_note([n for one in classes for n in one.synonyms])] if note]
         notes += notes_on(model, [sample])
@@ -227,8 +229,8 @@ class Discover(OnePicture):
         if self.candidates is None and self.names_by != type(self).names_by:
             raise UserError("--names-by says how segments take one of the candidates; give them with --names")
 
-    def values(self) -> dict[str, Any]:
-        return super().values() | ({} if self.tau is None else {"tau": self.tau})
+    def asked(self) -> dict[str, Any]:
+        return super().asked() | ({} if self.tau is None else {"tau": self.tau})
 
     def names(self) -> list[SegClass]:
         return [] if self.candidates is None else parse_classes(self.candidates)

@@ -9,15 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mmdit_probe import assets
-from mmdit_probe.errors import UserError
-from mmdit_probe.models.names import (
-    check_adapter,
-    check_device,
-    check_dtype,
-    check_memory_options,
-    counts_of,
-    source_of,
-)
+from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.models.names import DTYPES, check_adapter, check_device, check_memory_options, counts_of, source_of
 from mmdit_probe.results import processes
 from mmdit_probe.results.selection import load_selection
 from mmdit_probe.specs import head_indices, layer_indices
@@ -56,7 +49,7 @@ class Named:
         check_device(str(self.options.get("device", "auto")))
         dtype = self.options.get("dtype", "auto")
         if isinstance(dtype, str):
-            check_dtype(dtype)
+            check_known("dtype", dtype, DTYPES)
         check_memory_options(self.options.get("offload"), self.options.get("quantize"))
         if self.options.get("lora") is not None:
             check_adapter(str(self.options["lora"]))
