@@ -3,7 +3,7 @@
     python analyses/embedded_model.py            # about a quarter of an hour on two cores
     python analyses/embedded_model.py --n 20     # a quick look
 
-The guidance is chosen on captions of the "val" split (all categories alike); everything else is of "test".
+The guidance is chosen on captions of the "val" split, of all categories; everything else is of "test".
 
 Writes `analyses/results/embedded_model/{guidance,alignment,maps}.csv` and `summary.md`. Run it again after the
 checkpoint was replaced: nothing else states these numbers.
@@ -31,7 +31,7 @@ MODELS = {"scenes-sd3": "all", "scenes-sd3-random": "none"}
 
 
 def guidance_table(model: object, options: argparse.Namespace) -> pd.DataFrame:
-    """Scores on captions of the "val" split, all categories alike, per guidance with the same seeds; best first."""
+    """Scores on captions of the "val" split, of all categories, per guidance with the same seeds; best first."""
     rows = []
     for guidance in options.guidance:
         experiment = Score(n=options.n_val, split="val", clip="none", num_steps=options.num_steps, guidance=guidance)
