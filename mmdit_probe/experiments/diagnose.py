@@ -194,12 +194,9 @@ def outliers(result: Result) -> pd.DataFrame:
     rows = []
     for (layer, kind, token), part in channels.groupby(["layer", "kind", "token"], observed=True):
         often = part["channel"].value_counts()
-        ratio, low, high = interval(part["ratio"])
-        rows.append(
-            {"layer": layer, "kind": kind, "token": token, "channel": int(often.index[0]),
-             "channel_share": float(often.iloc[0] / len(part)), "n": len(part), "ratio": ratio, "ratio_low": low,
-             "ratio_high": high, "outliers": float(part["outliers"].mean())}
-        )  # fmt: skip
+        largest = {"channel": int(often.index[0]), "channel_share": float(often.iloc[0] / len(part)), "n": len(part)}
+        found = interval(part["ratio"]).named("ratio") | {"outliers": float(part["outliers"].mean())}
+        rows.append({"layer": layer, "kind": kind, "token": token} | largest | found)
     return pd.DataFrame(rows)
 
 

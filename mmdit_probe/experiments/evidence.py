@@ -233,11 +233,9 @@ def by_layer(long: pd.DataFrame) -> pd.DataFrame:
     measurement itself, without its controls."""
     rows = []
     for (split, name, layer), part in measured(long).groupby(["split", "evidence", "layer"], sort=False, observed=True):
-        value, low, high = interval(part["value"], "share" if name == "segmentation" else "mean")
-        rows.append(
-            {"split": split, "evidence": name, "layer": layer, "value": value, "low": low, "high": high,
-             "n": len(defined(part["value"]))}
-        )  # fmt: skip
+        found = interval(part["value"], "share" if name == "segmentation" else "mean")
+        row = {"split": split, "evidence": name, "layer": layer}
+        rows.append(row | found.named("value", "") | {"n": len(defined(part["value"]))})
     table = pd.DataFrame(rows)
     table["rank"] = table.groupby(["split", "evidence"])["value"].rank(ascending=False, method="min").astype(int)
     return table

@@ -220,11 +220,10 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         for name in outcome_names(table, ROW):
             row: dict[str, Any] = dict(zip(PLACE, place, strict=True))
             row |= {"outcome": name, "n": int(part[name].notna().sum())}
-            row["mean"], row["low"], row["high"] = interval(part[name], kind="share" if name in SHARES else "mean")
+            row |= interval(part[name], kind="share" if name in SHARES else "mean").named("mean", "")
             if row["layers"]:
                 before = part["item"].map(stock[name])
-                gain = interval(part[name] - before, kind_of(part[name], before))
-                row["difference"], row["difference_low"], row["difference_high"] = gain
+                row |= interval(part[name] - before, kind_of(part[name], before)).named("difference")
             rows.append(row)
     return pd.DataFrame(rows).sort_values(["outcome", *PLACE]).reset_index(drop=True)
 
