@@ -198,12 +198,9 @@ def outliers(result: Result) -> pd.DataFrame:
     for (layer, kind, token), part in channels.groupby(["layer", "kind", "token"], observed=True):
         often = part["channel"].value_counts()
         ratios = one_per_item(part[["item", "ratio"]], result.request["items"], [])["ratio"]
-        ratio, low, high = interval(ratios)
-        rows.append(
-            {"layer": layer, "kind": kind, "token": token, "channel": int(often.index[0]),
-             "channel_share": float(often.iloc[0] / len(part)), "n": len(ratios), "ratio": ratio, "ratio_low": low,
-             "ratio_high": high, "outliers": float(part["outliers"].mean())}
-        )  # fmt: skip
+        largest = {"channel": int(often.index[0]), "channel_share": float(often.iloc[0] / len(part)), "n": len(ratios)}
+        found = interval(ratios).named("ratio") | {"outliers": float(part["outliers"].mean())}
+        rows.append({"layer": layer, "kind": kind, "token": token} | largest | found)
     return pd.DataFrame(rows)
 
 

@@ -246,11 +246,9 @@ def by_layer(long: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     for (split, name, layer), part in _known(long).groupby(["split", "evidence", "layer"], sort=False, observed=True):
-        value, low, high = interval(part["value"], "share" if name == "segmentation" else "mean")
-        rows.append(
-            {"split": split, "evidence": name, "layer": layer, "value": value, "low": low, "high": high,
-             "n": len(defined(part["value"]))}
-        )  # fmt: skip
+        found = interval(part["value"], "share" if name == "segmentation" else "mean")
+        row = {"split": split, "evidence": name, "layer": layer}
+        rows.append(row | found.named("value", "") | {"n": len(defined(part["value"]))})
     if not rows:
         raise UserError("the evidence is undefined for every item: has any of its prompts a word?")
     table = pd.DataFrame(rows)

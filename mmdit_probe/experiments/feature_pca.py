@@ -346,14 +346,13 @@ def summarise(by_picture: pd.DataFrame) -> pd.DataFrame:
         for name in (name for name in SCORES if name in part):
             if part[name].notna().any():
                 found = interval(part[name].clip(0, 1), "share") if name in SHARES else interval(part[name])
-                row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+                row |= found.named(name)
         for name, prefix in (("class", ""), ("silhouette", "silhouette_")):
             if name in row and f"{name}_shuffled" in row:
                 difference = part[name] - part[f"{name}_shuffled"]
                 if name == "class":
                     row["n"] = int(difference.notna().sum())
-                ends = (f"{prefix}beyond{end}" for end in ("", "_low", "_high"))
-                row |= dict(zip(ends, interval(difference), strict=True)) | {f"{prefix}p_holm": p_value(difference)}
+                row |= interval(difference).named(f"{prefix}beyond") | {f"{prefix}p_holm": p_value(difference)}
         rows.append(row)
     table = pd.DataFrame(rows)
     return corrected(table, [name for name in ("p_holm", "silhouette_p_holm") if name in table])

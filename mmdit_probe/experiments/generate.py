@@ -225,12 +225,12 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         for name in outcome_names(table, ROW):
             row: dict[str, Any] = dict(zip(PLACE, place, strict=True))
             row |= {"outcome": name, "n": int(part[name].notna().sum())}
-            row["mean"], row["low"], row["high"] = interval(part[name], kind="share" if name in SHARES else "mean")
+            row |= interval(part[name], kind="share" if name in SHARES else "mean").named("mean", "")
             row |= dict.fromkeys((*DIFFERENCE, "p_holm"), np.nan)
             if row["layers"]:
                 before = part["item"].map(stock[name])
                 gain, kind = part[name] - before, kind_of(part[name], before)
-                row |= dict(zip(DIFFERENCE, interval(gain, kind), strict=True)) | {"p_holm": p_value(gain, kind)}
+                row |= interval(gain, kind).named("difference") | {"p_holm": p_value(gain, kind)}
             rows.append(row)
     found = corrected(pd.DataFrame(rows), ["p_holm"], "outcome").sort_values(["outcome", *PLACE], ignore_index=True)
     ends = dict(zip(DIFFERENCE[1:], ("low", "high"), strict=True))

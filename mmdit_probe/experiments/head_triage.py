@@ -262,9 +262,8 @@ def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for (layer, head), part in rows[rows["stream"] == ALL].groupby(["layer", "head"], observed=True):
         items = part.groupby("train_item")["auc"].mean()
-        auc, low, high = interval(items, kind="share")
-        found.append({"layer": layer, "head": head, "n": int(items.notna().sum()), "auc": auc, "low": low, "high": high,
-                      "p_holm": p_value(items - 0.5)})  # fmt: skip
+        row = {"layer": layer, "head": head, "n": int(items.notna().sum())}
+        found.append(row | interval(items, kind="share").named("auc", "") | {"p_holm": p_value(items - 0.5)})
     heads = pd.DataFrame(found)
     heads["p_holm"] = holm(heads["p_holm"])
     away = heads.assign(difference=heads["auc"] - 0.5, low=heads["low"] - 0.5, high=heads["high"] - 0.5)
@@ -288,12 +287,9 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     for (layer, stream), part in table.groupby(["layer", "stream"], observed=True, sort=False):
         wide = part.pivot(index="item", columns="way", values="miou")
         for way in WAYS:
-            names = ("miou", "low", "high"), ("difference", "difference_low", "difference_high")
-            values = interval(wide[way], kind="share"), interval(wide[way] - wide[RAW])
             row = {"layer": layer, "stream": stream, "way": way, "n": int(wide[way].notna().sum())}
-            for of, value in zip(names, values, strict=True):
-                row |= dict(zip(of, value, strict=True))
-            rows.append(row)
+            row |= interval(wide[way], kind="share").named("miou", "")
+            rows.append(row | interval(wide[way] - wide[RAW]).named("difference"))
     return pd.DataFrame(rows)
 
 

@@ -247,8 +247,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             row = dict(zip(PLACE, place, strict=True)) | {"outcome": name, "n": int(edited[name].notna().sum())}
             # The no-op is no sample of anything: it must be 0, not about 0.
             kind: Kind = kind_of(edited[name]) if edited["layer"].iloc[0] >= 0 else "mean"
-            row["effect"], row["low"], row["high"] = interval(edited[name], kind)
-            row["p_holm"] = float("nan")
+            row |= interval(edited[name], kind).named("effect", "") | {"p_holm": float("nan")}
             if equal:
                 row |= _strongest(edited[name], {str(of["control"].iloc[0]): of[name] for of in equal})
             rows.append(row)
@@ -267,9 +266,7 @@ def _strongest(edited: pd.Series, equal: Mapping[str, pd.Series]) -> dict[str, A
         difference, kind = edited - control, kind_of(edited, control)
         beyond, p = interval(difference, kind), p_value(difference, kind)
         row: dict[str, Any] = {"equal": name, "p_holm": p}
-        for of, found in (("control", interval(control, kind_of(control))), ("beyond", beyond)):
-            row |= dict(zip((of, f"{of}_low", f"{of}_high"), found, strict=True))
-        rows.append(row)
+        rows.append(row | interval(control, kind_of(control)).named("control") | beyond.named("beyond"))
     rises = edited.mean() > 0
     least = min(rows, key=lambda row: np.nan_to_num(row["beyond_low"] if rises else -row["beyond_high"], nan=np.inf))
     return least | {"p_holm": max(row["p_holm"] for row in rows)}

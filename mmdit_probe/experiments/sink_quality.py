@@ -90,12 +90,9 @@ def improvement(table: pd.DataFrame) -> pd.DataFrame:
     for (layer, head, score), part in long.groupby(["layer", "head", "score"], sort=True, observed=True):
         wide = part.pivot(index="item", columns="maps", values="value")[[PLAIN, CLEAN]].dropna()
         added = wide[CLEAN] - wide[PLAIN]
-        difference, low, high = interval(added)
-        rows.append(
-            {"layer": layer, "head": head, "score": score, "n": len(wide), "before": float(wide[PLAIN].mean()),
-             "after": float(wide[CLEAN].mean()), "difference": difference, "low": low, "high": high,
-             "p_holm": p_value(added)}
-        )  # fmt: skip
+        row = {"layer": layer, "head": head, "score": score, "n": len(wide), "before": float(wide[PLAIN].mean())}
+        row |= {"after": float(wide[CLEAN].mean())} | interval(added).named("difference", "")
+        rows.append(row | {"p_holm": p_value(added)})
     columns = ["layer", "head", "score", "n", "before", "after", "difference", "low", "high", "p_holm"]
     found = pd.DataFrame(rows, columns=columns)
     found["p_holm"] = found.groupby("score")["p_holm"].transform(holm)

@@ -199,12 +199,11 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (condition, layer), part in own.groupby(["condition", "layer"], observed=True):
         for outcome in OUTCOMES:
-            share, low, high = interval(part[outcome], kind="share")
             row = {"condition": condition, "layer": layer, "outcome": outcome, "n": len(part)}
-            row |= {"share": share, "low": low, "high": high}
+            row |= interval(part[outcome], kind="share").named("share", "")
             if condition != STOCK:
-                away = interval(part[outcome] - part["item"].map(stock[outcome]), kind="change")
-                row |= dict(zip(("difference", "difference_low", "difference_high"), away, strict=True))
+                away = part[outcome] - part["item"].map(stock[outcome])
+                row |= interval(away, kind="change").named("difference")
             rows.append(row)
     return pd.DataFrame(rows)
 

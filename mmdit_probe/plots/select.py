@@ -16,14 +16,6 @@ from mmdit_probe.plots import style
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NAMES = {
-    "word_mass": "word mass",
-    "value_gap": "value gap",
-    "pca_class": "PCA class",
-    "perturbation": "perturbation",
-    "segmentation": "segmentation",
-}
-
 
 def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[int], *, title: str = "") -> Figure:
     """Left: each evidence by layer, scaled to its own range, chosen layers shaded. Right: rank correlations.
@@ -41,7 +33,7 @@ def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[i
             low, high = part["value"].min(), part["value"].max()
             scaled = (part[["value", "low", "high"]] - low) / ((high - low) or 1.0)
             scaled["layer"] = part["layer"]
-            style.errorbars(lines, scaled, "value", number, of=len(names), label=NAMES.get(name, name))
+            style.errorbars(lines, scaled, "value", number, of=len(names), label=_label(name))
         lines.set(ylabel="evidence (0: least, 1: most)", title="evidence by layer, 95 % over items")
         style.whole(lines)
         grid = np.eye(len(names))
@@ -49,9 +41,13 @@ def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[i
             if row["first"] in names and row["second"] in names:
                 i, j = names.index(row["first"]), names.index(row["second"])
                 grid[i, j] = grid[j, i] = float(row["rho"])
-        labels = [style.name(NAMES.get(name, name)) for name in names]
+        labels = [style.name(_label(name)) for name in names]
         style.heat(matrix, pd.DataFrame(grid, labels, labels), low=-1, high=1, colours="PuOr", decimals=2)
         matrix.set_xticks(matrix.get_xticks(), labels, rotation=40, ha="right")
         matrix.set_title("rank correlation over layers")
         style.legend(figure, lines)
     return figure
+
+
+def _label(evidence: str) -> str:
+    return evidence.replace("_", " ").replace("pca", "PCA")

@@ -49,6 +49,11 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def named(self, mean: str, prefix: str | None = None) -> dict[str, float]:
+        """As columns of a table: `mean`, `<prefix>low` and `<prefix>high`; by default the prefix is `<mean>_`."""
+        prefix = f"{mean}_" if prefix is None else prefix
+        return {mean: self.mean, f"{prefix}low": self.low, f"{prefix}high": self.high}
+
 
 def interval(values: ArrayLike, kind: Kind = "mean") -> Interval:
     """Mean over items and its 95 % interval.
