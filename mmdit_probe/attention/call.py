@@ -64,18 +64,15 @@ class SDPACall:
         """The factor on q k^T: `scale`, or D ** -0.5."""
         return self.query.shape[-1] ** -0.5 if self.scale is None else float(self.scale)
 
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As torch's functions of attention take them: by position, and by name."""
+        return tuple(getattr(self, name) for name in _NAMES), {"scale": self.scale, "enable_gqa": self.enable_gqa}
+
     def stock(self) -> Tensor:
         """The attention output [B, H, Nq, Dv] as torch computes it."""
-        output: Tensor = STOCK(
-            self.query,
-            self.key,
-            self.value,
-            attn_mask=self.attn_mask,
-            dropout_p=self.dropout_p,
-            is_causal=self.is_causal,
-            scale=self.scale,
-            enable_gqa=self.enable_gqa,
-        )
+        given, named = self.arguments
+        output: Tensor = STOCK(*given, **named)
         return output
 
     def broadcast(self) -> SDPACall:

@@ -37,16 +37,8 @@ def kernel(call: SDPACall) -> str:
 
     Masks and shapes matter, so the answer is per call, not per model.
     """
-    choice = torch._fused_sdp_choice(
-        call.query,
-        call.key,
-        call.value,
-        call.attn_mask,
-        call.dropout_p,
-        call.is_causal,
-        scale=call.scale,
-        enable_gqa=call.enable_gqa,
-    )
+    given, named = call.arguments
+    choice = torch._fused_sdp_choice(*given, **named)
     return {_FLASH: "flash", _EFFICIENT: "efficient", _CUDNN: "cudnn"}.get(int(choice), "math")
 
 
