@@ -67,6 +67,7 @@ class AttentionBudget(TokenRows):
     """
 
     name = "attention-budget"
+    cell = _CELL
     examples = ("--layers all", "--layers 2-5 --images scenes:val --control random,shuffled")
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
@@ -75,12 +76,9 @@ class AttentionBudget(TokenRows):
         return AttentionMass(sink, heads=heads, rows="layer" if self.rows == "layer" else "head")
 
     def reduce(self, rows: Rows) -> pd.DataFrame:
-        table = pd.DataFrame({name: rows[name] for name in [*_CELL, "step", "head", "mass", "uniform"]}, copy=False)
-        sums = table.groupby([*_CELL, "step", "head"], observed=True, sort=False)[["mass", "uniform"]].sum()  # streams
-        return sums.groupby([*_CELL, "step"], observed=True, sort=False).mean().reset_index()
-
-    def join(self, calls: pd.DataFrame) -> pd.DataFrame:
-        return calls.groupby(_CELL, observed=True, sort=False)[["mass", "uniform"]].mean().reset_index()
+        table = pd.DataFrame({name: rows[name] for name in [*_CELL, "head", "mass", "uniform"]}, copy=False)
+        sums = table.groupby([*_CELL, "head"], observed=True, sort=False).sum()  # streams
+        return sums.groupby(_CELL, observed=True, sort=False).mean().reset_index()
 
     def summarise(self, result: Result) -> pd.DataFrame:
         return summarise(self.by_item(result))

@@ -41,6 +41,7 @@ class ContributionBudget(TokenRows):
     """
 
     name = "contribution-budget"
+    cell = _CELL
     examples = ("--layers all --limit 8",)
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
@@ -55,9 +56,6 @@ class ContributionBudget(TokenRows):
         place = pd.MultiIndex.from_frame(table[["branch", "layer", "head"]])
         table = table.assign(relative=table["norm"] / whole.reindex(place).to_numpy())
         return table.groupby(_CELL, observed=True, sort=False)[_VALUES].mean().reset_index()
-
-    def join(self, calls: pd.DataFrame) -> pd.DataFrame:
-        return calls.groupby(_CELL, observed=True, sort=False)[_VALUES].mean().reset_index()
 
     def summarise(self, result: Result) -> pd.DataFrame:
         by_item = self.by_item(result)

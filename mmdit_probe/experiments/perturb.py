@@ -134,7 +134,12 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
         return summarise(self.rows(result))
 
     def scores(self, result: Result) -> pd.DataFrame:
-        return losses(self.rows(result))
+        """What every edit costs: the effect with the sign that makes harm positive, a drop of alignment or similarity,
+        a rise of change."""
+        found = gains(self.rows(result), ROW, ["condition", *PLACE])
+        found = found[found["condition"] != NO_OP].drop(columns="condition")
+        harm = np.where(found["outcome"].isin(HARM_IS_RISE), 1.0, -1.0)
+        return found.assign(value=found["value"] * harm)
 
     def sign(self, outcome: str) -> float:
         return -1.0  # the scores are what an edit costs
@@ -214,18 +219,6 @@ def _condition(
 def no_op_change(table: pd.DataFrame) -> float:
     """The largest change of the rows that must not change anything."""
     return float(table.loc[table["condition"] == NO_OP, "change"].abs().max())
-
-
-def losses(table: pd.DataFrame) -> pd.DataFrame:
-    """What every edit costs, for `results.statistics.compare`.
-
-    Returns: columns item, control, layer, head, span, outcome, value. The value is the effect with the sign that
-    makes harm positive: a drop of alignment or similarity, a rise of change.
-    """
-    found = gains(table, ROW, ["condition", *PLACE])
-    found = found[found["condition"] != NO_OP].drop(columns="condition")
-    harm = np.where(found["outcome"].isin(HARM_IS_RISE), 1.0, -1.0)
-    return found.assign(value=found["value"] * harm)
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:

@@ -148,7 +148,9 @@ class Report(Sampling, Experiment):
         """The result of each part."""
         from mmdit_probe.experiments.result import Result as Read
 
-        return {name: Read.read(_state(result) / name) for name in result.table["part"]}
+        place = result.store.workplace("")
+        assert place is not None  # `run` always has a folder
+        return {name: Read.read(place / name) for name in result.table["part"]}
 
     def page(self, result: Result) -> Page:
         """The page of everything."""
@@ -192,12 +194,6 @@ class Report(Sampling, Experiment):
 
 _READ = ("attention-budget", "value-norms", "perturb")
 """Parts that hold evidence for the selection on any model."""
-
-
-def _state(result: Result) -> Path:
-    place = result.store.workplace("")
-    assert place is not None
-    return place
 
 
 def _answer(selection: Result) -> list[str]:

@@ -176,12 +176,8 @@ class SelectLayers(Sampling, Experiment):
         return {
             "evidence_by_layer": result.summary,
             "agreement": evidence.agreement(result.table),
-            "stability": evidence.stability(self._selected_on(result), self.top, self.rule),
+            "stability": evidence.stability(result.table[result.table["split"] == self.split], self.top, self.rule),
         }
-
-    def _selected_on(self, result: Result) -> pd.DataFrame:
-        """The rows of the split that is selected on."""
-        return result.table[result.table["split"] == self.split]
 
     def files(self, result: Result, folder: Path) -> None:
         self.selected(result).save(folder / "selection.json")

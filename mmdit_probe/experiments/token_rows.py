@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
@@ -59,6 +59,8 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
     """Rows per prompt, step, branch, layer, head and kind of token."""
 
     early = True
+    cell: ClassVar[list[str]]
+    """Columns of reduced rows that say what they are of; all others are averaged."""
 
     prompts: Prompts = None
     limit: Annotated[
@@ -112,9 +114,9 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
     def reduce(self, rows: Rows) -> pd.DataFrame:
         """The rows of one denoising call, one per branch, layer and group: means over heads and tokens."""
 
-    @abstractmethod
     def join(self, calls: pd.DataFrame) -> pd.DataFrame:
         """The reduced rows of an item's denoising calls, averaged over its steps."""
+        return calls.groupby(self.cell, observed=True, sort=False).mean().reset_index()
 
     def gather(self, scenes: bool) -> tuple[list[str], list[Sample]]:
         """Prompts to sample, or pictures and the texts that replace their captions."""

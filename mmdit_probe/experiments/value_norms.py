@@ -47,6 +47,7 @@ class ValueNorms(TokenRows):
     """
 
     name = "value-norms"
+    cell = _CELL
     examples = ("--layers all --limit 8", "--images scenes:val --sigma 0.515")
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
@@ -72,9 +73,6 @@ class ValueNorms(TokenRows):
             sums = table[chosen].groupby(_CELL, observed=True)[["total", "n_token"]].sum()
             columns[name] = sums["total"] / sums["n_token"]
         return pd.DataFrame(columns).astype("float64").rename_axis(_CELL).reset_index()
-
-    def join(self, calls: pd.DataFrame) -> pd.DataFrame:
-        return calls.groupby(_CELL, observed=True, sort=False).mean().reset_index()
 
     def summarise(self, result: Result) -> pd.DataFrame:
         return by_layer(self.by_item(result))
