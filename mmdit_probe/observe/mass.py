@@ -161,8 +161,8 @@ class AttentionMass(RowObserver):
 
     def observe(self, seen: LayerCall) -> None:
         text, call, lse = self._of(seen), seen.call, seen.lse
-        plain = lse is not None and call.attn_mask is None and not call.is_causal and not text.keys.frames
-        if not plain or lse.numel() * text.keys.indicator.shape[1] > SMALL:
+        plain = call.attn_mask is None and not call.is_causal and not text.keys.frames
+        if lse is None or not plain or lse.numel() * text.keys.indicator.shape[1] > SMALL:
             super().observe(seen)
             return
         # Copies: what computes the model's next layers may use the memory again.

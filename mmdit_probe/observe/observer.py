@@ -350,7 +350,9 @@ class RowBatch:
         Args:
             axes: the columns along each axis. values: numbers that broadcast to the axes' lengths.
         """
-        call, labels, changing = self.denoising, {}, {"step": self.denoising.step, **values}
+        call = self.denoising
+        labels: dict[str, Any] = {}
+        changing: dict[str, Any] = {"step": call.step, **values}
         if sample is not None:
             labels = {"prompt": call.prompts[sample], "seed": call.seeds[sample], "branch": call.branches[sample]}
             changing["sigma"] = call.sigmas[sample]

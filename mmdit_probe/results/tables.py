@@ -182,7 +182,10 @@ class ItemWriter:
 
 
 class Sink(Protocol):
-    """Where finished rows go: `write` gets equally long columns, numbers as arrays, text as `pandas.Categorical`."""
+    """Where finished rows go: `write` gets equally long columns, numbers as arrays, text as `pandas.Categorical`.
+
+    They are not to be changed: later calls may give the same ones again.
+    """
 
     def write(self, columns: dict[str, Any]) -> None: ...
 
