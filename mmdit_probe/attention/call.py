@@ -77,7 +77,10 @@ class SDPACall:
 
     def broadcast(self) -> SDPACall:
         """The call with the batch axes of query, key and value made equal, as views."""
-        batch = max(len(self.query), len(self.key), len(self.value))
+        lengths = {len(self.query), len(self.key), len(self.value)}
+        if len(lengths) == 1:
+            return self
+        batch = max(lengths)
         query, key, value = (
             t if len(t) == batch else t.expand(batch, -1, -1, -1) for t in (self.query, self.key, self.value)
         )

@@ -155,7 +155,8 @@ def reduce(
     for block in blocks(call, lse, keys, queries):
         sums[block.pairs].baddbmm_(weights[block.pairs, :, block.queries], block.flat)
     out = sums.unflatten(0, (batch, heads))[..., :count]  # [B, H, M, K]
-    out = out if key_weights is None else out @ key_weights[:, None]
+    if key_weights is not None:
+        out = (out.flatten(1, 2) @ key_weights).unflatten(1, (heads, -1))  # fewer operations than with an axis of 1
     return out.mean(1) if head_mean else out
 
 

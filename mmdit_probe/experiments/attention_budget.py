@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Rows
     from mmdit_probe.observe.observer import RowObserver
     from mmdit_probe.specs import HeadSpec
 
@@ -67,7 +66,7 @@ class AttentionBudget(TokenRows):
     """
 
     name = "attention-budget"
-    cell = _CELL
+    reads = (*_CELL, "stream", "mass", "uniform")
     examples = ("--layers all", "--layers 2-5 --images scenes:val --control random,shuffled")
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
@@ -75,10 +74,10 @@ class AttentionBudget(TokenRows):
 
         return AttentionMass(sink, heads=heads, rows="layer" if self.rows == "layer" else "head")
 
-    def reduce(self, rows: Rows) -> pd.DataFrame:
-        table = pd.DataFrame({name: rows[name] for name in [*_CELL, "head", "mass", "uniform"]}, copy=False)
-        sums = table.groupby([*_CELL, "head"], observed=True, sort=False).sum()  # streams
-        return sums.groupby(_CELL, observed=True, sort=False).mean().reset_index()
+    def reduce(self, rows: pd.DataFrame) -> pd.DataFrame:
+        groups = rows.astype({"mass": "float64", "uniform": "float64"}).groupby(_CELL, observed=True, sort=False)
+        # Every head has a row for each stream of a span: those add up, and what is left is averaged.
+        return groups[["mass", "uniform"]].mean().mul(groups["stream"].nunique(), axis=0).reset_index()
 
     def summarise(self, result: Result) -> pd.DataFrame:
         return summarise(self.by_item(result))

@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Rows
     from mmdit_probe.observe.observer import RowObserver
 
 _CELL = ["branch", "layer", "head", "key", "span", "word"]
+_UPDATE = ["step", "sigma", "branch", "layer", "head"]
+"""What one whole update of the image tokens has of its own."""
+_READ = ["norm", "cosine", "share", "mass"]
 _VALUES = ["norm", "relative", "cosine", "share", "mass"]
 _ENDS = ["relative_low", "relative_high", "mass_low", "mass_high"]
 
@@ -41,7 +43,7 @@ class ContributionBudget(TokenRows):
     """
 
     name = "contribution-budget"
-    cell = _CELL
+    reads = (*dict.fromkeys([*_UPDATE, *_CELL]), "stream", *_READ)
     examples = ("--layers all --limit 8",)
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
@@ -49,12 +51,11 @@ class ContributionBudget(TokenRows):
 
         return Contribution(sink, heads=heads, rows="layer" if self.rows == "layer" else "head")
 
-    def reduce(self, rows: Rows) -> pd.DataFrame:
-        table = pd.DataFrame({n: rows[n] for n in [*_CELL, "stream", *_VALUES] if n != "relative"}, copy=False)
-        table = table[table["stream"] == ""].drop(columns="stream")
-        whole = table[table["key"] == "all"].groupby(["branch", "layer", "head"], observed=True)["norm"].mean()
-        place = pd.MultiIndex.from_frame(table[["branch", "layer", "head"]])
-        table = table.assign(relative=table["norm"] / whole.reindex(place).to_numpy())
+    def reduce(self, rows: pd.DataFrame) -> pd.DataFrame:
+        table = rows[rows["stream"] == ""].astype(dict.fromkeys(_READ, "float64"))
+        update = table[table["key"] == "all"].groupby(_UPDATE, observed=True)["norm"].mean().rename("update")
+        table = table.join(update, on=_UPDATE)
+        table["relative"] = table["norm"] / table["update"]
         return table.groupby(_CELL, observed=True, sort=False)[_VALUES].mean().reset_index()
 
     def summarise(self, result: Result) -> pd.DataFrame:

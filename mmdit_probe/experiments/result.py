@@ -43,6 +43,7 @@ class Result:
 
     def __init__(self, experiment: Experiment, store: Store) -> None:
         self.experiment, self.store = experiment, store
+        self._held: dict[str, pd.DataFrame] = {}
 
     @classmethod
     def read(cls, folder: Path | str) -> Result:
@@ -77,10 +78,16 @@ class Result:
         paths = [Path(whole)] if Path(whole).exists() else [Path(part) for part in whole.split("+")]
         return "+".join(path.parent.name if path.name == "lora" and path.parent.name else path.name for path in paths)
 
-    @cached_property
+    @property
     def table(self) -> pd.DataFrame:
         """The main table: tidy, one observation per row."""
-        return self.store.table(self.experiment.tables[0])
+        return self.held(self.experiment.tables[0])
+
+    def held(self, name: str) -> pd.DataFrame:
+        """A table, read once: of ten thousand items it is as many files."""
+        if name not in self._held:
+            self._held[name] = self.store.table(name)
+        return self._held[name]
 
     @cached_property
     def summary(self) -> pd.DataFrame:

@@ -26,7 +26,7 @@ from mmdit_probe.errors import ProbeWarning, UserError, first_line
 from mmdit_probe.results import RunFolder, TableWriter, atomic, processes, read_items, read_table
 from mmdit_probe.results.clip import Clip
 from mmdit_probe.results.folder import read_record
-from mmdit_probe.results.tables import MemorySink, check_items, complete, constant, items, needed
+from mmdit_probe.results.tables import MemorySink, check_items, complete, items, needed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -52,12 +52,9 @@ class TaskRecord:
 
     def write(self, table: str, columns: Rows | pd.DataFrame, **labels: int | float | str) -> None:
         """Add rows to a table; `labels`, columns of one value, come before the others."""
-        if not isinstance(columns, Mapping):
-            columns = {str(name): columns[name].values for name in columns.columns}
-        count = len(next(iter(columns.values())))
-        if count:
-            repeated = {name: constant(value, count) for name, value in labels.items()}
-            self._sink_of(table).write(repeated | dict(columns))
+        columns = {str(name): column for name, column in columns.items()}
+        if len(next(iter(columns.values()))):
+            self._sink_of(table).write(labels | columns)
 
     def picture(self, name: str, image: Image | Clip) -> None:
         """Keep a picture or a video."""

@@ -30,6 +30,7 @@ from mmdit_probe.experiments.options import (
     samples_of,
 )
 from mmdit_probe.options import Option, changed
+from mmdit_probe.results.tables import MemorySink
 from mmdit_probe.specs import HeadSpec, Spec, step_indices
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
     """Rows per prompt, step, branch, layer, head and kind of token."""
 
     early = True
-    cell: ClassVar[list[str]]
-    """Columns of reduced rows that say what they are of; all others are averaged."""
+    reads: ClassVar[tuple[str, ...]]
+    """The columns that `reduce` needs."""
 
     prompts: Prompts = None
     limit: Annotated[
@@ -111,12 +112,9 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         """What measures."""
 
     @abstractmethod
-    def reduce(self, rows: Rows) -> pd.DataFrame:
-        """The rows of one denoising call, one per branch, layer and group: means over heads and tokens."""
-
-    def join(self, calls: pd.DataFrame) -> pd.DataFrame:
-        """The reduced rows of an item's denoising calls, averaged over its steps."""
-        return calls.groupby(self.cell, observed=True, sort=False).mean().reset_index()
+    def reduce(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows of an item, `reads` of them, as one per branch, layer and group: means over steps, heads and
+        tokens."""
 
     def gather(self, scenes: bool) -> tuple[list[str], list[Sample]]:
         """Prompts to sample, or pictures and the texts that replace their captions."""
@@ -168,11 +166,10 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         (variant, item), (layers, heads) = task, study.state
         labels: dict[str, Any] = {"control": variant.name, "item": item.index}
         labels |= {"picture": item.picture.name} if item.picture else {}
-        calls: list[pd.DataFrame] = []
-        seen: set[int] = set()
+        kept, seen = MemorySink(), set[int]()
 
         def take(rows: Rows) -> None:
-            calls.append(self.reduce(rows))
+            kept.write({name: rows[name] for name in self.reads})
             if (step := int(rows["step"][0])) not in seen:  # guidance may take two calls a step
                 seen.add(step)
                 record.advance(0.999 * part)  # the last thousandth is the task's end: what is written
@@ -188,7 +185,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
                 )
             else:
                 denoise_picture(variant.model, item.picture, item.prompt, self.sigma, item.seed)
-        record.write(f"{self.stem}_by_item", self.join(pd.concat(calls, ignore_index=True)), **labels)
+        record.write(f"{self.stem}_by_item", self.reduce(kept.table()), **labels)
 
     def setting(self, result: Result, count: int) -> str:
         """What was averaged over and how it was run, for the figure's title and the line below the table."""
@@ -204,7 +201,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         Raises:
             UserError: it was not measured.
         """
-        table = result.store.table(f"{self.stem}_by_item")
+        table = result.held(f"{self.stem}_by_item")
         chosen = table[table["branch"] == branch]
         if chosen.empty:
             raise UserError(f"the table has no rows of branch {branch!r}; expected cond or uncond of a guided run")

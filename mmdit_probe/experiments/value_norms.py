@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Rows
     from mmdit_probe.observe.observer import RowObserver
 
 PROMPT_SPANS = ("bos", "word", "eos", "template")
@@ -47,7 +46,7 @@ class ValueNorms(TokenRows):
     """
 
     name = "value-norms"
-    cell = _CELL
+    reads = (*_CELL, "token", "span", "norm", "n_token")
     examples = ("--layers all --limit 8", "--images scenes:val --sigma 0.515")
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
@@ -55,11 +54,10 @@ class ValueNorms(TokenRows):
 
         return ValueNorm(sink, heads=heads, rows="layer" if self.rows == "layer" else "head")
 
-    def reduce(self, rows: Rows) -> pd.DataFrame:
+    def reduce(self, rows: pd.DataFrame) -> pd.DataFrame:
         """Means over the tokens of each group of `GROUPS`, a column each: NaN where it has no tokens, and none of
-        references where the call has none."""
-        table = pd.DataFrame({n: rows[n] for n in (*_CELL, "token", "span", "norm", "n_token")}, copy=False)
-        table["total"] = table["norm"] * table["n_token"]
+        references where the calls have none."""
+        table = rows.assign(total=rows["norm"].astype("float64") * rows["n_token"])
         members = {
             "image": table["token"] == "image",
             "text": table["token"] == "text",
