@@ -11,22 +11,21 @@ with short values takes mass and writes little. Not here: the measurement (`obse
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from mmdit_probe.experiments.text import TextTable, bounded, share
+from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.experiments.attention_budget import mass_interval
+from mmdit_probe.experiments.text import Text, TextTable, bounded, share
 from mmdit_probe.experiments.token_rows import TokenRows
 from mmdit_probe.results.statistics import interval, measured
-from mmdit_probe.specs import ALL_HEADS
+from mmdit_probe.specs import ALL_HEADS, HeadSpec
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import Rows
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.observe.observer import RowObserver
-    from mmdit_probe.specs import HeadSpec
 
 _CELL = ["branch", "layer", "head", "key", "span", "word"]
 _VALUES = ["norm", "relative", "cosine", "share", "mass"]
@@ -41,8 +40,8 @@ class ContributionBudget(TokenRows):
     item, the summaries per layer, per head and per word, the figure and run.json into a run folder.
     """
 
-    name: ClassVar[str] = "contribution-budget"
-    examples: ClassVar[tuple[str, ...]] = ("contribution-budget --layers all --limit 8",)
+    name = "contribution-budget"
+    examples = ("--layers all --limit 8",)
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
         from mmdit_probe.observe.contribution import Contribution
@@ -50,8 +49,6 @@ class ContributionBudget(TokenRows):
         return Contribution(sink, heads=heads, rows="layer" if self.rows == "layer" else "head")
 
     def reduce(self, rows: Rows) -> pd.DataFrame:
-        import pandas as pd
-
         table = pd.DataFrame({n: rows[n] for n in [*_CELL, "stream", *_VALUES] if n != "relative"}, copy=False)
         table = table[table["stream"] == ""].drop(columns="stream")
         whole = table[table["key"] == "all"].groupby(["branch", "layer", "head"], observed=True)["norm"].mean()
@@ -121,15 +118,13 @@ def summarise(by_item: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     Returns: the columns `by`, n, norm, relative (norm over the norm of the whole update), cosine (with that update),
     share (along it), mass, and relative_low, relative_high, mass_low, mass_high (95 % intervals over items).
     """
-    import pandas as pd
-
     own = measured(by_item)
     own = own if "group" in own else grouped(own)
     rows: list[dict[str, Any]] = []
     for place, part in own.groupby(by, observed=True):
         items = part.groupby("item")[_VALUES].mean()
         means = {name: float(items[name].mean()) for name in _VALUES}
-        mass = interval(items["mass"].clip(0, 1), kind="share")
+        mass = mass_interval(items["mass"])
         ends = dict(zip(_ENDS, (*interval(items["relative"])[1:], *mass[1:]), strict=True))
         rows.append(dict(zip(by, place, strict=True)) | {"n": len(items)} | means | ends)
     return pd.DataFrame(rows, columns=[*by, "n", *_VALUES, *_ENDS])

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import experiment_of
 from mmdit_probe.experiments.controls import CONTROLS
 from mmdit_probe.experiments.store import FolderStore, Store
 from mmdit_probe.experiments.text import Text, claim_lines, claim_table, page, records
 from mmdit_probe.results import RunFolder, TableWriter, atomic
+from mmdit_probe.results.folder import read_record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,9 +51,6 @@ class Result:
         Raises:
             UserError: no run folder, or not one of an experiment.
         """
-        from mmdit_probe.experiments import experiment_of
-        from mmdit_probe.results.folder import read_record
-
         record = read_record(folder)
         if record is None or "options" not in record or "model" not in record:
             raise UserError(f"{str(folder)!r} is no run folder of an experiment")

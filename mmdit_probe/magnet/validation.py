@@ -86,11 +86,10 @@ def _maps(
 
 def sample_grid(model: MMDiT, prompts: Sequence[str], *, steps: int, guidance: float, seed: int) -> Any:
     """One picture per prompt, side by side, as a PIL image."""
+    from diffusers.utils import make_image_grid
+
     images = model.generate(list(prompts), steps=steps, guidance=guidance, seed=seed)
     columns = min(8, len(images))
-    rows = -(-len(images) // columns)
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, rows * height))
-    for place, image in enumerate(images):
-        sheet.paste(image, (place % columns * width, place // columns * height))
-    return sheet
+    missing = -len(images) % columns
+    black = Image.new("RGB", images[0].size)
+    return make_image_grid([*images, *[black] * missing], (len(images) + missing) // columns, columns)

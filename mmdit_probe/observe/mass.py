@@ -13,7 +13,6 @@ the query's own frame, and of other frames. Not here: the mass of single keys (`
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,20 +23,15 @@ from torch import Tensor
 
 from mmdit_probe.attention import exact, gradients
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.models.layout import KINDS, Layout
+from mmdit_probe.models.layout import KINDS, MODALITIES, Layout
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.observer import LayerCall, RowBatch, RowObserver
+from mmdit_probe.observe.observer import Group, LayerCall, RowBatch, RowObserver, token_groups
 from mmdit_probe.specs import ALL_HEADS
-
-QUERIES = ("image", "text", "reference")
 
 COLUMNS = (
     "prompt", "seed", "step", "sigma", "branch", "layer", "head", "query", "key", "span", "stream", "mass", "n_query",
     "n_key", "uniform",
 )  # fmt: skip
-
-Group = tuple[str, str, str]
-"""(key, span, stream) of a row: ("text", "word", "t5"), ("reference", "0", ""), ("image", "all", "")."""
 
 SAME_FRAME, OTHER_FRAMES = "same frame", "other frames"
 """Spans of the image keys of a video's image queries; they sum to I2I."""
@@ -78,10 +72,7 @@ class KeyGroups:
         for sample, start in enumerate(first):
             for number, (_, positions) in enumerate(layout.references_of(sample)):
                 of_key[sample, positions] = start + number
-        queries = QUERIES if layout.counts["reference"] else QUERIES[:2]
-        weights = torch.stack([layout.labels == KINDS.index(kind) for kind in queries]).float()[None]
-        if layout.queries is not None:
-            weights = weights * layout.queries[:, None].float()
+        weights = layout.query_masks(*layout.modalities)
         columns = layout.positions(*KINDS[1:])
         indicator = torch.nn.functional.one_hot(of_key[:, columns], count).float()
         columns, *frames = (of if isinstance(of, slice) else of.to(device) for of in (columns, *layout.frame_positions))
@@ -90,11 +81,11 @@ class KeyGroups:
 
 @dataclass(frozen=True, eq=False)
 class _Text:
-    """What the layers of one denoising call share: token tables, layout, the groups by name and as tensors."""
+    """What the layers of one denoising call share: token tables, layout, each sample's groups, and their tensors."""
 
     tables: Sequence[TokenTable]
     layout: Layout
-    names: list[list[Group]]
+    groups: list[dict[Group, Tensor]]
     keys: KeyGroups
 
 
@@ -121,9 +112,12 @@ class AttentionMass(RowObserver):
     def measure(self, seen: LayerCall) -> tuple[_Text, Tensor, Tensor]:
         tables, layout = seen.tokens, seen.layout
         if self._text is None or self._text.tables is not tables or self._text.layout is not layout:
-            names = [_names(table, layout, sample) for sample, table in enumerate(tables)]
-            groups = [_groups(table, of) for table, of in zip(tables, names, strict=True)]
-            self._text = _Text(tables, layout, names, KeyGroups.of(layout, groups, seen.call.query.device))
+            groups = [token_groups(layout, table, sample) for sample, table in enumerate(tables)]
+            numbers = []
+            for of, table in zip(groups, tables, strict=True):
+                number = {group: n for n, group in enumerate(of)}
+                numbers.append([number["text", token.kind, token.stream] for token in table.tokens])
+            self._text = _Text(tables, layout, groups, KeyGroups.of(layout, numbers, seen.call.query.device))
         return self._text, *attention_masses(seen.call, seen.lse, self._text.keys)
 
     def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
@@ -147,9 +141,9 @@ class AttentionMass(RowObserver):
 def _axes(text: _Text, sample: int, n_query: np.ndarray) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
     """The queries and groups that a sample has, as an index of [.., Q, G] and as columns along two axes; of a video for
     image queries, whose image keys are split, and for the others."""
-    layout, names = text.layout, text.names[sample]
-    counts = _counts(layout, text.tables[sample], sample, names)
-    total = sum(layout.key_count(kind, sample) for kind in KINDS)
+    there, names = text.layout.present(sample), list(text.groups[sample])
+    counts = [int(there[positions].sum()) for positions in text.groups[sample].values()]
+    total = int(there.sum())
     # A span whose every position is missing or masked in this sample is none it has.
     groups = [(k, names[k], counts[k]) for k, (key, _, _) in enumerate(names) if key != "text" or counts[k] > 0]
     queries = [place for place in range(len(n_query)) if n_query[place] > 0]
@@ -165,7 +159,7 @@ def _axes(text: _Text, sample: int, n_query: np.ndarray) -> Iterator[tuple[Any, 
             yield (
                 np.ix_(those, places),
                 [
-                    {"query": [QUERIES[place] for place in those], "n_query": n_query[those]},
+                    {"query": [MODALITIES[place] for place in those], "n_query": n_query[those]},
                     {"key": key, "span": span, "stream": stream, "n_key": held, "uniform": np.array(held) / total},
                 ],
             )
@@ -204,25 +198,3 @@ def attention_masses(call: SDPACall, lse: Tensor | None, keys: KeyGroups) -> tup
         same[..., 0] = exact.within(call, lse, keys.frames, weights[:, 0]) / n_query[:, None, 0].clamp(min=1)
         masses = torch.cat([masses, torch.stack([same, masses[..., 0] - same], -1)], -1)
     return masses, n_query.long()
-
-
-def _names(table: TokenTable, layout: Layout, sample: int) -> list[Group]:
-    """The groups 0, 1, 2, ... of a sample's keys."""
-    spans = dict.fromkeys(("text", token.kind, token.stream) for token in table.tokens)
-    references = [("reference", str(number), "") for number in range(len(layout.references_of(sample)))]
-    return [("image", "all", ""), ("other", "all", ""), *spans, *references]
-
-
-def _groups(table: TokenTable, names: list[Group]) -> list[int]:
-    place = {name: index for index, name in enumerate(names)}
-    return [place["text", token.kind, token.stream] for token in table.tokens]
-
-
-def _counts(layout: Layout, table: TokenTable, sample: int, names: list[Group]) -> list[int]:
-    """Keys of each group that a sample has."""
-    there = torch.ones(layout.total, dtype=torch.bool) if layout.keys is None else layout.keys[sample]
-    present = there[layout.labels == 1].tolist()
-    found = Counter(("text", of.kind, of.stream) for of, is_key in zip(table.tokens, present, strict=True) if is_key)
-    for number, (_, positions) in enumerate(layout.references_of(sample)):
-        found["reference", str(number), ""] = int(there[positions].sum())
-    return [found[name] if name[0] in ("text", "reference") else layout.key_count(name[0], sample) for name in names]

@@ -288,6 +288,26 @@ class RowObserver(Observer):
         return heads_at(self.heads, layer, count)
 
 
+Group = tuple[str, str, str]
+"""(kind of token, span, stream): ("text", "word", "t5"), ("reference", "0", ""), ("image", "all", "")."""
+
+
+def token_groups(layout: Layout, table: TokenTable, sample: int) -> dict[Group, Tensor]:
+    """Joint positions of the tokens of every group of a sample, on the CPU: of its layout, whether or not it has them.
+
+    Image and other tokens, then the span kinds of each stream in the order of the text, then references by number.
+    """
+    spans: dict[Group, list[int]] = {}
+    for position, token in zip(layout.indices("text").tolist(), table.tokens, strict=True):
+        spans.setdefault(("text", token.kind, token.stream), []).append(position)
+    references = enumerate(layout.references_of(sample))
+    return {
+        ("image", "all", ""): layout.indices("image"), ("other", "all", ""): layout.indices("other"),
+        **{group: torch.tensor(positions) for group, positions in spans.items()},
+        **{("reference", str(number), ""): positions for number, (_, positions) in references},
+    }  # fmt: skip
+
+
 Axis = Mapping[str, Sequence[Any] | np.ndarray]
 """Columns that vary together along one axis of a block of rows; all of one length."""
 

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import ProbeWarning, RunError, UserError, first_line
 from mmdit_probe.results.atomic import disk, make_folder, remove_leftovers, replacing
 
 if TYPE_CHECKING:
-    import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -151,7 +151,7 @@ class ItemWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._waiting.clear()
         if self._writer is not None:
             with contextlib.suppress(OSError):  # dropped anyway; a full disk must not hide the first error
@@ -187,8 +187,6 @@ class Sink(Protocol):
 
 def text_column(codes: np.ndarray, words: Iterable[str]) -> Any:
     """A column of text, `pandas.Categorical`, from the places of its entries among `words`."""
-    import pandas as pd
-
     return pd.Categorical.from_codes(codes, pd.Index(list(words)))
 
 
@@ -232,8 +230,6 @@ class MemorySink:
     def table(self) -> pd.DataFrame:
         """Everything written so far, as `read_table` gives it: columns in the order of the first write, text as
         categories."""
-        import pandas as pd
-
         columns: dict[str, Any] = {}
         for name, parts in self._parts.items():
             whole = [
