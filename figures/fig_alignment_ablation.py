@@ -2,8 +2,8 @@
 
     python figures/fig_alignment_ablation.py
 
-Draws the tables that `analyses/alignment_ablation.py` writes: one row per transformer, from the same curriculum, batches
-and noise, whose image tokens were taught something on the framed layers. Writes
+Draws the tables that `analyses/alignment_ablation.py` writes: one row per transformer, trained by the same curriculum,
+batches and noise, whose image tokens were taught something on the framed layers. Writes
 `figures/out/scenes-sd3/alignment_ablation.{png,pdf,csv}`. Takes and ignores the options of its sister scripts.
 """
 
@@ -46,22 +46,25 @@ def by_layer(table: pd.DataFrame, value: str) -> pd.DataFrame:
     return table.pivot_table(index="recipe", columns="layer", values=value).reindex(order)
 
 
-def panel(axes: Axes, grid: pd.DataFrame, title: str, low: float, high: float, best: str, colours: str) -> None:
-    """One heat map: a dot for the best layer of each transformer, a frame around the layers that were taught."""
+def panel(axes: Axes, grid: pd.DataFrame, title: str, low: float, high: float) -> None:
+    """One heat map: a dot for the best layer of each transformer (of ranks, the least), a frame around the taught."""
     from matplotlib.patches import Rectangle
 
+    ranks, layers = low > 0, list(grid.columns)
+    texts = [[f"{value:.1f}" if ranks else f"{value:.2f}".lstrip("0") for value in row] for row in grid.to_numpy()]
     shown = grid.rename(index=name_of).rename_axis(index="taught beside flow matching")
-    style.heat(axes, shown, low=low, high=high, colours=colours, decimals=2 if high <= 1 else 1)
+    style.heat(axes, shown, low=low, high=high, colours="cividis_r" if ranks else "cividis", texts=texts)
     for row, recipe in enumerate(grid.index):
-        column = list(grid.columns).index(getattr(grid.loc[recipe], best)())
-        axes.plot(column + 0.85, row + 0.2, **BEST)
-        for layer in taught(recipe, list(grid.columns)):
-            axes.add_patch(Rectangle((list(grid.columns).index(layer), row), 1, 1, clip_on=False, **TAUGHT))
+        values = grid.loc[recipe]
+        best = values.idxmin() if ranks else values.idxmax()
+        axes.plot(layers.index(best) + 0.5, row + 0.12, **BEST)
+        for layer in taught(recipe, layers):
+            axes.add_patch(Rectangle((layers.index(layer), row), 1, 1, clip_on=False, **TAUGHT))
     axes.set_title(title)
 
 
 def ablation_figure(maps: pd.DataFrame, evidence: pd.DataFrame, *, title: str = "") -> Figure:
-    """I2T map quality and the mean rank over all evidence, recipe by layer.
+    """I2T map quality, raw and stretched, and the mean rank over all evidence, recipe by layer.
 
     Args:
         maps, evidence: as `analyses/alignment_ablation.py` writes them.
@@ -69,13 +72,17 @@ def ablation_figure(maps: pd.DataFrame, evidence: pd.DataFrame, *, title: str = 
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    quality = by_layer(maps[~maps["min_max"]], "miou")
+    raw, stretched = (by_layer(maps[maps["min_max"] == kind], "miou") for kind in (False, True))
     ranks = by_layer(evidence, "rank")
-    with style.panels(style.PAGE, 2.6, 2, title=title) as (figure, (left, right)):
-        panel(left, quality, "mIoU of the raw I2T maps", 0, float(quality.max().max()), "idxmax", "cividis")
-        panel(right, ranks, "mean rank over all evidence (1: first)", 1, float(ranks.columns.size), "idxmin", "cividis_r")
-        right.set(ylabel="", yticklabels=[])
-        style.legend(figure, handles=[Patch(label="taught layer", **TAUGHT), Line2D([], [], label="best layer", **BEST)])
+    top = float(maps["miou"].max())
+    with style.panels(style.PAGE, 2.4, 3, title=title) as (figure, panels):
+        panel(panels[0], raw, "mIoU, raw I2T maps", 0, top)
+        panel(panels[1], stretched, "mIoU, maps stretched to 0..1", 0, top)
+        panel(panels[2], ranks, "mean rank over all evidence", 1, float(ranks.columns.size))
+        for axes in panels[1:]:
+            axes.set(ylabel="", yticklabels=[])
+        handles = [Patch(label="taught layer", **TAUGHT), Line2D([], [], label="best layer", **BEST)]
+        style.legend(figure, handles=handles)
     return figure
 
 
