@@ -66,6 +66,7 @@ class AttentionBudget(TokenRows):
     """
 
     name = "attention-budget"
+    claimed = "image queries give words more attention than they do in the control"
     reads = (*_CELL, "stream", "mass", "uniform")
     examples = ("--layers all", "--layers 2-5 --images scenes:val --control random,shuffled")
 
@@ -84,9 +85,6 @@ class AttentionBudget(TokenRows):
 
     def scores(self, result: Result) -> pd.DataFrame:
         return blocks(self.by_item(result)).melt(["item", "control", "layer"], ["I2T", "I2T_word"], "measure")
-
-    def claim(self, result: Result) -> str:
-        return "image queries give words more attention than they do in the control"
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
         return claims[claims["measure"] == "I2T_word"].drop(columns="measure")

@@ -42,6 +42,7 @@ class Attribute(LayersAndHeads, Experiment):
     examples = ("--limit 8", "--method gradients --target mass --limit 16")
     tables = ("attribution",)
     possible = ("random", "uniform")
+    claimed = "attention and attribution agree (rank correlation within scenes) more than in the control"
 
     method: Annotated[Literal["ablation", "gradients"], Option("Feature ablation, or integrated gradients.")] = (
         "ablation"
@@ -93,9 +94,6 @@ class Attribute(LayersAndHeads, Experiment):
         from mmdit_probe.experiments.word_attribution import by_scene
 
         return by_scene(result.table)
-
-    def claim(self, result: Result) -> str:
-        return "attention and attribution agree (rank correlation within scenes) more than in the control"
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
         return {"agreement": result.summary}

@@ -45,6 +45,7 @@ class BlockOperations(JudgedSweep):
     name = "block-operations"
     examples = ("--limit 16", "--operations remove,double --layers 2-5 --limit 16")
     tables = ("blocks",)
+    claimed = "the operation raises the outcome (edited minus stock) more than in the control"
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.")] = "all"
     operations: Annotated[str, Option("Some of remove, silence, double, by comma.")] = ALL_OPERATIONS
@@ -84,9 +85,6 @@ class BlockOperations(JudgedSweep):
 
     def scores(self, result: Result) -> pd.DataFrame:
         return gains(self.rows(result), ROW, PLACE)
-
-    def claim(self, result: Result) -> str:
-        return "the operation raises the outcome (edited minus stock) more than in the control"
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
         told = claims[claims["outcome"] == (aligned_outcome(claims) or "change")]

@@ -43,6 +43,7 @@ class ContributionBudget(TokenRows):
     """
 
     name = "contribution-budget"
+    claimed = "words write more into image tokens (norm, as a share of the whole update's) than in the control"
     reads = (*dict.fromkeys([*_UPDATE, *_CELL]), "stream", *_READ)
     examples = ("--layers all --limit 8",)
 
@@ -66,9 +67,6 @@ class ContributionBudget(TokenRows):
         table = grouped(self.by_item(result))
         table = table[(table["head"] == ALL_HEADS) & table["group"].isin(["text", "word"])]
         return table.assign(value=table["relative"], span=table["group"])[["item", "control", "layer", "span", "value"]]
-
-    def claim(self, result: Result) -> str:
-        return "words write more into image tokens (norm, as a share of the whole update's) than in the control"
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
         return claims[claims["span"] == "word"].drop(columns="span")

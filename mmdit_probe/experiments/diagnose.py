@@ -51,6 +51,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
     name = "diagnose"
     examples = ("--limit 8", "--images photos --layers 2-5 --model MODEL")
     tables = ("channels", "keys", "map_quality")
+    claimed = "sinks take more of the image queries' attention than in the control"
 
     control: Control = "none"
 
@@ -114,9 +115,6 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
 
         masses = sink_mass(result.store.chunks("keys", KEY_COLUMNS))
         return one_per_item(masses, result.request["items"], ["control", "layer"])
-
-    def claim(self, result: Result) -> str:
-        return "sinks take more of the image queries' attention than in the control"
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
         from mmdit_probe.experiments.sink_quality import improvement

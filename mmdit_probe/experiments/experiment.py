@@ -70,6 +70,7 @@ class Experiment:
     Class attributes:
         name: of the command, and of the folder that its runs lie in.
         tables: what `measure` writes; a task counts when its rows of the first are on disk.
+        claimed: what is said of the measurement beside its controls, where no option decides the words.
         possible: the controls that make sense, where there is the option `control`.
         early: whether the first table can be told from the first tasks, before all are done.
         examples: command lines below the help text, without the command.
@@ -77,6 +78,7 @@ class Experiment:
 
     name: ClassVar[str]
     tables: ClassVar[tuple[str, ...]]
+    claimed: ClassVar[str]
     possible: ClassVar[tuple[str, ...]] = tuple(controls.CONTROLS)
     early: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ()
@@ -150,7 +152,7 @@ class Experiment:
 
     def claim(self, result: Result) -> str:
         """What the values of `compare` say, in words."""
-        raise NotImplementedError
+        return self.claimed
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
         """The rows of `compare` that the terminal shows."""

@@ -55,6 +55,7 @@ class HeadTriage(Experiment):
     name = "head-triage"
     examples = ("--limit 32 --train 32",)
     tables = ("head_triage", "heads")
+    claimed = "maps read this way have a higher mIoU than the same maps as they are, or with other heads left out"
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.")] = "all"
     limit: Annotated[int, Option("Scenes to report on.", min=2, panel=INPUT)] = 64
@@ -98,9 +99,6 @@ class HeadTriage(Experiment):
         against = [raw.assign(control=RAW, kind=way) for way in ways]
         own = table[table["kind"].isin(ways)].assign(control=NONE)
         return pd.concat([own, *against, random])[["item", "control", "layer", "span", "kind", "value"]]
-
-    def claim(self, result: Result) -> str:
-        return "maps read this way have a higher mIoU than the same maps as they are, or with other heads left out"
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
         return claims[claims["span"] == ALL].drop(columns="span")

@@ -45,6 +45,7 @@ class SelectLayers(Sampling, Experiment):
     name = "select-layers"
     examples = ("--evidence word_mass,segmentation --limit 24", "--from runs/budget --from runs/perturb --top 2")
     tables = ("evidence",)
+    claimed = "the layer shows more of the evidence than in the control"
 
     evidence: Annotated[
         str | None,
@@ -168,9 +169,6 @@ class SelectLayers(Sampling, Experiment):
     def scores(self, result: Result) -> pd.DataFrame:
         table = result.table
         return table.loc[table["split"] == self.split, ["evidence", "layer", "item", "control", "value"]]
-
-    def claim(self, result: Result) -> str:
-        return "the layer shows more of the evidence than in the control"
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
         return {

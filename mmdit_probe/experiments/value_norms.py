@@ -46,6 +46,7 @@ class ValueNorms(TokenRows):
     """
 
     name = "value-norms"
+    claimed = "prompt tokens have longer values than image tokens (gap over the image's norm) beyond the control"
     reads = (*_CELL, "token", "span", "norm", "n_token")
     examples = ("--layers all --limit 8", "--images scenes:val --sigma 0.515")
 
@@ -79,9 +80,6 @@ class ValueNorms(TokenRows):
         wide = with_gap(self.by_item(result))
         wide = wide.assign(relative_gap=wide["gap"] / wide["image"])
         return wide.melt(["item", "control", "layer"], ["gap", "relative_gap"], "measure")
-
-    def claim(self, result: Result) -> str:
-        return "prompt tokens have longer values than image tokens (gap over the image's norm) beyond the control"
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
         return claims[claims["measure"] == "relative_gap"].drop(columns="measure")
