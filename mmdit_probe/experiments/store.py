@@ -52,7 +52,7 @@ class TaskRecord:
 
     def write(self, table: str, columns: Rows | pd.DataFrame, **labels: int | float | str) -> None:
         """Add rows to a table; `labels`, columns of one value, come before the others."""
-        columns = dict(columns.items())
+        columns = {str(name): column for name, column in columns.items()}
         if len(next(iter(columns.values()))):
             self._sink_of(table).write(labels | columns)
 
