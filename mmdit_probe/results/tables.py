@@ -216,7 +216,8 @@ class MemorySink:
         """Append rows: a DataFrame, or columns of equal length (arrays, categories) and of one value (a number, a
         text). Arrays are not to be changed afterwards."""
         self._lengths.append(next(len(column) for _, column in columns.items() if not np.isscalar(column)))
-        for name, column in ((str(name), column) for name, column in columns.items()):
+        for label, column in columns.items():
+            name = str(label)
             parts = self._parts.setdefault(name, [])
             parts.append(parts[-1] if parts and self._last[name] is column else _packed(self._numbers(name, column)))
             self._last[name] = column
