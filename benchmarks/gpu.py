@@ -39,6 +39,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmdit_probe.errors import run_script
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -527,4 +529,4 @@ def named(device: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,10 +28,13 @@ import pandas as pd
 from runs import given, model_of, options_of, paper_layers, run, target, write
 
 from mmdit_probe import TextMaps, assets, probe
+from mmdit_probe.errors import run_script
 from mmdit_probe.experiments import Experiment, Result, SelectLayers
 from mmdit_probe.experiments.experiment import Study, request_of, scheduled
+from mmdit_probe.models.names import counts_of
 from mmdit_probe.plots.sheet import sheet, short, wrapped
 from mmdit_probe.segment.record import PAPER_SIGMA
+from mmdit_probe.specs import layer_indices, listed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -170,7 +173,9 @@ def named(model: Any, prompt: str) -> dict[str, Any]:
 def shown_layers(options: argparse.Namespace) -> list[int]:
     """The layers to show, best first; none if nothing says which."""
     if options.layers:
-        return [int(layer) for layer in options.layers.split(",")]
+        counts = counts_of(options.model)
+        most = counts[0] if counts else int(1e6)
+        return [layer for part in listed(options.layers) for layer in layer_indices(part, most)]
     known = paper_layers(options.model)
     if known:
         return known if len(known) > 1 else [known[0], known[0] + 3]  # Fig. 9 shows 9 and 12 of SD3
@@ -283,4 +288,4 @@ def masses(prompt: str, words: Sequence[str], maps: np.ndarray) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

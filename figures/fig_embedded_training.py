@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from mmdit_probe import assets
+from mmdit_probe.errors import run_script
 from mmdit_probe.plots import save
 from mmdit_probe.plots.training import training_curves
 
@@ -33,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,6 +30,7 @@ from runs import OUT
 
 import mmdit_probe
 from mmdit_probe import assets, experiments
+from mmdit_probe.errors import at_least, run_script
 
 HERE = Path(__file__).parent
 MANIFEST = "manifest.json"
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--dino", help="DINO checkpoint")
     parser.add_argument("--only", nargs="*", choices=[figure.script for figure in FIGURES], help="these scripts")
     parser.add_argument("--fresh", action="store_true", help="measure and draw everything anew")
-    parser.add_argument("--jobs", type=int, help="scripts at a time [default: a core each for embedded models, else 1]")
+    parser.add_argument("--jobs", type=at_least(1), help="scripts at a time [a core each for embedded models, else 1]")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
     options = parser.parse_args()
     small = options.model in assets.names()
@@ -233,4 +234,4 @@ def checksum(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

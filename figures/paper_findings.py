@@ -16,6 +16,7 @@ from paper_vs_measured import read
 from runs import options_of, target
 
 from mmdit_probe.data import paper_table
+from mmdit_probe.errors import run_script
 from mmdit_probe.experiments.text import bounded, signed
 from mmdit_probe.results.statistics import BEYOND
 
@@ -137,4 +138,4 @@ def ends(row: pd.Series, name: str) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

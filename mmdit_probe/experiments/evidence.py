@@ -159,7 +159,7 @@ def _perturbation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.
 
     ask = Perturb(
         prompts=f"scenes:{split}", limit=amount.prompts, num_steps=amount.num_steps, guidance=amount.guidance,
-        seed=amount.seed, sheet=0, clip="none", control="budget" if control == NONE else f"budget,{control}",
+        seed=amount.seed, shown=0, clip="none", control="budget" if control == NONE else f"budget,{control}",
     )  # fmt: skip
     return perturbation(ask.run(model, progress=False).table)
 

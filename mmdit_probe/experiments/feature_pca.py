@@ -91,7 +91,7 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
             panel=METHOD,
         ),
     ] = 16
-    fit: Annotated[
+    basis: Annotated[
         Literal["joint", "image"], Option("One basis for all pictures, or one per picture.", panel=METHOD)
     ] = "joint"
     solver: Annotated[
@@ -128,14 +128,14 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
         layers, heads = self.places(model)
         chosen = controls.parse(self.control)
         captions = self.captions(inputs)
-        each = self.fit == "image" or len(inputs) == 1
+        each = self.basis == "image" or len(inputs) == 1
         request = request_of(
             model,
             layers=list(layers),
             heads=plain_heads(heads),
             kinds=self.wanted_kinds(),
             components=self.components,
-            fit=self.fit,
+            fit=self.basis,
             solver=self.solver,
             sigma=self.sigma,
             shown=self.shown,
@@ -203,8 +203,8 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
         maps = {(int(layer), kind): array for (layer, kind), array in ((k.split(":"), v) for k, v in shown.items())}
         name, request = result.model_name, result.request
         of = "image tokens" if self.over is None else f"tokens of reference {self.over}"
-        title = f"{name}: PCA of {of}, {self.fit} basis, sigma {self.sigma:g}"
-        figures = {"pca_maps": pca_maps(maps, pictures, request["kinds"], each=self.fit == "image", title=title)}
+        title = f"{name}: PCA of {of}, {self.basis} basis, sigma {self.sigma:g}"
+        figures = {"pca_maps": pca_maps(maps, pictures, request["kinds"], each=self.basis == "image", title=title)}
         count = result.summary["n"].max()
         scored = f"{name}: {self.components} components, n = {count} pictures"
         return figures | {"pca_scores": pca_scores(result.summary, title=scored)}

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.options import METHOD, Edited, check_streams, checked_heads, selected_places
@@ -74,7 +74,7 @@ class Generate(Edited, JudgedSweep):
     perturb_scale: Annotated[
         str | float | Sequence[float], Option("Scale s of the guidance; several for a sweep: 1,2,4.", panel=METHOD)
     ] = "2"
-    each: Annotated[bool, Option("Perturb each layer on its own: a sweep over layers.", panel=METHOD)] = False
+    sweep: Annotated[Literal["none", "layer"], Option("Perturb each layer alone.", panel=METHOD)] = "none"
     selection: Annotated[
         Path | str | None, Option("Layers and heads from select-layers, in place of --perturb-layers.", panel=METHOD)
     ] = None
@@ -96,7 +96,7 @@ class Generate(Edited, JudgedSweep):
             raise UserError(f"--start {self.start:g} is after --stop {self.stop:g}: nothing would be guided")
         self.scales()
         equal = bool({*EQUAL} & {*self.chosen_controls()})
-        unread = changed(self, "perturb_scale", "each", "start", "stop", *(["control"] if equal else []))
+        unread = changed(self, "perturb_scale", "sweep", "start", "stop", *(["control"] if equal else []))
         if self.perturb_layers is None and self.selection is None and unread:
             raise UserError(f"{unread} is of perturbed guidance: name its layers with --perturb-layers or --selection")
 
@@ -132,7 +132,7 @@ class Generate(Edited, JudgedSweep):
         else:
             return plan
         edit = self.change().at(heads=heads)
-        for these in [(layer,) for layer in layers] if self.each else [layers]:
+        for these in [(layer,) for layer in layers] if self.sweep == "layer" else [layers]:
             here = edit.at(layers=list(these))
             for scale in (scale for scale in self.scales() if scale != 0):
                 plan.append(_condition(these, scale, here))

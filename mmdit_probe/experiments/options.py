@@ -110,6 +110,10 @@ class Sampling:
     ] = 7.5
 
 
+SAMPLED = ("num_steps", "guidance")
+"""Options of `Sampling`: pictures at hand have none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Filmed:
     """How videos are written, of models that make them."""
@@ -351,7 +355,7 @@ class Edited:
         from mmdit_probe.edit import Blur, GridBlur, Mean, Scale
 
         address: dict[str, Any] = {
-            "streams": tuple(listed(self.streams)) if self.streams else None,
+            "streams": streams_of(self.streams),
             "renormalise": renormalise,
             "steps": steps,
             "branches": branches,
@@ -372,6 +376,11 @@ class Edited:
         )
 
 
+def streams_of(streams: str | None) -> tuple[str, ...] | None:
+    """The encoder streams that are named, by comma; None: all."""
+    return None if streams is None else tuple(listed(streams))
+
+
 def check_streams(model: MMDiT, streams: str | None) -> None:
     """Encoder streams exist.
 
@@ -379,6 +388,6 @@ def check_streams(model: MMDiT, streams: str | None) -> None:
         UserError: one does not.
     """
     known = dict.fromkeys(model.token_tables([""])[0].streams)
-    for name in listed(streams) if streams else ():
+    for name in streams_of(streams) or ():
         if name not in known:
             raise unknown("encoder stream", name, known)

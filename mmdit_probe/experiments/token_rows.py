@@ -19,6 +19,7 @@ from mmdit_probe.experiments.options import (
     INPUT,
     METHOD,
     OUTPUT,
+    SAMPLED,
     Control,
     LayersAndHeads,
     Prompts,
@@ -94,7 +95,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         chosen = controls.parse(self.control)
         if "shuffled" in chosen and self.images is None:
             raise UserError("shuffled captions need pictures: a sampled image has no caption but its prompt")
-        unread = changed(self, "sigma" if self.images is None else "steps")
+        unread = changed(self, *(("sigma",) if self.images is None else ("steps", *SAMPLED)))
         if unread:
             raise UserError(
                 f"{unread} is of pictures (--images); sampling has --steps" if self.images is None

@@ -1,6 +1,6 @@
 """TrainMagnet: LoRA mask alignment from a model's name, section 4.3 of arXiv:2509.18096.
 
-    result = TrainMagnet(layers="4", prompt="mixed", steps=400).run("scenes-sd3", out="runs/magnet")
+    result = TrainMagnet(layers="4", prompt_kind="mixed", train_steps=400).run("scenes-sd3", out="runs/magnet")
     result.log, result.validation; result.figure()
     pipe.load_lora_weights(result.lora)            # in a program that knows nothing of this package
 
@@ -10,7 +10,7 @@ The options are those of `magnet.MagnetOptions`; the loop is training's own, wit
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -40,8 +40,8 @@ class TrainMagnet(config.MagnetOptions):
     name: ClassVar[str] = "train-magnet"
     recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = config.RECIPES
     examples: ClassVar[tuple[str, ...]] = (
-        "train-magnet --recipe ours --layers 4 --prompt mixed --validate-every 100",
-        "train-magnet --recipe paper --layers 9 --data coco-stuff:coco --model MODEL --device cuda --precision bf16",
+        "train-magnet --recipe ours --layers 4 --prompt-kind mixed --validate-every 100",
+        "train-magnet --recipe paper --layers 9 --dataset coco-stuff:coco --model MODEL --device cuda --precision bf16",
     )
 
     def run(
@@ -59,12 +59,15 @@ class TrainMagnet(config.MagnetOptions):
         """
         from mmdit_probe.data.sources import check_source
         from mmdit_probe.experiments.experiment import text_of
+        from mmdit_probe.experiments.options import prompts_of
         from mmdit_probe.experiments.target import Named, as_model, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
         check_out(out, resume)
         target = named(target, self)
-        check_source(self.data)
+        for source in filter(None, (self.dataset, self.validation)):
+            check_source(source)
+        prompts = None if self.sample_prompts is None else prompts_of(self.sample_prompts, None, False, 1)
         from mmdit_probe.magnet.run import run  # torch, only for a request that can be met
         from mmdit_probe.models.adapters import merge
 
@@ -72,7 +75,8 @@ class TrainMagnet(config.MagnetOptions):
         if isinstance(target, Named) and target.options.get("lora") is not None:
             merge(model.pipeline)
         place = None if out in (None, AUTO) else out
-        return Training(run(self, model, text=text_of(model), out=place, resume=resume, progress=shown.bar))
+        chosen = self if self.sample_prompts is None else replace(self, sample_prompts=prompts)
+        return Training(run(chosen, model, text=text_of(model), out=place, resume=resume, progress=shown.bar))
 
 
 class Training:

@@ -84,9 +84,11 @@ def _maps(
     return {space: torch.stack(list(tap.take().values())).mean(0).cpu() for space, tap in taps.items()}
 
 
-def sample_grid(model: MMDiT, prompts: Sequence[str], *, steps: int, guidance: float, seed: int) -> Any:
+def sample_grid(model: MMDiT, prompts: str | Sequence[str], *, steps: int, guidance: float, seed: int) -> Any:
     """One picture per prompt, side by side, as a PIL image."""
-    images = model.generate(list(prompts), steps=steps, guidance=guidance, seed=seed)
+    images = model.generate(
+        [prompts] if isinstance(prompts, str) else list(prompts), steps=steps, guidance=guidance, seed=seed
+    )
     columns = min(8, len(images))
     rows = -(-len(images) // columns)
     width, height = images[0].size

@@ -187,7 +187,7 @@ WRONG = [
     (["train-magnet", "--layers", "4", "--rank", "0"], "--rank is 0"),
     (["train-magnet", "--layers", "4", "--recipe", "our"], "did you mean 'ours'"),
     (["train-magnet", "--layers", "x"], "cannot read 'x' as a layer"),
-    (["train-magnet", "--layers", "4", "--data", "voc20:gone"], "no folder 'gone'"),
+    (["train-magnet", "--layers", "4", "--dataset", "voc20:gone"], "no folder 'gone'"),
     (["report", "--images", "gone"], "no folder 'gone'"),
     (["evaluate", "--batch", "0"], "expected auto, or a whole number of at least 1"),
     (["value-norms", "--model", "."], "it has no model_index.json"),
@@ -252,7 +252,6 @@ def test_an_option_of_one_name_takes_one_kind_of_value():
         "--lora",  # score takes several adapters
         "--batch",  # evaluate knows auto
         "--selection",  # a file, or a selection at hand
-        "--steps",  # of sampling, which; of training, how many
     }
 
 

@@ -196,7 +196,7 @@ def test_projections_lie_on_the_frames(model: MMDiT) -> None:
     "ask",
     [
         lambda: Segment(image=Image.new("RGB", (32, 32)), classes="ring, house"),
-        lambda: WordMaps(prompt=PROMPT, image=Image.new("RGB", (32, 32))),
+        lambda: WordMaps(prompt=PROMPT, images=Image.new("RGB", (32, 32))),
         lambda: AttentionBudget(images=[Image.new("RGB", (32, 32))], prompts=PROMPT),
     ],
 )
