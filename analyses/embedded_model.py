@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,13 +137,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     images, maps = [], []
+    asked = Score(limit=options.limit, split="test", map_sigma=",".join(map(str, options.sigma)), clip="none",
+                  num_steps=options.num_steps)  # fmt: skip
     chooser = load("scenes-sd3", device=options.device, dtype=options.dtype)
     guidances = guidance_table(chooser, options)
     for name, categories in MODELS.items():
-        experiment = Score(
-            limit=options.limit, split="test", categories=categories, map_sigma=",".join(map(str, options.sigma)),
-            clip="none", num_steps=options.num_steps, guidance=float(guidances["guidance"].iloc[0]),
-        )  # fmt: skip
+        experiment = replace(asked, categories=categories, guidance=float(guidances["guidance"].iloc[0]))
         model = load(name, device=options.device, dtype=options.dtype)
         result = experiment.run(model, out="auto", resume=True)
         if categories != "none":

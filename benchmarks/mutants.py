@@ -33,6 +33,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -45,7 +46,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mmdit_probe.errors import at_least, run_script
+from mmdit_probe.errors import UserError, at_least, run_script
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
@@ -481,7 +482,10 @@ def main() -> None:
     if options.what == "report":
         RESULTS.with_suffix(".md").write_text(report(json.loads(RESULTS.read_text())))
         return
-    first, workers = map(int, options.share.split("/"))
+    share = re.fullmatch(r"(\d+)/([1-9]\d*)", options.share)
+    if share is None or int(share[1]) >= int(share[2]):
+        raise UserError(f"--share {options.share!r}; expected a worker of several, such as 0/2")
+    first, workers = int(share[1]), int(share[2])
     place = options.workdir / f"worker-{first}"
     place.mkdir(parents=True, exist_ok=True)
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"package": git("rev-parse", "HEAD")}

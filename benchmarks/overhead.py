@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdit_probe.errors import at_least, run_script
+from mmdit_probe.models.names import device_name
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -338,7 +339,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 def common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     """The options that all benchmarks of ratios have."""
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=device_name, default="cpu")
     parser.add_argument("--rounds", type=at_least(1), default=rounds, help="of each cell; no verdict below six")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, on a busy machine")
     parser.add_argument("--fresh", action="store_true", help="measure what the result file has, too")

@@ -242,12 +242,18 @@ def _cell(row: dict[str, Any], clock: str) -> str:
     return f"{row['blocks']} {row['dtype']} {row['image_tokens']} {row['way']} ({time_ratio}{memory})"
 
 
+def square(text: str) -> int:
+    """What `--tokens` is read by: the tokens of a square image."""
+    number = at_least(1)(text)
+    if math.isqrt(number) ** 2 != number:
+        raise argparse.ArgumentTypeError(f"{number} tokens are no square image; expected 1024, 4096, ...")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", choices=BLOCKS, action="append", help="default: both")
-    parser.add_argument(
-        "--tokens", type=at_least(1), action="append", help="image tokens, a square; default: all three"
-    )
+    parser.add_argument("--tokens", type=square, action="append", help="image tokens, a square; default: all three")
     parser.add_argument("--dtype", choices=overhead.DTYPES, default="bfloat16")
     overhead.common_options(parser, rounds=9)
     options = parser.parse_args()

@@ -31,6 +31,7 @@ from runs import OUT
 import mmdit_probe
 from mmdit_probe import assets, experiments
 from mmdit_probe.errors import at_least, run_script
+from mmdit_probe.models.names import device_name, model_name
 
 HERE = Path(__file__).parent
 MANIFEST = "manifest.json"
@@ -83,8 +84,8 @@ FIGURES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="scenes-sd3")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--model", type=model_name, default="scenes-sd3")
+    parser.add_argument("--device", type=device_name, default="auto")
     parser.add_argument("--dataset", help="for figures of masks: NAME:ROOT")
     parser.add_argument("--lora", help="adapter for MAGNET's rows and figures: a folder or a hub id")
     parser.add_argument("--images", help="for the PCA: folder of pictures")

@@ -18,6 +18,7 @@ import pandas as pd
 
 from mmdit_probe.data import paper_table
 from mmdit_probe.experiments.target import Named
+from mmdit_probe.models.names import device_name, model_name
 from mmdit_probe.plots import save
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def chosen(model: str) -> dict[str, Any]:
 def options_of(document: str | None) -> argparse.ArgumentParser:
     """A parser with the options that every figure script has."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="scenes-sd3")
+    parser.add_argument("--model", type=model_name, default="scenes-sd3")
     parser.add_argument("--lora", help="adapter to load onto the model: a folder or a hub id")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", type=device_name, default="auto")
     parser.add_argument("--run", type=Path, help="run folder to draw")
     parser.add_argument("--fresh", action="store_true", help="measure even if a finished run is there")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")

@@ -94,6 +94,18 @@ def counts_of(name: str) -> tuple[int, int] | None:
     return (layers, heads) if layers and heads else None
 
 
+def model_name(text: str) -> str:
+    """What a script's `--model` is read by. Errors as `source_of`."""
+    source_of(text)
+    return text
+
+
+def device_name(text: str) -> str:
+    """What a script's `--device` is read by. Errors as `check_device`."""
+    check_device(text)
+    return text
+
+
 def streams_of(name: str) -> tuple[str, ...] | None:
     """The text encoder streams of a model whose index lies on this machine; None where it does not tell."""
     from mmdit_probe.models.families.registry import FAMILIES

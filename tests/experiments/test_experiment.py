@@ -279,6 +279,8 @@ def test_targets(loaded: MMDiT, tiny_directory: Path) -> None:
         (ValueNorms, {"images": "scenes:val", "steps": "0"}, "--steps is of sampling; pictures are read at --sigma"),
         (Perturb, {"edit": "zero", "where": "logits"}, "--where is of blurs; with --edit zero leave it out"),
         (WordMaps, {"prompt": "a", "sigma": 0.3}, "--sigma is of photos (--images)"),
+        (WordMaps, {"images": "a.png", "guidance": 2.0}, "--guidance is of pictures that are drawn"),
+        (ValueNorms, {"images": "scenes:val", "num_steps": 4}, "--num-steps is of sampling"),
         (WordMaps, {"images": "a.png", "steps": [0]}, "--steps is of pictures that are drawn"),
         (WordMaps, {"images": "a.png", "images_per_prompt": 2}, "--images-per-prompt is of pictures that are drawn"),
         (SelectLayers, {"rule": "rank"}, "unknown rule 'rank': did you mean 'ranks'"),
@@ -313,6 +315,23 @@ def test_options_come_back_from_a_record(ask: Experiment, read: dict[str, Any]) 
     again = experiment_of(ask.name, record)
     assert {name: getattr(again, name) for name in read} == read
     assert plain(asdict(again)) == plain(asdict(ask))
+
+
+@pytest.mark.parametrize(
+    ("command", "record", "read"),
+    [
+        ("maps", {"prompt": "a", "image": None, "stream": "clip"}, {"images": None, "streams": "clip"}),
+        ("perturb", {"by": "heads", "sheet": 2}, {"sweep": "head", "shown": 2}),
+        ("generate", {"perturb_layers": "1", "each": True}, {"sweep": "layer"}),
+        ("pca", {"fit": "image"}, {"basis": "image"}),
+        ("score", {"n": 3, "maps": "0.5"}, {"limit": 3, "map_sigma": "0.5"}),
+        ("head-triage", {"split": "val", "train": 9}, {"report": "val", "train_limit": 9}),
+        ("select-layers", {"heads": 2, "prompts": 5}, {"top_heads": 2, "perturb_limit": 5}),
+    ],
+)
+def test_records_of_earlier_versions_are_read(command: str, record: dict[str, Any], read: dict[str, Any]) -> None:
+    again = experiment_of(command, record)
+    assert {name: getattr(again, name) for name in read} == read
 
 
 def test_texts_of_pictures_may_stand_in_a_file(tmp_path: Path) -> None:

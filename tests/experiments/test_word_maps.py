@@ -193,6 +193,7 @@ def test_words_are_taken_once_without_signs(model: MMDiT) -> None:
     assert words_of(table, None)[:2] == ("A", "cat")
     assert "," not in words_of(table, None) and "a" not in words_of(table, None)
     assert words_of(table, ["dog", "cat"]) == ("cat",)
+    assert words_of(table, [",", "CAT", "cat"]) == (",", "CAT")  # a sign that is asked for; what is listed counts once
 
 
 def test_known_layers_are_the_default_if_the_model_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
