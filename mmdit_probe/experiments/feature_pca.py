@@ -146,7 +146,7 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
             ],
         )
         basis = "one basis per picture" if each else f"one basis for all pictures, {self.solver}, streaming"
-        notes = notes_on(model, inputs, captions)
+        notes = notes_on(model, inputs, captions, model.default_size)
         facts = {
             "pictures": [picture.name for picture in inputs], "basis": basis, "remarks": notes,
             "features": "heads concatenated, q and k after norm and rotary embedding, conditional rows",

@@ -143,7 +143,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         layers, heads = self.places(model)
         notes = [line for table in model.token_tables(texts) for line in unread(table)]
         notes += [note for note in [model.unknown_words_note(texts)] if note]
-        notes += notes_on(model, pictures, texts) if pictures else []
+        notes += notes_on(model, pictures, texts, model.default_size) if pictures else []
         request = request_of(
             model,
             layers=list(layers),

@@ -297,6 +297,15 @@ def test_a_table_leaves_out_its_spare_columns_and_says_so():
     assert "long-column-4" in captured.get() and max(map(len, captured.get().splitlines())) <= 90
 
 
+def test_columns_that_are_asked_for_count_in_a_pipe_too(monkeypatch):
+    from mmdit_probe.cli.output import PIPED_WIDTH, Output
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert Output().out.width == PIPED_WIDTH
+    monkeypatch.setenv("COLUMNS", "80")
+    assert Output().out.width == 80
+
+
 def test_cells_are_never_folded():
     """Headings are, then what is spare goes, then the columns furthest right but those that name the row."""
     from rich.console import Console

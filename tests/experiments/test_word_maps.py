@@ -188,6 +188,21 @@ def test_without_words_any_word_of_the_prompt_can_be_asked(model: MMDiT) -> None
         i2t.map("ring", heads=0)
 
 
+def test_what_becomes_of_a_file_is_said(model: MMDiT, photo: Image.Image, tmp_path: Path) -> None:
+    """Of several frames the first was taken, and one pixel drawn over the whole input, without a word."""
+    photo.save(tmp_path / "film.gif", save_all=True, append_images=[Image.eval(photo, lambda value: 255 - value)])
+    photo.resize((1, 1)).save(tmp_path / "dot.png")
+    photo.crop((0, 0, 64, 32)).save(tmp_path / "wide.png")
+    photo.save(tmp_path / "whole.png")
+    ask = WordMaps(prompt=PROMPT, images=str(tmp_path), layers=0)
+    height, width = model.default_size
+    assert ask.prepare(model, ask.gather(False)).notes == [
+        f"dot.png: 1 x 1 pixels are enlarged to {height} x {width}",
+        "film.gif: the first of 2 frames is used",
+        "wide.png: what lies beside the centre is cut off",
+    ]
+
+
 def test_words_are_taken_once_without_signs(model: MMDiT) -> None:
     table = model.token_tables("A cat, a red-cat!")[0]
     assert words_of(table, None)[:2] == ("A", "cat")
