@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 
+from mmdit_probe.errors import check_known
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.explore import Explore
 from mmdit_probe.experiments.options import METHOD, Filmed, OverReference, checked_heads, streams_of
@@ -29,7 +30,7 @@ from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, gro
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.target import as_model
 from mmdit_probe.experiments.text import TextTable
-from mmdit_probe.options import Option
+from mmdit_probe.options import Option, described
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import Clip
 from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, step_indices
@@ -212,9 +213,11 @@ def word_maps(
             an editing model: pictures or files) and over (the number of one of them: maps over it).
 
     Raises:
-        UserError: a word that no prompt has, bad options, or no such model.
+        UserError: a word that no prompt has, unknown or bad options, or no such model.
     """
     shown = Progress(quiet=not progress)
+    for name in options:
+        check_known("option of word_maps", name, [one.name for one in described(WordMaps)])
     experiment = WordMaps(prompt=prompt, **options)
     model = as_model(target, shown, len(experiment.pictures_given()))
     if num_frames is not None:  # of this call, and no more

@@ -301,9 +301,9 @@ def test_columns_that_are_asked_for_count_in_a_pipe_too(monkeypatch):
     from mmdit_probe.cli.output import PIPED_WIDTH, Output
 
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert Output().out.width == PIPED_WIDTH
+    assert Output(debug=True).out.width == PIPED_WIDTH
     monkeypatch.setenv("COLUMNS", "80")
-    assert Output().out.width == 80
+    assert Output(debug=True).out.width == 80
 
 
 def test_cells_are_never_folded():

@@ -77,12 +77,16 @@ def test_heads_may_be_named_by_layer(model: MMDiT, photo: Image.Image) -> None:
 
 
 def test_one_stream_is_part_of_the_whole(model: MMDiT, photo: Image.Image) -> None:
-    both, clip, t5 = (
-        word_maps(model, PROMPT, images=photo, streams=stream)["ring"].array for stream in (None, "clip", "t5")
-    )  # type: ignore[index]
+    both, named, clip, t5 = (
+        word_maps(model, PROMPT, images=photo, streams=streams)["ring"].array  # type: ignore[index]
+        for streams in (None, "t5, clip", "clip", "t5")
+    )
+    np.testing.assert_array_equal(named, both)
     np.testing.assert_allclose(clip + t5, both, atol=1e-6)
     with pytest.raises(UserError, match="unknown encoder stream 'qwen'"):
         word_maps(model, PROMPT, images=photo, streams="qwen")
+    with pytest.raises(UserError, match="unknown option of word_maps 'image': did you mean 'images'"):
+        word_maps(model, PROMPT, image=photo)
 
 
 def test_ones_own_pipeline_gives_its_stock_picture() -> None:
