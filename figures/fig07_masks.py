@@ -172,7 +172,7 @@ def measured(options: argparse.Namespace, *, lora: bool = True, own: bool = Fals
 
 
 def main() -> None:
-    parser = options_of(__doc__)
+    parser = options_of(__doc__, run=False, more=False)
     parser.add_argument("--dataset", default="scenes:val")
     parser.add_argument("--limit", type=at_least(1), default=6, help="number of pictures")
     options = parser.parse_args()

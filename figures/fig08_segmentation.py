@@ -97,7 +97,7 @@ def settings(model: str, how: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = options_of(__doc__)
+    parser = options_of(__doc__, run=False)
     parser.add_argument("--limit", type=at_least(1), default=LIMIT, help="number of images")
     parser.add_argument("--dataset", default="scenes:val")
     parser.add_argument("--only", choices=list(RUNS), help="one of the figures")

@@ -29,7 +29,7 @@ from runs import file_suffix, given, model_of, options_of, run, target, write, w
 from mmdit_probe import assets, load
 from mmdit_probe.data import Dataset, dataset, paper_table
 from mmdit_probe.data.labels import IGNORE
-from mmdit_probe.errors import at_least, run_script
+from mmdit_probe.errors import UserError, at_least, run_script
 from mmdit_probe.experiments import Score
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.plots.magnet import METRICS, differences, pipeline
@@ -57,8 +57,12 @@ def main() -> None:
     options = parser.parse_args()
     options.label = Path(options.model).name
     if options.lora:
+        if options.run:
+            raise UserError("--run is a folder of analyses/magnet_scenes.py; with --lora leave it out")
         adapted(options)
     else:
+        if options.set:
+            raise UserError("--set is read where an adapter is measured: name one with --lora")
         analysed(options)
 
 
@@ -96,13 +100,13 @@ def analysed(options: argparse.Namespace) -> None:
 
 def adapted(options: argparse.Namespace) -> None:
     """The same figures of any model and an adapter."""
-    options.run = None
+    asked = given(options, TokenMaps)
     data = dataset(options.dataset, options.limit)
     layers = shown_layers(options)
     variants: dict[str, dict[str, Any]] = {}
     for name, lora in ((BASE, False), (ADAPTED, True)):
         masks = fig07_masks.measured(options, lora=lora, own=True)
-        shown = TokenMaps(**{"prompts": options.prompt, "layers": layers} | given(options, TokenMaps))
+        shown = TokenMaps(**{"prompts": options.prompt, "layers": layers} | asked)
         found = run(shown, model_of(options, lora=lora), options)
         stored: list[Any] = [found.store.load_arrays(f"prompt{k}") for k in range(len(found.request["prompts"]))]
         layer = found.request["layers"][0]

@@ -18,7 +18,7 @@ from mmdit_probe.plots.training import training_curves
 
 
 def main() -> None:
-    options = options_of(__doc__).parse_args()
+    options = options_of(__doc__, run=False, more=False).parse_args()
     curves = pd.read_csv(assets.path("scenes-sd3") / "training" / "transformer.csv")
     for path in save(
         training_curves(curves, title="scenes-sd3: how the transformer was trained"),

@@ -26,7 +26,7 @@ BLUR_EXPERT = 9
 
 
 def main() -> None:
-    options = options_of(__doc__).parse_args()
+    options = options_of(__doc__, run=False, more=False).parse_args()
     path = target(options, options.model, "paper_findings").with_suffix(".md")
     path.write_text(markdown(path.parent, Path(options.model).name), encoding="utf-8")
     print(path)

@@ -65,7 +65,7 @@ SOURCES = {
 
 
 def main() -> None:
-    options = options_of(__doc__).parse_args()
+    options = options_of(__doc__, run=False, more=False).parse_args()
     path = target(options, options.model, "paper_vs_measured")
     same = is_paper_model(options.model)
     table = joined(ours(path.parent, same), paper(), same)

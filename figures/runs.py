@@ -46,18 +46,22 @@ def chosen(model: str) -> dict[str, Any]:
     return found if found.get("model") == model else {}
 
 
-def options_of(document: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that every figure script has."""
+def options_of(document: str | None, *, run: bool = True, more: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options that every figure script has, and those that most read: a run folder (`run`), and
+    options of the experiment (`more`)."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=model_name, default="scenes-sd3")
     parser.add_argument("--lora", help="adapter to load onto the model: a folder or a hub id")
     parser.add_argument("--device", type=device_name, default="auto")
-    parser.add_argument("--run", type=Path, help="run folder to draw")
+    if run:
+        parser.add_argument("--run", type=Path, help="run folder to draw")
     parser.add_argument("--fresh", action="store_true", help="measure even if a finished run is there")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="further option of the experiment; repeatable"
-    )
+    if more:
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="NAME=VALUE",
+            help="further option of the experiment; repeatable",
+        )  # fmt: skip
     return parser
 
 

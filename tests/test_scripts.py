@@ -23,7 +23,8 @@ OF_FIGURES = [
     (["--run", "gone"], "gone"),
 ]
 NONSENSE = [
-    *((name, *one) for name in ("fig02_attention_budget", "fig05_blur", "fig09_token_maps") for one in OF_FIGURES),
+    *((name, *one) for name in ("fig02_attention_budget", "fig05_blur") for one in OF_FIGURES),
+    *(("fig09_token_maps", *one) for one in OF_FIGURES[:-1]),
     ("fig03_pca", ["--images", "gone"], "no folder 'gone'"),
     ("fig07_masks", ["--dataset", "voc22:gone"], "unknown dataset 'voc22'"),
     ("fig08_segmentation", ["--dataset", "voc20:gone"], "no folder 'gone'"),
@@ -32,6 +33,9 @@ NONSENSE = [
     ("fig09_token_maps", ["--prompt", "no brackets", "--layers", "1,2"], "brackets"),
     ("fig10_magnet", ["--lora", "gone", "--layers", "x"], "cannot read 'x' as a layer"),
     ("fig10_magnet", ["--lora", "gone"], "no LoRA 'gone'"),
+    ("fig07_masks", ["--set", "limit=2"], "unrecognized arguments: --set"),
+    ("fig10_magnet", ["--set", "limit=2"], "name one with --lora"),
+    ("fig10_magnet", ["--lora", "x", "--run", "gone"], "with --lora leave it out"),
     ("fig10_magnet", ["--limit", "0"], "expected a whole number of at least 1"),
     ("fig_analyses", ["--set", "nonsense=1"], "unknown option"),
     ("fig_embedded_training", ["--out", "file"], "file"),

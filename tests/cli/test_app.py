@@ -167,7 +167,7 @@ WRONG = [
     (["generate", "--prompts", "a cat", "--device", "gpu"], "unknown device 'gpu'"),
     (["pca", "--dtype", "float8"], "unknown dtype 'float8'"),
     (["score", "--categories", "color"], "unknown category 'color'"),
-    (["maps", "  "], "prompt '  ' has no word to look for"),
+    (["maps", " "], "prompt ' ' has no word to look for"),
     (["explore", "!"], "prompt '!' has no word to look for"),
     (["maps", "a red ring", "--words", " , "], "--words ' , ' names no word"),
     (["maps", "a red ring", "--words", "ring, rings"], "unknown word 'rings': did you mean 'ring'"),
