@@ -1,7 +1,8 @@
 """What the figure scripts share: an experiment in, files under `figures/out/<model>/` out.
 
 A script names an experiment. A finished run of the same request (same weights included) is drawn again instead of being
-repeated; `--run` names a run folder, `--fresh` measures anew, and `--set` passes further options of the experiment:
+repeated; `--run`, where one run is drawn, names its folder, `--fresh` measures anew, and `--set` passes further options
+of the experiment:
 
     python figures/fig05_blur.py --model ... --set limit=4 --set num_steps=8 --set dino=facebook/dinov2-base
 """
