@@ -84,7 +84,7 @@ def measure(model: MMDiT, session: Session, size: Size) -> dict[str, pd.DataFram
         found.append(pd.DataFrame(rows, columns=["score", "n", "mean", "low", "high"]).assign(category=category))
     every = pd.concat([evidence.measure(name, model, "val", amount) for name in size.evidence])
     return {
-        "maps": maps[maps["head"] == "mean"][["layer", "min_max", "sigma", "n", "miou"]],
+        "maps": maps[maps["head"] == "mean"][["layer", "min_max", "sigma", "n", "miou", "low", "high"]],
         "evidence": evidence.by_layer(every),
         "samples": pd.concat(found),
     }
@@ -115,23 +115,31 @@ def kept(folder: Path, session: Session, size: Size, transformer: Path | None) -
     return tables if transformer is None else {**tables, "gain": gain(transformer)}
 
 
+BY = {
+    "by_maps": "the best raw maps",
+    "by_min_max": "the best maps stretched to 0..1",
+    "by_evidence": "the least mean rank over all evidence",
+}
+"""How a run's best layer is told."""
+
+
 def best_layers(tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """One row per run: the layer whose raw maps are best, its mIoU, the layer of the least mean rank over all evidence,
-    the aligned layer (NaN unless it is one), and whether each best layer is that one or the next, which reads it."""
+    """One row per run: the best layer by each of `BY`, the aligned layer (NaN unless it is one), and whether each best
+    layer is that one or the next, which reads it."""
     rows = []
-    raw = tables["maps"][~tables["maps"]["min_max"]]
-    for (recipe, seed), part in raw.groupby(RUN, sort=False):
+    for (recipe, seed), part in tables["maps"].groupby(RUN, sort=False):
         of = tables["evidence"]
         of = of[(of["recipe"] == recipe) & (of["seed"] == seed)]
         layers = Alignment.parse(recipe).layers if recipe != RANDOM else ()
-        aligned = layers[0] if len(layers) == 1 else float("nan")
-        best = part.loc[part["miou"].idxmax()]
+        raw, stretched = (part[part["min_max"] == kind] for kind in (False, True))
         rows.append(
-            {"recipe": recipe, "seed": seed, "aligned": aligned, "by_maps": int(best["layer"]), "miou": best["miou"],
+            {"recipe": recipe, "seed": seed, "aligned": layers[0] if len(layers) == 1 else float("nan"),
+             "by_maps": int(raw.loc[raw["miou"].idxmax(), "layer"]),
+             "by_min_max": int(stretched.loc[stretched["miou"].idxmax(), "layer"]),
              "by_evidence": evidence.choose(of, 1)[0]}
         )  # fmt: skip
     table = pd.DataFrame(rows)
-    for name in ("by_maps", "by_evidence"):
+    for name in BY:
         table[f"{name}_follows"] = table[name].sub(table["aligned"]).isin((0, 1)).where(table["aligned"].notna())
     return table
 
@@ -141,11 +149,10 @@ def as_markdown(tables: dict[str, pd.DataFrame], samples: int, size: Size) -> st
     best = best_layers(tables)
     one = best[best["aligned"].notna()]
     layers = tables["maps"]["layer"].nunique()
+    counts = [f"the layer of {told} in {int(one[f'{name}_follows'].sum())}" for name, told in BY.items()]
     answer = (
-        f"Of {len(one)} transformers with one aligned layer, the layer with the best maps is that layer or the next in"
-        f" {int(one['by_maps_follows'].sum())}, the layer that all evidence ranks first in"
-        f" {int(one['by_evidence_follows'].sum())}; two of {layers} layers drawn at random would be right in"
-        f" {len(one) * 2 / layers:.1f}."
+        f"Of {len(one)} transformers with one aligned layer, that layer or the next is {', '.join(counts)}; two of"
+        f" {layers} layers drawn at random would be right in {len(one) * 2 / layers:.1f}."
     )
     lines = [
         "# Does the expert follow the aligned layer?", "",
@@ -156,7 +163,11 @@ def as_markdown(tables: dict[str, pd.DataFrame], samples: int, size: Size) -> st
         "## mIoU of the I2T maps by layer, raw / min-max", "",
     ]  # fmt: skip
     maps = tables["maps"].assign(kind=lambda t: t["min_max"].map({False: "raw", True: "min-max"}))
-    lines += _rows(maps.pivot_table(index=[*RUN, "kind"], columns="layer", values="miou", sort=False).reset_index(), 3)
+    maps["cell"] = [bounded(*row) for row in maps[["miou", "low", "high"]].to_numpy()]
+    keys = [*RUN, "kind"]
+    lines += _rows(
+        maps.pivot_table(index=keys, columns="layer", values="cell", aggfunc="first", sort=False).reset_index(), 3
+    )
     for name in size.evidence:
         part = tables["evidence"][tables["evidence"]["evidence"] == name]
         cells = part.assign(cell=[bounded(*row) for row in part[["value", "low", "high"]].to_numpy()])
@@ -223,13 +234,14 @@ def main() -> None:
     parser.add_argument("--samples", type=at_least(1), default=100_000, help="of each transformer")
     parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1])
     parser.add_argument("--limit", "-n", type=at_least(1), default=Size.n, help="scenes, and captions per category")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--minutes", type=float, help="stop after this time; the same call goes on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     steps = round(options.samples * sum(phase.steps for phase in CURRICULUM) / samples_of(None))
     common = Session(workdir=options.workdir, steps=steps, minutes=options.minutes, device=options.device)
-    done = ablation(common, options.seeds, Size(n=options.limit), options.out)
+    done = ablation(common, options.seeds, Size(n=options.limit), options.out, options.recipes)
     print(options.out / "summary.md" if done else "the time is over; the same call goes on")
 
 

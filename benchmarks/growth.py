@@ -8,7 +8,9 @@ heads x 64, batch 1, bfloat16), one varied at a time: image tokens, text tokens,
 forward; what AttentionMass adds is timed within it, as in `scaling.py`. Axes of whole commands, on the embedded model:
 prompts (`attention-budget`), images (`evaluate`), processes (`evaluate` in one and two, a thread each, by torchrun). A
 command's slope is the time between a short and a long run, so that what starting costs is beside it, not in it; its
-median is over `--repeats`. An axis that the result file has is not measured again.
+median is over `--repeats`. Axis of the bookkeeping: items, from ten to ten thousand prompts of a random model so small
+that its forward hides nothing; memory, disk, and what summing up, opening and resuming the run take afterwards. An axis
+that the result file has is not measured again.
 
 The site's page "How it grows" ends with the result.
 """
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +52,10 @@ COMMANDS: dict[str, tuple[tuple[str, ...], tuple[int, int], tuple[int, ...]]] = 
     "images": (("evaluate",), (8, 48), (1, 2)),
 }
 """Each axis of a command: the command, a short and a long run, and numbers of processes."""
+MANY = "many prompts"
+"""The axis of the bookkeeping."""
+ITEMS = (10, 100, 1000, 10_000)
+LETTERS = str.maketrans("0123456789", "abcdefghij")
 SD3_ROWS = 580_608
 """Rows of attention-budget for a prompt of SD3-medium: 28 steps, 2 branches, 24 layers x 24 heads, 18 kinds of pair."""
 MILLION = 1_000_000
@@ -82,6 +89,55 @@ def of_command(axis: str, device: str, repeats: int) -> list[dict[str, Any]]:
             middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
             rows.append({"axis": axis, "value": count, "processes": number, "repeats": repeats, **middle})
     return rows
+
+
+def of_items(counts: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """A row for each number of prompts of a tiny model; one prompt before them, for what is loaded and made once."""
+    sys.path.insert(0, str(ROOT))
+    from tests import tiny
+
+    model = tiny.pipeline()
+    for count in (1, *counts):
+        with tempfile.TemporaryDirectory() as folder:
+            row = of_run(model, count, Path(folder) / "run")
+        if count > 1:
+            yield row
+
+
+def of_run(model: Any, count: int, out: Path) -> dict[str, Any]:
+    """One denoising step a prompt, rows by layer: processor seconds to measure, sum up, open and resume; resident
+    memory when all are measured, and when all is done; bytes and files."""
+    import psutil
+
+    from mmdit_probe.experiments import AttentionBudget, Result
+
+    at = []
+
+    def reached() -> None:
+        at.append((time.process_time(), psutil.Process().memory_info().rss))
+
+    class Watched(AttentionBudget):
+        def finish(self, study: Any, store: Any) -> None:
+            reached()
+
+    prompts = [f"cat {f'{number:04d}'.translate(LETTERS)}" for number in range(count)]
+    asked = Watched(prompts=prompts, num_steps=1, rows="layer")
+    reached()
+    asked.run(model, out=out, progress=False)
+    reached()
+    files = [file for file in out.rglob("*") if file.is_file()]
+    size = sum(file.stat().st_size for file in files)
+    reached()
+    assert len(Result.read(out).summary)
+    reached()
+    asked.run(model, out=out, resume=True, progress=False)
+    reached()
+    seconds, resident = zip(*at, strict=True)
+    return {
+        "axis": MANY, "value": count, "measured": seconds[1] - seconds[0], "summed_up": seconds[2] - seconds[1],
+        "opened": seconds[4] - seconds[3], "resumed": seconds[5] - seconds[4], "resident": resident[1],
+        "after": resident[5], "bytes": size, "files": len(files),
+    }  # fmt: skip
 
 
 def once(line: list[str], processes: int) -> dict[str, float]:
@@ -131,12 +187,14 @@ def slope(rows: list[dict[str, Any]], key: str) -> float:
 def markdown(report: dict[str, Any]) -> str:
     lines = ["## What was measured", "", "Made by `python benchmarks/growth.py`."]
     lines += [f"{report['machine']}, torch {report['torch']}, {report['threads']} threads; {CLOCKS[report['clock']]}."]
-    axes = {axis: [row for row in report["rows"] if row["axis"] == axis] for axis in (*FORWARD, *COMMANDS)}
+    axes = {axis: [row for row in report["rows"] if row["axis"] == axis] for axis in (*FORWARD, *COMMANDS, MANY)}
     if any(axes[axis] for axis in FORWARD):
         lines += ["", *forward_table({axis: axes[axis] for axis in FORWARD if axes[axis]})]
     for axis in COMMANDS:
         if axes[axis]:
             lines += ["", *command_table(axis, axes[axis], report["clock"])]
+    if axes[MANY]:
+        lines += ["", *items_table(axes[MANY])]
     if axes["prompts"]:
         lines += ["", *million(axes["prompts"], report["clock"])]
     return "\n".join(lines) + "\n"
@@ -185,6 +243,24 @@ def command_table(axis: str, rows: list[dict[str, Any]], clock: str) -> list[str
     return lines
 
 
+def items_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Ten to ten thousand prompts: what of the bookkeeping grows, and how."""
+    lines = [
+        f"### {MANY.capitalize()}: `attention-budget` on a tiny random model", "",
+        "One step a prompt, `--rows layer`, all runs in one process; processor seconds. 'summed up': summary, figure,",
+        "record when all are measured; 'opened': `Result.read(folder).summary`; 'resumed': `--resume` of the finished",
+        "run, figure included. MiB: resident when all are measured, and after all of that.", "",
+        "| prompts | measured s | a prompt | MiB | bytes a prompt | files | summed up s | opened s | resumed s | MiB |",
+        "|-:|-:|-:|-:|-:|-:|-:|-:|-:|-:|",
+    ]  # fmt: skip
+    for row in rows:
+        cells = (row["value"], f"{row['measured']:.1f}", f"{row['measured'] / row['value']:.4f}")
+        cells += (mebibytes(row["resident"]), f"{row['bytes'] / row['value']:.0f}", row["files"])
+        cells += tuple(f"{row[name]:.2f}" for name in ("summed_up", "opened", "resumed"))
+        lines.append("| " + " | ".join(map(str, (*cells, mebibytes(row["after"])))) + " |")
+    return lines
+
+
 def million(rows: list[dict[str, Any]], clock: str) -> list[str]:
     """What the measured slopes come to for a million prompts."""
     seconds, of_row = slope(rows, clock), slope(rows, "bytes") / slope(rows, "rows")
@@ -201,19 +277,21 @@ def million(rows: list[dict[str, Any]], clock: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--axis", choices=(*FORWARD, *COMMANDS), action="append", help="default: all")
+    parser.add_argument("--axis", choices=(*FORWARD, *COMMANDS, MANY), action="append", help="default: all")
     parser.add_argument("--repeats", type=at_least(1), default=3, help="runs of each command")
     overhead.common_options(parser, rounds=7)
     options = parser.parse_args()
     stem = overhead.results("growth", options.device)
     report = overhead.kept(stem, overhead.described(options.device, options.clock))
-    for axis in options.axis or (*FORWARD, *COMMANDS):
+    for axis in options.axis or (*FORWARD, *COMMANDS, MANY):
         if not options.fresh and any(row["axis"] == axis for row in report["rows"]):
             print(f"{axis}: in {stem.name}.json already; --fresh measures it again")
             continue
         report["rows"] = [row for row in report["rows"] if row["axis"] != axis]
         if axis in FORWARD:
             report["rows"] += of_forward(axis, options.device, options.rounds, options.clock)
+        elif axis == MANY:
+            report["rows"] += of_items(ITEMS)
         else:
             report["rows"] += of_command(axis, options.device, options.repeats)
         if options.no_write:

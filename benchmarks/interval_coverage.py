@@ -1,11 +1,14 @@
 """How often 95 % intervals over n items cover the true mean: what decides the methods of `results.statistics`.
 
-    python benchmarks/interval_coverage.py            # eight minutes on one core; results/interval_coverage.md
+    python benchmarks/interval_coverage.py            # three minutes on one core; results/interval_coverage.md
 
 For each kind of score, n and method: the share of simulated samples whose interval holds the true mean. Methods of a
-mean: percentile bootstrap, BCa (both scipy), studentised bootstrap, t. Of a share (0 or 1 per item): Wilson, t. Of
+mean: percentile bootstrap, BCa, studentised bootstrap, t. Of a share (0 or 1 per item): Wilson, t. Of
 pairs of yes and no, some lost and half as many won: Bonett and Price, t. The package uses
 `results.statistics.interval`; its column is measured through that function and no copy of it.
+
+Items that share something beside what they are samples of cover less: a second table has edit minus control over n
+prompts where the control moves along one of five directions, or along one of the prompt's own (`edit.control`).
 
 `statistics.FEWEST` is the smallest n from which on no kind of mean, and no share of .2 or more, falls below 93 % by
 more than two standard errors of the simulation. (Few items say nothing of rare events: Wilson's interval of a share of
@@ -26,9 +29,11 @@ from scipy import stats
 
 from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.results.atomic import write_text
-from mmdit_probe.results.statistics import FEWEST, interval
+from mmdit_probe.results.statistics import FEWEST, TAILS, interval
 
-Draw = Callable[[np.random.Generator, tuple[int, int]], NDArray[np.float64]]
+Samples = NDArray[np.float64]
+Bounds = tuple[Samples, Samples]
+Draw = Callable[[np.random.Generator, tuple[int, int]], Samples]
 
 OUT = Path(__file__).parent / "results" / "interval_coverage.md"
 SIZES = (3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 50, 100)
@@ -51,47 +56,58 @@ MEANS: dict[str, tuple[float, Draw]] = {
     "very skewed (exponential, skewness 2)": (1.0, lambda rng, size: rng.exponential(size=size)),
 }
 SHARES = {f"share of {p:g}": p for p in (0.5, 0.2, 0.05)}
+PARTS = {f"facts shown of four, {p:g} of images lack some": p for p in (0.2, 0.05)}
 RARE = "share of 0.05"
+WITHIN = (0.02, 0.05, 0.1, 0.2)
+"""Share of the variance of edit minus control that lies between directions of the control."""
+SHARED = 5
+"""Directions that all prompts take in turn."""
 CHANGES = {f"pairs of yes and no, {p:g} lost": p for p in (0.2, 0.05, 0.02)}
 METHODS = ("percentile", "BCa", "studentised", "t", "interval()")
+DESIGNS = (f"{SHARED} shared directions", "one direction per prompt")
 
 
-def by_t(data: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def by_t(data: Samples) -> Bounds:
     error = data.std(-1, ddof=1) / np.sqrt(data.shape[-1]) * stats.t.ppf(0.975, data.shape[-1] - 1)
     return data.mean(-1) - error, data.mean(-1) + error
 
 
-def by_studentised(
-    data: NDArray[np.float64], rng: np.random.Generator
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Quantiles of the t statistic over resamples; resamples without variance count as infinite."""
-    low, high = np.empty(len(data)), np.empty(len(data))
+def by_bootstrap(data: Samples, rng: np.random.Generator) -> dict[str, Bounds]:
+    """Percentile, BCa and studentised bounds, all of the same resamples, which are drawn once for all samples."""
     n = data.shape[-1]
-    for k, sample in enumerate(data):
-        again = sample[rng.integers(0, n, (RESAMPLES, n))]
-        shift = again.mean(-1) - sample.mean()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            t = np.nan_to_num(shift / (again.std(-1, ddof=1) / np.sqrt(n)), posinf=np.inf, neginf=-np.inf)
-        below, above = np.quantile(t, [0.025, 0.975], method="nearest")
-        error = sample.std(ddof=1) / np.sqrt(n)
-        low[k], high[k] = sample.mean() - above * error, sample.mean() - below * error
-    return low, high
+    counts = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(float)
+    mean, away = data.mean(-1), data - data.mean(-1, keepdims=True)
+    shift = counts @ away.T / n  # (RESAMPLES, repeats)
+    spread = np.sqrt(np.maximum(counts @ (away**2).T / n - shift**2, 0) * n / (n - 1))
+    # A resample without variance counts as infinite.
+    t = np.nan_to_num(shift / (spread / np.sqrt(n)), posinf=np.inf, neginf=-np.inf)
+    above, below = (np.quantile(t, tail, axis=0, method="nearest") for tail in TAILS[::-1])
+    error = data.std(-1, ddof=1) / np.sqrt(n)
+    bias = stats.norm.ppf((shift < 0).mean(0) + (shift == 0).mean(0) / 2)
+    skew = (away**3).sum(-1) / (6 * (away**2).sum(-1) ** 1.5)
+    levels = ((bias + z) / (1 - skew * (bias + z)) + bias for z in stats.norm.ppf(TAILS))
+    shift.sort(axis=0)
+    found = {"percentile": [mean + at(shift, np.full(len(mean), tail)) for tail in TAILS]}
+    found["BCa"] = [mean + at(shift, stats.norm.cdf(level)) for level in levels]
+    found["studentised"] = [mean - above * error, mean - below * error]
+    return {name: (low, high) for name, (low, high) in found.items()}
 
 
-def by_scipy(data: NDArray[np.float64], method: str, rng: np.random.Generator) -> tuple[NDArray[np.float64], ...]:
-    bounds = [
-        stats.bootstrap((part,), np.mean, axis=-1, n_resamples=RESAMPLES, method=method, rng=rng).confidence_interval
-        for part in np.array_split(data, max(1, data.size // 2000))
-    ]
-    return np.concatenate([b.low for b in bounds]), np.concatenate([b.high for b in bounds])
+def at(ordered: Samples, levels: Samples) -> Samples:
+    """The quantile of each column [draws, repeats] at its own level; NaN at a level that is none."""
+    place = np.nan_to_num(levels) * (len(ordered) - 1)
+    low = np.minimum(place.astype(int), len(ordered) - 2)
+    column = np.arange(ordered.shape[1])
+    found = ordered[low, column] + (place - low) * (ordered[low + 1, column] - ordered[low, column])
+    return np.where(np.isfinite(levels), found, np.nan)
 
 
-def ours(data: NDArray[np.float64], kind: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def ours(data: Samples, kind: str) -> Bounds:
     bounds = np.array([interval(sample, kind) for sample in data])
     return bounds[:, 1], bounds[:, 2]
 
 
-def coverage(truth: float, bounds: tuple[NDArray[np.float64], ...]) -> float:
+def coverage(truth: float, bounds: Bounds) -> float:
     """Share of intervals that hold the truth; one of NaN does not (constant samples have no BCa interval)."""
     return float(((bounds[0] <= truth + 1e-12) & (truth - 1e-12 <= bounds[1])).mean())
 
@@ -104,13 +120,16 @@ def simulate(repeats: int) -> pd.DataFrame:
             data = draw(rng, (repeats, n))
             with np.errstate(all="ignore"):
                 found = {
-                    "percentile": by_scipy(data, "percentile", rng), "BCa": by_scipy(data, "BCa", rng),
-                    "studentised": by_studentised(data, rng), "t": by_t(data), "interval()": ours(data, "mean"),
+                    **by_bootstrap(data, rng), "t": by_t(data), "interval()": ours(data, "mean"),
                 }  # fmt: skip
             rows.append({"scores": name, "n": n, **{m: coverage(truth, bounds) for m, bounds in found.items()}})
-    for name, truth in SHARES.items():
+    for name, p in (SHARES | PARTS).items():
         for n in SIZES:
-            data = (rng.random((repeats, n)) < truth).astype(float)
+            some = (rng.random((repeats, n)) < p).astype(float)
+            # Of four facts one or two are lacking, equally often.
+            data, truth = (
+                (some, p) if name in SHARES else (1 - some * rng.integers(1, 3, some.shape) / 4, 1 - 3 * p / 8)
+            )
             rows.append(
                 {"scores": name, "n": n, "t": coverage(truth, by_t(data)),
                  "interval()": coverage(truth, ours(data, "share"))}
@@ -133,6 +152,19 @@ def changes(repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
+def directions(repeats: int) -> pd.DataFrame:
+    """Coverage of edit minus control by n, and by how much of its variance lies between directions of the control."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for share in WITHIN:
+        for n in (40, 120, 200):
+            own = np.sqrt(1 - share) * rng.normal(size=(repeats, n))
+            shared, each = (np.sqrt(share) * rng.normal(size=(repeats, count)) for count in (SHARED, n))
+            found = (coverage(0.0, ours(own + between, "mean")) for between in (shared[:, np.arange(n) % SHARED], each))
+            rows.append({"between directions": share, "n": n, **dict(zip(DESIGNS, found, strict=True))})
+    return pd.DataFrame(rows)
+
+
 def fewest(table: pd.DataFrame, repeats: int) -> int:
     """Smallest n from which on `interval` covers enough, by the simulation."""
     noise = 2 * np.sqrt(ENOUGH * (1 - ENOUGH) / repeats)
@@ -140,7 +172,7 @@ def fewest(table: pd.DataFrame, repeats: int) -> int:
     return min(n for n in SIZES if n > short.max()) if len(short) else SIZES[0]
 
 
-def report(table: pd.DataFrame, repeats: int) -> str:
+def report(table: pd.DataFrame, controls: pd.DataFrame, repeats: int) -> str:
     lines = [
         "# Coverage of 95 % intervals by n",
         "",
@@ -158,15 +190,31 @@ def report(table: pd.DataFrame, repeats: int) -> str:
     for row in table.to_dict("records"):
         cells = ["" if pd.isna(row.get(name, np.nan)) else f"{row[name]:.3f}" for name in METHODS]
         lines.append(f"| {row['scores']} | {row['n']} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        "# Directions of the control of equal size",
+        "",
+        "The same for edit minus control over n prompts, both normal, where the control's effect differs by its"
+        " direction.",
+        f"Directions that all prompts share are {SHARED} values, however many prompts there are. Intervals over prompts"
+        " hold",
+        "where each prompt has a direction of its own, as in the controls of the package.",
+        "",
+        f"| variance between directions | n | {' | '.join(DESIGNS)} |",
+        "|-|-|-|-|",
+    ]
+    for row in controls.to_dict("records"):
+        cells = " | ".join(f"{row[name]:.3f}" for name in DESIGNS)
+        lines.append(f"| {row['between directions']:.0%} | {row['n']} | {cells} |")
     return "\n".join([*lines, ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=at_least(1), default=2500, help="simulated samples per kind of score and n")
+    parser.add_argument("--repeats", type=at_least(1), default=1500, help="simulated samples per kind of score and n")
     options = parser.parse_args()
     table = simulate(options.repeats)
-    write_text(OUT, report(table, options.repeats))
+    write_text(OUT, report(table, directions(options.repeats), options.repeats))
     print(f"FEWEST by this simulation: {fewest(table, options.repeats)}; in the package: {FEWEST}; {OUT}")
 
 

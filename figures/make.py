@@ -76,6 +76,7 @@ FIGURES = (
     Figure("fig_analyses"),
     Figure("fig10_magnet", ("lora", "dataset", "clip"), (CHOICE, "analyses/results/magnet_scenes/*")),
     Figure("fig_embedded_training", only="scenes-sd3"),
+    Figure("fig_alignment_ablation", reads=("analyses/results/alignment_ablation/*.csv",), only="scenes-sd3"),
     Figure("paper_vs_measured", reads=("*.csv",), last=True),
     Figure("paper_findings", reads=("*.csv",), last=True),
 )

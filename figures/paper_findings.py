@@ -46,7 +46,8 @@ def markdown(folder: Path, model: str) -> str:
     lines = [
         f"# The paper's findings in {model}",
         "",
-        "Written by `python figures/paper_findings.py`. [95 % intervals]",
+        "Written by `python figures/paper_findings.py`. [95 % intervals; which layer segments best was seen on the"
+        " images that its intervals are of]",
     ]
     lines += ["", "| finding | the paper, SD3-medium | here | |", "|-|-|-|-|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]

@@ -94,24 +94,20 @@ def run(experiment: Experiment, target: Any, options: argparse.Namespace) -> Res
 
 
 def given(options: argparse.Namespace, experiment: type[Experiment]) -> dict[str, Any]:
-    """What `--set` says, texts where the option may be one: also a word that it knows, such as none.
+    """What `--set` says, by the types of the experiment's options.
 
     Raises:
         UserError: no option of the experiment.
     """
-    from mmdit_probe.errors import unknown
-    from mmdit_probe.options import choices_of, described
-    from mmdit_probe.segment.settings import parse_option
+    from mmdit_probe.errors import check_known
+    from mmdit_probe.options import described
+    from mmdit_probe.segment.settings import split_option, value_of
 
-    known = {field.name: field.type for field in described(experiment)}
+    known = {field.name: field for field in described(experiment)}
     found = {}
-    for text in options.set:
-        name, value = parse_option(text)
-        if name not in known:
-            raise unknown(f"option of {experiment.__name__}", name, known)
-        written = text.partition("=")[2]
-        is_text = "str" in str(known[name]) or written in choices_of(known[name])
-        found[name] = written if is_text else value
+    for name, text in map(split_option, options.set):
+        check_known(f"option of {experiment.__name__}", name, known)
+        found[name] = value_of(text, known[name].type, known[name].option.values)
     return found
 
 

@@ -30,6 +30,9 @@ MOST = 10_000_000
 LAST_SEED = 2**62
 """Largest first seed: item k uses seed + k, and tables hold whole numbers below 2^63."""
 
+METHOD = "Method"
+"""Heading of the options in `--help` that decide how something is done: most of them."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -53,7 +56,7 @@ class Option:
     flag: str | None = None
     also: tuple[str, ...] = ()
     shown_default: str | None = None
-    panel: str | None = None
+    panel: str = METHOD
     argument: bool = False
     values: tuple[str, ...] = ()
     command: bool = True

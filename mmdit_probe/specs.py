@@ -133,14 +133,23 @@ def listed(text: str | Iterable[object]) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in parts))
 
 
-def numbers(asked: str | float | Iterable[object]) -> list[float]:
+def numbers(asked: str | float | Iterable[object], low: float, high: float, refusal: str) -> list[float]:
     """Different numbers in their order, from "0.3,0.5", a number or several: those of six equal digits are one.
 
+    Args:
+        low, high: bounds of each, both included. refusal: what is said of anything else.
+
     Raises:
-        ValueError: one is no number.
+        UserError: none is given, or one is no number or out of bounds.
     """
     parts = asked.split(",") if isinstance(asked, str) else [asked] if isinstance(asked, Real) else asked
-    return list({f"{float(part):g}": float(part) for part in parts}.values())  # type: ignore[arg-type, union-attr]
+    try:
+        found = list({f"{float(part):g}": float(part) for part in parts}.values())  # type: ignore[arg-type, union-attr]
+    except ValueError:
+        found = []
+    if not found or not all(low <= one <= high for one in found):
+        raise UserError(refusal)
+    return found
 
 
 def number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:

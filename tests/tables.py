@@ -64,8 +64,7 @@ def by_item(ask: TokenRows, table: pd.DataFrame) -> pd.DataFrame:
     """What an experiment keeps of every item, from its long table: each denoising call is reduced, then joined."""
     parts = []
     for item, rows in table.groupby("item"):
-        calls = [ask.reduce({str(name): call[name] for name in call}) for _, call in rows.groupby("step")]
-        parts.append(ask.join(pd.concat(calls, ignore_index=True)).assign(item=item, control="none"))
+        parts.append(ask.reduce(rows).assign(item=item, control="none"))
     return pd.concat(parts, ignore_index=True)
 
 

@@ -41,3 +41,14 @@ def test_slopes_leave_out_what_starting_costs(growth: ModuleType) -> None:
     # 2 s and 100 rows of 8 bytes a prompt
     assert "| embedded model, measured slope | 1.00e+08 | 8.00e+08 | 556 h | 5.6 h |" in text
     assert "at 8.00 bytes a row as measured | 5.81e+11 | 4.64e+12 | | |" in text
+
+
+def test_what_many_prompts_leave_is_counted(growth: ModuleType) -> None:
+    (row,) = growth.of_items((2,))
+    assert row["value"] == 2 and row["files"] > 4 and row["bytes"] > 1000
+    assert all(row[name] > 0 for name in ("measured", "summed_up", "opened", "resumed", "resident", "after"))
+    report = {"machine": "m", "torch": "t", "threads": 1, "clock": "wall", "rows": [row]}
+    found = {"value": 1000, "measured": 50.0, "resident": 2**20, "bytes": 9000, "files": 9, "summed_up": 1.0,
+             "opened": 2.0, "resumed": 3.0, "after": 2**21}  # fmt: skip
+    report["rows"].append(row | found)
+    assert "| 1000 | 50.0 | 0.0500 | 1 | 9 | 9 | 1.00 | 2.00 | 3.00 | 2 |" in growth.markdown(report)

@@ -102,7 +102,8 @@ def test_what_is_listed_counts_once_in_order() -> None:
 
 
 def test_numbers_count_once_in_order() -> None:
-    assert numbers("0.5, 0.3,0.50,5e-1") == [0.5, 0.3] and numbers(2) == [2.0] and numbers([1, 2.0, 1.0]) == [1.0, 2.0]
-    for text in ("", "0.3,", "a"):
-        with pytest.raises(ValueError):
-            numbers(text)
+    assert numbers("0.5, 0.3,0.50,5e-1", 0, 1, "no") == [0.5, 0.3] and numbers(2, 0, 2, "no") == [2.0]
+    assert numbers([1, 2.0, 1.0], 1, 2, "no") == [1.0, 2.0]
+    for asked in ("", "0.3,", "a", "nan", "-inf", "0.3,1.1", []):
+        with pytest.raises(UserError, match=r"^no$"):
+            numbers(asked, 0, 1, "no")

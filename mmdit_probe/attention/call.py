@@ -64,23 +64,23 @@ class SDPACall:
         """The factor on q k^T: `scale`, or D ** -0.5."""
         return self.query.shape[-1] ** -0.5 if self.scale is None else float(self.scale)
 
+    @property
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As torch's functions of attention take them: by position, and by name."""
+        return tuple(getattr(self, name) for name in _NAMES), {"scale": self.scale, "enable_gqa": self.enable_gqa}
+
     def stock(self) -> Tensor:
         """The attention output [B, H, Nq, Dv] as torch computes it."""
-        output: Tensor = STOCK(
-            self.query,
-            self.key,
-            self.value,
-            attn_mask=self.attn_mask,
-            dropout_p=self.dropout_p,
-            is_causal=self.is_causal,
-            scale=self.scale,
-            enable_gqa=self.enable_gqa,
-        )
+        given, named = self.arguments
+        output: Tensor = STOCK(*given, **named)
         return output
 
     def broadcast(self) -> SDPACall:
         """The call with the batch axes of query, key and value made equal, as views."""
-        batch = max(len(self.query), len(self.key), len(self.value))
+        lengths = {len(self.query), len(self.key), len(self.value)}
+        if len(lengths) == 1:
+            return self
+        batch = max(lengths)
         query, key, value = (
             t if len(t) == batch else t.expand(batch, -1, -1, -1) for t in (self.query, self.key, self.value)
         )

@@ -15,7 +15,7 @@ with indicator values gives the masses of key groups.
     >>> reduce(call, lse, slice(4, 6), query_weights=torch.ones(1, 1, 6)).shape    # summed over queries
     torch.Size([1, 2, 1, 2])
 
-Nothing here is differentiable but `attend`'s output: see `attention.gradients`.
+Nothing here is differentiable but `weighted` and `attend`'s output: see `attention.gradients`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 
-from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.attention.tiles import Columns, blocks, padded, size
+from mmdit_probe.attention.call import SDPACall, without_autocast
+from mmdit_probe.attention.tiles import Columns, bias_of, blocks, padded, size
 
 _MATH, _FLASH, _EFFICIENT, _CUDNN = 0, 1, 2, 3  # torch's SDPBackend, as `torch._fused_sdp_choice` returns it
 
@@ -37,16 +37,8 @@ def kernel(call: SDPACall) -> str:
 
     Masks and shapes matter, so the answer is per call, not per model.
     """
-    choice = torch._fused_sdp_choice(
-        call.query,
-        call.key,
-        call.value,
-        call.attn_mask,
-        call.dropout_p,
-        call.is_causal,
-        scale=call.scale,
-        enable_gqa=call.enable_gqa,
-    )
+    given, named = call.arguments
+    choice = torch._fused_sdp_choice(*given, **named)
     return {_FLASH: "flash", _EFFICIENT: "efficient", _CUDNN: "cudnn"}.get(int(choice), "math")
 
 
@@ -163,7 +155,8 @@ def reduce(
     for block in blocks(call, lse, keys, queries):
         sums[block.pairs].baddbmm_(weights[block.pairs, :, block.queries], block.flat)
     out = sums.unflatten(0, (batch, heads))[..., :count]  # [B, H, M, K]
-    out = out if key_weights is None else out @ key_weights[:, None]
+    if key_weights is not None:
+        out = (out.flatten(1, 2) @ key_weights).unflatten(1, (heads, -1))  # fewer operations than with an axis of 1
     return out.mean(1) if head_mean else out
 
 
@@ -221,8 +214,10 @@ def group_masses(call: SDPACall, lse: Tensor | None, groups: Tensor, count: int)
     """
     groups = groups.to(call.query.device).long()
     shared = groups if groups.ndim == 2 else groups[None]
+    live = live_queries(call)
     if lse is None:
-        return _indicator_masses(call, shared, count)
+        masses = weighted(call, torch.nn.functional.one_hot(shared, count).float())
+        return masses if live is None else masses.masked_fill(~live[..., None], 0.0)
     sizes = torch.bincount(shared.flatten(), minlength=count)
     rest = int(sizes.argmax())
     needed = (shared != rest).any(0).nonzero()[:, 0]
@@ -230,22 +225,29 @@ def group_masses(call: SDPACall, lse: Tensor | None, groups: Tensor, count: int)
     indicator[..., rest] = 0.0
     out = reduce(call, lse, needed, key_weights=indicator)
     out[..., rest] = 1.0 - out.sum(-1)
-    live = live_queries(call)
     return out if live is None else out * live[..., None]
 
 
-def _indicator_masses(call: SDPACall, groups: Tensor, count: int) -> Tensor:
-    """Masses [B, H, Nq, G] by attention over one-hot values: any kernel, any mask, no lse. Computed in float32."""
-    width = call.query.shape[-1]
-    query, key = call.query.float(), call.expanded_key().float()
-    mask = call.additive_mask(torch.float32)
-    indicator = torch.nn.functional.one_hot(groups, count).float()  # [B or 1, Nk, G]
+def weighted(call: SDPACall, weights: Tensor, rows: Columns = slice(None)) -> Tensor:
+    """sum_j p_ij w_jg, [B, H, R, G] float32: attention over indicator values, differentiable in q and k.
+
+    Args:
+        call: the attention call.
+        weights: [B or 1, Nk, G] weight of every key in each group (zeros and ones: the mass on the group).
+        rows: the R query positions.
+
+    One attention call per D groups, on whatever kernel takes it, with any mask.
+    """
+    query, key = call.query[:, :, rows], call.expanded_key()
+    batch, heads, _, width = query.shape
+    mask = bias_of(call, slice(None), rows) if call.attn_mask is not None or call.is_causal else None
     parts = []
-    for first in range(0, count, width):
-        values = indicator[..., first : first + width]
-        kept = values.shape[-1]
-        values = torch.nn.functional.pad(values, (0, width - kept))[:, None].expand(*key.shape[:2], -1, -1)
-        parts.append(SDPACall(query, key, values, mask, 0.0, call.is_causal, call.scale_factor).stock()[..., :kept])
-    live = live_queries(call)
-    masses = torch.cat(parts, -1)
-    return masses if live is None else masses.masked_fill(~live[..., None], 0.0)
+    with without_autocast(call.query.device.type):
+        for first in range(0, weights.shape[-1], width):
+            values = weights[..., first : first + width].to(query.device, torch.float32)
+            kept = values.shape[-1]
+            # Fused kernels want values as wide as the keys.
+            values = torch.nn.functional.pad(values, (0, width - kept))[:, None].expand(batch, heads, -1, -1)
+            inner = SDPACall(query.float(), key.float(), values, mask, 0.0, False, call.scale_factor)
+            parts.append(inner.stock()[..., :kept])
+    return torch.cat(parts, -1)

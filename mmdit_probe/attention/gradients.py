@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from mmdit_probe.attention import exact
 from mmdit_probe.attention.call import SDPACall, without_autocast
+from mmdit_probe.attention.exact import weighted
 from mmdit_probe.attention.tiles import Columns, bias_of
 
 Space = Literal["logit", "probability"]
@@ -101,31 +102,6 @@ def logits(call: SDPACall, keys: Columns, rows: Columns = slice(None)) -> Tensor
         scores = call.scale_factor * query @ key.transpose(-1, -2)
         bias = bias_of(call, keys, rows)
         return scores if bias is None else scores + bias
-
-
-def weighted(call: SDPACall, weights: Tensor, rows: Columns = slice(None)) -> Tensor:
-    """sum_j p_ij w_jg, [B, H, R, G] float32: attention over indicator values, differentiable in q and k.
-
-    Args:
-        call: the attention call.
-        weights: [B or 1, Nk, G] weight of every key in each group (zeros and ones: the mass on the group).
-        rows: the R query positions.
-
-    One attention call per D groups, on whatever kernel takes it.
-    """
-    query, key = call.query[:, :, rows], call.expanded_key()
-    batch, heads, _, width = query.shape
-    mask = bias_of(call, slice(None), rows) if call.attn_mask is not None or call.is_causal else None
-    parts = []
-    with without_autocast(call.query.device.type):
-        for first in range(0, weights.shape[-1], width):
-            values = weights[..., first : first + width].to(query.device, torch.float32)
-            kept = values.shape[-1]
-            # Fused kernels want values as wide as the keys.
-            values = torch.nn.functional.pad(values, (0, width - kept))[:, None].expand(batch, heads, -1, -1)
-            inner = SDPACall(query.float(), key.float(), values, mask, 0.0, False, call.scale_factor)
-            parts.append(inner.stock()[..., :kept])
-    return torch.cat(parts, -1)
 
 
 def text_maps(

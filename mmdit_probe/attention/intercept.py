@@ -212,6 +212,9 @@ class _Watcher:
         return edits[position](call, module_call, lambda inner: self._edited(inner, module_call, position + 1))
 
 
+_UNFLATTEN = torch.Tensor.unflatten
+
+
 class _CatchSDPA(TorchFunctionMode):
     def __init__(self, watcher: _Watcher, module_call: ModuleCall) -> None:
         super().__init__()
@@ -223,9 +226,9 @@ class _CatchSDPA(TorchFunctionMode):
             if torch.compiler.is_compiling():
                 return compiled.attention(SDPACall.bind(args, kwargs or {}), self.watcher.number)
             return self.watcher.run(SDPACall.bind(args, kwargs or {}), self.module_call)
-        if func is torch.Tensor.unflatten and torch.compiler.is_compiling():
+        if func is _UNFLATTEN and torch.compiler.is_compiling():
             return torch.unflatten(*args, **(kwargs or {}))  # the method is a Python wrapper that a trace cannot enter
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)  # dozens of times in every forward
 
 
 @contextmanager

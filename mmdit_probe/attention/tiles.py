@@ -139,7 +139,8 @@ def _prepared(call: SDPACall, keys: Columns) -> Tensor:
     # Row-major, not a transposed view: a batched product of the view is half as fast on a CPU.
     right = torch.empty(*key.shape[:2], key.shape[-1], total, device=key.device, dtype=dtype)
     right[..., :count] = key.mT
-    right[..., count:] = right[..., count - 1 : count]
+    if count < total:
+        right[..., count:] = right[..., count - 1 : count]
     return right.flatten(0, 1)
 
 
@@ -170,12 +171,13 @@ def _mixed_products(tensor: Tensor) -> bool:
 
 
 def _in_place(query: Tensor, dtype: torch.dtype, many: int) -> bool:
-    """Whether queries can be multiplied where they are: of the product's dtype, rows of one stride, sample by sample.
+    """Whether queries can be multiplied where they are: of the product's dtype, rows of one stride, samples too.
 
     Diffusers' queries are transposed views [B, N, H, D]; a matrix product takes such a stride, and copying every block
     is a sixth of the cost of the columns.
     """
-    return query.dtype == dtype and many == 1 and query.stride(-1) == 1 and query.stride(-2) >= query.shape[-1]
+    together = many == 1 or query.stride(0) == query.shape[1] * query.stride(1)
+    return query.dtype == dtype and together and query.stride(-1) == 1 and query.stride(-2) >= query.shape[-1]
 
 
 def _logits(origin: Tensor) -> Callable[[Tensor, Tensor, Tensor, float, Tensor], object]:

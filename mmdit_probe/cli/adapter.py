@@ -1,6 +1,6 @@
 """An options dataclass that runs as a command: stated once, with help, defaults, headings and completion.
 
-    app.command("perturb", epilog=epilog(*Perturb.examples))(command_of(Perturb))
+    app.command(Perturb.name)(command_of(Perturb))
 
 It is a dataclass of `options.Option` fields with `run(target, out, resume, progress)` that returns a result with
 `path`, `texts()` and `document()`. Values are checked by the class, so that the command and the library refuse them in
@@ -21,9 +21,10 @@ import typer
 from mmdit_probe.cli.options import Session, completing
 from mmdit_probe.cli.output import Output
 from mmdit_probe.errors import unknown
-from mmdit_probe.experiments.options import DETAIL, INPUT, METHOD, MODEL, OUTPUT
+from mmdit_probe.experiments.options import DETAIL, INPUT, MODEL, OUTPUT
 from mmdit_probe.experiments.target import Named
-from mmdit_probe.options import Described, choices_of, described
+from mmdit_probe.options import METHOD, Described, choices_of, described
+from mmdit_probe.results import processes
 from mmdit_probe.results.folder import AUTO
 from mmdit_probe.specs import parse_size
 
@@ -68,11 +69,9 @@ def run(options: Any, session: Session, offered: Any) -> None:
     Args:
         offered: names of the session's options that the command has.
     """
-    from mmdit_probe.results import processes
-
     output = Output(quiet=session.quiet, as_json=session.as_json, debug=session.debug)
     if processes.alone_under_launcher():
-        output.note(
+        output.progress.note(
             "accelerate started one process only (--cpu leaves the others to MPI): use accelerate launch --multi_gpu "
             "--num_processes N, or torchrun --nproc_per_node N; both take CPUs where there is no GPU"
         )

@@ -101,7 +101,8 @@ app = typer.Typer(
 )
 for question, commands in QUESTIONS.items():
     for command in commands:
-        app.command(command.name, epilog=epilog(*command.examples), rich_help_panel=question)(command_of(command))
+        examples = [f"{command.name} {line}" for line in command.examples]
+        app.command(command.name, epilog=epilog(*examples), rich_help_panel=question)(command_of(command))
 app.command("compare", epilog=epilog(*compare.EXAMPLES), rich_help_panel=OTHER)(compare.command)
 app.command("doctor", epilog=epilog(*doctor.EXAMPLES), rich_help_panel=OTHER)(doctor.command)
 app.add_typer(models.app, name="models", rich_help_panel=OTHER)

@@ -9,7 +9,8 @@ import typer
 
 from mmdit_probe.cli.options import Debug, Json, Out, Quiet
 from mmdit_probe.cli.output import Output
-from mmdit_probe.experiments.options import METHOD
+from mmdit_probe.options import METHOD
+from mmdit_probe.results.folder import check_out
 
 EXAMPLES = ("compare runs/float32 runs/bfloat16", "compare runs/base runs/lora --margin 0.01")
 
@@ -30,7 +31,6 @@ def command(
 ) -> None:
     """Second run minus first, paired by item, with intervals: two models, with and without a LoRA, two dtypes."""
     from mmdit_probe.experiments.compare_runs import compare_runs
-    from mmdit_probe.results.folder import check_out
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     check_out(out)

@@ -8,7 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from mmdit_probe.cli.options import Debug, Json, Quiet, completing, epilog
+from mmdit_probe.cli.output import Output
+from mmdit_probe.data import dataset
 from mmdit_probe.experiments.options import INPUT
+from mmdit_probe.experiments.text import TextTable
 
 app = typer.Typer(
     help="Segmentation data sets: list, check, prepare.",
@@ -19,9 +22,7 @@ app = typer.Typer(
 @app.command("list", epilog=epilog("datasets list"))
 def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> None:
     """Name the readers, their classes and the folders they look for."""
-    from mmdit_probe.cli.output import Output
     from mmdit_probe.data.public import SETS
-    from mmdit_probe.experiments.text import TextTable
 
     columns = ["name", "classes", "images", "background", "folders, first layout found"]
     table = TextTable(
@@ -65,10 +66,7 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Open every picture and label and say what is found, missing or wrong. Exit code 1 if something is wrong."""
-    from mmdit_probe.cli.output import Output
-    from mmdit_probe.data import dataset
     from mmdit_probe.data.check import check as run
-    from mmdit_probe.experiments.text import TextTable
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     data = dataset(source, limit)
@@ -116,7 +114,6 @@ def prepare(
     debug: Debug = False,
 ) -> None:
     """Write label PNGs in the ids other projects expect: COCO-Object, COCO-Stuff-27, Context with background last."""
-    from mmdit_probe.cli.output import Output
     from mmdit_probe.data.public import prepare as run
 
     count = run(kind, root, out)

@@ -5,12 +5,18 @@ mmdit-probe doctor --deep --device cuda      # every kernel of the device agains
 
 from __future__ import annotations
 
+import platform
 from typing import Annotated, Any
 
 import typer
 
+from mmdit_probe import assets
 from mmdit_probe.cli.options import Debug, Device, Json, Quiet
-from mmdit_probe.experiments.options import METHOD
+from mmdit_probe.cli.output import Output
+from mmdit_probe.experiments.text import TextTable
+from mmdit_probe.models.names import check_device
+from mmdit_probe.options import METHOD
+from mmdit_probe.results import environment
 
 EXAMPLES = ("doctor", "doctor --deep --device cuda")
 
@@ -28,12 +34,6 @@ def command(
     device: Device = "auto", deep: Deep = False, as_json: Json = False, quiet: Quiet = False, debug: Debug = False
 ) -> None:
     """Print versions, devices, attention kernels and what the engine will do with them."""
-    from mmdit_probe import assets
-    from mmdit_probe.cli.output import Output
-    from mmdit_probe.experiments.text import TextTable
-    from mmdit_probe.models.names import check_device
-    from mmdit_probe.results import environment
-
     check_device(device)
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     report: dict[str, Any] = environment()
@@ -74,7 +74,6 @@ def parity(device: str, output: Any) -> list[dict[str, Any]]:
 
 def _parity_table(found: list[dict[str, Any]]) -> list[Any]:
     from mmdit_probe.attention.kernels import LIMITS, summary
-    from mmdit_probe.experiments.text import TextTable
 
     table = TextTable(
         ["kernel", "dtype", "log-sum-exp", "mean mass", "map", "passed", "failed", "not run", "remark"],
@@ -116,7 +115,6 @@ def kernel_report(device: str, dtype: str) -> dict[str, Any]:
 
 
 def _devices(wanted: str) -> dict[str, Any]:
-    import platform
 
     import torch
 

@@ -8,7 +8,11 @@ from typing import Annotated
 
 import typer
 
+from mmdit_probe import assets
 from mmdit_probe.cli.options import Debug, Json, Quiet, epilog
+from mmdit_probe.cli.output import Output
+from mmdit_probe.experiments.text import TextTable
+from mmdit_probe.scenes.captions import WORDS
 
 app = typer.Typer(
     help="Embedded models and supported families.", invoke_without_command=True,
@@ -21,11 +25,7 @@ def listing(context: typer.Context, as_json: Json = False, quiet: Quiet = False,
     """List the embedded models and the supported model families."""
     if context.invoked_subcommand is not None:
         return
-    from mmdit_probe import assets
-    from mmdit_probe.cli.output import Output
-    from mmdit_probe.experiments.text import TextTable
     from mmdit_probe.models.families.registry import FAMILIES
-    from mmdit_probe.scenes.captions import WORDS
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)
     kinds = {name: describe(assets.path(name)) for name in assets.names()}
@@ -56,8 +56,6 @@ def inspect_command(
     debug: Debug = False,
 ) -> None:
     """Find out, mechanically, which layers of a model are joint attention and in which order its tokens are."""
-    from mmdit_probe.cli.output import Output
-    from mmdit_probe.experiments.text import TextTable
     from mmdit_probe.observe.inspect import inspect_model
 
     output = Output(quiet=quiet, as_json=as_json, debug=debug)

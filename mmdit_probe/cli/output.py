@@ -36,11 +36,7 @@ class Output:
         self.progress = Progress(quiet, not as_json, lambda table, console: fitted(table, console)[0])
         if not debug:
             hush_libraries()
-            warnings.showwarning = lambda message, *_: self.note(str(message))
-
-    def note(self, text: str) -> None:
-        """A remark for the person at the terminal, on stderr. Not printed with `-q`."""
-        self.progress.note(text)
+            warnings.showwarning = lambda message, *_: self.progress.note(str(message))
 
     def result(self, document: dict[str, Any], texts: Sequence[Any] = (), path: object = None) -> None:
         """The answer: `document` with `--json`, `path` with `-q`, otherwise tables and lines of text."""

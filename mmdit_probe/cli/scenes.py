@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from mmdit_probe.cli.options import Debug, Json, Out, Quiet, completing, epilog
+from mmdit_probe.cli.output import Output
 from mmdit_probe.experiments.options import INPUT
-from mmdit_probe.scenes import KINDS, SPLITS
+from mmdit_probe.results import RunFolder
+from mmdit_probe.scenes import KINDS, SPLITS, describe, scene
 
 app = typer.Typer(help="The embedded world: look at scenes.", epilog=epilog("scenes show"), rich_markup_mode="rich")
 
@@ -37,11 +39,8 @@ def show(
     debug: Debug = False,
 ) -> None:
     """Write a contact sheet: scenes with captions, class, instance and part masks (PNG and PDF)."""
-    from mmdit_probe.cli.output import Output
     from mmdit_probe.plots import save
     from mmdit_probe.plots.scenes import contact_sheet
-    from mmdit_probe.results import RunFolder
-    from mmdit_probe.scenes import describe, scene
 
     items = [scene(split, index) for index in range(start, start + n)]
     texts = [describe(item, kind) for item in items]

@@ -75,12 +75,9 @@ class Fit:
             size = _aspect(picture, size, multiple or 1, most)
             target = (0, 0, *size)
         if how == "letterbox":
-            scale = min(rows / height, columns / width)
-            inner_h, inner_w = max(1, round(height * scale)), max(1, round(width * scale))
-            top, left = (rows - inner_h) // 2, (columns - inner_w) // 2
-            target = (top, left, top + inner_h, left + inner_w)
+            target = _centred(size, picture)
         if how == "crop":
-            source = _centre(picture, size, whole=multiple is not None)
+            source = _centre(picture, size) if multiple is None else _centred(picture, size)
         return cls(picture, size, source, target, how)
 
     def apply(self, image: Image | NDArray[np.uint8], smooth: bool = False) -> Image:
@@ -139,9 +136,9 @@ class Fit:
             top, left, bottom, right = self.target
             inner = F.interpolate(inner[None], self.size, mode="bilinear", align_corners=False)[0]
             inner = inner[:, top:bottom, left:right]
-        top, left, bottom, right = self._shown
+        top, left, bottom, right = self.shown
         inner = F.interpolate(inner[None], (bottom - top, right - left), mode="bilinear", align_corners=False)[0]
-        if self._shown == (0, 0, *self.picture):
+        if self.shown == (0, 0, *self.picture):
             return inner
         out = torch.zeros(len(scores), *self.picture)
         out[:, top:bottom, left:right] = inner
@@ -150,13 +147,13 @@ class Fit:
     @property
     def unseen(self) -> NDArray[np.bool_]:
         """Pixels of the picture that the network was not shown, [height, width]."""
-        top, left, bottom, right = self._shown
+        top, left, bottom, right = self.shown
         mask = np.ones(self.picture, bool)
         mask[top:bottom, left:right] = False
         return mask
 
     @property
-    def _shown(self) -> tuple[int, int, int, int]:
+    def shown(self) -> tuple[int, int, int, int]:
         """`source` in whole pixels."""
         top, left, bottom, right = (round(edge) for edge in self.source)
         return top, left, bottom, right
@@ -182,14 +179,17 @@ def _aspect(picture: tuple[int, int], size: tuple[int, int], multiple: int, most
     return min(rows, most or rows) * multiple, min(columns, most or columns) * multiple
 
 
-def _centre(picture: tuple[int, int], size: tuple[int, int], whole: bool) -> Box:
-    """The largest centred part of the aspect of `size`; exact (as `PIL.ImageOps.fit`), or on whole pixels."""
+def _centred(outer: tuple[int, int], aspect: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The largest centred part of a size that has an aspect, on whole pixels."""
+    scale = min(outer[0] / aspect[0], outer[1] / aspect[1])
+    height, width = (max(1, round(side * scale)) for side in aspect)
+    top, left = (outer[0] - height) // 2, (outer[1] - width) // 2
+    return top, left, top + height, left + width
+
+
+def _centre(picture: tuple[int, int], size: tuple[int, int]) -> Box:
+    """The same part of a picture, exactly: as `PIL.ImageOps.fit`."""
     (height, width), (rows, columns) = picture, size
-    if whole:
-        scale = min(height / rows, width / columns)
-        inner_h, inner_w = max(1, round(rows * scale)), max(1, round(columns * scale))
-        top, left = (height - inner_h) // 2, (width - inner_w) // 2
-        return top, left, top + inner_h, left + inner_w
     wanted, has = columns / rows, width / height
     part_h, part_w = float(height), float(width)
     if has > wanted:

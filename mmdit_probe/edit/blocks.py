@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmdit_probe.edit.edit import Addressed, Factored
-from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.errors import UserError
 from mmdit_probe.models.layout import KINDS, Layer
 from mmdit_probe.models.pipeline_call import bind
 from mmdit_probe.specs import Spec
@@ -53,12 +53,11 @@ class BlockEdit(Addressed):
         """Goes around the forward of the layer's block, for `probe(edits=...)`."""
 
         def forward(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            if self.neutral:
+            if not self.acts(layer, run):
                 return proceed(*args, **kwargs)
-            if run.current is None:
-                raise RunError(f"layer {layer.index} ran outside the transformer's own call: it cannot be edited")
-            rows = torch.tensor([self.branches is None or branch in self.branches for branch in run.current.branches])
-            if not run.at(self.steps) or not rows.any():
+            assert run.current is not None
+            rows = self.rows(run.current.branches)
+            if not rows.any():
                 return proceed(*args, **kwargs)
             block = BlockCall(layer, run, proceed, args, kwargs)
             return self.run(block, rows[:, None, None].to(block.image.device))

@@ -69,6 +69,7 @@ class Place:
 class Addressed:
     """What edits of attention and operations on blocks share; both are frozen dataclasses."""
 
+    steps: Spec
     branches: Sequence[str] | None
 
     def __post_init__(self) -> None:
@@ -84,6 +85,22 @@ class Addressed:
     def neutral(self) -> bool:
         """Whether the setting changes nothing; such an edit leaves the call untouched."""
         return False
+
+    def acts(self, layer: Layer, run: Run) -> bool:
+        """Whether it may change anything at the sampling step of the denoising call in progress.
+
+        Raises:
+            RunError: there is no such call.
+        """
+        if self.neutral:
+            return False
+        if run.current is None:
+            raise RunError(f"layer {layer.index} ran outside the transformer's own call: it cannot be edited")
+        return run.at(self.steps)
+
+    def rows(self, branches: Sequence[str]) -> Tensor:
+        """[B] boolean: the samples concerned, of their guidance branches."""
+        return torch.tensor([self.branches is None or branch in self.branches for branch in branches])
 
     def at(self, **changes: Any) -> Self:
         """The same edit with another address or setting: `blur.at(layers=[3])`."""
@@ -174,14 +191,10 @@ class Handler:
         self.edit, self.layer, self.run = edit, layer, run
 
     def __call__(self, call: SDPACall, module_call: ModuleCall, proceed: Proceed) -> Tensor:
-        edit, run = self.edit, self.run
-        if edit.neutral:
+        edit = self.edit
+        if not edit.acts(self.layer, self.run):
             return proceed(call)
-        if run.current is None:
-            raise RunError(f"layer {self.layer.index} ran outside the transformer's own call: it cannot be edited")
-        if not run.at(edit.steps):
-            return proceed(call)
-        layout, places = run.arranged(self.layer)
+        layout, places = self.run.arranged(self.layer)
         samples = self._samples(call, module_call)
         hidden = hidden_keys(call)
         if places is None:
@@ -239,9 +252,7 @@ class Handler:
         keys = torch.stack([_keys(edit, table, layout, sample) for sample, table in enumerate(tables)])
         if hidden is not None:  # what the mask hides is not there to be mixed with
             keys &= ~hidden.cpu()[:, layout.positions(edit.key)]
-        wanted = edit.branches
-        rows = torch.tensor([wanted is None or branch in wanted for branch in current.branches[samples]])
-        rows &= keys.any(1)
+        rows = edit.rows(current.branches[samples]) & keys.any(1)
         if not rows.any():
             return None
         chosen = torch.zeros(heads, dtype=torch.bool)

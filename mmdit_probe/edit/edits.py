@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ Where = Literal["probabilities", "logits"]
 Border = Literal["reflect", "symmetric", "replicate"]
 WHERE: tuple[Where, ...] = get_args(Where)
 BORDERS: tuple[Border, ...] = get_args(Border)
+_OF_SCIPY = {"reflect": "mirror", "symmetric": "reflect", "replicate": "nearest"}
 
 
 @dataclass(frozen=True)
@@ -293,11 +295,11 @@ def blur_matrix(length: int, weights: Tensor, border: Border = "reflect") -> Ten
         >>> [round(x, 2) for x in blur_matrix(12, taps(9.0, 5), "reflect").sum(0).tolist()[:4]]     # mass moves inwards
         [0.6, 1.2, 1.2, 1.0]
     """
+    from scipy.ndimage import correlate1d
+
     check_known("border", border, BORDERS)
-    matrix = torch.zeros(length, length, dtype=torch.float64)
-    rows = torch.arange(length)[:, None]
-    sources = _inside(rows + torch.arange(len(weights)) - len(weights) // 2, length, border)
-    return matrix.index_put_((rows, sources), weights.double().expand(length, -1), accumulate=True)
+    taken = weights.double().numpy()
+    return torch.from_numpy(correlate1d(np.eye(length), taken, axis=0, mode=_OF_SCIPY[border]))
 
 
 def spread(matrix: Tensor, positions: Tensor, length: int) -> Tensor:
@@ -305,13 +307,3 @@ def spread(matrix: Tensor, positions: Tensor, length: int) -> Tensor:
     full = torch.eye(length, dtype=matrix.dtype)
     full[positions[:, None], positions[None, :]] = matrix
     return full
-
-
-def _inside(index: Tensor, length: int, border: Border) -> Tensor:
-    """The positions that stand for those beyond the ends."""
-    if border == "replicate" or length == 1:
-        return index.clamp(0, length - 1)
-    # Mirrors repeat with this period; positions beyond one mirror image come back (short sequences, wide kernels).
-    period = 2 * (length - 1) if border == "reflect" else 2 * length
-    index = index % period
-    return torch.minimum(index, (period if border == "reflect" else period - 1) - index)

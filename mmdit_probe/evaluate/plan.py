@@ -105,7 +105,7 @@ class Scoring:
 
     def fit(self, fit: Fit) -> Fit:
         """How the part of the picture that the network is shown lies in the scored label."""
-        top, left, bottom, right = (round(edge) for edge in fit.source)
+        top, left, bottom, right = fit.shown
         return fit.at(scoring_size(str(self.size), (bottom - top, right - left)))
 
     def view(self, record: Capture) -> Capture:
@@ -420,7 +420,7 @@ class _Rows:
 
 def _shares(truth: NDArray[np.integer], ids: Sequence[int], record: Capture) -> Tensor:
     """Share of each class in each token [K, h, w]: pooled to the network's input, then to its grid."""
-    top, left, bottom, right = (round(edge) for edge in record.fit.source)
+    top, left, bottom, right = record.fit.shown
     up, across, down, over = record.fit.target
     (height, width), (rows, columns) = record.fit.size, record.grid
     below = _pooling(height, rows)[:, up:down] @ _pooling(bottom - top, down - up)

@@ -41,53 +41,36 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.value_norms import ValueNorms as ValueNorms
     from mmdit_probe.experiments.word_maps import WordMaps as WordMaps
 
-OF_COMMAND = {
-    "attention-budget": "AttentionBudget",
-    "value-norms": "ValueNorms",
-    "pca": "FeaturePCA",
-    "diagnose": "Diagnose",
-    "attribute": "Attribute",
-    "perturb": "Perturb",
-    "generate": "Generate",
-    "select-layers": "SelectLayers",
-    "score": "Score",
-    "evaluate": "Evaluate",
-    "contribution-budget": "ContributionBudget",
-    "swap-test": "SwapTest",
-    "block-operations": "BlockOperations",
-    "head-triage": "HeadTriage",
-    "sigma-map": "SigmaByLayer",
-    "maps": "WordMaps",
-    "explore": "Explore",
-    "report": "Report",
+_TABLE = {
+    "AttentionBudget": ("attention_budget", "attention-budget"),
+    "ValueNorms": ("value_norms", "value-norms"),
+    "FeaturePCA": ("feature_pca", "pca"),
+    "Diagnose": ("diagnose", "diagnose"),
+    "Attribute": ("attribute", "attribute"),
+    "Perturb": ("perturb", "perturb"),
+    "Generate": ("generate", "generate"),
+    "SelectLayers": ("select_layers", "select-layers"),
+    "Score": ("score", "score"),
+    "Evaluate": ("evaluate", "evaluate"),
+    "ContributionBudget": ("contribution_budget", "contribution-budget"),
+    "SwapTest": ("swap_test", "swap-test"),
+    "BlockOperations": ("block_operations", "block-operations"),
+    "HeadTriage": ("head_triage", "head-triage"),
+    "SigmaByLayer": ("sigma_map", "sigma-map"),
+    "WordMaps": ("word_maps", "maps"),
+    "Explore": ("explore", "explore"),
+    "Report": ("report", "report"),
+    "Discover": ("segment_picture", None),
+    "Experiment": ("experiment", None),
+    "Result": ("result", None),
+    "Segment": ("segment_picture", None),
+    "TrainMagnet": ("train_magnet", None),
 }
-"""Command -> the experiment that it runs."""
+"""Name -> module that it is in, and the command whose runs `experiment_of` reads back."""
 
-MODULES = {
-    "HeadTriage": "head_triage",
-    "SigmaByLayer": "sigma_map",
-    "TrainMagnet": "train_magnet",
-    "Segment": "segment_picture",
-    "Evaluate": "evaluate",
-    "Discover": "segment_picture",
-    "AttentionBudget": "attention_budget",
-    "Attribute": "attribute",
-    "BlockOperations": "block_operations",
-    "ContributionBudget": "contribution_budget",
-    "Diagnose": "diagnose",
-    "Experiment": "experiment",
-    "Explore": "explore",
-    "FeaturePCA": "feature_pca",
-    "Generate": "generate",
-    "Perturb": "perturb",
-    "Report": "report",
-    "Result": "result",
-    "Score": "score",
-    "SelectLayers": "select_layers",
-    "SwapTest": "swap_test",
-    "ValueNorms": "value_norms",
-    "WordMaps": "word_maps",
-}
+OF_COMMAND = {command: name for name, (_, command) in _TABLE.items() if command}
+"""Command -> the experiment that it runs."""
+MODULES = {name: module for name, (module, _) in _TABLE.items()}
 """Name -> module that it is in."""
 
 _OF_PICTURES = {"image": "images", "stream": "streams"}
@@ -136,7 +119,5 @@ def experiment_of(command: str, options: Mapping[str, Any]) -> Experiment:
 
 def read(folder: Path | str) -> Result:
     """The result that a run folder holds."""
-    from mmdit_probe.experiments.report import Report as Report
-    from mmdit_probe.experiments.result import Result
-
-    return Result.read(folder)
+    found: Result = __getattr__("Result").read(folder)
+    return found

@@ -11,23 +11,21 @@ layer grounds words (the paper's layer 9 is no outlier here); it is evidence, no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.data import paper_table
-from mmdit_probe.experiments.text import TextTable, share
+from mmdit_probe.experiments.text import Text, TextTable, share
 from mmdit_probe.experiments.token_rows import TokenRows
-from mmdit_probe.results.statistics import interval, measured
+from mmdit_probe.results.statistics import Interval, interval, measured
 
 if TYPE_CHECKING:
-    import numpy as np
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Rows
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.observe.observer import RowObserver
     from mmdit_probe.specs import HeadSpec
 
@@ -67,22 +65,19 @@ class AttentionBudget(TokenRows):
     the per-layer summary, the figure and run.json into a run folder.
     """
 
-    name: ClassVar[str] = "attention-budget"
-    examples: ClassVar[tuple[str, ...]] = (
-        "attention-budget --layers all",
-        "attention-budget --layers 2-5 --images scenes:val --control random,shuffled",
-    )
+    name = "attention-budget"
+    reads = (*_CELL, "stream", "mass", "uniform")
+    examples = ("--layers all", "--layers 2-5 --images scenes:val --control random,shuffled")
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
         from mmdit_probe.observe.mass import AttentionMass
 
         return AttentionMass(sink, heads=heads, rows="layer" if self.rows == "layer" else "head")
 
-    def reduce(self, rows: Rows) -> pd.DataFrame:
-        return per_call(_frame(rows, [*_CELL, "step", "head", "mass", "uniform"]))
-
-    def join(self, calls: pd.DataFrame) -> pd.DataFrame:
-        return calls.groupby(_CELL, observed=True, sort=False)[["mass", "uniform"]].mean().reset_index()
+    def reduce(self, rows: pd.DataFrame) -> pd.DataFrame:
+        groups = rows.astype({"mass": "float64", "uniform": "float64"}).groupby(_CELL, observed=True, sort=False)
+        # Every head has a row for each stream of a span: those add up, and what is left is averaged.
+        return groups[["mass", "uniform"]].mean().mul(groups["stream"].nunique(), axis=0).reset_index()
 
     def summarise(self, result: Result) -> pd.DataFrame:
         return summarise(self.by_item(result))
@@ -125,15 +120,6 @@ def published(result: Result, name: str) -> pd.DataFrame | None:
     return paper_table(name) if PAPER_MODEL in result.data["model"]["id"] else None
 
 
-def per_call(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of `AttentionMass`, the streams added up within each step and head, then the mean over heads.
-
-    Returns: branch, layer, query, key, span, step, mass, uniform.
-    """
-    sums = rows.groupby([*_CELL, "step", "head"], observed=True, sort=False)[["mass", "uniform"]].sum()
-    return sums.groupby([*_CELL, "step"], observed=True, sort=False).mean().reset_index()
-
-
 def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
     """One row per layer, of the measurement itself.
 
@@ -150,8 +136,6 @@ def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
         <name>_low, <name>_high: 95 % interval over prompts for all but I2T_<span>, and for I2T_word (NaN when n = 1);
         outlier: measures whose robust z-score over layers exceeds 3.5, with their sign, such as "I2T+ T2I-".
     """
-    import pandas as pd
-
     own = measured(by_item)
     layers = blocks(own).groupby("layer")
     values = layers.mean(numeric_only=True)
@@ -164,18 +148,22 @@ def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
         summary[name] = values[name]
         summary[f"{name}_uniform"] = uniform[name]
         if name not in spans or name == "I2T_word":
-            bounds = [interval(part.clip(0, 1), kind="share") for _, part in layers[name]]
+            bounds = [mass_interval(part) for _, part in layers[name]]
             summary[f"{name}_low"], summary[f"{name}_high"] = ([b[k] for b in bounds] for k in (1, 2))
     marks = pd.DataFrame({name: _mark(name, robust_z(values[name].to_numpy())) for name in OUTLIER_MEASURES})
     summary["outlier"] = marks.apply(lambda row: " ".join(filter(None, row)), axis=1).to_numpy()
     return summary.reset_index(drop=True)
 
 
+def mass_interval(masses: pd.Series) -> Interval:
+    """A mean mass with its interval. Attention gives every key something: what has none in any item are no keys, and
+    nothing is sampled there."""
+    return interval(masses.clip(0, 1), kind="share" if masses.any() else "mean")
+
+
 def blocks(by_item: pd.DataFrame, value: str = "mass") -> pd.DataFrame:
     """One row per control, item and layer: those columns, the blocks, I2T_<span>, of a video the parts of I2I, and of
     several references I2R_<number>."""
-    import pandas as pd
-
     cell = ["control", "item", "layer"]
     columns = {}
     numbers = sorted(by_item.loc[by_item["key"] == "reference", "span"].astype(str).unique(), key=int)
@@ -197,8 +185,6 @@ def blocks(by_item: pd.DataFrame, value: str = "mass") -> pd.DataFrame:
 
 def robust_z(values: np.ndarray) -> np.ndarray:
     """Robust z-scores `0.6745 (x - median) / MAD`, 0 where the median absolute deviation is 0. (L,) -> (L,)."""
-    import numpy as np
-
     away = values - np.median(values)
     scale = np.median(np.abs(away))
     return 0.6745 * away / scale if scale > 0 else np.zeros_like(away)
@@ -233,12 +219,6 @@ def budget_table(summary: pd.DataFrame, paper: pd.DataFrame | None = None) -> Te
 def _split(table: pd.DataFrame) -> list[str]:
     """The parts of I2I that a table has: none but of a video."""
     return [name for name in FRAMES if name in table]
-
-
-def _frame(rows: Rows, names: Sequence[str]) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame({name: rows[name] for name in names}, copy=False)
 
 
 def _mark(name: str, scores: np.ndarray) -> list[str]:

@@ -10,14 +10,15 @@ Control that is always there: the attention of the scene's next word. Not here: 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.experiment import Experiment, Study, request_of
-from mmdit_probe.experiments.options import INPUT, METHOD, Control, LayersAndHeads, plain_heads
-from mmdit_probe.experiments.text import TextTable, signed
+from mmdit_probe.experiments.experiment import Experiment, Study, plain, request_of
+from mmdit_probe.experiments.options import INPUT, Control, LayersAndHeads
+from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
+from mmdit_probe.scenes import scene
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.controls import Variant
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.scenes.world import Scene
 
@@ -38,32 +38,24 @@ class Attribute(LayersAndHeads, Experiment):
     On scenes, where regions are known exactly. Control that is always there: the attention of the scene's next word.
     """
 
-    name: ClassVar[str] = "attribute"
-    examples: ClassVar[tuple[str, ...]] = (
-        "attribute --limit 8",
-        "attribute --method gradients --target mass --limit 16",
-    )
-    tables: ClassVar[tuple[str, ...]] = ("attribution",)
+    name = "attribute"
+    examples = ("--limit 8", "--method gradients --target mass --limit 16")
+    tables = ("attribution",)
+    possible = ("random", "uniform")
 
-    method: Annotated[
-        Literal["ablation", "gradients"], Option("Feature ablation, or integrated gradients.", panel=METHOD)
-    ] = "ablation"
+    method: Annotated[Literal["ablation", "gradients"], Option("Feature ablation, or integrated gradients.")] = (
+        "ablation"
+    )
     target: Annotated[
         Literal["loss", "mass"],
-        Option("A region's denoising loss, or the mass of the word's own map in it, per layer.", panel=METHOD),
+        Option("A region's denoising loss, or the mass of the word's own map in it, per layer."),
     ] = "loss"
     limit: Annotated[int, Option("Scenes.", min=2, panel=INPUT)] = 24
     split: Annotated[Literal["train", "val", "test"], Option("Scenes split.", panel=INPUT)] = "val"
-    sigma: Annotated[float, Option("Noise level, above 0 (clean) to 1 (noise).", above=0, max=1, panel=METHOD)] = 0.7
+    sigma: Annotated[float, Option("Noise level, above 0 (clean) to 1 (noise).", above=0, max=1)] = 0.7
     control: Control = "none"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        controls.parse(self.control, [name for name in controls.CONTROLS if name != "shuffled"])
-
     def gather(self, scenes: bool) -> list[tuple[int, Scene]]:
-        from mmdit_probe.scenes import scene
-
         if not scenes:
             raise UserError("attribution compares words with the regions of scenes, which this model does not know")
         items = [(index, scene(self.split, index)) for index in range(self.limit)]
@@ -74,9 +66,9 @@ class Attribute(LayersAndHeads, Experiment):
 
     def prepare(self, model: MMDiT, inputs: list[tuple[int, Scene]]) -> Study:
         layers, heads = self.places(model)
-        chosen = controls.parse(self.control)
+        chosen = self.chosen_controls()
         request = request_of(
-            model, method=self.method, target=self.target, layers=list(layers), heads=plain_heads(heads), n=self.limit,
+            model, method=self.method, target=self.target, layers=list(layers), heads=plain(heads), n=self.limit,
             split=self.split, sigma=self.sigma, seed=self.seed, controls=list(chosen),
         )  # fmt: skip
         tasks = [(variant, index, item) for variant in controls.variants(model, chosen) for index, item in inputs]

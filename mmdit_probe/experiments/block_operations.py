@@ -13,35 +13,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.experiments.options import METHOD
-from mmdit_probe.experiments.sweep import (
-    AGAINST_STOCK,
-    STOCK,
-    Condition,
-    JudgedSweep,
-    aligned_outcome,
-    effects,
-    outcome_names,
-)
-from mmdit_probe.experiments.text import TextTable, signed
+from mmdit_probe.experiments.sweep import STOCK, Condition, JudgedSweep, aligned_outcome, gains
+from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import NONE, compare, measured, two_sided
+from mmdit_probe.results.statistics import compare, measured, two_sided
 from mmdit_probe.specs import Spec, layer_indices, listed, step_indices
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
 OPERATIONS = ("remove", "silence", "double")
 ALL_OPERATIONS = ",".join(OPERATIONS)
-ROW = ["item", "prompt", "seed", "control", "condition", "layer"]
+PLACE = ["condition", "layer"]
+ROW = ["item", "prompt", "seed", "control", *PLACE]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +42,13 @@ class BlockOperations(JudgedSweep):
     Outcomes as in perturb: what the image still shows of the prompt, and how far it moves.
     """
 
-    name: ClassVar[str] = "block-operations"
-    examples: ClassVar[tuple[str, ...]] = (
-        "block-operations --limit 16",
-        "block-operations --operations remove,double --layers 2-5 --limit 16",
-    )
-    tables: ClassVar[tuple[str, ...]] = ("blocks",)
+    name = "block-operations"
+    examples = ("--limit 16", "--operations remove,double --layers 2-5 --limit 16")
+    tables = ("blocks",)
 
-    layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"
-    operations: Annotated[str, Option("Some of remove, silence, double, by comma.", panel=METHOD)] = ",".join(
-        OPERATIONS
-    )
-    steps: Annotated[Spec, Option("Sampling steps concerned: all, 0,20, 0-4, last-8.", panel=METHOD)] = "all"
+    layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.")] = "all"
+    operations: Annotated[str, Option("Some of remove, silence, double, by comma.")] = ALL_OPERATIONS
+    steps: Annotated[Spec, Option("Sampling steps concerned: all, 0,20, 0-4, last-8.")] = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,10 +80,10 @@ class BlockOperations(JudgedSweep):
         return index < 2
 
     def summarise(self, result: Result) -> pd.DataFrame:
-        return summarise(result.table)
+        return summarise(self.rows(result))
 
     def scores(self, result: Result) -> pd.DataFrame:
-        return gains(result.table)
+        return gains(self.rows(result), ROW, PLACE)
 
     def claim(self, result: Result) -> str:
         return "the operation raises the outcome (edited minus stock) more than in the control"
@@ -140,23 +126,9 @@ class BlockOperations(JudgedSweep):
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """The measurement beside its stock images: columns condition, layer, outcome, n, difference, low, high, p_holm and
     verdict (higher, lower, no difference shown, too few items)."""
-    import pandas as pd
-
-    own = gains(measured(table))
+    own = gains(measured(table), ROW, PLACE)
     paired = pd.concat([own, own.assign(control=STOCK, value=0.0)], ignore_index=True)
-    found = compare(paired, ["condition", "layer", "outcome"], family="outcome")
+    found = compare(paired, [*PLACE, "outcome"], family="outcome")
     return found.assign(verdict=two_sided(found))[
-        ["condition", "layer", "outcome", "n", "difference", "low", "high", "p_holm", "verdict"]
+        [*PLACE, "outcome", "n", "difference", "low", "high", "p_holm", "verdict"]
     ]
-
-
-def gains(table: pd.DataFrame) -> pd.DataFrame:
-    """Edited minus stock of the same model, prompt and seed: item, control, condition, layer, outcome, value."""
-    import pandas as pd
-
-    parts = []
-    for control in dict.fromkeys(table["control"]):
-        part = effects(table[table["control"] == control].assign(control=NONE), ROW)
-        names = [n for n in outcome_names(part, ROW) if control != "shuffled" or n not in AGAINST_STOCK]
-        parts.append(part.assign(control=control).melt(["item", "control", "condition", "layer"], names, "outcome"))
-    return pd.concat(parts, ignore_index=True)

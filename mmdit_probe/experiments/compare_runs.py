@@ -10,21 +10,24 @@ Every experiment says what its numbers per item are (`Experiment.scores`); the i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import cell_of
 from mmdit_probe.experiments.result import Result
-from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
+from mmdit_probe.experiments.text import Text, paired_table
 from mmdit_probe.results import RunFolder, atomic
 from mmdit_probe.results.folder import differences
 from mmdit_probe.results.statistics import NONE, compare, judged, measured, two_sided
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 ITEMS = ("items", "n", "split", "seed", "prompts", "images")
@@ -41,7 +44,7 @@ class Comparison:
     Attributes:
         first, second: the runs. margin: of non-inferiority, or None.
         table: the columns of a cell, n, first, second (means), difference (second minus first), low, high, p_holm and
-            verdict: of `results.statistics.two_sided`; with a margin, where more is better, of `judged`.
+            verdict: of `results.statistics.two_sided`; with a margin of `judged`, in the sense of `Experiment.sign`.
         differs: the entries of the requests that differ, such as model or dtype.
     """
 
@@ -63,20 +66,15 @@ class Comparison:
         """The differences with their intervals."""
         from mmdit_probe.plots.compare import run_differences
 
-        return run_differences(self.table, self.title, self.margin)
+        signs = {self.first.experiment.sign(str(name)) for name in self.table.get("outcome", [""])}
+        margins = () if self.margin is None else {-self.margin * sign for sign in signs}
+        return run_differences(self.table, self.title, margins)
 
     def texts(self) -> list[Text]:
         """What the command prints."""
         cell = [name for name in cell_of(self.table) if name not in _NUMBERS]
         cell = [name for name in cell if self.table[name].nunique() > 1] or cell[:1]
-        table = TextTable(
-            [*cell, "n", "first", "second", "difference", "verdict"], left=("verdict",), spare=("second", "first")
-        )
-        for row in self.table.head(SHOWN).to_dict("records"):
-            difference = signed(row["difference"], row["low"], row["high"])
-            both = (bounded(row[name], math.nan, math.nan) for name in ("first", "second"))
-            numbers = (str(row["n"]), *both, difference, str(row["verdict"]))
-            table.add(*(str(row[name]) for name in cell), *numbers)
+        table = paired_table(self.table.head(SHOWN), cell, {"first": "first", "second": "second"})
         rest = len(self.table) - SHOWN
         told = f" {rest} more rows are in comparison.csv." if rest > 0 else ""
         margin = "" if self.margin is None else f" Margin of 'no worse': {self.margin:g}."
@@ -123,17 +121,20 @@ def compare_runs(first: Path | str | Result, second: Path | str | Result, margin
     scores = [measured(run.experiment.scores(run)) for run in (one, two)]
     if any(not len(table) for table in scores):
         raise UserError(f"{name} has no numbers per item that two runs could be compared by")
-    differs = [f"{entry}: {_short(was)} -> {_short(now)}" for entry, was, now in found if entry not in _UNTOLD]
-    return Comparison(one, two, margin, _paired(scores[0], scores[1], margin), differs)
+    renamed = one.request.get("model") != two.request.get("model")  # then other weights are told by the name
+    differs = [
+        f"{entry}: {_short(was)} -> {_short(now)}" for entry, was, now in found
+        if entry != "weight_hash" or not renamed
+    ]  # fmt: skip
+    return Comparison(one, two, margin, _paired(scores[0], scores[1], margin, one.experiment.sign), differs)
 
 
-_UNTOLD = ("weight_hash",)
-
-
-def _paired(first: pd.DataFrame, second: pd.DataFrame, margin: float | None) -> pd.DataFrame:
-    import pandas as pd
-
+def _paired(
+    first: pd.DataFrame, second: pd.DataFrame, margin: float | None, sign: Callable[[str], float] = lambda outcome: 1.0
+) -> pd.DataFrame:
     cell = cell_of(first)
+    if margin is not None:  # a loss is a fall: where less is better, the values are turned round and back
+        first, second = (_turned(table, ["value"], sign) for table in (first, second))
     both = pd.concat([second.assign(control=NONE), first.assign(control="first")], ignore_index=True)
     family = "outcome" if "outcome" in cell else None
     table = compare(both, cell, family=family, margin=margin).drop(columns="control")
@@ -142,8 +143,17 @@ def _paired(first: pd.DataFrame, second: pd.DataFrame, margin: float | None) -> 
             "the runs have no cell (layer, outcome, ...) in common; run both with the same layers and outcomes"
         )
     table = table.rename(columns={"value": "second", "control_value": "first"})
-    table["verdict"] = two_sided(table) if margin is None else judged(table.assign(margin=margin))
+    if margin is None:
+        return table.assign(verdict=two_sided(table))[[*cell, *_NUMBERS]]
+    table = _turned(table.assign(verdict=judged(table.assign(margin=margin))), [*_NUMBERS[2:5], "low", "high"], sign)
+    table[["low", "high"]] = np.sort(table[["low", "high"]], axis=1)
     return table[[*cell, *_NUMBERS]]
+
+
+def _turned(table: pd.DataFrame, columns: Sequence[str], sign: Callable[[str], float]) -> pd.DataFrame:
+    """The table with these columns of each row times its outcome's sign."""
+    signs = table["outcome"].map(sign) if "outcome" in table else sign("")
+    return table.assign(**{name: table[name] * signs for name in columns})
 
 
 def _whole_entry(name: str) -> str:

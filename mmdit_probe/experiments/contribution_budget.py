@@ -11,24 +11,25 @@ with short values takes mass and writes little. Not here: the measurement (`obse
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from mmdit_probe.experiments.text import TextTable, bounded, share
+from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.experiments.attention_budget import mass_interval
+from mmdit_probe.experiments.text import Text, TextTable, bounded, share
 from mmdit_probe.experiments.token_rows import TokenRows
 from mmdit_probe.results.statistics import interval, measured
-from mmdit_probe.specs import ALL_HEADS
+from mmdit_probe.specs import ALL_HEADS, HeadSpec
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Rows
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.observe.observer import RowObserver
-    from mmdit_probe.specs import HeadSpec
 
 _CELL = ["branch", "layer", "head", "key", "span", "word"]
+_UPDATE = ["step", "sigma", "branch", "layer", "head"]
+"""What one whole update of the image tokens has of its own."""
+_READ = ["norm", "cosine", "share", "mass"]
 _VALUES = ["norm", "relative", "cosine", "share", "mass"]
 _ENDS = ["relative_low", "relative_high", "mass_low", "mass_high"]
 
@@ -41,26 +42,21 @@ class ContributionBudget(TokenRows):
     item, the summaries per layer, per head and per word, the figure and run.json into a run folder.
     """
 
-    name: ClassVar[str] = "contribution-budget"
-    examples: ClassVar[tuple[str, ...]] = ("contribution-budget --layers all --limit 8",)
+    name = "contribution-budget"
+    reads = (*dict.fromkeys([*_UPDATE, *_CELL]), "stream", *_READ)
+    examples = ("--layers all --limit 8",)
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
         from mmdit_probe.observe.contribution import Contribution
 
         return Contribution(sink, heads=heads, rows="layer" if self.rows == "layer" else "head")
 
-    def reduce(self, rows: Rows) -> pd.DataFrame:
-        import pandas as pd
-
-        table = pd.DataFrame({n: rows[n] for n in [*_CELL, "stream", *_VALUES] if n != "relative"}, copy=False)
-        table = table[table["stream"] == ""].drop(columns="stream")
-        whole = table[table["key"] == "all"].groupby(["branch", "layer", "head"], observed=True)["norm"].mean()
-        place = pd.MultiIndex.from_frame(table[["branch", "layer", "head"]])
-        table = table.assign(relative=table["norm"] / whole.reindex(place).to_numpy())
+    def reduce(self, rows: pd.DataFrame) -> pd.DataFrame:
+        table = rows[rows["stream"] == ""].astype(dict.fromkeys(_READ, "float64"))
+        update = table[table["key"] == "all"].groupby(_UPDATE, observed=True)["norm"].mean().rename("update")
+        table = table.join(update, on=_UPDATE)
+        table["relative"] = table["norm"] / table["update"]
         return table.groupby(_CELL, observed=True, sort=False)[_VALUES].mean().reset_index()
-
-    def join(self, calls: pd.DataFrame) -> pd.DataFrame:
-        return calls.groupby(_CELL, observed=True, sort=False)[_VALUES].mean().reset_index()
 
     def summarise(self, result: Result) -> pd.DataFrame:
         by_item = self.by_item(result)
@@ -121,15 +117,13 @@ def summarise(by_item: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     Returns: the columns `by`, n, norm, relative (norm over the norm of the whole update), cosine (with that update),
     share (along it), mass, and relative_low, relative_high, mass_low, mass_high (95 % intervals over items).
     """
-    import pandas as pd
-
     own = measured(by_item)
     own = own if "group" in own else grouped(own)
     rows: list[dict[str, Any]] = []
     for place, part in own.groupby(by, observed=True):
         items = part.groupby("item")[_VALUES].mean()
         means = {name: float(items[name].mean()) for name in _VALUES}
-        mass = interval(items["mass"].clip(0, 1), kind="share")
+        mass = mass_interval(items["mass"])
         ends = dict(zip(_ENDS, (*interval(items["relative"])[1:], *mass[1:]), strict=True))
         rows.append(dict(zip(by, place, strict=True)) | {"n": len(items)} | means | ends)
     return pd.DataFrame(rows, columns=[*by, "n", *_VALUES, *_ENDS])

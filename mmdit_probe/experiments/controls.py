@@ -54,7 +54,7 @@ class Variant:
     @property
     def edits(self) -> tuple[Any, ...]:
         """What to attach to every probe, before other edits."""
-        from mmdit_probe.edit.uniform import Uniform
+        from mmdit_probe.edit.control import Uniform
 
         return (Uniform(),) if self.name == "uniform" else ()
 

@@ -9,26 +9,25 @@ A sink is a key that takes more than ten times the uniform share from image quer
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.experiment import Experiment, Study, request_of
-from mmdit_probe.experiments.options import Control, LayersAndHeads, Pictured, notes_on, plain_heads
-from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, plain, request_of
+from mmdit_probe.experiments.options import Control, LayersAndHeads, Pictured, notes_on
+from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.results.statistics import interval, measured
 from mmdit_probe.specs import heads_at
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.data import Sample
     from mmdit_probe.experiments.controls import Variant
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.models.tokens import TokenTable
 
@@ -49,32 +48,22 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
     of the prompt's classes are before and after sinks (but no content words) are removed and the rest renormalised.
     """
 
-    name: ClassVar[str] = "diagnose"
-    examples: ClassVar[tuple[str, ...]] = (
-        "diagnose --limit 8",
-        "diagnose --images photos --layers 2-5 --model MODEL",
-    )
-    tables: ClassVar[tuple[str, ...]] = ("channels", "keys", "map_quality")
+    name = "diagnose"
+    examples = ("--limit 8", "--images photos --layers 2-5 --model MODEL")
+    tables = ("channels", "keys", "map_quality")
 
     control: Control = "none"
 
     default_pictures = 8
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        controls.parse(self.control)
-
-    def gather(self, scenes: bool) -> list[Sample]:
-        return self.pictures(scenes)
-
     def prepare(self, model: MMDiT, inputs: list[Sample]) -> Study:
         layers, heads = self.places(model)
-        chosen = controls.parse(self.control)
+        chosen = self.chosen_controls()
         captions = self.captions(inputs)
         request = request_of(
             model,
             layers=list(layers),
-            heads=plain_heads(heads),
+            heads=plain(heads),
             sigma=self.sigma,
             controls=list(chosen),
             items=[
@@ -123,15 +112,20 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
     def scores(self, result: Result) -> pd.DataFrame:
         from mmdit_probe.observe.sinks import sink_mass
 
-        return sink_mass(result.store.chunks("keys", KEY_COLUMNS))
+        masses = sink_mass(result.store.chunks("keys", KEY_COLUMNS))
+        return one_per_item(masses, result.request["items"], ["control", "layer"])
 
     def claim(self, result: Result) -> str:
         return "sinks take more of the image queries' attention than in the control"
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
+        from mmdit_probe.experiments.sink_quality import improvement
+
         frames = {"sinks": result.summary, "outlier_channels": outliers(result)}
-        gain = quality_gain(result)
-        return frames if gain is None else frames | {"map_quality_by_head": gain}
+        if result.store.has("map_quality"):
+            table, labels = result.store.table("map_quality"), ["control", "layer", "head", "maps"]
+            frames["map_quality_by_head"] = improvement(one_per_item(table, result.request["items"], labels))
+        return frames
 
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.sinks import sink_maps, sinks
@@ -152,7 +146,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
         lines: list[Text] = [
             sink_table(result.summary, measured(self.scores(result))),
             f"a sink: a key above {SINK:g} times the uniform share of image queries' attention; mass: mean over heads,"
-            " 95 % interval over pictures; kind: of the largest key.",
+            " 95 % interval over pictures; the head with most was found on the same ones; kind: of the largest key.",
         ]
         if (gain := result.frames.get("map_quality_by_head")) is not None:
             lines += [
@@ -167,7 +161,8 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
             *lines,
             f"largest outlier channel: layer {worst['layer']}, {worst['kind']} of {worst['token']} tokens, channel"
             f" {worst['channel']} (in {worst['channel_share']:.0%} of pictures), {ratio} times the median channel;"
-            f" {int((channels['ratio'] > OUTLIER).sum())} of {len(channels)} (layer, kind, tokens) exceed {OUTLIER:g}.",
+            f" {int((channels['ratio'] > OUTLIER).sum())} of {len(channels)} (layer, kind, tokens) exceed {OUTLIER:g}."
+            f" It is the largest of {len(channels)} on the same pictures, which its interval does not allow for.",
             f"n = {len(result.request['items'])} pictures, sigma {self.sigma:g}.",
         ]
 
@@ -195,28 +190,17 @@ def shown_maps(run: Any, table: TokenTable) -> dict[str, np.ndarray]:
     }  # fmt: skip
 
 
-def quality_gain(result: Result) -> pd.DataFrame | None:
-    """What removing sinks adds to map quality, per layer and head; None without masks."""
-    from mmdit_probe.experiments.sink_quality import improvement
-
-    return improvement(result.store.table("map_quality")) if result.store.has("map_quality") else None
-
-
 def outliers(result: Result) -> pd.DataFrame:
     """Per layer, kind and modality: the largest channel (and in what share of the pictures it is the largest), its
     ratio to the median channel with a 95 % interval over pictures, and the mean number of outliers."""
-    import pandas as pd
-
     channels = measured(result.store.table("channels"))
     rows = []
     for (layer, kind, token), part in channels.groupby(["layer", "kind", "token"], observed=True):
         often = part["channel"].value_counts()
-        ratio, low, high = interval(part["ratio"])
-        rows.append(
-            {"layer": layer, "kind": kind, "token": token, "channel": int(often.index[0]),
-             "channel_share": float(often.iloc[0] / len(part)), "n": len(part), "ratio": ratio, "ratio_low": low,
-             "ratio_high": high, "outliers": float(part["outliers"].mean())}
-        )  # fmt: skip
+        ratios = one_per_item(part[["item", "ratio"]], result.request["items"], [])["ratio"]
+        largest = {"channel": int(often.index[0]), "channel_share": float(often.iloc[0] / len(part)), "n": len(ratios)}
+        found = interval(ratios).named("ratio") | {"outliers": float(part["outliers"].mean())}
+        rows.append({"layer": layer, "kind": kind, "token": token} | largest | found)
     return pd.DataFrame(rows)
 
 

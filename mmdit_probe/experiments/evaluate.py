@@ -13,14 +13,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from mmdit_probe.data import Dataset, paper_table, read_json
 from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.experiments.attention_budget import PAPER_MODEL
 from mmdit_probe.experiments.experiment import Experiment, Study, plain, text_of
-from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT
+from mmdit_probe.experiments.options import INPUT, OUTPUT
 from mmdit_probe.experiments.presets import AS_WORD, PAPER_LENGTH, PRESETS, Preset
 from mmdit_probe.experiments.reading import FIT, SIGMA, Network, Reads, check_streams_read
-from mmdit_probe.experiments.text import TextTable, share, signed
+from mmdit_probe.experiments.target import knows_scenes
+from mmdit_probe.experiments.text import Text, TextTable, share, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import ABOVE, FEWEST, TOO_FEW
 from mmdit_probe.segment.settings import (
@@ -30,9 +33,9 @@ from mmdit_probe.segment.settings import (
     Background,
     check_method,
     parse_batch,
-    parse_option,
     parse_steps,
     scoring_size,
+    split_option,
 )
 from mmdit_probe.specs import listed
 
@@ -40,13 +43,11 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from mmdit_probe.data import Dataset
     from mmdit_probe.evaluate.captures import Captures
     from mmdit_probe.evaluate.plan import Plan
     from mmdit_probe.experiments.progress import Progress
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import Store, TaskRecord
-    from mmdit_probe.experiments.text import Text
 
 TAGS = "tags"
 PROTOCOLS = ("present", "predicted", "full")
@@ -76,12 +77,12 @@ class Evaluate(Reads, Experiment):
     figure. Rows of different protocols must not be ranked against each other.
     """
 
-    name: ClassVar[str] = "evaluate"
-    tables: ClassVar[tuple[str, ...]] = ("counts", TAGS)
-    examples: ClassVar[tuple[str, ...]] = (
-        "evaluate --method seg4diff,iseg,diffcut --refine none,affinity+pamr --limit 20",
-        "evaluate --preset seg4diff --dataset voc20:VOCdevkit --model MODEL --device cuda",
-        "evaluate --sweep layer --layers all --limit 20",
+    name = "evaluate"
+    tables = ("counts", TAGS)
+    examples = (
+        "--method seg4diff,iseg,diffcut --refine none,affinity+pamr --limit 20",
+        "--preset seg4diff --dataset voc20:VOCdevkit --model MODEL --device cuda",
+        "--sweep layer --layers all --limit 20",
     )
 
     dataset: Annotated[
@@ -95,68 +96,58 @@ class Evaluate(Reads, Experiment):
             "seg4diff", "seg4diff-unsup", "diffseg", "diffcut", "diffsegmenter", "iseg", "proxyclip", "corrclip"
         ] | None,
         Option("What the paper of this method did: text, noise level, background, resizing, matching. Options that are"
-               " given win.", panel=METHOD),
+               " given win."),
     ] = None  # fmt: skip
     method: Annotated[
         Words | None,
         Option(f"Methods by comma: {', '.join((*NAMED, *BLIND))}.", values=(*NAMED, *BLIND),
-               shown_default=PLAIN.methods, panel=METHOD),
+               shown_default=PLAIN.methods),
     ] = None  # fmt: skip
     protocol: Annotated[
         Words | None,
         Option("Who says which classes there are: present, predicted, full; several by comma.",
-               values=PROTOCOLS, shown_default=PLAIN.protocol, panel=METHOD),
+               values=PROTOCOLS, shown_default=PLAIN.protocol),
     ] = None  # fmt: skip
     refine: Annotated[
         Words | None,
         Option(f"Refinements by comma, each measured: none,pamr,affinity+pamr. Steps: {', '.join(STEPS)}.",
-               values=("none", *STEPS), shown_default=PLAIN.refine, panel=METHOD),
+               values=("none", *STEPS), shown_default=PLAIN.refine),
     ] = None  # fmt: skip
-    options: Annotated[
-        Sequence[str], Option("Option of a method: iseg.ent=0.02; repeatable.", flag="--set", panel=METHOD)
-    ] = ()
+    options: Annotated[Sequence[str], Option("Option of a method: iseg.ent=0.02; repeatable.", flag="--set")] = ()
     background: Annotated[
         str | None,
         Option("Background rule: none, threshold:0.5, probability:0.2, power:2 or class:NAME.",
                values=("none", "threshold:0.5", "probability:0.2", "power:2", "class:"),
-               shown_default=PLAIN.background, panel=METHOD),
+               shown_default=PLAIN.background),
     ] = None  # fmt: skip
-    sweep: Annotated[
-        Literal["none", "layer", "head", "sigma"], Option("Each layer, head or sigma alone.", panel=METHOD)
-    ] = "none"
+    sweep: Annotated[Literal["none", "layer", "head", "sigma"], Option("Each layer, head or sigma alone.")] = "none"
     match: Annotated[
         Literal["image", "upstream", "majority", "dataset", "row"] | None,
-        Option("Matching of segments to classes.", shown_default=PLAIN.match, panel=METHOD),
+        Option("Matching of segments to classes.", shown_default=PLAIN.match),
     ] = None
     score_size: Annotated[
         str | None,
-        Option("Compare labels at HxW, or short:SIDE, of what the network is shown.", shown_default="the label's own",
-               panel=METHOD),
-    ] = None  # fmt: skip
-    many_to_one: Annotated[bool, Option("Segments left over join the background class (DiffCut).", panel=METHOD)] = (
-        False
-    )
+        Option("Compare labels at HxW, or short:SIDE, of what the network is shown.", shown_default="the label's own"),
+    ] = None
+    many_to_one: Annotated[bool, Option("Segments left over join the background class (DiffCut).")] = False
     tags: Annotated[
         Path | None, Option("JSON for the protocol 'predicted': image name -> class names.", panel=INPUT)
     ] = None
     tagger: Annotated[
         str | None,
-        Option("Tagger for the protocol 'predicted': a CLIP (embedded name, folder or hub id), or scenes-parser.",
-               panel=METHOD),
-    ] = None  # fmt: skip
+        Option("Tagger for the protocol 'predicted': a CLIP (embedded name, folder or hub id), or scenes-parser."),
+    ] = None
     tag_dataset: Annotated[
         str | None,
-        Option("Labelled images that the tagger's threshold is chosen on.", shown_default="scenes:train for scenes",
-               panel=METHOD),
-    ] = None  # fmt: skip
+        Option("Labelled images that the tagger's threshold is chosen on.", shown_default="scenes:train for scenes"),
+    ] = None
     tag_threshold: Annotated[
-        float | None,
-        Option("Threshold of the tagger, 0 or less, in place of one chosen on --tag-dataset.", max=0, panel=METHOD),
+        float | None, Option("Threshold of the tagger, 0 or less, in place of one chosen on --tag-dataset.", max=0)
     ] = None
     batch: Annotated[
         str | int,
         Option("Rows of a forward, of several images and prompts: auto (what a GPU's memory holds, what is fastest on a"
-               " CPU) or a number. Scores do not depend on it.", values=("auto",), panel=METHOD),
+               " CPU) or a number. Scores do not depend on it.", values=("auto",)),
     ] = "auto"  # fmt: skip
     cache: Annotated[
         Path | None, Option("Keep captured forwards here, so that methods re-run without the model.", panel=OUTPUT)
@@ -180,7 +171,7 @@ class Evaluate(Reads, Experiment):
             if (self.fit or self.how.fit) == "letterbox":
                 raise UserError("--fit letterbox leaves bars around the picture; with --score-size take another fit")
         parse_batch(self.batch)
-        for name, options in self.values().items():
+        for name, options in self.asked().items():
             if name not in self.methods:
                 raise unknown("method with options", name, self.methods)
             if "heads" in options and (self.sweep == "head" or self.heads is not None or self.selection is not None):
@@ -224,15 +215,21 @@ class Evaluate(Reads, Experiment):
         return f"{AS_WORD.get(name, name) if self.how.as_word else name}{colon}{root}"
 
     def values(self) -> dict[str, dict[str, Any]]:
-        """Method -> its options.
+        """Method -> its options."""
+        from mmdit_probe.segment.methods import METHODS
+
+        return {name: dict(METHODS[name].configure(asked).options) for name, asked in self.asked().items()}
+
+    def asked(self) -> dict[str, dict[str, str]]:
+        """Method -> the texts of its options.
 
         Raises:
             UserError: not METHOD.OPTION=VALUE.
         """
         of_preset = [text for text in self.how.options if text.partition(".")[0] in self.methods]
-        found: dict[str, dict[str, Any]] = {}
+        found: dict[str, dict[str, str]] = {}
         for text in (*of_preset, *self.options):
-            name, value = parse_option(text)
+            name, value = split_option(text)
             method, dot, option = name.partition(".")
             if not dot:
                 raise UserError(f"--set {text!r}: expected METHOD.OPTION=VALUE, e.g. iseg.ent=0.02")
@@ -297,13 +294,12 @@ class Evaluate(Reads, Experiment):
             if self.how.paper_text and hasattr(model.pipeline, "text_encoder_3") and not text.get("no_t5"):
                 raise UserError(f"--preset {self.preset} reads text without T5: load the model with t5=False")
             captures = Captures(lambda: model, model.name, self.cache, text, rows, model.memory)
-        for options in self.values().values():
+        for options in self.asked().values():
             check_streams_read(options, "no_t5" in text)
         return captures
 
     def _with_text(self, target: Any) -> Any:
         """The target with the text of the preset: T5 left out where there is one, its slots as many as CLIP's."""
-        from mmdit_probe.experiments.target import knows_scenes
         from mmdit_probe.models.load import can_leave_out_t5
 
         if not self.how.paper_text or not can_leave_out_t5(target.name):
@@ -396,8 +392,6 @@ class Evaluate(Reads, Experiment):
         return {"league": result.summary, "per_class": by_class}
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        from mmdit_probe.data import paper_table
-        from mmdit_probe.experiments.attention_budget import PAPER_MODEL
         from mmdit_probe.plots.league import head_figure, layer_figure, league_figure, sigma_figure
 
         title = f"{result.model_name} on {result.request['dataset']}"
@@ -496,8 +490,6 @@ def _split(text: Words) -> list[str]:
 
 
 def _read_tags(path: Path) -> dict[str, list[str]]:
-    from mmdit_probe.data import read_json
-
     data = read_json(path, "tags, image name -> list of class names")
     if not isinstance(data, dict) or not all(
         isinstance(names, list) and all(isinstance(name, str) for name in names) for names in data.values()

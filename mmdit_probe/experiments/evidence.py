@@ -12,20 +12,26 @@ correlations say so. Not here: the analyses themselves, which are the other expe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.experiments import experiment_of
+from mmdit_probe.experiments.controls import parse, variants
+from mmdit_probe.experiments.perturb import CONTROL, EDIT
+from mmdit_probe.experiments.sweep import EQUAL
+from mmdit_probe.experiments.value_norms import with_gap
+from mmdit_probe.results.folder import read_record
 from mmdit_probe.results.statistics import NONE, corrected, count_means, defined, interval, measured, rank_agreement
 from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
-    import pandas as pd
-
+    from mmdit_probe.experiments.experiment import Experiment
     from mmdit_probe.models.mmdit import MMDiT
 
 EVIDENCE = {
@@ -91,59 +97,39 @@ def measure(name: str, model: MMDiT, split: str, amount: Amount, controls: Seque
     Returns: evidence, split, control, item, layer, value.
     """
     chosen = ",".join(of for of in controls if of in CONTROLLED[name]) or NONE
-    measures = {
-        "word_mass": _word_mass,
-        "value_gap": _value_gap,
-        "pca_class": _pca_class,
-        "perturbation": _perturbation,
-        "segmentation": _segmentation,
-    }
-    found = measures[name](model, split, amount, chosen)
+    if name in ("segmentation", "perturbation"):
+        found = {"segmentation": _segmentation, "perturbation": _perturbation}[name](model, split, amount, chosen)
+    else:
+        table, read = TABLES[name]
+        found = read(_asked(name, split, amount, chosen).run(model, progress=False).store.table(table))
     return found.assign(evidence=name, split=split)[COLUMNS]
 
 
-def _pictures(split: str, amount: Amount) -> dict[str, Any]:
-    return {"images": f"scenes:{split}", "limit": amount.n, "sigma": amount.sigma, "seed": amount.seed}
-
-
-def _word_mass(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
-    from mmdit_probe.experiments.attention_budget import AttentionBudget
-
-    ask = AttentionBudget(**_pictures(split, amount), control=control, rows="summary")
-    return word_mass(ask.run(model, progress=False).table)
+def _asked(name: str, split: str, amount: Amount, control: str) -> Experiment:
+    """The experiment that an evidence is read from."""
+    command = next(command for command, of in OF_COMMAND.items() if of == name)
+    options: dict[str, Any] = {"seed": amount.seed, "control": control}
+    if name == "perturbation":
+        options |= {
+            "prompts": f"scenes:{split}", "limit": amount.prompts, "num_steps": amount.num_steps,
+            "guidance": amount.guidance, "shown": 0, "clip": "none",
+        }  # fmt: skip
+    else:
+        options |= {"images": f"scenes:{split}", "limit": amount.n, "sigma": amount.sigma}
+        options |= {"kinds": "output"} if name == "pca_class" else {"rows": "summary"}
+    return experiment_of(command, options)
 
 
 def word_mass(by_item: pd.DataFrame) -> pd.DataFrame:
     """I2T mass on words of the reduced table of `AttentionBudget`, in units of what uniform attention gives."""
-    words = by_item[
-        (by_item["branch"] != "uncond")
-        & (by_item["query"] == "image")
-        & (by_item["key"] == "text")
-        & (by_item["span"] == "word")
-    ]
+    words = by_item.query("branch != 'uncond' and query == 'image' and key == 'text' and span == 'word'")
     return words.assign(value=words["mass"] / words["uniform"])
-
-
-def _value_gap(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
-    from mmdit_probe.experiments.value_norms import ValueNorms
-
-    ask = ValueNorms(**_pictures(split, amount), control=control, rows="summary")
-    return value_gap(ask.run(model, progress=False).table)
 
 
 def value_gap(by_item: pd.DataFrame) -> pd.DataFrame:
     """Prompt minus image norm of the reduced table of `ValueNorms`, relative because layers differ in scale."""
-    from mmdit_probe.experiments.value_norms import with_gap
-
     wide = with_gap(by_item[by_item["branch"] != "uncond"])
     return wide.assign(value=wide["gap"] / wide["image"])
-
-
-def _pca_class(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
-    from mmdit_probe.experiments.feature_pca import FeaturePCA
-
-    ask = FeaturePCA(**_pictures(split, amount), control=control, kinds="output")
-    return pca_class(ask.run(model, progress=False).table)
 
 
 def pca_class(table: pd.DataFrame) -> pd.DataFrame:
@@ -155,44 +141,45 @@ def pca_class(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _perturbation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
-    from mmdit_probe.experiments.perturb import Perturb
+    from mmdit_probe.observe.probe import probe
 
-    ask = Perturb(
-        prompts=f"scenes:{split}", limit=amount.prompts, num_steps=amount.num_steps, guidance=amount.guidance,
-        seed=amount.seed, shown=0, clip="none", control="budget" if control == NONE else f"budget,{control}",
-    )  # fmt: skip
-    return perturbation(ask.run(model, progress=False).table)
-
-
-def perturbation(table: pd.DataFrame) -> pd.DataFrame:
-    """What the edit of a layer changes beyond a change of equal size, where that was sampled."""
-    import pandas as pd
-
-    from mmdit_probe.experiments.perturb import CONTROL, EDIT
-    from mmdit_probe.experiments.sweep import EQUAL
-
-    name = "relabelled" if "relabelled" in table else "change"
-    whole = table[(table["head"] == -1) & (table["span"] == "all")]
-    parts = []
-    for control in (of for of in dict.fromkeys(whole["control"]) if of not in EQUAL):
-        edited, equal = (
-            whole[(whole["condition"] == kind) & whole["control"].isin(of)].groupby(["item", "layer"])[name].mean()
-            for kind, of in ((EDIT, (control,)), (CONTROL, tuple(EQUAL) if control == NONE else ()))
-        )
-        value = edited - equal.reindex(edited.index).fillna(0.0)
-        parts.append(value.rename("value").reset_index().assign(control=control))
+    ask, parts = _asked("perturbation", split, amount, "budget"), []
+    for variant in variants(model, parse(control)):  # each beside its own changes of equal size
+        with probe(variant.model, edits=variant.edits):
+            found = perturbation(ask.run(variant.model, progress=False).table)
+        parts.append(found.assign(control=variant.name))
     return pd.concat(parts, ignore_index=True)
 
 
-def _segmentation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
-    import pandas as pd
+def perturbation(table: pd.DataFrame) -> pd.DataFrame:
+    """What the edit of a layer changes beyond a change of equal size, where that was sampled: beyond the coherent one,
+    or the noise if it alone was."""
+    name = "relabelled" if "relabelled" in table else "change"
+    whole = table[(table["head"] == -1) & (table["span"] == "all") & table["control"].isin([NONE, *EQUAL])]
+    equal = next((of for of in EQUAL if (whole["control"] == of).any()), NONE)
+    edited, moved = (
+        whole[(whole["condition"] == kind) & (whole["control"] == of)].set_index(["item", "layer"])[name]
+        for kind, of in ((EDIT, NONE), (CONTROL, equal))
+    )
+    value = edited if moved.empty else edited - moved
+    return value.rename("value").reset_index().assign(control=NONE)
 
-    from mmdit_probe.experiments import controls
+
+TABLES: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame]]] = {
+    "word_mass": ("attention_budget_by_item", word_mass),
+    "value_gap": ("value_norms_by_item", value_gap),
+    "pca_class": ("pca", pca_class),
+    "perturbation": ("perturb", perturbation),
+}
+"""Evidence -> the table of its experiment, and what reads it there."""
+
+
+def _segmentation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
     from mmdit_probe.experiments.scenes_quality import held_out, word_map_scores
     from mmdit_probe.observe.probe import probe
 
     parts = []
-    for variant in controls.variants(model, controls.parse(control)):
+    for variant in variants(model, parse(control)):
         with probe(variant.model, edits=variant.edits):
             for index, item in enumerate(held_out(amount.n, split)):
                 table = word_map_scores(variant.model, [item], sigma=amount.sigma, seed=amount.seed + index)
@@ -213,7 +200,6 @@ def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any], kept: st
             is kept for the report.
     """
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.results.folder import read_record
 
     record = read_record(folder)
     command = "" if record is None else str(record.get("command"))
@@ -239,16 +225,11 @@ def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any], kept: st
         raise UserError(
             f"{str(folder)!r} has a basis per picture, whose class scores are another measure; run pca joint"
         )
-    found = Result.read(folder)
-    tables = {
-        "attention-budget": lambda: word_mass(measured(found.store.table("attention_budget_by_item"))),
-        "value-norms": lambda: value_gap(measured(found.store.table("value_norms_by_item"))),
-        "pca": lambda: pca_class(measured(found.table)),
-        "perturb": lambda: perturbation(found.table),
-    }
-    frame = measured(tables[command]().assign(evidence=OF_COMMAND[command], split=Path(folder).name))
+    name = OF_COMMAND[command]
+    table, read = TABLES[name]
+    frame = measured(read(Result.read(folder).store.table(table)).assign(evidence=name, split=Path(folder).name))
     if frame.empty:
-        raise UserError(f"{str(folder)!r} holds no {OF_COMMAND[command]}: has any of its prompts a word?")
+        raise UserError(f"{str(folder)!r} holds no {name}: has any of its prompts a word?")
     return frame[COLUMNS]
 
 
@@ -258,26 +239,33 @@ def _said(text: Mapping[str, Any]) -> str:
 
 def by_layer(long: pd.DataFrame) -> pd.DataFrame:
     """One row per split, evidence and layer: value, low and high (95 % interval over items), n, rank; of the
-    measurement itself, without its controls."""
-    import pandas as pd
+    measurement itself, without its controls. A layer for which no item has a value has no row.
 
+    Raises:
+        UserError: no item has any value.
+    """
     rows = []
-    for (split, name, layer), part in measured(long).groupby(["split", "evidence", "layer"], sort=False, observed=True):
-        value, low, high = interval(part["value"], "share" if name == "segmentation" else "mean")
-        rows.append(
-            {"split": split, "evidence": name, "layer": layer, "value": value, "low": low, "high": high,
-             "n": len(defined(part["value"]))}
-        )  # fmt: skip
+    for (split, name, layer), part in _known(long).groupby(["split", "evidence", "layer"], sort=False, observed=True):
+        found = interval(part["value"], "share" if name == "segmentation" else "mean")
+        row = {"split": split, "evidence": name, "layer": layer}
+        rows.append(row | found.named("value", "") | {"n": len(defined(part["value"]))})
+    if not rows:
+        raise UserError("the evidence is undefined for every item: has any of its prompts a word?")
     table = pd.DataFrame(rows)
     table["rank"] = table.groupby(["split", "evidence"])["value"].rank(ascending=False, method="min").astype(int)
     return table
+
+
+def _known(long: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the measurement itself that have a value."""
+    return measured(long).dropna(subset=["value"])
 
 
 def _wide(long: pd.DataFrame) -> dict[tuple[str, str], pd.DataFrame]:
     """(evidence, split) -> values, items by row and layers by column."""
     return {
         (str(key[0]), str(key[1])): part.pivot(index="item", columns="layer", values="value")
-        for key, part in measured(long).groupby(["evidence", "split"], sort=False, observed=True)
+        for key, part in _known(long).groupby(["evidence", "split"], sort=False, observed=True)
     }
 
 
@@ -302,8 +290,6 @@ def agreement(long: pd.DataFrame, draws: int = 2000) -> pd.DataFrame:
     Returns: first, first_split, second, second_split, rho, low, high, p_holm (of such a correlation among unrelated
     orders of so few layers, corrected for the rows of the table), layers.
     """
-    import pandas as pd
-
     values = _wide(long)
     keys = list(values)
     rows = []
@@ -340,14 +326,13 @@ def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int,
 
 def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int = 500) -> pd.DataFrame:
     """How often each layer is among the selected ones when the items are drawn again (bootstrap, paired over the
-    evidences measured on the same items).
+    evidences measured on the same items). Layers that tie in a draw win it equally often.
 
     Args:
         long: of one split.
 
     Returns: layer, share.
     """
-    import pandas as pd
     from scipy.stats import rankdata
 
     values = _wide(long)
@@ -356,7 +341,7 @@ def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int 
         raise unknown("rule", rule, [*RANK_RULES, *dict.fromkeys(key[0] for key in values)])
     layers = sorted({int(layer) for table in values.values() for layer in table.columns})
     columns = [np.searchsorted(layers, [int(layer) for layer in table.columns]) for table in values.values()]
-    rng = np.random.default_rng(0)
+    rng, ties = np.random.default_rng(0), np.random.default_rng(1)
     wins = np.zeros(len(layers), int)
     ranks = np.full((len(values), len(layers)), np.nan)
     seen = np.unique(np.concatenate([columns[place] for place in counted]))
@@ -365,7 +350,7 @@ def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int 
             ranks[row, at] = rankdata(-np.asarray(mean), "min")
         own = ranks[counted][:, seen]
         keys = [np.nanmean(own, 0)] + [np.nanmedian(own, 0)] * (rule == "median-ranks")
-        wins[seen[np.lexsort(keys)[:top]]] += 1
+        wins[seen[np.lexsort([ties.random(len(seen)), *keys])[:top]]] += 1
     return pd.DataFrame({"layer": layers, "share": wins / draws})
 
 

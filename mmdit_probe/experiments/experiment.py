@@ -21,20 +21,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from mmdit_probe.experiments.options import METHOD
+import numpy as np
+
+from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.store import FolderStore, MemoryStore, Store, TaskRecord
+from mmdit_probe.experiments.text import Text, TextTable
 from mmdit_probe.options import LAST_SEED, Option, check
 from mmdit_probe.results import processes
 from mmdit_probe.results.folder import AUTO, check_out
-from mmdit_probe.results.statistics import compare
+from mmdit_probe.results.statistics import NONE, compare
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
 
@@ -68,21 +70,30 @@ class Experiment:
     Class attributes:
         name: of the command, and of the folder that its runs lie in.
         tables: what `measure` writes; a task counts when its rows of the first are on disk.
+        possible: the controls that make sense, where there is the option `control`.
         early: whether the first table can be told from the first tasks, before all are done.
-        examples: command lines below the help text.
+        examples: command lines below the help text, without the command.
     """
 
     name: ClassVar[str]
     tables: ClassVar[tuple[str, ...]]
+    possible: ClassVar[tuple[str, ...]] = tuple(controls.CONTROLS)
     early: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ()
 
-    seed: Annotated[
-        int, Option("Seed of the first item; item k uses seed + k.", min=0, max=LAST_SEED, panel=METHOD)
-    ] = 0
+    seed: Annotated[int, Option("Seed of the first item; item k uses seed + k.", min=0, max=LAST_SEED)] = 0
 
     def __post_init__(self) -> None:
         check(self)
+        self.chosen_controls()
+
+    def chosen_controls(self) -> tuple[str, ...]:
+        """The controls asked for.
+
+        Raises:
+            UserError: one is unknown, or makes no sense here.
+        """
+        return controls.parse(getattr(self, "control", NONE), self.possible)
 
     def gather(self, scenes: bool) -> Any:
         """Read what is named in the options from outside, before any weights are loaded.
@@ -116,17 +127,19 @@ class Experiment:
         """What is left to do when all tasks are done."""
 
     def summarise(self, result: Result) -> pd.DataFrame:
-        """The table that a reader wants first, with n and intervals."""
-        raise NotImplementedError
+        """The table that a reader wants first, with n and intervals; by default the first table itself."""
+        return result.table
 
     def scores(self, result: Result) -> pd.DataFrame:
         """What is compared with controls, and with other runs; empty if nothing is.
 
         Returns: columns item, control, value, and those of a cell (layer, outcome, ...), one row for each of them.
         """
-        import pandas as pd
-
         return pd.DataFrame()
+
+    def sign(self, outcome: str) -> float:
+        """1 where more of an outcome of the scores is better, -1 where less is ("" for scores without outcomes)."""
+        return 1.0
 
     def compare(self, result: Result) -> pd.DataFrame:
         """The claim against each control, from `results.statistics.compare`, each outcome corrected on its own; empty
@@ -145,7 +158,8 @@ class Experiment:
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
         """What is written beside the tables, by file name without suffix."""
-        return {f"{self.tables[0]}_by_layer": result.summary}
+        table = self.tables[0]
+        return {table if result.summary is result.table else f"{table}_by_layer": result.summary}
 
     def files(self, result: Result, folder: Path) -> None:
         """Write what is neither table nor figure into a run folder."""
@@ -232,7 +246,6 @@ def _work(experiment: Experiment, study: Study, store: Store, shown: Progress, b
 def _tell_early(experiment: Experiment, store: Store, shown: Progress, title: str) -> None:
     """The first table, of the tasks done so far, above the bar."""
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.text import TextTable
 
     table = experiment.tell(Result(experiment, store))[0]
     if isinstance(table, TextTable):
@@ -242,6 +255,27 @@ def _tell_early(experiment: Experiment, store: Store, shown: Progress, title: st
 def cell_of(scores: pd.DataFrame) -> list[str]:
     """The columns of scores that say what is compared on its own."""
     return [str(name) for name in scores.columns if name not in ("item", "control", "value")]
+
+
+def one_per_item(table: pd.DataFrame, items: Sequence[Sequence[Any]], labels: Sequence[str]) -> pd.DataFrame:
+    """The rows of items that differ by nothing but their seed as those of one, their numbers averaged: a prompt that is
+    measured twice is one of the n that an interval is over, not two.
+
+    Args:
+        table: columns item, `labels` and numbers. items: of the request, by number: texts and a seed each. labels: the
+            columns that tell the rows of an item apart.
+    """
+    first: dict[tuple[Any, ...], int] = {}
+    own = [
+        first.setdefault(tuple(part for part in item if not isinstance(part, int)), number)
+        for number, item in enumerate(items)
+    ]
+    if len(first) == len(items):
+        return table
+    keys = ["item", *labels]
+    values = [name for name in table.select_dtypes("number").columns if name not in (*keys, "seed")]
+    table = table.assign(item=np.array(own)[table["item"].to_numpy(int)])
+    return table.groupby(keys, sort=False, observed=True)[values].mean().reset_index()
 
 
 def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
 from mmdit_probe.experiments.attention_budget import FRAMES
 from mmdit_probe.experiments.experiment import Study
-from mmdit_probe.experiments.options import METHOD, streams_of
+from mmdit_probe.experiments.options import streams_of
 from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.options import Option
 from mmdit_probe.results.clip import Clip
@@ -50,17 +50,17 @@ SPECIAL = ("bos", "eos", "template", "pad")
 class Explore(Pictures):
     """One HTML page to explore where words look and are looked for: no server, no network."""
 
-    name: ClassVar[str] = "explore"
-    examples: ClassVar[tuple[str, ...]] = ('explore "a red ring and a blue house on grass"',)
-    tables: ClassVar[tuple[str, ...]] = ("budget",)
+    name = "explore"
+    examples = ('"a red ring and a blue house on grass"',)
+    tables = ("budget",)
 
     layers: Annotated[
         Spec | None,
         Option(
-            "Layers whose single heads come first where not all fit; all layers are shown.", panel=METHOD,
+            "Layers whose single heads come first where not all fit; all layers are shown.",
             shown_default="those known to ground words, else the middle third",
         ),
-    ] = None  # fmt: skip
+    ] = None
 
     def places(self, model: MMDiT) -> dict[str, Any]:
         return {"chosen": list(grounding(model, self.layers).layers)}
@@ -112,12 +112,6 @@ class Explore(Pictures):
         )
         record.picture(f"{task.index:03d}", image)
         record.write("budget", long(budget, kinds, layers), item=task.index, prompt=task.prompt, seed=task.seed)
-
-    def summarise(self, result: Result) -> pd.DataFrame:
-        return result.table
-
-    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
-        return {"budget": result.table}
 
     def explorations(self, result: Result) -> list[Exploration]:
         """What the pages show."""

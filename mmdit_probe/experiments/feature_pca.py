@@ -14,31 +14,29 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import unknown
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.experiment import Experiment, Study, request_of
+from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, plain, request_of
 from mmdit_probe.experiments.options import (
-    METHOD,
     OUTPUT,
     Control,
     LayersAndHeads,
     OverReference,
     Pictured,
     notes_on,
-    plain_heads,
 )
-from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.statistics import FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, corrected, interval, measured, p_value
 from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
     from torch import Tensor
@@ -47,7 +45,6 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.controls import Variant
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import Store, TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.observe.pca import PCA, Projection
 
@@ -74,29 +71,18 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
     separate without one (silhouette), both beside the same with another scene's mask, and how much is mere position.
     """
 
-    name: ClassVar[str] = "pca"
-    examples: ClassVar[tuple[str, ...]] = (
-        "pca --layers all --limit 8",
-        'pca --images photos --prompts "a photo of a cat" --model MODEL',
-    )
-    tables: ClassVar[tuple[str, ...]] = ("pca", "pca_variance")
+    name = "pca"
+    examples = ("--layers all --limit 8", '--images photos --prompts "a photo of a cat" --model MODEL')
+    tables = ("pca", "pca_variance")
 
-    kinds: Annotated[str, Option("Features: query,key,value,output.", panel=METHOD)] = ",".join(KINDS)
+    kinds: Annotated[str, Option("Features: query,key,value,output.")] = ",".join(KINDS)
     components: Annotated[
-        int,
-        Option(
-            "Components kept and scored; three are drawn, in grey if one.",
-            min=1,
-            max=4096,
-            panel=METHOD,
-        ),
+        int, Option("Components kept and scored; three are drawn, in grey if one.", min=1, max=4096)
     ] = 16
-    basis: Annotated[
-        Literal["joint", "image"], Option("One basis for all pictures, or one per picture.", panel=METHOD)
-    ] = "joint"
+    basis: Annotated[Literal["joint", "image"], Option("One basis for all pictures, or one per picture.")] = "joint"
     solver: Annotated[
         Literal["exact", "incremental"],
-        Option("Streaming fit: exact (D x D per layer), or scikit-learn's IncrementalPCA.", panel=METHOD),
+        Option("Streaming fit: exact (D x D per layer), or scikit-learn's IncrementalPCA."),
     ] = "exact"
     shown: Annotated[int, Option("Pictures in the figure.", min=1, panel=OUTPUT)] = 2
     batch: Annotated[int, Option("Pictures per denoising call.", min=1, panel=OUTPUT)] = 8
@@ -107,7 +93,6 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.wanted_kinds()
-        controls.parse(self.control)
 
     def wanted_kinds(self) -> list[str]:
         """The features to fit.
@@ -121,18 +106,15 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
                 raise unknown("kind of feature", kind, KINDS)
         return kinds
 
-    def gather(self, scenes: bool) -> list[Sample]:
-        return self.pictures(scenes)
-
     def prepare(self, model: MMDiT, inputs: list[Sample]) -> Study:
         layers, heads = self.places(model)
-        chosen = controls.parse(self.control)
+        chosen = self.chosen_controls()
         captions = self.captions(inputs)
         each = self.basis == "image" or len(inputs) == 1
         request = request_of(
             model,
             layers=list(layers),
-            heads=plain_heads(heads),
+            heads=plain(heads),
             kinds=self.wanted_kinds(),
             components=self.components,
             fit=self.basis,
@@ -177,11 +159,14 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
             shutil.rmtree(place, ignore_errors=True)
 
     def summarise(self, result: Result) -> pd.DataFrame:
-        return summarise(result.table)
+        return summarise(self._rows(result))
 
     def scores(self, result: Result) -> pd.DataFrame:
         names = self._claimed(result)
-        return result.table.melt(["item", "control", "layer", "kind"], names, "measure")
+        return self._rows(result).melt(["item", "control", "layer", "kind"], names, "measure")
+
+    def _rows(self, result: Result) -> pd.DataFrame:
+        return one_per_item(result.table, result.request["items"], ["control", "layer", "kind"])
 
     def _claimed(self, result: Result) -> list[str]:
         return [name for name in ("class", "silhouette", "coordinates") if name in result.summary]
@@ -191,9 +176,6 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
         return claims[claims["measure"] == claims["measure"].iloc[0]].drop(columns="measure")
-
-    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
-        return {"pca_by_layer": result.summary}
 
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.pca import pca_maps, pca_scores
@@ -260,23 +242,29 @@ class _Passes:
         self.projection = Projection(self.basis, self.each)
 
     def run(self) -> Found:
+        import torch
+
         from mmdit_probe.observe.pca import Projection
 
         kept, size = _Kept(self.place), self.ask.batch
         starts = range(0, len(self.pictures), size)
-        fitted = kept.fit(self.basis)
+        fitted = 0
+        if (fit := kept.load("fit")) is not None:
+            fitted = int(fit.pop("batches"))
+            self.basis.restore(fit)
         for number, start in enumerate(starts):
             if number >= fitted:
                 self._denoise(self.basis, start)
-                kept.save_fit(self.basis, number + 1)
+                kept.save("fit", self.basis.state() | {"batches": torch.tensor(number + 1)})
             self.advance()
         for number, start in enumerate(starts):
-            if not kept.maps(self.projection, number):
+            maps = kept.load(f"maps-{number:05d}")
+            if maps is None:
                 now = Projection(self.basis, self.each)
                 self._denoise(now, start)
-                taken = now.take()
-                kept.save_maps(taken, number)
-                self.projection.put(taken)
+                maps = now.take()
+                kept.save(f"maps-{number:05d}", maps)
+            self.projection.put(maps)
             self.advance()
         return self._scored()
 
@@ -290,8 +278,6 @@ class _Passes:
             model.denoise(noised, ask.sigma, model.encode_prompt(list(self.captions[part])), seeds=ask.seed + start)
 
     def _scored(self) -> Found:
-        import pandas as pd
-
         from mmdit_probe.observe.pca import own_scores, scores, token_classes
 
         masks = class_masks(self.pictures) if self.ask.over is None else None
@@ -328,41 +314,18 @@ def class_masks(pictures: Sequence[Sample]) -> NDArray[np.integer[Any]] | None:
 
 
 class _Kept:
-    """Finished batches on disk: the fit so far, and the maps of each batch. Without a folder nothing is kept."""
+    """Tensors of finished batches on disk by name: the fit so far, the maps of each. No folder: nothing is kept."""
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
-    def fit(self, basis: PCA) -> int:
-        """Restore the fit; how many batches it has seen."""
+    def load(self, name: str) -> dict[str, Tensor] | None:
         from safetensors.torch import load_file
 
-        if self.folder is None or not (self.folder / "fit.safetensors").exists():
-            return 0
-        tensors = load_file(self.folder / "fit.safetensors")
-        count = int(tensors.pop("batches"))
-        basis.restore(tensors)
-        return count
+        path = None if self.folder is None else self.folder / f"{name}.safetensors"
+        return None if path is None or not path.exists() else load_file(path)
 
-    def save_fit(self, basis: PCA, batches: int) -> None:
-        import torch
-
-        self._save("fit", basis.state() | {"batches": torch.tensor(batches)})
-
-    def maps(self, projection: Projection, number: int) -> bool:
-        """Put the maps of a batch into the projection; whether they were there."""
-        from safetensors.torch import load_file
-
-        path = None if self.folder is None else self.folder / f"maps-{number:05d}.safetensors"
-        if path is None or not path.exists():
-            return False
-        projection.put(load_file(path))
-        return True
-
-    def save_maps(self, taken: dict[str, Tensor], number: int) -> None:
-        self._save(f"maps-{number:05d}", taken)
-
-    def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
         from safetensors.torch import save_file
 
         if self.folder is not None:
@@ -377,22 +340,19 @@ def summarise(by_picture: pd.DataFrame) -> pd.DataFrame:
     `beyond` and `silhouette_beyond` are the differences to the shuffled masks, paired; their `p_holm` are corrected for
     the rows of the table.
     """
-    import pandas as pd
-
     rows = []
     for (layer, kind), part in measured(by_picture).groupby(["layer", "kind"], observed=True, sort=False):
         row: dict[str, Any] = {"layer": layer, "kind": kind, "n": len(part)}
         for name in (name for name in SCORES if name in part):
             if part[name].notna().any():
                 found = interval(part[name].clip(0, 1), "share") if name in SHARES else interval(part[name])
-                row |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+                row |= found.named(name)
         for name, prefix in (("class", ""), ("silhouette", "silhouette_")):
             if name in row and f"{name}_shuffled" in row:
                 difference = part[name] - part[f"{name}_shuffled"]
                 if name == "class":
                     row["n"] = int(difference.notna().sum())
-                ends = (f"{prefix}beyond{end}" for end in ("", "_low", "_high"))
-                row |= dict(zip(ends, interval(difference), strict=True)) | {f"{prefix}p_holm": p_value(difference)}
+                row |= interval(difference).named(f"{prefix}beyond") | {f"{prefix}p_holm": p_value(difference)}
         rows.append(row)
     table = pd.DataFrame(rows)
     return corrected(table, [name for name in ("p_holm", "silhouette_p_holm") if name in table])

@@ -10,14 +10,16 @@ controls of equal size say how much of it any perturbation would do. Not here: t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
+
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.options import METHOD, Edited, check_streams, checked_heads, selected_places
+from mmdit_probe.experiments.options import Edited, check_streams, checked_heads, selected_places
 from mmdit_probe.experiments.perturb import equal_budget
 from mmdit_probe.experiments.sweep import (
     AGAINST_STOCK,
@@ -26,26 +28,26 @@ from mmdit_probe.experiments.sweep import (
     Condition,
     JudgedSweep,
     aligned_outcome,
+    gains,
     outcome_names,
     own_rows,
     sheet_cells,
 )
-from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option, changed
-from mmdit_probe.results.statistics import NONE, interval, kind_of
+from mmdit_probe.results.statistics import NONE, corrected, interval, kind_of, p_value, two_sided
 from mmdit_probe.scenes.captions import STATED
 from mmdit_probe.specs import Spec, layer_indices, numbers
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
 PLACE = ["layers", "scale", "control"]
 ROW = ["item", "prompt", "seed", *PLACE]
+DIFFERENCE = ("difference", "difference_low", "difference_high")
 SHARES = ("facts", "things_right", "grounds_right", *STATED, "relabelled")
 """Outcomes in [0, 1]."""
 SHOWN_PROMPTS = 8
@@ -60,31 +62,29 @@ class Generate(Edited, JudgedSweep):
     --perturb-scale. Stock images of the same seeds are sampled too; alignment is compared pairwise.
     """
 
-    name: ClassVar[str] = "generate"
-    examples: ClassVar[tuple[str, ...]] = (
-        'generate --prompts "a red ring and a blue house on grass"',
-        "generate --perturb-layers 4 --perturb-scale 1,2,4 --limit 8",
+    name = "generate"
+    examples = (
+        '--prompts "a red ring and a blue house on grass"',
+        "--perturb-layers 4 --perturb-scale 1,2,4 --limit 8",
     )
-    tables: ClassVar[tuple[str, ...]] = ("images",)
+    tables = ("images",)
 
     perturb_layers: Annotated[
-        Spec | None,
-        Option("Layers whose I2T is perturbed in the extra forward: 4, 3-5.", shown_default="none", panel=METHOD),
+        Spec | None, Option("Layers whose I2T is perturbed in the extra forward: 4, 3-5.", shown_default="none")
     ] = None
     perturb_scale: Annotated[
-        str | float | Sequence[float], Option("Scale s of the guidance; several for a sweep: 1,2,4.", panel=METHOD)
+        str | float | Sequence[float], Option("Scale s of the guidance; several for a sweep: 1,2,4.")
     ] = "2"
-    sweep: Annotated[Literal["none", "layer"], Option("Perturb each layer alone.", panel=METHOD)] = "none"
+    sweep: Annotated[Literal["none", "layer"], Option("Perturb each layer alone.")] = "none"
     selection: Annotated[
-        Path | str | None, Option("Layers and heads from select-layers, in place of --perturb-layers.", panel=METHOD)
+        Path | str | None, Option("Layers and heads from select-layers, in place of --perturb-layers.")
     ] = None
     enhance: Annotated[
         Spec | None,
-        Option("Also sample with the text of these layers' blocks doubled (arXiv:2601.02211).", shown_default="none",
-               panel=METHOD),
-    ] = None  # fmt: skip
-    start: Annotated[float, Option("Guide from this part of the sampling, 0 to 1.", min=0, max=1, panel=METHOD)] = 0.0
-    stop: Annotated[float, Option("Guide up to this part of the sampling.", min=0, max=1, panel=METHOD)] = 1.0
+        Option("Also sample with the text of these layers' blocks doubled (arXiv:2601.02211).", shown_default="none"),
+    ] = None
+    start: Annotated[float, Option("Guide from this part of the sampling, 0 to 1.", min=0, max=1)] = 0.0
+    stop: Annotated[float, Option("Guide up to this part of the sampling.", min=0, max=1)] = 1.0
 
     default_prompts = 8
 
@@ -106,15 +106,8 @@ class Generate(Edited, JudgedSweep):
         Raises:
             UserError: they are no finite numbers.
         """
-        try:
-            scales = numbers(self.perturb_scale)
-        except ValueError:
-            scales = []
-        if not scales or not all(math.isfinite(scale) and abs(scale) <= 1000 for scale in scales):
-            raise UserError(
-                f"--perturb-scale {self.perturb_scale!r}: expected a number of -1000 to 1000, or numbers by comma"
-            )
-        return scales
+        refusal = f"--perturb-scale {self.perturb_scale!r}: expected a number of -1000 to 1000, or numbers by comma"
+        return numbers(self.perturb_scale, -1000, 1000, refusal)
 
     def conditions(self, model: MMDiT, prompts: Sequence[str]) -> list[Condition]:
         check_streams(model, self.streams)
@@ -137,7 +130,7 @@ class Generate(Edited, JudgedSweep):
             for scale in (scale for scale in self.scales() if scale != 0):
                 plan.append(_condition(these, scale, here))
                 plan += [
-                    _condition(these, scale, equal_budget(here, self.seed, name, self.directions), name)
+                    _condition(these, scale, equal_budget(here, self.seed, name), name)
                     for name in self.chosen_controls()
                     if name in EQUAL
                 ]
@@ -153,10 +146,14 @@ class Generate(Edited, JudgedSweep):
         return True
 
     def summarise(self, result: Result) -> pd.DataFrame:
-        return summarise(result.table)
+        return summarise(self.rows(result))
 
     def scores(self, result: Result) -> pd.DataFrame:
-        return gains(result.table)
+        """What guidance adds to stock sampling."""
+        rows = self.rows(result)
+        table = rows.assign(condition=rows["layers"].map(lambda layers: "guided" if layers else STOCK))
+        found = gains(table, [*ROW, "condition"], ["layers", "scale"])
+        return found[~found["outcome"].isin(AGAINST_STOCK)]
 
     def claim(self, result: Result) -> str:
         aligned = aligned_outcome(result.table) or "no measure of it"
@@ -189,11 +186,11 @@ class Generate(Edited, JudgedSweep):
         texts: list[Text] = [setting_table(result.summary)]
         if len(request["conditions"]) > 1:
             texts.append(
-                "in brackets: 95 % interval over prompts, each on its own (not corrected for several settings);"
-                " differences are paired with stock by seed."
+                "in brackets: 95 % interval over prompts; differences are paired with stock by seed, their verdicts are"
+                " corrected for the settings of the table (Holm)."
             )
         kept = "" if result.path is None else f"; images: {result.path / 'images'}"
-        return [*texts, f"n = {len(request['items'])} prompts, {request['num_steps']} steps{kept}"]
+        return [*texts, f"n = {result.summary['n'].max()} prompts, {request['num_steps']} steps{kept}"]
 
     def document(self, result: Result) -> dict[str, Any]:
         images = None if result.path is None else result.path / "images"
@@ -219,9 +216,8 @@ def _heading(condition: Sequence[Any]) -> str:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per setting and outcome: layers (none for stock), scale (0 without guidance), control (none, or which
     control of equal size the perturbation is), n, mean, low, high (95 % interval over prompts), and, for settings other
-    than stock, difference, difference_low, difference_high (minus stock, paired). `change` is a difference as it is."""
-    import pandas as pd
-
+    than stock, difference, difference_low, difference_high (minus stock, paired), p_holm (corrected for the settings of
+    an outcome) and verdict (`results.statistics.two_sided`). `change` is a difference as it is."""
     table = own_rows(table)
     stock = table[table["layers"] == ""].set_index("item")
     rows = []
@@ -229,31 +225,17 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         for name in outcome_names(table, ROW):
             row: dict[str, Any] = dict(zip(PLACE, place, strict=True))
             row |= {"outcome": name, "n": int(part[name].notna().sum())}
-            row["mean"], row["low"], row["high"] = interval(part[name], kind="share" if name in SHARES else "mean")
+            row |= interval(part[name], kind="share" if name in SHARES else "mean").named("mean", "")
+            row |= dict.fromkeys((*DIFFERENCE, "p_holm"), np.nan)
             if row["layers"]:
                 before = part["item"].map(stock[name])
-                gain = interval(part[name] - before, kind_of(part[name], before))
-                row["difference"], row["difference_low"], row["difference_high"] = gain
+                gain, kind = part[name] - before, kind_of(part[name], before)
+                row |= interval(gain, kind).named("difference") | {"p_holm": p_value(gain, kind)}
             rows.append(row)
-    return pd.DataFrame(rows).sort_values(["outcome", *PLACE]).reset_index(drop=True)
-
-
-def gains(table: pd.DataFrame) -> pd.DataFrame:
-    """What guidance adds to stock sampling, for `results.statistics.compare`: columns item, control, layers, scale,
-    outcome, value (guided minus stock of the same model, prompt and seed)."""
-    import pandas as pd
-
-    parts = []
-    names = [name for name in outcome_names(table, ROW) if name not in AGAINST_STOCK]
-    for control in dict.fromkeys(table["control"]):
-        base = table[table["control"] == (NONE if control in EQUAL else control)]
-        stock = base[base["layers"] == ""].set_index("item")
-        part = table[(table["control"] == control) & (table["layers"] != "")]
-        wide = part[["item", "control", "layers", "scale"]].copy()
-        for name in names:
-            wide[name] = part[name] - part["item"].map(stock[name])
-        parts.append(wide.melt(["item", "control", "layers", "scale"], names, "outcome"))
-    return pd.concat(parts, ignore_index=True)
+    found = corrected(pd.DataFrame(rows), ["p_holm"], "outcome").sort_values(["outcome", *PLACE], ignore_index=True)
+    ends = dict(zip(DIFFERENCE[1:], ("low", "high"), strict=True))
+    told = two_sided(found.drop(columns=[*ends.values()]).rename(columns=ends))
+    return found.assign(verdict=told.where(found["layers"] != "", ""))
 
 
 _HEADINGS = {"facts": "facts shown", "clip_t": "CLIP-T", "change": "change (RMS)"}
@@ -267,7 +249,10 @@ def setting_table(summary: pd.DataFrame) -> TextTable:
     for name in names:
         heading = _HEADINGS[name]
         columns += [heading, *([f"{heading} - stock"] if name != "change" else [])]
-    table = TextTable([*places, *columns], left=places, spare=("CLIP-T - stock", "CLIP-T", "perturbation"))
+    main = aligned_outcome(summary)
+    columns += ["verdict"] if main else []
+    spare = ("CLIP-T - stock", "CLIP-T", "perturbation")
+    table = TextTable([*places, *columns], left=[*places, "verdict"], spare=spare)
     for place, part in summary.groupby(PLACE, observed=True, sort=True):
         layers, scale, control = str(place[0]), float(str(place[1])), str(place[2])
         rows = part.set_index("outcome")
@@ -280,5 +265,5 @@ def setting_table(summary: pd.DataFrame) -> TextTable:
                 cells.append(
                     "" if not layers else signed(row["difference"], row["difference_low"], row["difference_high"])
                 )
-        table.add(*cells)
+        table.add(*cells, *([str(rows.loc[main, "verdict"])] if main else []))
     return table

@@ -14,28 +14,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
-from mmdit_probe.experiments.options import INPUT, METHOD
-from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.experiments.options import INPUT
+from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import ALIKE, HIGHER, LOWER, NONE, TOO_FEW, holm, interval, p_value, two_sided
+from mmdit_probe.scenes import scene
+from mmdit_probe.scenes.world import CLASSES, Scene
 from mmdit_probe.specs import Spec, layer_indices
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
     from torch import Tensor
 
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
-    from mmdit_probe.scenes.world import Scene
 
 ALL = "all"
 RAW, CENTRED, SCALED, TRIAGED, BOTH, RANDOM = "raw", "centred", "scaled", "triaged", "triaged, scaled", "random heads"
@@ -52,15 +52,15 @@ class HeadTriage(Experiment):
     training scene, layer, head and word: AUC and mean of its map).
     """
 
-    name: ClassVar[str] = "head-triage"
-    examples: ClassVar[tuple[str, ...]] = ("head-triage --limit 32 --train-limit 32",)
-    tables: ClassVar[tuple[str, ...]] = ("head_triage", "heads")
+    name = "head-triage"
+    examples = ("--limit 32 --train-limit 32",)
+    tables = ("head_triage", "heads")
 
-    layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"
+    layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.")] = "all"
     limit: Annotated[int, Option("Scenes to report on.", min=2, panel=INPUT)] = 64
     report: Annotated[Literal["val", "test"], Option("Scenes to report on.", panel=INPUT)] = "test"
     train_limit: Annotated[int, Option("Training scenes to select and calibrate on.", min=2, panel=INPUT)] = 64
-    sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise.", min=0, max=1, panel=METHOD)] = 0.515
+    sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise.", min=0, max=1)] = 0.515
 
     def gather(self, scenes: bool) -> list[Scene]:
         if not scenes:
@@ -91,8 +91,6 @@ class HeadTriage(Experiment):
 
     def scores(self, result: Result) -> pd.DataFrame:
         """Each way beside raw maps, and triage beside as many heads at random: the way is part of the cell."""
-        import pandas as pd
-
         table = result.table.rename(columns={"miou": "value", "stream": "span", "way": "kind"})
         raw = table[table["kind"] == RAW].drop(columns="kind")
         random = table[table["kind"] == RANDOM].assign(control=RANDOM, kind=TRIAGED)
@@ -135,8 +133,6 @@ class HeadTriage(Experiment):
 
 def several(split: str, count: int) -> list[Scene]:
     """The scenes with two classes or more among the first `count` of a split."""
-    from mmdit_probe.scenes import scene
-
     found = [item for item in (scene(split, index) for index in range(count)) if len(item.class_names) > 1]
     if len(found) < 2:
         raise UserError(f"{len(found)} of {count} scenes have two classes; triage compares words: take more scenes")
@@ -179,8 +175,6 @@ class Calibration:
     @cached_property
     def rows(self) -> pd.DataFrame:
         """Per training scene, layer, stream, head and word: auc of its map against the region, mean of its map."""
-        import pandas as pd
-
         return pd.concat([self._rows(item, number) for number, item in enumerate(self.items)], ignore_index=True)
 
     @cached_property
@@ -189,11 +183,8 @@ class Calibration:
         return looking_away(verdicts(self.rows), self.reader.model.heads)
 
     def _rows(self, item: Scene, number: int) -> pd.DataFrame:
-        import pandas as pd
-
         from mmdit_probe.evaluate.scores import area_under_curve
         from mmdit_probe.observe.pca import token_classes
-        from mmdit_probe.scenes.world import CLASSES
 
         parts = []
         for (layer, stream), maps in self.reader.maps(item, number).items():
@@ -216,11 +207,9 @@ class Calibration:
 
     def report(self, item: Scene, number: int) -> pd.DataFrame:
         """mIoU of one scene: layer, stream, way, miou (mean IoU over its classes)."""
-        import pandas as pd
         import torch
 
         from mmdit_probe.evaluate.scores import map_quality, mean_iou
-        from mmdit_probe.scenes.world import CLASSES
 
         names, rows = item.class_names, []
         ids = [CLASSES.index(name) for name in names]
@@ -271,14 +260,11 @@ def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     """Per layer and head, over training scenes (all streams): n, auc with low and high (95 % interval), p_holm (of one
     half, corrected for all heads), verdict: "localises" if the interval lies above one half and p_holm is at most .05,
     "looks away" if below it, else "neither"; "too few items" below `FEWEST` scenes, and then no head is left out."""
-    import pandas as pd
-
     found = []
     for (layer, head), part in rows[rows["stream"] == ALL].groupby(["layer", "head"], observed=True):
         items = part.groupby("train_item")["auc"].mean()
-        auc, low, high = interval(items, kind="share")
-        found.append({"layer": layer, "head": head, "n": int(items.notna().sum()), "auc": auc, "low": low, "high": high,
-                      "p_holm": p_value(items - 0.5)})  # fmt: skip
+        row = {"layer": layer, "head": head, "n": int(items.notna().sum())}
+        found.append(row | interval(items, kind="share").named("auc", "") | {"p_holm": p_value(items - 0.5)})
     heads = pd.DataFrame(found)
     heads["p_holm"] = holm(heads["p_holm"])
     away = heads.assign(difference=heads["auc"] - 0.5, low=heads["low"] - 0.5, high=heads["high"] - 0.5)
@@ -298,18 +284,13 @@ def looking_away(heads: pd.DataFrame, count: int) -> dict[int, list[int]]:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """Per layer, stream and way: n, miou, low, high, and difference, difference_low, difference_high (paired, from raw
     maps of the same layer and stream)."""
-    import pandas as pd
-
     rows = []
     for (layer, stream), part in table.groupby(["layer", "stream"], observed=True, sort=False):
         wide = part.pivot(index="item", columns="way", values="miou")
         for way in WAYS:
-            names = ("miou", "low", "high"), ("difference", "difference_low", "difference_high")
-            values = interval(wide[way], kind="share"), interval(wide[way] - wide[RAW])
             row = {"layer": layer, "stream": stream, "way": way, "n": int(wide[way].notna().sum())}
-            for of, value in zip(names, values, strict=True):
-                row |= dict(zip(of, value, strict=True))
-            rows.append(row)
+            row |= interval(wide[way], kind="share").named("miou", "")
+            rows.append(row | interval(wide[way] - wide[RAW]).named("difference"))
     return pd.DataFrame(rows)
 
 

@@ -31,7 +31,7 @@ _BY_NAME = {
 _BY_WEIGHTS = {
     "33c8d3b44c9b2505c401220210309f2eaf0592a49320df4a7dd3d8381f6349a3": KnownLayers(
         (3, 1, 5, 0), "its own selection on scenes:train", (0.25, 0.25, 0.25, 0.25)
-    ),
+    )
 }
 
 

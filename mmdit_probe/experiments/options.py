@@ -10,34 +10,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from mmdit_probe.data import Sample, samples
+from mmdit_probe.data import prompts as read
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.options import Option, changed
 from mmdit_probe.results.clip import Clip, check_video_file
+from mmdit_probe.results.selection import LayerSelection, load_selection
 from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, heads_at, layer_indices, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mmdit_probe.data import Sample
     from mmdit_probe.edit.edit import Edit
     from mmdit_probe.experiments.progress import Progress
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.models.mmdit import MMDiT
-    from mmdit_probe.results.selection import LayerSelection
 
-INPUT, MODEL, METHOD, OUTPUT, DETAIL = "Input", "Model", "Method", "Output", "Model: memory, text, size"
-"""Headings of the options in `--help`."""
+INPUT, MODEL, OUTPUT, DETAIL = "Input", "Model", "Output", "Model: memory, text, size"
+"""Headings of the options in `--help`, beside `options.METHOD`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayersAndHeads:
     """Layers and heads, named or selected."""
 
-    layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"
-    heads: Annotated[HeadSpec, Option("Attention heads: all, 3, 0-3 or 0,2.", panel=METHOD)] = "all"
+    layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.")] = "all"
+    heads: Annotated[HeadSpec, Option("Attention heads: all, 3, 0-3 or 0,2.")] = "all"
     selection: Annotated[
-        Path | str | None,
-        Option("Layers and heads from select-layers, in place of --layers and --heads.", panel=METHOD),
+        Path | str | None, Option("Layers and heads from select-layers, in place of --layers and --heads.")
     ] = None
 
     def __post_init__(self) -> None:
@@ -76,19 +76,10 @@ def checked_heads(heads: HeadSpec, layers: Sequence[int], count: int) -> HeadSpe
 
 def selected_places(selection: Path | str | LayerSelection, model: MMDiT) -> tuple[tuple[int, ...], HeadSpec]:
     """Layers and heads of a selection made on this model."""
-    from mmdit_probe.results.selection import load_selection
-
     found = load_selection(selection, model)
     chosen = tuple(sorted(found.layers))
     heads = {layer: tuple(found.heads[layer]) for layer in chosen if layer in found.heads}
-    return chosen, checked_heads(heads, chosen, model.heads) if heads else checked_heads("all", chosen, model.heads)
-
-
-def plain_heads(heads: HeadSpec) -> Any:
-    """Heads as JSON values."""
-    if isinstance(heads, Mapping):
-        return {str(layer): list(of) for layer, of in heads.items()}  # type: ignore[arg-type]
-    return list(heads)  # type: ignore[arg-type]
+    return chosen, checked_heads(heads or "all", chosen, model.heads)
 
 
 Prompts = Annotated[
@@ -104,9 +95,9 @@ Prompts = Annotated[
 class Sampling:
     """How images are sampled."""
 
-    num_steps: Annotated[int, Option("Number of sampling steps.", min=1, max=1000, panel=METHOD)] = 28
+    num_steps: Annotated[int, Option("Number of sampling steps.", min=1, max=1000)] = 28
     guidance: Annotated[
-        float, Option("Classifier-free guidance scale; 1 or less runs without it.", min=0, max=1000, panel=METHOD)
+        float, Option("Classifier-free guidance scale; 1 or less runs without it.", min=0, max=1000)
     ] = 7.5
 
 
@@ -136,8 +127,6 @@ class Filmed:
 
 def prompts_of(prompts: str | Sequence[str] | None, limit: int | None, scenes: bool, default: int) -> list[str]:
     """The prompts to sample: what was asked for, else `default` held-out captions or the everyday set."""
-    from mmdit_probe.data import prompts as read
-
     if prompts is not None and not isinstance(prompts, str):
         asked = list(prompts)[:limit]
         if not asked:
@@ -152,8 +141,7 @@ class Referring:
     """Pictures that an editing model is given beside the prompt."""
 
     references: Annotated[
-        Any,
-        Option("Pictures that an editing model is given: files by comma, a folder, or scenes:val:3.", panel=INPUT),
+        Any, Option("Pictures that an editing model is given: files by comma, a folder, or scenes:val:3.", panel=INPUT)
     ] = None
 
     def load(self, target: Any, shown: Progress) -> Any:
@@ -185,8 +173,7 @@ class OverReference(Referring):
     """Maps over the picture, or over one of the references."""
 
     over: Annotated[
-        int | None,
-        Option("Maps over this one of --references, from 0.", min=0, shown_default="over the picture", panel=METHOD),
+        int | None, Option("Maps over this one of --references, from 0.", min=0, shown_default="over the picture")
     ] = None
 
     def requested_over(self, model: MMDiT) -> dict[str, int]:
@@ -227,13 +214,11 @@ class Pictured:
             panel=INPUT,
         ),
     ] = None
-    sigma: Annotated[
-        float, Option("Noise level, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1, panel=METHOD)
-    ] = 0.515
+    sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1)] = 0.515
 
     default_pictures: ClassVar[int]
 
-    def pictures(self, scenes: bool) -> list[Sample]:
+    def gather(self, scenes: bool) -> list[Sample]:
         """The pictures to probe.
 
         Raises:
@@ -251,8 +236,6 @@ class Pictured:
 
 def samples_of(source: str | Path | Sequence[Any], limit: int | None) -> list[Sample]:
     """Pictures by source, or pictures at hand (samples, files, PIL images, arrays)."""
-    from mmdit_probe.data import Sample, samples
-
     if isinstance(source, str | Path):
         found = samples(str(source), limit)
     else:
@@ -316,7 +299,6 @@ Control = Annotated[
         "Also measure controls, by comma: random (the same network, random weights), shuffled (another item's caption),"
         " uniform (uniform attention); or none.",
         values=("none", "random", "shuffled", "uniform"),
-        panel=METHOD,
     ),
 ]
 EditControl = Annotated[
@@ -325,7 +307,6 @@ EditControl = Annotated[
         "Controls by comma: budget (a coherent change of equal size), noise (a random one), random (the same edits on"
         " random weights), shuffled (images against another caption), uniform (under uniform attention); or none.",
         values=("none", "budget", "noise", "random", "shuffled", "uniform"),
-        panel=METHOD,
     ),
 ]
 
@@ -336,28 +317,22 @@ class Edited:
 
     edit: Annotated[
         Literal["blur", "grid-blur", "zero", "mean"],
-        Option("blur along text tokens (the paper), grid-blur, zero, mean.", panel=METHOD),
+        Option("blur along text tokens (the paper), grid-blur, zero, mean."),
     ] = "blur"
     key: Annotated[
         Literal["text", "reference"],
-        Option("Keys that are edited: text, or the tokens of --references, each picture on its grid.", panel=METHOD),
+        Option("Keys that are edited: text, or the tokens of --references, each picture on its grid."),
     ] = "text"
-    blur_sigma: Annotated[float, Option("Blur width in tokens; 0 is the no-op.", min=0, max=1e6, panel=METHOD)] = 9.0
-    kernel: Annotated[int, Option("Taps of the blur, odd.", min=1, max=9999, panel=METHOD)] = 5
+    blur_sigma: Annotated[float, Option("Blur width in tokens; 0 is the no-op.", min=0, max=1e6)] = 9.0
+    kernel: Annotated[int, Option("Taps of the blur, odd.", min=1, max=9999)] = 5
     border: Annotated[
         Literal["reflect", "symmetric", "replicate"],
-        Option("reflect (the paper), symmetric (keeps mass) or replicate.", panel=METHOD),
+        Option("reflect (the paper), symmetric (keeps mass) or replicate."),
     ] = "reflect"
-    where: Annotated[
-        Literal["probabilities", "logits"], Option("Blur probabilities (the paper) or logits.", panel=METHOD)
-    ] = "probabilities"
-    streams: Annotated[
-        str | None, Option("Text tokens of these encoders only, e.g. clip.", shown_default="all", panel=METHOD)
-    ] = None
-
-    directions: Annotated[
-        int, Option("Directions of the coherent control of equal size; prompts take them in turn.", min=1, panel=METHOD)
-    ] = 5
+    where: Annotated[Literal["probabilities", "logits"], Option("Blur probabilities (the paper) or logits.")] = (
+        "probabilities"
+    )
+    streams: Annotated[str | None, Option("Text tokens of these encoders only, e.g. clip.", shown_default="all")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]

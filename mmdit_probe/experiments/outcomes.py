@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
+from mmdit_probe import assets
 from mmdit_probe.errors import UserError, first_line
 from mmdit_probe.evaluate.clipscore import cosine
 from mmdit_probe.scenes.captions import STATED
@@ -102,7 +103,10 @@ class Dino:
         from mmdit_probe.segment.clip import image_processor
 
         self.device = device
-        self.model = _local(AutoModel, path, use_safetensors=True).to(device).float().eval()
+        try:
+            self.model = AutoModel.from_pretrained(str(path), use_safetensors=True).to(device).float().eval()
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load AutoModel from {str(path)!r}: {first_line(error)}") from error
         try:
             self.processor = image_processor(str(path))
         except (OSError, ValueError) as error:
@@ -131,8 +135,6 @@ def outcomes_of(
     The change always; the scenes parser and scenes-clip for models of the scenes world; CLIP and DINO where named
     ("none" leaves CLIP out).
     """
-    from mmdit_probe import assets
-
     outcomes: list[Outcome] = [Change()]
     if scenes:
         outcomes.append(Parser())
@@ -150,11 +152,3 @@ def measure(
 ) -> dict[str, np.ndarray]:
     """All outcomes of a batch: name -> one number per image."""
     return {name: values for outcome in outcomes for name, values in outcome(prompts, images, unedited).items()}
-
-
-def _local(kind: Any, path: Path | str, **options: Any) -> Any:
-    try:
-        return kind.from_pretrained(str(path), **options)
-    except (OSError, ValueError) as error:
-        name = getattr(kind, "__name__", "model")
-        raise UserError(f"cannot load {name} from {str(path)!r}: {first_line(error)}") from error

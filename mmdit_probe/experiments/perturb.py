@@ -13,26 +13,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.options import METHOD, OUTPUT, EditControl, Edited, LayersAndHeads, check_streams
+from mmdit_probe.experiments.options import OUTPUT, EditControl, Edited, LayersAndHeads, check_streams
 from mmdit_probe.experiments.sweep import (
-    AGAINST_STOCK,
     BUDGET,
     EQUAL,
+    HARM_IS_RISE,
     MEANING,
     STOCK,
     Condition,
     JudgedSweep,
     aligned_outcome,
     effects,
+    gains,
     outcome_names,
     sheet_cells,
 )
-from mmdit_probe.experiments.text import TextTable, signed
+from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import (
     BEYOND,
@@ -48,15 +50,13 @@ from mmdit_probe.results.statistics import (
     n_for_effect,
     p_value,
 )
-from mmdit_probe.scenes.captions import CONTRASTS, STATED
+from mmdit_probe.scenes.captions import STATED
 from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
 SPANS = ("word", "bos", "eos", "pad")
@@ -67,8 +67,6 @@ PLACE = ["layer", "head", "span"]
 ROW = ["item", "prompt", "seed", "control", "condition", *PLACE]
 DRAWN = [name for name in MEANING if name not in ("grounds_right", *STATED, "relabelled")]
 """Outcomes of the figure."""
-HARM_IS_RISE = ("change", "relabelled", *CONTRASTS.values())
-"""Outcomes whose rise is harm; of the others it is the drop."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,21 +77,15 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
     --clip and --dino, the paper's CLIP-T, CLIP-I and DINO similarity. The no-op row must be exactly 0.
     """
 
-    name: ClassVar[str] = "perturb"
-    examples: ClassVar[tuple[str, ...]] = (
-        "perturb --layers all --prompts scenes:val --limit 16",
-        "perturb --layers 4 --sweep head --limit 8",
-    )
-    tables: ClassVar[tuple[str, ...]] = ("perturb",)
+    name = "perturb"
+    examples = ("--layers all --prompts scenes:val --limit 16", "--layers 4 --sweep head --limit 8")
+    tables = ("perturb",)
 
     control: EditControl = BUDGET
-    sweep: Annotated[
-        Literal["layer", "head", "span"],
-        Option("Edit each layer, head or span kind alone.", panel=METHOD),
-    ] = "layer"
-    renormalise: Annotated[bool, Option("Rescale edited rows to a total of 1.", panel=METHOD)] = False
-    steps: Annotated[Spec, Option("Sampling steps to edit: all, 0,20, 0-4, last-8.", panel=METHOD)] = "all"
-    branch: Annotated[Literal["all", "cond", "uncond"], Option("Guidance branch to edit.", panel=METHOD)] = "all"
+    sweep: Annotated[Literal["layer", "head", "span"], Option("Edit each layer, head or span kind alone.")] = "layer"
+    renormalise: Annotated[bool, Option("Rescale edited rows to a total of 1.")] = False
+    steps: Annotated[Spec, Option("Sampling steps to edit: all, 0,20, 0-4, last-8.")] = "all"
+    branch: Annotated[Literal["all", "cond", "uncond"], Option("Guidance branch to edit.")] = "all"
     shown: Annotated[
         int, Option("Keep the images of this many prompts for the contact sheet.", min=0, panel=OUTPUT)
     ] = 4
@@ -122,7 +114,7 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
                 here = edit.at(**address)
                 plan.append(_condition(EDIT, layer, head, span, here))
                 plan += [
-                    _condition(CONTROL, layer, head, span, equal_budget(here, self.seed, name, self.directions), name)
+                    _condition(CONTROL, layer, head, span, equal_budget(here, self.seed, name), name)
                     for name in self.chosen_controls()
                     if name in EQUAL
                 ]
@@ -137,10 +129,18 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
         return index < self.shown
 
     def summarise(self, result: Result) -> pd.DataFrame:
-        return summarise(result.table)
+        return summarise(self.rows(result))
 
     def scores(self, result: Result) -> pd.DataFrame:
-        return losses(result.table)
+        """What every edit costs: the effect with the sign that makes harm positive, a drop of alignment or similarity,
+        a rise of change."""
+        found = gains(self.rows(result), ROW, ["condition", *PLACE])
+        found = found[found["condition"] != NO_OP].drop(columns="condition")
+        harm = np.where(found["outcome"].isin(HARM_IS_RISE), 1.0, -1.0)
+        return found.assign(value=found["value"] * harm)
+
+    def sign(self, outcome: str) -> float:
+        return -1.0  # the scores are what an edit costs
 
     def claim(self, result: Result) -> str:
         main = self._main(result)
@@ -185,9 +185,10 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
         moved = no_op_change(result.table)
         return [
             effect_table(result.summary),
-            *power(result.table),
+            *power(self.rows(result)),
             "Difference from the unedited image of the same prompt and seed, mean [95 % interval over prompts];"
-            " control: a change of equal size. Meaning comes first: a picture that moves may say the same.",
+            " control: a change of equal size; verdicts are corrected for the places (Holm). Meaning comes first: a"
+            " picture that moves may say the same.",
             f"n = {count} prompts, {request['num_steps']} steps, guidance {request['guidance']};"
             f" no-op row: largest change {moved:g}{'' if moved == 0 else ' (must be 0: results are not paired)'}",
         ]
@@ -196,11 +197,11 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
         return {"no_op_change": no_op_change(result.table), "places": result.summary, "controls": result.claims}
 
 
-def equal_budget(edit: Any, seed: int, control: str, directions: int) -> Any:
+def equal_budget(edit: Any, seed: int, control: str) -> Any:
     """The control of equal size of an edit."""
     from mmdit_probe.edit import EqualBudget
 
-    return EqualBudget(edit, seed, kind=EQUAL[control], directions=directions)
+    return EqualBudget(edit, seed, kind=EQUAL[control])
 
 
 def _condition(
@@ -218,31 +219,6 @@ def no_op_change(table: pd.DataFrame) -> float:
     return float(table.loc[table["condition"] == NO_OP, "change"].abs().max())
 
 
-def losses(table: pd.DataFrame) -> pd.DataFrame:
-    """What every edit costs, for `results.statistics.compare`.
-
-    Returns: columns item, control, layer, head, span, outcome, value. The value is the effect with the sign that
-    makes harm positive: a drop of alignment or similarity, a rise of change.
-    """
-    import pandas as pd
-
-    parts = []
-    for control in dict.fromkeys(table["control"]):
-        if control in EQUAL:  # compared with the measurement's own stock rows
-            part = effects(table, ROW)
-            part = part[part["control"] == control]
-        else:
-            part = effects(table[table["control"] == control].assign(control=NONE), ROW)
-            part = part[part["condition"] == EDIT]
-        names = outcome_names(part, ROW)
-        if control == "shuffled":
-            names = [name for name in names if name not in AGAINST_STOCK]  # those read no text
-        harm = part[names] * [1.0 if name in HARM_IS_RISE else -1.0 for name in names]
-        wide = pd.concat([part[["item", *PLACE]], harm], axis=1).assign(control=control)
-        parts.append(wide.melt(["item", "control", *PLACE], names, "outcome"))
-    return pd.concat(parts, ignore_index=True)
-
-
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per place and outcome.
 
@@ -253,8 +229,6 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     the same side, and p_holm is at most .05; "no effect shown" if the effect's own includes 0; else "not beyond
     control"; "too few items" below `FEWEST` prompts, "" without a control. The no-op has layer -1.
     """
-    import pandas as pd
-
     long = effects(table, ROW)
     rows: list[dict[str, Any]] = []
     for place, part in long.groupby(PLACE, observed=True):
@@ -264,8 +238,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
             row = dict(zip(PLACE, place, strict=True)) | {"outcome": name, "n": int(edited[name].notna().sum())}
             # The no-op is no sample of anything: it must be 0, not about 0.
             kind: Kind = kind_of(edited[name]) if edited["layer"].iloc[0] >= 0 else "mean"
-            row["effect"], row["low"], row["high"] = interval(edited[name], kind)
-            row["p_holm"] = float("nan")
+            row |= interval(edited[name], kind).named("effect", "") | {"p_holm": float("nan")}
             if equal:
                 row |= _strongest(edited[name], {str(of["control"].iloc[0]): of[name] for of in equal})
             rows.append(row)
@@ -284,9 +257,7 @@ def _strongest(edited: pd.Series, equal: Mapping[str, pd.Series]) -> dict[str, A
         difference, kind = edited - control, kind_of(edited, control)
         beyond, p = interval(difference, kind), p_value(difference, kind)
         row: dict[str, Any] = {"equal": name, "p_holm": p}
-        for of, found in (("control", interval(control, kind_of(control))), ("beyond", beyond)):
-            row |= dict(zip((of, f"{of}_low", f"{of}_high"), found, strict=True))
-        rows.append(row)
+        rows.append(row | interval(control, kind_of(control)).named("control") | beyond.named("beyond"))
     rises = edited.mean() > 0
     least = min(rows, key=lambda row: np.nan_to_num(row["beyond_low"] if rises else -row["beyond_high"], nan=np.inf))
     return least | {"p_holm": max(row["p_holm"] for row in rows)}

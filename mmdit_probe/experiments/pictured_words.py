@@ -14,7 +14,6 @@ from mmdit_probe.experiments.experiment import Experiment, Study, request_of, sc
 from mmdit_probe.experiments.known import KnownLayers, grounding_layers
 from mmdit_probe.experiments.options import (
     INPUT,
-    METHOD,
     SAMPLED,
     Referring,
     Sampling,
@@ -43,8 +42,7 @@ MOST_PIXELS = 1 << 14
 """Of a side: more than any model makes."""
 
 Side = Annotated[
-    int | None,
-    Option("Of the picture in pixels; the model's own if None.", min=1, max=MOST_PIXELS, command=False),
+    int | None, Option("Of the picture in pixels; the model's own if None.", min=1, max=MOST_PIXELS, command=False)
 ]
 
 
@@ -84,12 +82,10 @@ class Pictures(Sampling, Referring, Experiment):
     height: Side = None
     width: Side = None
     streams: Annotated[
-        str | None,
-        Option("Text tokens of these encoders only, e.g. clip.", also=("--stream",), shown_default="all", panel=METHOD),
+        str | None, Option("Text tokens of these encoders only, e.g. clip.", also=("--stream",), shown_default="all")
     ] = None
     sigma: Annotated[
-        float,
-        Option("Noise level of --images, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1, panel=METHOD),
+        float, Option("Noise level of --images, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1)
     ] = 0.515
 
     def __post_init__(self) -> None:

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.known import grounding_layers
-from mmdit_probe.experiments.options import METHOD, checked_heads
+from mmdit_probe.experiments.options import checked_heads
 from mmdit_probe.options import LAST_SEED, Option
+from mmdit_probe.results.selection import LayerSelection, load_selection
 from mmdit_probe.segment.settings import parse_sigmas
 from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, layer_indices, parse_size
 
 if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
-    from mmdit_probe.results.selection import LayerSelection
     from mmdit_probe.segment.record import Reading
 
 SIGMA, FIT = "0.515", "squash"
@@ -55,34 +55,27 @@ class Reads:
         Spec | None,
         Option(
             "Layers, 0-based: 9, 7-11, all; maps are averaged.",
-            shown_default="those known for the model, else the middle third", panel=METHOD,
+            shown_default="those known for the model, else the middle third",
         ),
-    ] = None  # fmt: skip
-    heads: Annotated[
-        HeadSpec | None, Option("Attention heads: 3, 0-3, 0,5.", shown_default="all, averaged", panel=METHOD)
     ] = None
+    heads: Annotated[HeadSpec | None, Option("Attention heads: 3, 0-3, 0,5.", shown_default="all, averaged")] = None
     selection: Annotated[
-        Path | str | None,
-        Option("Layers and heads from select-layers, in place of --layers and --heads.", panel=METHOD),
+        Path | str | None, Option("Layers and heads from select-layers, in place of --layers and --heads.")
     ] = None
     sigma: Annotated[
         str | float | Sequence[float] | None,
-        Option(
-            "Noise levels by comma, 0 clean to 1 noise; several are averaged.", shown_default=SIGMA, panel=METHOD
-        ),
-    ] = None  # fmt: skip
-    noise_seeds: Annotated[int, Option("Number of noise seeds to average over.", min=1, panel=METHOD)] = 1
+        Option("Noise levels by comma, 0 clean to 1 noise; several are averaged.", shown_default=SIGMA),
+    ] = None
+    noise_seeds: Annotated[int, Option("Number of noise seeds to average over.", min=1)] = 1
     fit: Annotated[
         Literal["squash", "letterbox", "crop", "aspect"] | None,
-        Option("How the picture meets the network's size.", shown_default=FIT, panel=METHOD),
+        Option("How the picture meets the network's size.", shown_default=FIT),
     ] = None
-    size: Annotated[
-        str | None, Option("Network input, HxW in pixels.", shown_default="the model's own", panel=METHOD)
-    ] = None
-    seed: Annotated[int, Option("First noise seed.", min=0, max=LAST_SEED, panel=METHOD)] = 0
+    size: Annotated[str | None, Option("Network input, HxW in pixels.", shown_default="the model's own")] = None
+    seed: Annotated[int, Option("First noise seed.", min=0, max=LAST_SEED)] = 0
     reference: Annotated[
         Literal["none", "beside", "read"],
-        Option("Give an editing model the picture as its reference too, and read its tokens there.", panel=METHOD),
+        Option("Give an editing model the picture as its reference too, and read its tokens there."),
     ] = "none"
 
     def __post_init__(self) -> None:
@@ -112,8 +105,6 @@ class Reads:
         Raises:
             UserError: no such file, or not a selection.
         """
-        from mmdit_probe.results.selection import load_selection
-
         return None if self.selection is None else load_selection(self.selection)
 
     def reading(self, network: Network, sigma: str = SIGMA, fit: str = FIT, size: str | None = None) -> Read:

@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.attention_budget import AttentionBudget
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.explore import Explore
@@ -27,7 +26,7 @@ from mmdit_probe.experiments.options import INPUT, Control, Prompts, Sampling, p
 from mmdit_probe.experiments.perturb import Perturb
 from mmdit_probe.experiments.select_layers import SelectLayers
 from mmdit_probe.experiments.target import knows_scenes
-from mmdit_probe.experiments.text import TextTable
+from mmdit_probe.experiments.text import Text, TextTable
 from mmdit_probe.experiments.value_norms import ValueNorms
 from mmdit_probe.experiments.word_maps import WordMaps
 from mmdit_probe.options import Option
@@ -36,13 +35,11 @@ from mmdit_probe.results.folder import AUTO
 from mmdit_probe.results.selection import FILE, LayerSelection
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.progress import Progress
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.pages import Page, Section
 
@@ -66,9 +63,10 @@ class Report(Sampling, Experiment):
     words.
     """
 
-    name: ClassVar[str] = "report"
-    examples: ClassVar[tuple[str, ...]] = ("report --model scenes-sd3 --out report",)
-    tables: ClassVar[tuple[str, ...]] = ("parts",)
+    name = "report"
+    examples = ("--model scenes-sd3 --out report",)
+    tables = ("parts",)
+    possible = ("random", "uniform")  # shuffled captions take pictures
 
     prompts: Prompts = None
     images: Annotated[
@@ -77,10 +75,6 @@ class Report(Sampling, Experiment):
     ] = None
     limit: Annotated[int, Option("Prompts and pictures per analysis.", min=4, panel=INPUT)] = 8
     control: Control = "uniform"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        controls.parse(self.control, [name for name in controls.CONTROLS if name != "shuffled"])  # none has pictures
 
     def gather(self, scenes: bool) -> list[str]:
         if processes.world() > 1:
@@ -154,7 +148,9 @@ class Report(Sampling, Experiment):
         """The result of each part."""
         from mmdit_probe.experiments.result import Result as Read
 
-        return {name: Read.read(_state(result) / name) for name in result.table["part"]}
+        place = result.store.workplace("")
+        assert place is not None  # `run` always has a folder
+        return {name: Read.read(place / name) for name in result.table["part"]}
 
     def page(self, result: Result) -> Page:
         """The page of everything."""
@@ -181,12 +177,6 @@ class Report(Sampling, Experiment):
         assert isinstance(explored.experiment, Explore)
         explored.experiment.pages(explored)[0].save(folder / EXPLORER)
 
-    def summarise(self, result: Result) -> pd.DataFrame:
-        return result.table
-
-    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
-        return {"parts": result.table}
-
     def draw(self, result: Result) -> dict[str, Figure]:
         return {"report": self.results(result)["select-layers"].figure()}
 
@@ -204,12 +194,6 @@ class Report(Sampling, Experiment):
 
 _READ = ("attention-budget", "value-norms", "perturb")
 """Parts that hold evidence for the selection on any model."""
-
-
-def _state(result: Result) -> Path:
-    place = result.store.workplace("")
-    assert place is not None
-    return place
 
 
 def _answer(selection: Result) -> list[str]:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import experiment_of
 from mmdit_probe.experiments.controls import CONTROLS
 from mmdit_probe.experiments.store import FolderStore, Store
 from mmdit_probe.experiments.text import Text, claim_lines, claim_table, page, records
 from mmdit_probe.results import RunFolder, TableWriter, atomic
+from mmdit_probe.results.folder import read_record
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,6 +43,7 @@ class Result:
 
     def __init__(self, experiment: Experiment, store: Store) -> None:
         self.experiment, self.store = experiment, store
+        self._held: dict[str, pd.DataFrame] = {}
 
     @classmethod
     def read(cls, folder: Path | str) -> Result:
@@ -49,9 +52,6 @@ class Result:
         Raises:
             UserError: no run folder, or not one of an experiment.
         """
-        from mmdit_probe.experiments import experiment_of
-        from mmdit_probe.results.folder import read_record
-
         record = read_record(folder)
         if record is None or "options" not in record or "model" not in record:
             raise UserError(f"{str(folder)!r} is no run folder of an experiment")
@@ -78,10 +78,16 @@ class Result:
         paths = [Path(whole)] if Path(whole).exists() else [Path(part) for part in whole.split("+")]
         return "+".join(path.parent.name if path.name == "lora" and path.parent.name else path.name for path in paths)
 
-    @cached_property
+    @property
     def table(self) -> pd.DataFrame:
         """The main table: tidy, one observation per row."""
-        return self.store.table(self.experiment.tables[0])
+        return self.held(self.experiment.tables[0])
+
+    def held(self, name: str) -> pd.DataFrame:
+        """A table, read once: of ten thousand items it is as many files."""
+        if name not in self._held:
+            self._held[name] = self.store.table(name)
+        return self._held[name]
 
     @cached_property
     def summary(self) -> pd.DataFrame:

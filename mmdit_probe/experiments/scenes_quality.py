@@ -18,13 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.evaluate import ious, map_quality, mean_iou
+from mmdit_probe.evaluate import map_quality, mean_iou
+from mmdit_probe.evaluate.scores import ImageCounts
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.maps import TextMaps
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.scenes.parser import SceneParser, judge
 from mmdit_probe.scenes.world import CLASSES, Scene, scene
+
+BATCH = 32
+"""Pictures in a forward."""
 
 
 def grid_ceiling(items: Sequence[Scene], grid: int) -> float:
@@ -38,13 +42,7 @@ def grid_ceiling(items: Sequence[Scene], grid: int) -> float:
 
 
 def word_map_scores(
-    model: MMDiT,
-    items: Sequence[Scene],
-    *,
-    sigma: float = 0.5,
-    seed: int = 0,
-    batch: int = 32,
-    streams: Sequence[str] = ("all",),
+    model: MMDiT, items: Sequence[Scene], *, sigma: float = 0.5, seed: int = 0, streams: Sequence[str] = ("all",)
 ) -> pd.DataFrame:
     """Quality of the I2T maps of the classes present, by layer, for the head mean and for every head.
 
@@ -58,11 +56,11 @@ def word_map_scores(
     Returns:
         Columns layer, stream, head ("mean" or the index), min_max (whether each map was stretched to 0..1 over the
         image, as in the paper's Table 5: that takes away that some words draw more attention everywhere), sigma, n,
-        miou, and one column ``iou_<class>`` per class.
+        miou with low and high (95 % interval over scenes, `ImageCounts`), and one column ``iou_<class>`` per class.
     """
-    sums: dict[tuple[int, str, bool], NDArray[np.int64]] = {}
-    for start in range(0, len(items), batch):
-        chunk = items[start : start + batch]
+    counted: dict[tuple[int, str, bool], list[NDArray[np.int64]]] = {}
+    for start in range(0, len(items), BATCH):
+        chunk = items[start : start + BATCH]
         text = model.encode_prompt([" ".join(item.class_names) for item in chunk])
         latents = model.noise(model.encode_image([item.image for item in chunk]), sigma, seed + start)
         with probe(model, TextMaps(heads="all")) as run:
@@ -76,15 +74,19 @@ def word_map_scores(
                     for stretched in (False, True):
                         stretch = "minmax" if stretched else "none"
                         counts = map_quality(maps, item.classes, ids, len(CLASSES), stretch)  # (1 + H, C, C)
-                        key = (layer, stream, stretched)
-                        sums[key] = sums[key] + counts if key in sums else counts
+                        counted.setdefault((layer, stream, stretched), []).append(counts)
     return pd.DataFrame(
         {"layer": layer, "stream": stream, "head": "mean" if head == 0 else str(head - 1), "min_max": stretched}
-        | {"sigma": sigma, "n": len(items), "miou": float(mean_iou(counts[head]))}
-        | {f"iou_{name}": value for name, value in zip(CLASSES, ious(counts[head]), strict=True)}
-        for (layer, stream, stretched), counts in sums.items()
-        for head in range(len(counts))
+        | {"sigma": sigma, "n": len(items), **_scored(ImageCounts.of(of_head))}
+        for (layer, stream, stretched), counts in counted.items()
+        for head, of_head in enumerate(np.stack(counts, 1))
     )
+
+
+def _scored(counts: ImageCounts) -> dict[str, float]:
+    low, high = counts.interval("miou")
+    by_class = {f"iou_{name}": float(value) for name, value in zip(CLASSES, counts.ious(), strict=True)}
+    return {"miou": counts.miou(), "low": low, "high": high, **by_class}
 
 
 def class_scores(maps: Tensor, tokens: TokenTable, names: Sequence[str], stream: str = "all") -> Tensor:
@@ -101,29 +103,20 @@ def class_scores(maps: Tensor, tokens: TokenTable, names: Sequence[str], stream:
 
 
 def alignment_of(
-    model: MMDiT,
-    parser: SceneParser,
-    prompts: Sequence[str],
-    *,
-    steps: int = 28,
-    guidance: float = 7.5,
-    seed: int = 0,
-    batch: int = 32,
-    size: int | None = None,
+    model: MMDiT, parser: SceneParser, prompts: Sequence[str], *, steps: int, guidance: float, size: int | None = None
 ) -> pd.DataFrame:
-    """Generate one image per prompt and read it back, one row per image.
+    """Generate one image per prompt and read it back, one row per image; image k is drawn from seed k.
 
     Args:
-        seed: image k is drawn from seed + k.
         size: side in pixels; the model's own if None.
 
     Returns:
         Columns caption, seed, and the scores of `scenes.parser.judge`.
     """
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(prompts), batch):
-        chunk = list(prompts[start : start + batch])
-        seeds = list(range(seed + start, seed + start + len(chunk)))
+    for start in range(0, len(prompts), BATCH):
+        chunk = list(prompts[start : start + BATCH])
+        seeds = list(range(start, start + len(chunk)))
         images = model.generate(chunk, steps=steps, guidance=guidance, seed=seeds, height=size, width=size)
         for text, number, reading in zip(chunk, seeds, parser.read(images), strict=True):
             rows.append({"caption": text, "seed": number, **judge(text, reading)})

@@ -15,29 +15,30 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.data import prompts
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
-from mmdit_probe.experiments.options import INPUT, METHOD, OUTPUT, Referring, Sampling
+from mmdit_probe.experiments.options import INPUT, OUTPUT, Referring, Sampling
 from mmdit_probe.experiments.target import knows_scenes
-from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import stills
 from mmdit_probe.results.statistics import Kind, corrected, defined, interval, judged, kind_of, no_worse
-from mmdit_probe.scenes.captions import CONTRASTS
+from mmdit_probe.scenes import CATEGORIES, captions, describe, scene
+from mmdit_probe.scenes.captions import CONTRASTS, is_caption
 from mmdit_probe.specs import listed, numbers
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import Store, TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
 BASE, REAL = "base", "real"
@@ -76,17 +77,17 @@ class Score(Sampling, Referring, Experiment):
     n) and run.json.
     """
 
-    name: ClassVar[str] = "score"
-    examples: ClassVar[tuple[str, ...]] = (
-        "score --limit 5 --lora class=runs/magnet/lora",
-        "score --prompts T2I-CompBench/prompts --clip openai/clip-vit-base-patch16 --model MODEL",
+    name = "score"
+    examples = (
+        "--limit 5 --lora class=runs/magnet/lora",
+        "--prompts T2I-CompBench/prompts --clip openai/clip-vit-base-patch16 --model MODEL",
     )
-    tables: ClassVar[tuple[str, ...]] = ("scores", "maps")
+    tables = ("scores", "maps")
 
     lora: Annotated[
         Sequence[str], Option("Adapter to compare with the base model: [NAME=]PATH; repeatable.", panel=INPUT)
     ] = ()
-    baseline: Annotated[str, Option("Variant that differences are taken to.", panel=METHOD)] = BASE
+    baseline: Annotated[str, Option("Variant that differences are taken to.")] = BASE
     categories: Annotated[str, Option("all, none, or categories of scenes: colour,numeracy,...", panel=INPUT)] = "all"
     limit: Annotated[int, Option("Prompts per category.", min=1, panel=INPUT)] = 20
     split: Annotated[Literal["train", "val", "test"], Option("Split of the scenes captions.", panel=INPUT)] = "val"
@@ -100,18 +101,13 @@ class Score(Sampling, Referring, Experiment):
     ] = None
     images_per_prompt: Annotated[int, Option("Pictures per prompt.", min=1, panel=INPUT)] = 1
     map_sigma: Annotated[
-        str,
-        Option(
-            "Noise levels at which the word maps of LIMIT scenes are scored per layer, by comma; or none.", panel=METHOD
-        ),
+        str, Option("Noise levels at which the word maps of LIMIT scenes are scored per layer, by comma; or none.")
     ] = "none"
     clip: Annotated[
-        str,
-        Option("CLIP model of CLIPScore and CLIP similarity: scenes-clip, a folder, a hub id, or none.", panel=METHOD),
+        str, Option("CLIP model of CLIPScore and CLIP similarity: scenes-clip, a folder, a hub id, or none.")
     ] = "scenes-clip"
     vqa: Annotated[
-        str | None,
-        Option("BLIP question-answering model (folder or hub id): P(yes) of each noun phrase.", panel=METHOD),
+        str | None, Option("BLIP question-answering model (folder or hub id): P(yes) of each noun phrase.")
     ] = None
     export: Annotated[
         Path | None, Option("Also write the pictures in T2I-CompBench's folder layout.", panel=OUTPUT)
@@ -163,15 +159,8 @@ class Score(Sampling, Referring, Experiment):
         """
         if self.map_sigma == "none":
             return []
-        try:
-            levels = numbers(self.map_sigma)
-        except ValueError:
-            levels = []
-        if not levels or not all(0 <= level <= 1 for level in levels):
-            raise UserError(
-                f"--map-sigma {self.map_sigma!r}: expected noise levels in 0..1, e.g. 0.5 or 0.3,0.5, or none"
-            )
-        return levels
+        refusal = f"--map-sigma {self.map_sigma!r}: expected noise levels in 0..1, e.g. 0.5 or 0.3,0.5, or none"
+        return numbers(self.map_sigma, 0, 1, refusal)
 
     def gather(self, scenes: bool) -> list[tuple[str, str]]:
         if self.sigmas() and not scenes:
@@ -187,7 +176,6 @@ class Score(Sampling, Referring, Experiment):
         from mmdit_probe.evaluate.blip import BlipAsker
         from mmdit_probe.evaluate.clipscore import ClipScorer
         from mmdit_probe.scenes import load_parser
-        from mmdit_probe.scenes.captions import is_caption
 
         scenes = self.prompts is None or (knows_scenes(model) and any(is_caption(text) for _, text in inputs))
         scorers = Scorers(
@@ -238,8 +226,6 @@ class Score(Sampling, Referring, Experiment):
         self, model: MMDiT, task: Job, jobs: Sequence[tuple[str, int, str]], scorers: Scorers
     ) -> pd.DataFrame:
         """Rows of some pictures: picture j of prompt k is drawn from seed + images k + j whatever the variant."""
-        import pandas as pd
-
         chosen = [jobs[number] for number in task.numbers]
         seeds = [self.seed + number for number in task.numbers]
         texts = [text for _, _, text in chosen]
@@ -323,8 +309,6 @@ def adapt(model: MMDiT, scorers: Scorers, variant: str) -> None:
 
 def scene_prompts(n: int, categories: Sequence[str] = (), split: str = "val") -> list[tuple[str, str]]:
     """(category, prompt): `n` held-out captions of each category of the scenes world, of all if none is named."""
-    from mmdit_probe.scenes import CATEGORIES, captions
-
     for category in categories:
         if category not in CATEGORIES:
             raise unknown("category", category, CATEGORIES)
@@ -337,8 +321,6 @@ def scene_prompts(n: int, categories: Sequence[str] = (), split: str = "val") ->
 
 def prompts_by_category(source: str, n: int) -> list[tuple[str, str]]:
     """(category, prompt) pairs of a prompt source; of a folder, at most `n` of each text file."""
-    from mmdit_probe.data import prompts
-
     if not Path(source).is_dir():
         return [("prompts", text) for text in prompts(source, n)]
     files = sorted(Path(source).glob("*.txt"))
@@ -349,8 +331,6 @@ def prompts_by_category(source: str, n: int) -> list[tuple[str, str]]:
 
 def scored(frame: pd.DataFrame, pictures: Sequence[Any], scorers: Scorers) -> pd.DataFrame:
     """Rows of pictures with what every scorer says of each and its prompt: the parser's are those of `judge`."""
-    import pandas as pd
-
     from mmdit_probe.scenes.parser import judge
 
     texts = frame["prompt"].tolist()
@@ -368,10 +348,7 @@ def scored(frame: pd.DataFrame, pictures: Sequence[Any], scorers: Scorers) -> pd
 
 def real_scenes(n: int, split: str, scorers: Scorers) -> pd.DataFrame:
     """The scorers' own limit: real scenes and their captions, scored as pictures are."""
-    import pandas as pd
     from PIL import Image
-
-    from mmdit_probe.scenes import describe, scene
 
     items = [scene(split, index) for index in range(n)]
     texts = [describe(item) for item in items]
@@ -406,16 +383,15 @@ def sign_of(metric: str) -> float:
 def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Means per variant, category and metric, and paired differences to a baseline.
 
-    Returns: columns variant, category ("all" for every prompt), metric, prompts (of the mean: those where the metric is
-    defined), images, mean, low, high (95 % interval of the mean), difference, difference_low, difference_high; and, of
-    variants other than the baseline, p_margin and p_holm (of the difference being -margin, and 0, corrected for the
-    rows of a metric) and verdict (`statistics.judged` with `MARGINS`).
+    Returns: columns variant, category ("all" for every prompt), metric, prompts (of the mean: different ones where the
+    metric is defined; a caption that comes up twice is one), images, mean, low, high (95 % interval of the mean),
+    difference, difference_low, difference_high; and, of variants other than the baseline, p_margin and p_holm (of the
+    difference being -margin, and 0, corrected for the rows of a metric) and verdict (`statistics.judged` with
+    `MARGINS`).
 
     Raises:
         UserError: unknown baseline, or a variant that was scored on other prompts or seeds.
     """
-    import pandas as pd
-
     names = list(dict.fromkeys(frame["variant"]))
     if baseline not in names:
         raise unknown("variant", baseline, names)
@@ -433,7 +409,7 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
         for category in ("all", *dict.fromkeys(frame["category"])):
             chosen, base = (t if category == "all" else t.loc[[category]] for t in (wide[name], wide[baseline]))
             for metric in metrics:
-                own, other = (t[metric].groupby(["category", "index"]).mean().to_numpy() for t in (chosen, base))
+                own, other = (t[metric].groupby(["category", "prompt"]).mean().to_numpy() for t in (chosen, base))
                 mean, low, high = interval(own, kinds[metric])
                 sign = sign_of(metric)
                 gain = no_worse(sign * (own - other), margin_of(metric), kind_of(own, other))
@@ -508,10 +484,20 @@ def opposite_table(comparison: pd.DataFrame) -> TextTable:
 def map_table(maps: pd.DataFrame) -> TextTable:
     """mIoU of the I2T maps of the classes present, per stream and layer, head mean."""
     n, ceiling = int(maps["n"].iloc[0]), float(maps["ceiling"].iloc[0])
-    means = maps[maps["head"] == "mean"].pivot(index=["stream", "layer"], columns=["sigma", "min_max"], values="miou")
-    title = f"I2T maps of the classes present, argmax, upsampled: mIoU (n {n}, token-grid ceiling {ceiling:.3f})"
+    means = map_cells(maps, ["stream", "layer"])
+    title = (
+        f"I2T maps of the classes present, argmax, upsampled: mIoU [95 % interval over {n} scenes], token-grid ceiling"
+        f" {ceiling:.3f}"
+    )
     names = [f"sigma {column[0]}, {'min-max' if column[1] else 'raw'}" for column in means.columns]
     table = TextTable(["text tokens", "layer", *names], left=("text tokens",), title=title)
     for key, row in zip(means.index.to_list(), means.to_numpy(), strict=True):
-        table.add(*map(str, key), *(f"{value:.3f}" for value in row))
+        table.add(*map(str, key), *row)
     return table
+
+
+def map_cells(maps: pd.DataFrame, index: list[str]) -> pd.DataFrame:
+    """The mIoU of maps averaged over heads, with its interval, as text: a column per sigma and min_max."""
+    means = maps[maps["head"] == "mean"]
+    cells = [bounded(*row) for row in means.reindex(columns=["miou", "low", "high"]).to_numpy()]
+    return means.assign(cell=cells).pivot(index=index, columns=["sigma", "min_max"], values="cell")

@@ -16,23 +16,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+import numpy as np
+
+from mmdit_probe.data import Sample, parse_classes, single
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import described, plain, request_of
-from mmdit_probe.experiments.options import INPUT, METHOD, notes_on
+from mmdit_probe.experiments.options import INPUT, notes_on
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.reading import Network, Read, Reads, check_streams_read
-from mmdit_probe.experiments.text import TextTable, page
+from mmdit_probe.experiments.text import Text, TextTable, page
 from mmdit_probe.options import Option, check
 from mmdit_probe.results import RunFolder, atomic
 from mmdit_probe.results.folder import AUTO, check_out
-from mmdit_probe.segment.settings import BLIND, NAMED, STEPS, Background, check_method, parse_option, parse_steps
+from mmdit_probe.segment.settings import BLIND, NAMED, STEPS, Background, check_method, parse_steps, split_option
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from mmdit_probe.data import Sample
     from mmdit_probe.data.class_names import SegClass
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.segment.run import Segmentation
 
@@ -57,10 +58,8 @@ class OnePicture(Reads, _Checked):
 
     image: Annotated[Any, Option("Picture file, or scenes:val:0.", argument=True, panel=INPUT)]
     method: str
-    options: Annotated[
-        Sequence[str], Option("Option of the method: name=value; repeatable.", flag="--set", panel=METHOD)
-    ] = ()
-    refine: Annotated[str, Option(REFINE, values=("none", *STEPS), panel=METHOD)] = "none"
+    options: Annotated[Sequence[str], Option("Option of the method: name=value; repeatable.", flag="--set")] = ()
+    refine: Annotated[str, Option(REFINE, values=("none", *STEPS))] = "none"
     regions: Annotated[
         Path | None,
         Option("Label map of another program's regions (SAM, ...), 0 where there is none, for methods and steps that "
@@ -73,12 +72,12 @@ class OnePicture(Reads, _Checked):
         steps = {name for name, _ in parse_steps(self.refine)}
         if self.regions is not None and not {self.method, *steps} & {*READ_REGIONS}:
             raise UserError(f"--regions are read by {', '.join(READ_REGIONS)} alone; name one as method or refinement")
-        if "heads" in self.values() and (self.heads is not None or self.selection is not None):
+        if "heads" in self.asked() and (self.heads is not None or self.selection is not None):
             raise UserError("--set heads and --heads or --selection both name heads; give one")
 
-    def values(self) -> dict[str, Any]:
-        """The options of the method."""
-        return dict(parse_option(text) for text in self.options)
+    def asked(self) -> dict[str, Any]:
+        """The options of the method: texts, or values."""
+        return dict(split_option(text) for text in self.options)
 
     @abstractmethod
     def names(self) -> list[SegClass]:
@@ -111,13 +110,15 @@ class OnePicture(Reads, _Checked):
         pixels = sample.image
         regions = None if self.regions is None else region_ids(read_label_map(self.regions), pixels.shape[:2])
         if isinstance(target, Named):
-            check_streams_read(self.values(), "no_t5" in target.text)
+            check_streams_read(self.asked(), "no_t5" in target.text)
         model = as_model(target, shown)
         from mmdit_probe.segment.methods import METHODS  # torch, only for a request that can be met
 
         read = self.reading(Network.of(model))
-        reads_heads = self.heads is not None or "heads" in METHODS[self.method].defaults
-        values = self.values() | ({"heads": read.heads} if read.heads is not None and reads_heads else {})
+        method = METHODS[self.method]
+        reads_heads = self.heads is not None or "heads" in method.defaults
+        heads = {"heads": read.heads} if read.heads is not None and reads_heads else {}
+        values = dict(method.configure(self.asked() | heads).options)
         notes = [f"{sample.name}: {note}" for note in sample.notes] + read.notes
         notes += [note for note in [model.unknown_words_note([n for one in classes for n in one.synonyms])] if note]
         notes += notes_on(model, [sample])
@@ -137,8 +138,6 @@ class OnePicture(Reads, _Checked):
         return result
 
     def _sample(self) -> Sample:
-        from mmdit_probe.data import Sample, single
-
         if isinstance(self.image, Sample):
             return self.image
         return single(str(self.image)) if isinstance(self.image, str | Path) else Sample("picture", self.image)
@@ -161,11 +160,11 @@ class Segment(OnePicture):
     safetensors, segmentation.json with the area of each class, and run.json into a run folder.
     """
 
-    name: ClassVar[str] = "segment"
-    unsupervised: ClassVar[bool] = False
-    examples: ClassVar[tuple[str, ...]] = (
-        'segment scenes:val:3 --classes "tree, ring, grass, sky"',
-        'segment cat.jpg --classes "cat; kitten, wet grass" --method iseg --refine affinity+pamr',
+    name = "segment"
+    unsupervised = False
+    examples = (
+        'scenes:val:3 --classes "tree, ring, grass, sky"',
+        'cat.jpg --classes "cat; kitten, wet grass" --method iseg --refine affinity+pamr',
     )
 
     classes: Annotated[
@@ -175,11 +174,11 @@ class Segment(OnePicture):
             panel=INPUT,
         ),
     ]
-    method: Annotated[str, Option(f"{', '.join(NAMED)}.", values=NAMED, panel=METHOD)] = "seg4diff"
+    method: Annotated[str, Option(f"{', '.join(NAMED)}.", values=NAMED)] = "seg4diff"
     background: Annotated[
         str,
         Option("Background rule: none, threshold:0.5, probability:0.2, power:2 or class:NAME.",
-               values=("none", "threshold:0.5", "probability:0.2", "power:2", "class:"), panel=METHOD),
+               values=("none", "threshold:0.5", "probability:0.2", "power:2", "class:")),
     ] = "none"  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -187,8 +186,6 @@ class Segment(OnePicture):
         Background.parse(self.background)
 
     def names(self) -> list[SegClass]:
-        from mmdit_probe.data import parse_classes
-
         return parse_classes(self.classes)
 
     def find(self, model: MMDiT, picture: Any, read: Read, values: dict[str, Any], regions: Any) -> Segmentation:
@@ -208,17 +205,12 @@ class Segment(OnePicture):
 class Discover(OnePicture):
     """Split a picture into segments without any class names, from the empty prompt. Files as `segment` writes them."""
 
-    name: ClassVar[str] = "discover"
-    unsupervised: ClassVar[bool] = True
-    examples: ClassVar[tuple[str, ...]] = (
-        "discover scenes:val:3",
-        'discover cat.jpg --method diffcut --names "cat, sofa, wall" --refine pamr',
-    )
+    name = "discover"
+    unsupervised = True
+    examples = ("scenes:val:3", 'cat.jpg --method diffcut --names "cat, sofa, wall" --refine pamr')
 
-    method: Annotated[str, Option(f"{', '.join(BLIND)}.", values=BLIND, panel=METHOD)] = "seg4diff-unsup"
-    tau: Annotated[float | None, Option("Merging threshold of the method; scan it per model.", min=0, panel=METHOD)] = (
-        None
-    )
+    method: Annotated[str, Option(f"{', '.join(BLIND)}.", values=BLIND)] = "seg4diff-unsup"
+    tau: Annotated[float | None, Option("Merging threshold of the method; scan it per model.", min=0)] = None
     candidates: Annotated[
         str | Path | Sequence[Any] | None,
         Option("Candidate names by comma, or a .txt file: each segment takes the one that fits best.", flag="--names",
@@ -226,7 +218,7 @@ class Discover(OnePicture):
     ] = None  # fmt: skip
     names_by: Annotated[
         str, Option("Method whose maps of the candidates decide: seg4diff (the I2T words), proxyclip (a CLIP), ...",
-                    values=NAMED, panel=METHOD),
+                    values=NAMED),
     ] = "seg4diff"  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -237,12 +229,10 @@ class Discover(OnePicture):
         if self.candidates is None and self.names_by != type(self).names_by:
             raise UserError("--names-by says how segments take one of the candidates; give them with --names")
 
-    def values(self) -> dict[str, Any]:
-        return super().values() | ({} if self.tau is None else {"tau": self.tau})
+    def asked(self) -> dict[str, Any]:
+        return super().asked() | ({} if self.tau is None else {"tau": self.tau})
 
     def names(self) -> list[SegClass]:
-        from mmdit_probe.data import parse_classes
-
         return [] if self.candidates is None else parse_classes(self.candidates)
 
     def find(self, model: MMDiT, picture: Any, read: Read, values: dict[str, Any], regions: Any) -> Segmentation:
@@ -337,7 +327,6 @@ class PictureResult:
         return opened.path
 
     def _write_pictures(self, folder: Path) -> None:
-        import numpy as np
         from PIL import Image
         from safetensors.numpy import save_file
 

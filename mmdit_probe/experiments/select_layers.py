@@ -12,15 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.errors import UserError, unknown
-from mmdit_probe.experiments import controls, evidence
+from mmdit_probe.experiments import evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, RANK_RULES, Amount, evidence_names
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, text_of
-from mmdit_probe.experiments.options import INPUT, METHOD, Control, Sampling
-from mmdit_probe.experiments.text import TextTable, signed
+from mmdit_probe.experiments.options import INPUT, Control, Sampling
+from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
+from mmdit_probe.results.selection import LayerSelection
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,9 +29,7 @@ if TYPE_CHECKING:
 
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import Store, TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
-    from mmdit_probe.results.selection import LayerSelection
 
 Split = Literal["train", "val", "test"]
 
@@ -43,12 +42,9 @@ class SelectLayers(Sampling, Experiment):
     folders with --from.
     """
 
-    name: ClassVar[str] = "select-layers"
-    examples: ClassVar[tuple[str, ...]] = (
-        "select-layers --evidence word_mass,segmentation --limit 24",
-        "select-layers --from runs/budget --from runs/perturb --top 2",
-    )
-    tables: ClassVar[tuple[str, ...]] = ("evidence",)
+    name = "select-layers"
+    examples = ("--evidence word_mass,segmentation --limit 24", "--from runs/budget --from runs/perturb --top 2")
+    tables = ("evidence",)
 
     evidence: Annotated[
         str | None,
@@ -62,18 +58,15 @@ class SelectLayers(Sampling, Experiment):
         Sequence[Path | str],
         Option("Run folder of attention-budget, value-norms, pca or perturb; repeatable.", flag="--from", panel=INPUT),
     ] = ()
-    rule: Annotated[str, Option("ranks (least mean rank), median-ranks, or one evidence.", panel=METHOD)] = "ranks"
-    top: Annotated[int, Option("Layers to select.", min=1, panel=METHOD)] = 1
-    weights: Annotated[Literal["equal", "ranks"], Option("Weights of several layers.", panel=METHOD)] = "equal"
-    top_heads: Annotated[
-        int,
-        Option("Heads to select per layer, by their maps on scenes; 0: all.", min=0, panel=METHOD),
-    ] = 0
+    rule: Annotated[str, Option("ranks (least mean rank), median-ranks, or one evidence.")] = "ranks"
+    top: Annotated[int, Option("Layers to select.", min=1)] = 1
+    weights: Annotated[Literal["equal", "ranks"], Option("Weights of several layers.")] = "equal"
+    top_heads: Annotated[int, Option("Heads to select per layer, by their maps on scenes; 0: all.", min=0)] = 0
     split: Annotated[Split, Option("Scenes to select on.", panel=INPUT)] = "val"
     report: Annotated[Split, Option("Other scenes to report on.", panel=INPUT)] = "test"
     limit: Annotated[int, Option("Scenes per evidence.", min=4, panel=INPUT)] = 24
     perturb_limit: Annotated[int, Option("Prompts of the perturbation.", min=1, panel=INPUT)] = 8
-    sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise.", min=0, max=1, panel=METHOD)] = 0.515
+    sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise.", min=0, max=1)] = 0.515
     control: Control = "none"
 
     def __post_init__(self) -> None:
@@ -83,7 +76,6 @@ class SelectLayers(Sampling, Experiment):
             raise unknown("rule", self.rule, (*RANK_RULES, *EVIDENCE))
         if self.split == self.report and wanted:
             raise UserError(f"--split and --report are both {self.split!r}: select on one split, report on another")
-        controls.parse(self.control)
 
     def wanted(self) -> list[str]:
         """The evidence to measure."""
@@ -113,7 +105,7 @@ class SelectLayers(Sampling, Experiment):
             raise UserError(f"--top {self.top}: expected 1 to {len(model.layers)} layers")
         if self.top_heads > model.heads:
             raise UserError(f"--top-heads {self.top_heads}: expected at most {model.heads} heads, or 0 for all")
-        chosen = controls.parse(self.control)
+        chosen = self.chosen_controls()
         names = self.wanted()
         kept = f"scenes:{self.report}" if names else ""
         read = [evidence.from_run(run, model, text_of(model), kept) for run in self.runs]
@@ -161,8 +153,6 @@ class SelectLayers(Sampling, Experiment):
 
     def selected(self, result: Result) -> LayerSelection:
         """The selection that the evidence makes."""
-        from mmdit_probe.results.selection import LayerSelection
-
         here = result.summary[result.summary["split"] == self.split]
         chosen = evidence.choose(here, self.top, self.rule)
         heads = {int(layer): tuple(of) for layer, of in result.data.get("best_heads", {}).items()}
@@ -185,12 +175,8 @@ class SelectLayers(Sampling, Experiment):
         return {
             "evidence_by_layer": result.summary,
             "agreement": evidence.agreement(result.table),
-            "stability": evidence.stability(self._selected_on(result), self.top, self.rule),
+            "stability": evidence.stability(result.table[result.table["split"] == self.split], self.top, self.rule),
         }
-
-    def _selected_on(self, result: Result) -> pd.DataFrame:
-        """The rows of the split that is selected on."""
-        return result.table[result.table["split"] == self.split]
 
     def files(self, result: Result, folder: Path) -> None:
         self.selected(result).save(folder / "selection.json")

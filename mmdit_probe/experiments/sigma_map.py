@@ -11,28 +11,29 @@ loss is the velocity's mean squared error over the image; its rise is told as a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
-from mmdit_probe.experiments.options import INPUT, METHOD
-from mmdit_probe.experiments.text import TextTable, signed
+from mmdit_probe.experiments.options import INPUT
+from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import HIGHER, NONE, compare, two_sided
+from mmdit_probe.scenes import scene
+from mmdit_probe.scenes.captions import describe, opposites, parse
+from mmdit_probe.scenes.world import THINGS, Scene
 from mmdit_probe.specs import Spec, layer_indices, numbers
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
-    from mmdit_probe.scenes.world import Scene
 
 KINDS = ("noun", "colour", "count", "relation")
 EVERY = -1
@@ -54,14 +55,12 @@ class SigmaByLayer(Experiment):
     and run.json into a run folder.
     """
 
-    name: ClassVar[str] = "sigma-map"
-    examples: ClassVar[tuple[str, ...]] = ("sigma-map --limit 4",)
-    tables: ClassVar[tuple[str, ...]] = ("sigma_map",)
+    name = "sigma-map"
+    examples = ("--limit 4",)
+    tables = ("sigma_map",)
 
-    layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.", panel=METHOD)] = "all"
-    sigma: Annotated[str, Option("Noise levels by comma, above 0 (clean) to 1 (noise).", panel=METHOD)] = (
-        "0.1,0.3,0.5,0.7,0.9,1.0"
-    )
+    layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.")] = "all"
+    sigma: Annotated[str, Option("Noise levels by comma, above 0 (clean) to 1 (noise).")] = "0.1,0.3,0.5,0.7,0.9,1.0"
     limit: Annotated[int, Option("Scenes.", min=1, panel=INPUT)] = 48
     split: Annotated[Literal["train", "val", "test"], Option("Scenes split.", panel=INPUT)] = "val"
 
@@ -75,17 +74,10 @@ class SigmaByLayer(Experiment):
         Raises:
             UserError: they are none above 0 and up to 1.
         """
-        try:
-            levels = numbers(self.sigma)
-        except ValueError:
-            levels = []
-        if not levels or not all(1e-6 <= level <= 1 for level in levels):
-            raise UserError(f"--sigma {self.sigma!r}: expected noise levels above 0 and up to 1, e.g. 0.3,0.6,0.9")
-        return levels
+        refusal = f"--sigma {self.sigma!r}: expected noise levels above 0 and up to 1, e.g. 0.3,0.6,0.9"
+        return numbers(self.sigma, 1e-6, 1, refusal)
 
     def gather(self, scenes: bool) -> list[tuple[Scene, dict[str, tuple[str, str]]]]:
-        from mmdit_probe.scenes import scene
-
         if not scenes:
             raise UserError("a sigma map states the opposite of scenes' captions, which this model does not know")
         items = [scene(self.split, index) for index in range(self.limit)]
@@ -114,14 +106,10 @@ class SigmaByLayer(Experiment):
 
     def scores(self, result: Result) -> pd.DataFrame:
         """The rises, beside 0 of the model that reads the true caption everywhere."""
-        import pandas as pd
-
         own = result.table[["item", "control", "kind", "layer", "sigma", "value"]]
         return pd.concat([own, own.assign(control=UNEDITED, value=0.0)], ignore_index=True)
 
     def compare(self, result: Result) -> pd.DataFrame:
-        import pandas as pd
-
         return pd.DataFrame()  # the summary is the comparison, cell by cell
 
     def draw(self, result: Result) -> dict[str, Figure]:
@@ -143,10 +131,6 @@ class SigmaByLayer(Experiment):
 
 def stated_and_opposite(item: Scene) -> dict[str, tuple[str, str]]:
     """Word kind -> (a true caption, the same with the opposite word), for the kinds that the scene can state."""
-    from dataclasses import replace
-
-    from mmdit_probe.scenes.captions import describe, opposites, parse
-    from mmdit_probe.scenes.world import THINGS
 
     caption = describe(item, "complex")
     facts = parse(caption)

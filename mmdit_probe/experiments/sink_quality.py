@@ -22,25 +22,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.scores import area_under_curve, map_quality, mean_iou
 from mmdit_probe.observe.pca import token_classes
 from mmdit_probe.observe.sinks import SinkFree, without_sinks
-from mmdit_probe.results.statistics import (
-    ALIKE,
-    HIGHER,
-    LOWER,
-    TOO_FEW,
-    holm,
-    interval,
-    measured,
-    p_value,
-    two_sided,
-)
+from mmdit_probe.results.statistics import HIGHER, LOWER, holm, interval, measured, p_value, two_sided
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from mmdit_probe.models.tokens import TokenTable
 
 PLAIN, CLEAN, WORDS = "as they are", "without sinks", "words only"
@@ -63,8 +52,6 @@ def map_scores(
     with every map stretched to 0..1 first), auc (mean over classes of the probability that a token inside the class
     has a higher value than one outside). NaN where fewer than two classes are named.
     """
-    import pandas as pd
-
     present = [int(index) for index in np.unique(label) if index < len(names)]
     spans = {index: span for index in present if (span := _span(tokens, names[index]))}
     ids = list(spans)
@@ -87,33 +74,29 @@ def map_scores(
     return pd.DataFrame(rows)
 
 
-def improvement(table: pd.DataFrame, against: str = PLAIN, of: str = CLEAN) -> pd.DataFrame:
-    """One row per layer, head and score: both means, and the difference paired over images.
+def improvement(table: pd.DataFrame) -> pd.DataFrame:
+    """What removing sinks adds: one row per layer, head and score, with both means and the difference paired over
+    images.
 
     Args:
-        table: from `map_scores`, with the column item. against, of: which maps; by default what removing sinks adds.
+        table: from `map_scores`, with the column item.
 
     Returns: layer, head, score, n, before, after, difference, low, high (95 % over images), p_holm (corrected for all
     rows of a score), verdict: better, worse, "no difference shown", or "too few items".
     """
-    import pandas as pd
-
     table = measured(table)
     long = table.melt(["item", "layer", "head", "maps"], list(SCORES), "score").dropna(subset=["value"])
     rows = []
     for (layer, head, score), part in long.groupby(["layer", "head", "score"], sort=True, observed=True):
-        wide = part.pivot(index="item", columns="maps", values="value")[[against, of]].dropna()
-        difference, low, high = interval(wide[of] - wide[against])
-        rows.append(
-            {"layer": layer, "head": head, "score": score, "n": len(wide), "before": float(wide[against].mean()),
-             "after": float(wide[of].mean()), "difference": difference, "low": low, "high": high,
-             "p_holm": p_value(wide[of] - wide[against])}
-        )  # fmt: skip
+        wide = part.pivot(index="item", columns="maps", values="value")[[PLAIN, CLEAN]].dropna()
+        added = wide[CLEAN] - wide[PLAIN]
+        row = {"layer": layer, "head": head, "score": score, "n": len(wide), "before": float(wide[PLAIN].mean())}
+        row |= {"after": float(wide[CLEAN].mean())} | interval(added).named("difference", "")
+        rows.append(row | {"p_holm": p_value(added)})
     columns = ["layer", "head", "score", "n", "before", "after", "difference", "low", "high", "p_holm"]
     found = pd.DataFrame(rows, columns=columns)
     found["p_holm"] = found.groupby("score")["p_holm"].transform(holm)
-    told = {HIGHER: "better", LOWER: "worse", ALIKE: ALIKE, TOO_FEW: TOO_FEW}
-    return found.assign(verdict=two_sided(found).map(told))
+    return found.assign(verdict=two_sided(found).replace({HIGHER: "better", LOWER: "worse"}))
 
 
 def _span(tokens: TokenTable, name: str) -> list[int]:

@@ -17,8 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
@@ -27,7 +26,7 @@ from mmdit_probe.errors import ProbeWarning, UserError, first_line
 from mmdit_probe.results import RunFolder, TableWriter, atomic, processes, read_items, read_table
 from mmdit_probe.results.clip import Clip
 from mmdit_probe.results.folder import read_record
-from mmdit_probe.results.tables import MemorySink, check_items, complete, constant, items, needed
+from mmdit_probe.results.tables import MemorySink, check_items, complete, items, needed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,12 +52,9 @@ class TaskRecord:
 
     def write(self, table: str, columns: Rows | pd.DataFrame, **labels: int | float | str) -> None:
         """Add rows to a table; `labels`, columns of one value, come before the others."""
-        if not isinstance(columns, Mapping):
-            columns = {str(name): columns[name].values for name in columns.columns}
-        count = len(next(iter(columns.values())))
-        if count:
-            repeated = {name: constant(value, count) for name, value in labels.items()}
-            self._sink_of(table).write(repeated | dict(columns))
+        columns = {str(name): column for name, column in columns.items()}
+        if len(next(iter(columns.values()))):
+            self._sink_of(table).write(labels | columns)
 
     def picture(self, name: str, image: Image | Clip) -> None:
         """Keep a picture or a video."""
@@ -78,37 +74,8 @@ class TaskRecord:
         self._advance(ticks)
 
 
-class Store(Protocol):
-    """What both kinds have in common. `data` is the record: command, request, model, ..."""
-
-    complete: bool
-    done: set[int]
-
-    @property
-    def data(self) -> dict[str, Any]: ...
-
-    def __enter__(self) -> Self: ...
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-    def writing(self, tables: Sequence[str]) -> Any: ...
-    def task(self, number: int, advance: Callable[..., None], ticks: int = 1) -> Any: ...
-    def mine(self, count: int) -> list[int]: ...
-    def record(self, **facts: Any) -> None: ...
-    def table(self, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame: ...
-    def chunks(self, name: str, columns: Sequence[str]) -> Iterable[pd.DataFrame]: ...
-    def has(self, name: str) -> bool: ...
-    def keep_picture(self, name: str, image: Image | Clip) -> list[Path]: ...
-    def pictures(self) -> dict[str, Image | Clip]: ...
-    def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> list[Path]: ...
-    def load_picture(self, name: str) -> Image | Clip: ...
-    def load_arrays(self, name: str) -> dict[str, np.ndarray]: ...
-    def array_names(self) -> list[str]: ...
-    def workplace(self, name: str) -> Path | None: ...
-
-
 class MemoryStore:
-    """Everything in memory; one process."""
+    """Everything in memory; one process. Attributes: data: the record: command, request, model, ..."""
 
     complete = False
 
@@ -116,22 +83,16 @@ class MemoryStore:
         if processes.world() > 1:
             raise UserError("several processes share a run through its folder: name one with out=")
         # As a run folder holds it: both can be compared.
-        self._data: dict[str, Any] = {"command": command, "request": json.loads(json.dumps(dict(request))), **facts}
+        self.data: dict[str, Any] = {"command": command, "request": json.loads(json.dumps(dict(request))), **facts}
         self.done: set[int] = set()
         self._sinks: dict[str, MemorySink] = {}
         self._pictures: dict[str, Image | Clip] = {}
         self._arrays: dict[str, dict[str, np.ndarray]] = {}
 
-    @property
-    def data(self) -> dict[str, Any]:
-        return self._data
-
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Nothing to close."""
 
     @contextmanager
@@ -149,7 +110,7 @@ class MemoryStore:
         return list(range(count))
 
     def record(self, **facts: Any) -> None:
-        self._data |= facts
+        self.data |= facts
 
     def has(self, name: str) -> bool:
         return name in self._sinks
@@ -256,10 +217,8 @@ class FolderStore:
         self._open.enter_context(self.folder)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._open.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._open.__exit__(*error)
 
     @contextmanager
     def writing(self, tables: Sequence[str]) -> Iterator[None]:
@@ -386,6 +345,9 @@ class FolderStore:
     def workplace(self, name: str) -> Path | None:
         """A folder for what a long task keeps of itself."""
         return self.folder.path / "state" / name
+
+
+Store = MemoryStore | FolderStore
 
 
 def _unsound(item: Path) -> Path | None:

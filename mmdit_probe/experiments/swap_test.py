@@ -13,26 +13,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.options import INPUT, METHOD, LayersAndHeads, prompts_of
+from mmdit_probe.experiments.options import INPUT, LayersAndHeads, prompts_of
 from mmdit_probe.experiments.sweep import STOCK, Condition, Sweep
-from mmdit_probe.experiments.text import TextTable, bounded, signed
+from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import NONE, compare, interval
+from mmdit_probe.scenes.captions import opposites, parse
 from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
     from mmdit_probe.experiments.outcomes import Outcome
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
 
 Kind = Literal["colours", "nouns"]
@@ -54,17 +54,14 @@ class SwapTest(LayersAndHeads, Sweep):
     each other's attribute, or both their own. Compared with stock images and with the exchange of two function words.
     """
 
-    name: ClassVar[str] = "swap-test"
-    examples: ClassVar[tuple[str, ...]] = (
-        "swap-test --limit 50",
-        "swap-test --swap nouns --layers 2-5 --together --limit 50",
-    )
-    tables: ClassVar[tuple[str, ...]] = ("swaps",)
+    name = "swap-test"
+    examples = ("--limit 50", "--swap nouns --layers 2-5 --together --limit 50")
+    tables = ("swaps",)
 
-    swap: Annotated[Kind, Option("Words to exchange: the two colours or the two nouns.", panel=METHOD)] = "colours"
+    swap: Annotated[Kind, Option("Words to exchange: the two colours or the two nouns.")] = "colours"
     limit: Annotated[int | None, Option("Prompts (n).", min=1, shown_default="{0.default_prompts}", panel=INPUT)] = None
-    steps: Annotated[Spec, Option("Sampling steps to edit: all, 0,20, 0-4, last-8.", panel=METHOD)] = "all"
-    together: Annotated[bool, Option("Also exchange the words in all these layers at once.", panel=METHOD)] = False
+    steps: Annotated[Spec, Option("Sampling steps to edit: all, 0,20, 0-4, last-8.")] = "all"
+    together: Annotated[bool, Option("Also exchange the words in all these layers at once.")] = False
 
     default_prompts = 200
 
@@ -115,7 +112,7 @@ class SwapTest(LayersAndHeads, Sweep):
         return index < 4
 
     def scores(self, result: Result) -> pd.DataFrame:
-        return against(result.table)
+        return against(self.rows(result))
 
     def compare(self, result: Result) -> pd.DataFrame:
         return compare(self.scores(result).query("outcome == 'exchanged'"), ["layer", "outcome"])
@@ -127,7 +124,7 @@ class SwapTest(LayersAndHeads, Sweep):
         return claims.drop(columns="outcome")
 
     def summarise(self, result: Result) -> pd.DataFrame:
-        return summarise(result.table)
+        return summarise(self.rows(result))
 
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.swap import swaps
@@ -148,8 +145,6 @@ class SwapTest(LayersAndHeads, Sweep):
 def swapped_words(prompt: str, kind: Kind) -> tuple[str, str] | tuple[()]:
     """The two colours, or nouns, of a prompt; nothing unless it names two single objects of different nouns and colours
     and has both function words."""
-    from mmdit_probe.scenes.captions import parse
-
     try:
         groups = parse(prompt).groups
     except UserError:
@@ -175,7 +170,6 @@ class Exchange:
     def __call__(
         self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
     ) -> dict[str, np.ndarray]:
-        from mmdit_probe.scenes.captions import opposites
         from mmdit_probe.scenes.parser import things_right
 
         readings = list(zip(prompts, self.parser.read(images), strict=True))
@@ -187,8 +181,6 @@ class Exchange:
 
 def against(table: pd.DataFrame) -> pd.DataFrame:
     """The swap beside its controls: columns item, control (none, stock, function, random), layer, outcome, value."""
-    import pandas as pd
-
     own = table[table["control"] == NONE]
     swaps, stock = own[own["condition"] == SWAP], own[own["condition"] == STOCK]
     parts = [swaps, own[own["condition"] == FUNCTION].assign(control=FUNCTION)]
@@ -201,19 +193,17 @@ def against(table: pd.DataFrame) -> pd.DataFrame:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per condition, layer and outcome: n, share, low, high (95 % interval over prompts), and its difference
     from stock with difference_low and difference_high (paired). Stock has layer -1 and no difference."""
-    import pandas as pd
 
     own = table[table["control"] == NONE]
     stock = own[own["condition"] == STOCK].set_index("item")
     rows = []
     for (condition, layer), part in own.groupby(["condition", "layer"], observed=True):
         for outcome in OUTCOMES:
-            share, low, high = interval(part[outcome], kind="share")
             row = {"condition": condition, "layer": layer, "outcome": outcome, "n": len(part)}
-            row |= {"share": share, "low": low, "high": high}
+            row |= interval(part[outcome], kind="share").named("share", "")
             if condition != STOCK:
-                away = interval(part[outcome] - part["item"].map(stock[outcome]), kind="change")
-                row |= dict(zip(("difference", "difference_low", "difference_high"), away, strict=True))
+                away = part[outcome] - part["item"].map(stock[outcome])
+                row |= interval(away, kind="change").named("difference")
             rows.append(row)
     return pd.DataFrame(rows)
 

@@ -16,12 +16,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
+from mmdit_probe.experiments.experiment import (
+    Experiment,
+    Study,
+    one_per_item,
+    read_of_videos,
+    request_of,
+    scheduled,
+)
 from mmdit_probe.experiments.options import (
     INPUT,
-    METHOD,
     OUTPUT,
     EditControl,
     Filmed,
@@ -33,13 +40,12 @@ from mmdit_probe.experiments.options import (
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.options import Option
 from mmdit_probe.results.clip import Clip, still, stills
-from mmdit_probe.results.statistics import NONE
-from mmdit_probe.scenes.captions import STATED
+from mmdit_probe.results.statistics import NONE, measured
+from mmdit_probe.scenes.captions import CONTRASTS, STATED
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import pandas as pd
     from PIL.Image import Image
 
     from mmdit_probe.experiments.controls import Variant
@@ -58,6 +64,10 @@ AGAINST_STOCK = ("change", "relabelled", "clip_i", "dino")
 
 MEANING = ("facts", "things_right", "grounds_right", *STATED, "clip_t", "dino", "clip_i", "relabelled", "change")
 """Outcomes in the order in which they are told: what the image says of its prompt first, how far it moved last."""
+
+
+HARM_IS_RISE = ("change", "relabelled", *CONTRASTS.values())
+"""Outcomes whose rise is harm; of the others it is the drop."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +110,7 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
     batch: Annotated[int, Option("Prompts sampled at once.", min=1, panel=OUTPUT)] = 8
 
     default_prompts = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.chosen_controls()
-
-    def chosen_controls(self) -> tuple[str, ...]:
-        """The controls asked for."""
-        return controls.parse(self.control, [*EQUAL, *controls.CONTROLS])
+    possible = (*EQUAL, *controls.CONTROLS)
 
     @abstractmethod
     def conditions(self, model: MMDiT, prompts: Sequence[str]) -> list[Condition]:
@@ -208,8 +211,17 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
             guided = stack.enter_context(perturbed_guidance(variant.model, condition.edit))
             return guided.generate(texts, scale=condition.scale, **options, **self.guided_options())
 
+    def sign(self, outcome: str) -> float:
+        return -1.0 if outcome in HARM_IS_RISE else 1.0
+
     def files(self, result: Result, folder: Path) -> None:
         self.write_videos(result, folder)
+
+    def rows(self, result: Result) -> pd.DataFrame:
+        """The table with the images of one prompt averaged, where a prompt was given several times."""
+        request = result.request
+        labels = dict.fromkeys(("control", *request["conditions"][0][1]))
+        return one_per_item(result.table, request["items"], [*labels])
 
     def guided_options(self) -> dict[str, Any]:
         """Options of guided sampling beside the scale."""
@@ -224,13 +236,12 @@ class JudgedSweep(Sweep):
         str | None,
         Option(
             "CLIP checkpoint for CLIP-T and CLIP-I: a folder, a hub id, or none.",
-            shown_default="scenes-clip for embedded models", panel=METHOD,
+            shown_default="scenes-clip for embedded models",
         ),
-    ] = None  # fmt: skip
-    dino: Annotated[str | None, Option("DINO checkpoint for image similarity (folder or hub id).", panel=METHOD)] = None
+    ] = None
+    dino: Annotated[str | None, Option("DINO checkpoint for image similarity (folder or hub id).")] = None
 
     def outcomes(self, model: MMDiT) -> tuple[list[Outcome], dict[str, str | None]]:
-        """What is measured of the images, and the checkpoints it takes."""
         from mmdit_probe.experiments.outcomes import outcomes_of
 
         return outcomes_of(knows_scenes(model), model.device, self.clip, self.dino)
@@ -266,8 +277,28 @@ def effects(table: pd.DataFrame, row: Sequence[str]) -> pd.DataFrame:
     Args:
         row: the columns that are no outcomes, `condition` among them, which is "stock" for the unedited images.
     """
-    table = own_rows(table)
-    stock = table[table["condition"] == STOCK].set_index("item")
+    return _paired(own_rows(table), measured(table), row)
+
+
+def gains(table: pd.DataFrame, row: Sequence[str], place: Sequence[str]) -> pd.DataFrame:
+    """The paired effects of the measurement and of its controls, for `results.statistics.compare`: columns item,
+    control, those of `place`, outcome, value. Controls of equal size are paired with the measurement's own unedited
+    images, the others with theirs; another item's caption has no effect on outcomes that read no text.
+
+    Args:
+        row: as `effects` takes it. place: the columns that say what was done.
+    """
+    parts = []
+    for control in dict.fromkeys(table["control"]):
+        own = table[table["control"] == control]
+        part = _paired(own, measured(table) if control in EQUAL else own, row)
+        names = [name for name in outcome_names(part, row) if control != "shuffled" or name not in AGAINST_STOCK]
+        parts.append(part.melt(["item", "control", *place], names, "outcome"))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _paired(table: pd.DataFrame, unedited: pd.DataFrame, row: Sequence[str]) -> pd.DataFrame:
+    stock = unedited[unedited["condition"] == STOCK].set_index("item")
     result = table[table["condition"] != STOCK].copy()
     for name in outcome_names(table, row):
         if name in ("clip_i", "dino"):

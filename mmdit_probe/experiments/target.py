@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 from mmdit_probe import assets
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.models.names import (
+    DTYPES,
     check_adapter,
     check_device,
-    check_dtype,
     check_memory_options,
     counts_of,
     multiple_of,
     source_of,
     streams_of,
 )
+from mmdit_probe.results import processes
+from mmdit_probe.results.selection import load_selection
 from mmdit_probe.specs import head_indices, layer_indices, listed
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ class Named:
         check_device(str(self.options.get("device", "auto")))
         dtype = self.options.get("dtype", "auto")
         if isinstance(dtype, str):
-            check_dtype(dtype)
+            check_known("dtype", dtype, DTYPES)
         check_memory_options(self.options.get("offload"), self.options.get("quantize"))
         if self.options.get("lora") is not None:
             check_adapter(str(self.options["lora"]))
@@ -86,7 +88,6 @@ def as_model(target: Any, shown: Progress, references: int = 0) -> MMDiT:
     Raises:
         UserError: it is none, the name is unknown, or its pipeline does not take so many pictures.
     """
-    from mmdit_probe.results import processes
 
     target = named(target)
     if isinstance(target, Named):
@@ -141,15 +142,13 @@ def named(target: Any, asked: Any = None) -> Any:
     Raises:
         UserError: they do not, as far as the model's configuration on this machine tells.
     """
-    from mmdit_probe.results.selection import load_selection
-
     if getattr(asked, "selection", None) is not None:
         load_selection(asked.selection)
     found = Named(str(target)) if isinstance(target, str) or hasattr(target, "__fspath__") else target
     streams = getattr(asked, "streams", None)
-    known = streams_of(found.name) if streams is not None and isinstance(found, Named) else None
-    for name in listed(streams) if known else ():
-        check_known("encoder stream", name, known)
+    if streams is not None and isinstance(found, Named) and (known := streams_of(found.name)) is not None:
+        for name in listed(streams):
+            check_known("encoder stream", name, known)
     counts = counts_of(found.name) if isinstance(found, Named) and asked is not None else None
     if counts is not None:
         layers, heads = counts

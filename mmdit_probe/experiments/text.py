@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import base64
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.results.statistics import FEWEST, NOT_ABOVE, TOO_FEW
+
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 
@@ -57,9 +61,7 @@ Text = str | TextTable
 
 def page(what: str, figure: Figure, texts: Iterable[Text]) -> str:
     """A figure with tables and lines below it as HTML, for a notebook; `what` describes the picture."""
-    import base64
     from html import escape
-    from io import BytesIO
 
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
@@ -96,14 +98,17 @@ def claim_table(claims: pd.DataFrame) -> TextTable:
     names = [c for c in claims.columns if c not in values and (c == "layer" or claims[c].nunique() > 1)]
     names = [c for c in names if c in _PLACES]
     names += [] if "control" in names else ["control"]
-    table = TextTable(
-        [*names, "n", "value", "control's", "difference", "verdict"], left=("control", "verdict"),
-        spare=("control's", "value"),
-    )  # fmt: skip
-    for row in claims.to_dict("records"):
-        both = (bounded(row[name], float("nan"), float("nan")) for name in ("value", "control_value"))
+    return paired_table(claims, names, {"value": "value", "control's": "control_value"})
+
+
+def paired_table(rows: pd.DataFrame, names: Sequence[str], both: Mapping[str, str]) -> TextTable:
+    """The columns `names`, two means (heading -> column), and their difference with its interval and verdict."""
+    columns = [*names, "n", *both, "difference", "verdict"]
+    table = TextTable(columns, left=("control", "verdict"), spare=[*both][::-1])
+    for row in rows.to_dict("records"):
+        means = (bounded(row[column], float("nan"), float("nan")) for column in both.values())
         difference = signed(row["difference"], row["low"], row["high"])
-        table.add(*(str(row[name]) for name in names), str(row["n"]), *both, difference, str(row["verdict"]))
+        table.add(*(str(row[name]) for name in names), str(row["n"]), *means, difference, str(row["verdict"]))
     return table
 
 
@@ -116,8 +121,6 @@ def claim_lines(claims: pd.DataFrame, claim: str, explained: dict[str, str]) -> 
     Args:
         claims: the rows that are told. claim: what the value says. explained: control -> what it is.
     """
-    from mmdit_probe.results.statistics import FEWEST, NOT_ABOVE, TOO_FEW
-
     known = "; ".join(f"{name}: {explained.get(name, name)}" for name in dict.fromkeys(claims["control"]))
     failed, undecided = (int((claims["verdict"] == verdict).sum()) for verdict in (NOT_ABOVE, TOO_FEW))
     decided = len(claims) - undecided
@@ -134,8 +137,6 @@ def claim_lines(claims: pd.DataFrame, claim: str, explained: dict[str, str]) -> 
 
 def records(value: Any) -> Any:
     """Data frames as JSON values: NaN (no interval with one item) becomes null."""
-    import pandas as pd
-
     if isinstance(value, pd.DataFrame):
         return [{str(name): records(cell) for name, cell in row.items()} for row in value.to_dict("records")]
     if isinstance(value, dict):

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
+from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, plain, request_of, scheduled
 from mmdit_probe.experiments.options import (
     INPUT,
-    METHOD,
     OUTPUT,
     SAMPLED,
     Control,
@@ -27,16 +27,14 @@ from mmdit_probe.experiments.options import (
     Sampling,
     captions_of,
     notes_on,
-    plain_heads,
     prompts_of,
     samples_of,
 )
 from mmdit_probe.options import Option, changed
-from mmdit_probe.specs import Spec, step_indices
+from mmdit_probe.results.tables import MemorySink
+from mmdit_probe.specs import HeadSpec, Spec, step_indices
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from mmdit_probe.data import Sample
     from mmdit_probe.experiments.controls import Variant
     from mmdit_probe.experiments.result import Result
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.models.tokens import TokenTable
     from mmdit_probe.observe.observer import RowObserver
-    from mmdit_probe.specs import HeadSpec
 
 DEFAULT_PROMPTS = 20
 
@@ -63,7 +60,9 @@ class Item:
 class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
     """Rows per prompt, step, branch, layer, head and kind of token."""
 
-    early: ClassVar[bool] = True
+    early = True
+    reads: ClassVar[tuple[str, ...]]
+    """The columns that `reduce` needs."""
 
     prompts: Prompts = None
     limit: Annotated[
@@ -78,12 +77,9 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         Option("Probe real pictures instead of sampling: a folder, or scenes:train|val|test.", panel=INPUT),
     ] = None
     sigma: Annotated[
-        float,
-        Option("Noise level of --images, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1, panel=METHOD),
+        float, Option("Noise level of --images, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1)
     ] = 0.515
-    steps: Annotated[
-        Spec, Option("Sampling steps: all, 0,20, 0-4; last-8 is the 8th from the clean end.", panel=METHOD)
-    ] = "all"
+    steps: Annotated[Spec, Option("Sampling steps: all, 0,20, 0-4; last-8 is the 8th from the clean end.")] = "all"
     control: Control = "none"
     rows: Annotated[
         Literal["head", "layer", "summary"],
@@ -92,8 +88,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        chosen = controls.parse(self.control)
-        if "shuffled" in chosen and self.images is None:
+        if "shuffled" in self.chosen_controls() and self.images is None:
             raise UserError("shuffled captions need pictures: a sampled image has no caption but its prompt")
         unread = changed(self, *(("sigma",) if self.images is None else ("steps", *SAMPLED)))
         if unread:
@@ -118,12 +113,9 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         """What measures."""
 
     @abstractmethod
-    def reduce(self, rows: Rows) -> pd.DataFrame:
-        """The rows of one denoising call, one per branch, layer and group: means over heads and tokens."""
-
-    @abstractmethod
-    def join(self, calls: pd.DataFrame) -> pd.DataFrame:
-        """The reduced rows of an item's denoising calls, averaged over its steps."""
+    def reduce(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """The rows of an item, `reads` of them, as one per branch, layer and group: means over steps, heads and
+        tokens."""
 
     def gather(self, scenes: bool) -> tuple[list[str], list[Sample]]:
         """Prompts to sample, or pictures and the texts that replace their captions."""
@@ -138,7 +130,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
             Item(index, text, self.seed + index, pictures[index] if pictures else None)
             for index, text in enumerate(texts)
         ]
-        chosen = controls.parse(self.control)
+        chosen = self.chosen_controls()
         variants = controls.variants(model, chosen, len(items))
         layers, heads = self.places(model)
         notes = [line for table in model.token_tables(texts) for line in unread(table)]
@@ -147,7 +139,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         request = request_of(
             model,
             layers=list(layers),
-            heads=plain_heads(heads),
+            heads=plain(heads),
             controls=list(chosen),
             rows=self.rows,
             **self._how(),
@@ -170,18 +162,15 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         return {"mode": "sample", "steps": steps, "num_steps": self.num_steps, "guidance": self.guidance}
 
     def measure(self, study: Study, task: tuple[Variant, Item], record: TaskRecord) -> None:
-        import pandas as pd
-
         from mmdit_probe.observe.probe import probe
 
         (variant, item), (layers, heads) = task, study.state
         labels: dict[str, Any] = {"control": variant.name, "item": item.index}
         labels |= {"picture": item.picture.name} if item.picture else {}
-        calls: list[pd.DataFrame] = []
-        seen: set[int] = set()
+        kept, seen = MemorySink(), set[int]()
 
         def take(rows: Rows) -> None:
-            calls.append(self.reduce(rows))
+            kept.write({name: rows[name] for name in self.reads})
             if (step := int(rows["step"][0])) not in seen:  # guidance may take two calls a step
                 seen.add(step)
                 record.advance(0.999 * part)  # the last thousandth is the task's end: what is written
@@ -197,7 +186,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
                 )
             else:
                 denoise_picture(variant.model, item.picture, item.prompt, self.sigma, item.seed)
-        record.write(f"{self.stem}_by_item", self.join(pd.concat(calls, ignore_index=True)), **labels)
+        record.write(f"{self.stem}_by_item", self.reduce(kept.table()), **labels)
 
     def setting(self, result: Result, count: int) -> str:
         """What was averaged over and how it was run, for the figure's title and the line below the table."""
@@ -213,11 +202,12 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         Raises:
             UserError: it was not measured.
         """
-        table = result.store.table(f"{self.stem}_by_item")
+        table = result.held(f"{self.stem}_by_item")
         chosen = table[table["branch"] == branch]
         if chosen.empty:
             raise UserError(f"the table has no rows of branch {branch!r}; expected cond or uncond of a guided run")
-        return chosen
+        labels = [n for n in chosen.columns if chosen[n].dtype.kind != "f" and n not in ("item", "picture")]
+        return one_per_item(chosen, result.request["items"], labels)
 
 
 def denoise_picture(model: MMDiT, picture: Sample, text: str, sigma: float, seed: int) -> None:

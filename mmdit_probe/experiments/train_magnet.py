@@ -9,14 +9,15 @@ The options are those of `magnet.MagnetOptions`; the loop is training's own, wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
+from mmdit_probe.experiments.experiment import text_of
+from mmdit_probe.experiments.options import prompts_of
 from mmdit_probe.experiments.progress import Progress
-from mmdit_probe.experiments.text import page
+from mmdit_probe.experiments.text import Text, page
 from mmdit_probe.magnet import config
 from mmdit_probe.results.folder import AUTO, check_out
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.magnet.trainer import TrainResult
 
 
@@ -37,11 +37,11 @@ class TrainMagnet(config.MagnetOptions):
     accelerate launch --num_processes 2 -m mmdit_probe train-magnet ... Defaults are the paper's.
     """
 
-    name: ClassVar[str] = "train-magnet"
-    recipes: ClassVar[Mapping[str, Mapping[str, Any]]] = config.RECIPES
-    examples: ClassVar[tuple[str, ...]] = (
-        "train-magnet --recipe ours --layers 4 --prompt-kind mixed --validate-every 100",
-        "train-magnet --recipe paper --layers 9 --dataset coco-stuff:coco --model MODEL --device cuda --precision bf16",
+    name = "train-magnet"
+    recipes = config.RECIPES
+    examples = (
+        "--recipe ours --layers 4 --prompt-kind mixed --validate-every 100",
+        "--recipe paper --layers 9 --dataset coco-stuff:coco --model MODEL --device cuda --precision bf16",
     )
 
     def run(
@@ -58,8 +58,6 @@ class TrainMagnet(config.MagnetOptions):
             UserError: options, data or model that do not fit. RunError: a loss, gradient or weight is not finite.
         """
         from mmdit_probe.data.sources import check_source
-        from mmdit_probe.experiments.experiment import text_of
-        from mmdit_probe.experiments.options import prompts_of
         from mmdit_probe.experiments.target import Named, as_model, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)

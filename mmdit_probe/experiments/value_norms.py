@@ -13,23 +13,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.experiments.attention_budget import published
-from mmdit_probe.experiments.text import TextTable
+from mmdit_probe.experiments.text import Text, TextTable
 from mmdit_probe.experiments.token_rows import TokenRows
 from mmdit_probe.results.statistics import interval, measured
-from mmdit_probe.specs import ALL_HEADS
+from mmdit_probe.specs import ALL_HEADS, HeadSpec
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.store import Rows
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.observe.observer import RowObserver
-    from mmdit_probe.specs import HeadSpec
 
 PROMPT_SPANS = ("bos", "word", "eos", "template")
 """Text tokens that the paper calls prompt tokens: text without the trailing padding (and without null slots)."""
@@ -48,22 +45,32 @@ class ValueNorms(TokenRows):
     a run folder.
     """
 
-    name: ClassVar[str] = "value-norms"
-    examples: ClassVar[tuple[str, ...]] = (
-        "value-norms --layers all --limit 8",
-        "value-norms --images scenes:val --sigma 0.515",
-    )
+    name = "value-norms"
+    reads = (*_CELL, "token", "span", "norm", "n_token")
+    examples = ("--layers all --limit 8", "--images scenes:val --sigma 0.515")
 
     def observer(self, sink: Any, heads: HeadSpec) -> RowObserver:
         from mmdit_probe.observe.norms import ValueNorm
 
         return ValueNorm(sink, heads=heads, rows="layer" if self.rows == "layer" else "head")
 
-    def reduce(self, rows: Rows) -> pd.DataFrame:
-        return per_call(rows)
-
-    def join(self, calls: pd.DataFrame) -> pd.DataFrame:
-        return calls.groupby(_CELL, observed=True, sort=False).mean().reset_index()
+    def reduce(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Means over the tokens of each group of `GROUPS`, a column each: NaN where it has no tokens, and none of
+        references where the calls have none."""
+        table = rows.assign(total=rows["norm"].astype("float64") * rows["n_token"])
+        members = {
+            "image": table["token"] == "image",
+            "text": table["token"] == "text",
+            "prompt": table["span"].isin(PROMPT_SPANS),
+        }
+        members |= {kind: table["span"] == kind for kind in GROUPS if kind not in CURVES}
+        rare = {"reference": table["token"] == "reference", "vision": members.pop("vision")}
+        members |= {kind: chosen for kind, chosen in rare.items() if chosen.any()}
+        columns = {}
+        for name, chosen in members.items():
+            sums = table[chosen].groupby(_CELL, observed=True)[["total", "n_token"]].sum()
+            columns[name] = sums["total"] / sums["n_token"]
+        return pd.DataFrame(columns).astype("float64").rename_axis(_CELL).reset_index()
 
     def summarise(self, result: Result) -> pd.DataFrame:
         return by_layer(self.by_item(result))
@@ -99,31 +106,6 @@ class ValueNorms(TokenRows):
             " interval over prompts.",
             f"Mean over tokens and steps (conditional branch): {setting}.",
         ]
-
-
-def per_call(rows: Rows) -> pd.DataFrame:
-    """Rows of `ValueNorm` of one denoising call, the mean over the tokens of each group.
-
-    Returns: branch, layer, head and one column per group of `GROUPS` (NaN where it has no tokens; none of references
-    where the call has none).
-    """
-    import pandas as pd
-
-    table = pd.DataFrame({n: rows[n] for n in (*_CELL, "token", "span", "norm", "n_token")}, copy=False)
-    table["total"] = table["norm"] * table["n_token"]
-    members = {
-        "image": table["token"] == "image",
-        "text": table["token"] == "text",
-        "prompt": table["span"].isin(PROMPT_SPANS),
-    }
-    members |= {kind: table["span"] == kind for kind in GROUPS if kind not in CURVES}
-    rare = {"reference": table["token"] == "reference", "vision": members.pop("vision")}
-    members |= {kind: chosen for kind, chosen in rare.items() if chosen.any()}
-    columns = {}
-    for name, chosen in members.items():
-        sums = table[chosen].groupby(_CELL, observed=True)[["total", "n_token"]].sum()
-        columns[name] = sums["total"] / sums["n_token"]
-    return pd.DataFrame(columns).astype("float64").rename_axis(_CELL).reset_index()
 
 
 def with_gap(by_item: pd.DataFrame) -> pd.DataFrame:

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
@@ -39,12 +40,8 @@ from mmdit_probe.results.statistics import (
     measured,
     spearman,
 )
+from mmdit_probe.scenes.world import CLASSES, Scene
 from mmdit_probe.specs import HeadSpec, Spec, layer_indices
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from mmdit_probe.scenes.world import Scene
 
 Method = Literal["ablation", "gradients"]
 METHODS: tuple[Method, ...] = ("ablation", "gradients")
@@ -72,8 +69,6 @@ def attribute(
     Raises:
         UserError: unknown method or target, sigma out of range, or no scene with two classes.
     """
-    import pandas as pd
-
     if method not in METHODS:
         raise unknown("method", method, METHODS)
     if target not in TARGETS:
@@ -100,8 +95,6 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
     "beyond control" if rho's interval and the difference's lie above 0 and p_holm is at most .05, "not beyond control"
     if not, "too few items" below `FEWEST` scenes.
     """
-    import pandas as pd
-
     rows = []
     for layer, part in measured(table).groupby("layer"):
         scenes = []
@@ -126,8 +119,6 @@ def by_scene(table: pd.DataFrame) -> pd.DataFrame:
 
     Attention without differences (uniform) has no ranks: its correlation counts as 0.
     """
-    import pandas as pd
-
     rows = []
     for (control, item, layer), part in table.groupby(["control", "item", "layer"], observed=True):
         value = spearman(*(matrix.ravel() for matrix in _matrices(part)))
@@ -155,8 +146,6 @@ class _SceneTargets:
         self, model: MMDiT, item: Scene, sigma: float, seed: int, layers: Sequence[int], heads: HeadSpec,
         edits: Sequence[Any],
     ) -> None:  # fmt: skip
-        from mmdit_probe.scenes.world import CLASSES
-
         self.model, self.names, self.sigma, self.layers = model, item.class_names, sigma, layers
         self.text, self.empty = model.encode_prompt(" ".join(self.names)), model.encode_prompt("")
         clean = model.encode_image(item.image)
@@ -174,8 +163,6 @@ class _SceneTargets:
         self.edits = list(edits)
 
     def table(self, method: Method, target: Target, steps: int) -> pd.DataFrame:
-        import pandas as pd
-
         embeddings, baseline = self.text.prompt_embeds.float(), self.empty.prompt_embeds.float()
         words, layers = len(self.names), len(self.layers)
         with torch.no_grad():

@@ -18,30 +18,28 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from mmdit_probe.errors import check_known
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.explore import Explore
-from mmdit_probe.experiments.options import METHOD, Filmed, OverReference, checked_heads, streams_of
+from mmdit_probe.experiments.options import Filmed, OverReference, checked_heads, streams_of
 from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.target import as_model
-from mmdit_probe.experiments.text import TextTable
+from mmdit_probe.experiments.text import Text, TextTable
 from mmdit_probe.options import Option, described
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import Clip
 from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, step_indices
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.experiments.store import TaskRecord
-    from mmdit_probe.experiments.text import Text
     from mmdit_probe.models.mmdit import MMDiT
     from mmdit_probe.plots.overlay import PictureMaps
 
@@ -52,22 +50,22 @@ class WordMaps(OverReference, Filmed, Pictures):
     of videos the overlays are animated.
     """
 
-    name: ClassVar[str] = "maps"
-    examples: ClassVar[tuple[str, ...]] = (
-        'maps "a red ring and a blue house on grass" --words "ring, house, grass"',
-        'maps "a cat on a sofa" --images cat.jpg --model MODEL',
+    name = "maps"
+    examples = (
+        '"a red ring and a blue house on grass" --words "ring, house, grass"',
+        '"a cat on a sofa" --images cat.jpg --model MODEL',
     )
-    tables: ClassVar[tuple[str, ...]] = ("maps",)
+    tables = ("maps",)
 
     layers: Annotated[
         Spec | None,
         Option(
-            "Joint-attention layers, 0-based: 9, 7-11 or all.", panel=METHOD,
+            "Joint-attention layers, 0-based: 9, 7-11 or all.",
             shown_default="those known to ground words, else the middle third",
         ),
-    ] = None  # fmt: skip
-    heads: Annotated[HeadSpec, Option("Attention heads: all, 3, 0-3 or 0,2.", panel=METHOD)] = "all"
-    steps: Annotated[Spec, Option("Sampling steps: all, 0,20, 0-4, last-8.", panel=METHOD)] = "all"
+    ] = None
+    heads: Annotated[HeadSpec, Option("Attention heads: all, 3, 0-3 or 0,2.")] = "all"
+    steps: Annotated[Spec, Option("Sampling steps: all, 0,20, 0-4, last-8.")] = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,12 +116,6 @@ class WordMaps(OverReference, Filmed, Pictures):
              **dict(zip(places, peaks.T, strict=True))},
             item=task.index, prompt=task.prompt, seed=task.seed,
         )  # fmt: skip
-
-    def summarise(self, result: Result) -> pd.DataFrame:
-        return result.table
-
-    def frames(self, result: Result) -> dict[str, pd.DataFrame]:
-        return {"maps": result.table}
 
     def maps(self, result: Result, explorer: Any = None) -> list[PictureMaps]:
         """What was found, per picture. `explorer`: function of an item's number that makes its page."""

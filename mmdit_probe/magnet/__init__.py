@@ -16,12 +16,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmdit_probe.magnet.config import MagnetOptions, recipe
-    from mmdit_probe.magnet.lora import save_lora
-    from mmdit_probe.magnet.pseudo import SelfLabelled
-    from mmdit_probe.magnet.run import run
-    from mmdit_probe.magnet.tap import TextMapTap
-    from mmdit_probe.magnet.trainer import train
+    from mmdit_probe.magnet.config import MagnetOptions as MagnetOptions
+    from mmdit_probe.magnet.config import recipe as recipe
+    from mmdit_probe.magnet.lora import save_lora as save_lora
+    from mmdit_probe.magnet.pseudo import SelfLabelled as SelfLabelled
+    from mmdit_probe.magnet.run import run as run
+    from mmdit_probe.magnet.tap import TextMapTap as TextMapTap
+    from mmdit_probe.magnet.trainer import train as train
 
 _EXPORTS = {
     "SelfLabelled": "mmdit_probe.magnet.pseudo",
@@ -33,15 +34,7 @@ _EXPORTS = {
     "train": "mmdit_probe.magnet.trainer",
 }
 
-__all__ = [
-    "MagnetOptions",
-    "SelfLabelled",
-    "TextMapTap",
-    "recipe",
-    "run",
-    "save_lora",
-    "train",
-]
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

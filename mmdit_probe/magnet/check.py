@@ -1,4 +1,4 @@
-"""Refuse data that cannot train, before anything is loaded onto a device.
+"""Whether data can train.
 
     check(training_data("pictures", size=model.default_size), model, "token")
 
@@ -14,12 +14,15 @@ import numpy as np
 from mmdit_probe.data.training import Data
 from mmdit_probe.errors import UserError
 
+_LOOKED_AT = 32
+"""Samples, spread over the data."""
 
-def check(data: Data, model: Any, alignment: str, probe_count: int = 32) -> None:
+
+def check(data: Data, model: Any, alignment: str) -> None:
     """Refuse data that cannot train, before anything is loaded onto a device.
 
-    Looks at `probe_count` samples spread over the data: pictures readable and of one size that the model takes, masks
-    there, words found in the prompt and not cut off by the encoders.
+    Some samples are looked at: pictures readable and of one size that the model takes, masks there, words found in the
+    prompt and not cut off by the encoders.
 
     Args:
         model: an `MMDiT`. alignment: `MagnetOptions.level`.
@@ -27,7 +30,7 @@ def check(data: Data, model: Any, alignment: str, probe_count: int = 32) -> None
     Raises:
         UserError: names the sample and what is wrong with it.
     """
-    places = np.unique(np.linspace(0, len(data) - 1, min(len(data), probe_count)).astype(int))
+    places = np.unique(np.linspace(0, len(data) - 1, min(len(data), _LOOKED_AT)).astype(int))
     size: tuple[int, ...] | None = None
     with_masks = 0
     for place in places:

@@ -48,12 +48,13 @@ def target_modules(
     check_known("LoRA streams", streams, ("image", "joint"))
     inner = unwrap(transformer)
     every = find_layers(family, inner)
+    wanted = _IMAGE + (_TEXT if streams == "joint" else ())
     paths = []
     for index in layer_indices(layers, len(every)):
         attention: Any = every[index].module
         dropped = ("add_q_proj", "to_add_out") if getattr(attention, "context_pre_only", False) else ()
-        names = [name for name in _IMAGE + (_TEXT if streams == "joint" else ()) if name not in dropped]
-        paths += [f"{every[index].path}.{name}" for name in names if _has(attention, name)]
+        there = dict(attention.named_modules()).keys() - dropped
+        paths += [f"{every[index].path}.{name}" for name in wanted if name in there]
     if not paths:
         raise UserError(f"{type(inner).__name__}: the attention has none of {', '.join(_IMAGE)}")
     return paths
@@ -116,15 +117,6 @@ def save_lora(transformer: Any, directory: str | Path, metadata: Mapping[str, An
     with replacing(Path(directory) / ADAPTER_FILE) as temporary:
         save_file(state, temporary, metadata=header)
     return Path(directory) / ADAPTER_FILE
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    for part in path.split("."):
-        found = getattr(module, part, None)
-        if found is None:
-            return False
-        module = found
-    return True
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

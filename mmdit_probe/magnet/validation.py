@@ -86,13 +86,11 @@ def _maps(
 
 def sample_grid(model: MMDiT, prompts: str | Sequence[str], *, steps: int, guidance: float, seed: int) -> Any:
     """One picture per prompt, side by side, as a PIL image."""
-    images = model.generate(
-        [prompts] if isinstance(prompts, str) else list(prompts), steps=steps, guidance=guidance, seed=seed
-    )
+    from diffusers.utils import make_image_grid
+
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    images = model.generate(texts, steps=steps, guidance=guidance, seed=seed)
     columns = min(8, len(images))
-    rows = -(-len(images) // columns)
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, rows * height))
-    for place, image in enumerate(images):
-        sheet.paste(image, (place % columns * width, place // columns * height))
-    return sheet
+    missing = -len(images) % columns
+    black = Image.new("RGB", images[0].size)
+    return make_image_grid([*images, *[black] * missing], (len(images) + missing) // columns, columns)

@@ -22,8 +22,6 @@ from mmdit_probe.models.quiet import quiet
 
 KEY = "mmdit_probe"
 """Entry of the safetensors header that holds our metadata as JSON."""
-
-
 _ADVICE = (
     "export it in diffusers' format, or rename its tensors to transformer.MODULE.lora_A.weight and lora_B.weight, to_q,"
     " to_k and to_v apart, alpha / rank in lora_B"
@@ -68,11 +66,7 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
 
 
 def _converted(source: str, pipeline: Any, folder: str, options: dict[str, Any]) -> list[str]:
-    """The names of an adapter's tensors as diffusers has them.
-
-    Raises:
-        UserError: diffusers loads none into this pipeline, or stops at the names in a file.
-    """
+    """The names of an adapter's tensors as diffusers has them."""
     kind = type(pipeline).__name__
     if "transformer" not in getattr(pipeline, "_lora_loadable_modules", ()):
         raise UserError(
@@ -90,11 +84,7 @@ def _converted(source: str, pipeline: Any, folder: str, options: dict[str, Any])
 
 
 def _check_fit(source: str, pipeline: Any, names: list[str]) -> None:
-    """Every tensor of an adapter, by its name in diffusers, belongs to a module of the pipeline.
-
-    Raises:
-        UserError: one does not, or the names are another program's.
-    """
+    """Refuse an adapter of which a tensor, by its name in diffusers, belongs to no module of the pipeline."""
     foreign = [name for name in names if name.partition(".")[0] not in pipeline.components]
     if foreign:
         raise UserError(
@@ -141,11 +131,7 @@ def _modules(keys: list[str]) -> set[str]:
 
 
 def _header(file: Path) -> tuple[list[str], dict[str, str]]:
-    """Names of the tensors in a file, and what stands beside them.
-
-    Raises:
-        UserError: not a safetensors file.
-    """
+    """Names of the tensors in a file, and what stands beside them."""
     try:
         with safe_open(str(file), framework="pt") as opened:
             return list(opened.keys()), opened.metadata() or {}

@@ -42,14 +42,12 @@ class Site:
         path: of the module whose forward makes the call.
         labels: per sample, kind of every key [N], index into `KINDS`.
         queries: per sample, number of queries.
-        calls: attention calls per forward: one, or one per sample, else the labels are of the first.
-        regular: False if the calls are neither.
+        regular: whether the module makes one attention call per forward, or one per sample.
     """
 
     path: str
     labels: list[Tensor]
     queries: list[int]
-    calls: int
     regular: bool = True
 
     @property
@@ -129,7 +127,7 @@ def _site(path: str, plain: list[_Values], image: list[_Values], text: list[_Val
         labels += list(kinds)
         queries += [before.queries] * len(kinds)
     regular = len(plain) == 1 or all(len(call.value) == 1 for call in plain)
-    return Site(path, labels, queries, len(plain), regular)
+    return Site(path, labels, queries, regular)
 
 
 def _moved(before: Tensor, after: Tensor) -> Tensor:

@@ -24,6 +24,9 @@ from mmdit_probe.models.families.facts import Family
 from mmdit_probe.models.families.token_order import KINDS as KINDS
 from mmdit_probe.models.families.token_order import Arrangement, Reference, positions
 
+MODALITIES = ("image", "text", "reference")
+"""Kinds of token whose queries are told apart."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -98,11 +101,23 @@ class Layout:
             return []
         return [as_slice(index) for index in image.nonzero()[:, 0].reshape(self.frames, -1)]
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """`MODALITIES`, references only where there are any."""
+        return MODALITIES if self.counts["reference"] else MODALITIES[:2]
+
+    def query_masks(self, *kinds: str) -> Tensor:
+        """Which tokens are queries of each of these kinds: 0 and 1, [B or 1, kinds, N] float32 on the CPU."""
+        found = torch.stack([self.labels == KINDS.index(kind) for kind in kinds])[None].float()
+        return found if self.queries is None else found * self.queries[:, None]
+
+    def present(self, row: int) -> Tensor:
+        """[N] boolean: the keys that sample `row` has."""
+        return torch.ones(self.total, dtype=torch.bool) if self.keys is None else self.keys[row]
+
     def key_count(self, kind: str, row: int) -> int:
         """Number of keys of one kind that sample `row` has."""
-        if self.keys is None:
-            return self.counts[kind]
-        return int((self.keys[row] & (self.labels == KINDS.index(kind))).sum())
+        return int((self.present(row) & (self.labels == KINDS.index(kind))).sum())
 
     def without(self, hidden: Tensor) -> Layout:
         """The layout without the tokens in `hidden` [B or 1, N], boolean: those that a mask hides from every query."""

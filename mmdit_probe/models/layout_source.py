@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.discover_layout import IMAGE_NAMES, TEXT_NAMES, Site, input_names, joint_sites, taint
 from mmdit_probe.models.families.facts import Family
-from mmdit_probe.models.families.registry import family_of, refuse_cross_attention
+from mmdit_probe.models.families.registry import family_of, find_family
 from mmdit_probe.models.families.token_order import KINDS, Arrangement
 from mmdit_probe.models.layout import Layer, find_layers
 
@@ -78,15 +78,10 @@ def layout_source(transformer: nn.Module) -> EntryLayout:
     Raises:
         UserError: it is no MM-DiT, or nothing in its forward's arguments looks like latents and text.
     """
-    try:
-        family = family_of(transformer)
-    except UserError:
-        refuse_cross_attention(transformer)
-        names = inspect.signature(type(transformer).forward).parameters
-        if not set(IMAGE_NAMES) & set(names) or not any(name.startswith(TEXT_NAMES) for name in names):
-            raise
-        return FoundLayout(transformer)
-    return EntryLayout(family, transformer)
+    names = inspect.signature(type(transformer).forward).parameters
+    may_be_found = set(IMAGE_NAMES) & set(names) and any(name.startswith(TEXT_NAMES) for name in names)
+    family = find_family(transformer) if may_be_found else family_of(transformer)
+    return FoundLayout(transformer) if family is None else EntryLayout(family, transformer)
 
 
 def _arrangement(site: Site, image: Any) -> Arrangement:

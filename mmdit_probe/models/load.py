@@ -19,19 +19,12 @@ from typing import Any
 
 import torch
 
-from mmdit_probe.errors import RunError, UserError, first_line
+from mmdit_probe.errors import RunError, UserError, check_known, first_line
 from mmdit_probe.models.adapters import load_adapter
-from mmdit_probe.models.families.registry import FAMILIES, Family, refuse_class
+from mmdit_probe.models.families.registry import BY_CLASS, Family, refuse_class
 from mmdit_probe.models.memory import mend_empty_rows, place, quantizer
 from mmdit_probe.models.mmdit import MMDiT, check_references, default_length
-from mmdit_probe.models.names import (
-    check_device,
-    check_dtype,
-    check_memory_options,
-    embedded_models,
-    index_of,
-    source_of,
-)
+from mmdit_probe.models.names import DTYPES, check_device, check_memory_options, embedded_models, index_of, source_of
 from mmdit_probe.models.quiet import quiet
 from mmdit_probe.models.single_file import base_of, transformer_of
 from mmdit_probe.models.weights import compute_dtype
@@ -83,9 +76,9 @@ def load(
         if file is not None and (quantize or "").startswith("gguf:"):
             raise UserError(f"{file} and quantize={quantize!r} both give the transformer's weights; take one of them")
         source = source if file is None else base_of(file)
-        index = _checked_index(source)
-        parts = _transformer_parts(source, index, precision, file, quantize)
-        pipeline, length = _pipeline(source, index, precision, t5, parts)
+        index, family = _checked_index(source)
+        parts = _transformer_parts(source, family, precision, file, quantize)
+        pipeline, length = _pipeline(source, index, family, precision, t5, parts)
         if quantize == "fp8":
             mend_empty_rows(pipeline.transformer)
         if twin is not None:
@@ -140,17 +133,16 @@ def pipeline_index(source: str) -> dict[str, Any]:
     return found
 
 
-def _checked_index(source: str) -> dict[str, Any]:
-    """The index, checked for a transformer that can be probed and a pipeline that is run here."""
+def _checked_index(source: str) -> tuple[dict[str, Any], Family]:
+    """The index, checked for a transformer that can be probed and a pipeline that is run here, and the family."""
     index = pipeline_index(source)
     kind = index.get("_class_name", "pipeline without a class")
     found = index["transformer"][1] if index.get("transformer") else ""
     refuse_class(found)
-    known = {family.transformer: family for family in FAMILIES.values()}
-    if found not in known:
+    if found not in BY_CLASS:
         found = found or ("unet" if index.get("unet") else "no transformer")
-        raise UserError(f"{source} ({kind}, {found}) is not a known MM-DiT; known transformers: {', '.join(known)}")
-    family = known[found]
+        raise UserError(f"{source} ({kind}, {found}) is not a known MM-DiT; known transformers: {', '.join(BY_CLASS)}")
+    family = BY_CLASS[found]
     if kind not in family.pipelines:
         taken = " or ".join(family.pipelines) or "no pipeline"
         why = f": {family.not_loaded}" if family.not_loaded else ""
@@ -158,11 +150,11 @@ def _checked_index(source: str) -> dict[str, Any]:
             f"{source} is a {kind}: load it with diffusers and give the pipeline to `probe`; commands and `load` take"
             f" {taken} of the {family.name} family{why}"
         )
-    return index
+    return index, family
 
 
 def _transformer_parts(
-    source: str, index: dict[str, Any], dtype: torch.dtype, file: str | None, quantize: str | None
+    source: str, family: Family, dtype: torch.dtype, file: str | None, quantize: str | None
 ) -> dict[str, Any]:
     """What the pipeline's loader is told of a transformer whose weights are not simply its own."""
     from diffusers import PipelineQuantizationConfig
@@ -172,18 +164,17 @@ def _transformer_parts(
         return {}
     how = quantizer(kind, dtype) if kind else None
     if other or file:
-        return {"transformer": transformer_of(other or str(file), source, index["transformer"][1], dtype, how)}
+        return {"transformer": transformer_of(other or str(file), source, family.transformer, dtype, how)}
     return {"quantization_config": PipelineQuantizationConfig(quant_mapping={"transformer": how})}
 
 
 def _pipeline(
-    source: str, index: dict[str, Any], dtype: torch.dtype, t5: bool, parts: dict[str, Any]
+    source: str, index: dict[str, Any], family: Family, dtype: torch.dtype, t5: bool, parts: dict[str, Any]
 ) -> tuple[Any, int]:
     """The stock pipeline, and the length of its text streams without a fixed one (kept when their encoder is left
     out)."""
     from diffusers import DiffusionPipeline
 
-    family = next(family for family in FAMILIES.values() if family.transformer == index["transformer"][1])
     if not t5 and not _optional_encoder(family):
         raise UserError(f"{source} reads its prompt with one text encoder only; it cannot be left out")
     open_ended = [stream for stream in family.streams if stream.length != "tokenizer"]
@@ -221,8 +212,7 @@ def check_references_of(name: str, count: int) -> None:
     import diffusers
 
     source = source_of(name)[0]
-    index = _checked_index(base_of(source) if Path(source).is_file() else source)
-    family = next(family for family in FAMILIES.values() if family.transformer == index["transformer"][1])
+    index, family = _checked_index(base_of(source) if Path(source).is_file() else source)
     # An old name of a class, as Lumina 2's pipelines were saved with, is known to diffusers' loader alone.
     with quiet():  # its module is imported here
         kind = next(name for name in (index["_class_name"], *family.pipelines) if hasattr(diffusers, name))
@@ -232,8 +222,7 @@ def check_references_of(name: str, count: int) -> None:
 
 def can_leave_out_t5(name: str) -> bool:
     """Whether `load(name, t5=False)` has an encoder to leave out and another one to read with. Errors as `load`."""
-    index = _checked_index(source_of(name)[0])
-    return any(_optional_encoder(f) for f in FAMILIES.values() if f.transformer == index["transformer"][1])
+    return _optional_encoder(_checked_index(source_of(name)[0])[1])
 
 
 def _optional_encoder(family: Family) -> bool:
@@ -241,11 +230,7 @@ def _optional_encoder(family: Family) -> bool:
 
 
 def _check_complete(source: str, pipeline: Any, family: Family, notices: list[str]) -> None:
-    """Every weight and every vocabulary was read from the files; the libraries make up what is missing.
-
-    Raises:
-        RunError: one is missing.
-    """
+    """Refuse files that lack a weight or a vocabulary: the libraries make up what is missing."""
     for notice in notices:
         if "newly initialized" in notice:
             missing = re.findall(r"'([\w.]+)'|^([\w.]+)\s*\|\s*MISSING", notice, re.MULTILINE)
@@ -307,5 +292,5 @@ def pick_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
         return dtype
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    check_dtype(dtype)
+    check_known("dtype", dtype, DTYPES)
     return getattr(torch, dtype)  # type: ignore[no-any-return]

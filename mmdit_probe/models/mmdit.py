@@ -32,6 +32,7 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.models import latents as packing
 from mmdit_probe.models.families.registry import Family, family_of
 from mmdit_probe.models.layout import Layer, arranged, find_layers, unwrap
+from mmdit_probe.models.names import HEAD_COUNTS
 from mmdit_probe.models.pipeline_call import first_call
 from mmdit_probe.models.quiet import barless
 from mmdit_probe.models.tokens import TokenTable, picture_positions, stream_length, token_tables
@@ -176,8 +177,7 @@ class MMDiT:
     def heads(self) -> int:
         """Attention heads H per layer."""
         config = self.transformer.config
-        names = ("num_attention_heads", "n_heads", "num_heads")
-        return int(next(config[name] for name in names if name in config))
+        return int(next(config[name] for name in HEAD_COUNTS if name in config))
 
     @property
     def text_length(self) -> int:
@@ -403,12 +403,7 @@ class MMDiT:
     @torch.no_grad()
     def _call(self, prompts: Sequence[str], size: tuple[int, int]) -> tuple[dict[str, Any], list[int]]:
         """What the stock pipeline calls its transformer with for prompts, without guidance, at (height, width), and how
-        many text positions each picture takes that its text encoder is shown.
-
-        Raises:
-            UserError: no rectified flow, the references are no tokens of this pipeline's calls, or several prompts
-                where a text encoder is shown the references.
-        """
+        many text positions each picture takes that its text encoder is shown."""
         self._check_latents()
         if len(prompts) > 1 and self.references and self.family.reads_pictures:
             raise UserError(

@@ -179,15 +179,6 @@ def _cuda_devices() -> int:
     return 0 if failed else count.value
 
 
-def check_dtype(name: str) -> None:
-    """A precision has this name.
-
-    Raises:
-        UserError: unknown.
-    """
-    check_known("dtype", name, DTYPES)
-
-
 def check_memory_options(offload: str | None, quantize: str | None) -> None:
     """Ways of keeping and storing weights have these names, and their packages are there.
 

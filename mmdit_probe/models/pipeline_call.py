@@ -8,6 +8,7 @@ So no pipeline's preparation (position ids, guidance embeddings, time shifts, si
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,11 +21,14 @@ from mmdit_probe.models.layout import unwrap
 
 def bind(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of one call of a module's forward, by name."""
-    inputs = inspect.signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
+    inputs = _signature(type(module).forward).bind_partial(module, *args, **kwargs).arguments
     inputs.pop("self", None)
     further = inputs.pop("kwargs", {})
     return {**inputs, **further}
 
+
+_signature = functools.lru_cache(maxsize=64)(inspect.signature)
+"""Reading a signature takes as long as many calls of what it is of."""
 
 _PICTURES = ("image", "images", "video")
 """Last words of arguments that take pictures."""

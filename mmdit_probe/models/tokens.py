@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mmdit_probe.errors import ProbeWarning, UserError, unknown
+from mmdit_probe.errors import ProbeWarning, UserError, check_known, unknown
 from mmdit_probe.models.families.facts import Family, Part, TextStream
 from mmdit_probe.models.words import blankless, find, folded, words
 
@@ -102,8 +102,8 @@ class TokenTable:
             kind: a span kind. stream: an encoder stream.
             word: a word or phrase (all its occurrences, as `word_spans` finds them) or a word index.
         """
-        if kind is not None and kind not in SPAN_KINDS:
-            raise unknown("span kind", kind, SPAN_KINDS)
+        if kind is not None:
+            check_known("span kind", kind, SPAN_KINDS)
         spans = self.word_spans(word, missing_ok=True) if isinstance(word, str) else {}
         named = {position for span in spans.values() for position in span}
         return [
@@ -449,11 +449,7 @@ def _read(tokenizer: Any, stream: TextStream, parts: Sequence[Part], limit: int)
 
 
 def _encoded(tokenizer: Any, text: str, limit: int, special_tokens: bool) -> list[tuple[int, bool, int, int]]:
-    """(id, whether it is special, first and last character) of every token of a text.
-
-    Raises:
-        UserError: a tokenizer that does not say which characters a token stands for.
-    """
+    """(id, whether it is special, first and last character) of every token of a text."""
     options = {"truncation": True, "max_length": limit, "add_special_tokens": special_tokens}
     if getattr(tokenizer, "is_fast", False):
         found = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, **options)

@@ -230,9 +230,7 @@ def _groups(layout: Layout, table: TokenTable, sample: int) -> dict[Group, Tenso
     """The groups of a sample and the indices of their keys among those that are no image tokens."""
     labels = layout.labels[layout.labels != 0]
     column = (layout.labels != 0).cumsum(0) - 1
-    there = torch.ones(len(labels), dtype=torch.bool)
-    if layout.keys is not None:
-        there = layout.keys[sample][layout.labels != 0]
+    there = layout.present(sample)[layout.labels != 0]
     none, text = torch.zeros(0, dtype=torch.long), (labels == 1).nonzero()[:, 0]
     members: dict[Group, list[int]] = {}
     for place, token in zip(text.tolist(), table.tokens, strict=True):
@@ -255,5 +253,5 @@ def _groups(layout: Layout, table: TokenTable, sample: int) -> dict[Group, Tenso
 
 def _count(layout: Layout, group: Group, positions: Tensor, sample: int) -> int:
     if group[0] == "all":
-        return sum(layout.key_count(kind, sample) for kind in KINDS)
+        return int(layout.present(sample).sum())
     return layout.key_count("image", sample) if group[0] == "image" else len(positions)

@@ -21,7 +21,7 @@ from mmdit_probe import assets
 from mmdit_probe.attention import exact
 from mmdit_probe.errors import RunError, UserError, first_line, unknown
 from mmdit_probe.models.discover_layout import joint_sites, taint
-from mmdit_probe.models.families.registry import family_of, refuse_cross_attention
+from mmdit_probe.models.families.registry import find_family
 from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.load import pipeline_index
 from mmdit_probe.models.pipeline_call import first_call
@@ -61,9 +61,8 @@ def inspect_model(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise unknown("model (no embedded model or directory of this name)", os.fspath(path), assets.names())
     pipeline = _pipeline(source)
     transformer = unwrap(pipeline.transformer)
-    refuse_cross_attention(transformer)
-    inputs = first_call(pipeline, PROMPT)
-    return inspect_call(transformer, inputs)
+    find_family(transformer)  # refuses what is known to be no MM-DiT, before it is run
+    return inspect_call(transformer, first_call(pipeline, PROMPT))
 
 
 def inspect_call(transformer: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -72,14 +71,11 @@ def inspect_call(transformer: nn.Module, inputs: dict[str, Any]) -> dict[str, An
     joint = joint_sites(transformer, sites)
     with torch.no_grad(), probe(transformer, Kernels()) as run:
         transformer(**inputs)
-    try:
-        family: str | None = family_of(transformer).name
-    except UserError:
-        family = None
+    family = find_family(transformer)
     kernels = run[Kernels].names
     return {
         "transformer": type(transformer).__name__,
-        "family": family,
+        "family": None if family is None else family.name,
         "layers": [
             {"index": n, "path": place, "order": site.order(), "kernel": kernels.get(n, "unseen")}
             for n, (place, site) in enumerate(joint.items())

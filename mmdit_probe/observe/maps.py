@@ -258,7 +258,10 @@ class TextMaps(GridMaps):
                     raise UserError(f"text positions {list(words)}: expected positions in 0..{length - 1}")
                 groups[:, word, place] = 1.0
                 continue
-            found = self._positions(seen, word) if isinstance(word, str) else _spans(seen, *word)
+            if isinstance(word, str):
+                found = self._positions(seen, word)
+            else:
+                found = [table.positions(*word) for table in seen.tokens]
             for sample, positions in enumerate(found):
                 groups[sample, positions, place] = 1.0
         return groups[:1] if all(isinstance(word, int) for word in words) else groups
@@ -423,11 +426,6 @@ def _keep_second(
     kept[layer] = (total / heads).cpu()
     if not kept[layer].isfinite().all():
         raise not_finite(layer, "the second attention", query.dtype)
-
-
-def _spans(seen: LayerCall, kind: str, stream: str) -> list[list[int]]:
-    """Positions of a kind of span per sample."""
-    return [table.positions(kind=kind, stream=stream) for table in seen.tokens]
 
 
 def _samples_of(call: DenoisingCall, branch: str | None) -> list[int]:

@@ -13,9 +13,9 @@ the query's own frame, and of other frames. Not here: the mass of single keys (`
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,20 +24,19 @@ from torch import Tensor
 
 from mmdit_probe.attention import exact, gradients
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.models.layout import KINDS, Layout
+from mmdit_probe.models.layout import KINDS, MODALITIES, Layout
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.observer import LayerCall, RowBatch, RowObserver
+from mmdit_probe.observe.observer import Axis, Group, LayerCall, RowBatch, RowObserver, token_groups
 from mmdit_probe.specs import ALL_HEADS
-
-QUERIES = ("image", "text", "reference")
 
 COLUMNS = (
     "prompt", "seed", "step", "sigma", "branch", "layer", "head", "query", "key", "span", "stream", "mass", "n_query",
     "n_key", "uniform",
 )  # fmt: skip
 
-Group = tuple[str, str, str]
-"""(key, span, stream) of a row: ("text", "word", "t5"), ("reference", "0", ""), ("image", "all", "")."""
+SMALL = 1 << 18
+"""Probabilities per call up to which layers are measured together, when all have been seen: what takes time is then no
+longer the products but the number of operations. Queries and keys of larger ones are not kept that long."""
 
 SAME_FRAME, OTHER_FRAMES = "same frame", "other frames"
 """Spans of the image keys of a video's image queries; they sum to I2I."""
@@ -49,9 +48,10 @@ class KeyGroups:
 
     Attributes:
         of_key: [B, N] group of every key. count: number of groups G.
-        columns: the keys that are no image tokens. indicator: [B, K, G] their groups.
-        weights: [B or 1, Q, N] which queries are averaged over: image (0), text (1) and, where there are any, reference
-            (2) ones.
+        columns: the keys that are no image tokens. indicator: [B, K, G] 1 at their group, and -1 at group 0, whose mass
+            is what the others leave of 1.
+        queries: [B or 1, Q, N] 1 at the queries that are averaged over: image (0), text (1) and, where there are any,
+            reference (2) ones.
         frames: positions of each frame's image tokens; none of a single picture.
     """
 
@@ -59,8 +59,20 @@ class KeyGroups:
     count: int
     columns: exact.Columns
     indicator: Tensor
-    weights: Tensor
+    queries: Tensor
     frames: Sequence[exact.Columns] = ()
+
+    @cached_property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """`_means` of the queries, where no mask leaves out any."""
+        return _means(self.queries, len(self.of_key))
+
+    def repeated(self, count: int) -> KeyGroups:
+        """Of `count` such calls, one after the other in the batch, whose only keys are `columns`."""
+        each = (count, 1, 1)
+        queries = self.queries if len(self.queries) == 1 else self.queries.repeat(each)
+        of_key, indicator = self.of_key.repeat(each[:2]), self.indicator.repeat(each)
+        return replace(self, of_key=of_key, columns=slice(None), indicator=indicator, queries=queries)
 
     @classmethod
     def of(cls, layout: Layout, groups: list[list[int]], device: torch.device) -> KeyGroups:
@@ -78,24 +90,53 @@ class KeyGroups:
         for sample, start in enumerate(first):
             for number, (_, positions) in enumerate(layout.references_of(sample)):
                 of_key[sample, positions] = start + number
-        queries = QUERIES if layout.counts["reference"] else QUERIES[:2]
-        weights = torch.stack([layout.labels == KINDS.index(kind) for kind in queries]).float()[None]
-        if layout.queries is not None:
-            weights = weights * layout.queries[:, None].float()
+        queries = layout.query_masks(*layout.modalities)
         columns = layout.positions(*KINDS[1:])
         indicator = torch.nn.functional.one_hot(of_key[:, columns], count).float()
+        indicator[..., 0] = -1.0
         columns, *frames = (of if isinstance(of, slice) else of.to(device) for of in (columns, *layout.frame_positions))
-        return cls(of_key.to(device), count, columns, indicator.to(device), weights.to(device), frames)
+        return cls(of_key.to(device), count, columns, indicator.to(device), queries.to(device), frames)
 
 
 @dataclass(frozen=True, eq=False)
 class _Text:
-    """What the layers of one denoising call share: token tables, layout, the groups by name and as tensors."""
+    """What the layers of calls with one text share: token tables, layout, each sample's groups, and their tensors.
+
+    Attributes:
+        known: `axes` of samples and numbers of queries, and `keys` repeated, that were asked for.
+    """
 
     tables: Sequence[TokenTable]
     layout: Layout
-    names: list[list[Group]]
+    groups: list[dict[Group, Tensor]]
     keys: KeyGroups
+    known: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, seen: LayerCall) -> _Text:
+        tables, layout = seen.tokens, seen.layout
+        groups = [token_groups(layout, table, sample) for sample, table in enumerate(tables)]
+        numbers = []
+        for of, table in zip(groups, tables, strict=True):
+            number = {group: n for n, group in enumerate(of)}
+            numbers.append([number["text", token.kind, token.stream] for token in table.tokens])
+        return cls(tables, layout, groups, KeyGroups.of(layout, numbers, seen.call.query.device))
+
+    def axes(
+        self, sample: int, n_query: np.ndarray, layers: Sequence[int], heads: Sequence[int]
+    ) -> list[tuple[Any, list[Axis]]]:
+        """The queries and groups that a sample has, as indices of [.., Q, G], and the axes of its rows."""
+        wanted = (sample, n_query.tobytes(), *layers, -1, *heads)
+        if wanted not in self.known:
+            of = _axes(self, sample, n_query)
+            self.known[wanted] = [(shown, [{"layer": layers}, {"head": heads}, *axes]) for shown, axes in of]
+        return self.known[wanted]  # type: ignore[no-any-return]
+
+    def repeated(self, count: int) -> KeyGroups:
+        """`keys.repeated`."""
+        if count not in self.known:
+            self.known[count] = self.keys.repeated(count)
+        return self.known[count]  # type: ignore[no-any-return]
 
 
 class AttentionMass(RowObserver):
@@ -118,13 +159,45 @@ class AttentionMass(RowObserver):
 
     _text: _Text | None = None
 
+    def observe(self, seen: LayerCall) -> None:
+        text, call, lse = self._of(seen), seen.call, seen.lse
+        plain = call.attn_mask is None and not call.is_causal and not text.keys.frames
+        if lse is None or not plain or lse.numel() * text.keys.indicator.shape[1] > SMALL:
+            super().observe(seen)
+            return
+        # Copies: what computes the model's next layers may use the memory again.
+        query, key = call.query.clone(), call.key[:, :, text.keys.columns].clone()
+        alike = (text, call.scale_factor, query.dtype, query.device, query.shape, key.shape)
+        self._put_off.setdefault(alike, {})[seen.layer.index] = (query, key, lse)
+
+    def settle(self) -> None:
+        for (text, scale, dtype, *_), layers in self._put_off.items():
+            query, key, lse = (torch.cat(of) for of in zip(*layers.values(), strict=True))
+            call = SDPACall(query, key, key, scale=scale)  # the layers as samples of one batch
+            masses, n_query = attention_masses(call, lse, text.repeated(len(layers)))
+            each, n_query = masses.unflatten(0, (len(layers), -1)), n_query[: len(text.tables)]
+            signs = each.flatten(1).sum(1) + lse.reshape(len(layers), -1).sum(1, dtype=torch.float32)
+            for place, layer in enumerate(layers):
+                self._pending[layer] = ((text, each[place], n_query), [signs[place]], dtype)
+        self._put_off.clear()
+
+    def abandon_call(self) -> None:
+        super().abandon_call()
+        self._put_off.clear()
+
+    @cached_property
+    def _put_off(self) -> dict[Any, dict[int, tuple[Tensor, Tensor, Tensor]]]:
+        """What calls have in common -> layer -> query, key at the columns, log-sum-exp."""
+        return {}
+
+    def _of(self, seen: LayerCall) -> _Text:
+        if self._text is None or self._text.layout is not seen.layout or self._text.tables != seen.tokens:
+            self._text = _Text.of(seen)
+        return self._text
+
     def measure(self, seen: LayerCall) -> tuple[_Text, Tensor, Tensor]:
-        tables, layout = seen.tokens, seen.layout
-        if self._text is None or self._text.tables is not tables or self._text.layout is not layout:
-            names = [_names(table, layout, sample) for sample, table in enumerate(tables)]
-            groups = [_groups(table, of) for table, of in zip(tables, names, strict=True)]
-            self._text = _Text(tables, layout, names, KeyGroups.of(layout, groups, seen.call.query.device))
-        return self._text, *attention_masses(seen.call, seen.lse, self._text.keys)
+        text = self._of(seen)
+        return text, *attention_masses(seen.call, seen.lse, text.keys)
 
     def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
         counts = torch.stack([n_query for _, _, n_query in measured.values()]).cpu().numpy()  # [L, B, Q]
@@ -139,17 +212,17 @@ class AttentionMass(RowObserver):
             if self.rows == "layer":
                 masses, heads = masses.mean(2, keepdims=True), (ALL_HEADS,)
             for sample, count in enumerate(counts[places[layers[0]]]):
-                for shown, axes in _axes(text, sample, count):
-                    mass = masses[:, sample][..., *shown]  # [L, H, queries, groups]
-                    batch.add(sample, [{"layer": layers}, {"head": heads}, *axes], mass=mass)
+                for shown, axes in text.axes(sample, count, layers, heads):
+                    batch.add(sample, axes, mass=masses[:, sample][..., *shown])  # [L, H, queries, groups]
+        self._before = batch
 
 
-def _axes(text: _Text, sample: int, n_query: np.ndarray) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+def _axes(text: _Text, sample: int, n_query: np.ndarray) -> Iterator[tuple[Any, list[Axis]]]:
     """The queries and groups that a sample has, as an index of [.., Q, G] and as columns along two axes; of a video for
     image queries, whose image keys are split, and for the others."""
-    layout, names = text.layout, text.names[sample]
-    counts = _counts(layout, text.tables[sample], sample, names)
-    total = sum(layout.key_count(kind, sample) for kind in KINDS)
+    there, names = text.layout.present(sample), list(text.groups[sample])
+    counts = [int(there[positions].sum()) for positions in text.groups[sample].values()]
+    total = int(there.sum())
     # A span whose every position is missing or masked in this sample is none it has.
     groups = [(k, names[k], counts[k]) for k, (key, _, _) in enumerate(names) if key != "text" or counts[k] > 0]
     queries = [place for place in range(len(n_query)) if n_query[place] > 0]
@@ -165,7 +238,7 @@ def _axes(text: _Text, sample: int, n_query: np.ndarray) -> Iterator[tuple[Any, 
             yield (
                 np.ix_(those, places),
                 [
-                    {"query": [QUERIES[place] for place in those], "n_query": n_query[those]},
+                    {"query": [MODALITIES[place] for place in those], "n_query": n_query[those]},
                     {"key": key, "span": span, "stream": stream, "n_key": held, "uniform": np.array(held) / total},
                 ],
             )
@@ -184,45 +257,26 @@ def attention_masses(call: SDPACall, lse: Tensor | None, keys: KeyGroups) -> tup
     [B, H, Q, G + 2]: the last two are the parts of group 0 in the image query's own frame and in other frames.
     """
     batch, _, n_rows, _ = call.query.shape
-    weights = keys.weights
+    weights, n_query = keys.means
     live = exact.live_queries(call)
     if live is not None:
-        # Masks of this family of calls are the same for all heads; a query is dropped if no head sees anything.
-        weights = weights * live.any(1).expand(batch, n_rows)[:, None].float()
-    n_query = weights.sum(-1).expand(batch, -1)
+        # Masses of this family of calls are the same for all heads; a query is dropped if no head sees anything.
+        weights, n_query = _means(keys.queries * live.any(1).expand(batch, n_rows)[:, None].float(), batch)
     if lse is None and keys.frames:  # which keys are of a query's own frame differs between queries
         lse = gradients.streamed_lse(call)
     if lse is None:
         each = exact.group_masses(call, None, keys.of_key, keys.count)  # [B, H, N, G]
-        sums = torch.einsum("bqn,bhng->bhqg", weights.expand(batch, -1, n_rows), each)
-        return sums / n_query[:, None, :, None].clamp(min=1), n_query.long()
-    sums = exact.reduce(call, lse, keys.columns, key_weights=keys.indicator, query_weights=weights)  # [B, H, Q, G]
-    masses = sums / n_query[:, None, :, None].clamp(min=1)
-    masses[..., 0] = 1.0 - masses[..., 1:].sum(-1)
+        return torch.einsum("bqn,bhng->bhqg", weights.expand(batch, -1, n_rows), each), n_query
+    masses = exact.reduce(call, lse, keys.columns, key_weights=keys.indicator, query_weights=weights)  # [B, H, Q, G]
+    masses[..., 0].add_(1.0)
     if keys.frames:
         same = torch.zeros_like(masses[..., 0])
-        same[..., 0] = exact.within(call, lse, keys.frames, weights[:, 0]) / n_query[:, None, 0].clamp(min=1)
+        same[..., 0] = exact.within(call, lse, keys.frames, weights[:, 0])
         masses = torch.cat([masses, torch.stack([same, masses[..., 0] - same], -1)], -1)
-    return masses, n_query.long()
+    return masses, n_query
 
 
-def _names(table: TokenTable, layout: Layout, sample: int) -> list[Group]:
-    """The groups 0, 1, 2, ... of a sample's keys."""
-    spans = dict.fromkeys(("text", token.kind, token.stream) for token in table.tokens)
-    references = [("reference", str(number), "") for number in range(len(layout.references_of(sample)))]
-    return [("image", "all", ""), ("other", "all", ""), *spans, *references]
-
-
-def _groups(table: TokenTable, names: list[Group]) -> list[int]:
-    place = {name: index for index, name in enumerate(names)}
-    return [place["text", token.kind, token.stream] for token in table.tokens]
-
-
-def _counts(layout: Layout, table: TokenTable, sample: int, names: list[Group]) -> list[int]:
-    """Keys of each group that a sample has."""
-    there = torch.ones(layout.total, dtype=torch.bool) if layout.keys is None else layout.keys[sample]
-    present = there[layout.labels == 1].tolist()
-    found = Counter(("text", of.kind, of.stream) for of, is_key in zip(table.tokens, present, strict=True) if is_key)
-    for number, (_, positions) in enumerate(layout.references_of(sample)):
-        found["reference", str(number), ""] = int(there[positions].sum())
-    return [found[name] if name[0] in ("text", "reference") else layout.key_count(name[0], sample) for name in names]
+def _means(queries: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Weights [B or 1, Q, N] that average over chosen queries (1 each, else 0), and how many they are, [B, Q]."""
+    count = queries.sum(-1, keepdim=True)
+    return queries / count.clamp(min=1), count[..., 0].expand(batch, -1).long()

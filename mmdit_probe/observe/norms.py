@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.observer import LayerCall, RowBatch, RowObserver
+from mmdit_probe.observe.observer import LayerCall, RowBatch, RowObserver, token_groups
 from mmdit_probe.specs import ALL_HEADS
 
 COLUMNS = (
@@ -29,9 +29,6 @@ COLUMNS = (
 
 _TOKENS = 256
 """Tokens upcast at once, so that the copy stays in a processor's cache."""
-
-Group = tuple[str, str, str]
-"""(token, span, stream) of a row: ("text", "word", "t5"), ("reference", "0", ""), ("image", "all", "")."""
 
 
 class ValueNorm(RowObserver):
@@ -65,7 +62,8 @@ class ValueNorm(RowObserver):
             # Place 0 of the norms is the concatenation, place 1 is head 0.
             kept = torch.stack([measured[layer][2] for layer in layers])[:, :, [0, *(head + 1 for head in heads)]].cpu()
             for sample, table in enumerate(tables):
-                groups = _positions(layout, table, sample)
+                there, known = layout.present(sample), token_groups(layout, table, sample)
+                groups = {group: index for group, of in known.items() if len(index := of[there[of]])}
                 chosen = [kept[:, sample, :, index] for index in groups.values()]  # [L, H + 1, tokens] each
                 token, span, stream = zip(*groups, strict=True)
                 counts = [part.shape[-1] for part in chosen]
@@ -90,17 +88,3 @@ def value_norms(value: Tensor) -> Tensor:
         for start in range(0, by_token.shape[1], _TOKENS)
     ], 1).transpose(1, 2)  # fmt: skip
     return torch.cat([torch.linalg.vector_norm(norms, dim=1, keepdim=True), norms], 1)
-
-
-def _positions(layout: Layout, table: TokenTable, sample: int) -> dict[Group, Tensor]:
-    """Joint positions of the tokens of every group that a sample has."""
-    places = {kind: layout.indices(kind) for kind in ("image", "text", "other")}
-    groups: dict[Group, Tensor] = {(kind, "all", ""): places[kind] for kind in ("image", "other")}
-    for number, (_, positions) in enumerate(layout.references_of(sample)):
-        groups["reference", str(number), ""] = positions
-    for kind, stream in dict.fromkeys((token.kind, token.stream) for token in table.tokens):
-        groups["text", kind, stream] = places["text"][table.positions(kind=kind, stream=stream)]
-    if layout.keys is not None:  # tokens that this sample lacks, or that its mask hides
-        present = layout.keys[sample]
-        groups = {name: index[present[index]] for name, index in groups.items()}
-    return {name: index for name, index in groups.items() if len(index)}

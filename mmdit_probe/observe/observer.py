@@ -195,6 +195,9 @@ class Observer:
         signs = [seen.finite, *_signs(measured)] if self.needs == "lse" else list(_signs(measured))
         self._pending[seen.layer.index] = (measured, signs, seen.call.query.dtype)
 
+    def settle(self) -> None:
+        """All layers of the transformer call have been seen: measure what was put off."""
+
     def broken_layer(self) -> int | None:
         """The first layer of the call of which something measured is not finite."""
         signs = [(layer, sign) for layer, (_, signs, _) in sorted(self._pending.items()) for sign in signs]
@@ -255,6 +258,9 @@ class RowObserver(Observer):
 
     columns: ClassVar[tuple[str, ...]]
 
+    _before: RowBatch | None = None
+    """The batch of the call before, where a subclass keeps its axes for the next one."""
+
     def __init__(
         self,
         sink: Sink | Callable[[dict[str, Any]], object] | None = None,
@@ -270,7 +276,7 @@ class RowObserver(Observer):
         raise NotImplementedError
 
     def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
-        batch = RowBatch(denoising)
+        batch = RowBatch(denoising, self._before)
         self.add_rows(batch, measured)
         (self.sink if callable(self.sink) else self.sink.write)(batch.columns(self.columns))
 
@@ -288,6 +294,26 @@ class RowObserver(Observer):
         return heads_at(self.heads, layer, count)
 
 
+Group = tuple[str, str, str]
+"""(kind of token, span, stream): ("text", "word", "t5"), ("reference", "0", ""), ("image", "all", "")."""
+
+
+def token_groups(layout: Layout, table: TokenTable, sample: int) -> dict[Group, Tensor]:
+    """Joint positions of the tokens of every group of a sample, on the CPU: of its layout, whether or not it has them.
+
+    Image and other tokens, then the span kinds of each stream in the order of the text, then references by number.
+    """
+    spans: dict[Group, list[int]] = {}
+    for position, token in zip(layout.indices("text").tolist(), table.tokens, strict=True):
+        spans.setdefault(("text", token.kind, token.stream), []).append(position)
+    references = enumerate(layout.references_of(sample))
+    return {
+        ("image", "all", ""): layout.indices("image"), ("other", "all", ""): layout.indices("other"),
+        **{group: torch.tensor(positions) for group, positions in spans.items()},
+        **{("reference", str(number), ""): positions for number, (_, positions) in references},
+    }  # fmt: skip
+
+
 Axis = Mapping[str, Sequence[Any] | np.ndarray]
 """Columns that vary together along one axis of a block of rows; all of one length."""
 
@@ -302,16 +328,21 @@ class RowBatch:
 
     Numbers take few bytes (`TYPES`, else int32 and float32); text is a `pandas.Categorical`, which pandas and pyarrow
     both take as it is.
+
+    Args:
+        before: the batch of the call before. Where that had the same axes (the same objects) and labels, the columns
+            that they make are the same objects too, and no time is spent on them.
     """
 
     TYPES: ClassVar[dict[str, Any]] = {
         "seed": np.int64, "step": np.int16, "sigma": np.float64, "layer": np.int16, "head": np.int16,
     }  # fmt: skip
 
-    def __init__(self, denoising: DenoisingCall) -> None:
-        self.denoising = denoising
-        self._parts: dict[str, list[np.ndarray]] = {}
+    def __init__(self, denoising: DenoisingCall, before: RowBatch | None = None) -> None:
+        self.denoising, self._before = denoising, before
+        self._blocks: list[tuple[dict[str, Any], Sequence[Axis], dict[str, Any]]] = []
         self._words: dict[str, dict[str, int]] = {}
+        self._fixed: dict[str, Any] = {}
 
     def add(self, sample: int | None, axes: Sequence[Axis], **values: np.ndarray) -> None:
         """Rows of one sample (None: of the whole call, which has a step alone), the last axis varying fastest.
@@ -319,44 +350,56 @@ class RowBatch:
         Args:
             axes: the columns along each axis. values: numbers that broadcast to the axes' lengths.
         """
-        shape = tuple(len(next(iter(axis.values()))) for axis in axes)
-        for name, value in self._common(sample).items():
-            self._append(name, self._numbers(name, [value]), shape)
-        for number, axis in enumerate(axes):
-            along = (-1,) + (1,) * (len(axes) - 1 - number)
-            for name, column in axis.items():
-                self._append(name, self._numbers(name, column).reshape(along), shape)
-        for name, numbers in values.items():
-            self._append(name, self._numbers(name, numbers), shape)
+        call = self.denoising
+        labels: dict[str, Any] = {}
+        changing: dict[str, Any] = {"step": call.step, **values}
+        if sample is not None:
+            labels = {"prompt": call.prompts[sample], "seed": call.seeds[sample], "branch": call.branches[sample]}
+            changing["sigma"] = call.sigmas[sample]
+        self._blocks.append((labels, axes, changing))
 
     def columns(self, names: Sequence[str]) -> dict[str, Any]:
         """The columns by name, in this order."""
-        joined = {name: np.concatenate(self._parts[name]) for name in names}
+        before, self._before = self._before, None  # else every batch would be kept
+        pairs = zip(self._blocks, () if before is None else before._blocks, strict=False)
+        if before is not None and len(before._blocks) == len(self._blocks) and all(map(_alike, pairs)):
+            self._fixed = before._fixed
+        else:
+            self._fixed = self._joined([labels for labels, _, _ in self._blocks], with_axes=True)
+        columns = self._fixed | self._joined([changing for _, _, changing in self._blocks])
+        return {name: columns[name] for name in names}
+
+    def _joined(self, given: list[dict[str, Any]], with_axes: bool = False) -> dict[str, Any]:
+        """Columns of all blocks, one after the other, from what is given of each, and from their axes."""
+        parts: dict[str, list[np.ndarray]] = {}
+        for columns, (_, axes, _) in zip(given, self._blocks, strict=True):
+            shape = tuple(len(next(iter(axis.values()))) for axis in axes)
+            spread = [(name, self._numbers(name, column)) for name, column in columns.items()]
+            for number, axis in enumerate(axes if with_axes else ()):
+                along = (-1,) + (1,) * (len(axes) - 1 - number)
+                spread += [(name, self._numbers(name, column).reshape(along)) for name, column in axis.items()]
+            for name, numbers in spread:
+                parts.setdefault(name, []).append(np.broadcast_to(numbers, shape).ravel())
+        joined = {name: np.concatenate(of) for name, of in parts.items()}
         return {
             name: text_column(column, self._words[name]) if name in self._words else column
             for name, column in joined.items()
         }
 
-    def _common(self, sample: int | None) -> dict[str, Any]:
-        call = self.denoising
-        if sample is None:
-            return {"step": call.step}
-        return {
-            "prompt": call.prompts[sample], "seed": call.seeds[sample], "step": call.step, "sigma": call.sigmas[sample],
-            "branch": call.branches[sample],
-        }  # fmt: skip
-
-    def _numbers(self, name: str, column: Sequence[Any] | np.ndarray) -> np.ndarray:
-        """A column as numbers: text as codes of the batch's own vocabulary."""
-        if isinstance(column[0], str):
-            words = self._words.setdefault(name, {})
-            return np.array([words.setdefault(word, len(words)) for word in column], np.int32)
+    def _numbers(self, name: str, column: Any) -> np.ndarray:
+        """A column, or one value, as numbers: text as codes of the batch's own vocabulary."""
         numbers = np.asarray(column)
+        if numbers.dtype.kind in "OU":
+            words = self._words.setdefault(name, {})
+            return np.array([words.setdefault(word, len(words)) for word in numbers.ravel().tolist()], np.int32)
         kind = self.TYPES.get(name, np.float32 if numbers.dtype.kind == "f" else np.int32)
         return numbers.astype(kind, copy=False)
 
-    def _append(self, name: str, numbers: np.ndarray, shape: tuple[int, ...]) -> None:
-        self._parts.setdefault(name, []).append(np.broadcast_to(numbers, shape).ravel())
+
+def _alike(pair: tuple[Any, Any]) -> bool:
+    """Whether two blocks of rows differ in no more than what changes with every call."""
+    (labels, axes, _), (others, other_axes, _) = pair
+    return axes is other_axes and labels == others
 
 
 def _signs(measured: Any) -> Iterator[Tensor]:

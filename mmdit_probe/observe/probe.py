@@ -345,6 +345,8 @@ class Run:
             self._check_seen(recorder, denoising)
         if self._observing:
             with without_autocast(self._device):
+                for observer in self.observers:
+                    observer.settle()
                 check_finite(self.observers, denoising)
                 for observer in self.observers:
                     observer.end_call(denoising)

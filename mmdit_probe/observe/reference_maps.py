@@ -57,29 +57,23 @@ class ReferenceMaps(GridMaps):
 
     def measure(self, seen: LayerCall) -> Tensor:
         image, reference = seen.picture(), seen.picture(self.reference)
-        head_mean = self.heads == "mean"
         if self.within == "image":
-            weights = torch.stack([mask / mask.sum() for mask in self._masks(image)])[None]  # [1, G, I]
-            maps = exact.reduce(
-                seen.call, seen.logsumexp, reference.positions, image.positions, query_weights=weights,
-                head_mean=head_mean,
-            ).mT  # fmt: skip
-            maps = maps.unflatten(-2, reference.space)
+            inside = self._masks(image)
+            weights = {"query_weights": (inside / inside.sum(-1, keepdim=True))[None]}  # [1, G, I]
         else:
-            groups = torch.stack(self._masks(reference), -1)[None]  # [1, R, G]
-            maps = exact.reduce(
-                seen.call, seen.logsumexp, reference.positions, image.positions, key_weights=groups,
-                head_mean=head_mean,
-            )  # fmt: skip
-            maps = maps.unflatten(-2, image.space)
-        return maps if head_mean else maps.cpu()
+            weights = {"key_weights": self._masks(reference).T[None]}  # [1, R, G]
+        maps = exact.reduce(
+            seen.call, seen.logsumexp, reference.positions, image.positions, head_mean=self.heads == "mean", **weights
+        )
+        maps = maps.mT.unflatten(-2, reference.space) if self.within == "image" else maps.unflatten(-2, image.space)
+        return maps if self.heads == "mean" else maps.cpu()
 
-    def _masks(self, picture: PictureTokens) -> list[Tensor]:
-        """Which of the picture's tokens are in each region, float32 of 0 and 1 [tokens]."""
+    def _masks(self, picture: PictureTokens) -> Tensor:
+        """Which of the picture's tokens are in each region, float32 of 0 and 1 [regions, tokens]."""
         whole = torch.ones(picture.frames, *picture.grid)
         if self.regions is None:
-            return [whole.flatten()]
-        return [(whole * _mask(region, picture)).flatten() for region in self.regions]
+            return whole.reshape(1, -1)
+        return torch.stack([(whole * _mask(region, picture)).flatten() for region in self.regions])
 
     def _columns(self, which: Any, layer: int, step: int, sample: int, branch: str | None, length: int) -> list[int]:
         if not 0 <= which < length:
@@ -88,11 +82,7 @@ class ReferenceMaps(GridMaps):
 
 
 def _mask(region: Region, picture: PictureTokens) -> Tensor:
-    """A region as a mask [h, w] or [frames, h, w] of 0 and 1.
-
-    Raises:
-        UserError: it is no part of the picture.
-    """
+    """A region as a mask [h, w] or [frames, h, w] of 0 and 1."""
     h, w = picture.grid
     if isinstance(region, np.ndarray | Tensor):
         mask = torch.as_tensor(region).bool()

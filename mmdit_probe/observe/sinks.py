@@ -13,7 +13,7 @@ measured in `experiments.sink_quality`. Not here: masses by kind of token (`obse
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +23,9 @@ from torch import Tensor
 
 from mmdit_probe.attention import exact, gradients
 from mmdit_probe.errors import UserError
-from mmdit_probe.models.layout import KINDS
+from mmdit_probe.models.layout import KINDS, MODALITIES
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.observe.observer import (
-    DenoisingCall,
-    LayerCall,
-    Observer,
-    RowBatch,
-    RowObserver,
-)
+from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, RowBatch, RowObserver
 from mmdit_probe.specs import ALL_HEADS
 
 if TYPE_CHECKING:
@@ -42,8 +36,6 @@ SINK = 10.0
 
 OUTLIER = 10.0
 """A channel is called an outlier if its size is this many times the median channel's."""
-
-MODALITIES = ("image", "text", "reference")
 
 
 class KeyMass(RowObserver):
@@ -65,7 +57,7 @@ class KeyMass(RowObserver):
     )  # fmt: skip
 
     def measure(self, seen: LayerCall) -> tuple[LayerCall, Tensor]:
-        weights = _query_weights(seen, _modalities(seen))
+        weights = _query_weights(seen, *seen.layout.modalities)
         masses = exact.reduce(seen.call, seen.logsumexp, slice(None), query_weights=weights)
         return seen, masses.cpu()  # [B, H, Q, N]
 
@@ -83,7 +75,7 @@ class KeyMass(RowObserver):
             uniform = _uniform(seen).double().numpy()
             for sample, table in enumerate(seen.tokens):
                 keys = key | {"uniform": uniform[sample]} | _names(table, tokens)
-                queries = {"query": _modalities(seen)}
+                queries = {"query": seen.layout.modalities}
                 batch.add(sample, [{"layer": [layer]}, {"head": heads}, queries, keys], mass=kept[sample])
 
 
@@ -227,17 +219,9 @@ def without_sinks(maps: Tensor, keep: list[int]) -> Tensor:
     return kept / kept.sum(-1, keepdim=True).clamp(min=1e-12)
 
 
-def _modalities(seen: LayerCall) -> tuple[str, ...]:
-    """The modalities of a call: references are one where it has any."""
-    return MODALITIES if seen.layout.counts["reference"] else MODALITIES[:2]
-
-
-def _query_weights(seen: LayerCall, modalities: Sequence[str]) -> Tensor:
+def _query_weights(seen: LayerCall, *modalities: str) -> Tensor:
     """Weight of every query of a sample in the mean over those of each modality, [B or 1, Q, N] on the device."""
-    layout = seen.layout
-    chosen = torch.stack([layout.labels == KINDS.index(modality) for modality in modalities])[None].float()
-    if layout.queries is not None:
-        chosen = chosen * layout.queries[:, None]
+    chosen = seen.layout.query_masks(*modalities)
     return (chosen / chosen.sum(-1, keepdim=True).clamp(min=1)).to(seen.call.query.device)
 
 
@@ -252,7 +236,7 @@ def _sinks(seen: LayerCall) -> Tensor:
     """Keys, content words excepted, that take more than `SINK` times the uniform share of a head's image queries:
     boolean [B, H, N]."""
     total = seen.layout.total
-    weights = _query_weights(seen, ["image"])
+    weights = _query_weights(seen, "image")
     masses = exact.reduce(seen.call, seen.logsumexp, slice(None), query_weights=weights)[:, :, 0]
     text = seen.layout.indices("text")
     words = torch.zeros(len(seen.tokens), total, dtype=torch.bool)

@@ -22,13 +22,8 @@ def agreement(table: pd.DataFrame, *, title: str = "") -> Figure:
     """
     with style.panels(style.COLUMN, 2.5, title=title) as (figure, axes):
         axes.axhline(0, color="black", lw=0.6, ls=":")
-        for place, (name, prefix, label) in enumerate(
-            (("rho", "", "same word"), ("control", "control_", "next word (control)"))
-        ):
-            style.errorbars(
-                axes, table["layer"] + style.dodge(place, 2), table[name], table[f"{prefix}low"],
-                table[f"{prefix}high"], place, label=label, joined=False, hollow=place > 0,
-            )  # fmt: skip
+        for place, (name, label) in enumerate({"rho": "same word", "control": "next word (control)"}.items()):
+            style.errorbars(axes, table, name, place, of=2, label=label, joined=False, hollow=place > 0)
         axes.set(ylabel="rank correlation", title="I2T attention and attribution to regions")
         style.whole(axes)
         style.legend(figure, axes)

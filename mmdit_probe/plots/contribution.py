@@ -30,11 +30,8 @@ def contribution_budget(summary: pd.DataFrame, heads: pd.DataFrame, *, title: st
         ):
             for number, kind in enumerate(kinds):
                 part = summary[summary["group"] == kind].sort_values("layer")
-                low, high = (part[f"{value}_{end}"] for end in ("low", "high"))
-                style.errorbars(
-                    axes, part["layer"] + style.dodge(number, len(kinds), 0.3), part[value], low, high, kind,
-                    label=style.LABELS.get(kind, kind),
-                )  # fmt: skip
+                at = part["layer"] + style.dodge(number, len(kinds), 0.3)
+                style.errorbars(axes, part, value, kind, at=at, label=style.LABELS.get(kind, kind))
             axes.set(title=words, ylabel=label)
             style.whole(axes)
             style.within(axes, "y", low=0)

@@ -56,8 +56,8 @@ def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
                     shift = style.dodge(place, len(refinements), 0.75)
                     at = [order.index(name) + shift for name in shown["method"]]
                     style.errorbars(
-                        axes, at, shown["miou"], shown["miou_low"], shown["miou_high"], place, joined=False,
-                        horizontal=True, hollow=names is CONTROLS, label=refinement(refine) if names is methods else "",
+                        axes, shown, "miou", place, at=at, joined=False, horizontal=True, hollow=names is CONTROLS,
+                        label=refinement(refine) if names is methods else "",
                     )  # fmt: skip
                     axes.plot(shown["miou"] - shown["over"], at, "|", color="#888888", ms=5, mew=1.2, zorder=1,
                               label=STRONGEST if names is methods and not place else "")  # fmt: skip
@@ -108,7 +108,7 @@ def _sweep(table: pd.DataFrame, column: str, label: str, title: str, paper: pd.D
     with style.panels(style.COLUMN, 2.6 + 0.12 * len(groups), title=title + _shared(table)) as (figure, axes):
         for number, (words, part) in enumerate(groups):
             part = part.assign(at=part[column].astype(float)).sort_values("at")
-            style.errorbars(axes, part["at"], part["miou"], part["miou_low"], part["miou_high"], number, label=words)
+            style.errorbars(axes, part, "miou", number, at="at", label=words)
         if paper is not None:
             axes.plot(
                 paper["layer"],
@@ -154,13 +154,8 @@ def _shared(table: pd.DataFrame) -> str:
 
 def refinement(refine: Any) -> str:
     """The steps of a refinement in words: "centred + PAMR (80 rounds)"."""
-    return " + ".join(_step(one) for one in str(refine).split("+"))
-
-
-def _step(text: str) -> str:
-    """A refinement in words, with its rounds if it says them: "PAMR (80 rounds)"."""
-    name, colon, rounds = text.partition(":")
-    return STEPS.get(name, name) + (f" ({rounds} rounds)" if colon else "")
+    steps = (step.partition(":") for step in str(refine).split("+"))
+    return " + ".join(STEPS.get(name, name) + (f" ({rounds} rounds)" if colon else "") for name, colon, rounds in steps)
 
 
 def _methods(table: pd.DataFrame) -> pd.DataFrame:

@@ -79,8 +79,8 @@ def differences(table: pd.DataFrame, metric: str, baseline: str, *, title: str =
     label = METRICS.get(label, label) + (f" ({checkpoint.rstrip(']')})" if checkpoint else "")
     count = part.loc[part["category"] == "all", "prompts"].max()
     figure = by_category(
-        part, ("difference", "difference_low", "difference_high"),
-        f"difference to {style.name(baseline)}\n(paired, 95 % interval)", title or f"{label}, n = {count} prompts",
+        part, "difference", f"difference to {style.name(baseline)}\n(paired, 95 % interval)",
+        title or f"{label}, n = {count} prompts",
     )  # fmt: skip
     figure.axes[0].axhline(0, color="black", lw=0.6, ls=":")
     return figure

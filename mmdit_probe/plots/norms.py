@@ -33,8 +33,7 @@ def value_norms(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFrame |
         for number, (name, label) in enumerate(CURVES.items()):
             if name not in summary:
                 continue
-            ends = (summary[f"{name}_low"], summary[f"{name}_high"])
-            style.errorbars(curves, summary["layer"], summary[name], *ends, number, label=label)
+            style.errorbars(curves, summary, name, number, label=label)
             if paper is not None:
                 curves.plot(paper["layer"], paper[name], "D", ms=3, mfc="none", mec=style.COLOURS[number], mew=0.7,
                             ls="", label=f"paper, {name}")  # fmt: skip

@@ -10,9 +10,11 @@ its maximum, bilinear between the tokens. Not here: what is measured, and the pa
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -145,8 +147,6 @@ class PictureMaps(Mapping[str, WordMap]):
         return self.explorer()
 
     def _repr_html_(self) -> str:
-        import base64
-
         def cell(label: str, picture: Image | Clip) -> str:
             picture = still(picture)
             shown = picture.resize((192, round(192 * picture.height / picture.width)))
@@ -180,8 +180,6 @@ def maps_sheet(pictures: list[PictureMaps], title: str = "") -> Figure:
 
 def png(image: Image) -> bytes:
     """A picture as a PNG file's bytes."""
-    from io import BytesIO
-
     buffer = BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()

@@ -76,7 +76,7 @@ def pca_scores(summary: pd.DataFrame, *, title: str = "") -> Figure:
                 if part.empty:
                     continue
                 at = part["layer"] + style.dodge(number, len(KINDS), 0.3)
-                style.errorbars(axes, at, part[name], part[f"{name}_low"], part[f"{name}_high"], number, label=kind)
+                style.errorbars(axes, part, name, number, at=at, label=kind)
                 if f"{name}_shuffled" in part:
                     axes.plot(at, part[f"{name}_shuffled"], style.MARKERS[number], ms=2.5, mfc="white",
                               mec=style.COLOURS[number], mew=0.6)  # fmt: skip

@@ -60,14 +60,11 @@ def effects_by_layer(summary: pd.DataFrame, outcomes: Sequence[str], *, title: s
             part = whole[whole["outcome"] == name].sort_values("layer")
             edited, idle = part[part["layer"] >= 0], part[part["layer"] < 0]
             axes.axhline(0, color="black", lw=0.6, ls=":")
-            series = [("effect", "", "edit")]
+            series = {"effect": "edit"}
             if "control" in part and part["control"].notna().any():
-                series.append(("control", "control_", "control: a change of equal size"))
-            for place, (middle, prefix, label) in enumerate(series):
-                style.errorbars(
-                    axes, edited["layer"] + style.dodge(place, len(series)), edited[middle], edited[f"{prefix}low"],
-                    edited[f"{prefix}high"], place, label=label, joined=False, hollow=place > 0,
-                )  # fmt: skip
+                series["control"] = "control: a change of equal size"
+            for place, (value, label) in enumerate(series.items()):
+                style.errorbars(axes, edited, value, place, of=len(series), label=label, joined=False, hollow=place > 0)
             if len(idle):
                 axes.plot(idle["layer"], idle["effect"], "x", ms=5, color="black", label="no-op (left of layer 0)")
             axes.set(title=fill(LABELS.get(name, name), 28), ylabel="difference from unedited")
@@ -109,10 +106,8 @@ def guidance_sweep(summary: pd.DataFrame, *, title: str = "") -> Figure:
         guided = _over_stock(axes, summary, name)
         for place, (key, rows) in enumerate(guided.groupby(["layers", "control"], observed=True)):
             rows, control = rows.sort_values("scale"), str(key[1])
-            style.errorbars(
-                axes, rows["scale"], rows["difference"], rows["difference_low"], rows["difference_high"], place,
-                label=f"layer {key[0]}{_equal(control)}", hollow=control != NONE,
-            )  # fmt: skip
+            label = f"layer {key[0]}{_equal(control)}"
+            style.errorbars(axes, rows, "difference", place, at="scale", label=label, hollow=control != NONE)
         axes.set_xlabel("scale of the perturbed guidance")
         axes.set_xticks(sorted(set(guided["scale"])))
         style.legend(figure, axes)
@@ -134,10 +129,10 @@ def guidance_by_layer(summary: pd.DataFrame, *, title: str = "") -> Figure:
             scales = sorted(set(guided["scale"]))
             for place, (key, rows) in enumerate(series):
                 scale, control = float(str(key[0])), str(key[1])
+                at = rows["layers"].astype(int) + style.dodge(place, len(series))
                 style.errorbars(
-                    axes, rows["layers"].astype(int) + style.dodge(place, len(series)), rows["difference"],
-                    rows["difference_low"], rows["difference_high"], scales.index(scale), joined=False,
-                    hollow=control != NONE, label=f"scale {scale:g}{_equal(control)}",
+                    axes, rows, "difference", scales.index(scale), at=at, joined=False, hollow=control != NONE,
+                    label=f"scale {scale:g}{_equal(control)}",
                 )  # fmt: skip
             style.whole(axes, "guiding layer")
         style.legend(figure, *panels)
@@ -172,10 +167,7 @@ def block_effects(summary: pd.DataFrame, outcomes: Sequence[str], *, title: str 
             axes.axhline(0, color="black", lw=0.6, ls=":")
             for number, name in enumerate(names):
                 part = summary[(summary["outcome"] == outcome) & (summary["condition"] == name)].sort_values("layer")
-                style.errorbars(
-                    axes, part["layer"] + style.dodge(number, len(names)), part["difference"], part["low"],
-                    part["high"], number, label=name, joined=False,
-                )  # fmt: skip
+                style.errorbars(axes, part, "difference", number, of=len(names), label=name, joined=False)
             axes.set(title=LABELS.get(outcome, outcome), ylabel="difference from stock (95 %)")
             style.whole(axes, "block")
         style.legend(figure, panels[0])

@@ -113,11 +113,10 @@ def _borders(labels: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def overlay_sheet(
-    image: NDArray[np.uint8], labels: NDArray[Any], names: list[str], shares: NDArray[np.floating], *,
-    title: str = "", limit: int = 11,
-) -> Figure:  # fmt: skip
-    """Picture, label map and up to `limit` probability maps [C, H, W] in one figure."""
-    shown = min(limit, len(shares))
+    image: NDArray[np.uint8], labels: NDArray[Any], names: list[str], shares: NDArray[np.floating], *, title: str = ""
+) -> Figure:
+    """Picture, label map and up to 11 probability maps [C, H, W] in one figure."""
+    shown = min(11, len(shares))
     captions = [f"{name} (max {float(one.max()):.2f})" for name, one in zip(names[:shown], shares, strict=False)]
     cells, texts = wrapped(
         [image, blend(image, labels, names, 0.65), *shares[:shown]], ["picture", "labels", *captions], min(4, shown + 2)

@@ -10,19 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.plots import style
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
-
-NAMES = {
-    "word_mass": "word mass",
-    "value_gap": "value gap",
-    "pca_class": "PCA class",
-    "perturbation": "perturbation",
-    "segmentation": "segmentation",
-}
 
 
 def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[int], *, title: str = "") -> Figure:
@@ -32,8 +24,6 @@ def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[i
         table: of one split, from `experiments.evidence.by_layer`. correlations: of the same split, from `agreement`.
         chosen: selected layers.
     """
-    import pandas as pd
-
     names = list(dict.fromkeys(table["evidence"]))
     with style.panels(style.PAGE, 2.9, 2, width_ratios=[1.6, 1], title=title) as (figure, (lines, matrix)):
         for number, layer in enumerate(chosen):
@@ -42,9 +32,8 @@ def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[i
             part = table[table["evidence"] == name].sort_values("layer")
             low, high = part["value"].min(), part["value"].max()
             scaled = (part[["value", "low", "high"]] - low) / ((high - low) or 1.0)
-            at = part["layer"] + style.dodge(number, len(names), 0.3)
-            style.errorbars(lines, at, scaled["value"], scaled["low"], scaled["high"], number,
-                            label=NAMES.get(name, name))  # fmt: skip
+            scaled["layer"] = part["layer"]
+            style.errorbars(lines, scaled, "value", number, of=len(names), label=_label(name))
         lines.set(ylabel="evidence (0: least, 1: most)", title="evidence by layer, 95 % over items")
         style.whole(lines)
         grid = np.eye(len(names))
@@ -52,9 +41,13 @@ def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[i
             if row["first"] in names and row["second"] in names:
                 i, j = names.index(row["first"]), names.index(row["second"])
                 grid[i, j] = grid[j, i] = float(row["rho"])
-        labels = [style.name(NAMES.get(name, name)) for name in names]
+        labels = [style.name(_label(name)) for name in names]
         style.heat(matrix, pd.DataFrame(grid, labels, labels), low=-1, high=1, colours="PuOr", decimals=2)
         matrix.set_xticks(matrix.get_xticks(), labels, rotation=40, ha="right")
         matrix.set_title("rank correlation over layers")
         style.legend(figure, lines)
     return figure
+
+
+def _label(evidence: str) -> str:
+    return evidence.replace("_", " ").replace("pca", "PCA")

@@ -1,7 +1,7 @@
 """One look for all figures, and the pieces they are made of: error bars, heat maps, legends, titles, files.
 
     with style.panels(style.COLUMN, 2.2, title="scenes-sd3, n = 40 prompts") as (figure, axes):
-        style.errorbars(axes, table["layer"], table["mean"], table["low"], table["high"], 0, label="images")
+        style.errorbars(axes, table, "mean", 0, label="images")
         style.legend(figure, axes)
     style.save(figure, "layers")
 
@@ -154,21 +154,25 @@ def look(series: int | str) -> tuple[str, str, str]:
 
 
 def errorbars(
-    axes: Axes, at: ArrayLike, middle: ArrayLike, low: ArrayLike, high: ArrayLike, number: int | str, *,
+    axes: Axes, rows: pd.DataFrame, value: str, number: int | str, *, at: str | ArrayLike = "layer", of: int = 1,
     label: str = "", joined: bool = True, hollow: bool = False, horizontal: bool = False,
 ) -> None:  # fmt: skip
     """A series with its intervals, which lie inside the axes; without an interval (NaN) a point stands alone.
 
     Args:
-        at, middle, low, high: one per point, at along the axes.
+        rows: one per point. value: its column; the bounds are `<value>_low` and `<value>_high`, else low and high.
         number: of the series; decides colour, marker and line. A span kind has its own: give its name.
+        at: where the points are along the axes, or the column that says it. of: series that lie side by side there.
         joined: by a line. hollow: markers, as controls have them. horizontal: values run along x.
     """
     colour, marker, line = look(number)
-    value = np.asarray(middle, float)
-    error = np.maximum([value - np.asarray(low, float), np.asarray(high, float) - value], 0)
-    place = np.asarray(at, float)
-    x, y = (value, place) if horizontal else (place, value)
+    prefix = f"{value}_" if f"{value}_low" in rows else ""
+    middle, low, high = (np.asarray(rows[column], float) for column in (value, f"{prefix}low", f"{prefix}high"))
+    error = np.maximum([middle - low, high - middle], 0)
+    place = np.asarray(rows[at] if isinstance(at, str) else at, float)
+    if of > 1 and isinstance(number, int):
+        place = place + dodge(number, of, 0.3 if joined else 0.5)
+    x, y = (middle, place) if horizontal else (place, middle)
     axes.errorbar(
         x, y, xerr=error if horizontal else None, yerr=None if horizontal else error, color=colour,
         marker=marker, ms=3.5, mfc="white" if hollow else colour, mec=colour, mew=0.7,

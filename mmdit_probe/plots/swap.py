@@ -29,10 +29,7 @@ def swaps(summary: pd.DataFrame, *, title: str = "") -> Figure:
                          label="stock")  # fmt: skip
             for number, (condition, label) in enumerate(_LABELS.items()):
                 rows = part[part["condition"] == condition].sort_values("layer")
-                style.errorbars(
-                    axes, rows["layer"] + style.dodge(number, 2), rows["share"], rows["low"], rows["high"], number,
-                    label=label, joined=False, hollow=number > 0,
-                )  # fmt: skip
+                style.errorbars(axes, rows, "share", number, of=2, label=label, joined=False, hollow=number > 0)
             axes.set(title=f"attributes {outcome}", ylabel="share of images (95 %)")
             style.whole(axes, "layer (all at once: left of 0)" if (part["layer"] < 0).sum() > 1 else "layer")
             style.within(axes, "y", low=0)

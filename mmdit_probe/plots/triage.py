@@ -36,8 +36,8 @@ def triage(summary: pd.DataFrame, heads: pd.DataFrame, *, title: str = "") -> Fi
         for number, way in enumerate(names):
             rows = part[part["way"] == way].sort_values("layer")
             style.errorbars(
-                right, rows["layer"] + style.dodge(number, len(names)), rows["miou"], rows["low"], rows["high"], number,
-                label=LABELS.get(way, way), joined=False, hollow=way == "random heads",
+                right, rows, "miou", number, of=len(names), label=LABELS.get(way, way), joined=False,
+                hollow=way == "random heads",
             )  # fmt: skip
         right.set_ylabel("mIoU, mean over scenes (95 %)")
         style.whole(right)

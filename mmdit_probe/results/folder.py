@@ -121,10 +121,6 @@ class RunFolder:
         """Mark the run as failed, and say why."""
         self._end("failed", reason=reason)
 
-    def interrupt(self) -> None:
-        """Mark the run as interrupted: `resume` continues it."""
-        self._end("interrupted")
-
     def _end(self, status: Status, **facts: Any) -> None:
         self.data.pop("process", None)
         self.record(status=status, **facts)
@@ -142,7 +138,7 @@ class RunFolder:
             if isinstance(error, Exception):
                 self.fail(str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}")
             else:
-                self.interrupt()
+                self._end("interrupted")
 
 
 def fingerprint(paths: Iterable[Path | str]) -> dict[str, str]:

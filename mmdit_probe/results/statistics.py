@@ -15,13 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-if TYPE_CHECKING:
-    import pandas as pd
+from mmdit_probe import lazy_pandas as pd
 
 Kind = Literal["mean", "share", "change"]
 
@@ -50,6 +49,11 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    def named(self, mean: str, prefix: str | None = None) -> dict[str, float]:
+        """As columns of a table: `mean`, `<prefix>low` and `<prefix>high`; by default the prefix is `<mean>_`."""
+        prefix = f"{mean}_" if prefix is None else prefix
+        return {mean: self.mean, f"{prefix}low": self.low, f"{prefix}high": self.high}
+
 
 def interval(values: ArrayLike, kind: Kind = "mean") -> Interval:
     """Mean over items and its 95 % interval.
@@ -58,7 +62,8 @@ def interval(values: ArrayLike, kind: Kind = "mean") -> Interval:
         values: one per item; undefined ones (not finite) are left out.
         kind: "mean": studentised bootstrap, smoothed (Polansky and Schucany 1997: without the smoothing, resamples of
             equal values have no t statistic), fixed seed. "share": values in [0, 1], and so is the interval; Wilson's
-            where all are 0 or 1. "change": differences of such scores per item, see `kind_of`; where half of them or
+            where all are 0 or 1; where all are equal, such as two facts of four in every picture, the t interval of
+            these and of 0 and 1. "change": differences of such scores per item, see `kind_of`; where half of them or
             more are equal (the same yes or no both times), the t interval of these and two items more, one for each
             direction (Bonett and Price 2012): twenty pairs that do not change do not say that none ever does.
 
@@ -73,17 +78,14 @@ def interval(values: ArrayLike, kind: Kind = "mean") -> Interval:
         return Interval(float(data.mean()) if len(data) else np.nan, np.nan, np.nan)
     mean = float(data.mean())
     if kind == "change" and _mostly_equal(data):
-        from scipy.stats import t
-
-        more = _both_ways(data)
-        reach = float(t.ppf(TAILS[1], len(more) - 1) * more.std(ddof=1) / np.sqrt(len(more)))
-        low, high = min(mean, float(more.mean()) - reach), max(mean, float(more.mean()) + reach)
-        return Interval(mean, max(-1.0, low), min(1.0, high))
+        return _with_more(data, _both_ways(data), -1.0)
     if kind == "share" and np.isin(data, (0, 1)).all():
         from scipy.stats import binomtest
 
         found = binomtest(int(data.sum()), len(data)).proportion_ci(LEVEL, method="wilson")
         return Interval(mean, float(found.low), float(found.high))
+    if kind == "share" and np.ptp(data) <= EQUAL * data.max():
+        return _with_more(data, np.concatenate([data, [0.0, 1.0]]), 0.0)
     below, above = _t_quantiles(data)
     error = float(data.std(ddof=1)) / np.sqrt(len(data))
     low, high = float(mean - above * error), float(mean - below * error)
@@ -102,6 +104,15 @@ def kind_of(*scores: ArrayLike) -> Kind:
 def _mostly_equal(data: NDArray[np.float64]) -> bool:
     _, counts = np.unique(data.round(9), return_counts=True)
     return bool(2 * counts.max() >= len(data))
+
+
+def _with_more(data: NDArray[np.float64], more: NDArray[np.float64], lowest: float) -> Interval:
+    """The mean of the data with the t interval of these and some values more, within `lowest` to 1."""
+    from scipy.stats import t
+
+    mean, middle = float(data.mean()), float(more.mean())
+    reach = float(t.ppf(TAILS[1], len(more) - 1) * more.std(ddof=1) / np.sqrt(len(more)))
+    return Interval(mean, max(lowest, min(mean, middle - reach)), min(1.0, max(mean, middle + reach)))
 
 
 def _both_ways(data: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -214,8 +225,6 @@ def compare(
     and p_holm is at most .05, "not above its control" if not, "too few items" below `FEWEST`, also where no item has
     both (n = 0). With a margin p_margin too, corrected likewise.
     """
-    import pandas as pd
-
     rows: list[dict[str, Any]] = []
     for place, part in table.groupby(list(cell), sort=False, observed=True):
         wide = part.pivot(index="item", columns="control", values=value).astype(float)
@@ -371,6 +380,9 @@ def n_for_effect(differences: ArrayLike, effect: float, *, power: float = 0.8, c
 class Agreement(NamedTuple):
     """Rank correlation of two orders of the same places, such as layers.
 
+    It is that of the means as measured, which noise lowers: orders that agree in truth stay below 1 with few items, and
+    so does their interval. It is no proof of disagreement.
+
     Attributes:
         rho: Spearman's; NaN where one has no order. low, high: 95 % interval over items, the places being as they are.
         p: chance of such a correlation (either sign) among orders without relation; with few places it is never small.
@@ -404,7 +416,7 @@ def rank_agreement(
     low, high = np.nan, np.nan
     if min(len(first), len(second)) > 1:
         low, high = ends(_rank_correlation(count_means(drawn, first), count_means(other, second)))
-    one, two = np.nanmean(first, axis=0), np.nanmean(second, axis=0)
+    one, two = (count_means(np.ones((1, len(values))), values)[0] for values in (first, second))
     return Agreement(spearman(one, two), low, high, _rank_p(one, two), first.shape[1])
 
 
@@ -474,13 +486,22 @@ def _t_quantiles(data: NDArray[np.float64]) -> tuple[float, float]:
         from scipy.stats import t
 
         return float(t.ppf(TAILS[0], n - 1)), float(t.ppf(TAILS[1], n - 1))
-    drawn, noise = _resamples(n)
-    again = data[drawn] + spread / np.sqrt(n) * noise  # (DRAWS, n)
-    return ends((again.mean(1) - data.mean()) / (again.std(1, ddof=1) / np.sqrt(n)))
+    counts, noise, total, squares = _resamples(n)
+    away, scale = data - data.mean(), spread / np.sqrt(n)
+    sums = counts @ away + scale * total  # (DRAWS,)
+    variance = (counts @ away**2 + 2 * scale * (noise @ away) + scale**2 * squares - sums**2 / n) / (n - 1)
+    return ends(sums / np.sqrt(n * variance))
 
 
 @lru_cache(maxsize=8)
-def _resamples(n: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Indices and standard normal noise of the resamples of n items, the same at every call."""
+def _resamples(n: int) -> tuple[NDArray[np.float64], ...]:
+    """Resamples of n items, the same at every call: how often each item is drawn and the sum of its standard normal
+    noise (DRAWS, n), and over items the sum of the noise and of its squares (DRAWS,)."""
     rng = np.random.default_rng(0)
-    return rng.integers(0, n, (DRAWS, n)), rng.standard_normal((DRAWS, n))
+    drawn, noise = rng.integers(0, n, (DRAWS, n)), rng.standard_normal((DRAWS, n))
+    cell = (np.arange(DRAWS)[:, None] * n + drawn).ravel()
+    counts, of_item = (
+        np.bincount(cell, weights, DRAWS * n).reshape(DRAWS, n).astype(np.float64)
+        for weights in (np.ones(cell.size), noise.ravel())
+    )
+    return counts, of_item, noise.sum(1), (noise**2).sum(1)

@@ -14,6 +14,7 @@ rows in memory. Text is stored as dictionaries (pandas' categories).
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import warnings
@@ -25,11 +26,11 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import ProbeWarning, RunError, UserError, first_line
 from mmdit_probe.results.atomic import disk, make_folder, remove_leftovers, replacing
 
 if TYPE_CHECKING:
-    import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -129,14 +130,15 @@ class ItemWriter:
         self.path = path
         self.needs: list[str] = []
         self.rows = 0
-        self._waiting: list[pa.Table] = []
+        self._waiting = MemorySink()
         self._writer: pq.ParquetWriter | None = None
 
     def write(self, columns: pd.DataFrame | Mapping[str, Any]) -> None:
-        """Append rows: a DataFrame, or columns of equal length (arrays, or `pandas.Categorical`)."""
-        self._waiting.append(_arrow(columns))
-        self.rows += self._waiting[-1].num_rows
-        if sum(table.num_rows for table in self._waiting) >= ROW_GROUP:
+        """Append rows: a DataFrame, or columns as `MemorySink` takes them."""
+        waited = len(self._waiting)
+        self._waiting.write(columns)
+        self.rows += len(self._waiting) - waited
+        if len(self._waiting) >= ROW_GROUP:
             self._flush()
 
     def close(self) -> None:
@@ -151,8 +153,8 @@ class ItemWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._waiting.clear()
+    def __exit__(self, *error: object) -> None:
+        self._waiting = MemorySink()
         if self._writer is not None:
             with contextlib.suppress(OSError):  # dropped anyway; a full disk must not hide the first error
                 self._writer.close()
@@ -163,10 +165,10 @@ class ItemWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if not self._waiting:
+        if not len(self._waiting):
             return
-        rows = _marked(pa.concat_tables(self._waiting).unify_dictionaries().combine_chunks(), self.path.parent.stem)
-        self._waiting = []
+        rows = _encoded(pa.Table.from_pandas(self._waiting.table(), preserve_index=False))
+        rows, self._waiting = _marked(rows, self.path.parent.stem), MemorySink()
         with disk(self.path):
             if self._writer is None:
                 self._writer = pq.ParquetWriter(
@@ -180,46 +182,56 @@ class ItemWriter:
 
 
 class Sink(Protocol):
-    """Where finished rows go: `write` gets equally long columns, numbers as arrays, text as `pandas.Categorical`."""
+    """Where finished rows go: `write` gets equally long columns, numbers as arrays, text as `pandas.Categorical`.
+
+    They are not to be changed: later calls may give the same ones again.
+    """
 
     def write(self, columns: dict[str, Any]) -> None: ...
 
 
 def text_column(codes: np.ndarray, words: Iterable[str]) -> Any:
     """A column of text, `pandas.Categorical`, from the places of its entries among `words`."""
-    import pandas as pd
-
-    return pd.Categorical.from_codes(codes, pd.Index(list(words)))
+    return pd.Categorical.from_codes(codes, dtype=_categories(tuple(words)))
 
 
-def constant(value: int | float | str, count: int) -> Any:
-    """A column of one value, as sinks take it."""
-    if isinstance(value, str):
-        return text_column(np.zeros(count, np.int8), [value])
-    small = np.iinfo(np.int32)
-    whole = np.int32 if small.min <= value <= small.max else np.int64  # seeds may be large
-    return np.full(count, value, np.float64 if isinstance(value, float) else whole)
+@functools.lru_cache(maxsize=256)
+def _categories(words: tuple[str, ...]) -> pd.CategoricalDtype:
+    """Pandas takes longer to make an index of a few words than of a thousand numbers."""
+    return pd.CategoricalDtype(pd.Index(words))
 
 
 class MemorySink:
-    """Keeps rows in memory by column: text as codes, whole numbers in as few bytes as they fit, a constant once."""
+    """Keeps rows in memory by column: text as codes, whole numbers in as few bytes as they fit, a constant once, and
+    a column that is given again (the same object) once."""
 
     def __init__(self) -> None:
         self._parts: dict[str, list[np.ndarray]] = {}
+        self._last: dict[str, Any] = {}
         self._types: dict[str, np.dtype] = {}
         self._words: dict[str, dict[Any, int]] = {}
         self._lengths: list[int] = []
 
-    def write(self, columns: Mapping[str, Any]) -> None:
-        """Append columns of equal length: arrays, categories, or object arrays."""
-        self._lengths.append(len(next(iter(columns.values()))))
-        for name, column in columns.items():
-            if getattr(column, "dtype", None) is not None and getattr(column.dtype, "kind", "O") in "biuf":
-                numbers = np.asarray(column)
-                self._types[name] = np.promote_types(self._types.get(name, numbers.dtype), numbers.dtype)
-            else:
-                numbers = self._codes(name, column)
-            self._parts.setdefault(name, []).append(_packed(numbers))
+    def write(self, columns: pd.DataFrame | Mapping[str, Any]) -> None:
+        """Append rows: a DataFrame, or columns of equal length (arrays, categories) and of one value (a number, a
+        text). Arrays are not to be changed afterwards."""
+        self._lengths.append(next(len(column) for _, column in columns.items() if not np.isscalar(column)))
+        for name, column in ((str(name), column) for name, column in columns.items()):
+            parts = self._parts.setdefault(name, [])
+            parts.append(parts[-1] if parts and self._last[name] is column else _packed(self._numbers(name, column)))
+            self._last[name] = column
+
+    def _numbers(self, name: str, column: Any) -> np.ndarray:
+        """A column as numbers: text as codes of the sink's own vocabulary."""
+        column = getattr(column, "values", column)  # a Series' own array
+        if np.isscalar(column) and not isinstance(column, str):
+            column = _single(column)
+        if getattr(getattr(column, "dtype", None), "kind", "O") not in "biuf":
+            return self._codes(name, column)
+        numbers = np.asarray(column)
+        known = self._types.get(name, numbers.dtype)
+        self._types[name] = known if known == numbers.dtype else np.promote_types(known, numbers.dtype)
+        return numbers
 
     def __len__(self) -> int:
         return sum(self._lengths)
@@ -227,13 +239,11 @@ class MemorySink:
     @property
     def nbytes(self) -> int:
         """Bytes that the rows take."""
-        return sum(part.nbytes for parts in self._parts.values() for part in parts)
+        return sum({id(part): part.nbytes for parts in self._parts.values() for part in parts}.values())
 
     def table(self) -> pd.DataFrame:
         """Everything written so far, as `read_table` gives it: columns in the order of the first write, text as
         categories."""
-        import pandas as pd
-
         columns: dict[str, Any] = {}
         for name, parts in self._parts.items():
             whole = [
@@ -241,24 +251,33 @@ class MemorySink:
             ]
             numbers = np.concatenate(whole)
             if name in self._words:
-                columns[name] = text_column(numbers, self._words[name])
+                columns[name] = pd.Categorical.from_codes(numbers, pd.Index(list(self._words[name])))
             else:
                 columns[name] = numbers.astype(self._types[name], copy=False)
         return pd.DataFrame(columns)
 
     def _codes(self, name: str, column: Any) -> np.ndarray:
         known = self._words.setdefault(name, {})
-        column = getattr(column, "values", column)  # a Series' own array
+        if isinstance(column, str):
+            return np.array([known.setdefault(column, len(known))])
         if hasattr(column, "categories"):
-            places = [known.setdefault(word, len(known)) for word in column.categories]
-            return np.array(places, np.int32)[column.codes]
-        codes = (-1 if value is None else known.setdefault(value, len(known)) for value in column)
-        return np.fromiter(codes, np.int32, len(column))
+            codes, words = column.codes, column.categories
+        else:
+            codes, words = pd.factorize(np.asarray(column, object))
+        places = [known.setdefault(word, len(known)) for word in words]
+        return np.array([*places, -1], np.int32)[codes]  # the code of what is missing, -1, takes the last place
+
+
+def _single(value: Any) -> np.ndarray:
+    """A column of one number."""
+    small = np.iinfo(np.int32)
+    whole = np.int32 if small.min <= value <= small.max else np.int64  # seeds may be large
+    return np.array([value], np.float64 if isinstance(value, float | np.floating) else whole)
 
 
 def _packed(numbers: np.ndarray) -> np.ndarray:
     """A constant as one number, whole numbers in the smallest signed type that holds them."""
-    if len(numbers) == 0 or numbers.dtype.kind not in "iuf":
+    if len(numbers) < 2 or numbers.dtype.kind not in "iuf":
         return numbers
     low, high = numbers.min(), numbers.max()
     if low == high:
@@ -305,14 +324,13 @@ def items(path: Path | str) -> list[Path]:
 
 
 def complete(file: Path) -> bool:
-    """Whether an item's file has its end, which is written last, and rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return bool(pq.read_metadata(file).num_rows)
-    except (pa.ArrowException, OSError):
-        return False
+    """Whether an item's file has its end, which is written last: the length of its footer, and "PAR1"."""
+    with contextlib.suppress(OSError), file.open("rb") as opened:
+        size = opened.seek(0, os.SEEK_END)
+        opened.seek(-8, os.SEEK_END)
+        length, mark = opened.read(4), opened.read(4)
+        return mark == b"PAR1" and int.from_bytes(length, "little") + 12 <= size
+    return False
 
 
 def needed(file: Path) -> list[Path]:
@@ -381,14 +399,6 @@ def _foreign(file: pq.ParquetFile, name: str) -> str:
     if changed:
         return f"its column {changed[0]!r} was changed"
     return "" if file.metadata.num_rows else "it has no rows"
-
-
-def _arrow(columns: pd.DataFrame | Mapping[str, Any]) -> pa.Table:
-    import pyarrow as pa
-
-    if isinstance(columns, Mapping):
-        return _encoded(pa.table({name: pa.array(column) for name, column in columns.items()}))
-    return _encoded(pa.Table.from_pandas(columns, preserve_index=False))
 
 
 def _encoded(table: pa.Table) -> pa.Table:

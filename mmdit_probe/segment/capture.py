@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from itertools import product
 from typing import Any
 
@@ -43,7 +44,7 @@ _TEXT_BYTES = 1 << 30
 _TEXTS = 16
 """Prompts that are encoded at once."""
 _PACKED = 512
-"""Vocabularies whose prompts a reader remembers."""
+"""Vocabularies whose prompts, and whose class vectors, a reader remembers."""
 _PIXELS = 1 << 22
 """Of the pictures that are encoded at once: 4 of 1024 x 1024."""
 
@@ -102,8 +103,8 @@ class PictureReader:
     def __init__(self, model: MMDiT, rows: int | None = None) -> None:
         self.model, self.limit = model, RowLimit(model, rows)
         self._texts: dict[str, TextCondition] = {}
-        self._concepts: dict[Hashable, Tensor] = {}
-        self._packed: dict[Hashable, list[Prompt]] = {}
+        self._prompts = lru_cache(_PACKED)(partial(_prompts, model))
+        self._vectors = lru_cache(_PACKED)(partial(concept_embeddings, model))
 
     def __call__(self, requests: Sequence[Request]) -> list[Capture]:
         """A capture of every request; those that share an image object share its latents."""
@@ -149,7 +150,7 @@ class PictureReader:
         keep = tuple(dict.fromkeys(request.keep))
         if not request.classes and "concepts" in keep:
             raise UserError("conceptattention needs class names")
-        prompts = self._prompts(request)
+        prompts = self._prompts(tuple(request.classes), request.together)
         names = tuple(query.text for prompt in prompts for query in prompt.queries)
         apart = request.heads_apart or len(prompts) > 1
         heads = None if reading.heads is None else tuple(reading.heads)
@@ -160,20 +161,6 @@ class PictureReader:
             reference = 0 if reading.reference == "read" else None
             parts.append(_Part(prompt, layers, keep, heads, apart, concepts, request.text_kinds, reference, drawn))
         return _Asked(request, fit, layers, parts)
-
-    def _prompts(self, request: Request) -> list[Prompt]:
-        """The prompts of a request's classes; the empty one without any."""
-        key = (tuple(request.classes), request.together)
-        if key not in self._packed:
-            tables: dict[str, TokenTable] = {}
-
-            def table(text: str) -> TokenTable:
-                return tables[text] if text in tables else tables.setdefault(text, self.model.token_tables(text)[0])
-
-            found = pack(request.classes, table, request.together) if request.classes else []
-            _forget(self._packed, _PACKED - 1)
-            self._packed[key] = found or [Prompt("", table(""), ())]
-        return self._packed[key]
 
     def _encode(self, texts: Collection[str]) -> None:
         """Encode those texts that are not remembered."""
@@ -242,13 +229,6 @@ class PictureReader:
                 values[place][layer][beside] = _row(outputs[layer], place)
         for row, found in zip(rows, values, strict=True):
             row.part.add(found, blocks.grid)
-
-    def _vectors(self, names: tuple[str, ...], stream: str | None) -> Tensor:
-        """`concept_embeddings`, remembered."""
-        if (names, stream) not in self._concepts:
-            _forget(self._concepts, _PACKED - 1)
-            self._concepts[names, stream] = concept_embeddings(self.model, names, stream)
-        return self._concepts[names, stream]
 
     def _capture(self, one: _Asked) -> Capture:
         request, reading = one.request, one.request.reading
@@ -394,7 +374,11 @@ def _bytes(text: TextCondition) -> int:
     return text.prompt_embeds.nbytes + text.pooled.nbytes
 
 
-def _forget(known: dict[Any, Any], most: int) -> None:
-    """Drop the oldest entries beyond `most`."""
-    while len(known) > most:
-        known.pop(next(iter(known)))
+def _prompts(model: MMDiT, classes: tuple[SegClass, ...], together: bool) -> list[Prompt]:
+    """The prompts of classes; the empty one without any."""
+
+    @lru_cache(None)
+    def table(text: str) -> TokenTable:
+        return model.token_tables(text)[0]
+
+    return pack(classes, table, together) or [Prompt("", table(""), ())]

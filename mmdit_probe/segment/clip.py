@@ -115,11 +115,11 @@ class CLIP:
         found = self.model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
         return F.normalize(_pooled(found), dim=-1)
 
-    def text(self, names: Sequence[str], templates: Sequence[str] | None = None) -> Tensor:
+    def text(self, names: Sequence[str]) -> Tensor:
         """Unit vectors [C, P] of names: mean over templates of unit vectors, made unit again."""
-        chosen = templates or (("{}",) if self.name == "scenes-clip" else TEMPLATES)
-        vectors = self.sentences([template.format(name) for name in names for template in chosen])
-        return F.normalize(vectors.reshape(len(names), len(chosen), -1).mean(1), dim=-1)
+        templates = ("{}",) if self.name == "scenes-clip" else TEMPLATES
+        vectors = self.sentences([template.format(name) for name in names for template in templates])
+        return F.normalize(vectors.reshape(len(names), len(templates), -1).mean(1), dim=-1)
 
     @torch.no_grad()
     def hidden(self, pixels: Tensor) -> tuple[list[Tensor], tuple[int, int]]:

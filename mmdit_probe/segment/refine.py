@@ -146,13 +146,13 @@ def by_region(scores: Tensor, regions: Tensor) -> Tensor:
     return torch.where(regions == 0, scores, means[place].T.reshape(scores.shape))
 
 
-def without_sinks(block: Tensor, factor: float = 4.0) -> Tensor:
-    """I2I [I, I] with the columns zeroed whose mean exceeds `factor` times the median column's mean.
+def without_sinks(block: Tensor) -> Tensor:
+    """I2I [I, I] with the columns zeroed whose mean exceeds four times the median column's mean.
 
     Sinks collect attention from everywhere and say nothing of what belongs together. A token keeps its own diagonal.
     """
     share = renorm(block).mean(0)
-    sink = share > factor * share.median()
+    sink = share > 4.0 * share.median()
     kept = block.clone()
     kept[:, sink] = 0.0
     kept.diagonal()[:] = block.diagonal()

@@ -9,10 +9,13 @@ No torch here: requests are read, offered and refused before any of it is import
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from mmdit_probe.errors import UserError, check_known, unknown
+from mmdit_probe.options import choices_of
 from mmdit_probe.specs import MOST_SIDE, numbers, parse_size
 
 NAMED = (
@@ -33,6 +36,8 @@ PIXELS = ("pamr", "vote")
 RULES = ("none", "threshold:T", "probability:T", "power:A", "class:NAME")
 """Background rules."""
 
+_WORDS: dict[str, Any] = {"true": True, "false": False, "none": None}
+
 
 def parse_sigmas(text: str) -> list[float]:
     """Noise levels from "0.515" or "0.3,0.5", each once.
@@ -40,13 +45,7 @@ def parse_sigmas(text: str) -> list[float]:
     Raises:
         UserError: no number in 0..1.
     """
-    try:
-        values = numbers(text)
-    except ValueError:
-        values = []
-    if not values or not all(0.0 <= value <= 1.0 for value in values):
-        raise UserError(f"sigma {text!r}: expected numbers in 0..1 separated by commas, e.g. 0.515")
-    return values
+    return numbers(text, 0, 1, f"sigma {text!r}: expected numbers in 0..1 separated by commas, e.g. 0.515")
 
 
 def parse_batch(value: str | int) -> int | None:
@@ -120,8 +119,8 @@ def parse_steps(text: str) -> tuple[tuple[str, int], ...]:
     return tuple(steps)
 
 
-def parse_option(text: str) -> tuple[str, Any]:
-    """`name=value` from the command line; numbers, several numbers by comma, booleans and none are read as such.
+def split_option(text: str) -> tuple[str, str]:
+    """Name and text of `name=value`.
 
     Raises:
         UserError: no `=`.
@@ -129,22 +128,34 @@ def parse_option(text: str) -> tuple[str, Any]:
     name, sign, value = text.partition("=")
     if not sign or not name:
         raise UserError(f"option {text!r}: expected name=value, e.g. tau=0.1")
-    words: dict[str, Any] = {"true": True, "false": False, "none": None}
-    if value.lower() in words:
-        return name.strip(), words[value.lower()]
-    parts = [_number(part) for part in value.split(",")]
-    if any(isinstance(part, str) for part in parts):
-        return name.strip(), value
-    return name.strip(), parts[0] if len(parts) == 1 else tuple(parts)
+    return name.strip(), value
 
 
-def _number(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+def value_of(text: str, kind: Any, known: Collection[str] = ()) -> Any:
+    """What a text means for an option of this type: none, true or false, a number, or several by comma, where the type
+    has such; else the text, which may then be none of its values.
+
+    Args:
+        known: words of the option that mean themselves, as do the choices of its type.
+    """
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    word = text.lower()
+    if word in _WORDS and type(_WORDS[word]) in kinds and text not in {*known, *choices_of(kind)}:
+        return _WORDS[word]
+    try:
+        found = [_number(part) for part in text.split(",")]
+    except ValueError:
+        return text
+    if len(found) == 1 and (int in kinds or float in kinds):
+        return found[0]
+    return tuple(found) if any(get_args(one) in ((int,), (float,)) for one in kinds) else text
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 @dataclass(frozen=True)

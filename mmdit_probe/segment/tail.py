@@ -59,10 +59,8 @@ def strongest(maps: Tensor) -> Tensor:
     return maps.max(0).indices
 
 
-def probabilities(scores: Tensor, temperature: float | None = None) -> Tensor:
-    """Shares [C, h, w] over classes per pixel: softmax with a temperature, else each score's share of the sum."""
-    if temperature is not None:
-        return (scores * temperature).softmax(0)
+def probabilities(scores: Tensor) -> Tensor:
+    """Shares [C, h, w] over classes per pixel: each score's share of the sum."""
     positive = scores - scores.amin().clamp(max=0.0)
     return positive / positive.sum(0, keepdim=True).clamp(min=1e-12)
 

@@ -143,3 +143,16 @@ def test_photos_without_a_caption_are_remarked_on(scenes_model, tmp_path: Path):
     assert bare.startswith("1 of 1 pictures have no caption: the empty prompt was used")
     assert notes_on(scenes_model, drawn, [one.prompt for one in drawn]) == []
     assert notes_on(scenes_model, photo, ["a cat"]) == [unknown]
+
+
+def test_a_prompt_given_twice_is_one_and_keys_that_do_not_exist_take_nothing(model):
+    """I2O of a model without other keys is 0, not 0 to .5; the mean over prompts takes the two seeds of one first."""
+    result = AttentionBudget(**QUICK | {"prompts": ["a cat", "a red ring", "a cat"], "num_steps": 1}).run(
+        model, progress=False
+    )
+    table = result.table[(result.table["branch"] == "cond") & (result.table["query"] == "image")]
+    own = table[(table["layer"] == 1) & (table["key"] == "text")].groupby(["item", "head"])["mass"].sum()
+    by_item = own.groupby("item").mean()
+    row = result.summary.set_index("layer").loc[1]
+    assert row["prompts"] == 2 and (row["I2O"], row["I2O_low"], row["I2O_high"]) == (0, 0, 0)
+    assert row["I2T"] == pytest.approx((by_item[1] + by_item[[0, 2]].mean()) / 2, abs=1e-6)

@@ -11,7 +11,7 @@ import pytest
 
 from mmdit_probe import UserError
 from mmdit_probe.cli.app import main
-from mmdit_probe.experiments import AttentionBudget, Result, ValueNorms
+from mmdit_probe.experiments import AttentionBudget, BlockOperations, Perturb, Result, ValueNorms
 from mmdit_probe.experiments.attention_budget import blocks
 from mmdit_probe.experiments.compare_runs import compare_runs
 from mmdit_probe.models.mmdit import MMDiT
@@ -65,6 +65,31 @@ def test_verdicts() -> None:
     )
     assert set(_paired(*layers, margin)["verdict"]) == {"worse"}  # that there is one is beyond doubt
     assert set(_paired(*outcomes, margin)["verdict"]) == {"no worse"}
+
+
+def test_a_loss_is_a_rise_where_less_is_better() -> None:
+    """Ten prompts of which the second run draws more swapped colours, .1 up to noise: that is a loss of .1."""
+    import pandas as pd
+
+    from mmdit_probe.experiments.compare_runs import _paired
+
+    noise = np.random.default_rng(0).normal(0, 0.01, (2, 10))
+    first, second = (
+        pd.DataFrame({"item": range(10), "control": "none", "outcome": name, "value": level + noise[k]})
+        for k, level in enumerate((0.5, 0.6)) for name in ("swapped_colours",)
+    )  # fmt: skip
+    sign = BlockOperations().sign
+    assert (sign("facts"), sign("swapped_colours"), sign("change"), Perturb().sign("facts")) == (1, -1, -1, -1)
+    (row,) = _paired(first, second, 0.05, sign).to_dict("records")
+    assert row["verdict"] == "worse" and row["difference"] == pytest.approx(0.1, abs=0.02)
+    assert 0 < row["low"] < row["difference"] < row["high"] and row["second"] > row["first"] > 0
+    (row,) = _paired(second, first, 0.05, sign).to_dict("records")
+    assert row["verdict"] == "no worse" and row["low"] < row["high"] < 0
+
+
+def test_other_weights_of_the_same_name_are_told() -> None:
+    first, second = run(seed=0), run(seed=1)
+    assert [entry.partition(":")[0] for entry in compare_runs(first, second).differs] == ["weight_hash"]
 
 
 def test_refused() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from mmdit_probe import AttentionMass, load, probe
 from mmdit_probe.cli.app import main
-from mmdit_probe.edit.uniform import Uniform
+from mmdit_probe.edit.control import Uniform
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.controls import parse, random_model, variants
 from mmdit_probe.models.load import random_twin

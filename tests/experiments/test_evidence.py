@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import pytest
 from mmdit_probe import load
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import SelectLayers, evidence
+from mmdit_probe.experiments import Perturb, SelectLayers, evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, evidence_names
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results.selection import load_selection
@@ -54,6 +55,18 @@ def test_agreement_is_the_rank_correlation() -> None:
     assert pairs["p_holm"].tolist() == pytest.approx([3 * 2 / 720] * 3)
 
 
+def test_layers_that_tie_win_equally_often_and_one_without_values_never() -> None:
+    """Three layers of equal values: each wins a third of 300 draws, within four binomial standard errors."""
+    rows = [{"evidence": "segmentation", "split": "val", "item": item, "layer": layer,
+             "value": np.nan if layer == 1 else 0.5} for item in range(9) for layer in range(4)]  # fmt: skip
+    shares = evidence.stability(pd.DataFrame(rows), draws=300).set_index("layer")["share"]
+    assert set(shares.index) == {0, 2, 3} and shares.sum() == pytest.approx(1)
+    assert (shares - 1 / 3).abs().max() < 4 * np.sqrt(2 / 9 / 300)
+    assert evidence.by_layer(pd.DataFrame(rows))["layer"].tolist() == [0, 2, 3]
+    with pytest.raises(UserError, match="undefined for every item"):
+        evidence.by_layer(pd.DataFrame(rows).assign(value=np.nan))
+
+
 def test_undefined_items_are_left_out_of_every_number() -> None:
     """As many items without the one that has no value in one layer: the same order, the same layers win."""
     long = long_table()
@@ -63,6 +76,27 @@ def test_undefined_items_are_left_out_of_every_number() -> None:
     shares = evidence.stability(long, rule="word_mass", draws=50).set_index("layer")["share"]
     assert shares.to_dict() == {layer: float(layer == 3) for layer in range(LAYERS)}
     assert evidence.agreement(long, draws=50)["rho"].abs().tolist() == pytest.approx([1, 1, 1])
+
+
+def test_the_perturbation_of_a_control_is_beyond_its_own_change_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained weights: .5 - .2; random ones: .4 - .4. Without a change of equal size of its own the control would show
+    .4, more than what is measured."""
+    moved = {"tiny": (0.5, 0.2), "tiny-random": (0.4, 0.4)}
+
+    def sampled(ask: Perturb, model: MMDiT, **_: object) -> SimpleNamespace:
+        assert ask.control == "budget"
+        edited, equal = moved[model.name]
+        model.generate("a cat", steps=1, guidance=1.0, seed=0, output_type="latent")
+        places = [("edit", "none", edited), ("control", "budget", equal), ("control", "noise", 0.0)]
+        cells = [(kind, name, value + item / 100, item) for item in range(2) for kind, name, value in places]
+        table = pd.DataFrame(cells, columns=["condition", "control", "relabelled", "item"])
+        return SimpleNamespace(table=table.assign(layer=0, head=-1, span="all"))
+
+    monkeypatch.setattr(Perturb, "run", sampled)
+    amount = evidence.Amount(prompts=2)
+    found = evidence.measure("perturbation", MMDiT(tiny.pipeline(), "tiny"), "val", amount, ("random", "shuffled"))
+    values = found.groupby("control", sort=False)["value"].agg(list).to_dict()
+    assert values == {"none": pytest.approx([0.3, 0.3]), "random": pytest.approx([0.0, 0.0])}
 
 
 def test_shares_stay_within_their_bounds() -> None:

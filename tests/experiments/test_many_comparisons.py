@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from mmdit_probe.experiments.feature_pca import summarise as components
+from mmdit_probe.experiments.generate import summarise as guided
 from mmdit_probe.experiments.head_triage import verdicts as heads
 from mmdit_probe.experiments.perturb import CONTROL, EDIT, STOCK
 from mmdit_probe.experiments.perturb import summarise as perturbed
@@ -52,6 +53,18 @@ def of_edits(values: Values) -> str:
     return str(perturbed(table).set_index("layer")["verdict"][0])
 
 
+def of_guidance(values: Values) -> str:
+    rows = []
+    for layer, column in values.items():
+        for item, value in enumerate(0.01 * column):
+            for layers, scale, facts in (("", 0.0, 0.5), (str(layer), 2.0, 0.5 + value)):
+                rows.append({"item": item, "prompt": "", "seed": item, "layers": layers, "scale": scale,
+                             "control": "none", "facts": facts})  # fmt: skip
+    table = guided(pd.DataFrame(rows).drop_duplicates(["item", "layers"])).set_index("layers")
+    assert table.loc["", "verdict"] == "" and table.loc["0", "difference_low"] > 0
+    return str(table.loc["0", "verdict"])
+
+
 def of_components(values: Values) -> str:
     rows = [
         {"layer": layer, "kind": "query", "class": 0.5 + value, "class_shuffled": 0.5}
@@ -68,6 +81,7 @@ def of_components(values: Values) -> str:
         (of_heads, "localises", "neither", "too few items"),
         (of_sinks, "better", "no difference shown", "too few items"),
         (of_edits, "beyond control", "not beyond control", "too few items"),
+        (of_guidance, "higher", "no difference shown", "too few items"),
         (of_components, "beyond", "not beyond", "few"),
     ],
 )

@@ -17,6 +17,7 @@ from mmdit_probe.experiments.outcomes import Change
 from mmdit_probe.experiments.perturb import CONTROL, EDIT, NO_OP, STOCK, power, summarise
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table
+from mmdit_probe.results.statistics import interval
 
 PROMPTS = ["a red ring", "a cat", "a blue house"]
 
@@ -115,6 +116,18 @@ def test_meaning_comes_first_and_power_is_told() -> None:
     table.loc[table["condition"] == CONTROL, "facts"] = stock.to_numpy() - spread
     assert power(table) == ["Power: n = 128 would show a drop of 0.05 beyond the control at every place (80 %, facts)."]
     assert power(table.drop(columns="facts")) == []
+
+
+def test_a_prompt_that_is_given_twice_is_one_prompt(tiny_model: MMDiT) -> None:
+    """Its two images, of two seeds, are averaged; n and the intervals are those of the two prompts."""
+    ask = Perturb(prompts=["a cat", "a red ring", "a cat"], edit="zero", layers=0, num_steps=1, guidance=1.0, shown=0)
+    result = ask.run(tiny_model, progress=False)
+    edited = result.table[result.table["condition"] == EDIT].set_index("item")["change"]
+    assert len(edited) == 3 and edited[0] != edited[2]
+    row = result.summary.set_index(["outcome", "layer"]).loc["change", 0]
+    assert row["n"] == 2 and row["effect"] == pytest.approx(((edited[0] + edited[2]) / 2 + edited[1]) / 2)
+    two = np.array([(edited[0] + edited[2]) / 2, edited[1]])
+    assert (row["low"], row["high"]) == pytest.approx(interval(two)[1:])
 
 
 def test_few_prompts_decide_nothing() -> None:

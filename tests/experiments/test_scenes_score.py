@@ -1,5 +1,6 @@
 """Score on the scenes world: a row per picture with its opposites, maps with their ceiling, resumed."""
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -8,6 +9,7 @@ from mmdit_probe.experiments.score import Score, opposite_table, scene_prompts
 from mmdit_probe.results import read_table
 from mmdit_probe.scenes.captions import CONTRASTS, opposites
 from mmdit_probe.scenes.parser import SCORES
+from tests.scripts import script
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +69,13 @@ def test_the_table_of_opposites_names_what_is_stated():
 
 def test_prompts_of_relations_state_one():
     assert all("opposite_relation" in opposites(text) for _, text in scene_prompts(5, ("2d-spatial",)))
+
+
+def test_the_embedded_model_s_scores_are_over_captions() -> None:
+    """One caption in three pictures and another in one: the mean of 2 / 3 and 1, of two captions."""
+    part = pd.DataFrame(
+        {"prompt": ["a", "a", "a", "b"], "facts": [1.0, 1.0, 0.0, 1.0], "count": [1.0, 0, np.nan, np.nan]}
+    )
+    row = script("analyses/embedded_model.py").means(part)
+    assert (row["n"], row["captions"], row["count_n"]) == (4, 2, 1)
+    assert row["facts"] == pytest.approx(5 / 6) and row["count"] == 0.5

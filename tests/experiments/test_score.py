@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 from mmdit_probe import UserError, load
 from mmdit_probe.cli.app import main
@@ -93,6 +94,23 @@ def test_pairing_sees_a_difference_that_means_alone_do_not() -> None:
     lower = compare_variants(frame(shift=-0.1), "base").set_index(["variant", "category"])
     assert lower.loc[("tuned", "count"), "verdict"] == "worse"
     assert table.loc[("base", "all"), "difference"] == 0
+
+
+def test_a_caption_that_comes_up_again_is_one_prompt() -> None:
+    """Eight captions five times over are eight means, whose interval is the t interval up to the draws; forty prompts
+    would have one of less than half its width."""
+    rng = np.random.default_rng(0)
+    level, noise = rng.normal(0, 1, 8), rng.normal(0, 0.1, 40)
+    rows = [
+        {"variant": variant, "category": "texture", "prompt": f"p{k % 8}", "index": k, "seed": k,
+         "clip": 30 + (variant == "tuned") * (level[k % 8] + noise[k])}
+        for variant in ("base", "tuned") for k in range(40)
+    ]  # fmt: skip
+    row = compare_variants(pd.DataFrame(rows), "base").set_index(["variant", "category"]).loc["tuned", "texture"]
+    means = level + noise.reshape(5, 8).mean(0)
+    assert (row["prompts"], row["images"]) == (8, 40) and row["difference"] == pytest.approx(means.mean())
+    half = stats.t.ppf(0.975, 7) * means.std(ddof=1) / np.sqrt(8)
+    assert (row["difference_high"] - row["difference_low"]) / (2 * half) == pytest.approx(1, abs=0.2)
 
 
 def yes_and_no(name: str, tuned: int, n: int = 60) -> pd.DataFrame:

@@ -70,13 +70,14 @@ def test_one_prompt_has_no_interval():
     assert summarise(budget_table(prompts=1))[["I2T_low", "I2T_high"]].isna().all().all()
 
 
-def test_calls_one_by_one_give_the_same_as_all_at_once():
+def test_streams_add_up_and_heads_and_steps_are_averaged():
     ask, table = AttentionBudget(), budget_table()
-    parts = by_item(ask, table)
+    cell = ["branch", "layer", "query", "key", "span"]
+    table["mass"] *= 1 + 0.1 * table["step"] + 0.01 * table["head"]
     for item, rows in table.groupby("item"):
-        whole = ask.join(ask.reduce({name: rows[name] for name in rows}))
-        one = parts[parts["item"] == item].drop(columns=["item", "control"]).reset_index(drop=True)
-        pd.testing.assert_frame_equal(whole, one)
+        each = rows.groupby([*cell, "step", "head"])[["mass", "uniform"]].sum()
+        one = ask.reduce(rows).set_index(cell).sort_index()
+        pd.testing.assert_frame_equal(one, each.groupby(cell).mean(), obj=f"item {item}")
 
 
 def test_categories_change_nothing():

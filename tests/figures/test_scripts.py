@@ -235,3 +235,20 @@ def test_findings_of_the_paper_are_decided_by_intervals(tmp_path, monkeypatch, m
     pd.DataFrame(rows).to_csv(tmp_path / "fig18_blur_scores.csv", index=False)
     text = importlib.import_module("paper_findings").markdown(tmp_path, "tiny")
     assert [line.split(" | ")[-1].rstrip(" |") for line in text.splitlines() if line.startswith("| ")][1:] == verdicts
+
+
+def test_the_ablation_s_figure_frames_what_was_taught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two transformers by three layers: a dot each in every panel, frames around one layer and around all three."""
+    monkeypatch.syspath_prepend(str(FIGURES))
+    script = importlib.import_module("fig_alignment_ablation")
+    rows = [
+        {"recipe": recipe, "seed": 0, "layer": layer, "min_max": kind, "miou": 0.1 * (layer + 1), "rank": 3 - layer}
+        for recipe in ("layer:1", "all:labels") for layer in range(3) for kind in (False, True)
+    ]  # fmt: skip
+    table = pd.DataFrame(rows)
+    assert script.taught("none", [0, 1, 2]) == script.taught(script.RANDOM, [0, 1, 2]) == []
+    panels = script.ablation_figure(table, table).axes[:3]
+    for axes in panels:
+        dots = [tuple(line.get_xydata()[0]) for line in axes.lines]
+        assert dots == [(2.5, 0.12), (2.5, 1.12)]  # the last layer is best: greatest mIoU, least rank
+        assert sorted(frame.get_xy() for frame in axes.patches) == [(0, 1), (1, 0), (1, 1), (2, 1)]

@@ -14,6 +14,7 @@ from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.tokens import token_tables
+from mmdit_probe.observe import mass
 from mmdit_probe.observe.mass import COLUMNS, KeyGroups, attention_masses
 from tests import tiny
 from tests.observe.oracle import attentions
@@ -78,6 +79,22 @@ def test_every_row_of_the_table_is_the_explicit_softmax(variant: str, dtype: tor
                     assert row.n_query == (IMAGE if row.query == "image" else TEXT)
                     checked += 1
     assert checked == len(table) > 500
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_one_by_one_give_what_they_give_together(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Layers of large calls are not kept for the end of the forward; those of the oracle's test are."""
+    pipe = tiny.pipeline().to(dtype=dtype)
+    calls, found = [], []
+    monkeypatch.setattr(mass, "attention_masses", lambda *given: (calls.append(given), attention_masses(*given))[1])
+    for small in (mass.SMALL, 0):
+        monkeypatch.setattr(mass, "SMALL", small)
+        with probe(pipe, AttentionMass(heads={1: [1]})) as run:
+            sample(pipe)
+        found.append(run[AttentionMass].table())
+    assert len(calls) == 2 + 2 * tiny.LAYERS
+    assert np.abs(found[0].pop("mass") - found[1].pop("mass")).max() < 1e-6
+    assert found[0].equals(found[1])
 
 
 def test_masses_of_a_query_kind_sum_to_one(pipe: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from mmdit_probe.observe.maps import PARTS, JointBlocks
 from mmdit_probe.observe.observer import DenoisingCall, Observer, RowBatch
 from mmdit_probe.observe.pca import PCA, Projection
 from mmdit_probe.observe.sinks import Channels, KeyMass, SinkFree
-from mmdit_probe.results.tables import MemorySink, constant
+from mmdit_probe.results.tables import MemorySink
 from mmdit_probe.specs import ALL_HEADS
 from tests import tiny
 
@@ -180,14 +181,34 @@ def test_a_batch_is_the_outer_product_of_its_axes() -> None:
     assert all(isinstance(columns[name], pd.Categorical) for name in ("prompt", "branch", "span"))
 
 
+def test_a_batch_takes_the_columns_of_the_same_axes_and_labels_from_the_one_before() -> None:
+    names = ["prompt", "seed", "step", "sigma", "branch", "layer", "mass"]
+    axes = [{"layer": [3, 5]}, {"span": ["word", "pad"]}]
+
+    def columns(call: DenoisingCall, axes: Any, before: RowBatch | None, start: float) -> tuple[RowBatch, Any]:
+        batch = RowBatch(call, before)
+        batch.add(0, axes, mass=start + np.arange(4.0).reshape(2, 2))
+        return batch, batch.columns(names)
+
+    first, one = columns(CALL, axes, None, 0)
+    later, two = columns(replace(CALL, step=4, sigmas=[0.5, 0.4]), axes, first, 10)
+    assert all(one[name] is two[name] for name in ("prompt", "seed", "branch", "layer"))
+    assert set(two["step"]) == {4} and set(two["sigma"]) == {0.5} and two["mass"].tolist() == [10, 11, 12, 13]
+    for call, other in ((replace(CALL, prompts=["c", "b"]), axes), (CALL, [{"layer": [7]}, axes[1]])):
+        batch = RowBatch(call, later)
+        batch.add(0, other, mass=np.zeros((1, 2)))
+        found = pd.DataFrame(batch.columns(names))
+        assert found["prompt"].tolist() == [call.prompts[0]] * len(found)
+        assert set(found["layer"]) == set(other[0]["layer"])
+
+
 def test_memory_gives_back_what_was_written_in_few_bytes(pipe: Any) -> None:
     parts: list[dict[str, Any]] = []
     sink = MemorySink()
 
     def both(columns: dict[str, Any]) -> None:
-        labelled = {"item": constant(300, len(columns["mass"])), "control": constant("none", len(columns["mass"]))}
-        parts.append(labelled | columns)
-        sink.write(parts[-1])
+        parts.append({"item": np.full(len(columns["mass"]), 300, np.int32), **columns})
+        sink.write({"item": 300, **columns})
 
     with probe(pipe, AttentionMass(both)):
         sample(pipe, num_inference_steps=3)

@@ -92,7 +92,8 @@ def test_fig03(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     maps = {f"{layer}:{kind}": np.random.default_rng(layer).normal(size=(1, 4, 4, 3)) for _, layer, kind in cells}
     maps["pictures"] = np.zeros((1, 8, 8, 3), np.uint8)
-    run = folder_with(tmp_path, FeaturePCA(), {"pca": table}, {"kinds": ["key", "value"]}, arrays=maps)
+    request = {"kinds": ["key", "value"], "items": [[f"picture {item}", "", item] for item in range(3)]}
+    run = folder_with(tmp_path, FeaturePCA(), {"pca": table}, request, arrays=maps)
     names = draw("fig03_pca", run, tmp_path / "out", monkeypatch)
     maps_and_scores = {f"{name}.{kind}" for name in ("fig29_pca_maps", "fig03_pca_scores") for kind in ("png", "pdf")}
     assert names == maps_and_scores | {"fig03_pca_scores.csv"}
@@ -110,7 +111,9 @@ def test_one_component_is_grey_and_two_are_two_colours() -> None:
 def test_fig05(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.experiments.test_perturb import long_table
 
-    request = {**SAMPLED, "conditions": [], "items": [["p", 0]]}
+    stock = {"condition": "stock", "layer": -1, "head": -1, "span": "all"}
+    items = [[f"p{item}", item] for item in range(8)]
+    request = {**SAMPLED, "conditions": [["stock", stock, 0.0, None]], "items": items}
     run = folder_with(tmp_path, Perturb(), {"perturb": long_table(0.3, 0.0)}, request)
     names = draw("fig05_blur", run, tmp_path / "out", monkeypatch)
     assert names == {f"fig18_blur_scores.{kind}" for kind in ("png", "pdf", "csv")}
@@ -127,7 +130,7 @@ def test_fig06(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         [f"{layers}-{scale}", {"layers": layers, "scale": scale, "control": "none"}, scale, None]
         for layers, scale in settings
     ]
-    request = {**SAMPLED, "conditions": conditions, "items": [["p", item] for item in range(4)]}
+    request = {**SAMPLED, "conditions": conditions, "items": [[f"p{item}", item] for item in range(4)]}
     run = folder_with(tmp_path, Generate(), {"images": pd.DataFrame(rows)}, request)
     names = draw("fig06_guidance", run, tmp_path / "out", monkeypatch)
     drawn = {f"{name}.{kind}" for name in ("fig06_guidance", "fig06_guidance_scores") for kind in ("png", "pdf")}

@@ -17,7 +17,7 @@ import pytest
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.results import TableWriter, read_items, read_table
 from mmdit_probe.results.atomic import resumable
-from mmdit_probe.results.tables import MemorySink, check_items, constant
+from mmdit_probe.results.tables import MemorySink, check_items
 from tests.tables import budget_table
 
 
@@ -229,10 +229,29 @@ def test_a_table_that_another_program_wrote_or_changed_is_refused(tmp_path: Path
 
 
 def test_a_column_of_one_value_takes_large_whole_numbers() -> None:
-    for value, kind in ((2**31 - 1, np.int32), (-(2**31), np.int32), (2**31, np.int64), (2**63 - 1, np.int64)):
-        column = constant(value, 2)
-        assert column.tolist() == [value, value] and column.dtype == kind
-    assert constant(2.5, 1).tolist() == [2.5] and list(constant("a", 2)) == ["a", "a"]
+    for value, kind in ((2**31 - 1, "int32"), (-(2**31), "int32"), (2**31, "int64"), (2**63 - 1, "int64"),
+                        (2.5, "float64"), (np.float32(2.5), "float64"), ("a", "category")):  # fmt: skip
+        sink = MemorySink()
+        sink.write({"one": value, "each": [1, 2]})
+        assert sink.table()["one"].tolist() == [value, value] and sink.table()["one"].dtype == kind
+
+
+def test_a_column_that_is_given_again_is_kept_once() -> None:
+    sink, column = MemorySink(), np.arange(1000.0)
+    for number in range(3):
+        sink.write({"same": column, "other": column + number, "text": "ab"[number % 2]})
+    assert sink.table()["same"].tolist() == [*range(1000)] * 3
+    assert sink.table()["other"].tolist() == [value + number for number in range(3) for value in range(1000)]
+    assert sink.table()["text"].tolist() == ["a"] * 1000 + ["b"] * 1000 + ["a"] * 1000
+    assert sink.nbytes < 4.1 * column.nbytes
+
+
+def test_missing_text_stays_missing() -> None:
+    sink = MemorySink()
+    sink.write({"a": pd.Categorical(["x", None, "y"]), "b": pd.array(["x", None, "y"], "str")})
+    for name in ("a", "b"):
+        assert sink.table()[name].isna().tolist() == [False, True, False]
+        assert sink.table()[name].dropna().tolist() == ["x", "y"]
 
 
 def test_memory_takes_objects_and_numbers_of_growing_type() -> None:

@@ -14,7 +14,7 @@ from mmdit_probe.evaluate.scores import assign, histogram
 from mmdit_probe.segment.methods import METHODS, find
 from mmdit_probe.segment.methods.clusters import normalised_cuts
 from mmdit_probe.segment.methods.seg4diff import greedy_merge, symmetric_kl
-from mmdit_probe.segment.settings import parse_option
+from mmdit_probe.segment.settings import split_option
 from mmdit_probe.segment.tail import label
 from tests.segment import worlds
 
@@ -158,9 +158,30 @@ def test_options_are_checked() -> None:
         find("seg4diff").configure({"sofmax": "joint"})
     with pytest.raises(UserError, match="did you mean 'diffseg"):
         find("difseg")
-    assert parse_option("tau=0.5") == ("tau", 0.5) and parse_option("cluster=false") == ("cluster", False)
-    assert parse_option("tau=0.9,0.5") == ("tau", (0.9, 0.5)) and parse_option("kinds=pad,eos") == ("kinds", "pad,eos")
-    assert parse_option("order=2") == ("order", 2) and parse_option("stream=none") == ("stream", None)
+
+
+@pytest.mark.parametrize(
+    ("method", "text", "value"),
+    [
+        ("diffseg", "tau=0.5", 0.5),
+        ("diffseg", "tau=0.9,0.5", (0.9, 0.5)),
+        ("diffseg", "tau=1", 1),
+        ("iseg", "cluster=false", False),
+        ("seg4diff-unsup", "kinds=pad,eos", "pad,eos"),
+        ("diffsegmenter", "order=2", 2),
+        ("seg4diff", "stream=none", None),
+        ("seg4diff", "heads=2", 2),
+        ("seg4diff", "heads=0,2", (0, 2)),
+        ("seg4diff", "heads=0-3", "0-3"),
+        ("corrclip", "weights=1", (1,)),
+        ("proxyclip", "side=336,336,112", (336, 336, 112)),
+        ("proxyclip", "clip=12", "12"),  # a folder of this name
+        ("proxyclip", "source=true", "true"),
+    ],
+)
+def test_an_option_is_read_by_its_own_type(method: str, text: str, value: object) -> None:
+    name, written = split_option(text)
+    assert METHODS[method].configure({name: written}).options == {name: value}
 
 
 @pytest.mark.parametrize("name", ["seg4diff", "diffsegmenter", "iseg", "tokenrank", "conceptattention", "diffcut"])
@@ -207,13 +228,13 @@ def test_the_second_attention_is_read_where_it_is_asked_for(name: str) -> None:
         ("diffsegmenter", "order=2.5", "whole number"),
         ("conceptattention", "temperature=abc", "a number of 0 or more or none"),
         ("seg4diff", "minmax=5", "true or false"),
-        ("seg4diff", "heads=none", "a word"),
+        ("seg4diff", "heads=none", "cannot read 'none' as a head; expected all, 3, 0-3 or 0,5"),
         ("proxyclip", "side=0", "whole number from 1 to 10000000 or several by comma or none"),
         ("diffseg", "tau=nan", "a number of 0 or more"),
     ],
 )
 def test_options_of_another_kind_are_refused(method: str, text: str, words: str) -> None:
-    name, value = parse_option(text)
+    name, value = split_option(text)
     with pytest.raises(UserError, match=words):
         METHODS[method].configure({name: value})
 
@@ -229,7 +250,7 @@ def test_every_kind_of_token_that_is_named_is_one() -> None:
 def test_a_written_none_is_the_word_where_an_option_knows_it(option: str) -> None:
     """`--set conceptattention.normalise=none` was refused: the text was read as nothing at all."""
     one = worlds.capture(worlds.masks(), noise=0.2)
-    name, value = parse_option(f"{option}=none")
+    name, value = split_option(f"{option}=none")
     written = METHODS["conceptattention"].configure({name: value})
     assert written.options == {option: "none"}
     assert torch.equal(written(one), METHODS["conceptattention"].configure({option: "none"})(one))

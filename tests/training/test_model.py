@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from mmdit_probe import assets, load
 from mmdit_probe.experiments.scenes_quality import grid_ceiling, held_out, word_map_scores
@@ -68,6 +69,22 @@ def test_i2t_maps_find_the_regions_of_words(model, twin, scenes):
     )
     assert best >= chance + 0.1
     assert best < grid_ceiling(scenes, 16) <= 1
+
+
+def test_the_maps_interval_is_the_jackknife_s_over_scenes(model, scenes):
+    """Against the definition: every scene left out in turn, of clean latents, which depend on no noise."""
+    few = scenes[:3]
+
+    def miou(items):
+        table = word_map_scores(model, items, sigma=0.0)
+        return table[(table["head"] == "mean") & ~table["min_max"]].set_index("layer")
+
+    whole = miou(few)
+    without = np.stack([miou(few[:k] + few[k + 1 :])["miou"] for k in range(3)])
+    error = np.sqrt(2 / 3 * ((without - without.mean(0)) ** 2).sum(0)) * stats.t.ppf(0.975, 2)
+    np.testing.assert_allclose(whole["low"], np.clip(whole["miou"] - error, 0, 1), atol=1e-6)
+    np.testing.assert_allclose(whole["high"], np.clip(whole["miou"] + error, 0, 1), atol=1e-6)
+    assert (whole["low"] < whole["miou"]).all()
 
 
 def test_the_twin_differs_in_the_transformer_alone(model, twin):

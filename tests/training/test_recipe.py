@@ -209,11 +209,17 @@ def test_the_ablation_trains_measures_and_resumes(workdir, tmp_path, monkeypatch
 def test_the_answer_counts_best_layers_at_the_aligned_one_and_the_next():
     ablation = script("analyses/alignment_ablation.py")
     best = {"random weights": 0, "none": 3, "layer:2": 2, "layer:4": 5, "layer:6": 4}
-    keys = [(recipe, layer) for recipe in best for layer in range(8)]
-    frame = pd.DataFrame(keys, columns=["recipe", "layer"]).assign(seed=0, min_max=False, evidence="segmentation")
-    frame["miou"] = [0.5 if layer == best[recipe] else 0.1 for recipe, layer in keys]
-    frame["rank"] = [1 if layer == best[recipe] else 2 for recipe, layer in keys]
+    stretched = best | {"layer:6": 7}
+    frame = pd.DataFrame(
+        [
+            {"recipe": recipe, "seed": 0, "layer": layer, "min_max": kind, "evidence": "segmentation",
+             "miou": 0.5 if layer == of[recipe] else 0.1, "rank": 1 if layer == best[recipe] else 2}
+            for kind, of in ((False, best), (True, stretched)) for recipe in of for layer in range(8)
+        ]
+    )  # fmt: skip
     table = ablation.best_layers({"maps": frame, "evidence": frame}).set_index("recipe")
     assert table["by_maps"].to_dict() == table["by_evidence"].to_dict() == best
+    assert table["by_min_max"].to_dict() == stretched
     assert table["by_maps_follows"].dropna().to_dict() == {"layer:2": True, "layer:4": True, "layer:6": False}
+    assert table["by_min_max_follows"].dropna().to_dict() == {"layer:2": True, "layer:4": True, "layer:6": True}
     assert np.isnan(table.loc["none", "aligned"]) and table.loc["layer:6", "aligned"] == 6

@@ -145,11 +145,6 @@ class Family:
         """Whether every prompt has the same number of text positions."""
         return bool(self.streams) and all(stream.padded for stream in self.streams)
 
-    def grid(self, image_input: Any, config: Any) -> tuple[int, int]:
-        """Token grid (h, w), row-major, of latents [B, C, latent height, latent width]."""
-        side = self.cell or config.patch_size
-        return image_input.shape[-2] // side, image_input.shape[-1] // side
-
     def layer_place(self, path: str) -> tuple[int, int] | None:
         """Place of a module in the joint-attention forward order (kind of block, place in it), or None."""
         for kind, pattern in enumerate((self.layers,) if isinstance(self.layers, str) else self.layers):

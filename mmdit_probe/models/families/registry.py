@@ -13,6 +13,7 @@ from mmdit_probe.models.families.facts import Family as Family
 from mmdit_probe.models.families.facts import TextStream as TextStream
 
 FAMILIES: dict[str, Family] = {entry.name: entry for entry in ENTRIES}
+BY_CLASS: dict[str, Family] = {entry.transformer: entry for entry in ENTRIES}
 
 CROSS_ATTENTION: dict[str, str] = dict.fromkeys(
     (
@@ -51,25 +52,31 @@ def family_of(transformer: object) -> Family:
     Raises:
         UserError: not a known MM-DiT.
     """
+    found = find_family(transformer)
+    if found is None:
+        raise UserError(
+            f"{type(transformer).__name__} is not a known MM-DiT: image and text tokens must share one softmax. Known"
+            f" transformers: {', '.join(BY_CLASS)}"
+        )
+    return found
+
+
+def find_family(transformer: object) -> Family | None:
+    """The same; None for one without an entry that may be an MM-DiT.
+
+    Raises:
+        UserError: it is known to be none, or one that is not followed.
+    """
     names = [base.__name__ for base in type(transformer).__mro__]
-    by_class = {family.transformer: family for family in FAMILIES.values()}
     for name in names:
-        if name in by_class:
-            return by_class[name]
-    refuse_cross_attention(transformer)
-    known = ", ".join(by_class)
-    raise UserError(
-        f"{names[0]} is not a known MM-DiT: image and text tokens must share one softmax. Known transformers: {known}"
-    )
-
-
-def refuse_cross_attention(transformer: object) -> None:
-    """Raises a UserError that says why, if the transformer is known to be no MM-DiT, or one that is not followed."""
-    refuse_class(*(base.__name__ for base in type(transformer).__mro__))
+        if name in BY_CLASS:
+            return BY_CLASS[name]
+    refuse_class(*names)
+    return None
 
 
 def refuse_class(*names: str) -> None:
-    """The same for the names of a transformer's class and its bases.
+    """Refuse the names of a transformer's class and its bases.
 
     Raises:
         UserError: one of them has no joint attention, or one that is not followed.

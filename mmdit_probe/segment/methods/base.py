@@ -21,8 +21,9 @@ from torch import Tensor
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.options import MOST
 from mmdit_probe.segment.record import Capture
+from mmdit_probe.segment.settings import value_of
 from mmdit_probe.segment.vocabulary import Query
-from mmdit_probe.specs import HeadSpec, heads_at, listed
+from mmdit_probe.specs import HeadSpec, check_spec, head_indices, heads_at, listed
 
 Heads = HeadSpec
 """Which heads count: "mean" or "all", one or some for every layer, or some per layer."""
@@ -82,7 +83,7 @@ class Method:
         return None if kinds == "all" else tuple(listed(kinds))
 
     def configure(self, options: Mapping[str, Any]) -> Method:
-        """The method with other option values.
+        """The method with other option values, or what their texts mean by the options' own types.
 
         Raises:
             UserError: it has no such option, or the value is of another kind than the option's.
@@ -91,8 +92,7 @@ class Method:
         read = {}
         for name, value in options.items():
             check_known(f"option of {self.name}", name, self.defaults)
-            # A written "none" is the word where the option has no other use of it.
-            read[name] = "none" if value is None and kinds[name] is str and name != "heads" else value
+            read[name] = value_of(value, kinds[name]) if isinstance(value, str) else value
             _check(self.name, name, kinds[name], read[name])
         return replace(self, options={**self.options, **read})
 
@@ -108,16 +108,19 @@ class Method:
 
 
 def _check(method: str, name: str, kind: Any, value: Any) -> None:
-    """Refuse a value that is not of an option's kind: whole numbers from 1 to `MOST`, other numbers from 0, on or off,
-    words, or an object of a class that the option names."""
+    """Refuse a value that is not of an option's kind: heads, whole numbers from 1 to `MOST`, other numbers from 0, on
+    or off, words, or an object of a class that the option names."""
+    if kind == Heads:
+        if value != "mean" and not isinstance(value, Mapping):
+            check_spec(value, head_indices)
+        return
     allowed = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     number = isinstance(value, int | float) and not isinstance(value, bool)
     fits: dict[Any, tuple[bool, str]] = {
         int: (number and isinstance(value, int) and 1 <= value <= MOST, f"a whole number from 1 to {MOST}"),
         float: (number and 0 <= value < float("inf"), "a number of 0 or more"),
         bool: (isinstance(value, bool), "true or false"),
-        # heads may be numbers or a mapping; they are read with the layer's own count
-        str: (isinstance(value, str) or (name == "heads" and value is not None), "a word"),
+        str: (isinstance(value, str), "a word"),
         type(None): (value is None, "none"),
         Sequence[float]: (
             isinstance(value, list | tuple) and all(isinstance(one, int | float) and one >= 0 for one in value),

@@ -190,7 +190,7 @@ def _named(
         return (model.project(features) @ words.T).T.reshape(-1, *grid)  # (M, P) x (P, Q) -> (Q, h, w)
 
     if isinstance(side, Sequence):
-        top, left, bottom, right = (round(edge) for edge in capture.fit.source)
+        top, left, bottom, right = capture.fit.shown
         slid = resized(_slid(capture, given, side, logits), (bottom - top, right - left))
         maps = (temperature * slid).softmax(0)
     else:
@@ -214,7 +214,7 @@ def _slid(capture: Capture, given: ClipInput, side: Sequence[float], logits: Cal
             f"side={short},{window},{stride}: expected stride <= window <= short side, and a window of whole patches of"
             f" {model.patch} pixels"
         )
-    top, left, bottom, right = (round(edge) for edge in capture.fit.source)
+    top, left, bottom, right = capture.fit.shown
     scale = short / min(bottom - top, right - left)
     size = int((bottom - top) * scale + 0.5), int((right - left) * scale + 0.5)
     pixels = given.input(lambda: capture.fit.at(size).apply(capture.image), size)
@@ -242,7 +242,7 @@ def region_map(capture: Capture, out: Grid) -> Tensor | None:
         return None
     ids, fit = torch.from_numpy(capture.regions), capture.fit
     if tuple(ids.shape) == fit.picture:
-        top, left, bottom, right = (round(edge) for edge in fit.source)
+        top, left, bottom, right = fit.shown
         up, across, down, over = fit.target
         canvas = torch.zeros(fit.size, dtype=torch.long)
         canvas[up:down, across:over] = _nearest(ids[top:bottom, left:right], (down - up, over - across))

@@ -1,0 +1,108 @@
+"""Does the layer that segments follow the layer that was taught? Not a figure of the paper.
+
+    python figures/fig_alignment_ablation.py
+
+Draws the tables that `analyses/alignment_ablation.py` writes: one row per transformer, trained by the same curriculum,
+batches and noise, whose image tokens were taught something on the framed layers. Writes
+`figures/out/scenes-sd3/alignment_ablation.{png,pdf,csv}`. Takes and ignores the options of its sister scripts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from mmdit_probe.plots import save, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OUT = Path(__file__).parent / "out"
+TABLES = Path(__file__).parents[1] / "analyses" / "results" / "alignment_ablation"
+RANDOM = "random weights"
+NAMES = {"none": "nothing", "all:features": "features, all layers", "all:labels": "labels, all layers"}
+BEST: dict[str, Any] = {"marker": "o", "ls": "none", "ms": 3, "color": "white", "mec": "black", "mew": 0.6}
+TAUGHT: dict[str, Any] = {"fill": False, "ec": "#D55E00", "lw": 1.6}
+
+
+def taught(recipe: str, layers: list[int]) -> list[int]:
+    """The layers whose output had a head."""
+    of, _, which = recipe.partition(":")
+    return [int(which)] if of == "layer" else layers if of == "all" else []
+
+
+def name_of(recipe: str) -> str:
+    """A recipe in words."""
+    return NAMES.get(recipe, f"labels, layer {recipe.partition(':')[2]}" if recipe.startswith("layer:") else recipe)
+
+
+def by_layer(table: pd.DataFrame, value: str) -> pd.DataFrame:
+    """Recipes by layers, the mean over seeds, in the order of the table."""
+    order = list(dict.fromkeys(table["recipe"]))
+    return table.pivot_table(index="recipe", columns="layer", values=value).reindex(order)
+
+
+def panel(axes: Axes, grid: pd.DataFrame, title: str, low: float, high: float) -> None:
+    """One heat map: a dot for the best layer of each transformer (of ranks, the least), a frame around the taught."""
+    from matplotlib.patches import Rectangle
+
+    ranks, layers = low > 0, list(grid.columns)
+    texts = [[f"{value:.1f}" if ranks else f"{value:.2f}".lstrip("0") for value in row] for row in grid.to_numpy()]
+    shown = grid.rename(index=name_of).rename_axis(index="taught beside flow matching")
+    style.heat(axes, shown, low=low, high=high, colours="cividis_r" if ranks else "cividis", texts=texts)
+    for row, recipe in enumerate(grid.index):
+        values = grid.loc[recipe]
+        best = values.idxmin() if ranks else values.idxmax()
+        axes.plot(layers.index(best) + 0.5, row + 0.12, **BEST)
+        for layer in taught(recipe, layers):
+            axes.add_patch(Rectangle((layers.index(layer), row), 1, 1, clip_on=False, **TAUGHT))
+    axes.set_title(title)
+
+
+def ablation_figure(maps: pd.DataFrame, evidence: pd.DataFrame, *, title: str = "") -> Figure:
+    """I2T map quality, raw and stretched, and the mean rank over all evidence, recipe by layer.
+
+    Args:
+        maps, evidence: as `analyses/alignment_ablation.py` writes them.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    raw, stretched = (by_layer(maps[maps["min_max"] == kind], "miou") for kind in (False, True))
+    ranks = by_layer(evidence, "rank")
+    top = float(maps["miou"].max())
+    with style.panels(style.PAGE, 2.4, 3, title=title) as (figure, panels):
+        panel(panels[0], raw, "mIoU, raw I2T maps", 0, top)
+        panel(panels[1], stretched, "mIoU, maps stretched to 0..1", 0, top)
+        panel(panels[2], ranks, "mean rank over all evidence", 1, float(ranks.columns.size))
+        for axes in panels[1:]:
+            axes.set(ylabel="", yticklabels=[])
+        handles = [Patch(label="taught layer", **TAUGHT), Line2D([], [], label="best layer", **BEST)]
+        style.legend(figure, handles=handles)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
+    options, _ = parser.parse_known_args()
+    maps, evidence = (pd.read_csv(TABLES / f"{name}.csv") for name in ("maps", "evidence"))
+    seeds = maps.loc[maps["recipe"] != RANDOM, "seed"].nunique()
+    title = (
+        "scenes-sd3, trained alike but for what its image tokens were taught;"
+        f" n = {int(maps['n'].max())} scenes, {seeds} seed{'s' * (seeds > 1)}"
+    )
+    path = options.out / "scenes-sd3" / "alignment_ablation"
+    for written in save(ablation_figure(maps, evidence, title=title), path):
+        print(written)
+    table = maps.merge(evidence.groupby(["recipe", "seed", "layer"], as_index=False)["rank"].mean())
+    table.to_csv(path.with_suffix(".csv"), index=False)
+    print(path.with_suffix(".csv"))
+
+
+if __name__ == "__main__":
+    main()
