@@ -23,6 +23,7 @@ from pathlib import Path
 import pandas as pd
 
 from mmdit_probe import load
+from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.experiments import evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, Amount
 from mmdit_probe.experiments.scenes_quality import alignment_of, held_out, word_map_scores
@@ -230,9 +231,9 @@ def samples_of(steps: int | None) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path(".training"), help="of `python -m training`")
-    parser.add_argument("--samples", type=int, default=100_000, help="of each transformer")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--n", type=int, default=Size.n, help="scenes, and captions per category")
+    parser.add_argument("--samples", type=at_least(1), default=100_000, help="of each transformer")
+    parser.add_argument("--seeds", type=at_least(0), nargs="+", default=[0, 1])
+    parser.add_argument("--limit", "-n", type=at_least(1), default=Size.n, help="scenes, and captions per category")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--minutes", type=float, help="stop after this time; the same call goes on")
     parser.add_argument("--device", default="auto")
@@ -240,9 +241,9 @@ def main() -> None:
     options = parser.parse_args()
     steps = round(options.samples * sum(phase.steps for phase in CURRICULUM) / samples_of(None))
     common = Session(workdir=options.workdir, steps=steps, minutes=options.minutes, device=options.device)
-    done = ablation(common, options.seeds, Size(n=options.n), options.out, options.recipes)
+    done = ablation(common, options.seeds, Size(n=options.limit), options.out, options.recipes)
     print(options.out / "summary.md" if done else "the time is over; the same call goes on")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

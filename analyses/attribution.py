@@ -1,7 +1,7 @@
 """Where do attention maps and causal attribution agree? Per layer, for two targets, two methods and a random network.
 
     python analyses/attribution.py                # a few minutes on one core
-    python analyses/attribution.py -n 8
+    python analyses/attribution.py --limit 8
 
 For (word, region) pairs of held-out scenes: the I2T map of the word in the region, and what the word causes there,
 found by feature ablation and integrated gradients (captum). Targets: the region's denoising loss, and the mass of the
@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from mmdit_probe import load
+from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.experiments import Attribute
 from mmdit_probe.plots import save
 
@@ -58,7 +59,7 @@ def markdown(table: pd.DataFrame, controls: pd.DataFrame, options: argparse.Name
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="scenes-sd3")
-    parser.add_argument("-n", type=int, default=32, help="scenes; those of one class are left out")
+    parser.add_argument("--limit", "-n", type=at_least(1), default=32, help="scenes; those of one class are left out")
     parser.add_argument("--split", default="test")
     parser.add_argument("--sigma", type=float, default=0.7)
     parser.add_argument("--device", default="auto")
@@ -69,7 +70,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     for target, method, control in SETTINGS:
         experiment = Attribute(
-            limit=options.n, split=options.split, sigma=options.sigma, target=target, method=method, control=control
+            limit=options.limit, split=options.split, sigma=options.sigma, target=target, method=method, control=control
         )  # type: ignore[arg-type]
         result = experiment.run(model, out="auto", resume=True)
         tables.append(result.summary.assign(target=target, method=method))
@@ -85,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

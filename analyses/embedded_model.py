@@ -1,7 +1,7 @@
 """How good is the embedded model? What its images show, where its words look, and the same for its random-weight twin.
 
     python analyses/embedded_model.py            # about a quarter of an hour on two cores
-    python analyses/embedded_model.py --n 20     # a quick look
+    python analyses/embedded_model.py --limit 20     # a quick look
 
 The guidance is chosen on captions of the "val" split, of all categories; everything else is of "test".
 
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from mmdit_probe import load
+from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.experiments import Score
 from mmdit_probe.experiments.score import REAL, map_cells
 from mmdit_probe.experiments.text import bounded
@@ -34,7 +36,9 @@ def guidance_table(model: object, options: argparse.Namespace) -> pd.DataFrame:
     """Scores on captions of the "val" split, of all categories, per guidance with the same seeds; best first."""
     rows = []
     for guidance in options.guidance:
-        experiment = Score(n=options.n_val, split="val", clip="none", num_steps=options.num_steps, guidance=guidance)
+        experiment = Score(
+            limit=options.val_limit, split="val", clip="none", num_steps=options.num_steps, guidance=guidance
+        )
         table = experiment.run(model, out="auto", resume=True).table
         rows.append({"guidance": guidance, **means(table[table["category"] != REAL])})
     return pd.DataFrame(rows).sort_values("things_right", ascending=False, kind="stable")
@@ -123,13 +127,13 @@ def told(row: Mapping[Any, Any], name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=200, help="captions per category, and scenes")
+    parser.add_argument("--limit", "-n", type=at_least(1), default=200, help="captions per category, and scenes")
     parser.add_argument(
         "--guidance", type=float, nargs="+", default=[3.0, 4.5, 6.0, 7.5, 9.0, 12.0], help="chosen among these"
     )
-    parser.add_argument("--n-val", type=int, default=32, help="val captions per category that choose the guidance")
-    parser.add_argument("--num-steps", type=int, default=28)
-    parser.add_argument("--sigmas", type=float, nargs="+", default=[0.3, 0.5, 0.75])
+    parser.add_argument("--val-limit", type=at_least(1), default=32, help="val captions per category, for the guidance")
+    parser.add_argument("--num-steps", type=at_least(1), default=28)
+    parser.add_argument("--sigma", type=float, nargs="+", default=[0.3, 0.5, 0.75])
     parser.add_argument("--device", default="auto")
     parser.add_argument(
         "--dtype", default="bfloat16", help="of the model; bfloat16 halves the time on CPUs that have it"
@@ -137,13 +141,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     images, maps = [], []
+    asked = Score(limit=options.limit, split="test", map_sigma=",".join(map(str, options.sigma)), clip="none",
+                  num_steps=options.num_steps)  # fmt: skip
     chooser = load("scenes-sd3", device=options.device, dtype=options.dtype)
     guidances = guidance_table(chooser, options)
     for name, categories in MODELS.items():
-        experiment = Score(
-            n=options.n, split="test", categories=categories, maps=",".join(map(str, options.sigmas)), clip="none",
-            num_steps=options.num_steps, guidance=float(guidances["guidance"].iloc[0]),
-        )  # fmt: skip
+        experiment = replace(asked, categories=categories, guidance=float(guidances["guidance"].iloc[0]))
         model = load(name, device=options.device, dtype=options.dtype)
         result = experiment.run(model, out="auto", resume=True)
         if categories != "none":
@@ -161,4 +164,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,7 +1,7 @@
 """Which layer grounds words? Five kinds of evidence per layer, their controls, and whether they agree.
 
     python analyses/layer_evidence.py                       # about ten minutes on one core
-    python analyses/layer_evidence.py -n 8 --prompts 4      # a quick look
+    python analyses/layer_evidence.py --limit 8 --perturb-limit 4 # a quick look
 
 A layer is selected on one split (least mean rank, a rule set before any result); the evidence is then measured again
 on another split, with the controls of `experiments.controls`, so that nothing reported was used to select. Printed and
@@ -18,6 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from mmdit_probe import load
+from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.experiments import SelectLayers, evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, RANK_RULES
 from mmdit_probe.experiments.text import signed
@@ -50,13 +51,13 @@ def markdown(
     options: argparse.Namespace,
 ) -> str:  # fmt: skip
     """The tables for people."""
-    select, report = options.select, options.report
+    select, report = options.split, options.report
     ranks = {split: part.groupby("layer")["rank"].mean() for split, part in by_layer.groupby("split")}
     lines = [
         "# Evidence per layer",
         "",
-        f"Written by `python analyses/layer_evidence.py`. Model {options.model}, {options.n} scenes and"
-        f" {options.prompts} prompts ({options.num_steps} steps) per split. Layers {list(layers)} were selected"
+        f"Written by `python analyses/layer_evidence.py`. Model {options.model}, {options.limit} scenes and"
+        f" {options.perturb_limit} prompts ({options.num_steps} steps) per split. Layers {list(layers)} were selected"
         f" on `{select}` by {options.rule}; every number below is from `{report}`, except where splits are named.",
         f"Mean rank of the selected layers on `{report}`: "
         + ", ".join(f"layer {layer}: {ranks[report][layer]:.1f} of {len(ranks[report])}" for layer in layers)
@@ -106,26 +107,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="scenes-sd3")
     parser.add_argument("--evidence", default="all", help=", ".join(EVIDENCE))
-    parser.add_argument("-n", type=int, default=32, help="scenes per evidence and split")
-    parser.add_argument("--prompts", type=int, default=8, help="prompts of the perturbation")
-    parser.add_argument("--num-steps", type=int, default=14, help="sampling steps of the perturbation")
-    parser.add_argument("--select", default="val", help="split to select on")
+    parser.add_argument("--limit", "-n", type=at_least(1), default=32, help="scenes per evidence and split")
+    parser.add_argument("--perturb-limit", type=at_least(1), default=8, help="prompts of the perturbation")
+    parser.add_argument("--num-steps", type=at_least(1), default=14, help="sampling steps of the perturbation")
+    parser.add_argument("--split", default="val", help="split to select on")
     parser.add_argument("--report", default="test", help="split to report on")
     parser.add_argument("--rule", default="ranks", choices=[*RANK_RULES, *EVIDENCE])
-    parser.add_argument("--top", type=int, default=1, help="layers to select")
+    parser.add_argument("--top", type=at_least(1), default=1, help="layers to select")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the results")
     options = parser.parse_args()
     # Controls belong to the split that an experiment selects on; here they are of the split that is reported.
     experiment = SelectLayers(
-        evidence=options.evidence, limit=options.n, prompts=options.prompts, num_steps=options.num_steps,
-        split=options.report, report=options.select, top=options.top, control="random,shuffled,uniform",
+        evidence=options.evidence, limit=options.limit, perturb_limit=options.perturb_limit,
+        num_steps=options.num_steps, split=options.report, report=options.split, top=options.top,
+        control="random,shuffled,uniform",
     )  # fmt: skip
     model = load(options.model, device=options.device)
     result = experiment.run(model, out="auto", resume=True)
     long, by_layer = result.table, result.summary
     agreement = evidence.agreement(long)
-    layers = evidence.choose(by_layer[by_layer["split"] == options.select], options.top, options.rule)
+    layers = evidence.choose(by_layer[by_layer["split"] == options.split], options.top, options.rule)
     reported = long[long["split"] == options.report]
     against = verdicts(reported, layers)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -136,7 +138,7 @@ def main() -> None:
     (options.out / "summary.md").write_text(text, encoding="utf-8")
     here = agreement[(agreement["first_split"] == options.report) & (agreement["second_split"] == options.report)]
     title = (
-        f"{model.name}: layers {', '.join(map(str, layers))} selected on {options.select}; evidence on {options.report}"
+        f"{model.name}: layers {', '.join(map(str, layers))} selected on {options.split}; evidence on {options.report}"
     )
     save(figure(by_layer[by_layer["split"] == options.report], here, layers, title=title), options.out / "evidence")
     print(text)
@@ -144,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,8 +1,9 @@
 """What does MAGNET gain and lose? LoRAs trained in several ways on scenes-sd3, measured on the same held-out scenes.
 
     python analyses/magnet_scenes.py --processes 2                       # some hours on two cores: 3 seeds, 2 recipes
-    python analyses/magnet_scenes.py --steps 4 --long-steps 6 --seeds 2 --train 16 --maps 6 --prompts 2 --num-steps 3 \
-        --pilot-steps 2 --pilot-prompts 1 --rates 1e-3 --validation 4 --work /tmp/quick --out /tmp/quick/out
+    python analyses/magnet_scenes.py --train-steps 4 --long-steps 6 --seeds 2 --train-limit 16 --map-limit 6 --limit 2 \
+        --num-steps 3 --pilot-steps 2 --pilot-limit 1 --rates 1e-3 --validate-limit 4 \
+        --workdir /tmp/quick --out /tmp/quick/out
 
 Variants: `class` (token-level, class masks), `part` (head-level, part masks), `self` (token-level, the model's own
 refined maps, no annotation), `released` (`class` with the published code's focal loss, which takes logits for
@@ -39,6 +40,7 @@ from magnet_tables import BASE, CONTROL, PROTOCOLS, UNSUPERVISED, choose, write
 
 from mmdit_probe import TextMaps, load, probe
 from mmdit_probe.data import Data, Sample, ScenesData
+from mmdit_probe.errors import UserError, at_least, run_script
 from mmdit_probe.evaluate.scores import ImageCounts, assign, histogram, matched
 from mmdit_probe.experiments import Score
 from mmdit_probe.experiments.score import REAL, scene_prompts
@@ -52,6 +54,7 @@ from mmdit_probe.results.folder import short_hash
 from mmdit_probe.scenes import CLASSES, scene
 from mmdit_probe.scenes.captions import PLURALS
 from mmdit_probe.segment import Reading, discover, segment
+from mmdit_probe.specs import numbers
 
 OUT = Path(__file__).parent / "results" / "magnet_scenes"
 MODEL = "scenes-sd3"
@@ -64,7 +67,7 @@ DRAWN = (BASE, CONTROL, "class", "part", "self")
 LONG = "class-long"
 OURS, PAPER = "ours", "paper"
 COMMON: dict[str, dict[str, Any]] = {
-    OURS: {"streams": "joint", "max_grad_norm": 1.0, "drop_prompt": 0.1}, PAPER: RECIPES["paper"],
+    OURS: {"lora_streams": "joint", "max_grad_norm": 1.0, "drop_prompt": 0.1}, PAPER: RECIPES["paper"],
 }  # fmt: skip
 """Recipe -> what all its trainings share; the pilot chooses the rest of ours."""
 SHOWN = 6
@@ -152,15 +155,15 @@ def layer_of(work: Path) -> int:
 def fit(plan: Plan, work: Path, name: str, data: Data, steps: int, **options: Any) -> TrainResult:
     """One training, or the one that is there."""
     chosen = MagnetOptions(
-        layers=(layer_of(work),), steps=steps, batch=plan.batch, warmup=steps // 20, validate_every=max(1, steps // 4),
-        save_every=50, **options,
+        layers=(layer_of(work),), train_steps=steps, batch=plan.batch, warmup=steps // 20,
+        validate_every=max(1, steps // 4), save_every=50, **options,
     )  # fmt: skip
     return train(plan.model(), data, chosen, held_out=held_out(plan), out=work / name, resume=True)
 
 
 def pictures(plan: Plan, path: Path, name: str, lora: Path | None, count: int, split: str) -> None:
     """Generated pictures of held-out captions and their scores."""
-    experiment = Score(n=count, split=split, num_steps=plan.num_steps, guidance=plan.guidance, seed=SEED)  # type: ignore[arg-type]
+    experiment = Score(limit=count, split=split, num_steps=plan.num_steps, guidance=plan.guidance, seed=SEED)  # type: ignore[arg-type]
     table = experiment.run(plan.model(lora, pictures=True), progress=False).table
     table[table["category"] != REAL].assign(variant=name).to_parquet(path)
 
@@ -352,27 +355,34 @@ def collect(plan: Plan, work: Path, recipe: str, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--long-steps", type=int, default=3000, help="of the paper's longer training; 0: none")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of every variant")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--train", type=int, default=800, help="training scenes")
+    parser.add_argument("--train-steps", dest="steps", type=at_least(1), default=400)
+    parser.add_argument("--long-steps", type=at_least(0), default=3000, help="of the paper's longer training; 0: none")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="trainings of every variant")
+    parser.add_argument("--batch", type=at_least(1), default=8)
+    parser.add_argument("--train-limit", dest="train", type=at_least(1), default=800, help="training scenes")
     parser.add_argument("--rates", default="1e-3,3e-3", help="learning rates of the pilot")
-    parser.add_argument("--pilot-steps", type=int, default=100)
-    parser.add_argument("--pilot-prompts", type=int, default=8, help="val prompts per category of the pilot")
-    parser.add_argument("--validation", type=int, default=64, help="val scenes of every choice")
-    parser.add_argument("--maps", type=int, default=200, help="test scenes of the mIoU")
-    parser.add_argument("--prompts", type=int, default=60, help="test prompts per category")
-    parser.add_argument("--num-steps", type=int, default=28)
+    parser.add_argument("--pilot-steps", type=at_least(1), default=100)
+    parser.add_argument(
+        "--pilot-limit", dest="pilot_prompts", type=at_least(1), default=8, help="val prompts per category of the pilot"
+    )
+    parser.add_argument(
+        "--validate-limit", dest="validation", type=at_least(1), default=64, help="val scenes of a choice"
+    )
+    parser.add_argument("--map-limit", dest="maps", type=at_least(1), default=200, help="test scenes of the mIoU")
+    parser.add_argument("--limit", "-n", dest="prompts", type=at_least(1), default=60, help="test prompts per category")
+    parser.add_argument("--num-steps", type=at_least(1), default=28)
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--precision", default="bfloat16", help="of generated pictures; all else is float32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--processes", type=int, default=1, help="jobs at a time, one thread each")
-    parser.add_argument("--work", type=Path, default=Path("runs") / "magnet-scenes", help="trainings, measurements")
+    parser.add_argument("--processes", type=at_least(1), default=1, help="jobs at a time, one thread each")
+    parser.add_argument("--workdir", type=Path, default=Path("runs") / "magnet-scenes", help="trainings, measurements")
     parser.add_argument("--out", type=Path, default=OUT, help="tables")
     ask = vars(parser.parse_args())
-    processes, work, out = (ask.pop(name) for name in ("processes", "work", "out"))
-    ask["rates"] = tuple(float(rate) for rate in ask["rates"].split(","))
+    processes, work, out = (ask.pop(name) for name in ("processes", "workdir", "out"))
+    try:
+        ask["rates"] = tuple(numbers(ask["rates"]))
+    except ValueError:
+        raise UserError(f"--rates {ask['rates']!r}; expected learning rates by comma, such as 1e-3,3e-3") from None
     plan = Plan(**ask)
     work = work / short_hash(asdict(plan) | {"weights": plan.model().weight_hash})
     work.mkdir(parents=True, exist_ok=True)
@@ -383,4 +393,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,7 +1,7 @@
 """Does a class's map say whether the class is in the picture, or only where its word would go? Why `full` is weak.
 
     python analyses/presence.py
-    python analyses/presence.py -n 20 --out runs/presence/mine
+    python analyses/presence.py --limit 20 --out runs/presence/mine
 
 All classes of the data set are named in one prompt; a class's I2T map is reduced to one number per picture (its mean,
 its peak over its mean, its spread over its mean). Numbers of classes that are there are compared with those of classes
@@ -25,6 +25,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mmdit_probe.data import Dataset, Sample, dataset
+from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.evaluate.scores import area_under_curve
 from mmdit_probe.evaluate.tagger import open_tagger
 from mmdit_probe.experiments import Experiment, Result
@@ -125,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="scenes-sd3")
     parser.add_argument("--dataset", default="scenes:val")
-    parser.add_argument("-n", type=int, default=200, help="number of pictures")
+    parser.add_argument("--limit", "-n", type=at_least(1), default=200, help="number of pictures")
     parser.add_argument("--out", type=Path, default=RESULTS / "presence")
     options = parser.parse_args()
     file = RESULTS / "segmentation_choice" / "settings.json"
@@ -135,7 +136,7 @@ def main() -> None:
         selection = json.loads((file.parent / chosen["selection"]).read_text(encoding="utf-8"))
         settings = {"layers": sorted(selection["layers"]), "sigmas": chosen["sigma"],
                     "options": chosen["options"]["seg4diff"]}  # fmt: skip
-    experiment = Presence(dataset=options.dataset, n=options.n, **settings)
+    experiment = Presence(dataset=options.dataset, n=options.limit, **settings)
     table = experiment.run(options.model, out="auto", resume=True).summary
     options.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.out / "presence.csv", index=False, float_format="%.4g")
@@ -150,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,9 +1,9 @@
 """Which layers, text stream, noise level, heads and refinement segment best? Chosen on training scenes, for the league.
 
     python analyses/segmentation_choice.py
-    python analyses/segmentation_choice.py -n 40 --report-n 40 --out runs/segmentation-choice/mine
+    python analyses/segmentation_choice.py --limit 40 --report-limit 40 --out runs/segmentation-choice/mine
 
-One step after the other, each on the same images of `--split` (mIoU, union rule, protocol present):
+One step after the other, each on the same images of `--dataset` (mIoU, union rule, protocol present):
 
     signal    noise level x text stream x layer, each layer alone, maps scaled by their mean
     layers    the best layers together, equally or by their mIoU, x the softmax that the maps are read from
@@ -30,6 +30,7 @@ import pandas as pd
 
 from mmdit_probe import load
 from mmdit_probe.data import dataset as read_dataset
+from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.evaluate.captures import Captures
 from mmdit_probe.evaluate.league import league
 from mmdit_probe.evaluate.plan import CEILING, KEYS, Entry, Plan
@@ -266,34 +267,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="scenes-sd3")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--split", default="scenes:train", help="images to choose on")
-    parser.add_argument("-n", type=int, default=64, help="how many of them")
+    parser.add_argument("--dataset", default="scenes:train", help="images to choose on")
+    parser.add_argument("--limit", "-n", type=at_least(1), default=64, help="how many of them")
     parser.add_argument("--report", default="scenes:val", help="images that gains are reported on")
-    parser.add_argument("--report-n", type=int, default=200, help="how many of them")
+    parser.add_argument("--report-limit", type=at_least(1), default=200, help="how many of them")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "segmentation_choice")
     options = parser.parse_args()
     model = load(options.model, device=options.device)
     captures = Captures(lambda: model, options.model)
     request = {
-        "model": model.name, "weight_hash": model.weight_hash, "split": options.split, "n": options.n,
-        "report": options.report, "report_n": options.report_n,
+        "model": model.name, "weight_hash": model.weight_hash, "split": options.dataset, "n": options.limit,
+        "report": options.report, "report_n": options.report_limit,
     }  # fmt: skip
     folder = RunFolder.open(NAME, request)
     log: list[pd.DataFrame] = []
-    chosen, of_methods, good = choose(Bench(captures, options.split, options.n), log)
+    chosen, of_methods, good = choose(Bench(captures, options.dataset, options.limit), log)
     rows = pd.concat(log, ignore_index=True)
     selection = LayerSelection(
         model.name, model.weight_hash, chosen.layers,
         layer_weights(chosen.layers, chosen.weights), dict(chosen.heads or {}),
-        how={"rule": "best mIoU on training images, see analyses/segmentation_choice.py", "split": options.split,
-             "n": options.n},
+        how={"rule": "best mIoU on training images, see analyses/segmentation_choice.py", "split": options.dataset,
+             "n": options.limit},
     )  # fmt: skip
     settings = {
         "selection": "selection.json", "sigma": list(chosen.sigmas), "noise_seeds": chosen.seeds,
-        "refine": chosen.refine, "options": of_methods, "chosen_on": options.split, "n": options.n,
+        "refine": chosen.refine, "options": of_methods, "chosen_on": options.dataset, "n": options.limit,
         "model": model.name, "weight_hash": model.weight_hash,
     }  # fmt: skip
-    table = gains(Bench(captures, options.report, options.report_n), chosen, good)
+    table = gains(Bench(captures, options.report, options.report_limit), chosen, good)
     options.out.mkdir(parents=True, exist_ok=True)
     for place in (folder.path, options.out):
         selection.save(place / "selection.json")
@@ -313,7 +314,8 @@ def _markdown(table: pd.DataFrame, options: argparse.Namespace) -> str:
     lines = [
         f"# What each refinement is worth: {options.model} on {options.report}, n = {int(table['n'].max())}",
         "",
-        f"mIoU (union rule), protocol present, seg4diff in the setting chosen on {options.split} (n = {options.n}).",
+        f"mIoU (union rule), protocol present, seg4diff in the setting chosen on {options.dataset} (n ="
+        f" {options.limit}).",
         f"Gains with 95 % intervals over paired images; p: of no gain, corrected for {len(table)} steps (Holm).",
         "",
         "| step | mIoU before | after | gain | p | of the ceiling |",
@@ -328,4 +330,4 @@ def _markdown(table: pd.DataFrame, options: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

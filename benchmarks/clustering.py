@@ -26,6 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from overhead import machine
 
+from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.evaluate import segmentation_score
 from mmdit_probe.segment import Capture
 from mmdit_probe.segment.methods import find
@@ -82,8 +83,8 @@ def timed(call: Callable[[], Any], rounds: int) -> tuple[float, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--grid", type=int, action="append", help="tokens along a side; default: 16, 32, 64")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--grid", type=at_least(1), action="append", help="tokens along a side; default: 16, 32, 64")
+    parser.add_argument("--rounds", type=at_least(1), default=3)
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     rows = []
@@ -125,4 +126,4 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

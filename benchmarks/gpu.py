@@ -39,6 +39,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmdit_probe.errors import run_script
+from mmdit_probe.models.names import device_name
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -494,7 +497,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="of all parts together")
     parser.add_argument("--out", type=Path, required=True, help="folder for rows, logs and the report")
-    parser.add_argument("--device", default="cuda", help="cpu: everything in small")
+    parser.add_argument("--device", type=device_name, default="cuda", help="cpu: everything in small")
     parser.add_argument("--part", choices=PARTS, action="append", help="default: all")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -527,4 +530,4 @@ def named(device: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -36,6 +36,8 @@ import scaling
 from overhead import CLOCKS, mebibytes
 from sizes import TEXT, build
 
+from mmdit_probe.errors import at_least, run_script
+
 ROOT = Path(__file__).parents[1]
 BASE = {"image tokens": 1024, "text tokens": TEXT["sd3-medium"], "layers": 2, "heads": 24}
 FORWARD = {
@@ -276,7 +278,7 @@ def million(rows: list[dict[str, Any]], clock: str) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--axis", choices=(*FORWARD, *COMMANDS, MANY), action="append", help="default: all")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each command")
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="runs of each command")
     overhead.common_options(parser, rounds=7)
     options = parser.parse_args()
     stem = overhead.results("growth", options.device)
@@ -300,4 +302,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

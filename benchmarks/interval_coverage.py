@@ -27,6 +27,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
+from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.results.atomic import write_text
 from mmdit_probe.results.statistics import FEWEST, TAILS, interval
 
@@ -210,7 +211,7 @@ def report(table: pd.DataFrame, controls: pd.DataFrame, repeats: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=1500, help="simulated samples per kind of score and n")
+    parser.add_argument("--repeats", type=at_least(1), default=1500, help="simulated samples per kind of score and n")
     options = parser.parse_args()
     table = simulate(options.repeats)
     write_text(OUT, report(table, directions(options.repeats), options.repeats))
@@ -218,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

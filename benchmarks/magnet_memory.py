@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import overhead
 from overhead import CLOCKS, in_turns, mebibytes, shown
 
+from mmdit_probe.errors import at_least, run_script
+
 WAYS = ("flow", "again", "token-logit", "token-probability", "head-logit", "head-probability", "dense")
 HEADS, WIDTH, TEXT, WORDS = 24, 64, 333, 8
 
@@ -152,7 +154,7 @@ def _cell(row: dict[str, Any]) -> tuple[int, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", type=int, default=32, help="image tokens along a side")
+    parser.add_argument("--side", type=at_least(1), default=32, help="image tokens along a side")
     parser.add_argument("--dtype", choices=overhead.DTYPES, default="float32")
     overhead.common_options(parser, rounds=7)
     ask = parser.parse_args()
@@ -172,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.evaluate.scores import ImageCounts
 from mmdit_probe.results.atomic import write_text
 
@@ -59,7 +60,7 @@ def bootstrap(counts: NDArray[np.float64], rng: np.random.Generator) -> list[tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=1000, help="simulated samples per n")
+    parser.add_argument("--repeats", type=at_least(1), default=1000, help="simulated samples per n")
     options = parser.parse_args()
     rng = np.random.default_rng(0)
     every = images(POPULATION, rng)
@@ -83,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 from sizes import SIZES
 
+from mmdit_probe.errors import run_script
+
 GIB = 2**30
 LAYERS = {
     "sd3-medium": {"num_layers": 24}, "sd35-large": {"num_layers": 38},
@@ -131,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

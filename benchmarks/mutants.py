@@ -33,6 +33,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -44,6 +45,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from mmdit_probe.errors import UserError, at_least, run_script
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
@@ -469,8 +472,8 @@ def report(stored: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("map", "run", "check", "report"))
-    parser.add_argument("numbers", type=int, nargs="*", help="run: these mutants only")
-    parser.add_argument("--work", type=Path, default=ROOT / ".mutants", help="folder of the copied tree and the map")
+    parser.add_argument("numbers", type=at_least(0), nargs="*", help="run: these mutants only")
+    parser.add_argument("--workdir", type=Path, default=ROOT / ".mutants", help="folder of the copied tree and the map")
     parser.add_argument("--only", default="", help="map: test files whose path holds this")
     parser.add_argument("--again", action="store_true", help="run: survivors too, against every test of their line")
     parser.add_argument("--tests", nargs="+", default=[], help="run: against these tests, instead of the map's")
@@ -479,8 +482,11 @@ def main() -> None:
     if options.what == "report":
         RESULTS.with_suffix(".md").write_text(report(json.loads(RESULTS.read_text())))
         return
-    first, workers = map(int, options.share.split("/"))
-    place = options.work / f"worker-{first}"
+    share = re.fullmatch(r"(\d+)/([1-9]\d*)", options.share)
+    if share is None or int(share[1]) >= int(share[2]):
+        raise UserError(f"--share {options.share!r}; expected a worker of several, such as 0/2")
+    first, workers = int(share[1]), int(share[2])
+    place = options.workdir / f"worker-{first}"
     place.mkdir(parents=True, exist_ok=True)
     stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"package": git("rev-parse", "HEAD")}
     tree = plant(
@@ -489,15 +495,15 @@ def main() -> None:
     if "mutants" not in stored:
         stored |= {"seed": SEED, "mutants": [{"mutant": asdict(one), "state": "drawn"} for one in drawn(tree)]}
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
-    imports(options.work)
+    imports(options.workdir)
     if options.what == "map":
-        map_tests(options.work, tree, options.only)
+        map_tests(options.workdir, tree, options.only)
     elif options.what == "check":
         sys.exit(check(tree, stored["mutants"]))
     else:
         numbers = options.numbers or list(range(first, len(stored["mutants"]), workers))
-        run(options.work, tree, numbers, options.again, options.tests)
+        run(options.workdir, tree, numbers, options.again, options.tests)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -35,6 +35,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from mmdit_probe.errors import at_least, run_script
+from mmdit_probe.models.names import device_name
+
 sys.path.insert(0, str(Path(__file__).parent))
 
 RESULTS = Path(__file__).parent / "results"
@@ -336,8 +339,8 @@ def markdown(report: dict[str, Any]) -> str:
 
 def common_options(parser: argparse.ArgumentParser, rounds: int) -> None:
     """The options that all benchmarks of ratios have."""
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=rounds, help="of each cell; below six there is no verdict")
+    parser.add_argument("--device", type=device_name, default="cpu")
+    parser.add_argument("--rounds", type=at_least(1), default=rounds, help="of each cell; no verdict below six")
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time, on a busy machine")
     parser.add_argument("--fresh", action="store_true", help="measure what the result file has, too")
     parser.add_argument("--no-write", action="store_true", help="print only")
@@ -364,4 +367,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -33,6 +33,8 @@ import scaling
 from overhead import CLOCKS, mebibytes, shown
 from sizes import TEXT, build
 
+from mmdit_probe.errors import UserError, at_least, run_script
+
 OURS = ("stock", "again", "masses", "norms", "maps", "explicit")
 Run = Callable[[], tuple[Any, Any]]
 """One forward: its output, and what a tool says of the first layer."""
@@ -362,11 +364,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clones", type=Path, required=True, help="folder of the clones")
     parser.add_argument("--blocks", choices=OF_BLOCKS, action="append", help="default: both")
-    parser.add_argument("--tokens", type=int, default=4096, help="image tokens, a square number")
-    parser.add_argument("--heads", type=int, help="fewer than the real model's, to try it in small")
+    parser.add_argument("--tokens", type=scaling.square, default=4096, help="image tokens, a square number")
+    parser.add_argument("--heads", type=at_least(1), help="fewer than the real model's, to try it in small")
     parser.add_argument("--dtype", choices=overhead.DTYPES, default="bfloat16")
     overhead.common_options(parser, rounds=7)
     options = parser.parse_args()
+    if not options.clones.is_dir():
+        raise UserError(f"--clones: no folder {str(options.clones)!r}; expected the folder of the clones")
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()  # a tool's remark on every call is no part of what it costs
@@ -391,4 +395,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

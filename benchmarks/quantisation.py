@@ -1,7 +1,7 @@
 """What storing a transformer in fewer bits changes in its masses: runs of `attention-budget`, compared.
 
     python benchmarks/quantisation.py                       # benchmarks/results/quantisation.{json,md}
-    python benchmarks/quantisation.py --model "full width" --way int8 --prompts 4 --no-write
+    python benchmarks/quantisation.py --model "full width" --way int8 --limit 4 --no-write
 
 Models: blocks of SD3-medium's width (1536, 24 heads x 64) with random weights and few layers, the same with queries and
 keys three times as large, since those of random weights look almost evenly at all keys, and the embedded model, which
@@ -25,6 +25,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 import overhead
+
+from mmdit_probe.errors import at_least, run_script
 
 STEM = overhead.RESULTS / "quantisation"
 WIDTH = {"num_attention_heads": 24, "attention_head_dim": 64, "caption_projection_dim": 1536, "qk_norm": None}
@@ -181,9 +183,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, action="append", help="default: all")
     parser.add_argument("--way", choices=WAYS, action="append", help="default: all")
-    parser.add_argument("--layers", type=int, default=2, help="of the models of full width")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=2, help="sampling steps")
+    parser.add_argument("--layers", type=at_least(1), default=2, help="of the models of full width")
+    parser.add_argument("--limit", "-n", type=at_least(1), default=8)
+    parser.add_argument("--num-steps", type=at_least(1), default=2, help="sampling steps")
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     from mmdit_probe.errors import RunError, first_line
@@ -191,10 +193,10 @@ def main() -> None:
     from mmdit_probe.models.load import load
     from tests.observe.quantised import missing
 
-    ask = AttentionBudget(prompts="scenes:val", limit=options.prompts, num_steps=options.steps)
+    ask = AttentionBudget(prompts="scenes:val", limit=options.limit, num_steps=options.num_steps)
     ways = {way: WAYS[way][0] for way in options.way or WAYS}
     lacking = {way: f"{package} is not installed" for way, package in ways.items() if missing(package)}
-    setting = f"{options.prompts} prompts, {options.steps} steps, {options.layers} layers of full width"
+    setting = f"{options.limit} prompts, {options.num_steps} steps, {options.layers} layers of full width"
     report = overhead.kept(STEM, {"packages": packages(), "setting": setting})
     report["left out"] = report.get("left out", {}) | lacking
     for model in options.model or MODELS:
@@ -217,4 +219,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

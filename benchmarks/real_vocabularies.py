@@ -26,6 +26,7 @@ from typing import Any
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from mmdit_probe.errors import run_script
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.tokens import TokenTable, token_tables
 from mmdit_probe.models.words import folded
@@ -205,4 +206,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -44,6 +44,8 @@ import overhead
 from overhead import CLOCKS, Dropped, in_turns, shown, verdict
 from sizes import SIZES, TEXT, build
 
+from mmdit_probe.errors import at_least, run_script
+
 WAYS = ("stock", "again", "masses", "norms", "maps", "words", "blur", "explicit")
 TARGETS = {"masses": 1.05, "norms": 1.05, "maps": 1.10, "blur": 1.05}
 BLOCKS = ("sd3-medium", "flux")
@@ -240,10 +242,18 @@ def _cell(row: dict[str, Any], clock: str) -> str:
     return f"{row['blocks']} {row['dtype']} {row['image_tokens']} {row['way']} ({time_ratio}{memory})"
 
 
+def square(text: str) -> int:
+    """What `--tokens` is read by: the tokens of a square image."""
+    number = at_least(1)(text)
+    if math.isqrt(number) ** 2 != number:
+        raise argparse.ArgumentTypeError(f"{number} tokens are no square image; expected 1024, 4096, ...")
+    return number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", choices=BLOCKS, action="append", help="default: both")
-    parser.add_argument("--tokens", type=int, action="append", help="image tokens, a square number; default: all three")
+    parser.add_argument("--tokens", type=square, action="append", help="image tokens, a square; default: all three")
     parser.add_argument("--dtype", choices=overhead.DTYPES, default="bfloat16")
     overhead.common_options(parser, rounds=9)
     options = parser.parse_args()
@@ -274,4 +284,4 @@ def _order(row: dict[str, Any]) -> tuple[int, str, int, int]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

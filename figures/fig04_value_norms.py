@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from runs import measured, options_of, paper_step, protocol_of, published, target, write
 
+from mmdit_probe.errors import run_script
 from mmdit_probe.experiments import ValueNorms
 
 
@@ -27,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

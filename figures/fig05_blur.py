@@ -6,13 +6,14 @@
 Writes `fig05_blur` and `fig05_blur_control` (contact sheets) and `fig18_blur_scores` with its CSV under
 `figures/out/<model>/`. The control is a change of equal size; the no-op must be exactly 0. Images of the embedded world
 are read by its parser and its own CLIP; of other models only the change is known unless `--clip` is given. Fig. 31 is
-more rows of Fig. 5: `--set sheet=12`. `--set limit=16` is a quick look.
+more rows of Fig. 5: `--set shown=12`. `--set limit=16` is a quick look.
 """
 
 from __future__ import annotations
 
 from runs import measured, options_of, target, write
 
+from mmdit_probe.errors import run_script
 from mmdit_probe.experiments import Perturb
 
 PROMPTS = 132
@@ -33,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

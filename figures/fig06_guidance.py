@@ -14,6 +14,7 @@ from typing import Any
 
 from runs import measured, options_of, target, write
 
+from mmdit_probe.errors import run_script
 from mmdit_probe.experiments import Generate, Result
 from mmdit_probe.experiments.sweep import STOCK, sheet_cells
 from mmdit_probe.plots.perturb import guidance_by_layer
@@ -28,7 +29,7 @@ def main() -> None:
     parser.add_argument("--clip", help="CLIP checkpoint (folder or hub id)")
     options = parser.parse_args()
     result = measured(
-        options, Generate, perturb_layers="all", each=True, perturb_scale="2,4", guidance=1.0, limit=10, batch=10,
+        options, Generate, perturb_layers="all", sweep="layer", perturb_scale="2,4", guidance=1.0, limit=10, batch=10,
         clip=options.clip,
     )  # fmt: skip
     name, summary = result.model_name, result.summary
@@ -54,4 +55,4 @@ def images_of(result: Result) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,6 +22,7 @@ from runs import CHOICE, chosen, file_suffix, model_of, options_of, paper_layers
 
 from mmdit_probe.data import Dataset, dataset
 from mmdit_probe.data.labels import IGNORE
+from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.evaluate.scores import assign, histogram
 from mmdit_probe.experiments import Experiment, Result
 from mmdit_probe.experiments.experiment import Study, request_of
@@ -171,9 +172,9 @@ def measured(options: argparse.Namespace, *, lora: bool = True, own: bool = Fals
 
 
 def main() -> None:
-    parser = options_of(__doc__)
+    parser = options_of(__doc__, run=False, more=False)
     parser.add_argument("--dataset", default="scenes:val")
-    parser.add_argument("--limit", type=int, default=6, help="number of pictures")
+    parser.add_argument("--limit", type=at_least(1), default=6, help="number of pictures")
     options = parser.parse_args()
     result = measured(options)
     for name, table in result.frames.items():
@@ -182,4 +183,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -42,6 +42,7 @@ from runs import (
 )
 
 from mmdit_probe.data import paper_table
+from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.experiments import Evaluate
 from mmdit_probe.plots.league import head_figure, layer_figure, league_figure, sigma_figure
 
@@ -96,8 +97,8 @@ def settings(model: str, how: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = options_of(__doc__)
-    parser.add_argument("--limit", type=int, default=LIMIT, help="number of images")
+    parser = options_of(__doc__, run=False)
+    parser.add_argument("--limit", type=at_least(1), default=LIMIT, help="number of images")
     parser.add_argument("--dataset", default="scenes:val")
     parser.add_argument("--only", choices=list(RUNS), help="one of the figures")
     options = parser.parse_args()
@@ -205,4 +206,4 @@ def of_the_paper() -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,10 +28,13 @@ import pandas as pd
 from runs import given, model_of, options_of, paper_layers, run, target, write
 
 from mmdit_probe import TextMaps, assets, probe
+from mmdit_probe.errors import UserError, run_script
 from mmdit_probe.experiments import Experiment, Result, SelectLayers
 from mmdit_probe.experiments.experiment import Study, request_of, scheduled
+from mmdit_probe.models.names import counts_of
 from mmdit_probe.plots.sheet import sheet, short, wrapped
 from mmdit_probe.segment.record import PAPER_SIGMA
+from mmdit_probe.specs import layer_indices, listed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,6 +65,9 @@ class TokenMaps(Experiment):
     def gather(self, scenes: bool) -> tuple[list[str], list[np.ndarray]]:
         """Prompts, and pictures to read the empty prompt on; without any it is read on the first picture sampled."""
         prompts = list(self.prompts) or (scene_prompts() if scenes else list(PHOTO))
+        for prompt in prompts:
+            if not re.search(r"\[.+?\]", prompt):
+                raise UserError(f"prompt {prompt!r} has no keyword in brackets; expected some, as in 'a [red] [ring]'")
         return prompts, scene_pictures() if scenes and not self.prompts else []
 
     def prepare(self, model: MMDiT, inputs: tuple[list[str], list[np.ndarray]]) -> Study:
@@ -137,13 +143,14 @@ class TokenMaps(Experiment):
 
 
 def main() -> None:
-    parser = options_of(__doc__)
+    parser = options_of(__doc__, run=False)
     parser.add_argument(
         "--prompt", action="append", default=[], help="prompt with its keywords in brackets; repeatable"
     )
     parser.add_argument("--layers", help="the two layers to show, best first: 9,12")
     options = parser.parse_args()
-    how = {"prompts": options.prompt, "layers": shown_layers(options)} | given(options, TokenMaps)
+    asked = given(options, TokenMaps)
+    how = {"prompts": options.prompt, "layers": shown_layers(options)} | asked
     result = run(TokenMaps(**how), model_of(options), options)
     tables = result.frames
     for name, figure in result.figures.items():
@@ -170,7 +177,9 @@ def named(model: Any, prompt: str) -> dict[str, Any]:
 def shown_layers(options: argparse.Namespace) -> list[int]:
     """The layers to show, best first; none if nothing says which."""
     if options.layers:
-        return [int(layer) for layer in options.layers.split(",")]
+        counts = counts_of(options.model)
+        most = counts[0] if counts else int(1e6)
+        return [layer for part in listed(options.layers) for layer in layer_indices(part, most)]
     known = paper_layers(options.model)
     if known:
         return known if len(known) > 1 else [known[0], known[0] + 3]  # Fig. 9 shows 9 and 12 of SD3
@@ -283,4 +292,4 @@ def masses(prompt: str, words: Sequence[str], maps: np.ndarray) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

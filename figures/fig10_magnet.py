@@ -29,6 +29,7 @@ from runs import file_suffix, given, model_of, options_of, run, target, write, w
 from mmdit_probe import assets, load
 from mmdit_probe.data import Dataset, dataset, paper_table
 from mmdit_probe.data.labels import IGNORE
+from mmdit_probe.errors import UserError, at_least, run_script
 from mmdit_probe.experiments import Score
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.plots.magnet import METRICS, differences, pipeline
@@ -48,7 +49,7 @@ Variants = Mapping[str, Mapping[str, Any]]
 def main() -> None:
     parser = options_of(__doc__)
     parser.add_argument("--dataset", default="scenes:test", help="pictures of the label maps")
-    parser.add_argument("--limit", type=int, default=6, help="number of these pictures")
+    parser.add_argument("--limit", type=at_least(1), default=6, help="number of these pictures")
     parser.add_argument("--layers", help="the two layers of the maps, best first: 9,12")
     parser.add_argument("--prompt", action="append", default=[], help="of Fig. 12 and 13, keywords in brackets")
     parser.add_argument("--prompts", help="prompts of Tables 3 and 4 (scenes categories for embedded models)")
@@ -56,8 +57,12 @@ def main() -> None:
     options = parser.parse_args()
     options.label = Path(options.model).name
     if options.lora:
+        if options.run:
+            raise UserError("--run is a folder of analyses/magnet_scenes.py; with --lora leave it out")
         adapted(options)
     else:
+        if options.set:
+            raise UserError("--set is read where an adapter is measured: name one with --lora")
         analysed(options)
 
 
@@ -95,13 +100,13 @@ def analysed(options: argparse.Namespace) -> None:
 
 def adapted(options: argparse.Namespace) -> None:
     """The same figures of any model and an adapter."""
-    options.run = None
+    asked = given(options, TokenMaps)
     data = dataset(options.dataset, options.limit)
     layers = shown_layers(options)
     variants: dict[str, dict[str, Any]] = {}
     for name, lora in ((BASE, False), (ADAPTED, True)):
         masks = fig07_masks.measured(options, lora=lora, own=True)
-        shown = TokenMaps(**{"prompts": options.prompt, "layers": layers} | given(options, TokenMaps))
+        shown = TokenMaps(**{"prompts": options.prompt, "layers": layers} | asked)
         found = run(shown, model_of(options, lora=lora), options)
         stored: list[Any] = [found.store.load_arrays(f"prompt{k}") for k in range(len(found.request["prompts"]))]
         layer = found.request["layers"][0]
@@ -146,7 +151,7 @@ def draw_pipeline(options: argparse.Namespace, model: MMDiT, data: Dataset, laye
         ("maps of the words\n(largest)", labels),
         ("focal + dice\nto the mask,\nflow matching\nto the velocity", None), (f"mask of {names[0]}", mask),
     ]  # fmt: skip
-    title = "MAGNET: the I2T maps of a picture's words are aligned with its masks"
+    title = f"{options.label}: MAGNET aligns the I2T maps of a picture's words with its masks"
     put(options, "fig10_pipeline", pipeline(steps, title=title))
 
 
@@ -247,4 +252,4 @@ def readings(folder: Path) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -4,24 +4,24 @@
 
 Draws the tables that `analyses/alignment_ablation.py` writes: one row per transformer, trained by the same curriculum,
 batches and noise, whose image tokens were taught something on the framed layers. Writes
-`figures/out/scenes-sd3/alignment_ablation.{png,pdf,csv}`. Takes and ignores the options of its sister scripts.
+`figures/out/scenes-sd3/alignment_ablation.{png,pdf,csv}`.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from runs import options_of
 
+from mmdit_probe.errors import run_script
 from mmdit_probe.plots import save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OUT = Path(__file__).parent / "out"
 TABLES = Path(__file__).parents[1] / "analyses" / "results" / "alignment_ablation"
 RANDOM = "random weights"
 NAMES = {"none": "nothing", "all:features": "features, all layers", "all:labels": "labels, all layers"}
@@ -87,9 +87,7 @@ def ablation_figure(maps: pd.DataFrame, evidence: pd.DataFrame, *, title: str = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
-    options, _ = parser.parse_known_args()
+    options = options_of(__doc__, run=False, more=False).parse_args()
     maps, evidence = (pd.read_csv(TABLES / f"{name}.csv") for name in ("maps", "evidence"))
     seeds = maps.loc[maps["recipe"] != RANDOM, "seed"].nunique()
     title = (
@@ -105,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

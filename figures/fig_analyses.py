@@ -16,6 +16,7 @@ from typing import Any
 
 from runs import given, model_of, options_of, run, target, write
 
+from mmdit_probe.errors import run_script
 from mmdit_probe.experiments import BlockOperations, ContributionBudget, HeadTriage, SigmaByLayer, SwapTest
 from mmdit_probe.experiments.experiment import Experiment
 from mmdit_probe.experiments.result import Result
@@ -74,4 +75,4 @@ def measured_as(request: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

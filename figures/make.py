@@ -30,6 +30,8 @@ from runs import OUT
 
 import mmdit_probe
 from mmdit_probe import assets, experiments
+from mmdit_probe.errors import at_least, run_script
+from mmdit_probe.models.names import device_name, model_name
 
 HERE = Path(__file__).parent
 MANIFEST = "manifest.json"
@@ -83,8 +85,8 @@ FIGURES = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="scenes-sd3")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--model", type=model_name, default="scenes-sd3")
+    parser.add_argument("--device", type=device_name, default="auto")
     parser.add_argument("--dataset", help="for figures of masks: NAME:ROOT")
     parser.add_argument("--lora", help="adapter for MAGNET's rows and figures: a folder or a hub id")
     parser.add_argument("--images", help="for the PCA: folder of pictures")
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("--dino", help="DINO checkpoint")
     parser.add_argument("--only", nargs="*", choices=[figure.script for figure in FIGURES], help="these scripts")
     parser.add_argument("--fresh", action="store_true", help="measure and draw everything anew")
-    parser.add_argument("--jobs", type=int, help="scripts at a time [default: a core each for embedded models, else 1]")
+    parser.add_argument("--jobs", type=at_least(1), help="scripts at a time [a core each for embedded models, else 1]")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
     options = parser.parse_args()
     small = options.model in assets.names()
@@ -234,4 +236,4 @@ def checksum(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

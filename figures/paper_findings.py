@@ -16,6 +16,7 @@ from paper_vs_measured import read
 from runs import options_of, target
 
 from mmdit_probe.data import paper_table
+from mmdit_probe.errors import run_script
 from mmdit_probe.experiments.text import bounded, signed
 from mmdit_probe.results.statistics import BEYOND
 
@@ -25,7 +26,7 @@ BLUR_EXPERT = 9
 
 
 def main() -> None:
-    options = options_of(__doc__).parse_args()
+    options = options_of(__doc__, run=False, more=False).parse_args()
     path = target(options, options.model, "paper_findings").with_suffix(".md")
     path.write_text(markdown(path.parent, Path(options.model).name), encoding="utf-8")
     print(path)
@@ -138,4 +139,4 @@ def ends(row: pd.Series, name: str) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

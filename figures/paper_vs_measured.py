@@ -21,6 +21,7 @@ from runs import as_measured, is_paper_model, options_of, target
 
 from mmdit_probe.data import paper_table
 from mmdit_probe.data.public import SETS
+from mmdit_probe.errors import run_script
 from mmdit_probe.experiments.presets import PRESETS
 
 KEYS = ["source", "place", "quantity"]
@@ -64,7 +65,7 @@ SOURCES = {
 
 
 def main() -> None:
-    options = options_of(__doc__).parse_args()
+    options = options_of(__doc__, run=False, more=False).parse_args()
     path = target(options, options.model, "paper_vs_measured")
     same = is_paper_model(options.model)
     table = joined(ours(path.parent, same), paper(), same)
@@ -297,4 +298,4 @@ def rows_of(part: pd.DataFrame) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,7 +1,8 @@
 """What the figure scripts share: an experiment in, files under `figures/out/<model>/` out.
 
 A script names an experiment. A finished run of the same request (same weights included) is drawn again instead of being
-repeated; `--run` names a run folder, `--fresh` measures anew, and `--set` passes further options of the experiment:
+repeated; `--run`, where one run is drawn, names its folder, `--fresh` measures anew, and `--set` passes further options
+of the experiment:
 
     python figures/fig05_blur.py --model ... --set limit=4 --set num_steps=8 --set dino=facebook/dinov2-base
 """
@@ -18,6 +19,7 @@ import pandas as pd
 
 from mmdit_probe.data import paper_table
 from mmdit_probe.experiments.target import Named
+from mmdit_probe.models.names import device_name, model_name
 from mmdit_probe.plots import save
 
 if TYPE_CHECKING:
@@ -45,18 +47,22 @@ def chosen(model: str) -> dict[str, Any]:
     return found if found.get("model") == model else {}
 
 
-def options_of(document: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that every figure script has."""
+def options_of(document: str | None, *, run: bool = True, more: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options that every figure script has, and those that most read: a run folder (`run`), and
+    options of the experiment (`more`)."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="scenes-sd3")
+    parser.add_argument("--model", type=model_name, default="scenes-sd3")
     parser.add_argument("--lora", help="adapter to load onto the model: a folder or a hub id")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--run", type=Path, help="run folder to draw")
+    parser.add_argument("--device", type=device_name, default="auto")
+    if run:
+        parser.add_argument("--run", type=Path, help="run folder to draw")
     parser.add_argument("--fresh", action="store_true", help="measure even if a finished run is there")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the figures")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="further option of the experiment; repeatable"
-    )
+    if more:
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="NAME=VALUE",
+            help="further option of the experiment; repeatable",
+        )  # fmt: skip
     return parser
 
 

@@ -13,7 +13,9 @@ This module is not for bugs: those keep their traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Collection, Iterable
 
 
 class ProbeError(Exception):
@@ -50,6 +52,26 @@ def is_text(text: str) -> bool:
 def first_line(error: BaseException) -> str:
     """What another library's error says, on one line; its class where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script beside the package: a request that cannot be met ends in one line, as that of a command does."""
+    try:
+        main()
+    except (ProbeError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_code", 1))
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """What an option of such a script is read by: a whole number of at least `low`."""
+
+    def number(text: str) -> int:
+        if not text.strip().isdecimal() or int(text) < low:
+            raise ArgumentTypeError(f"{text!r}; expected a whole number of at least {low}")
+        return int(text)
+
+    return number
 
 
 def unknown(kind: str, found: object, known: Iterable[object], limit: int = 12) -> UserError:

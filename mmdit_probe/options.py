@@ -42,7 +42,7 @@ class Option:
         help: one sentence for `--help` and the docs.
         min, max: inclusive bounds of a number, or of each number in a sequence; a whole number is at most `MOST` where
             no other is stated. above: exclusive lower bound.
-        flag: its name on the command line; by default `--` and the field's name with hyphens.
+        flag: its name on the command line; by default `--` and the field's name with hyphens. also: further names.
         shown_default: what `--help` shows instead of the field's default; "{0.name}" is an attribute of the dataclass.
         panel: heading in `--help`.
         argument: on the command line it is given by its place, without a flag. values: what a shell may complete.
@@ -54,6 +54,7 @@ class Option:
     max: float | None = None
     above: float | None = None
     flag: str | None = None
+    also: tuple[str, ...] = ()
     shown_default: str | None = None
     panel: str = METHOD
     argument: bool = False

@@ -204,7 +204,8 @@ def _one(part: str, count: int, kind: str, forms: str) -> Iterable[int]:
 
 def _existing(index: int, count: int, kind: str) -> int:
     if not 0 <= index < count:
-        if count == _ANY:  # no model has said how many there are
-            raise UserError(f"{kind} {index} does not exist: they count from 0 and no model has {count:,}")
-        raise UserError(f"{kind} {index} does not exist: there are {count} {kind}s, 0 to {count - 1}")
+        if count < _ANY:
+            raise UserError(f"{kind} {index} does not exist: there are {count} {kind}s, 0 to {count - 1}")
+        most = f" and no model has {count:,}" if index > 0 else ""  # no model has said how many there are
+        raise UserError(f"{kind} {index} does not exist: they count from 0{most}")
     return index

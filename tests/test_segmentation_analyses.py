@@ -24,7 +24,7 @@ def test_choice_writes_what_evaluate_takes(
     monkeypatch.setattr(choice, "REFINE", ("none", "centre"))
     monkeypatch.setattr(choice, "OPTIONS", {"diffcut": ({"tau": 0.5}, {"tau": 0.7}), "tokenrank": ({"bounces": 1},)})
     out = tmp_path / "out"
-    line = ["choice", "--model", str(tiny_directory), "-n", "1", "--report-n", "2", "--out", str(out)]
+    line = ["choice", "--model", str(tiny_directory), "-n", "1", "--report-limit", "2", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", line)
     choice.main()
     settings = json.loads((out / "settings.json").read_text())

@@ -66,7 +66,7 @@ def test_a_written_list_is_read_back(chosen):
         (lambda: seed_values((1 << 63) - 1, 2), r"seed 9223372036854775808: expected whole numbers"),
         (
             lambda: check_spec("-1", head_indices),
-            "head -1 does not exist: they count from 0 and no model",
+            "head -1 does not exist: they count from 0",
         ),
         (lambda: parse_size("0x64"), "size '0x64': expected height x width in pixels"),
         (lambda: parse_size("64x8193", "--size"), "--size '64x8193': .*at most 8192 a side"),

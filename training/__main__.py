@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import typer
 from typer.exceptions import Abort, TyperException
 
-from mmdit_probe.errors import ProbeError
+from mmdit_probe.errors import ProbeError, run_script
 from training.session import Session
 
 
@@ -50,4 +50,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -32,7 +32,7 @@ _PANELS = {INPUT: 0, MODEL: 2, METHOD: 3, OUTPUT: 4, DETAIL: 5}
 """Order of the headings, what matters most first; those that a command has of its own come second."""
 _FIRST = ("prompts", "images", "dataset", "classes", "method", "layers", "heads")
 """Options that stand at the top of their heading."""
-_SHORT = {"n": ("-n",)}
+_SHORT = {"limit": ("-n",)}
 
 
 def command_of(options: Any) -> Callable[..., None]:
@@ -146,8 +146,7 @@ def _parameter(field: Described, options: Any) -> inspect.Parameter:
     if option.argument:
         said: Any = typer.Argument(metavar=field.name.upper(), **how | {"rich_help_panel": None})
     else:
-        flags = [field.flag, *_SHORT.get(field.name, ())]
-        said = typer.Option(*(flags if kind is bool or option.flag or field.name in _SHORT else []), **how)
+        said = typer.Option(field.flag, *option.also, *_SHORT.get(field.name, ()), **how)
     return _keyword(field.name, Annotated[kind, said], inspect.Parameter.empty if needed else default)
 
 

@@ -22,7 +22,7 @@ from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.text import TextTable, records
 
 PIPED_WIDTH = 140
-"""Columns when stdout is no terminal: tables are not folded to a width that nobody has."""
+"""Columns when stdout is no terminal and COLUMNS asks for none: tables are not folded to a width that nobody has."""
 
 
 class Output:
@@ -31,9 +31,8 @@ class Output:
     def __init__(self, *, quiet: bool = False, as_json: bool = False, debug: bool = False) -> None:
         self.quiet = quiet
         self.as_json = as_json
-        self.out = Console(
-            width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False, markup=False
-        )
+        width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPED_WIDTH
+        self.out = Console(width=width, highlight=False, emoji=False, markup=False)
         self.progress = Progress(quiet, not as_json, lambda table, console: fitted(table, console)[0])
         if not debug:
             hush_libraries()

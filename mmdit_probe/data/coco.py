@@ -1,7 +1,7 @@
 """COCO's annotation files: pictures with class masks and captions, to train on and to score.
 
     data = coco(Path("coco"), "stuff", "train2017")                  # Dataset; what the paper trains on
-    mmdit-probe train-magnet --data coco-stuff:coco
+    mmdit-probe train-magnet --dataset coco-stuff:coco
 
 Pictures in `train2017/` or `images/train2017/`, JSON in `annotations/`: `instances_*`, `stuff_*`, `panoptic_*` (with
 its PNG folder beside the JSON or the pictures), and `captions_*`, of which the first of a picture is taken. Masks of

@@ -7,7 +7,7 @@
         labels/a.png   class ids, 255: not scored    masks/classes.json {"1": "cat", ...}, optional
 
     mmdit-probe evaluate --dataset folder:mine
-    mmdit-probe train-magnet --data pictures
+    mmdit-probe train-magnet --dataset pictures
 
 A line "background" in classes.txt marks the class that is found by a background rule and not named in prompts. Masks
 without classes.json have no names and are for head-level alignment.

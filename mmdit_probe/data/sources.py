@@ -144,6 +144,18 @@ def check_source(source: str) -> None:
         raise UserError(f"no folder {source!r}; expected a folder of pictures, scenes:train, or NAME:ROOT")
 
 
+def same_pictures(first: str, second: str) -> bool:
+    """Whether two sources are the same pictures, by their names: a split of scenes, or a folder on disk."""
+
+    def place(source: str) -> str:
+        name, _, rest = source.partition(":")
+        if name == "scenes":
+            return f"scenes:{rest or 'train'}"
+        return os.path.realpath(rest if _named(source) else source)
+
+    return place(first) == place(second)
+
+
 def _named(source: str) -> bool:
     """Whether a text is NAME:ROOT rather than a path.
 

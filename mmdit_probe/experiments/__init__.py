@@ -73,6 +73,23 @@ OF_COMMAND = {command: name for name, (_, command) in _TABLE.items() if command}
 MODULES = {name: module for name, (module, _) in _TABLE.items()}
 """Name -> module that it is in."""
 
+_OF_PICTURES = {"image": "images", "stream": "streams"}
+_EARLIER: dict[str, dict[str, str]] = {
+    "maps": _OF_PICTURES,
+    "explore": _OF_PICTURES,
+    "pca": {"fit": "basis"},
+    "score": {"n": "limit", "maps": "map_sigma"},
+    "perturb": {"by": "sweep", "sheet": "shown"},
+    "generate": {"each": "sweep"},
+    "evaluate": {"tag_split": "tag_dataset"},
+    "select-layers": {"heads": "top_heads", "prompts": "perturb_limit"},
+    "sigma-map": {"sigmas": "sigma"},
+    "head-triage": {"split": "report", "train": "train_limit"},
+}
+"""Command -> option of an earlier version -> its name now, for the records of runs."""
+_EARLIER_VALUES = {"layers": "layer", "heads": "head", "spans": "span", False: "none", True: "layer"}
+"""Value of what is now `sweep` -> its name now."""
+
 __all__ = ["OF_COMMAND", "experiment_of", *MODULES]
 
 
@@ -86,6 +103,11 @@ def experiment_of(command: str, options: Mapping[str, Any]) -> Experiment:
     """The experiment of a command, from its options as a run's record holds them: JSON has layers as texts."""
     if command not in OF_COMMAND:
         raise unknown("command of an experiment", command, OF_COMMAND)
+    options = {**options}
+    for earlier, name in _EARLIER.get(command, {}).items():
+        if earlier in options:
+            value = options.pop(earlier)
+            options[name] = _EARLIER_VALUES[value] if name == "sweep" else value
     heads = options.get("heads")
     try:
         by_layer = {"heads": {int(layer): of for layer, of in heads.items()}} if isinstance(heads, Mapping) else {}

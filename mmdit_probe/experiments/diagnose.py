@@ -77,7 +77,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
             for variant in controls.variants(model, chosen, len(inputs))
             for number, text in enumerate(variant.texts(captions))
         ]
-        notes = notes_on(model, inputs, captions)
+        notes = notes_on(model, inputs, captions, model.default_size)
         facts = {"pictures": [picture.name for picture in inputs], "remarks": notes}
         return Study(model, request, tasks, "pictures", facts=facts, notes=notes, state=(inputs, layers, heads))
 

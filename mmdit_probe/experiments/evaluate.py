@@ -137,12 +137,12 @@ class Evaluate(Reads, Experiment):
         str | None,
         Option("Tagger for the protocol 'predicted': a CLIP (embedded name, folder or hub id), or scenes-parser."),
     ] = None
-    tag_split: Annotated[
+    tag_dataset: Annotated[
         str | None,
         Option("Labelled images that the tagger's threshold is chosen on.", shown_default="scenes:train for scenes"),
     ] = None
     tag_threshold: Annotated[
-        float | None, Option("Threshold of the tagger, 0 or less, in place of one chosen on --tag-split.", max=0)
+        float | None, Option("Threshold of the tagger, 0 or less, in place of one chosen on --tag-dataset.", max=0)
     ] = None
     batch: Annotated[
         str | int,
@@ -242,24 +242,26 @@ class Evaluate(Reads, Experiment):
         Raises:
             UserError: options that belong to a tagger without one, two sources of tags, or no threshold.
         """
-        split = self.tag_split
+        split = self.tag_dataset
         if self.tagger is None:
             if split is not None or self.tag_threshold is not None:
-                raise UserError("--tag-split and --tag-threshold are of a tagger; name it with --tagger")
+                raise UserError("--tag-dataset and --tag-threshold are of a tagger; name it with --tagger")
             return None
         if self.tags is not None:
             raise UserError("--tags and --tagger both say which classes there are; give one of them")
         if split is not None and self.tag_threshold is not None:
-            raise UserError("--tag-threshold stands in place of one chosen on --tag-split; give one of them")
+            raise UserError("--tag-threshold stands in place of one chosen on --tag-dataset; give one of them")
         if self.tag_threshold is None and split is None:
             if not self.dataset.startswith("scenes"):
                 raise UserError(
-                    "a tagger needs a threshold: --tag-threshold, or --tag-split NAME:ROOT, other images to choose it"
+                    "a tagger needs a threshold: --tag-threshold, or --tag-dataset NAME:ROOT, other images to choose it"
                     " on"
                 )
             split = "scenes:train"
         if split == self.dataset:
-            raise UserError(f"--tag-split {split!r} are the images that are evaluated; choose the threshold on others")
+            raise UserError(
+                f"--tag-dataset {split!r} are the images that are evaluated; choose the threshold on others"
+            )
         chosen = self.tag_threshold is None
         return {"name": self.tagger, "split": split if chosen else None, "threshold": self.tag_threshold}
 

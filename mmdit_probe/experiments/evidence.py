@@ -112,7 +112,7 @@ def _asked(name: str, split: str, amount: Amount, control: str) -> Experiment:
     if name == "perturbation":
         options |= {
             "prompts": f"scenes:{split}", "limit": amount.prompts, "num_steps": amount.num_steps,
-            "guidance": amount.guidance, "sheet": 0, "clip": "none",
+            "guidance": amount.guidance, "shown": 0, "clip": "none",
         }  # fmt: skip
     else:
         options |= {"images": f"scenes:{split}", "limit": amount.n, "sigma": amount.sigma}

@@ -9,7 +9,7 @@ All layers are seen as the mean over heads; single heads, in the layers that fit
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +18,7 @@ import numpy as np
 
 from mmdit_probe.experiments.attention_budget import FRAMES
 from mmdit_probe.experiments.experiment import Study
+from mmdit_probe.experiments.options import streams_of
 from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.options import Option
 from mmdit_probe.results.clip import Clip
@@ -72,7 +73,8 @@ class Explore(Pictures):
 
         model, chosen = study.model, study.request["chosen"]
         table = model.token_tables([task.prompt])[0]
-        special = [pair for pair in special_spans(table) if self.stream in (None, pair[1])]
+        streams = streams_of(self.streams)
+        special = [pair for pair in special_spans(table) if streams is None or pair[1] in streams]
         words: list[str | int | tuple[str, str]] = [*task.words, *special]
         layers = range(len(model.layers))
         grid = model.token_grid(*self.size(model))
@@ -82,8 +84,8 @@ class Explore(Pictures):
         steps = sorted({round(at) for at in np.linspace(0, total - 1, min(total, fits.steps or STEPS))})
         first = [*chosen, *(layer for layer in layers if layer not in chosen)]
         apart = sorted(first[: fits.layers])
-        i2t, t2i = TextMaps(words, stream=self.stream), textual(words, self.stream)
-        heads = [TextMaps(words, "all", stream=self.stream), textual(words, self.stream, "all")] if apart else []
+        i2t, t2i = TextMaps(words, streams=streams), textual(words, streams)
+        heads = [TextMaps(words, "all", streams=streams), textual(words, streams, "all")] if apart else []
         mass = AttentionMass()
         with probe(model, *heads, layers=apart or "all", steps=steps):
             image = self.look(model, task, [i2t, t2i, mass], "all", "all" if task.picture else steps)
@@ -149,7 +151,7 @@ class Explore(Pictures):
     def _about(self, result: Result, kept: dict[str, Any], seed: int) -> str:
         model = result.data["model"]
         said = f"{model['layers']} layers x {model['heads']} heads, {model['dtype']}; seed {seed}"
-        if self.image is not None:
+        if self.images is not None:
             said += f"; a photo at sigma {self.sigma:g}"
         else:
             mean = ", ".join(str(int(step)) for step in kept["mean_of"])
@@ -186,7 +188,7 @@ class Explore(Pictures):
         return {"pages": [] if path is None else [path / name for name in self._names(result)]}
 
 
-def textual(words: Sequence[Any], stream: str | None, heads: Literal["mean", "all"] = "mean") -> TextMaps:
+def textual(words: Sequence[Any], streams: Collection[str] | None, heads: Literal["mean", "all"] = "mean") -> TextMaps:
     """An observer of T2I maps, which are 0 in models where text tokens are no queries."""
     from mmdit_probe.observe.maps import TextMaps
 
@@ -198,7 +200,7 @@ def textual(words: Sequence[Any], stream: str | None, heads: Literal["mean", "al
             heads = [seen.call.query.shape[1]] * (self.heads == "all")
             return seen.call.query.new_zeros(len(seen.tokens), *heads, *seen.space, len(words))
 
-    return OrNothing(words, heads, "text", stream)
+    return OrNothing(words, heads, "text", streams)
 
 
 def special_spans(table: TokenTable) -> list[tuple[str, str]]:

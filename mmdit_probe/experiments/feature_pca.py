@@ -79,7 +79,7 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
     components: Annotated[
         int, Option("Components kept and scored; three are drawn, in grey if one.", min=1, max=4096)
     ] = 16
-    fit: Annotated[Literal["joint", "image"], Option("One basis for all pictures, or one per picture.")] = "joint"
+    basis: Annotated[Literal["joint", "image"], Option("One basis for all pictures, or one per picture.")] = "joint"
     solver: Annotated[
         Literal["exact", "incremental"],
         Option("Streaming fit: exact (D x D per layer), or scikit-learn's IncrementalPCA."),
@@ -110,14 +110,14 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
         layers, heads = self.places(model)
         chosen = self.chosen_controls()
         captions = self.captions(inputs)
-        each = self.fit == "image" or len(inputs) == 1
+        each = self.basis == "image" or len(inputs) == 1
         request = request_of(
             model,
             layers=list(layers),
             heads=plain(heads),
             kinds=self.wanted_kinds(),
             components=self.components,
-            fit=self.fit,
+            fit=self.basis,
             solver=self.solver,
             sigma=self.sigma,
             shown=self.shown,
@@ -128,7 +128,7 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
             ],
         )
         basis = "one basis per picture" if each else f"one basis for all pictures, {self.solver}, streaming"
-        notes = notes_on(model, inputs, captions)
+        notes = notes_on(model, inputs, captions, model.default_size)
         facts = {
             "pictures": [picture.name for picture in inputs], "basis": basis, "remarks": notes,
             "features": "heads concatenated, q and k after norm and rotary embedding, conditional rows",
@@ -185,8 +185,8 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
         maps = {(int(layer), kind): array for (layer, kind), array in ((k.split(":"), v) for k, v in shown.items())}
         name, request = result.model_name, result.request
         of = "image tokens" if self.over is None else f"tokens of reference {self.over}"
-        title = f"{name}: PCA of {of}, {self.fit} basis, sigma {self.sigma:g}"
-        figures = {"pca_maps": pca_maps(maps, pictures, request["kinds"], each=self.fit == "image", title=title)}
+        title = f"{name}: PCA of {of}, {self.basis} basis, sigma {self.sigma:g}"
+        figures = {"pca_maps": pca_maps(maps, pictures, request["kinds"], each=self.basis == "image", title=title)}
         count = result.summary["n"].max()
         scored = f"{name}: {self.components} components, n = {count} pictures"
         return figures | {"pca_scores": pca_scores(result.summary, title=scored)}

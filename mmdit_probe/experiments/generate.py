@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -75,7 +75,7 @@ class Generate(Edited, JudgedSweep):
     perturb_scale: Annotated[
         str | float | Sequence[float], Option("Scale s of the guidance; several for a sweep: 1,2,4.")
     ] = "2"
-    each: Annotated[bool, Option("Perturb each layer on its own: a sweep over layers.")] = False
+    sweep: Annotated[Literal["none", "layer"], Option("Perturb each layer alone.")] = "none"
     selection: Annotated[
         Path | str | None, Option("Layers and heads from select-layers, in place of --perturb-layers.")
     ] = None
@@ -96,7 +96,7 @@ class Generate(Edited, JudgedSweep):
             raise UserError(f"--start {self.start:g} is after --stop {self.stop:g}: nothing would be guided")
         self.scales()
         equal = bool({*EQUAL} & {*self.chosen_controls()})
-        unread = changed(self, "perturb_scale", "each", "start", "stop", *(["control"] if equal else []))
+        unread = changed(self, "perturb_scale", "sweep", "start", "stop", *(["control"] if equal else []))
         if self.perturb_layers is None and self.selection is None and unread:
             raise UserError(f"{unread} is of perturbed guidance: name its layers with --perturb-layers or --selection")
 
@@ -125,7 +125,7 @@ class Generate(Edited, JudgedSweep):
         else:
             return plan
         edit = self.change().at(heads=heads)
-        for these in [(layer,) for layer in layers] if self.each else [layers]:
+        for these in [(layer,) for layer in layers] if self.sweep == "layer" else [layers]:
             here = edit.at(layers=list(these))
             for scale in (scale for scale in self.scales() if scale != 0):
                 plan.append(_condition(these, scale, here))

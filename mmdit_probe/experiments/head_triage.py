@@ -1,6 +1,6 @@
 """HeadTriage: which heads localise words, which do the opposite, and what maps gain when that is put right.
 
-    result = HeadTriage(limit=64, train=64).run("scenes-sd3")
+    result = HeadTriage(limit=64, train_limit=64).run("scenes-sd3")
     result.summary                     # per layer, encoder stream and way to read the maps: mIoU on other scenes
 
 Two faults of word maps cost more than the choice of the layer: words differ in how much attention they draw anywhere,
@@ -53,31 +53,31 @@ class HeadTriage(Experiment):
     """
 
     name = "head-triage"
-    examples = ("--limit 32 --train 32",)
+    examples = ("--limit 32 --train-limit 32",)
     tables = ("head_triage", "heads")
     claimed = "maps read this way have a higher mIoU than the same maps as they are, or with other heads left out"
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.")] = "all"
     limit: Annotated[int, Option("Scenes to report on.", min=2, panel=INPUT)] = 64
-    split: Annotated[Literal["val", "test"], Option("Scenes split to report on.", panel=INPUT)] = "test"
-    train: Annotated[int, Option("Training scenes to select and calibrate on.", min=2, panel=INPUT)] = 64
+    report: Annotated[Literal["val", "test"], Option("Scenes to report on.", panel=INPUT)] = "test"
+    train_limit: Annotated[int, Option("Training scenes to select and calibrate on.", min=2, panel=INPUT)] = 64
     sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise.", min=0, max=1)] = 0.515
 
     def gather(self, scenes: bool) -> list[Scene]:
         if not scenes:
             raise UserError("head triage compares maps with the regions of scenes, which this model does not know")
-        return several(self.split, self.limit)
+        return several(self.report, self.limit)
 
     def prepare(self, model: MMDiT, inputs: list[Scene]) -> Study:
         layers = layer_indices(self.layers, len(model.layers))
         request = request_of(
-            model, layers=list(layers), n=self.limit, split=self.split, train=self.train, sigma=self.sigma,
+            model, layers=list(layers), n=self.limit, split=self.report, train=self.train_limit, sigma=self.sigma,
             seed=self.seed,
         )  # fmt: skip
         streams = [ALL, *dict.fromkeys(model.token_tables(["grass"])[0].streams)]
         reader = Reader(model, layers, [*streams] if len(streams) > 2 else [ALL], self.sigma, self.seed)
-        note = f"{self.train} training scenes are measured before the first of {len(inputs)}"
-        state = Calibration(reader, several("train", self.train))
+        note = f"{self.train_limit} training scenes are measured before the first of {len(inputs)}"
+        state = Calibration(reader, several("train", self.train_limit))
         return Study(model, request, list(enumerate(inputs)), "scenes", notes=[note], state=state)
 
     def measure(self, study: Study, task: tuple[int, Scene], record: TaskRecord) -> None:
@@ -111,8 +111,9 @@ class HeadTriage(Experiment):
 
         heads = verdicts(result.store.table("heads"))
         n = int(result.summary["n"].max())
-        title = f"{result.model_name}: heads chosen on {self.train} training scenes, mIoU on {n} scenes of {self.split}"
-        return {"head_triage": triage(result.summary, heads, title=f"{title}, sigma {self.sigma:g}")}
+        of = f"heads chosen on {self.train_limit} training scenes, mIoU on {n} scenes of {self.report}"
+        title = f"{result.model_name}: {of}, sigma {self.sigma:g}"
+        return {"head_triage": triage(result.summary, heads, title=title)}
 
     def tell(self, result: Result) -> list[Text]:
         heads = verdicts(result.store.table("heads"))
@@ -122,8 +123,8 @@ class HeadTriage(Experiment):
             triage_table(result.summary),
             "mIoU of the argmax over the words of the scene's classes, mean over scenes; raw with its 95 % interval,"
             " the other ways as paired differences from raw.",
-            f"Heads that look away from words on {self.train} training scenes (layer.head): {named or 'none'}.",
-            f"n = {result.summary['n'].max()} scenes of {self.split} that training scenes do not share, sigma"
+            f"Heads that look away from words on {self.train_limit} training scenes (layer.head): {named or 'none'}.",
+            f"n = {result.summary['n'].max()} scenes of {self.report} that training scenes do not share, sigma"
             f" {self.sigma:g}; heads and scales were chosen on the training split alone.",
         ]
 

@@ -5,7 +5,7 @@ Mixed into an experiment as base classes; `--help`, the checks and a run's recor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -99,6 +99,10 @@ class Sampling:
     guidance: Annotated[
         float, Option("Classifier-free guidance scale; 1 or less runs without it.", min=0, max=1000)
     ] = 7.5
+
+
+SAMPLED = ("num_steps", "guidance")
+"""Options of `Sampling`: pictures at hand have none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,10 +259,16 @@ def captions_of(prompts: str | Sequence[str] | None, pictures: Sequence[Sample])
     return texts * (len(pictures) // len(texts))
 
 
-def notes_on(model: MMDiT, pictures: Sequence[Sample], texts: Sequence[str] = ()) -> list[str]:
-    """Remarks on pictures and the texts they are read with: files that a model of drawn scenes cannot know, and the
-    empty prompt where there is no caption."""
-    notes = []
+MOST_OPENED, ENLARGED = 64, 4
+"""Of how many files the remarks tell what becomes of them, and from which factor on they call a picture enlarged."""
+
+
+def notes_on(
+    model: MMDiT, pictures: Sequence[Sample], texts: Sequence[str] = (), size: tuple[int, int] | None = None
+) -> list[str]:
+    """Remarks on pictures and the texts they are read with: files that a model of drawn scenes cannot know, the empty
+    prompt where there is no caption, and what becomes of files that are cropped to `size` (height, width) in pixels."""
+    notes = [] if size is None else list(_notes_on_files(pictures, size))
     if model.vocabulary and any(picture.is_file for picture in pictures):
         notes.append(f"{model.name} was trained on drawn scenes alone: what it finds in other pictures means nothing")
     if bare := sum(not text for text in texts):
@@ -266,6 +276,21 @@ def notes_on(model: MMDiT, pictures: Sequence[Sample], texts: Sequence[str] = ()
             f"{bare} of {len(texts)} pictures have no caption: the empty prompt was used; --prompts gives another"
         )
     return notes
+
+
+def _notes_on_files(pictures: Sequence[Sample], size: tuple[int, int]) -> Iterator[str]:
+    found: dict[str, list[str]] = {}
+    for one in [picture for picture in pictures if picture.is_file][:MOST_OPENED]:
+        width, height = one.open().size
+        said = list(one.notes)
+        if ENLARGED * min(height, width) <= min(size):
+            said.append(f"{height} x {width} pixels are enlarged to {size[0]} x {size[1]}")
+        if abs(height * size[1] - width * size[0]) > 0.02 * height * size[1]:
+            said.append("what lies beside the centre is cut off")
+        for note in said:
+            found.setdefault(note, []).append(one.name)
+    for note, names in found.items():
+        yield f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {note}"
 
 
 Control = Annotated[
@@ -326,7 +351,7 @@ class Edited:
         from mmdit_probe.edit import Blur, GridBlur, Mean, Scale
 
         address: dict[str, Any] = {
-            "streams": tuple(listed(self.streams)) if self.streams else None,
+            "streams": streams_of(self.streams),
             "renormalise": renormalise,
             "steps": steps,
             "branches": branches,
@@ -347,6 +372,11 @@ class Edited:
         )
 
 
+def streams_of(streams: str | None) -> tuple[str, ...] | None:
+    """The encoder streams that are named, by comma; None: all."""
+    return None if streams is None else tuple(listed(streams))
+
+
 def check_streams(model: MMDiT, streams: str | None) -> None:
     """Encoder streams exist.
 
@@ -354,6 +384,6 @@ def check_streams(model: MMDiT, streams: str | None) -> None:
         UserError: one does not.
     """
     known = dict.fromkeys(model.token_tables([""])[0].streams)
-    for name in listed(streams) if streams else ():
+    for name in streams_of(streams) or ():
         if name not in known:
             raise unknown("encoder stream", name, known)

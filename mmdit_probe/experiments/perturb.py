@@ -78,25 +78,23 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
     """
 
     name = "perturb"
-    examples = ("--layers all --prompts scenes:val --limit 16", "--layers 4 --by heads --limit 8")
+    examples = ("--layers all --prompts scenes:val --limit 16", "--layers 4 --sweep head --limit 8")
     tables = ("perturb",)
 
     control: EditControl = BUDGET
-    by: Annotated[
-        Literal["layers", "heads", "spans"], Option("Edit whole layers, single heads, or span kinds one at a time.")
-    ] = "layers"
+    sweep: Annotated[Literal["layer", "head", "span"], Option("Edit each layer, head or span kind alone.")] = "layer"
     renormalise: Annotated[bool, Option("Rescale edited rows to a total of 1.")] = False
     steps: Annotated[Spec, Option("Sampling steps to edit: all, 0,20, 0-4, last-8.")] = "all"
     branch: Annotated[Literal["all", "cond", "uncond"], Option("Guidance branch to edit.")] = "all"
-    sheet: Annotated[
+    shown: Annotated[
         int, Option("Keep the images of this many prompts for the contact sheet.", min=0, panel=OUTPUT)
     ] = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         step_indices(self.steps, self.num_steps)
-        if self.by == "spans" and self.key != "text":
-            raise UserError("--by spans tells kinds of text tokens apart; --key reference has none")
+        if self.sweep == "span" and self.key != "text":
+            raise UserError("--sweep span tells kinds of text tokens apart; --key reference has none")
         if self.branch == "uncond" and self.guidance <= 1:
             raise UserError(f"--branch uncond: --guidance {self.guidance:g} runs without that branch")
 
@@ -123,12 +121,12 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
         return plan
 
     def _places_of(self, heads: Sequence[int]) -> list[tuple[int, str]]:
-        if self.by == "heads":
+        if self.sweep == "head":
             return [(head, ALL_SPANS) for head in heads]
-        return [(ALL_HEADS, span) for span in SPANS] if self.by == "spans" else [(ALL_HEADS, ALL_SPANS)]
+        return [(ALL_HEADS, span) for span in SPANS] if self.sweep == "span" else [(ALL_HEADS, ALL_SPANS)]
 
     def keeps(self, index: int) -> bool:
-        return index < self.sheet
+        return index < self.shown
 
     def summarise(self, result: Result) -> pd.DataFrame:
         return summarise(self.rows(result))
@@ -167,7 +165,7 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
         summary, name = result.summary, result.model_name
         count = int(summary["n"].max())
         title = f"{name}: {self.edit} of {'I2T' if self.key == 'text' else 'I2R'}, n = {count} prompts"
-        if self.by != "layers":
+        if self.sweep != "layer":
             return {"perturb": effects_grid(summary, self._main(result), title=title)}
         figures = {"perturb": effects_by_layer(summary, DRAWN, title=title)}
         rows = sorted({int(kept.split("-")[0]) for kept in result.store.pictures()})

@@ -4,7 +4,7 @@ common. Not here: what is kept of them (`experiments.word_maps`, `experiments.ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,14 +14,18 @@ from mmdit_probe.experiments.experiment import Experiment, Study, request_of, sc
 from mmdit_probe.experiments.known import KnownLayers, grounding_layers
 from mmdit_probe.experiments.options import (
     INPUT,
+    SAMPLED,
     Referring,
     Sampling,
     captions_of,
+    check_streams,
     notes_on,
     prompts_of,
     samples_of,
+    streams_of,
 )
 from mmdit_probe.experiments.token_rows import unread
+from mmdit_probe.models.words import find, words
 from mmdit_probe.options import Option, changed
 from mmdit_probe.specs import Spec, check_spec, layer_indices, listed
 
@@ -59,14 +63,15 @@ class Pictures(Sampling, Referring, Experiment):
 
     prompt: Annotated[
         str | Sequence[str] | None,
-        Option("What to draw, or the text of --image; also a file of prompts or a set.", argument=True, panel=INPUT),
+        Option("What to draw, or the text of --images; also a file of prompts or a set.", argument=True, panel=INPUT),
     ] = None
     words: Annotated[
         str | Sequence[str] | None,
         Option("Words or phrases of the prompt, by comma.", shown_default="all of them", panel=INPUT),
     ] = None
-    image: Annotated[
-        Any, Option("A photo to read instead of drawing: a file, a folder, or scenes:val:3.", panel=INPUT)
+    images: Annotated[
+        Any,
+        Option("Photos to read instead of drawing: a file, a folder, or scenes:val:3.", also=("--image",), panel=INPUT),
     ] = None
     limit: Annotated[
         int | None, Option("Use the first LIMIT prompts or pictures.", min=1, shown_default="all", panel=INPUT)
@@ -76,37 +81,62 @@ class Pictures(Sampling, Referring, Experiment):
     ] = 1
     height: Side = None
     width: Side = None
-    stream: Annotated[
-        str | None, Option("Tokens of this text encoder only, such as clip or t5.", shown_default="all")
+    streams: Annotated[
+        str | None, Option("Text tokens of these encoders only, e.g. clip.", also=("--stream",), shown_default="all")
     ] = None
     sigma: Annotated[
-        float, Option("Noise level of --image, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1)
+        float, Option("Noise level of --images, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1)
     ] = 0.515
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        unread = changed(self, "sigma") if self.image is None else changed(self, "images_per_prompt", "steps")
+        unread = (
+            changed(self, "sigma") if self.images is None else changed(self, "images_per_prompt", "steps", *SAMPLED)
+        )
         if unread:
             raise UserError(
-                f"{unread} is of photos (--image); what is drawn has --steps" if self.image is None
-                else f"{unread} is of pictures that are drawn; with --image leave it out"
+                f"{unread} is of photos (--images); what is drawn has --steps" if self.images is None
+                else f"{unread} is of pictures that are drawn; with --images leave it out"
             )  # fmt: skip
         layers = getattr(self, "layers", None)
         if layers is not None:
             check_spec(layers, layer_indices)
 
     def gather(self, scenes: bool) -> tuple[list[str], list[Sample]]:
-        if self.prompt is None and self.image is None:
+        if self.prompt is None and self.images is None:
             raise UserError('no prompt is given; expected one, such as "a red ring and a blue house on grass"')
-        if self.image is None:
-            return prompts_of(self.prompt, self.limit, scenes, 1), []
-        given = isinstance(self.image, str | Path | list | tuple)
-        pictures = samples_of(self.image if given else [self.image], self.limit)
+        if self.images is None:
+            texts = prompts_of(self.prompt, self.limit, scenes, 1)
+            self._check_words(texts)
+            return texts, []
+        given = isinstance(self.images, str | Path | list | tuple)
+        pictures = samples_of(self.images if given else [self.images], self.limit)
         texts = captions_of(self.prompt, pictures)
         missing = next((one.name for one, text in zip(pictures, texts, strict=True) if not text), None)
         if missing is not None:
             raise UserError(f"picture {missing!r} has no caption: give the text whose words are looked for in it")
+        self._check_words(texts)
         return texts, pictures
+
+    def _check_words(self, texts: Sequence[str]) -> None:
+        """There is a word to look for, before a tokenizer says which tokens stand for it.
+
+        Raises:
+            UserError: no prompt has a word, none is named, or one is in no prompt.
+        """
+        known = dict.fromkeys(text[start:stop] for text in texts for start, stop in words(text))
+        if self.words is None and not any(any(map(str.isalnum, word)) for word in known):
+            raise UserError(f"prompt {texts[0]!r} has no word to look for")
+        asked = self.named_words()
+        if asked == []:
+            raise UserError(f"--words {self.words!r} names no word; expected words of the prompt, by comma")
+        for word in asked or ():
+            if not any(find(word, text, whole=False) for text in texts):
+                raise unknown("word", word, known)
+
+    def named_words(self) -> list[str] | None:
+        """The words that are asked for; None: all of them."""
+        return None if self.words is None else [word for word in listed(self.words) if word]
 
     def items(self, model: MMDiT, inputs: tuple[list[str], list[Sample]]) -> list[PicturedPrompt]:
         """What is to be looked at, each with the words that its prompt has.
@@ -116,15 +146,14 @@ class Pictures(Sampling, Referring, Experiment):
         """
         texts, pictures = inputs
         tables = model.token_tables(texts)
-        if self.stream is not None and self.stream not in (known := dict.fromkeys(tables[0].streams)):
-            raise unknown("encoder stream", self.stream, known)
-        asked = None if self.words is None else [word for word in listed(self.words) if word]
+        check_streams(model, self.streams)
+        asked = self.named_words()
         for word in asked or ():
             if not any(table.word_spans(word, missing_ok=True) for table in tables):
                 tables[0].word_spans(word)  # says why
-        chosen = [words_of(table, asked, self.stream) for table in tables]
-        for table, words in zip(tables, chosen, strict=True):
-            if not words:
+        chosen = [words_of(table, asked, streams_of(self.streams)) for table in tables]
+        for table, found in zip(tables, chosen, strict=True):
+            if not found:
                 what = f"prompt {table.prompt!r} has none of the words asked for, or no word at all"
                 parts = [f"{stream.name} reads only {stream.reads}" for stream in model.family.streams if stream.reads]
                 every = len(parts) == len(model.family.streams) > 0
@@ -137,11 +166,11 @@ class Pictures(Sampling, Referring, Experiment):
 
     def prepare(self, model: MMDiT, inputs: tuple[list[str], list[Sample]]) -> Study:
         items = self.items(model, inputs)
-        self.size(model)
+        size = self.size(model)
         known = model.unknown_words_note(inputs[0])
         notes = [*([known] if known else []), *(line for t in model.token_tables(inputs[0]) for line in unread(t))]
-        notes += notes_on(model, inputs[1])
-        how: dict[str, Any] = {"stream": self.stream, "height": self.height, "width": self.width}
+        notes += notes_on(model, inputs[1], size=size)
+        how: dict[str, Any] = {"streams": streams_of(self.streams), "height": self.height, "width": self.width}
         how |= {"sigma": self.sigma} if inputs[1] else {"num_steps": self.num_steps, "guidance": self.guidance}
         request = request_of(
             model,
@@ -196,14 +225,14 @@ class Pictures(Sampling, Referring, Experiment):
         return picture
 
 
-def words_of(table: TokenTable, asked: Sequence[str] | None, stream: str | None = None) -> tuple[str, ...]:
-    """The words of a prompt that are asked for (None: all but signs, each once) and that an encoder reads."""
+def words_of(table: TokenTable, asked: Sequence[str] | None, streams: Collection[str] | None = None) -> tuple[str, ...]:
+    """The words of a prompt that are asked for (None: all but signs), each once, that an encoder reads."""
     found: dict[str, str] = {}
     for word in table.words if asked is None else asked:
-        if any(map(str.isalnum, word)):
+        if asked is not None or any(map(str.isalnum, word)):
             found.setdefault(word.casefold(), word)
     spans = {word: table.word_spans(word, missing_ok=True) for word in found.values()}
-    return tuple(word for word, of in spans.items() if (of if stream is None else stream in of))
+    return tuple(word for word, of in spans.items() if (of if streams is None else {*streams} & {*of}))
 
 
 def grounding(model: MMDiT, asked: Spec | None = None) -> KnownLayers:

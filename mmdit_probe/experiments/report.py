@@ -106,7 +106,7 @@ class Report(Sampling, Experiment):
             Part("attention-budget", "Attention budget", lambda state: AttentionBudget(**rows)),
             Part("value-norms", "Contribution: norms of the values", lambda state: ValueNorms(**rows)),
             *([Part("pca", "PCA of the features", lambda state: FeaturePCA(**pictured, control=self.control))] * pca),
-            Part("perturb", "Perturbation", lambda state: Perturb(prompts=prompts, sheet=0, **how)),
+            Part("perturb", "Perturbation", lambda state: Perturb(prompts=prompts, shown=0, **how)),
             Part("select-layers", "Which layers ground words", select),
             Part("maps", "Word maps", lambda state: WordMaps(
                 prompt=prompts[:SHOWN_PROMPTS], layers=layers(state), **how)),

@@ -1,12 +1,12 @@
 """Score: what generated pictures show, per category, with and without adapters on the same seeds; Tables 3 and 4 of
 arXiv:2509.18096.
 
-    result = Score(n=20, lora=["class=runs/class/lora"]).run("scenes-sd3")
+    result = Score(limit=20, lora=["class=runs/class/lora"]).run("scenes-sd3")
     result.summary                     # per variant, category and metric: mean, paired difference, intervals, n
 
 Differences between variants are small beside those between pictures, so that they are taken per (prompt, seed) and
 averaged per prompt; intervals are over prompts, which are what a benchmark samples. On a model of the scenes world the
-parser reads the pictures back, its own limit stands beside ("real"), and `maps` adds where the words look.
+parser reads the pictures back, its own limit stands beside ("real"), and `map_sigma` adds where the words look.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Score(Sampling, Referring, Experiment):
     ] = ()
     baseline: Annotated[str, Option("Variant that differences are taken to.")] = BASE
     categories: Annotated[str, Option("all, none, or categories of scenes: colour,numeracy,...", panel=INPUT)] = "all"
-    n: Annotated[int, Option("Prompts per category.", min=1, flag="--limit", panel=INPUT)] = 20
+    limit: Annotated[int, Option("Prompts per category.", min=1, panel=INPUT)] = 20
     split: Annotated[Literal["train", "val", "test"], Option("Split of the scenes captions.", panel=INPUT)] = "val"
     prompts: Annotated[
         str | None,
@@ -100,7 +100,7 @@ class Score(Sampling, Referring, Experiment):
         ),
     ] = None
     images_per_prompt: Annotated[int, Option("Pictures per prompt.", min=1, panel=INPUT)] = 1
-    maps: Annotated[
+    map_sigma: Annotated[
         str, Option("Noise levels at which the word maps of LIMIT scenes are scored per layer, by comma; or none.")
     ] = "none"
     clip: Annotated[
@@ -127,8 +127,10 @@ class Score(Sampling, Referring, Experiment):
         )
         if all(scorer is None for scorer in scorers):
             raise UserError("nothing to score with: give a CLIP or BLIP model, or a folder to export to")
-        if self.prompts is None and self.categories == self.maps == "none":
-            raise UserError("--categories none without --maps leaves nothing to score; name categories or noise levels")
+        if self.prompts is None and self.categories == self.map_sigma == "none":
+            raise UserError(
+                "--categories none without --map-sigma leaves nothing to score; name categories or noise levels"
+            )
 
     def variants(self) -> dict[str, str | None]:
         """Name -> adapter; the base model first.
@@ -155,20 +157,20 @@ class Score(Sampling, Referring, Experiment):
         Raises:
             UserError: they are none in 0..1.
         """
-        if self.maps == "none":
+        if self.map_sigma == "none":
             return []
-        refusal = f"--maps {self.maps!r}: expected noise levels in 0..1, e.g. 0.5 or 0.3,0.5, or none"
-        return numbers(self.maps, 0, 1, refusal)
+        refusal = f"--map-sigma {self.map_sigma!r}: expected noise levels in 0..1, e.g. 0.5 or 0.3,0.5, or none"
+        return numbers(self.map_sigma, 0, 1, refusal)
 
     def gather(self, scenes: bool) -> list[tuple[str, str]]:
         if self.sigmas() and not scenes:
-            raise UserError("--maps scores word maps on scenes, which this model does not know; use evaluate")
+            raise UserError("--map-sigma scores word maps on scenes, which this model does not know; use evaluate")
         if self.prompts is not None:
-            return prompts_by_category(self.prompts, self.n)
+            return prompts_by_category(self.prompts, self.limit)
         if self.categories == "none":
             return []
         chosen = () if self.categories == "all" else listed(self.categories)
-        return scene_prompts(self.n, chosen, self.split)
+        return scene_prompts(self.limit, chosen, self.split)
 
     def prepare(self, model: MMDiT, inputs: list[tuple[str, str]]) -> Study:
         from mmdit_probe.evaluate.blip import BlipAsker
@@ -193,7 +195,7 @@ class Score(Sampling, Referring, Experiment):
             tasks.append(Job(REAL))
         request = request_of(
             model, variants=scorers.variants, prompts=inputs, images_per_prompt=each, num_steps=self.num_steps,
-            guidance=self.guidance, seed=self.seed, clip=self.clip, vqa=self.vqa, maps=self.sigmas(), n=self.n,
+            guidance=self.guidance, seed=self.seed, clip=self.clip, vqa=self.vqa, maps=self.sigmas(), n=self.limit,
             split=self.split, export=None if self.export is None else str(self.export), batch=self.batch,
         )  # fmt: skip
         notes = read_of_videos(model) + strangers(scorers, self.clip, knows_scenes(model))
@@ -206,7 +208,7 @@ class Score(Sampling, Referring, Experiment):
         if task.kind == REAL:
             for sigma in self.sigmas():
                 record.write("maps", self._maps(study.model, sigma))
-            record.write("scores", real_scenes(self.n, self.split, scorers))
+            record.write("scores", real_scenes(self.limit, self.split, scorers))
         else:
             record.write("scores", self._pictures(study.model, task, jobs, scorers))
 
@@ -216,7 +218,7 @@ class Score(Sampling, Referring, Experiment):
     def _maps(self, model: MMDiT, sigma: float) -> pd.DataFrame:
         from mmdit_probe.experiments.scenes_quality import grid_ceiling, held_out, word_map_scores
 
-        items = held_out(self.n, self.split)
+        items = held_out(self.limit, self.split)
         table = word_map_scores(model, items, sigma=sigma, seed=self.seed, streams=STREAMS)
         return table.assign(ceiling=grid_ceiling(items, model.default_size[0] // model.size_multiple))
 

@@ -62,13 +62,11 @@ class SelectLayers(Sampling, Experiment):
     rule: Annotated[str, Option("ranks (least mean rank), median-ranks, or one evidence.")] = "ranks"
     top: Annotated[int, Option("Layers to select.", min=1)] = 1
     weights: Annotated[Literal["equal", "ranks"], Option("Weights of several layers.")] = "equal"
-    heads: Annotated[
-        int, Option("Heads to select per layer, by their maps on scenes; 0: all.", min=0, flag="--top-heads")
-    ] = 0
+    top_heads: Annotated[int, Option("Heads to select per layer, by their maps on scenes; 0: all.", min=0)] = 0
     split: Annotated[Split, Option("Scenes to select on.", panel=INPUT)] = "val"
     report: Annotated[Split, Option("Other scenes to report on.", panel=INPUT)] = "test"
     limit: Annotated[int, Option("Scenes per evidence.", min=4, panel=INPUT)] = 24
-    prompts: Annotated[int, Option("Prompts of the perturbation.", min=1, flag="--perturb-limit", panel=INPUT)] = 8
+    perturb_limit: Annotated[int, Option("Prompts of the perturbation.", min=1, panel=INPUT)] = 8
     sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise.", min=0, max=1)] = 0.515
     control: Control = "none"
 
@@ -92,7 +90,7 @@ class SelectLayers(Sampling, Experiment):
     @property
     def amount(self) -> Amount:
         """How much of each is measured."""
-        return Amount(self.limit, self.sigma, self.prompts, self.num_steps, self.guidance, self.seed)
+        return Amount(self.limit, self.sigma, self.perturb_limit, self.num_steps, self.guidance, self.seed)
 
     def gather(self, scenes: bool) -> None:
         if self.wanted() and not scenes:
@@ -100,14 +98,14 @@ class SelectLayers(Sampling, Experiment):
                 "evidence is measured on scenes, which this model does not know; run attention-budget, value-norms and"
                 " perturb on it and pass their folders with --from"
             )
-        if self.heads and not scenes:
-            raise UserError("--heads are selected by their maps on scenes, which this model does not know")
+        if self.top_heads and not scenes:
+            raise UserError("--top-heads are selected by their maps on scenes, which this model does not know")
 
     def prepare(self, model: MMDiT, inputs: None) -> Study:
         if self.top > len(model.layers):
             raise UserError(f"--top {self.top}: expected 1 to {len(model.layers)} layers")
-        if self.heads > model.heads:
-            raise UserError(f"--top-heads {self.heads}: expected at most {model.heads} heads, or 0 for all")
+        if self.top_heads > model.heads:
+            raise UserError(f"--top-heads {self.top_heads}: expected at most {model.heads} heads, or 0 for all")
         chosen = self.chosen_controls()
         names = self.wanted()
         kept = f"scenes:{self.report}" if names else ""
@@ -126,7 +124,7 @@ class SelectLayers(Sampling, Experiment):
             for name in names
         ]
         request = request_of(
-            model, evidence=names, top=self.top, heads=self.heads, num_steps=self.num_steps, guidance=self.guidance,
+            model, evidence=names, top=self.top, heads=self.top_heads, num_steps=self.num_steps, guidance=self.guidance,
             controls=list(chosen), **self._how(),
         )  # fmt: skip
         return Study(model, request, tasks, "evidence")
@@ -134,7 +132,8 @@ class SelectLayers(Sampling, Experiment):
     def _how(self) -> dict[str, Any]:
         return {
             "rule": self.rule, "weights": self.weights, "split": self.split, "report": self.report, "n": self.limit,
-            "prompts": self.prompts, "sigma": self.sigma, "seed": self.seed, "from": [str(run) for run in self.runs],
+            "prompts": self.perturb_limit, "sigma": self.sigma, "seed": self.seed,
+            "from": [str(run) for run in self.runs],
         }  # fmt: skip
 
     def measure(self, study: Study, task: Any, record: TaskRecord) -> None:
@@ -144,10 +143,10 @@ class SelectLayers(Sampling, Experiment):
         record.write("evidence", task)
 
     def finish(self, study: Study, store: Store) -> None:
-        if self.heads and "best_heads" not in store.data:
+        if self.top_heads and "best_heads" not in store.data:
             table = evidence.by_layer(store.table("evidence"))
             chosen = evidence.choose(table[table["split"] == self.split], self.top, self.rule)
-            best = evidence.best_heads(study.model, chosen, self.heads, self.split, self.amount)
+            best = evidence.best_heads(study.model, chosen, self.top_heads, self.split, self.amount)
             store.record(best_heads={str(layer): list(of) for layer, of in best.items()})
 
     def summarise(self, result: Result) -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """SigmaByLayer: at which noise level does which layer read nouns, colours, counts and relations?
 
-    result = SigmaByLayer(limit=32, sigmas="0.3,0.6,0.9").run("scenes-sd3")
+    result = SigmaByLayer(limit=32, sigma="0.3,0.6,0.9").run("scenes-sd3")
     result.summary                     # per word kind, layer and sigma: what reading the stated word there is worth
 
 A scene, noised, is denoised once with its true caption and once with a caption that states the opposite (another noun,
@@ -60,9 +60,7 @@ class SigmaByLayer(Experiment):
     tables = ("sigma_map",)
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.")] = "all"
-    sigmas: Annotated[str, Option("Noise levels by comma, above 0 (clean) to 1 (noise).", flag="--sigma")] = (
-        "0.1,0.3,0.5,0.7,0.9,1.0"
-    )
+    sigma: Annotated[str, Option("Noise levels by comma, above 0 (clean) to 1 (noise).")] = "0.1,0.3,0.5,0.7,0.9,1.0"
     limit: Annotated[int, Option("Scenes.", min=1, panel=INPUT)] = 48
     split: Annotated[Literal["train", "val", "test"], Option("Scenes split.", panel=INPUT)] = "val"
 
@@ -76,8 +74,8 @@ class SigmaByLayer(Experiment):
         Raises:
             UserError: they are none above 0 and up to 1.
         """
-        refusal = f"--sigma {self.sigmas!r}: expected noise levels above 0 and up to 1, e.g. 0.3,0.6,0.9"
-        return numbers(self.sigmas, 1e-6, 1, refusal)
+        refusal = f"--sigma {self.sigma!r}: expected noise levels above 0 and up to 1, e.g. 0.3,0.6,0.9"
+        return numbers(self.sigma, 1e-6, 1, refusal)
 
     def gather(self, scenes: bool) -> list[tuple[Scene, dict[str, tuple[str, str]]]]:
         if not scenes:

@@ -10,10 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from mmdit_probe import assets
 from mmdit_probe.errors import UserError, check_known
-from mmdit_probe.models.names import DTYPES, check_adapter, check_device, check_memory_options, counts_of, source_of
+from mmdit_probe.models.names import (
+    DTYPES,
+    check_adapter,
+    check_device,
+    check_memory_options,
+    counts_of,
+    multiple_of,
+    source_of,
+    streams_of,
+)
 from mmdit_probe.results import processes
 from mmdit_probe.results.selection import load_selection
-from mmdit_probe.specs import head_indices, layer_indices
+from mmdit_probe.specs import head_indices, layer_indices, listed
 
 if TYPE_CHECKING:
     from mmdit_probe.experiments.progress import Progress
@@ -53,6 +62,10 @@ class Named:
         check_memory_options(self.options.get("offload"), self.options.get("quantize"))
         if self.options.get("lora") is not None:
             check_adapter(str(self.options["lora"]))
+        if self.size is not None and (multiple := multiple_of(self.name)) is not None:
+            from mmdit_probe.data.fit import check_size
+
+            check_size(self.size, multiple, None)
 
     @property
     def full_name(self) -> str:
@@ -132,6 +145,10 @@ def named(target: Any, asked: Any = None) -> Any:
     if getattr(asked, "selection", None) is not None:
         load_selection(asked.selection)
     found = Named(str(target)) if isinstance(target, str) or hasattr(target, "__fspath__") else target
+    streams = getattr(asked, "streams", None)
+    if streams is not None and isinstance(found, Named) and (known := streams_of(found.name)) is not None:
+        for name in listed(streams):
+            check_known("encoder stream", name, known)
     counts = counts_of(found.name) if isinstance(found, Named) and asked is not None else None
     if counts is not None:
         layers, heads = counts

@@ -41,13 +41,17 @@ class TextTable:
         return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines)
 
     def html(self) -> str:
-        """The table as HTML, everything in it escaped."""
+        """The table as HTML, everything in it escaped; a number and its interval stay on one line."""
         from html import escape
 
         def row(cells: Iterable[str], tag: str) -> str:
-            return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+            return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in map(escape, cells)) + "</tr>"
 
-        body = "".join(row(cells, "td") for cells in self.rows)
+        whole = (
+            [cell.replace(" ", "\N{NO-BREAK SPACE}") if len(cell) <= 32 else cell for cell in cells]
+            for cells in self.rows
+        )
+        body = "".join(row(cells, "td") for cells in whole)
         title = f"<caption>{escape(self.title)}</caption>" if self.title else ""
         return f"<table>{title}<thead>{row(self.columns, 'th')}</thead><tbody>{body}</tbody></table>"
 

@@ -19,6 +19,7 @@ from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, 
 from mmdit_probe.experiments.options import (
     INPUT,
     OUTPUT,
+    SAMPLED,
     Control,
     LayersAndHeads,
     Prompts,
@@ -89,7 +90,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         super().__post_init__()
         if "shuffled" in self.chosen_controls() and self.images is None:
             raise UserError("shuffled captions need pictures: a sampled image has no caption but its prompt")
-        unread = changed(self, "sigma" if self.images is None else "steps")
+        unread = changed(self, *(("sigma",) if self.images is None else ("steps", *SAMPLED)))
         if unread:
             raise UserError(
                 f"{unread} is of pictures (--images); sampling has --steps" if self.images is None
@@ -134,7 +135,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         layers, heads = self.places(model)
         notes = [line for table in model.token_tables(texts) for line in unread(table)]
         notes += [note for note in [model.unknown_words_note(texts)] if note]
-        notes += notes_on(model, pictures, texts) if pictures else []
+        notes += notes_on(model, pictures, texts, model.default_size) if pictures else []
         request = request_of(
             model,
             layers=list(layers),

@@ -1,6 +1,6 @@
 """TrainMagnet: LoRA mask alignment from a model's name, section 4.3 of arXiv:2509.18096.
 
-    result = TrainMagnet(layers="4", prompt="mixed", steps=400).run("scenes-sd3", out="runs/magnet")
+    result = TrainMagnet(layers="4", prompt_kind="mixed", train_steps=400).run("scenes-sd3", out="runs/magnet")
     result.log, result.validation; result.figure()
     pipe.load_lora_weights(result.lora)            # in a program that knows nothing of this package
 
@@ -9,12 +9,13 @@ The options are those of `magnet.MagnetOptions`; the loop is training's own, wit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdit_probe.experiments.experiment import text_of
+from mmdit_probe.experiments.options import prompts_of
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.text import Text, page
 from mmdit_probe.magnet import config
@@ -39,8 +40,8 @@ class TrainMagnet(config.MagnetOptions):
     name = "train-magnet"
     recipes = config.RECIPES
     examples = (
-        "--recipe ours --layers 4 --prompt mixed --validate-every 100",
-        "--recipe paper --layers 9 --data coco-stuff:coco --model MODEL --device cuda --precision bf16",
+        "--recipe ours --layers 4 --prompt-kind mixed --validate-every 100",
+        "--recipe paper --layers 9 --dataset coco-stuff:coco --model MODEL --device cuda --precision bf16",
     )
 
     def run(
@@ -62,7 +63,9 @@ class TrainMagnet(config.MagnetOptions):
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
         check_out(out, resume)
         target = named(target, self)
-        check_source(self.data)
+        for source in filter(None, (self.dataset, self.validation)):
+            check_source(source)
+        prompts = None if self.sample_prompts is None else prompts_of(self.sample_prompts, None, False, 1)
         from mmdit_probe.magnet.run import run  # torch, only for a request that can be met
         from mmdit_probe.models.adapters import merge
 
@@ -70,7 +73,8 @@ class TrainMagnet(config.MagnetOptions):
         if isinstance(target, Named) and target.options.get("lora") is not None:
             merge(model.pipeline)
         place = None if out in (None, AUTO) else out
-        return Training(run(self, model, text=text_of(model), out=place, resume=resume, progress=shown.bar))
+        chosen = self if self.sample_prompts is None else replace(self, sample_prompts=prompts)
+        return Training(run(chosen, model, text=text_of(model), out=place, resume=resume, progress=shown.bar))
 
 
 class Training:

@@ -22,14 +22,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
+from mmdit_probe.errors import check_known
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.explore import Explore
-from mmdit_probe.experiments.options import Filmed, OverReference, checked_heads
+from mmdit_probe.experiments.options import Filmed, OverReference, checked_heads, streams_of
 from mmdit_probe.experiments.pictured_words import PicturedPrompt, Pictures, grounding
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.target import as_model
 from mmdit_probe.experiments.text import Text, TextTable
-from mmdit_probe.options import Option
+from mmdit_probe.options import Option, described
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import Clip
 from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, step_indices
@@ -52,7 +53,7 @@ class WordMaps(OverReference, Filmed, Pictures):
     name = "maps"
     examples = (
         '"a red ring and a blue house on grass" --words "ring, house, grass"',
-        '"a cat on a sofa" --image cat.jpg --model MODEL',
+        '"a cat on a sofa" --images cat.jpg --model MODEL',
     )
     tables = ("maps",)
 
@@ -70,14 +71,14 @@ class WordMaps(OverReference, Filmed, Pictures):
         super().__post_init__()
         if not isinstance(self.heads, Mapping):
             check_spec(self.heads, head_indices)
-        if self.image is None:
+        if self.images is None:
             step_indices(self.steps, self.num_steps)
 
     def places(self, model: MMDiT) -> dict[str, Any]:
         known = grounding(model, self.layers)
         layers = known.layers
         heads = checked_heads(self.heads, layers, model.heads)
-        steps = [0] if self.image is not None else list(step_indices(self.steps, self.num_steps))
+        steps = [0] if self.images is not None else list(step_indices(self.steps, self.num_steps))
         shares = known.weights or (1.0 / len(layers),) * len(layers)
         weights = [share for _, share in sorted(zip(layers, shares, strict=True))]
         return {
@@ -89,7 +90,9 @@ class WordMaps(OverReference, Filmed, Pictures):
         from mmdit_probe.observe.maps import TextMaps
 
         request, whole = study.request, _every(study.request["heads"], study.model.heads)
-        seen = TextMaps(task.words, heads="mean" if whole else "all", stream=self.stream, reference=self.over)
+        seen = TextMaps(
+            task.words, heads="mean" if whole else "all", streams=streams_of(self.streams), reference=self.over
+        )
         steps = "all" if task.picture else request["steps"]
         image = self.look(study.model, task, [seen], request["layers"], steps)
         heads = "all" if whole else request["heads"]
@@ -134,7 +137,7 @@ class WordMaps(OverReference, Filmed, Pictures):
         layers = f"layer{'s' if len(request['layers']) > 1 else ''} {', '.join(map(str, request['layers']))}{why}"
         every = _every(request["heads"], result.data["model"]["heads"])
         heads = "all heads" if every else f"heads {request['heads']}"
-        if self.image is not None:
+        if self.images is not None:
             return f"{result.model_name}: {layers}, {heads}, sigma {self.sigma:g}"
         over = "" if self.over is None else f", over reference {self.over}"
         return f"{result.model_name}: {layers}, {heads}, {len(request['steps'])} of {self.num_steps} steps{over}"
@@ -195,16 +198,18 @@ def word_maps(
 
     Args:
         target: one's own stock pipeline, an `MMDiT`, or a name: an embedded model, a diffusers folder, a hub id.
-        prompt: one or several; with `image` the photo's text.
+        prompt: one or several; with `images` the photo's text.
         progress: whether to show it, on stderr. num_frames: of a video; the model's own if None.
-        options: those of `WordMaps`: words, seed, image (a file, a PIL picture, an array), images_per_prompt, layers,
-            heads, steps, stream, num_steps, guidance, height, width, sigma, references (for an editing model: pictures
-            or files) and over (the number of one of them: maps over it).
+        options: those of `WordMaps`: words, seed, images (a file, a PIL picture, an array, or several),
+            images_per_prompt, layers, heads, steps, streams, num_steps, guidance, height, width, sigma, references (for
+            an editing model: pictures or files) and over (the number of one of them: maps over it).
 
     Raises:
-        UserError: a word that no prompt has, bad options, or no such model.
+        UserError: a word that no prompt has, unknown or bad options, or no such model.
     """
     shown = Progress(quiet=not progress)
+    for name in options:
+        check_known("option of word_maps", name, [one.name for one in described(WordMaps)])
     experiment = WordMaps(prompt=prompt, **options)
     model = as_model(target, shown, len(experiment.pictures_given()))
     if num_frames is not None:  # of this call, and no more
@@ -216,13 +221,13 @@ def word_maps(
     def explorer(number: int) -> Any:
         text, seed, words = items[number][:3]
         picture = None
-        if experiment.image is not None:
+        if experiment.images is not None:
             picture = experiment.gather(False)[1][number].open()
         shared = {
             name: getattr(experiment, name)
-            for name in ("num_steps", "guidance", "height", "width", "stream", "sigma", "references")
+            for name in ("num_steps", "guidance", "height", "width", "streams", "sigma", "references")
         }
-        page = Explore(prompt=[text], words=words, image=picture, seed=seed, layers=experiment.layers, **shared)
+        page = Explore(prompt=[text], words=words, images=picture, seed=seed, layers=experiment.layers, **shared)
         return page.pages(page.run(model, progress=shown))[0]
 
     found = experiment.maps(result, explorer)

@@ -4,7 +4,7 @@
     from mmdit_probe.data import ScenesData
     from mmdit_probe.magnet import MagnetOptions, train
     model = load("scenes-sd3")
-    train(model, ScenesData("train", 1000), MagnetOptions(layers=(4,), steps=200), out="runs/magnet")
+    train(model, ScenesData("train", 1000), MagnetOptions(layers=(4,), train_steps=200), out="runs/magnet")
     pipe.load_lora_weights("runs/magnet/lora")      # in a program that knows nothing of this package
 
 Not a general fine-tuning tool: what it trains is the attention that reads text into the image.

@@ -57,5 +57,5 @@ def check(data: Data, model: Any, alignment: str) -> None:
     if alignment != "none" and with_masks == 0:
         raise UserError(
             f"none of {len(places)} samples looked at has a mask that its prompt names; expected masks/<name>.png, with"
-            " class names that occur in the captions (or prompt 'list')"
+            " class names that occur in the captions (or --prompt-kind list)"
         )

@@ -1,6 +1,6 @@
 """Every choice of a MAGNET training, stated once: type, default, range and help text; defaults are the paper's.
 
-    >>> MagnetOptions(layers=(4,), steps=200).effective(processes=2)
+    >>> MagnetOptions(layers=(4,), train_steps=200).effective(processes=2)
     16
     >>> recipe("ours", layers=(4,)).max_grad_norm
     1.0
@@ -41,14 +41,14 @@ DATA, ALIGNMENT, LOSS, LORA, OPTIMISER, LOOKS = "Data", "Alignment", "Loss", "Lo
 way: neither is part of what decides a training on given data. No torch here: `--help` reads this."""
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {"columns": "clip"},
+    "paper": {"streams": "clip"},
     "ours": {
-        "streams": "joint", "space": "probability", "normalise": "minmax", "rate": 3e-3, "max_grad_norm": 1.0,
-        "steps": 400, "warmup": 20, "drop_prompt": 0.1,
+        "lora_streams": "joint", "space": "probability", "normalise": "minmax", "rate": 3e-3, "max_grad_norm": 1.0,
+        "train_steps": 400, "warmup": 20, "drop_prompt": 0.1,
     },
 }  # fmt: skip
 """What a recipe changes in the defaults. "paper": LoRA of rank 16 on the image stream of all layers, maps before the
-softmax, CLIP's columns, rate 1e-4, gradient norm 0.01, 0.1 focal + 0.2 dice. "ours": chosen on validation scenes of the
+softmax, CLIP's tokens, rate 1e-4, gradient norm 0.01, 0.1 focal + 0.2 dice. "ours": chosen on validation scenes of the
 embedded model (`analyses/magnet_scenes.py`)."""
 
 
@@ -86,7 +86,7 @@ class MagnetOptions(LossWeights):
     selection: Annotated[
         Path | None, Option("LayerSelection file of select-layers, instead of --layers.", panel=ALIGNMENT)
     ] = None
-    data: Annotated[
+    dataset: Annotated[
         str,
         Option(
             "scenes:train; a folder of pictures with captions and masks; coco-stuff:ROOT, coco-panoptic:ROOT, "
@@ -101,7 +101,7 @@ class MagnetOptions(LossWeights):
             panel=DATA,
         ),
     ] = "class"
-    prompt: Annotated[
+    prompt_kind: Annotated[
         Literal["list", "caption", "mixed"] | None,
         Option(
             "list (class names), caption, or mixed (scenes).", shown_default="list where masks have names", panel=DATA
@@ -140,10 +140,10 @@ class MagnetOptions(LossWeights):
         "logit"
     )
     normalise: Annotated[Normalise, Option("Stretch every map to 0..1 over space, or not.", panel=ALIGNMENT)] = "none"
-    columns: Annotated[
-        Literal["all", "clip"],
-        Option("Text tokens whose maps are aligned: all, or CLIP's (the paper).", panel=ALIGNMENT),
-    ] = "all"
+    streams: Annotated[
+        str | None,
+        Option("Text tokens of these encoders only, e.g. clip (the paper).", shown_default="all", panel=ALIGNMENT),
+    ] = None
     score_head: Annotated[
         Literal["none", "conv"],
         Option("conv: the published code's hidden 3-convolution head on the maps, an ablation.", panel=ALIGNMENT),
@@ -155,9 +155,9 @@ class MagnetOptions(LossWeights):
     lora_layers: Annotated[Spec, Option("Layers that get an adapter: all, selected, 9, 7-11 or 0,9.", panel=LORA)] = (
         "all"
     )
-    streams: Annotated[Literal["image", "joint"], Option("Streams whose projections get an adapter.", panel=LORA)] = (
-        "image"
-    )
+    lora_streams: Annotated[
+        Literal["image", "joint"], Option("Streams whose projections get an adapter.", panel=LORA)
+    ] = "image"
     rank: Annotated[int, Option("Rank.", min=1, max=4096, panel=LORA)] = 16
     alpha: Annotated[float, Option("Scale times rank.", above=0, max=1e6, panel=LORA)] = 16.0
     ema: Annotated[
@@ -165,12 +165,13 @@ class MagnetOptions(LossWeights):
         Option("Decay of an averaged adapter, which is validated and saved; 0: off.", min=0, max=0.999999, panel=LORA),
     ] = 0.0
 
-    steps: Annotated[int, Option("Optimiser steps.", min=1, max=10**8, panel=OPTIMISER)] = 3000
+    train_steps: Annotated[int, Option("Optimiser steps.", min=1, max=10**8, panel=OPTIMISER)] = 3000
     batch: Annotated[int, Option("Samples per process and micro-batch.", min=1, max=65536, panel=OPTIMISER)] = 8
     accumulation: Annotated[int, Option("Micro-batches per step.", min=1, max=65536, panel=OPTIMISER)] = 1
     rate: Annotated[float, Option("Learning rate of AdamW.", above=0, max=1, panel=OPTIMISER)] = 1e-4
     warmup: Annotated[
-        int | None, Option("Warm-up steps.", min=0, shown_default="500, at most a sixth of --steps", panel=OPTIMISER)
+        int | None,
+        Option("Warm-up steps.", min=0, shown_default="500, at most a sixth of --train-steps", panel=OPTIMISER),
     ] = None
     floor: Annotated[float, Option("Share of the rate that warm-up starts from.", min=0, max=1, panel=OPTIMISER)] = 0.01
     decay: Annotated[float, Option("Weight decay.", min=0, max=1, panel=OPTIMISER)] = 1e-4
@@ -196,13 +197,14 @@ class MagnetOptions(LossWeights):
         ),
     ] = None
     validate_every: Annotated[int, Option("Steps between validations; 0: at the end.", min=0, panel=LOOKS)] = 0
-    validate_count: Annotated[int, Option("Held-out pictures.", min=0, panel=LOOKS)] = 64
+    validate_limit: Annotated[int, Option("Held-out pictures.", min=0, panel=LOOKS)] = 64
     validate_sigma: Annotated[float, Option("Noise level of the validated maps.", above=0, max=1, panel=LOOKS)] = 0.515
     sample_prompts: Annotated[
-        Sequence[str],
-        Option("Prompt of the sample grid at every validation; repeatable.", flag="--sample-prompt", panel=LOOKS),
-    ] = ()
-    sample_steps: Annotated[int, Option("Sampling steps of the grid.", min=1, max=1000, panel=LOOKS)] = 28
+        str | Sequence[str] | None,
+        Option("Prompts of the sample grid at every validation: a text, a file with one per line, or a set.",
+               shown_default="none", panel=LOOKS),
+    ] = None  # fmt: skip
+    sample_num_steps: Annotated[int, Option("Sampling steps of the grid.", min=1, max=1000, panel=LOOKS)] = 28
     sample_guidance: Annotated[float, Option("Guidance scale of the grid.", min=0, max=1000, panel=LOOKS)] = 7.5
     save_every: Annotated[int, Option("Steps between checkpoints.", min=1, panel=LOOKS)] = 100
     report_to: Annotated[
@@ -219,14 +221,34 @@ class MagnetOptions(LossWeights):
             check_spec(self.layers, layer_indices)
         if str(self.lora_layers) != "selected":
             check_spec(self.lora_layers, layer_indices)
-        if self.warmup_steps > self.steps:
-            raise UserError(f"warm-up of {self.warmup} steps in a training of {self.steps}; expected at most as many")
+        self._check_held_out()
+        if self.warmup_steps > self.train_steps:
+            raise UserError(
+                f"warm-up of {self.warmup} steps in a training of {self.train_steps}; expected at most as many"
+            )
         if self.report_to is not None and not any(map(find_spec, _TRACKERS[self.report_to])):
             raise UserError(
                 f"--report-to {self.report_to}: the package is not installed; pip install 'mmdit-probe[track]'"
             )
         if self.score_head == "conv" and self.level != "token":
             raise UserError("the convolution head reads token maps; use it with alignment 'token'")
+
+    def _check_held_out(self) -> None:
+        """Pictures that are trained on choose no adapter. Of COCO, validation reads the split that training does not.
+
+        Raises:
+            UserError: they would.
+        """
+        from mmdit_probe.data.sources import same_pictures
+
+        if self.validation is None or self.validate_limit == 0:
+            return
+        other_split = self.dataset.startswith("coco-") and "train" in self.split
+        if same_pictures(self.validation, self.dataset) and not other_split:
+            raise UserError(
+                f"--validation {self.validation!r} are the pictures that are trained on: they would choose the adapter"
+                " that learnt them by heart; name others, or leave it out"
+            )
 
     @property
     def level(self) -> Alignment:
@@ -235,7 +257,7 @@ class MagnetOptions(LossWeights):
 
     @property
     def warmup_steps(self) -> int:
-        return min(500, self.steps // 6) if self.warmup is None else self.warmup
+        return min(500, self.train_steps // 6) if self.warmup is None else self.warmup
 
     def effective(self, processes: int = 1) -> int:
         """Samples per optimiser step."""

@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmdit_probe.data.sample import Sample
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.magnet.config import MagnetOptions
 from mmdit_probe.magnet.losses import as_logits, flow_matching, mask_loss, match
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.models.tokens import TokenTable
+from mmdit_probe.specs import listed
 
 TERMS = ("loss", "flow", "focal", "dice", "masks")
 """Columns of the training log; `masks` is the mean number of aligned masks per sample."""
@@ -146,7 +147,9 @@ class Objective:
                 spans = table.word_spans(name)
                 positions = [p for span in spans.values() for p in span if p in aligned]
                 if not positions:
-                    raise UserError(f"{sample.name}: {name!r} has tokens in {', '.join(spans)} only; use --columns all")
+                    raise UserError(
+                        f"{sample.name}: {name!r} has tokens in {', '.join(spans)} only; leave --streams out"
+                    )
                 groups[row, positions, place] = 1.0 / len(positions)
         return groups
 
@@ -185,13 +188,14 @@ def columns_of(config: MagnetOptions, table: TokenTable) -> list[int]:
     """The text positions whose maps are aligned.
 
     Raises:
-        UserError: CLIP's are asked for, and the joint attention reads none.
+        UserError: the joint attention reads no such encoder.
     """
-    found = [p for p, stream in enumerate(table.streams) if config.columns in ("all", stream)]
-    if not found:
-        streams = ", ".join(sorted(set(table.streams)))
-        raise UserError(f"--columns {config.columns}: this model's text tokens are those of {streams}; use all")
-    return found
+    known = dict.fromkeys(table.streams)
+    asked = known if config.streams is None else listed(config.streams)
+    for name in asked:
+        if name not in known:
+            raise unknown("encoder stream", name, known)
+    return [place for place, stream in enumerate(table.streams) if stream in asked]
 
 
 def _size(item: Encoded) -> int:

@@ -1,6 +1,7 @@
 """A whole training from its options: data by name, captions, the model's own masks, held-out pictures, the loop.
 
-    result = run(MagnetOptions(layers=(4,), data="coco-stuff:coco", steps=400), load("scenes-sd3"), out="runs/magnet")
+    options = MagnetOptions(layers=(4,), dataset="coco-stuff:coco", train_steps=400)
+    result = run(options, load("scenes-sd3"), out="runs/magnet")
 
 Where the data are objects of one's own, `trainer.train` is the call.
 """
@@ -49,8 +50,9 @@ def run(
     aligned = layer_indices(layers, len(model.layers))
     options = replace(options, layers=aligned, selection=None)
     data = training_data(
-        options.data, size=model.default_size, masks="part" if options.masks in ("part", "self-segments") else "class",
-        prompt=options.prompt, limit=options.limit, fit=options.fit, split=options.split, sentences=options.sentences,
+        options.dataset, size=model.default_size, prompt=options.prompt_kind, limit=options.limit, fit=options.fit,
+        masks="part" if options.masks in ("part", "self-segments") else "class", split=options.split,
+        sentences=options.sentences,
     )  # fmt: skip
     data = _captioned(data, options, model, progress)
     held_out = validation_data(options, model)
@@ -59,7 +61,7 @@ def run(
         with progress("labelling", len(data)) as advance:
             source: Any = "segments" if options.masks == "self-segments" else "maps"
             data = SelfLabelled.make(model, data, source=source, layers=aligned, refine=options.refine, advance=advance)
-    with progress("steps", options.steps) as advance:
+    with progress("steps", options.train_steps) as advance:
 
         def start(at: int) -> None:
             for _ in range(at):
@@ -72,11 +74,11 @@ def run(
 
 def validation_data(options: MagnetOptions, model: MMDiT) -> list[Sample]:
     """Held-out pictures; none for data on disk unless named: validation on training pictures says nothing."""
-    of_scenes = options.data.partition(":")[0] == "scenes"
+    of_scenes = options.dataset.partition(":")[0] == "scenes"
     named = options.validation or ("scenes:val" if of_scenes else None)
-    if named is None or options.validate_count == 0:
+    if named is None or options.validate_limit == 0:
         return []
-    held = training_data(named, size=model.default_size, prompt="list", limit=options.validate_count, fit=options.fit,
+    held = training_data(named, size=model.default_size, prompt="list", limit=options.validate_limit, fit=options.fit,
                          split=options.split.replace("train", "val"))  # fmt: skip
     return [held[index] for index in range(len(held))]
 

@@ -1,6 +1,6 @@
 """The MAGNET training loop on stock diffusers, peft and accelerate.
 
-    result = train(model, ScenesData("train", 1000), MagnetOptions(layers=(4,), steps=200, warmup=20))
+    result = train(model, ScenesData("train", 1000), MagnetOptions(layers=(4,), train_steps=200, warmup=20))
     result.lora                                    # a folder for `pipe.load_lora_weights`
     accelerate launch --num_processes 2 -m mmdit_probe train-magnet ...       # the same, in parallel
 
@@ -128,7 +128,7 @@ def _checked(model: MMDiT, data: Data, options: MagnetOptions) -> tuple[list[str
         raise UserError("which layers' maps are to be aligned? Read them from the selection: layers=(4,)")
     layers = layer_indices(options.layers, len(model.layers))
     adapted: Spec = list(layers) if str(options.lora_layers) == "selected" else options.lora_layers
-    targets = lora.target_modules(model.family, model.transformer, adapted, options.streams)
+    targets = lora.target_modules(model.family, model.transformer, adapted, options.lora_streams)
     if options.level != "none":
         columns_of(options, model.token_tables("")[0])
     check(data, model, options.level)
@@ -208,12 +208,12 @@ class _Loop:
             tap = None
             if options.level != "none":
                 tap = TextMapTap(list(self.layers), space=options.space, reduce=options.level == "token")
-            if self.step < options.steps:
+            if self.step < options.train_steps:
                 self._track(stack)
-            while self.step < options.steps:
+            while self.step < options.train_steps:
                 self._step(tap)
                 self.step += 1
-                last = self.step == options.steps
+                last = self.step == options.train_steps
                 if (options.validate_every and self.step % options.validate_every == 0) or last:
                     if main:
                         self._look()
@@ -227,7 +227,7 @@ class _Loop:
         """One optimiser step over all micro-batches of all processes."""
         options, accelerator = self.options, self.accelerator
         began = time.perf_counter()
-        rate = options.rate * rate_at(self.step, options.steps, options.warmup_steps, options.floor)
+        rate = options.rate * rate_at(self.step, options.train_steps, options.warmup_steps, options.floor)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         means = self._gradients(tap)
@@ -292,7 +292,7 @@ class _Loop:
                     self.best = row["miou"]
                     self._write("best")
             if options.sample_prompts:
-                sheet = sample_grid(self.model, options.sample_prompts, steps=options.sample_steps,
+                sheet = sample_grid(self.model, options.sample_prompts, steps=options.sample_num_steps,
                                     guidance=options.sample_guidance, seed=options.seed)  # fmt: skip
                 with replacing(self.path / "samples" / f"step-{self.step:06d}.png") as temporary:
                     sheet.save(temporary, format="PNG")

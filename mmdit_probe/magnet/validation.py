@@ -84,11 +84,12 @@ def _maps(
     return {space: torch.stack(list(tap.take().values())).mean(0).cpu() for space, tap in taps.items()}
 
 
-def sample_grid(model: MMDiT, prompts: Sequence[str], *, steps: int, guidance: float, seed: int) -> Any:
+def sample_grid(model: MMDiT, prompts: str | Sequence[str], *, steps: int, guidance: float, seed: int) -> Any:
     """One picture per prompt, side by side, as a PIL image."""
     from diffusers.utils import make_image_grid
 
-    images = model.generate(list(prompts), steps=steps, guidance=guidance, seed=seed)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    images = model.generate(texts, steps=steps, guidance=guidance, seed=seed)
     columns = min(8, len(images))
     missing = -len(images) % columns
     black = Image.new("RGB", images[0].size)

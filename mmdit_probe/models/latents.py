@@ -8,14 +8,14 @@ Pipelines' own order of channels (C, then the cell's rows and columns), diffuser
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.models.families.facts import Form
 
-Form = Literal["latents", "packed", "listed", "joined"]
 """Latents [B, C, h, w]; tokens [B, I, C * cell^2]; a list of [C, frames, h, w]; or tokens after places for the text,
 which the stock pipeline alone makes."""
 

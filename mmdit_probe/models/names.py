@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mmdit_probe import assets
-from mmdit_probe.errors import UserError, check_known, unknown
+from mmdit_probe.errors import MISSHAPEN, UserError, check_known, unknown
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
@@ -92,6 +92,44 @@ def counts_of(name: str) -> tuple[int, int] | None:
     except (OSError, ValueError, TypeError, AttributeError):
         return None  # whatever is wrong with it, loading says it better
     return (layers, heads) if layers and heads else None
+
+
+def model_name(text: str) -> str:
+    """What a script's `--model` is read by. Errors as `source_of`."""
+    source_of(text)
+    return text
+
+
+def device_name(text: str) -> str:
+    """What a script's `--device` is read by. Errors as `check_device`."""
+    check_device(text)
+    return text
+
+
+def streams_of(name: str) -> tuple[str, ...] | None:
+    """The text encoder streams of a model whose index lies on this machine; None where it does not tell."""
+    from mmdit_probe.models.families.registry import FAMILIES
+
+    try:
+        index = json.loads((Path(source_of(name)[0]) / "model_index.json").read_text(encoding="utf-8"))
+        found = index["transformer"][1]
+    except (OSError, *MISSHAPEN):
+        return None
+    names = [[stream.name for stream in family.streams] for family in FAMILIES.values() if family.transformer == found]
+    return tuple(names[0]) if names else None
+
+
+def multiple_of(name: str) -> int | None:
+    """What sides of pictures are multiples of, in pixels, for an SD3 whose configuration lies on this machine."""
+    folder = Path(source_of(name)[0])
+    try:
+        network, vae = (
+            json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("transformer", "vae")
+        )
+        is_sd3 = network["_class_name"] == "SD3Transformer2DModel" and vae["_class_name"] == "AutoencoderKL"
+        return int(network["patch_size"]) << len(vae["block_out_channels"]) - 1 if is_sd3 else None
+    except (OSError, *MISSHAPEN):
+        return None
 
 
 def check_device(name: str, count: Callable[[str], int | None] | None = None) -> None:

@@ -16,7 +16,7 @@ steps. Not here: what is made of maps (`segment`).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -180,11 +180,11 @@ class TextMaps(GridMaps):
 
     Args:
         words: None keeps every text position (T' = T); positions (ints) keep those; words or phrases (strings) keep one
-            map each, over all positions of the word in all encoder streams, or in `stream` alone; so do kinds of span
-            of a stream, as ("bos", "clip").
+            map each, over all positions of the word in all encoder streams, or in `streams` alone; so do kinds of
+            span of a stream, as ("bos", "clip").
         heads: "mean" averages over heads, "all" keeps them.
         queries: "image" for I2T, the sum over a word's positions; "text" for T2I, the mean over a word's positions.
-        stream: encoder stream to read words from; None takes all.
+        streams: encoder streams to read words from; None takes all.
         reference: number of the reference picture whose tokens stand for those of the image, from 0: its maps are R2T
             and T2R; None is the image.
 
@@ -202,13 +202,14 @@ class TextMaps(GridMaps):
         words: Sequence[str | int | tuple[str, str]] | None = None,
         heads: Literal["mean", "all"] = "mean",
         queries: Literal["image", "text"] = "image",
-        stream: str | None = None,
+        streams: Collection[str] | None = None,
         reference: int | None = None,
     ) -> None:
         super().__init__(heads)
         check_known("queries option", queries, ("image", "text"))
         self.words = [words] if isinstance(words, str) else words
-        self.queries, self.stream, self.reference = queries, stream, reference
+        self.queries, self.reference = queries, reference
+        self.streams = (streams,) if isinstance(streams, str) else streams
         self.summed = queries == "image"
 
     def measure(self, seen: LayerCall) -> Tensor:
@@ -241,7 +242,7 @@ class TextMaps(GridMaps):
         calls = [(call, of) for call, _ in self._kept[layer, step] for of in _samples_of(call, branch)]
         call, of = calls[sample]
         spans = call.tokens(length)[of].word_spans(word)
-        return [p for stream, positions in spans.items() if self.stream in (None, stream) for p in positions]
+        return [p for stream, positions in spans.items() if self._reads(stream) for p in positions]
 
     def _groups(self, seen: LayerCall) -> Tensor | None:
         """Which text positions make up each map, [B or 1, T, G] on the CPU; None for every position by itself."""
@@ -271,7 +272,10 @@ class TextMaps(GridMaps):
         told = [sample for sample, branch in enumerate(seen.denoising.branches) if branch != "uncond"]
         if told and not any(spans[sample] for sample in told):
             seen.tokens[told[0]].word_spans(word)  # says why
-        return [[p for stream, of in span.items() if self.stream in (None, stream) for p in of] for span in spans]
+        return [[p for stream, of in span.items() if self._reads(stream) for p in of] for span in spans]
+
+    def _reads(self, stream: str) -> bool:
+        return self.streams is None or stream in self.streams
 
 
 class JointBlocks(Observer):

@@ -259,6 +259,10 @@ def check_out(out: Path | str | None, resume: bool = False) -> dict[str, Any] | 
         old = read_record(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {str(path)!r} is a file; choose another folder with --out")
+        above = next(one for one in (path, *path.absolute().parents) if one.exists())
+        if old is None and not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+            why = "nothing may be written there" if above.is_dir() else "it is a file"
+            raise UserError(f"--out {str(path)!r}: {str(above)!r} is no place for it, {why}; choose another folder")
     if old is None and path.is_dir() and any(not one.name.endswith(atomic.SUFFIX) for one in path.iterdir()):
         raise UserError(f"{str(path)!r} is not empty and holds no {RECORD}; choose a new folder for --out")
     if old is not None and not resume:

@@ -167,6 +167,17 @@ WRONG = [
     (["generate", "--prompts", "a cat", "--device", "gpu"], "unknown device 'gpu'"),
     (["pca", "--dtype", "float8"], "unknown dtype 'float8'"),
     (["score", "--categories", "color"], "unknown category 'color'"),
+    (["maps", " "], "prompt ' ' has no word to look for"),
+    (["explore", "!"], "prompt '!' has no word to look for"),
+    (["maps", "a red ring", "--words", " , "], "--words ' , ' names no word"),
+    (["maps", "a red ring", "--words", "ring, rings"], "unknown word 'rings': did you mean 'ring'"),
+    (["maps", "a red ring", "--stream", "t6"], "unknown encoder stream 't6': did you mean 't5'"),
+    (["perturb", "--streams", "clip,"], "unknown encoder stream ''"),
+    (["train-magnet", "--layers", "4", "--streams", "t6"], "did you mean 't5'"),
+    (["train-magnet", "--layers", "4", "--validation", "scenes"], "'scenes' are the pictures that are trained on"),
+    (["maps", "a red ring", "--size", "63x64"], "both sides must be multiples of 4"),
+    (["maps", "a ring", "--image", "scenes:val:0", "--num-steps", "4"], "--num-steps is of pictures that are drawn"),
+    (["attention-budget", "--images", "scenes:val", "--guidance", "2"], "--guidance is of sampling"),
     (["maps", "a red ring", "--layers", "5-2"], "layer range '5-2' runs backwards"),
     (["maps", "a red ring", "--heads", "x"], "cannot read 'x' as a head"),
     (["explore", "a red ring", "--layers", "x"], "cannot read 'x' as a layer"),
@@ -187,7 +198,7 @@ WRONG = [
     (["train-magnet", "--layers", "4", "--rank", "0"], "--rank is 0"),
     (["train-magnet", "--layers", "4", "--recipe", "our"], "did you mean 'ours'"),
     (["train-magnet", "--layers", "x"], "cannot read 'x' as a layer"),
-    (["train-magnet", "--layers", "4", "--data", "voc20:gone"], "no folder 'gone'"),
+    (["train-magnet", "--layers", "4", "--dataset", "voc20:gone"], "no folder 'gone'"),
     (["report", "--images", "gone"], "no folder 'gone'"),
     (["evaluate", "--batch", "0"], "expected auto, or a whole number of at least 1"),
     (["value-norms", "--model", "."], "it has no model_index.json"),
@@ -252,8 +263,13 @@ def test_an_option_of_one_name_takes_one_kind_of_value():
         "--lora",  # score takes several adapters
         "--batch",  # evaluate knows auto
         "--selection",  # a file, or a selection at hand
-        "--steps",  # of sampling, which; of training, how many
     }
+
+
+def test_spellings_that_were_promised_stay():
+    for command in ("maps", "explore"):
+        given = {flag for one in cli.every_command()[command].params for flag in one.opts}
+        assert {"--image", "--images", "--stream", "--streams", "--limit", "-n"} <= given
 
 
 def test_what_matters_most_comes_first():
@@ -279,6 +295,15 @@ def test_a_table_leaves_out_its_spare_columns_and_says_so():
     with console.capture() as captured:
         console.print(shown)
     assert "long-column-4" in captured.get() and max(map(len, captured.get().splitlines())) <= 90
+
+
+def test_columns_that_are_asked_for_count_in_a_pipe_too(monkeypatch):
+    from mmdit_probe.cli.output import PIPED_WIDTH, Output
+
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert Output(debug=True).out.width == PIPED_WIDTH
+    monkeypatch.setenv("COLUMNS", "80")
+    assert Output(debug=True).out.width == 80
 
 
 def test_cells_are_never_folded():

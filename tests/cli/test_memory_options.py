@@ -33,11 +33,11 @@ LINES: dict[str, list[Any]] = {
     "block-operations": ["--layers", 0, *ONE],
     "sigma-map": ["--limit", 2, "--layers", 0, "--sigma", "0.5"],
     "select-layers": ["--evidence", "word_mass", "--limit", 4, "--num-steps", 1],
-    "head-triage": ["--limit", 4, "--train", 4, "--layers", 0],
+    "head-triage": ["--limit", 4, "--train-limit", 4, "--layers", 0],
     "segment": ["scenes:val:0", "--classes", "ring,house"],
     "discover": ["scenes:val:0"],
     "evaluate": ["--limit", 1],
-    "train-magnet": ["--layers", 4, "--steps", 1, "--batch", 1, "--limit", 2, "--validate-count", 0],
+    "train-magnet": ["--layers", 4, "--train-steps", 1, "--batch", 1, "--limit", 2, "--validate-limit", 0],
     "score": ["--limit", 1, "--categories", "colour", "--num-steps", 1],
 }
 """A short run of each command on the embedded model."""

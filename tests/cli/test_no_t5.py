@@ -95,7 +95,7 @@ def test_evaluate_with_and_without_t5_share_neither_cache_nor_run(capsys: pytest
         ("attention-budget", ["--prompts", "a cat", "--num-steps", "1"]),
         ("diagnose", ["--images", "scenes:val", "--limit", "1", "--layers", "1", "--prompts", "a cat"]),
         ("score", ["--prompts", "a cat", "--num-steps", "1"]),
-        ("train-magnet", ["--data", "data", "--layers", "1", "--steps", "1", "--batch", "1", "--rank", "2"]),
+        ("train-magnet", ["--dataset", "data", "--layers", "1", "--train-steps", "1", "--batch", "1", "--rank", "2"]),
     ],
 )
 def test_runs_with_and_without_t5_are_not_continued_into_each_other(

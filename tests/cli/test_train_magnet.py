@@ -15,7 +15,7 @@ from mmdit_probe.magnet.config import RECIPES
 from mmdit_probe.models.adapters import read_metadata
 from tests.data.test_training import folder
 
-QUICK = ["--layers", "1", "--steps", "2", "--batch", "1", "--rank", "2", "--alpha", "3", "--out", "run"]
+QUICK = ["--layers", "1", "--train-steps", "2", "--batch", "1", "--rank", "2", "--alpha", "3", "--out", "run"]
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +31,8 @@ def run(*arguments: str) -> int:
 
 def test_a_folder_trains_and_the_adapter_loads(tiny_directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = ["--model", str(tiny_directory)]
-    folder(Path("data"))
-    asked = ["train-magnet", "--data", "data", "--validation", "data", *model, *QUICK]
+    folder(Path("data")), folder(Path("held"))
+    asked = ["train-magnet", "--dataset", "data", "--validation", "held", *model, *QUICK]
     assert run(*asked, "--json") == 0, capfd.readouterr().err
     document = json.loads(capfd.readouterr().out)
     assert document["steps"] == 2
@@ -51,7 +51,7 @@ def test_an_adapter_goes_on_from_another_one_merged(tiny_directory: Path, capfd:
     """The second training starts from the first one's model, and its run says so."""
     model = ["--model", str(tiny_directory)]
     folder(Path("data"))
-    asked = ["train-magnet", "--data", "data", *model, *QUICK[:-2]]
+    asked = ["train-magnet", "--dataset", "data", *model, *QUICK[:-2]]
     assert run(*asked, "--rate", "0.05", "--out", "first") == 0, capfd.readouterr().err
     assert run(*asked, "--lora", "first/lora", "--out", "second") == 0, capfd.readouterr().err
     first, second = (
@@ -70,18 +70,18 @@ def test_a_recipe_gives_way_to_what_is_given(monkeypatch: pytest.MonkeyPatch) ->
         raise UserError("seen")
 
     monkeypatch.setattr(TrainMagnet, "run", stop)
-    samples = ["--sample-prompt", "a ring", "--sample-prompt", "a star"]
-    for line in ([], ["--recipe", "ours"], ["--recipe", "ours", "--steps", "3000", "--alignment", "head"]):
+    samples = ["--sample-prompts", "prompts.txt"]
+    for line in ([], ["--recipe", "ours"], ["--recipe", "ours", "--train-steps", "3000", "--alignment", "head"]):
         assert run("train-magnet", "--layers", "4", *samples, *line) == 2
     plain, ours, changed = seen
-    assert plain == TrainMagnet(layers="4", sample_prompts=["a ring", "a star"])
+    assert plain == TrainMagnet(layers="4", sample_prompts="prompts.txt")
     assert ours == replace(plain, **RECIPES["ours"])
-    assert changed == replace(ours, steps=3000, alignment="head")  # 3000 is the plain default, and was asked for
+    assert changed == replace(ours, train_steps=3000, alignment="head")  # 3000 is the plain default, and was asked for
 
 
 def test_a_training_is_shown(tiny_directory: Path) -> None:
-    folder(Path("data"))
-    asked = TrainMagnet(layers=(1,), data="data", validation="data", steps=2, batch=1, rank=2)
+    folder(Path("data")), folder(Path("held"))
+    asked = TrainMagnet(layers=(1,), dataset="data", validation="held", train_steps=2, batch=1, rank=2)
     result = asked.run(str(tiny_directory), out="run", progress=False)
     assert len(result.log) == 2 and result.document()["steps"] == 2 and result.path == Path("run")
     assert len(result.figure().axes) == 2 and "<img" in result._repr_html_()
@@ -91,9 +91,12 @@ def test_a_training_is_shown(tiny_directory: Path) -> None:
 def test_refusals(tiny_directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = ["--model", str(tiny_directory)]
     for arguments, words in (
-        (["--steps", "2"], "Give --layers 9"),
+        (["--train-steps", "2"], "Give --layers 9"),
         ([*QUICK, "--masks", "clas"], "did you mean 'class'"),
-        ([*QUICK, "--data", "nowhere"], "no folder 'nowhere'"),
+        ([*QUICK, "--dataset", "nowhere"], "no folder 'nowhere'"),
+        ([*QUICK, "--validation", "nowhere"], "no folder 'nowhere'"),
+        ([*QUICK, "--validation", "scenes:train"], "'scenes:train' are the pictures that are trained on"),
+        ([*QUICK, "--dataset", ".", "--validation", "../" + Path.cwd().name], "are the pictures that are trained on"),
         ([*QUICK[:-2], "--layers", "7"], "layer 7 does not exist"),
     ):
         assert run("train-magnet", *arguments, *model) == 2

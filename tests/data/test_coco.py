@@ -236,7 +236,7 @@ def test_questions_of_different_lengths_are_asked_together() -> None:
 
 def train(*arguments: str) -> int:
     with pytest.raises(SystemExit) as stopped:
-        main(["train-magnet", *arguments, "--steps", "1", "--batch", "1", "--rank", "2", "--layers", "1", "-q"])
+        main(["train-magnet", *arguments, "--train-steps", "1", "--batch", "1", "--rank", "2", "--layers", "1", "-q"])
     return int(stopped.value.code or 0)
 
 
@@ -245,18 +245,18 @@ def test_coco_and_sa1b_train_from_the_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     root, pieces, model = coco(tmp_path / "coco"), sa1b(tmp_path / "sa"), str(tiny_directory)
-    assert train("--data", f"coco-panoptic:{root}", "--model", model, "--out", "a") == 0, capfd.readouterr().err
+    assert train("--dataset", f"coco-panoptic:{root}", "--model", model, "--out", "a") == 0, capfd.readouterr().err
     request = json.loads(Path("a/run.json").read_text(encoding="utf-8"))["request"]
     assert (request["data"]["kind"], request["data"]["prompt"], request["alignment"]) == ("panoptic", "list", "token")
     blip.save(tmp_path / "blip", "caption")
-    captioned = ["--data", f"sa1b:{pieces}", "--masks", "part", "--captions", "c.json", "--caption-model", "blip"]
+    captioned = ["--dataset", f"sa1b:{pieces}", "--masks", "part", "--captions", "c.json", "--caption-model", "blip"]
     assert train(*captioned, "--model", model, "--out", "b") == 0, capfd.readouterr().err
     assert json.loads(Path("b/run.json").read_text(encoding="utf-8"))["request"]["data"]["captions"]
     assert list(json.loads(Path("c.json").read_text(encoding="utf-8"))["captions"]) == ["sa_5"]
     capfd.readouterr()
     for arguments, words in (
-        (["--data", f"sa1b:{pieces}"], "token-level alignment needs named masks"),
-        (["--data", f"coc-stuff:{root}"], "did you mean 'coco-stuff'"),
+        (["--dataset", f"sa1b:{pieces}"], "token-level alignment needs named masks"),
+        (["--dataset", f"coc-stuff:{root}"], "did you mean 'coco-stuff'"),
         ([*captioned[:4], "--caption-model", "blip"], "Give --captions FILE.json"),
     ):
         assert train(*arguments, "--model", model, "--out", "c") == 2

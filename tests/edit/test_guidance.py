@@ -92,7 +92,7 @@ def test_sweep_pairs_every_setting_with_stock(tiny_model: MMDiT) -> None:
         prompts=[PROMPT, "a cat"], perturb_layers="0,2", perturb_scale=[0, 2.5], control="noise", num_steps=2,
         guidance=4.0, seed=3, batch=2,
     )  # fmt: skip
-    together, each = (replace(ask, each=each).run(tiny_model, progress=False) for each in (False, True))
+    together, each = (replace(ask, sweep=sweep).run(tiny_model, progress=False) for sweep in ("none", "layer"))
     assert len(together.table) == 2 * (1 + 2) and len(each.table) == 2 * (1 + 2 * 2)
     for result, layers in ((together, "0,2"), (each, "0")):
         table = result.table
@@ -121,7 +121,7 @@ def test_generate_command(tiny_directory: Any, tmp_path: Any, monkeypatch: pytes
     assert run("--out", "plain", "--json") == 0
     assert len(json.loads(capfd.readouterr().out)["settings"]) == 1
     assert [path.name for path in Path("plain/images").iterdir()] == ["000-stock.png"]
-    assert run("--perturb-layers", "0-1", "--each", "--perturb-scale", "1,2", "--out", "sweep", "--json") == 0
+    assert run("--perturb-layers", "0-1", "--sweep", "layer", "--perturb-scale", "1,2", "--out", "sweep", "--json") == 0
     document = json.loads(capfd.readouterr().out)
     assert {(row["layers"], row["scale"]) for row in document["settings"]} == {
         ("", 0.0), ("0", 1.0), ("0", 2.0), ("1", 1.0), ("1", 2.0),

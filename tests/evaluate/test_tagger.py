@@ -88,12 +88,12 @@ def test_the_shipped_taggers_beat_chance_on_scenes() -> None:
     [
         ([], "--tagger CLIP"),
         (["--tag-threshold", "-0.1"], "name it with --tagger"),
-        (["--tagger", "scenes-clip", "--tag-split", "scenes:val"], "choose the threshold on others"),
+        (["--tagger", "scenes-clip", "--tag-dataset", "scenes:val"], "choose the threshold on others"),
         (
-            ["--tagger", "scenes-parser", "--dataset", "scenes", "--tag-split", "scenes:val"],
+            ["--tagger", "scenes-parser", "--dataset", "scenes", "--tag-dataset", "scenes:val"],
             "val:0 of 'scenes:val' is",
         ),
-        (["--tagger", "scenes-clip", "--tag-split", "scenes:train", "--tag-threshold", "0"], "give one of them"),
+        (["--tagger", "scenes-clip", "--tag-dataset", "scenes:train", "--tag-threshold", "0"], "give one of them"),
         (["--tagger", "scenes-clip", "--protocol", "present"], "for --protocol predicted alone"),
         (["--tagger", "no/such-clip", "--tag-threshold", "0"], "cannot load the CLIP"),
     ],

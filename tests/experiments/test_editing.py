@@ -162,7 +162,7 @@ def test_budget_norms_and_explorer_have_the_references(tmp_path: Path) -> None:
     files = [tmp_path / "0.png", tmp_path / "1.png"]
     for file, one in zip(files, PICTURES["flux2"], strict=True):
         one.save(file)
-    how: dict[str, Any] = {"references": f"{files[0]}, {files[1]}", "num_steps": 1, "guidance": 1.0}
+    how: dict[str, Any] = {"references": f"{files[0]}, {files[1]}"}
     budget = AttentionBudget(prompts=[PROMPT], images=[picture(32, 32)], layers="0-1", **how).run(model, progress=False)
     summary = budget.summary
     np.testing.assert_allclose(summary[["I2I", "I2T", "I2R", "I2O"]].sum(axis=1), 1, atol=1e-5)
@@ -174,7 +174,7 @@ def test_budget_norms_and_explorer_have_the_references(tmp_path: Path) -> None:
     assert len(budget.request["references"]) == 2
     norms = ValueNorms(prompts=[PROMPT], images=[picture(32, 32)], layers="0-1", **how).run(model, progress=False)
     assert (norms.summary["reference"] > 0).all() and norms.figure()
-    pages = Explore(prompt=PROMPT, image=picture(32, 32), **how).run(model, progress=False)
+    pages = Explore(prompt=PROMPT, images=picture(32, 32), **how).run(model, progress=False)
     shown = pages.experiment.explorations(pages)[0]
     assert "reference" in shown.kinds and list(shown.queries) == ["image", "text", "reference"]
     np.testing.assert_allclose(shown.budget.sum(-1), 1, atol=1e-4)
@@ -225,7 +225,7 @@ def test_perturb_and_pca_are_given_the_references() -> None:
     model = MMDiT(build("kontext"), "kontext")
     model.size = (HEIGHT, WIDTH)
     how: dict[str, Any] = {"references": PICTURES["kontext"], "num_steps": 1, "guidance": 1.0, "clip": "none"}
-    ask = Perturb(layers="0", prompts=[PROMPT], key="reference", edit="zero", control="random", sheet=1, **how)
+    ask = Perturb(layers="0", prompts=[PROMPT], key="reference", edit="zero", control="random", shown=1, **how)
     found = ask.run(model, progress=False)
     stock = sample(model.given(PICTURES["kontext"]), guidance=1.0, seed=0, output_type="pil")[0]
     with probe(model, edits=Scale("image", "reference", factor=0.0, layers=[0])):
@@ -239,8 +239,8 @@ def test_perturb_and_pca_are_given_the_references() -> None:
                       components=2, kinds="value", over=0).run(model, progress=False)  # fmt: skip
     shown = maps.store.load_arrays("shown")
     assert shown["0:value"].shape == (1, 3, 4, 2) and np.array_equal(shown["pictures"][0], PICTURES["kontext"][0])
-    with pytest.raises(UserError, match="--by spans tells kinds of text tokens apart"):
-        Perturb(by="spans", key="reference")
+    with pytest.raises(UserError, match="--sweep span tells kinds of text tokens apart"):
+        Perturb(sweep="span", key="reference")
 
 
 @pytest.mark.parametrize("factor", [0.0, 2.0])

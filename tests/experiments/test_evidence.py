@@ -139,11 +139,11 @@ def test_what_cannot_be_selected_is_refused_before_it_is_measured() -> None:
     """Heads beyond the model's were cut to those there are; a rule without its evidence failed after the measuring."""
     model = MMDiT(tiny.pipeline("sd3"))
     with pytest.raises(UserError, match="--top-heads 3: expected at most 2 heads"):
-        SelectLayers(evidence="word_mass", heads=3).prepare(model, None)
+        SelectLayers(evidence="word_mass", top_heads=3).prepare(model, None)
     with pytest.raises(UserError, match=r"unknown rule 'segmentation'.* Known: ranks, median-ranks, word_mass"):
         SelectLayers(evidence="word_mass", rule="segmentation").prepare(model, None)
-    with pytest.raises(UserError, match="--heads are selected by their maps on scenes"):
-        SelectLayers(runs=["runs/budget"], heads=1).gather(False)
+    with pytest.raises(UserError, match="--top-heads are selected by their maps on scenes"):
+        SelectLayers(runs=["runs/budget"], top_heads=1).gather(False)
 
 
 def test_names() -> None:

@@ -266,27 +266,29 @@ def test_targets(loaded: MMDiT, tiny_directory: Path) -> None:
         (Attribute, {"sigma": 0.0}, "--sigma is 0.0; expected a finite number above 0"),
         (Attribute, {"limit": 1}, "--limit is 1; expected a whole number of at least 2"),
         (Perturb, {"kernel": 4}, "--kernel is 4; expected an odd number"),
-        (Perturb, {"by": "tokens"}, "unknown --by 'tokens'"),
+        (Perturb, {"sweep": "token"}, "unknown --sweep 'token'"),
         (Perturb, {"branch": "uncond", "guidance": 1.0}, "--branch uncond: --guidance 1 runs without that branch"),
         (Perturb, {"control": "budgets"}, "unknown control 'budgets': did you mean 'budget'"),
         (Generate, {"start": 0.9, "stop": 0.1}, "--start 0.9 is after --stop 0.1"),
         (Generate, {"perturb_scale": "two"}, "--perturb-scale 'two': expected a number"),
         (Generate, {"perturb_layers": 1, "selection": "s.json"}, "--perturb-layers and --selection both name layers"),
         (Generate, {"perturb_scale": []}, "--perturb-scale []: expected a number"),
-        (Generate, {"each": True}, "--each is of perturbed guidance: name its layers"),
+        (Generate, {"sweep": "layer"}, "--sweep is of perturbed guidance: name its layers"),
         (Generate, {"control": "random,noise"}, "--control is of perturbed guidance"),
         (AttentionBudget, {"sigma": 0.3}, "--sigma is of pictures (--images)"),
         (ValueNorms, {"images": "scenes:val", "steps": "0"}, "--steps is of sampling; pictures are read at --sigma"),
         (Perturb, {"edit": "zero", "where": "logits"}, "--where is of blurs; with --edit zero leave it out"),
-        (WordMaps, {"prompt": "a", "sigma": 0.3}, "--sigma is of photos (--image)"),
-        (WordMaps, {"image": "a.png", "steps": [0]}, "--steps is of pictures that are drawn"),
-        (WordMaps, {"image": "a.png", "images_per_prompt": 2}, "--images-per-prompt is of pictures that are drawn"),
+        (WordMaps, {"prompt": "a", "sigma": 0.3}, "--sigma is of photos (--images)"),
+        (WordMaps, {"images": "a.png", "guidance": 2.0}, "--guidance is of pictures that are drawn"),
+        (ValueNorms, {"images": "scenes:val", "num_steps": 4}, "--num-steps is of sampling"),
+        (WordMaps, {"images": "a.png", "steps": [0]}, "--steps is of pictures that are drawn"),
+        (WordMaps, {"images": "a.png", "images_per_prompt": 2}, "--images-per-prompt is of pictures that are drawn"),
         (SelectLayers, {"rule": "rank"}, "unknown rule 'rank': did you mean 'ranks'"),
         (SelectLayers, {"split": "val", "report": "val"}, "--split and --report are both 'val'"),
         (SelectLayers, {"limit": 3}, "--limit is 3; expected a whole number of at least 4"),
         (Report, {"control": "shuffled"}, "unknown control 'shuffled'"),
         (Score, {"baseline": "bas"}, "unknown variant 'bas': did you mean 'base'"),
-        (Score, {"maps": "2"}, "--maps '2': expected noise levels in 0..1"),
+        (Score, {"map_sigma": "2"}, "--map-sigma '2': expected noise levels in 0..1"),
         (Score, {"lora": ["nowhere/at/all"]}, "no LoRA 'nowhere/at/all'"),
     ],
 )
@@ -315,13 +317,30 @@ def test_options_come_back_from_a_record(ask: Experiment, read: dict[str, Any]) 
     assert plain(asdict(again)) == plain(asdict(ask))
 
 
+@pytest.mark.parametrize(
+    ("command", "record", "read"),
+    [
+        ("maps", {"prompt": "a", "image": None, "stream": "clip"}, {"images": None, "streams": "clip"}),
+        ("perturb", {"by": "heads", "sheet": 2}, {"sweep": "head", "shown": 2}),
+        ("generate", {"perturb_layers": "1", "each": True}, {"sweep": "layer"}),
+        ("pca", {"fit": "image"}, {"basis": "image"}),
+        ("score", {"n": 3, "maps": "0.5"}, {"limit": 3, "map_sigma": "0.5"}),
+        ("head-triage", {"split": "val", "train": 9}, {"report": "val", "train_limit": 9}),
+        ("select-layers", {"heads": 2, "prompts": 5}, {"top_heads": 2, "perturb_limit": 5}),
+    ],
+)
+def test_records_of_earlier_versions_are_read(command: str, record: dict[str, Any], read: dict[str, Any]) -> None:
+    again = experiment_of(command, record)
+    assert {name: getattr(again, name) for name in read} == read
+
+
 def test_texts_of_pictures_may_stand_in_a_file(tmp_path: Path) -> None:
     """The name of the file was taken for the text."""
     (tmp_path / "texts.txt").write_text("a cat\n# a remark\n\na red ring\n", encoding="utf-8")
     told = {"images": "scenes:val", "limit": 2, "prompts": str(tmp_path / "texts.txt")}
     for ask in (Diagnose(**told), FeaturePCA(**told)):  # type: ignore[arg-type]
         assert ask.captions(ask.gather(True)) == ["a cat", "a red ring"]
-    drawn = WordMaps(prompt=str(tmp_path / "texts.txt"), image="scenes:val", limit=2)
+    drawn = WordMaps(prompt=str(tmp_path / "texts.txt"), images="scenes:val", limit=2)
     assert drawn.gather(True)[0] == AttentionBudget(**told).gather(True)[0] == ["a cat", "a red ring"]  # type: ignore[arg-type]
     with pytest.raises(UserError, match="2 prompts for 3 pictures"):
         replace(drawn, limit=3).gather(True)
@@ -329,7 +348,7 @@ def test_texts_of_pictures_may_stand_in_a_file(tmp_path: Path) -> None:
 
 def test_a_number_that_is_written_twice_counts_once() -> None:
     assert Generate(perturb_layers=1, perturb_scale="2,2.0,1").scales() == [2.0, 1.0]
-    assert Score(maps="0.5,0.50").sigmas() == [0.5]
+    assert Score(map_sigma="0.5,0.50").sigmas() == [0.5]
     assert Evaluate(sigma="0.3,0.30,0.5").sigmas() == Evaluate(sigma=[0.3, 0.5, 0.3]).sigmas() == [0.3, 0.5]
 
 

@@ -67,7 +67,7 @@ def test_rows_of_training_scenes_are_computed_from_the_maps(model: MMDiT) -> Non
 
 
 def test_run(model: MMDiT) -> None:
-    result = HeadTriage(limit=3, train=3, layers="3,4").run(model, progress=False)
+    result = HeadTriage(limit=3, train_limit=3, layers="3,4").run(model, progress=False)
     assert unexplained(result) == set()
     assert set(result.table["way"]) == set(WAYS) and set(result.table["stream"]) == {"all", "clip", "t5"}
     assert result.table["miou"].between(0, 1).all()

@@ -36,15 +36,15 @@ def test_no_op_is_exactly_zero_and_images_do_not_depend_on_the_batch(tiny_model:
 
 
 def test_places(tiny_model: MMDiT) -> None:
-    heads = Perturb(layers="1", by="heads", control="none").conditions(tiny_model, PROMPTS)
+    heads = Perturb(layers="1", sweep="head", control="none").conditions(tiny_model, PROMPTS)
     assert [(c.labels["condition"], c.labels["layer"], c.labels["head"]) for c in heads[2:]] == [
         (EDIT, 1, 0), (EDIT, 1, 1),
     ]  # fmt: skip
-    spans = Perturb(layers="1", by="spans", control="none").conditions(tiny_model, PROMPTS)
+    spans = Perturb(layers="1", sweep="span", control="none").conditions(tiny_model, PROMPTS)
     assert [c.labels["span"] for c in spans[2:]] == ["word", "bos", "eos", "pad"]
     assert spans[2].edit.spans == ("word",)
     with pytest.raises(UserError, match="layers"):
-        Perturb(by="tokens")  # type: ignore[arg-type]
+        Perturb(sweep="token")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="layer 9"):
         Perturb(layers=9).conditions(tiny_model, PROMPTS)
 
@@ -120,7 +120,7 @@ def test_meaning_comes_first_and_power_is_told() -> None:
 
 def test_a_prompt_that_is_given_twice_is_one_prompt(tiny_model: MMDiT) -> None:
     """Its two images, of two seeds, are averaged; n and the intervals are those of the two prompts."""
-    ask = Perturb(prompts=["a cat", "a red ring", "a cat"], edit="zero", layers=0, num_steps=1, guidance=1.0, sheet=0)
+    ask = Perturb(prompts=["a cat", "a red ring", "a cat"], edit="zero", layers=0, num_steps=1, guidance=1.0, shown=0)
     result = ask.run(tiny_model, progress=False)
     edited = result.table[result.table["condition"] == EDIT].set_index("item")["change"]
     assert len(edited) == 3 and edited[0] != edited[2]
@@ -145,7 +145,7 @@ def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     Path("prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
     arguments = ["perturb", "--model", str(tiny_directory), "--prompts", "prompts.txt", "--layers", "0,2"]
-    arguments += ["--num-steps", "2", "--guidance", "3", "--edit", "zero", "--batch", "2", "--sheet", "1", "--json"]
+    arguments += ["--num-steps", "2", "--guidance", "3", "--edit", "zero", "--batch", "2", "--shown", "1", "--json"]
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, "--out", "run"])
     out, err = capfd.readouterr()

@@ -18,7 +18,7 @@ def model():
 
 
 def test_scores_have_a_row_per_picture_and_resume(model, tmp_path, monkeypatch):
-    ask = Score(n=3, categories="texture,2d-spatial", num_steps=2, guidance=4.0, maps="0.5")
+    ask = Score(limit=3, categories="texture,2d-spatial", num_steps=2, guidance=4.0, map_sigma="0.5")
     out = tmp_path / "run"
     result = ask.run(model, out=out, progress=False)
     images, maps = read_table(out / "scores.parquet"), read_table(out / "maps.parquet")
@@ -46,10 +46,12 @@ def test_scores_have_a_row_per_picture_and_resume(model, tmp_path, monkeypatch):
 
 
 def test_maps_alone_are_measured_beside_the_limit_of_the_parser(model, tmp_path):
-    result = Score(n=2, categories="none", clip="none", maps="0.3,0.5").run(model, out=tmp_path / "run", progress=False)
+    result = Score(limit=2, categories="none", clip="none", map_sigma="0.3,0.5").run(
+        model, out=tmp_path / "run", progress=False
+    )
     maps = read_table(tmp_path / "run" / "maps.parquet")
     assert sorted(maps["sigma"].unique()) == [0.3, 0.5] and set(result.summary["category"]) == {"all", "real"}
-    own = Score(n=2, prompts="a red ring", num_steps=1, maps="0.5").run(model, progress=False)
+    own = Score(limit=2, prompts="a red ring", num_steps=1, map_sigma="0.5").run(model, progress=False)
     assert len(own.store.table("maps")) == 8 * 3 * 5 * 2 and "stated beside opposite" not in str(own.texts())
 
 

@@ -277,7 +277,7 @@ def test_scores_and_export(tmp_path: Path) -> None:
         Score(prompts="a cat", clip="none")
     for levels in ("a,b", "1.5"):
         with pytest.raises(UserError, match=re.escape("expected noise levels in 0..1")):
-            Score(maps=levels)
+            Score(map_sigma=levels)
     with pytest.raises(UserError, match="it has _"):
         export(None, tmp_path, "a_b", 0)
 
@@ -291,7 +291,7 @@ def test_maps_are_those_of_the_base_model(monkeypatch: pytest.MonkeyPatch) -> No
     painter.pipeline = SimpleNamespace(unload_lora_weights=lambda: loaded.append(None))
     prompts = [("colour", 0, describe(scene("val", 0)))]
     scorers = Scorers(load_parser(), variants={"base": None, "tuned": "adapter"})
-    ask, store = Score(n=1, maps="0.5", clip="none"), MemoryStore("score", {}, {})
+    ask, store = Score(limit=1, map_sigma="0.5", clip="none"), MemoryStore("score", {}, {})
     for number, task in enumerate((Job("pictures", "tuned", range(1)), Job("real"))):
         with store.task(number, lambda _: None) as record:
             ask.measure(Study(painter, {}, [], state=(prompts, scorers)), task, record)

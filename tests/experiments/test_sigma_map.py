@@ -74,17 +74,17 @@ def test_rises_are_those_of_two_plain_forwards() -> None:
 
 
 def test_run() -> None:
-    result = SigmaByLayer(limit=2, layers="3,4", sigmas="0.5,0.9").run(load("scenes-sd3"), progress=False)
+    result = SigmaByLayer(limit=2, layers="3,4", sigma="0.5,0.9").run(load("scenes-sd3"), progress=False)
     assert unexplained(result) == set()
     assert set(result.table["layer"]) == {-1, 3, 4} and set(result.table["sigma"]) == {"0.5", "0.9"}
     row = result.summary.query("kind == 'noun' and layer == 3 and sigma == '0.9'").iloc[0]
     values = result.table.query("kind == 'noun' and layer == 3 and sigma == '0.9'")["value"]
     assert row["difference"] == pytest.approx(values.mean()) and row["verdict"] == "too few items"
     assert result.figure().axes and "noun" in str(result.texts()[0])
-    assert SigmaByLayer(sigmas="0.5, 0.50000001,1").levels() == [0.50000001, 1.0]  # one name in the table
+    assert SigmaByLayer(sigma="0.5, 0.50000001,1").levels() == [0.50000001, 1.0]  # one name in the table
     with pytest.raises(UserError, match="above 0"):
-        SigmaByLayer(sigmas="1e-320")
+        SigmaByLayer(sigma="1e-320")
     with pytest.raises(UserError, match="above 0"):
-        SigmaByLayer(sigmas="0,0.5")
+        SigmaByLayer(sigma="0,0.5")
     with pytest.raises(UserError, match="does not know"):
         SigmaByLayer().run(MMDiT(tiny.pipeline()), progress=False)

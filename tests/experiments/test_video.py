@@ -166,7 +166,7 @@ def test_generate_keeps_videos_and_scores_their_middle_frames(model: MMDiT, tmp_
 def test_a_score_is_that_of_the_middle_frame(model: MMDiT, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ring\n")
-    ask = Score(prompts=str(prompts), clip="scenes-clip", maps="none", images_per_prompt=1, **QUICK)
+    ask = Score(prompts=str(prompts), clip="scenes-clip", map_sigma="none", images_per_prompt=1, **QUICK)
     result = ask.run(model, progress=False)
     assert "middle frame" in " ".join(result.data["remarks"])
     row = result.table[result.table["prompt"] == "a red ring"].iloc[0]
@@ -196,7 +196,7 @@ def test_projections_lie_on_the_frames(model: MMDiT) -> None:
     "ask",
     [
         lambda: Segment(image=Image.new("RGB", (32, 32)), classes="ring, house"),
-        lambda: WordMaps(prompt=PROMPT, image=Image.new("RGB", (32, 32))),
+        lambda: WordMaps(prompt=PROMPT, images=Image.new("RGB", (32, 32))),
         lambda: AttentionBudget(images=[Image.new("RGB", (32, 32))], prompts=PROMPT),
     ],
 )

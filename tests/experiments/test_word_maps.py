@@ -51,7 +51,7 @@ def dense(model: MMDiT, photo: Image.Image, prompt: str, seed: int = 0) -> list[
 def test_a_photos_map_is_the_mean_of_the_words_columns(
     model: MMDiT, photo: Image.Image, options: dict[str, Any], layers: list[int], heads: list[int]
 ) -> None:
-    maps = word_maps(model, PROMPT, image=photo, sigma=0.5, **options)
+    maps = word_maps(model, PROMPT, images=photo, sigma=0.5, **options)
     assert isinstance(maps, PictureMaps) and list(maps) == ["a", "red", "ring"]
     found = dense(model, photo, PROMPT)
     table = model.token_tables(PROMPT)[0]
@@ -66,23 +66,27 @@ def test_heads_may_be_named_by_layer(model: MMDiT, photo: Image.Image) -> None:
     """Two layers of a model with two heads: as many entries as there are heads are not all heads."""
     found = dense(model, photo, PROMPT)
     keys = [IMAGE + p for p in model.token_tables(PROMPT)[0].positions(word="ring")]
-    maps = word_maps(model, PROMPT, image=photo, sigma=0.5, layers="0,2", heads={0: [1], 2: [0]})
+    maps = word_maps(model, PROMPT, images=photo, sigma=0.5, layers="0,2", heads={0: [1], 2: [0]})
     columns = [found[layer][0, head, :IMAGE][:, keys].sum(-1) for layer, head in ((0, 1), (2, 0))]
     assert np.abs(maps["ring"].array - torch.stack(columns).mean(0).view(4, 4).numpy()).max() < 2e-6  # type: ignore[index]
     assert "all heads" not in maps.about  # type: ignore[union-attr]
     with pytest.raises(UserError, match="heads are named of layer 1; read are layers 0, 2"):
-        word_maps(model, PROMPT, image=photo, layers="0,2", heads={1: [0]})
+        word_maps(model, PROMPT, images=photo, layers="0,2", heads={1: [0]})
     with pytest.raises(UserError, match="heads are named of layer '0'"):
-        word_maps(model, PROMPT, image=photo, layers="0,2", heads={"0": [1]})
+        word_maps(model, PROMPT, images=photo, layers="0,2", heads={"0": [1]})
 
 
 def test_one_stream_is_part_of_the_whole(model: MMDiT, photo: Image.Image) -> None:
-    both, clip, t5 = (
-        word_maps(model, PROMPT, image=photo, stream=stream)["ring"].array for stream in (None, "clip", "t5")
-    )  # type: ignore[index]
+    both, named, clip, t5 = (
+        word_maps(model, PROMPT, images=photo, streams=streams)["ring"].array  # type: ignore[index]
+        for streams in (None, "t5, clip", "clip", "t5")
+    )
+    np.testing.assert_array_equal(named, both)
     np.testing.assert_allclose(clip + t5, both, atol=1e-6)
     with pytest.raises(UserError, match="unknown encoder stream 'qwen'"):
-        word_maps(model, PROMPT, image=photo, stream="qwen")
+        word_maps(model, PROMPT, images=photo, streams="qwen")
+    with pytest.raises(UserError, match="unknown option of word_maps 'image': did you mean 'images'"):
+        word_maps(model, PROMPT, image=photo)
 
 
 def test_ones_own_pipeline_gives_its_stock_picture() -> None:
@@ -139,7 +143,7 @@ def test_a_word_that_no_encoder_is_given_is_refused(name: str, prompt: str, word
 )
 def test_a_photo_is_read_or_refused_by_name(photo: Image.Image, name: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        word_maps(pipelines.build(name), '"ring"', words="ring", image=photo, height=32, width=32)
+        word_maps(pipelines.build(name), '"ring"', words="ring", images=photo, height=32, width=32)
 
 
 def test_several_prompts_and_pictures_give_a_list(model: MMDiT) -> None:
@@ -188,11 +192,27 @@ def test_without_words_any_word_of_the_prompt_can_be_asked(model: MMDiT) -> None
         i2t.map("ring", heads=0)
 
 
+def test_what_becomes_of_a_file_is_said(model: MMDiT, photo: Image.Image, tmp_path: Path) -> None:
+    """Of several frames the first was taken, and one pixel drawn over the whole input, without a word."""
+    photo.save(tmp_path / "film.gif", save_all=True, append_images=[Image.eval(photo, lambda value: 255 - value)])
+    photo.resize((1, 1)).save(tmp_path / "dot.png")
+    photo.crop((0, 0, 64, 32)).save(tmp_path / "wide.png")
+    photo.save(tmp_path / "whole.png")
+    ask = WordMaps(prompt=PROMPT, images=str(tmp_path), layers=0)
+    height, width = model.default_size
+    assert ask.prepare(model, ask.gather(False)).notes == [
+        f"dot.png: 1 x 1 pixels are enlarged to {height} x {width}",
+        "film.gif: the first of 2 frames is used",
+        "wide.png: what lies beside the centre is cut off",
+    ]
+
+
 def test_words_are_taken_once_without_signs(model: MMDiT) -> None:
     table = model.token_tables("A cat, a red-cat!")[0]
     assert words_of(table, None)[:2] == ("A", "cat")
     assert "," not in words_of(table, None) and "a" not in words_of(table, None)
     assert words_of(table, ["dog", "cat"]) == ("cat",)
+    assert words_of(table, [",", "CAT", "cat"]) == (",", "CAT")  # a sign that is asked for; what is listed counts once
 
 
 def test_known_layers_are_the_default_if_the_model_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,8 +226,8 @@ def test_weighted_layers_are_averaged_with_their_weights(model: MMDiT, photo: Im
     known = KnownLayers((2, 0), "told", (0.75, 0.25))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mmdit_probe.experiments.known.known_layers", lambda *_: known)
-        both = word_maps(model, PROMPT, image=photo)
-    each = [word_maps(model, PROMPT, image=photo, layers=layer)["ring"].array for layer in (2, 0)]  # type: ignore[index]
+        both = word_maps(model, PROMPT, images=photo)
+    each = [word_maps(model, PROMPT, images=photo, layers=layer)["ring"].array for layer in (2, 0)]  # type: ignore[index]
     assert isinstance(both, PictureMaps) and "layers 0, 2 (told; weighted)" in both.about
     np.testing.assert_allclose(both["ring"].array, 0.75 * each[0] + 0.25 * each[1], atol=1e-7)
 
@@ -236,7 +256,7 @@ def test_what_is_missing_is_asked_for(model: MMDiT, photo: Image.Image) -> None:
     with pytest.raises(UserError, match="no prompt is given"):
         word_maps(model)
     with pytest.raises(UserError, match="has no caption"):
-        word_maps(model, image=photo)
+        word_maps(model, images=photo)
     with pytest.raises(UserError, match="layer 7 does not exist"):
         word_maps(model, PROMPT, layers=7, **QUICK)
     with pytest.raises(UserError, match="input size 33 x 64: both sides must be multiples of 16"):
@@ -250,13 +270,13 @@ def test_what_is_missing_is_asked_for(model: MMDiT, photo: Image.Image) -> None:
 def test_every_option_that_decides_the_maps_is_in_the_request(model: MMDiT, photo: Image.Image) -> None:
     changes: list[dict[str, Any]] = [
         {}, {"guidance": 2.0}, {"num_steps": 3}, {"seed": 1}, {"words": "ring"}, {"images_per_prompt": 2},
-        {"layers": 0}, {"heads": "1"}, {"steps": "0"}, {"stream": "clip"}, {"height": 32}, {"width": 32},
+        {"layers": 0}, {"heads": "1"}, {"steps": "0"}, {"streams": "clip"}, {"height": 32}, {"width": 32},
         {"prompt": "a blue ring"},
     ]  # fmt: skip
     asked = [WordMaps(**{"prompt": PROMPT, **QUICK, **change}) for change in changes]
     found = [one.prepare(model, one.gather(False)).request for one in asked]
     assert all(first != second for k, first in enumerate(found) for second in found[:k])
-    pictured = [WordMaps(prompt=PROMPT, image=photo, sigma=sigma) for sigma in (0.2, 0.3)]
+    pictured = [WordMaps(prompt=PROMPT, images=photo, sigma=sigma) for sigma in (0.2, 0.3)]
     assert len({one.prepare(model, one.gather(False)).request["sigma"] for one in pictured}) == 2
 
 
@@ -273,7 +293,7 @@ def test_unknown_words_of_the_embedded_model_are_told_once(model: MMDiT, monkeyp
 
 
 def test_the_page_holds_what_was_measured(model: MMDiT, photo: Image.Image) -> None:
-    maps = word_maps(model, PROMPT, image=photo, sigma=0.5, layers=2)
+    maps = word_maps(model, PROMPT, images=photo, sigma=0.5, layers=2)
     assert isinstance(maps, PictureMaps)
     found = json.loads(re.search(r'id="data">(.*?)</script>', maps.explore().html, re.DOTALL)[1])  # type: ignore[index]
     assert found["words"] == ["a", "red", "ring", "BOS (clip)", "EOS (clip)", "EOS (t5)", "PAD (clip)", "PAD (t5)"]

@@ -59,6 +59,7 @@ def test_rebuilds_what_changed(make, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make, "FIGURES", (make.Figure("fig", ("clip",)),))
     weights = {"of": "one"}
     monkeypatch.setattr(make, "weights_of", lambda model: weights["of"])
+    monkeypatch.setattr(make, "model_name", str)
 
     def made(*more: str) -> bool:
         monkeypatch.setattr(sys, "argv", ["make", "--model", "m", "--out", str(tmp_path / "out"), *more])

@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import AttentionBudget, Evaluate, Result
 
 FIGURES = Path(__file__).parents[2] / "figures"
@@ -112,11 +111,6 @@ def test_a_finished_run_is_drawn_again_and_fresh_measures_anew(draw):
     for more, runs in (((), 1), ((), 1), (("--fresh",), 2)):
         draw("fig02_attention_budget", *FEW, *more)
         assert len(list(Path("runs").glob("*/*/run.json"))) == runs
-
-
-def test_unknown_options_are_refused(draw):
-    with pytest.raises(UserError, match="unknown option of AttentionBudget 'limits'"):
-        draw("fig02_attention_budget", "limits=2")
 
 
 def test_the_papers_model_is_measured_as_the_paper_did(monkeypatch):

@@ -46,8 +46,8 @@ def test_training_lowers_the_mask_loss_and_the_adapter_loads(
     name: str, layers: tuple[int, ...], tmp_path: Path
 ) -> None:
     config = MagnetOptions(
-        layers=layers, rank=4, alpha=4, steps=20, batch=2, warmup=1, rate=0.03, streams="joint", flow_weight=0.0,
-        focal_weight=1.0, dice_weight=1.0,
+        layers=layers, rank=4, alpha=4, train_steps=20, batch=2, warmup=1, rate=0.03, lora_streams="joint",
+        flow_weight=0.0, focal_weight=1.0, dice_weight=1.0,
     )  # fmt: skip
     model = model_of(name)
     result = train(model, Pictures(), config, out=tmp_path)
@@ -65,4 +65,4 @@ def test_training_lowers_the_mask_loss_and_the_adapter_loads(
 def test_a_family_whose_prompts_differ_in_length_is_refused(tmp_path: Path) -> None:
     model = MMDiT(pipelines.build("qwen_image"))
     with pytest.raises(UserError, match="differ in length"):
-        train(model, Pictures(), MagnetOptions(layers=(1,), steps=1, warmup=1), out=tmp_path)
+        train(model, Pictures(), MagnetOptions(layers=(1,), train_steps=1, warmup=1), out=tmp_path)

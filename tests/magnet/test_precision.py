@@ -29,7 +29,7 @@ def seen_dtypes(model: MMDiT) -> set[torch.dtype]:
 def trained(tmp_path: Path, precision: Any, **options: Any) -> tuple[TrainResult, set[torch.dtype]]:
     model = fresh()
     dtypes = seen_dtypes(model)
-    config = replace(CONFIG, steps=3, precision=precision, **options)
+    config = replace(CONFIG, train_steps=3, precision=precision, **options)
     return train(model, Pictures(), config, out=tmp_path / f"{precision}"), dtypes
 
 
@@ -48,7 +48,7 @@ def test_bf16_runs_in_bfloat16_and_follows_float32(tmp_path: Path, space: Any) -
 
 
 def test_bf16_is_resumed_exactly(tmp_path: Path) -> None:
-    config = replace(CONFIG, precision="bf16", steps=4, save_every=2)
+    config = replace(CONFIG, precision="bf16", train_steps=4, save_every=2)
     whole = run(tmp_path / "whole", config)
 
     def stop() -> None:
@@ -76,7 +76,7 @@ def test_maps_are_float32_under_autocast() -> None:
 
 def test_a_bfloat16_model_trains_a_float32_adapter(tiny_directory: Path, tmp_path: Path) -> None:
     model = load(tiny_directory, dtype="bfloat16")
-    result = train(model, Pictures(), replace(CONFIG, steps=2), out=tmp_path)
+    result = train(model, Pictures(), replace(CONFIG, train_steps=2), out=tmp_path)
     assert np.isfinite(result.log.loss).all()
     assert {tensor.dtype for tensor in weights(result).values()} == {torch.float32}
     assert any(float(t.abs().max()) > 0 for name, t in weights(result).items() if "lora_B" in name)
@@ -93,9 +93,9 @@ def test_fp16_on_a_cpu_is_refused_before_anything_is_written(tmp_path: Path) -> 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_on_a_gpu(tiny_directory: Path, tmp_path: Path, precision: Any) -> None:
     """Trains, with the loss scaler where there is one, and its state is kept."""
-    plain = train(load(tiny_directory, device="cuda", dtype="float32"), Pictures(), replace(CONFIG, steps=3),
+    plain = train(load(tiny_directory, device="cuda", dtype="float32"), Pictures(), replace(CONFIG, train_steps=3),
                   out=tmp_path / "no")  # fmt: skip
     model = load(tiny_directory, device="cuda", dtype="float32")
-    mixed = train(model, Pictures(), replace(CONFIG, steps=3, precision=precision), out=tmp_path / "mixed")
+    mixed = train(model, Pictures(), replace(CONFIG, train_steps=3, precision=precision), out=tmp_path / "mixed")
     np.testing.assert_allclose(mixed.log.flow, plain.log.flow, rtol=0.05)
     assert {tensor.dtype for tensor in weights(mixed).values()} == {torch.float32}

@@ -103,7 +103,7 @@ def test_the_summary_says_who_reached_the_target(tables: dict[str, Any], tmp_pat
 def test_figures_and_tables(tables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = written(tables, tmp_path / "run")
     monkeypatch.syspath_prepend(str(ROOT / "figures"))
-    for model in ("other", "scenes-sd3"):
+    for model in ("someone/other", "scenes-sd3"):
         monkeypatch.setattr(
             sys, "argv", ["fig10", "--run", str(folder), "--out", str(tmp_path / "out"), "--model", model]
         )

@@ -33,7 +33,7 @@ from mmdit_probe.models.names import ADAPTER_FILE
 from tests import tiny
 
 CONFIG = MagnetOptions(
-    layers=(1,), rank=2, alpha=4, steps=5, batch=2, warmup=1, rate=0.05, max_grad_norm=1.0, streams="joint"
+    layers=(1,), rank=2, alpha=4, train_steps=5, batch=2, warmup=1, rate=0.05, max_grad_norm=1.0, lora_streams="joint"
 )
 
 
@@ -80,7 +80,7 @@ def test_scenes_by_their_short_name_are_validated_too() -> None:
     """`scenes` means scenes:train, and was trained on without held-out pictures."""
     model = SimpleNamespace(default_size=(64, 64))
     for data, count in (("scenes", 2), ("scenes:val", 2), ("folder", 0)):
-        asked = MagnetOptions(layers=(0,), data=data, validate_count=2)
+        asked = MagnetOptions(layers=(0,), dataset=data, validate_limit=2)
         held = validation_data(asked, model)  # type: ignore[arg-type]
         assert [one.name for one in held] == ["scenes:val:0", "scenes:val:1"][:count]
 
@@ -119,7 +119,7 @@ def test_the_averaged_adapter_is_what_is_saved(tmp_path: Path) -> None:
     def look(*_: int) -> None:
         seen.append({name: p.detach().clone() for name, p in named_parameters(model.transformer)})
 
-    result = train(model, Pictures(), replace(CONFIG, steps=3, ema=0.6), out=tmp_path, start=look, advance=look)
+    result = train(model, Pictures(), replace(CONFIG, train_steps=3, ema=0.6), out=tmp_path, start=look, advance=look)
     expected = seen[0]
     for parameters in seen[1:]:
         expected = {name: 0.6 * average + 0.4 * parameters[name] for name, average in expected.items()}
@@ -133,15 +133,15 @@ def test_the_averaged_adapter_is_what_is_saved(tmp_path: Path) -> None:
 
 
 def test_a_run_of_other_options_is_not_continued(tmp_path: Path) -> None:
-    run(tmp_path / "run", replace(CONFIG, steps=2))
+    run(tmp_path / "run", replace(CONFIG, train_steps=2))
     with pytest.raises(UserError, match="made with rate"):
-        run(tmp_path / "run", replace(CONFIG, steps=2, rate=0.01), resume=True)
+        run(tmp_path / "run", replace(CONFIG, train_steps=2, rate=0.01), resume=True)
     # Refused after accelerate was set up: the next training may still choose its precision.
     assert not AcceleratorState._shared_state
 
 
 def test_two_micro_batches_of_four_give_the_step_of_eight(tmp_path: Path) -> None:
-    config = replace(CONFIG, steps=3, batch=8)
+    config = replace(CONFIG, train_steps=3, batch=8)
     whole = weights(run(tmp_path / "whole", config))
     halves = weights(run(tmp_path / "halves", replace(config, batch=4, accumulation=2)))
     quarter = weights(run(tmp_path / "quarter", replace(config, batch=4)))
@@ -152,7 +152,7 @@ def test_two_micro_batches_of_four_give_the_step_of_eight(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_two_processes_give_the_step_of_one(tmp_path: Path) -> None:
-    one = run(tmp_path / "one", replace(CONFIG, steps=2, batch=4))
+    one = run(tmp_path / "one", replace(CONFIG, train_steps=2, batch=4))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     # On a CPU alone, `accelerate launch --cpu` wants MPI for more than one process; its other launcher is torchrun's.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
@@ -186,7 +186,7 @@ def test_two_processes_give_the_step_of_one(tmp_path: Path) -> None:
     ids=str,
 )
 def test_every_variant_trains(tmp_path: Path, change: dict[str, Any]) -> None:
-    result = run(tmp_path, replace(CONFIG, steps=3, **change))
+    result = run(tmp_path, replace(CONFIG, train_steps=3, **change))
     log = result.log
     assert np.isfinite(log.loss).all()
     total = log.flow + 0.1 * log.focal + 0.2 * log.dice
@@ -197,12 +197,14 @@ def test_every_variant_trains(tmp_path: Path, change: dict[str, Any]) -> None:
 
 
 def test_checkpointing_changes_no_number(tmp_path: Path) -> None:
-    plain = run(tmp_path / "plain", replace(CONFIG, steps=2))
-    assert_equal(plain, run(tmp_path / "recomputed", replace(CONFIG, steps=2, checkpointing=True)))
+    plain = run(tmp_path / "plain", replace(CONFIG, train_steps=2))
+    assert_equal(plain, run(tmp_path / "recomputed", replace(CONFIG, train_steps=2, checkpointing=True)))
 
 
 def test_training_on_masks_lowers_the_mask_loss(tmp_path: Path) -> None:
-    config = replace(CONFIG, steps=30, batch=4, rate=0.02, flow_weight=0.0, focal_weight=1.0, dice_weight=1.0, warmup=2)
+    config = replace(
+        CONFIG, train_steps=30, batch=4, rate=0.02, flow_weight=0.0, focal_weight=1.0, dice_weight=1.0, warmup=2
+    )
     log = run(tmp_path, config).log
     assert log.dice[-5:].mean() < 0.8 * log.dice[:3].mean()
 
@@ -214,7 +216,14 @@ def test_words_of_the_embedded_model_come_to_own_their_regions(tmp_path: Path) -
     untrained = [validate(model, held_out, [layer]).miou() for layer in range(len(model.layers))]
     layer = int(np.argmax(untrained))
     config = MagnetOptions(
-        layers=(layer,), steps=24, batch=4, warmup=2, rate=3e-3, max_grad_norm=1.0, validate_every=12, save_every=12
+        layers=(layer,),
+        train_steps=24,
+        batch=4,
+        warmup=2,
+        rate=3e-3,
+        max_grad_norm=1.0,
+        validate_every=12,
+        save_every=12,
     )
     result = train(model, ScenesData("train", 96), config, held_out=held_out, out=tmp_path)
     assert result.validation.miou.max() > untrained[layer] + 0.01
@@ -225,8 +234,8 @@ def test_words_of_the_embedded_model_come_to_own_their_regions(tmp_path: Path) -
 
 def test_what_is_written(tmp_path: Path) -> None:
     config = replace(
-        CONFIG, steps=2, validate_every=1, sample_prompts=["a red ring", "a cat"], sample_steps=2, sample_guidance=2.0,
-        save_every=1,
+        CONFIG, train_steps=2, validate_every=1, sample_prompts=["a red ring", "a cat"], sample_num_steps=2,
+        sample_guidance=2.0, save_every=1,
     )  # fmt: skip
     result = run(tmp_path, config)
     names = {path.name for path in tmp_path.iterdir()}
@@ -321,8 +330,8 @@ def poisoned_weight(model: MMDiT, step: int) -> Callable[[], None]:
 
 
 def test_the_first_number_that_is_not_finite_stops_and_the_last_good_checkpoint_stays(tmp_path: Path) -> None:
-    config = replace(CONFIG, save_every=2, steps=8)
-    good = run(tmp_path / "good", replace(config, steps=2, warmup=1))
+    config = replace(CONFIG, save_every=2, train_steps=8)
+    good = run(tmp_path / "good", replace(config, train_steps=2, warmup=1))
     model = fresh()
     with pytest.raises(
         RunError, match=r"the loss of step 3 is nan, .* the checkpoint after step 2 is kept; lower --rate"
@@ -361,7 +370,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(tmp_path: Path) -> None:
         ({"sigma_std": -1.0}, "--sigma-std"),
         ({"rank": 10**9}, "--rank is 1000000000; expected a whole number of at least 1 and at most 4096"),
         ({"rank": 0}, "--rank"),
-        ({"steps": 10**30}, "--steps"),
+        ({"train_steps": 10**30}, "--train-steps"),
         ({"ema": 1.0}, "--ema"),
         ({"alpha": -4.0}, "--alpha"),
         ({"seed": 2**63}, "--seed"),
@@ -381,32 +390,32 @@ def test_every_option_has_its_range(change: dict[str, Any], said: str) -> None:
 def test_recipes() -> None:
     """The facts of the paper and of its published code, and what the embedded model's analysis chose."""
     paper = recipe("paper", layers=(9,))
-    assert (paper.streams, paper.space, paper.normalise, paper.columns) == ("image", "logit", "none", "clip")
+    assert (paper.lora_streams, paper.space, paper.normalise, paper.streams) == ("image", "logit", "none", "clip")
     assert (paper.rank, paper.alpha, paper.lora_layers) == (16, 16, "all")
     assert (paper.rate, paper.max_grad_norm, paper.decay, paper.warmup_steps) == (1e-4, 0.01, 1e-4, 500)
     assert (paper.flow_weight, paper.mask_weight * paper.focal_weight, paper.dice_weight) == (1.0, 0.1, 0.2)
     assert (paper.focal_alpha, paper.focal_gamma, paper.match_focal, paper.match_dice) == (0.25, 2.0, 0.02, 1.0)
-    assert (paper.sigma_mean, paper.sigma_std, paper.steps, paper.batch) == (0.0, 0.5, 3000, 8)
+    assert (paper.sigma_mean, paper.sigma_std, paper.train_steps, paper.batch) == (0.0, 0.5, 3000, 8)
     ours = recipe("ours", layers=(4,), rate=1e-3)
-    assert (ours.streams, ours.space, ours.rate) == ("joint", "probability", 1e-3)
+    assert (ours.lora_streams, ours.space, ours.rate) == ("joint", "probability", 1e-3)
     with pytest.raises(UserError, match="did you mean 'paper'"):
         recipe("papr", layers=(4,))
     assert replace(paper, masks="part").level == "head"
     assert replace(paper, masks="none").level == "none"
 
 
-def test_clip_columns_of_a_model_that_has_none_are_refused(tmp_path: Path) -> None:
+def test_streams_that_a_model_does_not_read_are_refused(tmp_path: Path) -> None:
     from tests import pipelines
 
     model = MMDiT(pipelines.build("flux"), "flux", tiny.T5_LENGTH)
-    with pytest.raises(UserError, match=r"--columns clip: this model's text tokens are those of t5; use all"):
-        train(model, Pictures(), replace(CONFIG, columns="clip"), out=tmp_path / "run")
+    with pytest.raises(UserError, match=r"unknown encoder stream 'clip'"):
+        train(model, Pictures(), replace(CONFIG, streams="t5,clip"), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_tensorboard_gets_the_log(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    result = run(tmp_path, replace(CONFIG, steps=3, report_to="tensorboard"), held_out=[Pictures()[0]])
+    result = run(tmp_path, replace(CONFIG, train_steps=3, report_to="tensorboard"), held_out=[Pictures()[0]])
     events = accumulator.EventAccumulator(str(tmp_path / "train-magnet")).Reload()
     logged = [event.value for event in events.Scalars("loss")]
     np.testing.assert_allclose(logged, result.log.loss, rtol=1e-6)

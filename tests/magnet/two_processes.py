@@ -21,4 +21,4 @@ if __name__ == "__main__":
     out = Path(sys.argv[1])
     told = out.with_name(f"group-{os.environ['RANK']}")
     atexit.register(lambda: told.write_text("left" if torch.distributed.is_initialized() else "ended"))
-    train(fresh(), Pictures(), replace(CONFIG, steps=2, batch=2), out=out)
+    train(fresh(), Pictures(), replace(CONFIG, train_steps=2, batch=2), out=out)

@@ -56,7 +56,7 @@ def test_words_sum_their_positions_and_differ_by_row(model: MMDiT) -> None:
         for place, word in enumerate(["ring", "a"]):
             keys = [IMAGE + p for p in table.positions(word=word)]
             assert (found[row, ..., place].flatten() - attention[row, :IMAGE][:, keys].sum(-1)).abs().max() < 2e-6
-    only = maps(model, words=["ring"], stream="t5")
+    only = maps(model, words=["ring"], streams="t5")
     assert (only[..., 0] < found[..., 0]).all()
 
 

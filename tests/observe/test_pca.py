@@ -181,7 +181,7 @@ def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.Monke
     summary = pd.read_csv("run/pca_by_layer.csv")
     assert {"silhouette", "silhouette_beyond_low", "explained_3_low", "position_high"} <= set(summary.columns)
     with pytest.raises(SystemExit) as stopped:
-        main([*arguments, "--fit", "image", "--out", "each"])
+        main([*arguments, "--basis", "image", "--out", "each"])
     assert stopped.value.code == 0
     each = pd.read_parquet("each/pca.parquet")
     assert each["item"].nunique() == 4 and each["position"].isna().all() and each["silhouette"].notna().any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,25 @@ def test_pixels_are_the_maps_colours(page: Any, shown: Any) -> None:
     assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 1] == grey[..., 2]).all()
 
 
+@contextmanager
+def narrow(browser: Any) -> Iterator[None]:
+    """A telephone's width."""
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    yield
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_maps_are_not_tiny_on_a_telephone(page: Any) -> None:
+    """Three in a row were 105 pixels wide each."""
+    with narrow(page):
+        click(page, "ring")
+        boxes = {name: page.find_element("id", name).rect for name in ("picture", "a-i2t", "a-t2i")}
+        assert boxes["picture"]["width"] > 300 and min(boxes[name]["width"] for name in ("a-i2t", "a-t2i")) > 150
+        assert boxes["a-i2t"]["y"] == boxes["a-t2i"]["y"] > boxes["picture"]["y"]
+
+
 def test_every_control_has_a_name_and_can_be_reached(page: Any) -> None:
     for element in page.find_elements("css selector", "button, input, canvas, img, table, [role]"):
         if element.get_attribute("id") != "status":
@@ -250,4 +270,6 @@ def test_a_report_opens_without_a_request(browser: Any, tmp_path: Path) -> None:
     assert browser.find_element("css selector", "img").get_property("naturalWidth") > 100
     browser.find_element("link text", "Last").click()
     assert browser.current_url.endswith("#1-last")
+    with narrow(browser):
+        assert browser.find_element("css selector", "img").rect["width"] >= 680  # in a figure that scrolls
     quiet(browser)

@@ -286,6 +286,17 @@ def test_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file; choose another folder with --out"):
         RunFolder.open("demo", REQUEST, out=tmp_path / "file")
+    with pytest.raises(UserError, match=r"file' is no place for it, it is a file; choose another folder"):
+        check_out(tmp_path / "file" / "new" / "run")
+
+
+def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
+    """A run that is there is only shown."""
+    RunFolder.open("demo", REQUEST, out=tmp_path / "mine").finish()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and Path(path) != tmp_path / "mine")
+    with pytest.raises(UserError, match="no place for it, nothing may be written there"):
+        check_out(tmp_path / "new" / "run")
+    assert check_out(tmp_path / "mine", resume=True)["status"] == "finished"
 
 
 def test_a_folder_is_not_called_like_a_picture(tmp_path):

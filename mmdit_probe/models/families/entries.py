@@ -15,8 +15,6 @@ import itertools
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.families import prompts
 from mmdit_probe.models.families.facts import Family, TextStream
@@ -160,7 +158,7 @@ def _ideogram4(inputs: Inputs, config: Any) -> Arrangement:
     kinds = {2: "image", 3: "text"}
     found = []
     for row in inputs["indicator"].cpu():
-        values, counts = torch.unique_consecutive(row, return_counts=True)
+        values, counts = row.unique_consecutive(return_counts=True)
         pairs = zip(values.tolist(), counts.tolist(), strict=True)
         found.append(tuple((kinds.get(value, "other"), count) for value, count in pairs))
     places = inputs["position_ids"][0][inputs["indicator"][0] == 2]
@@ -190,7 +188,7 @@ def _minimax_h3(inputs: Inputs, config: Any) -> Arrangement:
     frames, h, w = (len(axis.unique()) for axis in ids[own].T)
     grid = (h, w) if frames * h * w == len(own) else None
     references = []
-    for part in ids[conditions].split(torch.unique_consecutive(ids[conditions, 0], return_counts=True)[1].tolist()):
+    for part in ids[conditions].split(ids[conditions, 0].unique_consecutive(return_counts=True)[1].tolist()):
         sides = (len(part[:, 1].unique()), len(part[:, 2].unique()))
         references.append(Reference(len(part), sides if sides[0] * sides[1] == len(part) else None))
     return Extent(grid, frames, tuple(references)).arranged((tuple(sample),) * samples(inputs))

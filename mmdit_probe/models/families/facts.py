@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from mmdit_probe.models.families.token_order import Arrangement
-from mmdit_probe.models.latents import Form
+
+Form = Literal["latents", "packed", "listed", "joined"]
 
 Part = tuple[str, int]
 """A text that a tokenizer reads, and its place in the prompt, a character offset; -1 if it is none of the prompt's."""

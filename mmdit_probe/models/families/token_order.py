@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mmdit_probe.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS = ("image", "text", "other", "reference")
 """Kinds of token. References are clean latents of pictures that are given: to be edited, or to go by."""
@@ -144,7 +144,7 @@ def position_ids(inputs: Inputs, config: Any) -> Extent:
 def id_runs(ids: Tensor) -> list[Reference]:
     """The pictures whose tokens have positions (picture, row, column) [N, axes], in order."""
     ids = ids.cpu()
-    _, counts = torch.unique_consecutive(ids[:, 0], return_counts=True)
+    _, counts = ids[:, 0].unique_consecutive(return_counts=True)
     found = []
     for part in ids.split(counts.tolist()):
         h, w = (int(part[:, axis].max() - part[:, axis].min()) + 1 for axis in (1, 2))
