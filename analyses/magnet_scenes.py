@@ -40,7 +40,7 @@ from magnet_tables import BASE, CONTROL, PROTOCOLS, UNSUPERVISED, choose, write
 
 from mmdit_probe import TextMaps, load, probe
 from mmdit_probe.data import Data, Sample, ScenesData
-from mmdit_probe.errors import UserError, at_least, run_script
+from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.evaluate.scores import ImageCounts, assign, histogram, matched
 from mmdit_probe.experiments import Score
 from mmdit_probe.experiments.score import REAL, scene_prompts
@@ -379,10 +379,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="tables")
     ask = vars(parser.parse_args())
     processes, work, out = (ask.pop(name) for name in ("processes", "workdir", "out"))
-    try:
-        ask["rates"] = tuple(numbers(ask["rates"]))
-    except ValueError:
-        raise UserError(f"--rates {ask['rates']!r}; expected learning rates by comma, such as 1e-3,3e-3") from None
+    refusal = f"--rates {ask['rates']!r}; expected learning rates by comma, such as 1e-3,3e-3"
+    ask["rates"] = tuple(numbers(ask["rates"], 0, 1, refusal))
     plan = Plan(**ask)
     work = work / short_hash(asdict(plan) | {"weights": plan.model().weight_hash})
     work.mkdir(parents=True, exist_ok=True)

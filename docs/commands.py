@@ -33,7 +33,7 @@ CALLS = {
     "report": ("", "result.summary"),
     "segment": ('image="scenes:val:3", classes="tree, ring, grass, sky"', LABELS),
     "discover": ('image="scenes:val:3"', LABELS),
-    "train-magnet": ('layers="2-3", steps=100', "result.log, result.lora"),
+    "train-magnet": ('layers="2-3", train_steps=100', "result.log, result.lora"),
 }
 """Command -> the options that it cannot do without, and what its result has, where that is no summary and claims."""
 OF_COMMAND = {one.name: one for one in COMMANDS}

@@ -184,7 +184,14 @@ def test_no_t5_gives_null_slots_of_the_same_length(budget):
     ],
 )
 def test_bad_requests(budget, arguments, message):
-    assert message in refused(budget(*QUICK, *arguments))
+    sampled = [] if "--images" in arguments else QUICK
+    assert message in refused(budget(*sampled, *arguments))
+
+
+def test_what_only_sampling_reads_is_refused_with_pictures(budget):
+    for option in ("--num-steps", "--guidance"):
+        message = f"{option} is of sampling; pictures are read at --sigma"
+        assert message in refused(budget("--images", "scenes:val", option, "2"))
 
 
 def test_unused_device_is_named(budget):

@@ -27,14 +27,19 @@ def model() -> MMDiT:
 
 
 QUICK: dict[str, Any] = {"num_steps": 2, "guidance": 3.0, "prompts": "a cat"}
+"""Of sampling; pictures have a noise level instead."""
+
+
+def budget_of(options: dict[str, Any]) -> AttentionBudget:
+    return AttentionBudget(**({"prompts": "a cat"} if "images" in options else QUICK) | options)
 
 
 def table_of(target: Any, **options: Any) -> pd.DataFrame:
-    return AttentionBudget(**QUICK | options).run(target, progress=False).table
+    return budget_of(options).run(target, progress=False).table
 
 
 def study_of(model: MMDiT, **options: Any) -> Any:
-    ask = AttentionBudget(**QUICK | options)
+    ask = budget_of(options)
     return ask.prepare(model, ask.gather(scenes=False))
 
 
@@ -54,7 +59,7 @@ class Kept:
 
 
 def kept(model: MMDiT, task: int, **options: Any) -> list[pd.DataFrame]:
-    ask, record = AttentionBudget(**QUICK | options), Kept()
+    ask, record = budget_of(options), Kept()
     study = ask.prepare(model, ask.gather(scenes=False))
     ask.measure(study, study.tasks[task], record)  # type: ignore[arg-type]
     return record.parts

@@ -43,7 +43,7 @@ def test_places(tiny_model: MMDiT) -> None:
     spans = Perturb(layers="1", sweep="span", control="none").conditions(tiny_model, PROMPTS)
     assert [c.labels["span"] for c in spans[2:]] == ["word", "bos", "eos", "pad"]
     assert spans[2].edit.spans == ("word",)
-    with pytest.raises(UserError, match="layers"):
+    with pytest.raises(UserError, match="layer, head, span"):
         Perturb(sweep="token")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="layer 9"):
         Perturb(layers=9).conditions(tiny_model, PROMPTS)

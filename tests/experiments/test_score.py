@@ -354,7 +354,7 @@ def test_command_scores_a_folder_of_prompts_by_category(
 
 
 def test_maps_are_scored_with_pictures_and_alone(tmp_path: Path) -> None:
-    how = {"n": 2, "num_steps": 1, "clip": "none", "maps": "0.3,0.6"}
+    how = {"limit": 2, "num_steps": 1, "clip": "none", "map_sigma": "0.3,0.6"}
     both = Score(categories="colour", **how).run("scenes-sd3", out=tmp_path / "both", progress=False)
     alone = Score(categories="none", **how).run("scenes-sd3", out=tmp_path / "alone", progress=False)
     assert set(both.table["category"]) == {"colour", "real"}

@@ -180,8 +180,8 @@ def test_two_processes_give_the_step_of_one(tmp_path: Path) -> None:
         {"layers": (0, 2), "alignment": "head", "space": "probability"},
         {"checkpointing": True},
         {"drop_prompt": 0.5},
-        {"columns": "clip"},
-        {"columns": "clip", "alignment": "head", "focal": "released"},
+        {"streams": "clip"},
+        {"streams": "clip", "alignment": "head", "focal": "released"},
     ],
     ids=str,
 )

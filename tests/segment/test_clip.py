@@ -12,7 +12,7 @@ import torch
 from mmdit_probe import assets
 from mmdit_probe.data import Fit, SegClass
 from mmdit_probe.errors import UserError
-from mmdit_probe.segment.clip import CLIP, ClipInput, patch_features
+from mmdit_probe.segment.clip import CLIP, TEMPLATES, ClipInput, patch_features
 from mmdit_probe.segment.methods import find
 from mmdit_probe.segment.methods.dense_clip import _region_tokens
 from mmdit_probe.segment.record import Capture, Pass
@@ -83,7 +83,10 @@ def test_text_is_the_mean_over_templates(folder: str) -> None:
     clip = CLIP.open(folder)
     assert torch.allclose(clip.text(["cat", "ring"])[1], clip.text(["ring"])[0], atol=1e-5)
     assert torch.allclose(clip.text(["cat"]).norm(dim=-1), torch.ones(1))
-    assert not torch.allclose(clip.text(["cat"], ["{}"]), clip.text(["cat"], ["a {} on it"]))
+    sentences = clip.sentences([template.format("cat") for template in TEMPLATES])
+    mean = torch.nn.functional.normalize(sentences.mean(0), dim=0)
+    assert len(TEMPLATES) > 1 and torch.allclose(clip.text(["cat"])[0], mean, atol=1e-5)
+    assert not torch.allclose(clip.text(["cat"])[0], sentences[0], atol=1e-3)
 
 
 def test_vote_is_one_label_per_region_of_labels_with_the_background() -> None:
