@@ -17,6 +17,7 @@ from runs import options_of
 
 from mmdit_probe.errors import run_script
 from mmdit_probe.plots import save, style
+from training.align import Alignment
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +32,8 @@ TAUGHT: dict[str, Any] = {"fill": False, "ec": "#D55E00", "lw": 1.6}
 
 def taught(recipe: str, layers: list[int]) -> list[int]:
     """The layers whose output had a head."""
-    of, _, which = recipe.partition(":")
-    return [int(which)] if of == "layer" else layers if of == "all" else []
+    named = () if recipe == RANDOM else Alignment.parse(recipe).layers
+    return [layer for layer in layers if layer in named]
 
 
 def name_of(recipe: str) -> str:

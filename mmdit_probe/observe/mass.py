@@ -260,7 +260,7 @@ def attention_masses(call: SDPACall, lse: Tensor | None, keys: KeyGroups) -> tup
     weights, n_query = keys.means
     live = exact.live_queries(call)
     if live is not None:
-        # Masses of this family of calls are the same for all heads; a query is dropped if no head sees anything.
+        # Masks of this family of calls are the same for all heads; a query is dropped if no head sees anything.
         weights, n_query = _means(keys.queries * live.any(1).expand(batch, n_rows)[:, None].float(), batch)
     if lse is None and keys.frames:  # which keys are of a query's own frame differs between queries
         lse = gradients.streamed_lse(call)
