@@ -76,7 +76,8 @@ matched within each picture.
 PICTURES = """
 ## Generated pictures
 
-Mean, and paired difference to the control with its 95 % interval over prompts and seeds. *no worse*: the interval lies
+Mean, and paired difference to the control with its 95 % interval over prompts and seeds. n counts different captions
+(one that comes up again, in one category or two, is the same: texture has eight in all). *no worse*: the interval lies
 above a loss of .05 (one point of CLIPScore); *worse*: it lies below zero; else undecided. Both are corrected for the
 rows of a metric (Holm). *facts*: share of the caption's facts that the scene parser reads in the picture.
 
@@ -231,8 +232,10 @@ def summary(
         part = generation[generation["metric"] == metric]
         categories = list(dict.fromkeys(part["category"]))
         whole = part[part["category"] == "all"].iloc[0]
-        lines += [f"### {metric} (n = {whole['prompts']} prompts, {whole['images']} pictures)", ""]
-        lines += [f"| variant | {' | '.join(categories)} |", "|-" * (len(categories) + 1) + "|"]
+        sizes = part.groupby("category")["prompts"].first()
+        lines += [f"### {metric} ({whole['images']} pictures of each training)", ""]
+        heads = [f"{name} (n = {sizes[name]})" for name in categories]
+        lines += [f"| variant | {' | '.join(heads)} |", "|-" * (len(categories) + 1) + "|"]
         for variant, of in part.groupby("variant", sort=False):
             cells = []
             for row in of.set_index("category").loc[categories].to_dict("records"):

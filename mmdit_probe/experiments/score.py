@@ -384,10 +384,10 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Means per variant, category and metric, and paired differences to a baseline.
 
     Returns: columns variant, category ("all" for every prompt), metric, prompts (of the mean: different ones where the
-    metric is defined; a caption that comes up twice is one), images, mean, low, high (95 % interval of the mean),
-    difference, difference_low, difference_high; and, of variants other than the baseline, p_margin and p_holm (of the
-    difference being -margin, and 0, corrected for the rows of a metric) and verdict (`statistics.judged` with
-    `MARGINS`).
+    metric is defined; a caption that comes up twice, be it in two categories, is one), images, mean, low, high (95 %
+    interval of the mean), difference, difference_low, difference_high; and, of variants other than the baseline,
+    p_margin and p_holm (of the difference being -margin, and 0, corrected for the rows of a metric) and verdict
+    (`statistics.judged` with `MARGINS`).
 
     Raises:
         UserError: unknown baseline, or a variant that was scored on other prompts or seeds.
@@ -409,7 +409,7 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
         for category in ("all", *dict.fromkeys(frame["category"])):
             chosen, base = (t if category == "all" else t.loc[[category]] for t in (wide[name], wide[baseline]))
             for metric in metrics:
-                own, other = (t[metric].groupby(["category", "prompt"]).mean().to_numpy() for t in (chosen, base))
+                own, other = (t[metric].groupby("prompt").mean().to_numpy() for t in (chosen, base))
                 mean, low, high = interval(own, kinds[metric])
                 sign = sign_of(metric)
                 gain = no_worse(sign * (own - other), margin_of(metric), kind_of(own, other))

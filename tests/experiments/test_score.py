@@ -113,6 +113,23 @@ def test_a_caption_that_comes_up_again_is_one_prompt() -> None:
     assert (row["difference_high"] - row["difference_low"]) / (2 * half) == pytest.approx(1, abs=0.2)
 
 
+def test_a_caption_of_two_categories_is_one_prompt_of_all() -> None:
+    """Twelve captions, four of them in both categories: of all prompts those four count once, by their means."""
+    first, second = np.arange(12.0), 100 + np.arange(4.0)
+    pictures = [("colour", f"p{k}", value) for k, value in enumerate(first)]
+    pictures += [("numeracy", f"p{k}", value) for k, value in enumerate(second)]
+    rows = [
+        {"variant": variant, "category": category, "prompt": prompt, "index": k, "seed": k, "clip": value * scale}
+        for variant, scale in (("base", 1), ("tuned", 3)) for k, (category, prompt, value) in enumerate(pictures)
+    ]  # fmt: skip
+    table = compare_variants(pd.DataFrame(rows), "base").set_index(["variant", "category"])
+    expected = np.concatenate([(first[:4] + second) / 2, first[4:]]).mean()
+    assert table.loc[("tuned", "all"), ["prompts", "images"]].tolist() == [12, 16]
+    assert table.loc[("base", "all"), "mean"] == pytest.approx(expected)
+    assert table.loc[("tuned", "all"), "difference"] == pytest.approx(2 * expected)
+    assert table.loc[("tuned", "numeracy"), "prompts"] == 4
+
+
 def yes_and_no(name: str, tuned: int, n: int = 60) -> pd.DataFrame:
     """A metric that 30 of n pictures of the base model show, and `tuned` of the other variant."""
     rows = [

@@ -31,7 +31,7 @@ def scores(name: str, shift: float = 0.0, category: str = "colour") -> pd.DataFr
     for of in CATEGORIES:
         for k in range(24):
             value = np.random.default_rng([k, len(of)]).random() + (shift if of == category else 0.0)
-            rows.append({"variant": name, "category": of, "prompt": f"p{k}", "index": k, "seed": k, "facts": value,
+            rows.append({"variant": name, "category": of, "prompt": f"{of} {k}", "index": k, "seed": k, "facts": value,
                          "all_right": float(value > 0.5), "clipscore[scenes-clip]": 50 + value})  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -98,6 +98,7 @@ def test_the_summary_says_who_reached_the_target(tables: dict[str, Any], tmp_pat
     assert verdicts["class"].endswith("no worse in every category. Target reached.")
     assert "worse in all, colour. Target not reached." in verdicts["part"]
     assert verdicts["self"].endswith("Target not reached.")
+    assert "| variant | all (n = 144) | colour (n = 24) |" in "\n".join(lines)
 
 
 def test_figures_and_tables(tables: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
