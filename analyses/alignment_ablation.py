@@ -8,7 +8,7 @@ Six recipes: plain flow matching; self-supervised features on all blocks; the pa
 labels on layer 2, 4 and 6. Equal samples, the same curriculum, batches and noise; the other stages are those of the
 working folder. Each transformer is trained into `<workdir>/ablation/`, then measured on held-out scenes beside a
 transformer of random weights: I2T mIoU by layer, all evidence of `select-layers` by layer, and what samples show of
-their captions, the opposite beside it. A run that was measured is not measured again.
+their captions, the opposite beside it. What was measured of a run is not measured again.
 
 Writes `analyses/results/alignment_ablation/{maps,evidence,samples,gain}.csv` and `summary.md`.
 """
@@ -47,6 +47,8 @@ RECIPES = ("none", "all:features", "all:labels", "layer:2", "layer:4", "layer:6"
 RANDOM = "random weights"
 CATEGORIES = ("colour", "2d-spatial", "numeracy")
 TABLES = ("maps", "evidence", "samples", "gain")
+KEPT = ("maps", "evidence", "pictures")
+"""What is measured of a transformer and kept beside it; of pictures, every one of them."""
 RUN = ["recipe", "seed"]
 
 
@@ -72,22 +74,32 @@ def runs(common: Session, seeds: Sequence[int], recipes: Sequence[str]) -> Itera
             yield session, common.workdir / "ablation" / f"{recipe.replace(':', '-')}-seed{seed}"
 
 
-def measure(model: MMDiT, session: Session, size: Size) -> dict[str, pd.DataFrame]:
-    """Maps by layer, evidence by layer, and scores of samples by caption category."""
-    amount = Amount(size.n_evidence, size.sigma, size.prompts, size.num_steps, size.guidance)
-    maps = word_map_scores(model, held_out(size.n), sigma=size.sigma)
+def measure(model: MMDiT, session: Session, size: Size, name: str) -> pd.DataFrame:
+    """One of `KEPT`: maps by layer, evidence by layer, or the scores of every sample with its caption's category."""
+    if name == "maps":
+        maps = word_map_scores(model, held_out(size.n), sigma=size.sigma)
+        return maps[maps["head"] == "mean"][["layer", "min_max", "sigma", "n", "miou", "low", "high"]]
+    if name == "evidence":
+        amount = Amount(size.n_evidence, size.sigma, size.prompts, size.num_steps, size.guidance)
+        return evidence.by_layer(pd.concat([evidence.measure(of, model, "val", amount) for of in size.evidence]))
     parser, found = load_trained_parser(session.workdir), []
     for category in CATEGORIES:
         prompts = captions("val", size.n, category, distinct=False)
         scores = alignment_of(model, parser, prompts, steps=size.num_steps, guidance=size.guidance)
-        rows = [(name, len(defined(scores[name])), *interval(scores[name], "share")) for name in SCORES]
-        found.append(pd.DataFrame(rows, columns=["score", "n", "mean", "low", "high"]).assign(category=category))
-    every = pd.concat([evidence.measure(name, model, "val", amount) for name in size.evidence])
-    return {
-        "maps": maps[maps["head"] == "mean"][["layer", "min_max", "sigma", "n", "miou", "low", "high"]],
-        "evidence": evidence.by_layer(every),
-        "samples": pd.concat(found),
-    }
+        found.append(scores.assign(category=category))
+    return pd.concat(found)
+
+
+def samples(pictures: pd.DataFrame) -> pd.DataFrame:
+    """Mean of every score by category with its interval over captions: one that comes up again is the same."""
+    rows = []
+    for category, part in pictures.groupby("category", sort=False):
+        by_caption = part[list(SCORES)].groupby(part["caption"]).mean()
+        for name in SCORES:
+            mean, low, high = interval(by_caption[name], "share")
+            rows.append({"score": name, "images": int(part[name].notna().sum()), "n": len(defined(by_caption[name])),
+                         "mean": mean, "low": low, "high": high, "category": category})  # fmt: skip
+    return pd.DataFrame(rows)
 
 
 def gain(folder: Path) -> pd.DataFrame:
@@ -100,18 +112,21 @@ def gain(folder: Path) -> pd.DataFrame:
 def kept(folder: Path, session: Session, size: Size, transformer: Path | None) -> dict[str, pd.DataFrame]:
     """The tables of one transformer (of random weights if None), measured once per checkpoint into `folder`."""
     step = 0 if transformer is None else read_progress(transformer).step
-    paths = {name: folder / f"{name}-{step:07d}-n{size.n}.csv" for name in TABLES[:3]}
-    if not all(path.exists() for path in paths.values()):
+    paths = {name: folder / f"{name}-{step:07d}-n{size.n}.csv" for name in KEPT}
+    missing = [name for name, path in paths.items() if not path.exists()]
+    if missing:
         if transformer is None:
             network = load("scenes-sd3-random", device="cpu", dtype="float32").transformer
         else:
             network = load_trained_transformer(transformer)
         # Under the name of the model of the scenes world: what experiments ask of it depends on that.
         model = MMDiT(assemble(session, network).to(session.where), name="scenes-sd3")
-        for name, table in measure(model, session, size).items():
+        for name in missing:
+            table = measure(model, session, size, name)
             with replacing(paths[name]) as path:
                 table.to_csv(path, index=False)
     tables = {name: pd.read_csv(path) for name, path in paths.items()}
+    tables["samples"] = samples(tables.pop("pictures"))
     return tables if transformer is None else {**tables, "gain": gain(transformer)}
 
 
@@ -175,9 +190,13 @@ def as_markdown(tables: dict[str, pd.DataFrame], samples: int, size: Size) -> st
         lines += ["", f"## {name}: {EVIDENCE[name]}, by layer", "", *_rows(wide, 3)]
     found = tables["samples"].dropna(subset=["mean"])
     found = found.assign(cell=[bounded(*row) for row in found[["mean", "low", "high"]].to_numpy()])
-    keys = [*RUN, "category"]
+    whole = found.groupby("category")["n"].transform("max")
+    found["cell"] += [f" (n = {n})" if n < most else "" for n, most in zip(found["n"], whole, strict=True)]
+    found["captions"] = whole
+    keys = [*RUN, "category", "captions"]
     wide = found.pivot_table(index=keys, columns="score", values="cell", aggfunc="first", sort=False).reset_index()
-    lines += ["", "## What samples show, the opposite beside it", "", *_rows(wide.fillna(""), 3)]
+    told = f"Means and intervals over captions, of {size.n} samples; (n = ...): fewer captions state such a thing."
+    lines += ["", "## What samples show, the opposite beside it", "", told, "", *_rows(wide.fillna(""), 3)]
     text = tables["gain"].pivot_table(index=RUN, columns="name", values="value", sort=False).reset_index()
     lines += ["", "## Held-out losses, and what a wrong caption adds in percent, by noise level", "", *_rows(text, 3)]
     return "\n".join(lines) + "\n"

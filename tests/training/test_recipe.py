@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 
 from mmdit_probe import load
 from mmdit_probe.errors import UserError
@@ -199,11 +200,27 @@ def test_the_ablation_trains_measures_and_resumes(workdir, tmp_path, monkeypatch
     assert list(dict.fromkeys(tables["maps"]["recipe"])) == ["random weights", *recipes]
     assert len(tables["maps"]) == 3 * 8 * 2 and len(tables["evidence"]) == 3 * 8 * 2
     assert set(tables["samples"]["score"]) >= {"relation", "opposite_relation", "count", "wrong_count"}
+    pictures = pd.read_csv(next((workdir / "ablation" / "none-seed0").glob("pictures-*-n2.csv")))
+    assert len(pictures) == 2 * len(ablation.CATEGORIES) and {"caption", "seed", "category"} < set(pictures)
     text = (tmp_path / "summary.md").read_text()
     assert "Of 1 transformers with one aligned layer" in text and "12 samples each" in text
     monkeypatch.setattr(ablation, "measure", lambda *_: pytest.fail("a run was measured again"))
     assert ablation.ablation(asked, [0], size, tmp_path / "again", recipes)
     assert (tmp_path / "again" / "summary.md").read_text() == text
+
+
+def test_a_caption_that_comes_up_again_is_one_of_the_samples_n():
+    """Ten captions, each four times with one result: ten shares of 0 or 1, whose interval is Wilson's of ten."""
+    ablation = script("analyses/alignment_ablation.py")
+    pictures = pd.DataFrame(
+        {"category": "colour", "caption": f"c{k % 10}", "seed": k, **dict.fromkeys(ablation.SCORES, float(k % 10 < 7))}
+        for k in range(40)
+    ).assign(count=float("nan"))  # fmt: skip
+    row = ablation.samples(pictures).set_index("score").loc[["facts", "count"]]
+    wilson = stats.binomtest(7, 10).proportion_ci(method="wilson")
+    assert row.loc["facts", ["images", "n", "mean"]].tolist() == [40, 10, 0.7]
+    assert row.loc["facts", ["low", "high"]].tolist() == pytest.approx([wilson.low, wilson.high])
+    assert row.loc["count", ["images", "n"]].tolist() == [0, 0] and np.isnan(row.loc["count", "mean"])
 
 
 def test_the_answer_counts_best_layers_at_the_aligned_one_and_the_next():
