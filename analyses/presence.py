@@ -6,8 +6,9 @@
 All classes of the data set are named in one prompt; a class's I2T map is reduced to one number per picture (its mean,
 its peak over its mean, its spread over its mean). Numbers of classes that are there are compared with those of classes
 that are not: the area under the ROC curve (0.5: the map knows nothing of presence), numbers centred per class over the
-pictures, 95 % interval over pictures. Beside it stand two taggers that read the picture, and the network with random
-weights. Settings are those of `analyses/segmentation_choice.py`, where it was run. Writes `presence.{csv,md}`.
+pictures, 95 % interval over pictures. Each number of the trained network is tested against that of the network with
+random weights, paired by picture. Beside them stand two taggers that read the picture. Settings are those of
+`analyses/segmentation_choice.py`, where it was run. Writes `presence.{csv,md}`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,18 @@ from mmdit_probe.evaluate.tagger import open_tagger
 from mmdit_probe.experiments import Experiment, Result
 from mmdit_probe.experiments.controls import Variant, variants
 from mmdit_probe.experiments.experiment import Study, request_of
-from mmdit_probe.results.statistics import NONE, jackknifed
+from mmdit_probe.experiments.text import bounded, signed
+from mmdit_probe.results.statistics import (
+    ABOVE,
+    FEWEST,
+    LEVEL,
+    NONE,
+    NOT_ABOVE,
+    TOO_FEW,
+    Jackknife,
+    corrected,
+    jackknifed,
+)
 from mmdit_probe.segment.capture import capture
 from mmdit_probe.segment.methods import find
 from mmdit_probe.segment.record import PAPER_SIGMA, Reading
@@ -104,22 +116,49 @@ class Presence(Experiment):
             record.write("presence", columns, item=item, what=what)
 
     def summarise(self, result: Result) -> pd.DataFrame:
+        """Per number: n (pictures), auc, low, high; and, of the trained network's, over_random, over_random_low,
+        over_random_high (minus that of random weights, the same picture left out of both), p_holm (corrected for the
+        numbers) and verdict (as `statistics.compare`)."""
+        known = {str(of): _centred(part) for of, part in result.table.groupby("what", observed=True, sort=False)}
         rows = []
-        for what, part in result.table.groupby("what", observed=True, sort=False):
-            values, there = (
-                part.pivot(index="item", columns="class", values=name).to_numpy() for name in ("value", "there")
-            )
-            centred, there = values - values.mean(0), there.astype(bool)
-            auc, low, high, _ = jackknifed(partial(_area_of, centred, there), len(there))
-            rows.append({"what": what, "n": len(there), "auc": auc, "low": max(0.0, low), "high": min(1.0, high)})
-        return pd.DataFrame(rows)
+        for what, (values, there) in known.items():
+            row: dict[str, Any] = {"what": what, "n": len(there)}
+            row |= _named("", jackknifed(partial(_area_of, values, there), len(there)), 0.0)
+            twin = known.get(what.replace(f"{NETWORKS[NONE]}: ", f"{NETWORKS['random']}: "), (values, there))[0]
+            if twin is not values:
+                over = jackknifed(partial(_area_over, values, twin, there), len(there))
+                row |= _named("over_random", over, -1.0) | {"p_holm": over.p if len(there) >= FEWEST else np.nan}
+            rows.append(row)
+        table = corrected(pd.DataFrame(rows), ["p_holm"])
+        above = (table["over_random_low"] > 0) & (table["p_holm"] <= 1 - LEVEL)
+        verdict = np.where(table["n"] < FEWEST, TOO_FEW, np.where(above, ABOVE, NOT_ABOVE))
+        return table.assign(verdict=np.where(table["over_random"].isna(), "", verdict))
 
     def draw(self, result: Result) -> dict[str, Any]:
         return {}
 
 
+def _centred(part: pd.DataFrame) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Values centred per class [n, C], and whether the class is there [n, C]."""
+    values, there = (part.pivot(index="item", columns="class", values=name).to_numpy() for name in ("value", "there"))
+    return values - values.mean(0), there.astype(bool)
+
+
+def _named(name: str, found: Jackknife, lowest: float) -> dict[str, float]:
+    """A jackknifed area, or difference of areas, as columns; the interval stays within what there can be."""
+    prefix = f"{name}_" if name else ""
+    low, high = np.clip([found.low, found.high], lowest, 1.0)
+    return {name or "auc": found.value, f"{prefix}low": low, f"{prefix}high": high}
+
+
 def _area_of(values: NDArray[np.float64], there: NDArray[np.bool_], drawn: NDArray[np.int64]) -> float:
     return area(values[drawn], there[drawn])
+
+
+def _area_over(
+    values: NDArray[np.float64], other: NDArray[np.float64], there: NDArray[np.bool_], drawn: NDArray[np.int64]
+) -> float:
+    return _area_of(values, there, drawn) - _area_of(other, there, drawn)
 
 
 def main() -> None:
@@ -140,14 +179,27 @@ def main() -> None:
     table = experiment.run(options.model, out="auto", resume=True).summary
     options.out.mkdir(parents=True, exist_ok=True)
     table.to_csv(options.out / "presence.csv", index=False, float_format="%.4g")
+    (options.out / "presence.md").write_text(_markdown(table, options), encoding="utf-8")
+    print(table.round(3).to_string(index=False))
+
+
+def _markdown(table: pd.DataFrame, options: argparse.Namespace) -> str:
+    tested = int(table["p_holm"].notna().sum())
     lines = [
         f"# Does a map say that its class is there? {options.model} on {options.dataset}, n = {table['n'].max()}", "",
-        "Area under the ROC curve over (picture, class), 95 % interval over pictures; 0.5 knows nothing.", "",
-        "| number per class | AUC |", "|-|-|",
-        *(f"| {row.what} | {row.auc:.3f} [{row.low:.3f}, {row.high:.3f}] |" for row in table.itertuples()),
+        "Area under the ROC curve over (picture, class), 95 % interval over pictures; 0.5 knows nothing. Over random",
+        "weights: minus the same number of the untrained network, paired by picture; p of no difference, corrected for",
+        f"{tested} comparisons (Holm).", "",
+        "| number per class | AUC | over random weights | p | verdict |", "|-|-|-|-|-|",
     ]  # fmt: skip
-    (options.out / "presence.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(table.round(3).to_string(index=False))
+    for row in table.itertuples():
+        over, p = "", ""
+        if row.verdict:
+            over = signed(row.over_random, row.over_random_low, row.over_random_high)
+            p = "" if np.isnan(row.p_holm) else "<0.001" if row.p_holm < 0.0005 else f"{row.p_holm:.3f}"
+        cells = [row.what, bounded(row.auc, row.low, row.high), over, p, row.verdict]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

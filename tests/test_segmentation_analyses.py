@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from mmdit_probe.results.selection import LayerSelection
 from tests.scripts import script
@@ -47,3 +49,34 @@ def test_area_under_the_curve_by_hand() -> None:
         "peak over mean"
     ]
     assert flat == 1.0 and peaked == 4.0
+
+
+def test_presence_is_tested_against_random_weights_paired_by_picture() -> None:
+    """Areas and their differences by ranks (Mann and Whitney's U) with every picture left out once."""
+    presence, rng = script("analyses/presence.py"), np.random.default_rng(0)
+    there = rng.random((12, 3)) < 0.5
+    of = {"random weights: map's mean": rng.normal(size=(12, 3))}
+    of["trained: map's mean"] = of["random weights: map's mean"] + there
+    of["tagger: mine"] = there.astype(float)
+    rows = [
+        {"item": item, "what": what, "class": k, "value": values[item, k], "there": there[item, k]}
+        for what, values in of.items() for item in range(12) for k in range(3)
+    ]  # fmt: skip
+    table = presence.Presence().summarise(SimpleNamespace(table=pd.DataFrame(rows))).set_index("what")
+
+    def auc(values: np.ndarray, left: list[int]) -> float:
+        centred, known = (values - values.mean(0))[left], there[left]
+        return float(stats.mannwhitneyu(centred[known], centred[~known]).statistic / (known.sum() * (~known).sum()))
+
+    def over(left: list[int]) -> float:
+        return auc(of["trained: map's mean"], left) - auc(of["random weights: map's mean"], left)
+
+    whole = list(range(12))
+    without = np.array([over([k for k in whole if k != gone]) for gone in whole])
+    reach = stats.t.ppf(0.975, 11) * np.sqrt(11 * without.var())
+    row = table.loc["trained: map's mean"]
+    assert row["auc"] == pytest.approx(auc(of["trained: map's mean"], whole))
+    found = row[["over_random", "over_random_low", "over_random_high"]].tolist()
+    assert found == pytest.approx([over(whole), over(whole) - reach, min(1.0, over(whole) + reach)])
+    assert row["verdict"] == ("above its control" if over(whole) > reach else "not above its control")
+    assert table.loc["random weights: map's mean", "verdict"] == table.loc["tagger: mine", "verdict"] == ""
