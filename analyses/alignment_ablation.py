@@ -26,7 +26,7 @@ from mmdit_probe import load
 from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.experiments import evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, Amount
-from mmdit_probe.experiments.scenes_quality import alignment_of, held_out, word_map_scores
+from mmdit_probe.experiments.scenes_quality import held_out, word_map_scores
 from mmdit_probe.experiments.text import bounded
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results.atomic import replacing, write_text
@@ -37,6 +37,7 @@ from training.align import Alignment
 from training.assemble import assemble
 from training.flow import CURRICULUM, fitted, train_transformer
 from training.loop import read_progress
+from training.measure import alignment_of
 from training.parser import load_trained_parser
 from training.recipe import SHIPPED
 from training.session import Session

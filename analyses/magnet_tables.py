@@ -9,24 +9,26 @@ Knows no model: it reads counts per image and scores per picture.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t
 
 from mmdit_probe.evaluate.scores import ImageCounts
 from mmdit_probe.experiments.score import KEYS, compare_variants, margin_of, sign_of, with_verdicts
 from mmdit_probe.magnet.validation import Readout
 from mmdit_probe.results.statistics import (
     NO_WORSE,
+    TAILS,
     TOO_FEW,
     UNDECIDED,
     WORSE,
     Interval,
     Jackknife,
-    across_seeds,
+    defined,
     jackknife,
 )
 
@@ -149,6 +151,30 @@ def _over_seeds(values: Mapping[int, np.ndarray]) -> Jackknife:
     """Of scores by seed, each of all images and then of all but one [1 + n]."""
     mean = np.mean(list(values.values()), axis=0)
     return across_seeds(jackknife(mean[0], mean[1:]), [of[0] for of in values.values()], len(mean) - 1)
+
+
+def across_seeds(found: Jackknife | Interval, per_seed: Sequence[float], items: int) -> Jackknife:
+    """The interval of a mean over training seeds, their spread in it beside that of the items.
+
+    Args:
+        found: of the seeds' mean, over `items` items. per_seed: what each seed gave.
+
+    Both errors are added in squares, with the degrees of freedom after Satterthwaite (1946): three seeds that differ
+    much say little, however many items there are. With one seed the interval is that of the items.
+    """
+    values, value, reach = defined(per_seed), found[0], (found[2] - found[1]) / 2
+    if not np.isfinite(reach) or items < 2:
+        return Jackknife(value, np.nan, np.nan, np.nan)
+    inside, between, free = reach / float(t.ppf(TAILS[1], items - 1)), 0.0, float(items - 1)
+    if len(values) > 1:
+        between = float(values.std(ddof=1)) / np.sqrt(len(values))
+    error = float(np.hypot(inside, between))
+    if error == 0:
+        return Jackknife(value, value, value, float(value == 0))
+    if len(values) > 1:
+        free = error**4 / (inside**4 / (items - 1) + between**4 / (len(values) - 1))
+    reach = float(t.ppf(TAILS[1], free)) * error
+    return Jackknife(value, value - reach, value + reach, 2 * float(t.sf(abs(value) / error, free)))
 
 
 def generation_table(frames: pd.DataFrame, baseline: str) -> pd.DataFrame:

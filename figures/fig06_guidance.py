@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 from runs import measured, options_of, target, write
 
 from mmdit_probe.errors import run_script
 from mmdit_probe.experiments import Generate, Result
 from mmdit_probe.experiments.sweep import STOCK, sheet_cells
-from mmdit_probe.plots.perturb import guidance_by_layer
+from mmdit_probe.plots import style
+from mmdit_probe.plots.perturb import equal_size, over_stock
 from mmdit_probe.plots.sheet import sheet
 from mmdit_probe.results.statistics import NONE
 
@@ -52,6 +54,31 @@ def images_of(result: Result) -> Any:
     columns = [f"layer {layers}" if layers else STOCK for _, layers in shown]
     title = f"{result.model_name}: guided away from blurred I2T, scale {top:g}; guidance {request['guidance']:g}"
     return sheet(cells, columns, prompts, title=title)
+
+
+def guidance_by_layer(summary: pd.DataFrame, *, title: str = "") -> Any:
+    """Gain over stock, paired, in alignment and change of the images against the one layer that guides.
+
+    Args:
+        summary: from `experiments.generate.summarise`, of single layers. Hollow markers are controls of equal size.
+    """
+    names = [name for name in ("facts", "clip_t", "change") if name in set(summary["outcome"])]
+    width = style.COLUMN if len(names) == 1 else style.PAGE
+    with style.panels(width, 2.6, len(names), title=title) as (figure, panels):
+        for axes, name in zip(panels, names, strict=True):
+            guided = over_stock(axes, summary, name)
+            series = list(guided.groupby(["scale", "control"], observed=True))
+            scales = sorted(set(guided["scale"]))
+            for place, (key, rows) in enumerate(series):
+                scale, control = float(str(key[0])), str(key[1])
+                at = rows["layers"].astype(int) + style.dodge(place, len(series))
+                style.errorbars(
+                    axes, rows, "difference", scales.index(scale), at=at, joined=False, hollow=control != NONE,
+                    label=f"scale {scale:g}{equal_size(control)}",
+                )  # fmt: skip
+            style.whole(axes, "guiding layer")
+        style.legend(figure, *panels)
+    return figure
 
 
 if __name__ == "__main__":

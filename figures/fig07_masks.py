@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from runs import CHOICE, chosen, file_suffix, model_of, options_of, paper_layers, run, target, write
 
 from mmdit_probe.data import Dataset, dataset
@@ -26,8 +27,10 @@ from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.evaluate.scores import assign, histogram
 from mmdit_probe.experiments import Experiment, Result
 from mmdit_probe.experiments.experiment import Study, request_of
+from mmdit_probe.plots import style
 from mmdit_probe.plots.league import refinement
-from mmdit_probe.plots.segmentation import mask_sheet
+from mmdit_probe.plots.segmentation import UNLABELLED, borders, class_colours, write_names
+from mmdit_probe.plots.sheet import sheet
 from mmdit_probe.results.selection import load_selection
 from mmdit_probe.segment.record import PAPER_SIGMA, Reading
 from mmdit_probe.segment.run import discover, segment
@@ -180,6 +183,49 @@ def main() -> None:
     for name, table in result.frames.items():
         stem = name + file_suffix(options.dataset)
         write(result.figure(name), target(options, result.model_name, stem), table)
+
+
+def mask_sheet(
+    pictures: Sequence[NDArray[np.uint8]], truths: Sequence[NDArray[Any]], found: Mapping[str, Sequence[NDArray[Any]]],
+    names: Sequence[str], *, title: str = "",
+) -> Figure:  # fmt: skip
+    """Label maps beside the truth, after Fig. 7, 11 and 34 to 39: a row per picture, a column per method.
+
+    Args:
+        pictures: uint8 [H, W, 3]. truths: class ids [H, W] per picture, 255 where there is none.
+        found: method -> class ids [H, W] per picture; 255, drawn grey, is no class. Under each map stands the share of
+            the labelled pixels that are right.
+        names: of the classes, for the legend.
+    """
+    seen = [index for index in range(len(names)) if any((truth == index).any() for truth in truths)]
+    colours = np.full((len(names) + 1, 3), 221, np.uint8)
+    colours[seen] = class_colours([names[index] for index in seen])  # few are told apart better than hundreds
+
+    def enlarged(labels: NDArray[Any]) -> NDArray[Any]:
+        return np.kron(labels, np.ones((-(-192 // len(labels)),) * 2, labels.dtype))  # so that borders are thin
+
+    def paint(labels: NDArray[Any]) -> NDArray[np.uint8]:
+        painted = colours[np.where(labels < len(names), labels, len(names))]
+        painted[borders(labels)] = 0  # in grey print, classes of like lightness meet
+        return painted
+
+    def right(labels: NDArray[Any], truth: NDArray[Any]) -> str:
+        return f"{float((labels == truth)[truth < UNLABELLED].mean()):.0%} right"
+
+    rows = [[enlarged(labels) for labels in of_picture] for of_picture in zip(truths, *found.values(), strict=True)]
+    cells = [[picture, *map(paint, row)] for picture, row in zip(pictures, rows, strict=True)]
+    below = [
+        ["", "", *(right(labels, truth) for labels in maps)]
+        for truth, *maps in zip(truths, *found.values(), strict=True)
+    ]
+    legend = {names[index]: tuple(colours[index] / 255) for index in seen} | {"none": tuple(colours[-1] / 255)}
+    columns = ["picture", "truth", *(name.replace(" + ", "\n+ ", 1) for name in found)]
+    drawn = sheet(cells, columns, below=below, legend=legend, title=title)
+    side = min(0.95, style.PAGE / len(columns) - 0.06)
+    for y, row in enumerate(rows):
+        for labels, panel in zip(row, drawn.axes[y * len(columns) + 1 :], strict=False):
+            write_names(panel, labels, names, side)
+    return drawn
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.errors import UserError, at_least, run_script
 from mmdit_probe.experiments import Score
 from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.plots.magnet import METRICS, differences, pipeline
-from mmdit_probe.plots.segmentation import blend, mask_sheet
-from mmdit_probe.plots.sheet import sheet
+from mmdit_probe.plots import style
+from mmdit_probe.plots.magnet import METRICS, differences
+from mmdit_probe.plots.segmentation import blend
+from mmdit_probe.plots.sheet import draw, sheet
 
 RESULTS = Path(__file__).parents[1] / "analyses" / "results" / "magnet_scenes"
 BASE, ADAPTED = "base", "LoRA"
@@ -155,6 +156,28 @@ def draw_pipeline(options: argparse.Namespace, model: MMDiT, data: Dataset, laye
     put(options, "fig10_pipeline", pipeline(steps, title=title))
 
 
+def pipeline(steps: Sequence[tuple[str, Any]], *, title: str = "") -> Any:
+    """A row of stages with arrows between them: pictures, maps, or, without either, a box that holds the name.
+
+    Args:
+        steps: (name, picture uint8 [H, W, 3], map [h, w], or None for a box); a name that starts with "+" stands for a
+            second input of the next stage and has no arrow before it.
+    """
+    with style.panels(min(style.PAGE, 1.1 * len(steps)), 1.5, len(steps), title=title) as (figure, places):
+        for index, (axes, (name, content)) in enumerate(zip(places, steps, strict=True)):
+            draw(axes, content)
+            text = style.name(name.removeprefix("+ "))
+            if content is None:
+                axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=6, transform=axes.transAxes)
+                axes.spines[:].set_visible(True)
+            else:
+                axes.set_title(text, fontsize=6, loc="center")
+            if index:
+                sign = "+" if name.startswith("+ ") else "→"
+                axes.text(-0.14, 0.5, sign, ha="center", va="center", fontsize=11, transform=axes.transAxes)
+    return figure
+
+
 def draw_masks(options: argparse.Namespace, data: Dataset, variants: Variants, place: str) -> None:
     """F11: label maps of the same pictures, a column per variant."""
     names = [one.name for one in data.classes]
@@ -169,7 +192,7 @@ def draw_masks(options: argparse.Namespace, data: Dataset, variants: Variants, p
         truths: list[Any] = [sample.label() for sample in data.samples]
         title = f"{options.label}: {what}, {place}"
         suffix = "" if options.dataset == "scenes:test" else file_suffix(options.dataset)
-        put(options, file + suffix, mask_sheet(pictures, truths, found, names, title=title))
+        put(options, file + suffix, fig07_masks.mask_sheet(pictures, truths, found, names, title=title))
 
 
 def draw_maps(

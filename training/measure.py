@@ -12,17 +12,20 @@ Curves are named `flow@s`, `relation@s`, `count@s` (losses at sigma s), `shuffle
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.experiments.scenes_quality import alignment_of, held_out, word_map_scores
+from mmdit_probe.experiments.scenes_quality import held_out, word_map_scores
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.scenes.captions import KINDS, opposites
+from mmdit_probe.scenes.parser import SceneParser, judge
 from training.assemble import assemble
 from training.loop import low_precision
 from training.parser import load_trained_parser
@@ -31,6 +34,8 @@ from training.transformer import POOLS, AlignedTransformer, Encoded, TextEncoder
 
 SIGMAS = (0.95, 0.85, 0.7, 0.5, 0.3)
 MAP_SIGMAS = (0.5, 0.75)
+DRAWN = 32
+"""Pictures sampled at once."""
 TURNED = {"relation": ("2d-spatial", "opposite_relation"), "count": ("numeracy", "wrong_count")}
 """Curve -> the kind of caption that states it, and its opposite."""
 
@@ -138,3 +143,24 @@ def _losses(model: AlignedTransformer, clean: Tensor, noise: Tensor, text: Tenso
             velocity, _ = model(torch.lerp(clean, noise, sigma), text, times)
         found[sigma] = float(F.mse_loss(velocity.float(), noise - clean))
     return found
+
+
+def alignment_of(
+    model: MMDiT, parser: SceneParser, prompts: Sequence[str], *, steps: int, guidance: float, size: int | None = None
+) -> pd.DataFrame:
+    """Generate one image per prompt and read it back, one row per image; image k is drawn from seed k.
+
+    Args:
+        size: side in pixels; the model's own if None.
+
+    Returns:
+        Columns caption, seed, and the scores of `scenes.parser.judge`.
+    """
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(prompts), DRAWN):
+        chunk = list(prompts[start : start + DRAWN])
+        seeds = list(range(start, start + len(chunk)))
+        images = model.generate(chunk, steps=steps, guidance=guidance, seed=seeds, height=size, width=size)
+        for text, number, reading in zip(chunk, seeds, parser.read(images), strict=True):
+            rows.append({"caption": text, "seed": number, **judge(text, reading)})
+    return pd.DataFrame(rows)

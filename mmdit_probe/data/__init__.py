@@ -10,8 +10,9 @@ Importing this package imports neither torch nor pandas.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmdit_probe.exports import first_use
 
 if TYPE_CHECKING:
     from mmdit_probe.data.class_names import SegClass, parse_classes
@@ -40,16 +41,5 @@ _ROOMS = {
     "training": ("Data", "PictureData"),
 }
 
-__all__ = [
-    "DATASETS", "IGNORE", "Data", "Dataset", "Fit", "Picture", "PictureData", "Sample", "ScenesData", "SegClass",
-    "dataset", "fingerprint", "open_picture", "paper_table", "paper_tables", "parse_classes", "prompts", "read_json",
-    "read_label_map", "read_lines", "read_text", "samples", "single",
-    "training_data",
-]  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    for room, names in _ROOMS.items():
-        if name in names:
-            return getattr(importlib.import_module(f"{__name__}.{room}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = [name for names in _ROOMS.values() for name in names]
+__getattr__ = first_use(__name__, _ROOMS)

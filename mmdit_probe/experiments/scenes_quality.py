@@ -1,9 +1,8 @@
-"""How good the embedded model is: do its words find their regions, and do its images show what was asked for?
+"""How good the embedded model's maps are: do its words find their regions?
 
 ``word_map_scores`` takes held-out scenes, their latents noised to one level, the bare list of their classes as the
 prompt, and the I2T map of each class word as its score; argmax, upsampled, against the exact mask
-(`evaluate.map_quality`). ``alignment_of`` takes captions:
-images generated with guidance, read back by the parser.
+(`evaluate.map_quality`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import TokenTable
 from mmdit_probe.observe.maps import TextMaps
 from mmdit_probe.observe.probe import probe
-from mmdit_probe.scenes.parser import SceneParser, judge
 from mmdit_probe.scenes.world import CLASSES, Scene, scene
 
 BATCH = 32
@@ -100,27 +98,6 @@ def class_scores(maps: Tensor, tokens: TokenTable, names: Sequence[str], stream:
         for name in names
     ]
     return torch.stack([maps[..., span].sum(-1) for span in spans], dim=1)
-
-
-def alignment_of(
-    model: MMDiT, parser: SceneParser, prompts: Sequence[str], *, steps: int, guidance: float, size: int | None = None
-) -> pd.DataFrame:
-    """Generate one image per prompt and read it back, one row per image; image k is drawn from seed k.
-
-    Args:
-        size: side in pixels; the model's own if None.
-
-    Returns:
-        Columns caption, seed, and the scores of `scenes.parser.judge`.
-    """
-    rows: list[dict[str, Any]] = []
-    for start in range(0, len(prompts), BATCH):
-        chunk = list(prompts[start : start + BATCH])
-        seeds = list(range(start, start + len(chunk)))
-        images = model.generate(chunk, steps=steps, guidance=guidance, seed=seeds, height=size, width=size)
-        for text, number, reading in zip(chunk, seeds, parser.read(images), strict=True):
-            rows.append({"caption": text, "seed": number, **judge(text, reading)})
-    return pd.DataFrame(rows)
 
 
 def held_out(n: int, split: str = "val", **how: Any) -> list[Scene]:

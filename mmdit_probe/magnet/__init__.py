@@ -12,32 +12,26 @@ Not a general fine-tuning tool: what it trains is the attention that reads text 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmdit_probe.exports import first_use
 
 if TYPE_CHECKING:
-    from mmdit_probe.magnet.config import MagnetOptions as MagnetOptions
-    from mmdit_probe.magnet.config import recipe as recipe
-    from mmdit_probe.magnet.lora import save_lora as save_lora
-    from mmdit_probe.magnet.pseudo import SelfLabelled as SelfLabelled
-    from mmdit_probe.magnet.run import run as run
-    from mmdit_probe.magnet.tap import TextMapTap as TextMapTap
-    from mmdit_probe.magnet.trainer import train as train
+    from mmdit_probe.magnet.config import MagnetOptions, recipe
+    from mmdit_probe.magnet.lora import save_lora
+    from mmdit_probe.magnet.pseudo import SelfLabelled
+    from mmdit_probe.magnet.run import run
+    from mmdit_probe.magnet.tap import TextMapTap
+    from mmdit_probe.magnet.trainer import train
 
-_EXPORTS = {
-    "SelfLabelled": "mmdit_probe.magnet.pseudo",
-    "TextMapTap": "mmdit_probe.magnet.tap",
-    "MagnetOptions": "mmdit_probe.magnet.config",
-    "recipe": "mmdit_probe.magnet.config",
-    "run": "mmdit_probe.magnet.run",
-    "save_lora": "mmdit_probe.magnet.lora",
-    "train": "mmdit_probe.magnet.trainer",
+_ROOMS = {
+    "config": ("MagnetOptions", "recipe"),
+    "lora": ("save_lora",),
+    "pseudo": ("SelfLabelled",),
+    "run": ("run",),
+    "tap": ("TextMapTap",),
+    "trainer": ("train",),
 }
 
-__all__ = list(_EXPORTS)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+__all__ = [name for names in _ROOMS.values() for name in names]
+__getattr__ = first_use(__name__, _ROOMS)

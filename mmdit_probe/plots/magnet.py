@@ -1,6 +1,5 @@
-"""MAGNET in figures, after Fig. 10 of arXiv:2509.18096 and its Tables 3 to 5: the pipeline, and what a LoRA changed.
+"""MAGNET in figures, after Tables 3 to 5 of arXiv:2509.18096: how a training went, and what a LoRA changed.
 
-    save(pipeline(parts), "fig10_pipeline")
     save(differences(generation, "facts"), "table4_alignment")          # a table of `experiments.generation.compare`
 
 Sheets of maps and pictures (Fig. 11 to 13) are those of `plots.sheet`.
@@ -8,12 +7,10 @@ Sheets of maps and pictures (Fig. 11 to 13) are those of `plots.sheet`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmdit_probe.plots import style
 from mmdit_probe.plots.scores import by_category
-from mmdit_probe.plots.sheet import draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,28 +18,6 @@ if TYPE_CHECKING:
 
 METRICS = {"facts": "share of the prompt's facts shown", "all_right": "images with all facts right",
            "clipscore": "CLIPScore", "things_right": "objects right", "grounds_right": "grounds right"}  # fmt: skip
-
-
-def pipeline(steps: Sequence[tuple[str, Any]], *, title: str = "") -> Figure:
-    """A row of stages with arrows between them: pictures, maps, or, without either, a box that holds the name.
-
-    Args:
-        steps: (name, picture uint8 [H, W, 3], map [h, w], or None for a box); a name that starts with "+" stands for a
-            second input of the next stage and has no arrow before it.
-    """
-    with style.panels(min(style.PAGE, 1.1 * len(steps)), 1.5, len(steps), title=title) as (figure, places):
-        for index, (axes, (name, content)) in enumerate(zip(places, steps, strict=True)):
-            draw(axes, content)
-            text = style.name(name.removeprefix("+ "))
-            if content is None:
-                axes.text(0.5, 0.5, text, ha="center", va="center", fontsize=6, transform=axes.transAxes)
-                axes.spines[:].set_visible(True)
-            else:
-                axes.set_title(text, fontsize=6, loc="center")
-            if index:
-                sign = "+" if name.startswith("+ ") else "→"
-                axes.text(-0.14, 0.5, sign, ha="center", va="center", fontsize=11, transform=axes.transAxes)
-    return figure
 
 
 def training(log: pd.DataFrame, validation: pd.DataFrame, *, title: str = "") -> Figure:

@@ -103,10 +103,10 @@ def guidance_sweep(summary: pd.DataFrame, *, title: str = "") -> Figure:
     """
     name = next((n for n in ("facts", "clip_t") if n in set(summary["outcome"])), "change")
     with style.panels(style.COLUMN, 2.7, title=title) as (figure, axes):
-        guided = _over_stock(axes, summary, name)
+        guided = over_stock(axes, summary, name)
         for place, (key, rows) in enumerate(guided.groupby(["layers", "control"], observed=True)):
             rows, control = rows.sort_values("scale"), str(key[1])
-            label = f"layer {key[0]}{_equal(control)}"
+            label = f"layer {key[0]}{equal_size(control)}"
             style.errorbars(axes, rows, "difference", place, at="scale", label=label, hollow=control != NONE)
         axes.set_xlabel("scale of the perturbed guidance")
         axes.set_xticks(sorted(set(guided["scale"])))
@@ -114,37 +114,12 @@ def guidance_sweep(summary: pd.DataFrame, *, title: str = "") -> Figure:
     return figure
 
 
-def guidance_by_layer(summary: pd.DataFrame, *, title: str = "") -> Figure:
-    """Gain over stock, paired, in alignment and change of the images against the one layer that guides.
-
-    Args:
-        summary: from `experiments.generate.summarise`, of single layers. Hollow markers are controls of equal size.
-    """
-    names = [name for name in ("facts", "clip_t", "change") if name in set(summary["outcome"])]
-    width = style.COLUMN if len(names) == 1 else style.PAGE
-    with style.panels(width, 2.6, len(names), title=title) as (figure, panels):
-        for axes, name in zip(panels, names, strict=True):
-            guided = _over_stock(axes, summary, name)
-            series = list(guided.groupby(["scale", "control"], observed=True))
-            scales = sorted(set(guided["scale"]))
-            for place, (key, rows) in enumerate(series):
-                scale, control = float(str(key[0])), str(key[1])
-                at = rows["layers"].astype(int) + style.dodge(place, len(series))
-                style.errorbars(
-                    axes, rows, "difference", scales.index(scale), at=at, joined=False, hollow=control != NONE,
-                    label=f"scale {scale:g}{_equal(control)}",
-                )  # fmt: skip
-            style.whole(axes, "guiding layer")
-        style.legend(figure, *panels)
-    return figure
-
-
-def _equal(control: str) -> str:
+def equal_size(control: str) -> str:
     """What a legend adds for a control of equal size."""
     return "" if control == NONE else f", {EQUAL.get(control, control)}"
 
 
-def _over_stock(axes: Axes, summary: pd.DataFrame, name: str) -> pd.DataFrame:
+def over_stock(axes: Axes, summary: pd.DataFrame, name: str) -> pd.DataFrame:
     """Label the axes as differences from stock, whose own mean the title tells; the rows of guided images."""
     part = summary[summary["outcome"] == name]
     stock = part.loc[part["layers"] == "", "mean"]

@@ -9,7 +9,7 @@ Colours repeat in no map of fewer than 24 names; a class of scenes has the same 
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,7 @@ def blend(
     out = image * (1 - opacity) + tint * opacity
     out = np.where(known[..., None], out, image)
     if min(labels.shape) >= 128:
-        out[_borders(labels)] = 255
+        out[borders(labels)] = 255
     return np.clip(np.rint(out), 0, 255).astype(np.uint8)
 
 
@@ -104,7 +104,7 @@ def write_names(axes: Axes, labels: NDArray[Any], names: Sequence[str], side: fl
                       path_effects=[withStroke(linewidth=1.2, foreground="white")])  # fmt: skip
 
 
-def _borders(labels: NDArray[Any]) -> NDArray[np.bool_]:
+def borders(labels: NDArray[Any]) -> NDArray[np.bool_]:
     """The first pixels [H, W] of other labels than to the left or above."""
     border = np.zeros(labels.shape, bool)
     border[:, 1:] |= labels[:, 1:] != labels[:, :-1]
@@ -126,47 +126,4 @@ def overlay_sheet(
     legend = {f"{names[index]} {(labels == index).mean():.0%}": colours[index] for index in owned[:16]}
     drawn = sheet(cells, captions=texts, scale="own", side=1.5, legend=legend, title=title)
     write_names(drawn.axes[1], labels, names, 1.5)
-    return drawn
-
-
-def mask_sheet(
-    pictures: Sequence[NDArray[np.uint8]], truths: Sequence[NDArray[Any]], found: Mapping[str, Sequence[NDArray[Any]]],
-    names: Sequence[str], *, title: str = "",
-) -> Figure:  # fmt: skip
-    """Label maps beside the truth, after Fig. 7, 11 and 34 to 39: a row per picture, a column per method.
-
-    Args:
-        pictures: uint8 [H, W, 3]. truths: class ids [H, W] per picture, 255 where there is none.
-        found: method -> class ids [H, W] per picture; 255, drawn grey, is no class. Under each map stands the share of
-            the labelled pixels that are right.
-        names: of the classes, for the legend.
-    """
-    seen = [index for index in range(len(names)) if any((truth == index).any() for truth in truths)]
-    colours = np.full((len(names) + 1, 3), 221, np.uint8)
-    colours[seen] = class_colours([names[index] for index in seen])  # few are told apart better than hundreds
-
-    def enlarged(labels: NDArray[Any]) -> NDArray[Any]:
-        return np.kron(labels, np.ones((-(-192 // len(labels)),) * 2, labels.dtype))  # so that borders are thin
-
-    def paint(labels: NDArray[Any]) -> NDArray[np.uint8]:
-        painted = colours[np.where(labels < len(names), labels, len(names))]
-        painted[_borders(labels)] = 0  # in grey print, classes of like lightness meet
-        return painted
-
-    def right(labels: NDArray[Any], truth: NDArray[Any]) -> str:
-        return f"{float((labels == truth)[truth < UNLABELLED].mean()):.0%} right"
-
-    rows = [[enlarged(labels) for labels in of_picture] for of_picture in zip(truths, *found.values(), strict=True)]
-    cells = [[picture, *map(paint, row)] for picture, row in zip(pictures, rows, strict=True)]
-    below = [
-        ["", "", *(right(labels, truth) for labels in maps)]
-        for truth, *maps in zip(truths, *found.values(), strict=True)
-    ]
-    legend = {names[index]: tuple(colours[index] / 255) for index in seen} | {"none": tuple(colours[-1] / 255)}
-    columns = ["picture", "truth", *(name.replace(" + ", "\n+ ", 1) for name in found)]
-    drawn = sheet(cells, columns, below=below, legend=legend, title=title)
-    side = min(0.95, style.PAGE / len(columns) - 0.06)
-    for y, row in enumerate(rows):
-        for labels, panel in zip(row, drawn.axes[y * len(columns) + 1 :], strict=False):
-            write_names(panel, labels, names, side)
     return drawn

@@ -1,6 +1,6 @@
 """One folder per command: tables, figures and `run.json`, the record of how they were made.
 
-    with RunFolder.open("attention-budget", {"layers": "all", "seed": 0, "inputs": fingerprint([picture])}) as folder:
+    with RunFolder.open("attention-budget", {"layers": "all", "seed": 0}) as folder:
         folder.record(model={"id": "scenes-sd3", "weight_hash": "..."})
         with TableWriter(folder.path, "attention_budget") as writer: ...
 
@@ -17,7 +17,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -71,8 +71,7 @@ class RunFolder:
 
         Args:
             command: name of the command, the folder's parent.
-            request: every option that decides the numbers (JSON values), and under "inputs" the `fingerprint` of the
-                files that are read; its hash names the folder.
+            request: every option and input that decides the numbers (JSON values); its hash names the folder.
             out: use this folder instead of `<root>/<command>/<timestamp>-<hash>`.
             resume: continue the run of the same request in `out`, or the latest one under `root`; a finished run is
                 opened as it is (`complete`). Starts anew if there is none.
@@ -139,28 +138,6 @@ class RunFolder:
                 self.fail(str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}")
             else:
                 self._end("interrupted")
-
-
-def fingerprint(paths: Iterable[Path | str]) -> dict[str, str]:
-    """Files by content, for the "inputs" of a request: name -> first 16 hex digits of the SHA-256.
-
-    Folders stand for all files in them. Names are relative to the path that was given, with the name of its last part.
-
-    Raises:
-        UserError: no such file, or it cannot be read.
-    """
-    found: dict[str, str] = {}
-    for given in map(Path, paths):
-        for path in sorted(p for p in given.rglob("*") if p.is_file()) if given.is_dir() else [given]:
-            name = Path(given.name, path.relative_to(given)).as_posix()
-            while name in found:  # two files of one name from different folders
-                name += "'"
-            try:
-                with path.open("rb") as file:
-                    found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-            except OSError as error:
-                raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    return found
 
 
 def short_hash(request: Mapping[str, Any]) -> str:

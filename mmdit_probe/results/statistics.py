@@ -163,32 +163,6 @@ def jackknife(value: float, without: ArrayLike) -> Jackknife:
     return Jackknife(float(value), value - reach, value + reach, p)
 
 
-def across_seeds(found: Jackknife | Interval, per_seed: ArrayLike, items: int) -> Jackknife:
-    """The interval of a mean over training seeds, their spread in it beside that of the items.
-
-    Args:
-        found: of the seeds' mean, over `items` items. per_seed: what each seed gave.
-
-    Both errors are added in squares, with the degrees of freedom after Satterthwaite (1946): three seeds that differ
-    much say little, however many items there are. With one seed the interval is that of the items.
-    """
-    from scipy.stats import t
-
-    values, value, reach = defined(per_seed), found[0], (found[2] - found[1]) / 2
-    if not np.isfinite(reach) or items < 2:
-        return Jackknife(value, np.nan, np.nan, np.nan)
-    inside, between, free = reach / float(t.ppf(TAILS[1], items - 1)), 0.0, float(items - 1)
-    if len(values) > 1:
-        between = float(values.std(ddof=1)) / np.sqrt(len(values))
-    error = float(np.hypot(inside, between))
-    if error == 0:
-        return Jackknife(value, value, value, float(value == 0))
-    if len(values) > 1:
-        free = error**4 / (inside**4 / (items - 1) + between**4 / (len(values) - 1))
-    reach = float(t.ppf(TAILS[1], free)) * error
-    return Jackknife(value, value - reach, value + reach, 2 * float(t.sf(abs(value) / error, free)))
-
-
 def jackknifed(statistic: Callable[[NDArray[np.int64]], float], n: int) -> Jackknife:
     """The `jackknife` of a statistic of n items.
 

@@ -9,8 +9,9 @@ METHODS["iseg"](Capture.of(grid=(16, 16), i2t=i2t, i2i=i2i, spans={"cat": [3, 4]
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmdit_probe.exports import first_use
 
 if TYPE_CHECKING:
     from mmdit_probe.segment.capture import capture
@@ -18,20 +19,12 @@ if TYPE_CHECKING:
     from mmdit_probe.segment.record import Capture, Reading
     from mmdit_probe.segment.run import discover, name_segments, segment
 
-_EXPORTS = {
-    "Capture": "mmdit_probe.segment.record",
-    "METHODS": "mmdit_probe.segment.methods",
-    "capture": "mmdit_probe.segment.capture",
-    "Reading": "mmdit_probe.segment.record",
-    "discover": "mmdit_probe.segment.run",
-    "name_segments": "mmdit_probe.segment.run",
-    "segment": "mmdit_probe.segment.run",
+_ROOMS = {
+    "capture": ("capture",),
+    "methods": ("METHODS",),
+    "record": ("Capture", "Reading"),
+    "run": ("discover", "name_segments", "segment"),
 }
 
-__all__ = ["METHODS", "Capture", "Reading", "capture", "discover", "name_segments", "segment"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_EXPORTS[name]), name)
+__all__ = [name for names in _ROOMS.values() for name in names]
+__getattr__ = first_use(__name__, _ROOMS)

@@ -14,12 +14,14 @@ from mmdit_probe.plots.league import head_figure, layer_figure, league_figure, s
 from mmdit_probe.plots.segmentation import (
     blend,
     class_colours,
-    mask_sheet,
     overlay_sheet,
     palette,
     write_labels,
 )
 from mmdit_probe.scenes import CLASSES
+from tests.scripts import script
+
+mask_sheet = script("figures/fig07_masks.py").mask_sheet
 
 
 def table(**columns: list[str]) -> pd.DataFrame:

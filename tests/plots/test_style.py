@@ -13,9 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.plots import attribute, magnet, perturb, save, style
+from mmdit_probe.plots import attribute, magnet, save, style
 from mmdit_probe.plots.league import layer_figure, league_figure
 from mmdit_probe.plots.sheet import sheet, wrapped
+from tests.scripts import script
+
+guidance_by_layer = script("figures/fig06_guidance.py").guidance_by_layer
 
 STRANGE = ["cat_$x^2$", "[red]ring[/red]", "_hidden", "50 % {a}", "bell\a"]
 
@@ -60,7 +63,7 @@ def figures() -> list[Figure]:
         league_figure(league(("present", "full"), [["a", "b"], ["b", "a"]])),
         layer_figure(league(("present",), [["a"]]), "one point"),
         attribute.agreement(agreement),
-        perturb.guidance_by_layer(gains()),
+        guidance_by_layer(gains()),
         magnet.differences(differences(["tuned"]), "clipscore[scenes-clip]", "base"),
     ]
 
@@ -114,7 +117,7 @@ def test_rows_of_the_league_have_one_order() -> None:
 
 
 def test_gains_are_paired_differences() -> None:
-    axes = perturb.guidance_by_layer(gains()).axes[0]
+    axes = guidance_by_layer(gains()).axes[0]
     (segments,) = (collection.get_segments() for collection in axes.containers[0].lines[2])
     np.testing.assert_allclose([segment[:, 1] for segment in segments], [[0.08, 0.12]] * 3)
     assert "stock: 0.500" in axes.get_title(loc="left")
@@ -122,7 +125,7 @@ def test_gains_are_paired_differences() -> None:
 
 def test_controls_of_equal_size_are_hollow_and_named() -> None:
     both = pd.concat([gains(), gains().query("scale > 0").assign(control="budget")])
-    figure = perturb.guidance_by_layer(both)
+    figure = guidance_by_layer(both)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert sorted(names) == ["scale 2", "scale 2, coherent change of equal size", "stock"]
     faces = [container.lines[0].get_markerfacecolor() for container in figure.axes[0].containers]

@@ -4,7 +4,9 @@ import numpy as np
 import pandas as pd
 
 from mmdit_probe import assets
-from mmdit_probe.plots.training import training_curves
+from tests.scripts import script
+
+training_curves = script("figures/fig_embedded_training.py").training_curves
 
 
 def frame(rows):
