@@ -66,11 +66,12 @@ def one_layer(raw: pd.DataFrame) -> list[str]:
     """Whether the best layer's interval lies above that of the second."""
     paper = paper_table("miou_by_layer").set_index("layer")["miou"].sort_values(ascending=False)
     first, second = raw.iloc[0], raw.iloc[1]
-    told = [f"layer {row.name}: {bounded(*ends(row, 'miou'))}" for row in (first, second)]
+    told = f"layer {first.name}: {bounded(*ends(first, 'miou'))}; layer {second.name}: {bounded(*ends(second, 'miou'))}"
     stands = first["miou_low"] > second["miou_high"]
     return [
         "one layer's raw I2T maps segment best (Fig. 8, mIoU)",
-        "; ".join(f"layer {layer}: {value / 100:.3f}" for layer, value in paper.iloc[:2].items()), "; ".join(told),
+        "; ".join(f"layer {layer}: {value / 100:.3f}" for layer, value in paper.iloc[:2].items()),
+        f"n = {first['n']} images: {told}",
         f"{AGREES}, by disjoint intervals" if stands else OPEN,
     ]  # fmt: skip
 
@@ -89,7 +90,7 @@ def value_norms(norms: pd.DataFrame, best: int) -> list[list[str]]:
     return [[
         "in it, the values of prompt tokens are larger than those of image tokens (Fig. 4)",
         f"layer {BLUR_EXPERT}: {paper['prompt']:.1f} against {paper['image']:.1f}",
-        f"{told}; larger in layer {', '.join(larger) or 'none'}", verdict,
+        f"n = {here['prompts']:.0f} prompts: {told}; larger in layer {', '.join(larger) or 'none'}", verdict,
     ]]  # fmt: skip
 
 
@@ -115,9 +116,10 @@ def rescaled(centred: pd.DataFrame, best: int) -> list[str]:
     """Which layer is best once each word's map is rescaled: the scale of a map is not where it looks."""
     if centred.empty:
         return []
-    first = centred.iloc[0]
+    first, second = centred.iloc[0], centred.iloc[1]
     same = "the same" if first.name == best else "another"
-    return [f"with each map centred, layer {first.name} segments best, {bounded(*ends(first, 'miou'))}: {same}"
+    return [f"with each map centred, layer {first.name} segments best, {bounded(*ends(first, 'miou'))} (next: layer"
+            f" {second.name}, {bounded(*ends(second, 'miou'))}; n = {first['n']} images): {same}"
             " layer. Raw maps are compared in their scale as well as in their place."]  # fmt: skip
 
 
@@ -126,10 +128,11 @@ def written(budget: pd.DataFrame, best: int) -> list[str]:
     if budget.empty:
         return []
     words = budget[budget["group"] == "word"].set_index("layer").sort_values("relative", ascending=False)
-    first, own = words.iloc[0], words.loc[best]
+    first, second, own = words.iloc[0], words.iloc[1], words.loc[best]
     return [
         f"words write most into image tokens at layer {first.name}: norm {bounded(*ends(first, 'relative'), 2)} of"
-        f" all that attention writes; at layer {best}: {bounded(*ends(own, 'relative'), 2)} (contribution budget)"
+        f" all that attention writes (next: layer {second.name}, {bounded(*ends(second, 'relative'), 2)}); at layer"
+        f" {best}: {bounded(*ends(own, 'relative'), 2)} (contribution budget, n = {first['n']} prompts)"
     ]
 
 

@@ -22,6 +22,7 @@ from runs import as_measured, is_paper_model, options_of, target
 from mmdit_probe.data import paper_table
 from mmdit_probe.data.public import SETS
 from mmdit_probe.errors import run_script
+from mmdit_probe.evaluate.league import METHOD
 from mmdit_probe.experiments.presets import PRESETS
 
 KEYS = ["source", "place", "quantity"]
@@ -126,7 +127,7 @@ def ours(folder: Path, same_model: bool) -> pd.DataFrame:
     layers, table = read(folder, "fig08_miou_by_layer"), read(folder, "table12_league")
     miou = "miou_gt" if same_model else "miou"
     if len(layers):
-        alone = layers[layers["layers"].notna() & (layers["refine"].fillna("none") == "none")]
+        alone = layers[(layers["role"] == METHOD) & (layers["refine"].fillna("none") == "none")]
         alone = alone.sort_values("layers", key=lambda column: column.astype(int))
         quantity = "mIoU, " + dataset_names(alone, NAMED)
         place = "layer " + alone["layers"].astype(int).astype(str)
@@ -156,7 +157,10 @@ def ours(folder: Path, same_model: bool) -> pd.DataFrame:
             column = miou if miou in read_at else "miou"
             rows.append(long("Table 5", place, dataset_names(read_at, NAMED), read_at, column, 100, "low", "high"))
     empty = pd.DataFrame(columns=[*KEYS, "measured", "low", "high", "measured_as"])
-    return pd.concat(rows, ignore_index=True) if rows else empty
+    found = pd.concat(rows, ignore_index=True) if rows else empty
+    if (twice := found[found.duplicated(KEYS)]).size:
+        raise ValueError(f"several rows are called {twice[KEYS].iloc[0].tolist()}: one would hide the others")
+    return found
 
 
 def league_place(row: Mapping[str, Any], same_model: bool) -> str:

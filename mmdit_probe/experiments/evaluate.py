@@ -349,6 +349,13 @@ class Evaluate(Reads, Experiment):
         tasks = range(len(data.samples))
         return Study(model, request, tasks, facts=said, unit="images", notes=notes, state=_State(plan, model, tagging))
 
+    def said(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        from mmdit_probe.segment.methods import METHODS
+
+        known = {name: METHODS[name] for name in request["methods"] if name in METHODS}
+        of = {name: method.said(request["options"].get(name, {})) for name, method in known.items()}
+        return {**request, "options": {**request["options"], **plain(of)}}
+
     def begin(self, study: Study, tasks: Sequence[int]) -> None:
         study.state.counts = study.state.plan.rows(study.state.captures, tasks)
 

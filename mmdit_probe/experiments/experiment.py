@@ -70,6 +70,7 @@ class Experiment:
     Class attributes:
         name: of the command, and of the folder that its runs lie in.
         tables: what `measure` writes; a task counts when its rows of the first are on disk.
+        columns: table -> columns that an earlier version did not write: a kept run's tasks without them are done again.
         claimed: what is said of the measurement beside its controls, where no option decides the words.
         possible: the controls that make sense, where there is the option `control`.
         early: whether the first table can be told from the first tasks, before all are done.
@@ -78,6 +79,7 @@ class Experiment:
 
     name: ClassVar[str]
     tables: ClassVar[tuple[str, ...]]
+    columns: ClassVar[Mapping[str, Sequence[str]]] = {}
     claimed: ClassVar[str]
     possible: ClassVar[tuple[str, ...]] = tuple(controls.CONTROLS)
     early: ClassVar[bool] = False
@@ -117,6 +119,11 @@ class Experiment:
     def prepare(self, model: Any, inputs: Any) -> Study:
         """Settle what will be done; `inputs` is what `gather` returned."""
         raise NotImplementedError
+
+    def said(self, request: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A request of now or of a kept run with all said that it leaves to defaults: those of one measurement are
+        equal."""
+        return request
 
     def begin(self, study: Study, tasks: Sequence[Any]) -> None:
         """Told once which tasks `measure` will get, in this order, so that several can be worked on together."""
@@ -212,7 +219,9 @@ class Experiment:
                 store: Store = MemoryStore(self.name, study.request, facts)
             else:
                 place = None if out == AUTO else Path(out)
-                store = FolderStore.open(self.name, study.request, facts, out=place, resume=resume)
+                store = FolderStore.open(
+                    self.name, study.request, facts, out=place, resume=resume, said=self.said, columns=self.columns
+                )
             with store:
                 if not store.complete:
                     _work(self, study, store, shown, began)

@@ -56,7 +56,8 @@ class Result:
         if record is None or "options" not in record or "model" not in record:
             raise UserError(f"{str(folder)!r} is no run folder of an experiment")
         found = RunFolder(Path(folder), record)
-        return cls(experiment_of(record["command"], record["options"]), FolderStore(found))
+        experiment = experiment_of(record["command"], record["options"])
+        return cls(experiment, FolderStore(found, experiment.columns))
 
     @property
     def data(self) -> dict[str, Any]:

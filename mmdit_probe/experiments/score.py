@@ -12,10 +12,10 @@ parser reads the pictures back, its own limit stands beside ("real"), and `map_s
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -83,6 +83,7 @@ class Score(Sampling, Referring, Experiment):
         "--prompts T2I-CompBench/prompts --clip openai/clip-vit-base-patch16 --model MODEL",
     )
     tables = ("scores", "maps")
+    columns: ClassVar[Mapping[str, Sequence[str]]] = {"maps": ("low", "high")}
 
     lora: Annotated[
         Sequence[str], Option("Adapter to compare with the base model: [NAME=]PATH; repeatable.", panel=INPUT)
@@ -499,5 +500,5 @@ def map_table(maps: pd.DataFrame) -> TextTable:
 def map_cells(maps: pd.DataFrame, index: list[str]) -> pd.DataFrame:
     """The mIoU of maps averaged over heads, with its interval, as text: a column per sigma and min_max."""
     means = maps[maps["head"] == "mean"]
-    cells = [bounded(*row) for row in means.reindex(columns=["miou", "low", "high"]).to_numpy()]
+    cells = [bounded(*row) for row in means[["miou", "low", "high"]].to_numpy()]
     return means.assign(cell=cells).pivot(index=index, columns=["sigma", "min_max"], values="cell")

@@ -25,8 +25,8 @@ import numpy as np
 from mmdit_probe.errors import ProbeWarning, UserError, first_line
 from mmdit_probe.results import RunFolder, TableWriter, atomic, processes, read_items, read_table
 from mmdit_probe.results.clip import Clip
-from mmdit_probe.results.folder import read_record
-from mmdit_probe.results.tables import MemorySink, check_items, complete, items, needed
+from mmdit_probe.results.folder import Said, read_record
+from mmdit_probe.results.tables import MemorySink, check_items, column_names, complete, items, needed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -147,10 +147,15 @@ class MemoryStore:
 
 
 class FolderStore:
-    """A run folder. Attributes: folder. first: whether this process is the one that writes what is about all tasks."""
+    """A run folder.
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
+    Attributes:
+        folder: what it wraps. columns: table -> columns without which rows are those of an earlier version.
+        first: whether this process is the one that writes what is about all tasks.
+    """
+
+    def __init__(self, folder: RunFolder, columns: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.folder, self.columns = folder, columns or {}
         self.first = processes.rank() == 0
         self.complete = folder.complete
         self.done: set[int] = set()
@@ -159,32 +164,47 @@ class FolderStore:
 
     @classmethod
     def open(
-        cls, command: str, request: Mapping[str, Any], facts: Mapping[str, Any], *, out: Path | None, resume: bool
-    ) -> FolderStore:
+        cls, command: str, request: Mapping[str, Any], facts: Mapping[str, Any], *, out: Path | None, resume: bool,
+        said: Said = dict, columns: Mapping[str, Sequence[str]] | None = None,
+    ) -> FolderStore:  # fmt: skip
         """Make the folder, or find the one to continue; of several processes the first does, the others join it. A
-        finished run that has lost something since goes on."""
+        finished run that has lost something since, or has rows of an earlier version, goes on.
+
+        Args:
+            said: as of `RunFolder.open`. columns: see the class.
+        """
 
         def opened() -> RunFolder:
-            folder = RunFolder.open(command, request, out=out, resume=resume)
-            if folder.complete and cls(folder).lost():
+            folder = RunFolder.open(command, request, out=out, resume=resume, said=said)
+            if folder.complete and cls(folder, columns).lost():
                 folder.begin()
             return folder
 
         with atomic.resumable():
-            store = cls(processes.from_first(opened))
-            if store.complete:
-                store.folder.data = {**facts, **store.folder.data}
+            store = cls(processes.from_first(opened), columns)
+            if store.complete:  # it is told as it was asked for now
+                store.folder.data = {**facts, **store.folder.data, "request": json.loads(json.dumps(dict(request)))}
             elif store.first:
                 store.folder.record(**facts)
         return store
 
     def lost(self) -> bool:
-        """Whether items of a finished run are cut off, or gone."""
+        """Whether items of a finished run are cut off, gone, or of an earlier version."""
         tables = self.data.get("tables") or {}
         if any(self._lacks(name) > 0 for name in tables):
             return True
         main = items(self._path(next(iter(tables)))) if tables else []
-        return any(_unsound(file) for file in main)
+        return any(self._unsound(file) for file in main)
+
+    def _unsound(self, item: Path) -> Path | None:
+        """The first of a whole item's files that is cut off, gone, or of an earlier version."""
+        others = (file for file in needed(item) if not _sound(file) or self._earlier(file))
+        return item if self._earlier(item) else next(others, None)
+
+    def _earlier(self, file: Path) -> bool:
+        """Whether a sound file of a table lacks columns that its rows now have."""
+        wanted = self.columns.get(file.parent.stem)
+        return wanted is not None and not set(wanted) <= column_names(file)
 
     def _lacks(self, name: str) -> int:
         """How many items a finished run's table had and has no more."""
@@ -202,10 +222,12 @@ class FolderStore:
         """A table to be read.
 
         Raises:
-            UserError: items of it are cut off, or gone.
+            UserError: items of it are cut off, gone, or of an earlier version.
         """
         if (lost := self._lacks(name)) > 0:
             raise UserError(f"{str(self._path(name))!r} lacks {lost} of its items (cut off, or gone); {AGAIN}")
+        if name in self.columns and any(map(self._earlier, items(self._path(name)))):
+            raise UserError(f"{str(self._path(name))!r} lacks columns of this version's rows; {AGAIN}")
         return self._path(name)
 
     @property
@@ -230,9 +252,10 @@ class FolderStore:
         processes.barrier()  # nothing is removed while another process reads
         main, *others = self._writers.values()
         for number in sorted(main.done):
-            file = _unsound(main.file(number))
+            file = self._unsound(main.file(number))
             if file is not None:
-                text = f"{str(file)!r} is cut off, or gone: item {number} is done again"
+                why = "of an earlier version" if _sound(file) else "cut off, or gone"
+                text = f"{str(file)!r} is {why}: item {number} is done again"
                 warnings.warn(text, ProbeWarning, stacklevel=2)
             if file is not None or any(number in writer.cut for writer in others):
                 main.remove(number)  # on disk too: a run that is killed again must not count it as done
@@ -348,11 +371,6 @@ class FolderStore:
 
 
 Store = MemoryStore | FolderStore
-
-
-def _unsound(item: Path) -> Path | None:
-    """The first of an item's other files that is cut off, or gone."""
-    return next((file for file in needed(item) if not _sound(file)), None)
 
 
 def _sound(path: Path) -> bool:

@@ -35,6 +35,7 @@ VERSION = 3
 what they are."""
 
 Status = Literal["running", "finished", "interrupted", "failed"]
+Said = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 AUTO = "auto"
@@ -65,7 +66,7 @@ class RunFolder:
     @classmethod
     def open(
         cls, command: str, request: Mapping[str, Any], *, out: Path | str | None = None, resume: bool = False,
-        root: Path | str = ROOT,
+        root: Path | str = ROOT, said: Said = dict,
     ) -> RunFolder:  # fmt: skip
         """Make a run folder, or find the one to continue.
 
@@ -75,14 +76,15 @@ class RunFolder:
             out: use this folder instead of `<root>/<command>/<timestamp>-<hash>`.
             resume: continue the run of the same request in `out`, or the latest one under `root`; a finished run is
                 opened as it is (`complete`). Starts anew if there is none.
+            said: see `latest_run`.
 
         Raises:
             UserError: `out` holds a run already and `resume` is off, or holds a run of another request; another process
                 is writing the run; the folder cannot be written.
         """
         request = json.loads(json.dumps(dict(request)))
-        path = Path(out) if out is not None else latest_run(command, request, root=root) if resume else None
-        old = None if path is None else _to_continue(path, command, request, resume)
+        path = Path(out) if out is not None else latest_run(command, request, root=root, said=said) if resume else None
+        old = None if path is None else _to_continue(path, command, request, resume, said)
         now = datetime.datetime.now().astimezone()
         if path is None:
             path = _new_folder(Path(root) / command, f"{now:%Y%m%d-%H%M%S}-{short_hash(request)}")
@@ -200,14 +202,19 @@ _ENTRIES: dict[str, Callable[[Any], bool]] = {
 """Entries of a record that this module goes by, each with what tells a sound one."""
 
 
-def latest_run(command: str, request: Mapping[str, Any], *, root: Path | str = ROOT) -> Path | None:
-    """The newest run folder of this request, by its record, finished or not. None: no such run."""
-    wanted = json.loads(json.dumps(dict(request)))
-    runs = [
-        (datetime.datetime.fromisoformat(data["created"]).astimezone(), path.name, path)
-        for path in (Path(root) / command).glob(f"*-{short_hash(wanted)}*")
-        if (data := read_record(path)) is not None and data["request"] == wanted
-    ]
+def latest_run(command: str, request: Mapping[str, Any], *, root: Path | str = ROOT, said: Said = dict) -> Path | None:
+    """The newest run folder of this request, by its record, finished or not. None: no such run.
+
+    Args:
+        said: a request with all said that it leaves to defaults: what was asked for in other words is the same.
+    """
+    wanted = said(json.loads(json.dumps(dict(request))))
+    runs = []
+    for path in (Path(root) / command).glob("*/"):
+        with suppress(UserError):  # no record, or one of a newer version: not this run
+            data = read_record(path)
+            if data is not None and said(data["request"]) == wanted:
+                runs.append((datetime.datetime.fromisoformat(data["created"]).astimezone(), path.name, path))
     return max(runs)[-1] if runs else None
 
 
@@ -247,14 +254,16 @@ def check_out(out: Path | str | None, resume: bool = False) -> dict[str, Any] | 
     return old
 
 
-def _to_continue(path: Path, command: str, request: Mapping[str, Any], resume: bool) -> dict[str, Any] | None:
+def _to_continue(
+    path: Path, command: str, request: Mapping[str, Any], resume: bool, said: Said
+) -> dict[str, Any] | None:
     """The record of the run in a folder, if it may be continued; None for a folder that is free."""
     old = check_out(path, resume)
     if old is None:
         return None
     if old["command"] != command:
         raise UserError(f"{str(path)!r} holds a run of {old['command']}, not of {command}; choose another --out")
-    _same_request(path, old["request"], request)
+    _same_request(path, said(old["request"]), said(request))
     here, writer = this_process(), old.get("process", {})
     if old["status"] == "running" and (writer["pid"], writer["host"]) != (here["pid"], here["host"]):
         raise UserError(

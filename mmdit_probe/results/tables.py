@@ -342,6 +342,13 @@ def needed(file: Path) -> list[Path]:
     return [file.parent.parent / name for name in json.loads(written.get(NEEDS, b"[]"))]
 
 
+def column_names(file: Path) -> set[str]:
+    """The columns of a complete item."""
+    import pyarrow.parquet as pq
+
+    return set(pq.read_schema(file).names)
+
+
 def check_items(path: Path | str) -> None:
     """Refuse a table with an item that `TableWriter` did not write under its name, by a `UserError`."""
     for file in items(path):

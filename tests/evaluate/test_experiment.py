@@ -66,6 +66,28 @@ def test_the_library_gives_what_the_command_writes(tiny_directory: Path, tmp_pat
     assert saved.request == there.request
 
 
+def test_a_run_is_found_again_however_its_options_were_written(
+    tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A method's default stated and left out, and null for the word none, as records of before have it, are one
+    measurement; another value is another."""
+    monkeypatch.chdir(tmp_path)
+
+    def folder(*options: str) -> Path | None:
+        asked = Evaluate(method="conceptattention", layers="1", limit=1, options=options)
+        return asked.run(str(tiny_directory), out="auto", resume=True, progress=False).path
+
+    first = folder("conceptattention.normalise=none")
+    assert first is not None
+    record = json.loads((first / "run.json").read_text())
+    assert record["request"]["options"] == {"conceptattention": {"normalise": "none"}}
+    record["request"]["options"]["conceptattention"]["normalise"] = None
+    (first / "run.json").write_text(json.dumps(record))
+    assert folder("conceptattention.normalise=none", "conceptattention.softmax=auto") == first
+    other = folder()
+    assert other != first and folder("conceptattention.normalise=auto") == other
+
+
 def test_a_preset_sets_the_protocol_of_a_paper_and_is_recorded(tiny_directory: Path) -> None:
     found = Evaluate(preset="seg4diff-unsup", limit=1, layers="0").run(str(tiny_directory), progress=False)
     request = found.request

@@ -88,6 +88,33 @@ def reading(folder: Path) -> FolderStore:
     return FolderStore(RunFolder(folder, record))
 
 
+@pytest.mark.filterwarnings("ignore:.*of an earlier version")
+@pytest.mark.parametrize("table", TABLES)
+def test_rows_of_an_earlier_version_are_measured_again(finished: Path, table: str) -> None:
+    """Rows that lack a column of now: readers refuse, `--resume` does the items that have such rows again."""
+    columns = {table: ("value", "low")}
+
+    def opened() -> FolderStore:
+        return FolderStore.open("demo", {}, {}, out=finished, resume=True, columns=columns)
+
+    record = read_record(finished)
+    assert record is not None
+    with pytest.raises(UserError, match=r"lacks columns of this version's rows; .* --resume"):
+        values(FolderStore(RunFolder(finished, record), columns))
+    left = {2} if table == "side" else set()  # item 2 has no rows there
+    with (
+        pytest.warns(UserWarning, match="of an earlier version: item 0 is done again"),
+        (store := opened()),
+        store.writing(TABLES),
+    ):
+        assert store.done == left
+        for number in {0, 1, 2} - left:
+            with store.task(number, lambda _: None) as task:
+                for name in TABLES:
+                    task.write(name, {"value": [number], "low": [-number]})
+    assert opened().complete and opened().table(table)["low"].tolist() == [0, -1, -2][: 2 if table == "side" else 3]
+
+
 PARTS = ("main.parquet/000001.parquet", "side.parquet/000001.parquet", "images/001.png", "images/clip1/001.png",
          "arrays/001.npz")  # fmt: skip
 

@@ -220,10 +220,10 @@ def test_findings_of_the_paper_are_decided_by_intervals(tmp_path, monkeypatch, m
     """Image values have norm 5; intervals are 0.02 wide for mIoU, 1 for norms. Layer 1 segments best."""
     monkeypatch.syspath_prepend(str(FIGURES))
     layers = pd.DataFrame({"layers": list(miou), "role": "method", "refine": "none", "miou": list(miou.values())})
-    layers.assign(miou_low=layers["miou"] - 0.01, miou_high=layers["miou"] + 0.01).to_csv(
+    layers.assign(miou_low=layers["miou"] - 0.01, miou_high=layers["miou"] + 0.01, n=200).to_csv(
         tmp_path / "fig08_miou_by_layer.csv", index=False
     )
-    norms = {"layer": [1, 2], "prompt": prompt, "prompt_low": prompt - 0.5, "prompt_high": prompt + 0.5}
+    norms = {"layer": [1, 2], "prompts": 20, "prompt": prompt, "prompt_low": prompt - 0.5, "prompt_high": prompt + 0.5}
     pd.DataFrame(norms | {"image": 5.0, "image_low": 4.5, "image_high": 5.5}).to_csv(
         tmp_path / "fig04_value_norms.csv", index=False
     )
@@ -235,6 +235,19 @@ def test_findings_of_the_paper_are_decided_by_intervals(tmp_path, monkeypatch, m
     pd.DataFrame(rows).to_csv(tmp_path / "fig18_blur_scores.csv", index=False)
     text = importlib.import_module("paper_findings").markdown(tmp_path, "tiny")
     assert [line.split(" | ")[-1].rstrip(" |") for line in text.splitlines() if line.startswith("| ")][1:] == verdicts
+
+
+def test_layers_beside_the_paper_are_those_of_the_method_and_not_of_its_controls(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(FIGURES))
+    row = {"layers": 1, "refine": "none", "dataset": "scenes:val", "miou_low": 0.0, "miou_high": 1.0, "measured_as": ""}
+    rows = [row | {"method": "seg4diff", "role": "method", "miou": 0.3},
+            row | {"method": "seg4diff, words shifted", "role": "control", "miou": 0.1}]  # fmt: skip
+    script = importlib.import_module("paper_vs_measured")
+    pd.DataFrame(rows).to_csv(tmp_path / "fig08_miou_by_layer.csv", index=False)
+    assert script.ours(tmp_path, False)["measured"].tolist() == [30.0]
+    pd.DataFrame([rows[0], rows[0]]).to_csv(tmp_path / "fig08_miou_by_layer.csv", index=False)
+    with pytest.raises(ValueError, match="several rows are called"):
+        script.ours(tmp_path, False)
 
 
 def test_the_ablation_s_figure_frames_what_was_taught(monkeypatch: pytest.MonkeyPatch) -> None:

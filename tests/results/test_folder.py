@@ -58,6 +58,24 @@ def test_resume_finds_the_run_of_the_same_request(tmp_path):
     assert latest_run("nothing", REQUEST, root=tmp_path) is None
 
 
+def test_a_run_that_was_asked_for_in_other_words_is_the_same(tmp_path):
+    """A default that is stated, and a whole number for a float; beside a folder whose record no one can read."""
+
+    def said(request):
+        return {"layers": "all", **request}
+
+    first = RunFolder.open("demo", {"seed": 0, "sigma": 1.0}, root=tmp_path)
+    (tmp_path / "demo" / "other").mkdir()
+    (tmp_path / "demo" / "other" / "run.json").write_text("{}", encoding="utf-8")
+    again = {"seed": 0, "sigma": 1, "layers": "all"}
+    assert latest_run("demo", again, root=tmp_path) is None
+    assert latest_run("demo", again, root=tmp_path, said=said) == first.path
+    assert RunFolder.open("demo", again, out=first.path, resume=True, said=said).path == first.path
+    with pytest.raises(UserError, match="made with layers = null"):
+        RunFolder.open("demo", again, out=first.path, resume=True)
+    assert latest_run("demo", again | {"layers": "1"}, root=tmp_path, said=said) is None
+
+
 def test_out_is_never_overwritten(tmp_path):
     out = tmp_path / "run"
     RunFolder.open("demo", REQUEST, out=out)

@@ -96,6 +96,13 @@ class Method:
             _check(self.name, name, kinds[name], read[name])
         return replace(self, options={**self.options, **read})
 
+    def said(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Every option and its value, from the record of a run; earlier ones have null for a written "none"."""
+        kinds = get_type_hints(self.run)
+        return self.defaults | {
+            name: "none" if value is None and kinds.get(name) is str else value for name, value in options.items()
+        }
+
     def __call__(self, capture: Capture) -> Tensor:
         """Maps of one capture; see `run`.
 
