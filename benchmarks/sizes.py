@@ -83,7 +83,7 @@ def of_size(blocks: str, dtype: str, device: str, heads: int | None, layers: int
     import diffusers
     import torch
 
-    from mmdit_probe.models.quiet import quiet
+    from mmdit_probe.quiet import quiet
 
     name, config = SIZES[blocks]
     config = dict(config)

@@ -45,6 +45,21 @@ def test_weights_are_read_as_safetensors_only() -> None:
     assert found >= 7
 
 
+def test_whatever_loads_with_the_libraries_is_quiet() -> None:
+    """Transformers warns of packages that are not there as soon as a processor is imported: also that stands inside."""
+    found = 0
+    for file in Path(mmdit_probe.__file__).parent.rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        blocks = [node for node in ast.walk(tree) if isinstance(node, ast.With) and "quiet(" in ast.unparse(node.items)]
+        inside = {node for block in blocks for node in ast.walk(block)}
+        for node in ast.walk(tree):
+            loads = isinstance(node, ast.Attribute) and node.attr in ("from_pretrained", "load_config")
+            if loads or (isinstance(node, ast.ImportFrom) and node.module == "transformers"):
+                found += 1
+                assert node in inside, f"{file.name}:{node.lineno}: {ast.unparse(node)}"
+    assert found >= 16
+
+
 def test_importing_the_package_imports_neither_torch_nor_diffusers() -> None:
     code = "import sys, mmdit_probe, mmdit_probe.errors; print({'torch', 'diffusers', 'pandas'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

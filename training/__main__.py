@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             args=sys.argv[1:] if argv is None else list(argv), prog_name="python -m training", standalone_mode=False
         )
         if isinstance(asked, Session):  # nothing was asked for by --help
-            from mmdit_probe.models.quiet import quiet
+            from mmdit_probe.quiet import quiet
 
             with quiet():  # it imports diffusers' pipelines, which import transformers' processors
                 from training.recipe import run_session

@@ -18,6 +18,7 @@ import torch
 
 from mmdit_probe.data.text import read_json
 from mmdit_probe.errors import UserError, first_line
+from mmdit_probe.quiet import quiet
 from mmdit_probe.results.atomic import write_json
 
 
@@ -38,16 +39,17 @@ class Captioner:
         Raises:
             UserError: there is none of that name, or it does not write text about pictures.
         """
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        with quiet(name):
+            from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        try:
-            model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True)
-            processor = AutoProcessor.from_pretrained(name)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(
-                f"no captioning model {name!r}: expected a folder or a hub id of an image-to-text model"
-                f" ({first_line(error)})"
-            ) from error
+            try:
+                model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True)
+                processor = AutoProcessor.from_pretrained(name)
+            except (OSError, ValueError, KeyError) as error:
+                raise UserError(
+                    f"no captioning model {name!r}: expected a folder or a hub id of an image-to-text model"
+                    f" ({first_line(error)})"
+                ) from error
         return cls(name, model.to(device).eval().requires_grad_(False), processor, instruction)
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdit_probe.errors import UserError, first_line
+from mmdit_probe.quiet import quiet
 
 SIZE = 480
 """Pixels per side that pictures are brought to, as in T2I-CompBench."""
@@ -62,22 +63,25 @@ class BlipAsker:
         Raises:
             UserError: there is none of that name, or it is no BLIP model that answers questions with "yes" and "no".
         """
-        from transformers import AutoConfig, AutoTokenizer, BlipForQuestionAnswering
-
         from mmdit_probe.segment.clip import image_processor
 
-        try:
-            config = AutoConfig.from_pretrained(name)
-            made_as = (config.architectures or ["?"])[0]
-            if config.model_type != "blip" or made_as != "BlipForQuestionAnswering":
+        with quiet(name):
+            from transformers import AutoConfig, AutoTokenizer, BlipForQuestionAnswering
+
+            try:
+                config = AutoConfig.from_pretrained(name)
+                made_as = (config.architectures or ["?"])[0]
+                if config.model_type != "blip" or made_as != "BlipForQuestionAnswering":
+                    raise UserError(
+                        f"{name!r} is a {made_as} ({config.model_type}); expected a BlipForQuestionAnswering, e.g."
+                        " Salesforce/blip-vqa-base"
+                    )
+                model = BlipForQuestionAnswering.from_pretrained(name, use_safetensors=True)
+                tokenizer, processor = AutoTokenizer.from_pretrained(name), image_processor(name)
+            except (OSError, ValueError, KeyError) as error:
                 raise UserError(
-                    f"{name!r} is a {made_as} ({config.model_type}); expected a BlipForQuestionAnswering, e.g."
-                    " Salesforce/blip-vqa-base"
-                )
-            model = BlipForQuestionAnswering.from_pretrained(name, use_safetensors=True)
-            tokenizer, processor = AutoTokenizer.from_pretrained(name), image_processor(name)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"no BLIP model {name!r}: expected a folder or a hub id ({first_line(error)})") from error
+                    f"no BLIP model {name!r}: expected a folder or a hub id ({first_line(error)})"
+                ) from error
         for word in ("yes", "no"):
             if tokenizer.convert_tokens_to_ids(word) in (None, tokenizer.unk_token_id):
                 raise UserError(f"the tokenizer of {name!r} does not know the answer {word!r}")

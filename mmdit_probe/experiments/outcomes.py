@@ -20,6 +20,7 @@ import torch
 from mmdit_probe import assets
 from mmdit_probe.errors import UserError, first_line
 from mmdit_probe.evaluate.clipscore import cosine
+from mmdit_probe.quiet import quiet
 from mmdit_probe.scenes.captions import STATED
 from mmdit_probe.segment.clip import CLIP
 
@@ -98,19 +99,20 @@ class Dino:
     names = ("dino",)
 
     def __init__(self, path: Path | str, device: str | torch.device = "cpu") -> None:
-        from transformers import AutoModel
-
         from mmdit_probe.segment.clip import image_processor
 
         self.device = device
-        try:
-            self.model = AutoModel.from_pretrained(str(path), use_safetensors=True).to(device).float().eval()
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load AutoModel from {str(path)!r}: {first_line(error)}") from error
-        try:
-            self.processor = image_processor(str(path))
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the image processor of {str(path)!r}: {first_line(error)}") from error
+        with quiet(path):
+            from transformers import AutoModel
+
+            try:
+                self.model = AutoModel.from_pretrained(str(path), use_safetensors=True).to(device).float().eval()
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot load AutoModel from {str(path)!r}: {first_line(error)}") from error
+            try:
+                self.processor = image_processor(str(path))
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot load the image processor of {str(path)!r}: {first_line(error)}") from error
 
     @torch.no_grad()
     def __call__(

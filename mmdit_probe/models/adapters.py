@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmdit_probe.errors import MISSHAPEN, RunError, UserError, first_line
 from mmdit_probe.models.names import ADAPTER_FILE, adapter_file, check_adapter
-from mmdit_probe.models.quiet import quiet
+from mmdit_probe.quiet import quiet
 
 KEY = "mmdit_probe"
 """Entry of the safetensors header that holds our metadata as JSON."""
@@ -50,7 +50,7 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
     folder = str(path.parent) if path.is_file() else source
     try:
         # The loader warns of every encoder that the adapter does not touch; what matters is checked here and below.
-        with quiet(bars=not path.exists()):
+        with quiet(path):
             _check_fit(source, pipeline, _converted(source, pipeline, folder, options))
             pipeline.load_lora_weights(folder, adapter_name=name, **options)
     except UserError:

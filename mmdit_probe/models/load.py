@@ -25,9 +25,9 @@ from mmdit_probe.models.families.registry import BY_CLASS, Family, refuse_class
 from mmdit_probe.models.memory import mend_empty_rows, place, quantizer
 from mmdit_probe.models.mmdit import MMDiT, check_references, default_length
 from mmdit_probe.models.names import DTYPES, check_device, check_memory_options, embedded_models, index_of, source_of
-from mmdit_probe.models.quiet import quiet
 from mmdit_probe.models.single_file import base_of, transformer_of
 from mmdit_probe.models.weights import compute_dtype
+from mmdit_probe.quiet import quiet
 
 _ENDLESS = 1 << 30
 """Tokenizers that do not say how long their texts are say more than this."""
@@ -71,7 +71,7 @@ def load(
     if offload == "sequential" and where.type == "cpu":
         raise UserError(f"offload {offload!r} moves weights to an accelerator; the device is cpu: leave it out")
     source, twin = source_of(name)
-    with quiet(bars=not Path(source).exists()):
+    with quiet(source):
         file = source if Path(source).is_file() else None
         if file is not None and (quantize or "").startswith("gguf:"):
             raise UserError(f"{file} and quantize={quantize!r} both give the transformer's weights; take one of them")
@@ -116,7 +116,8 @@ def pipeline_index(source: str) -> dict[str, Any]:
 
     if not Path(source).exists():
         try:
-            found: Any = DiffusionPipeline.load_config(source)
+            with quiet(source):
+                found: Any = DiffusionPipeline.load_config(source)
         except Exception as error:
             raise _hub_error(source, error) from error
         return found
@@ -188,7 +189,7 @@ def _pipeline(
     if not t5:
         left_out |= dict.fromkeys(name for stream in open_ended for name in stream.encoders)
     try:
-        with quiet(bars=not Path(source).exists()) as notices:
+        with quiet(source) as notices:
             options = {**left_out, **parts}
             pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except Exception as error:

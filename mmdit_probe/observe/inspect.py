@@ -25,9 +25,9 @@ from mmdit_probe.models.families.registry import find_family
 from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.load import pipeline_index
 from mmdit_probe.models.pipeline_call import first_call
-from mmdit_probe.models.quiet import quiet
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
+from mmdit_probe.quiet import quiet
 
 PROMPT = "a red ring on grass"
 
@@ -93,7 +93,7 @@ def _pipeline(source: Path) -> Any:
     if not pipeline_index(str(source)).get("transformer"):
         raise UserError(f"{source} has no transformer: it is no MM-DiT")
     try:
-        with quiet():
+        with quiet(source):
             pipeline = DiffusionPipeline.from_pretrained(source, use_safetensors=True)
     except Exception as error:
         raise RunError(f"{source} cannot be loaded: {first_line(error)}") from error

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from mmdit_probe import assets
 from mmdit_probe.errors import UserError, first_line
-from mmdit_probe.models.quiet import quiet
+from mmdit_probe.quiet import quiet
 from mmdit_probe.segment.tail import resized
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "there is a {} in the scene.", "{}")
@@ -49,22 +49,22 @@ class CLIP:
         Raises:
             UserError: not there, or not a CLIP model.
         """
-        from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
-
         place = str(assets.path(name)) if name in assets.names() else name
-        try:
-            kind = AutoConfig.from_pretrained(place).model_type
-            if kind != "clip":
-                raise UserError(f"{name!r} is a {kind!r} model; expected a CLIP model, e.g. scenes-clip")
-            with quiet(bars=not Path(place).exists()):
+        with quiet(place):
+            from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+            try:
+                kind = AutoConfig.from_pretrained(place).model_type
+                if kind != "clip":
+                    raise UserError(f"{name!r} is a {kind!r} model; expected a CLIP model, e.g. scenes-clip")
                 model = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
                 tokenizer = AutoTokenizer.from_pretrained(place)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"cannot load the CLIP {name!r}: expected scenes-clip, a folder or a hub id ({first_line(error)})"
-            ) from error
-        side = int(model.config.vision_config.image_size)
-        processor = _processor(place) or CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"cannot load the CLIP {name!r}: expected scenes-clip, a folder or a hub id ({first_line(error)})"
+                ) from error
+            side = int(model.config.vision_config.image_size)
+            processor = _processor(place) or CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
         model = model.to(device).eval().requires_grad_(False)
         return CLIP(Path(name).name, model, tokenizer, processor)
 
@@ -298,13 +298,14 @@ def patch_features(name: str, image: Any, size: tuple[int, int] | None = None) -
 
 @lru_cache(maxsize=2)
 def _vision(name: str) -> tuple[Any, Any]:
-    from transformers import AutoModel, CLIPImageProcessor
+    with quiet(name):
+        from transformers import AutoModel, CLIPImageProcessor
 
-    try:
-        model = AutoModel.from_pretrained(name, use_safetensors=True).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the features {name!r}: {first_line(error)}") from error
-    return model, _processor(name) or CLIPImageProcessor()
+        try:
+            model = AutoModel.from_pretrained(name, use_safetensors=True).eval()
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the features {name!r}: {first_line(error)}") from error
+        return model, _processor(name) or CLIPImageProcessor()
 
 
 def image_processor(place: str) -> Any:
@@ -313,10 +314,11 @@ def image_processor(place: str) -> Any:
     Raises:
         OSError, ValueError: it has none.
     """
-    # By its module: the package's own name for it asks for torchvision in many versions (5.5 to 5.17 at least).
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
+    with quiet(place):
+        # By its module: the package's own name for it asks for torchvision in many versions (5.5 to 5.17 at least).
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    return AutoImageProcessor.from_pretrained(place, backend="pil")
+        return AutoImageProcessor.from_pretrained(place, backend="pil")
 
 
 def _processor(place: str) -> Any:

@@ -22,7 +22,7 @@ from mmdit_probe.models.adapters import read_metadata
 from mmdit_probe.models.load import load, pick_device, random_twin
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.names import check_device, devices
-from mmdit_probe.models.quiet import quiet
+from mmdit_probe.quiet import quiet
 from tests import tiny
 
 
@@ -252,6 +252,8 @@ def test_loading_says_nothing_and_leaves_no_trace(tiny_directory: Path) -> None:
 import logging
 from mmdit_probe import load
 from mmdit_probe.models.load import check_references_of
+from mmdit_probe.segment.clip import CLIP
+CLIP.open("scenes-clip")
 check_references_of({str(tiny_directory)!r}, 0)
 model = load({str(tiny_directory)!r}, device="cpu")
 from diffusers.utils import logging as first

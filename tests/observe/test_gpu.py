@@ -16,7 +16,7 @@ from torch.nn.attention import sdpa_kernel
 from mmdit_probe import AttentionMass, TextMaps, ValueNorm, probe
 from mmdit_probe.attention import reference
 from mmdit_probe.attention.kernels import BACKENDS, KERNELS
-from mmdit_probe.models.quiet import quiet
+from mmdit_probe.quiet import quiet
 from tests.devices import DEVICES
 from tests.families import FIXTURES
 from tests.observe.situations import WrittenDown

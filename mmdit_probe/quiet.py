@@ -1,7 +1,7 @@
 """Loading and sampling without the libraries' chatter: what they would print at loading is kept for the caller instead.
 
-with quiet() as notices:
-    pipeline = DiffusionPipeline.from_pretrained(folder)
+with quiet(name) as notices:
+    pipeline = DiffusionPipeline.from_pretrained(name)
 notices                                          # e.g. ["Some weights of ... are newly initialized: ..."]
 with barless(pipeline):
     pipeline("a red ring")
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 _LIBRARIES = ("diffusers", "transformers")
@@ -27,13 +28,15 @@ class _Listener(logging.Handler):
 
 
 @contextmanager
-def quiet(bars: bool = False) -> Iterator[list[str]]:
+def quiet(source: str | Path = ".") -> Iterator[list[str]]:
     """Nothing is printed by diffusers and transformers; their warnings go to the list that is given.
 
     Args:
-        bars: leave their progress bars on, as for a download.
+        source: what is loaded; unless it lies on this machine, the progress bars of its download stay.
 
-    What the caller had set (handlers, verbosity, bars) is in force again afterwards, also on error.
+    Whatever loads with these libraries stands inside, and so do imports of their models and processors, which warn of
+    packages that are not there. What the caller had set (handlers, verbosity, bars) is in force again afterwards, also
+    on error.
     """
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
@@ -42,7 +45,7 @@ def quiet(bars: bool = False) -> Iterator[list[str]]:
     with ExitStack() as stack:
         for name in _LIBRARIES:
             stack.enter_context(_listened(logging.getLogger(name), _Listener(notices)))
-        for module in () if bars else (of_diffusers, of_transformers):
+        for module in (of_diffusers, of_transformers) if Path(source).exists() else ():
             stack.enter_context(_without_bars(module))
         yield notices
 
