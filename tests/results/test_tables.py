@@ -248,7 +248,7 @@ def test_a_column_that_is_given_again_is_kept_once() -> None:
 
 def test_missing_text_stays_missing() -> None:
     sink = MemorySink()
-    sink.write({"a": pd.Categorical(["x", None, "y"]), "b": pd.array(["x", None, "y"], "str")})
+    sink.write({"a": pd.Categorical(["x", None, "y"]), "b": pd.Series(["x", None, "y"]).array})
     for name in ("a", "b"):
         assert sink.table()[name].isna().tolist() == [False, True, False]
         assert sink.table()[name].dropna().tolist() == ["x", "y"]
