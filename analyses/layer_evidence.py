@@ -23,7 +23,7 @@ from mmdit_probe.experiments import SelectLayers, evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, RANK_RULES
 from mmdit_probe.experiments.text import signed
 from mmdit_probe.plots import save
-from mmdit_probe.plots.select import evidence as figure
+from mmdit_probe.plots.layers import evidence as figure
 from mmdit_probe.results.statistics import ABOVE, NONE, compare
 
 OUT = Path(__file__).parent / "results" / "layer_evidence"

@@ -40,7 +40,7 @@ def show(
 ) -> None:
     """Write a contact sheet: scenes with captions, class, instance and part masks (PNG and PDF)."""
     from mmdit_probe.plots import save
-    from mmdit_probe.plots.scenes import contact_sheet
+    from mmdit_probe.plots.segmentation import contact_sheet
 
     items = [scene(split, index) for index in range(start, start + n)]
     texts = [describe(item, kind) for item in items]

@@ -99,7 +99,7 @@ class Attribute(LayersAndHeads, Experiment):
         return {"agreement": result.summary}
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        from mmdit_probe.plots.attribute import agreement
+        from mmdit_probe.plots.layers import agreement
 
         what = f"{result.model_name}: {self.target}, {self.method}"
         count = result.summary["n"].max()

@@ -64,7 +64,7 @@ class Comparison:
 
     def figure(self) -> Figure:
         """The differences with their intervals."""
-        from mmdit_probe.plots.compare import run_differences
+        from mmdit_probe.plots.layers import run_differences
 
         signs = {self.first.experiment.sign(str(name)) for name in self.table.get("outcome", [""])}
         margins = () if self.margin is None else {-self.margin * sign for sign in signs}

@@ -44,6 +44,7 @@ class ContributionBudget(TokenRows):
 
     name = "contribution-budget"
     claimed = "words write more into image tokens (norm, as a share of the whole update's) than in the control"
+    headlined = ("span", "word")
     reads = (*dict.fromkeys([*_UPDATE, *_CELL]), "stream", *_READ)
     examples = ("--layers all --limit 8",)
 
@@ -68,9 +69,6 @@ class ContributionBudget(TokenRows):
         table = table[(table["head"] == ALL_HEADS) & table["group"].isin(["text", "word"])]
         return table.assign(value=table["relative"], span=table["group"])[["item", "control", "layer", "span", "value"]]
 
-    def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
-        return claims[claims["span"] == "word"].drop(columns="span")
-
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
         by_item = self.by_item(result)
         words = by_item[(by_item["word"] != "") & (by_item["head"] == ALL_HEADS)]
@@ -81,7 +79,7 @@ class ContributionBudget(TokenRows):
         }
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        from mmdit_probe.plots.contribution import contribution_budget
+        from mmdit_probe.plots.layers import contribution_budget
 
         title = f"{result.model_name}: {self.setting(result, int(result.summary['n'].max()))}"
         by_item = self.by_item(result)

@@ -56,6 +56,7 @@ class HeadTriage(Experiment):
     examples = ("--limit 32 --train-limit 32",)
     tables = ("head_triage", "heads")
     claimed = "maps read this way have a higher mIoU than the same maps as they are, or with other heads left out"
+    headlined = ("span", ALL)
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.")] = "all"
     limit: Annotated[int, Option("Scenes to report on.", min=2, panel=INPUT)] = 64
@@ -100,14 +101,11 @@ class HeadTriage(Experiment):
         own = table[table["kind"].isin(ways)].assign(control=NONE)
         return pd.concat([own, *against, random])[["item", "control", "layer", "span", "kind", "value"]]
 
-    def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
-        return claims[claims["span"] == ALL].drop(columns="span")
-
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
         return {f"{self.tables[0]}_by_layer": result.summary, "heads_by_layer": verdicts(result.store.table("heads"))}
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        from mmdit_probe.plots.triage import triage
+        from mmdit_probe.plots.layers import triage
 
         heads = verdicts(result.store.table("heads"))
         n = int(result.summary["n"].max())

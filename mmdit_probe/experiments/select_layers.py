@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.experiments import evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, RANK_RULES, Amount, evidence_names
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, text_of
@@ -73,8 +73,7 @@ class SelectLayers(Sampling, Experiment):
     def __post_init__(self) -> None:
         super().__post_init__()
         wanted = self.wanted()
-        if self.rule not in (*RANK_RULES, *EVIDENCE):
-            raise unknown("rule", self.rule, (*RANK_RULES, *EVIDENCE))
+        check_known("rule", self.rule, (*RANK_RULES, *EVIDENCE))
         if self.split == self.report and wanted:
             raise UserError(f"--split and --report are both {self.split!r}: select on one split, report on another")
 
@@ -114,8 +113,7 @@ class SelectLayers(Sampling, Experiment):
         twice = next((name for name in held if held.count(name) > 1), None)
         if twice is not None:
             raise UserError(f"evidence {twice!r} is given twice; give one run of its command, or measure it here")
-        if self.rule not in (*RANK_RULES, *held):
-            raise unknown("rule", self.rule, (*RANK_RULES, *held))
+        check_known("rule", self.rule, (*RANK_RULES, *held))
         # Controls belong to the split that is selected on.
         tasks: list[Any] = [frame.assign(split=self.split) for frame in read]
         tasks += [
@@ -180,7 +178,7 @@ class SelectLayers(Sampling, Experiment):
         self.selected(result).save(folder / "selection.json")
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        from mmdit_probe.plots.select import evidence as figure
+        from mmdit_probe.plots.layers import evidence as figure
 
         layers = self.selected(result).layers
         title = f"{result.model_name}: selected layers {', '.join(map(str, layers))} on {self.selected_on}"

@@ -113,7 +113,7 @@ class SigmaByLayer(Experiment):
         return pd.DataFrame()  # the summary is the comparison, cell by cell
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        from mmdit_probe.plots.sigma import sigma_map
+        from mmdit_probe.plots.layers import sigma_map
 
         count = int(result.summary["n"].max())
         title = f"{result.model_name}: rise of the loss if one layer reads the opposite, n = {count} scenes"

@@ -29,9 +29,8 @@ from mmdit_probe.specs import Spec, heads_at, step_indices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from PIL.Image import Image
 
-    from mmdit_probe.experiments.outcomes import Outcome
+    from mmdit_probe.experiments.outcomes import Images, Numbers, Outcome
     from mmdit_probe.experiments.result import Result
     from mmdit_probe.models.mmdit import MMDiT
 
@@ -127,7 +126,7 @@ class SwapTest(LayersAndHeads, Sweep):
         return summarise(self.rows(result))
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        from mmdit_probe.plots.swap import swaps
+        from mmdit_probe.plots.layers import swaps
 
         count = int(result.summary["n"].max())
         return {"swap": swaps(result.summary, title=f"{result.model_name}: {self.swap} exchanged, n = {count} prompts")}
@@ -167,9 +166,7 @@ class Exchange:
 
         self.parser = load_parser()
 
-    def __call__(
-        self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, prompts: Sequence[str], images: Images, unedited: Images) -> Numbers:
         from mmdit_probe.scenes.parser import things_right
 
         readings = list(zip(prompts, self.parser.read(images), strict=True))

@@ -47,6 +47,7 @@ class ValueNorms(TokenRows):
 
     name = "value-norms"
     claimed = "prompt tokens have longer values than image tokens (gap over the image's norm) beyond the control"
+    headlined = ("measure", "relative_gap")
     reads = (*_CELL, "token", "span", "norm", "n_token")
     examples = ("--layers all --limit 8", "--images scenes:val --sigma 0.515")
 
@@ -81,14 +82,11 @@ class ValueNorms(TokenRows):
         wide = wide.assign(relative_gap=wide["gap"] / wide["image"])
         return wide.melt(["item", "control", "layer"], ["gap", "relative_gap"], "measure")
 
-    def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
-        return claims[claims["measure"] == "relative_gap"].drop(columns="measure")
-
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
         return {f"{self.stem}_by_layer": result.summary, f"{self.stem}_by_head": by_head(self.by_item(result))}
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        from mmdit_probe.plots.norms import value_norm_heads, value_norms
+        from mmdit_probe.plots.layers import value_norm_heads, value_norms
 
         title = f"{result.model_name}: {self.setting(result, int(result.summary.prompts.min()))}"
         figures = {self.stem: value_norms(result.summary, title=title, paper=published(result, "value_norm_by_layer"))}

@@ -1,6 +1,8 @@
-"""MAGNET in figures, after Tables 3 to 5 of arXiv:2509.18096: how a training went, and what a LoRA changed.
+"""Adapters in figures, after Tables 3 to 5 of arXiv:2509.18096: how a training went, what generated pictures show, and
+what a LoRA changed.
 
-    save(differences(generation, "facts"), "table4_alignment")          # a table of `experiments.generation.compare`
+    save(scores(comparison, "facts"), "scores")                         # a table of `experiments.score`
+    save(differences(comparison, "facts", "base"), "table4_alignment")
 
 Sheets of maps and pictures (Fig. 11 to 13) are those of `plots.sheet`.
 """
@@ -9,8 +11,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mmdit_probe.plots import style
-from mmdit_probe.plots.scores import by_category
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +49,7 @@ def differences(table: pd.DataFrame, metric: str, baseline: str, *, title: str =
     """Paired difference to a baseline per category with its 95 % interval, one series per variant.
 
     Args:
-        table: from `experiments.generation.compare`.
+        table: from `experiments.score.compare_variants`.
         metric: which of its metrics. baseline: what the differences are to; not drawn itself.
     """
     part = table[(table["metric"] == metric) & (table["variant"] != baseline)]
@@ -58,4 +61,30 @@ def differences(table: pd.DataFrame, metric: str, baseline: str, *, title: str =
         title or f"{label}, n = {count} prompts",
     )  # fmt: skip
     figure.axes[0].axhline(0, color="black", lw=0.6, ls=":")
+    return figure
+
+
+def scores(table: pd.DataFrame, metric: str, *, title: str = "") -> Figure:
+    """Mean of a metric per category with its 95 % interval, one series per variant.
+
+    Args:
+        table: columns variant, category, metric, mean, low, high.
+        metric: which of its metrics.
+    """
+    part = table[table["metric"] == metric]
+    return by_category(part, "mean", f"{style.name(metric.replace('_', ' '))}\n(95 % interval)", title)
+
+
+def by_category(part: pd.DataFrame, value: str, label: str, title: str) -> Figure:
+    """One series per variant over the categories: a column and its interval, as `style.errorbars` takes them."""
+    categories, variants = (list(dict.fromkeys(part[name])) for name in ("category", "variant"))
+    with style.panels(max(style.COLUMN, 1.0 + 0.8 * len(categories)), 2.7, title=title) as (figure, axes):
+        for place, name in enumerate(variants):
+            rows = part[part["variant"] == name].set_index("category").loc[categories]
+            at = np.arange(len(categories)) + style.dodge(place, len(variants), 0.7)
+            style.errorbars(axes, rows, value, place, at=at, label=name, joined=False)
+        axes.set_xticks(range(len(categories)), [style.name(one) for one in categories])
+        axes.set_ylabel(label)
+        if len(variants) > 1:
+            style.legend(figure, axes)
     return figure

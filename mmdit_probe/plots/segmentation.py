@@ -20,7 +20,7 @@ from PIL import Image
 from mmdit_probe.plots import style
 from mmdit_probe.plots.sheet import FONT, sheet, wrapped
 from mmdit_probe.results.atomic import replacing
-from mmdit_probe.scenes.world import CLASSES
+from mmdit_probe.scenes.world import CLASSES, PARTS, Scene
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,3 +127,38 @@ def overlay_sheet(
     drawn = sheet(cells, captions=texts, scale="own", side=1.5, legend=legend, title=title)
     write_names(drawn.axes[1], labels, names, 1.5)
     return drawn
+
+
+NAMES = tuple(dict.fromkeys((*CLASSES, *PARTS)))
+"""Of classes and parts, which share names where they share masks."""
+SIDE = 0.9
+"""Of a cell of the contact sheet in inches."""
+PANELS = ("image", "classes", "instances", "parts")
+
+
+def contact_sheet(items: Sequence[Scene], captions: Sequence[str]) -> Figure:
+    """Figure with a row per scene: image, class mask, instance mask and part mask, the caption beside them.
+
+    Args:
+        items: scenes.
+        captions: one text per scene.
+    """
+    cells = [[_picture(item, panel) for panel in PANELS] for item in items]
+    legend = dict(zip(NAMES, class_colours(NAMES) / 255, strict=True))
+    drawn = sheet(cells, PANELS, captions, legend=legend, side=SIDE)
+    for number, item in enumerate(items):
+        for panel, names in (("classes", CLASSES), ("parts", PARTS)):
+            axes = drawn.axes[number * len(PANELS) + PANELS.index(panel)]
+            write_names(axes, getattr(item, panel), names, SIDE)
+    return drawn
+
+
+def _picture(item: Scene, panel: str) -> np.ndarray:
+    if panel == "image":
+        return item.image
+    if panel == "instances":
+        colours = palette(len(item.objects) + 1)
+        colours[0] = 230
+        return colours[item.instances]
+    names = CLASSES if panel == "classes" else PARTS
+    return class_colours(NAMES)[[NAMES.index(name) for name in names]][getattr(item, panel)]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.plots import attribute, magnet, save, style
+from mmdit_probe.plots import layers, magnet, save, style
 from mmdit_probe.plots.league import layer_figure, league_figure
 from mmdit_probe.plots.sheet import sheet, wrapped
 from tests.scripts import script
@@ -62,7 +62,7 @@ def figures() -> list[Figure]:
     return [
         league_figure(league(("present", "full"), [["a", "b"], ["b", "a"]])),
         layer_figure(league(("present",), [["a"]]), "one point"),
-        attribute.agreement(agreement),
+        layers.agreement(agreement),
         guidance_by_layer(gains()),
         magnet.differences(differences(["tuned"]), "clipscore[scenes-clip]", "base"),
     ]
