@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import SupportsIndex
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, check_known
 
 Spec = str | int | Iterable[int]
 """`"all"`, `9`, `"9"`, `"7-11"`, `"0,9"`, `[0, 9]`; for steps also `"last"` and `"last-8"`."""
@@ -131,6 +131,18 @@ def listed(text: str | Iterable[object]) -> list[str]:
     """What is named by comma, or in a list: without blanks around, each once, in order."""
     parts = text.split(",") if isinstance(text, str) else map(str, text)
     return list(dict.fromkeys(part.strip() for part in parts))
+
+
+def named_of(kind: str, text: str | Iterable[object], known: Collection[object]) -> list[str]:
+    """What is `listed`, each a name that there is; `kind` says in the message what it is of.
+
+    Raises:
+        UserError: one is unknown; the message names the closest.
+    """
+    names = listed(text)
+    for name in names:
+        check_known(kind, name, known)
+    return names
 
 
 def numbers(asked: str | float | Iterable[object], low: float, high: float, refusal: str) -> list[float]:

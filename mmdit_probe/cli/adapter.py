@@ -20,7 +20,7 @@ import typer
 
 from mmdit_probe.cli.options import Session, completing
 from mmdit_probe.cli.output import Output
-from mmdit_probe.errors import unknown
+from mmdit_probe.errors import check_known
 from mmdit_probe.experiments.options import DETAIL, INPUT, MODEL, OUTPUT
 from mmdit_probe.experiments.target import Named
 from mmdit_probe.options import METHOD, Described, choices_of, described
@@ -45,8 +45,7 @@ def command_of(options: Any) -> Callable[..., None]:
     def command(context: typer.Context, **given: Any) -> None:
         asked = {name: given[name] for name in own if given[name] not in (None, [])}
         if recipes and (recipe := given["recipe"]) is not None:
-            if recipe not in recipes:
-                raise unknown("recipe", recipe, recipes)
+            check_known("recipe", recipe, recipes)
             stated = {name: value for name, value in asked.items() if _stated(context, name)}
             asked = {**asked, **recipes[recipe], **stated}
         run(options(**asked), Session(**{name: given[name] for name in session}), session)

@@ -179,8 +179,7 @@ def _read(name: str, rest: str, split: str | None) -> Dataset:
 
 def _root(name: str, rest: str) -> Path:
     """The folder of NAME:ROOT."""
-    if name not in DATASETS:
-        raise unknown("dataset", name, ("scenes", *DATASETS))
+    check_known("dataset", name, DATASETS)
     if not rest:
         raise UserError(f"dataset {name!r} needs its folder: {name}:ROOT")
     if not os.path.isdir(rest):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import ModuleCall, Stage, sole_output
-from mmdit_probe.errors import RunError, UserError, check_known, unknown
+from mmdit_probe.errors import RunError, UserError, check_known
 from mmdit_probe.models.layout import Layer, Layout, Places
 from mmdit_probe.models.tokens import SPAN_KINDS, TokenTable
 from mmdit_probe.observe.sample_order import (
@@ -31,7 +31,7 @@ from mmdit_probe.observe.sample_order import (
     restored,
     scattered,
 )
-from mmdit_probe.specs import HeadSpec, Spec, heads_at
+from mmdit_probe.specs import HeadSpec, Spec, heads_at, named_of
 
 if TYPE_CHECKING:
     from mmdit_probe.observe.probe import Run
@@ -315,9 +315,7 @@ def _keys(edit: Edit, table: TokenTable, layout: Layout, sample: int) -> Tensor:
     if edit.key != "text":
         return keys
     if edit.streams is not None:
-        for stream in edit.streams:
-            if stream not in table.streams:
-                raise unknown("encoder stream", stream, sorted(set(table.streams)))
+        named_of("encoder stream", edit.streams, sorted(set(table.streams)))
         keys &= torch.tensor([stream in edit.streams for stream in table.streams])
     if edit.spans is not None:
         keys &= torch.tensor([kind in edit.spans for kind in table.kinds])

@@ -44,7 +44,7 @@ from mmdit_probe.segment.record import Capture, Reading
 from mmdit_probe.segment.refine import Refinement
 from mmdit_probe.segment.settings import Background, scoring_size
 from mmdit_probe.segment.tail import strongest
-from mmdit_probe.specs import heads_at, layer_indices
+from mmdit_probe.specs import heads_at, layer_indices, named_of
 
 PROTOCOLS = ("present", "predicted", "full")
 UNSUPERVISED = "unsupervised"
@@ -91,8 +91,7 @@ class Scoring:
     size: str | None = None
 
     def __post_init__(self) -> None:
-        for protocol in self.protocols:
-            check_known("protocol", protocol, PROTOCOLS)
+        named_of("protocol", self.protocols, PROTOCOLS)
         if "predicted" in self.protocols and self.tags is None:
             raise UserError(
                 "protocol 'predicted' needs a tagger: --tagger CLIP, or --tags FILE (JSON, image name -> class names)"

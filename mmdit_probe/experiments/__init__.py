@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.exports import first_use
 
 if TYPE_CHECKING:
@@ -97,8 +97,7 @@ __getattr__ = first_use(
 
 def experiment_of(command: str, options: Mapping[str, Any]) -> Experiment:
     """The experiment of a command, from its options as a run's record holds them: JSON has layers as texts."""
-    if command not in OF_COMMAND:
-        raise unknown("command of an experiment", command, OF_COMMAND)
+    check_known("command of an experiment", command, OF_COMMAND)
     options = {**options}
     for earlier, name in _EARLIER.get(command, {}).items():
         if earlier in options:

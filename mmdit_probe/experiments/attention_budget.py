@@ -67,6 +67,7 @@ class AttentionBudget(TokenRows):
 
     name = "attention-budget"
     claimed = "image queries give words more attention than they do in the control"
+    headlined = ("measure", "I2T_word")
     reads = (*_CELL, "stream", "mass", "uniform")
     examples = ("--layers all", "--layers 2-5 --images scenes:val --control random,shuffled")
 
@@ -85,9 +86,6 @@ class AttentionBudget(TokenRows):
 
     def scores(self, result: Result) -> pd.DataFrame:
         return blocks(self.by_item(result)).melt(["item", "control", "layer"], ["I2T", "I2T_word"], "measure")
-
-    def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
-        return claims[claims["measure"] == "I2T_word"].drop(columns="measure")
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
         return {f"{self.stem}_by_layer": result.summary}

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.sweep import STOCK, Condition, JudgedSweep, aligned_outcome, gains
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import compare, measured, two_sided
-from mmdit_probe.specs import Spec, layer_indices, listed, step_indices
+from mmdit_probe.specs import Spec, layer_indices, named_of, step_indices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -60,11 +60,7 @@ class BlockOperations(JudgedSweep):
 
     def wanted(self) -> list[str]:
         """The operations asked for."""
-        names = listed(self.operations)
-        for name in names:
-            if name not in OPERATIONS:
-                raise unknown("operation", name, OPERATIONS)
-        return names
+        return named_of("operation", self.operations, OPERATIONS)
 
     def conditions(self, model: MMDiT, prompts: Sequence[str]) -> list[Condition]:
         from mmdit_probe.edit import RemoveBlock, ScaleText

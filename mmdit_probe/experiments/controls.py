@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError
 from mmdit_probe.results.statistics import NONE
-from mmdit_probe.specs import listed
+from mmdit_probe.specs import listed, named_of
 
 if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
@@ -69,12 +69,9 @@ def parse(text: str, known: Sequence[str] = tuple(CONTROLS)) -> tuple[str, ...]:
     Raises:
         UserError: an unknown control, or one that makes no sense for this measurement.
     """
-    names = listed(text)
-    if names == [NONE]:
+    if listed(text) == [NONE]:
         return ()
-    for name in names:
-        if name not in known:
-            raise unknown("control", name, [NONE, *known])
+    names = named_of("control", text, known)
     return tuple(name for name in known if name in names)
 
 

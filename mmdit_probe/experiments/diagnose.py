@@ -60,18 +60,8 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
     def prepare(self, model: MMDiT, inputs: list[Sample]) -> Study:
         layers, heads = self.places(model)
         chosen = self.chosen_controls()
-        captions = self.captions(inputs)
-        request = request_of(
-            model,
-            layers=list(layers),
-            heads=plain(heads),
-            sigma=self.sigma,
-            controls=list(chosen),
-            items=[
-                [picture.fingerprint(), text, self.seed + k]
-                for k, (picture, text) in enumerate(zip(inputs, captions, strict=True))
-            ],
-        )
+        captions, items = self.texts(inputs, self.seed)
+        request = request_of(model, layers=list(layers), heads=plain(heads), controls=list(chosen), **items)
         tasks = [
             (variant, number, text)
             for variant in controls.variants(model, chosen, len(inputs))
@@ -82,7 +72,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
         return Study(model, request, tasks, "pictures", facts=facts, notes=notes, state=(inputs, layers, heads))
 
     def measure(self, study: Study, task: tuple[Variant, int, str], record: TaskRecord) -> None:
-        from mmdit_probe.experiments.sink_quality import map_scores
+        from mmdit_probe.experiments.scenes_quality import map_scores
         from mmdit_probe.observe.probe import probe
         from mmdit_probe.observe.sinks import Channels, KeyMass, SinkFree
 
@@ -117,7 +107,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
         return one_per_item(masses, result.request["items"], ["control", "layer"])
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
-        from mmdit_probe.experiments.sink_quality import improvement
+        from mmdit_probe.experiments.scenes_quality import improvement
 
         frames = {"sinks": result.summary, "outlier_channels": outliers(result)}
         if result.store.has("map_quality"):
@@ -126,7 +116,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
         return frames
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        from mmdit_probe.plots.sinks import sink_maps, sinks
+        from mmdit_probe.plots.layers import sink_maps, sinks
 
         count = len(result.request["items"])
         title = f"{result.model_name}: attention of image queries on sinks, n = {count}, sigma {self.sigma:g}"
@@ -204,7 +194,7 @@ def outliers(result: Result) -> pd.DataFrame:
 
 def quality_table(gain: pd.DataFrame) -> TextTable:
     """Map quality by layer before and after, in text, mean over heads."""
-    from mmdit_probe.experiments.sink_quality import MEAN, SCORES
+    from mmdit_probe.experiments.scenes_quality import MEAN, SCORES
 
     gain = gain[gain["head"] == MEAN]
     columns = [c for name in SCORES for c in (name.replace("_", " "), "difference")]

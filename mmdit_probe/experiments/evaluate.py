@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.data import Dataset, paper_table, read_json
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.experiments.attention_budget import PAPER_MODEL
 from mmdit_probe.experiments.experiment import Experiment, Study, plain, text_of
 from mmdit_probe.experiments.options import INPUT, OUTPUT
@@ -37,7 +37,7 @@ from mmdit_probe.segment.settings import (
     scoring_size,
     split_option,
 )
-from mmdit_probe.specs import listed
+from mmdit_probe.specs import listed, named_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -160,9 +160,7 @@ class Evaluate(Reads, Experiment):
                 raise UserError(f"--{flag} names nothing; expected one or several by comma")
         for name in self.methods:
             check_method(name)
-        for protocol in self.protocols:
-            if protocol not in PROTOCOLS:
-                raise unknown("protocol", protocol, PROTOCOLS)
+        named_of("protocol", self.protocols, PROTOCOLS)
         for steps in self.refinements:
             parse_steps(steps)
         Background.parse("none" if self.background is None else self.background)
@@ -172,8 +170,7 @@ class Evaluate(Reads, Experiment):
                 raise UserError("--fit letterbox leaves bars around the picture; with --score-size take another fit")
         parse_batch(self.batch)
         for name, options in self.asked().items():
-            if name not in self.methods:
-                raise unknown("method with options", name, self.methods)
+            check_known("method with options", name, self.methods)
             if "heads" in options and (self.sweep == "head" or self.heads is not None or self.selection is not None):
                 raise UserError(f"--set {name}.heads and --heads, --selection or --sweep head all name heads; give one")
         tagged = self.tagger_request() is not None or self.tags is not None

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known, unknown
 from mmdit_probe.experiments import experiment_of
-from mmdit_probe.experiments.controls import parse, variants
+from mmdit_probe.experiments.controls import variants
 from mmdit_probe.experiments.perturb import CONTROL, EDIT
 from mmdit_probe.experiments.sweep import EQUAL
 from mmdit_probe.experiments.value_norms import with_gap
 from mmdit_probe.results.folder import read_record
 from mmdit_probe.results.statistics import NONE, corrected, count_means, defined, interval, measured, rank_agreement
-from mmdit_probe.specs import listed
+from mmdit_probe.specs import named_of
 
 if TYPE_CHECKING:
     from mmdit_probe.experiments.experiment import Experiment
@@ -82,13 +82,7 @@ def evidence_names(asked: str | None, from_runs: bool) -> list[str]:
     """The evidence that an option means: all of it, some by name, or (with run folders given instead) none."""
     if asked is None:
         return [] if from_runs else list(EVIDENCE)
-    if asked.strip() == "all":
-        return list(EVIDENCE)
-    names = listed(asked)
-    for name in names:
-        if name not in EVIDENCE:
-            raise unknown("evidence", name, EVIDENCE)
-    return names
+    return list(EVIDENCE) if asked.strip() == "all" else named_of("evidence", asked, EVIDENCE)
 
 
 def measure(name: str, model: MMDiT, split: str, amount: Amount, controls: Sequence[str] = ()) -> pd.DataFrame:
@@ -96,13 +90,19 @@ def measure(name: str, model: MMDiT, split: str, amount: Amount, controls: Seque
 
     Returns: evidence, split, control, item, layer, value.
     """
-    chosen = ",".join(of for of in controls if of in CONTROLLED[name]) or NONE
-    if name in ("segmentation", "perturbation"):
-        found = {"segmentation": _segmentation, "perturbation": _perturbation}[name](model, split, amount, chosen)
-    else:
+    chosen = [of for of in controls if of in CONTROLLED[name]]
+    if name not in ("segmentation", "perturbation"):
         table, read = TABLES[name]
-        found = read(_asked(name, split, amount, chosen).run(model, progress=False).store.table(table))
-    return found.assign(evidence=name, split=split)[COLUMNS]
+        result = _asked(name, split, amount, ",".join(chosen) or NONE).run(model, progress=False)
+        return read(result.store.table(table)).assign(evidence=name, split=split)[COLUMNS]
+    from mmdit_probe.observe.probe import probe
+
+    own = {"segmentation": _segmentation, "perturbation": _perturbation}[name]
+    parts = []
+    for variant in variants(model, chosen):
+        with probe(variant.model, edits=variant.edits):
+            parts.append(own(variant.model, split, amount).assign(control=variant.name))
+    return pd.concat(parts, ignore_index=True).assign(evidence=name, split=split)[COLUMNS]
 
 
 def _asked(name: str, split: str, amount: Amount, control: str) -> Experiment:
@@ -140,15 +140,9 @@ def pca_class(table: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(value=rows["class"] - rows["class_shuffled"])
 
 
-def _perturbation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
-    from mmdit_probe.observe.probe import probe
-
-    ask, parts = _asked("perturbation", split, amount, "budget"), []
-    for variant in variants(model, parse(control)):  # each beside its own changes of equal size
-        with probe(variant.model, edits=variant.edits):
-            found = perturbation(ask.run(variant.model, progress=False).table)
-        parts.append(found.assign(control=variant.name))
-    return pd.concat(parts, ignore_index=True)
+def _perturbation(model: MMDiT, split: str, amount: Amount) -> pd.DataFrame:
+    """Of a variant of the model, beside its own changes of equal size."""
+    return perturbation(_asked("perturbation", split, amount, "budget").run(model, progress=False).table)
 
 
 def perturbation(table: pd.DataFrame) -> pd.DataFrame:
@@ -174,17 +168,14 @@ TABLES: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame]]] = {
 """Evidence -> the table of its experiment, and what reads it there."""
 
 
-def _segmentation(model: MMDiT, split: str, amount: Amount, control: str) -> pd.DataFrame:
+def _segmentation(model: MMDiT, split: str, amount: Amount) -> pd.DataFrame:
     from mmdit_probe.experiments.scenes_quality import held_out, word_map_scores
-    from mmdit_probe.observe.probe import probe
 
     parts = []
-    for variant in variants(model, parse(control)):
-        with probe(variant.model, edits=variant.edits):
-            for index, item in enumerate(held_out(amount.n, split)):
-                table = word_map_scores(variant.model, [item], sigma=amount.sigma, seed=amount.seed + index)
-                plain = table[(table["head"] == "mean") & ~table["min_max"]]  # the softmax alone, the paper's choice
-                parts.append(plain.assign(item=index, value=plain["miou"], control=variant.name))
+    for index, item in enumerate(held_out(amount.n, split)):
+        table = word_map_scores(model, [item], sigma=amount.sigma, seed=amount.seed + index)
+        plain = table[(table["head"] == "mean") & ~table["min_max"]]  # the softmax alone, the paper's choice
+        parts.append(plain.assign(item=index, value=plain["miou"]))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -314,8 +305,7 @@ def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int,
         rule: "ranks" (least mean rank over all evidence), "median-ranks" (least median rank, so that one dissenter does
             not decide; ties go to the least mean rank), or the name of one evidence.
     """
-    if rule not in {*RANK_RULES, *table["evidence"]}:
-        raise unknown("rule", rule, [*RANK_RULES, *dict.fromkeys(table["evidence"])])
+    check_known("rule", rule, [*RANK_RULES, *dict.fromkeys(table["evidence"])])
     part = table if rule in RANK_RULES else table[table["evidence"] == rule]
     keys = ["median", "mean"] if rule == "median-ranks" else ["mean"]
     order = part.groupby("layer")["rank"].agg(["median", "mean"]).sort_values(keys, kind="stable")
@@ -361,8 +351,7 @@ def weights_of(table: pd.DataFrame, layers: Sequence[int], rule: str = "equal") 
         table: of one split, from `by_layer`. layers: from `choose`.
         rule: "equal", or "ranks": in proportion to L + 1 minus the mean rank, so that the best of L layers has L.
     """
-    if rule not in WEIGHT_RULES:
-        raise unknown("rule of the weights", rule, WEIGHT_RULES)
+    check_known("rule of the weights", rule, WEIGHT_RULES)
     ranks = table.groupby("layer")["rank"].mean()
     raw = [1.0 if rule == "equal" else len(ranks) + 1 - float(ranks[layer]) for layer in layers]
     return tuple(value / sum(raw) for value in raw)

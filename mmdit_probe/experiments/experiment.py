@@ -73,6 +73,7 @@ class Experiment:
         columns: table -> columns that an earlier version did not write: a kept run's tasks without them are done again.
         claimed: what is said of the measurement beside its controls, where no option decides the words.
         possible: the controls that make sense, where there is the option `control`.
+        headlined: column of the claims and its value, of the rows that the terminal shows; None: all.
         early: whether the first table can be told from the first tasks, before all are done.
         examples: command lines below the help text, without the command.
     """
@@ -82,6 +83,7 @@ class Experiment:
     columns: ClassVar[Mapping[str, Sequence[str]]] = {}
     claimed: ClassVar[str]
     possible: ClassVar[tuple[str, ...]] = tuple(controls.CONTROLS)
+    headlined: ClassVar[tuple[str, str] | None] = None
     early: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ()
 
@@ -163,7 +165,10 @@ class Experiment:
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
         """The rows of `compare` that the terminal shows."""
-        return claims
+        if self.headlined is None:
+            return claims
+        column, value = self.headlined
+        return claims[claims[column] == value].drop(columns=column)
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
         """What is written beside the tables, by file name without suffix."""
@@ -297,8 +302,7 @@ def request_of(model: MMDiT, **options: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "text_length": model.text_length,
         **text_of(model),
-        **references_of(model),
-        **made_of(model),
+        **pictures_of(model),
         **options,
     }
 
@@ -311,17 +315,14 @@ def text_of(model: MMDiT) -> dict[str, Any]:
     return ({"no_t5": True} if left_out else {}) | length
 
 
-def references_of(model: MMDiT) -> dict[str, Any]:
-    """What a request says of the pictures that an editing model is given; nothing where there are none."""
+def pictures_of(model: MMDiT) -> dict[str, Any]:
+    """What a request says of the pictures that an editing model is given, where there are any, and of the size of what
+    is made, where that is not the model's own."""
     hashes = [hashlib.sha256(one.tobytes()).hexdigest()[:16] for one in model.references]
     sizes = [f"{one.height} x {one.width}" for one in model.references]
-    return {"references": list(zip(sizes, hashes, strict=True))} if hashes else {}
-
-
-def made_of(model: MMDiT) -> dict[str, Any]:
-    """What a request says of the size of what is made where that is not the model's own."""
+    given = {"references": list(zip(sizes, hashes, strict=True))} if hashes else {}
     size = {} if model.size is None else {"size": list(model.size)}
-    return size | ({"num_frames": model.num_frames} if model.makes_videos else {})
+    return given | size | ({"num_frames": model.num_frames} if model.makes_videos else {})
 
 
 def read_of_videos(model: MMDiT) -> list[str]:

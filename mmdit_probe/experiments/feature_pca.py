@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.errors import unknown
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, plain, request_of
 from mmdit_probe.experiments.options import (
@@ -34,7 +33,7 @@ from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.statistics import FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, corrected, interval, measured, p_value
-from mmdit_probe.specs import listed
+from mmdit_probe.specs import named_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -100,16 +99,12 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
         Raises:
             UserError: one does not exist.
         """
-        kinds = listed(self.kinds)
-        for kind in kinds:
-            if kind not in KINDS:
-                raise unknown("kind of feature", kind, KINDS)
-        return kinds
+        return named_of("kind of feature", self.kinds, KINDS)
 
     def prepare(self, model: MMDiT, inputs: list[Sample]) -> Study:
         layers, heads = self.places(model)
         chosen = self.chosen_controls()
-        captions = self.captions(inputs)
+        captions, items = self.texts(inputs, self.seed)
         each = self.basis == "image" or len(inputs) == 1
         request = request_of(
             model,
@@ -119,13 +114,10 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
             components=self.components,
             fit=self.basis,
             solver=self.solver,
-            sigma=self.sigma,
             shown=self.shown,
             controls=list(chosen),
             **self.requested_over(model),
-            items=[
-                [p.fingerprint(), text, self.seed + k] for k, (p, text) in enumerate(zip(inputs, captions, strict=True))
-            ],
+            **items,
         )
         basis = "one basis per picture" if each else f"one basis for all pictures, {self.solver}, streaming"
         notes = notes_on(model, inputs, captions, model.default_size)

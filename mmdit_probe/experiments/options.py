@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe.data import Sample, samples
 from mmdit_probe.data import prompts as read
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError
 from mmdit_probe.options import Option, changed
 from mmdit_probe.results.clip import Clip, check_video_file
 from mmdit_probe.results.selection import LayerSelection, load_selection
-from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, heads_at, layer_indices, listed
+from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, heads_at, layer_indices, listed, named_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -229,9 +229,11 @@ class Pictured:
         source = "scenes:val" if self.images is None else self.images
         return samples_of(source, self.default_pictures if self.limit is None and self.images is None else self.limit)
 
-    def captions(self, pictures: Sequence[Sample]) -> list[str]:
-        """The text of each picture."""
-        return captions_of(self.prompts, pictures)
+    def texts(self, pictures: Sequence[Sample], seed: int) -> tuple[list[str], dict[str, Any]]:
+        """The text of each picture, and what a request says of both; picture k has seed + k."""
+        texts = captions_of(self.prompts, pictures)
+        pairs = enumerate(zip(pictures, texts, strict=True))
+        return texts, {"sigma": self.sigma, "items": [[one.fingerprint(), text, seed + k] for k, (one, text) in pairs]}
 
 
 def samples_of(source: str | Path | Sequence[Any], limit: int | None) -> list[Sample]:
@@ -384,6 +386,4 @@ def check_streams(model: MMDiT, streams: str | None) -> None:
         UserError: one does not.
     """
     known = dict.fromkeys(model.token_tables([""])[0].streams)
-    for name in streams_of(streams) or ():
-        if name not in known:
-            raise unknown("encoder stream", name, known)
+    named_of("encoder stream", streams_of(streams) or (), known)

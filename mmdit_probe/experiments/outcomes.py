@@ -28,15 +28,18 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+Images = Sequence["Image"]
+Numbers = dict[str, np.ndarray]
+"""Name -> one number per image."""
+
+
 class Outcome(Protocol):
     """Named numbers per image."""
 
     @property
     def names(self) -> tuple[str, ...]: ...
 
-    def __call__(
-        self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
-    ) -> dict[str, np.ndarray]: ...
+    def __call__(self, prompts: Sequence[str], images: Images, unedited: Images) -> Numbers: ...
 
 
 class Change:
@@ -44,9 +47,7 @@ class Change:
 
     names = ("change",)
 
-    def __call__(
-        self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, prompts: Sequence[str], images: Images, unedited: Images) -> Numbers:
         pairs = [(np.asarray(a, float), np.asarray(b, float)) for a, b in zip(images, unedited, strict=True)]
         return {"change": np.array([np.sqrt(np.mean((a - b) ** 2)) / 255 for a, b in pairs])}
 
@@ -63,9 +64,7 @@ class Parser:
 
         self.parser = load_parser()
 
-    def __call__(
-        self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, prompts: Sequence[str], images: Images, unedited: Images) -> Numbers:
         from mmdit_probe.scenes.parser import judge
 
         readings, before = self.parser.read(images), self.parser.read(unedited)
@@ -86,9 +85,7 @@ class ClipScores:
     def __init__(self, path: Path | str, device: str | torch.device = "cpu") -> None:
         self.clip = CLIP.open(str(path), device)
 
-    def __call__(
-        self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, prompts: Sequence[str], images: Images, unedited: Images) -> Numbers:
         now, before = (self.clip.vectors(self.clip.pixels(batch)) for batch in (images, unedited))
         return {"clip_t": cosine(now, self.clip.sentences(prompts)), "clip_i": cosine(now, before)}
 
@@ -107,17 +104,13 @@ class Dino:
 
             try:
                 self.model = AutoModel.from_pretrained(str(path), use_safetensors=True).to(device).float().eval()
-            except (OSError, ValueError) as error:
-                raise UserError(f"cannot load AutoModel from {str(path)!r}: {first_line(error)}") from error
-            try:
                 self.processor = image_processor(str(path))
             except (OSError, ValueError) as error:
-                raise UserError(f"cannot load the image processor of {str(path)!r}: {first_line(error)}") from error
+                what = f"model and image processor of {str(path)!r}"
+                raise UserError(f"cannot load {what}: {first_line(error)}") from error
 
     @torch.no_grad()
-    def __call__(
-        self, prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
-    ) -> dict[str, np.ndarray]:
+    def __call__(self, prompts: Sequence[str], images: Images, unedited: Images) -> Numbers:
         features = []
         for batch in (images, unedited):
             pixels = self.processor(images=list(batch), return_tensors="pt")["pixel_values"]
@@ -149,8 +142,6 @@ def outcomes_of(
     return outcomes, {"clip": clip, "dino": dino}
 
 
-def measure(
-    outcomes: Sequence[Outcome], prompts: Sequence[str], images: Sequence[Image], unedited: Sequence[Image]
-) -> dict[str, np.ndarray]:
+def measure(outcomes: Sequence[Outcome], prompts: Sequence[str], images: Images, unedited: Images) -> Numbers:
     """All outcomes of a batch: name -> one number per image."""
     return {name: values for outcome in outcomes for name, values in outcome(prompts, images, unedited).items()}

@@ -167,8 +167,8 @@ class Pictures(Sampling, Referring, Experiment):
     def prepare(self, model: MMDiT, inputs: tuple[list[str], list[Sample]]) -> Study:
         items = self.items(model, inputs)
         size = self.size(model)
-        known = model.unknown_words_note(inputs[0])
-        notes = [*([known] if known else []), *(line for t in model.token_tables(inputs[0]) for line in unread(t))]
+        notes = model.notes_on_words(inputs[0])
+        notes += [line for table in model.token_tables(inputs[0]) for line in unread(table)]
         notes += notes_on(model, inputs[1], size=size)
         how: dict[str, Any] = {"streams": streams_of(self.streams), "height": self.height, "width": self.width}
         how |= {"sigma": self.sigma} if inputs[1] else {"num_steps": self.num_steps, "guidance": self.guidance}

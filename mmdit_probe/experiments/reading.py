@@ -128,13 +128,14 @@ class Reads:
         heads = self.heads
         if self.selection is not None:
             return self._selected(network)
+        weights, notes = None, []
         if self.layers is not None:
             layers = layer_indices(self.layers, network.layers)
-            return layers, heads if heads is None else checked_heads(heads, layers, network.heads), None, []
-        known = grounding_layers([network.name], network.weight_hash, network.layers)
-        layers = tuple(sorted(known.layers))
-        weights = dict(zip(known.layers, known.weights, strict=True)) if known.weights else None
-        notes = [f"layers {','.join(map(str, layers))}: {known.source}"]
+        else:
+            known = grounding_layers([network.name], network.weight_hash, network.layers)
+            layers = tuple(sorted(known.layers))
+            weights = dict(zip(known.layers, known.weights, strict=True)) if known.weights else None
+            notes = [f"layers {','.join(map(str, layers))}: {known.source}"]
         return layers, heads if heads is None else checked_heads(heads, layers, network.heads), weights, notes
 
     def _selected(self, network: Network) -> tuple[tuple[int, ...], HeadSpec | None, Mapping[int, float] | None, Any]:

@@ -120,10 +120,8 @@ class Report(Sampling, Experiment):
             control=self.control, num_steps=self.num_steps, guidance=self.guidance, seed=self.seed, scenes=scenes,
         )  # fmt: skip
         notes = [] if scenes or self.images else ["no pictures are given (--images): the PCA is left out"]
-        known = model.unknown_words_note(inputs)
-        return Study(
-            model, request, self.parts(scenes, inputs), "analyses", notes=[*notes, *([known] if known else [])]
-        )
+        notes += model.notes_on_words(inputs)
+        return Study(model, request, self.parts(scenes, inputs), "analyses", notes=notes)
 
     def run(
         self, target: Any = "scenes-sd3", out: Path | str | None = None, resume: bool = False,

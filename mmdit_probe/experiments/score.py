@@ -21,7 +21,7 @@ import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.data import prompts
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
 from mmdit_probe.experiments.options import INPUT, OUTPUT, Referring, Sampling
 from mmdit_probe.experiments.target import knows_scenes
@@ -32,7 +32,7 @@ from mmdit_probe.results.clip import stills
 from mmdit_probe.results.statistics import Kind, corrected, defined, interval, judged, kind_of, no_worse
 from mmdit_probe.scenes import CATEGORIES, captions, describe, scene
 from mmdit_probe.scenes.captions import CONTRASTS, is_caption
-from mmdit_probe.specs import listed, numbers
+from mmdit_probe.specs import listed, named_of, numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,16 +117,10 @@ class Score(Sampling, Referring, Experiment):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.baseline not in self.variants():
-            raise unknown("variant", self.baseline, self.variants())
+        check_known("variant", self.baseline, self.variants())
         self.sigmas()
-        scorers = (
-            None if self.prompts is not None else True,
-            None if self.clip == "none" else True,
-            self.vqa,
-            self.export,
-        )
-        if all(scorer is None for scorer in scorers):
+        unread = self.prompts is not None and self.clip == "none"
+        if unread and self.vqa is None and self.export is None:
             raise UserError("nothing to score with: give a CLIP or BLIP model, or a folder to export to")
         if self.prompts is None and self.categories == self.map_sigma == "none":
             raise UserError(
@@ -249,8 +243,7 @@ class Score(Sampling, Referring, Experiment):
         return {"comparison": result.summary}
 
     def draw(self, result: Result) -> dict[str, Figure]:
-        from mmdit_probe.plots.magnet import differences
-        from mmdit_probe.plots.scores import scores
+        from mmdit_probe.plots.magnet import differences, scores
 
         title, main = f"{result.model_name}: {self._how(result)}", result.summary["metric"].iloc[0]
         figures = {"scores": scores(result.summary, main, title=title)}
@@ -310,14 +303,8 @@ def adapt(model: MMDiT, scorers: Scorers, variant: str) -> None:
 
 def scene_prompts(n: int, categories: Sequence[str] = (), split: str = "val") -> list[tuple[str, str]]:
     """(category, prompt): `n` held-out captions of each category of the scenes world, of all if none is named."""
-    for category in categories:
-        if category not in CATEGORIES:
-            raise unknown("category", category, CATEGORIES)
-    return [
-        (category, text)
-        for category in (categories or CATEGORIES)
-        for text in captions(split, n, category, distinct=False)
-    ]
+    chosen = named_of("category", categories, CATEGORIES) if categories else CATEGORIES
+    return [(category, text) for category in chosen for text in captions(split, n, category, distinct=False)]
 
 
 def prompts_by_category(source: str, n: int) -> list[tuple[str, str]]:
@@ -394,8 +381,7 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
         UserError: unknown baseline, or a variant that was scored on other prompts or seeds.
     """
     names = list(dict.fromkeys(frame["variant"]))
-    if baseline not in names:
-        raise unknown("variant", baseline, names)
+    check_known("variant", baseline, names)
     metrics = [c for c in frame.columns if c not in ("variant", *KEYS)]
     wide = {name: frame[frame["variant"] == name].set_index(KEYS)[metrics].astype(float).sort_index() for name in names}
     for name, table in wide.items():

@@ -120,7 +120,7 @@ class OnePicture(Reads, _Checked):
         heads = {"heads": read.heads} if read.heads is not None and reads_heads else {}
         values = dict(method.configure(self.asked() | heads).options)
         notes = [f"{sample.name}: {note}" for note in sample.notes] + read.notes
-        notes += [note for note in [model.unknown_words_note([n for one in classes for n in one.synonyms])] if note]
+        notes += model.notes_on_words([name for one in classes for name in one.synonyms])
         notes += notes_on(model, [sample])
         found = self.find(model, pixels, read, values, regions)
         notes += _overflow(found)

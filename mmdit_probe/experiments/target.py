@@ -22,7 +22,7 @@ from mmdit_probe.models.names import (
 )
 from mmdit_probe.results import processes
 from mmdit_probe.results.selection import load_selection
-from mmdit_probe.specs import head_indices, layer_indices, listed
+from mmdit_probe.specs import head_indices, layer_indices, named_of
 
 if TYPE_CHECKING:
     from mmdit_probe.experiments.progress import Progress
@@ -147,8 +147,7 @@ def named(target: Any, asked: Any = None) -> Any:
     found = Named(str(target)) if isinstance(target, str) or hasattr(target, "__fspath__") else target
     streams = getattr(asked, "streams", None)
     if streams is not None and isinstance(found, Named) and (known := streams_of(found.name)) is not None:
-        for name in listed(streams):
-            check_known("encoder stream", name, known)
+        named_of("encoder stream", streams, known)
     counts = counts_of(found.name) if isinstance(found, Named) and asked is not None else None
     if counts is not None:
         layers, heads = counts

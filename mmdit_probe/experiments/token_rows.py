@@ -134,7 +134,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         variants = controls.variants(model, chosen, len(items))
         layers, heads = self.places(model)
         notes = [line for table in model.token_tables(texts) for line in unread(table)]
-        notes += [note for note in [model.unknown_words_note(texts)] if note]
+        notes += model.notes_on_words(texts)
         notes += notes_on(model, pictures, texts, model.default_size) if pictures else []
         request = request_of(
             model,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.observe.probe import probe
@@ -69,10 +69,8 @@ def attribute(
     Raises:
         UserError: unknown method or target, sigma out of range, or no scene with two classes.
     """
-    if method not in METHODS:
-        raise unknown("method", method, METHODS)
-    if target not in TARGETS:
-        raise unknown("target", target, TARGETS)
+    check_known("method", method, METHODS)
+    check_known("target", target, TARGETS)
     if not 0.0 < sigma <= 1.0:
         raise UserError(f"sigma {sigma}: expected a noise level above 0, up to 1")
     chosen = layer_indices(layers, len(model.layers))

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mmdit_probe.data.sample import Sample
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError
 from mmdit_probe.magnet.config import MagnetOptions
 from mmdit_probe.magnet.losses import as_logits, flow_matching, mask_loss, match
 from mmdit_probe.magnet.tap import TextMapTap
 from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.models.tokens import TokenTable
-from mmdit_probe.specs import listed
+from mmdit_probe.specs import named_of
 
 TERMS = ("loss", "flow", "focal", "dice", "masks")
 """Columns of the training log; `masks` is the mean number of aligned masks per sample."""
@@ -191,10 +191,7 @@ def columns_of(config: MagnetOptions, table: TokenTable) -> list[int]:
         UserError: the joint attention reads no such encoder.
     """
     known = dict.fromkeys(table.streams)
-    asked = known if config.streams is None else listed(config.streams)
-    for name in asked:
-        if name not in known:
-            raise unknown("encoder stream", name, known)
+    asked = named_of("encoder stream", known if config.streams is None else config.streams, known)
     return [place for place, stream in enumerate(table.streams) if stream in asked]
 
 

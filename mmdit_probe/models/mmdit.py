@@ -251,17 +251,16 @@ class MMDiT:
         found = dict.fromkeys(prompt[start:stop] for start, stop in words(prompt) if prompt[start].isalnum())
         return [word for word in found if self.vocabulary and not any(find(word, known) for known in self.vocabulary)]
 
-    def unknown_words_note(self, prompts: str | Sequence[str]) -> str:
-        """One line that names the words of prompts (or of classes) that the model cannot know; empty if there are none.
+    def notes_on_words(self, prompts: str | Sequence[str]) -> list[str]:
+        """A line that names the words of prompts (or of classes) that the model cannot know, if there are any.
 
         "scenes-sd3 knows 43 words; not: cat, kitten (it knows ring, star, ...)"
         """
         texts = _texts(prompts) if len(prompts) else []
         unknown = dict.fromkeys(word.lower() for text in texts for word in self.unknown_words(text))
-        if not unknown:
-            return ""
-        known = ", ".join(self.vocabulary[:_LISTED])
-        return f"{self.name} knows {len(self.vocabulary)} words; not: {', '.join(unknown)} (it knows {known}, ...)"
+        known = f"(it knows {', '.join(self.vocabulary[:_LISTED])}, ...)"
+        told = f"{self.name} knows {len(self.vocabulary)} words; not: {', '.join(unknown)} {known}"
+        return [told] if unknown else []
 
     def token_tables(self, prompts: str | Sequence[str]) -> list[TokenTable]:
         """What each text position of these prompts is, without encoding them. `.truncated` names the words cut off.

@@ -32,7 +32,7 @@ from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, not_finite
 from mmdit_probe.plots.overlay import STRENGTH, overlay
-from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices, step_indices
+from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices, named_of, step_indices
 
 if TYPE_CHECKING:
     import numpy as np
@@ -313,8 +313,7 @@ class JointBlocks(Observer):
         reference: int | None = None,
     ) -> None:
         self.layers, self.keep, self.reference = frozenset(layers), tuple(keep), reference
-        for part in self.keep:
-            check_known("part of the joint attention", part, PARTS)
+        named_of("part of the joint attention", self.keep, PARTS)
         self.heads, self.heads_apart = None if heads is None else list(heads), heads_apart
         if self.heads == []:
             raise UserError("no heads to average over; name at least one")

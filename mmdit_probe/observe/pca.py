@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
-from mmdit_probe.specs import HeadSpec, heads_at
+from mmdit_probe.specs import HeadSpec, heads_at, named_of
 
 if TYPE_CHECKING:
     from sklearn.decomposition import IncrementalPCA
@@ -74,8 +74,7 @@ class PCA(Observer):
         heads: HeadSpec = "all",
         reference: int | None = None,
     ) -> None:
-        for kind in kinds:
-            check_known("kind of feature", kind, KINDS)
+        named_of("kind of feature", kinds, KINDS)
         if components < 1:
             raise UserError(f"{components} components; expected 1 or more")
         check_known("solver", solver, SOLVERS)

@@ -8,7 +8,7 @@
 A key's mass is the mean, over the queries of one modality, of the probability on that one key; a sink takes far more
 than 1 / N. Tokens that a sample lacks, or that a mask hides, are neither keys nor queries, nor counted in N. Removing
 sinks (`SinkFree`) does not change which word wins at a pixel within a head; what it does to a mean over heads is
-measured in `experiments.sink_quality`. Not here: masses by kind of token (`observe.mass`).
+measured in `experiments.scenes_quality`. Not here: masses by kind of token (`observe.mass`).
 """
 
 from __future__ import annotations

@@ -23,11 +23,11 @@ from torch.nn import functional as F
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.labels import region_ids
-from mmdit_probe.errors import RunError, UserError, check_known, first_line
+from mmdit_probe.errors import RunError, UserError, first_line
 from mmdit_probe.models.tokens import SPAN_KINDS, Token, TokenTable
 from mmdit_probe.observe.maps import second_eigenvalue
 from mmdit_probe.segment.vocabulary import Prompt, Query
-from mmdit_probe.specs import Spec
+from mmdit_probe.specs import Spec, named_of
 
 OWN_PARTS = ("i2t", "i2t_logit", "i2i", "features", "concepts")
 """What `Capture.of` takes of one's own tensors."""
@@ -183,8 +183,7 @@ class Capture:
             UserError: an unknown part, something that is no array of real numbers, a shape that does not fit the grid,
                 layers that differ, positions outside the text.
         """
-        for name in parts:
-            check_known("part of a capture", name, OWN_PARTS)
+        named_of("part of a capture", parts, OWN_PARTS)
         if not isinstance(grid, Sequence) or len(grid) != 2 or not all(_whole(side) and side > 0 for side in grid):
             raise UserError(f"grid is {grid!r}; expected (h, w), whole numbers of image tokens")
         by_part = {
@@ -376,8 +375,7 @@ def _prompt(spans: Mapping[str, Sequence[int]], kinds: Sequence[str] | None, len
     )
     if not fits:
         raise UserError('spans: expected class name -> its text positions, such as {"cat": [1, 2]}')
-    for kind in kinds if kinds is not None else ():
-        check_known("span kind", kind, SPAN_KINDS)
+    named_of("span kind", () if kinds is None else kinds, SPAN_KINDS)
     owner = {place: (index, name) for index, (name, places) in enumerate(spans.items()) for place in places}
     total = length if length is not None else max([*owner, -1]) + 1
     if kinds is not None and len(kinds) != total:

@@ -339,7 +339,7 @@ def test_texts_of_pictures_may_stand_in_a_file(tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("a cat\n# a remark\n\na red ring\n", encoding="utf-8")
     told = {"images": "scenes:val", "limit": 2, "prompts": str(tmp_path / "texts.txt")}
     for ask in (Diagnose(**told), FeaturePCA(**told)):  # type: ignore[arg-type]
-        assert ask.captions(ask.gather(True)) == ["a cat", "a red ring"]
+        assert ask.texts(ask.gather(True), 0)[0] == ["a cat", "a red ring"]
     drawn = WordMaps(prompt=str(tmp_path / "texts.txt"), images="scenes:val", limit=2)
     assert drawn.gather(True)[0] == AttentionBudget(**told).gather(True)[0] == ["a cat", "a red ring"]  # type: ignore[arg-type]
     with pytest.raises(UserError, match="2 prompts for 3 pictures"):

@@ -14,7 +14,7 @@ from mmdit_probe.experiments.generate import summarise as guided
 from mmdit_probe.experiments.head_triage import verdicts as heads
 from mmdit_probe.experiments.perturb import CONTROL, EDIT, STOCK
 from mmdit_probe.experiments.perturb import summarise as perturbed
-from mmdit_probe.experiments.sink_quality import CLEAN, PLAIN, improvement
+from mmdit_probe.experiments.scenes_quality import CLEAN, PLAIN, improvement
 
 Values = dict[int, np.ndarray]
 

@@ -183,7 +183,7 @@ def test_seeds_and_numbers_are_checked_before_anything_runs(model: MMDiT) -> Non
 
 
 def test_only_embedded_models_have_words_that_they_cannot_know(model: MMDiT) -> None:
-    assert model.vocabulary == () and model.unknown_words("any word") == [] and model.unknown_words_note("kitten") == ""
+    assert model.vocabulary == () and model.unknown_words("any word") == [] and model.notes_on_words("kitten") == []
 
 
 def test_an_embedded_model_names_the_words_it_does_not_know() -> None:
@@ -196,6 +196,6 @@ def test_an_embedded_model_names_the_words_it_does_not_know() -> None:
     assert model.vocabulary == WORDS and len(WORDS) == 43
     assert model.unknown_words("A wet cat, two Red rings and a cat!") == ["wet", "cat"]
     assert model.unknown_words("a red ring on grass") == [] == model.unknown_words("")
-    assert model.unknown_words_note(["cat", "Kitten", "a cat"]) == (
+    assert model.notes_on_words(["cat", "Kitten", "a cat"]) == [
         f"scenes-sd3 knows 43 words; not: cat, kitten (it knows {', '.join(WORDS[:15])}, ...)"
-    )
+    ]

@@ -109,7 +109,7 @@ def test_maps_without_sinks_are_the_softmax_without_those_keys(pipe: Any) -> Non
 def test_scores_of_planted_maps() -> None:
     """A bright sink in one head hides the words in the mean over heads; without it they are found."""
     from mmdit_probe import load
-    from mmdit_probe.experiments.sink_quality import CLEAN, MEAN, PLAIN, improvement, map_scores
+    from mmdit_probe.experiments.scenes_quality import CLEAN, MEAN, PLAIN, improvement, map_scores
     from mmdit_probe.observe.pca import token_classes
     from mmdit_probe.scenes import scene
     from mmdit_probe.scenes.world import CLASSES

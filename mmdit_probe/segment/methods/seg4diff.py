@@ -21,7 +21,7 @@ from mmdit_probe.segment.methods.base import Heads, Method, by_class, pick_heads
 from mmdit_probe.segment.record import Capture, JointRecord
 from mmdit_probe.segment.tail import minmax as over_space
 from mmdit_probe.segment.vocabulary import Query
-from mmdit_probe.specs import listed
+from mmdit_probe.specs import listed, named_of
 
 SOFTMAX = ("auto", "joint", "text", "image-odds", "words", "logit")
 REDUCE = ("mean", "sum", "max")
@@ -152,9 +152,7 @@ def unsupervised(
     table = first.prompt.table
     mode = "joint" if softmax == "auto" else softmax
     maps = capture.over_layers(_columns(mode, table.positions("word"), heads))  # [I, T]
-    wanted = None if kinds == "all" else listed(kinds)
-    for kind in wanted or ():
-        check_known("span kind", kind, SPAN_KINDS)
+    wanted = None if kinds == "all" else named_of("span kind", kinds, SPAN_KINDS)
     places = [
         place
         for place, token in enumerate(table.tokens)
