@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,6 +41,10 @@ DATA, ALIGNMENT, LOSS, LORA, OPTIMISER, LOOKS = "Data", "Alignment", "Loss", "Lo
 """Panels. Options of the first say what is read (the data describe themselves), of the last what is looked at on the
 way: neither is part of what decides a training on given data. No torch here: `--help` reads this."""
 
+_data, _maps, _loss, _lora, _optimiser, _looks = (
+    partial(Option, panel=panel) for panel in (DATA, ALIGNMENT, LOSS, LORA, OPTIMISER, LOOKS)
+)
+
 RECIPES: dict[str, dict[str, Any]] = {
     "paper": {"streams": "clip"},
     "ours": {
@@ -56,20 +61,18 @@ embedded model (`analyses/magnet_scenes.py`)."""
 class LossWeights:
     """Weights of the objective and of the matching cost; the defaults are the paper's (its code's for the matcher)."""
 
-    flow_weight: Annotated[float, Option("Weight of flow matching.", min=0, max=1e6, panel=LOSS)] = 1.0
-    mask_weight: Annotated[float, Option("lambda_mask, of focal and dice.", min=0, max=1e6, panel=LOSS)] = 1.0
-    focal_weight: Annotated[float, Option("lambda_focal.", min=0, max=1e6, panel=LOSS)] = 0.1
-    dice_weight: Annotated[float, Option("lambda_dice.", min=0, max=1e6, panel=LOSS)] = 0.2
+    flow_weight: Annotated[float, _loss("Weight of flow matching.", min=0, max=1e6)] = 1.0
+    mask_weight: Annotated[float, _loss("lambda_mask, of focal and dice.", min=0, max=1e6)] = 1.0
+    focal_weight: Annotated[float, _loss("lambda_focal.", min=0, max=1e6)] = 0.1
+    dice_weight: Annotated[float, _loss("lambda_dice.", min=0, max=1e6)] = 0.2
     focal: Annotated[
         Literal["paper", "released"],
-        Option("paper, or released: the published code's, which took logits for probabilities.", panel=LOSS),
+        _loss("paper, or released: the published code's, which took logits for probabilities."),
     ] = "paper"
-    focal_alpha: Annotated[
-        float, Option("Class balance of the focal loss; negative: none.", min=-1, max=1, panel=LOSS)
-    ] = 0.25
-    focal_gamma: Annotated[float, Option("Focus of the focal loss.", min=0, max=16, panel=LOSS)] = 2.0
-    match_focal: Annotated[float, Option("Focal share of the matching cost.", min=0, max=1e6, panel=LOSS)] = 0.02
-    match_dice: Annotated[float, Option("Dice share of the matching cost.", min=0, max=1e6, panel=LOSS)] = 1.0
+    focal_alpha: Annotated[float, _loss("Class balance of the focal loss; negative: none.", min=-1, max=1)] = 0.25
+    focal_gamma: Annotated[float, _loss("Focus of the focal loss.", min=0, max=16)] = 2.0
+    match_focal: Annotated[float, _loss("Focal share of the matching cost.", min=0, max=1e6)] = 0.02
+    match_dice: Annotated[float, _loss("Dice share of the matching cost.", min=0, max=1e6)] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,135 +83,97 @@ class MagnetOptions(LossWeights):
         UserError: an option outside its type, choices or range, or two that exclude each other.
     """
 
-    layers: Annotated[
-        Spec | None, Option("Layers whose maps are aligned, 0-based: 9, 7-11 or 0,9; averaged.", panel=ALIGNMENT)
-    ] = None
-    selection: Annotated[
-        Path | None, Option("LayerSelection file of select-layers, instead of --layers.", panel=ALIGNMENT)
-    ] = None
+    layers: Annotated[Spec | None, _maps("Layers whose maps are aligned, 0-based: 9, 7-11 or 0,9; averaged.")] = None
+    selection: Annotated[Path | None, _maps("LayerSelection file of select-layers, instead of --layers.")] = None
     dataset: Annotated[
         str,
-        Option(
+        _data(
             "scenes:train; a folder of pictures with captions and masks; coco-stuff:ROOT, coco-panoptic:ROOT, "
-            "coco-instances:ROOT; or sa1b:ROOT.",
-            panel=DATA,
+            "coco-instances:ROOT; or sa1b:ROOT."
         ),
     ] = "scenes:train"
     masks: Annotated[
-        Masks,
-        Option(
-            "class (named), part (scenes), self (the model's own maps), self-segments, or none: the control.",
-            panel=DATA,
-        ),
+        Masks, _data("class (named), part (scenes), self (the model's own maps), self-segments, or none: the control.")
     ] = "class"
     prompt_kind: Annotated[
         Literal["list", "caption", "mixed"] | None,
-        Option(
-            "list (class names), caption, or mixed (scenes).", shown_default="list where masks have names", panel=DATA
-        ),
+        _data("list (class names), caption, or mixed (scenes).", shown_default="list where masks have names"),
     ] = None
-    limit: Annotated[
-        int | None, Option("Use the first LIMIT pictures.", min=1, shown_default="1000 of scenes", panel=DATA)
-    ] = None
-    split: Annotated[str, Option("Split of COCO.", panel=DATA)] = "train2017"
-    fit: Annotated[Literal["crop", "squash"], Option("How pictures on disk meet the model's size.", panel=DATA)] = (
-        "crop"
-    )
+    limit: Annotated[int | None, _data("Use the first LIMIT pictures.", min=1, shown_default="1000 of scenes")] = None
+    split: Annotated[str, _data("Split of COCO.")] = "train2017"
+    fit: Annotated[Literal["crop", "squash"], _data("How pictures on disk meet the model's size.")] = "crop"
     captions: Annotated[
-        Path | None, Option("Captions as JSON, used instead of the data's own; --caption-model extends it.", panel=DATA)
+        Path | None, _data("Captions as JSON, used instead of the data's own; --caption-model extends it.")
     ] = None
     caption_model: Annotated[
-        str | None,
-        Option("Image-to-text model (folder or hub id) that writes the captions not yet in --captions.", panel=DATA),
+        str | None, _data("Image-to-text model (folder or hub id) that writes the captions not yet in --captions.")
     ] = None
-    caption_instruction: Annotated[str, Option("What the captioning model is told.", panel=DATA)] = ""
-    sentences: Annotated[
-        int | None, Option("Sentences of a caption to use.", min=1, shown_default="all", panel=DATA)
-    ] = None
-    refine: Annotated[str, Option("Refinement of the model's own masks.", panel=DATA)] = "affinity"
+    caption_instruction: Annotated[str, _data("What the captioning model is told.")] = ""
+    sentences: Annotated[int | None, _data("Sentences of a caption to use.", min=1, shown_default="all")] = None
+    refine: Annotated[str, _data("Refinement of the model's own masks.")] = "affinity"
 
     alignment: Annotated[
         Alignment | None,
-        Option(
+        _maps(
             "token: the map of a class's words meets its mask; head: maps of layers x heads x tokens meet masks by "
             "bipartite matching; none: flow matching alone.",
             shown_default="by --masks",
-            panel=ALIGNMENT,
         ),
     ] = None
-    space: Annotated[Space, Option("Maps before (logit) or after (probability) the softmax.", panel=ALIGNMENT)] = (
-        "logit"
-    )
-    normalise: Annotated[Normalise, Option("Stretch every map to 0..1 over space, or not.", panel=ALIGNMENT)] = "none"
+    space: Annotated[Space, _maps("Maps before (logit) or after (probability) the softmax.")] = "logit"
+    normalise: Annotated[Normalise, _maps("Stretch every map to 0..1 over space, or not.")] = "none"
     streams: Annotated[
-        str | None,
-        Option("Text tokens of these encoders only, e.g. clip (the paper).", shown_default="all", panel=ALIGNMENT),
+        str | None, _maps("Text tokens of these encoders only, e.g. clip (the paper).", shown_default="all")
     ] = None
     score_head: Annotated[
         Literal["none", "conv"],
-        Option("conv: the published code's hidden 3-convolution head on the maps, an ablation.", panel=ALIGNMENT),
+        _maps("conv: the published code's hidden 3-convolution head on the maps, an ablation."),
     ] = "none"
-    drop_prompt: Annotated[
-        float, Option("Share of samples with an empty prompt, without masks.", min=0, max=1, panel=ALIGNMENT)
-    ] = 0.0
+    drop_prompt: Annotated[float, _maps("Share of samples with an empty prompt, without masks.", min=0, max=1)] = 0.0
 
-    lora_layers: Annotated[Spec, Option("Layers that get an adapter: all, selected, 9, 7-11 or 0,9.", panel=LORA)] = (
-        "all"
-    )
-    lora_streams: Annotated[
-        Literal["image", "joint"], Option("Streams whose projections get an adapter.", panel=LORA)
-    ] = "image"
-    rank: Annotated[int, Option("Rank.", min=1, max=4096, panel=LORA)] = 16
-    alpha: Annotated[float, Option("Scale times rank.", above=0, max=1e6, panel=LORA)] = 16.0
+    lora_layers: Annotated[Spec, _lora("Layers that get an adapter: all, selected, 9, 7-11 or 0,9.")] = "all"
+    lora_streams: Annotated[Literal["image", "joint"], _lora("Streams whose projections get an adapter.")] = "image"
+    rank: Annotated[int, _lora("Rank.", min=1, max=4096)] = 16
+    alpha: Annotated[float, _lora("Scale times rank.", above=0, max=1e6)] = 16.0
     ema: Annotated[
-        float,
-        Option("Decay of an averaged adapter, which is validated and saved; 0: off.", min=0, max=0.999999, panel=LORA),
+        float, _lora("Decay of an averaged adapter, which is validated and saved; 0: off.", min=0, max=0.999999)
     ] = 0.0
 
-    train_steps: Annotated[int, Option("Optimiser steps.", min=1, max=10**8, panel=OPTIMISER)] = 3000
-    batch: Annotated[int, Option("Samples per process and micro-batch.", min=1, max=65536, panel=OPTIMISER)] = 8
-    accumulation: Annotated[int, Option("Micro-batches per step.", min=1, max=65536, panel=OPTIMISER)] = 1
-    rate: Annotated[float, Option("Learning rate of AdamW.", above=0, max=1, panel=OPTIMISER)] = 1e-4
+    train_steps: Annotated[int, _optimiser("Optimiser steps.", min=1, max=10**8)] = 3000
+    batch: Annotated[int, _optimiser("Samples per process and micro-batch.", min=1, max=65536)] = 8
+    accumulation: Annotated[int, _optimiser("Micro-batches per step.", min=1, max=65536)] = 1
+    rate: Annotated[float, _optimiser("Learning rate of AdamW.", above=0, max=1)] = 1e-4
     warmup: Annotated[
-        int | None,
-        Option("Warm-up steps.", min=0, shown_default="500, at most a sixth of --train-steps", panel=OPTIMISER),
+        int | None, _optimiser("Warm-up steps.", min=0, shown_default="500, at most a sixth of --train-steps")
     ] = None
-    floor: Annotated[float, Option("Share of the rate that warm-up starts from.", min=0, max=1, panel=OPTIMISER)] = 0.01
-    decay: Annotated[float, Option("Weight decay.", min=0, max=1, panel=OPTIMISER)] = 1e-4
+    floor: Annotated[float, _optimiser("Share of the rate that warm-up starts from.", min=0, max=1)] = 0.01
+    decay: Annotated[float, _optimiser("Weight decay.", min=0, max=1)] = 1e-4
     max_grad_norm: Annotated[
-        float, Option("Largest gradient norm; larger ones are scaled down.", above=0, max=1e6, panel=OPTIMISER)
+        float, _optimiser("Largest gradient norm; larger ones are scaled down.", above=0, max=1e6)
     ] = 0.01
-    sigma_mean: Annotated[float, Option("Mean of the logit-normal noise level.", min=-20, max=20, panel=OPTIMISER)] = (
-        0.0
-    )
-    sigma_std: Annotated[float, Option("Its standard deviation.", min=0, max=20, panel=OPTIMISER)] = 0.5
-    precision: Annotated[
-        Literal["no", "bf16", "fp16"], Option("Autocast; the adapter stays float32.", panel=OPTIMISER)
-    ] = "no"
-    checkpointing: Annotated[bool, Option("Recompute activations to save memory.", panel=OPTIMISER)] = False
-    seed: Annotated[int, Option("Of everything that is drawn.", min=0, max=LAST_SEED, panel=OPTIMISER)] = 0
+    sigma_mean: Annotated[float, _optimiser("Mean of the logit-normal noise level.", min=-20, max=20)] = 0.0
+    sigma_std: Annotated[float, _optimiser("Its standard deviation.", min=0, max=20)] = 0.5
+    precision: Annotated[Literal["no", "bf16", "fp16"], _optimiser("Autocast; the adapter stays float32.")] = "no"
+    checkpointing: Annotated[bool, _optimiser("Recompute activations to save memory.")] = False
+    seed: Annotated[int, _optimiser("Of everything that is drawn.", min=0, max=LAST_SEED)] = 0
 
     validation: Annotated[
         str | None,
-        Option(
-            "Held-out pictures with named masks: scenes:val or a folder.",
-            shown_default="scenes:val of scenes",
-            panel=LOOKS,
-        ),
+        _looks("Held-out pictures with named masks: scenes:val or a folder.", shown_default="scenes:val of scenes"),
     ] = None
-    validate_every: Annotated[int, Option("Steps between validations; 0: at the end.", min=0, panel=LOOKS)] = 0
-    validate_limit: Annotated[int, Option("Held-out pictures.", min=0, panel=LOOKS)] = 64
-    validate_sigma: Annotated[float, Option("Noise level of the validated maps.", above=0, max=1, panel=LOOKS)] = 0.515
+    validate_every: Annotated[int, _looks("Steps between validations; 0: at the end.", min=0)] = 0
+    validate_limit: Annotated[int, _looks("Held-out pictures.", min=0)] = 64
+    validate_sigma: Annotated[float, _looks("Noise level of the validated maps.", above=0, max=1)] = 0.515
     sample_prompts: Annotated[
         str | Sequence[str] | None,
-        Option("Prompts of the sample grid at every validation: a text, a file with one per line, or a set.",
-               shown_default="none", panel=LOOKS),
+        _looks("Prompts of the sample grid at every validation: a text, a file with one per line, or a set.",
+               shown_default="none")
     ] = None  # fmt: skip
-    sample_num_steps: Annotated[int, Option("Sampling steps of the grid.", min=1, max=1000, panel=LOOKS)] = 28
-    sample_guidance: Annotated[float, Option("Guidance scale of the grid.", min=0, max=1000, panel=LOOKS)] = 7.5
-    save_every: Annotated[int, Option("Steps between checkpoints.", min=1, panel=LOOKS)] = 100
+    sample_num_steps: Annotated[int, _looks("Sampling steps of the grid.", min=1, max=1000)] = 28
+    sample_guidance: Annotated[float, _looks("Guidance scale of the grid.", min=0, max=1000)] = 7.5
+    save_every: Annotated[int, _looks("Steps between checkpoints.", min=1)] = 100
     report_to: Annotated[
-        Literal["tensorboard", "wandb"] | None, Option("Tracker of the training log, beside the CSV.", panel=LOOKS)
+        Literal["tensorboard", "wandb"] | None, _looks("Tracker of the training log, beside the CSV.")
     ] = None
 
     def __post_init__(self) -> None:
