@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, plain, request_of
-from mmdit_probe.experiments.options import INPUT, Control, LayersAndHeads
+from mmdit_probe.experiments.options import Control, Input, LayersAndHeads
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.scenes import scene
@@ -51,8 +51,8 @@ class Attribute(LayersAndHeads, Experiment):
         Literal["loss", "mass"],
         Option("A region's denoising loss, or the mass of the word's own map in it, per layer."),
     ] = "loss"
-    limit: Annotated[int, Option("Scenes.", min=2, panel=INPUT)] = 24
-    split: Annotated[Literal["train", "val", "test"], Option("Scenes split.", panel=INPUT)] = "val"
+    limit: Annotated[int, Input("Scenes.", min=2)] = 24
+    split: Annotated[Literal["train", "val", "test"], Input("Scenes split.")] = "val"
     sigma: Annotated[float, Option("Noise level, above 0 (clean) to 1 (noise).", above=0, max=1)] = 0.7
     control: Control = "none"
 

@@ -19,7 +19,7 @@ from mmdit_probe.data import Dataset, paper_table, read_json
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.experiments.attention_budget import PAPER_MODEL
 from mmdit_probe.experiments.experiment import Experiment, Study, plain, text_of
-from mmdit_probe.experiments.options import INPUT, OUTPUT
+from mmdit_probe.experiments.options import Input, Output
 from mmdit_probe.experiments.presets import AS_WORD, PAPER_LENGTH, PRESETS, Preset
 from mmdit_probe.experiments.reading import FIT, SIGMA, Network, Reads, check_streams_read
 from mmdit_probe.experiments.target import knows_scenes
@@ -85,12 +85,8 @@ class Evaluate(Reads, Experiment):
         "--sweep layer --layers all --limit 20",
     )
 
-    dataset: Annotated[
-        str, Option("scenes:val, or NAME:ROOT; `mmdit-probe datasets list` names them.", panel=INPUT)
-    ] = "scenes:val"
-    limit: Annotated[
-        int | None, Option("Use the first LIMIT images.", min=1, shown_default="200 scenes, or all", panel=INPUT)
-    ] = None
+    dataset: Annotated[str, Input("scenes:val, or NAME:ROOT; `mmdit-probe datasets list` names them.")] = "scenes:val"
+    limit: Annotated[int | None, Input("Use the first LIMIT images.", min=1, shown_default="200 scenes, or all")] = None
     preset: Annotated[
         Literal[
             "seg4diff", "seg4diff-unsup", "diffseg", "diffcut", "diffsegmenter", "iseg", "proxyclip", "corrclip"
@@ -130,9 +126,7 @@ class Evaluate(Reads, Experiment):
         Option("Compare labels at HxW, or short:SIDE, of what the network is shown.", shown_default="the label's own"),
     ] = None
     many_to_one: Annotated[bool, Option("Segments left over join the background class (DiffCut).")] = False
-    tags: Annotated[
-        Path | None, Option("JSON for the protocol 'predicted': image name -> class names.", panel=INPUT)
-    ] = None
+    tags: Annotated[Path | None, Input("JSON for the protocol 'predicted': image name -> class names.")] = None
     tagger: Annotated[
         str | None,
         Option("Tagger for the protocol 'predicted': a CLIP (embedded name, folder or hub id), or scenes-parser."),
@@ -149,9 +143,9 @@ class Evaluate(Reads, Experiment):
         Option("Rows of a forward, of several images and prompts: auto (what a GPU's memory holds, what is fastest on a"
                " CPU) or a number. Scores do not depend on it.", values=("auto",)),
     ] = "auto"  # fmt: skip
-    cache: Annotated[
-        Path | None, Option("Keep captured forwards here, so that methods re-run without the model.", panel=OUTPUT)
-    ] = None
+    cache: Annotated[Path | None, Output("Keep captured forwards here, so that methods re-run without the model.")] = (
+        None
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -22,9 +22,9 @@ from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, plain, request_of
 from mmdit_probe.experiments.options import (
-    OUTPUT,
     Control,
     LayersAndHeads,
+    Output,
     OverReference,
     Pictured,
     notes_on,
@@ -83,8 +83,8 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
         Literal["exact", "incremental"],
         Option("Streaming fit: exact (D x D per layer), or scikit-learn's IncrementalPCA."),
     ] = "exact"
-    shown: Annotated[int, Option("Pictures in the figure.", min=1, panel=OUTPUT)] = 2
-    batch: Annotated[int, Option("Pictures per denoising call.", min=1, panel=OUTPUT)] = 8
+    shown: Annotated[int, Output("Pictures in the figure.", min=1)] = 2
+    batch: Annotated[int, Output("Pictures per denoising call.", min=1)] = 8
     control: Control = "none"
 
     default_pictures = 24

@@ -21,7 +21,7 @@ import numpy as np
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
-from mmdit_probe.experiments.options import INPUT
+from mmdit_probe.experiments.options import Input
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import ALIKE, HIGHER, LOWER, NONE, TOO_FEW, holm, interval, p_value, two_sided
@@ -59,9 +59,9 @@ class HeadTriage(Experiment):
     headlined = ("span", ALL)
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.")] = "all"
-    limit: Annotated[int, Option("Scenes to report on.", min=2, panel=INPUT)] = 64
-    report: Annotated[Literal["val", "test"], Option("Scenes to report on.", panel=INPUT)] = "test"
-    train_limit: Annotated[int, Option("Training scenes to select and calibrate on.", min=2, panel=INPUT)] = 64
+    limit: Annotated[int, Input("Scenes to report on.", min=2)] = 64
+    report: Annotated[Literal["val", "test"], Input("Scenes to report on.")] = "test"
+    train_limit: Annotated[int, Input("Training scenes to select and calibrate on.", min=2)] = 64
     sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise.", min=0, max=1)] = 0.515
 
     def gather(self, scenes: bool) -> list[Scene]:

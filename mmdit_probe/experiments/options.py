@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 INPUT, MODEL, OUTPUT, DETAIL = "Input", "Model", "Output", "Model: memory, text, size"
 """Headings of the options in `--help`, beside `options.METHOD`."""
+
+Input, Output = partial(Option, panel=INPUT), partial(Option, panel=OUTPUT)
+"""Options under these headings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +88,8 @@ def selected_places(selection: Path | str | LayerSelection, model: MMDiT) -> tup
 
 Prompts = Annotated[
     str | Sequence[str] | None,
-    Option(
-        "File with one prompt per line, a text, or a set: everyday, scenes:train|val|test (50 prompts).",
-        shown_default="scenes:val for embedded models, else everyday", panel=INPUT,
-    ),
+    Input("File with one prompt per line, a text, or a set: everyday, scenes:train|val|test (50 prompts).",
+          shown_default="scenes:val for embedded models, else everyday"),
 ]  # fmt: skip
 
 
@@ -109,10 +111,7 @@ SAMPLED = ("num_steps", "guidance")
 class Filmed:
     """How videos are written, of models that make them."""
 
-    video: Annotated[
-        Literal["gif", "mp4"],
-        Option("File of videos: gif, or mp4 (with imageio-ffmpeg).", panel=OUTPUT),
-    ] = "gif"  # fmt: skip
+    video: Annotated[Literal["gif", "mp4"], Output("File of videos: gif, or mp4 (with imageio-ffmpeg).")] = "gif"
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
@@ -141,7 +140,7 @@ class Referring:
     """Pictures that an editing model is given beside the prompt."""
 
     references: Annotated[
-        Any, Option("Pictures that an editing model is given: files by comma, a folder, or scenes:val:3.", panel=INPUT)
+        Any, Input("Pictures that an editing model is given: files by comma, a folder, or scenes:val:3.")
     ] = None
 
     def load(self, target: Any, shown: Progress) -> Any:
@@ -195,24 +194,15 @@ class Pictured:
 
     images: Annotated[
         str | Path | Sequence[Any] | None,
-        Option(
-            "Pictures: a folder, a file, or scenes:train|val|test.", shown_default="scenes:val for embedded models",
-            panel=INPUT,
-        ),
-    ] = None  # fmt: skip
+        Input("Pictures: a folder, a file, or scenes:train|val|test.", shown_default="scenes:val for embedded models"),
+    ] = None
     prompts: Annotated[
         str | Sequence[str] | None,
-        Option("A text for all pictures, or a file with one per line and picture.", shown_default="their captions",
-               panel=INPUT),
-    ] = None  # fmt: skip
+        Input("A text for all pictures, or a file with one per line and picture.", shown_default="their captions"),
+    ] = None
     limit: Annotated[
         int | None,
-        Option(
-            "Use the first LIMIT pictures.",
-            min=1,
-            shown_default="{0.default_pictures}, or all of --images",
-            panel=INPUT,
-        ),
+        Input("Use the first LIMIT pictures.", min=1, shown_default="{0.default_pictures}, or all of --images"),
     ] = None
     sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1)] = 0.515
 

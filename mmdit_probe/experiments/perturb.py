@@ -19,7 +19,7 @@ import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.options import OUTPUT, EditControl, Edited, LayersAndHeads, check_streams
+from mmdit_probe.experiments.options import EditControl, Edited, LayersAndHeads, Output, check_streams
 from mmdit_probe.experiments.sweep import (
     BUDGET,
     EQUAL,
@@ -86,9 +86,7 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
     renormalise: Annotated[bool, Option("Rescale edited rows to a total of 1.")] = False
     steps: Annotated[Spec, Option("Sampling steps to edit: all, 0,20, 0-4, last-8.")] = "all"
     branch: Annotated[Literal["all", "cond", "uncond"], Option("Guidance branch to edit.")] = "all"
-    shown: Annotated[
-        int, Option("Keep the images of this many prompts for the contact sheet.", min=0, panel=OUTPUT)
-    ] = 4
+    shown: Annotated[int, Output("Keep the images of this many prompts for the contact sheet.", min=0)] = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,8 +13,8 @@ from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
 from mmdit_probe.experiments.known import KnownLayers, grounding_layers
 from mmdit_probe.experiments.options import (
-    INPUT,
     SAMPLED,
+    Input,
     Referring,
     Sampling,
     captions_of,
@@ -63,22 +63,16 @@ class Pictures(Sampling, Referring, Experiment):
 
     prompt: Annotated[
         str | Sequence[str] | None,
-        Option("What to draw, or the text of --images; also a file of prompts or a set.", argument=True, panel=INPUT),
+        Input("What to draw, or the text of --images; also a file of prompts or a set.", argument=True),
     ] = None
     words: Annotated[
-        str | Sequence[str] | None,
-        Option("Words or phrases of the prompt, by comma.", shown_default="all of them", panel=INPUT),
+        str | Sequence[str] | None, Input("Words or phrases of the prompt, by comma.", shown_default="all of them")
     ] = None
     images: Annotated[
-        Any,
-        Option("Photos to read instead of drawing: a file, a folder, or scenes:val:3.", also=("--image",), panel=INPUT),
+        Any, Input("Photos to read instead of drawing: a file, a folder, or scenes:val:3.", also=("--image",))
     ] = None
-    limit: Annotated[
-        int | None, Option("Use the first LIMIT prompts or pictures.", min=1, shown_default="all", panel=INPUT)
-    ] = None
-    images_per_prompt: Annotated[
-        int, Option("Pictures per prompt, each with a seed of its own.", min=1, panel=INPUT)
-    ] = 1
+    limit: Annotated[int | None, Input("Use the first LIMIT prompts or pictures.", min=1, shown_default="all")] = None
+    images_per_prompt: Annotated[int, Input("Pictures per prompt, each with a seed of its own.", min=1)] = 1
     height: Side = None
     width: Side = None
     streams: Annotated[

@@ -22,14 +22,13 @@ from mmdit_probe.experiments.attention_budget import AttentionBudget
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.explore import Explore
 from mmdit_probe.experiments.feature_pca import FeaturePCA
-from mmdit_probe.experiments.options import INPUT, Control, Prompts, Sampling, prompts_of
+from mmdit_probe.experiments.options import Control, Input, Prompts, Sampling, prompts_of
 from mmdit_probe.experiments.perturb import Perturb
 from mmdit_probe.experiments.select_layers import SelectLayers
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable
 from mmdit_probe.experiments.value_norms import ValueNorms
 from mmdit_probe.experiments.word_maps import WordMaps
-from mmdit_probe.options import Option
 from mmdit_probe.results import processes
 from mmdit_probe.results.folder import AUTO
 from mmdit_probe.results.selection import FILE, LayerSelection
@@ -70,10 +69,9 @@ class Report(Sampling, Experiment):
 
     prompts: Prompts = None
     images: Annotated[
-        str | Path | None,
-        Option("Pictures for the PCA: a folder.", shown_default="scenes:val for embedded models", panel=INPUT),
+        str | Path | None, Input("Pictures for the PCA: a folder.", shown_default="scenes:val for embedded models")
     ] = None
-    limit: Annotated[int, Option("Prompts and pictures per analysis.", min=4, panel=INPUT)] = 8
+    limit: Annotated[int, Input("Prompts and pictures per analysis.", min=4)] = 8
     control: Control = "uniform"
 
     def gather(self, scenes: bool) -> list[str]:

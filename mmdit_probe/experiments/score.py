@@ -23,7 +23,7 @@ from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.data import prompts
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
-from mmdit_probe.experiments.options import INPUT, OUTPUT, Referring, Sampling
+from mmdit_probe.experiments.options import Input, Output, Referring, Sampling
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
@@ -85,22 +85,19 @@ class Score(Sampling, Referring, Experiment):
     tables = ("scores", "maps")
     columns: ClassVar[Mapping[str, Sequence[str]]] = {"maps": ("low", "high")}
 
-    lora: Annotated[
-        Sequence[str], Option("Adapter to compare with the base model: [NAME=]PATH; repeatable.", panel=INPUT)
-    ] = ()
+    lora: Annotated[Sequence[str], Input("Adapter to compare with the base model: [NAME=]PATH; repeatable.")] = ()
     baseline: Annotated[str, Option("Variant that differences are taken to.")] = BASE
-    categories: Annotated[str, Option("all, none, or categories of scenes: colour,numeracy,...", panel=INPUT)] = "all"
-    limit: Annotated[int, Option("Prompts per category.", min=1, panel=INPUT)] = 20
-    split: Annotated[Literal["train", "val", "test"], Option("Split of the scenes captions.", panel=INPUT)] = "val"
+    categories: Annotated[str, Input("all, none, or categories of scenes: colour,numeracy,...")] = "all"
+    limit: Annotated[int, Input("Prompts per category.", min=1)] = 20
+    split: Annotated[Literal["train", "val", "test"], Input("Split of the scenes captions.")] = "val"
     prompts: Annotated[
         str | None,
-        Option(
+        Input(
             "Score these prompts instead of scenes categories: a file, a text, a set, or a folder with one text file"
-            " per category (T2I-CompBench: colour_val.txt, ...).",
-            panel=INPUT,
+            " per category (T2I-CompBench: colour_val.txt, ...)."
         ),
     ] = None
-    images_per_prompt: Annotated[int, Option("Pictures per prompt.", min=1, panel=INPUT)] = 1
+    images_per_prompt: Annotated[int, Input("Pictures per prompt.", min=1)] = 1
     map_sigma: Annotated[
         str, Option("Noise levels at which the word maps of LIMIT scenes are scored per layer, by comma; or none.")
     ] = "none"
@@ -110,10 +107,8 @@ class Score(Sampling, Referring, Experiment):
     vqa: Annotated[
         str | None, Option("BLIP question-answering model (folder or hub id): P(yes) of each noun phrase.")
     ] = None
-    export: Annotated[
-        Path | None, Option("Also write the pictures in T2I-CompBench's folder layout.", panel=OUTPUT)
-    ] = None
-    batch: Annotated[int, Option("Pictures sampled at once.", min=1, panel=OUTPUT)] = 16
+    export: Annotated[Path | None, Output("Also write the pictures in T2I-CompBench's folder layout.")] = None
+    batch: Annotated[int, Output("Pictures sampled at once.", min=1)] = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()

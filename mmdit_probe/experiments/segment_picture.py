@@ -21,7 +21,7 @@ import numpy as np
 from mmdit_probe.data import Sample, parse_classes, single
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import described, plain, request_of
-from mmdit_probe.experiments.options import INPUT, notes_on
+from mmdit_probe.experiments.options import Input, notes_on
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.reading import Network, Read, Reads, check_streams_read
 from mmdit_probe.experiments.text import Text, TextTable, page
@@ -56,14 +56,14 @@ class OnePicture(Reads, _Checked):
     without: ClassVar[tuple[str, ...]] = ("resume",)
     unsupervised: ClassVar[bool]
 
-    image: Annotated[Any, Option("Picture file, or scenes:val:0.", argument=True, panel=INPUT)]
+    image: Annotated[Any, Input("Picture file, or scenes:val:0.", argument=True)]
     method: str
     options: Annotated[Sequence[str], Option("Option of the method: name=value; repeatable.", flag="--set")] = ()
     refine: Annotated[str, Option(REFINE, values=("none", *STEPS))] = "none"
     regions: Annotated[
         Path | None,
-        Option("Label map of another program's regions (SAM, ...), 0 where there is none, for methods and steps that "
-               "take regions.", panel=INPUT),
+        Input("Label map of another program's regions (SAM, ...), 0 where there is none, for methods and steps that "
+              "take regions.")
     ] = None  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -169,10 +169,7 @@ class Segment(OnePicture):
 
     classes: Annotated[
         str | Path | Sequence[Any],
-        Option(
-            "Names by comma, synonyms by semicolon: 'cat; kitten, wet grass'; or a .txt file, one per line.",
-            panel=INPUT,
-        ),
+        Input("Names by comma, synonyms by semicolon: 'cat; kitten, wet grass'; or a .txt file, one per line."),
     ]
     method: Annotated[str, Option(f"{', '.join(NAMED)}.", values=NAMED)] = "seg4diff"
     background: Annotated[
@@ -213,9 +210,8 @@ class Discover(OnePicture):
     tau: Annotated[float | None, Option("Merging threshold of the method; scan it per model.", min=0)] = None
     candidates: Annotated[
         str | Path | Sequence[Any] | None,
-        Option("Candidate names by comma, or a .txt file: each segment takes the one that fits best.", flag="--names",
-               panel=INPUT),
-    ] = None  # fmt: skip
+        Input("Candidate names by comma, or a .txt file: each segment takes the one that fits best.", flag="--names"),
+    ] = None
     names_by: Annotated[
         str, Option("Method whose maps of the candidates decide: seg4diff (the I2T words), proxyclip (a CLIP), ...",
                     values=NAMED),

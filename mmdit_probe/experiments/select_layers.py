@@ -18,7 +18,7 @@ from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.experiments import evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, RANK_RULES, Amount, evidence_names
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, text_of
-from mmdit_probe.experiments.options import INPUT, Control, Sampling
+from mmdit_probe.experiments.options import Control, Input, Sampling
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.selection import LayerSelection
@@ -49,24 +49,21 @@ class SelectLayers(Sampling, Experiment):
 
     evidence: Annotated[
         str | None,
-        Option(
-            "Evidence to measure on scenes: all, or some of word_mass, value_gap, pca_class, perturbation,"
-            " segmentation.",
-            shown_default="all, or none with --from", panel=INPUT,
-        ),
+        Input("Evidence to measure on scenes: all, or some of word_mass, value_gap, pca_class, perturbation,"
+              " segmentation.", shown_default="all, or none with --from")
     ] = None  # fmt: skip
     runs: Annotated[
         Sequence[Path | str],
-        Option("Run folder of attention-budget, value-norms, pca or perturb; repeatable.", flag="--from", panel=INPUT),
+        Input("Run folder of attention-budget, value-norms, pca or perturb; repeatable.", flag="--from"),
     ] = ()
     rule: Annotated[str, Option("ranks (least mean rank), median-ranks, or one evidence.")] = "ranks"
     top: Annotated[int, Option("Layers to select.", min=1)] = 1
     weights: Annotated[Literal["equal", "ranks"], Option("Weights of several layers.")] = "equal"
     top_heads: Annotated[int, Option("Heads to select per layer, by their maps on scenes; 0: all.", min=0)] = 0
-    split: Annotated[Split, Option("Scenes to select on.", panel=INPUT)] = "val"
-    report: Annotated[Split, Option("Other scenes to report on.", panel=INPUT)] = "test"
-    limit: Annotated[int, Option("Scenes per evidence.", min=4, panel=INPUT)] = 24
-    perturb_limit: Annotated[int, Option("Prompts of the perturbation.", min=1, panel=INPUT)] = 8
+    split: Annotated[Split, Input("Scenes to select on.")] = "val"
+    report: Annotated[Split, Input("Other scenes to report on.")] = "test"
+    limit: Annotated[int, Input("Scenes per evidence.", min=4)] = 24
+    perturb_limit: Annotated[int, Input("Prompts of the perturbation.", min=1)] = 8
     sigma: Annotated[float, Option("Noise level, 0 clean to 1 noise.", min=0, max=1)] = 0.515
     control: Control = "none"
 

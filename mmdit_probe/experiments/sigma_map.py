@@ -19,7 +19,7 @@ import numpy as np
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
-from mmdit_probe.experiments.options import INPUT
+from mmdit_probe.experiments.options import Input
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import HIGHER, NONE, compare, two_sided
@@ -61,8 +61,8 @@ class SigmaByLayer(Experiment):
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.")] = "all"
     sigma: Annotated[str, Option("Noise levels by comma, above 0 (clean) to 1 (noise).")] = "0.1,0.3,0.5,0.7,0.9,1.0"
-    limit: Annotated[int, Option("Scenes.", min=1, panel=INPUT)] = 48
-    split: Annotated[Literal["train", "val", "test"], Option("Scenes split.", panel=INPUT)] = "val"
+    limit: Annotated[int, Input("Scenes.", min=1)] = 48
+    split: Annotated[Literal["train", "val", "test"], Input("Scenes split.")] = "val"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,7 +19,7 @@ import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.options import INPUT, LayersAndHeads, prompts_of
+from mmdit_probe.experiments.options import Input, LayersAndHeads, prompts_of
 from mmdit_probe.experiments.sweep import STOCK, Condition, Sweep
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
@@ -58,7 +58,7 @@ class SwapTest(LayersAndHeads, Sweep):
     tables = ("swaps",)
 
     swap: Annotated[Kind, Option("Words to exchange: the two colours or the two nouns.")] = "colours"
-    limit: Annotated[int | None, Option("Prompts (n).", min=1, shown_default="{0.default_prompts}", panel=INPUT)] = None
+    limit: Annotated[int | None, Input("Prompts (n).", min=1, shown_default="{0.default_prompts}")] = None
     steps: Annotated[Spec, Option("Sampling steps to edit: all, 0,20, 0-4, last-8.")] = "all"
     together: Annotated[bool, Option("Also exchange the words in all these layers at once.")] = False
 

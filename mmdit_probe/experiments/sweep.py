@@ -28,10 +28,10 @@ from mmdit_probe.experiments.experiment import (
     scheduled,
 )
 from mmdit_probe.experiments.options import (
-    INPUT,
-    OUTPUT,
     EditControl,
     Filmed,
+    Input,
+    Output,
     Prompts,
     Referring,
     Sampling,
@@ -102,12 +102,10 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
     prompts: Prompts = None
     limit: Annotated[
         int | None,
-        Option(
-            "Use the first LIMIT prompts.", min=1, shown_default="{0.default_prompts}, or all of --prompts", panel=INPUT
-        ),
+        Input("Use the first LIMIT prompts.", min=1, shown_default="{0.default_prompts}, or all of --prompts"),
     ] = None
     control: EditControl = NONE
-    batch: Annotated[int, Option("Prompts sampled at once.", min=1, panel=OUTPUT)] = 8
+    batch: Annotated[int, Output("Prompts sampled at once.", min=1)] = 8
 
     default_prompts = 16
     possible = (*EQUAL, *controls.CONTROLS)

@@ -17,11 +17,11 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, plain, request_of, scheduled
 from mmdit_probe.experiments.options import (
-    INPUT,
-    OUTPUT,
     SAMPLED,
     Control,
+    Input,
     LayersAndHeads,
+    Output,
     Prompts,
     Referring,
     Sampling,
@@ -67,14 +67,12 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
     prompts: Prompts = None
     limit: Annotated[
         int | None,
-        Option(
-            "Use the first LIMIT prompts or pictures.", min=1, panel=INPUT,
-            shown_default=f"{DEFAULT_PROMPTS}, or all of --prompts or --images",
-        ),
+        Input("Use the first LIMIT prompts or pictures.", min=1,
+              shown_default=f"{DEFAULT_PROMPTS}, or all of --prompts or --images")
     ] = None  # fmt: skip
     images: Annotated[
         str | Path | Sequence[Any] | None,
-        Option("Probe real pictures instead of sampling: a folder, or scenes:train|val|test.", panel=INPUT),
+        Input("Probe real pictures instead of sampling: a folder, or scenes:train|val|test."),
     ] = None
     sigma: Annotated[
         float, Option("Noise level of --images, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1)
@@ -83,7 +81,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
     control: Control = "none"
     rows: Annotated[
         Literal["head", "layer", "summary"],
-        Option("What the table keeps: a row per head, per layer (mean over heads), or per item only.", panel=OUTPUT),
+        Output("What the table keeps: a row per head, per layer (mean over heads), or per item only."),
     ] = "head"
 
     def __post_init__(self) -> None:
