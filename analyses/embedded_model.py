@@ -1,6 +1,6 @@
 """How good is the embedded model? What its images show, where its words look, and the same for its random-weight twin.
 
-    python analyses/embedded_model.py            # about a quarter of an hour on two cores
+    python analyses/embedded_model.py            # about half an hour on one core
     python analyses/embedded_model.py --limit 20     # a quick look
 
 The guidance is chosen on captions of the "val" split, of all categories; everything else is of "test".

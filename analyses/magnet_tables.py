@@ -68,9 +68,9 @@ RECIPE = {
 MIOU = """
 ## mIoU on test scenes
 
-95 % intervals over images and seeds; gains are paired by image and seed. *present*: the classes of the picture compete;
-the other readings of the same maps are those of the paper's Table 5. *unsupervised*: segments of the empty prompt,
-matched within each picture.
+95 % intervals over images and seeds, each by itself (not corrected for their number); gains are paired by image and
+seed. *present*: the classes of the picture compete; the other readings of the same maps are those of the paper's Table
+5. *unsupervised*: segments of the empty prompt, matched within each picture.
 
 | variant | protocol | n | mIoU | gain over base | gain over control |
 |-|-|-|-|-|-|

@@ -173,6 +173,8 @@ def fewest(table: pd.DataFrame, repeats: int) -> int:
 
 
 def report(table: pd.DataFrame, controls: pd.DataFrame, repeats: int) -> str:
+    judged = table[(table["n"] >= FEWEST) & (table["scores"] != RARE)]
+    worst = judged.loc[judged["interval()"].idxmin()]
     lines = [
         "# Coverage of 95 % intervals by n",
         "",
@@ -182,7 +184,8 @@ def report(table: pd.DataFrame, controls: pd.DataFrame, repeats: int) -> str:
         " for pairs of yes and no (half as many won as lost).",
         "",
         f"Below n = {fewest(table, repeats)} some kind of score other than rare events ({RARE}) is covered in less than"
-        f" {ENOUGH:.0%}: `statistics.FEWEST` = {FEWEST}, and no verdict below it.",
+        f" {ENOUGH:.0%} by more than two standard errors: `statistics.FEWEST` = {FEWEST}, and no verdict below it. From"
+        f" there on the lowest is {worst['interval()']:.3f} ({worst['scores']}, n = {worst['n']}).",
         "",
         f"| scores | n | {' | '.join(METHODS)} |",
         f"|{'-|' * (len(METHODS) + 2)}",

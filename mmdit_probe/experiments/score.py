@@ -453,13 +453,15 @@ def verdict_lines(comparison: pd.DataFrame, metric: str, baseline: str) -> list[
 def opposite_table(comparison: pd.DataFrame) -> TextTable:
     """What captions state beside its opposite: shares of pictures that show each, where captions state such a thing."""
     columns = [name for pair in CONTRASTS.items() for name in pair]
-    title = "stated beside opposite: share of pictures [95 % interval over prompts]"
+    title = "stated beside opposite: share of pictures [95 % interval over prompts] (prompts that state it)"
     names = [name.replace("_", " ") for name in columns]
     table = TextTable(["variant", "category", *names], left=("variant", "category"), title=title)
     for (variant, category), part in comparison.groupby(["variant", "category"], sort=False):
-        cells = part.set_index("metric").loc[columns, ["mean", "low", "high"]]
-        if cells["mean"].notna().any():
-            table.add(str(variant), str(category), *(bounded(*row) for row in cells.to_numpy()))
+        rows = part.set_index("metric").loc[columns].to_dict("records")
+        cells = [bounded(row["mean"], row["low"], row["high"]) for row in rows]
+        if any(cells):
+            told = (cell and f"{cell} ({row['prompts']})" for cell, row in zip(cells, rows, strict=True))
+            table.add(str(variant), str(category), *told)
     return table
 
 

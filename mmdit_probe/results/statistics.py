@@ -32,8 +32,8 @@ BEYOND, NOT_BEYOND = "beyond control", "not beyond control"
 NO_WORSE, WORSE, UNDECIDED = "no worse", "worse", "undecided"
 
 FEWEST = 8
-"""Items below which there is no verdict: with fewer, some kinds of scores are covered in less than 93 % of samples
-(benchmarks/results/interval_coverage.md)."""
+"""Items below which there is no verdict: with fewer, some kinds of scores are covered in less than 93 % of samples, by
+more than the simulation's noise (benchmarks/results/interval_coverage.md)."""
 
 LEVEL = 0.95
 TAILS = (0.025, 0.975)

@@ -57,14 +57,22 @@ def test_maps_alone_are_measured_beside_the_limit_of_the_parser(model, tmp_path)
 
 def test_the_table_of_opposites_names_what_is_stated():
     rows = [
-        {"variant": "base", "category": category, "metric": metric, "mean": mean, "low": mean, "high": mean}
+        {
+            "variant": "base",
+            "category": category,
+            "metric": metric,
+            "mean": mean,
+            "low": mean,
+            "high": mean,
+            "prompts": 9,
+        }
         for category, shares in (("2d-spatial", (0.7, 0.2)), ("texture", (float("nan"),) * 2))
         for metric, mean in zip(("relation", "opposite_relation"), shares, strict=True)
     ]
     rest = [{**rows[0], "category": row["category"], "metric": name, "mean": float("nan")} for row in rows[::2]
             for name in SCORES if name not in ("relation", "opposite_relation")]  # fmt: skip
     shown = str(opposite_table(pd.DataFrame(rows + rest)))
-    assert "0.700 [0.700, 0.700]" in shown and "0.200" in shown and "texture" not in shown
+    assert "0.700 [0.700, 0.700] (9)" in shown and "0.200" in shown and "texture" not in shown
 
 
 def test_prompts_of_relations_state_one():
