@@ -21,7 +21,7 @@ from mmdit_probe.experiments.attention_budget import PAPER_MODEL
 from mmdit_probe.experiments.experiment import Experiment, Study, plain, text_of
 from mmdit_probe.experiments.options import Input, Output
 from mmdit_probe.experiments.presets import AS_WORD, PAPER_LENGTH, PRESETS, Preset
-from mmdit_probe.experiments.reading import FIT, SIGMA, Network, Reads, check_streams_read
+from mmdit_probe.experiments.reading import FIT, RULE, SIGMA, Network, Reads, check_streams_read
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable, share, signed
 from mmdit_probe.options import Option
@@ -110,12 +110,7 @@ class Evaluate(Reads, Experiment):
                values=("none", *STEPS), shown_default=PLAIN.refine),
     ] = None  # fmt: skip
     options: Annotated[Sequence[str], Option("Option of a method: iseg.ent=0.02; repeatable.", flag="--set")] = ()
-    background: Annotated[
-        str | None,
-        Option("Background rule: none, threshold:0.5, probability:0.2, power:2 or class:NAME.",
-               values=("none", "threshold:0.5", "probability:0.2", "power:2", "class:"),
-               shown_default=PLAIN.background),
-    ] = None  # fmt: skip
+    background: Annotated[str | None, replace(RULE, shown_default=PLAIN.background)] = None
     sweep: Annotated[Literal["none", "layer", "head", "sigma"], Option("Each layer, head or sigma alone.")] = "none"
     match: Annotated[
         Literal["image", "upstream", "majority", "dataset", "row"] | None,

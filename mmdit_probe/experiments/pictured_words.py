@@ -24,7 +24,7 @@ from mmdit_probe.experiments.options import (
     samples_of,
     streams_of,
 )
-from mmdit_probe.experiments.token_rows import unread
+from mmdit_probe.experiments.token_rows import Item, unread
 from mmdit_probe.models.words import find, words
 from mmdit_probe.options import Option, changed
 from mmdit_probe.specs import Spec, check_spec, layer_indices, listed
@@ -47,14 +47,10 @@ Side = Annotated[
 
 
 @dataclass(frozen=True)
-class PicturedPrompt:
-    """One picture to make, or at hand."""
+class PicturedPrompt(Item):
+    """One picture to make, or at hand, and the words that are looked for in it."""
 
-    index: int
-    prompt: str
-    seed: int
-    words: tuple[str, ...]
-    picture: Sample | None = None
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +150,7 @@ class Pictures(Sampling, Referring, Experiment):
                 raise UserError(f"{what}: {' and '.join(parts)}" if every else what)
         count = 1 if pictures else self.images_per_prompt
         return [
-            PicturedPrompt(k, texts[of], self.seed + k, chosen[of], pictures[of] if pictures else None)
+            PicturedPrompt(k, texts[of], self.seed + k, pictures[of] if pictures else None, chosen[of])
             for k, of in enumerate(of for of in range(len(texts)) for _ in range(count))
         ]
 

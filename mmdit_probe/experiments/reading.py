@@ -25,6 +25,11 @@ if TYPE_CHECKING:
 
 SIGMA, FIT = "0.515", "squash"
 
+RULE = Option(
+    "Background rule: none, threshold:0.5, probability:0.2, power:2 or class:NAME.",
+    values=("none", "threshold:0.5", "probability:0.2", "power:2", "class:"),
+)
+
 
 class Network(NamedTuple):
     """What must be known of a model to say what is read of it."""

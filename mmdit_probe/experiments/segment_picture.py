@@ -23,7 +23,7 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import described, plain, request_of
 from mmdit_probe.experiments.options import Input, notes_on
 from mmdit_probe.experiments.progress import Progress
-from mmdit_probe.experiments.reading import Network, Read, Reads, check_streams_read
+from mmdit_probe.experiments.reading import RULE, Network, Read, Reads, check_streams_read
 from mmdit_probe.experiments.text import Text, TextTable, page
 from mmdit_probe.options import Option, check
 from mmdit_probe.results import RunFolder, atomic
@@ -172,11 +172,7 @@ class Segment(OnePicture):
         Input("Names by comma, synonyms by semicolon: 'cat; kitten, wet grass'; or a .txt file, one per line."),
     ]
     method: Annotated[str, Option(f"{', '.join(NAMED)}.", values=NAMED)] = "seg4diff"
-    background: Annotated[
-        str,
-        Option("Background rule: none, threshold:0.5, probability:0.2, power:2 or class:NAME.",
-               values=("none", "threshold:0.5", "probability:0.2", "power:2", "class:")),
-    ] = "none"  # fmt: skip
+    background: Annotated[str, RULE] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
