@@ -36,7 +36,8 @@ def markdown(table: pd.DataFrame, controls: pd.DataFrame, options: argparse.Name
         f"Written by `python analyses/attribution.py`. Model {options.model}, scenes of `{options.split}`, sigma"
         f" {options.sigma}. Spearman correlation over (word, region) pairs, 95 % interval over scenes;",
         "control: the attention of the scene's next word. Last column: the rank correlation within scenes, minus that",
-        "of the same network with random weights, paired.",
+        "of the same network with random weights, paired (not measured for gradients). Verdicts are corrected for the",
+        "layers of a target and method (Holm).",
         "",
         "| target | method | layer | n | rank correlation | next word | verdict | minus random network |",
         "|-|-|-|-|-|-|-|-|",

@@ -36,14 +36,14 @@ def verdicts(long: pd.DataFrame, layers: tuple[int, ...]) -> pd.DataFrame:
         long: evidence, control, item, layer, value of one split. layers: selected ones.
 
     Returns: evidence, layer, best_layer (of that evidence), control, n, value, control_value, difference, low, high,
-    verdict.
+    verdict, and compared: for how many comparisons, of all layers, that is corrected.
     """
     table = compare(long, ["evidence", "layer"])
     own = long[long["control"] == NONE].groupby(["evidence", "layer"], observed=True)["value"].mean()
     best = {name: int(part.idxmax()[1]) for name, part in own.groupby("evidence", observed=True)}
     chosen = table[table["layer"].isin(layers)]
     chosen.insert(2, "best_layer", [best[str(name)] for name in chosen["evidence"]])
-    return chosen.reset_index(drop=True)
+    return chosen.assign(compared=int(table["p_holm"].notna().sum())).reset_index(drop=True)
 
 
 def markdown(
@@ -75,13 +75,15 @@ def markdown(
         told = [f"{c['value']:.3f} [{c['low']:.3f}, {c['high']:.3f}] ({int(c['rank'])})" for c in cells]
         lines.append(f"| {layer} | {' | '.join(told)} | {ranks[report][layer]:.1f} |")
     lines += ["", "## The selected layers beside their controls", ""]
-    lines += ["| evidence | layer | its best layer | control | value | control's | difference [95 %] | verdict |",
-              "|-|-|-|-|-|-|-|-|"]  # fmt: skip
+    count = against["compared"].max()
+    lines += [f"Paired by item; verdicts are corrected for {count} comparisons, those of all layers (Holm).", ""]
+    lines += ["| evidence | layer | its best layer | control | n | value | control's | difference [95 %] | verdict |",
+              "|-|-|-|-|-|-|-|-|-|"]  # fmt: skip
     for row in against.to_dict("records"):
+        difference = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
         lines.append(
-            f"| {row['evidence']} | {row['layer']} | {row['best_layer']} | {row['control']} | {row['value']:.3f} |"
-            f" {row['control_value']:.3f} | {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] |"
-            f" {row['verdict']} |"
+            f"| {row['evidence']} | {row['layer']} | {row['best_layer']} | {row['control']} | {row['n']} |"
+            f" {row['value']:.3f} | {row['control_value']:.3f} | {difference} | {row['verdict']} |"
         )
     failed = int((against["verdict"] != ABOVE).sum())
     lines += ["", f"{failed} of {len(against)} comparisons are not above their control."]
