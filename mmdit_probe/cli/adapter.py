@@ -85,7 +85,12 @@ def named(session: Session) -> Named:
     names = ("device", "dtype", "lora", "offload", "quantize")
     options = {name: getattr(session, name) for name in names} | {"t5": not session.no_t5}
     return Named(
-        session.model, options, session.max_sequence_length, session.num_frames, parse_size(session.size, "--size")
+        session.model,
+        options,
+        session.max_sequence_length,
+        session.num_frames,
+        parse_size(session.size, "--size"),
+        alone=True,
     )
 
 

@@ -27,7 +27,7 @@ def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> 
     columns = ["name", "classes", "images", "background", "folders, first layout found"]
     table = TextTable(
         columns, left=("name", "background", columns[-1]), title="data sets; give them as NAME:ROOT",
-        spare=("images", "background", columns[-1]),
+        spare=(columns[-1], "images", "background"),
     )  # fmt: skip
     rows: list[dict[str, Any]] = [
         {

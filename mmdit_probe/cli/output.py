@@ -16,10 +16,10 @@ from typing import Any
 
 from rich.console import Console
 
-from mmdit_probe.cli.tables import fitted
+from mmdit_probe.cli.tables import show
 from mmdit_probe.errors import ProbeWarning
 from mmdit_probe.experiments.progress import Progress
-from mmdit_probe.experiments.text import TextTable, records
+from mmdit_probe.experiments.text import Text, records
 
 PIPED_WIDTH = 140
 """Columns when stdout is no terminal and COLUMNS asks for none: tables are not folded to a width that nobody has."""
@@ -33,12 +33,12 @@ class Output:
         self.as_json = as_json
         width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPED_WIDTH
         self.out = Console(width=width, highlight=False, emoji=False, markup=False)
-        self.progress = Progress(quiet, not as_json, lambda table, console: fitted(table, console)[0])
+        self.progress = Progress(quiet, not as_json, show)
         if not debug:
             hush_libraries()
             warnings.showwarning = lambda message, *_: self.progress.note(str(message))
 
-    def result(self, document: dict[str, Any], texts: Sequence[Any] = (), path: object = None) -> None:
+    def result(self, document: dict[str, Any], texts: Sequence[Text] = (), path: object = None) -> None:
         """The answer: `document` with `--json`, `path` with `-q`, otherwise tables and lines of text."""
         if self.as_json:
             print(json.dumps(records(document), indent=2, default=str, allow_nan=False))
@@ -47,16 +47,7 @@ class Output:
                 print(path)
         else:
             for text in texts:
-                self._print(text)
-
-    def _print(self, text: Any) -> None:
-        if not isinstance(text, TextTable):
-            self.out.print(text, markup=False)
-            return
-        shown, remark = fitted(text, self.out)
-        self.out.print(shown)
-        if remark:
-            self.out.print(remark, markup=False)
+                show(text, self.out, "the CSV" if path is not None else "--json")
 
 
 def hush_libraries() -> None:

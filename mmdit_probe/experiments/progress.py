@@ -11,27 +11,52 @@ from rich.console import Console
 
 from mmdit_probe.experiments.text import TextTable
 
+PROSE = 80
+"""Columns of what is said in words, on terminals that are wider and in pipes too."""
+
+
+def say(console: Console, text: str, **how: Any) -> None:
+    """Print text as it is (no markup), its lines broken between words; a path longer than a line stays whole."""
+    from rich.text import Text
+
+    lines = [row for line in text.split("\n") for row in _rows(line, min(PROSE, console.width))]
+    console.print(Text("\n".join(lines), **how), soft_wrap=True)
+
+
+def _rows(line: str, width: int) -> Iterator[str]:
+    """A line broken between words; rich breaks paths too, and textwrap does not know signs of two columns."""
+    from rich.cells import cell_len
+
+    row, *words = line.split(" ")
+    for word in words:
+        if row and cell_len(f"{row} {word}") > width:
+            yield row
+            row = word
+        else:
+            row = f"{row} {word}"
+    yield row
+
 
 class Progress:
-    """Shown on stderr unless quiet. `bars`: whether bars are drawn (not under `--json`). `render`: how a table is shown
-    before all tasks are done; None leaves it out."""
+    """Shown on stderr unless quiet. `bars`: whether bars are drawn (not under `--json`). `show`: prints a table before
+    all tasks are done; None leaves it out."""
 
     def __init__(
-        self, quiet: bool = False, bars: bool = True, render: Callable[[TextTable, Console], object] | None = None
+        self, quiet: bool = False, bars: bool = True, show: Callable[[TextTable, Console], None] | None = None
     ) -> None:
-        self.quiet, self.render = quiet, render
+        self.quiet, self.show = quiet, show
         self.bars = bars and not quiet
-        self.console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        self.console = Console(stderr=True, highlight=False, emoji=False)
 
     def note(self, text: str) -> None:
         """A remark for the person who asked."""
         if not self.quiet:
-            self.console.print(text, style="yellow", markup=False)
+            say(self.console, text, style="yellow")
 
     def early(self, table: TextTable) -> None:
         """A table of what is done so far."""
-        if self.bars and self.render is not None and self.console.is_terminal:
-            self.console.print(self.render(table, self.console))
+        if self.bars and self.show is not None and self.console.is_terminal:
+            self.show(table, self.console)
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
@@ -39,7 +64,7 @@ class Progress:
         if not self.bars:
             yield
         elif not self.console.is_terminal:
-            self.console.print(text, markup=False)
+            say(self.console, text)
             yield
         else:
             from rich.text import Text

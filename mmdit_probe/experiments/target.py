@@ -41,6 +41,7 @@ class Named:
         name: embedded model, diffusers folder or hub id. options: what `load` is told of it.
         max_sequence_length: of the text encoder without a length of its own; None: the model's default.
         num_frames: of a video; None: the model's own. size: (height, width) in pixels of what is made; None: its own.
+        alone: this process does nothing else, as that of a command.
 
     Raises:
         UserError: no such model, device, precision, adapter or way to store weights, as far as that is known without
@@ -52,6 +53,7 @@ class Named:
     max_sequence_length: int | None = None
     num_frames: int | None = None
     size: tuple[int, int] | None = None
+    alone: bool = False
 
     def __post_init__(self) -> None:
         source_of(self.name)
@@ -92,7 +94,7 @@ def as_model(target: Any, shown: Progress, references: int = 0) -> MMDiT:
     target = named(target)
     if isinstance(target, Named):
         with shown.waiting(f"loading {target.name} ..."):
-            with _uncollected():
+            with _uncollected(target.alone):
                 from mmdit_probe.models.load import check_references_of, load
 
                 check_references_of(target.name, references)
@@ -121,13 +123,15 @@ def as_model(target: Any, shown: Progress, references: int = 0) -> MMDiT:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the garbage collector: torch, diffusers and transformers make millions of objects that stay, and it
-    looks them all through again and again, for a quarter of the time that their import takes."""
+def _uncollected(ever: bool) -> Iterator[None]:
+    """Import without the garbage collector: torch, diffusers and transformers make millions of objects that stay, and
+    it looks them all through again and again, for a quarter of the time that their import takes. `ever`: nor later."""
     on = gc.isenabled()
     gc.disable()
     try:
         yield
+        if ever:
+            gc.freeze()
     finally:
         if on:
             gc.enable()

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from importlib.util import find_spec
+from io import StringIO
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
+from rich.console import Console
 
 from mmdit_probe import __version__
 from mmdit_probe.cli import app as cli
 from mmdit_probe.cli.models import describe
+from mmdit_probe.cli.tables import show
 from mmdit_probe.errors import RunError
 from mmdit_probe.experiments.target import LAYERS
+from mmdit_probe.experiments.text import TextTable
 
 ROOT = Path(__file__).parents[2]
 
@@ -291,7 +301,7 @@ def test_a_table_leaves_out_its_spare_columns_and_says_so():
     table.add(*(["1"] * 9))
     console = Console(width=90)
     shown, remark = fitted(table, console)
-    assert len(shown.columns) == 6 and remark.startswith("not shown for lack of width: long-column-7, long-column-6")
+    assert len(shown.columns) == 6 and remark.startswith("long-column-7, long-column-6")
     with console.capture() as captured:
         console.print(shown)
     assert "long-column-4" in captured.get() and max(map(len, captured.get().splitlines())) <= 90
@@ -329,10 +339,44 @@ def test_cells_are_never_folded():
 
     whole, remark = columns(110)
     assert len(whole) == 6 and remark == ""
-    folded, hidden = "share of the facts that\nthe prompt states", "not shown for lack of width: control"
+    folded = "share of the facts that\nthe prompt states"
     assert columns(86)[0] == ["place", folded, "control", "objects right", "control", "verdict"]
-    assert columns(70) == (["place", folded, "objects right", "verdict"], f"{hidden} (see the CSV)")
-    assert columns(50) == (["place", folded, "verdict"], f"{hidden}, objects right (see the CSV)")
+    assert columns(70) == (["place", folded, "objects right", "verdict"], "control")
+    assert columns(50) == (["place", folded, "verdict"], "control, objects right")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), width=st.integers(40, 100))
+def test_whatever_is_shown_keeps_to_the_width_and_loses_nothing(data, width):
+    words = st.lists(st.text("abc-/.ü語", min_size=1, max_size=width // 5), max_size=30).map(" ".join)
+    columns = [f"{place} {data.draw(words)}" for place in range(data.draw(st.integers(1, 4)))]
+    table = TextTable(columns, left=data.draw(st.sets(st.sampled_from(columns))), title=data.draw(words))
+    table.rows.extend(["first", *(data.draw(words) for _ in columns[1:])] for _ in range(3))
+    for text, most in ((table.title, min(width, 80)), (table, width)):
+        show(text, Console(width=width, file=(written := StringIO()), color_system=None))
+        lines = [line.rstrip() for line in written.getvalue().splitlines()]
+        assert max(map(cell_len, lines), default=0) <= most
+        whole = Counter("".join([text] if isinstance(text, str) else [text.title, *columns, *chain(*text.rows)]))
+        if "not shown" not in written.getvalue():
+            assert Counter(written.getvalue()) >= whole - Counter(" " * whole.total())
+
+
+def test_a_path_is_not_broken_and_titles_are_as_wide_as_text():
+    console, path = Console(width=80, file=StringIO()), "runs/" + "long-name/" * 12
+    show(f"written: {path}", console)
+    assert path in console.file.getvalue()
+    narrow = TextTable(["a"], title="clipscore[scenes-clip]: mean over prompts, differences paired")
+    narrow.add("1")
+    show(narrow, console)
+    assert narrow.title in console.file.getvalue()
+
+
+def test_text_and_tables_are_printed_in_one_place():
+    """What keeps to the width: anything that prints beside it need not."""
+    for file in (ROOT / "mmdit_probe").rglob("*.py"):
+        calls = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+        printing = [ast.unparse(node.func) for node in calls if ast.unparse(node.func).endswith(".print")]
+        assert not printing or file.name in ("progress.py", "tables.py"), f"{file}: {printing}"
 
 
 def test_values_of_options_are_completed():

@@ -17,7 +17,9 @@ import pandas as pd
 import pytest
 
 from mmdit_probe import load
+from mmdit_probe.cli.adapter import named as command_model
 from mmdit_probe.cli.app import main
+from mmdit_probe.cli.options import Session
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import (
     OF_COMMAND,
@@ -39,6 +41,7 @@ from mmdit_probe.experiments import (
     experiment_of,
     read,
 )
+from mmdit_probe.experiments import target as naming
 from mmdit_probe.experiments.experiment import plain
 from mmdit_probe.experiments.text import TextTable, records
 from mmdit_probe.models.mmdit import MMDiT
@@ -417,3 +420,16 @@ def test_two_processes_give_the_table_of_one(tiny_directory: Path, tmp_path: Pat
     whole = two.experiment.run(model, out=tmp_path / "lost" / "perturb", resume=True, progress=False)
     same_tables(two, whole)
     assert np.isfinite(whole.table["change"]).all()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_only_the_process_of_a_command_leaves_imports_out_of_garbage_collection(
+    alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a notebook what is frozen might be the user's own."""
+    frozen: list[bool] = []
+    monkeypatch.setattr(naming.gc, "freeze", lambda: frozen.append(True))
+    with naming._uncollected(alone):
+        assert not naming.gc.isenabled()
+    assert naming.gc.isenabled() and frozen == [True] * alone
+    assert command_model(Session()).alone and not naming.named("scenes-sd3").alone
