@@ -236,7 +236,7 @@ class Discover(OnePicture):
         if self.candidates is None:
             return found
         return name_segments(
-            model, found, self.names(), method=self.names_by, weights=read.reading.weights, reference=self.reference
+            model, found, self.names(), method=self.names_by, weights=read.reading.weights, reference=self.as_reference
         )
 
     def _request(self, read: Read, values: dict[str, Any]) -> dict[str, Any]:

@@ -89,6 +89,8 @@ class SelectLayers(Sampling, Experiment):
         return Amount(self.limit, self.sigma, self.perturb_limit, self.num_steps, self.guidance, self.seed)
 
     def gather(self, scenes: bool) -> None:
+        for run in self.runs:
+            evidence.record_of(run)
         if self.wanted() and not scenes:
             raise UserError(
                 "evidence is measured on scenes, which this model does not know; run attention-budget, value-norms and"
