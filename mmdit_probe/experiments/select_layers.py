@@ -89,8 +89,6 @@ class SelectLayers(Sampling, Experiment):
         return Amount(self.limit, self.sigma, self.perturb_limit, self.num_steps, self.guidance, self.seed)
 
     def gather(self, scenes: bool) -> None:
-        for run in self.runs:
-            evidence.record_of(run)
         if self.wanted() and not scenes:
             raise UserError(
                 "evidence is measured on scenes, which this model does not know; run attention-budget, value-norms and"
@@ -98,6 +96,8 @@ class SelectLayers(Sampling, Experiment):
             )
         if self.top_heads and not scenes:
             raise UserError("--top-heads are selected by their maps on scenes, which this model does not know")
+        for run in self.runs:
+            evidence.record_of(run)
 
     def prepare(self, model: MMDiT, inputs: None) -> Study:
         if self.top > len(model.layers):
