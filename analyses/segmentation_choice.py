@@ -145,9 +145,9 @@ def choose(
 
     layer_count, head_count = bench.captures.facts["layers"], bench.captures.facts["heads"]
     model = bench.captures.model
-    streams = (None, *dict.fromkeys(token.stream for token in model.token_tables("word")[0].tokens if token.word))
+    streams = ("all", *dict.fromkeys(token.stream for token in model.token_tables("word")[0].tokens if token.word))
     signal = {
-        (sigma, stream, layer): Setting((layer,), (sigma,), options={"stream": stream})
+        (sigma, stream, layer): Setting((layer,), (sigma,), options={"streams": stream})
         for sigma in SIGMAS for stream in streams for layer in range(layer_count)
     }  # fmt: skip
     _, counts = measure("signal", {str(key): one for key, one in signal.items()})
@@ -156,7 +156,7 @@ def choose(
     ranked = sorted(value, key=lambda layer: -value[layer])
     sets: dict[str, Setting] = {}
     for softmax in SOFTMAX:
-        top = Setting((ranked[0],), (sigma,), options={"stream": stream, "softmax": softmax}, refine="centre+pamr:40")
+        top = Setting((ranked[0],), (sigma,), options={"streams": stream, "softmax": softmax}, refine="centre+pamr:40")
         for count in range(1, min(5, layer_count + 1)):
             layers = tuple(ranked[:count])
             sets[f"{layers} {softmax}, equal"] = replace(top, layers=layers)

@@ -1,7 +1,7 @@
 """Fig. 9a, 9b, 16, 25 to 27 and 30 of arXiv:2509.18096, re-measured: where tokens are looked for in the image.
 
     python figures/fig09_token_maps.py
-    python figures/fig09_token_maps.py --model ... --layers 9,12 --prompt "a [bird] and a [bear] in a forest"
+    python figures/fig09_token_maps.py --model ... --layers 9,12 --marked-prompts "a [bird] and a [bear] in a forest"
 
 Maps of the bracketed words are taken while the image is sampled, at the step nearest to the paper's sigma, from the
 conditional branch. The empty prompt is read on a picture noised to that level. Writes under `figures/out/<model>/`:
@@ -145,12 +145,12 @@ class TokenMaps(Experiment):
 def main() -> None:
     parser = options_of(__doc__, run=False)
     parser.add_argument(
-        "--prompt", action="append", default=[], help="prompt with its keywords in brackets; repeatable"
+        "--marked-prompts", action="append", default=[], help="prompt with its keywords in brackets; repeatable"
     )
     parser.add_argument("--layers", help="the two layers to show, best first: 9,12")
     options = parser.parse_args()
     asked = given(options, TokenMaps)
-    how = {"prompts": options.prompt, "layers": shown_layers(options)} | asked
+    how = {"prompts": options.marked_prompts, "layers": shown_layers(options)} | asked
     result = run(TokenMaps(**how), model_of(options), options)
     tables = result.frames
     for name, figure in result.figures.items():

@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--dataset", default="scenes:test", help="pictures of the label maps")
     parser.add_argument("--limit", type=at_least(1), default=6, help="number of these pictures")
     parser.add_argument("--layers", help="the two layers of the maps, best first: 9,12")
-    parser.add_argument("--prompt", action="append", default=[], help="of Fig. 12 and 13, keywords in brackets")
+    parser.add_argument("--marked-prompts", action="append", default=[], help="of Fig. 12 and 13, keywords in brackets")
     parser.add_argument("--prompts", help="prompts of Tables 3 and 4 (scenes categories for embedded models)")
     parser.add_argument("--clip", help="CLIP checkpoint (folder or hub id)")
     options = parser.parse_args()
@@ -107,7 +107,7 @@ def adapted(options: argparse.Namespace) -> None:
     variants: dict[str, dict[str, Any]] = {}
     for name, lora in ((BASE, False), (ADAPTED, True)):
         masks = fig07_masks.measured(options, lora=lora, own=True)
-        shown = TokenMaps(**{"prompts": options.prompt, "layers": layers} | asked)
+        shown = TokenMaps(**{"prompts": options.marked_prompts, "layers": layers} | asked)
         found = run(shown, model_of(options, lora=lora), options)
         stored: list[Any] = [found.store.load_arrays(f"prompt{k}") for k in range(len(found.request["prompts"]))]
         layer = found.request["layers"][0]

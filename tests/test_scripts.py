@@ -30,7 +30,7 @@ NONSENSE = [
     ("fig08_segmentation", ["--dataset", "voc20:gone"], "no folder 'gone'"),
     ("fig09_token_maps", ["--layers", "x"], "cannot read 'x' as a layer"),
     ("fig09_token_maps", ["--layers", "99"], "layer 99 does not exist: there are 8 layers"),
-    ("fig09_token_maps", ["--prompt", "no brackets", "--layers", "1,2"], "brackets"),
+    ("fig09_token_maps", ["--marked-prompts", "no brackets", "--layers", "1,2"], "brackets"),
     ("fig10_magnet", ["--lora", "gone", "--layers", "x"], "cannot read 'x' as a layer"),
     ("fig10_magnet", ["--lora", "gone"], "no LoRA 'gone'"),
     ("fig07_masks", ["--set", "limit=2"], "unrecognized arguments: --set"),

@@ -80,7 +80,7 @@ _EARLIER: dict[str, dict[str, str]] = {
     "score": {"n": "limit", "maps": "map_sigma"},
     "perturb": {"by": "sweep", "sheet": "shown"},
     "generate": {"each": "sweep"},
-    "evaluate": {"tag_split": "tag_dataset"},
+    "evaluate": {"tag_split": "tag_dataset", "reference": "as_reference"},
     "select-layers": {"heads": "top_heads", "prompts": "perturb_limit"},
     "sigma-map": {"sigmas": "sigma"},
     "head-triage": {"split": "report", "train": "train_limit"},
@@ -103,6 +103,8 @@ def experiment_of(command: str, options: Mapping[str, Any]) -> Experiment:
         if earlier in options:
             value = options.pop(earlier)
             options[name] = _EARLIER_VALUES[value] if name == "sweep" else value
+    if "options" in options:  # of a method
+        options["options"] = [text.replace("stream=", "streams=") for text in options["options"]]
     heads = options.get("heads")
     try:
         by_layer = {"heads": {int(layer): of for layer, of in heads.items()}} if isinstance(heads, Mapping) else {}

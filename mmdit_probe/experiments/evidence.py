@@ -179,6 +179,18 @@ def _segmentation(model: MMDiT, split: str, amount: Amount) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def record_of(folder: Path | str) -> dict[str, Any]:
+    """The record of a run of a command that measures evidence.
+
+    Raises:
+        UserError: it is none.
+    """
+    record = read_record(folder)
+    if record is None or record.get("command") not in OF_COMMAND:
+        raise UserError(f"{str(folder)!r} is no run folder of {', '.join(OF_COMMAND)}")
+    return record
+
+
 def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any], kept: str = "") -> pd.DataFrame:
     """The evidence that a run folder of another command holds, as `measure` gives it; its split is the folder's name.
 
@@ -192,11 +204,8 @@ def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any], kept: st
     """
     from mmdit_probe.experiments.result import Result
 
-    record = read_record(folder)
-    command = "" if record is None else str(record.get("command"))
-    if record is None or command not in OF_COMMAND:
-        raise UserError(f"{str(folder)!r} is no run folder of {', '.join(OF_COMMAND)}")
-    request = record["request"]
+    record = record_of(folder)
+    command, request = str(record["command"]), record["request"]
     if request.get("weight_hash") != model.weight_hash:
         raise UserError(
             f"{str(folder)!r} was measured on other weights than those of {model.name}; run {command} on it"

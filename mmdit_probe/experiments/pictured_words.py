@@ -25,7 +25,7 @@ from mmdit_probe.experiments.options import (
     streams_of,
 )
 from mmdit_probe.experiments.token_rows import Item, unread
-from mmdit_probe.models.words import find, words
+from mmdit_probe.models.words import check_length, find, words
 from mmdit_probe.options import Option, changed
 from mmdit_probe.specs import Spec, check_spec, layer_indices, listed
 
@@ -112,8 +112,10 @@ class Pictures(Sampling, Referring, Experiment):
         """There is a word to look for, before a tokenizer says which tokens stand for it.
 
         Raises:
-            UserError: no prompt has a word, none is named, or one is in no prompt.
+            UserError: no prompt has a word, none is named, one is in no prompt, or a prompt is too long to be read.
         """
+        for text in texts:
+            check_length(text)
         known = dict.fromkeys(text[start:stop] for text in texts for start, stop in words(text))
         if self.words is None and not any(any(map(str.isalnum, word)) for word in known):
             raise UserError(f"prompt {texts[0]!r} has no word to look for")

@@ -17,7 +17,7 @@ from mmdit_probe.experiments.options import checked_heads
 from mmdit_probe.options import LAST_SEED, Option
 from mmdit_probe.results.selection import LayerSelection, load_selection
 from mmdit_probe.segment.settings import parse_sigmas
-from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, layer_indices, parse_size
+from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, layer_indices, listed, parse_size
 
 if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
@@ -78,7 +78,7 @@ class Reads:
     ] = None
     size: Annotated[str | None, Option("Network input, HxW in pixels.", shown_default="the model's own")] = None
     seed: Annotated[int, Option("First noise seed.", min=0, max=LAST_SEED)] = 0
-    reference: Annotated[
+    as_reference: Annotated[
         Literal["none", "beside", "read"],
         Option("Give an editing model the picture as its reference too, and read its tokens there."),
     ] = "none"
@@ -123,7 +123,7 @@ class Reads:
         layers, heads, weights, notes = self._places(network)
         reading = Reading(
             layers, weights, None, self.sigmas(sigma), range(self.seed, self.seed + self.noise_seeds), self.fit or fit,
-            parse_size(self.size or size), self.reference,
+            parse_size(self.size or size), self.as_reference,
         )  # fmt: skip
         return Read(reading, heads, notes)
 
@@ -162,5 +162,5 @@ def check_streams_read(options: Mapping[str, Any], no_t5: bool) -> None:
     Raises:
         UserError: it is to read them in T5, which is left out.
     """
-    if no_t5 and options.get("stream") == "t5":
-        raise UserError("stream=t5 reads class names in T5, which --no-t5 leaves out; take stream=clip, or drop one")
+    if no_t5 and "t5" in listed(options.get("streams", "all")):
+        raise UserError("streams=t5 reads class names in T5, which --no-t5 leaves out; take streams=clip, or drop one")

@@ -19,16 +19,19 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import numpy as np
 
 from mmdit_probe.data import Sample, parse_classes, single
+from mmdit_probe.data.fit import check_size
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import described, plain, request_of
 from mmdit_probe.experiments.options import Input, notes_on
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.reading import RULE, Network, Read, Reads, check_streams_read
 from mmdit_probe.experiments.text import Text, TextTable, page
+from mmdit_probe.models.names import multiple_of
 from mmdit_probe.options import Option, check
 from mmdit_probe.results import RunFolder, atomic
 from mmdit_probe.results.folder import AUTO, check_out
 from mmdit_probe.segment.settings import BLIND, NAMED, STEPS, Background, check_method, parse_steps, split_option
+from mmdit_probe.specs import parse_size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,6 +114,8 @@ class OnePicture(Reads, _Checked):
         regions = None if self.regions is None else region_ids(read_label_map(self.regions), pixels.shape[:2])
         if isinstance(target, Named):
             check_streams_read(self.asked(), "no_t5" in target.text)
+            if (size := parse_size(self.size)) is not None and (multiple := multiple_of(target.name)) is not None:
+                check_size(size, multiple, None)
         model = as_model(target, shown)
         from mmdit_probe.segment.methods import METHODS  # torch, only for a request that can be met
 
@@ -236,7 +241,7 @@ class Discover(OnePicture):
         if self.candidates is None:
             return found
         return name_segments(
-            model, found, self.names(), method=self.names_by, weights=read.reading.weights, reference=self.reference
+            model, found, self.names(), method=self.names_by, weights=read.reading.weights, reference=self.as_reference
         )
 
     def _request(self, read: Read, values: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,8 @@ class SelectLayers(Sampling, Experiment):
             )
         if self.top_heads and not scenes:
             raise UserError("--top-heads are selected by their maps on scenes, which this model does not know")
+        for run in self.runs:
+            evidence.record_of(run)
 
     def prepare(self, model: MMDiT, inputs: None) -> Study:
         if self.top > len(model.layers):

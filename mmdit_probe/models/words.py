@@ -16,6 +16,12 @@ import unicodedata
 from collections.abc import Collection
 from functools import lru_cache
 
+from mmdit_probe.errors import UserError
+
+LONGEST = 20_000
+"""Characters of the longest prompt that is read: no text encoder of these pipelines takes nearly as many."""
+
+
 _WORD = re.compile(r"w[wm]*(?:jw[wm]*)*|b[bm]*|[jom]m*")
 """A word in the classes of its characters: w letter or digit, b the same of a script without blanks, m mark or joiner,
 j apostrophe or hyphen, o other sign."""
@@ -112,3 +118,11 @@ def _starts_letter(letters: str, places: tuple[int, ...], at: int) -> bool:
     if at == 0 or at >= len(letters):
         return True
     return places[at] != places[at - 1] and not unicodedata.category(letters[at]).startswith("M")
+
+
+def check_length(prompt: str) -> None:
+    """Refuse a prompt of more than `LONGEST` characters: raises a UserError."""
+    if len(prompt) > LONGEST:
+        raise UserError(
+            f"prompt {prompt[:40]!r}... has {len(prompt)} characters; at most {LONGEST} are read: shorten it"
+        )

@@ -17,6 +17,7 @@ from typing import NoReturn
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.tokens import TokenTable
+from mmdit_probe.specs import listed
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,20 @@ class Query:
     of_class: int
     spans: dict[str, list[int]]
 
-    def positions(self, stream: str | None = None) -> list[int]:
-        """Text positions in one stream, or in all.
+    def positions(self, streams: str = "all") -> list[int]:
+        """Text positions in some streams (by comma), or in all.
 
         Raises:
-            UserError: it has none in that stream, which does not exist, is left out, or cut the name off.
+            UserError: it has none in one of them, which does not exist, is left out, or cut the name off.
         """
-        found = [p for name, positions in self.spans.items() if stream in (None, name) for p in positions]
+        wanted = self.spans if streams == "all" else listed(streams)
+        for stream in wanted:
+            if streams != "all" and not self.spans.get(stream):
+                there = ", ".join(self.spans)
+                raise UserError(f"{self.text!r} has no tokens in the text stream {stream!r}; take {there}")
+        found = [p for name, positions in self.spans.items() if name in wanted for p in positions]
         if not found:
-            if stream is None:
-                raise UserError(f"{self.text!r} has no text positions; name at least one in spans")
-            there = ", ".join(self.spans)
-            raise UserError(f"{self.text!r} has no tokens in the text stream {stream!r}; take {there}")
+            raise UserError(f"{self.text!r} has no text positions; name at least one in spans")
         return found
 
 

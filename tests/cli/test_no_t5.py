@@ -46,7 +46,7 @@ def test_segment_reads_class_names_in_the_other_encoders(capsys: pytest.CaptureF
     assert with_t5.name.split("-")[-1] != without.name.split("-")[-1]
     assert json.loads((without / "segmentation.json").read_text())["request"]["no_t5"]
     # What is left of the words are CLIP's: reading only these changes nothing.
-    assert run(*SEGMENT, "--no-t5", "--set", "stream=clip", "-q", "-o", "clip") == 0
+    assert run(*SEGMENT, "--no-t5", "--set", "streams=clip", "-q", "-o", "clip") == 0
     only_clip = load_file("clip/probabilities.safetensors")["probabilities"]
     np.testing.assert_array_equal(only_clip, shares[1])
 
@@ -115,15 +115,15 @@ def test_runs_with_and_without_t5_are_not_continued_into_each_other(
 @pytest.mark.parametrize(
     "arguments",
     [
-        [*SEGMENT, "--set", "stream=t5"],
-        [*SEGMENT, "--method", "iseg", "--set", "stream=t5"],
-        [*EVALUATE, "--set", "tokenrank.stream=t5"],
+        [*SEGMENT, "--set", "streams=t5"],
+        [*SEGMENT, "--method", "iseg", "--set", "streams=t5"],
+        [*EVALUATE, "--set", "tokenrank.streams=t5"],
     ],
 )
 def test_words_are_not_read_in_an_encoder_that_is_left_out(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*arguments, "--no-t5", "-o", "run") == 2
-    message = "error: stream=t5 reads class names in T5, which --no-t5 leaves out; take stream=clip, or drop one\n"
+    message = "error: streams=t5 reads class names in T5, which --no-t5 leaves out; take streams=clip, or drop one\n"
     assert capsys.readouterr().err == message
     assert not Path("run").exists()

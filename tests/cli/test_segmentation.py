@@ -114,8 +114,8 @@ def test_discover_names_segments(
         (["--classes", "cat", "--sigma", "2"], "expected numbers in 0..1"),
         (["--classes", "cat", "--size", "60x64"], "multiples of 16"),
         (["--classes", "cat", "--set", "sofmax=text"], "did you mean 'softmax'"),
-        (["--classes", "cat", "--set", "stream=t6"], "no tokens in the text stream 't6'; take clip, t5"),
-        (["--classes", "cat", "--method", "iseg", "--set", "stream=t6"], "no tokens in the text stream 't6'"),
+        (["--classes", "cat", "--set", "streams=t6"], "no tokens in the text stream 't6'; take clip, t5"),
+        (["--classes", "cat", "--method", "iseg", "--set", "streams=t6"], "no tokens in the text stream 't6'"),
         (["--classes", "cat", "--resume"], "No such option: --resume"),
     ],
 )

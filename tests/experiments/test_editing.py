@@ -193,7 +193,7 @@ def test_a_picture_is_segmented_beside_and_as_its_own_reference() -> None:
         own = p[:, text : text + 12] if how == "beside" else p[:, text + 12 :]
         np.testing.assert_allclose(found[0].passes[0].records[1].i2t, own[..., :text], atol=3e-6)
         assert found[0].grid == (3, 4)
-    result = Segment(image=picture(48, 64), classes="ring, red", layers="1", size="48x64", reference="read").run(
+    result = Segment(image=picture(48, 64), classes="ring, red", layers="1", size="48x64", as_reference="read").run(
         model, progress=False
     )
     assert result.labels.shape == (48, 64) and result.request["reference"] == "read"

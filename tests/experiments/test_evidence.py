@@ -144,6 +144,8 @@ def test_what_cannot_be_selected_is_refused_before_it_is_measured() -> None:
         SelectLayers(evidence="word_mass", rule="segmentation").prepare(model, None)
     with pytest.raises(UserError, match="--top-heads are selected by their maps on scenes"):
         SelectLayers(runs=["runs/budget"], top_heads=1).gather(False)
+    with pytest.raises(UserError, match=r"'runs/gone' is no run folder of"):  # before the model is loaded
+        SelectLayers(runs=["runs/gone"]).gather(False)
 
 
 def test_names() -> None:

@@ -329,6 +329,11 @@ def test_options_come_back_from_a_record(ask: Experiment, read: dict[str, Any]) 
         ("pca", {"fit": "image"}, {"basis": "image"}),
         ("score", {"n": 3, "maps": "0.5"}, {"limit": 3, "map_sigma": "0.5"}),
         ("head-triage", {"split": "val", "train": 9}, {"report": "val", "train_limit": 9}),
+        (
+            "evaluate",
+            {"reference": "read", "options": ["seg4diff.stream=t5", "seg4diff.softmax=text"]},
+            {"as_reference": "read", "options": ["seg4diff.streams=t5", "seg4diff.softmax=text"]},
+        ),
         ("select-layers", {"heads": 2, "prompts": 5}, {"top_heads": 2, "perturb_limit": 5}),
     ],
 )

@@ -80,8 +80,8 @@ def test_blur_scores_keep_the_no_op_and_the_control(draw):
 
 
 def test_token_maps(draw):
-    given = ["--prompt", "a [red] [ring]", "--prompt", "a [cat] on [grass]", "--layers", "1,2", "num_steps=3"]
-    files = draw("fig09_token_maps", *given)
+    prompts = ["--marked-prompts", "a [red] [ring]", "--marked-prompts", "a [cat] on [grass]"]
+    files = draw("fig09_token_maps", *prompts, "--layers", "1,2", "num_steps=3")
     assert {name for name in files if name.endswith(".png")} == {
         "fig09a_token_maps.png", "fig09b_pad_maps.png", "fig16_i2t_t2i.png", "fig25_all_tokens.png", "fig26_heads.png",
         "fig27_heads.png", "fig30_empty_prompt.png",
@@ -150,7 +150,7 @@ def adapter(tiny_directory, tmp_path):
 
 def test_magnet_of_any_model_with_an_adapter(draw, adapter):
     how = ("--lora", adapter, "--limit", "1")
-    files = draw("fig10_magnet", *how, "--prompt", "a [red] [ring]", "--layers", "1,2", "num_steps=2")
+    files = draw("fig10_magnet", *how, "--marked-prompts", "a [red] [ring]", "--layers", "1,2", "num_steps=2")
     drawn = {"fig10_pipeline", "fig11_masks_open", "fig11_masks_unsupervised", "fig12_maps", "fig13_pictures"}
     assert {Path(name).stem for name in files} == drawn
     files = draw("fig08_segmentation", "--only", "league", *how, "method=seg4diff,seg4diff-unsup", "refine=none")

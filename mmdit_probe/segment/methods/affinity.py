@@ -20,7 +20,7 @@ from mmdit_probe.segment.tail import above_least, minmax
 
 
 def diffsegmenter(
-    capture: Capture, order: int = 1, heads: Heads = "mean", softmax: str = "auto", stream: str | None = None,
+    capture: Capture, order: int = 1, heads: Heads = "mean", softmax: str = "auto", streams: str = "all",
     i2i: str = "attn",
 ) -> Tensor:  # fmt: skip
     """Scores [C, h, w]: the class map scaled to 0..1, spread by S^order, scaled again (arXiv:2309.02773).
@@ -29,11 +29,11 @@ def diffsegmenter(
     per class a joint prompt; `diffsegmenter-per-class` takes one forward per name as the original does.
 
     Args:
-        order: how often S is applied. heads, softmax, stream: as in seg4diff.
+        order: how often S is applied. heads, softmax, streams: as in seg4diff.
         i2i: where S comes from: "attn", or "attn2" in models that have an image-only attention.
     """
     walks = [renorm(capture.mean(i2i_part(i2i), of=index)) for index in range(len(capture.passes))]
-    maps = word_maps(capture, heads=heads, softmax=softmax, stream=stream)
+    maps = word_maps(capture, heads=heads, softmax=softmax, streams=streams)
     return _walked(capture, [one._replace(values=_unit(one.values)) for one in maps], walks, order)
 
 
@@ -43,7 +43,7 @@ def iseg(
     rounds: int = 8,
     cluster: bool = True,
     heads: Heads = "mean",
-    stream: str | None = None,
+    streams: str = "all",
     i2i: str = "attn",
 ) -> Tensor:
     """Scores [C, h, w]: clustered text maps, spread along entropy-sharpened affinity (iSeg, arXiv:2409.03209).
@@ -52,7 +52,7 @@ def iseg(
         ent: weight of the entropy term that removes weak links; free of scale, because columns are divided by their
             largest entry. rounds: of spreading.
         cluster: average text maps over clusters of pixels with like text profiles first.
-        heads, stream: as in seg4diff. i2i: as in diffsegmenter.
+        heads, streams: as in seg4diff. i2i: as in diffsegmenter.
     """
     found = []
     for index, one in enumerate(capture.passes):
@@ -62,7 +62,7 @@ def iseg(
             maps = _cluster(maps, capture.grid)
         walk = _sharpened(renorm(capture.mean(i2i_part(i2i), of=index)), ent)
         for query in one.prompt.queries:
-            values = _share(maps[:, query.positions(stream)].mean(1))
+            values = _share(maps[:, query.positions(streams)].mean(1))
             for _ in range(rounds):
                 values = _share(walk @ values)
             found.append((query, _unit(values)))
@@ -75,7 +75,7 @@ def tokenrank(
     teleport: float = 0.01,
     heads: Heads = "mean",
     softmax: str = "auto",
-    stream: str | None = None,
+    streams: str = "all",
 ) -> Tensor:
     """Scores [C, h, w]: where a walk along incoming attention is after some bounces (arXiv:2507.17657).
 
@@ -84,14 +84,14 @@ def tokenrank(
 
     Args:
         bounces: at least 1; 1 is the scaled seg4diff map. teleport: share of uniform steps, so that every state is
-            reached. heads, softmax, stream: of the start, as in seg4diff.
+            reached. heads, softmax, streams: of the start, as in seg4diff.
     """
     chains = []
     for index in range(len(capture.passes)):
         chain = renorm(capture.mean("i2i_walk", of=index))
         chain = (1 - teleport) * chain + teleport / len(chain)
         chains.append(chain / chain.sum(0, keepdim=True))
-    return _walked(capture, word_maps(capture, heads=heads, softmax=softmax, stream=stream), chains, bounces - 1)
+    return _walked(capture, word_maps(capture, heads=heads, softmax=softmax, streams=streams), chains, bounces - 1)
 
 
 def _walked(capture: Capture, maps: Sequence[QueryMap], walks: Sequence[Tensor], steps: int) -> Tensor:

@@ -41,7 +41,7 @@ def word_maps(
     heads: Heads = "mean",
     softmax: str = "auto",
     reduce: str = "mean",
-    stream: str | None = None,
+    streams: str = "all",
 ) -> list[QueryMap]:
     """The map of every name of every pass, mean over the capture's layers.
 
@@ -50,7 +50,7 @@ def word_maps(
         softmax: "joint" over all keys (the paper), "text" over text keys, "words" over word tokens only (sinks such as
             BOS taken out), "image-odds" against the image mass, "logit" before the softmax, "auto": joint for one
             prompt, image-odds for several.
-        reduce: over the tokens of a name. stream: encoder stream to read; None reads all.
+        reduce: over the tokens of a name. streams: encoder streams to read, by comma, or "all".
     """
     check_known("softmax", softmax, SOFTMAX)
     check_known("token reduction", reduce, REDUCE)
@@ -59,7 +59,7 @@ def word_maps(
     for index, one in enumerate(capture.passes):
         maps = capture.over_layers(_columns(mode, one.prompt.table.positions("word"), heads), index)  # (I, T)
         for query in one.prompt.queries:
-            tokens = maps[:, query.positions(stream)]
+            tokens = maps[:, query.positions(streams)]
             values = {"mean": tokens.mean(1), "sum": tokens.sum(1), "max": tokens.amax(1)}[reduce]
             found.append(QueryMap(index, query, values))
     return found
@@ -90,16 +90,16 @@ def seg4diff(
     heads: Heads = "mean",
     softmax: str = "auto",
     reduce: str = "mean",
-    stream: str | None = None,
+    streams: str = "all",
     minmax: bool = False,
 ) -> Tensor:
     """Scores [C, h, w].
 
     Args:
-        heads, softmax, reduce, stream: as in `word_maps`; the paper's Table 5 is softmax "joint" or "logit".
+        heads, softmax, reduce, streams: as in `word_maps`; the paper's Table 5 is softmax "joint" or "logit".
         minmax: scale each class map to 0..1 over space, its other column.
     """
-    found = word_maps(capture, heads=heads, softmax=softmax, reduce=reduce, stream=stream)
+    found = word_maps(capture, heads=heads, softmax=softmax, reduce=reduce, streams=streams)
     maps = by_class(capture, [(one.query, one.values) for one in found])
     return over_space(maps) if minmax else maps
 
