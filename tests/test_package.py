@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,16 @@ EXAMPLES = [
 
 NO_WEIGHTS = ("Config", "Tokenizer", "Processor")
 """Ends of the names of what holds no weights."""
+
+
+def test_the_repository_holds_no_links() -> None:
+    """A link leads to where its author kept something, which no one else has."""
+    root = Path(mmdit_probe.__file__).parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("not in a git checkout")
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert len(listed.splitlines()) > 100
+    assert [line for line in listed.splitlines() if line.startswith("120000")] == []
 
 
 def test_weights_are_read_as_safetensors_only() -> None:
