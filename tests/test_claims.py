@@ -3,7 +3,7 @@
 .62 [.60, .65]<!-- analyses/results/presence/presence.csv; what=trained: map's mean; auc, low, high -->
 
 A file (CSV, or Markdown whose tables have their heading as `section`), what tells the one row, and the columns: as many
-numbers before the comment as stand in these cells.
+numbers before the comment as stand in these cells. Of the README, which is read as a file too, they stand here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "mmdit_probe" / "assets" / "README.md"]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "mmdit_probe" / "assets" / "README.md"]
+README = (
+    "1e-6<!-- benchmarks/results/situations.md; way of running=a prompt of 700 tokens; largest error of a mass -->",
+    "4e-5"
+    "<!-- benchmarks/results/situations.md; way of running=with guidance, under autocast; largest error of a mass -->",
+    "1.06 [1.05, 1.08]"
+    "<!-- benchmarks/results/scaling-avx512-bf16.md; blocks=sd3-medium; image tokens=1024; way=masses; time ratio -->",
+    "1.49 [1.46, 1.55]<!-- benchmarks/results/peers-avx512-bf16.md; section=sd3-medium, 1024 image tokens, bfloat16; "
+    "way=ConceptAttention; time ratio -->",
+    "2.01 [1.98, 2.07]<!-- benchmarks/results/peers-avx512-bf16.md; section=sd3-medium, 1024 image tokens, bfloat16; "
+    "way=attention-map-diffusers; time ratio -->",
+    "1.18 [1.17, 1.23]<!-- benchmarks/results/overhead-avx512-bf16.md; dtype=float32; way=probe; time ratio -->",
+)
 CLAIM = re.compile(r"<!-- (\S+\.(?:csv|md)); (.*?) -->", re.S)
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?( %)?")
 
@@ -61,6 +73,12 @@ def wrong(text: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_numbers_of_a_page_are_those_of_the_tables(page: Path) -> None:
     assert wrong(page.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("claim", README)
+def test_numbers_of_the_readme_are_those_of_the_tables(claim: str) -> None:
+    assert CLAIM.sub("", claim) in " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert wrong(claim) == []
 
 
 def test_a_number_that_is_not_in_the_table_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
