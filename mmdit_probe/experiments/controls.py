@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.results.statistics import NONE
-from mmdit_probe.specs import listed, named_of
+from mmdit_probe.specs import listed
 
 if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
@@ -69,9 +69,12 @@ def parse(text: str, known: Sequence[str] = tuple(CONTROLS)) -> tuple[str, ...]:
     Raises:
         UserError: an unknown control, or one that makes no sense for this measurement.
     """
-    if listed(text) == [NONE]:
+    names = listed(text)
+    if names == [NONE]:
         return ()
-    names = named_of("control", text, known)
+    for name in names:
+        if name not in known:
+            raise unknown("control", name, [NONE, *known])
     return tuple(name for name in known if name in names)
 
 
