@@ -13,8 +13,9 @@ interval. Recipes: `ours`, and `paper`, the paper's as it stands (`MagnetOptions
 
 What is chosen is chosen on the "val" scenes: the layer (the best of the base model), and the loss's form and rate of
 our recipe by a pilot of short trainings (the highest mIoU among those whose pictures are no worse than a control's of
-the same rate). Everything reported is of "test". Each training and each measurement is a file in `--work`, under a hash
-of the options and weights: what is there is not done again, and a killed training continues.
+the same rate). Everything reported is of "test". Each training and each measurement is a file in `--workdir`, under a
+hash of the weights and of the options that decide it: what is there is not done again, a killed training continues, and
+more `--seeds` add to those that are there.
 
 Writes tables, `examples.npz` (what figures/fig10_magnet.py draws), `settings.json` and `summary.md` into `--out`, those
 of the paper's recipe into `paper` below it.
@@ -369,9 +370,9 @@ def main() -> None:
         "--validate-limit", dest="validation", type=at_least(1), default=64, help="val scenes of a choice"
     )
     parser.add_argument("--map-limit", dest="maps", type=at_least(1), default=200, help="test scenes of the mIoU")
-    parser.add_argument("--limit", "-n", dest="prompts", type=at_least(1), default=60, help="test prompts per category")
+    parser.add_argument("--limit", "-n", dest="prompts", type=at_least(1), default=40, help="test prompts per category")
     parser.add_argument("--num-steps", type=at_least(1), default=28)
-    parser.add_argument("--guidance", type=float, default=7.5)
+    parser.add_argument("--guidance", type=float, default=9)
     parser.add_argument("--precision", default="bfloat16", help="of generated pictures; all else is float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--processes", type=at_least(1), default=1, help="jobs at a time, one thread each")
@@ -382,7 +383,8 @@ def main() -> None:
     refusal = f"--rates {ask['rates']!r}; expected learning rates by comma, such as 1e-3,3e-3"
     ask["rates"] = tuple(numbers(ask["rates"], 0, 1, refusal))
     plan = Plan(**ask)
-    work = work / short_hash(asdict(plan) | {"weights": plan.model().weight_hash})
+    decisive = {key: value for key, value in asdict(plan).items() if key != "seeds"}
+    work = work / short_hash(decisive | {"weights": plan.model().weight_hash})
     work.mkdir(parents=True, exist_ok=True)
     run(plan, work, processes)
     collect(plan, work, OURS, out)
