@@ -78,7 +78,7 @@ class ScenesData:
         return self.count
 
     def __getitem__(self, index: int) -> Sample:
-        return _drawn(self.split, self.first + index, self.masks, self.prompt)
+        return _drawn(self.split, range(self.first, self.first + self.count)[index], self.masks, self.prompt)
 
     def describe(self) -> dict[str, Any]:
         return {"data": f"scenes:{self.split}", "first": self.first, "count": self.count, "masks": self.masks,

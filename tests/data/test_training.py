@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,13 @@ def test_class_masks_are_those_of_the_scene_and_named_in_the_prompt() -> None:
                 assert name.startswith(of)  # "stars" are of class "star"
                 assert mask.sum() == (truth.classes == CLASSES.index(of)).sum()
     assert len(ScenesData("val", 1)[0].names) == len(scene("val", 0).class_names)
+
+
+def test_scenes_end() -> None:
+    """A loop over them went on for ever: the sequence protocol asks for an index beyond the last."""
+    data = ScenesData("val", 3, first=2)
+    assert [sample.name for sample in data] == ["scenes:val:2", "scenes:val:3", "scenes:val:4"]
+    assert data[-1].name == "scenes:val:4"
 
 
 def test_part_masks_are_parts_of_single_objects_largest_first() -> None:
@@ -158,3 +166,12 @@ def test_own_labels_read_no_annotation(tmp_path: Path, source: str) -> None:
     else:
         assert sample.names == ()
     assert made[0].describe()["source"] == source
+
+
+def test_own_segments_beyond_255_stay_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segment 256 was taken for segment 0: the empty prompt of a model with T5 has more positions than that."""
+    found = (np.arange(64 * 64) * 300 // (64 * 64)).astype(np.uint16).reshape(64, 64)
+    monkeypatch.setattr("mmdit_probe.magnet.pseudo.discover", lambda *_, **__: SimpleNamespace(labels=found))
+    data = ScenesData("val", 1, "part")
+    made = SelfLabelled.make(None, data, source="segments", layers=(1,))  # type: ignore[arg-type]
+    assert np.unique(made.labels).tolist() == list(range(300))
