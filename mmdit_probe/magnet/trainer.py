@@ -319,6 +319,13 @@ class _Loop:
             self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
 
     def _save(self, last: bool) -> None:
+        """Write what the training is for, then the checkpoint: a resumed run goes on behind it and writes no more."""
+        write_text(self.path / "training.csv", pd.DataFrame(self.log).to_csv(index=False))
+        if self.validations:
+            write_text(self.path / "validation.csv", pd.DataFrame(self.validations).to_csv(index=False))
+        if last:
+            with self._averaged():
+                self._write("lora")
         tensors = {"parameter." + name: p.detach() for name, p in self.parameters.items()}
         tensors |= {"average." + name: average for name, average in self.average.items()}
         tensors |= optimizer_tensors(self._plain_optimizer)
@@ -327,12 +334,6 @@ class _Loop:
                  "scaler": None if scaler is None else scaler.state_dict()}  # fmt: skip
         save_state(self.path / CHECKPOINT, tensors, facts)
         self.saved = self.step
-        write_text(self.path / "training.csv", pd.DataFrame(self.log).to_csv(index=False))
-        if self.validations:
-            write_text(self.path / "validation.csv", pd.DataFrame(self.validations).to_csv(index=False))
-        if last:
-            with self._averaged():
-                self._write("lora")
 
     def _write(self, name: str) -> None:
         facts = {"step": self.step, "base": self.model.name, "data": self.data.describe()}

@@ -19,6 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from mmdit_probe.attention.gradients import Space
+from mmdit_probe.data.labels import IGNORE
+from mmdit_probe.data.masks import paint
 from mmdit_probe.data.sample import Sample
 from mmdit_probe.evaluate.scores import ImageCounts, map_quality
 from mmdit_probe.magnet.tap import TextMapTap
@@ -63,9 +65,8 @@ def readouts(
         for row, (_, sample) in enumerate(chunk):
             spans = [[p for of in text.tokens[row].word_spans(name).values() for p in of] for name in sample.names]
             ids = [names.index(name) for name in sample.names]
-            label = np.full(sample.masks.shape[1:], -1)
-            for index, mask in zip(ids, sample.masks, strict=True):
-                label[mask] = index
+            own = paint(sample.masks)  # as everywhere: of masks that overlap the smaller one
+            label = np.where(own == IGNORE, -1, np.take(ids, own, mode="clip"))
             for space, stretch in kinds:
                 words = torch.stack([maps[space][row, span].mean(0) for span in spans])  # (K, h, w)
                 counts[space, stretch][start + row] = map_quality(words, label, ids, len(names), stretch)

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from mmdit_probe import UserError, load
 from mmdit_probe.data import Sample, ScenesData
 from mmdit_probe.errors import RunError
+from mmdit_probe.magnet import lora
 from mmdit_probe.magnet.config import MagnetOptions, recipe
 from mmdit_probe.magnet.lora import named_parameters
 from mmdit_probe.magnet.objective import items_at, level_of, noise_levels, noise_of, rate_at
@@ -85,6 +86,19 @@ def test_scenes_by_their_short_name_are_validated_too() -> None:
         assert [one.name for one in held] == ["scenes:val:0", "scenes:val:1"][:count]
 
 
+def test_validation_counts_a_pixel_of_two_masks_as_the_smaller_one() -> None:
+    """It took the mask that came last, where everything else that reads overlapping masks takes the smaller one."""
+    cup, table = np.zeros((2, 64, 64), bool)
+    cup[20:40, 20:40], table[10:] = True, True
+    image = Pictures()[0].image
+    truths = {True: [cup, table], False: [cup, table & ~cup]}  # as they overlap, and cut apart
+    overlapping, apart = (
+        validate(fresh(), [Sample("both", image, "ring cat", np.stack(truths[of]), ("ring", "cat"))], (1,)).truth
+        for of in (True, False)
+    )
+    assert overlapping.tolist() == apart.tolist() == [[54 * 64 - 400, 400]]  # cat, ring
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.6])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, ema: float) -> None:
     config, held_out = replace(CONFIG, ema=ema, validate_every=2, save_every=2), [Pictures()[0]]
@@ -110,6 +124,20 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, ema: float) -> 
     assert whole.validation.equals(resumed.validation)
     again = run(tmp_path / "killed", config, held_out=held_out, resume=True)
     assert_equal(whole, again)
+
+
+def test_killed_while_the_adapter_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last checkpoint was there before the adapter, and the resumed run had nothing left to do."""
+    config = replace(CONFIG, train_steps=2, save_every=1)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lora, "save_lora", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "killed", config)
+    assert_equal(run(tmp_path / "killed", config, resume=True), run(tmp_path / "whole", config))
 
 
 def test_the_averaged_adapter_is_what_is_saved(tmp_path: Path) -> None:
