@@ -223,7 +223,7 @@ class _Passes:
     heads: Any
     each: bool
     place: Path | None
-    advance: Callable[[], None]
+    advance: Callable[[float], None]
     basis: PCA = field(init=False)
     projection: Projection = field(init=False)
 
@@ -238,36 +238,40 @@ class _Passes:
 
         from mmdit_probe.observe.pca import Projection
 
-        kept, size = _Kept(self.place), self.ask.batch
-        starts = range(0, len(self.pictures), size)
+        # What is kept says which pictures it is of: a run may be continued with other batches.
+        kept, size, count = _Kept(self.place), self.ask.batch, len(self.pictures)
         fitted = 0
-        if (fit := kept.load("fit")) is not None:
-            fitted = int(fit.pop("batches"))
+        if (fit := kept.load("fitted")) is not None:
+            fitted = int(fit.pop("pictures"))
             self.basis.restore(fit)
-        for number, start in enumerate(starts):
-            if number >= fitted:
-                self._denoise(self.basis, start)
-                kept.save("fit", self.basis.state() | {"batches": torch.tensor(number + 1)})
-            self.advance()
-        for number, start in enumerate(starts):
-            maps = kept.load(f"maps-{number:05d}")
+            self.advance(fitted / size)
+        for start in range(fitted, count, size):
+            stop = min(start + size, count)
+            self._denoise(self.basis, slice(start, stop))
+            kept.save("fitted", self.basis.state() | {"pictures": torch.tensor(stop)})
+            self.advance((stop - start) / size)
+        start = 0
+        while start < count:
+            maps = kept.load(f"maps-of-{start:05d}")
             if maps is None:
                 now = Projection(self.basis, self.each)
-                self._denoise(now, start)
+                self._denoise(now, slice(start, min(start + size, count)))
                 maps = now.take()
-                kept.save(f"maps-{number:05d}", maps)
+                kept.save(f"maps-of-{start:05d}", maps)
             self.projection.put(maps)
-            self.advance()
+            seen = len(next(iter(maps.values())))
+            start += seen
+            self.advance(seen / size)
         return self._scored()
 
-    def _denoise(self, observer: PCA | Projection, start: int) -> None:
+    def _denoise(self, observer: PCA | Projection, part: slice) -> None:
         from mmdit_probe.observe.probe import probe
 
-        model, ask, part = self.variant.model, self.ask, slice(start, start + self.ask.batch)
+        model, ask, seed = self.variant.model, self.ask, self.ask.seed + part.start
         latents = model.encode_image([picture.open(model.default_size) for picture in self.pictures[part]])
-        noised = model.noise(latents, ask.sigma, ask.seed + start)
+        noised = model.noise(latents, ask.sigma, seed)
         with probe(model, observer, layers=self.layers, edits=self.variant.edits):
-            model.denoise(noised, ask.sigma, model.encode_prompt(list(self.captions[part])), seeds=ask.seed + start)
+            model.denoise(noised, ask.sigma, model.encode_prompt(list(self.captions[part])), seeds=seed)
 
     def _scored(self) -> Found:
         from mmdit_probe.observe.pca import own_scores, scores, token_classes

@@ -33,8 +33,8 @@ class SelfLabelled:
     """Data whose masks were made by the model. Use `SelfLabelled.make`.
 
     Attributes:
-        data: where pictures and prompts come from. labels: uint16 [n, H, W] index into the words of each sample's prompt
-            (or segment number). named: whether labels are words. settings: what made them.
+        data: where pictures and prompts come from. labels: uint16 [n, H, W] index into the words of each sample's
+            prompt (or segment number). named: whether labels are words. settings: what made them.
     """
 
     data: Data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +120,8 @@ def test_incremental_fit_spans_what_the_exact_one_does() -> None:
         PCA(solver="exakt")
 
 
-@pytest.mark.parametrize("solver", ["exact", "incremental"])
-def test_an_interrupted_run_goes_on_where_it_was(solver: str, tmp_path: Path) -> None:
-    model, left = MMDiT(tiny.pipeline()), [100]
+def counted_denoise(model: MMDiT, left: list[int]) -> None:
+    """Interrupt the model once as many denoising calls as `left` says are made."""
     stock = model.denoise
 
     def counted(*args: Any, **options: Any) -> Any:
@@ -131,6 +131,12 @@ def test_an_interrupted_run_goes_on_where_it_was(solver: str, tmp_path: Path) ->
         return stock(*args, **options)
 
     model.denoise = counted  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("solver", ["exact", "incremental"])
+def test_an_interrupted_run_goes_on_where_it_was(solver: str, tmp_path: Path) -> None:
+    model, left = MMDiT(tiny.pipeline()), [100]
+    counted_denoise(model, left)
     ask = FeaturePCA(
         images="scenes:val", limit=6, prompts="a cat", kinds="key", components=2, batch=2, solver=solver
     )  # fmt: skip
@@ -146,6 +152,24 @@ def test_an_interrupted_run_goes_on_where_it_was(solver: str, tmp_path: Path) ->
     np.testing.assert_array_equal(*(one.store.load_arrays("shown")["0:key"] for one in (whole, again)))
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"pca.parquet"} and not left[0]
     assert not (tmp_path / "run" / "state").exists()
+
+
+def test_an_interrupted_run_goes_on_with_other_batches(tmp_path: Path) -> None:
+    """Finished batches were counted in batches of the size now, so that pictures were fitted twice and maps mixed."""
+    model, left = MMDiT(tiny.pipeline()), [100]
+    counted_denoise(model, left)
+    ask = FeaturePCA(images="scenes:val", limit=6, prompts="a cat", kinds="key", components=2, batch=6)
+    whole = ask.run(model, progress=False)
+    # Fitted: 0-1 | 2-4 and 5, then maps of 0-2 | maps of 3-4 and 5.
+    for batch, calls in ((2, 1), (3, 3)):
+        left[0] = calls
+        with pytest.raises(KeyboardInterrupt):
+            replace(ask, batch=batch).run(model, out=tmp_path / "run", resume=True, progress=False)
+    left[0] = 2
+    again = replace(ask, batch=2).run(model, out=tmp_path / "run", resume=True, progress=False)
+    assert not left[0]
+    pd.testing.assert_frame_equal(whole.table, again.table, rtol=1e-3, atol=1e-4)
+    pd.testing.assert_frame_equal(whole.store.table("pca_variance"), again.store.table("pca_variance"), rtol=1e-4)
 
 
 def test_own_scores_need_their_control() -> None:
