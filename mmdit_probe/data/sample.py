@@ -87,11 +87,19 @@ class Sample:
         """The picture, uint8 [H, W, 3], opened where it is a file."""
         return self._image if isinstance(self._image, np.ndarray) else np.asarray(self.open())
 
-    def label(self) -> Ids | None:
-        """Class ids [H, W] that index `names`, or None where nothing is known; overlapping masks: the smallest."""
-        if self._label is not None:
-            return self._label()
-        return None if self._masks is None else paint(self.regions().masks)
+    def label(self, shown_at: tuple[int, int] | None = None) -> Ids | None:
+        """Class ids [H, W] that index `names`, or None where nothing is known; overlapping masks: the smallest.
+
+        Args:
+            shown_at: size of `open`; then the part that the picture shows there, in the label's own pixels.
+        """
+        if self._label is None and self._masks is None:
+            return None
+        ids = paint(self.regions().masks) if self._label is None else self._label()
+        if shown_at is None:
+            return ids
+        top, left, bottom, right = Fit.of((ids.shape[0], ids.shape[1]), shown_at, how="crop").shown
+        return ids[top:bottom, left:right]
 
     def regions(self, size: tuple[int, int] | None = None) -> Regions:
         """Masks of what is in the picture, with their names: those of the masks, or of the ids that the label holds.

@@ -83,7 +83,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
         with probe(model, KeyMass(), Channels(), SinkFree(), layers=layers, edits=variant.edits) as run:
             model.denoise(noised, self.sigma, encoded, seeds=seed)
         found = {"keys": run[KeyMass].table(), "channels": run[Channels].table()}
-        if (label := picture.label()) is not None:
+        if (label := picture.label(model.default_size)) is not None:
             found["map_quality"] = map_scores(run[SinkFree], label, picture.names, encoded.tokens[0], layers)
         kept = {(layer, head) for layer in layers for head in heads_at(heads, layer, model.heads)}
         for name, frame in found.items():

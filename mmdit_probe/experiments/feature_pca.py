@@ -274,9 +274,9 @@ class _Passes:
             model.denoise(noised, ask.sigma, model.encode_prompt(list(self.captions[part])), seeds=seed)
 
     def _scored(self) -> Found:
-        from mmdit_probe.observe.pca import own_scores, scores, token_classes
+        from mmdit_probe.observe.pca import own_scores, scores
 
-        masks = class_masks(self.pictures) if self.ask.over is None else None
+        classes = classes_of(self.pictures, self.variant.model) if self.ask.over is None else None
         tables: list[pd.DataFrame] = []
         variance: list[dict[str, Any]] = []
         maps = {}
@@ -291,7 +291,6 @@ class _Passes:
             ]
             if len(every) < 2 and not self.each:
                 continue
-            classes = None if masks is None else token_classes(masks, (every.shape[1], every.shape[2]))
             found = own_scores(every, classes) if self.each else scores(every, classes)
             items = np.arange(0 if self.each else len(every) // 2, len(every))
             found |= {"explained_3": squares[items, :3].sum(1), "explained": squares[items].sum(1)}
@@ -301,12 +300,14 @@ class _Passes:
         return Found(pd.concat(tables, ignore_index=True) if tables else empty, pd.DataFrame(variance), maps)
 
 
-def class_masks(pictures: Sequence[Sample]) -> NDArray[np.integer[Any]] | None:
-    """Class masks [n, S, S] of pictures that all have one of the same size; None otherwise."""
-    labels = [picture.label() for picture in pictures]
-    if any(label is None for label in labels) or len({label.shape for label in labels if label is not None}) > 1:
-        return None
-    return np.stack([label for label in labels if label is not None])
+def classes_of(pictures: Sequence[Sample], model: MMDiT) -> NDArray[np.int64] | None:
+    """Class of each token [n, h, w] of pictures as the model is shown them; None if one has no label."""
+    from mmdit_probe.observe.pca import token_classes
+
+    labels = [picture.label(model.default_size) for picture in pictures]
+    known = [label[None] for label in labels if label is not None]
+    h, w = model.token_grid(*model.default_size)
+    return np.concatenate([token_classes(label, (h, w)) for label in known]) if len(known) == len(labels) else None
 
 
 class _Kept:

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.evaluate.scores import ImageCounts, area_under_curve, map_quality, mean_iou
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import TokenTable
@@ -130,7 +131,7 @@ def map_scores(
     """Quality of the maps of the classes that the prompt names and the picture has.
 
     Args:
-        seen: after one call of one picture. label: its class ids [H, W]. names: of the ids.
+        seen: after one call of one picture. label: its class ids [H, W], `IGNORE` where unknown. names: of the ids.
         tokens: of its prompt. layers: which.
 
     Returns: layer, head (-1: the mean over heads), maps (as they are | without sinks | words only), removed (share of
@@ -199,8 +200,8 @@ def _scores(
     if not spans:
         return found
     words = torch.stack([maps[..., span].sum(-1) for span in spans], 1)  # (M, K, h, w)
-    inside = [(tokens == one).ravel() for one in ids]
-    areas = [area_under_curve(words[:, k].flatten(1).numpy(), one) for k, one in enumerate(inside)]
+    labelled = tokens != IGNORE
+    areas = [area_under_curve(words[:, k].numpy()[:, labelled], tokens[labelled] == one) for k, one in enumerate(ids)]
     known = [one for one in areas if np.isfinite(one).all()]
     if known:
         found["auc"] = np.mean(known, axis=0)

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
 from mmdit_probe.specs import HeadSpec, heads_at, named_of
@@ -273,13 +274,19 @@ def _own_components(centred: Tensor, count: int) -> Tensor:
 
 
 def token_classes(masks: NDArray[np.integer], grid: tuple[int, int]) -> NDArray[np.int64]:
-    """Class of each token: the most frequent one among its pixels. Masks [B, S, S] -> [B, h, w]; h and w divide S."""
-    batch, height, width = masks.shape
-    h, w = grid
-    cells = masks.reshape(batch, h, height // h, w, width // w).transpose(0, 1, 3, 2, 4).reshape(batch, h, w, -1)
-    classes = np.unique(masks)
-    counts = np.stack([(cells == c).sum(-1) for c in classes], -1)
-    return classes[counts.argmax(-1)].astype(np.int64)
+    """Class of each token: the most frequent one among the pixels whose middle lies in it. Masks [B, H, W], of any size
+    over the same picture -> [B, h, w]."""
+    repeats = (-(-cells // side) for cells, side in zip(grid, masks.shape[1:], strict=True))  # no token without a pixel
+    for axis, times in enumerate(repeats, start=1):
+        masks = masks.repeat(times, axis)
+    rows, columns = (
+        (2 * np.arange(side) + 1) * cells // (2 * side) for cells, side in zip(grid, masks.shape[1:], strict=True)
+    )
+    classes, ids = np.unique(masks, return_inverse=True)
+    size = (len(masks), *grid, len(classes))
+    places = np.ravel_multi_index(np.ix_(np.arange(len(masks)), rows, columns), size[:3])
+    counts = np.bincount((places * len(classes) + ids.reshape(masks.shape)).ravel(), minlength=int(np.prod(size)))
+    return classes[counts.reshape(size).argmax(-1)].astype(np.int64)
 
 
 def scores(maps: NDArray[np.floating], classes: NDArray[np.int64] | None) -> dict[str, NDArray[np.float64]]:
@@ -289,7 +296,7 @@ def scores(maps: NDArray[np.floating], classes: NDArray[np.int64] | None) -> dic
 
     Args:
         maps: components [n, h, w, k] in one joint basis.
-        classes: class of each token [n, h, w]; None where no masks exist.
+        classes: class of each token [n, h, w], `IGNORE` where it is not known; None where no masks exist.
 
     Returns:
         class: recall of a linear probe (discriminant analysis, equal priors), mean over the classes of the image;
@@ -371,7 +378,7 @@ def _discriminant(inputs: NDArray[np.float64], labels: NDArray[np.int64]) -> Any
     from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
     known, counts = np.unique(labels, return_counts=True)
-    known = known[counts > 1]
+    known = known[(counts > 1) & (known != IGNORE)]
     if len(known) < 2:
         return None
     there = np.isin(labels, known)
@@ -382,10 +389,11 @@ def _discriminant(inputs: NDArray[np.float64], labels: NDArray[np.int64]) -> Any
 
 
 def _recall(probe: Any, inputs: NDArray[np.float64], truth: NDArray[np.int64]) -> float:
-    if probe is None:
+    there = [c for c in np.unique(truth) if c != IGNORE]
+    if probe is None or not there:
         return float("nan")
     found = probe.predict(inputs)
-    return float(np.mean([(found[truth == c] == c).mean() for c in np.unique(truth)]))
+    return float(np.mean([(found[truth == c] == c).mean() for c in there]))
 
 
 _TOKENS = 1024
@@ -397,6 +405,7 @@ def _silhouette(inputs: NDArray[np.float64], truth: NDArray[np.int64]) -> float:
 
     every = -(-len(inputs) // _TOKENS)
     inputs, truth = inputs[::every], truth[::every]
+    inputs, truth = inputs[truth != IGNORE], truth[truth != IGNORE]
     if not 2 <= len(np.unique(truth)) < len(truth) or np.ptp(inputs, axis=0).max() == 0:
         return float("nan")
     return float(silhouette_score(inputs, truth))

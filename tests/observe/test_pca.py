@@ -14,11 +14,13 @@ import torch
 
 from mmdit_probe import probe
 from mmdit_probe.cli.app import main
+from mmdit_probe.data import IGNORE, Sample
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import FeaturePCA
+from mmdit_probe.experiments import Diagnose, FeaturePCA
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.observer import Observer
 from mmdit_probe.observe.pca import KINDS, PCA, Projection, own_scores, scores, token_classes
+from mmdit_probe.scenes import CLASSES, describe, scene
 from tests import tiny
 
 IMAGE, LAYER = 16, 1
@@ -76,6 +78,43 @@ def test_unconditional_rows_are_left_out(pipe: Any) -> None:
 def test_token_classes_are_the_majority() -> None:
     mask = np.array([[[1, 1, 2, 2], [1, 3, 2, 3], [0, 0, 4, 4], [0, 0, 4, 4]]], np.uint8)
     assert token_classes(mask, (2, 2)).tolist() == [[[1, 2], [0, 4]]]
+
+
+def test_token_classes_of_masks_of_another_size() -> None:
+    """By hand: the middle of row 2 of 3 lies in the second token of 2, that of column 3 of 5 in the second of 2."""
+    mask = np.array([[[1, 1, 2, 2, 2], [3, 3, 1, 1, 1], [3, 2, 4, 4, 1]]])
+    assert token_classes(mask, (2, 2)).tolist() == [[[1, 2], [3, 1]]]
+    assert token_classes(mask[:, :1, :2], (2, 4)).tolist() == [[[1, 1, 1, 1], [1, 1, 1, 1]]]
+    assert token_classes(np.array([[[5, 7]]]), (2, 4)).tolist() == [[[5, 5, 7, 7]] * 2]
+
+
+@pytest.mark.parametrize("asked", [Diagnose(limit=4), FeaturePCA(limit=4, kinds="key", components=2)])
+def test_labels_lie_where_the_picture_is_shown(asked: Any) -> None:
+    """Pictures are cropped to the model's aspect, and whole labels were laid over them: what is cut off counts for
+    nothing, and pixels without a class are none."""
+    model = MMDiT(tiny.pipeline())
+
+    def sample(index: int, margin: int) -> Sample:
+        item, sides = scene("val", index), ((0, 0), (margin, margin))
+        label = np.pad(item.classes.astype(np.int64), sides, constant_values=IGNORE)
+        return Sample(
+            str(index), np.pad(item.image, (*sides, (0, 0))), describe(item), names=CLASSES, label=lambda: label
+        )
+
+    tables = []
+    for margin in (0, 32):
+        result = replace(asked, images=[sample(index, margin) for index in range(4)]).run(model, progress=False)
+        tables.append(result.store.table("map_quality" if isinstance(asked, Diagnose) else "pca"))
+    assert tables[0].select_dtypes("float").notna().any().all()
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_tokens_without_a_class_are_left_out_of_its_scores() -> None:
+    maps, classes = maps_of("class")
+    known = np.where(np.indices(classes.shape)[1] == 0, IGNORE, classes)  # the first row of tokens is not labelled
+    found, cut = scores(maps, known), scores(maps[:, 1:], classes[:, 1:])
+    for name in ("class", "silhouette"):
+        np.testing.assert_allclose(found[name], cut[name], atol=1e-9)
 
 
 def maps_of(kind: str, n: int = 12, side: int = 8) -> tuple[np.ndarray, np.ndarray]:
