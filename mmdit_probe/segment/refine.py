@@ -89,11 +89,18 @@ class Refinement:
     def labels(
         self, scores: Tensor, capture: Capture, background: Background | None = None, names: list[str] | None = None
     ) -> NDArray[np.uint16]:
-        """Labels [H, W] of scores [C, H, W] that the other steps were taken on, as `tail.label`, after the vote."""
-        found = label(scores, background, names)
-        if not any(name == "vote" for name, _ in self.steps):
-            return found
-        return voted(found, capture.once("pixel regions", lambda: pixel_regions(capture)).numpy(), len(scores))
+        """Labels [H, W] of scores [C, H, W] that the other steps were taken on, as `tail.label`, after the vote.
+
+        Pixels that the network was not shown have no scores: their label is 0, and they decide nothing.
+        """
+        top, left, bottom, right = capture.fit.shown
+        shown = np.s_[top:bottom, left:right]
+        found = np.zeros(scores.shape[1:], np.uint16)
+        found[shown] = label(scores[:, top:bottom, left:right], background, names)
+        if any(name == "vote" for name, _ in self.steps):
+            regions = capture.once("pixel regions", lambda: pixel_regions(capture)).numpy()
+            found[shown] = voted(found[shown], regions[shown], len(scores))
+        return found
 
     def __call__(self, scores: Tensor, capture: Capture) -> Tensor:
         """Scores [C, height, width] at the picture's size, every step but the vote taken in its place."""

@@ -173,7 +173,7 @@ def finish(
     labels = refine.labels(pixels, record, background, names)
     shares = probabilities(pixels)
     if names is None:
-        counts = np.bincount(labels.ravel(), minlength=len(shares))
+        counts = np.bincount(labels[~record.fit.unseen], minlength=len(shares))
         order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
         rank = np.zeros(len(shares), np.uint16)
         rank[order] = np.arange(len(order), dtype=np.uint16)

@@ -17,6 +17,7 @@ from mmdit_probe.segment.methods import find
 from mmdit_probe.segment.methods.dense_clip import _region_tokens
 from mmdit_probe.segment.record import Capture, Pass
 from mmdit_probe.segment.refine import Refinement
+from mmdit_probe.segment.run import finish
 from mmdit_probe.segment.settings import Background
 from mmdit_probe.segment.tail import label
 from mmdit_probe.segment.vocabulary import Query
@@ -103,6 +104,25 @@ def test_vote_is_one_label_per_region_of_labels_with_the_background() -> None:
     # background; a region of both has as many of each, and the background, the first class there, wins.
     assert of([1, 2, 2, 2, 3], rule) == [0, 2, 2, 2, 2]
     assert of([1, 2, 1, 3, 3], rule) == [2, 1, 2, 2, 2]
+
+
+def test_pixels_that_were_not_shown_decide_nothing() -> None:
+    """A crop leaves columns 0, 1, 4 and 5 out: they had scores of 0, and so voted for the first class, set the least
+    score of a threshold, and made a segment of a proposal that wins nowhere."""
+    whole = Capture.of((2, 2), regions=[[1, 1], [1, 1]], spans={"cat": [0], "sky": [1]})
+    capture = replace(whole, fit=Fit.of((2, 6), (2, 2), 1, "crop"), regions=np.ones((2, 6), int))
+    sky = torch.tensor([[[0.1, 0.1], [0.1, 0.9]], [[0.8, 0.8], [0.8, 0.2]]])  # it has three pixels of four
+
+    def shown(scores: torch.Tensor, refine: str, rule: str = "none") -> list[list[int]]:
+        found = finish(capture, scores, ["cat", "sky"][: len(scores)], Refinement.parse(refine), Background.parse(rule))
+        assert (found.labels[:, [0, 1, 4, 5]] == found.UNLABELLED).all()
+        return found.labels[:, 2:4].tolist()
+
+    assert shown(sky, "none") == [[1, 1], [1, 0]] and shown(sky, "vote") == [[1, 1], [1, 1]]
+    cat = torch.tensor([[[1.0, 0.6], [0.9, 0.7]]])  # scaled to 0..1 over what is shown: 1, 0, .75, .25
+    assert shown(cat, "none", "threshold:0.5") == [[0, 1], [0, 1]]
+    nowhere = torch.stack([torch.zeros(2, 2), torch.ones(2, 2)])
+    assert finish(capture, nowhere, None, Refinement(), Background()).names == ["segment 1"]
 
 
 def test_the_vote_ends_a_refinement() -> None:
