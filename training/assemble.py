@@ -86,7 +86,7 @@ def export(session: Session) -> None:
         "image_mean": [0.5, 0.5, 0.5],
         "image_std": [0.5, 0.5, 0.5],
     }
-    (fresh / "scenes-clip" / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    (fresh / "scenes-clip" / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", "utf-8")
     (fresh / "scenes-parser").mkdir()
     state = {name: tensor.half() for name, tensor in weights(load_trained_parser(workdir)).items()}
     save_file(state, fresh / "scenes-parser" / "model.safetensors", {"world": str(WORLD_VERSION)})
@@ -126,7 +126,7 @@ def unpack(session: Session) -> None:
     }  # fmt: skip
     for stage, module in modules.items():
         curves = assets / HOMES[stage] / "training" / f"{stage}.csv"
-        with curves.open(newline="") as file:
+        with curves.open(encoding="utf-8", newline="") as file:
             step = max(int(row["step"]) for row in csv.DictReader(file))
         adopt(workdir / stage, module, step, curves)
 

@@ -156,7 +156,7 @@ def run(stage: Stage, folder: Path, session: Session, *, log_every: int = 50) ->
     Returns: whether the end of the stage was reached, and not only the end of the session's time.
 
     Raises:
-        UserError: the folder holds a run of another recipe. RunError: the loss is not finite.
+        UserError: the folder holds a run of another recipe. RunError: the loss or its gradient is not finite.
     """
     return _Run(stage, folder, session, log_every).go()
 
@@ -205,10 +205,10 @@ class _Run:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
         loss, numbers = stage.loss(number)
-        if not torch.isfinite(loss):
-            raise RunError(f"stage {stage.name}, step {number}: the loss is {float(loss.detach())}")
+        self.finite("loss", loss)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(stage.module.parameters(), stage.clip)
+        norm = torch.nn.utils.clip_grad_norm_(stage.module.parameters(), stage.clip)
+        self.finite("gradient", norm)  # else the weights are not, and may be saved before the next loss tells
         for optimizer in stage.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -219,6 +219,11 @@ class _Run:
             sums[key] = sums.get(key, 0.0) + value
         self.progress.seen += 1
         self.progress.step += 1
+
+    def finite(self, what: str, value: Tensor) -> None:
+        """Go on with numbers alone."""
+        if not torch.isfinite(value):
+            raise RunError(f"stage {self.stage.name}, step {self.progress.step}: the {what} is {float(value.detach())}")
 
     def report(self) -> None:
         """Write curves: means over steps, and what is measured every so often."""
@@ -317,7 +322,7 @@ def read_progress(folder: Path) -> Progress:
         raise UserError(
             f"'{folder.parent}' holds no trained {folder.name}: run `python -m training {folder.name}` first"
         )
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     return Progress(**record | {"landing": tuple(record["landing"]) if record.get("landing") else None})
 
 
@@ -372,5 +377,5 @@ class _Curves:
             writer.writerows(rows)
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([step, name, f"{value:.6g}"] for name, value in numbers.items())

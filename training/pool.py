@@ -79,7 +79,7 @@ def pool(
     images, classes, colours = (
         np.load(folder / f"{name}-{column}.npy", mmap_mode="r") for column in ("images", "classes", "colours")
     )
-    return Pool(images, classes, colours, json.loads(captions.read_text()))
+    return Pool(images, classes, colours, json.loads(captions.read_text(encoding="utf-8")))
 
 
 def save_array(path: Path, array: NDArray[Any]) -> None:

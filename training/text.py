@@ -37,14 +37,11 @@ _KIND_WEIGHTS = {
 }
 
 
-def draw_captions(
-    data: Pool, rows: list[int], empty: float = 0.0, weights: dict[str, float] | None = None
-) -> list[str]:
+def draw_captions(data: Pool, rows: list[int], empty: float = 0.0) -> list[str]:
     """One caption per scene, its kind drawn with torch's generator; a share ``empty`` of them is the empty caption."""
     if not rows:
         return []
-    table = weights or _KIND_WEIGHTS
-    odds = torch.tensor([table.get(kind, 0.0) for kind in KINDS])
+    odds = torch.tensor([_KIND_WEIGHTS.get(kind, 0.0) for kind in KINDS])
     kinds = torch.multinomial(odds, len(rows), replacement=True).tolist()
     blank = (torch.rand(len(rows)) < empty).tolist()
     return ["" if b else data.captions[row][kind] for row, kind, b in zip(rows, kinds, blank, strict=True)]

@@ -197,6 +197,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         run(broken, tmp_path, Session())
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    """The loss was finite, the step made every weight NaN, and a checkpoint could be written of them."""
+    broken = stage(4)
+    weight = broken.module.weight
+    broken.loss = lambda step: ((weight - weight.detach()).abs().sum().sqrt(), {})  # 0, with an infinite slope
+    with pytest.raises(RunError, match="step 0: the gradient is"):
+        run(broken, tmp_path, Session())
+    assert torch.isfinite(weight).all() and not (tmp_path / "progress.json").exists()
+
+
 def test_schedules_start_low_and_end_low():
     for schedule in (warmup_cosine, constant_then_linear):
         rates = [schedule(step, 1000, 100) for step in range(1000)]
