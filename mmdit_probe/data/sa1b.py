@@ -23,7 +23,7 @@ from mmdit_probe.data.text import caption_beside, read_json
 from mmdit_probe.errors import MISSHAPEN, UserError
 
 SCORED_MASKS = 64
-"""Masks per picture that are scored, the largest ones; head-level training takes `MAX_MASKS`."""
+"""Masks per picture that are scored, the largest ones of at least `MIN_AREA`; head-level training takes `MAX_MASKS`."""
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 

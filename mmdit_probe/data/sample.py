@@ -36,7 +36,7 @@ class Sample:
 
     Args:
         name: what tables and messages call it.
-        image: uint8 [H, W, 3], a PIL image, or a function that opens one (or a `Picture`).
+        image: uint8 [H, W, 3], what else `open_picture` takes, or a function that opens one (or a `Picture`).
         prompt: its text, or a function that reads it; empty where none is known.
         masks: boolean [K, H, W] of the K `names` (none for masks without names), or a function -> `Regions`.
         names: the words or phrases that masks belong to; with `label` the class names of its ids.
@@ -45,7 +45,7 @@ class Sample:
     """
 
     def __init__(
-        self, name: str, image: NDArray[np.uint8] | Image | Callable[[], Any],
+        self, name: str, image: NDArray[Any] | Image | Callable[[], Any],
         prompt: str | Callable[[], str] = "",
         masks: Masks | Callable[[], Regions] | None = None, names: Sequence[str] = (), *,
         label: Callable[[], Ids] | None = None, content: Iterable[Path | str] = (),
@@ -84,8 +84,10 @@ class Sample:
 
     @property
     def image(self) -> NDArray[np.uint8]:
-        """The picture, uint8 [H, W, 3], opened where it is a file."""
-        return self._image if isinstance(self._image, np.ndarray) else np.asarray(self.open())
+        """The picture, uint8 [H, W, 3], opened where it is anything else."""
+        held = self._image
+        plain = isinstance(held, np.ndarray) and held.dtype == np.uint8 and held.ndim == 3 and held.shape[2] == 3
+        return held if plain else np.asarray(self.open())
 
     def label(self, shown_at: tuple[int, int] | None = None) -> Ids | None:
         """Class ids [H, W] that index `names`, or None where nothing is known; overlapping masks: the smallest.

@@ -251,6 +251,17 @@ def test_huge_pictures_are_reduced_with_a_note(tmp_path: Path, monkeypatch: pyte
         assert open_picture(tmp_path / name, reduce=False).image.size == (100, 60)
 
 
+def test_a_sample_of_an_array_has_a_picture_of_8_bits_and_three_channels() -> None:
+    """It gave the array as it was, which references of an editing model and `segment` cannot read."""
+    grey = np.array([[0.0, 0.5], [1.0, 0.2]])
+    found = Sample("grey", grey).image
+    assert found.dtype == np.uint8 and found.tolist() == [[[0] * 3, [128] * 3], [[255] * 3, [51] * 3]]
+    covered = np.full((1, 1, 4), [10, 20, 30, 0], np.uint8)
+    assert Sample("covered", covered).image.tolist() == [[[255, 255, 255]]]  # laid on white
+    plain = np.zeros((2, 2, 3), np.uint8)
+    assert Sample("plain", plain).image is plain
+
+
 def test_arrays_are_pictures_too() -> None:
     assert np.array_equal(open_picture(RGB).pixels, RGB)
     assert np.array_equal(open_picture(RAMP / 255.0).pixels, grey(RAMP))
