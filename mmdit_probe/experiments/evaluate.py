@@ -302,7 +302,7 @@ class Evaluate(Reads, Experiment):
         from mmdit_probe.evaluate.tagger import Tagging
 
         (data, tags), facts, how = inputs, model.facts, self.how
-        network = Network(facts["id"], facts["weight_hash"], facts["layers"], facts["heads"])
+        network = Network(facts["id"], facts["weight_hash"], range(facts["layers"]), facts["heads"])
         reading, heads, notes = self.reading(network, how.sigma or SIGMA, how.fit or FIT, how.size)
         rule = self.background or (how.background if data.background is not None else "none")
         tagger = self.tagger_request()
@@ -320,7 +320,7 @@ class Evaluate(Reads, Experiment):
             **({"reference": reading.reference} if reading.reference != "none" else {}),
         }  # fmt: skip
         plan = Plan.of(
-            data, self.methods, (network.layers, network.heads), reading=reading, scoring=scoring,
+            data, self.methods, (facts["layers"], facts["heads"]), reading=reading, scoring=scoring,
             refine=self.refinements, options=self.values(), heads=heads, sweep=self.sweep,
         )  # fmt: skip
         notes += [data.note] if data.note else []

@@ -36,12 +36,12 @@ class Network(NamedTuple):
 
     name: str
     weight_hash: str
-    layers: int
+    layers: range
     heads: int
 
     @classmethod
     def of(cls, model: MMDiT) -> Network:
-        return cls(model.name, model.weight_hash, len(model.layers), model.heads)
+        return cls(model.name, model.weight_hash, range(len(model.layers)), model.heads)
 
 
 class Read(NamedTuple):
@@ -135,22 +135,17 @@ class Reads:
             return self._selected(network)
         weights, notes = None, []
         if self.layers is not None:
-            layers = layer_indices(self.layers, network.layers)
+            layers = layer_indices(self.layers, len(network.layers))
         else:
-            known = grounding_layers([network.name], network.weight_hash, network.layers)
+            known = grounding_layers([network.name], network.weight_hash, len(network.layers))
             layers = tuple(sorted(known.layers))
             weights = dict(zip(known.layers, known.weights, strict=True)) if known.weights else None
             notes = [f"layers {','.join(map(str, layers))}: {known.source}"]
         return layers, heads if heads is None else checked_heads(heads, layers, network.heads), weights, notes
 
     def _selected(self, network: Network) -> tuple[tuple[int, ...], HeadSpec | None, Mapping[int, float] | None, Any]:
-        found = self.read_selection()
-        assert found is not None
-        if found.weight_hash != network.weight_hash:
-            raise UserError(
-                f"the selection {str(self.selection)!r} was made with other weights; run select-layers on"
-                f" {network.name}"
-            )
+        assert self.selection is not None
+        found = load_selection(self.selection, network)
         weights = dict(zip(found.layers, found.weights, strict=True))
         equal = max(found.weights) - min(found.weights) < 1e-9
         return tuple(found.layers), found.heads or None, None if equal else weights, []

@@ -13,14 +13,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mmdit_probe.errors import MISSHAPEN, UserError
 from mmdit_probe.results.atomic import write_json
 from mmdit_probe.results.documents import read_document
-
-if TYPE_CHECKING:
-    from mmdit_probe.models.mmdit import MMDiT
 
 FILE = "selection.json"
 VERSION = 1
@@ -102,13 +99,14 @@ def _numbers(values: Sequence[Any]) -> bool:
 
 
 def load_selection(
-    source: Path | str | LayerSelection, model: MMDiT | None = None, *, any_weights: bool = False
+    source: Path | str | LayerSelection, model: Any = None, *, any_weights: bool = False
 ) -> LayerSelection:
     """The selection that `--selection` means.
 
     Args:
         source: a selection file, a run folder of select-layers, or a selection.
-        model: what it is to be used with; its weights must be those of the selection.
+        model: what it is to be used with, an `MMDiT` or what has its name, weight_hash, layers and heads; its weights
+            must be those of the selection.
         any_weights: only check that the layers and heads exist (for a fine-tuned copy of the same model).
 
     Raises:

@@ -35,6 +35,7 @@ from mmdit_probe.experiments import (
     Report,
     Result,
     Score,
+    Segment,
     SelectLayers,
     ValueNorms,
     WordMaps,
@@ -43,9 +44,11 @@ from mmdit_probe.experiments import (
 )
 from mmdit_probe.experiments import target as naming
 from mmdit_probe.experiments.experiment import plain
+from mmdit_probe.experiments.reading import Network
 from mmdit_probe.experiments.text import TextTable, records
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.options import described
+from mmdit_probe.results.selection import LayerSelection
 from tests import tiny
 from tests.tables import unexplained
 
@@ -340,6 +343,21 @@ def test_options_come_back_from_a_record(ask: Experiment, read: dict[str, Any]) 
 def test_records_of_earlier_versions_are_read(command: str, record: dict[str, Any], read: dict[str, Any]) -> None:
     again = experiment_of(command, record)
     assert {name: getattr(again, name) for name in read} == read
+
+
+def test_a_selection_of_another_model_is_refused_where_maps_are_read(tmp_path: Path) -> None:
+    """By the words and checks of the other commands, also of layers and heads, which `segment` did not look at."""
+    path = LayerSelection("mine", "0" * 64, (2, 0), (0.75, 0.25), {2: (1,)}).save(tmp_path / "selection.json")
+    asked = Segment(image="scenes:val:0", classes="cat", selection=path)
+    read = asked.reading(Network("mine", "0" * 64, range(3), 2))
+    assert (read.reading.layers, read.reading.weights, read.heads) == ((2, 0), {2: 0.75, 0: 0.25}, {2: (1,)})
+    for network, says in (
+        (Network("other", "1" * 64, range(3), 2), "was made on mine .* this is other .* run select-layers on it"),
+        (Network("mine", "0" * 64, range(2), 2), "names layers .*mine has 2 layers of 2 heads"),
+        (Network("mine", "0" * 64, range(3), 1), "mine has 3 layers of 1 heads"),
+    ):
+        with pytest.raises(UserError, match=says):
+            asked.reading(network)
 
 
 def test_texts_of_pictures_may_stand_in_a_file(tmp_path: Path) -> None:
