@@ -82,8 +82,7 @@ class ContributionBudget(TokenRows):
         from mmdit_probe.plots.layers import contribution_budget
 
         title = f"{result.model_name}: {self.setting(result, int(result.summary['n'].max()))}"
-        by_item = self.by_item(result)
-        heads = summarise(by_item[by_item["head"] != ALL_HEADS], ["layer", "head", "group"])
+        heads = result.frames[f"{self.stem}_by_head"]
         return {self.stem: contribution_budget(result.summary, heads, title=title)}
 
     def tell(self, result: Result) -> list[Text]:

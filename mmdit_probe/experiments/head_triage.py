@@ -107,14 +107,13 @@ class HeadTriage(Experiment):
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.layers import triage
 
-        heads = verdicts(result.store.table("heads"))
         n = int(result.summary["n"].max())
         of = f"heads chosen on {self.train_limit} training scenes, mIoU on {n} scenes of {self.report}"
         title = f"{result.model_name}: {of}, sigma {self.sigma:g}"
-        return {"head_triage": triage(result.summary, heads, title=title)}
+        return {"head_triage": triage(result.summary, result.frames["heads_by_layer"], title=title)}
 
     def tell(self, result: Result) -> list[Text]:
-        heads = verdicts(result.store.table("heads"))
+        heads = result.frames["heads_by_layer"]
         away = heads[heads["verdict"] == AWAY]
         named = ", ".join(f"{row['layer']}.{row['head']} (AUC {row['auc']:.2f})" for row in away.to_dict("records"))
         return [
