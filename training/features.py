@@ -85,15 +85,13 @@ def train_ssl(session: Session) -> bool:
         images = images_of(data, torch.randint(len(data), (n,)), where)
         return error(images)[0], {}
 
-    @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
-        encoder.eval()
         n = min(256, len(val))
         lost, whole = error(images_of(val, torch.arange(n), where))
         numbers = {"explained": 1 - float(lost / whole)}
-        numbers |= {name: probe(val, tokens, n, where) for name, tokens in (("probe", encoder), ("pixels", patches))}
-        encoder.train()
-        return numbers
+        return numbers | {
+            name: probe(val, tokens, n, where) for name, tokens in (("probe", encoder), ("pixels", patches))
+        }
 
     stage = Stage(
         "ssl", steps, encoder, [optimizer], loss, lambda step: warmup_cosine(step, steps, 200), evaluate,

@@ -92,7 +92,8 @@ class Stage:
         optimizers: stepped together; their learning rates are multiplied by ``rate(step)``.
         loss: step -> (loss, numbers to log); called under the step's seed.
         rate: step -> learning-rate factor.
-        evaluate: step -> numbers to log, run every ``evaluate_every`` steps and at the end.
+        evaluate: step -> numbers to log, run every ``evaluate_every`` steps and at the end, without gradients and with
+            the module in evaluation mode.
         average: optional moving average of the weights.
         clip: gradient norm limit.
         recipe: options that a checkpoint can only be continued with, beside the session's seed and scenes.
@@ -237,7 +238,10 @@ class _Run:
             console.print(f"{stage.name} {done}/{self.end} {text} {self.pace * 1e3:.0f} ms/step, {left:.0f} min left")
             progress.sums, progress.seen = {}, 0
         if stage.evaluate is not None and (done % stage.evaluate_every == 0 or done == self.end):
-            numbers = stage.evaluate(done)
+            stage.module.eval()
+            with torch.no_grad():
+                numbers = stage.evaluate(done)
+            stage.module.train()
             self.evaluation = time.monotonic() - self.clock[-1]
             self.curves.write(done, numbers)
             console.print(f"{stage.name} {done} " + " ".join(f"{k} {v:.4f}" for k, v in numbers.items()))

@@ -58,20 +58,13 @@ def train_parser(session: Session) -> bool:
         colour_loss = F.cross_entropy(colour_logits.float(), colours, ignore_index=NO_COLOUR)
         return class_loss + colour_loss, {"class": float(class_loss.detach()), "colour": float(colour_loss.detach())}
 
-    def evaluate(step: int) -> dict[str, float]:
-        parser.eval()
-        numbers = validate(parser, val, where)
-        parser.train()
-        return numbers
-
     stage = Stage(
-        "parser", steps, parser, [optimizer], loss, lambda step: warmup_cosine(step, steps, 100), evaluate,
-        evaluate_every=500,
+        "parser", steps, parser, [optimizer], loss, lambda step: warmup_cosine(step, steps, 100),
+        lambda step: validate(parser, val, where), evaluate_every=500,
     )  # fmt: skip
     return run(stage, session.workdir / "parser", session)
 
 
-@torch.no_grad()
 def validate(parser: SceneParser, val: Pool, device: torch.device, n: int = 256) -> dict[str, float]:
     """Mean IoU over classes, and colour accuracy, on clean and on disturbed held-out scenes."""
     numbers: dict[str, float] = {}

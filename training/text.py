@@ -154,14 +154,11 @@ def train_clip(session: Session) -> bool:
                 total = total + F.cross_entropy(view, same / same.sum(1, keepdim=True)) / 4
         return total, {}
 
-    @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
-        pair.eval()
         n = min(256, len(val))
         images = images_of(val, torch.arange(n), where)
         texts = [row[KINDS.index("complex")] for row in val.captions[:n]]
         scores = similarity(images, texts)
-        pair.train()
         truth = torch.arange(n, device=where)
         return {f"retrieval_{k}": float((s.argmax(0) == truth).float().mean()) for k, s in enumerate(scores, start=1)}
 
@@ -230,7 +227,6 @@ def train_t5(session: Session) -> bool:
         masked = each[hidden].mean()
         return each.sum() / (truth != 0).sum() + masked, {"masked": float(masked.detach())}
 
-    @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
         seen, truth, hidden = spoil([row[KINDS.index("complex")] for row in val.captions[:256]])
         found = model(seen).argmax(-1)

@@ -62,7 +62,6 @@ def train_vae(session: Session) -> bool:
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean() / (images.shape[-1] / 32) ** 2
         return pixel + KL_WEIGHT * kl, {"pixel": float(pixel.detach()), "kl": float(kl.detach())}
 
-    @torch.no_grad()
     def evaluate(step: int) -> dict[str, float]:
         images, classes, _ = batch_of(val, torch.arange(min(128, len(val))), where)
         restored = vae.decode(vae.encode(images).latent_dist.mode()).sample
