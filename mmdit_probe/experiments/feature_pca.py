@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, plain, request_of
 from mmdit_probe.experiments.options import (
@@ -301,13 +302,20 @@ class _Passes:
 
 
 def classes_of(pictures: Sequence[Sample], model: MMDiT) -> NDArray[np.int64] | None:
-    """Class of each token [n, h, w] of pictures as the model is shown them; None if one has no label."""
+    """Class of each token [n, h, w] of pictures as the model is shown them, by the names that all of them have; None if
+    one has no label, or no names: ids alone mean nothing in another picture."""
     from mmdit_probe.observe.pca import token_classes
 
-    labels = [picture.label(model.default_size) for picture in pictures]
-    known = [label[None] for label in labels if label is not None]
     h, w = model.token_grid(*model.default_size)
-    return np.concatenate([token_classes(label, (h, w)) for label in known]) if len(known) == len(labels) else None
+    names: dict[str, int] = {}
+    found = []
+    for picture in pictures:
+        label = picture.label(model.default_size) if picture.names else None
+        if label is None:
+            return None
+        ids = [*(names.setdefault(name, len(names)) for name in picture.names), IGNORE]
+        found.append(token_classes(np.take(ids, np.where(label == IGNORE, -1, label))[None], (h, w)))
+    return np.concatenate(found)
 
 
 class _Kept:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from mmdit_probe import probe
 from mmdit_probe.cli.app import main
-from mmdit_probe.data import IGNORE, Sample
+from mmdit_probe.data import IGNORE, Sample, samples
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import Diagnose, FeaturePCA
+from mmdit_probe.experiments.feature_pca import classes_of
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.observer import Observer
 from mmdit_probe.observe.pca import KINDS, PCA, Projection, own_scores, scores, token_classes
@@ -107,6 +110,20 @@ def test_labels_lie_where_the_picture_is_shown(asked: Any) -> None:
         tables.append(result.store.table("map_quality" if isinstance(asked, Diagnose) else "pca"))
     assert tables[0].select_dtypes("float").notna().any().all()
     pd.testing.assert_frame_equal(*tables)
+
+
+def test_classes_of_a_folder_are_told_by_their_names(tmp_path: Path) -> None:
+    """Its masks are numbered in each picture on their own, so that the first was one class in all of them."""
+    (tmp_path / "masks").mkdir()
+    left, right = np.indices((4, 4))[1] < 2, np.indices((4, 4))[1] > 1
+    for name, mask in (("0", 7 * left), ("1", 3 * right), ("2", 7 * right + 3 * left)):
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / f"{name}.png")
+        Image.fromarray(mask.astype(np.uint8)).save(tmp_path / "masks" / f"{name}.png")
+    model: Any = SimpleNamespace(default_size=(4, 4), token_grid=lambda *_: (1, 2))
+    assert classes_of(samples(str(tmp_path)), model) is None  # ids without names mean nothing in another picture
+    (tmp_path / "masks" / "classes.json").write_text('{"3": "cat", "7": "sky"}')
+    sky, cat = 0, 1
+    assert classes_of(samples(str(tmp_path)), model).tolist() == [[[sky, IGNORE]], [[IGNORE, cat]], [[cat, sky]]]
 
 
 def test_tokens_without_a_class_are_left_out_of_its_scores() -> None:
