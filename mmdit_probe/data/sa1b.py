@@ -49,7 +49,7 @@ def sa1b_pairs(root: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:
 def _files(root: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """Files sa_* below a root by their path without the suffix."""
     files = sorted(path for path in root.rglob("sa_*") if path.suffix.lower() in suffixes)
-    return by_name(files, root, lambda path: str(path.relative_to(root).with_suffix("")))
+    return by_name(files, root, lambda path: path.relative_to(root).with_suffix("").as_posix())
 
 
 def sa1b_masks(path: Path, *, limit: int = SCORED_MASKS, size: tuple[int, int] | None = None) -> Masks:

@@ -86,8 +86,9 @@ class Sample:
     def image(self) -> NDArray[np.uint8]:
         """The picture, uint8 [H, W, 3], opened where it is anything else."""
         held = self._image
-        plain = isinstance(held, np.ndarray) and held.dtype == np.uint8 and held.ndim == 3 and held.shape[2] == 3
-        return held if plain else np.asarray(self.open())
+        if isinstance(held, np.ndarray) and held.dtype == np.uint8 and held.ndim == 3 and held.shape[2] == 3:
+            return held
+        return np.asarray(self.open())
 
     def label(self, shown_at: tuple[int, int] | None = None) -> Ids | None:
         """Class ids [H, W] that index `names`, or None where nothing is known; overlapping masks: the smallest.
