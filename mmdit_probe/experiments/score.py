@@ -11,6 +11,7 @@ parser reads the pictures back, its own limit stands beside ("real"), and `map_s
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -304,7 +305,7 @@ def scene_prompts(n: int, categories: Sequence[str] = (), split: str = "val") ->
 
 def prompts_by_category(source: str, n: int) -> list[tuple[str, str]]:
     """(category, prompt) pairs of a prompt source; of a folder, at most `n` of each text file."""
-    if not Path(source).is_dir():
+    if not os.path.isdir(source):  # False, not an error, for a prompt too long for a path
         return [("prompts", text) for text in prompts(source, n)]
     files = sorted(Path(source).glob("*.txt"))
     if not files:

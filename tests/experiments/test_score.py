@@ -21,7 +21,15 @@ from mmdit_probe.evaluate.blip import BlipAsker, phrases
 from mmdit_probe.evaluate.clipscore import ClipScorer
 from mmdit_probe.experiments import Score
 from mmdit_probe.experiments.experiment import Study
-from mmdit_probe.experiments.score import Job, Scorers, compare_variants, export, scene_prompts, verdict_lines
+from mmdit_probe.experiments.score import (
+    Job,
+    Scorers,
+    compare_variants,
+    export,
+    prompts_by_category,
+    scene_prompts,
+    verdict_lines,
+)
 from mmdit_probe.experiments.store import MemoryStore
 from mmdit_probe.scenes import captions, describe, load_parser, scene
 from tests import blip
@@ -338,6 +346,12 @@ def test_command_compares_an_adapter_with_the_base(
         main([*arguments[:-2], "--lora", "nowhere/at/all"])
     assert stopped.value.code == 2
     assert "no LoRA" in capfd.readouterr().err
+
+
+def test_a_prompt_may_be_longer_than_the_name_of_a_file() -> None:
+    """It was looked for as a folder, which the system refused."""
+    text = "a red ring and a blue house on grass, " * 10
+    assert prompts_by_category(text, 5) == [("prompts", text)]
 
 
 def test_command_scores_a_folder_of_prompts_by_category(
