@@ -6,7 +6,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,7 +90,9 @@ def export(session: Session) -> None:
     state = {name: tensor.half() for name, tensor in weights(load_trained_parser(workdir)).items()}
     save_file(state, fresh / "scenes-parser" / "model.safetensors", {"world": str(WORLD_VERSION)})
     for stage, home in HOMES.items():
-        _copy_curves(workdir / stage / "curves.csv", fresh / home / "training" / f"{stage}.csv")
+        curves = fresh / home / "training" / f"{stage}.csv"
+        curves.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(workdir / stage / "curves.csv", curves)
     for folder in sorted(fresh.iterdir()):
         target = assets / folder.name
         shutil.rmtree(target, ignore_errors=True)
@@ -129,11 +130,3 @@ def unpack(session: Session) -> None:
         with curves.open(encoding="utf-8", newline="") as file:
             step = max(int(row["step"]) for row in csv.DictReader(file))
         adopt(workdir / stage, module, step, curves)
-
-
-def _copy_curves(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with source.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))
-    with target.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(rows)

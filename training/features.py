@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdit_probe.scenes.world import CLASSES
-from training.loop import Stage, low_precision, run, trained_state, warmup_cosine
+from training.loop import Stage, low_precision, run, trained, warmup_cosine
 from training.parser import batch_of, images_of
 from training.pool import Pool
 from training.session import Session
@@ -114,6 +114,4 @@ def probe(data: Pool, tokens: Callable[[Tensor], Tensor], n: int, device: torch.
 
 def load_trained_encoder(workdir: Path) -> SceneEncoder:
     """The encoder as trained in ``workdir``, frozen, in evaluation mode."""
-    encoder = SceneEncoder()
-    encoder.load_state_dict(trained_state(workdir / "ssl"))
-    return encoder.eval().requires_grad_(False)
+    return trained(SceneEncoder(), workdir / "ssl")

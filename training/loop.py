@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,6 +38,8 @@ LANDING = 0.2
 FLOOR = 0.02
 """Where it comes down to, as a share of its height."""
 SAVE_SECONDS = 180.0
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def low_precision(device: torch.device) -> AbstractContextManager[None]:
@@ -360,6 +362,12 @@ def trained_state(folder: Path, *, average: bool = False) -> dict[str, Tensor]:
     """The weights of the last checkpoint in a stage's folder (its moving average, if asked for)."""
     state = load_file(folder / f"state-{read_progress(folder).step:07d}.safetensors")
     return _under("average." if average else "module.", state)
+
+
+def trained(module: Module, folder: Path) -> Module:
+    """The module with the weights of the last checkpoint in a stage's folder, frozen, in evaluation mode."""
+    module.load_state_dict(trained_state(folder))
+    return module.eval().requires_grad_(False)
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from mmdit_probe.evaluate import confusion, mean_iou
 from mmdit_probe.scenes.parser import SceneParser
 from mmdit_probe.scenes.world import CLASSES, NO_COLOUR
-from training.loop import Stage, low_precision, run, trained_state, warmup_cosine
+from training.loop import Stage, low_precision, run, trained, warmup_cosine
 from training.pool import Pool
 from training.session import Session
 
@@ -80,6 +80,4 @@ def validate(parser: SceneParser, val: Pool, device: torch.device, n: int = 256)
 
 def load_trained_parser(workdir: Path) -> SceneParser:
     """The parser as trained in ``workdir``, in evaluation mode."""
-    parser = SceneParser()
-    parser.load_state_dict(trained_state(workdir / "parser"))
-    return parser.eval().requires_grad_(False)
+    return trained(SceneParser(), workdir / "parser")

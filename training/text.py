@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModelWit
 
 from mmdit_probe.scenes.captions import KINDS, is_caption, opposites
 from mmdit_probe.scenes.world import SIZE
-from training.loop import Stage, low_precision, run, trained_state, warmup_cosine
+from training.loop import Stage, low_precision, run, trained, warmup_cosine
 from training.parser import images_of
 from training.pool import Pool
 from training.session import Session
@@ -245,7 +245,4 @@ def train_t5(session: Session) -> bool:
 
 def load_trained_text(workdir: Path) -> tuple[ClipPair, T5EncoderModel]:
     """Both CLIP towers and the T5 encoder as trained in ``workdir``, frozen, in evaluation mode."""
-    pair, restorer = ClipPair(), Restorer()
-    pair.load_state_dict(trained_state(workdir / "clip"))
-    restorer.load_state_dict(trained_state(workdir / "t5"))
-    return pair.eval().requires_grad_(False), restorer.encoder.eval().requires_grad_(False)
+    return trained(ClipPair(), workdir / "clip"), trained(Restorer(), workdir / "t5").encoder

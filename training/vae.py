@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from training.loop import Stage, low_precision, run, trained_state, warmup_cosine
+from training.loop import Stage, low_precision, run, trained, warmup_cosine
 from training.parser import batch_of, images_of, load_trained_parser
 from training.session import Session
 
@@ -81,9 +81,7 @@ def train_vae(session: Session) -> bool:
 
 def load_trained_vae(session: Session) -> AutoencoderKL:
     """The autoencoder as trained, frozen; shift and scale are set so that latents have mean 0, variance 1."""
-    vae = build_vae()
-    vae.load_state_dict(trained_state(session.workdir / "vae"))
-    vae.eval().requires_grad_(False)
+    vae = trained(build_vae(), session.workdir / "vae")
     data = session.pool("train")
     with torch.no_grad():
         images = images_of(data, torch.arange(min(256, len(data))), torch.device("cpu"))

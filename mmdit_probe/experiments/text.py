@@ -77,18 +77,16 @@ def share(value: Any) -> str:
 
 def signed(value: Any, low: Any, high: Any, digits: int = 3) -> str:
     """A difference with its interval: +0.031 [+0.010, +0.052]; without one where there is none."""
-    if value != value:
-        return ""
-    bounds = "" if low != low else f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"{value:+.{digits}f}{bounds}"
+    return bounded(value, low, high, digits, "+")
 
 
-def bounded(value: Any, low: Any, high: Any, digits: int = 3) -> str:
-    """A value with its interval: 0.731 [0.680, 0.782]."""
+def bounded(value: Any, low: Any, high: Any, digits: int = 3, sign: str = "-") -> str:
+    """A value with its interval: 0.731 [0.680, 0.782]; nothing for NaN. `sign`: "+" shows it of positive ones too."""
     if value != value:
         return ""
-    bounds = "" if low != low else f" [{low:.{digits}f}, {high:.{digits}f}]"
-    return f"{value:.{digits}f}{bounds}"
+    as_text = f"{sign}.{digits}f"
+    bounds = "" if low != low else f" [{low:{as_text}}, {high:{as_text}}]"
+    return f"{value:{as_text}}{bounds}"
 
 
 def claim_table(claims: pd.DataFrame) -> TextTable:
