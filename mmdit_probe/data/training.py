@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from mmdit_probe.data.fit import Fit
-from mmdit_probe.data.masks import largest, stack
+from mmdit_probe.data.masks import fitted, largest, stack
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.errors import UserError, check_known, unknown
 
@@ -80,7 +80,7 @@ class PictureData:
         picture = sample.open()
         stored = (picture.height, picture.width)
         regions, fit = sample.regions(stored), Fit.of(stored, self.size, how=self.fit)
-        masks, names = fit.masks(regions.masks), regions.names
+        masks, names = fit.masks(fitted(regions.masks, stored, f"the label of {sample.name!r}")), regions.names
         image = np.asarray(fit.apply(picture, smooth=True))
         text = first_sentences(self.captions.get(sample.name) or sample.prompt, self.sentences)
         if not self.named:

@@ -99,6 +99,22 @@ def test_pixels_are_those_of_one_resize(tmp_path: Path, size: tuple[int, int], s
     )
 
 
+@pytest.mark.parametrize("size", [(4, 4), (8, 8), (16, 16)])
+def test_labels_stored_at_another_size_are_brought_to_their_picture(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Of a larger label the upper left part was taken, a smaller one ended in an IndexError."""
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "classes.txt").write_text("cat\nsky\n")
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "images" / "a.png")
+    label = (np.arange(size[1]) >= size[1] // 2) * np.ones(size, np.uint8)  # the right half is sky
+    Image.fromarray(label.astype(np.uint8)).save(tmp_path / "labels" / "a.png")
+    sample = folder_data(tmp_path, (8, 8), prompt="list")[0]
+    assert sample.names == ("cat", "sky") and sample.masks[1].tolist() == [[False] * 4 + [True] * 4] * 8
+    Image.fromarray(label[: size[0] // 2].astype(np.uint8)).save(tmp_path / "labels" / "a.png")
+    with pytest.raises(UserError, match="not of one picture"):
+        folder_data(tmp_path, (8, 8))[0]
+
+
 def test_folder_without_names_has_unnamed_masks(tmp_path: Path) -> None:
     sample = folder_data(folder(tmp_path / "d", names=False), SIZE)[1]
     assert (sample.names, len(sample.masks)) == ((), 2)
