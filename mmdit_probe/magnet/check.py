@@ -7,30 +7,31 @@ What data there are, and how they are read: `mmdit_probe.data`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from mmdit_probe.data.sample import Sample
 from mmdit_probe.data.training import Data
 from mmdit_probe.errors import UserError
 
 _LOOKED_AT = 32
-"""Samples, spread over the data."""
 
 
-def check(data: Data, model: Any, alignment: str) -> None:
+def check(data: Data | Sequence[Sample], model: Any, alignment: str, most: int = _LOOKED_AT) -> None:
     """Refuse data that cannot train, before anything is loaded onto a device.
 
     Some samples are looked at: pictures readable and of one size that the model takes, masks there, words found in the
     prompt and not cut off by the encoders.
 
     Args:
-        model: an `MMDiT`. alignment: `MagnetOptions.level`.
+        model: an `MMDiT`. alignment: `MagnetOptions.level`. most: samples that are looked at, spread over the data.
 
     Raises:
         UserError: names the sample and what is wrong with it.
     """
-    places = np.unique(np.linspace(0, len(data) - 1, min(len(data), _LOOKED_AT)).astype(int))
+    places = np.unique(np.linspace(0, len(data) - 1, min(len(data), most)).astype(int))
     size: tuple[int, ...] | None = None
     with_masks = 0
     for place in places:

@@ -34,7 +34,7 @@ from mmdit_probe.magnet.check import check
 from mmdit_probe.magnet.config import MagnetOptions
 from mmdit_probe.magnet.objective import TERMS, ConvHead, Objective, columns_of, items_at, rate_at
 from mmdit_probe.magnet.tap import TextMapTap
-from mmdit_probe.magnet.validation import sample_grid, validate
+from mmdit_probe.magnet.validation import prompted, sample_grid, validate
 from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.probe import probe
@@ -84,6 +84,8 @@ def train(
     from accelerate import Accelerator
 
     targets, layers = _checked(model, data, options)
+    if named := [prompted(sample) for sample in held_out if sample.names]:
+        check(named, model, "token", len(named))  # now: at the end of a training it could never be finished
     with _precision_of_its_own():
         accelerator = Accelerator(mixed_precision=options.precision, cpu=model.device.type == "cpu")
         processes.end_in_time()

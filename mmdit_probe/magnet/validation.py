@@ -40,6 +40,11 @@ def validate(
     return readouts(model, samples, layers, [plain], sigma=sigma, seed=seed)[plain]
 
 
+def prompted(sample: Sample) -> Sample:
+    """A sample with the prompt that it is validated with: the names of its masks."""
+    return Sample(sample.name, sample.image, " ".join(sample.names), sample.masks, sample.names)
+
+
 @torch.no_grad()
 def readouts(
     model: MMDiT, samples: Sequence[Sample], layers: Sequence[int], kinds: Sequence[Readout], *, sigma: float = 0.515,
@@ -48,7 +53,7 @@ def readouts(
     """Score the maps of the names of each picture's masks, read in several ways, at full resolution on labelled pixels.
 
     Args:
-        samples: with named masks; the prompt is the names, joined by blanks. Pictures without names are left out.
+        samples: with named masks; the prompt is that of `prompted`. Pictures without names are left out.
         layers: joint-attention layers, averaged. A name's map is the mean over its positions in all text streams.
         kinds: readouts, all from one forward.
         sigma: noise level. seed: picture k is noised from seed + k.
@@ -59,7 +64,7 @@ def readouts(
     spaces = sorted({space for space, _ in kinds})
     for start in range(0, len(kept), batch):
         chunk = kept[start : start + batch]
-        text = model.encode_prompt([" ".join(s.names) for _, s in chunk])
+        text = model.encode_prompt([prompted(s).prompt for _, s in chunk])
         latents = model.noise(model.encode_image([s.image for _, s in chunk]), sigma, [seed + p for p, _ in chunk])
         maps = _maps(model, latents, sigma, text, layers, spaces)
         for row, (_, sample) in enumerate(chunk):

@@ -86,6 +86,15 @@ def test_scenes_by_their_short_name_are_validated_too() -> None:
         assert [one.name for one in held] == ["scenes:val:0", "scenes:val:1"][:count]
 
 
+def test_held_out_pictures_are_checked_before_the_first_step(tmp_path: Path) -> None:
+    """A name that is cut off ended a training at its validation, after its last step, and again when resumed."""
+    names = ("a " * 60 + "ring", "cat")
+    held_out = [*[Pictures()[0]] * 40, Sample("long", Pictures()[0].image, "", Pictures()[0].masks, names)]
+    with pytest.raises(UserError, match="fell off the end"):
+        run(tmp_path / "run", held_out=held_out, advance=lambda: pytest.fail("it was trained"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_validation_counts_a_pixel_of_two_masks_as_the_smaller_one() -> None:
     """It took the mask that came last, where everything else that reads overlapping masks takes the smaller one."""
     cup, table = np.zeros((2, 64, 64), bool)
