@@ -48,6 +48,8 @@ STREAMS = ("all", "clip", "t5")
 """Whose tokens make a word's map: both streams of the joint text, or one of them."""
 _SHOWN = ("facts", "all_right", "things_right", "grounds_right")
 _ADAPTER = "scored"
+LONGEST = 255 - len("_000000.png")
+"""Bytes of a prompt that a file system takes in the name of an exported picture."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,10 @@ class Score(Sampling, Referring, Experiment):
         if self.sigmas() and not scenes:
             raise UserError("--map-sigma scores word maps on scenes, which this model does not know; use evaluate")
         if self.prompts is not None:
-            return prompts_by_category(self.prompts, self.limit)
+            found = prompts_by_category(self.prompts, self.limit)
+            for _, text in found if self.export is not None else ():
+                check_exportable(text)
+            return found
         if self.categories == "none":
             return []
         chosen = () if self.categories == "all" else listed(self.categories)
@@ -342,12 +347,22 @@ def real_scenes(n: int, split: str, scorers: Scorers) -> pd.DataFrame:
 
 def export(picture: Any, folder: Path, prompt: str, number: int) -> None:
     """Write a picture as T2I-CompBench's evaluator wants it: `<prompt>_<number>.png`."""
-    # It reads the prompt back as the text before the first underscore.
-    refused = "_/" + ('\\<>:"|?*' if sys.platform == "win32" else "")
-    if found := sorted(set(prompt) & set(refused)):
-        raise UserError(f"prompt {prompt!r} cannot be a T2I-CompBench file name: it has {' '.join(found)}")
+    check_exportable(prompt)
     with atomic.replacing(folder / f"{prompt}_{number:06d}.png") as temporary:
         picture.save(temporary, format="PNG")
+
+
+def check_exportable(prompt: str) -> None:
+    """T2I-CompBench's evaluator reads the prompt back as the text of the file name before the first underscore.
+
+    Raises:
+        UserError: it cannot be such a name.
+    """
+    refused = "_/" + ('\\<>:"|?*' if sys.platform == "win32" else "")
+    found = sorted(set(prompt) & set(refused))
+    if found or len(os.fsencode(prompt)) > LONGEST:
+        why = f"it has {' '.join(found)}" if found else f"it is longer than {LONGEST} bytes"
+        raise UserError(f"prompt {prompt!r} cannot be a T2I-CompBench file name: {why}")
 
 
 MARGINS = {"clipscore": 1.0, "clip_similarity": 0.01, "": 0.05}

@@ -305,6 +305,9 @@ def test_scores_and_export(tmp_path: Path) -> None:
             Score(map_sigma=levels)
     with pytest.raises(UserError, match="it has _"):
         export(None, tmp_path, "a_b", 0)
+    for text, says in (("a_b", "it has _"), ("a red ring, " * 21, "longer than 244 bytes")):
+        with pytest.raises(UserError, match=says):  # before the model is loaded, and pictures are sampled
+            Score(prompts=text, export=tmp_path).gather(False)
 
 
 def test_maps_are_those_of_the_base_model(monkeypatch: pytest.MonkeyPatch) -> None:
