@@ -20,7 +20,7 @@ from training.loop import Stage, low_precision, run, trained, warmup_cosine
 from training.parser import images_of
 from training.pool import Pool
 from training.session import Session
-from training.tokenizers import MASK, TEXT_LENGTH, clip_tokenizer, t5_tokenizer
+from training.tokenizers import MASK, TEXT_LENGTH, clip_tokenizer, ids_of, t5_tokenizer
 
 WIDTH = 64
 """Width of each CLIP text tower and of the shared space; T5 is twice as wide, so that both fit without padding."""
@@ -133,13 +133,9 @@ def train_clip(session: Session) -> bool:
     pair = ClipPair().to(where)
     optimizer = torch.optim.AdamW(pair.parameters(), lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98))
 
-    def ids(texts: list[str], tokens: object) -> Tensor:
-        encoded = tokens(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")  # type: ignore[operator]
-        return encoded.input_ids.to(where)  # type: ignore[no-any-return]
-
     def similarity(images: Tensor, texts: list[str]) -> tuple[Tensor, Tensor]:
         with low_precision(where):
-            pictures, one, two = pair(images, ids(texts, first), ids(texts, second))
+            pictures, one, two = pair(images, ids_of(first, texts).to(where), ids_of(second, texts).to(where))
         scale = pair.clip.logit_scale.exp().clamp(max=100)
         return scale * pictures.float() @ one.float().T, scale * pictures.float() @ two.float().T
 
@@ -211,9 +207,7 @@ def train_t5(session: Session) -> bool:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
 
     def spoil(texts: list[str]) -> tuple[Tensor, Tensor, Tensor]:
-        ids = tokens(
-            texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
-        ).input_ids
+        ids = ids_of(tokens, texts)
         word = ids > mask_id
         draw = torch.rand(ids.shape)
         other = ids[word][torch.randint(int(word.sum()), ids.shape)]

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import string
 from itertools import pairwise
+from typing import Any
 
+from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -20,6 +22,12 @@ TEXT_LENGTH = 24
 
 MASK = "<mask>"
 """Stands for a hidden word while T5 is trained."""
+
+
+def ids_of(tokenizer: Any, texts: list[str]) -> Tensor:
+    """Ids [B, 24] of texts, padded or cut to `TEXT_LENGTH`."""
+    found = tokenizer(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
+    return found.input_ids  # type: ignore[no-any-return]
 
 
 def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:

@@ -25,7 +25,7 @@ from training.loop import low_precision, trained_state
 from training.parser import images_of
 from training.pool import Pool, console, save_array
 from training.text import WIDTH, ClipPair
-from training.tokenizers import TEXT_LENGTH, clip_tokenizer, t5_tokenizer
+from training.tokenizers import clip_tokenizer, ids_of, t5_tokenizer
 from training.vae import CHANNELS, DOWN
 
 HEADS, HEAD_WIDTH = 4, 32
@@ -130,14 +130,10 @@ class TextEncoders:
             texts: captions.
             kept: encoder -> for each caption whether its rows stay [B], else they are zero (`draw_kept`).
         """
-
-        def ids(tokens: Any) -> Tensor:
-            encoded = tokens(texts, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
-            return encoded.input_ids.to(self.device)  # type: ignore[no-any-return]
-
-        first = self.clip.clip.text_model(input_ids=ids(_TOKENS["clip_l"]), output_hidden_states=True).hidden_states[-2]
-        second = self.clip.second(input_ids=ids(_TOKENS["clip_g"]), output_hidden_states=True).hidden_states[-2]
-        third = self.t5(ids(_TOKENS["t5"]))[0]
+        ids = {name: ids_of(tokenizer, texts).to(self.device) for name, tokenizer in _TOKENS.items()}
+        first = self.clip.clip.text_model(input_ids=ids["clip_l"], output_hidden_states=True).hidden_states[-2]
+        second = self.clip.second(input_ids=ids["clip_g"], output_hidden_states=True).hidden_states[-2]
+        third = self.t5(ids["t5"])[0]
         if kept:
             first, second, third = (
                 rows * kept[name][:, None, None].to(rows)
