@@ -25,6 +25,7 @@ import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.experiments import controls
+from mmdit_probe.experiments.options import check_places
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.store import FolderStore, MemoryStore, Store, TaskRecord
 from mmdit_probe.experiments.text import Text, TextTable
@@ -91,6 +92,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         check(self)
+        check_places(self)
         self.chosen_controls()
 
     def chosen_controls(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from mmdit_probe.data import Sample, samples
 from mmdit_probe.data import prompts as read
 from mmdit_probe.errors import UserError
+from mmdit_probe.experiments.target import LAYERS
 from mmdit_probe.options import Option, changed
 from mmdit_probe.results.clip import Clip, check_video_file
 from mmdit_probe.results.selection import LayerSelection, load_selection
@@ -44,14 +45,6 @@ class LayersAndHeads:
         Path | str | None, Option("Layers and heads from select-layers, in place of --layers and --heads.")
     ] = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()  # type: ignore[misc]
-        if self.selection is not None and (str(self.layers) != "all" or str(self.heads) != "all"):
-            raise UserError("--selection names layers and heads already; leave --layers and --heads out")
-        check_spec(self.layers, layer_indices)
-        if not isinstance(self.heads, Mapping):
-            check_spec(self.heads, head_indices)
-
     def places(self, model: MMDiT) -> tuple[tuple[int, ...], HeadSpec]:
         """Layers and heads of a model: indices, and a specification for all layers or layer -> heads.
 
@@ -62,6 +55,22 @@ class LayersAndHeads:
             layers = layer_indices(self.layers, len(model.layers))
             return layers, checked_heads(self.heads, layers, model.heads)
         return selected_places(self.selection, model)
+
+
+def check_places(asked: Any) -> None:
+    """The layers and heads that options name are specifications, and none are named beside a selection of both.
+
+    Raises:
+        UserError: they are not.
+    """
+    if getattr(asked, "selection", None) is not None and changed(asked, "layers", "heads"):
+        raise UserError("--selection names layers and heads already; leave --layers and --heads out")
+    for name in LAYERS:
+        if (layers := getattr(asked, name, None)) is not None:
+            check_spec(layers, layer_indices)
+    heads = getattr(asked, "heads", None)
+    if heads is not None and not isinstance(heads, Mapping):
+        check_spec(heads, head_indices)
 
 
 def checked_heads(heads: HeadSpec, layers: Sequence[int], count: int) -> HeadSpec:

@@ -27,7 +27,7 @@ from mmdit_probe.experiments.options import (
 from mmdit_probe.experiments.token_rows import Item, unread
 from mmdit_probe.models.words import check_length, find, words
 from mmdit_probe.options import Option, changed
-from mmdit_probe.specs import Spec, check_spec, layer_indices, listed
+from mmdit_probe.specs import Spec, layer_indices, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,9 +88,6 @@ class Pictures(Sampling, Referring, Experiment):
                 f"{unread} is of photos (--images); what is drawn has --steps" if self.images is None
                 else f"{unread} is of pictures that are drawn; with --images leave it out"
             )  # fmt: skip
-        layers = getattr(self, "layers", None)
-        if layers is not None:
-            check_spec(layers, layer_indices)
 
     def gather(self, scenes: bool) -> tuple[list[str], list[Sample]]:
         if self.prompt is None and self.images is None:

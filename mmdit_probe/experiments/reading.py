@@ -17,7 +17,7 @@ from mmdit_probe.experiments.options import checked_heads
 from mmdit_probe.options import LAST_SEED, Option
 from mmdit_probe.results.selection import LayerSelection, load_selection
 from mmdit_probe.segment.settings import parse_sigmas
-from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, layer_indices, listed, parse_size
+from mmdit_probe.specs import HeadSpec, Spec, layer_indices, listed, parse_size
 
 if TYPE_CHECKING:
     from mmdit_probe.models.mmdit import MMDiT
@@ -85,12 +85,6 @@ class Reads:
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[misc]
-        if self.selection is not None and (self.layers is not None or self.heads is not None):
-            raise UserError("--selection names layers and heads already; leave --layers and --heads out")
-        if self.layers is not None:
-            check_spec(self.layers, layer_indices)
-        if self.heads is not None and not isinstance(self.heads, Mapping):
-            check_spec(self.heads, head_indices)
         self.sigmas()
         parse_size(self.size)
 

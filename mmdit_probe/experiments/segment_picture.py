@@ -22,7 +22,7 @@ from mmdit_probe.data import Sample, parse_classes, single
 from mmdit_probe.data.fit import check_size
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import described, plain, request_of
-from mmdit_probe.experiments.options import Input, notes_on
+from mmdit_probe.experiments.options import Input, check_places, notes_on
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.reading import RULE, Network, Read, Reads, check_streams_read
 from mmdit_probe.experiments.text import Text, TextTable, page
@@ -49,6 +49,7 @@ REFINE = f"none, or steps joined by +: {', '.join(STEPS)}; affinity:3 for three 
 class _Checked:
     def __post_init__(self) -> None:
         check(self)
+        check_places(self)
 
 
 @dataclass(frozen=True, kw_only=True)

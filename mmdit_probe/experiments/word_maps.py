@@ -33,7 +33,7 @@ from mmdit_probe.experiments.text import Text, TextTable
 from mmdit_probe.options import Option, described
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import Clip
-from mmdit_probe.specs import HeadSpec, Spec, check_spec, head_indices, step_indices
+from mmdit_probe.specs import HeadSpec, Spec, step_indices
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,8 +69,6 @@ class WordMaps(OverReference, Filmed, Pictures):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.heads, Mapping):
-            check_spec(self.heads, head_indices)
         if self.images is None:
             step_indices(self.steps, self.num_steps)
 
