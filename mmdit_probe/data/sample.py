@@ -113,7 +113,7 @@ class Sample:
         if callable(self._masks):
             return self._masks()
         if self._masks is not None:
-            return Regions(self._masks, self._names)
+            return Regions(np.asarray(self._masks, bool), self._names)  # 0 and 1 would be taken for places
         label = self.label()
         if label is None:
             return Regions(np.zeros((0, *(size or self.image.shape[:2])), bool))

@@ -71,7 +71,7 @@ def readouts(
             spans = [[p for of in text.tokens[row].word_spans(name).values() for p in of] for name in sample.names]
             ids = [names.index(name) for name in sample.names]
             own = paint(sample.masks)  # as everywhere: of masks that overlap the smaller one
-            label = np.where(own == IGNORE, -1, np.take(ids, own, mode="clip"))
+            label = np.take([*ids, -1], np.where(own == IGNORE, -1, own))
             for space, stretch in kinds:
                 words = torch.stack([maps[space][row, span].mean(0) for span in spans])  # (K, h, w)
                 counts[space, stretch][start + row] = map_quality(words, label, ids, len(names), stretch)

@@ -262,6 +262,11 @@ def test_a_sample_of_an_array_has_a_picture_of_8_bits_and_three_channels() -> No
     assert Sample("plain", plain).image is plain
 
 
+def test_masks_of_0_and_1_are_masks() -> None:
+    masks = np.array([[[0, 1], [0, 1]], [[1, 0], [0, 0]]], np.uint8)
+    assert Sample("a", np.zeros((2, 2, 3), np.uint8), "", masks, ("x", "y")).label().tolist() == [[1, 0], [255, 0]]
+
+
 def test_arrays_are_pictures_too() -> None:
     assert np.array_equal(open_picture(RGB).pixels, RGB)
     assert np.array_equal(open_picture(RAMP / 255.0).pixels, grey(RAMP))
