@@ -33,12 +33,12 @@ class SelfLabelled:
     """Data whose masks were made by the model. Use `SelfLabelled.make`.
 
     Attributes:
-        data: where pictures and prompts come from. labels: uint16 [n, H, W] index into the words of each sample's
-            prompt (or segment number). named: whether labels are words. settings: what made them.
+        data: where pictures and prompts come from. labels: [n, H, W] index into the words of each sample's prompt (or
+            segment number). named: whether labels are words. settings: what made them.
     """
 
     data: Data
-    labels: NDArray[np.uint16]
+    labels: NDArray[np.unsignedinteger]
     named: bool
     settings: dict[str, Any]
 
@@ -77,7 +77,7 @@ class SelfLabelled:
                 found = segment(model, sample.image, list(sample.names), reading, refine=refine).labels
             else:
                 found = np.zeros(sample.image.shape[:2], np.uint16)
-            labels.append(found)
+            labels.append(found.astype(np.min_scalar_type(found.max())))  # of many pictures, in a byte where that holds
             advance()
         return cls(data, np.stack(labels), source == "maps", {"source": source, **how, "refine": refine})
 
