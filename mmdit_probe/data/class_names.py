@@ -39,7 +39,8 @@ def parse_classes(text: str | Path | Sequence[str | SegClass]) -> list[SegClass]
     of single entries or classes.
 
     Raises:
-        UserError: no class, an empty name, one that is given twice or no name by its length, or a file that is not there or no text.
+        UserError: no class, an empty name, one that is given twice or is no name by its length, or a file that is not
+            there or no text.
     """
     if isinstance(text, str) and len(text) < 4096 and "\n" not in text and text.lower().endswith(".txt"):
         text = Path(text)
