@@ -42,6 +42,12 @@ def main() -> None:
     table = RESULTS / "situations.md"
     followed("guide/works-with-what.md", [table])
     followed("guide/growth.md", sorted(RESULTS.glob("growth-*.md")))
+    with mkdocs_gen_files.open("guide/figures.md", "w") as page:
+        text = [(ROOT / name).read_text(encoding="utf-8") for name in ("docs/guide/figures.md", "figures/README.md")]
+        names = [picture.stem for picture in sorted(PICTURES.glob("*.png"))]
+        shown = [f"### {name}\n\n![{name}](../pictures/{name}.png)\n" for name in names]
+        page.write("\n".join([text[0], text[1].replace("# Figures and tables", "## Every figure and its script", 1),
+                              "## The figures of the embedded model\n", *shown]))  # fmt: skip
     followed("guide/paper-and-embedded.md", [PICTURES / "paper_findings.md"])
     with mkdocs_gen_files.open("guide/models.md", "w") as page:
         text = (ROOT / "docs" / "guide" / "models.md").read_text(encoding="utf-8")
