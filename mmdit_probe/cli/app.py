@@ -108,6 +108,10 @@ app.command("doctor", epilog=epilog(*doctor.EXAMPLES), rich_help_panel=OTHER)(do
 app.add_typer(models.app, name="models", rich_help_panel=OTHER)
 
 
+QUOTED = "; a text of several words goes into quotation marks"
+"""What is added where words are left over, as of a prompt without them."""
+
+
 def every_command() -> dict[str, Any]:
     """What is typed after the program's name -> the command, those of groups and `models` itself included."""
     group: Any = typer.main.get_command(app)
@@ -153,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if debug:
             raise
         message = error.format_message() if isinstance(error, TyperException) else str(error)
+        message += QUOTED if message.startswith("Got unexpected extra argument") else ""
         sys.exit(_fail(message, error.exit_code, as_json))
     except (KeyboardInterrupt, Abort):
         code = INTERRUPTED

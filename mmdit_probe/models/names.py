@@ -59,7 +59,7 @@ def source_of(name: str) -> tuple[str, dict[str, Any] | None]:
         return name, None
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name, None
-    raise unknown("model (no embedded model, directory or hub id of this name)", name, embedded_models())
+    raise unknown("model (no embedded model, directory or hub id OWNER/NAME)", name, embedded_models())
 
 
 def index_of(folder: str) -> Path:
