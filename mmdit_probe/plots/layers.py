@@ -14,6 +14,7 @@ import numpy as np
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.plots import style
 from mmdit_probe.plots.sheet import sheet
+from mmdit_probe.results.statistics import TOO_FEW
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +82,8 @@ def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[i
             low, high = part["value"].min(), part["value"].max()
             scaled = (part[["value", "low", "high"]] - low) / ((high - low) or 1.0)
             scaled["layer"] = part["layer"]
-            style.errorbars(lines, scaled, "value", number, of=len(names), label=_label(name))
+            label = f"{_label(name)} (n = {int(part['n'].max())})"
+            style.errorbars(lines, scaled, "value", number, of=len(names), label=label)
         lines.set(ylabel="evidence (0: least, 1: most)", title="evidence by layer")
         style.whole(lines)
         grid = np.eye(len(names))
@@ -160,7 +162,8 @@ def sigma_map(summary: pd.DataFrame, *, title: str = "") -> Figure:
             for y, of_layer in enumerate(verdicts.to_numpy()):
                 for x in (x for x, verdict in enumerate(of_layer) if verdict == "higher"):
                     axes.plot(x + 0.5, y + 0.5, **dot)
-            axes.set_title(kind)
+            few = ", too few" if (rows["verdict"] == TOO_FEW).all() else ""
+            axes.set_title(f"{kind} (n = {int(rows['n'].max())}{few})")
             ticks = [-top, 0, top]  # three: numbers of several digits run into each other
             figure.colorbar(shown, ax=axes, orientation="horizontal", format="%.2g", pad=0.02, ticks=ticks)
         for axes in panels[1:]:

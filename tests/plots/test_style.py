@@ -140,6 +140,14 @@ def test_a_legend_names_error_bars_where_there_are_some(low: float, named: bool)
     assert ("95 % interval" in [text.get_text() for text in legend.get_texts()]) == named
 
 
+def test_each_kind_of_word_tells_its_own_n() -> None:
+    kinds = (("noun", 32, "higher"), ("count", 2, "too few items"))
+    rows = [{"kind": kind, "layer": layer, "sigma": 0.5, "n": n, "difference": 0.1, "verdict": verdict}
+            for kind, n, verdict in kinds for layer in range(2)]  # fmt: skip
+    panels = layers.sigma_map(pd.DataFrame(rows)).axes[:2]
+    assert [axes.get_title(loc="left") for axes in panels] == ["noun (n = 32)", "count (n = 2, too few)"]
+
+
 def test_titles_tell_metric_and_number() -> None:
     figure = magnet.differences(differences(["tuned"]), "clipscore[scenes-clip]", "base")
     assert figure.get_suptitle() == "CLIPScore (scenes-clip), n = 9 prompts"
