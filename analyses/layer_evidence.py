@@ -57,8 +57,9 @@ def markdown(
         "# Evidence per layer",
         "",
         f"Written by `python analyses/layer_evidence.py`. Model {options.model}, {options.limit} scenes and"
-        f" {options.perturb_limit} prompts ({options.num_steps} steps) per split. Layers {list(layers)} were selected"
-        f" on `{select}` by {options.rule}; every number below is from `{report}`, except where splits are named.",
+        f" {options.perturb_limit} prompts ({options.num_steps} steps) per split. Selected on"
+        f" `{select}` by {options.rule}: layer {', '.join(map(str, layers))}. Every number below is from `{report}`,"
+        " except where splits are named.",
         f"Mean rank of the selected layers on `{report}`: "
         + ", ".join(f"layer {layer}: {ranks[report][layer]:.1f} of {len(ranks[report])}" for layer in layers)
         + f"; least there: layer {ranks[report].idxmin()} ({ranks[report].min():.1f}).",
@@ -139,9 +140,8 @@ def main() -> None:
     text = markdown(by_layer, against, agreement, layers, options)
     (options.out / "summary.md").write_text(text, encoding="utf-8")
     here = agreement[(agreement["first_split"] == options.report) & (agreement["second_split"] == options.report)]
-    title = (
-        f"{model.name}: layers {', '.join(map(str, layers))} selected on {options.split}; evidence on {options.report}"
-    )
+    chosen = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))} selected on {options.split}"
+    title = f"{model.name}: {chosen}; evidence on {options.report}"
     save(figure(by_layer[by_layer["split"] == options.report], here, layers, title=title), options.out / "evidence")
     print(text)
     print(options.out)

@@ -231,7 +231,7 @@ def gains(bench: Bench, chosen: Setting, good: Mapping[int, tuple[int, ...]]) ->
         ("I2I affinity, before centre", scaled, replace(plain, refine="affinity+centre")),
         ("the same without sink columns", replace(plain, refine="affinity+centre"),
          replace(plain, refine="nosink+centre")),
-        ("the same, heads weighted by |lambda_2|", replace(plain, refine="affinity+centre"),
+        ("the same, heads weighted by their second eigenvalue", replace(plain, refine="affinity+centre"),
          replace(plain, refine="walk+centre")),
         ("mean within regions, after centre", scaled, replace(plain, refine="centre+regions")),
         ("colours of the picture: pamr, after centre", scaled, replace(plain, refine="centre+pamr")),
@@ -323,10 +323,15 @@ def _markdown(table: pd.DataFrame, options: argparse.Namespace) -> str:
     ]
     lines += [
         f"| {row.step} | {row.miou_before:.3f} | {row.miou_after:.3f} "
-        f"| {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] | {row.p_holm:.3f} | {row.share_of_ceiling:.0%} |"
+        f"| {row.gain:+.3f} [{row.low:+.3f}, {row.high:+.3f}] | {p_text(row.p_holm)} | {row.share_of_ceiling:.0%} |"
         for row in table.itertuples()
     ]
     return "\n".join(lines) + "\n"
+
+
+def p_text(p: float) -> str:
+    """A p value with three decimals; no p value is 0."""
+    return "<0.001" if p < 0.0005 else f"{p:.3f}"
 
 
 if __name__ == "__main__":

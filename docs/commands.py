@@ -18,11 +18,14 @@ SHOWN = {
     "pca": "fig03_pca_scores",
     "perturb": "fig18_blur_scores",
     "generate": "fig06_guidance",
+    "swap-test": "swap_test",
+    "block-operations": "block_operations",
     "sigma-map": "sigma_map",
     "head-triage": "head_triage",
     "segment": "fig07_masks_open",
     "discover": "fig37_masks_unsupervised",
     "evaluate": "table12_league",
+    "scenes show": "scenes",
 }
 """Command -> the committed figure that shows its result."""
 LABELS = "result.labels, result.names, result.areas"

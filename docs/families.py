@@ -11,6 +11,18 @@ from collections.abc import Iterator, Sequence
 from mmdit_probe.models.families.facts import Family, TextStream
 from mmdit_probe.models.families.registry import FAMILIES
 
+INTRODUCTION = """\
+Every joint-attention family of diffusers is observed by the same `probe`, through its stock pipeline or bare
+transformer. In every stock pipeline that encodes its prompts by `encode_prompt`, guidance branches and words are
+labelled, templates and pads apart from them; elsewhere (Flux.3, OmniGen, embeddings of one's own) pass token tables
+with `tokens=`. `load` and `--model` take the pipelines of the last column, without the rewriting of prompts that
+some of them do.
+
+A model that nobody described is laid out mechanically, by perturbing its inputs with attention replaced by the
+identity; `mmdit-probe models inspect DIRECTORY` prints what was found. Models with cross-attention (PixArt, Wan, Sana,
+LTX, FIBO 2) are refused: their image and text never share a softmax. So are Qwen-Image 2.1 and Cosmos 3, whose text
+attends in a call of its own.
+"""
 PROMPT = '"a cat on a sofa"'
 
 
@@ -81,7 +93,7 @@ def family_page(family: Family, rows: Sequence[tuple[str, str]]) -> str:
 
 def index_page() -> str:
     """The list of all families."""
-    lines = ["# Families", "", "| family | transformer | `--model` takes |", "|-|-|-|"]
+    lines = ["# Families", "", INTRODUCTION, "| family | transformer | `--model` takes |", "|-|-|-|"]
     for family in FAMILIES.values():
         taken = ", ".join(family.pipelines) or "give the pipeline to `probe`"
         lines.append(f"| [{family.name}]({family.name}.md) | {family.transformer} | {taken} |")

@@ -30,6 +30,13 @@ def followed(page: str, tables: list[Path]) -> None:
         file.write("\n".join(part.read_text(encoding="utf-8") for part in (ROOT / "docs" / page, *tables)))
 
 
+def situations(table: str) -> str:
+    """The page of what works with what: where a row is of every family, it says so in two words."""
+    every = next(line.split(" | ")[1] for line in table.splitlines() if line.startswith("| autocast bfloat16 |"))
+    text = (ROOT / "docs" / "guide" / "works-with-what.md").read_text(encoding="utf-8")
+    return f"{text}\n*Every family* in the table: {every}.\n\n{table.replace(every, '*every family*')}"
+
+
 def main() -> None:
     index = ["# Commands", "", "| command | what it does |", "|-|-|"]
     for name, command in every_command().items():
@@ -40,8 +47,15 @@ def main() -> None:
     with mkdocs_gen_files.open("commands/index.md", "w") as page:
         page.write("\n".join(index) + "\n")
     table = RESULTS / "situations.md"
-    followed("guide/works-with-what.md", [table])
+    with mkdocs_gen_files.open("guide/works-with-what.md", "w") as page:
+        page.write(situations(table.read_text(encoding="utf-8")))
     followed("guide/growth.md", sorted(RESULTS.glob("growth-*.md")))
+    with mkdocs_gen_files.open("guide/figures.md", "w") as page:
+        text = [(ROOT / name).read_text(encoding="utf-8") for name in ("docs/guide/figures.md", "figures/README.md")]
+        names = [picture.stem for picture in sorted(PICTURES.glob("*.png"))]
+        shown = [f"### {name}\n\n![{name}](../pictures/{name}.png)\n" for name in names]
+        page.write("\n".join([text[0], text[1].replace("# Figures and tables", "## Every figure and its script", 1),
+                              "## The figures of the embedded model\n", *shown]))  # fmt: skip
     followed("guide/paper-and-embedded.md", [PICTURES / "paper_findings.md"])
     with mkdocs_gen_files.open("guide/models.md", "w") as page:
         text = (ROOT / "docs" / "guide" / "models.md").read_text(encoding="utf-8")

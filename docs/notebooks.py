@@ -6,6 +6,7 @@ page = tutorial(Path("notebooks/guided_tour.ipynb"))
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ def tutorial(path: Path) -> str:
     parts = []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
-        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        linked = re.sub(r"`docs/guide/([\w-]+\.md)`", r"[\1](../guide/\1)", source)
+        parts.append(linked if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
         parts += [shown(output) for output in cell.get("outputs", [])]
     return "\n\n".join([*parts, f"This page is `notebooks/{path.name}`, which runs from top to bottom."]) + "\n"
 

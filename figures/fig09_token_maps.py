@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 PHOTO = ("a [mouse] using a [mushroom] as an [umbrella]", "a [bird] and a [bear] in a forest")
 """The subjects of the paper's Fig. 9, 26 and 27."""
+OWN_SCALE = "each map from 0 (dark) to its own maximum (light)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,15 +130,19 @@ class TokenMaps(Experiment):
         layers: list[int] = request["layers"]
         prompts: list[Any] = [result.store.load_arrays(f"prompt{k}") for k in range(len(request["prompts"]))]
         empty: list[Any] = [result.store.load_arrays(f"empty{k}") for k in range(request["pictures"] or 1)]
-        at = f"layer {layers[0]}, sigma {request['sigma']:.3f}"
+        at_sigma = f"sigma {request['sigma']:.3f}"
+        at = f"layer {layers[0]}, {at_sigma}"
         noised = f"layer {layers[0]}, sigma {PAPER_SIGMA}"
-        words = f"{name}: I2T maps of a word, sigma {request['sigma']:.3f}"
+        words = f"{name}: I2T maps of a word, {at_sigma}"
         return {
             "fig09a_token_maps": token_maps(prompts, layers, words),
             "fig09b_pad_maps": pad_maps(empty, f"{name}: padding of the empty prompt, {noised}"),
             "fig16_i2t_t2i": both_ways(prompts, layers[0], f"{name}: I2T and T2I of the same words, {at}"),
             "fig25_all_tokens": all_tokens(prompts[0], f"{name}: I2T of every prompt token, {at}"),
-            **{f"fig{26 + k}_heads": heads_of(one, name) for k, one in enumerate(prompts[:2])},
+            **{
+                f"fig{26 + k}_heads": heads_of(one, f"{name}: I2T of '{one['words'][0]}' by head, {at_sigma}")
+                for k, one in enumerate(prompts[:2])
+            },
             "fig30_empty_prompt": all_tokens(empty[0], f"{name}: every token of the empty prompt, {noised}", True),
         }
 
@@ -221,7 +226,7 @@ def token_maps(prompts: list[dict[str, Any]], layers: list[int], title: str) -> 
             cells.append([one["image"], maps.mean(0), *maps[heads]])
             captions.append(["", "all heads", *(f"head {head}" for head in heads)])
             rows.append(f"layer {layer}: {one['words'][0]}")
-    note = "heads: the three that give the word most attention; each map from 0 to its maximum"
+    note = f"heads: the three that give the word most attention; {OWN_SCALE}"
     return sheet(cells, rows=rows, captions=captions, title=title, note=note)
 
 
@@ -233,8 +238,8 @@ def pad_maps(pictures: list[dict[str, Any]], title: str, count: int = 7) -> Any:
         pads = pads if len(pads) else np.arange(len(one["kinds"]))
         chosen = pads[np.linspace(0, len(pads) - 1, min(count, len(pads))).round().astype(int)]
         cells.append([one["image"], *(one["tokens"][..., place] for place in chosen)])
-        captions.append(["picture", *(f"{one['labels'][place]}, {place}" for place in chosen)])
-    return sheet(cells, captions=captions, title=title, note="each map from 0 to its maximum")
+        captions.append(["picture", *(f"{one['labels'][place]}\nposition {place}" for place in chosen)])
+    return sheet(cells, captions=captions, title=title, note=f"clip, t5: text encoders; {OWN_SCALE}")
 
 
 def both_ways(prompts: list[dict[str, Any]], layer: int, title: str) -> Any:
@@ -249,7 +254,7 @@ def both_ways(prompts: list[dict[str, Any]], layer: int, title: str) -> Any:
         captions.append(["", *(text for pair in texts for text in pair)])
         cells[-1] += [None] * (across - len(cells[-1]))
         captions[-1] += [""] * (across - len(captions[-1]))
-    note = "I2T: attention of the image token to the word; T2I: of the word to the image token; each to its maximum"
+    note = f"I2T: attention of the image token to the word; T2I: of the word to the image token; {OWN_SCALE}"
     return sheet(cells, captions=captions, rows=[str(one["prompt"]) for one in prompts], title=title, note=note)
 
 
@@ -260,11 +265,11 @@ def all_tokens(one: dict[str, Any], title: str, whole: bool = False) -> Any:
         [one["image"], *(one["tokens"][..., k] for k in places)],
         ["picture", *(str(one["labels"][k]) for k in places)], across=8 if len(places) < 100 else 14,
     )  # fmt: skip
-    note = f"{one['prompt'] or 'empty prompt'}: each map from 0 to its maximum"
+    note = f"{one['prompt'] or 'empty prompt'}; clip, t5: text encoders; {OWN_SCALE}"
     return sheet(cells, captions=captions, title=title, note=note)
 
 
-def heads_of(one: dict[str, Any], name: str) -> Any:
+def heads_of(one: dict[str, Any], title: str) -> Any:
     """Fig. 26 and 27: a row per layer, a column per head, for the prompt's first keyword."""
     maps = one["i2t"][..., 0]  # [L, H, h, w]
     blank = [None] * (len(maps) - 1)
@@ -273,7 +278,7 @@ def heads_of(one: dict[str, Any], name: str) -> Any:
     columns = ["", *(f"head {head}" if maps.shape[1] < 12 else str(head) for head in range(maps.shape[1]))]
     rows = [f"layer {layer}\nmax {short(float(of.max()))}" for layer, of in enumerate(maps)]
     return sheet(
-        cells, columns=columns, rows=rows, scale="row", title=f"{name}: I2T of '{one['words'][0]}'",
+        cells, columns=columns, rows=rows, scale="row", title=title,
         note=f"{one['prompt']}: each layer from 0 to its maximum", side=0.55 if maps.shape[1] < 12 else 0.28,
     )  # fmt: skip
 

@@ -43,6 +43,10 @@ SEEN = {
 """Scores of samples: label, and number of the colour, which a score shares with its opposite."""
 
 
+TITLE = (
+    "scenes-sd3: how the transformer was trained. One training; losses of up to 96 held-out scenes, maps of 48,"
+    " samples of up to 48 captions; no intervals"
+)
 _BEST: Any = {"marker": "o", "ls": "none", "ms": 2.5, "color": "white", "mec": "black", "mew": 0.5}
 
 
@@ -50,7 +54,7 @@ def main() -> None:
     options = options_of(__doc__, run=False, more=False).parse_args()
     curves = pd.read_csv(assets.path("scenes-sd3") / "training" / "transformer.csv")
     for path in save(
-        training_curves(curves, title="scenes-sd3: how the transformer was trained"),
+        training_curves(curves, title=TITLE),
         options.out / "scenes-sd3" / "embedded_training",
     ):
         print(path)

@@ -86,7 +86,8 @@ def unknown(kind: str, found: object, known: Iterable[object], limit: int = 12) 
     Returns: an unraised `UserError`, so that the caller writes `raise unknown(...)`.
     """
     names = [str(name) for name in known]
-    close = difflib.get_close_matches(str(found), names, n=1, cutoff=0.5)
+    longer = [name for name in names if len(name) > 1]  # a single letter is like any short word that has it
+    close = difflib.get_close_matches(str(found), longer, n=1, cutoff=0.5)
     hint = f" did you mean {close[0]!r}?" if close else ""
     listed = ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")
     return UserError(f"unknown {kind} {str(found)!r}:{hint} Known: {listed or 'none'}")

@@ -5,7 +5,7 @@
         steps: Annotated[int, Option("Optimiser steps.", min=1)] = 400
         space: Annotated[Literal["logit", "probability"], Option("Maps before or after the softmax.")] = "logit"
 
-    check(Recipe(steps=0))      # UserError: --steps is 0; expected a whole number of at least 1
+    check(Recipe(steps=0))      # UserError: --steps is 0; expected a whole number from 1 to 10000000
 
 Reading options from a command line is the business of cli; this module knows types, choices and ranges only.
 """
@@ -196,17 +196,22 @@ def _expected(field: Described) -> str:
     choices, option = tuple(choices_of(field.type)), field.option
     kinds = [] if not choices else ["one of " + ", ".join(map(str, choices))]
     kinds += [words for kind, words in _WORDS.items() if _mentions(field.type, kind)]
-    low = f" above {option.above:g}" if option.above is not None else ""
-    low += f" of at least {option.min:g}" if option.min is not None else ""
     most = _most(option, _mentions(field.type, int) and not _mentions(field.type, float))
-    high = f"{' and' if low else ''} at most {most:g}" if most is not None else ""
-    return (" or ".join(kinds) or str(field.type)) + low + high
+    if option.min is not None and most is not None:
+        bounds = f" from {plain(option.min)} to {plain(most)}"
+    else:
+        low = f" above {plain(option.above)}" if option.above is not None else ""
+        low += f" of at least {plain(option.min)}" if option.min is not None else ""
+        bounds = low + (f"{' and' if low else ''} at most {plain(most)}" if most is not None else "")
+    return (" or ".join(kinds) or str(field.type)) + bounds
 
 
-_WORDS = {
-    int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", Path: "a path",
-    type(None): "nothing",
-}  # fmt: skip
+def plain(number: float) -> str:
+    """A number in words for people: whole ones in all their digits."""
+    return str(int(number)) if number == int(number) else f"{number:g}"
+
+
+_WORDS = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", Path: "a path"}
 
 
 def _mentions(hint: Any, kind: type) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
@@ -108,6 +109,16 @@ app.command("doctor", epilog=epilog(*doctor.EXAMPLES), rich_help_panel=OTHER)(do
 app.add_typer(models.app, name="models", rich_help_panel=OTHER)
 
 
+PLAINLY = {
+    r"(Got unexpected extra argument.*)": r"\1; a text of several words goes into quotation marks",
+    r"Input should be a valid integer.*": "expected a whole number",
+    r"Input should be a valid number.*": "expected a number",
+    r"Input should be greater than or equal to": "expected at least",
+    r"Input should be less than or equal to": "expected at most",
+}
+"""What the reader of the command line says -> in words for those who typed it."""
+
+
 def every_command() -> dict[str, Any]:
     """What is typed after the program's name -> the command, those of groups and `models` itself included."""
     group: Any = typer.main.get_command(app)
@@ -152,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ProbeError, TyperException) as error:
         if debug:
             raise
-        message = error.format_message() if isinstance(error, TyperException) else str(error)
+        message = _plainly(error.format_message()) if isinstance(error, TyperException) else str(error)
         sys.exit(_fail(message, error.exit_code, as_json))
     except (KeyboardInterrupt, Abort):
         code = INTERRUPTED
@@ -165,6 +176,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         kept = "; finished items are kept, continue with --resume" if RESUMABLE & set(arguments[:1]) else ""
         _fail(f"interrupted{kept}", INTERRUPTED, as_json)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _plainly(message: str) -> str:
+    for found, said in PLAINLY.items():
+        message = re.sub(found, said, message)
+    return message
 
 
 def _fail(message: str, code: int, as_json: bool) -> int:

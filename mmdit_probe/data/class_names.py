@@ -18,6 +18,10 @@ from pathlib import Path
 from mmdit_probe.data.text import lines, one_line, read_lines
 from mmdit_probe.errors import UserError
 
+LONGEST = 1000
+"""Characters of the longest class name: a name that a text encoder cannot hold is refused by the model, a text that is
+no name here, before a model loads."""
+
 
 @dataclass(frozen=True)
 class SegClass:
@@ -35,7 +39,8 @@ def parse_classes(text: str | Path | Sequence[str | SegClass]) -> list[SegClass]
     of single entries or classes.
 
     Raises:
-        UserError: no class, an empty name, a name given twice, or a file that is not there or no text.
+        UserError: no class, an empty name, one that is given twice or is no name by its length, or a file that is not
+            there or no text.
     """
     if isinstance(text, str) and len(text) < 4096 and "\n" not in text and text.lower().endswith(".txt"):
         text = Path(text)
@@ -81,6 +86,9 @@ def _classes(entries: Sequence[str | SegClass], source: str) -> list[SegClass]:
         raise UserError(
             f"classes {source}: expected names separated by commas, synonyms by semicolons: 'cat; kitten, sky'"
         )
+    for name in names:
+        if len(name) > LONGEST:
+            raise UserError(f"class name {name[:40]!r}... has {len(name)} characters; expected at most {LONGEST}")
     plain = [name.casefold() for name in names]  # text encoders do not tell Cat from cat
     double = [name for place, name in enumerate(names) if plain[place] in plain[:place]]
     if double:

@@ -123,6 +123,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     own = gains(measured(table), ROW, PLACE)
     paired = pd.concat([own, own.assign(control=STOCK, value=0.0)], ignore_index=True)
     found = compare(paired, [*PLACE, "outcome"], family="outcome")
+    # A distance of 0 in all images is exact: it has no direction that further images might take.
+    found.loc[(found["outcome"] == "change") & (found["difference"] == 0), ["low", "high"]] = 0.0
     return found.assign(verdict=two_sided(found))[
         [*PLACE, "outcome", "n", "difference", "low", "high", "p_holm", "verdict"]
     ]

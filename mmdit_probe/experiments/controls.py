@@ -70,11 +70,11 @@ def parse(text: str, known: Sequence[str] = tuple(CONTROLS)) -> tuple[str, ...]:
         UserError: an unknown control, or one that makes no sense for this measurement.
     """
     names = listed(text)
-    if names == [NONE]:
-        return ()
     for name in names:
-        if name not in known:
+        if name not in (NONE, *known):
             raise unknown("control", name, [NONE, *known])
+    if NONE in names and len(names) > 1:
+        raise UserError(f"--control {text}: none stands alone; leave it out, or leave the others out")
     return tuple(name for name in known if name in names)
 
 

@@ -37,7 +37,7 @@ from mmdit_probe.segment.settings import (
     scoring_size,
     split_option,
 )
-from mmdit_probe.specs import listed, named_of
+from mmdit_probe.specs import listed, named_of, parse_size
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -263,10 +263,13 @@ class Evaluate(Reads, Experiment):
 
     def load(self, target: Any, shown: Progress) -> Captures:
         """Captures of the model, which is loaded when one is missing."""
-        from mmdit_probe.evaluate.captures import Captures
         from mmdit_probe.experiments.target import Named, as_model, named
 
         target, rows = named(target), parse_batch(self.batch)
+        if isinstance(target, Named):
+            target.check_size(parse_size(self.size or self.how.size))
+        from mmdit_probe.evaluate.captures import Captures  # torch, only for a request that can be met
+
         if isinstance(target, Named):
             target = self._with_text(target)
             text = target.text

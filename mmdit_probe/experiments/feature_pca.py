@@ -181,7 +181,7 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
         title = f"{name}: PCA of {of}, {self.basis} basis, sigma {self.sigma:g}"
         figures = {"pca_maps": pca_maps(maps, pictures, request["kinds"], each=self.basis == "image", title=title)}
         count = result.summary["n"].max()
-        scored = f"{name}: {self.components} components, n = {count} pictures"
+        scored = f"{name}: PCA, {self.components} components, n = {count} pictures"
         return figures | {"pca_scores": pca_scores(result.summary, title=scored)}
 
     def tell(self, result: Result) -> list[Text]:

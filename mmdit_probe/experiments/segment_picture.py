@@ -19,14 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import numpy as np
 
 from mmdit_probe.data import Sample, parse_classes, single
-from mmdit_probe.data.fit import check_size
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import described, plain, request_of
 from mmdit_probe.experiments.options import Input, check_places, notes_on
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.reading import RULE, Network, Read, Reads, check_streams_read
 from mmdit_probe.experiments.text import Text, TextTable, page
-from mmdit_probe.models.names import multiple_of
 from mmdit_probe.options import Option, check
 from mmdit_probe.results import RunFolder, atomic
 from mmdit_probe.results.folder import AUTO, check_out
@@ -115,8 +113,7 @@ class OnePicture(Reads, _Checked):
         regions = None if self.regions is None else region_ids(read_label_map(self.regions), pixels.shape[:2])
         if isinstance(target, Named):
             check_streams_read(self.asked(), "no_t5" in target.text)
-            if (size := parse_size(self.size)) is not None and (multiple := multiple_of(target.name)) is not None:
-                check_size(size, multiple, None)
+            target.check_size(parse_size(self.size))
         model = as_model(target, shown)
         from mmdit_probe.segment.methods import METHODS  # torch, only for a request that can be met
 

@@ -180,7 +180,8 @@ class SelectLayers(Sampling, Experiment):
         from mmdit_probe.plots.layers import evidence as figure
 
         layers = self.selected(result).layers
-        title = f"{result.model_name}: selected layers {', '.join(map(str, layers))} on {self.selected_on}"
+        chosen = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}"
+        title = f"{result.model_name}: {chosen} selected on {self.selected_on}"
         here = result.summary[result.summary["split"] == self.split]
         return {"select_layers": figure(here, self._within(result.frames["agreement"]), layers, title=title)}
 

@@ -115,8 +115,9 @@ class SigmaByLayer(Experiment):
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.layers import sigma_map
 
-        count = int(result.summary["n"].max())
-        title = f"{result.model_name}: rise of the loss if one layer reads the opposite, n = {count} scenes"
+        title = (
+            f"{result.model_name}: rise of the loss if one layer reads the opposite word; each kind on its own scale"
+        )
         return {"sigma_map": sigma_map(result.summary, title=title)}
 
     def tell(self, result: Result) -> list[Text]:

@@ -16,7 +16,7 @@ from mmdit_probe.models.names import (
     check_device,
     check_memory_options,
     counts_of,
-    multiple_of,
+    size_limits,
     source_of,
     streams_of,
 )
@@ -64,10 +64,18 @@ class Named:
         check_memory_options(self.options.get("offload"), self.options.get("quantize"))
         if self.options.get("lora") is not None:
             check_adapter(str(self.options["lora"]))
-        if self.size is not None and (multiple := multiple_of(self.name)) is not None:
+        self.check_size(self.size)
+
+    def check_size(self, size: tuple[int, int] | None) -> None:
+        """Hold a size (height, width) in pixels to what the model reads, as far as its configuration here tells.
+
+        Raises:
+            UserError: it is another.
+        """
+        if size is not None and (limits := size_limits(self.name)) is not None:
             from mmdit_probe.data.fit import check_size
 
-            check_size(self.size, multiple, None)
+            check_size(size, *limits)
 
     @property
     def full_name(self) -> str:

@@ -59,7 +59,7 @@ def source_of(name: str) -> tuple[str, dict[str, Any] | None]:
         return name, None
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name, None
-    raise unknown("model (no embedded model, directory or hub id of this name)", name, embedded_models())
+    raise unknown("model (no embedded model, directory or hub id OWNER/NAME)", name, embedded_models())
 
 
 def index_of(folder: str) -> Path:
@@ -119,15 +119,19 @@ def streams_of(name: str) -> tuple[str, ...] | None:
     return tuple(names[0]) if names else None
 
 
-def multiple_of(name: str) -> int | None:
-    """What sides of pictures are multiples of, in pixels, for an SD3 whose configuration lies on this machine."""
+def size_limits(name: str) -> tuple[int, int | None] | None:
+    """What sides of pictures are multiples of, in pixels, and the most tokens a side (None: any number), for an SD3
+    whose configuration lies on this machine."""
     folder = Path(source_of(name)[0])
     try:
         network, vae = (
             json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("transformer", "vae")
         )
         is_sd3 = network["_class_name"] == "SD3Transformer2DModel" and vae["_class_name"] == "AutoencoderKL"
-        return int(network["patch_size"]) << len(vae["block_out_channels"]) - 1 if is_sd3 else None
+        if not is_sd3:
+            return None
+        most = network.get("pos_embed_max_size")
+        return int(network["patch_size"]) << len(vae["block_out_channels"]) - 1, None if most is None else int(most)
     except (OSError, *MISSHAPEN):
         return None
 

@@ -88,7 +88,7 @@ def _interval(axes: Axes, summary: pd.DataFrame, name: str) -> None:
     low, middle, high = (summary[f"{name}{suffix}"] for suffix in ("_low", "", "_high"))
     if low.notna().any():
         axes.errorbar(middle, _rows(summary), xerr=[middle - low, high - middle], fmt="none", ecolor="black",
-                      elinewidth=0.8, capsize=1.5, label="95 % interval")  # fmt: skip
+                      elinewidth=0.8, capsize=1.5, label=style.INTERVAL)  # fmt: skip
 
 
 def _uniform(axes: Axes, value: float) -> None:

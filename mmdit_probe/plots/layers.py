@@ -14,6 +14,7 @@ import numpy as np
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.plots import style
 from mmdit_probe.plots.sheet import sheet
+from mmdit_probe.results.statistics import TOO_FEW
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,8 +82,9 @@ def evidence(table: pd.DataFrame, correlations: pd.DataFrame, chosen: Sequence[i
             low, high = part["value"].min(), part["value"].max()
             scaled = (part[["value", "low", "high"]] - low) / ((high - low) or 1.0)
             scaled["layer"] = part["layer"]
-            style.errorbars(lines, scaled, "value", number, of=len(names), label=_label(name))
-        lines.set(ylabel="evidence (0: least, 1: most)", title="evidence by layer, 95 % over items")
+            label = f"{_label(name)} (n = {int(part['n'].max())})"
+            style.errorbars(lines, scaled, "value", number, of=len(names), label=label)
+        lines.set(ylabel="evidence (0: least, 1: most)", title="evidence by layer")
         style.whole(lines)
         grid = np.eye(len(names))
         for row in correlations.to_dict("records"):
@@ -160,12 +162,14 @@ def sigma_map(summary: pd.DataFrame, *, title: str = "") -> Figure:
             for y, of_layer in enumerate(verdicts.to_numpy()):
                 for x in (x for x, verdict in enumerate(of_layer) if verdict == "higher"):
                     axes.plot(x + 0.5, y + 0.5, **dot)
-            axes.set_title(kind)
+            few = ", too few" if (rows["verdict"] == TOO_FEW).all() else ""
+            axes.set_title(f"{kind} (n = {int(rows['n'].max())}{few})")
             ticks = [-top, 0, top]  # three: numbers of several digits run into each other
             figure.colorbar(shown, ax=axes, orientation="horizontal", format="%.2g", pad=0.02, ticks=ticks)
         for axes in panels[1:]:
             axes.set_ylabel("")
-        marks: list[Any] = [Patch(fill=False, lw=0, hatch=HATCH, label="below 0")]
+        hatched = any(axes.patches for axes in panels)
+        marks: list[Any] = [Patch(fill=False, lw=0, hatch=HATCH, label="below 0")] if hatched else []
         if (part["verdict"] == "higher").any():
             marks.append(Line2D([], [], label="above 0, corrected for all cells (Holm)", **dot))
         style.legend(figure, handles=marks)
@@ -189,7 +193,7 @@ def swaps(summary: pd.DataFrame, *, title: str = "") -> Figure:
             for number, (condition, label) in enumerate(_SWAPPED.items()):
                 rows = part[part["condition"] == condition].sort_values("layer")
                 style.errorbars(axes, rows, "share", number, of=2, label=label, joined=False, hollow=number > 0)
-            axes.set(title=f"attributes {outcome}", ylabel="share of images (95 %)")
+            axes.set(title=f"attributes {outcome}", ylabel="share of images")
             style.whole(axes, "layer (all at once: left of 0)" if (part["layer"] < 0).sum() > 1 else "layer")
             style.within(axes, "y", low=0)
         style.legend(figure, panels[0])
@@ -221,7 +225,7 @@ def triage(summary: pd.DataFrame, heads: pd.DataFrame, *, title: str = "") -> Fi
                 right, rows, "miou", number, of=len(names), label=_WAYS.get(way, way), joined=False,
                 hollow=way == "random heads",
             )  # fmt: skip
-        right.set_ylabel("mIoU, mean over scenes (95 %)")
+        right.set_ylabel("mIoU, mean over scenes")
         style.whole(right)
         style.legend(figure, right)
     return figure
@@ -252,7 +256,7 @@ def run_differences(table: pd.DataFrame, title: str = "", margins: Collection[fl
             at = part["layer"] + style.dodge(number, len(names)) if by_layer else [number] * len(part)
             style.errorbars(axes, part, "difference", number, at=at, label=name, joined=False, horizontal=not by_layer)
         if by_layer:
-            axes.set_ylabel("second minus first (95 %)")
+            axes.set_ylabel("second minus first")
             style.whole(axes)
             style.legend(figure, axes)
         else:
@@ -287,7 +291,7 @@ def value_norms(summary: pd.DataFrame, *, title: str = "", paper: pd.DataFrame |
             colour, marker, _ = style.look(kind)
             spans.plot(summary["layer"], summary[kind], ":", marker=marker, ms=3, color=colour,
                        label=style.LABELS.get(kind, kind))  # fmt: skip
-        curves.set(title="by modality, 95 % over prompts", ylabel="mean value norm")
+        curves.set(title="by modality", ylabel="mean value norm")
         spans.set(title="by kind of text token")
         for axes in (curves, spans):
             style.whole(axes)

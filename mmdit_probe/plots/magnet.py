@@ -57,7 +57,7 @@ def differences(table: pd.DataFrame, metric: str, baseline: str, *, title: str =
     label = METRICS.get(label, label) + (f" ({checkpoint.rstrip(']')})" if checkpoint else "")
     count = part.loc[part["category"] == "all", "prompts"].max()
     figure = by_category(
-        part, "difference", f"difference to {style.name(baseline)}\n(paired, 95 % interval)",
+        part, "difference", f"difference to {style.name(baseline)}\n(paired)",
         title or f"{label}, n = {count} prompts",
     )  # fmt: skip
     figure.axes[0].axhline(0, color="black", lw=0.6, ls=":")
@@ -72,7 +72,7 @@ def scores(table: pd.DataFrame, metric: str, *, title: str = "") -> Figure:
         metric: which of its metrics.
     """
     part = table[table["metric"] == metric]
-    return by_category(part, "mean", f"{style.name(metric.replace('_', ' '))}\n(95 % interval)", title)
+    return by_category(part, "mean", style.name(metric.replace("_", " ")), title)
 
 
 def by_category(part: pd.DataFrame, value: str, label: str, title: str) -> Figure:
@@ -85,6 +85,5 @@ def by_category(part: pd.DataFrame, value: str, label: str, title: str) -> Figur
             style.errorbars(axes, rows, value, place, at=at, label=name, joined=False)
         axes.set_xticks(range(len(categories)), [style.name(one) for one in categories])
         axes.set_ylabel(label)
-        if len(variants) > 1:
-            style.legend(figure, axes)
+        style.legend(figure, axes)
     return figure

@@ -32,6 +32,8 @@ STRENGTH = 0.65
 """Of the colours in an overlay: 0 the grey picture, 1 the map alone."""
 
 COLOURS = "viridis"
+KEY = "dark: least attention to the word, light: most"
+"""What the colours of an overlay mean, for a line below it."""
 
 
 def overlay(picture: Any, heat: NDArray[Any], strength: float = STRENGTH) -> Any:
@@ -157,7 +159,7 @@ class PictureMaps(Mapping[str, WordMap]):
             )
 
         cells = [cell("picture", self.image), *(cell(word, one.overlay()) for word, one in self.items())]
-        return f"<p>{escape(self.prompt)}</p>{''.join(cells)}<p><small>{escape(self.about)}</small></p>"
+        return f"<p>{escape(self.prompt)}</p>{''.join(cells)}<p><small>{escape(f'{self.about}; {KEY}')}</small></p>"
 
 
 def maps_sheet(pictures: list[PictureMaps], title: str = "") -> Figure:
@@ -174,7 +176,7 @@ def maps_sheet(pictures: list[PictureMaps], title: str = "") -> Figure:
         cells += part
         captions += above
         rows += [one.prompt, *[""] * (len(part) - 1)]
-    note = pictures[0].about if pictures else ""
+    note = f"{pictures[0].about}; {KEY}" if pictures else ""
     return sheet(cells, rows=rows if len(pictures) > 1 else (), captions=captions, title=title, note=note, side=1.1)
 
 

@@ -79,7 +79,7 @@ def pca_scores(summary: pd.DataFrame, *, title: str = "") -> Figure:
                 style.errorbars(axes, part, name, number, at=at, label=kind)
                 if f"{name}_shuffled" in part:
                     axes.plot(at, part[f"{name}_shuffled"], style.MARKERS[number], ms=2.5, mfc="white",
-                              mec=style.COLOURS[number], mew=0.6)  # fmt: skip
+                              mec=style.COLOURS[number], mew=0.6, clip_on=False)  # fmt: skip
             axes.set(title=words, ylabel=label)
             style.whole(axes)
             style.within(axes, "y", low=0)

@@ -125,7 +125,7 @@ def over_stock(axes: Axes, summary: pd.DataFrame, name: str) -> pd.DataFrame:
     stock = part.loc[part["layers"] == "", "mean"]
     axes.axhline(0, color="black", lw=0.7, ls=":", label="stock")
     told = "" if name == "change" or stock.empty else f"\nstock: {float(stock.iloc[0]):.3f}"
-    axes.set(title=f"{LABELS.get(name, name)}{told}", ylabel="difference from stock (95 %)")
+    axes.set(title=f"{LABELS.get(name, name)}{told}", ylabel="difference from stock")
     return part[part["layers"] != ""]
 
 
@@ -143,7 +143,7 @@ def block_effects(summary: pd.DataFrame, outcomes: Sequence[str], *, title: str 
             for number, name in enumerate(names):
                 part = summary[(summary["outcome"] == outcome) & (summary["condition"] == name)].sort_values("layer")
                 style.errorbars(axes, part, "difference", number, of=len(names), label=name, joined=False)
-            axes.set(title=LABELS.get(outcome, outcome), ylabel="difference from stock (95 %)")
+            axes.set(title=LABELS.get(outcome, outcome), ylabel="difference from stock")
             style.whole(axes, "block")
         style.legend(figure, panels[0])
     return figure

@@ -145,7 +145,8 @@ def contact_sheet(items: Sequence[Scene], captions: Sequence[str]) -> Figure:
     """
     cells = [[_picture(item, panel) for panel in PANELS] for item in items]
     legend = dict(zip(NAMES, class_colours(NAMES) / 255, strict=True))
-    drawn = sheet(cells, PANELS, captions, legend=legend, side=SIDE)
+    title = "classes and parts in the colours below; instances: a colour per object"
+    drawn = sheet(cells, PANELS, captions, legend=legend, side=SIDE, title=title)
     for number, item in enumerate(items):
         for panel, names in (("classes", CLASSES), ("parts", PARTS)):
             axes = drawn.axes[number * len(PANELS) + PANELS.index(panel)]

@@ -72,7 +72,7 @@ def sheet(
             style.legend(figure, handles=[Patch(color=colour, label=style.name(n)) for n, colour in legend.items()])
         style.headline(figure, title)
         if note:
-            figure.supxlabel(fill(style.name(note), int(width * 18)), fontsize=FONT, x=0.01, ha="left")
+            figure.supxlabel(fill(style.name(note), int(width * 21)), fontsize=FONT, x=0.01, ha="left")
     return figure
 
 

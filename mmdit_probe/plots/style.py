@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.collections import LineCollection
+from matplotlib.container import ErrorbarContainer
+from matplotlib.lines import Line2D
 
 from mmdit_probe.results.atomic import write_bytes
 
@@ -65,6 +68,9 @@ HATCHES = {SPANS["eos"]: "....", SPANS["pad"]: "/////"}
 LABELS = {"word": "words", "bos": "BOS", "eos": "EOS", "template": "template", "pad": "padding", "null": "null slots",
           "vision": "pictures"}  # fmt: skip
 """Names of the span kinds in legends and printed tables."""
+
+INTERVAL = "95 % interval"
+"""Name of the error bars in legends."""
 
 Place = Literal["outside lower left", "outside lower center", "outside lower right"]
 """Of a legend, outside the panels."""
@@ -129,21 +135,33 @@ def name(text: str) -> str:
 def headline(figure: Figure, text: str) -> None:
     """A line above everything, folded where the figure is narrower."""
     if text:
-        characters = int(figure.get_figwidth() * 14)
+        characters = int(figure.get_figwidth() * 16)
         lines = (fill(line, characters) for line in name(text).split("\n"))
         figure.suptitle("\n".join(lines), fontsize=8, x=0.01, ha="left")
 
 
 def legend(figure: Figure, *axes: Axes, handles: Sequence[Any] = (), place: Place = "outside lower center") -> None:
-    """One legend for all panels, each label once, in as many columns as fit."""
+    """One legend for all panels, each label once, in as many columns as fit; where there are error bars, it says what
+    they are."""
     seen: dict[str, Any] = {one.get_label(): one for one in handles}
     for one in axes:
         for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
             seen.setdefault(label, handle)
+    for shown in _intervals(axes):
+        caps, bars = Line2D([], [], color="black", ms=3), LineCollection([], colors="black", linewidths=0.8)
+        drawn = (Line2D([], [], ls=""), (caps,), (bars,))
+        seen.setdefault(INTERVAL, ErrorbarContainer(drawn, shown.has_xerr, shown.has_yerr))
     if seen:
         room = figure.get_figwidth() * (0.5 if place.endswith(("left", "right")) else 1.0)
         columns = int(room / (0.4 + 0.055 * max(len(label) for label in seen)))
         figure.legend(list(seen.values()), list(seen), loc=place, ncols=min(len(seen), max(1, columns)))
+
+
+def _intervals(panels: Sequence[Axes]) -> Iterator[ErrorbarContainer]:
+    """The series that show intervals."""
+    for one in (series for axes in panels for series in axes.containers if isinstance(series, ErrorbarContainer)):
+        if any(len(line) and np.ptp(line, axis=0).max() > 0 for bars in one.lines[2] for line in bars.get_segments()):
+            yield one
 
 
 def look(series: int | str) -> tuple[str, str, str]:
@@ -177,6 +195,7 @@ def errorbars(
         x, y, xerr=error if horizontal else None, yerr=None if horizontal else error, color=colour,
         marker=marker, ms=3.5, mfc="white" if hollow else colour, mec=colour, mew=0.7,
         ls=line if joined else "", elinewidth=0.8, capsize=1.5, label=name(label),
+        clip_on=False,  # a marker on the axes' border is seen whole
     )  # fmt: skip
 
 

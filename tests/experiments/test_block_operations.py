@@ -43,8 +43,8 @@ def test_summary_tells_drops_from_rises() -> None:
     noise = np.random.default_rng(0).normal(0, 0.01, 12)
     shifts = {("stock", -1): 0.0, ("remove", 0): -0.3, ("double", 0): 0.2, ("double", 1): 0.0}
     table = pd.DataFrame(
-        {"item": item, "prompt": "", "seed": item, "control": "none", "condition": name, "layer": layer, "change": 0.1,
-         "facts": 0.6 + 0.01 * item + shift + (noise[item] if layer >= 0 else 0.0)}
+        {"item": item, "prompt": "", "seed": item, "control": "none", "condition": name, "layer": layer,
+         "change": 0.1 * (shift != 0), "facts": 0.6 + 0.01 * item + shift + (noise[item] if layer >= 0 else 0.0)}
         for (name, layer), shift in shifts.items() for item in range(12)
     )  # fmt: skip
     rows = summarise(table).query("outcome == 'facts'").set_index(["condition", "layer"])
@@ -52,6 +52,8 @@ def test_summary_tells_drops_from_rises() -> None:
     assert rows["verdict"].to_dict() == {
         ("remove", 0): "lower", ("double", 0): "higher", ("double", 1): "no difference shown"
     }  # fmt: skip
+    still = summarise(table).query("outcome == 'change' and condition == 'double' and layer == 1").iloc[0]
+    assert still[["difference", "low", "high"]].tolist() == [0, 0, 0]  # a distance is not below 0
 
 
 def test_refused() -> None:

@@ -98,7 +98,7 @@ def test_names_are_drawn_as_they_are() -> None:
     figure = magnet.differences(differences(STRANGE), "clipscore[scenes-clip]", "base")
     (legend,) = figure.legends
     shown = [text.get_text().removeprefix("\u200b") for text in legend.get_texts()]
-    assert shown == [*STRANGE[:-1], "bell\ufffd"]
+    assert shown == [*STRANGE[:-1], "bell\ufffd", style.INTERVAL]
     assert not any(text.get_parse_math() for text in figure.findobj(Text) if "$" in text.get_text())
     picture = np.zeros((4, 4, 3), np.uint8)
     drawn = sheet([[picture] * 5], STRANGE, legend=dict.fromkeys(STRANGE, "red"), title=STRANGE[0])
@@ -127,9 +127,25 @@ def test_controls_of_equal_size_are_hollow_and_named() -> None:
     both = pd.concat([gains(), gains().query("scale > 0").assign(control="budget")])
     figure = guidance_by_layer(both)
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert sorted(names) == ["scale 2", "scale 2, coherent change of equal size", "stock"]
+    assert sorted(names) == [style.INTERVAL, "scale 2", "scale 2, coherent change of equal size", "stock"]
     faces = [container.lines[0].get_markerfacecolor() for container in figure.axes[0].containers]
     assert faces[0] == "white" and faces[1] != "white"  # by control: budget comes before none
+
+
+@pytest.mark.parametrize(("low", "named"), [(0.1, True), (np.nan, False)])
+def test_a_legend_names_error_bars_where_there_are_some(low: float, named: bool) -> None:
+    table = pd.DataFrame({"layer": [0, 1], "rho": [0.2, 0.5], "low": low, "high": low + 0.6, "control": [0.0, 0.1],
+                          "control_low": np.nan, "control_high": np.nan})  # fmt: skip
+    (legend,) = layers.agreement(table).legends
+    assert ("95 % interval" in [text.get_text() for text in legend.get_texts()]) == named
+
+
+def test_each_kind_of_word_tells_its_own_n() -> None:
+    kinds = (("noun", 32, "higher"), ("count", 2, "too few items"))
+    rows = [{"kind": kind, "layer": layer, "sigma": 0.5, "n": n, "difference": 0.1, "verdict": verdict}
+            for kind, n, verdict in kinds for layer in range(2)]  # fmt: skip
+    panels = layers.sigma_map(pd.DataFrame(rows)).axes[:2]
+    assert [axes.get_title(loc="left") for axes in panels] == ["noun (n = 32)", "count (n = 2, too few)"]
 
 
 def test_titles_tell_metric_and_number() -> None:
