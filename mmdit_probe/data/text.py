@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,18 @@ def one_line(text: str) -> str:
     return re.sub(r"[ \t\r\n]+", " ", text).strip(" ")
 
 
+def stem(path: Path) -> str:
+    """The name that a picture shares with its caption and its masks: without suffix, accents composed (archives of
+    some systems have them apart)."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
 def caption_beside(picture: Path) -> str:
-    """The text of `cat.txt` beside `cat.png`, on one line; empty without one."""
-    beside = picture.with_suffix(".txt")
-    return " ".join(read_text(beside).split()) if beside.exists() else ""
+    """The text of `cat.txt` beside `cat.png`, on one line; empty without one. The suffix's case does not matter."""
+    stems = dict.fromkeys([picture.stem, *(unicodedata.normalize(form, picture.stem) for form in ("NFC", "NFD"))])
+    places = (picture.with_name(f"{stem}{suffix}") for stem in stems for suffix in (".txt", ".TXT", ".Txt"))
+    beside = next((place for place in places if place.exists()), None)
+    return "" if beside is None else " ".join(read_text(beside).split())
 
 
 def read_json(path: Path | str, expected: str) -> Any:
