@@ -101,7 +101,9 @@ def dataset(spec: str, limit: int | None = None) -> Dataset:
         name, rest = "folder", spec
     found = _nonempty(_read(name, rest, None).first(limit), name, rest)
     if len(found.classes) > IGNORE:
-        raise UserError(f"{spec!r} has {len(found.classes)} classes; labels hold at most {IGNORE}: {IGNORE} says unknown")
+        raise UserError(
+            f"{spec!r} has {len(found.classes)} classes; labels hold at most {IGNORE}: {IGNORE} says unknown"
+        )
     return found
 
 

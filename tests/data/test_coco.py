@@ -136,6 +136,8 @@ def test_coco_tells_what_is_not_there_and_classes_that_no_label_holds(tmp_path: 
     with pytest.raises(UserError, match="has 256 classes; labels hold at most 255"):
         dataset(source)
     assert training_data(source, size=SIZE)[0].names == ("cat",)
+
+
 def sa1b(root: Path) -> Path:
     """One picture with three masks, one of them too small to count."""
     root.mkdir(parents=True)
