@@ -355,7 +355,7 @@ def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int 
     layers = sorted({int(layer) for table in values.values() for layer in table.columns})
     # As in `ranks_of`: among the layers that all that count have.
     seen = sorted(set.intersection(*({int(layer) for layer in list(values.values())[k].columns} for k in counted)))
-    columns = [table.columns.get_indexer(seen) for table in values.values()]
+    columns = [table.columns.get_indexer(pd.Index(seen)) for table in values.values()]
     rng, ties = np.random.default_rng(0), np.random.default_rng(1)
     wins = np.zeros(len(layers), int)
     for _ in range(draws):
