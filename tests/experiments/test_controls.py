@@ -116,7 +116,7 @@ def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """Control rows lie beside the measurement, leave its summary alone, and decide what is printed."""
     monkeypatch.chdir(tmp_path)
     arguments = ["value-norms", "--model", str(tiny_directory), "--images", "scenes:val", "--limit", "8"]
-    Path("texts.txt").write_text("a red ring\na cat\n" * 4)
+    Path("texts.txt").write_text("a red ring\na cat\n" * 4, encoding="utf-8")
     arguments += ["--prompts", "texts.txt", "--layers", "0-1"]
     for out, control in (("plain", "none"), ("controls", "random,shuffled,uniform")):
         with pytest.raises(SystemExit) as stopped:
