@@ -3,6 +3,7 @@ in, and one hash of them all. Nothing is loaded or changed.
 
     compute_dtype(transformer)          # torch.bfloat16, also where weights are stored as float8, nf4 or GGUF
     weight_hash(transformer)            # "4c1f...": names, dtypes, shapes and bytes
+    weight_state(transformer)           # changes when they do, and takes milliseconds where the hash takes seconds
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mmdit_probe.errors import UserError
 
+_DRAWN = 32
+"""Numbers of a weight that `weight_state` looks at, or up to twice as many."""
 _COMPUTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -52,6 +55,21 @@ def weight_hash(transformer: nn.Module) -> str:
         for part in _parts(name, offloaded.get(name, value)):
             digest.update(part)
     return digest.hexdigest()
+
+
+def weight_state(module: nn.Module | None) -> tuple[Any, ...]:
+    """What changes when a module's weights do: which they are, how often each was changed in place, and a few numbers
+    of each, which tell of what is done to `weight.data` (fusing an adapter)."""
+    tensors: list[Any] = [] if module is None else [*module.parameters(), *module.buffers()]
+    marks = [(id(t), t.dtype, None if t.is_inference() else t._version) for t in tensors]
+    drawn: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if not (tensor.is_meta or tensor.is_quantized or is_traceable_wrapper_subclass(tensor)):
+            flat = tensor.detach().as_subclass(Tensor).reshape(-1)
+            some = flat[:: max(1, len(flat) // _DRAWN)].contiguous()
+            drawn.setdefault(tensor.device, []).append(some.view(torch.uint8))
+    # One transfer for all on a device.
+    return id(module), tuple(marks), tuple(torch.cat(of).cpu().numpy().tobytes() for of in drawn.values())
 
 
 def _parts(name: str, value: Any) -> Iterator[bytes]:

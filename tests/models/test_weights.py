@@ -13,7 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.models.weights import compute_dtype, weight_hash
+from mmdit_probe.models.weights import compute_dtype, weight_hash, weight_state
 from tests import tiny
 
 
@@ -110,6 +110,16 @@ def test_a_hash_follows_the_values_of_any_storage() -> None:
     one, other = (packed(tiny.transformer(), kind) for kind in ("Q8", "Q4"))
     other.load_state_dict({name: value.as_subclass(Tensor) for name, value in one.state_dict().items()})
     assert weight_hash(one) != weight_hash(other)
+
+
+def test_the_state_of_wrapped_weights_tells_of_changes_in_place() -> None:
+    module = nn.Linear(2, 2, bias=False)
+    module.weight = nn.Parameter(TwoTensor(torch.ones(2, 2), torch.ones(2, 2)))
+    before = weight_state(module)
+    assert weight_state(module) == before
+    with torch.no_grad():
+        module.weight.mul_(2.0)
+    assert weight_state(module) != before != weight_state(None)
 
 
 @pytest.mark.filterwarnings("ignore")
