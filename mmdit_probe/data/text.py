@@ -17,6 +17,8 @@ from typing import Any
 
 from mmdit_probe.errors import UserError
 
+STRUCTURED = (".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml")
+"""Files whose lines are no prompts and no names: with a header, quotes or brackets they would be read as such."""
 _NEWLINE = re.compile(r"\r\n|\n|\r")
 _KINDS = (
     (stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"),
@@ -73,8 +75,15 @@ def lines(text: str) -> list[str]:
 
 
 def read_lines(path: Path | str, expected: str = "a text file", what: str = "file") -> list[str]:
-    """The lines of a text file; errors as in `read_text`."""
-    return lines(read_text(path, expected, what))
+    """The lines of a text file.
+
+    Raises:
+        UserError: as in `read_text`, or the file is a table or a document, whose lines hold more than one thing each.
+    """
+    text, kind = read_text(path, expected, what), Path(path).suffix.lower()
+    if kind in STRUCTURED:
+        raise UserError(f"{str(path)!r} is no plain text but {kind.removeprefix('.').upper()}; expected {expected}")
+    return lines(text)
 
 
 def one_line(text: str) -> str:

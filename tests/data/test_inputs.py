@@ -332,6 +332,19 @@ def test_lines_are_right_or_the_byte_is_named(name: str, tmp_path: Path) -> None
         assert prompts(str(path)) == [line for line in want if line]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.csv", "prompt,seed\n\"a cat, asleep\",1\n"), ("a.TSV", "prompt\tseed\n"), ("a.json", '[\n"a cat"\n]'),
+     ("a.jsonl", '{"prompt": "a cat"}\n'), ("a.yaml", "- a cat\n")],
+)  # fmt: skip
+def test_tables_and_documents_are_no_lines(tmp_path: Path, name: str, text: str) -> None:
+    """A header, quotes and brackets stood among the prompts, and the name of the file among the classes."""
+    (tmp_path / name).write_text(text)
+    for read in (prompts, parse_classes, read_lines):
+        with pytest.raises(UserError, match=f"{name}' is no plain text but {name[2:].upper()}; expected"):
+            read(str(tmp_path / name))
+
+
 def test_texts_that_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "deep.json").write_text("[" * 100_000)
