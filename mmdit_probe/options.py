@@ -99,7 +99,8 @@ def changed(options: Any, *names: str) -> str | None:
 
 def check(options: object) -> None:
     """Hold every field of an options dataclass to its type, choices and range; nested dataclasses too. A text becomes a
-    path where the option is one: so it is written in Python, and read from a record.
+    path where the option is one: so it is written in Python, and read from a record. numpy's numbers become Python's,
+    which a record can hold.
 
     Raises:
         UserError: names the flag, the value, and what was expected.
@@ -108,6 +109,9 @@ def check(options: object) -> None:
         value = getattr(options, field.name)
         if isinstance(value, str) and _mentions(field.type, Path) and not _mentions(field.type, str):
             value = Path(value)
+            object.__setattr__(options, field.name, value)
+        elif isinstance(value, Real) and type(value) not in (bool, int, float):
+            value = int(value) if isinstance(value, Integral) else float(value)
             object.__setattr__(options, field.name, value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             check(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -49,6 +50,12 @@ class Recipe:
 )  # fmt: skip
 def test_what_fits_passes(change: dict[str, Any]) -> None:
     check(replace(Recipe(), **change))
+
+
+def test_numbers_of_numpy_become_those_of_a_record() -> None:
+    recipe = Recipe(steps=np.int64(3), rate=np.float32(0.5), share=np.float64(0.25))
+    check(recipe)
+    assert json.dumps([recipe.steps, recipe.rate, recipe.share]) == "[3, 0.5, 0.25]"
 
 
 @pytest.mark.parametrize(

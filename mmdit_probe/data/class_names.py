@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
-from mmdit_probe.data.text import lines, one_line, read_lines
+from mmdit_probe.data.text import STRUCTURED, lines, one_line, read_lines
 from mmdit_probe.errors import UserError
 
 LONGEST = 1000
@@ -42,7 +42,7 @@ def parse_classes(text: str | Path | Sequence[str | SegClass]) -> list[SegClass]
         UserError: no class, an empty name, one that is given twice or is no name by its length, or a file that is not
             there or no text.
     """
-    if isinstance(text, str) and len(text) < 4096 and "\n" not in text and text.lower().endswith(".txt"):
+    if isinstance(text, str) and len(text) < 4096 and "\n" not in text and text.lower().endswith((".txt", *STRUCTURED)):
         text = Path(text)
     if isinstance(text, Path):
         kept = [line for line in read_lines(text, "a text file with class names", "class file") if line.strip()]

@@ -59,6 +59,7 @@ def coco(root: Path, kind: str, split: str | None = None) -> Dataset:
         raise UserError(f"{path.name} is no COCO annotation file ({error!r})") from error
     captions = _captions(root / "annotations" / f"captions_{split}.json")
     found = sorted(name for name in file.of_picture if (pictures / name).is_file())
+    lost = sorted({*file.of_picture} - {*found})
     if not found:
         raise UserError(f"none of the {len(file.of_picture)} annotated pictures of {path.name} is in {str(pictures)!r}")
     samples = [
@@ -70,7 +71,8 @@ def coco(root: Path, kind: str, split: str | None = None) -> Dataset:
         for name in found
     ]  # fmt: skip
     classes = [SegClass((name,)) for name in file.classes]
-    return Dataset(f"coco-{kind}", classes, samples, facts={"kind": kind, "split": split})
+    note = f"{len(lost)} of {len(file.of_picture)} annotated pictures are not there (first: {lost[0]})" if lost else ""
+    return Dataset(f"coco-{kind}", classes, samples, note=note, facts={"kind": kind, "split": split})
 
 
 @dataclass(frozen=True)

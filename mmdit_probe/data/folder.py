@@ -25,7 +25,7 @@ from mmdit_probe.data.labels import IGNORE, mapped, read_label_map
 from mmdit_probe.data.masks import Regions, stack
 from mmdit_probe.data.picture import by_name, listed, open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
-from mmdit_probe.data.text import caption_beside, read_json
+from mmdit_probe.data.text import caption_beside, read_json, stem
 from mmdit_probe.errors import MISSHAPEN, UserError
 
 
@@ -47,10 +47,10 @@ def labelled(root: Path) -> Dataset:
     samples = [
         Sample(
             path.stem, partial(open_picture, path, reduce=False), partial(caption_beside, path), names=names,
-            label=mapped(labels[path.stem], lambda ids: ids, len(classes)),
-            content=(path, labels[path.stem], root / "classes.txt"),
+            label=mapped(labels[stem(path)], lambda ids: ids, len(classes)),
+            content=(path, labels[stem(path)], root / "classes.txt"),
         )
-        for path in pictures if path.stem in labels
+        for path in pictures if stem(path) in labels
     ]  # fmt: skip
     lost = len(pictures) - len(samples)
     note = f"{lost} pictures without a label were left out" if lost else ""
@@ -67,7 +67,7 @@ def pictures(root: Path) -> Dataset:
     names = _names(root / "masks" / "classes.json")
     masks = _by_stem(root / "masks") if (root / "masks").is_dir() else {}
     known = dict.fromkeys(names.values())
-    samples = [picture(path, masks.get(path.stem), names) for path in listed(root)]
+    samples = [picture(path, masks.get(stem(path)), names) for path in listed(root)]
     return Dataset(str(root), [SegClass((name,)) for name in known], samples, agnostic=not names)
 
 
@@ -117,4 +117,4 @@ def _names(file: Path) -> dict[int, str]:
 def _by_stem(folder: Path) -> dict[str, Path]:
     """The PNGs of a folder by the name before the suffix, whose case does not matter; errors as in `by_name`."""
     files = (path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".png" and path.name[0] != ".")
-    return by_name(files, folder, lambda path: path.stem)
+    return by_name(files, folder, stem)

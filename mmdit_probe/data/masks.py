@@ -104,9 +104,9 @@ def stack(masks: Sequence[Masks], size: tuple[int, ...]) -> Masks:
     return np.stack(masks) if len(masks) else np.zeros((0, *size), bool)
 
 
-def paint(masks: Masks, ids: Sequence[int] | None = None) -> NDArray[np.int64]:
-    """A label map [H, W] of masks [K, H, W]: `ids` (default 0..K-1), smaller masks on top, IGNORE where none is."""
-    labels = np.full(masks.shape[1:], IGNORE, np.int64)
+def paint(masks: Masks, ids: Sequence[int] | None = None, bare: int = IGNORE) -> NDArray[np.int64]:
+    """A label map [H, W] of masks [K, H, W]: `ids` (default 0..K-1), smaller masks on top, `bare` where none is."""
+    labels = np.full(masks.shape[1:], bare, np.int64)
     for k in sorted(range(len(masks)), key=lambda k: -int(masks[k].sum())):
         labels[masks[k]] = k if ids is None else ids[k]
     return labels

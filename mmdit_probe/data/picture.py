@@ -23,7 +23,7 @@ from PIL import Image as pil
 from PIL import ImageOps
 from PIL.Image import Image
 
-from mmdit_probe.data.text import regular
+from mmdit_probe.data.text import regular, stem
 from mmdit_probe.errors import ProbeError, UserError, first_line, is_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -126,7 +126,7 @@ def listed(folder: Path) -> list[Path]:
     files.sort(key=lambda p: (p.stem + p.suffix.lower(), p.name))
     if not files:
         raise UserError(f"no picture in {str(folder)!r}; expected files ending in {', '.join(SUFFIXES)}")
-    return list(by_name(files, folder, lambda file: file.stem).values())
+    return list(by_name(files, folder, stem).values())
 
 
 def by_name(files: Iterable[Path], folder: Path, name: Callable[[Path], str]) -> dict[str, Path]:

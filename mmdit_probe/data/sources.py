@@ -18,6 +18,7 @@ from typing import Any
 
 from mmdit_probe.data.coco import KINDS, coco
 from mmdit_probe.data.folder import labelled, picture, pictures
+from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.data.picture import SUFFIXES, check_picture, listed
 from mmdit_probe.data.prompt_sets import DEFAULT_COUNT, check_limit
 from mmdit_probe.data.public import SETS
@@ -89,7 +90,8 @@ def dataset(spec: str, limit: int | None = None) -> Dataset:
     """The labelled data set that `scenes:val`, `NAME:ROOT` or a folder with classes.txt means.
 
     Raises:
-        UserError: unknown name, a folder that is not there or not of this layout, or no images.
+        UserError: unknown name, a folder that is not there or not of this layout, no images, or more classes than a
+            label map holds.
     """
     check_limit(limit)
     name, _, rest = spec.partition(":")
@@ -97,7 +99,12 @@ def dataset(spec: str, limit: int | None = None) -> Dataset:
         return scenes(rest or "val", limit)
     if name not in DATASETS and os.path.isdir(spec):
         name, rest = "folder", spec
-    return _nonempty(_read(name, rest, None).first(limit), name, rest)
+    found = _nonempty(_read(name, rest, None).first(limit), name, rest)
+    if len(found.classes) > IGNORE:
+        raise UserError(
+            f"{spec!r} has {len(found.classes)} classes; labels hold at most {IGNORE}: {IGNORE} says unknown"
+        )
+    return found
 
 
 def training_data(

@@ -11,11 +11,14 @@ from __future__ import annotations
 import json
 import re
 import stat
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 from mmdit_probe.errors import UserError
 
+STRUCTURED = (".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml")
+"""Files whose lines are no prompts and no names: with a header, quotes or brackets they would be read as such."""
 _NEWLINE = re.compile(r"\r\n|\n|\r")
 _KINDS = (
     (stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "pipe"), (stat.S_ISCHR, "device"), (stat.S_ISBLK, "device"),
@@ -72,8 +75,15 @@ def lines(text: str) -> list[str]:
 
 
 def read_lines(path: Path | str, expected: str = "a text file", what: str = "file") -> list[str]:
-    """The lines of a text file; errors as in `read_text`."""
-    return lines(read_text(path, expected, what))
+    """The lines of a text file.
+
+    Raises:
+        UserError: as in `read_text`, or the file is a table or a document, whose lines hold more than one thing each.
+    """
+    text, kind = read_text(path, expected, what), Path(path).suffix.lower()
+    if kind in STRUCTURED:
+        raise UserError(f"{str(path)!r} is no plain text but {kind.removeprefix('.').upper()}; expected {expected}")
+    return lines(text)
 
 
 def one_line(text: str) -> str:
@@ -81,10 +91,18 @@ def one_line(text: str) -> str:
     return re.sub(r"[ \t\r\n]+", " ", text).strip(" ")
 
 
+def stem(path: Path) -> str:
+    """The name that a picture shares with its caption and its masks: without suffix, accents composed (archives of
+    some systems have them apart)."""
+    return unicodedata.normalize("NFC", path.stem)
+
+
 def caption_beside(picture: Path) -> str:
-    """The text of `cat.txt` beside `cat.png`, on one line; empty without one."""
-    beside = picture.with_suffix(".txt")
-    return " ".join(read_text(beside).split()) if beside.exists() else ""
+    """The text of `cat.txt` beside `cat.png`, on one line; empty without one. The suffix's case does not matter."""
+    stems = dict.fromkeys([picture.stem, *(unicodedata.normalize(form, picture.stem) for form in ("NFC", "NFD"))])
+    places = (picture.with_name(f"{stem}{suffix}") for stem in stems for suffix in (".txt", ".TXT", ".Txt"))
+    beside = next((place for place in places if place.exists()), None)
+    return "" if beside is None else " ".join(read_text(beside).split())
 
 
 def read_json(path: Path | str, expected: str) -> Any:

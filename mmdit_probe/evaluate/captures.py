@@ -48,14 +48,16 @@ class Captures:
             and prompts, captures differ.
         rows: of one forward at most; None takes what is fastest.
         memory: what a record says of where the model's weights wait and how they are stored.
+        dtype: that the model was asked for in; "auto" takes that of the cache.
 
     Raises:
-        UserError: the cache belongs to another model.
+        UserError: the cache belongs to another model, or was made in another dtype.
     """
 
     def __init__(
         self, open_model: Callable[[], MMDiT], name: str, cache: Path | None = None,
         text: Mapping[str, Any] | None = None, rows: int | None = None, memory: Mapping[str, Any] | None = None,
+        dtype: str = "auto",
     ) -> None:  # fmt: skip
         self.memory = dict(memory or {})
         self._open, self.name, self.cache, self.text = open_model, name, cache, dict(text or {})
@@ -71,6 +73,8 @@ class Captures:
             if self._facts["id"] != name:
                 made = self._facts["id"]
                 raise UserError(f"cache {str(cache)!r} was made with {made}, not {name}; choose another folder")
+            if dtype not in ("auto", self._facts["dtype"]):
+                raise UserError(f"cache {str(cache)!r} was made in {self._facts['dtype']}, not {dtype}; choose another")
 
     @property
     def model(self) -> MMDiT:
@@ -79,7 +83,9 @@ class Captures:
             self._model = self._open()
             facts = _facts(self.name, self._model)
             if self._facts is not None and self._facts != facts:
-                raise UserError(f"cache {str(self.cache)!r} was made with other weights of {self.name}; remove it")
+                found = next(name for name in facts if facts[name] != self._facts.get(name))
+                what = "other weights" if found == "weight_hash" else f"another {found}"
+                raise UserError(f"cache {str(self.cache)!r} was made with {what} of {self.name}; choose another folder")
             self._facts = facts
             if self.cache is not None and not (self.cache / INDEX).is_file():
                 make_folder(self.cache)

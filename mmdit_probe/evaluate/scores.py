@@ -325,7 +325,7 @@ MOST_IDS = 10_000
 
 
 def segmentation_score(
-    prediction: Any, label: Any, classes: int | Sequence[str], *, ignore: int | Collection[int] = IGNORE,
+    prediction: Any, label: Any, classes: int | Sequence[str], *, ignore: int | Collection[int] | None = None,
     rule: str = "union", match: str | None = None, background: int | None = None,
 ) -> SegmentationScore:  # fmt: skip
     """Score label maps, or segments without names, against labels.
@@ -336,7 +336,7 @@ def segmentation_score(
     Args:
         prediction: ids [H, W], an array or tensor, or a list of them; 0..C-1, or C for no class.
         label: ids [H, W], likewise. classes: C, or the names of the C classes.
-        ignore: one id, or several, of label pixels that are not counted.
+        ignore: one id, or several, of label pixels that are not counted; None: 255, where that is no class.
         rule: "union" or "gt". match: None if the prediction's ids are the classes, else one of `MATCHES`.
         background: many-to-one matching, see `assign`.
 
@@ -349,6 +349,8 @@ def segmentation_score(
     if len(predictions) != len(labels) or not labels:
         raise UserError(f"{len(predictions)} predictions for {len(labels)} labels; expected as many, at least one")
     names = _class_names(classes)
+    if ignore is None:
+        ignore = IGNORE if len(names) <= IGNORE else ()
     largest = max(int(one.max()) for one in predictions)
     if largest >= MOST_IDS:
         raise UserError(f"predictions hold ids up to {largest}; expected below {MOST_IDS}: renumber them from 0")

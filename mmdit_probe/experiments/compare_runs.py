@@ -22,6 +22,7 @@ from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import cell_of
 from mmdit_probe.experiments.result import Result
+from mmdit_probe.experiments.store import other_sampling
 from mmdit_probe.experiments.text import Text, paired_table
 from mmdit_probe.results import RunFolder, atomic
 from mmdit_probe.results.folder import differences
@@ -126,6 +127,8 @@ def compare_runs(first: Path | str | Result, second: Path | str | Result, margin
         f"{entry}: {_short(was)} -> {_short(now)}" for entry, was, now in found
         if entry != "weight_hash" or not renamed
     ]  # fmt: skip
+    if not any(entry == "num_steps" for entry, *_ in found) and (other := other_sampling(one.data, two.data)):
+        differs.append(_short(other))
     return Comparison(one, two, margin, _paired(scores[0], scores[1], margin, one.experiment.sign), differs)
 
 

@@ -4,7 +4,7 @@
         with probe(variant.model, AttentionMass(), edits=variant.edits): ...
 
 random      the same network with random weights: what architecture and inputs alone give
-shuffled    every item with the caption of the next one: what any text of this kind gives
+shuffled    every item with the caption of another one: what any text of this kind gives
 uniform     attention that gives every key the same probability, in all layers: what masses and norms are by count
 
 A claim is the measurement minus its control, paired by item (`results.statistics.compare`); a claim whose control shows
@@ -13,10 +13,12 @@ the same is printed as such. Not here: the equal-budget control of an edit (`edi
 
 from __future__ import annotations
 
+import inspect
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.results.statistics import NONE
@@ -30,8 +32,6 @@ CONTROLS = {
     "shuffled": "another item's caption",
     "uniform": "uniform attention in all layers",
 }
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Variant:
 
         return (Uniform(),) if self.name == "uniform" else ()
 
-    def texts(self, texts: Sequence[Item]) -> list[Item]:
+    def texts(self, texts: Sequence[str]) -> list[str]:
         """The captions of the items, in their order."""
-        return [*texts[1:], *texts[:1]] if self.name == "shuffled" else list(texts)
+        return others(texts) if self.name == "shuffled" else list(texts)
 
 
 def parse(text: str, known: Sequence[str] = tuple(CONTROLS)) -> tuple[str, ...]:
@@ -78,29 +78,42 @@ def parse(text: str, known: Sequence[str] = tuple(CONTROLS)) -> tuple[str, ...]:
     return tuple(name for name in known if name in names)
 
 
-def variants(model: MMDiT, controls: Sequence[str], items: int | None = None) -> list[Variant]:
-    """The measurement itself, then its controls.
-
-    Args:
-        model: of the measurement. controls: names, from `parse`.
-        items: how many there are.
-
-    Raises:
-        UserError: shuffled captions of a single item.
-    """
-    if "shuffled" in controls and items == 1:
-        raise UserError("--control shuffled exchanges captions between items; expected two items or more")
+def variants(model: MMDiT, controls: Sequence[str]) -> list[Variant]:
+    """The measurement itself, then its controls (names, from `parse`)."""
     return [Variant(name, model) for name in (NONE, *controls)]
 
 
+def others(texts: Sequence[str]) -> list[str]:
+    """Another caption for each: the next item's, or, where some next one has the same, one that every item has not.
+
+    Raises:
+        UserError: more than half of the captions are one.
+    """
+    moved = [*texts[1:], *texts[:1]]
+    if all(map(str.__ne__, moved, texts)):
+        return moved
+    (caption, most), *_ = Counter(texts).most_common(1)
+    if 2 * most > len(texts):
+        raise UserError(
+            f"--control shuffled exchanges captions between items: {most} of {len(texts)} have {caption!r}, and not as"
+            " many another"
+        )
+    order = sorted(range(len(texts)), key=texts.__getitem__)  # equal ones, at most so many, lie together
+    for place, index in enumerate(order):
+        moved[index] = texts[order[(place + most) % len(texts)]]
+    return moved
+
+
 def random_model(model: MMDiT, seed: int = 0) -> MMDiT:
-    """The same pipeline around a transformer of random weights; for an embedded model the twin that `load` knows."""
+    """The same pipeline, with the settings it was made with, around a transformer of random weights; for an embedded
+    model the twin that `load` knows."""
     from mmdit_probe.models.layout import unwrap
     from mmdit_probe.models.load import random_twin
 
     pipeline = model.pipeline
     parts = {**pipeline.components, "transformer": random_twin(unwrap(pipeline.transformer), seed).to(model.device)}
-    twin = type(pipeline)(**parts)
+    settings = inspect.signature(type(pipeline)).parameters.keys() & pipeline.config.keys() - parts.keys()
+    twin = type(pipeline)(**parts, **{name: pipeline.config[name] for name in settings})
     twin.set_progress_bar_config(disable=True)
     found = type(model)(twin, f"{model.name}-random", model.max_sequence_length)
     found.num_frames, found.size, found.references = model.num_frames, model.size, model.references

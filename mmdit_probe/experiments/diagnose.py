@@ -64,7 +64,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
         request = request_of(model, layers=list(layers), heads=plain(heads), controls=list(chosen), **items)
         tasks = [
             (variant, number, text)
-            for variant in controls.variants(model, chosen, len(inputs))
+            for variant in controls.variants(model, chosen)
             for number, text in enumerate(variant.texts(captions))
         ]
         notes = notes_on(model, inputs, captions, model.default_size)

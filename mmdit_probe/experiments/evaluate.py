@@ -274,7 +274,10 @@ class Evaluate(Reads, Experiment):
             target = self._with_text(target)
             text = target.text
             memory = {name: target.options.get(name) for name in ("offload", "quantize")}
-            captures = Captures(lambda: as_model(target, shown), target.full_name, self.cache, text, rows, memory)
+            dtype = str(target.options.get("dtype", "auto")).removeprefix("torch.")
+            captures = Captures(
+                lambda: as_model(target, shown), target.full_name, self.cache, text, rows, memory, dtype
+            )
             if target.options.get("lora") or str(memory["quantize"]).startswith("gguf:"):
                 _ = captures.model  # its files may hold other weights than when the cache was made: compare now
         else:
@@ -283,6 +286,7 @@ class Evaluate(Reads, Experiment):
             if self.how.paper_text and hasattr(model.pipeline, "text_encoder_3") and not text.get("no_t5"):
                 raise UserError(f"--preset {self.preset} reads text without T5: load the model with t5=False")
             captures = Captures(lambda: model, model.name, self.cache, text, rows, model.memory)
+            _ = captures.model  # at hand already, and its name says little: compare now
         for options in self.asked().values():
             check_streams_read(options, "no_t5" in text)
         return captures

@@ -315,12 +315,26 @@ def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int,
             not decide; ties go to the least mean rank), or the name of one evidence.
     """
     check_known("rule", rule, [*RANK_RULES, *dict.fromkeys(table["evidence"])])
-    part = table if rule in RANK_RULES else table[table["evidence"] == rule]
     keys = ["median", "mean"] if rule == "median-ranks" else ["mean"]
-    order = part.groupby("layer")["rank"].agg(["median", "mean"]).sort_values(keys, kind="stable")
+    order = ranks_of(table, rule).agg(["median", "mean"], axis=1).sort_values(keys, kind="stable")
     if not 1 <= top <= len(order):
         raise UserError(f"--top {top}: expected 1 to {len(order)} layers")
     return tuple(int(layer) for layer in order.index[:top])
+
+
+def ranks_of(table: pd.DataFrame, rule: str) -> pd.DataFrame:
+    """Ranks, layers by row and the evidences of a rule by column, among the layers that all of these have a value of:
+    else a layer that only one of them was measured on would be the best of few.
+
+    Raises:
+        UserError: there is none.
+    """
+    part = table if rule in RANK_RULES else table[table["evidence"] == rule]
+    values = part.pivot(index="layer", columns="evidence", values="value").dropna()
+    if values.empty:
+        raise UserError(f"no layer has a value of each of {', '.join(dict.fromkeys(part['evidence']))}: measure them on"
+                        " the same layers, or select by one of them (--rule)")  # fmt: skip
+    return values.rank(ascending=False, method="min")
 
 
 def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int = 500) -> pd.DataFrame:
@@ -339,29 +353,31 @@ def stability(long: pd.DataFrame, top: int = 1, rule: str = "ranks", draws: int 
     if not counted:
         raise unknown("rule", rule, [*RANK_RULES, *dict.fromkeys(key[0] for key in values)])
     layers = sorted({int(layer) for table in values.values() for layer in table.columns})
-    columns = [np.searchsorted(layers, [int(layer) for layer in table.columns]) for table in values.values()]
+    # As in `ranks_of`: among the layers that all that count have.
+    seen = sorted(set.intersection(*({int(layer) for layer in list(values.values())[k].columns} for k in counted)))
+    columns = [table.columns.get_indexer(pd.Index(seen)) for table in values.values()]
     rng, ties = np.random.default_rng(0), np.random.default_rng(1)
     wins = np.zeros(len(layers), int)
-    ranks = np.full((len(values), len(layers)), np.nan)
-    seen = np.unique(np.concatenate([columns[place] for place in counted]))
     for _ in range(draws):
-        for row, (at, mean) in enumerate(zip(columns, _resampled(list(values.values()), rng), strict=True)):
-            ranks[row, at] = rankdata(-np.asarray(mean), "min")
-        own = ranks[counted][:, seen]
+        means = _resampled(list(values.values()), rng)
+        own = rankdata([-means[k][columns[k]] for k in counted], "min", axis=1, nan_policy="omit")
         keys = [np.nanmean(own, 0)] + [np.nanmedian(own, 0)] * (rule == "median-ranks")
-        wins[seen[np.lexsort([ties.random(len(seen)), *keys])[:top]]] += 1
+        wins[np.searchsorted(layers, seen)[np.lexsort([ties.random(len(seen)), *keys])[:top]]] += 1
     return pd.DataFrame({"layer": layers, "share": wins / draws})
 
 
-def weights_of(table: pd.DataFrame, layers: Sequence[int], rule: str = "equal") -> tuple[float, ...]:
+def weights_of(
+    table: pd.DataFrame, layers: Sequence[int], rule: str = "equal", chosen_by: str = "ranks"
+) -> tuple[float, ...]:
     """Weights of the chosen layers, summing to 1.
 
     Args:
-        table: of one split, from `by_layer`. layers: from `choose`.
-        rule: "equal", or "ranks": in proportion to L + 1 minus the mean rank, so that the best of L layers has L.
+        table: of one split, from `by_layer`. layers: from `choose`, by the rule `chosen_by`.
+        rule: "equal", or "ranks": in proportion to L + 1 minus the mean rank (of what that rule goes by), so that the
+            best of L layers has L.
     """
     check_known("rule of the weights", rule, WEIGHT_RULES)
-    ranks = table.groupby("layer")["rank"].mean()
+    ranks = ranks_of(table, chosen_by).mean(axis=1)
     raw = [1.0 if rule == "equal" else len(ranks) + 1 - float(ranks[layer]) for layer in layers]
     return tuple(value / sum(raw) for value in raw)
 

@@ -126,15 +126,14 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
             "pictures": [picture.name for picture in inputs], "basis": basis, "remarks": notes,
             "features": "heads concatenated, q and k after norm and rotary embedding, conditional rows",
         }  # fmt: skip
-        tasks = controls.variants(model, chosen, len(inputs))
+        tasks = [(variant, variant.texts(captions)) for variant in controls.variants(model, chosen)]
         ticks = 2 * -(-len(inputs) // self.batch)
-        return Study(model, request, tasks, "batches", ticks, facts, notes, (inputs, captions, layers, heads, each))
+        return Study(model, request, tasks, "batches", ticks, facts, notes, (inputs, layers, heads, each))
 
-    def measure(self, study: Study, task: Variant, record: TaskRecord) -> None:
-        pictures, captions, layers, heads, each = study.state
-        passes = _Passes(
-            self, task, pictures, task.texts(captions), layers, heads, each, record.workplace(task.name), record.advance
-        )
+    def measure(self, study: Study, task: tuple[Variant, list[str]], record: TaskRecord) -> None:
+        (variant, texts), (pictures, layers, heads, each) = task, study.state
+        place = record.workplace(variant.name)
+        passes = _Passes(self, variant, pictures, texts, layers, heads, each, place, record.advance)
         found = passes.run()
         if task is study.tasks[0]:
             size = study.model.default_size
@@ -144,8 +143,8 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
                 seen = [study.model.references[self.over]] * len(seen)
             shown["pictures"] = np.stack([np.asarray(one) for one in seen])
             record.arrays(SHOWN, **shown)
-        record.write("pca_variance", found.variance, control=task.name)
-        record.write("pca", found.table, control=task.name)
+        record.write("pca_variance", found.variance, control=variant.name)
+        record.write("pca", found.table, control=variant.name)
 
     def finish(self, study: Study, store: Store) -> None:
         if (place := store.workplace("")) is not None:

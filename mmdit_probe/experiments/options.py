@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from mmdit_probe.data import Sample, samples
+from mmdit_probe.data import Sample, samples, single
 from mmdit_probe.data import prompts as read
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.target import LAYERS
@@ -236,12 +236,12 @@ class Pictured:
 
 
 def samples_of(source: str | Path | Sequence[Any], limit: int | None) -> list[Sample]:
-    """Pictures by source, or pictures at hand (samples, files, PIL images, arrays)."""
+    """Pictures by source, or pictures at hand (samples, single files, PIL images, arrays)."""
     if isinstance(source, str | Path):
         found = samples(str(source), limit)
     else:
         found = [
-            one if isinstance(one, Sample) else samples(str(one))[0] if isinstance(one, str | Path)
+            one if isinstance(one, Sample) else single(str(one)) if isinstance(one, str | Path)
             else Sample(f"picture {number}", one)
             for number, one in enumerate(list(source)[:limit])
         ]  # fmt: skip

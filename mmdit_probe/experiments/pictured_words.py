@@ -25,7 +25,7 @@ from mmdit_probe.experiments.options import (
     streams_of,
 )
 from mmdit_probe.experiments.token_rows import Item, unread
-from mmdit_probe.models.words import check_length, find, words
+from mmdit_probe.models.words import check_prompt, find, folded, words
 from mmdit_probe.options import Option, changed
 from mmdit_probe.specs import Spec, layer_indices, listed
 
@@ -112,7 +112,7 @@ class Pictures(Sampling, Referring, Experiment):
             UserError: no prompt has a word, none is named, one is in no prompt, or a prompt is too long to be read.
         """
         for text in texts:
-            check_length(text)
+            check_prompt(text)
         known = dict.fromkeys(text[start:stop] for text in texts for start, stop in words(text))
         if self.words is None and not any(any(map(str.isalnum, word)) for word in known):
             raise UserError(f"prompt {texts[0]!r} has no word to look for")
@@ -219,7 +219,7 @@ def words_of(table: TokenTable, asked: Sequence[str] | None, streams: Collection
     found: dict[str, str] = {}
     for word in table.words if asked is None else asked:
         if asked is not None or any(map(str.isalnum, word)):
-            found.setdefault(word.casefold(), word)
+            found.setdefault(folded(word)[0], word)  # what `find` tells apart
     spans = {word: table.word_spans(word, missing_ok=True) for word in found.values()}
     return tuple(word for word, of in spans.items() if (of if streams is None else {*streams} & {*of}))
 

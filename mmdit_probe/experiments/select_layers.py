@@ -157,7 +157,7 @@ class SelectLayers(Sampling, Experiment):
         shares = {str(row["layer"]): row["share"] for row in _rows(result.frames["stability"])}
         return LayerSelection(
             result.data["model"]["id"], result.data["model"]["weight_hash"], chosen,
-            weights=evidence.weights_of(here, chosen, self.weights), heads=heads,
+            weights=evidence.weights_of(here, chosen, self.weights, self.rule), heads=heads,
             how=self._how() | {"what": EVIDENCE, "stability": shares},
             evidence=[{str(n): value for n, value in row.items()} for row in result.summary.to_dict("records")],
         )  # fmt: skip
@@ -206,6 +206,10 @@ class SelectLayers(Sampling, Experiment):
         shares = ", ".join(f"layer {row['layer']} {row['share']:.0%}" for row in own if row["share"] > 0)
         lines.append(f"stability over resampled items: {shares}.")
         where = "" if result.path is None else f"; pass --selection {result.path / 'selection.json'}"
+        here = result.summary[result.summary["split"] == self.split]
+        known = evidence.ranks_of(here, self.rule).index
+        if len(known) < here["layer"].nunique():
+            lines.append(f"selected among layers {', '.join(map(str, known))}: the others lack some of the evidence.")
         chosen = self.selected(result).layers
         word = "layer" if len(chosen) == 1 else "layers"
         return [*lines, f"selected by {self.rule}: {word} {', '.join(map(str, chosen))}{where}"]

@@ -176,6 +176,7 @@ class FolderStore:
 
         def opened() -> RunFolder:
             folder = RunFolder.open(command, request, out=out, resume=resume, said=said)
+            _check_sampling(folder, facts)
             if folder.complete and cls(folder, columns).lost():
                 folder.begin()
             return folder
@@ -371,6 +372,31 @@ class FolderStore:
 
 
 Store = MemoryStore | FolderStore
+
+
+def _check_sampling(folder: RunFolder, facts: Mapping[str, Any]) -> None:
+    """Hold what is continued to the scheduler that it was sampled with, which no request tells.
+
+    Raises:
+        UserError: it is another one.
+    """
+    if other := other_sampling(folder.data, facts):
+        error = UserError(f"cannot continue {str(folder.path)!r}: {other}; choose another --out")
+        if not folder.complete:
+            folder.fail(str(error))
+        raise error
+
+
+def other_sampling(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """How the scheduler that a record tells differs from that of another one; "" where it does not, or one of them
+    tells of none."""
+    classes = [of["scheduler"]["class"] for of in (first, second) if of.get("scheduler")]
+    if len(set(classes)) > 1:
+        return f"scheduler: {classes[0]} -> {classes[1]}"
+    levels = [of["sigmas"] for of in (first, second) if classes and of.get("sigmas")]
+    if len(levels) < 2 or (len(levels[0]) == len(levels[1]) and np.allclose(levels[0], levels[1], rtol=0, atol=1e-6)):
+        return ""
+    return "noise levels: {} -> {}".format(*(", ".join(f"{level:.3g}" for level in of) for of in levels))
 
 
 def _sound(path: Path) -> bool:

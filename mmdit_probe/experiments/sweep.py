@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import (
     Experiment,
@@ -120,8 +119,8 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
 
     def gather(self, scenes: bool) -> list[str]:
         asked = prompts_of(self.prompts, self.limit, scenes, self.default_prompts)
-        if "shuffled" in self.chosen_controls() and len(asked) == 1:
-            raise UserError("--control shuffled exchanges captions between items; expected two items or more")
+        if "shuffled" in self.chosen_controls():
+            controls.others(asked)
         return asked
 
     def prepare(self, model: MMDiT, inputs: list[str]) -> Study:
@@ -191,7 +190,8 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
         own = task.variant.name == NONE
         yield (condition.control if own else task.variant.name), texts
         if own and condition.control == NONE and "shuffled" in self.chosen_controls():
-            yield "shuffled", [prompts[(index + 1) % len(prompts)] for index in task.indices]
+            moved = controls.others(prompts)
+            yield "shuffled", [moved[index] for index in task.indices]
 
     def sample(self, variant: Variant, condition: Condition, texts: list[str], seeds: list[int]) -> list[Image | Clip]:
         """Images, or videos, of a condition."""

@@ -129,7 +129,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
             for index, text in enumerate(texts)
         ]
         chosen = self.chosen_controls()
-        variants = controls.variants(model, chosen, len(items))
+        variants = controls.variants(model, chosen)
         layers, heads = self.places(model)
         notes = [line for table in model.token_tables(texts) for line in unread(table)]
         notes += model.notes_on_words(texts)

@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 
 from mmdit_probe.attention.gradients import Space
-from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.data.masks import paint
 from mmdit_probe.data.sample import Sample
 from mmdit_probe.evaluate.scores import ImageCounts, map_quality
@@ -70,8 +69,7 @@ def readouts(
         for row, (_, sample) in enumerate(chunk):
             spans = [[p for of in text.tokens[row].word_spans(name).values() for p in of] for name in sample.names]
             ids = [names.index(name) for name in sample.names]
-            own = paint(sample.masks)  # as everywhere: of masks that overlap the smaller one
-            label = np.take([*ids, -1], np.where(own == IGNORE, -1, own))
+            label = paint(sample.masks, ids, bare=-1)
             for space, stretch in kinds:
                 words = torch.stack([maps[space][row, span].mean(0) for span in spans])  # (K, h, w)
                 counts[space, stretch][start + row] = map_quality(words, label, ids, len(names), stretch)

@@ -35,7 +35,7 @@ from mmdit_probe.models.layout import Layer, arranged, find_layers, unwrap
 from mmdit_probe.models.names import HEAD_COUNTS
 from mmdit_probe.models.pipeline_call import first_call
 from mmdit_probe.models.tokens import TokenTable, picture_positions, stream_length, token_tables
-from mmdit_probe.models.weights import compute_dtype, weight_hash
+from mmdit_probe.models.weights import compute_dtype, weight_hash, weight_state
 from mmdit_probe.models.words import find, words
 from mmdit_probe.quiet import barless
 from mmdit_probe.results.clip import Clip
@@ -123,6 +123,8 @@ class MMDiT:
         self.batch: Batch | None = None
         self.references: Sequence[Any] = ()
         self._known: dict[tuple[Any, ...], tuple[dict[str, Any], list[int]]] = {}
+        self._encoders: Any = None
+        self._hashed: tuple[Any, str] | None = None
 
     def __repr__(self) -> str:
         """E.g. MMDiT('scenes-sd3': sd3, 12 layers x 6 heads, 48 text positions, 64 x 64 pixels, float32 on cpu)."""
@@ -236,10 +238,15 @@ class MMDiT:
         found = self.family.arrangement(inputs, unwrap(self.transformer).config)
         return (found.frames, *(found.grid or ()))
 
-    @cached_property
+    @property
     def weight_hash(self) -> str:
-        """SHA-256 over the transformer's parameters and buffers, however they are stored. Computed once."""
-        return weight_hash(unwrap(self.transformer))
+        """SHA-256 over the transformer's parameters and buffers, however they are stored. Computed once for the weights
+        that there are."""
+        transformer = unwrap(self.transformer)
+        state = weight_state(transformer)
+        if self._hashed is None or self._hashed[0] != state:
+            self._hashed = state, weight_hash(transformer)
+        return self._hashed[1]
 
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
@@ -275,6 +282,11 @@ class MMDiT:
     def encode_prompt(self, prompts: str | Sequence[str]) -> TextCondition:
         """Encode prompts as the stock pipeline does; the empty string is the unconditional text."""
         texts = _texts(prompts)
+        names = [name for stream in self.family.streams for name in stream.encoders]
+        encoders = [weight_state(getattr(self.pipeline, name, None)) for name in names]
+        if encoders != self._encoders:  # another adapter, another precision, one is left out
+            self._known.clear()
+            self._encoders = encoders
         inputs, shown = self._call(texts, self.default_size)
         tokens = token_tables(self.pipeline, self.family, texts, self.max_sequence_length, pictures=shown)
         text, pooled = inputs[self.family.text_input], inputs.get(self.family.pooled_input)

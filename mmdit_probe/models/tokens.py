@@ -21,7 +21,7 @@ from typing import Any
 
 from mmdit_probe.errors import ProbeWarning, UserError, check_known, unknown
 from mmdit_probe.models.families.facts import Family, Part, TextStream
-from mmdit_probe.models.words import blankless, check_length, find, folded, words
+from mmdit_probe.models.words import blankless, check_prompt, find, folded, words
 
 SPAN_KINDS = ("bos", "word", "eos", "pad", "template", "vision", "null", "unknown")
 
@@ -247,12 +247,12 @@ def token_tables(
         pictures: how many positions each of the pictures takes that the text encoder is shown, those of all prompts.
 
     Raises:
-        UserError: a prompt of more than `words.LONGEST` characters.
+        UserError: a prompt that is none, or of more than `words.LONGEST` characters.
     """
     count = sum(len(stream.tokenizers) for stream in family.streams)
     texts = [[prompt] * count if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     for text in (one for of_sample in texts for one in of_sample):
-        check_length(text)
+        check_prompt(text)
     shown = len(pictures) // max(1, len(texts))
     tables = [
         _table(pipeline, family, text, length, negative, pictures[k * shown : (k + 1) * shown])

@@ -3,11 +3,13 @@ in, and one hash of them all. Nothing is loaded or changed.
 
     compute_dtype(transformer)          # torch.bfloat16, also where weights are stored as float8, nf4 or GGUF
     weight_hash(transformer)            # "4c1f...": names, dtypes, shapes and bytes
+    weight_state(transformer)           # changes when they do, and takes milliseconds where the hash takes seconds
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import pickle
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +20,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mmdit_probe.errors import UserError
 
+_DRAWN = 32
+"""Numbers of a weight that `weight_state` looks at, or up to twice as many."""
 _COMPUTED = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -41,7 +45,8 @@ def compute_dtype(transformer: nn.Module) -> torch.dtype:
 
 
 def weight_hash(transformer: nn.Module) -> str:
-    """SHA-256 over the parameters and buffers of an unwrapped transformer: names, dtypes, shapes and bytes.
+    """SHA-256 over the parameters and buffers of an unwrapped transformer: names, dtypes, shapes and bytes; and the
+    scales of adapters that are switched off, or not as strong as they were made.
 
     The same for one set of weights wherever it lies (device, offloaded to memory or disk), another one for another
     storage (quantised, cast).
@@ -51,7 +56,39 @@ def weight_hash(transformer: nn.Module) -> str:
     for name, value in sorted(transformer.state_dict().items()):
         for part in _parts(name, offloaded.get(name, value)):
             digest.update(part)
+    for line in _changed_adapters(transformer):
+        digest.update(line.encode())
     return digest.hexdigest()
+
+
+def weight_state(module: nn.Module | None) -> tuple[Any, ...]:
+    """What changes when a module's weights do: which they are, how often each was changed in place, and a few numbers
+    of each, which tell of what is done to `weight.data` (fusing an adapter)."""
+    tensors: list[Any] = [] if module is None else [*module.parameters(), *module.buffers()]
+    marks = [(id(t), t.dtype, None if t.is_inference() else t._version) for t in tensors]
+    drawn: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if not (tensor.is_meta or tensor.is_quantized or is_traceable_wrapper_subclass(tensor)):
+            flat = tensor.detach().as_subclass(Tensor).reshape(-1)
+            some = flat[:: max(1, len(flat) // _DRAWN)].contiguous()
+            drawn.setdefault(tensor.device, []).append(some.view(torch.uint8))
+    # One transfer for all on a device.
+    numbers = tuple(torch.cat(of).cpu().numpy().tobytes() for of in drawn.values())
+    return id(module), tuple(marks), numbers, () if module is None else tuple(_changed_adapters(module))
+
+
+def _changed_adapters(module: nn.Module) -> Iterator[str]:
+    """The adapters (peft's) of every layer that do not work as they were made: no tensor tells of it."""
+    for path, layer in module.named_modules():
+        scales, active = getattr(layer, "scaling", None), getattr(layer, "active_adapters", None)
+        if not isinstance(scales, Mapping) or active is None:
+            continue
+        alphas = getattr(layer, "lora_alpha", None) or getattr(layer, "alpha", {})
+        for name, scale in sorted(scales.items()):
+            on = name in active and not layer.disable_adapters
+            made = (alphas[name] / rank for rank in (layer.r[name], layer.r[name] ** 0.5)) if name in alphas else ()
+            if not (on and any(math.isclose(scale, one) for one in made)):
+                yield f"{path} {name} {scale if on else 0}"
 
 
 def _parts(name: str, value: Any) -> Iterator[bytes]:

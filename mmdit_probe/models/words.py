@@ -120,8 +120,12 @@ def _starts_letter(letters: str, places: tuple[int, ...], at: int) -> bool:
     return places[at] != places[at - 1] and not unicodedata.category(letters[at]).startswith("M")
 
 
-def check_length(prompt: str) -> None:
-    """Refuse a prompt of more than `LONGEST` characters: raises a UserError."""
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt that no tokenizer reads: of more than `LONGEST` characters, or with half of one (a lone
+    surrogate, as half an emoji's escape in JSON gives). Raises a UserError."""
+    half = next((place for place, character in enumerate(prompt) if "\ud800" <= character <= "\udfff"), None)
+    if half is not None:
+        raise UserError(f"prompt {prompt[:40]!r} is no text: character {half} is half of one ({prompt[half]!r})")
     if len(prompt) > LONGEST:
         raise UserError(
             f"prompt {prompt[:40]!r}... has {len(prompt)} characters; at most {LONGEST} are read: shorten it"

@@ -88,9 +88,10 @@ class GridMaps(Observer):
         Samples are in the order they were seen: those of a batch within a call, calls in order. See `samples`.
 
         Raises:
-            UserError: nothing was kept for this layer, step and branch.
+            UserError: nothing was kept for this layer, step and branch, or the steps hold different samples.
         """
         steps = self.steps if step is None else [step]
+        self._check_samples(layer, steps, branch)
         parts = []
         for at in steps:
             kept = [maps[_samples_of(call, branch)] for call, maps in self._kept.get((layer, at), [])]
@@ -102,9 +103,18 @@ class GridMaps(Observer):
                     f"no maps of layer {layer}, step {at}, branch {branch}; kept: {have}; branches: {branches}"
                 )
             parts.append(torch.cat(kept))
-        if any(part.shape != parts[0].shape for part in parts):
-            raise UserError("the steps hold different numbers of samples; name a step")
         return torch.stack(parts).mean(0)
+
+    def _check_samples(self, layer: int, steps: Sequence[int], branch: str | None) -> None:
+        """A mean over steps is one over the same samples: runs of other numbers of steps hold others.
+
+        Raises:
+            UserError: the steps hold different samples.
+        """
+        held = {step: [sample[:2] for sample in self.samples(layer, step, branch)] for step in steps}
+        (first, samples), *others = [*filter(lambda one: one[1], held.items())] or [(0, [])]
+        if differing := [step for step, here in others if here != samples]:
+            raise UserError(f"steps {first} and {differing[0]} hold different samples; name steps that hold the same")
 
     def samples(self, layer: int, step: int | None = None, branch: str | None = "cond") -> list[tuple[str, int, float]]:
         """(prompt, seed, sigma) of every sample that `maps` returns for one step (the first kept one if None)."""
@@ -134,7 +144,7 @@ class GridMaps(Observer):
             sample: which one of those that `maps` returns. branch: as for `maps`.
 
         Raises:
-            UserError: nothing was kept there, or the sample's prompt does not have the word.
+            UserError: nothing was kept there, the steps hold different samples, or the sample's prompt lacks the word.
         """
         if not self._kept:
             raise UserError("no maps were kept yet: call the model inside `with probe(...)`")
@@ -144,6 +154,8 @@ class GridMaps(Observer):
         chosen = kept if layers == "all" else layer_indices(layers, kept[-1] + 1)
         at = self.steps if steps == "all" else step_indices(steps, self.steps[-1] + 1)
         found = []
+        for layer in chosen:
+            self._check_samples(layer, at, branch)
         for layer, step in itertools.product(chosen, at):
             maps = self.maps(layer, step, branch)
             if not 0 <= sample < len(maps):

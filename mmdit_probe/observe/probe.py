@@ -152,7 +152,7 @@ class Run:
         self._rows = PipelineRows(self.pipeline, self.family) if follow else None
         self._context: str | None = None
         self._layouts: dict[str, tuple[Layout, Places | None]] = {}
-        self._stack = ExitStack()
+        self._stack, self._entered = ExitStack(), False
         self._calls = 0
         self._recorders: list[_LayerRecorder] = []
         self._observing = False
@@ -212,6 +212,8 @@ class Run:
         return found[0]
 
     def __enter__(self) -> Run:
+        if self._entered:
+            raise UserError("this probe is attached already: leave its `with` block first, or make another one")
         refuse_sharded(self.transformer)
         with ExitStack() as stack:
             if self._rows is not None:
@@ -223,6 +225,7 @@ class Run:
                 stack.callback(interpose(self.transformer, "cache_context", self._on_context))
             self._watch(stack)
             self._stack = stack.pop_all()
+        self._entered = True
         return self
 
     def _watch(self, stack: ExitStack) -> None:
@@ -283,6 +286,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+        self._entered = False
         if error is not None:
             return
         if self._calls == 0:

@@ -131,6 +131,10 @@ class PictureMaps(Mapping[str, WordMap]):
     def __contains__(self, word: object) -> bool:
         return word in self.arrays
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled or copied: without the page's maker, which holds the model."""
+        return vars(self) | {"explorer": None}
+
     def __repr__(self) -> str:
         return f"PictureMaps of {self.prompt!r} (seed {self.seed}): {', '.join(self)}"
 
@@ -142,7 +146,7 @@ class PictureMaps(Mapping[str, WordMap]):
         """The page to explore it: the picture is made once more (same seed), with every layer observed.
 
         Raises:
-            UserError: the maps were read from a folder, without the model.
+            UserError: the maps were read from a folder or a pickle, without the model.
         """
         if self.explorer is None:
             raise UserError("these maps come without their model; run `mmdit-probe explore` with the same prompt")

@@ -15,7 +15,7 @@ from transformers import BatchFeature
 
 from mmdit_probe import UserError
 from mmdit_probe.cli.app import main
-from mmdit_probe.data import Fit, training_data
+from mmdit_probe.data import Fit, dataset, training_data
 from mmdit_probe.data.captions import Captioner, cached
 from mmdit_probe.data.training import first_sentences, says
 from tests import blip
@@ -118,6 +118,24 @@ def test_coco_refusals(tmp_path: Path) -> None:
         picture.unlink()
     with pytest.raises(UserError, match="none of the 3 annotated pictures"):
         coco_data(damaged, SIZE, kind="instances")
+
+
+def test_coco_tells_what_is_not_there_and_classes_that_no_label_holds(tmp_path: Path) -> None:
+    """Id 255 means unknown in a label map: the 256th class of a long list was not scored."""
+    source = f"coco-instances:{coco(tmp_path)}"
+    assert dataset(source).note == "1 of 3 annotated pictures are not there (first: 009.jpg)"
+    Image.new("RGB", (128, 64)).save(tmp_path / "train2017" / "009.jpg")
+    assert dataset(source).note == ""
+    file = tmp_path / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    content["categories"] += [{"id": 200 + k, "name": f"thing {k}"} for k in range(255 - len(content["categories"]))]
+    file.write_text(json.dumps(content))
+    assert len(dataset(source).classes) == 255
+    content["categories"].append({"id": 900, "name": "one more"})
+    file.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="has 256 classes; labels hold at most 255"):
+        dataset(source)
+    assert training_data(source, size=SIZE)[0].names == ("cat",)
 
 
 def sa1b(root: Path) -> Path:

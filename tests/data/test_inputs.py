@@ -8,6 +8,7 @@ import re
 import socket
 import struct
 import sys
+import unicodedata
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -62,22 +63,22 @@ def turned(path: Path, orientation: int, array: np.ndarray = RGB, **options: Any
     return saved(path, array, exif=exif, **options)
 
 
-def png(path: Path, width: int, height: int, data: bytes = b"") -> Path:
-    """A PNG of a header and the compressed rows given."""
+def png(path: Path, width: int, height: int, data: bytes = b"", bits: int = 8, colour: int = 2) -> Path:
+    """A PNG of a header and the compressed rows given: of colours, or (`colour` 0) grey."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     path.write_bytes(
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
     )
     return path
 
 
-def tiff(path: Path, array: np.ndarray, bits: int, kind: int) -> Path:
-    """A TIFF of whole numbers: kind 1 unsigned, 2 signed."""
-    height, width = array.shape
+def tiff(path: Path, array: np.ndarray, bits: int, kind: int, width: int = 0) -> Path:
+    """A TIFF of whole numbers: kind 1 unsigned, 2 signed. `width` in pixels where a byte holds several."""
+    height, width = len(array), width or array.shape[1]
     body = array.tobytes()
     entries = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1),
                (278, 4, height), (279, 4, len(body)), (339, 3, kind)]  # fmt: skip
@@ -284,6 +285,9 @@ LABELS: dict[str, tuple[Callable[[Path], Any], Any]] = {
     "deep.png": (lambda p: saved(p, SIXTEEN), SIXTEEN),
     "deep.tif": (lambda p: saved(p, SIXTEEN.astype(np.int32) * 9), SIXTEEN.astype(int) * 9),
     "bits.png": (lambda p: saved(p, RAMP > 100, "1"), RAMP > 100),
+    "two-bits.png": (lambda p: png(p, 4, 2, b"\0\x1b\0\xe4", 2, 0), [[0, 1, 2, 3], [3, 2, 1, 0]]),
+    "four-bits.png": (lambda p: png(p, 4, 1, b"\0\x01\x2f", 4, 0), [[0, 1, 2, 15]]),
+    "four-bits.tif": (lambda p: tiff(p, np.array([[0x01, 0x2F]], np.uint8), 4, 1, width=4), [[0, 1, 2, 15]]),
     "turned.png": (lambda p: turned(p, 6, array=RAMP), np.rot90(RAMP, -1)),
     "colour.png": (lambda p: saved(p, RGB), "colour picture"),
     "alpha.png": (lambda p: saved(p, np.dstack([RAMP, RAMP]), "LA"), "colour picture"),
@@ -344,6 +348,19 @@ def test_lines_are_right_or_the_byte_is_named(name: str, tmp_path: Path) -> None
         assert prompts(str(path)) == [line for line in want if line]
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("a.csv", "prompt,seed\n\"a cat, asleep\",1\n"), ("a.TSV", "prompt\tseed\n"), ("a.json", '[\n"a cat"\n]'),
+     ("a.jsonl", '{"prompt": "a cat"}\n'), ("a.yaml", "- a cat\n")],
+)  # fmt: skip
+def test_tables_and_documents_are_no_lines(tmp_path: Path, name: str, text: str) -> None:
+    """A header, quotes and brackets stood among the prompts, and the name of the file among the classes."""
+    (tmp_path / name).write_text(text)
+    for read in (prompts, parse_classes, read_lines):
+        with pytest.raises(UserError, match=f"{name}' is no plain text but {name[2:].upper()}; expected"):
+            read(str(tmp_path / name))
+
+
 def test_texts_that_are_no_files(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "deep.json").write_text("[" * 100_000)
@@ -388,6 +405,26 @@ def test_labels_follow_names_whatever_the_suffix(tmp_path: Path) -> None:
     assert [int(one.image[0, 0, 0]) for one in data] == [80, 40, 0]
     assert data.classes[0].name == "red, dark" and data[0].names == ("red, dark", "cat")
     assert [one.name for one in dataset(str(tmp_path / "a"))] == [one.name for one in data]
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_captions_and_masks_follow_names_however_accents_and_suffixes_are_written(
+    tmp_path: Path, forms: tuple[str, str]
+) -> None:
+    """Some systems' archives hold accents apart from their letters, others the letter with its accent."""
+    own, beside = (unicodedata.normalize(form, "\u00e9t\u00e9") for form in forms)
+    assert own != beside
+    (tmp_path / "masks").mkdir()
+    saved(tmp_path / f"{own}.PNG", RGB)
+    saved(tmp_path / "masks" / f"{beside}.png", (RAMP > 100).astype(np.uint8))
+    (tmp_path / f"{beside}.TXT").write_text("a cat")
+    (sample,) = samples(str(tmp_path))
+    assert sample.prompt == samples(str(tmp_path / f"{own}.PNG"))[0].prompt == "a cat"
+    assert np.array_equal(sample.masks, (RAMP > 100)[None])
+    root = generic(tmp_path / "set", [f"{own}.png"])
+    (root / "labels" / f"{own}.png").rename(root / "labels" / f"{beside}.png")
+    (labelled,) = dataset(str(root))
+    assert np.array_equal(labelled.label(), RAMP * 0)
 
 
 def test_two_pictures_of_one_name_are_refused(tmp_path: Path) -> None:

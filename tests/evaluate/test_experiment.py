@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -22,11 +23,13 @@ from mmdit_probe.experiments import Discover, Evaluate, Segment, read
 from mmdit_probe.experiments.evaluate import PROTOCOLS
 from mmdit_probe.experiments.known import known_layers
 from mmdit_probe.experiments.presets import PRESETS
+from mmdit_probe.experiments.target import Named
 from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.segment.methods import METHODS
 from mmdit_probe.segment.record import Reading
 from mmdit_probe.segment.settings import BLIND, NAMED, parse_steps
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +67,21 @@ def test_the_library_gives_what_the_command_writes(tiny_directory: Path, tmp_pat
     saved = read(here.save(tmp_path / "saved"))
     assert (tmp_path / "saved" / "per_class.csv").read_text() == (tmp_path / "run" / "per_class.csv").read_text()
     assert saved.request == there.request
+
+
+def test_a_full_cache_answers_for_its_own_dtype_and_weights_alone(tiny_directory: Path, tmp_path: Path) -> None:
+    """Two pipelines at hand have one name, and no capture is missing that would have the model compared."""
+    asked = Evaluate(method="seg4diff", layers="1", limit=1, cache=tmp_path / "cache")
+    made = asked.run(Named(str(tiny_directory), {"dtype": "float32"}), progress=False)
+    assert asked.run(str(tiny_directory), progress=False).table.equals(made.table)
+    with pytest.raises(UserError, match="made in float32, not bfloat16"):
+        asked.run(Named(str(tiny_directory), {"dtype": "bfloat16"}), progress=False)
+    one, other = (MMDiT(tiny.pipeline("sd3", seed), "mine", tiny.T5_LENGTH) for seed in (0, 1))
+    again = replace(asked, cache=tmp_path / "other")
+    first = again.run(one, progress=False).table
+    assert again.run(one, progress=False).table.equals(first)
+    with pytest.raises(UserError, match="made with other weights of mine"):
+        again.run(other, progress=False)
 
 
 def test_a_run_is_found_again_however_its_options_were_written(

@@ -298,3 +298,12 @@ def test_counts_on_disk_are_matched_as_the_maps_are(match: str, seed: int) -> No
     assert part["found"].max() == 8 and part["pixels"].sum() == (label != 255).sum()
     for name in ("hit", "truth", "found"):
         assert np.array_equal(getattr(counts, name), getattr(want, name)), name
+
+
+def test_a_class_255_is_counted_where_there_are_as_many() -> None:
+    """The id that says "unknown" in label maps of a byte; among 300 classes it was left out in silence."""
+    label, found = np.array([[255, 254, 0]]), np.array([[255, 255, 0]])
+    score = segmentation_score(found, label, 300)
+    assert score.accuracy == pytest.approx(2 / 3) and score.iou[255] == 0.5
+    assert segmentation_score(found, label, 300, ignore=255).accuracy == 0.5
+    assert segmentation_score(np.array([[1, 0]]), np.array([[255, 0]]), 2).accuracy == 1.0

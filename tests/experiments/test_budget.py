@@ -137,8 +137,6 @@ def test_refusals(model, options, message):
 
 
 def test_photos_without_a_caption_are_remarked_on(scenes_model, tmp_path: Path):
-    from PIL import Image
-
     from mmdit_probe.experiments.options import notes_on, samples_of
 
     Image.new("RGB", (64, 64)).save(tmp_path / "cat.png")
@@ -148,6 +146,17 @@ def test_photos_without_a_caption_are_remarked_on(scenes_model, tmp_path: Path):
     assert bare.startswith("1 of 1 pictures have no caption: the empty prompt was used")
     assert notes_on(scenes_model, drawn, [one.prompt for one in drawn]) == []
     assert notes_on(scenes_model, photo, ["a cat"]) == [unknown]
+
+
+def test_pictures_in_a_list_are_single_ones(model, tmp_path: Path):
+    """Of a folder in a list the first picture was read and the others were left out."""
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    for source in (tmp_path, "scenes:val"):
+        with pytest.raises(UserError, match="is no single picture"):
+            table_of(model, images=[source], prompts="a cat")
+    table = table_of(model, images=[tmp_path / "b.png", "scenes:val:3"], prompts="a cat")
+    assert list(dict.fromkeys(table["picture"])) == ["b.png", "scenes:val:3"]
 
 
 def test_a_prompt_given_twice_is_one_and_keys_that_do_not_exist_take_nothing(model):

@@ -38,6 +38,14 @@ def test_differences_are_paired_by_item() -> None:
     assert "I2T_word" in str(found.texts()[1]) and found.figure().axes
 
 
+def test_another_scheduler_is_told(pipe: Any) -> None:
+    ask = AttentionBudget(prompts=["a cat"], num_steps=2, guidance=1.0, rows="summary")
+    first = ask.run(MMDiT(pipe), progress=False)
+    pipe.scheduler = type(pipe.scheduler)(shift=1.0)
+    second = ask.run(MMDiT(pipe), progress=False)
+    assert compare_runs(first, second).differs == ["noise levels: 1, 0.00893 -> 1, 0.001"]
+
+
 def test_verdicts() -> None:
     """Ten items of which the second run has .1 more, up to noise; a margin is about losses."""
     import pandas as pd

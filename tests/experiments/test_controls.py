@@ -16,11 +16,13 @@ from mmdit_probe import AttentionMass, load, probe
 from mmdit_probe.cli.app import main
 from mmdit_probe.edit.control import Uniform
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.controls import parse, random_model, variants
+from mmdit_probe.experiments import AttentionBudget, Diagnose, FeaturePCA, Perturb
+from mmdit_probe.experiments.controls import others, parse, random_model, variants
 from mmdit_probe.models.load import random_twin
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results import read_table
 from mmdit_probe.results.statistics import ABOVE, NOT_ABOVE, TOO_FEW, compare, measured
+from tests import pipelines
 
 
 def test_uniform_attention_is_what_counts_give(pipe: Any) -> None:
@@ -36,13 +38,43 @@ def test_uniform_attention_is_what_counts_give(pipe: Any) -> None:
 
 def test_random_weights_and_moved_captions(pipe: Any) -> None:
     model = MMDiT(pipe, "tiny")
-    plain, random, shuffled = variants(model, ["random", "shuffled"], 3)
+    plain, random, shuffled = variants(model, ["random", "shuffled"])
     expected = MMDiT(type(pipe)(**{**pipe.components, "transformer": random_twin(pipe.transformer, 0)}))
     assert random.model.weight_hash == expected.weight_hash != model.weight_hash
     assert plain.model is shuffled.model is model
     assert shuffled.texts(["a", "b", "c"]) == ["b", "c", "a"] and plain.texts(["a", "b"]) == ["a", "b"]
-    with pytest.raises(UserError, match="two items"):
-        variants(model, ["shuffled"], 1)
+    with pytest.raises(UserError, match="1 of 1 have 'a'"):
+        shuffled.texts(["a"])
+
+
+@pytest.mark.parametrize(
+    "texts", [["a", "a", "b", "c"], ["a", "b", "b", "a"], ["", "", "", "a", "b", "c"], list("aabbcc"), list("abcabca")]
+)
+def test_no_item_keeps_its_caption(texts: list[str]) -> None:
+    """The next item's may be the same one, of pictures without a caption or of one scene: the control was no other."""
+    moved = others(texts)
+    assert sorted(moved) == sorted(texts) and all(one != other for one, other in zip(moved, texts, strict=True))
+
+
+def test_captions_that_are_mostly_one_are_not_exchanged(pipe: Any) -> None:
+    for texts in (["a", "a", "b"], ["", ""]):
+        with pytest.raises(UserError, match=f"2 of {len(texts)} have '{texts[0]}'"):
+            others(texts)
+    model, given = MMDiT(pipe, "tiny"), {"images": "scenes:val", "limit": 3, "prompts": "a cat", "control": "shuffled"}
+    for experiment in (AttentionBudget(**given), FeaturePCA(**given), Diagnose(**given)):
+        with pytest.raises(UserError, match="3 of 3 have 'a cat'"):
+            experiment.prepare(model, experiment.gather(False))
+    with pytest.raises(UserError, match="2 of 2 have 'a cat'"):
+        Perturb(prompts=["a cat"] * 2, control="shuffled").gather(False)
+
+
+@pytest.mark.parametrize("name", ["krea2", "flux2"])
+def test_random_weights_leave_the_pipelines_settings_alone(name: str) -> None:
+    """A distilled pipeline's control was sampled with guidance."""
+    stock = pipelines.build(name)
+    stock.register_to_config(is_distilled=True)
+    twin = random_model(MMDiT(stock, "tiny")).pipeline
+    assert twin.config == stock.config and twin.config.is_distilled is True
 
 
 def test_the_random_model_of_an_embedded_one_is_its_twin() -> None:
@@ -84,7 +116,8 @@ def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.Monke
     """Control rows lie beside the measurement, leave its summary alone, and decide what is printed."""
     monkeypatch.chdir(tmp_path)
     arguments = ["value-norms", "--model", str(tiny_directory), "--images", "scenes:val", "--limit", "8"]
-    arguments += ["--prompts", "a red ring", "--layers", "0-1"]
+    Path("texts.txt").write_text("a red ring\na cat\n" * 4, encoding="utf-8")
+    arguments += ["--prompts", "texts.txt", "--layers", "0-1"]
     for out, control in (("plain", "none"), ("controls", "random,shuffled,uniform")):
         with pytest.raises(SystemExit) as stopped:
             main([*arguments, "--control", control, "--out", out, *(["--json"] if out == "controls" else [])])
@@ -98,7 +131,7 @@ def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.Monke
     assert table.groupby("control", observed=True)["item"].nunique().to_dict() == dict.fromkeys(
         ["none", "random", "shuffled", "uniform"], 8
     )
-    # One prompt for all pictures: shuffling changes nothing, and that is said.
+    # Two captions by turns: what one gains by the exchange the other loses, and that is said.
     assert all(row["verdict"] == NOT_ABOVE for row in rows if row["control"] == "shuffled")
     assert NOT_ABOVE in Path("controls/value_norms_controls.md").read_text(encoding="utf-8")
     plain, beside = (pd.read_csv(f"{out}/value_norms_by_layer.csv") for out in ("plain", "controls"))

@@ -122,6 +122,27 @@ def test_choice_by_ranks_and_by_one_evidence() -> None:
         evidence.choose(table, 7)
 
 
+def test_layers_are_ranked_among_those_that_all_evidence_has() -> None:
+    """Mass is largest in layers 3, 4, 5; maps were measured in 0 to 2 and 5 alone, where 2 is their second and 5 their
+    first: of these four, 5 is first in both. Layer 3 has the best mean of its ranks, of one evidence."""
+    long = long_table()
+    long = long[
+        (long["evidence"] == "word_mass") | ((long["evidence"] == "segmentation") & ~long["layer"].isin([3, 4]))
+    ]
+    table = evidence.by_layer(long)
+    assert table.groupby("layer")["rank"].mean().idxmin() == 3
+    for rule in ("ranks", "median-ranks"):
+        assert evidence.choose(table, 4, rule) == (5, 2, 1, 0)
+        shares = evidence.stability(long, 1, rule, draws=50).set_index("layer")["share"]
+        assert shares.to_dict() == {layer: float(layer == 5) for layer in range(LAYERS)}
+    assert evidence.choose(table, 1, "word_mass") == (3,)
+    assert evidence.weights_of(table, (5, 2), "ranks") == pytest.approx((4 / 7, 3 / 7))
+    assert evidence.weights_of(table, (3, 4), "ranks", "word_mass") == pytest.approx((6 / 11, 5 / 11))
+    apart = table[(table["evidence"] == "segmentation") ^ (table["layer"] > 2)]
+    with pytest.raises(UserError, match="no layer has a value of each of word_mass, segmentation"):
+        evidence.choose(apart)
+
+
 def test_weights_follow_ranks_and_controls_are_not_ranked() -> None:
     long = long_table().assign(control="none")
     table = evidence.by_layer(long)

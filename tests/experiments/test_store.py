@@ -29,6 +29,29 @@ def opened_in(folder: Path, resume: bool) -> FolderStore:
     return FolderStore.open("demo", {}, {}, out=folder / "run", resume=resume)
 
 
+def test_a_run_goes_on_with_its_own_scheduler_alone(tmp_path: Path) -> None:
+    """No request tells of it: of a pipeline at hand it may be another one, and items of both stood in one table."""
+
+    def opened(kind: str, levels: list[float], resume: bool = True) -> FolderStore:
+        facts = {"scheduler": {"class": kind}, "sigmas": levels}
+        return FolderStore.open("demo", {}, facts, out=tmp_path / "run", resume=resume)
+
+    with pytest.raises(KeyboardInterrupt), (store := opened("Euler", [1.0, 0.5], False)), store.writing(TABLES):
+        do(store, 0)
+        raise KeyboardInterrupt
+    for _ in range(2):  # refused once, it is still the run that it was
+        with pytest.raises(UserError, match="scheduler: Euler -> Heun"):
+            opened("Heun", [1.0, 0.5])
+        with pytest.raises(UserError, match=r"noise levels: 1, 0\.5 -> 1, 0\.75"):
+            opened("Euler", [1.0, 0.75])
+    with (again := opened("Euler", [1.0, 0.5 + 1e-9])), again.writing(TABLES):
+        assert again.done == {0}
+        do(again, 1)
+    with pytest.raises(UserError, match="noise levels"):  # nor is a finished one told as that of another
+        opened("Euler", [1.0, 0.75])
+    assert opened("Euler", [1.0, 0.5]).complete
+
+
 def do(store: FolderStore, number: int) -> None:
     """A task of two rows in each table; the third has none in the second table."""
     with store.task(number, lambda _: None) as task:

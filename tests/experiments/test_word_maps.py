@@ -207,6 +207,19 @@ def test_what_becomes_of_a_file_is_said(model: MMDiT, photo: Image.Image, tmp_pa
     ]
 
 
+@pytest.mark.parametrize("prompt", ["caf\u00e9 cafe\u0301 CAFE\u0301", "cat's cat\u2019s"])
+def test_a_word_that_is_written_in_two_ways_is_one(model: MMDiT, photo: Image.Image, prompt: str) -> None:
+    assert list(word_maps(model, prompt, images=photo)) == [prompt.split()[0]]
+
+
+def test_half_a_character_is_refused(model: MMDiT, photo: Image.Image) -> None:
+    """Half of an emoji's escape in JSON; tokenizers raise a TypeError."""
+    with pytest.raises(UserError, match="character 2 is half of one"):
+        word_maps(model, json.loads('"a \\ud83d cat"'), images=photo)
+    with pytest.raises(UserError, match="character 2 is half of one"):
+        model.token_tables("a \ud83d cat")
+
+
 def test_words_are_taken_once_without_signs(model: MMDiT) -> None:
     table = model.token_tables("A cat, a red-cat!")[0]
     assert words_of(table, None)[:2] == ("A", "cat")

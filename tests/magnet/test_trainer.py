@@ -269,6 +269,16 @@ def test_words_of_the_embedded_model_come_to_own_their_regions(tmp_path: Path) -
     assert validate(again, held_out, [layer]).miou() == pytest.approx(result.validation.miou.iloc[-1], abs=1e-6)
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_masks_that_overlap_the_smaller_one_is_scored(order: tuple[int, int]) -> None:
+    """As in evaluation: a cat on a ring that fills the picture is 8 x 8 pixels of cat, in any order of the masks."""
+    names, masks = ("cat", "ring"), np.ones((2, 64, 64), bool)
+    masks[0, 8:] = masks[0, :, 8:] = False
+    sample = Sample("a", np.zeros((64, 64, 3), np.uint8), "", masks[list(order)], [names[k] for k in order])
+    found = validate(MMDiT(tiny.pipeline(), "tiny", tiny.T5_LENGTH), [sample], [1])
+    assert found.truth.tolist() == [[64, 64 * 64 - 64]]
+
+
 def test_what_is_written(tmp_path: Path) -> None:
     config = replace(
         CONFIG, train_steps=2, validate_every=1, sample_prompts=["a red ring", "a cat"], sample_num_steps=2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,47 @@ def test_text_is_encoded_as_the_pipeline_encodes_it(model: MMDiT) -> None:
         )
     assert torch.equal(text.prompt_embeds, stock[0]) and torch.equal(text.pooled, stock[2])
     assert [len(table) for table in text.tokens] == [text.prompt_embeds.shape[1]] * 2
+
+
+def _halved(module: torch.nn.Module) -> None:
+    """As adapters are fused: no counter of changes in place sees it."""
+    for parameter in module.parameters():
+        parameter.data *= 0.5
+
+
+def _trained(module: torch.nn.Module) -> None:
+    with torch.no_grad():
+        next(module.parameters()).add_(0.1)
+
+
+def _of_double_precision(module: torch.nn.Module) -> None:
+    module.double()
+
+
+@pytest.mark.parametrize("change", [_halved, _trained, _of_double_precision])
+def test_weights_that_change_are_hashed_and_encode_anew(pipe: Any, change: Callable[[torch.nn.Module], None]) -> None:
+    """What a model remembers is of the weights it had: caches and kept runs are told apart by its hash."""
+    model = MMDiT(pipe, "tiny", tiny.T5_LENGTH)
+    before = model.weight_hash, model.encode_prompt(["a cat"]).prompt_embeds
+    assert (model.weight_hash, True) == (
+        before[0],
+        torch.equal(model.encode_prompt(["a cat"]).prompt_embeds, before[1]),
+    )
+    change(pipe.transformer)
+    change(pipe.text_encoder_3)
+    fresh = MMDiT(pipe, "tiny", tiny.T5_LENGTH)
+    assert model.weight_hash == fresh.weight_hash != before[0]
+    found = model.encode_prompt(["a cat"]).prompt_embeds
+    assert torch.equal(found, fresh.encode_prompt(["a cat"]).prompt_embeds) and not torch.equal(found, before[1])
+
+
+def test_an_encoder_that_is_taken_away_encodes_no_more(pipe: Any) -> None:
+    model = MMDiT(pipe, "tiny", tiny.T5_LENGTH)
+    model.encode_prompt(["a cat"])
+    pipe.text_encoder_3 = None
+    text = model.encode_prompt(["a cat"])
+    assert set(text.tokens[0].kinds[-tiny.T5_LENGTH :]) == {"null"}
+    assert not text.prompt_embeds[:, -tiny.T5_LENGTH :].any()
 
 
 def test_images_go_through_the_vae_and_back(model: MMDiT) -> None:

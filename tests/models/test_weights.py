@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.models.weights import compute_dtype, weight_hash
+from mmdit_probe.models.weights import compute_dtype, weight_hash, weight_state
 from tests import tiny
 
 
@@ -110,6 +111,46 @@ def test_a_hash_follows_the_values_of_any_storage() -> None:
     one, other = (packed(tiny.transformer(), kind) for kind in ("Q8", "Q4"))
     other.load_state_dict({name: value.as_subclass(Tensor) for name, value in one.state_dict().items()})
     assert weight_hash(one) != weight_hash(other)
+
+
+def test_the_state_of_wrapped_weights_tells_of_changes_in_place() -> None:
+    module = nn.Linear(2, 2, bias=False)
+    module.weight = nn.Parameter(TwoTensor(torch.ones(2, 2), torch.ones(2, 2)))
+    before = weight_state(module)
+    assert weight_state(module) == before
+    with torch.no_grad():
+        module.weight.mul_(2.0)
+    assert weight_state(module) != before != weight_state(None)
+
+
+def test_the_hash_tells_how_strong_adapters_are() -> None:
+    """Scales are no tensors: a run at half the strength was continued at the whole one."""
+    from peft import LoraConfig
+
+    def lora(name: str, layer: str) -> None:
+        transformer.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=[layer], init_lora_weights=False), name)
+
+    transformer = tiny_model()
+    lora("one", "to_q")
+    model = MMDiT(tiny.pipeline(), "tiny")
+    model.pipeline.register_modules(transformer=transformer)
+    loaded = model.weight_hash
+    plain = hashlib.sha256()  # of the tensors alone, as it was before adapters' scales were looked at
+    for name, value in sorted(transformer.state_dict().items()):
+        plain.update(f"{name} {value.dtype} {tuple(value.shape)}".encode() + value.numpy().tobytes())
+    assert loaded == plain.hexdigest()
+    transformer.set_adapters(["one"], [0.5])
+    half = model.weight_hash
+    transformer.disable_adapters()
+    off = model.weight_hash
+    transformer.enable_adapters()
+    transformer.set_adapters(["one"], [1.0])
+    assert model.weight_hash == loaded and len({loaded, half, off}) == 3
+    lora("two", "to_v")
+    transformer.set_adapters(["one", "two"])
+    both = model.weight_hash
+    transformer.set_adapters(["one"])
+    assert len({loaded, both, model.weight_hash}) == 3
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -105,6 +106,20 @@ def test_steps_average_and_rows_are_kept_in_order(model: MMDiT) -> None:
     assert torch.allclose(observer.maps(1), each.mean(0))
     assert [(prompt, seed) for prompt, seed, _ in observer.samples(1)] == [("a red ring", 3), ("a ring", 8)]
     assert observer.samples(1, step=1)[0][2] == pytest.approx(model.sigmas(2)[1])
+
+
+def test_runs_of_other_numbers_of_steps_are_not_averaged_into_one(model: MMDiT) -> None:
+    """At step 2 the only sample is the second run's: it stood for the first one in the mean over steps."""
+    with probe(model, TextMaps(words=["ring"]), layers=1) as run:
+        for seed, prompt in ((3, "a red ring"), (8, "a ring")):
+            model.generate(prompt, steps=2 + (seed > 3), seed=seed, guidance=1.0, output_type="latent")
+    for read in (run[TextMaps].maps, lambda layer: run[TextMaps].map("ring", layers=layer)):
+        with pytest.raises(UserError, match="steps 0 and 2 hold different samples"):
+            read(1)
+    with probe(model, TextMaps(words=["ring"]), layers=1) as alone:
+        model.generate("a red ring", steps=2, seed=3, guidance=1.0, output_type="latent")
+    found = run[TextMaps].map("ring", steps="0-1")
+    np.testing.assert_array_equal(found, alone[TextMaps].map("ring"))
 
 
 def test_what_was_not_kept_is_named(model: MMDiT) -> None:

@@ -768,6 +768,19 @@ def test_a_forward_that_ends_early_still_stops_at_what_is_not_finite(pipe: Any) 
     assert not rows
 
 
+def test_a_probe_is_attached_once_at_a_time(pipe: Any) -> None:
+    """Attached twice it came off once, and no probe could read the model after it."""
+    run = probe(pipe, AttentionMass(), layers=1)
+    with run:
+        with pytest.raises(UserError, match="attached already"), run:
+            pass
+        sample(pipe)
+    rows = len(run[AttentionMass].table())
+    with run:
+        sample(pipe)
+    assert len(run[AttentionMass].table()) == 2 * rows > 0
+
+
 def test_a_run_says_what_it_holds(pipe: Any) -> None:
     with probe(pipe, AttentionMass(), layers=[1]) as run:
         assert repr(run) == "Run of SD3Transformer2DModel: AttentionMass; layers 1; 0 denoising calls"

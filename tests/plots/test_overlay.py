@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -73,3 +75,13 @@ def test_the_maps_of_a_picture_are_a_mapping() -> None:
         maps["rings"]
     with pytest.raises(UserError, match="without their model"):
         maps.explore()
+
+
+def test_maps_are_kept_without_the_model_that_their_page_needs() -> None:
+    """What makes the page is a function that holds the model, and no pickle holds a function."""
+    maps = PictureMaps(GREY, "a ring", {"ring": one_hot(4, 6, 1, 4)}, 3, "about", lambda: "page")
+    kept = pickle.loads(pickle.dumps(maps))
+    assert maps.explore() == "page" and (kept.prompt, kept.seed, kept.about) == ("a ring", 3, "about")
+    assert kept["ring"].overlay() == maps["ring"].overlay()
+    with pytest.raises(UserError, match="without their model"):
+        kept.explore()
