@@ -16,9 +16,8 @@ from runs import measured, options_of, target, write
 from mmdit_probe.errors import run_script
 from mmdit_probe.experiments import Perturb
 
-PROMPTS = 132
-"""As many as a run of 16 said would show a drop of .05 of the alignment at every layer (power .8); the committed run of
-132 knows the spread better, and asks for 218."""
+PROMPTS = 218
+"""As many as a run of 132 said would show a drop of .05 of the alignment beyond the control at every layer (power .8)."""
 
 
 def main() -> None:
