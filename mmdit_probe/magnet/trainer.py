@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -44,6 +45,7 @@ from mmdit_probe.specs import Spec, layer_indices
 
 COMMAND = "train-magnet"
 CHECKPOINT = "checkpoint.safetensors"
+DEVICE_OF_ACCELERATE = "ACCELERATE_TORCH_DEVICE"
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,10 @@ def train(
     Raises:
         UserError: data or options do not fit the model. RunError: a loss, gradient or weight is not finite.
     """
-    from accelerate import Accelerator
-
     targets, layers = _checked(model, data, options)
     if named := [prompted(sample) for sample in held_out if sample.names]:
         check(named, model, "token", len(named))  # now: at the end of a training it could never be finished
-    with _precision_of_its_own():
-        accelerator = Accelerator(mixed_precision=options.precision, cpu=model.device.type == "cpu")
+    with _accelerator(options.precision, model.device) as accelerator:
         processes.end_in_time()
         if accelerator.device.type != "cpu" and model.device != accelerator.device:
             model.pipeline.to(accelerator.device)
@@ -142,17 +141,29 @@ def _checked(model: MMDiT, data: Data, options: MagnetOptions) -> tuple[list[str
 
 
 @contextmanager
-def _precision_of_its_own() -> Iterator[None]:
-    """The precision is process-wide in accelerate; afterwards the next training may have another, also after an error.
-    A state that the caller made stays."""
-    from accelerate.state import AcceleratorState
+def _accelerator(precision: str, device: torch.device) -> Iterator[Any]:
+    """An accelerator of this precision; of this device, too, unless a launcher or the caller's own accelerator has
+    chosen one.
 
-    foreign = bool(AcceleratorState._shared_state)
+    accelerate keeps both for the whole process. Afterwards the next training may have others, also after an error; a
+    state that the caller made stays.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    foreign, alone = bool(AcceleratorState._shared_state), processes.world() == 1 and not PartialState._shared_state
+    chosen = {} if DEVICE_OF_ACCELERATE in os.environ or not alone else {DEVICE_OF_ACCELERATE: str(device)}
     try:
-        yield
+        os.environ.update(chosen)
+        try:
+            accelerator = Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+        finally:
+            for name in chosen:
+                del os.environ[name]
+        yield accelerator
     finally:
         if not foreign:
-            AcceleratorState._reset_state()
+            AcceleratorState._reset_state(reset_partial_state=alone)
 
 
 class _Loop:

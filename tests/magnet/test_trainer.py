@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
 from mmdit_probe import UserError, load
@@ -173,8 +173,9 @@ def test_a_run_of_other_options_is_not_continued(tmp_path: Path) -> None:
     run(tmp_path / "run", replace(CONFIG, train_steps=2))
     with pytest.raises(UserError, match="made with rate"):
         run(tmp_path / "run", replace(CONFIG, train_steps=2, rate=0.01), resume=True)
-    # Refused after accelerate was set up: the next training may still choose its precision.
+    # Refused after accelerate was set up: the next training may still choose its precision and its device.
     assert not AcceleratorState._shared_state
+    assert not PartialState._shared_state
 
 
 def test_two_micro_batches_of_four_give_the_step_of_eight(tmp_path: Path) -> None:
