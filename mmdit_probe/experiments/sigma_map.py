@@ -11,6 +11,7 @@ loss is the velocity's mean squared error over the image; its rise is told as a 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -61,7 +62,7 @@ class SigmaByLayer(Experiment):
 
     layers: Annotated[Spec, Option("Joint-attention layers, 0-based: all, 4, 2-5 or 0,4.")] = "all"
     sigma: Annotated[str, Option("Noise levels by comma, above 0 (clean) to 1 (noise).")] = "0.1,0.3,0.5,0.7,0.9,1.0"
-    limit: Annotated[int, Input("Scenes.", min=1)] = 48
+    limit: Annotated[int, Input("Scenes per word kind.", min=1)] = 32
     split: Annotated[Literal["train", "val", "test"], Input("Scenes split.")] = "val"
 
     def __post_init__(self) -> None:
@@ -77,21 +78,20 @@ class SigmaByLayer(Experiment):
         refusal = f"--sigma {self.sigma!r}: expected noise levels above 0 and up to 1, e.g. 0.3,0.6,0.9"
         return numbers(self.sigma, 1e-6, 1, refusal)
 
-    def gather(self, scenes: bool) -> list[tuple[Scene, dict[str, tuple[str, str]]]]:
+    def gather(self, scenes: bool) -> list[tuple[int, Scene, dict[str, tuple[str, str]]]]:
         if not scenes:
             raise UserError("a sigma map states the opposite of scenes' captions, which this model does not know")
-        items = [scene(self.split, index) for index in range(self.limit)]
-        return [(item, stated_and_opposite(item)) for item in items]
+        return first_stating(self.split, self.limit)
 
-    def prepare(self, model: MMDiT, inputs: list[tuple[Scene, dict[str, tuple[str, str]]]]) -> Study:
+    def prepare(self, model: MMDiT, inputs: list[tuple[int, Scene, dict[str, tuple[str, str]]]]) -> Study:
         layers = layer_indices(self.layers, len(model.layers))
         request = request_of(
-            model, layers=list(layers), sigmas=self.levels(), n=self.limit, split=self.split, seed=self.seed
+            model, layers=list(layers), sigmas=self.levels(), n_of_kind=self.limit, split=self.split, seed=self.seed
         )
-        return Study(model, request, list(enumerate(inputs)), "scenes", state=layers)
+        return Study(model, request, inputs, "scenes", state=layers)
 
     def measure(self, study: Study, task: Any, record: TaskRecord) -> None:
-        number, (item, pairs) = task
+        number, item, pairs = task
         for kind, pair in pairs.items():
             for sigma in self.levels():
                 values = rises(study.model, item, pair, sigma, self.seed + number, study.state)
@@ -128,6 +128,23 @@ class SigmaByLayer(Experiment):
             " same scenes, which its interval does not allow for.",
             f"Scenes that state the kind: {_counts(result.summary)}; verdicts corrected for many comparisons (Holm).",
         ]
+
+
+def first_stating(split: str, limit: int) -> list[tuple[int, Scene, dict[str, tuple[str, str]]]]:
+    """Numbers and scenes of a split with what of `stated_and_opposite` is asked of each: every kind has its first `limit`.
+
+    One scene in six can state a count, every one a noun: of the same scenes for all kinds, few would state a count.
+    """
+    left, found = dict.fromkeys(KINDS, limit), []
+    for number in itertools.count():
+        item = scene(split, number)
+        pairs = {kind: pair for kind, pair in stated_and_opposite(item).items() if left[kind]}
+        for kind in pairs:
+            left[kind] -= 1
+        if pairs:
+            found.append((number, item, pairs))
+        if not any(left.values()):
+            return found
 
 
 def stated_and_opposite(item: Scene) -> dict[str, tuple[str, str]]:

@@ -12,7 +12,7 @@ from mmdit_probe.attention import reference
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.edit import OtherText
 from mmdit_probe.experiments import SigmaByLayer
-from mmdit_probe.experiments.sigma_map import rises, stated_and_opposite
+from mmdit_probe.experiments.sigma_map import KINDS, first_stating, rises, stated_and_opposite
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.scenes import scene
 from mmdit_probe.scenes.captions import parse
@@ -34,6 +34,15 @@ def test_captions_differ_in_the_word_of_their_kind() -> None:
             else:
                 assert [g.noun for g in one.groups] == [g.noun for g in two.groups]
     assert seen == {"noun", "colour", "count", "relation"}
+
+
+def test_every_kind_has_its_first_scenes() -> None:
+    found = first_stating("val", 3)
+    every = [(number, stated_and_opposite(scene("val", number))) for number in range(found[-1][0] + 1)]
+    for kind in KINDS:
+        stating = [number for number, pairs in every if kind in pairs]
+        assert [number for number, _, pairs in found if kind in pairs] == stating[:3]
+    assert all(pairs.items() <= dict(every)[number].items() for number, _, pairs in found)
 
 
 def test_a_layer_reads_the_other_samples_text(pipe: Any) -> None:
@@ -76,6 +85,7 @@ def test_rises_are_those_of_two_plain_forwards() -> None:
 def test_run() -> None:
     result = SigmaByLayer(limit=2, layers="3,4", sigma="0.5,0.9").run(load("scenes-sd3"), progress=False)
     assert unexplained(result) == set()
+    assert result.summary["n"].eq(2).all() and set(result.summary["kind"]) == set(KINDS)
     assert set(result.table["layer"]) == {-1, 3, 4} and set(result.table["sigma"]) == {"0.5", "0.9"}
     row = result.summary.query("kind == 'noun' and layer == 3 and sigma == '0.9'").iloc[0]
     values = result.table.query("kind == 'noun' and layer == 3 and sigma == '0.9'")["value"]
