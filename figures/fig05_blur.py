@@ -17,7 +17,7 @@ from mmdit_probe.errors import run_script
 from mmdit_probe.experiments import Perturb
 
 PROMPTS = 218
-"""As many as a run of 132 said would show a drop of .05 of the alignment beyond the control at every layer (power .8)."""
+"""As many as a run of 132 said would show a drop of .05 of the facts beyond the control at every layer (power .8)."""
 
 
 def main() -> None:

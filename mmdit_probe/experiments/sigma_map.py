@@ -11,7 +11,6 @@ loss is the velocity's mean squared error over the image; its rise is told as a 
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -131,20 +130,20 @@ class SigmaByLayer(Experiment):
 
 
 def first_stating(split: str, limit: int) -> list[tuple[int, Scene, dict[str, tuple[str, str]]]]:
-    """Numbers and scenes of a split with what of `stated_and_opposite` is asked of each: every kind has its first `limit`.
+    """Numbers, scenes and what of `stated_and_opposite` is asked of each: every kind has its first `limit` scenes.
 
-    One scene in six can state a count, every one a noun: of the same scenes for all kinds, few would state a count.
+    Every scene can state a noun, one in six a count: scenes that serve all kinds alike would have few of the others.
     """
-    left, found = dict.fromkeys(KINDS, limit), []
-    for number in itertools.count():
+    left, found, number = dict.fromkeys(KINDS, limit), [], 0
+    while any(left.values()):
         item = scene(split, number)
         pairs = {kind: pair for kind, pair in stated_and_opposite(item).items() if left[kind]}
         for kind in pairs:
             left[kind] -= 1
         if pairs:
             found.append((number, item, pairs))
-        if not any(left.values()):
-            return found
+        number += 1
+    return found
 
 
 def stated_and_opposite(item: Scene) -> dict[str, tuple[str, str]]:
