@@ -65,7 +65,8 @@ def weight_state(module: nn.Module | None) -> tuple[Any, ...]:
     """What changes when a module's weights do: which they are, how often each was changed in place, and a few numbers
     of each, which tell of what is done to `weight.data` (fusing an adapter)."""
     tensors: list[Any] = [] if module is None else [*module.parameters(), *module.buffers()]
-    marks = [(id(t), t.dtype, None if t.is_inference() else t._version) for t in tensors]
+    # Weights that are offloaded one by one leave another placeholder after every forward.
+    marks = [(0 if t.is_meta else id(t), t.dtype, None if t.is_inference() else t._version) for t in tensors]
     drawn: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         if not (tensor.is_meta or tensor.is_quantized or is_traceable_wrapper_subclass(tensor)):

@@ -123,6 +123,16 @@ def test_the_state_of_wrapped_weights_tells_of_changes_in_place() -> None:
     assert weight_state(module) != before != weight_state(None)
 
 
+def test_the_state_of_offloaded_weights_stays_when_they_come_and_go() -> None:
+    from accelerate import cpu_offload
+
+    module = nn.Linear(2, 2)
+    cpu_offload(module, execution_device=torch.device("cpu"))
+    before, placeholder = weight_state(module), module.weight
+    module(torch.ones(1, 2))
+    assert module.weight is not placeholder and weight_state(module) == before
+
+
 def test_the_hash_tells_how_strong_adapters_are() -> None:
     """Scales are no tensors: a run at half the strength was continued at the whole one."""
     from peft import LoraConfig
