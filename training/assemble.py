@@ -9,11 +9,12 @@ import shutil
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from safetensors.torch import save_file
 from transformers import CLIPModel, CLIPTextConfig, CLIPTextModelWithProjection
 
 from mmdit_probe.models.load import load
+from mmdit_probe.quiet import quiet
 from mmdit_probe.scenes.parser import load_parser
 from mmdit_probe.scenes.world import SIZE, WORLD_VERSION
 from training.loop import adopt, weights
@@ -44,6 +45,8 @@ def first_tower(pair: ClipPair) -> CLIPTextModelWithProjection:
 
 def assemble(session: Session, transformer: SD3Transformer2DModel | None = None) -> Any:
     """The stock pipeline of the parts trained in the working folder; ``transformer`` replaces the one trained there."""
+    with quiet():
+        from diffusers import StableDiffusion3Pipeline
     pair, t5 = load_trained_text(session.workdir)
     pair.second.set_attn_implementation("sdpa")
     pipeline = StableDiffusion3Pipeline(
