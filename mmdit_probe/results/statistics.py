@@ -63,29 +63,31 @@ def interval(values: ArrayLike, kind: Kind = "mean") -> Interval:
         kind: "mean": studentised bootstrap, smoothed (Polansky and Schucany 1997: without the smoothing, resamples of
             equal values have no t statistic), fixed seed. "share": values in [0, 1], and so is the interval; Wilson's
             where all are 0 or 1; where all are equal, such as two facts of four in every picture, the t interval of
-            these and of 0 and 1. "change": differences of such scores per item, see `kind_of`; where half of them or
-            more are equal (the same yes or no both times), the t interval of these and two items more, one for each
-            direction (Bonett and Price 2012): twenty pairs that do not change do not say that none ever does.
+            these and of 0 and 1. "change": differences of such scores per item, or of two changes (a gain beside that
+            of a control), see `kind_of`; where half of them or more are equal (the same yes or no both times), the t
+            interval of these and two items more, one for each direction (Bonett and Price 2012): twenty pairs that do
+            not change do not say that none ever does.
 
     Raises:
-        ValueError: a share outside [0, 1], a change outside [-1, 1].
+        ValueError: a share outside [0, 1], a change outside [-2, 2].
     """
     data = defined(values)
-    lowest = {"share": 0.0, "change": -1.0}.get(kind, -np.inf)
-    if np.isfinite(lowest) and data.size and not lowest <= data.min() <= data.max() <= 1:
-        raise ValueError(f"{kind}s lie in [{lowest:g}, 1]; found {data.min():g} to {data.max():g}")
+    lowest, highest = {"share": (0.0, 1.0), "change": (-2.0, 2.0)}.get(kind, (-np.inf, np.inf))
+    if data.size and not lowest <= data.min() <= data.max() <= highest:
+        raise ValueError(f"{kind}s lie in [{lowest:g}, {highest:g}]; found {data.min():g} to {data.max():g}")
     if len(data) < 2:
         return Interval(float(data.mean()) if len(data) else np.nan, np.nan, np.nan)
     mean = float(data.mean())
     if kind == "change" and _mostly_equal(data):
-        return _with_more(data, _both_ways(data), -1.0)
+        most = 1.0 if np.abs(data).max() <= 1 else 2.0
+        return _with_more(data, _both_ways(data), -most, most)
     if kind == "share" and np.isin(data, (0, 1)).all():
         from scipy.stats import binomtest
 
         found = binomtest(int(data.sum()), len(data)).proportion_ci(LEVEL, method="wilson")
         return Interval(mean, float(found.low), float(found.high))
     if kind == "share" and np.ptp(data) <= EQUAL * data.max():
-        return _with_more(data, np.concatenate([data, [0.0, 1.0]]), 0.0)
+        return _with_more(data, np.concatenate([data, [0.0, 1.0]]), 0.0, 1.0)
     below, above = _t_quantiles(data)
     error = float(data.std(ddof=1)) / np.sqrt(len(data))
     low, high = float(mean - above * error), float(mean - below * error)
@@ -106,13 +108,13 @@ def _mostly_equal(data: NDArray[np.float64]) -> bool:
     return bool(2 * counts.max() >= len(data))
 
 
-def _with_more(data: NDArray[np.float64], more: NDArray[np.float64], lowest: float) -> Interval:
-    """The mean of the data with the t interval of these and some values more, within `lowest` to 1."""
+def _with_more(data: NDArray[np.float64], more: NDArray[np.float64], lowest: float, highest: float) -> Interval:
+    """The mean of the data with the t interval of these and some values more, within bounds."""
     from scipy.stats import t
 
     mean, middle = float(data.mean()), float(more.mean())
     reach = float(t.ppf(TAILS[1], len(more) - 1) * more.std(ddof=1) / np.sqrt(len(more)))
-    return Interval(mean, max(lowest, min(mean, middle - reach)), min(1.0, max(mean, middle + reach)))
+    return Interval(mean, max(lowest, min(mean, middle - reach)), min(highest, max(mean, middle + reach)))
 
 
 def _both_ways(data: NDArray[np.float64]) -> NDArray[np.float64]:

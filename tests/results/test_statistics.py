@@ -162,7 +162,18 @@ def test_yes_and_no_that_seldom_change() -> None:
     (same,) = compare(pd.DataFrame(rows), ["layer"]).to_dict("records")
     assert (same["low"], same["high"], same["p_holm"]) == (*interval([0.0] * 20, "change")[1:], 1)
     with pytest.raises(ValueError, match="changes lie in"):
-        interval([1.5, 0.0], "change")
+        interval([2.5, 0.0], "change")
+
+
+def test_a_loss_beside_a_gain_of_the_control() -> None:
+    """Gains of yes and no lie in [-1, 1], so that one less its control's may be -2."""
+    gains = {"none": [-1.0, -1.0] + [0.0] * 8, "random": [1.0] + [0.0] * 9}
+    rows = [{"item": i, "control": of, "layer": 0, "value": v} for of, some in gains.items() for i, v in enumerate(some)]
+    found = compare(pd.DataFrame(rows), ["layer"]).iloc[0]
+    more = [-2.0, -1.0] + [0.0] * 8 + [2.0, -2.0]  # the largest change once in each direction
+    low, high = stats.t.interval(0.95, 11, np.mean(more), stats.sem(more))
+    assert (found["difference"], found["low"], found["high"]) == pytest.approx((-0.3, low, high))
+    assert interval([-2.0] + [-1.0] * 9, "change").low < -1
 
 
 def test_changes_of_yes_and_no_are_covered() -> None:
