@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments.sweep import STOCK, Condition, JudgedSweep, aligned_outcome, gains
+from mmdit_probe.experiments.sweep import DISTANCES, STOCK, Condition, JudgedSweep, aligned_outcome, gains
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import compare, measured, two_sided
@@ -122,9 +122,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     verdict (higher, lower, no difference shown, too few items)."""
     own = gains(measured(table), ROW, PLACE)
     paired = pd.concat([own, own.assign(control=STOCK, value=0.0)], ignore_index=True)
-    found = compare(paired, [*PLACE, "outcome"], family="outcome")
-    # A distance of 0 in all images is exact: it has no direction that further images might take.
-    found.loc[(found["outcome"] == "change") & (found["difference"] == 0), ["low", "high"]] = 0.0
+    found = compare(paired, [*PLACE, "outcome"], family="outcome", distances=DISTANCES)
     return found.assign(verdict=two_sided(found))[
         [*PLACE, "outcome", "n", "difference", "low", "high", "p_holm", "verdict"]
     ]

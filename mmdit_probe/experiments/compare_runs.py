@@ -129,18 +129,20 @@ def compare_runs(first: Path | str | Result, second: Path | str | Result, margin
     ]  # fmt: skip
     if not any(entry == "num_steps" for entry, *_ in found) and (other := other_sampling(one.data, two.data)):
         differs.append(_short(other))
-    return Comparison(one, two, margin, _paired(scores[0], scores[1], margin, one.experiment.sign), differs)
+    how = one.experiment
+    return Comparison(one, two, margin, _paired(scores[0], scores[1], margin, how.sign, how.distances), differs)
 
 
 def _paired(
-    first: pd.DataFrame, second: pd.DataFrame, margin: float | None, sign: Callable[[str], float] = lambda outcome: 1.0
-) -> pd.DataFrame:
+    first: pd.DataFrame, second: pd.DataFrame, margin: float | None, sign: Callable[[str], float] = lambda outcome: 1.0,
+    distances: Sequence[str] = (),
+) -> pd.DataFrame:  # fmt: skip
     cell = cell_of(first)
     if margin is not None:  # a loss is a fall: where less is better, the values are turned round and back
         first, second = (_turned(table, ["value"], sign) for table in (first, second))
     both = pd.concat([second.assign(control=NONE), first.assign(control="first")], ignore_index=True)
     family = "outcome" if "outcome" in cell else None
-    table = compare(both, cell, family=family, margin=margin).drop(columns="control")
+    table = compare(both, cell, family=family, margin=margin, distances=distances).drop(columns="control")
     if table.empty:
         raise UserError(
             "the runs have no cell (layer, outcome, ...) in common; run both with the same layers and outcomes"

@@ -74,6 +74,7 @@ class Experiment:
         columns: table -> columns that an earlier version did not write: a kept run's tasks without them are done again.
         claimed: what is said of the measurement beside its controls, where no option decides the words.
         possible: the controls that make sense, where there is the option `control`.
+        distances: outcomes of the scores that are distances (`results.statistics.kind_of`).
         headlined: column of the claims and its value, of the rows that the terminal shows; None: all.
         early: whether the first table can be told from the first tasks, before all are done.
         examples: command lines below the help text, without the command.
@@ -84,6 +85,7 @@ class Experiment:
     columns: ClassVar[Mapping[str, Sequence[str]]] = {}
     claimed: ClassVar[str]
     possible: ClassVar[tuple[str, ...]] = tuple(controls.CONTROLS)
+    distances: ClassVar[tuple[str, ...]] = ()
     headlined: ClassVar[tuple[str, str] | None] = None
     early: ClassVar[bool] = False
     examples: ClassVar[tuple[str, ...]] = ()
@@ -159,7 +161,9 @@ class Experiment:
         without controls."""
         scores = self.scores(result)
         family = "outcome" if "outcome" in scores else None
-        return compare(scores, cell_of(scores), family=family) if len(scores) else scores
+        if scores.empty:
+            return scores
+        return compare(scores, cell_of(scores), family=family, distances=self.distances)
 
     def claim(self, result: Result) -> str:
         """What the values of `compare` say, in words."""

@@ -23,6 +23,7 @@ from mmdit_probe.experiments.options import Edited, check_streams, checked_heads
 from mmdit_probe.experiments.perturb import equal_budget
 from mmdit_probe.experiments.sweep import (
     AGAINST_STOCK,
+    DISTANCES,
     EQUAL,
     STOCK,
     Condition,
@@ -225,11 +226,13 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         for name in outcome_names(table, ROW):
             row: dict[str, Any] = dict(zip(PLACE, place, strict=True))
             row |= {"outcome": name, "n": int(part[name].notna().sum())}
-            row |= interval(part[name], kind="share" if name in SHARES else "mean").named("mean", "")
+            itself = not row["layers"] and name in AGAINST_STOCK  # exact: stock beside stock is no sample of anything
+            share = name in SHARES and not itself
+            row |= interval(part[name], kind="share" if share else "mean").named("mean", "")
             row |= dict.fromkeys((*DIFFERENCE, "p_holm"), np.nan)
             if row["layers"]:
                 before = part["item"].map(stock[name])
-                gain, kind = part[name] - before, kind_of(part[name], before)
+                gain, kind = part[name] - before, kind_of(part[name], before, distance=name in DISTANCES)
                 row |= interval(gain, kind).named("difference") | {"p_holm": p_value(gain, kind)}
             rows.append(row)
     found = corrected(pd.DataFrame(rows), ["p_holm"], "outcome").sort_values(["outcome", *PLACE], ignore_index=True)

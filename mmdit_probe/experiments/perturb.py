@@ -22,6 +22,7 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.options import EditControl, Edited, LayersAndHeads, Output, check_streams
 from mmdit_probe.experiments.sweep import (
     BUDGET,
+    DISTANCES,
     EQUAL,
     HARM_IS_RISE,
     MEANING,
@@ -234,11 +235,12 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         equal = [of.set_index("item") for _, of in part[part["condition"] == CONTROL].groupby("control", observed=True)]
         for name in outcome_names(long, ROW):
             row = dict(zip(PLACE, place, strict=True)) | {"outcome": name, "n": int(edited[name].notna().sum())}
+            distance = name in DISTANCES
             # The no-op is no sample of anything: it must be 0, not about 0.
-            kind: Kind = kind_of(edited[name]) if edited["layer"].iloc[0] >= 0 else "mean"
+            kind: Kind = kind_of(edited[name], distance=distance) if edited["layer"].iloc[0] >= 0 else "mean"
             row |= interval(edited[name], kind).named("effect", "") | {"p_holm": float("nan")}
             if equal:
-                row |= _strongest(edited[name], {str(of["control"].iloc[0]): of[name] for of in equal})
+                row |= _strongest(edited[name], {str(of["control"].iloc[0]): of[name] for of in equal}, distance)
             rows.append(row)
     found = corrected(pd.DataFrame(rows), ["p_holm"], "outcome")
     found["verdict"] = [_verdict(row) for row in found.to_dict("records")]
@@ -246,16 +248,16 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     return found.assign(order=order).sort_values(["order", *PLACE]).drop(columns="order").reset_index(drop=True)
 
 
-def _strongest(edited: pd.Series, equal: Mapping[str, pd.Series]) -> dict[str, Any]:
+def _strongest(edited: pd.Series, equal: Mapping[str, pd.Series], distance: bool) -> dict[str, Any]:
     """The columns of `summarise` about the strongest control: the one whose interval of edit minus control reaches
     least far in the direction of the edit's effect. What is beyond it is beyond each, so p is the largest of all."""
     rows = []
     for name, control in equal.items():
         control = control.reindex(edited.index)
-        difference, kind = edited - control, kind_of(edited, control)
+        difference, kind = edited - control, kind_of(edited, control, distance=distance)
         beyond, p = interval(difference, kind), p_value(difference, kind)
         row: dict[str, Any] = {"equal": name, "p_holm": p}
-        rows.append(row | interval(control, kind_of(control)).named("control") | beyond.named("beyond"))
+        rows.append(row | interval(control, kind_of(control, distance=distance)).named("control") | beyond.named("beyond"))
     rises = edited.mean() > 0
     least = min(rows, key=lambda row: np.nan_to_num(row["beyond_low"] if rises else -row["beyond_high"], nan=np.inf))
     return least | {"p_holm": max(row["p_holm"] for row in rows)}

@@ -64,6 +64,8 @@ AGAINST_STOCK = ("change", "relabelled", "clip_i", "dino")
 MEANING = ("facts", "things_right", "grounds_right", *STATED, "clip_t", "dino", "clip_i", "relabelled", "change")
 """Outcomes in the order in which they are told: what the image says of its prompt first, how far it moved last."""
 
+DISTANCES = ("change",)
+"""Outcomes that are 0 where no pixel moved, and then exactly."""
 
 HARM_IS_RISE = ("change", "relabelled", *CONTRASTS.values())
 """Outcomes whose rise is harm; of the others it is the drop."""
@@ -108,6 +110,7 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
 
     default_prompts = 16
     possible = (*EQUAL, *controls.CONTROLS)
+    distances = DISTANCES
 
     @abstractmethod
     def conditions(self, model: MMDiT, prompts: Sequence[str]) -> list[Condition]:

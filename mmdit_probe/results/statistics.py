@@ -13,7 +13,7 @@ benchmarks/results/interval_coverage.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -94,10 +94,18 @@ def interval(values: ArrayLike, kind: Kind = "mean") -> Interval:
     return Interval(mean, max(0.0, low), min(1.0, high)) if kind == "share" else Interval(mean, low, high)
 
 
-def kind_of(*scores: ArrayLike) -> Kind:
+def kind_of(*scores: ArrayLike, distance: bool = False) -> Kind:
     """The kind of differences between these scores: "change" where all are in [-1, 1] and many are equal, as yes and
-    no or k facts of four are; "mean" of numbers without such steps."""
-    for values in map(defined, scores):
+    no or k facts of four are; "mean" of numbers without such steps.
+
+    Args:
+        distance: they are distances from the same picture unedited: where all are 0 nothing moved, and that is exact
+            ("mean"): there is no direction that further items might take.
+    """
+    known = [*map(defined, scores)]
+    if distance and not any(values.any() for values in known):
+        return "mean"
+    for values in known:
         if not len(values) or np.abs(values).max() > 1 or 4 * len(np.unique(values)) > 3 * len(values):
             return "mean"
     return "change"
@@ -185,7 +193,7 @@ def measured(table: pd.DataFrame, control: str = NONE) -> pd.DataFrame:
 
 def compare(
     table: pd.DataFrame, cell: Sequence[str], value: str = "value", *, family: str | None = None,
-    margin: float | None = None,
+    margin: float | None = None, distances: Collection[str] = (),
 ) -> pd.DataFrame:  # fmt: skip
     """The measurement minus each of its controls, paired by item.
 
@@ -194,6 +202,7 @@ def compare(
         cell: what is compared on its own, such as ["layer"].
         family: column of `cell` whose values are questions of their own, such as outcomes; None: the table is one.
         margin: also test the difference being -margin, for `judged`.
+        distances: values of the cell's column `outcome` that are distances (`kind_of`).
 
     Returns: the columns of `cell`, control, n (items that have both), n_undefined (items that lack one), value,
     control_value (means), difference, low, high (as `interval`), p_holm (paired t test, by Holm's method corrected for
@@ -203,14 +212,17 @@ def compare(
     """
     rows: list[dict[str, Any]] = []
     for place, part in table.groupby(list(cell), sort=False, observed=True):
+        labels = dict(zip(cell, place, strict=True))
+        distance = labels.get("outcome") in distances
         wide = part.pivot(index="item", columns="control", values=value).astype(float)
         for control in (name for name in dict.fromkeys(part["control"]) if name != NONE and NONE in wide):
             pairs = wide[[NONE, control]]
             both = pairs[np.isfinite(pairs).all(axis=1)]
-            differences, kind = both[NONE] - both[control], kind_of(both[NONE], both[control])
+            differences = both[NONE] - both[control]
+            kind = kind_of(both[NONE], both[control], distance=distance)
             difference, low, high = interval(differences, kind)
             rows.append(
-                dict(zip(cell, place, strict=True))
+                labels
                 | {"control": control, "n": len(both), "n_undefined": len(pairs) - len(both),
                    "value": float(both[NONE].mean()), "control_value": float(both[control].mean()),
                    "difference": difference, "low": low, "high": high, "p_holm": p_value(differences, kind)}

@@ -95,6 +95,18 @@ def test_a_loss_is_a_rise_where_less_is_better() -> None:
     assert row["verdict"] == "no worse" and row["low"] < row["high"] < 0
 
 
+def test_images_that_did_not_move_in_either_run_differ_by_exactly_nothing() -> None:
+    import pandas as pd
+
+    from mmdit_probe.experiments.compare_runs import _paired
+
+    still = pd.DataFrame({"item": range(10), "control": "none", "outcome": "change", "value": 0.0})
+    for margin in (None, 0.05):
+        ask = BlockOperations()
+        (row,) = _paired(still, still, margin, ask.sign, ask.distances).to_dict("records")
+        assert row["low"] == row["high"] == 0
+
+
 def test_other_weights_of_the_same_name_are_told() -> None:
     first, second = run(seed=0), run(seed=1)
     assert [entry.partition(":")[0] for entry in compare_runs(first, second).differs] == ["weight_hash"]

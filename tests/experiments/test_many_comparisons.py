@@ -65,6 +65,28 @@ def of_guidance(values: Values) -> str:
     return str(table.loc["0", "verdict"])
 
 
+def test_no_change_is_exactly_none() -> None:
+    """Of images without a moved pixel: neither guidance, edit nor their controls have a direction. Facts, a sample of
+    yes and no, keep theirs; stock beside stock is none."""
+    numbers = {"prompt": "", "change": 0.0, "relabelled": 0.0, "facts": 1.0}
+    items = [{"item": item, "seed": item, **numbers} for item in range(8)]
+    table = guided(
+        pd.DataFrame(row | {"layers": layers, "scale": scale, "control": "none"} for row in items
+                     for layers, scale in (("", 0.0), ("0", 2.0)))
+    ).set_index(["layers", "outcome"])  # fmt: skip
+    assert table.loc[("0", "change"), ["difference", "difference_low", "difference_high"]].tolist() == [0, 0, 0]
+    assert table.loc[("", "relabelled"), ["mean", "low", "high"]].tolist() == [0, 0, 0]
+    assert table.loc[("0", "facts"), "difference_low"] < 0 < table.loc[("0", "facts"), "difference_high"]
+    places = ((STOCK, -1, "none"), (EDIT, 0, "none"), (CONTROL, 0, "budget"))
+    rows = perturbed(
+        pd.DataFrame(row | {"condition": kind, "layer": layer, "control": control, "head": -1, "span": "all"}
+                     for row in items for kind, layer, control in places)
+    ).set_index("outcome")  # fmt: skip
+    bounds = [f"{name}{end}" for name in ("", "control_", "beyond_") for end in ("low", "high")]
+    assert rows.loc["change", bounds].tolist() == [0] * 6
+    assert rows.loc["facts", "low"] < 0 < rows.loc["facts", "beyond_high"]
+
+
 def of_components(values: Values) -> str:
     rows = [
         {"layer": layer, "kind": "query", "class": 0.5 + value, "class_shuffled": 0.5}

@@ -165,10 +165,23 @@ def test_yes_and_no_that_seldom_change() -> None:
         interval([2.5, 0.0], "change")
 
 
+def test_a_distance_of_none_is_exact() -> None:
+    """That no picture moved is certain; that no answer changed in 20 is not."""
+    rows = [{"item": i, "control": of, "outcome": name, "value": 0.0} for i in range(20) for of in ("none", "stock")
+            for name in ("change", "facts")]  # fmt: skip
+    found = compare(pd.DataFrame(rows), ["outcome"], distances=["change"]).set_index("outcome")
+    assert found.loc["change", ["difference", "low", "high", "p_holm"]].tolist() == [0, 0, 0, 1]
+    assert found.loc["facts", "low"] < 0 < found.loc["facts", "high"]
+    assert statistics.kind_of([0.0] * 7 + [0.5], distance=True) == "change"  # one that moved says that others may
+
+
 def test_a_loss_beside_a_gain_of_the_control() -> None:
     """Gains of yes and no lie in [-1, 1], so that one less its control's may be -2."""
     gains = {"none": [-1.0, -1.0] + [0.0] * 8, "random": [1.0] + [0.0] * 9}
-    rows = [{"item": i, "control": of, "layer": 0, "value": v} for of, some in gains.items() for i, v in enumerate(some)]
+    rows = [
+        {"item": item, "control": of, "layer": 0, "value": value}
+        for of, values in gains.items() for item, value in enumerate(values)
+    ]  # fmt: skip
     found = compare(pd.DataFrame(rows), ["layer"]).iloc[0]
     more = [-2.0, -1.0] + [0.0] * 8 + [2.0, -2.0]  # the largest change once in each direction
     low, high = stats.t.interval(0.95, 11, np.mean(more), stats.sem(more))
