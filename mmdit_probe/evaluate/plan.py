@@ -5,7 +5,8 @@
 
 One forward per prompt serves every method, layer and refinement. Protocols (who says which classes there are):
 
-    present        the classes that occur in this image: an oracle, an image of one class is right by construction
+    present        the classes that occur in what is read of this image (a crop's own): an oracle, an image of one class
+                   is right by construction
     predicted      the classes a tagger names (`evaluate.tagger`, or a JSON file {image name: [class names]})
     full           all classes of the data set
     unsupervised   no names: segments, matched afterwards (`evaluate.scores`)
@@ -187,14 +188,14 @@ class Plan:
         """
         return overlapped(
             indices,
-            self._opened,
+            partial(self._opened, captures),
             lambda batch: self._captured(captures, batch),
             lambda opened, found: self._counted(captures, opened, found),
             size=lambda: captures.pictures,
             workers=captures.workers,
         )
 
-    def _opened(self, index: int) -> _Opened:
+    def _opened(self, captures: Captures, index: int) -> _Opened:
         """An image, its truth, and what is to be read of it."""
         sample = self.dataset.samples[index]
         image, truth = sample.image, np.array(sample.label())
@@ -205,7 +206,9 @@ class Plan:
             )
         named = [entry for entry in self.entries if not entry.method.unsupervised]
         blind = [entry for entry in self.entries if entry.method.unsupervised]
-        asked = [(one, self.vocabulary(one, sample.name, truth)) for one in (self.scoring.protocols if named else ())]
+        fit = _without_forward(self.reading, captures, image).fit
+        seen = np.where(fit.unseen, IGNORE, truth)  # what a crop cuts off is not in the picture that is read
+        asked = [(one, self.vocabulary(one, sample.name, seen)) for one in (self.scoring.protocols if named else ())]
         groups = [group for protocol, ids in asked for group in self._groups(protocol, named, image, ids)]
         groups += self._groups(UNSUPERVISED, blind, image, [])
         return _Opened(index, sample.name, image, truth, groups)
@@ -241,7 +244,7 @@ class Plan:
     def _counted(self, captures: Captures, image: _Opened, found: Mapping[_Group, Capture]) -> dict[str, NDArray[Any]]:
         """Columns of one image."""
         index, rows = image.index, _Rows(image.index, len(self.dataset.classes))
-        record = _without_forward(self.reading, captures, image)
+        record = _without_forward(self.reading, captures, image.image)
         scored = self.scoring.label(image.truth, record.fit, self.dataset.ignore)
         ids = [int(i) for i in np.unique(scored) if i != IGNORE]
         view = self.scoring.view(record)
@@ -379,12 +382,12 @@ class _Opened:
     groups: Sequence[_Group]
 
 
-def _without_forward(reading: Reading, captures: Captures, opened: _Opened) -> Capture:
+def _without_forward(reading: Reading, captures: Captures, image: NDArray[np.uint8]) -> Capture:
     """How an image lies in the network's input, and nothing read."""
     facts = captures.facts
     size, multiple = reading.size or tuple(facts["size"]), facts["multiple"]
-    fit = Fit.of(opened.image.shape[:2], size, multiple, reading.fit, facts["most"])  # type: ignore[arg-type]
-    return Capture(opened.image, fit, (fit.size[0] // multiple, fit.size[1] // multiple), [], [], (), ())
+    fit = Fit.of(image.shape[:2], size, multiple, reading.fit, facts["most"])  # type: ignore[arg-type]
+    return Capture(image, fit, (fit.size[0] // multiple, fit.size[1] // multiple), [], [], (), ())
 
 
 class _Rows:

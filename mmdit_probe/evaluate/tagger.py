@@ -180,12 +180,14 @@ def quality(
     said: Mapping[str, Sequence[str]], counts: pd.DataFrame, samples: Sequence[str], names: Sequence[str],
     background: int | None = None,
 ) -> Quality:  # fmt: skip
-    """How right tags were on evaluated images, from the counts (every truth id of an image is in its rows).
+    """How right tags were on evaluated images, from the counts (every truth id of an image is in its rows); an image
+    without a scored pixel says nothing of them.
 
     Args:
         said: image name -> tags. counts: rows of `evaluate.plan.COLUMNS`. samples: image names by index.
         names: of the classes. background: id that taggers do not name.
     """
+    counts = counts[counts["pixels"] > 0]  # the row of a picture without a scored pixel names no class
     wanted = np.zeros((len(samples), len(names)), bool)
     wanted[counts["image"].to_numpy(), counts["truth"].to_numpy()] = True
     there = np.unique(counts["image"].to_numpy())

@@ -257,7 +257,8 @@ def _strongest(edited: pd.Series, equal: Mapping[str, pd.Series], distance: bool
         difference, kind = edited - control, kind_of(edited, control, distance=distance)
         beyond, p = interval(difference, kind), p_value(difference, kind)
         row: dict[str, Any] = {"equal": name, "p_holm": p}
-        rows.append(row | interval(control, kind_of(control, distance=distance)).named("control") | beyond.named("beyond"))
+        own = interval(control, kind_of(control, distance=distance))
+        rows.append(row | own.named("control") | beyond.named("beyond"))
     rises = edited.mean() > 0
     least = min(rows, key=lambda row: np.nan_to_num(row["beyond_low"] if rises else -row["beyond_high"], nan=np.inf))
     return least | {"p_holm": max(row["p_holm"] for row in rows)}

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from mmdit_probe.cli.app import main
-from mmdit_probe.data import Fit, dataset
+from mmdit_probe.data import Dataset, Fit, Sample, dataset
 from mmdit_probe.data.class_names import SegClass, class_list
 from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.captures import Captures
@@ -379,6 +379,18 @@ def test_two_processes_give_the_table_of_one(root: Path, tiny_directory: Path, t
     tables = [read_table(tmp_path / name / "counts.parquet") for name in ("one", "two")]
     pd.testing.assert_frame_equal(*tables)
     assert json.loads((tmp_path / "two" / "run.json").read_text())["processes"] == 2
+
+
+def test_classes_of_the_part_that_a_crop_cuts_off_are_not_present(captures: Captures) -> None:
+    """Of 32 x 64 pixels the middle square is read: class 2, on the left edge, is neither asked for nor counted."""
+    truth = np.ones((32, 64), np.int64)
+    truth[:, 32:], truth[:, :10] = 0, 2
+    image = np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8)
+    data = Dataset("one", [SegClass((name,)) for name in NAMES[:3]], [Sample("a", image, label=lambda: truth)])
+    for how, classes in (("crop", {0, 1}), ("squash", {0, 1, 2})):
+        rows = frame(plan_of(data, captures, ["seg4diff"], {"fit": how}, protocols=("present",)), captures)
+        drawn = rows[rows["method"] == "random"]  # maps of chance win somewhere, whichever class they are of
+        assert set(drawn["truth"]) == set(drawn["found"]) == classes
 
 
 @pytest.mark.parametrize("how", ["squash", "letterbox", "crop", "aspect"])

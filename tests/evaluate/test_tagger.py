@@ -31,9 +31,10 @@ def test_the_threshold_is_the_one_with_the_best_f1() -> None:
     threshold, found = choose_threshold(lambda image: scores[image[0, 0, 0]].copy(), dataset)
     assert threshold == -0.2 and (found.precision, found.recall, found.n) == (1.0, 1.0, 3)
     tagging = Tagging(dataset, lambda image: scores[image[0, 0, 0]].copy(), -0.75, None)
-    counts = pd.DataFrame({"image": [0, 0, 1, 1, 2], "truth": [0, 1, 0, 1, 2]})
-    said = {"0": ["a", "b"], "1": ["a", "c"], "2": []}
-    right = quality(said, counts, ["0", "1", "2"], ["a", "b", "c"])
+    counts = pd.DataFrame({"image": [0, 0, 1, 1, 2, 3], "truth": [0, 1, 0, 1, 2, 0], "pixels": [1, 1, 1, 1, 1, 0]})
+    said = {"0": ["a", "b"], "1": ["a", "c"], "2": [], "3": ["b"]}  # of the last one nothing is known
+    right = quality(said, counts, ["0", "1", "2", "3"], ["a", "b", "c"])
+    assert right.n == 3 and right.per_image == pytest.approx(4 / 3)
     assert right.precision == pytest.approx(3 / 4) and right.recall == pytest.approx(3 / 5)
     assert right.f1 == pytest.approx(2 * 3 / (4 + 5))  # twice the hits over what is said and what is true
     assert tagging.threshold == -0.75
