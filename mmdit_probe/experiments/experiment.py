@@ -50,7 +50,8 @@ class Study:
         request: every option and input that decides the numbers, as JSON values; equal requests give equal tables.
         tasks: the units of work, in order; a killed run loses the one it was at.
         unit: what the progress bar counts. ticks: how many of them a task has.
-        facts: what else the record says (scheduler, sigmas, ...). notes: remarks for the person who asked.
+        facts: what else the record says (scheduler, sigmas, ...; contents: path that the request names -> what tells
+            what it holds, where the run goes on with nothing else). notes: remarks for the person who asked.
         state: whatever `measure` needs beside the task.
     """
 

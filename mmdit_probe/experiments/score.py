@@ -11,6 +11,7 @@ parser reads the pictures back, its own limit stands beside ("real"), and `map_s
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -195,7 +196,7 @@ class Score(Sampling, Referring, Experiment):
             split=self.split, export=None if self.export is None else str(self.export), batch=self.batch,
         )  # fmt: skip
         notes = read_of_videos(model) + strangers(scorers, self.clip, knows_scenes(model))
-        facts = scheduled(model, self.num_steps) | {"remarks": notes}
+        facts = scheduled(model, self.num_steps) | {"remarks": notes, "contents": adapter_hashes(scorers.variants)}
         return Study(model, request, tasks, "batches", facts=facts, notes=notes, state=(jobs, scorers))
 
     def measure(self, study: Study, task: Job, record: TaskRecord) -> None:
@@ -286,6 +287,14 @@ def strangers(scorers: Scorers, clip: str, scenes: bool) -> list[str]:
     known = [clip] * (clip == Score.clip) + ["the scenes parser"] * (scorers.parser is not None)
     told = f"scores of {' and '.join(known)} mean nothing here: drawn scenes alone are known to it"
     return [told] if known and not scenes else []
+
+
+def adapter_hashes(variants: Mapping[str, str | None]) -> dict[str, str]:
+    """Path -> SHA-256 of the adapter's file, of those on this machine."""
+    from mmdit_probe.models.names import adapter_file
+
+    files = {path: adapter_file(Path(path)) for path in variants.values() if path is not None}
+    return {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in files.items() if file.is_file()}
 
 
 def adapt(model: MMDiT, scorers: Scorers, variant: str) -> None:

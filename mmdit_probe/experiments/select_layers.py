@@ -124,7 +124,8 @@ class SelectLayers(Sampling, Experiment):
             model, evidence=names, top=self.top, heads=self.top_heads, num_steps=self.num_steps, guidance=self.guidance,
             controls=list(chosen), **self._how(),
         )  # fmt: skip
-        return Study(model, request, tasks, "evidence")
+        contents = {str(run): evidence.record_of(run)["created"] for run in self.runs}
+        return Study(model, request, tasks, "evidence", facts={"contents": contents})
 
     def _how(self) -> dict[str, Any]:
         return {

@@ -176,7 +176,7 @@ class FolderStore:
 
         def opened() -> RunFolder:
             folder = RunFolder.open(command, request, out=out, resume=resume, said=said)
-            _check_sampling(folder, facts)
+            _check_facts(folder, facts)
             if folder.complete and cls(folder, columns).lost():
                 folder.begin()
             return folder
@@ -374,17 +374,25 @@ class FolderStore:
 Store = MemoryStore | FolderStore
 
 
-def _check_sampling(folder: RunFolder, facts: Mapping[str, Any]) -> None:
-    """Hold what is continued to the scheduler that it was sampled with, which no request tells.
+def _check_facts(folder: RunFolder, facts: Mapping[str, Any]) -> None:
+    """Hold what is continued to what no request tells: the scheduler that it was sampled with, and what stood under the
+    paths that it names.
 
     Raises:
         UserError: it is another one.
     """
-    if other := other_sampling(folder.data, facts):
+    if other := other_sampling(folder.data, facts) or _other_contents(folder.data, facts):
         error = UserError(f"cannot continue {str(folder.path)!r}: {other}; choose another --out")
         if not folder.complete:
             folder.fail(str(error))
         raise error
+
+
+def _other_contents(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """The path that holds something else than a record tells; "" where none does, or one of them tells of none."""
+    was, now = (of.get("contents") or {} for of in (first, second))
+    changed = [path for path in now if was.get(path, now[path]) != now[path]]
+    return f"{changed[0]!r} holds something else than then" if changed else ""
 
 
 def other_sampling(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:

@@ -349,6 +349,11 @@ def test_command_compares_an_adapter_with_the_base(
         main([*arguments[:-2], "--lora", "nowhere/at/all"])
     assert stopped.value.code == 2
     assert "no LoRA" in capfd.readouterr().err
+    (tmp_path / "strong" / "lora" / "pytorch_lora_weights.safetensors").write_bytes(b"trained again")
+    with pytest.raises(SystemExit) as stopped:
+        main([*arguments, "--resume"])
+    assert stopped.value.code == 2
+    assert "holds something else" in capfd.readouterr().err
 
 
 def test_a_prompt_may_be_longer_than_the_name_of_a_file() -> None:

@@ -52,6 +52,26 @@ def test_a_run_goes_on_with_its_own_scheduler_alone(tmp_path: Path) -> None:
     assert opened("Euler", [1.0, 0.5]).complete
 
 
+def test_a_run_goes_on_with_what_its_paths_held_alone(tmp_path: Path) -> None:
+    """A request tells of adapters and of other runs by path; a record of an earlier version says nothing of them."""
+
+    def opened(resume: bool = True, **contents: str) -> FolderStore:
+        return FolderStore.open("demo", {}, {"contents": contents}, out=tmp_path / "run", resume=resume)
+
+    with pytest.raises(KeyboardInterrupt), (store := opened(False, lora="a1")), store.writing(TABLES):
+        do(store, 0)
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="'lora' holds something else"):
+        opened(lora="b2")
+    with (again := opened(lora="a1")), again.writing(TABLES):
+        assert again.done == {0}
+        do(again, 1)
+    with pytest.raises(UserError, match="'lora' holds something else"):
+        opened(lora="b2")
+    again.folder.record(contents=None)
+    assert opened(lora="b2").complete
+
+
 def do(store: FolderStore, number: int) -> None:
     """A task of two rows in each table; the third has none in the second table."""
     with store.task(number, lambda _: None) as task:
