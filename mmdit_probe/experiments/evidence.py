@@ -23,6 +23,7 @@ from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError, check_known, unknown
 from mmdit_probe.experiments import experiment_of
 from mmdit_probe.experiments.controls import variants
+from mmdit_probe.experiments.experiment import one_per_item
 from mmdit_probe.experiments.perturb import CONTROL, EDIT
 from mmdit_probe.experiments.sweep import EQUAL
 from mmdit_probe.experiments.value_norms import with_gap
@@ -227,10 +228,11 @@ def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any], kept: st
         )
     name = OF_COMMAND[command]
     table, read = TABLES[name]
-    frame = measured(read(Result.read(folder).store.table(table)).assign(evidence=name, split=Path(folder).name))
+    result = Result.read(folder)
+    frame = measured(read(result.store.table(table)).assign(evidence=name, split=Path(folder).name))
     if frame.empty:
         raise UserError(f"{str(folder)!r} holds no {name}: has any of its prompts a word?")
-    return frame[COLUMNS]
+    return one_per_item(frame[COLUMNS], result.request["items"], [c for c in COLUMNS if c not in ("item", "value")])
 
 
 def _said(text: Mapping[str, Any]) -> str:

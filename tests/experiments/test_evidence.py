@@ -178,6 +178,16 @@ def test_names() -> None:
         evidence_names("value_gaps", False)
 
 
+def test_a_prompt_that_a_run_was_given_twice_is_one_item(tiny_model: MMDiT, tmp_path: Path) -> None:
+    prompts = ["a red ring", "a cat", "a red ring"]
+    ask = Perturb(prompts=prompts, edit="zero", layers=0, num_steps=1, guidance=1.0, shown=0, control="none")
+    table = ask.run(tiny_model, out=tmp_path / "twice", progress=False).table
+    ring, cat, again = table[table["condition"] == "edit"].sort_values("item")["change"]
+    assert ring != again
+    found = evidence.from_run(tmp_path / "twice", tiny_model, {})
+    assert dict(zip(found["item"], found["value"], strict=True)) == {0: pytest.approx((ring + again) / 2), 1: cat}
+
+
 def run(*arguments: str) -> int:
     with pytest.raises(SystemExit) as stopped:
         main(list(arguments))
