@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from mmdit_probe.experiments.store import Store, TaskRecord
     from mmdit_probe.models.mmdit import MMDiT
 
-BASE, REAL = "base", "real"
+BASE, REAL, EVERY = "base", "real", "all"
 KEYS = ["category", "index", "prompt", "seed"]
 STREAMS = ("all", "clip", "t5")
 """Whose tokens make a word's map: both streams of the joint text, or one of them."""
@@ -324,7 +324,12 @@ def prompts_by_category(source: str, n: int) -> list[tuple[str, str]]:
     files = sorted(Path(source).glob("*.txt"))
     if not files:
         raise UserError(f"{source!r} has no text files; expected one per category, with one prompt per line")
-    return [(file.stem.removesuffix("_val"), text) for file in files for text in prompts(str(file), n)]
+    names = [file.stem.removesuffix("_val") for file in files]
+    for name in names:
+        if name in (EVERY, REAL) or names.count(name) > 1:
+            why = "has two text files" if names.count(name) > 1 else "has a name that other rows of the tables have"
+            raise UserError(f"category {name!r} of {source!r} {why}; expected one file per category, of another name")
+    return [(name, text) for name, file in zip(names, files, strict=True) for text in prompts(str(file), n)]
 
 
 def scored(frame: pd.DataFrame, pictures: Sequence[Any], scorers: Scorers) -> pd.DataFrame:
@@ -413,8 +418,8 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     }
     rows: list[dict[str, Any]] = []
     for name in names:
-        for category in ("all", *dict.fromkeys(frame["category"])):
-            chosen, base = (t if category == "all" else t.loc[[category]] for t in (wide[name], wide[baseline]))
+        for category in (EVERY, *dict.fromkeys(frame["category"])):
+            chosen, base = (t if category == EVERY else t.loc[[category]] for t in (wide[name], wide[baseline]))
             for metric in metrics:
                 own, other = (t[metric].groupby("prompt").mean().to_numpy() for t in (chosen, base))
                 mean, low, high = interval(own, kinds[metric])

@@ -362,6 +362,15 @@ def test_a_prompt_may_be_longer_than_the_name_of_a_file() -> None:
     assert prompts_by_category(text, 5) == [("prompts", text)]
 
 
+@pytest.mark.parametrize("names", [("color", "color_val"), ("all",), ("real",)])
+def test_a_category_is_one_file_and_none_of_the_tables_own_names(names: tuple[str, ...], tmp_path: Path) -> None:
+    """Two files were one category, "all" hid that of every prompt, and "real" was left out as the parser's limit."""
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text("a red ring", encoding="utf-8")
+    with pytest.raises(UserError, match="expected one file per category"):
+        prompts_by_category(str(tmp_path), 5)
+
+
 def test_command_scores_a_folder_of_prompts_by_category(
     tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
