@@ -17,7 +17,7 @@ from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.masks import largest, stack
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.errors import UserError, check_known
-from mmdit_probe.scenes import CLASSES, SPLITS, WORLD_VERSION, describe, scene
+from mmdit_probe.scenes import CLASSES, SPLITS, WORLD_VERSION, describe, scene, split_of_world
 from mmdit_probe.scenes.captions import PLURALS
 
 DEFAULT_COUNT = 200
@@ -81,8 +81,8 @@ class ScenesData:
         return _drawn(self.split, range(self.first, self.first + self.count)[index], self.masks, self.prompt)
 
     def describe(self) -> dict[str, Any]:
-        return {"data": f"scenes:{self.split}", "first": self.first, "count": self.count, "masks": self.masks,
-                "prompt": self.prompt}  # fmt: skip
+        return {"data": f"scenes:{split_of_world(self.split)}", "first": self.first, "count": self.count,
+                "masks": self.masks, "prompt": self.prompt}  # fmt: skip
 
 
 @lru_cache(maxsize=4096)

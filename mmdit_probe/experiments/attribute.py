@@ -18,7 +18,7 @@ from mmdit_probe.experiments.experiment import Experiment, Study, plain, request
 from mmdit_probe.experiments.options import Control, Input, LayersAndHeads
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
-from mmdit_probe.scenes import scene
+from mmdit_probe.scenes import scene, split_of_world
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,7 +70,7 @@ class Attribute(LayersAndHeads, Experiment):
         chosen = self.chosen_controls()
         request = request_of(
             model, method=self.method, target=self.target, layers=list(layers), heads=plain(heads), n=self.limit,
-            split=self.split, sigma=self.sigma, seed=self.seed, controls=list(chosen),
+            split=split_of_world(self.split), sigma=self.sigma, seed=self.seed, controls=list(chosen),
         )  # fmt: skip
         tasks = [(variant, index, item) for variant in controls.variants(model, chosen) for index, item in inputs]
         return Study(model, request, tasks, "scenes", state=(layers, heads))

@@ -25,7 +25,7 @@ from mmdit_probe.experiments.options import Input
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import ALIKE, HIGHER, LOWER, NONE, TOO_FEW, holm, interval, p_value, two_sided
-from mmdit_probe.scenes import scene
+from mmdit_probe.scenes import scene, split_of_world
 from mmdit_probe.scenes.world import CLASSES, Scene
 from mmdit_probe.specs import Spec, layer_indices
 
@@ -72,8 +72,8 @@ class HeadTriage(Experiment):
     def prepare(self, model: MMDiT, inputs: list[Scene]) -> Study:
         layers = layer_indices(self.layers, len(model.layers))
         request = request_of(
-            model, layers=list(layers), n=self.limit, split=self.report, train=self.train_limit, sigma=self.sigma,
-            seed=self.seed,
+            model, layers=list(layers), n=self.limit, split=split_of_world(self.report), train=self.train_limit,
+            sigma=self.sigma, seed=self.seed,
         )  # fmt: skip
         streams = [ALL, *dict.fromkeys(model.token_tables(["grass"])[0].streams)]
         reader = Reader(model, layers, [*streams] if len(streams) > 2 else [ALL], self.sigma, self.seed)

@@ -32,7 +32,7 @@ from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import stills
 from mmdit_probe.results.statistics import Kind, corrected, defined, interval, judged, kind_of, no_worse
-from mmdit_probe.scenes import CATEGORIES, captions, describe, scene
+from mmdit_probe.scenes import CATEGORIES, captions, describe, scene, split_of_world
 from mmdit_probe.scenes.captions import CONTRASTS, is_caption
 from mmdit_probe.specs import listed, named_of, numbers
 
@@ -193,7 +193,8 @@ class Score(Sampling, Referring, Experiment):
         request = request_of(
             model, variants=scorers.variants, prompts=inputs, images_per_prompt=each, num_steps=self.num_steps,
             guidance=self.guidance, seed=self.seed, clip=self.clip, vqa=self.vqa, maps=self.sigmas(), n=self.limit,
-            split=self.split, export=None if self.export is None else str(self.export), batch=self.batch,
+            split=split_of_world(self.split), export=None if self.export is None else str(self.export),
+            batch=self.batch,
         )  # fmt: skip
         notes = read_of_videos(model) + strangers(scorers, self.clip, knows_scenes(model))
         facts = scheduled(model, self.num_steps) | {"remarks": notes, "contents": adapter_hashes(scorers.variants)}

@@ -22,6 +22,7 @@ from mmdit_probe.experiments.options import Control, Input, Sampling
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.selection import LayerSelection
+from mmdit_probe.scenes import split_of_world
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,9 +130,9 @@ class SelectLayers(Sampling, Experiment):
 
     def _how(self) -> dict[str, Any]:
         return {
-            "rule": self.rule, "weights": self.weights, "split": self.split, "report": self.report, "n": self.limit,
-            "prompts": self.perturb_limit, "sigma": self.sigma, "seed": self.seed,
-            "from": [str(run) for run in self.runs],
+            "rule": self.rule, "weights": self.weights, "split": split_of_world(self.split),
+            "report": split_of_world(self.report), "n": self.limit, "prompts": self.perturb_limit, "sigma": self.sigma,
+            "seed": self.seed, "from": [str(run) for run in self.runs],
         }  # fmt: skip
 
     def measure(self, study: Study, task: Any, record: TaskRecord) -> None:

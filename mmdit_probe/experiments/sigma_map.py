@@ -23,7 +23,7 @@ from mmdit_probe.experiments.options import Input
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import HIGHER, NONE, compare, two_sided
-from mmdit_probe.scenes import scene
+from mmdit_probe.scenes import scene, split_of_world
 from mmdit_probe.scenes.captions import describe, opposites, parse
 from mmdit_probe.scenes.world import THINGS, Scene
 from mmdit_probe.specs import Spec, layer_indices, numbers
@@ -85,8 +85,9 @@ class SigmaByLayer(Experiment):
     def prepare(self, model: MMDiT, inputs: list[tuple[int, Scene, dict[str, tuple[str, str]]]]) -> Study:
         layers = layer_indices(self.layers, len(model.layers))
         request = request_of(
-            model, layers=list(layers), sigmas=self.levels(), n_of_kind=self.limit, split=self.split, seed=self.seed
-        )
+            model, layers=list(layers), sigmas=self.levels(), n_of_kind=self.limit, split=split_of_world(self.split),
+            seed=self.seed,
+        )  # fmt: skip
         return Study(model, request, inputs, "scenes", state=layers)
 
     def measure(self, study: Study, task: Any, record: TaskRecord) -> None:

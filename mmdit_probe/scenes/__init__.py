@@ -21,6 +21,7 @@ from mmdit_probe.scenes.world import (
     Scene,
     SceneObject,
     scene,
+    split_of_world,
 )
 
 if TYPE_CHECKING:

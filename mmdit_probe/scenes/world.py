@@ -51,6 +51,12 @@ PARTS: tuple[str, ...] = STUFF + tuple(
 SPLITS: dict[str, int] = {"train": 1, "val": 2, "test": 3}
 
 
+def split_of_world(split: str) -> str:
+    """A split as requests and records name it: with the world's version, but for the first, of which they say nothing.
+    So no run goes on with the scenes of another version, nor is it paired with one of those."""
+    return split if WORLD_VERSION == 1 else f"{split} of world {WORLD_VERSION}"
+
+
 @dataclass(frozen=True)
 class SceneObject:
     """One object as placed. Centre and radius in pixels, before occlusion; later objects lie in front."""

@@ -61,6 +61,13 @@ def test_scenes_end() -> None:
     assert data[-1].name == "scenes:val:4"
 
 
+def test_scenes_of_another_world_are_another_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = ScenesData("train", 2)
+    assert data.describe()["data"] == "scenes:train"
+    monkeypatch.setattr("mmdit_probe.scenes.world.WORLD_VERSION", 2)
+    assert data.describe()["data"] == "scenes:train of world 2"
+
+
 def test_part_masks_are_parts_of_single_objects_largest_first() -> None:
     sample, truth = ScenesData("val", 9, "part")[3], scene("val", 3)
     assert sample.names == ()

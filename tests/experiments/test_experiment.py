@@ -46,6 +46,7 @@ from mmdit_probe.experiments import (
     read,
 )
 from mmdit_probe.experiments import target as naming
+from mmdit_probe.experiments.compare_runs import ITEMS
 from mmdit_probe.experiments.experiment import plain
 from mmdit_probe.experiments.reading import Network
 from mmdit_probe.experiments.text import TextTable, records
@@ -466,3 +467,21 @@ def test_only_the_process_of_a_command_leaves_imports_out_of_garbage_collection(
         assert not naming.gc.isenabled()
     assert naming.gc.isenabled() and frozen == [True] * alone
     assert command_model(Session()).alone and not naming.named("scenes-sd3").alone
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [SigmaByLayer(limit=1), Attribute(limit=2), HeadTriage(limit=4, train_limit=4), SelectLayers(evidence="word_mass"),
+     Score(categories="none", map_sigma="0.5", clip="none")],
+)  # fmt: skip
+def test_scenes_of_another_world_are_another_request(
+    ask: Experiment, tiny_model: MMDiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scenes are named by number: with other pixels under the same numbers no run goes on, nor is it compared. Of the
+    first world requests say nothing: those of its runs are as they were."""
+    inputs: list[Any] = []
+    now = ask.prepare(tiny_model, inputs).request
+    monkeypatch.setattr("mmdit_probe.scenes.world.WORLD_VERSION", 2)
+    then = ask.prepare(tiny_model, inputs).request
+    split = "test" if isinstance(ask, HeadTriage) else "val"
+    assert (now["split"], then["split"]) == (split, f"{split} of world 2") and "split" in ITEMS
