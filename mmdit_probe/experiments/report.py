@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
@@ -81,7 +81,22 @@ class Report(Sampling, Experiment):
             from mmdit_probe.data.sources import samples
 
             samples(str(self.images), self.limit)
+        _ = self.reported_on
         return prompts_of(self.prompts, self.limit, scenes, self.limit)
+
+    @property
+    def reported_on(self) -> Literal["test", "train"]:
+        """Scenes for the selected layers that none of the evidence was measured on.
+
+        Raises:
+            UserError: there are none.
+        """
+        named = [f"{source}:" for source in (self.prompts, self.images)]
+        if not any(source.startswith("scenes:test:") for source in named):
+            return "test"
+        if not any(source.startswith("scenes:train:") for source in named):
+            return "train"
+        raise UserError("--prompts and --images take scenes of test and train: none are left to report on")
 
     def parts(self, scenes: bool, prompts: Sequence[str]) -> list[Part]:
         """What is measured, in order. Later parts read the folders of earlier ones."""
@@ -94,6 +109,7 @@ class Report(Sampling, Experiment):
             read = [name for name in (*_READ, *(["pca"] if scenes else [])) if (state / name / "run.json").exists()]
             runs = [state / name for name in read]
             measured: dict[str, Any] = {"evidence": "segmentation", "limit": self.limit, "control": self.control}
+            measured |= {"report": self.reported_on}
             return SelectLayers(runs=runs, **(measured if scenes else {}), **how)
 
         def layers(state: Path) -> tuple[int, ...] | None:
