@@ -172,8 +172,14 @@ class Score(Sampling, Referring, Experiment):
     def prepare(self, model: MMDiT, inputs: list[tuple[str, str]]) -> Study:
         from mmdit_probe.evaluate.blip import BlipAsker
         from mmdit_probe.evaluate.clipscore import ClipScorer
+        from mmdit_probe.models.layout import unwrap
         from mmdit_probe.scenes import load_parser
 
+        if self.lora and getattr(unwrap(model.transformer), "peft_config", None):
+            raise UserError(
+                "the model has an adapter, which would be taken off with those that are compared; make it part of the"
+                " weights first (mmdit_probe.models.adapters.merge), or take it off"
+            )
         scenes = self.prompts is None or (knows_scenes(model) and any(is_caption(text) for _, text in inputs))
         scorers = Scorers(
             load_parser() if scenes else None,
@@ -202,13 +208,22 @@ class Score(Sampling, Referring, Experiment):
 
     def measure(self, study: Study, task: Job, record: TaskRecord) -> None:
         jobs, scorers = study.state
-        adapt(study.model, scorers, task.variant)
+        try:
+            adapt(study.model, scorers, task.variant)
+            self._measure(study.model, task, record, jobs, scorers)
+        except BaseException:  # Ctrl-C too: the model at hand is left as it was
+            adapt(study.model, scorers, BASE)
+            raise
+
+    def _measure(
+        self, model: MMDiT, task: Job, record: TaskRecord, jobs: Sequence[tuple[str, int, str]], scorers: Scorers
+    ) -> None:
         if task.kind == REAL:
             for sigma in self.sigmas():
-                record.write("maps", self._maps(study.model, sigma))
+                record.write("maps", self._maps(model, sigma))
             record.write("scores", real_scenes(self.limit, self.split, scorers))
         else:
-            record.write("scores", self._pictures(study.model, task, jobs, scorers))
+            record.write("scores", self._pictures(model, task, jobs, scorers))
 
     def finish(self, study: Study, store: Store) -> None:
         adapt(study.model, study.state[1], BASE)

@@ -326,6 +326,41 @@ def test_maps_are_those_of_the_base_model(monkeypatch: pytest.MonkeyPatch) -> No
     assert loaded == ["adapter", None] and store.table("maps")["adapter"].tolist() == ["None"]
 
 
+def test_a_run_that_is_cut_short_leaves_no_adapter_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next run of the model at hand would draw the base with it."""
+    loaded: list[str | None] = []
+    monkeypatch.setattr("mmdit_probe.models.adapters.load_adapter", lambda _, path, name: loaded.append(path))
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    painter: Any = SimpleNamespace(generate=interrupted)
+    painter.pipeline = SimpleNamespace(unload_lora_weights=lambda: loaded.append(None))
+    scorers = Scorers(variants={"base": None, "tuned": "adapter"})
+    study = Study(painter, {}, [], state=([("colour", 0, "a ring")], scorers))
+    store = MemoryStore("score", {}, {})
+    with pytest.raises(KeyboardInterrupt), store.task(0, lambda _: None) as record:
+        Score(clip="none").measure(study, Job("pictures", "tuned", range(1)), record)
+    assert loaded == ["adapter", None] and scorers.loaded == "base"
+
+
+def test_an_adapter_of_the_model_at_hand_is_not_taken_off(pipe: Any, tmp_path: Path) -> None:
+    """Beside it one more was loaded, and then both were unloaded: later rows were those of another model."""
+    from mmdit_probe.magnet.lora import save_lora
+    from mmdit_probe.models.adapters import load_adapter, merge
+    from mmdit_probe.models.mmdit import MMDiT
+    from tests.magnet.test_lora import trained
+
+    save_lora(trained(pipe).transformer, tmp_path / "lora", {})
+    pipe.unload_lora_weights()
+    load_adapter(pipe, str(tmp_path / "lora"))
+    ask = Score(lora=[f"more={tmp_path / 'lora'}"], prompts="a red ring", num_steps=1, guidance=1.0)
+    with pytest.raises(UserError, match="the model has an adapter"):
+        ask.prepare(MMDiT(pipe), [("prompts", "a red ring")])
+    merge(pipe)
+    assert ask.prepare(MMDiT(pipe), [("prompts", "a red ring")]).tasks
+
+
 def test_command_compares_an_adapter_with_the_base(
     tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
