@@ -174,5 +174,5 @@ def named(target: Any, asked: Any = None) -> Any:
 
 
 def knows_scenes(target: Any) -> bool:
-    """Whether a target is a model of the scenes world, by its name."""
-    return str(getattr(target, "name", target)) in assets.names()
+    """Whether a target is a model of the scenes world, by its name, also with an adapter or quantised."""
+    return str(getattr(target, "name", target)).partition("+")[0] in assets.names()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from mmdit_probe import load
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import Perturb
 from mmdit_probe.experiments.outcomes import ClipScores, Dino, Parser
 from mmdit_probe.results import read_table
 from mmdit_probe.results.selection import LayerSelection
@@ -159,3 +161,11 @@ def test_what_is_stated_stands_beside_its_opposite() -> None:
     assert np.array_equal(stated["swapped_colours"], turned["colours"])
     plain = parser(["a ring on grass"], images[:1], images[:1])
     assert all(np.isnan(plain[name][0]) for name in ("relation", "wrong_count", "colours"))
+
+
+@pytest.mark.parametrize("name", ["scenes-sd3", "scenes-sd3+runs/mine/lora", "scenes-sd3+runs/mine/lora-random"])
+def test_a_scenes_model_with_an_adapter_is_read_by_the_parser(name: str) -> None:
+    """Its images were told by their change alone, so that nothing of them was compared with those of the base model."""
+    outcomes, checkpoints = Perturb(layers=0).outcomes(SimpleNamespace(name=name, device="cpu"))  # type: ignore[arg-type]
+    assert {"facts", "clip_t"} <= {of for outcome in outcomes for of in outcome.names}
+    assert checkpoints["clip"] == "scenes-clip"
