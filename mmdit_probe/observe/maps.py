@@ -356,7 +356,10 @@ class JointBlocks(Observer):
             return _walk_mean(seen, image)
         features = seen.output[:, :, image].transpose(1, 2).flatten(2)  # [B, I, H * D]
         projection: Any = seen.record.module_call.module
-        return features if part == "feat_out" else projection.to_out[0](features)
+        if part == "feat_out":
+            return features
+        with seen.autocast():
+            return torch.as_tensor(projection.to_out[0](features))
 
 
 def second_eigenvalue(chain: Tensor, rounds: int = 40, vectors: int = 4) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -123,6 +124,11 @@ class LayerCall:
         live = exact.live_queries(self.call)
         lse = self.record.lse if live is None else self.record.lse.masked_fill(~live, 0.0)
         return _finite(lse)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast as the model has it, to call modules of the model: it is off while observers measure."""
+        dtype = self.record.module_call.autocast
+        return nullcontext() if dtype is None else torch.autocast(self.call.query.device.type, dtype)
 
     @property
     def tokens(self) -> list[TokenTable]:
