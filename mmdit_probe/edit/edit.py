@@ -23,6 +23,7 @@ from mmdit_probe.attention.intercept import ModuleCall, Stage, sole_output
 from mmdit_probe.errors import RunError, UserError, check_known
 from mmdit_probe.models.layout import Layer, Layout, Places
 from mmdit_probe.models.tokens import SPAN_KINDS, TokenTable
+from mmdit_probe.models.words import find
 from mmdit_probe.observe.sample_order import (
     canonical_call,
     canonical_hidden,
@@ -348,9 +349,8 @@ def words_of(edit: Edit, table: TokenTable) -> Sequence[str]:
 
 
 def has_words(table: TokenTable, phrase: str) -> bool:
-    """Whether every word of a phrase is one of the prompt's."""
-    known = {word.lower() for word in table.words}
-    return all(part.lower() in known for part in phrase.split())
+    """Whether a phrase stands in the prompt, or in a text of one stream, as a word or several."""
+    return any(find(phrase, text) for text in (table.prompt, *table.texts.values()))
 
 
 def _words(words: Sequence[str], table: TokenTable) -> Tensor:
