@@ -32,7 +32,7 @@ from mmdit_probe.observe.sample_order import (
     restored,
     scattered,
 )
-from mmdit_probe.specs import HeadSpec, Spec, heads_at, named_of
+from mmdit_probe.specs import HeadSpec, Spec, heads_at, named_of, reread
 
 if TYPE_CHECKING:
     from mmdit_probe.observe.probe import Run
@@ -74,6 +74,8 @@ class Addressed:
     branches: Sequence[str] | None
 
     def __post_init__(self) -> None:
+        for name in {"layers", "steps", "heads"} & {field.name for field in fields(self)}:  # type: ignore[arg-type]
+            object.__setattr__(self, name, reread(getattr(self, name)))
         for name in ("branches", "streams", "spans", "words"):
             told = getattr(self, name, None)
             for one in told.values() if isinstance(told, Mapping) else (told,):

@@ -32,7 +32,7 @@ from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, not_finite
 from mmdit_probe.plots.overlay import STRENGTH, overlay
-from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices, named_of, step_indices
+from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices, named_of, reread, step_indices
 
 if TYPE_CHECKING:
     import numpy as np
@@ -153,7 +153,7 @@ class GridMaps(Observer):
         kept = sorted({layer for layer, _ in self._kept})
         chosen = kept if layers == "all" else layer_indices(layers, kept[-1] + 1)
         at = self.steps if steps == "all" else step_indices(steps, self.steps[-1] + 1)
-        found = []
+        found, heads = [], reread(heads)
         for layer in chosen:
             self._check_samples(layer, at, branch)
         for layer, step in itertools.product(chosen, at):
@@ -396,7 +396,7 @@ def second_attention(model: MMDiT, layers: Iterable[int]) -> Iterator[dict[int, 
     Raises:
         UserError: a layer has no second attention; the message names those that have one. RunError: it is not finite.
     """
-    transformer = unwrap(model.transformer)
+    transformer, layers = unwrap(model.transformer), list(layers)
     modules: dict[int, Any] = {
         layer.index: getattr(transformer.get_submodule(layer.path.rpartition(".")[0]), "attn2", None)
         for layer in model.layers

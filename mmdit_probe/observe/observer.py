@@ -30,7 +30,7 @@ from mmdit_probe.errors import RunError, UserError, check_known
 from mmdit_probe.models.layout import Layer, Layout, as_slice
 from mmdit_probe.models.tokens import TokenTable, unknown_table
 from mmdit_probe.results.tables import MemorySink, Sink, text_column
-from mmdit_probe.specs import HeadSpec, heads_at
+from mmdit_probe.specs import HeadSpec, heads_at, reread
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -275,7 +275,7 @@ class RowObserver(Observer):
     ) -> None:
         check_known("rows option", rows, ("head", "layer"))
         self.sink: Any = MemorySink() if sink is None else sink
-        self.heads, self.rows = heads, rows
+        self.heads, self.rows = reread(heads), rows
 
     def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
         """Rows of all layers of a denoising call, from what `measure` gave of each."""

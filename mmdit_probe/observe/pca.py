@@ -24,7 +24,7 @@ from torch import Tensor
 from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
-from mmdit_probe.specs import HeadSpec, heads_at, named_of
+from mmdit_probe.specs import HeadSpec, heads_at, named_of, reread
 
 if TYPE_CHECKING:
     from sklearn.decomposition import IncrementalPCA
@@ -79,7 +79,7 @@ class PCA(Observer):
         if components < 1:
             raise UserError(f"{components} components; expected 1 or more")
         check_known("solver", solver, SOLVERS)
-        self.kinds, self.components, self.solver, self.heads = tuple(kinds), components, solver, heads
+        self.kinds, self.components, self.solver, self.heads = tuple(kinds), components, solver, reread(heads)
         self.reference = reference
         self._fits: dict[tuple[int, str], _Moments | _Incremental] = {}
         self._bases: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}

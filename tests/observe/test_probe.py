@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmdit_probe import AttentionMass, Blur, MMDiT, TextMaps, assets, load, probe
 from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.edit import Scale
 from mmdit_probe.errors import ProbeWarning, RunError, UserError
 from mmdit_probe.models.layout import Layout, Places
 from mmdit_probe.observe.observer import LayerCall, Observer
@@ -211,6 +212,21 @@ def test_a_bare_transformer_counts_steps_and_scales_timesteps() -> None:
         transformer(**bare_inputs(rows=3))
     with pytest.raises(UserError, match="number of steps is unknown"):
         probe(transformer, AttentionMass(), steps="last-8")
+    with pytest.raises(UserError, match="number of steps is unknown"), probe(transformer, edits=Scale(steps="last-1")):
+        transformer(**bare_inputs())
+
+
+def test_an_iterator_names_layers_steps_and_heads_as_a_list_does(pipe: Any) -> None:
+    tables = []
+    for of in (list, iter):
+        edit = Scale(layers=of([0, 1]), steps=of([1, 2]), heads={0: of([1])})
+        with probe(pipe, AttentionMass(heads=of([0])), layers=of([0, 2]), steps=of([0, 2]), edits=edit) as run:
+            sample(pipe, steps=3)
+        tables.append(run[AttentionMass].table())
+    assert tables[0].equals(tables[1])
+    assert tables[0][["layer", "head", "step"]].drop_duplicates().values.tolist() == [
+        [0, 0, 0], [2, 0, 0], [0, 0, 2], [2, 0, 2],
+    ]  # fmt: skip
 
 
 def test_wrong_token_tables_are_refused(pipe: Any) -> None:

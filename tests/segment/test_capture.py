@@ -13,7 +13,7 @@ from mmdit_probe.data import Fit, parse_classes
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.concepts import ConceptStream
-from mmdit_probe.observe.maps import JointBlocks, second_eigenvalue
+from mmdit_probe.observe.maps import JointBlocks, second_attention, second_eigenvalue
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.segment.capture import PictureReader, Request, capture, concept_embeddings
@@ -283,3 +283,10 @@ def test_a_gpu_is_filled_after_one_row_was_measured(model: MMDiT, monkeypatch) -
     assert limit.pictures == 1
     limit.run(range(20), lambda rows: taken.append(len(rows)), "kind", tokens=20)
     assert taken == [1, 8, 8, 3] and limit.pictures == 8  # 0.8 x (1000 + 300 - 200) bytes at 300 - 200 each
+
+
+def test_second_attention_of_layers_from_an_iterator() -> None:
+    dual = MMDiT(tiny.pipeline("sd35"))
+    with second_attention(dual, iter([0, 1])) as kept:
+        dual.denoise(torch.randn(1, 4, 8, 8), 0.5, dual.encode_prompt("a cat"))
+    assert sorted(kept) == [0, 1]
