@@ -417,6 +417,11 @@ class Run:
             )
             return None
         batch = None if self._rows is None else self._rows.batch(text, samples, self._context, sigma)
+        if batch is not None and self._rows is not None and self._rows.one_generator and -1 in batch.seeds:
+            self.note(
+                "one generator draws the noise of several images, whose seeds are unknown: give a list of generators,"
+                " one for each"
+            )
         if self._tokens is not None:
             return batch
         if self._rows is None:
