@@ -415,3 +415,17 @@ def test_another_text_reads_under_a_mask_of_two_axes() -> None:
     swapped = [torch.cat([x[:, :, :3], x.flip(0)[:, :, 3:]], 2).double() for x in (key, value)]
     expected = reference.probabilities(query, swapped[0], mask) @ swapped[1]
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["rotation", "noise"])
+def test_the_control_of_an_image_is_the_same_in_the_second_run_of_a_probe(kind: Any) -> None:
+    model = MMDiT(tiny.pipeline())
+    options: dict[str, Any] = {"steps": 2, "guidance": 4.0, "output_type": "latent"}
+    control = EqualBudget(Blur("image", "text", layers=[LAYER]), kind=kind)
+    with probe(model, edits=control):
+        together = model.generate(["a cat", "a red ring"], seed=[3, 4], **options)
+    with probe(model, edits=control):
+        apart = [model.generate(p, seed=s, **options)[0] for p, s in (("a cat", 3), ("a red ring", 4))]
+    torch.testing.assert_close(torch.stack(apart), together, atol=1e-3, rtol=1e-3)
+    stock = model.generate("a red ring", seed=4, **options)[0]
+    assert (stock - apart[1]).abs().max() > 1e-2
