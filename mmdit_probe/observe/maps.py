@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mmdit_probe.attention import exact, gradients
-from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.attention.call import SDPACall, without_autocast
 from mmdit_probe.errors import UserError, check_known, unknown
 from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.mmdit import MMDiT
@@ -432,11 +432,12 @@ def _keep_second(
         query, key = module.norm_q(query), module.norm_k(key)
     batch, heads, tokens, width = query.shape
     total = torch.zeros(batch, tokens, tokens, device=query.device)
-    for head in range(heads):
-        keys = key[:, head].float().mT * width**-0.5
-        for start in range(0, tokens, _QUERIES):
-            chunk = slice(start, start + _QUERIES)
-            total[:, chunk] += (query[:, head, chunk].float() @ keys).softmax(-1)
+    with without_autocast(query.device.type):
+        for head in range(heads):
+            keys = key[:, head].float().mT * width**-0.5
+            for start in range(0, tokens, _QUERIES):
+                chunk = slice(start, start + _QUERIES)
+                total[:, chunk] += (query[:, head, chunk].float() @ keys).softmax(-1)
     kept[layer] = (total / heads).cpu()
     if not kept[layer].isfinite().all():
         raise not_finite(layer, "the second attention", query.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -290,3 +291,22 @@ def test_second_attention_of_layers_from_an_iterator() -> None:
     with second_attention(dual, iter([0, 1])) as kept:
         dual.denoise(torch.randn(1, 4, 8, 8), 0.5, dual.encode_prompt("a cat"))
     assert sorted(kept) == [0, 1]
+
+
+def test_second_attention_is_computed_in_float32_under_autocast() -> None:
+    dual = MMDiT(tiny.pipeline("sd35"))
+    module = dual.transformer.transformer_blocks[0].attn2
+    with torch.no_grad():
+        module.norm_q.weight.mul_(3.0)  # logits of some size, whose rounding is seen
+    given: list[Any] = []
+    handle = module.register_forward_hook(lambda m, a, kw, out: given.append(kw["hidden_states"]), with_kwargs=True)
+    text = dual.encode_prompt("a cat")
+    with torch.autocast("cpu", torch.bfloat16), second_attention(dual, [0]) as kept:
+        dual.denoise(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 0.5, text)
+        query, key = (
+            of(given[0]).unflatten(-1, (module.heads, -1)).transpose(1, 2) for of in (module.to_q, module.to_k)
+        )
+        query, key = module.norm_q(query), module.norm_k(key)
+    handle.remove()
+    expected = explicit(query, key)[0].mean(0)
+    torch.testing.assert_close(kept[0][0].double(), expected, atol=1e-5, rtol=0)
