@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral, Real
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from mmdit_probe.errors import UserError, check_known
 
@@ -78,6 +78,13 @@ def step_indices(spec: Spec, count: int) -> tuple[int, ...]:
     `last-1`.
     """
     return _indices(spec, count, "step", "all, last-8, 20, 0-4 or 0,20")
+
+
+def reread(spec: Any) -> Any:
+    """A specification of layers, steps or heads that can be read more than once: what an iterator gives, as a list."""
+    if isinstance(spec, Mapping):
+        return {layer: reread(of_layer) for layer, of_layer in spec.items()}
+    return list(spec) if isinstance(spec, Iterator) else spec
 
 
 def check_spec(spec: Spec, indices: Callable[[Spec, int], tuple[int, ...]]) -> None:

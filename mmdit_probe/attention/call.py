@@ -115,6 +115,11 @@ class SDPACall:
         return self.mask > torch.finfo(self.mask.dtype).min / 2
 
 
+def autocast_of(device: str) -> torch.dtype | None:
+    """What `torch.autocast` casts to on a type of device; None where it is off."""
+    return torch.get_autocast_dtype(device) if _autocast(device) else None
+
+
 def without_autocast(device: str) -> AbstractContextManager[Any]:
     """No autocast on a type of device: it would round float32 products, and cast what a call was given."""
     return torch.autocast(device, enabled=False) if _autocast(device) else nullcontext()

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _len_torch_function_stack, _pop_mode, _push_mode
 
 from mmdit_probe.attention import compiled, exact
-from mmdit_probe.attention.call import STOCK, SDPACall, without_autocast
+from mmdit_probe.attention.call import STOCK, SDPACall, autocast_of, without_autocast
 
 Stage = Literal["input", "record", "output"]
 _STAGES: tuple[Stage, ...] = ("input", "record", "output")
@@ -43,7 +43,8 @@ Detach = Callable[[], None]
 class ModuleCall:
     """One forward of a watched attention module: its arguments, and how many attention calls it has made so far.
 
-    In a compiled graph there are no arguments, and what a handler computes has no gradient.
+    In a compiled graph there are no arguments, and what a handler computes has no gradient. `autocast` is the dtype of
+    the model's autocast, which is off while handlers run; None if there is none.
     """
 
     module: nn.Module
@@ -51,6 +52,7 @@ class ModuleCall:
     kwargs: Mapping[str, Any]
     calls: int = 0
     compiled: bool = False
+    autocast: torch.dtype | None = None
 
     def argument(self, name: str, position: int) -> Any:
         """The module's argument of this name, or else the one at this position; None if neither is there."""
@@ -61,13 +63,15 @@ class ModuleCall:
 
 @dataclass
 class Record:
-    """One attention call as a recorder sees it: the call before edits, the output the model goes on with."""
+    """One attention call as a recorder sees it: the call before edits, the output the model goes on with; `edited` says
+    whether an edit had a part in that."""
 
     call: SDPACall
     output: Tensor
     module_call: ModuleCall
     _lse: Tensor | None = field(default=None, repr=False)
     _lse_known: bool = field(default=False, repr=False)
+    edited: bool = False
 
     @property
     def lse(self) -> Tensor | None:
@@ -182,7 +186,9 @@ class _Watcher:
 
     def run(self, call: SDPACall, module_call: ModuleCall) -> Tensor:
         """The output of one call, with all handlers."""
-        with without_autocast(call.query.device.type):
+        device = call.query.device.type
+        module_call.autocast = autocast_of(device)
+        with without_autocast(device):
             return self._run(call, module_call)
 
     def _run(self, call: SDPACall, module_call: ModuleCall) -> Tensor:
@@ -191,25 +197,29 @@ class _Watcher:
         wanted = [(recorder, recorder.wants(module_call)) for recorder in self.handlers["record"]]
         module_call.calls += 1
         lse, lse_known = None, False
+        made: list[Tensor] = []
         if self.handlers["output"]:
-            output = self._edited(call, module_call, 0)
+            output = self._edited(call, module_call, 0, made)
         elif any(want == "lse" for _, want in wanted):
             (output, lse), lse_known = exact.attend(call), True
         else:
             output = call.stock()
         if any(want != "nothing" for _, want in wanted):
-            record = Record(call.broadcast(), output, module_call, lse, lse_known)
+            edited = bool(self.handlers["output"]) and (len(made) != 1 or output is not made[0])
+            record = Record(call.broadcast(), output, module_call, lse, lse_known, edited)
             with torch.no_grad():
                 for recorder, want in wanted:
                     if want != "nothing":
                         recorder.record(record)
         return output
 
-    def _edited(self, call: SDPACall, module_call: ModuleCall, position: int) -> Tensor:
+    def _edited(self, call: SDPACall, module_call: ModuleCall, position: int, made: list[Tensor]) -> Tensor:
+        """The output after the edits from a position on; `made` takes what the kernel gives."""
         edits = self.handlers["output"]
         if position == len(edits):
-            return call.stock()
-        return edits[position](call, module_call, lambda inner: self._edited(inner, module_call, position + 1))
+            made.append(call.stock())
+            return made[-1]
+        return edits[position](call, module_call, lambda inner: self._edited(inner, module_call, position + 1, made))
 
 
 _UNFLATTEN = torch.Tensor.unflatten

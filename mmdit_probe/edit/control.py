@@ -8,7 +8,7 @@ Each token's attention output moves exactly as far as under the edit (L2 norm pe
 
     rotation    the edit's change, turned by one random orthogonal matrix per image, layer and head, the same for every
                 token and step: as coherent over picture and sampling as the edit, so it moves the picture as far
-    noise       a direction of its own for every image, token and denoising call; such changes cancel out: the weaker
+    noise       a direction of its own for every image, token and sampling step; such changes cancel out: the weaker
                 control
 
 One matrix is one direction out of many. Every image has its own, drawn from its seed: were a few shared by all, a mean
@@ -114,7 +114,7 @@ class ControlHandler:
         return rotations(change.shape[1], change.shape[-1], generator).to(change)
 
     def _noise(self, change: Tensor, current: DenoisingCall, samples: slice) -> Tensor:
-        seeds, place = current.seeds[samples], (self.inner.layer.index, current.number)
+        seeds, place = current.seeds[samples], (self.inner.layer.index, current.step)
         draws = {
             seed: torch.randn(change.shape[1:], generator=_generator(self.control.seed, *place, seed))
             for seed in dict.fromkeys(seeds)

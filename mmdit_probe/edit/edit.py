@@ -23,6 +23,7 @@ from mmdit_probe.attention.intercept import ModuleCall, Stage, sole_output
 from mmdit_probe.errors import RunError, UserError, check_known
 from mmdit_probe.models.layout import Layer, Layout, Places
 from mmdit_probe.models.tokens import SPAN_KINDS, TokenTable
+from mmdit_probe.models.words import find
 from mmdit_probe.observe.sample_order import (
     canonical_call,
     canonical_hidden,
@@ -31,7 +32,7 @@ from mmdit_probe.observe.sample_order import (
     restored,
     scattered,
 )
-from mmdit_probe.specs import HeadSpec, Spec, heads_at, named_of
+from mmdit_probe.specs import HeadSpec, Spec, heads_at, named_of, reread
 
 if TYPE_CHECKING:
     from mmdit_probe.observe.probe import Run
@@ -73,6 +74,8 @@ class Addressed:
     branches: Sequence[str] | None
 
     def __post_init__(self) -> None:
+        for name in {"layers", "steps", "heads"} & {field.name for field in fields(self)}:  # type: ignore[arg-type]
+            object.__setattr__(self, name, reread(getattr(self, name)))
         for name in ("branches", "streams", "spans", "words"):
             told = getattr(self, name, None)
             for one in told.values() if isinstance(told, Mapping) else (told,):
@@ -348,9 +351,8 @@ def words_of(edit: Edit, table: TokenTable) -> Sequence[str]:
 
 
 def has_words(table: TokenTable, phrase: str) -> bool:
-    """Whether every word of a phrase is one of the prompt's."""
-    known = {word.lower() for word in table.words}
-    return all(part.lower() in known for part in phrase.split())
+    """Whether a phrase stands in the prompt, or in a text of one stream, as a word or several."""
+    return any(find(phrase, text) for text in (table.prompt, *table.texts.values()))
 
 
 def _words(words: Sequence[str], table: TokenTable) -> Tensor:

@@ -193,7 +193,7 @@ class OtherText(Edit):
     by_rows = True
 
     def attend(self, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
-        if call.attn_mask is not None and len(call.attn_mask) > 1:
+        if call.mask is not None and len(call.mask) > 1:
             raise UserError("the samples of this batch hide different keys: their texts cannot stand in for each other")
         positions = place.layout.positions(self.key)
         chosen = place.keys[:, None, :, None]

@@ -106,7 +106,8 @@ def guided_calls(target: Any, edit: Guide, scale: float, guidance: float) -> Ite
     """Perturbed guidance as a wrapper of the transformer, for pipelines that only know classifier-free guidance.
 
     Every call returns, in its conditional rows, c + (s / g) (c - p), so that the pipeline's own u + g (c' - u) is the
-    wanted sum. The perturbed forward takes the whole batch: twice the time of sampling without it.
+    wanted sum. The perturbed forward takes the whole batch: twice the time of sampling without it. Other probes see the
+    forward without the edit.
 
     Args:
         target: an `MMDiT`, a stock pipeline or a transformer that is called with `return_dict=False`. Conditional rows
@@ -119,14 +120,14 @@ def guided_calls(target: Any, edit: Guide, scale: float, guidance: float) -> Ite
         run = stack.enter_context(probe(target, edits=switched))
 
         def forward(proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            clean = proceed(*args, **kwargs)
-            if not isinstance(clean, tuple):
-                raise UserError("the transformer was called without return_dict=False; its output cannot be guided")
             switched.on = True
             try:
                 perturbed = proceed(*args, **kwargs)
             finally:
                 switched.on = False
+            clean = proceed(*args, **kwargs)  # the last one: what other probes keep of the two
+            if not isinstance(clean, tuple):
+                raise UserError("the transformer was called without return_dict=False; its output cannot be guided")
             branches = run.current.branches if run.current is not None else []
             guided = torch.tensor([branch != "uncond" for branch in branches], device=clean[0].device)
             guided = guided.reshape(-1, *[1] * (clean[0].ndim - 1))

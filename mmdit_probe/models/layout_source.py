@@ -3,7 +3,8 @@
     source = layout_source(transformer)
     source.arrange(inputs)                   # {"": arrangement}, or one per layer for a model without an entry
 
-A model without an entry is laid out at its first denoising call, and again when the shapes of its inputs change.
+A model without an entry is laid out at its first denoising call, and again when the shapes of its inputs change, or
+what its masks and indices say.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mmdit_probe.errors import UserError
@@ -54,10 +54,10 @@ class FoundLayout(EntryLayout):
         self._found: dict[tuple[Any, ...], dict[str, Arrangement]] = {}
 
     def arrange(self, inputs: Mapping[str, Any]) -> dict[str, Arrangement]:
-        shapes = tuple((name, _shapes(value)) for name, value in inputs.items())
-        if shapes not in self._found:
-            self._found[shapes] = self._calibrated(inputs)
-        return self._found[shapes]
+        known = tuple((name, _decisive(name, value)) for name, value in inputs.items())
+        if known not in self._found:
+            self._found[known] = self._calibrated(inputs)
+        return self._found[known]
 
     def _calibrated(self, inputs: Mapping[str, Any]) -> dict[str, Arrangement]:
         image, text = input_names(inputs)
@@ -104,9 +104,11 @@ def _nothing(inputs: Mapping[str, Any], config: Any) -> Arrangement:
     raise UserError("the layout of this model is found mechanically, at its first call")
 
 
-def _shapes(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return tuple(value.shape)
+def _decisive(name: str, value: Any) -> Any:
+    """What of an argument may decide which token is where: shapes of tensors, values of masks and indices."""
     if isinstance(value, list | tuple):
-        return tuple(_shapes(item) for item in value)
-    return None
+        return tuple(_decisive(name, item) for item in value)
+    if not isinstance(value, Tensor):
+        return None
+    told = name not in TIMESTEP_NAMES and ("mask" in name or not value.is_floating_point())
+    return tuple(value.shape), tuple(value.flatten().tolist()) if told else ()

@@ -314,6 +314,7 @@ class MMDiT:
             raise UserError(
                 f"image of {sizes[0][0]} x {sizes[0][1]} pixels: both sides must be multiples of {self.size_multiple}"
             )
+        self._check_vae()
         vae = self.pipeline.vae
         pixels = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(self.device, vae.dtype) / 127.5 - 1.0
         return packing.encode(vae, pixels, self.family.cell)
@@ -322,6 +323,7 @@ class MMDiT:
     def decode(self, latents: Tensor) -> list[Any]:
         """PIL images of latents [B, C, h, w]."""
         self._check_latents()
+        self._check_vae()
         pixels = packing.decode(self.pipeline.vae, latents.to(self.device), self.family.cell)
         return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
 
@@ -409,6 +411,14 @@ class MMDiT:
             raise UserError(
                 f"{type(self.pipeline).__name__} puts image and text into one input of its transformer: sample with"
                 " the pipeline, or give it to `probe`"
+            )
+
+    def _check_vae(self, instead: str = "") -> None:
+        """Raises a UserError where the pipeline was loaded without its autoencoder."""
+        if getattr(self.pipeline, "vae", self) is None:
+            raise UserError(
+                f"{type(self.pipeline).__name__} has no autoencoder (vae=None), so latents make no picture, and no"
+                f" picture latents{instead}"
             )
 
     @torch.no_grad()
@@ -546,6 +556,8 @@ class MMDiT:
         if negative and "negative_prompt" not in arguments:
             raise UserError(f"{type(self.pipeline).__name__} takes no negative prompt; leave it out")
         options |= {"output_type": "pil"} if self.makes_videos and "output_type" not in options else {}
+        if options.get("output_type") != "latent":
+            self._check_vae('; ask for output_type="latent"')
         with _guided(self.pipeline, guidance), barless(self.pipeline):
             made = self.pipeline(prompt=texts, **arguments, **options)
         if not self.makes_videos:

@@ -45,9 +45,11 @@ class Clock:
             place = self._near(sigmas[0]) if family.timesteps == 1.0 else self._exact(values[0], sigmas[0])
             if place is not None:
                 return place, [family.levels(self.scheduler)[place]] * samples
-        if sigmas[0] != self._last:
+        known = not math.isnan(sigmas[0])
+        moment = sigmas[0] if known else values[0]  # of a model whose timesteps are not known, which may rise or fall
+        if moment != self._last:
             # Sampling runs from noise to image: a rise of the noise level is the start of another image.
-            self._count, self._last = (0 if sigmas[0] > self._last else self._count + 1), sigmas[0]
+            self._count, self._last = (0 if known and moment > self._last else self._count + 1), moment
         return self._count, sigmas
 
     @property

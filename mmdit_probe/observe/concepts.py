@@ -72,6 +72,10 @@ class ConceptStream(Observer):
 
     def measure(self, seen: LayerCall) -> tuple[Tensor, Tensor]:
         """Output [B, K, E] of the concepts in this layer, and their state [B, K, C] after it."""
+        with seen.autocast():
+            return self._carried(seen)
+
+    def _carried(self, seen: LayerCall) -> tuple[Tensor, Tensor]:
         if self._modulation is None:
             raise UserError("ConceptStream heard no modulation vector: run the model inside `stream.listening()`")
         layer, temb, image = seen.layer.index, self._modulation, seen.layout.positions("image")

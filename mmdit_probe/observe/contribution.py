@@ -44,6 +44,9 @@ WHOLE: Group = ("all", "all", "", "", -1)
 _QUERIES = 512
 """Image queries per chunk."""
 
+_LARGE = 2.0**10
+"""A weight times this is much larger than a bias: added to a bias in 16 bits, a small weight would lose its digits."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Others:
@@ -74,7 +77,8 @@ class Contribution(RowObserver):
     itself.
 
     Raises:
-        UserError: an attention module whose image tokens do not pass through an output projection of its own.
+        UserError: an attention module whose image tokens do not pass through an output projection of its own; an edit
+            of the layer's attention output, after which its parts are not those of the attention call.
     """
 
     needs = "lse"
@@ -87,15 +91,20 @@ class Contribution(RowObserver):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._refused: dict[int, UserError] = {}
+        self._listening: list[Any] = []
 
     def measure(self, seen: LayerCall) -> tuple[_Others, list[Tensor]]:
         tables, layout = seen.tokens, seen.layout
+        if seen.record.edited:
+            raise _unreadable(seen, "is edited, and what an edited output consists of is not known")
         if self._text is None or self._text.tables is not tables or self._text.layout is not layout:
             columns = layout.indices(*KINDS[1:])
             groups = [_groups(layout, table, sample) for sample, table in enumerate(tables)]
             self._text = _Others(tables, layout, columns.to(seen.call.query.device), groups)
         projection = projection_of(seen)
-        weight = linear_map(projection, seen.call.query).unflatten(0, (seen.call.query.shape[1], -1))  # [H, Dv, E]
+        with seen.autocast():
+            weight = linear_map(projection, seen.call.query)
+        weight = weight.unflatten(0, (seen.call.query.shape[1], -1))  # [H, Dv, E]
         self._check(seen, projection)
         return self._text, contributions(seen, weight, self._text)
 
@@ -112,6 +121,13 @@ class Contribution(RowObserver):
                 self._refused[seen.layer.index] = _unreadable(seen, "changes its output before the projection")
 
         handle = projection.register_forward_pre_hook(arrived)
+        self._listening.append(handle)
+
+    def abandon_call(self) -> None:
+        super().abandon_call()
+        for handle in self._listening:  # of projections that were not reached
+            handle.remove()
+        self._listening.clear()
 
     def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
         if self._refused:
@@ -158,9 +174,9 @@ def _unreadable(seen: LayerCall, why: str) -> UserError:
 def linear_map(projection: nn.Module, like: Tensor) -> Tensor:
     """The matrix [in, out], float32, of an affine module with all that is on it (adapters, quantised weights)."""
     width: int = getattr(projection, "base_layer", projection).in_features  # type: ignore[assignment, union-attr]
-    unit = torch.eye(width, device=like.device, dtype=like.dtype)
+    unit = _LARGE * torch.eye(width, device=like.device, dtype=like.dtype)
     nothing = torch.zeros_like(unit[:1])
-    return projection(unit).float() - projection(nothing).float()
+    return (projection(unit).float() - projection(nothing).float()) / _LARGE
 
 
 @torch.no_grad()

@@ -26,13 +26,13 @@ import torch
 from torch import Tensor
 
 from mmdit_probe.attention import exact, gradients
-from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.attention.call import SDPACall, without_autocast
 from mmdit_probe.errors import UserError, check_known, unknown
 from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, not_finite
 from mmdit_probe.plots.overlay import STRENGTH, overlay
-from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices, named_of, step_indices
+from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices, named_of, reread, step_indices
 
 if TYPE_CHECKING:
     import numpy as np
@@ -153,7 +153,7 @@ class GridMaps(Observer):
         kept = sorted({layer for layer, _ in self._kept})
         chosen = kept if layers == "all" else layer_indices(layers, kept[-1] + 1)
         at = self.steps if steps == "all" else step_indices(steps, self.steps[-1] + 1)
-        found = []
+        found, heads = [], reread(heads)
         for layer in chosen:
             self._check_samples(layer, at, branch)
         for layer, step in itertools.product(chosen, at):
@@ -356,7 +356,10 @@ class JointBlocks(Observer):
             return _walk_mean(seen, image)
         features = seen.output[:, :, image].transpose(1, 2).flatten(2)  # [B, I, H * D]
         projection: Any = seen.record.module_call.module
-        return features if part == "feat_out" else projection.to_out[0](features)
+        if part == "feat_out":
+            return features
+        with seen.autocast():
+            return torch.as_tensor(projection.to_out[0](features))
 
 
 def second_eigenvalue(chain: Tensor, rounds: int = 40, vectors: int = 4) -> Tensor:
@@ -393,7 +396,7 @@ def second_attention(model: MMDiT, layers: Iterable[int]) -> Iterator[dict[int, 
     Raises:
         UserError: a layer has no second attention; the message names those that have one. RunError: it is not finite.
     """
-    transformer = unwrap(model.transformer)
+    transformer, layers = unwrap(model.transformer), list(layers)
     modules: dict[int, Any] = {
         layer.index: getattr(transformer.get_submodule(layer.path.rpartition(".")[0]), "attn2", None)
         for layer in model.layers
@@ -429,11 +432,12 @@ def _keep_second(
         query, key = module.norm_q(query), module.norm_k(key)
     batch, heads, tokens, width = query.shape
     total = torch.zeros(batch, tokens, tokens, device=query.device)
-    for head in range(heads):
-        keys = key[:, head].float().mT * width**-0.5
-        for start in range(0, tokens, _QUERIES):
-            chunk = slice(start, start + _QUERIES)
-            total[:, chunk] += (query[:, head, chunk].float() @ keys).softmax(-1)
+    with without_autocast(query.device.type):
+        for head in range(heads):
+            keys = key[:, head].float().mT * width**-0.5
+            for start in range(0, tokens, _QUERIES):
+                chunk = slice(start, start + _QUERIES)
+                total[:, chunk] += (query[:, head, chunk].float() @ keys).softmax(-1)
     kept[layer] = (total / heads).cpu()
     if not kept[layer].isfinite().all():
         raise not_finite(layer, "the second attention", query.dtype)

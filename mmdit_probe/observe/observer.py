@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -29,7 +30,7 @@ from mmdit_probe.errors import RunError, UserError, check_known
 from mmdit_probe.models.layout import Layer, Layout, as_slice
 from mmdit_probe.models.tokens import TokenTable, unknown_table
 from mmdit_probe.results.tables import MemorySink, Sink, text_column
-from mmdit_probe.specs import HeadSpec, heads_at
+from mmdit_probe.specs import HeadSpec, heads_at, reread
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,6 +124,11 @@ class LayerCall:
         live = exact.live_queries(self.call)
         lse = self.record.lse if live is None else self.record.lse.masked_fill(~live, 0.0)
         return _finite(lse)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast as the model has it, to call modules of the model: it is off while observers measure."""
+        dtype = self.record.module_call.autocast
+        return nullcontext() if dtype is None else torch.autocast(self.call.query.device.type, dtype)
 
     @property
     def tokens(self) -> list[TokenTable]:
@@ -269,7 +275,7 @@ class RowObserver(Observer):
     ) -> None:
         check_known("rows option", rows, ("head", "layer"))
         self.sink: Any = MemorySink() if sink is None else sink
-        self.heads, self.rows = heads, rows
+        self.heads, self.rows = reread(heads), rows
 
     def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
         """Rows of all layers of a denoising call, from what `measure` gave of each."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer
-from mmdit_probe.specs import HeadSpec, heads_at, named_of
+from mmdit_probe.specs import HeadSpec, heads_at, named_of, reread
 
 if TYPE_CHECKING:
     from sklearn.decomposition import IncrementalPCA
@@ -79,7 +79,7 @@ class PCA(Observer):
         if components < 1:
             raise UserError(f"{components} components; expected 1 or more")
         check_known("solver", solver, SOLVERS)
-        self.kinds, self.components, self.solver, self.heads = tuple(kinds), components, solver, heads
+        self.kinds, self.components, self.solver, self.heads = tuple(kinds), components, solver, reread(heads)
         self.reference = reference
         self._fits: dict[tuple[int, str], _Moments | _Incremental] = {}
         self._bases: dict[tuple[int, str], tuple[Tensor, Tensor, Tensor]] = {}
@@ -228,7 +228,7 @@ class Projection(Observer):
         features = image_features(seen, kind, self.basis.heads, self.basis.reference).cpu().double()
         if self.each:
             centred = features - features.mean(1, keepdim=True)
-            maps = torch.stack([_own_components(image, self.basis.components) for image in centred])
+            maps = _own_components(centred, self.basis.components)
         else:
             mean, vectors, _ = self.basis.basis(seen.layer.index, kind)
             centred = features - mean
@@ -267,10 +267,11 @@ class Projection(Observer):
 
 
 def _own_components(centred: Tensor, count: int) -> Tensor:
+    """Components [B', I, k] of the features [B', I, D] of each image."""
     if not centred.isfinite().all():  # has no components; refused with its layer when the call is over
-        return centred[:, :count]
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
-    return centred @ vectors.flip(1)[:, :count]
+        return centred[..., :count]
+    _, vectors = torch.linalg.eigh(centred.mT @ centred)
+    return centred @ vectors.flip(-1)[..., :count]
 
 
 def token_classes(masks: NDArray[np.integer], grid: tuple[int, int]) -> NDArray[np.int64]:

@@ -74,6 +74,11 @@ class PipelineRows:
         """Whether the pipeline has encoded anything that is known."""
         return bool(self._branches)
 
+    @property
+    def one_generator(self) -> bool:
+        """Whether a single generator draws the noise of all images."""
+        return len(self._seeds) == 1
+
     def batch(self, text: Any, samples: int, context: str | None, moment: float) -> Batch | None:
         """The rows of a transformer call; None if its text is not what was encoded last.
 
@@ -92,8 +97,8 @@ class PipelineRows:
         branches = self._chosen(fitting, context, moment)
         count = len(rows) // len(branches)
         parts = [self._encoded(branch).repeated(count) for branch in branches]
-        seeds = self._seeds * count if len(self._seeds) == 1 else self._seeds
-        seeds = seeds if len(seeds) == count else [-1] * count
+        # One generator for several images draws each one's noise after the last one's: no seed gives it again.
+        seeds = self._seeds if len(self._seeds) == count else [-1] * count
         return Batch(
             tokens=[table for part in parts for table in part.tables],
             prompts=known["cond"].repeated(count).prompts * len(branches),

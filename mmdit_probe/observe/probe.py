@@ -46,7 +46,7 @@ from mmdit_probe.observe.clock import Clock
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, check_finite
 from mmdit_probe.observe.pipeline_labels import PERTURBED, PipelineRows, calling_pipeline, is_pipeline
 from mmdit_probe.observe.sample_order import canonical, canonical_hidden, hidden_keys, joined
-from mmdit_probe.specs import Spec, layer_indices, step_indices
+from mmdit_probe.specs import Spec, layer_indices, reread, step_indices
 
 Seen = TypeVar("Seen", bound=Observer)
 
@@ -132,7 +132,7 @@ class Run:
         self._outer = outer
         self.transformer = unwrap(outer)
         self._source = layout_source(self.transformer)
-        self._wanted = layers
+        self._wanted = reread(layers)
         self.all_layers: list[Layer] = []
         self.layers: list[Layer] = []
         for one in (*observers, *edits):
@@ -142,7 +142,7 @@ class Run:
         self.edits = list(edits)
         if self._source.layers is not None:
             self._choose(self._source.layers)
-        self.steps = steps
+        self.steps = reread(steps)
         self.current: DenoisingCall | None = None
         self.notes: list[str] = []
         self._tokens = tokens
@@ -161,8 +161,7 @@ class Run:
         self._left_out: Sequence[int] = ()
         self._device = "cpu"
         self._clock = Clock(getattr(self.pipeline, "scheduler", None))
-        if self._clock.steps is None and "last" in str(steps):
-            raise UserError(f"steps {steps!r} of a bare transformer: the number of steps is unknown; name the indices")
+        _count_for(self.steps, self._clock.steps)
 
     def __repr__(self) -> str:
         held = ", ".join(type(one).__name__ for one in [*self.observers, *self.edits]) or "nothing"
@@ -312,7 +311,9 @@ class Run:
 
     def at(self, steps: Spec) -> bool:
         """Whether the denoising call in progress is at one of these sampling steps; calls of `MMDiT.denoise` are."""
-        return steps == "all" or self._step is None or self._step in step_indices(steps, self._clock.steps or 1 << 30)
+        if steps == "all" or self._step is None:
+            return True
+        return self._step in step_indices(steps, _count_for(steps, self._clock.steps))
 
     # The bookkeeping of a call is no part of a compiled graph.
     @torch.compiler.disable
@@ -416,6 +417,11 @@ class Run:
             )
             return None
         batch = None if self._rows is None else self._rows.batch(text, samples, self._context, sigma)
+        if batch is not None and self._rows is not None and self._rows.one_generator and -1 in batch.seeds:
+            self.note(
+                "one generator draws the noise of several images, whose seeds are unknown: give a list of generators,"
+                " one for each"
+            )
         if self._tokens is not None:
             return batch
         if self._rows is None:
@@ -578,6 +584,17 @@ class _LayerRecorder:
                 f" {layout.counts['image']} image and {layout.counts['text']} text tokens in one softmax, in {expected}"
                 " samples. A processor that attends to more than these (an IP-Adapter's) cannot be probed: unload it"
             )
+
+
+def _count_for(steps: Spec, count: int | None) -> int:
+    """The number of sampling steps by which a specification is read; more than there ever are where nobody says.
+
+    Raises:
+        UserError: nobody says, and it counts from the end.
+    """
+    if count is None and "last" in str(steps):
+        raise UserError(f"steps {steps!r} of a bare transformer: the number of steps is unknown; name the indices")
+    return count or 1 << 30
 
 
 def _stateful(module: nn.Module) -> bool:

@@ -29,7 +29,8 @@ def canonical(record: Record, places: Places) -> Record:
     """
     queries = places.queries
     lse = None if record.lse is None else gathered(record.lse[..., None], queries)[..., 0]
-    return Record(canonical_call(record.call, places), gathered(record.output, queries), record.module_call, lse, True)
+    output = gathered(record.output, queries)
+    return Record(canonical_call(record.call, places), output, record.module_call, lse, True, record.edited)
 
 
 def canonical_call(call: SDPACall, places: Places) -> SDPACall:
@@ -84,7 +85,8 @@ def joined(records: Sequence[Record]) -> Record:
     )  # fmt: skip
     known = [record.lse[..., None] for record in records if record.lse is not None]
     lse = _stacked(known)[..., 0] if len(known) == len(records) else None
-    return Record(call, _stacked([record.output for record in records]), records[0].module_call, lse, True)
+    edited = any(record.edited for record in records)
+    return Record(call, _stacked([record.output for record in records]), records[0].module_call, lse, True, edited)
 
 
 def _joined_masks(calls: Sequence[SDPACall]) -> Tensor | None:

@@ -101,9 +101,11 @@ class Channels(RowObserver):
         call, sizes = seen.call, {}
         for kind, tensor in (("query", call.query), ("key", call.key), ("value", call.value), ("output", seen.output)):
             for token in MODALITIES:
-                part = tensor[:, :, seen.layout.positions(token)].float()
-                if part.shape[2]:
-                    sizes[kind, token] = part.square().mean((0, 2)).sqrt().flatten()  # [H * D]
+                positions = seen.layout.positions(token)
+                there = _there(seen, kind in ("query", "output"))[:, positions].to(tensor.device)  # [B, n]
+                if there.any():
+                    squares = tensor[:, :, positions].float().square() * there[:, None, :, None]
+                    sizes[kind, token] = (squares.sum((0, 2)) / there.sum()).sqrt().flatten()  # [H * D]
         return sizes
 
     def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
@@ -227,9 +229,15 @@ def _query_weights(seen: LayerCall, *modalities: str) -> Tensor:
 
 def _uniform(seen: LayerCall) -> Tensor:
     """What uniform attention gives to every token of a sample, [B, N] on the CPU: nothing to one that is no key."""
-    layout, shape = seen.layout, (len(seen.tokens), seen.layout.total)
-    there = (torch.ones(shape) if layout.keys is None else layout.keys.float()).expand(shape)
+    there = _there(seen).float()
     return there / there.sum(-1, keepdim=True)
+
+
+def _there(seen: LayerCall, as_queries: bool = False) -> Tensor:
+    """Which tokens every sample has as keys, or as queries, [B, N] boolean on the CPU."""
+    layout, shape = seen.layout, (len(seen.tokens), seen.layout.total)
+    known = layout.queries if as_queries else layout.keys
+    return (torch.ones(shape, dtype=torch.bool) if known is None else known).expand(shape)
 
 
 def _sinks(seen: LayerCall) -> Tensor:

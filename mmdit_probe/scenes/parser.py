@@ -176,7 +176,9 @@ def aligned(caption: str, reading: SceneReading) -> bool:
 def things_right(caption: str, reading: SceneReading) -> bool:
     """Whether every named object is there in its colour, as often as it is named (more of them do no harm)."""
     facts = parse(caption)
-    named = Counter({(g.noun, g.colour): g.count for g in facts.groups})
+    named: Counter[tuple[str, str | None]] = Counter()
+    for group in facts.groups:
+        named[group.noun, group.colour] += group.count
     return all(
         sum(o.noun == noun and colour in (None, o.colour) for o in reading.objects) >= n
         for (noun, colour), n in named.items()

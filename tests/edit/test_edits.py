@@ -13,10 +13,11 @@ from mmdit_probe.attention import reference
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.edit import Blur, EqualBudget, GridBlur, Mean, Scale, ScaleText, Swap
 from mmdit_probe.edit.control import rotations
-from mmdit_probe.edit.edit import Edit
-from mmdit_probe.edit.edits import blur_matrix, taps
+from mmdit_probe.edit.edit import Edit, Place, _words
+from mmdit_probe.edit.edits import OtherText, blur_matrix, taps
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.families.registry import FAMILIES
+from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import token_tables
 from mmdit_probe.observe.observer import Observer
@@ -377,3 +378,54 @@ def test_whole_rows_are_computed_once_and_like_the_addressed_ones(monkeypatch: p
     whole = under(blur)
     assert asked == [IMAGE + T] * 2
     assert torch.equal(spliced.output, whole.output)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named", "characters"),
+    [
+        ("a café", "cafe\u0301", (2, 6)),
+        ("boy’s cat", "boy's", (0, 5)),
+        ("red, ring", "red, ring", (0, 9)),
+        ("a ring, red", "red ring", (0, 0)),  # both words, and not the phrase
+        ("a string", "ring", (0, 0)),
+        ("一只猫", "猫", (2, 3)),
+    ],
+)
+def test_words_are_found_in_a_prompt_as_maps_find_them(
+    pipe: Any, prompt: str, named: str, characters: tuple[int, int]
+) -> None:
+    """One that was not found left the call as it was, in silence."""
+    (table,) = token_tables(pipe, FAMILIES["sd3"], [prompt], tiny.T5_LENGTH)
+    start, stop = characters
+    expected = [token.start < stop and start < token.stop and token.start >= 0 for token in table.tokens]
+    assert _words([named], table).tolist() == expected
+    assert any(expected) == (stop > 0)
+
+
+def test_another_text_reads_under_a_mask_of_two_axes() -> None:
+    """Torch takes a mask [queries, keys] that holds for all samples."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 2, 5, 8, generator=generator) for _ in range(3))
+    mask = torch.rand(5, 5, generator=generator) > 0.3
+    mask[:, 0] = True
+    every = torch.ones(2, dtype=torch.bool)
+    layout = Layout.from_counts([("image", 3), ("text", 2)])
+    place = Place(layout, every, every, torch.arange(5) < 3, torch.ones(2, 2, dtype=torch.bool), [])
+    found = OtherText().attend(SDPACall(query, key, value, mask), place, lambda call: call.stock())
+    swapped = [torch.cat([x[:, :, :3], x.flip(0)[:, :, 3:]], 2).double() for x in (key, value)]
+    expected = reference.probabilities(query, swapped[0], mask) @ swapped[1]
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["rotation", "noise"])
+def test_the_control_of_an_image_is_the_same_in_the_second_run_of_a_probe(kind: Any) -> None:
+    model = MMDiT(tiny.pipeline())
+    options: dict[str, Any] = {"steps": 2, "guidance": 4.0, "output_type": "latent"}
+    control = EqualBudget(Blur("image", "text", layers=[LAYER]), kind=kind)
+    with probe(model, edits=control):
+        together = model.generate(["a cat", "a red ring"], seed=[3, 4], **options)
+    with probe(model, edits=control):
+        apart = [model.generate(p, seed=s, **options)[0] for p, s in (("a cat", 3), ("a red ring", 4))]
+    torch.testing.assert_close(torch.stack(apart), together, atol=1e-3, rtol=1e-3)
+    stock = model.generate("a red ring", seed=4, **options)[0]
+    assert (stock - apart[1]).abs().max() > 1e-2

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmdit_probe import load, probe
-from mmdit_probe.edit import Blur, perturbed_guidance
+from mmdit_probe import AttentionMass, load, probe
+from mmdit_probe.edit import Blur, Scale, perturbed_guidance
 from mmdit_probe.edit.guidance import guided_calls
 from mmdit_probe.models.mmdit import MMDiT
 from tests import tiny
@@ -131,3 +131,19 @@ def test_generate_command(tiny_directory: Any, tmp_path: Any, monkeypatch: pytes
     assert "layer 7" in capfd.readouterr().err
     assert run("--perturb-layers", "1", "--perturb-scale", "two") == 2
     assert "number" in capfd.readouterr().err
+
+
+def test_another_probe_sees_the_forward_without_the_edit(tiny_model: MMDiT) -> None:
+    """The perturbed forward is none of the denoising call that the rows are labelled with."""
+    text, latents = tiny_model.encode_prompt(PROMPT), torch.randn(1, 4, 8, 8)
+
+    def masses() -> Any:
+        with probe(tiny_model, AttentionMass()) as run:
+            tiny_model.denoise(latents, 0.5, text)
+        return run[AttentionMass].table()
+
+    stock = masses()
+    with guided_calls(tiny_model, Scale("image", "text", layers=[0]), scale=2.0, guidance=1.0):
+        assert masses().equals(stock)
+    with probe(tiny_model, edits=Scale("image", "text", layers=[0])):
+        assert not masses().equals(stock)

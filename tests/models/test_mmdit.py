@@ -241,3 +241,16 @@ def test_an_embedded_model_names_the_words_it_does_not_know() -> None:
     assert model.notes_on_words(["cat", "Kitten", "a cat"]) == [
         f"scenes-sd3 knows 43 words; not: cat, kitten (it knows {', '.join(WORDS[:15])}, ...)"
     ]
+
+
+def test_without_an_autoencoder_there_are_latents_and_no_pictures(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe.vae = None
+    model = MMDiT(pipe, max_sequence_length=tiny.T5_LENGTH)
+    latents = model.generate("a cat", steps=1, output_type="latent")
+    monkeypatch.setattr(pipe.transformer, "forward", lambda *_, **__: pytest.fail("it was sampled all the same"))
+    with pytest.raises(UserError, match=r'vae=None.*ask for output_type="latent"'):
+        model.generate("a cat", steps=1)
+    with pytest.raises(UserError, match="vae=None"):
+        model.decode(latents)
+    with pytest.raises(UserError, match="vae=None"):
+        model.encode_image(np.zeros((64, 64, 3), np.uint8))

@@ -82,6 +82,27 @@ def test_the_contract_notices_what_is_wrong(name: str, monkeypatch: pytest.Monke
     assert largest_error(case, watched[AttentionMass].table()) > 1e-4
 
 
+@pytest.mark.parametrize("name", ["mochi", "lumina2"])
+def test_an_unknown_model_is_laid_out_again_when_its_masks_change(name: str) -> None:
+    """These pack the text that a mask keeps: of the same shapes, other tokens are where others were."""
+    calls = [FIXTURES[name].inputs(lengths=lengths) for lengths in ((7, 4), (5, 7))]
+    model, known = stranger(name), FIXTURES[name].build()
+    known.load_state_dict(model.inner.state_dict())
+    tables = []
+    for target in (model, known):
+        with probe(target, AttentionMass()) as watched:
+            for inputs in calls:
+                run(target, inputs)
+        rows = watched[AttentionMass].table().query("query == 'image' and key == 'text'")
+        tables.append(rows.sort_values(["layer", "head"], kind="stable"))
+    found, entry = tables
+    assert len(entry) and found["n_key"].tolist() == entry["n_key"].tolist()
+    assert set(found["n_key"]) == {4, 5, 7}
+    torch.testing.assert_close(
+        torch.tensor(found["mass"].to_numpy()), torch.tensor(entry["mass"].to_numpy()), atol=1e-6, rtol=0
+    )
+
+
 def test_an_unknown_model_is_laid_out_again_when_its_shapes_change() -> None:
     """The forwards that find the layout are nobody's denoising calls, although the layers are watched by then."""
     model, known = stranger("flux"), FIXTURES["flux"].build()

@@ -11,10 +11,14 @@ from torch import Tensor
 from mmdit_probe import UserError, probe
 from mmdit_probe.attention import reference
 from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.edit import Scale
 from mmdit_probe.models.families.registry import FAMILIES, family_of
 from mmdit_probe.models.layout import arranged, find_layers
+from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import token_tables
 from mmdit_probe.observe.contribution import COLUMNS, Contribution, linear_map
+from mmdit_probe.observe.maps import JointBlocks
+from mmdit_probe.observe.probe import ForwardEnded
 from tests import tiny
 from tests.families import FIXTURES
 from tests.observe.test_families import IMAGE, OTHER, REFERENCE, TEXT, case_of, joint_paths, run, samples, written_down
@@ -170,3 +174,51 @@ def test_families_are_exact_or_refused_by_name(name: str) -> None:
 
 REFUSED = ("joyimage_edit", "joyimage_edit_plus", "krea2")
 """Families without a layer whose contributions can be read: another place of the projection, or a gate before it."""
+
+
+def test_small_weights_beside_a_large_bias_keep_their_digits_in_16_bits() -> None:
+    layer = torch.nn.Linear(32, 32).bfloat16().requires_grad_(False)
+    layer.weight.mul_(0.1)
+    layer.bias.fill_(0.7)
+    found = linear_map(layer, layer.bias)
+    assert (found.mT - layer.weight.float()).norm() < 0.004 * layer.weight.float().norm()  # half a last digit
+
+
+def test_an_edited_output_is_refused_where_it_is_edited(pipe: Any) -> None:
+    """What the text writes there is no longer what the attention call says."""
+    silent = Scale("image", "text", layers=[1], factor=0.0)
+    with pytest.raises(UserError, match=r"layer 1 .* is edited"), probe(pipe, Contribution(), edits=silent):
+        sample(pipe)
+    with probe(pipe, Contribution(rows="layer"), layers=[0, 2], edits=silent) as seen:
+        sample(pipe)
+    assert set(seen[Contribution].table()["layer"]) == {0, 2}
+    with probe(pipe, Contribution(rows="layer"), layers=[1], edits=silent.at(steps=[1]), steps=[0]) as seen:
+        sample(pipe)
+    assert set(seen[Contribution].table()["step"]) == {0}
+
+
+def test_nothing_is_left_on_a_projection_that_was_not_reached(tiny_model: MMDiT) -> None:
+    text, latents = tiny_model.encode_prompt("a red ring"), torch.randn(1, 4, 8, 8)
+    projection = tiny_model.layers[0].module.to_out[0]
+    observer = Contribution(rows="layer")
+    for _ in range(2):
+        with pytest.raises(ForwardEnded), probe(tiny_model, observer, layers=[0], to_end=False):
+            tiny_model.denoise(latents, 0.5, text)
+        assert not projection._forward_pre_hooks
+    assert len(observer.table().query("key == 'all'")) == 2
+
+
+def test_under_autocast_the_update_is_what_the_projection_gave(tiny_model: MMDiT) -> None:
+    text, latents = tiny_model.encode_prompt("a red ring"), torch.randn(1, 4, 8, 8)
+    projection = tiny_model.layers[1].module.to_out[0]
+    given: list[Tensor] = []
+    handle = projection.register_forward_hook(lambda module, inputs, output: given.append(output))
+    blocks = JointBlocks([1], keep=("feat_proj",))
+    with torch.autocast("cpu", torch.bfloat16), probe(tiny_model, Contribution(rows="layer"), blocks) as seen:
+        tiny_model.denoise(latents, 0.5, text)
+    handle.remove()
+    whole = seen[Contribution].table().query("key == 'all' and layer == 1")["norm"].item()
+    update = given[-1]  # the model's own call comes after the observers'
+    assert torch.equal(blocks.kept[1]["feat_proj"], update.float())
+    expected = (update.double() - projection.bias.double()).norm(dim=-1).mean()
+    assert whole == pytest.approx(float(expected), rel=0.02)

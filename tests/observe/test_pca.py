@@ -270,3 +270,17 @@ def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, "--kinds", "values"])
     assert stopped.value.code == 2
+
+
+def test_own_bases_of_a_call_that_has_unconditional_rows_alone(tiny_model: MMDiT) -> None:
+    """Of pipelines that call their transformer once for each branch."""
+    projection, keep = Projection(PCA(["value"], 2), each=True), Keep()
+    text, latents = tiny_model.encode_prompt("a cat"), torch.randn(2, 4, 8, 8)
+    with probe(tiny_model, projection, keep, layers=[LAYER]):
+        tiny_model.denoise(latents, 0.5, text)
+        tiny_model.denoise(latents, 0.5, text, branch="uncond")
+    maps = projection.maps(LAYER, "value").flatten(1, 2).double()
+    assert maps.shape == (2, IMAGE, 2)
+    for image, features in zip(maps, keep.parts["value"][0], strict=True):
+        left, size, _ = torch.linalg.svd(features - features.mean(0), full_matrices=False)
+        torch.testing.assert_close(image.abs(), (left * size)[:, :2].abs(), atol=1e-4, rtol=1e-3)

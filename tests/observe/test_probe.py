@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mmdit_probe import AttentionMass, Blur, MMDiT, TextMaps, assets, load, probe
 from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.edit import Scale
 from mmdit_probe.errors import ProbeWarning, RunError, UserError
 from mmdit_probe.models.layout import Layout, Places
 from mmdit_probe.observe.observer import LayerCall, Observer
@@ -31,13 +32,12 @@ PROMPTS = ["a red ring", "a cat"]
 
 def sample(pipe: Any, prompts: Any = None, steps: int = 2, guidance: float = 5.0, seed: int = 0, **options: Any) -> Any:
     prompts = PROMPTS if prompts is None else prompts
+    options = {"generator": torch.Generator().manual_seed(seed), "output_type": "np"} | options
     return pipe(
         prompts,
         num_inference_steps=steps,
         guidance_scale=guidance,
         max_sequence_length=tiny.T5_LENGTH,
-        generator=torch.Generator().manual_seed(seed),
-        output_type="np",
         **options,
     ).images
 
@@ -113,16 +113,33 @@ def test_an_error_in_the_middle_of_a_call_drops_its_half_finished_rows(pipe: Any
 
 def test_step_sigma_branch_prompt_and_seed(pipe: Any) -> None:
     with probe(pipe, AttentionMass()) as run:
-        sample(pipe, steps=3, seed=11)
+        sample(pipe, steps=3, generator=[torch.Generator().manual_seed(seed) for seed in (11, 12)])
     table = run[AttentionMass].table()
     sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas[:3]]
     found = table[["step", "sigma"]].drop_duplicates().sort_values("step")
     assert found["step"].tolist() == [0, 1, 2] and found["sigma"].tolist() == pytest.approx(sigmas)
-    assert set(table["branch"]) == {"cond", "uncond"} and set(table["seed"]) == {11}
-    assert set(table["prompt"]) == set(PROMPTS)
+    assert set(table["branch"]) == {"cond", "uncond"} and set(table["seed"]) == {11, 12}
+    assert set(map(tuple, table[["prompt", "seed"]].values)) == set(zip(PROMPTS, (11, 12), strict=True))
     # The unconditional half is the empty prompt: no words, the conditional half has some.
     assert set(table.query("span == 'word'")["branch"]) == {"cond"}
     assert table.groupby(["prompt", "branch", "step"]).size().nunique() <= 2
+
+
+def test_the_seed_of_one_generator_is_that_of_one_image(pipe: Any) -> None:
+    """The second image of two is not what its seed alone gives."""
+
+    def images(prompts: Any) -> Tensor:
+        with probe(pipe, AttentionMass()) as run:
+            found: Tensor = sample(pipe, prompts=prompts, seed=11, output_type="latent")
+        seeds.append(set(run[AttentionMass].table()["seed"]))
+        return found
+
+    seeds: list[set[int]] = []
+    alone = images(PROMPTS[1])
+    with pytest.warns(ProbeWarning, match="seeds are unknown: give a list of generators"):
+        together = images(PROMPTS)
+    assert (alone[0] - together[1]).abs().max() > 0.1
+    assert seeds == [{11}, {-1}]
 
 
 def test_without_guidance_every_row_is_conditional(pipe: Any) -> None:
@@ -211,6 +228,21 @@ def test_a_bare_transformer_counts_steps_and_scales_timesteps() -> None:
         transformer(**bare_inputs(rows=3))
     with pytest.raises(UserError, match="number of steps is unknown"):
         probe(transformer, AttentionMass(), steps="last-8")
+    with pytest.raises(UserError, match="number of steps is unknown"), probe(transformer, edits=Scale(steps="last-1")):
+        transformer(**bare_inputs())
+
+
+def test_an_iterator_names_layers_steps_and_heads_as_a_list_does(pipe: Any) -> None:
+    tables = []
+    for of in (list, iter):
+        edit = Scale(layers=of([0, 1]), steps=of([1, 2]), heads={0: of([1])})
+        with probe(pipe, AttentionMass(heads=of([0])), layers=of([0, 2]), steps=of([0, 2]), edits=edit) as run:
+            sample(pipe, steps=3)
+        tables.append(run[AttentionMass].table())
+    assert tables[0].equals(tables[1])
+    assert tables[0][["layer", "head", "step"]].drop_duplicates().values.tolist() == [
+        [0, 0, 0], [2, 0, 0], [0, 0, 2], [2, 0, 2],
+    ]  # fmt: skip
 
 
 def test_wrong_token_tables_are_refused(pipe: Any) -> None:

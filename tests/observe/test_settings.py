@@ -255,6 +255,18 @@ def test_an_unknown_model_is_laid_out_mechanically(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("timesteps", [(0.6, 0.4), (0.4, 0.6)])
+def test_an_unknown_models_calls_at_one_timestep_are_one_step(timesteps: tuple[float, ...]) -> None:
+    """The branches of guidance in calls of their own; whether its timesteps fall or rise is not known."""
+    model, inputs = stranger("aura_flow"), FIXTURES["aura_flow"].inputs()
+    with probe(model, AttentionMass(rows="layer"), layers=[0]) as watched:
+        for timestep in timesteps:
+            for _ in range(2):
+                run(model, inputs | {"timestep": torch.full_like(inputs["timestep"], timestep)})
+    table = watched[AttentionMass].table()
+    assert table.groupby("step").size().nunique() == 1 and set(table["step"]) == {0, 1}
+
+
 def test_an_unknown_models_grid_is_guessed_from_its_latents() -> None:
     model, inputs = stranger("aura_flow"), FIXTURES["aura_flow"].inputs()
     with probe(model, TextMaps()) as watched:

@@ -16,6 +16,9 @@ from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.sinks import SINK, Channels, KeyMass, SinkFree, top_keys, without_sinks
 from tests import tiny
 from tests.observe.oracle import attentions
+from tests.observe.test_families import IMAGE as IMAGE_KEY
+from tests.observe.test_families import TEXT as TEXT_KEY
+from tests.observe.test_families import case_of, joint_paths, run, samples
 
 IMAGE = 16
 N = IMAGE + tiny.CLIP_LENGTH + tiny.T5_LENGTH
@@ -167,3 +170,25 @@ def test_command_on_the_embedded_model(tmp_path: Path, monkeypatch: pytest.Monke
                for row in document["map_quality"])  # fmt: skip
     assert {row["layer"] for row in document["controls"]} == {4}
     assert all(row["control_value"] == 0 for row in document["controls"])  # uniform attention has no sinks
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "hunyuan_video"])
+def test_channels_are_of_the_tokens_that_a_sample_has(name: str) -> None:
+    """What a mask hides is no token: not among keys and values, nor among queries and outputs."""
+    case = case_of(name)
+    with probe(case.model, Channels()) as watched:
+        run(case.model, case.inputs)
+    table = watched[Channels].table().set_index(["layer", "kind", "token"])
+    hidden = 0
+    for layer, path in enumerate(joint_paths(case)):
+        for token, kind in (("image", IMAGE_KEY), ("text", TEXT_KEY)):
+            for what in ("query", "key", "value"):
+                rows = []
+                for call, row, kinds in samples(case, path):
+                    rows.append(getattr(call, what)[row].double()[:, kinds == kind].transpose(0, 1).flatten(1))
+                    hidden += int((kinds == -1).sum())
+                size = torch.cat(rows).square().mean(0).sqrt()
+                ratio = float(size.max() / size.median())
+                assert table.loc[(layer, what, token), "ratio"] == pytest.approx(ratio, rel=1e-4)
+                assert table.loc[(layer, what, token), "channel"] == int(size.argmax())
+    assert hidden > 0

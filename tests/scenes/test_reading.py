@@ -139,3 +139,9 @@ def test_opposites_do_not_hold_in_scenes():
         right, wrong = (np.array([row[name] for row in scores]) for name in (stated, opposite))
         assert np.count_nonzero(~np.isnan(right)) >= 20
         assert np.nanmean(right) >= 0.9 and np.nanmean(wrong) <= 0.05
+
+
+def test_things_named_twice_are_two():
+    item = next(i for i in SCENES if len(i.objects) == 1)
+    reading, one = reading_of(item), f"a {item.objects[0].colour} {item.objects[0].noun}"
+    assert things_right(one, reading) and not things_right(f"{one} and {one}", reading)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from mmdit_probe.data import Fit, parse_classes
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.concepts import ConceptStream
-from mmdit_probe.observe.maps import JointBlocks, second_eigenvalue
+from mmdit_probe.observe.maps import JointBlocks, second_attention, second_eigenvalue
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.segment.capture import PictureReader, Request, capture, concept_embeddings
@@ -283,3 +284,29 @@ def test_a_gpu_is_filled_after_one_row_was_measured(model: MMDiT, monkeypatch) -
     assert limit.pictures == 1
     limit.run(range(20), lambda rows: taken.append(len(rows)), "kind", tokens=20)
     assert taken == [1, 8, 8, 3] and limit.pictures == 8  # 0.8 x (1000 + 300 - 200) bytes at 300 - 200 each
+
+
+def test_second_attention_of_layers_from_an_iterator() -> None:
+    dual = MMDiT(tiny.pipeline("sd35"))
+    with second_attention(dual, iter([0, 1])) as kept:
+        dual.denoise(torch.randn(1, 4, 8, 8), 0.5, dual.encode_prompt("a cat"))
+    assert sorted(kept) == [0, 1]
+
+
+def test_second_attention_is_computed_in_float32_under_autocast() -> None:
+    dual = MMDiT(tiny.pipeline("sd35"))
+    module = dual.transformer.transformer_blocks[0].attn2
+    with torch.no_grad():
+        module.norm_q.weight.mul_(3.0)  # logits of some size, whose rounding is seen
+    given: list[Any] = []
+    handle = module.register_forward_hook(lambda m, a, kw, out: given.append(kw["hidden_states"]), with_kwargs=True)
+    text = dual.encode_prompt("a cat")
+    with torch.autocast("cpu", torch.bfloat16), second_attention(dual, [0]) as kept:
+        dual.denoise(torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), 0.5, text)
+        query, key = (
+            of(given[0]).unflatten(-1, (module.heads, -1)).transpose(1, 2) for of in (module.to_q, module.to_k)
+        )
+        query, key = module.norm_q(query), module.norm_k(key)
+    handle.remove()
+    expected = explicit(query, key)[0].mean(0)
+    torch.testing.assert_close(kept[0][0].double(), expected, atol=1e-5, rtol=0)
