@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as pil
-from PIL import ImageOps
+from PIL import Image as pil, ImageOps
 from PIL.Image import Image
 
 from mmdit_probe.data.text import regular, stem

@@ -24,6 +24,7 @@ from mmdit_probe.data import (
     fingerprint,
     open_picture,
     parse_classes,
+    picture as opener,
     prompts,
     read_json,
     read_label_map,
@@ -33,7 +34,6 @@ from mmdit_probe.data import (
     single,
     training_data,
 )
-from mmdit_probe.data import picture as opener
 from mmdit_probe.data.class_names import read_classes
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.masks import largest

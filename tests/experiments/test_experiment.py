@@ -44,8 +44,8 @@ from mmdit_probe.experiments import (
     WordMaps,
     experiment_of,
     read,
+    target as naming,
 )
-from mmdit_probe.experiments import target as naming
 from mmdit_probe.experiments.experiment import plain
 from mmdit_probe.experiments.reading import Network
 from mmdit_probe.experiments.text import TextTable, records
