@@ -184,6 +184,7 @@ def whole(name: str, value: float, low: int) -> int:
 
 
 def _indices(spec: Spec, count: int, kind: str, forms: str) -> tuple[int, ...]:
+    spec = spec.tolist() if hasattr(spec, "tolist") else spec  # of numpy or torch
     if isinstance(spec, Iterable) and not isinstance(spec, str):
         parts = [str(index) for index in spec]
     elif str(spec).strip().lower() == "all":
