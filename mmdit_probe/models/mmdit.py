@@ -259,7 +259,8 @@ class MMDiT:
         return [word for word in found if self.vocabulary and not any(find(word, known) for known in self.vocabulary)]
 
     def notes_on_words(self, prompts: str | Sequence[str]) -> list[str]:
-        """A line that names the words of prompts (or of classes) that the model cannot know, if there are any.
+        """A line that names the words of prompts (or of classes) that the model cannot know, if there are any, and one
+        where prompts are empty.
 
         "scenes-sd3 knows 43 words; not: cat, kitten (it knows ring, star, ...)"
         """
@@ -267,7 +268,10 @@ class MMDiT:
         unknown = dict.fromkeys(word.lower() for text in texts for word in self.unknown_words(text))
         known = f"(it knows {', '.join(self.vocabulary[:_LISTED])}, ...)"
         told = f"{self.name} knows {len(self.vocabulary)} words; not: {', '.join(unknown)} {known}"
-        return [told] if unknown else []
+        notes = [told] if unknown else []
+        if empty := sum(not text.strip() for text in texts):
+            notes.append(f"{empty} of {len(texts)} prompts have no text: what is measured is the unconditional text")
+        return notes
 
     def token_tables(self, prompts: str | Sequence[str]) -> list[TokenTable]:
         """What each text position of these prompts is, without encoding them. `.truncated` names the words cut off.

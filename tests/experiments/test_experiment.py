@@ -229,6 +229,8 @@ def test_a_notebook_shows_figure_and_tables(setting: Setting) -> None:
     shown = [text for text in setting.memory.texts() if isinstance(text, TextTable)]
     assert shown and html.count("<table>") == len(shown)
     assert setting.memory.figure() is setting.memory.figures[next(iter(setting.memory.figures))]
+    with pytest.raises(UserError, match="unknown figure 'nope'"):
+        setting.memory.figure("nope")
     assert type(setting.ask).__name__ in repr(setting.memory)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import AttentionBudget
 from mmdit_probe.models.families.registry import FAMILIES, family_of
 from mmdit_probe.models.layout import KINDS, Layout, find_layers
 from mmdit_probe.models.load import load
@@ -226,6 +227,13 @@ def test_seeds_and_numbers_are_checked_before_anything_runs(model: MMDiT) -> Non
 
 def test_only_embedded_models_have_words_that_they_cannot_know(model: MMDiT) -> None:
     assert model.vocabulary == () and model.unknown_words("any word") == [] and model.notes_on_words("kitten") == []
+
+
+def test_prompts_without_text_are_told(model: MMDiT) -> None:
+    """`--prompts "$P"` of a variable that is not set measured the unconditional text without a word."""
+    said = "prompts have no text: what is measured is the unconditional text"
+    assert model.notes_on_words(["", "a cat", " "]) == [f"2 of 3 {said}"]
+    assert f"1 of 1 {said}" in AttentionBudget(prompts="", num_steps=1).prepare(model, ([""], [])).notes
 
 
 def test_an_embedded_model_names_the_words_it_does_not_know() -> None:
