@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from mmdit_probe.errors import UserError, check_known
 
@@ -118,7 +118,11 @@ def seed_values(seed: int | Sequence[int], count: int, what: str = "images") -> 
     Raises:
         UserError: not whole numbers, below 0 or above 2^63 - 1 (what a table holds), or another number of them.
     """
-    seeds = list(seed) if isinstance(seed, Iterable) else [seed + offset for offset in range(count)]
+    seed = seed.tolist() if hasattr(seed, "tolist") else seed  # of numpy or torch
+    if isinstance(seed, Iterable):
+        seeds: list[Any] = list(seed)
+    else:
+        seeds = [seed + offset if isinstance(seed, SupportsIndex) else seed for offset in range(count)]
     if len(seeds) != count:
         raise UserError(f"{len(seeds)} seeds for {count} {what}; give one each, or one number to count up from")
     for one in seeds:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mmdit_probe import assets
 from mmdit_probe.attention.intercept import interpose
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.models import latents as packing
 from mmdit_probe.models.families.registry import Family, family_of
 from mmdit_probe.models.layout import Layer, arranged, find_layers, unwrap
@@ -526,6 +526,9 @@ class MMDiT:
             num_images_per_prompt: images per prompt, consecutive in the result.
             options: passed to the pipeline as they are, e.g. `output_type="latent"`.
 
+        Raises:
+            UserError: values that cannot be, or options that the pipeline has not or that are set here.
+
         Returns: list of PIL images (of videos: of `results.clip.Clip`), or what `output_type` asks for.
         """
         texts = _texts(prompts)
@@ -549,6 +552,7 @@ class MMDiT:
         )  # fmt: skip
         if negative and "negative_prompt" not in arguments:
             raise UserError(f"{type(self.pipeline).__name__} takes no negative prompt; leave it out")
+        _check_options(self.pipeline, options, arguments)
         options |= {"output_type": "pil"} if self.makes_videos and "output_type" not in options else {}
         with _guided(self.pipeline, guidance), barless(self.pipeline):
             made = self.pipeline(prompt=texts, **arguments, **options)
@@ -615,6 +619,16 @@ def _own_frames(pipeline: Any) -> int:
     stated = inspect.signature(type(pipeline).__call__).parameters.get("num_frames")
     default: Any = None if stated is None else stated.default
     return int(default or getattr(pipeline.transformer.config, "sample_frames", 1))
+
+
+def _check_options(pipeline: Any, options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse options of a call that the pipeline has not, or that `generate` sets by itself."""
+    known = inspect.signature(type(pipeline).__call__).parameters
+    for name in options:
+        if name in given or name == "prompt":
+            raise UserError(f"generate sets {name!r} by itself, from its prompts, steps, guidance, seed and the others")
+        if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in known.values()):
+            check_known("option of the pipeline", name, list(known)[1:])
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from mmdit_probe.models.families.registry import FAMILIES, family_of
 from mmdit_probe.models.layout import KINDS, Layout, find_layers
 from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.specs import seed_values
 from tests import tiny
 
 
@@ -221,6 +222,13 @@ def test_seeds_and_numbers_are_checked_before_anything_runs(model: MMDiT) -> Non
         for ask in (model.generate, model.encode_prompt):
             with pytest.raises(UserError, match="expected a text, or one text or more in a list"):
                 ask(prompts)  # type: ignore[operator]
+    with pytest.raises(UserError, match="generate sets 'num_inference_steps' by itself, from its prompts, steps"):
+        model.generate("a cat", num_inference_steps=1)
+    with pytest.raises(UserError, match="unknown option of the pipeline 'output': did you mean 'output_type'"):
+        model.generate("a cat", output="latent")
+    with pytest.raises(UserError, match="seed None: expected whole numbers from 0"):
+        model.generate("a cat", seed=None)  # type: ignore[arg-type]
+    assert seed_values(torch.tensor(3), 2) == seed_values(np.array([3, 4]), 2) == [3, 4]  # type: ignore[arg-type]
     with pytest.raises(UserError, match="sigma nan"):
         model.noise(clean, float("nan"))
 
