@@ -51,6 +51,7 @@ from mmdit_probe.experiments.reading import Network
 from mmdit_probe.experiments.text import TextTable, records
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.options import described
+from mmdit_probe.results.folder import RunFolder
 from mmdit_probe.results.selection import LayerSelection
 from tests import tiny
 from tests.tables import unexplained
@@ -468,3 +469,11 @@ def test_only_the_process_of_a_command_leaves_imports_out_of_garbage_collection(
         assert not naming.gc.isenabled()
     assert naming.gc.isenabled() and frozen == [True] * alone
     assert command_model(Session()).alone and not naming.named("scenes-sd3").alone
+
+
+def test_a_run_that_holds_no_table_says_so(tmp_path: Path) -> None:
+    """It was an unknown command, of which "generate" was said to be meant."""
+    with RunFolder.open("segment", {"image": "a.png"}, out=tmp_path / "cat") as folder:
+        folder.record(options={}, model={"id": "m"})
+    with pytest.raises(UserError, match=r"cat' holds a run of segment, which is not read back as a table"):
+        read(tmp_path / "cat")
