@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 from mmdit_probe.exports import first_use
 
 if TYPE_CHECKING:
-    from mmdit_probe.edit import Blur, EqualBudget, perturbed_guidance
-    from mmdit_probe.errors import ProbeError, RunError, UserError
-    from mmdit_probe.experiments.word_maps import word_maps
-    from mmdit_probe.models.load import load
-    from mmdit_probe.models.mmdit import MMDiT, TextCondition
-    from mmdit_probe.models.tokens import TokenTable
-    from mmdit_probe.observe.maps import TextMaps
-    from mmdit_probe.observe.mass import AttentionMass
-    from mmdit_probe.observe.norms import ValueNorm
-    from mmdit_probe.observe.probe import Run, probe
-    from mmdit_probe.observe.reference_maps import ReferenceMaps
+    from mmdit_probe.edit import Blur as Blur, EqualBudget as EqualBudget, perturbed_guidance as perturbed_guidance
+    from mmdit_probe.errors import ProbeError as ProbeError, RunError as RunError, UserError as UserError
+    from mmdit_probe.experiments.word_maps import word_maps as word_maps
+    from mmdit_probe.models.load import load as load
+    from mmdit_probe.models.mmdit import MMDiT as MMDiT, TextCondition as TextCondition
+    from mmdit_probe.models.tokens import TokenTable as TokenTable
+    from mmdit_probe.observe.maps import TextMaps as TextMaps
+    from mmdit_probe.observe.mass import AttentionMass as AttentionMass
+    from mmdit_probe.observe.norms import ValueNorm as ValueNorm
+    from mmdit_probe.observe.probe import Run as Run, probe as probe
+    from mmdit_probe.observe.reference_maps import ReferenceMaps as ReferenceMaps
 
 __version__ = "0.1.0"
 

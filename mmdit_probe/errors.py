@@ -54,6 +54,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def brief(value: object, most: int = 100) -> str:
+    """A value for a message: its repr on one line, an array, a table or a model cut off."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script beside the package: a request that cannot be met ends in one line, as that of a command does."""
     try:
@@ -95,5 +101,9 @@ def unknown(kind: str, found: object, known: Iterable[object], limit: int = 12) 
 
 def check_known(kind: str, found: object, known: Collection[object]) -> None:
     """Refuse a name that is not among those that exist: raises the `UserError` of `unknown`."""
-    if found not in known:
+    try:
+        there = found in known
+    except TypeError:  # a list among the keys of a mapping
+        there = False
+    if not there:
         raise unknown(kind, found, known)

@@ -22,7 +22,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from mmdit_probe.errors import UserError, unknown
+from mmdit_probe.errors import UserError, brief, unknown
 
 MOST = 10_000_000
 """Largest whole number where an option states none: more pictures, prompts or steps than anybody means."""
@@ -99,24 +99,26 @@ def changed(options: Any, *names: str) -> str | None:
 
 def check(options: object) -> None:
     """Hold every field of an options dataclass to its type, choices and range; nested dataclasses too. A text becomes a
-    path where the option is one: so it is written in Python, and read from a record. numpy's numbers become Python's,
-    which a record can hold.
+    path where the option is one: so it is written in Python, and read from a record. Numbers and lists of numpy, torch
+    and pandas become Python's, which a record can hold.
 
     Raises:
         UserError: names the flag, the value, and what was expected.
     """
     for field in described(options):
         value = getattr(options, field.name)
+        if field.type is not Any and getattr(value, "ndim", None) in (0, 1) and hasattr(value, "tolist"):
+            value = value.tolist()  # type: ignore[union-attr]
+            object.__setattr__(options, field.name, value)
         if isinstance(value, str) and _mentions(field.type, Path) and not _mentions(field.type, str):
             value = Path(value)
             object.__setattr__(options, field.name, value)
         elif isinstance(value, Real) and type(value) not in (bool, int, float):
             value = int(value) if isinstance(value, Integral) else float(value)
             object.__setattr__(options, field.name, value)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        _check(value, field)
+        if dataclasses.is_dataclass(field.type):
             check(value)
-        else:
-            _check(value, field)
 
 
 def _check(value: Any, field: Described) -> None:
@@ -124,10 +126,10 @@ def _check(value: Any, field: Described) -> None:
     if not _fits(value, field.type):
         if choices and isinstance(value, str):
             raise unknown(field.flag, value, choices)
-        raise UserError(f"{field.flag} is {value!r}; expected {_expected(field)}")
+        raise UserError(f"{field.flag} is {brief(value)}; expected {_expected(field)}")
     for number in _numbers(value):
         if not _within(number, field.option):
-            raise UserError(f"{field.flag} is {value!r}; expected {_expected(field)}")
+            raise UserError(f"{field.flag} is {brief(value)}; expected {_expected(field)}")
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -200,14 +202,21 @@ def _expected(field: Described) -> str:
     choices, option = tuple(choices_of(field.type)), field.option
     kinds = [] if not choices else ["one of " + ", ".join(map(str, choices))]
     kinds += [words for kind, words in _WORDS.items() if _mentions(field.type, kind)]
-    most = _most(option, _mentions(field.type, int) and not _mentions(field.type, float))
+    most = _most(option, {kind for kind in _WORDS if _mentions(field.type, kind)} == {int})
     if option.min is not None and most is not None:
         bounds = f" from {plain(option.min)} to {plain(most)}"
     else:
         low = f" above {plain(option.above)}" if option.above is not None else ""
         low += f" of at least {plain(option.min)}" if option.min is not None else ""
         bounds = low + (f"{' and' if low else ''} at most {plain(most)}" if most is not None else "")
-    return (" or ".join(kinds) or str(field.type)) + bounds
+    one = (" or ".join(kinds) or str(field.type)) + bounds
+    held = [kind for kind in map(get_origin, (field.type, *get_args(field.type))) if kind in _LISTS]
+    if not held:
+        return one
+    return f"a list, each {one}" if get_origin(field.type) in _LISTS else f"{one}, or a list of them"
+
+
+_LISTS = (list, tuple, collections.abc.Sequence, collections.abc.Iterable)
 
 
 def plain(number: float) -> str:

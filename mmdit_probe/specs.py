@@ -125,7 +125,11 @@ def seed_values(seed: int | Sequence[int], count: int, what: str = "images") -> 
     Raises:
         UserError: not whole numbers, below 0 or above 2^63 - 1 (what a table holds), or another number of them.
     """
-    seeds = list(seed) if isinstance(seed, Iterable) else [seed + offset for offset in range(count)]
+    seed = seed.tolist() if hasattr(seed, "tolist") else seed  # of numpy or torch
+    if isinstance(seed, Iterable):
+        seeds: list[Any] = list(seed)
+    else:
+        seeds = [seed + offset if isinstance(seed, SupportsIndex) else seed for offset in range(count)]
     if len(seeds) != count:
         raise UserError(f"{len(seeds)} seeds for {count} {what}; give one each, or one number to count up from")
     for one in seeds:
@@ -191,6 +195,7 @@ def whole(name: str, value: float, low: int) -> int:
 
 
 def _indices(spec: Spec, count: int, kind: str, forms: str) -> tuple[int, ...]:
+    spec = spec.tolist() if hasattr(spec, "tolist") else spec  # of numpy or torch
     if isinstance(spec, Iterable) and not isinstance(spec, str):
         parts = [str(index) for index in spec]
     elif str(spec).strip().lower() == "all":

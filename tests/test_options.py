@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.options import Option, check, described
+from mmdit_probe.specs import layer_indices
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,15 @@ def test_numbers_of_numpy_become_those_of_a_record() -> None:
     assert json.dumps([recipe.steps, recipe.rate, recipe.share]) == "[3, 0.5, 0.25]"
 
 
+@pytest.mark.parametrize("of", [np.array, torch.tensor, pd.Series])
+def test_lists_of_arrays_and_tables_are_lists(of: Any) -> None:
+    """They were refused with "expected a text", or layers of a tensor as a name that cannot be read."""
+    recipe = Recipe(layers=of([3, 1]), steps=of(np.array([3]))[0], names=np.array(["a", "b"]))  # type: ignore[arg-type]
+    check(recipe)
+    assert json.dumps([recipe.layers, recipe.steps, recipe.names]) == '[[3, 1], 3, ["a", "b"]]'
+    assert layer_indices(of([3, 1]), 4) == (1, 3)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -74,13 +86,18 @@ def test_numbers_of_numpy_become_those_of_a_record() -> None:
         ({"space": "logits"}, "unknown --space 'logits': did you mean 'logit'? Known: logit, probability"),
         ({"space": 3}, "--space is 3; expected one of logit, probability"),
         ({"report_to": "wand"}, "unknown --report-to 'wand': did you mean 'wandb'?"),
-        ({"sizes": (1, 0)}, "--sizes is (1, 0); expected a whole number from 1"),
+        ({"sizes": (1, 0)}, "--sizes is (1, 0); expected a list, each a whole number from 1"),
         ({"sizes": (1, "a")}, "--sizes is"),
         ({"pair": (1, 2)}, "--pair is"),
         ({"pair": (1,)}, "--pair is"),
-        ({"names": "abc"}, "--names is 'abc'; expected a text"),
+        ({"names": "abc"}, "--names is 'abc'; expected a list, each a text"),
+        ({"layers": None}, "--layers is None; expected a whole number or a text, or a list of them"),
+        ({"layers": [1.0]}, "--layers is [1.0]; expected a whole number or a text, or a list of them"),
+        ({"steps": np.zeros((40, 40))}, "0 ...; expected a whole number from 1 to"),
         ({"file": 3}, "--file is 3; expected a path"),
         ({"on": 1}, "--on is 1; expected true or false"),
+        ({"steps": Weights()}, "--steps is Weights(focal=0.1); expected a whole number from 1"),
+        ({"weights": Recipe()}, "--weights is Recipe("),
         ({"weights": Weights(focal=-1.0)}, "--focal is -1.0; expected a finite number of at least 0"),
     ],
 )  # fmt: skip

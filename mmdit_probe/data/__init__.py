@@ -15,17 +15,23 @@ from typing import TYPE_CHECKING
 from mmdit_probe.exports import first_use
 
 if TYPE_CHECKING:
-    from mmdit_probe.data.class_names import SegClass, parse_classes
-    from mmdit_probe.data.fit import Fit
-    from mmdit_probe.data.labels import IGNORE, read_label_map
-    from mmdit_probe.data.paper import paper_table, paper_tables
-    from mmdit_probe.data.picture import Picture, open_picture
-    from mmdit_probe.data.prompt_sets import prompts
-    from mmdit_probe.data.sample import Dataset, Sample, fingerprint
-    from mmdit_probe.data.scenes import ScenesData
-    from mmdit_probe.data.sources import DATASETS, dataset, samples, single, training_data
-    from mmdit_probe.data.text import read_json, read_lines, read_text
-    from mmdit_probe.data.training import Data, PictureData
+    from mmdit_probe.data.class_names import SegClass as SegClass, parse_classes as parse_classes
+    from mmdit_probe.data.fit import Fit as Fit
+    from mmdit_probe.data.labels import IGNORE as IGNORE, read_label_map as read_label_map
+    from mmdit_probe.data.paper import paper_table as paper_table, paper_tables as paper_tables
+    from mmdit_probe.data.picture import Picture as Picture, open_picture as open_picture
+    from mmdit_probe.data.prompt_sets import prompts as prompts
+    from mmdit_probe.data.sample import Dataset as Dataset, Sample as Sample, fingerprint as fingerprint
+    from mmdit_probe.data.scenes import ScenesData as ScenesData
+    from mmdit_probe.data.sources import (
+        DATASETS as DATASETS,
+        dataset as dataset,
+        samples as samples,
+        single as single,
+        training_data as training_data,
+    )
+    from mmdit_probe.data.text import read_json as read_json, read_lines as read_lines, read_text as read_text
+    from mmdit_probe.data.training import Data as Data, PictureData as PictureData
 
 _ROOMS = {
     "class_names": ("SegClass", "parse_classes"),

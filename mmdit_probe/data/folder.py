@@ -9,12 +9,13 @@
     mmdit-probe evaluate --dataset folder:mine
     mmdit-probe train-magnet --dataset pictures
 
-A line "background" in classes.txt marks the class that is found by a background rule and not named in prompts. Masks
-without classes.json have no names and are for head-level alignment.
+A line "background", in any case, in classes.txt marks the class that is found by a background rule and not named in
+prompts. Masks without classes.json have no names and are for head-level alignment.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ import numpy as np
 from mmdit_probe.data.class_names import SegClass, read_classes
 from mmdit_probe.data.labels import IGNORE, mapped, read_label_map
 from mmdit_probe.data.masks import Regions, stack
-from mmdit_probe.data.picture import by_name, listed, open_picture, picture_size
+from mmdit_probe.data.picture import SUFFIXES, by_name, listed, open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import caption_beside, read_json, stem
 from mmdit_probe.errors import MISSHAPEN, UserError
@@ -54,7 +55,7 @@ def labelled(root: Path) -> Dataset:
     ]  # fmt: skip
     lost = len(pictures) - len(samples)
     note = f"{lost} pictures without a label were left out" if lost else ""
-    background = names.index("background") if "background" in names else None
+    background = next((number for number, name in enumerate(names) if name.lower() == "background"), None)
     return Dataset(f"folder:{root.name}", classes, samples, background, note)
 
 
@@ -62,12 +63,14 @@ def pictures(root: Path) -> Dataset:
     """The layout of bare pictures, with captions and masks where they are there.
 
     Raises:
-        UserError: no picture, two of one name, or a classes.json that cannot be read.
+        UserError: no picture, two of one name, a classes.json that cannot be read, or a mask that is no PNG or is of no
+            picture: it would be left out, and its picture be one without a mask.
     """
     names = _names(root / "masks" / "classes.json")
-    masks = _by_stem(root / "masks") if (root / "masks").is_dir() else {}
+    found = listed(root)
+    masks = _masks(root / "masks", {stem(path) for path in found}) if (root / "masks").is_dir() else {}
     known = dict.fromkeys(names.values())
-    samples = [picture(path, masks.get(stem(path)), names) for path in listed(root)]
+    samples = [picture(path, masks.get(stem(path)), names) for path in found]
     return Dataset(str(root), [SegClass((name,)) for name in known], samples, agnostic=not names)
 
 
@@ -78,6 +81,23 @@ def picture(path: Path, mask: Path | None = None, names: dict[int, str] | None =
         regions = partial(_regions, path, mask, names or {})
     content = [path, *([mask] if mask is not None else [])]
     return Sample(path.name, partial(open_picture, path, reduce=mask is None), caption, regions, content=content)
+
+
+def _masks(folder: Path, pictures: Collection[str]) -> dict[str, Path]:
+    """The masks of a folder, each of one of these pictures; errors as in `pictures`."""
+    other = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    other = [name for name in other if not name.lower().endswith(".png")]
+    if other:
+        raise UserError(f"{str(folder)!r} holds {other[0]!r}; masks are PNGs, whose pixels are the ids that were saved")
+    found = _by_stem(folder)
+    lost = [path.name for name, path in found.items() if name not in pictures]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UserError(
+            f"{str(folder)!r} holds {lost[0]!r}{more}, which no picture is called like; a mask has its picture's name:"
+            " rename or remove it"
+        )
+    return found
 
 
 def _regions(file: Path, mask: Path, names: dict[int, str]) -> Regions:

@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as pil
-from PIL import ImageOps
+from PIL import Image as pil, ImageOps
 from PIL.Image import Image
 
 from mmdit_probe.data.text import regular, stem
-from mmdit_probe.errors import ProbeError, UserError, first_line, is_text
+from mmdit_probe.errors import ProbeError, UserError, brief, first_line, is_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 """Which files of a folder are its pictures, in any case."""
@@ -60,8 +59,8 @@ def open_picture(source: Path | str | Image | NDArray[Any], *, reduce: bool = Tr
     Raises:
         UserError: it cannot be read rightly; the message names the file and the reason.
     """
-    if isinstance(source, np.ndarray):
-        source = _of_array(source)
+    if not isinstance(source, str | Path | pil.Image):
+        source = _of_array(_array(source))
     if isinstance(source, pil.Image):
         with _told("the picture", "picture"):
             return _plain(source, "the picture", reduce)
@@ -213,6 +212,14 @@ def _scaled(values: NDArray[Any], most: float, name: str) -> NDArray[np.uint8]:
             f"{name!r} holds values {found.min():g}..{found.max():g}; its type has 0..{most:g}, without NaN; rescale it"
         )
     return np.rint(found * (255.0 / most)).astype(np.uint8)
+
+
+def _array(source: Any) -> NDArray[Any]:
+    """The array that numpy, torch or another library of arrays holds."""
+    if not hasattr(source, "__array__"):
+        raise UserError(f"picture is {brief(source)}; expected a file, a PIL image or an array [height, width, 3]")
+    detached = source.detach().cpu() if hasattr(source, "detach") else source  # torch
+    return np.asarray(detached)
 
 
 def _of_array(array: NDArray[Any]) -> Image:

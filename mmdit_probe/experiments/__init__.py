@@ -17,28 +17,28 @@ from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.exports import first_use
 
 if TYPE_CHECKING:
-    from mmdit_probe.experiments.attention_budget import AttentionBudget
-    from mmdit_probe.experiments.attribute import Attribute
-    from mmdit_probe.experiments.block_operations import BlockOperations
-    from mmdit_probe.experiments.contribution_budget import ContributionBudget
-    from mmdit_probe.experiments.diagnose import Diagnose
-    from mmdit_probe.experiments.evaluate import Evaluate
-    from mmdit_probe.experiments.experiment import Experiment
-    from mmdit_probe.experiments.explore import Explore
-    from mmdit_probe.experiments.feature_pca import FeaturePCA
-    from mmdit_probe.experiments.generate import Generate
-    from mmdit_probe.experiments.head_triage import HeadTriage
-    from mmdit_probe.experiments.perturb import Perturb
-    from mmdit_probe.experiments.report import Report
-    from mmdit_probe.experiments.result import Result
-    from mmdit_probe.experiments.score import Score
-    from mmdit_probe.experiments.segment_picture import Discover, Segment
-    from mmdit_probe.experiments.select_layers import SelectLayers
-    from mmdit_probe.experiments.sigma_map import SigmaByLayer
-    from mmdit_probe.experiments.swap_test import SwapTest
-    from mmdit_probe.experiments.train_magnet import TrainMagnet
-    from mmdit_probe.experiments.value_norms import ValueNorms
-    from mmdit_probe.experiments.word_maps import WordMaps
+    from mmdit_probe.experiments.attention_budget import AttentionBudget as AttentionBudget
+    from mmdit_probe.experiments.attribute import Attribute as Attribute
+    from mmdit_probe.experiments.block_operations import BlockOperations as BlockOperations
+    from mmdit_probe.experiments.contribution_budget import ContributionBudget as ContributionBudget
+    from mmdit_probe.experiments.diagnose import Diagnose as Diagnose
+    from mmdit_probe.experiments.evaluate import Evaluate as Evaluate
+    from mmdit_probe.experiments.experiment import Experiment as Experiment
+    from mmdit_probe.experiments.explore import Explore as Explore
+    from mmdit_probe.experiments.feature_pca import FeaturePCA as FeaturePCA
+    from mmdit_probe.experiments.generate import Generate as Generate
+    from mmdit_probe.experiments.head_triage import HeadTriage as HeadTriage
+    from mmdit_probe.experiments.perturb import Perturb as Perturb
+    from mmdit_probe.experiments.report import Report as Report
+    from mmdit_probe.experiments.result import Result as Result
+    from mmdit_probe.experiments.score import Score as Score
+    from mmdit_probe.experiments.segment_picture import Discover as Discover, Segment as Segment
+    from mmdit_probe.experiments.select_layers import SelectLayers as SelectLayers
+    from mmdit_probe.experiments.sigma_map import SigmaByLayer as SigmaByLayer
+    from mmdit_probe.experiments.swap_test import SwapTest as SwapTest
+    from mmdit_probe.experiments.train_magnet import TrainMagnet as TrainMagnet
+    from mmdit_probe.experiments.value_norms import ValueNorms as ValueNorms
+    from mmdit_probe.experiments.word_maps import WordMaps as WordMaps
 
 _TABLE = {
     "AttentionBudget": ("attention_budget", "attention-budget"),

@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from mmdit_probe.data import Sample, samples, single
-from mmdit_probe.data import prompts as read
+from mmdit_probe.data import Sample, prompts as read, samples, single
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.target import LAYERS
 from mmdit_probe.options import Option, changed

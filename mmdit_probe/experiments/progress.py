@@ -76,8 +76,14 @@ class Progress:
     def bar(self, label: str, total: int, done: int = 0) -> Iterator[Callable[..., None]]:
         """A bar with the time left, by the mean speed since it began: an item may take minutes. Yields the function
         that advances it, by one or by a part of one."""
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress as Bar,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         columns = (
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),

@@ -12,8 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import experiment_of
+from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.experiments import OF_COMMAND, experiment_of
 from mmdit_probe.experiments.controls import CONTROLS
 from mmdit_probe.experiments.store import FolderStore, Store
 from mmdit_probe.experiments.text import Text, claim_lines, claim_table, page, records
@@ -55,6 +55,11 @@ class Result:
         record = read_record(folder)
         if record is None or "options" not in record or "model" not in record:
             raise UserError(f"{str(folder)!r} is no run folder of an experiment")
+        if record["command"] not in OF_COMMAND:  # one picture, a training
+            raise UserError(
+                f"{str(folder)!r} holds a run of {record['command']}, which is not read back as a table; its files are"
+                " what was found"
+            )
         found = RunFolder(Path(folder), record)
         experiment = experiment_of(record["command"], record["options"])
         return cls(experiment, FolderStore(found, experiment.columns))
@@ -111,7 +116,13 @@ class Result:
         return self.experiment.draw(self)
 
     def figure(self, name: str | None = None) -> Figure:
-        """One figure; the main one if no name is given."""
+        """One figure; the main one if no name is given.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        if name is not None:
+            check_known("figure", name, self.figures)
         return self.figures[next(iter(self.figures)) if name is None else name]
 
     def texts(self) -> list[Text]:

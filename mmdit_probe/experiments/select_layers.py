@@ -100,11 +100,19 @@ class SelectLayers(Sampling, Experiment):
         for run in self.runs:
             evidence.record_of(run)
 
+    def check_counts(self, layers: int, heads: int) -> None:
+        """A model of so many layers and heads has as many as are to be selected.
+
+        Raises:
+            UserError: it has not.
+        """
+        if self.top > layers:
+            raise UserError(f"--top {self.top}: expected 1 to {layers} layers")
+        if self.top_heads > heads:
+            raise UserError(f"--top-heads {self.top_heads}: expected at most {heads} heads, or 0 for all")
+
     def prepare(self, model: MMDiT, inputs: None) -> Study:
-        if self.top > len(model.layers):
-            raise UserError(f"--top {self.top}: expected 1 to {len(model.layers)} layers")
-        if self.top_heads > model.heads:
-            raise UserError(f"--top-heads {self.top_heads}: expected at most {model.heads} heads, or 0 for all")
+        self.check_counts(len(model.layers), model.heads)
         chosen = self.chosen_controls()
         names = self.wanted()
         kept = f"scenes:{self.report}" if names else ""

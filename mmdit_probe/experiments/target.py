@@ -170,6 +170,8 @@ def named(target: Any, asked: Any = None) -> Any:
         spec = getattr(asked, "heads", None)
         if spec is not None and not isinstance(spec, Mapping):
             head_indices(spec, heads)
+        if hasattr(asked, "check_counts"):  # how many of them are asked for
+            asked.check_counts(layers, heads)
     return found
 
 

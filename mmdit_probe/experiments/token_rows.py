@@ -132,7 +132,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         variants = controls.variants(model, chosen)
         layers, heads = self.places(model)
         notes = [line for table in model.token_tables(texts) for line in unread(table)]
-        notes += model.notes_on_words(texts)
+        notes += model.notes_on_words([text for text in texts if text or not pictures])
         notes += notes_on(model, pictures, texts, model.default_size) if pictures else []
         request = request_of(
             model,

@@ -18,7 +18,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, overload
 
 import numpy as np
 
@@ -184,6 +184,25 @@ def _every(heads: Any, count: int) -> bool:
     return not isinstance(heads, Mapping) and len(heads) == count
 
 
+# More than one picture: of a list of prompts; and perhaps of these two options.
+@overload
+def word_maps(  # type: ignore[overload-overlap]
+    target: Any, prompt: str | Sequence[str] | None = None, *, images_per_prompt: int, progress: bool = False,
+    num_frames: int | None = None, **options: Any,
+) -> PictureMaps | list[PictureMaps]: ...  # fmt: skip
+@overload
+def word_maps(  # type: ignore[overload-overlap]
+    target: Any, prompt: str | Sequence[str] | None = None, *, images: Any, progress: bool = False,
+    num_frames: int | None = None, **options: Any,
+) -> PictureMaps | list[PictureMaps]: ...  # fmt: skip
+@overload
+def word_maps(
+    target: Any, prompt: str, *, progress: bool = False, num_frames: int | None = None, **options: Any
+) -> PictureMaps: ...
+@overload
+def word_maps(
+    target: Any, prompt: Sequence[str], *, progress: bool = False, num_frames: int | None = None, **options: Any
+) -> list[PictureMaps]: ...
 def word_maps(
     target: Any,
     prompt: str | Sequence[str] | None = None,

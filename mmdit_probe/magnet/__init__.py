@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING
 from mmdit_probe.exports import first_use
 
 if TYPE_CHECKING:
-    from mmdit_probe.magnet.config import MagnetOptions, recipe
-    from mmdit_probe.magnet.lora import save_lora
-    from mmdit_probe.magnet.pseudo import SelfLabelled
-    from mmdit_probe.magnet.run import run
-    from mmdit_probe.magnet.tap import TextMapTap
-    from mmdit_probe.magnet.trainer import train
+    from mmdit_probe.magnet.config import MagnetOptions as MagnetOptions, recipe as recipe
+    from mmdit_probe.magnet.lora import save_lora as save_lora
+    from mmdit_probe.magnet.pseudo import SelfLabelled as SelfLabelled
+    from mmdit_probe.magnet.run import run as run
+    from mmdit_probe.magnet.tap import TextMapTap as TextMapTap
+    from mmdit_probe.magnet.trainer import train as train
 
 _ROOMS = {
     "config": ("MagnetOptions", "recipe"),

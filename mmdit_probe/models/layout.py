@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.families.facts import Family
-from mmdit_probe.models.families.token_order import KINDS as KINDS
-from mmdit_probe.models.families.token_order import Arrangement, Reference, positions
+from mmdit_probe.models.families.token_order import KINDS as KINDS, Arrangement, Reference, positions
 
 MODALITIES = ("image", "text", "reference")
 """Kinds of token whose queries are told apart."""

@@ -14,12 +14,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmdit_probe.errors import RunError, UserError, check_known, first_line
+from mmdit_probe.errors import RunError, UserError, brief, check_known, first_line
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families.registry import BY_CLASS, Family, refuse_class
 from mmdit_probe.models.memory import mend_empty_rows, place, quantizer
@@ -63,7 +64,7 @@ def load(
     """
     for what, given in (("model", name_or_path), ("lora", lora)):
         if not isinstance(given, str | os.PathLike) and (given is not None or what == "model"):
-            raise UserError(f"{what} is {given!r}; expected a name, a folder or a hub id")
+            raise UserError(f"{what} is {brief(given)}; expected a name, a folder or a hub id")
     name = os.fspath(name_or_path)
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
@@ -116,8 +117,9 @@ def pipeline_index(source: str) -> dict[str, Any]:
 
     if not Path(source).exists():
         try:
-            with quiet(source):
-                found: Any = DiffusionPipeline.load_config(source)
+            with quiet(source), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # diffusers names an option that the hub's client has no more
+                found: Any = DiffusionPipeline.load_config(source, **_reached(source))
         except Exception as error:
             raise _hub_error(source, error) from error
         return found
@@ -190,7 +192,7 @@ def _pipeline(
         left_out |= dict.fromkeys(name for stream in open_ended for name in stream.encoders)
     try:
         with quiet(source) as notices:
-            options = {**left_out, **parts}
+            options = {**left_out, **parts, **_reached(source)}
             pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except Exception as error:
         if Path(source).exists():
@@ -255,6 +257,20 @@ def _check_complete(source: str, pipeline: Any, family: Family, notices: list[st
                 raise RunError(
                     f"{source} cannot be loaded: {folder / 'tokenizer_config.json'} sets no model_max_length"
                 )
+
+
+def _reached(source: str) -> dict[str, bool]:
+    """What a loader is told of a hub id where the hub is out of reach: its files here alone. Asked of every file, the
+    hub's client waits half a minute each time."""
+    if Path(source).exists():
+        return {}
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # what its client raises is another class in each version; also of one that is set offline
+        return {"local_files_only": True}
+    return {}
 
 
 def _hub_error(source: str, error: Exception) -> UserError:

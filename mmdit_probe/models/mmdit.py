@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mmdit_probe import assets
 from mmdit_probe.attention.intercept import interpose
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.models import latents as packing
 from mmdit_probe.models.families.registry import Family, family_of
 from mmdit_probe.models.layout import Layer, arranged, find_layers, unwrap
@@ -259,7 +259,8 @@ class MMDiT:
         return [word for word in found if self.vocabulary and not any(find(word, known) for known in self.vocabulary)]
 
     def notes_on_words(self, prompts: str | Sequence[str]) -> list[str]:
-        """A line that names the words of prompts (or of classes) that the model cannot know, if there are any.
+        """A line that names the words of prompts (or of classes) that the model cannot know, if there are any, and one
+        where prompts are empty.
 
         "scenes-sd3 knows 43 words; not: cat, kitten (it knows ring, star, ...)"
         """
@@ -267,7 +268,10 @@ class MMDiT:
         unknown = dict.fromkeys(word.lower() for text in texts for word in self.unknown_words(text))
         known = f"(it knows {', '.join(self.vocabulary[:_LISTED])}, ...)"
         told = f"{self.name} knows {len(self.vocabulary)} words; not: {', '.join(unknown)} {known}"
-        return [told] if unknown else []
+        notes = [told] if unknown else []
+        if empty := sum(not text.strip() for text in texts):
+            notes.append(f"{empty} of {len(texts)} prompts have no text: what is measured is the unconditional text")
+        return notes
 
     def token_tables(self, prompts: str | Sequence[str]) -> list[TokenTable]:
         """What each text position of these prompts is, without encoding them. `.truncated` names the words cut off.
@@ -532,6 +536,9 @@ class MMDiT:
             num_images_per_prompt: images per prompt, consecutive in the result.
             options: passed to the pipeline as they are, e.g. `output_type="latent"`.
 
+        Raises:
+            UserError: values that cannot be, or options that the pipeline has not or that are set here.
+
         Returns: list of PIL images (of videos: of `results.clip.Clip`), or what `output_type` asks for.
         """
         texts = _texts(prompts)
@@ -555,6 +562,7 @@ class MMDiT:
         )  # fmt: skip
         if negative and "negative_prompt" not in arguments:
             raise UserError(f"{type(self.pipeline).__name__} takes no negative prompt; leave it out")
+        _check_options(self.pipeline, options, arguments)
         options |= {"output_type": "pil"} if self.makes_videos and "output_type" not in options else {}
         if options.get("output_type") != "latent":
             self._check_vae('; ask for output_type="latent"')
@@ -623,6 +631,16 @@ def _own_frames(pipeline: Any) -> int:
     stated = inspect.signature(type(pipeline).__call__).parameters.get("num_frames")
     default: Any = None if stated is None else stated.default
     return int(default or getattr(pipeline.transformer.config, "sample_frames", 1))
+
+
+def _check_options(pipeline: Any, options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse options of a call that the pipeline has not, or that `generate` sets by itself."""
+    known = inspect.signature(type(pipeline).__call__).parameters
+    for name in options:
+        if name in given or name == "prompt":
+            raise UserError(f"generate sets {name!r} by itself, from its prompts, steps, guidance, seed and the others")
+        if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in known.values()):
+            check_known("option of the pipeline", name, list(known)[1:])
 
 
 @contextmanager

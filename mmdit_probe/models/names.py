@@ -147,6 +147,8 @@ def check_device(name: str, count: Callable[[str], int | None] | None = None) ->
     """
     found = re.fullmatch(rf"(auto)|({'|'.join(DEVICES[1:])})(?::(\d+))?", name)
     if found is None:
+        if name.lower().startswith("gpu"):
+            raise UserError(f"unknown device {name!r}: a GPU of NVIDIA or AMD is cuda, of Apple mps, of Intel xpu")
         raise unknown("device", name, DEVICES)
     there = 1 if found[1] else (count or devices)(found[2])
     if there is not None and int(found[3] or 0) >= there:

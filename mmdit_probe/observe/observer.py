@@ -290,11 +290,14 @@ class RowObserver(Observer):
         """All rows so far as a tidy table, text as categories.
 
         Raises:
-            UserError: the rows went to a sink of the caller's, which has no `table`.
+            UserError: there are none yet, or they went to a sink of the caller's, which has no `table`.
         """
         if not hasattr(self.sink, "table"):
             raise UserError(f"the rows went to {type(self.sink).__name__}; read them there")
-        return self.sink.table()[list(self.columns)]
+        found = self.sink.table()
+        if not len(found):
+            raise UserError("no rows were kept yet: call the model inside `with probe(...)`")
+        return found[list(self.columns)]
 
     def _heads(self, layer: int, count: int) -> tuple[int, ...]:
         return heads_at(self.heads, layer, count)

@@ -34,7 +34,7 @@ from mmdit_probe.attention.intercept import (
     interpose,
     watch,
 )
-from mmdit_probe.errors import ProbeWarning, RunError, UserError
+from mmdit_probe.errors import ProbeWarning, RunError, UserError, brief
 from mmdit_probe.models.families.facts import Family
 from mmdit_probe.models.layout import Layer, Layout, Places, arranged, of_samples, unwrap
 from mmdit_probe.models.layout_source import layout_source
@@ -49,6 +49,10 @@ from mmdit_probe.observe.sample_order import canonical, canonical_hidden, hidden
 from mmdit_probe.specs import Spec, layer_indices, reread, step_indices
 
 Seen = TypeVar("Seen", bound=Observer)
+
+
+_WATCHING: set[int] = set()
+"""Identities of the observers in a probe that is attached."""
 
 
 class ForwardEnded(Exception):
@@ -101,7 +105,7 @@ def probe(
         UserError: not an MM-DiT, unknown layers; on exit, no call was at the selected steps. RunError: a selected layer
             was not seen, or only in part of the samples.
     """
-    every = [edits] if hasattr(edits, "handler") else list(edits)  # type: ignore[arg-type]
+    every = list(edits) if isinstance(edits, Iterable) else [edits]
     return Run(target, observers, layers, steps, every, tokens, branches, to_end)
 
 
@@ -138,6 +142,15 @@ class Run:
         for one in (*observers, *edits):
             if isinstance(one, type):
                 raise UserError(f"{one.__name__} is a class; expected an observer or an edit: {one.__name__}(...)")
+        given: Sequence[Any] = observers
+        for observer in given:
+            if not isinstance(observer, Observer):
+                hint = "; edits are given as edits=" if hasattr(observer, "handler") else ""
+                raise UserError(f"{brief(observer)} is no observer; expected such as AttentionMass(), by comma{hint}")
+        for edit in edits:
+            if not hasattr(edit, "handler"):
+                hint = "; observers are given before it, without edits=" if isinstance(edit, Observer) else ""
+                raise UserError(f"{brief(edit)} is no edit; expected such as Blur(...), or a list of them{hint}")
         self.observers = list(observers)
         self.edits = list(edits)
         if self._source.layers is not None:
@@ -202,8 +215,10 @@ class Run:
         """The observer of a class.
 
         Raises:
-            UserError: there is none, or more than one.
+            UserError: no class, there is none of it, or more than one.
         """
+        if not isinstance(kind, type):
+            raise UserError(f"run[{brief(kind)}]: expected the class of an observer, such as run[AttentionMass]")
         found = [observer for observer in self.observers if isinstance(observer, kind)]
         if len(found) != 1:
             names = ", ".join(type(observer).__name__ for observer in self.observers) or "none"
@@ -215,6 +230,14 @@ class Run:
             raise UserError("this probe is attached already: leave its `with` block first, or make another one")
         refuse_sharded(self.transformer)
         with ExitStack() as stack:
+            for observer in self.observers:
+                if id(observer) in _WATCHING:
+                    raise UserError(
+                        f"one {type(observer).__name__} is given twice, or to two probes at once: it would count"
+                        " everything twice; give each its own"
+                    )
+                _WATCHING.add(id(observer))
+                stack.callback(_WATCHING.discard, id(observer))
             if self._rows is not None:
                 for detach in self._rows.attach():
                     stack.callback(detach)

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -244,7 +245,7 @@ def check_out(out: Path | str | None, resume: bool = False) -> dict[str, Any] | 
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {str(path)!r} is a file; choose another folder with --out")
         above = next(one for one in (path, *path.absolute().parents) if one.exists())
-        if old is None and not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        if old is None and not _takes_folders(above):
             why = "nothing may be written there" if above.is_dir() else "it is a file"
             raise UserError(f"--out {str(path)!r}: {str(above)!r} is no place for it, {why}; choose another folder")
     if old is None and path.is_dir() and any(not one.name.endswith(atomic.SUFFIX) for one in path.iterdir()):
@@ -252,6 +253,15 @@ def check_out(out: Path | str | None, resume: bool = False) -> dict[str, Any] | 
     if old is not None and not resume:
         raise UserError(f"{str(path)!r} holds a run already; continue it with --resume or choose another --out")
     return old
+
+
+def _takes_folders(path: Path) -> bool:
+    """Whether a folder can be made in this one: permissions do not tell it of `/proc`, nor to an administrator."""
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".", suffix=atomic.SUFFIX, dir=path))
+    except OSError:
+        return False
+    return True
 
 
 def _to_continue(

@@ -27,5 +27,31 @@ from mmdit_probe.scenes.world import (
 if TYPE_CHECKING:
     from mmdit_probe.scenes.parser import SceneParser, alignment, load_parser
 
+__all__ = [
+    "CATEGORIES",
+    "CLASSES",
+    "COLOURS",
+    "COLOUR_NAMES",
+    "GROUNDS",
+    "KINDS",
+    "NO_COLOUR",
+    "PARTS",
+    "SIZE",
+    "SPLITS",
+    "STUFF",
+    "THINGS",
+    "WORLD_VERSION",
+    "Facts",
+    "Group",
+    "Scene",
+    "SceneObject",
+    "SceneParser",
+    "alignment",
+    "captions",
+    "describe",
+    "load_parser",
+    "parse",
+    "scene",
+]
 # The parser needs torch; scenes and captions do not.
 __getattr__ = first_use(__name__, {"parser": ("SceneParser", "alignment", "load_parser")})

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from mmdit_probe.exports import first_use
 
 if TYPE_CHECKING:
-    from mmdit_probe.segment.capture import capture
-    from mmdit_probe.segment.methods import METHODS
-    from mmdit_probe.segment.record import Capture, Reading
-    from mmdit_probe.segment.run import discover, name_segments, segment
+    from mmdit_probe.segment.capture import capture as capture
+    from mmdit_probe.segment.methods import METHODS as METHODS
+    from mmdit_probe.segment.record import Capture as Capture, Reading as Reading
+    from mmdit_probe.segment.run import discover as discover, name_segments as name_segments, segment as segment
 
 _ROOMS = {
     "capture": ("capture",),

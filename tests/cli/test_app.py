@@ -14,8 +14,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -456,6 +455,10 @@ def test_doctor_refuses_an_unknown_device(capsys):
     assert err.startswith("error: unknown device 'gpu'")
 
 
+PER_KIND = ("score", "sigma-map")
+"""Commands of whose captions or scenes `--limit` takes so many of each kind, as their help says."""
+
+
 def test_the_number_of_items_in_help_is_how_many_are_taken():
     """`--limit` of every command, as shown, against what it takes of the scenes when nothing is said."""
     import typer
@@ -467,7 +470,7 @@ def test_the_number_of_items_in_help_is_how_many_are_taken():
         said = getattr(option, "show_default", None)
         text = str(said if isinstance(said, str) else getattr(option, "default", ""))
         number = text.partition(", or all")[0]
-        if number.isdigit() and one.name != "score" and (inputs := one().gather(True)) is not None:
+        if number.isdigit() and one.name not in PER_KIND and (inputs := one().gather(True)) is not None:
             shown[one.name] = int(number)
             items = inputs[0] if isinstance(inputs, tuple) else inputs
             taken[one.name] = len(items)

@@ -13,8 +13,7 @@ import pytest
 from mmdit_probe import MMDiT
 from mmdit_probe.cli.app import COMMANDS, main
 from mmdit_probe.experiments import experiment
-from mmdit_probe.models import load as loading
-from mmdit_probe.models import names
+from mmdit_probe.models import load as loading, names
 
 ONE = ["--limit", 1, "--num-steps", 1]
 LINES: dict[str, list[Any]] = {

@@ -26,7 +26,7 @@ def test_show_writes_a_contact_sheet(tmp_path, capsys):
     [
         (("show", "--split", "vall"), "did you mean 'val'"),
         (("show", "--kind", "color"), "did you mean 'colour'"),
-        (("show", "-n", "0"), "greater than or equal to 1"),
+        (("show", "-n", "0"), "expected at least 1"),
     ],
 )
 def test_bad_requests_are_one_line(arguments, message, capsys, tmp_path, monkeypatch):

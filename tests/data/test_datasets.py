@@ -147,6 +147,15 @@ def test_layout_that_is_not_there(tmp_path: Path) -> None:
         dataset("scenes:vall")
 
 
+@pytest.mark.parametrize("name", ["background", "Background"])
+def test_the_background_of_ones_own_classes_is_known_in_any_case(tmp_path: Path, name: str) -> None:
+    """Written "Background" it was a word of the prompts, and no rule found it."""
+    listing(tmp_path / "classes.txt", ["cat", name])
+    picture(tmp_path / "images/a.png")
+    labels(tmp_path / "labels/a.png", [0, 1])
+    assert dataset(str(tmp_path)).background == 1
+
+
 def test_check_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "mine"
     listing(root / "classes.txt", ["cat", "dog"])

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mmdit_probe.data import (
@@ -24,6 +25,7 @@ from mmdit_probe.data import (
     fingerprint,
     open_picture,
     parse_classes,
+    picture as opener,
     prompts,
     read_json,
     read_label_map,
@@ -33,7 +35,6 @@ from mmdit_probe.data import (
     single,
     training_data,
 )
-from mmdit_probe.data import picture as opener
 from mmdit_probe.data.class_names import read_classes
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.masks import largest
@@ -250,6 +251,17 @@ def test_huge_pictures_are_reduced_with_a_note(tmp_path: Path, monkeypatch: pyte
         assert found.notes == ("60 x 100 pixels were reduced",)
         assert np.abs(np.asarray(found.image.resize((100, 60))).astype(float) - rgb).max() < 12
         assert open_picture(tmp_path / name, reduce=False).image.size == (100, 60)
+
+
+def test_pictures_of_other_libraries_of_arrays_are_read_and_what_is_none_is_told() -> None:
+    """A tensor, None or a list ended in Python's error about paths."""
+    pixels = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    assert np.array_equal(open_picture(torch.from_numpy(pixels)).pixels, pixels)
+    learned = torch.from_numpy(pixels / 255).requires_grad_()
+    assert np.array_equal(open_picture(learned).pixels, pixels)
+    for other in (None, [pixels, pixels], 3, (3, 4)):
+        with pytest.raises(UserError, match=r"expected a file, a PIL image or an array \[height, width, 3\]"):
+            open_picture(other)
 
 
 def test_a_sample_of_an_array_has_a_picture_of_8_bits_and_three_channels() -> None:

@@ -135,6 +135,20 @@ def test_a_word_that_the_caption_does_not_say_has_no_mask(tmp_path: Path) -> Non
     assert folder_data(at, SIZE)[0].names == ("cat",)
 
 
+def test_masks_that_would_be_left_out_are_refused(tmp_path: Path) -> None:
+    """Of another format or name, their pictures were pictures without a mask, in silence."""
+    at = folder(tmp_path / "d")
+    (at / "masks" / "notes.md").write_text("by hand")
+    (at / "masks" / ".DS_Store").write_bytes(b"")
+    assert len(folder_data(at, SIZE)[1].masks) == 2
+    (at / "masks" / "1.png").rename(at / "masks" / "1_mask.png")
+    with pytest.raises(UserError, match=r"holds '1_mask\.png', which no picture is called like"):
+        folder_data(at, SIZE)
+    Image.fromarray(np.zeros((64, 128), np.uint8)).save(at / "masks" / "1.JPG")
+    with pytest.raises(UserError, match=r"holds '1\.JPG'; masks are PNGs"):
+        folder_data(at, SIZE)
+
+
 def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:
     model = MMDiT(tiny.pipeline(), "tiny", tiny.T5_LENGTH)
     at = folder(tmp_path / "d")

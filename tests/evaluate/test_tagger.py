@@ -9,8 +9,7 @@ import pandas as pd
 import pytest
 
 from mmdit_probe.cli.app import main
-from mmdit_probe.data import Dataset, Sample, SegClass
-from mmdit_probe.data import dataset as read_dataset
+from mmdit_probe.data import Dataset, Sample, SegClass, dataset as read_dataset
 from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate.tagger import Tagging, choose_threshold, open_tagger, quality
 

@@ -15,6 +15,7 @@ from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import Perturb, SelectLayers, evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, evidence_names
+from mmdit_probe.experiments.target import named
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results.selection import load_selection
 from tests import tiny
@@ -161,6 +162,9 @@ def test_what_cannot_be_selected_is_refused_before_it_is_measured() -> None:
     model = MMDiT(tiny.pipeline("sd3"))
     with pytest.raises(UserError, match="--top-heads 3: expected at most 2 heads"):
         SelectLayers(evidence="word_mass", top_heads=3).prepare(model, None)
+    for asked in ({"top": 9}, {"top_heads": 5}):  # of a name, from its configuration: the model was loaded for it
+        with pytest.raises(UserError, match=r"--top 9: expected 1 to 8 layers|--top-heads 5: expected at most 4 heads"):
+            named("scenes-sd3", SelectLayers(evidence="word_mass", **asked))
     with pytest.raises(UserError, match=r"unknown rule 'segmentation'.* Known: ranks, median-ranks, word_mass"):
         SelectLayers(evidence="word_mass", rule="segmentation").prepare(model, None)
     with pytest.raises(UserError, match="--top-heads are selected by their maps on scenes"):

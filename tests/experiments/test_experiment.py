@@ -44,14 +44,15 @@ from mmdit_probe.experiments import (
     WordMaps,
     experiment_of,
     read,
+    target as naming,
 )
-from mmdit_probe.experiments import target as naming
 from mmdit_probe.experiments.compare_runs import ITEMS
 from mmdit_probe.experiments.experiment import plain
 from mmdit_probe.experiments.reading import Network
 from mmdit_probe.experiments.text import TextTable, records
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.options import described
+from mmdit_probe.results.folder import RunFolder
 from mmdit_probe.results.selection import LayerSelection
 from tests import tiny
 from tests.tables import unexplained
@@ -230,6 +231,8 @@ def test_a_notebook_shows_figure_and_tables(setting: Setting) -> None:
     shown = [text for text in setting.memory.texts() if isinstance(text, TextTable)]
     assert shown and html.count("<table>") == len(shown)
     assert setting.memory.figure() is setting.memory.figures[next(iter(setting.memory.figures))]
+    with pytest.raises(UserError, match="unknown figure 'nope'"):
+        setting.memory.figure("nope")
     assert type(setting.ask).__name__ in repr(setting.memory)
 
 
@@ -485,3 +488,11 @@ def test_scenes_of_another_world_are_another_request(
     then = ask.prepare(tiny_model, inputs).request
     split = "test" if isinstance(ask, HeadTriage) else "val"
     assert (now["split"], then["split"]) == (split, f"{split} of world 2") and "split" in ITEMS
+
+
+def test_a_run_that_holds_no_table_says_so(tmp_path: Path) -> None:
+    """It was an unknown command, of which "generate" was said to be meant."""
+    with RunFolder.open("segment", {"image": "a.png"}, out=tmp_path / "cat") as folder:
+        folder.record(options={}, model={"id": "m"})
+    with pytest.raises(UserError, match=r"cat' holds a run of segment, which is not read back as a table"):
+        read(tmp_path / "cat")

@@ -12,8 +12,7 @@ from scipy import stats
 from mmdit_probe.experiments.feature_pca import summarise as components
 from mmdit_probe.experiments.generate import summarise as guided
 from mmdit_probe.experiments.head_triage import verdicts as heads
-from mmdit_probe.experiments.perturb import CONTROL, EDIT, STOCK
-from mmdit_probe.experiments.perturb import summarise as perturbed
+from mmdit_probe.experiments.perturb import CONTROL, EDIT, STOCK, summarise as perturbed
 from mmdit_probe.experiments.scenes_quality import CLEAN, PLAIN, improvement
 
 Values = dict[int, np.ndarray]

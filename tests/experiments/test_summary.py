@@ -9,9 +9,7 @@ import pytest
 from mmdit_probe.data import paper_table
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import AttentionBudget, Result, ValueNorms
-from mmdit_probe.experiments.attention_budget import budget_table as shown
-from mmdit_probe.experiments.attention_budget import robust_z
-from mmdit_probe.experiments.attention_budget import summarise as summarise_items
+from mmdit_probe.experiments.attention_budget import budget_table as shown, robust_z, summarise as summarise_items
 from mmdit_probe.experiments.store import MemoryStore
 from mmdit_probe.results.statistics import interval
 from tests.tables import SPANS, budget_table, by_item, of_video

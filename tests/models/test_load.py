@@ -19,7 +19,7 @@ from mmdit_probe import assets
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models import names
 from mmdit_probe.models.adapters import read_metadata
-from mmdit_probe.models.load import load, pick_device, random_twin
+from mmdit_probe.models.load import load, pick_device, pipeline_index, random_twin
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.names import check_device, devices
 from mmdit_probe.quiet import quiet
@@ -177,6 +177,8 @@ def test_devices_and_dtypes(tiny_directory: Path) -> None:
             with pytest.raises(UserError, match="unknown device"):
                 check(name)
     assert load(tiny_directory, device="cpu", dtype="bfloat16").dtype == torch.bfloat16
+    with pytest.raises(UserError, match="unknown device 'gpu:0': a GPU of NVIDIA or AMD is cuda, of Apple mps"):
+        check_device("gpu:0")  # the closest name is xpu, which hardly anybody has
     absent = ["cuda:99", "mps:1", "cpu:1", "xpu:99"]
     absent += [] if torch.cuda.is_available() else ["cuda", "cuda:0"]
     absent += [] if torch.backends.mps.is_available() else ["mps"]
@@ -216,6 +218,18 @@ def test_the_driver_counts_devices(monkeypatch: pytest.MonkeyPatch, failed: int,
     assert names._cuda_devices() == count
     monkeypatch.setattr("ctypes.CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
     assert names._cuda_devices() == 0
+
+
+def test_a_hub_out_of_reach_is_not_asked_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client tries six times for each file, with lines about it, before our message could be read."""
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(DiffusionPipeline, "load_config", lambda source, **how: asked.append(how) or {})
+    assert pipeline_index("nobody/nothing") == {} and asked == [{"local_files_only": True}]
 
 
 def test_a_gated_or_missing_repository_says_which() -> None:

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from mmdit_probe.errors import UserError
+from mmdit_probe.experiments import AttentionBudget
 from mmdit_probe.models.families.registry import FAMILIES, family_of
 from mmdit_probe.models.layout import KINDS, Layout, find_layers
 from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.specs import seed_values
 from tests import tiny
 
 
@@ -220,12 +222,26 @@ def test_seeds_and_numbers_are_checked_before_anything_runs(model: MMDiT) -> Non
         for ask in (model.generate, model.encode_prompt):
             with pytest.raises(UserError, match="expected a text, or one text or more in a list"):
                 ask(prompts)  # type: ignore[operator]
+    with pytest.raises(UserError, match="generate sets 'num_inference_steps' by itself, from its prompts, steps"):
+        model.generate("a cat", num_inference_steps=1)
+    with pytest.raises(UserError, match="unknown option of the pipeline 'output': did you mean 'output_type'"):
+        model.generate("a cat", output="latent")
+    with pytest.raises(UserError, match="seed None: expected whole numbers from 0"):
+        model.generate("a cat", seed=None)  # type: ignore[arg-type]
+    assert seed_values(torch.tensor(3), 2) == seed_values(np.array([3, 4]), 2) == [3, 4]  # type: ignore[arg-type]
     with pytest.raises(UserError, match="sigma nan"):
         model.noise(clean, float("nan"))
 
 
 def test_only_embedded_models_have_words_that_they_cannot_know(model: MMDiT) -> None:
     assert model.vocabulary == () and model.unknown_words("any word") == [] and model.notes_on_words("kitten") == []
+
+
+def test_prompts_without_text_are_told(model: MMDiT) -> None:
+    """`--prompts "$P"` of a variable that is not set measured the unconditional text without a word."""
+    said = "prompts have no text: what is measured is the unconditional text"
+    assert model.notes_on_words(["", "a cat", " "]) == [f"2 of 3 {said}"]
+    assert f"1 of 1 {said}" in AttentionBudget(prompts="", num_steps=1).prepare(model, ([""], [])).notes
 
 
 def test_an_embedded_model_names_the_words_it_does_not_know() -> None:

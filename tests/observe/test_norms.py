@@ -12,8 +12,7 @@ from mmdit_probe import ValueNorm, probe
 from mmdit_probe.experiments import ValueNorms, value_norms
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.tokens import token_tables
-from mmdit_probe.observe.norms import COLUMNS
-from mmdit_probe.observe.norms import value_norms as norms_of
+from mmdit_probe.observe.norms import COLUMNS, value_norms as norms_of
 from mmdit_probe.results.statistics import interval
 from mmdit_probe.specs import ALL_HEADS
 from tests import tiny

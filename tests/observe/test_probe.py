@@ -824,3 +824,39 @@ def test_a_class_in_place_of_an_observer_is_refused(pipe: Any) -> None:
     for given, how in (([AttentionMass], {}), ([], {"edits": [Blur]})):
         with pytest.raises(UserError, match=r"(AttentionMass|Blur) is a class; expected an observer or an edit"):
             probe(pipe, *given, **how)
+
+
+def test_what_is_no_observer_or_edit_is_refused_when_the_probe_is_made(pipe: Any) -> None:
+    """It failed in the middle of the model's call, with torch's warnings about hooks."""
+    blur = Blur("image", "text", layers=[0], sigma=1, kernel=3)
+    for wrong in (None, "AttentionMass", [AttentionMass(), AttentionMass()]):
+        with pytest.raises(UserError, match="is no observer; expected such as AttentionMass"):
+            probe(pipe, wrong)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="edits are given as edits="):
+        probe(pipe, blur)  # type: ignore[arg-type]
+    for other in (None, AttentionMass(), [None]):
+        with pytest.raises(UserError, match="is no edit; expected such as Blur"):
+            probe(pipe, edits=other)  # type: ignore[arg-type]
+    for kind in ("AttentionMass", 0, None):
+        with pytest.raises(UserError, match="expected the class of an observer"):
+            _ = probe(pipe, AttentionMass())[kind]  # type: ignore[index]
+
+
+def test_an_observer_counts_nothing_twice(pipe: Any) -> None:
+    """Given twice, or to two probes at once, every row was there twice in silence; one after the other it goes on."""
+    one = AttentionMass()
+    with pytest.raises(UserError, match="no rows were kept yet"):
+        one.table()
+    sample(pipe, steps=1)  # a pipeline keeps things of its calls
+    before = state(pipe)
+    with pytest.raises(UserError, match="would count everything twice"), probe(pipe, one, one):
+        pass
+    with probe(pipe, one):
+        with pytest.raises(UserError, match="would count everything twice"), probe(pipe, one):
+            pass
+        sample(pipe, steps=1)
+    assert state(pipe) == before
+    rows = len(one.table())
+    with probe(pipe, one):
+        sample(pipe, steps=1)
+    assert len(one.table()) == 2 * rows

@@ -16,9 +16,7 @@ from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.sinks import SINK, Channels, KeyMass, SinkFree, top_keys, without_sinks
 from tests import tiny
 from tests.observe.oracle import attentions
-from tests.observe.test_families import IMAGE as IMAGE_KEY
-from tests.observe.test_families import TEXT as TEXT_KEY
-from tests.observe.test_families import case_of, joint_paths, run, samples
+from tests.observe.test_families import IMAGE as IMAGE_KEY, TEXT as TEXT_KEY, case_of, joint_paths, run, samples
 
 IMAGE = 16
 N = IMAGE + tiny.CLIP_LENGTH + tiny.T5_LENGTH

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -293,10 +294,27 @@ def test_file_in_place_of_the_folder(tmp_path):
 def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
     """A run that is there is only shown."""
     RunFolder.open("demo", REQUEST, out=tmp_path / "mine").finish()
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and Path(path) != tmp_path / "mine")
+
+    def refused(dir: Path, **_: Any) -> str:
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refused)
     with pytest.raises(UserError, match="no place for it, nothing may be written there"):
         check_out(tmp_path / "new" / "run")
     assert check_out(tmp_path / "mine", resume=True)["status"] == "finished"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a system without /proc")
+def test_a_place_whose_permissions_say_more_than_it_takes():
+    """An administrator may write into `/proc`, by its permissions: it was refused after the model was loaded."""
+    with pytest.raises(UserError, match="'/proc' is no place for it, nothing may be written there"):
+        check_out("/proc/run")
+
+
+def test_looking_whether_a_run_can_be_written_leaves_nothing(tmp_path):
+    check_out(tmp_path / "new" / "run")
+    check_out(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_is_not_called_like_a_picture(tmp_path):

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.families.entries import ENTRIES
-from mmdit_probe.models.families.facts import Family as Family
-from mmdit_probe.models.families.facts import TextStream as TextStream
+from mmdit_probe.models.families.facts import Family as Family, TextStream as TextStream
 
 FAMILIES: dict[str, Family] = {entry.name: entry for entry in ENTRIES}
 BY_CLASS: dict[str, Family] = {entry.transformer: entry for entry in ENTRIES}
