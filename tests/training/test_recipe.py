@@ -230,11 +230,12 @@ def test_the_answer_counts_best_layers_at_the_aligned_one_and_the_next():
     frame = pd.DataFrame(
         [
             {"recipe": recipe, "seed": 0, "layer": layer, "min_max": kind, "evidence": "segmentation",
-             "miou": 0.5 if layer == of[recipe] else 0.1, "rank": 1 if layer == best[recipe] else 2}
+             "miou": 0.5 if layer == of[recipe] else 0.1, "value": 0.5 if layer == best[recipe] else 0.1}
             for kind, of in ((False, best), (True, stretched)) for recipe in of for layer in range(8)
         ]
     )  # fmt: skip
-    table = ablation.best_layers({"maps": frame, "evidence": frame}).set_index("recipe")
+    evidence = frame[~frame["min_max"]]
+    table = ablation.best_layers({"maps": frame, "evidence": evidence}).set_index("recipe")
     assert table["by_maps"].to_dict() == table["by_evidence"].to_dict() == best
     assert table["by_min_max"].to_dict() == stretched
     assert table["by_maps_follows"].dropna().to_dict() == {"layer:2": True, "layer:4": True, "layer:6": False}
