@@ -9,12 +9,14 @@ what its masks and indices say.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmdit_probe.errors import UserError
@@ -111,4 +113,9 @@ def _decisive(name: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return None
     told = name not in TIMESTEP_NAMES and ("mask" in name or not value.is_floating_point())
-    return tuple(value.shape), tuple(value.flatten().tolist()) if told else ()
+    if not told:
+        return tuple(value.shape)
+    held = (
+        value.detach().flatten().contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    )  # a mask of all pairs: millions
+    return tuple(value.shape), hashlib.sha256(held).hexdigest()
