@@ -425,6 +425,20 @@ class MMDiT:
                 f" picture latents{instead}"
             )
 
+    def _check_call(self, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        """Refuse options of a call that the pipeline has not, that `generate` sets by itself (the arguments), or that
+        ask for pictures without an autoencoder."""
+        known = inspect.signature(type(self.pipeline).__call__).parameters
+        for name in options:
+            if name in arguments or name == "prompt":
+                raise UserError(
+                    f"generate sets {name!r} by itself, from its prompts, steps, guidance, seed and the others"
+                )
+            if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in known.values()):
+                check_known("option of the pipeline", name, list(known)[1:])
+        if options.get("output_type") != "latent":
+            self._check_vae('; ask for output_type="latent"')
+
     @torch.no_grad()
     def _call(self, prompts: Sequence[str], size: tuple[int, int]) -> tuple[dict[str, Any], list[int]]:
         """What the stock pipeline calls its transformer with for prompts, without guidance, at (height, width), and how
@@ -562,10 +576,8 @@ class MMDiT:
         )  # fmt: skip
         if negative and "negative_prompt" not in arguments:
             raise UserError(f"{type(self.pipeline).__name__} takes no negative prompt; leave it out")
-        _check_options(self.pipeline, options, arguments)
+        self._check_call(arguments, options)
         options |= {"output_type": "pil"} if self.makes_videos and "output_type" not in options else {}
-        if options.get("output_type") != "latent":
-            self._check_vae('; ask for output_type="latent"')
         with _guided(self.pipeline, guidance), barless(self.pipeline):
             made = self.pipeline(prompt=texts, **arguments, **options)
         if not self.makes_videos:
@@ -631,16 +643,6 @@ def _own_frames(pipeline: Any) -> int:
     stated = inspect.signature(type(pipeline).__call__).parameters.get("num_frames")
     default: Any = None if stated is None else stated.default
     return int(default or getattr(pipeline.transformer.config, "sample_frames", 1))
-
-
-def _check_options(pipeline: Any, options: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse options of a call that the pipeline has not, or that `generate` sets by itself."""
-    known = inspect.signature(type(pipeline).__call__).parameters
-    for name in options:
-        if name in given or name == "prompt":
-            raise UserError(f"generate sets {name!r} by itself, from its prompts, steps, guidance, seed and the others")
-        if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in known.values()):
-            check_known("option of the pipeline", name, list(known)[1:])
 
 
 @contextmanager
