@@ -85,8 +85,8 @@ def picture(path: Path, mask: Path | None = None, names: dict[int, str] | None =
 
 def _masks(folder: Path, pictures: Collection[str]) -> dict[str, Path]:
     """The masks of a folder, each of one of these pictures; errors as in `pictures`."""
-    other = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
-    other = [name for name in other if not name.lower().endswith(".png")]
+    refused = {*SUFFIXES} - {".png"}
+    other = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in refused and path.name[0] != ".")
     if other:
         raise UserError(f"{str(folder)!r} holds {other[0]!r}; masks are PNGs, whose pixels are the ids that were saved")
     found = _by_stem(folder)

@@ -206,8 +206,8 @@ class Plan:
             )
         named = [entry for entry in self.entries if not entry.method.unsupervised]
         blind = [entry for entry in self.entries if entry.method.unsupervised]
-        fit = _without_forward(self.reading, captures, image).fit
-        seen = np.where(fit.unseen, IGNORE, truth)  # what a crop cuts off is not in the picture that is read
+        unseen = _fit(self.reading, captures, image).unseen
+        seen = np.where(unseen, IGNORE, truth)  # what a crop cuts off is not in the picture that is read
         asked = [(one, self.vocabulary(one, sample.name, seen)) for one in (self.scoring.protocols if named else ())]
         groups = [group for protocol, ids in asked for group in self._groups(protocol, named, image, ids)]
         groups += self._groups(UNSUPERVISED, blind, image, [])
@@ -382,11 +382,16 @@ class _Opened:
     groups: Sequence[_Group]
 
 
+def _fit(reading: Reading, captures: Captures, image: NDArray[np.uint8]) -> Fit:
+    """How an image lies in the network's input."""
+    facts = captures.facts
+    size = reading.size or tuple(facts["size"])
+    return Fit.of(image.shape[:2], size, facts["multiple"], reading.fit, facts["most"])  # type: ignore[arg-type]
+
+
 def _without_forward(reading: Reading, captures: Captures, image: NDArray[np.uint8]) -> Capture:
     """How an image lies in the network's input, and nothing read."""
-    facts = captures.facts
-    size, multiple = reading.size or tuple(facts["size"]), facts["multiple"]
-    fit = Fit.of(image.shape[:2], size, multiple, reading.fit, facts["most"])  # type: ignore[arg-type]
+    fit, multiple = _fit(reading, captures, image), captures.facts["multiple"]
     return Capture(image, fit, (fit.size[0] // multiple, fit.size[1] // multiple), [], [], (), ())
 
 
