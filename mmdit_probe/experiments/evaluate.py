@@ -24,6 +24,7 @@ from mmdit_probe.experiments.presets import AS_WORD, PAPER_LENGTH, PRESETS, Pres
 from mmdit_probe.experiments.reading import FIT, RULE, SIGMA, Network, Reads, check_streams_read
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable, share, signed
+from mmdit_probe.models.names import contents_of
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import ABOVE, FEWEST, TOO_FEW
 from mmdit_probe.segment.settings import (
@@ -334,10 +335,12 @@ class Evaluate(Reads, Experiment):
         notes += [f"preset {self.preset} ({how.source}): {how.differs}"] if how.differs else []
         if tagging is not None and tagging.split is not None:
             notes.append(f"the tagger's threshold is chosen on {len(tagging.split)} images of {tagger['split']}")  # type: ignore[index]
+        named = [value for options in self.values().values() for value in options.values()]
+        checkpoints = [self.tagger, *(value for value in named if isinstance(value, str))]
         said = {
             "classes": [list(one.synonyms) for one in data.classes], "agnostic": data.agnostic,
             "images": [sample.name for sample in data.samples], "background": data.background, "remarks": notes,
-            "preset": self.preset, "dataset": data.facts,
+            "preset": self.preset, "dataset": data.facts, "contents": contents_of(*checkpoints),
         }  # fmt: skip
         tasks = range(len(data.samples))
         return Study(model, request, tasks, facts=said, unit="images", notes=notes, state=_State(plan, model, tagging))

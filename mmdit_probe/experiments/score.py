@@ -11,7 +11,6 @@ parser reads the pictures back, its own limit stands beside ("real"), and `map_s
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos
 from mmdit_probe.experiments.options import Input, Output, Referring, Sampling
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
+from mmdit_probe.models.names import contents_of
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import stills
@@ -203,7 +203,8 @@ class Score(Sampling, Referring, Experiment):
             batch=self.batch,
         )  # fmt: skip
         notes = read_of_videos(model) + strangers(scorers, self.clip, knows_scenes(model))
-        facts = scheduled(model, self.num_steps) | {"remarks": notes, "contents": adapter_hashes(scorers.variants)}
+        contents = contents_of(*scorers.variants.values(), self.clip, self.vqa)
+        facts = scheduled(model, self.num_steps) | {"remarks": notes, "contents": contents}
         return Study(model, request, tasks, "batches", facts=facts, notes=notes, state=(jobs, scorers))
 
     def measure(self, study: Study, task: Job, record: TaskRecord) -> None:
@@ -303,14 +304,6 @@ def strangers(scorers: Scorers, clip: str, scenes: bool) -> list[str]:
     known = [clip] * (clip == Score.clip) + ["the scenes parser"] * (scorers.parser is not None)
     told = f"scores of {' and '.join(known)} mean nothing here: drawn scenes alone are known to it"
     return [told] if known and not scenes else []
-
-
-def adapter_hashes(variants: Mapping[str, str | None]) -> dict[str, str]:
-    """Path -> SHA-256 of the adapter's file, of those on this machine."""
-    from mmdit_probe.models.names import adapter_file
-
-    files = {path: adapter_file(Path(path)) for path in variants.values() if path is not None}
-    return {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in files.items() if file.is_file()}
 
 
 def adapt(model: MMDiT, scorers: Scorers, variant: str) -> None:

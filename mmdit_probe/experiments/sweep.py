@@ -37,6 +37,7 @@ from mmdit_probe.experiments.options import (
     prompts_of,
 )
 from mmdit_probe.experiments.target import knows_scenes
+from mmdit_probe.models.names import contents_of
 from mmdit_probe.options import Option
 from mmdit_probe.results.clip import Clip, still, stills
 from mmdit_probe.results.statistics import NONE, measured
@@ -147,7 +148,8 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
         notes = model.notes_on_words(inputs) + read_of_videos(model)
         return Study(
             model, request, tasks, "batches of images", len(plan), notes=notes, state=(inputs, plan, outcomes),
-            facts=scheduled(model, self.num_steps) | {"remarks": notes},
+            facts=scheduled(model, self.num_steps)
+            | {"remarks": notes, "contents": contents_of(*checkpoints.values())},
         )  # fmt: skip
 
     @abstractmethod

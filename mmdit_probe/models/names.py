@@ -9,12 +9,13 @@ Not here: whether a hub id exists (`models.load`).
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import platform
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,23 @@ def check_adapter(source: str) -> None:
 def adapter_file(path: Path) -> Path:
     """The weights in an adapter's folder, or the file itself."""
     return path / ADAPTER_FILE if path.is_dir() else path
+
+
+def contents_of(*names: str | None) -> dict[str, str]:
+    """Name -> SHA-256 of what an adapter, or a checkpoint with what its processors read, holds; of those on this
+    machine: a path does not tell what is under it, and a hub id is of one repository."""
+    found: dict[str, str] = {}
+    for name in filter(None, names):
+        place = assets.path(name) if name in assets.names() else Path(name)
+        of_folder = sorted(one for kind in ("safetensors", "json", "txt") for one in place.glob(f"*.{kind}"))
+        if files := [adapter_file(place)] if adapter_file(place).is_file() else of_folder:
+            found[name] = _digest(files)
+    return found
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as data:
+            hashlib.file_digest(data, lambda: digest)
+    return digest.hexdigest()

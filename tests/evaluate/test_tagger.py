@@ -59,6 +59,7 @@ def test_the_tags_of_a_run_stand_in_its_table(tiny_directory: Path, tmp_path: Pa
 
     asked = Evaluate(limit=2, protocol="predicted", tagger="scenes-parser", tag_threshold=-2.0, layers="0")
     found = asked.run(str(tiny_directory), out=tmp_path / "run", progress=False)
+    assert set(found.data["contents"]) == {"scenes-parser"}  # another checkpoint under the name continues no run
     parser, val = open_tagger("scenes-parser", read_dataset("scenes:val", 2).classes), read_dataset("scenes:val", 2)
     want = {
         index: [one.name for one, score in zip(val.classes, parser(sample.image), strict=True) if score >= -2.0]

@@ -124,6 +124,7 @@ def test_commands_measure_them(
     edits = [(labels, edit) for _, labels, _, edit in record["request"]["conditions"]]
     heads = {labels["layer"]: edit["heads"] for labels, edit in edits if labels["condition"] == "edit"}
     assert heads[2] == [1] and record["request"]["checkpoints"]["dino"] == str(dino)
+    assert set(record["contents"]) == {str(clip), str(dino)}
 
     document = run("generate", *shared, "--perturb-scale", "1", "--out", "generate")
     assert {row["layers"] for row in document["settings"]} == {"", "0,2"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.adapters import load_adapter
+from mmdit_probe.models.names import ADAPTER_FILE, contents_of
 from tests import pipelines, tiny
 
 RANK, WIDTH = 2, 32
@@ -96,3 +98,23 @@ def test_a_module_that_is_not_there_after_conversion_is_named(tmp_path: Path) ->
     file, _ = written(tmp_path, "lora_unet_double_blocks_9_img_attn_qkv", KOHYA, alpha=1.0)
     with pytest.raises(UserError, match=r"3 of its 3 modules are not there, e\.g\. 'transformer_blocks\.9\.attn"):
         load_adapter(pipelines.build("flux"), str(file))
+
+
+def test_what_a_path_holds_tells_checkpoints_apart(tmp_path: Path) -> None:
+    """Weights, or what a processor reads, exchanged under the same path; notes beside them are no part of it."""
+    path, other = tmp_path / "clip", tmp_path / "lora"
+    path.mkdir()
+    other.mkdir()
+    assert contents_of(None, str(path), "nowhere/at-all") == {}
+    (path / "model.safetensors").write_bytes(b"weights")
+    (path / "preprocessor_config.json").write_bytes(b"{}")
+    (other / ADAPTER_FILE).write_bytes(b"adapter")
+    first = contents_of(str(path), str(other), "scenes-clip")
+    assert set(first) == {str(path), str(other), "scenes-clip"}
+    assert first[str(other)] == hashlib.sha256(b"adapter").hexdigest()
+    (path / "notes.md").write_text("trained on Monday", encoding="utf-8")
+    assert contents_of(str(path)) == {str(path): first[str(path)]}
+    for name, data in (("preprocessor_config.json", b"[]"), ("model.safetensors", b"others")):
+        before = contents_of(str(path))
+        (path / name).write_bytes(data)
+        assert contents_of(str(path)) != before
