@@ -13,9 +13,10 @@ interval. Recipes: `ours`, and `paper`, the paper's as it stands (`MagnetOptions
 
 What is chosen is chosen on the "val" scenes: the layer (the best of the base model), and the loss's form and rate of
 our recipe by a pilot of short trainings (the highest mIoU among those whose pictures are no worse than a control's of
-the same rate). Everything reported is of "test". Each training and each measurement is a file in `--workdir`, under a
-hash of the weights and of the options that decide it: what is there is not done again, a killed training continues, and
-more `--seeds` add to those that are there.
+the same rate). Everything reported is of "test". Trainings are in `--workdir`, what was measured of each (counts per
+scene, scores per picture, its log) in `measured` below `--out`, either under a hash of the weights and of the options
+that decide it: a killed training continues, and what is measured is neither trained nor measured again, so more
+`--seeds` add to those that are there, on a machine without the trainings too.
 
 Writes tables, `examples.npz` (what figures/fig10_magnet.py draws), `settings.json` and `summary.md` into `--out`, those
 of the paper's recipe into `paper` below it.
@@ -27,7 +28,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -66,6 +67,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 DRAWN = (BASE, CONTROL, "class", "part", "self")
 """Variants that figures show."""
 LONG = "class-long"
+LOGS = ("training", "validation")
+"""Curves of a training."""
 OURS, PAPER = "ours", "paper"
 COMMON: dict[str, dict[str, Any]] = {
     OURS: {"lora_streams": "joint", "max_grad_norm": 1.0, "drop_prompt": 0.1}, PAPER: RECIPES["paper"],
@@ -118,6 +121,27 @@ class Job:
     def file(self) -> str:
         return BASE if self.variant == BASE else f"{self.recipe}-{self.variant}-{self.seed}"
 
+    @property
+    def drawn(self) -> bool:
+        """Whether figures show its maps and pictures."""
+        return self.seed == 0 and self.variant in DRAWN
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where trainings continue, and where what is measured of them stays."""
+
+    trainings: Path
+    measured: Path
+
+    @property
+    def layer(self) -> int:
+        """The layer that `choose_layer` chose."""
+        return int(json.loads((self.measured / "layer.json").read_text())["layer"])
+
+    def missing(self, names: Sequence[str]) -> bool:
+        return any(not (self.measured / name).exists() for name in names)
+
 
 def jobs(plan: Plan, recipe: str) -> list[Job]:
     """All of a recipe, the base model first."""
@@ -138,7 +162,7 @@ def held_out(plan: Plan) -> list[Sample]:
     return [ScenesData("val", plan.validation)[index] for index in range(plan.validation)]
 
 
-def choose_layer(plan: Plan, work: Path) -> None:
+def choose_layer(plan: Plan, folders: Folders) -> None:
     """The layer whose maps name the val scenes best in the base model."""
 
     def make(path: Path) -> None:
@@ -146,20 +170,23 @@ def choose_layer(plan: Plan, work: Path) -> None:
         scores = [validate(model, held_out(plan), [layer]).miou() for layer in range(len(model.layers))]
         path.write_text(json.dumps({"layer": int(np.argmax(scores)), "miou": scores}), encoding="utf-8")
 
-    once(work / "layer.json", make)
+    once(folders.measured / "layer.json", make)
 
 
-def layer_of(work: Path) -> int:
-    return int(json.loads((work / "layer.json").read_text())["layer"])
-
-
-def fit(plan: Plan, work: Path, name: str, data: Data, steps: int, **options: Any) -> TrainResult:
-    """One training, or the one that is there."""
+def fit(plan: Plan, folders: Folders, name: str, data: Data, steps: int, **options: Any) -> TrainResult:
+    """One training, or the one that is there; its logs are kept with what is measured of it."""
     chosen = MagnetOptions(
-        layers=(layer_of(work),), train_steps=steps, batch=plan.batch, warmup=steps // 20,
+        layers=(folders.layer,), train_steps=steps, batch=plan.batch, warmup=steps // 20,
         validate_every=max(1, steps // 4), save_every=50, **options,
     )  # fmt: skip
-    return train(plan.model(), data, chosen, held_out=held_out(plan), out=work / name, resume=True)
+    return train(plan.model(), data, chosen, held_out=held_out(plan), out=folders.trainings / name, resume=True)
+
+
+def keep_logs(folders: Folders, name: str) -> None:
+    """The curves of a finished training."""
+    for kind in LOGS:
+        log = pd.read_csv(folders.trainings / name / f"{kind}.csv")
+        once(folders.measured / f"{name}-{kind}.parquet", log.to_parquet)
 
 
 def pictures(plan: Plan, path: Path, name: str, lora: Path | None, count: int, split: str) -> None:
@@ -169,24 +196,27 @@ def pictures(plan: Plan, path: Path, name: str, lora: Path | None, count: int, s
     table[table["category"] != REAL].assign(variant=name).to_parquet(path)
 
 
-def pilot(plan: Plan, work: Path, name: str, options: dict[str, Any]) -> None:
+def pilot(plan: Plan, folders: Folders, name: str, options: dict[str, Any]) -> None:
     """A short training on class masks with one form of the loss, measured on val."""
+    if not folders.missing([f"{name}.json", f"{name}.parquet"]):
+        return
     data = ScenesData("train", plan.train, "class", "mixed")
-    result = fit(plan, work, name, data, plan.pilot_steps, **COMMON[OURS] | options)
+    result = fit(plan, folders, name, data, plan.pilot_steps, **COMMON[OURS] | options)
 
     def measured(path: Path) -> None:
         found = {
             "name": name,
             **options,
-            "miou": validate(plan.model(result.lora), held_out(plan), [layer_of(work)]).miou(),
+            "miou": validate(plan.model(result.lora), held_out(plan), [folders.layer]).miou(),
         }
         path.write_text(json.dumps(found), encoding="utf-8")
 
-    once(work / f"{name}.json", measured)
-    once(work / f"{name}.parquet", lambda path: pictures(plan, path, name, result.lora, plan.pilot_prompts, "val"))
+    once(folders.measured / f"{name}.json", measured)
+    scores = folders.measured / f"{name}.parquet"
+    once(scores, lambda path: pictures(plan, path, name, result.lora, plan.pilot_prompts, "val"))
 
 
-def data_of(plan: Plan, work: Path, variant: str) -> Data:
+def data_of(plan: Plan, folders: Folders, variant: str) -> Data:
     """The training data of a variant: the same pictures; the same prompts but for the parts' own captions."""
     named = ScenesData("train", plan.train, "class", "mixed")
     if variant == "part":
@@ -196,26 +226,36 @@ def data_of(plan: Plan, work: Path, variant: str) -> Data:
     settings: dict[str, Any] = {}
 
     def make(path: Path) -> None:
-        found = SelfLabelled.make(plan.model(), named, layers=(layer_of(work),))
+        found = SelfLabelled.make(plan.model(), named, layers=(folders.layer,))
         with path.open("wb") as file:
             np.savez_compressed(file, labels=found.labels, settings=json.dumps(found.settings))
 
-    with np.load(once(work / "self-labels.npz", make)) as kept:
+    with np.load(once(folders.trainings / "self-labels.npz", make)) as kept:
         settings = json.loads(str(kept["settings"]))
         return SelfLabelled(named, kept["labels"], True, settings)
 
 
-def variant(plan: Plan, work: Path, job: Job, options: dict[str, Any]) -> None:
-    """Train a variant (none for the base model) and measure it on test."""
-    layer, lora, name = layer_of(work), None, job.file
+def variant(plan: Plan, folders: Folders, job: Job, options: dict[str, Any]) -> None:
+    """Train a variant (none for the base model) and measure it on test, unless all of it is there."""
+    if not folders.missing(files_of(job)):
+        return
+    layer, lora, name = folders.layer, None, job.file
     if job.variant != BASE:
         steps = plan.long_steps if job.variant == LONG else plan.steps
         found = COMMON[job.recipe] | VARIANTS["class" if job.variant == LONG else job.variant] | options
-        lora = fit(plan, work, name, data_of(plan, work, job.variant), steps, **found, seed=job.seed).lora
-    once(work / f"{name}-counts.npz", lambda path: save_counts(plan, path, plan.model(lora), layer))
-    if job.seed == 0 and job.variant in DRAWN:
-        once(work / f"{name}-examples.npz", lambda path: save_examples(plan, path, lora, layer))
-    once(work / f"{name}.parquet", lambda path: pictures(plan, path, job.variant, lora, plan.prompts, "test"))
+        lora = fit(plan, folders, name, data_of(plan, folders, job.variant), steps, **found, seed=job.seed).lora
+        keep_logs(folders, name)
+    once(folders.measured / f"{name}-counts.npz", lambda path: save_counts(plan, path, plan.model(lora), layer))
+    if job.drawn:
+        once(folders.measured / f"{name}-examples.npz", lambda path: save_examples(plan, path, lora, layer))
+    scores = folders.measured / f"{name}.parquet"
+    once(scores, lambda path: pictures(plan, path, job.variant, lora, plan.prompts, "test"))
+
+
+def files_of(job: Job) -> list[str]:
+    """Names of all that is measured of a job."""
+    logs = [] if job.variant == BASE else [f"{job.file}-{kind}.parquet" for kind in LOGS]
+    return [f"{job.file}-counts.npz", f"{job.file}.parquet", *logs, *[f"{job.file}-examples.npz"] * job.drawn]
 
 
 def save_counts(plan: Plan, path: Path, model: MMDiT, layer: int) -> None:
@@ -287,29 +327,30 @@ def pilots(plan: Plan) -> dict[str, dict[str, Any]]:
     return found
 
 
-def pilot_table(plan: Plan, work: Path) -> pd.DataFrame:
+def pilot_table(plan: Plan, folders: Folders) -> pd.DataFrame:
     """The pilots' scores with the choice among them."""
-    rows = [json.loads((work / f"{name}.json").read_text()) for name in pilots(plan)]
-    return choose(pd.DataFrame(rows), {name: pd.read_parquet(work / f"{name}.parquet") for name in pilots(plan)})
+    rows = [json.loads((folders.measured / f"{name}.json").read_text()) for name in pilots(plan)]
+    scores = {name: pd.read_parquet(folders.measured / f"{name}.parquet") for name in pilots(plan)}
+    return choose(pd.DataFrame(rows), scores)
 
 
-def chosen_by_pilot(plan: Plan, work: Path) -> pd.Series:
-    table = pilot_table(plan, work)
+def chosen_by_pilot(plan: Plan, folders: Folders) -> pd.Series:
+    table = pilot_table(plan, folders)
     return table[table["chosen"]].iloc[0]
 
 
-def run(plan: Plan, work: Path, processes: int) -> None:
+def run(plan: Plan, folders: Folders, processes: int) -> None:
     """All jobs, as many at a time as there are processes."""
     began = time.perf_counter()
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=start) as pool:
-        pool.submit(choose_layer, plan, work).result()
-        print(f"layer {layer_of(work)}", flush=True)
+        pool.submit(choose_layer, plan, folders).result()
+        print(f"layer {folders.layer}", flush=True)
         waiting: dict[Future[None], str] = {
-            pool.submit(pilot, plan, work, name, options): name for name, options in pilots(plan).items()
+            pool.submit(pilot, plan, folders, name, options): name for name, options in pilots(plan).items()
         }
         left = len(waiting)
         for job in jobs(plan, PAPER):
-            waiting[pool.submit(variant, plan, work, job, {})] = job.file
+            waiting[pool.submit(variant, plan, folders, job, {})] = job.file
         while waiting:
             for done in wait(waiting, return_when=FIRST_COMPLETED).done:
                 name = waiting.pop(done)
@@ -318,11 +359,11 @@ def run(plan: Plan, work: Path, processes: int) -> None:
                 left -= name.startswith("pilot")
                 if left == 0:
                     left = -1
-                    taken = chosen_by_pilot(plan, work)
+                    taken = chosen_by_pilot(plan, folders)
                     print(f"chosen on val: {taken['name']}", flush=True)
                     shared = {key: taken[key] for key in ("space", "normalise")} | {"rate": float(taken["rate"])}
                     for job in jobs(plan, OURS)[1:]:
-                        waiting[pool.submit(variant, plan, work, job, shared)] = job.file
+                        waiting[pool.submit(variant, plan, folders, job, shared)] = job.file
 
 
 def start() -> None:
@@ -330,27 +371,26 @@ def start() -> None:
     torch.set_num_threads(1)
 
 
-def collect(plan: Plan, work: Path, recipe: str, out: Path) -> None:
+def log_of(folders: Folders, job: Job, kind: str) -> pd.DataFrame:
+    log = pd.read_parquet(folders.measured / f"{job.file}-{kind}.parquet")
+    return log.assign(variant=job.variant, seed=job.seed)
+
+
+def collect(plan: Plan, folders: Folders, recipe: str, out: Path) -> None:
     """The tables of a recipe's finished jobs."""
     counts, examples, frames = {}, {}, []
     for job in jobs(plan, recipe):
-        with np.load(work / f"{job.file}-counts.npz") as kept:
+        with np.load(folders.measured / f"{job.file}-counts.npz") as kept:
             counts |= {(job.variant, job.seed, protocol): ImageCounts(*kept[protocol]) for protocol in kept.files}
-        if job.seed == 0 and job.variant in DRAWN:
-            with np.load(work / f"{job.file}-examples.npz") as kept:
+        if job.drawn:
+            with np.load(folders.measured / f"{job.file}-examples.npz") as kept:
                 examples |= {f"{job.variant}/{key}": kept[key] for key in kept.files}
-        frames.append(pd.read_parquet(work / f"{job.file}.parquet").assign(training_seed=job.seed))
-    trained = jobs(plan, recipe)[1:]
-    logs = {
-        kind: pd.concat(
-            [pd.read_csv(work / job.file / f"{kind}.csv").assign(variant=job.variant, seed=job.seed) for job in trained]
-        )
-        for kind in ("training", "validation")
-    }
-    layer = json.loads((work / "layer.json").read_text())
+        frames.append(pd.read_parquet(folders.measured / f"{job.file}.parquet").assign(training_seed=job.seed))
+    logs = {kind: pd.concat([log_of(folders, job, kind) for job in jobs(plan, recipe)[1:]]) for kind in LOGS}
+    layer = json.loads((folders.measured / "layer.json").read_text())
     settings = asdict(plan) | {"model": MODEL, "weight_hash": plan.model().weight_hash, "layer": layer["layer"],
                                "layer_miou_val": layer["miou"], "seed": SEED, "recipe": recipe}  # fmt: skip
-    pilots_of = pilot_table(plan, work) if recipe == OURS else None
+    pilots_of = pilot_table(plan, folders) if recipe == OURS else None
     write(out, counts, pd.concat(frames), pilots_of, logs, examples, settings)
 
 
@@ -376,7 +416,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bfloat16", help="of generated pictures; all else is float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--processes", type=at_least(1), default=1, help="jobs at a time, one thread each")
-    parser.add_argument("--workdir", type=Path, default=Path("runs") / "magnet-scenes", help="trainings, measurements")
+    parser.add_argument("--workdir", type=Path, default=Path("runs") / "magnet-scenes", help="where trainings continue")
     parser.add_argument("--out", type=Path, default=OUT, help="tables")
     ask = vars(parser.parse_args())
     processes, work, out = (ask.pop(name) for name in ("processes", "workdir", "out"))
@@ -384,11 +424,13 @@ def main() -> None:
     ask["rates"] = tuple(numbers(ask["rates"], 0, 1, refusal))
     plan = Plan(**ask)
     decisive = {key: value for key, value in asdict(plan).items() if key != "seeds"}
-    work = work / short_hash(decisive | {"weights": plan.model().weight_hash})
-    work.mkdir(parents=True, exist_ok=True)
-    run(plan, work, processes)
-    collect(plan, work, OURS, out)
-    collect(plan, work, PAPER, out / PAPER)
+    known_as = short_hash(decisive | {"weights": plan.model().weight_hash})
+    folders = Folders(work / known_as, out / "measured" / known_as)
+    folders.trainings.mkdir(parents=True, exist_ok=True)
+    folders.measured.mkdir(parents=True, exist_ok=True)
+    run(plan, folders, processes)
+    collect(plan, folders, OURS, out)
+    collect(plan, folders, PAPER, out / PAPER)
     print(f"written: {out}")
 
 
