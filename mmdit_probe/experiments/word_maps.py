@@ -103,7 +103,9 @@ class WordMaps(OverReference, Filmed, Pictures):
                 for word in task.words
             ]
         ).astype(np.float32)
-        record.arrays(f"maps-{task.index:03d}", words=np.array(task.words), maps=found)
+        record.arrays(
+            f"maps-{task.index:03d}", words=np.array(task.words), maps=found, steps=np.array(seen.steps, np.int32)
+        )
         record.picture(f"{task.index:03d}", image if self.over is None else study.model.references[self.over])
         peaks = np.array([np.unravel_index(one.argmax(), one.shape) for one in found], np.int32)
         values = found.reshape(len(found), -1)
@@ -138,7 +140,9 @@ class WordMaps(OverReference, Filmed, Pictures):
         if self.images is not None:
             return f"{result.model_name}: {layers}, {heads}, sigma {self.sigma:g}"
         over = "" if self.over is None else f", over reference {self.over}"
-        return f"{result.model_name}: {layers}, {heads}, {len(request['steps'])} of {self.num_steps} steps{over}"
+        # Fewer than asked for where sampling begins later (img2img); runs of earlier versions do not tell.
+        ran = result.store.load_arrays("maps-000").get("steps", request["steps"])
+        return f"{result.model_name}: {layers}, {heads}, {len(ran)} of {self.num_steps} steps{over}"
 
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.overlay import maps_sheet

@@ -64,11 +64,28 @@ class GridMaps(Observer):
     def __init__(self, heads: Literal["mean", "all"] = "mean") -> None:
         check_known("heads option", heads, ("mean", "all"))
         self.heads = heads
+        self._pictures: list[Any] = []
+        self._pictured = 0
         self._kept: dict[tuple[int, int], list[tuple[DenoisingCall, Tensor]]] = {}
 
     def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
         for layer, maps in measured.items():
             self._kept.setdefault((layer, denoising.step), []).append((denoising, maps.cpu()))
+        self._pictures = []
+
+    def pictured(self, made: Any) -> None:
+        before, self._pictured = self._pictured, self._count()
+        several = isinstance(made, list) and len(made) == self._pictured - before
+        self._pictures = list(made) if several else []
+
+    def _count(self) -> int:
+        """How many samples `maps` returns."""
+        return len(self.samples(min(self._kept)[0])) if self._kept else 0
+
+    @property
+    def of_picture(self) -> bool:
+        """Whether the grid is that of the picture that is made, and not a reference's."""
+        return True
 
     @property
     def steps(self) -> list[int]:
@@ -172,15 +189,26 @@ class GridMaps(Observer):
             raise UserError(f"sample {sample}, {prompt!r}, has no {self.of} {which!r}")
         return mean
 
-    def overlay(self, which: Any, image: Any, *, strength: float = STRENGTH, **where: Any) -> Any:
+    def overlay(self, which: Any, image: Any = None, *, strength: float = STRENGTH, **where: Any) -> Any:
         """A picture, or a video, under one map: PIL, or a `results.clip.Clip`.
 
         Args:
             which: as for `map`. image: the picture whose grid it is over, PIL or uint8 [H, W, 3]; of a video the
-                list of its frames.
+                list of its frames. None is what the pipeline's last call made of the sample, as PIL.
             strength: of the colours, 0 to 1. where: as for `map`.
+
+        Raises:
+            UserError: as `map`; or no picture is given, and none of the sample is known.
         """
-        return overlay(image, self.map(which, **where), strength)
+        heat = self.map(which, **where)
+        return overlay(self._picture(**where) if image is None else image, heat, strength)
+
+    def _picture(self, sample: int = 0, branch: str | None = "cond", **where: Any) -> Any:
+        place = sample - self._count() + len(self._pictures)
+        if branch != "cond" or not self.of_picture or not 0 <= place < len(self._pictures):
+            said = "those of the pipeline's last call are known, where it gives PIL"
+            raise UserError(f"no picture of sample {sample} to lay the map over ({said}): overlay({self.of}, image)")
+        return self._pictures[place]
 
     def _columns(self, which: Any, layer: int, step: int, sample: int, branch: str | None, length: int) -> list[int]:
         """Which of a sample's kept columns make up one map."""
@@ -204,7 +232,7 @@ class TextMaps(GridMaps):
 
         with probe(pipe, TextMaps(["ring"]), layers=9) as run: image = pipe("a red ring").images[0]
         run[TextMaps].map("ring")                    # [h, w]
-        run[TextMaps].overlay("ring", image)         # PIL
+        run[TextMaps].overlay("ring")                # PIL
     """
 
     of = "word"
@@ -223,6 +251,10 @@ class TextMaps(GridMaps):
         self.queries, self.reference = queries, reference
         self.streams = (streams,) if isinstance(streams, str) else streams
         self.summed = queries == "image"
+
+    @property
+    def of_picture(self) -> bool:
+        return self.reference is None
 
     def measure(self, seen: LayerCall) -> Tensor:
         layout, call, picture = seen.layout, seen.call, seen.picture(self.reference)

@@ -223,6 +223,9 @@ class Observer:
         """The transformer call is over, well or not: drop what belongs to it."""
         self._pending.clear()
 
+    def pictured(self, made: Any) -> None:
+        """The pipeline has made pictures, or videos, of the calls before: what its image processor gives."""
+
     @cached_property
     def _pending(self) -> dict[int, tuple[Any, list[Tensor], torch.dtype]]:
         """Layer -> what was measured, numbers that tell whether it is finite, and the precision of the call."""

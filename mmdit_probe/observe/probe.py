@@ -245,6 +245,9 @@ class Run:
             if hasattr(type(self.transformer), "cache_context"):
                 # Pipelines that call the transformer once per guidance branch say here which one it is.
                 stack.callback(interpose(self.transformer, "cache_context", self._on_context))
+            for name, method in (("image_processor", "postprocess"), ("video_processor", "postprocess_video")):
+                if hasattr(processor := getattr(self.pipeline, name, None), method):
+                    stack.callback(interpose(processor, method, self._on_pictures))
             self._watch(stack)
             self._stack = stack.pop_all()
         self._entered = True
@@ -303,6 +306,12 @@ class Run:
         if name.startswith("pred_cond_"):
             self._context = PERTURBED
         return proceed(name, *args, **kwargs)
+
+    def _on_pictures(self, proceed: Any, *args: Any, **kwargs: Any) -> Any:
+        made = proceed(*args, **kwargs)
+        for observer in self.observers:
+            observer.pictured(made)
+        return made
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

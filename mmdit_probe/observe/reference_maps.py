@@ -55,6 +55,10 @@ class ReferenceMaps(GridMaps):
         if regions is not None and len(regions) == 0:
             raise UserError("no regions are named; expected one or more, or None for all of the picture")
 
+    @property
+    def of_picture(self) -> bool:
+        return self.within == "reference"
+
     def measure(self, seen: LayerCall) -> Tensor:
         image, reference = seen.picture(), seen.picture(self.reference)
         if self.within == "image":

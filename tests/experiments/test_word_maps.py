@@ -99,7 +99,41 @@ def test_ones_own_pipeline_gives_its_stock_picture() -> None:
         pipe(PROMPT, num_inference_steps=2, guidance_scale=1.0, generator=torch.Generator().manual_seed(3),
              max_sequence_length=tiny.T5_LENGTH)  # fmt: skip
     np.testing.assert_allclose(run[TextMaps].map("ring"), maps["ring"].array, atol=1e-7)
-    assert run[TextMaps].overlay("ring", maps.image) == maps["ring"].overlay()
+    assert run[TextMaps].overlay("ring", maps.image) == run[TextMaps].overlay("ring") == maps["ring"].overlay()
+
+
+def test_overlays_are_over_the_pictures_of_the_last_call() -> None:
+    pipe = tiny.pipeline("sd3")
+    how: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0, "max_sequence_length": tiny.T5_LENGTH}
+    before = dict(vars(pipe.image_processor))
+    with probe(pipe, TextMaps(), layers=1) as run:
+        pipe([PROMPT], **how)
+        images = pipe(["a house", PROMPT], **how).images
+    assert vars(pipe.image_processor) == before
+    seen = run[TextMaps]
+    assert seen.overlay("house", sample=1) == seen.overlay("house", images[0], sample=1)
+    assert seen.overlay("ring", sample=2) == seen.overlay("ring", images[1], sample=2)
+    with pytest.raises(UserError, match="no picture of sample 0"):
+        seen.overlay("ring", sample=0)
+    with probe(pipe, TextMaps(["ring"]), layers=1) as run:
+        pipe(PROMPT, output_type="np", **how)
+    with pytest.raises(UserError, match="no picture of sample 0"):
+        run[TextMaps].overlay("ring")
+
+
+def test_img2img_starts_from_a_reference(photo: Image.Image) -> None:
+    """Its first steps are left out: neither seen nor told as if they were."""
+    from diffusers import StableDiffusion3Img2ImgPipeline
+
+    parts = tiny.pipeline("sd3").components
+    pipe = StableDiffusion3Img2ImgPipeline(**{name: part for name, part in parts.items() if part is not None})
+    maps = word_maps(pipe, PROMPT, references=photo, num_steps=5, guidance=1.0, layers=1)
+    with probe(pipe, TextMaps(["ring"]), layers=1) as run:
+        pipe(PROMPT, image=photo, num_inference_steps=5, guidance_scale=1.0, height=64, width=64,
+             generator=torch.Generator().manual_seed(0), max_sequence_length=tiny.T5_LENGTH)  # fmt: skip
+    assert run[TextMaps].steps == [2, 3, 4] and "3 of 5 steps" in maps.about
+    np.testing.assert_array_equal(run[TextMaps].map("ring"), maps["ring"].array)
+    assert run[TextMaps].overlay("ring") == maps["ring"].overlay()
 
 
 @pytest.mark.filterwarnings("ignore")
