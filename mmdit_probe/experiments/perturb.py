@@ -272,7 +272,8 @@ def power(table: pd.DataFrame) -> list[str]:
     """How many prompts would show a small drop of the alignment at every place, also beyond the controls of equal size,
     as the verdict asks; nothing without a measure of it, or from fewer prompts than a verdict needs.
 
-    By the place and control whose differences spread most, at 5 % over all places (Holm's first step), with power .8.
+    By the place and control whose differences spread most, at 5 % over all places (Holm's first step), with power .8;
+    where the differences of a place do not vary, nothing can be told of it.
     """
     main = aligned_outcome(table)
     long = effects(table, ROW)
@@ -283,12 +284,13 @@ def power(table: pd.DataFrame) -> list[str]:
         edited = part[part["condition"] == EDIT].set_index("item")[main]
         equal = part[part["condition"] == CONTROL].groupby("control", observed=True)
         differences.append([edited, *(edited - of.set_index("item")[main] for _, of in equal)])
-    needed = [n_for_effect(one, SMALL, comparisons=len(differences)) for place in differences for one in place]
-    most = max((n for n in needed if n is not None), default=None)
-    beyond = " beyond the control" if (table["condition"] == CONTROL).any() else ""
-    if most is None:
+    needed = [[n_for_effect(one, SMALL, comparisons=len(differences)) for one in place] for place in differences]
+    known = [max(n for n in place if n is not None) for place in needed if None not in place]
+    if not known:
         return []
-    return [f"Power: n = {most} would show a drop of {SMALL:g}{beyond} at every place (80 %, {main})."]
+    beyond = " beyond the control" if (table["condition"] == CONTROL).any() else ""
+    where = "every place" if len(known) == len(needed) else f"{len(known)} of {len(needed)} places, others untold"
+    return [f"Power: n = {max(known)} would show a drop of {SMALL:g}{beyond} at {where} (80 %, {main})."]
 
 
 def _verdict(row: Mapping[Any, Any]) -> str:

@@ -116,6 +116,9 @@ def test_meaning_comes_first_and_power_is_told() -> None:
     table.loc[table["condition"] == CONTROL, "facts"] = stock.to_numpy() - spread
     assert power(table) == ["Power: n = 128 would show a drop of 0.05 beyond the control at every place (80 %, facts)."]
     assert power(table.drop(columns="facts")) == []
+    even = alone[alone["condition"] == "edit"].assign(layer=1, facts=stock.to_numpy())
+    told = power(pd.concat([alone, even], ignore_index=True))
+    assert told == ["Power: n = 41 would show a drop of 0.05 at 1 of 2 places, others untold (80 %, facts)."]
 
 
 def test_a_prompt_that_is_given_twice_is_one_prompt(tiny_model: MMDiT) -> None:
