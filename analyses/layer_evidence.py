@@ -61,8 +61,8 @@ def markdown(
         "",
         f"Written by `python analyses/layer_evidence.py`. Model {options.model}, {options.limit} scenes and"
         f" {options.perturb_limit} prompts ({options.num_steps} steps) per split. Selected on"
-        f" `{select}` by {options.rule}: layer {', '.join(map(str, layers))}{tied}. Every number below is from `{report}`,"
-        " except where splits are named.",
+        f" `{select}` by {options.rule}: layer {', '.join(map(str, layers))}{tied}. Every number below is from"
+        f" `{report}`, except where splits are named.",
         f"Mean rank of the selected layers on `{report}`: "
         + ", ".join(f"layer {layer}: {ranks[report][layer]:.1f} of {len(ranks[report])}" for layer in layers)
         + f"; least there: layer {ranks[report].idxmin()} ({ranks[report].min():.1f}).",
