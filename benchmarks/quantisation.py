@@ -165,7 +165,8 @@ def packages() -> str:
 
 def markdown(report: dict[str, Any]) -> str:
     lines = ["| model | stored as | MiB | I2T of float32 where it changes most |"
-             " largest change of I2T over layers [95 %] | of I2T_word | layers that differ (I2T, words) | largest change of any head's mass |",
+             " largest change of I2T over layers [95 %] | of I2T_word |"
+             " layers that differ (I2T, words) | largest change of any head's mass |",
              "|-|-|-:|-:|-:|-:|-:|-:|"]  # fmt: skip
     remarks = {}
     for row in report["rows"]:
