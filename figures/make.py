@@ -160,7 +160,7 @@ def sources(script: Path) -> list[Path]:
         for name in imported(path):
             here = HERE / f"{name}.py"
             drawing = here.is_file() or name.startswith(DRAWING)
-            if name not in found and (drawing or (path == script and name.startswith("mmdit_probe."))):
+            if name not in found and (drawing or (path == script and name.startswith(("mmdit_probe.", "training.")))):
                 at = here if here.is_file() else module_file(name)
                 if at is not None:
                     found[name] = at
@@ -185,8 +185,10 @@ def _names(node: ast.AST) -> set[str]:
 
 
 def module_file(name: str) -> Path | None:
-    """Where a module of the package lies; None: it is a name in a module. Importing it to find out would load torch."""
-    place = Path(mmdit_probe.__file__).parent.joinpath(*name.split(".")[1:])
+    """Where a module of the package or of the training lies; None: it is a name in a module. Importing it to find out
+    would load torch."""
+    root = HERE if name.startswith("training.") else Path(mmdit_probe.__file__).parent
+    place = root.parent.joinpath(*name.split("."))
     found = [path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()]
     return found[0] if found else None
 

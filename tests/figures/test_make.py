@@ -37,6 +37,8 @@ def test_a_script_depends_on_the_drawing_code_that_it_reaches_and_on_no_other(ma
     names = {path.name for path in make.sources(FIGURES / "fig05_blur.py")}
     assert {"fig05_blur.py", "runs.py", "style.py", "perturb.py", "sweep.py"} <= names
     assert not {"norms.py", "pca.py", "probe.py", "value_norms.py"} & names
+    of_ablation = make.sources(FIGURES / "fig_alignment_ablation.py")  # it reads recipes as the training does
+    assert FIGURES.parent / "training" / "align.py" in of_ablation
 
 
 def test_every_script_of_the_folder_is_made(make):
