@@ -215,3 +215,17 @@ def test_an_adapter_is_named_with_the_data_it_was_trained_on(make, tmp_path):
     assert runs.adapter_of(str(tmp_path / "coco")) == f"{tmp_path / 'coco'} on SA-1B"
     assert runs.adapter_of("chyun/seg4diff-coco-lora") == "chyun/seg4diff-coco-lora on COCO"
     assert runs.adapter_of("me/lora") == "me/lora on other data" and runs.adapter_of(None) == "none"
+
+
+def test_committed_tables_name_options_that_methods_have(compared):
+    from mmdit_probe.segment.methods import METHODS
+
+    named = 0
+    for name in ("fig08_miou_by_layer", "fig15_miou_by_sigma", "fig17_miou_by_head", "table12_league"):
+        table = compared.read(FIGURES / "out" / "scenes-sd3", name)
+        for row in table[table["method"].isin(METHODS)].to_dict("records"):
+            told = compared.settings(row["measured_as"])["options"].split(", ")
+            options = {one.partition("=")[0] for one in told if one != "none"}
+            assert options <= set(METHODS[row["method"]].defaults), (name, row["method"], options)
+            named += len(options)
+    assert named > 100
