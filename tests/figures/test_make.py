@@ -71,6 +71,10 @@ def test_rebuilds_what_changed(make, tmp_path, monkeypatch, capsys):
     assert made()
     assert not made()
     assert made("--clip", "other")
+    (tmp_path / "clip").mkdir()
+    for content in ("one", "another"):  # under the same path
+        (tmp_path / "clip" / "model.safetensors").write_text(content)
+        assert made("--clip", str(tmp_path / "clip")) and not made("--clip", str(tmp_path / "clip"))
     assert made()
     weights["of"] = "two"
     assert made()

@@ -214,6 +214,9 @@ def test_figures_of_an_adapted_model_are_named_after_both(known, name):
         ({1: 0.60, 2: 0.30}, 9.0, {1: -0.2}, ["agrees, by disjoint intervals", "agrees", "agrees"]),
         ({1: 0.31, 2: 0.30}, 5.0, {}, ["not decided", "not decided", "not decided"]),
         ({1: 0.60, 2: 0.30}, 2.0, {2: -0.2}, ["agrees, by disjoint intervals", "differs", "differs"]),
+        ({1: 0.60, 2: 0.30}, 2.0, {1: -0.3, 2: -0.2}, ["agrees, by disjoint intervals", "differs", "agrees"]),
+        ({1: 0.60, 2: 0.30}, 2.0, {1: -0.2, 2: -0.3}, ["agrees, by disjoint intervals", "differs", "differs"]),
+        ({1: 0.60, 2: 0.30}, 2.0, {1: -0.2, 2: -0.2}, ["agrees, by disjoint intervals", "differs", "not decided"]),
     ],
 )
 def test_findings_of_the_paper_are_decided_by_intervals(tmp_path, monkeypatch, miou, prompt, blurred, verdicts):
