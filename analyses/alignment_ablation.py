@@ -168,13 +168,13 @@ def as_markdown(tables: dict[str, pd.DataFrame], samples: int, size: Size) -> st
     counts = [f"the layer of {told} in {int(one[f'{name}_follows'].sum())}" for name, told in BY.items()]
     answer = (
         f"Of {len(one)} transformers with one aligned layer, that layer or the next is {', '.join(counts)}; two of"
-        f" {layers} layers drawn at random would be right in {len(one) * 2 / layers:.1f}."
+        f" {layers} layers drawn at random would be right in {len(one) * 2 / layers:.2f}."
     )
     lines = [
         "# Does the expert follow the aligned layer?", "",
         "Written by `python analyses/alignment_ablation.py`. Recipes differ in what image tokens are taught",
         f"beside flow matching, through heads that do not ship; {samples} samples each. Held-out scenes, n = {size.n}",
-        f"(evidence n = {size.n_evidence}), sigma {size.sigma:g}, beside a transformer of random weights.", "",
+        f"(fewer where it says so), sigma {size.sigma:g}, beside a transformer of random weights.", "",
         answer, "", "## Best layers", "", *_rows(best, 3), "",
         "## mIoU of the I2T maps by layer, raw / min-max", "",
     ]  # fmt: skip
@@ -188,7 +188,7 @@ def as_markdown(tables: dict[str, pd.DataFrame], samples: int, size: Size) -> st
         part = tables["evidence"][tables["evidence"]["evidence"] == name]
         cells = part.assign(cell=[bounded(*row) for row in part[["value", "low", "high"]].to_numpy()])
         wide = cells.pivot_table(index=RUN, columns="layer", values="cell", aggfunc="first", sort=False).reset_index()
-        lines += ["", f"## {name}: {EVIDENCE[name]}, by layer", "", *_rows(wide, 3)]
+        lines += ["", f"## {name}: {EVIDENCE[name]}, by layer, n = {part['n'].max()}", "", *_rows(wide, 3)]
     found = tables["samples"].dropna(subset=["mean"])
     found = found.assign(cell=[bounded(*row) for row in found[["mean", "low", "high"]].to_numpy()])
     whole = found.groupby("category")["n"].transform("max")

@@ -3,11 +3,12 @@
     python analyses/layer_evidence.py                       # about ten minutes on one core
     python analyses/layer_evidence.py --limit 8 --perturb-limit 4 # a quick look
 
-A layer is selected on one split (least mean rank, a rule set before any result); the evidence is then measured again
-on another split, with the controls of `experiments.controls`, so that nothing reported was used to select. Printed and
-written to `analyses/results/layer_evidence`: evidence per layer with interval and rank (CSV), paired differences to
-each control (a layer whose control shows the same is "not above its control"), rank correlations between evidences and
-between splits with intervals, `summary.md`, and the figure. Unfinished runs go on where they stopped.
+A layer is selected on one split (least mean rank, a rule set before any result; of layers that are level the lowest,
+and the summary says so); the evidence is then measured again on another split, with the controls of
+`experiments.controls`, so that nothing reported was used to select. Printed and written to
+`analyses/results/layer_evidence`: evidence per layer with interval and rank (CSV), paired differences to each control
+(a layer whose control shows the same is "not above its control"), rank correlations between evidences and between
+splits with intervals, `summary.md`, and the figure. Unfinished runs go on where they stopped.
 """
 
 from __future__ import annotations
@@ -53,13 +54,15 @@ def markdown(
     """The tables for people."""
     select, report = options.split, options.report
     ranks = {split: part.groupby("layer")["rank"].mean() for split, part in by_layer.groupby("split")}
+    level = evidence.level(by_layer[by_layer["split"] == select], layers, options.rule)
+    tied = f" (level with layer {', '.join(map(str, level))}: the lower number is taken)" if level else ""
     lines = [
         "# Evidence per layer",
         "",
         f"Written by `python analyses/layer_evidence.py`. Model {options.model}, {options.limit} scenes and"
         f" {options.perturb_limit} prompts ({options.num_steps} steps) per split. Selected on"
-        f" `{select}` by {options.rule}: layer {', '.join(map(str, layers))}. Every number below is from `{report}`,"
-        " except where splits are named.",
+        f" `{select}` by {options.rule}: layer {', '.join(map(str, layers))}{tied}. Every number below is from"
+        f" `{report}`, except where splits are named.",
         f"Mean rank of the selected layers on `{report}`: "
         + ", ".join(f"layer {layer}: {ranks[report][layer]:.1f} of {len(ranks[report])}" for layer in layers)
         + f"; least there: layer {ranks[report].idxmin()} ({ranks[report].min():.1f}).",
@@ -102,7 +105,8 @@ def markdown(
         if same or row["first_split"] == row["second_split"] == report:
             first, second = (f"{row[k]} ({row[f'{k}_split']})" if same else row[k] for k in ("first", "second"))
             rho = signed(row["rho"], row["low"], row["high"], 2)
-            lines.append(f"| {first} | {second} | {rho} | {row['p_holm']:.2f} |")
+            p = "<0.01" if row["p_holm"] < 0.005 else f"{row['p_holm']:.2f}"
+            lines.append(f"| {first} | {second} | {rho} | {p} |")
     return "\n".join(lines) + "\n"
 
 
@@ -140,7 +144,9 @@ def main() -> None:
     text = markdown(by_layer, against, agreement, layers, options)
     (options.out / "summary.md").write_text(text, encoding="utf-8")
     here = agreement[(agreement["first_split"] == options.report) & (agreement["second_split"] == options.report)]
-    chosen = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))} selected on {options.split}"
+    level = evidence.level(by_layer[by_layer["split"] == options.split], layers, options.rule)
+    tied = f" (level with {', '.join(map(str, level))})" if level else ""
+    chosen = f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers))}{tied} selected on {options.split}"
     title = f"{model.name}: {chosen}; evidence on {options.report}"
     save(figure(by_layer[by_layer["split"] == options.report], here, layers, title=title), options.out / "evidence")
     print(text)

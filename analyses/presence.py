@@ -4,11 +4,11 @@
     python analyses/presence.py --limit 20 --out runs/presence/mine
 
 All classes of the data set are named in one prompt; a class's I2T map is reduced to one number per picture (its mean,
-its peak over its mean, its spread over its mean). Numbers of classes that are there are compared with those of classes
-that are not: the area under the ROC curve (0.5: the map knows nothing of presence), numbers centred per class over the
-pictures, 95 % interval over pictures. Each number of the trained network is tested against that of the network with
-random weights, paired by picture. Beside them stand two taggers that read the picture. Settings are those of
-`analyses/segmentation_choice.py`, where it was run. Writes `presence.{csv,md}`.
+its peak over its mean, its spread over its mean, as logarithms). Numbers of classes that are there are compared with
+those of classes that are not: the area under the ROC curve (0.5: the map knows nothing of presence), numbers centred
+per class over the pictures, 95 % interval over pictures. Each number of the trained network is tested against that of
+the network with random weights, paired by picture. Beside them stand two taggers that read the picture. Settings are
+those of `analyses/segmentation_choice.py`, where it was run. Writes `presence.{csv,md}`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from mmdit_probe.experiments import Experiment, Result
 from mmdit_probe.experiments.controls import Variant, variants
 from mmdit_probe.experiments.experiment import Study, request_of
 from mmdit_probe.experiments.text import bounded, signed
+from mmdit_probe.results.selection import load_selection
 from mmdit_probe.results.statistics import (
     ABOVE,
     FEWEST,
@@ -74,7 +75,8 @@ class Presence(Experiment):
     """A number per picture and class from maps of all classes, of the network and its random twin, and from taggers.
 
     Attributes:
-        dataset, n: the pictures. layers, sigmas, options: where and how seg4diff reads its maps.
+        dataset, n: the pictures. selection, sigmas, options: where and how seg4diff reads its maps; a selection of
+            other weights is refused.
     """
 
     name: ClassVar[str] = "presence"
@@ -82,7 +84,7 @@ class Presence(Experiment):
 
     dataset: str = "scenes:val"
     n: int = 200
-    layers: Sequence[int] | None = None
+    selection: str | None = None
     sigmas: Sequence[float] = (PAPER_SIGMA,)
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -90,19 +92,24 @@ class Presence(Experiment):
         return dataset(self.dataset, self.n)
 
     def prepare(self, model: MMDiT, inputs: Dataset) -> Study:
+        found = None if self.selection is None else load_selection(self.selection, model)
+        reading = Reading(
+            layers=None if found is None else found.layers, sigmas=tuple(self.sigmas),
+            weights=None if found is None else dict(zip(found.layers, found.weights, strict=True)),
+        )  # fmt: skip
         request = request_of(
             model, dataset=self.dataset, content=[sample.fingerprint() for sample in inputs.samples],
-            layers=self.layers, sigmas=self.sigmas, options=self.options,
+            layers=reading.layers, weights=reading.weights, sigmas=self.sigmas, options=self.options,
         )  # fmt: skip
         readers: list[Any] = [*variants(model, ["random"]), *(open_tagger(name, inputs.classes) for name in TAGGERS)]
         names = [*(variant.name for variant in readers[:2]), *TAGGERS]
         tasks = [(*of, item, one) for of in zip(names, readers, strict=True) for item, one in enumerate(inputs.samples)]
-        return Study(model, request, tasks, "pictures", state=inputs)
+        return Study(model, request, tasks, "pictures", state=(inputs, reading))
 
     def measure(self, study: Study, task: tuple[str, Any, int, Sample], record: TaskRecord) -> None:
-        (name, reader, item, sample), classes = task, study.state.classes
+        (name, reader, item, sample), (data, reading) = task, study.state
+        classes = data.classes
         if isinstance(reader, Variant):
-            reading = Reading(layers=self.layers, sigmas=tuple(self.sigmas))
             maps = find("seg4diff").configure(self.options)(capture(reader.model, sample.image, classes, reading))
             found = {
                 f"{NETWORKS[name]}: map's {label}": np.log(values)
@@ -172,8 +179,7 @@ def main() -> None:
     chosen = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     settings: dict[str, Any] = {}
     if chosen.get("model") == options.model:
-        selection = json.loads((file.parent / chosen["selection"]).read_text(encoding="utf-8"))
-        settings = {"layers": sorted(selection["layers"]), "sigmas": chosen["sigma"],
+        settings = {"selection": str(file.parent / chosen["selection"]), "sigmas": chosen["sigma"],
                     "options": chosen["options"]["seg4diff"]}  # fmt: skip
     experiment = Presence(dataset=options.dataset, n=options.limit, **settings)
     table = experiment.run(options.model, out="auto", resume=True).summary

@@ -8,7 +8,8 @@ keys three times as large, since those of random weights look almost evenly at a
 is trained and small. All of them read their text and their pictures by the embedded model's encoders, so that a run is
 that of any pipeline folder: `load(folder, quantize=...)`, then `attention-budget`, then `compare` with the run in
 float32 on the same prompts and seeds. bfloat16 stands beside them for scale. A package that is not there, or that
-diffusers does not use on this machine, is named with its reason; nf4 is then put in place by bitsandbytes itself.
+diffusers does not use on this machine, is named with its reason; nf4 is then put in place by bitsandbytes itself. A
+stopped run goes on by the same call; rows of a model whose weights are others now are measured again.
 
 The site's page "Real models" shows the result.
 """
@@ -109,7 +110,8 @@ def loaded(folder: Path, way: str) -> tuple[Any, str]:
 
 
 def measured(folder: Path, model: str, way: str, plain: Any, ask: Any) -> dict[str, Any]:
-    """A row: what `compare` says of the masses of a way of storing and of float32, and the largest change of any."""
+    """A row: what `compare` says of the masses of a way of storing and of float32, the largest change of any, and the
+    weights in float32."""
     from mmdit_probe.experiments.compare_runs import compare_runs
 
     target, remark = loaded(folder, way)
@@ -121,12 +123,9 @@ def measured(folder: Path, model: str, way: str, plain: Any, ask: Any) -> dict[s
     if len(both) != len(plain.table):
         raise SystemExit(f"{way}: the runs have other rows")
     row: dict[str, Any] = {
-        "model": model,
-        "way": way,
-        "mib": bits / 2**20,
-        "n": int(table["n"].max()),
-        "remark": remark,
-    }
+        "model": model, "way": way, "mib": bits / 2**20, "n": int(table["n"].max()), "remark": remark,
+        "weights": plain.request["weight_hash"],
+    }  # fmt: skip
     for measure, part in table.groupby("measure"):
         most = part.loc[part["apart"].idxmax()]
         row[str(measure)] = {
@@ -136,6 +135,11 @@ def measured(folder: Path, model: str, way: str, plain: Any, ask: Any) -> dict[s
         }  # fmt: skip
     row["largest"] = float((both["mass"] - both["mass_stored"]).abs().max())
     return row
+
+
+def known(rows: list[dict[str, Any]], model: str, weights: str) -> list[dict[str, Any]]:
+    """The rows that stand: those of other models, and of this one those of its weights."""
+    return [row for row in rows if row["model"] != model or row["weights"] == weights]
 
 
 def stored(transformer: Any) -> list[Any]:
@@ -160,7 +164,8 @@ def packages() -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    lines = ["| model | stored as | MiB | I2T of float32 | largest change of I2T over layers [95 %] | of I2T_word |"
+    lines = ["| model | stored as | MiB | I2T of float32 where it changes most |"
+             " largest change of I2T over layers [95 %] | of I2T_word |"
              " layers that differ (I2T, words) | largest change of any head's mass |",
              "|-|-|-:|-:|-:|-:|-:|-:|"]  # fmt: skip
     remarks = {}
@@ -200,13 +205,15 @@ def main() -> None:
     report = overhead.kept(STEM, {"packages": packages(), "setting": setting})
     report["left out"] = report.get("left out", {}) | lacking
     for model in options.model or MODELS:
-        known = [row["way"] for row in report["rows"] if row["model"] == model]
-        left = [way for way in ways if way not in (*lacking, *known)]
-        if not left:
-            continue
         with tempfile.TemporaryDirectory() as place:
             folder = made(model, Path(place) / "model", options.layers)
-            plain = ask.run(load(folder, device="cpu"), progress=False)
+            in_float32 = load(folder, device="cpu")
+            report["rows"] = known(report["rows"], model, in_float32.weight_hash)
+            there = [row["way"] for row in report["rows"] if row["model"] == model]
+            left = [way for way in ways if way not in (*lacking, *there)]
+            if not left:
+                continue
+            plain = ask.run(in_float32, progress=False)
             for way in left:
                 try:
                     report["rows"].append(measured(folder, model, way, plain, ask))

@@ -9,7 +9,7 @@ model is measured beside the base model: label maps, word maps and pictures on t
 scenes parser can read the pictures, Tables 3 and 4. Its rows of Tables 1, 2 and 5 are those of `fig08_segmentation.py`.
 
 The paper's values stand in the tables' CSVs as rows of another world (`world` = "paper": other model, other prompts),
-to be read beside ours and not ranked with them.
+to be read beside ours and not ranked with them; so do ours if the weights that ship have changed since.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from mmdit_probe.plots.sheet import draw, sheet
 
 RESULTS = Path(__file__).parents[1] / "analyses" / "results" / "magnet_scenes"
 BASE, ADAPTED = "base", "LoRA"
+MEASURED = "measured"
+"""Column `world` of the tables; of weights that no longer ship it names them, and they are no company for the rest."""
 NAMES = {"control": "no masks", "class": "class masks", "part": "part masks", "self": "own labels"}
 """What the adapters of `analyses/magnet_scenes.py` are called in figures: the masks that they were aligned with."""
 SIGMA = 0.5
@@ -56,7 +58,7 @@ def main() -> None:
     parser.add_argument("--prompts", help="prompts of Tables 3 and 4 (scenes categories for embedded models)")
     parser.add_argument("--clip", help="CLIP checkpoint (folder or hub id)")
     options = parser.parse_args()
-    options.label = Path(options.model).name
+    options.label, options.world = Path(options.model).name, MEASURED
     if options.lora:
         if options.run:
             raise UserError("--run is a folder of analyses/magnet_scenes.py; with --lora leave it out")
@@ -80,6 +82,7 @@ def analysed(options: argparse.Namespace) -> None:
     model = load(how["model"])
     if model.weight_hash != how["weight_hash"]:
         options.label += f" (earlier weights {how['weight_hash'][:8]})"
+        options.world += f", weights {how['weight_hash'][:8]}"
         print(f"fig10_magnet: {folder} is about earlier weights; run analyses/magnet_scenes.py for those that ship")
     variants: dict[str, dict[str, Any]] = {}
     with np.load(folder / "examples.npz") as kept:
@@ -96,7 +99,8 @@ def analysed(options: argparse.Namespace) -> None:
     draw_maps(options, prompts, words, variants, f"layer {how['layer']}")
     draw_pictures(options, prompts, variants)
     tables(options, pd.read_csv(folder / "generation_over_base.csv"), "scenes captions")
-    write_table(readings(folder), target(options, options.model, "table5_magnet"))
+    table5 = readings(folder, f"reading of layer {how['layer']}").assign(world=options.world)
+    write_table(table5, target(options, options.model, "table5_magnet"))
 
 
 def adapted(options: argparse.Namespace) -> None:
@@ -240,11 +244,11 @@ def tables(options: argparse.Namespace, generation: pd.DataFrame, prompt_set: st
     keep = ["prompts", "images", "mean", "low", "high", "difference", "difference_low", "difference_high"]
     clip = generation[generation["metric"].str.startswith("clipscore")]
     if len(clip):
-        ours = clip[clip["category"] == "all"].assign(world="measured", prompt_set=prompt_set)
+        ours = clip[clip["category"] == "all"].assign(world=options.world, prompt_set=prompt_set)
         columns = ["world", "variant", "prompt_set", "metric", *keep]
         table = pd.concat([ours, published("clipscore_table", "clipscore", "")]).reindex(columns=columns)
         put(options, "table3_clipscore", drawn(str(clip["metric"].iloc[0])), table)
-    facts = generation[generation["metric"].isin(["facts", "all_right"])].assign(world="measured")
+    facts = generation[generation["metric"].isin(["facts", "all_right"])].assign(world=options.world)
     if len(facts):
         columns = ["world", "variant", "category", "metric", *keep]
         paper = published("t2i_compbench_table", "score", "T2I-CompBench++")
@@ -258,12 +262,12 @@ def published(name: str, value: str, metric: str) -> pd.DataFrame:
     return table.assign(world="paper", variant=variant, metric=metric)
 
 
-def readings(folder: Path) -> pd.DataFrame:
+def readings(folder: Path, at: str) -> pd.DataFrame:
     """Table 5's choices when maps of the trained variants are read (test), and in the loss of short trainings (val)."""
     miou = pd.read_csv(folder / "miou.csv")
     present = miou[miou["protocol"].str.startswith("present") & ~miou["protocol"].str.contains("mean")]
     name = present["protocol"]
-    read = present.assign(at="reading", softmax=~name.str.contains("before"), min_max=name.str.contains("min-max"),
+    read = present.assign(at=at, softmax=~name.str.contains("before"), min_max=name.str.contains("min-max"),
                           dataset="scenes:test")  # fmt: skip
     pilot = pd.read_csv(folder / "pilot.csv")
     pilot = pilot[pilot["alignment"] != "none"]
@@ -271,7 +275,7 @@ def readings(folder: Path) -> pd.DataFrame:
                            softmax=pilot["space"] == "probability", min_max=pilot["normalise"] == "minmax",
                            dataset="scenes:val")  # fmt: skip
     keep = ["world", "at", "variant", "dataset", "softmax", "min_max", "n", "miou", "low", "high"]
-    return pd.concat([read, trained]).assign(world="measured").reindex(columns=keep)
+    return pd.concat([read, trained]).reindex(columns=keep)
 
 
 if __name__ == "__main__":

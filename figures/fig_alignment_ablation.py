@@ -87,16 +87,20 @@ def ablation_figure(maps: pd.DataFrame, evidence: pd.DataFrame, *, title: str = 
     return figure
 
 
+def headline(maps: pd.DataFrame, evidence: pd.DataFrame) -> str:
+    """What is shown, of how many scenes and seeds."""
+    seeds, few, most = maps.loc[maps["recipe"] != RANDOM, "seed"].nunique(), evidence["n"].min(), evidence["n"].max()
+    return (
+        f"scenes-sd3, trained alike but for what its image tokens were taught; n = {maps['n'].max()} scenes (ranks:"
+        f" {few} to {most}), {seeds} seed{'s' * (seeds > 1)}"
+    )
+
+
 def main() -> None:
     options = options_of(__doc__, run=False, more=False).parse_args()
     maps, evidence = (pd.read_csv(TABLES / f"{name}.csv") for name in ("maps", "evidence"))
-    seeds = maps.loc[maps["recipe"] != RANDOM, "seed"].nunique()
-    title = (
-        "scenes-sd3, trained alike but for what its image tokens were taught;"
-        f" n = {int(maps['n'].max())} scenes, {seeds} seed{'s' * (seeds > 1)}"
-    )
     path = options.out / "scenes-sd3" / "alignment_ablation"
-    for written in save(ablation_figure(maps, evidence, title=title), path):
+    for written in save(ablation_figure(maps, evidence, title=headline(maps, evidence)), path):
         print(written)
     table = maps.merge(evidence.groupby(["recipe", "seed", "layer"], as_index=False)["rank"].mean())
     table.to_csv(path.with_suffix(".csv"), index=False)

@@ -5,9 +5,10 @@
     python figures/make.py --only fig05_blur --fresh           # measure one of them anew
 
 A figure is up to date if all files that its script wrote are there unaltered, and the script, the drawing code that it
-reaches, its options and the model's weights are those it was made with: `manifest.json` beside the figures remembers
-them. What was measured is kept in run folders, found again by request and weights. Measuring code below the experiments
-is no part of it: after a change there, say `--fresh`. Each script runs in a process of its own, several at a time.
+reaches, its options (of folders their files' sizes and times) and the model's weights are those it was made with:
+`manifest.json` beside the figures remembers them. What was measured is kept in run folders, found again by request and
+weights. Measuring code below the experiments is no part of it: after a change there, say `--fresh`. Each script runs in
+a process of its own, several at a time.
 """
 
 from __future__ import annotations
@@ -137,7 +138,8 @@ def make(figure: Figure, options: argparse.Namespace, weights: str, jobs: int) -
 
 def digest(figure: Figure, folder: Path, model: str, arguments: list[str], weights: str) -> str:
     """SHA-256 over everything that a figure is made from."""
-    found = hashlib.sha256(json.dumps([model, arguments, weights]).encode())
+    files = [of for argument in arguments for of in stats_of(Path(argument.rpartition(":")[2]))]
+    found = hashlib.sha256(json.dumps([model, [*arguments, *files], weights]).encode())
     numbers = sorted(Path(mmdit_probe.__file__).parent.glob("data/paper/*.csv"))
     for path in [*sources(HERE / f"{figure.script}.py"), *numbers, *read_files(figure, folder)]:
         found.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -160,7 +162,7 @@ def sources(script: Path) -> list[Path]:
         for name in imported(path):
             here = HERE / f"{name}.py"
             drawing = here.is_file() or name.startswith(DRAWING)
-            if name not in found and (drawing or (path == script and name.startswith("mmdit_probe."))):
+            if name not in found and (drawing or (path == script and name.startswith(("mmdit_probe.", "training.")))):
                 at = here if here.is_file() else module_file(name)
                 if at is not None:
                     found[name] = at
@@ -185,8 +187,10 @@ def _names(node: ast.AST) -> set[str]:
 
 
 def module_file(name: str) -> Path | None:
-    """Where a module of the package lies; None: it is a name in a module. Importing it to find out would load torch."""
-    place = Path(mmdit_probe.__file__).parent.joinpath(*name.split(".")[1:])
+    """Where a module of the package or of the training lies; None: it is a name in a module. Importing it to find out
+    would load torch."""
+    root = HERE if name.startswith("training.") else Path(mmdit_probe.__file__).parent
+    place = root.parent.joinpath(*name.split("."))
     found = [path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()]
     return found[0] if found else None
 
@@ -199,12 +203,17 @@ def weights_of(model: str) -> str:
         kept = [path for path in files if path.suffix in (".json", ".safetensors", ".txt", ".model", ".csv")]
         return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in kept)).hexdigest()
     if Path(model).is_dir():
-        stats = [(str(path), path.stat()) for path in sorted(Path(model).rglob("*")) if path.is_file()]
-        return hashlib.sha256(json.dumps([(p, s.st_size, s.st_mtime_ns) for p, s in stats]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(stats_of(Path(model))).encode()).hexdigest()
     from huggingface_hub import try_to_load_from_cache
 
     file = try_to_load_from_cache(model, "model_index.json")
     return Path(file).parent.name if isinstance(file, str) else ""
+
+
+def stats_of(place: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files of a folder, or of one file; none of what is no path."""
+    files = [path for path in (place, *sorted(place.rglob("*"))) if path.is_file()]
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def manifest_of(folder: Path) -> dict[str, Any]:

@@ -95,20 +95,26 @@ def value_norms(norms: pd.DataFrame, best: int) -> list[list[str]]:
 
 
 def blur(scores: pd.DataFrame, best: int) -> list[list[str]]:
-    """Whether blurring I2T costs alignment in that layer, and where else it does, beyond a change of equal size."""
+    """Whether blurring I2T costs alignment most in that layer, of those where it does beyond a change of equal size: by
+    intervals that are apart, where there are several."""
     if scores.empty or "facts" not in set(scores["outcome"]):
         return []
     facts = scores[(scores["outcome"] == "facts") & (scores["layer"] >= 0)].set_index("layer")
-    beyond = [layer for layer, row in facts.iterrows() if row["verdict"] == BEYOND and row["effect"] < 0]
+    beyond = facts[(facts["verdict"] == BEYOND) & (facts["effect"] < 0)].sort_values("effect").index.tolist()
     told = "; ".join(
         f"layer {layer}: {signed(*facts.loc[layer, ['effect', 'low', 'high']])}"
         for layer in dict.fromkeys([best, *beyond])
     )
-    verdict = AGREES if beyond == [best] else DIFFERS if beyond else OPEN
+    most, others = beyond[:1], beyond[1:]
+    verdict = OPEN
+    if most == [best] and (facts.loc[others, "low"] > facts.loc[best, "high"]).all():
+        verdict = AGREES
+    elif most and most != [best] and (best not in others or facts.loc[most[0], "high"] < facts.loc[best, "low"]):
+        verdict = DIFFERS
     return [[
         "blurring its I2T costs most of what the prompt asked for (Fig. 5, 18)", f"layer {BLUR_EXPERT}, as drawn",
         f"share of facts, n = {int(facts['n'].max())}: {told}; beyond the control in layer "
-        f"{', '.join(map(str, beyond)) or 'none'}", verdict,
+        f"{', '.join(map(str, sorted(beyond))) or 'none'}", verdict,
     ]]  # fmt: skip
 
 

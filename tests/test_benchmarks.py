@@ -68,6 +68,14 @@ def test_changes_by_quantisation_are_told_with_their_reasons():
     assert {f"{model}, {way}" for model, way in missing} == set(committed["left out"])
 
 
+def test_what_quantisation_changes_is_told_of_the_weights_that_ship(scenes_model):
+    quantisation = script("benchmarks/quantisation.py")
+    committed = json.loads(quantisation.STEM.with_suffix(".json").read_text(encoding="utf-8"))["rows"]
+    assert quantisation.known(committed, "embedded", scenes_model.weight_hash) == committed
+    others = [row for row in committed if row["model"] != "embedded"]
+    assert quantisation.known(committed, "embedded", "of another training") == others  # the rest is measured again
+
+
 @pytest.mark.parametrize(
     ("units", "kind"), [(["avx2"], "avx2"), (["avx2", "avx512_f"], "avx512"), (["avx512_f", "amx_bf16"], "amx-bf16")]
 )

@@ -6,12 +6,14 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
+from mmdit_probe.errors import UserError
 from mmdit_probe.results.selection import LayerSelection
 from tests.scripts import script
 
@@ -80,3 +82,11 @@ def test_presence_is_tested_against_random_weights_paired_by_picture() -> None:
     assert found == pytest.approx([over(whole), over(whole) - reach, min(1.0, over(whole) + reach)])
     assert row["verdict"] == ("above its control" if over(whole) > reach else "not above its control")
     assert table.loc["random weights: map's mean", "verdict"] == table.loc["tagger: mine", "verdict"] == ""
+
+
+def test_presence_reads_no_layers_that_were_chosen_for_other_weights(tiny_model: Any, tmp_path: Path) -> None:
+    presence = script("analyses/presence.py")
+    LayerSelection("tiny", "other weights", (1,), (1.0,), {}).save(tmp_path / "selection.json")
+    asked = presence.Presence(n=1, selection=str(tmp_path / "selection.json"))
+    with pytest.raises(UserError, match="was made on tiny"):
+        asked.prepare(tiny_model, asked.gather(True))

@@ -103,7 +103,7 @@ class Attribute(LayersAndHeads, Experiment):
 
         what = f"{result.model_name}: {self.target}, {self.method}"
         count = result.summary["n"].max()
-        return {"attribute": agreement(result.summary, title=f"{what}, n = {count}, sigma {self.sigma:g}")}
+        return {"attribute": agreement(result.summary, title=f"{what}, n = {count} scenes, sigma {self.sigma:g}")}
 
     def tell(self, result: Result) -> list[Text]:
         of = "loss of the region" if self.target == "loss" else "mass of the map in the region"

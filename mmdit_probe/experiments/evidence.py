@@ -314,14 +314,27 @@ def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int,
     Args:
         table: of one split, from `by_layer`. top: how many.
         rule: "ranks" (least mean rank over all evidence), "median-ranks" (least median rank, so that one dissenter does
-            not decide; ties go to the least mean rank), or the name of one evidence.
+            not decide; ties go to the least mean rank), or the name of one evidence. What is level then goes by its
+            number (`level`).
     """
-    check_known("rule", rule, [*RANK_RULES, *dict.fromkeys(table["evidence"])])
-    keys = ["median", "mean"] if rule == "median-ranks" else ["mean"]
-    order = ranks_of(table, rule).agg(["median", "mean"], axis=1).sort_values(keys, kind="stable")
+    order = _order(table, rule)
     if not 1 <= top <= len(order):
         raise UserError(f"--top {top}: expected 1 to {len(order)} layers")
     return tuple(int(layer) for layer in order.index[:top])
+
+
+def level(table: pd.DataFrame, layers: Sequence[int], rule: str = "ranks") -> tuple[int, ...]:
+    """The layers that the rule puts level with the last of those that it chose, which has the lower number alone."""
+    order = _order(table, rule)
+    same = order.index[np.isclose(order, order.loc[layers[-1]]).all(1)]
+    return tuple(int(layer) for layer in same if layer not in layers)
+
+
+def _order(table: pd.DataFrame, rule: str) -> pd.DataFrame:
+    """What a rule goes by, by layer, best first."""
+    check_known("rule", rule, [*RANK_RULES, *dict.fromkeys(table["evidence"])])
+    keys = ["median", "mean"] if rule == "median-ranks" else ["mean"]
+    return ranks_of(table, rule).agg(keys, axis=1).sort_values(keys, kind="stable")
 
 
 def ranks_of(table: pd.DataFrame, rule: str) -> pd.DataFrame:

@@ -222,7 +222,8 @@ class SelectLayers(Sampling, Experiment):
             lines.append(f"selected among layers {', '.join(map(str, known))}: the others lack some of the evidence.")
         chosen = self.selected(result).layers
         word = "layer" if len(chosen) == 1 else "layers"
-        return [*lines, f"selected by {self.rule}: {word} {', '.join(map(str, chosen))}{where}"]
+        level = "".join(f" (layer {layer} is level)" for layer in evidence.level(here, chosen, self.rule))
+        return [*lines, f"selected by {self.rule}: {word} {', '.join(map(str, chosen))}{level}{where}"]
 
     def document(self, result: Result) -> dict[str, Any]:
         selection = self.selected(result)

@@ -63,7 +63,11 @@ def test_layers_that_tie_win_equally_often_and_one_without_values_never() -> Non
     shares = evidence.stability(pd.DataFrame(rows), draws=300).set_index("layer")["share"]
     assert set(shares.index) == {0, 2, 3} and shares.sum() == pytest.approx(1)
     assert (shares - 1 / 3).abs().max() < 4 * np.sqrt(2 / 9 / 300)
-    assert evidence.by_layer(pd.DataFrame(rows))["layer"].tolist() == [0, 2, 3]
+    table = evidence.by_layer(pd.DataFrame(rows))
+    assert table["layer"].tolist() == [0, 2, 3]
+    for rule in ("ranks", "median-ranks", "segmentation"):
+        assert evidence.choose(table, 1, rule) == (0,) and evidence.level(table, (0,), rule) == (2, 3)
+        assert evidence.level(table, (0, 2, 3), rule) == ()
     with pytest.raises(UserError, match="undefined for every item"):
         evidence.by_layer(pd.DataFrame(rows).assign(value=np.nan))
 

@@ -3,6 +3,7 @@ embedded model writes what it says."""
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -49,3 +50,14 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert uniform["control_value"].to_numpy() == pytest.approx(np.ones(len(uniform)), abs=1e-4)  # in its own units
     random = controls[(controls["evidence"] == "segmentation") & (controls["control"] == "random")]
     assert (random["verdict"] == ABOVE).any()
+
+
+def test_the_committed_summary_tells_that_the_choice_was_level() -> None:
+    folder = SCRIPT.parent / "results" / "layer_evidence"
+    table = pd.read_csv(folder / "by_layer.csv")
+    ranks = table[table["split"] == "val"].groupby("layer")["rank"].sum()
+    best = ranks.index[ranks == ranks.min()].tolist()
+    assert best == [0, 6]
+    summary = (folder / "summary.md").read_text(encoding="utf-8")
+    assert "by ranks: layer 0 (level with layer 6: the lower number is taken)" in summary
+    assert not re.search(r"\| 0\.0+ \|$", summary, re.M)  # no p value is 0

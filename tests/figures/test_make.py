@@ -37,6 +37,8 @@ def test_a_script_depends_on_the_drawing_code_that_it_reaches_and_on_no_other(ma
     names = {path.name for path in make.sources(FIGURES / "fig05_blur.py")}
     assert {"fig05_blur.py", "runs.py", "style.py", "perturb.py", "sweep.py"} <= names
     assert not {"norms.py", "pca.py", "probe.py", "value_norms.py"} & names
+    of_ablation = make.sources(FIGURES / "fig_alignment_ablation.py")  # it reads recipes as the training does
+    assert FIGURES.parent / "training" / "align.py" in of_ablation
 
 
 def test_every_script_of_the_folder_is_made(make):
@@ -69,6 +71,10 @@ def test_rebuilds_what_changed(make, tmp_path, monkeypatch, capsys):
     assert made()
     assert not made()
     assert made("--clip", "other")
+    (tmp_path / "clip").mkdir()
+    for content in ("one", "another"):  # under the same path
+        (tmp_path / "clip" / "model.safetensors").write_text(content)
+        assert made("--clip", str(tmp_path / "clip")) and not made("--clip", str(tmp_path / "clip"))
     assert made()
     weights["of"] = "two"
     assert made()
@@ -213,3 +219,17 @@ def test_an_adapter_is_named_with_the_data_it_was_trained_on(make, tmp_path):
     assert runs.adapter_of(str(tmp_path / "coco")) == f"{tmp_path / 'coco'} on SA-1B"
     assert runs.adapter_of("chyun/seg4diff-coco-lora") == "chyun/seg4diff-coco-lora on COCO"
     assert runs.adapter_of("me/lora") == "me/lora on other data" and runs.adapter_of(None) == "none"
+
+
+def test_committed_tables_name_options_that_methods_have(compared):
+    from mmdit_probe.segment.methods import METHODS
+
+    named = 0
+    for name in ("fig08_miou_by_layer", "fig15_miou_by_sigma", "fig17_miou_by_head", "table12_league"):
+        table = compared.read(FIGURES / "out" / "scenes-sd3", name)
+        for row in table[table["method"].isin(METHODS)].to_dict("records"):
+            told = compared.settings(row["measured_as"])["options"].split(", ")
+            options = {one.partition("=")[0] for one in told if one != "none"}
+            assert options <= set(METHODS[row["method"]].defaults), (name, row["method"], options)
+            named += len(options)
+    assert named > 100

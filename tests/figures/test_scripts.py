@@ -214,6 +214,9 @@ def test_figures_of_an_adapted_model_are_named_after_both(known, name):
         ({1: 0.60, 2: 0.30}, 9.0, {1: -0.2}, ["agrees, by disjoint intervals", "agrees", "agrees"]),
         ({1: 0.31, 2: 0.30}, 5.0, {}, ["not decided", "not decided", "not decided"]),
         ({1: 0.60, 2: 0.30}, 2.0, {2: -0.2}, ["agrees, by disjoint intervals", "differs", "differs"]),
+        ({1: 0.60, 2: 0.30}, 2.0, {1: -0.3, 2: -0.2}, ["agrees, by disjoint intervals", "differs", "agrees"]),
+        ({1: 0.60, 2: 0.30}, 2.0, {1: -0.2, 2: -0.3}, ["agrees, by disjoint intervals", "differs", "differs"]),
+        ({1: 0.60, 2: 0.30}, 2.0, {1: -0.2, 2: -0.2}, ["agrees, by disjoint intervals", "differs", "not decided"]),
     ],
 )
 def test_findings_of_the_paper_are_decided_by_intervals(tmp_path, monkeypatch, miou, prompt, blurred, verdicts):
@@ -265,6 +268,8 @@ def test_the_ablation_s_figure_frames_what_was_taught(monkeypatch: pytest.Monkey
         dots = [tuple(line.get_xydata()[0]) for line in axes.lines]
         assert dots == [(2.5, 0.12), (2.5, 1.12)]  # the last layer is best: greatest mIoU, least rank
         assert sorted(frame.get_xy() for frame in axes.patches) == [(0, 1), (1, 0), (1, 1), (2, 1)]
+    told = script.headline(table.assign(n=200), table.assign(n=[8, *[48] * 11]))
+    assert told.endswith("; n = 200 scenes (ranks: 8 to 48), 1 seed")
 
 
 def test_the_committed_sizes_of_the_analyses_are_options_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import sys
@@ -115,13 +116,15 @@ def test_figures_and_tables(tables: dict[str, Any], tmp_path: Path, monkeypatch:
     both = {"table3_clipscore", "table4_alignment"}
     expected = {f"{name}.{kind}" for name in drawn | both for kind in ("png", "pdf")}
     assert names == expected | {f"{name}.csv" for name in (*both, "table5_magnet")}
+    world = "measured, weights 01234567"  # they are not those that ship
     table = pd.read_csv(tmp_path / "out" / "scenes-sd3" / "table5_magnet.csv")
-    assert set(table["world"]) == {"measured"}
-    measured = table[(table["at"] == "reading") & (table["world"] == "measured")]
-    assert len(measured) == 4 * len(VARIANTS)  # softmax and min-max, with and without
+    assert set(table["world"]) == {world}
+    assert (table["at"] == "reading of layer 4").sum() == 4 * len(VARIANTS)  # softmax and min-max, with and without
     clip = pd.read_csv(tmp_path / "out" / "scenes-sd3" / "table3_clipscore.csv")
-    assert clip[clip["world"] == "measured"]["variant"].tolist() == list(VARIANTS)
+    assert clip[clip["world"] == world]["variant"].tolist() == list(VARIANTS)
     assert clip[clip["world"] == "paper"]["mean"].between(25, 29).all()
+    compared = importlib.import_module("paper_vs_measured").ours(tmp_path / "out" / "scenes-sd3", False)
+    assert compared.empty  # rows of other weights do not stand beside those of the model that ships
 
 
 def test_the_spread_of_the_seeds_is_in_the_interval(tables: dict[str, Any]) -> None:
