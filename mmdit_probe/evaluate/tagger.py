@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmdit_probe.data.class_names import SegClass
+from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.labels import IGNORE
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.sources import dataset as read_dataset
@@ -76,7 +77,7 @@ def open_tagger(name: str, classes: Sequence[SegClass]) -> Tagger:
 
 
 def _parser(classes: Sequence[SegClass]) -> Tagger:
-    from mmdit_probe.scenes import CLASSES, load_parser
+    from mmdit_probe.scenes import CLASSES, SIZE, load_parser
     from mmdit_probe.scenes.parser import to_tensor
 
     if [one.name for one in classes] != list(CLASSES):
@@ -84,7 +85,8 @@ def _parser(classes: Sequence[SegClass]) -> Tagger:
     parser = load_parser()
 
     def score(image: NDArray[np.uint8]) -> NDArray[np.float64]:
-        labels, _ = parser.label(to_tensor([image]))
+        shown = Fit.of((image.shape[0], image.shape[1]), (SIZE, SIZE)).apply(image)  # the scale that it learnt
+        labels, _ = parser.label(to_tensor([shown]))
         shares = np.bincount(labels.ravel(), minlength=len(classes)) / labels.size
         return np.log10(shares.clip(min=0.5 / labels.size))
 

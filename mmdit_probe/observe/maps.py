@@ -409,7 +409,8 @@ def second_eigenvalue(chain: Tensor, rounds: int = 40, vectors: int = 4) -> Tens
     for _ in range(rounds):
         pi = pi @ chain
     generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(batch, tokens, min(vectors, tokens), generator=generator, dtype=chain.dtype)
+    start = torch.randn(tokens, min(vectors, tokens), generator=generator, dtype=chain.dtype)
+    basis = start.expand(batch, -1, -1)  # one for all: a chain's value does not depend on what is in the batch
     for _ in range(rounds):
         basis, _ = torch.linalg.qr(chain @ basis - (pi @ basis))
     projected = basis.mT @ (chain @ basis - pi @ basis)

@@ -59,12 +59,12 @@ class SceneParser(nn.Module):
         self.head = nn.Conv2d(width, len(CLASSES) + len(COLOUR_NAMES), 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits [B, 15, S, S], colour logits [B, 6, S, S] of images [B, 3, S, S] in [-1, 1]; 8 divides S."""
+        """Class logits [B, 15, H, W], colour logits [B, 6, H, W] of images [B, 3, H, W] in [-1, 1], sides from 8."""
         logits = self.head(self._features(images)[0])
         return logits[:, : len(CLASSES)], logits[:, len(CLASSES) :]
 
     def features(self, images: Tensor) -> Tensor:
-        """Features at a quarter of the resolution, [B, 3 width, S/4, S/4]."""
+        """Features at a quarter of the resolution, [B, 3 width, H // 4, W // 4]."""
         return self._features(images)[1]
 
     def _features(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,25 +74,26 @@ class SceneParser(nn.Module):
             kept.append(x)
         quarter = x
         for k, block in zip((2, 1, 0), self.up, strict=True):
-            x = block(torch.cat([nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"), kept[k]], dim=1))
+            x = nn.functional.interpolate(x, kept[k].shape[-2:], mode="nearest")
+            x = block(torch.cat([x, kept[k]], dim=1))
             quarter = x if k == 2 else quarter
         return x, quarter
 
     @torch.no_grad()
     def label(self, images: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Class ids and colour ids, each [B, S, S], of images [B, 3, S, S] in [-1, 1]."""
+        """Class ids and colour ids, each [B, H, W], of images [B, 3, H, W] in [-1, 1]."""
         classes, colours = self(images.to(next(self.parameters())))
         return classes.argmax(1).cpu().numpy(), colours.argmax(1).cpu().numpy()
 
     def read(self, images: Sequence[Image.Image | NDArray[np.uint8]] | NDArray[np.uint8]) -> list[SceneReading]:
-        """Read images (PIL, or uint8 [S, S, 3], or uint8 [B, S, S, 3]); one reading each."""
+        """Read images (PIL, or uint8 [H, W, 3], or uint8 [B, H, W, 3]); one reading each."""
         arrays = [np.asarray(images)] if isinstance(images, np.ndarray) and images.ndim == 3 else images
         return [read_maps(*maps) for maps in zip(*self.label(to_tensor(arrays)), strict=True)]
 
 
 @dataclass(frozen=True)
 class SeenObject:
-    """A connected patch of one thing class and colour. Centre (x, y) as shares of the side, area of the image."""
+    """A connected patch of one thing class and colour. Centre (x, y) as shares of the sides, area of the image."""
 
     noun: str
     colour: str
@@ -102,7 +103,7 @@ class SeenObject:
 
 @dataclass(frozen=True)
 class SceneReading:
-    """What an image shows: objects and grounds (largest first), and the label maps [S, S] behind them."""
+    """What an image shows: objects and grounds (largest first), and the label maps [H, W] behind them."""
 
     objects: tuple[SeenObject, ...]
     grounds: tuple[str, ...]
@@ -111,19 +112,18 @@ class SceneReading:
 
 
 def to_tensor(images: Sequence[Image.Image | NDArray[np.uint8]] | NDArray[np.uint8]) -> Tensor:
-    """Images as float32 [B, 3, S, S] in [-1, 1]."""
+    """Images as float32 [B, 3, H, W] in [-1, 1]."""
     arrays = [np.asarray(i.convert("RGB") if isinstance(i, Image.Image) else i) for i in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def read_maps(classes: NDArray[np.int64], colours: NDArray[np.int64]) -> SceneReading:
-    """Objects and grounds of label maps [S, S] (class ids and colour ids; the colour of stuff is ignored).
+    """Objects and grounds of label maps [H, W] (class ids and colour ids; the colour of stuff is ignored).
 
     Objects are the 8-connected patches of one noun and one colour. A patch's colour is decided per connected patch of
     the noun by majority, unless two colours each fill an object's area: then they are two objects.
     """
-    pixels = classes.size
-    side = classes.shape[0]
+    pixels, (height, width) = classes.size, classes.shape
     seen: list[SeenObject] = []
     for noun_id, noun in enumerate(THINGS):
         patches, n = ndimage.label(classes == noun_id, structure=np.ones((3, 3)))
@@ -132,7 +132,7 @@ def read_maps(classes: NDArray[np.int64], colours: NDArray[np.int64]) -> SceneRe
             counts = np.bincount(colours[patch], minlength=len(COLOUR_NAMES))
             for colour_id in np.flatnonzero(counts >= max(MIN_OBJECT * pixels, 0.3 * counts.sum())):
                 ys, xs = np.nonzero(patch & (colours == colour_id))
-                centre = (float(xs.mean() + 0.5) / side, float(ys.mean() + 0.5) / side)
+                centre = (float(xs.mean() + 0.5) / width, float(ys.mean() + 0.5) / height)
                 seen.append(SeenObject(noun, COLOUR_NAMES[int(colour_id)], centre, len(ys) / pixels))
     areas = np.bincount(classes.ravel(), minlength=len(CLASSES)) / pixels
     grounds = [name for name in STUFF if areas[CLASSES.index(name)] >= MIN_GROUND]

@@ -84,6 +84,14 @@ def test_the_shipped_taggers_beat_chance_on_scenes() -> None:
         open_tagger("scenes-parser", [SegClass(("cat",))])
 
 
+def test_the_parser_tags_pictures_of_other_sizes() -> None:
+    """A scene that was enlarged holds what it held; sides that 8 does not divide ended in a Python error."""
+    val = read_dataset("scenes:val", 1)
+    tagger, image = open_tagger("scenes-parser", val.classes), val.samples[0].image
+    large = image.repeat(2, 0).repeat(3, 1)[:, :-1]
+    assert np.flatnonzero(tagger(large) > -2).tolist() == np.flatnonzero(tagger(image) > -2).tolist()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

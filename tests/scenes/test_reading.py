@@ -69,6 +69,21 @@ def test_relations_use_the_centres():
     assert aligned(text, reading) and not aligned(swapped, reading)
 
 
+def test_pictures_of_any_sides_are_read():
+    """Sides that 8 does not divide (`perturb --size 68x68`) ended in a Python error."""
+    image = SCENES[0].image
+    [reading] = load_parser().read(np.pad(image, ((0, 4), (0, 0), (0, 0)), "edge")[:, :60])
+    assert reading.classes.shape == (68, 60)
+    assert np.mean(reading.classes[:60, :56] == SCENES[0].classes[:60, :56]) > 0.9
+
+
+def test_centres_are_shares_of_both_sides():
+    classes = np.full((8, 16), CLASSES.index("sky"))
+    classes[4:8, 12:16] = 0
+    [thing] = read_maps(classes, np.zeros_like(classes)).objects
+    assert thing.centre == (14 / 16, 6 / 8)
+
+
 @pytest.mark.parametrize("spoiled", [False, True])
 def test_trained_parser_reaches_95_percent_miou(spoiled):
     parser = load_parser()
