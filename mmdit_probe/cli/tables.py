@@ -38,7 +38,8 @@ def fitted(table: TextTable, console: Console) -> tuple[Table, str]:
     left, hidden = list(range(len(table.columns))), list[str]()
     if _measured(as_rich(table, left), console).maximum > console.width:
         table = _folded(table)
-        spare = [place for name in table.spare for place, one in enumerate(table.columns) if _plain(one) == name]
+        headings = [_plain(one) for one in table.columns]
+        spare = [place for name in dict.fromkeys(table.spare) for place, one in enumerate(headings) if one == name]
         spare += [p for p in reversed(left[2:]) if table.columns[p] not in table.left and p not in spare]
         while spare and _measured(as_rich(table, left), console).maximum > console.width:
             left.remove(place := spare.pop(0))

@@ -308,7 +308,7 @@ def effect_table(summary: pd.DataFrame) -> TextTable:
     """The table per place in text: alignment with the prompt first, the change of the image last."""
     from mmdit_probe.plots.perturb import LABELS
 
-    there = set(summary["outcome"])
+    there = set(summary.loc[summary["n"] > 0, "outcome"])
     shown = [name for name in (aligned_outcome(summary) or "", "things_right", "change") if name in there]
     columns = [column for name in shown for column in (LABELS[name], "control", "verdict")]
     table = TextTable(["place", *columns], left=("place",), spare=("control",))

@@ -45,9 +45,9 @@ def effects_by_layer(summary: pd.DataFrame, outcomes: Sequence[str], *, title: s
 
     Args:
         summary: from `summarise`, of whole layers.
-        outcomes: which, in order; those that were not measured are left out.
+        outcomes: which, in order; those that were not measured, or of no prompt, are left out.
     """
-    whole = summary[(summary["head"] == -1) & (summary["span"] == "all")]
+    whole = summary[(summary["head"] == -1) & (summary["span"] == "all") & (summary["n"] > 0)]
     shown = [name for name in outcomes if name in set(whole["outcome"])]
     across = min(3, len(shown)) if len(shown) != 4 else 2
     down = -(-len(shown) // across)

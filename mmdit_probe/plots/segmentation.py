@@ -101,7 +101,7 @@ def write_names(axes: Axes, labels: NDArray[Any], names: Sequence[str], side: fl
         y, x = np.unravel_index((np.minimum(inside, 0.95) + 1e-3 * depth).argmax(), inside.shape)
         if inside[y, x] > 0.8:
             axes.text(x, y, style.name(names[index]), fontsize=FONT, ha="center", va="center", color="black",
-                      path_effects=[withStroke(linewidth=1.2, foreground="white")])  # fmt: skip
+                      parse_math=False, path_effects=[withStroke(linewidth=1.2, foreground="white")])  # fmt: skip
 
 
 def borders(labels: NDArray[Any]) -> NDArray[np.bool_]:

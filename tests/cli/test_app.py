@@ -321,6 +321,16 @@ def test_a_table_leaves_out_its_spare_columns_and_says_so():
     assert "long-column-4" in captured.get() and max(map(len, captured.get().splitlines())) <= 90
 
 
+def test_a_column_that_is_spare_for_two_reasons_is_left_out_once():
+    from rich.console import Console
+
+    from mmdit_probe.cli.tables import fitted
+    from mmdit_probe.experiments.text import TextTable
+
+    table = TextTable(["layer", "gain", "difference"], [["1" * 9] * 3], spare=("difference", "difference", "gain"))
+    assert fitted(table, Console(width=12))[1] == "difference, gain"
+
+
 def test_columns_that_are_asked_for_count_in_a_pipe_too(monkeypatch):
     from mmdit_probe.cli.output import PIPED_WIDTH, Output
 

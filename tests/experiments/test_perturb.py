@@ -14,8 +14,9 @@ from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import Perturb
 from mmdit_probe.experiments.outcomes import Change
-from mmdit_probe.experiments.perturb import CONTROL, EDIT, NO_OP, STOCK, power, summarise
+from mmdit_probe.experiments.perturb import CONTROL, DRAWN, EDIT, NO_OP, STOCK, effect_table, power, summarise
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.plots.perturb import effects_by_layer
 from mmdit_probe.results import read_table
 from mmdit_probe.results.statistics import interval
 
@@ -136,6 +137,14 @@ def test_a_prompt_that_is_given_twice_is_one_prompt(tiny_model: MMDiT) -> None:
 def test_few_prompts_decide_nothing() -> None:
     summary = summarise(long_table(0.3, 0.0, n=3)).set_index(["outcome", "layer"])
     assert summary.loc["facts", 0]["verdict"] == "too few items"
+
+
+def test_what_no_prompt_states_is_neither_drawn_nor_told() -> None:
+    """A caption without one fact of the scenes world, such as any of `everyday`."""
+    summary = summarise(long_table(0.3, 0.0, n=3).assign(facts=np.nan, things_right=np.nan))
+    (panel,) = [axes for axes in effects_by_layer(summary, DRAWN[:2] + DRAWN[-1:]).axes if axes.axison]
+    assert panel.get_title("left") == "change of pixels (RMS)"
+    assert effect_table(summary).columns == ["place", "change of pixels (RMS)", "control", "verdict"]
 
 
 def test_change_is_a_root_mean_square() -> None:

@@ -106,6 +106,13 @@ def test_sheet(tmp_path: Path) -> None:
     assert save(figure, tmp_path / "sheet")[0].stat().st_size > 1000
 
 
+def test_names_that_look_like_formulas_are_written_as_they_are(tmp_path: Path) -> None:
+    labels, shares = np.zeros((60, 60), np.uint16), np.ones((1, 60, 60))
+    figure = overlay_sheet(np.zeros((60, 60, 3), np.uint8), labels, ["$\\frac{a$"], shares)
+    assert len(figure.axes[1].texts) == 1
+    save(figure, tmp_path / "sheet")
+
+
 @pytest.mark.parametrize(
     ("figure", "columns", "marks"),
     [
