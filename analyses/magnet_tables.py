@@ -56,9 +56,14 @@ weights: `{weight_hash:.8}`.
 Maps of layer {layer}: of {layers} layers the one whose maps name the val scenes best in the base model. {steps} steps
 of {batch} on {train} training scenes. {recipe} All that follows is of test scenes and test captions;
 pictures have {num_steps} steps, guidance {guidance:g}, {precision}, and the same seeds in every variant. `control` is
-the same LoRA trained with flow matching alone. Every training has {seeds} seeds, the control's the same; means are
-over seeds, and the seeds' spread is in every interval.
+the same LoRA trained with flow matching alone. {trained}
 """
+SEEDS = """\
+Every training has {seeds} seeds, the control's the same; means are
+over seeds, and the seeds' spread is in every interval."""
+ONE_SEED = """\
+Every training has one seed: no interval holds how
+much another would differ, so a gain that is as small as seeds may differ is none yet."""
 RECIPE = {
     "ours": "LoRA on both streams of all layers. The loss reads {space} maps, normalisation {normalise}, rate {rate:g}:"
             " chosen on val by the pilot below.",
@@ -68,7 +73,7 @@ RECIPE = {
 MIOU = """
 ## mIoU on test scenes
 
-95 % intervals over images and seeds, each by itself (not corrected for their number); gains are paired by image and
+95 % intervals over {over}, each by itself (not corrected for their number); gains are paired by image and
 seed. *present*: the classes of the picture compete; the other readings of the same maps are those of the paper's Table
 5. *unsupervised*: segments of the empty prompt, matched within each picture.
 
@@ -78,7 +83,7 @@ seed. *present*: the classes of the picture compete; the other readings of the s
 PICTURES = """
 ## Generated pictures
 
-Mean, and paired difference to the control with its 95 % interval over prompts and seeds. n counts different captions
+Mean, and paired difference to the control with its 95 % interval over prompts{and_seeds}. n counts different captions
 (one that comes up again, in one category or two, is the same: texture has eight in all). *no worse*: the interval lies
 above a loss of .05 (one point of CLIPScore); *worse*: it lies below zero; else undecided. Both are corrected for the
 rows of a metric (Holm). *facts*: share of the caption's facts that the scene parser reads in the picture.
@@ -246,13 +251,16 @@ def summary(
     """All tables for people."""
     taken = {} if pilots is None else pilots[pilots["chosen"]].iloc[0].to_dict()
     words = {"recipe": RECIPE[settings["recipe"]].format(**settings | taken), "layers": len(settings["layer_miou_val"])}
+    several = settings["seeds"] > 1
+    words |= {"trained": (SEEDS if several else ONE_SEED).format(**settings)}
     head = HEAD.format(**settings | words).splitlines()
-    lines = [*head, "", *verdict(miou, generation), *MIOU.splitlines()]
+    how = MIOU.format(over="images and seeds" if several else "images")
+    lines = [*head, "", *verdict(miou, generation), *how.splitlines()]
     for row in miou.to_dict("records"):
         gains = [interval(row[f"gain_{o}"], row[f"gain_{o}_low"], row[f"gain_{o}_high"], "+") for o in (BASE, CONTROL)]
         own = interval(row["miou"], row["low"], row["high"])
         lines.append(f"| {' | '.join([row['variant'], row['protocol'], str(row['n']), own, *gains])} |")
-    lines += PICTURES.splitlines()
+    lines += PICTURES.format(and_seeds=" and seeds" if several else "").splitlines()
     shown = [m for m in dict.fromkeys(generation["metric"]) if m in SHOWN or m.startswith("clipscore")]
     for metric in shown:
         part = generation[generation["metric"] == metric]
