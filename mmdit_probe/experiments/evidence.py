@@ -326,18 +326,15 @@ def choose(table: pd.DataFrame, top: int = 1, rule: str = "ranks") -> tuple[int,
 def level(table: pd.DataFrame, layers: Sequence[int], rule: str = "ranks") -> tuple[int, ...]:
     """The layers that the rule puts level with the last of those that it chose, which has the lower number alone."""
     order = _order(table, rule)
-    last = order.loc[layers[-1]].to_numpy()
-    same = [int(layer) for layer, of in zip(order.index, order.to_numpy(), strict=True) if np.allclose(of, last)]
-    return tuple(layer for layer in same if layer not in layers)
+    same = np.isclose(order, order.loc[layers[-1]]).all(1)
+    return tuple(int(layer) for layer in order.index[same.tolist()] if layer not in layers)
 
 
 def _order(table: pd.DataFrame, rule: str) -> pd.DataFrame:
     """What a rule goes by, by layer, best first."""
     check_known("rule", rule, [*RANK_RULES, *dict.fromkeys(table["evidence"])])
     keys = ["median", "mean"] if rule == "median-ranks" else ["mean"]
-    ranks = ranks_of(table, rule)
-    order = pd.DataFrame({"median": ranks.median(axis=1), "mean": ranks.mean(axis=1)})
-    return order[keys].sort_values(keys, kind="stable")
+    return ranks_of(table, rule).agg(["median", "mean"], axis=1)[keys].sort_values(keys, kind="stable")
 
 
 def ranks_of(table: pd.DataFrame, rule: str) -> pd.DataFrame:
