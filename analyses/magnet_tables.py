@@ -221,7 +221,8 @@ def verdict(miou: pd.DataFrame, generation: pd.DataFrame) -> list[str]:
         told = [f"{word} in {', '.join(names)}" for word, names in of.items() if names]
         reached = "reached" if gain["gain_base_low"] >= TARGET and not told else "not reached"
         lines.append(
-            f"* `{variant}` ({int(gain['seeds'])} seeds): {100 * gain['gain_base']:+.1f} points over the base model,"
+            f"* `{variant}` ({gain['seeds']:g} seed{'s' if gain['seeds'] > 1 else ''}):"
+            f" {100 * gain['gain_base']:+.1f} points over the base model,"
             f" {100 * gain['gain_control']:+.1f} over the control; facts against the control's, margin"
             f" {margin_of('facts'):g}: {'; '.join(told) or 'no worse in every category'}. Target {reached}."
         )
