@@ -10,11 +10,14 @@ a bad request and 1 for a failure; `--debug` gives the traceback.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
+import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import Annotated, Any
 
@@ -65,6 +68,8 @@ OTHER = "Runs, models, data"
 COMMANDS: tuple[Any, ...] = tuple(one for commands in QUESTIONS.values() for one in commands)
 RESUMABLE = {one.name for one in COMMANDS if "resume" not in getattr(one, "without", ())}
 INTERRUPTED = 130
+CLOSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
+"""What the system says of a path that may not be looked at, or that nothing can be called."""
 LAZY = {
     "scenes": ("mmdit_probe.cli.scenes", "The embedded world: look at scenes."),
     "datasets": ("mmdit_probe.cli.datasets", "Segmentation data sets: list, check, prepare."),
@@ -111,6 +116,8 @@ app.add_typer(models.app, name="models", rich_help_panel=OTHER)
 
 PLAINLY = {
     r"(Got unexpected extra argument.*)": r"\1; a text of several words goes into quotation marks",
+    r"(No such option: -(?!-).*)": r"\1; a text that begins with - stands after --",
+    r"Missing command\.": "no command is given; --help names those that there are",
     r"Input should be a valid integer.*": "expected a whole number",
     r"Input should be a valid number.*": "expected a number",
     r"Input should be greater than or equal to": "expected at least",
@@ -153,6 +160,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug, as_json = "--debug" in arguments, "--json" in arguments
+    if os.environ.get("COLUMNS") == "0":  # no width is known: nothing at all would be printed
+        del os.environ["COLUMNS"]
     if isinstance(sys.stdout, TextIOWrapper):  # Windows writes a pipe in its code page, which lacks most prompts' signs
         sys.stdout.reconfigure(errors="backslashreplace")
     foreign = next((one for one in arguments if not is_text(one)), None)
@@ -170,6 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in CLOSED:
+            sys.exit(_fail(f"{str(error.filename)!r} cannot be opened ({error.strerror})", 2, as_json))
         reason = f"{type(error).__name__}: {str(error).strip() or 'no message'}"
         sys.exit(_fail(f"{reason}; run again with --debug for the traceback", 1, as_json))
     if code == INTERRUPTED:  # typer turns the key into this code
@@ -188,5 +199,6 @@ def _fail(message: str, code: int, as_json: bool) -> int:
     line = " ".join(message.split())
     print(f"error: {line}", file=sys.stderr)
     if as_json:
-        print(json.dumps({"error": line, "exit_code": code}))
+        with suppress(OSError):  # where it is written there is no space left: the line above says so
+            print(json.dumps({"error": line, "exit_code": code}), flush=True)
     return code

@@ -11,6 +11,7 @@ import typer
 from mmdit_probe import assets
 from mmdit_probe.cli.options import Debug, Json, Quiet, epilog
 from mmdit_probe.cli.output import Output
+from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.scenes.captions import WORDS
 
@@ -24,6 +25,8 @@ app = typer.Typer(
 def listing(context: typer.Context, as_json: Json = False, quiet: Quiet = False, debug: Debug = False) -> None:
     """List the embedded models and the supported model families."""
     if context.invoked_subcommand is not None:
+        if as_json or quiet:
+            raise UserError(f"--json and --quiet stand after the command: models {context.invoked_subcommand} ... --json")
         return
     from mmdit_probe.models.families.registry import FAMILIES
 
@@ -67,7 +70,7 @@ def inspect_command(
     others = [f"Not joint: {other['path']} ({_order(other['order'])})" for other in found["other attention"]]
     if found["entry agrees"] is False:
         others.append("The family's entry names other layers: please report it.")
-    output.result(found, [layers, *others], path=path)
+    output.result(found, [layers, *others])
 
 
 def _order(runs: list[tuple[str, int]]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import shutil
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +31,7 @@ class Output:
     def __init__(self, *, quiet: bool = False, as_json: bool = False, debug: bool = False) -> None:
         self.quiet = quiet
         self.as_json = as_json
-        width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PIPED_WIDTH
+        width = shutil.get_terminal_size((PIPED_WIDTH, 0)).columns
         self.out = Console(width=width, highlight=False, emoji=False, markup=False)
         self.progress = Progress(quiet, not as_json, show)
         if not debug:

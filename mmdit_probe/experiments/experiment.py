@@ -217,7 +217,7 @@ class Experiment:
 
         began = time.monotonic()
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
-        check_out(out, resume)
+        check_out(out, resume, self.name)
         target = named(target, self)
         inputs = self.gather(knows_scenes(target))
         model = self.load(target, shown)

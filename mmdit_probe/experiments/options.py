@@ -5,6 +5,7 @@ Mixed into an experiment as base classes; `--help`, the checks and a run's recor
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -169,7 +170,7 @@ class Referring:
         asked = self.references
         if asked is None:
             return []
-        if isinstance(asked, str) and "," in asked:
+        if isinstance(asked, str) and "," in asked and not os.path.exists(asked):
             asked = [part.strip() for part in asked.split(",")]
         given = asked if isinstance(asked, str | Path | list | tuple) else [asked]
         return [fromarray(one.image) for one in samples_of(given, None)]

@@ -82,7 +82,9 @@ class Report(Sampling, Experiment):
 
             samples(str(self.images), self.limit)
         _ = self.reported_on
-        return prompts_of(self.prompts, self.limit, scenes, self.limit)
+        found = prompts_of(self.prompts, self.limit, scenes, self.limit)
+        Explore(prompt=found[:1]).gather(scenes)  # refused now what it would refuse after all other parts
+        return found
 
     @property
     def reported_on(self) -> Literal["test", "train"]:

@@ -8,6 +8,7 @@ Result.read("runs/mine").figure()
 
 from __future__ import annotations
 
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,6 +154,8 @@ class Result:
             files = [file for name, image in self.store.pictures().items() for file in copy.keep_picture(name, image)]
             for name in self.store.array_names():
                 files += copy.keep_arrays(name, self.store.load_arrays(name))
+            if (parts := self.store.workplace("")) is not None and parts.is_dir():  # of a report, runs of their own
+                files += shutil.copytree(parts, target.path / parts.name).iterdir()
             kept = [name for name in self.experiment.tables if self.store.has(name)]
             for name in kept[::-1]:  # the first last: it says what belongs to it
                 with TableWriter(target.path, name) as writer, writer.item(0) as item:

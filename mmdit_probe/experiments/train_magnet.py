@@ -61,7 +61,7 @@ class TrainMagnet(config.MagnetOptions):
         from mmdit_probe.experiments.target import Named, as_model, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
-        check_out(out, resume)
+        check_out(out, resume, self.name)
         target = named(target, self)
         for source in filter(None, (self.dataset, self.validation)):
             check_source(source)

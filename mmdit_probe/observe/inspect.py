@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmdit_probe import assets
 from mmdit_probe.attention import exact
 from mmdit_probe.errors import RunError, UserError, first_line, unknown
 from mmdit_probe.models.discover_layout import joint_sites, taint
 from mmdit_probe.models.families.registry import find_family
 from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.load import pipeline_index
+from mmdit_probe.models.names import embedded_models, source_of
 from mmdit_probe.models.pipeline_call import first_call
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
@@ -54,11 +54,10 @@ def inspect_model(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         UserError: no such directory, not a pipeline, or not an MM-DiT. RunError: it cannot be loaded or run.
     """
-    source = Path(path)
-    if os.fspath(path) in assets.names():
-        source = assets.path(os.fspath(path))
+    known = embedded_models()
+    source = Path(source_of(os.fspath(path))[0] if os.fspath(path) in known else path)
     if not source.is_dir():
-        raise unknown("model (no embedded model or directory of this name)", os.fspath(path), assets.names())
+        raise unknown("model (no embedded model or directory of this name)", os.fspath(path), known)
     pipeline = _pipeline(source)
     transformer = unwrap(pipeline.transformer)
     find_family(transformer)  # refuses what is known to be no MM-DiT, before it is run

@@ -66,7 +66,7 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, command: str, request: Mapping[str, Any], *, out: Path | str | None = None, resume: bool = False,
+        cls, command: str, request: Mapping[str, Any], *, out: Path | str | None = None, resume: bool | None = None,
         root: Path | str = ROOT, said: Said = dict,
     ) -> RunFolder:  # fmt: skip
         """Make a run folder, or find the one to continue.
@@ -76,7 +76,7 @@ class RunFolder:
             request: every option and input that decides the numbers (JSON values); its hash names the folder.
             out: use this folder instead of `<root>/<command>/<timestamp>-<hash>`.
             resume: continue the run of the same request in `out`, or the latest one under `root`; a finished run is
-                opened as it is (`complete`). Starts anew if there is none.
+                opened as it is (`complete`). Starts anew if there is none. None: see `check_out`.
             said: see `latest_run`.
 
         Raises:
@@ -219,18 +219,19 @@ def latest_run(command: str, request: Mapping[str, Any], *, root: Path | str = R
     return max(runs)[-1] if runs else None
 
 
-def check_out(out: Path | str | None, resume: bool = False) -> dict[str, Any] | None:
+def check_out(out: Path | str | None, resume: bool | None = None, command: str = "") -> dict[str, Any] | None:
     """Refuse a folder that no run can be written into, before anything is computed.
 
     Of several processes only the first looks: by the time the others do, it may be writing there.
 
     Args:
-        out: the folder, which may not be there yet; None and "auto" are named later. resume: it may hold a run.
+        out: the folder, which may not be there yet; None and "auto" are named later. resume: it may hold a run, of
+            `command` if that is named; None: what writes there cannot continue one.
 
     Returns: the record of the run that it holds.
 
     Raises:
-        UserError: it is a file, or is called like one; it holds other things; it holds a run and `resume` is off.
+        UserError: it is a file, or is called like one; it holds other things, or a run that is not to be continued.
     """
     if out in (None, AUTO) or processes.rank() != 0:
         return None
@@ -251,7 +252,10 @@ def check_out(out: Path | str | None, resume: bool = False) -> dict[str, Any] | 
     if old is None and path.is_dir() and any(not one.name.endswith(atomic.SUFFIX) for one in path.iterdir()):
         raise UserError(f"{str(path)!r} is not empty and holds no {RECORD}; choose a new folder for --out")
     if old is not None and not resume:
-        raise UserError(f"{str(path)!r} holds a run already; continue it with --resume or choose another --out")
+        advice = "" if resume is None else "continue it with --resume or "
+        raise UserError(f"{str(path)!r} holds a run already; {advice}choose another --out")
+    if old is not None and old["command"] != (command or old["command"]):
+        raise UserError(f"{str(path)!r} holds a run of {old['command']}, not of {command}; choose another --out")
     return old
 
 
@@ -265,14 +269,12 @@ def _takes_folders(path: Path) -> bool:
 
 
 def _to_continue(
-    path: Path, command: str, request: Mapping[str, Any], resume: bool, said: Said
+    path: Path, command: str, request: Mapping[str, Any], resume: bool | None, said: Said
 ) -> dict[str, Any] | None:
     """The record of the run in a folder, if it may be continued; None for a folder that is free."""
-    old = check_out(path, resume)
+    old = check_out(path, resume, command)
     if old is None:
         return None
-    if old["command"] != command:
-        raise UserError(f"{str(path)!r} holds a run of {old['command']}, not of {command}; choose another --out")
     _same_request(path, said(old["request"]), said(request))
     here, writer = this_process(), old.get("process", {})
     if old["status"] == "running" and (writer["pid"], writer["host"]) != (here["pid"], here["host"]):

@@ -234,6 +234,12 @@ WRONG = [
     *((["train-magnet", "--layers", "4", "--report-to", name], "the package is not installed")
       for name in ("tensorboard", "wandb") if not find_spec(name) and not find_spec(f"{name}X")),
     (["pca", "--heads", "77"], "head 77 does not exist: there are 4 heads, 0 to 3"),
+    (["scenes"], "no command is given; --help names"),
+    (["datasets"], "no command is given; --help names"),
+    (["models", "-q", "inspect", "scenes-sd3"], "--quiet stand after the command: models inspect"),
+    (["maps", "- a red ring"], "a text that begins with - stands after --"),
+    *(([*line, "x" * 300], "cannot be opened (File name too long)")
+      for line in (["maps", "a ring", "--model"], ["maps", "a ring", "--lora"], ["perturb", "--selection"])),
 ]  # fmt: skip
 
 
@@ -338,6 +344,31 @@ def test_columns_that_are_asked_for_count_in_a_pipe_too(monkeypatch):
     assert Output(debug=True).out.width == PIPED_WIDTH
     monkeypatch.setenv("COLUMNS", "80")
     assert Output(debug=True).out.width == 80
+
+
+def test_a_terminal_of_no_width_and_a_closed_pipe_have_tables_too(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "0")
+    assert "scenes-sd3" in called(capsys, "models")[1]
+    assert "scenes-sd3" in called(capsys, "models", "--help")[1]
+    monkeypatch.setattr(sys, "stdout", None)
+    assert called(capsys, "models")[::2] == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_takes_no_json_and_gives_no_traceback():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "mmdit_probe", "models", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith("error: OSError: ") and done.stderr.count("\n") == 1
+
+
+def test_what_is_left_out_of_a_table_that_no_file_holds_is_in_the_document(capsys, monkeypatch):
+    layer = {"index": 0, "path": "transformer_blocks.0.attn", "order": [("image", 256)], "kernel": "flash"}
+    found = {"transformer": "T", "family": None, "layers": [layer], "other attention": [], "entry agrees": True}
+    monkeypatch.setattr("mmdit_probe.observe.inspect.inspect_model", lambda path: found)
+    monkeypatch.setenv("COLUMNS", "40")
+    assert "kernel (see --json)" in " ".join(called(capsys, "models", "inspect", "m")[1].split())
+    assert called(capsys, "models", "inspect", "m", "-q")[1] == ""
 
 
 def test_cells_are_never_folded():

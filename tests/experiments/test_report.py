@@ -69,6 +69,17 @@ def test_it_is_continued_without_doing_anything_again(folder: Path) -> None:
     assert (folder / "state" / "perturb" / "run.json").stat().st_mtime_ns == before
 
 
+def test_a_copy_holds_its_parts(folder: Path, tmp_path: Path) -> None:
+    copy = Result.read(Result.read(folder).save(tmp_path / "copy"))
+    assert copy.texts()[:-1] == Result.read(folder).texts()[:-1]
+    assert (tmp_path / "copy" / "index.html").read_text("utf-8") == (folder / "index.html").read_text("utf-8")
+
+
+def test_a_prompt_without_words_is_refused_before_the_first_part() -> None:
+    with pytest.raises(UserError, match="prompt '!' has no word to look for"):
+        Report(prompts=["!", "a cat", "a ring", "a dog"]).gather(False)
+
+
 def test_layers_are_not_reported_on_what_they_were_selected_on(tmp_path: Path) -> None:
     """Captions of test scenes went on as texts, which nobody could tell; pictures of test ended the report late."""
 

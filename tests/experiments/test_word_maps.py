@@ -246,6 +246,13 @@ def test_a_word_that_is_written_in_two_ways_is_one(model: MMDiT, photo: Image.Im
     assert list(word_maps(model, prompt, images=photo)) == [prompt.split()[0]]
 
 
+def test_the_name_of_a_reference_may_hold_a_comma(photo: Image.Image, tmp_path: Path) -> None:
+    for name in ("one.png", "a, b.png"):
+        photo.save(tmp_path / name)
+    for asked, count in ((f"{tmp_path}/a, b.png", 1), (f"{tmp_path}/one.png, {tmp_path}/one.png", 2)):
+        assert len(WordMaps(prompt=PROMPT, references=asked).pictures_given()) == count
+
+
 def test_half_a_character_is_refused(model: MMDiT, photo: Image.Image) -> None:
     """Half of an emoji's escape in JSON; tokenizers raise a TypeError."""
     with pytest.raises(UserError, match="character 2 is half of one"):

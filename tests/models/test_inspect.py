@@ -45,6 +45,17 @@ def test_a_model_without_joint_attention_is_refused(tmp_path: Path) -> None:
         inspect_model(tmp_path / "nothing")
 
 
+def test_a_twin_has_the_folder_of_its_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(source: Path) -> None:
+        raise FileNotFoundError(source)
+
+    monkeypatch.setattr("mmdit_probe.observe.inspect._pipeline", stop)
+    with pytest.raises(FileNotFoundError, match="scenes-sd3$"):
+        inspect_model("scenes-sd3-random")
+    with pytest.raises(UserError, match=r"directory of this name\) 'scenes': .* Known: scenes-sd3, scenes-sd3-random$"):
+        inspect_model("scenes")
+
+
 def test_cross_attention_shows_as_text_keys_only() -> None:
     sites = taint(CROSS_ATTENTION["pixart"].build(), CROSS_ATTENTION["pixart"].inputs())
     assert [[kind for kind, _ in site.order()] for site in sites.values()] == [["image"], ["text"]] * 2

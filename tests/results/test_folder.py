@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.experiments import ValueNorms
 from mmdit_probe.experiments.result import Result
 from mmdit_probe.results import RunFolder, latest_run, peak_memory, provenance
 from mmdit_probe.results.folder import check_out, read_record, short_hash
@@ -81,7 +82,11 @@ def test_out_is_never_overwritten(tmp_path):
     out = tmp_path / "run"
     RunFolder.open("demo", REQUEST, out=out)
     with pytest.raises(UserError, match="holds a run already; continue it with --resume"):
+        RunFolder.open("demo", REQUEST, out=out, resume=False)
+    with pytest.raises(UserError, match="holds a run already; choose another --out"):  # no command to be continued
         RunFolder.open("demo", REQUEST, out=out)
+    with pytest.raises(UserError, match="holds a run of demo, not of value-norms"):
+        ValueNorms().run(None, out=out, resume=True)  # before there is a model
     assert not RunFolder.open("demo", REQUEST, out=out, resume=True).complete
 
 
