@@ -314,9 +314,12 @@ class TextMaps(GridMaps):
         """A word's positions per sample; none where a prompt does not have it."""
         spans = [table.word_spans(word, missing_ok=True) for table in seen.tokens]
         told = [sample for sample, branch in enumerate(seen.denoising.branches) if branch != "uncond"]
-        if told and not any(spans[sample] for sample in told):
-            seen.tokens[told[0]].word_spans(word)  # says why
-        return [[p for stream, of in span.items() if self._reads(stream) for p in of] for span in spans]
+        found = [[p for stream, of in span.items() if self._reads(stream) for p in of] for span in spans]
+        if told and not any(found[sample] for sample in told):
+            reading = next((sample for sample in told if spans[sample]), told[0])
+            streams = ", ".join(seen.tokens[reading].word_spans(word))  # says why, where none has it
+            raise UserError(f"{word!r} is read by {streams}; expected one of these in streams, found {self.streams}")
+        return found
 
     def _reads(self, stream: str) -> bool:
         return self.streams is None or stream in self.streams

@@ -188,7 +188,7 @@ class Observer:
     """What it measures, for the message about numbers that are not finite."""
 
     def measure(self, seen: LayerCall) -> Any:
-        """Numbers of one attention call: a tensor, or a tuple or dict with tensors in it."""
+        """Numbers of one attention call: a tensor, array or number, or a tuple, list or dict with such in it."""
         raise NotImplementedError
 
     def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
@@ -415,10 +415,13 @@ def _alike(pair: tuple[Any, Any]) -> bool:
 
 
 def _signs(measured: Any) -> Iterator[Tensor]:
-    """`_finite` of every tensor of numbers in what an observer measured."""
+    """`_finite` of all numbers in what an observer measured."""
     if isinstance(measured, Tensor):
         if measured.is_floating_point():
             yield _finite(measured)
+    elif isinstance(measured, float | np.floating | np.ndarray):
+        if np.asarray(measured).dtype.kind == "f":
+            yield torch.tensor(float(np.sum(measured, dtype=np.float64)))
     elif isinstance(measured, Mapping | tuple | list):
         for part in measured.values() if isinstance(measured, Mapping) else measured:
             yield from _signs(part)

@@ -122,6 +122,10 @@ class PictureMaps(Mapping[str, WordMap]):
         check_known("word", word, self.arrays)
         return WordMap(word, self.arrays[word], self.image)
 
+    def get(self, word: str, default: Any = None) -> Any:
+        """The map of a word, or `default`: the error of a word that is not there is no KeyError."""
+        return self[word] if word in self else default
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.arrays)
 

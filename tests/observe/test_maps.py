@@ -61,6 +61,11 @@ def test_words_sum_their_positions_and_differ_by_row(model: MMDiT) -> None:
     assert (only[..., 0] < found[..., 0]).all()
 
 
+def test_streams_that_do_not_read_a_word_are_refused(model: MMDiT) -> None:
+    with pytest.raises(UserError, match=r"'ring' is read by clip, t5; .* found \('llm',\)"):
+        maps(model, words=["ring"], streams="llm")
+
+
 def test_positions_can_be_named(model: MMDiT) -> None:
     assert torch.equal(maps(model, words=[3, 14]), maps(model)[..., [3, 14]])
     with pytest.raises(UserError, match=r"positions in 0\.\.21"):

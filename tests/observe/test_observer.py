@@ -157,6 +157,19 @@ def test_an_observer_can_be_three_lines(pipe: Any) -> None:
     assert list(run[MeanLength].lengths) == [0, 2]
 
 
+@pytest.mark.parametrize("kind", [float, np.float32, lambda value: {"rows": [np.array([1.0, value])[::-1]]}])
+def test_numbers_and_arrays_that_are_not_finite_stop_the_run_as_tensors_do(pipe: Any, kind: Any) -> None:
+    class Odd(Observer):
+        def measure(self, seen: Any) -> Any:
+            return kind(np.nan if seen.layer.index == BROKEN else 2.0)
+
+        def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
+            raise AssertionError(measured)
+
+    with pytest.raises(RunError, match="layer 1: attention is not finite at step 0"), probe(pipe, Odd()):
+        sample(pipe)
+
+
 CALL = DenoisingCall(4, 3, [0.7, 0.6], ["a", "b"], [5, -1], ["cond", "uncond"])
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.plots.overlay import PictureMaps, colours, overlay
+from mmdit_probe.plots.overlay import PictureMaps, WordMap, colours, overlay
 
 GREY = Image.new("RGB", (96, 64), (128, 128, 128))
 
@@ -67,6 +67,7 @@ def test_strength_runs_from_the_grey_picture_to_the_map() -> None:
 def test_the_maps_of_a_picture_are_a_mapping() -> None:
     maps = PictureMaps(GREY, "a <ring>", {"ring": one_hot(4, 6, 1, 4), "<b>": one_hot(4, 6, 0, 0)})
     assert list(maps) == ["ring", "<b>"] and len(maps) == 2 and "ring" in maps
+    assert maps.get("rings") is None and maps.get("rings", 3) == 3 and isinstance(maps.get("ring"), WordMap)
     assert maps["ring"].overlay() == overlay(GREY, one_hot(4, 6, 1, 4))
     assert len(maps.sheet().axes) == 3
     html = maps._repr_html_()
