@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mmdit_probe.data.text import read_json
+from mmdit_probe.data.text import read_json, regular
 from mmdit_probe.errors import UserError, first_line
 from mmdit_probe.quiet import quiet
 from mmdit_probe.results.atomic import write_json
@@ -96,6 +96,7 @@ def cached(
     texts: dict[str, str] = known["captions"]
     missing = [key for key in pictures if key not in texts]
     if missing and captioner is None:
+        regular(path, '{"captions": {"a.jpg": "..."}}, or a captioning model that writes it')
         raise UserError(
             f"{str(path)!r} has no caption of {missing[0]!r} ({len(missing)} missing); name a captioning model"
         )

@@ -108,13 +108,13 @@ def dataset(spec: str, limit: int | None = None) -> Dataset:
 
 
 def training_data(
-    spec: str, *, size: tuple[int, int], masks: str = "class", prompt: Any = None, limit: int | None = None,
-    fit: Any = "crop", split: str | None = None, sentences: int | None = None,
+    spec: str, *, size: tuple[int, int] | None = None, masks: str = "class", prompt: Any = None,
+    limit: int | None = None, fit: Any = "crop", split: str | None = None, sentences: int | None = None,
 ) -> Data:  # fmt: skip
     """The training data that `scenes:train`, `NAME:ROOT` or a folder of pictures means.
 
     Args:
-        spec: see `samples`. size: (height, width) in pixels that pictures are brought to.
+        spec: see `samples`. size: (height, width) in pixels that pictures on disk are brought to; None: their own.
         masks: of scenes, "class" or "part". prompt: "list", "caption", of scenes also "mixed"; None: the source's own.
         limit: the first pictures only (scenes: how many, default 1000). fit, sentences: see `PictureData`.
         split: of COCO.
@@ -134,21 +134,6 @@ def training_data(
         path = Path(spec)
         found = (labelled(path) if (path / "classes.txt").exists() else pictures(path)).first(limit)
     return PictureData(found, size, fit, prompt, sentences=sentences)
-
-
-def check_source(source: str) -> None:
-    """A source of this name exists, as far as that is known without reading it.
-
-    Raises:
-        UserError: an unknown name, or a folder that is not there.
-    """
-    name, _, rest = source.partition(":")
-    if name == "scenes":
-        check_known("split", rest or "train", SPLITS)
-    elif _named(source):
-        _root(name, rest)
-    elif not os.path.exists(source):
-        raise UserError(f"no folder {source!r}; expected a folder of pictures, scenes:train, or NAME:ROOT")
 
 
 def same_pictures(first: str, second: str) -> bool:

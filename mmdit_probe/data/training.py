@@ -42,15 +42,19 @@ class PictureData:
     """Pictures on disk with masks, named or not, and captions.
 
     Attributes:
-        dataset: the pictures. size: (height, width) in pixels that they are brought to.
+        dataset: the pictures; a class that is their background has no mask and stands in no list.
+        size: (height, width) in pixels that they are brought to; None: their own.
         fit: "crop" cuts the centre to the aspect of `size`, "squash" does not keep the aspect.
         prompt: "caption", or "list" for the names of the masks joined by blanks; None: what masks with names call for.
         captions: by name of the picture, in place of the data set's own. sentences: of a caption that are used; None:
             all.
+
+    Raises:
+        UserError: no picture, an unknown fit or prompt, or a list of names that the masks do not have.
     """
 
     dataset: Dataset
-    size: tuple[int, int]
+    size: tuple[int, int] | None = None
     fit: Literal["crop", "squash"] = "crop"
     prompt: Literal["caption", "list"] | None = None
     captions: Mapping[str, str] = field(default_factory=dict)
@@ -62,6 +66,8 @@ class PictureData:
             raise unknown("prompt", self.prompt, ("caption", "list"))
         if not self.dataset.samples:
             raise UserError(f"{self.dataset.name!r} holds no picture to train on")
+        if self.listed and not self.named:
+            raise UserError(f"masks of {self.dataset.name!r} have no names for prompts to list")
 
     @property
     def named(self) -> bool:
@@ -79,29 +85,34 @@ class PictureData:
         sample: Sample = self.dataset.samples[index]
         picture = sample.open()
         stored = (picture.height, picture.width)
-        regions, fit = sample.regions(stored), Fit.of(stored, self.size, how=self.fit)
+        size = self.size or stored
+        regions, fit = sample.regions(stored), Fit.of(stored, size, how=self.fit)
         masks, names = fit.masks(fitted(regions.masks, stored, f"the label of {sample.name!r}")), regions.names
         image = np.asarray(fit.apply(picture, smooth=True))
         text = first_sentences(self.captions.get(sample.name) or sample.prompt, self.sentences)
         if not self.named:
-            return Sample(sample.name, image, text, largest(list(masks), self.size), notes=sample.notes)
-        there = sorted((k for k in range(len(names)) if masks[k].any()), key=lambda k: -int(masks[k].sum()))
+            return Sample(sample.name, image, text, largest(list(masks), size), notes=sample.notes)
+        background = self.dataset.background
+        hidden = None if background is None else self.dataset.classes[background].name
+        there = [k for k, name in enumerate(names) if masks[k].any() and name != hidden]
+        there.sort(key=lambda k: -int(masks[k].sum()))
         listed = sorted(there[:MAX_NAMES])
-        if self._listed:
+        if self.listed:
             text = " ".join(names[k] for k in listed)
         kept = [k for k in listed if says(text, names[k])]
-        chosen = stack([masks[k] for k in kept], self.size)
+        chosen = stack([masks[k] for k in kept], size)
         return Sample(sample.name, image, text, chosen, [names[k] for k in kept], notes=sample.notes)
 
     @property
-    def _listed(self) -> bool:
+    def listed(self) -> bool:
+        """Whether prompts list the names of the masks; else they are captions."""
         return self.named if self.prompt is None else self.prompt == "list"
 
     def describe(self) -> dict[str, Any]:
         texts = "\n".join(f"{name}\t{self.captions[name]}" for name in sorted(self.captions))
         captions = hashlib.sha256(texts.encode()).hexdigest()[:16] if texts else None
         return {"data": self.dataset.name, "count": len(self), "fit": self.fit,
-                "prompt": "list" if self._listed else "caption", "size": list(self.size),
+                "prompt": "list" if self.listed else "caption", "size": list(self.size or ()),
                 "content": self.dataset.fingerprint(), "captions": captions, "sentences": self.sentences,
                 **self.dataset.facts}  # fmt: skip
 

@@ -33,8 +33,9 @@ class TrainMagnet(config.MagnetOptions):
     """Fine-tune a LoRA so that words own their regions: flow matching plus mask alignment of I2T maps.
 
     Writes lora/ (loads with pipe.load_lora_weights), best/, training.csv, validation.csv and samples/ into a run
-    folder. With --lora, that adapter is merged into the model before the new one is trained on it. Several processes:
-    accelerate launch --num_processes 2 -m mmdit_probe train-magnet ... Defaults are the paper's.
+    folder. With --lora, that adapter is merged into the model before the new one is trained on it, and the new one does
+    not hold it. Several processes: accelerate launch --num_processes 2 -m mmdit_probe train-magnet ... Defaults are
+    the paper's.
     """
 
     name = "train-magnet"
@@ -57,24 +58,26 @@ class TrainMagnet(config.MagnetOptions):
         Raises:
             UserError: options, data or model that do not fit. RunError: a loss, gradient or weight is not finite.
         """
-        from mmdit_probe.data.sources import check_source
         from mmdit_probe.experiments.target import Named, as_model, named
+        from mmdit_probe.magnet.inputs import gather
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
         check_out(out, resume, self.name)
         target = named(target, self)
-        for source in filter(None, (self.dataset, self.validation)):
-            check_source(source)
         prompts = None if self.sample_prompts is None else prompts_of(self.sample_prompts, None, False, 1)
+        inputs = gather(self)
         from mmdit_probe.magnet.run import run  # torch, only for a request that can be met
         from mmdit_probe.models.adapters import merge
 
+        for note in inputs.notes:
+            shown.note(note)
         model = as_model(target, shown)
         if isinstance(target, Named) and target.options.get("lora") is not None:
             merge(model.pipeline)
         place = None if out in (None, AUTO) else out
         chosen = self if self.sample_prompts is None else replace(self, sample_prompts=prompts)
-        return Training(run(chosen, model, text=text_of(model), out=place, resume=resume, progress=shown.bar))
+        found = run(chosen, model, inputs, text=text_of(model), out=place, resume=resume, progress=shown.bar)
+        return Training(found)
 
 
 class Training:

@@ -58,5 +58,5 @@ def check(data: Data | Sequence[Sample], model: Any, alignment: str, most: int =
     if alignment != "none" and with_masks == 0:
         raise UserError(
             f"none of {len(places)} samples looked at has a mask that its prompt names; expected masks/<name>.png, with"
-            " class names that occur in the captions (or --prompt-kind list)"
+            " class names that occur in the captions (or --prompt-kind list); self-segments and none need no masks"
         )

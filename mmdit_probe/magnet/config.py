@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.options import LAST_SEED, Option, check, described
+from mmdit_probe.segment.settings import parse_steps
 from mmdit_probe.specs import Spec, check_spec, layer_indices
 
 Space = Literal["logit", "probability"]
@@ -84,7 +85,7 @@ class MagnetOptions(LossWeights):
     """
 
     layers: Annotated[Spec | None, _maps("Layers whose maps are aligned, 0-based: 9, 7-11 or 0,9; averaged.")] = None
-    selection: Annotated[Path | None, _maps("LayerSelection file of select-layers, instead of --layers.")] = None
+    selection: Annotated[Path | None, _maps("LayerSelection file of select-layers, whose layers are taken.")] = None
     dataset: Annotated[
         str,
         _data(
@@ -186,6 +187,9 @@ class MagnetOptions(LossWeights):
             check_spec(self.layers, layer_indices)
         if str(self.lora_layers) != "selected":
             check_spec(self.lora_layers, layer_indices)
+        parse_steps(self.refine)
+        if self.caption_model is not None and self.captions is None:
+            raise UserError("where are captions kept? Give --captions FILE.json: it is made, and used again next time")
         self._check_held_out()
         if self.warmup_steps > self.train_steps:
             raise UserError(

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmdit_probe.data import Data, PictureData, Sample, training_data
+from mmdit_probe.data import Data, PictureData
 from mmdit_probe.data.captions import Captioner, cached
-from mmdit_probe.errors import UserError
 from mmdit_probe.magnet.check import check
 from mmdit_probe.magnet.config import MagnetOptions
+from mmdit_probe.magnet.inputs import Inputs, gather
 from mmdit_probe.magnet.pseudo import SelfLabelled
 from mmdit_probe.magnet.trainer import TrainResult, train
 from mmdit_probe.models.mmdit import MMDiT
@@ -35,10 +35,13 @@ def _quiet(label: str, total: int) -> AbstractContextManager[Callable[[], None]]
 
 
 def run(
-    options: MagnetOptions, model: MMDiT, *, text: Mapping[str, Any] | None = None, out: Path | str | None = None,
-    resume: bool = False, progress: Progress = _quiet,
+    options: MagnetOptions, model: MMDiT, inputs: Inputs | None = None, *, text: Mapping[str, Any] | None = None,
+    out: Path | str | None = None, resume: bool = False, progress: Progress = _quiet,
 ) -> TrainResult:  # fmt: skip
     """Train a LoRA on `model` as the options say; see `trainer.train`.
+
+    Args:
+        inputs: those of the options, where they were read before the model was there.
 
     Raises:
         UserError: unknown data, layers or masks, or data that do not fit the model; before anything is trained.
@@ -49,15 +52,11 @@ def run(
         layers = load_selection(options.selection, model, any_weights=True).layers
     aligned = layer_indices(layers, len(model.layers))
     options = replace(options, layers=aligned, selection=None)
-    data = training_data(
-        options.dataset, size=model.default_size, prompt=options.prompt_kind, limit=options.limit, fit=options.fit,
-        masks="part" if options.masks in ("part", "self-segments") else "class", split=options.split,
-        sentences=options.sentences,
-    )  # fmt: skip
+    data, held_out = (_at(one, model) for one in inputs or gather(options))
+    assert data is not None
     data = _captioned(data, options, model, progress)
-    held_out = validation_data(options, model)
     if options.masks.startswith("self"):
-        check(data, model, "none")
+        check(data, model, "token" if options.masks == "self" else "none")
         with progress("labelling", len(data)) as advance:
             source: Any = "segments" if options.masks == "self-segments" else "maps"
             data = SelfLabelled.make(model, data, source=source, layers=aligned, refine=options.refine, advance=advance)
@@ -68,33 +67,22 @@ def run(
                 advance()
 
         return train(
-            model, data, options, held_out=held_out, text=text, out=out, resume=resume, advance=advance, start=start
-        )
+            model, data, options, held_out=[] if held_out is None else [held_out[k] for k in range(len(held_out))],
+            text=text, out=out, resume=resume, advance=advance, start=start,
+        )  # fmt: skip
 
 
-def validation_data(options: MagnetOptions, model: MMDiT) -> list[Sample]:
-    """Held-out pictures; none for data on disk unless named: validation on training pictures says nothing."""
-    of_scenes = options.dataset.partition(":")[0] == "scenes"
-    named = options.validation or ("scenes:val" if of_scenes else None)
-    if named is None or options.validate_limit == 0:
-        return []
-    held = training_data(named, size=model.default_size, prompt="list", limit=options.validate_limit, fit=options.fit,
-                         split=options.split.replace("train", "val"))  # fmt: skip
-    return [held[index] for index in range(len(held))]
+def _at(data: Data | None, model: MMDiT) -> Data | None:
+    """Data in the model's size."""
+    return replace(data, size=model.default_size) if isinstance(data, PictureData) else data
 
 
 def _captioned(data: Data, options: MagnetOptions, model: MMDiT, progress: Progress) -> Data:
-    """The data with captions from a file, written by a captioning model where they are missing."""
-    file, name = options.captions, options.caption_model
-    if file is None and name is None:
+    """The data with the captions that a captioning model writes, where one is named."""
+    name, file = options.caption_model, options.captions
+    if name is None or file is None or not isinstance(data, PictureData):
         return data
-    if not isinstance(data, PictureData):
-        raise UserError("scenes have captions of their own; --captions and --caption-model are for pictures on disk")
-    if file is None:
-        raise UserError("where are captions kept? Give --captions FILE.json: it is made, and used again next time")
     pictures = data.pictures()
-    captioner = None
-    if name is not None:
-        captioner = partial(Captioner.load, name, instruction=options.caption_instruction, device=model.device)
+    captioner = partial(Captioner.load, name, instruction=options.caption_instruction, device=model.device)
     with progress("captions", len(pictures)) as advance:
         return replace(data, captions=cached(pictures, file, captioner, advance=advance))

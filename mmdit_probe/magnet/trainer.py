@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mmdit_probe.data.sample import Sample
+from mmdit_probe.data.sample import Sample, fingerprint
 from mmdit_probe.data.training import Data
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.magnet import lora
@@ -75,7 +75,7 @@ def train(
     Args:
         model: the model; its weights stay as they are.
         data: what to train on; checked first. options: all but those that name data.
-        held_out: pictures with named masks for validation.
+        held_out: pictures with named masks for validation, which chooses `best`: a run goes on with the same ones.
         text: what the request is to say of how the model encodes text, where not in its own way (T5 left out).
         out, resume: as in `RunFolder.open`.
         advance: called after every step, on the main process. start: called once with the step it starts from.
@@ -84,8 +84,7 @@ def train(
         UserError: data or options do not fit the model. RunError: a loss, gradient or weight is not finite.
     """
     targets, layers = _checked(model, data, options)
-    if named := [prompted(sample) for sample in held_out if sample.names]:
-        check(named, model, "token", len(named))  # now: at the end of a training it could never be finished
+    chosen_on = _checked_held_out(held_out, model, options)  # now: at the end it could never be finished
     with _accelerator(options.precision, model.device) as accelerator:
         processes.end_in_time()
         if accelerator.device.type != "cpu" and model.device != accelerator.device:
@@ -96,6 +95,7 @@ def train(
             **options.as_request(),
             "layers": list(layers),
             "effective_batch": options.effective(accelerator.num_processes),
+            **chosen_on,
             **(text or {}),
         }
         with processes.joined(), resumable():
@@ -138,6 +138,17 @@ def _checked(model: MMDiT, data: Data, options: MagnetOptions) -> tuple[list[str
     if options.precision == "fp16" and model.device.type == "cpu":
         raise UserError("precision fp16 needs a GPU; on a CPU train with bf16 or no")
     return targets, layers
+
+
+def _checked_held_out(held_out: Sequence[Sample], model: MMDiT, options: MagnetOptions) -> dict[str, Any]:
+    """What the request says of the pictures that choose the best adapter, once they are known to fit."""
+    named = [prompted(sample) for sample in held_out if sample.names]
+    if not held_out:
+        return {}
+    if not named:
+        raise UserError(f"none of {len(held_out)} held-out pictures has a mask with a name: there is nothing to score")
+    check(named, model, "token", len(named))
+    return {"validation": {"n": len(named), "content": fingerprint(named), "sigma": options.validate_sigma}}
 
 
 @contextmanager

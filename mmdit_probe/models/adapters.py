@@ -11,13 +11,16 @@ makes it part of the weights first.
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from mmdit_probe.errors import MISSHAPEN, RunError, UserError, first_line
-from mmdit_probe.models.names import ADAPTER_FILE, adapter_file, check_adapter
+from mmdit_probe.errors import MISSHAPEN, ProbeWarning, RunError, UserError, first_line
+from mmdit_probe.models.names import ADAPTER_FILE, QUANTIZERS, adapter_file, check_adapter
 from mmdit_probe.quiet import quiet
 
 KEY = "mmdit_probe"
@@ -43,7 +46,7 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
     check_adapter(source)
     path = Path(source)
     if path.exists():
-        _header(adapter_file(path))
+        _tell_base(source, _header(adapter_file(path))[1])
     transformer = pipeline.transformer
     before = set(getattr(transformer, "peft_config", {}))
     options: dict[str, Any] = {"use_safetensors": True} | ({"weight_name": path.name} if path.is_file() else {})
@@ -63,6 +66,17 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
             f"LoRA {source!r} has no weights for this transformer; nothing was loaded. Where another program named its"
             f" tensors: {_ADVICE}"
         )
+
+
+def _tell_base(source: str, header: Mapping[str, str]) -> None:
+    """Warn of an adapter that was trained on top of another one: it holds no changes but its own."""
+    base = ""
+    with suppress(*MISSHAPEN):
+        base = str(json.loads(header.get(KEY, "{}")).get("base", ""))
+    first = next((part for part in base.split("+")[1:] if part.partition(":")[0] not in QUANTIZERS), None)
+    if first is not None:
+        text = f"LoRA {source!r} was trained on a model with the changes of {first!r} and holds its own alone"
+        warnings.warn(f"{text}: the model has to have those, too", ProbeWarning, stacklevel=3)
 
 
 def _converted(source: str, pipeline: Any, folder: str, options: dict[str, Any]) -> list[str]:

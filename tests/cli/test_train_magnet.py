@@ -7,11 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from mmdit_probe import load
 from mmdit_probe.cli.app import main
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import ProbeWarning, UserError
 from mmdit_probe.experiments import TrainMagnet
 from mmdit_probe.magnet.config import RECIPES
+from mmdit_probe.magnet.inputs import gather
+from mmdit_probe.magnet.pseudo import SelfLabelled
 from mmdit_probe.models.adapters import read_metadata
 from tests.data.test_training import folder
 
@@ -60,6 +64,8 @@ def test_an_adapter_goes_on_from_another_one_merged(tiny_directory: Path, capfd:
     )
     assert second["id"].endswith("+first/lora")
     assert second["weight_hash"] != first["weight_hash"]
+    with pytest.warns(ProbeWarning, match=r"'second/lora' was trained on a model with the changes of 'first/lora'"):
+        load(tiny_directory, lora="second/lora")
 
 
 def test_a_recipe_gives_way_to_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,8 +94,31 @@ def test_a_training_is_shown(tiny_directory: Path) -> None:
     assert any(str(line).startswith("held-out mIoU") for line in result.texts())
 
 
+def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+    """Of a training nobody heard of it."""
+    for part in ("images", "labels"):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        Image.new("L", (64, 64)).save(tmp_path / "set" / part / "a.png")
+    Image.new("L", (64, 64)).save(tmp_path / "set/images/b.png")
+    (tmp_path / "set/classes.txt").write_text("cat")
+    assert gather(TrainMagnet(layers="1", dataset="set")).notes == ["1 pictures without a label were left out"]
+
+
+def test_own_masks_need_names_before_pictures_are_labelled(
+    tiny_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was refused when every picture had been labelled."""
+    monkeypatch.setattr(SelfLabelled, "make", lambda *_, **__: pytest.fail("pictures were labelled"))
+    asked = TrainMagnet(layers="1", masks="self", dataset=str(folder(Path("data"), names=False)), train_steps=1)
+    with pytest.raises(UserError, match="2 masks and 0 names"):
+        asked.run(load(tiny_directory), out="run", progress=False)
+
+
 def test_refusals(tiny_directory: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """All before weights are loaded: with SD3's that takes minutes."""
     model = ["--model", str(tiny_directory)]
+    folder(Path("data")), folder(Path("bare"), names=False)
+    on_disk = [*QUICK, "--dataset", "data"]
     for arguments, words in (
         (["--train-steps", "2"], "Give --layers 9"),
         ([*QUICK, "--masks", "clas"], "did you mean 'class'"),
@@ -98,8 +127,15 @@ def test_refusals(tiny_directory: Path, capfd: pytest.CaptureFixture[str]) -> No
         ([*QUICK, "--validation", "scenes:train"], "'scenes:train' are the pictures that are trained on"),
         ([*QUICK, "--dataset", ".", "--validation", "../" + Path.cwd().name], "are the pictures that are trained on"),
         ([*QUICK[:-2], "--layers", "7"], "layer 7 does not exist"),
+        ([*QUICK, "--refine", "pammr"], "did you mean 'pamr'"),
+        ([*QUICK, "--captions", "new.json"], "scenes have captions of their own; --captions is for pictures on disk"),
+        ([*QUICK, "--caption-model", "blip"], "Give --captions FILE.json"),
+        ([*on_disk, "--prompt-kind", "mixed"], "prompt 'mixed' is for scenes"),
+        ([*on_disk, "--sentences", "1"], "names of the masks; --sentences is read with --prompt-kind caption"),
+        ([*on_disk, "--captions", "new.json", "--prompt-kind", "caption"], "no file 'new.json'; expected {"),
+        ([*on_disk, "--validation", "bare"], "masks of 'bare' have no names"),
     ):
         assert run("train-magnet", *arguments, *model) == 2
-        errors = capfd.readouterr().err.strip().splitlines()
-        assert words in errors[-1]
+        (error,) = capfd.readouterr().err.strip().splitlines()
+        assert words in error
     assert not Path("run").exists()

@@ -54,6 +54,26 @@ def test_class_masks_are_those_of_the_scene_and_named_in_the_prompt() -> None:
     assert len(ScenesData("val", 1)[0].names) == len(scene("val", 0).class_names)
 
 
+def test_a_background_is_not_named_in_prompts(tmp_path: Path) -> None:
+    """Its name was listed, and its words were aligned with all that is no object."""
+    for part in ("images", "labels"):
+        (tmp_path / part).mkdir()
+    (tmp_path / "classes.txt").write_text("cat\nBackground\nring\n")
+    Image.fromarray(np.zeros((8, 16, 3), np.uint8)).save(tmp_path / "images" / "a.png")
+    Image.fromarray(np.repeat([[0, 1, 2, 255]], 8, 0).repeat(4, 1).astype(np.uint8)).save(tmp_path / "labels/a.png")
+    sample = training_data(str(tmp_path))[0]
+    assert (sample.prompt, sample.names, sample.masks.shape) == ("cat ring", ("cat", "ring"), (2, 8, 16))
+    assert not sample.masks[:, :, 4:8].any()
+
+
+def test_masks_without_names_make_no_list(tmp_path: Path) -> None:
+    """Captions were read instead, and the record said "list"."""
+    source = str(folder(tmp_path, names=False))
+    assert training_data(source)[0].prompt == "a cat and a red ring"
+    with pytest.raises(UserError, match="have no names for prompts to list"):
+        training_data(source, prompt="list")
+
+
 def test_scenes_end() -> None:
     """A loop over them went on for ever: the sequence protocol asks for an index beyond the last."""
     data = ScenesData("val", 3, first=2)

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,15 +22,16 @@ from mmdit_probe.data import Sample, ScenesData
 from mmdit_probe.errors import RunError
 from mmdit_probe.magnet import lora
 from mmdit_probe.magnet.config import MagnetOptions, recipe
+from mmdit_probe.magnet.inputs import gather
 from mmdit_probe.magnet.lora import named_parameters
 from mmdit_probe.magnet.objective import items_at, level_of, noise_levels, noise_of, rate_at
-from mmdit_probe.magnet.run import validation_data
 from mmdit_probe.magnet.trainer import CHECKPOINT, TrainResult, train
 from mmdit_probe.magnet.validation import validate
 from mmdit_probe.models.adapters import read_metadata
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.names import ADAPTER_FILE
 from tests import tiny
+from tests.data.test_training import folder
 
 CONFIG = MagnetOptions(
     layers=(1,), rank=2, alpha=4, train_steps=5, batch=2, warmup=1, rate=0.05, max_grad_norm=1.0, lora_streams="joint"
@@ -77,12 +77,10 @@ def run(out: Path, config: MagnetOptions = CONFIG, **options: Any) -> TrainResul
     return train(fresh(), Pictures(), config, out=out, **options)
 
 
-def test_scenes_by_their_short_name_are_validated_too() -> None:
+def test_scenes_by_their_short_name_are_validated_too(tmp_path: Path) -> None:
     """`scenes` means scenes:train, and was trained on without held-out pictures."""
-    model = SimpleNamespace(default_size=(64, 64))
-    for data, count in (("scenes", 2), ("scenes:val", 2), ("folder", 0)):
-        asked = MagnetOptions(layers=(0,), dataset=data, validate_limit=2)
-        held = validation_data(asked, model)  # type: ignore[arg-type]
+    for data, count in (("scenes", 2), ("scenes:val", 2), (str(folder(tmp_path / "data")), 0)):
+        held = gather(MagnetOptions(layers=(0,), dataset=data, validate_limit=2)).held_out or ()
         assert [one.name for one in held] == ["scenes:val:0", "scenes:val:1"][:count]
 
 
@@ -93,6 +91,24 @@ def test_held_out_pictures_are_checked_before_the_first_step(tmp_path: Path) -> 
     with pytest.raises(UserError, match="fell off the end"):
         run(tmp_path / "run", held_out=held_out, advance=lambda: pytest.fail("it was trained"))
     assert not (tmp_path / "run").exists()
+
+
+def test_held_out_pictures_without_names_are_refused(tmp_path: Path) -> None:
+    """They were scored as NaN of 0 pictures, and no adapter was the best."""
+    nameless = Sample("plain", Pictures()[0].image, "", Pictures()[0].masks)
+    with pytest.raises(UserError, match="none of 1 held-out pictures has a mask with a name"):
+        run(tmp_path / "run", held_out=[nameless])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_continued_with_other_held_out_pictures(tmp_path: Path) -> None:
+    """Scores of both stood in one table, and the best adapter was chosen among them."""
+    config = replace(CONFIG, train_steps=1)
+    run(tmp_path / "run", config, held_out=[Pictures()[0]])
+    for held_out, other in (([Pictures()[1]], config), ([Pictures()[0]], replace(config, validate_sigma=0.9))):
+        with pytest.raises(UserError, match="made with validation: "):
+            run(tmp_path / "run", other, held_out=held_out, resume=True)
+    run(tmp_path / "run", replace(config, validate_every=1), held_out=[Pictures()[0]], resume=True)
 
 
 def test_validation_counts_a_pixel_of_two_masks_as_the_smaller_one() -> None:
