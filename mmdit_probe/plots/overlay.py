@@ -124,7 +124,10 @@ class PictureMaps(Mapping[str, WordMap]):
 
     def get(self, word: str, default: Any = None) -> Any:
         """The map of a word, or `default`: the error of a word that is not there is no KeyError."""
-        return self[word] if word in self else default
+        try:
+            return self[word]
+        except UserError:
+            return default
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.arrays)
