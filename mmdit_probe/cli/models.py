@@ -26,7 +26,7 @@ def listing(context: typer.Context, as_json: Json = False, quiet: Quiet = False,
     """List the embedded models and the supported model families."""
     if context.invoked_subcommand is not None:
         if as_json or quiet:
-            raise UserError(f"--json and --quiet stand after the command: models {context.invoked_subcommand} ... --json")
+            raise UserError(f"--json and --quiet stand after the command: models {context.invoked_subcommand} ...")
         return
     from mmdit_probe.models.families.registry import FAMILIES
 

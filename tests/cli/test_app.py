@@ -356,7 +356,7 @@ def test_a_terminal_of_no_width_and_a_closed_pipe_have_tables_too(capsys, monkey
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_a_full_disk_takes_no_json_and_gives_no_traceback():
-    with open("/dev/full", "w") as full:
+    with open("/dev/full", "w", encoding="utf-8") as full:
         command = [sys.executable, "-m", "mmdit_probe", "models", "--json"]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.startswith("error: OSError: ") and done.stderr.count("\n") == 1

@@ -50,7 +50,7 @@ def test_a_twin_has_the_folder_of_its_base(monkeypatch: pytest.MonkeyPatch) -> N
         raise FileNotFoundError(source)
 
     monkeypatch.setattr("mmdit_probe.observe.inspect._pipeline", stop)
-    with pytest.raises(FileNotFoundError, match="scenes-sd3$"):
+    with pytest.raises(FileNotFoundError, match=r"scenes-sd3$"):
         inspect_model("scenes-sd3-random")
     with pytest.raises(UserError, match=r"directory of this name\) 'scenes': .* Known: scenes-sd3, scenes-sd3-random$"):
         inspect_model("scenes")
