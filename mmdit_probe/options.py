@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from mmdit_probe.errors import UserError, brief, unknown
+from mmdit_probe.specs import reread
 
 MOST = 10_000_000
 """Largest whole number where an option states none: more pictures, prompts or steps than anybody means."""
@@ -93,28 +94,29 @@ def described(options: Any) -> Iterator[Described]:
 def changed(options: Any, *names: str) -> str | None:
     """The flag of the first of these options that has another value than its default: what nothing would read."""
     defaults = {field.name: field.default for field in dataclasses.fields(options)}
-    told = (one for one in described(options) if one.name in names)
-    return next((one.flag for one in told if str(getattr(options, one.name)) != str(defaults[one.name])), None)
+    told = ((one, getattr(options, one.name), defaults[one.name]) for one in described(options) if one.name in names)
+    return next((one.flag for one, value, default in told if value != default and str(value) != str(default)), None)
 
 
 def check(options: object) -> None:
     """Hold every field of an options dataclass to its type, choices and range; nested dataclasses too. A text becomes a
     path where the option is one: so it is written in Python, and read from a record. Numbers and lists of numpy, torch
-    and pandas become Python's, which a record can hold.
+    and pandas become Python's, which a record can hold, and an iterator where one may stand a list.
 
     Raises:
         UserError: names the flag, the value, and what was expected.
     """
     for field in described(options):
-        value = getattr(options, field.name)
+        value = given = getattr(options, field.name)
         if field.type is not Any and getattr(value, "ndim", None) in (0, 1) and hasattr(value, "tolist"):
-            value = value.tolist()  # type: ignore[union-attr]
-            object.__setattr__(options, field.name, value)
+            value = value.tolist()
+        if any(get_origin(inner) is collections.abc.Iterable for inner in get_args(field.type)):
+            value = reread(value)
         if isinstance(value, str) and _mentions(field.type, Path) and not _mentions(field.type, str):
             value = Path(value)
-            object.__setattr__(options, field.name, value)
         elif isinstance(value, Real) and type(value) not in (bool, int, float):
             value = int(value) if isinstance(value, Integral) else float(value)
+        if value is not given:
             object.__setattr__(options, field.name, value)
         _check(value, field)
         if dataclasses.is_dataclass(field.type):

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.options import Option, check, described
+from mmdit_probe.experiments import Generate
+from mmdit_probe.options import Option, changed, check, described
 from mmdit_probe.specs import layer_indices
 
 
@@ -105,6 +106,21 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], said: str) -> None
     with pytest.raises(UserError) as refused:
         check(replace(Recipe(), **change))
     assert said in str(refused.value)
+
+
+def test_an_iterator_is_read_once() -> None:
+    recipe = Recipe(layers=iter([3, 1]))
+    check(recipe)
+    assert recipe.layers == [3, 1]
+    with pytest.raises(UserError, match="expected a list, each a text"):  # such as an open file
+        check(Recipe(names=iter(["a"])))  # type: ignore[arg-type]
+
+
+def test_a_default_in_other_words_is_no_change() -> None:
+    """`Generate(start=0, stop=1)` was refused as if it guided."""
+    assert changed(Recipe(rate=1e-4, sizes=(1,), layers="all"), "rate", "sizes", "layers") is None
+    assert changed(Recipe(layers="ALL", rate=1), "rate", "layers") == "--learning-rate"
+    assert Generate(prompts="a ring", start=0, stop=1).stop == 1
 
 
 def test_a_text_stands_for_a_path() -> None:

@@ -177,8 +177,8 @@ class Report(Sampling, Experiment):
         summary = [
             *_answer(found["select-layers"]),
             f"{result.data['model']['family']}, {result.data['model']['layers']} layers x"
-            f" {result.data['model']['heads']} heads; n = {request['limit']} prompts or pictures per analysis,"
-            f" {request['num_steps']} steps, guidance {request['guidance']:g}. Layers are 0-based; I2T = image queries,"
+            f" {result.data['model']['heads']} heads; n = {len(request['prompts'])} prompts, at most"
+            f" {request['limit']} pictures per analysis, {request['num_steps']} steps, guidance {request['guidance']:g}. Layers are 0-based; I2T = image queries,"
             " text keys. Few items decide little: intervals and verdicts stand beside every number.",
         ]
         links = {f"Every layer, head and step of {request['prompts'][0]!r}": EXPLORER}

@@ -134,7 +134,7 @@ def claim_lines(claims: pd.DataFrame, claim: str, explained: dict[str, str]) -> 
 
 
 def records(value: Any) -> Any:
-    """Data frames as JSON values: NaN (no interval with one item) becomes null."""
+    """Data frames and arrays as JSON values: NaN (no interval with one item) becomes null."""
     if isinstance(value, pd.DataFrame):
         return [{str(name): records(cell) for name, cell in row.items()} for row in value.to_dict("records")]
     if isinstance(value, dict):
@@ -143,4 +143,4 @@ def records(value: Any) -> Any:
         return [records(inner) for inner in value]
     if isinstance(value, float):
         return None if value != value else float(value)
-    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    return records(value.tolist()) if hasattr(value, "tolist") else value

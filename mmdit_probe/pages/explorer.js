@@ -19,7 +19,6 @@ const strongest = [...data.words.keys()]
 const state = {
   a: strongest[0],
   b: strongest[Math.min(1, strongest.length - 1)],
-  which: "a",
   layer: start, // place in data.layers
   head: 0, // 0 is the mean over heads
   step: 0, // 0 is the mean over steps
@@ -243,13 +242,9 @@ async function show() {
 
 for (const button of document.querySelectorAll(".tokens button")) {
   button.addEventListener("click", () => {
-    state[state.which] = Number(button.dataset.word);
+    const which = document.querySelector("input[name=which]:checked").value; // a browser keeps it when it loads again
+    state[which] = Number(button.dataset.word);
     show();
-  });
-}
-for (const radio of document.querySelectorAll("input[name=which]")) {
-  radio.addEventListener("change", () => {
-    state.which = radio.value;
   });
 }
 for (const name of Object.keys(names)) {

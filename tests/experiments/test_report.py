@@ -28,7 +28,7 @@ def _model() -> MMDiT:
 
 def _report() -> Report:
     prompts = ["a red ring", "a cat", "a blue house", "a ring on grass"]
-    return Report(prompts=prompts, limit=4, num_steps=2, guidance=2.0)
+    return Report(prompts=prompts, limit=5, num_steps=2, guidance=2.0)
 
 
 def test_every_part_is_a_section(folder: Path) -> None:
@@ -45,7 +45,7 @@ def test_every_part_is_a_section(folder: Path) -> None:
     assert "Claim: " in html and "uniform attention in all layers" in html and "stability over resampled items" in html
     assert _model().weight_hash in html and "torch" in html and "PCA of" not in html
     assert html.count("data:image/png") >= 5 and 'href="explore.html"' in html
-    assert (folder / "explore.html").exists()
+    assert (folder / "explore.html").exists() and "n = 4 prompts, at most 5 pictures" in html
 
 
 def test_parts_are_run_folders_of_their_own(folder: Path) -> None:

@@ -11,6 +11,7 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import AttentionBudget, Result, ValueNorms
 from mmdit_probe.experiments.attention_budget import budget_table as shown, robust_z, summarise as summarise_items
 from mmdit_probe.experiments.store import MemoryStore
+from mmdit_probe.experiments.text import records
 from mmdit_probe.results.statistics import interval
 from tests.tables import SPANS, budget_table, by_item, of_video
 
@@ -66,6 +67,11 @@ def test_interval_is_over_prompts():
 
 def test_one_prompt_has_no_interval():
     assert summarise(budget_table(prompts=1))[["I2T_low", "I2T_high"]].isna().all().all()
+
+
+def test_in_json_there_is_no_nan_whatever_holds_it():
+    held = {"frame": pd.DataFrame({"a": [1.0, np.nan]}), "single": np.float32("nan"), "array": np.array([0.5, np.nan])}
+    assert records(held) == {"frame": [{"a": 1.0}, {"a": None}], "single": None, "array": [0.5, None]}
 
 
 def test_streams_add_up_and_heads_and_steps_are_averaged():

@@ -135,6 +135,13 @@ def test_the_second_word_is_compared_with_the_first(page: Any, shown: Any) -> No
     assert (canvas(page, "b-i2t") != before).any()
 
 
+def test_a_choice_that_the_browser_kept_counts(page: Any) -> None:
+    """Firefox checks the buttons as they were before the page was loaded again, without an event."""
+    page.execute_script("document.querySelector('input[value=b]').checked = true")
+    click(page, "a")
+    assert text(page, "b-i2t-name") == "B: a"
+
+
 def test_sliders_move_with_the_keyboard(page: Any, shown: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
