@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from numbers import Integral, Real
 from typing import Any, SupportsIndex
 
-from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.errors import UserError, brief, check_known
 
 Spec = str | int | Iterable[int]
 """`"all"`, `9`, `"9"`, `"7-11"`, `"0,9"`, `[0, 9]`; for steps also `"last"` and `"last-8"`."""
@@ -181,9 +181,13 @@ def number(name: str, value: float, low: float = -math.inf, high: float = math.i
     Raises:
         UserError: it is not.
     """
-    if not (math.isfinite(value) and low <= value <= high):
+    try:
+        fine = math.isfinite(value) and low <= value <= high
+    except (TypeError, ValueError, RuntimeError):  # a text, several numbers (of numpy, of torch)
+        fine = False
+    if not fine:
         bounds = [f"from {low:g}"] * math.isfinite(low) + [f"to {high:g}"] * math.isfinite(high)
-        raise UserError(f"{name} {value}: expected {' '.join(['a finite number', *bounds])}")
+        raise UserError(f"{name} {brief(value)}: expected {' '.join(['a finite number', *bounds])}")
     return float(value)
 
 

@@ -74,6 +74,8 @@ def test_a_written_list_is_read_back(chosen):
         (lambda: seed_values([1, 2, 3], 1, "pictures"), "3 seeds for 1 pictures; give one each"),
         (lambda: number("guidance", math.nan), "guidance nan: expected a finite number"),
         (lambda: number("guidance", -math.inf), "guidance -inf: expected a finite number"),
+        (lambda: number("guidance", "7.5"), "guidance '7.5': expected a finite number"),
+        (lambda: number("guidance", np.ones(2)), r"guidance array\(\[1., 1.\]\): expected a finite number"),
         (lambda: number("guidance", -1.0, 0.0), "guidance -1.0: expected a finite number from 0"),
         (lambda: number("sigma", 1.5, 0, 1), "sigma 1.5: expected a finite number from 0 to 1"),
         (lambda: step_indices("last-29", 28), "step 'last-29' does not exist: there are 28 steps"),

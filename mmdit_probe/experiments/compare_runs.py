@@ -13,13 +13,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, brief
 from mmdit_probe.experiments.experiment import cell_of
 from mmdit_probe.experiments.result import Result
 from mmdit_probe.experiments.store import other_sampling
@@ -113,8 +114,8 @@ def compare_runs(first: Path | str | Result, second: Path | str | Result, margin
     name = one.experiment.name
     if two.experiment.name != name:
         raise UserError(f"a run of {name} and one of {two.experiment.name}; expected two runs of one experiment")
-    if margin is not None and not 0 < margin < math.inf:
-        raise UserError(f"--margin {margin:g}: expected the largest loss that does not matter, above 0")
+    if margin is not None and not (isinstance(margin, Real) and 0 < margin < math.inf):
+        raise UserError(f"--margin {brief(margin)}: expected the largest loss that does not matter, above 0")
     found = list(differences(one.request, two.request))
     for entry, was, now in found:
         if _whole_entry(entry) in ITEMS and was is not None and now is not None:
@@ -158,7 +159,7 @@ def _paired(
 def _turned(table: pd.DataFrame, columns: Sequence[str], sign: Callable[[str], float]) -> pd.DataFrame:
     """The table with these columns of each row times its outcome's sign."""
     signs = table["outcome"].map(sign) if "outcome" in table else sign("")
-    return table.assign(**{name: table[name] * signs for name in columns})
+    return table.assign(**{name: table[name] * signs + 0.0 for name in columns})  # -0.0 would be printed
 
 
 def _whole_entry(name: str) -> str:

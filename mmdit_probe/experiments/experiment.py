@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.options import check_places
 from mmdit_probe.experiments.progress import Progress
@@ -206,7 +207,8 @@ class Experiment:
         Args:
             target: name of an embedded model, a diffusers folder, a hub id, an `MMDiT`, or one's own stock pipeline.
             out: run folder to write into; "auto" stands for `runs/<name>/<time>-<hash>`; None keeps all in memory.
-            resume: continue the run of the same request in `out`; a finished one is opened as it is.
+            resume: continue the run of the same request in `out`, with "auto" the latest one; a finished one is opened
+                as it is.
             progress: whether to show it, on stderr.
 
         Raises:
@@ -216,6 +218,8 @@ class Experiment:
         from mmdit_probe.experiments.target import knows_scenes, named
 
         began = time.monotonic()
+        if resume and out is None:
+            raise UserError('resume=True continues a run folder: name it with out=, or out="auto" for the latest one')
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
         check_out(out, resume, self.name)
         target = named(target, self)

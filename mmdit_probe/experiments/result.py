@@ -9,11 +9,12 @@ Result.read("runs/mine").figure()
 from __future__ import annotations
 
 import shutil
+import warnings
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.errors import ProbeWarning, UserError, check_known
 from mmdit_probe.experiments import OF_COMMAND, experiment_of
 from mmdit_probe.experiments.controls import CONTROLS
 from mmdit_probe.experiments.store import FolderStore, Store
@@ -48,7 +49,8 @@ class Result:
 
     @classmethod
     def read(cls, folder: Path | str) -> Result:
-        """The result that a run folder holds.
+        """The result that a run folder holds; of a run that is not finished, with a warning, that of the items that are
+        done.
 
         Raises:
             UserError: no run folder, or not one of an experiment.
@@ -61,6 +63,9 @@ class Result:
                 f"{str(folder)!r} holds a run of {record['command']}, which is not read back as a table; its files are"
                 " what was found"
             )
+        if record["status"] != "finished":
+            told = f"the run in {str(folder)!r} is not finished ({record['status']}): it holds the items that are done"
+            warnings.warn(told, ProbeWarning, stacklevel=2)
         found = RunFolder(Path(folder), record)
         experiment = experiment_of(record["command"], record["options"])
         return cls(experiment, FolderStore(found, experiment.columns))

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
-from mmdit_probe.errors import ProbeError, UserError
+from mmdit_probe.errors import ProbeError, UserError, brief
 from mmdit_probe.results import atomic, processes
 from mmdit_probe.results.documents import read_document
 from mmdit_probe.results.provenance import environment, is_running, peak_memory, this_process
@@ -171,7 +171,7 @@ def read_record(path: Path | str) -> dict[str, Any] | None:
 def _folder(path: Any) -> Path:
     """A folder's path, as a user gave it."""
     if not isinstance(path, str | os.PathLike):
-        raise UserError(f"{path!r} is no folder; expected its path")
+        raise UserError(f"{brief(path)} is no folder; expected its path")
     return Path(path)
 
 

@@ -101,6 +101,8 @@ def test_images_that_did_not_move_in_either_run_differ_by_exactly_nothing() -> N
     from mmdit_probe.experiments.compare_runs import _paired
 
     still = pd.DataFrame({"item": range(10), "control": "none", "outcome": "change", "value": 0.0})
+    turned = _paired(still, still, 0.05, lambda outcome: -1.0)
+    assert not np.signbit(turned[["first", "second", "difference"]].to_numpy(float)).any()  # "-0.000" in a table
     for margin in (None, 0.05):
         ask = BlockOperations()
         (row,) = _paired(still, still, margin, ask.sign, ask.distances).to_dict("records")
@@ -122,9 +124,9 @@ def test_refused() -> None:
     for others in ([*PROMPTS, *PROMPTS[:2], "a dog"], [*PROMPTS, *PROMPTS[:2]]):
         with pytest.raises(UserError, match=r"other (number of )?items"):
             compare_runs(longer, run(prompts=others))
-    for margin in (-1.0, float("inf"), float("nan")):
-        with pytest.raises(UserError, match=f"--margin {margin:g}: expected"):
-            compare_runs(first, first, margin)
+    for margin in (-1.0, float("inf"), float("nan"), "0.05"):
+        with pytest.raises(UserError, match=f"--margin {margin!r}: expected"):
+            compare_runs(first, first, margin)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="in common"):
         compare_runs(run(layers=0), run(layers=1))
 

@@ -20,7 +20,7 @@ from mmdit_probe import load
 from mmdit_probe.cli.adapter import named as command_model
 from mmdit_probe.cli.app import main
 from mmdit_probe.cli.options import Session
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import ProbeWarning, UserError
 from mmdit_probe.experiments import (
     OF_COMMAND,
     AttentionBudget,
@@ -204,6 +204,8 @@ def test_an_interrupted_run_goes_on_and_another_request_is_refused(
     with pytest.raises(KeyboardInterrupt):
         ask.run(setting.model, out=tmp_path / "run", progress=False)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "interrupted"
+    with pytest.warns(ProbeWarning, match=r"run' is not finished \(interrupted\): it holds the items that are done"):
+        read(tmp_path / "run")
     monkeypatch.setattr(type(ask), "measure", counted)
     whole = ask.run(setting.model, out=tmp_path / "run", resume=True, progress=False)
     same_tables(setting.memory, whole)
@@ -219,6 +221,11 @@ def test_an_interrupted_run_goes_on_and_another_request_is_refused(
     with pytest.raises(UserError, match="holds a run already; continue it with --resume"):
         ask.run(setting.model, out=tmp_path / "run", progress=False)
     same_tables(whole, read(tmp_path / "run"))
+
+
+def test_what_is_kept_in_memory_has_nothing_to_resume() -> None:
+    with pytest.raises(UserError, match="resume=True continues a run folder: name it with out="):
+        AttentionBudget().run("a model that is not read", resume=True)
 
 
 def test_every_column_is_explained(setting: Setting) -> None:

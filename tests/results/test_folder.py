@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.errors import RunError, UserError, brief
 from mmdit_probe.experiments import ValueNorms
 from mmdit_probe.experiments.result import Result
 from mmdit_probe.results import RunFolder, latest_run, peak_memory, provenance
@@ -355,8 +355,8 @@ def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
         RunFolder.open("demo", REQUEST, out=tmp_path / ("x" * 300))
 
 
-@pytest.mark.parametrize("wrong", [3, 0.5, ["run"]])
+@pytest.mark.parametrize("wrong", [3, 0.5, ["run"], ["run"] * 99])
 def test_what_is_no_path_is_refused_by_its_value(wrong: Any) -> None:
     for use in (read_record, check_out, Result.read):
-        with pytest.raises(UserError, match=f"{re.escape(repr(wrong))} is no folder; expected its path"):
+        with pytest.raises(UserError, match=f"^{re.escape(brief(wrong))} is no folder; expected its path"):
             use(wrong)
