@@ -75,7 +75,8 @@ def _without_bars(module: Any) -> Iterator[None]:
 
 def reached(source: str) -> dict[str, bool]:
     """What a loader is told of a hub id where the hub is out of reach: its files here alone. Asked of every file, the
-    hub's client waits half a minute each time."""
+    hub's client waits half a minute each time. `AutoModel` needs it as `adapter_kwargs`, too: it looks for an adapter.
+    """
     if Path(source).exists():
         return {}
     from huggingface_hub import constants, get_session

@@ -44,7 +44,9 @@ class Captioner:
 
             try:
                 here = reached(name)
-                model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True, **here)
+                model = AutoModelForImageTextToText.from_pretrained(
+                    name, use_safetensors=True, adapter_kwargs=here, **here
+                )
                 processor = AutoProcessor.from_pretrained(name, **here)
             except (OSError, ValueError, KeyError) as error:
                 raise UserError(

@@ -103,7 +103,8 @@ class Dino:
             from transformers import AutoModel
 
             try:
-                model = AutoModel.from_pretrained(str(path), use_safetensors=True, **reached(str(path)))
+                here = reached(str(path))
+                model = AutoModel.from_pretrained(str(path), use_safetensors=True, adapter_kwargs=here, **here)
                 self.model = model.to(device).float().eval()
                 self.processor = image_processor(str(path))
             except (OSError, ValueError) as error:

@@ -303,7 +303,8 @@ def _vision(name: str) -> tuple[Any, Any]:
         from transformers import AutoModel, CLIPImageProcessor
 
         try:
-            model = AutoModel.from_pretrained(name, use_safetensors=True, **reached(name)).eval()
+            here = reached(name)
+            model = AutoModel.from_pretrained(name, use_safetensors=True, adapter_kwargs=here, **here).eval()
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load the features {name!r}: {first_line(error)}") from error
         return model, _processor(name) or CLIPImageProcessor()

@@ -238,7 +238,8 @@ def test_a_hub_out_of_reach_is_not_asked_again_and_again(monkeypatch: pytest.Mon
     assert pipeline_index("nobody/nothing") == {} and asked == [{"local_files_only": True}]
 
     def none(source: str, **how: Any) -> None:
-        asked.append({"local_files_only": how.get("local_files_only")})
+        for of in (how, how.get("adapter_kwargs", how)):
+            asked.append({"local_files_only": of.get("local_files_only")})
         raise OSError
 
     for kind in (AutoConfig, AutoModel, AutoModelForImageTextToText):
@@ -246,7 +247,7 @@ def test_a_hub_out_of_reach_is_not_asked_again_and_again(monkeypatch: pytest.Mon
     for opened in (CLIP.open, _vision, Captioner.load, BlipAsker.load, Dino):
         with pytest.raises(UserError):
             opened("nobody/nothing")  # type: ignore[operator]
-    assert asked == [{"local_files_only": True}] * 6
+    assert asked == [{"local_files_only": True}] * 11
 
 
 def test_a_gated_or_missing_repository_says_which() -> None:
