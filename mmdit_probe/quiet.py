@@ -73,6 +73,21 @@ def _without_bars(module: Any) -> Iterator[None]:
             module.enable_progress_bar()
 
 
+def reached(source: str) -> dict[str, bool]:
+    """What a loader is told of a hub id where the hub is out of reach: its files here alone. Asked of every file, the
+    hub's client waits half a minute each time. `AutoModel` needs it as `adapter_kwargs`, too: it looks for an adapter.
+    """
+    if Path(source).exists():
+        return {}
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:  # what its client raises is another class in each version; also of one that is set offline
+        return {"local_files_only": True}
+    return {}
+
+
 @contextmanager
 def barless(pipeline: Any) -> Iterator[None]:
     """Without the progress bar of a pipeline, which is what its owner made it again afterwards."""

@@ -18,7 +18,7 @@ import torch
 
 from mmdit_probe.data.text import read_json, regular
 from mmdit_probe.errors import UserError, first_line
-from mmdit_probe.quiet import quiet
+from mmdit_probe.quiet import quiet, reached
 from mmdit_probe.results.atomic import write_json
 
 
@@ -43,8 +43,11 @@ class Captioner:
             from transformers import AutoModelForImageTextToText, AutoProcessor
 
             try:
-                model = AutoModelForImageTextToText.from_pretrained(name, use_safetensors=True)
-                processor = AutoProcessor.from_pretrained(name)
+                here = reached(name)
+                model = AutoModelForImageTextToText.from_pretrained(
+                    name, use_safetensors=True, adapter_kwargs=here, **here
+                )
+                processor = AutoProcessor.from_pretrained(name, **here)
             except (OSError, ValueError, KeyError) as error:
                 raise UserError(
                     f"no captioning model {name!r}: expected a folder or a hub id of an image-to-text model"

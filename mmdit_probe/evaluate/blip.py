@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mmdit_probe.errors import UserError, first_line
-from mmdit_probe.quiet import quiet
+from mmdit_probe.quiet import quiet, reached
 
 SIZE = 480
 """Pixels per side that pictures are brought to, as in T2I-CompBench."""
@@ -69,15 +69,16 @@ class BlipAsker:
             from transformers import AutoConfig, AutoTokenizer, BlipForQuestionAnswering
 
             try:
-                config = AutoConfig.from_pretrained(name)
+                here = reached(name)
+                config = AutoConfig.from_pretrained(name, **here)
                 made_as = (config.architectures or ["?"])[0]
                 if config.model_type != "blip" or made_as != "BlipForQuestionAnswering":
                     raise UserError(
                         f"{name!r} is a {made_as} ({config.model_type}); expected a BlipForQuestionAnswering, e.g."
                         " Salesforce/blip-vqa-base"
                     )
-                model = BlipForQuestionAnswering.from_pretrained(name, use_safetensors=True)
-                tokenizer, processor = AutoTokenizer.from_pretrained(name), image_processor(name)
+                model = BlipForQuestionAnswering.from_pretrained(name, use_safetensors=True, **here)
+                tokenizer, processor = AutoTokenizer.from_pretrained(name, **here), image_processor(name)
             except (OSError, ValueError, KeyError) as error:
                 raise UserError(
                     f"no BLIP model {name!r}: expected a folder or a hub id ({first_line(error)})"

@@ -20,7 +20,7 @@ import torch
 from mmdit_probe import assets
 from mmdit_probe.errors import UserError, first_line
 from mmdit_probe.evaluate.clipscore import cosine
-from mmdit_probe.quiet import quiet
+from mmdit_probe.quiet import quiet, reached
 from mmdit_probe.scenes.captions import STATED
 from mmdit_probe.segment.clip import CLIP
 
@@ -103,7 +103,9 @@ class Dino:
             from transformers import AutoModel
 
             try:
-                self.model = AutoModel.from_pretrained(str(path), use_safetensors=True).to(device).float().eval()
+                here = reached(str(path))
+                model = AutoModel.from_pretrained(str(path), use_safetensors=True, adapter_kwargs=here, **here)
+                self.model = model.to(device).float().eval()
                 self.processor = image_processor(str(path))
             except (OSError, ValueError) as error:
                 what = f"model and image processor of {str(path)!r}"

@@ -28,7 +28,7 @@ from mmdit_probe.models.mmdit import MMDiT, check_references, default_length
 from mmdit_probe.models.names import DTYPES, check_device, check_memory_options, embedded_models, index_of, source_of
 from mmdit_probe.models.single_file import base_of, transformer_of
 from mmdit_probe.models.weights import compute_dtype
-from mmdit_probe.quiet import quiet
+from mmdit_probe.quiet import quiet, reached
 
 _ENDLESS = 1 << 30
 """Tokenizers that do not say how long their texts are say more than this."""
@@ -119,7 +119,7 @@ def pipeline_index(source: str) -> dict[str, Any]:
         try:
             with quiet(source), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # diffusers names an option that the hub's client has no more
-                found: Any = DiffusionPipeline.load_config(source, **_reached(source))
+                found: Any = DiffusionPipeline.load_config(source, **reached(source))
         except Exception as error:
             raise _hub_error(source, error) from error
         return found
@@ -192,7 +192,7 @@ def _pipeline(
         left_out |= dict.fromkeys(name for stream in open_ended for name in stream.encoders)
     try:
         with quiet(source) as notices:
-            options = {**left_out, **parts, **_reached(source)}
+            options = {**left_out, **parts, **reached(source)}
             pipeline = DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except Exception as error:
         if Path(source).exists():
@@ -257,20 +257,6 @@ def _check_complete(source: str, pipeline: Any, family: Family, notices: list[st
                 raise RunError(
                     f"{source} cannot be loaded: {folder / 'tokenizer_config.json'} sets no model_max_length"
                 )
-
-
-def _reached(source: str) -> dict[str, bool]:
-    """What a loader is told of a hub id where the hub is out of reach: its files here alone. Asked of every file, the
-    hub's client waits half a minute each time."""
-    if Path(source).exists():
-        return {}
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:  # what its client raises is another class in each version; also of one that is set offline
-        return {"local_files_only": True}
-    return {}
 
 
 def _hub_error(source: str, error: Exception) -> UserError:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from mmdit_probe import assets
 from mmdit_probe.errors import UserError, first_line
-from mmdit_probe.quiet import quiet
+from mmdit_probe.quiet import quiet, reached
 from mmdit_probe.segment.tail import resized
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "there is a {} in the scene.", "{}")
@@ -54,11 +54,12 @@ class CLIP:
             from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
 
             try:
-                kind = AutoConfig.from_pretrained(place).model_type
+                here = reached(place)
+                kind = AutoConfig.from_pretrained(place, **here).model_type
                 if kind != "clip":
                     raise UserError(f"{name!r} is a {kind!r} model; expected a CLIP model, e.g. scenes-clip")
-                model = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True)
-                tokenizer = AutoTokenizer.from_pretrained(place)
+                model = CLIPModel.from_pretrained(place, dtype=torch.float32, use_safetensors=True, **here)
+                tokenizer = AutoTokenizer.from_pretrained(place, **here)
             except (OSError, ValueError) as error:
                 raise UserError(
                     f"cannot load the CLIP {name!r}: expected scenes-clip, a folder or a hub id ({first_line(error)})"
@@ -302,7 +303,8 @@ def _vision(name: str) -> tuple[Any, Any]:
         from transformers import AutoModel, CLIPImageProcessor
 
         try:
-            model = AutoModel.from_pretrained(name, use_safetensors=True).eval()
+            here = reached(name)
+            model = AutoModel.from_pretrained(name, use_safetensors=True, adapter_kwargs=here, **here).eval()
         except (OSError, ValueError) as error:
             raise UserError(f"cannot load the features {name!r}: {first_line(error)}") from error
         return model, _processor(name) or CLIPImageProcessor()
@@ -318,7 +320,7 @@ def image_processor(place: str) -> Any:
         # By its module: the package's own name for it asks for torchvision in many versions (5.5 to 5.17 at least).
         from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-        return AutoImageProcessor.from_pretrained(place, backend="pil")
+        return AutoImageProcessor.from_pretrained(place, backend="pil", **reached(place))
 
 
 def _processor(place: str) -> Any:

@@ -224,12 +224,30 @@ def test_a_hub_out_of_reach_is_not_asked_again_and_again(monkeypatch: pytest.Mon
     """Its client tries six times for each file, with lines about it, before our message could be read."""
     from diffusers import DiffusionPipeline
     from huggingface_hub import constants
+    from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+    from mmdit_probe.data.captions import Captioner
+    from mmdit_probe.evaluate.blip import BlipAsker
+    from mmdit_probe.experiments.outcomes import Dino
+    from mmdit_probe.segment.clip import CLIP, _vision
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(DiffusionPipeline, "load_config", lambda source, **how: asked.append(how) or {})
     assert pipeline_index("nobody/nothing") == {} and asked == [{"local_files_only": True}]
+
+    def none(source: str, **how: Any) -> None:
+        for of in (how, how.get("adapter_kwargs", how)):
+            asked.append({"local_files_only": of.get("local_files_only")})
+        raise OSError
+
+    for kind in (AutoConfig, AutoModel, AutoModelForImageTextToText):
+        monkeypatch.setattr(kind, "from_pretrained", none)
+    for opened in (CLIP.open, _vision, Captioner.load, BlipAsker.load, Dino):
+        with pytest.raises(UserError):
+            opened("nobody/nothing")  # type: ignore[operator]
+    assert asked == [{"local_files_only": True}] * 11
 
 
 def test_a_gated_or_missing_repository_says_which() -> None:
