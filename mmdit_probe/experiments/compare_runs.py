@@ -9,18 +9,16 @@ Every experiment says what its numbers per item are (`Experiment.scores`); the i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.errors import UserError, brief
+from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import cell_of
 from mmdit_probe.experiments.result import Result
 from mmdit_probe.experiments.store import other_sampling
@@ -28,6 +26,7 @@ from mmdit_probe.experiments.text import Text, paired_table
 from mmdit_probe.results import RunFolder, atomic
 from mmdit_probe.results.folder import differences
 from mmdit_probe.results.statistics import NONE, compare, judged, measured, two_sided
+from mmdit_probe.specs import number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,8 +113,8 @@ def compare_runs(first: Path | str | Result, second: Path | str | Result, margin
     name = one.experiment.name
     if two.experiment.name != name:
         raise UserError(f"a run of {name} and one of {two.experiment.name}; expected two runs of one experiment")
-    if margin is not None and not (isinstance(margin, Real) and 0 < margin < math.inf):
-        raise UserError(f"--margin {brief(margin)}: expected the largest loss that does not matter, above 0")
+    if margin is not None and number("--margin", margin) <= 0:
+        raise UserError(f"--margin {margin!r}: expected the largest loss that does not matter, above 0")
     found = list(differences(one.request, two.request))
     for entry, was, now in found:
         if _whole_entry(entry) in ITEMS and was is not None and now is not None:
