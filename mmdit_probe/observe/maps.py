@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,14 +35,14 @@ from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, not
 from mmdit_probe.plots.overlay import STRENGTH, overlay
 from mmdit_probe.specs import HeadSpec, Spec, heads_at, layer_indices, named_of, reread, step_indices
 
-if TYPE_CHECKING:
-    import numpy as np
-
 PARTS = ("i2t", "i2t_logit", "i2i", "i2i_walk", "feat_out", "feat_proj")
 """What `JointBlocks` can keep."""
 
 MASKED = -1e4
 """Logit that stands for the minus infinity of a masked key, so that sums of maps stay finite."""
+
+DENSE = 64
+"""Tokens up to which all eigenvalues are computed: that takes no longer."""
 
 _QUERIES = 512
 """Queries per chunk of a second attention."""
@@ -397,27 +398,28 @@ class JointBlocks(Observer):
             return torch.as_tensor(projection.to_out[0](features))
 
 
-def second_eigenvalue(chain: Tensor, rounds: int = 40, vectors: int = 4) -> Tensor:
-    """|lambda_2| of row-stochastic matrices [B, I, I], float32 [B], by orthogonal iteration on the deflated chain.
+def second_eigenvalue(chain: Tensor) -> Tensor:
+    """|lambda_2| of row-stochastic matrices [B, I, I], float32 [B]: the second largest modulus, by ARPACK in float64.
 
     How slowly a random walk forgets its start (TokenRank, arXiv:2507.17657): a head whose attention falls into few
-    well separated groups is near 1, one that mixes at once is near 0. The stationary part 1 pi^T is taken out, so the
-    largest eigenvalue left is the second one.
+    well separated groups is near 1, one that mixes at once is near 0.
     """
-    batch, tokens, _ = chain.shape
-    if not chain.isfinite().all():
-        return torch.full((batch,), float("nan"))
-    chain = chain.double()
-    pi = torch.full((batch, 1, tokens), 1.0 / tokens, dtype=chain.dtype)
-    for _ in range(rounds):
-        pi = pi @ chain
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(tokens, min(vectors, tokens), generator=generator, dtype=chain.dtype)
-    basis = start.expand(batch, -1, -1)  # one for all: a chain's value does not depend on what is in the batch
-    for _ in range(rounds):
-        basis, _ = torch.linalg.qr(chain @ basis - (pi @ basis))
-    projected = basis.mT @ (chain @ basis - pi @ basis)
-    return torch.linalg.eigvals(projected).abs().amax(-1).float()
+    return torch.tensor([_second(one) for one in chain.double().cpu().numpy()], dtype=torch.float32)
+
+
+def _second(chain: np.ndarray) -> float:
+    from scipy.sparse.linalg import ArpackNoConvergence, eigs
+
+    if not np.isfinite(chain).all():
+        return float("nan")
+    if len(chain) == 1:
+        return 0.0
+    found = None
+    if len(chain) > DENSE:
+        start = np.random.default_rng(0).random(len(chain))  # the same for every chain, in any batch
+        with suppress(ArpackNoConvergence):
+            found = eigs(chain, k=2, v0=start, return_eigenvectors=False)
+    return float(np.sort(np.abs(np.linalg.eigvals(chain) if found is None else found))[-2])
 
 
 @contextmanager
