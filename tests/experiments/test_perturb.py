@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import pytest
 
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import Perturb
+from mmdit_probe.experiments import BlockOperations, Generate, Perturb
 from mmdit_probe.experiments.outcomes import Change
 from mmdit_probe.experiments.perturb import CONTROL, DRAWN, EDIT, NO_OP, STOCK, effect_table, power, summarise
 from mmdit_probe.models.mmdit import MMDiT
@@ -134,6 +135,16 @@ def test_a_prompt_that_is_given_twice_is_one_prompt(tiny_model: MMDiT) -> None:
 def test_few_prompts_decide_nothing() -> None:
     summary = summarise(long_table(0.3, 0.0, n=3)).set_index(["outcome", "layer"])
     assert summary.loc["facts", 0]["verdict"] == "too few items"
+
+
+@pytest.mark.parametrize("make", [Perturb, Generate, BlockOperations])
+def test_what_no_encoder_reads_is_refused_and_what_one_lacks_is_told(make: Any, tiny_model: MMDiT) -> None:
+    long, half = "ring " * 50, "a \ud83d ring"
+    for prompt, message in ((long, "is longer than the text encoders: 'ring"), (half, "is no text: character 2")):
+        with pytest.raises(UserError, match=message):
+            make(prompts=[prompt], num_steps=1).prepare(tiny_model, [prompt])
+    told = make(prompts=["a ring"]).prepare(tiny_model, ["a red ring on green grass"]).notes
+    assert any("fell off the end of clip; the other encoders read them" in note for note in told)
 
 
 def test_what_no_prompt_states_is_neither_drawn_nor_told() -> None:
