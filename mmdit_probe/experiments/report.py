@@ -178,8 +178,9 @@ class Report(Sampling, Experiment):
             *_answer(found["select-layers"]),
             f"{result.data['model']['family']}, {result.data['model']['layers']} layers x"
             f" {result.data['model']['heads']} heads; n = {len(request['prompts'])} prompts, at most"
-            f" {request['limit']} pictures per analysis, {request['num_steps']} steps, guidance {request['guidance']:g}. Layers are 0-based; I2T = image queries,"
-            " text keys. Few items decide little: intervals and verdicts stand beside every number.",
+            f" {request['limit']} pictures per analysis, {request['num_steps']} steps, guidance"
+            f" {request['guidance']:g}. Layers are 0-based; I2T = image queries, text keys. Few items decide little:"
+            " intervals and verdicts stand beside every number.",
         ]
         links = {f"Every layer, head and step of {request['prompts'][0]!r}": EXPLORER}
         title = f"Which layers ground words in {result.model_name}?"

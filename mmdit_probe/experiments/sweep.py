@@ -312,5 +312,6 @@ def _paired(table: pd.DataFrame, unedited: pd.DataFrame, row: Sequence[str]) -> 
 
 def sheet_cells(result: Result, names: Sequence[str], rows: Iterable[int]) -> list[list[Image | None]]:
     """Kept images, of videos the middle frame: one row per prompt, one column per condition."""
-    pictures = {name: still(one) for name, one in result.store.pictures().items()}
-    return [[pictures.get(f"{row:03d}-{name}") for name in names] for row in rows]
+    store, kept = result.store, set(result.store.picture_names())
+    cells = [[f"{row:03d}-{name}" for name in names] for row in rows]
+    return [[still(store.load_picture(one)) if one in kept else None for one in row] for row in cells]
