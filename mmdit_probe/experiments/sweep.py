@@ -37,7 +37,7 @@ from mmdit_probe.experiments.options import (
     prompts_of,
 )
 from mmdit_probe.experiments.target import knows_scenes
-from mmdit_probe.experiments.token_rows import unread
+from mmdit_probe.experiments.token_rows import cut_off
 from mmdit_probe.options import Option
 from mmdit_probe.results.clip import Clip, still, stills
 from mmdit_probe.results.statistics import NONE, measured
@@ -146,7 +146,7 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
         sampled = controls.variants(model, [name for name in chosen if name in ("random", "uniform")])
         tasks = [PromptGroup(variant, indices) for variant in sampled for indices in groups]
         notes = model.notes_on_words(inputs) + read_of_videos(model)
-        notes += [line for table in model.token_tables(inputs) if table.truncated for line in unread(table)]
+        notes += filter(None, map(cut_off, model.token_tables(inputs)))
         return Study(
             model, request, tasks, "batches of images", len(plan), notes=notes, state=(inputs, plan, outcomes),
             facts=scheduled(model, self.num_steps) | {"remarks": notes},
