@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe.data import Sample, prompts as read, samples, single
 from mmdit_probe.errors import UserError
+from mmdit_probe.experiments.store import PICTURES
 from mmdit_probe.experiments.target import LAYERS
 from mmdit_probe.options import Option, changed
 from mmdit_probe.results.clip import Clip, check_video_file
@@ -128,9 +129,9 @@ class Filmed:
 
     def write_videos(self, result: Result, folder: Path) -> None:
         """The videos that a run kept, beside their frames."""
-        for name, picture in result.store.pictures().items():
-            if isinstance(picture, Clip):
-                picture.save(folder / "images" / f"{name}.{self.video}")
+        for name in result.store.picture_names():
+            if (folder / PICTURES / name).is_dir() and isinstance(clip := result.store.load_picture(name), Clip):
+                clip.save(folder / PICTURES / f"{name}.{self.video}")
 
 
 def prompts_of(prompts: str | Sequence[str] | None, limit: int | None, scenes: bool, default: int) -> list[str]:

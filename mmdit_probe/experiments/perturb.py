@@ -167,7 +167,7 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
         if self.sweep != "layer":
             return {"perturb": effects_grid(summary, self._main(result), title=title)}
         figures = {"perturb": effects_by_layer(summary, DRAWN, title=title)}
-        rows = sorted({int(kept.split("-")[0]) for kept in result.store.pictures()})
+        rows = sorted({int(kept.split("-")[0]) for kept in result.store.picture_names()})
         prompts = [result.request["items"][row][0] for row in rows]
         for kind, label, what in (
             (EDIT, "sheet", title), (CONTROL, "sheet_control", f"{name}: a change of equal size in place of the edit"),

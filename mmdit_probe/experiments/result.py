@@ -156,7 +156,9 @@ class Result:
         with target:
             target.record(**{name: value for name, value in self.data.items() if name not in _OF_A_FOLDER})
             copy = FolderStore(target)
-            files = [file for name, image in self.store.pictures().items() for file in copy.keep_picture(name, image)]
+            files = []
+            for name in self.store.picture_names():
+                files += copy.keep_picture(name, self.store.load_picture(name))
             for name in self.store.array_names():
                 files += copy.keep_arrays(name, self.store.load_arrays(name))
             if (parts := self.store.workplace("")) is not None and parts.is_dir():  # of a report, runs of their own

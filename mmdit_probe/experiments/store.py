@@ -126,8 +126,8 @@ class MemoryStore:
         self._pictures[name] = image
         return []
 
-    def pictures(self) -> dict[str, Image | Clip]:
-        return dict(self._pictures)
+    def picture_names(self) -> list[str]:
+        return list(self._pictures)
 
     def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> list[Path]:
         self._arrays[name] = dict(arrays)
@@ -326,11 +326,10 @@ class FolderStore:
                 one.save(temporary, format="PNG")
         return list(files)
 
-    def pictures(self) -> dict[str, Image | Clip]:
+    def picture_names(self) -> list[str]:
         folder = self.folder.path / PICTURES
         names = [*(path.stem for path in sorted(folder.glob("*.png")))]
-        names += [path.name for path in sorted(one for one in folder.glob("*") if one.is_dir())]
-        return {name: self.load_picture(name) for name in names}
+        return names + [path.name for path in sorted(one for one in folder.glob("*") if one.is_dir())]
 
     def load_picture(self, name: str) -> Image | Clip:
         """A picture, or a video, that was kept.
@@ -343,9 +342,11 @@ class FolderStore:
         path = self.folder.path / PICTURES / f"{name}.png"
         frames = path.with_suffix("")
         with _as_written(path):
-            return (
-                Clip.of([pil.open(one) for one in sorted(frames.glob("*.png"))]) if frames.is_dir() else pil.open(path)
-            )
+            if frames.is_dir():
+                return Clip.of(map(pil.open, sorted(frames.glob("*.png"))))
+            found = pil.open(path)
+            found.load()  # and close the file
+            return found
 
     def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> list[Path]:
         path = self.folder.path / ARRAYS / f"{name}.npz"

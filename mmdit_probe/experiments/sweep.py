@@ -37,6 +37,7 @@ from mmdit_probe.experiments.options import (
     prompts_of,
 )
 from mmdit_probe.experiments.target import knows_scenes
+from mmdit_probe.experiments.token_rows import cut_off
 from mmdit_probe.models.names import contents_of
 from mmdit_probe.options import Option
 from mmdit_probe.results.clip import Clip, still, stills
@@ -146,6 +147,7 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
         sampled = controls.variants(model, [name for name in chosen if name in ("random", "uniform")])
         tasks = [PromptGroup(variant, indices) for variant in sampled for indices in groups]
         notes = model.notes_on_words(inputs) + read_of_videos(model)
+        notes += filter(None, map(cut_off, model.token_tables(inputs)))
         return Study(
             model, request, tasks, "batches of images", len(plan), notes=notes, state=(inputs, plan, outcomes),
             facts=scheduled(model, self.num_steps)
@@ -312,5 +314,6 @@ def _paired(table: pd.DataFrame, unedited: pd.DataFrame, row: Sequence[str]) -> 
 
 def sheet_cells(result: Result, names: Sequence[str], rows: Iterable[int]) -> list[list[Image | None]]:
     """Kept images, of videos the middle frame: one row per prompt, one column per condition."""
-    pictures = {name: still(one) for name, one in result.store.pictures().items()}
-    return [[pictures.get(f"{row:03d}-{name}") for name in names] for row in rows]
+    store, kept = result.store, set(result.store.picture_names())
+    cells = [[f"{row:03d}-{name}" for name in names] for row in rows]
+    return [[still(store.load_picture(one)) if one in kept else None for one in row] for row in cells]

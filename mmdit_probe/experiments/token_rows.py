@@ -219,17 +219,22 @@ def _under(variant: Variant, items: Sequence[Item]) -> list[Item]:
     return [Item(item.index, text, item.seed, item.picture) for item, text in zip(items, texts, strict=True)]
 
 
+def cut_off(table: TokenTable) -> str:
+    """What is said of words that every encoder cut off; "" where there are none."""
+    if not (table.truncated and (lost := table.unread)):
+        return ""
+    return f"prompt {_start(table)!r} is longer than the text encoders: {_some(lost)} fell off"
+
+
 def unread(table: TokenTable) -> list[str]:
     """Remarks on words that some encoder cut off, or that none is given.
 
     Raises:
         UserError: words that every encoder cut off or misplaced: nothing about them can be measured.
     """
-    lost = table.unread
-    start = table.prompt if len(table.prompt) <= 40 else f"{table.prompt[:37]}..."
-    if lost and table.truncated:
-        what = f"prompt {start!r} is longer than the text encoders"
-        raise UserError(f"{what}: {_some(lost)} fell off; shorten it to the words before")
+    lost, start = table.unread, _start(table)
+    if what := cut_off(table):
+        raise UserError(f"{what}; shorten it to the words before")
     if lost and table.disputed:
         raise UserError(f"prompt {start!r}: the text encoders place {_some(lost)} differently; write it without them")
     remarks = [f"prompt {start!r}: no text encoder reads {_some(lost)}: there is no text token of it"] if lost else []
@@ -237,6 +242,10 @@ def unread(table: TokenTable) -> list[str]:
         f"prompt {start!r}: {_some(words)} fell off the end of {stream}; the other encoders read them"
         for stream, words in table.truncated.items()
     ]
+
+
+def _start(table: TokenTable) -> str:
+    return table.prompt if len(table.prompt) <= 40 else f"{table.prompt[:37]}..."
 
 
 def _some(words: Sequence[str], limit: int = 12) -> str:

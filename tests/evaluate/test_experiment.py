@@ -330,7 +330,7 @@ def test_pictures_of_prompts_that_the_parser_cannot_read_are_drawn(tmp_path: Pat
     table = made.table.set_index("prompt")
     assert table["facts"].isna().tolist() == [False, True] and table["clip_t"].notna().all()
     rows = made.summary.set_index("outcome")
-    assert (rows.loc["facts", "n"], rows.loc["clip_t", "n"], len(made.store.pictures())) == (1, 2, 2)
+    assert (rows.loc["facts", "n"], rows.loc["clip_t", "n"], len(made.store.picture_names())) == (1, 2, 2)
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     scored = Score(prompts=str(tmp_path / "prompts.txt"), num_steps=1, guidance=1).run("scenes-sd3", progress=False)
     assert scored.table.set_index("prompt")["facts"].isna().tolist() == [False, True]

@@ -230,7 +230,7 @@ def test_perturb_and_pca_are_given_the_references() -> None:
     stock = sample(model.given(PICTURES["kontext"]), guidance=1.0, seed=0, output_type="pil")[0]
     with probe(model, edits=Scale("image", "reference", factor=0.0, layers=[0])):
         edited = sample(model.given(PICTURES["kontext"]), guidance=1.0, seed=0, output_type="pil")[0]
-    pictures = found.store.pictures()
+    pictures = {name: found.store.load_picture(name) for name in found.store.picture_names()}
     assert np.array_equal(pictures["000-stock"], stock) and np.array_equal(pictures["000-edit-layer0"], edited)
     change = found.table.set_index(["control", "condition"])["change"]
     assert change["none", "edit"] > 0 and change["random", "edit"] > 0 and change["none", "no-op"] == 0
@@ -270,7 +270,7 @@ def test_block_operations_are_given_the_references() -> None:
     stock = sample(own, seed=0, output_type="pil")[0]
     with probe(own, edits=RemoveBlock(layers=[0])):
         removed = sample(own, seed=0, output_type="pil")[0]
-    pictures = found.store.pictures()
+    pictures = {name: found.store.load_picture(name) for name in found.store.picture_names()}
     assert np.array_equal(pictures["000-stock"], stock) and np.array_equal(pictures["000-remove-layer0"], removed)
     assert (found.summary.query("outcome == 'change'")["difference"] > 0).all() and found.figure()
     assert len(found.request["references"]) == 2
@@ -308,7 +308,7 @@ def test_words_are_exchanged_beside_references() -> None:
     own = model.given(PICTURES["kontext"])
     with probe(own, edits=Swap(words=("red", "blue"), layers=[0])):
         swapped = own.generate(text, steps=1, guidance=1.0, seed=0)[0]
-    assert np.array_equal(found.store.pictures()["000-swap-layer0"], swapped)
+    assert np.array_equal(found.store.load_picture("000-swap-layer0"), swapped)
     change = found.table.set_index("condition")["change"]
     assert change["swap"] > 0 and change["stock"] == 0 and len(found.request["references"]) == 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ import pytest
 
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import Perturb
+from mmdit_probe.experiments import BlockOperations, Generate, Perturb
 from mmdit_probe.experiments.outcomes import Change
 from mmdit_probe.experiments.perturb import CONTROL, DRAWN, EDIT, NO_OP, STOCK, effect_table, power, summarise
 from mmdit_probe.models.mmdit import MMDiT
@@ -137,6 +138,16 @@ def test_a_prompt_that_is_given_twice_is_one_prompt(tiny_model: MMDiT) -> None:
 def test_few_prompts_decide_nothing() -> None:
     summary = summarise(long_table(0.3, 0.0, n=3)).set_index(["outcome", "layer"])
     assert summary.loc["facts", 0]["verdict"] == "too few items"
+
+
+@pytest.mark.parametrize("make", [Perturb, Generate, BlockOperations])
+def test_words_that_no_encoder_reads_are_told(make: Any, tiny_model: MMDiT) -> None:
+    """The beginning was sampled in silence, and its pictures judged by all of the prompt."""
+    notes = make(prompts=["a ring"]).prepare(tiny_model, ["a ring", "ring " * 20 + "house"]).notes
+    told = [note for note in notes if "fell off" in note]
+    assert len(told) == 1 and "is longer than the text encoders: 'ring ring" in told[0] and "house" in told[0]
+    with pytest.raises(UserError, match="is no text: character 2"):
+        make(prompts=["a ring"]).prepare(tiny_model, ["a \ud83d ring"])
 
 
 def test_what_no_prompt_states_is_neither_drawn_nor_told() -> None:

@@ -52,6 +52,25 @@ def test_a_run_goes_on_with_its_own_scheduler_alone(tmp_path: Path) -> None:
     assert opened("Euler", [1.0, 0.5]).complete
 
 
+@pytest.mark.skipif(not Path("/dev/fd").exists(), reason="the system does not list open files")
+def test_pictures_that_are_looked_at_leave_no_files_open(tmp_path: Path) -> None:
+    """A process may have 1024: a run of as many pictures ended in an error once all were made, and so did --resume."""
+    store = opened_in(tmp_path, False)
+    for number in range(3):
+        store.keep_picture(f"{number:03d}-stock", Image.new("RGB", (4, 4)))
+    before = len(os.listdir("/dev/fd"))
+    held = [store.load_picture(name) for name in store.picture_names()]
+    assert len(held) == 3 and len(os.listdir("/dev/fd")) == before
+
+
+def test_half_a_picture_is_none(tmp_path: Path) -> None:
+    store = opened_in(tmp_path, False)
+    (path,) = store.keep_picture("000-stock", Image.effect_noise((64, 64), 50))
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"cannot be read: .* --resume"):
+        store.load_picture("000-stock")
+
+
 def test_a_run_goes_on_with_what_its_paths_held_alone(tmp_path: Path) -> None:
     """A request tells of adapters and of other runs by path; a record of an earlier version says nothing of them."""
 

@@ -120,7 +120,7 @@ def test_maps_are_written_as_frames_and_gifs_and_read_back(model: MMDiT, tmp_pat
     place = np.unravel_index(maps["ring"].array.argmax(), (FRAMES, ROWS, COLUMNS))
     assert [row["peak_frame"], row["peak_row"], row["peak_column"]] == list(place)
     assert row["max"] == maps["ring"].array.max() and "peak (frame, row, column)" in str(result.texts()[0])
-    back = Result.read(tmp_path / "run").store.pictures()["000"]
+    back = Result.read(tmp_path / "run").store.load_picture("000")
     kept = model.generate(PROMPT, steps=2, guidance=1.0, seed=0)[0]
     assert isinstance(back, Clip) and equal(back, kept)
     for path in (tmp_path / "run" / "images" / "000.gif", tmp_path / "run" / "overlays" / "000-00-ring.gif"):
@@ -153,7 +153,7 @@ def test_generate_keeps_videos_and_scores_their_middle_frames(model: MMDiT, tmp_
     ask = Generate(prompts=[PROMPT], enhance="0", **QUICK)
     result = ask.run(model, out=tmp_path / "run", progress=False)
     assert "middle frame" in " ".join(result.data["remarks"])
-    stock, edited = (result.store.pictures()[name] for name in ("000-stock", "000-enhanced-layers0-scale0"))
+    stock, edited = (result.store.load_picture(name) for name in ("000-stock", "000-enhanced-layers0-scale0"))
     assert (
         isinstance(stock, Clip)
         and isinstance(edited, Clip)
