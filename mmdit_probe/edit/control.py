@@ -91,6 +91,11 @@ class ControlHandler:
         self.control, self.inner = control, inner
         self._turns: dict[int, Tensor] = {}  # image's seed -> [H, D, D]
 
+    @property
+    def missed(self) -> str:
+        """As of the edit itself."""
+        return self.inner.missed
+
     def __call__(self, call: SDPACall, module_call: ModuleCall, proceed: Proceed) -> Tensor:
         stock = proceed(call)
         if self.inner.edit.neutral:

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import ModuleCall, Stage, sole_output
-from mmdit_probe.errors import RunError, UserError, check_known
+from mmdit_probe.errors import RunError, UserError, brief, check_known
 from mmdit_probe.models.layout import Layer, Layout, Places
 from mmdit_probe.models.tokens import SPAN_KINDS, TokenTable
 from mmdit_probe.models.words import find
+from mmdit_probe.observe.pipeline_labels import PERTURBED
 from mmdit_probe.observe.sample_order import (
     canonical_call,
     canonical_hidden,
@@ -191,7 +192,19 @@ class Handler:
     """An edit at work in one layer of one run."""
 
     def __init__(self, edit: Edit, layer: Layer, run: Run) -> None:
-        self.edit, self.layer, self.run = edit, layer, run
+        self.edit, self.layer, self.run, self.acted = edit, layer, run, False
+
+    @property
+    def missed(self) -> str:
+        """What no sample of any call had, so that nothing was edited; "" if something was, or was not to be."""
+        edit = self.edit
+        # No branch, or a forward that a scale of 0 leaves out.
+        idle = edit.branches is not None and set(edit.branches) <= {PERTURBED}
+        if self.acted or edit.neutral or idle:
+            return ""
+        narrowed = ("steps", "branches", "streams", "spans", "words", "references")
+        told = [f"{name} {getattr(edit, name)}" for name in narrowed if getattr(edit, name) not in (None, "all")]
+        return ", ".join(told) or f"{edit.key} tokens"
 
     def __call__(self, call: SDPACall, module_call: ModuleCall, proceed: Proceed) -> Tensor:
         edit = self.edit
@@ -264,6 +277,7 @@ class Handler:
         queries[layout.positions(edit.query)] = True
         device = call.query.device
         rows, chosen, queries, keys = (tensor.to(device) for tensor in (rows.expand(batch), chosen, queries, keys))
+        self.acted = True
         return Place(layout, rows, chosen, queries, keys, tables)
 
 
@@ -302,7 +316,9 @@ def _spliced(edit: Edit, call: SDPACall, place: Place, proceed: Proceed, rows: s
 
 def edited(edit: Edit, call: SDPACall, place: Place, proceed: Proceed) -> Tensor:
     """`edit.attend`, renormalised if the edit says so."""
-    output = edit.attend(call, place, proceed)
+    output, expected = edit.attend(call, place, proceed), (*call.query.shape[:-1], call.value.shape[-1])
+    if (shape := getattr(output, "shape", output)) != expected:  # torch would take what fits by broadcasting
+        raise UserError(f"{type(edit).__name__}.attend gave {brief(shape)}; expected a tensor of shape {expected}")
     if not edit.renormalise:
         return output
     # The same edit applied to values of one gives each row's new total probability.

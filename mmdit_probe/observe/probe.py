@@ -168,6 +168,7 @@ class Run:
         self._stack, self._entered = ExitStack(), False
         self._calls = 0
         self._recorders: list[_LayerRecorder] = []
+        self._handlers: list[tuple[ModelEdit, Any]] = []
         self._observing = False
         self._step: int | None = None
         self._steps_run: set[int] = set()
@@ -258,7 +259,7 @@ class Run:
         for edit in self.edits:
             for index in layer_indices(edit.layers, len(self.all_layers)) if self.all_layers else ():
                 edited.setdefault(index, []).append(edit)
-        observed = {layer.index for layer in self.layers}
+        observed, self._handlers = {layer.index for layer in self.layers}, []
         self._recorders = [
             _LayerRecorder(self, layer, self.observers if layer.index in observed else [])
             for layer in self.all_layers
@@ -296,6 +297,7 @@ class Run:
     def _attach(self, edit: ModelEdit, layer: Layer) -> Detach:
         """Put an edit around the layer's attention calls, or around the forward of the block that holds it."""
         handler: Any = edit.handler(layer, self)
+        self._handlers.append((edit, handler))
         if edit.stage == "block":
             return interpose(self.block(layer), "forward", handler)
         return watch(layer.module, handler, edit.stage)
@@ -334,6 +336,10 @@ class Run:
                     f"{recorder.name} did not run at any selected step: {recorder.skipped_by} skips it or reuses an"
                     " earlier result; switch that off (a cache: transformer.disable_cache()) or select other layers"
                 )
+        for edit in self.edits:
+            missed = [getattr(handler, "missed", "") for one, handler in self._handlers if one is edit]
+            if missed and all(missed):
+                self.note(f"{type(edit).__name__} edited nothing: no sample of a call had its {missed[0]}")
 
     def note(self, text: str) -> None:
         """Say once what the tables lack or do not know."""

@@ -72,6 +72,8 @@ def league_figure(table: pd.DataFrame, title: str = "") -> Figure:
         row[0].set_yticks(range(len(order)), [style.name(method) for method in order])
         row[0].set_ylim(max(1, len(order)) - 0.5, -0.5)
         style.legend(figure, *row)
+        if len(panels) == 1:  # as narrow as that, its legend is a column
+            figure.set_figheight(height + 0.15 * (len(figure.legends[0].get_texts()) - 1))
     return figure
 
 

@@ -15,7 +15,7 @@ from mmdit_probe.edit import Blur, EqualBudget, GridBlur, Mean, Scale, ScaleText
 from mmdit_probe.edit.control import rotations
 from mmdit_probe.edit.edit import Edit, Place, _words
 from mmdit_probe.edit.edits import OtherText, blur_matrix, taps
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import ProbeWarning, UserError
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.mmdit import MMDiT
@@ -92,6 +92,31 @@ def test_blur_is_the_dense_blur_of_the_probabilities(variant: str, border: Any) 
     assert (seen.output - seen.attention @ seen.value).abs().max() > 1e-3  # it is a blur
     if border == "reflect":  # and it is R along tokens, not its transpose: they differ at the ends
         assert (seen.output - dense_blur(seen, matrix.T)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("edit", "missed"),
+    [(Blur(words=["dog"]), r"words \['dog'\]"), (EqualBudget(Scale(factor=2, spans=["vision"])), r"spans \['vision'\]")],
+)
+def test_an_edit_that_found_nothing_to_edit_is_told(edit: Any, missed: str) -> None:
+    pipe = tiny.pipeline()
+    with pytest.warns(ProbeWarning, match=f"edited nothing: no sample of a call had its {missed}"):
+        with probe(pipe, edits=[edit, Blur(words=["cat"])]) as run:
+            sample(pipe)
+    assert len(run.notes) == 1
+    with probe(pipe, edits=[Blur(sigma=0), Blur().no_op(), Mean(words=["cat"])]) as quiet:  # two are to change nothing
+        sample(pipe)
+    assert quiet.notes == []
+
+
+@pytest.mark.parametrize("wrong", [lambda output: output[:, :, :1], lambda output: None])
+def test_an_edit_of_one_s_own_gives_the_shape_of_the_output(wrong: Any) -> None:
+    class Own(Edit):
+        def attend(self, call: SDPACall, place: Place, proceed: Any) -> Any:
+            return wrong(proceed(call))
+
+    with pytest.raises(UserError, match=rf"^Own.attend gave .*; expected a tensor of shape \(2, {tiny.HEADS}, {N}, "):
+        under(Own(layers=[LAYER]))
 
 
 def test_text_queries_read_plain_values() -> None:

@@ -116,6 +116,13 @@ def test_rows_of_the_league_have_one_order() -> None:
     assert "n = 9" in first.get_title(loc="left")
 
 
+def test_a_league_of_one_panel_has_room_for_its_rows(tmp_path: Path) -> None:
+    figure = league_figure(league(("present",), [["a"]]))
+    save(figure, tmp_path / "league")  # lays it out
+    (axes,) = figure.axes
+    assert axes.get_position().height * figure.get_figheight() / len(axes.get_yticks()) > 0.2  # inches
+
+
 def test_gains_are_paired_differences() -> None:
     axes = guidance_by_layer(gains()).axes[0]
     (segments,) = (collection.get_segments() for collection in axes.containers[0].lines[2])
