@@ -96,13 +96,16 @@ def test_blur_is_the_dense_blur_of_the_probabilities(variant: str, border: Any) 
 
 @pytest.mark.parametrize(
     ("edit", "missed"),
-    [(Blur(words=["dog"]), r"words \['dog'\]"), (EqualBudget(Scale(factor=2, spans=["vision"])), r"spans \['vision'\]")],
+    [
+        (Blur(words=["dog"]), r"words \['dog'\]"),
+        (EqualBudget(Scale(factor=2, spans=["vision"])), r"spans \['vision'\]"),
+    ],
 )
 def test_an_edit_that_found_nothing_to_edit_is_told(edit: Any, missed: str) -> None:
     pipe = tiny.pipeline()
-    with pytest.warns(ProbeWarning, match=f"edited nothing: no sample of a call had its {missed}"):
-        with probe(pipe, edits=[edit, Blur(words=["cat"])]) as run:
-            sample(pipe)
+    told = pytest.warns(ProbeWarning, match=f"edited nothing: no sample of a call had its {missed}")
+    with told, probe(pipe, edits=[edit, Blur(words=["cat"])]) as run:
+        sample(pipe)
     assert len(run.notes) == 1
     with probe(pipe, edits=[Blur(sigma=0), Blur().no_op(), Mean(words=["cat"])]) as quiet:  # two are to change nothing
         sample(pipe)
