@@ -28,9 +28,10 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,6 @@ class Folders:
         """The layer that `choose_layer` chose."""
         return int(json.loads((self.measured / "layer.json").read_text())["layer"])
 
-    def missing(self, names: Sequence[str]) -> bool:
-        return any(not (self.measured / name).exists() for name in names)
-
 
 def jobs(plan: Plan, recipe: str) -> list[Job]:
     """All of a recipe, the base model first."""
@@ -174,19 +172,12 @@ def choose_layer(plan: Plan, folders: Folders) -> None:
 
 
 def fit(plan: Plan, folders: Folders, name: str, data: Data, steps: int, **options: Any) -> TrainResult:
-    """One training, or the one that is there; its logs are kept with what is measured of it."""
+    """One training, or the one that is there."""
     chosen = MagnetOptions(
         layers=(folders.layer,), train_steps=steps, batch=plan.batch, warmup=steps // 20,
         validate_every=max(1, steps // 4), save_every=50, **options,
     )  # fmt: skip
     return train(plan.model(), data, chosen, held_out=held_out(plan), out=folders.trainings / name, resume=True)
-
-
-def keep_logs(folders: Folders, name: str) -> None:
-    """The curves of a finished training."""
-    for kind in LOGS:
-        log = pd.read_csv(folders.trainings / name / f"{kind}.csv")
-        once(folders.measured / f"{name}-{kind}.parquet", log.to_parquet)
 
 
 def pictures(plan: Plan, path: Path, name: str, lora: Path | None, count: int, split: str) -> None:
@@ -198,22 +189,23 @@ def pictures(plan: Plan, path: Path, name: str, lora: Path | None, count: int, s
 
 def pilot(plan: Plan, folders: Folders, name: str, options: dict[str, Any]) -> None:
     """A short training on class masks with one form of the loss, measured on val."""
-    if not folders.missing([f"{name}.json", f"{name}.parquet"]):
-        return
-    data = ScenesData("train", plan.train, "class", "mixed")
-    result = fit(plan, folders, name, data, plan.pilot_steps, **COMMON[OURS] | options)
+
+    @cache
+    def lora() -> Path:
+        data = ScenesData("train", plan.train, "class", "mixed")
+        return fit(plan, folders, name, data, plan.pilot_steps, **COMMON[OURS] | options).lora
 
     def measured(path: Path) -> None:
         found = {
             "name": name,
             **options,
-            "miou": validate(plan.model(result.lora), held_out(plan), [folders.layer]).miou(),
+            "miou": validate(plan.model(lora()), held_out(plan), [folders.layer]).miou(),
         }
         path.write_text(json.dumps(found), encoding="utf-8")
 
     once(folders.measured / f"{name}.json", measured)
     scores = folders.measured / f"{name}.parquet"
-    once(scores, lambda path: pictures(plan, path, name, result.lora, plan.pilot_prompts, "val"))
+    once(scores, lambda path: pictures(plan, path, name, lora(), plan.pilot_prompts, "val"))
 
 
 def data_of(plan: Plan, folders: Folders, variant: str) -> Data:
@@ -236,26 +228,27 @@ def data_of(plan: Plan, folders: Folders, variant: str) -> Data:
 
 
 def variant(plan: Plan, folders: Folders, job: Job, options: dict[str, Any]) -> None:
-    """Train a variant (none for the base model) and measure it on test, unless all of it is there."""
-    if not folders.missing(files_of(job)):
-        return
-    layer, lora, name = folders.layer, None, job.file
-    if job.variant != BASE:
+    """Measure a variant on test; it is trained (the base model is not) if something of that is not there."""
+
+    @cache
+    def training() -> TrainResult:
         steps = plan.long_steps if job.variant == LONG else plan.steps
         found = COMMON[job.recipe] | VARIANTS["class" if job.variant == LONG else job.variant] | options
-        lora = fit(plan, folders, name, data_of(plan, folders, job.variant), steps, **found, seed=job.seed).lora
-        keep_logs(folders, name)
-    once(folders.measured / f"{name}-counts.npz", lambda path: save_counts(plan, path, plan.model(lora), layer))
+        return fit(plan, folders, job.file, data_of(plan, folders, job.variant), steps, **found, seed=job.seed)
+
+    def lora() -> Path | None:
+        return None if job.variant == BASE else training().lora
+
+    def keep(what: str, make: Callable[[Path], None]) -> None:
+        once(folders.measured / f"{job.file}{what}", make)
+
+    if job.variant != BASE:
+        keep("-training.parquet", lambda path: training().log.to_parquet(path))
+        keep("-validation.parquet", lambda path: training().validation.to_parquet(path))
+    keep("-counts.npz", lambda path: save_counts(plan, path, plan.model(lora()), folders.layer))
     if job.drawn:
-        once(folders.measured / f"{name}-examples.npz", lambda path: save_examples(plan, path, lora, layer))
-    scores = folders.measured / f"{name}.parquet"
-    once(scores, lambda path: pictures(plan, path, job.variant, lora, plan.prompts, "test"))
-
-
-def files_of(job: Job) -> list[str]:
-    """Names of all that is measured of a job."""
-    logs = [] if job.variant == BASE else [f"{job.file}-{kind}.parquet" for kind in LOGS]
-    return [f"{job.file}-counts.npz", f"{job.file}.parquet", *logs, *[f"{job.file}-examples.npz"] * job.drawn]
+        keep("-examples.npz", lambda path: save_examples(plan, path, lora(), folders.layer))
+    keep(".parquet", lambda path: pictures(plan, path, job.variant, lora(), plan.prompts, "test"))
 
 
 def save_counts(plan: Plan, path: Path, model: MMDiT, layer: int) -> None:

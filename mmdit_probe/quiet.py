@@ -10,8 +10,10 @@ with barless(pipeline):
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +81,22 @@ def reached(source: str) -> dict[str, bool]:
     """
     if Path(source).exists():
         return {}
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
+
+    answers = _answers(constants.ENDPOINT, constants.HF_HUB_OFFLINE, int(time.monotonic() // 60))
+    return {} if answers else {"local_files_only": True}
+
+
+@lru_cache(maxsize=1)
+def _answers(endpoint: str, offline: bool, minute: int) -> bool:
+    """Whether the hub answers; asked once a minute, not for every part of a model."""
+    from huggingface_hub import get_session
 
     try:
-        get_session().head(constants.ENDPOINT, timeout=10)
+        get_session().head(endpoint, timeout=10)
     except Exception:  # what its client raises is another class in each version; also of one that is set offline
-        return {"local_files_only": True}
-    return {}
+        return False
+    return True
 
 
 @contextmanager

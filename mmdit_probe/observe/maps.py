@@ -404,7 +404,7 @@ def second_eigenvalue(chain: Tensor) -> Tensor:
     How slowly a random walk forgets its start (TokenRank, arXiv:2507.17657): a head whose attention falls into few
     well separated groups is near 1, one that mixes at once is near 0.
     """
-    return torch.tensor([_second(one) for one in chain.double().cpu().numpy()], dtype=torch.float32)
+    return torch.tensor([_second(one.double().cpu().numpy()) for one in chain], dtype=torch.float32)
 
 
 def _second(chain: np.ndarray) -> float:
