@@ -104,7 +104,8 @@ def random_twin(transformer: Any, seed: int) -> Any:
             for parameter in twin.parameters():
                 if not parameter.any():
                     parameter.normal_(0.0, 0.02)
-    return twin.to(compute_dtype(transformer)).eval()
+    with quiet():  # diffusers warns of a cast that rounds nothing here
+        return twin.to(compute_dtype(transformer)).eval()
 
 
 def pipeline_index(source: str) -> dict[str, Any]:

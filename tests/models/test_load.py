@@ -77,12 +77,15 @@ def test_a_random_twin_shares_all_but_the_transformer(
         load("world")
 
 
-def test_building_a_twin_leaves_the_random_state_alone(pipe: Any) -> None:
+def test_building_a_twin_leaves_the_random_state_alone_and_says_nothing(
+    pipe: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     torch.manual_seed(11)
     expected = torch.rand(1)
     torch.manual_seed(11)
     random_twin(pipe.transformer, 0)
-    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(torch.rand(1), expected) and caplog.records == []
 
 
 def test_bad_names_and_directories(tmp_path: Path) -> None:
