@@ -49,7 +49,7 @@ class TrainMagnet(config.MagnetOptions):
         self, target: Any = "scenes-sd3", out: Path | str | None = None, resume: bool = False,
         progress: bool | Progress = True,
     ) -> Training:  # fmt: skip
-        """Train; the model ends with the adapter attached.
+        """Train; the model ends with the adapter attached, and without it where the training was cut short.
 
         Args:
             target, resume, progress: as in `Experiment.run`. out: run folder; None and "auto" stand for

@@ -77,6 +77,12 @@ def attach(transformer: Any, targets: Sequence[str], *, rank: int, alpha: float,
     named_parameters(transformer)
 
 
+def detach(transformer: nn.Module) -> None:
+    """Take off what `attach` added: modules and names of weights are those of before."""
+    inner: Any = unwrap(transformer)
+    inner.unload_lora()
+
+
 def named_parameters(transformer: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """Trainable parameters by name, sorted; made float32 (a bfloat16 weight swallows small updates)."""
     found = sorted((name, p) for name, p in unwrap(transformer).named_parameters() if p.requires_grad)

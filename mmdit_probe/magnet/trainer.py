@@ -70,7 +70,7 @@ def train(
     advance: Callable[[], None] = lambda: None,
     start: Callable[[int], None] = lambda step: None,
 ) -> TrainResult:
-    """Train a LoRA on `model`; the model ends with it attached.
+    """Train a LoRA on `model`; the model ends with it attached, and without it where the training was cut short.
 
     Args:
         model: the model; its weights stay as they are.
@@ -102,13 +102,16 @@ def train(
             opened = processes.from_first(lambda: RunFolder.open(COMMAND, request, out=out, resume=resume))
             with opened as folder:
                 loop = _Loop(model, data, options, held_out, accelerator, targets, layers, folder.path)
-                if not folder.complete:
-                    folder.record(model=request["model"] | model.memory, **loop.facts(targets))
-                if resume:
-                    loop.restore()
-                start(loop.step)
                 try:
+                    if not folder.complete:
+                        folder.record(model=request["model"] | model.memory, **loop.facts(targets))
+                    if resume:
+                        loop.restore()
+                    start(loop.step)
                     loop.run(advance)
+                except BaseException:
+                    lora.detach(model.transformer)  # a later run on this model goes on from the checkpoint
+                    raise
                 finally:
                     accelerator.unwrap_model(loop.wrapped, keep_fp32_wrapper=False)
                 if not folder.complete:
@@ -134,7 +137,10 @@ def _checked(model: MMDiT, data: Data, options: MagnetOptions) -> tuple[list[str
         columns_of(options, model.token_tables("")[0])
     check(data, model, options.level)
     if getattr(unwrap(model.transformer), "peft_config", None):
-        raise UserError(f"{model.name} has an adapter already; merge it (pipeline.fuse_lora) or load the base model")
+        raise UserError(
+            f"{model.name} has an adapter already; take it off (pipeline.transformer.unload_lora()) or make it part of"
+            " the weights (mmdit_probe.models.adapters.merge)"
+        )
     if options.precision == "fp16" and model.device.type == "cpu":
         raise UserError("precision fp16 needs a GPU; on a CPU train with bf16 or no")
     return targets, layers

@@ -139,16 +139,25 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, ema: float) -> 
 
         return advance
 
+    model = fresh()
+    untrained = model.weight_hash
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "killed", config, held_out=held_out, advance=kill_after(3))
+        train(model, Pictures(), config, out=tmp_path / "killed", held_out=held_out, advance=kill_after(3))
+    assert model.weight_hash == untrained  # nothing half-trained stays in the model, which goes on
     started: list[int] = []
-    resumed = run(tmp_path / "killed", config, held_out=held_out, resume=True, start=started.append)
+    resumed = train(
+        model, Pictures(), config, out=tmp_path / "killed", held_out=held_out, resume=True, start=started.append
+    )
     assert started == [2]  # of three steps the one after the checkpoint is done again
     assert_equal(whole, resumed)
     assert whole.log.drop(columns="seconds").equals(resumed.log.drop(columns="seconds"))
     assert whole.validation.equals(resumed.validation)
     again = run(tmp_path / "killed", config, held_out=held_out, resume=True)
     assert_equal(whole, again)
+    with pytest.raises(UserError, match=r"has an adapter already; take it off \(pipeline\.transformer\.unload_lora"):
+        train(model, Pictures(), config, out=tmp_path / "another")
+    model.pipeline.transformer.unload_lora()
+    assert model.weight_hash == untrained
 
 
 def test_killed_while_the_adapter_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
