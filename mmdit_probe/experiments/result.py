@@ -56,13 +56,13 @@ class Result:
             UserError: no run folder, or not one of an experiment.
         """
         record = read_record(folder)
-        if record is None or "options" not in record or "model" not in record:
-            raise UserError(f"{str(folder)!r} is no run folder of an experiment")
-        if record["command"] not in OF_COMMAND:  # one picture, a training
+        if record is not None and record["command"] not in OF_COMMAND:  # one picture, a training, a comparison
             raise UserError(
                 f"{str(folder)!r} holds a run of {record['command']}, which is not read back as a table; its files are"
                 " what was found"
             )
+        if record is None or "options" not in record or "model" not in record:
+            raise UserError(f"{str(folder)!r} is no run folder of an experiment")
         if record["status"] != "finished":
             told = f"the run in {str(folder)!r} is not finished ({record['status']}): it holds the items that are done"
             warnings.warn(told, ProbeWarning, stacklevel=2)

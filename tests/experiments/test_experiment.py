@@ -501,5 +501,8 @@ def test_a_run_that_holds_no_table_says_so(tmp_path: Path) -> None:
     """It was an unknown command, of which "generate" was said to be meant."""
     with RunFolder.open("segment", {"image": "a.png"}, out=tmp_path / "cat") as folder:
         folder.record(options={}, model={"id": "m"})
-    with pytest.raises(UserError, match=r"cat' holds a run of segment, which is not read back as a table"):
-        read(tmp_path / "cat")
+    with RunFolder.open("train-magnet", {"rate": 1}, out=tmp_path / "lora"):
+        pass
+    for name, command in {"cat": "segment", "lora": "train-magnet"}.items():
+        with pytest.raises(UserError, match=rf"{name}' holds a run of {command}, which is not read back as a table"):
+            read(tmp_path / name)
