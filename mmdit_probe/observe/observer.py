@@ -26,7 +26,7 @@ from torch import Tensor
 from mmdit_probe.attention import exact, gradients
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import Record
-from mmdit_probe.errors import RunError, UserError, check_known
+from mmdit_probe.errors import RunError, UserError, brief, check_known
 from mmdit_probe.models.layout import Layer, Layout, as_slice
 from mmdit_probe.models.tokens import TokenTable, unknown_table
 from mmdit_probe.results.tables import MemorySink, Sink, text_column
@@ -277,6 +277,8 @@ class RowObserver(Observer):
         rows: Literal["head", "layer"] = "head",
     ) -> None:
         check_known("rows option", rows, ("head", "layer"))
+        if not (sink is None or callable(sink) or hasattr(sink, "write")):
+            raise UserError(f"sink is {brief(sink)}: expected a function of the columns, or an object that has write")
         self.sink: Any = MemorySink() if sink is None else sink
         self.heads, self.rows = reread(heads), rows
 
@@ -287,6 +289,8 @@ class RowObserver(Observer):
     def commit(self, denoising: DenoisingCall, measured: dict[int, Any]) -> None:
         batch = RowBatch(denoising, self._before)
         self.add_rows(batch, measured)
+        if not batch:  # of this call there is nothing to tell
+            return
         (self.sink if callable(self.sink) else self.sink.write)(batch.columns(self.columns))
 
     def table(self) -> pd.DataFrame:
@@ -355,6 +359,10 @@ class RowBatch:
         self._blocks: list[tuple[dict[str, Any], Sequence[Axis], dict[str, Any]]] = []
         self._words: dict[str, dict[str, int]] = {}
         self._fixed: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        """How often rows were added."""
+        return len(self._blocks)
 
     def add(self, sample: int | None, axes: Sequence[Axis], **values: np.ndarray) -> None:
         """Rows of one sample (None: of the whole call, which has a step alone), the last axis varying fastest.

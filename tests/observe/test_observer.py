@@ -18,7 +18,7 @@ from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.observe.concepts import ConceptStream
 from mmdit_probe.observe.maps import PARTS, JointBlocks
-from mmdit_probe.observe.observer import DenoisingCall, Observer, RowBatch
+from mmdit_probe.observe.observer import DenoisingCall, Observer, RowBatch, RowObserver
 from mmdit_probe.observe.pca import PCA, Projection
 from mmdit_probe.observe.sinks import Channels, KeyMass, SinkFree
 from mmdit_probe.results.tables import MemorySink
@@ -155,6 +155,25 @@ def test_an_observer_can_be_three_lines(pipe: Any) -> None:
     with probe(pipe, MeanLength(), layers="0,2") as run:
         sample(pipe)
     assert list(run[MeanLength].lengths) == [0, 2]
+
+
+def test_rows_of_one_s_own_may_be_of_some_calls_alone(pipe: Any) -> None:
+    class Late(RowObserver):
+        columns = ("step", "layer", "head", "length")
+
+        def measure(self, seen: Any) -> torch.Tensor:
+            return seen.call.query.norm(dim=-1).mean((0, 2))  # [H]
+
+        def add_rows(self, batch: RowBatch, measured: dict[int, Any]) -> None:
+            for layer, lengths in measured.items() if batch.denoising.step > 0 else ():
+                batch.add(None, [{"head": range(tiny.HEADS)}], layer=np.array(layer), length=lengths.numpy())
+
+    with probe(pipe, Late(), layers="0,2") as run:
+        sample(pipe)
+    table = run[Late].table()
+    assert len(table) == 2 * tiny.HEADS and set(table["step"]) == {1} and set(table["layer"]) == {0, 2}
+    with pytest.raises(UserError, match=r"sink is 'rows\.csv': expected a function of the columns"):
+        Late("rows.csv")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [float, np.float32, lambda value: {"rows": [np.array([1.0, value])[::-1]]}])
