@@ -221,11 +221,16 @@ def whole(axes: Axes, label: str = "layer") -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if value >= 0 else ""))
+    axes.xaxis.set_major_formatter(FuncFormatter(_counted))
     axes.set_xlabel(label)
     first, last = axes.dataLim.intervalx
     if last - first < 2:
         axes.set_xlim(first - 0.8, last + 0.8)
+
+
+def _counted(value: float, position: int | None = None) -> str:
+    """A tick's label, none below 0. No lambda: a figure that holds one cannot be pickled."""
+    return f"{value:g}" if value >= 0 else ""
 
 
 def heat(

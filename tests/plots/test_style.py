@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,7 @@ def figures() -> list[Figure]:
 def test_error_bars_lie_inside_the_axes_and_text_can_be_read(number: int, tmp_path: Path) -> None:
     figure = figures()[number]
     save(figure, tmp_path / "figure")  # lays it out
+    assert pickle.loads(pickle.dumps(figure)).axes  # a result that was shown holds it
     bars = 0
     for axes in figure.axes:
         (left, right), (bottom, top) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
