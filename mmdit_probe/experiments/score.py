@@ -27,6 +27,7 @@ from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos
 from mmdit_probe.experiments.options import Input, Output, Referring, Sampling
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
+from mmdit_probe.experiments.token_rows import cut_off
 from mmdit_probe.models.names import contents_of
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
@@ -203,6 +204,7 @@ class Score(Sampling, Referring, Experiment):
             batch=self.batch,
         )  # fmt: skip
         notes = read_of_videos(model) + strangers(scorers, self.clip, knows_scenes(model))
+        notes += cut_off(model, [text for _, text in inputs])
         contents = contents_of(*scorers.variants.values(), self.clip, self.vqa)
         facts = scheduled(model, self.num_steps) | {"remarks": notes, "contents": contents}
         return Study(model, request, tasks, "batches", facts=facts, notes=notes, state=(jobs, scorers))

@@ -146,8 +146,7 @@ class Sweep(Sampling, Filmed, Referring, Experiment):
         groups = [range(first, min(first + self.batch, len(inputs))) for first in range(0, len(inputs), self.batch)]
         sampled = controls.variants(model, [name for name in chosen if name in ("random", "uniform")])
         tasks = [PromptGroup(variant, indices) for variant in sampled for indices in groups]
-        notes = model.notes_on_words(inputs) + read_of_videos(model)
-        notes += filter(None, map(cut_off, model.token_tables(inputs)))
+        notes = model.notes_on_words(inputs) + cut_off(model, inputs) + read_of_videos(model)
         return Study(
             model, request, tasks, "batches of images", len(plan), notes=notes, state=(inputs, plan, outcomes),
             facts=scheduled(model, self.num_steps)

@@ -219,8 +219,12 @@ def _under(variant: Variant, items: Sequence[Item]) -> list[Item]:
     return [Item(item.index, text, item.seed, item.picture) for item, text in zip(items, texts, strict=True)]
 
 
-def cut_off(table: TokenTable) -> str:
-    """What is said of words that every encoder cut off; "" where there are none."""
+def cut_off(model: MMDiT, prompts: Sequence[str]) -> list[str]:
+    """Remarks on words of prompts that every encoder cut off."""
+    return [*filter(None, map(_cut_off, model.token_tables(prompts) if prompts else []))]
+
+
+def _cut_off(table: TokenTable) -> str:
     if not (table.truncated and (lost := table.unread)):
         return ""
     return f"prompt {_start(table)!r} is longer than the text encoders: {_some(lost)} fell off"
@@ -233,7 +237,7 @@ def unread(table: TokenTable) -> list[str]:
         UserError: words that every encoder cut off or misplaced: nothing about them can be measured.
     """
     lost, start = table.unread, _start(table)
-    if what := cut_off(table):
+    if what := _cut_off(table):
         raise UserError(f"{what}; shorten it to the words before")
     if lost and table.disputed:
         raise UserError(f"prompt {start!r}: the text encoders place {_some(lost)} differently; write it without them")

@@ -358,7 +358,8 @@ def test_an_adapter_of_the_model_at_hand_is_not_taken_off(pipe: Any, tmp_path: P
     with pytest.raises(UserError, match="the model has an adapter"):
         ask.prepare(MMDiT(pipe), [("prompts", "a red ring")])
     merge(pipe)
-    assert ask.prepare(MMDiT(pipe), [("prompts", "a red ring")]).tasks
+    study = ask.prepare(MMDiT(pipe), [("prompts", "a red ring"), ("prompts", "ring " * 50)])
+    assert study.tasks and "longer than the text encoders: 'ring ring" in study.notes[-1]
 
 
 def test_command_compares_an_adapter_with_the_base(
