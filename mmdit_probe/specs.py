@@ -200,7 +200,7 @@ def whole(name: str, value: float, low: int) -> int:
 
 def _indices(spec: Spec, count: int, kind: str, forms: str) -> tuple[int, ...]:
     spec = spec.tolist() if hasattr(spec, "tolist") else spec  # of numpy or torch
-    if isinstance(spec, Iterable) and not isinstance(spec, str):
+    if isinstance(spec, Iterable) and not isinstance(spec, str | bytes | Mapping):  # {4: [0, 2]} names heads
         parts = [str(index) for index in spec]
     elif str(spec).strip().lower() == "all":
         return tuple(range(count))

@@ -61,6 +61,8 @@ def test_a_written_list_is_read_back(chosen):
         (lambda: layer_indices(math.nan, 12), "cannot read 'nan' as a layer"),
         (lambda: layer_indices([1, math.nan], 12), "cannot read 'nan' as a layer"),
         (lambda: layer_indices(9.0, 12), "cannot read '9.0' as a layer"),
+        (lambda: layer_indices({4: [0, 2]}, 12), r"cannot read '\{4: \[0' as a layer"),  # heads of a layer
+        (lambda: layer_indices(b"4", 12), "as a layer"),
         (lambda: seed_values(1 << 63, 1), r"seed 9223372036854775808: expected whole numbers from 0 to 2\^63"),
         (lambda: seed_values((1 << 63) - 1, 2), r"seed 9223372036854775808: expected whole numbers"),
         (
