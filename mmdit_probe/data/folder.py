@@ -85,10 +85,6 @@ def picture(path: Path, mask: Path | None = None, names: dict[int, str] | None =
 
 def _masks(folder: Path, pictures: Collection[str]) -> dict[str, Path]:
     """The masks of a folder, each of one of these pictures; errors as in `pictures`."""
-    refused = {*SUFFIXES} - {".png"}
-    other = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in refused and path.name[0] != ".")
-    if other:
-        raise UserError(f"{str(folder)!r} holds {other[0]!r}; masks are PNGs, whose pixels are the ids that were saved")
     found = _by_stem(folder)
     lost = [path.name for name, path in found.items() if name not in pictures]
     if lost:
@@ -135,6 +131,14 @@ def _names(file: Path) -> dict[int, str]:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    """The PNGs of a folder by the name before the suffix, whose case does not matter; errors as in `by_name`."""
-    files = (path for path in sorted(folder.iterdir()) if path.suffix.lower() == ".png" and path.name[0] != ".")
+    """The PNGs of a folder by the name before the suffix, whose case does not matter.
+
+    Raises:
+        UserError: as in `by_name`, or another kind of picture is among them: its ids would be left out.
+    """
+    files = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES and path.name[0] != "."]
+    if other := [path.name for path in files if path.suffix.lower() != ".png"]:
+        raise UserError(
+            f"{str(folder)!r} holds {other[0]!r}; {folder.name} are PNGs, whose pixels are the ids that were saved"
+        )
     return by_name(files, folder, stem)

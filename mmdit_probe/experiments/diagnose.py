@@ -18,6 +18,7 @@ from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, plain, request_of
 from mmdit_probe.experiments.options import Control, LayersAndHeads, Pictured, notes_on
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
+from mmdit_probe.experiments.token_rows import cut_off
 from mmdit_probe.results.statistics import interval, measured
 from mmdit_probe.specs import heads_at
 
@@ -67,7 +68,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
             for variant in controls.variants(model, chosen)
             for number, text in enumerate(variant.texts(captions))
         ]
-        notes = notes_on(model, inputs, captions, model.default_size)
+        notes = notes_on(model, inputs, captions, model.default_size) + cut_off(model, captions)
         facts = {"pictures": [picture.name for picture in inputs], "remarks": notes}
         return Study(model, request, tasks, "pictures", facts=facts, notes=notes, state=(inputs, layers, heads))
 

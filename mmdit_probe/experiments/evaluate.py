@@ -24,7 +24,7 @@ from mmdit_probe.experiments.presets import AS_WORD, PAPER_LENGTH, PRESETS, Pres
 from mmdit_probe.experiments.reading import FIT, RULE, SIGMA, Network, Reads, check_streams_read
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable, share, signed
-from mmdit_probe.models.names import contents_of
+from mmdit_probe.models.names import check_checkpoint, contents_of
 from mmdit_probe.options import Option
 from mmdit_probe.results.statistics import ABOVE, FEWEST, TOO_FEW
 from mmdit_probe.segment.settings import (
@@ -163,6 +163,7 @@ class Evaluate(Reads, Experiment):
             check_known("method with options", name, self.methods)
             if "heads" in options and (self.sweep == "head" or self.heads is not None or self.selection is not None):
                 raise UserError(f"--set {name}.heads and --heads, --selection or --sweep head all name heads; give one")
+        check_checkpoint("--tagger", self.tagger, "scenes-clip", "scenes-parser")
         tagged = self.tagger_request() is not None or self.tags is not None
         if tagged != ("predicted" in self.protocols):
             raise UserError(

@@ -31,6 +31,7 @@ from mmdit_probe.experiments.options import (
     notes_on,
 )
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
+from mmdit_probe.experiments.token_rows import cut_off
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.statistics import FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, corrected, interval, measured, p_value
@@ -121,7 +122,7 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
             **items,
         )
         basis = "one basis per picture" if each else f"one basis for all pictures, {self.solver}, streaming"
-        notes = notes_on(model, inputs, captions, model.default_size)
+        notes = notes_on(model, inputs, captions, model.default_size) + cut_off(model, captions)
         facts = {
             "pictures": [picture.name for picture in inputs], "basis": basis, "remarks": notes,
             "features": "heads concatenated, q and k after norm and rotary embedding, conditional rows",

@@ -28,7 +28,7 @@ from mmdit_probe.experiments.options import Input, Output, Referring, Sampling
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.experiments.token_rows import cut_off
-from mmdit_probe.models.names import contents_of
+from mmdit_probe.models.names import check_checkpoint, contents_of
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import stills
@@ -119,6 +119,8 @@ class Score(Sampling, Referring, Experiment):
         super().__post_init__()
         check_known("variant", self.baseline, self.variants())
         self.sigmas()
+        check_checkpoint("--clip", self.clip, "scenes-clip", "none")
+        check_checkpoint("--vqa", self.vqa)
         unread = self.prompts is not None and self.clip == "none"
         if unread and self.vqa is None and self.export is None:
             raise UserError("nothing to score with: give a CLIP or BLIP model, or a folder to export to")

@@ -38,7 +38,7 @@ from mmdit_probe.experiments.options import (
 )
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.token_rows import cut_off
-from mmdit_probe.models.names import contents_of
+from mmdit_probe.models.names import check_checkpoint, contents_of
 from mmdit_probe.options import Option
 from mmdit_probe.results.clip import Clip, still, stills
 from mmdit_probe.results.statistics import NONE, measured
@@ -243,6 +243,11 @@ class JudgedSweep(Sweep):
         ),
     ] = None
     dino: Annotated[str | None, Option("DINO checkpoint for image similarity (folder or hub id).")] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_checkpoint("--clip", self.clip, "scenes-clip", "none")
+        check_checkpoint("--dino", self.dino)
 
     def outcomes(self, model: MMDiT) -> tuple[list[Outcome], dict[str, str | None]]:
         from mmdit_probe.experiments.outcomes import outcomes_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -72,7 +73,7 @@ def page(what: str, figure: Figure, texts: Iterable[Text]) -> str:
 
 def share(value: Any) -> str:
     """Three digits, as the paper's tables print shares: .785; nothing for NaN."""
-    return "" if value != value else f"{value:.3f}".replace("0.", ".", 1)
+    return "" if value != value else re.sub(r"^(-?)0\.", r"\1.", f"{value:.3f}")
 
 
 def signed(value: Any, low: Any, high: Any, digits: int = 3) -> str:

@@ -58,7 +58,7 @@ def source_of(name: str) -> tuple[str, dict[str, Any] | None]:
         if Path(name).is_dir():
             index_of(name)
         return name, None
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if _may_be_on_hub(name):
         return name, None
     raise unknown("model (no embedded model, directory or hub id OWNER/NAME)", name, embedded_models())
 
@@ -215,8 +215,26 @@ def check_adapter(source: str) -> None:
     path = Path(source)
     if path.exists() and not adapter_file(path).is_file():
         raise UserError(f"{source!r} holds no {ADAPTER_FILE}; expected a LoRA folder as diffusers writes it")
-    if not path.exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+    if not path.exists() and not _may_be_on_hub(source):
         raise UserError(f"no LoRA {source!r}: expected a folder with {ADAPTER_FILE}, such a file, or a hub id")
+
+
+def check_checkpoint(option: str, name: str | None, *known: str) -> None:
+    """A checkpoint of transformers may be one of those that are known by name, a folder, or a hub id; None: none.
+
+    Raises:
+        UserError: there is no such folder, or it has no config.json.
+    """
+    if name is None or name in known or (Path(name) / "config.json").is_file():
+        return
+    if Path(name).exists():
+        raise UserError(f"{option} {name!r} holds no config.json; expected a folder as transformers writes it")
+    if not _may_be_on_hub(name):
+        raise unknown(f"{option} (no folder or hub id OWNER/NAME)", name, known)
+
+
+def _may_be_on_hub(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def adapter_file(path: Path) -> Path:

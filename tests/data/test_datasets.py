@@ -154,6 +154,9 @@ def test_the_background_of_ones_own_classes_is_known_in_any_case(tmp_path: Path,
     picture(tmp_path / "images/a.png")
     labels(tmp_path / "labels/a.png", [0, 1])
     assert dataset(str(tmp_path)).background == 1
+    Image.fromarray(np.zeros((4, 6), np.uint8)).save(tmp_path / "labels/b.tif")  # its picture had no label, in silence
+    with pytest.raises(UserError, match=r"holds 'b\.tif'; labels are PNGs"):
+        dataset(str(tmp_path))
 
 
 def test_check_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

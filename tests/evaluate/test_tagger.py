@@ -105,6 +105,7 @@ def test_the_parser_tags_pictures_of_other_sizes() -> None:
         (["--tagger", "scenes-clip", "--tag-dataset", "scenes:train", "--tag-threshold", "0"], "give one of them"),
         (["--tagger", "scenes-clip", "--protocol", "present"], "for --protocol predicted alone"),
         (["--tagger", "no/such-clip", "--tag-threshold", "0"], "cannot load the CLIP"),
+        (["--tagger", "scenes-parzer", "--tag-threshold", "0"], "did you mean 'scenes-parser'?"),
     ],
 )
 def test_mistakes_are_one_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from mmdit_probe import load
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import Perturb
+from mmdit_probe.experiments import Perturb, Score
 from mmdit_probe.experiments.outcomes import ClipScores, Dino, Parser
 from mmdit_probe.results import read_table
 from mmdit_probe.results.selection import LayerSelection
@@ -170,3 +171,19 @@ def test_a_scenes_model_with_an_adapter_is_read_by_the_parser(name: str) -> None
     outcomes, checkpoints = Perturb(layers=0).outcomes(SimpleNamespace(name=name, device="cpu"))  # type: ignore[arg-type]
     assert {"facts", "clip_t"} <= {of for outcome in outcomes for of in outcome.names}
     assert checkpoints["clip"] == "scenes-clip"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "named", "words"),
+    [
+        (Perturb, {"clip": "scene-clip"}, "did you mean 'scenes-clip'?"),
+        (Perturb, {"dino": "dinov2"}, "unknown --dino (no folder or hub id OWNER/NAME) 'dinov2'"),
+        (Score, {"clip": "."}, "'.' holds no config.json"),
+        (Score, {"vqa": "./blip"}, "unknown --vqa"),
+    ],
+)
+def test_checkpoints_that_cannot_be_there_are_refused_before_a_model_is_loaded(
+    experiment: Any, named: dict[str, str], words: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        experiment(**named)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
-from mmdit_probe.experiments import BlockOperations, Generate, Perturb
+from mmdit_probe.experiments import BlockOperations, Diagnose, FeaturePCA, Generate, Perturb
 from mmdit_probe.experiments.outcomes import Change
 from mmdit_probe.experiments.perturb import CONTROL, DRAWN, EDIT, NO_OP, STOCK, effect_table, power, summarise
 from mmdit_probe.models.mmdit import MMDiT
@@ -148,6 +149,14 @@ def test_words_that_no_encoder_reads_are_told(make: Any, tiny_model: MMDiT) -> N
     assert len(told) == 1 and "is longer than the text encoders: 'ring ring" in told[0] and "house" in told[0]
     with pytest.raises(UserError, match="is no text: character 2"):
         make(prompts=["a ring"]).prepare(tiny_model, ["a \ud83d ring"])
+
+
+@pytest.mark.parametrize("make", [Diagnose, FeaturePCA])
+def test_captions_that_no_encoder_reads_to_the_end_are_told(make: Any, tiny_model: MMDiT, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("ring " * 20 + "house")
+    ask = make(images=str(tmp_path))
+    assert "is longer than the text encoders" in " ".join(ask.prepare(tiny_model, ask.gather(False)).notes)
 
 
 def test_what_no_prompt_states_is_neither_drawn_nor_told() -> None:

@@ -11,7 +11,7 @@ from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import AttentionBudget, Result, ValueNorms
 from mmdit_probe.experiments.attention_budget import budget_table as shown, robust_z, summarise as summarise_items
 from mmdit_probe.experiments.store import MemoryStore
-from mmdit_probe.experiments.text import records
+from mmdit_probe.experiments.text import records, share
 from mmdit_probe.results.statistics import interval
 from tests.tables import SPANS, budget_table, by_item, of_video
 
@@ -42,6 +42,10 @@ def test_spans_add_up_over_encoders_and_to_the_block():
     np.testing.assert_allclose(summary.I2T_word / summary.I2T, words / sum(SPANS.values()))
     np.testing.assert_allclose(summary.I2T_word_uniform, words / 64)
     assert (summary.I2T_null == 0).all()
+
+
+def test_shares_lose_the_zero_before_the_point_and_no_other():
+    assert [*map(share, (0.785, -0.05, 1, 10.5, np.nan))] == [".785", "-.050", "1.000", "10.500", ""]
 
 
 def test_of_a_video_the_image_mass_is_split_and_nothing_else_changes():
