@@ -225,15 +225,19 @@ def check_out(out: Path | str | None, resume: bool | None = None, command: str =
     Of several processes only the first looks: by the time the others do, it may be writing there.
 
     Args:
-        out: the folder, which may not be there yet; None and "auto" are named later. resume: it may hold a run, of
-            `command` if that is named; None: what writes there cannot continue one.
+        out: the folder, which may not be there yet; "auto": one of a name of its own in `ROOT`; None: there is none.
+        resume: it may hold a run, of `command` if that is named; None: what writes there cannot continue one.
 
     Returns: the record of the run that it holds.
 
     Raises:
         UserError: it is a file, or is called like one; it holds other things, or a run that is not to be continued.
     """
-    if out in (None, AUTO) or processes.rank() != 0:
+    if out is None or processes.rank() != 0:
+        return None
+    if out == AUTO:
+        if not resume:  # a finished run is only shown
+            _check_place(ROOT)
         return None
     path = _folder(out)
     if path.suffix.lower() in FILES:
@@ -245,10 +249,8 @@ def check_out(out: Path | str | None, resume: bool | None = None, command: str =
         old = read_record(path)
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {str(path)!r} is a file; choose another folder with --out")
-        above = next(one for one in (path, *path.absolute().parents) if one.exists())
-        if old is None and not _takes_folders(above):
-            why = "nothing may be written there" if above.is_dir() else "it is a file"
-            raise UserError(f"--out {str(path)!r}: {str(above)!r} is no place for it, {why}; choose another folder")
+        if old is None:
+            _check_place(path)
     if old is None and path.is_dir() and any(not one.name.endswith(atomic.SUFFIX) for one in path.iterdir()):
         raise UserError(f"{str(path)!r} is not empty and holds no {RECORD}; choose a new folder for --out")
     if old is not None and not resume:
@@ -257,6 +259,14 @@ def check_out(out: Path | str | None, resume: bool | None = None, command: str =
     if old is not None and old["command"] != (command or old["command"]):
         raise UserError(f"{str(path)!r} holds a run of {old['command']}, not of {command}; choose another --out")
     return old
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a folder that cannot be made or written into."""
+    above = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not _takes_folders(above):
+        why = "nothing may be written there" if above.is_dir() else "it is a file"
+        raise UserError(f"--out {str(path)!r}: {str(above)!r} is no place for it, {why}; choose another folder")
 
 
 def _takes_folders(path: Path) -> bool:
