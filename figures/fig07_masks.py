@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from runs import CHOICE, chosen, file_suffix, model_of, options_of, paper_layers, run, target, write
+from runs import CHOICE, below, chosen, file_suffix, model_of, options_of, paper_layers, run, target, write
 
 from mmdit_probe.data import Dataset, dataset
 from mmdit_probe.data.labels import IGNORE
@@ -163,8 +163,8 @@ def settings(model: str) -> dict[str, Any]:
     if not found:
         return {"layers": tuple(paper_layers(model)) or None}
     return {
-        "selection": str(CHOICE / found["selection"]), "sigmas": tuple(found["sigma"]), "refine": found["refine"],
-        "noise_seeds": found["noise_seeds"], "options": found["options"],
+        "selection": str(below(CHOICE / found["selection"])), "sigmas": tuple(found["sigma"]),
+        "refine": found["refine"], "noise_seeds": found["noise_seeds"], "options": found["options"],
     }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from runs import (
     CHOICE,
     adapter_of,
     as_measured,
+    below,
     chosen,
     file_suffix,
     given,
@@ -87,7 +88,7 @@ def settings(model: str, how: dict[str, Any]) -> dict[str, Any]:
         f"{method}.{name}={value}" for method in methods for name, value in found["options"].get(method, {}).items()
     ]
     if "layers" not in how:
-        how |= {"noise_seeds": found["noise_seeds"], "selection": str(CHOICE / found["selection"])}
+        how |= {"noise_seeds": found["noise_seeds"], "selection": str(below(CHOICE / found["selection"]))}
     if "protocol" in how:
         steps = found["refine"].split("+")
         pixels = "+".join(step for step in steps if step.startswith("pamr")) or "none"

@@ -27,7 +27,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from runs import OUT
+from runs import OUT, below, shipped
 
 import mmdit_probe
 from mmdit_probe import assets, experiments
@@ -121,8 +121,9 @@ def make(figure: Figure, options: argparse.Namespace, weights: str, jobs: int) -
     if not options.fresh and weights and up_to_date(folder, figure.script, inputs):
         print(f"{figure.script}: up to date")
         return True
-    line = [sys.executable, str(HERE / f"{figure.script}.py"), "--model", options.model, "--device", options.device]
-    line += ["--out", str(options.out), *given, *(["--fresh"] if options.fresh else [])]
+    line = [sys.executable, str(below(HERE / f"{figure.script}.py")), "--model", options.model]
+    line += ["--device", options.device, "--out", str(below(options.out)), *given]
+    line += ["--fresh"] if options.fresh else []
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
     started = time.perf_counter()
     done = subprocess.run(line, env=os.environ | threads, capture_output=True, text=True)
@@ -199,9 +200,7 @@ def weights_of(model: str) -> str:
     """What tells a model's weights from others: for embedded models all that ships, for a folder its files' sizes and
     times, for a hub id the commit in the cache. Empty if unknown: then nothing counts as up to date."""
     if model in assets.names():
-        files = sorted(path for path in assets.path("scenes-sd3").parent.rglob("*") if path.is_file())
-        kept = [path for path in files if path.suffix in (".json", ".safetensors", ".txt", ".model", ".csv")]
-        return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in kept)).hexdigest()
+        return shipped()
     if Path(model).is_dir():
         return hashlib.sha256(json.dumps(stats_of(Path(model))).encode()).hexdigest()
     from huggingface_hub import try_to_load_from_cache

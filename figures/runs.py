@@ -1,8 +1,9 @@
 """What the figure scripts share: an experiment in, files under `figures/out/<model>/` out.
 
 A script names an experiment. A finished run of the same request (same weights included) is drawn again instead of being
-repeated; `--run`, where one run is drawn, names its folder, `--fresh` measures anew, and `--set` passes further options
-of the experiment:
+repeated: those of an embedded model with the options that a script has by itself are kept in `measured/`, which ships,
+all others in `runs/`. `--run`, where one run is drawn, names its folder, `--fresh` measures anew, and `--set` passes
+further options of the experiment:
 
     python figures/fig05_blur.py --model ... --set limit=4 --set num_steps=8 --set dino=facebook/dinov2-base
 """
@@ -10,23 +11,33 @@ of the experiment:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from mmdit_probe import assets
 from mmdit_probe.data import paper_table
+from mmdit_probe.experiments.experiment import plain
 from mmdit_probe.experiments.target import Named
 from mmdit_probe.models.names import device_name, model_name
 from mmdit_probe.plots import save
+from mmdit_probe.results.folder import short_hash
 
 if TYPE_CHECKING:
     from mmdit_probe.experiments.experiment import Experiment
     from mmdit_probe.experiments.result import Result
 
 OUT = Path(__file__).parent / "out"
+MEASURED = Path(__file__).parent / "measured"
+"""Run folders by experiment, options and weights; of their files the tables, arrays and records are committed."""
+ELSEWHERE = ("out", "fresh", "device", "model", "only")
+"""Options of a script that leave its measurement where it is kept."""
 PAPER_MODEL = "stable-diffusion-3-medium"
 PAPER_LENGTH = 77
 """The paper's text on its own model: T5 off, 77 CLIP tokens and 77 zeroed T5 slots."""
@@ -38,6 +49,13 @@ TRAINED_ON = {"coco": "COCO", "sa1b": "SA-1B", "sa-1b": "SA-1B"}
 """Word in an adapter's name or record -> the paper's name of its data."""
 PAPER_NAMES = {PAPER_MODEL: "SD3-medium", "stable-diffusion-3.5": "SD3.5-medium", "flux.1-dev": "FLUX.1-dev"}
 """Part of a model's name -> its name in the paper's list of layers."""
+WEIGHTS = (".json", ".safetensors", ".txt", ".model", ".csv")
+"""Suffixes of what decides the numbers of an embedded model."""
+
+
+def below(place: Path) -> Path:
+    """A place as it is seen from the working folder, if it is below: a record that is kept tells no other folders."""
+    return place.relative_to(Path.cwd()) if place.is_relative_to(Path.cwd()) else place
 
 
 def chosen(model: str) -> dict[str, Any]:
@@ -47,10 +65,20 @@ def chosen(model: str) -> dict[str, Any]:
     return found if found.get("model") == model else {}
 
 
+class Parser(argparse.ArgumentParser):
+    """Also says, as `plain`, whether the options that decide numbers are those that a script has by itself."""
+
+    def parse_args(self, *args: Any) -> argparse.Namespace:  # type: ignore[override]
+        options = super().parse_args(*args)
+        given = {name for name, value in vars(options).items() if value != self.get_default(name)}
+        options.plain = options.model in assets.names() and given <= {*ELSEWHERE}
+        return options
+
+
 def options_of(document: str | None, *, run: bool = True, more: bool = True) -> argparse.ArgumentParser:
     """A parser with the options that every figure script has, and those that most read: a run folder (`run`), and
     options of the experiment (`more`)."""
-    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=model_name, default="scenes-sd3")
     parser.add_argument("--lora", help="adapter to load onto the model: a folder or a hub id")
     parser.add_argument("--device", type=device_name, default="auto")
@@ -89,8 +117,23 @@ def measured(options: argparse.Namespace, experiment: type[Experiment], **how: A
 
 
 def run(experiment: Experiment, target: Any, options: argparse.Namespace) -> Result:
-    """A finished run of the same request, or a new one in `runs/`."""
-    return experiment.run(target, out="auto", resume=not options.fresh)
+    """A finished run of the same request, or a new one, which is kept in `measured/` or `runs/`."""
+    if not options.plain:
+        return experiment.run(target, out="auto", resume=not options.fresh)
+    asked, how = plain(asdict(experiment)), {k: v for k, v in target.options.items() if k not in ELSEWHERE}
+    if asked.get("selection"):  # wherever the clone lies
+        asked["selection"] = hashlib.sha256(Path(asked["selection"]).read_bytes()).hexdigest()
+    of = {"options": asked, "target": plain(how), "weights": shipped()}
+    place = MEASURED / target.name / f"{experiment.name}-{short_hash(of)}"
+    if options.fresh:
+        shutil.rmtree(place, ignore_errors=True)
+    return experiment.run(target, out=place, resume=True)
+
+
+def shipped() -> str:
+    """SHA-256 over all weights that ship, with their configurations and vocabularies."""
+    files = sorted(path for path in assets.path("scenes-sd3").parent.rglob("*") if path.suffix in WEIGHTS)
+    return hashlib.sha256(b"".join(hashlib.sha256(path.read_bytes()).digest() for path in files)).hexdigest()
 
 
 def given(options: argparse.Namespace, experiment: type[Experiment]) -> dict[str, Any]:

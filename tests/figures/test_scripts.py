@@ -7,8 +7,10 @@ import io
 import runpy
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -50,6 +52,33 @@ def test_an_option_keeps_the_words_that_it_knows(monkeypatch: pytest.MonkeyPatch
     told = SimpleNamespace(set=["sweep=none", "limit=none", "preset=none", "noise_seeds=2", "background=none"])
     expected = {"sweep": "none", "limit": None, "preset": None, "noise_seeds": 2, "background": "none"}
     assert given(told, Evaluate) == expected and Evaluate(**expected).sweep == "none"
+
+
+def test_what_ships_is_drawn_from_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A clone has no `runs/`: every figure whose drawing code had changed was measured anew, for hours."""
+    monkeypatch.syspath_prepend(str(FIGURES))
+    runs = importlib.import_module("runs")
+    monkeypatch.setattr(runs, "MEASURED", tmp_path)
+    asked = AttentionBudget(limit=1, rows="summary", layers="0")
+    places: list[Any] = []
+    monkeypatch.setattr(
+        AttentionBudget, "run", lambda self, target, out, resume: places.append((str(out), self.limit, resume))
+    )
+
+    def run(*line: str, experiment: AttentionBudget = asked) -> tuple[str, int, bool]:
+        options = runs.options_of("").parse_args([*line])
+        runs.run(experiment, runs.model_of(options), options)
+        return places[-1]
+
+    kept = run()
+    assert Path(kept[0]).parent == tmp_path / "scenes-sd3" and kept[1:] == (1, True)
+    Path(kept[0]).mkdir(parents=True)
+    assert run("--device", "cpu", "--out", "elsewhere") == kept
+    assert run(experiment=replace(asked, limit=2))[0] not in (kept[0], "auto")
+    for given in (["--set", "limit=1"], ["--lora", "somebody/adapter"]):
+        assert run(*given)[0] == "auto"
+    assert Path(kept[0]).exists()
+    assert run("--fresh") == kept and not Path(kept[0]).exists()
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ def test_a_folder_that_may_not_be_written(tmp_path, monkeypatch):
         check_out(tmp_path / "new" / "run")
     assert check_out(tmp_path / "mine", resume=True)["status"] == "finished"
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="'runs': .* is no place for it, nothing may be written there"):
+    with pytest.raises(UserError, match=r"'runs': .* is no place for it, nothing may be written there"):
         check_out("auto")
     assert check_out("auto", resume=True) is None
 
