@@ -17,7 +17,7 @@ from mmdit_probe.experiments import AttentionBudget
 
 def main() -> None:
     options = options_of(__doc__).parse_args()
-    result = measured(options, AttentionBudget, **paper_step(options))
+    result = measured(options, AttentionBudget, rows="summary", **paper_step(options))
     table = result.summary.assign(measured_as=protocol_of(result))
     write(result.figure(), target(options, result.model_name, "fig02_attention_budget"), table)
 
