@@ -385,9 +385,12 @@ class MMDiT:
         height, width = (int(side) * self.latent_side for side in latents.shape[-2:])
         prompts = [table.prompt for table in text.tokens] * repeat
         if family.fixed_length:
-            # Nothing but the text itself depends on the prompts, where there is no mask of theirs: encode none again.
+            # Nothing but the text itself depends on the prompts, where there is no mask of theirs, and no other input
+            # of text (HiDream's Llama): encode none again.
             blank, _ = self._call([""] * len(latents), (height, width))
-            prompts = prompts if any("mask" in name for name in blank) else [""] * len(latents)
+            further = blank.keys() - {family.text_input}
+            kept = any("mask" in name or name.startswith("encoder_") for name in further)
+            prompts = prompts if kept else [""] * len(latents)
         inputs = dict(self._call(prompts, (height, width))[0])
         packed = packing.pack(latents.to(device, dtype), family.form, family.cell)
         if self.references:

@@ -31,6 +31,7 @@ GUIDED = [name for name in NAMES if name not in ("ideogram4", "glm_image", "flux
 LOADED = [name for name in NAMES if FAMILIES[name].pipelines and FAMILIES[name].video_size is None]
 UNCONDITIONAL_FIRST = {
     "aura_flow", "bria", "prx", "bria_fibo", "easyanimate", "ernie_image", "cogview3plus", "cogvideox", "mochi",
+    "hidream",
 }  # fmt: skip
 """Pipelines that run both branches in one call, the unconditional rows before the others."""
 SAMPLED_ONLY = {
@@ -172,6 +173,21 @@ def test_words_are_unknown_where_the_caller_writes_the_template(name: str, optio
             undo()
         tables = rows._branches["cond"].tables
         assert [table is not None for table in tables] == [known]
+
+
+def test_an_encoder_without_a_text_of_its_own_reads_the_prompt() -> None:
+    """HiDream: another text for T5 is not Llama's, and none is the negative prompt's."""
+    pipe = model_of("hidream").pipeline
+    rows = PipelineRows(pipe, FAMILIES["hidream"])
+    detach = rows.attach()
+    with torch.no_grad():
+        pipe.encode_prompt("a red ring", prompt_3="a cat", negative_prompt="ring", negative_prompt_3="red", device="cpu")
+    for undo in detach:
+        undo()
+    for branch, texts in (("cond", ("a cat", "a red ring")), ("uncond", ("red", "ring"))):
+        table = rows._branches[branch].tables[0]
+        assert table is not None
+        assert [table.text(stream) for stream in ("t5", "llama", "llama_layer")] == [texts[0], texts[1], texts[1]]
 
 
 def test_a_tokenizer_that_cannot_be_read_leaves_words_unknown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -458,7 +458,7 @@ ENTRIES: tuple[Family, ...] = (
         "hidream", "HiDreamImageTransformer2DModel",
         (r"double_stream_blocks\.(\d+)\.block\.attn1", r"single_stream_blocks\.(\d+)\.block\.attn1"), ("image", "text"),
         _hidream, text_input="encoder_hidden_states_t5", timestep_input="timesteps", timesteps=1000.0,
-        guidance=_UNCOND_FIRST, length_argument=_LENGTH, default_length=128,
+        towards_image=True, guidance=_UNCOND_FIRST, length_argument=_LENGTH, default_length=128,
         streams=(
             stream("t5", "tokenizer_3", "text_encoder_3"),
             stream("llama", "tokenizer_4", "text_encoder_4"),
