@@ -82,6 +82,8 @@ class Family:
     """Kinds of tokens in the order of the attention call's keys."""
     arrangement: Callable[[Mapping[str, Any], Any], Arrangement]
     """(arguments of the transformer's forward, its config) -> the order of every sample's keys."""
+    textless: str = ""
+    """Name of a number in the config: how many of the last `layers` see no text, and are no joint attention."""
     image_input: str = "hidden_states"
     text_input: str = "encoder_hidden_states"
     timestep_input: str = "timestep"
