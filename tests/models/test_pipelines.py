@@ -175,6 +175,24 @@ def test_words_are_unknown_where_the_caller_writes_the_template(name: str, optio
         assert [table is not None for table in tables] == [known]
 
 
+def test_words_of_a_pipeline_that_reads_prompts_in_another_way_stay_unknown() -> None:
+    """PRXPixel keeps upper case, which is read as other tokens, and has a length of its own."""
+    from diffusers import PRXPixelPipeline
+    from diffusers.pipelines.prx import pipeline_prx, pipeline_prx_pixel
+
+    parts = dict(model_of("prx").pipeline.components)
+    parts.pop("vae")
+    pipeline_prx_pixel.ftfy = pipeline_prx.ftfy  # an optional package
+    pipe = PRXPixelPipeline(**parts, prompt_max_tokens=8)
+    rows = PipelineRows(pipe, FAMILIES["prx"])
+    detach = rows.attach()
+    with torch.no_grad(), pytest.warns(UserWarning, match="PRXPixelPipeline reads prompts in another way"):
+        pipe.encode_prompt("A RED ring", device="cpu")
+    for undo in detach:
+        undo()
+    assert rows._branches["cond"].tables == [None] and rows._branches["cond"].prompts == ["A RED ring"]
+
+
 def test_an_encoder_without_a_text_of_its_own_reads_the_prompt() -> None:
     """HiDream: another text for T5 is not Llama's, and none is the negative prompt's."""
     pipe = model_of("hidream").pipeline
