@@ -196,6 +196,9 @@ class MMDiT:
             return self.family.video_size(self.pipeline)
         config: Any = self.transformer.config
         size = getattr(self.pipeline, "default_sample_size", None) or getattr(config, "sample_size", None)
+        known = inspect.signature(type(self.pipeline).__call__).parameters
+        if not size and known["height"].default:
+            return known["height"].default, known["width"].default
         unit = 1 if self.family.size_in_pixels and size else int(self.pipeline.vae_scale_factor)
         side = int(size or _LATENTS) * unit
         return side, side
@@ -510,11 +513,13 @@ class MMDiT:
 
     def _arguments(self, *, guidance: float | None, length: int | None = None, **options: Any) -> dict[str, Any]:
         """Arguments of the stock pipeline by its own names, as far as it takes them; its own defaults for None, but for
-        what the family sets, and a picture's sides: without any, pipelines take the size that the model was made for,
-        which is not the default of all of them (AuraFlow's is 1024)."""
-        sides = () if self.makes_videos else {"height", "width"} - dict(self.family.options).keys()
-        stated = {name: value for name, value in options.items() if value is not None or name in sides}
-        options = dict(self.family.options) | stated
+        what the family sets, and a picture's sides: those that the model was made for, which are not the default of all
+        pipelines (AuraFlow's is 1024); where that is None, a picture to be edited may decide."""
+        known = inspect.signature(type(self.pipeline).__call__).parameters
+        for name, side in zip(("height", "width"), self.default_size, strict=True):
+            if options.get(name) is None and name in known and known[name].default is not None:
+                options[name] = side
+        options = dict(self.family.options) | {name: value for name, value in options.items() if value is not None}
         check_references(type(self.pipeline), self.family, len(self.references))
         if self.references:
             given = list(self.references) if len(self.references) > 1 else self.references[0]
@@ -524,7 +529,6 @@ class MMDiT:
         options[self.family.length_argument] = self.max_sequence_length if length is None else length
         if guidance is not None:
             options[self.family.scale_argument] = max(0.0, guidance - self.family.scale_offset)
-        known = inspect.signature(type(self.pipeline).__call__).parameters
         return {name: value for name, value in options.items() if name in known}
 
     def generate(

@@ -17,6 +17,7 @@ from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.latents import pack, unpack
 from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.models.pipeline_call import bind
 from mmdit_probe.observe.mass import AttentionMass
 from mmdit_probe.observe.pipeline_labels import PipelineRows
 from mmdit_probe.observe.probe import probe
@@ -293,12 +294,35 @@ def test_an_autoencoder_without_a_distribution() -> None:
     ("name", "default", "multiple"),
     [
         ("flux", 1024, 16), ("bria", 1024, 16), ("bria_fibo", 1024, 16), ("krea2", 1024, 16), ("prx", 512, 16),
-        ("longcat_image", 1024, 16), ("nucleus_image", 1024, 16),
+        ("longcat_image", 1024, 16), ("nucleus_image", 1024, 16), ("ernie_image", 1024, 16), ("ideogram4", 2048, 16),
     ],
 )  # fmt: skip
 def test_sizes_are_in_pixels_whatever_the_pipeline_counts_in(name: str, default: int, multiple: int) -> None:
     model = model_of(name)
     assert model.default_size == (default, default) and model.size_multiple == multiple
+
+
+@pytest.mark.parametrize("name", ["aura_flow", "ernie_image", "flux", "ideogram4", "krea2"])
+def test_a_size_that_nobody_names_is_the_models_own(name: str) -> None:
+    model = model_of(name)
+    transformer, found = model.transformer, []
+
+    class Reached(Exception):
+        pass
+
+    def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(model.family.arrangement(bind(module, args, kwargs), module.config))
+        raise Reached
+
+    handle = transformer.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with pytest.raises(Reached):
+            model.generate("ring", steps=1, guidance=1.0)
+    finally:
+        handle.remove()
+    height, width = model.default_size
+    side = 16  # pixels a token
+    assert found[0].grid == (height // side, width // side)
 
 
 def test_images_go_through_the_autoencoder_and_back_into_tokens() -> None:
