@@ -513,13 +513,12 @@ class MMDiT:
 
     def _arguments(self, *, guidance: float | None, length: int | None = None, **options: Any) -> dict[str, Any]:
         """Arguments of the stock pipeline by its own names, as far as it takes them; its own defaults for None, but for
-        what the family sets, and a picture's sides: those that the model was made for, which are not the default of all
-        pipelines (AuraFlow's is 1024); where that is None, a picture to be edited may decide."""
+        what the family sets, and the sides of a picture or video that goes by no other: those that the model was made
+        for, which are not the default of all pipelines (AuraFlow's is 1024)."""
         known = inspect.signature(type(self.pipeline).__call__).parameters
-        for name, side in zip(("height", "width"), self.default_size, strict=True):
-            if options.get(name) is None and name in known and known[name].default is not None:
-                options[name] = side
-        options = dict(self.family.options) | {name: value for name, value in options.items() if value is not None}
+        own = {} if self.references else dict(zip(("height", "width"), self.default_size, strict=True))
+        stated = {name: value for name, value in options.items() if value is not None}
+        options = dict(self.family.options) | own | stated
         check_references(type(self.pipeline), self.family, len(self.references))
         if self.references:
             given = list(self.references) if len(self.references) > 1 else self.references[0]

@@ -200,7 +200,8 @@ def test_an_encoder_without_a_text_of_its_own_reads_the_prompt() -> None:
     rows = PipelineRows(pipe, FAMILIES["hidream"])
     detach = rows.attach()
     with torch.no_grad():
-        pipe.encode_prompt("a red ring", prompt_3="a cat", negative_prompt="ring", negative_prompt_3="red", device="cpu")
+        others = {"prompt_3": "a cat", "negative_prompt": "ring", "negative_prompt_3": "red"}
+        pipe.encode_prompt("a red ring", device="cpu", **others)
     for undo in detach:
         undo()
     for branch, texts in (("cond", ("a cat", "a red ring")), ("uncond", ("red", "ring"))):
@@ -302,7 +303,7 @@ def test_sizes_are_in_pixels_whatever_the_pipeline_counts_in(name: str, default:
     assert model.default_size == (default, default) and model.size_multiple == multiple
 
 
-@pytest.mark.parametrize("name", ["aura_flow", "ernie_image", "flux", "ideogram4", "krea2"])
+@pytest.mark.parametrize("name", ["aura_flow", "ernie_image", "flux", "glm_image", "ideogram4", "krea2"])
 def test_a_size_that_nobody_names_is_the_models_own(name: str) -> None:
     model = model_of(name)
     transformer, found = model.transformer, []

@@ -550,8 +550,8 @@ ENTRIES: tuple[Family, ...] = (
         "joyimage_edit_plus", "JoyImageEditPlusTransformer3DModel", r"double_blocks\.(\d+)\.attn", ("image", "text"),
         _joy_plus, timesteps=1000.0, guidance=_UNCOND_FIRST, not_loaded=_JOY,
     ),
-    # transformer_motif_video.py: embeddings of a first frame are neither image nor text tokens. Its decoder attends from
-    # the image to what the layers before made of it, and its blocks may read text by cross-attention, too.
+    # transformer_motif_video.py: embeddings of a first frame are neither image nor text tokens. Its decoder attends
+    # from the image to what the layers before made of it, and its blocks may read text by cross-attention, too.
     Family(
         "motif_video", "MotifVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "other", "text"),
         sequence(latents, "image", "other", "text", registers="image_embeds"), textless="num_decoder_layers",
