@@ -432,8 +432,8 @@ class MMDiT:
             )
 
     def _check_call(self, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-        """Refuse options of a call that the pipeline has not, that `generate` sets by itself (the arguments), or that
-        ask for pictures without an autoencoder."""
+        """Refuse options of a call that the pipeline has not, that `generate` sets by itself (the arguments), that leave
+        a negative prompt unread, or that ask for pictures without an autoencoder."""
         known = inspect.signature(type(self.pipeline).__call__).parameters
         for name in options:
             if name in arguments or name == "prompt":
@@ -442,6 +442,12 @@ class MMDiT:
                 )
             if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in known.values()):
                 check_known("option of the pipeline", name, list(known)[1:])
+        twofold = float(options.get("true_cfg_scale", 1.0)) > 1.0 or "true_cfg_scale" in arguments
+        if any(arguments.get("negative_prompt", ())) and "true_cfg_scale" in known and not twofold:
+            raise UserError(
+                f"{type(self.pipeline).__name__} reads a negative prompt with true_cfg_scale above 1 only: give that,"
+                " too, or leave it out"
+            )
         if options.get("output_type") != "latent":
             self._check_vae('; ask for output_type="latent"')
 

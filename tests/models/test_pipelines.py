@@ -148,6 +148,16 @@ def test_a_denoising_call_is_the_pipelines_own(name: str) -> None:
     assert {"word"} <= set(table["span"]) and set(table["sigma"]) == {1.0} and set(table["seed"]) == {7}
 
 
+def test_a_negative_prompt_that_is_not_read_is_refused() -> None:
+    """Flux reads it in a second forward, which the scale that is distilled does not ask for."""
+    model, how = model_of("flux"), {"steps": 1, "height": SIDE, "width": SIDE, "output_type": "latent"}
+    with pytest.raises(UserError, match="FluxPipeline reads a negative prompt with true_cfg_scale above 1 only"):
+        model.generate("a red ring", negative="ring", **how)
+    with probe(model, AttentionMass(heads=0), layers=0) as run:
+        model.generate("a red ring", negative="ring", true_cfg_scale=2.0, **how)
+    assert set(run[AttentionMass].table()["branch"]) == {"cond", "uncond"}
+
+
 def test_an_empty_negative_prompt_is_known() -> None:
     table = sample(model_of("ernie_image"), "a red ring", guidance=3.0).query("query == 'image' and key == 'text'")
     kinds = table[table["step"] == 0].groupby("branch")["span"].agg(set).to_dict()
