@@ -432,8 +432,8 @@ class MMDiT:
             )
 
     def _check_call(self, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-        """Refuse options of a call that the pipeline has not, that `generate` sets by itself (the arguments), that leave
-        a negative prompt unread, or that ask for pictures without an autoencoder."""
+        """Refuse options of a call that the pipeline has not, that `generate` sets by itself (the arguments), or that
+        ask for pictures without an autoencoder; and a negative prompt that would not be read."""
         known = inspect.signature(type(self.pipeline).__call__).parameters
         for name in options:
             if name in arguments or name == "prompt":

@@ -18,6 +18,7 @@ from mmdit_probe.models.latents import pack, unpack
 from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.pipeline_call import bind
+from mmdit_probe.models.tokens import unknown_table
 from mmdit_probe.observe.mass import AttentionMass
 from mmdit_probe.observe.pipeline_labels import PipelineRows
 from mmdit_probe.observe.probe import probe
@@ -230,6 +231,15 @@ def test_a_tokenizer_that_cannot_be_read_leaves_words_unknown(monkeypatch: pytes
     monkeypatch.setattr("mmdit_probe.observe.pipeline_labels.token_tables", unreadable)
     with pytest.warns(UserWarning, match="stay unknown: does not say"):
         table = sample(model, "a cat", guidance=3.0)
+    assert set(table[table["key"] == "text"]["span"]) == {"unknown"} and set(table["prompt"]) == {"a cat"}
+
+
+def test_text_of_another_length_than_the_prompts_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of LongCat's and HunyuanVideo's pipelines that show their encoder a picture."""
+    short = [unknown_table(3, "a cat")]
+    monkeypatch.setattr("mmdit_probe.observe.pipeline_labels.token_tables", lambda *_: short)
+    with pytest.warns(UserWarning, match="FluxPipeline put other text than the prompt alone .* words are unknown"):
+        table = sample(model_of("flux"), "a cat", guidance=1.0)
     assert set(table[table["key"] == "text"]["span"]) == {"unknown"} and set(table["prompt"]) == {"a cat"}
 
 
