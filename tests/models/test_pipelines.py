@@ -243,6 +243,10 @@ def test_text_of_another_length_than_the_prompts_is_told(monkeypatch: pytest.Mon
     assert set(table[table["key"] == "text"]["span"]) == {"unknown"} and set(table["prompt"]) == {"a cat"}
 
 
+def test_the_prompt_of_an_unconditional_row_is_its_image_s_if_it_is_empty() -> None:
+    assert set(sample(model_of("aura_flow"), "", guidance=3.0, negative="ring")["prompt"]) == {""}
+
+
 def test_glm_reads_quotations_only() -> None:
     prompts = ["a \"red\" ring, a 'cat'", "a ring", "the 'ring'"]
     table = sample(
