@@ -63,7 +63,7 @@ class TextStream:
     """Whether the tokenizer adds its own special tokens."""
     picture: str = ""
     """The token that stands for a reference picture in the text and is repeated for its patches, where the encoder sees
-    pictures too."""
+    pictures too. Beside pictures no text is cut off."""
     pictures: Callable[[Any, int], str] | None = None
     """(pipeline, how many) -> the text before the prompt that names them, where it is not part of `wrap`."""
 
