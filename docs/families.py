@@ -15,8 +15,9 @@ INTRODUCTION = """\
 Every joint-attention family of diffusers is observed by the same `probe`, through its stock pipeline or bare
 transformer. In every stock pipeline that encodes its prompts by `encode_prompt`, guidance branches and words are
 labelled, templates and pads apart from them; elsewhere (Flux.3, OmniGen, embeddings of one's own) pass token tables
-with `tokens=`. `load` and `--model` take the pipelines of the last column, without the rewriting of prompts that
-some of them do.
+with `tokens=`. Words are "unknown", with a warning, where a pipeline reads more than the family's others do: a
+picture (LongCat-Image-Edit, HunyuanVideo from a picture), or text cleaned in another way (PRXPixel). `load` and
+`--model` take the pipelines of the last column, without the rewriting of prompts that some of them do.
 
 A model that nobody described is laid out mechanically, by perturbing its inputs with attention replaced by the
 identity; `mmdit-probe models inspect DIRECTORY` prints what was found. Models with cross-attention (PixArt, Wan, Sana,

@@ -274,7 +274,9 @@ def _easyanimate(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> I
 
 
 def _motif(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
-    return _easyanimate(batch, grid, lengths) | {"encoder_attention_mask": _mask(lengths)}
+    """A video that begins with a picture."""
+    further = {"encoder_attention_mask": _mask(lengths), "image_embeds": torch.randn(batch, 1, TEXT)}
+    return _easyanimate(batch, grid, lengths) | further
 
 
 def _prx(batch: int, grid: tuple[int, int], lengths: Sequence[int]) -> Inputs:
@@ -754,9 +756,13 @@ FIXTURES: dict[str, Fixture] = {
             "num_attention_heads": HEADS,
             "attention_head_dim": WIDTH,
             "num_layers": 2,
-            "num_single_layers": 2,
+            "num_single_layers": 3,
+            "num_decoder_layers": 1,
             "text_embed_dim": TEXT,
+            "image_embed_dim": TEXT,
             "rope_axes_dim": (4, 6, 6),
+            "enable_text_cross_attention_dual": True,
+            "enable_text_cross_attention_single": True,
         },
         _motif,
         lengths=(7, 4),

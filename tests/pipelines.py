@@ -15,10 +15,12 @@ from typing import Any
 import torch
 
 from tests import tiny
-from tests.families import CHANNELS, FIXTURES, TEXT
+from tests.families import CHANNELS, FIXTURES, POOLED, TEXT
 
 SIDE = 32
 """Pixels; the autoencoder's /8 and patches of 2 give 2 x 2 tokens."""
+LONGEST = 218
+"""Positions of HiDream's CLIPs, which pad to the length of the other encoders up to here."""
 FIBO_BLANK = 128000
 """Number of the token that BriaFiboPipeline puts in place of an empty prompt."""
 
@@ -133,15 +135,15 @@ def _with_llm(
     )  # fmt: skip
 
 
-def clip(tokenizer: Any, length: int = tiny.CLIP_LENGTH) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
+def clip(tokenizer: Any, length: int = tiny.CLIP_LENGTH, kind: str = "CLIPTextModel", projection: int = 20) -> Any:
+    import transformers
 
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=20, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=length, projection_dim=20,
+        num_attention_heads=2, max_position_embeddings=length, projection_dim=projection,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    return CLIPTextModel(config).eval()
+    return getattr(transformers, kind)(config).eval()
 
 
 def flux(kind: str = "FluxPipeline") -> Any:
@@ -350,8 +352,31 @@ def ideogram4() -> Any:
     )  # fmt: skip
 
 
+def hidream() -> Any:
+    """Two text encoders whose tokens are keys, and two CLIPs that are pooled."""
+    from diffusers import HiDreamImagePipeline
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    clip_tokenizer, tokenizer, words = tiny.clip_tokenizer("<|endoftext|>"), tiny.t5_tokenizer(), llm_tokenizer()
+    tokenizer.model_max_length = LONGEST
+    parts = {"kind": "CLIPTextModelWithProjection", "projection": POOLED // 2}
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=TEXT, intermediate_size=2 * TEXT, num_hidden_layers=4, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=2, attn_implementation="eager",
+    )  # fmt: skip
+    pipe = HiDreamImagePipeline(
+        scheduler=flow(use_dynamic_shifting=True), vae=vae(), text_encoder=clip(clip_tokenizer, LONGEST, **parts),
+        tokenizer=clip_tokenizer, text_encoder_2=clip(clip_tokenizer, LONGEST, **parts), tokenizer_2=clip_tokenizer,
+        text_encoder_3=t5(tokenizer), tokenizer_3=tokenizer, text_encoder_4=LlamaForCausalLM(config).eval(),
+        tokenizer_4=words, transformer=transformer("hidream"),
+    )  # fmt: skip
+    pipe.default_sample_size = SIDE // pipe.vae_scale_factor  # it makes pictures of this area only
+    return pipe
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {
     "flux": flux,
+    "hidream": hidream,
     "chroma": lambda: with_t5("ChromaPipeline", "chroma", in_channels=4 * CHANNELS),
     "bria": lambda: with_t5("BriaPipeline", "bria", in_channels=4 * CHANNELS),
     "aura_flow": lambda: with_t5("AuraFlowPipeline", "aura_flow", vae(shift_factor=None)),

@@ -216,4 +216,6 @@ def find_layers(family: Family, transformer: nn.Module) -> list[Layer]:
             found.append((place, path, module))
     if not found:
         raise UserError(f"{type(transformer).__name__} has no joint-attention layer at {family.layers!r}")
-    return [Layer(index, path, module) for index, (_, path, module) in enumerate(sorted(found, key=lambda it: it[0]))]
+    joint = len(found) - (getattr(transformer.config, family.textless) if family.textless else 0)
+    ordered = sorted(found, key=lambda it: it[0])[:joint]
+    return [Layer(index, path, module) for index, (_, path, module) in enumerate(ordered)]

@@ -196,6 +196,9 @@ class MMDiT:
             return self.family.video_size(self.pipeline)
         config: Any = self.transformer.config
         size = getattr(self.pipeline, "default_sample_size", None) or getattr(config, "sample_size", None)
+        known = inspect.signature(type(self.pipeline).__call__).parameters
+        if not size and known["height"].default:
+            return known["height"].default, known["width"].default
         unit = 1 if self.family.size_in_pixels and size else int(self.pipeline.vae_scale_factor)
         side = int(size or _LATENTS) * unit
         return side, side
@@ -385,9 +388,12 @@ class MMDiT:
         height, width = (int(side) * self.latent_side for side in latents.shape[-2:])
         prompts = [table.prompt for table in text.tokens] * repeat
         if family.fixed_length:
-            # Nothing but the text itself depends on the prompts, where there is no mask of theirs: encode none again.
+            # Nothing but the text itself depends on the prompts, where there is no mask of theirs, and no other input
+            # of text (HiDream's Llama): encode none again.
             blank, _ = self._call([""] * len(latents), (height, width))
-            prompts = prompts if any("mask" in name for name in blank) else [""] * len(latents)
+            further = blank.keys() - {family.text_input}
+            kept = any("mask" in name or name.startswith("encoder_") for name in further)
+            prompts = prompts if kept else [""] * len(latents)
         inputs = dict(self._call(prompts, (height, width))[0])
         packed = packing.pack(latents.to(device, dtype), family.form, family.cell)
         if self.references:
@@ -427,7 +433,7 @@ class MMDiT:
 
     def _check_call(self, arguments: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         """Refuse options of a call that the pipeline has not, that `generate` sets by itself (the arguments), or that
-        ask for pictures without an autoencoder."""
+        ask for pictures without an autoencoder; and a negative prompt that would not be read."""
         known = inspect.signature(type(self.pipeline).__call__).parameters
         for name in options:
             if name in arguments or name == "prompt":
@@ -436,6 +442,12 @@ class MMDiT:
                 )
             if all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in known.values()):
                 check_known("option of the pipeline", name, list(known)[1:])
+        twofold = float(options.get("true_cfg_scale", 1.0)) > 1.0 or "true_cfg_scale" in arguments
+        if any(arguments.get("negative_prompt", ())) and "true_cfg_scale" in known and not twofold:
+            raise UserError(
+                f"{type(self.pipeline).__name__} reads a negative prompt with true_cfg_scale above 1 only: give that,"
+                " too, or leave it out"
+            )
         if options.get("output_type") != "latent":
             self._check_vae('; ask for output_type="latent"')
 
@@ -507,11 +519,12 @@ class MMDiT:
 
     def _arguments(self, *, guidance: float | None, length: int | None = None, **options: Any) -> dict[str, Any]:
         """Arguments of the stock pipeline by its own names, as far as it takes them; its own defaults for None, but for
-        what the family sets, and a picture's sides: without any, pipelines take the size that the model was made for,
-        which is not the default of all of them (AuraFlow's is 1024)."""
-        sides = () if self.makes_videos else {"height", "width"} - dict(self.family.options).keys()
-        stated = {name: value for name, value in options.items() if value is not None or name in sides}
-        options = dict(self.family.options) | stated
+        what the family sets, and the sides of a picture or video that goes by no other: those that the model was made
+        for, which are not the default of all pipelines (AuraFlow's is 1024)."""
+        known = inspect.signature(type(self.pipeline).__call__).parameters
+        own = {} if self.references else dict(zip(("height", "width"), self.default_size, strict=True))
+        stated = {name: value for name, value in options.items() if value is not None}
+        options = dict(self.family.options) | own | stated
         check_references(type(self.pipeline), self.family, len(self.references))
         if self.references:
             given = list(self.references) if len(self.references) > 1 else self.references[0]
@@ -521,7 +534,6 @@ class MMDiT:
         options[self.family.length_argument] = self.max_sequence_length if length is None else length
         if guidance is not None:
             options[self.family.scale_argument] = max(0.0, guidance - self.family.scale_offset)
-        known = inspect.signature(type(self.pipeline).__call__).parameters
         return {name: value for name, value in options.items() if name in known}
 
     def generate(

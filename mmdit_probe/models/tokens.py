@@ -23,6 +23,8 @@ from mmdit_probe.errors import ProbeWarning, UserError, check_known, unknown
 from mmdit_probe.models.families.facts import Family, Part, TextStream
 from mmdit_probe.models.words import blankless, check_prompt, find, folded, words
 
+_ALL = 1 << 30
+"""More tokens than any prompt has."""
 SPAN_KINDS = ("bos", "word", "eos", "pad", "template", "vision", "null", "unknown")
 
 
@@ -403,7 +405,7 @@ def _reading(
     tokens: list[Token] = []
     unread: list[tuple[int, int]] = []
     for parts in texts:
-        room = size + cut - left
+        room = _ALL if pictures else size + cut - left
         found, reach = _read(tokenizer, stream, parts, room - len(tokens) if stream.padded else room)
         tokens += found
         unread += _beyond(parts, reach)

@@ -171,8 +171,8 @@ class PipelineRows:
     ) -> _Branch:
         """One branch of an `encode_prompt` call; `ready_made` is the argument that replaces its texts by embeddings."""
         rows = [row.detach().clone() for row in embeddings]  # a callback may change them in place
-        # A text that is not given is the first one's; one that is given as embeddings is unknown.
-        first = next((given[n] for n in (names[0], ready_made.removesuffix("_embeds")) if given.get(n)), None)
+        # A text that is not given is the prompt; one that is given as embeddings is unknown.
+        first = next((given[n] for n in (ready_made.removesuffix("_embeds"), names[0]) if given.get(n)), None)
         if any(name.startswith(ready_made) and given[name] is not None for name in given) or (
             first is None and not negative
         ):

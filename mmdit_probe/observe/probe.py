@@ -431,10 +431,14 @@ class Run:
             self._steps_run.add(self._step)
         length = layout.counts["text"]
         tables = self._given_tables(samples, length) or fitted(self.family, batch.tokens or (), length)
-        prompts = [
-            prompt or (table.prompt if table is not None else "")
-            for prompt, table in zip(batch.prompts, tables or [None] * samples, strict=True)
-        ]
+        if any(batch.tokens or ()) and not any(tables):
+            self.note(
+                f"{type(self.pipeline).__name__} put other text than the prompt alone before the transformer: its words"
+                " are unknown"
+            )
+        prompts = batch.prompts
+        if self._tokens is not None:
+            prompts = [prompt or getattr(table, "prompt", "") for prompt, table in zip(prompts, tables, strict=True)]
         return DenoisingCall(
             number=self._calls - 1,
             step=step if batch.step is None else batch.step,

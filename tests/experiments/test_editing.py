@@ -97,21 +97,24 @@ def test_a_stock_pipeline_is_read_by_its_pictures_and_words(name: str) -> None:
         np.testing.assert_allclose(own.groupby("head")["mass"].sum(), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("prompt", [PROMPT, f"{PROMPT}, " + "a blue house, " * 60 + PROMPT], ids=["short", "long"])
 @pytest.mark.parametrize("name", ["qwen_edit", "qwen_edit_plus"])
-def test_text_positions_are_those_of_the_pipeline_s_own_processor(name: str) -> None:
+def test_text_positions_are_those_of_the_pipeline_s_own_processor(name: str, prompt: str) -> None:
+    """Beside pictures no prompt is cut off, whatever its length."""
     model = model_of(name)
     pipe, found = model.pipeline, []
     processor = type(pipe.processor)
     call = processor.__call__
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(processor, "__call__", lambda *args, **kw: (found.append(call(*args, **kw)), found[-1])[1])
-        table = MMDiT(pipe, name).given(PICTURES[name]).encode_prompt(PROMPT).tokens[0]
+        table = MMDiT(pipe, name).given(PICTURES[name]).encode_prompt(prompt).tokens[0]
     ids = found[0]["input_ids"][0, pipe.prompt_template_encode_start_idx :].tolist()
     assert len(ids) == len(table)
     shown = pipe.tokenizer.convert_tokens_to_ids(PICTURE)
     assert table.positions(kind="vision") == [p for p, token in enumerate(ids) if token == shown]
-    assert pipe.tokenizer.decode([ids[p] for p in table.positions(kind="word")]) == PROMPT
-    assert pipe.tokenizer.decode([ids[p] for p in table.positions(word="ring")]).strip() == "ring"
+    assert pipe.tokenizer.decode([ids[p] for p in table.positions(kind="word")]) == prompt and not table.truncated
+    last = table.word_spans("ring", prompt.count("ring") - 1)["llm"]
+    assert pipe.tokenizer.decode([ids[p] for p in last]).strip() == "ring"
 
 
 @pytest.mark.parametrize("name", sorted(PIPELINES))

@@ -12,7 +12,7 @@ from mmdit_probe.models.layout import find_layers
 from mmdit_probe.models.names import counts_of
 from tests.families import FIXTURES
 
-MORE = {"flux3"}
+MORE = {"flux3", "motif_video"}
 """Families with fewer joint layers than their configuration counts: too high a number is refused after loading."""
 
 

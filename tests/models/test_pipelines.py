@@ -17,6 +17,8 @@ from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.latents import pack, unpack
 from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.models.pipeline_call import bind
+from mmdit_probe.models.tokens import unknown_table
 from mmdit_probe.observe.mass import AttentionMass
 from mmdit_probe.observe.pipeline_labels import PipelineRows
 from mmdit_probe.observe.probe import probe
@@ -31,6 +33,7 @@ GUIDED = [name for name in NAMES if name not in ("ideogram4", "glm_image", "flux
 LOADED = [name for name in NAMES if FAMILIES[name].pipelines and FAMILIES[name].video_size is None]
 UNCONDITIONAL_FIRST = {
     "aura_flow", "bria", "prx", "bria_fibo", "easyanimate", "ernie_image", "cogview3plus", "cogvideox", "mochi",
+    "hidream",
 }  # fmt: skip
 """Pipelines that run both branches in one call, the unconditional rows before the others."""
 SAMPLED_ONLY = {
@@ -146,6 +149,16 @@ def test_a_denoising_call_is_the_pipelines_own(name: str) -> None:
     assert {"word"} <= set(table["span"]) and set(table["sigma"]) == {1.0} and set(table["seed"]) == {7}
 
 
+def test_a_negative_prompt_that_is_not_read_is_refused() -> None:
+    """Flux reads it in a second forward, which the scale that is distilled does not ask for."""
+    model, how = model_of("flux"), {"steps": 1, "height": SIDE, "width": SIDE, "output_type": "latent"}
+    with pytest.raises(UserError, match="FluxPipeline reads a negative prompt with true_cfg_scale above 1 only"):
+        model.generate("a red ring", negative="ring", **how)
+    with probe(model, AttentionMass(heads=0), layers=0) as run:
+        model.generate("a red ring", negative="ring", true_cfg_scale=2.0, **how)
+    assert set(run[AttentionMass].table()["branch"]) == {"cond", "uncond"}
+
+
 def test_an_empty_negative_prompt_is_known() -> None:
     table = sample(model_of("ernie_image"), "a red ring", guidance=3.0).query("query == 'image' and key == 'text'")
     kinds = table[table["step"] == 0].groupby("branch")["span"].agg(set).to_dict()
@@ -174,6 +187,40 @@ def test_words_are_unknown_where_the_caller_writes_the_template(name: str, optio
         assert [table is not None for table in tables] == [known]
 
 
+def test_words_of_a_pipeline_that_reads_prompts_in_another_way_stay_unknown() -> None:
+    """PRXPixel keeps upper case, which is read as other tokens, and has a length of its own."""
+    from diffusers import PRXPixelPipeline
+    from diffusers.pipelines.prx import pipeline_prx, pipeline_prx_pixel
+
+    parts = dict(model_of("prx").pipeline.components)
+    parts.pop("vae")
+    pipeline_prx_pixel.ftfy = pipeline_prx.ftfy  # an optional package
+    pipe = PRXPixelPipeline(**parts, prompt_max_tokens=8)
+    rows = PipelineRows(pipe, FAMILIES["prx"])
+    detach = rows.attach()
+    with torch.no_grad(), pytest.warns(UserWarning, match="PRXPixelPipeline reads prompts in another way"):
+        pipe.encode_prompt("A RED ring", device="cpu")
+    for undo in detach:
+        undo()
+    assert rows._branches["cond"].tables == [None] and rows._branches["cond"].prompts == ["A RED ring"]
+
+
+def test_an_encoder_without_a_text_of_its_own_reads_the_prompt() -> None:
+    """HiDream: another text for T5 is not Llama's, and none is the negative prompt's."""
+    pipe = model_of("hidream").pipeline
+    rows = PipelineRows(pipe, FAMILIES["hidream"])
+    detach = rows.attach()
+    with torch.no_grad():
+        others = {"prompt_3": "a cat", "negative_prompt": "ring", "negative_prompt_3": "red"}
+        pipe.encode_prompt("a red ring", device="cpu", **others)
+    for undo in detach:
+        undo()
+    for branch, texts in (("cond", ("a cat", "a red ring")), ("uncond", ("red", "ring"))):
+        table = rows._branches[branch].tables[0]
+        assert table is not None
+        assert [table.text(stream) for stream in ("t5", "llama", "llama_layer")] == [texts[0], texts[1], texts[1]]
+
+
 def test_a_tokenizer_that_cannot_be_read_leaves_words_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stock pipeline runs with it, so it runs under the probe."""
     model = model_of("flux")
@@ -185,6 +232,19 @@ def test_a_tokenizer_that_cannot_be_read_leaves_words_unknown(monkeypatch: pytes
     with pytest.warns(UserWarning, match="stay unknown: does not say"):
         table = sample(model, "a cat", guidance=3.0)
     assert set(table[table["key"] == "text"]["span"]) == {"unknown"} and set(table["prompt"]) == {"a cat"}
+
+
+def test_text_of_another_length_than_the_prompts_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of LongCat's and HunyuanVideo's pipelines that show their encoder a picture."""
+    short = [unknown_table(3, "a cat")]
+    monkeypatch.setattr("mmdit_probe.observe.pipeline_labels.token_tables", lambda *_: short)
+    with pytest.warns(UserWarning, match="FluxPipeline put other text than the prompt alone .* words are unknown"):
+        table = sample(model_of("flux"), "a cat", guidance=1.0)
+    assert set(table[table["key"] == "text"]["span"]) == {"unknown"} and set(table["prompt"]) == {"a cat"}
+
+
+def test_the_prompt_of_an_unconditional_row_is_its_image_s_if_it_is_empty() -> None:
+    assert set(sample(model_of("aura_flow"), "", guidance=3.0, negative="ring")["prompt"]) == {""}
 
 
 def test_glm_reads_quotations_only() -> None:
@@ -259,12 +319,35 @@ def test_an_autoencoder_without_a_distribution() -> None:
     ("name", "default", "multiple"),
     [
         ("flux", 1024, 16), ("bria", 1024, 16), ("bria_fibo", 1024, 16), ("krea2", 1024, 16), ("prx", 512, 16),
-        ("longcat_image", 1024, 16), ("nucleus_image", 1024, 16),
+        ("longcat_image", 1024, 16), ("nucleus_image", 1024, 16), ("ernie_image", 1024, 16), ("ideogram4", 2048, 16),
     ],
 )  # fmt: skip
 def test_sizes_are_in_pixels_whatever_the_pipeline_counts_in(name: str, default: int, multiple: int) -> None:
     model = model_of(name)
     assert model.default_size == (default, default) and model.size_multiple == multiple
+
+
+@pytest.mark.parametrize("name", ["aura_flow", "ernie_image", "flux", "glm_image", "ideogram4", "krea2"])
+def test_a_size_that_nobody_names_is_the_models_own(name: str) -> None:
+    model = model_of(name)
+    transformer, found = model.transformer, []
+
+    class Reached(Exception):
+        pass
+
+    def stop(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(model.family.arrangement(bind(module, args, kwargs), module.config))
+        raise Reached
+
+    handle = transformer.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with pytest.raises(Reached):
+            model.generate("ring", steps=1, guidance=1.0)
+    finally:
+        handle.remove()
+    height, width = model.default_size
+    side = 16  # pixels a token
+    assert found[0].grid == (height // side, width // side)
 
 
 def test_images_go_through_the_autoencoder_and_back_into_tokens() -> None:

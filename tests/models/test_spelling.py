@@ -122,6 +122,8 @@ def streams_of(name: str, prompts: list[str], result: dict[str, Any]) -> list[tu
                 continue
             tokens = [token for token in table.tokens if token.stream == stream.name]
             rows = result["glyphs" if stream.name == "byt5" and "glyphs" in result else "text"][row]
+            if stream.name == "llama":
+                rows = result["llama"][-1][row]  # of the last layer
             if name == "ideogram4":
                 text = result["indicator"][row] == 3
                 rows = rows[text]

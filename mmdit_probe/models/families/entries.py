@@ -458,7 +458,7 @@ ENTRIES: tuple[Family, ...] = (
         "hidream", "HiDreamImageTransformer2DModel",
         (r"double_stream_blocks\.(\d+)\.block\.attn1", r"single_stream_blocks\.(\d+)\.block\.attn1"), ("image", "text"),
         _hidream, text_input="encoder_hidden_states_t5", timestep_input="timesteps", timesteps=1000.0,
-        guidance=_UNCOND_FIRST, length_argument=_LENGTH, default_length=128,
+        towards_image=True, guidance=_UNCOND_FIRST, length_argument=_LENGTH, default_length=128,
         streams=(
             stream("t5", "tokenizer_3", "text_encoder_3"),
             stream("llama", "tokenizer_4", "text_encoder_4"),
@@ -550,9 +550,12 @@ ENTRIES: tuple[Family, ...] = (
         "joyimage_edit_plus", "JoyImageEditPlusTransformer3DModel", r"double_blocks\.(\d+)\.attn", ("image", "text"),
         _joy_plus, timesteps=1000.0, guidance=_UNCOND_FIRST, not_loaded=_JOY,
     ),
+    # transformer_motif_video.py: embeddings of a first frame are neither image nor text tokens. Its decoder attends
+    # from the image to what the layers before made of it, and its blocks may read text by cross-attention, too.
     Family(
-        "motif_video", "MotifVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "text"),
-        sequence(latents, "image", "text"), timesteps=1000.0, streams=_T5, length_argument=_LENGTH,
+        "motif_video", "MotifVideoTransformer3DModel", (_DOUBLE, _SINGLE), ("image", "other", "text"),
+        sequence(latents, "image", "other", "text", registers="image_embeds"), textless="num_decoder_layers",
+        timesteps=1000.0, streams=_T5, length_argument=_LENGTH,
         default_length=512, encoded=_ALL_TEXTS_MASKS, pipelines=("MotifVideoPipeline",), video_size=_stated_size,
     ),
     # transformer_prx.py and transformer_nucleusmoe_image.py: text tokens are keys only, so there is no T2I and no T2T.

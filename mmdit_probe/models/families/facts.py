@@ -63,7 +63,7 @@ class TextStream:
     """Whether the tokenizer adds its own special tokens."""
     picture: str = ""
     """The token that stands for a reference picture in the text and is repeated for its patches, where the encoder sees
-    pictures too."""
+    pictures too. Beside pictures no text is cut off."""
     pictures: Callable[[Any, int], str] | None = None
     """(pipeline, how many) -> the text before the prompt that names them, where it is not part of `wrap`."""
 
@@ -82,6 +82,8 @@ class Family:
     """Kinds of tokens in the order of the attention call's keys."""
     arrangement: Callable[[Mapping[str, Any], Any], Arrangement]
     """(arguments of the transformer's forward, its config) -> the order of every sample's keys."""
+    textless: str = ""
+    """Name of a number in the config: how many of the last `layers` see no text, and are no joint attention."""
     image_input: str = "hidden_states"
     text_input: str = "encoder_hidden_states"
     timestep_input: str = "timestep"

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mmdit_probe.errors import UserError
 from mmdit_probe.models.families.facts import Part, TextStream
 
 Wrap = Callable[[Any, bool], tuple[str, str]]
@@ -106,7 +107,13 @@ def krea2_suffix(pipeline: Any) -> tuple[str, int]:
 
 
 def prx_cleaned(pipeline: Any, prompt: str) -> list[list[Part]]:
-    """PRX: the prompt in lower case, without addresses, file names and the like."""
+    """PRX: the prompt in lower case, without addresses, file names and the like.
+
+    Raises:
+        UserError: of the pipeline that makes pixels, which cleans prompts and cuts them off in another way.
+    """
+    if "prompt_max_tokens" in pipeline.config:
+        raise UserError(f"{type(pipeline).__name__} reads prompts in another way than PRXPipeline")
     return [traced(pipeline.text_preprocessor.clean_text(prompt), prompt)]
 
 

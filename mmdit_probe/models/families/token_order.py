@@ -171,22 +171,24 @@ def sequence(
     measure: Measure,
     *order: str,
     text: Sequence[str] = ("encoder_hidden_states",),
-    registers: int = 0,
+    registers: int | str = 0,
     queries: tuple[str, ...] = KINDS,
 ) -> Rule:
     """Whole runs of tokens, the same for every sample.
 
     Args:
         measure: the image's extent. order: kinds in key order.
-        text: names of the text inputs. registers: number of "other" tokens. queries: kinds that are queries.
+        text: names of the text inputs. queries: kinds that are queries.
+        registers: number of "other" tokens, or the input [B, number, ...] that they come from, if it is given.
     """
 
     def rule(inputs: Inputs, config: Any) -> Arrangement:
         extent = measure(inputs, config)
+        others = registers if isinstance(registers, int) else text_count(inputs, [registers])
         runs: dict[str, tuple[Segment, ...]] = {
             "image": extent.image,
             "text": (("text", text_count(inputs, text)),),
-            "other": (("other", registers),),
+            "other": (("other", others),),
         }
         sample = tuple(segment for kind in order for segment in runs[kind])
         return extent.arranged((sample,) * samples(inputs), queries)
