@@ -12,6 +12,7 @@ others are reported, with a warning: `run.notes`.
 from __future__ import annotations
 
 import itertools
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -174,6 +175,7 @@ class Run:
         self._step: int | None = None
         self._steps_run: set[int] = set()
         self._at_steps = False
+        self._thread = 0
         self._left_out: Sequence[int] = ()
         self._device = "cpu"
         self._clock = Clock(getattr(self.pipeline, "scheduler", None))
@@ -359,6 +361,12 @@ class Run:
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A transformer call begins: find out what it is."""
+        if self.current is not None and self._thread != threading.get_ident():
+            raise RunError(
+                "a denoising call began in one thread while another thread's was in progress: a probe follows one call"
+                " at a time; run them one after the other, or give each thread a model and a probe of its own"
+            )
+        self._thread = threading.get_ident()
         inputs = bind(self.transformer, args, kwargs)
         self._calls += 1
         arrangements = self._source.arrange(inputs)
@@ -376,6 +384,8 @@ class Run:
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A transformer call is over: hand finished rows on. `output` is None if the call raised."""
+        if self._thread != threading.get_ident():
+            return  # refused, while another thread's call goes on
         denoising, self.current = self.current, None
         try:
             if denoising is not None and output is not None:

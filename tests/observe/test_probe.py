@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -811,6 +812,31 @@ def test_a_probe_is_attached_once_at_a_time(pipe: Any) -> None:
     with run:
         sample(pipe)
     assert len(run[AttentionMass].table()) == 2 * rows > 0
+
+
+def test_calls_of_two_threads_at_once_are_refused_and_one_after_the_other_are_not(pipe: Any) -> None:
+    """Each took the other's rows for its own: most were lost in silence."""
+    model, errors = MMDiT(pipe), list[str]()
+
+    def elsewhere() -> None:
+        try:
+            call(model)
+        except RunError as error:
+            errors.append(str(error))
+
+    def from_inside(*_: Any) -> None:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    with probe(model, AttentionMass()) as run:
+        handle = pipe.transformer.transformer_blocks[1].register_forward_hook(from_inside)
+        call(model)
+        handle.remove()
+        from_inside()
+    assert len(errors) == 1 and "one call at a time" in errors[0]
+    first, second = run[AttentionMass].table()["mass"].to_numpy().reshape(2, -1)
+    assert np.array_equal(first, second)
 
 
 def test_a_run_says_what_it_holds(pipe: Any) -> None:
