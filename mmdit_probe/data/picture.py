@@ -191,7 +191,10 @@ def _eight_bits(image: Image, most: float, name: str) -> Image:
     values = np.asarray(image)
     if most == 2**32 - 1:
         values = values.astype(np.int64) % 2**32  # PIL keeps unsigned 32 bits as signed ones
-    return pil.fromarray(_scaled(values, most, name))
+    scaled, clear = pil.fromarray(_scaled(values, most, name)), image.info.get("transparency")
+    if clear is not None:
+        scaled.putalpha(pil.fromarray(values != clear))
+    return scaled
 
 
 def _most(image: Image) -> float:
