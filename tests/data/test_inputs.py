@@ -221,6 +221,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no-pixels.png": (lambda p: png(p, 0, 8), "cannot be read"),
     "float-255.tif": (lambda p: saved(p, RAMP.astype(np.float32)), "its type has 0..1"),
     "float-nan.tif": (lambda p: saved(p, np.full((3, 4), np.nan, np.float32)), "without NaN"),
+    "dark.tif": (lambda p: tiff(p, RAMP.astype(np.int32), 32, 2), "it would be black"),
     "negative.tif": (lambda p: tiff(p, -SIXTEEN.astype(np.int32), 32, 2), "its type has"),
 }
 
@@ -287,6 +288,8 @@ def test_arrays_are_pictures_too() -> None:
     assert np.array_equal(open_picture(RAMP / 255.0).pixels, grey(RAMP))
     assert np.array_equal(open_picture(SIXTEEN).pixels, grey(np.rint(SIXTEEN / 257)))
     assert np.array_equal(open_picture(RAMP > 100).pixels, grey((RAMP > 100) * 255))
+    with pytest.raises(UserError, match=r"holds values up to 220 .* it would be black; give it in 8 or 16 bits"):
+        open_picture(RAMP.astype(int))
     for bad in (np.zeros((2, 2, 5)), np.zeros(4), np.zeros((0, 3)), np.full((2, 2), 255.0), np.zeros((2, 2), complex)):
         with pytest.raises(UserError):
             open_picture(bad)
