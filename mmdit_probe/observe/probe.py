@@ -473,6 +473,8 @@ class Run:
                 "one generator draws the noise of several images, whose seeds are unknown: give a list of generators,"
                 " one for each"
             )
+        if batch is not None and not hasattr(self.pipeline, "prepare_latents"):
+            self.note(f"{name} draws its noise out of a probe's sight: seeds are unknown")
         if self._tokens is not None:
             return batch
         if self._rows is None:
