@@ -364,7 +364,8 @@ def _plain_copy(owner: Any, memo: dict[int, Any]) -> Any:
 def _plain_reduction(owner: Any, protocol: Any) -> Any:
     """What pickle writes: the instance without handlers and hooks. A shallow copy, which shares modules, has them."""
     if sys._getframe(1).f_globals.get("__name__") == "copy":
-        return type(owner).__reduce_ex__(owner, protocol)
+        reduce: Any = type(owner).__reduce_ex__
+        return reduce(owner, protocol)
     with _plainly(owner):
         made = owner.__reduce_ex__(protocol)
         return tuple(dict(part) if part is owner.__dict__ else part for part in made)

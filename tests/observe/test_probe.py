@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -233,17 +234,31 @@ def test_a_bare_transformer_counts_steps_and_scales_timesteps() -> None:
         transformer(**bare_inputs())
 
 
-def test_an_iterator_names_layers_steps_and_heads_as_a_list_does(pipe: Any) -> None:
+def test_an_iterator_or_an_array_names_layers_steps_and_heads_as_a_list_does(pipe: Any) -> None:
     tables = []
-    for of in (list, iter):
+    for of in (list, iter, np.array, pd.Series):
         edit = Scale(layers=of([0, 1]), steps=of([1, 2]), heads={0: of([1])})
         with probe(pipe, AttentionMass(heads=of([0])), layers=of([0, 2]), steps=of([0, 2]), edits=edit) as run:
             sample(pipe, steps=3)
         tables.append(run[AttentionMass].table())
-    assert tables[0].equals(tables[1])
+    assert all(table.equals(tables[0]) for table in tables[1:])
     assert tables[0][["layer", "head", "step"]].drop_duplicates().values.tolist() == [
         [0, 0, 0], [2, 0, 0], [0, 0, 2], [2, 0, 2],
     ]  # fmt: skip
+
+
+def test_maps_take_arrays_and_iterators_as_they_take_lists(pipe: Any) -> None:
+    found = []
+    for of in (list, iter, np.array):
+        edit = Blur(layers=[0], words=of(["ring"]))
+        with probe(pipe, TextMaps(of(["red", "ring"]), heads="all"), edits=edit) as run:
+            sample(pipe, ["a red ring"], steps=3)
+        assert run.notes == []
+        found.append(run[TextMaps].map("ring", layers=of([0, 2]), steps=of([0, 2]), heads=of([1])))
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+    with probe(pipe, TextMaps(np.array([1, 2]))) as run:
+        sample(pipe, ["a red ring"])
+    assert run[TextMaps].maps(0).shape[-1] == 2
 
 
 def test_wrong_token_tables_are_refused(pipe: Any) -> None:
