@@ -603,15 +603,9 @@ class _LayerRecorder:
     def record(self, record: Record) -> None:
         run = self.run
         assert run.current is not None
-        samples = len(run.current.prompts)
-        if len(record.call.query) == samples and record.module_call.calls > 1:
-            raise RunError(
-                f"{self.name} called attention {record.module_call.calls} times in one forward, for all samples each"
-                " time (a function mode or a processor that works in parts): no one softmax is the layer's"
-            )
         # Several attention calls of some samples each are looked at together when the last one is there.
         self.parts.append(record)
-        if self.waiting >= samples:
+        if self.waiting >= len(run.current.prompts):
             parts, self.parts = self.parts, []
             self.show(parts, run.current, *run.arranged(self.layer))
 
@@ -623,6 +617,11 @@ class _LayerRecorder:
                 raise _foreign(self.name, part.call, layout, len(denoising.prompts))
         record = parts[0] if len(parts) == 1 else joined(parts)
         self._check(record, len(denoising.prompts), layout, places)
+        if len(parts) == 1 and record.module_call.calls > 1:
+            raise RunError(
+                f"{self.name} called attention {record.module_call.calls} times in one forward, for all samples each"
+                " time (a function mode or a processor that works in parts): no one softmax is the layer's"
+            )
         hidden = hidden_keys(record.call)
         if hidden is not None and bool(hidden.any()):
             layout = layout.without(hidden if places is None else canonical_hidden(hidden, places))
