@@ -161,7 +161,7 @@ def _elements(value: Any, origin: Any, inner: tuple[Any, ...]) -> Iterator[tuple
         if len(value) != len(inner):
             yield value, Literal[()]
         yield from zip(value, inner, strict=False)
-    elif isinstance(value, list | tuple | set | frozenset) and inner:
+    elif isinstance(value, collections.abc.Sequence | collections.abc.Set) and inner:  # bytes and ranges, too
         yield from ((each, inner[0]) for each in value)
 
 

@@ -81,9 +81,12 @@ def step_indices(spec: Spec, count: int) -> tuple[int, ...]:
 
 
 def reread(spec: Any) -> Any:
-    """A specification of layers, steps or heads that can be read more than once: what an iterator gives, as a list."""
+    """A specification that can be read more than once and compared: what an iterator gives, or an array, tensor or
+    series holds, as a list."""
     if isinstance(spec, Mapping):
         return {layer: reread(of_layer) for layer, of_layer in spec.items()}
+    if hasattr(spec, "tolist"):
+        return spec.tolist()
     return list(spec) if isinstance(spec, Iterator) else spec
 
 

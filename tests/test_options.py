@@ -92,6 +92,8 @@ def test_lists_of_arrays_and_tables_are_lists(of: Any) -> None:
         ({"pair": (1, 2)}, "--pair is"),
         ({"pair": (1,)}, "--pair is"),
         ({"names": "abc"}, "--names is 'abc'; expected a list, each a text"),
+        ({"names": b"abc"}, "--names is b'abc'; expected a list, each a text"),
+        ({"names": b"abc"}, "--names is b'abc'; expected a list, each a text"),
         ({"layers": None}, "--layers is None; expected a whole number or a text, or a list of them"),
         ({"layers": [1.0]}, "--layers is [1.0]; expected a whole number or a text, or a list of them"),
         ({"steps": np.zeros((40, 40))}, "0 ...; expected a whole number from 1 to"),

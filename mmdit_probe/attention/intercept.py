@@ -13,7 +13,7 @@ however they were attached:
 
 Other function modes (a guider's layer skip, torch's default device) come first, and handlers see what they leave of the
 call, as autocast casts it; they themselves run without modes and without autocast. Removal works in any order, which
-diffusers' `HookRegistry` cannot, and a deep copy of a watched module is a plain one. Under torch.compile:
+diffusers' `HookRegistry` cannot, and a deep copy or a pickle of a watched module is a plain one. Under torch.compile:
 `attention.compiled`.
 """
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -266,7 +267,7 @@ def interpose(owner: Any, name: str, handler: Callable[..., Any]) -> Detach:
 
     Only the instance is touched. The first handler attached is the outermost. When the last one goes, the instance is
     as it was before; if someone else has wrapped the method meanwhile, the wrapper stays and passes calls through
-    untouched. A deep copy of the instance has no handlers.
+    untouched. A deep copy or a pickle of the instance has no handlers.
 
     Returns: a function that takes the handler off.
     """
@@ -342,19 +343,42 @@ class _Wrapped:
 
 
 def _copy_plainly(owner: Any) -> None:
-    owner.__dict__.setdefault("__deepcopy__", functools.partial(_plain_copy, owner))
+    for name, copier in _COPIERS.items():
+        owner.__dict__.setdefault(name, functools.partial(copier, owner))
 
 
 def _copy_as_before(owner: Any) -> None:
-    copier = owner.__dict__.get("__deepcopy__")
-    if getattr(copier, "func", None) is _plain_copy and not any(name.startswith(_MARK) for name in owner.__dict__):
-        del owner.__dict__["__deepcopy__"]
+    if any(name.startswith(_MARK) for name in owner.__dict__):
+        return
+    for name, copier in _COPIERS.items():
+        if getattr(owner.__dict__.get(name), "func", None) is copier:
+            del owner.__dict__[name]
 
 
 def _plain_copy(owner: Any, memo: dict[int, Any]) -> Any:
     """A deep copy of the instance as it is without handlers and hooks."""
+    with _plainly(owner):
+        return copy.deepcopy(owner, memo)
+
+
+def _plain_reduction(owner: Any, protocol: Any) -> Any:
+    """What pickle writes: the instance without handlers and hooks. A shallow copy, which shares modules, has them."""
+    if sys._getframe(1).f_globals.get("__name__") == "copy":
+        reduce: Any = type(owner).__reduce_ex__
+        return reduce(owner, protocol)
+    with _plainly(owner):
+        made = owner.__reduce_ex__(protocol)
+        return tuple(dict(part) if part is owner.__dict__ else part for part in made)
+
+
+_COPIERS: dict[str, Callable[..., Any]] = {"__deepcopy__": _plain_copy, "__reduce_ex__": _plain_reduction}
+
+
+@contextmanager
+def _plainly(owner: Any) -> Iterator[None]:
+    """The instance as it is without handlers and hooks."""
     before, own = dict(owner.__dict__), owner.__dict__
-    ours = {name: own.pop(name) for name in before if name.startswith(_MARK) or name == "__deepcopy__"}
+    ours = {name: own.pop(name) for name in before if name.startswith(_MARK) or name in _COPIERS}
     hooks = set().union(*(value for value in ours.values() if isinstance(value, set)))
     for value in ours.values():
         if isinstance(value, _Wrapped) and own.get(value.name) is value.wrapper:
@@ -362,7 +386,7 @@ def _plain_copy(owner: Any, memo: dict[int, Any]) -> Any:
     for name in [name for name in own if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]:
         own[name] = type(own[name])((key, value) for key, value in own[name].items() if key not in hooks)
     try:
-        return copy.deepcopy(owner, memo)
+        yield
     finally:
         own.clear()
         own.update(before)

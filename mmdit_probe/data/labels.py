@@ -39,7 +39,7 @@ def read_label_map(path: Path | str, colours: bool = False) -> Ids:
         UserError: unreadable, lossy, several frames, or a colour picture where ids are expected (or the reverse).
     """
     with opened(path, "label map") as image:
-        if image.format in ("JPEG", "MPO"):
+        if image.format in ("JPEG", "MPO", "JPEG2000") or image.info.get("compression") == "jpeg":  # in a TIFF
             raise UserError(f"label {str(path)!r} is a JPEG, which changes ids; expected a PNG")
         if getattr(image, "n_frames", 1) > 1:
             raise UserError(f"label {str(path)!r} holds several frames; expected one")

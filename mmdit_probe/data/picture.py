@@ -191,7 +191,10 @@ def _eight_bits(image: Image, most: float, name: str) -> Image:
     values = np.asarray(image)
     if most == 2**32 - 1:
         values = values.astype(np.int64) % 2**32  # PIL keeps unsigned 32 bits as signed ones
-    return pil.fromarray(_scaled(values, most, name))
+    scaled, clear = pil.fromarray(_scaled(values, most, name)), image.info.get("transparency")
+    if clear is not None:
+        scaled.putalpha(pil.fromarray(values != clear))
+    return scaled
 
 
 def _most(image: Image) -> float:
@@ -211,7 +214,13 @@ def _scaled(values: NDArray[Any], most: float, name: str) -> NDArray[np.uint8]:
         raise UserError(
             f"{name!r} holds values {found.min():g}..{found.max():g}; its type has 0..{most:g}, without NaN; rescale it"
         )
-    return np.rint(found * (255.0 / most)).astype(np.uint8)
+    scaled = np.rint(found * (255.0 / most)).astype(np.uint8)
+    if most > 2**16 and found.any() and not scaled.any():  # 0..255 in a type of 32 or 64 bits
+        raise UserError(
+            f"{name!r} holds values up to {found.max():g} of a type that has 0..{most:g}: it would be black; give it in"
+            " 8 or 16 bits"
+        )
+    return scaled
 
 
 def _array(source: Any) -> NDArray[Any]:

@@ -75,7 +75,8 @@ class Addressed:
     branches: Sequence[str] | None
 
     def __post_init__(self) -> None:
-        for name in {"layers", "steps", "heads"} & {field.name for field in fields(self)}:  # type: ignore[arg-type]
+        many = {"layers", "steps", "heads", "branches", "streams", "spans", "words"}
+        for name in many & {field.name for field in fields(self)}:  # type: ignore[arg-type]
             object.__setattr__(self, name, reread(getattr(self, name)))
         for name in ("branches", "streams", "spans", "words"):
             told = getattr(self, name, None)

@@ -338,13 +338,15 @@ def segmentation_score(
         label: ids [H, W], likewise. classes: C, or the names of the C classes.
         ignore: one id, or several, of label pixels that are not counted; None: 255, where that is no class.
         rule: "union" or "gt". match: None if the prediction's ids are the classes, else one of `MATCHES`.
-        background: many-to-one matching, see `assign`.
+        background: many-to-one matching, see `assign`; not with "majority" and "row".
 
     Raises:
         UserError: nothing to score, other numbers or shapes, an id that is no class, an unknown rule or matching.
     """
     if match is not None and match not in MATCHES:
         raise unknown("matching", match, MATCHES)
+    if background is not None and match in (None, "majority", "row"):
+        raise UserError(f"background={background} joins segments that are left over, and match={match!r} leaves none")
     predictions, labels = _maps(prediction), _maps(label)
     if len(predictions) != len(labels) or not labels:
         raise UserError(f"{len(predictions)} predictions for {len(labels)} labels; expected as many, at least one")
@@ -376,7 +378,11 @@ def _class_names(classes: Any) -> list[Any]:
 
 
 def _maps(given: Any) -> list[NDArray[np.integer]]:
-    maps = [np.asarray(one) for one in (given if isinstance(given, list | tuple) else [given])]
+    maps = []
+    for one in given if isinstance(given, list | tuple) else [given]:
+        found = one.detach().cpu() if isinstance(one, Tensor) else one
+        # Numpy has no bfloat16; other numbers than whole ones are refused below.
+        maps.append(np.asarray(found.float() if isinstance(one, Tensor) and one.is_floating_point() else found))
     for one in maps:
         if one.ndim != 2 or one.dtype.kind not in "iu" or not one.size:
             raise UserError(f"a map of shape {one.shape} and type {one.dtype}: expected whole-number ids [H, W]")

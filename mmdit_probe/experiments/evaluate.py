@@ -158,6 +158,8 @@ class Evaluate(Reads, Experiment):
             scoring_size(self.scored_at, (1, 1))
             if (self.fit or self.how.fit) == "letterbox":
                 raise UserError("--fit letterbox leaves bars around the picture; with --score-size take another fit")
+        if self.many_to_one and self.matching in ("majority", "row"):
+            raise UserError(f"--many-to-one joins segments that are left over, and --match {self.matching} leaves none")
         parse_batch(self.batch)
         for name, options in self.asked().items():
             check_known("method with options", name, self.methods)

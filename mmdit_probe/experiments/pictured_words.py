@@ -5,7 +5,7 @@ common. Not here: what is kept of them (`experiments.word_maps`, `experiments.ex
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,14 +48,18 @@ Side = Annotated[
 
 @dataclass(frozen=True)
 class PicturedPrompt(Item):
-    """One picture to make, or at hand, and the words that are looked for in it."""
+    """One picture to make, or at hand, the words that are looked for in it, and pictures without any that go along."""
 
     words: tuple[str, ...] = ()
+    beside: tuple[PicturedPrompt, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures(Sampling, Referring, Experiment):
     """Pictures of prompts, or photos with a text, and words of them: what maps and explore have in common."""
+
+    bare = False
+    """Whether a prompt that has none of the words is shown beside those that have some."""
 
     prompt: Annotated[
         str | Sequence[str] | None,
@@ -131,7 +135,7 @@ class Pictures(Sampling, Referring, Experiment):
         """What is to be looked at, each with the words that its prompt has.
 
         Raises:
-            UserError: a word that no prompt has.
+            UserError: a word that no prompt has, or a prompt without any (`bare`: all of them).
         """
         texts, pictures = inputs
         tables = model.token_tables(texts)
@@ -142,7 +146,7 @@ class Pictures(Sampling, Referring, Experiment):
                 tables[0].word_spans(word)  # says why
         chosen = [words_of(table, asked, streams_of(self.streams)) for table in tables]
         for table, found in zip(tables, chosen, strict=True):
-            if not found:
+            if not found and not (self.bare and any(chosen)):
                 what = f"prompt {table.prompt!r} has none of the words asked for, or no word at all"
                 parts = [f"{stream.name} reads only {stream.reads}" for stream in model.family.streams if stream.reads]
                 every = len(parts) == len(model.family.streams) > 0
@@ -158,6 +162,8 @@ class Pictures(Sampling, Referring, Experiment):
         size = self.size(model)
         notes = model.notes_on_words(inputs[0])
         notes += [line for table in model.token_tables(inputs[0]) for line in unread(table)]
+        bare = dict.fromkeys(item.prompt for item in items if not item.words)
+        notes += [f"prompt {prompt!r} has none of the words asked for: it has no maps" for prompt in bare]
         notes += notes_on(model, inputs[1], size=size)
         how: dict[str, Any] = {"streams": streams_of(self.streams), "height": self.height, "width": self.width}
         how |= {"sigma": self.sigma} if inputs[1] else {"num_steps": self.num_steps, "guidance": self.guidance}
@@ -172,7 +178,7 @@ class Pictures(Sampling, Referring, Experiment):
         )
         facts: dict[str, Any] = {"remarks": notes}
         facts |= {"sigmas": [self.sigma]} if inputs[1] else scheduled(model, self.num_steps)
-        return Study(model, request, items, "pictures", facts=facts, notes=notes)
+        return Study(model, request, _with_words(items), "pictures", facts=facts, notes=notes)
 
     def places(self, model: MMDiT) -> dict[str, Any]:
         """Layers, steps and heads that are looked at, for the request."""
@@ -212,6 +218,13 @@ class Pictures(Sampling, Referring, Experiment):
         with probe(model, *observers, layers=layers):
             model.denoise(latents, self.sigma, model.encode_prompt([item.prompt]), seeds=item.seed)
         return picture
+
+
+def _with_words(items: Sequence[PicturedPrompt]) -> list[PicturedPrompt]:
+    """The items that have words, which make up the tables; the first of them has the others beside it."""
+    bare = tuple(item for item in items if not item.words)
+    first, *others = (item for item in items if item.words)
+    return [replace(first, beside=bare), *others]
 
 
 def words_of(table: TokenTable, asked: Sequence[str] | None, streams: Collection[str] | None = None) -> tuple[str, ...]:

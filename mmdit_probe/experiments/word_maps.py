@@ -56,6 +56,7 @@ class WordMaps(OverReference, Filmed, Pictures):
         '"a cat on a sofa" --images cat.jpg --model MODEL',
     )
     tables = ("maps",)
+    bare = True
 
     layers: Annotated[
         Spec | None,
@@ -106,7 +107,9 @@ class WordMaps(OverReference, Filmed, Pictures):
         record.arrays(
             f"maps-{task.index:03d}", words=np.array(task.words), maps=found, steps=np.array(seen.steps, np.int32)
         )
-        record.picture(f"{task.index:03d}", image if self.over is None else study.model.references[self.over])
+        others = {one.index: self.look(study.model, one, [], request["layers"]) for one in task.beside}
+        for index, picture in ({task.index: image} | others).items():
+            record.picture(f"{index:03d}", picture if self.over is None else study.model.references[self.over])
         peaks = np.array([np.unravel_index(one.argmax(), one.shape) for one in found], np.int32)
         values = found.reshape(len(found), -1)
         places = ("peak_frame", "peak_row", "peak_column")[-peaks.shape[1] :]
@@ -122,8 +125,8 @@ class WordMaps(OverReference, Filmed, Pictures):
         from mmdit_probe.plots.overlay import PictureMaps
 
         store, found = result.store, []
-        for k, (prompt, seed, *_) in enumerate(result.request["items"]):
-            kept = store.load_arrays(f"maps-{k:03d}")
+        for k, (prompt, seed, words, *_) in enumerate(result.request["items"]):
+            kept = store.load_arrays(f"maps-{k:03d}") if words else {"words": (), "maps": ()}
             arrays = dict(zip(map(str, kept["words"]), kept["maps"], strict=True))
             page = None if explorer is None else lambda k=k: explorer(k)
             found.append(PictureMaps(store.load_picture(f"{k:03d}"), prompt, arrays, seed, self.about(result), page))
@@ -141,7 +144,8 @@ class WordMaps(OverReference, Filmed, Pictures):
             return f"{result.model_name}: {layers}, {heads}, sigma {self.sigma:g}"
         over = "" if self.over is None else f", over reference {self.over}"
         # Fewer than asked for where sampling begins later (img2img); runs of earlier versions do not tell.
-        ran = result.store.load_arrays("maps-000").get("steps", request["steps"])
+        first = next(k for k, (_, _, words, *_) in enumerate(request["items"]) if words)
+        ran = result.store.load_arrays(f"maps-{first:03d}").get("steps", request["steps"])
         return f"{result.model_name}: {layers}, {heads}, {len(ran)} of {self.num_steps} steps{over}"
 
     def draw(self, result: Result) -> dict[str, Figure]:

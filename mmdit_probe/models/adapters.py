@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -23,8 +23,13 @@ from mmdit_probe.errors import MISSHAPEN, ProbeWarning, RunError, UserError, fir
 from mmdit_probe.models.names import ADAPTER_FILE, QUANTIZERS, adapter_file, check_adapter
 from mmdit_probe.quiet import quiet
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 KEY = "mmdit_probe"
 """Entry of the safetensors header that holds our metadata as JSON."""
+_HALVES = ((".lora_A.", ".lora_B."), (".lora.down.", ".lora.up."))
+"""Down and up projections by their names."""
 _ADVICE = (
     "export it in diffusers' format, or rename its tensors to transformer.MODULE.lora_A.weight and lora_B.weight, to_q,"
     " to_k and to_v apart, alpha / rank in lora_B"
@@ -40,8 +45,8 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
         name: adapter name; diffusers counts up if None.
 
     Raises:
-        UserError: no adapter there, or it matches nothing in this transformer, or only a part of it, or diffusers does
-            not read its names, or loads none into this pipeline.
+        UserError: no adapter there, or it matches nothing in this transformer, or only a part of it, lacks tensors or
+            has some that are not finite, or diffusers does not read its names, or loads none into this pipeline.
     """
     check_adapter(source)
     path = Path(source)
@@ -54,12 +59,14 @@ def load_adapter(pipeline: Any, source: str, name: str | None = None) -> None:
     try:
         # The loader warns of every encoder that the adapter does not touch; what matters is checked here and below.
         with quiet(path):
-            _check_fit(source, pipeline, _converted(source, pipeline, folder, options))
+            tensors = _converted(source, pipeline, folder, options)
+            _check_fit(source, pipeline, list(tensors))
+            _check_whole(source, tensors)
             pipeline.load_lora_weights(folder, adapter_name=name, **options)
     except UserError:
         raise
     except Exception as error:
-        advice = f"; {_ADVICE}" if isinstance(error, ValueError) and path.exists() else ""
+        advice = f"; {_ADVICE}" if isinstance(error, ValueError | LookupError) and path.exists() else ""
         raise RunError(f"LoRA {source!r} cannot be loaded: {first_line(error)}{advice}") from error
     if set(getattr(transformer, "peft_config", {})) == before:
         raise UserError(
@@ -79,8 +86,8 @@ def _tell_base(source: str, header: Mapping[str, str]) -> None:
         warnings.warn(f"{text}: the model has to have those, too", ProbeWarning, stacklevel=3)
 
 
-def _converted(source: str, pipeline: Any, folder: str, options: dict[str, Any]) -> list[str]:
-    """The names of an adapter's tensors as diffusers has them."""
+def _converted(source: str, pipeline: Any, folder: str, options: dict[str, Any]) -> dict[str, Tensor]:
+    """An adapter's tensors by the names that diffusers has for them."""
     kind = type(pipeline).__name__
     if "transformer" not in getattr(pipeline, "_lora_loadable_modules", ()):
         raise UserError(
@@ -88,7 +95,7 @@ def _converted(source: str, pipeline: Any, folder: str, options: dict[str, Any])
             " load the folder that they are saved to"
         )
     try:
-        return list(pipeline.lora_state_dict(folder, **options))
+        return dict(pipeline.lora_state_dict(folder, **options))
     except Exception as error:
         if not Path(folder).exists():
             raise
@@ -113,6 +120,16 @@ def _check_fit(source: str, pipeline: Any, names: list[str]) -> None:
             f"LoRA {source!r} does not fit this model: {len(missing)} of its {len(wanted)} modules are not there, e.g."
             f" {missing[0]!r}; it is another model's, or named in a way that diffusers does not convert: {_ADVICE}"
         )
+
+
+def _check_whole(source: str, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter of which a projection lacks its counterpart, or with a number that is not finite."""
+    for name, tensor in tensors.items():
+        for half, other in (*_HALVES, *(pair[::-1] for pair in _HALVES)):
+            if half in name and name.endswith("weight") and name.replace(half, other) not in tensors:
+                raise UserError(f"LoRA {source!r} has {name!r} and lacks {name.replace(half, other)!r}: it is cut off")
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"LoRA {source!r}: {name!r} is not finite (float16 overflow?)")
 
 
 def merge(pipeline: Any) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mmdit_probe import assets
 from mmdit_probe.attention.intercept import interpose
-from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.errors import UserError, brief, check_known
 from mmdit_probe.models import latents as packing
 from mmdit_probe.models.families.registry import Family, family_of
 from mmdit_probe.models.layout import Layer, arranged, find_layers, unwrap
@@ -112,6 +112,8 @@ class MMDiT:
         offload: str | None = None,
         quantize: str | None = None,
     ) -> None:
+        if not hasattr(pipeline, "transformer"):
+            raise UserError(f"MMDiT({brief(pipeline)}): expected a diffusers pipeline; load(...) takes names, folders")
         self.pipeline = pipeline
         self.offload, self.quantize = offload, quantize
         self.name = name or type(pipeline).__name__

@@ -29,7 +29,7 @@ _BLANKLESS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff]"
 )
-_APOSTROPHES = dict.fromkeys("‘’‛ʼ＇´`", "'")
+_ALIKE = dict.fromkeys("‘’‛ʼ＇´`", "'") | dict.fromkeys("“”„‟", '"') | dict.fromkeys("‐‑", "-")
 
 
 def words(text: str, edges: Collection[int] = ()) -> list[tuple[int, int]]:
@@ -55,7 +55,8 @@ def blankless(text: str) -> bool:
 def find(phrase: str, text: str, *, whole: bool = True) -> list[tuple[int, int]]:
     """(start, stop) of every occurrence of a phrase in a text, from left to right.
 
-    Upper and lower case, composed and decomposed accents, straight and curly apostrophes and all blanks are alike.
+    Upper and lower case, composed and decomposed accents, straight and curly quotation marks, hyphens that may and may
+    not break, and all blanks are alike.
 
     Args:
         whole: only where it begins and ends with a word (or anywhere in a script without blanks); else anywhere between
@@ -84,7 +85,7 @@ def folded(text: str) -> tuple[str, tuple[int, ...]]:
     """A text as it is compared, and the place in the original of each of its characters."""
     units: list[tuple[str, int]] = []
     for place, character in enumerate(text):
-        for part in unicodedata.normalize("NFKD", _APOSTROPHES.get(character, character)):
+        for part in unicodedata.normalize("NFKD", _ALIKE.get(character, character)):
             if part.isspace():
                 units += [(" ", place)] if not units or units[-1][0] != " " else []
                 continue
@@ -104,7 +105,7 @@ def _edges(text: str) -> frozenset[int]:
 
 
 def _class_of(character: str) -> str:
-    if character in "'’-‐":
+    if character in "'’-‐‑":
         return "j"
     if unicodedata.category(character).startswith("M") or character in "\u200c\u200d":
         return "m"

@@ -168,10 +168,11 @@ class GridMaps(Observer):
             raise UserError("no maps were kept yet: call the model inside `with probe(...)`")
         if self.heads == "mean" and heads != "all":
             raise UserError(f'single heads were not kept; observe {type(self).__name__}(heads="all")')
+        layers, steps, heads = reread(layers), reread(steps), reread(heads)
         kept = sorted({layer for layer, _ in self._kept})
         chosen = kept if layers == "all" else layer_indices(layers, kept[-1] + 1)
         at = self.steps if steps == "all" else step_indices(steps, self.steps[-1] + 1)
-        found, heads = [], reread(heads)
+        found = []
         for layer in chosen:
             self._check_samples(layer, at, branch)
         for layer, step in itertools.product(chosen, at):
@@ -248,7 +249,7 @@ class TextMaps(GridMaps):
     ) -> None:
         super().__init__(heads)
         check_known("queries option", queries, ("image", "text"))
-        self.words = [words] if isinstance(words, str) else words
+        self.words = [words] if isinstance(words, str) else reread(words)
         self.queries, self.reference = queries, reference
         self.streams = (streams,) if isinstance(streams, str) else streams
         self.summed = queries == "image"

@@ -47,7 +47,7 @@ def image_features(seen: LayerCall, kind: str, heads: HeadSpec = "all", referenc
     call = seen.call
     tokens = {"query": call.query, "key": call.key, "value": call.value}.get(kind, seen.output)
     rows = [row for row, branch in enumerate(seen.denoising.branches) if branch != "uncond"]
-    if heads != "all":
+    if not isinstance(heads, str) or heads != "all":
         tokens = tokens[:, list(heads_at(heads, seen.layer.index, tokens.shape[1]))]
     positions = seen.layout.positions("image") if reference is None else seen.picture(reference).positions
     chosen = tokens[rows][:, :, positions]

@@ -11,6 +11,8 @@ others are reported, with a warning: `run.notes`.
 
 from __future__ import annotations
 
+import itertools
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -21,7 +23,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mmdit_probe.attention.call import without_autocast
+from mmdit_probe.attention.call import SDPACall, without_autocast
 from mmdit_probe.attention.intercept import (
     Detach,
     InputHandler,
@@ -172,6 +174,8 @@ class Run:
         self._observing = False
         self._step: int | None = None
         self._steps_run: set[int] = set()
+        self._at_steps = False
+        self._thread = 0
         self._left_out: Sequence[int] = ()
         self._device = "cpu"
         self._clock = Clock(getattr(self.pipeline, "scheduler", None))
@@ -327,7 +331,7 @@ class Run:
                 "no denoising call was made while probing: call the probed model inside the `with` block"
                 f" (watched: {type(self.transformer).__name__})"
             )
-        if self.observers and self._steps_run and not any(recorder.ever for recorder in self._recorders):
+        if self.observers and self._steps_run and not self._at_steps:
             ran = ", ".join(map(str, sorted(self._steps_run)))
             raise UserError(f"no denoising call was at steps {self.steps!r}; the steps that ran are {ran}")
         for recorder in self._recorders:
@@ -357,6 +361,12 @@ class Run:
     @torch.compiler.disable
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A transformer call begins: find out what it is."""
+        if self.current is not None and self._thread != threading.get_ident():
+            raise RunError(
+                "a denoising call began in one thread while another thread's was in progress: a probe follows one call"
+                " at a time; run them one after the other, or give each thread a model and a probe of its own"
+            )
+        self._thread = threading.get_ident()
         inputs = bind(self.transformer, args, kwargs)
         self._calls += 1
         arrangements = self._source.arrange(inputs)
@@ -374,6 +384,8 @@ class Run:
     @torch.compiler.disable
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """A transformer call is over: hand finished rows on. `output` is None if the call raised."""
+        if self._thread != threading.get_ident():
+            return  # refused, while another thread's call goes on
         denoising, self.current = self.current, None
         try:
             if denoising is not None and output is not None:
@@ -404,8 +416,8 @@ class Run:
         denoising = denoising.of_samples(rows)
         for recorder in self._recorders:
             if recorder.parts:
-                record, recorder.parts = joined(recorder.parts), []
-                recorder.show(record, denoising, *of_samples(*self.arranged(recorder.layer), rows))
+                parts, recorder.parts = recorder.parts, []
+                recorder.show(parts, denoising, *of_samples(*self.arranged(recorder.layer), rows))
         hook = skipping(self.transformer, recorder.layer.path)
         self.note(
             f"{hook} runs half of the batch at some steps: the other half has no rows there"
@@ -427,6 +439,7 @@ class Run:
             batch = Batch(None, [""] * samples, [-1] * samples, self._named_branches(samples))
         self._step = step if batch.step is None else None
         self._observing = self.at(self.steps)
+        self._at_steps |= self._observing
         if self._step is not None:
             self._steps_run.add(self._step)
         length = layout.counts["text"]
@@ -464,6 +477,8 @@ class Run:
                 "one generator draws the noise of several images, whose seeds are unknown: give a list of generators,"
                 " one for each"
             )
+        if batch is not None and not hasattr(self.pipeline, "prepare_latents"):
+            self.note(f"{name} draws its noise out of a probe's sight: seeds are unknown")
         if self._tokens is not None:
             return batch
         if self._rows is None:
@@ -592,19 +607,25 @@ class _LayerRecorder:
     def record(self, record: Record) -> None:
         run = self.run
         assert run.current is not None
-        layout, places = run.arranged(self.layer)
-        samples = len(run.current.prompts)
-        if len(record.call.query) != samples:
-            # Several attention calls of some samples each are looked at together when the last one is there.
-            self.parts.append(record)
-            if self.waiting < samples:
-                return
-            record, self.parts = joined(self.parts), []
-        self.show(record, run.current, layout, places)
+        # Several attention calls of some samples each are looked at together when the last one is there.
+        self.parts.append(record)
+        if self.waiting >= len(run.current.prompts):
+            parts, self.parts = self.parts, []
+            self.show(parts, run.current, *run.arranged(self.layer))
 
-    def show(self, record: Record, denoising: DenoisingCall, layout: Layout, places: Places | None) -> None:
-        """Let the observers see the attention of all samples of a denoising call."""
+    def show(self, parts: Sequence[Record], denoising: DenoisingCall, layout: Layout, places: Places | None) -> None:
+        """Let the observers see the attention of all samples of a denoising call, in calls of some samples each."""
+        rows = iter(() if places is None else places.keys)
+        for part in parts:
+            if not _placed(part.call, list(itertools.islice(rows, len(part.call.query)))):
+                raise _foreign(self.name, part.call, layout, len(denoising.prompts))
+        record = parts[0] if len(parts) == 1 else joined(parts)
         self._check(record, len(denoising.prompts), layout, places)
+        if len(parts) == 1 and record.module_call.calls > 1:
+            raise RunError(
+                f"{self.name} called attention {record.module_call.calls} times in one forward, for all samples each"
+                " time (a function mode or a processor that works in parts): no one softmax is the layer's"
+            )
         hidden = hidden_keys(record.call)
         if hidden is not None and bool(hidden.any()):
             layout = layout.without(hidden if places is None else canonical_hidden(hidden, places))
@@ -621,11 +642,27 @@ class _LayerRecorder:
         else:
             fits = int(places.keys.max()) < n_key and int(places.queries.max()) < n_query
         if not fits or samples != expected:
-            raise RunError(
-                f"{self.name} attends from {n_query} to {n_key} tokens in {samples} samples; expected"
-                f" {layout.counts['image']} image and {layout.counts['text']} text tokens in one softmax, in {expected}"
-                " samples. A processor that attends to more than these (an IP-Adapter's) cannot be probed: unload it"
-            )
+            raise _foreign(self.name, record.call, layout, expected)
+
+
+def _foreign(name: str, call: SDPACall, layout: Layout, samples: int) -> RunError:
+    return RunError(
+        f"{name} attends from {call.query.shape[-2]} to {call.key.shape[-2]} tokens in {len(call.query)} samples;"
+        f" expected {layout.counts['image']} image and {layout.counts['text']} text tokens in one softmax, in {samples}"
+        " samples. A processor that attends to more than these (an IP-Adapter's), or that splits them, cannot be"
+        " probed: unload it"
+    )
+
+
+def _placed(call: SDPACall, places: Sequence[Tensor]) -> bool:
+    """Whether every key of a call that a query sees is at a known place, [N] of each sample (none: not asked)."""
+    if not places:
+        return True
+    keys, count = torch.stack(list(places)), call.key.shape[-2]
+    known = torch.zeros(len(keys), count + 1, dtype=torch.bool)
+    known.scatter_(1, torch.where((keys < 0) | (keys > count), count, keys), True)
+    hidden = hidden_keys(call)
+    return bool((known[:, :count] if hidden is None else known[:, :count] | hidden.cpu()).all())
 
 
 def _count_for(steps: Spec, count: int | None) -> int:

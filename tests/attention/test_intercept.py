@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from mmdit_probe.attention.call import SDPACall
-from mmdit_probe.attention.intercept import ModuleCall, Record, interpose, watch
+from mmdit_probe.attention.intercept import ModuleCall, Record, hook, interpose, watch
 
 
 class Attention(nn.Module):
@@ -223,14 +224,19 @@ def test_a_call_whose_batch_broadcasts_is_seen_with_all_its_samples(tensors: Any
     assert (record.lse - expected).abs().max() < 1e-5
 
 
-def test_a_deep_copy_is_plain_whatever_wraps_the_forward(tensors: Any) -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_is_plain_whatever_wraps_the_forward(copied: Any, tensors: Any) -> None:
     module, recorder = Attention(), Recorder()
     plain = set(module.__dict__)
-    detach = watch(module, recorder, "record")
-    twin = copy.deepcopy(module)
+    detach, unhook = watch(module, recorder, "record"), hook(module, lambda *_: None, lambda *_: None)
+    twin = copied(module)
+    assert not twin._forward_hooks and not twin._forward_pre_hooks
     assert torch.equal(twin(*tensors), Attention()(*tensors)) and recorder.records == []
     assert set(twin.__dict__) == plain
     module(*tensors)
     assert len(recorder.records) == 1
+    copy.copy(module)(*tensors)  # shares what is watched
+    assert len(recorder.records) == 2
     detach()
+    unhook()
     assert set(module.__dict__) == plain

@@ -136,6 +136,8 @@ READ: dict[str, tuple[Callable[[Path], Any], np.ndarray, str]] = {
                         "EXIF data cannot be read"),
     "deep.png": (lambda p: saved(p, SIXTEEN), grey(np.rint(SIXTEEN / 257)), ""),
     "deep.tif": (lambda p: saved(p, SIXTEEN), grey(np.rint(SIXTEEN / 257)), ""),
+    "deep-clear.png": (lambda p: saved(p, SIXTEEN, transparency=5000),
+                       grey(np.where(SIXTEEN == 5000, 255, np.rint(SIXTEEN / 257))), "transparency was laid on white"),
     "deep-turned.tif": (lambda p: tiff(p, SIXTEEN, 16, 1), grey(np.rint(SIXTEEN / 257)), ""),
     "deep.pgm": (lambda p: p.write_bytes(b"P5 4 3 65535\n" + SIXTEEN.astype(">u2").tobytes()),
                  grey(np.rint(SIXTEEN / 257)), ""),
@@ -219,6 +221,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no-pixels.png": (lambda p: png(p, 0, 8), "cannot be read"),
     "float-255.tif": (lambda p: saved(p, RAMP.astype(np.float32)), "its type has 0..1"),
     "float-nan.tif": (lambda p: saved(p, np.full((3, 4), np.nan, np.float32)), "without NaN"),
+    "dark.tif": (lambda p: tiff(p, RAMP.astype(np.int32), 32, 2), "it would be black"),
     "negative.tif": (lambda p: tiff(p, -SIXTEEN.astype(np.int32), 32, 2), "its type has"),
 }
 
@@ -285,6 +288,8 @@ def test_arrays_are_pictures_too() -> None:
     assert np.array_equal(open_picture(RAMP / 255.0).pixels, grey(RAMP))
     assert np.array_equal(open_picture(SIXTEEN).pixels, grey(np.rint(SIXTEEN / 257)))
     assert np.array_equal(open_picture(RAMP > 100).pixels, grey((RAMP > 100) * 255))
+    with pytest.raises(UserError, match=r"holds values up to 220 .* it would be black; give it in 8 or 16 bits"):
+        open_picture(RAMP.astype(int))
     for bad in (np.zeros((2, 2, 5)), np.zeros(4), np.zeros((0, 3)), np.full((2, 2), 255.0), np.zeros((2, 2), complex)):
         with pytest.raises(UserError):
             open_picture(bad)
@@ -304,6 +309,8 @@ LABELS: dict[str, tuple[Callable[[Path], Any], Any]] = {
     "colour.png": (lambda p: saved(p, RGB), "colour picture"),
     "alpha.png": (lambda p: saved(p, np.dstack([RAMP, RAMP]), "LA"), "colour picture"),
     "lossy.jpg": (lambda p: saved(p, RAMP), "JPEG"),
+    "lossy.jp2": (lambda p: saved(p, RAMP, irreversible=True), "JPEG"),
+    "lossy.tif": (lambda p: saved(p, RAMP, compression="jpeg"), "JPEG"),
     "float.tif": (lambda p: saved(p, RAMP.astype(np.float32)), "float32"),
     "frames.png": (lambda p: frames(p), "several frames"),
     "text.png": (lambda p: p.write_text("0 1 2"), "no picture format"),

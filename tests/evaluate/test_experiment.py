@@ -187,6 +187,7 @@ def test_options_that_are_given_win_over_a_preset() -> None:
         ({"score_size": ""}, "expected height x width"),
         ({"tags": "tags.json"}, "--tagger and --tags say which classes there are for --protocol predicted alone"),
         ({"tagger": "scenes-clip", "protocol": "full"}, "for --protocol predicted alone"),
+        ({"many_to_one": True, "match": "majority"}, "--match majority leaves none"),
         ({"options": ["seg4diff.heads=1"], "heads": 0}, "--set seg4diff.heads and --heads"),
         ({"options": ["seg4diff.heads=1"], "sweep": "head"}, "all name heads; give one"),
     ],

@@ -214,6 +214,26 @@ def test_a_sample_without_the_word_gets_nothing_in_a_run(model: MMDiT) -> None:
         maps.map("a", layers=2)
 
 
+def test_a_prompt_without_the_word_has_its_picture_and_no_maps(model: MMDiT, tmp_path: Path) -> None:
+    """It was an error for all prompts."""
+    prompts = ["a cat", "a red ring", "a cat"]
+    maps = word_maps(model, prompts, words="ring", seed=5, **QUICK)
+    assert [list(one) for one in maps] == [[], ["ring"], []]
+    alone = word_maps(model, "a red ring", words="ring", seed=6, **QUICK)
+    assert np.array_equal(maps[1]["ring"].array, alone["ring"].array)
+    for seed in (5, 7):
+        stock = model.generate("a cat", steps=2, guidance=1.0, seed=seed)[0]
+        assert np.array_equal(np.asarray(maps[seed - 5].image), np.asarray(stock))
+    assert len(maps[0].sheet().axes) == 1 and "a cat" in maps[0]._repr_html_()
+    experiment = WordMaps(prompt=prompts, words="ring", seed=5, **QUICK)
+    for resume in (False, True):
+        result = experiment.run(model, out=tmp_path, resume=resume)
+        assert result.table["item"].tolist() == [1] and len(list((tmp_path / "images").glob("*.png"))) == 3
+    assert result.data["remarks"] == ["prompt 'a cat' has none of the words asked for: it has no maps"]
+    result.figure()
+    assert result.texts()
+
+
 def test_without_words_any_word_of_the_prompt_can_be_asked(model: MMDiT) -> None:
     with probe(model, TextMaps(), TextMaps(queries="text"), layers=1) as run:
         model.generate(PROMPT, steps=1, guidance=1.0, seed=0, output_type="latent")

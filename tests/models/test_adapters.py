@@ -94,6 +94,29 @@ def test_a_pipeline_into_which_diffusers_loads_none_is_named(tmp_path: Path, fam
         load_adapter(pipelines.build(family), str(file))
 
 
+@pytest.mark.parametrize(
+    ("lacks", "value", "told"),
+    [("lora_B", 1.0, r"has '.*lora_A\.weight' and lacks '.*lora_B\.weight': it is cut off"),
+     ("lora_A", 1.0, r"has '.*lora_B\.weight' and lacks '.*lora_A\.weight': it is cut off"),
+     ("", float("nan"), r"'.*to_q\.lora_A\.weight' is not finite"),
+     ("", float("inf"), r"'.*to_q\.lora_A\.weight' is not finite")],
+)  # fmt: skip
+def test_adapters_that_lack_a_half_or_are_not_finite_are_refused(
+    tmp_path: Path, lacks: str, value: float, told: str
+) -> None:
+    """The one ended in torch's error of tensors without contents, the other was loaded."""
+    module, file = "transformer.transformer_blocks.{}.attn.to_q.{}.weight", tmp_path / "lora.safetensors"
+    halves = {"lora_A": (RANK, WIDTH), "lora_B": (WIDTH, RANK)}
+    tensors = {module.format(k, half): torch.full(shape, 1.0) for k in (0, 1) for half, shape in halves.items()}
+    tensors[module.format(0, "lora_A")] *= value
+    tensors.pop(module.format(1, lacks), None)
+    save_file(tensors, file)
+    pipe = tiny.pipeline("sd3")
+    with pytest.raises(UserError, match=told):
+        load_adapter(pipe, str(file))
+    assert not hasattr(pipe.transformer, "peft_config")
+
+
 def test_a_module_that_is_not_there_after_conversion_is_named(tmp_path: Path) -> None:
     file, _ = written(tmp_path, "lora_unet_double_blocks_9_img_attn_qkv", KOHYA, alpha=1.0)
     with pytest.raises(UserError, match=r"3 of its 3 modules are not there, e\.g\. 'transformer_blocks\.9\.attn"):

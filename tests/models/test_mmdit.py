@@ -270,3 +270,9 @@ def test_without_an_autoencoder_there_are_latents_and_no_pictures(pipe: Any, mon
         model.decode(latents)
     with pytest.raises(UserError, match="vae=None"):
         model.encode_image(np.zeros((64, 64, 3), np.uint8))
+
+
+@pytest.mark.parametrize("other", ["scenes-sd3", None, tiny.transformer])
+def test_what_is_no_pipeline_is_refused(other: Any) -> None:
+    with pytest.raises(UserError, match=r"expected a diffusers pipeline; load\(\.\.\.\) takes names, folders"):
+        MMDiT(other)

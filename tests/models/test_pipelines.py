@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import ProbeWarning, UserError
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.latents import pack, unpack
 from mmdit_probe.models.load import load
@@ -93,6 +93,11 @@ def test_guidance_branches_are_those_of_the_pipeline(name: str) -> None:
     words = guided.query("span == 'word' and query == 'image' and step == 0").groupby("branch")["n_key"].first()
     assert words["cond"] > words["uncond"] > 0
     assert "unknown" not in set(guided["span"])
+
+
+def test_seeds_that_nobody_tells_are_noted() -> None:
+    with pytest.warns(ProbeWarning, match="ErnieImagePipeline draws its noise out of a probe's sight: seeds are unkn"):
+        sample(model_of("ernie_image"), "a red ring", guidance=1.0)
 
 
 @pytest.mark.parametrize("name", GUIDED)

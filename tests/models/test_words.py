@@ -17,6 +17,7 @@ from mmdit_probe.models.words import find, folded, words
     ("text", "expected"),
     [
         ("a red-hot ring, isn't it?", ["a", "red-hot", "ring", ",", "isn't", "it", "?"]),
+        ("t‑shirt", ["t‑shirt"]),
         ("wet_grass", ["wet", "_", "grass"]),
         ("l’eau l'eau", ["l’eau", "l'eau"]),
         ("cafe\u0301 noir", ["cafe\u0301", "noir"]),
@@ -48,6 +49,8 @@ def test_runs_without_blanks_are_divided_where_they_may_be() -> None:
         ("cafe", "cafe\u0301 café", []),
         ("l'eau", "l’eau", ["l’eau"]),
         ("l‘eau", "l'eau", ["l'eau"]),
+        ('"red cat"', "a “red cat”", ["“red cat”"]),
+        ("t-shirt", "a t‑shirt, t‐shirt", ["t‑shirt", "t‐shirt"]),  # hyphens of which the first does not break
         ("STRASSE", "die Straße", ["Straße"]),
         ("猫", "一只猫和熊猫", ["猫", "猫"]),
         ("红色的猫", "一只红色的猫", ["红色的猫"]),

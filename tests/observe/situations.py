@@ -18,7 +18,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import T5EncoderModel
 
 from mmdit_probe.attention import reference
+from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.discover_layout import taint
 from mmdit_probe.models.layout import unwrap
@@ -321,6 +322,38 @@ class LouderQueries(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class OwnAttention(TorchFunctionMode):
+    """Somebody's own function mode, that computes every attention call in another way."""
+
+    def __init__(self, way: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.way = way
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not STOCK:
+            return func(*args, **(kwargs or {}))
+        call = SDPACall.bind(args, kwargs or {})
+        return self.way(lambda **changes: replace(call, **changes).stock(), call.query, call.key, call.value)
+
+
+OWN_ATTENTION: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "that answers for it": (lambda proceed, query, key, value: value.clone(), "OwnAttention skips it"),
+    "by heads": (
+        lambda proceed, query, key, value: torch.cat(
+            [proceed(query=query[:, h], key=key[:, h], value=value[:, h]) for h in (slice(1), slice(1, None))], 1
+        ),
+        "called attention 2 times in one forward",
+    ),
+    "with one key more": (
+        lambda proceed, query, key, value: proceed(
+            key=torch.cat([key, key[:, :, :1]], 2), value=torch.cat([value, value[:, :, :1]], 2), attn_mask=None
+        ),
+        "text tokens in one softmax",
+    ),
+}  # fmt: skip
+"""Ways that leave no softmax over image and text, and what refuses them."""
+
+
 @contextmanager
 def replaced_function(target: Any) -> Iterator[None]:
     """Torch's function replaced by one of Python that calls it, as some packages do."""
@@ -459,6 +492,11 @@ def transformer_situations() -> list[Situation]:
         around=lambda _: LouderQueries(),
         inside=True,
     )
+    for way, (attention, refusal) in OWN_ATTENTION.items():
+        rows += of_families(
+            f"a function mode of attention {way}", ["sd3", "flux", "z_image"],
+            around=lambda _, attention=attention: OwnAttention(attention), refusal=refusal,
+        )  # fmt: skip
     rows += of_families("torch's default device", DISPATCHED, around=lambda _: torch.device(DEVICE))
     rows += of_families("torch's function replaced by a wrapper", ["sd3", "mochi", "flux"], around=replaced_function)
     rows += of_families("sdpa_kernel(MATH)", DISPATCHED, around=lambda _: sdpa_kernel(SDPBackend.MATH))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -232,17 +234,31 @@ def test_a_bare_transformer_counts_steps_and_scales_timesteps() -> None:
         transformer(**bare_inputs())
 
 
-def test_an_iterator_names_layers_steps_and_heads_as_a_list_does(pipe: Any) -> None:
+def test_an_iterator_or_an_array_names_layers_steps_and_heads_as_a_list_does(pipe: Any) -> None:
     tables = []
-    for of in (list, iter):
+    for of in (list, iter, np.array, pd.Series):
         edit = Scale(layers=of([0, 1]), steps=of([1, 2]), heads={0: of([1])})
         with probe(pipe, AttentionMass(heads=of([0])), layers=of([0, 2]), steps=of([0, 2]), edits=edit) as run:
             sample(pipe, steps=3)
         tables.append(run[AttentionMass].table())
-    assert tables[0].equals(tables[1])
+    assert all(table.equals(tables[0]) for table in tables[1:])
     assert tables[0][["layer", "head", "step"]].drop_duplicates().values.tolist() == [
         [0, 0, 0], [2, 0, 0], [0, 0, 2], [2, 0, 2],
     ]  # fmt: skip
+
+
+def test_maps_take_arrays_and_iterators_as_they_take_lists(pipe: Any) -> None:
+    found = []
+    for of in (list, iter, np.array):
+        edit = Blur(layers=[0], words=of(["ring"]))
+        with probe(pipe, TextMaps(of(["red", "ring"]), heads="all"), edits=edit) as run:
+            sample(pipe, ["a red ring"], steps=3)
+        assert run.notes == []
+        found.append(run[TextMaps].map("ring", layers=of([0, 2]), steps=of([0, 2]), heads=of([1])))
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+    with probe(pipe, TextMaps(np.array([1, 2]))) as run:
+        sample(pipe, ["a red ring"])
+    assert run[TextMaps].maps(0).shape[-1] == 2
 
 
 def test_wrong_token_tables_are_refused(pipe: Any) -> None:
@@ -811,6 +827,31 @@ def test_a_probe_is_attached_once_at_a_time(pipe: Any) -> None:
     with run:
         sample(pipe)
     assert len(run[AttentionMass].table()) == 2 * rows > 0
+
+
+def test_calls_of_two_threads_at_once_are_refused_and_one_after_the_other_are_not(pipe: Any) -> None:
+    """Each took the other's rows for its own: most were lost in silence."""
+    model, errors = MMDiT(pipe), list[str]()
+
+    def elsewhere() -> None:
+        try:
+            call(model)
+        except RunError as error:
+            errors.append(str(error))
+
+    def from_inside(*_: Any) -> None:
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    with probe(model, AttentionMass()) as run:
+        handle = pipe.transformer.transformer_blocks[1].register_forward_hook(from_inside)
+        call(model)
+        handle.remove()
+        from_inside()
+    assert len(errors) == 1 and "one call at a time" in errors[0]
+    first, second = run[AttentionMass].table()["mass"].to_numpy().reshape(2, -1)
+    assert np.array_equal(first, second)
 
 
 def test_a_run_says_what_it_holds(pipe: Any) -> None:

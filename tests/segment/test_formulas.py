@@ -144,6 +144,8 @@ def test_diffsegmenter_by_hand() -> None:
     one = Capture.of((1, 3), i2t=[[0.1, 0.3], [0.1, 0.1], [0.1, 0.1]], i2i=i2i, spans={"cat": [1]})
     assert scores("diffsegmenter", one).tolist() == [pytest.approx([1.0, 1.0, 0.0])]
     assert scores("tokenrank", one, bounces=2, teleport=0.0).tolist() == [pytest.approx([1.0, 1.0, 0.0])]
+    with pytest.raises(UserError, match=r"teleport=1\.5: expected a share from 0 to 1"):
+        scores("tokenrank", one, teleport=1.5)
 
 
 def iseg_of(maps: np.ndarray, block: np.ndarray, grid: tuple[int, int], ent: float, rounds: int, cluster: bool):

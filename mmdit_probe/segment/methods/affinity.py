@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmdit_probe.errors import UserError
 from mmdit_probe.segment.methods.base import Heads, Method, by_class, i2i_part, pick_heads, renorm
 from mmdit_probe.segment.methods.seg4diff import QueryMap, symmetric_kl, text_part, word_maps
 from mmdit_probe.segment.record import Capture
@@ -85,7 +86,12 @@ def tokenrank(
     Args:
         bounces: at least 1; 1 is the scaled seg4diff map. teleport: share of uniform steps, so that every state is
             reached. heads, softmax, streams: of the start, as in seg4diff.
+
+    Raises:
+        UserError: a teleport that is no share.
     """
+    if teleport > 1:
+        raise UserError(f"tokenrank.teleport={teleport}: expected a share from 0 to 1")
     chains = []
     for index in range(len(capture.passes)):
         chain = renorm(capture.mean("i2i_walk", of=index))
