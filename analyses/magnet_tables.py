@@ -147,7 +147,8 @@ def miou_table(counts: Mapping[tuple[str, int, str], ImageCounts]) -> pd.DataFra
         for other in (BASE, CONTROL):
             of_other = {seed: counts.get((other, seed, protocol), counts[other, 0, protocol]) for seed in seeds}
             gain = _over_seeds({seed: own[seed] - of_other[seed].leave_one_out("miou") for seed in seeds})
-            row |= dict(zip((f"gain_{other}", f"gain_{other}_low", f"gain_{other}_high"), gain[:3], strict=True))
+            ends = np.clip(gain[1:3], -1, 1)
+            row |= {f"gain_{other}": gain.value, f"gain_{other}_low": ends[0], f"gain_{other}_high": ends[1]}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -192,6 +193,9 @@ def generation_table(frames: pd.DataFrame, baseline: str) -> pd.DataFrame:
     mean = frames.drop(columns="training_seed").groupby(keys, sort=False).mean().reset_index()
     whole = compare_variants(mean, baseline)
     place = ["variant", "category", "metric"]
+    metrics = mean[list(dict.fromkeys(whole["metric"]))]
+    most = np.where((metrics.min() >= 0) & (metrics.max() <= 1), 1, np.inf)  # two shares differ by no more than 1
+    most = pd.Series(most, metrics.columns)
     seeds = {}
     for seed in dict.fromkeys(frames["training_seed"]):
         lone = frames[(frames["training_seed"] == seed) | (frames["variant"] == BASE)].drop(columns="training_seed")
@@ -205,7 +209,8 @@ def generation_table(frames: pd.DataFrame, baseline: str) -> pd.DataFrame:
         spread = across_seeds(found, per_seed, row["prompts"])
         loss = -margin_of(row["metric"]) * sign_of(row["metric"])
         from_margin = across_seeds(Interval(*(x - loss for x in found)), [x - loss for x in per_seed], row["prompts"])
-        row |= {"seeds": max(1, len(per_seed)), "difference_low": spread.low, "difference_high": spread.high}
+        low, high = np.clip(spread[1:3], -most[row["metric"]], most[row["metric"]])
+        row |= {"seeds": max(1, len(per_seed)), "difference_low": low, "difference_high": high}
         rows.append(row | {"p_holm": spread.p, "p_margin": from_margin.p})
     return with_verdicts(pd.DataFrame(rows), baseline)
 

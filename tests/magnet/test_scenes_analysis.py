@@ -161,3 +161,17 @@ def test_pictures_of_seeds_that_differ_decide_less(tables: dict[str, Any]) -> No
     assert same["difference"] == pytest.approx(apart["difference"]) == pytest.approx(-0.02)
     assert same["verdict"] == "no worse" and apart["verdict"] == "undecided"
     assert apart["difference_low"] == pytest.approx(-0.02 - 4.302652729749464 * 0.1 / np.sqrt(3), abs=1e-3)
+
+
+def test_two_shares_differ_by_no_more_than_one(tables: dict[str, Any]) -> None:
+    """Two seeds that are far apart, t with 1 degree of freedom: intervals of differences went from -1.5 to 1.5."""
+    frames = [scores("base").assign(training_seed=0)]
+    for seed, shift in enumerate((-0.4, 0.4)):
+        frames += [scores(name, of).assign(training_seed=seed) for name, of in (("control", 0.0), ("class", shift))]
+    found = tables["generation_table"](pd.concat(frames), "control").set_index(["variant", "category", "metric"])
+    row = found.loc["class", "colour", "all_right"]
+    assert (row["difference_low"], row["difference_high"]) == (-1, 1)
+    of = {("class", seed, "present"): counts(share) for seed, share in enumerate((0.1, 0.9))}
+    of |= {("control", seed, "present"): counts(0.4) for seed in range(2)} | {("base", 0, "present"): counts(0.3)}
+    row = tables["miou_table"](of).set_index("variant").loc["class"]
+    assert (row["gain_base_low"], row["gain_control_high"]) == (-1, 1)
