@@ -466,7 +466,7 @@ class Run:
             )
         if self._tokens is not None:
             return batch
-        if self._rows is None:
+        if self._rows is None or (batch is None and not self._rows.encoded):
             self.note(f"prompts, words, seeds and branches of {name} are not followed: they are unknown")
         elif batch is None:
             self.note(
@@ -621,10 +621,11 @@ class _LayerRecorder:
         else:
             fits = int(places.keys.max()) < n_key and int(places.queries.max()) < n_query
         if not fits or samples != expected:
+            more = ". A processor that attends to more than these (an IP-Adapter's) cannot be probed: unload it"
             raise RunError(
                 f"{self.name} attends from {n_query} to {n_key} tokens in {samples} samples; expected"
                 f" {layout.counts['image']} image and {layout.counts['text']} text tokens in one softmax, in {expected}"
-                " samples. A processor that attends to more than these (an IP-Adapter's) cannot be probed: unload it"
+                f" samples{more if n_key >= layout.total else ': the transformer leaves some of its inputs out'}"
             )
 
 
