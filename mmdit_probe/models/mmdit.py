@@ -533,7 +533,10 @@ class MMDiT:
             options.setdefault(self.family.reference_argument, given)
         if options.get("height") and options.get("width"):
             options["max_area"] = options["height"] * options["width"]  # Kontext scales any size to its own area
-        options[self.family.length_argument] = self.max_sequence_length if length is None else length
+        length = self.max_sequence_length if length is None else length
+        if length != self.own_length and self.family.length_argument not in known:
+            raise UserError(f"{type(self.pipeline).__name__} takes no max_sequence_length; leave it out")
+        options[self.family.length_argument] = length
         if guidance is not None:
             options[self.family.scale_argument] = max(0.0, guidance - self.family.scale_offset)
         return {name: value for name, value in options.items() if name in known}

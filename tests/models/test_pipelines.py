@@ -161,6 +161,12 @@ def test_a_negative_prompt_that_is_not_read_is_refused() -> None:
     assert set(run[AttentionMass].table()["branch"]) == {"cond", "uncond"}
 
 
+@pytest.mark.parametrize("name", ["hunyuan_image", "longcat_image"])
+def test_a_text_length_that_is_not_taken_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="Pipeline takes no max_sequence_length; leave it out"):
+        model_of(name).generate("a ring", steps=1, height=SIDE, width=SIDE, max_sequence_length=40)
+
+
 def test_an_empty_negative_prompt_is_known() -> None:
     table = sample(model_of("ernie_image"), "a red ring", guidance=3.0).query("query == 'image' and key == 'text'")
     kinds = table[table["step"] == 0].groupby("branch")["span"].agg(set).to_dict()
