@@ -63,6 +63,7 @@ class PipelineRows:
         self._branches: dict[str, _Branch] = {}
         self._seeds: list[int] = []
         self._drawn = False
+        """Whether the noise was drawn, and no text encoded before: some pipelines draw first."""
         self._encoding = False
         self._last: tuple[str, float] | None = None
 
@@ -155,7 +156,7 @@ class PipelineRows:
         second = self._encoding and "negative text" not in encoded
         if not second:
             self._branches, self._last = {}, None
-            self._seeds = self._seeds if self._drawn else []  # some pipelines draw their noise first
+            self._seeds = self._seeds if self._drawn else []
         self._encoding = True
         names = [name for stream in streams for name in stream.prompts] or ["prompt"]
         self._branches["uncond" if second else "cond"] = self._branch(
@@ -209,10 +210,10 @@ class PipelineRows:
         return any(given[name] != known[name].default for name in names)
 
     def _on_latents(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._encoding = False
+        self._drawn, self._encoding = not self._encoding, False
         bound = inspect.signature(type(self.pipeline).prepare_latents).bind(self.pipeline, *args, **kwargs)
         generator = bound.arguments.get("generator") if bound.arguments.get("latents") is None else None
-        self._seeds, self._drawn = [], True
+        self._seeds = []
         # Read before the draw: a generator's initial seed is what the caller set, whatever was drawn since.
         if isinstance(generator, torch.Generator):
             self._seeds = [generator.initial_seed()]
