@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mmdit_probe import assets
 from mmdit_probe.attention.intercept import interpose
-from mmdit_probe.errors import UserError, brief, check_known
+from mmdit_probe.errors import ProbeWarning, UserError, brief, check_known
 from mmdit_probe.models import latents as packing
 from mmdit_probe.models.families.registry import Family, family_of
 from mmdit_probe.models.layout import Layer, arranged, find_layers, unwrap
@@ -533,7 +535,10 @@ class MMDiT:
             options.setdefault(self.family.reference_argument, given)
         if options.get("height") and options.get("width"):
             options["max_area"] = options["height"] * options["width"]  # Kontext scales any size to its own area
-        options[self.family.length_argument] = self.max_sequence_length if length is None else length
+        length = self.max_sequence_length if length is None else length
+        if length != self.own_length and self.family.length_argument not in known:
+            raise UserError(f"{type(self.pipeline).__name__} takes no max_sequence_length; leave it out")
+        options[self.family.length_argument] = length
         if guidance is not None:
             options[self.family.scale_argument] = max(0.0, guidance - self.family.scale_offset)
         return {name: value for name, value in options.items() if name in known}
@@ -595,8 +600,20 @@ class MMDiT:
         with _guided(self.pipeline, guidance), barless(self.pipeline):
             made = self.pipeline(prompt=texts, **arguments, **options)
         if not self.makes_videos:
+            self._tell_size(made.images, (arguments.get("height"), arguments.get("width")))
             return made.images
         return [Clip.of(frames) for frames in made.frames] if options["output_type"] == "pil" else made.frames
+
+    def _tell_size(self, pictures: Any, asked: tuple[int | None, int | None]) -> None:
+        """Warn where pictures (PIL) have not the (height, width) that the pipeline was asked for."""
+        found = next(((p.height, p.width) for p in pictures if isinstance(p, Image.Image)), asked)
+        if None not in asked and found != asked:
+            made, wanted = (f"{height} x {width}" for height, width in (found, asked))
+            warnings.warn(
+                f"{type(self.pipeline).__name__} made {made} pixels (height x width) where {wanted} were asked for",
+                ProbeWarning,
+                stacklevel=3,
+            )
 
     def sigmas(self, steps: int, size: tuple[int, int] | None = None) -> list[float]:
         """The noise level at which each of `steps` sampling steps calls the transformer, from noise to image.

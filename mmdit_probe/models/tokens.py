@@ -284,11 +284,13 @@ def picture_positions(pipeline: Any, pictures: Any) -> list[int]:
 
 def stream_length(pipeline: Any, family: Family, stream: TextStream, length: int | None) -> int:
     """Number of text positions of one stream, at most where prompts are not padded. `length` as in `token_tables`."""
-    if stream.length == family.length_argument and (length or family.default_length):
-        return length or family.default_length
-    if stream.length in ("tokenizer", family.length_argument):
-        return int(_tokenizer(pipeline, stream.tokenizers[0]).model_max_length)
-    return int(getattr(pipeline, stream.length))
+    if stream.length not in ("tokenizer", family.length_argument):
+        return int(getattr(pipeline, stream.length))
+    asked = (length or family.default_length) if stream.length == family.length_argument else 0
+    if asked and not stream.limited:
+        return asked
+    limit = int(_tokenizer(pipeline, stream.tokenizers[0]).model_max_length)
+    return min(asked, limit) if asked else limit
 
 
 def _table(
@@ -506,15 +508,21 @@ def _piece_places(pieces: Sequence[str], text: str, unknown_piece: str) -> list[
 
 
 def _place(parts: Sequence[Part], first: int, last: int) -> tuple[int, int] | None:
-    """Where in the prompt the characters [first, last) of a text come from; None if they are none of the prompt's."""
+    """Where in the prompt the characters [first, last) of a text come from, blanks only if nothing else is there; None
+    if they are none of the prompt's."""
     begin = 0
+    place: tuple[int, int] | None = None
     for part, start in parts:
         end = begin + len(part)
         # Where a pipeline adds nothing, bare marks at the ends of the text are the prompt's too.
         if start >= 0 and ((begin < last and first < end) or len(parts) == 1):
-            return start + max(first, begin) - begin, start + min(last, end) - begin
+            inside = slice(max(first, begin) - begin, min(last, end) - begin)
+            if place is None or part[inside].strip():
+                place = start + inside.start, start + inside.stop
+            if part[inside].strip():
+                break
         begin = end
-    return None
+    return place
 
 
 def _beyond(parts: Sequence[Part], reach: int) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ import inspect
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
@@ -26,7 +26,7 @@ from mmdit_probe.errors import ProbeWarning, UserError
 from mmdit_probe.models.families.registry import Family
 from mmdit_probe.models.layout import unwrap
 from mmdit_probe.models.mmdit import Batch
-from mmdit_probe.models.tokens import TokenTable, picture_positions, token_tables
+from mmdit_probe.models.tokens import Token, TokenTable, picture_positions, token_tables
 
 BOTH = ("cond", "uncond")
 PERTURBED = "perturbed"
@@ -62,6 +62,8 @@ class PipelineRows:
         self.pipeline, self.family = pipeline, family
         self._branches: dict[str, _Branch] = {}
         self._seeds: list[int] = []
+        self._drawn = False
+        """Whether the noise was drawn, and no text encoded before: some pipelines draw first."""
         self._encoding = False
         self._last: tuple[str, float] | None = None
 
@@ -88,7 +90,7 @@ class PipelineRows:
             context: what the pipeline calls this call: "cond" or "uncond", or nothing of the kind.
             moment: its timestep.
         """
-        self._encoding = False
+        self._encoding = self._drawn = False
         rows, known = list(text) * (samples if len(text) == 1 else 1), self._branches
         batched = [order for order in self._batched if set(order) <= {*known, PERTURBED}]
         fitting = [order for order in (*batched, *((branch,) for branch in known)) if self._carries(rows, order)]
@@ -145,7 +147,7 @@ class PipelineRows:
         given = {name: list(value) if isinstance(value, list) else value for name, value in bound.arguments.items()}
         result = proceed(*args, **kwargs)
         parts = result if isinstance(result, tuple) else (result,)
-        if len(parts) != len(self.family.encoded):
+        if len(parts) != len(self.family.encoded) or not all(isinstance(row, Tensor) for row in parts[0]):
             self._branches = {}  # another pipeline of this transformer: what it returns is not known
             return result
         encoded = dict(zip(self.family.encoded, parts, strict=True))
@@ -153,7 +155,8 @@ class PipelineRows:
         # Families whose negative prompt is encoded by a call of its own: prompt, then negative prompt, then latents.
         second = self._encoding and "negative text" not in encoded
         if not second:
-            self._branches, self._seeds, self._last = {}, [], None
+            self._branches, self._last = {}, None
+            self._seeds = self._seeds if self._drawn else []
         self._encoding = True
         names = [name for stream in streams for name in stream.prompts] or ["prompt"]
         self._branches["uncond" if second else "cond"] = self._branch(
@@ -192,9 +195,13 @@ class PipelineRows:
             except UserError as error:  # the pipeline runs with this tokenizer, so the probe must not stop it
                 warnings.warn(f"the kinds of the text tokens stay unknown: {error}", ProbeWarning, stacklevel=2)
         copies = max(1, len(rows) // len(texts))
-        return _Branch(
-            rows, [text[0] for text in texts for _ in range(copies)], [table for table in tables for _ in range(copies)]
-        )
+        # Some pipelines put zeros in place of an empty text, and encode none.
+        null = Token(self.family.streams[0].name if self.family.streams else "", "null")
+        tables = [
+            table if table is None or bool(row.any()) else replace(table, tokens=(null,) * len(row))
+            for row, table in zip(rows, (table for table in tables for _ in range(copies)), strict=False)
+        ]
+        return _Branch(rows, [text[0] for text in texts for _ in range(copies)], tables)
 
     def _rewritten(self, given: dict[str, Any]) -> bool:
         """Whether the caller has the prompt put into other text than the pipeline does by default."""
@@ -203,7 +210,7 @@ class PipelineRows:
         return any(given[name] != known[name].default for name in names)
 
     def _on_latents(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._encoding = False
+        self._drawn, self._encoding = not self._encoding, False
         bound = inspect.signature(type(self.pipeline).prepare_latents).bind(self.pipeline, *args, **kwargs)
         generator = bound.arguments.get("generator") if bound.arguments.get("latents") is None else None
         self._seeds = []

@@ -481,7 +481,7 @@ class Run:
             self.note(f"{name} draws its noise out of a probe's sight: seeds are unknown")
         if self._tokens is not None:
             return batch
-        if self._rows is None:
+        if self._rows is None or (batch is None and not self._rows.encoded):
             self.note(f"prompts, words, seeds and branches of {name} are not followed: they are unknown")
         elif batch is None:
             self.note(
@@ -646,11 +646,15 @@ class _LayerRecorder:
 
 
 def _foreign(name: str, call: SDPACall, layout: Layout, samples: int) -> RunError:
+    count = call.key.shape[-2]
+    more = (
+        ". A processor that attends to more than these (an IP-Adapter's), or that splits them, cannot be probed: unload"
+        " it"
+    )
     return RunError(
-        f"{name} attends from {call.query.shape[-2]} to {call.key.shape[-2]} tokens in {len(call.query)} samples;"
-        f" expected {layout.counts['image']} image and {layout.counts['text']} text tokens in one softmax, in {samples}"
-        " samples. A processor that attends to more than these (an IP-Adapter's), or that splits them, cannot be"
-        " probed: unload it"
+        f"{name} attends from {call.query.shape[-2]} to {count} tokens in {len(call.query)} samples; expected"
+        f" {layout.counts['image']} image and {layout.counts['text']} text tokens in one softmax, in {samples}"
+        f" samples{more if count >= layout.total else ': the transformer leaves some of its inputs out'}"
     )
 
 

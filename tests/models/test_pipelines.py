@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mmdit_probe.errors import ProbeWarning, UserError
+from mmdit_probe.errors import ProbeWarning, RunError, UserError
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.latents import pack, unpack
 from mmdit_probe.models.load import load
@@ -22,8 +22,10 @@ from mmdit_probe.models.tokens import unknown_table
 from mmdit_probe.observe.mass import AttentionMass
 from mmdit_probe.observe.pipeline_labels import PipelineRows
 from mmdit_probe.observe.probe import probe
-from tests.pipelines import PIPELINES, SIDE, build
-from tests.video_pipelines import VIDEO_PIPELINES
+from tests.editing_pipelines import picture
+from tests.families import CHANNELS, TEXT
+from tests.pipelines import PIPELINES, SIDE, build, t5, transformer
+from tests.video_pipelines import VIDEO_PIPELINES, seeing
 
 NOT_RUN = {"hunyuan_video_framepack", "joyimage_edit"}
 """Pipelines that make nothing of a prompt alone, or nothing that is small: `test_spelling` has their words."""
@@ -164,6 +166,12 @@ def test_a_negative_prompt_that_is_not_read_is_refused() -> None:
     assert set(run[AttentionMass].table()["branch"]) == {"cond", "uncond"}
 
 
+@pytest.mark.parametrize("name", ["hunyuan_image", "longcat_image"])
+def test_a_text_length_that_is_not_taken_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="Pipeline takes no max_sequence_length; leave it out"):
+        model_of(name).generate("a ring", steps=1, height=SIDE, width=SIDE, max_sequence_length=40)
+
+
 def test_an_empty_negative_prompt_is_known() -> None:
     table = sample(model_of("ernie_image"), "a red ring", guidance=3.0).query("query == 'image' and key == 'text'")
     kinds = table[table["step"] == 0].groupby("branch")["span"].agg(set).to_dict()
@@ -208,6 +216,75 @@ def test_words_of_a_pipeline_that_reads_prompts_in_another_way_stay_unknown() ->
     for undo in detach:
         undo()
     assert rows._branches["cond"].tables == [None] and rows._branches["cond"].prompts == ["A RED ring"]
+
+
+@pytest.mark.parametrize("name", ["bria", "cogview3plus"])
+def test_a_negative_prompt_that_is_not_encoded_is_null(name: str) -> None:
+    """These pipelines put zeros in its place where none is given."""
+    model = model_of(name)
+    with torch.no_grad(), probe(model.pipeline, AttentionMass(heads=0), layers=0) as run:
+        model.pipeline(
+            "a red ring", num_inference_steps=1, height=SIDE, width=SIDE, output_type="latent", guidance_scale=3.0,
+            max_sequence_length=10,
+        )  # fmt: skip
+    table = run[AttentionMass].table().query("query == 'image' and key == 'text'")
+    kinds = table.groupby("branch")["span"].agg(set).to_dict()
+    assert kinds == {"cond": {"word", "eos", "pad"}, "uncond": {"null"}}
+    assert set(table.query("branch == 'uncond'")["n_key"]) == {10}
+
+
+def test_noise_that_is_drawn_before_the_prompt_is_encoded_keeps_its_seed() -> None:
+    from diffusers import MotifVideoImage2VideoPipeline
+
+    parts, seen = dict(model_of("motif_video").pipeline.components), seeing()
+    parts |= {"text_encoder": t5(parts["tokenizer"]), "feature_extractor": seen["feature_extractor"]}
+    parts["text_encoder"].vision_tower = seen["image_encoder"]
+    pipe = MotifVideoImage2VideoPipeline(**parts)
+    with torch.no_grad(), probe(pipe, AttentionMass(heads=0), layers=0) as run:
+        for seed in (5, 6):
+            pipe(
+                picture(SIDE, SIDE), "a red ring", num_inference_steps=1, height=SIDE, width=SIDE, num_frames=5,
+                output_type="latent", generator=torch.Generator().manual_seed(seed), max_sequence_length=10,
+            )  # fmt: skip
+    assert set(run[AttentionMass].table()["seed"]) == {5, 6}
+
+
+def test_a_pipeline_of_several_texts_in_one_sequence_is_refused() -> None:
+    from diffusers import ZImageOmniPipeline
+
+    pipe = ZImageOmniPipeline(**model_of("z_image").pipeline.components, siglip=None, siglip_processor=None)
+    with probe(pipe, AttentionMass()), pytest.raises(UserError, match=r"ZImageOmniPipeline.* are not followed"):
+        pipe(prompt="a red ring", num_inference_steps=1, height=SIDE, width=SIDE, output_type="latent")
+
+
+def test_a_prompt_that_is_encoded_in_another_way_is_told_as_not_followed() -> None:
+    """Beside a picture JoyImageEdit does not call its `encode_prompt`: no callback has changed anything."""
+    pipe = build("joyimage_edit")
+    pipe.vae_image_processor.get_default_height_width = lambda *_: (SIDE, SIDE)
+    pipe.encode_prompt_multiple_images = lambda **_: (torch.randn(1, 5, TEXT), torch.ones(1, 5))
+    told = pytest.warns(ProbeWarning, match="seeds and branches of JoyImageEditPipeline are not followed")
+    with torch.no_grad(), told, probe(pipe, AttentionMass(heads=0), layers=0) as run:
+        pipe(picture(SIDE, SIDE), "a ring", num_inference_steps=1, output_type="latent", guidance_scale=1.0)
+    table = run[AttentionMass].table()
+    assert set(table["branch"]) == {"unknown"} and set(table["prompt"]) == {""} and set(table["seed"]) == {-1}
+    assert set(table.query("query == 'image' and span == '0'")["n_key"]) == {4}  # the picture, as reference
+
+
+def test_a_transformer_that_leaves_a_text_out_is_refused_in_its_own_words() -> None:
+    """HunyuanImage's without an embedder of glyphs: there is no IP-Adapter to unload."""
+    pipe = build("hunyuan_image")
+    pipe.register_modules(transformer=transformer("hunyuan_image", in_channels=CHANNELS, out_channels=CHANNELS))
+    with probe(pipe, AttentionMass()), pytest.raises(RunError, match="attends from") as error:
+        pipe('a "red" ring', num_inference_steps=1, height=SIDE, width=SIDE, output_type="latent")
+    assert "IP-Adapter" not in str(error.value)
+
+
+def test_a_size_that_the_pipeline_does_not_make_is_told() -> None:
+    """HiDream scales any size to its own area."""
+    model = MMDiT(build("hidream"))
+    with pytest.warns(ProbeWarning, match=f"HiDreamImagePipeline made {SIDE} x {SIDE} pixels .* 64 x 64 were asked"):
+        (image,) = model.generate("a red ring", steps=1, guidance=1.0, height=64, width=64)
+    assert image.size == (SIDE, SIDE)
 
 
 def test_an_encoder_without_a_text_of_its_own_reads_the_prompt() -> None:

@@ -20,7 +20,8 @@ from mmdit_probe.models.families.prompts import traced
 from mmdit_probe.models.families.registry import FAMILIES, Family, TextStream, family_of
 from mmdit_probe.models.tokens import Token, TokenTable, fitted, stream_length, token_tables
 from tests import tiny
-from tests.pipelines import FIBO_BLANK, PIPELINES, build
+from tests.families import TEXT
+from tests.pipelines import FIBO_BLANK, LONGEST, PIPELINES, build, llm
 from tests.video_pipelines import VIDEO_PIPELINES
 
 QUOTED = re.compile(r"(?<=['\"])\w+(?=['\"])")
@@ -257,6 +258,42 @@ def test_cleaned_prompts_of_prx_keep_the_prompts_words() -> None:
     assert table.word_spans("ring", occurrence=0) != {} and table.positions(word="example") == []
 
 
+def test_a_token_for_pictures_is_taken_out_of_a_prompt_of_flux2() -> None:
+    from diffusers import Flux2Pipeline
+
+    parts = dict(build("flux2").components)
+    encoder = transparent(llm(parts["tokenizer"], layers=31))
+    pipe = Flux2Pipeline(**{name: parts[name] for name in ("scheduler", "vae", "tokenizer", "transformer")},
+                         text_encoder=encoder)  # fmt: skip
+    prompt = "a [IMG]red[IMG] M [IMG]ring"
+    with torch.no_grad():
+        rows = pipe.encode_prompt([prompt], max_sequence_length=512)[0][0]
+    table = token_tables(pipe, FAMILIES["flux2"], [prompt], 512)[0]
+    ids = spelled(encoder, rows)
+    check(pipe, FAMILIES["flux2"].streams[0], table, list(table.tokens), ids)
+    words = [position for position, token in enumerate(table.tokens) if token.kind == "word"]
+    assert pipe.tokenizer.decode([ids[position] for position in words]) == "a red M ring"
+    assert [ids[place] for place in table.word_spans("M")["llm"]] == pipe.tokenizer(" M")["input_ids"]
+    assert table.word_spans("IMG", missing_ok=True) == {}
+
+
+@pytest.mark.parametrize("name", ["flux", "chroma"])
+def test_a_textual_inversion_of_several_vectors_is_read_in_full(name: str) -> None:
+    pipe = build(name)
+    stream = FAMILIES[name].streams[0]
+    tokenizer, encoder = (getattr(pipe, part) for part in (stream.tokenizers[0], stream.encoders[0]))
+    pipe.load_textual_inversion(torch.randn(3, TEXT), token="<ring>", tokenizer=tokenizer, text_encoder=encoder)
+    transparent(encoder)
+    prompt = "a red <ring> and a cat"
+    with torch.no_grad():
+        rows = pipe.encode_prompt(prompt, None, max_sequence_length=40)[0][0]
+    table = token_tables(pipe, FAMILIES[name], [prompt], 40)[0]
+    ids = spelled(encoder, rows)
+    for word, wanted in (("red", "red"), ("ring", "<ring>"), ("cat", "cat")):
+        assert tokenizer.decode([ids[place] for place in table.word_spans(word)["t5"]]).strip() == wanted
+    assert [table.kinds[ids.index(tokenizer.convert_tokens_to_ids(f"<ring>_{k}"))] for k in (1, 2)] == ["template"] * 2
+
+
 def test_what_was_taken_from_a_prompt_is_traced() -> None:
     assert traced("a red ring", "A Red  Ring") == [("a red ", 0), ("ring", 7)]
     assert traced("x", "") == [("x", -1)] and traced("", "x") == []
@@ -291,3 +328,12 @@ def test_a_tokenizer_that_says_nothing_of_characters_is_refused() -> None:
     pipe.tokenizer = Slow()
     with pytest.raises(UserError, match="which characters a token stands for"):
         token_tables(pipe, FAMILIES["motif_video"], ["a red ring"], 10)
+
+
+def test_hidream_pads_to_the_limits_of_its_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LENGTHS, "hidream", 600)
+    pipe = pipeline_of("hidream")
+    found = streams_of("hidream", [PROMPT], encoded("hidream", [PROMPT]))
+    assert [len(tokens) for _, _, tokens, _ in found] == [LONGEST, 512]
+    for table, stream, tokens, rows in found:
+        check(pipe, stream, table, tokens, spelled(getattr(pipe, stream.encoders[0]), rows))

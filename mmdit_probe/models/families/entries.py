@@ -295,14 +295,16 @@ ENTRIES: tuple[Family, ...] = (
     Family(
         "flux", "FluxTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
         sequence(position_ids, "text", "image"),
-        pooled_input="pooled_projections", streams=(stream("t5", "tokenizer_2", "text_encoder_2"),),
-        length_argument=_LENGTH, default_length=512, encoded=("text", "pooled", "text ids"),
+        pooled_input="pooled_projections", length_argument=_LENGTH, default_length=512,
+        streams=(stream("t5", "tokenizer_2", "text_encoder_2", texts=prompts.inverted("tokenizer_2")),),
+        encoded=("text", "pooled", "text ids"),
         pipelines=("FluxPipeline", "FluxKontextPipeline"), cell=2, form="packed", distilled=True,
     ),
     # transformer_flux2.py, without its key-value cache.
     Family(
         "flux2", "Flux2Transformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
-        sequence(_flux2, "text", "image"), streams=(stream("llm", wrap=prompts.flux2_chat),),
+        sequence(_flux2, "text", "image"),
+        streams=(stream("llm", wrap=prompts.flux2_chat, texts=prompts.flux2_pieces),),
         length_argument=_LENGTH, default_length=512, encoded=("text", "text ids"),
         pipelines=("Flux2Pipeline", "Flux2KleinPipeline"), cell=2, form="packed", distilled=True,
     ),
@@ -314,7 +316,8 @@ ENTRIES: tuple[Family, ...] = (
     # transformer_chroma.py. The mask is an outer product: masked rows see nothing.
     Family(
         "chroma", "ChromaTransformer2DModel", (_DOUBLE, _SINGLE), ("text", "image"),
-        sequence(position_ids, "text", "image"), streams=_T5, length_argument=_LENGTH, default_length=512,
+        sequence(position_ids, "text", "image"), length_argument=_LENGTH, default_length=512,
+        streams=(stream("t5", texts=prompts.inverted("tokenizer")),),
         encoded=("text", "text ids", "mask", "negative text", "negative text ids", "negative mask"),
         pipelines=("ChromaPipeline",), cell=2, form="packed",
     ),
@@ -460,9 +463,9 @@ ENTRIES: tuple[Family, ...] = (
         _hidream, text_input="encoder_hidden_states_t5", timestep_input="timesteps", timesteps=1000.0,
         towards_image=True, guidance=_UNCOND_FIRST, length_argument=_LENGTH, default_length=128,
         streams=(
-            stream("t5", "tokenizer_3", "text_encoder_3"),
-            stream("llama", "tokenizer_4", "text_encoder_4"),
-            stream("llama_layer", "tokenizer_4", "text_encoder_4"),
+            stream("t5", "tokenizer_3", "text_encoder_3", limited=True),
+            stream("llama", "tokenizer_4", "text_encoder_4", limited=True),
+            stream("llama_layer", "tokenizer_4", "text_encoder_4", limited=True),
         ),
         encoded=(*_TEXTS, "llama", "negative llama", "pooled", "negative pooled"), pipelines=("HiDreamImagePipeline",),
     ),

@@ -36,6 +36,8 @@ class TextStream:
     length: str
     """Where the number of positions comes from: "tokenizer" (its model_max_length), the name of an argument, or the
     name of a number that the pipeline holds."""
+    limited: bool = False
+    """Whether there are no more positions than its tokenizer takes, whatever the argument says."""
     wrap: Callable[[Any, bool], tuple[str, str]] | None = None
     """(pipeline, whether it is the negative prompt) -> the text around the prompt that the tokenizer reads too."""
     texts: Callable[[Any, str], list[list[Part]]] | None = None

@@ -129,6 +129,17 @@ def traced(text: str, prompt: str) -> list[Part]:
     return parts
 
 
+def inverted(tokenizer: str) -> Callable[[Any, str], list[list[Part]]]:
+    """The prompt, in which the tokens of a textual inversion's further vectors follow that of the first."""
+
+    def texts(pipeline: Any, prompt: str) -> list[list[Part]]:
+        convert = getattr(pipeline, "maybe_convert_prompt", None)  # FluxControlNetPipeline loads none
+        text = prompt if convert is None else convert(prompt, getattr(pipeline, tokenizer))
+        return [[(prompt, 0)] if text == prompt else traced(text, prompt)]
+
+    return texts
+
+
 def longcat_pieces(pipeline: Any, prompt: str) -> list[list[Part]]:
     """LongCat-Image: what stands in quotation marks is read character by character, the marks too."""
     from diffusers.pipelines.longcat_image import pipeline_longcat_image
@@ -201,6 +212,14 @@ def flux2_chat(pipeline: Any, negative: bool) -> tuple[str, str]:
     # The template writes the start token that the tokenizer adds.
     start = getattr(pipeline.tokenizer, "tokenizer", pipeline.tokenizer).bos_token or ""
     return before.removeprefix(start), after
+
+
+def flux2_pieces(pipeline: Any, prompt: str) -> list[list[Part]]:
+    """Flux.2: the prompt without the token of a picture; the distilled ones leave it as it is."""
+    token = "[IMG]"
+    pieces = prompt.split(token) if hasattr(pipeline, "system_message") else [prompt]
+    places = itertools.accumulate((len(piece + token) for piece in pieces), initial=0)
+    return [list(zip(pieces, places, strict=False))]
 
 
 def lumina2_system(pipeline: Any, negative: bool) -> tuple[str, str]:
