@@ -65,7 +65,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         RunError: the disk is full, or writing failed otherwise; also where the block wrote nothing.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name[:200]}.{uuid.uuid4().hex[:8]}{SUFFIX}")
+    temporary = path.with_name(f"{path.name[:40]}.{uuid.uuid4().hex[:8]}{SUFFIX}")
     try:
         with disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
