@@ -36,7 +36,7 @@ class DatasetReport:
 
 
 def check(dataset: Dataset, advance: Callable[[], None] = lambda: None) -> DatasetReport:
-    """Open every picture, label and caption: unreadable files, ids out of range, sizes that differ, nothing to score."""
+    """Open every picture, label and caption: what is unreadable, of other ids or sizes, or leaves nothing to score."""
     count = len(dataset.classes)
     pixels = np.zeros(count, np.int64)
     total = 0

@@ -5,8 +5,8 @@
 
 Pictures in `train2017/` or `images/train2017/`, JSON in `annotations/`: `instances_*`, `stuff_*`, `panoptic_*` (with
 its PNG folder beside the JSON or the pictures), and `captions_*`, of which the first of a picture is taken. Masks of
-one class are united. COCO-Stuff's classes are called by their name up to the first "-", as in the paper. A polygon holds
-the pixels whose centres lie in it.
+one class are united. COCO-Stuff's classes are called by their name up to the first "-", as in the paper. Polygons hold
+the pixels whose centres lie in them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.labels import Ids, read_label_map
@@ -70,11 +71,11 @@ def coco(root: Path, kind: str, split: str | None = None) -> Dataset:
         for name in found
     ]  # fmt: skip
     classes = [SegClass((name,)) for name in file.classes]
-    notes = (
-        [f"{len(lost)} of {len(file.of_picture)} annotated pictures are not there (first: {lost[0]})"] if lost else []
-    )
-    if bare := len(content["images"]) - len(file.of_picture):
-        notes.append(f"{bare} of {len(content['images'])} pictures have no annotation and were left out")
+    known, notes = len(file.of_picture), []
+    if lost:
+        notes.append(f"{len(lost)} of {known} annotated pictures are not there (first: {lost[0]})")
+    if bare := len(content["images"]) - known:
+        notes.append(f"{bare} of {known + bare} pictures have no annotation and were left out")
     return Dataset(f"coco-{kind}", classes, samples, note="; ".join(notes), facts={"kind": kind, "split": split})
 
 
