@@ -111,9 +111,10 @@ def make_folder(path: Path | str) -> Path:
 
 
 def remove_leftovers(folder: Path | str) -> None:
-    """Remove the temporary files that killed processes left in a folder. Only while nothing else writes there."""
+    """Remove the temporary files that killed processes left in a folder and below it. Only while nothing else writes
+    there."""
     with disk(folder):
-        for path in Path(folder).glob(f"*{SUFFIX}"):
+        for path in Path(folder).rglob(f"*{SUFFIX}"):
             path.unlink(missing_ok=True)
 
 
