@@ -221,7 +221,8 @@ class ImageCounts:
     @classmethod
     def of(cls, counts: NDArray[np.int64]) -> ImageCounts:
         """From counts [n, C, P]."""
-        return cls(*(part.astype(np.float64) for part in _parts(counts[counts.any((1, 2))])))
+        hit, truth, found = (part.astype(np.float64) for part in _parts(counts[counts.any((1, 2))]))
+        return cls(hit, truth, found)
 
     @classmethod
     def from_table(cls, frame: pd.DataFrame, classes: int, agnostic: bool = False) -> ImageCounts:
