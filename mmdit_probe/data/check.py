@@ -36,7 +36,7 @@ class DatasetReport:
 
 
 def check(dataset: Dataset, advance: Callable[[], None] = lambda: None) -> DatasetReport:
-    """Open every picture and label: unreadable files, ids out of range, sizes that differ, nothing to score."""
+    """Open every picture, label and caption: what is unreadable, of other ids or sizes, or leaves nothing to score."""
     count = len(dataset.classes)
     pixels = np.zeros(count, np.int64)
     total = 0
@@ -53,6 +53,7 @@ def check(dataset: Dataset, advance: Callable[[], None] = lambda: None) -> Datas
             there.append(len(np.unique(scored)))
             pixels += np.bincount(scored, minlength=count)[:count]
             total += labels.size
+            _ = sample.prompt
         except UserError as error:
             problems.append((sample.name, str(error)))
         advance()

@@ -35,8 +35,8 @@ class SegClass:
 
 
 def parse_classes(text: str | Path | Sequence[str | SegClass]) -> list[SegClass]:
-    """Classes from "a, b; synonym, c", from a file of such lines (a path, or a text that ends in .txt), or from a list
-    of single entries or classes.
+    """Classes from "a, b; synonym, c", from a file of such lines (a path, or a text that ends in .txt; lines starting
+    with # are left out), or from a list of single entries or classes.
 
     Raises:
         UserError: no class, an empty name, one that is given twice or is no name by its length, or a file that is not
@@ -45,7 +45,8 @@ def parse_classes(text: str | Path | Sequence[str | SegClass]) -> list[SegClass]
     if isinstance(text, str) and len(text) < 4096 and "\n" not in text and text.lower().endswith((".txt", *STRUCTURED)):
         text = Path(text)
     if isinstance(text, Path):
-        kept = [line for line in read_lines(text, "a text file with class names", "class file") if line.strip()]
+        given = read_lines(text, "a text file with class names", "class file")
+        kept = [line for line in given if line.strip() and line.lstrip()[0] != "#"]
         entries: list[str | SegClass] = [name for line in kept for name in line.rstrip(", \t").split(",")]
     else:
         entries = list(text.split(",") if isinstance(text, str) else text)
@@ -56,7 +57,7 @@ def read_classes(path: Path) -> list[SegClass]:
     """The class list of a data set: a line is an id, with all its commas; synonyms by semicolon.
 
     Raises:
-        UserError: as `parse_classes`, or an empty line between names, which would shift the ids after it.
+        UserError: as `parse_classes`, or an empty line or a comment among names, which would shift the ids after it.
     """
     return _whole(read_lines(path, "one class per line in the order of the ids"), str(path))
 
@@ -71,8 +72,9 @@ def _whole(found: list[str], source: str) -> list[SegClass]:
     while found and not found[-1].strip():
         found = found[:-1]
     for number, line in enumerate(found):
-        if not line.strip():
-            raise UserError(f"{source!r}: line {number + 1} is empty; a line is the class of its number, name each")
+        if not line.strip() or line.lstrip()[0] == "#":
+            what = "a comment" if line.strip() else "empty"
+            raise UserError(f"{source!r}: line {number + 1} is {what}; a line is the class of its number, name each")
     return _classes(found, repr(source))
 
 

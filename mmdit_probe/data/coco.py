@@ -5,13 +5,13 @@
 
 Pictures in `train2017/` or `images/train2017/`, JSON in `annotations/`: `instances_*`, `stuff_*`, `panoptic_*` (with
 its PNG folder beside the JSON or the pictures), and `captions_*`, of which the first of a picture is taken. Masks of
-one class are united. COCO-Stuff's classes are called by their name up to the first "-", as in the paper. Polygons are
-filled by PIL: pixels on an edge may differ from pycocotools' by one.
+one class are united. COCO-Stuff's classes are called by their name up to the first "-", as in the paper. Polygons hold
+the pixels whose centres lie in them.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from numpy.typing import NDArray
 
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.labels import Ids, read_label_map
@@ -71,8 +71,12 @@ def coco(root: Path, kind: str, split: str | None = None) -> Dataset:
         for name in found
     ]  # fmt: skip
     classes = [SegClass((name,)) for name in file.classes]
-    note = f"{len(lost)} of {len(file.of_picture)} annotated pictures are not there (first: {lost[0]})" if lost else ""
-    return Dataset(f"coco-{kind}", classes, samples, note=note, facts={"kind": kind, "split": split})
+    known, notes = len(file.of_picture), []
+    if lost:
+        notes.append(f"{len(lost)} of {known} annotated pictures are not there (first: {lost[0]})")
+    if bare := len(content["images"]) - known:
+        notes.append(f"{bare} of {known + bare} pictures have no annotation and were left out")
+    return Dataset(f"coco-{kind}", classes, samples, note="; ".join(notes), facts={"kind": kind, "split": split})
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class _Annotations:
 
 def _parsed(content: Any, kind: str) -> tuple[dict[str, Any], dict[str, tuple[int, int]], dict[int, str | None]]:
     """Annotations by file name, sizes by file name, class names by category."""
-    file_of = {int(one["id"]): str(one["file_name"]) for one in content["images"]}
+    file_of = _files(content["images"])
     sizes = {
         str(one["file_name"]): check_size((one["height"], one["width"]))
         for one in content["images"] if "height" in one and "width" in one
@@ -146,6 +150,19 @@ def _parsed(content: Any, kind: str) -> tuple[dict[str, Any], dict[str, tuple[in
     for one in content["annotations"]:
         grouped[file_of[int(one["image_id"])]].append(one)
     return dict(grouped), sizes, names
+
+
+def _files(images: Any) -> dict[int, str]:
+    """File names by the id of their picture.
+
+    Raises:
+        ValueError: an id, or a file, that stands twice: annotations of one would be taken for the other's.
+    """
+    pairs = [(int(one["id"]), str(one["file_name"])) for one in images]
+    for values in zip(*pairs, strict=True):
+        if twice := [value for value, count in Counter(values).items() if count > 1]:
+            raise ValueError(f"two pictures are called {twice[0]!r}")
+    return dict(pairs)
 
 
 def _called(category: Any, kind: str) -> str | None:
@@ -169,15 +186,29 @@ def _filled(segmentation: Any, size: tuple[int, int]) -> Masks:
         if mask.shape != size:
             raise ValueError(f"it has {mask.shape[0]} x {mask.shape[1]} pixels, its picture {size[0]} x {size[1]}")
         return mask
-    canvas = Image.new("L", (size[1], size[0]))
+    mask = np.zeros(size, bool)
     for polygon in segmentation:
         points = np.asarray(polygon, float).reshape(-1, 2)
         beyond = np.maximum(points - [size[1], size[0]], -points)
         if not np.isfinite(points).all() or (beyond > np.maximum(2, 0.01 * np.array([size[1], size[0]]))).any():
             raise ValueError(f"a polygon leaves its picture of {size[0]} x {size[1]} pixels")
-        if len(points) > 1:
-            ImageDraw.Draw(canvas).polygon([(x, y) for x, y in points.tolist()], fill=1)
-    return np.asarray(canvas).astype(bool)
+        mask |= _inside(points, size)
+    return mask
+
+
+def _inside(points: NDArray[np.float64], size: tuple[int, int]) -> Masks:
+    """The pixels [height, width] whose centres lie in a polygon of points [n, 2] (x, y): those with an odd number of
+    edges to their left."""
+    height, width = size
+    (x, y), (to_x, to_y) = points.T, np.roll(points, -1, 0).T
+    first, last = np.ceil(np.clip(np.sort([y, to_y], 0), 0, height) - 0.5).astype(int)
+    edge = np.repeat(np.arange(len(points)), last - first)  # (n,) one for each row that an edge crosses
+    rows = np.arange(len(edge)) - np.repeat(np.cumsum(last - first) - last, last - first)
+    slope = (to_x - x) / np.where(to_y == y, 1.0, to_y - y)
+    across = np.clip(x[edge] + (rows + 0.5 - y[edge]) * slope[edge], 0, width)
+    places = rows * (width + 1) + np.ceil(across - 0.5).astype(int)
+    crossed = np.bincount(places, minlength=height * (width + 1)).reshape(height, width + 1)
+    return crossed.cumsum(1)[:, :width] % 2 == 1
 
 
 def _captions(path: Path) -> dict[str, str]:
@@ -187,9 +218,9 @@ def _captions(path: Path) -> dict[str, str]:
     content = read_json(path, "COCO's captions")
     found: dict[str, str] = {}
     try:
-        file_of = {int(one["id"]): str(one["file_name"]) for one in content["images"]}
+        file_of = _files(content["images"])
         for one in sorted(content["annotations"], key=lambda a: int(a["id"])):
-            found.setdefault(file_of[int(one["image_id"])], " ".join(str(one["caption"]).split()))
+            found.setdefault(file_of[int(one["image_id"])], " ".join(one["caption"].split()))
     except MISSHAPEN as error:
         raise UserError(f"{path.name} is no COCO caption file ({error!r})") from error
     return found

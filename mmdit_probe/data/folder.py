@@ -54,9 +54,11 @@ def labelled(root: Path) -> Dataset:
         for path in pictures if stem(path) in labels
     ]  # fmt: skip
     lost = len(pictures) - len(samples)
-    note = f"{lost} pictures without a label were left out" if lost else ""
+    notes = [f"{lost} pictures without a label were left out"] if lost else []
+    if bare := sorted(labels.keys() - {stem(path) for path in pictures}):
+        notes.append(f"{len(bare)} labels are of no picture (first: {labels[bare[0]].name})")
     background = next((number for number, name in enumerate(names) if name.lower() == "background"), None)
-    return Dataset(f"folder:{root.name}", classes, samples, background, note)
+    return Dataset(f"folder:{root.name}", classes, samples, background, "; ".join(notes))
 
 
 def pictures(root: Path) -> Dataset:

@@ -27,6 +27,7 @@ _STEPS = {"L;2": 85, "L;4": 17}
 
 Ids = NDArray[np.int64]
 IdMapping = dict[int, int] | Callable[[Ids], Ids]
+"""A class id, or `IGNORE`, of every value that a label may hold; of `IGNORE` itself without an entry."""
 
 
 def read_label_map(path: Path | str, colours: bool = False) -> Ids:
@@ -58,23 +59,24 @@ def read_label_map(path: Path | str, colours: bool = False) -> Ids:
 
 
 def mapped(path: Path, table: IdMapping, classes: int) -> Callable[[], Ids]:
-    """A function that reads a label map and maps its values to class ids; values not in a table become IGNORE.
+    """A function that reads a label map and maps its values to class ids.
 
     Raises (when called):
-        UserError: an id that is neither a class nor IGNORE.
+        UserError: a value that the table does not have, or an id that is neither a class nor IGNORE.
     """
 
     def read() -> Ids:
         raw = read_label_map(path)
         if callable(table):
-            ids = table(raw)
+            ids, most = table(raw), classes - 1
+            bad = np.unique(ids[((ids < 0) | (ids >= classes)) & (ids != IGNORE)])
         else:
-            ids = np.full(raw.shape, IGNORE, np.int64)
-            for value, target in table.items():
-                ids[raw == value] = target
-        bad = np.unique(ids[((ids < 0) | (ids >= classes)) & (ids != IGNORE)])
+            known, most = {IGNORE: IGNORE, **table}, max(table)
+            values, place = np.unique(raw, return_inverse=True)
+            bad = values[[value not in known for value in values.tolist()]]
+            ids = np.array([known.get(value, IGNORE) for value in values.tolist()], np.int64)[place].reshape(raw.shape)
         if len(bad):
-            raise UserError(f"label {str(path)!r} holds ids {bad[:5].tolist()}; expected 0..{classes - 1} or {IGNORE}")
+            raise UserError(f"label {str(path)!r} holds ids {bad[:5].tolist()}; expected 0..{most} or {IGNORE}")
         return ids
 
     return read

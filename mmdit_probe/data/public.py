@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mmdit_probe.data.class_names import SegClass, class_list
-from mmdit_probe.data.labels import IdMapping, mapped
-from mmdit_probe.data.picture import open_picture
+from mmdit_probe.data.labels import IGNORE, IdMapping, mapped
+from mmdit_probe.data.picture import by_name, open_picture
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import read_lines
 from mmdit_probe.errors import UserError, check_known
@@ -56,23 +56,32 @@ class FolderLayout:
     def there(self, root: Path) -> bool:
         """Both folders exist and hold at least one label file of this layout."""
         images, labels = root / self.images, root / self.labels
-        return images.is_dir() and labels.is_dir() and any(True for _ in self._files(labels, self.suffix))
+        return images.is_dir() and labels.is_dir() and any(True for _ in self._paths(labels, self.suffix))
 
     def pairs(self, root: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:
-        """(name, image, label) of every labelled image, and the names of images or labels without the other."""
-        labels = dict(self._files(root / self.labels, self.suffix))
-        images = dict(self._files(root / self.images, self.image_suffix))
+        """(name, image, label) of every labelled image, and the names of images or labels without the other.
+
+        Raises:
+            UserError: two images, or two labels, of one name.
+        """
+        labels = self._files(root / self.labels, self.suffix)
+        images = self._files(root / self.images, self.image_suffix)
         names = sorted(labels)
         if self.listing is not None and (root / self.listing).is_file():
-            names = [line.strip() for line in read_lines(root / self.listing) if line.strip()]
+            names = [*dict.fromkeys(line.strip() for line in read_lines(root / self.listing) if line.strip())]
         found = [(name, images[name], labels[name]) for name in names if name in images and name in labels]
         return found, [name for name in names if name not in images or name not in labels]
 
-    def _files(self, folder: Path, suffix: str) -> Iterator[tuple[str, Path]]:
-        """(name without the suffix, file) of a folder, in any order; the suffix's case does not matter."""
+    def _files(self, folder: Path, suffix: str) -> dict[str, Path]:
+        """The files of a folder by their name without the suffix."""
+        files = sorted(self._paths(folder, suffix))
+        return by_name(files, folder, lambda path: path.relative_to(folder).as_posix()[: -len(suffix)])
+
+    def _paths(self, folder: Path, suffix: str) -> Iterator[Path]:
+        """Files that end in a suffix, whose case does not matter."""
         for path in folder.rglob("*") if self.nested else folder.iterdir():
             if path.name.lower().endswith(suffix.lower()) and path.name[0] != ".":
-                yield path.relative_to(folder).as_posix()[: -len(suffix)], path
+                yield path
 
 
 @dataclass(frozen=True)
@@ -133,8 +142,8 @@ class Public:
 
 
 def _minus_one(classes: int) -> dict[int, int]:
-    """1..n -> 0..n-1; 0 and all else ignored (`reduce_zero_label`)."""
-    return {value: value - 1 for value in range(1, classes + 1)}
+    """1..n -> 0..n-1; 0 ignored (`reduce_zero_label`)."""
+    return {0: IGNORE, **{value: value - 1 for value in range(1, classes + 1)}}
 
 
 def _same(classes: int) -> dict[int, int]:
@@ -177,10 +186,12 @@ def _objects(raw: NDArray[np.int64]) -> NDArray[np.int64]:
     """Things 1..80 in order, everything else background 0, unlabelled pixels too (as in `cvt_coco_object.py`)."""
     table = np.zeros(256, np.int64)
     table[list(THINGS)] = np.arange(1, 81)
-    return np.where(raw < 256, table[raw.clip(0, 255)], raw)
+    return np.where((raw < len(COARSE)) | (raw == IGNORE), table[raw.clip(0, 255)], raw)
 
 
-_CITY = dict(zip((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), range(19), strict=True))
+_CITY = dict.fromkeys(range(34), IGNORE) | dict(
+    zip((7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33), range(19), strict=True)
+)
 _VOC_LIST = "ImageSets/Segmentation/val.txt"
 _PC_LIST = "ImageSets/SegmentationContext/val.txt"
 
@@ -242,7 +253,7 @@ def prepare(kind: str, root: Path, out: Path) -> int:
     sources: dict[str, tuple[str, IdMapping, int]] = {
         "coco-object": ("stuffthingmaps/val2017", _objects, 81),
         "coco-stuff-27": ("stuffthingmaps/val2017", COARSE, 27),
-        "pc60-last": ("SegmentationClassContext", {0: 59, **_minus_one(59)}, 60),
+        "pc60-last": ("SegmentationClassContext", _minus_one(59) | {0: 59}, 60),
     }
     check_known("preparation", kind, sources)
     place, mapping, classes = sources[kind]

@@ -41,11 +41,11 @@ def league(
         match: one of `evaluate.scores.MATCHES`, background: its background class for segments.
         agnostic: classes are masks of one image each (`Dataset.agnostic`).
 
-    Returns: columns `KEYS` without kind, role, n (images), the `SCORES` in 0..1 with `miou_low`, `miou_high` (95 % over
-    images), `gain`, `gain_low`, `gain_high` (mIoU over the same configuration without refinement, images paired),
-    `control` (the strongest one), `over`, `over_low`, `over_high` (mIoU over it, paired), `p_holm` (corrected for all
-    methods of the table), `verdict`, and `segments` (mean number per image; NaN for named classes). Best mIoU first
-    within a protocol.
+    Returns: columns `KEYS` without kind, role, n (images with a scored pixel), the `SCORES` in 0..1 with `miou_low`,
+    `miou_high` (95 % over images), `gain`, `gain_low`, `gain_high` (mIoU over the same configuration without
+    refinement, images paired), `control` (the strongest one), `over`, `over_low`, `over_high` (mIoU over it, paired),
+    `p_holm` (corrected for all methods of the table), `verdict`, and `segments` (mean number per image; NaN for named
+    classes). Best mIoU first within a protocol.
     """
     import pandas as pd
 

@@ -249,7 +249,7 @@ class Plan:
         ids = [int(i) for i in np.unique(scored) if i != IGNORE]
         view = self.scoring.view(record)
         best, nowhere, tokens = np.zeros_like(scored), torch.zeros(view.grid), {}
-        if ids:  # a picture without a scored pixel says nothing of any row, and stands in each
+        if ids:  # a picture without a scored pixel says nothing of any row, and is counted as done
             shares = _shares(scored, ids, view)
             best = np.array(ids)[strongest(view.fit.back(shares)).numpy()]
             tokens = dict(zip(ids, _true_tokens(shares, index), strict=True))
@@ -407,7 +407,7 @@ class _Rows:
         kept = counts > 0
         if keys[-1] == "segments" and counts.shape[1] > self.classes and kept.any():
             kept[kept.any(1).argmax(), -1] = True
-        if not kept.any():  # a picture without a scored pixel counts as one that says nothing
+        if not kept.any():  # a picture without a scored pixel is done, too
             kept[0, 0] = True
         truth, found = np.nonzero(kept)
         self._parts.append((keys, truth, found, counts[truth, found]))

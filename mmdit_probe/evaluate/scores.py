@@ -206,7 +206,8 @@ def area_under_curve(values: NDArray[Any], inside: NDArray[np.bool_]) -> NDArray
 
 @dataclass(frozen=True)
 class ImageCounts:
-    """Per image and class: pixels that are right, that are in the label, that are predicted; [n, C] each, float64.
+    """Per image and class: pixels that are right, that are in the label, that are predicted; [n, C] each, float64. An
+    image without a scored pixel is none of the n: no interval is surer for it.
 
     Ids that mean nothing in another image (masks without names, SA-1B) are not summed over images: `agnostic` scores
     are means over all masks of all images, and the two rules agree.
@@ -220,7 +221,7 @@ class ImageCounts:
     @classmethod
     def of(cls, counts: NDArray[np.int64]) -> ImageCounts:
         """From counts [n, C, P]."""
-        hit, truth, found = (part.astype(np.float64) for part in _parts(counts))
+        hit, truth, found = (part.astype(np.float64) for part in _parts(counts[counts.any((1, 2))]))
         return cls(hit, truth, found)
 
     @classmethod
@@ -234,7 +235,8 @@ class ImageCounts:
             kept = kept & (of >= 0) & (of < classes)
             flat = np.bincount(place[kept] * classes + of[kept], pixels[kept], len(images) * classes)
             parts.append(flat.reshape(len(images), classes).astype(np.float64))
-        return cls(parts[0], parts[1], parts[2], agnostic)
+        scored = parts[1].any(1)
+        return cls(parts[0][scored], parts[1][scored], parts[2][scored], agnostic)
 
     def __len__(self) -> int:
         return len(self.hit)

@@ -417,6 +417,9 @@ class Evaluate(Reads, Experiment):
         said = self._tagger(result)
         matched = f"Protocols are not comparable with each other. Segments matched: {self.matching}."
         told = [] if said is None else [_told(said)]
+        done = result.table["image"].nunique()
+        if unscored := done - int(result.summary["n"].max()):
+            told.append(f"{unscored} of {done} images have no pixel that is scored: they are left out.")
         return [league_table(result.summary), rule, beside_controls(result.summary), *told, matched]
 
     def document(self, result: Result) -> dict[str, Any]:

@@ -403,13 +403,13 @@ def second_eigenvalue(chain: Tensor) -> Tensor:
     """|lambda_2| of row-stochastic matrices [B, I, I], float32 [B]: the second largest modulus, by ARPACK in float64.
 
     How slowly a random walk forgets its start (TokenRank, arXiv:2507.17657): a head whose attention falls into few
-    well separated groups is near 1, one that mixes at once is near 0.
+    well separated groups is near 1, one that mixes at once is near 0, and told as 1e-12: heads are weighted by it.
     """
-    return torch.tensor([_second(one.double().cpu().numpy()) for one in chain], dtype=torch.float32)
+    return torch.tensor([_second(one.double().cpu().numpy()) for one in chain], dtype=torch.float32).clamp(min=1e-12)
 
 
 def _second(chain: np.ndarray) -> float:
-    from scipy.sparse.linalg import ArpackNoConvergence, eigs
+    from scipy.sparse.linalg import ArpackError, eigs
 
     if not np.isfinite(chain).all():
         return float("nan")
@@ -418,7 +418,7 @@ def _second(chain: np.ndarray) -> float:
     found = None
     if len(chain) > DENSE:
         start = np.random.default_rng(0).random(len(chain))  # the same for every chain, in any batch
-        with suppress(ArpackNoConvergence):
+        with suppress(ArpackError):
             found = eigs(chain, k=2, v0=start, return_eigenvectors=False)
     return float(np.sort(np.abs(np.linalg.eigvals(chain) if found is None else found))[-2])
 
@@ -520,4 +520,4 @@ def _walk_mean(seen: LayerCall, image: exact.Columns) -> Tensor:
         block /= block.sum(-1, keepdim=True).clamp(min=1e-12)
         weight = second_eigenvalue(block.cpu()).to(block.device)[:, None, None]
         total, weights = block.mul_(weight).add_(total.to(block.device)), weight + weights.to(block.device)
-    return total / weights.clamp(min=1e-12)
+    return total / weights

@@ -65,7 +65,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         RunError: the disk is full, or writing failed otherwise; also where the block wrote nothing.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name[:200]}.{uuid.uuid4().hex[:8]}{SUFFIX}")
+    temporary = path.with_name(f"{path.name[:40]}.{uuid.uuid4().hex[:8]}{SUFFIX}")
     try:
         with disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,9 +111,10 @@ def make_folder(path: Path | str) -> Path:
 
 
 def remove_leftovers(folder: Path | str) -> None:
-    """Remove the temporary files that killed processes left in a folder. Only while nothing else writes there."""
+    """Remove the temporary files that killed processes left in a folder and below it. Only while nothing else writes
+    there."""
     with disk(folder):
-        for path in Path(folder).glob(f"*{SUFFIX}"):
+        for path in Path(folder).rglob(f"*{SUFFIX}"):
             path.unlink(missing_ok=True)
 
 

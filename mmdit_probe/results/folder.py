@@ -24,6 +24,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 from mmdit_probe.errors import ProbeError, UserError, brief
 from mmdit_probe.results import atomic, processes
 from mmdit_probe.results.documents import read_document
@@ -89,16 +94,25 @@ class RunFolder:
         now = datetime.datetime.now().astimezone()
         if path is None:
             path = _new_folder(Path(root) / command, f"{now:%Y%m%d-%H%M%S}-{short_hash(request)}")
-        atomic.make_folder(path)
+        else:
+            _hold(atomic.make_folder(path))
+            try:  # of two processes that looked at once, one was first
+                old = _to_continue(path, command, request, resume, said)
+            except UserError:
+                _release(path)
+                raise
         made = {"version": VERSION, "command": command, "request": request, "created": now.isoformat()}
         folder = cls(path, made if old is None else old)
-        if not folder.complete:
+        if folder.complete:
+            _release(path)
+        else:
             folder.begin()
         return folder
 
     def begin(self) -> None:
         """Mark the run as running, in this process."""
         self.complete = False
+        _hold(self.path)
         atomic.remove_leftovers(self.path)
         self.data.pop("reason", None)
         self.record(argv=sys.argv, process=this_process(), environment=environment(), status="running")
@@ -125,7 +139,10 @@ class RunFolder:
 
     def _end(self, status: Status, **facts: Any) -> None:
         self.data.pop("process", None)
-        self.record(status=status, **facts)
+        try:
+            self.record(status=status, **facts)
+        finally:
+            _release(self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -288,10 +305,42 @@ def _to_continue(
     _same_request(path, said(old["request"]), said(request))
     here, writer = this_process(), old.get("process", {})
     if old["status"] == "running" and (writer["pid"], writer["host"]) != (here["pid"], here["host"]):
+        gone = f' (if it is gone: set "status" to "interrupted" in {RECORD})' if writer["host"] != here["host"] else ""
         raise UserError(
-            f"process {writer['pid']} on {writer['host']} is writing {str(path)!r}; wait for it or choose another --out"
+            f"process {writer['pid']} on {writer['host']} is writing {str(path)!r}; wait for it{gone} or choose another"
+            " --out"
         )
     return old
+
+
+_held: dict[str, int] = {}
+"""Folders that this process writes, by their real path, each open with a lock on it."""
+
+
+def _hold(path: Path) -> None:
+    """Keep a folder for this process until `_release`, or its end: the system knows of it whatever the clock says, and
+    forgets it with a process that is killed. Without effect where the system, or the disk, has no such locks.
+
+    Raises:
+        UserError: another process has it.
+    """
+    place = os.path.realpath(path)
+    if fcntl is None or place in _held:
+        return
+    with suppress(OSError):
+        _held[place] = os.open(place, os.O_RDONLY)
+        try:
+            fcntl.flock(_held[place], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            _release(path)
+            raise UserError(f"another process is writing {str(path)!r}; wait for it or choose another --out") from error
+
+
+def _release(path: Path) -> None:
+    """Let another process have a folder."""
+    number = _held.pop(os.path.realpath(path), None)
+    if number is not None:
+        os.close(number)
 
 
 def _new_folder(parent: Path, name: str) -> Path:

@@ -399,4 +399,4 @@ def _walk_mean(heads: Tensor) -> Tensor:
     if len(rows) == 1:
         return rows[0]
     weights = second_eigenvalue(rows)
-    return (rows * weights[:, None, None]).sum(0) / weights.sum().clamp(min=1e-12)
+    return (rows * weights[:, None, None]).sum(0) / weights.sum()

@@ -17,6 +17,7 @@ from mmdit_probe import UserError
 from mmdit_probe.cli.app import main
 from mmdit_probe.data import Fit, dataset, training_data
 from mmdit_probe.data.captions import Captioner, cached
+from mmdit_probe.data.coco import _filled
 from mmdit_probe.data.training import first_sentences, says
 from tests import blip
 
@@ -46,7 +47,7 @@ def coco(root: Path) -> Path:
     images = [{"id": k, "file_name": f"00{k}.jpg"} for k in (3, 4, 9)]  # the last one's file is not there
     for k in (3, 4):
         Image.fromarray(np.full((64, 128, 3), 20 * k, np.uint8)).save(root / "train2017" / f"00{k}.jpg")
-    box = [32, 0, 47, 0, 47, 63, 32, 63]
+    box = [32, 0, 48, 0, 48, 64, 32, 64]
     pieces = {
         "instances": [{"category_id": 1, "segmentation": [box]}],
         "stuff": [{"category_id": 93, "segmentation": runs(of["brick"])},
@@ -91,6 +92,37 @@ def test_coco_masks_are_united_by_name(tmp_path: Path, kind: Any, expected: dict
     assert (len(data), widths(data), data[0].image.shape) == (count, expected, (64, 64, 3))
     assert data[0].prompt == " ".join(expected)
     assert data.describe()["kind"] == kind
+
+
+def test_a_polygon_holds_the_pixels_whose_centres_lie_in_it() -> None:
+    """PIL's polygons, with their whole rim, were larger by a pixel across: small objects by a third."""
+    assert _filled([[1, 1, 3, 1, 3, 4, 1, 4], [5, 0, 6, 0, 6, 1, 5, 1]], (5, 7)).sum() == 2 * 3 + 1
+    assert not _filled([[1, 1], [1, 1, 6, 4], []], (5, 7)).any()
+    points = np.random.default_rng(0).uniform(0, (50, 40), (7, 2))  # crosses itself
+    rows, columns = np.mgrid[:40, :50] + 0.5
+    inside = np.zeros((40, 50), bool)
+    for (x, y), (to_x, to_y) in zip(points, np.roll(points, -1, 0), strict=True):
+        between = (y > rows) != (to_y > rows)
+        inside ^= between & (columns > x + (rows - y) * (to_x - x) / (to_y - y))
+    assert np.array_equal(_filled([points.ravel().tolist()], (40, 50)), inside)
+
+
+def test_two_pictures_of_one_name_or_id_are_refused(tmp_path: Path) -> None:
+    """One had the other's masks, in silence; a caption that is no text was "None"."""
+    root = coco(tmp_path)
+    file = root / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    for change in ({"file_name": "003.jpg"}, {"id": 3}):
+        images = [content["images"][0], content["images"][1] | change, content["images"][2]]
+        file.write_text(json.dumps(content | {"images": images}))
+        with pytest.raises(UserError, match=r"two pictures are called (3|'003\.jpg')"):
+            dataset(f"coco-instances:{root}")
+    file.write_text(json.dumps(content | {"images": [*content["images"], {"id": 77, "file_name": "empty.jpg"}]}))
+    assert "1 of 4 pictures have no annotation" in dataset(f"coco-instances:{root}").note
+    told = {"images": images[:1], "annotations": [{"id": 1, "image_id": 3, "caption": None}]}
+    (root / "annotations" / "captions_train2017.json").write_text(json.dumps(told))
+    with pytest.raises(UserError, match="no COCO caption file"):
+        dataset(f"coco-instances:{root}")
 
 
 def test_coco_captions_name_what_is_aligned(tmp_path: Path) -> None:

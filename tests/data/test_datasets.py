@@ -51,7 +51,7 @@ CASES = [
     ("voc21", "JPEGImages/a.jpg", "annotations_detectron2_bg/val/a.png", None,
      [20, 0, 19, 255], [0, 1, 20, 255]),
     ("pc59", "JPEGImages/a.jpg", "SegmentationClassContext/a.png", "ImageSets/SegmentationContext/val.txt",
-     [0, 1, 59, 60, 2], [255, 0, 58, 255, 1]),
+     [0, 1, 59, 255, 2], [255, 0, 58, 255, 1]),
     ("pc59", "JPEGImages/a.jpg", "annotations_detectron2/pc59_val/a.png", None,
      [0, 58, 255], [0, 58, 255]),
     ("pc60", "JPEGImages/a.jpg", "SegmentationClassContext/a.png", "ImageSets/SegmentationContext/val.txt",
@@ -101,6 +101,30 @@ def test_layout(
     assert data.background == (0 if name in ("voc21", "pc60", "coco-object") else None)
     assert data.ignore == ((0,) if name == "coco-object-words" else ())
     assert (data.classes[0].name == "background") == BY_NAME[name].background
+
+
+@pytest.mark.parametrize(
+    ("case", "value"), [(CASES[0], 21), (CASES[1], 20), (CASES[4], 60), (CASES[10], 182), (CASES[13], 182),
+                        (CASES[14], 151), (CASES[17], 34)],
+)  # fmt: skip
+def test_an_id_that_no_label_of_the_set_has_is_refused(tmp_path: Path, case: tuple, value: int) -> None:
+    """Labels of the 459 classes of Pascal Context passed for those of its 59: what was beyond was not scored."""
+    picture(tmp_path / case[1])
+    labels(tmp_path / case[2], [0, value])
+    with pytest.raises(UserError, match=rf"holds ids \[{value}\]; expected 0\.\."):
+        dataset(f"{case[0]}:{tmp_path}").samples[0].label()
+
+
+def test_files_of_one_name_are_refused_and_a_name_is_listed_once(tmp_path: Path) -> None:
+    """Which of a.jpg and a.JPG was scored was the disk's choice."""
+    for name in ("a.jpg", "b.jpg"):
+        picture(tmp_path / "JPEGImages" / name)
+        labels(tmp_path / "SegmentationClass" / f"{name[0]}.png", [1])
+    listing(tmp_path / "ImageSets/Segmentation/val.txt", ["b", "a", "b"])
+    assert [one.name for one in dataset(f"voc20:{tmp_path}").samples] == ["b", "a"]
+    picture(tmp_path / "JPEGImages/a.JPG")
+    with pytest.raises(UserError, match=r"'a\.JPG' and 'a\.jpg'"):
+        dataset(f"voc20:{tmp_path}")
 
 
 def test_an_id_beyond_a_byte_is_no_background(tmp_path: Path) -> None:
@@ -171,15 +195,20 @@ def test_check_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
     (root / "images/e.png").write_text("no picture")
     labels(root / "labels/e.png", [0])
     Image.fromarray(np.full((4, 6, 4), 90, np.uint8)).save(root / "images/a.png")
+    for name in "fg":
+        labels(root / f"labels/{name}.png", [0])
+    picture(root / "images/f.png")
+    (root / "images/f.txt").write_bytes(b"caf\xe9")
     report = check(dataset(f"folder:{root}"))
+    assert "1 labels are of no picture (first: g.png)" in dataset(f"folder:{root}").note
     assert report.notes == [("a", "transparency was laid on white")]
     found = dict(report.problems)
     assert "ids [7]" in found["b"] and "differ in size" in found["c"] and "ignored" in found["d"]
-    assert "cannot be read" in found["e"] and "a" not in found
+    assert "cannot be read" in found["e"] and "not UTF-8" in found["f"] and "a" not in found
     with pytest.raises(SystemExit) as stop:
         main(["datasets", "check", f"folder:{root}", "--json"])
     assert stop.value.code == 1
-    assert len(json.loads(capsys.readouterr().out)["problems"]) == 4
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == 5
 
 
 def test_prepared_labels_read_back_as_their_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

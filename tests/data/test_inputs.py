@@ -395,16 +395,17 @@ def test_texts_that_are_no_files(tmp_path: Path) -> None:
 
 def test_a_class_file_takes_commas_and_a_list_of_ids_does_not(tmp_path: Path) -> None:
     path = tmp_path / "classes.txt"
-    path.write_text("cat, dog; hound\nwet grass,\n\n[b]$x$/y\u2028z\n", encoding="utf-8")
+    path.write_text("# pets\ncat, dog; hound\nwet grass,\n\n[b]$x$/y\u2028z\n", encoding="utf-8")
     names = [one.synonyms for one in parse_classes(path)]
     assert names == [("cat",), ("dog", "hound"), ("wet grass",), ("[b]$x$/y\u2028z",)]
     assert names == [one.synonyms for one in parse_classes("cat, dog; hound, wet grass, [b]$x$/y\u2028z")]
     for blank in ("", "\n", "\n\n", "\n\n\n"):
         path.write_text(f"traffic light, red\nt-shirt{blank}", encoding="utf-8")
         assert [one.name for one in read_classes(path)] == ["traffic light, red", "t-shirt"]
-    path.write_text("cat\n\ndog\n", encoding="utf-8")
-    with pytest.raises(UserError, match="line 2 is empty"):
-        read_classes(path)
+    for line, why in (("", "line 2 is empty"), ("# pets", "line 2 is a comment")):
+        path.write_text(f"cat\n{line}\ndog\n", encoding="utf-8")
+        with pytest.raises(UserError, match=why):
+            read_classes(path)
 
 
 def generic(root: Path, names: list[str], label: str = ".png") -> Path:
@@ -489,7 +490,7 @@ def coco(root: Path, kind: str, category: dict[str, Any], segmentation: Any, sta
     return root
 
 
-LEFT = [[0, 0, 9, 0, 9, 19, 0, 19]]
+LEFT = [[0, 0, 10, 0, 10, 20, 0, 20]]
 LEFT_RUNS = {"size": [20, 40], "counts": [0, 200, 600]}
 
 
@@ -581,7 +582,7 @@ def test_annotations_in_any_order_give_the_same_labels(tmp_path: Path) -> None:
         path = root / "annotations" / "instances_val2017.json"
         content = json.loads(path.read_text())
         content["categories"] += [{"id": 2, "name": "dog"}]
-        small = {"image_id": 1, "category_id": 2, "segmentation": [[0, 0, 4, 0, 4, 19, 0, 19]]}
+        small = {"image_id": 1, "category_id": 2, "segmentation": [[0, 0, 5, 0, 5, 20, 0, 20]]}
         content["annotations"] = [*content["annotations"], small][::order]
         content["categories"] = content["categories"][::order]
         path.write_text(json.dumps(content))

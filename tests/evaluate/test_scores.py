@@ -62,13 +62,17 @@ def test_sums_over_images_come_before_ratios(random_counts: list[np.ndarray]) ->
 
 def test_a_picture_without_a_scored_pixel_says_nothing() -> None:
     columns = []
-    for index, counts in enumerate((np.diag([3, 1]), np.zeros((2, 2), int))):
+    for index, counts in enumerate((np.diag([3, 1]), np.array([[2, 1], [0, 4]]), *[np.zeros((2, 2), int)] * 8)):
         rows = _Rows(index, 2)
         rows.add(("p", "m", "r", "4", "mean", "0.5", "classes"), counts)
         columns.append(pd.DataFrame(rows.columns()))
-    one, both = (ImageCounts.from_table(pd.concat(of), 2) for of in (columns[:1], columns))
-    assert columns[1]["pixels"].tolist() == [0] and len(both) == 2
-    assert both.miou() == one.miou() == 1.0 and both.score("accuracy") == 1.0
+    scored, all_of_them = (ImageCounts.from_table(pd.concat(of), 2) for of in (columns[:2], columns))
+    assert columns[2]["pixels"].tolist() == [0] and len(scored) == len(all_of_them) == 2
+    for name in ("miou", "accuracy"):  # eight that say nothing made an interval of ten images
+        assert all_of_them.interval(name) == scored.interval(name) and all_of_them.score(name) == scored.score(name)
+    label = [np.array([[0, 1, 1]]), np.array([[0, 0, 1]]), np.full((1, 3), 255)]
+    found = segmentation_score([np.array([[0, 1, 0]])] * 3, label, 2)
+    assert found.interval() == segmentation_score([np.array([[0, 1, 0]])] * 2, label[:2], 2).interval()
 
 
 def test_interval_holds_the_score_and_shrinks_with_images(random_counts: list[np.ndarray]) -> None:

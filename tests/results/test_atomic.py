@@ -28,6 +28,11 @@ def test_contents_and_no_leftovers(tmp_path: Path) -> None:
     assert names(tmp_path / "new") == ["a.txt", "b.json"]
 
 
+def test_a_name_as_long_as_the_system_takes(tmp_path: Path) -> None:
+    """What was beside it for a while had a longer name: characters of more than a byte were counted as one."""
+    assert atomic.write_bytes(tmp_path / f"{'猫' * 83}.png", b"1").read_bytes() == b"1"
+
+
 @pytest.mark.parametrize("broken", [KeyboardInterrupt, ValueError])
 def test_old_file_stays_when_the_block_fails(tmp_path: Path, broken: type[BaseException]) -> None:
     path = atomic.write_text(tmp_path / "a", "old")

@@ -149,10 +149,54 @@ def test_a_killed_run_reads_as_interrupted(tmp_path):
         writer.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGKILL)
     assert read_record(tmp_path / "run")["status"] == "interrupted"
     assert status(tmp_path / "run") == "running"  # what the killed process left
-    (tmp_path / "run" / "run.json.12345678.partial").write_text("{")
+    (tmp_path / "run" / "images").mkdir()
+    for name in ("run.json", "images/000.png"):
+        (tmp_path / "run" / f"{name}.12345678.partial").write_text("{")
     with RunFolder.open("demo", {}, out=tmp_path / "run", resume=True):
         pass
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+    assert [path.name for path in (tmp_path / "run").rglob("*.*")] == ["run.json"]
+
+
+HOLD = (
+    "import sys; from mmdit_probe.results import RunFolder;"
+    "folder = RunFolder.open('demo', {}, out=sys.argv[1]); print('open', flush=True); sys.stdin.read()"
+)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such locks")
+def test_one_process_writes_a_folder_whatever_its_record_says(tmp_path):
+    """The clock was set, or two began at once: both wrote the run's tables and record."""
+    run, streams = tmp_path / "run", {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD, run], **streams) as writer:
+        assert writer.stdout.readline() == b"open\n"
+        record = json.loads((run / "run.json").read_text())
+        record["process"]["started"] -= 3600
+        for left in (record, None):
+            (run / "run.json").unlink()
+            if left is not None:
+                (run / "run.json").write_text(json.dumps(left))
+            with pytest.raises(UserError, match=r"another process is writing '.*run'; wait for it"):
+                RunFolder.open("demo", {}, out=run, resume=True)
+        writer.kill()
+    folder = RunFolder.open("demo", {}, out=run, resume=True)
+    with pytest.raises(UserError, match="holds a run already"):
+        RunFolder.open("demo", {}, out=run, resume=False)
+    folder.finish()
+    assert RunFolder.open("demo", {}, out=run, resume=True).complete
+    with subprocess.Popen([sys.executable, "-c", HOLD.replace("])", "], resume=True)"), run], **streams) as another:
+        assert another.stdout.readline() == b"open\n"  # this process, which lives, has let it go
+        another.stdin.close()
+
+
+def test_a_run_that_was_killed_on_another_machine_can_be_continued(tmp_path):
+    """Nobody can tell whether its process is there: the message says how to."""
+    run = RunFolder.open("demo", {}, out=tmp_path / "run")
+    run.finish()
+    run.record(status="running", process={"pid": 7, "host": "elsewhere", "started": 0.0})
+    with pytest.raises(UserError, match=r'7 on elsewhere .*if it is gone: set "status" to "interrupted" in run.json'):
+        RunFolder.open("demo", {}, out=run.path, resume=True)
+    run.record(status="interrupted")
+    RunFolder.open("demo", {}, out=run.path, resume=True).finish()
 
 
 def test_a_process_is_told_from_a_later_one_of_the_same_number():

@@ -19,6 +19,7 @@ import torch
 from mmdit_probe.data import SegClass
 from mmdit_probe.segment import METHODS, Capture
 from mmdit_probe.segment.clip import ClipInput
+from mmdit_probe.segment.refine import Refinement
 
 SPANS = {"wet grass": [1, 2], "cat": [3], "sky": [4]}
 READ_WORDS = ("seg4diff", "diffsegmenter", "diffsegmenter-per-class", "iseg", "tokenrank")
@@ -417,3 +418,17 @@ def test_every_method_has_its_cases(name: str) -> None:
     if name in READ_WORDS:
         queries = [query for case in cases for _, query in case.capture.queries]
         assert any(len(query.positions()) > 1 for query in queries), "no class has several words"
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 2), (3, 5), (21, 20)])
+@pytest.mark.parametrize("mass", [0.6, 0.0])
+def test_a_picture_whose_tokens_are_all_alike_is_one_segment(grid: tuple[int, int], mass: float) -> None:
+    """DiffCut cut it into its tokens (above 400 ARPACK ended it), and what walks along uniform attention was lost."""
+    count = grid[0] * grid[1]
+    capture = Capture.of(
+        grid, i2t=torch.full((2, count, 3), 0.1), i2i=torch.full((2, count, count), mass / count), spans={"cat": [1]},
+        features=torch.linspace(0.1, 1.3, 8).expand(count, 8) * (mass > 0),
+    )  # fmt: skip
+    assert len(METHODS["diffcut"](capture)) == len(METHODS["diffseg"](capture)) == 1
+    walked = Refinement.parse("walk").on_grid(METHODS["seg4diff"](capture), capture)
+    assert torch.allclose(walked, torch.full((1, *grid), 0.1 if mass else 0.0), rtol=1e-4)

@@ -18,6 +18,7 @@ from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.segment.methods.base import Method, i2i_part, renorm
 from mmdit_probe.segment.methods.seg4diff import greedy_merge, symmetric_kl
 from mmdit_probe.segment.record import Capture
+from mmdit_probe.segment.tail import ROUNDING
 
 FEATURES = ("feat_proj", "feat_out")
 OUTPUTS = ("similarity", "clusters")
@@ -87,7 +88,8 @@ def diffcut(
     nodes = F.normalize(grid[0].flatten(1).T, dim=-1).double()
     affinity = nodes @ nodes.T
     low, high = affinity.min(), affinity.max()
-    affinity = ((affinity - low) / (high - low).clamp(min=1e-12)) ** alpha
+    alike = high - low <= ROUNDING  # all tokens are: what is left is rounding, and no reason to cut
+    affinity = torch.ones_like(affinity) if alike else ((affinity - low) / (high - low)) ** alpha
     groups = normalised_cuts(affinity.numpy(), tau)
     if output == "clusters":
         maps = torch.zeros(len(groups), len(nodes))
@@ -139,15 +141,15 @@ def _best_cut(affinity: NDArray[np.float64]) -> tuple[float, NDArray[np.bool_]] 
 def _second_vector(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     """Eigenvector of the second largest eigenvalue of a symmetric matrix."""
     from scipy.linalg import eigh
-    from scipy.sparse.linalg import ArpackNoConvergence, eigsh
+    from scipy.sparse.linalg import ArpackError, eigsh
 
     count = len(matrix)
     if count > 400:
         try:
             values, vectors = eigsh(matrix, k=2, which="LA", v0=np.linspace(1.0, 2.0, count), tol=1e-6)
             return np.asarray(vectors[:, np.argsort(values)[0]])
-        except ArpackNoConvergence:
-            pass  # nearly equal eigenvalues: the dense solver below takes longer and always answers
+        except ArpackError:
+            pass  # nearly equal eigenvalues, or all 0: the dense solver below takes longer and always answers
     return np.asarray(eigh(matrix, subset_by_index=[count - 2, count - 2])[1][:, 0])
 
 
