@@ -24,8 +24,10 @@ from mmdit_probe.errors import UserError, check_known, unknown
 from mmdit_probe.experiments import experiment_of
 from mmdit_probe.experiments.controls import variants
 from mmdit_probe.experiments.experiment import one_per_item
+from mmdit_probe.experiments.options import shared, sources_of
 from mmdit_probe.experiments.perturb import CONTROL, EDIT
 from mmdit_probe.experiments.sweep import EQUAL
+from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.value_norms import with_gap
 from mmdit_probe.results.folder import read_record
 from mmdit_probe.results.statistics import NONE, corrected, count_means, defined, interval, measured, rank_agreement
@@ -211,8 +213,7 @@ def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any], kept: st
         raise UserError(
             f"{str(folder)!r} was measured on other weights than those of {model.name}; run {command} on it"
         )
-    sources = [str(record.get("options", {}).get(name)) for name in ("images", "prompts")]
-    if kept and any(source == kept or source.startswith(f"{kept}:") for source in sources):
+    if kept and shared([kept], sources_of(record.get("options", {}), knows_scenes(record["model"]["id"]))):
         raise UserError(
             f"{str(folder)!r} was measured on {kept}, which is reported on: select on other scenes, or --report others"
         )

@@ -26,13 +26,14 @@ import numpy as np
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import controls
-from mmdit_probe.experiments.options import check_places
+from mmdit_probe.experiments.options import check_places, shared, sources_of
 from mmdit_probe.experiments.progress import Progress
 from mmdit_probe.experiments.store import FolderStore, MemoryStore, Store, TaskRecord
 from mmdit_probe.experiments.text import Text, TextTable
 from mmdit_probe.options import LAST_SEED, Option, check
 from mmdit_probe.results import processes
 from mmdit_probe.results.folder import AUTO, check_out
+from mmdit_probe.results.selection import load_selection
 from mmdit_probe.results.statistics import NONE, compare
 
 if TYPE_CHECKING:
@@ -226,6 +227,9 @@ class Experiment:
         inputs = self.gather(knows_scenes(target))
         model = self.load(target, shown)
         study = self.prepare(model, inputs)
+        if told := _selected_here(self, model):
+            study.notes = [*study.notes, told]
+            study.facts["remarks"] = [*study.facts.get("remarks", []), told]
         for note in study.notes:
             shown.note(note)
         facts = self.describe(model) | study.facts | {"options": plain(asdict(self))}
@@ -245,6 +249,17 @@ class Experiment:
                 if isinstance(store, FolderStore) and store.first:
                     result.write(store.folder)
         return result
+
+
+def _selected_here(experiment: Experiment, model: Any) -> str:
+    """A remark where layers were selected on what is measured: they stand out there, if only by chance."""
+    from mmdit_probe.experiments.target import knows_scenes
+
+    if (selection := getattr(experiment, "selection", None)) is None:
+        return ""
+    measured = sources_of(asdict(experiment), knows_scenes(model))
+    source = shared(measured, load_selection(selection).how.get("selected_on", []))
+    return source and f"the layers were selected on {source}, too: report on others, such as scenes:test"
 
 
 EARLY = 5.0

@@ -124,17 +124,17 @@ class Explore(Pictures):
         return [explorer(one) for one in self.explorations(result)]
 
     def _exploration(self, result: Result, number: int) -> Exploration:
-        from mmdit_probe.models.words import words as places
+        from mmdit_probe.models.words import folded, words as places
         from mmdit_probe.pages import Exploration
 
         prompt, seed = result.request["items"][number][:2]
         kept = result.store.load_arrays(f"explore-{number:03d}")
         names = [str(name) for name in kept["names"]]
         count = len(names) - int(kept["special"])
-        known = {name.casefold(): k for k, name in enumerate(names[:count])}
-        tokens = [(prompt[a:b], known.get(prompt[a:b].casefold(), -1)) for a, b in places(prompt)]
-        here = {text.casefold() for text, _ in tokens}
-        tokens += [(name, k) for k, name in enumerate(names) if k >= count or name.casefold() not in here]
+        known = {folded(name)[0]: k for k, name in enumerate(names[:count])}
+        tokens = [(prompt[a:b], known.get(folded(prompt[a:b])[0], -1)) for a, b in places(prompt)]
+        here = {k for _, k in tokens}
+        tokens += [(name, k) for k, name in enumerate(names) if k not in here]
         apart = [int(layer) for layer in kept["apart"]]
         picture = result.store.load_picture(f"{number:03d}")
         # A page shows one picture for each of the model's frames.

@@ -96,6 +96,28 @@ def selected_places(selection: Path | str | LayerSelection, model: MMDiT) -> tup
     return chosen, checked_heads(heads or "all", chosen, model.heads)
 
 
+def sources_of(options: Mapping[str, Any], scenes: bool) -> list[str]:
+    """What is measured on, by the options of a command: its pictures, prompts, data set or split of scenes, by name.
+
+    Args:
+        scenes: whether the model knows the scenes world, which is read where nothing is named.
+    """
+    given = [options.get(name) for name in ("images", "prompts", "dataset")]
+    named = [str(one) for of in given if of is not None for one in (of if isinstance(of, list | tuple) else [of])]
+    if "split" in options:
+        named.append(f"scenes:{options['split']}")
+    sampled = "num_steps" in options  # else prompts are the pictures' texts
+    unnamed = given[0] is None and "prompts" in options and (given[1] is None or not sampled)
+    named += ["scenes:val"] * (scenes and unnamed)
+    return ["scenes:val" if one in ("scenes", "scenes:") else one for one in named]
+
+
+def shared(first: Sequence[str], second: Sequence[str]) -> str:
+    """The first of some sources that has something in common with others, by their names; "" where none has."""
+    pairs = ((one, other) for one in first for other in second)
+    return next((one for one, other in pairs if f"{one}:".startswith(f"{other}:") or other.startswith(f"{one}:")), "")
+
+
 Prompts = Annotated[
     str | Sequence[str] | None,
     Input("File with one prompt per line, a text, or a set: everyday, scenes:train|val|test (50 prompts).",

@@ -32,7 +32,7 @@ from mmdit_probe.models.names import check_checkpoint, contents_of
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import stills
-from mmdit_probe.results.statistics import Kind, corrected, defined, interval, judged, kind_of, no_worse
+from mmdit_probe.results.statistics import NONE, Kind, corrected, defined, interval, judged, kind_of, no_worse
 from mmdit_probe.scenes import CATEGORIES, captions, describe, scene, split_of_world
 from mmdit_probe.scenes.captions import CONTRASTS, is_caption
 from mmdit_probe.specs import listed, named_of, numbers
@@ -261,6 +261,17 @@ class Score(Sampling, Referring, Experiment):
         table = result.table
         drawn = table[table["category"] != REAL]  # none with --categories none: the parser's limit is what there is
         return compare_variants(drawn if len(drawn) else table, self.baseline)
+
+    def scores(self, result: Result) -> pd.DataFrame:
+        """Of every prompt, in whatever categories, the mean over its pictures."""
+        drawn = result.table[result.table["category"] != REAL]
+        metrics = [name for name in drawn.columns if name not in ("variant", *KEYS)]
+        prompts = drawn.astype(dict.fromkeys(metrics, float)).groupby(["variant", "prompt"], observed=True)[metrics]
+        table = prompts.mean().reset_index().rename(columns={"prompt": "item"}).assign(control=NONE)
+        return table.melt(["item", "control", "variant"], metrics, "outcome")
+
+    def sign(self, outcome: str) -> float:
+        return sign_of(outcome)
 
     def frames(self, result: Result) -> dict[str, pd.DataFrame]:
         return {"comparison": result.summary}

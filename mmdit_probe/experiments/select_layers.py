@@ -18,7 +18,8 @@ from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.experiments import evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, RANK_RULES, Amount, evidence_names
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, text_of
-from mmdit_probe.experiments.options import Control, Input, Sampling
+from mmdit_probe.experiments.options import Control, Input, Sampling, sources_of
+from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
 from mmdit_probe.results.selection import LayerSelection
@@ -133,8 +134,12 @@ class SelectLayers(Sampling, Experiment):
             model, evidence=names, top=self.top, heads=self.top_heads, num_steps=self.num_steps, guidance=self.guidance,
             controls=list(chosen), **self._how(),
         )  # fmt: skip
-        contents = {str(run): evidence.record_of(run)["created"] for run in self.runs}
-        return Study(model, request, tasks, "evidence", facts={"contents": contents})
+        records = {str(run): evidence.record_of(run) for run in self.runs}
+        sources = [f"scenes:{self.split}"] * bool(names)
+        for record in records.values():
+            sources += sources_of(record.get("options", {}), knows_scenes(model))
+        contents = {run: record["created"] for run, record in records.items()}
+        return Study(model, request, tasks, "evidence", facts={"contents": contents, "selected_on": sources})
 
     def _how(self) -> dict[str, Any]:
         return {
@@ -168,7 +173,8 @@ class SelectLayers(Sampling, Experiment):
         return LayerSelection(
             result.data["model"]["id"], result.data["model"]["weight_hash"], chosen,
             weights=evidence.weights_of(here, chosen, self.weights, self.rule), heads=heads,
-            how=self._how() | {"what": EVIDENCE, "stability": shares},
+            how=self._how()
+            | {"what": EVIDENCE, "stability": shares, "selected_on": result.data.get("selected_on", [])},
             evidence=[{str(n): value for n, value in row.items()} for row in result.summary.to_dict("records")],
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from mmdit_probe.cli.app import main
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import Perturb, SelectLayers, evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, evidence_names
+from mmdit_probe.experiments.options import shared, sources_of
 from mmdit_probe.experiments.target import named
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results.selection import load_selection
@@ -236,3 +238,35 @@ def test_from_run_folders_to_a_selection(
     assert "another" in capfd.readouterr().err
     assert run("select-layers", "--model", str(tiny_directory), "--rule", "rank") == 2
     assert "ranks" in capfd.readouterr().err
+
+
+def test_what_is_measured_where_nothing_is_named_counts_as_measured() -> None:
+    """Runs of the default scenes were evidence for layers that were reported on the same ones."""
+    assert sources_of({"images": None, "prompts": None, "num_steps": 28}, True) == ["scenes:val"]
+    assert sources_of({"images": None, "prompts": None, "num_steps": 28}, False) == []
+    assert sources_of({"images": None, "prompts": "a cat"}, True) == ["a cat", "scenes:val"]  # the pictures' text
+    assert sources_of({"images": None, "prompts": ["a cat", "a dog"], "num_steps": 28}, True) == ["a cat", "a dog"]
+    assert sources_of({"images": "scenes", "prompts": None}, True) == ["scenes:val"]
+    assert sources_of({"dataset": "scenes:test"}, True) == ["scenes:test"]
+    assert sources_of({"split": "train"}, True) == ["scenes:train"]
+    assert shared(["scenes:test", "scenes:val"], ["scenes:val:3"]) == "scenes:val"
+    assert shared(["scenes:val:3"], ["scenes:val"]) == "scenes:val:3"
+    assert shared(["scenes:val:3", "a cat"], ["scenes:val:33", "a"]) == ""
+
+
+def test_runs_of_the_default_scenes_are_not_reported_on_these(tiny_model: MMDiT, tmp_path: Path) -> None:
+    """A model of the scenes world reads scenes:val where no prompt is named."""
+    known = MMDiT(tiny_model.pipeline, "scenes-sd3")
+    asked = Perturb(limit=1, edit="zero", layers=0, num_steps=1, guidance=1.0, shown=0, control="none", clip="none")
+    asked.run(known, out=tmp_path / "run", progress=False)
+    with pytest.raises(UserError, match="measured on scenes:val, which is reported on"):
+        evidence.from_run(tmp_path / "run", known, {}, kept="scenes:val")
+    assert len(evidence.from_run(tmp_path / "run", known, {}, kept="scenes:test"))
+
+    chosen = SelectLayers(runs=[tmp_path / "run"]).run(known, out=tmp_path / "chosen", progress=False)
+    assert chosen.experiment.selected(chosen).how["selected_on"] == ["scenes:val"]
+    again = replace(asked, layers="all", selection=tmp_path / "chosen")
+    told = "the layers were selected on scenes:val, too: report on others, such as scenes:test"
+    assert told in again.run(known, progress=False).data["remarks"]
+    other = replace(again, prompts="scenes:test").run(known, progress=False)
+    assert told not in other.data["remarks"]

@@ -19,7 +19,8 @@ from mmdit_probe import UserError, load
 from mmdit_probe.cli.app import main
 from mmdit_probe.evaluate.blip import BlipAsker, phrases
 from mmdit_probe.evaluate.clipscore import ClipScorer
-from mmdit_probe.experiments import Score
+from mmdit_probe.experiments import Result, Score
+from mmdit_probe.experiments.compare_runs import compare_runs
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.score import (
     Job,
@@ -308,6 +309,29 @@ def test_scores_and_export(tmp_path: Path) -> None:
     for text, says in (("a_b", "it has _"), ("a red ring, " * 21, "longer than 244 bytes")):
         with pytest.raises(UserError, match=says):  # before the model is loaded, and pictures are sampled
             Score(prompts=text, export=tmp_path).gather(False)
+
+
+def test_two_runs_are_compared_by_prompt() -> None:
+    """Of other models, say: pictures of a prompt averaged, scenes left out, less of an opposite is better."""
+    rng, runs, values = np.random.default_rng(0), [], []
+    for level in range(2):
+        drawn = rng.normal(2 * level, 1, (10, 2))
+        rows = [
+            {"variant": "base", "category": category, "prompt": f"p{k}", "index": k, "seed": 2 * k + j,
+             "facts": drawn[k, j], "swapped_colours": drawn[k, j]}
+            for category, count in (("colour", 10), ("real", 3)) for k in range(count) for j in range(2)
+        ]  # fmt: skip
+        store = MemoryStore("score", {}, {"model": {"id": "model"}})
+        with store.task(0, lambda _: None) as record:
+            record.write("scores", pd.DataFrame(rows))
+        runs.append(Result(Score(), store))
+        values.append(drawn.mean(1))
+    gain = values[1] - values[0]
+    for margin, verdicts in ((None, ["higher", "higher"]), (0.5, ["no worse", "worse"])):
+        table = compare_runs(*runs, margin=margin).table.set_index("outcome")
+        assert table["n"].tolist() == [10, 10]
+        assert np.allclose(table["difference"], gain.mean()) and np.allclose(table["first"], values[0].mean())
+        assert table["verdict"].tolist() == verdicts
 
 
 def test_maps_are_those_of_the_base_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,6 +264,9 @@ def test_what_becomes_of_a_file_is_said(model: MMDiT, photo: Image.Image, tmp_pa
 @pytest.mark.parametrize("prompt", ["caf\u00e9 cafe\u0301 CAFE\u0301", "cat's cat\u2019s"])
 def test_a_word_that_is_written_in_two_ways_is_one(model: MMDiT, photo: Image.Image, prompt: str) -> None:
     assert list(word_maps(model, prompt, images=photo)) == [prompt.split()[0]]
+    page = Explore(prompt=prompt, images=photo).run(model, progress=False)
+    shown = page.experiment.explorations(page)[0].tokens  # type: ignore[attr-defined]
+    assert [token for token in shown if token[1] <= 0] == [(word, 0) for word in prompt.split()]
 
 
 def test_the_name_of_a_reference_may_hold_a_comma(photo: Image.Image, tmp_path: Path) -> None:
