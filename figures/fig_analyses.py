@@ -41,7 +41,9 @@ class Analysis:
 
 
 ANALYSES = {
-    "contribution": Analysis(ContributionBudget, "contribution_budget", "contribution_budget", {"limit": 32}),
+    "contribution": Analysis(
+        ContributionBudget, "contribution_budget", "contribution_budget", {"limit": 32, "rows": "summary"}
+    ),
     "triage": Analysis(HeadTriage, "head_triage", "head_triage", {"limit": 64, "train_limit": 64}, scenes=True),
     "sigma": Analysis(SigmaByLayer, "sigma_map", "sigma_map", {"limit": 32}, scenes=True),
     "blocks": Analysis(BlockOperations, "block_operations", "blocks", {"limit": 32, "num_steps": 14}, samples=True),

@@ -1,9 +1,9 @@
 """What the figure scripts share: an experiment in, files under `figures/out/<model>/` out.
 
 A script names an experiment. A finished run of the same request (same weights included) is drawn again instead of being
-repeated: those of an embedded model with the options that a script has by itself are kept in `measured/`, which ships,
-all others in `runs/`. `--run`, where one run is drawn, names its folder, `--fresh` measures anew, and `--set` passes
-further options of the experiment:
+repeated: those of an embedded model with the options that a script has by itself are kept in `measured/`, which ships
+as archives, all others in `runs/`. `--run`, where one run is drawn, names its folder, `--fresh` measures anew, and
+`--set` passes further options of the experiment:
 
     python figures/fig05_blur.py --model ... --set limit=4 --set num_steps=8 --set dino=facebook/dinov2-base
 """
@@ -14,8 +14,9 @@ import argparse
 import hashlib
 import json
 import shutil
+import tarfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 OUT = Path(__file__).parent / "out"
 MEASURED = Path(__file__).parent / "measured"
-"""Run folders by experiment, options and weights; of their files the tables, arrays and records are committed."""
+"""Run folders by experiment, options and weights, and one archive of each: its tables, arrays and record."""
+PACKED = (".json", ".npz", ".parquet")
 ELSEWHERE = ("out", "fresh", "device", "model", "only")
 """Options of a script that leave its measurement where it is kept."""
 PAPER_MODEL = "stable-diffusion-3-medium"
@@ -120,14 +122,37 @@ def run(experiment: Experiment, target: Any, options: argparse.Namespace) -> Res
     """A finished run of the same request, or a new one, which is kept in `measured/` or `runs/`."""
     if not options.plain:
         return experiment.run(target, out="auto", resume=not options.fresh)
-    asked, how = plain(asdict(experiment)), {k: v for k, v in target.options.items() if k not in ELSEWHERE}
+    asked, how = _asked(experiment), {k: v for k, v in target.options.items() if k not in ELSEWHERE}
     if asked.get("selection"):  # wherever the clone lies
         asked["selection"] = hashlib.sha256(Path(asked["selection"]).read_bytes()).hexdigest()
     of = {"options": asked, "target": plain(how), "weights": shipped()}
     place = MEASURED / target.name / f"{experiment.name}-{short_hash(of)}"
+    archive = place.with_suffix(".tar.xz")
     if options.fresh:
         shutil.rmtree(place, ignore_errors=True)
-    return experiment.run(target, out=place, resume=True)
+        archive.unlink(missing_ok=True)
+    elif archive.exists() and not place.exists():
+        shutil.unpack_archive(archive, place, filter="data")
+    result = experiment.run(target, out=place, resume=True)
+    if not archive.exists():
+        with tarfile.open(archive, "w:xz") as packed:
+            for path in sorted(path for path in place.rglob("*") if path.suffix in PACKED and path.is_file()):
+                packed.add(path, path.relative_to(place).as_posix(), filter=_nobody)
+    return result
+
+
+def _asked(experiment: Experiment) -> dict[str, Any]:
+    """The options that are not left to their defaults: those that come to be later change nothing of earlier runs."""
+    named = {field.name: (getattr(experiment, field.name), field.default) for field in fields(experiment)}
+    asked: dict[str, Any] = plain({name: value for name, (value, default) in named.items() if value != default})
+    return asked
+
+
+def _nobody(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+    """An entry of an archive without its owner."""
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = ""
+    return entry
 
 
 def shipped() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import runpy
+import shutil
 import sys
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -61,9 +62,17 @@ def test_what_ships_is_drawn_from_what_was_measured(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(runs, "MEASURED", tmp_path)
     asked = AttentionBudget(limit=1, rows="summary", layers="0")
     places: list[Any] = []
-    monkeypatch.setattr(
-        AttentionBudget, "run", lambda self, target, out, resume: places.append((str(out), self.limit, resume))
-    )
+    found: list[list[str]] = []
+
+    def measure(self: AttentionBudget, target: Any, out: Any, resume: bool) -> None:
+        places.append((str(out), self.limit, resume))
+        if out != "auto":
+            found.append(sorted(path.name for path in Path(out).glob("*")))
+            for name in ("run.json", "0.parquet", "drawn.png"):
+                Path(out).mkdir(parents=True, exist_ok=True)
+                (Path(out) / name).write_text(name)
+
+    monkeypatch.setattr(AttentionBudget, "run", measure)
 
     def run(*line: str, experiment: AttentionBudget = asked) -> tuple[str, int, bool]:
         options = runs.options_of("").parse_args([*line])
@@ -72,13 +81,13 @@ def test_what_ships_is_drawn_from_what_was_measured(monkeypatch: pytest.MonkeyPa
 
     kept = run()
     assert Path(kept[0]).parent == tmp_path / "scenes-sd3" and kept[1:] == (1, True)
-    Path(kept[0]).mkdir(parents=True)
+    shutil.rmtree(kept[0])  # as in a clone, which has the archive alone
     assert run("--device", "cpu", "--out", "elsewhere") == kept
+    assert found == [[], ["0.parquet", "run.json"]]
     assert run(experiment=replace(asked, limit=2))[0] not in (kept[0], "auto")
     for given in (["--set", "limit=1"], ["--lora", "somebody/adapter"]):
         assert run(*given)[0] == "auto"
-    assert Path(kept[0]).exists()
-    assert run("--fresh") == kept and not Path(kept[0]).exists()
+    assert run("--fresh") == kept and found[-1] == []
 
 
 @pytest.mark.parametrize(
