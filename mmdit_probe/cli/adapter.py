@@ -33,6 +33,8 @@ _PANELS = {INPUT: 0, MODEL: 2, METHOD: 3, OUTPUT: 4, DETAIL: 5}
 _FIRST = ("prompts", "images", "dataset", "classes", "method", "layers", "heads")
 """Options that stand at the top of their heading."""
 _SHORT = {"limit": ("-n",)}
+WHOLE = 22
+"""Characters of choices that stand on one line of `--help` on 80 columns."""
 
 
 def command_of(options: Any) -> Callable[..., None]:
@@ -144,7 +146,8 @@ def _parameter(field: Described, options: Any) -> inspect.Parameter:
     how: dict[str, Any] = {"help": option.help, "rich_help_panel": option.panel, "show_default": shown}
     choices = tuple(choices_of(field.type))
     if choices:
-        how["metavar"] = "|".join(choices)
+        whole = "|".join(choices)  # a long one is folded, between choices
+        how["metavar"] = whole if len(whole) <= WHOLE else " | ".join(choices)
     if option.values or choices:
         how["autocompletion"] = completing(option.values or choices)
     if option.argument:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -352,6 +353,15 @@ def test_a_terminal_of_no_width_and_a_closed_pipe_have_tables_too(capsys, monkey
     assert "scenes-sd3" in called(capsys, "models", "--help")[1]
     monkeypatch.setattr(sys, "stdout", None)
     assert called(capsys, "models")[::2] == (0, "")
+
+
+def test_choices_are_folded_between_them(capsys, monkeypatch):
+    """"diffseg" stood there as "d" and "iffseg"."""
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = called(capsys, "evaluate", "--help")[1]
+    assert max(map(len, shown.splitlines())) <= 80
+    for name in ("diffseg", "diffsegmenter", "corrclip", "aspect", "dataset | row"):
+        assert re.search(rf"[| ]{re.escape(name)}[| ]", shown), name
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
