@@ -16,8 +16,8 @@ from runs import measured, options_of, target, write
 from mmdit_probe.errors import run_script
 from mmdit_probe.experiments import Perturb
 
-PROMPTS = 218
-"""As many as a run of 132 said would show a drop of .05 of the facts beyond the control at every layer (power .8)."""
+PROMPTS = 266
+"""As many as a run of 218 said would show a drop of .05 of the facts beyond the control at every layer (power .8)."""
 
 
 def main() -> None:

@@ -36,8 +36,11 @@ if TYPE_CHECKING:
 
 OUT = Path(__file__).parent / "out"
 MEASURED = Path(__file__).parent / "measured"
-"""Run folders by experiment, options and weights, and one archive of each: its tables, arrays and record."""
+"""Run folders by experiment, options and weights, and one archive of each: its tables, arrays and record, and images
+that a figure shows."""
 PACKED = (".json", ".npz", ".parquet")
+PICTURED = ("perturb",)
+"""Experiments whose figures show images of the run folder."""
 ELSEWHERE = ("out", "fresh", "device", "model", "only")
 """Options of a script that leave its measurement where it is kept."""
 PAPER_MODEL = "stable-diffusion-3-medium"
@@ -136,7 +139,10 @@ def run(experiment: Experiment, target: Any, options: argparse.Namespace) -> Res
     result = experiment.run(target, out=place, resume=True)
     if not archive.exists():
         with tarfile.open(archive, "w:xz") as packed:
-            for path in sorted(path for path in place.rglob("*") if path.suffix in PACKED and path.is_file()):
+            kept = [path for path in place.rglob("*") if path.suffix in PACKED and path.is_file()]
+            if experiment.name in PICTURED:
+                kept += place.glob("images/*.png")
+            for path in sorted(kept):
                 packed.add(path, path.relative_to(place).as_posix(), filter=_nobody)
     return result
 
