@@ -60,7 +60,7 @@ def test_parts_are_run_folders_of_their_own(folder: Path) -> None:
 
 def test_photos_are_told_by_what_they_hold(tmp_path: Path) -> None:
     """A finished report was shown again for a folder whose photos had been exchanged."""
-    ask = Report(prompts=["a red ring"], images=str(tmp_path), limit=2)
+    ask = Report(prompts=["a red ring"], images=str(tmp_path), limit=4)
     told = []
     for shade in (0, 9, 0):
         Image.new("RGB", (32, 32), (shade, 0, 0)).save(tmp_path / "a.png")
