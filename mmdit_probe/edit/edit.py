@@ -10,8 +10,7 @@ layer compose in the order given to `probe(edits=[...])`: the first is the outer
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
@@ -33,7 +32,7 @@ from mmdit_probe.observe.sample_order import (
     restored,
     scattered,
 )
-from mmdit_probe.specs import HeadSpec, Spec, heads_at, named_of, reread
+from mmdit_probe.specs import HeadSpec, Spec, heads_at, named_of, number, reread
 
 if TYPE_CHECKING:
     from mmdit_probe.observe.probe import Run
@@ -83,6 +82,8 @@ class Addressed:
             for one in told.values() if isinstance(told, Mapping) else (told,):
                 if isinstance(one, str):  # letter by letter, no word would be found
                     raise UserError(f"{name} is {one!r}: expected a list, such as {[one]}")
+                if not (one is None or (isinstance(one, Collection) and all(isinstance(text, str) for text in one))):
+                    raise UserError(f"{name} is {one!r}: expected a list of texts")
         for branch in self.branches or ():
             check_known("guidance branch", branch, BRANCHES)
 
@@ -130,8 +131,7 @@ class Factored(Addressed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.factor):
-            raise UserError(f"factor {self.factor}: expected a finite number")
+        number("factor", self.factor)
 
     @property
     def neutral(self) -> bool:
@@ -352,9 +352,9 @@ def reference_keys(layout: Layout, sample: int, numbers: Sequence[int] | None = 
     """
     counts = [len(positions) for _, positions in layout.references_of(sample)]
     known = range(len(counts))
-    for number in numbers or ():
-        if number not in known:
-            raise UserError(f"no reference {number}: sample {sample} of this call has {len(counts)} (the first is 0)")
+    for one in numbers or ():
+        if one not in known:
+            raise UserError(f"no reference {one}: sample {sample} of this call has {len(counts)} (the first is 0)")
     chosen = [number in (known if numbers is None else numbers) for number in known]
     keys = torch.zeros(layout.counts["reference"], dtype=torch.bool)
     keys[: sum(counts)] = torch.tensor(chosen, dtype=torch.bool).repeat_interleave(torch.tensor(counts).long())

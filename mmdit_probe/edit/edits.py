@@ -11,7 +11,6 @@ one more attention call in the edited layer. Not here: guidance with the perturb
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self, get_args
@@ -23,6 +22,7 @@ from torch import Tensor
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.edit.edit import Edit, Factored, Place, Proceed, has_words, words_of
 from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.specs import number, whole
 
 Where = Literal["probabilities", "logits"]
 Border = Literal["reflect", "symmetric", "replicate"]
@@ -275,10 +275,9 @@ def taps(sigma: float, kernel: int) -> Tensor:
     Raises:
         UserError: a negative sigma, or a kernel that is not odd and positive.
     """
-    if kernel < 1 or kernel % 2 == 0:
+    if whole("blur kernel", kernel, 1) % 2 == 0:
         raise UserError(f"blur kernel {kernel}: expected an odd number of tokens from 1")
-    if not 0 <= sigma < math.inf:
-        raise UserError(f"blur sigma {sigma}: expected a finite width in tokens from 0")
+    number("blur sigma", sigma, 0)
     offsets = torch.arange(kernel, dtype=torch.float64) - kernel // 2
     if sigma == 0:
         return (offsets == 0).double()

@@ -591,6 +591,7 @@ class MMDiT:
             rows = np.reshape(seeds, (len(texts), -1)).tolist()
             return _joined([self.generate(text, seed=row, **options) for text, row in zip(texts, rows, strict=True)])
         guidance, steps = number("guidance", guidance), whole("steps", steps, 1)
+        height, width = (None if side is None else whole("height and width", side, 1) for side in (height, width))
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         own = self.size or (None, None)
         if self.makes_videos:  # some of their pipelines make one per prompt, whatever is asked for
@@ -713,8 +714,11 @@ def _texts(prompts: str | Sequence[str]) -> list[str]:
 
 
 def _per_row(value: float | Sequence[float], count: int) -> list[float]:
-    rows = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * count
-    if len(rows) != count or not all(0.0 <= row <= 1.0 for row in rows):
+    """One noise level per sample."""
+    given: Any = value
+    rows = given.tolist() if hasattr(given, "tolist") else given  # of numpy or torch
+    rows = [number("sigma", row, 0, 1) for row in (rows if isinstance(rows, list | tuple) else [rows] * count)]
+    if len(rows) != count:
         raise UserError(f"sigma {value!r} for {count} samples: expected one number in 0..1, or one per sample")
     return rows
 

@@ -372,6 +372,10 @@ def test_every_image_has_a_direction_of_its_own_whatever_its_batch(kind: Any) ->
         (lambda: Blur(words="red ring"), r"words is 'red ring': expected a list, such as \['red ring'\]"),
         (lambda: Scale(words={"a red ring": "ring"}), "words is 'ring': expected a list"),
         (lambda: Blur(spans="word"), "spans is 'word': expected a list"),
+        (lambda: Blur(branches=3), "branches is 3: expected a list of texts"),
+        (lambda: Blur(words=[3]), r"words is \[3\]: expected a list of texts"),
+        (lambda: Blur(sigma="9"), "blur sigma '9': expected a finite number from 0"),
+        (lambda: Blur(kernel=None), "blur kernel None: expected a finite number from 1"),
         (lambda: Scale(factor=float("nan")), "finite"),
         (lambda: Blur(sigma=float("inf")), "finite"),
         (lambda: EqualBudget(Blur(), kind="rotated"), "rotation"),  # type: ignore[arg-type]

@@ -225,6 +225,12 @@ def test_seeds_and_numbers_are_checked_before_anything_runs(model: MMDiT) -> Non
         for ask in (model.generate, model.encode_prompt):
             with pytest.raises(UserError, match="expected a text, or one text or more in a list"):
                 ask(prompts)  # type: ignore[operator]
+    for side in (0, "64"):
+        with pytest.raises(UserError, match=f"height and width {side!r}: expected a finite number from 1"):
+            model.generate("a cat", height=side)  # type: ignore[arg-type]
+    for sigma in ("0.5", None, 2, [0.5, 0.5], torch.tensor([0.5, 0.5])):
+        with pytest.raises(UserError, match=r"sigma .*: expected (a finite|one) number"):
+            model.noise(clean, sigma)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="generate sets 'num_inference_steps' by itself, from its prompts, steps"):
         model.generate("a cat", num_inference_steps=1)
     with pytest.raises(UserError, match="unknown option of the pipeline 'output': did you mean 'output_type'"):
