@@ -615,17 +615,18 @@ class _LayerRecorder:
 
     def show(self, parts: Sequence[Record], denoising: DenoisingCall, layout: Layout, places: Places | None) -> None:
         """Let the observers see the attention of all samples of a denoising call, in calls of some samples each."""
+        own = getattr(self.layer.module, "heads", parts[0].call.query.shape[1])
+        if parts[-1].module_call.calls > len(parts) or any(part.call.query.shape[1] != own for part in parts):
+            raise RunError(
+                f"{self.name} calls attention for some of its heads at a time, or several times for a sample (a"
+                " function mode or a processor that works in parts): no one softmax is the layer's"
+            )
         rows = iter(() if places is None else places.keys)
         for part in parts:
             if not _placed(part.call, list(itertools.islice(rows, len(part.call.query)))):
                 raise _foreign(self.name, part.call, layout, len(denoising.prompts))
         record = parts[0] if len(parts) == 1 else joined(parts)
         self._check(record, len(denoising.prompts), layout, places)
-        if len(parts) == 1 and record.module_call.calls > 1:
-            raise RunError(
-                f"{self.name} called attention {record.module_call.calls} times in one forward, for all samples each"
-                " time (a function mode or a processor that works in parts): no one softmax is the layer's"
-            )
         hidden = hidden_keys(record.call)
         if hidden is not None and bool(hidden.any()):
             layout = layout.without(hidden if places is None else canonical_hidden(hidden, places))
