@@ -615,8 +615,8 @@ class _LayerRecorder:
 
     def show(self, parts: Sequence[Record], denoising: DenoisingCall, layout: Layout, places: Places | None) -> None:
         """Let the observers see the attention of all samples of a denoising call, in calls of some samples each."""
-        own = getattr(self.layer.module, "heads", parts[0].call.query.shape[1])
-        if parts[-1].module_call.calls > len(parts) or any(part.call.query.shape[1] != own for part in parts):
+        whole = all(self.layer.attends(part.call.query.shape[1]) for part in parts)
+        if parts[-1].module_call.calls > len(parts) or not whole:
             raise RunError(
                 f"{self.name} calls attention for some of its heads at a time, or several times for a sample (a"
                 " function mode or a processor that works in parts): no one softmax is the layer's"
