@@ -139,8 +139,8 @@ def _check_whole(source: str, tensors: Mapping[str, Tensor]) -> None:
         wanted |= {half for pair in _HALVES.items() if wanted & {*pair} for half in pair}
         for part in sorted(wanted - parts):
             raise UserError(
-                f"LoRA {source!r} has '{module}.lora{min(parts)}' and lacks '{module}.lora{part}': it is cut off, or its"
-                " modules differ in what they have, which diffusers does not load"
+                f"LoRA {source!r} has '{module}.lora{min(parts)}' and lacks '{module}.lora{part}': it is cut off, or"
+                " its modules differ in what they have, which diffusers does not load"
             )
 
 

@@ -186,6 +186,12 @@ class Run:
         layers = ", ".join(str(layer.index) for layer in self.layers) or str(self._wanted)
         return f"Run of {type(self.transformer).__name__}: {held}; layers {layers}; {self._calls} denoising calls"
 
+    def __getstate__(self) -> Any:
+        raise UserError(
+            "a probe belongs to the model that it watches, and is neither pickled nor copied: pickle its observers,"
+            " such as run[AttentionMass], or their tables"
+        )
+
     @property
     def family(self) -> Family:
         """The facts that apply."""
