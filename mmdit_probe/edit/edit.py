@@ -254,6 +254,10 @@ class Handler:
         edit, current = self.edit, self.run.current
         assert current is not None
         batch, heads, tokens = call.query.shape[:3]
+        if not self.layer.attends(heads):
+            raise RunError(
+                f"layer {self.layer.index} calls attention for {heads} of its heads alone: it cannot be edited"
+            )
         if not layout.total == tokens == call.key.shape[-2]:
             raise RunError(
                 f"layer {self.layer.index} attends from {tokens} to {call.key.shape[-2]} tokens; expected"

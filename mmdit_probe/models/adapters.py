@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 KEY = "mmdit_probe"
 """Entry of the safetensors header that holds our metadata as JSON."""
-_HALVES = ((".lora_A.", ".lora_B."), (".lora.down.", ".lora.up."))
-"""Down and up projections by their names."""
+_HALVES = {"_A.weight": "_B.weight", ".down.weight": ".up.weight"}
+"""Down and up projections by what follows ".lora" in their names."""
 _ADVICE = (
     "export it in diffusers' format, or rename its tensors to transformer.MODULE.lora_A.weight and lora_B.weight, to_q,"
     " to_k and to_v apart, alpha / rank in lora_B"
@@ -123,13 +123,25 @@ def _check_fit(source: str, pipeline: Any, names: list[str]) -> None:
 
 
 def _check_whole(source: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse an adapter of which a projection lacks its counterpart, or with a number that is not finite."""
+    """Refuse an adapter of which a module lacks a projection's counterpart, or what others have (a bias, DoRA's
+    magnitude: diffusers makes it in all modules and leaves it empty), or with a number that is not finite."""
+    found: dict[str, set[str]] = {}
+    every: dict[str, set[str]] = {}
     for name, tensor in tensors.items():
-        for half, other in (*_HALVES, *(pair[::-1] for pair in _HALVES)):
-            if half in name and name.endswith("weight") and name.replace(half, other) not in tensors:
-                raise UserError(f"LoRA {source!r} has {name!r} and lacks {name.replace(half, other)!r}: it is cut off")
         if not bool(tensor.isfinite().all()):
             raise UserError(f"LoRA {source!r}: {name!r} is not finite (float16 overflow?)")
+        module, mark, part = name.partition(".lora")
+        if mark:
+            found.setdefault(module, set()).add(part)
+            every.setdefault(module.partition(".")[0], set()).add(part)
+    for module, parts in found.items():
+        wanted = every[module.partition(".")[0]]
+        wanted |= {half for pair in _HALVES.items() if wanted & {*pair} for half in pair}
+        for part in sorted(wanted - parts):
+            raise UserError(
+                f"LoRA {source!r} has '{module}.lora{min(parts)}' and lacks '{module}.lora{part}': it is cut off, or"
+                " its modules differ in what they have, which diffusers does not load"
+            )
 
 
 def merge(pipeline: Any) -> None:

@@ -35,6 +35,10 @@ class Layer:
     path: str
     module: nn.Module
 
+    def attends(self, heads: int) -> bool:
+        """Whether a call of so many heads is one of all heads, as far as the module tells their number."""
+        return heads == getattr(self.module, "heads", heads)
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -140,6 +140,13 @@ class MMDiT:
             f" {self.text_length} text positions, {frames}{height} x {width} pixels, {dtype} on {self.device})"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What pickle writes: the facts of a family are looked up again."""
+        return {name: value for name, value in self.__dict__.items() if name != "family"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, family=family_of(unwrap(state["pipeline"].transformer)))
+
     def given(self, references: Sequence[Any]) -> MMDiT:
         """The same model whose editing pipeline is given these pictures (PIL) beside the prompt."""
         found = copy.copy(self)

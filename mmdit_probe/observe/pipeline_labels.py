@@ -64,7 +64,8 @@ class PipelineRows:
         self._seeds: list[int] = []
         self._drawn = False
         """Whether the noise was drawn, and no text encoded before: some pipelines draw first."""
-        self._encoding = False
+        self._encoding: Any = None
+        """Whose texts are being encoded: the frame of the pipeline's call, "" outside of one; None once they were."""
         self._last: tuple[str, float] | None = None
 
     def attach(self) -> list[Detach]:
@@ -90,7 +91,7 @@ class PipelineRows:
             context: what the pipeline calls this call: "cond" or "uncond", or nothing of the kind.
             moment: its timestep.
         """
-        self._encoding = self._drawn = False
+        self._encoding, self._drawn = None, False
         rows, known = list(text) * (samples if len(text) == 1 else 1), self._branches
         batched = [order for order in self._batched if set(order) <= {*known, PERTURBED}]
         fitting = [order for order in (*batched, *((branch,) for branch in known)) if self._carries(rows, order)]
@@ -153,33 +154,44 @@ class PipelineRows:
         encoded = dict(zip(self.family.encoded, parts, strict=True))
         streams = self.family.streams
         # Families whose negative prompt is encoded by a call of its own: prompt, then negative prompt, then latents.
-        second = self._encoding and "negative text" not in encoded
+        caller = _call(unwrap(self.pipeline.transformer)) or ""
+        second = self._encoding is caller and "negative text" not in encoded
+        self._encoding, before = caller, self._branches
         if not second:
             self._branches, self._last = {}, None
             self._seeds = self._seeds if self._drawn else []
-        self._encoding = True
         names = [name for stream in streams for name in stream.prompts] or ["prompt"]
         self._branches["uncond" if second else "cond"] = self._branch(
-            encoded["text"], names, "prompt_embeds", given, second
+            encoded["text"], names, "prompt_embeds", given, second, before
         )
         if encoded.get("negative text") is not None and len(encoded["negative text"]):
             names = [name for stream in streams for name in stream.negatives] or ["negative_prompt"]
             self._branches["uncond"] = self._branch(
-                encoded["negative text"], names, "negative_prompt_embeds", given, True
+                encoded["negative text"], names, "negative_prompt_embeds", given, True, before
             )
         return result
 
     def _branch(
-        self, embeddings: Any, names: Sequence[str], ready_made: str, given: dict[str, Any], negative: bool
+        self,
+        embeddings: Any,
+        names: Sequence[str],
+        ready_made: str,
+        given: dict[str, Any],
+        negative: bool,
+        before: dict[str, _Branch],
     ) -> _Branch:
-        """One branch of an `encode_prompt` call; `ready_made` is the argument that replaces its texts by embeddings."""
+        """One branch of an `encode_prompt` call; `ready_made` is the argument that replaces its texts by embeddings:
+        those that the probe saw the pipeline encode `before` are known."""
         rows = [row.detach().clone() for row in embeddings]  # a callback may change them in place
         # A text that is not given is the prompt; one that is given as embeddings is unknown.
         first = next((given[n] for n in (ready_made.removesuffix("_embeds"), names[0]) if given.get(n)), None)
         if any(name.startswith(ready_made) and given[name] is not None for name in given) or (
             first is None and not negative
         ):
-            return _Branch(rows, [""] * len(rows), [None] * len(rows))
+            seen = [told for of in before.values() for told in zip(of.embeddings, of.prompts, of.tables, strict=False)]
+            same = [[told for told in seen if row.shape == told[0].shape and _same(row, told[0])] for row in rows]
+            known: list[Any] = [told[0] if told else (None, "", None) for told in same]
+            return _Branch(rows, [prompt for _, prompt, _ in known], [table for _, _, table in known])
         columns = []
         for name in names:
             value = given.get(name) or first or ""
@@ -210,7 +222,7 @@ class PipelineRows:
         return any(given[name] != known[name].default for name in names)
 
     def _on_latents(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._drawn, self._encoding = not self._encoding, False
+        self._drawn, self._encoding = self._encoding is None, None
         bound = inspect.signature(type(self.pipeline).prepare_latents).bind(self.pipeline, *args, **kwargs)
         generator = bound.arguments.get("generator") if bound.arguments.get("latents") is None else None
         self._seeds = []
@@ -229,12 +241,18 @@ def is_pipeline(target: Any) -> bool:
 
 def calling_pipeline(transformer: nn.Module) -> Any:
     """The pipeline in whose `__call__` an unwrapped transformer is called just now; None if there is none."""
+    frame = _call(transformer)
+    return None if frame is None else frame.f_locals["self"]
+
+
+def _call(transformer: nn.Module) -> FrameType | None:
+    """The `__call__` in progress of a pipeline of this transformer."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__":
             owner: Any = frame.f_locals.get("self")
             if is_pipeline(owner) and unwrap(owner.transformer) is transformer:
-                return owner
+                return frame
         frame = frame.f_back
     return None
 

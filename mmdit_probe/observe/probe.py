@@ -186,6 +186,12 @@ class Run:
         layers = ", ".join(str(layer.index) for layer in self.layers) or str(self._wanted)
         return f"Run of {type(self.transformer).__name__}: {held}; layers {layers}; {self._calls} denoising calls"
 
+    def __getstate__(self) -> Any:
+        raise UserError(
+            "a probe belongs to the model that it watches, and is neither pickled nor copied: pickle its observers,"
+            " such as run[AttentionMass], or their tables"
+        )
+
     @property
     def family(self) -> Family:
         """The facts that apply."""
@@ -615,17 +621,18 @@ class _LayerRecorder:
 
     def show(self, parts: Sequence[Record], denoising: DenoisingCall, layout: Layout, places: Places | None) -> None:
         """Let the observers see the attention of all samples of a denoising call, in calls of some samples each."""
+        whole = all(self.layer.attends(part.call.query.shape[1]) for part in parts)
+        if parts[-1].module_call.calls > len(parts) or not whole:
+            raise RunError(
+                f"{self.name} calls attention for some of its heads at a time, or several times for a sample (a"
+                " function mode or a processor that works in parts): no one softmax is the layer's"
+            )
         rows = iter(() if places is None else places.keys)
         for part in parts:
             if not _placed(part.call, list(itertools.islice(rows, len(part.call.query)))):
                 raise _foreign(self.name, part.call, layout, len(denoising.prompts))
         record = parts[0] if len(parts) == 1 else joined(parts)
         self._check(record, len(denoising.prompts), layout, places)
-        if len(parts) == 1 and record.module_call.calls > 1:
-            raise RunError(
-                f"{self.name} called attention {record.module_call.calls} times in one forward, for all samples each"
-                " time (a function mode or a processor that works in parts): no one softmax is the layer's"
-            )
         hidden = hidden_keys(record.call)
         if hidden is not None and bool(hidden.any()):
             layout = layout.without(hidden if places is None else canonical_hidden(hidden, places))

@@ -15,13 +15,14 @@ from mmdit_probe.edit import Blur, EqualBudget, GridBlur, Mean, Scale, ScaleText
 from mmdit_probe.edit.control import rotations
 from mmdit_probe.edit.edit import Edit, Place, _words
 from mmdit_probe.edit.edits import OtherText, blur_matrix, taps
-from mmdit_probe.errors import ProbeWarning, UserError
+from mmdit_probe.errors import ProbeWarning, RunError, UserError
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import token_tables
 from mmdit_probe.observe.observer import Observer
 from tests import tiny
+from tests.observe.situations import OWN_ATTENTION, OwnAttention, forward, model_of
 
 IMAGE, T = 16, tiny.CLIP_LENGTH + tiny.T5_LENGTH
 N = IMAGE + T
@@ -268,6 +269,13 @@ def test_a_recorder_sees_the_call_before_the_edit(pipe: Any) -> None:
     for layer, same in ((0, True), (1, False)):
         one, two = (table[table["layer"] == layer]["mass"].to_numpy() for table in (stock, edited))
         assert (abs(one - two).max() < 1e-6) == same
+
+
+def test_heads_are_not_counted_in_a_call_of_some_of_them() -> None:
+    model, by_heads = model_of("sd3")(), OwnAttention(OWN_ATTENTION["by heads"][0])
+    scaled = probe(model, edits=Scale(factor=0.0, heads=[0]))  # it was the first head of each call
+    with pytest.raises(RunError, match="attention for 1 of its heads alone"), by_heads, scaled:
+        forward(model)
 
 
 def test_edits_of_one_layer_compose_in_order() -> None:

@@ -117,6 +117,20 @@ def test_adapters_that_lack_a_half_or_are_not_finite_are_refused(
     assert not hasattr(pipe.transformer, "peft_config")
 
 
+@pytest.mark.parametrize("part", ["lora_B.bias", "lora_magnitude_vector"])
+def test_adapters_whose_modules_differ_in_what_they_have_are_refused(tmp_path: Path, part: str) -> None:
+    """They were loaded, and the model ended in torch's error of tensors without contents."""
+    module, file = "transformer.transformer_blocks.{}.attn.to_q.{}", tmp_path / "lora.safetensors"
+    halves = {"lora_A.weight": (RANK, WIDTH), "lora_B.weight": (WIDTH, RANK), part: (WIDTH,)}
+    tensors = {module.format(k, name): torch.ones(shape) for k in (0, 1) for name, shape in halves.items()}
+    save_file(tensors, file)
+    load_adapter(tiny.pipeline("sd3"), str(file))
+    del tensors[module.format(1, part)]
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=rf"has '.*1\.attn\.to_q\..*' and lacks '.*1\.attn\.to_q\.{part}'"):
+        load_adapter(tiny.pipeline("sd3"), str(file))
+
+
 def test_a_module_that_is_not_there_after_conversion_is_named(tmp_path: Path) -> None:
     file, _ = written(tmp_path, "lora_unet_double_blocks_9_img_attn_qkv", KOHYA, alpha=1.0)
     with pytest.raises(UserError, match=r"3 of its 3 modules are not there, e\.g\. 'transformer_blocks\.9\.attn"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,14 @@ def test_generate_is_the_stock_pipeline(model: MMDiT) -> None:
     ).images
     assert np.array_equal(ours, stock)
     assert not np.array_equal(ours[0], model.generate("a red ring", steps=2, seed=5, output_type="np")[0])
+
+
+def test_a_pickled_model_is_the_same_model() -> None:
+    model = MMDiT(tiny.pipeline("sd3"), name="tiny")  # transformers' encoders cannot be pickled once they ran
+    kept = pickle.loads(pickle.dumps(model))
+    assert (repr(kept), kept.weight_hash) == (repr(model), model.weight_hash) and kept.family is model.family
+    first, second = (one.generate("a red ring", steps=1, output_type="latent") for one in (model, kept))
+    assert torch.equal(first, second)
 
 
 def test_it_is_quiet_and_leaves_the_pipelines_own_bar(capfd: pytest.CaptureFixture[str]) -> None:

@@ -342,7 +342,11 @@ OWN_ATTENTION: dict[str, tuple[Callable[..., Tensor], str]] = {
         lambda proceed, query, key, value: torch.cat(
             [proceed(query=query[:, h], key=key[:, h], value=value[:, h]) for h in (slice(1), slice(1, None))], 1
         ),
-        "called attention 2 times in one forward",
+        "no one softmax is the layer's",
+    ),
+    "twice": (
+        lambda proceed, query, key, value: 0.5 * (proceed() + proceed(value=value)),
+        "no one softmax is the layer's",
     ),
     "with one key more": (
         lambda proceed, query, key, value: proceed(
@@ -464,6 +468,11 @@ def one_text(inputs: dict[str, Any]) -> dict[str, Any]:
     return changed | {"encoder_hidden_states_mask": None} if "encoder_hidden_states_mask" in inputs else changed
 
 
+def every_text_token(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Texts that are all as long as the longest."""
+    return inputs | {"encoder_attention_mask": torch.ones_like(inputs["encoder_attention_mask"])}
+
+
 def of_families(way: str, families: Sequence[str], **facts: Any) -> list[Situation]:
     """The same way for several families' transformers."""
     arrange, run = facts.pop("arrange", dict), facts.pop("run", forward)
@@ -497,6 +506,11 @@ def transformer_situations() -> list[Situation]:
             f"a function mode of attention {way}", ["sd3", "flux", "z_image"],
             around=lambda _, attention=attention: OwnAttention(attention), refusal=refusal,
         )  # fmt: skip
+        if refusal.startswith("no one softmax"):
+            rows += of_families(
+                f"a function mode of attention {way}, texts of one length", ["mochi"], arrange=every_text_token,
+                around=lambda _, attention=attention: OwnAttention(attention), refusal=refusal,
+            )  # fmt: skip
     rows += of_families("torch's default device", DISPATCHED, around=lambda _: torch.device(DEVICE))
     rows += of_families("torch's function replaced by a wrapper", ["sd3", "mochi", "flux"], around=replaced_function)
     rows += of_families("sdpa_kernel(MATH)", DISPATCHED, around=lambda _: sdpa_kernel(SDPBackend.MATH))

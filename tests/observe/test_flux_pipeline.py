@@ -39,8 +39,9 @@ def flux() -> Any:
 
 
 def sample(pipe: Any, **options: Any) -> torch.Tensor:
+    options = {"prompt": "a red ring"} | options
     return pipe(
-        "a red ring", num_inference_steps=2, height=48, width=64, output_type="latent", max_sequence_length=10,
+        num_inference_steps=2, height=48, width=64, output_type="latent", max_sequence_length=10,
         generator=torch.Generator().manual_seed(5), **options,
     ).images  # fmt: skip
 
@@ -90,3 +91,13 @@ def test_a_loop_of_ones_own_that_says_nothing_calls_the_prompt_first(flux: Any) 
         [0, "cond"], [0, "uncond"], [1, "cond"], [1, "uncond"], [2, "cond"],
     ]  # fmt: skip
     assert calls["prompt"].tolist() == ["a red ring"] * 4 + ["a blue house"]
+
+
+def test_embeddings_that_are_given_are_the_text_that_they_were_encoded_from(flux: Any) -> None:
+    """The second of two texts was the unconditional one, with the first one's prompt."""
+    with probe(flux, AttentionMass(), layers=0) as run, torch.no_grad():
+        for text in ("a red ring", "a blue house"):
+            embeds, pooled, _ = flux.encode_prompt(text, None, max_sequence_length=10)
+        sample(flux, prompt=None, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
+    table = run[AttentionMass].table()
+    assert (set(table.prompt), set(table.branch)) == ({"a blue house"}, {"cond"}) and "word" in set(table.span)

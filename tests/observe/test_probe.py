@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -901,3 +902,12 @@ def test_an_observer_counts_nothing_twice(pipe: Any) -> None:
     with probe(pipe, one):
         sample(pipe, steps=1)
     assert len(one.table()) == 2 * rows
+
+
+def test_a_probe_says_that_its_observers_are_what_is_pickled(tiny_model: MMDiT) -> None:
+    with probe(tiny_model, AttentionMass()) as run:
+        call(tiny_model)
+    with pytest.raises(UserError, match=r"neither pickled nor copied: pickle its observers, such as run\[Attention"):
+        pickle.dumps(run)
+    kept = pickle.loads(pickle.dumps(run[AttentionMass]))
+    pd.testing.assert_frame_equal(kept.table(), run[AttentionMass].table())
