@@ -103,7 +103,8 @@ def claim_table(claims: pd.DataFrame) -> TextTable:
 def paired_table(rows: pd.DataFrame, names: Sequence[str], both: Mapping[str, str]) -> TextTable:
     """The columns `names`, two means (heading -> column), and their difference with its interval and verdict."""
     columns = [*names, "n", *both, "difference", "verdict"]
-    table = TextTable(columns, left=("control", "verdict"), spare=[*both][::-1])
+    texts = [name for name in names if name not in ("layer", "head")]
+    table = TextTable(columns, left=(*texts, "verdict"), spare=(*[*both][::-1], "n"))
     for row in rows.to_dict("records"):
         means = (bounded(row[column], float("nan"), float("nan")) for column in both.values())
         difference = signed(row["difference"], row["low"], row["high"])
