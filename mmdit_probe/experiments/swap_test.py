@@ -120,7 +120,7 @@ class SwapTest(LayersAndHeads, Sweep):
         return f"exchanging the two {self.swap} at this layer exchanges them in the image more often than the control"
 
     def headline(self, claims: pd.DataFrame) -> pd.DataFrame:
-        return claims.assign(layer=claims["layer"].replace(TOGETHER, "all")).drop(columns="outcome")
+        return claims.drop(columns="outcome")
 
     def summarise(self, result: Result) -> pd.DataFrame:
         return summarise(self.rows(result))
