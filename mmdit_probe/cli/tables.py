@@ -13,8 +13,7 @@ from mmdit_probe.experiments.text import Text, TextTable
 _ENDLESS = 100_000
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.measure import Measurement
+    from rich.console import Console, JustifyMethod
     from rich.table import Table
 
 
@@ -33,25 +32,37 @@ def show(text: Text, console: Console, rest: str = "the CSV") -> None:
 
 def fitted(table: TextTable, console: Console) -> tuple[Table, str]:
     """The table for a console, and the names of the columns that do not fit: headings are folded first, then the spare
-    columns go, then those furthest right. What is flush left, and the first two columns, stay; where these are too
-    wide, texts are folded between words."""
-    left, hidden = list(range(len(table.columns))), list[str]()
-    if _measured(as_rich(table, left), console).maximum > console.width:
+    columns go; then texts that are flush left are folded between words, and the columns furthest right go. What is
+    flush left, and the first two columns, stay; where these are too wide, all that has blanks is folded."""
+
+    def fits(*folding: int) -> bool:
+        return _width(as_rich(table, left, folding), console) <= console.width
+
+    left, hidden = list(range(len(table.columns))), list[int]()
+    if not fits():
         table = _folded(table)
-        headings = [_plain(one) for one in table.columns]
-        spare = [place for name in dict.fromkeys(table.spare) for place, one in enumerate(headings) if one == name]
-        spare += [p for p in reversed(left[2:]) if table.columns[p] not in table.left and p not in spare]
-        while spare and _measured(as_rich(table, left), console).maximum > console.width:
-            left.remove(place := spare.pop(0))
-            hidden.append(_plain(table.columns[place]))
-    shown = as_rich(table, left)
-    if _measured(shown, console).maximum > console.width:
-        for column, place in zip(shown.columns, left, strict=True):
-            column.no_wrap = not any(" " in row[place] for row in table.rows)
-        if _measured(shown, console).minimum > console.width:
-            for column in shown.columns:
-                column.no_wrap = False
-    return shown, ", ".join(dict.fromkeys(hidden))
+    headings = [_plain(one) for one in table.columns]
+    flush = [place for place in left if table.columns[place] in table.left]
+    spare = [place for name in dict.fromkeys(table.spare) for place, one in enumerate(headings) if one == name]
+    last = [place for place in left[:1:-1] if place not in flush and place not in spare]
+    for places, folding in ((spare, ()), (last, flush)):
+        for place in places:
+            if fits(*folding):
+                break
+            left.remove(place)
+            hidden.append(place)
+    blank = [place for place in left if any(" " in row[place] for row in table.rows)]
+    folding = next((places for places in ([], flush, blank) if fits(*places)), left)
+    return as_rich(table, left, folding), ", ".join(dict.fromkeys(_told(headings, place, left) for place in hidden))
+
+
+def _told(headings: Sequence[str], place: int, left: Sequence[int]) -> str:
+    """The heading of a column that is left out; where others of the name stay, with what it is of, which stands before
+    it."""
+    name = headings[place]
+    if name not in [headings[one] for one in left]:
+        return name
+    return f"{name} of {next(one for one in reversed(headings[:place]) if headings.count(one) == 1)}"
 
 
 def _folded(table: TextTable) -> TextTable:
@@ -68,23 +79,31 @@ def _plain(heading: str) -> str:
     return heading.replace("\n", " ")
 
 
-def _measured(shown: Table, console: Console) -> Measurement:
-    """Columns that a table needs: `maximum` if nothing in it is folded, `minimum` if all is between words."""
+def _width(shown: Table, console: Console) -> int:
+    """Columns of the terminal that a table needs, whatever may be folded in it being folded."""
     from rich.measure import Measurement
 
-    return Measurement.get(console, console.options.update(max_width=_ENDLESS), shown)
+    return Measurement.get(console, console.options.update(max_width=_ENDLESS), shown).minimum
 
 
-def as_rich(table: TextTable, places: Sequence[int]) -> Table:
-    """The columns at these places in rich, names as they are (no markup), without rows that say nothing there."""
+def as_rich(table: TextTable, places: Sequence[int], folding: Sequence[int] = ()) -> Table:
+    """The columns at these places in rich, names as they are (no markup), without rows that say nothing there.
+
+    Args:
+        folding: places of the columns whose texts may be folded between words.
+    """
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text as Line
 
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for place in places:
         name = table.columns[place]
-        result.add_column(Line(name), justify="left" if name in table.left else "right", overflow="fold")
+        justify: JustifyMethod = "left" if name in table.left else "right"
+        lines = (line for cell in (name, *(row[place] for row in table.rows)) for line in cell.split("\n"))
+        whole = None if place in folding else max(map(cell_len, lines))
+        result.add_column(Line(name), justify=justify, overflow="fold", no_wrap=whole is not None, min_width=whole)
     for row in table.rows:
         if any(row[place] for place in places):
             result.add_row(*(Line(row[place]) for place in places))

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
+from mmdit_probe.data.text import read_json
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.names import changed_parts
@@ -67,15 +68,12 @@ class Captures:
         self._reader: PictureReader | None = None
         self._facts: dict[str, Any] | None = None
         if cache is not None and (cache / INDEX).is_file():
-            index = json.loads((cache / INDEX).read_text(encoding="utf-8"))
-            if index.get("version", 1) != VERSION:
-                raise UserError(f"cache {str(cache)!r} was written by another version of this package; remove it")
-            self._facts = index["model"]
-            if self._facts["id"] != name:
-                made = self._facts["id"]
+            self._facts = _read_index(cache)
+            made, made_in = self._facts["id"], self._facts["dtype"]
+            if made != name:
                 raise UserError(f"cache {str(cache)!r} was made with {made}, not {name}; choose another folder")
-            if dtype not in ("auto", self._facts["dtype"]):
-                raise UserError(f"cache {str(cache)!r} was made in {self._facts['dtype']}, not {dtype}; choose another")
+            if dtype not in ("auto", made_in):
+                raise UserError(f"cache {str(cache)!r} was made in {made_in}, not {dtype}; choose another")
 
     @property
     def model(self) -> MMDiT:
@@ -222,6 +220,21 @@ def load_capture(path: Path, image: NDArray[np.uint8]) -> Capture:
         image, fit, tuple(about["grid"]), classes, passes, tuple(about["sigmas"]), tuple(about["seeds"]),
         tuple(about["layers"]), family=about["family"],
     )  # fmt: skip
+
+
+def _read_index(cache: Path) -> dict[str, Any]:
+    """The model that a cache was made with.
+
+    Raises:
+        UserError: the index is damaged, or of another version.
+    """
+    index = read_json(cache / INDEX, "the index of a cache")
+    if isinstance(index, dict) and index.get("version", 1) != VERSION:
+        raise UserError(f"cache {str(cache)!r} was written by another version of this package; remove it")
+    facts = index.get("model") if isinstance(index, dict) else None
+    if not isinstance(facts, dict) or not {"id", "dtype"} <= facts.keys():
+        raise UserError(f"{str(cache / INDEX)!r} is no index of a cache; choose another folder")
+    return facts
 
 
 def _facts(name: str, model: MMDiT) -> dict[str, Any]:

@@ -455,8 +455,8 @@ def league_table(table: pd.DataFrame) -> TextTable:
     table = table[~table["method"].str.endswith(SHIFTED)]
     columns = [*PLACES, "n", "mIoU", "95 %", "over control", "mIoU gt", "pixel acc", "mean acc", "gain", "segments"]
     read = table[table["control"] != ""]
-    same = [name for name in PLACES[2:] if read[name].nunique() < 2]  # what is compared is told to the last
-    spare = [*same, "mean acc", "pixel acc", "segments", "mIoU gt", "gain", "over control", "heads", "sigma", "layers"]
+    same = [name for name in PLACES[2:] if read[name].nunique() < 2]  # what is compared stays
+    spare = [*same, "mean acc", "pixel acc", "segments", "mIoU gt", "gain", "over control"]
     out = TextTable(columns, left=PLACES, spare=spare)
     for row in table.head(SHOWN).to_dict("records"):
         bounds = "" if row["miou_low"] != row["miou_low"] else f"{share(row['miou_low'])}-{share(row['miou_high'])}"

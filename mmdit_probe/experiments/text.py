@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,14 +104,18 @@ def claim_table(claims: pd.DataFrame) -> TextTable:
 def paired_table(rows: pd.DataFrame, names: Sequence[str], both: Mapping[str, str]) -> TextTable:
     """The columns `names`, two means (heading -> column), and their difference with its interval and verdict."""
     columns = [*names, "n", *both, "difference", "verdict"]
-    table = TextTable(columns, left=("control", "verdict"), spare=[*both][::-1])
+    texts = [name for name in names if name not in _NUMBERED]
+    table = TextTable(columns, left=(*texts, "verdict"), spare=(*[*both][::-1], "n"))
     for row in rows.to_dict("records"):
         means = (bounded(row[column], float("nan"), float("nan")) for column in both.values())
         difference = signed(row["difference"], row["low"], row["high"])
-        table.add(*(str(row[name]) for name in names), str(row["n"]), *means, difference, str(row["verdict"]))
+        places = ("all" if name in _NUMBERED and row[name] == -1 else str(row[name]) for name in names)
+        table.add(*places, str(row["n"]), *means, difference, str(row["verdict"]))
     return table
 
 
+_NUMBERED = ("layer", "head")
+"""Columns of places that count from 0; -1 in them is all together."""
 _PLACES = ("layer", "layers", "head", "span", "kind", "evidence", "scale", "measure", "outcome", "control")
 
 
@@ -135,7 +140,7 @@ def claim_lines(claims: pd.DataFrame, claim: str, explained: dict[str, str]) -> 
 
 
 def records(value: Any) -> Any:
-    """Data frames and arrays as JSON values: NaN (no interval with one item) becomes null."""
+    """Data frames and arrays as JSON values: what is not finite (NaN: no interval with one item) becomes null."""
     if isinstance(value, pd.DataFrame):
         return [{str(name): records(cell) for name, cell in row.items()} for row in value.to_dict("records")]
     if isinstance(value, dict):
@@ -143,5 +148,5 @@ def records(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [records(inner) for inner in value]
     if isinstance(value, float):
-        return None if value != value else float(value)
+        return float(value) if math.isfinite(value) else None
     return records(value.tolist()) if hasattr(value, "tolist") else value

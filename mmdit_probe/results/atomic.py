@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
@@ -92,7 +93,18 @@ def write_text(path: Path | str, text: str) -> Path:
 
 def write_json(path: Path | str, value: Any) -> Path:
     """Write indented JSON; values that JSON does not know as their text. Errors as in `replacing`."""
-    return write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+    return write_text(path, json.dumps(_finite(value), indent=2, default=str, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for NaN, and infinite numbers as their text: a scheduler's bound may be -inf."""
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(float(value))
+    return value
 
 
 def letters(text: str) -> str:

@@ -14,6 +14,7 @@ from io import StringIO
 from itertools import chain
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings, strategies as st
 from rich.cells import cell_len
@@ -25,7 +26,7 @@ from mmdit_probe.cli.models import describe
 from mmdit_probe.cli.tables import show
 from mmdit_probe.errors import RunError
 from mmdit_probe.experiments.target import LAYERS
-from mmdit_probe.experiments.text import TextTable
+from mmdit_probe.experiments.text import TextTable, claim_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -408,6 +409,43 @@ def test_cells_are_never_folded():
     assert columns(86)[0] == ["place", folded, "control", "objects right", "control", "verdict"]
     assert columns(70) == (["place", folded, "objects right", "verdict"], "control")
     assert columns(50) == (["place", folded, "verdict"], "control, objects right")
+
+
+def narrowed(table: TextTable, width: int) -> tuple[list[str], str, list[str]]:
+    """Columns of the table on a console, what is said of the others, and its lines."""
+    from rich.console import Console
+
+    from mmdit_probe.cli.tables import fitted
+
+    shown, remark = fitted(table, console := Console(width=width))
+    with console.capture() as captured:
+        console.print(shown)
+    return [str(one.header) for one in shown.columns], remark, captured.get().splitlines()
+
+
+def test_texts_are_folded_before_the_numbers_go():
+    """`evaluate` on 60 columns showed refinements and n without any mIoU, the claims of `head-triage` on 80 no
+    difference."""
+    table = TextTable(["protocol", "method", "refine", "n", "mIoU"], left=("protocol", "method", "refine"))
+    table.add("unsupervised", "one true token per class", "affinity+pamr", "20", ".103")
+    columns, remark, lines = narrowed(table, 60)
+    assert columns[-1] == "mIoU" and remark == "" and max(map(len, lines)) <= 60
+    assert [line for line in lines if ".103" in line and "affinity+pamr" in line]
+
+    numbers = {"value": 0.2, "control_value": 0.1, "difference": 0.1, "low": -0.2, "high": 0.3, "n": 3}
+    names = [("triaged, scaled", "random heads"), ("triaged", "raw")]
+    row = numbers | {"layer": 2, "verdict": "too few items"}
+    claims = pd.DataFrame([row | {"kind": kind, "control": control} for kind, control in names])
+    for width in (80, 60):
+        columns, remark, lines = narrowed(claim_table(claims), width)
+        assert "difference" in columns and remark == "control's, value, n"
+        assert [line for line in lines if "+0.100 [-0.200, +0.300]" in line] and max(map(len, lines)) <= width
+
+
+def test_a_heading_that_others_share_says_what_it_is_of_when_it_goes():
+    table = TextTable(["layer", "remove", "verdict", "double", "verdict"])
+    table.add("2", *["+0.000 [-1.000, +1.000]", "too few items"] * 2)
+    assert narrowed(table, 75)[:2] == (["layer", "remove", "verdict", "double"], "verdict of double")
 
 
 @settings(max_examples=60, deadline=None)

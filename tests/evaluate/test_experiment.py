@@ -357,6 +357,7 @@ def test_a_narrow_terminal_shows_what_a_sweep_compares() -> None:
     rows = [{"method": "seg4diff", "layers": layer, "control": "random"} for layer in ("3", "4")]
     bound = {"method": "one true token per class", "layers": "", "heads": "", "sigma": "", "control": ""}
     table = league_table(pd.DataFrame([places | row for row in [*rows, bound]]))
-    shown, remark = fitted(table, Console(width=80))
-    assert [str(one.header) for one in shown.columns][:3] == ["protocol", "method", "layers"]
-    assert "heads, sigma" in remark and "layers" not in remark
+    for width in (80, 50):
+        shown, remark = fitted(table, Console(width=width))
+        assert [str(one.header) for one in shown.columns][:3] == ["protocol", "method", "layers"]
+        assert "heads, sigma" in remark and "layers" not in remark and "mIoU" in [str(c.header) for c in shown.columns]

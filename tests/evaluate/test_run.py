@@ -267,6 +267,17 @@ def test_a_cache_holds_half_precision_within_its_stated_error(root: Path, pipe: 
     assert stored < 2 * values + 20_000
 
 
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [("{bro", "cannot be read as JSON"), ("[]", "is no index"), ('{"version": 2}', "is no index"),
+     ('{"version": 2, "model": {}}', "is no index"), ('{"model": {}}', "another version")],
+)  # fmt: skip
+def test_a_damaged_cache_is_refused_in_a_sentence(index: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(index)
+    with pytest.raises(UserError, match=said):
+        Captures(lambda: pytest.fail("the model was loaded"), "tiny", tmp_path)
+
+
 def test_pictures_and_labels_of_different_size_are_named(root: Path, captures: Captures) -> None:
     Image.fromarray(np.zeros((5, 5), np.uint8)).save(root / "labels" / "p0.png")
     with pytest.raises(UserError, match=r"p0: the picture has 40 x 56 pixels, its label 5 x 5"):

@@ -74,7 +74,7 @@ def test_one_prompt_has_no_interval():
 
 
 def test_in_json_there_is_no_nan_whatever_holds_it():
-    held = {"frame": pd.DataFrame({"a": [1.0, np.nan]}), "single": np.float32("nan"), "array": np.array([0.5, np.nan])}
+    held = {"frame": pd.DataFrame({"a": [1.0, np.nan]}), "single": np.float32("inf"), "array": np.array([0.5, np.nan])}
     assert records(held) == {"frame": [{"a": 1.0}, {"a": None}], "single": None, "array": [0.5, None]}
 
 

@@ -13,6 +13,7 @@ from mmdit_probe import UserError, load
 from mmdit_probe.edit import Swap
 from mmdit_probe.experiments import SwapTest
 from mmdit_probe.experiments.swap_test import Exchange, against, summarise, swapped_words
+from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.scenes import scene
 from tests import tiny
@@ -89,7 +90,9 @@ def test_run_on_the_embedded_model() -> None:
     assert set(result.summary["condition"]) == {"stock", "swap", "function"}
     assert (result.table.query("condition == 'swap'")["change"] > 0).all()
     assert set(result.claims["control"]) == {"stock", "function"} and result.figure().axes
-    assert np.isin(result.table[["exchanged", "kept"]], (0, 1)).all() and result.texts()
+    assert np.isin(result.table[["exchanged", "kept"]], (0, 1)).all()
+    claims = result.texts()[-3]
+    assert isinstance(claims, TextTable) and {row[0] for row in claims.rows} == {"4", "all"}  # "all" was -1
     with pytest.raises(UserError, match="none of 1 prompts"):
         SwapTest(prompts=["a red ring"]).gather(True)
     with pytest.raises(UserError, match="scenes parser"):

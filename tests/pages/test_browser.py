@@ -232,6 +232,15 @@ def test_maps_are_not_tiny_on_a_telephone(page: Any) -> None:
         assert boxes["a-i2t"]["y"] == boxes["a-t2i"]["y"] > boxes["picture"]["y"]
 
 
+def test_a_word_without_end_is_folded(browser: Any, tmp_path: Path) -> None:
+    """It made the page as wide as itself."""
+    browser.get(explorer(exploration(1, 1, (4, 6), ["w" * 300, "a"], 24)[0]).save(tmp_path / "page.html").as_uri())
+    drawn(browser, 1)
+    with narrow(browser):
+        click(browser, "w" * 300)
+    quiet(browser)
+
+
 def test_every_control_has_a_name_and_can_be_reached(page: Any) -> None:
     for element in page.find_elements("css selector", "button, input, canvas, img, table, [role]"):
         if element.get_attribute("id") != "status":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from pathlib import Path
 
@@ -22,8 +23,9 @@ def names(folder: Path) -> list[str]:
 def test_contents_and_no_leftovers(tmp_path: Path) -> None:
     atomic.write_text(tmp_path / "new" / "a.txt", "eins\nzwei ü\n")
     assert (tmp_path / "new" / "a.txt").read_bytes() == "eins\nzwei ü\n".encode()
-    atomic.write_json(tmp_path / "new" / "b.json", {"path": Path("x"), "n": 1})
-    assert json.loads((tmp_path / "new" / "b.json").read_text()) == {"path": "x", "n": 1}
+    atomic.write_json(tmp_path / "new" / "b.json", {"path": Path("x"), "n": 1, "of": [-math.inf, (math.nan, 0.5)]})
+    written = json.loads((tmp_path / "new" / "b.json").read_text(), parse_constant=pytest.fail)
+    assert written == {"path": "x", "n": 1, "of": ["-inf", [None, 0.5]]}
     assert atomic.write_bytes(tmp_path / "new" / "a.txt", b"2").read_bytes() == b"2"
     assert names(tmp_path / "new") == ["a.txt", "b.json"]
 
