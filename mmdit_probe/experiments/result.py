@@ -183,10 +183,10 @@ class Result:
         if len(self.claims):
             csv = self.claims.to_csv(index=False, float_format="%.6g")
             atomic.write_text(folder.path / f"{stem}_controls.csv", csv)
-            told = self.experiment.headline(self.claims)
-            claimed, verdict = claim_lines(told, self.experiment.claim(self), EXPLAINED)
-            text = "\n\n".join([claimed, claim_table(told).markdown(), verdict]) + "\n"
-            atomic.write_text(folder.path / f"{stem}_controls.md", text)
+            if len(told := self.experiment.headline(self.claims)):
+                claimed, verdict = claim_lines(told, self.experiment.claim(self), EXPLAINED)
+                text = "\n\n".join([claimed, claim_table(told).markdown(), verdict]) + "\n"
+                atomic.write_text(folder.path / f"{stem}_controls.md", text)
         self.experiment.files(self, folder.path)
         for name, figure in self.figures.items():
             save(figure, folder.path / name)
