@@ -45,8 +45,4 @@ _ROOMS = {
 }
 
 __all__ = ["__version__", *(name for names in _ROOMS.values() for name in names)]
-__getattr__ = first_use(__name__, _ROOMS)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = first_use(__name__, _ROOMS)

@@ -2,18 +2,21 @@
 
 ROOMS = {"scores": ("confusion", "ious")}
 __all__ = [name for names in ROOMS.values() for name in names]
-__getattr__ = first_use(__name__, ROOMS)
+__getattr__, __dir__ = first_use(__name__, ROOMS)
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
-def first_use(package: str, rooms: Mapping[str, Iterable[str]]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package. `rooms`: module below it -> the names that the package has from there."""
+def first_use(package: str, rooms: Mapping[str, Iterable[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package, the latter for the completion of names in notebooks: its `__all__`.
+
+    `rooms`: module below it -> the names that the package has from there."""
     module_of = {name: f"{package}.{room}" for room, names in rooms.items() for name in names}
 
     def find(name: str) -> Any:
@@ -21,4 +24,4 @@ def first_use(package: str, rooms: Mapping[str, Iterable[str]]) -> Callable[[str
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(importlib.import_module(module_of[name]), name)
 
-    return find
+    return find, lambda: sorted(sys.modules[package].__all__)

@@ -76,12 +76,15 @@ def test_importing_the_package_imports_neither_torch_nor_diffusers() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
-def test_every_exported_name_is_there() -> None:
-    for name in mmdit_probe.__all__:
-        assert getattr(mmdit_probe, name) is not None
-        assert name in dir(mmdit_probe)
+@pytest.mark.parametrize("room", ["", ".data", ".experiments", ".magnet", ".scenes", ".segment"])
+def test_every_exported_name_is_there(room: str) -> None:
+    """Notebooks complete the names that `dir` lists."""
+    package = importlib.import_module(f"mmdit_probe{room}")
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+        assert name in dir(package)
     with pytest.raises(AttributeError, match="nothing"):
-        _ = mmdit_probe.nothing
+        _ = package.nothing
 
 
 def test_type_checkers_are_told_what_packages_export() -> None:

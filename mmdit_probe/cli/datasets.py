@@ -22,32 +22,35 @@ app = typer.Typer(
 @app.command("list", epilog=epilog("datasets list"))
 def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> None:
     """Name the readers, their classes and the folders they look for."""
+    from mmdit_probe.data.coco import KINDS
     from mmdit_probe.data.public import SETS
 
-    columns = ["name", "classes", "images", "background", "folders, first layout found"]
-    table = TextTable(
-        columns, left=("name", "background", columns[-1]), title="data sets; give them as NAME:ROOT",
-        spare=(columns[-1], "images", "background"),
-    )  # fmt: skip
+    title = "data sets; give them as NAME:ROOT"
+    table = TextTable(["name", "classes", "images", "background"], left=("name", "background"), title=title)
+    found = "folders: images + labels, first layout found"
+    places = TextTable(["name", found], left=("name", found))
     rows: list[dict[str, Any]] = [
         {
             "name": source.name, "classes": len(source.names), "images": source.expected,
             "background": source.background, "ignored": [0] if source.named else [],
-            "folders": [f"{layout.images} + {layout.labels}/*{layout.suffix}" for layout in source.layouts],
+            "folders": [layout.files for layout in source.layouts],
         }
         for source in SETS
     ]  # fmt: skip
     for row in rows:
-        first, *others = row["folders"]
         background = "a word, not scored" if row["ignored"] else "yes" if row["background"] else "no"
-        table.add(row["name"], str(row["classes"]), str(row["images"]), background, first)
-        for folder in others:
-            table.add("", "", "", "", folder)
-    table.add("sa1b", "masks", "any", "no", "sa_*.jpg + sa_*.json; or images/ + annotations/")
-    table.add("coco-instances, -stuff, -panoptic", "the JSON's", "any", "no", "val2017 + annotations/*.json")
-    table.add("folder", "classes.txt", "", "if named", "images/ + labels/*.png")
-    table.add("scenes:SPLIT", "15", "any", "no", "none: embedded")
-    Output(quiet=quiet, as_json=as_json, debug=debug).result({"datasets": rows}, [table])
+        table.add(row["name"], str(row["classes"]), str(row["images"]), background)
+        for number, folder in enumerate(row["folders"]):
+            places.add("" if number else row["name"], folder)
+    for kind in KINDS:
+        table.add(f"coco-{kind}", "the JSON's", "any", "no")
+        places.add(f"coco-{kind}", f"val2017, train2017 + annotations/{kind}_*.json")
+    table.add("sa1b", "masks", "any", "no")
+    places.add("sa1b", "sa_*.jpg + sa_*.json; or images + annotations")
+    table.add("folder", "classes.txt", "any", "if named")
+    places.add("folder", "images + labels/*.png, a class per line in classes.txt")
+    table.add("scenes:SPLIT", "15", "any", "no")
+    Output(quiet=quiet, as_json=as_json, debug=debug).result({"datasets": rows}, [table, places])
 
 
 @app.command("check", epilog=epilog("datasets check voc20:VOCdevkit/VOC2012", "datasets check scenes:val --limit 20"))

@@ -53,6 +53,11 @@ class FolderLayout:
     listing: str | None = None
     nested: bool = False
 
+    @property
+    def files(self) -> str:
+        """Where it looks, in words: images + label files."""
+        return f"{self.images} + {self.labels}/*{self.suffix}"
+
     def there(self, root: Path) -> bool:
         """Both folders exist and hold at least one label file of this layout."""
         images, labels = root / self.images, root / self.labels
@@ -115,7 +120,7 @@ class Public:
             for place in (root / name for name in ROOTS):
                 if layout.there(place):
                     return place, layout
-        wanted = "; or ".join(f"{layout.images} and {layout.labels}" for layout in self.layouts)
+        wanted = "; or ".join(layout.files for layout in self.layouts)
         raise UserError(f"{str(root)!r} has no layout of {self.name}: expected {wanted}")
 
     def read(self, root: Path) -> Dataset:

@@ -181,5 +181,8 @@ def _root(name: str, rest: str) -> Path:
 
 def _nonempty(found: Dataset, name: str, rest: str) -> Dataset:
     if not found.samples:
-        raise UserError(f"{rest!r} holds no labelled images in the layout of {name}; see datasets check {name}:{rest}")
+        raise UserError(
+            f"{rest!r} holds no labelled images in the layout of {name}: an image and its label are called alike, and"
+            " lie where `mmdit-probe datasets list` says"
+        )
     return found

@@ -89,8 +89,8 @@ _EARLIER: dict[str, dict[str, str]] = {
 _EARLIER_VALUES = {"layers": "layer", "heads": "head", "spans": "span", False: "none", True: "layer"}
 """Value of what is now `sweep` -> its name now."""
 
-__all__ = ["OF_COMMAND", "experiment_of", *MODULES]
-__getattr__ = first_use(
+__all__ = ["OF_COMMAND", "experiment_of", "read", *MODULES]
+__getattr__, __dir__ = first_use(
     __name__, {module: [name for name, of in MODULES.items() if of == module] for module in MODULES.values()}
 )
 

@@ -303,7 +303,8 @@ class Score(Sampling, Referring, Experiment):
         if "facts" in real:
             stated = opposite_table(result.summary)
             texts += [stated] if stated.rows else []
-            limits = ", ".join(f"{name.replace('_', ' ')} {real[name].astype(float).mean():.3f}" for name in SCORES)
+            means = real[list(SCORES)].astype(float).mean().dropna()  # what no caption states has no score
+            limits = ", ".join(f"{name.replace('_', ' ')} {mean:.3f}" for name, mean in means.items())
             texts.append(f"the parser on {len(real)} real scenes, its own limit: {limits}.")
         if result.store.has("maps"):
             texts.append(map_table(result.store.table("maps")))

@@ -34,4 +34,4 @@ _ROOMS = {
 }
 
 __all__ = [name for names in _ROOMS.values() for name in names]
-__getattr__ = first_use(__name__, _ROOMS)
+__getattr__, __dir__ = first_use(__name__, _ROOMS)

@@ -54,4 +54,4 @@ __all__ = [
     "scene",
 ]
 # The parser needs torch; scenes and captions do not.
-__getattr__ = first_use(__name__, {"parser": ("SceneParser", "alignment", "load_parser")})
+__getattr__, __dir__ = first_use(__name__, {"parser": ("SceneParser", "alignment", "load_parser")})

@@ -15,6 +15,7 @@ from mmdit_probe.data.check import check
 from mmdit_probe.data.masks import decode_rle
 from mmdit_probe.data.public import COARSE, SETS, THINGS
 from mmdit_probe.data.sa1b import sa1b_masks, sa1b_pairs
+from mmdit_probe.data.sources import DATASETS
 from mmdit_probe.errors import UserError
 
 BY_NAME = {one.name: one for one in SETS}
@@ -161,8 +162,16 @@ def test_class_lists_and_coarse_map() -> None:
 
 
 def test_layout_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no layout of voc20: expected JPEGImages and SegmentationClass"):
+    with pytest.raises(UserError, match=r"no layout of voc20: expected JPEGImages \+ SegmentationClass/\*\.png; or "):
         dataset(f"voc20:{tmp_path}")
+    with pytest.raises(UserError, match=r"_labelTrainIds\.png; or leftImg8bit/val .*_labelIds"):  # not twice the same
+        dataset(f"cityscapes:{tmp_path}")
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "classes.txt").write_text("ring\n")
+    Image.new("RGB", (4, 4)).save(tmp_path / "images" / "a.png")
+    with pytest.raises(UserError, match="called alike, and lie where `mmdit-probe datasets list` says"):
+        dataset(f"folder:{tmp_path}")
     with pytest.raises(UserError, match="did you mean 'voc20'"):
         dataset(f"vocc20:{tmp_path}")
     with pytest.raises(UserError, match="needs its folder"):
@@ -209,6 +218,15 @@ def test_check_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
         main(["datasets", "check", f"folder:{root}", "--json"])
     assert stop.value.code == 1
     assert len(json.loads(capsys.readouterr().out)["problems"]) == 5
+
+
+def test_the_list_names_every_data_set_and_its_folders_on_80_columns(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        main(["datasets", "list"])
+    told = capsys.readouterr().out
+    assert stop.value.code == 0 and all(f" {name} " in told for name in DATASETS)
+    assert all(layout.labels + "/*" + layout.suffix in told for source in SETS for layout in source.layouts)
 
 
 def test_prepared_labels_read_back_as_their_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
