@@ -304,7 +304,7 @@ class Score(Sampling, Referring, Experiment):
             stated = opposite_table(result.summary)
             texts += [stated] if stated.rows else []
             means = real[list(SCORES)].astype(float).mean().dropna()  # what no caption states has no score
-            limits = ", ".join(f"{name.replace('_', ' ')} {mean:.3f}" for name, mean in means.items())
+            limits = ", ".join(f"{str(name).replace('_', ' ')} {mean:.3f}" for name, mean in means.items())
             texts.append(f"the parser on {len(real)} real scenes, its own limit: {limits}.")
         if result.store.has("maps"):
             texts.append(map_table(result.store.table("maps")))
