@@ -303,8 +303,8 @@ class Score(Sampling, Referring, Experiment):
         if "facts" in real:
             stated = opposite_table(result.summary)
             texts += [stated] if stated.rows else []
-            means = real[list(SCORES)].astype(float).mean().dropna()  # what no caption states has no score
-            limits = ", ".join(f"{name.replace('_', ' ')} {mean:.3f}" for name, mean in means.items())
+            means = {name: real[name].astype(float).mean() for name in SCORES}  # NaN: no caption states such a thing
+            limits = ", ".join(f"{name.replace('_', ' ')} {mean:.3f}" for name, mean in means.items() if mean == mean)
             texts.append(f"the parser on {len(real)} real scenes, its own limit: {limits}.")
         if result.store.has("maps"):
             texts.append(map_table(result.store.table("maps")))
