@@ -448,7 +448,8 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
                 own, other = (t[metric].groupby("prompt").mean().to_numpy() for t in (chosen, base))
                 mean, low, high = interval(own, kinds[metric])
                 sign = sign_of(metric)
-                gain = no_worse(sign * (own - other), margin_of(metric), kind_of(own, other))
+                kind = "mean" if name == baseline else kind_of(own, other)  # from itself it cannot differ
+                gain = no_worse(sign * (own - other), margin_of(metric), kind)
                 ends = sorted((sign * gain.low, sign * gain.high))
                 rows.append(
                     {
