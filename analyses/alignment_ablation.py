@@ -8,17 +8,21 @@ Six recipes: plain flow matching; self-supervised features on all blocks; the pa
 labels on layer 2, 4 and 6. Equal samples, the same curriculum, batches and noise; the other stages are those of the
 working folder. Each transformer is trained into `<workdir>/ablation/`, then measured on held-out scenes beside a
 transformer of random weights: I2T mIoU by layer, all evidence of `select-layers` by layer, and what samples show of
-their captions, the opposite beside it. What was measured of a run is not measured again.
+their captions, the opposite beside it. What was measured of a run is not measured again, and the rows of other runs
+that lie in `--out` stay, whatever machine measured them, where `settings.json` says that they were made alike: so
+recipes and seeds can be added one by one.
 
-Writes `analyses/results/alignment_ablation/{maps,evidence,samples,gain}.csv` and `summary.md`.
+Writes `analyses/results/alignment_ablation/{maps,evidence,samples,gain}.csv`, `settings.json` and `summary.md`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -224,8 +228,12 @@ def ablation(common: Session, seeds: Sequence[int], size: Size, out: Path, recip
     """
     for name in (*SHIPPED[:-1], *(["ssl"] if "all:features" in recipes else [])):
         read_progress(common.workdir / name)
-    random = kept(common.workdir / "ablation" / "random", common, size, None)
-    found = {name: [table.assign(recipe=RANDOM, seed=0)] for name, table in random.items()}
+    settings = {"samples": samples_of(common.steps), **json.loads(json.dumps(asdict(size)))}
+    found = earlier(out, settings)
+    if not any((table["recipe"] == RANDOM).any() for table in found.get("maps", [])):
+        random = kept(common.workdir / "ablation" / "random", common, size, None)
+        for name, table in random.items():
+            found.setdefault(name, []).append(table.assign(recipe=RANDOM, seed=0))
     complete = True
     for session, folder in runs(common, seeds, recipes):
         complete = train_transformer(session, folder)
@@ -234,13 +242,29 @@ def ablation(common: Session, seeds: Sequence[int], size: Size, out: Path, recip
         for name, table in kept(folder, session, size, folder).items():
             found.setdefault(name, []).append(table.assign(recipe=session.align, seed=session.seed))
     if "gain" in found:
-        tables = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
+        tables = {name: in_order(parts) for name, parts in found.items()}
         for name, table in tables.items():
             columns = [*RUN, *(column for column in table.columns if column not in RUN)]
             with replacing(out / f"{name}.csv") as path:
                 table[columns].to_csv(path, index=False, float_format="%.4f")
-        write_text(out / "summary.md", as_markdown(tables, samples_of(common.steps), size))
+        write_text(out / "settings.json", json.dumps(settings, indent=1) + "\n")
+        write_text(out / "summary.md", as_markdown(tables, settings["samples"], size))
     return complete
+
+
+def earlier(out: Path, settings: dict[str, Any]) -> dict[str, list[pd.DataFrame]]:
+    """The tables that lie in a folder, if they were made with the same settings."""
+    file = out / "settings.json"
+    if not file.is_file() or json.loads(file.read_text(encoding="utf-8")) != settings:
+        return {}
+    return {name: [pd.read_csv(out / f"{name}.csv")] for name in TABLES}
+
+
+def in_order(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """One table of all runs, by recipe and seed; of a run in several parts, the last part's rows."""
+    runs = {run: rows for part in parts for run, rows in part.groupby(RUN, sort=False)}
+    order = {recipe: place for place, recipe in enumerate((RANDOM, *RECIPES))}
+    return pd.concat([runs[run] for run in sorted(runs, key=lambda run: (order[run[0]], run[1]))], ignore_index=True)
 
 
 def samples_of(steps: int | None) -> int:

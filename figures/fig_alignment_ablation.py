@@ -89,10 +89,12 @@ def ablation_figure(maps: pd.DataFrame, evidence: pd.DataFrame, *, title: str = 
 
 def headline(maps: pd.DataFrame, evidence: pd.DataFrame) -> str:
     """What is shown, of how many scenes and seeds."""
-    seeds, few, most = maps.loc[maps["recipe"] != RANDOM, "seed"].nunique(), evidence["n"].min(), evidence["n"].max()
+    few, most = evidence["n"].min(), evidence["n"].max()
+    seeds = maps[maps["recipe"] != RANDOM].groupby("recipe")["seed"].nunique()
+    told = " to ".join(map(str, sorted({seeds.min(), seeds.max()}))) + " seed" + "s" * bool(seeds.max() > 1)
     return (
         f"scenes-sd3, trained alike but for what its image tokens were taught; n = {maps['n'].max()} scenes (ranks:"
-        f" {few} to {most}), {seeds} seed{'s' * (seeds > 1)}"
+        f" {few} to {most}), {told}"
     )
 
 

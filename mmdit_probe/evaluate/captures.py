@@ -25,6 +25,7 @@ from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.models.names import changed_parts
 from mmdit_probe.models.tokens import Token, TokenTable
 from mmdit_probe.results.atomic import make_folder, write_bytes, write_json
 from mmdit_probe.segment.capture import PictureReader, Request, most_tokens
@@ -82,10 +83,13 @@ class Captures:
         if self._model is None:
             self._model = self._open()
             facts = _facts(self.name, self._model)
-            if self._facts is not None and self._facts != facts:
-                found = next(name for name in facts if facts[name] != self._facts.get(name))
-                what = "other weights" if found == "weight_hash" else f"another {found}"
-                raise UserError(f"cache {str(self.cache)!r} was made with {what} of {self.name}; choose another folder")
+            made = self._facts or {}
+            parts = [f"other weights of {', '.join(changed)}"] if (changed := changed_parts(made, facts)) else []
+            others = [name for name in facts if name != "parts" and made.get(name, facts[name]) != facts[name]]
+            told = ["other weights" if name == "weight_hash" else f"another {name}" for name in others] + parts
+            if told:
+                found = f"{told[0]} of {self.name}"
+                raise UserError(f"cache {str(self.cache)!r} was made with {found}; choose another folder")
             self._facts = facts
             if self.cache is not None and not (self.cache / INDEX).is_file():
                 make_folder(self.cache)
@@ -94,7 +98,7 @@ class Captures:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """id, weight_hash, dtype, number of layers and heads, from the cache or the model."""
+        """id, weight_hash, parts, dtype, number of layers and heads, from the cache or the model."""
         if self._facts is None:
             _ = self.model
         assert self._facts is not None
@@ -224,6 +228,7 @@ def _facts(name: str, model: MMDiT) -> dict[str, Any]:
     return {
         "id": name,
         "weight_hash": model.weight_hash,
+        "parts": model.parts,
         "dtype": str(model.dtype).removeprefix("torch."),
         "layers": len(model.layers),
         "heads": model.heads,

@@ -363,6 +363,7 @@ def described(model: MMDiT) -> dict[str, Any]:
             "id": model.name,
             "family": model.family.name,
             "weight_hash": model.weight_hash,
+            "parts": model.parts,
             "dtype": str(model.dtype).removeprefix("torch."),
             **model.memory,
             "layers": len(model.layers),

@@ -114,8 +114,8 @@ class Explore(Pictures):
         record.write("budget", long(budget, kinds, layers), item=task.index, prompt=task.prompt, seed=task.seed)
 
     def explorations(self, result: Result) -> list[Exploration]:
-        """What the pages show."""
-        return [self._exploration(result, k) for k in range(len(result.request["items"]))]
+        """What the pages show: the prompts that have one of the words."""
+        return [self._exploration(result, k) for k in _shown(result)]
 
     def pages(self, result: Result) -> list[Page]:
         """A page per picture."""
@@ -164,13 +164,13 @@ class Explore(Pictures):
             page.save(folder / name)
 
     def _names(self, result: Result) -> list[str]:
-        count = len(result.request["items"])
-        return ["explore.html"] if count == 1 else [f"explore-{k:03d}.html" for k in range(count)]
+        several = len(result.request["items"]) > 1
+        return [f"explore-{k:03d}.html" if several else "explore.html" for k in _shown(result)]
 
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.sheet import sheet
 
-        one = self._exploration(result, 0)
+        one = self._exploration(result, _shown(result)[0])
         layers = sorted({round(at) for at in np.linspace(0, len(one.layers) - 1, SHOWN_LAYERS)})
         maps = one.i2t[:, 0, :SHOWN_WORDS]
         maps = maps[:, :, maps.shape[2] // 2] if maps.ndim == 5 else maps  # of a video the middle frame
@@ -186,6 +186,11 @@ class Explore(Pictures):
     def document(self, result: Result) -> dict[str, Any]:
         path = result.path
         return {"pages": [] if path is None else [path / name for name in self._names(result)]}
+
+
+def _shown(result: Result) -> list[int]:
+    """Numbers of the items that have words."""
+    return [k for k, (_, _, words, *_) in enumerate(result.request["items"]) if words]
 
 
 def textual(words: Sequence[Any], streams: Collection[str] | None, heads: Literal["mean", "all"] = "mean") -> TextMaps:

@@ -58,9 +58,6 @@ class PicturedPrompt(Item):
 class Pictures(Sampling, Referring, Experiment):
     """Pictures of prompts, or photos with a text, and words of them: what maps and explore have in common."""
 
-    bare = False
-    """Whether a prompt that has none of the words is shown beside those that have some."""
-
     prompt: Annotated[
         str | Sequence[str] | None,
         Input("What to draw, or the text of --images; also a file of prompts or a set.", argument=True),
@@ -135,7 +132,7 @@ class Pictures(Sampling, Referring, Experiment):
         """What is to be looked at, each with the words that its prompt has.
 
         Raises:
-            UserError: a word that no prompt has, or a prompt without any (`bare`: all of them).
+            UserError: a word that no prompt has, or no prompt with any.
         """
         texts, pictures = inputs
         tables = model.token_tables(texts)
@@ -145,12 +142,11 @@ class Pictures(Sampling, Referring, Experiment):
             if not any(table.word_spans(word, missing_ok=True) for table in tables):
                 tables[0].word_spans(word)  # says why
         chosen = [words_of(table, asked, streams_of(self.streams)) for table in tables]
-        for table, found in zip(tables, chosen, strict=True):
-            if not found and not (self.bare and any(chosen)):
-                what = f"prompt {table.prompt!r} has none of the words asked for, or no word at all"
-                parts = [f"{stream.name} reads only {stream.reads}" for stream in model.family.streams if stream.reads]
-                every = len(parts) == len(model.family.streams) > 0
-                raise UserError(f"{what}: {' and '.join(parts)}" if every else what)
+        if not any(chosen):
+            what = f"prompt {texts[0]!r} has none of the words asked for, or no word at all"
+            parts = [f"{stream.name} reads only {stream.reads}" for stream in model.family.streams if stream.reads]
+            every = len(parts) == len(model.family.streams) > 0
+            raise UserError(f"{what}: {' and '.join(parts)}" if every else what)
         count = 1 if pictures else self.images_per_prompt
         return [
             PicturedPrompt(k, texts[of], self.seed + k, pictures[of] if pictures else None, chosen[of])

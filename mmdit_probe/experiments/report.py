@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
+from mmdit_probe.data import samples
+from mmdit_probe.data.sample import fingerprint
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.attention_budget import AttentionBudget
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
@@ -78,8 +80,6 @@ class Report(Sampling, Experiment):
         if processes.world() > 1:
             raise UserError("report runs its analyses one after the other; start it in one process")
         if self.images is not None:
-            from mmdit_probe.data.sources import samples
-
             samples(str(self.images), self.limit)
         _ = self.reported_on
         found = prompts_of(self.prompts, self.limit, scenes, self.limit)
@@ -137,7 +137,8 @@ class Report(Sampling, Experiment):
         )  # fmt: skip
         notes = [] if scenes or self.images else ["no pictures are given (--images): the PCA is left out"]
         notes += model.notes_on_words(inputs)
-        return Study(model, request, self.parts(scenes, inputs), "analyses", notes=notes)
+        contents = {} if self.images is None else {str(self.images): fingerprint(samples(str(self.images), self.limit))}
+        return Study(model, request, self.parts(scenes, inputs), "analyses", facts={"contents": contents}, notes=notes)
 
     def run(
         self, target: Any = "scenes-sd3", out: Path | str | None = None, resume: bool = False,

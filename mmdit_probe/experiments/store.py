@@ -23,6 +23,7 @@ from zipfile import BadZipFile, is_zipfile
 import numpy as np
 
 from mmdit_probe.errors import ProbeWarning, UserError, first_line
+from mmdit_probe.models.names import changed_parts
 from mmdit_probe.results import RunFolder, TableWriter, atomic, processes, read_items, read_table
 from mmdit_probe.results.clip import Clip
 from mmdit_probe.results.folder import Said, read_record
@@ -376,17 +377,25 @@ Store = MemoryStore | FolderStore
 
 
 def _check_facts(folder: RunFolder, facts: Mapping[str, Any]) -> None:
-    """Hold what is continued to what no request tells: the scheduler that it was sampled with, and what stood under the
-    paths that it names.
+    """Hold what is continued to what no request tells: the scheduler that it was sampled with, the weights of text
+    encoders and VAE, and what stood under the paths that it names.
 
     Raises:
         UserError: it is another one.
     """
-    if other := other_sampling(folder.data, facts) or _other_contents(folder.data, facts):
+    others = (told(folder.data, facts) for told in (other_sampling, other_parts, _other_contents))
+    if other := next(filter(None, others), ""):
         error = UserError(f"cannot continue {str(folder.path)!r}: {other}; choose another --out")
         if not folder.complete:
             folder.fail(str(error))
         raise error
+
+
+def other_parts(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """The networks beside the transformer whose weights are other ones than a record tells; "" where none are, or one
+    of the records tells of none."""
+    changed = changed_parts(first.get("model") or {}, second.get("model") or {})
+    return f"other weights of {', '.join(changed)}" if changed else ""
 
 
 def _other_contents(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:

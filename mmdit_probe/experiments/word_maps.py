@@ -56,8 +56,6 @@ class WordMaps(OverReference, Filmed, Pictures):
         '"a cat on a sofa" --images cat.jpg --model MODEL',
     )
     tables = ("maps",)
-    bare = True
-
     layers: Annotated[
         Spec | None,
         Option(

@@ -255,6 +255,13 @@ class MMDiT:
             self._hashed = state, weight_hash(transformer)
         return self._hashed[1]
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """The pipeline's other networks (text encoders, VAE, ControlNets), each with a hash of some of its weights."""
+        networks = {name: unwrap(one) for name, one in vars(self.pipeline).items() if isinstance(one, torch.nn.Module)}
+        own = unwrap(self.transformer)
+        return {name: weight_hash(one, drawn=True)[:16] for name, one in sorted(networks.items()) if one is not own}
+
     @cached_property
     def vocabulary(self) -> tuple[str, ...]:
         """The words that the model can know: of an embedded model those of the scenes world; () if any."""

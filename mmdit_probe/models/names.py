@@ -15,7 +15,7 @@ import platform
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -240,6 +240,13 @@ def _may_be_on_hub(name: str) -> bool:
 def adapter_file(path: Path) -> Path:
     """The weights in an adapter's folder, or the file itself."""
     return path / ADAPTER_FILE if path.is_dir() else path
+
+
+def changed_parts(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """The networks beside the transformer whose weights are others in two descriptions of a model (`parts`): of those
+    that both of them have."""
+    was, now = (of.get("parts") or {} for of in (first, second))
+    return [name for name in now if was.get(name, now[name]) != now[name]]
 
 
 def contents_of(*names: str | None) -> dict[str, str]:

@@ -356,7 +356,7 @@ def test_a_terminal_of_no_width_and_a_closed_pipe_have_tables_too(capsys, monkey
 
 
 def test_choices_are_folded_between_them(capsys, monkeypatch):
-    """"diffseg" stood there as "d" and "iffseg"."""
+    """It was cut into "d" and "iffseg"."""
     monkeypatch.setenv("COLUMNS", "80")
     shown = called(capsys, "evaluate", "--help")[1]
     assert max(map(len, shown.splitlines())) <= 80

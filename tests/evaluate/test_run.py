@@ -244,6 +244,10 @@ def test_cache_answers_without_the_model(root: Path, pipe: Any, tmp_path: Path) 
         Captures(no_model, "other", tmp_path / "cache")
     with pytest.raises(AssertionError, match="was loaded"):
         frame(plan_of(data, again, methods, {"seeds": (5,)}), again)
+    with torch.no_grad():
+        pipe.text_encoder.get_input_embeddings().weight.mul_(2)
+    with pytest.raises(UserError, match="was made with other weights of text_encoder of tiny; choose another folder"):
+        _ = Captures(lambda: MMDiT(pipe), "tiny", tmp_path / "cache").model
 
 
 def test_a_cache_holds_half_precision_within_its_stated_error(root: Path, pipe: Any, tmp_path: Path) -> None:

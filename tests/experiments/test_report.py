@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mmdit_probe import MMDiT, UserError
 from mmdit_probe.experiments import Report, Result
@@ -55,6 +56,16 @@ def test_parts_are_run_folders_of_their_own(folder: Path) -> None:
     maps = Result.read(folder / "state" / "maps")
     assert maps.request["layers"] == sorted(chosen)
     assert len(maps.request["items"]) == 3
+
+
+def test_photos_are_told_by_what_they_hold(tmp_path: Path) -> None:
+    """A finished report was shown again for a folder whose photos had been exchanged."""
+    ask = Report(prompts=["a red ring"], images=str(tmp_path), limit=4)
+    told = []
+    for shade in (0, 9, 0):
+        Image.new("RGB", (32, 32), (shade, 0, 0)).save(tmp_path / "a.png")
+        told.append(ask.prepare(_model(), ["a red ring"]).facts["contents"][str(tmp_path)])
+    assert told[0] == told[2] != told[1]
 
 
 def test_it_is_continued_without_doing_anything_again(folder: Path) -> None:

@@ -52,6 +52,27 @@ def test_a_run_goes_on_with_its_own_scheduler_alone(tmp_path: Path) -> None:
     assert opened("Euler", [1.0, 0.5]).complete
 
 
+def test_a_run_goes_on_with_its_own_text_encoders_alone(tmp_path: Path) -> None:
+    """The hash of the transformer does not tell of them; a network that one of both lacks is the request's to tell."""
+
+    def opened(resume: bool = True, **parts: str) -> FolderStore:
+        return FolderStore.open(
+            "demo",
+            {},
+            {"model": {"id": "m", "weight_hash": "w", "dtype": "float32", "parts": parts}},
+            out=tmp_path / "run",
+            resume=resume,
+        )
+
+    with pytest.raises(KeyboardInterrupt), (store := opened(False, t5="a", vae="b")), store.writing(TABLES):
+        do(store, 0)
+        raise KeyboardInterrupt
+    with pytest.raises(UserError, match="other weights of t5; choose another --out"):
+        opened(t5="c", vae="b")
+    with (again := opened(vae="b")), again.writing(TABLES):
+        assert again.done == {0}
+
+
 @pytest.mark.skipif(not Path("/dev/fd").exists(), reason="the system does not list open files")
 def test_pictures_that_are_looked_at_leave_no_files_open(tmp_path: Path) -> None:
     """A process may have 1024: a run of as many pictures ended in an error once all were made, and so did --resume."""

@@ -232,6 +232,12 @@ def test_a_prompt_without_the_word_has_its_picture_and_no_maps(model: MMDiT, tmp
     assert result.data["remarks"] == ["prompt 'a cat' has none of the words asked for: it has no maps"]
     result.figure()
     assert result.texts()
+    explored = Explore(prompt=prompts, words="ring", seed=5, **QUICK).run(model, out=tmp_path / "page", progress=False)
+    assert [path.name for path in (tmp_path / "page").glob("*.html")] == ["explore-001.html"]
+    of_one = Explore(prompt="a red ring", words="ring", seed=6, **QUICK).run(model, progress=False)
+    (page,), (one,) = (result.experiment.explorations(result) for result in (explored, of_one))
+    assert np.array_equal(page.i2t, one.i2t) and np.array_equal(page.image, one.image)
+    assert explored.figure() and explored.texts()
 
 
 def test_without_words_any_word_of_the_prompt_can_be_asked(model: MMDiT) -> None:

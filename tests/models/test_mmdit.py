@@ -108,6 +108,7 @@ def test_weights_that_change_are_hashed_and_encode_anew(pipe: Any, change: Calla
     """What a model remembers is of the weights it had: caches and kept runs are told apart by its hash."""
     model = MMDiT(pipe, "tiny", tiny.T5_LENGTH)
     before = model.weight_hash, model.encode_prompt(["a cat"]).prompt_embeds
+    parts = model.parts
     assert (model.weight_hash, True) == (
         before[0],
         torch.equal(model.encode_prompt(["a cat"]).prompt_embeds, before[1]),
@@ -116,6 +117,8 @@ def test_weights_that_change_are_hashed_and_encode_anew(pipe: Any, change: Calla
     change(pipe.text_encoder_3)
     fresh = MMDiT(pipe, "tiny", tiny.T5_LENGTH)
     assert model.weight_hash == fresh.weight_hash != before[0]
+    assert [name for name, of in model.parts.items() if of != parts[name]] == ["text_encoder_3"]
+    assert model.parts == fresh.parts and set(parts) == {"text_encoder", "text_encoder_2", "text_encoder_3", "vae"}
     found = model.encode_prompt(["a cat"]).prompt_embeds
     assert torch.equal(found, fresh.encode_prompt(["a cat"]).prompt_embeds) and not torch.equal(found, before[1])
 

@@ -207,6 +207,15 @@ def test_the_ablation_trains_measures_and_resumes(workdir, tmp_path, monkeypatch
     monkeypatch.setattr(ablation, "measure", lambda *_: pytest.fail("a run was measured again"))
     assert ablation.ablation(asked, [0], size, tmp_path / "again", recipes)
     assert (tmp_path / "again" / "summary.md").read_text() == text
+    for name in ("maps", "evidence"):  # another machine measured seed 1, and layer:4 is not there
+        other = tables[name].query("recipe == 'none'").assign(seed=1)
+        pd.concat([tables[name], other]).query("recipe != 'layer:4'").to_csv(tmp_path / f"{name}.csv", index=False)
+    assert ablation.ablation(asked, [0], size, tmp_path, ["layer:4"])
+    maps = pd.read_csv(tmp_path / "maps.csv")
+    assert list(dict.fromkeys(zip(maps["recipe"], maps["seed"], strict=True))) == [
+        ("random weights", 0), ("none", 0), ("none", 1), ("layer:4", 0),
+    ]  # fmt: skip
+    pd.testing.assert_frame_equal(maps.query("seed == 0").reset_index(drop=True), tables["maps"])
 
 
 def test_a_caption_that_comes_up_again_is_one_of_the_samples_n():
