@@ -54,7 +54,7 @@ Written by `python analyses/magnet_scenes.py`; every number is from a checkpoint
 weights: `{weight_hash:.8}`.
 
 Maps of layer {layer}: of {layers} layers the one whose maps name the val scenes best in the base model. {steps} steps
-of {batch} on {train} training scenes. {recipe} All that follows is of test scenes and test captions;
+of {batch} on {train} training scenes. {recipe} All that follows is of test scenes and their captions;
 pictures have {num_steps} steps, guidance {guidance:g}, {precision}, and the same seeds in every variant. `control` is
 the same LoRA trained with flow matching alone. {trained}
 """

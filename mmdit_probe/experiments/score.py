@@ -336,7 +336,7 @@ def adapt(model: MMDiT, scorers: Scorers, variant: str) -> None:
 
 
 def scene_prompts(n: int, categories: Sequence[str] = (), split: str = "val") -> list[tuple[str, str]]:
-    """(category, prompt): `n` held-out captions of each category of the scenes world, of all if none is named."""
+    """(category, prompt): captions of `n` held-out scenes for each category of the world, of all if none is named."""
     chosen = named_of("category", categories, CATEGORIES) if categories else CATEGORIES
     return [(category, text) for category in chosen for text in captions(split, n, category, distinct=False)]
 
