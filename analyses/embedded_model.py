@@ -77,8 +77,8 @@ def as_markdown(
         "back by the scene parser: share of images where it holds, mean over captions, with the 95 % interval over",
         "captions (a kind of few captions has them again and again: texture has eight in all). The scenes are held",
         "out, not every caption: short ones come up among training scenes too, and among val's, on which the guidance",
-        "was chosen. `real` is the parser's own limit: true captions of real held-out scenes. Objects and colours right",
-        "on captions of the val split, by guidance: "
+        "was chosen. `real` is the parser's own limit: true captions of real held-out scenes. Objects and colours",
+        "right on captions of the val split, by guidance: "
         + ", ".join(f"{g:g}: {v:.3f}" for g, v in by_guidance) + ".",
         "",
         "| model | category | images | captions | objects, colours right | ground right | all facts | share of facts |",
