@@ -73,10 +73,12 @@ def as_markdown(
         "",
         "Written by `python analyses/embedded_model.py`; every number is from the checkpoint in `mmdit_probe/assets`.",
         "",
-        f"Images generated from held-out captions ({num_steps} steps, guidance {guidance:g}, {dtype}), read back by",
-        "the scene parser: share of images where it holds, mean over captions, with the 95 % interval over captions (a",
-        "kind of few captions has them again and again: texture has eight in all). `real` is the parser's own limit:",
-        "true captions of real held-out scenes. Objects and colours right on captions of the val split, by guidance: "
+        f"Images generated from captions of held-out scenes ({num_steps} steps, guidance {guidance:g}, {dtype}), read",
+        "back by the scene parser: share of images where it holds, mean over captions, with the 95 % interval over",
+        "captions (a kind of few captions has them again and again: texture has eight in all). The scenes are held",
+        "out, not every caption: short ones come up among training scenes too, and among val's, on which the guidance",
+        "was chosen. `real` is the parser's own limit: true captions of real held-out scenes. Objects and colours",
+        "right on captions of the val split, by guidance: "
         + ", ".join(f"{g:g}: {v:.3f}" for g, v in by_guidance) + ".",
         "",
         "| model | category | images | captions | objects, colours right | ground right | all facts | share of facts |",

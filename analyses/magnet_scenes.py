@@ -181,7 +181,7 @@ def fit(plan: Plan, folders: Folders, name: str, data: Data, steps: int, **optio
 
 
 def pictures(plan: Plan, path: Path, name: str, lora: Path | None, count: int, split: str) -> None:
-    """Generated pictures of held-out captions and their scores."""
+    """Generated pictures of captions of held-out scenes and their scores."""
     experiment = Score(limit=count, split=split, num_steps=plan.num_steps, guidance=plan.guidance, seed=SEED)  # type: ignore[arg-type]
     table = experiment.run(plan.model(lora, pictures=True), progress=False).table
     table[table["category"] != REAL].assign(variant=name).to_parquet(path)

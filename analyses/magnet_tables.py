@@ -54,7 +54,7 @@ Written by `python analyses/magnet_scenes.py`; every number is from a checkpoint
 weights: `{weight_hash:.8}`.
 
 Maps of layer {layer}: of {layers} layers the one whose maps name the val scenes best in the base model. {steps} steps
-of {batch} on {train} training scenes. {recipe} All that follows is of test scenes and test captions;
+of {batch} on {train} training scenes. {recipe} All that follows is of test scenes and their captions;
 pictures have {num_steps} steps, guidance {guidance:g}, {precision}, and the same seeds in every variant. `control` is
 the same LoRA trained with flow matching alone. {trained}
 """
@@ -133,20 +133,22 @@ def miou_table(counts: Mapping[tuple[str, int, str], ImageCounts]) -> pd.DataFra
         counts: by variant, training seed (the base model has seed 0 alone) and protocol.
     """
     rows = []
-    for variant, protocol in dict.fromkeys((variant, protocol) for variant, _, protocol in counts):
-        seeds = [seed for name, seed, of in counts if (name, of) == (variant, protocol)]
-        own = {seed: counts[variant, seed, protocol].leave_one_out("miou") for seed in seeds}
-        found = _over_seeds(own)
-        row: dict[str, object] = {"variant": variant, "protocol": protocol, "n": len(own[seeds[0]]) - 1}
-        row |= {
-            "seeds": len(seeds),
-            "miou": found.value,
-            "low": np.clip(found.low, 0, 1),
-            "high": np.clip(found.high, 0, 1),
-        }
+    left_out = {place: found.leave_one_out("miou") for place, found in counts.items()}
+    places = [(variant, protocol) for variant, _, protocol in counts]
+    trained = {at: [seed for name, seed, of in counts if (name, of) == at] for at in places}
+    for (variant, protocol), seeds in trained.items():
+        found = _over_seeds({seed: left_out[variant, seed, protocol] for seed in seeds})
+        row: dict[str, object] = {"variant": variant, "protocol": protocol, "n": len(counts[variant, 0, protocol])}
+        low, high = np.clip(found[1:3], 0, 1)
+        row |= {"seeds": len(seeds), "miou": found.value, "low": low, "high": high}
         for other in (BASE, CONTROL):
-            of_other = {seed: counts.get((other, seed, protocol), counts[other, 0, protocol]) for seed in seeds}
-            gain = _over_seeds({seed: own[seed] - of_other[seed].leave_one_out("miou") for seed in seeds})
+            gain = _over_seeds(
+                {
+                    seed: left_out[variant, 0 if variant == BASE else seed, protocol]
+                    - left_out[other, 0 if other == BASE else seed, protocol]
+                    for seed in (trained[other, protocol] if variant == BASE else seeds)
+                }
+            )
             ends = np.clip(gain[1:3], -1, 1)
             row |= {f"gain_{other}": gain.value, f"gain_{other}_low": ends[0], f"gain_{other}_high": ends[1]}
         rows.append(row)
@@ -227,11 +229,16 @@ def verdict(miou: pd.DataFrame, generation: pd.DataFrame) -> list[str]:
         reached = "reached" if gain["gain_base_low"] >= TARGET and not told else "not reached"
         lines.append(
             f"* `{variant}` ({gain['seeds']:g} seed{'s' if gain['seeds'] > 1 else ''}):"
-            f" {100 * gain['gain_base']:+.1f} points over the base model,"
-            f" {100 * gain['gain_control']:+.1f} over the control; facts against the control's, margin"
+            f" {_points(gain, BASE)} points over the base model, {_points(gain, CONTROL)} over the control; facts"
+            f" against the control's, margin"
             f" {margin_of('facts'):g}: {'; '.join(told) or 'no worse in every category'}. Target {reached}."
         )
     return lines
+
+
+def _points(row: pd.Series, other: str) -> str:
+    middle, low, high = (100 * row[f"gain_{other}{end}"] for end in ("", "_low", "_high"))
+    return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def write(
@@ -263,7 +270,10 @@ def summary(
     how = MIOU.format(over="images and seeds" if several else "images")
     lines = [*head, "", *verdict(miou, generation), *how.splitlines()]
     for row in miou.to_dict("records"):
-        gains = [interval(row[f"gain_{o}"], row[f"gain_{o}_low"], row[f"gain_{o}_high"], "+") for o in (BASE, CONTROL)]
+        gains = [
+            "" if o == row["variant"] else interval(row[f"gain_{o}"], row[f"gain_{o}_low"], row[f"gain_{o}_high"], "+")
+            for o in (BASE, CONTROL)
+        ]
         own = interval(row["miou"], row["low"], row["high"])
         lines.append(f"| {' | '.join([row['variant'], row['protocol'], str(row['n']), own, *gains])} |")
     lines += PICTURES.format(and_seeds=" and seeds" if several else "").splitlines()
@@ -280,8 +290,8 @@ def summary(
             cells = []
             for row in of.set_index("category").loc[categories].to_dict("records"):
                 change = interval(row["difference"], row["difference_low"], row["difference_high"], "+")
-                told = "" if variant == CONTROL else f" ({row['verdict']})"
-                cells.append(f"{row['mean']:.3f}, {change}{told}")
+                told = "" if variant == CONTROL else f", {change} ({row['verdict']})"
+                cells.append(f"{row['mean']:.3f}{told}")
             lines.append(f"| {variant} | {' | '.join(cells)} |")
         lines.append("")
     if pilots is None:

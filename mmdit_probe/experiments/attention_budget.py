@@ -20,7 +20,7 @@ from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.data import paper_table
 from mmdit_probe.experiments.text import Text, TextTable, share
 from mmdit_probe.experiments.token_rows import TokenRows
-from mmdit_probe.results.statistics import Interval, interval, measured
+from mmdit_probe.results.statistics import EQUAL, Interval, interval, measured
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -152,9 +152,10 @@ def summarise(by_item: pd.DataFrame) -> pd.DataFrame:
 
 
 def mass_interval(masses: pd.Series) -> Interval:
-    """A mean mass with its interval. Attention gives every key something: what has none in any item are no keys, and
-    nothing is sampled there."""
-    return interval(masses.clip(0, 1), kind="share" if masses.any() else "mean")
+    """A mean mass with its interval. One that is the same in every item is exact, not sampled: that of all keys, under
+    uniform attention, or of keys that are none."""
+    same = np.ptp(masses) <= EQUAL * masses.max()
+    return interval(masses.clip(0, 1), kind="mean" if same else "share")
 
 
 def blocks(by_item: pd.DataFrame, value: str = "mass") -> pd.DataFrame:

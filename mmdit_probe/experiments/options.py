@@ -157,7 +157,7 @@ class Filmed:
 
 
 def prompts_of(prompts: str | Sequence[str] | None, limit: int | None, scenes: bool, default: int) -> list[str]:
-    """The prompts to sample: what was asked for, else `default` held-out captions or the everyday set."""
+    """The prompts to sample: what was asked for, else captions of `default` held-out scenes or the everyday set."""
     if prompts is not None and not isinstance(prompts, str):
         asked = list(prompts)[:limit]
         if not asked:

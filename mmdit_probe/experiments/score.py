@@ -337,7 +337,7 @@ def adapt(model: MMDiT, scorers: Scorers, variant: str) -> None:
 
 
 def scene_prompts(n: int, categories: Sequence[str] = (), split: str = "val") -> list[tuple[str, str]]:
-    """(category, prompt): `n` held-out captions of each category of the scenes world, of all if none is named."""
+    """(category, prompt): captions of `n` held-out scenes for each category of the world, of all if none is named."""
     chosen = named_of("category", categories, CATEGORIES) if categories else CATEGORIES
     return [(category, text) for category in chosen for text in captions(split, n, category, distinct=False)]
 
@@ -449,7 +449,8 @@ def compare_variants(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
                 own, other = (t[metric].groupby("prompt").mean().to_numpy() for t in (chosen, base))
                 mean, low, high = interval(own, kinds[metric])
                 sign = sign_of(metric)
-                gain = no_worse(sign * (own - other), margin_of(metric), kind_of(own, other))
+                kind = "mean" if name == baseline else kind_of(own, other)  # from itself it cannot differ
+                gain = no_worse(sign * (own - other), margin_of(metric), kind)
                 ends = sorted((sign * gain.low, sign * gain.high))
                 rows.append(
                     {

@@ -273,7 +273,8 @@ class _Reader:
 
 
 def captions(split: str, n: int, kind: str | None = None, *, distinct: bool = True) -> list[str]:
-    """Captions of the first scenes of a split: held-out prompts when ``split`` is not "train".
+    """Captions of the first scenes of a split. The scenes of other splits are held out from training, not the captions:
+    short ones come up in every split.
 
     Args:
         split: "train", "val" or "test".

@@ -9,7 +9,12 @@ import pytest
 from mmdit_probe.data import paper_table
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import AttentionBudget, Result, ValueNorms
-from mmdit_probe.experiments.attention_budget import budget_table as shown, robust_z, summarise as summarise_items
+from mmdit_probe.experiments.attention_budget import (
+    budget_table as shown,
+    mass_interval,
+    robust_z,
+    summarise as summarise_items,
+)
 from mmdit_probe.experiments.store import MemoryStore
 from mmdit_probe.experiments.text import records, share
 from mmdit_probe.results.statistics import interval
@@ -125,3 +130,9 @@ def test_the_table_in_text_puts_the_paper_beside_ours():
     assert cells["paper T2I"][:2] == [".345", ".869"]
     assert "to words" in cells
     assert "to null slots" not in cells
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.16, 1.0])
+def test_a_mass_that_is_the_same_in_every_item_is_exact(mass: float):
+    """Of keys that are none, under uniform attention, of all keys: no item can have another."""
+    assert mass_interval(pd.Series([mass] * 20)) == pytest.approx((mass, mass, mass))

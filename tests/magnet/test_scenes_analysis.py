@@ -95,10 +95,12 @@ def written(tables: dict[str, Any], out: Path) -> Path:
 def test_the_summary_says_who_reached_the_target(tables: dict[str, Any], tmp_path: Path) -> None:
     lines = (written(tables, tmp_path) / "summary.md").read_text().splitlines()
     verdicts = {name: next(line for line in lines if line.startswith(f"* `{name}`")) for name in VARIANTS[2:]}
-    assert "(3 seeds): +10.0 points over the base model, +9.0 over the control" in verdicts["class"]
+    gains = "(3 seeds): +10.0 [+10.0, +10.0] points over the base model, +9.0 [+9.0, +9.0] over the control"
+    assert gains in verdicts["class"]
     assert verdicts["class"].endswith("no worse in every category. Target reached.")
     assert "worse in all, colour. Target not reached." in verdicts["part"]
     assert verdicts["self"].endswith("Target not reached.")
+    assert "| control | 0.500 | 0.500 | " in "\n".join(lines)  # nothing is told of the control against itself
     assert "| variant | all (n = 144) | colour (n = 24) |" in "\n".join(lines)
 
 
@@ -137,6 +139,16 @@ def test_the_spread_of_the_seeds_is_in_the_interval(tables: dict[str, Any]) -> N
     assert row["high"] - row["miou"] == pytest.approx(reach)
     assert (row["gain_base"], row["gain_control"]) == pytest.approx((0.3, 0.2))
     assert row["gain_control_low"] == pytest.approx(0.2 - reach)
+
+
+def test_the_base_model_is_beside_every_seed_of_the_control(tables: dict[str, Any]) -> None:
+    of = {("control", seed, "present"): counts(share) for seed, share in enumerate((0.3, 0.4, 0.5))}
+    rows = tables["miou_table"](of | {("base", 0, "present"): counts(0.3)}).set_index("variant")
+    ends = rows.loc["base", ["gain_control", "gain_control_low", "gain_control_high"]].tolist()
+    assert ends == pytest.approx(
+        [-rows.loc["control", name] for name in ("gain_base", "gain_base_high", "gain_base_low")]
+    )
+    assert rows.loc["base", "gain_control"] == pytest.approx(-0.1)
 
 
 def test_pictures_of_seeds_that_differ_decide_less(tables: dict[str, Any]) -> None:
