@@ -91,7 +91,8 @@ def headline(maps: pd.DataFrame, evidence: pd.DataFrame) -> str:
     """What is shown, of how many scenes and seeds."""
     few, most = evidence["n"].min(), evidence["n"].max()
     seeds = maps[maps["recipe"] != RANDOM].groupby("recipe")["seed"].nunique()
-    told = " to ".join(map(str, sorted({seeds.min(), seeds.max()}))) + " seed" + "s" * bool(seeds.max() > 1)
+    more = [f"{name_of(str(recipe))}: {count}" for recipe, count in seeds.items() if count > seeds.min()]
+    told = f"{seeds.min()} seed" + "s" * bool(seeds.min() > 1) + f" ({'; '.join(more)})" * bool(more)
     return (
         f"scenes-sd3, trained alike but for what its image tokens were taught; n = {maps['n'].max()} scenes (ranks:"
         f" {few} to {most}), {told}"

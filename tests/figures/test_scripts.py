@@ -309,7 +309,7 @@ def test_the_ablation_s_figure_frames_what_was_taught(monkeypatch: pytest.Monkey
     told = script.headline(table.assign(n=200), table.assign(n=[8, *[48] * 11]))
     assert told.endswith("; n = 200 scenes (ranks: 8 to 48), 1 seed")
     more = pd.concat([table, table.query("recipe == 'layer:1'").assign(seed=1)]).assign(n=200)
-    assert script.headline(more, more).endswith(", 1 to 2 seeds")
+    assert script.headline(more, more).endswith(", 1 seed (labels, layer 1: 2)")
 
 
 def test_the_committed_sizes_of_the_analyses_are_options_of_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
