@@ -66,13 +66,13 @@ def pictures() -> list[Image.Image]:
 
 
 def test_dino_is_the_cosine_of_class_features(dino: Path) -> None:
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoModel, BitImageProcessor
 
     images = pictures()
     outcome = Dino(dino)
     assert outcome(["", ""], images, images)["dino"] == pytest.approx([1, 1], abs=1e-6)
     found = outcome(["", ""], images, images[::-1])["dino"]
-    model, processor = AutoModel.from_pretrained(dino).eval(), AutoImageProcessor.from_pretrained(dino)
+    model, processor = AutoModel.from_pretrained(dino).eval(), BitImageProcessor.from_pretrained(dino)
     with torch.no_grad():
         features = model(**processor(images=images, return_tensors="pt")).last_hidden_state[:, 0].double()
     expected = float(torch.nn.functional.cosine_similarity(features[:1], features[1:]))
