@@ -269,7 +269,7 @@ def test_training_on_masks_lowers_the_mask_loss(tmp_path: Path) -> None:
         CONFIG, train_steps=30, batch=4, rate=0.02, flow_weight=0.0, focal_weight=1.0, dice_weight=1.0, warmup=2
     )
     log = run(tmp_path, config).log
-    assert log.dice[-10:].mean() < 0.9 * log.dice[:3].mean()
+    assert log.dice[-5:].mean() < 0.8 * log.dice[:3].mean()
 
 
 @pytest.mark.slow
