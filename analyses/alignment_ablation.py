@@ -30,10 +30,11 @@ from mmdit_probe import load
 from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.experiments import evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, Amount
+from mmdit_probe.experiments.experiment import plain
 from mmdit_probe.experiments.scenes_quality import held_out, word_map_scores
 from mmdit_probe.experiments.text import bounded
 from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.results.atomic import replacing, write_text
+from mmdit_probe.results.atomic import replacing, write_json, write_text
 from mmdit_probe.results.statistics import defined, interval
 from mmdit_probe.scenes import captions
 from mmdit_probe.scenes.parser import SCORES
@@ -228,7 +229,7 @@ def ablation(common: Session, seeds: Sequence[int], size: Size, out: Path, recip
     """
     for name in (*SHIPPED[:-1], *(["ssl"] if "all:features" in recipes else [])):
         read_progress(common.workdir / name)
-    settings = {"samples": samples_of(common.steps), **json.loads(json.dumps(asdict(size)))}
+    settings: dict[str, Any] = plain({"samples": samples_of(common.steps), **asdict(size)})
     found = earlier(out, settings)
     if not any((table["recipe"] == RANDOM).any() for table in found.get("maps", [])):
         random = kept(common.workdir / "ablation" / "random", common, size, None)
@@ -247,7 +248,7 @@ def ablation(common: Session, seeds: Sequence[int], size: Size, out: Path, recip
             columns = [*RUN, *(column for column in table.columns if column not in RUN)]
             with replacing(out / f"{name}.csv") as path:
                 table[columns].to_csv(path, index=False, float_format="%.4f")
-        write_text(out / "settings.json", json.dumps(settings, indent=1) + "\n")
+        write_json(out / "settings.json", settings)
         write_text(out / "summary.md", as_markdown(tables, settings["samples"], size))
     return complete
 

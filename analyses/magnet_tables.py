@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from scipy.stats import t
 
 from mmdit_probe.evaluate.scores import ImageCounts
@@ -136,19 +137,18 @@ def miou_table(counts: Mapping[tuple[str, int, str], ImageCounts]) -> pd.DataFra
     left_out = {place: found.leave_one_out("miou") for place, found in counts.items()}
     places = [(variant, protocol) for variant, _, protocol in counts]
     trained = {at: [seed for name, seed, of in counts if (name, of) == at] for at in places}
+
+    def of(variant: str, seed: int, protocol: str) -> NDArray[np.float64]:
+        return left_out[variant, 0 if variant == BASE else seed, protocol]
+
     for (variant, protocol), seeds in trained.items():
         found = _over_seeds({seed: left_out[variant, seed, protocol] for seed in seeds})
         row: dict[str, object] = {"variant": variant, "protocol": protocol, "n": len(counts[variant, 0, protocol])}
         low, high = np.clip(found[1:3], 0, 1)
         row |= {"seeds": len(seeds), "miou": found.value, "low": low, "high": high}
         for other in (BASE, CONTROL):
-            gain = _over_seeds(
-                {
-                    seed: left_out[variant, 0 if variant == BASE else seed, protocol]
-                    - left_out[other, 0 if other == BASE else seed, protocol]
-                    for seed in (trained[other, protocol] if variant == BASE else seeds)
-                }
-            )
+            paired = trained[other, protocol] if variant == BASE else seeds
+            gain = _over_seeds({seed: of(variant, seed, protocol) - of(other, seed, protocol) for seed in paired})
             ends = np.clip(gain[1:3], -1, 1)
             row |= {f"gain_{other}": gain.value, f"gain_{other}_low": ends[0], f"gain_{other}_high": ends[1]}
         rows.append(row)

@@ -26,7 +26,7 @@ from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.text import read_json
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.models.names import changed_parts
+from mmdit_probe.models.names import other_parts
 from mmdit_probe.models.tokens import Token, TokenTable
 from mmdit_probe.results.atomic import make_folder, write_bytes, write_json
 from mmdit_probe.segment.capture import PictureReader, Request, most_tokens
@@ -82,12 +82,11 @@ class Captures:
             self._model = self._open()
             facts = _facts(self.name, self._model)
             made = self._facts or {}
-            parts = [f"other weights of {', '.join(changed)}"] if (changed := changed_parts(made, facts)) else []
             others = [name for name in facts if name != "parts" and made.get(name, facts[name]) != facts[name]]
-            told = ["other weights" if name == "weight_hash" else f"another {name}" for name in others] + parts
-            if told:
-                found = f"{told[0]} of {self.name}"
-                raise UserError(f"cache {str(self.cache)!r} was made with {found}; choose another folder")
+            told = ["other weights" if name == "weight_hash" else f"another {name}" for name in others]
+            if found := next(iter(told), other_parts(made, facts)):
+                what = f"{found} of {self.name}"
+                raise UserError(f"cache {str(self.cache)!r} was made with {what}; choose another folder")
             self._facts = facts
             if self.cache is not None and not (self.cache / INDEX).is_file():
                 make_folder(self.cache)

@@ -21,8 +21,9 @@ from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import cell_of
 from mmdit_probe.experiments.result import Result
-from mmdit_probe.experiments.store import other_parts, other_sampling
+from mmdit_probe.experiments.store import other_sampling
 from mmdit_probe.experiments.text import Text, paired_table
+from mmdit_probe.models.names import other_parts
 from mmdit_probe.results import RunFolder, atomic
 from mmdit_probe.results.folder import differences
 from mmdit_probe.results.statistics import NONE, compare, judged, measured, two_sided
@@ -129,7 +130,7 @@ def compare_runs(first: Path | str | Result, second: Path | str | Result, margin
     ]  # fmt: skip
     if not any(entry == "num_steps" for entry, *_ in found) and (other := other_sampling(one.data, two.data)):
         differs.append(_short(other))
-    if not renamed and (other := other_parts(one.data, two.data)):
+    if not renamed and (other := other_parts(one.data["model"], two.data["model"])):
         differs.append(other)
     how = one.experiment
     return Comparison(one, two, margin, _paired(scores[0], scores[1], margin, how.sign, how.distances), differs)

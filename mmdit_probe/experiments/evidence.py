@@ -29,7 +29,7 @@ from mmdit_probe.experiments.perturb import CONTROL, EDIT
 from mmdit_probe.experiments.sweep import EQUAL
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.value_norms import with_gap
-from mmdit_probe.models.names import changed_parts
+from mmdit_probe.models.names import other_parts
 from mmdit_probe.results.folder import read_record
 from mmdit_probe.results.statistics import NONE, corrected, count_means, defined, interval, measured, rank_agreement
 from mmdit_probe.specs import named_of
@@ -210,12 +210,10 @@ def from_run(folder: Path | str, model: MMDiT, text: Mapping[str, Any], kept: st
 
     record = record_of(folder)
     command, request = str(record["command"]), record["request"]
-    changed = changed_parts(record["model"], {"parts": model.parts})
-    if changed or request.get("weight_hash") != model.weight_hash:
-        of = f" of {', '.join(changed)}" if changed else ""
-        raise UserError(
-            f"{str(folder)!r} was measured on other weights{of} than those of {model.name}; run {command} on it"
-        )
+    others = other_parts(record["model"], {"parts": model.parts})
+    if others or request.get("weight_hash") != model.weight_hash:
+        what = others or "other weights"
+        raise UserError(f"{str(folder)!r} was measured on {what} than those of {model.name}; run {command} on it")
     if kept and shared([kept], sources_of(record.get("options", {}), knows_scenes(record["model"]["id"]))):
         raise UserError(
             f"{str(folder)!r} was measured on {kept}, which is reported on: select on other scenes, or --report others"

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
-from mmdit_probe.data import samples
-from mmdit_probe.data.sample import fingerprint
+from mmdit_probe.data import Sample, fingerprint, samples
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.attention_budget import AttentionBudget
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
@@ -76,15 +75,14 @@ class Report(Sampling, Experiment):
     limit: Annotated[int, Input("Prompts and pictures per analysis.", min=4)] = 8
     control: Control = "uniform"
 
-    def gather(self, scenes: bool) -> list[str]:
+    def gather(self, scenes: bool) -> tuple[list[str], list[Sample]]:
         if processes.world() > 1:
             raise UserError("report runs its analyses one after the other; start it in one process")
-        if self.images is not None:
-            samples(str(self.images), self.limit)
+        pictures = [] if self.images is None else samples(str(self.images), self.limit)
         _ = self.reported_on
         found = prompts_of(self.prompts, self.limit, scenes, self.limit)
         Explore(prompt=found[:1]).gather(scenes)  # refused now what it would refuse after all other parts
-        return found
+        return found, pictures
 
     @property
     def reported_on(self) -> Literal["test", "train"]:
@@ -129,16 +127,16 @@ class Report(Sampling, Experiment):
             Part("explore", "Explore", lambda state: Explore(prompt=prompts[:1], layers=layers(state), **how)),
         ]  # fmt: skip
 
-    def prepare(self, model: MMDiT, inputs: list[str]) -> Study:
-        scenes = knows_scenes(model)
+    def prepare(self, model: MMDiT, inputs: tuple[list[str], list[Sample]]) -> Study:
+        scenes, (prompts, pictures) = knows_scenes(model), inputs
         request = request_of(
-            model, prompts=inputs, images=None if self.images is None else str(self.images), limit=self.limit,
+            model, prompts=prompts, images=None if self.images is None else str(self.images), limit=self.limit,
             control=self.control, num_steps=self.num_steps, guidance=self.guidance, seed=self.seed, scenes=scenes,
         )  # fmt: skip
         notes = [] if scenes or self.images else ["no pictures are given (--images): the PCA is left out"]
-        notes += model.notes_on_words(inputs)
-        contents = {} if self.images is None else {str(self.images): fingerprint(samples(str(self.images), self.limit))}
-        return Study(model, request, self.parts(scenes, inputs), "analyses", facts={"contents": contents}, notes=notes)
+        notes += model.notes_on_words(prompts)
+        contents = {} if self.images is None else {str(self.images): fingerprint(pictures)}
+        return Study(model, request, self.parts(scenes, prompts), "analyses", facts={"contents": contents}, notes=notes)
 
     def run(
         self, target: Any = "scenes-sd3", out: Path | str | None = None, resume: bool = False,

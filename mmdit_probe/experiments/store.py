@@ -23,7 +23,7 @@ from zipfile import BadZipFile, is_zipfile
 import numpy as np
 
 from mmdit_probe.errors import ProbeWarning, UserError, first_line
-from mmdit_probe.models.names import changed_parts
+from mmdit_probe.models.names import other_parts
 from mmdit_probe.results import RunFolder, TableWriter, atomic, processes, read_items, read_table
 from mmdit_probe.results.clip import Clip
 from mmdit_probe.results.folder import Said, read_record
@@ -383,7 +383,7 @@ def _check_facts(folder: RunFolder, facts: Mapping[str, Any]) -> None:
     Raises:
         UserError: it is another one.
     """
-    others = (told(folder.data, facts) for told in (other_sampling, other_parts, _other_contents))
+    others = (told(folder.data, facts) for told in (other_sampling, _other_parts, _other_contents))
     if other := next(filter(None, others), ""):
         error = UserError(f"cannot continue {str(folder.path)!r}: {other}; choose another --out")
         if not folder.complete:
@@ -391,11 +391,9 @@ def _check_facts(folder: RunFolder, facts: Mapping[str, Any]) -> None:
         raise error
 
 
-def other_parts(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
-    """The networks beside the transformer whose weights are other ones than a record tells; "" where none are, or one
-    of the records tells of none."""
-    changed = changed_parts(first.get("model") or {}, second.get("model") or {})
-    return f"other weights of {', '.join(changed)}" if changed else ""
+def _other_parts(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """How the networks beside the transformer differ between two records."""
+    return other_parts(first.get("model") or {}, second.get("model") or {})
 
 
 def _other_contents(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:

@@ -56,6 +56,7 @@ class WordMaps(OverReference, Filmed, Pictures):
         '"a cat on a sofa" --images cat.jpg --model MODEL',
     )
     tables = ("maps",)
+
     layers: Annotated[
         Spec | None,
         Option(

@@ -723,8 +723,9 @@ def _texts(prompts: str | Sequence[str]) -> list[str]:
 def _per_row(value: float | Sequence[float], count: int) -> list[float]:
     """One noise level per sample."""
     given: Any = value
-    rows = given.tolist() if hasattr(given, "tolist") else given  # of numpy or torch
-    rows = [number("sigma", row, 0, 1) for row in (rows if isinstance(rows, list | tuple) else [rows] * count)]
+    given = given.tolist() if hasattr(given, "tolist") else given  # of numpy or torch
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    rows = [number("sigma", row, 0, 1) for row in (given if several else [given] * count)]
     if len(rows) != count:
         raise UserError(f"sigma {value!r} for {count} samples: expected one number in 0..1, or one per sample")
     return rows

@@ -242,11 +242,12 @@ def adapter_file(path: Path) -> Path:
     return path / ADAPTER_FILE if path.is_dir() else path
 
 
-def changed_parts(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """The networks beside the transformer whose weights are others in two descriptions of a model (`parts`): of those
-    that both of them have."""
+def other_parts(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    """The networks beside the transformer whose weights are others in two descriptions of a model (`parts`), of those
+    that both of them have: "other weights of vae"; "" where none are."""
     was, now = (of.get("parts") or {} for of in (first, second))
-    return [name for name in now if was.get(name, now[name]) != now[name]]
+    changed = [name for name in now if was.get(name, now[name]) != now[name]]
+    return f"other weights of {', '.join(changed)}" if changed else ""
 
 
 def contents_of(*names: str | None) -> dict[str, str]:
