@@ -218,7 +218,9 @@ def mask_sheet(
         ["", "", *(right(labels, truth) for labels in maps)]
         for truth, *maps in zip(truths, *found.values(), strict=True)
     ]
-    legend = {names[index]: tuple(colours[index] / 255) for index in seen} | {"none": tuple(colours[-1] / 255)}
+    legend = {names[index]: tuple(colours[index] / 255) for index in seen}
+    if any((labels >= len(names)).any() for row in rows for labels in row):
+        legend["no class"] = tuple(colours[-1] / 255)
     columns = ["picture", "truth", *(name.replace(" + ", "\n+ ", 1) for name in found)]
     drawn = sheet(cells, columns, below=below, legend=legend, title=title)
     side = min(0.95, style.PAGE / len(columns) - 0.06)

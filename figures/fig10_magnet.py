@@ -41,7 +41,10 @@ RESULTS = Path(__file__).parents[1] / "analyses" / "results" / "magnet_scenes"
 BASE, ADAPTED = "base", "LoRA"
 MEASURED = "measured"
 """Column `world` of the tables; of weights that no longer ship it names them, and they are no company for the rest."""
-NAMES = {"control": "no masks", "class": "class masks", "part": "part masks", "self": "own labels"}
+NAMES = {
+    "control": "no masks", "class": "class masks", "part": "part masks", "self": "own labels",
+    "released": "released focal loss",
+}  # fmt: skip
 """What the adapters of `analyses/magnet_scenes.py` are called in figures: the masks that they were aligned with."""
 SIGMA = 0.5
 """Noise level of the latent that Fig. 10 shows."""

@@ -163,20 +163,22 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
 
         summary, name = result.summary, result.model_name
         count = int(summary["n"].max())
-        title = f"{name}: {self.edit} of {'I2T' if self.key == 'text' else 'I2R'}, n = {count} prompts"
+        what = f"{name}: {self.edit} of {'I2T' if self.key == 'text' else 'I2R'}"
+        title = f"{what}, n = {count} prompts"
         if self.sweep != "layer":
             return {"perturb": effects_grid(summary, self._main(result), title=title)}
         figures = {"perturb": effects_by_layer(summary, DRAWN, title=title)}
         rows = sorted({int(kept.split("-")[0]) for kept in result.store.picture_names()})
         prompts = [result.request["items"][row][0] for row in rows]
-        for kind, label, what in (
-            (EDIT, "sheet", title), (CONTROL, "sheet_control", f"{name}: a change of equal size in place of the edit"),
+        for kind, label, shown in (
+            (EDIT, "sheet", what), (CONTROL, "sheet_control", f"{name}: a change of equal size in place of the edit"),
         ):  # fmt: skip
             columns = [c for c in result.request["conditions"] if c[1]["condition"] in (STOCK, kind)]
             if rows and len(columns) > 1:
                 cells = sheet_cells(result, [c[0] for c in columns], rows)
                 heads = ["none" if c[1]["layer"] < 0 else f"layer {c[1]['layer']}" for c in columns]
-                figures[f"perturb_{label}"] = sheet(cells, heads, prompts, title=what)
+                shown = f"{shown}, {len(rows)} of {count} prompts"
+                figures[f"perturb_{label}"] = sheet(cells, heads, prompts, title=shown)
         return figures
 
     def tell(self, result: Result) -> list[Text]:

@@ -165,7 +165,8 @@ def sigma_map(summary: pd.DataFrame, *, title: str = "") -> Figure:
             few = ", too few" if (rows["verdict"] == TOO_FEW).all() else ""
             axes.set_title(f"{kind} (n = {int(rows['n'].max())}{few})")
             ticks = [-top, 0, top]  # three: numbers of several digits run into each other
-            figure.colorbar(shown, ax=axes, orientation="horizontal", format="%.2g", pad=0.02, ticks=ticks)
+            bar = figure.colorbar(shown, ax=axes, orientation="horizontal", format="%.2g", pad=0.02, ticks=ticks)
+            bar.set_label("flow loss")
         for axes in panels[1:]:
             axes.set_ylabel("")
         hatched = any(axes.patches for axes in panels)

@@ -68,7 +68,7 @@ def scores(table: pd.DataFrame, metric: str, *, title: str = "") -> Figure:
     """Mean of a metric per category with its 95 % interval, one series per variant.
 
     Args:
-        table: columns variant, category, metric, mean, low, high.
+        table: columns variant, category, metric, mean, low, high; prompts, where the ticks shall tell how many.
         metric: which of its metrics.
     """
     part = table[table["metric"] == metric]
@@ -83,7 +83,9 @@ def by_category(part: pd.DataFrame, value: str, label: str, title: str) -> Figur
             rows = part[part["variant"] == name].set_index("category").loc[categories]
             at = np.arange(len(categories)) + style.dodge(place, len(variants), 0.7)
             style.errorbars(axes, rows, value, place, at=at, label=name, joined=False)
-        axes.set_xticks(range(len(categories)), [style.name(one) for one in categories])
+        counts = dict(part.groupby("category")["prompts"].max()) if "prompts" in part else {}
+        told = [style.name(one) + (f"\nn = {counts[one]}" if one in counts else "") for one in categories]
+        axes.set_xticks(range(len(categories)), told)
         axes.set_ylabel(label)
         style.legend(figure, axes)
     return figure

@@ -89,6 +89,14 @@ def test_names_stand_in_their_regions_or_nowhere() -> None:
     assert not figure.axes[0].texts
 
 
+@pytest.mark.parametrize(("label", "legend"), [(1, {"sand", "ring"}), (255, {"sand", "ring", "no class"})])
+def test_the_legend_of_a_sheet_names_what_is_drawn(label: int, legend: set[str]) -> None:
+    labels = np.repeat(np.uint8([[0, 1]]), 32, axis=0).repeat(16, axis=1)
+    found = np.where(labels == 1, np.uint8(label), labels)
+    figure = mask_sheet([np.zeros((32, 32, 3), np.uint8)], [labels], {"seg4diff": [found]}, ["sand", "ring", "heart"])
+    assert {text.get_text() for one in figure.legends for text in one.get_texts()} == legend
+
+
 def test_unlabelled_pixels_are_not_tinted() -> None:
     image = np.full((4, 4, 3), 100, np.uint8)
     labels = np.zeros((4, 4), np.uint16)
