@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from mmdit_probe.cli.narrow import App
 from mmdit_probe.cli.options import Debug, Json, Quiet, completing, epilog
 from mmdit_probe.cli.output import Output
 from mmdit_probe.data import dataset
 from mmdit_probe.experiments.options import INPUT
 from mmdit_probe.experiments.text import TextTable
 
-app = typer.Typer(
+app = App(
     help="Segmentation data sets: list, check, prepare.",
     epilog=epilog("datasets list", "datasets check voc20:VOCdevkit/VOC2012"), rich_markup_mode="rich",
 )  # fmt: skip

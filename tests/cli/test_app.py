@@ -72,6 +72,22 @@ def test_help_takes_less_than_a_second():
     assert spent < 1.0
 
 
+@pytest.mark.parametrize("columns", [60, 80])
+def test_help_shows_names_whole(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 60 columns "--max-sequence-length" was "--max-sequence-...", and methods and defaults were cut, too."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name, command in cli.every_command().items():
+        _, out, _ = called(capsys, *name.split(), "--help")
+        names = [one for option in command.params for one in option.opts if one.startswith("-")]
+        assert [one for one in names if not re.search(rf"(?<![\w-]){one}(?![\w-])", out)] == [], name
+        assert "\N{HORIZONTAL ELLIPSIS}" not in out
+        lines = [line for line in out.splitlines() if not line.startswith("mmdit-probe ")]  # examples: to be copied
+        assert max(map(len, lines)) <= columns, name
+        assert all(str(one.rich_help_panel or "") in out for one in command.params if one.name != "help")
+
+
 def test_every_command_on_a_model_takes_the_shared_options():
     import typer
 
