@@ -11,6 +11,7 @@ from mmdit_probe.cli.narrow import App
 from mmdit_probe.cli.options import Debug, Json, Quiet, completing, epilog
 from mmdit_probe.cli.output import Output
 from mmdit_probe.data import dataset
+from mmdit_probe.errors import counted
 from mmdit_probe.experiments.options import INPUT
 from mmdit_probe.experiments.text import TextTable
 
@@ -76,8 +77,8 @@ def check(
     data = dataset(source, limit)
     with output.progress.bar("images", len(data.samples)) as advance:
         found = run(data, advance)
-    held = "masks without names" if data.agnostic else f"{len(data.classes)} classes"
-    title = f"{data.name}: {found.images} images, {held}"
+    held = "masks without names" if data.agnostic else counted(len(data.classes), "class", "classes")
+    title = f"{data.name}: {counted(found.images, 'image')}, {held}"
     table = TextTable(["class", "share of scored pixels"], left=("class",), title=title)
     total = max(1, int(found.pixels.sum()))
     for one, pixels in zip(data.classes, found.pixels, strict=True):
@@ -122,5 +123,5 @@ def prepare(
 
     count = run(kind, root, out)
     Output(quiet=quiet, as_json=as_json, debug=debug).result(
-        {"files": count, "out": out}, [f"{count} files: {out}"], out
+        {"files": count, "out": out}, [f"{counted(count, 'file')}: {out}"], out
     )

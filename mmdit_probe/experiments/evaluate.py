@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.data import Dataset, paper_table, read_json
-from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.errors import UserError, check_known, counted
 from mmdit_probe.experiments.attention_budget import PAPER_MODEL
 from mmdit_probe.experiments.experiment import Experiment, Study, plain, text_of
 from mmdit_probe.experiments.options import Input, Output
@@ -339,7 +339,8 @@ class Evaluate(Reads, Experiment):
         notes += [data.note] if data.note else []
         notes += [f"preset {self.preset} ({how.source}): {how.differs}"] if how.differs else []
         if tagging is not None and tagging.split is not None:
-            notes.append(f"the tagger's threshold is chosen on {len(tagging.split)} images of {tagger['split']}")  # type: ignore[index]
+            count = counted(len(tagging.split), "image")
+            notes.append(f"the tagger's threshold is chosen on {count} of {tagger['split']}")  # type: ignore[index]
         named = [value for options in self.values().values() for value in options.values()]
         checkpoints = [self.tagger, *(value for value in named if isinstance(value, str))]
         said = {
@@ -421,7 +422,7 @@ class Evaluate(Reads, Experiment):
         told = [] if said is None else [_told(said)]
         done = result.table["image"].nunique()
         if unscored := done - int(result.summary["n"].max()):
-            told.append(f"{unscored} of {done} images have no pixel that is scored: they are left out.")
+            told.append(f"Left out: {unscored} of {counted(done, 'image')}, without a pixel that is scored.")
         return [league_table(result.summary), rule, beside_controls(result.summary), *told, matched]
 
     def document(self, result: Result) -> dict[str, Any]:
@@ -467,7 +468,7 @@ def league_table(table: pd.DataFrame) -> TextTable:
         places = [str(row[name]) for name in PLACES]
         out.add(*places, str(row["n"]), share(row["miou"]), bounds, over, *scores, gain, segments)
     if len(table) > SHOWN:
-        out.add("...", f"{len(table) - SHOWN} more rows in league.csv", *[""] * (len(columns) - 2))
+        out.add("...", f"{counted(len(table) - SHOWN, 'more row')} in league.csv", *[""] * (len(columns) - 2))
     return out
 
 
@@ -481,9 +482,10 @@ def beside_controls(table: pd.DataFrame) -> str:
     met = methods["control"].where(~methods["control"].str.endswith(SHIFTED), SHIFTED.removeprefix(", "))
     names = ", ".join(f"{name} {count}" for name, count in met.value_counts().items())
     few = f"; {TOO_FEW}: no verdict below {FEWEST} images" if (methods["verdict"] == TOO_FEW).any() else ""
+    above = f"{int((methods['verdict'] == ABOVE).sum())} of {counted(len(methods), 'row')}"
     return (
         f"over control: mIoU over the strongest control with the same refinement ({names}), images paired; above it"
-        f" with p <= .05 by Holm's correction: {int((methods['verdict'] == ABOVE).sum())} of {len(methods)} rows{few}."
+        f" with p <= .05 by Holm's correction: {above}{few}."
     )
 
 

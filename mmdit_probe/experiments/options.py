@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe.data import Sample, prompts as read, samples, single
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, counted
 from mmdit_probe.experiments.store import PICTURES
 from mmdit_probe.experiments.target import LAYERS
 from mmdit_probe.options import Option, changed
@@ -279,7 +279,8 @@ def captions_of(prompts: str | Sequence[str] | None, pictures: Sequence[Sample])
         return [picture.prompt for picture in pictures]
     texts = prompts_of(prompts, None, False, len(pictures))
     if len(texts) not in (1, len(pictures)):
-        raise UserError(f"{len(texts)} prompts for {len(pictures)} pictures; expected none, one, or one per picture")
+        found = f"{counted(len(texts), 'prompt')} for {counted(len(pictures), 'picture')}"
+        raise UserError(f"{found}; expected none, one, or one per picture")
     return texts * (len(pictures) // len(texts))
 
 
@@ -296,9 +297,8 @@ def notes_on(
     if model.vocabulary and any(picture.is_file for picture in pictures):
         notes.append(f"{model.name} was trained on drawn scenes alone: what it finds in other pictures means nothing")
     if bare := sum(not text for text in texts):
-        notes.append(
-            f"{bare} of {len(texts)} pictures have no caption: the empty prompt was used; --prompts gives another"
-        )
+        told = f"no caption: {bare} of {counted(len(texts), 'picture')}"
+        notes.append(f"{told}; the empty prompt was used, --prompts gives another")
     return notes
 
 

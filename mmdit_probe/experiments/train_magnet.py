@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.errors import counted
 from mmdit_probe.experiments.experiment import text_of
 from mmdit_probe.experiments.options import prompts_of
 from mmdit_probe.experiments.progress import Progress
@@ -118,7 +119,7 @@ class Training(Answer):
         """Losses and held-out mIoU by step."""
         from mmdit_probe.plots.magnet import training
 
-        return {"training": training(self.log, self._held_out, title=f"MAGNET, {len(self.log)} steps")}
+        return {"training": training(self.log, self._held_out, title=f"MAGNET, {counted(len(self.log), 'step')}")}
 
     def texts(self) -> list[Text]:
         first, last = self.log.iloc[0], self.log.iloc[-1]
@@ -150,4 +151,4 @@ class Training(Answer):
         return target.path
 
     def __repr__(self) -> str:
-        return f"MAGNET training of {len(self.log)} steps, in {self.path}"
+        return f"MAGNET training of {counted(len(self.log), 'step')}, in {self.path}"
