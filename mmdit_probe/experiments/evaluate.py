@@ -26,6 +26,7 @@ from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable, share, signed
 from mmdit_probe.models.names import check_checkpoint, contents_of
 from mmdit_probe.options import Option
+from mmdit_probe.results.folder import check_folder
 from mmdit_probe.results.statistics import ABOVE, FEWEST, TOO_FEW
 from mmdit_probe.segment.settings import (
     BLIND,
@@ -261,6 +262,8 @@ class Evaluate(Reads, Experiment):
         """The data set, and the tags of another program."""
         from mmdit_probe.data.sources import dataset
 
+        if self.cache is not None:
+            check_folder(self.cache, "--cache")
         self.read_selection()
         data = dataset(self.source, self.limit)
         if self.many_to_one and data.background is None:

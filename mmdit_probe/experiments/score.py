@@ -32,6 +32,7 @@ from mmdit_probe.models.names import check_checkpoint, contents_of
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import stills
+from mmdit_probe.results.folder import check_folder
 from mmdit_probe.results.statistics import NONE, Kind, corrected, defined, interval, judged, kind_of, no_worse
 from mmdit_probe.scenes import CATEGORIES, captions, describe, scene, split_of_world
 from mmdit_probe.scenes.captions import CONTRASTS, is_caption
@@ -162,6 +163,8 @@ class Score(Sampling, Referring, Experiment):
     def gather(self, scenes: bool) -> list[tuple[str, str]]:
         if self.sigmas() and not scenes:
             raise UserError("--map-sigma scores word maps on scenes, which this model does not know; use evaluate")
+        if self.export is not None:
+            check_folder(self.export, "--export")
         if self.prompts is not None:
             found = prompts_by_category(self.prompts, self.limit)
             for _, text in found if self.export is not None else ():

@@ -79,8 +79,8 @@ class SwapTest(LayersAndHeads, Sweep):
         fit = [text for text in asked if swapped_words(text, self.swap)][:wanted]
         if not fit:
             raise UserError(
-                f"none of {counted(len(asked), 'prompt')} has two single coloured objects joined by 'and' on a ground, such as"
-                " 'a red ring and a blue house on grass'"
+                f"none of {counted(len(asked), 'prompt')} has two single coloured objects joined by 'and' on a ground,"
+                " such as 'a red ring and a blue house on grass'"
             )
         return fit
 
