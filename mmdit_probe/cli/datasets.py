@@ -11,6 +11,7 @@ from mmdit_probe.cli.narrow import App
 from mmdit_probe.cli.options import Debug, Json, Quiet, completing, epilog
 from mmdit_probe.cli.output import Output
 from mmdit_probe.data import dataset
+from mmdit_probe.data.sources import NAMES
 from mmdit_probe.errors import counted
 from mmdit_probe.experiments.options import INPUT
 from mmdit_probe.experiments.text import TextTable
@@ -58,7 +59,12 @@ def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> 
 @app.command("check", epilog=epilog("datasets check voc20:VOCdevkit/VOC2012", "datasets check scenes:val --limit 20"))
 def check(
     source: Annotated[
-        str, typer.Argument(metavar="NAME:ROOT", help="Data set and its folder, such as voc20:VOCdevkit/VOC2012.")
+        str,
+        typer.Argument(
+            metavar="NAME:ROOT",
+            help="Data set and its folder, such as voc20:VOCdevkit/VOC2012.",
+            autocompletion=completing(NAMES),
+        ),
     ],
     limit: Annotated[
         int | None,

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.data import Dataset, paper_table, read_json
+from mmdit_probe.data.sources import NAMES
 from mmdit_probe.errors import UserError, check_known, counted
 from mmdit_probe.experiments.attention_budget import PAPER_MODEL
 from mmdit_probe.experiments.experiment import Experiment, Study, plain, text_of
 from mmdit_probe.experiments.options import Input, Output
 from mmdit_probe.experiments.presets import AS_WORD, PAPER_LENGTH, PRESETS, Preset
-from mmdit_probe.experiments.reading import FIT, RULE, SIGMA, Network, Reads, check_streams_read
+from mmdit_probe.experiments.reading import FIT, RULE, SIGMA, Network, Reads, check_streams_read, options_of
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable, share, signed
 from mmdit_probe.models.names import check_checkpoint, contents_of
@@ -87,7 +89,9 @@ class Evaluate(Reads, Experiment):
         "--sweep layer --layers all --limit 20",
     )
 
-    dataset: Annotated[str, Input("scenes:val, or NAME:ROOT; `mmdit-probe datasets list` names them.")] = "scenes:val"
+    dataset: Annotated[
+        str, Input("scenes:val, or NAME:ROOT; `mmdit-probe datasets list` names them.", values=NAMES)
+    ] = "scenes:val"
     limit: Annotated[int | None, Input("Use the first LIMIT images.", min=1, shown_default="200 scenes, or all")] = None
     preset: Annotated[
         Literal[
@@ -111,7 +115,11 @@ class Evaluate(Reads, Experiment):
         Option(f"Refinements by comma, each measured: none,pamr,affinity+pamr. Steps: {', '.join(STEPS)}.",
                values=("none", *STEPS), shown_default=PLAIN.refine),
     ] = None  # fmt: skip
-    options: Annotated[Sequence[str], Option("Option of a method: iseg.ent=0.02; repeatable.", flag="--set")] = ()
+    options: Annotated[
+        Sequence[str],
+        Option("Option of a method: iseg.ent=0.02; repeatable.", flag="--set",
+               values=partial(options_of, (*NAMED, *BLIND), "{method}.")),
+    ] = ()  # fmt: skip
     background: Annotated[str | None, replace(RULE, shown_default=PLAIN.background)] = None
     sweep: Annotated[Literal["none", "layer", "head", "sigma"], Option("Each layer, head or sigma alone.")] = "none"
     match: Annotated[
@@ -130,7 +138,11 @@ class Evaluate(Reads, Experiment):
     ] = None
     tag_dataset: Annotated[
         str | None,
-        Option("Labelled images that the tagger's threshold is chosen on.", shown_default="scenes:train for scenes"),
+        Option(
+            "Labelled images that the tagger's threshold is chosen on.",
+            shown_default="scenes:train for scenes",
+            values=NAMES,
+        ),
     ] = None
     tag_threshold: Annotated[
         float | None, Option("Threshold of the tagger, 0 or less, in place of one chosen on --tag-dataset.", max=0)

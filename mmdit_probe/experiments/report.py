@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 
 from mmdit_probe.data import Sample, fingerprint, samples
+from mmdit_probe.data.sources import NAMES
 from mmdit_probe.errors import UserError, counted
 from mmdit_probe.experiments.attention_budget import AttentionBudget
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
@@ -70,7 +71,8 @@ class Report(Sampling, Experiment):
 
     prompts: Prompts = None
     images: Annotated[
-        str | Path | None, Input("Pictures for the PCA: a folder.", shown_default="scenes:val for embedded models")
+        str | Path | None,
+        Input("Pictures for the PCA: a folder.", shown_default="scenes:val for embedded models", values=NAMES),
     ] = None
     limit: Annotated[int, Input("Prompts and pictures per analysis.", min=4)] = 8
     control: Control = "uniform"

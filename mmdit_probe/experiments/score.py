@@ -22,6 +22,7 @@ import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.data import prompts
+from mmdit_probe.data.prompt_sets import SETS
 from mmdit_probe.errors import UserError, check_known, counted
 from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
 from mmdit_probe.experiments.options import Input, Output, Referring, Sampling
@@ -100,7 +101,8 @@ class Score(Sampling, Referring, Experiment):
         str | None,
         Input(
             "Score these prompts instead of scenes categories: a file, a text, a set, or a folder with one text file"
-            " per category (T2I-CompBench: colour_val.txt, ...)."
+            " per category (T2I-CompBench: colour_val.txt, ...).",
+            values=SETS,
         ),
     ] = None
     images_per_prompt: Annotated[int, Input("Pictures per prompt.", min=1)] = 1

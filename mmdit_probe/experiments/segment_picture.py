@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -20,11 +20,12 @@ import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.data import Sample, parse_classes, single
+from mmdit_probe.data.sources import SCENES
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import described, plain, request_of
 from mmdit_probe.experiments.options import Input, check_places, notes_on
 from mmdit_probe.experiments.progress import Progress
-from mmdit_probe.experiments.reading import RULE, Network, Read, Reads, check_streams_read
+from mmdit_probe.experiments.reading import RULE, Network, Read, Reads, check_streams_read, options_of
 from mmdit_probe.experiments.result import Answer
 from mmdit_probe.experiments.text import Text, TextTable
 from mmdit_probe.options import Option, check
@@ -60,9 +61,13 @@ class OnePicture(Reads, _Checked):
     without: ClassVar[tuple[str, ...]] = ("resume",)
     unsupervised: ClassVar[bool]
 
-    image: Annotated[Any, Input("Picture file, or scenes:val:0.", argument=True)]
+    image: Annotated[Any, Input("Picture file, or scenes:val:0.", argument=True, values=[f"{one}:0" for one in SCENES])]
     method: str
-    options: Annotated[Sequence[str], Option("Option of the method: name=value; repeatable.", flag="--set")] = ()
+    options: Annotated[
+        Sequence[str],
+        Option("Option of the method: name=value; repeatable.", flag="--set",
+               values=partial(options_of, (*NAMED, *BLIND))),
+    ] = ()  # fmt: skip
     refine: Annotated[str, Option(REFINE, values=("none", *STEPS))] = "none"
     regions: Annotated[
         Path | None,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.data.sources import NAMES
 from mmdit_probe.errors import UserError, counted
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, plain, request_of, scheduled
@@ -72,7 +73,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
     ] = None  # fmt: skip
     images: Annotated[
         str | Path | Sequence[Any] | None,
-        Input("Probe real pictures instead of sampling: a folder, or scenes:train|val|test."),
+        Input("Probe real pictures instead of sampling: a folder, or scenes:train|val|test.", values=NAMES),
     ] = None
     sigma: Annotated[
         float, Option("Noise level of --images, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1)

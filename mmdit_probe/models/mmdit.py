@@ -479,7 +479,7 @@ class MMDiT:
         if len(prompts) > 1 and self.references and self.family.reads_pictures:
             raise UserError(
                 f"{type(self.pipeline).__name__} takes one prompt at a time beside pictures, and {len(prompts)} are"
-                " given: take them one by one (--batch 1)"
+                " given: take them one by one (batch 1)"
             )
         if "FlowMatch" not in type(self.scheduler).__name__:
             raise UserError(

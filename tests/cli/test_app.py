@@ -130,6 +130,29 @@ def test_completion_offers_commands_and_their_options():
     assert done.stdout.split() == ["attention-budget"]
 
 
+def completed(command: str, name: str, typed: str) -> list[str]:
+    made = cli.every_command()[command]
+    context = made.make_context(command, [], resilient_parsing=True)
+    (one,) = [one for one in made.params if one.name == name]
+    return [item.value for item in one.shell_complete(context, typed)]
+
+
+def test_completion_offers_sets_sources_and_options_of_methods():
+    """None of them was."""
+    assert completed("segment", "options", "te") == ["teleport=", "temperature="]
+    assert completed("evaluate", "options", "iseg.e") == ["iseg.ent="]
+    assert completed("evaluate", "method", "seg4diff,is") == ["seg4diff,iseg"]
+    assert completed("datasets check", "source", "sa") == ["sa1b:"]
+    assert completed("segment", "image", "scenes:v") == ["scenes:val:0"]
+    sets = {name for name, of in cli.every_command().items() for one in of.params if one.name == "prompts"}
+    assert len(sets) > 5 and all(
+        completed(name, "prompts", "scenes:t") == ["scenes:train", "scenes:test"] for name in sets
+    )
+    for name in ("images", "dataset"):
+        sources = [command for command, of in cli.every_command().items() for one in of.params if one.name == name]
+        assert len(sources) > 1 and all("scenes:val" in completed(one, name, "s") for one in sources)
+
+
 def test_unknown_command_names_the_closest(capsys):
     code, _, err = called(capsys, "modles")
     assert code == 2

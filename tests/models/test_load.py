@@ -186,7 +186,7 @@ def test_devices_and_dtypes(tiny_directory: Path) -> None:
     absent += [] if torch.cuda.is_available() else ["cuda", "cuda:0"]
     absent += [] if torch.backends.mps.is_available() else ["mps"]
     for name in absent:
-        with pytest.raises(UserError, match=f"device '{name}' is not available here: .*; use --device auto or cpu"):
+        with pytest.raises(UserError, match=f"device '{name}' is not available here: .*; use device auto or cpu"):
             pick_device(name)
 
 
