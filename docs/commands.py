@@ -28,7 +28,7 @@ SHOWN = {
     "scenes show": "scenes",
 }
 """Command -> the committed figure that shows its result."""
-LABELS = "result.labels, result.names, result.areas"
+LABELS = "result.labels, result.summary"
 PROMPT = 'prompt="a red ring on grass"'
 CALLS = {
     "maps": (PROMPT, "result.summary"),
@@ -36,9 +36,9 @@ CALLS = {
     "report": ("", "result.summary"),
     "segment": ('image="scenes:val:3", classes="tree, ring, grass, sky"', LABELS),
     "discover": ('image="scenes:val:3"', LABELS),
-    "train-magnet": ('layers="2-3", train_steps=100', "result.log, result.lora"),
+    "train-magnet": ('layers="2-3", train_steps=100', "result.summary, result.lora"),
 }
-"""Command -> the options that it cannot do without, and what its result has, where that is no summary and claims."""
+"""Command -> the options that it cannot do without, and what its result has, where that is not summary and claims."""
 OF_COMMAND = {one.name: one for one in COMMANDS}
 """Command -> the experiment that it runs."""
 

@@ -60,6 +60,11 @@ def brief(value: object, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[: most - 4]} ..."
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A number and what it counts: 1 picture, 2 pictures. `many`: where more than an s is added to `one`."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run a script beside the package: a request that cannot be met ends in one line, as that of a command does."""
     try:

@@ -16,7 +16,7 @@ import collections.abc
 import dataclasses
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -46,7 +46,8 @@ class Option:
         flag: its name on the command line; by default `--` and the field's name with hyphens. also: further names.
         shown_default: what `--help` shows instead of the field's default; "{0.name}" is an attribute of the dataclass.
         panel: heading in `--help`.
-        argument: on the command line it is given by its place, without a flag. values: what a shell may complete.
+        argument: on the command line it is given by its place, without a flag.
+        values: what a shell may complete, or a function that says so, where it takes a moment to know.
         command: whether the command line has it, or the library alone.
     """
 
@@ -59,7 +60,7 @@ class Option:
     shown_default: str | None = None
     panel: str = METHOD
     argument: bool = False
-    values: tuple[str, ...] = ()
+    values: Sequence[str] | Callable[[], Sequence[str]] = ()
     command: bool = True
 
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from numbers import Integral, Real
 from typing import Any, SupportsIndex
 
-from mmdit_probe.errors import UserError, brief, check_known
+from mmdit_probe.errors import UserError, brief, check_known, counted
 
 Spec = str | int | Iterable[int]
 """`"all"`, `9`, `"9"`, `"7-11"`, `"0,9"`, `[0, 9]`; for steps also `"last"` and `"last-8"`."""
@@ -119,7 +119,7 @@ def parse_size(text: str | None, what: str = "size") -> tuple[int, int] | None:
     return int(match[1]), int(match[2])
 
 
-def seed_values(seed: int | Sequence[int], count: int, what: str = "images") -> list[int]:
+def seed_values(seed: int | Sequence[int], count: int, what: str = "image") -> list[int]:
     """`count` seeds: those given, or seed, seed + 1, ...
 
     Args:
@@ -134,7 +134,8 @@ def seed_values(seed: int | Sequence[int], count: int, what: str = "images") -> 
     else:
         seeds = [seed + offset if isinstance(seed, SupportsIndex) else seed for offset in range(count)]
     if len(seeds) != count:
-        raise UserError(f"{len(seeds)} seeds for {count} {what}; give one each, or one number to count up from")
+        found = f"{counted(len(seeds), 'seed')} for {counted(count, what)}"
+        raise UserError(f"{found}; give one each, or one number to count up from")
     for one in seeds:
         if not isinstance(one, SupportsIndex) or not 0 <= int(one) < 1 << 63:
             raise UserError(f"seed {one!r}: expected whole numbers from 0 to 2^63 - 1 = {(1 << 63) - 1}")

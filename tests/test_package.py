@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import mmdit_probe
-from mmdit_probe.errors import RunError, UserError, unknown
+from mmdit_probe.errors import RunError, UserError, counted, unknown
 
 EXAMPLES = [
     "mmdit_probe.errors",
@@ -118,3 +118,10 @@ def test_errors_carry_exit_codes_and_the_closest_name() -> None:
     assert "did you mean 'ring'?" in str(unknown("class", "rin", ["house", "ring"]))
     assert str(unknown("class", "x", range(30))).endswith("(30 in all)")
     assert str(unknown("class", "x", [])).endswith("Known: none")
+
+
+def test_one_is_not_told_as_several() -> None:
+    told = [counted(count, "picture") for count in (0, 1, 2)] + [counted(1, "class", "classes")]
+    assert (
+        told == ["0 pictures", "1 picture", "2 pictures", "1 class"] and counted(3, "class", "classes") == "3 classes"
+    )

@@ -73,7 +73,7 @@ def test_a_written_list_is_read_back(chosen):
         (lambda: parse_size("64x8193", "--size"), "--size '64x8193': .*at most 8192 a side"),
         (lambda: seed_values(-1, 1), "seed -1: expected whole numbers from 0"),
         (lambda: seed_values([0, 1.5], 2), "seed 1.5: expected whole numbers"),
-        (lambda: seed_values([1, 2, 3], 1, "pictures"), "3 seeds for 1 pictures; give one each"),
+        (lambda: seed_values([1, 2, 3], 1, "picture"), "3 seeds for 1 picture; give one each"),
         (lambda: number("guidance", math.nan), "guidance nan: expected a finite number"),
         (lambda: number("guidance", -math.inf), "guidance -inf: expected a finite number"),
         (lambda: number("guidance", "7.5"), "guidance '7.5': expected a finite number"),

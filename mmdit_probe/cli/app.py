@@ -28,6 +28,7 @@ from typer.exceptions import Abort, TyperException
 from mmdit_probe import __version__
 from mmdit_probe.cli import compare, doctor, models
 from mmdit_probe.cli.adapter import command_of
+from mmdit_probe.cli.narrow import App
 from mmdit_probe.cli.options import epilog
 from mmdit_probe.errors import ProbeError, is_text
 from mmdit_probe.experiments import (
@@ -96,7 +97,7 @@ class LazyGroup(TyperGroup):
         return super().resolve_command(ctx, args)
 
 
-app = typer.Typer(
+app = App(
     name="mmdit-probe",
     cls=LazyGroup,
     help="Exact attention probing of multi-modal diffusion transformers. Blocks are named query -> key: "

@@ -7,13 +7,16 @@ from typing import Annotated, Any
 
 import typer
 
+from mmdit_probe.cli.narrow import App
 from mmdit_probe.cli.options import Debug, Json, Quiet, completing, epilog
 from mmdit_probe.cli.output import Output
 from mmdit_probe.data import dataset
+from mmdit_probe.data.sources import NAMES
+from mmdit_probe.errors import counted
 from mmdit_probe.experiments.options import INPUT
 from mmdit_probe.experiments.text import TextTable
 
-app = typer.Typer(
+app = App(
     help="Segmentation data sets: list, check, prepare.",
     epilog=epilog("datasets list", "datasets check voc20:VOCdevkit/VOC2012"), rich_markup_mode="rich",
 )  # fmt: skip
@@ -56,7 +59,12 @@ def list_(quiet: Quiet = False, as_json: Json = False, debug: Debug = False) -> 
 @app.command("check", epilog=epilog("datasets check voc20:VOCdevkit/VOC2012", "datasets check scenes:val --limit 20"))
 def check(
     source: Annotated[
-        str, typer.Argument(metavar="NAME:ROOT", help="Data set and its folder, such as voc20:VOCdevkit/VOC2012.")
+        str,
+        typer.Argument(
+            metavar="NAME:ROOT",
+            help="Data set and its folder, such as voc20:VOCdevkit/VOC2012.",
+            autocompletion=completing(NAMES),
+        ),
     ],
     limit: Annotated[
         int | None,
@@ -75,8 +83,8 @@ def check(
     data = dataset(source, limit)
     with output.progress.bar("images", len(data.samples)) as advance:
         found = run(data, advance)
-    held = "masks without names" if data.agnostic else f"{len(data.classes)} classes"
-    title = f"{data.name}: {found.images} images, {held}"
+    held = "masks without names" if data.agnostic else counted(len(data.classes), "class", "classes")
+    title = f"{data.name}: {counted(found.images, 'image')}, {held}"
     table = TextTable(["class", "share of scored pixels"], left=("class",), title=title)
     total = max(1, int(found.pixels.sum()))
     for one, pixels in zip(data.classes, found.pixels, strict=True):
@@ -121,5 +129,5 @@ def prepare(
 
     count = run(kind, root, out)
     Output(quiet=quiet, as_json=as_json, debug=debug).result(
-        {"files": count, "out": out}, [f"{count} files: {out}"], out
+        {"files": count, "out": out}, [f"{counted(count, 'file')}: {out}"], out
     )

@@ -13,6 +13,7 @@ import typer
 from mmdit_probe import assets
 from mmdit_probe.cli.options import Debug, Device, Json, Quiet
 from mmdit_probe.cli.output import Output
+from mmdit_probe.errors import counted
 from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.models.names import check_device
 from mmdit_probe.options import METHOD
@@ -89,7 +90,7 @@ def _parity_table(found: list[dict[str, Any]]) -> list[Any]:
         for dtype, of in LIMITS.items()
     )
     failed = sum(row["status"] == "fail" for row in found)
-    return [table, f"limits: {limits}", f"{failed} checks failed" if failed else "all checks passed"]
+    return [table, f"limits: {limits}", f"{counted(failed, 'check')} failed" if failed else "all checks passed"]
 
 
 def kernel_report(device: str, dtype: str) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from typing import Annotated
 import typer
 
 from mmdit_probe import assets
+from mmdit_probe.cli.narrow import App
 from mmdit_probe.cli.options import Debug, Json, Quiet, epilog
 from mmdit_probe.cli.output import Output
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.scenes.captions import WORDS
 
-app = typer.Typer(
+app = App(
     help="Embedded models and supported families.", invoke_without_command=True,
     epilog=epilog("models", "models inspect scenes-sd3"),
 )  # fmt: skip

@@ -13,12 +13,13 @@ from mmdit_probe.experiments.options import DETAIL, MODEL, OUTPUT
 from mmdit_probe.models.names import DEVICES, DTYPES, OFFLOADS, QUANTIZERS, embedded_models
 
 
-def completing(values: Sequence[str]) -> Callable[[str], list[str]]:
+def completing(values: Sequence[str] | Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
     """Completion of one value, or of the last of several by comma or plus."""
 
     def complete(incomplete: str) -> list[str]:
         cut = max(incomplete.rfind(","), incomplete.rfind("+")) + 1
-        return [incomplete[:cut] + value for value in values if value.startswith(incomplete[cut:])]
+        known = values() if callable(values) else values
+        return [incomplete[:cut] + value for value in known if value.startswith(incomplete[cut:])]
 
     return complete
 

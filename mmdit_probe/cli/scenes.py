@@ -6,13 +6,14 @@ from typing import Annotated
 
 import typer
 
+from mmdit_probe.cli.narrow import App
 from mmdit_probe.cli.options import Debug, Json, Out, Quiet, completing, epilog
 from mmdit_probe.cli.output import Output
 from mmdit_probe.experiments.options import INPUT
 from mmdit_probe.results import RunFolder
 from mmdit_probe.scenes import KINDS, SPLITS, describe, scene
 
-app = typer.Typer(help="The embedded world: look at scenes.", epilog=epilog("scenes show"), rich_markup_mode="rich")
+app = App(help="The embedded world: look at scenes.", epilog=epilog("scenes show"), rich_markup_mode="rich")
 
 
 @app.command(epilog=epilog("scenes show --split test --limit 6", "scenes show --kind 2d-spatial"))

@@ -27,7 +27,7 @@ from mmdit_probe.data.masks import Masks, Regions, check_size, decode_rle, fitte
 from mmdit_probe.data.picture import open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import read_json
-from mmdit_probe.errors import MISSHAPEN, UserError, check_known
+from mmdit_probe.errors import MISSHAPEN, UserError, check_known, counted
 
 KINDS = ("instances", "stuff", "panoptic")
 FIRST_STUFF = 92
@@ -73,9 +73,9 @@ def coco(root: Path, kind: str, split: str | None = None) -> Dataset:
     classes = [SegClass((name,)) for name in file.classes]
     known, notes = len(file.of_picture), []
     if lost:
-        notes.append(f"{len(lost)} of {known} annotated pictures are not there (first: {lost[0]})")
+        notes.append(f"not there: {len(lost)} of {counted(known, 'annotated picture')} (first: {lost[0]})")
     if bare := len(content["images"]) - known:
-        notes.append(f"{bare} of {known + bare} pictures have no annotation and were left out")
+        notes.append(f"left out: {bare} of {counted(known + bare, 'picture')}, without annotation")
     return Dataset(f"coco-{kind}", classes, samples, note="; ".join(notes), facts={"kind": kind, "split": split})
 
 

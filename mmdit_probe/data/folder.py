@@ -27,7 +27,7 @@ from mmdit_probe.data.masks import Regions, stack
 from mmdit_probe.data.picture import SUFFIXES, by_name, listed, open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import caption_beside, read_json, stem
-from mmdit_probe.errors import MISSHAPEN, UserError
+from mmdit_probe.errors import MISSHAPEN, UserError, counted
 
 
 def labelled(root: Path) -> Dataset:
@@ -54,9 +54,10 @@ def labelled(root: Path) -> Dataset:
         for path in pictures if stem(path) in labels
     ]  # fmt: skip
     lost = len(pictures) - len(samples)
-    notes = [f"{lost} pictures without a label were left out"] if lost else []
+    notes = [f"left out: {counted(lost, 'picture')} without a label"] if lost else []
     if bare := sorted(labels.keys() - {stem(path) for path in pictures}):
-        notes.append(f"{len(bare)} labels are of no picture (first: {labels[bare[0]].name})")
+        told = counted(len(bare), "label is", "labels are")
+        notes.append(f"{told} of no picture (first: {labels[bare[0]].name})")
     background = next((number for number, name in enumerate(names) if name.lower() == "background"), None)
     return Dataset(f"folder:{root.name}", classes, samples, background, "; ".join(notes))
 

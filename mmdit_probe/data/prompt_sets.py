@@ -58,7 +58,7 @@ def check_limit(limit: int | None) -> None:
         UserError: it does not.
     """
     if limit is not None and limit < 1:
-        raise UserError(f"--limit {limit} leaves nothing to do; expected 1 or more")
+        raise UserError(f"limit {limit} leaves nothing to do; expected 1 or more")
 
 
 def _of_file(source: str) -> list[str]:

@@ -25,7 +25,7 @@ from mmdit_probe.data.labels import IGNORE, IdMapping, mapped
 from mmdit_probe.data.picture import by_name, open_picture
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import read_lines
-from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.errors import UserError, check_known, counted
 from mmdit_probe.results.atomic import make_folder, replacing
 
 ROOTS = ("", "VOCdevkit", "VOC2012", "VOC2010", "VOCdevkit/VOC2012", "VOCdevkit/VOC2010", "coco", "cityscapes",
@@ -136,9 +136,9 @@ class Public:
             )
             for name, image, label in pairs
         ]  # fmt: skip
-        notes = [f"{len(lost)} images lack their picture or label (first: {lost[0]})"] if lost else []
+        notes = [f"picture or label is missing of {counted(len(lost), 'image')} (first: {lost[0]})"] if lost else []
         if len(samples) != self.expected:
-            notes.append(f"{len(samples)} images, the usual split has {self.expected}")
+            notes.append(f"{counted(len(samples), 'image')}, the usual split has {self.expected}")
         rule = 0 if self.background and not self.named else None
         return Dataset(
             self.name, classes, samples, rule, "; ".join(notes), ignore=(0,) if self.named else (),

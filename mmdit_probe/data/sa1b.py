@@ -20,7 +20,7 @@ from mmdit_probe.data.masks import MAX_MASKS, Masks, Regions, decode_rle, fitted
 from mmdit_probe.data.picture import by_name, open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import caption_beside, read_json
-from mmdit_probe.errors import MISSHAPEN, UserError
+from mmdit_probe.errors import MISSHAPEN, UserError, counted
 
 SCORED_MASKS = 64
 """Masks per picture that are scored, the largest ones of at least `MIN_AREA`; head-level training takes `MAX_MASKS`."""
@@ -85,7 +85,7 @@ def sa1b(root: Path) -> Dataset:
         )
         for name, picture, annotation in pairs
     ]  # fmt: skip
-    note = f"{len(lost)} pictures lack their annotation or the other way round (first: {lost[0]})" if lost else ""
+    note = f"picture or annotation is missing of {counted(len(lost), 'image')} (first: {lost[0]})" if lost else ""
     classes = [SegClass((f"mask {rank}",)) for rank in range(1, SCORED_MASKS + 1)]
     return Dataset("sa1b", classes, samples, note=note, agnostic=True)
 

@@ -36,6 +36,9 @@ DATASETS: dict[str, Callable[[Path], Dataset]] = {
     "folder": labelled,
 }
 """Readers by name. A reader of one's own is a line here: NAME -> function of the root."""
+SCENES = tuple(f"scenes:{split}" for split in SPLITS)
+NAMES = (*SCENES, *(f"{name}:" for name in DATASETS))
+"""How the sources begin that have a name."""
 
 
 def samples(source: str, limit: int | None = None) -> list[Sample]:

@@ -180,9 +180,7 @@ def save_capture(found: Capture, path: Path) -> None:
 def _half(part: torch.Tensor, what: str) -> torch.Tensor:
     found = part.half().contiguous()
     if not found.isfinite().all():
-        raise RunError(
-            f"{what} holds {float(part.abs().max()):g}, too large for the cache's float16; leave --cache out"
-        )
+        raise RunError(f"{what} holds {float(part.abs().max()):g}, too large for the cache's float16; go without one")
     return found
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmdit_probe.data.labels import IGNORE
-from mmdit_probe.errors import UserError, check_known, unknown
+from mmdit_probe.errors import UserError, check_known, counted, unknown
 from mmdit_probe.results.statistics import Jackknife, jackknife
 from mmdit_probe.segment.tail import STRETCHES
 
@@ -351,7 +351,8 @@ def segmentation_score(
         raise UserError(f"background={background} joins segments that are left over, and match={match!r} leaves none")
     predictions, labels = _maps(prediction), _maps(label)
     if len(predictions) != len(labels) or not labels:
-        raise UserError(f"{len(predictions)} predictions for {len(labels)} labels; expected as many, at least one")
+        told = f"{counted(len(predictions), 'prediction')} for {counted(len(labels), 'label')}"
+        raise UserError(f"{told}; expected as many, at least one")
     names = _class_names(classes)
     if ignore is None:
         ignore = IGNORE if len(names) <= IGNORE else ()
@@ -374,7 +375,7 @@ def _class_names(classes: Any) -> list[Any]:
         return list(range(int(classes)))
     names = list(classes) if isinstance(classes, Collection) and not isinstance(classes, str) else []
     if not 0 < len(set(names)) == len(names) < MOST_IDS:
-        found = f"{len(names)} names, {len(set(names))} of them different" if names else repr(classes)
+        found = f"{counted(len(names), 'name')}, {len(set(names))} of them different" if names else repr(classes)
         raise UserError(f"classes are {found}; expected their number, or different names, at most {MOST_IDS - 1}")
     return names
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, counted
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, plain, request_of
 from mmdit_probe.experiments.options import Control, Input, LayersAndHeads
@@ -103,7 +103,8 @@ class Attribute(LayersAndHeads, Experiment):
 
         what = f"{result.model_name}: {self.target}, {self.method}"
         count = result.summary["n"].max()
-        return {"attribute": agreement(result.summary, title=f"{what}, n = {count} scenes, sigma {self.sigma:g}")}
+        title = f"{what}, n = {counted(count, 'scene')}, sigma {self.sigma:g}"
+        return {"attribute": agreement(result.summary, title=title)}
 
     def tell(self, result: Result) -> list[Text]:
         of = "loss of the region" if self.target == "loss" else "mass of the map in the region"
@@ -111,7 +112,7 @@ class Attribute(LayersAndHeads, Experiment):
             agreement_table(result.summary),
             f"rank correlation over (word, region) pairs of I2T attention and attribution to the {of}, 95 % interval"
             " over scenes; control: the attention of the scene's next word.",
-            f"n = {result.summary['n'].max()} scenes, sigma {self.sigma:g}, {self.method}.",
+            f"n = {counted(result.summary['n'].max(), 'scene')}, sigma {self.sigma:g}, {self.method}.",
         ]
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, counted
 from mmdit_probe.experiments.sweep import DISTANCES, STOCK, Condition, JudgedSweep, aligned_outcome, gains
 from mmdit_probe.experiments.text import Text, TextTable, signed
 from mmdit_probe.options import Option
@@ -89,7 +89,7 @@ class BlockOperations(JudgedSweep):
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.perturb import block_effects
 
-        title = f"{result.model_name}: operations on single blocks, n = {result.summary['n'].max()} prompts"
+        title = f"{result.model_name}: operations on single blocks, n = {counted(result.summary['n'].max(), 'prompt')}"
         names = [name for name in (aligned_outcome(result.table), "change") if name]
         return {"blocks": block_effects(result.summary, names, title=title)}
 
@@ -112,8 +112,8 @@ class BlockOperations(JudgedSweep):
             table,
             "Difference from the stock image of the same prompt and seed, 95 % interval over prompts; verdicts are"
             " corrected for many comparisons (Holm).",
-            f"n = {part['n'].max()} prompts, {self.num_steps} steps, guidance {self.guidance:g}, operations at steps"
-            f" {self.steps}.",
+            f"n = {counted(part['n'].max(), 'prompt')}, {counted(self.num_steps, 'step')}, guidance {self.guidance:g},"
+            f" operations at steps {self.steps}.",
         ]
 
 

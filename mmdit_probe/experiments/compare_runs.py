@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, counted
 from mmdit_probe.experiments.experiment import cell_of
 from mmdit_probe.experiments.result import Result
 from mmdit_probe.experiments.store import other_sampling
@@ -78,7 +78,7 @@ class Comparison:
         cell = [name for name in cell if self.table[name].nunique() > 1] or cell[:1]
         table = paired_table(self.table.head(SHOWN), cell, {"first": "first", "second": "second"})
         rest = len(self.table) - SHOWN
-        told = f" {rest} more rows are in comparison.csv." if rest > 0 else ""
+        told = f" {counted(rest, 'more row is', 'more rows are')} in comparison.csv." if rest > 0 else ""
         margin = "" if self.margin is None else f" Margin of 'no worse': {self.margin:g}."
         return [
             f"{self.title}.", table,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.errors import counted
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, plain, request_of
 from mmdit_probe.experiments.options import Control, LayersAndHeads, Pictured, notes_on
@@ -152,7 +153,7 @@ class Diagnose(Pictured, LayersAndHeads, Experiment):
             f" {worst['channel']} (in {worst['channel_share']:.0%} of pictures), {ratio} times the median channel;"
             f" {int((channels['ratio'] > OUTLIER).sum())} of {len(channels)} (layer, kind, tokens) exceed {OUTLIER:g}."
             f" It is the largest of {len(channels)} on the same pictures, which its interval does not allow for.",
-            f"n = {len(result.request['items'])} pictures, sigma {self.sigma:g}.",
+            f"n = {counted(len(result.request['items']), 'picture')}, sigma {self.sigma:g}.",
         ]
 
     def document(self, result: Result) -> dict[str, Any]:

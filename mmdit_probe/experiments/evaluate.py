@@ -12,20 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from mmdit_probe.data import Dataset, paper_table, read_json
-from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.data.sources import NAMES
+from mmdit_probe.errors import UserError, check_known, counted
 from mmdit_probe.experiments.attention_budget import PAPER_MODEL
 from mmdit_probe.experiments.experiment import Experiment, Study, plain, text_of
 from mmdit_probe.experiments.options import Input, Output
 from mmdit_probe.experiments.presets import AS_WORD, PAPER_LENGTH, PRESETS, Preset
-from mmdit_probe.experiments.reading import FIT, RULE, SIGMA, Network, Reads, check_streams_read
+from mmdit_probe.experiments.reading import FIT, RULE, SIGMA, Network, Reads, check_streams_read, options_of
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable, share, signed
 from mmdit_probe.models.names import check_checkpoint, contents_of
 from mmdit_probe.options import Option
+from mmdit_probe.results.folder import check_folder
 from mmdit_probe.results.statistics import ABOVE, FEWEST, TOO_FEW
 from mmdit_probe.segment.settings import (
     BLIND,
@@ -86,7 +89,9 @@ class Evaluate(Reads, Experiment):
         "--sweep layer --layers all --limit 20",
     )
 
-    dataset: Annotated[str, Input("scenes:val, or NAME:ROOT; `mmdit-probe datasets list` names them.")] = "scenes:val"
+    dataset: Annotated[
+        str, Input("scenes:val, or NAME:ROOT; `mmdit-probe datasets list` names them.", values=NAMES)
+    ] = "scenes:val"
     limit: Annotated[int | None, Input("Use the first LIMIT images.", min=1, shown_default="200 scenes, or all")] = None
     preset: Annotated[
         Literal[
@@ -110,7 +115,11 @@ class Evaluate(Reads, Experiment):
         Option(f"Refinements by comma, each measured: none,pamr,affinity+pamr. Steps: {', '.join(STEPS)}.",
                values=("none", *STEPS), shown_default=PLAIN.refine),
     ] = None  # fmt: skip
-    options: Annotated[Sequence[str], Option("Option of a method: iseg.ent=0.02; repeatable.", flag="--set")] = ()
+    options: Annotated[
+        Sequence[str],
+        Option("Option of a method: iseg.ent=0.02; repeatable.", flag="--set",
+               values=partial(options_of, (*NAMED, *BLIND), "{method}.")),
+    ] = ()  # fmt: skip
     background: Annotated[str | None, replace(RULE, shown_default=PLAIN.background)] = None
     sweep: Annotated[Literal["none", "layer", "head", "sigma"], Option("Each layer, head or sigma alone.")] = "none"
     match: Annotated[
@@ -129,7 +138,11 @@ class Evaluate(Reads, Experiment):
     ] = None
     tag_dataset: Annotated[
         str | None,
-        Option("Labelled images that the tagger's threshold is chosen on.", shown_default="scenes:train for scenes"),
+        Option(
+            "Labelled images that the tagger's threshold is chosen on.",
+            shown_default="scenes:train for scenes",
+            values=NAMES,
+        ),
     ] = None
     tag_threshold: Annotated[
         float | None, Option("Threshold of the tagger, 0 or less, in place of one chosen on --tag-dataset.", max=0)
@@ -261,6 +274,8 @@ class Evaluate(Reads, Experiment):
         """The data set, and the tags of another program."""
         from mmdit_probe.data.sources import dataset
 
+        if self.cache is not None:
+            check_folder(self.cache, "--cache")
         self.read_selection()
         data = dataset(self.source, self.limit)
         if self.many_to_one and data.background is None:
@@ -339,7 +354,8 @@ class Evaluate(Reads, Experiment):
         notes += [data.note] if data.note else []
         notes += [f"preset {self.preset} ({how.source}): {how.differs}"] if how.differs else []
         if tagging is not None and tagging.split is not None:
-            notes.append(f"the tagger's threshold is chosen on {len(tagging.split)} images of {tagger['split']}")  # type: ignore[index]
+            count = counted(len(tagging.split), "image")
+            notes.append(f"the tagger's threshold is chosen on {count} of {tagger['split']}")  # type: ignore[index]
         named = [value for options in self.values().values() for value in options.values()]
         checkpoints = [self.tagger, *(value for value in named if isinstance(value, str))]
         said = {
@@ -421,7 +437,7 @@ class Evaluate(Reads, Experiment):
         told = [] if said is None else [_told(said)]
         done = result.table["image"].nunique()
         if unscored := done - int(result.summary["n"].max()):
-            told.append(f"{unscored} of {done} images have no pixel that is scored: they are left out.")
+            told.append(f"Left out: {unscored} of {counted(done, 'image')}, without a pixel that is scored.")
         return [league_table(result.summary), rule, beside_controls(result.summary), *told, matched]
 
     def document(self, result: Result) -> dict[str, Any]:
@@ -467,7 +483,7 @@ def league_table(table: pd.DataFrame) -> TextTable:
         places = [str(row[name]) for name in PLACES]
         out.add(*places, str(row["n"]), share(row["miou"]), bounds, over, *scores, gain, segments)
     if len(table) > SHOWN:
-        out.add("...", f"{len(table) - SHOWN} more rows in league.csv", *[""] * (len(columns) - 2))
+        out.add("...", f"{counted(len(table) - SHOWN, 'more row')} in league.csv", *[""] * (len(columns) - 2))
     return out
 
 
@@ -481,9 +497,10 @@ def beside_controls(table: pd.DataFrame) -> str:
     met = methods["control"].where(~methods["control"].str.endswith(SHIFTED), SHIFTED.removeprefix(", "))
     names = ", ".join(f"{name} {count}" for name, count in met.value_counts().items())
     few = f"; {TOO_FEW}: no verdict below {FEWEST} images" if (methods["verdict"] == TOO_FEW).any() else ""
+    above = f"{int((methods['verdict'] == ABOVE).sum())} of {counted(len(methods), 'row')}"
     return (
         f"over control: mIoU over the strongest control with the same refinement ({names}), images paired; above it"
-        f" with p <= .05 by Holm's correction: {int((methods['verdict'] == ABOVE).sum())} of {len(methods)} rows{few}."
+        f" with p <= .05 by Holm's correction: {above}{few}."
     )
 
 

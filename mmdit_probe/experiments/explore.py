@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 
+from mmdit_probe.errors import counted
 from mmdit_probe.experiments.attention_budget import FRAMES
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.options import streams_of
@@ -155,7 +156,7 @@ class Explore(Pictures):
             said += f"; a photo at sigma {self.sigma:g}"
         else:
             mean = ", ".join(str(int(step)) for step in kept["mean_of"])
-            said += f"; {self.num_steps} steps, guidance {self.guidance:g}; the mean is over steps {mean}"
+            said += f"; {counted(self.num_steps, 'step')}, guidance {self.guidance:g}; the mean is over steps {mean}"
         coarse = int(kept["coarse"])
         return f"{said}; {coarse} x {coarse} tokens averaged into one" if coarse > 1 else said
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.data.labels import IGNORE
+from mmdit_probe.errors import counted
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, plain, request_of
 from mmdit_probe.experiments.options import (
@@ -181,7 +182,7 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
         title = f"{name}: PCA of {of}, {self.basis} basis, sigma {self.sigma:g}"
         figures = {"pca_maps": pca_maps(maps, pictures, request["kinds"], each=self.basis == "image", title=title)}
         count = result.summary["n"].max()
-        scored = f"{name}: PCA, {self.components} components, n = {count} pictures"
+        scored = f"{name}: PCA, {counted(self.components, 'component')}, n = {counted(count, 'picture')}"
         return figures | {"pca_scores": pca_scores(result.summary, title=scored)}
 
     def tell(self, result: Result) -> list[Text]:
@@ -193,7 +194,7 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
                 " mean map explains; coordinates: R2 of row and column."
             )
         count = len(result.request["items"])
-        return [*lines, f"{count} pictures, sigma {self.sigma:g}, {result.data['basis']}."]
+        return [*lines, f"{counted(count, 'picture')}, sigma {self.sigma:g}, {result.data['basis']}."]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, counted
 from mmdit_probe.experiments.options import Edited, check_streams, checked_heads, selected_places
 from mmdit_probe.experiments.perturb import equal_budget
 from mmdit_probe.experiments.sweep import (
@@ -191,7 +191,8 @@ class Generate(Edited, JudgedSweep):
                 " corrected for the settings of the table (Holm)."
             )
         kept = "" if result.path is None else f"; images: {result.path / 'images'}"
-        return [*texts, f"n = {result.summary['n'].max()} prompts, {request['num_steps']} steps{kept}"]
+        count = counted(result.summary["n"].max(), "prompt")
+        return [*texts, f"n = {count}, {counted(request['num_steps'], 'step')}{kept}"]
 
     def document(self, result: Result) -> dict[str, Any]:
         images = None if result.path is None else result.path / "images"

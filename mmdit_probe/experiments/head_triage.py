@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, counted
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.options import Input
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
@@ -108,7 +108,7 @@ class HeadTriage(Experiment):
         from mmdit_probe.plots.layers import triage
 
         n = int(result.summary["n"].max())
-        of = f"heads chosen on {self.train_limit} training scenes, mIoU on {n} scenes of {self.report}"
+        of = f"heads chosen on {self.train_limit} training scenes, mIoU on {counted(n, 'scene')} of {self.report}"
         title = f"{result.model_name}: {of}, sigma {self.sigma:g}"
         return {"head_triage": triage(result.summary, result.frames["heads_by_layer"], title=title)}
 
@@ -121,8 +121,8 @@ class HeadTriage(Experiment):
             "mIoU of the argmax over the words of the scene's classes, mean over scenes; raw with its 95 % interval,"
             " the other ways as paired differences from raw.",
             f"Heads that look away from words on {self.train_limit} training scenes (layer.head): {named or 'none'}.",
-            f"n = {result.summary['n'].max()} scenes of {self.report} that training scenes do not share, sigma"
-            f" {self.sigma:g}; heads and scales were chosen on the training split alone.",
+            f"n = {counted(result.summary['n'].max(), 'scene')} of {self.report} that training scenes do not share,"
+            f" sigma {self.sigma:g}; heads and scales were chosen on the training split alone.",
         ]
 
 
@@ -130,7 +130,8 @@ def several(split: str, count: int) -> list[Scene]:
     """The scenes with two classes or more among the first `count` of a split."""
     found = [item for item in (scene(split, index) for index in range(count)) if len(item.class_names) > 1]
     if len(found) < 2:
-        raise UserError(f"{len(found)} of {count} scenes have two classes; triage compares words: take more scenes")
+        of_all = counted(count, "scene")
+        raise UserError(f"two classes are in {len(found)} of {of_all}; triage compares words: take more scenes")
     return found
 
 

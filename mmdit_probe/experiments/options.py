@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe.data import Sample, prompts as read, samples, single
-from mmdit_probe.errors import UserError
+from mmdit_probe.data.prompt_sets import SETS
+from mmdit_probe.data.sources import NAMES
+from mmdit_probe.errors import UserError, counted
 from mmdit_probe.experiments.store import PICTURES
 from mmdit_probe.experiments.target import LAYERS
 from mmdit_probe.options import Option, changed
@@ -121,7 +123,7 @@ def shared(first: Sequence[str], second: Sequence[str]) -> str:
 Prompts = Annotated[
     str | Sequence[str] | None,
     Input("File with one prompt per line, a text, or a set: everyday, scenes:train|val|test (50 prompts).",
-          shown_default="scenes:val for embedded models, else everyday"),
+          shown_default="scenes:val for embedded models, else everyday", values=SETS),
 ]  # fmt: skip
 
 
@@ -172,7 +174,7 @@ class Referring:
     """Pictures that an editing model is given beside the prompt."""
 
     references: Annotated[
-        Any, Input("Pictures that an editing model is given: files by comma, a folder, or scenes:val:3.")
+        Any, Input("Pictures that an editing model is given: files by comma, a folder, or scenes:val:3.", values=NAMES)
     ] = None
 
     def load(self, target: Any, shown: Progress) -> Any:
@@ -226,11 +228,19 @@ class Pictured:
 
     images: Annotated[
         str | Path | Sequence[Any] | None,
-        Input("Pictures: a folder, a file, or scenes:train|val|test.", shown_default="scenes:val for embedded models"),
+        Input(
+            "Pictures: a folder, a file, or scenes:train|val|test.",
+            shown_default="scenes:val for embedded models",
+            values=NAMES,
+        ),
     ] = None
     prompts: Annotated[
         str | Sequence[str] | None,
-        Input("A text for all pictures, or a file with one per line and picture.", shown_default="their captions"),
+        Input(
+            "A text for all pictures, or a file with one per line and picture.",
+            shown_default="their captions",
+            values=SETS,
+        ),
     ] = None
     limit: Annotated[
         int | None,
@@ -279,7 +289,8 @@ def captions_of(prompts: str | Sequence[str] | None, pictures: Sequence[Sample])
         return [picture.prompt for picture in pictures]
     texts = prompts_of(prompts, None, False, len(pictures))
     if len(texts) not in (1, len(pictures)):
-        raise UserError(f"{len(texts)} prompts for {len(pictures)} pictures; expected none, one, or one per picture")
+        found = f"{counted(len(texts), 'prompt')} for {counted(len(pictures), 'picture')}"
+        raise UserError(f"{found}; expected none, one, or one per picture")
     return texts * (len(pictures) // len(texts))
 
 
@@ -296,9 +307,8 @@ def notes_on(
     if model.vocabulary and any(picture.is_file for picture in pictures):
         notes.append(f"{model.name} was trained on drawn scenes alone: what it finds in other pictures means nothing")
     if bare := sum(not text for text in texts):
-        notes.append(
-            f"{bare} of {len(texts)} pictures have no caption: the empty prompt was used; --prompts gives another"
-        )
+        told = f"no caption: {bare} of {counted(len(texts), 'picture')}"
+        notes.append(f"{told}; the empty prompt was used, --prompts gives another")
     return notes
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, counted
 from mmdit_probe.experiments.options import EditControl, Edited, LayersAndHeads, Output, check_streams
 from mmdit_probe.experiments.sweep import (
     BUDGET,
@@ -164,7 +164,7 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
         summary, name = result.summary, result.model_name
         count = int(summary["n"].max())
         what = f"{name}: {self.edit} of {'I2T' if self.key == 'text' else 'I2R'}"
-        title = f"{what}, n = {count} prompts"
+        title = f"{what}, n = {counted(count, 'prompt')}"
         if self.sweep != "layer":
             return {"perturb": effects_grid(summary, self._main(result), title=title)}
         figures = {"perturb": effects_by_layer(summary, DRAWN, title=title)}
@@ -177,7 +177,7 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
             if rows and len(columns) > 1:
                 cells = sheet_cells(result, [c[0] for c in columns], rows)
                 heads = ["none" if c[1]["layer"] < 0 else f"layer {c[1]['layer']}" for c in columns]
-                shown = f"{shown}, {len(rows)} of {count} prompts"
+                shown = f"{shown}, {len(rows)} of {counted(count, 'prompt')}"
                 figures[f"perturb_{label}"] = sheet(cells, heads, prompts, title=shown)
         return figures
 
@@ -190,7 +190,7 @@ class Perturb(LayersAndHeads, Edited, JudgedSweep):
             "Difference from the unedited image of the same prompt and seed, mean [95 % interval over prompts];"
             " control: a change of equal size; verdicts are corrected for the places (Holm). Meaning comes first: a"
             " picture that moves may say the same.",
-            f"n = {count} prompts, {request['num_steps']} steps, guidance {request['guidance']};"
+            f"n = {counted(count, 'prompt')}, {counted(request['num_steps'], 'step')}, guidance {request['guidance']};"
             f" no-op row: largest change {moved:g}{'' if moved == 0 else ' (must be 0: results are not paired)'}",
         ]
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from mmdit_probe.data.prompt_sets import SETS
+from mmdit_probe.data.sources import NAMES
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
 from mmdit_probe.experiments.known import KnownLayers, grounding_layers
@@ -60,13 +62,14 @@ class Pictures(Sampling, Referring, Experiment):
 
     prompt: Annotated[
         str | Sequence[str] | None,
-        Input("What to draw, or the text of --images; also a file of prompts or a set.", argument=True),
+        Input("What to draw, or the text of --images; also a file of prompts or a set.", argument=True, values=SETS),
     ] = None
     words: Annotated[
         str | Sequence[str] | None, Input("Words or phrases of the prompt, by comma.", shown_default="all of them")
     ] = None
     images: Annotated[
-        Any, Input("Photos to read instead of drawing: a file, a folder, or scenes:val:3.", also=("--image",))
+        Any,
+        Input("Photos to read instead of drawing: a file, a folder, or scenes:val:3.", also=("--image",), values=NAMES),
     ] = None
     limit: Annotated[int | None, Input("Use the first LIMIT prompts or pictures.", min=1, shown_default="all")] = None
     images_per_prompt: Annotated[int, Input("Pictures per prompt, each with a seed of its own.", min=1)] = 1

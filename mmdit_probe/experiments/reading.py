@@ -31,6 +31,14 @@ RULE = Option(
 )
 
 
+def options_of(methods: Sequence[str], before: str = "") -> list[str]:
+    """What --set begins with: the options of methods, with what stands before a name ("{method}.")."""
+    from mmdit_probe.segment.methods import METHODS
+
+    names = ((method, name) for method in methods for name in METHODS[method].defaults)
+    return list(dict.fromkeys(f"{before.format(method=method)}{name}=" for method, name in names))
+
+
 class Network(NamedTuple):
     """What must be known of a model to say what is read of it."""
 

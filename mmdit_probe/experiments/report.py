@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 
 from mmdit_probe.data import Sample, fingerprint, samples
-from mmdit_probe.errors import UserError
+from mmdit_probe.data.sources import NAMES
+from mmdit_probe.errors import UserError, counted
 from mmdit_probe.experiments.attention_budget import AttentionBudget
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.explore import Explore
@@ -70,7 +71,8 @@ class Report(Sampling, Experiment):
 
     prompts: Prompts = None
     images: Annotated[
-        str | Path | None, Input("Pictures for the PCA: a folder.", shown_default="scenes:val for embedded models")
+        str | Path | None,
+        Input("Pictures for the PCA: a folder.", shown_default="scenes:val for embedded models", values=NAMES),
     ] = None
     limit: Annotated[int, Input("Prompts and pictures per analysis.", min=4)] = 8
     control: Control = "uniform"
@@ -176,8 +178,8 @@ class Report(Sampling, Experiment):
         summary = [
             *_answer(found["select-layers"]),
             f"{result.data['model']['family']}, {result.data['model']['layers']} layers x"
-            f" {result.data['model']['heads']} heads; n = {len(request['prompts'])} prompts, at most"
-            f" {request['limit']} pictures per analysis, {request['num_steps']} steps, guidance"
+            f" {result.data['model']['heads']} heads; n = {counted(len(request['prompts']), 'prompt')}, at most"
+            f" {request['limit']} pictures per analysis, {counted(request['num_steps'], 'step')}, guidance"
             f" {request['guidance']:g}. Layers are 0-based; I2T = image queries, text keys. Few items decide little:"
             " intervals and verdicts stand beside every number.",
         ]
@@ -222,7 +224,7 @@ def _section(title: str, result: Result) -> Section:
     texts = result.texts()
     lines = [text for text in texts if isinstance(text, str)]
     tables = [text.html() for text in texts if isinstance(text, TextTable)]
-    answer = next((line for line in reversed(lines) if line.startswith("selected") or "comparisons" in line), "")
+    answer = next((line for line in reversed(lines) if line.startswith("selected") or "comparison" in line), "")
     assert result.path is not None
     figures = {
         f"{title}: {file.stem.replace('_', ' ')}": file.read_bytes() for file in sorted(result.path.glob("*.png"))

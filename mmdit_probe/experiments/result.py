@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from abc import ABC, abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import ProbeWarning, UserError, check_known
 from mmdit_probe.experiments import OF_COMMAND, experiment_of
 from mmdit_probe.experiments.controls import CONTROLS
@@ -23,7 +25,6 @@ from mmdit_probe.results import RunFolder, TableWriter, atomic
 from mmdit_probe.results.folder import read_record
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.experiments.experiment import Experiment
@@ -35,7 +36,57 @@ EXPLAINED = CONTROLS | {
 }  # fmt: skip
 
 
-class Result:
+class Answer(ABC):
+    """What every run returns, whatever was asked."""
+
+    @property
+    @abstractmethod
+    def table(self) -> pd.DataFrame:
+        """The main table: tidy, one observation per row."""
+
+    @property
+    @abstractmethod
+    def summary(self) -> pd.DataFrame:
+        """What it sums up to."""
+
+    @property
+    def claims(self) -> pd.DataFrame:
+        """What is held against a control: nothing, unless the run has controls."""
+        return pd.DataFrame()
+
+    @property
+    @abstractmethod
+    def figures(self) -> dict[str, Figure]:
+        """All figures by name, the main one first."""
+
+    @abstractmethod
+    def texts(self) -> list[Text]:
+        """What the command prints: tables and lines."""
+
+    @abstractmethod
+    def document(self) -> dict[str, Any]:
+        """What the command prints with `--json`."""
+
+    @abstractmethod
+    def save(self, folder: Path | str) -> Path:
+        """Write what the command writes into a folder, new or empty."""
+
+    def figure(self, name: str | None = None) -> Figure:
+        """One figure; the main one if no name is given.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        if name is not None:
+            check_known("figure", name, self.figures)
+        return self.figures[next(iter(self.figures)) if name is None else name]
+
+    def _repr_html_(self) -> str:
+        """Figure and summary, for a notebook."""
+        return page(repr(self), self.figure(), self.texts())
+
+
+class Result(Answer):
     """The outcome of `Experiment.run`.
 
     Attributes:
@@ -92,7 +143,6 @@ class Result:
 
     @property
     def table(self) -> pd.DataFrame:
-        """The main table: tidy, one observation per row."""
         return self.held(self.experiment.tables[0])
 
     def held(self, name: str) -> pd.DataFrame:
@@ -118,21 +168,9 @@ class Result:
 
     @cached_property
     def figures(self) -> dict[str, Figure]:
-        """All figures by name, the main one first."""
         return self.experiment.draw(self)
 
-    def figure(self, name: str | None = None) -> Figure:
-        """One figure; the main one if no name is given.
-
-        Raises:
-            UserError: there is none of this name.
-        """
-        if name is not None:
-            check_known("figure", name, self.figures)
-        return self.figures[next(iter(self.figures)) if name is None else name]
-
     def texts(self) -> list[Text]:
-        """What the command prints: tables and lines."""
         texts = self.experiment.tell(self)
         told = self.experiment.headline(self.claims) if len(self.claims) else self.claims
         if len(told):
@@ -140,7 +178,6 @@ class Result:
         return texts
 
     def document(self) -> dict[str, Any]:
-        """What the command prints with `--json`."""
         main = {"run": self.path, "model": self.data["model"]}
         if self.path is not None:
             main |= {"table": self.path / f"{self.experiment.tables[0]}.parquet", "figures": self._figure_files()}
@@ -154,7 +191,7 @@ class Result:
         """
         target = RunFolder.open(self.experiment.name, self.request, out=folder)
         with target:
-            target.record(**{name: value for name, value in self.data.items() if name not in _OF_A_FOLDER})
+            target.record(**{name: value for name, value in self.data.items() if name not in OF_A_FOLDER})
             copy = FolderStore(target)
             files = []
             for name in self.store.picture_names():
@@ -199,10 +236,7 @@ class Result:
         where = f", in {self.path}" if self.path is not None else ""
         return f"{type(self.experiment).__name__} of {self.model_name}: {len(self.table):,} rows{where}"
 
-    def _repr_html_(self) -> str:
-        """Figure and summary, for a notebook."""
-        return page(repr(self), self.figure(), self.texts())
 
-
-_OF_A_FOLDER = ("command", "request", "status", "created", "wall_seconds", "peak_memory_bytes", "argv", "environment",
-                "version", "tables")  # fmt: skip
+OF_A_FOLDER = ("command", "request", "status", "created", "wall_seconds", "peak_memory_bytes", "argv", "environment",
+               "version", "tables")  # fmt: skip
+"""Entries of a record that are of the folder it lies in."""

@@ -22,7 +22,8 @@ import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.data import prompts
-from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.data.prompt_sets import SETS
+from mmdit_probe.errors import UserError, check_known, counted
 from mmdit_probe.experiments.experiment import Experiment, Study, read_of_videos, request_of, scheduled
 from mmdit_probe.experiments.options import Input, Output, Referring, Sampling
 from mmdit_probe.experiments.target import knows_scenes
@@ -32,6 +33,7 @@ from mmdit_probe.models.names import check_checkpoint, contents_of
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
 from mmdit_probe.results.clip import stills
+from mmdit_probe.results.folder import check_folder
 from mmdit_probe.results.statistics import NONE, Kind, corrected, defined, interval, judged, kind_of, no_worse
 from mmdit_probe.scenes import CATEGORIES, captions, describe, scene, split_of_world
 from mmdit_probe.scenes.captions import CONTRASTS, is_caption
@@ -99,7 +101,8 @@ class Score(Sampling, Referring, Experiment):
         str | None,
         Input(
             "Score these prompts instead of scenes categories: a file, a text, a set, or a folder with one text file"
-            " per category (T2I-CompBench: colour_val.txt, ...)."
+            " per category (T2I-CompBench: colour_val.txt, ...).",
+            values=SETS,
         ),
     ] = None
     images_per_prompt: Annotated[int, Input("Pictures per prompt.", min=1)] = 1
@@ -162,6 +165,8 @@ class Score(Sampling, Referring, Experiment):
     def gather(self, scenes: bool) -> list[tuple[str, str]]:
         if self.sigmas() and not scenes:
             raise UserError("--map-sigma scores word maps on scenes, which this model does not know; use evaluate")
+        if self.export is not None:
+            check_folder(self.export, "--export")
         if self.prompts is not None:
             found = prompts_by_category(self.prompts, self.limit)
             for _, text in found if self.export is not None else ():
@@ -287,7 +292,7 @@ class Score(Sampling, Referring, Experiment):
 
     def _how(self, result: Result) -> str:
         count = result.summary["prompts"].max()
-        return f"n = {count} prompts, {self.num_steps} steps, guidance {self.guidance:g}"
+        return f"n = {counted(count, 'prompt')}, {counted(self.num_steps, 'step')}, guidance {self.guidance:g}"
 
     def tell(self, result: Result) -> list[Text]:
         from mmdit_probe.scenes.parser import SCORES
@@ -480,10 +485,9 @@ def variant_table(comparison: pd.DataFrame, metric: str, baseline: str) -> TextT
     part = comparison[comparison.metric == metric]
     first, variants = part.iloc[0], list(dict.fromkeys(part.variant))
     columns = [c for name in variants for c in ((name,) if name == baseline else (name, f"{name} - {baseline}"))]
-    title = f"{metric}: mean [95 % interval over prompts], differences paired; n = {first.prompts} prompts, "
-    table = TextTable(
-        ["category", *columns], left=("category",), spare=columns[:1:-1], title=f"{title}{first.images} pictures"
-    )
+    title = f"{metric}: mean [95 % interval over prompts], differences paired; n = {counted(first.prompts, 'prompt')}"
+    title += f", {counted(first.images, 'picture')}"
+    table = TextTable(["category", *columns], left=("category",), spare=columns[:1:-1], title=title)
     for category in dict.fromkeys(part.category):
         cells = [str(category)]
         for name in variants:
@@ -501,7 +505,7 @@ def verdict_lines(comparison: pd.DataFrame, metric: str, baseline: str) -> list[
     part = comparison[(comparison["metric"] == metric) & (comparison["variant"] != baseline)]
     for variant, rows in part.groupby("variant", sort=False):
         told = [f"{verdict} in {', '.join(of['category'])}" for verdict, of in rows.groupby("verdict", sort=False)]
-        how = f"margin {margin_of(metric):g}, corrected for {len(part)} comparisons (Holm)"
+        how = f"margin {margin_of(metric):g}, corrected for {counted(len(part), 'comparison')} (Holm)"
         lines.append(f"{metric} of {variant} against {baseline}: {'; '.join(told)} ({how}).")
     return lines
 
@@ -526,8 +530,8 @@ def map_table(maps: pd.DataFrame) -> TextTable:
     n, ceiling = int(maps["n"].iloc[0]), float(maps["ceiling"].iloc[0])
     means = map_cells(maps, ["stream", "layer"])
     title = (
-        f"I2T maps of the classes present, argmax, upsampled: mIoU [95 % interval over {n} scenes], token-grid ceiling"
-        f" {ceiling:.3f}"
+        f"I2T maps of the classes present, argmax, upsampled: mIoU [95 % interval over {counted(n, 'scene')}],"
+        f" token-grid ceiling {ceiling:.3f}"
     )
     names = [f"sigma {column[0]}, {'min-max' if column[1] else 'raw'}" for column in means.columns]
     table = TextTable(["text tokens", "layer", *names], left=("text tokens",), title=title)

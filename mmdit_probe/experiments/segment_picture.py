@@ -1,7 +1,7 @@
 """One labelled picture: the classes that are named (`Segment`), or what falls apart without names (`Discover`).
 
     result = Segment(image="cat.jpg", classes="cat, wet grass, sky").run("scenes-sd3")
-    result.labels, result.areas; result.figure(); result.save("runs/cat")
+    result.labels, result.table; result.figure(); result.save("runs/cat")
 
 Section 3.4 and 3.5 of arXiv:2509.18096. One picture is done or not done: there is nothing to resume. Not here: the
 methods (`segment`), data sets (`experiments.evaluate`).
@@ -12,19 +12,22 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 
+from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.data import Sample, parse_classes, single
+from mmdit_probe.data.sources import SCENES
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments.experiment import described, plain, request_of
 from mmdit_probe.experiments.options import Input, check_places, notes_on
 from mmdit_probe.experiments.progress import Progress
-from mmdit_probe.experiments.reading import RULE, Network, Read, Reads, check_streams_read
-from mmdit_probe.experiments.text import Text, TextTable, page
+from mmdit_probe.experiments.reading import RULE, Network, Read, Reads, check_streams_read, options_of
+from mmdit_probe.experiments.result import Answer
+from mmdit_probe.experiments.text import Text, TextTable
 from mmdit_probe.options import Option, check
 from mmdit_probe.results import RunFolder, atomic
 from mmdit_probe.results.folder import AUTO, check_out
@@ -58,9 +61,13 @@ class OnePicture(Reads, _Checked):
     without: ClassVar[tuple[str, ...]] = ("resume",)
     unsupervised: ClassVar[bool]
 
-    image: Annotated[Any, Input("Picture file, or scenes:val:0.", argument=True)]
+    image: Annotated[Any, Input("Picture file, or scenes:val:0.", argument=True, values=[f"{one}:0" for one in SCENES])]
     method: str
-    options: Annotated[Sequence[str], Option("Option of the method: name=value; repeatable.", flag="--set")] = ()
+    options: Annotated[
+        Sequence[str],
+        Option("Option of the method: name=value; repeatable.", flag="--set",
+               values=partial(options_of, (*NAMED, *BLIND))),
+    ] = ()  # fmt: skip
     refine: Annotated[str, Option(REFINE, values=("none", *STEPS))] = "none"
     regions: Annotated[
         Path | None,
@@ -247,7 +254,7 @@ class Discover(OnePicture):
         return super()._request(read, values) | (named if self.candidates is not None else {})
 
 
-class PictureResult:
+class PictureResult(Answer):
     """A labelled picture.
 
     Attributes:
@@ -275,24 +282,30 @@ class PictureResult:
         return self.found.areas()
 
     @cached_property
-    def _sheet(self) -> Figure:
+    def table(self) -> pd.DataFrame:
+        """A row per class or segment: index in `labels`, class, pixels, and their share of the picture."""
+        return pd.DataFrame([{"index": k, "class": name, **area} for k, (name, area) in enumerate(self.areas.items())])
+
+    @property
+    def summary(self) -> pd.DataFrame:
+        """The table: one picture is summed up by its areas."""
+        return self.table
+
+    @cached_property
+    def figures(self) -> dict[str, Figure]:
+        """Picture, labels and maps."""
         from mmdit_probe.plots.segmentation import overlay_sheet
 
         layers, sigmas = self.found.capture.layers, self.request["sigmas"]
         where = f"layers {','.join(map(str, layers))}, sigma {', '.join(f'{sigma:g}' for sigma in sigmas)}"
         title = f"{self.request['image']}: {self.request['method']}, {where}"
         shares = self.found.probabilities.numpy()
-        return overlay_sheet(self.found.capture.image, self.labels, self.names, shares, title=title)
-
-    def figure(self) -> Figure:
-        """Picture, labels and maps."""
-        return self._sheet
+        return {"sheet": overlay_sheet(self.found.capture.image, self.labels, self.names, shares, title=title)}
 
     def texts(self) -> list[Text]:
-        """What the command prints."""
-        table = TextTable(["index", "class", "pixels", "share"], left=("class",))
-        for index, (name, area) in enumerate(self.areas.items()):
-            table.add(str(index), name, str(area["pixels"]), f"{area['share']:.1%}")
+        table = TextTable([*self.table], left=("class",))
+        for index, name, pixels, share in self.table.itertuples(index=False):
+            table.add(str(index), name, str(pixels), f"{share:.1%}")
         alone = not self.experiment.unsupervised and len(self.names) == 1
         return [table, "one class and no background rule: 100 % by definition"] if alone else [table]
 
@@ -342,9 +355,6 @@ class PictureResult:
 
     def __repr__(self) -> str:
         return f"{type(self.experiment).__name__} of {self.request['image']}: {', '.join(self.names)}"
-
-    def _repr_html_(self) -> str:
-        return page(repr(self), self.figure(), self.texts())
 
 
 def _overflow(found: Segmentation) -> Iterator[str]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, counted
 from mmdit_probe.experiments.options import Input, LayersAndHeads, prompts_of
 from mmdit_probe.experiments.sweep import STOCK, Condition, Sweep
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
@@ -79,8 +79,8 @@ class SwapTest(LayersAndHeads, Sweep):
         fit = [text for text in asked if swapped_words(text, self.swap)][:wanted]
         if not fit:
             raise UserError(
-                f"none of {len(asked)} prompts has two single coloured objects joined by 'and' on a ground, such as"
-                " 'a red ring and a blue house on grass'"
+                f"none of {counted(len(asked), 'prompt')} has two single coloured objects joined by 'and' on a ground,"
+                " such as 'a red ring and a blue house on grass'"
             )
         return fit
 
@@ -129,15 +129,17 @@ class SwapTest(LayersAndHeads, Sweep):
         from mmdit_probe.plots.layers import swaps
 
         count = int(result.summary["n"].max())
-        return {"swap": swaps(result.summary, title=f"{result.model_name}: {self.swap} exchanged, n = {count} prompts")}
+        title = f"{result.model_name}: {self.swap} exchanged, n = {counted(count, 'prompt')}"
+        return {"swap": swaps(result.summary, title=title)}
 
     def tell(self, result: Result) -> list[Text]:
+        count = counted(result.summary["n"].max(), "prompt")
         return [
             swap_table(result.summary),
             "share of images in which both objects have each other's attribute (exchanged) or their own (kept), 95 %"
             " interval; function: 'and' and 'on' are exchanged instead; difference from stock paired by prompt and"
             " seed.",
-            f"n = {result.summary['n'].max()} prompts, {self.num_steps} steps, guidance {self.guidance:g}.",
+            f"n = {count}, {counted(self.num_steps, 'step')}, guidance {self.guidance:g}.",
         ]
 
 

@@ -11,6 +11,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.errors import counted
 from mmdit_probe.results.statistics import FEWEST, NOT_ABOVE, TOO_FEW
 
 if TYPE_CHECKING:
@@ -128,10 +129,11 @@ def claim_lines(claims: pd.DataFrame, claim: str, explained: dict[str, str]) -> 
     known = "; ".join(f"{name}: {explained.get(name, name)}" for name in dict.fromkeys(claims["control"]))
     failed, undecided = (int((claims["verdict"] == verdict).sum()) for verdict in (NOT_ABOVE, TOO_FEW))
     decided = len(claims) - undecided
-    verdict = f"{failed} of {decided} comparisons are not above their control." if decided else ""
+    of_all = counted(decided, "comparison is not above its control", "comparisons are not above their control")
+    verdict = f"{failed} of {of_all}." if decided else ""
     if undecided:
-        of = f"{undecided} more" if decided else f"All {undecided} comparisons"
-        verdict = f"{verdict} {of} have fewer than the {FEWEST} items that a verdict takes.".lstrip()
+        of = f"{undecided} more" if decided else counted(undecided, "comparison")
+        verdict = f"{verdict} Fewer than the {FEWEST} items that a verdict takes: {of}.".lstrip()
     claimed = (
         f"Claim: {claim}. Paired differences over items, 95 % interval; verdicts are corrected for many comparisons"
         f" (Holm). Controls: {known}."

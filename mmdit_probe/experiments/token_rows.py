@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.errors import UserError
+from mmdit_probe.data.sources import NAMES
+from mmdit_probe.errors import UserError, counted
 from mmdit_probe.experiments import controls
 from mmdit_probe.experiments.experiment import Experiment, Study, one_per_item, plain, request_of, scheduled
 from mmdit_probe.experiments.options import (
@@ -72,7 +73,7 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
     ] = None  # fmt: skip
     images: Annotated[
         str | Path | Sequence[Any] | None,
-        Input("Probe real pictures instead of sampling: a folder, or scenes:train|val|test."),
+        Input("Probe real pictures instead of sampling: a folder, or scenes:train|val|test.", values=NAMES),
     ] = None
     sigma: Annotated[
         float, Option("Noise level of --images, 0 clean to 1 noise (the paper's t=8: 0.515).", min=0, max=1)
@@ -190,9 +191,9 @@ class TokenRows(LayersAndHeads, Sampling, Referring, Experiment):
         """What was averaged over and how it was run, for the figure's title and the line below the table."""
         request = result.request
         if request["mode"] == "pictures":
-            return f"n = {count} pictures, sigma {request['sigma']}"
+            return f"n = {counted(count, 'picture')}, sigma {request['sigma']}"
         steps, total = len(request["steps"]), request["num_steps"]
-        return f"n = {count} prompts, {steps} of {total} steps, guidance {request['guidance']}"
+        return f"n = {counted(count, 'prompt')}, {steps} of {counted(total, 'step')}, guidance {request['guidance']}"
 
     def by_item(self, result: Result, branch: str = "cond") -> pd.DataFrame:
         """The reduced rows of one guidance branch.
@@ -253,5 +254,5 @@ def _start(table: TokenTable) -> str:
 
 
 def _some(words: Sequence[str], limit: int = 12) -> str:
-    rest = f" and {len(words) - limit} more words" if len(words) > limit else ""
+    rest = f" and {counted(len(words) - limit, 'more word')}" if len(words) > limit else ""
     return f"{' '.join(words[:limit])!r}{rest}"

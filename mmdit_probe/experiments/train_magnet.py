@@ -1,7 +1,7 @@
 """TrainMagnet: LoRA mask alignment from a model's name, section 4.3 of arXiv:2509.18096.
 
     result = TrainMagnet(layers="4", prompt_kind="mixed", train_steps=400).run("scenes-sd3", out="runs/magnet")
-    result.log, result.validation; result.figure()
+    result.table, result.validation, result.summary; result.figure()
     pipe.load_lora_weights(result.lora)            # in a program that knows nothing of this package
 
 The options are those of `magnet.MagnetOptions`; the loop is training's own, with its checkpoints (`magnet.trainer`).
@@ -9,20 +9,24 @@ The options are those of `magnet.MagnetOptions`; the loop is training's own, wit
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmdit_probe import lazy_pandas as pd
+from mmdit_probe.errors import counted
 from mmdit_probe.experiments.experiment import text_of
 from mmdit_probe.experiments.options import prompts_of
 from mmdit_probe.experiments.progress import Progress
-from mmdit_probe.experiments.text import Text, page
+from mmdit_probe.experiments.result import OF_A_FOLDER, Answer
+from mmdit_probe.experiments.text import Text
 from mmdit_probe.magnet import config
-from mmdit_probe.results.folder import AUTO, check_out
+from mmdit_probe.results import RunFolder, atomic
+from mmdit_probe.results.folder import AUTO, RECORD, check_out, read_record
 
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
     from mmdit_probe.magnet.trainer import TrainResult
@@ -80,7 +84,7 @@ class TrainMagnet(config.MagnetOptions):
         return Training(found)
 
 
-class Training:
+class Training(Answer):
     """A finished training.
 
     Attributes:
@@ -91,22 +95,33 @@ class Training:
         self.path, self.lora, self.log, self.validation = found.path, found.lora, found.log, found.validation
 
     @property
+    def table(self) -> pd.DataFrame:
+        """The log: one row per step."""
+        return self.log
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """The losses of the first and the last step, and the first and the last held-out mIoU, over n pictures."""
+        held_out = self._held_out
+        curves = [(name, self.log[name], None) for name in ("flow", "focal", "dice")]
+        if len(held_out):
+            curves.append(("held-out mIoU", held_out["miou"], held_out["n"].iloc[-1]))
+        rows = [{"measure": name, "n": n, "first": one.iloc[0], "last": one.iloc[-1]} for name, one, n in curves]
+        return pd.DataFrame(rows).astype({"n": "Int64"})
+
+    @property
     def _held_out(self) -> pd.DataFrame:
         """Validations with a score."""
         return self.validation.dropna(subset=["miou"]) if "miou" in self.validation else self.validation.iloc[:0]
 
     @cached_property
-    def _curves(self) -> Figure:
+    def figures(self) -> dict[str, Figure]:
+        """Losses and held-out mIoU by step."""
         from mmdit_probe.plots.magnet import training
 
-        return training(self.log, self._held_out, title=f"MAGNET, {len(self.log)} steps")
-
-    def figure(self) -> Figure:
-        """Losses and held-out mIoU by step."""
-        return self._curves
+        return {"training": training(self.log, self._held_out, title=f"MAGNET, {counted(len(self.log), 'step')}")}
 
     def texts(self) -> list[Text]:
-        """What the command prints."""
         first, last = self.log.iloc[0], self.log.iloc[-1]
         lines: list[Text] = [f"{name}: {first[name]:.4f} -> {last[name]:.4f}" for name in ("flow", "focal", "dice")]
         scores = self._held_out.tail(4).to_dict("records")
@@ -116,15 +131,24 @@ class Training:
         return [*lines, f"adapter: {self.lora}"]
 
     def document(self) -> dict[str, Any]:
-        """What the command prints with `--json`."""
         first, last = ({str(name): float(value) for name, value in self.log.iloc[at].items()} for at in (0, -1))
         return {
             "run": self.path, "lora": self.lora, "steps": len(self.log), "first": first, "last": last,
             "validation": self.validation.to_dict("records"),
         }  # fmt: skip
 
-    def __repr__(self) -> str:
-        return f"MAGNET training of {len(self.log)} steps, in {self.path}"
+    def save(self, folder: Path | str) -> Path:
+        """Copy the run folder: adapter, curves, samples and the last checkpoint.
 
-    def _repr_html_(self) -> str:
-        return page(repr(self), self.figure(), self.texts())
+        Args:
+            folder: new or empty.
+        """
+        record = read_record(self.path) or {}
+        with RunFolder.open(TrainMagnet.name, record["request"], out=folder) as target:
+            with atomic.disk(target.path):
+                shutil.copytree(self.path, target.path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RECORD))
+            target.record(**{name: value for name, value in record.items() if name not in OF_A_FOLDER})
+        return target.path
+
+    def __repr__(self) -> str:
+        return f"MAGNET training of {counted(len(self.log), 'step')}, in {self.path}"

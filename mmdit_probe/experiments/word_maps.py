@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, overload
 
 import numpy as np
 
-from mmdit_probe.errors import check_known
+from mmdit_probe.errors import check_known, counted
 from mmdit_probe.experiments.experiment import Study
 from mmdit_probe.experiments.explore import Explore
 from mmdit_probe.experiments.options import Filmed, OverReference, checked_heads, streams_of
@@ -145,7 +145,7 @@ class WordMaps(OverReference, Filmed, Pictures):
         # Fewer than asked for where sampling begins later (img2img); runs of earlier versions do not tell.
         first = next(k for k, (_, _, words, *_) in enumerate(request["items"]) if words)
         ran = result.store.load_arrays(f"maps-{first:03d}").get("steps", request["steps"])
-        return f"{result.model_name}: {layers}, {heads}, {len(ran)} of {self.num_steps} steps{over}"
+        return f"{result.model_name}: {layers}, {heads}, {len(ran)} of {counted(self.num_steps, 'step')}{over}"
 
     def draw(self, result: Result) -> dict[str, Figure]:
         from mmdit_probe.plots.overlay import maps_sheet

@@ -14,7 +14,7 @@ import numpy as np
 
 from mmdit_probe.data.sample import Sample
 from mmdit_probe.data.training import Data
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, counted
 
 _LOOKED_AT = 32
 
@@ -46,9 +46,10 @@ def check(data: Data | Sequence[Sample], model: Any, alignment: str, most: int =
         if sample.masks.shape[1:] != size[:2]:
             raise UserError(f"{sample.name}: masks of shape {sample.masks.shape[1:]} for an image of {size[:2]}")
         if alignment == "token" and len(sample.names) != len(sample.masks):
+            found = f"{counted(len(sample.masks), 'mask')} and {counted(len(sample.names), 'name')}"
             raise UserError(
-                f"{sample.name}: {len(sample.masks)} masks and {len(sample.names)} names; token-level alignment needs"
-                " named masks (masks/classes.json), or use head-level alignment"
+                f"{sample.name}: {found}; token-level alignment needs named masks (masks/classes.json), or use"
+                " head-level alignment"
             )
         if alignment == "token" and sample.names:
             table = model.token_tables(sample.prompt)[0]
@@ -57,6 +58,7 @@ def check(data: Data | Sequence[Sample], model: Any, alignment: str, most: int =
         with_masks += len(sample.masks) > 0
     if alignment != "none" and with_masks == 0:
         raise UserError(
-            f"none of {len(places)} samples looked at has a mask that its prompt names; expected masks/<name>.png, with"
-            " class names that occur in the captions (or --prompt-kind list); self-segments and none need no masks"
+            f"none of {counted(len(places), 'sample')} looked at has a mask that its prompt names; expected"
+            " masks/<name>.png, with class names that occur in the captions (or --prompt-kind list);"
+            " self-segments and none need no masks"
         )

@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from mmdit_probe.data.prompt_sets import SETS
+from mmdit_probe.data.sources import NAMES
 from mmdit_probe.errors import UserError, check_known
 from mmdit_probe.options import LAST_SEED, Option, check, described
 from mmdit_probe.segment.settings import parse_steps
@@ -90,7 +92,8 @@ class MagnetOptions(LossWeights):
         str,
         _data(
             "scenes:train; a folder of pictures with captions and masks; coco-stuff:ROOT, coco-panoptic:ROOT, "
-            "coco-instances:ROOT; or sa1b:ROOT."
+            "coco-instances:ROOT; or sa1b:ROOT.",
+            values=NAMES,
         ),
     ] = "scenes:train"
     masks: Annotated[
@@ -160,7 +163,11 @@ class MagnetOptions(LossWeights):
 
     validation: Annotated[
         str | None,
-        _looks("Held-out pictures with named masks: scenes:val or a folder.", shown_default="scenes:val of scenes"),
+        _looks(
+            "Held-out pictures with named masks: scenes:val or a folder.",
+            shown_default="scenes:val of scenes",
+            values=NAMES,
+        ),
     ] = None
     validate_every: Annotated[int, _looks("Steps between validations; 0: at the end.", min=0)] = 0
     validate_limit: Annotated[int, _looks("Held-out pictures.", min=0)] = 64
@@ -168,7 +175,7 @@ class MagnetOptions(LossWeights):
     sample_prompts: Annotated[
         str | Sequence[str] | None,
         _looks("Prompts of the sample grid at every validation: a text, a file with one per line, or a set.",
-               shown_default="none")
+               shown_default="none", values=SETS)
     ] = None  # fmt: skip
     sample_num_steps: Annotated[int, _looks("Sampling steps of the grid.", min=1, max=1000)] = 28
     sample_guidance: Annotated[float, _looks("Guidance scale of the grid.", min=0, max=1000)] = 7.5

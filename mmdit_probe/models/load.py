@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from mmdit_probe.errors import RunError, UserError, brief, check_known, first_line
+from mmdit_probe.errors import RunError, UserError, brief, check_known, counted, first_line
 from mmdit_probe.models.adapters import load_adapter
 from mmdit_probe.models.families.registry import BY_CLASS, Family, refuse_class
 from mmdit_probe.models.memory import mend_empty_rows, place, quantizer
@@ -239,7 +239,7 @@ def _check_complete(source: str, pipeline: Any, family: Family, notices: list[st
         if "newly initialized" in notice:
             missing = re.findall(r"'([\w.]+)'|^([\w.]+)\s*\|\s*MISSING", notice, re.MULTILINE)
             names = [first or second for first, second in missing] or [notice.splitlines()[0]]
-            what = f"{len(names)} weights are" if len(names) > 1 else "a weight is"
+            what = counted(len(names), "weight is", "weights are")
             raise RunError(f"{source} cannot be loaded: {what} missing in its files, e.g. {names[0]!r}; fetch it again")
     for stream in family.streams:
         for name, encoder in zip(stream.tokenizers, stream.encoders, strict=False):

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mmdit_probe import assets
 from mmdit_probe.attention.intercept import interpose
-from mmdit_probe.errors import ProbeWarning, UserError, brief, check_known
+from mmdit_probe.errors import ProbeWarning, UserError, brief, check_known, counted
 from mmdit_probe.models import latents as packing
 from mmdit_probe.models.families.registry import Family, family_of
 from mmdit_probe.models.layout import Layer, arranged, find_layers, unwrap
@@ -134,7 +134,7 @@ class MMDiT:
         """E.g. MMDiT('scenes-sd3': sd3, 12 layers x 6 heads, 48 text positions, 64 x 64 pixels, float32 on cpu)."""
         height, width = self.default_size
         dtype = str(self.dtype).removeprefix("torch.")
-        frames = f"{self.num_frames} frames of " if self.makes_videos else ""
+        frames = f"{counted(self.num_frames, 'frame')} of " if self.makes_videos else ""
         return (
             f"MMDiT({self.name!r}: {self.family.name}, {len(self.layers)} layers x {self.heads} heads,"
             f" {self.text_length} text positions, {frames}{height} x {width} pixels, {dtype} on {self.device})"
@@ -291,7 +291,8 @@ class MMDiT:
         told = f"{self.name} knows {len(self.vocabulary)} words; not: {', '.join(unknown)} {known}"
         notes = [told] if unknown else []
         if empty := sum(not text.strip() for text in texts):
-            notes.append(f"{empty} of {len(texts)} prompts have no text: what is measured is the unconditional text")
+            told = f"without text: {empty} of {counted(len(texts), 'prompt')}"
+            notes.append(f"{told}; what is measured is the unconditional text")
         return notes
 
     def token_tables(self, prompts: str | Sequence[str]) -> list[TokenTable]:
@@ -391,7 +392,8 @@ class MMDiT:
         """
         count = len(latents)
         if len(text) not in (1, count):
-            raise UserError(f"{len(text)} prompts for {count} latents; expected one prompt, or one per sample")
+            found = f"{counted(len(text), 'prompt')} for {counted(count, 'latent')}"
+            raise UserError(f"{found}; expected one prompt, or one per sample")
         tokens = text.tokens * (count // len(text))
         levels = _per_row(sigma, count)
         labels = [-1] * count if seeds == -1 else seed_values(seeds, count)
@@ -477,7 +479,7 @@ class MMDiT:
         if len(prompts) > 1 and self.references and self.family.reads_pictures:
             raise UserError(
                 f"{type(self.pipeline).__name__} takes one prompt at a time beside pictures, and {len(prompts)} are"
-                " given: take them one by one (--batch 1)"
+                " given: take them one by one (batch 1)"
             )
         if "FlowMatch" not in type(self.scheduler).__name__:
             raise UserError(
@@ -515,9 +517,10 @@ class MMDiT:
         layout, _ = arranged(self.family.arrangement(inputs, unwrap(self.transformer).config))
         found = len(layout.references_of(0))
         if found != len(self.references) or self.family.form != "packed":
+            made = f"{counted(found, 'reference')} of {counted(len(self.references), 'picture')}"
             raise UserError(
-                f"{type(self.pipeline).__name__} made {found} references of {len(self.references)} pictures, in"
-                f" {self.family.form}; expected an editing pipeline that takes as many, with packed latents"
+                f"{type(self.pipeline).__name__} made {made}, in {self.family.form};"
+                " expected an editing pipeline that takes as many, with packed latents"
             )
 
     def _dry_run(self, prompts: Sequence[str], steps: int, **options: Any) -> tuple[dict[str, Any], Any]:
@@ -727,7 +730,8 @@ def _per_row(value: float | Sequence[float], count: int) -> list[float]:
     several = isinstance(given, Sequence) and not isinstance(given, str)
     rows = [number("sigma", row, 0, 1) for row in (given if several else [given] * count)]
     if len(rows) != count:
-        raise UserError(f"sigma {value!r} for {count} samples: expected one number in 0..1, or one per sample")
+        found = f"sigma {value!r} for {counted(count, 'sample')}"
+        raise UserError(f"{found}: expected one number in 0..1, or one per sample")
     return rows
 
 

@@ -154,7 +154,7 @@ def check_device(name: str, count: Callable[[str], int | None] | None = None) ->
     there = 1 if found[1] else (count or devices)(found[2])
     if there is not None and int(found[3] or 0) >= there:
         many = f"there is no {found[2]} device" if there == 0 else f"the last one is {found[2]}:{there - 1}"
-        raise UserError(f"device {name!r} is not available here: {many} for this torch; use --device auto or cpu")
+        raise UserError(f"device {name!r} is not available here: {many} for this torch; use device auto or cpu")
 
 
 def devices(kind: str) -> int | None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mmdit_probe.errors import RunError, UserError, first_line
+from mmdit_probe.errors import RunError, UserError, counted, first_line
 
 _ADVICE = "convert it to a pipeline folder (diffusers' scripts/convert_*_to_diffusers.py) and load that"
 _SCALES = (
@@ -77,7 +77,7 @@ def transformer_of(file: str, base: str, kind: str, dtype: torch.dtype, quantiza
         raise RunError(f"{file} cannot be loaded as the {kind} of {base}: {first_line(error)}; {_ADVICE}") from error
     missing = [name for name, tensor in transformer.state_dict().items() if tensor.is_meta]
     if missing:
-        raise RunError(f"{file} cannot be loaded: {len(missing)} weights are missing in it, e.g. {missing[0]!r}")
+        raise RunError(f"{file} cannot be loaded: it lacks {counted(len(missing), 'weight')}, e.g. {missing[0]!r}")
     return transformer
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mmdit_probe.errors import ProbeWarning, UserError, check_known, unknown
+from mmdit_probe.errors import ProbeWarning, UserError, check_known, counted, unknown
 from mmdit_probe.models.families.facts import Family, Part, TextStream
 from mmdit_probe.models.words import blankless, check_prompt, find, folded, words
 
@@ -155,7 +155,7 @@ class TokenTable:
             counts = {len(found) for found in places.values()} or {0}
             if places and not 0 <= occurrence < max(counts):
                 raise UserError(
-                    f"{phrase!r} occurs {max(counts)} times in {self.prompt!r}; got occurrence {occurrence}"
+                    f"{phrase!r} occurs {counted(max(counts), 'time')} in {self.prompt!r}; got occurrence {occurrence}"
                 )
             places = {text: found[occurrence : occurrence + 1] for text, found in places.items()}
         positions: dict[str, set[int]] = {}

@@ -246,7 +246,7 @@ def check_finite(observers: Sequence[Observer], denoising: DenoisingCall) -> Non
 
 def not_finite(layer: int, reads: str, dtype: torch.dtype, step: int | None = None) -> RunError:
     """The error of a layer whose numbers, read in a call of this precision, hold NaN or infinity."""
-    why = "float16 overflow? try --dtype bfloat16"
+    why = "float16 overflow? try dtype bfloat16"
     if dtype != torch.float16:
         why = f"in {str(dtype).removeprefix('torch.')}: NaN or inf in the weights, an adapter or the input?"
     when = "" if step is None else f" at step {step}"

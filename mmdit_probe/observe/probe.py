@@ -36,7 +36,7 @@ from mmdit_probe.attention.intercept import (
     interpose,
     watch,
 )
-from mmdit_probe.errors import ProbeWarning, RunError, UserError, brief
+from mmdit_probe.errors import ProbeWarning, RunError, UserError, brief, counted
 from mmdit_probe.models.families.facts import Family
 from mmdit_probe.models.layout import Layer, Layout, Places, arranged, of_samples, unwrap
 from mmdit_probe.models.layout_source import layout_source
@@ -517,9 +517,10 @@ class Run:
             return []
         tables = [self._tokens] * rows if isinstance(self._tokens, TokenTable) else list(self._tokens)
         if len(tables) != rows or any(len(table) != length for table in tables):
+            held = sorted({len(table) for table in tables})
             raise UserError(
-                f"tokens: {len(tables)} tables of {sorted({len(table) for table in tables})} positions for {rows} rows"
-                f" of {length} text positions; expected one table, or one per row, of that many positions"
+                f"tokens: {counted(len(tables), 'table')} of {held} positions for {counted(rows, 'row')} of {length}"
+                " text positions; expected one table, or one per row, of that many positions"
             )
         return list(tables)
 
@@ -532,7 +533,7 @@ class Run:
                 return [self._context if self._context in ("cond", "uncond") else "unknown"] * rows
             branches = self.family.guidance
         if rows % len(branches):
-            raise UserError(f"{rows} rows cannot be divided into the branches {', '.join(branches)}")
+            raise UserError(f"{counted(rows, 'row')} cannot be divided into the branches {', '.join(branches)}")
         return [branch for branch in branches for _ in range(rows // len(branches))]
 
     def _check_seen(self, recorder: _LayerRecorder, denoising: DenoisingCall) -> None:

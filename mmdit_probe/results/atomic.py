@@ -150,7 +150,7 @@ def disk(path: Path | str) -> Iterator[None]:
             raise
         reason = os.strerror(code) if code else first_line(error)
         if code in _REFUSED:
-            raise UserError(f"cannot write {str(path)!r}: {reason}; choose another folder with --out") from error
+            raise UserError(f"cannot write {str(path)!r}: {reason}; choose another folder") from error
         raise RunError(f"writing {str(path)!r} failed: {reason}; {_advice.get()}") from error
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
-from mmdit_probe.errors import UserError
+from mmdit_probe.errors import UserError, counted
 from mmdit_probe.results import atomic
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Clip:
 
     def __repr__(self) -> str:
         width, height = self.size
-        return f"Clip({len(self)} frames of {height} x {width} pixels)"
+        return f"Clip({counted(len(self), 'frame')} of {height} x {width} pixels)"
 
     @property
     def size(self) -> tuple[int, int]:

@@ -264,8 +264,7 @@ def check_out(out: Path | str | None, resume: bool | None = None, command: str =
         )
     with atomic.disk(path):  # a name that no file can have
         old = read_record(path)
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--out {str(path)!r} is a file; choose another folder with --out")
+        check_folder(path, "--out")
         if old is None:
             _check_place(path)
     if old is None and path.is_dir() and any(not one.name.endswith(atomic.SUFFIX) for one in path.iterdir()):
@@ -276,6 +275,12 @@ def check_out(out: Path | str | None, resume: bool | None = None, command: str =
     if old is not None and old["command"] != (command or old["command"]):
         raise UserError(f"{str(path)!r} holds a run of {old['command']}, not of {command}; choose another --out")
     return old
+
+
+def check_folder(path: Path, what: str) -> None:
+    """Refuse a file where an option (`what`) names a folder to write into."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{what} {str(path)!r} is a file; choose another folder with {what}")
 
 
 def _check_place(path: Path) -> None:

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.labels import region_ids
-from mmdit_probe.errors import RunError, UserError, first_line
+from mmdit_probe.errors import RunError, UserError, counted, first_line
 from mmdit_probe.models.tokens import SPAN_KINDS, Token, TokenTable
 from mmdit_probe.observe.maps import second_eigenvalue
 from mmdit_probe.segment.vocabulary import Prompt, Query
@@ -201,7 +201,8 @@ class Capture:
         }
         first = records[layers[0]]
         if first.concepts is not None and len(first.concepts) != len(spans or {}):
-            raise UserError(f"{len(first.concepts)} concepts for {len(spans or {})} names in spans; expected as many")
+            found = f"{counted(len(first.concepts), 'concept')} for {counted(len(spans or {}), 'name')} in spans"
+            raise UserError(f"{found}; expected as many")
         texts = {one.shape[-1] for name in ("i2t", "i2t_logit") for one in by_part.get(name, {}).values()}
         if len(texts) > 1:
             raise UserError(f"i2t and i2t_logit of {sorted(texts)} text positions; expected as many in every layer")

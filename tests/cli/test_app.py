@@ -72,6 +72,22 @@ def test_help_takes_less_than_a_second():
     assert spent < 1.0
 
 
+@pytest.mark.parametrize("columns", [60, 80])
+def test_help_shows_names_whole(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 60 columns "--max-sequence-length" was "--max-sequence-...", and methods and defaults were cut, too."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name, command in cli.every_command().items():
+        _, out, _ = called(capsys, *name.split(), "--help")
+        names = [one for option in command.params for one in option.opts if one.startswith("-")]
+        assert [one for one in names if not re.search(rf"(?<![\w-]){one}(?![\w-])", out)] == [], name
+        assert "\N{HORIZONTAL ELLIPSIS}" not in out
+        lines = [line for line in out.splitlines() if not line.startswith("mmdit-probe ")]  # examples: to be copied
+        assert max(map(len, lines)) <= columns, name
+        assert all(str(one.rich_help_panel or "") in out for one in command.params if one.name != "help")
+
+
 def test_every_command_on_a_model_takes_the_shared_options():
     import typer
 
@@ -112,6 +128,29 @@ def test_completion_offers_commands_and_their_options():
     script = "from mmdit_probe.cli.app import app; app(prog_name='mmdit-probe')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | shell)
     assert done.stdout.split() == ["attention-budget"]
+
+
+def completed(command: str, name: str, typed: str) -> list[str]:
+    made = cli.every_command()[command]
+    context = made.make_context(command, [], resilient_parsing=True)
+    (one,) = [one for one in made.params if one.name == name]
+    return [item.value for item in one.shell_complete(context, typed)]
+
+
+def test_completion_offers_sets_sources_and_options_of_methods():
+    """None of them was."""
+    assert completed("segment", "options", "te") == ["teleport=", "temperature="]
+    assert completed("evaluate", "options", "iseg.e") == ["iseg.ent="]
+    assert completed("evaluate", "method", "seg4diff,is") == ["seg4diff,iseg"]
+    assert completed("datasets check", "source", "sa") == ["sa1b:"]
+    assert completed("segment", "image", "scenes:v") == ["scenes:val:0"]
+    sets = {name for name, of in cli.every_command().items() for one in of.params if one.name == "prompts"}
+    assert len(sets) > 5 and all(
+        completed(name, "prompts", "scenes:t") == ["scenes:train", "scenes:test"] for name in sets
+    )
+    for name in ("images", "dataset"):
+        sources = [command for command, of in cli.every_command().items() for one in of.params if one.name == name]
+        assert len(sources) > 1 and all("scenes:val" in completed(one, name, "s") for one in sources)
 
 
 def test_unknown_command_names_the_closest(capsys):

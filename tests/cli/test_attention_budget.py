@@ -56,7 +56,7 @@ def test_table_figure_summary_and_record(budget):
     }  # fmt: skip
     assert str(folder) in out
     assert "to words" in out
-    assert "n = 1 prompts, 2 of 2 steps, guidance 3.0." in " ".join(out.split())
+    assert "n = 1 prompt, 2 of 2 steps, guidance 3.0." in " ".join(out.split())
     table = read_table(folder / "attention_budget.parquet")
     cell = ["step", "branch", "layer", "head", "query"]
     np.testing.assert_allclose(table.groupby(cell, observed=True).mass.sum(), 1, atol=1e-5)
@@ -199,7 +199,7 @@ def test_unused_device_is_named(budget):
 
     if not torch.cuda.is_available():
         said = refused(budget(*QUICK, "--device", "cuda"))
-        assert "device 'cuda' is not available here" in said and "use --device auto or cpu" in said
+        assert "device 'cuda' is not available here" in said and "use device auto or cpu" in said
 
 
 @pytest.mark.parametrize(

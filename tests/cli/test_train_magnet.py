@@ -101,7 +101,7 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
         Image.new("L", (64, 64)).save(tmp_path / "set" / part / "a.png")
     Image.new("L", (64, 64)).save(tmp_path / "set/images/b.png")
     (tmp_path / "set/classes.txt").write_text("cat")
-    assert gather(TrainMagnet(layers="1", dataset="set")).notes == ["1 pictures without a label were left out"]
+    assert gather(TrainMagnet(layers="1", dataset="set")).notes == ["left out: 1 picture without a label"]
 
 
 def test_own_masks_need_names_before_pictures_are_labelled(

@@ -118,7 +118,7 @@ def test_two_pictures_of_one_name_or_id_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"two pictures are called (3|'003\.jpg')"):
             dataset(f"coco-instances:{root}")
     file.write_text(json.dumps(content | {"images": [*content["images"], {"id": 77, "file_name": "empty.jpg"}]}))
-    assert "1 of 4 pictures have no annotation" in dataset(f"coco-instances:{root}").note
+    assert "left out: 1 of 4 pictures, without annotation" in dataset(f"coco-instances:{root}").note
     told = {"images": images[:1], "annotations": [{"id": 1, "image_id": 3, "caption": None}]}
     (root / "annotations" / "captions_train2017.json").write_text(json.dumps(told))
     with pytest.raises(UserError, match="no COCO caption file"):
@@ -155,7 +155,7 @@ def test_coco_refusals(tmp_path: Path) -> None:
 def test_coco_tells_what_is_not_there_and_classes_that_no_label_holds(tmp_path: Path) -> None:
     """Id 255 means unknown in a label map: the 256th class of a long list was not scored."""
     source = f"coco-instances:{coco(tmp_path)}"
-    assert dataset(source).note == "1 of 3 annotated pictures are not there (first: 009.jpg)"
+    assert dataset(source).note == "not there: 1 of 3 annotated pictures (first: 009.jpg)"
     Image.new("RGB", (128, 64)).save(tmp_path / "train2017" / "009.jpg")
     assert dataset(source).note == ""
     file = tmp_path / "annotations" / "instances_train2017.json"

@@ -209,7 +209,7 @@ def test_check_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[
     picture(root / "images/f.png")
     (root / "images/f.txt").write_bytes(b"caf\xe9")
     report = check(dataset(f"folder:{root}"))
-    assert "1 labels are of no picture (first: g.png)" in dataset(f"folder:{root}").note
+    assert "1 label is of no picture (first: g.png)" in dataset(f"folder:{root}").note
     assert report.notes == [("a", "transparency was laid on white")]
     found = dict(report.problems)
     assert "ids [7]" in found["b"] and "differ in size" in found["c"] and "ignored" in found["d"]

@@ -19,7 +19,7 @@ from mmdit_probe.data.scenes import scene_sample, scenes
 from mmdit_probe.errors import UserError
 from mmdit_probe.evaluate import plan
 from mmdit_probe.evaluate.scores import MATCHES
-from mmdit_probe.experiments import Discover, Evaluate, Segment, read
+from mmdit_probe.experiments import Discover, Evaluate, Experiment, Score, Segment, read
 from mmdit_probe.experiments.evaluate import PROTOCOLS
 from mmdit_probe.experiments.known import known_layers
 from mmdit_probe.experiments.presets import PRESETS
@@ -197,6 +197,14 @@ def test_what_says_nothing_or_is_not_read_is_refused(options: dict[str, Any], wo
     with pytest.raises(UserError) as refused:
         Evaluate(**options)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Evaluate, "cache"), (Score, "export")])
+def test_a_file_in_place_of_a_folder_is_told_by_its_option(kind: type[Experiment], name: str, tmp_path: Path) -> None:
+    """With the advice to choose another --out, and when weights had been loaded."""
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"--{name} '.*file' is a file; choose another folder with --{name}$"):
+        kind(**{name: tmp_path / "file"}).gather(True)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_request_tells_apart_what_changes_the_numbers(model):
         ({"images": []}, "no picture is given"),
         (
             {"images": [Sample("p", Image.new("RGB", (64, 64)))], "prompts": ["a", "b"]},
-            "2 prompts for 1 pictures; expected none, one, or one per picture",
+            "2 prompts for 1 picture; expected none, one, or one per picture",
         ),
     ],
 )
@@ -143,7 +143,7 @@ def test_photos_without_a_caption_are_remarked_on(scenes_model, tmp_path: Path):
     photo, drawn = samples_of(tmp_path, None), samples_of("scenes:val", 1)
     unknown, bare = notes_on(scenes_model, photo, [one.prompt for one in photo])
     assert unknown == "scenes-sd3 was trained on drawn scenes alone: what it finds in other pictures means nothing"
-    assert bare.startswith("1 of 1 pictures have no caption: the empty prompt was used")
+    assert bare.startswith("no caption: 1 of 1 picture; the empty prompt was used")
     assert notes_on(scenes_model, drawn, [one.prompt for one in drawn]) == []
     assert notes_on(scenes_model, photo, ["a cat"]) == [unknown]
 

@@ -322,7 +322,7 @@ def test_a_pipeline_that_only_edits_asks_for_a_picture_before_it_is_loaded(tmp_p
     for use in (lambda: model.generate(PROMPT), lambda: model.encode_prompt(PROMPT)):
         with pytest.raises(UserError, match=f"QwenImageEditPipeline {told}"):
             use()
-    with pytest.raises(UserError, match=r"one prompt at a time beside pictures, and 2 are given: .*--batch 1"):
+    with pytest.raises(UserError, match=r"one prompt at a time beside pictures, and 2 are given: .*batch 1"):
         model.given(PICTURES["qwen_edit"]).encode_prompt([PROMPT, PROMPT])
     (tmp_path / "model_index.json").write_text(
         '{"_class_name": "QwenImageEditPlusPipeline", "transformer": ["diffusers", "QwenImageTransformer2DModel"]}'

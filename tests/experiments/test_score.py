@@ -58,7 +58,7 @@ def test_clipscore_is_the_clamped_cosine_of_the_model() -> None:
         said = clip.model.text_projection(clip.model.text_model(**words).pooler_output)[0]
     expected = 100 * max(0.0, float(torch.nn.functional.cosine_similarity(image, said, dim=0)))
     assert scorer([picture], [text])[0] == pytest.approx(expected, abs=1e-3)
-    with pytest.raises(UserError, match="1 images for 2 prompts"):
+    with pytest.raises(UserError, match="1 image for 2 prompts"):
         scorer([picture], [text, text])
 
 
@@ -240,7 +240,7 @@ def test_a_prompt_is_the_product_of_its_phrases(asker: BlipAsker) -> None:
     # 96 positions: [ENC], 94 words, [SEP]; what is longer is cut
     cut, long = asker.yes([image] * 2, [" ".join(["cat"] * count) for count in (94, 200)]).tolist()
     assert cut == long != cat
-    with pytest.raises(UserError, match="1 images for 2 prompts"):
+    with pytest.raises(UserError, match="1 image for 2 prompts"):
         asker([image], ["a cat", "a ring"])
 
 

@@ -93,7 +93,7 @@ def test_run_on_the_embedded_model() -> None:
     assert np.isin(result.table[["exchanged", "kept"]], (0, 1)).all()
     claims = result.texts()[-3]
     assert isinstance(claims, TextTable) and {row[0] for row in claims.rows} == {"4", "all"}  # "all" was -1
-    with pytest.raises(UserError, match="none of 1 prompts"):
+    with pytest.raises(UserError, match="none of 1 prompt has"):
         SwapTest(prompts=["a red ring"]).gather(True)
     with pytest.raises(UserError, match="scenes parser"):
         SwapTest().run(MMDiT(tiny.pipeline()), progress=False)

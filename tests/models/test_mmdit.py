@@ -65,7 +65,7 @@ def test_seeds_belong_to_images(model: MMDiT) -> None:
     both = model.generate("a cat", steps=2, seed=[7, 9], num_images_per_prompt=2, output_type="np")
     alone = model.generate("a cat", steps=2, seed=9, output_type="np")
     assert np.allclose(both[1], alone[0], atol=1e-5)
-    with pytest.raises(UserError, match="3 seeds for 1 images"):
+    with pytest.raises(UserError, match="3 seeds for 1 image"):
         model.generate("a cat", seed=[1, 2, 3])
 
 
@@ -257,9 +257,12 @@ def test_only_embedded_models_have_words_that_they_cannot_know(model: MMDiT) -> 
 
 def test_prompts_without_text_are_told(model: MMDiT) -> None:
     """`--prompts "$P"` of a variable that is not set measured the unconditional text without a word."""
-    said = "prompts have no text: what is measured is the unconditional text"
-    assert model.notes_on_words(["", "a cat", " "]) == [f"2 of 3 {said}"]
-    assert f"1 of 1 {said}" in AttentionBudget(prompts="", num_steps=1).prepare(model, ([""], [])).notes
+    said = "what is measured is the unconditional text"
+    assert model.notes_on_words(["", "a cat", " "]) == [f"without text: 2 of 3 prompts; {said}"]
+    assert (
+        f"without text: 1 of 1 prompt; {said}"
+        in AttentionBudget(prompts="", num_steps=1).prepare(model, ([""], [])).notes
+    )
 
 
 def test_an_embedded_model_names_the_words_it_does_not_know() -> None:

@@ -87,7 +87,7 @@ def test_what_is_not_finite_stops_the_run_and_names_layer_and_step(pipe: Any, na
 def test_float16_is_told_to_take_bfloat16(pipe: Any) -> None:
     pipe.to(dtype=torch.float16)
     Spoiled(pipe, "to_q", 7e4)  # infinite in float16
-    message = r"layer 1: attention is not finite at step 1 \(float16 overflow\? try --dtype bfloat16\)"
+    message = r"layer 1: attention is not finite at step 1 \(float16 overflow\? try dtype bfloat16\)"
     with pytest.raises(RunError, match=message), probe(pipe, AttentionMass()):
         sample(pipe)
 

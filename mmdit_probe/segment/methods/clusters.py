@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmdit_probe.errors import UserError, check_known
+from mmdit_probe.errors import UserError, check_known, counted
 from mmdit_probe.segment.methods.base import Method, i2i_part, renorm
 from mmdit_probe.segment.methods.seg4diff import greedy_merge, symmetric_kl
 from mmdit_probe.segment.record import Capture
@@ -43,7 +43,8 @@ def diffseg(
     """
     first, *others = (tau,) * (rounds or 3) if isinstance(tau, int | float) else tau
     if not isinstance(tau, int | float) and rounds not in (None, len(tau)):
-        raise UserError(f"diffseg: {len(tau)} thresholds for {rounds} rounds; give one per round, or one for all")
+        found = f"{counted(len(tau), 'threshold')} for {counted(rounds, 'round')}"
+        raise UserError(f"diffseg: {found}; give one per round, or one for all")
     maps = renorm(capture.mean(i2i_part(i2i)))
     h, w = capture.grid
     places = (_evenly(h, anchors)[:, None] * w + _evenly(w, anchors)[None]).flatten()
