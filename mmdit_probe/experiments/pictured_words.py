@@ -25,7 +25,7 @@ from mmdit_probe.experiments.options import (
     streams_of,
 )
 from mmdit_probe.experiments.token_rows import Item, unread
-from mmdit_probe.models.words import check_prompt, find, folded, words
+from mmdit_probe.data.words import check_prompt, find, folded, words
 from mmdit_probe.options import Option, changed
 from mmdit_probe.specs import Spec, layer_indices, listed
 

@@ -38,7 +38,7 @@ from mmdit_probe.models.names import HEAD_COUNTS
 from mmdit_probe.models.pipeline_call import first_call
 from mmdit_probe.models.tokens import TokenTable, picture_positions, stream_length, token_tables
 from mmdit_probe.models.weights import compute_dtype, weight_hash, weight_state
-from mmdit_probe.models.words import find, words
+from mmdit_probe.data.words import find, words
 from mmdit_probe.quiet import barless
 from mmdit_probe.results.clip import Clip
 from mmdit_probe.scenes.captions import WORDS

@@ -9,7 +9,7 @@ import torch
 from mmdit_probe.data import Fit, open_picture, parse_classes
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.tokens import Token, TokenTable
-from mmdit_probe.models.words import words
+from mmdit_probe.data.words import words
 from mmdit_probe.segment.refine import PixelAffinity, Refinement, without_sinks
 from mmdit_probe.segment.settings import Background
 from mmdit_probe.segment.tail import label
