@@ -19,9 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mmdit_probe.data.words import blankless, check_prompt, find, folded, words
 from mmdit_probe.errors import ProbeWarning, UserError, check_known, unknown
 from mmdit_probe.models.families.facts import Family, Part, TextStream
-from mmdit_probe.data.words import blankless, check_prompt, find, folded, words
 
 _ALL = 1 << 30
 """More tokens than any prompt has."""
