@@ -126,6 +126,17 @@ def test_two_pictures_of_one_name_or_id_are_refused(tmp_path: Path) -> None:
         dataset(f"coco-instances:{root}")
 
 
+@pytest.mark.parametrize(("kind", "part", "said"), [("instances", "categories", "categories are called 1"),
+                                                    ("panoptic", "annotations", "annotated pictures are called")])  # fmt: skip
+def test_what_an_annotation_file_says_twice_is_refused(tmp_path: Path, kind: str, part: str, said: str) -> None:
+    """The last one counted: a category had another's name, a picture another's segments."""
+    file = coco(tmp_path) / "annotations" / f"{kind}_train2017.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {part: [*content[part], content[part][0]]}))
+    with pytest.raises(UserError, match=f"two {said}"):
+        dataset(f"coco-{kind}:{tmp_path}")
+
+
 def test_coco_captions_name_what_is_aligned(tmp_path: Path) -> None:
     data = coco_data(coco(tmp_path), SIZE, kind="panoptic")
     assert data[0].prompt == "A cat at a wall. It sits."

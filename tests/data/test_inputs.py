@@ -598,6 +598,8 @@ def test_annotations_in_any_order_give_the_same_labels(tmp_path: Path) -> None:
     [('{"1": "cat", "2": "dog"}', ("cat", "dog")), ('{"2": "cat", "1": "cat"}', ("cat",)),
      ('{"1": "cat"}', r"ids \[2\]"), ("[]", "cannot be read"),
      ('{"1": ["cat"], "2": "x"}', "no text"), ('{"x": "cat"}', "classes.json' cannot be read"),
+     ('{"1": "dog", "1": "cat", "2": "x"}', "two keys are called '1'"),
+     ('{"1": "dog", "01": "cat", "2": "x"}', "two ids are called 1"),
      ('{"1": " "}', "no text"), ("null", "cannot be read"), ("{", "cannot be read as JSON")],
 )  # fmt: skip
 def test_names_of_masks(tmp_path: Path, names: str, want: Any) -> None:
