@@ -126,8 +126,11 @@ def test_two_pictures_of_one_name_or_id_are_refused(tmp_path: Path) -> None:
         dataset(f"coco-instances:{root}")
 
 
-@pytest.mark.parametrize(("kind", "part", "said"), [("instances", "categories", "categories are called 1"),
-                                                    ("panoptic", "annotations", "annotated pictures are called")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "part", "said"),
+    [("instances", "categories", "categories are called 1"),
+     ("panoptic", "annotations", "annotated pictures are called")],
+)  # fmt: skip
 def test_what_an_annotation_file_says_twice_is_refused(tmp_path: Path, kind: str, part: str, said: str) -> None:
     """The last one counted: a category had another's name, a picture another's segments."""
     file = coco(tmp_path) / "annotations" / f"{kind}_train2017.json"
