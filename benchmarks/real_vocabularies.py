@@ -26,10 +26,10 @@ from typing import Any
 from transformers import CLIPTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from mmdit_probe.data.words import folded
 from mmdit_probe.errors import run_script
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.tokens import TokenTable, token_tables
-from mmdit_probe.models.words import folded
 
 CASES: list[tuple[str, list[str]]] = [
     ("a red ring and a blue house on grass", ["ring", "red ring", "blue house", "GRASS"]),

@@ -10,12 +10,14 @@ Not here: how names are packed into prompts (`segment.vocabulary`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from mmdit_probe.data.text import STRUCTURED, lines, one_line, read_lines
+from mmdit_probe.data.words import folded
 from mmdit_probe.errors import UserError
 
 LONGEST = 1000
@@ -35,15 +37,15 @@ class SegClass:
 
 
 def parse_classes(text: str | Path | Sequence[str | SegClass]) -> list[SegClass]:
-    """Classes from "a, b; synonym, c", from a file of such lines (a path, or a text that ends in .txt; lines starting
-    with # are left out), or from a list of single entries or classes.
+    """Classes from "a, b; synonym, c", from a file of such lines (a path, or a text that ends in .txt or names a file
+    that is there; lines starting with # are left out), or from a list of single entries or classes.
 
     Raises:
         UserError: no class, an empty name, one that is given twice or is no name by its length, or a file that is not
             there or no text.
     """
-    if isinstance(text, str) and len(text) < 4096 and "\n" not in text and text.lower().endswith((".txt", *STRUCTURED)):
-        text = Path(text)
+    if isinstance(text, str) and len(text) < 4096 and "\n" not in text:
+        text = Path(text) if text.lower().endswith((".txt", *STRUCTURED)) or os.path.isfile(text) else text
     if isinstance(text, Path):
         given = read_lines(text, "a text file with class names", "class file")
         kept = [line for line in given if line.strip() and line.lstrip()[0] != "#"]
@@ -91,7 +93,7 @@ def _classes(entries: Sequence[str | SegClass], source: str) -> list[SegClass]:
     for name in names:
         if len(name) > LONGEST:
             raise UserError(f"class name {name[:40]!r}... has {len(name)} characters; expected at most {LONGEST}")
-    plain = [name.casefold() for name in names]  # text encoders do not tell Cat from cat
+    plain = [folded(name)[0] for name in names]  # text encoders do not tell Cat from cat
     double = [name for place, name in enumerate(names) if plain[place] in plain[:place]]
     if double:
         raise UserError(f"class name {double[0]!r} is given twice; name each class once")

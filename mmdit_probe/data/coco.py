@@ -11,7 +11,7 @@ the pixels whose centres lie in them.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,7 +26,7 @@ from mmdit_probe.data.labels import Ids, read_label_map
 from mmdit_probe.data.masks import Masks, Regions, check_size, decode_rle, fitted, paint, stack
 from mmdit_probe.data.picture import open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
-from mmdit_probe.data.text import read_json
+from mmdit_probe.data.text import once, read_json
 from mmdit_probe.errors import MISSHAPEN, UserError, check_known, counted
 
 KINDS = ("instances", "stuff", "panoptic")
@@ -143,9 +143,13 @@ def _parsed(content: Any, kind: str) -> tuple[dict[str, Any], dict[str, tuple[in
         str(one["file_name"]): check_size((one["height"], one["width"]))
         for one in content["images"] if "height" in one and "width" in one
     }  # fmt: skip
-    names = {int(one["id"]): _called(one, kind) for one in content["categories"]}
+    names = once("categories", [(int(one["id"]), _called(one, kind)) for one in content["categories"]])
     if kind == "panoptic":
-        return {file_of[int(one["image_id"])]: one for one in content["annotations"]}, sizes, names
+        return (
+            once("annotated pictures", [(file_of[int(one["image_id"])], one) for one in content["annotations"]]),
+            sizes,
+            names,
+        )
     grouped = defaultdict(list)
     for one in content["annotations"]:
         grouped[file_of[int(one["image_id"])]].append(one)
@@ -158,11 +162,9 @@ def _files(images: Any) -> dict[int, str]:
     Raises:
         ValueError: an id, or a file, that stands twice: annotations of one would be taken for the other's.
     """
-    pairs = [(int(one["id"]), str(one["file_name"])) for one in images]
-    for values in zip(*pairs, strict=True):
-        if twice := [value for value, count in Counter(values).items() if count > 1]:
-            raise ValueError(f"two pictures are called {twice[0]!r}")
-    return dict(pairs)
+    found = once("pictures", [(int(one["id"]), str(one["file_name"])) for one in images])
+    once("pictures", [(name, number) for number, name in found.items()])
+    return found
 
 
 def _called(category: Any, kind: str) -> str | None:

@@ -26,7 +26,7 @@ from mmdit_probe.data.labels import IGNORE, mapped, read_label_map
 from mmdit_probe.data.masks import Regions, stack
 from mmdit_probe.data.picture import SUFFIXES, by_name, listed, open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
-from mmdit_probe.data.text import caption_beside, read_json, stem
+from mmdit_probe.data.text import caption_beside, once, read_json, stem
 from mmdit_probe.errors import MISSHAPEN, UserError, counted
 
 
@@ -125,7 +125,7 @@ def _names(file: Path) -> dict[int, str]:
         return {}
     expected = '{"1": "cat", ...}'
     try:
-        names = {int(key): value for key, value in read_json(file, expected).items()}
+        names = once("ids", [(int(key), value) for key, value in read_json(file, expected).items()])
         if not all(isinstance(name, str) and name.strip() for name in names.values()):
             raise ValueError("a name is no text")
         return dict(sorted(names.items()))

@@ -112,13 +112,14 @@ def paint(masks: Masks, ids: Sequence[int] | None = None, bare: int = IGNORE) ->
     return labels
 
 
-def fitted(masks: Masks, size: tuple[int, int], name: str) -> Masks:
-    """Masks [K, H, W] at the size (height, width) of their picture's file, which may be stored smaller or larger.
+def fitted(masks: NDArray[Any], size: tuple[int, int], name: str) -> NDArray[Any]:
+    """Masks or a label map [..., H, W] at the size (height, width) of their picture's file, which may be stored smaller
+    or larger.
 
     Raises:
         UserError: the aspects differ: they are not of one picture.
     """
-    shape = masks.shape[1:]
+    shape = masks.shape[-2:]
     if shape == size:
         return masks
     if abs(shape[0] * size[1] / (shape[1] * size[0]) - 1.0) > 0.02:

@@ -22,7 +22,7 @@ from mmdit_probe.scenes import SPLITS, captions
 DEFAULT_COUNT = 50
 SETS = ("everyday", *(f"scenes:{split}" for split in SPLITS))
 
-_LOOKS_LIKE_FILE = re.compile(r"\S*(\.(txt|csv|tsv|json|jsonl|md|yaml|yml)|[/\\]\S*)")
+_LOOKS_LIKE_FILE = re.compile(r"\S*(\.(txt|csv|tsv|json|jsonl|md|yaml|yml)|[/\\]\S*)", re.IGNORECASE)
 _LOOKS_LIKE_SET = re.compile(r"[\w-]+:[\w-]+")
 
 

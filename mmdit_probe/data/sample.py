@@ -23,7 +23,7 @@ from PIL.Image import Image
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.labels import IGNORE, Ids
-from mmdit_probe.data.masks import Masks, Regions, paint, stack
+from mmdit_probe.data.masks import Masks, Regions, fitted, paint, stack
 from mmdit_probe.data.picture import Picture, open_picture
 from mmdit_probe.data.text import regular
 
@@ -94,14 +94,19 @@ class Sample:
         """Class ids [H, W] that index `names`, or None where nothing is known; overlapping masks: the smallest.
 
         Args:
-            shown_at: size of `open`; then the part that the picture shows there, in the label's own pixels.
+            shown_at: size of `open`; then the part that the picture shows there, in the picture's own pixels.
+
+        Raises:
+            UserError: it cannot be read, or with `shown_at`: it has another aspect than the picture.
         """
         if self._label is None and self._masks is None:
             return None
         ids = paint(self.regions().masks) if self._label is None else self._label()
         if shown_at is None:
             return ids
-        top, left, bottom, right = Fit.of((ids.shape[0], ids.shape[1]), shown_at, how="crop").shown
+        picture = self.open()
+        ids = fitted(ids, (picture.height, picture.width), f"the label of {self.name!r}")
+        top, left, bottom, right = Fit.of((picture.height, picture.width), shown_at, how="crop").shown
         return ids[top:bottom, left:right]
 
     def regions(self, size: tuple[int, int] | None = None) -> Regions:

@@ -12,6 +12,9 @@ import json
 import re
 import stat
 import unicodedata
+from collections import Counter
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +112,22 @@ def read_json(path: Path | str, expected: str) -> Any:
     """The content of a JSON file.
 
     Raises:
-        UserError: as in `read_text`, or it is no JSON.
+        UserError: as in `read_text`, it is no JSON, or a key stands twice in one of its objects.
     """
     try:
-        return json.loads(read_text(path, expected))
+        return json.loads(read_text(path, expected), object_pairs_hook=partial(once, "keys"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{str(path)!r} cannot be read as JSON ({error}); expected {expected}") from error
+
+
+def once(what: str, pairs: Collection[tuple[Any, Any]]) -> dict[Any, Any]:
+    """The dictionary of pairs, of which no two have one key; `what` they are, for the message.
+
+    Raises:
+        ValueError: two have: one would be taken for the other, in silence.
+    """
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"two {what} are called {twice!r}")
+    return found

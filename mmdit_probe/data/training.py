@@ -20,6 +20,7 @@ import numpy as np
 from mmdit_probe.data.fit import Fit
 from mmdit_probe.data.masks import fitted, largest, stack
 from mmdit_probe.data.sample import Dataset, Sample
+from mmdit_probe.data.words import find
 from mmdit_probe.errors import UserError, check_known, unknown
 
 MAX_NAMES = 20
@@ -99,7 +100,7 @@ class PictureData:
         listed = sorted(there[:MAX_NAMES])
         if self.listed:
             text = " ".join(names[k] for k in listed)
-        kept = [k for k in listed if says(text, names[k])]
+        kept = [k for k in listed if find(names[k], text, beside=names)]
         chosen = stack([masks[k] for k in kept], size)
         return Sample(sample.name, image, text, chosen, [names[k] for k in kept], notes=sample.notes)
 
@@ -120,13 +121,3 @@ class PictureData:
 def first_sentences(text: str, count: int | None) -> str:
     """The first sentences of a text, whole where it has fewer or no full stop; None: all of it."""
     return text if count is None else " ".join(_SENTENCE.split(text.strip())[:count])
-
-
-def says(text: str, name: str) -> bool:
-    """Whether a text holds a name as whole words, in any case; a name of signs alone, anywhere."""
-    words = _words(name)
-    return f" {words} " in f" {_words(text)} " if words else name in text
-
-
-def _words(text: str) -> str:
-    return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.attention.intercept import ModuleCall, Stage, sole_output
+from mmdit_probe.data.words import find
 from mmdit_probe.errors import RunError, UserError, brief, check_known
 from mmdit_probe.models.layout import Layer, Layout, Places
 from mmdit_probe.models.tokens import SPAN_KINDS, TokenTable
-from mmdit_probe.models.words import find
 from mmdit_probe.observe.pipeline_labels import PERTURBED
 from mmdit_probe.observe.sample_order import (
     canonical_call,

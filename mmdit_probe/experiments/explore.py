@@ -125,7 +125,7 @@ class Explore(Pictures):
         return [explorer(one) for one in self.explorations(result)]
 
     def _exploration(self, result: Result, number: int) -> Exploration:
-        from mmdit_probe.models.words import folded, words as places
+        from mmdit_probe.data.words import folded, words as places
         from mmdit_probe.pages import Exploration
 
         prompt, seed = result.request["items"][number][:2]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from mmdit_probe.data.prompt_sets import SETS
 from mmdit_probe.data.sources import NAMES
+from mmdit_probe.data.words import check_prompt, find, folded, words
 from mmdit_probe.errors import UserError, unknown
 from mmdit_probe.experiments.experiment import Experiment, Study, request_of, scheduled
 from mmdit_probe.experiments.known import KnownLayers, grounding_layers
@@ -27,7 +28,6 @@ from mmdit_probe.experiments.options import (
     streams_of,
 )
 from mmdit_probe.experiments.token_rows import Item, unread
-from mmdit_probe.models.words import check_prompt, find, folded, words
 from mmdit_probe.options import Option, changed
 from mmdit_probe.specs import Spec, layer_indices, listed
 

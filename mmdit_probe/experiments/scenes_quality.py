@@ -140,7 +140,7 @@ def map_scores(
     has a higher value than one outside). NaN where fewer than two classes are named.
     """
     present = [int(index) for index in np.unique(label) if index < len(names)]
-    found = {index: tokens.word_spans(names[index], missing_ok=True) for index in present}
+    found = {index: tokens.word_spans(names[index], missing_ok=True, beside=names) for index in present}
     spans = {index: [place for places in of.values() for place in places] for index, of in found.items() if of}
     ids = list(spans)
     rows: list[dict[str, Any]] = []

@@ -54,7 +54,7 @@ def check(data: Data | Sequence[Sample], model: Any, alignment: str, most: int =
         if alignment == "token" and sample.names:
             table = model.token_tables(sample.prompt)[0]
             for name in sample.names:
-                table.word_spans(name)
+                table.word_spans(name, beside=sample.names)
         with_masks += len(sample.masks) > 0
     if alignment != "none" and with_masks == 0:
         raise UserError(

@@ -10,9 +10,10 @@ training, and pictures and prompts are encoded one by one: the result does not d
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +50,11 @@ class Encoder:
 
     def __init__(self, model: MMDiT, limit: int = 1 << 30) -> None:
         self.model, self.limit = model, limit
-        self._known: OrderedDict[tuple[str, str], Encoded] = OrderedDict()
+        self._known: OrderedDict[Hashable, Encoded] = OrderedDict()
         self._bytes = 0
 
     def __call__(self, sample: Sample, prompt: str) -> Encoded:
-        key = (sample.name, prompt)
+        key = (hashlib.sha256(sample.image.tobytes()).hexdigest(), sample.image.shape, prompt)
         if key in self._known:
             self._known.move_to_end(key)
             return self._known[key]
@@ -144,7 +145,7 @@ class Objective:
         for row, (sample, table, of) in enumerate(zip(samples, tables, masks, strict=True)):
             aligned = set(columns_of(self.config, table))
             for place, name in enumerate(sample.names[: len(of)]):
-                spans = table.word_spans(name)
+                spans = table.word_spans(name, beside=sample.names)
                 positions = [p for span in spans.values() for p in span if p in aligned]
                 if not positions:
                     raise UserError(

@@ -67,7 +67,8 @@ def readouts(
         latents = model.noise(model.encode_image([s.image for _, s in chunk]), sigma, [seed + p for p, _ in chunk])
         maps = _maps(model, latents, sigma, text, layers, spaces)
         for row, (_, sample) in enumerate(chunk):
-            spans = [[p for of in text.tokens[row].word_spans(name).values() for p in of] for name in sample.names]
+            table, of = text.tokens[row], sample.names
+            spans = [[p for places in table.word_spans(name, beside=of).values() for p in places] for name in of]
             ids = [names.index(name) for name in sample.names]
             label = paint(sample.masks, ids, bare=-1)
             for space, stretch in kinds:

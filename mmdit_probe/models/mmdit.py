@@ -30,6 +30,7 @@ from torch import Tensor
 
 from mmdit_probe import assets
 from mmdit_probe.attention.intercept import interpose
+from mmdit_probe.data.words import find, words
 from mmdit_probe.errors import ProbeWarning, UserError, brief, check_known, counted
 from mmdit_probe.models import latents as packing
 from mmdit_probe.models.families.registry import Family, family_of
@@ -38,7 +39,6 @@ from mmdit_probe.models.names import HEAD_COUNTS
 from mmdit_probe.models.pipeline_call import first_call
 from mmdit_probe.models.tokens import TokenTable, picture_positions, stream_length, token_tables
 from mmdit_probe.models.weights import compute_dtype, weight_hash, weight_state
-from mmdit_probe.models.words import find, words
 from mmdit_probe.quiet import barless
 from mmdit_probe.results.clip import Clip
 from mmdit_probe.scenes.captions import WORDS

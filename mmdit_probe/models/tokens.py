@@ -6,7 +6,7 @@
 
 Text positions follow the joint text order (SD3: CLIP's positions, then T5's). A text mass that is not split by span
 kind cannot be compared between models: much of it may sit on BOS, EOS, pads or a template. What counts as a word, and
-as the same letters, is the business of `models.words`.
+as the same letters, is the business of `data.words`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import bisect
 import itertools
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mmdit_probe.data.words import blankless, check_prompt, find, folded, words
 from mmdit_probe.errors import ProbeWarning, UserError, check_known, counted, unknown
 from mmdit_probe.models.families.facts import Family, Part, TextStream
-from mmdit_probe.models.words import blankless, check_prompt, find, folded, words
 
 _ALL = 1 << 30
 """More tokens than any prompt has."""
@@ -134,15 +134,16 @@ class TokenTable:
         return found
 
     def word_spans(
-        self, phrase: str, occurrence: int | None = None, *, missing_ok: bool = False
+        self, phrase: str, occurrence: int | None = None, *, missing_ok: bool = False, beside: Iterable[str] = ()
     ) -> dict[str, list[int]]:
         """Text positions of a word, of a run of words or of any other part of the prompt, per encoder stream.
 
         Args:
-            phrase: e.g. "ring", "red ring" or "猫", compared as `models.words.find` does. Where it is no whole word of
+            phrase: e.g. "ring", "red ring" or "猫", compared as `data.words.find` does. Where it is no whole word of
                 a text, its letters within words are taken, with a warning.
             occurrence: which one if the phrase is repeated (0-based, in every text by itself); None takes all.
             missing_ok: no positions, instead of an error, if no encoder reads the phrase.
+            beside: other phrases that are looked for: "bear" within "teddy bear" is the longer one's.
 
         Returns: stream -> positions, each stream by its own text; a stream whose encoder was not given the phrase, cut
         it off, or is switched off, is absent.
@@ -150,7 +151,7 @@ class TokenTable:
         Raises:
             UserError: the phrase is in no text, was cut off in every stream, or the tokenizers disagree on its place.
         """
-        places = self._places(phrase)
+        places = self._places(phrase, list(beside))
         if occurrence is not None:
             counts = {len(found) for found in places.values()} or {0}
             if places and not 0 <= occurrence < max(counts):
@@ -175,12 +176,12 @@ class TokenTable:
             raise self._missing(phrase, places, disputing)
         return {stream: sorted(span) for stream, span in positions.items()}
 
-    def _places(self, phrase: str) -> dict[str, list[tuple[int, int]]]:
+    def _places(self, phrase: str, beside: Sequence[str] = ()) -> dict[str, list[tuple[int, int]]]:
         """text -> (start, stop) of every occurrence, for the texts that have the phrase."""
         texts = dict.fromkeys([self.prompt, *self.texts.values()])
-        places = {text: found for text in texts if (found := find(phrase, text))}
+        places = {text: found for text in texts if (found := find(phrase, text, beside=beside))}
         if not places:
-            places = {text: found for text in texts if (found := find(phrase, text, whole=False))}
+            places = {text: found for text in texts if (found := find(phrase, text, whole=False, beside=beside))}
             if places:
                 warnings.warn(
                     f"{phrase!r} is no word of {next(iter(places))!r}: its letters within a word are taken",
@@ -190,6 +191,8 @@ class TokenTable:
         return places
 
     def _missing(self, phrase: str, places: Mapping[str, Any], disputing: Sequence[str]) -> UserError:
+        if not places and any(find(phrase, text) for text in (self.prompt, *self.texts.values())):
+            return UserError(f"{phrase!r} stands only within longer names in {self.prompt!r}; leave it out")
         if not places:
             return unknown("word", phrase, dict.fromkeys(self.words))
         if disputing:

@@ -80,10 +80,14 @@ class Refinement:
         return scores
 
     def on_pixels(self, scores: Tensor, capture: Capture) -> Tensor:
-        """Scores [C, H, W] after the steps at the picture's size."""
+        """Scores [C, H, W] after the steps at the picture's size; pixels that were not shown take no part in them."""
+        top, left, bottom, right = capture.fit.shown
+        shown = np.s_[..., top:bottom, left:right]
         for name, rounds in self.steps:
             if name == "pamr":
-                scores = capture.once("pamr", lambda: PixelAffinity.of(capture.image)).spread(scores, rounds)
+                affinity = capture.once("pamr", lambda: PixelAffinity.of(capture.image[top:bottom, left:right]))
+                scores, before = torch.zeros_like(scores), scores
+                scores[shown] = affinity.spread(before[shown], rounds)
         return scores
 
     def labels(

@@ -15,10 +15,11 @@ from transformers import BatchFeature
 
 from mmdit_probe import UserError
 from mmdit_probe.cli.app import main
-from mmdit_probe.data import Fit, dataset, training_data
+from mmdit_probe.data import Fit, PictureData, Sample, dataset, training_data
 from mmdit_probe.data.captions import Captioner, cached
 from mmdit_probe.data.coco import _filled
-from mmdit_probe.data.training import first_sentences, says
+from mmdit_probe.data.sample import Dataset
+from mmdit_probe.data.training import first_sentences
 from tests import blip
 
 SIZE = (64, 64)
@@ -125,6 +126,20 @@ def test_two_pictures_of_one_name_or_id_are_refused(tmp_path: Path) -> None:
         dataset(f"coco-instances:{root}")
 
 
+@pytest.mark.parametrize(
+    ("kind", "part", "said"),
+    [("instances", "categories", "categories are called 1"),
+     ("panoptic", "annotations", "annotated pictures are called")],
+)  # fmt: skip
+def test_what_an_annotation_file_says_twice_is_refused(tmp_path: Path, kind: str, part: str, said: str) -> None:
+    """The last one counted: a category had another's name, a picture another's segments."""
+    file = coco(tmp_path) / "annotations" / f"{kind}_train2017.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps(content | {part: [*content[part], content[part][0]]}))
+    with pytest.raises(UserError, match=f"two {said}"):
+        dataset(f"coco-{kind}:{tmp_path}")
+
+
 def test_coco_captions_name_what_is_aligned(tmp_path: Path) -> None:
     data = coco_data(coco(tmp_path), SIZE, kind="panoptic")
     assert data[0].prompt == "A cat at a wall. It sits."
@@ -209,9 +224,19 @@ def test_a_long_caption_is_cut_at_sentences() -> None:
     assert first_sentences("a b. c", None) == "a b. c"
 
 
-def test_a_name_is_said_as_whole_words() -> None:
-    assert says("A T-shirt, red.", "t shirt") and not says("a tshirt", "t-shirt") and not says("a catfish", "cat")
-    assert says("what (?!)", "?!") and not says("what?", "?!")
+def test_masks_of_a_caption_are_those_whose_names_it_says() -> None:
+    """In any spelling, as the words of prompts are found; a name within a longer one is not said."""
+    names = ("bear", "teddy bear", "café", "猫", "cat")
+    masks = np.zeros((5, 2, 2), bool)
+    masks[:, 0, 0] = True
+
+    def kept(caption: str) -> tuple[str, ...]:
+        sample = Sample("a", np.zeros((2, 2, 3), np.uint8), caption, masks, names)
+        return PictureData(Dataset("own", [], [sample]), prompt="caption")[0].names
+
+    assert kept("A teddy bear, a cafe\u0301.") == ("teddy bear", "café")
+    assert kept("the bear of a Teddy-bear, catfish") == ("bear",)
+    assert kept("一只猫, teddy bear and bears") == ("teddy bear", "猫")
 
 
 def pictures(count: int = 3) -> dict[str, Any]:

@@ -408,6 +408,25 @@ def test_a_class_file_takes_commas_and_a_list_of_ids_does_not(tmp_path: Path) ->
             read_classes(path)
 
 
+def test_a_file_is_one_whatever_it_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--classes coco.names` was one class of that name, and PROMPTS.TXT, misspelt, a prompt."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("coco.names", "labels"):
+        (tmp_path / name).write_text("cat\ndog\n")
+        assert [one.name for one in parse_classes(name)] == ["cat", "dog"]
+    assert [one.name for one in parse_classes("labels, sky")] == ["labels", "sky"]
+    with pytest.raises(UserError, match=r"no prompts file 'PROMPTS\.TXT'"):
+        prompts("PROMPTS.TXT")
+
+
+@pytest.mark.parametrize("second", ["Café", "cafe\u0301"])
+def test_a_class_in_another_spelling_is_the_same_class(second: str) -> None:
+    with pytest.raises(UserError, match="is given twice"):
+        parse_classes(["café", second])
+    with pytest.raises(UserError, match="is given twice"):
+        parse_classes(["wet grass", "wet\u00a0grass"])
+
+
 def generic(root: Path, names: list[str], label: str = ".png") -> Path:
     for part in ("images", "labels"):
         (root / part).mkdir(parents=True, exist_ok=True)
@@ -598,6 +617,8 @@ def test_annotations_in_any_order_give_the_same_labels(tmp_path: Path) -> None:
     [('{"1": "cat", "2": "dog"}', ("cat", "dog")), ('{"2": "cat", "1": "cat"}', ("cat",)),
      ('{"1": "cat"}', r"ids \[2\]"), ("[]", "cannot be read"),
      ('{"1": ["cat"], "2": "x"}', "no text"), ('{"x": "cat"}', "classes.json' cannot be read"),
+     ('{"1": "dog", "1": "cat", "2": "x"}', "two keys are called '1'"),
+     ('{"1": "dog", "01": "cat", "2": "x"}', "two ids are called 1"),
      ('{"1": " "}', "no text"), ("null", "cannot be read"), ("{", "cannot be read as JSON")],
 )  # fmt: skip
 def test_names_of_masks(tmp_path: Path, names: str, want: Any) -> None:

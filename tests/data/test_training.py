@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from mmdit_probe import UserError
-from mmdit_probe.data import PictureData, ScenesData, samples, training_data
+from mmdit_probe.data import PictureData, Sample, ScenesData, open_picture, read_label_map, samples, training_data
 from mmdit_probe.data.masks import MAX_MASKS, largest
 from mmdit_probe.magnet.check import check
 from mmdit_probe.magnet.pseudo import SelfLabelled
@@ -140,6 +141,24 @@ def test_labels_stored_at_another_size_are_brought_to_their_picture(tmp_path: Pa
     Image.fromarray(label[: size[0] // 2].astype(np.uint8)).save(tmp_path / "labels" / "a.png")
     with pytest.raises(UserError, match="not of one picture"):
         folder_data(tmp_path, (8, 8))[0]
+
+
+def test_the_shown_part_of_a_label_is_that_of_its_picture(tmp_path: Path) -> None:
+    """Of a photo that its EXIF tag turns, a label that was not turned was read across: classes of tokens elsewhere."""
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    pixels = Image.fromarray(np.zeros((8, 16, 3), np.uint8))
+    label = (np.arange(16) >= 8) * np.ones((8, 1), np.uint8)
+    Image.fromarray(label.astype(np.uint8)).save(tmp_path / "label.png")
+    for options, size in (({}, (8, 8)), ({"exif": tag}, None)):
+        pixels.save(tmp_path / "a.png", **options)
+        read = partial(read_label_map, tmp_path / "label.png")
+        sample = Sample("a", partial(open_picture, tmp_path / "a.png"), names=("cat", "sky"), label=read)
+        if size is None:
+            with pytest.raises(UserError, match="not of one picture"):
+                sample.label((4, 4))
+        else:
+            assert sample.label((4, 4)).tolist() == [[0] * 4 + [1] * 4] * 8
 
 
 def test_folder_without_names_has_unnamed_masks(tmp_path: Path) -> None:

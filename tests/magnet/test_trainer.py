@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from mmdit_probe import UserError, load
 from mmdit_probe.data import Sample, ScenesData
 from mmdit_probe.errors import RunError
-from mmdit_probe.magnet import lora
+from mmdit_probe.evaluate.scores import map_quality
+from mmdit_probe.magnet import lora, validation
 from mmdit_probe.magnet.config import MagnetOptions, recipe
 from mmdit_probe.magnet.inputs import gather
 from mmdit_probe.magnet.lora import named_parameters
-from mmdit_probe.magnet.objective import items_at, level_of, noise_levels, noise_of, rate_at
+from mmdit_probe.magnet.objective import Encoder, Objective, items_at, level_of, noise_levels, noise_of, rate_at
 from mmdit_probe.magnet.trainer import CHECKPOINT, TrainResult, train
 from mmdit_probe.magnet.validation import validate
 from mmdit_probe.models.adapters import read_metadata
@@ -109,6 +110,36 @@ def test_a_run_is_not_continued_with_other_held_out_pictures(tmp_path: Path) -> 
         with pytest.raises(UserError, match="made with validation: "):
             run(tmp_path / "run", other, held_out=held_out, resume=True)
     run(tmp_path / "run", replace(config, validate_every=1), held_out=[Pictures()[0]], resume=True)
+
+
+def test_a_name_within_a_longer_one_is_no_word_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a teddy bear and a bear, the bear's map was that of both."""
+    names, masks = ("cat", "ring cat"), Pictures()[0].masks
+    model, sample = fresh(), Sample("a", Pictures()[0].image, "ring cat cat", masks, names)
+    table = model.token_tables([sample.prompt])[0]
+    weights = Objective(model, CONFIG)._groups([sample], [table], [masks])[0]  # [T, 2]
+    for column, word in ((0, [2]), (1, [0, 1])):
+        of = [place for place, token in enumerate(table.tokens) if token.word_index in word]
+        assert of and weights[:, column].nonzero()[:, 0].tolist() == of
+    seen: list[torch.Tensor] = []
+    places = torch.arange(len(table)).float()[None, :, None, None].expand(1, -1, 2, 2)
+    monkeypatch.setattr(validation, "_maps", lambda *_: {"probability": places})
+    monkeypatch.setattr(validation, "map_quality", lambda maps, *rest: seen.append(maps) or map_quality(maps, *rest))
+    validate(model, [sample], [1])  # of "cat ring cat"
+    table = model.token_tables(["cat ring cat"])[0]
+    of = [place for place, token in enumerate(table.tokens) if token.word_index == 0]
+    assert seen[0][0].unique().tolist() == [sum(of) / len(of)]
+    with pytest.raises(UserError, match="'cat' stands only within longer names"):
+        table = model.token_tables(["ring cat"])[0]
+        table.word_spans("cat", beside=names)
+
+
+def test_pictures_of_one_name_are_each_encoded() -> None:
+    """Latents were remembered by the picture's name: those of the first stood for all that are called alike."""
+    encode, pictures = Encoder(fresh()), Pictures()
+    same = [Sample("a", pictures[index].image, "ring") for index in (0, 1, 0)]
+    first, second, third = (encode(one, "ring") for one in same)
+    assert third is first and not torch.equal(first.latents, second.latents)
 
 
 def test_validation_counts_a_pixel_of_two_masks_as_the_smaller_one() -> None:

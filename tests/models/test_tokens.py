@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from mmdit_probe.data.words import folded
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.tokens import Token, TokenTable, fitted, token_tables, unknown_table
-from mmdit_probe.models.words import folded
 from tests import tiny
 from tests.pipelines import llm_tokenizer
 

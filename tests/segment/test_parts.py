@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from mmdit_probe.data import Fit, open_picture, parse_classes
+from mmdit_probe.data.words import words
 from mmdit_probe.errors import UserError
 from mmdit_probe.models.tokens import Token, TokenTable
-from mmdit_probe.models.words import words
+from mmdit_probe.segment.record import Capture
 from mmdit_probe.segment.refine import PixelAffinity, Refinement, without_sinks
 from mmdit_probe.segment.settings import Background
 from mmdit_probe.segment.tail import label
@@ -171,6 +174,15 @@ def test_pamr_snaps_to_the_colours_and_keeps_constant_maps() -> None:
     assert torch.allclose(pixels.spread(constant, 3), constant, atol=1e-5)
     large = PixelAffinity.of(image.repeat(32, 0).repeat(32, 1))  # refined at 512 pixels, given back at full size
     assert max(large.weights.shape[1:]) == 512 and large.spread(torch.rand(2, 1024, 1280), 1).shape == (2, 1024, 1280)
+
+
+def test_pamr_of_a_crop_is_that_of_the_part_that_is_shown() -> None:
+    """What the crop cuts off had scores of 0, which spread into the part that was read: rules of background took it."""
+    image, maps = np.random.default_rng(0).integers(0, 255, (8, 16, 3), np.uint8), torch.rand(2, 4, 4)
+    pamr, shown = Refinement.parse("pamr"), np.s_[:, 4:12]
+    part = Capture.of((4, 4), image=image[shown])
+    found = pamr(maps, replace(part, picture=image, fit=Fit.of((8, 16), (4, 4), 1, "crop"), _derived={}))
+    assert torch.equal(found[:, *shown], pamr(maps, part)) and not found[:, :, :4].any() and not found[:, :, 12:].any()
 
 
 def test_pamr_is_the_mean_over_neighbours_written_out() -> None:

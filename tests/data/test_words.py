@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 from hypothesis import given, strategies as st
 
-from mmdit_probe.models.words import find, folded, words
+from mmdit_probe.data.words import find, folded, words
 
 
 @pytest.mark.parametrize(

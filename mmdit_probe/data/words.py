@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 
 from mmdit_probe.errors import UserError
@@ -52,7 +52,7 @@ def blankless(text: str) -> bool:
     return _BLANKLESS.search(text) is not None
 
 
-def find(phrase: str, text: str, *, whole: bool = True) -> list[tuple[int, int]]:
+def find(phrase: str, text: str, *, whole: bool = True, beside: Iterable[str] = ()) -> list[tuple[int, int]]:
     """(start, stop) of every occurrence of a phrase in a text, from left to right.
 
     Upper and lower case, composed and decomposed accents, straight and curly quotation marks, hyphens that may and may
@@ -61,8 +61,11 @@ def find(phrase: str, text: str, *, whole: bool = True) -> list[tuple[int, int]]
     Args:
         whole: only where it begins and ends with a word (or anywhere in a script without blanks); else anywhere between
             two letters, marks included.
+        beside: other phrases that are looked for; an occurrence within one of a longer of them is that one's.
     """
     wanted = folded(phrase)[0].strip()
+    longer = [other for other in beside if len(folded(other)[0].strip()) > len(wanted)]
+    taken = [span for other in longer for span in find(other, text)]
     letters, places = folded(text)
     places = (*places, len(text))
     edges = _edges(text)
@@ -72,7 +75,8 @@ def find(phrase: str, text: str, *, whole: bool = True) -> list[tuple[int, int]]
         after = at + len(wanted)
         start, stop = min(places[at:after]), max(places[at:after]) + 1
         between = _starts_letter(letters, places, at) and _starts_letter(letters, places, after)
-        if between and (not whole or {start, stop} <= edges):
+        own = not any(first <= start and stop <= last for first, last in taken)
+        if own and between and (not whole or {start, stop} <= edges):
             found.append((start, stop))
             at = letters.find(wanted, after)
         else:
