@@ -134,7 +134,10 @@ class Run:
         self.pipeline = target.pipeline if isinstance(target, MMDiT) else target if is_pipeline(target) else None
         outer = target if self.pipeline is None else self.pipeline.transformer
         if not isinstance(outer, nn.Module):
-            raise UserError(f"cannot probe {type(target).__name__}: expected an MMDiT, a pipeline or a transformer")
+            why = "expected an MMDiT, a pipeline or a transformer"
+            if outer is None:
+                why = "its transformer is not loaded (None)"
+            raise UserError(f"cannot probe {type(target).__name__}: {why}")
         self._outer = outer
         self.transformer = unwrap(outer)
         self._source = layout_source(self.transformer)

@@ -271,8 +271,9 @@ def test_a_recorder_sees_the_call_before_the_edit(pipe: Any) -> None:
         assert (abs(one - two).max() < 1e-6) == same
 
 
-def test_heads_are_not_counted_in_a_call_of_some_of_them() -> None:
-    model, by_heads = model_of("sd3")(), OwnAttention(OWN_ATTENTION["by heads"][0])
+@pytest.mark.parametrize("family", ["sd3", "krea2", "ideogram4"])
+def test_heads_are_not_counted_in_a_call_of_some_of_them(family: str) -> None:
+    model, by_heads = model_of(family)(), OwnAttention(OWN_ATTENTION["by heads"][0])
     scaled = probe(model, edits=Scale(factor=0.0, heads=[0]))  # it was the first head of each call
     with pytest.raises(RunError, match="attention for 1 of its heads alone"), by_heads, scaled:
         forward(model)

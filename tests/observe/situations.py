@@ -635,6 +635,30 @@ def alternating(name: str, samples: int = 1, steps: int = 2) -> list[list[str]]:
     return [[first] * samples + [second] * samples] * steps
 
 
+MODULAR = {
+    "sd3": "StableDiffusion3AutoBlocks", "flux": "FluxAutoBlocks", "flux2": "Flux2KleinAutoBlocks",
+    "qwen_image": "QwenImageAutoBlocks", "z_image": "ZImageAutoBlocks",
+}  # fmt: skip
+"""Blocks that modular pipelines are made of."""
+
+
+@functools.cache
+def modular(name: str) -> Any:
+    """A modular pipeline on the components of a stock one."""
+    import diffusers
+
+    pipe, parts = getattr(diffusers, MODULAR[name])().init_pipeline(), shared(name).components
+    pipe.update_components(**{part: parts[part] for part in parts if part in pipe.component_names})
+    return pipe
+
+
+def sample_modular(pipe: Any, **options: Any) -> list[Tensor]:
+    """A short run of a modular pipeline: `sample` goes by the names of arguments, and it has none."""
+    side = 64 if "StableDiffusion3" in type(pipe).__name__ else 32
+    options = {"height": side, "width": side, "num_inference_steps": 2, "max_sequence_length": 40} | options
+    return _flat(pipe(prompt=PROMPT, output="latents", generator=torch.Generator().manual_seed(3), **options))
+
+
 STRENGTH = {
     "sd3": "StableDiffusion3", "flux": "Flux", "qwen_image": "QwenImage", "chroma": "Chroma", "z_image": "ZImage",
 }  # fmt: skip
@@ -817,6 +841,10 @@ def pipeline_situations() -> list[Situation]:
             rows.append(
                 of_pipeline(name, "another pipeline on the transformer", run=run, labels=labels, note="probe that")
             )
+    for name in MODULAR:
+        row = of_pipeline(name, "as a modular pipeline", run=sample_modular, note="are not followed")
+        steps = [0, 0, 1, 1] if name in ("sd3", "qwen_image") else [0, 1]  # with guidance by a second call
+        rows.append(replace(row, build=functools.partial(modular, name), labels=Labels(steps, None, {-1}, {""})))
     for way, scale, branches in (
         ("PAG and guidance", 3.0, ["uncond", "cond", "perturbed"]),
         ("PAG without guidance", 0.0, ["cond", "perturbed"]),
