@@ -43,7 +43,14 @@ from mmdit_probe.models.layout_source import layout_source
 from mmdit_probe.models.mmdit import Batch, MMDiT, default_length, is_embedded
 from mmdit_probe.models.pipeline_call import bind
 from mmdit_probe.models.tokens import TokenTable, fitted
-from mmdit_probe.observe.backend import drops_unconditional, hiding, processor_of, refuse_sharded, skipping
+from mmdit_probe.observe.backend import (
+    drops_unconditional,
+    hiding,
+    processor_of,
+    refuse_reordered,
+    refuse_sharded,
+    skipping,
+)
 from mmdit_probe.observe.clock import Clock
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, check_finite
 from mmdit_probe.observe.pipeline_labels import PERTURBED, PipelineRows, calling_pipeline, is_pipeline
@@ -640,6 +647,7 @@ class _LayerRecorder:
         if hidden is not None and bool(hidden.any()):
             layout = layout.without(hidden if places is None else canonical_hidden(hidden, places))
         seen = LayerCall(self.layer, layout, denoising, record if places is None else canonical(record, places))
+        refuse_reordered(self.layer, layout, seen.call, record.module_call)
         for observer in self.observers:
             observer.observe(seen)
         if self.ends:
