@@ -23,6 +23,8 @@ from mmdit_probe.data.words import find
 from mmdit_probe.errors import RunError, UserError, brief, check_known
 from mmdit_probe.models.layout import Layer, Layout, Places
 from mmdit_probe.models.tokens import SPAN_KINDS, TokenTable
+from mmdit_probe.models.words import find
+from mmdit_probe.observe.backend import refuse_reordered
 from mmdit_probe.observe.pipeline_labels import PERTURBED
 from mmdit_probe.observe.sample_order import (
     canonical_call,
@@ -215,6 +217,7 @@ class Handler:
         samples = self._samples(call, module_call)
         hidden = hidden_keys(call)
         if places is None:
+            refuse_reordered(self.layer, layout, call, module_call)
             place = self._place(call, layout, samples, hidden)
             if place is None:
                 return proceed(call)
@@ -226,6 +229,7 @@ class Handler:
         # The edit sees every sample in one order; the kernel, and edits after this one, see the model's own.
         moved = Places(places.keys[samples], places.queries[samples])
         ordered = canonical_call(call, moved)
+        refuse_reordered(self.layer, layout, ordered, module_call)
         absent = moved.keys < 0 if hidden is None else canonical_hidden(hidden, moved)
         place = self._place(ordered, layout, samples, absent)
         if place is None:

@@ -37,7 +37,8 @@ class Layer:
 
     def attends(self, heads: int) -> bool:
         """Whether a call of so many heads is one of all heads, as far as the module tells their number."""
-        return heads == getattr(self.module, "heads", heads)
+        known = (getattr(self.module, name, None) for name in ("heads", "num_heads"))
+        return heads == next((count for count in known if count is not None), heads)
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,16 @@ class MMDiT:
         offload: str | None = None,
         quantize: str | None = None,
     ) -> None:
-        if not hasattr(pipeline, "transformer"):
-            raise UserError(f"MMDiT({brief(pipeline)}): expected a diffusers pipeline; load(...) takes names, folders")
+        if getattr(pipeline, "transformer", None) is None:
+            raise UserError(
+                f"MMDiT({brief(pipeline)}): expected a diffusers pipeline with its transformer; load(...) takes names,"
+                " folders"
+            )
+        if "prompt" not in inspect.signature(type(pipeline).__call__).parameters:
+            raise UserError(
+                f"{type(pipeline).__name__} takes what its blocks ask for (a modular pipeline), and no prompt, size or"
+                " seed by name: give it to `probe` and call it yourself"
+            )
         self.pipeline = pipeline
         self.offload, self.quantize = offload, quantize
         self.name = name or type(pipeline).__name__

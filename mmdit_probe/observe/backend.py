@@ -9,14 +9,20 @@ attention, as do hooks that skip or reuse a layer, function modes that answer fo
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from mmdit_probe.attention.call import STOCK
-from mmdit_probe.errors import UserError
+from mmdit_probe.attention.call import STOCK, SDPACall
+from mmdit_probe.attention.intercept import ModuleCall
+from mmdit_probe.errors import RunError, UserError
+from mmdit_probe.models.layout import Layer, Layout
+
+_ALIKE = 0.02
+"""Of the largest number of a value, below which two are the same in bfloat16."""
 
 
 def refuse_sharded(transformer: nn.Module) -> None:
@@ -67,6 +73,38 @@ def drops_unconditional(transformer: nn.Module) -> bool:
     registry = getattr(transformer, "_diffusers_hook", None)
     hooks = () if registry is None else registry.hooks.values()
     return any(type(hook).__name__ == "FasterCacheDenoiserHook" for hook in hooks)
+
+
+@torch.no_grad()
+def refuse_reordered(layer: Layer, layout: Layout, call: SDPACall, module_call: ModuleCall) -> None:
+    """Refuse a processor of one's own that is given image and text apart, and joins them in another order.
+
+    Args:
+        layout: the order of the family. call: in that order.
+
+    Raises:
+        RunError: the value of the image's first token is at another place than it has in the layout, and not there.
+    """
+    module: Any = layer.module
+    hidden, project = module_call.argument("hidden_states", 0), getattr(module, "to_v", None)
+    own = type(getattr(module, "processor", nn.Identity())).__module__.split(".")[0] not in ("diffusers", "torch")
+    if not own or project is None or not isinstance(hidden, Tensor) or hidden.ndim != 3:
+        return
+    place = layout.indices("image", "reference")
+    if hidden.shape[1] != len(place) or len(hidden) != len(call.value):
+        return
+    dtype, device = module_call.autocast, call.value.device.type
+    with nullcontext() if dtype is None else torch.autocast(device, dtype):
+        value = project(hidden[:, :1])  # [B, 1, H D]
+    found = call.value.transpose(1, 2).flatten(2)  # [B, N, H D]
+    if found.shape[2] != value.shape[2]:
+        return
+    same = ((found - value).abs().amax(2) < _ALIKE * value.abs().amax(2)).any(0)
+    if bool(same.any()) and not bool(same[place[0]]):
+        raise RunError(
+            f"layer {layer.index} ({layer.path}, {processor_of(module)}): the processor joins image and text in another"
+            " order than the model's own; join them as that does"
+        )
 
 
 def hiding(module: nn.Module) -> str:

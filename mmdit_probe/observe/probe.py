@@ -43,7 +43,14 @@ from mmdit_probe.models.layout_source import layout_source
 from mmdit_probe.models.mmdit import Batch, MMDiT, default_length, is_embedded
 from mmdit_probe.models.pipeline_call import bind
 from mmdit_probe.models.tokens import TokenTable, fitted
-from mmdit_probe.observe.backend import drops_unconditional, hiding, processor_of, refuse_sharded, skipping
+from mmdit_probe.observe.backend import (
+    drops_unconditional,
+    hiding,
+    processor_of,
+    refuse_reordered,
+    refuse_sharded,
+    skipping,
+)
 from mmdit_probe.observe.clock import Clock
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, check_finite
 from mmdit_probe.observe.pipeline_labels import PERTURBED, PipelineRows, calling_pipeline, is_pipeline
@@ -134,7 +141,10 @@ class Run:
         self.pipeline = target.pipeline if isinstance(target, MMDiT) else target if is_pipeline(target) else None
         outer = target if self.pipeline is None else self.pipeline.transformer
         if not isinstance(outer, nn.Module):
-            raise UserError(f"cannot probe {type(target).__name__}: expected an MMDiT, a pipeline or a transformer")
+            why = "expected an MMDiT, a pipeline or a transformer"
+            if outer is None:
+                why = "its transformer is not loaded (None)"
+            raise UserError(f"cannot probe {type(target).__name__}: {why}")
         self._outer = outer
         self.transformer = unwrap(outer)
         self._source = layout_source(self.transformer)
@@ -638,6 +648,7 @@ class _LayerRecorder:
         if hidden is not None and bool(hidden.any()):
             layout = layout.without(hidden if places is None else canonical_hidden(hidden, places))
         seen = LayerCall(self.layer, layout, denoising, record if places is None else canonical(record, places))
+        refuse_reordered(self.layer, layout, seen.call, record.module_call)
         for observer in self.observers:
             observer.observe(seen)
         if self.ends:

@@ -22,7 +22,7 @@ from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.tokens import token_tables
 from mmdit_probe.observe.observer import Observer
 from tests import tiny
-from tests.observe.situations import OWN_ATTENTION, OwnAttention, forward, model_of
+from tests.observe.situations import OWN_ATTENTION, OwnAttention, forward, model_of, own_processors, rolled
 
 IMAGE, T = 16, tiny.CLIP_LENGTH + tiny.T5_LENGTH
 N = IMAGE + T
@@ -271,10 +271,18 @@ def test_a_recorder_sees_the_call_before_the_edit(pipe: Any) -> None:
         assert (abs(one - two).max() < 1e-6) == same
 
 
-def test_heads_are_not_counted_in_a_call_of_some_of_them() -> None:
-    model, by_heads = model_of("sd3")(), OwnAttention(OWN_ATTENTION["by heads"][0])
+@pytest.mark.parametrize("family", ["sd3", "krea2", "ideogram4"])
+def test_heads_are_not_counted_in_a_call_of_some_of_them(family: str) -> None:
+    model, by_heads = model_of(family)(), OwnAttention(OWN_ATTENTION["by heads"][0])
     scaled = probe(model, edits=Scale(factor=0.0, heads=[0]))  # it was the first head of each call
     with pytest.raises(RunError, match="attention for 1 of its heads alone"), by_heads, scaled:
+        forward(model)
+
+
+def test_a_processor_that_joins_tokens_in_another_order_is_refused() -> None:
+    model = model_of("sd3")()
+    own_processors(rolled)(model)
+    with pytest.raises(RunError, match=r"layer 0 .* OwnProcessor.* in another order"), probe(model, edits=Blur()):
         forward(model)
 
 

@@ -17,8 +17,10 @@ from mmdit_probe.models.families.registry import FAMILIES, family_of
 from mmdit_probe.models.layout import KINDS, Layout, find_layers
 from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.observe.probe import probe
 from mmdit_probe.specs import seed_values
 from tests import tiny
+from tests.observe.situations import modular
 
 
 @pytest.fixture
@@ -295,5 +297,16 @@ def test_without_an_autoencoder_there_are_latents_and_no_pictures(pipe: Any, mon
 
 @pytest.mark.parametrize("other", ["scenes-sd3", None, tiny.transformer])
 def test_what_is_no_pipeline_is_refused(other: Any) -> None:
-    with pytest.raises(UserError, match=r"expected a diffusers pipeline; load\(\.\.\.\) takes names, folders"):
+    with pytest.raises(UserError, match=r"expected a diffusers pipeline with its transformer; load\(\.\.\.\) takes"):
         MMDiT(other)
+
+
+def test_a_modular_pipeline_is_called_by_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes any keyword, so that steps, size and seed were left out as if it had none of them."""
+    pipe = modular("sd3")
+    with pytest.raises(UserError, match=r"StableDiffusion3ModularPipeline takes what its blocks ask for .* `probe`"):
+        MMDiT(pipe)
+    monkeypatch.setattr(pipe, "transformer", None)
+    for build, why in ((MMDiT, "with its transformer"), (probe, r"transformer is not loaded \(None\)")):
+        with pytest.raises(UserError, match=why):
+            build(pipe)

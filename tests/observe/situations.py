@@ -408,6 +408,35 @@ def layer_skip(layers: Sequence[int] = (1,), **options: bool) -> Callable[[Any],
     return around
 
 
+def rolled(proceed: Callable[..., Tensor], *call: Tensor) -> Tensor:
+    """The same attention, of tokens that are joined in another order."""
+    parts = zip(("query", "key", "value"), call, strict=True)
+    return proceed(**{name: part.roll(5, 2) for name, part in parts}).roll(-5, 2)
+
+
+def own_processors(way: Callable[..., Tensor] | None = None) -> Callable[[Any], Any]:
+    """Processors of one's own, subclasses of the model's; their attention is called in a way of their own, if any."""
+
+    def around(target: Any) -> Any:
+        made: dict[type, Any] = {}
+        for module in _transformer(target).modules():
+            stock: Any = type(getattr(module, "processor", None))
+            if hasattr(module, "set_processor"):
+                made.setdefault(stock, type("OwnProcessor", (stock,), {"__call__": called(stock)}))
+                module.set_processor(made[stock]())
+        return nullcontext()
+
+    def called(stock: Any) -> Any:
+        @functools.wraps(stock.__call__)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with nullcontext() if way is None else OwnAttention(way):
+                return stock.__call__(self, *args, **kwargs)
+
+        return call
+
+    return around
+
+
 def cache(name: str, **options: Any) -> Callable[[Any], Any]:
     def around(target: Any) -> Any:
         import diffusers
@@ -511,6 +540,16 @@ def transformer_situations() -> list[Situation]:
                 f"a function mode of attention {way}, texts of one length", ["mochi"], arrange=every_text_token,
                 around=lambda _, attention=attention: OwnAttention(attention), refusal=refusal,
             )  # fmt: skip
+    for inside in (False, True):
+        when = ", inside the probe" if inside else ""
+        rows += of_families(
+            f"processors of one's own{when}", ["sd3", "flux", "qwen_image", "z_image", "hunyuan_video", "cogvideox"],
+            around=own_processors(), inside=inside,
+        )  # fmt: skip
+        rows += of_families(
+            f"processors of one's own that join image and text in another order{when}", ["sd3", "flux", "cogvideox"],
+            around=own_processors(rolled), inside=inside, refusal="OwnProcessor): the processor joins image and text",
+        )  # fmt: skip
     rows += of_families("torch's default device", DISPATCHED, around=lambda _: torch.device(DEVICE))
     rows += of_families("torch's function replaced by a wrapper", ["sd3", "mochi", "flux"], around=replaced_function)
     rows += of_families("sdpa_kernel(MATH)", DISPATCHED, around=lambda _: sdpa_kernel(SDPBackend.MATH))
@@ -633,6 +672,30 @@ def alternating(name: str, samples: int = 1, steps: int = 2) -> list[list[str]]:
         return [["cond"] * samples, ["uncond"] * samples] * steps
     first, second = ("cond", "uncond") if name == "z_image" else ("uncond", "cond")
     return [[first] * samples + [second] * samples] * steps
+
+
+MODULAR = {
+    "sd3": "StableDiffusion3AutoBlocks", "flux": "FluxAutoBlocks", "flux2": "Flux2KleinAutoBlocks",
+    "qwen_image": "QwenImageAutoBlocks", "z_image": "ZImageAutoBlocks",
+}  # fmt: skip
+"""Blocks that modular pipelines are made of."""
+
+
+@functools.cache
+def modular(name: str) -> Any:
+    """A modular pipeline on the components of a stock one."""
+    import diffusers
+
+    pipe, parts = getattr(diffusers, MODULAR[name])().init_pipeline(), shared(name).components
+    pipe.update_components(**{part: parts[part] for part in parts if part in pipe.component_names})
+    return pipe
+
+
+def sample_modular(pipe: Any, **options: Any) -> list[Tensor]:
+    """A short run of a modular pipeline: `sample` goes by the names of arguments, and it has none."""
+    side = 64 if "StableDiffusion3" in type(pipe).__name__ else 32
+    options = {"height": side, "width": side, "num_inference_steps": 2, "max_sequence_length": 40} | options
+    return _flat(pipe(prompt=PROMPT, output="latents", generator=torch.Generator().manual_seed(3), **options))
 
 
 STRENGTH = {
@@ -817,6 +880,10 @@ def pipeline_situations() -> list[Situation]:
             rows.append(
                 of_pipeline(name, "another pipeline on the transformer", run=run, labels=labels, note="probe that")
             )
+    for name in MODULAR:
+        row = of_pipeline(name, "as a modular pipeline", run=sample_modular, note="are not followed")
+        steps = [0, 0, 1, 1] if name in ("sd3", "qwen_image") else [0, 1]  # with guidance by a second call
+        rows.append(replace(row, build=functools.partial(modular, name), labels=Labels(steps, None, {-1}, {""})))
     for way, scale, branches in (
         ("PAG and guidance", 3.0, ["uncond", "cond", "perturbed"]),
         ("PAG without guidance", 0.0, ["cond", "perturbed"]),

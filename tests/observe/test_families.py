@@ -142,6 +142,7 @@ def test_the_layers_are_those_that_mix_image_and_text(case: Case) -> None:
     layers = find_layers(family_of(case.model), case.model)
     assert [layer.path for layer in layers] == joint_paths(case)
     assert all(case.sites[layer.path].regular for layer in layers)
+    assert not any(layer.attends(1) for layer in layers)  # every module tells that it has more heads
 
 
 def test_the_entry_agrees_with_the_mechanical_layout(case: Case) -> None:
