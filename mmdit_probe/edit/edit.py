@@ -23,7 +23,6 @@ from mmdit_probe.data.words import find
 from mmdit_probe.errors import RunError, UserError, brief, check_known
 from mmdit_probe.models.layout import Layer, Layout, Places
 from mmdit_probe.models.tokens import SPAN_KINDS, TokenTable
-from mmdit_probe.models.words import find
 from mmdit_probe.observe.backend import refuse_reordered
 from mmdit_probe.observe.pipeline_labels import PERTURBED
 from mmdit_probe.observe.sample_order import (
