@@ -149,7 +149,8 @@ class MMDiT:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What pickle writes: the facts of a family are looked up again."""
+        """What pickle writes: the facts of a family are looked up again. It cannot write the hooks that transformers
+        leaves on its encoders (CLIP, Qwen; not T5) when they first ran: of the stock pipeline neither."""
         return {name: value for name, value in self.__dict__.items() if name != "family"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

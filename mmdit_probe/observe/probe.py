@@ -177,6 +177,7 @@ class Run:
         self._rows = PipelineRows(self.pipeline, self.family) if follow else None
         self._context: str | None = None
         self._layouts: dict[str, tuple[Layout, Places | None]] = {}
+        self._hidden: tuple[Layout, Tensor, Layout] | None = None
         self._stack, self._entered = ExitStack(), False
         self._calls = 0
         self._recorders: list[_LayerRecorder] = []
@@ -227,6 +228,15 @@ class Run:
     def arranged(self, layer: Layer) -> tuple[Layout, Places | None]:
         """The canonical layout at one layer, and where its tokens are in the layer's own call (None: in this order)."""
         return self._layouts[layer.path] if layer.path in self._layouts else self._layouts[""]
+
+    def without(self, layout: Layout, hidden: Tensor) -> Layout:
+        """`layout.without(hidden)`: one object for all layers that hide the same, whose groups of keys are one then."""
+        before, known, found = self._hidden or (None, hidden, layout)
+        hidden = hidden.cpu()
+        if before is not layout or not torch.equal(known, hidden):
+            found = layout.without(hidden)
+            self._hidden = layout, hidden, found
+        return found
 
     def _choose(self, layers: list[Layer]) -> None:
         self.all_layers = layers
@@ -646,7 +656,7 @@ class _LayerRecorder:
         self._check(record, len(denoising.prompts), layout, places)
         hidden = hidden_keys(record.call)
         if hidden is not None and bool(hidden.any()):
-            layout = layout.without(hidden if places is None else canonical_hidden(hidden, places))
+            layout = self.run.without(layout, hidden if places is None else canonical_hidden(hidden, places))
         seen = LayerCall(self.layer, layout, denoising, record if places is None else canonical(record, places))
         refuse_reordered(self.layer, layout, seen.call, record.module_call)
         for observer in self.observers:

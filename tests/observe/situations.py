@@ -37,7 +37,7 @@ from mmdit_probe.observe.mass import KeyGroups, attention_masses
 from mmdit_probe.observe.observer import LayerCall, Observer
 from mmdit_probe.observe.probe import probe
 from tests import pipelines, tiny
-from tests.families import FIXTURES
+from tests.families import CHANNELS, FIXTURES
 from tests.observe.quantised import STORAGES, missing
 
 DEVICE = "cpu"
@@ -638,13 +638,13 @@ def sample(pipe: Any, prompt: Any = PROMPT, steps: int = 2, **options: Any) -> l
     known = inspect.signature(type(pipe).__call__).parameters
     size = 64 if "StableDiffusion3" in type(pipe).__name__ else 32
     options = {
-        "num_inference_steps": steps, "height": size, "width": size, "num_frames": 5, "output_type": "latent",
-        "generator": torch.Generator().manual_seed(3), "use_dynamic_cfg": False,
+        "prompt": prompt, "num_inference_steps": steps, "height": size, "width": size, "num_frames": 5,
+        "output_type": "latent", "generator": torch.Generator().manual_seed(3), "use_dynamic_cfg": False,
     } | options  # fmt: skip
     if any(isinstance(module, T5EncoderModel) for module in pipe.components.values()):
         options.setdefault("max_sequence_length", tiny.T5_LENGTH)
     options = {name: value for name, value in options.items() if name in known}
-    output = pipe(options.pop("prompt", prompt), **options)
+    output = pipe(**options)
     return _flat(next(iter(output.values())))
 
 
@@ -696,6 +696,16 @@ def sample_modular(pipe: Any, **options: Any) -> list[Tensor]:
     side = 64 if "StableDiffusion3" in type(pipe).__name__ else 32
     options = {"height": side, "width": side, "num_inference_steps": 2, "max_sequence_length": 40} | options
     return _flat(pipe(prompt=PROMPT, output="latents", generator=torch.Generator().manual_seed(3), **options))
+
+
+@functools.cache
+def skyreels() -> Any:
+    """HunyuanVideo that begins with a picture, whose latents are further channels."""
+    from diffusers import HunyuanSkyreelsImageToVideoPipeline
+
+    changes = {"in_channels": 2 * CHANNELS, "out_channels": CHANNELS, "guidance_embeds": False}
+    network = pipelines.transformer("hunyuan_video", **changes).to(DEVICE)
+    return HunyuanSkyreelsImageToVideoPipeline(**shared("hunyuan_video").components | {"transformer": network})
 
 
 STRENGTH = {
@@ -884,6 +894,10 @@ def pipeline_situations() -> list[Situation]:
         row = of_pipeline(name, "as a modular pipeline", run=sample_modular, note="are not followed")
         steps = [0, 0, 1, 1] if name in ("sd3", "qwen_image") else [0, 1]  # with guidance by a second call
         rows.append(replace(row, build=functools.partial(modular, name), labels=Labels(steps, None, {-1}, {""})))
+    begins = {"image": picture(32), "max_sequence_length": 300, "true_cfg_scale": 6.0, "negative_prompt": NEGATIVE}
+    labels = Labels([0, 0, 1, 1], [["cond"], ["uncond"]] * 2, {3}, {PROMPT})
+    run = functools.partial(sample, **begins)
+    rows.append(Situation("SkyReels pipeline", "from a picture, with guidance", skyreels, run, labels=labels))
     for way, scale, branches in (
         ("PAG and guidance", 3.0, ["uncond", "cond", "perturbed"]),
         ("PAG without guidance", 0.0, ["cond", "perturbed"]),

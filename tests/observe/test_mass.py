@@ -11,13 +11,16 @@ import torch
 from mmdit_probe import AttentionMass, probe
 from mmdit_probe.attention import exact
 from mmdit_probe.attention.call import SDPACall
+from mmdit_probe.attention.intercept import watch
 from mmdit_probe.models.families.registry import FAMILIES
 from mmdit_probe.models.layout import Layout
 from mmdit_probe.models.tokens import token_tables
 from mmdit_probe.observe import mass
 from mmdit_probe.observe.mass import COLUMNS, KeyGroups, attention_masses
 from tests import tiny
+from tests.families import FIXTURES
 from tests.observe.oracle import attentions
+from tests.observe.test_families import run as forward
 
 IMAGE, TEXT = 16, tiny.CLIP_LENGTH + tiny.T5_LENGTH
 N = IMAGE + TEXT
@@ -214,3 +217,29 @@ def test_keys_that_a_mask_hides_are_not_counted() -> None:
     seen = layout.without(hidden)
     assert [seen.key_count("text", row) for row in (0, 1)] == [3, 1]
     assert [seen.key_count("image", row) for row in (0, 1)] == [4, 3] and layout.key_count("text", 0) == 3
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "hunyuan_video", "lumina2"])
+def test_layers_that_hide_the_same_keys_share_their_groups(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are built once in a forward; a mask that is changed in place between two layers is another one."""
+    model, inputs = FIXTURES[name].build(), FIXTURES[name].inputs()
+    built, of = [], KeyGroups.of
+    monkeypatch.setattr(KeyGroups, "of", lambda *given: built.append(given) or of(*given))
+    with probe(model, AttentionMass()) as run:
+        forward(model, inputs)
+        forward(model, inputs)
+    assert len(built) <= 2  # one, where a second forward has the layout of the first
+    table = run[AttentionMass].table()
+
+    def hiding(call: SDPACall, module_call: Any) -> SDPACall:
+        assert call.attn_mask is not None
+        call.attn_mask[..., 0] = False
+        return call
+
+    detach = watch(run.layers[1].module, hiding, "input")
+    with probe(model, AttentionMass()) as changed:
+        forward(model, inputs)
+    detach()
+    rows = "head == 0 and query == 'image'"
+    before, after = (of.query(rows).groupby("layer")["n_key"].sum() for of in (table, changed[AttentionMass].table()))
+    assert (after[0], after[1]) == (before[0] / 2, before[1] / 2 - 2)  # of two samples, in one forward of two
