@@ -186,7 +186,7 @@ class FeaturePCA(Pictured, LayersAndHeads, OverReference, Experiment):
         return figures | {"pca_scores": pca_scores(result.summary, title=scored)}
 
     def tell(self, result: Result) -> list[Text]:
-        lines: list[Text] = [score_table(result.summary)]
+        lines: list[Text] = [score_table(result.summary, self.components)]
         if "class" in result.summary:
             lines.append(
                 "class: recall of a linear probe on held-out tokens; silhouette: of the classes, without a probe; in"
@@ -364,13 +364,13 @@ def summarise(by_picture: pd.DataFrame) -> pd.DataFrame:
     return corrected(table, [name for name in ("p_holm", "silhouette_p_holm") if name in table])
 
 
-def score_table(summary: pd.DataFrame) -> TextTable:
-    """The per-layer table in text."""
-    has_classes = "class" in summary
-    columns = ["layer", "feature", "3 components"]
+def score_table(summary: pd.DataFrame, components: int) -> TextTable:
+    """The per-layer table in text; `components`: how many were kept, of which `explained_3` tells up to three."""
+    has_classes, explained = "class" in summary, counted(min(3, components), "component")
+    columns = ["layer", "feature", explained]
     columns += ["class", "of another", "beyond it", "silhouette", "of another's"] if has_classes else []
     columns += ["position"] if "position" in summary else []
-    spare = ("of another's", "silhouette", "position", "3 components", "coordinates", "of another")
+    spare = ("of another's", "silhouette", "position", explained, "coordinates", "of another")
     table = TextTable([*columns, "coordinates"], left=("feature",), spare=spare)
     for row in summary.to_dict("records"):
         cells = [str(row["layer"]), str(row["kind"]), f"{row['explained_3']:.2f}"]

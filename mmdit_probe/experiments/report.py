@@ -29,6 +29,7 @@ from mmdit_probe.experiments.perturb import Perturb
 from mmdit_probe.experiments.select_layers import SelectLayers
 from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable
+from mmdit_probe.experiments.token_rows import unread
 from mmdit_probe.experiments.value_norms import ValueNorms
 from mmdit_probe.experiments.word_maps import WordMaps
 from mmdit_probe.results import processes
@@ -136,6 +137,7 @@ class Report(Sampling, Experiment):
             control=self.control, num_steps=self.num_steps, guidance=self.guidance, seed=self.seed, scenes=scenes,
         )  # fmt: skip
         notes = [] if scenes or self.images else ["no pictures are given (--images): the PCA is left out"]
+        notes += [line for table in model.token_tables(prompts) for line in unread(table)]
         notes += model.notes_on_words(prompts)
         contents = {} if self.images is None else {str(self.images): fingerprint(pictures)}
         return Study(model, request, self.parts(scenes, prompts), "analyses", facts={"contents": contents}, notes=notes)

@@ -132,8 +132,9 @@ def claim_lines(claims: pd.DataFrame, claim: str, explained: dict[str, str]) -> 
     of_all = counted(decided, "comparison is not above its control", "comparisons are not above their control")
     verdict = f"{failed} of {of_all}." if decided else ""
     if undecided:
-        of = f"{undecided} more" if decided else counted(undecided, "comparison")
-        verdict = f"{verdict} Fewer than the {FEWEST} items that a verdict takes: {of}.".lstrip()
+        of = "The comparison has" if undecided == 1 else f"All {undecided} comparisons have"
+        of = counted(undecided, "more has", "more have") if decided else of
+        verdict = f"{verdict} {of} fewer than the {FEWEST} items that a verdict takes.".lstrip()
     claimed = (
         f"Claim: {claim}. Paired differences over items, 95 % interval; verdicts are corrected for many comparisons"
         f" (Holm). Controls: {known}."

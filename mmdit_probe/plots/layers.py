@@ -246,7 +246,9 @@ def run_differences(table: pd.DataFrame, title: str = "", margins: Collection[fl
     """
     cell = [name for name in table.columns if name not in _NUMBERS and name != "layer" and table[name].nunique() > 1]
     labels = table[cell].astype(str).agg(" ".join, axis=1) if cell else table["difference"].map(lambda _: "difference")
-    by_layer, names = "layer" in table, list(dict.fromkeys(labels))[:MOST]
+    by_layer, names = "layer" in table, list(dict.fromkeys(labels))
+    if len(names) > MOST:
+        title, names = f"{title}; the first {MOST} of {len(names)} are drawn", names[:MOST]
     width, height = (style.COLUMN, 2.7) if by_layer else (style.PAGE, 1.2 + 0.2 * len(names))
     with style.panels(width, height, title=title) as (figure, axes):
         lines = [(0.0, ":"), *((margin, "--") for margin in margins)]

@@ -186,7 +186,7 @@ def maps_sheet(pictures: list[PictureMaps], title: str = "") -> Figure:
         part, above = wrapped(shown, texts, min(across, max(len(found) + 1 for found in pictures)))
         cells += part
         captions += above
-        rows += [one.prompt, *[""] * (len(part) - 1)]
+        rows += [one.prompt, *[None] * (len(part) - 1)]
     note = f"{pictures[0].about}; {KEY}" if pictures else ""
     return sheet(cells, rows=rows if len(pictures) > 1 else (), captions=captions, title=title, note=note, side=1.1)
 

@@ -27,7 +27,7 @@ FONT = 6.0
 
 
 def sheet(
-    cells: Sequence[Sequence[Any]], columns: Sequence[str] = (), rows: Sequence[str] = (), *,
+    cells: Sequence[Sequence[Any]], columns: Sequence[str] = (), rows: Sequence[str | None] = (), *,
     captions: Sequence[Sequence[str]] = (), below: Sequence[Sequence[str]] = (), scale: Scale = "each",
     legend: Mapping[str, Any] | None = None, title: str = "", note: str = "", side: float | None = None,
 ) -> Figure:  # fmt: skip
@@ -35,7 +35,7 @@ def sheet(
 
     Args:
         cells: per row, pictures (PIL, or uint8 [H, W, 3]), maps [h, w] >= 0, or None for an empty cell.
-        columns: titles of the columns. rows: labels of the rows, such as prompts.
+        columns: titles of the columns. rows: labels of the rows, such as prompts; None: it goes on with the one above.
         captions, below: a text above and under each cell.
         scale: the light end is each map's own maximum ("each": printed above it where there is room; "own": not), or
             that of its row.
@@ -66,6 +66,8 @@ def sheet(
                 axes.set_title(texts[y][x], fontsize=FONT, pad=2, loc="center")
                 axes.set_xlabel(unders[y][x], fontsize=FONT, labelpad=2)
         for text, axes in zip(rows, places[:, 0], strict=False):
+            if text is None:
+                continue
             folded = "\n".join(fill(line or "(empty)", 18) for line in style.name(text).split("\n"))
             axes.set_ylabel(folded, fontsize=FONT, rotation=0, ha="right", va="center")
         if legend:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from mmdit_probe import UserError
@@ -15,6 +16,7 @@ from mmdit_probe.experiments import AttentionBudget, BlockOperations, Perturb, R
 from mmdit_probe.experiments.attention_budget import blocks
 from mmdit_probe.experiments.compare_runs import compare_runs
 from mmdit_probe.models.mmdit import MMDiT
+from mmdit_probe.plots.layers import run_differences
 from tests import tiny
 
 PROMPTS = ["a red ring", "a cat", "a blue house"]
@@ -38,6 +40,13 @@ def test_differences_are_paired_by_item() -> None:
     assert "I2T_word" in str(found.texts()[1]) and found.figure().axes
 
 
+def test_a_figure_of_a_part_says_so() -> None:
+    """Eight of twelve series were drawn, as if there were no others."""
+    cells = [{"layer": 0, "measure": f"m{k}", "n": 9, "difference": 0.1, "low": 0.0, "high": 0.2} for k in range(12)]
+    assert "the first 8 of 12 are drawn" in run_differences(pd.DataFrame(cells), "runs")._suptitle.get_text()  # type: ignore[attr-defined]
+    assert "drawn" not in run_differences(pd.DataFrame(cells[:8]), "runs")._suptitle.get_text()  # type: ignore[attr-defined]
+
+
 def test_another_scheduler_is_told(pipe: Any) -> None:
     ask = AttentionBudget(prompts=["a cat"], num_steps=2, guidance=1.0, rows="summary")
     first = ask.run(MMDiT(pipe), progress=False)
@@ -48,8 +57,6 @@ def test_another_scheduler_is_told(pipe: Any) -> None:
 
 def test_verdicts() -> None:
     """Ten items of which the second run has .1 more, up to noise; a margin is about losses."""
-    import pandas as pd
-
     from mmdit_probe.experiments.compare_runs import _paired
 
     noise = np.random.default_rng(0).normal(0, 0.01, (2, 10))
@@ -77,8 +84,6 @@ def test_verdicts() -> None:
 
 def test_a_loss_is_a_rise_where_less_is_better() -> None:
     """Ten prompts of which the second run draws more swapped colours, .1 up to noise: that is a loss of .1."""
-    import pandas as pd
-
     from mmdit_probe.experiments.compare_runs import _paired
 
     noise = np.random.default_rng(0).normal(0, 0.01, (2, 10))
@@ -96,8 +101,6 @@ def test_a_loss_is_a_rise_where_less_is_better() -> None:
 
 
 def test_images_that_did_not_move_in_either_run_differ_by_exactly_nothing() -> None:
-    import pandas as pd
-
     from mmdit_probe.experiments.compare_runs import _paired
 
     still = pd.DataFrame({"item": range(10), "control": "none", "outcome": "change", "value": 0.0})

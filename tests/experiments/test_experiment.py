@@ -287,6 +287,11 @@ def test_a_notebook_shows_figure_and_tables(setting: Setting) -> None:
     assert type(setting.ask).__name__ in repr(setting.memory)
 
 
+def test_as_many_components_are_told_as_there_are(settings: Callable[[str], Setting]) -> None:
+    """The share of two, or of one, stood under "3 components"."""
+    assert settings("pca").memory.texts()[0].columns[2] == "2 components"  # type: ignore[union-attr]
+
+
 def test_what_a_notebook_shows_is_escaped() -> None:
     result = AttentionBudget(prompts="a cat", num_steps=1).run(MMDiT(tiny.pipeline(), '<i>"tiny"'), progress=False)
     html = result._repr_html_()

@@ -91,6 +91,12 @@ def test_a_prompt_without_words_is_refused_before_the_first_part() -> None:
         Report(prompts=["!", "a cat", "a ring", "a dog"]).gather(False)
 
 
+def test_a_prompt_that_is_too_long_makes_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is longer than the text encoders: .* fell off; shorten it"):
+        Report(prompts=["a cat", "a ring and " * 9]).run(_model(), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_layers_are_not_reported_on_what_they_were_selected_on(tmp_path: Path) -> None:
     """Captions of test scenes went on as texts, which nobody could tell; pictures of test ended the report late."""
 

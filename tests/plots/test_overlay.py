@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mmdit_probe.errors import UserError
-from mmdit_probe.plots.overlay import PictureMaps, WordMap, colours, overlay
+from mmdit_probe.plots.overlay import PictureMaps, WordMap, colours, maps_sheet, overlay
 
 GREY = Image.new("RGB", (96, 64), (128, 128, 128))
 
@@ -62,6 +62,14 @@ def test_strength_runs_from_the_grey_picture_to_the_map() -> None:
         overlay(red, one_hot(2, 2, 0, 0), 2)
     with pytest.raises(UserError, match=r"\(h, w\); found \(3, 2, 2\)"):
         overlay(red, np.zeros((3, 2, 2)))
+
+
+def test_rows_that_go_on_with_a_prompt_are_not_told_as_an_empty_one() -> None:
+    """Of two prompts, the second row of one with more than five words was "(empty)"."""
+    several = PictureMaps(GREY, "a b c d e f", {word: one_hot(4, 6, 1, 4) for word in "abcdef"})
+    drawn = maps_sheet([several, PictureMaps(GREY, "", {})])
+    told = [axes.get_ylabel() for axes in drawn.axes[::6]]
+    assert told == ["a b c d e f", "", "(empty)"]
 
 
 def test_the_maps_of_a_picture_are_a_mapping() -> None:
