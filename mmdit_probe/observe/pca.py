@@ -300,7 +300,8 @@ def scores(maps: NDArray[np.floating], classes: NDArray[np.int64] | None) -> dic
         classes: class of each token [n, h, w], `IGNORE` where it is not known; None where no masks exist.
 
     Returns:
-        class: recall of a linear probe (discriminant analysis, equal priors), mean over the classes of the image;
+        class: recall of a linear probe (discriminant analysis, equal priors), mean over those classes of the image
+            that training images have, NaN where they have none;
         silhouette: mean silhouette of the image's tokens grouped by class, -1 to 1: no probe, no training images;
         class_shuffled, silhouette_shuffled: the same with every image's class map swapped for the next image's, the
             control: what layout priors alone give (sky above ground);
@@ -390,8 +391,8 @@ def _discriminant(inputs: NDArray[np.float64], labels: NDArray[np.int64]) -> Any
 
 
 def _recall(probe: Any, inputs: NDArray[np.float64], truth: NDArray[np.int64]) -> float:
-    there = [c for c in np.unique(truth) if c != IGNORE]
-    if probe is None or not there:
+    """Of the classes that the probe was trained with: of others, features say nothing."""
+    if probe is None or not (there := np.intersect1d(truth, probe.classes_)).size:
         return float("nan")
     found = probe.predict(inputs)
     return float(np.mean([(found[truth == c] == c).mean() for c in there]))

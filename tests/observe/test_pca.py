@@ -91,7 +91,7 @@ def test_token_classes_of_masks_of_another_size() -> None:
     assert token_classes(np.array([[[5, 7]]]), (2, 4)).tolist() == [[[5, 5, 7, 7]] * 2]
 
 
-@pytest.mark.parametrize("asked", [Diagnose(limit=4), FeaturePCA(limit=4, kinds="key", components=2)])
+@pytest.mark.parametrize("asked", [Diagnose(limit=4), FeaturePCA(limit=8, kinds="key", components=2)])
 def test_labels_lie_where_the_picture_is_shown(asked: Any) -> None:
     """Pictures are cropped to the model's aspect, and whole labels were laid over them: what is cut off counts for
     nothing, and pixels without a class are none."""
@@ -106,7 +106,8 @@ def test_labels_lie_where_the_picture_is_shown(asked: Any) -> None:
 
     tables = []
     for margin in (0, 32):
-        result = replace(asked, images=[sample(index, margin) for index in range(4)]).run(model, progress=False)
+        pictures = [sample(index, margin) for index in range(asked.limit)]
+        result = replace(asked, images=pictures).run(model, progress=False)
         tables.append(result.store.table("map_quality" if isinstance(asked, Diagnose) else "pca"))
     assert tables[0].select_dtypes("float").notna().any().all()
     pd.testing.assert_frame_equal(*tables)
@@ -132,6 +133,16 @@ def test_tokens_without_a_class_are_left_out_of_its_scores() -> None:
     found, cut = scores(maps, known), scores(maps[:, 1:], classes[:, 1:])
     for name in ("class", "silhouette"):
         np.testing.assert_allclose(found[name], cut[name], atol=1e-9)
+
+
+def test_classes_that_no_training_image_has_are_not_missed() -> None:
+    maps, classes = maps_of("class")
+    held_out = len(classes) // 2
+    classes[held_out:, :2] = 7  # two rows of tokens, of a class of their own
+    classes[-1] = 7
+    found = scores(maps, classes)["class"]
+    assert found[:-1].min() > 0.95
+    assert np.isnan(found[-1])
 
 
 def maps_of(kind: str, n: int = 12, side: int = 8) -> tuple[np.ndarray, np.ndarray]:
