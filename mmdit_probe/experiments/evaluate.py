@@ -26,7 +26,7 @@ from mmdit_probe.experiments.target import knows_scenes
 from mmdit_probe.experiments.text import Text, TextTable, share, signed
 from mmdit_probe.models.names import check_checkpoint, contents_of
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import ABOVE, FEWEST, TOO_FEW
+from mmdit_probe.results.statistics import A_VERDICT_TAKES, ABOVE, TOO_FEW
 from mmdit_probe.segment.settings import (
     BLIND,
     NAMED,
@@ -480,7 +480,7 @@ def beside_controls(table: pd.DataFrame) -> str:
         return "No control was counted."
     met = methods["control"].where(~methods["control"].str.endswith(SHIFTED), SHIFTED.removeprefix(", "))
     names = ", ".join(f"{name} {count}" for name, count in met.value_counts().items())
-    few = f"; {TOO_FEW}: no verdict below {FEWEST} images" if (methods["verdict"] == TOO_FEW).any() else ""
+    few = f"; {TOO_FEW}: {A_VERDICT_TAKES}" if (methods["verdict"] == TOO_FEW).any() else ""
     return (
         f"over control: mIoU over the strongest control with the same refinement ({names}), images paired; above it"
         f" with p <= .05 by Holm's correction: {int((methods['verdict'] == ABOVE).sum())} of {len(methods)} rows{few}."

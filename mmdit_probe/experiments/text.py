@@ -11,7 +11,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from mmdit_probe import lazy_pandas as pd
-from mmdit_probe.results.statistics import FEWEST, NOT_ABOVE, TOO_FEW
+from mmdit_probe.results.statistics import A_VERDICT_TAKES, NOT_ABOVE, TOO_FEW
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,7 +131,7 @@ def claim_lines(claims: pd.DataFrame, claim: str, explained: dict[str, str]) -> 
     verdict = f"{failed} of {decided} comparisons are not above their control." if decided else ""
     if undecided:
         of = f"{undecided} more" if decided else f"All {undecided} comparisons"
-        verdict = f"{verdict} {of} have fewer than the {FEWEST} items that a verdict takes.".lstrip()
+        verdict = f"{verdict} {of} have too few items: {A_VERDICT_TAKES}.".lstrip()
     claimed = (
         f"Claim: {claim}. Paired differences over items, 95 % interval; verdicts are corrected for many comparisons"
         f" (Holm). Controls: {known}."
