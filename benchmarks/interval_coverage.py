@@ -1,6 +1,6 @@
 """How often 95 % intervals over n items cover the true mean: what decides the methods of `results.statistics`.
 
-    python benchmarks/interval_coverage.py            # three minutes on one core; results/interval_coverage.md
+    python benchmarks/interval_coverage.py            # five minutes on one core; results/interval_coverage.md
 
 For each kind of score, n and method: the share of simulated samples whose interval holds the true mean. Methods of a
 mean: percentile bootstrap, BCa, studentised bootstrap, t. Of a share (0 or 1 per item): Wilson, t. Of
@@ -12,7 +12,7 @@ prompts where the control moves along one of five directions, or along one of th
 
 Scores that are the same in most items (differences of 50, 70 or 90 % zeros) have no verdict from some samples, by
 `statistics.FEWEST_OTHERS` and `FEWEST_EQUAL`: the column "told" is the coverage among the samples that get one, and
-another table shows what it would be with other numbers.
+another table shows what it would be with other numbers. The last table has trainings of few seeds.
 
 `statistics.FEWEST` is the smallest n from which on no kind of mean, and no share of .2 or more, falls below 93 % by
 more than two standard errors of the simulation, among samples that get a verdict. (Few items say nothing of rare
@@ -34,7 +34,16 @@ from scipy import stats
 
 from mmdit_probe.errors import at_least, run_script
 from mmdit_probe.results.atomic import write_text
-from mmdit_probe.results.statistics import FEWEST, FEWEST_EQUAL, FEWEST_OTHERS, TAILS, Kind, interval
+from mmdit_probe.results.statistics import (
+    FEWEST,
+    FEWEST_EQUAL,
+    FEWEST_OTHERS,
+    FEWEST_SEEDS,
+    TAILS,
+    Kind,
+    across_seeds,
+    interval,
+)
 
 Samples = NDArray[np.float64]
 Bounds = tuple[Samples, Samples]
@@ -215,6 +224,25 @@ def directions(repeats: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+SEEDS, BETWEEN, IMAGES = (2, 3, 5), (0.1, 0.3, 0.5, 0.7, 0.9), 40
+
+
+def seeds(repeats: int) -> pd.DataFrame:
+    """Coverage of a training's gain by its seeds, by the share of the mean's variance that lies between seeds."""
+    rng = np.random.default_rng(4)
+    rows = []
+    for count in SEEDS:
+        row: dict[Any, Any] = {"seeds": count}
+        for share in BETWEEN:
+            items = np.sqrt((1 - share) * IMAGES) * rng.normal(size=(repeats, IMAGES))  # the same for every seed
+            each = np.sqrt(share * count) * rng.normal(size=(repeats, count))
+            found = [across_seeds(interval(of + own.mean()), of.mean() + own, IMAGES, fewest=2)[1:3]
+                     for of, own in zip(items, each, strict=True)]  # fmt: skip
+            row[share] = coverage(0.0, tuple(np.array(found).T))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def judged(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of scores that are no rare events, `covered` being the coverage among the samples that get a verdict."""
     share = table["verdicts"].fillna(1.0)
@@ -243,7 +271,7 @@ def by_others(table: pd.DataFrame) -> list[str]:
     return lines
 
 
-def report(table: pd.DataFrame, controls: pd.DataFrame, repeats: int) -> str:
+def report(table: pd.DataFrame, controls: pd.DataFrame, trainings: pd.DataFrame, repeats: int) -> str:
     of = judged(table)
     of = of[of["n"] >= FEWEST]
     worst = of.loc[of["covered"].idxmin()]
@@ -290,6 +318,19 @@ def report(table: pd.DataFrame, controls: pd.DataFrame, repeats: int) -> str:
     for row in controls.to_dict("records"):
         cells = " | ".join(f"{row[name]:.3f}" for name in DESIGNS)
         lines.append(f"| {row['between directions']:.0%} | {row['n']} | {cells} |")
+    lines += [
+        "",
+        "# Seeds of a training",
+        "",
+        f"The same for a gain over {IMAGES} images and a few seeds, both normal (`across_seeds`), by the share of the"
+        f" mean's variance that lies between seeds. `statistics.FEWEST_SEEDS` = {FEWEST_SEEDS}: of fewer the value"
+        " stands alone.",
+        "",
+        f"| seeds | {' | '.join(f'{share:.0%}' for share in BETWEEN)} |",
+        "|-" * (len(BETWEEN) + 1) + "|",
+    ]
+    for row in trainings.to_dict("records"):
+        lines.append(f"| {row['seeds']:g} | {' | '.join(f'{row[share]:.3f}' for share in BETWEEN)} |")
     return "\n".join([*lines, ""])
 
 
@@ -298,7 +339,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=at_least(1), default=1500, help="simulated samples per kind of score and n")
     options = parser.parse_args()
     table = simulate(options.repeats)
-    write_text(OUT, report(table, directions(options.repeats), options.repeats))
+    write_text(OUT, report(table, directions(options.repeats), seeds(options.repeats), options.repeats))
     print(f"FEWEST by this simulation: {fewest(table, options.repeats)}; in the package: {FEWEST}; {OUT}")
 
 

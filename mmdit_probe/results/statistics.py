@@ -28,6 +28,7 @@ NONE = "none"
 """Value of the column `control` in rows of the measurement itself."""
 
 ABOVE, NOT_ABOVE, TOO_FEW = "above its control", "not above its control", "too few items"
+TOO_FEW_SEEDS = "too few seeds"
 BEYOND, NOT_BEYOND = "beyond control", "not beyond control"
 NO_WORSE, WORSE, UNDECIDED = "no worse", "worse", "undecided"
 
@@ -39,6 +40,9 @@ FEWEST_OTHERS, FEWEST_EQUAL = 2, 50
 """There is no verdict either with fewer items that differ from the most frequent value: zeros and one more number do
 not say how large the rest may be. If none differs, so many items are needed: fewer often have none of the one in ten
 that does (there, too)."""
+
+FEWEST_SEEDS = 3
+"""Seeds below which nothing is told of a training but its value: intervals of two cover 86 % (there, too)."""
 
 A_VERDICT_TAKES = f"a verdict takes {FEWEST}, {FEWEST_OTHERS} of them unlike the most frequent value"
 
@@ -209,6 +213,31 @@ def jackknifed(statistic: Callable[[NDArray[np.int64]], float], n: int) -> Jackk
     everything = np.arange(n)
     without = [statistic(np.delete(everything, k)) for k in range(n)] if n > 1 else []
     return jackknife(float(statistic(everything)), without)
+
+
+def across_seeds(
+    found: Jackknife | Interval, per_seed: Sequence[float], items: int, fewest: int = FEWEST_SEEDS
+) -> Jackknife:
+    """The interval of a mean over seeds of a training, their spread in it beside that of the items.
+
+    Args:
+        found: of the seeds' mean, over `items` items. per_seed: what each seed gave.
+
+    Both errors are added in squares, with the degrees of freedom after Satterthwaite (1946): three seeds that differ
+    much say little, however many items there are. Fewer than `fewest` seeds have no interval.
+    """
+    from scipy.stats import t
+
+    values, value, reach = defined(per_seed), found[0], (found[2] - found[1]) / 2
+    if not np.isfinite(reach) or items < 2 or len(values) < fewest:
+        return Jackknife(value, np.nan, np.nan, np.nan)
+    inside, between = reach / _t_tails(items)[1], float(values.std(ddof=1)) / np.sqrt(len(values))
+    error = float(np.hypot(inside, between))
+    if error == 0:
+        return Jackknife(value, value, value, float(value == 0))
+    free = error**4 / (inside**4 / (items - 1) + between**4 / (len(values) - 1))
+    reach = float(t.ppf(TAILS[1], free)) * error
+    return Jackknife(value, value - reach, value + reach, 2 * float(t.sf(abs(value) / error, free)))
 
 
 def measured(table: pd.DataFrame, control: str = NONE) -> pd.DataFrame:
