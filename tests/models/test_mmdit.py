@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmdit_probe import AttentionMass, probe
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import AttentionBudget
 from mmdit_probe.models.families.registry import FAMILIES, family_of
@@ -294,3 +295,28 @@ def test_without_an_autoencoder_there_are_latents_and_no_pictures(pipe: Any, mon
 def test_what_is_no_pipeline_is_refused(other: Any) -> None:
     with pytest.raises(UserError, match=r"expected a diffusers pipeline; load\(\.\.\.\) takes names, folders"):
         MMDiT(other)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda m: m.generate("a ring", steps=1, height=m.size_multiple + 1), "sides that are multiples of"),
+        (lambda m: m.generate("a ring", steps=1, negative=None), "negative None: expected a text"),
+        (lambda m: m.generate("a ring", steps=1, num_images_per_prompt="x"), "num_images_per_prompt 'x'"),
+        (lambda m: m.generate("a ring", steps=1, num_images_per_prompt=0), "num_images_per_prompt 0"),
+        (lambda m: m.generate("a ring", steps=1, max_sequence_length=0), "max_sequence_length 0"),
+        (lambda m: m.noise("x", 0.5), "latents 'x': expected a tensor"),
+        (lambda m: m.noise(torch.zeros(8, 4, 4), 0.5), r"latents of shape \(8, 4, 4\)"),
+        (lambda m: m.denoise(torch.zeros(0, 8, 4, 4), 0.5, m.encode_prompt("a ring")), r"shape \(0, 8, 4, 4\)"),
+        (lambda m: m.denoise(torch.zeros(1, 3, 4, 4), 0.5, m.encode_prompt("a ring")), r"of 3 channels: expected \d"),
+        (lambda m: m.denoise(torch.zeros(1, 3, 4, 4), 0.5, "a ring"), "text 'a ring': expected what `encode_prompt`"),
+        (lambda m: m.decode(None), "latents None"),
+        (lambda m: m.sigmas(0), "steps 0"),
+        (lambda m: m.sigmas(4, (1,)), r"size \(1,\): expected"),
+        (lambda m: probe(m, AttentionMass(), steps="q"), "step 'q'"),
+        (lambda m: probe(m, AttentionMass(), steps=[]), "step"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_where_it_is_given(model: MMDiT, call: Callable[[MMDiT], Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        call(model)
