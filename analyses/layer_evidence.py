@@ -67,9 +67,7 @@ def markdown(
         f"Mean rank of the selected layers on `{report}`: "
         + ", ".join(f"layer {layer}: {ranks[report][layer]:.1f} of {len(ranks[report])}" for layer in layers)
         + f"; least there: layer {ranks[report].idxmin()} ({ranks[report].min():.1f}).",
-        f"Stability: if the items of `{select}` are drawn again (bootstrap), a layer is selected this often: "
-        + ", ".join(f"layer {row['layer']}: {row['share']:.0%}" for row in stable.to_dict("records") if row["share"])
-        + ".",
+        stability_line(stable, select),
         "",
         "Value [95 % interval over items] (rank); " + "; ".join(f"{k}: {v}" for k, v in EVIDENCE.items()) + ".",
         "",
@@ -112,6 +110,12 @@ def markdown(
             p = "<0.01" if row["p_holm"] < 0.005 else f"{row['p_holm']:.2f}"
             lines.append(f"| {first} | {second} | {rho} | {p} |")
     return "\n".join(lines) + "\n"
+
+
+def stability_line(stable: pd.DataFrame, select: str) -> str:
+    """How often each layer is selected over resampled items, most often first."""
+    shares = [f"layer {row['layer']}: {row['share']:.0%}" for row in stable.to_dict("records") if row["share"]]
+    return f"Stability: if the items of `{select}` are drawn again (bootstrap), selected are {', '.join(shares)}."
 
 
 def main() -> None:

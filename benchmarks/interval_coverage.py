@@ -271,6 +271,24 @@ def by_others(table: pd.DataFrame) -> list[str]:
     return lines
 
 
+def of_seeds(trainings: pd.DataFrame) -> list[str]:
+    """The table of trainings."""
+    lines = [
+        "",
+        "# Seeds of a training",
+        "",
+        f"The same for a gain over {IMAGES} images and a few seeds, both normal (`across_seeds`), by the share of the"
+        f" mean's variance that lies between seeds. `statistics.FEWEST_SEEDS` = {FEWEST_SEEDS}: of fewer the value"
+        " stands alone.",
+        "",
+        f"| seeds | {' | '.join(f'{share:.0%}' for share in BETWEEN)} |",
+        "|-" * (len(BETWEEN) + 1) + "|",
+    ]
+    for row in trainings.to_dict("records"):
+        lines.append(f"| {row['seeds']:g} | {' | '.join(f'{row[share]:.3f}' for share in BETWEEN)} |")
+    return lines
+
+
 def report(table: pd.DataFrame, controls: pd.DataFrame, trainings: pd.DataFrame, repeats: int) -> str:
     of = judged(table)
     of = of[of["n"] >= FEWEST]
@@ -318,19 +336,7 @@ def report(table: pd.DataFrame, controls: pd.DataFrame, trainings: pd.DataFrame,
     for row in controls.to_dict("records"):
         cells = " | ".join(f"{row[name]:.3f}" for name in DESIGNS)
         lines.append(f"| {row['between directions']:.0%} | {row['n']} | {cells} |")
-    lines += [
-        "",
-        "# Seeds of a training",
-        "",
-        f"The same for a gain over {IMAGES} images and a few seeds, both normal (`across_seeds`), by the share of the"
-        f" mean's variance that lies between seeds. `statistics.FEWEST_SEEDS` = {FEWEST_SEEDS}: of fewer the value"
-        " stands alone.",
-        "",
-        f"| seeds | {' | '.join(f'{share:.0%}' for share in BETWEEN)} |",
-        "|-" * (len(BETWEEN) + 1) + "|",
-    ]
-    for row in trainings.to_dict("records"):
-        lines.append(f"| {row['seeds']:g} | {' | '.join(f'{row[share]:.3f}' for share in BETWEEN)} |")
+    lines += of_seeds(trainings)
     return "\n".join([*lines, ""])
 
 

@@ -605,17 +605,15 @@ class MMDiT:
             rows = np.reshape(seeds, (len(texts), -1)).tolist()
             return _joined([self.generate(text, seed=row, **options) for text, row in zip(texts, rows, strict=True)])
         guidance, steps = number("guidance", guidance), whole("steps", steps, 1)
-        if not isinstance(negative, str):
-            raise UserError(f"negative {brief(negative)}: expected a text")
-        if max_sequence_length is not None:
-            max_sequence_length = whole("max_sequence_length", max_sequence_length, 1)
-        height, width = (None if side is None else whole("height and width", side, 1) for side in (height, width))
+        _text_or_refusal(negative)
+        asked = {"height": height, "width": width, "max_sequence_length": max_sequence_length}
+        height, width, length = (None if of is None else whole(name, of, 1) for name, of in asked.items())
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         own = self.size or (None, None)
         if self.makes_videos:  # some of their pipelines make one per prompt, whatever is asked for
             texts, num_images_per_prompt = [text for text in texts for _ in range(num_images_per_prompt)], 1
         arguments = self._arguments(
-            guidance=guidance, length=max_sequence_length, num_inference_steps=steps, generator=generators,
+            guidance=guidance, length=length, num_inference_steps=steps, generator=generators,
             height=height or own[0], width=width or own[1], negative_prompt=[negative] * len(texts),
             num_images_per_prompt=num_images_per_prompt, num_frames=self.num_frames,
         )  # fmt: skip
@@ -747,6 +745,11 @@ def _texts(prompts: str | Sequence[str]) -> list[str]:
     if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"prompts are {prompts!r}; expected a text, or one text or more in a list")
     return list(texts)
+
+
+def _text_or_refusal(negative: object) -> None:
+    if not isinstance(negative, str):
+        raise UserError(f"negative {brief(negative)}: expected a text")
 
 
 def _batch_of(latents: Any) -> Tensor:
