@@ -6,7 +6,8 @@
 A layer is selected on one split (least mean rank, a rule set before any result; of layers that are level the lowest,
 and the summary says so); the evidence is then measured again on another split, with the controls of
 `experiments.controls`, so that nothing reported was used to select. Printed and written to
-`analyses/results/layer_evidence`: evidence per layer with interval and rank (CSV), paired differences to each control
+`analyses/results/layer_evidence`: evidence per item, and per layer with interval and rank (CSV), how often each layer
+would be selected if the items were drawn again, paired differences to each control
 (a layer whose control shows the same is "not above its control"), rank correlations between evidences and between
 splits with intervals, `summary.md`, and the figure. Unfinished runs go on where they stopped.
 """
@@ -48,8 +49,8 @@ def verdicts(long: pd.DataFrame, layers: tuple[int, ...]) -> pd.DataFrame:
 
 
 def markdown(
-    by_layer: pd.DataFrame, against: pd.DataFrame, agreement: pd.DataFrame, layers: tuple[int, ...],
-    options: argparse.Namespace,
+    by_layer: pd.DataFrame, against: pd.DataFrame, agreement: pd.DataFrame, stable: pd.DataFrame,
+    layers: tuple[int, ...], options: argparse.Namespace,
 ) -> str:  # fmt: skip
     """The tables for people."""
     select, report = options.split, options.report
@@ -66,6 +67,7 @@ def markdown(
         f"Mean rank of the selected layers on `{report}`: "
         + ", ".join(f"layer {layer}: {ranks[report][layer]:.1f} of {len(ranks[report])}" for layer in layers)
         + f"; least there: layer {ranks[report].idxmin()} ({ranks[report].min():.1f}).",
+        stability_line(stable, select),
         "",
         "Value [95 % interval over items] (rank); " + "; ".join(f"{k}: {v}" for k, v in EVIDENCE.items()) + ".",
         "",
@@ -110,6 +112,12 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
+def stability_line(stable: pd.DataFrame, select: str) -> str:
+    """How often each layer is selected over resampled items, most often first."""
+    shares = [f"layer {row['layer']}: {row['share']:.0%}" for row in stable.to_dict("records") if row["share"]]
+    return f"Stability: if the items of `{select}` are drawn again (bootstrap), selected are {', '.join(shares)}."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="scenes-sd3")
@@ -135,13 +143,15 @@ def main() -> None:
     long, by_layer = result.table, result.summary
     agreement = evidence.agreement(long)
     layers = evidence.choose(by_layer[by_layer["split"] == options.split], options.top, options.rule)
+    stable = evidence.stability(long[long["split"] == options.split], options.top, options.rule)
+    stable = stable.sort_values("share", ascending=False, kind="stable")
     reported = long[long["split"] == options.report]
     against = verdicts(reported, layers)
     options.out.mkdir(parents=True, exist_ok=True)
     for name, table in (("by_layer", by_layer), ("controls", compare(reported, ["evidence", "layer"])),
-                        ("agreement", agreement)):  # fmt: skip
+                        ("agreement", agreement), ("stability", stable), ("by_item", long)):  # fmt: skip
         table.to_csv(options.out / f"{name}.csv", index=False, float_format="%.5g")
-    text = markdown(by_layer, against, agreement, layers, options)
+    text = markdown(by_layer, against, agreement, stable, layers, options)
     (options.out / "summary.md").write_text(text, encoding="utf-8")
     here = agreement[(agreement["first_split"] == options.report) & (agreement["second_split"] == options.report)]
     level = evidence.level(by_layer[by_layer["split"] == options.split], layers, options.rule)

@@ -9,27 +9,28 @@ Knows no model: it reads counts per image and scores per picture.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import t
 
 from mmdit_probe.evaluate.scores import ImageCounts
 from mmdit_probe.experiments.score import KEYS, compare_variants, margin_of, sign_of, with_verdicts
+from mmdit_probe.experiments.text import bounded, signed
 from mmdit_probe.magnet.validation import Readout
 from mmdit_probe.results.statistics import (
+    FEWEST_SEEDS,
     NO_WORSE,
-    TAILS,
     TOO_FEW,
+    TOO_FEW_SEEDS,
     UNDECIDED,
     WORSE,
     Interval,
     Jackknife,
-    defined,
+    across_seeds,
     jackknife,
 )
 
@@ -45,6 +46,8 @@ PROTOCOLS: dict[Readout, str] = {
 UNSUPERVISED = "unsupervised"
 SHOWN = ("facts", "all_right")
 """Metrics of the summary beside CLIPScore; generation.csv has all."""
+TOLD = (WORSE, UNDECIDED, TOO_FEW, TOO_FEW_SEEDS)
+"""Verdicts that are told with their categories."""
 TARGET = 0.05
 """Gain in mIoU (present) over the base model that was asked for; its interval must lie above."""
 
@@ -61,10 +64,10 @@ the same LoRA trained with flow matching alone. {trained}
 """
 SEEDS = """\
 Every training has {seeds} seeds, the control's the same; means are
-over seeds, and the seeds' spread is in every interval."""
-ONE_SEED = """\
-Every training has one seed: no interval holds how
-much another would differ, so a gain that is as small as seeds may differ is none yet."""
+over seeds, and the seeds' spread is in every interval; what has fewer than 3 has none."""
+FEW_SEEDS = """\
+Every training has {seeds} of the 3 seeds that an
+interval takes: values stand alone, and a gain that is as small as seeds may differ is none yet."""
 RECIPE = {
     "ours": "LoRA on both streams of all layers. The loss reads {space} maps, normalisation {normalise}, rate {rate:g}:"
             " chosen on val by the pilot below.",
@@ -94,7 +97,8 @@ PILOT = """\
 ## Pilot
 
 {pilot_steps} steps of `class` for every form of the loss (Table 5's two choices, at the loss) and rate, measured on
-val: mIoU (present), and the share of facts against a control of the same rate and length.
+val: mIoU (present), and the share of facts against a control of the same rate and length. Each has one seed: intervals
+are over prompts, and do not say how much another training would differ.
 
 | alignment | maps | min-max | rate | mIoU | facts | difference to control | chosen |
 |-|-|-|-|-|-|-|-|
@@ -142,51 +146,30 @@ def miou_table(counts: Mapping[tuple[str, int, str], ImageCounts]) -> pd.DataFra
         return left_out[variant, 0 if variant == BASE else seed, protocol]
 
     for (variant, protocol), seeds in trained.items():
-        found = _over_seeds({seed: left_out[variant, seed, protocol] for seed in seeds})
+        found = _over_seeds({seed: left_out[variant, seed, protocol] for seed in seeds}, trained=variant != BASE)
         row: dict[str, object] = {"variant": variant, "protocol": protocol, "n": len(counts[variant, 0, protocol])}
         low, high = np.clip(found[1:3], 0, 1)
         row |= {"seeds": len(seeds), "miou": found.value, "low": low, "high": high}
         for other in (BASE, CONTROL):
             paired = trained[other, protocol] if variant == BASE else seeds
-            gain = _over_seeds({seed: of(variant, seed, protocol) - of(other, seed, protocol) for seed in paired})
+            pairs = {seed: of(variant, seed, protocol) - of(other, seed, protocol) for seed in paired}
+            gain = _over_seeds(pairs, trained=variant != other)
             ends = np.clip(gain[1:3], -1, 1)
             row |= {f"gain_{other}": gain.value, f"gain_{other}_low": ends[0], f"gain_{other}_high": ends[1]}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _over_seeds(values: Mapping[int, np.ndarray]) -> Jackknife:
+def _over_seeds(values: Mapping[int, np.ndarray], trained: bool) -> Jackknife:
     """Of scores by seed, each of all images and then of all but one [1 + n]."""
     mean = np.mean(list(values.values()), axis=0)
-    return across_seeds(jackknife(mean[0], mean[1:]), [of[0] for of in values.values()], len(mean) - 1)
-
-
-def across_seeds(found: Jackknife | Interval, per_seed: Sequence[float], items: int) -> Jackknife:
-    """The interval of a mean over training seeds, their spread in it beside that of the items.
-
-    Args:
-        found: of the seeds' mean, over `items` items. per_seed: what each seed gave.
-
-    Both errors are added in squares, with the degrees of freedom after Satterthwaite (1946): three seeds that differ
-    much say little, however many items there are. With one seed the interval is that of the items.
-    """
-    values, value, reach = defined(per_seed), found[0], (found[2] - found[1]) / 2
-    if not np.isfinite(reach) or items < 2:
-        return Jackknife(value, np.nan, np.nan, np.nan)
-    inside, between, free = reach / float(t.ppf(TAILS[1], items - 1)), 0.0, float(items - 1)
-    if len(values) > 1:
-        between = float(values.std(ddof=1)) / np.sqrt(len(values))
-    error = float(np.hypot(inside, between))
-    if error == 0:
-        return Jackknife(value, value, value, float(value == 0))
-    if len(values) > 1:
-        free = error**4 / (inside**4 / (items - 1) + between**4 / (len(values) - 1))
-    reach = float(t.ppf(TAILS[1], free)) * error
-    return Jackknife(value, value - reach, value + reach, 2 * float(t.sf(abs(value) / error, free)))
+    found = jackknife(mean[0], mean[1:])
+    return across_seeds(found, [of[0] for of in values.values()], len(mean) - 1) if trained else found
 
 
 def generation_table(frames: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """`compare_variants` of the means over training seeds, the seeds' spread in the intervals of the differences.
+    """`compare_variants` of the means over training seeds, the seeds' spread in the intervals; "too few seeds" where
+    fewer than `FEWEST_SEEDS` were trained.
 
     Args:
         frames: rows of `score` with the columns variant and training_seed (the base model has seed 0 alone).
@@ -202,19 +185,30 @@ def generation_table(frames: pd.DataFrame, baseline: str) -> pd.DataFrame:
     for seed in dict.fromkeys(frames["training_seed"]):
         lone = frames[(frames["training_seed"] == seed) | (frames["variant"] == BASE)].drop(columns="training_seed")
         if baseline in set(lone["variant"]):
-            seeds[seed] = compare_variants(lone, baseline).set_index(place)["difference"]
+            seeds[seed] = compare_variants(lone, baseline).set_index(place)[["mean", "difference"]]
     rows = []
     for row in whole.to_dict("records"):
-        key = tuple(row[name] for name in place)
-        per_seed = [of[key] for of in seeds.values() if key in of.index] if row["variant"] != baseline else []
-        found = Interval(row["difference"], row["difference_low"], row["difference_high"])
-        spread = across_seeds(found, per_seed, row["prompts"])
-        loss = -margin_of(row["metric"]) * sign_of(row["metric"])
-        from_margin = across_seeds(Interval(*(x - loss for x in found)), [x - loss for x in per_seed], row["prompts"])
-        low, high = np.clip(spread[1:3], -most[row["metric"]], most[row["metric"]])
-        row |= {"seeds": max(1, len(per_seed)), "difference_low": low, "difference_high": high}
-        rows.append(row | {"p_holm": spread.p, "p_margin": from_margin.p})
-    return with_verdicts(pd.DataFrame(rows), baseline)
+        key, limit, items = tuple(row[name] for name in place), most[row["metric"]], row["prompts"]
+        if row["variant"] == baseline == BASE:  # no training, beside none
+            rows.append(row | {"seeds": 1})
+            continue
+        of = pd.DataFrame([known.loc[key] for known in seeds.values() if key in known.index])
+        if row["variant"] != BASE:
+            own = across_seeds(Interval(row["mean"], row["low"], row["high"]), of["mean"], items)
+            row |= {"low": max(own.low, 0.0) if limit == 1 else own.low, "high": min(own.high, limit)}
+        if row["variant"] != baseline:
+            found = Interval(row["difference"], row["difference_low"], row["difference_high"])
+            spread = across_seeds(found, of["difference"], items)
+            loss = -margin_of(row["metric"]) * sign_of(row["metric"])
+            from_margin = across_seeds(Interval(*(x - loss for x in found)), of["difference"] - loss, items)
+            low, high = np.clip(spread[1:3], -limit, limit)
+            row |= {"difference_low": low, "difference_high": high}
+            row |= {name: p if np.isfinite(row[name]) else np.nan  # as many items as a verdict takes
+                    for name, p in (("p_holm", spread.p), ("p_margin", from_margin.p))}  # fmt: skip
+        rows.append(row | {"seeds": len(of)})
+    table = with_verdicts(pd.DataFrame(rows), baseline)
+    few = (table["seeds"] < FEWEST_SEEDS) & (table["variant"] != baseline)
+    return table.assign(verdict=table["verdict"].mask(few, TOO_FEW_SEEDS))
 
 
 def verdict(miou: pd.DataFrame, generation: pd.DataFrame) -> list[str]:
@@ -224,7 +218,7 @@ def verdict(miou: pd.DataFrame, generation: pd.DataFrame) -> list[str]:
     for variant in (name for name in present.index if name not in (BASE, CONTROL)):
         gain = present.loc[variant]
         part = generation[(generation["variant"] == variant) & (generation["metric"] == "facts")]
-        of = {word: list(part[part["verdict"] == word]["category"]) for word in (WORSE, UNDECIDED, TOO_FEW)}
+        of = {word: list(part[part["verdict"] == word]["category"]) for word in TOLD}
         told = [f"{word} in {', '.join(names)}" for word, names in of.items() if names]
         reached = "reached" if gain["gain_base_low"] >= TARGET and not told else "not reached"
         lines.append(
@@ -237,8 +231,7 @@ def verdict(miou: pd.DataFrame, generation: pd.DataFrame) -> list[str]:
 
 
 def _points(row: pd.Series, other: str) -> str:
-    middle, low, high = (100 * row[f"gain_{other}{end}"] for end in ("", "_low", "_high"))
-    return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
+    return signed(*(100 * row[f"gain_{other}{end}"] for end in ("", "_low", "_high")), digits=1)
 
 
 def write(
@@ -264,17 +257,17 @@ def summary(
     """All tables for people."""
     taken = {} if pilots is None else pilots[pilots["chosen"]].iloc[0].to_dict()
     words = {"recipe": RECIPE[settings["recipe"]].format(**settings | taken), "layers": len(settings["layer_miou_val"])}
-    several = settings["seeds"] > 1
-    words |= {"trained": (SEEDS if several else ONE_SEED).format(**settings)}
+    several = settings["seeds"] >= FEWEST_SEEDS
+    words |= {"trained": (SEEDS if several else FEW_SEEDS).format(**settings)}
     head = HEAD.format(**settings | words).splitlines()
     how = MIOU.format(over="images and seeds" if several else "images")
     lines = [*head, "", *verdict(miou, generation), *how.splitlines()]
     for row in miou.to_dict("records"):
         gains = [
-            "" if o == row["variant"] else interval(row[f"gain_{o}"], row[f"gain_{o}_low"], row[f"gain_{o}_high"], "+")
+            "" if o == row["variant"] else signed(row[f"gain_{o}"], row[f"gain_{o}_low"], row[f"gain_{o}_high"])
             for o in (BASE, CONTROL)
         ]
-        own = interval(row["miou"], row["low"], row["high"])
+        own = bounded(row["miou"], row["low"], row["high"])
         lines.append(f"| {' | '.join([row['variant'], row['protocol'], str(row['n']), own, *gains])} |")
     lines += PICTURES.format(and_seeds=" and seeds" if several else "").splitlines()
     shown = [m for m in dict.fromkeys(generation["metric"]) if m in SHOWN or m.startswith("clipscore")]
@@ -289,7 +282,7 @@ def summary(
         for variant, of in part.groupby("variant", sort=False):
             cells = []
             for row in of.set_index("category").loc[categories].to_dict("records"):
-                change = interval(row["difference"], row["difference_low"], row["difference_high"], "+")
+                change = signed(row["difference"], row["difference_low"], row["difference_high"])
                 told = "" if variant == CONTROL else f", {change} ({row['verdict']})"
                 cells.append(f"{row['mean']:.3f}{told}")
             lines.append(f"| {variant} | {' | '.join(cells)} |")
@@ -298,13 +291,8 @@ def summary(
         return "\n".join([*lines, ""])
     lines += PILOT.format(**settings).splitlines()
     for row in pilots.fillna("").to_dict("records"):
-        change = interval(row["facts_difference"], row["facts_difference_low"], row["facts_difference_high"], "+")
+        change = signed(row["facts_difference"], row["facts_difference_low"], row["facts_difference_high"])
         cells = [row["alignment"], row["space"], row["normalise"], f"{row['rate']:g}", f"{row['miou']:.3f}",
                  f"{row['facts']:.3f}", change, "yes" if row["chosen"] else ""]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
-
-
-def interval(middle: float, low: float, high: float, sign: str = "") -> str:
-    """Three numbers as "+0.012 [+0.001, +0.023]"."""
-    return f"{middle:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"

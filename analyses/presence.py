@@ -34,17 +34,7 @@ from mmdit_probe.experiments.controls import Variant, variants
 from mmdit_probe.experiments.experiment import Study, request_of
 from mmdit_probe.experiments.text import bounded, signed
 from mmdit_probe.results.selection import load_selection
-from mmdit_probe.results.statistics import (
-    ABOVE,
-    FEWEST,
-    LEVEL,
-    NONE,
-    NOT_ABOVE,
-    TOO_FEW,
-    Jackknife,
-    corrected,
-    jackknifed,
-)
+from mmdit_probe.results.statistics import NONE, Jackknife, corrected, jackknifed, verdicts
 from mmdit_probe.segment.capture import capture
 from mmdit_probe.segment.methods import find
 from mmdit_probe.segment.record import PAPER_SIGMA, Reading
@@ -134,11 +124,10 @@ class Presence(Experiment):
             twin = known.get(what.replace(f"{NETWORKS[NONE]}: ", f"{NETWORKS['random']}: "), (values, there))[0]
             if twin is not values:
                 over = jackknifed(partial(_area_over, values, twin, there), len(there))
-                row |= _named("over_random", over, -1.0) | {"p_holm": over.p if len(there) >= FEWEST else np.nan}
+                row |= _named("over_random", over, -1.0) | {"p_holm": over.p}
             rows.append(row)
         table = corrected(pd.DataFrame(rows), ["p_holm"])
-        above = (table["over_random_low"] > 0) & (table["p_holm"] <= 1 - LEVEL)
-        verdict = np.where(table["n"] < FEWEST, TOO_FEW, np.where(above, ABOVE, NOT_ABOVE))
+        verdict = verdicts(table["p_holm"], table["over_random_low"] > 0)
         return table.assign(verdict=np.where(table["over_random"].isna(), "", verdict))
 
     def draw(self, result: Result) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from mmdit_probe.evaluate.plan import CEILING, KEYS, ONE_CLASS, ONE_SEGMENT, ONE_TOKEN, RANDOM, SHIFTED, UNSUPERVISED
 from mmdit_probe.evaluate.scores import SCORES, ImageCounts, assign
-from mmdit_probe.results.statistics import ABOVE, FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, holm
+from mmdit_probe.results.statistics import holm, verdicts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,9 +57,7 @@ def league(
         p_holm=holm(table["p_holm"]), control=table["control"].fillna(""),
         segments=[segments.get(key, float("nan")) for key in found],
     )  # fmt: skip
-    above = (table["over_low"] > 0) & (table["p_holm"] <= 1 - LEVEL)
-    verdict = np.where(table["n"] < FEWEST, TOO_FEW, np.where(above, ABOVE, NOT_ABOVE))
-    table["verdict"] = np.where(table["control"] == "", "", verdict)
+    table["verdict"] = np.where(table["control"] == "", "", verdicts(table["p_holm"], table["over_low"] > 0))
     order = {name: place for place, name in enumerate(dict.fromkeys(table["protocol"]))}
     table = table.assign(_order=table["protocol"].map(order))
     return table.sort_values(["_order", "miou"], ascending=[True, False], kind="stable").drop(columns="_order")
@@ -100,7 +98,7 @@ def _row(key: Key, found: Mapping[Key, ImageCounts]) -> dict[str, Any]:
     if control is not None:
         over = scores.gain(found[control])
         row |= dict(zip(_OVER, over, strict=False)) | {"control": control[1]}
-        row["p_holm"] = over.p if len(scores) >= FEWEST else float("nan")
+        row["p_holm"] = over.p
     return row
 
 

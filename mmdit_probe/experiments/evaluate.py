@@ -29,7 +29,7 @@ from mmdit_probe.experiments.text import Text, TextTable, share, signed
 from mmdit_probe.models.names import check_checkpoint, contents_of
 from mmdit_probe.options import Option
 from mmdit_probe.results.folder import check_folder
-from mmdit_probe.results.statistics import ABOVE, FEWEST, TOO_FEW
+from mmdit_probe.results.statistics import A_VERDICT_TAKES, ABOVE, TOO_FEW
 from mmdit_probe.segment.settings import (
     BLIND,
     NAMED,
@@ -352,6 +352,8 @@ class Evaluate(Reads, Experiment):
             refine=self.refinements, options=self.values(), heads=heads, sweep=self.sweep,
         )  # fmt: skip
         notes += [data.note] if data.note else []
+        if data.background is not None and rule == "none":
+            notes.append("the background counts as a class of the mIoU, and --background none does not predict it")
         notes += [f"preset {self.preset} ({how.source}): {how.differs}"] if how.differs else []
         if tagging is not None and tagging.split is not None:
             count = counted(len(tagging.split), "image")
@@ -496,7 +498,7 @@ def beside_controls(table: pd.DataFrame) -> str:
         return "No control was counted."
     met = methods["control"].where(~methods["control"].str.endswith(SHIFTED), SHIFTED.removeprefix(", "))
     names = ", ".join(f"{name} {count}" for name, count in met.value_counts().items())
-    few = f"; {TOO_FEW}: no verdict below {FEWEST} images" if (methods["verdict"] == TOO_FEW).any() else ""
+    few = f"; {TOO_FEW}: {A_VERDICT_TAKES}" if (methods["verdict"] == TOO_FEW).any() else ""
     above = f"{int((methods['verdict'] == ABOVE).sum())} of {counted(len(methods), 'row')}"
     return (
         f"over control: mIoU over the strongest control with the same refinement ({names}), images paired; above it"

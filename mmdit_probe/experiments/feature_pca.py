@@ -35,7 +35,7 @@ from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.experiments.token_rows import cut_off
 from mmdit_probe.options import Option
 from mmdit_probe.results import atomic
-from mmdit_probe.results.statistics import FEWEST, LEVEL, NOT_ABOVE, TOO_FEW, corrected, interval, measured, p_value
+from mmdit_probe.results.statistics import LEVEL, NOT_ABOVE, TOO_FEW, corrected, interval, kind_of, measured, p_value
 from mmdit_probe.specs import named_of
 
 if TYPE_CHECKING:
@@ -358,7 +358,9 @@ def summarise(by_picture: pd.DataFrame) -> pd.DataFrame:
                 difference = part[name] - part[f"{name}_shuffled"]
                 if name == "class":
                     row["n"] = int(difference.notna().sum())
-                row |= interval(difference).named(f"{prefix}beyond") | {f"{prefix}p_holm": p_value(difference)}
+                kind = kind_of(part[name], part[f"{name}_shuffled"])
+                row |= interval(difference, kind).named(f"{prefix}beyond")
+                row[f"{prefix}p_holm"] = p_value(difference, kind)
         rows.append(row)
     table = pd.DataFrame(rows)
     return corrected(table, [name for name in ("p_holm", "silhouette_p_holm") if name in table])
@@ -376,7 +378,7 @@ def score_table(summary: pd.DataFrame, components: int) -> TextTable:
         cells = [str(row["layer"]), str(row["kind"]), f"{row['explained_3']:.2f}"]
         if has_classes:
             beyond = signed(row["beyond"], row["beyond_low"], row["beyond_high"])
-            lacks = TOO_FEW if row["n"] < FEWEST else NOT_ABOVE
+            lacks = TOO_FEW if np.isnan(row["p_holm"]) else NOT_ABOVE
             cells += [
                 bounded(row["class"], row["class_low"], row["class_high"]),
                 f"{row['class_shuffled']:.3f}",

@@ -24,7 +24,18 @@ from mmdit_probe.experiments.experiment import Experiment, Study, request_of
 from mmdit_probe.experiments.options import Input
 from mmdit_probe.experiments.text import Text, TextTable, bounded, signed
 from mmdit_probe.options import Option
-from mmdit_probe.results.statistics import ALIKE, HIGHER, LOWER, NONE, TOO_FEW, holm, interval, p_value, two_sided
+from mmdit_probe.results.statistics import (
+    ALIKE,
+    HIGHER,
+    LOWER,
+    NONE,
+    TOO_FEW,
+    holm,
+    interval,
+    kind_of,
+    p_value,
+    two_sided,
+)
 from mmdit_probe.scenes import scene, split_of_world
 from mmdit_probe.scenes.world import CLASSES, Scene
 from mmdit_probe.specs import Spec, layer_indices
@@ -255,7 +266,7 @@ LOCALISES, AWAY, NEITHER = "localises", "looks away", "neither"
 def verdicts(rows: pd.DataFrame) -> pd.DataFrame:
     """Per layer and head, over training scenes (all streams): n, auc with low and high (95 % interval), p_holm (of one
     half, corrected for all heads), verdict: "localises" if the interval lies above one half and p_holm is at most .05,
-    "looks away" if below it, else "neither"; "too few items" below `FEWEST` scenes, and then no head is left out."""
+    "looks away" if below it, else "neither"; "too few items" where p_holm is NaN, and then no head is left out."""
     found = []
     for (layer, head), part in rows[rows["stream"] == ALL].groupby(["layer", "head"], observed=True):
         items = part.groupby("train_item")["auc"].mean()
@@ -286,7 +297,8 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
         for way in WAYS:
             row = {"layer": layer, "stream": stream, "way": way, "n": int(wide[way].notna().sum())}
             row |= interval(wide[way], kind="share").named("miou", "")
-            rows.append(row | interval(wide[way] - wide[RAW]).named("difference"))
+            kind = kind_of(wide[way], wide[RAW])
+            rows.append(row | interval(wide[way] - wide[RAW], kind).named("difference"))
     return pd.DataFrame(rows)
 
 

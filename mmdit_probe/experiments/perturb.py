@@ -228,7 +228,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
     control_high, beyond, beyond_low, beyond_high (edit minus control, paired) and p_holm (of that difference, corrected
     for the places of an outcome); and verdict: "beyond control" if the effect's interval excludes 0, beyond's does on
     the same side, and p_holm is at most .05; "no effect shown" if the effect's own includes 0; else "not beyond
-    control"; "too few items" below `FEWEST` prompts, "" without a control. The no-op has layer -1.
+    control"; "too few items" where p_holm is NaN, "" without a control. The no-op has layer -1.
     """
     long = effects(table, ROW)
     rows: list[dict[str, Any]] = []
@@ -263,7 +263,7 @@ def _strongest(edited: pd.Series, equal: Mapping[str, pd.Series], distance: bool
         rows.append(row | own.named("control") | beyond.named("beyond"))
     rises = edited.mean() > 0
     least = min(rows, key=lambda row: np.nan_to_num(row["beyond_low"] if rises else -row["beyond_high"], nan=np.inf))
-    return least | {"p_holm": max(row["p_holm"] for row in rows)}
+    return least | {"p_holm": float(np.max([row["p_holm"] for row in rows]))}  # NaN if one is
 
 
 SMALL = 0.05
@@ -298,7 +298,7 @@ def power(table: pd.DataFrame) -> list[str]:
 def _verdict(row: Mapping[Any, Any]) -> str:
     if row.get("beyond", np.nan) != row.get("beyond", np.nan):
         return ""
-    if row["n"] < FEWEST:
+    if np.isnan(row["p_holm"]):
         return TOO_FEW
     if row["low"] <= 0 <= row["high"]:
         return NO_EFFECT

@@ -36,7 +36,7 @@ from mmdit_probe.observe.maps import TextMaps
 from mmdit_probe.observe.pca import token_classes
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.observe.sinks import SinkFree, without_sinks
-from mmdit_probe.results.statistics import HIGHER, LOWER, holm, interval, measured, p_value, two_sided
+from mmdit_probe.results.statistics import HIGHER, LOWER, holm, interval, kind_of, measured, p_value, two_sided
 from mmdit_probe.scenes.world import CLASSES, Scene, scene
 
 BATCH = 32
@@ -179,8 +179,9 @@ def improvement(table: pd.DataFrame) -> pd.DataFrame:
         wide = part.pivot(index="item", columns="maps", values="value")[[PLAIN, CLEAN]].dropna()
         added = wide[CLEAN] - wide[PLAIN]
         row = {"layer": layer, "head": head, "score": score, "n": len(wide), "before": float(wide[PLAIN].mean())}
-        row |= {"after": float(wide[CLEAN].mean())} | interval(added).named("difference", "")
-        rows.append(row | {"p_holm": p_value(added)})
+        kind = kind_of(wide[CLEAN], wide[PLAIN])
+        row |= {"after": float(wide[CLEAN].mean())} | interval(added, kind).named("difference", "")
+        rows.append(row | {"p_holm": p_value(added, kind)})
     columns = ["layer", "head", "score", "n", "before", "after", "difference", "low", "high", "p_holm"]
     found = pd.DataFrame(rows, columns=columns)
     found["p_holm"] = found.groupby("score")["p_holm"].transform(holm)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmdit_probe import lazy_pandas as pd
 from mmdit_probe.errors import counted
-from mmdit_probe.results.statistics import FEWEST, NOT_ABOVE, TOO_FEW
+from mmdit_probe.results.statistics import A_VERDICT_TAKES, NOT_ABOVE, TOO_FEW
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -134,7 +134,7 @@ def claim_lines(claims: pd.DataFrame, claim: str, explained: dict[str, str]) -> 
     if undecided:
         of = "The comparison has" if undecided == 1 else f"All {undecided} comparisons have"
         of = counted(undecided, "more has", "more have") if decided else of
-        verdict = f"{verdict} {of} fewer than the {FEWEST} items that a verdict takes.".lstrip()
+        verdict = f"{verdict} {of} too few items: {A_VERDICT_TAKES}.".lstrip()
     claimed = (
         f"Claim: {claim}. Paired differences over items, 95 % interval; verdicts are corrected for many comparisons"
         f" (Holm). Controls: {known}."

@@ -31,14 +31,12 @@ from mmdit_probe.models.mmdit import MMDiT, TextCondition
 from mmdit_probe.observe.probe import probe
 from mmdit_probe.results.statistics import (
     BEYOND,
-    FEWEST,
-    LEVEL,
     NOT_BEYOND,
-    TOO_FEW,
     corrected,
     jackknifed,
     measured,
     spearman,
+    verdicts,
 )
 from mmdit_probe.scenes.world import CLASSES, Scene
 from mmdit_probe.specs import HeadSpec, Spec, layer_indices
@@ -91,7 +89,7 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
     difference_high, p_holm, verdict. The control pairs each word's attribution with the attention of the scene's next
     word; the difference is paired (the same scene left out of both), its p value corrected for the layers (Holm).
     "beyond control" if rho's interval and the difference's lie above 0 and p_holm is at most .05, "not beyond control"
-    if not, "too few items" below `FEWEST` scenes.
+    if not, "too few items" where p_holm is NaN.
     """
     rows = []
     for layer, part in measured(table).groupby("layer"):
@@ -105,11 +103,10 @@ def agreement(table: pd.DataFrame) -> pd.DataFrame:
             found = jackknifed(partial(_rho, scenes, places), len(scenes))
             low, high = np.clip([found.low, found.high], -most, most)
             row |= {name: found.value, f"{prefix}low": low, f"{prefix}high": high}
-        rows.append(row | {"p_holm": found.p if len(scenes) >= FEWEST else np.nan})
+        rows.append(row | {"p_holm": found.p})
     result = corrected(pd.DataFrame(rows), ["p_holm"])
-    beyond = (result["low"] > 0) & (result["difference_low"] > 0) & (result["p_holm"] <= 1 - LEVEL)
-    verdict = np.where(result["n"] < FEWEST, TOO_FEW, np.where(beyond, BEYOND, NOT_BEYOND))
-    return result.assign(verdict=verdict)
+    beyond = (result["low"] > 0) & (result["difference_low"] > 0)
+    return result.assign(verdict=verdicts(result["p_holm"], beyond, BEYOND, NOT_BEYOND))
 
 
 def by_scene(table: pd.DataFrame) -> pd.DataFrame:

@@ -359,7 +359,7 @@ class MMDiT:
         """PIL images of latents [B, C, h, w]."""
         self._check_latents()
         self._check_vae()
-        pixels = packing.decode(self.pipeline.vae, latents.to(self.device), self.family.cell)
+        pixels = packing.decode(self.pipeline.vae, _batch_of(latents).to(self.device), self.family.cell)
         return self.pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
 
     def noise(self, latents: Tensor, sigma: float | Sequence[float], seed: int | Sequence[int] = 0) -> Tensor:
@@ -374,7 +374,7 @@ class MMDiT:
         """
         draws = [
             torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(s))
-            for s in seed_values(seed, len(latents))
+            for s in seed_values(seed, len(_batch_of(latents)))
         ]
         levels = torch.tensor(_per_row(sigma, len(latents)), device=latents.device)[:, None, None, None]
         return (1.0 - levels) * latents.float() + levels * torch.stack(draws).to(latents.device)
@@ -399,7 +399,9 @@ class MMDiT:
             seeds, branch, step: labels for the tables of a probe; the call itself does not depend on them.
             grad: keep gradients.
         """
-        count = len(latents)
+        count = len(_batch_of(latents))
+        if not isinstance(text, TextCondition):
+            raise UserError(f"text {brief(text)}: expected what `encode_prompt` gives")
         if len(text) not in (1, count):
             found = f"{counted(len(text), 'prompt')} for {counted(count, 'latent')}"
             raise UserError(f"{found}; expected one prompt, or one per sample")
@@ -425,6 +427,11 @@ class MMDiT:
             prompts = prompts if kept else [""] * len(latents)
         inputs = dict(self._call(prompts, (height, width))[0])
         packed = packing.pack(latents.to(device, dtype), family.form, family.cell)
+        channels = 1 if packed.ndim > 3 else -1
+        found, own = packed.shape[channels], inputs[family.image_input].shape[channels]
+        if found != own:
+            each = own * latents.shape[1] / found
+            raise UserError(f"latents of {latents.shape[1]} channels: expected {each:g}, as `encode_image` gives them")
         if self.references:
             packed = torch.cat([packed, inputs[family.image_input][:, packed.shape[1] :]], 1)
         inputs[family.image_input] = packed
@@ -600,7 +607,7 @@ class MMDiT:
 
         Returns: list of PIL images (of videos: of `results.clip.Clip`), or what `output_type` asks for.
         """
-        texts = _texts(prompts)
+        texts, num_images_per_prompt = _texts(prompts), whole("num_images_per_prompt", num_images_per_prompt, 1)
         seeds = seed_values(seed, len(texts) * num_images_per_prompt)
         if len(texts) > 1 and self.references and self.family.reads_pictures:
             options |= {
@@ -610,13 +617,15 @@ class MMDiT:
             rows = np.reshape(seeds, (len(texts), -1)).tolist()
             return _joined([self.generate(text, seed=row, **options) for text, row in zip(texts, rows, strict=True)])
         guidance, steps = number("guidance", guidance), whole("steps", steps, 1)
-        height, width = (None if side is None else whole("height and width", side, 1) for side in (height, width))
+        _text_or_refusal(negative)
+        asked = {"height": height, "width": width, "max_sequence_length": max_sequence_length}
+        height, width, length = (None if of is None else whole(name, of, 1) for name, of in asked.items())
         generators = [torch.Generator().manual_seed(s) for s in seeds]
         own = self.size or (None, None)
         if self.makes_videos:  # some of their pipelines make one per prompt, whatever is asked for
             texts, num_images_per_prompt = [text for text in texts for _ in range(num_images_per_prompt)], 1
         arguments = self._arguments(
-            guidance=guidance, length=max_sequence_length, num_inference_steps=steps, generator=generators,
+            guidance=guidance, length=length, num_inference_steps=steps, generator=generators,
             height=height or own[0], width=width or own[1], negative_prompt=[negative] * len(texts),
             num_images_per_prompt=num_images_per_prompt, num_frames=self.num_frames,
         )  # fmt: skip
@@ -624,12 +633,26 @@ class MMDiT:
             raise UserError(f"{type(self.pipeline).__name__} takes no negative prompt; leave it out")
         self._check_call(arguments, options)
         options |= {"output_type": "pil"} if self.makes_videos and "output_type" not in options else {}
-        with _guided(self.pipeline, guidance), barless(self.pipeline):
+        with _guided(self.pipeline, guidance), barless(self.pipeline), self._sized(arguments):
             made = self.pipeline(prompt=texts, **arguments, **options)
         if not self.makes_videos:
             self._tell_size(made.images, (arguments.get("height"), arguments.get("width")))
             return made.images
         return [Clip.of(frames) for frames in made.frames] if options["output_type"] == "pil" else made.frames
+
+    @contextmanager
+    def _sized(self, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Says which sizes there are where the pipeline refuses that of these arguments; others round it."""
+        try:
+            yield
+        except ValueError as error:
+            sides = [arguments.get(name) or 0 for name in ("height", "width")]
+            if any(side % self.size_multiple for side in sides):
+                raise UserError(
+                    f"{sides[0]} x {sides[1]} pixels (height x width): {type(self.pipeline).__name__} makes sides that"
+                    f" are multiples of {self.size_multiple} ({str(error).rstrip('.')})"
+                ) from error
+            raise
 
     def _tell_size(self, pictures: Any, asked: tuple[int | None, int | None]) -> None:
         """Warn where pictures (PIL) have not the (height, width) that the pipeline was asked for."""
@@ -648,8 +671,12 @@ class MMDiT:
         Args:
             size: (height, width) in pixels, on which it depends in some families; the model's own if None.
         """
-        height, width = size or self.default_size
-        with torch.no_grad():
+        steps = whole("steps", steps, 1)
+        try:
+            height, width = (whole("height and width", side, 1) for side in size or self.default_size)
+        except (TypeError, ValueError):
+            raise UserError(f"size {brief(size)}: expected (height, width) in pixels") from None
+        with torch.no_grad(), self._sized({"height": height, "width": width}):
             _, scheduler = self._dry_run([""], steps, height=height, width=width)
         return self.family.levels(scheduler)[:steps]
 
@@ -730,6 +757,19 @@ def _texts(prompts: str | Sequence[str]) -> list[str]:
     if not isinstance(texts, Sequence) or not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"prompts are {prompts!r}; expected a text, or one text or more in a list")
     return list(texts)
+
+
+def _text_or_refusal(negative: object) -> None:
+    if not isinstance(negative, str):
+        raise UserError(f"negative {brief(negative)}: expected a text")
+
+
+def _batch_of(latents: Any) -> Tensor:
+    """The latents, which are a batch of samples."""
+    if not isinstance(latents, Tensor) or latents.ndim != 4 or not len(latents):
+        shape = f"of shape {tuple(latents.shape)}" if isinstance(latents, Tensor) else brief(latents)
+        raise UserError(f"latents {shape}: expected a tensor [samples, channels, height, width]")
+    return latents
 
 
 def _per_row(value: float | Sequence[float], count: int) -> list[float]:

@@ -55,7 +55,7 @@ from mmdit_probe.observe.clock import Clock
 from mmdit_probe.observe.observer import DenoisingCall, LayerCall, Observer, check_finite
 from mmdit_probe.observe.pipeline_labels import PERTURBED, PipelineRows, calling_pipeline, is_pipeline
 from mmdit_probe.observe.sample_order import canonical, canonical_hidden, hidden_keys, joined
-from mmdit_probe.specs import Spec, layer_indices, reread, step_indices
+from mmdit_probe.specs import Spec, check_spec, layer_indices, reread, step_indices
 
 Seen = TypeVar("Seen", bound=Observer)
 
@@ -168,6 +168,7 @@ class Run:
         if self._source.layers is not None:
             self._choose(self._source.layers)
         self.steps = reread(steps)
+        check_spec(self.steps, step_indices)
         self.current: DenoisingCall | None = None
         self.notes: list[str] = []
         self._tokens = tokens

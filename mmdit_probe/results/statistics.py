@@ -22,18 +22,30 @@ from numpy.typing import ArrayLike, NDArray
 
 from mmdit_probe import lazy_pandas as pd
 
-Kind = Literal["mean", "share", "change"]
+Kind = Literal["mean", "share", "change", "difference"]
 
 NONE = "none"
 """Value of the column `control` in rows of the measurement itself."""
 
 ABOVE, NOT_ABOVE, TOO_FEW = "above its control", "not above its control", "too few items"
+TOO_FEW_SEEDS = "too few seeds"
 BEYOND, NOT_BEYOND = "beyond control", "not beyond control"
 NO_WORSE, WORSE, UNDECIDED = "no worse", "worse", "undecided"
 
 FEWEST = 8
 """Items below which there is no verdict: with fewer, some kinds of scores are covered in less than 93 % of samples, by
 more than the simulation's noise (benchmarks/results/interval_coverage.md)."""
+
+FEWEST_OTHERS, FEWEST_EQUAL = 2, 50
+"""There is no verdict either with fewer items that differ from the most frequent value: zeros and one more number do
+not say how large the rest may be. If none differs, so many items are needed: fewer often have none of the one in ten
+that does (there, too)."""
+
+FEWEST_SEEDS = 3
+"""Seeds below which nothing is told of a training but its value: where seeds differ more than items do, intervals of
+two cover 88 %, of three 92 % (there, too)."""
+
+A_VERDICT_TAKES = f"a verdict takes {FEWEST}, {FEWEST_OTHERS} of them unlike the most frequent value"
 
 LEVEL = 0.95
 TAILS = (0.025, 0.975)
@@ -66,21 +78,24 @@ def interval(values: ArrayLike, kind: Kind = "mean") -> Interval:
             these and of 0 and 1. "change": differences of such scores per item, or of two changes (a gain beside that
             of a control), see `kind_of`; where half of them or more are equal (the same yes or no both times), the t
             interval of these and two items more, one for each direction (Bonett and Price 2012): twenty pairs that do
-            not change do not say that none ever does.
+            not change do not say that none ever does. "difference": the same of scores without steps, as a mean, but
+            within what such differences can be. Where a third of the values or more are equal, the t interval is in the
+            bootstrap's, which of many zeros and few values of either sign covers too little.
 
     Raises:
-        ValueError: a share outside [0, 1], a change outside [-2, 2].
+        ValueError: a share outside [0, 1], a change or difference outside [-2, 2].
     """
     data = defined(values)
-    lowest, highest = {"share": (0.0, 1.0), "change": (-2.0, 2.0)}.get(kind, (-np.inf, np.inf))
+    lowest, highest = {"share": (0.0, 1.0), "mean": (-np.inf, np.inf)}.get(kind, (-2.0, 2.0))
     if data.size and not lowest <= data.min() <= data.max() <= highest:
         raise ValueError(f"{kind}s lie in [{lowest:g}, {highest:g}]; found {data.min():g} to {data.max():g}")
     if len(data) < 2:
         return Interval(float(data.mean()) if len(data) else np.nan, np.nan, np.nan)
     mean = float(data.mean())
-    if kind == "change" and _mostly_equal(data):
-        most = 1.0 if np.abs(data).max() <= 1 else 2.0
-        return _with_more(data, _both_ways(data), -most, most)
+    if kind in ("change", "difference") and np.abs(data).max() <= 1:
+        lowest, highest = -1.0, 1.0
+    if kind == "change" and 2 * _most_frequent(data) >= len(data):
+        return _with_more(data, _both_ways(data), lowest, highest)
     if kind == "share" and np.isin(data, (0, 1)).all():
         from scipy.stats import binomtest
 
@@ -89,14 +104,16 @@ def interval(values: ArrayLike, kind: Kind = "mean") -> Interval:
     if kind == "share" and np.ptp(data) <= EQUAL * data.max():
         return _with_more(data, np.concatenate([data, [0.0, 1.0]]), 0.0, 1.0)
     below, above = _t_quantiles(data)
+    if 3 * _most_frequent(data) >= len(data):
+        by_t = _t_tails(len(data))
+        below, above = min(below, by_t[0]), max(above, by_t[1])
     error = float(data.std(ddof=1)) / np.sqrt(len(data))
-    low, high = float(mean - above * error), float(mean - below * error)
-    return Interval(mean, max(0.0, low), min(1.0, high)) if kind == "share" else Interval(mean, low, high)
+    return Interval(mean, max(lowest, float(mean - above * error)), min(highest, float(mean - below * error)))
 
 
 def kind_of(*scores: ArrayLike, distance: bool = False) -> Kind:
     """The kind of differences between these scores: "change" where all are in [-1, 1] and many are equal, as yes and
-    no or k facts of four are; "mean" of numbers without such steps.
+    no or k facts of four are; "difference" without such steps; "mean" of other numbers.
 
     Args:
         distance: they are distances from the same picture unedited: where all are 0 nothing moved, and that is exact
@@ -105,15 +122,28 @@ def kind_of(*scores: ArrayLike, distance: bool = False) -> Kind:
     known = [*map(defined, scores)]
     if distance and not any(values.any() for values in known):
         return "mean"
-    for values in known:
-        if not len(values) or np.abs(values).max() > 1 or 4 * len(np.unique(values)) > 3 * len(values):
-            return "mean"
-    return "change"
+    if any(not len(values) or np.abs(values).max() > 1 for values in known):
+        return "mean"
+    return "change" if all(4 * len(np.unique(values)) <= 3 * len(values) for values in known) else "difference"
 
 
-def _mostly_equal(data: NDArray[np.float64]) -> bool:
-    _, counts = np.unique(data.round(9), return_counts=True)
-    return bool(2 * counts.max() >= len(data))
+def _most_frequent(data: NDArray[np.float64]) -> int:
+    """How many items have the most frequent value; all of them where they are equal up to rounding."""
+    largest = float(np.abs(data).max())
+    if np.ptp(data) <= EQUAL * largest:
+        return len(data)
+    return int(np.unique((data / largest).round(9), return_counts=True)[1].max())
+
+
+def _untested(data: NDArray[np.float64], null: float) -> float | None:
+    """The p value where there is nothing to test: NaN of too few items for a verdict (`FEWEST`, `FEWEST_OTHERS`,
+    `FEWEST_EQUAL`), 1 or 0 of items that are all equal; None of others."""
+    if len(data) < FEWEST:
+        return np.nan
+    others = len(data) - _most_frequent(data)
+    if others == 0 and (np.isclose(data[0], null, rtol=EQUAL, atol=0) or len(data) >= FEWEST_EQUAL):
+        return float(np.isclose(data[0], null, rtol=EQUAL, atol=0))
+    return np.nan if others < FEWEST_OTHERS else None
 
 
 def _with_more(data: NDArray[np.float64], more: NDArray[np.float64], lowest: float, highest: float) -> Interval:
@@ -145,7 +175,8 @@ def ends(draws: ArrayLike) -> tuple[float, float]:
 
 
 class Jackknife(NamedTuple):
-    """A statistic of all items, its 95 % interval and the p value of its being 0 (two-sided); NaN with one item."""
+    """A statistic of all items, its 95 % interval and the p value of its being 0 (two-sided); NaN with one item, and p
+    with too few for a verdict (as `p_value`)."""
 
     value: float
     low: float
@@ -169,7 +200,8 @@ def jackknife(value: float, without: ArrayLike) -> Jackknife:
         return Jackknife(value, np.nan, np.nan, np.nan)
     error = float(np.sqrt((len(left) - 1) * left.var()))
     reach = float(t.ppf(TAILS[1], len(left) - 1)) * error
-    p = 2 * float(t.sf(abs(value) / error, len(left) - 1)) if error > 0 else float(value == 0)
+    p = _untested(len(left) * value - (len(left) - 1) * left, 0.0)  # pseudo-values: of a mean, the items themselves
+    p = 2 * float(t.sf(abs(value) / error, len(left) - 1)) if p is None else p
     return Jackknife(float(value), value - reach, value + reach, p)
 
 
@@ -182,6 +214,31 @@ def jackknifed(statistic: Callable[[NDArray[np.int64]], float], n: int) -> Jackk
     everything = np.arange(n)
     without = [statistic(np.delete(everything, k)) for k in range(n)] if n > 1 else []
     return jackknife(float(statistic(everything)), without)
+
+
+def across_seeds(
+    found: Jackknife | Interval, per_seed: Sequence[float], items: int, fewest: int = FEWEST_SEEDS
+) -> Jackknife:
+    """The interval of a mean over seeds of a training, their spread in it beside that of the items.
+
+    Args:
+        found: of the seeds' mean, over `items` items. per_seed: what each seed gave.
+
+    Both errors are added in squares, with the degrees of freedom after Satterthwaite (1946): three seeds that differ
+    much say little, however many items there are. Fewer than `fewest` seeds have no interval.
+    """
+    from scipy.stats import t
+
+    values, value, reach = defined(per_seed), found[0], (found[2] - found[1]) / 2
+    if not np.isfinite(reach) or items < 2 or len(values) < fewest:
+        return Jackknife(value, np.nan, np.nan, np.nan)
+    inside, between = reach / _t_tails(items)[1], float(values.std(ddof=1)) / np.sqrt(len(values))
+    error = float(np.hypot(inside, between))
+    if error == 0:
+        return Jackknife(value, value, value, float(value == 0))
+    free = error**4 / (inside**4 / (items - 1) + between**4 / (len(values) - 1))
+    reach = float(t.ppf(TAILS[1], free)) * error
+    return Jackknife(value, value - reach, value + reach, 2 * float(t.sf(abs(value) / error, free)))
 
 
 def measured(table: pd.DataFrame, control: str = NONE) -> pd.DataFrame:
@@ -206,9 +263,9 @@ def compare(
 
     Returns: the columns of `cell`, control, n (items that have both), n_undefined (items that lack one), value,
     control_value (means), difference, low, high (as `interval`), p_holm (paired t test, by Holm's method corrected for
-    all comparisons of the family that have enough items) and verdict: "above its control" if the interval lies above 0
-    and p_holm is at most .05, "not above its control" if not, "too few items" below `FEWEST`, also where no item has
-    both (n = 0). With a margin p_margin too, corrected likewise.
+    all comparisons of the family that have enough items; NaN of the others, see `p_value`) and verdict: "above its
+    control" if the interval lies above 0 and p_holm is at most .05, "not above its control" if not, "too few items"
+    where p_holm is NaN. With a margin p_margin too, corrected likewise.
     """
     rows: list[dict[str, Any]] = []
     for place, part in table.groupby(list(cell), sort=False, observed=True):
@@ -231,8 +288,13 @@ def compare(
     tests = ["p_holm"] if margin is None else ["p_holm", "p_margin"]
     columns = [*cell, "control", "n", "n_undefined", "value", "control_value", "difference", "low", "high", *tests]
     result = corrected(pd.DataFrame(rows, columns=columns), tests, family)
-    above = (result["low"] > 0) & (result["p_holm"] <= 1 - LEVEL)
-    return result.assign(verdict=np.where(result["n"] < FEWEST, TOO_FEW, np.where(above, ABOVE, NOT_ABOVE)))
+    return result.assign(verdict=verdicts(result["p_holm"], result["low"] > 0))
+
+
+def verdicts(p_holm: pd.Series, beyond: pd.Series, yes: str = ABOVE, no: str = NOT_ABOVE) -> NDArray[np.str_]:
+    """`yes` where the interval is beyond the control and p_holm at most .05, "too few items" where p_holm is NaN, else
+    `no`."""
+    return np.where(p_holm.isna(), TOO_FEW, np.where(beyond & (p_holm <= 1 - LEVEL), yes, no))
 
 
 def corrected(table: pd.DataFrame, tests: Sequence[str], family: str | None = None) -> pd.DataFrame:
@@ -248,25 +310,23 @@ HIGHER, LOWER, ALIKE = "higher", "lower", "no difference shown"
 
 def two_sided(compared: pd.DataFrame) -> pd.Series:
     """Verdicts on rows of `compare` where either sign is of interest: "higher" or "lower" than the control if the
-    interval excludes 0 and p_holm is at most .05, else "no difference shown"; "too few items" below `FEWEST`."""
+    interval excludes 0 and p_holm is at most .05, else "no difference shown"; "too few items" where p_holm is NaN."""
     sure = (compared["p_holm"] <= 1 - LEVEL) & ((compared["low"] > 0) | (compared["high"] < 0))
     found = compared["difference"].gt(0).map({True: HIGHER, False: LOWER}).where(sure, ALIKE)
-    return found.where(compared["n"] >= FEWEST, TOO_FEW)
+    return found.where(compared["p_holm"].notna(), TOO_FEW)
 
 
 def p_value(differences: ArrayLike, kind: Kind = "mean", null: float = 0.0) -> float:
     """Two-sided p value of a paired t test of the mean difference being `null`, of the same kind of numbers as the
-    `interval`; NaN below `FEWEST`. Differences without steps that are all equal are certain."""
+    `interval`; NaN where they are too few for a verdict (`FEWEST`; without steps also `FEWEST_OTHERS`).
+    Differences that are all `null` show no other: 1."""
     from scipy.stats import ttest_1samp
 
     data = defined(differences)
-    if len(data) < FEWEST:
-        return float("nan")
-    if kind == "change" and _mostly_equal(data):
-        data = _both_ways(data)
-    if np.ptp(data) <= EQUAL * np.abs(data).max():
-        return float(np.isclose(data[0], null, rtol=EQUAL, atol=0))
-    return float(ttest_1samp(data, null).pvalue)
+    if kind == "change" and len(data) >= FEWEST and 2 * _most_frequent(data) >= len(data):
+        return float(ttest_1samp(_both_ways(data), null).pvalue)
+    p = _untested(data, null)
+    return float(ttest_1samp(data, null).pvalue) if p is None else p
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
@@ -284,7 +344,7 @@ class NonInferiority(NamedTuple):
 
     Attributes:
         mean, low, high: of the paired differences, new minus old. margin: as it was stated.
-        p_margin, p: two-sided, of the true difference being -margin, and of its being 0.
+        p_margin, p: two-sided, of the true difference being -margin, and of its being 0; NaN as of `p_value`.
         verdict: of this comparison alone; of many in one table: `judged`.
     """
 
@@ -301,8 +361,8 @@ def no_worse(differences: ArrayLike, margin: float, kind: Kind = "mean") -> NonI
     """Non-inferiority: the interval of the paired differences (new minus old, more is better) against a stated margin.
 
     Returns: the interval and the verdict: "no worse" if it lies above -margin, "worse" if it lies below 0, else
-    "undecided"; "too few items" below `FEWEST`. An interval between -margin and 0 is "no worse": the loss is real and
-    smaller than what was said to matter.
+    "undecided"; "too few items" where p_margin is NaN. An interval between -margin and 0 is "no worse": the
+    loss is real and smaller than what was said to matter.
 
     Raises:
         ValueError: a margin that is not positive.
@@ -310,22 +370,21 @@ def no_worse(differences: ArrayLike, margin: float, kind: Kind = "mean") -> NonI
     if not margin > 0:
         raise ValueError(f"margin {margin}: expected the largest loss that does not matter, above 0")
     data = defined(differences)
-    found = interval(data, kind)
-    few, lossless = len(data) < FEWEST, found.low > -margin
+    found, p_margin = interval(data, kind), p_value(data, kind, -margin)
+    few, lossless = np.isnan(p_margin), found.low > -margin
     verdict = TOO_FEW if few else NO_WORSE if lossless else WORSE if found.high < 0 else UNDECIDED
-    return NonInferiority(*found, margin, p_value(data, kind, -margin), p_value(data, kind), verdict)
+    return NonInferiority(*found, margin, p_margin, p_value(data, kind), verdict)
 
 
 def judged(table: pd.DataFrame) -> NDArray[np.str_]:
     """The verdicts of `no_worse` on the rows of a table, whose p values are `corrected` for their being many.
 
     Args:
-        table: columns n, low, high, margin, p_margin and p_holm (of the difference being -margin, and 0).
+        table: columns low, high, margin, p_margin and p_holm (of the difference being -margin, and 0; NaN of too few).
     """
     lossless = (table["low"] > -table["margin"]) & (table["p_margin"] <= 1 - LEVEL)
     lossy = (table["high"] < 0) & (table["p_holm"] <= 1 - LEVEL)
-    verdicts = np.where(lossless, NO_WORSE, np.where(lossy, WORSE, UNDECIDED))
-    return np.where(table["n"] < FEWEST, TOO_FEW, verdicts)
+    return np.where(table["p_margin"].isna(), TOO_FEW, np.where(lossless, NO_WORSE, np.where(lossy, WORSE, UNDECIDED)))
 
 
 def n_for_effect(differences: ArrayLike, effect: float, *, power: float = 0.8, comparisons: int = 1) -> int | None:
@@ -471,14 +530,19 @@ def _t_quantiles(data: NDArray[np.float64]) -> tuple[float, float]:
     """2.5 and 97.5 % of (mean* - mean) / error* over smoothed resamples: what the t distribution is for normal data."""
     n, spread = len(data), float(data.std(ddof=1))
     if n >= MANY or spread <= 1e-12 * np.abs(data).max():  # equal up to rounding
-        from scipy.stats import t
-
-        return float(t.ppf(TAILS[0], n - 1)), float(t.ppf(TAILS[1], n - 1))
+        return _t_tails(n)
     counts, noise, total, squares = _resamples(n)
     away, scale = data - data.mean(), spread / np.sqrt(n)
     sums = counts @ away + scale * total  # (DRAWS,)
     variance = (counts @ away**2 + 2 * scale * (noise @ away) + scale**2 * squares - sums**2 / n) / (n - 1)
     return ends(sums / np.sqrt(n * variance))
+
+
+def _t_tails(n: int) -> tuple[float, float]:
+    """2.5 and 97.5 % of the t distribution of n items."""
+    from scipy.stats import t
+
+    return float(t.ppf(TAILS[0], n - 1)), float(t.ppf(TAILS[1], n - 1))
 
 
 @lru_cache(maxsize=8)

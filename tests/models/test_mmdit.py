@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from mmdit_probe import AttentionMass, probe
 from mmdit_probe.errors import UserError
 from mmdit_probe.experiments import AttentionBudget
 from mmdit_probe.models.families.registry import FAMILIES, family_of
 from mmdit_probe.models.layout import KINDS, Layout, find_layers
 from mmdit_probe.models.load import load
 from mmdit_probe.models.mmdit import MMDiT
-from mmdit_probe.observe.probe import probe
 from mmdit_probe.specs import seed_values
 from tests import tiny
 from tests.observe.situations import modular
@@ -237,7 +237,7 @@ def test_seeds_and_numbers_are_checked_before_anything_runs(model: MMDiT) -> Non
             with pytest.raises(UserError, match="expected a text, or one text or more in a list"):
                 ask(prompts)  # type: ignore[operator]
     for side in (0, "64"):
-        with pytest.raises(UserError, match=f"height and width {side!r}: expected a finite number from 1"):
+        with pytest.raises(UserError, match=f"height {side!r}: expected a finite number from 1"):
             model.generate("a cat", height=side)  # type: ignore[arg-type]
     for sigma in ("0.5", None, 2, [0.5, 0.5], torch.tensor([0.5, 0.5])):
         with pytest.raises(UserError, match=r"sigma .*: expected (a finite|one) number"):
@@ -310,3 +310,28 @@ def test_a_modular_pipeline_is_called_by_its_owner(monkeypatch: pytest.MonkeyPat
     for build, why in ((MMDiT, "with its transformer"), (probe, r"transformer is not loaded \(None\)")):
         with pytest.raises(UserError, match=why):
             build(pipe)
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda m: m.generate("a ring", steps=1, height=m.size_multiple + 1), "sides that are multiples of"),
+        (lambda m: m.generate("a ring", steps=1, negative=None), "negative None: expected a text"),
+        (lambda m: m.generate("a ring", steps=1, num_images_per_prompt="x"), "num_images_per_prompt 'x'"),
+        (lambda m: m.generate("a ring", steps=1, num_images_per_prompt=0), "num_images_per_prompt 0"),
+        (lambda m: m.generate("a ring", steps=1, max_sequence_length=0), "max_sequence_length 0"),
+        (lambda m: m.noise("x", 0.5), "latents 'x': expected a tensor"),
+        (lambda m: m.noise(torch.zeros(8, 4, 4), 0.5), r"latents of shape \(8, 4, 4\)"),
+        (lambda m: m.denoise(torch.zeros(0, 8, 4, 4), 0.5, m.encode_prompt("a ring")), r"shape \(0, 8, 4, 4\)"),
+        (lambda m: m.denoise(torch.zeros(1, 3, 4, 4), 0.5, m.encode_prompt("a ring")), r"of 3 channels: expected \d"),
+        (lambda m: m.denoise(torch.zeros(1, 3, 4, 4), 0.5, "a ring"), "text 'a ring': expected what `encode_prompt`"),
+        (lambda m: m.decode(None), "latents None"),
+        (lambda m: m.sigmas(0), "steps 0"),
+        (lambda m: m.sigmas(4, (1,)), r"size \(1,\): expected"),
+        (lambda m: probe(m, AttentionMass(), steps="q"), "cannot read 'q' as a step"),
+        (lambda m: probe(m, AttentionMass(), steps=[]), "step"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_where_it_is_given(model: MMDiT, call: Callable[[MMDiT], Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        call(model)

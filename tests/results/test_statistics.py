@@ -212,11 +212,67 @@ def test_shares_that_are_all_equal_are_not_certain() -> None:
     assert 0 <= interval([0.9] * 2, "share").low < 0.9 < interval([0.9] * 2, "share").high <= 1
 
 
+@pytest.mark.parametrize("n", [FEWEST, 20])
+@pytest.mark.parametrize("zeros", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize("rest", ["normal", "shifted", "exponential"])
+def test_verdicts_on_mostly_zeros_are_covered(rest: str, zeros: float, n: int) -> None:
+    """Of samples that get a verdict, 91 % of intervals or more hold the mean (of 70 % zeros and n = 8, .85 of all did);
+    of few zeros and n = 8, most samples get one."""
+    rng = np.random.default_rng(n)
+    size = (400, n)
+    values, mean = {
+        "normal": (rng.normal(size=size), 0), "shifted": (rng.normal(1, 1, size), 1),
+        "exponential": (rng.exponential(size=size), 1),
+    }[rest]  # fmt: skip
+    data = np.where(rng.random(size) < zeros, 0, values)
+    told = [one for one in data if np.isfinite(statistics.p_value(one, null=9))]
+    bounds = np.array([interval(one)[1:] for one in told])
+    missed = (bounds[:, 0] > mean * (1 - zeros)) | (bounds[:, 1] < mean * (1 - zeros))
+    assert missed.mean() < 0.09 and (zeros > 0.5 or len(told) > 350)
+
+
+def test_items_that_are_all_alike_but_one_get_no_verdict() -> None:
+    """Seven zeros and a loss of unknown size, or eight times the same number, are no verdict in any table; eight zeros
+    show no difference, but nothing to be no worse; fifty are enough for it."""
+
+    def told(values: list[float]) -> tuple[str, str, str, str]:
+        two = pd.concat([table({0: values}), table({1: spread(5)})]).assign(value=lambda rows: 9 * rows["value"])
+        row = compare(two, ["layer"], margin=0.05)
+        judged = statistics.judged(row.assign(margin=0.05))
+        return row["verdict"][0], statistics.two_sided(row)[0], judged[0], no_worse(9 * np.array(values), 0.05).verdict
+
+    assert told([0.0] * 7 + [-1.0]) == told([1.0] * 8) == told([1.0] * 49) == (TOO_FEW,) * 4
+    assert told([0.0] * 8) == (NOT_ABOVE, statistics.ALIKE, TOO_FEW, TOO_FEW)
+    assert told([0.0] * 50) == (NOT_ABOVE, statistics.ALIKE, NO_WORSE, NO_WORSE)
+    assert told([1.0] * 50) == (ABOVE, statistics.HIGHER, NO_WORSE, NO_WORSE)
+    assert TOO_FEW not in told([0.0] * 6 + [-1.0, -2.0])
+
+
+def test_differences_of_few_scores_stay_possible() -> None:
+    """By t, two differences of .94 and -.55 in scores of 0 to 1 reach from -9 to 10."""
+    for n in (2, 3, 4):
+        own, other = np.linspace(0.05, 0.95, n), np.linspace(0.6, 0.01, n)
+        kind = statistics.kind_of(own, other)
+        found = interval(own - other, kind)
+        assert kind == "difference" and -1 <= found.low < found.mean < found.high <= 1
+        rows = pd.DataFrame({"item": [*range(n)] * 2, "control": ["none"] * n + ["random"] * n, "layer": 0,
+                             "value": [*own, *other]})  # fmt: skip
+        (row,) = compare(rows, ["layer"]).to_dict("records")
+        assert (row["low"], row["high"]) == (found.low, found.high)
+    found = interval([1, 0.5, -1], "change")
+    assert (found.low, found.high) == (-1, 1)
+    assert interval([-1.5, 0.5, 1.0], "difference").low == -2  # of cosines
+    with pytest.raises(ValueError, match="differences lie in"):
+        interval([2.5, 0.0], "difference")
+
+
 def test_what_has_steps_and_what_has_none() -> None:
     rng = np.random.default_rng(0)
     assert statistics.kind_of([0, 1, 1, 0, 1, 1, 0, 1], [1.0] * 8) == "change"
     assert statistics.kind_of(rng.integers(0, 5, 20) / 4, rng.integers(0, 5, 20) / 4) == "change"
-    assert statistics.kind_of(rng.random(20)) == statistics.kind_of([2.0, 3, 2, 3]) == statistics.kind_of([]) == "mean"
+    assert statistics.kind_of(rng.random(20)) == "difference"
+    assert statistics.kind_of(1 + rng.random(20)) == statistics.kind_of([2.0, 3, 2, 3]) == "mean"
+    assert statistics.kind_of([]) == statistics.kind_of(rng.random(20), []) == "mean"
     same = rng.random(20)  # two runs that agree to the last bit
     (row,) = compare(pd.DataFrame([{"item": k, "control": name, "layer": 0, "value": value}
                                    for k, value in enumerate(same) for name in ("none", "stock")]), ["layer"]
@@ -294,7 +350,9 @@ def test_statistics_that_are_no_means() -> None:
     assert (mean.low, mean.high) == pytest.approx(expected)
     assert mean.p == pytest.approx(stats.ttest_1samp(data[:, 0], 0).pvalue)
     assert np.isnan(jackknifed(lambda kept: 1.0, 1)[1:]).all()
-    assert jackknifed(lambda kept: 0.5, 9) == (0.5, 0.5, 0.5, 0)
+    assert jackknifed(lambda kept: 0.5, 50) == (0.5, 0.5, 0.5, 0) and jackknifed(lambda kept: 0.0, 9).p == 1
+    for n, statistic in ((FEWEST - 1, lambda kept: data[kept, 0].mean()), (9, lambda kept: 0.5)):
+        assert np.isnan(jackknifed(statistic, n).p)
     assert statistics.LEVEL == 0.95 and statistics.TAILS == (0.025, 0.975)
 
 
