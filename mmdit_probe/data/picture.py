@@ -128,6 +128,25 @@ def listed(folder: Path) -> list[Path]:
     return list(by_name(files, folder, stem).values())
 
 
+def below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The files of a folder and of all folders in it, those that are linked there too.
+
+    Raises:
+        UserError: a folder that cannot be read.
+    """
+    here = (*above, os.path.realpath(folder))  # a link back is followed no further
+    try:
+        with os.scandir(folder) as entries:
+            found = [(Path(entry.path), entry.is_dir()) for entry in entries]
+    except OSError as error:
+        raise UserError(f"cannot read {str(folder)!r}: {error.strerror or error}") from error
+    for path, is_folder in found:
+        if not is_folder:
+            yield path
+        elif os.path.realpath(path) not in here:
+            yield from below(path, here)
+
+
 def by_name(files: Iterable[Path], folder: Path, name: Callable[[Path], str]) -> dict[str, Path]:
     """Files of a folder by the name that a picture, its caption and its masks share.
 
