@@ -16,14 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ImageOps
 
-from mmdit_probe.data.picture import opened
+from mmdit_probe.data.picture import opened, stored
 from mmdit_probe.errors import UserError
 
 IGNORE = 255
 """Truth pixels with this id are not counted."""
-
-_STEPS = {"L;2": 85, "L;4": 17}
-"""Factor by which PIL stretches grey values of 2 and 4 bits to 0..255: ids are what the file holds."""
 
 Ids = NDArray[np.int64]
 IdMapping = dict[int, int] | Callable[[Ids], Ids]
@@ -44,9 +41,9 @@ def read_label_map(path: Path | str, colours: bool = False) -> Ids:
             raise UserError(f"label {str(path)!r} is a JPEG, which changes ids; expected a PNG")
         if getattr(image, "n_frames", 1) > 1:
             raise UserError(f"label {str(path)!r} holds several frames; expected one")
-        stored = next((tile.args for tile in getattr(image, "tile", ())), "")
-        step = _STEPS.get(stored if isinstance(stored, str) else stored[0], 1)
-        array = np.asarray(ImageOps.exif_transpose(image)) // step
+        inverted, step, _ = stored(image)
+        array = np.asarray(ImageOps.exif_transpose(image))
+        array = (~array if inverted else array) // step  # ids are what the file holds
     if colours:
         if array.ndim != 3 or array.dtype != np.uint8:
             raise UserError(f"label {str(path)!r} has shape {array.shape}; expected ids in three colour channels")

@@ -128,6 +128,25 @@ def listed(folder: Path) -> list[Path]:
     return list(by_name(files, folder, stem).values())
 
 
+def below(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The files of a folder and of all folders in it, those that are linked there too.
+
+    Raises:
+        UserError: a folder that cannot be read.
+    """
+    here = (*above, os.path.realpath(folder))  # a link back is followed no further
+    try:
+        with os.scandir(folder) as entries:
+            found = [(Path(entry.path), entry.is_dir()) for entry in entries]
+    except OSError as error:
+        raise UserError(f"cannot read {str(folder)!r}: {error.strerror or error}") from error
+    for path, is_folder in found:
+        if not is_folder:
+            yield path
+        elif os.path.realpath(path) not in here:
+            yield from below(path, here)
+
+
 def by_name(files: Iterable[Path], folder: Path, name: Callable[[Path], str]) -> dict[str, Path]:
     """Files of a folder by the name that a picture, its caption and its masks share.
 
@@ -154,6 +173,14 @@ def _plain(image: Image, name: str, reduce: bool) -> Picture:
     if frames > 1 and image.format != "MPO":  # MPO: a phone's photograph with its depth map
         notes.append(f"the first of {frames} frames is used")
     most, factor = _most(image), _factor(image) if reduce else 1
+    inverted = getattr(image, "tag_v2", {}).get(262) == 0  # white is zero: PIL heeds it in up to 8 bits
+    _, step, deep = stored(image)
+    if isinstance(
+        clear := image.info.get("transparency"), int
+    ):  # the file's value, which PIL stretches in pixels alone
+        image.info["transparency"] = clear * step
+    elif isinstance(clear, tuple) and deep:
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
     if factor > 1:
         notes.append(f"{image.height} x {image.width} pixels were reduced")
         image.draft("RGB", (image.width // factor, image.height // factor))  # JPEG is decoded smaller at once
@@ -164,7 +191,7 @@ def _plain(image: Image, name: str, reduce: bool) -> Picture:
             image = ImageOps.exif_transpose(image)
     except Exception:  # the pixels are sound, see above; what is damaged is the tag
         notes.append("its EXIF data cannot be read; it is taken as stored")
-    image = _eight_bits(image, most, name)
+    image = _eight_bits(image, most, inverted, name)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = _on_white(image, notes)
     image = image if image.mode == "RGB" else image.convert("RGB")
@@ -184,17 +211,27 @@ def _on_white(image: Image, notes: list[str]) -> Image:
     return pil.alpha_composite(pil.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _eight_bits(image: Image, most: float, name: str) -> Image:
+def _eight_bits(image: Image, most: float, inverted: bool, name: str) -> Image:
     """Modes of 16 and 32 bits and floats scaled to 0..255 by their type; others as they are."""
     if image.mode != "F" and not image.mode.startswith("I"):
         return image
     values = np.asarray(image)
     if most == 2**32 - 1:
         values = values.astype(np.int64) % 2**32  # PIL keeps unsigned 32 bits as signed ones
+    if inverted:
+        values = most - values
     scaled, clear = pil.fromarray(_scaled(values, most, name)), image.info.get("transparency")
     if clear is not None:
         scaled.putalpha(pil.fromarray(values != clear))
     return scaled
+
+
+def stored(image: Image) -> tuple[bool, int, bool]:
+    """How a file that is not yet read holds its values: whether PIL inverts them (white is zero), by what it stretches
+    grey values of 2 and 4 bits to 0..255, and whether it cuts colours of 16 bits."""
+    args = next((tile.args for tile in getattr(image, "tile", ())), "")
+    kind, _, how = (args if isinstance(args, str) else str(args[0])).partition(";")
+    return "I" in how, {"L;2": 85, "L;4": 17}.get(f"{kind};{how[:1]}", 1), how.startswith("16")
 
 
 def _most(image: Image) -> float:

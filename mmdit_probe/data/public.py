@@ -22,7 +22,7 @@ from PIL import Image
 
 from mmdit_probe.data.class_names import SegClass, class_list
 from mmdit_probe.data.labels import IGNORE, IdMapping, mapped
-from mmdit_probe.data.picture import by_name, open_picture
+from mmdit_probe.data.picture import below, by_name, open_picture
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import read_lines
 from mmdit_probe.errors import UserError, check_known, counted
@@ -84,7 +84,7 @@ class FolderLayout:
 
     def _paths(self, folder: Path, suffix: str) -> Iterator[Path]:
         """Files that end in a suffix, whose case does not matter."""
-        for path in folder.rglob("*") if self.nested else folder.iterdir():
+        for path in below(folder) if self.nested else folder.iterdir():
             if path.name.lower().endswith(suffix.lower()) and path.name[0] != ".":
                 yield path
 

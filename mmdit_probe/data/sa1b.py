@@ -17,7 +17,7 @@ from pathlib import Path
 from mmdit_probe.data.class_names import SegClass
 from mmdit_probe.data.labels import Ids
 from mmdit_probe.data.masks import MAX_MASKS, Masks, Regions, decode_rle, fitted, in_order, largest, paint
-from mmdit_probe.data.picture import by_name, open_picture, picture_size
+from mmdit_probe.data.picture import below, by_name, open_picture, picture_size
 from mmdit_probe.data.sample import Dataset, Sample
 from mmdit_probe.data.text import caption_beside, read_json
 from mmdit_probe.errors import MISSHAPEN, UserError, counted
@@ -48,7 +48,8 @@ def sa1b_pairs(root: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:
 
 def _files(root: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     """Files sa_* below a root by their path without the suffix."""
-    files = sorted(path for path in root.rglob("sa_*") if path.suffix.lower() in suffixes)
+    there = (path for path in below(root) if path.name.startswith("sa_"))
+    files = sorted(path for path in there if path.suffix.lower() in suffixes)
     return by_name(files, root, lambda path: path.relative_to(root).with_suffix("").as_posix())
 
 

@@ -28,7 +28,9 @@ from mmdit_probe.data.picture import Picture, open_picture
 from mmdit_probe.data.text import regular
 
 WHOLE, BLOCKS, BLOCK = 2**18, 4, 2**16
-"""Bytes of a file that a fingerprint reads: all up to `WHOLE` (and of JSON), else `BLOCKS` of `BLOCK` over it."""
+"""Bytes of a file that a fingerprint reads: `BLOCKS` of `BLOCK` over a large one that is compressed, else all."""
+_COMPRESSED = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+"""Pictures in which no change stays in its place."""
 
 
 class Sample:
@@ -204,7 +206,7 @@ def _digest(path: Path, size: int, changed: int) -> bytes:
     """Of a file as it was then: many samples share an annotation file."""
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as stream:
-        if size <= WHOLE or path.suffix == ".json":
+        if size <= WHOLE or path.suffix.lower() not in _COMPRESSED:
             digest.update(stream.read())
         else:
             for k in range(BLOCKS):

@@ -22,9 +22,9 @@ LONGEST = 20_000
 """Characters of the longest prompt that is read: no text encoder of these pipelines takes nearly as many."""
 
 
-_WORD = re.compile(r"w[wm]*(?:jw[wm]*)*|b[bm]*|[jom]m*")
-"""A word in the classes of its characters: w letter or digit, b the same of a script without blanks, m mark or joiner,
-j apostrophe or hyphen, o other sign."""
+_WORD = re.compile(r"w[wmz]*(?:jw[wmz]*)*|b[bmz]*|[jomz][mz]*(?:(?<=z)o[mz]*)*")
+"""A word in the classes of its characters: w letter or digit, b the same of a script without blanks, m mark, z joiner
+(of letters, or of the signs that make one emoji), j apostrophe or hyphen, o other sign."""
 _BLANKLESS = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff]"
@@ -111,7 +111,9 @@ def _edges(text: str) -> frozenset[int]:
 def _class_of(character: str) -> str:
     if character in "'’-‐‑":
         return "j"
-    if unicodedata.category(character).startswith("M") or character in "\u200c\u200d":
+    if character == "\u200d":
+        return "z"
+    if unicodedata.category(character).startswith("M") or character in "\u200c🏻🏼🏽🏾🏿":
         return "m"
     if character.isalnum():
         return "b" if _BLANKLESS.match(character) else "w"

@@ -199,12 +199,12 @@ class Result(Answer):
             for name in self.store.array_names():
                 files += copy.keep_arrays(name, self.store.load_arrays(name))
             if (parts := self.store.workplace("")) is not None and parts.is_dir():  # of a report, runs of their own
-                files += shutil.copytree(parts, target.path / parts.name).iterdir()
+                files += shutil.copytree(parts, copy.place / parts.name).iterdir()
             kept = [name for name in self.experiment.tables if self.store.has(name)]
             for name in kept[::-1]:  # the first last: it says what belongs to it
-                with TableWriter(target.path, name) as writer, writer.item(0) as item:
+                with TableWriter(copy.place, name) as writer, writer.item(0) as item:
                     item.write(self.store.table(name))
-                    item.needs = [file.relative_to(target.path).as_posix() for file in files]
+                    item.needs = [file.relative_to(copy.place).as_posix() for file in files]
                 files.append(writer.file(0))
             target.record(tables=dict.fromkeys(kept, 1))
             self.write(target)

@@ -151,12 +151,14 @@ class FolderStore:
     """A run folder.
 
     Attributes:
-        folder: what it wraps. columns: table -> columns without which rows are those of an earlier version.
+        folder: what it wraps. place: where it is, whatever the working directory is later.
+        columns: table -> columns without which rows are those of an earlier version.
         first: whether this process is the one that writes what is about all tasks.
     """
 
     def __init__(self, folder: RunFolder, columns: Mapping[str, Sequence[str]] | None = None) -> None:
         self.folder, self.columns = folder, columns or {}
+        self.place = folder.path.absolute()
         self.first = processes.rank() == 0
         self.complete = folder.complete
         self.done: set[int] = set()
@@ -213,7 +215,7 @@ class FolderStore:
         return int((self.data.get("tables") or {}).get(name, 0)) - sum(map(complete, items(self._path(name))))
 
     def _path(self, name: str) -> Path:
-        return self.folder.path / f"{name}.parquet"
+        return self.place / f"{name}.parquet"
 
     @property
     def _own(self) -> bool:
@@ -247,7 +249,7 @@ class FolderStore:
     @contextmanager
     def writing(self, tables: Sequence[str]) -> Iterator[None]:
         """Tables are open for writing inside; the first must get rows, the others may."""
-        self._writers = {name: TableWriter(self.folder.path, name) for name in tables}
+        self._writers = {name: TableWriter(self.place, name) for name in tables}
         if self._own:
             for writer in self._writers.values():
                 check_items(writer.path)
@@ -295,7 +297,7 @@ class FolderStore:
             recorder = TaskRecord(self, sink_of, advance)
             yield recorder
             files = recorder.files + [self._writers[name].file(number) for name in sinks if name != main]
-            sinks[main].needs = [file.relative_to(self.folder.path).as_posix() for file in files]
+            sinks[main].needs = [file.relative_to(self.place).as_posix() for file in files]
         if ticks > recorder.ticked:
             advance(ticks - recorder.ticked)
 
@@ -317,7 +319,7 @@ class FolderStore:
 
     def keep_picture(self, name: str, image: Image | Clip) -> list[Path]:
         """A picture as PNG, a video as a folder of them. Returns: the files."""
-        place = self.folder.path / PICTURES
+        place = self.place / PICTURES
         if isinstance(image, Clip):
             files = {place / name / f"{number:03d}.png": frame for number, frame in enumerate(image)}
         else:
@@ -328,7 +330,7 @@ class FolderStore:
         return list(files)
 
     def picture_names(self) -> list[str]:
-        folder = self.folder.path / PICTURES
+        folder = self.place / PICTURES
         names = [*(path.stem for path in sorted(folder.glob("*.png")))]
         return names + [path.name for path in sorted(one for one in folder.glob("*") if one.is_dir())]
 
@@ -340,7 +342,7 @@ class FolderStore:
         """
         from PIL import Image as pil
 
-        path = self.folder.path / PICTURES / f"{name}.png"
+        path = self.place / PICTURES / f"{name}.png"
         frames = path.with_suffix("")
         with _as_written(path):
             if frames.is_dir():
@@ -350,7 +352,7 @@ class FolderStore:
             return found
 
     def keep_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> list[Path]:
-        path = self.folder.path / ARRAYS / f"{name}.npz"
+        path = self.place / ARRAYS / f"{name}.npz"
         with atomic.replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **dict(arrays))  # type: ignore[arg-type]
         return [path]
@@ -361,16 +363,16 @@ class FolderStore:
         Raises:
             UserError: the file is gone, or no longer holds arrays.
         """
-        path = self.folder.path / ARRAYS / f"{name}.npz"
+        path = self.place / ARRAYS / f"{name}.npz"
         with _as_written(path), np.load(path, allow_pickle=False) as found:
             return dict(found)
 
     def array_names(self) -> list[str]:
-        return sorted(path.stem for path in (self.folder.path / ARRAYS).glob("*.npz"))
+        return sorted(path.stem for path in (self.place / ARRAYS).glob("*.npz"))
 
     def workplace(self, name: str) -> Path | None:
         """A folder for what a long task keeps of itself."""
-        return self.folder.path / "state" / name
+        return self.place / "state" / name
 
 
 Store = MemoryStore | FolderStore

@@ -144,6 +144,21 @@ def test_roots_above_the_data_set(tmp_path: Path) -> None:
     assert len(dataset(f"voc20:{tmp_path}").samples) == 1
 
 
+def test_linked_folders_are_read_and_links_back_end(tmp_path: Path) -> None:
+    """A city, or an archive of SA-1B, that lies on another disk and is linked was left out, in silence."""
+    root, other = tmp_path / "root", tmp_path / "other"
+    for city, place in (("bonn", root / "leftImg8bit/val"), ("ulm", other)):
+        picture(place / city / f"{city}_leftImg8bit.png")
+        labels(root / f"gtFine/val/{city}/{city}_gtFine_labelTrainIds.png", [1])
+    (root / "leftImg8bit/val/ulm").symlink_to(other / "ulm")
+    (other / "ulm/back").symlink_to(root / "leftImg8bit/val")
+    assert [one.name for one in dataset(f"cityscapes:{root}").samples] == ["bonn/bonn", "ulm/ulm"]
+    for archive in (root, other):
+        sa1b_picture(archive / "sa", f"sa_{archive.name}", [{"segmentation": RLE}], (40, 60), False)
+    (root / "sa_000020").symlink_to(other / "sa")
+    assert [one.name for one in dataset(f"sa1b:{root}").samples] == ["sa/sa_root", "sa_000020/sa_other"]
+
+
 COARSE_LETTERS = "abcdefghijklmnopqrstuvwxyzA"
 STEGOS_COARSE = (
     "jlllllllliiiiiihhhhhhhhhhggggggggkkkkkkkkkkffffffffccccccccccddddddddddaaaaaabbbbbbeeeeeeeerrwuuwpzqnmmrrxpprpv"

@@ -64,25 +64,32 @@ def turned(path: Path, orientation: int, array: np.ndarray = RGB, **options: Any
     return saved(path, array, exif=exif, **options)
 
 
-def png(path: Path, width: int, height: int, data: bytes = b"", bits: int = 8, colour: int = 2) -> Path:
-    """A PNG of a header and the compressed rows given: of colours, or (`colour` 0) grey."""
+def png(
+    path: Path, width: int, height: int, data: bytes = b"", bits: int = 8, colour: int = 2, clear: bytes = b""
+) -> Path:  # fmt: skip
+    """A PNG of a header and the compressed rows given: of colours, or (`colour` 0) grey, one of them transparent."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + (chunk(b"tRNS", clear) if clear else b"")
+        + chunk(b"IDAT", zlib.compress(data))
+        + chunk(b"IEND", b"")
     )
     return path
 
 
-def tiff(path: Path, array: np.ndarray, bits: int, kind: int, width: int = 0) -> Path:
-    """A TIFF of whole numbers: kind 1 unsigned, 2 signed. `width` in pixels where a byte holds several."""
+def tiff(path: Path, array: np.ndarray, bits: int, kind: int, width: int = 0, black: int = 1) -> Path:
+    """A TIFF of numbers: kind 1 unsigned, 2 signed, 3 float. `width` in pixels where a byte holds several. `black` 0:
+    white is zero."""
     height, width = len(array), width or array.shape[1]
     body = array.tobytes()
-    entries = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1),
-               (278, 4, height), (279, 4, len(body)), (339, 3, kind)]  # fmt: skip
+    entries = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, black), (273, 4, 8),
+               (277, 3, 1), (278, 4, height), (279, 4, len(body)), (339, 3, kind)]  # fmt: skip
     directory = struct.pack("<H", len(entries))
     for tag, type_, value in entries:
         directory += struct.pack("<HHII", tag, type_, 1, value)
@@ -139,6 +146,12 @@ READ: dict[str, tuple[Callable[[Path], Any], np.ndarray, str]] = {
     "deep-clear.png": (lambda p: saved(p, SIXTEEN, transparency=5000),
                        grey(np.where(SIXTEEN == 5000, 255, np.rint(SIXTEEN / 257))), "transparency was laid on white"),
     "deep-turned.tif": (lambda p: tiff(p, SIXTEEN, 16, 1), grey(np.rint(SIXTEEN / 257)), ""),
+    "white-is-0.tif": (lambda p: tiff(p, SIXTEEN, 16, 1, black=0), grey(255 - np.rint(SIXTEEN / 257)), ""),
+    "white-is-0-float.tif": (lambda p: tiff(p, (RAMP / 255).astype(np.float32), 32, 3, black=0), grey(255 - RAMP), ""),
+    "two-bits-clear.png": (lambda p: png(p, 4, 1, b"\0\x1b", 2, 0, b"\0\1"), grey(np.array([[0, 255, 170, 255]])),
+                           "transparency was laid on white"),
+    "deep-colours-clear.png": (lambda p: png(p, 2, 1, bytes((0, *range(12))), 16, 2, bytes(range(6))),
+                               np.array([[[255] * 3, [6, 8, 10]]]), "transparency was laid on white"),
     "deep.pgm": (lambda p: p.write_bytes(b"P5 4 3 65535\n" + SIXTEEN.astype(">u2").tobytes()),
                  grey(np.rint(SIXTEEN / 257)), ""),
     "signed-16.tif": (lambda p: tiff(p, (SIXTEEN // 2).astype(np.int16), 16, 2),
@@ -305,6 +318,9 @@ LABELS: dict[str, tuple[Callable[[Path], Any], Any]] = {
     "two-bits.png": (lambda p: png(p, 4, 2, b"\0\x1b\0\xe4", 2, 0), [[0, 1, 2, 3], [3, 2, 1, 0]]),
     "four-bits.png": (lambda p: png(p, 4, 1, b"\0\x01\x2f", 4, 0), [[0, 1, 2, 15]]),
     "four-bits.tif": (lambda p: tiff(p, np.array([[0x01, 0x2F]], np.uint8), 4, 1, width=4), [[0, 1, 2, 15]]),
+    "white-is-0.tif": (lambda p: tiff(p, RAMP, 8, 1, black=0), RAMP),
+    "four-bits-white-is-0.tif": (lambda p: tiff(p, np.array([[0x01, 0x2F]], np.uint8), 4, 1, width=4, black=0),
+                                 [[0, 1, 2, 15]]),
     "turned.png": (lambda p: turned(p, 6, array=RAMP), np.rot90(RAMP, -1)),
     "colour.png": (lambda p: saved(p, RGB), "colour picture"),
     "alpha.png": (lambda p: saved(p, np.dstack([RAMP, RAMP]), "LA"), "colour picture"),
@@ -664,6 +680,13 @@ def test_big_files_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     before = samples(str(path))[0].fingerprint()
     saved(path, rng.integers(0, 255, (400, 400, 3), dtype=np.uint8))
     assert path.stat().st_size > 2**18 and samples(str(path))[0].fingerprint() != before
+    plain = np.zeros((400, 400, 3), np.uint8)
+    marks = []
+    for row in range(0, 400, 8):  # a few pixels of a picture that is not compressed, anywhere
+        plain[row, :4] = 255
+        marks.append(samples(str(saved(tmp_path / "a.bmp", plain)))[0].fingerprint())
+        plain[row, :4] = 0
+    assert len({*marks}) == len(marks)
 
 
 @pytest.mark.parametrize(

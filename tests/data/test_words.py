@@ -26,6 +26,7 @@ from mmdit_probe.data.words import find, folded, words
         ("3只T恤", ["3", "只", "T", "恤"]),
         ("一只猫。แมวแดง", ["一只猫", "。", "แมวแดง"]),
         ("❤\ufe0f ok", ["❤\ufe0f", "ok"]),
+        ("👨\u200d👩\u200d👧 👍🏽, 🏳\ufe0f\u200d🌈👩", ["👨\u200d👩\u200d👧", "👍🏽", ",", "🏳\ufe0f\u200d🌈", "👩"]),
         ("", []),
     ],
 )
@@ -57,6 +58,7 @@ def test_runs_without_blanks_are_divided_where_they_may_be() -> None:
         ("แมว", "รูปแมวแดง", ["แมว"]),
         ("แม", "แม่", []),  # a tone mark belongs to its letter
         ("cat", "concatenate", []),
+        ("👩", "👨\u200d👩\u200d👧 👩", ["👩"]),
         ("क", "की", []),
         ("", "a", []),
         ("  ", "a b", []),

@@ -242,6 +242,16 @@ def test_a_foreign_part_is_refused_before_anything_is_measured(finished: Path) -
     assert part.exists()
 
 
+def test_a_run_is_read_where_it_was_opened(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another working directory a relative path was another run's, if there was one, in silence."""
+    monkeypatch.chdir(finished.parent)
+    store = reading(Path(finished.name))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert values(store) == WHOLE and store.load_picture("001").size == (2, 2)
+    assert store.folder.path == Path(finished.name)
+
+
 def test_runs_from_before_tables_said_what_they_are_stay_readable(finished: Path) -> None:
     record = json.loads((finished / "run.json").read_text())
     del record["tables"]

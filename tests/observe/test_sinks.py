@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -135,6 +136,22 @@ def test_scores_of_planted_maps() -> None:
     gain = improvement(table).set_index(["head", "score"])
     assert gain.loc[(0, "auc"), "verdict"] == "better" and gain.loc[(1, "auc"), "verdict"] == "no difference shown"
     assert gain.loc[(MEAN, "miou"), "after"] > 0.8
+
+
+def test_a_class_within_a_longer_ones_name_has_its_own_words_alone() -> None:
+    """Of "ring" and "red ring" in one prompt, the ring's map was that of both."""
+    from mmdit_probe import load
+    from mmdit_probe.experiments.scenes_quality import map_scores
+
+    (tokens,) = load("scenes-sd3").token_tables(["ring red ring"])
+    label = np.arange(16)[None].repeat(16, 0) // 8  # the left half is a ring, the right half a red one
+    own = torch.zeros(16, 16, len(tokens))
+    for place, token in enumerate(tokens.tokens):
+        if token.word_index >= 0:
+            own[..., place] = torch.from_numpy(label == (token.word_index > 0)).float()
+    seen = SinkFree()
+    seen._kept[0] = (own[None, None], own[None, None], torch.zeros(1, 1))
+    assert (map_scores(seen, label, ["ring", "red ring"], tokens, [0])["auc"] == 1).all()
 
 
 def test_command(tiny_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
