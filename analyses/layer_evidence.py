@@ -114,7 +114,7 @@ def markdown(
 
 def stability_line(stable: pd.DataFrame, select: str) -> str:
     """How often each layer is selected over resampled items, most often first."""
-    shares = [f"layer {row['layer']}: {row['share']:.0%}" for row in stable.to_dict("records") if row["share"]]
+    shares = [f"layer {row['layer']}: {row['share']:.1%}" for row in stable.to_dict("records") if row["share"]]
     return f"Stability: if the items of `{select}` are drawn again (bootstrap), selected are {', '.join(shares)}."
 
 
