@@ -48,7 +48,7 @@ def test_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         f"{name}.csv" for name in ("by_item", "by_layer", "controls", "agreement", "stability")
     }
     shares = pd.read_csv("results/stability.csv").set_index("layer")["share"]
-    assert shares.sum() == pytest.approx(2) and f"layer {shares.index[0]}: {shares.iloc[0]:.0%}" in text
+    assert shares.sum() == pytest.approx(2) and f"layer {shares.index[0]}: {shares.iloc[0]:.1%}" in text
     controls = pd.read_csv("results/controls.csv")
     uniform = controls[(controls["evidence"] == "word_mass") & (controls["control"] == "uniform")]
     assert uniform["control_value"].to_numpy() == pytest.approx(np.ones(len(uniform)), abs=1e-4)  # in its own units
