@@ -291,7 +291,7 @@ def test_diffseg_has_a_threshold_per_round(tau: tuple[float, ...]) -> None:
     close(scores("diffseg", one, tau=tau, anchors=side), np.stack(found))
     if len(set(tau)) == 1:
         close(scores("diffseg", one, tau=tau[0], rounds=len(tau), anchors=side), np.stack(found))
-    with pytest.raises(UserError, match=f"{len(tau)} thresholds for 9 rounds"):
+    with pytest.raises(UserError, match=f"{len(tau)} threshold{'s' * (len(tau) > 1)} for 9 rounds"):
         scores("diffseg", one, tau=tau, rounds=9)
 
 
@@ -383,7 +383,7 @@ def test_shapes_are_checked() -> None:
         ({"i2t": np.ones((6, 3)), "spans": {"cat": [1.5]}}, "spans: expected class name"),
         ({"i2t": np.ones((6, 3)), "spans": {3: [1]}}, "spans: expected class name"),
         ({"i2t": np.ones((6, 3)), "kinds": ["noun"] * 3}, "unknown span kind 'noun'"),
-        ({"concepts": np.ones((2, 4)), "spans": {"cat": []}}, "2 concepts for 1 names in spans"),
+        ({"concepts": np.ones((2, 4)), "spans": {"cat": []}}, "2 concepts for 1 name in spans"),
         ({"concepts": np.ones((1, 4)), "features": np.ones((6, 5)), "spans": {"cat": []}}, "5 channels, concepts 4"),
     ]:
         with pytest.raises(UserError, match=message):
