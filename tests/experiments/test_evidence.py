@@ -129,6 +129,22 @@ def test_choice_by_ranks_and_by_one_evidence() -> None:
         evidence.choose(table, 7)
 
 
+def test_the_rules_of_ranks_differ_by_one_dissenter() -> None:
+    """Ranks (1, 1, 4), (2, 2, 1), (3, 4, 3) and (4, 3, 2): means 6/3, 5/3, 10/3, 9/3, medians 1, 2, 3 and 3."""
+    ranks = {"word_mass": (1, 2, 3, 4), "value_gap": (1, 2, 4, 3), "segmentation": (4, 1, 3, 2)}
+    table = pd.DataFrame(
+        {"evidence": name, "layer": layer, "value": -float(rank)}
+        for name, of in ranks.items() for layer, rank in enumerate(of)
+    )  # fmt: skip
+    assert evidence.choose(table, 4, "ranks") == (1, 0, 3, 2)
+    assert evidence.choose(table, 4, "median-ranks") == (0, 1, 3, 2)
+
+
+def test_of_many_layers_that_tie_the_lower_number_comes_first() -> None:
+    table = pd.DataFrame({"evidence": "word_mass", "layer": range(60), "value": np.arange(60) % 2})
+    assert evidence.choose(table, 60, "word_mass") == (*range(1, 60, 2), *range(0, 60, 2))
+
+
 def test_layers_are_ranked_among_those_that_all_evidence_has() -> None:
     """Mass is largest in layers 3, 4, 5; maps were measured in 0 to 2 and 5 alone, where 2 is their second and 5 their
     first: of these four, 5 is first in both. Layer 3 has the best mean of its ranks, of one evidence."""
