@@ -54,6 +54,19 @@ def test_ways_to_read_maps() -> None:
     assert any(torch.allclose(found["random heads"], pair) for pair in pairs)
 
 
+def test_words_are_scaled_by_their_means_on_training_scenes_and_chosen_heads() -> None:
+    rng, calibration = np.random.default_rng(0), Calibration(None, [])  # type: ignore[arg-type]
+    cells = [(item, layer, stream, head, word) for item in range(2) for layer in (1, 2) for stream in ("all", "t5")
+             for head in range(3) for word in ("cat", "ring")]  # fmt: skip
+    of = dict(zip(cells, rng.random(len(cells)).tolist(), strict=True))
+    columns = ["train_item", "layer", "stream", "head", "word"]
+    calibration.rows = pd.DataFrame(cells, columns=columns).assign(mean=of.values())
+    cat, ring = (np.mean([of[item, 2, "t5", head, word] for item in (0, 1) for head in (0, 2)])
+                 for word in ("cat", "ring"))  # fmt: skip
+    found = calibration.scale(2, "t5", ["ring", "dog", "cat"], [0, 2])
+    assert found.shape == (3, 1, 1) and found.ravel() == pytest.approx([ring, (cat + ring) / 2, cat])
+
+
 def test_ways_are_told_as_paired_differences_from_raw_maps() -> None:
     """Scene k is .01 k easier; a way adds .1 times its place, so that only raw has an interval of its own width."""
     table = pd.DataFrame(
