@@ -149,6 +149,8 @@ def test_features_of_a_vision_transformer(tmp_path: Path, image: np.ndarray) -> 
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
     features, grid = patch_features(str(tmp_path / "vit"), image)
     assert grid == (4, 4) and tuple(features.shape) == (16, 16)
+    features, grid = patch_features(str(tmp_path / "vit"), image, (16, 24))  # its positions are interpolated
+    assert grid == (2, 3) and tuple(features.shape) == (6, 16)
     with pytest.raises(UserError, match="cannot load the features"):
         patch_features(str(tmp_path / "nothing"), image)
 

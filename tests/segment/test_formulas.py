@@ -223,6 +223,19 @@ def test_conceptattention_has_the_rule_of_the_family(world, family: str) -> None
     close(scores("conceptattention", one), want)
 
 
+@pytest.mark.parametrize("normalise", ["none", "concepts", "both"])
+def test_conceptattention_takes_other_rules_than_the_familys(world, normalise: str) -> None:
+    parts, one = world
+
+    def unit(x: np.ndarray, wanted: bool) -> np.ndarray:
+        return x / np.linalg.norm(x, axis=1, keepdims=True) if wanted else x
+
+    want = over_layers(
+        parts, lambda p: 3 * unit(p["concepts"], normalise != "none") @ unit(p["features"], normalise == "both").T
+    )
+    close(scores("conceptattention", one, normalise=normalise, softmax="none", temperature=3.0), want)
+
+
 def test_conceptattention_by_hand() -> None:
     """A long concept wins everywhere under Flux's rule, not under SD3's; equal products are a tie at one half."""
     concepts, image = [[4.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
