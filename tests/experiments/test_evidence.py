@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from mmdit_probe.experiments import Perturb, SelectLayers, evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, evidence_names
 from mmdit_probe.experiments.options import shared, sources_of
 from mmdit_probe.experiments.target import named
+from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results.selection import load_selection
 from tests import tiny
@@ -193,6 +195,21 @@ def test_what_cannot_be_selected_is_refused_before_it_is_measured() -> None:
         SelectLayers(runs=["runs/budget"], top_heads=1).gather(False)
     with pytest.raises(UserError, match=r"'runs/gone' is no run folder of"):  # before the model is loaded
         SelectLayers(runs=["runs/gone"]).gather(False)
+
+
+def test_correlations_of_two_evidences_and_of_two_splits_are_told() -> None:
+    both = pd.concat([long_table(), long_table().assign(split="test")], ignore_index=True)
+    both = both[both["evidence"].isin(["word_mass", "value_gap"])]
+    ask = SelectLayers(evidence="word_mass,value_gap")
+    data: Any = SimpleNamespace(summary=evidence.by_layer(both), table=both, path=None)
+    data.data = {"model": {"id": "tiny", "weight_hash": "0" * 16}}
+    data.frames = ask.frames(data)
+    (table,) = (one for one in ask.tell(data) if isinstance(one, TextTable) and one.title.startswith("rank correl"))
+    assert table.title == f"rank correlation over {LAYERS} layers, 95 % interval over items"
+    assert [(*row[:2], row[2][:5]) for row in table.rows] == [
+        ("word_mass", "itself on test", "+1.00"), ("value_gap", "itself on test", "+1.00"),
+        ("word_mass", "value_gap", "-1.00"),
+    ]  # fmt: skip
 
 
 def test_names() -> None:
