@@ -219,9 +219,9 @@ def test_words_cut_off_by_the_encoders_are_refused(tmp_path: Path) -> None:
         check(folder_data(at, SIZE), model, "token")
 
 
-@pytest.mark.parametrize("source", ["maps", "segments"])
-def test_own_labels_read_no_annotation(tmp_path: Path, source: str) -> None:
-    """The same pictures and prompts with other masks give the same labels."""
+@pytest.mark.parametrize(("source", "refine"), [("maps", "centre"), ("segments", "none")])
+def test_own_labels_read_no_annotation(tmp_path: Path, source: str, refine: str) -> None:
+    """The same pictures and prompts with other masks give the same labels. Random weights refined gave one label."""
     model = MMDiT(tiny.pipeline(), "tiny", tiny.T5_LENGTH)
     first = folder(tmp_path / "d")
     second = folder(tmp_path / "e")
@@ -229,11 +229,12 @@ def test_own_labels_read_no_annotation(tmp_path: Path, source: str) -> None:
         mask = np.zeros((64, 128), np.uint8)
         mask[:20, 40:90], mask[40:, 40:90] = 7, 1
         Image.fromarray(mask).save(second / "masks" / f"{index}.png")
-    made = [
-        SelfLabelled.make(model, folder_data(at, SIZE), source=source, layers=(1,), seeds=(0,))  # type: ignore[arg-type]
-        for at in (first, second)
-    ]
-    assert np.array_equal(made[0].labels, made[1].labels)
+        picture = Image.fromarray(np.random.default_rng(index).integers(0, 255, (64, 128, 3), np.uint8))
+        for at in (first, second):
+            picture.save(at / f"{index}.png")
+    how: Any = {"source": source, "layers": (1,), "seeds": (0,), "refine": refine}
+    made = [SelfLabelled.make(model, folder_data(at, SIZE), **how) for at in (first, second)]
+    assert np.array_equal(made[0].labels, made[1].labels) and len(np.unique(made[0].labels)) > 1
     sample = made[0][0]
     assert sample.masks.sum(0).max() == 1  # every pixel has at most one label
     if source == "maps":

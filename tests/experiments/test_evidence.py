@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from mmdit_probe.experiments import Perturb, SelectLayers, evidence
 from mmdit_probe.experiments.evidence import EVIDENCE, evidence_names
 from mmdit_probe.experiments.options import shared, sources_of
 from mmdit_probe.experiments.target import named
+from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.results.selection import load_selection
 from tests import tiny
@@ -129,6 +131,22 @@ def test_choice_by_ranks_and_by_one_evidence() -> None:
         evidence.choose(table, 7)
 
 
+def test_the_rules_of_ranks_differ_by_one_dissenter() -> None:
+    """Ranks (1, 1, 4), (2, 2, 1), (3, 4, 3) and (4, 3, 2): means 6/3, 5/3, 10/3, 9/3, medians 1, 2, 3 and 3."""
+    ranks = {"word_mass": (1, 2, 3, 4), "value_gap": (1, 2, 4, 3), "segmentation": (4, 1, 3, 2)}
+    table = pd.DataFrame(
+        {"evidence": name, "layer": layer, "value": -float(rank)}
+        for name, of in ranks.items() for layer, rank in enumerate(of)
+    )  # fmt: skip
+    assert evidence.choose(table, 4, "ranks") == (1, 0, 3, 2)
+    assert evidence.choose(table, 4, "median-ranks") == (0, 1, 3, 2)
+
+
+def test_of_many_layers_that_tie_the_lower_number_comes_first() -> None:
+    table = pd.DataFrame({"evidence": "word_mass", "layer": range(60), "value": np.arange(60) % 2})
+    assert evidence.choose(table, 60, "word_mass") == (*range(1, 60, 2), *range(0, 60, 2))
+
+
 def test_layers_are_ranked_among_those_that_all_evidence_has() -> None:
     """Mass is largest in layers 3, 4, 5; maps were measured in 0 to 2 and 5 alone, where 2 is their second and 5 their
     first: of these four, 5 is first in both. Layer 3 has the best mean of its ranks, of one evidence."""
@@ -177,6 +195,21 @@ def test_what_cannot_be_selected_is_refused_before_it_is_measured() -> None:
         SelectLayers(runs=["runs/budget"], top_heads=1).gather(False)
     with pytest.raises(UserError, match=r"'runs/gone' is no run folder of"):  # before the model is loaded
         SelectLayers(runs=["runs/gone"]).gather(False)
+
+
+def test_correlations_of_two_evidences_and_of_two_splits_are_told() -> None:
+    both = pd.concat([long_table(), long_table().assign(split="test")], ignore_index=True)
+    both = both[both["evidence"].isin(["word_mass", "value_gap"])]
+    ask = SelectLayers(evidence="word_mass,value_gap")
+    data: Any = SimpleNamespace(summary=evidence.by_layer(both), table=both, path=None)
+    data.data = {"model": {"id": "tiny", "weight_hash": "0" * 16}}
+    data.frames = ask.frames(data)
+    (table,) = (one for one in ask.tell(data) if isinstance(one, TextTable) and one.title.startswith("rank correl"))
+    assert table.title == f"rank correlation over {LAYERS} layers, 95 % interval over items"
+    assert [(*row[:2], row[2][:5]) for row in table.rows] == [
+        ("word_mass", "itself on test", "+1.00"), ("value_gap", "itself on test", "+1.00"),
+        ("word_mass", "value_gap", "-1.00"),
+    ]  # fmt: skip
 
 
 def test_names() -> None:

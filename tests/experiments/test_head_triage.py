@@ -9,7 +9,18 @@ import torch
 
 from mmdit_probe import UserError, load
 from mmdit_probe.experiments import HeadTriage
-from mmdit_probe.experiments.head_triage import RAW, WAYS, Calibration, Reader, looking_away, several, verdicts, ways
+from mmdit_probe.experiments.head_triage import (
+    RAW,
+    WAYS,
+    Calibration,
+    Reader,
+    looking_away,
+    several,
+    summarise,
+    triage_table,
+    verdicts,
+    ways,
+)
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.scenes.world import CLASSES
 from tests import tiny
@@ -41,6 +52,30 @@ def test_ways_to_read_maps() -> None:
         torch.testing.assert_close(one, two)
     pairs = [maps[[a, b]].mean(0) for a, b in ((0, 1), (0, 2), (1, 2))]
     assert any(torch.allclose(found["random heads"], pair) for pair in pairs)
+
+
+def test_words_are_scaled_by_their_means_on_training_scenes_and_chosen_heads() -> None:
+    rng, calibration = np.random.default_rng(0), Calibration(None, [])  # type: ignore[arg-type]
+    cells = [(item, layer, stream, head, word) for item in range(2) for layer in (1, 2) for stream in ("all", "t5")
+             for head in range(3) for word in ("cat", "ring")]  # fmt: skip
+    of = dict(zip(cells, rng.random(len(cells)).tolist(), strict=True))
+    columns = ["train_item", "layer", "stream", "head", "word"]
+    calibration.rows = pd.DataFrame(cells, columns=columns).assign(mean=of.values())
+    cat, ring = (np.mean([of[item, 2, "t5", head, word] for item in (0, 1) for head in (0, 2)])
+                 for word in ("cat", "ring"))  # fmt: skip
+    found = calibration.scale(2, "t5", ["ring", "dog", "cat"], [0, 2])
+    assert found.shape == (3, 1, 1) and found.ravel() == pytest.approx([ring, (cat + ring) / 2, cat])
+
+
+def test_ways_are_told_as_paired_differences_from_raw_maps() -> None:
+    """Scene k is .01 k easier; a way adds .1 times its place, so that only raw has an interval of its own width."""
+    table = pd.DataFrame(
+        {"layer": layer, "stream": "all", "item": item, "way": way, "miou": 0.2 + 0.01 * item + 0.1 * place}
+        for layer in (4, 2) for item in range(12) for place, way in enumerate(WAYS)
+    )  # fmt: skip
+    first, second = triage_table(summarise(table)).rows
+    assert (first[:2], second[:2]) == (["4", "all"], ["2", "all"]) and first[2].startswith("0.255 [0.2")
+    assert first[3:] == [f"+0.{place}0 [+0.{place}0, +0.{place}0]" for place in (1, 2, 3, 4, 5)]
 
 
 @pytest.fixture(scope="module")

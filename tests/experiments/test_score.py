@@ -29,6 +29,7 @@ from mmdit_probe.experiments.score import (
     export,
     prompts_by_category,
     scene_prompts,
+    scored,
     verdict_lines,
 )
 from mmdit_probe.experiments.store import MemoryStore
@@ -265,6 +266,12 @@ def test_clip_similarity_is_the_plain_cosine() -> None:
     cosines = scorer.cosines(pictures, texts)
     np.testing.assert_allclose(scorer(pictures, texts), 100 * cosines.clip(min=0))
     assert scorer.cosine_metric == "clip_similarity[scenes-clip]"
+
+
+def test_a_clipscore_is_a_hundred_cosines_and_never_below_0() -> None:
+    clip = SimpleNamespace(metric="clipscore", cosine_metric="cosine", cosines=lambda *_: np.array([0.25, -0.5]))
+    table = scored(pd.DataFrame({"prompt": ["a", "b"]}), [None, None], Scorers(clip=clip))
+    assert table["clipscore"].tolist() == [25, 0] and table["cosine"].tolist() == [0.25, -0.5]
 
 
 def test_scene_prompts_are_held_out_captions_by_category() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -12,7 +13,7 @@ from mmdit_probe.attention import reference
 from mmdit_probe.attention.call import SDPACall
 from mmdit_probe.edit import OtherText
 from mmdit_probe.experiments import SigmaByLayer
-from mmdit_probe.experiments.sigma_map import KINDS, first_stating, rises, stated_and_opposite
+from mmdit_probe.experiments.sigma_map import KINDS, first_stating, rises, stated_and_opposite, strongest
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.scenes import scene
 from mmdit_probe.scenes.captions import parse
@@ -80,6 +81,19 @@ def test_rises_are_those_of_two_plain_forwards() -> None:
     assert found[0] > 0 and found[1] != 0  # the false noun costs
     same = rises(model, item, (stated, stated), 0.7, 5, (4,))
     assert same == pytest.approx([0, 0], abs=1e-5)
+
+
+def test_the_largest_rises_are_told_of_every_layer_and_of_one() -> None:
+    cells = [(-1, "0.5", 0.4), (-1, "0.9", 0.1), (3, "0.5", -0.2), (3, "0.9", 0.05), (4, "0.5", 0.02), (4, "0.9", 0.03)]
+    summary = pd.DataFrame(
+        {"kind": "colour", "layer": layer, "sigma": sigma, "n": 9, "difference": rise, "low": rise - 0.01,
+         "high": rise + 0.01, "verdict": "higher" if layer != 3 else "no difference shown"}
+        for layer, sigma, rise in cells
+    )  # fmt: skip
+    of_every, of_one = "+0.400 [+0.390, +0.410]", "3: +0.050 [+0.040, +0.060]"
+    assert strongest(summary).rows == [["colour", of_every, "0.5", of_one, "0.9", "4"]]
+    none = strongest(summary.assign(verdict="lower"))
+    assert none.rows[0][-1] == "none shown"
 
 
 def test_run() -> None:

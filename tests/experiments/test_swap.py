@@ -12,7 +12,7 @@ import torch
 from mmdit_probe import UserError, load
 from mmdit_probe.edit import Swap
 from mmdit_probe.experiments import SwapTest
-from mmdit_probe.experiments.swap_test import Exchange, against, summarise, swapped_words
+from mmdit_probe.experiments.swap_test import Exchange, against, summarise, swap_table, swapped_words
 from mmdit_probe.experiments.text import TextTable
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.scenes import scene
@@ -78,6 +78,9 @@ def test_shares_and_controls_are_paired() -> None:
     row = summarise(table).set_index(["condition", "layer", "outcome"]).loc[("swap", 0, "exchanged")]
     assert row["share"] == 0.8 and row["difference"] == pytest.approx(0.8)
     assert 0 <= row["low"] < 0.8 < row["high"] <= 1
+    stock, swapped = swap_table(summarise(table)).rows
+    assert [cell[:6] for cell in stock] == ["stock", "0.000 ", "", "", "1.000 "]
+    assert [cell[:6] for cell in swapped] == ["0", "0.800 ", "+0.800", "0.100 ", "0.200 "]
     values = against(table).query("outcome == 'exchanged' and layer == 0").groupby("control")["value"].mean()
     assert values.to_dict() == {"none": 0.8, "stock": 0.0, "function": 0.1}
 

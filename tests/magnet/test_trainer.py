@@ -27,7 +27,7 @@ from mmdit_probe.magnet.inputs import gather
 from mmdit_probe.magnet.lora import named_parameters
 from mmdit_probe.magnet.objective import Encoder, Objective, items_at, level_of, noise_levels, noise_of, rate_at
 from mmdit_probe.magnet.trainer import CHECKPOINT, TrainResult, train
-from mmdit_probe.magnet.validation import validate
+from mmdit_probe.magnet.validation import readouts, validate
 from mmdit_probe.models.adapters import read_metadata
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.names import ADAPTER_FILE
@@ -142,6 +142,17 @@ def test_pictures_of_one_name_are_each_encoded() -> None:
     assert third is first and not torch.equal(first.latents, second.latents)
 
 
+def test_pictures_are_remembered_up_to_a_number_of_bytes() -> None:
+    """The one that was asked for longest ago goes first; the last one stays, however large."""
+    model, pictures = fresh(), Pictures()
+    one = Encoder(model)(pictures[0], "ring")
+    size = sum(part.numpy().nbytes for part in (one.latents, one.text, one.pooled))
+    for room, kept in ((2 * size, {0, 2}), (2 * size - 1, {2}), (1, {2})):
+        encode = Encoder(model, limit=room)
+        found = {index: encode(pictures[index], "ring") for index in (0, 1, 0, 2)}
+        assert {index for index in (2, 0, 1) if encode(pictures[index], "ring") is found[index]} == kept
+
+
 def test_validation_counts_a_pixel_of_two_masks_as_the_smaller_one() -> None:
     """It took the mask that came last, where everything else that reads overlapping masks takes the smaller one."""
     cup, table = np.zeros((2, 64, 64), bool)
@@ -153,6 +164,14 @@ def test_validation_counts_a_pixel_of_two_masks_as_the_smaller_one() -> None:
         for of in (True, False)
     )
     assert overlapping.tolist() == apart.tolist() == [[54 * 64 - 400, 400]]  # cat, ring
+
+
+def test_each_picture_of_a_validation_has_a_row_of_its_own() -> None:
+    """Six in batches of two, of which number 3 has no masks: the pixels of cat and ring."""
+    kind: Any = ("probability", "none")
+    found = readouts(fresh(), [Pictures()[index] for index in range(6)], (1,), [kind], batch=2)[kind]
+    rings = [64 * (20 + 4 * index) for index in (0, 1, 2, 4, 5)]
+    assert found.truth.tolist() == [[64 * 64 - ring, ring] for ring in rings]
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.6])
@@ -440,13 +459,13 @@ def test_a_loss_that_is_not_finite_changes_no_weight(tmp_path: Path) -> None:
     model, before = fresh(), []
 
     def look(*_: int) -> None:
-        before.append({name: p.detach().clone() for name, p in named_parameters(model.transformer)})
+        before.extend((p, p.detach().clone()) for _, p in named_parameters(model.transformer))  # taken off at the end
         with torch.no_grad():
             model.transformer.proj_out.bias.fill_(float("nan"))
 
     with pytest.raises(RunError, match=r"the loss of step 0 is nan, so training stops; there is no checkpoint yet"):
         train(model, Pictures(), CONFIG, out=tmp_path / "run", start=look)
-    assert all(torch.equal(p, before[0][name]) for name, p in named_parameters(model.transformer))
+    assert before and all(torch.equal(p, was) for p, was in before)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"run.json"}
 
 
@@ -468,6 +487,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(tmp_path: Path) -> None:
         ({"dice_weight": float("nan")}, "--dice-weight"),
         ({"report_to": "tensorbord"}, "did you mean 'tensorboard'"),
         ({"layers": None}, "Give --layers 9"),
+        ({"lora_layers": "1-x"}, "cannot read '1-x' as a layer"),
         ({"selection": Path("selection.json")}, "leave --layers out"),
         ({"masks": "clas"}, "did you mean 'class'"),
     ],

@@ -19,7 +19,7 @@ from mmdit_probe import assets
 from mmdit_probe.errors import RunError, UserError
 from mmdit_probe.models import names
 from mmdit_probe.models.adapters import read_metadata
-from mmdit_probe.models.load import load, pick_device, pipeline_index, random_twin
+from mmdit_probe.models.load import load, pick_device, pick_dtype, pipeline_index, random_twin
 from mmdit_probe.models.mmdit import MMDiT
 from mmdit_probe.models.names import check_device, devices
 from mmdit_probe.quiet import quiet
@@ -188,6 +188,17 @@ def test_devices_and_dtypes(tiny_directory: Path) -> None:
     for name in absent:
         with pytest.raises(UserError, match=f"device '{name}' is not available here: .*; use device auto or cpu"):
             pick_device(name)
+
+
+def test_auto_is_the_fastest_device_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, mps, device, dtype in (
+        (True, True, "cuda", torch.bfloat16), (True, False, "cuda", torch.bfloat16),
+        (False, True, "mps", torch.float32), (False, False, "cpu", torch.float32),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        found = pick_device("auto")
+        assert (found.type, pick_dtype("auto", found)) == (device, dtype)
 
 
 def test_devices_are_counted_without_torch(monkeypatch: pytest.MonkeyPatch) -> None:

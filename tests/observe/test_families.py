@@ -541,6 +541,19 @@ def test_conditions_of_minimax_are_no_image_tokens() -> None:
     assert places is not None and places.keys[0, 12:19].tolist() == [6, 5, 4, 3, 2, 1, 0]
 
 
+@pytest.mark.parametrize(("h", "w", "padding"), [(2, 2, 0), (2, 3, 10)])
+def test_latents_of_hidream_that_are_not_square_are_padded(h: int, w: int, padding: int) -> None:
+    """To 16 tokens, the most that this one takes; it packs them itself if they are not packed yet."""
+    model, inputs = FIXTURES["hidream"].build(), FIXTURES["hidream"].inputs(1)
+    inputs = {name: value for name, value in inputs.items() if not name.startswith(("hidden_states_", "img_"))}
+    inputs["hidden_states"] = torch.randn(1, inputs["hidden_states"].shape[-1] // 4, 2 * h, 2 * w)
+    with written_down(model) as calls:
+        run(model, inputs)
+    layout, places = arranged(family_of(model).arrangement(inputs, model.config))
+    assert places is None and layout.grid == (h, w) and layout.counts["other"] == padding
+    assert {call.key.shape[2] for of in calls.values() for call in of} == {layout.total}
+
+
 def test_padding_of_omnigen_is_no_text() -> None:
     """Shorter prompts are padded in front: nobody but the pads sees the pads, and they see everything."""
     model, inputs = FIXTURES["omnigen"].build(), FIXTURES["omnigen"].inputs()

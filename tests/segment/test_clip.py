@@ -106,6 +106,17 @@ def test_vote_is_one_label_per_region_of_labels_with_the_background() -> None:
     assert of([1, 2, 1, 3, 3], rule) == [2, 1, 2, 2, 2]
 
 
+def test_scores_are_averaged_within_each_region() -> None:
+    """Tokens of no region keep theirs; ids need not be consecutive."""
+    regions = np.array([[7, 0, 2], [7, 2, 0], [2, 7, 7]])
+    scores = torch.rand(2, 3, 3)
+    expected = scores.numpy().copy()
+    for region in (2, 7):
+        expected[:, regions == region] = scores.numpy()[:, regions == region].mean(1, keepdims=True)
+    found = Refinement.parse("regions").on_grid(scores, Capture.of((3, 3), regions=regions))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_pixels_that_were_not_shown_decide_nothing() -> None:
     """A crop leaves columns 0, 1, 4 and 5 out: they had scores of 0, and so voted for the first class, set the least
     score of a threshold, and made a segment of a proposal that wins nowhere."""
@@ -138,6 +149,8 @@ def test_features_of_a_vision_transformer(tmp_path: Path, image: np.ndarray) -> 
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "vit")
     features, grid = patch_features(str(tmp_path / "vit"), image)
     assert grid == (4, 4) and tuple(features.shape) == (16, 16)
+    features, grid = patch_features(str(tmp_path / "vit"), image, (16, 24))  # its positions are interpolated
+    assert grid == (2, 3) and tuple(features.shape) == (6, 16)
     with pytest.raises(UserError, match="cannot load the features"):
         patch_features(str(tmp_path / "nothing"), image)
 

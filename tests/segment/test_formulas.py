@@ -223,6 +223,19 @@ def test_conceptattention_has_the_rule_of_the_family(world, family: str) -> None
     close(scores("conceptattention", one), want)
 
 
+@pytest.mark.parametrize("normalise", ["none", "concepts", "both"])
+def test_conceptattention_takes_other_rules_than_the_familys(world, normalise: str) -> None:
+    parts, one = world
+
+    def unit(x: np.ndarray, wanted: bool) -> np.ndarray:
+        return x / np.linalg.norm(x, axis=1, keepdims=True) if wanted else x
+
+    want = over_layers(
+        parts, lambda p: 3 * unit(p["concepts"], normalise != "none") @ unit(p["features"], normalise == "both").T
+    )
+    close(scores("conceptattention", one, normalise=normalise, softmax="none", temperature=3.0), want)
+
+
 def test_conceptattention_by_hand() -> None:
     """A long concept wins everywhere under Flux's rule, not under SD3's; equal products are a tie at one half."""
     concepts, image = [[4.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
@@ -291,7 +304,7 @@ def test_diffseg_has_a_threshold_per_round(tau: tuple[float, ...]) -> None:
     close(scores("diffseg", one, tau=tau, anchors=side), np.stack(found))
     if len(set(tau)) == 1:
         close(scores("diffseg", one, tau=tau[0], rounds=len(tau), anchors=side), np.stack(found))
-    with pytest.raises(UserError, match=f"{len(tau)} thresholds for 9 rounds"):
+    with pytest.raises(UserError, match=f"{len(tau)} threshold{'s' * (len(tau) > 1)} for 9 rounds"):
         scores("diffseg", one, tau=tau, rounds=9)
 
 
@@ -383,7 +396,7 @@ def test_shapes_are_checked() -> None:
         ({"i2t": np.ones((6, 3)), "spans": {"cat": [1.5]}}, "spans: expected class name"),
         ({"i2t": np.ones((6, 3)), "spans": {3: [1]}}, "spans: expected class name"),
         ({"i2t": np.ones((6, 3)), "kinds": ["noun"] * 3}, "unknown span kind 'noun'"),
-        ({"concepts": np.ones((2, 4)), "spans": {"cat": []}}, "2 concepts for 1 names in spans"),
+        ({"concepts": np.ones((2, 4)), "spans": {"cat": []}}, "2 concepts for 1 name in spans"),
         ({"concepts": np.ones((1, 4)), "features": np.ones((6, 5)), "spans": {"cat": []}}, "5 channels, concepts 4"),
     ]:
         with pytest.raises(UserError, match=message):
