@@ -30,6 +30,13 @@ def pack(latents: Tensor, form: Form, cell: int) -> Any:
     return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
+def channels(image: Any, form: Form) -> int:
+    """How many numbers a transformer's image input has for one position."""
+    if form == "listed":
+        return len(image[0])
+    return int(image.shape[1 if form == "latents" else -1])
+
+
 def unpack(output: Any, form: Form, cell: int, size: tuple[int, int]) -> Tensor:
     """A transformer's output as latents [B, C, h, w]; `size` is (h, w)."""
     if form == "listed":

@@ -427,8 +427,7 @@ class MMDiT:
             prompts = prompts if kept else [""] * len(latents)
         inputs = dict(self._call(prompts, (height, width))[0])
         packed = packing.pack(latents.to(device, dtype), family.form, family.cell)
-        channels = 1 if packed.ndim > 3 else -1
-        found, own = packed.shape[channels], inputs[family.image_input].shape[channels]
+        found, own = (packing.channels(one, family.form) for one in (packed, inputs[family.image_input]))
         if found != own:
             each = own * latents.shape[1] / found
             raise UserError(f"latents of {latents.shape[1]} channels: expected {each:g}, as `encode_image` gives them")

@@ -160,7 +160,7 @@ def test_full_disk_says_what_is_kept(tmp_path, monkeypatch, call):
 
 def test_something_in_the_way_is_named(tmp_path):
     (tmp_path / "t.parquet").write_text("a file of an older run")
-    with pytest.raises(UserError, match=r"cannot write .*t\.parquet'.*--out"):
+    with pytest.raises(UserError, match=r"cannot write .*t\.parquet': File exists; choose another folder"):
         TableWriter(tmp_path, "t")
 
 
