@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from functools import partial
 from typing import Any
@@ -186,6 +187,20 @@ def test_guidance_by_a_removed_block_is_skip_layer_guidance() -> None:
     with guided_calls(model, RemoveBlock([1]), scale=2.0, guidance=4.0):
         found = model.generate("a red ring", **options)
     assert (found - expected).abs().max() < 1e-4
+
+
+def test_a_block_that_gives_one_stream_another_width_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.transformer()
+    stock = type(model.transformer_blocks[1]).forward
+
+    @functools.wraps(stock)
+    def wider(*args: Any, **kwargs: Any) -> Any:
+        text, image = stock(*args, **kwargs)
+        return text, image.repeat(1, 1, 2)
+
+    monkeypatch.setattr(type(model.transformer_blocks[1]), "forward", wider)
+    with probe(model, edits=RemoveBlock([0])), pytest.raises(UserError, match="other shapes than its inputs"):
+        output(model, given())
 
 
 def test_bad_operations_are_refused() -> None:
