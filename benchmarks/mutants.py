@@ -50,6 +50,7 @@ from mmdit_probe.errors import UserError, at_least, run_script
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
+PACKAGE = "mmdit_probe"
 ROOMS = ("attention", "observe", "data", "results", "evaluate")
 SEED = 13
 A_ROOM = 60
@@ -245,10 +246,15 @@ def forked(place: Path, action: Callable[[], int], seconds: float) -> int:
 
 
 def pytest_run(tree: Path, arguments: list[str], *plugins: object) -> int:
-    """pytest in the tree, in this process."""
+    """pytest in the tree, in this process, with the package as it stands there."""
     import pytest
 
+    for name in [one for one in sys.modules if one.split(".")[0] == PACKAGE]:
+        del sys.modules[name]
     sys.path.insert(0, str(tree))
+    place = Path(str(importlib.import_module(PACKAGE).__file__))
+    if not place.is_relative_to(tree):
+        raise UserError(f"{PACKAGE} is imported from {str(place.parent)!r}, not from the copied tree")
     os.environ["PYTHONPATH"] = str(tree)
     words = ["-q", "-p", "no:cacheprovider", "-m", "not gpu and not browser", "--tb=line"]
     return int(pytest.main([*words, f"--basetemp={tree.parent / 'tmp'}", *arguments], plugins=list(plugins)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -75,3 +77,17 @@ def test_nonsense_ends_in_one_sentence(
         run_script(script(path).main)
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert stopped.value.code not in (0, None) and "error: " in last and words in last, last
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="mutants are run in forked processes")
+def test_mutants_are_run_against_the_package_of_their_tree(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "mmdit_probe").mkdir(parents=True)
+    (tree / "mmdit_probe" / "__init__.py").write_text("LEFT = 'out'\n")
+    (tree / "test_it.py").write_text("import mmdit_probe\ndef test_it():\n    assert mmdit_probe.LEFT == 'out'\n")
+    run = (
+        "import sys; from pathlib import Path; from tests.scripts import script; m = script('benchmarks/mutants.py');"
+        f" place = Path({str(tmp_path)!r});"
+        " sys.exit(m.forked(place, lambda: m.pytest_run(place / 'tree', ['test_it.py']), 60))"
+    )
+    assert subprocess.run([sys.executable, "-c", run], cwd=ROOT, check=False).returncode == 0
