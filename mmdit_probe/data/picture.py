@@ -175,9 +175,8 @@ def _plain(image: Image, name: str, reduce: bool) -> Picture:
     most, factor = _most(image), _factor(image) if reduce else 1
     inverted = getattr(image, "tag_v2", {}).get(262) == 0  # white is zero: PIL heeds it in up to 8 bits
     _, step, deep = stored(image)
-    if isinstance(
-        clear := image.info.get("transparency"), int
-    ):  # the file's value, which PIL stretches in pixels alone
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):  # the file's value: PIL stretches those of pixels alone
         image.info["transparency"] = clear * step
     elif isinstance(clear, tuple) and deep:
         image.info["transparency"] = tuple(value >> 8 for value in clear)

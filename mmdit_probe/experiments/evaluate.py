@@ -352,8 +352,8 @@ class Evaluate(Reads, Experiment):
             refine=self.refinements, options=self.values(), heads=heads, sweep=self.sweep,
         )  # fmt: skip
         notes += [data.note] if data.note else []
-        if data.background is not None and rule == "none":
-            notes.append("the background counts as a class of the mIoU, and --background none does not predict it")
+        if data.background is not None and rule == "none" and not set(self.methods) <= set(BLIND):
+            notes.append("the background counts as a class of the mIoU, which --background none does not predict")
         notes += [f"preset {self.preset} ({how.source}): {how.differs}"] if how.differs else []
         if tagging is not None and tagging.split is not None:
             count = counted(len(tagging.split), "image")

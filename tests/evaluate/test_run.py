@@ -73,6 +73,20 @@ def frame(plan: Plan, captures: Captures) -> pd.DataFrame:
     return pd.concat(map(pd.DataFrame, plan.rows(captures, range(len(plan.dataset.samples)))))
 
 
+@pytest.mark.parametrize(
+    ("method", "rule", "told"),
+    [("seg4diff", "none", True), ("seg4diff", "threshold:0.5", False), ("diffcut", "none", False)],
+)
+def test_a_background_that_no_rule_predicts_is_told(
+    root: Path, captures: Captures, method: str, rule: str, told: bool
+) -> None:
+    ask = Evaluate(dataset=f"folder:{root}", method=method, background=rule)
+    data, tags = ask.gather(False)
+    assert data.background == 3
+    notes = ask.prepare(captures, (data, tags)).notes
+    assert any("which --background none does not predict" in note for note in notes) is told
+
+
 def test_every_pixel_is_counted_once_per_configuration(root: Path, captures: Captures) -> None:
     data = dataset(f"folder:{root}")
     assert data.background == 3 and [one.name for one in data.classes] == list(NAMES)
