@@ -97,13 +97,15 @@ class OnePicture(Reads, _Checked):
         """Label the picture."""
 
     def run(
-        self, target: Any = "scenes-sd3", out: Path | str | None = None, progress: bool | Progress = True
-    ) -> PictureResult:
+        self, target: Any = "scenes-sd3", out: Path | str | None = None, resume: bool = False,
+        progress: bool | Progress = True,
+    ) -> PictureResult:  # fmt: skip
         """Label the picture.
 
         Args:
             target, progress: as in `Experiment.run`.
             out: run folder to write into; "auto" stands for `runs/<name>/<time>-<hash>`; None writes nothing.
+            resume: leave a finished run of the same request in `out` as it is, and write one that was cut short.
 
         Raises:
             UserError: bad options, picture or model.
@@ -112,7 +114,7 @@ class OnePicture(Reads, _Checked):
         from mmdit_probe.experiments.target import Named, as_model, named
 
         shown = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
-        check_out(out)
+        check_out(out, resume or None, self.name)
         target = named(target, self)
         sample, classes = self._sample(), self.names()
         self.read_selection()
@@ -144,7 +146,7 @@ class OnePicture(Reads, _Checked):
         }
         result = PictureResult(self, found, request, facts)
         if out is not None:
-            result.save(None if out == AUTO else out)
+            result.write(None if out == AUTO else out, resume or None)
         return result
 
     def _sample(self) -> Sample:
@@ -324,14 +326,19 @@ class PictureResult(Answer):
 
     def save(self, folder: Path | str | None = None) -> Path:
         """Write what the command writes into a run folder: new or empty, `runs/<name>/...` if none is named."""
+        return self.write(folder)
+
+    def write(self, folder: Path | str | None, resume: bool | None = None) -> Path:
+        """`save`, or where `resume` is on, into the folder of a run of the same request."""
         from mmdit_probe.plots import save
 
-        with RunFolder.open(self.experiment.name, self.request, out=folder) as opened:
-            opened.record(**self.data)
+        with RunFolder.open(self.experiment.name, self.request, out=folder, resume=resume) as opened:
             self.path = opened.path
-            self._write_pictures(opened.path)
-            save(self.figure(), opened.path / "sheet")
-            atomic.write_json(opened.path / "segmentation.json", self.document())
+            if not opened.complete:
+                opened.record(**self.data)
+                self._write_pictures(opened.path)
+                save(self.figure(), opened.path / "sheet")
+                atomic.write_json(opened.path / "segmentation.json", self.document())
         return opened.path
 
     def _write_pictures(self, folder: Path) -> None:

@@ -3,6 +3,7 @@ run goes on; another request is refused; several processes give the table of one
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+import mmdit_probe.experiments
 from mmdit_probe import load
 from mmdit_probe.cli.adapter import named as command_model
 from mmdit_probe.cli.app import COMMANDS, main
@@ -226,6 +228,30 @@ def test_every_result_has_the_same_members(
     assert (record["command"], record["status"]) == (name, "finished")
     written = {one for one in files(tmp_path / "run") if ".parquet/" not in one}
     assert {one for one in files(tmp_path / "saved") if ".parquet/" not in one} == written
+
+
+@pytest.mark.parametrize("name", OF_COMMAND)
+def test_every_run_takes_the_same(name: str) -> None:
+    """A third argument was `progress` of `Segment`, and is `resume` of all others."""
+    parameters = inspect.signature(getattr(mmdit_probe.experiments, OF_COMMAND[name]).run).parameters
+    assert [*parameters] == ["self", "target", "out", "resume", "progress"]
+
+
+def test_a_labelled_picture_is_there_and_one_cut_short_is_written(tiny_directory: Path, tmp_path: Path) -> None:
+    kind, options = ELSEWHERE["segment"]
+    model, run = load(str(tiny_directory)), tmp_path / "run"
+    first = kind(**options).run(model, run, progress=False)
+    with pytest.raises(UserError, match="holds a run already"):
+        kind(**options).run(model, run, progress=False)
+    before = (run / "run.json").read_bytes()
+    again = kind(**options).run(model, run, True, False)
+    assert again.path == first.path == run and (run / "run.json").read_bytes() == before
+    (run / "run.json").write_bytes(before.replace(b'"finished"', b'"interrupted"'))
+    (run / "labels.png").unlink()
+    kind(**options).run(model, run, True, False)
+    assert (run / "labels.png").is_file() and json.loads((run / "run.json").read_text())["status"] == "finished"
+    with pytest.raises(UserError, match="another"):
+        kind(**options | {"seed": 7}).run(model, run, True, False)
 
 
 def test_an_interrupted_run_goes_on_and_another_request_is_refused(
