@@ -64,9 +64,9 @@ the same LoRA trained with flow matching alone. {trained}
 """
 SEEDS = """\
 Every training has {seeds} seeds, the control's the same; means are
-over seeds, and the seeds' spread is in every interval; what has fewer than 3 has none."""
+over seeds, and the seeds' spread is in every interval; what has fewer than {fewest} has none."""
 FEW_SEEDS = """\
-Every training has {seeds} of the 3 seeds that an
+Every training has {seeds} of the {fewest} seeds that an
 interval takes: values stand alone, and a gain that is as small as seeds may differ is none yet."""
 RECIPE = {
     "ours": "LoRA on both streams of all layers. The loss reads {space} maps, normalisation {normalise}, rate {rate:g}:"
@@ -258,7 +258,7 @@ def summary(
     taken = {} if pilots is None else pilots[pilots["chosen"]].iloc[0].to_dict()
     words = {"recipe": RECIPE[settings["recipe"]].format(**settings | taken), "layers": len(settings["layer_miou_val"])}
     several = settings["seeds"] >= FEWEST_SEEDS
-    words |= {"trained": (SEEDS if several else FEW_SEEDS).format(**settings)}
+    words |= {"trained": (SEEDS if several else FEW_SEEDS).format(**settings, fewest=FEWEST_SEEDS)}
     head = HEAD.format(**settings | words).splitlines()
     how = MIOU.format(over="images and seeds" if several else "images")
     lines = [*head, "", *verdict(miou, generation), *how.splitlines()]

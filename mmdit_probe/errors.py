@@ -15,7 +15,7 @@ from __future__ import annotations
 import difflib
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 
 class ProbeError(Exception):
@@ -63,6 +63,13 @@ def brief(value: object, most: int = 100) -> str:
 def counted(count: int, one: str, many: str | None = None) -> str:
     """A number and what it counts: 1 picture, 2 pictures. `many`: where more than an s is added to `one`."""
     return f"{count} {one if count == 1 else many or one + 's'}"
+
+
+def check_pairs(images: Sequence[object], prompts: Sequence[object]) -> None:
+    """Refuse images and prompts that are not as many."""
+    if len(images) != len(prompts):
+        told = f"{counted(len(images), 'image')} for {counted(len(prompts), 'prompt')}"
+        raise UserError(f"{told}; give one prompt per image")
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mmdit_probe.errors import UserError, counted, first_line
+from mmdit_probe.errors import UserError, check_pairs, first_line
 from mmdit_probe.quiet import quiet, reached
 
 SIZE = 480
@@ -90,9 +90,7 @@ class BlipAsker:
 
     def __call__(self, images: Sequence[Any], prompts: Sequence[str], batch: int = 16) -> NDArray[np.float64]:
         """Score per pair [n] of PIL images and prompts."""
-        if len(images) != len(prompts):
-            told = f"{counted(len(images), 'image')} for {counted(len(prompts), 'prompt')}"
-            raise UserError(f"{told}; give one prompt per image")
+        check_pairs(images, prompts)
         asked = [(k, f"{phrase}?") for k, prompt in enumerate(prompts) for phrase in phrases(prompt)]
         found = self.yes([images[k] for k, _ in asked], [question for _, question in asked], batch)
         scores = np.ones(len(images))

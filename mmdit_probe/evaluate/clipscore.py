@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mmdit_probe.errors import UserError, counted
+from mmdit_probe.errors import check_pairs
 from mmdit_probe.segment.clip import CLIP
 
 
@@ -53,9 +53,7 @@ class ClipScorer:
 
     def cosines(self, images: Sequence[Any], prompts: Sequence[str], batch: int = 64) -> NDArray[np.float64]:
         """cos(image, text) per pair [n], -1..1."""
-        if len(images) != len(prompts):
-            found = f"{counted(len(images), 'image')} for {counted(len(prompts), 'prompt')}"
-            raise UserError(f"{found}; give one prompt per image")
+        check_pairs(images, prompts)
         scores = [np.zeros(0)]
         for start in range(0, len(images), batch):
             part = slice(start, start + batch)

@@ -146,7 +146,7 @@ class OnePicture(Reads, _Checked):
         }
         result = PictureResult(self, found, request, facts)
         if out is not None:
-            result.write(None if out == AUTO else out, resume or None)
+            result.save(None if out == AUTO else out, resume or None)
         return result
 
     def _sample(self) -> Sample:
@@ -324,12 +324,12 @@ class PictureResult(Answer):
             "layers": list(capture.layers), "remarks": self.data["remarks"],
         }  # fmt: skip
 
-    def save(self, folder: Path | str | None = None) -> Path:
-        """Write what the command writes into a run folder: new or empty, `runs/<name>/...` if none is named."""
-        return self.write(folder)
+    def save(self, folder: Path | str | None = None, resume: bool | None = None) -> Path:
+        """Write what the command writes into a run folder: new or empty, `runs/<name>/...` if none is named.
 
-    def write(self, folder: Path | str | None, resume: bool | None = None) -> Path:
-        """`save`, or where `resume` is on, into the folder of a run of the same request."""
+        Args:
+            resume: also into that of a run of the same request; a finished one is left as it is.
+        """
         from mmdit_probe.plots import save
 
         with RunFolder.open(self.experiment.name, self.request, out=folder, resume=resume) as opened:
